@@ -1,0 +1,470 @@
+"""Every noun of the program: what was captured, what was said, what it used, what it costs.
+
+This file refuses to know where bytes come from, how they are parsed, stored or shown; it imports
+only the standard library. Times are integers, nanoseconds since 1970-01-01 UTC, and come with the
+data: nothing here reads a clock. Read `meter.py` next for how these nouns follow each other.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+
+class Direction(enum.Enum):
+    """Which way plaintext went, seen from the client."""
+
+    SENT = "sent"
+    RECEIVED = "received"
+
+
+class Source(enum.Enum):
+    """What saw the exchange; the values are the contract's `source`."""
+
+    UPROBES = "uprobes"
+    PCAP = "pcap"
+    KEYLOG = "keylog"
+    PROXY = "proxy"
+
+
+class Outcome(enum.Enum):
+    """How an exchange ended, as far as it was seen.
+
+    COMPLETE: request and response whole. ABORTED: it ended before the response did, or before the
+    capture did. GAPPED: bytes in it were lost by the capture.
+    """
+
+    COMPLETE = "complete"
+    ABORTED = "aborted"
+    GAPPED = "gapped"
+
+
+class Protocol(enum.Enum):
+    """The application protocol an exchange was carried by."""
+
+    HTTP1 = "http/1.1"
+    HTTP2 = "http/2"
+    WEBSOCKET = "websocket"
+
+
+class Basis(enum.Enum):
+    """Where a price comes from; the values are the contract's `basis`."""
+
+    REPORTED = "reported"
+    COMPUTED = "computed"
+    ESTIMATED = "estimated"
+    FREE = "free"
+    UNPRICED = "unpriced"
+
+
+class Certainty(enum.Enum):
+    """Whether the token counts are the provider's own, our estimate, or unknown."""
+
+    REPORTED = "reported"
+    ESTIMATED = "estimated"
+    UNKNOWN = "unknown"
+
+
+# --- what was captured -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as it was when its connection was first seen.
+
+    `parents` runs from the direct parent upward as (pid, executable name). `project_hint` is the
+    value of HALTON_PROJECT in its environment; no other variable is ever read out of it.
+    """
+
+    pid: int
+    started_ns: int
+    exe: str | None = None
+    argv: tuple[str, ...] = ()
+    cwd: str | None = None
+    uid: int | None = None
+    user: str | None = None
+    parents: tuple[tuple[int, str], ...] = ()
+    container: str | None = None
+    project_hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One TLS connection. `id` is opaque, minted by the source, new for every reuse of an SSL*.
+
+    `peer` is the server's host name (SNI) where known. `joined` is True when the source began to
+    watch in mid-connection, so that the first bytes seen need not be the first bytes sent.
+    """
+
+    id: str
+    source: Source
+    process: Process | None = None
+    peer: str | None = None
+    peer_port: int | None = None
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TlsChunk:
+    """Plaintext that went one way over one connection.
+
+    `offset` counts plaintext bytes of this direction from 0 (or from where the source joined).
+    `length` is the true length; `length > len(data)` says that the bytes after `data` were lost.
+    A jump in `offset` between chunks is a hole too; an offset already passed is a repeat.
+    """
+
+    connection: Connection
+    direction: Direction
+    offset: int
+    data: bytes
+    length: int
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TlsClosed:
+    """The connection ended (SSL_free, FIN, RST, process exit, end of capture).
+
+    `clean` is False when the source only stopped seeing it (end of capture, lost close).
+    """
+
+    connection: Connection
+    at_ns: int
+    clean: bool = True
+
+
+# --- what was said ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A message body with transfer and content coding removed.
+
+    `pieces` are contiguous runs of bytes in order; between two pieces, and only there, bytes were
+    lost. A whole body has one piece (or none when empty). `complete` says that the end of the
+    body was seen and nothing in it was lost. `dropped_bytes` counts bytes that we let go
+    ourselves because of a size limit, `lost_bytes` those the capture lost (None: number unknown).
+    """
+
+    pieces: tuple[bytes, ...] = ()
+    complete: bool = True
+    dropped_bytes: int = 0
+    lost_bytes: int | None = 0
+
+    @property
+    def whole(self) -> bool:
+        """True when the bytes are all there, so that the body may be parsed strictly."""
+        return self.complete and len(self.pieces) <= 1
+
+    def joined(self) -> bytes:
+        """All bytes seen, holes closed up. Strict parsers must check `whole` first."""
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+
+
+Headers = tuple[tuple[str, str], ...]
+
+
+def header(headers: Headers, name: str) -> str | None:
+    """The first value of the header `name` (given in lower case), or None."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The request of an exchange. Unknown parts are None (joined too late to see them).
+
+    `path` has no query; `query` holds only parameters that are known to carry no secret
+    (see wire/head.py). `headers` are lower-case and only those on the allow-list there:
+    credentials never get here.
+    """
+
+    method: str | None = None
+    host: str | None = None
+    path: str | None = None
+    query: Headers = ()
+    headers: Headers = ()
+    body: Body = field(default_factory=Body)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The response of an exchange; `status` None means that its head was never seen."""
+
+    status: int | None = None
+    headers: Headers = ()
+    body: Body = field(default_factory=Body)
+    trailers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and its response, or one turn of a WebSocket.
+
+    A WebSocket turn's request body is the client's messages since the last turn, its response
+    body the server's, both joined by newlines (NDJSON); the request head is the upgrade's.
+    `first_byte_ns` is the arrival of the response's first byte, None when none came.
+    """
+
+    id: str
+    connection: Connection
+    protocol: Protocol
+    request: Request
+    response: Response
+    started_ns: int
+    first_byte_ns: int | None
+    ended_ns: int
+    outcome: Outcome
+
+
+# --- what was used ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token counts as billed. None means that the provider did not report that count.
+
+    The first seven are disjoint: their sum is every token billed. The rest are parts *of* those
+    (`reasoning`, `audio_output`, `image_output` of output; `audio_input`, `image_input`,
+    `tool_use_input` of the input side).
+    """
+
+    input: int | None = None
+    cache_read: int | None = None
+    cache_write_5m: int | None = None
+    cache_write_1h: int | None = None
+    cache_write_12h: int | None = None
+    cache_write: int | None = None
+    output: int | None = None
+    reasoning: int | None = None
+    audio_input: int | None = None
+    audio_output: int | None = None
+    image_input: int | None = None
+    image_output: int | None = None
+    tool_use_input: int | None = None
+
+    def __add__(self, other: Tokens) -> Tokens:
+        """Sum by bucket; unknown + unknown stays unknown, unknown + n is n."""
+
+        def plus(a: int | None, b: int | None) -> int | None:
+            return b if a is None else a if b is None else a + b
+
+        return Tokens(*(plus(getattr(self, n), getattr(other, n)) for n in TOKEN_NAMES))
+
+
+TOKEN_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """One part of an event that is priced at one model's rates.
+
+    Most events have one. Anthropic's `iterations` (compaction, advisor), Groq's compound models
+    and OpenAI's image tool give several, told apart by `label` ("message", "compaction",
+    "advisor", "image_generation", …). `details` holds further counts that only pricing needs and
+    that the contract's tokens do not name: "cached_audio_input", "cached_image_input",
+    "text_output", "video_input", … (tokens), each a part of a bucket in `tokens`. `units` are
+    what is billed other than by token: "web_search_requests", "audio_seconds", "images",
+    "characters", "containers_4gb", … .
+    """
+
+    model: str | None
+    tokens: Tokens = Tokens()
+    units: Mapping[str, int | Decimal] = field(default_factory=dict)
+    details: Mapping[str, int] = field(default_factory=dict)
+    label: str = "message"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageEvent:
+    """What one exchange used, before pricing.
+
+    `conditions` are the facts that rates depend on, as the *response* states them where it does:
+    "service_tier", "inference_geo", "speed", "traffic_type", "region", "grounding",
+    "plan" ("claude", "chatgpt", "gemini_code_assist"), "overage" ("true"), "batch" ("true"),
+    "image_size", "image_quality", "reasoning_model", … .
+    `free` names why nothing is charged ("error", "count", "moderation", "refusal", "pending",
+    "not_billed"), None when the usage is billed. `reported_usd` is the provider's own statement.
+    `raw_usage` is the provider's usage object, verbatim JSON, without any content.
+    """
+
+    id: str
+    provider: str
+    host: str | None
+    endpoint: str
+    kind: str
+    model: str | None
+    request_model: str | None
+    response_id: str | None
+    streaming: bool
+    http_status: int | None
+    error_class: str | None
+    outcome: Outcome
+    source: Source
+    parts: tuple[Usage, ...]
+    certainty: Certainty
+    at_ns: int
+    ttft_ms: float | None
+    duration_ms: float | None
+    process: Process | None = None
+    project: str | None = None
+    git_branch: str | None = None
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    free: str | None = None
+    reported_usd: Decimal | None = None
+    flags: tuple[str, ...] = ()
+    raw_usage: str | None = None
+    provider_error_code: str | None = None
+
+    @property
+    def tokens(self) -> Tokens:
+        """The sum over all parts, by bucket."""
+        total = Tokens()
+        for part in self.parts:
+            total = total + part.tokens
+        return total
+
+    @property
+    def units(self) -> dict[str, int | Decimal]:
+        """The sum over all parts, by unit."""
+        total: dict[str, int | Decimal] = {}
+        for part in self.parts:
+            for name, quantity in part.units.items():
+                total[name] = total.get(name, 0) + quantity
+        return total
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LineItem:
+    """One line of the bill: `quantity` of `what` at `rate_usd` each, exactly `usd` together.
+
+    `rate_usd` is per single unit (one token, one request), not per million. `source` and `dated`
+    say where the rate comes from and since when it holds; `note` names factors applied.
+    """
+
+    what: str
+    quantity: Decimal
+    rate_usd: Decimal
+    usd: Decimal
+    model: str | None = None
+    source: str | None = None
+    dated: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PricedEvent:
+    """A usage event with what it costs. A price that is not known is None, never 0."""
+
+    usage: UsageEvent
+    list_usd: Decimal | None
+    marginal_usd: Decimal | None
+    reported_usd: Decimal | None
+    basis: Basis
+    line_items: tuple[LineItem, ...] = ()
+    flags: tuple[str, ...] = ()
+    price_book: str | None = None
+
+
+# --- identity and the contract's JSON -----------------------------------------------------------
+
+
+def event_id(provider: str, *identity: str) -> str:
+    """A stable event id: equal identity gives an equal id in every process and on every machine.
+
+    Give the provider's response id where there is one: it is what makes a second sighting of the
+    same exchange (by another source, or from a replayed journal) harmless.
+    """
+    digest = hashlib.blake2b("\x1f".join((provider, *identity)).encode(), digest_size=16)
+    return digest.hexdigest()
+
+
+def rfc3339(at_ns: int) -> str:
+    """`at_ns` as UTC in RFC 3339 with microseconds, e.g. 2026-11-23T09:30:00.000123Z."""
+    seconds, nanoseconds = divmod(at_ns, 1_000_000_000)
+    stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{stamp}.{nanoseconds // 1000:06d}Z"
+
+
+def usd_text(amount: Decimal | None) -> str | None:
+    """An exact decimal as plain text (no exponent, no trailing zeros), None for unpriced."""
+    if amount is None:
+        return None
+    text = format(amount, "f")
+    return (text.rstrip("0").rstrip(".") or "0") if "." in text else text
+
+
+def _number(value: int | Decimal) -> int | float:
+    return value if isinstance(value, int) else float(value)
+
+
+def event_json(event: PricedEvent) -> dict[str, Any]:
+    """The event as the JSON object of the public contract (one line of `events --json`)."""
+    usage = event.usage
+    process = usage.process
+    tokens = usage.tokens
+    return {
+        "id": usage.id,
+        "at": rfc3339(usage.at_ns),
+        "provider": usage.provider,
+        "host": usage.host,
+        "endpoint": usage.endpoint,
+        "kind": usage.kind,
+        "model": usage.model,
+        "request_model": usage.request_model,
+        "response_id": usage.response_id,
+        "streaming": usage.streaming,
+        "http_status": usage.http_status,
+        "error_class": usage.error_class,
+        "outcome": usage.outcome.value,
+        "source": usage.source.value,
+        "pid": process.pid if process else None,
+        "process": process.exe if process else None,
+        "argv": list(process.argv) if process else None,
+        "cwd": process.cwd if process else None,
+        "user": process.user if process else None,
+        "project": usage.project,
+        "git_branch": usage.git_branch,
+        "tokens": {name: getattr(tokens, name) for name in TOKEN_NAMES},
+        "units": {name: _number(quantity) for name, quantity in usage.units.items()},
+        "list_usd": usd_text(event.list_usd),
+        "marginal_usd": usd_text(event.marginal_usd),
+        "reported_usd": usd_text(event.reported_usd),
+        "basis": event.basis.value,
+        "certainty": usage.certainty.value,
+        "flags": sorted({*usage.flags, *event.flags}),
+        "line_items": [_line_item_json(item) for item in event.line_items],
+        "price_book": event.price_book,
+        "conditions": dict(usage.conditions),
+        "ttft_ms": usage.ttft_ms,
+        "duration_ms": usage.duration_ms,
+    }
+
+
+def _line_item_json(item: LineItem) -> dict[str, Any]:
+    return {
+        "what": item.what,
+        "quantity": usd_text(item.quantity),
+        "rate": usd_text(item.rate_usd),
+        "usd": usd_text(item.usd),
+        "model": item.model,
+        "source": item.source,
+        "dated": item.dated,
+        "note": item.note,
+    }
+
+
+def total_usd(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    """The exact sum of the known amounts; None when none is known."""
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known, Decimal(0)) if known else None
