@@ -1,0 +1,64 @@
+# Two commands do everything: `make demo` and `make test`. Both set up what they need first.
+#
+# System packages are installed with apt where that is possible (as root, or with sudo that asks no
+# password); elsewhere the command to run is printed. Python packages go into .venv only.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_HOME ?= .cache/demo
+
+DEMO_COMMANDS := tshark
+DEMO_PACKAGES := tshark
+TEST_COMMANDS := tshark clang curl node npm go ip
+TEST_PACKAGES := tshark clang llvm libbpf1 curl nodejs npm golang-go iproute2 \
+	python3-bpfcc linux-headers-amd64 procps
+
+.PHONY: demo test setup setup-test lint unit kernel lab bench clean
+
+demo: setup
+	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
+
+test: setup-test lint unit kernel lab
+
+setup: $(VENV)/.installed
+	@sh tools/system_packages.sh "$(DEMO_COMMANDS)" "$(DEMO_PACKAGES)"
+
+setup-test: $(VENV)/.installed-dev
+	@sh tools/system_packages.sh "$(TEST_COMMANDS)" "$(TEST_PACKAGES)"
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Run: sudo apt-get install -y python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tools/system_packages.sh --always "python3-venv"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup-test
+	$(BIN)/python -m pytest -m "not kernel and not lab" -n 2
+
+kernel: setup-test
+	$(BIN)/python -m pytest -m "kernel" tests
+
+lab: setup-test
+	$(BIN)/python -m pytest -m "lab and not kernel" tests
+
+bench: setup-test
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
