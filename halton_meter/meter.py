@@ -1,0 +1,144 @@
+"""The pipeline: plaintext in, priced usage events out. A newcomer starts here.
+
+    TlsChunk -> wire.stream.Conversation -> Exchange -> providers.read -> UsageEvent
+             -> attribute -> price -> PricedEvent
+
+One `Meter` holds the open conversations of one run and nothing else. It refuses to know where
+chunks come from (`capture/`), where events go (`store.py`) and what the time is: times arrive in
+the data. The local proxy has already decoded HTTP and enters at `exchange`. Read `model.py` for
+the nouns, then `wire/stream.py` and `providers/__init__.py` for the two halves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from halton_meter import providers
+from halton_meter.model import (
+    Exchange,
+    PricedEvent,
+    Process,
+    TlsChunk,
+    TlsClosed,
+    UsageEvent,
+)
+from halton_meter.wire.stream import Conversation
+
+# Open conversations kept at once. A busy workstation has some dozens; past the limit the one
+# silent for longest is closed as cut off, and counted.
+CONVERSATIONS_MAX = 4096
+
+# Event ids remembered to drop a second sighting (the same exchange by uprobes and by the proxy).
+# The store holds every id on disk; this only keeps one run's own output free of repeats.
+EVENTS_REMEMBERED_MAX = 65_536
+
+Price = Callable[[UsageEvent], PricedEvent]
+Attribute = Callable[[Process], tuple[str | None, str | None]]
+
+
+class Meter:
+    """Turn captured plaintext into priced events.
+
+    `price` prices one event (`PriceBook.price`). `attribute` names a process's project and git
+    branch; without it events carry neither. `registry` knows the providers, the user's own hosts
+    included; None means those that ship with the program.
+    """
+
+    def __init__(
+        self,
+        price: Price,
+        attribute: Attribute | None = None,
+        registry: providers.Registry | None = None,
+    ) -> None:
+        self._price = price
+        self._attribute = attribute
+        self._registry = registry if registry is not None else providers.Registry()
+        self._conversations: OrderedDict[str, Conversation] = OrderedDict()
+        self._pending_by_event: OrderedDict[str, bool] = OrderedDict()
+        self._losses: Counter[str] = Counter()
+
+    @property
+    def losses(self) -> Mapping[str, int]:
+        """What was lost or given up, by cause, over the whole run; causes are snake_case words."""
+        losses = Counter(self._losses)
+        for conversation in self._conversations.values():
+            losses.update(conversation.losses)
+        return losses
+
+    def receive(self, item: TlsChunk | TlsClosed) -> list[PricedEvent]:
+        """Take plaintext, or the end of a connection; return the events it completed."""
+        key = item.connection.id
+        if isinstance(item, TlsClosed):
+            conversation = self._conversations.pop(key, None)
+            return [] if conversation is None else self._close(conversation, item)
+        conversation = self._conversations.get(key)
+        if conversation is not None:
+            self._conversations.move_to_end(key)
+            return self._events(conversation.receive(item))
+        evicted = self._make_room(item.at_ns)
+        conversation = Conversation(item.connection, self._registry.interest_for)
+        self._conversations[key] = conversation
+        return evicted + self._events(conversation.receive(item))
+
+    def exchange(self, exchange: Exchange) -> list[PricedEvent]:
+        """Take an exchange that is already decoded (the proxy's); return its events."""
+        return self._events((exchange,))
+
+    def finish(self, at_ns: int) -> list[PricedEvent]:
+        """End of the capture: close every open conversation as cut off at `at_ns`."""
+        events: list[PricedEvent] = []
+        while self._conversations:
+            events += self._evict(at_ns)
+        return events
+
+    def _make_room(self, at_ns: int) -> list[PricedEvent]:
+        if len(self._conversations) < CONVERSATIONS_MAX:
+            return []
+        self._losses["conversations_evicted"] += 1
+        return self._evict(at_ns)
+
+    def _evict(self, at_ns: int) -> list[PricedEvent]:
+        _, oldest = self._conversations.popitem(last=False)
+        return self._close(oldest, TlsClosed(oldest.connection, at_ns, clean=False))
+
+    def _close(self, conversation: Conversation, closed: TlsClosed) -> list[PricedEvent]:
+        events = self._events(conversation.close(closed))
+        self._losses.update(conversation.losses)
+        return events
+
+    def _events(self, exchanges: Iterable[Exchange]) -> list[PricedEvent]:
+        priced: list[PricedEvent] = []
+        for exchange in exchanges:
+            for usage in self._read(exchange):
+                if self._is_repeat(usage):
+                    continue
+                priced.append(self._price(self._attributed(usage)))
+        return priced
+
+    def _read(self, exchange: Exchange) -> list[UsageEvent]:
+        """Read one exchange; a reader's own bug costs that exchange, not the run."""
+        try:
+            return self._registry.read(exchange)
+        except Exception as error:
+            self._losses[f"exchange_unreadable_{type(error).__name__}"] += 1
+            return []
+
+    def _attributed(self, usage: UsageEvent) -> UsageEvent:
+        if self._attribute is None or usage.process is None:
+            return usage
+        project, git_branch = self._attribute(usage.process)
+        return replace(usage, project=usage.project or project, git_branch=git_branch)
+
+    def _is_repeat(self, usage: UsageEvent) -> bool:
+        """True for an id already given out; an answer replaces its own "pending" sighting."""
+        pending = usage.free == "pending"
+        known = self._pending_by_event.get(usage.id)
+        if known is not None and (pending or not known):
+            self._losses["repeats_dropped"] += 1
+            return True
+        self._pending_by_event[usage.id] = pending
+        if len(self._pending_by_event) > EVENTS_REMEMBERED_MAX:
+            self._pending_by_event.popitem(last=False)
+        return False
