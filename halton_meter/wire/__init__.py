@@ -1,1 +1,1 @@
-"""TODO."""
+"""Plaintext to exchanges. Start at `stream.py`; nothing here does input or output."""

@@ -1,0 +1,366 @@
+"""Reading bodies: SSE, NDJSON, streamed JSON arrays, AWS event streams, multipart, gRPC, JSON.
+
+Every function takes a `Body` and any bytes whatever: it returns what can be read and raises
+nothing. Holes cost the events they touch, never those behind them. The skimming functions find
+the few events that matter with bytes.find over the whole body, because most deltas of a stream
+need no decoding at all. What the values mean is known in `providers/`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from halton_meter.model import Body
+
+# Limits on what one body may make us do.
+EVENTS_MAX = 2_000_000
+JSON_ELEMENT_BYTES_MAX = 32 << 20
+FRAME_BYTES_MAX = 16 << 20
+MULTIPART_PARTS_MAX = 1000
+FIELD_BYTES_MAX = 4096
+SALVAGE_TRIES_MAX = 64
+SALVAGE_BYTES_MAX = 1 << 20
+
+
+class SseEvent(NamedTuple):
+    """One server-sent event; `event` is empty where the stream names none."""
+
+    event: bytes
+    data: bytes
+
+
+# --- server-sent events -------------------------------------------------------------------------
+
+
+def _lines_as_lf(piece: bytes) -> bytes:
+    if b"\r" in piece:
+        piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return piece.removeprefix(b"\xef\xbb\xbf")
+
+
+def _sse_pieces(body: Body) -> Iterator[bytes]:
+    """The body's pieces, each cut to where its first whole event begins and its last ends."""
+    last = len(body.pieces) - 1
+    for number, raw in enumerate(body.pieces):
+        piece = _lines_as_lf(raw)
+        if number > 0 and not piece.startswith((b"event:", b"data:", b"id:", b":")):
+            cut = piece.find(b"\n\n")
+            if cut < 0:
+                continue
+            piece = piece[cut + 2 :]
+        if number < last:
+            end = piece.rfind(b"\n\n")
+            if end < 0:
+                continue
+            piece = piece[: end + 2]
+        yield piece
+
+
+def _sse_block(block: bytes) -> SseEvent | None:
+    """One block between blank lines as an event; None when it carries no data."""
+    event = b""
+    data: list[bytes] = []
+    for line in block.split(b"\n"):
+        if line.startswith(b"data:"):
+            data.append(line[6:] if line[5:6] == b" " else line[5:])
+        elif line.startswith(b"event:"):
+            event = line[6:].strip()
+    return SseEvent(event, b"\n".join(data)) if data else None
+
+
+def sse_events(body: Body) -> Iterator[SseEvent]:
+    """Every event that has data, in order."""
+    for piece in _sse_pieces(body):
+        for block in piece.split(b"\n\n", EVENTS_MAX):
+            if block:
+                event = _sse_block(block)
+                if event is not None:
+                    yield event
+
+
+def sse_data_containing(body: Body, needle: bytes, last: bool = False) -> list[bytes]:
+    """The data of the events whose text contains `needle`; with `last`, only the last of them.
+
+    Costs one bytes.find (or rfind) over the body; nothing between hits is looked at.
+    """
+    pieces = list(_sse_pieces(body))
+    found: list[bytes] = []
+    for piece in reversed(pieces) if last else pieces:
+        at = piece.rfind(needle) if last else piece.find(needle)
+        while at >= 0:
+            block, end = _block_around(piece, at)
+            event = _sse_block(block)
+            if event is not None:
+                found.append(event.data)
+                if last:
+                    return found
+            at = piece.rfind(needle, 0, at) if last else piece.find(needle, end)
+    return found
+
+
+def _block_around(piece: bytes, at: int) -> tuple[bytes, int]:
+    start = piece.rfind(b"\n\n", 0, at)
+    start = 0 if start < 0 else start + 2
+    end = piece.find(b"\n\n", at)
+    end = len(piece) if end < 0 else end
+    return piece[start:end], end
+
+
+def first_events(body: Body, count: int) -> list[SseEvent]:
+    """The first `count` events with data."""
+    found: list[SseEvent] = []
+    for piece in _sse_pieces(body):
+        at = 0
+        while at < len(piece) and len(found) < count:
+            end = piece.find(b"\n\n", at)
+            end = len(piece) if end < 0 else end
+            event = _sse_block(piece[at:end])
+            if event is not None:
+                found.append(event)
+            at = end + 2
+        if len(found) >= count:
+            break
+    return found
+
+
+def last_events(body: Body, count: int) -> list[SseEvent]:
+    """The last `count` events with data, in order."""
+    found: list[SseEvent] = []
+    for piece in reversed(list(_sse_pieces(body))):
+        end = len(piece)
+        while end > 0 and len(found) < count:
+            start = piece.rfind(b"\n\n", 0, end)
+            event = _sse_block(piece[start + 2 if start >= 0 else 0 : end])
+            if event is not None:
+                found.append(event)
+            end = start
+        if len(found) >= count:
+            break
+    return found[::-1]
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def loads(text: bytes) -> Any:
+    """JSON as orjson reads it; None when it is not JSON (or is null)."""
+    import orjson
+
+    try:
+        return orjson.loads(text)
+    except (orjson.JSONDecodeError, RecursionError):
+        pass
+    try:
+        return orjson.loads(text.decode("utf-8-sig", "replace").strip())
+    except (orjson.JSONDecodeError, RecursionError):
+        return None
+
+
+def json_value(body: Body) -> Any:
+    """The body as one JSON value; None when it is not whole or not JSON."""
+    if len(body.pieces) != 1:
+        return None
+    return loads(body.pieces[0])
+
+
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|[{}\[\]]', re.DOTALL)
+
+
+def _object_end(text: bytes, start: int) -> int:
+    """The end of the JSON object or array that opens at `start`; -1 when it does not close."""
+    depth = 0
+    stop = min(len(text), start + SALVAGE_BYTES_MAX)
+    for match in _STRING_OR_BRACKET.finditer(text, start, stop):
+        mark = match.group()[:1]
+        if mark in b"{[":
+            depth += 1
+        elif mark in b"}]":
+            depth -= 1
+            if depth == 0:
+                return match.end()
+    return -1
+
+
+def salvage_object(body: Body, key: bytes, last: bool = True) -> Any:
+    """The last (or first) object that follows `"key":` in JSON text with holes; None if none."""
+    pattern = re.compile(rb'"' + re.escape(key) + rb'"\s*:\s*(?=\{)')
+    for piece in reversed(body.pieces) if last else body.pieces:
+        starts = [match.end() for match in pattern.finditer(piece)]
+        if last:
+            starts.reverse()
+        for start in starts[:SALVAGE_TRIES_MAX]:
+            end = _object_end(piece, start)
+            value = loads(piece[start:end]) if end > 0 else None
+            if isinstance(value, dict):
+                return value
+    return None
+
+
+_SCALAR = rb'"\s*:\s*("(?:[^"\\]|\\.){0,512}"|-?\d[\d.eE+-]{0,32}|true|false|null)'
+
+
+def salvage_scalar(body: Body, key: bytes, last: bool = False) -> Any:
+    """The first (or last) string, number or boolean that follows `"key":`; None if none."""
+    pattern = re.compile(rb'"' + re.escape(key) + _SCALAR, re.DOTALL)
+    for piece in reversed(body.pieces) if last else body.pieces:
+        match = None
+        for match in pattern.finditer(piece):
+            if not last:
+                break
+        if match is not None:
+            return loads(match.group(1))
+    return None
+
+
+def ndjson(body: Body) -> Iterator[Any]:
+    """The JSON values of a body with one a line; lines that are not JSON are passed over."""
+    for piece in body.pieces:
+        for line in piece.split(b"\n", EVENTS_MAX):
+            line = line.strip()
+            if line:
+                value = loads(line)
+                if value is not None:
+                    yield value
+
+
+def json_array_stream(body: Body) -> Iterator[Any]:
+    """The objects of one JSON array that was streamed, also when it is cut off or has holes."""
+    whole = json_value(body)
+    if isinstance(whole, list):
+        yield from whole
+        return
+    for piece in body.pieces:
+        yield from _objects_in(piece)
+
+
+def _objects_in(piece: bytes) -> Iterator[Any]:
+    """Top-level objects of an array's text; after a hole, from the first that parses."""
+    depth = 0
+    start = -1
+    for match in _STRING_OR_BRACKET.finditer(piece):
+        mark = match.group()[:1]
+        if mark in b"{[":
+            if mark == b"{" and depth == 0:
+                start = match.start()
+            depth += 1 if (mark == b"{" or depth > 0) else 0
+        elif mark in b"}]" and depth > 0:
+            depth -= 1
+            if depth == 0 and start >= 0:
+                value = loads(piece[start : match.end()])
+                if isinstance(value, dict):
+                    yield value
+                start = -1
+
+
+# --- AWS event stream ---------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """One frame of application/vnd.amazon.eventstream: its string headers and its payload."""
+
+    headers: dict[str, str]
+    payload: bytes
+
+
+def event_stream(body: Body) -> Iterator[Frame]:
+    """The frames of an AWS event stream, checked by their CRCs; noise is passed over."""
+    for piece in body.pieces:
+        at = 0
+        while at + 16 <= len(piece):
+            total = int.from_bytes(piece[at : at + 4])
+            prelude_ok = (
+                16 <= total <= FRAME_BYTES_MAX
+                and zlib.crc32(piece[at : at + 8]) == int.from_bytes(piece[at + 8 : at + 12])
+            )
+            if not prelude_ok:
+                at += 1
+                continue
+            end = at + total
+            if end > len(piece):
+                at += 1
+                continue
+            if zlib.crc32(piece[at : end - 4]) == int.from_bytes(piece[end - 4 : end]):
+                headers_bytes = int.from_bytes(piece[at + 4 : at + 8])
+                headers_end = min(at + 12 + headers_bytes, end - 4)
+                yield Frame(
+                    _frame_headers(piece[at + 12 : headers_end]), piece[headers_end : end - 4]
+                )
+                at = end
+            else:
+                at += 1
+
+
+# Sizes of the header value types that are not strings (bool, bool, byte, short, int, long, …).
+_FRAME_VALUE_BYTES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+
+
+def _frame_headers(raw: bytes) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    at = 0
+    while at < len(raw):
+        name_end = at + 1 + raw[at]
+        if name_end >= len(raw):
+            break
+        name = raw[at + 1 : name_end].decode("latin-1")
+        kind = raw[name_end]
+        at = name_end + 1
+        if kind in (6, 7):
+            length = int.from_bytes(raw[at : at + 2])
+            if kind == 7:
+                headers[name] = raw[at + 2 : at + 2 + length].decode("utf-8", "replace")
+            at += 2 + length
+        elif kind in _FRAME_VALUE_BYTES:
+            at += _FRAME_VALUE_BYTES[kind]
+        else:
+            break
+    return headers
+
+
+# --- multipart and gRPC -------------------------------------------------------------------------
+
+_BOUNDARY = re.compile(r'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
+_PART_NAME = re.compile(rb'name="([^"]{0,200})"', re.IGNORECASE)
+
+
+def multipart_fields(
+    content_type: str | None, body: Body, wanted: tuple[str, ...]
+) -> dict[str, str]:
+    """The small text fields named in `wanted` of a multipart/form-data body; files are skipped."""
+    match = _BOUNDARY.search(content_type or "")
+    if match is None:
+        return {}
+    mark = b"--" + match.group(1).strip().encode("latin-1", "replace")
+    fields: dict[str, str] = {}
+    for piece in body.pieces:
+        for part in piece.split(mark, MULTIPART_PARTS_MAX)[1:]:
+            head, separator, value = part.partition(b"\r\n\r\n")
+            name = _PART_NAME.search(head[:FIELD_BYTES_MAX])
+            if not separator or name is None or b"filename=" in head[:FIELD_BYTES_MAX].lower():
+                continue
+            key = name.group(1).decode("utf-8", "replace")
+            if key in wanted:
+                text = value.removesuffix(b"\r\n")[:FIELD_BYTES_MAX]
+                fields[key] = text.decode("utf-8", "replace")
+    return fields
+
+
+class GrpcMessage(NamedTuple):
+    """One length-prefixed gRPC message; `compressed` is its flag."""
+
+    compressed: bool
+    data: bytes
+
+
+def grpc_messages(body: Body) -> Iterator[GrpcMessage]:
+    """The whole messages of a gRPC body; only the first run can be framed with certainty."""
+    for piece in body.pieces[:1]:
+        at = 0
+        while at + 5 <= len(piece):
+            length = int.from_bytes(piece[at + 1 : at + 5])
+            if piece[at] > 1 or length > FRAME_BYTES_MAX or at + 5 + length > len(piece):
+                return
+            yield GrpcMessage(piece[at] == 1, piece[at + 5 : at + 5 + length])
+            at += 5 + length

@@ -1,0 +1,88 @@
+"""Which headers and query parameters may enter the program: an allow-list.
+
+A request to a provider carries its key in `authorization`, `x-api-key`, a cookie or `?key=`. This
+is the first parse; whatever is not named here is dropped before a core type is made, so that no
+credential can reach an event, a log or the store. It refuses to know what the values mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import parse_qsl
+
+from halton_meter.model import Headers
+
+_HEADERS_KEPT = frozenset(
+    {
+        "content-type",
+        "content-encoding",
+        "content-length",
+        "transfer-encoding",
+        "host",
+        "date",
+        "upgrade",
+        "user-agent",
+        "originator",
+        "retry-after",
+        "sec-websocket-extensions",
+        "grpc-status",
+        "grpc-encoding",
+        # Request ids: the identity of an exchange whose body states none.
+        "request-id",
+        "x-request-id",
+        "apim-request-id",
+        "x-ms-request-id",
+        "x-amzn-requestid",
+        "x-goog-request-id",
+        "x-generation-id",
+        "cf-ray",
+        # What prices depend on.
+        "anthropic-version",
+        "anthropic-beta",
+        "x-gemini-service-tier",
+        "x-vertex-ai-llm-request-type",
+        "x-vertex-ai-llm-shared-request-type",
+        "openai-processing-ms",
+        "openai-version",
+        "x-amzn-bedrock-service-tier",
+    }
+)
+_PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")
+_QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
+
+# A value longer than this is no header that usage or price depends on.
+HEADER_VALUE_BYTES_MAX = 1024
+
+
+def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
+    """The allowed headers, names in lower case, over-long values dropped."""
+    return tuple(
+        (lower, value)
+        for name, value in headers
+        if ((lower := name.lower()) in _HEADERS_KEPT or lower.startswith(_PREFIXES_KEPT))
+        and len(value) <= HEADER_VALUE_BYTES_MAX
+    )
+
+
+def split_target(target: str) -> tuple[str, Headers]:
+    """A request target as its path and the query parameters that carry no secret."""
+    if "://" in target[:16]:
+        target = "/" + target.split("://", 1)[1].partition("/")[2]
+    path, _, query = target.partition("?")
+    path = path.partition("#")[0]
+    if not query:
+        return path, ()
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=64)
+    except ValueError:
+        return path, ()
+    return path, tuple((k.lower(), v) for k, v in pairs if k.lower().lstrip("$") in _QUERY_KEPT)
+
+
+def host_name(authority: str) -> str:
+    """The host of an authority or Host header: lower case, without userinfo or default port."""
+    host = authority.rpartition("@")[2].strip().lower()
+    name, colon, port = host.rpartition(":")
+    if colon and port in ("80", "443"):
+        host = name
+    return host.rstrip(".")
