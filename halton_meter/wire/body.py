@@ -221,7 +221,9 @@ class BodyCollector:
             self._pieces.append(self._tail)
         pieces = tuple(b"".join(piece) for piece in self._pieces if piece)
         whole = complete and self._lost_bytes == 0 and not self._failed
-        return Body(pieces, whole and not self._dropped_bytes, self._dropped_bytes, self._lost_bytes)
+        return Body(
+            pieces, whole and not self._dropped_bytes, self._dropped_bytes, self._lost_bytes
+        )
 
     def ends_with_any(self, needles: Iterable[bytes]) -> bool:
         """True when one of `needles` stands in the last bytes seen."""

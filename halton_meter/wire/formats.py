@@ -271,10 +271,9 @@ def event_stream(body: Body) -> Iterator[Frame]:
         at = 0
         while at + 16 <= len(piece):
             total = int.from_bytes(piece[at : at + 4])
-            prelude_ok = (
-                16 <= total <= FRAME_BYTES_MAX
-                and zlib.crc32(piece[at : at + 8]) == int.from_bytes(piece[at + 8 : at + 12])
-            )
+            prelude_ok = 16 <= total <= FRAME_BYTES_MAX and zlib.crc32(
+                piece[at : at + 8]
+            ) == int.from_bytes(piece[at + 8 : at + 12])
             if not prelude_ok:
                 at += 1
                 continue

@@ -1,0 +1,194 @@
+"""One request and its response while they are being read, whatever the HTTP version.
+
+Both `http1.py` and `http2.py` fill a `Transaction` and turn it into an `Exchange` here, so that
+"complete", "aborted" and "gapped" mean the same in both. It refuses to know about framing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from halton_meter.model import (
+    Body,
+    Connection,
+    Exchange,
+    Headers,
+    Outcome,
+    Protocol,
+    Request,
+    Response,
+    header,
+)
+from halton_meter.wire.body import (
+    REQUEST_WHOLE_BYTES_MAX,
+    RESPONSE_WHOLE_BYTES_MAX,
+    BodyCollector,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Interest:
+    """What the meter wants of a request: nothing (`keep` False), its bodies, or WebSocket turns.
+
+    `turn_ends` says of a server's WebSocket message (bytes) whether it ends a turn.
+    """
+
+    keep: bool
+    turn_ends: Callable[[bytes], bool] | None = None
+
+
+Ask = Callable[[Request], Interest]
+NOT_WANTED = Interest(False)
+
+# A stream that ends in one of these has said all, though its last chunk or END_STREAM was not
+# seen: clients hang up right after them.
+_STREAM_ENDS = (
+    b"data: [DONE]",
+    b"data:[DONE]",
+    b"event: message_stop",
+    b'"type":"response.completed"',
+)
+
+
+class Context:
+    """What every transaction of one connection shares: its identity, its questions, its losses."""
+
+    __slots__ = ("ask", "connection", "losses", "ordinal")
+
+    def __init__(self, connection: Connection, ask: Ask) -> None:
+        self.connection = connection
+        self.ask = ask
+        self.losses: Counter[str] = Counter()
+        self.ordinal = 0
+
+    def next_id(self) -> str:
+        """A new exchange id, unique within and across connections."""
+        self.ordinal += 1
+        return f"{self.connection.id}/{self.ordinal}"
+
+
+class Transaction:
+    """A request and its response, being read."""
+
+    __slots__ = (
+        "_context",
+        "ended_ns",
+        "first_byte_ns",
+        "gapped",
+        "interest",
+        "protocol",
+        "request",
+        "request_body",
+        "request_done",
+        "response_body",
+        "response_done",
+        "response_headers",
+        "started_ns",
+        "status",
+        "trailers",
+    )
+
+    def __init__(self, context: Context, protocol: Protocol, at_ns: int) -> None:
+        self._context = context
+        self.protocol = protocol
+        self.request = Request(host=context.connection.peer)
+        self.interest: Interest | None = None
+        self.request_body: BodyCollector | None = None
+        self.response_body: BodyCollector | None = None
+        self.status: int | None = None
+        self.response_headers: Headers = ()
+        self.trailers: Headers = ()
+        self.request_done = False
+        self.response_done = False
+        self.gapped = False
+        self.started_ns = at_ns
+        self.first_byte_ns: int | None = None
+        self.ended_ns = at_ns
+
+    def open_request(self, request: Request) -> None:
+        """The request's head is known (or known to be lost): ask whether it is wanted."""
+        self.request = request
+        self.interest = self._context.ask(request)
+        if self.interest.keep:
+            coding = header(request.headers, "content-encoding")
+            self.request_body = BodyCollector(coding, REQUEST_WHOLE_BYTES_MAX)
+
+    def open_response(self, status: int | None, headers: Headers, at_ns: int) -> None:
+        """The response's final head is known, or known to be lost (status None)."""
+        if self.interest is None:
+            self.open_request(self.request)
+        self.status = status
+        self.response_headers = headers
+        self.saw_response(at_ns)
+        if self.wanted:
+            coding = header(headers, "content-encoding")
+            self.response_body = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+
+    def saw_response(self, at_ns: int) -> None:
+        """A byte of the response arrived."""
+        if self.first_byte_ns is None:
+            self.first_byte_ns = at_ns
+        self.ended_ns = max(self.ended_ns, at_ns)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether its bodies are kept and an exchange will come of it."""
+        return self.interest is not None and self.interest.keep
+
+    def lose(self, response: bool, count: int | None) -> None:
+        """Note a hole in one of its bodies."""
+        self.gapped = True
+        body = self.response_body if response else self.request_body
+        if body is not None:
+            body.lose(count)
+
+    def finish(self) -> Exchange | None:
+        """The exchange, or None where nobody wants it or nothing of it was seen."""
+        if not self.wanted:
+            return None
+        if not self.response_done and self._said_all():
+            self.response_done = True
+        return Exchange(
+            id=self._context.next_id(),
+            connection=self._context.connection,
+            protocol=self.protocol,
+            request=self._finished_request(),
+            response=self._finished_response(),
+            started_ns=self.started_ns,
+            first_byte_ns=self.first_byte_ns,
+            ended_ns=self.ended_ns,
+            outcome=self._outcome(),
+        )
+
+    def _said_all(self) -> bool:
+        return self.response_body is not None and self.response_body.ends_with_any(_STREAM_ENDS)
+
+    def _outcome(self) -> Outcome:
+        if self.gapped:
+            return Outcome.GAPPED
+        return Outcome.COMPLETE if self.response_done else Outcome.ABORTED
+
+    def _finished_request(self) -> Request:
+        request = self.request
+        if self.request_body is None:
+            return request
+        body = self._body(self.request_body, self.request_done)
+        return Request(
+            request.method, request.host, request.path, request.query, request.headers, body
+        )
+
+    def _finished_response(self) -> Response:
+        body = Body(complete=self.response_done)
+        if self.response_body is not None:
+            body = self._body(self.response_body, self.response_done)
+        return Response(self.status, self.response_headers, body, self.trailers)
+
+    def _body(self, collector: BodyCollector, done: bool) -> Body:
+        body = collector.finish(done)
+        if collector.failed_decoding:
+            self._context.losses["decode_failed"] += 1
+        if body.dropped_bytes:
+            self._context.losses["over_limit_bytes"] += body.dropped_bytes
+        return body
