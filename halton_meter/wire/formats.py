@@ -206,12 +206,13 @@ def salvage_scalar(body: Body, key: bytes, last: bool = False) -> Any:
     """The first (or last) string, number or boolean that follows `"key":`; None if none."""
     pattern = re.compile(rb'"' + re.escape(key) + _SCALAR, re.DOTALL)
     for piece in reversed(body.pieces) if last else body.pieces:
-        match = None
+        found: re.Match[bytes] | None = None
         for match in pattern.finditer(piece):
+            found = match
             if not last:
                 break
-        if match is not None:
-            return loads(match.group(1))
+        if found is not None:
+            return loads(found.group(1))
     return None
 
 
@@ -219,8 +220,7 @@ def ndjson(body: Body) -> Iterator[Any]:
     """The JSON values of a body with one a line; lines that are not JSON are passed over."""
     for piece in body.pieces:
         for line in piece.split(b"\n", EVENTS_MAX):
-            line = line.strip()
-            if line:
+            if line and not line.isspace():
                 value = loads(line)
                 if value is not None:
                     yield value

@@ -9,11 +9,15 @@ heads are unknown, never guessed, while its DATA still counts. Next: `transactio
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
 from halton_meter.wire.head import host_name, kept_headers, split_target
 from halton_meter.wire.transaction import Context, Transaction
 from halton_meter.wire.websocket import WebSocket
+
+if TYPE_CHECKING:
+    from hpack import Decoder
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -246,7 +250,7 @@ def _text(raw: bytes | str) -> str:
     return raw if isinstance(raw, str) else raw.decode("latin-1")
 
 
-def _new_hpack():  # type: ignore[no-untyped-def]  # hpack ships no types for Decoder
+def _new_hpack() -> Decoder:
     from hpack import Decoder
 
     decoder = Decoder(max_header_list_size=HEADER_LIST_BYTES_MAX)
@@ -355,8 +359,7 @@ class Http2:
             if transaction.response_body is None:
                 return
         transaction.response_body.add(payload)
-        if self._at_ns > transaction.ended_ns:
-            transaction.ended_ns = self._at_ns
+        transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
 
     def _headless_request(self, transaction: Transaction) -> None:
         transaction.gapped = True
