@@ -1,0 +1,75 @@
+"""What a request asks of the lab's providers: a marker in the prompt, and the counts it leads to.
+
+A prompt that holds `lab[n=17&chunks=20&delay_ms=5]` chooses the answer; without one, `n` is 0. The
+counts follow from `n` alone, so that a test can compute them without asking the server.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+_MARKER = re.compile(rb"lab\[([a-z0-9_=&.-]{0,200})\]")
+
+CHUNKS_MAX = 20_000
+PIECE_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One answer: how many chunks of how many bytes, how far apart, with which counts."""
+
+    n: int = 0
+    chunks: int = 8
+    delay_ms: float = 0.0
+    piece_bytes: int = 12
+    status: int = 200
+
+    @property
+    def marker(self) -> str:
+        """The text to put into a prompt."""
+        return (
+            f"lab[n={self.n}&chunks={self.chunks}&delay_ms={self.delay_ms:g}"
+            f"&piece_bytes={self.piece_bytes}&status={self.status}]"
+        )
+
+    @property
+    def fresh(self) -> int:
+        """Input tokens that no cache served."""
+        return 100 + self.n
+
+    @property
+    def cached(self) -> int:
+        """Input tokens read from a cache."""
+        return 64 * (self.n % 4)
+
+    @property
+    def cache_written(self) -> int:
+        """Input tokens written to a five-minute cache (Anthropic only)."""
+        return 32 * (self.n % 2)
+
+    @property
+    def reasoning(self) -> int:
+        """Output tokens that were reasoning."""
+        return 8 * (self.n % 3)
+
+    @property
+    def output(self) -> int:
+        """Output tokens, reasoning included."""
+        return 20 + self.n % 100 + self.reasoning
+
+
+def scenario_of(body: bytes) -> Scenario:
+    """The scenario that a request's body (or a URL) asks for."""
+    found = _MARKER.search(body)
+    if found is None:
+        return Scenario()
+    asked = dict(parse_qsl(found[1].decode()))
+    return Scenario(
+        n=int(asked.get("n", 0)),
+        chunks=max(1, min(int(asked.get("chunks", 8)), CHUNKS_MAX)),
+        delay_ms=float(asked.get("delay_ms", 0)),
+        piece_bytes=max(1, min(int(asked.get("piece_bytes", 12)), PIECE_BYTES_MAX)),
+        status=int(asked.get("status", 200)),
+    )
