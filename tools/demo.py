@@ -46,12 +46,16 @@ def main() -> int:
     """Run the steps; the first that fails ends the demo with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, default=ROOT / ".cache" / "demo")
-    home = parser.parse_args().home.resolve()
+    parser.add_argument("--recorded-only", action="store_true", help="meter nothing live")
+    options = parser.parse_args()
+    home = options.home.resolve()
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True, mode=0o700)
 
-    step("A client, metered live")
-    code = live(home)
+    code = 0
+    if not options.recorded_only:
+        step("A client, metered live")
+        code = live(home)
     if code == 0:
         step("Recorded traffic, metered and stored")
         code = run(["replay", "fixtures/pcaps", "--store", "--quiet"], home)
