@@ -1,0 +1,1 @@
+"""Records conversations over real sockets with real TLS into small captures for the tests."""
