@@ -1,1 +1,1 @@
-"""TODO."""
+"""The source where uprobes cannot work: mitmproxy flows to exchanges. Start at `addon.py`."""

@@ -1,0 +1,165 @@
+"""One mitmproxy of our own, in a thread, for as long as one command runs.
+
+It listens on a loopback port that the system chooses, decrypts only provider hosts and tunnels
+every other host raw. Its CA lives in a folder of the user's, key mode 0600, and is trusted by the
+one command only, through the variables of `client_environment`. Nothing on the system changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proxy_fallback.addon import MeterAddon
+
+START_SECONDS_MAX = 20.0
+STOP_SECONDS_MAX = 10.0
+# Variables by which the runtimes that people use find a proxy and a CA.
+_PROXY_NAMES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+_BUNDLE_NAMES = (
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "CODEX_CA_CERTIFICATE",
+    "GIT_SSL_CAINFO",
+    "AWS_CA_BUNDLE",
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+)
+
+
+class ProxyError(Exception):
+    """The proxy could not be started; the text says why and what to run."""
+
+
+def host_patterns(hosts: Iterable[str]) -> list[str]:
+    """Patterns for mitmproxy's `allow_hosts` for exact names and `*.suffix` names, any port."""
+    patterns = []
+    for host in hosts:
+        name = re.escape(host.removeprefix("*."))
+        patterns.append(rf"^(.+\.)?{name}:\d+$" if host.startswith("*.") else rf"^{name}:\d+$")
+    return patterns
+
+
+class ProxySession:
+    """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust."""
+
+    def __init__(self, addon: MeterAddon, hosts: Iterable[str], ca_folder: Path) -> None:
+        self._addon = addon
+        self._patterns = host_patterns(hosts)
+        self._folder = ca_folder
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._master: Any = None
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="proxy", daemon=True)
+        self.port = 0
+
+    @property
+    def ca_file(self) -> Path:
+        """The CA's certificate, PEM."""
+        return self._folder / "mitmproxy-ca-cert.pem"
+
+    def start(self) -> None:
+        """Start listening; raises ProxyError when that fails or takes too long."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._thread.start()
+        if not self._ready.wait(START_SECONDS_MAX) or self._failure is not None or not self.port:
+            reason = self._failure or "it did not listen in time"
+            raise ProxyError(f"The local proxy did not start: {reason}. Try the command again.")
+        for key in self._folder.glob("mitmproxy-ca.p*"):
+            key.chmod(0o600)
+
+    def stop(self) -> None:
+        """End the proxy; connections still open are closed."""
+        running = self._loop is not None and not self._loop.is_closed()
+        if running and self._loop is not None and self._master is not None:
+            self._loop.call_soon_threadsafe(self._master.shutdown)
+            self._thread.join(STOP_SECONDS_MAX)
+
+    def _serve(self) -> None:
+        previous = os.umask(0o077)
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # told to the caller of start()
+            self._failure = error
+        finally:
+            os.umask(previous)
+            self._ready.set()
+
+    async def _main(self) -> None:
+        from mitmproxy.options import Options
+        from mitmproxy.tools.dump import DumpMaster
+
+        logging.getLogger("mitmproxy").setLevel(logging.CRITICAL)
+        self._loop = asyncio.get_running_loop()
+        upstream_bundle = os.environ.get("SSL_CERT_FILE")
+        settings: dict[str, Any] = {
+            "listen_host": "127.0.0.1",
+            "listen_port": 0,
+            "confdir": str(self._folder),
+            "allow_hosts": self._patterns,
+        }
+        if upstream_bundle and os.path.exists(upstream_bundle):
+            settings["ssl_verify_upstream_trusted_ca"] = upstream_bundle
+        options = Options(**settings)
+        self._master = DumpMaster(options, with_termlog=False, with_dumper=False)
+        self._master.addons.add(self._addon, _Listening(self))
+        await self._master.run()
+
+    def listening(self, port: int) -> None:
+        """Called once the port is known."""
+        self.port = port
+        self._ready.set()
+
+
+class _Listening:
+    """Tells the session its port when mitmproxy runs."""
+
+    def __init__(self, session: ProxySession) -> None:
+        self._session = session
+
+    def running(self) -> None:
+        """Take the port; a hook of mitmproxy's, called when its servers are up."""
+        from mitmproxy import ctx
+
+        addons: Any = ctx.master.addons
+        server = addons.get("proxyserver")
+        for address in server.listen_addrs():
+            self._session.listening(address[1])
+            return
+
+
+def bundle(ca_file: Path, into: Path, environment: dict[str, str]) -> Path:
+    """A PEM bundle of the CA and of what the client would have trusted without us."""
+    import certifi
+
+    parts = [ca_file.read_text()]
+    own = environment.get("SSL_CERT_FILE") or certifi.where()
+    try:
+        parts.append(Path(own).read_text())
+    except OSError:
+        parts.append(Path(certifi.where()).read_text())
+    into.write_text("\n".join(parts))
+    into.chmod(0o600)
+    return into
+
+
+def client_environment(
+    environment: dict[str, str], port: int, bundle_file: Path, ca_file: Path
+) -> dict[str, str]:
+    """The command's environment, with the proxy and its CA added and nothing else changed."""
+    changed = dict(environment)
+    for name in _PROXY_NAMES:
+        changed[name] = f"http://127.0.0.1:{port}"
+    for name in _BUNDLE_NAMES:
+        changed[name] = str(bundle_file)
+    changed["NODE_EXTRA_CA_CERTS"] = str(ca_file)
+    changed["NODE_USE_ENV_PROXY"] = "1"
+    return changed
