@@ -60,6 +60,13 @@ class KeyLog:
         """One secret, or None."""
         return self._secrets.get(client_random, {}).get(label)
 
+    def handshake_of(self, secret: bytes) -> bytes | None:
+        """The client random of the handshake that `secret` belongs to, or None."""
+        for random, labels in self._secrets.items():
+            if secret in labels.values():
+                return random
+        return None
+
     def handshakes(self) -> Iterator[bytes]:
         """The client randoms known, newest last."""
         return iter(self._secrets)

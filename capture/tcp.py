@@ -1,0 +1,376 @@
+"""TCP put back together: frames in, contiguous bytes each way out, with every hole measured.
+
+Repeated and reordered segments are put right, within limits; what stays missing is reported as a
+hole of exact length. Connections seen from their middle work too. This file knows nothing of TLS
+or of files; `pcap.py` implements `Listener` on top of it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+# Segments waiting behind a gap, one direction: past either limit the gap becomes a hole. The
+# larger one covers a window that waits for a retransmission, the smaller one a gap that the
+# receiver has acknowledged, so that only the capture lost it: no retransmission will come.
+REORDER_BYTES_MAX = 4 << 20
+REORDER_FRAMES_ACKED_MAX = 64
+# Connections tracked at once; past it the one opened first is given up, and counted.
+FLOWS_MAX = 65_536
+
+_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_HALF_SPACE = 1 << 31
+_SPACE = 1 << 32
+
+_ETHERNET, _RAW, _RAW_ALT, _LINUX_SLL, _LINUX_SLL2, _NULL, _LOOP = 1, 101, 12, 113, 276, 0, 108
+_TCP_HEAD = struct.Struct("!HHIIBB")
+
+
+class Listener(Protocol):
+    """Who is told what a flow said. Called in the order of the capture."""
+
+    def opened(self, flow: Flow) -> None:
+        """A connection was seen for the first time."""
+
+    def received(self, half: Half, data: bytes, at_ns: int) -> None:
+        """The next contiguous bytes of one direction."""
+
+    def lost(self, half: Half, length: int, at_ns: int) -> None:
+        """`length` bytes of one direction are not in the capture."""
+
+    def closed(self, flow: Flow, at_ns: int, clean: bool) -> None:
+        """The connection ended; `clean` is False where it only stopped being seen."""
+
+
+@dataclass(slots=True, eq=False)
+class Half:
+    """One direction of a flow. `tag` is the listener's own."""
+
+    flow: Flow
+    sent: bool
+    next_seq: int | None = None
+    acked_seq: int | None = None  # highest acknowledgement of this half, by the other side
+    finished: bool = False
+    pending: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    pending_bytes: int = 0
+    frames_since_gap: int = 0
+    tag: object = None
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """One TCP connection. `joined`: the capture has no SYN of it. `tag` is the listener's own."""
+
+    id: str
+    client: tuple[str, int]
+    server: tuple[str, int]
+    joined: bool
+    keys: tuple[bytes, bytes]
+    first_seq: int
+    halves: tuple[Half, Half] = field(init=False)
+    dead: bool = False
+    tag: object = None
+
+    def __post_init__(self) -> None:
+        self.halves = (Half(self, True), Half(self, False))
+
+
+class Reassembly:
+    """Every TCP connection of one capture."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._halves: dict[bytes, Half] = {}
+        self._flows: dict[bytes, Flow] = {}
+        self.losses: Counter[str] = Counter()
+        self._quic: set[bytes] = set()
+        self.at_ns = 0
+
+    @property
+    def quic_connections(self) -> int:
+        """How many QUIC connections began in the capture; they are not read."""
+        return len(self._quic)
+
+    def feed(self, at_ns: int, linktype: int, frame: bytes, wire_bytes: int) -> None:
+        """Take one frame."""
+        if at_ns > self.at_ns:
+            self.at_ns = at_ns
+        ip = _network_layer(linktype, frame)
+        if ip < 0 or ip + 20 > len(frame):
+            return
+        version = frame[ip] >> 4
+        if version == 4:
+            segment = ip + (frame[ip] & 15) * 4
+            end = ip + (frame[ip + 2] << 8 | frame[ip + 3])
+            if end == ip:  # segmentation offload leaves 0 here
+                end = len(frame)
+            protocol = frame[ip + 9]
+            if (frame[ip + 6] & 0x3F) or frame[ip + 7]:
+                self.losses["ip_fragments"] += protocol in (6, 17)
+                return
+            addresses = frame[ip + 12 : ip + 20]
+        elif version == 6 and ip + 40 <= len(frame):
+            segment = ip + 40
+            length = frame[ip + 4] << 8 | frame[ip + 5]
+            end = segment + length if length else len(frame)
+            protocol = frame[ip + 6]
+            addresses = frame[ip + 8 : ip + 40]
+            if protocol in (0, 43, 60) and segment + 8 <= len(frame):  # one extension header
+                protocol, segment = frame[segment], segment + 8 + frame[segment + 1] * 8
+        else:
+            return
+        if protocol == 6 and segment + 20 <= len(frame):
+            self._tcp(at_ns, frame, addresses, segment, end)
+        elif protocol == 17 and segment + 9 <= len(frame):
+            self._udp(frame, addresses, segment)
+
+    def finish(self) -> None:
+        """End of the capture: give out what waits behind gaps, close every flow as cut off."""
+        for flow in list(self._flows.values()):
+            self._end(flow, self.at_ns)
+
+    # --- UDP ---------------------------------------------------------------------------------
+
+    def _udp(self, frame: bytes, addresses: bytes, segment: int) -> None:
+        """Count QUIC's Initial packets towards port 443."""
+        if frame[segment + 2 : segment + 4] != b"\x01\xbb" or len(frame) < segment + 13:
+            return
+        first, version = frame[segment + 8], frame[segment + 9 : segment + 13]
+        if first & 0xC0 == 0xC0 and version in (b"\0\0\0\1", b"\x6b\x33\x43\xcf"):
+            key = addresses + frame[segment : segment + 4]
+            if len(self._quic) < FLOWS_MAX:
+                self._quic.add(key)
+
+    # --- TCP ---------------------------------------------------------------------------------
+
+    def _tcp(self, at_ns: int, frame: bytes, addresses: bytes, segment: int, end: int) -> None:
+        _, _, seq, ack, data_offset, flags = _TCP_HEAD.unpack_from(frame, segment)
+        start = segment + (data_offset >> 4) * 4
+        caught_end = end if end <= len(frame) else len(frame)
+        key = addresses + frame[segment : segment + 4]
+        half = self._halves.get(key)
+        if flags & _SYN:
+            self._syn(at_ns, key, half, seq, flags, addresses, segment, frame)
+            return
+        if half is None:
+            if start >= end:
+                return
+            payload = frame[start:caught_end]
+            half = self._join(at_ns, key, seq, addresses, frame, segment, payload)
+        flow = half.flow
+        if flow.dead:
+            return
+        other = flow.halves[half.sent]
+        if flags & _ACK and (
+            other.acked_seq is None or 0 < ((ack - other.acked_seq) % _SPACE) < _HALF_SPACE
+        ):
+            other.acked_seq = ack
+        if start < end:
+            self._segment(half, seq, frame[start:caught_end], end - start, at_ns)
+        if flags & (_FIN | _RST) or half.pending or other.pending:
+            self._after(half, other, flags, at_ns)
+
+    def _segment(self, half: Half, seq: int, data: bytes, length: int, at_ns: int) -> None:
+        if half.next_seq is None:
+            half.next_seq = seq
+        if seq == half.next_seq and not half.pending and len(data) == length:
+            half.next_seq = (seq + length) % _SPACE
+            self._listener.received(half, data, at_ns)
+            return
+        ahead = (seq - half.next_seq) % _SPACE
+        if ahead >= _HALF_SPACE:  # a repeat, perhaps with news at its end
+            behind = _SPACE - ahead
+            if length <= behind:
+                return
+            data, seq, ahead, length = data[behind:], half.next_seq, 0, length - behind
+        if len(data) < length:
+            self.losses["frames_cut_by_snap_length"] += 1
+        known = half.pending.get(seq)
+        if data and (known is None or len(known[0]) < len(data)):
+            half.pending_bytes += len(data) - (len(known[0]) if known else 0)
+            if not half.pending:
+                half.frames_since_gap = 0
+            half.pending[seq] = (data, at_ns)
+        self._drain(half)
+
+    def _drain(self, half: Half) -> None:
+        """Give out what has become contiguous."""
+        while half.pending:
+            assert half.next_seq is not None
+            found = half.pending.pop(half.next_seq, None)
+            if found is None:
+                found = self._overlapping(half)
+                if found is None:
+                    return
+            else:
+                half.pending_bytes -= len(found[0])
+            if found[0]:
+                half.next_seq = (half.next_seq + len(found[0])) % _SPACE
+                self._listener.received(half, *found)
+
+    def _overlapping(self, half: Half) -> tuple[bytes, int] | None:
+        """A waiting segment that begins before what is next, its known part cut off."""
+        assert half.next_seq is not None
+        for seq, (data, at_ns) in half.pending.items():
+            behind = (half.next_seq - seq) % _SPACE
+            if 0 < behind < _HALF_SPACE:
+                del half.pending[seq]
+                half.pending_bytes -= len(data)
+                return data[behind:], at_ns
+        return None
+
+    def _after(self, half: Half, other: Half, flags: int, at_ns: int) -> None:
+        """Decide which gaps are holes, and whether the connection ended."""
+        for each in (half, other):
+            if not each.pending:
+                continue
+            each.frames_since_gap += 1
+            if each.pending_bytes > REORDER_BYTES_MAX or (
+                each.frames_since_gap > REORDER_FRAMES_ACKED_MAX and self._acked_past_gap(each)
+            ):
+                self._give_up_gap(each)
+        if flags & _FIN:
+            half.finished = True
+        if flags & _RST or (
+            half.finished and other.finished and not half.pending and not other.pending
+        ):
+            self._end(half.flow, at_ns, clean=True)
+
+    def _acked_past_gap(self, half: Half) -> bool:
+        assert half.next_seq is not None
+        return (
+            half.acked_seq is not None
+            and 0 < (half.acked_seq - half.next_seq) % _SPACE < _HALF_SPACE
+        )
+
+    def _give_up_gap(self, half: Half) -> None:
+        """What is missing before the first waiting segment is lost."""
+        assert half.next_seq is not None
+        base = half.next_seq
+        first = min(half.pending, key=lambda seq: (seq - base) % _SPACE)
+        at_ns = half.pending[first][1]
+        self.losses["tcp_bytes_missing"] += (first - base) % _SPACE
+        self._listener.lost(half, (first - base) % _SPACE, at_ns)
+        half.next_seq = first
+        half.frames_since_gap = 0
+        self._drain(half)
+
+    # --- flows ---------------------------------------------------------------------------------
+
+    def _syn(
+        self,
+        at_ns: int,
+        key: bytes,
+        half: Half | None,
+        seq: int,
+        flags: int,
+        addresses: bytes,
+        segment: int,
+        frame: bytes,
+    ) -> None:
+        start = (seq + 1) % _SPACE
+        if half is not None and not half.flow.dead:
+            repeat = bool(flags & _ACK) or half.flow.first_seq == seq
+            if half.next_seq is None or repeat:
+                half.next_seq = start if half.next_seq is None else half.next_seq
+                return
+            self._end(half.flow, at_ns)
+        sent = not flags & _ACK
+        flow = self._new_flow(at_ns, key, addresses, frame, segment, sent, False, seq)
+        flow.halves[not sent].next_seq = start
+
+    def _join(
+        self,
+        at_ns: int,
+        key: bytes,
+        seq: int,
+        addresses: bytes,
+        frame: bytes,
+        segment: int,
+        payload: bytes,
+    ) -> Half:
+        """A connection whose SYN was not seen; guess who is the client."""
+        source = int.from_bytes(frame[segment : segment + 2])
+        target = int.from_bytes(frame[segment + 2 : segment + 4])
+        if payload[:1] == b"\x16" and payload[5:6] in (b"\x01", b"\x02"):
+            sent = payload[5:6] == b"\x01"
+        else:
+            sent = target < source
+        self._new_flow(at_ns, key, addresses, frame, segment, sent, True, seq)
+        return self._halves[key]
+
+    def _new_flow(
+        self,
+        at_ns: int,
+        key: bytes,
+        addresses: bytes,
+        frame: bytes,
+        segment: int,
+        sent: bool,
+        joined: bool,
+        first_seq: int,
+    ) -> Flow:
+        if len(self._flows) >= FLOWS_MAX:
+            self.losses["connections_evicted"] += 1
+            self._end(next(iter(self._flows.values())), at_ns)
+        middle = len(addresses) // 2
+        source = _address(addresses[:middle]), int.from_bytes(frame[segment : segment + 2])
+        target = _address(addresses[middle:]), int.from_bytes(frame[segment + 2 : segment + 4])
+        client, server = (source, target) if sent else (target, source)
+        name = f"pcap:{at_ns}:{client[0]}:{client[1]}-{server[0]}:{server[1]}"
+        reverse = _reverse(key)
+        keys = (key, reverse) if sent else (reverse, key)
+        flow = Flow(name, client, server, joined, keys, first_seq)
+        self._flows[keys[0]] = flow
+        for half, half_key in zip(flow.halves, keys, strict=True):
+            self._halves[half_key] = half
+        self._listener.opened(flow)
+        return flow
+
+    def _end(self, flow: Flow, at_ns: int, *, clean: bool = False) -> None:
+        if flow.dead:
+            return
+        for half in flow.halves:
+            while half.pending:
+                self._give_up_gap(half)
+        flow.dead = True
+        self._flows.pop(flow.keys[0], None)
+        # The halves stay known for stray packets behind the end, until the table fills up.
+        if len(self._halves) > 4 * FLOWS_MAX:
+            self._halves = {k: h for k, h in self._halves.items() if not h.flow.dead}
+        clean = clean or all(half.finished for half in flow.halves)
+        self._listener.closed(flow, at_ns, clean)
+        flow.tag = flow.halves[0].tag = flow.halves[1].tag = None
+
+
+def _reverse(key: bytes) -> bytes:
+    half = (len(key) - 4) // 2
+    return key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2]
+
+
+def _address(raw: bytes) -> str:
+    from ipaddress import ip_address
+
+    return str(ip_address(raw))
+
+
+def _network_layer(linktype: int, frame: bytes) -> int:
+    """Where IP begins in `frame`, or -1."""
+    if linktype == _ETHERNET:
+        at = 12
+        kind = frame[12:14]
+        while kind in (b"\x81\x00", b"\x88\xa8"):
+            at += 4
+            kind = frame[at : at + 2]
+        return at + 2 if kind in (b"\x08\x00", b"\x86\xdd") else -1
+    if linktype in (_RAW, _RAW_ALT, 228, 229):
+        return 0
+    if linktype == _LINUX_SLL:
+        return 16 if frame[14:16] in (b"\x08\x00", b"\x86\xdd") else -1
+    if linktype == _LINUX_SLL2:
+        return 20 if frame[:2] in (b"\x08\x00", b"\x86\xdd") else -1
+    if linktype in (_NULL, _LOOP):
+        return 4
+    return -1

@@ -1,0 +1,416 @@
+"""tshark as the decryptor: whole TLS records in, plaintext out, in order, from one process.
+
+tshark is slow per packet and loses its place at the first missing byte, so it is not given the
+capture. It reads a stream that `pcap.py` makes for it: connections already reassembled, several
+records a packet, one made-up address a connection. Per byte that costs a fraction, and exactly
+one line of output answers each packet. Where tshark answers nothing although a packet holds
+application data, or was not asked because records are missing, `tls.Opener` takes over.
+
+The thread of a `Decryptor` owns all of its plaintext state; the feeding thread only queues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import struct
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from capture import tls
+from capture.keylog import KeyLog
+from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
+
+# Work queued for one decryptor; each is at most one packet.
+QUEUED_MAX = 512
+# Packets given to one tshark before new connections go to a fresh one: it keeps all it has
+# decrypted in memory until it ends.
+TSHARK_BYTES_MAX = 192 << 20
+# Trial decryptions a run spends on connections joined in their middle.
+TRIALS_MAX = 4_000_000
+# A record kept to find out how many handshake records preceded the first data.
+SAMPLE_BYTES_MAX = 4_096
+
+_FILLER = struct.pack(">BxH", 0x45, 16_020) + bytes(5) + b"\xfd" + bytes(16_010)  # protocol 253
+_EXIT_SECONDS_MAX = 5.0
+
+
+class TsharkMissing(Exception):
+    """tshark is not installed."""
+
+
+@dataclass(slots=True, eq=False)
+class Plaintext:
+    """One direction of a connection as the decryptor's thread sees it."""
+
+    connection: Connection
+    direction: Direction
+    offset: int = 0
+    end_position: int | None = None  # of the last record dealt with, in the TCP stream
+    end_index: int = 0  # encrypted records up to there
+    base: int | None = None  # record number = index + base, once proven
+    sample: tuple[bytes, int] | None = None
+    opener: tls.Opener | None = None
+    asked_opener: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Keys:
+    """What a connection's hellos told; both directions share it."""
+
+    client_random: bytes | None = None
+    server_hello: tls.ServerHello | None = None
+    claimed: bytes | None = None  # by trial: the handshake that a joined connection belongs to
+    halves: dict[Direction, Plaintext] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Whole records of one direction; `index` counts its encrypted records before these."""
+
+    half: Plaintext
+    keys: Keys
+    payload: bytes
+    position: int
+    index: int
+    encrypted: int
+    at_ns: int
+    asked: bool  # tshark was given them
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Bytes of a connection that was never encrypted."""
+
+    half: Plaintext
+    data: bytes
+    lost: int
+    at_ns: int
+
+
+_Work = Records | Clear | TlsClosed | None
+_FILLED = Clear(Plaintext(Connection("filler", None), Direction.SENT), b"", 0, 0)  # type: ignore[arg-type]  # a mark, never given out
+
+
+class Decryptor:
+    """One tshark and the thread that pairs its output with what was asked."""
+
+    def __init__(
+        self, keys: KeyLog, keylog_path: Path, give: Callable[[TlsChunk | TlsClosed], None]
+    ) -> None:
+        self._keys = keys
+        self._keylog_path = keylog_path
+        self._give = give
+        self._work: queue.Queue[_Work] = queue.Queue(QUEUED_MAX)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failed = False
+        self._trials_left = TRIALS_MAX
+        self._claimed: set[bytes] = set()
+        self.losses: Counter[str] = Counter()
+        self.decrypted: set[str] = set()
+        self.fed_bytes = 0
+        self.open_connections = 0
+        self._thread = threading.Thread(target=self._run, name="decryptor", daemon=True)
+        self._thread.start()
+
+    # --- the feeding side --------------------------------------------------------------------
+
+    def ask(self, records: Records, packet: bytes) -> None:
+        """Have tshark decrypt `records`, which `packet` (IP) carries."""
+        if self._process is None:
+            self._process = start_tshark(self._keylog_path)
+        self._put(records)
+        self._write(packet)
+
+    def put(self, work: Records | Clear | TlsClosed) -> None:
+        """Queue what needs no tshark, in its place between what does."""
+        self._put(work)
+
+    def finish(self) -> None:
+        """No more work; returns at once."""
+        self._put(None)
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def join(self) -> None:
+        """Wait until everything was given out, and for tshark to be gone."""
+        self._thread.join()
+        self.kill()
+
+    def kill(self) -> None:
+        """End tshark, by its process id, if it is still there."""
+        process = self._process
+        if process is None:
+            return
+        if process.poll() is None:
+            try:
+                process.wait(0.5 if self._failed else _EXIT_SECONDS_MAX)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _put(self, work: _Work) -> None:
+        try:
+            self._work.put_nowait(work)
+        except queue.Full:
+            # tshark may sit on the last packets until its input buffer fills: fill it, or the
+            # thread would wait for tshark, tshark for us, and we for the thread.
+            if self._process is not None and not self._failed:
+                self._write(_FILLER)
+                self._work.put(_FILLED)
+            self._work.put(work)
+
+    def _write(self, packet: bytes) -> None:
+        size = len(packet)
+        self.fed_bytes += size
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(struct.pack("<IIII", 0, 0, size, size) + packet)
+            self._process.stdin.flush()
+        except OSError:
+            self._failed = True
+
+    # --- the decryptor's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            if isinstance(work, TlsClosed):
+                self._give(work)
+            elif isinstance(work, Records):
+                self._records(work)
+            elif work is _FILLED:
+                self._answer()
+            else:
+                work.half.offset += work.lost
+                self._plain(work.half, work.data, work.at_ns)
+
+    def _answer(self) -> bytes:
+        """tshark's line for the next packet: hexadecimal plaintext, a comma between records."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line and not self._failed:
+            self._failed = True
+        if not line:
+            self.losses["tshark_stopped"] = 1
+        return line.rstrip(b"\r\n")
+
+    def _records(self, work: Records) -> None:
+        half = work.half
+        line = self._answer() if work.asked else b""
+        data = bytes.fromhex(line.replace(b",", b"").decode()) if line else b""
+        if data:
+            if half.sample is None:
+                half.sample = _sample(work)
+            self._handled(half, work.position + len(work.payload), work.index + work.encrypted)
+            self._plain(half, data, work.at_ns)
+        elif work.encrypted:
+            self._open(work)
+
+    @staticmethod
+    def _handled(half: Plaintext, position: int, index: int) -> None:
+        half.end_position, half.end_index = position, index
+
+    def _plain(self, half: Plaintext, data: bytes, at_ns: int) -> None:
+        if not data:
+            return
+        self.decrypted.add(half.connection.id)
+        self._give(TlsChunk(half.connection, half.direction, half.offset, data, len(data), at_ns))
+        half.offset += len(data)
+
+    # --- without tshark ------------------------------------------------------------------------
+
+    def _open(self, work: Records) -> None:
+        """Decrypt records one by one, holes before and between them included."""
+        half, index, position = work.half, work.index, work.position
+        opener = self._opener(work)
+        for record in records_of(work.payload):
+            if opener is None or opener.hopeless:
+                self.losses["tls_records_undecryptable"] += 1
+            elif record[0] == tls.APPLICATION or not _tls13(opener):
+                self._open_one(work, opener, record, index, position)
+            index += record[0] != tls.CHANGE_CIPHER_SPEC
+            position += len(record)
+
+    def _open_one(
+        self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
+    ) -> None:
+        half = work.half
+        first, last = self._range(work, opener, index, len(record))
+        if last < first:
+            self.losses["tls_records_undecryptable"] += 1
+            return
+        opened = opener.open(record, first, last)
+        if opened is None:
+            # Handshake records under other keys come first; they hold no data.
+            if opener.key is not None or index >= tls.HANDSHAKE_RECORDS_MAX:
+                self.losses["tls_records_undecryptable"] += 1
+            return
+        kind, plain, number = opened
+        self._claim(work, opener)
+        lost = self._lost_plaintext(half, opener, number, position)
+        half.base = number - index
+        self._handled(half, position + len(record), index + 1)
+        if kind == tls.APPLICATION:
+            half.offset += lost
+            self._plain(half, plain, work.at_ns)
+
+    def _range(
+        self, work: Records, opener: tls.Opener, index: int, size: int
+    ) -> tuple[int, int]:
+        """Which record numbers to try."""
+        if work.keys.client_random is not None or work.keys.claimed is not None:
+            known = index + (work.half.base or 0)
+            if work.asked:  # nothing is missing; these may be handshake or tickets
+                ahead = 0
+            elif work.keys.client_random is None:
+                ahead = tls.TRIAL_RECORDS_MAX
+            else:
+                ahead = tls.LOST_RECORDS_MAX
+            return max(0, known - tls.HANDSHAKE_RECORDS_MAX), known + ahead
+        cost = len(opener) * tls.TRIAL_RECORDS_MAX
+        if opener.key is None and (size > tls.TRIAL_BYTES_MAX or cost > self._trials_left):
+            return 0, -1
+        self._trials_left -= cost if opener.key is None else 0
+        return 0, tls.TRIAL_RECORDS_MAX
+
+    def _opener(self, work: Records) -> tls.Opener | None:
+        half, keys = work.half, work.keys
+        sent = half.direction is Direction.SENT
+        random = keys.client_random or keys.claimed
+        if half.opener is None and random is not None and not half.asked_opener:
+            half.opener = tls.opener(self._keys, random, keys.server_hello, sent=sent)
+            half.asked_opener = keys.server_hello is not None
+            if half.opener is not None and half.sample is not None:
+                record, index = half.sample
+                opened = half.opener.open(
+                    record, max(0, index - tls.HANDSHAKE_RECORDS_MAX), index
+                )
+                half.base = opened[2] - index if opened else None
+                half.opener.skip_to(half.end_index + (half.base or 0))
+        elif half.opener is None and random is None and not half.asked_opener:
+            half.asked_opener = True
+            half.opener = tls.trial_opener(self._keys, self._claimed, sent=sent)
+        return half.opener
+
+    def _claim(self, work: Records, opener: tls.Opener) -> None:
+        """A joined connection's secret is known: the other direction need not be searched."""
+        keys = work.keys
+        if keys.client_random is not None or keys.claimed is not None or opener.secret is None:
+            return
+        keys.claimed = self._keys.handshake_of(opener.secret)
+        if keys.claimed is not None:
+            self._claimed.add(keys.claimed)
+            for half in keys.halves.values():
+                if half.opener is not opener:
+                    half.opener, half.asked_opener = None, False
+
+    @staticmethod
+    def _lost_plaintext(half: Plaintext, opener: tls.Opener, number: int, position: int) -> int:
+        """Plaintext bytes between the last record dealt with and this one; exact once calibrated."""
+        if half.end_position is None or position <= half.end_position or opener.key is None:
+            return 0
+        missing = 0 if half.base is None else number - (half.end_index + half.base)
+        return max(0, position - half.end_position - missing * opener.key.overhead)
+
+
+def _tls13(opener: tls.Opener) -> bool:
+    return opener.tls13
+
+
+def _sample(work: Records) -> tuple[bytes, int] | None:
+    """The first small application record of a packet, with its index."""
+    index = work.index
+    for record in records_of(work.payload):
+        if record[0] == tls.APPLICATION and len(record) <= SAMPLE_BYTES_MAX:
+            return record, index
+        index += record[0] != tls.CHANGE_CIPHER_SPEC
+    return None
+
+
+def records_of(payload: bytes) -> list[bytes]:
+    """Cut whole records apart."""
+    found: list[bytes] = []
+    at = 0
+    while at + 5 <= len(payload):
+        end = at + 5 + (payload[at + 3] << 8 | payload[at + 4])
+        found.append(payload[at:end])
+        at = end
+    return found
+
+
+def find_tshark() -> str:
+    """tshark's path; `TsharkMissing` with the command to run otherwise."""
+    path = shutil.which("tshark")
+    if path is None:
+        raise TsharkMissing("tshark is not installed; run: sudo apt install tshark")
+    return path
+
+
+def start_tshark(keylog_path: Path) -> subprocess.Popen[bytes]:
+    """Start tshark on a pcap that comes through its standard input."""
+    command = [find_tshark(), "-n", "-l", "-r", "-", "-T", "fields", "-e", "data.data"]
+    for name in ("http", "http2", "json", "websocket", "quic", "xml", "media", "image-jfif"):
+        command += ["--disable-protocol", name]
+    for option in (
+        f"tls.keylog_file:{keylog_path}",
+        "tls.desegment_ssl_application_data:FALSE",
+        "tcp.desegment_tcp_streams:FALSE",
+        "tcp.analyze_sequence_numbers:FALSE",
+        "tcp.track_bytes_in_flight:FALSE",
+        "tcp.calculate_timestamps:FALSE",
+        "ip.defragment:FALSE",
+    ):
+        command += ["-o", option]
+    # A user's own Wireshark profile must not change what we read.
+    environment = {
+        "PATH": os.environ.get("PATH", ""),
+        "LC_ALL": "C.UTF-8",
+        "HOME": str(keylog_path.parent),
+        "XDG_CONFIG_HOME": str(keylog_path.parent),
+    }
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        bufsize=1 << 18,
+    )
+    stdin: IO[bytes] | None = process.stdin
+    assert stdin is not None
+    stdin.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262_144, 101))
+    return process
+
+
+class PrivateKeyLog:
+    """The merged secrets in a file that only this user may read, gone when closed."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="halton-meter-"))  # mode 0700
+        self.path = self._folder / "keys.log"
+        descriptor = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
+
+    def add(self, text: bytes) -> None:
+        """Add key log lines; tshark reads what is appended while it runs."""
+        self._file.write(text.rstrip(b"\n") + b"\n")
+
+    def close(self) -> None:
+        """Delete it, with the folder that was ours alone."""
+        self._file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
