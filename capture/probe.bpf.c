@@ -1,0 +1,979 @@
+/* The kernel half of the uprobe capture: copies TLS plaintext of provider connections in scope.
+ *
+ * Deny by default. A connection is admitted when its host name is in `hosts` and its process is in
+ * scope (`in_scope`); nothing of any other connection reaches user space:
+ *  - the name is the SNI, given to SSL_set_tlsext_host_name or SSL_ctrl(55) before the handshake;
+ *  - without one (the connection is older than the probes, or the library hides that function) it
+ *    is the Host of the next HTTP/1 request head. That head, at most HEAD_BYTES_MAX of it, is read
+ *    into scratch memory, judged there, and discarded: it is not shown to user space unless
+ *    admitted. HTTP/2 without an SNI stays unknown (its names are compressed), hence uncopied.
+ *
+ * Loss is exact: each direction of a connection has an offset that moves on even when the ring is
+ * full or the copy fails; every record carries its offset, its true length and the part captured.
+ *
+ * Compiles in two ways from this one text, without kernel or libbpf headers in the second:
+ *   bcc (HALTON_BCC defined), or  clang -O2 -g -target bpf -D__TARGET_ARCH_x86 -c probe.bpf.c
+ * No kprobes, no CO-RE. Needs Linux 5.12 (ring buffer, bounded loops, variable stack offsets).
+ * User space's view of the records and maps is in protocol.py and loader.py.
+ */
+
+#ifndef RING_BYTES
+#define RING_BYTES (8 * 1024 * 1024)
+#endif
+#define PROCESS_RING_BYTES (256 * 1024)
+
+#define HOST_BYTES_MAX 128 /* longer names are nobody's we meter: denied */
+#define HEAD_BYTES_MAX 2048 /* how far into a request head we look for Host */
+#define PIECE_BYTES_MAX 16384 /* one TLS record; one ring record */
+#define PIECES_MAX 64 /* ring records a call: 1 MiB; the rest of a larger write is a hole */
+#define FRAMES_MAX 3 /* calls in progress on one thread: TLS in TLS, _ex within _ex2 */
+#define NESTED_STACK_BYTES 2048 /* an inner call's frame lies at most this far below its caller's */
+#define CONNECTIONS_MAX 16384
+#define DENIED_MAX 32768
+#define THREADS_MAX 32768
+#define TREE_MAX 65536
+#define HOSTS_MAX 4096
+#define UIDS_MAX 1024
+
+#ifdef HALTON_BCC
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/ptrace.h>
+#define SECTION(name)
+#else
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long s64;
+#define SECTION(name) __attribute__((section(name), used))
+#define BPF_ANY 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---- registers -------------------------------------------------------------------------- */
+
+#if defined(__TARGET_ARCH_arm64) || defined(__aarch64__)
+struct registers {
+	u64 x[31];
+	u64 sp;
+	u64 pc;
+};
+#define ARG1(r) ((r)->x[0])
+#define ARG2(r) ((r)->x[1])
+#define ARG3(r) ((r)->x[2])
+#define ARG4(r) ((r)->x[3])
+#define ARG5(r) ((r)->x[4])
+#define RESULT(r) ((r)->x[0])
+#define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
+#define ENTRY_SP_AT_RETURN(r) ((r)->sp)
+#else
+struct registers {
+	u64 r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax, ip, cs,
+		flags, sp, ss;
+};
+#define ARG1(r) ((r)->di)
+#define ARG2(r) ((r)->si)
+#define ARG3(r) ((r)->dx)
+#define ARG4(r) ((r)->cx)
+#define ARG5(r) ((r)->r8)
+#define RESULT(r) ((r)->ax)
+#define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
+#define ENTRY_SP_AT_RETURN(r) ((r)->sp - 8) /* `ret` has popped the return address */
+#endif
+
+/* ---- what user space reads (protocol.py) --------------------------------------------------- */
+
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6 };
+enum direction { SENT = 0, RECEIVED = 1 };
+enum record_flag { FLAG_JOINED = 1, FLAG_CUT = 2 };
+
+struct record {
+	u32 size; /* this header and the bytes that follow it: a frame, as it goes over the socket */
+	u16 kind;
+	u8 direction;
+	u8 flags;
+	u32 tgid;
+	u32 uid;
+	u64 ssl;
+	u64 opened_ns; /* with tgid and ssl, the connection's identity */
+	u64 at_ns; /* CLOCK_MONOTONIC */
+	u64 offset; /* of this chunk; of a CLOSE, the bytes sent in all */
+	u32 length;
+	u32 captured;
+};
+
+enum statistic {
+	STAT_CHUNKS, /* chunk records handed over */
+	STAT_RING_FULL_RECORDS,
+	STAT_RING_FULL_BYTES,
+	STAT_COPY_FAILED_BYTES,
+	STAT_CALL_TOO_LONG_BYTES,
+	STAT_REQUEST_CUT_BYTES,
+	STAT_CONNECTION_TABLE_FULL,
+	STAT_THREAD_TABLE_FULL,
+	STAT_NOTICES_LOST, /* OPEN, CLOSE or EXIT records that found the ring full */
+	STAT_PROCESS_RING_FULL,
+	STAT_HEADS_JUDGED,
+	STAT_HEADS_WITHOUT_HOST,
+	STAT_HTTP2_WITHOUT_NAME,
+	STAT_ADMITTED,
+	STAT_DENIED,
+	STATS,
+};
+
+/* ---- maps ---------------------------------------------------------------------------------- */
+
+enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8 };
+
+struct settings {
+	u32 scope;
+	u32 request_bytes_max; /* sent without anything received in between; more is cut */
+	u64 cgroup;
+	u32 cgroup_level;
+	u32 pid_namespace; /* 1: pids are those of the namespace below */
+	u64 namespace_device;
+	u64 namespace_inode;
+};
+
+struct key {
+	u64 ssl;
+	u32 tgid;
+	u32 zero;
+};
+
+struct connection {
+	u64 opened_ns;
+	u64 sent; /* offsets: plaintext bytes so far, captured or not */
+	u64 received;
+	u64 burst; /* sent since something was last received */
+	u64 lost_bytes;
+	u32 uid;
+	u8 announced;
+	u8 joined;
+	u8 closed; /* its CLOSE found the ring full: user space sweeps it up */
+	u8 unused;
+	char comm[16];
+	char host[HOST_BYTES_MAX];
+};
+
+struct frame {
+	u64 sp; /* 0: free */
+	u64 ssl;
+	u64 buffer;
+	u64 length_pointer;
+	u64 direction;
+};
+
+struct thread {
+	struct frame frame[FRAMES_MAX];
+};
+
+struct host_key {
+	u32 bits;
+	char reversed[HOST_BYTES_MAX]; /* a whole name ends in NUL, a suffix in '.' */
+};
+
+#ifdef HALTON_BCC
+BPF_ARRAY(settings, struct settings, 1);
+BPF_ARRAY(stats, u64, STATS);
+BPF_ARRAY(blank_connection, struct connection, 1);
+BPF_ARRAY(blank_thread, struct thread, 1);
+BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
+BPF_TABLE("lru_hash", struct key, u8, denied, DENIED_MAX);
+BPF_F_TABLE("hash", u64, struct thread, threads, THREADS_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, u8, tree, TREE_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, u8, owners, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, u8, uids, UIDS_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lpm_trie", struct host_key, u8, hosts, HOSTS_MAX, BPF_F_NO_PREALLOC);
+BPF_RINGBUF_OUTPUT(ring, RING_BYTES / 4096);
+BPF_RINGBUF_OUTPUT(process_ring, PROCESS_RING_BYTES / 4096);
+
+/* bcc rewrites these method calls, and only where it finds them written out. */
+INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
+INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
+INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
+INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
+INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
+INLINE int connections_set(struct key *k, struct connection *v) { return connections.update(k, v); }
+INLINE void connections_drop(struct key *k) { connections.delete(k); }
+INLINE u8 *denied_get(struct key *k) { return denied.lookup(k); }
+INLINE void denied_set(struct key *k, u8 *v) { denied.update(k, v); }
+INLINE void denied_drop(struct key *k) { denied.delete(k); }
+INLINE struct thread *threads_get(u64 *k) { return threads.lookup(k); }
+INLINE int threads_set(u64 *k, struct thread *v) { return threads.update(k, v); }
+INLINE void threads_drop(u64 *k) { threads.delete(k); }
+INLINE u8 *tree_get(u32 *k) { return tree.lookup(k); }
+INLINE void tree_set(u32 *k, u8 *v) { tree.update(k, v); }
+INLINE void tree_drop(u32 *k) { tree.delete(k); }
+INLINE u8 *owners_get(u32 *k) { return owners.lookup(k); }
+INLINE void owners_set(u32 *k, u8 *v) { owners.update(k, v); }
+INLINE void owners_drop(u32 *k) { owners.delete(k); }
+INLINE u8 *uids_get(u32 *k) { return uids.lookup(k); }
+INLINE u8 *hosts_get(struct host_key *k) { return hosts.lookup(k); }
+INLINE void *ring_reserve(u64 size) { return ring.ringbuf_reserve(size); }
+INLINE void ring_submit(void *p) { ring.ringbuf_submit(p, 0); }
+INLINE void *process_ring_reserve(u64 size) { return process_ring.ringbuf_reserve(size); }
+INLINE void process_ring_submit(void *p) { process_ring.ringbuf_submit(p, 0); }
+INLINE void process_ring_discard(void *p) { process_ring.ringbuf_discard(p, 0); }
+#else
+struct bpf_pidns_info {
+	u32 pid;
+	u32 tgid;
+};
+static void *(*bpf_map_lookup_elem)(void *, const void *) = (void *)1;
+static long (*bpf_map_update_elem)(void *, const void *, const void *, u64) = (void *)2;
+static long (*bpf_map_delete_elem)(void *, const void *) = (void *)3;
+static u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+static u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
+static u64 (*bpf_get_current_uid_gid)(void) = (void *)15;
+static long (*bpf_get_current_comm)(void *, u32) = (void *)16;
+static long (*bpf_probe_read_user)(void *, u32, const void *) = (void *)112;
+static long (*bpf_probe_read_kernel)(void *, u32, const void *) = (void *)113;
+static long (*bpf_probe_read_user_str)(void *, u32, const void *) = (void *)114;
+static long (*bpf_get_ns_current_pid_tgid)(u64, u64, void *, u32) = (void *)120;
+static u64 (*bpf_get_current_ancestor_cgroup_id)(int) = (void *)123;
+static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
+static void (*bpf_ringbuf_submit)(void *, u64) = (void *)132;
+static void (*bpf_ringbuf_discard)(void *, u64) = (void *)133;
+
+#define NO_PREALLOC 1
+#define MAP(name, map_type, key_type, value_type, size, flags) \
+	struct { \
+		int (*type)[map_type]; \
+		key_type *key; \
+		value_type *value; \
+		int (*max_entries)[size]; \
+		int (*map_flags)[flags]; \
+	} name SECTION(".maps")
+#define RING(name, bytes) \
+	struct { \
+		int (*type)[27]; \
+		int (*max_entries)[bytes]; \
+	} name SECTION(".maps")
+
+MAP(settings, 2, u32, struct settings, 1, 0);
+MAP(stats, 2, u32, u64, STATS, 0);
+MAP(blank_connection, 2, u32, struct connection, 1, 0);
+MAP(blank_thread, 2, u32, struct thread, 1, 0);
+MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
+MAP(denied, 9, struct key, u8, DENIED_MAX, 0);
+MAP(threads, 1, u64, struct thread, THREADS_MAX, NO_PREALLOC);
+MAP(tree, 1, u32, u8, TREE_MAX, NO_PREALLOC);
+MAP(owners, 1, u32, u8, CONNECTIONS_MAX, NO_PREALLOC);
+MAP(uids, 1, u32, u8, UIDS_MAX, NO_PREALLOC);
+MAP(hosts, 11, struct host_key, u8, HOSTS_MAX, NO_PREALLOC);
+RING(ring, RING_BYTES);
+RING(process_ring, PROCESS_RING_BYTES);
+
+INLINE struct settings *settings_get(u32 *k) { return bpf_map_lookup_elem(&settings, k); }
+INLINE u64 *stats_get(u32 *k) { return bpf_map_lookup_elem(&stats, k); }
+INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_elem(&blank_connection, k); }
+INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
+INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
+INLINE int connections_set(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_ANY); }
+INLINE void connections_drop(struct key *k) { bpf_map_delete_elem(&connections, k); }
+INLINE u8 *denied_get(struct key *k) { return bpf_map_lookup_elem(&denied, k); }
+INLINE void denied_set(struct key *k, u8 *v) { bpf_map_update_elem(&denied, k, v, BPF_ANY); }
+INLINE void denied_drop(struct key *k) { bpf_map_delete_elem(&denied, k); }
+INLINE struct thread *threads_get(u64 *k) { return bpf_map_lookup_elem(&threads, k); }
+INLINE int threads_set(u64 *k, struct thread *v) { return bpf_map_update_elem(&threads, k, v, BPF_ANY); }
+INLINE void threads_drop(u64 *k) { bpf_map_delete_elem(&threads, k); }
+INLINE u8 *tree_get(u32 *k) { return bpf_map_lookup_elem(&tree, k); }
+INLINE void tree_set(u32 *k, u8 *v) { bpf_map_update_elem(&tree, k, v, BPF_ANY); }
+INLINE void tree_drop(u32 *k) { bpf_map_delete_elem(&tree, k); }
+INLINE u8 *owners_get(u32 *k) { return bpf_map_lookup_elem(&owners, k); }
+INLINE void owners_set(u32 *k, u8 *v) { bpf_map_update_elem(&owners, k, v, BPF_ANY); }
+INLINE void owners_drop(u32 *k) { bpf_map_delete_elem(&owners, k); }
+INLINE u8 *uids_get(u32 *k) { return bpf_map_lookup_elem(&uids, k); }
+INLINE u8 *hosts_get(struct host_key *k) { return bpf_map_lookup_elem(&hosts, k); }
+INLINE void *ring_reserve(u64 size) { return bpf_ringbuf_reserve(&ring, size, 0); }
+INLINE void ring_submit(void *p) { bpf_ringbuf_submit(p, 0); }
+INLINE void *process_ring_reserve(u64 size) { return bpf_ringbuf_reserve(&process_ring, size, 0); }
+INLINE void process_ring_submit(void *p) { bpf_ringbuf_submit(p, 0); }
+INLINE void process_ring_discard(void *p) { bpf_ringbuf_discard(p, 0); }
+#endif
+
+/* ---- who is calling, and are they in scope -------------------------------------------------- */
+
+INLINE void count(u32 statistic, u64 by)
+{
+	u64 *counter = stats_get(&statistic);
+	if (counter)
+		__sync_fetch_and_add(counter, by);
+}
+
+/* The ids of the calling thread as /proc of the helper shows them (WSL2 and containers nest pid
+ * namespaces); a thread of another namespace keeps its global ids. */
+INLINE u64 current_ids(struct settings *s)
+{
+	u64 ids = bpf_get_current_pid_tgid();
+	if (s->pid_namespace) {
+		struct bpf_pidns_info inner = {};
+		if (!bpf_get_ns_current_pid_tgid(s->namespace_device, s->namespace_inode, &inner,
+						 sizeof(inner)))
+			ids = ((u64)inner.tgid << 32) | inner.pid;
+	}
+	return ids;
+}
+
+INLINE int in_scope(struct settings *s, u32 tgid)
+{
+	u8 *member = tree_get(&tgid);
+	if (member && *member == 2)
+		return 0; /* excluded, e.g. our own proxy */
+	int inside = 0;
+	if (s->scope & SCOPE_EVERYONE)
+		inside = 1;
+	if (s->scope & SCOPE_UIDS) {
+		u32 uid = bpf_get_current_uid_gid();
+		if (uids_get(&uid))
+			inside = 1;
+	}
+	if ((s->scope & SCOPE_TREES) && member)
+		inside = 1;
+	if (inside && (s->scope & SCOPE_CGROUP) &&
+	    bpf_get_current_ancestor_cgroup_id(s->cgroup_level) != s->cgroup)
+		inside = 0;
+	return inside;
+}
+
+/* ---- records -------------------------------------------------------------------------------- */
+
+INLINE void fill(struct record *r, u32 kind, struct key *key, struct connection *c, u64 now)
+{
+	r->size = sizeof(*r);
+	r->kind = kind;
+	r->direction = 0;
+	r->flags = c->joined ? FLAG_JOINED : 0;
+	r->tgid = key->tgid;
+	r->uid = c->uid;
+	r->ssl = key->ssl;
+	r->opened_ns = c->opened_ns;
+	r->at_ns = now;
+	r->offset = 0;
+	r->length = 0;
+	r->captured = 0;
+}
+
+struct open_record {
+	struct record head;
+	char comm[16];
+	char host[HOST_BYTES_MAX];
+};
+
+INLINE void announce(struct key *key, struct connection *c)
+{
+	struct open_record *r = ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_NOTICES_LOST, 1);
+		return; /* tried again before the next chunk */
+	}
+	fill(&r->head, KIND_OPEN, key, c, c->opened_ns);
+	r->head.size = sizeof(*r);
+	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
+	__builtin_memcpy(r->host, c->host, sizeof(r->host));
+	c->announced = 1;
+	ring_submit(r);
+}
+
+struct close_record {
+	struct record head;
+	u64 received;
+};
+
+INLINE void close_connection(struct key *key, struct connection *c)
+{
+	struct close_record *r = ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_NOTICES_LOST, 1);
+		c->closed = 1; /* kept, so that user space can find its final offsets */
+		return;
+	}
+	fill(&r->head, KIND_CLOSE, key, c, bpf_ktime_get_ns());
+	r->head.size = sizeof(*r);
+	r->head.offset = c->sent;
+	r->received = c->received;
+	ring_submit(r);
+	connections_drop(key);
+}
+
+INLINE void lost(struct connection *c, u32 statistic, u64 bytes)
+{
+	c->lost_bytes += bytes;
+	count(statistic, bytes);
+}
+
+struct chunk {
+	struct key *key;
+	struct connection *connection;
+	u64 *offset;
+	u64 address;
+	u64 now;
+	u32 direction;
+};
+
+/* One record of at most `room` plaintext bytes. The sizes of ring records must be constants for
+ * the verifier, hence the classes; powers of two waste at most half. */
+#define EMIT(room) \
+	do { \
+		struct { \
+			struct record head; \
+			char data[room]; \
+		} *r = ring_reserve(sizeof(*r)); \
+		if (!r) { \
+			count(STAT_RING_FULL_RECORDS, 1); \
+			lost(c->connection, STAT_RING_FULL_BYTES, length); \
+			break; \
+		} \
+		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now); \
+		r->head.direction = c->direction; \
+		r->head.offset = *c->offset; \
+		r->head.length = length; \
+		u64 wanted = length; \
+		if (wanted > room) \
+			wanted = room; \
+		/* clang knows the clamp is idle and would drop it; the verifier needs it */ \
+		asm volatile("" : "+r"(wanted)); \
+		if (wanted > room) \
+			wanted = room; \
+		if (bpf_probe_read_user(r->data, wanted, (void *)c->address)) { \
+			lost(c->connection, STAT_COPY_FAILED_BYTES, length); \
+			wanted = 0; \
+		} \
+		r->head.captured = wanted; \
+		r->head.size = sizeof(r->head) + wanted; \
+		count(STAT_CHUNKS, 1); \
+		ring_submit(r); \
+	} while (0)
+
+INLINE void emit_tail(struct chunk *c, u64 length)
+{
+	if (length <= 256)
+		EMIT(256);
+	else if (length <= 512)
+		EMIT(512);
+	else if (length <= 1024)
+		EMIT(1024);
+	else if (length <= 2048)
+		EMIT(2048);
+	else if (length <= 4096)
+		EMIT(4096);
+	else if (length <= 8192)
+		EMIT(8192);
+	else
+		EMIT(PIECE_BYTES_MAX);
+	*c->offset += length;
+}
+
+/* A record without data: user space learns of the hole at once, not with the next chunk. */
+INLINE void emit_hole(struct chunk *c, u64 length, u32 flags)
+{
+	struct record *r = ring_reserve(sizeof(*r));
+	if (r) {
+		fill(r, KIND_CHUNK, c->key, c->connection, c->now);
+		r->direction = c->direction;
+		r->flags |= flags;
+		r->offset = *c->offset;
+		r->length = length;
+		ring_submit(r);
+	}
+	*c->offset += length;
+}
+
+INLINE void copy_out(struct chunk *c, u64 total)
+{
+	struct connection *connection = c->connection;
+	struct settings *s;
+	u32 zero = 0;
+
+	if (!connection->announced)
+		announce(c->key, connection);
+	if (c->direction == SENT) {
+		s = settings_get(&zero);
+		connection->burst += total;
+		if (s && connection->burst > s->request_bytes_max) {
+			count(STAT_REQUEST_CUT_BYTES, total);
+			emit_hole(c, total, FLAG_CUT);
+			return;
+		}
+	} else {
+		connection->burst = 0;
+	}
+	for (int i = 0; i < PIECES_MAX; i++) {
+		if (total <= PIECE_BYTES_MAX)
+			break;
+		u64 length = PIECE_BYTES_MAX;
+		EMIT(PIECE_BYTES_MAX);
+		*c->offset += PIECE_BYTES_MAX;
+		c->address += PIECE_BYTES_MAX;
+		total -= PIECE_BYTES_MAX;
+	}
+	if (total <= PIECE_BYTES_MAX) {
+		emit_tail(c, total);
+	} else {
+		lost(connection, STAT_CALL_TOO_LONG_BYTES, total);
+		emit_hole(c, total, 0);
+	}
+}
+
+/* ---- which host: admit or deny --------------------------------------------------------------- */
+
+/* Scratch memory that a preempted probe owns alone: a record of the process ring, reserved, used
+ * and discarded, so never seen by user space. Loops keep their lengths in it and read them back
+ * through `volatile`: the verifier then forgets which turn ended the loop, else it would follow
+ * the rest of the program once for each. */
+struct name {
+	u32 length; /* without NUL */
+	u32 position;
+	char text[HOST_BYTES_MAX];
+	char reversed[HOST_BYTES_MAX];
+};
+
+struct head {
+	struct name name;
+	char text[HEAD_BYTES_MAX + 2 * HOST_BYTES_MAX];
+};
+
+#define REREAD(x) (*(volatile u32 *)&(x))
+
+/* Is the name on the list? Lower-cases it in place. */
+INLINE int wanted_host(struct name *n)
+{
+	struct host_key k;
+	u32 length = REREAD(n->length);
+
+	if (length == 0 || length >= HOST_BYTES_MAX - 1)
+		return 0;
+	__builtin_memset(n->reversed, 0, sizeof(n->reversed));
+	for (u32 i = 0; i < HOST_BYTES_MAX - 1; i++) {
+		length = REREAD(n->length);
+		if (i >= length)
+			break;
+		u32 from = (length - 1 - i) & (HOST_BYTES_MAX - 1);
+		char c = n->text[from];
+		if (c >= 'A' && c <= 'Z')
+			c += 32;
+		n->text[from] = c;
+		n->reversed[i] = c;
+	}
+	k.bits = (REREAD(n->length) + 1) * 8; /* with the NUL: no suffix can pass for a whole name */
+	if (bpf_probe_read_kernel(k.reversed, sizeof(k.reversed), n->reversed))
+		return 0;
+	return hosts_get(&k) != 0;
+}
+
+INLINE struct connection *admit(struct key *key, struct name *n, int joined)
+{
+	u32 zero = 0;
+	u8 one = 1;
+	struct connection *blank = blank_connection_get(&zero);
+	if (!blank)
+		return 0;
+	if (connections_set(key, blank)) {
+		count(STAT_CONNECTION_TABLE_FULL, 1);
+		return 0;
+	}
+	struct connection *c = connections_get(key);
+	if (!c)
+		return 0;
+	c->opened_ns = bpf_ktime_get_ns();
+	c->uid = bpf_get_current_uid_gid();
+	c->joined = joined;
+	bpf_get_current_comm(c->comm, sizeof(c->comm));
+	bpf_probe_read_kernel(c->host, sizeof(c->host), n->text);
+	owners_set(&key->tgid, &one);
+	denied_drop(key);
+	count(STAT_ADMITTED, 1);
+	announce(key, c);
+	return c;
+}
+
+INLINE void deny(struct key *key)
+{
+	u8 one = 1;
+	denied_set(key, &one);
+	count(STAT_DENIED, 1);
+}
+
+/* The client names the host it is about to connect to: a new connection, whatever was before. */
+INLINE int host_named(u64 ssl, u64 address)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	struct key key = {.ssl = ssl, .tgid = current_ids(s) >> 32};
+	struct connection *old = connections_get(&key);
+	if (old)
+		close_connection(&key, old);
+	if (!in_scope(s, key.tgid) || !address)
+		return 0;
+	struct name *n = process_ring_reserve(sizeof(*n));
+	if (!n) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0; /* its first request head will be judged instead */
+	}
+	__builtin_memset(n->text, 0, sizeof(n->text));
+	long length = bpf_probe_read_user_str(n->text, sizeof(n->text), (void *)address);
+	n->length = length > 0 ? length - 1 : 0;
+	if (wanted_host(n))
+		admit(&key, n, 0);
+	else
+		deny(&key);
+	process_ring_discard(n);
+	return 0;
+}
+
+INLINE int starts_a_request(const char *t)
+{
+	u32 word = *(u32 *)t;
+	return word == 0x54534f50 /* POST */ || word == 0x20544547 /* GET_ */ ||
+	       word == 0x20545550 /* PUT_ */ || word == 0x44414548 /* HEAD */ ||
+	       word == 0x43544150 /* PATC */ || word == 0x454c4544 /* DELE */ ||
+	       word == 0x4954504f /* OPTI */;
+}
+
+/* Where the name after "\nHost:" starts, 0 if there is none. One branch a turn: the verifier keeps
+ * every branch not yet taken on a stack of 8192. */
+INLINE void find_host(struct head *h)
+{
+	h->name.position = 0;
+	for (u32 i = 0; i < HEAD_BYTES_MAX - 8; i++) {
+		const char *t = &h->text[i];
+		u32 differs = (t[0] ^ '\n') | ((t[1] | 32) ^ 'h') | ((t[2] | 32) ^ 'o') |
+			      ((t[3] | 32) ^ 's') | ((t[4] | 32) ^ 't') | (t[5] ^ ':');
+		if (!differs) {
+			h->name.position = i + 6;
+			break;
+		}
+	}
+}
+
+INLINE void copy_name(struct head *h)
+{
+	u32 start = REREAD(h->name.position) & (HEAD_BYTES_MAX - 1);
+	__builtin_memset(h->name.text, 0, sizeof(h->name.text));
+	h->name.length = 0;
+	if (h->text[start] == ' ')
+		start += 1;
+	for (u32 i = 0; i < HOST_BYTES_MAX; i++) {
+		char at = h->text[start + i];
+		if (at <= ' ' || at == ':')
+			break;
+		h->name.text[i] = at;
+		h->name.length = i + 1;
+	}
+}
+
+/* A write on a connection whose name we never saw: judge it by the Host of its request head. */
+INLINE struct connection *judge(struct key *key, u64 address, u64 total)
+{
+	struct connection *c = 0;
+	char first[8] = {};
+
+	if (total < 16 || bpf_probe_read_user(first, sizeof(first), (void *)address))
+		return 0;
+	if (*(u64 *)first == 0x5448202a20495250ULL /* "PRI * HT" */) {
+		count(STAT_HTTP2_WITHOUT_NAME, 1);
+		return 0;
+	}
+	if (!starts_a_request(first))
+		return 0;
+	struct head *h = process_ring_reserve(sizeof(*h));
+	if (!h) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	u64 wanted = total;
+	if (wanted > HEAD_BYTES_MAX)
+		wanted = HEAD_BYTES_MAX;
+	asm volatile("" : "+r"(wanted));
+	if (wanted > HEAD_BYTES_MAX)
+		wanted = HEAD_BYTES_MAX;
+	count(STAT_HEADS_JUDGED, 1);
+	if (!bpf_probe_read_user(h->text, wanted, (void *)address)) {
+		h->text[wanted] = 0; /* what follows is another record's past */
+		find_host(h);
+		if (REREAD(h->name.position) == 0 || REREAD(h->name.position) >= wanted) {
+			count(STAT_HEADS_WITHOUT_HOST, 1);
+		} else {
+			copy_name(h);
+			if (wanted_host(&h->name))
+				c = admit(key, &h->name, 1);
+			else
+				deny(key);
+		}
+	}
+	process_ring_discard(h);
+	return c;
+}
+
+/* ---- reads and writes ------------------------------------------------------------------------ */
+
+INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s);
+	u64 sp = ENTRY_SP_AT_ENTRY(r);
+	struct key key = {.ssl = ARG1(r), .tgid = ids >> 32};
+
+	if (!connections_get(&key)) {
+		if (direction == RECEIVED || !in_scope(s, key.tgid) || denied_get(&key))
+			return 0;
+	}
+	struct thread *t = threads_get(&ids);
+	if (!t) {
+		struct thread *blank = blank_thread_get(&zero);
+		if (!blank)
+			return 0;
+		if (threads_set(&ids, blank)) {
+			count(STAT_THREAD_TABLE_FULL, 1);
+			return 0;
+		}
+		t = threads_get(&ids);
+		if (!t)
+			return 0;
+	}
+	/* Frames at or below this stack pointer have ended without a return probe; one just above,
+	 * for the same SSL*, is SSL_write_ex around SSL_write_ex2 or the like: counted once, there. */
+	struct frame *slot = 0;
+#pragma unroll
+	for (int i = 0; i < FRAMES_MAX; i++) {
+		struct frame *f = &t->frame[i];
+		if (f->sp && f->sp <= sp)
+			f->sp = 0;
+		if (f->sp && f->ssl == key.ssl && f->direction == direction &&
+		    f->sp - sp < NESTED_STACK_BYTES)
+			return 0;
+		if (!f->sp && !slot)
+			slot = f;
+	}
+	if (!slot)
+		slot = &t->frame[0];
+	slot->sp = sp;
+	slot->ssl = key.ssl;
+	slot->buffer = ARG2(r);
+	slot->length_pointer = length_pointer;
+	slot->direction = direction;
+	return 0;
+}
+
+INLINE int leave(struct registers *r, int ex)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s);
+	struct thread *t = threads_get(&ids);
+	if (!t)
+		return 0;
+	u64 sp = ENTRY_SP_AT_RETURN(r);
+	struct frame f = {};
+#pragma unroll
+	for (int i = 0; i < FRAMES_MAX; i++) {
+		if (t->frame[i].sp == sp) {
+			f = t->frame[i];
+			t->frame[i].sp = 0;
+		}
+	}
+	if (!f.sp)
+		return 0;
+	u64 total = 0;
+	if (ex) {
+		if ((int)RESULT(r) != 1 || bpf_probe_read_user(&total, sizeof(total), (void *)f.length_pointer))
+			return 0;
+	} else {
+		if ((int)RESULT(r) <= 0)
+			return 0;
+		total = (u32)RESULT(r);
+	}
+	if (total == 0 || total > 0x7fffffff)
+		return 0;
+	struct key key = {.ssl = f.ssl, .tgid = ids >> 32};
+	struct connection *c = connections_get(&key);
+	if (!c && f.direction == SENT)
+		c = judge(&key, f.buffer, total);
+	if (!c)
+		return 0;
+	struct chunk chunk = {
+		.key = &key,
+		.connection = c,
+		.offset = &c->sent,
+		.address = f.buffer,
+		.now = bpf_ktime_get_ns(),
+		.direction = f.direction,
+	};
+	if (f.direction == RECEIVED)
+		chunk.offset = &c->received;
+	copy_out(&chunk, total);
+	return 0;
+}
+
+SECTION("uprobe/enter_read") int enter_read(struct registers *r) { return enter(r, RECEIVED, 0); }
+SECTION("uprobe/enter_read_ex") int enter_read_ex(struct registers *r) { return enter(r, RECEIVED, ARG4(r)); }
+SECTION("uprobe/enter_write") int enter_write(struct registers *r) { return enter(r, SENT, 0); }
+SECTION("uprobe/enter_write_ex") int enter_write_ex(struct registers *r) { return enter(r, SENT, ARG4(r)); }
+SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { return enter(r, SENT, ARG5(r)); }
+SECTION("uprobe/leave_plain") int leave_plain(struct registers *r) { return leave(r, 0); }
+SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1); }
+
+/* ---- names and ends -------------------------------------------------------------------------- */
+
+SECTION("uprobe/enter_ctrl") int enter_ctrl(struct registers *r)
+{
+	return (u32)ARG2(r) == 55 /* SSL_CTRL_SET_TLSEXT_HOSTNAME */ ? host_named(ARG1(r), ARG4(r)) : 0;
+}
+
+SECTION("uprobe/enter_set_host") int enter_set_host(struct registers *r)
+{
+	return host_named(ARG1(r), ARG2(r));
+}
+
+/* SSL_free, SSL_clear: the pointer may serve another connection next. */
+SECTION("uprobe/enter_free") int enter_free(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	struct key key = {.ssl = ARG1(r), .tgid = current_ids(s) >> 32};
+	struct connection *c = connections_get(&key);
+	if (c)
+		close_connection(&key, c);
+	else
+		denied_drop(&key);
+	return 0;
+}
+
+/* SSL_shutdown: the client will send no more, but may still read. */
+SECTION("uprobe/enter_shutdown") int enter_shutdown(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	struct key key = {.ssl = ARG1(r), .tgid = current_ids(s) >> 32};
+	struct connection *c = connections_get(&key);
+	if (!c)
+		return 0;
+	struct record *record = ring_reserve(sizeof(*record));
+	if (!record)
+		return 0; /* SSL_free or the process's end will tell */
+	fill(record, KIND_SHUTDOWN, &key, c, bpf_ktime_get_ns());
+	ring_submit(record);
+	return 0;
+}
+
+/* ---- processes ------------------------------------------------------------------------------- */
+
+INLINE int forked(u32 child)
+{
+	u32 parent = bpf_get_current_pid_tgid() >> 32;
+	u8 *member = tree_get(&parent);
+	if (member) {
+		u8 value = *member;
+		tree_set(&child, &value);
+	}
+	return 0;
+}
+
+/* The tracepoint's layout changed in 6.13 or so; user space reads its format and picks one. For a
+ * new thread `child` is its thread id: harmless, and dropped when the thread exits. */
+struct fork_arguments_arrays {
+	u64 common;
+	char parent_comm[16];
+	u32 parent;
+	char child_comm[16];
+	u32 child;
+};
+struct fork_arguments_locations {
+	u64 common;
+	u32 parent_comm;
+	u32 parent;
+	u32 child_comm;
+	u32 child;
+};
+SECTION("tracepoint/fork_arrays") int fork_arrays(struct fork_arguments_arrays *a) { return forked(a->child); }
+SECTION("tracepoint/fork_locations") int fork_locations(struct fork_arguments_locations *a) { return forked(a->child); }
+
+struct process_record {
+	struct record head;
+	char comm[16];
+};
+
+SECTION("raw_tracepoint/sched_process_exec") int on_exec(void *unused)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u32 tgid = current_ids(s) >> 32;
+	u8 *owner = owners_get(&tgid);
+	if (owner) { /* its connections went with its memory */
+		struct record *gone = ring_reserve(sizeof(*gone));
+		if (gone) {
+			__builtin_memset(gone, 0, sizeof(*gone));
+			gone->size = sizeof(*gone);
+			gone->kind = KIND_EXIT;
+			gone->tgid = tgid;
+			gone->at_ns = bpf_ktime_get_ns();
+			ring_submit(gone);
+		} else {
+			count(STAT_NOTICES_LOST, 1);
+		}
+		owners_drop(&tgid);
+	}
+	if (!in_scope(s, tgid))
+		return 0;
+	struct process_record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->head.size = sizeof(*r);
+	r->head.kind = KIND_EXEC;
+	r->head.tgid = tgid;
+	r->head.uid = bpf_get_current_uid_gid();
+	r->head.at_ns = bpf_ktime_get_ns();
+	bpf_get_current_comm(r->comm, sizeof(r->comm));
+	process_ring_submit(r);
+	return 0;
+}
+
+SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s);
+	u32 tgid = ids >> 32, tid = ids;
+	threads_drop(&ids);
+	u32 global_tid = bpf_get_current_pid_tgid();
+	tree_drop(&global_tid);
+	if (tid != tgid || !owners_get(&tgid))
+		return 0;
+	struct record *r = ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_NOTICES_LOST, 1);
+		return 0;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_EXIT;
+	r->tgid = tgid;
+	r->at_ns = bpf_ktime_get_ns();
+	owners_drop(&tgid);
+	ring_submit(r);
+	return 0;
+}
+
+#ifndef HALTON_BCC
+char _license[] SECTION("license") = "GPL";
+#endif
