@@ -1,0 +1,300 @@
+"""Which project a process works for: the first of eight signs that is there.
+
+The order is the product's promise: HALTON_PROJECT, `.haltonrc` in a parent folder, the IDE's
+workspace, the git repository, the parent processes, the folder's name, `misc`; a process in a
+container is `docker:NAME` unless its HALTON_PROJECT says otherwise. Nothing is executed, git least
+of all: a repository's configuration can name commands. Every file read is bounded, must be a
+regular file, and is read with the rights of whoever runs this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from halton_meter.model import Process
+
+DEFAULT_PROJECT = "misc"
+
+PARENT_FOLDERS_MAX = 40
+PARENT_PROCESSES_MAX = 16
+NAME_CHARACTERS_MAX = 100
+FILE_BYTES_MAX = 64 * 1024
+FOLDER_NAMES_MAX = 2000
+PROCESSES_REMEMBERED_MAX = 2048
+
+# Folders whose name says nothing about the work done there.
+_NAMELESS = frozenset({"", "tmp", "root", "home", "usr", "bin", "opt", "var", "srv", "mnt", "src"})
+_CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
+_BRANCH = re.compile(r"ref:\s*refs/heads/(\S.{0,254})")
+_RC_LINE = re.compile(r"""project\s*[=:]\s*(["']?)(.*?)\1\s*(#.*)?""")
+
+
+class Files(Protocol):
+    """What attribution may ask of the file system; each answer is None when it cannot be had."""
+
+    def read(self, path: str) -> bytes | None:
+        """At most FILE_BYTES_MAX bytes of the regular file `path`."""
+
+    def is_folder(self, path: str) -> bool:
+        """Whether `path` is a folder."""
+
+    def workspace_file(self, folder: str) -> str | None:
+        """The name of a `*.code-workspace` file in `folder`, if there is exactly one."""
+
+    def cwd_of(self, pid: int) -> str | None:
+        """The working folder of a running process."""
+
+    def home_of(self, uid: int | None) -> str | None:
+        """The home of an account."""
+
+
+class LocalFiles:
+    """`Files` on this machine."""
+
+    def read(self, path: str) -> bytes | None:
+        """See `Files`. A pipe or device is not opened for real: the read can never hang."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except (OSError, ValueError):
+            return None
+        try:
+            return os.read(fd, FILE_BYTES_MAX) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def is_folder(self, path: str) -> bool:
+        """See `Files`."""
+        try:
+            return os.path.isdir(path)
+        except ValueError:
+            return False
+
+    def workspace_file(self, folder: str) -> str | None:
+        """See `Files`. A folder of more than FOLDER_NAMES_MAX entries is not searched further."""
+        found: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for count, entry in enumerate(entries):
+                    if entry.name.endswith(".code-workspace"):
+                        found.append(entry.name)
+                    if count >= FOLDER_NAMES_MAX or len(found) > 1:
+                        break
+        except (OSError, ValueError):
+            return None
+        return found[0] if len(found) == 1 else None
+
+    def cwd_of(self, pid: int) -> str | None:
+        """See `Files`."""
+        try:
+            return os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            return None
+
+    def home_of(self, uid: int | None) -> str | None:
+        """See `Files`."""
+        import pwd
+
+        try:
+            return pwd.getpwuid(uid).pw_dir if uid is not None else None
+        except KeyError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a folder says: the project, and the HEAD file that tells the branch."""
+
+    project: str | None
+    head_path: str | None
+
+
+class Attribution:
+    """Names projects, remembering each process's answer; only its branch is looked up anew."""
+
+    def __init__(self, files: Files | None = None) -> None:
+        self._files: Files = LocalFiles() if files is None else files
+        self._known: OrderedDict[tuple[int, int, str | None], _Place] = OrderedDict()
+
+    def __call__(self, process: Process) -> tuple[str | None, str | None]:
+        """The project and the git branch (None: no repository, or a detached head)."""
+        key = (process.pid, process.started_ns, process.cwd)
+        place = self._known.get(key)
+        if place is None:
+            place = self._known[key] = self._place(process)
+            if len(self._known) > PROCESSES_REMEMBERED_MAX:
+                self._known.popitem(last=False)
+        return place.project, self._branch(place.head_path)
+
+    def _place(self, process: Process) -> _Place:
+        hint = clean_name(process.project_hint)
+        if process.container is not None:
+            return _Place(hint or f"docker:{_container_name(process.container)}", None)
+        cwd = _folder(process.cwd)
+        home = self._files.home_of(process.uid)
+        git = self._repository(cwd, home) if cwd else None
+        project = (
+            hint
+            or (cwd and (self._rc(cwd) or self._workspace(cwd, home)))
+            or (git and git.project)
+            or self._from_parents(process, home)
+            or (cwd and _folder_name(cwd, home))
+            or DEFAULT_PROJECT
+        )
+        return _Place(project, git.head_path if git else None)
+
+    def _rc(self, cwd: str) -> str | None:
+        for folder in _upward(cwd):
+            raw = self._files.read(f"{folder}/.haltonrc")
+            if raw is not None and (name := _rc_project(raw)):
+                return name
+        return None
+
+    def _workspace(self, cwd: str, home: str | None) -> str | None:
+        for folder in _upward(cwd):
+            if folder in (home, ""):
+                return None  # ~/.vscode holds extensions, not a workspace
+            name = self._workspace_here(folder)
+            if name:
+                return name
+        return None
+
+    def _workspace_here(self, folder: str) -> str | None:
+        if self._files.is_folder(f"{folder}/.idea"):
+            named = self._files.read(f"{folder}/.idea/.name")
+            return _text_name(named) or clean_name(PurePosixPath(folder).name)
+        workspace = self._files.workspace_file(folder)
+        if workspace is not None:
+            return clean_name(workspace.removesuffix(".code-workspace"))
+        if self._files.is_folder(f"{folder}/.vscode"):
+            return clean_name(PurePosixPath(folder).name)
+        return None
+
+    def _repository(self, cwd: str, home: str | None) -> _Place | None:
+        for folder in _upward(cwd):
+            dot_git = f"{folder}/.git"
+            git: str | None
+            if self._files.is_folder(dot_git):
+                git, common = dot_git, dot_git
+            elif (raw := self._files.read(dot_git)) is not None:
+                git = _git_link(raw, folder)
+                common = self._common_git(git or "")
+            else:
+                continue
+            if not git or self._files.read(f"{git}/HEAD") is None:
+                continue
+            if folder == home:
+                return None  # dotfiles under version control do not make home a project
+            name = self._origin_name(common) or _repository_folder(common, folder)
+            return _Place(name, f"{git}/HEAD")
+        return None
+
+    def _common_git(self, git: str) -> str:
+        """The repository that a worktree's (or submodule's) git folder belongs to."""
+        raw = self._files.read(f"{git}/commondir")
+        text = _first_line(raw) if raw is not None else None
+        return os.path.normpath(os.path.join(git, text)) if text else git
+
+    def _origin_name(self, git: str) -> str | None:
+        raw = self._files.read(f"{git}/config")
+        section = ""
+        for line in map(str.strip, (raw or b"").decode(errors="replace").splitlines()):
+            if line.startswith("["):
+                section = line
+            elif section == '[remote "origin"]' and line.replace(" ", "").startswith("url="):
+                url = line.partition("=")[2].strip().rstrip("/")
+                return clean_name(re.split(r"[/:]", url)[-1].removesuffix(".git"))
+        return None
+
+    def _from_parents(self, process: Process, home: str | None) -> str | None:
+        for pid, _ in process.parents[:PARENT_PROCESSES_MAX]:
+            cwd = _folder(self._files.cwd_of(pid)) if pid > 1 else None
+            if cwd is None or cwd == _folder(process.cwd):
+                continue
+            name = self._rc(cwd) or self._workspace(cwd, home)
+            git = self._repository(cwd, home)
+            if name or git:
+                return name or (git.project if git else None)
+        return None
+
+    def _branch(self, head_path: str | None) -> str | None:
+        raw = self._files.read(head_path) if head_path else None
+        found = _BRANCH.fullmatch(_first_line(raw) or "") if raw is not None else None
+        return clean_name(found[1]) if found else None
+
+
+def clean_name(name: str | None) -> str | None:
+    """A name fit to be shown and stored: one line, printable, bounded; None when none is left."""
+    if name is None:
+        return None
+    text = "".join(c for c in name[: NAME_CHARACTERS_MAX * 4] if c.isprintable()).strip()
+    return text[:NAME_CHARACTERS_MAX].strip() or None
+
+
+def _folder(path: str | None) -> str | None:
+    """An absolute, normal path without a trailing slash ("" is the root), or None."""
+    if not path or not path.startswith("/"):
+        return None
+    path = path.removesuffix(" (deleted)")
+    return "/" + os.path.normpath(path).strip("/") if path.strip("/") else ""
+
+
+def _upward(folder: str) -> list[str]:
+    folders = [folder]
+    while folder and len(folders) < PARENT_FOLDERS_MAX:
+        folder = folder.rpartition("/")[0]
+        folders.append(folder)
+    return folders
+
+
+def _first_line(raw: bytes) -> str | None:
+    return raw.decode(errors="replace").partition("\n")[0].strip() or None
+
+
+def _text_name(raw: bytes | None) -> str | None:
+    return clean_name(_first_line(raw)) if raw else None
+
+
+def _rc_project(raw: bytes) -> str | None:
+    """The project a `.haltonrc` names: `project = "name"`, `project: name`, or one bare line."""
+    if b"\0" in raw:
+        return None
+    lines = [line.strip() for line in raw.decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("#", "["))]
+    for line in lines:
+        if found := _RC_LINE.fullmatch(line):
+            return clean_name(found[2])
+    bare = len(lines) == 1 and not re.search(r"[=:{}\"]", lines[0])
+    return clean_name(lines[0]) if bare else None
+
+
+def _git_link(raw: bytes, folder: str) -> str | None:
+    """Where a `.git` file ("gitdir: PATH") of a worktree or submodule points."""
+    line = _first_line(raw) or ""
+    target = line.removeprefix("gitdir:").strip() if line.startswith("gitdir:") else ""
+    return os.path.normpath(os.path.join(folder or "/", target)) if target else None
+
+
+def _repository_folder(common: str, folder: str) -> str | None:
+    main = common.removesuffix("/.git") if common.endswith("/.git") else folder
+    return clean_name(PurePosixPath(main).name.removesuffix(".git"))
+
+
+def _folder_name(cwd: str, home: str | None) -> str | None:
+    name = PurePosixPath(cwd or "/").name
+    if cwd == home or name in _NAMELESS:
+        return None
+    return clean_name(name)
+
+
+def _container_name(container: str) -> str:
+    if _CONTAINER_ID.fullmatch(container):
+        return container[:12]
+    return clean_name(container.removeprefix("docker:")) or "unknown"

@@ -1,0 +1,195 @@
+"""What the user has chosen: where state lives, whose state it is, and `config.toml` in it.
+
+Everything is optional; a file that says something unknown or wrong is refused with its line, so
+that a misspelt option is never silently off. This file writes nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_BYTES_MAX = 256 * 1024
+HOSTS_MAX = 256
+
+# A host name, or "*." and one: what the kernel's list can hold.
+_HOST = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}|localhost")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names file, line and remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whose processes are metered and whose files are written: the person, not root under sudo."""
+
+    uid: int
+    gid: int
+    name: str
+    home: Path
+    shell: str = "/bin/sh"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The contents of `config.toml`.
+
+    `openai_compatible_hosts` are metered besides the known providers. `users` are names of
+    accounts whose processes the service meters besides the owner's; `all_users` means everybody.
+    `bodies` would keep requests and responses: off unless asked for. `loader` is "auto", "bcc"
+    or "libbpf".
+    """
+
+    openai_compatible_hosts: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    all_users: bool = False
+    bodies: bool = False
+    loader: str = "auto"
+
+
+_TYPES: dict[str, type] = {
+    "openai_compatible_hosts": list,
+    "users": list,
+    "all_users": bool,
+    "bodies": bool,
+    "loader": str,
+}
+# Tables that other parts read out of the same file.
+_FOREIGN_TABLES = frozenset({"pricing", "proxy", "dashboard", "budgets", "sync", "attribution"})
+
+
+def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
+    """The person who typed the command: under sudo the one who called sudo, else the process's."""
+    import pwd
+
+    environ = os.environ if environ is None else environ
+    uid = os.getuid()
+    sudo_uid = environ.get("SUDO_UID", "")
+    if uid == 0 and sudo_uid.isascii() and sudo_uid.isdigit():
+        uid = int(sudo_uid)
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        home = Path(environ.get("HOME", "/")) if uid == os.getuid() else Path("/")
+        return Account(uid, os.getgid(), str(uid), home)
+    return Account(
+        uid, entry.pw_gid, entry.pw_name, Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
+    )
+
+
+def account_named(name: str) -> Account:
+    """The account of that name or numeric id. Raises ConfigError when there is none."""
+    import pwd
+
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        raise ConfigError(f"there is no user {name!r} here; see: getent passwd") from None
+    return Account(
+        entry.pw_uid, entry.pw_gid, entry.pw_name, Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
+    )
+
+
+def home_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where state lives: HALTON_METER_HOME, else `.halton-meter` in the person's home.
+
+    Under sudo that is the home of the person who called it: root's own is never meant.
+    """
+    environ = os.environ if environ is None else environ
+    named = environ.get("HALTON_METER_HOME")
+    if named:
+        return Path(named).expanduser().absolute()
+    if environ.get("SUDO_UID") and hasattr(os, "getuid") and os.getuid() == 0:
+        return invoking_account(environ).home / ".halton-meter"
+    return Path(environ.get("HOME") or Path.home()) / ".halton-meter"
+
+
+def load(home: Path) -> Config:
+    """Read `config.toml` in `home`; without one, the defaults. Raises ConfigError."""
+    path = home / "config.toml"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(CONFIG_BYTES_MAX + 1)
+    except FileNotFoundError:
+        return Config()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(raw) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
+    return parse(raw, str(path))
+
+
+def parse(raw: bytes, name: str) -> Config:
+    """Read the text of a configuration file; `name` is for messages. Raises ConfigError."""
+    import tomllib
+
+    try:
+        text = raw.decode()
+        table = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{name}:{line}: not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    for key, value in table.items():
+        _check(key, value, text, name)
+    known: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in table.items()
+        if key in _TYPES
+    }
+    return Config(**known)
+
+
+def is_host(name: str) -> bool:
+    """True for a host name or "*." and one."""
+    return len(name) <= 253 and _HOST.fullmatch(name) is not None
+
+
+def _check(key: str, value: Any, text: str, name: str) -> None:
+    where = f"{name}:{_line_of(key, text)}"
+    if key in _FOREIGN_TABLES and isinstance(value, dict):
+        return
+    expected = _TYPES.get(key)
+    if expected is None:
+        known = ", ".join(sorted(_TYPES))
+        raise ConfigError(f"{where}: unknown setting {key!r}; known are {known}")
+    if not isinstance(value, expected):
+        names = {list: "a list of strings", bool: "true or false", str: "a string"}
+        raise ConfigError(f"{where}: {key} must be {names[expected]}, not {value!r}")
+    if isinstance(value, list):
+        _check_list(key, value, where)
+    if key == "loader" and value not in ("auto", "bcc", "libbpf"):
+        raise ConfigError(f'{where}: loader must be "auto", "bcc" or "libbpf", not {value!r}')
+
+
+def _check_list(key: str, value: list[Any], where: str) -> None:
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise ConfigError(f"{where}: {key} must be a list of strings, not {item!r}")
+        if key == "openai_compatible_hosts" and not is_host(item):
+            raise ConfigError(
+                f"{where}: {item!r} is not a host name; write it bare and in lower case, "
+                'such as "llm.example.com" or "*.example.com"'
+            )
+    if len(value) > HOSTS_MAX:
+        raise ConfigError(f"{where}: {key} holds more than {HOSTS_MAX} entries")
+
+
+def _line_of(key: str, text: str) -> int:
+    pattern = re.compile(rf'\[?\s*"?{re.escape(key)}"?\s*[\]=.]')
+    for number, line in enumerate(text.splitlines(), 1):
+        if pattern.match(line.strip()):
+            return number
+    return 1
+
+
+def is_root() -> bool:
+    """True when this process may attach probes and change users."""
+    return sys.platform != "win32" and os.geteuid() == 0

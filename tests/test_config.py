@@ -1,0 +1,55 @@
+"""config.toml: what it may say, and how it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from halton_meter.config import Config, ConfigError, home_folder, load, parse
+
+
+def test_no_file_means_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path) == Config()
+
+
+def test_everything_that_can_be_said() -> None:
+    text = b"""
+openai_compatible_hosts = ["llm.example.com", "*.inference.example"]
+users = ["ann"]
+all_users = false
+bodies = false
+loader = "libbpf"
+
+[pricing]
+anything = 1
+"""
+    assert parse(text, "config.toml") == Config(
+        openai_compatible_hosts=("llm.example.com", "*.inference.example"),
+        users=("ann",),
+        loader="libbpf",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\n\nall_user = true", r"c\.toml:3: unknown setting 'all_user'"),
+        (b"\nbodies = 1", r"c\.toml:2: bodies must be true or false, not 1"),
+        (b'users = "ann"', r"c\.toml:1: users must be a list"),
+        (b'openai_compatible_hosts = ["https://x.example/"]', r"c\.toml:1: .*not a host name"),
+        (b'openai_compatible_hosts = ["Llm.Example.com"]', r"lower case"),
+        (b"loader = 'magic'", r'loader must be "auto"'),
+        (b"a = \n", r"c\.toml: .*line 1"),
+        (b"ok = 1\n\xff", r"c\.toml:2: not UTF-8"),
+        (b"pricing = 3", r"unknown setting 'pricing'"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_line(text: bytes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(text, "c.toml")
+
+
+def test_where_state_lives(tmp_path: Path) -> None:
+    assert home_folder({"HALTON_METER_HOME": str(tmp_path)}) == tmp_path
+    assert home_folder({"HOME": "/h"}) == Path("/h/.halton-meter")
