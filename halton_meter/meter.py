@@ -136,7 +136,6 @@ class Meter:
         pending = usage.free == "pending"
         known = self._pending_by_event.get(usage.id)
         if known is not None and (pending or not known):
-            self._losses["repeats_dropped"] += 1
             return True
         self._pending_by_event[usage.id] = pending
         if len(self._pending_by_event) > EVENTS_REMEMBERED_MAX:
