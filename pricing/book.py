@@ -1,0 +1,422 @@
+"""The price book: a usage event in, a priced event out, exactly and explained line by line.
+
+    book = PriceBook.load(home)
+    priced = book.price(event)
+
+Order of authority: the cost the provider states; the user's override; our overlay; the compiled
+rates; else unpriced, which is None and never 0. The price in force at the request's start (UTC)
+counts. One dimension of an event that has no rate leaves the whole event unpriced. `price` never
+raises, whatever the event holds. This file refuses to know providers' wire formats, clocks and
+stores. Read `tariff.py` next for how rates are chosen, `names.py` for how models are found.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping
+from decimal import Decimal, DecimalException
+from pathlib import Path
+
+from halton_meter.model import Basis, Certainty, LineItem, PricedEvent, Usage, UsageEvent
+from pricing import overrides as override_file
+from pricing.files import Model, Shelf
+from pricing.names import canonical_provider
+from pricing.overrides import Override
+from pricing.rates import EXACT, Level, Rate, Row, in_force, quotient
+from pricing.tariff import Tariff, tariff_for
+
+_TARIFFS_MAX = 8192  # tariffs kept, a few kB each; beyond it all are dropped and made again
+_NS_PER_MINUTE = 60_000_000_000
+_MINUTES_PER_DAY = 1440
+_ZERO = Decimal(0)
+_FREE_TOOL_TOKENS = Rate(
+    _ZERO,
+    1_000_000,
+    "https://ai.google.dev/gemini-api/docs/pricing",
+    note="tool-use tokens are not billed when Google Search or Maps grounded the answer",
+)
+# Units that describe what the tokens were: passed over where the same part's tokens are billed.
+_DESCRIPTIVE_UNITS = frozenset(
+    "audio_seconds video_seconds images input_images characters pages".split()
+)
+# Units that no bill has a line for by themselves.
+_NEVER_BILLED_UNITS = frozenset({"cache_storage_tokens"})
+
+
+class PriceBook:
+    """Dated prices, overrides included. Safe to share between threads that only price."""
+
+    def __init__(self, shelf: Shelf, overrides: tuple[Override, ...], version: str) -> None:
+        self._shelf = shelf
+        self._overrides = overrides
+        self._tariffs: dict[tuple[object, ...], Tariff] = {}
+        self.version = version
+
+    @classmethod
+    def load(cls, home: Path | None = None) -> PriceBook:
+        """The bundled prices with `home`'s refreshed files and overrides; PriceError when one is bad."""
+        shelf, digest = Shelf.read(home)
+        overrides = override_file.read(home)
+        dated = shelf.file_date()
+        version = f"{dated}-{digest}" + (f"+{len(overrides)}-overrides" if overrides else "")
+        return cls(shelf, overrides, version)
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        """The user's overrides in the order written."""
+        return self._overrides
+
+    def price(self, event: UsageEvent) -> PricedEvent:
+        """What the event costs, by list and at the margin."""
+        if event.free is not None:
+            return self._free(event)
+        try:
+            items, flags, total = self._computed(event)
+        except (DecimalException, TypeError, ValueError, AttributeError, OverflowError):
+            items, flags, total = [], ["bad_usage", "unpriced:usage"], None
+        basis = Basis.COMPUTED
+        if total is None:
+            basis = Basis.UNPRICED
+        elif event.certainty is Certainty.ESTIMATED or _is_estimated(event):
+            basis = Basis.ESTIMATED
+            flags.append("estimated")
+        reported = event.reported_usd
+        if reported is not None and not (_is_own_key(event) and not reported):
+            if not reported.is_finite() or reported < 0:
+                flags.append("bad_reported_cost")
+            else:
+                items = _reconciled(items, total, reported, event)
+                basis, total = Basis.REPORTED, reported
+                flags = [flag for flag in flags if not flag.startswith("unpriced:")]
+        return PricedEvent(
+            usage=event,
+            list_usd=total,
+            marginal_usd=_marginal(event, total),
+            reported_usd=event.reported_usd,
+            basis=basis,
+            line_items=tuple(items),
+            flags=tuple(dict.fromkeys(flags)),
+            price_book=self.version,
+        )
+
+    def tariff(
+        self, provider: str, model: str, conditions: Mapping[str, str], at_ns: int
+    ) -> Tariff:
+        """The rates of `model` under `conditions` at `at_ns`, cached by the minute of the day."""
+        minutes = at_ns // _NS_PER_MINUTE
+        # Rows that change by the hour are rare; a key by the minute would fill the cache for all.
+        clock = minutes if provider in _PROVIDERS_BY_THE_HOUR else minutes // _MINUTES_PER_DAY
+        key = (provider, model, clock, *conditions.items())
+        found = self._tariffs.get(key)
+        if found is None:
+            if len(self._tariffs) >= _TARIFFS_MAX:
+                self._tariffs.clear()
+            moment = _moment(at_ns)
+            found = tariff_for(self._shelf, self._overrides, provider, model, conditions, moment)
+            self._tariffs[key] = found
+        return found
+
+    def providers(self) -> list[str]:
+        """Every provider with prices."""
+        return self._shelf.providers()
+
+    def model_count(self, provider: str) -> int:
+        """How many models the compiled prices and the overlay of `provider` hold, without parsing."""
+        return sum(len(f) for k in ("data", "overlay") if (f := self._shelf.file(k, provider)))
+
+    def models(self, provider: str, at_ns: int) -> Iterator[tuple[Model, Row]]:
+        """Each model of `provider` with the standard row in force at `at_ns`."""
+        moment = _moment(at_ns)
+        for kind in ("data", "overlay"):
+            file = self._shelf.file(kind, canonical_provider(provider))
+            for model in file.models() if file else ():
+                row = in_force(model.rows, moment)
+                if row is not None:
+                    yield model, row
+
+    # --- one event ---
+
+    def _free(self, event: UsageEvent) -> PricedEvent:
+        return PricedEvent(
+            event, _ZERO, _ZERO, event.reported_usd, Basis.FREE, (), (), self.version
+        )
+
+    def _computed(self, event: UsageEvent) -> tuple[list[LineItem], list[str], Decimal | None]:
+        items: list[LineItem] = []
+        flags: list[str] = []
+        total = _ZERO
+        known = bool(event.parts)
+        for index, part in enumerate(event.parts):
+            model = part.model or event.model or event.request_model
+            if not model:
+                flags.append("unpriced:model")
+                known = False
+                continue
+            tariff = self.tariff(event.provider, model, event.conditions, event.at_ns)
+            if tariff.missing:
+                flags.append(f"unpriced:{tariff.missing}")
+                known = False
+                continue
+            bill = _Bill(tariff, model, part, flags)
+            bill.tokens(bool(event.conditions.get("grounding")))
+            bill.units(per_request=index == 0)
+            if bill.empty:
+                flags.append("unpriced:usage")
+                known = False
+            known = known and not bill.missing
+            flags += [f"unpriced:{name}" for name in bill.missing]
+            items += bill.items
+            for item in bill.items:
+                total = EXACT.add(total, item.usd)
+        if not event.parts:
+            flags.append("unpriced:usage")
+        if event.conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":
+            flags.append("provisioned_throughput")
+        return items, flags, total if known else None
+
+
+# Providers whose prices depend on the time of day (DeepSeek's off-peak hours).
+_PROVIDERS_BY_THE_HOUR = frozenset({"deepseek", "azure_openai"})
+
+
+class _Bill:
+    """The lines of one part of an event at one tariff."""
+
+    def __init__(self, tariff: Tariff, model: str, part: Usage, flags: list[str]) -> None:
+        self._tariff = tariff
+        self._model = model
+        self._part = part
+        self._flags = flags
+        self._rates: Mapping[str, Rate] = tariff.levels[0].rates
+        self.items: list[LineItem] = []
+        self.missing: list[str] = []
+        self.empty = False
+
+    def tokens(self, grounded: bool) -> None:
+        """Lines for every token: disjoint buckets, then modalities cut out of them."""
+        count, details, tokens = self._count, self._part.details, self._part.tokens
+        fresh, out = tokens.input, tokens.output
+        if fresh is None:
+            fresh = details.get("estimated_input")
+        if out is None:
+            out = details.get("estimated_output")
+        read = count(tokens.cache_read)
+        writes = {
+            "cache_write": count(tokens.cache_write),
+            "cache_write_5m": count(tokens.cache_write_5m),
+            "cache_write_1h": count(tokens.cache_write_1h),
+            "cache_write_12h": count(tokens.cache_write_12h),
+        }
+        self.empty = not self._part.units and (
+            fresh is None and out is None and tokens.cache_read is None and not any(writes.values())
+        )
+        fresh, out = count(fresh), count(out)
+        level = self._level(fresh + read + sum(writes.values()))
+        if level is not None and level.marginal:
+            fresh = self._beyond(level, fresh, fresh + read + sum(writes.values()))
+        fresh = self._input(fresh, grounded)
+        self._read(read)
+        for name, written in writes.items():
+            if written:
+                self._line(name, written, self._write_rate(name))
+        self._output(out)
+
+    def units(self, *, per_request: bool) -> None:
+        """Lines for what is billed other than by token."""
+        rates, units = self._rates, self._part.units
+        for name, quantity in units.items():
+            amount = self._quantity(quantity)
+            if not amount or name in _NEVER_BILLED_UNITS:
+                continue
+            rate = rates.get(name)
+            if rate is None:
+                if name not in _DESCRIPTIVE_UNITS or not self.items:
+                    self.missing.append(name)
+                continue
+            least = self._tariff.minimums.get(name, _ZERO)
+            if amount < least:
+                amount, rate = least, rate._replace(note=f"at least {least} {name} are billed")
+            self._line(name, amount, rate)
+        if per_request and "requests" in rates and "requests" not in units:
+            self._line("requests", 1, rates["requests"])
+
+    # --- tokens ---
+
+    def _level(self, prompt: int) -> Level | None:
+        """Take the rates for a prompt of this many tokens; the level where it is a long one."""
+        chosen = None
+        for level in self._tariff.levels[1:]:
+            if prompt > level.above:
+                chosen = level
+        if chosen is not None and not chosen.marginal:
+            self._rates = chosen.rates
+        return chosen
+
+    def _beyond(self, level: Level, fresh: int, prompt: int) -> int:
+        """Bill what is beyond a marginal threshold; the uncached end of a prompt comes last."""
+        excess = min(fresh, prompt - level.above)
+        self._line("input", excess, level.rates.get("input"))
+        return fresh - excess
+
+    def _input(self, fresh: int, grounded: bool) -> int:
+        details, tokens, rates = self._part.details, self._part.tokens, self._rates
+        tool = tokens.tool_use_input
+        if tool and (grounded or "tool_use_input" in rates):
+            part = self._part_of("tool_use_input", tool, fresh)
+            rate = _FREE_TOOL_TOKENS if grounded else rates["tool_use_input"]
+            self._line("tool_use_input", part, rate)
+            fresh -= part
+        for name, stated in (
+            ("audio_input", tokens.audio_input),
+            ("image_input", tokens.image_input),
+            ("video_input", details.get("video_input")),
+        ):
+            if stated and name in rates:
+                cached = self._count(details.get(f"cached_{name}"))
+                part = self._part_of(name, max(0, self._count(stated) - cached), fresh)
+                self._line(name, part, rates[name])
+                fresh -= part
+        if fresh:
+            self._line("input", fresh, rates.get("input"))
+        return fresh
+
+    def _read(self, read: int) -> None:
+        if not read:
+            return
+        rates = self._rates
+        for name in ("cached_audio_input", "cached_image_input", "cached_video_input"):
+            stated = self._part.details.get(name)
+            if stated and name in rates:
+                part = self._part_of(name, self._count(stated), read)
+                self._line(name, part, rates[name])
+                read -= part
+        rate = rates.get("cache_read")
+        if read and rate is None and "input" in rates:
+            # No discount is published for this model, so a cached token is an input token.
+            rate = rates["input"]._replace(note="no cached rate published: billed as input")
+            self._flags.append("cache_read_at_input_rate")
+        if read:
+            self._line("cache_read", read, rate)
+
+    def _write_rate(self, name: str) -> Rate | None:
+        rates = self._rates
+        if name == "cache_write_5m":
+            return rates.get(name) or rates.get("cache_write")
+        if name == "cache_write":  # lifetime not stated: the default lifetime's rate
+            return rates.get(name) or rates.get("cache_write_5m")
+        return rates.get(name)
+
+    def _output(self, out: int) -> None:
+        tokens, rates = self._part.tokens, self._rates
+        for name, stated in (
+            ("audio_output", tokens.audio_output),
+            ("image_output", tokens.image_output),
+            ("video_output", self._part.details.get("video_output")),
+            ("reasoning", tokens.reasoning),
+        ):
+            if stated and name in rates:
+                part = self._part_of(name, self._count(stated), out)
+                self._line(name, part, rates[name])
+                out -= part
+        if out:
+            self._line("output", out, rates.get("output"))
+
+    # --- lines ---
+
+    def _line(self, what: str, quantity: int | Decimal, rate: Rate | None) -> None:
+        if not quantity:
+            return
+        if rate is None:
+            self.missing.append(what)
+            return
+        amount = Decimal(quantity)
+        usd, per, source, dated, note = rate
+        label = self._part.label
+        self.items.append(
+            LineItem(
+                what if label == "message" else f"{label}:{what}",
+                amount,
+                quotient(usd, per),
+                quotient(EXACT.multiply(usd, amount), per),
+                self._model,
+                source,
+                dated,
+                note,
+            )
+        )
+
+    def _count(self, value: object) -> int:
+        """A token count as billed; what is no count is 0 and flagged."""
+        if value is None:
+            return 0
+        if type(value) is int and value >= 0:
+            return value
+        self._flags.append("bad_usage")
+        return 0
+
+    def _quantity(self, value: object) -> Decimal:
+        if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
+            amount = Decimal(value)
+            if amount.is_finite() and amount >= 0:
+                return amount
+        self._flags.append("bad_usage")
+        return _ZERO
+
+    def _part_of(self, name: str, part: object, whole: int) -> int:
+        """A part of a bucket, never more than the bucket."""
+        count = self._count(part)
+        if count <= whole:
+            return count
+        self._flags.append(f"clamped:{name}")
+        return whole
+
+
+def _moment(at_ns: int) -> dt.datetime:
+    try:
+        return dt.datetime.fromtimestamp(at_ns // 1_000_000_000, dt.UTC)
+    except (OverflowError, ValueError, OSError):
+        return dt.datetime.max.replace(tzinfo=dt.UTC)
+
+
+def _is_estimated(event: UsageEvent) -> bool:
+    return any(
+        (part.tokens.input is None and part.details.get("estimated_input"))
+        or (part.tokens.output is None and part.details.get("estimated_output"))
+        for part in event.parts
+    )
+
+
+def _is_own_key(event: UsageEvent) -> bool:
+    """True where a router used the user's own key: what it charged is not what the call costs."""
+    return event.conditions.get("byok") == "true"
+
+
+def _marginal(event: UsageEvent, total: Decimal | None) -> Decimal | None:
+    """What the call added to the bill: nothing where a plan or reserved capacity paid for it."""
+    conditions = event.conditions
+    if conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":
+        return _ZERO
+    if "plan" in conditions and conditions.get("overage") != "true":
+        return _ZERO
+    return total
+
+
+def _reconciled(
+    items: list[LineItem], total: Decimal | None, reported: Decimal, event: UsageEvent
+) -> list[LineItem]:
+    """Lines that add up to the stated cost: the computed ones, and what the provider makes of them."""
+    source = "the response"
+    if total is None:
+        one = Decimal(1)
+        return [LineItem("reported_cost", one, reported, reported, event.model, source)]
+    difference = EXACT.subtract(reported, total)
+    if not difference:
+        return items
+    note = f"computed {total}, the provider states {reported}"
+    return [
+        *items,
+        LineItem(
+            "difference_to_reported_cost", Decimal(1), difference, difference, event.model, source,
+            note=note,
+        ),
+    ]  # fmt: skip

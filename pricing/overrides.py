@@ -1,0 +1,128 @@
+"""The user's own prices: a file of dated overrides in HALTON_METER_HOME, by model or glob.
+
+    [[override]]
+    provider = "openai"            # optional; a glob
+    model = "gpt-5*"               # exact name or glob
+    from = 2026-11-01              # optional: in force from this day (UTC)
+    factor = "0.8"                 # or discount = "20%", or rates = { input = "1.00", output = "8" }
+
+Rates are written as in the price files and are final: no tier, batch or long-context rule touches
+them. A factor or a discount applies to every dimension. Costs that the provider itself states come
+before any override. This file refuses to guess: a wrong override is a named error, not ignored.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pricing.names import canonical_provider
+from pricing.rates import PriceError, Rate, decimal_of, rates_of, row_of
+
+FILE_NAME = "pricing.toml"
+_OVERRIDES_MAX = 10_000
+_HUNDRED = Decimal(100)
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One override: either `rates`, or a `factor` on the book's."""
+
+    model: str
+    provider: str = "*"
+    start: dt.date | None = None
+    factor: Decimal | None = None
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+    note: str | None = None
+    table: Mapping[str, Any] = field(default_factory=dict)
+
+    def concerns(self, provider: str, model: str, moment: dt.datetime) -> bool:
+        """True when the override is for this model at this time."""
+        if self.start and moment.date() < self.start:
+            return False
+        return fnmatchcase(provider, self.provider) and fnmatchcase(model.lower(), self.model)
+
+    def applied(self, rates: Mapping[str, Rate]) -> dict[str, Rate]:
+        """`rates` under this override."""
+        if self.factor is not None:
+            note = f"x{self.factor} your override"
+            return {name: rate.times(self.factor, note) for name, rate in rates.items()}
+        return {**rates, **self.rates}
+
+
+def read(home: Path | None) -> tuple[Override, ...]:
+    """The overrides of `home`, in the order written; none when there is no file."""
+    path = home / FILE_NAME if home else None
+    if path is None or not path.exists():
+        return ()
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PriceError(
+            f"{path}: {error}; mend it, or run: halton-meter pricing reset --all"
+        ) from None
+    tables = document.get("override", [])
+    if not isinstance(tables, list) or len(tables) > _OVERRIDES_MAX:
+        raise PriceError(f"{path}: [[override]] must be a list of at most {_OVERRIDES_MAX}")
+    return tuple(override_of(table, f"{path} override {i}") for i, table in enumerate(tables, 1))
+
+
+def override_of(table: Mapping[str, Any], where: str) -> Override:
+    """An override from its TOML table."""
+    model = str(table.get("model", "")).strip().lower()
+    if not model:
+        raise PriceError(f"{where}: no model; write a name or a glob such as 'gpt-5*'")
+    given = [key for key in ("rates", "factor", "discount") if key in table]
+    if len(given) != 1:
+        raise PriceError(f"{where}: give one of rates, factor or discount")
+    factor = _factor(table, where)
+    head = {"from": table["from"]} if "from" in table else {}
+    rates = {}
+    if factor is None:
+        values = table["rates"]
+        if not isinstance(values, Mapping) or not values:
+            raise PriceError(f'{where}: rates must be a table such as {{ input = "1.0" }}')
+        rates = rates_of({**head, **values, "note": "your override"}, "your override", where)
+    return Override(
+        model=model,
+        provider=canonical_provider(str(table.get("provider", "*"))),
+        start=row_of(head, None, where).start,
+        factor=factor,
+        rates=rates,
+        note=str(table["note"]) if "note" in table else None,
+        table=dict(table),
+    )
+
+
+def _factor(table: Mapping[str, Any], where: str) -> Decimal | None:
+    if "factor" in table:
+        return decimal_of(table["factor"], f"{where}.factor")
+    if "discount" in table:
+        percent = decimal_of(str(table["discount"]).strip().rstrip("%"), f"{where}.discount")
+        if percent > _HUNDRED:
+            raise PriceError(f"{where}.discount: {table['discount']} is more than the whole price")
+        return (_HUNDRED - percent) / _HUNDRED
+    return None
+
+
+def write(home: Path, overrides: Sequence[Override]) -> Path:
+    """Write the overrides, replacing the file in one step."""
+    from pricing.history import toml_value
+
+    lines = ["# Your own prices; see: halton-meter pricing set --help"]
+    for override in overrides:
+        lines += ["", "[[override]]"]
+        lines += [f"{key} = {toml_value(value)}" for key, value in override.table.items()]
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / FILE_NAME
+    partial = path.with_suffix(".toml.partial")
+    partial.write_text("\n".join(lines) + "\n", "utf-8")
+    os.replace(partial, path)
+    return path
