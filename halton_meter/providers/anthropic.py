@@ -1,0 +1,365 @@
+"""Anthropic: messages, their streams, batches, token counts and the old text completions.
+
+Peculiar to it: `input_tokens` leaves both caches out; a stream states usage at its start (with the
+cache split, tier and place) and again at its end (cumulative, without them); `iterations` are what
+is billed when there is more than one, each at its own model. Facts: usage-and-price.md, "R" marks.
+The readers are used by every host that speaks this API (Vertex, Bedrock, Azure, OpenRouter, …).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from halton_meter.model import Body, Certainty, Exchange, Tokens, Usage, UsageEvent, header
+from halton_meter.providers import Provider, Route
+from halton_meter.providers.reading import (
+    Counts,
+    Draft,
+    Json,
+    as_dict,
+    as_id,
+    as_name,
+    begin,
+    dicts,
+    documents,
+    error_object,
+    failed,
+    form,
+    plus,
+    tokens_guessed,
+    unanswered,
+    verbatim,
+)
+from halton_meter.wire import formats
+
+_ITERATION_LABELS = {"compaction": "compaction", "advisor_message": "advisor"}
+_WEB_TOOL = re.compile(r"web_(?:search|fetch)_(\d{8})")
+# Web tools from this date on make code execution free (3P).
+FREE_CODE_EXECUTION_SINCE = "20260209"
+MESSAGES_EVENTS_MAX = 64
+
+
+# --- usage to tokens ----------------------------------------------------------------------------
+
+
+def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> Tokens:
+    """The disjoint tokens of one usage object or iteration."""
+    written = counts.of(usage, "cache_creation_input_tokens")
+    split = {} if split_stale else as_dict(usage.get("cache_creation"))
+    five = counts.of(split, "ephemeral_5m_input_tokens")
+    hour = counts.of(split, "ephemeral_1h_input_tokens")
+    known = plus(five, hour)
+    if known is not None and written is not None and known > written:
+        counts.mismatch = True
+        five, hour, known = None, None, None
+    unsplit = written if known is None else counts.rest(written, known) or None
+    return Tokens(
+        input=counts.of(usage, "input_tokens"),
+        cache_read=counts.of(usage, "cache_read_input_tokens"),
+        cache_write_5m=five,
+        cache_write_1h=hour,
+        cache_write=unsplit,
+        output=counts.of(usage, "output_tokens"),
+        reasoning=counts.of(as_dict(usage.get("output_tokens_details")), "thinking_tokens"),
+    )
+
+
+def message_parts(counts: Counts, usage: Json, model: str | None, stale: bool) -> list[Usage]:
+    """What is billed: the one usage, or every iteration at its own model."""
+    top = message_tokens(counts, usage, stale)
+    units = _units(counts, usage)
+    iterations = [entry for entry in dicts(usage.get("iterations")) if entry.get("type")]
+    if len(iterations) < 2 and not (iterations and iterations[0].get("type") == "compaction"):
+        return [Usage(model, top, units)]
+    reasoning = top.reasoning
+    parts: list[Usage] = []
+    for entry in iterations:
+        tokens = message_tokens(counts, entry)
+        label = _ITERATION_LABELS.get(str(entry.get("type")), "message")
+        if label == "message" and tokens.reasoning is None and reasoning is not None:
+            mine = min(reasoning, tokens.output or 0)
+            tokens = Tokens(**{**_as_mapping(tokens), "reasoning": mine})
+            reasoning -= mine
+        parts.append(Usage(as_name(entry.get("model")) or model, tokens, {}, label=label))
+    first = next((n for n, part in enumerate(parts) if part.label == "message"), 0)
+    parts[first] = Usage(parts[first].model, parts[first].tokens, units, label=parts[first].label)
+    inside = sum(part.tokens.output or 0 for part in parts if part.label == "message")
+    if top.output is not None and inside != top.output:
+        counts.mismatch = True
+    return parts
+
+
+def _as_mapping(tokens: Tokens) -> dict[str, int | None]:
+    from halton_meter.model import TOKEN_NAMES
+
+    return {name: getattr(tokens, name) for name in TOKEN_NAMES}
+
+
+def _units(counts: Counts, usage: Json) -> dict[str, int]:
+    tools = as_dict(usage.get("server_tool_use"))
+    names = ("web_search_requests", "web_fetch_requests", "code_execution_requests")
+    return {name: count for name in names if (count := counts.of(tools, name))}
+
+
+# --- one message, whole or streamed -------------------------------------------------------------
+
+
+def _streamed(body: Body) -> tuple[Json, Json, bytes, bool]:
+    """(message of the start, the deltas overlaid, the text of the last, whether a delta came)."""
+    start: Json = {}
+    for event in formats.first_events(body, 3):
+        if b'"message_start"' in event.data:
+            start = as_dict(as_dict(formats.loads(event.data)).get("message"))
+            break
+    else:
+        for data in formats.sse_data_containing(body, b'"message_start"')[:1]:
+            start = as_dict(as_dict(formats.loads(data)).get("message"))
+    end: Json = {}
+    text = b""
+    found = False
+    for data in formats.sse_data_containing(body, b'"message_delta"')[-MESSAGES_EVENTS_MAX:]:
+        value = as_dict(formats.loads(data))
+        if value.get("type") != "message_delta":
+            continue
+        usage = value.get("usage")
+        if isinstance(usage, dict):
+            found = True
+            text = data
+            end = {**end, **{k: v for k, v in usage.items() if v is not None}}
+        reason = as_dict(value.get("delta")).get("stop_reason")
+        if reason is not None:
+            start = {**start, "stop_reason": reason}
+    return start, end, text, found
+
+
+def fill_message(draft: Draft, message: Json, usage: Json, stale: bool = False) -> None:
+    """Fill a draft from a message's head and its usage."""
+    counts = Counts()
+    draft.response_id = as_id(message.get("id"))
+    draft.model = as_name(message.get("model")) or draft.model
+    draft.parts = message_parts(counts, usage, draft.model or draft.request_model, stale)
+    draft.flags |= counts.flags()
+    for name in ("service_tier", "inference_geo", "speed"):
+        draft.condition(name, usage.get(name))
+    if draft.conditions.get("service_tier") == "batch":
+        draft.conditions["batch"] = "true"
+    if stale and counts.of(usage, "cache_creation_input_tokens"):
+        draft.flags.add("cache_split_stale")
+    if any(part.tokens.cache_write for part in draft.parts) and draft.exchange.request.body.whole:
+        long = any(b'"1h"' in piece for piece in draft.exchange.request.body.pieces)
+        draft.conditions["cache_ttl_asked"] = "1h" if long else "5m"
+    for tool in dicts(draft.request.get("tools")):
+        match = _WEB_TOOL.fullmatch(str(tool.get("type")))
+        if match is not None and match.group(1) >= FREE_CODE_EXECUTION_SINCE:
+            draft.conditions["code_execution"] = "with_web_tools"
+    output = [part.tokens.output for part in draft.parts]
+    if message.get("stop_reason") == "refusal" and not any(output) and 0 in output:
+        draft.free = "refusal"
+    _plan(draft)
+
+
+def _plan(draft: Draft) -> None:
+    """Mark traffic of a subscription: its responses carry the unified rate-limit headers."""
+    headers = draft.exchange.response.headers
+    if any(name.startswith("anthropic-ratelimit-unified-") for name, _ in headers):
+        draft.conditions["plan"] = "claude"
+        overage = header(headers, "anthropic-ratelimit-unified-overage-in-use")
+        if overage is not None and overage.lower() == "true":
+            draft.conditions["overage"] = "true"
+
+
+def read_messages(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a call of `messages`, streamed or not."""
+    draft = begin(exchange, route, provider)
+    message_event(draft)
+    yield draft.event()
+
+
+def message_event(draft: Draft) -> None:
+    """Fill a draft from a response of the messages API in whichever form it came."""
+    exchange = draft.exchange
+    body = exchange.response.body
+    if unanswered(draft):
+        return
+    _plan(draft)
+    if not failed(exchange) and form(exchange.response.headers, body) == "sse":
+        _streamed_event(draft, body)
+        return
+    message = next((value for value, _ in documents(exchange)), None)
+    if failed(exchange) or error_object(message) is not None:
+        draft.fail(message)
+        return
+    if message is None:
+        _salvaged(draft, body)
+        return
+    usage = message.get("usage")
+    if isinstance(usage, dict):
+        fill_message(draft, message, usage)
+        draft.raw_usage = verbatim(body.pieces[0], b"usage", usage).text
+    else:
+        draft.model = as_name(message.get("model"))
+        draft.response_id = as_id(message.get("id"))
+        draft.usage_not_sent()
+
+
+def _salvaged(draft: Draft, body: Body) -> None:
+    """A JSON answer with a hole, or cut off: its usage may still be there."""
+    usage = formats.salvage_object(body, b"usage")
+    head = {name: formats.salvage_scalar(body, name.encode()) for name in ("id", "model")}
+    if isinstance(usage, dict) and "input_tokens" in usage:
+        fill_message(draft, head, usage)
+        draft.raw_usage = verbatim(b"", b"usage", usage).text
+        return
+    draft.model = as_name(head["model"])
+    draft.usage_not_sent()
+
+
+def _streamed_event(draft: Draft, body: Body) -> None:
+    start, end, text, finished = _streamed(body)
+    begun = as_dict(start.get("usage"))
+    for event in formats.last_events(body, 2):
+        value = formats.loads(event.data)
+        if error_object(value) is not None:
+            draft.fail(value, in_stream=True)
+    if finished:
+        stale = "cache_creation" not in end and (
+            end.get("cache_creation_input_tokens", begun.get("cache_creation_input_tokens"))
+            != begun.get("cache_creation_input_tokens")
+        )
+        fill_message(draft, start, {**begun, **end}, stale)
+        raw = verbatim(text, b"usage", end).text
+        draft.raw_usage = raw if not begun else f"[{verbatim(b'', b'', begun).text},{raw}]"
+        if not begun:
+            draft.flags.add("gapped")
+        return
+    draft.flags.add("usage_not_final")
+    chars = _output_chars(body)
+    if not begun:
+        draft.model = as_name(start.get("model"))
+        draft.response_id = as_id(start.get("id"))
+        if draft.error_class is None:
+            draft.usage_not_sent(chars)
+        return
+    fill_message(draft, start, {k: v for k, v in begun.items() if k != "output_tokens"})
+    draft.free = None
+    draft.raw_usage = verbatim(b"", b"", begun).text
+    draft.certainty = Certainty.ESTIMATED
+    draft.flags.add("estimated")
+    begun_output = Counts().of(begun, "output_tokens") or 0
+    guess = max(begun_output, tokens_guessed(chars))
+    first = draft.parts[0]
+    draft.parts[0] = Usage(first.model, first.tokens, first.units, {"estimated_output": guess})
+
+
+def _output_chars(body: Body) -> int:
+    """Characters of text, thinking and tool input in a stream's deltas."""
+    chars = 0
+    for event in formats.sse_events(body):
+        delta = as_dict(as_dict(formats.loads(event.data)).get("delta"))
+        for name in ("text", "thinking", "partial_json"):
+            value = delta.get(name)
+            if isinstance(value, str):
+                chars += len(value)
+    return chars
+
+
+# --- counting, batches, text completions --------------------------------------------------------
+
+
+def read_count(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One free event for a count of tokens."""
+    draft = begin(exchange, route, provider)
+    answer: Json = next((value for value, _ in documents(exchange)), {})
+    if failed(exchange) or error_object(answer) is not None:
+        draft.fail(answer)
+    counted = Counts().of(answer, "input_tokens", "inputTokens", "totalTokens", "total_tokens")
+    draft.free = "error" if draft.error_class else "count"
+    details = {"counted": counted} if counted is not None and not draft.error_class else {}
+    draft.parts = [Usage(draft.request_model, details=details)]
+    yield draft.event()
+
+
+def read_batch_created(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for handing in a batch; what its requests use is seen in the results."""
+    draft = begin(exchange, route, provider)
+    answer: Json = next((value for value, _ in documents(exchange)), {})
+    if failed(exchange) or error_object(answer) is not None:
+        draft.fail(answer)
+    else:
+        draft.response_id = as_id(answer.get("id")) or as_id(answer.get("name"))
+        draft.pending()
+    yield draft.event()
+
+
+def read_batch_results(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for each line of a batch's results that succeeded, at the batch rate."""
+    if failed(exchange):
+        return
+    for line in formats.ndjson(exchange.response.body):
+        result = as_dict(as_dict(line).get("result"))
+        message = as_dict(result.get("message"))
+        usage = message.get("usage")
+        if not isinstance(usage, dict):
+            continue
+        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        fill_message(draft, message, usage)
+        draft.conditions["batch"] = "true"
+        draft.raw_usage = verbatim(b"", b"", usage).text
+        if draft.response_id is None:
+            draft.identity = (exchange.request.path or "", str(as_id(line.get("custom_id"))))
+        yield draft.event()
+
+
+def read_text(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for the old text completions, whose responses never state usage."""
+    draft = begin(exchange, route, provider)
+    if not unanswered(draft):
+        found = list(documents(exchange))
+        answer: Json = found[0][0] if found else {}
+        draft.fail(answer, in_stream=draft.streaming and not failed(exchange))
+        if draft.error_class is None:
+            draft.model = as_name(answer.get("model"))
+            draft.response_id = as_id(answer.get("id"))
+            draft.usage_not_sent(_completion_chars(exchange))
+    yield draft.event()
+
+
+def _completion_chars(exchange: Exchange) -> int:
+    body = exchange.response.body
+    values: list[object] = (
+        [formats.loads(event.data) for event in formats.sse_events(body)]
+        if form(exchange.response.headers, body) == "sse"
+        else [formats.json_value(body)]
+    )
+    texts = [as_dict(value).get("completion") for value in values]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _path(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+MESSAGES = Route("messages", "chat", _path(r"/v1/messages"), read_messages)
+COUNT = Route("count_tokens", "count", _path(r"/v1/messages/count_tokens"), read_count)
+ROUTES = (
+    MESSAGES,
+    COUNT,
+    Route("messages_batches", "batch", _path(r"/v1/messages/batches"), read_batch_created),
+    Route(
+        "messages_batches_results",
+        "chat",
+        _path(r"/v1/messages/batches/[^/]+/results"),
+        read_batch_results,
+        frozenset({"GET"}),
+    ),
+    Route("complete", "chat", _path(r"/v1/complete"), read_text),
+)
+
+PROVIDER = Provider("anthropic", ("api.anthropic.com",), ROUTES)
+
+__all__ = ["MESSAGES", "PROVIDER", "ROUTES", "message_event", "read_messages"]

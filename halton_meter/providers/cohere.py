@@ -1,0 +1,112 @@
+"""Cohere: chat, embed, rerank.
+
+Peculiar to it: `billed_units` is what is billed, `tokens` what the model saw (a hidden prompt
+included); cached tokens are reported but lie outside what is billed; rerank is billed by search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
+from halton_meter.providers import Provider, Route
+from halton_meter.providers.openai_text import route, text_routes
+from halton_meter.providers.reading import (
+    Counts,
+    Draft,
+    Json,
+    as_dict,
+    as_id,
+    begin,
+    documents,
+    failed,
+    positive,
+    text_chars,
+    unanswered,
+    verbatim,
+)
+from halton_meter.wire import formats
+
+
+def _usage_of(answer: Json) -> tuple[Json, bytes] | None:
+    """The object with `billed_units`: v2's usage, a stream's end, or v1's meta."""
+    delta = as_dict(answer.get("delta"))
+    inner = as_dict(answer.get("response"))
+    for holder, name in (
+        (answer, "usage"),
+        (delta, "usage"),
+        (answer, "meta"),
+        (inner, "meta"),
+        (inner, "usage"),
+    ):
+        found = holder.get(name)
+        if isinstance(found, dict) and isinstance(found.get("billed_units"), dict):
+            return found, name.encode()
+    return None
+
+
+def read_cohere(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for chat, embed or rerank, v1 or v2."""
+    draft = begin(exchange, route, provider)
+    if not unanswered(draft):
+        found = list(documents(exchange, 4))
+        draft.fail(
+            found[0][0] if found else None, in_stream=draft.streaming and not failed(exchange)
+        )
+        for event in formats.first_events(exchange.response.body, 1) if draft.streaming else ():
+            found.append((as_dict(formats.loads(event.data)), event.data))
+        ids = (v.get(name) for v, _ in found for name in ("id", "generation_id", "response_id"))
+        draft.response_id = as_id(next((each for each in ids if each), None))
+        for value, text in found:
+            usage = _usage_of(value)
+            if usage is not None:
+                _fill(draft, usage[0])
+                draft.raw_usage = verbatim(text, usage[1], usage[0]).text
+                break
+        else:
+            if draft.error_class is None:
+                draft.usage_not_sent(sum(text_chars(v.get("message")) for v, _ in found[:1]))
+    yield draft.event()
+
+
+def _fill(draft: Draft, usage: Json) -> None:
+    counts = Counts()
+    billed, seen = as_dict(usage.get("billed_units")), as_dict(usage.get("tokens"))
+    cached = counts.of(usage, "cached_tokens")
+    tokens = Tokens(
+        input=counts.of(billed, "input_tokens"),
+        cache_read=cached,
+        output=counts.of(billed, "output_tokens"),
+        reasoning=counts.of(seen, "reasoning_tokens"),
+        image_input=counts.of(billed, "image_tokens"),
+    )
+    if tokens.image_input:
+        tokens = Tokens(
+            (tokens.input or 0) + tokens.image_input,
+            cached,
+            output=tokens.output,
+            reasoning=tokens.reasoning,
+            image_input=tokens.image_input,
+        )
+    units = positive(
+        {
+            "search_units": counts.of(billed, "search_units"),
+            "classifications": counts.of(billed, "classifications"),
+        }
+    )
+    details = positive({"unbilled_cache_read": cached})
+    draft.parts = [Usage(draft.model or draft.request_model, tokens, units, details)]
+    draft.flags |= counts.flags()
+
+
+PROVIDER = Provider(
+    "cohere",
+    ("api.cohere.com", "api.cohere.ai"),
+    (
+        route("chat", "chat", r"/v[12]/chat", read_cohere),
+        route("embed", "embedding", r"/v[12]/embed", read_cohere),
+        route("rerank", "rerank", r"/v[12]/rerank", read_cohere),
+        route("generate", "chat", r"/v1/(?:generate|summarize|classify)", read_cohere),
+        *text_routes("/compatibility/v1"),
+    ),
+)

@@ -1,0 +1,551 @@
+"""Google's Gemini API: generateContent and its streams, embeddings, counts, batches, interactions.
+
+Peculiar to it: the prompt includes what was cached but not what tools brought in; thoughts are
+outside the candidates save in answers whose total shows that they were folded in; only the last
+chunk's usage counts and a count of zero is left out; a stream is SSE or one JSON array; a modality
+can be a number. Vertex, Gemini Code Assist and gateways share these readers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
+from halton_meter.providers import Provider, Route
+from halton_meter.providers.anthropic import read_batch_created, read_count
+from halton_meter.providers.openai_media import media_routes
+from halton_meter.providers.openai_text import Dialect, route, text_routes
+from halton_meter.providers.reading import (
+    Counts,
+    Draft,
+    Json,
+    as_dict,
+    as_id,
+    as_name,
+    begin,
+    dicts,
+    documents,
+    error_object,
+    failed,
+    form,
+    plus,
+    positive,
+    text_chars,
+    unanswered,
+    verbatim,
+)
+from halton_meter.wire import formats
+
+_MODALITIES = {1: "TEXT", 2: "IMAGE", 3: "VIDEO", 4: "AUDIO", 5: "DOCUMENT"}
+_TRAFFIC = {1: "ON_DEMAND", 2: "PROVISIONED_THROUGHPUT"}
+_MODEL_IN_PATH = re.compile(r"/(?:models|tunedModels|endpoints)/([^/:]+):")
+QUERIES_MAX = 1000
+
+# The OpenAI-compatible endpoint leaves thinking out of the completion: only the total has it.
+THINKING_HIDDEN = Dialect(hides_thinking=True)
+
+
+# --- usage to tokens ----------------------------------------------------------------------------
+
+
+def _by_modality(counts: Counts, details: Any, count: str = "tokenCount") -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in dicts(details):
+        modality = entry.get("modality")
+        name = _MODALITIES.get(modality) if isinstance(modality, int) else modality
+        value = counts.of(entry, count)
+        if isinstance(name, str) and value is not None:
+            found[name.upper()] = found.get(name.upper(), 0) + value
+    return found
+
+
+def _tokens(
+    counts: Counts,
+    stated: dict[str, int | None],
+    came: dict[str, int],
+    cached: dict[str, int],
+    went: dict[str, int],
+) -> tuple[Tokens, dict[str, int]]:
+    prompt, total = stated["prompt"], stated["total"]
+    candidates, thoughts, tools = stated["candidates"], stated["thoughts"], stated["tools"]
+    output = plus(candidates, thoughts)
+    if thoughts and candidates is not None and total is not None and prompt is not None:
+        outside = prompt + candidates + (tools or 0) + thoughts
+        if outside != total and outside - thoughts == total:
+            output = candidates
+        elif outside != total:
+            counts.mismatch = True
+    uncached = counts.rest(prompt, stated["cached"])
+    tokens = Tokens(
+        input=plus(uncached, tools),
+        cache_read=stated["cached"],
+        output=output,
+        reasoning=thoughts,
+        audio_input=came.get("AUDIO"),
+        audio_output=went.get("AUDIO"),
+        image_input=came.get("IMAGE"),
+        image_output=went.get("IMAGE"),
+        tool_use_input=tools,
+    )
+    details = positive(
+        {
+            "text_input": came.get("TEXT"),
+            "video_input": came.get("VIDEO"),
+            "document_input": came.get("DOCUMENT"),
+            "text_output": went.get("TEXT"),
+            "video_output": went.get("VIDEO"),
+            **{
+                f"cached_{name.lower()}_input": cached.get(name)
+                for name in ("TEXT", "AUDIO", "IMAGE", "VIDEO", "DOCUMENT")
+            },
+        }
+    )
+    return tokens, details
+
+
+def metadata_tokens(counts: Counts, usage: Json) -> tuple[Tokens, dict[str, int]]:
+    """The disjoint tokens of a `usageMetadata` object."""
+    of = counts.of
+    came = _by_modality(counts, usage.get("promptTokensDetails") or usage.get("promptTokenDetails"))
+    for name, count in _by_modality(counts, usage.get("toolUsePromptTokensDetails")).items():
+        came[name] = came.get(name, 0) + count
+    stated = {
+        "prompt": of(usage, "promptTokenCount"),
+        "cached": of(usage, "cachedContentTokenCount"),
+        "candidates": of(usage, "candidatesTokenCount", "responseTokenCount"),
+        "thoughts": of(usage, "thoughtsTokenCount"),
+        "tools": of(usage, "toolUsePromptTokenCount"),
+        "total": of(usage, "totalTokenCount"),
+    }
+    went = usage.get("candidatesTokensDetails") or usage.get("responseTokensDetails")
+    cached = _by_modality(counts, usage.get("cacheTokensDetails"))
+    return _tokens(counts, stated, came, cached, _by_modality(counts, went))
+
+
+def interaction_tokens(counts: Counts, usage: Json) -> tuple[Tokens, dict[str, int]]:
+    """The disjoint tokens of an interaction's usage, which has key names of its own."""
+    of = counts.of
+    stated = {
+        "prompt": of(usage, "total_input_tokens"),
+        "cached": of(usage, "total_cached_tokens"),
+        "candidates": of(usage, "total_output_tokens"),
+        "thoughts": of(usage, "total_thought_tokens", "total_reasoning_tokens"),
+        "tools": of(usage, "total_tool_use_tokens"),
+        "total": of(usage, "total_tokens"),
+    }
+    by = partial(_by_modality, counts, count="tokens")
+    came = by(usage.get("input_tokens_by_modality"))
+    for name, count in by(usage.get("tool_use_tokens_by_modality")).items():
+        came[name] = came.get(name, 0) + count
+    return _tokens(
+        counts,
+        stated,
+        came,
+        by(usage.get("cached_tokens_by_modality")),
+        by(usage.get("output_tokens_by_modality")),
+    )
+
+
+# --- generateContent ----------------------------------------------------------------------------
+
+
+def _unwrapped(value: Any) -> Json:
+    """A chunk without Code Assist's `response` wrapper."""
+    chunk = as_dict(value)
+    inner = chunk.get("response")
+    return inner if isinstance(inner, dict) and "candidates" not in chunk else chunk
+
+
+def _chunks(exchange: Exchange) -> list[tuple[Json, bytes]]:
+    """The answer's chunks that matter, the last first: with usage, with errors, with names."""
+    body = exchange.response.body
+    written = form(exchange.response.headers, body)
+    if written == "sse":
+        found = [(_unwrapped(formats.loads(e.data)), e.data) for e in formats.last_events(body, 3)]
+        found.reverse()
+        if not any("usageMetadata" in value for value, _ in found):
+            datas = formats.sse_data_containing(body, b'"usageMetadata"', last=True)
+            found += [(_unwrapped(formats.loads(data)), data) for data in datas]
+        return found
+    if written == "array":
+        chunks = [_unwrapped(value) for value in formats.json_array_stream(body)]
+        return [(chunk, body.pieces[-1]) for chunk in reversed(chunks)]
+    return [(_unwrapped(value), text) for value, text in documents(exchange)]
+
+
+def begin_gemini(exchange: Exchange, route: Route, provider: Provider) -> Draft:
+    """A draft with the model that the path names."""
+    draft = begin(exchange, route, provider)
+    match = _MODEL_IN_PATH.search((exchange.request.path or "") + ":")
+    if match is not None:
+        draft.request_model = as_name(match.group(1))
+    elif draft.request_model is not None:
+        draft.request_model = draft.request_model.removeprefix("models/")
+    path = exchange.request.path or ""
+    if ":streamGenerateContent" in path:
+        draft.streaming = True
+    return draft
+
+
+def read_generate(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for generateContent or streamGenerateContent."""
+    draft = begin_gemini(exchange, route, provider)
+    generate_event(draft)
+    yield draft.event()
+
+
+def generate_event(draft: Draft) -> None:
+    """Fill a draft from a generateContent answer in whichever form it came."""
+    exchange = draft.exchange
+    if unanswered(draft):
+        return
+    chunks = _chunks(exchange)
+    error = next((value for value, _ in chunks if error_object(value) is not None), None)
+    draft.fail(error, in_stream=draft.streaming and not failed(exchange))
+    for value, _ in chunks:
+        draft.model = draft.model or as_name(value.get("modelVersion"))
+        draft.response_id = draft.response_id or as_id(value.get("responseId"))
+    found = next(((v, t) for v, t in chunks if _counted(v.get("usageMetadata"))), None)
+    if found is None:
+        _generate_without_usage(draft, chunks)
+        return
+    value, text = found
+    _fill_generated(draft, value["usageMetadata"], text, _grounding(exchange, chunks))
+
+
+def _counted(usage: Any) -> bool:
+    return isinstance(usage, dict) and any(name.endswith("TokenCount") for name in usage)
+
+
+def _fill_generated(
+    draft: Draft, usage: Json, text: bytes, grounded: tuple[set[str], set[str]]
+) -> None:
+    counts = Counts()
+    tokens, details = metadata_tokens(counts, usage)
+    where, queries = grounded
+    units: dict[str, int] = {}
+    if "search" in where:
+        units = positive({"grounding_queries": len(queries), "grounding_prompts": 1})
+    if "maps" in where:
+        units["maps_grounding_prompts"] = 1
+    if where:
+        draft.conditions["grounding"] = ",".join(sorted(where))
+    draft.parts = [Usage(draft.model or draft.request_model, tokens, units, details)]
+    draft.raw_usage = verbatim(text, b"usageMetadata", usage).text
+    draft.flags |= counts.flags()
+    traffic = usage.get("trafficType")
+    name = _TRAFFIC.get(traffic) if isinstance(traffic, int) else as_name(traffic)
+    if name is not None:
+        draft.conditions["traffic_type"] = name.upper()
+    tier = header(draft.exchange.response.headers, "x-gemini-service-tier")
+    tier = as_name(tier) or as_name(usage.get("serviceTier"))
+    if tier is not None:
+        draft.conditions["service_tier"] = tier.lower().removeprefix("service_tier_")
+
+
+def _grounding(exchange: Exchange, chunks: list[tuple[Json, bytes]]) -> tuple[set[str], set[str]]:
+    """Which groundings ran, and the distinct queries of the search."""
+    body = exchange.response.body
+    values: list[Json] = [value for value, _ in chunks]
+    if form(exchange.response.headers, body) == "sse":
+        for needle in (b'"webSearchQueries"', b'"searchEntryPoint"', b'"maps"'):
+            for data in formats.sse_data_containing(body, needle)[:QUERIES_MAX]:
+                values.append(_unwrapped(formats.loads(data)))
+    where: set[str] = set()
+    queries: set[str] = set()
+    for value in values:
+        for candidate in dicts(value.get("candidates")):
+            ground = as_dict(candidate.get("groundingMetadata"))
+            asked = ground.get("webSearchQueries")
+            if isinstance(asked, list):
+                queries |= {query for query in asked[:QUERIES_MAX] if isinstance(query, str)}
+            if asked or ground.get("searchEntryPoint"):
+                where.add("search")
+            if any("maps" in chunk for chunk in dicts(ground.get("groundingChunks"))) or (
+                "googleMapsWidgetContextToken" in ground
+            ):
+                where.add("maps")
+    return where, {query for query in queries if query}
+
+
+def _generate_without_usage(draft: Draft, chunks: list[tuple[Json, bytes]]) -> None:
+    if draft.error_class is not None:
+        return
+    body = draft.exchange.response.body
+    usage = formats.salvage_object(body, b"usageMetadata") if not body.whole else None
+    if isinstance(usage, dict) and _counted(usage):
+        draft.model = draft.model or as_name(formats.salvage_scalar(body, b"modelVersion"))
+        draft.response_id = draft.response_id or as_id(formats.salvage_scalar(body, b"responseId"))
+        _fill_generated(draft, usage, b"", (set(), set()))
+        return
+    chars = sum(
+        text_chars(as_dict(candidate.get("content")).get("parts"))
+        for value, _ in chunks
+        for candidate in dicts(value.get("candidates"))
+    )
+    draft.usage_not_sent(chars)
+
+
+# --- embeddings, counts, caches, images, videos -------------------------------------------------
+
+
+def read_embedding(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for embeddings; older models state no usage."""
+    draft = begin_gemini(exchange, route, provider)
+    if not unanswered(draft):
+        answer, text = next(documents(exchange), ({}, b""))
+        draft.fail(answer)
+        usage = answer.get("usageMetadata")
+        if isinstance(usage, dict):
+            _fill_generated(draft, usage, text, (set(), set()))
+        elif draft.error_class is None:
+            _fill_predicted(draft, answer)
+    yield draft.event()
+
+
+def _fill_predicted(draft: Draft, answer: Json) -> None:
+    """Vertex's `predict`: embeddings state tokens per instance, Imagen its images."""
+    predictions = dicts(answer.get("predictions"))
+    counts = Counts()
+    tokens: int | None = None
+    for prediction in predictions:
+        embedding = as_dict(prediction.get("embeddings")) or prediction
+        statistics = as_dict(embedding.get("statistics"))
+        tokens = plus(tokens, counts.of(statistics, "token_count", "tokenCount"))
+    images = sum(1 for prediction in predictions if "bytesBase64Encoded" in prediction)
+    model = draft.request_model
+    if tokens is not None:
+        draft.parts = [Usage(model, Tokens(input=tokens))]
+    elif images:
+        draft.kind = "image"
+        draft.parts = [Usage(model, Tokens(), {"images": images})]
+    else:
+        draft.usage_not_sent()
+    draft.flags |= counts.flags()
+
+
+def read_gemini_count(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One free event for countTokens."""
+    draft = begin_gemini(exchange, route, provider)
+    for event in read_count(exchange, route, provider):
+        draft.parts = [Usage(draft.request_model, details=event.parts[0].details)]
+        draft.free, draft.error_class = event.free, event.error_class
+        draft.error_code = event.provider_error_code
+        yield draft.event()
+
+
+def read_cache_made(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a cache that is made: its tokens are written once, then stored by the hour."""
+    draft = begin_gemini(exchange, route, provider)
+    if not unanswered(draft):
+        answer, text = next(documents(exchange), ({}, b""))
+        draft.fail(answer)
+        usage = answer.get("usageMetadata")
+        if draft.error_class is None and isinstance(usage, dict):
+            counts = Counts()
+            total = counts.of(usage, "totalTokenCount")
+            model = as_name(answer.get("model"))
+            draft.model = model.rpartition("/")[2] if model is not None else None
+            draft.response_id = as_id(answer.get("name"))
+            units = positive({"cache_storage_tokens": total})
+            draft.parts = [
+                Usage(draft.model or draft.request_model, Tokens(cache_write=total), units)
+            ]
+            draft.raw_usage = verbatim(text, b"usageMetadata", usage).text
+            draft.flags |= counts.flags()
+    yield draft.event()
+
+
+def read_long_running(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a video asked for, by the seconds that the request states."""
+    draft = begin_gemini(exchange, route, provider)
+    if not unanswered(draft):
+        answer, _ = next(documents(exchange), ({}, b""))
+        draft.fail(answer)
+        if draft.error_class is None:
+            draft.response_id = as_id(answer.get("name"))
+            asked = as_dict(draft.request.get("parameters"))
+            counts = Counts()
+            seconds = counts.of(asked, "durationSeconds")
+            samples = counts.of(asked, "sampleCount", "numberOfVideos") or 1
+            units = {"video_seconds": seconds * samples} if seconds else {}
+            draft.condition("video_size", asked.get("resolution"))
+            draft.parts = [Usage(draft.request_model, Tokens(), units)]
+    yield draft.event()
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def read_batch(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for each inlined answer of a finished batch, at the batch rate."""
+    answer: Json = next((value for value, _ in documents(exchange)), {})
+    name = str(as_id(answer.get("name")))
+    output = as_dict(answer.get("response")) or as_dict(
+        as_dict(answer.get("metadata")).get("output")
+    )
+    output = output or as_dict(answer.get("dest")) or as_dict(answer.get("output"))
+    inlined: Any = output.get("inlinedResponses")
+    if isinstance(inlined, dict):
+        inlined = inlined.get("inlinedResponses")
+    model = as_name(answer.get("model")) or as_name(as_dict(answer.get("metadata")).get("model"))
+    for number, item in enumerate(dicts(inlined)):
+        yield from _batch_line(exchange, route, provider, item, model, (name, str(number)))
+
+
+def read_batch_file(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for each answer in a batch's output file; other files give none."""
+    if failed(exchange) or form(exchange.response.headers, exchange.response.body) != "json":
+        return
+    for number, line in enumerate(formats.ndjson(exchange.response.body)):
+        identity = (exchange.request.path or "", str(number))
+        yield from _batch_line(exchange, route, provider, as_dict(line), None, identity)
+
+
+def _batch_line(
+    exchange: Exchange,
+    route: Route,
+    provider: Provider,
+    item: Json,
+    model: str | None,
+    identity: tuple[str, str],
+) -> Iterator[UsageEvent]:
+    response = as_dict(item.get("response"))
+    usage = response.get("usageMetadata")
+    if not _counted(usage):
+        return
+    draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+    draft.request_model = model.removeprefix("models/") if model is not None else None
+    draft.model = as_name(response.get("modelVersion"))
+    draft.response_id = as_id(response.get("responseId"))
+    if draft.response_id is None:
+        draft.identity = ("batch", *identity)
+    _fill_generated(draft, as_dict(usage), b"", _grounding(exchange, [(response, b"")]))
+    draft.conditions["batch"] = "true"
+    yield draft.event()
+
+
+# --- interactions -------------------------------------------------------------------------------
+
+_GROUNDING_UNITS = {"google_search": "grounding_queries", "google_maps": "maps_grounding_prompts"}
+
+
+def _interactions(exchange: Exchange) -> list[tuple[Json, bytes]]:
+    found: list[tuple[Json, bytes]] = []
+    for value, text in documents(exchange, 5):
+        inner = value.get("interaction")
+        found.append((inner if isinstance(inner, dict) else value, text))
+    return found
+
+
+def read_interaction(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for an interaction; read back, only where it ran in the background."""
+    draft = begin_gemini(exchange, route, provider)
+    made = exchange.request.method != "GET"
+    found = _interactions(exchange)
+    held = next(((v, t) for v, t in found if isinstance(v.get("usage"), dict)), None)
+    first: Json = found[0][0] if found else {}
+    if not made and (held is None or not (first.get("background") or first.get("agent"))):
+        return
+    if not unanswered(draft):
+        draft.fail(first, in_stream=draft.streaming and not failed(exchange))
+        draft.response_id = as_id(next((v["id"] for v, _ in found if v.get("id")), None))
+        draft.model = as_name(next((v["model"] for v, _ in found if v.get("model")), None))
+        if held is not None:
+            _fill_interaction(draft, *held)
+        elif draft.error_class is None and first.get("status") in ("in_progress", "queued"):
+            draft.pending()
+        elif draft.error_class is None:
+            draft.usage_not_sent()
+    yield draft.event()
+
+
+def _fill_interaction(draft: Draft, interaction: Json, text: bytes) -> None:
+    usage = interaction["usage"]
+    counts = Counts()
+    tokens, details = interaction_tokens(counts, usage)
+    units: dict[str, int] = {}
+    for entry in dicts(usage.get("grounding_tool_count")):
+        unit = _GROUNDING_UNITS.get(str(entry.get("type")))
+        count = counts.of(entry, "count")
+        if unit is not None and count:
+            units[unit] = units.get(unit, 0) + count
+    where = {"search" if unit == "grounding_queries" else "maps" for unit in units}
+    if "search" in where:
+        units["grounding_prompts"] = 1
+    if where:
+        draft.conditions["grounding"] = ",".join(sorted(where))
+    draft.parts = [Usage(draft.model or draft.request_model, tokens, units, details)]
+    draft.raw_usage = verbatim(text, b"usage", usage).text
+    draft.flags |= counts.flags()
+    draft.condition("service_tier", interaction.get("service_tier"))
+
+
+# --- routes -------------------------------------------------------------------------------------
+
+
+def content_routes(prefix: str) -> tuple[Route, ...]:
+    """The routes of a model under `prefix` (a pattern that ends before `/models/…`)."""
+    model = prefix + r"/(?:models|tunedModels|endpoints)/[^/:]+:"
+    return (
+        route("generateContent", "chat", model + "generateContent", read_generate),
+        route("streamGenerateContent", "chat", model + "streamGenerateContent", read_generate),
+        route("embedContent", "embedding", model + "embedContent", read_embedding),
+        route("batchEmbedContents", "embedding", model + "batchEmbedContents", read_embedding),
+        route("countTokens", "count", model + "countTokens", read_gemini_count),
+        route("predict", "embedding", model + "predict", read_embedding),
+        route("predictLongRunning", "video", model + "predictLongRunning", read_long_running),
+        route(
+            "batchGenerateContent",
+            "batch",
+            model + "(?:batchGenerateContent|asyncBatchEmbedContent)",
+            read_batch_created,
+        ),
+    )
+
+
+_ROOT = r"/v1(?:beta|alpha)?\d*"
+ROUTES = (
+    *content_routes(_ROOT),
+    *text_routes(_ROOT + "/openai", THINKING_HIDDEN),
+    *media_routes(_ROOT + "/openai"),
+    route("interactions", "chat", _ROOT + "/interactions", read_interaction),
+    route("interactions", "chat", _ROOT + "/interactions/[^/]+", read_interaction, ("GET",)),
+    route("cachedContents", "cache", _ROOT + "/cachedContents", read_cache_made),
+    route("batches", "chat", _ROOT + "/batches/[^/]+", read_batch, ("GET",)),
+    route(
+        "files", "chat", rf"(?:/download)?{_ROOT}/files/[^/]+:download", read_batch_file, ("GET",)
+    ),
+)
+
+# Gemini Code Assist (the Gemini CLI signed in with a Google account): plan traffic.
+_ASSIST_HOSTS = ("cloudcode-pa.googleapis.com", "daily-cloudcode-pa.sandbox.googleapis.com")
+
+
+def read_assist(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for Code Assist's generateContent, which wraps the request and the response."""
+    draft = begin(exchange, route, provider)
+    draft.streaming = draft.streaming or "stream" in (exchange.request.path or "")
+    generate_event(draft)
+    draft.conditions["plan"] = "gemini_code_assist"
+    yield draft.event()
+
+
+def read_assist_count(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One free event for Code Assist's countTokens."""
+    yield from read_count(exchange, route, provider)
+
+
+_ASSIST = r"/v1internal:"
+ASSIST_ROUTES = (
+    route("generateContent", "chat", _ASSIST + "generateContent", read_assist),
+    route("streamGenerateContent", "chat", _ASSIST + "streamGenerateContent", read_assist),
+    route("countTokens", "count", _ASSIST + "countTokens", read_assist_count),
+)
+
+PROVIDER = Provider("gemini", ("generativelanguage.googleapis.com",), ROUTES)
+ASSIST = Provider("gemini", _ASSIST_HOSTS, ASSIST_ROUTES)
+PROVIDERS = (PROVIDER, ASSIST)

@@ -1,0 +1,136 @@
+"""xAI: chat completions, responses, messages, images, speech, batches.
+
+Peculiar to it: `cost_in_usd_ticks` is the actual charge (10^10 ticks a dollar); reasoning lies
+outside the completion in chat completions and inside the output in responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
+from functools import partial
+
+from halton_meter.model import Exchange, Usage, UsageEvent
+from halton_meter.providers import Provider, Route
+from halton_meter.providers.anthropic import read_batch_created, read_messages
+from halton_meter.providers.openai_media import (
+    fill_batch_answer,
+    media_routes,
+    read_speech,
+    read_transcription,
+    read_video,
+)
+from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
+from halton_meter.providers.reading import (
+    Counts,
+    Draft,
+    Json,
+    Verbatim,
+    as_amount,
+    as_dict,
+    as_id,
+    dicts,
+    documents,
+    failed,
+)
+
+TICKS_PER_USD = Decimal(10) ** 10
+_TOOL_UNITS = {
+    "web_search_calls": "web_search_requests",
+    "x_search_calls": "x_search_requests",
+    "code_interpreter_calls": "code_execution_requests",
+    "file_search_calls": "file_search_calls",
+    "document_search_calls": "document_search_calls",
+    "image_generation_calls": "image_generation_calls",
+    "mcp_calls": "mcp_calls",
+}
+
+
+def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:
+    """Take the charge that xAI states, and the tools that it ran."""
+    ticks = as_amount(usage.exact.get("cost_in_usd_ticks"))
+    if ticks is not None:
+        draft.reported_usd = ticks / TICKS_PER_USD
+    counts = Counts()
+    tools = as_dict(usage.exact.get("server_side_tool_usage_details"))
+    units: dict[str, int | Decimal] = {
+        unit: count for name, unit in _TOOL_UNITS.items() if (count := counts.of(tools, name))
+    }
+    sources = counts.of(usage.exact, "num_sources_used")
+    if sources:
+        units["live_search_sources"] = sources
+    if draft.parts and (units or tools):
+        kept = {k: v for k, v in draft.parts[0].units.items() if not tools}
+        draft.parts[0] = replace(draft.parts[0], units={**kept, **units})
+    draft.flags |= counts.flags()
+
+
+CHAT = Dialect(reasoning_apart=True, finish=settle)
+RESPONSES = Dialect(finish=settle)
+
+
+def read_batch_results(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for each answer in a page of a batch's results."""
+    if failed(exchange):
+        return
+    page: Json = next((value for value, _ in documents(exchange)), {})
+    for item in dicts(page.get("results")):
+        response = as_dict(as_dict(item.get("batch_result")).get("response"))
+        for answer in response.values():
+            usage = as_dict(answer).get("usage")
+            if not isinstance(usage, dict):
+                continue
+            draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+            dialect = RESPONSES if answer.get("object") == "response" else CHAT
+            fill_batch_answer(draft, answer, usage, dialect)
+            if draft.response_id is None:
+                named = str(as_id(item.get("batch_request_id")))
+                draft.identity = ("batch", exchange.request.path or "", named)
+            yield draft.event()
+
+
+def read_deferred(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """An event for a deferred completion that is fetched: its usage is seen here first."""
+    answer: Json = next((value for value, _ in documents(exchange)), {})
+    if isinstance(answer.get("usage"), dict):
+        yield from read_chat(exchange, route, provider, CHAT)
+
+
+def read_billed_speech(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for text turned into speech."""
+    yield from read_speech(exchange, route, provider)
+
+
+def _text(prefix: str) -> tuple[Route, ...]:
+    by_name = {each.path.pattern: each for each in text_routes(prefix, RESPONSES)}
+    chat = {each.path.pattern: each for each in text_routes(prefix, CHAT)}
+    return tuple(
+        chat[pattern] if each.endpoint in ("chat_completions", "completions") else each
+        for pattern, each in by_name.items()
+    )
+
+
+ROUTES = (
+    *_text("/v1"),
+    *media_routes("/v1", settle),
+    route("messages", "chat", "/v1/messages", read_messages),
+    route("complete", "chat", "/v1/complete", partial(read_chat, dialect=CHAT)),
+    route(
+        "deferred_completion", "chat", "/v1/chat/deferred-completion/[^/]+", read_deferred, ("GET",)
+    ),
+    route("audio_transcriptions", "audio", "/v1/stt", read_transcription),
+    route("audio_speech", "audio", "/v1/tts", read_billed_speech),
+    route("videos", "video", "/v1/videos/(?:generations|edits)", read_video),
+    route("batches", "batch", "/v1/batches(?:/[^/]+/requests)?", read_batch_created),
+    route("batches_results", "chat", "/v1/batches/[^/]+/results", read_batch_results, ("GET",)),
+)
+HOSTS = ("api.x.ai", "us-east-1.api.x.ai", "us-west-1.api.x.ai", "eu-west-1.api.x.ai")
+
+PROVIDER = Provider("xai", HOSTS, ROUTES)
+
+__all__ = ["CHAT", "PROVIDER", "RESPONSES", "Usage", "settle"]
