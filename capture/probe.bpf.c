@@ -362,6 +362,18 @@ struct open_record {
 	char host[HOST_BYTES_MAX];
 };
 
+/* The same news in the other ring, which is read at once: who is it, before it exits? */
+INLINE void point_out(struct key *key, struct connection *c)
+{
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	fill(r, KIND_OPEN, key, c, c->opened_ns);
+	process_ring_submit(r);
+}
+
 INLINE void announce(struct key *key, struct connection *c)
 {
 	struct open_record *r = ring_reserve(sizeof(*r));
@@ -382,20 +394,27 @@ struct close_record {
 	u64 received;
 };
 
-INLINE void close_connection(struct key *key, struct connection *c)
+INLINE int emit_close(struct key *key, struct connection *c)
 {
 	struct close_record *r = ring_reserve(sizeof(*r));
 	if (!r) {
 		count(STAT_NOTICES_LOST, 1);
-		c->closed = 1; /* kept, so that user space can find its final offsets */
-		return;
+		return 0;
 	}
 	fill(&r->head, KIND_CLOSE, key, c, bpf_ktime_get_ns());
 	r->head.size = sizeof(*r);
 	r->head.offset = c->sent;
 	r->received = c->received;
 	ring_submit(r);
-	connections_drop(key);
+	return 1;
+}
+
+INLINE void close_connection(struct key *key, struct connection *c)
+{
+	if (emit_close(key, c))
+		connections_drop(key);
+	else
+		c->closed = 1; /* kept, so that user space can find its final offsets */
 }
 
 INLINE void lost(struct connection *c, u32 statistic, u64 bytes)
@@ -585,6 +604,7 @@ INLINE struct connection *admit(struct key *key, struct name *n, int joined)
 	owners_set(&key->tgid, &one);
 	denied_drop(key);
 	count(STAT_ADMITTED, 1);
+	point_out(key, c);
 	announce(key, c);
 	return c;
 }
@@ -834,7 +854,7 @@ SECTION("uprobe/enter_set_host") int enter_set_host(struct registers *r)
 	return host_named(ARG1(r), ARG2(r));
 }
 
-/* SSL_free, SSL_clear: the pointer may serve another connection next. */
+/* SSL_free: the pointer may serve another connection next. */
 SECTION("uprobe/enter_free") int enter_free(struct registers *r)
 {
 	u32 zero = 0;
@@ -847,6 +867,27 @@ SECTION("uprobe/enter_free") int enter_free(struct registers *r)
 		close_connection(&key, c);
 	else
 		denied_drop(&key);
+	return 0;
+}
+
+/* SSL_clear: reuse for another connection, to the same host unless it is named again. OpenSSL
+ * calls it itself when a handshake starts: nothing has been said then. */
+SECTION("uprobe/enter_clear") int enter_clear(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	struct key key = {.ssl = ARG1(r), .tgid = current_ids(s) >> 32};
+	struct connection *c = connections_get(&key);
+	if (!c || (!c->sent && !c->received))
+		return 0;
+	emit_close(&key, c);
+	c->opened_ns = bpf_ktime_get_ns();
+	c->sent = 0;
+	c->received = 0;
+	c->burst = 0;
+	c->announced = 0;
 	return 0;
 }
 

@@ -8,12 +8,34 @@ probe is gone. Read `probe.bpf.c` for what is copied at all, `libraries.py` for 
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
+import platform
+import select
 import socket
+import subprocess
+import sys
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from halton_meter.model import Process, TlsChunk, TlsClosed
+from capture import processes, protocol
+from halton_meter.model import (
+    Connection,
+    Direction,
+    Process,
+    Source,
+    TlsChunk,
+    TlsClosed,
+)
+
+SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
+RECEIVE_BYTES = 1 << 20
+HTTPS_PORT = 443
+_DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +85,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause."""
+    """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
+    `counted` holds every kernel counter (protocol.STATISTICS)."""
 
     loader: str
     probes: int
     libraries: tuple[str, ...] = ()
     losses: Mapping[str, int] = field(default_factory=dict)
     events_lost: Mapping[str, int] = field(default_factory=dict)
+    counted: Mapping[str, int] = field(default_factory=dict)
     rss_bytes: int | None = None
 
 
@@ -82,24 +106,131 @@ class UprobeUnavailable(Exception):
 
 
 def check_environment() -> list[Problem]:
-    """What keeps uprobes from working here for this user; empty when they will."""
-    raise NotImplementedError
+    """List what keeps uprobes from working here for this user; empty when nothing does.
+
+    Changes nothing and loads nothing, so a kernel that refuses the program itself is found only
+    by `UprobeSource.start`.
+    """
+    if sys.platform != "linux":
+        return [Problem(f"uprobes need Linux, this is {sys.platform}", _USE_PROXY)]
+    problems: list[Problem] = []
+    release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    if release < KERNEL_MIN:
+        what = f"Linux {platform.release()} is older than {KERNEL_MIN[0]}.{KERNEL_MIN[1]}"
+        problems.append(Problem(what, _USE_PROXY))
+    if os.geteuid() != 0:
+        problems.append(Problem("attaching probes needs root", "sudo halton-meter start"))
+    elif missing := _missing_capabilities():
+        grant = " ".join(f"--cap-add {name}" for name in missing)
+        what = f"this root lacks {', '.join(missing)} (a container?)"
+        problems.append(Problem(what, f"docker run --pid=host {grant} …"))
+    if not os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
+        what = "the kernel has no uprobes (CONFIG_UPROBE_EVENTS)"
+        problems.append(Problem(what, _USE_PROXY))
+    with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as file:
+        if "[confidentiality]" in file.read():
+            what = "kernel lockdown is in confidentiality mode: BPF may not read user memory"
+            command = "boot with lockdown=integrity, or disable Secure Boot; or " + _USE_PROXY
+            problems.append(Problem(what, command))
+    return problems + _missing_loaders()
 
 
-def spawn_helper(scope: Scope, hosts: Iterable[str], *, loader: str = "auto") -> socket.socket:
+KERNEL_MIN = (5, 12)
+_USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
+_CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
+
+
+def _missing_capabilities() -> list[str]:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("CapEff:"):
+                mask = int(line.split()[1], 16)
+                return [name for name, bit in _CAPABILITIES.items() if not mask >> bit & 1]
+    return []
+
+
+def _missing_loaders() -> list[Problem]:
+    from capture import loader
+
+    try:
+        loader.libbpf_library()
+        if loader.built_object() or loader.clang():
+            return []
+        mend = "apt install clang   # or install the wheel, which brings the program compiled"
+        libbpf = Problem("the BPF program is not compiled and there is no clang", mend)
+    except loader.LoadFailed as error:
+        libbpf = Problem(str(error), "apt install libbpf1   # Fedora, Arch: libbpf")
+    try:
+        loader.import_bcc()
+    except loader.LoadFailed:
+        return [libbpf]
+    return []
+
+
+def spawn_helper(
+    scope: Scope,
+    hosts: Iterable[str],
+    *,
+    loader: str = "auto",
+    files: Iterable[str] | None = None,
+    restricted: bool = True,
+    ring_bytes: int | None = None,
+    request_bytes_max: int | None = None,
+) -> socket.socket:
     """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
 
     A root supervisor calls this, then starts the unprivileged daemon with the socket inherited.
-    The scope is fixed here: the other end of the socket cannot widen it to other users.
+    The scope is fixed here: when `restricted`, the other end of the socket cannot add processes of
+    users outside `scope.uids`. `files` are attached to at once, before any process maps them
+    (None: the system's libssl). `ring_bytes` is a power of two. The helper ends with the socket.
     """
-    raise NotImplementedError
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        helper = subprocess.Popen(
+            [sys.executable, "-I", "-m", "capture.helper", "--fd", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # a Ctrl-C meant for the command must not end the capture
+        )
+    _children.append(helper)
+    command = {
+        "scope": {
+            "uids": sorted(scope.uids),
+            "roots": list(scope.roots),
+            "everyone": scope.everyone,
+            "cgroup": scope.cgroup,
+            "excluded": list(scope.excluded),
+        },
+        "hosts": list(hosts),
+        "loader": loader,
+        "files": None if files is None else list(files),
+        "restricted": restricted,
+        "ring_bytes": ring_bytes,
+        "request_bytes_max": request_bytes_max,
+    }
+    ours.sendall(protocol.encode_command(command))
+    return ours
+
+
+_children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A connection as its frames come in; `expected` is the next offset by direction."""
+
+    connection: Connection
+    clock_ns: int
+    expected: list[int]
 
 
 class UprobeSource:
     """Iterate over the plaintext of provider connections in scope.
 
     `hosts` are exact names or "*.suffix". With `link` (a socket from `spawn_helper`) nothing is
-    started and no privilege is needed; without it `start` spawns the helper, as root.
+    started and no privilege is needed; without it `start` spawns the helper, as root, and the
+    other arguments are `spawn_helper`'s. Not thread-safe: one thread reads and commands.
 
     >>> source = UprobeSource(hosts, Scope(roots=(pid,)))
     >>> source.start()                      # returns once probes are attached, or UprobeUnavailable
@@ -113,54 +244,307 @@ class UprobeSource:
         *,
         loader: str = "auto",
         link: socket.socket | None = None,
+        files: Iterable[str] | None = None,
+        ring_bytes: int | None = None,
+        request_bytes_max: int | None = None,
     ) -> None:
         self.hosts = tuple(hosts)
         self.scope = scope
+        self._options: dict[str, Any] = {
+            "loader": loader,
+            "files": files,
+            "ring_bytes": ring_bytes,
+            "request_bytes_max": request_bytes_max,
+        }
+        self._link = link
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._frames = protocol.FrameBuffer()
+        self._events: deque[TlsChunk | TlsClosed] = deque()
+        self._processes: dict[int, Process] = {}
+        self._streams: dict[tuple[int, int, int], _Stream] = {}
+        self._closing: dict[tuple[int, int, int], tuple[float, int]] = {}
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._problem: str | None = None
+        self._report: dict[str, Any] = {}
+        self._number = 0
+        self._ended = False
 
-    def start(self, timeout_s: float = 10.0) -> None:
+    # --- life ---------------------------------------------------------------------------------
+
+    def start(self, timeout_s: float = 30.0) -> None:
         """Return when every library known so far is attached. Raises UprobeUnavailable."""
-        raise NotImplementedError
+        if self._link is None:
+            if problems := check_environment():
+                raise UprobeUnavailable(tuple(problems))
+            self._link = spawn_helper(self.scope, self.hosts, restricted=False, **self._options)
+            self._helper = _children[-1]
+        self._await(0, timeout_s)
+        if not self._report:
+            self.request_report(timeout_s)
+
+    def stop(self) -> None:
+        """Tell the helper to end; every probe is gone when it has. Safe to call twice."""
+        if self._link is None:
+            return
+        link, self._link = self._link, None
+        self._end()
+        with contextlib.suppress(OSError):
+            link.sendall(protocol.encode_command({"do": "stop", "id": -1}))
+        link.close()
+        if self._helper is not None:
+            try:
+                self._helper.wait(10)
+            except subprocess.TimeoutExpired:
+                self._helper.kill()
+                self._helper.wait()
+            _children.remove(self._helper)
+            self._helper = None
+
+    @property
+    def ended(self) -> bool:
+        """True when no more events will come: stopped, or the helper died."""
+        return self._ended and not self._events
+
+    @property
+    def helper_pid(self) -> int | None:
+        """The helper's pid, where we started it."""
+        return self._helper.pid if self._helper else None
+
+    # --- reading ------------------------------------------------------------------------------
 
     def fileno(self) -> int:
-        """The socket, for select/epoll: readable means `read(0)` has something."""
-        raise NotImplementedError
+        """Return the socket, for select or epoll: readable means `read(0)` has something."""
+        return self._link.fileno() if self._link else -1
 
     def read(self, timeout_s: float | None = None) -> list[TlsChunk | TlsClosed]:
         """Events available now, waiting up to `timeout_s` (None: for ever) for the first.
 
         An empty list is a timeout; `ended` tells whether the helper is gone.
         """
-        raise NotImplementedError
-
-    @property
-    def ended(self) -> bool:
-        """True when no more events will come: stopped, or the helper died."""
-        raise NotImplementedError
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            self._close_shut_down()
+            if not self._events and not self._ended:
+                self._receive(self._wait_s(deadline))
+                self._close_shut_down()
+            if self._events or self._ended:
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+        events = list(self._events)
+        self._events.clear()
+        return events
 
     def __iter__(self) -> Iterator[TlsChunk | TlsClosed]:
         """Events until `ended`."""
         while not self.ended:
             yield from self.read()
 
+    def drain(self, timeout_s: float = 5.0) -> list[TlsChunk | TlsClosed]:
+        """Everything the kernel has captured up to this call (a barrier through the helper)."""
+        with contextlib.suppress(UprobeUnavailable):
+            self._ask({"do": "barrier"}, timeout_s)
+        return self.read(0)
+
+    def _wait_s(self, deadline: float | None) -> float | None:
+        times = [at for at, _ in self._closing.values()]
+        if deadline is not None:
+            times.append(deadline)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _receive(self, wait_s: float | None) -> None:
+        if self._link is None:
+            self._end()
+            return
+        ready, _, _ = select.select([self._link], [], [], wait_s)
+        if not ready:
+            return
+        try:
+            data = self._link.recv(RECEIVE_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._end()
+            return
+        for kind, frame in self._frames.feed(data):
+            self._take(kind, frame)
+
+    def _take(self, kind: int, frame: bytes) -> None:
+        if kind == protocol.CHUNK:
+            self._take_chunk(protocol.decode_record(frame))
+        elif kind == protocol.OPEN:
+            self._open(protocol.decode_record(frame))
+        elif kind == protocol.CLOSE:
+            self._take_close(protocol.decode_record(frame))
+        elif kind == protocol.SHUTDOWN:
+            record = protocol.decode_record(frame)
+            if record.key in self._streams:
+                self._closing[record.key] = (time.monotonic() + SHUTDOWN_GRACE_S, record.at_ns)
+        elif kind == protocol.PROCESS:
+            process = processes.from_json(protocol.decode_message(frame))
+            self._processes[process.pid] = process
+        elif kind == protocol.REPORT:
+            self._report = protocol.decode_message(frame)
+            self._forget_processes()
+        elif kind == protocol.REPLY:
+            reply = protocol.decode_message(frame)
+            self._replies[int(reply["id"])] = reply
+        elif kind == protocol.PROBLEM:
+            self._problem = str(protocol.decode_message(frame)["what"])
+
+    def _open(self, record: protocol.Record) -> _Stream:
+        pid, ssl, opened_ns = record.key
+        process = self._processes.get(pid) or Process(
+            pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid
+        )
+        # One clock reading a connection: its times must not go backwards when the clock is set.
+        known = self._streams.get(record.key)
+        stream = _Stream(
+            Connection(
+                id=f"{pid}-{ssl:x}-{opened_ns:x}",
+                source=Source.UPROBES,
+                process=process,
+                peer=record.host or None,
+                joined=bool(record.flags & protocol.FLAG_JOINED),
+            ),
+            known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
+            known.expected if known else [0, 0],
+        )
+        self._streams[record.key] = stream
+        return stream
+
+    def _take_chunk(self, record: protocol.Record) -> None:
+        stream = self._streams.get(record.key) or self._open(record)  # its OPEN was lost
+        self._closing.pop(record.key, None)
+        stream.expected[record.direction] = record.offset + record.length
+        self._events.append(
+            TlsChunk(
+                stream.connection,
+                _DIRECTIONS[record.direction],
+                record.offset,
+                record.data,
+                record.length,
+                record.at_ns + stream.clock_ns,
+            )
+        )
+
+    def _take_close(self, record: protocol.Record) -> None:
+        stream = self._streams.get(record.key)
+        if stream is None:
+            return
+        for direction, total in enumerate((record.offset, record.received)):
+            missing = total - stream.expected[direction]
+            if missing > 0:  # the last chunks were lost: no later offset would show it
+                at_ns = record.at_ns + stream.clock_ns
+                self._events.append(
+                    TlsChunk(
+                        stream.connection,
+                        _DIRECTIONS[direction],
+                        stream.expected[direction],
+                        b"",
+                        missing,
+                        at_ns,
+                    )
+                )
+        self._close(record.key, record.at_ns)
+
+    def _close(self, key: tuple[int, int, int], at_ns: int, *, clean: bool = True) -> None:
+        self._closing.pop(key, None)
+        stream = self._streams.pop(key)
+        self._events.append(TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
+
+    def _close_shut_down(self) -> None:
+        if not self._closing:
+            return
+        now = time.monotonic()
+        for key, (at, at_ns) in list(self._closing.items()):
+            if at <= now:
+                self._close(key, at_ns)
+
+    def _end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        for key in list(self._streams):
+            self._close(key, time.monotonic_ns(), clean=False)
+
+    def _forget_processes(self) -> None:
+        live = {pid for pid, _, _ in self._streams}
+        for pid in [pid for pid in self._processes if pid not in live]:
+            del self._processes[pid]
+
+    # --- commands -----------------------------------------------------------------------------
+
     def add_root(self, pid: int, timeout_s: float = 5.0) -> None:
         """Add a process, its descendants and all their future children to the scope.
 
         Returns once the kernel knows it: hold the child before exec, call this, let it go.
+        Raises UprobeUnavailable when the helper refuses or is gone.
         """
-        raise NotImplementedError
+        self._ask({"do": "root", "pid": pid}, timeout_s)
+
+    def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
+        """Replace the list of hosts; connections already admitted stay so."""
+        self.hosts = tuple(hosts)
+        self._ask({"do": "hosts", "hosts": list(self.hosts)}, timeout_s)
+
+    def request_report(self, timeout_s: float = 5.0) -> None:
+        """Make `coverage` and `status` those of now."""
+        self._ask({"do": "report"}, timeout_s)
+
+    def _ask(self, command: dict[str, Any], timeout_s: float) -> None:
+        self._number += 1
+        if self._link is None:
+            raise UprobeUnavailable((Problem("the capture is stopped", "halton-meter start"),))
+        line = protocol.encode_command({**command, "id": self._number})
+        try:
+            self._link.sendall(line)
+        except OSError:
+            self._end()
+        self._await(self._number, timeout_s)
+
+    def _await(self, number: int, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while number not in self._replies:
+            if self._problem:
+                raise UprobeUnavailable((Problem(self._problem, "halton-meter doctor"),))
+            if self._ended or time.monotonic() >= deadline:
+                what = "the capture helper died" if self._ended else "the helper did not answer"
+                raise UprobeUnavailable((Problem(what, "halton-meter start"),))
+            self._receive(max(0.0, deadline - time.monotonic()))
+        error = self._replies.pop(number).get("error")
+        if error:
+            raise UprobeUnavailable((Problem(str(error), "halton-meter status"),))
+
+    # --- what it says of itself ---------------------------------------------------------------
 
     def coverage(self) -> list[ProcessCoverage]:
-        """Processes in scope that use TLS, as of the helper's last report (at most 2 s old)."""
-        raise NotImplementedError
+        """Processes in scope that use TLS, as of the helper's last report.
+
+        Reports come half a second after something happened, none while nothing does.
+        """
+        return [
+            ProcessCoverage(
+                process=processes.from_json(line["process"]),
+                host=line["host"],
+                stack=line["stack"],
+                library=line["library"],
+                state=CoverageState(line["state"]),
+                advice=line["advice"],
+            )
+            for line in self._report.get("coverage", ())
+        ]
 
     def status(self) -> Status:
         """Loader, probes and losses as of the helper's last report."""
-        raise NotImplementedError
-
-    def drain(self, timeout_s: float = 2.0) -> list[TlsChunk | TlsClosed]:
-        """Everything the kernel has captured up to this call (a barrier through the helper)."""
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        """Tell the helper to end; every probe is gone when it has. Safe to call twice."""
-        raise NotImplementedError
+        report = self._report
+        counted: dict[str, int] = report.get("statistics", {})
+        return Status(
+            loader=report.get("loader", "none"),
+            probes=report.get("probes", 0),
+            libraries=tuple(report.get("libraries", ())),
+            losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES},
+            events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES},
+            counted=counted,
+            rss_bytes=report.get("rss_bytes"),
+        )

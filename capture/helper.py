@@ -1,0 +1,778 @@
+"""The root helper: attaches the probes, drains the ring, reads /proc, writes frames to a socket.
+
+Run as `python -m capture.helper --fd N` by `uprobe.spawn_helper`, with the scope as its first
+command. It parses no plaintext and keeps none: ring records go from the kernel's memory to the
+socket as they are. It never queues: when the reader is slow it leaves the ring to fill, and the
+kernel counts, stream by stream, what no longer fits. It ends when the socket does, and with it
+every probe. Standard library only; memory and start-up time are why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import heapq
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from capture import libraries, loader, processes, protocol
+from halton_meter.model import Process
+
+BATCH_FRAMES_MAX = 512  # below IOV_MAX (1024)
+SEND_BUFFER_BYTES = 4 * 1024 * 1024
+PAUSE_S = 0.01  # chunks wait this long for company: wake-ups, not bytes, cost CPU
+SETTLE_S = 0.0002  # a record still being written blocks the ring's front
+# After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
+RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
+SWEEP_S = 60.0
+REPORT_S = 0.5
+IDENTITY_S = 1.0
+IDENTITIES_MAX = 4096
+FILES_MAX = 20_000
+FINDERS_MAX = 1
+COVERAGE_MAX = 500
+REQUEST_BYTES_MAX = 8 * 1024 * 1024
+
+_SETTINGS = struct.Struct("=IIQIIQQ")
+_KEY = struct.Struct("=QII")
+_EVERYONE, _UIDS, _TREES, _CGROUP = 1, 2, 4, 8
+_IN_TREE, _EXCLUDED = b"\x01", b"\x02"
+_INIT_PID_NAMESPACE = 0xEFFFFFFC
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+_SO_SNDBUFFORCE = 32
+_PR_SET_DUMPABLE = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Refused(Exception):
+    """A command that will not be carried out; the text says why."""
+
+
+@dataclass(slots=True)
+class _File:
+    """A file that was looked at. `library` None: no TLS in it; `finder`: still being looked at."""
+
+    path: str
+    library: libraries.Library | None = None
+    probes: list[int] = field(default_factory=list)
+    finder: subprocess.Popen[bytes] | None = None
+    failure: str | None = None
+
+
+_FileId = tuple[int, int, int]  # device, inode, change time: inode numbers are used again
+
+
+class Files:
+    """Looks at each file once and attaches to those with TLS functions."""
+
+    def __init__(self, programs: dict[str, int]) -> None:
+        self._programs = programs
+        self.files: dict[_FileId, _File] = {}
+        self._waiting: deque[tuple[_FileId, int]] = deque()
+
+    def look_at(self, link: str, path: str) -> _FileId | None:
+        """The file's identity, once looked at; None when it cannot be opened."""
+        try:
+            stat = os.stat(link)
+        except OSError:
+            return None
+        identity = (stat.st_dev, stat.st_ino, stat.st_ctime_ns)
+        if identity in self.files or len(self.files) >= FILES_MAX:
+            return identity
+        try:
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        file = self.files[identity] = _File(path)
+        try:
+            file.library = libraries.inspect(fd)
+            if file.library:
+                self._attach(file, fd)
+            elif stat.st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
+                self._waiting.append((identity, os.dup(fd)))
+        except (libraries.NotElf, OSError, ValueError, struct.error):
+            pass
+        finally:
+            os.close(fd)
+        return identity
+
+    def _attach(self, file: _File, fd: int) -> None:
+        assert file.library is not None
+        for name, offset in file.library.functions.items():
+            entry, result = libraries.FUNCTIONS[name]
+            try:
+                for program in filter(None, (entry, result)):
+                    probe = loader.attach_uprobe(
+                        self._programs[program],
+                        f"/proc/self/fd/{fd}",
+                        offset,
+                        at_return=program == result,
+                    )
+                    file.probes.append(probe)
+            except OSError as error:
+                file.failure = f"cannot attach to {name}: {error.strerror}"
+                self.detach(file)
+                return
+
+    @staticmethod
+    def detach(file: _File) -> None:
+        """Remove the file's probes."""
+        for probe in file.probes:
+            os.close(probe)
+        file.probes = []
+
+    def run_finders(self) -> list[_FileId]:
+        """Start and collect searches by structure; files that became known."""
+        done: list[_FileId] = []
+        running = 0
+        for identity, file in self.files.items():
+            if file.finder is None:
+                continue
+            if file.finder.poll() is None:
+                running += 1
+                continue
+            assert file.finder.stdout is not None
+            output = file.finder.stdout.read(1 << 20)
+            file.finder.stdout.close()
+            file.finder = None
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                file.library = libraries.library_from_json(output.decode())
+            fd = self._found.pop(identity)
+            try:
+                if file.library and file.library.functions:
+                    self._attach(file, fd)
+            finally:
+                os.close(fd)
+            done.append(identity)
+        while self._waiting and running < FINDERS_MAX:
+            identity, fd = self._waiting.popleft()
+            command = [sys.executable, "-I", "-m", "capture.libraries"]
+            self.files[identity].finder = subprocess.Popen(
+                command, stdin=fd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
+            )
+            self._found[identity] = fd
+            running += 1
+        return done
+
+    _found: dict[_FileId, int] = {}  # noqa: RUF012  (one Files a process)
+
+    @property
+    def searching(self) -> bool:
+        """True while files without symbols are being looked at."""
+        return bool(self._waiting or self._found)
+
+    def drop_unused(self, used: Iterable[_FileId]) -> None:
+        """Detach from files that nobody in scope maps and that no path leads to any more."""
+        used = set(used)
+        for identity, file in list(self.files.items()):
+            if identity in used or file.finder:
+                continue
+            try:
+                stat = os.stat(file.path)
+                if (stat.st_dev, stat.st_ino) == identity[:2]:
+                    continue
+            except OSError:
+                pass
+            self.detach(file)
+            del self.files[identity]
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A process in scope: the files with TLS that it maps."""
+
+    ticks: int | None
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    files: set[_FileId] = field(default_factory=set)
+    java: bool = False
+    host: str | None = None
+
+
+class Helper:
+    """The loop; one thread, one epoll."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._commands = protocol.CommandBuffer()
+        self._outbox: deque[bytes] = deque()
+        self._watched: dict[int, _Watched] = {}
+        self._identities: dict[int, tuple[float, Process]] = {}
+        self._rescans: list[tuple[float, int, int]] = []
+        self._connections: dict[int, set[int]] = {}
+        self._barriers: deque[tuple[int, int]] = deque()
+        self._hosts: set[str] = set()
+        self._configured = self._blocked = self._stopping = False
+        self._resume_at = 0.0
+        self._report_at: float | None = None
+        self._sweep_at = 0.0
+        self._notices_lost = 0
+        self._keep: list[int] = []
+
+    # --- set-up -------------------------------------------------------------------------------
+
+    def configure(self, command: dict[str, Any]) -> None:
+        """Load, set the scope, attach to what is there. Raises LoadFailed, OSError, Refused."""
+        self._scope = scope = command["scope"]
+        self._restricted = bool(command.get("restricted"))
+        own_mounts()
+        if command["loader"] == "bcc":
+            offer_headers()
+        ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
+        self._loaded = loaded = loader.load(command["loader"], ring_bytes)
+        maps = loaded.maps
+        self._ring = loader.Ring(maps["ring"], ring_bytes)
+        self._process_ring = loader.Ring(maps["process_ring"], 256 * 1024)
+        self._tree = loader.Map(maps["tree"], 4, 1)
+        self._host_map = loader.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
+        self._stats = loader.Map(maps["stats"], 4, 8)
+        self._connection_map = loader.Map(maps["connections"], _KEY.size, CONNECTION.size)
+        self._set_scope(scope, int(command.get("request_bytes_max") or REQUEST_BYTES_MAX), maps)
+        self.set_hosts(command["hosts"])
+        self._attach_tracepoints()
+        self.files = Files(loaded.programs)
+        self._epoll = select.epoll()
+        self._epoll.register(self._sock, select.EPOLLIN)
+        self._epoll.register(self._process_ring.fd, select.EPOLLIN)
+        self._epoll.register(self._ring.fd, select.EPOLLIN)
+        for pid in scope["roots"]:
+            self.add_root(int(pid), check=False)
+        given = command.get("files")
+        for path in libraries.standard_files() if given is None else given:
+            self.files.look_at(path, path)
+        self._sweep(time.monotonic())
+        self._configured = True
+
+    def _set_scope(
+        self, scope: dict[str, Any], request_bytes_max: int, maps: dict[str, int]
+    ) -> None:
+        flags = _TREES | (_EVERYONE if scope["everyone"] else 0) | (_UIDS if scope["uids"] else 0)
+        cgroup = level = 0
+        if scope["cgroup"]:
+            path = os.path.realpath(scope["cgroup"])
+            cgroup = os.stat(path).st_ino
+            level = len(
+                [part for part in os.path.relpath(path, "/sys/fs/cgroup").split("/") if part != "."]
+            )
+            flags |= _CGROUP
+        namespace = os.stat("/proc/self/ns/pid")
+        nested = namespace.st_ino != _INIT_PID_NAMESPACE
+        loader.Map(maps["settings"], 4, _SETTINGS.size).set(
+            bytes(4),
+            _SETTINGS.pack(
+                flags, request_bytes_max, cgroup, level, nested, namespace.st_dev, namespace.st_ino
+            ),
+        )
+        uids = loader.Map(maps["uids"], 4, 1)
+        for uid in scope["uids"]:
+            uids.set(struct.pack("=I", uid), b"\x01")
+        for pid in scope["excluded"]:
+            for each in (pid, *processes.descendants(pid)):
+                self._tree.set(struct.pack("=I", each), _EXCLUDED)
+
+    def _attach_tracepoints(self) -> None:
+        programs = self._loaded.programs
+        for name in ("exec", "exit"):
+            self._keep.append(
+                loader.attach_raw_tracepoint(programs[f"on_{name}"], f"sched_process_{name}")
+            )
+        folder = f"{tracing_folder()}/events/sched/sched_process_fork"
+        with open(f"{folder}/format", encoding="ascii") as file:
+            arrays = "char parent_comm[16]" in file.read()
+        with open(f"{folder}/id", encoding="ascii") as file:
+            number = int(file.read())
+        program = programs["fork_arrays" if arrays else "fork_locations"]
+        self._keep.append(loader.attach_tracepoint(program, number))
+
+    # --- commands -----------------------------------------------------------------------------
+
+    def set_hosts(self, hosts: Iterable[str]) -> None:
+        """Replace the allow-list."""
+        wanted = {host_key(host) for host in hosts}
+        have = {host_key(host) for host in self._hosts}
+        for key in wanted - have:
+            self._host_map.set(key, b"\x01")
+        for key in have - wanted:
+            self._host_map.drop(key)
+        self._hosts = set(hosts)
+
+    def add_root(self, pid: int, *, check: bool = True) -> None:
+        """Put a process and what descends from it in scope."""
+        if check and self._restricted and not self._scope["everyone"]:
+            try:
+                owner = os.stat(f"/proc/{pid}").st_uid
+            except OSError:
+                raise Refused(f"there is no process {pid}") from None
+            if owner not in self._scope["uids"]:
+                raise Refused(f"process {pid} belongs to another user")
+        # First the root: children it has from now on are added by the kernel.
+        self._tree.set(struct.pack("=I", pid), _IN_TREE)
+        for each in processes.descendants(pid):
+            self._tree.set(struct.pack("=I", each), _IN_TREE)
+            self._schedule(each)
+
+    def _command(self, command: dict[str, Any]) -> None:
+        number, what = command.get("id"), command.get("do")
+        answer: dict[str, Any] = {"id": number}
+        try:
+            if what == "barrier":
+                self._barriers.append((self._ring.produced(), int(command["id"])))
+                self._resume_at = 0.0
+                return
+            if what == "root":
+                self.add_root(int(command["pid"]))
+            elif what == "hosts":
+                self.set_hosts(command["hosts"])
+            elif what == "report":
+                self._report()
+            elif what == "stop":
+                self._stopping = True
+            else:
+                raise Refused(f"unknown command {what!r}")
+        except (Refused, OSError, KeyError, TypeError, ValueError) as error:
+            answer["error"] = str(error)
+        self._outbox.append(protocol.encode_message(protocol.REPLY, answer))
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until the socket ends or we are told to stop."""
+        while not self._stopping or self._outbox:
+            now = time.monotonic()
+            ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
+            if self._sock.fileno() in ready and not self._read_commands():
+                return
+            self._read_processes()
+            now = time.monotonic()
+            self._run_rescans(now)
+            if now >= self._resume_at or self._barriers:
+                self._pump(now)
+            elif self._outbox:
+                self._flush()
+            if self._report_at is not None and now >= self._report_at and not self._blocked:
+                self._report()
+            if now >= self._sweep_at:
+                self._sweep(now)
+            self._watch_ring(now)
+
+    def _wait_s(self, now: float) -> float:
+        times = [self._sweep_at]
+        if self._rescans:
+            times.append(self._rescans[0][0])
+        if self._resume_at > now:
+            times.append(self._resume_at)
+        if self._report_at is not None:
+            times.append(self._report_at)
+        if self.files.searching:
+            times.append(now + 0.05)
+        return max(0.0, min(times) - now)
+
+    def _watch_ring(self, now: float) -> None:
+        """Listen to the ring only when we could do something about it."""
+        paused = self._blocked or self._resume_at > now
+        self._epoll.modify(self._ring.fd, 0 if paused else select.EPOLLIN)
+        self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if self._blocked else 0))
+
+    def _read_commands(self) -> bool:
+        try:
+            data = self._sock.recv(1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        for command in self._commands.feed(data):
+            self._command(command)
+        return True
+
+    def _flush(self) -> bool:
+        """Send the outbox; False when the socket is full."""
+        while self._outbox:
+            try:
+                sent = self._sock.send(self._outbox[0])
+            except BlockingIOError:
+                self._blocked = True
+                return False
+            if sent < len(self._outbox[0]):
+                self._outbox[0] = self._outbox[0][sent:]
+            else:
+                self._outbox.popleft()
+        self._blocked = False
+        return True
+
+    def _pump(self, now: float) -> None:
+        """Move what the ring holds to the socket, in order, until either end says stop."""
+        moved = False
+        while self._flush():
+            batch: list[memoryview] = []
+            after: list[int] = []
+            special: tuple[int, bytes] | None = None
+            for position, record in self._ring.records():
+                size, kind = struct.unpack_from("=IH", record)
+                if kind in (protocol.OPEN, protocol.EXIT):
+                    special = (position, bytes(record[:size]))
+                    break
+                batch.append(record[:size])
+                after.append(position)
+                if len(batch) == BATCH_FRAMES_MAX:
+                    break
+            if batch and not self._send_batch(batch, after):
+                break
+            if special:
+                self._ring.release(special[0])
+                self._handle(special[1])
+            if not batch and not special:
+                break
+            moved = True
+        self._ring.skip_discarded()
+        if moved:
+            self._resume_at = now + PAUSE_S
+            self._report_at = self._report_at or now + REPORT_S
+        while self._barriers and self._ring.position >= self._barriers[0][0] and not self._blocked:
+            _, number = self._barriers.popleft()
+            reply = protocol.encode_message(protocol.REPLY, {"id": number})
+            self._outbox.append(reply)
+            self._flush()
+
+    def _send_batch(self, batch: list[memoryview], after: list[int]) -> bool:
+        try:
+            sent = self._sock.sendmsg(batch)
+        except BlockingIOError:
+            sent = 0
+        for frame, position in zip(batch, after, strict=True):
+            if sent >= len(frame):
+                sent -= len(frame)
+                self._ring.release(position)
+                continue
+            if sent:  # half a frame is out: the rest is ours to keep
+                self._outbox.append(bytes(frame[sent:]))
+                self._ring.release(position)
+            self._blocked = True
+            return False
+        return True
+
+    def _handle(self, frame: bytes) -> None:
+        """An OPEN needs its process told first, an EXIT ends connections that never said so."""
+        record = protocol.decode_record(frame)
+        if record.kind == protocol.OPEN:
+            process = self._identify(record.tgid)
+            if process is None:
+                process = Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
+            self._outbox.append(
+                protocol.encode_message(protocol.PROCESS, processes.to_json(process))
+            )
+            self._outbox.append(frame)
+            self._connections.setdefault(record.tgid, set()).add(record.ssl)
+            if watched := self._watched.get(record.tgid):
+                watched.host = record.host
+        else:
+            for ssl in self._connections.pop(record.tgid, ()):
+                self._close(ssl, record.tgid, record.at_ns)
+            self._identities.pop(record.tgid, None)
+
+    def _close(self, ssl: int, tgid: int, at_ns: int) -> None:
+        key = _KEY.pack(ssl, tgid, 0)
+        value = self._connection_map.get(key)
+        if value is None:
+            return  # SSL_free has told
+        opened, sent, received, *_ = CONNECTION.unpack(value)
+        size = protocol.RECORD.size + 8
+        self._outbox.append(
+            protocol.RECORD.pack(
+                size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0
+            )
+            + received.to_bytes(8, "little")
+        )
+        self._connection_map.drop(key)
+
+    # --- processes ----------------------------------------------------------------------------
+
+    def _read_processes(self) -> None:
+        last = None
+        for position, raw in self._process_ring.records():
+            last = position
+            record = protocol.decode_record(bytes(raw))
+            if record.kind == protocol.EXEC:
+                self._watched.pop(record.tgid, None)
+                self._identities.pop(record.tgid, None)
+                self._schedule(record.tgid)
+            elif record.kind == protocol.OPEN:
+                self._identities.pop(record.tgid, None)
+                self._identify(record.tgid)
+        if last is not None:
+            self._process_ring.release(last)
+        self._process_ring.skip_discarded()
+
+    def _identify(self, pid: int) -> Process | None:
+        now = time.monotonic()
+        known = self._identities.get(pid)
+        if known and now - known[0] < IDENTITY_S:
+            return known[1]
+        process = processes.read_process(pid)
+        if process is None or not process.argv:  # gone, or a zombie: what we knew is better
+            return known[1] if known else process
+        if len(self._identities) >= IDENTITIES_MAX:
+            self._identities.pop(next(iter(self._identities)))
+        self._identities[pid] = (now, process)
+        return process
+
+    def _in_scope(self, pid: int) -> bool:
+        member = self._tree.get(struct.pack("=I", pid))
+        if member == _EXCLUDED:
+            return False
+        if member == _IN_TREE or self._scope["everyone"]:
+            return True
+        try:
+            return os.stat(f"/proc/{pid}").st_uid in self._scope["uids"]
+        except OSError:
+            return False
+
+    def _schedule(self, pid: int) -> None:
+        heapq.heappush(self._rescans, (time.monotonic() + RESCAN_S[0], pid, 0))
+
+    def _run_rescans(self, now: float) -> None:
+        while self._rescans and self._rescans[0][0] <= now:
+            at, pid, step = heapq.heappop(self._rescans)
+            if not self._scan(pid):
+                continue
+            if step + 1 < len(RESCAN_S):
+                later = at - RESCAN_S[step] + RESCAN_S[step + 1]
+                heapq.heappush(self._rescans, (later, pid, step + 1))
+        if self.files.searching and self.files.run_finders():
+            self._report_at = self._report_at or now + REPORT_S
+
+    def _scan(self, pid: int) -> bool:
+        """Look at files the process has mapped since last time; False when it is gone."""
+        if not self._in_scope(pid):
+            return False
+        mappings = libraries.executable_mappings(pid)
+        if not mappings:
+            self._watched.pop(pid, None)
+            return False
+        watched = self._watched.setdefault(pid, _Watched(None))
+        for mapping in mappings:
+            if (mapping.device, mapping.inode) in watched.seen:
+                continue
+            watched.seen.add((mapping.device, mapping.inode))
+            watched.java = watched.java or mapping.path.endswith("/libjvm.so")
+            identity = self.files.look_at(mapping.link, mapping.path)
+            if identity is None:
+                identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
+            file = self.files.files.get(identity) if identity else None
+            if identity and file and (file.library or file.finder):
+                watched.files.add(identity)
+                self._identify(pid)
+                self._report_at = self._report_at or time.monotonic() + REPORT_S
+        return True
+
+    def _sweep(self, now: float) -> None:
+        """All processes, seldom: what no event told us of."""
+        self._sweep_at = now + SWEEP_S
+        alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+        for pid in self._watched.keys() - alive:
+            del self._watched[pid]
+        for pid in alive:
+            if pid != os.getpid():
+                self._scan(pid)
+        used = {identity for watched in self._watched.values() for identity in watched.files}
+        self.files.drop_unused(used)
+
+    # --- reports ------------------------------------------------------------------------------
+
+    def _statistics(self) -> dict[str, int]:
+        values = {}
+        for index, name in enumerate(protocol.STATISTICS):
+            raw = self._stats.get(struct.pack("=I", index))
+            values[name] = int.from_bytes(raw or b"", "little")
+        return values
+
+    def _report(self) -> None:
+        self._report_at = None
+        statistics = self._statistics()
+        if statistics["notices_lost"] != self._notices_lost and not self._blocked:
+            self._notices_lost = statistics["notices_lost"]
+            self._close_orphans()
+        attached = [file for file in self.files.files.values() if file.probes]
+        report = {
+            "loader": self._loaded.name,
+            "probes": sum(len(file.probes) for file in attached) + len(self._keep),
+            "libraries": sorted({file.path for file in attached}),
+            "statistics": statistics,
+            "coverage": self._coverage(),
+            "rss_bytes": rss_bytes(),
+        }
+        self._outbox.append(protocol.encode_message(protocol.REPORT, report))
+        self._flush()
+
+    def _close_orphans(self) -> None:
+        """Connections whose end found the ring full: they stayed in the kernel's table."""
+        now_ns = time.monotonic_ns()
+        for key in self._connection_map.all_keys():
+            ssl, tgid, _ = _KEY.unpack(key)
+            value = self._connection_map.get(key)
+            if value and (CONNECTION.unpack(value)[8] or not os.path.exists(f"/proc/{tgid}")):
+                self._close(ssl, tgid, now_ns)
+
+    def _coverage(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        for pid, watched in self._watched.items():
+            if len(lines) >= COVERAGE_MAX:
+                break
+            files = [self.files.files[each] for each in watched.files if each in self.files.files]
+            line = coverage_line(watched.host, watched.java, files)
+            if line is None or (line["state"] != "metered" and not talks_tls(pid)):
+                continue
+            if process := self._identify(pid):
+                lines.append({"process": processes.to_json(process), **line})
+        return lines
+
+
+# struct connection: opened, sent, received, burst, lost, uid, announced, joined, closed, comm, host
+CONNECTION = struct.Struct(f"=QQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
+
+
+def coverage_line(host: str | None, java: bool, files: list[_File]) -> dict[str, Any] | None:
+    """What `status` says of a process that maps these files; None when there is nothing to say."""
+    probed = [file for file in files if file.probes]
+    if host is not None:
+        file = probed[0] if probed else None
+        stack = file.library.stack if file and file.library else "OpenSSL"
+        path = file.path if file else None
+        return {"host": host, "stack": stack, "library": path, "state": "metered", "advice": None}
+    for file in files:
+        if file.failure or (file.library and not file.library.functions):
+            stack = file.library.stack if file.library else "unknown"
+            state = "not_recognised" if stack in ("BoringSSL", "OpenSSL") else "unsupported"
+            advice = file.failure or (file.library.reason if file.library else None)
+            line = {"host": None, "stack": stack, "library": file.path}
+            return {**line, "state": state, "advice": advice}
+    if java:
+        line = {"host": None, "stack": "JSSE", "library": None}
+        return {**line, "state": "unsupported", "advice": libraries.ADVICE["JSSE"]}
+    return None
+
+
+def talks_tls(pid: int) -> bool:
+    """Has the process an established connection to port 443? To which host, nothing here knows."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                link = os.readlink(f"/proc/{pid}/fd/{name}")
+                if link.startswith("socket:["):
+                    inodes.add(link[8:-1])
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}", encoding="ascii") as f:
+            for row in f:
+                fields = row.split()
+                if fields[3:4] == ["01"] and fields[2].endswith(":01BB") and fields[9] in inodes:
+                    return True
+    return False
+
+
+def host_key(host: str) -> bytes:
+    """The key of an allow-list entry in the kernel's trie: reversed, NUL closing a whole name."""
+    name = host.strip().lower().rstrip(".")
+    suffix = name.startswith("*.")
+    raw = (name[1:] if suffix else name).encode("ascii")
+    if not 0 < len(raw) < protocol.HOST_BYTES_MAX - 1:
+        raise Refused(f"not a host name: {host!r}")
+    bits = (len(raw) + (0 if suffix else 1)) * 8
+    return struct.pack("=I", bits) + raw[::-1].ljust(protocol.HOST_BYTES_MAX, b"\0")
+
+
+def rss_bytes() -> int | None:
+    """Our resident memory."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def own_mounts() -> None:
+    """Take a mount namespace of our own, so that mounts made here are seen by nobody else."""
+    if _libc.unshare(_CLONE_NEWNS) == 0:
+        _libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
+
+
+def tracing_folder() -> str:
+    """Where tracefs is; mounted now, for us alone, when it is nowhere."""
+    for folder in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing"):
+        if os.path.exists(f"{folder}/events/sched"):
+            return folder
+    folder = "/sys/kernel/tracing"
+    if not os.path.isdir(folder):
+        folder = tempfile.mkdtemp(prefix="halton-tracing-")
+    if _libc.mount(b"nodev", folder.encode(), b"tracefs", ctypes.c_ulong(0), None):
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot mount tracefs: {os.strerror(code)}")
+    return folder
+
+
+def offer_headers() -> None:
+    """Let bcc find kernel headers of another version where those of this kernel are missing.
+
+    Uprobes use no kernel structure but pt_regs, which does not change.
+    """
+    release = os.uname().release
+    if os.path.exists(f"/lib/modules/{release}/build"):
+        return
+    names = sorted(os.listdir("/usr/src")) if os.path.isdir("/usr/src") else []
+    common = [name for name in names if name.startswith("linux-headers-") and "common" in name]
+    build = [name for name in names if name.startswith("linux-headers-") and "common" not in name]
+    if not build or not os.path.isdir("/lib/modules"):
+        return
+    if _libc.mount(b"none", b"/lib/modules", b"tmpfs", ctypes.c_ulong(0), None) == 0:
+        os.makedirs(f"/lib/modules/{release}")
+        os.symlink(f"/usr/src/{build[-1]}", f"/lib/modules/{release}/build")
+        os.symlink(f"/usr/src/{(common or build)[-1]}", f"/lib/modules/{release}/source")
+
+
+def serve(sock: socket.socket) -> None:
+    """Read the first command, set up, answer, loop."""
+    commands = protocol.CommandBuffer()
+    received: list[dict[str, Any]] = []
+    while not received:
+        data = sock.recv(1 << 16)
+        if not data:
+            return
+        received = commands.feed(data)
+    helper = Helper(sock)
+    try:
+        helper.configure(received[0])
+    except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
+        sock.sendall(protocol.encode_message(protocol.PROBLEM, {"what": str(error)}))
+        return
+    sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+    sock.sendall(protocol.encode_message(protocol.REPLY, {"id": 0}))
+    sock.setblocking(False)
+    for command in received[1:]:
+        helper._command(command)
+    helper._report()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        helper.run()
+
+
+def main() -> None:
+    """Entry point; see the file's head."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    arguments = parser.parse_args()
+    os.umask(0o077)
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    serve(socket.socket(fileno=arguments.fd))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""Gets probe.bpf.c into the kernel, by one of two ways, and attaches it.
+
+`libbpf` loads an object compiled ahead of time (some 15 ms, 14 MB); `bcc` compiles on the spot
+(0.5 s, 130 MB, kernel headers). Both only yield file descriptors of programs and maps; attaching,
+map access and the ring buffer are the system calls below, the same for both. Everything lives as
+long as this process: when it dies, however it dies, the kernel removes every probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+SOURCE = Path(__file__).with_name("probe.bpf.c")
+BUILT_OBJECT = Path(__file__).with_name("probe.bpf.o")
+CACHE_DIRECTORY = Path("/var/cache/halton-meter")
+RING_BYTES = 8 * 1024 * 1024
+
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_NR_BPF = 321 if _X86 else 280
+_NR_PERF_EVENT_OPEN = 298 if _X86 else 241
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _RAW_TRACEPOINT_OPEN = 1, 2, 3, 4, 17
+_PERF_TYPE_TRACEPOINT = 2
+_PERF_FLAG_FD_CLOEXEC = 8
+_IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
+
+PROGRAMS = (
+    "enter_read",
+    "enter_read_ex",
+    "enter_write",
+    "enter_write_ex",
+    "enter_write_ex2",
+    "leave_plain",
+    "leave_ex",
+    "enter_ctrl",
+    "enter_set_host",
+    "enter_free",
+    "enter_clear",
+    "enter_shutdown",
+    "fork_arrays",
+    "fork_locations",
+    "on_exec",
+    "on_exit",
+)
+MAPS = (
+    "settings",
+    "stats",
+    "connections",
+    "denied",
+    "threads",
+    "tree",
+    "owners",
+    "uids",
+    "hosts",
+    "ring",
+    "process_ring",
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LoadFailed(Exception):
+    """The program could not be loaded; the text says what was missing and what would mend it."""
+
+
+# --- system calls -------------------------------------------------------------------------------
+
+
+def _syscall(number: int, *arguments: Any) -> int:
+    result = int(_libc.syscall(ctypes.c_long(number), *arguments))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    buffer = ctypes.create_string_buffer(attributes.ljust(128, b"\0"), 128)
+    return _syscall(_NR_BPF, ctypes.c_int(command), buffer, ctypes.c_uint(128))
+
+
+class Map:
+    """A BPF map by its file descriptor; keys and values are bytes of the sizes given."""
+
+    def __init__(self, fd: int, key_bytes: int, value_bytes: int) -> None:
+        self.fd = fd
+        self._key = ctypes.create_string_buffer(key_bytes)
+        self._next = ctypes.create_string_buffer(key_bytes)
+        self._value = ctypes.create_string_buffer(value_bytes)
+
+    def _call(self, command: int, value: Any) -> bool:
+        attributes = struct.pack(
+            "=IIQQQ", self.fd, 0, ctypes.addressof(self._key), ctypes.addressof(value), 0
+        )
+        try:
+            _bpf(command, attributes)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value, or None."""
+        self._key.raw = key
+        return self._value.raw if self._call(_MAP_LOOKUP, self._value) else None
+
+    def set(self, key: bytes, value: bytes) -> None:
+        """Insert or replace. Raises OSError (E2BIG when full)."""
+        self._key.raw, self._value.raw = key, value
+        self._call(_MAP_UPDATE, self._value)
+
+    def drop(self, key: bytes) -> None:
+        """Delete, if there."""
+        self._key.raw = key
+        self._call(_MAP_DELETE, self._value)
+
+    def all_keys(self) -> list[bytes]:
+        """Every key. Keys that come or go meanwhile may be missed or listed twice."""
+        found: list[bytes] = []
+        first = struct.pack("=IIQQQ", self.fd, 0, 0, ctypes.addressof(self._next), 0)
+        attributes = first
+        while len(found) < 1_000_000:
+            try:
+                _bpf(_MAP_NEXT, attributes)
+            except FileNotFoundError:
+                break
+            found.append(self._next.raw)
+            self._key.raw = self._next.raw
+            attributes = struct.pack(
+                "=IIQQQ", self.fd, 0, ctypes.addressof(self._key), ctypes.addressof(self._next), 0
+            )
+        return found
+
+
+def _perf_event_open(kind: int, config: int, config1: int = 0, config2: int = 0) -> int:
+    # struct perf_event_attr, 112 bytes (version 5): type, size, config, sample period and type,
+    # read format, flags, wakeup, bp_type, config1, config2.
+    attributes = struct.pack(
+        "=IIQQQQQIIQQ", kind, 112, config, 0, 0, 0, 0, 0, 0, config1, config2
+    ).ljust(112, b"\0")
+    buffer = ctypes.create_string_buffer(attributes, 112)
+    return _syscall(
+        _NR_PERF_EVENT_OPEN,
+        buffer,
+        ctypes.c_int(-1),  # every process: the scope is the program's business
+        ctypes.c_int(0),
+        ctypes.c_int(-1),
+        ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
+    )
+
+
+def _enable(event: int, program: int) -> int:
+    import fcntl
+
+    try:
+        fcntl.ioctl(event, _IOC_SET_BPF, program)
+        fcntl.ioctl(event, _IOC_ENABLE, 0)
+    except OSError:
+        os.close(event)
+        raise
+    return event
+
+
+def uprobe_type() -> int:
+    """The number of the kernel's uprobe event source. Raises FileNotFoundError without one."""
+    return int(Path("/sys/bus/event_source/devices/uprobe/type").read_text())
+
+
+def attach_uprobe(program: int, path: str, offset: int, *, at_return: bool) -> int:
+    """Attach to a file offset of `path`, in every process that maps it; closing detaches."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    event = _perf_event_open(uprobe_type(), int(at_return), ctypes.addressof(name), offset)
+    return _enable(event, program)
+
+
+def attach_tracepoint(program: int, number: int) -> int:
+    """Attach to the tracepoint with this id (tracefs: events/…/id); closing detaches."""
+    return _enable(_perf_event_open(_PERF_TYPE_TRACEPOINT, number), program)
+
+
+def attach_raw_tracepoint(program: int, name: str) -> int:
+    """Attach to a raw tracepoint by name; closing detaches."""
+    text = ctypes.create_string_buffer(name.encode())
+    return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QI", ctypes.addressof(text), program))
+
+
+class Ring:
+    """The consumer's side of a BPF ring buffer (Documentation/bpf/ringbuf.rst)."""
+
+    _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        page = mmap.PAGESIZE
+        self.fd = fd
+        self._mask = size_bytes - 1
+        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # The data pages are mapped twice in a row: no record is ever split.
+        self._producer = mmap.mmap(
+            fd, page + 2 * size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
+        )
+        self._data = memoryview(self._producer)[page:]
+        self.position: int = struct.unpack_from("=Q", self._consumer)[0]
+
+    def produced(self) -> int:
+        """How far the kernel has reserved."""
+        return int(struct.unpack_from("=Q", self._producer)[0])
+
+    def records(self) -> Iterator[tuple[int, memoryview]]:
+        """Finished records as (position after it, bytes); call `release` when done with them."""
+        at, end = self.position, self.produced()
+        while at < end:
+            start = at & self._mask
+            (header,) = struct.unpack_from("=I", self._data, start)
+            if header & self._BUSY:
+                break
+            length = header & self._LENGTH
+            at += (length + 8 + 7) & ~7
+            if header & self._DISCARDED:
+                continue
+            yield at, self._data[start + 8 : start + 8 + length]
+
+    def release(self, position: int) -> None:
+        """Give the kernel back what lies before `position`."""
+        self.position = position
+        struct.pack_into("=Q", self._consumer, 0, position)
+
+    def skip_discarded(self) -> None:
+        """Step over discarded records at the front, which `records` never shows."""
+        at, end = self.position, self.produced()
+        while at < end:
+            (header,) = struct.unpack_from("=I", self._data, at & self._mask)
+            if header & self._BUSY or not header & self._DISCARDED:
+                break
+            at += ((header & self._LENGTH) + 8 + 7) & ~7
+        if at != self.position:
+            self.release(at)
+
+
+# --- the two ways in ----------------------------------------------------------------------------
+
+
+class Loaded(Protocol):
+    """A loaded program: descriptors of its programs and maps, by name."""
+
+    name: str
+    programs: dict[str, int]
+    maps: dict[str, int]
+
+
+class _Libbpf:
+    name = "libbpf"
+
+    def __init__(self, object_path: Path, ring_bytes: int) -> None:
+        library = libbpf_library()
+        self._messages: list[str] = []
+        printer = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        # libbpf prints to stderr unless told; formatting a va_list from ctypes is not worth it.
+        self._printer = printer(lambda *_: 0)
+        library.libbpf_set_print(self._printer)
+        for function in ("bpf_object__open_file", "bpf_object__find_map_by_name"):
+            getattr(library, function).restype = ctypes.c_void_p
+        library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
+        handle = library.bpf_object__open_file(os.fsencode(object_path), None)
+        if not handle:
+            raise LoadFailed(f"libbpf cannot open {object_path}")
+        self._handle = ctypes.c_void_p(handle)
+        ring = library.bpf_object__find_map_by_name(self._handle, b"ring")
+        library.bpf_map__set_max_entries(ctypes.c_void_p(ring), ctypes.c_uint(ring_bytes))
+        error = library.bpf_object__load(self._handle)
+        if error:
+            raise LoadFailed(f"the kernel refused the program: {os.strerror(-error)}")
+        self.programs = {
+            name: library.bpf_program__fd(
+                ctypes.c_void_p(
+                    library.bpf_object__find_program_by_name(self._handle, name.encode())
+                )
+            )
+            for name in PROGRAMS
+        }
+        self.maps = {
+            name: library.bpf_object__find_map_fd_by_name(self._handle, name.encode())
+            for name in MAPS
+        }
+
+
+class _Bcc:
+    name = "bcc"
+
+    def __init__(self, ring_bytes: int) -> None:
+        module = import_bcc()
+        flags = ["-DHALTON_BCC", f"-DRING_BYTES={ring_bytes}", "-Wno-everything"]
+        try:
+            self._bpf = module.BPF(text=SOURCE.read_text(), cflags=flags)
+        except Exception as error:
+            raise LoadFailed(f"bcc cannot compile the program: {error}") from error
+        kinds = {
+            "fork_arrays": module.BPF.TRACEPOINT,
+            "fork_locations": module.BPF.TRACEPOINT,
+            "on_exec": module.BPF.RAW_TRACEPOINT,
+            "on_exit": module.BPF.RAW_TRACEPOINT,
+        }
+        try:
+            self.programs = {
+                name: self._bpf.load_func(name, kinds.get(name, module.BPF.KPROBE)).fd
+                for name in PROGRAMS
+            }
+            self.maps = {
+                name: module.lib.bpf_table_fd(self._bpf.module, name.encode()) for name in MAPS
+            }
+        except Exception as error:
+            raise LoadFailed(f"the kernel refused the program: {error}") from error
+
+
+def libbpf_library() -> ctypes.CDLL:
+    """Open libbpf. Raises LoadFailed."""
+    for name in ("libbpf.so.1", ctypes.util.find_library("bpf") or ""):
+        with contextlib.suppress(OSError):
+            if name:
+                return ctypes.CDLL(name)
+    raise LoadFailed("libbpf.so.1 is not installed (apt install libbpf1)")
+
+
+def import_bcc() -> Any:
+    """Import bcc, also from outside a virtual environment. Raises LoadFailed."""
+    try:
+        import bcc
+    except ImportError:
+        # The distribution's package is plain Python over ctypes and serves any interpreter.
+        extra = "/usr/lib/python3/dist-packages"
+        sys.path.append(extra)
+        try:
+            import bcc
+        except ImportError:
+            raise LoadFailed("bcc is not installed (apt install python3-bpfcc)") from None
+        finally:
+            sys.path.remove(extra)
+    return bcc
+
+
+def compile_object(target: Path) -> None:
+    """Compile the program ahead of time with clang. Raises LoadFailed."""
+    compiler = clang()
+    if compiler is None:
+        raise LoadFailed("clang is not installed (apt install clang)")
+    machine = "arm64" if platform.machine() == "aarch64" else "x86"
+    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        made = Path(directory) / target.name
+        command = [compiler, "-O2", "-g", "-target", "bpf", f"-D__TARGET_ARCH_{machine}"]
+        done = subprocess.run(
+            [*command, "-c", str(SOURCE), "-o", str(made)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise LoadFailed(f"clang cannot compile {SOURCE.name}: {done.stderr[:500]}")
+        made.chmod(0o644)
+        made.replace(target)
+
+
+def clang() -> str | None:
+    """The compiler, where there is one."""
+    return shutil.which("clang")
+
+
+def _cached_object() -> Path:
+    digest = hashlib.blake2b(SOURCE.read_bytes(), digest_size=8).hexdigest()
+    return CACHE_DIRECTORY / f"probe-{digest}-{platform.machine()}.o"
+
+
+def built_object() -> Path | None:
+    """The compiled program: built with the wheel, else from the cache; None when in neither."""
+    if BUILT_OBJECT.exists() and BUILT_OBJECT.stat().st_mtime >= SOURCE.stat().st_mtime:
+        return BUILT_OBJECT
+    cached = _cached_object()
+    if cached.exists() and cached.stat().st_uid == 0 and not cached.stat().st_mode & 0o022:
+        return cached
+    return None
+
+
+def find_object() -> Path:
+    """The compiled program, compiled into the cache now if it must be. Raises LoadFailed."""
+    found = built_object()
+    if found is None:
+        found = _cached_object()
+        compile_object(found)
+    return found
+
+
+def load(way: str = "auto", ring_bytes: int = RING_BYTES) -> Loaded:
+    """Load the program `way` ("libbpf", "bcc", or "auto": the first that works)."""
+    if way not in ("auto", "libbpf", "bcc"):
+        raise LoadFailed(f"there is no loader {way!r}: use auto, libbpf or bcc")
+    reasons = []
+    if way in ("auto", "libbpf"):
+        try:
+            return _Libbpf(find_object(), ring_bytes)
+        except LoadFailed as error:
+            reasons.append(f"libbpf: {error}")
+    if way in ("auto", "bcc"):
+        try:
+            return _Bcc(ring_bytes)
+        except LoadFailed as error:
+            reasons.append(f"bcc: {error}")
+    raise LoadFailed("; ".join(reasons))

@@ -1,0 +1,189 @@
+"""Frames between the root helper and the unprivileged source, over one stream socket.
+
+A frame is a 8-byte prefix (its size, kind, direction, flags) and a body. The kernel writes its ring
+records in this very form (`struct record` in probe.bpf.c), so the helper forwards them as they
+are; frames of its own carry JSON. Commands to the helper are JSON, one a line. This file does no
+I/O. It refuses frames larger than any that an honest helper sends: `ProtocolViolation`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = struct.Struct("=IHBB")
+RECORD = struct.Struct("=IHBBIIQQQQII")
+FRAME_BYTES_MAX = 16 * 1024 * 1024
+COMMAND_BYTES_MAX = 1024 * 1024
+HOST_BYTES_MAX = 128
+COMM_BYTES = 16
+
+OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN = range(1, 7)
+PROCESS, REPORT, REPLY, PROBLEM = range(16, 20)
+FLAG_JOINED, FLAG_CUT = 1, 2
+
+# The order of `enum statistic`: counters, all since the helper started.
+STATISTICS = (
+    "chunks",
+    "ring_full_records",
+    "ring_full_bytes",
+    "copy_failed_bytes",
+    "call_too_long_bytes",
+    "request_cut_bytes",
+    "connection_table_full",
+    "thread_table_full",
+    "notices_lost",
+    "process_ring_full",
+    "heads_judged",
+    "heads_without_host",
+    "http2_without_name",
+    "admitted",
+    "denied",
+)
+LOSS_CAUSES = (
+    "ring_full_bytes",
+    "copy_failed_bytes",
+    "call_too_long_bytes",
+    "request_cut_bytes",
+)
+EVENT_LOSS_CAUSES = (
+    "connection_table_full",
+    "thread_table_full",
+    "notices_lost",
+    "process_ring_full",
+    "heads_without_host",
+    "http2_without_name",
+)
+
+
+class ProtocolViolation(Exception):
+    """The peer sent what no honest peer sends; drop the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A kernel record. `offset` of a CLOSE is the number of bytes sent, `received` the other."""
+
+    kind: int
+    direction: int
+    flags: int
+    tgid: int
+    uid: int
+    ssl: int
+    opened_ns: int
+    at_ns: int
+    offset: int
+    length: int
+    data: bytes = b""
+    comm: str = ""
+    host: str = ""
+    received: int = 0
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What makes a connection one: process, SSL*, and when it was opened."""
+        return (self.tgid, self.ssl, self.opened_ns)
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def decode_record(frame: bytes) -> Record:
+    """The record in a kernel frame. Raises ProtocolViolation."""
+    if len(frame) < RECORD.size:
+        raise ProtocolViolation(f"a record of {len(frame)} bytes")
+    size, kind, direction, flags, tgid, uid, ssl, opened, at, offset, length, captured = (
+        RECORD.unpack_from(frame)
+    )
+    body = frame[RECORD.size : size]
+    fields = (kind, direction, flags, tgid, uid, ssl, opened, at, offset, length)
+    if kind == CHUNK:
+        if captured > len(body) or captured > length or direction > 1:
+            raise ProtocolViolation(f"a chunk of {captured} bytes in {len(body)}")
+        return Record(*fields, data=body[:captured])
+    if kind == OPEN:
+        return Record(
+            *fields, comm=_text(body[:COMM_BYTES]), host=_text(body[COMM_BYTES:][:HOST_BYTES_MAX])
+        )
+    if kind == CLOSE and len(body) >= 8:
+        return Record(*fields, received=int.from_bytes(body[:8], "little"))
+    if kind == EXEC:
+        return Record(*fields, comm=_text(body[:COMM_BYTES]))
+    return Record(*fields)
+
+
+def encode_message(kind: int, content: Any) -> bytes:
+    """A frame of the helper's own: JSON."""
+    body = json.dumps(content, separators=(",", ":")).encode()
+    return PREFIX.pack(PREFIX.size + len(body), kind, 0, 0) + body
+
+
+def decode_message(frame: bytes) -> Any:
+    """The JSON of such a frame. Raises ProtocolViolation."""
+    try:
+        return json.loads(frame[PREFIX.size :])
+    except ValueError as error:
+        raise ProtocolViolation("a message that is not JSON") from error
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[int, bytes]]:
+        """Whole frames as (kind, frame). Raises ProtocolViolation."""
+        buffer = self._buffer
+        buffer += data
+        at, end = 0, len(buffer)
+        try:
+            while end - at >= PREFIX.size:
+                size, kind, _, _ = PREFIX.unpack_from(buffer, at)
+                if not PREFIX.size <= size <= FRAME_BYTES_MAX:
+                    raise ProtocolViolation(f"a frame of {size} bytes")
+                if end - at < size:
+                    break
+                yield kind, bytes(buffer[at : at + size])
+                at += size
+        finally:
+            del buffer[:at]
+
+    @property
+    def pending_bytes(self) -> int:
+        """How much of an unfinished frame is held."""
+        return len(self._buffer)
+
+
+def encode_command(command: dict[str, Any]) -> bytes:
+    """A command to the helper: one line of JSON."""
+    return json.dumps(command, separators=(",", ":")).encode() + b"\n"
+
+
+class CommandBuffer:
+    """Cuts a byte stream into commands."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Whole commands. Raises ProtocolViolation."""
+        self._buffer += data
+        *lines, rest = bytes(self._buffer).split(b"\n")
+        self._buffer = bytearray(rest)
+        if len(rest) > COMMAND_BYTES_MAX:
+            raise ProtocolViolation("a command without end")
+        commands = []
+        for line in lines:
+            try:
+                command = json.loads(line)
+            except ValueError as error:
+                raise ProtocolViolation("a command that is not JSON") from error
+            if not isinstance(command, dict):
+                raise ProtocolViolation("a command that is not an object")
+            commands.append(command)
+        return commands
