@@ -31,7 +31,7 @@ from halton_meter.model import Process
 
 BATCH_FRAMES_MAX = 512  # below IOV_MAX (1024)
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-PAUSE_S = 0.01  # chunks wait this long for company: wake-ups, not bytes, cost CPU
+PAUSE_S = 0.005  # chunks wait this long for company: wake-ups, not bytes, cost CPU
 SETTLE_S = 0.0002  # a record still being written blocks the ring's front
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)

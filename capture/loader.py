@@ -27,7 +27,7 @@ from typing import Any, Protocol
 SOURCE = Path(__file__).with_name("probe.bpf.c")
 BUILT_OBJECT = Path(__file__).with_name("probe.bpf.o")
 CACHE_DIRECTORY = Path("/var/cache/halton-meter")
-RING_BYTES = 8 * 1024 * 1024
+RING_BYTES = 4 * 1024 * 1024
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _NR_BPF = 321 if _X86 else 280
@@ -206,9 +206,10 @@ class Ring:
         self.fd = fd
         self._mask = size_bytes - 1
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        # The data pages are mapped twice in a row: no record is ever split.
+        # The kernel offers the data pages twice in a row, so that no record need be split; mapping
+        # them once keeps our memory down by the ring's size, and few records lie across the end.
         self._producer = mmap.mmap(
-            fd, page + 2 * size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
+            fd, page + size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
         )
         self._data = memoryview(self._producer)[page:]
         self.position: int = struct.unpack_from("=Q", self._consumer)[0]
@@ -229,7 +230,13 @@ class Ring:
             at += (length + 8 + 7) & ~7
             if header & self._DISCARDED:
                 continue
-            yield at, self._data[start + 8 : start + 8 + length]
+            yield at, self._slice((start + 8) & self._mask, length)
+
+    def _slice(self, start: int, length: int) -> memoryview:
+        whole = self._data[start : start + length]
+        if len(whole) == length:
+            return whole
+        return memoryview(bytes(whole) + bytes(self._data[: length - len(whole)]))
 
     def release(self, position: int) -> None:
         """Give the kernel back what lies before `position`."""

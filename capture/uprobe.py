@@ -262,6 +262,7 @@ class UprobeSource:
         self._events: deque[TlsChunk | TlsClosed] = deque()
         self._processes: dict[int, Process] = {}
         self._streams: dict[tuple[int, int, int], _Stream] = {}
+        self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._closing: dict[tuple[int, int, int], tuple[float, int]] = {}
         self._replies: dict[int, dict[str, Any]] = {}
         self._problem: str | None = None
@@ -282,8 +283,11 @@ class UprobeSource:
         if not self._report:
             self.request_report(timeout_s)
 
-    def stop(self) -> None:
-        """Tell the helper to end; every probe is gone when it has. Safe to call twice."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Tell the helper to end; with `wait`, every probe is gone on return. Safe to call twice.
+
+        The kernel takes about 0.1 s a probe to remove them, so a command that is done need not wait.
+        """
         if self._link is None:
             return
         link, self._link = self._link, None
@@ -291,7 +295,7 @@ class UprobeSource:
         with contextlib.suppress(OSError):
             link.sendall(protocol.encode_command({"do": "stop", "id": -1}))
         link.close()
-        if self._helper is not None:
+        if self._helper is not None and wait:
             try:
                 self._helper.wait(10)
             except subprocess.TimeoutExpired:
@@ -399,6 +403,10 @@ class UprobeSource:
         )
         # One clock reading a connection: its times must not go backwards when the clock is set.
         known = self._streams.get(record.key)
+        latest = self._latest.get((pid, ssl))
+        if latest is not None and latest != record.key and latest in self._streams:
+            self._close(latest, record.at_ns, clean=False)  # its CLOSE was lost
+        self._latest[(pid, ssl)] = record.key
         stream = _Stream(
             Connection(
                 id=f"{pid}-{ssl:x}-{opened_ns:x}",
@@ -451,6 +459,7 @@ class UprobeSource:
     def _close(self, key: tuple[int, int, int], at_ns: int, *, clean: bool = True) -> None:
         self._closing.pop(key, None)
         stream = self._streams.pop(key)
+        self._latest.pop(key[:2], None)
         self._events.append(TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
 
     def _close_shut_down(self) -> None:
