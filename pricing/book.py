@@ -23,7 +23,7 @@ from pricing.files import Model, Shelf
 from pricing.names import canonical_provider
 from pricing.overrides import Override
 from pricing.rates import EXACT, Level, Rate, Row, in_force, quotient
-from pricing.tariff import Tariff, tariff_for
+from pricing.tariff import PRICED_CONDITIONS, Tariff, tariff_for
 
 _TARIFFS_MAX = 8192  # tariffs kept, a few kB each; beyond it all are dropped and made again
 _NS_PER_MINUTE = 60_000_000_000
@@ -80,8 +80,8 @@ class PriceBook:
         elif event.certainty is Certainty.ESTIMATED or _is_estimated(event):
             basis = Basis.ESTIMATED
             flags.append("estimated")
-        reported = event.reported_usd
-        if reported is not None and not (_is_own_key(event) and not reported):
+        reported = _stated(event)
+        if reported is not None:
             if not reported.is_finite() or reported < 0:
                 flags.append("bad_reported_cost")
             else:
@@ -106,7 +106,8 @@ class PriceBook:
         minutes = at_ns // _NS_PER_MINUTE
         # Rows that change by the hour are rare; a key by the minute would fill the cache for all.
         clock = minutes if provider in _PROVIDERS_BY_THE_HOUR else minutes // _MINUTES_PER_DAY
-        key = (provider, model, clock, *conditions.items())
+        stated = [item for item in conditions.items() if item[0] in PRICED_CONDITIONS]
+        key = (provider, model, clock, *stated)
         found = self._tariffs.get(key)
         if found is None:
             if len(self._tariffs) >= _TARIFFS_MAX:
@@ -158,6 +159,8 @@ class PriceBook:
                 known = False
                 continue
             bill = _Bill(tariff, model, part, flags)
+            if event.conditions.get("cache_ttl_asked") == "1h":
+                bill.unstated_write = "cache_write_1h"
             bill.tokens(bool(event.conditions.get("grounding")))
             bill.units(per_request=index == 0)
             if bill.empty:
@@ -191,6 +194,7 @@ class _Bill:
         self.items: list[LineItem] = []
         self.missing: list[str] = []
         self.empty = False
+        self.unstated_write = "cache_write"  # the rate of writes whose lifetime is not stated
 
     def tokens(self, grounded: bool) -> None:
         """Lines for every token: disjoint buckets, then modalities cut out of them."""
@@ -302,8 +306,8 @@ class _Bill:
         rates = self._rates
         if name == "cache_write_5m":
             return rates.get(name) or rates.get("cache_write")
-        if name == "cache_write":  # lifetime not stated: the default lifetime's rate
-            return rates.get(name) or rates.get("cache_write_5m")
+        if name == "cache_write":  # lifetime not stated: as asked for, else the default's rate
+            return rates.get(self.unstated_write) or rates.get("cache_write_5m")
         return rates.get(name)
 
     def _output(self, out: int) -> None:
@@ -386,9 +390,17 @@ def _is_estimated(event: UsageEvent) -> bool:
     )
 
 
-def _is_own_key(event: UsageEvent) -> bool:
-    """True where a router used the user's own key: what it charged is not what the call costs."""
-    return event.conditions.get("byok") == "true"
+def _stated(event: UsageEvent) -> Decimal | None:
+    """The cost the provider states. With the user's own key a router states only its own fee: the
+    call costs that and what the upstream charged, or is computed where the router does not say."""
+    reported = event.reported_usd
+    if event.conditions.get("byok") != "true":
+        return reported
+    try:
+        upstream = Decimal(event.conditions["upstream_cost_usd"])
+    except (KeyError, DecimalException):
+        return None
+    return EXACT.add(upstream, reported or _ZERO)
 
 
 def _marginal(event: UsageEvent, total: Decimal | None) -> Decimal | None:

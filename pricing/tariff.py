@@ -25,6 +25,14 @@ TOKEN_DIMENSIONS = frozenset(
     text_output document_input tool_use_input reasoning citation cached_audio_input
     cached_image_input cached_video_input cached_text_input""".split()
 )
+# Conditions that a price may depend on; the others (plan, upstream, …) are not looked at here.
+PRICED_CONDITIONS = frozenset(
+    {
+        "service_tier", "batch", "speed", "inference_geo", "traffic_type", "region",
+        "inference_profile", "image_size", "image_quality", "video_size", "search_context_size",
+        "search_type", "code_execution",
+    }
+)  # fmt: skip
 # Conditions that no tariff may pass over: without a row or a rule for them there is no price.
 _MUST_BE_PRICED = ("service_tier", "batch", "speed")
 _STANDARD_TIERS = frozenset(
@@ -55,7 +63,7 @@ class Tariff:
 
 def context_of(conditions: Mapping[str, str]) -> dict[str, str]:
     """The conditions in the words of the price files; those that change nothing are left out."""
-    context = {key: value for key, value in conditions.items() if key not in ("plan", "overage")}
+    context = {key: value for key, value in conditions.items() if key in PRICED_CONDITIONS}
     traffic = context.pop("traffic_type", "")
     tier = context.pop("service_tier", "").lower() or _VERTEX_TIERS.get(traffic, "")
     if tier == "batch":
@@ -148,7 +156,7 @@ def _find(
             ):
                 found = [found[0], other] if other is not found[0] else found
             own = shelf.file("overlay", provider) if owner != provider else None
-            return found, [file for file in (overlay, own) if file is not None]
+            return found, [file for file in (own, overlay) if file is not None]
     return [], []
 
 
