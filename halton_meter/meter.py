@@ -20,11 +20,12 @@ from halton_meter.model import (
     Exchange,
     PricedEvent,
     Process,
+    Request,
     TlsChunk,
     TlsClosed,
     UsageEvent,
 )
-from halton_meter.wire.stream import Conversation
+from halton_meter.wire.stream import Conversation, Interest
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -78,7 +79,7 @@ class Meter:
             self._conversations.move_to_end(key)
             return self._events(conversation.receive(item))
         evicted = self._make_room(item.at_ns)
-        conversation = Conversation(item.connection, self._registry.interest_for)
+        conversation = Conversation(item.connection, self._interest)
         self._conversations[key] = conversation
         return evicted + self._events(conversation.receive(item))
 
@@ -92,6 +93,10 @@ class Meter:
         while self._conversations:
             events += self._evict(at_ns)
         return events
+
+    def _interest(self, request: Request) -> Interest:
+        keep, turn_ends = self._registry.interest_for(request)
+        return Interest(keep, turn_ends)
 
     def _make_room(self, at_ns: int) -> list[PricedEvent]:
         if len(self._conversations) < CONVERSATIONS_MAX:

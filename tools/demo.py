@@ -28,7 +28,8 @@ def run(arguments: list[str], home: Path) -> int:
     """Run halton-meter with the demo's own home, showing the command as a person would type it."""
     print("$ halton-meter " + " ".join(arguments), flush=True)
     environment = {**os.environ, "HALTON_METER_HOME": str(home)}
-    return subprocess.run([*HALTON_METER, *arguments], env=environment, check=False, cwd=ROOT).returncode
+    command = [*HALTON_METER, *arguments]
+    return subprocess.run(command, env=environment, check=False, cwd=ROOT).returncode
 
 
 def live(home: Path) -> int:
@@ -63,7 +64,7 @@ def main() -> int:
         step("What it cost")
         code = run(["report", "--by", "provider"], home)
     if code == 0:
-        print(f"\nThe same figures for scripts: HALTON_METER_HOME={home} halton-meter report --json")
+        print(f"\nFor scripts: HALTON_METER_HOME={home} halton-meter report --json")
     return code
 
 
