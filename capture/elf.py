@@ -170,7 +170,7 @@ class Elf:
         """`length` bytes at virtual `address`, or ElfError when the file does not hold them."""
         for segment in self.loads:
             start = address - segment.address
-            if 0 <= start and start + length <= segment.size_bytes:
+            if start >= 0 and start + length <= segment.size_bytes:
                 return self.read(segment.offset + start, length)
         raise ElfError(f"address {address:#x} is not in the file")
 

@@ -1,0 +1,341 @@
+"""Find SSL_read and SSL_write in BoringSSL that is linked statically and stripped.
+
+`find_boringssl(path)` says where they are, or why it does not know. It goes by what the code does:
+BoringSSL's functions report errors as `ERR_put_error(16, 0, reason, ".../ssl/ssl_lib.cc", line)`,
+and which reasons a function can report, whom it calls and whether it writes memory tells three
+functions from all others, in every build seen: Bun, Claude Code, opencode, gRPC, x86-64 and
+aarch64. This file refuses to guess: exactly one candidate a function, whose start is known by the
+unwind table or by an instruction that calls it, or none at all. It attaches nothing. The last
+proof, that the bytes seen look like HTTP, is the caller's (`looks_like_http`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from capture.elf import Elf, ElfError
+from capture.instructions import Code, Flow, Function
+
+READ, WRITE, SET_HOST = "SSL_read", "SSL_write", "SSL_set_tlsext_host_name"
+
+_LIBRARY_SSL = 16  # ERR_LIB_SSL
+# Reasons of ssl.h and err.h; they are part of BoringSSL's interface and do not change.
+_NOT_TO_BE_CALLED, _BAD_LENGTH, _INVALID_SERVER_NAME = 66, 111, 213
+_HANDSHAKE_FAILURE, _UNINITIALIZED = 215, 226
+
+_MARKERS = (b"ssl/ssl_lib.cc\0", b"ssl/ssl_lib.c\0")
+PATH_BYTES_MAX = 512
+"""Longest source path before the marker: a build directory."""
+REFERENCES_MAX = 4096
+"""References to the file name: 30 to 60 in the builds seen."""
+CACHE_FILES_MAX = 512
+FINGERPRINT_BYTES = 64
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A function in a file. `attach` is how far past the start a uprobe is cheapest and safe.
+
+    `offset` is the file offset, `address` the virtual address, both of the function's start.
+    `attach` steps over `endbr64` only (the stack is untouched there, so a uretprobe is safe too).
+    """
+
+    name: str
+    address: int
+    offset: int
+    attach: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """BoringSSL was recognised. `set_host` is None where the build lacks it: read the request."""
+
+    read: Place
+    write: Place
+    set_host: Place | None
+    build_id: str | None
+    size_bytes: int
+    machine: str
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All functions found."""
+        found = (self.read, self.write)
+        return (*found, self.set_host) if self.set_host is not None else found
+
+    @property
+    def functions(self) -> Mapping[str, int]:
+        """Symbol name to the file offset of its first instruction."""
+        return MappingProxyType({place.name: place.offset for place in self.places})
+
+    @property
+    def reason(self) -> None:
+        """Nothing is wrong."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class NotRecognised:
+    """Nothing to attach to; `reason` is for people."""
+
+    reason: str
+    build_id: str | None = None
+
+    @property
+    def functions(self) -> Mapping[str, int]:
+        """None of them."""
+        return MappingProxyType({})
+
+
+def find_boringssl(path: str | Path, cache_directory: Path | None = None) -> Found | NotRecognised:
+    """Where BoringSSL's functions are in the file, or why not; never an exception.
+
+    With `cache_directory` an answer is kept there by build id, and used again only while the code
+    at each place is the same (one Bun build id covers every program compiled with that Bun).
+    """
+    build_id = None
+    try:
+        with Elf(path) as elf:
+            build_id = elf.build_id
+            known = _recall(elf, cache_directory)
+            if known is not None:
+                return known
+            answer = _find(elf)
+            _remember(elf, answer, cache_directory)
+            return answer
+    except ElfError as error:
+        return NotRecognised(str(error), build_id)
+    except ImportError as error:
+        return NotRecognised(f"no disassembler: {error}", build_id)
+
+
+def looks_like_http(first_bytes: bytes) -> bool:
+    """Whether a connection's first plaintext may be HTTP: the proof that a place was right."""
+    return bool(_HTTP.match(first_bytes))
+
+
+_HTTP = re.compile(
+    rb"PRI \* HTTP/2\.0\r\n|HTTP/1\.[01] \d{3}|[A-Z]{3,10} [!-~]{1,8192}(?: HTTP/1\.[01]\r\n|$)"
+    # HTTP/2: a server speaks first with SETTINGS (type 4) on stream 0
+    rb"|\x00[\x00-\xff]{2}\x04[\x00\x01]\x00\x00\x00\x00"
+)
+
+
+# --- the search ---------------------------------------------------------------------------------
+
+
+class _Doubt(Exception):
+    """Why the search gave up; becomes NotRecognised."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reporter:
+    """A function that reports errors of ssl_lib.cc, and the reasons it can give."""
+
+    function: Function
+    reasons: frozenset[int]
+    calls: frozenset[int]
+
+
+def _find(elf: Elf) -> Found | NotRecognised:
+    try:
+        names = tuple(_file_names(elf))
+        if not names:
+            return NotRecognised(
+                "no BoringSSL: no source path ends in ssl/ssl_lib.cc", elf.build_id
+            )
+        code = Code(elf)
+        reporters = _reporters(code, names)
+        write = _the_one(WRITE, _writers(reporters), code)
+        read = _find_read(reporters, code)
+        hosts = [r.function for r in reporters if r.reasons == {_INVALID_SERVER_NAME}]
+        set_host = _place(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
+        places = {place.address for place in (read, write, set_host) if place is not None}
+        if len(places) != (2 if set_host is None else 3):
+            raise _Doubt("two functions share one address")
+    except _Doubt as doubt:
+        return NotRecognised(str(doubt), elf.build_id)
+    return Found(read, write, set_host, elf.build_id, elf.size_bytes, elf.machine)
+
+
+def _file_names(elf: Elf) -> Iterator[int]:
+    """Addresses of the strings that name ssl_lib.cc, in segments that are never written."""
+    for segment in elf.loads:
+        if segment.writable:
+            continue
+        for marker in _MARKERS:
+            for at in elf.find(marker, (segment,)):
+                before = min(PATH_BYTES_MAX, at - segment.address)
+                path = elf.read_at(at - before, before)
+                yield at - (before - path.rfind(b"\0") - 1)
+
+
+def _reporters(code: Code, names: tuple[int, ...]) -> list[_Reporter]:
+    """Every function that reports an error in ssl_lib.cc and whose bounds are certain."""
+    functions: dict[int, Function] = {}
+    covered: set[int] = set()
+    count = 0
+    for name in names:
+        for at in code.loads_of(name):
+            count += 1
+            if count > REFERENCES_MAX:
+                raise _Doubt(f"more than {REFERENCES_MAX} references to ssl_lib.cc")
+            if at in covered:
+                continue
+            function = code.function_around(at)
+            if function is not None:
+                functions[function.start] = function
+                covered.update(function.steps)
+    if not count:
+        raise _Doubt("nothing refers to the ssl_lib.cc string")
+    return [_reporter(code, function, frozenset(names)) for function in functions.values()]
+
+
+def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporter:
+    library, _, reason, file = code.arguments[:4]
+    reasons: set[int] = set()
+    for registers in code.constants_at_calls(function).values():
+        named = registers.get(file, frozenset())
+        if named & names and registers.get(library) == frozenset((_LIBRARY_SSL,)):
+            reasons |= registers.get(reason, frozenset())
+    calls = frozenset(step.target for step in function.calls if step.target is not None)
+    return _Reporter(function, frozenset(reasons), calls)
+
+
+def _writers(reporters: list[_Reporter]) -> list[Function]:
+    wanted = {_BAD_LENGTH, _HANDSHAKE_FAILURE, _UNINITIALIZED}
+    return [
+        r.function
+        for r in reporters
+        if wanted <= r.reasons <= wanted | {_NOT_TO_BE_CALLED} and _calls_by_table(r.function)
+    ]
+
+
+def _calls_by_table(function: Function) -> bool:
+    """Both ends of the record layer are reached through the connection's method table."""
+    return any(step.target is None for step in function.calls)
+
+
+def _find_read(reporters: list[_Reporter], code: Code) -> Place:
+    """SSL_read, from the function that waits for application data.
+
+    That one (ssl_read_impl) stands alone, or is inlined into SSL_peek, or into both SSL_peek and
+    SSL_read. Only SSL_read consumes what it returns, so only SSL_read writes to the connection.
+    """
+    waits = {_HANDSHAKE_FAILURE, _UNINITIALIZED}
+    core = [r for r in reporters if waits <= r.reasons and _BAD_LENGTH not in r.reasons]
+    core = [r for r in core if _calls_by_table(r.function)]
+    inlined = [r for r in core if _NOT_TO_BE_CALLED in r.reasons]
+    if inlined:
+        candidates = inlined
+        core_starts = {r.function.start for r in core if r not in inlined}
+        if core_starts:
+            raise _Doubt("several functions may be ssl_read_impl")
+        consuming = candidates if len(candidates) == 1 else []
+    else:
+        if len(core) != 1:
+            raise _Doubt(f"{len(core)} functions may be ssl_read_impl")
+        start = core[0].function.start
+        candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
+        consuming = [r for r in candidates if r.function.stores]
+    if len(consuming) == 1:
+        return _the_one(READ, [consuming[0].function], code)
+    raise _Doubt(f"{len(candidates)} functions may be SSL_read")
+
+
+def _the_one(name: str, candidates: list[Function], code: Code) -> Place:
+    if len(candidates) != 1:
+        raise _Doubt(f"{len(candidates)} functions may be {name}")
+    place = _place(name, candidates[0], code)
+    if place is None:
+        raise _Doubt(f"the start of {name} is not certain: nothing calls it")
+    return place
+
+
+def _place(name: str, function: Function, code: Code) -> Place | None:
+    """The function as a place to attach; None unless its start is proved."""
+    start = function.start
+    bounds = code.elf.unwind_range_of(start)
+    if bounds is not None and bounds[0] != start:
+        return None
+    if bounds is None and not code.is_called(start):
+        return None
+    offset = code.elf.offset_of(start)
+    if offset is None:
+        return None
+    return Place(name, start, offset, _attach(function))
+
+
+def _attach(function: Function) -> int:
+    first = function.steps[function.start]
+    following = function.steps.get(first.after)
+    # Single-stepping endbr64 costs 4 us a call, emulating the push behind it 0.8 us.
+    if first.landing and first.flow is Flow.NEXT and first.stack == 0 and following is not None:
+        return first.size if following.stack == -8 else 0
+    return 0
+
+
+# --- the cache ----------------------------------------------------------------------------------
+
+
+def _recall(elf: Elf, directory: Path | None) -> Found | NotRecognised | None:
+    if directory is None or elf.build_id is None:
+        return None
+    try:
+        kept = json.loads((directory / f"{elf.build_id}.json").read_text())
+        if kept["version"] != CACHE_VERSION or kept["machine"] != elf.machine:
+            return None
+        places = [Place(*row) for row in kept["places"]]
+        if not places or kept["fingerprint"] != _fingerprint(elf, places):
+            return None
+        by_name = {place.name: place for place in places}
+        return Found(
+            by_name[READ],
+            by_name[WRITE],
+            by_name.get(SET_HOST),
+            elf.build_id,
+            elf.size_bytes,
+            elf.machine,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # absent, damaged, or of other code: search again
+
+
+def _remember(elf: Elf, answer: Found | NotRecognised, directory: Path | None) -> None:
+    """Keep a success. A failure is not kept: the next release may know the build."""
+    if directory is None or elf.build_id is None or isinstance(answer, NotRecognised):
+        return
+    kept = {
+        "version": CACHE_VERSION,
+        "machine": elf.machine,
+        "places": [[p.name, p.address, p.offset, p.attach] for p in answer.places],
+        "fingerprint": _fingerprint(elf, answer.places),
+    }
+    target = directory / f"{elf.build_id}.json"
+    partial = target.with_suffix(f".{os.getpid()}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if sum(1 for _ in directory.iterdir()) < CACHE_FILES_MAX:
+            partial.write_text(json.dumps(kept))
+            partial.replace(target)
+    except OSError:
+        return  # the cache only saves time
+
+
+def _fingerprint(elf: Elf, places: tuple[Place, ...] | list[Place]) -> str:
+    digest = hashlib.sha256()
+    for place in places:
+        if elf.offset_of(place.address) != place.offset:
+            raise ValueError("the place moved")
+        digest.update(struct.pack("<QI", place.offset, place.attach))
+        digest.update(elf.read(place.offset, FINGERPRINT_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,710 @@
+"""Decode one function of x86-64 or aarch64 code: its flow, its calls, the constants it passes.
+
+`boringssl.py` and `golang.py` ask what a function does, not which bytes it has, so that another
+compiler or another version changes nothing for them. This file refuses to guess: a function whose
+stack does not balance at every return, or that runs into bytes that are no code, is None. Capstone
+decodes; it is imported late because only the finder needs it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from capture.elf import Elf, ElfError, Segment
+
+FUNCTION_BYTES_MAX = 0x6000
+"""From start to the farthest instruction followed; TLS functions are under 8 KiB."""
+INSTRUCTIONS_MAX = 6000
+CONSTANTS_MAX = 16
+"""Different values remembered for one register; more is "unknown"."""
+PAGE_BYTES = 1 << 14
+PAGES_MAX = 512
+INSTRUCTION_BYTES_MAX = 15
+ADRP_DISTANCE_MAX = 64
+"""Instructions between an `adrp` and the `add` that completes it."""
+
+Constants = Mapping[str, frozenset[int]]
+
+
+class Flow(Enum):
+    """What an instruction does to the flow."""
+
+    NEXT = "next"
+    CALL = "call"
+    JUMP = "jump"
+    BRANCH = "branch"
+    RETURN = "return"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One instruction. `target` is where it calls or jumps, None when computed at run time.
+
+    `sets` maps registers to a constant, to (register, addend), or to None for "something else".
+    `stack` is the change of the stack pointer in bytes; `frame` says how the frame pointer and
+    the stack pointer depend on each other: ("save", n) is fp = sp + n, ("restore", n) sp = fp + n.
+    `stores` says that it writes memory through a register other than those two.
+    """
+
+    address: int
+    size: int
+    flow: Flow
+    target: int | None = None
+    sets: Mapping[str, int | tuple[str, int] | None] = field(default_factory=dict)
+    stack: int = 0
+    frame: tuple[str, int] | None = None
+    stores: bool = False
+    opens_frame: bool = False
+    padding: bool = False
+    landing: bool = False
+
+    @property
+    def after(self) -> int:
+        """The address that follows."""
+        return self.address + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function's reachable instructions by address, from `start`."""
+
+    start: int
+    steps: Mapping[int, Step]
+
+    @property
+    def calls(self) -> Iterator[Step]:
+        """Its call instructions, in address order."""
+        return (self.steps[at] for at in sorted(self.steps) if self.steps[at].flow is Flow.CALL)
+
+    @property
+    def stores(self) -> bool:
+        """True when it writes memory other than its own stack frame."""
+        return any(step.stores for step in self.steps.values())
+
+
+class Code:
+    """The code of an ELF file, decoded on demand and remembered."""
+
+    def __init__(self, elf: Elf) -> None:
+        import capstone
+
+        self.elf = elf
+        self.arm = elf.machine == "aarch64"
+        if self.arm:
+            self._decoder = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
+        else:
+            self._decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+        self._decoder.detail = True
+        self._reader = _Aarch64() if self.arm else _X86()
+        self._pages: dict[int, bytes] = {}
+        self._steps: dict[int, Step | None] = {}
+
+    def bytes_at(self, address: int, length: int) -> bytes:
+        """Up to `length` bytes of executable code at `address`; fewer at a segment's end."""
+        for segment in self.elf.executables:
+            start = address - segment.address
+            if 0 <= start < segment.size_bytes:
+                return self._cached(segment, start, min(length, segment.size_bytes - start))
+        return b""
+
+    def _cached(self, segment: Segment, start: int, length: int) -> bytes:
+        data = b""
+        for base in range(start - start % PAGE_BYTES, start + length, PAGE_BYTES):
+            key = segment.address + base
+            if key not in self._pages:
+                if len(self._pages) >= PAGES_MAX:
+                    self._pages.clear()
+                size = min(PAGE_BYTES, segment.size_bytes - base)
+                self._pages[key] = self.elf.read(segment.offset + base, size)
+            data += self._pages[key]
+        skip = start % PAGE_BYTES
+        return data[skip : skip + length]
+
+    def step(self, address: int) -> Step | None:
+        """The instruction at `address`, None when there is none."""
+        if address not in self._steps:
+            code = self.bytes_at(address, INSTRUCTION_BYTES_MAX)
+            decoded = next(self._decoder.disasm(code, address, 1), None) if code else None
+            self._steps[address] = None if decoded is None else self._reader.step(decoded)
+        return self._steps[address]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The registers of a C function's first six arguments."""
+        return self._reader.arguments
+
+    def loads_of(self, address: int) -> Iterator[int]:
+        """Addresses of the instructions that put `address` into a register.
+
+        x86-64: `mov reg, imm` and `lea reg, [rip+x]`. aarch64: the `add` behind an `adrp`.
+        """
+        seen: set[int] = set()
+        for at in self._possible_loads(address):
+            step = self.step(at)
+            if at in seen or step is None:
+                continue
+            seen.add(at)
+            if self.arm or address in step.sets.values():
+                yield at
+
+    def _possible_loads(self, address: int) -> Iterator[int]:
+        if self.arm:
+            for segment in self.elf.executables:
+                for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
+                    yield from _aarch64_loads(data, base, address)
+            return
+        if address < 1 << 31:
+            for at in self.elf.find(address.to_bytes(4, "little"), self.elf.executables):
+                yield at - 1  # b8+r imm32
+                yield at - 2  # 41 b8+r imm32
+                yield at - 3  # 48 c7 c0+r imm32
+        yield from self.relative_references(
+            address, b"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]"
+        )
+
+    # --- functions ---------------------------------------------------------------------------
+
+    def function(self, start: int, end: int | None = None) -> Function | None:
+        """Follow every path from `start`; None when it cannot be a function's start.
+
+        `end` bounds the function where the unwind table tells it. A jump that leaves the bounds,
+        or that reaches what follows padding with nothing on the stack, is a tail call.
+        """
+        limit = end if end is not None else start + FUNCTION_BYTES_MAX
+        steps: dict[int, Step] = {}
+        depths: dict[int, tuple[int, int | None]] = {}
+        pending: list[tuple[int, int, int | None, bool]] = [(start, 0, None, False)]
+        while pending:
+            address, depth, frame, called = pending.pop()
+            if address in depths:
+                if depths[address][0] != depth:
+                    return None
+                continue
+            step = self.step(address)
+            if called and depth and (step is None or self._begins(step, address)):
+                continue  # the call before it never returns: another function begins here
+            if step is None or len(steps) >= INSTRUCTIONS_MAX:
+                return None
+            if called and step.padding and step.flow is Flow.STOP:
+                continue
+            steps[address] = step
+            depths[address] = (depth, frame)
+            if step.flow is Flow.RETURN and depth != 0:
+                return None
+            after = _stack_after(step, depth, frame)
+            if after is None or after[0] > 0:
+                return None
+            depth, frame = after
+            inside = step.target is not None and start <= step.target < limit
+            if step.flow in (Flow.NEXT, Flow.CALL, Flow.BRANCH):
+                pending.append((step.after, depth, frame, step.flow is Flow.CALL))
+            if step.flow in (Flow.BRANCH, Flow.JUMP) and inside and step.target is not None:
+                tail = step.flow is Flow.JUMP and depth == 0 and end is None
+                if not (tail and self._follows_padding(step.target)):
+                    pending.append((step.target, depth, frame, False))
+        return Function(start, steps)
+
+    def _begins(self, step: Step, address: int) -> bool:
+        if step.landing:
+            return True
+        if self.arm:
+            return step.opens_frame
+        following = self.step(step.after)
+        return (
+            address % 16 == 0
+            and step.stack == -8
+            and following is not None
+            and following.frame == ("save", 0)
+        )
+
+    def _follows_padding(self, address: int) -> bool:
+        if self.arm:
+            step = self.step(address - 4)
+            return step is None or step.padding
+        return self.bytes_at(address - 1, 1) == b"\xcc"
+
+    def function_around(self, address: int) -> Function | None:
+        """The function with the instruction at `address`; None when its start is in doubt.
+
+        The unwind table decides where it covers the address. Elsewhere the start is the nearest
+        address before it at which a function may begin, from which a path leads there and the
+        stack balances, and that some instruction calls.
+        """
+        bounds = self.elf.unwind_range_of(address)
+        if bounds is not None:
+            function = self.function(*bounds)
+            return function if function is not None and address in function.steps else None
+        for start in self._possible_starts(address):
+            function = self.function(start)
+            if function is not None and address in function.steps:
+                return function
+        return None
+
+    def _possible_starts(self, address: int) -> Iterator[int]:
+        grain = 4 if self.arm else 16
+        first = address - address % grain
+        for start in range(first, max(first - FUNCTION_BYTES_MAX, 0), -grain):
+            if self._may_begin(start):
+                yield start
+
+    def _may_begin(self, start: int) -> bool:
+        """Padding, or an instruction that goes elsewhere, comes before a function's start."""
+        if self.arm:
+            before = self.step(start - 4)
+            return before is None or before.padding or before.flow not in (Flow.NEXT, Flow.BRANCH)
+        tail = self.bytes_at(start - 16, 16)
+        if tail[-1:] in (b"\xcc", b"\xc3") or tail[-2:-1] == b"\xeb" or tail[-5:-4] in _AWAY:
+            return True
+        return any(tail.endswith(nop) for nop in _X86_NOPS) or tail[-2:] == b"\x0f\x0b"
+
+    def is_called(self, address: int) -> bool:
+        """True when some instruction in the file calls exactly `address`."""
+        return next(self.callers(address), None) is not None
+
+    def callers(self, address: int) -> Iterator[int]:
+        """Addresses of the instructions that call, or jump as a tail call to, `address`."""
+        for at in self.relative_references(address, b"[\xe8\xe9]" if not self.arm else b""):
+            step = self.step(at)
+            if step is not None and step.target == address:
+                yield at
+
+    def relative_references(self, target: int, opcode: bytes) -> Iterator[int]:
+        """Addresses of instructions that begin with `opcode` and end with `target` - next address.
+
+        On aarch64 `bl` and `b` to the target. Only the instruction's shape is checked.
+        """
+        for segment in self.elf.executables:
+            for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
+                if self.arm:
+                    yield from _aarch64_calls(data, base, target)
+                else:
+                    yield from _x86_relatives(data, base, target, opcode)
+
+    # --- constants ---------------------------------------------------------------------------
+
+    def constants_at_calls(self, function: Function) -> dict[int, Constants]:
+        """For each call in the function, the constants that may be in each register there."""
+        states: dict[int, dict[str, frozenset[int]]] = {function.start: {}}
+        pending = [function.start]
+        while pending:
+            address = pending.pop()
+            step = function.steps[address]
+            state = self._reader.apply(step, states[address])
+            for following in _successors(step):
+                if following not in function.steps:
+                    continue
+                merged = _merge(states.get(following), state)
+                if merged != states.get(following):
+                    states[following] = merged
+                    pending.append(following)
+        return {step.address: states.get(step.address, {}) for step in function.calls}
+
+
+def _successors(step: Step) -> Iterator[int]:
+    if step.flow in (Flow.NEXT, Flow.CALL, Flow.BRANCH):
+        yield step.after
+    if step.flow in (Flow.BRANCH, Flow.JUMP) and step.target is not None:
+        yield step.target
+
+
+def _stack_after(step: Step, depth: int, frame: int | None) -> tuple[int, int | None] | None:
+    """(depth, frame pointer's depth) after a step; None when it restores what was not saved."""
+    if step.frame is not None:
+        kind, addend = step.frame
+        if kind == "save":
+            return depth, depth + addend
+        if frame is None:
+            return None
+        return frame + addend, frame
+    return depth + step.stack, frame
+
+
+def _merge(
+    old: dict[str, frozenset[int]] | None, new: dict[str, frozenset[int]]
+) -> dict[str, frozenset[int]]:
+    """Values possible after either path; a register unknown on one path is unknown."""
+    if old is None:
+        return new
+    merged = {}
+    for register, values in old.items():
+        if register in new:
+            union = values | new[register]
+            if len(union) <= CONSTANTS_MAX:
+                merged[register] = union
+    return merged
+
+
+_AWAY = (b"\xe9", b"\xe8")
+_X86_NOPS = (
+    b"\x90",
+    b"\x0f\x1f\x00",
+    b"\x0f\x1f\x40\x00",
+    b"\x0f\x1f\x44\x00\x00",
+    b"\x0f\x1f\x80\x00\x00\x00\x00",
+    b"\x0f\x1f\x84\x00\x00\x00\x00\x00",
+)
+
+
+def _x86_relatives(data: bytes, base: int, target: int, opcode: bytes) -> Iterator[int]:
+    """Search each 64 KiB with the two high bytes that a reference from there must have.
+
+    A regular expression with four literal bytes runs at memory speed; decoding every instruction
+    of a 100 MB program takes minutes.
+    """
+    window = 1 << 16
+    for low in range(0, len(data), window):
+        piece_end = min(low + window, len(data))
+        highest = target - (base + low)
+        lowest = target - (base + piece_end + INSTRUCTION_BYTES_MAX)
+        if not -(1 << 31) <= lowest <= highest < 1 << 31:
+            continue
+        for high in {(lowest >> 16) & 0xFFFF, (highest >> 16) & 0xFFFF}:
+            pattern = _relative_pattern(opcode, high)
+            for match in pattern.finditer(data, low, min(piece_end + 16, len(data))):
+                end = match.end()
+                displacement = int.from_bytes(match.group(1), "little", signed=True)
+                if base + end + displacement == target and match.start() < piece_end:
+                    yield base + match.start()
+
+
+_PATTERNS: dict[tuple[bytes, int], re.Pattern[bytes]] = {}
+
+
+def _relative_pattern(opcode: bytes, high: int) -> re.Pattern[bytes]:
+    key = (opcode, high)
+    if key not in _PATTERNS:
+        if len(_PATTERNS) > 1 << 14:
+            _PATTERNS.clear()
+        tail = re.escape(high.to_bytes(2, "little"))
+        _PATTERNS[key] = re.compile(b"(?s:" + opcode + b"(.." + tail + b"))")
+    return _PATTERNS[key]
+
+
+def _aarch64_calls(data: bytes, base: int, target: int) -> Iterator[int]:
+    words = memoryview(data)[: len(data) & ~3].cast("I")
+    if base % 4:
+        return
+    # `bl`/`b` hold a signed 26-bit word distance: it changes by one per instruction, so search
+    # 256 KiB at a time for its high bytes.
+    window = 1 << 18
+    for low in range(0, len(words) * 4, window):
+        for op in (0x94, 0x14):
+            high_low = ((target - (base + low + window)) >> 2) & 0x3FFFFFF
+            high_high = ((target - (base + low)) >> 2) & 0x3FFFFFF
+            for high in {high_low >> 16, high_high >> 16}:
+                tail = bytes((high & 0xFF, op | high >> 8))
+                at = data.find(tail, low, low + window)
+                while at >= 0:
+                    place = at - 2
+                    if place % 4 == 0 and place >= 0:
+                        word = words[place // 4] & 0x3FFFFFF
+                        distance = (word ^ 0x2000000) - 0x2000000
+                        if base + place + distance * 4 == target:
+                            yield base + place
+                    at = data.find(tail, at + 1, low + window)
+
+
+def _aarch64_loads(data: bytes, base: int, address: int) -> Iterator[int]:
+    """`add xd, xn, #low` whose xn the nearest `adrp` before it set to the address's page."""
+    low = address & 0xFFF
+    # 91 | imm12 | Rn | Rd: the immediate fixes byte 2 and six bits of byte 1.
+    second = bytes(((low & 0x3F) << 2 | rn) for rn in range(4))
+    pattern = re.compile(
+        b"(?s:.["
+        + b"".join(re.escape(second[i : i + 1]) for i in range(4))
+        + b"]"
+        + re.escape(bytes((low >> 6, 0x91)))
+        + b")"
+    )
+    for match in pattern.finditer(data):
+        at = match.start()
+        if (base + at) % 4:
+            continue
+        register = struct.unpack_from("<I", data, at)[0] >> 5 & 0x1F
+        for back in range(at - 4, max(at - 4 * ADRP_DISTANCE_MAX, 0), -4):
+            (word,) = struct.unpack_from("<I", data, back)
+            if word & 0x9F00001F == 0x90000000 | register:
+                pages = (word >> 5 & 0x7FFFF) << 2 | word >> 29 & 3
+                pages = (pages ^ 0x100000) - 0x100000
+                if ((base + back) & ~0xFFF) + (pages << 12) == address & ~0xFFF:
+                    yield base + at
+                break
+
+
+# --- one instruction ----------------------------------------------------------------------------
+
+
+class _X86:
+    """What x86-64 instructions mean, as far as we ask."""
+
+    arguments = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
+    _volatile = frozenset(("rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11"))
+
+    def __init__(self) -> None:
+        import capstone
+        from capstone import x86
+
+        self._x86 = x86
+        self._group_call = capstone.CS_GRP_CALL
+        self._group_jump = capstone.CS_GRP_JUMP
+        self._group_return = capstone.CS_GRP_RET
+        self._write = capstone.CS_AC_WRITE
+        self._wide: dict[int, str] = {}
+
+    def _register(self, number: int, name: str) -> str:
+        if number not in self._wide:
+            self._wide[number] = _wide_name(name)
+        return self._wide[number]
+
+    def step(self, i: Any) -> Step:
+        x86 = self._x86
+        name = i.mnemonic
+        operands = i.operands
+        flow, target = self._flow(i, name, operands)
+        if flow is not Flow.NEXT:
+            return Step(i.address, i.size, flow, target, padding=name == "int3")
+        stores = any(
+            o.type == x86.X86_OP_MEM
+            and o.access & self._write
+            and o.mem.base not in (x86.X86_REG_RSP, x86.X86_REG_RBP, x86.X86_REG_RIP, 0)
+            for o in operands
+        )
+        stack, frame = self._stack(i, name, operands)
+        return Step(
+            i.address,
+            i.size,
+            flow,
+            None,
+            self._sets(i, name, operands),
+            stack,
+            frame,
+            stores and name not in ("nop", "endbr64"),
+            padding=name in ("nop", "int3"),
+            landing=name == "endbr64",
+        )
+
+    def _flow(self, i: Any, name: str, operands: Any) -> tuple[Flow, int | None]:
+        x86 = self._x86
+        if name in ("int3", "ud2", "hlt"):
+            return Flow.STOP, None
+        groups = i.groups
+        if self._group_return in groups:
+            return Flow.RETURN, None
+        direct = len(operands) == 1 and operands[0].type == x86.X86_OP_IMM
+        target = operands[0].imm if direct else None
+        if self._group_call in groups:
+            return Flow.CALL, target
+        if self._group_jump in groups:
+            return (Flow.JUMP if name in ("jmp", "notrack jmp") else Flow.BRANCH), target
+        return Flow.NEXT, None
+
+    def _stack(self, i: Any, name: str, operands: Any) -> tuple[int, tuple[str, int] | None]:
+        x86 = self._x86
+        if name == "push":
+            return -8, None
+        if name == "pop":
+            return 8, None
+        if name == "leave":
+            return 0, ("restore", 8)
+        if len(operands) != 2 or operands[0].type != x86.X86_OP_REG:
+            return 0, None
+        into, source = operands[0].reg, operands[1]
+        if into == x86.X86_REG_RSP:
+            if source.type == x86.X86_OP_IMM and name in ("add", "sub"):
+                return (source.imm if name == "add" else -source.imm), None
+            if source.type == x86.X86_OP_REG and source.reg == x86.X86_REG_RBP:
+                return 0, ("restore", 0)
+            if name == "lea" and source.type == x86.X86_OP_MEM:
+                if source.mem.base == x86.X86_REG_RBP and not source.mem.index:
+                    return 0, ("restore", source.mem.disp)
+                if source.mem.base == x86.X86_REG_RSP and not source.mem.index:
+                    return source.mem.disp, None
+        if into == x86.X86_REG_RBP and name == "mov" and source.type == x86.X86_OP_REG:
+            if source.reg == x86.X86_REG_RSP:
+                return 0, ("save", 0)
+        return 0, None
+
+    def _sets(self, i: Any, name: str, operands: Any) -> dict[str, int | tuple[str, int] | None]:
+        x86 = self._x86
+        if len(operands) == 2 and operands[0].type == x86.X86_OP_REG and operands[0].size >= 4:
+            into = self._register(operands[0].reg, i.reg_name(operands[0].reg))
+            source = operands[1]
+            mask = 0xFFFFFFFF if operands[0].size == 4 else 0xFFFFFFFFFFFFFFFF
+            if name in ("mov", "movabs") and source.type == x86.X86_OP_IMM:
+                return {into: source.imm & mask}
+            if name == "mov" and source.type == x86.X86_OP_REG:
+                return {into: (self._register(source.reg, i.reg_name(source.reg)), 0)}
+            if name == "xor" and source.type == x86.X86_OP_REG and source.reg == operands[0].reg:
+                return {into: 0}
+            if name == "lea" and source.mem.base == x86.X86_REG_RIP and not source.mem.index:
+                return {into: i.address + i.size + source.mem.disp}
+            if name == "lea" and source.mem.base and not source.mem.index:
+                base = self._register(source.mem.base, i.reg_name(source.mem.base))
+                return {into: (base, source.mem.disp)}
+            if name in ("or", "and") and source.type == x86.X86_OP_IMM:
+                if name == "or" and source.imm in (-1, mask):
+                    return {into: mask}
+        _, written = i.regs_access()
+        return {self._register(r, i.reg_name(r)): None for r in written}
+
+    def apply(self, step: Step, state: dict[str, frozenset[int]]) -> dict[str, frozenset[int]]:
+        return _apply(step, state, self._volatile)
+
+
+class _Aarch64:
+    """What aarch64 instructions mean, as far as we ask."""
+
+    arguments = ("x0", "x1", "x2", "x3", "x4", "x5")
+    _volatile = frozenset(f"x{n}" for n in range(19)) | {"x30"}
+
+    def __init__(self) -> None:
+        import capstone
+        from capstone import arm64
+
+        self._arm = arm64
+        self._write = capstone.CS_AC_WRITE
+
+    def step(self, i: Any) -> Step:
+        name = i.mnemonic
+        flow, target = self._flow(i, name)
+        padding = name in ("nop", "udf") or (name == "brk" and flow is Flow.STOP)
+        if flow is not Flow.NEXT:
+            return Step(i.address, 4, flow, target, padding=padding)
+        stack, frame = self._stack(i, name)
+        opens = stack < 0 or name in ("paciasp", "pacibsp")
+        return Step(
+            i.address,
+            4,
+            flow,
+            None,
+            self._sets(i, name),
+            stack,
+            frame,
+            self._stores(i, name),
+            opens_frame=opens,
+            padding=padding,
+            landing=name in ("paciasp", "pacibsp") or (name == "bti" and i.op_str in ("c", "jc")),
+        )
+
+    def _flow(self, i: Any, name: str) -> tuple[Flow, int | None]:
+        if name in ("ret", "retaa", "retab"):
+            return Flow.RETURN, None
+        if name in ("brk", "udf", "hlt"):
+            return Flow.STOP, None
+        operands = i.operands
+        if name == "bl":
+            return Flow.CALL, operands[0].imm
+        if name.startswith("blr"):
+            return Flow.CALL, None
+        if name == "b":
+            return Flow.JUMP, operands[0].imm
+        if name == "br" or name.startswith("bra"):
+            return Flow.JUMP, None
+        if name.startswith("b.") or name in ("cbz", "cbnz", "tbz", "tbnz"):
+            return Flow.BRANCH, operands[-1].imm
+        return Flow.NEXT, None
+
+    def _stack(self, i: Any, name: str) -> tuple[int, tuple[str, int] | None]:
+        arm = self._arm
+        o = i.operands
+        if i.writeback and o and o[-1].type in (arm.ARM64_OP_IMM, arm.ARM64_OP_MEM):
+            memory = next((x for x in o if x.type == arm.ARM64_OP_MEM), None)
+            if memory is not None and memory.mem.base == arm.ARM64_REG_SP:
+                post = o[-1].type == arm.ARM64_OP_IMM
+                return (o[-1].imm if post else memory.mem.disp), None
+            return 0, None
+        if name not in ("add", "sub", "mov") or not o or o[0].type != arm.ARM64_OP_REG:
+            return 0, None
+        into = o[0].reg
+        source = o[1].reg if len(o) > 1 and o[1].type == arm.ARM64_OP_REG else None
+        amount = 0
+        if len(o) == 3:
+            if o[2].type != arm.ARM64_OP_IMM:
+                return 0, None
+            shift = o[2].shift.value if o[2].shift.type else 0
+            amount = (o[2].imm << shift) * (-1 if name == "sub" else 1)
+        if into == arm.ARM64_REG_SP and source == arm.ARM64_REG_SP:
+            return amount, None
+        if into == arm.ARM64_REG_SP and source == arm.ARM64_REG_X29:
+            return 0, ("restore", amount)
+        if into == arm.ARM64_REG_X29 and source == arm.ARM64_REG_SP:
+            return 0, ("save", amount)
+        return 0, None
+
+    def _stores(self, i: Any, name: str) -> bool:
+        arm = self._arm
+        return name.startswith("st") and any(
+            o.type == arm.ARM64_OP_MEM
+            and o.mem.base not in (arm.ARM64_REG_SP, arm.ARM64_REG_X29, 0)
+            for o in i.operands
+        )
+
+    def _sets(self, i: Any, name: str) -> dict[str, int | tuple[str, int] | None]:
+        arm = self._arm
+        o = i.operands
+        if len(o) >= 2 and o[0].type == arm.ARM64_OP_REG:
+            into = _wide_arm(i.reg_name(o[0].reg))
+            mask = 0xFFFFFFFF if i.reg_name(o[0].reg).startswith("w") else 0xFFFFFFFFFFFFFFFF
+            if name in ("mov", "movz", "adr", "adrp") and o[1].type == arm.ARM64_OP_IMM:
+                shift = o[1].shift.value if o[1].shift.type else 0
+                return {into: (o[1].imm << shift) & mask}
+            if name == "mov" and o[1].type == arm.ARM64_OP_REG:
+                if o[1].reg in (arm.ARM64_REG_WZR, arm.ARM64_REG_XZR):
+                    return {into: 0}
+                return {into: (_wide_arm(i.reg_name(o[1].reg)), 0)}
+            if name in ("add", "sub") and len(o) == 3 and o[2].type == arm.ARM64_OP_IMM:
+                shift = o[2].shift.value if o[2].shift.type else 0
+                amount = (o[2].imm << shift) * (-1 if name == "sub" else 1)
+                return {into: (_wide_arm(i.reg_name(o[1].reg)), amount)}
+        _, written = i.regs_access()
+        return {_wide_arm(i.reg_name(r)): None for r in written}
+
+    def apply(self, step: Step, state: dict[str, frozenset[int]]) -> dict[str, frozenset[int]]:
+        return _apply(step, state, self._volatile)
+
+
+def _apply(
+    step: Step, state: dict[str, frozenset[int]], volatile: Iterable[str]
+) -> dict[str, frozenset[int]]:
+    if step.flow is Flow.CALL:
+        return {r: values for r, values in state.items() if r not in volatile}
+    if not step.sets:
+        return state
+    after = dict(state)
+    for register, value in step.sets.items():
+        after.pop(register, None)
+        if isinstance(value, int):
+            after[register] = frozenset((value,))
+        elif value is not None and value[0] in state:
+            after[register] = frozenset(known + value[1] for known in state[value[0]])
+    return after
+
+
+def _wide_name(name: str) -> str:
+    """The 64-bit name of any part of an x86 register."""
+    if re.fullmatch(r"r\d+[dwb]", name):
+        return name[:-1]
+    if name in ("al", "ah", "bl", "bh", "cl", "ch", "dl", "dh"):
+        return f"r{name[0]}x"
+    if name in ("sil", "dil", "bpl", "spl"):
+        return f"r{name[:2]}"
+    if re.fullmatch(r"e?(ax|bx|cx|dx|si|di|bp|sp)", name):
+        return "r" + name[-2:]
+    return name
+
+
+def _wide_arm(name: str) -> str:
+    return (
+        "x" + name[1:]
+        if re.fullmatch(r"w\d+", name)
+        else {"fp": "x29", "lr": "x30"}.get(name, name)
+    )
+
+
+__all__ = ["Code", "Constants", "ElfError", "Flow", "Function", "Step"]
