@@ -92,7 +92,7 @@ def default_home() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or "~/.halton-meter").expanduser()
 
 
-# --- errors -------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 class StoreError(Exception):
@@ -119,7 +119,7 @@ class DatabaseTooNew(StoreError):
     """The database was written by a newer version of this program or of DuckDB."""
 
 
-# --- schema -------------------------------------------------------------------------------------
+# --- schema --------------------------------------------------------------------------------------
 
 _TEXT = "VARCHAR"
 _USD = "DECIMAL(38,12)"
@@ -198,7 +198,7 @@ MIGRATIONS: tuple[str, ...] = (
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
-# --- what is asked for, what was done -------------------------------------------------------------
+# --- what is asked for, what was done ------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +236,16 @@ class Flushed:
     damaged: int = 0
     reason: str | None = None
 
+    def __add__(self, other: Flushed) -> Flushed:
+        """Both together; what waits, and why, is as `other` found it."""
+        return Flushed(
+            self.stored + other.stored,
+            self.repeated + other.repeated,
+            other.waiting,
+            self.damaged + other.damaged,
+            other.reason,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Repriced:
@@ -245,7 +255,7 @@ class Repriced:
     after: PricedEvent
 
 
-# --- the store ------------------------------------------------------------------------------------
+# --- the store -----------------------------------------------------------------------------------
 
 
 class Store:
@@ -490,15 +500,10 @@ class Store:
             except _driver().Error as error:
                 return replace(done, waiting=self.waiting(), reason=_first_line(error))
             path.unlink(missing_ok=True)
-            done = Flushed(
-                done.stored + moved.stored,
-                done.repeated + moved.repeated,
-                0,
-                done.damaged + moved.damaged,
-            )
+            done += moved
         waiting = self.waiting()
-        reason = "another process is writing to its journal" if waiting else None
-        return replace(done, waiting=waiting, reason=reason)
+        why = "another process is writing to its journal" if waiting else None
+        return replace(done, waiting=waiting, reason=why)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[DuckDBPyConnection]:
@@ -699,7 +704,7 @@ class Reader:
         ]
 
 
-# --- journal segments -----------------------------------------------------------------------------
+# --- journal segments ----------------------------------------------------------------------------
 
 
 class _Segment:
@@ -809,7 +814,7 @@ def _move_segment(connection: DuckDBPyConnection, path: Path) -> Flushed:
             source.unlink(missing_ok=True)
     if damaged:
         _count_once(connection, f"damaged:{path.name}", "journal_damaged", damaged)
-    return replace(done, damaged=damaged + done.damaged)
+    return done + Flushed(damaged=damaged)
 
 
 def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flushed:
@@ -849,12 +854,7 @@ def _move_halves(connection: DuckDBPyConnection, source: Path, count: int) -> Fl
             moved = _move_lines(connection, half, len(part))
         finally:
             half.unlink(missing_ok=True)
-        done = Flushed(
-            done.stored + moved.stored,
-            done.repeated + moved.repeated,
-            0,
-            done.damaged + moved.damaged,
-        )
+        done += moved
     return done
 
 
@@ -908,7 +908,7 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
     return int(stored[0][0]), int(losses[0][0])
 
 
-# --- events as rows and back ----------------------------------------------------------------------
+# --- events as rows and back ---------------------------------------------------------------------
 
 
 def _sighting_rank(usage: UsageEvent) -> int:
@@ -1130,7 +1130,7 @@ def _same_price(before: PricedEvent, after: PricedEvent) -> bool:
     return replace(before, price_book=None) == replace(after, price_book=None)
 
 
-# --- small parts ----------------------------------------------------------------------------------
+# --- small parts ---------------------------------------------------------------------------------
 
 
 def _driver() -> Any:
