@@ -14,7 +14,9 @@ from pathlib import Path
 
 def main() -> int:
     """Run the benchmarks in alphabetical order and return 1 if one failed."""
-    names = sorted(path.stem.removesuffix("_bench") for path in Path(__file__).parent.glob("*_bench.py"))
+    names = sorted(
+        path.stem.removesuffix("_bench") for path in Path(__file__).parent.glob("*_bench.py")
+    )
     wanted = sys.argv[1:] or names
     failed = []
     for name in wanted:

@@ -1,0 +1,131 @@
+"""`run --via proxy` composed: a real client process, real mitmproxy, real TLS, a real store."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from halton_meter.model import Source
+from halton_meter.proxied import meter_command
+
+CLIENT = """
+import json, os, sys, urllib.request
+request = urllib.request.Request(
+    sys.argv[1] + "/v1/chat/completions",
+    data=json.dumps({"model": "gpt-4o-mini", "messages": []}).encode(),
+    headers={"Authorization": "Bearer sk-made-up", "Content-Type": "application/json"},
+)
+with urllib.request.urlopen(request) as answer:
+    print(json.load(answer)["id"])
+sys.exit(int(sys.argv[2]))
+"""
+
+ANSWER = {
+    "id": "chatcmpl-proxied-1",
+    "object": "chat.completion",
+    "model": "gpt-4o-mini-2024-07-18",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}}],
+    "usage": {
+        "prompt_tokens": 1000,
+        "completion_tokens": 200,
+        "total_tokens": 1200,
+        "prompt_tokens_details": {"cached_tokens": 400},
+    },
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps(ANSWER).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: pytest's output is not the server's."""
+
+
+@pytest.fixture
+def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pem = tmp_path / "origin.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", str(pem), "-out", str(tmp_path / "cert.pem"), "-days", "30",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", pem)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    yield f"https://localhost:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "SSL_CERT_FILE": os.environ["SSL_CERT_FILE"],
+    }
+
+
+def test_a_client_behind_the_proxy_is_metered_with_its_pid_and_its_exit_code_is_kept(
+    origin: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", CLIENT, origin, "7"]
+    run = meter_command(command, tmp_path / "home", environment(tmp_path), {"localhost": "openai"})
+    assert run.exit_code == 7
+    assert capfd.readouterr().out == "chatcmpl-proxied-1\n"
+    [event] = run.events
+    tokens = event.usage.tokens
+    assert (tokens.input, tokens.cache_read, tokens.output) == (600, 400, 200)
+    assert event.usage.source is Source.PROXY
+    if sys.platform == "linux":
+        assert event.usage.process is not None
+        assert event.usage.process.argv[0] == sys.executable
+    assert run.totals.total.requests == 1
+    assert not run.losses
+
+
+def test_its_events_are_in_the_store_and_the_key_is_nowhere(origin: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    meter_command(
+        [sys.executable, "-c", CLIENT, origin, "0"],
+        home,
+        environment(tmp_path),
+        {"localhost": "openai"},
+    )
+    listed = subprocess.run(
+        [sys.executable, "-m", "halton_meter", "events", "--json"],
+        env={**os.environ, "HALTON_METER_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [event] = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert event["response_id"] == "chatcmpl-proxied-1"
+    assert event["source"] == "proxy"
+    files = [file for file in home.rglob("*") if file.is_file()]
+    assert files
+    assert not any(b"sk-made-up" in file.read_bytes() for file in files)
+
+
+def test_a_command_that_does_not_exist_is_told_as_a_shell_would(tmp_path: Path) -> None:
+    run = meter_command(["./no-such-program"], tmp_path / "home", {"PATH": "/bin"}, {})
+    assert run.exit_code == 127
