@@ -230,6 +230,11 @@ def read(exchange: Exchange) -> list[UsageEvent]:
     return default_registry().read(exchange)
 
 
+def known() -> tuple[Provider, ...]:
+    """Every built-in provider; one id may occur several times, with other hosts and routes."""
+    return _all()
+
+
 def provider_hosts() -> tuple[str, ...]:
     """`Registry.hosts` of the built-in providers."""
     return default_registry().hosts()
