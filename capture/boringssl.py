@@ -18,6 +18,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,6 +33,7 @@ _NOT_TO_BE_CALLED, _BAD_LENGTH, _INVALID_SERVER_NAME = 66, 111, 213
 _HANDSHAKE_FAILURE, _UNINITIALIZED = 215, 226
 
 _MARKERS = (b"ssl/ssl_lib.cc\0", b"ssl/ssl_lib.c\0")
+_OPENSSL_ONLY = ("SSL_read_ex", "OPENSSL_version_major")
 PATH_BYTES_MAX = 512
 """Longest source path before the marker: a build directory."""
 REFERENCES_MAX = 4096
@@ -150,9 +152,9 @@ def _find(elf: Elf) -> Found | NotRecognised:
     try:
         names = tuple(_file_names(elf))
         if not names:
-            return NotRecognised(
-                "no BoringSSL: no source path ends in ssl/ssl_lib.cc", elf.build_id
-            )
+            return NotRecognised("no BoringSSL: nothing names ssl/ssl_lib.cc", elf.build_id)
+        if elf.symbols(_OPENSSL_ONLY):
+            return NotRecognised("OpenSSL, not BoringSSL: its symbols say so", elf.build_id)
         code = Code(elf)
         reporters = _reporters(code, names)
         write = _the_one(WRITE, _writers(reporters), code)
@@ -201,12 +203,16 @@ def _reporters(code: Code, names: tuple[int, ...]) -> list[_Reporter]:
 
 
 def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporter:
-    library, _, reason, file = code.arguments[:4]
+    library, *others = code.arguments[:4]
     reasons: set[int] = set()
     for registers in code.constants_at_calls(function).values():
-        named = registers.get(file, frozenset())
-        if named & names and registers.get(library) == frozenset((_LIBRARY_SSL,)):
-            reasons |= registers.get(reason, frozenset())
+        if registers.get(library) != frozenset((_LIBRARY_SSL,)):
+            continue
+        # Whole-program optimisation drops the unused second argument (Bun 1.2, 1.3, opencode):
+        # the reason is whatever comes before the file.
+        for reason, file in pairwise(others):
+            if registers.get(file, frozenset()) & names:
+                reasons |= registers.get(reason, frozenset())
     calls = frozenset(step.target for step in function.calls if step.target is not None)
     return _Reporter(function, frozenset(reasons), calls)
 
@@ -228,25 +234,19 @@ def _calls_by_table(function: Function) -> bool:
 def _find_read(reporters: list[_Reporter], code: Code) -> Place:
     """SSL_read, from the function that waits for application data.
 
-    That one (ssl_read_impl) stands alone, or is inlined into SSL_peek, or into both SSL_peek and
-    SSL_read. Only SSL_read consumes what it returns, so only SSL_read writes to the connection.
+    That one (ssl_read_impl) is called by SSL_peek, and by SSL_read into which SSL_peek is inlined.
+    Only SSL_read consumes what it returns, so only SSL_read writes to the connection.
     """
     waits = {_HANDSHAKE_FAILURE, _UNINITIALIZED}
     core = [r for r in reporters if waits <= r.reasons and _BAD_LENGTH not in r.reasons]
     core = [r for r in core if _calls_by_table(r.function)]
-    inlined = [r for r in core if _NOT_TO_BE_CALLED in r.reasons]
-    if inlined:
-        candidates = inlined
-        core_starts = {r.function.start for r in core if r not in inlined}
-        if core_starts:
-            raise _Doubt("several functions may be ssl_read_impl")
-        consuming = candidates if len(candidates) == 1 else []
-    else:
-        if len(core) != 1:
-            raise _Doubt(f"{len(core)} functions may be ssl_read_impl")
-        start = core[0].function.start
-        candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
-        consuming = [r for r in candidates if r.function.stores]
+    if len(core) != 1:
+        raise _Doubt(f"{len(core)} functions may be ssl_read_impl")
+    if _NOT_TO_BE_CALLED in core[0].reasons:
+        raise _Doubt("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
+    start = core[0].function.start
+    candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
+    consuming = [r for r in candidates if r.function.stores]
     if len(consuming) == 1:
         return _the_one(READ, [consuming[0].function], code)
     raise _Doubt(f"{len(candidates)} functions may be SSL_read")

@@ -13,9 +13,10 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib import import_module
 from typing import Any
 
-from capture.elf import Elf, ElfError, Segment
+from capture.elf import Elf, Segment
 
 FUNCTION_BYTES_MAX = 0x6000
 """From start to the farthest instruction followed; TLS functions are under 8 KiB."""
@@ -25,6 +26,8 @@ CONSTANTS_MAX = 16
 PAGE_BYTES = 1 << 14
 PAGES_MAX = 512
 INSTRUCTION_BYTES_MAX = 15
+PIECE_BYTES = 4 << 20
+"""Code is searched this much at a time."""
 ADRP_DISTANCE_MAX = 64
 """Instructions between an `adrp` and the `add` that completes it."""
 
@@ -92,8 +95,7 @@ class Code:
     """The code of an ELF file, decoded on demand and remembered."""
 
     def __init__(self, elf: Elf) -> None:
-        import capstone
-
+        capstone: Any = import_module("capstone")
         self.elf = elf
         self.arm = elf.machine == "aarch64"
         if self.arm:
@@ -159,14 +161,18 @@ class Code:
                 for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
                     yield from _aarch64_loads(data, base, address)
             return
+        # A library is compiled with absolute addresses or with relative ones, not with both.
+        absolute = False
         if address < 1 << 31:
             for at in self.elf.find(address.to_bytes(4, "little"), self.elf.executables):
-                yield at - 1  # b8+r imm32
-                yield at - 2  # 41 b8+r imm32
-                yield at - 3  # 48 c7 c0+r imm32
-        yield from self.relative_references(
-            address, b"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]"
-        )
+                for opcode_bytes in (1, 2, 3):  # b8+r, 41 b8+r, 48 c7 c0+r before the immediate
+                    step = self.step(at - opcode_bytes)
+                    if step is not None and address in step.sets.values():
+                        absolute = True
+                        yield at - opcode_bytes
+                        break
+        if not absolute:
+            yield from self.relative_references(address, _X86_LEA)
 
     # --- functions ---------------------------------------------------------------------------
 
@@ -279,12 +285,22 @@ class Code:
 
         On aarch64 `bl` and `b` to the target. Only the instruction's shape is checked.
         """
-        for segment in self.elf.executables:
-            for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
-                if self.arm:
-                    yield from _aarch64_calls(data, base, target)
-                else:
-                    yield from _x86_relatives(data, base, target, opcode)
+        for base, data in self._code_from(target):
+            if self.arm:
+                yield from _aarch64_calls(data, base, target)
+            else:
+                yield from _x86_relatives(data, base, target, opcode)
+
+    def _code_from(self, address: int) -> Iterator[tuple[int, bytes]]:
+        """All code in pieces, nearest to `address` first: callers are mostly near."""
+        pieces = [
+            (segment.address + at, min(PIECE_BYTES, segment.size_bytes - at), segment)
+            for segment in self.elf.executables
+            for at in range(0, segment.size_bytes, PIECE_BYTES)
+        ]
+        for base, size, segment in sorted(pieces, key=lambda piece: abs(piece[0] - address)):
+            end = segment.address + segment.size_bytes
+            yield base, self.elf.read_at(base, min(size + INSTRUCTION_BYTES_MAX, end - base))
 
     # --- constants ---------------------------------------------------------------------------
 
@@ -340,6 +356,7 @@ def _merge(
     return merged
 
 
+_X86_LEA = rb"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]"
 _AWAY = (b"\xe9", b"\xe8")
 _X86_NOPS = (
     b"\x90",
@@ -447,10 +464,8 @@ class _X86:
     _volatile = frozenset(("rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11"))
 
     def __init__(self) -> None:
-        import capstone
-        from capstone import x86
-
-        self._x86 = x86
+        capstone: Any = import_module("capstone")
+        self._x86: Any = import_module("capstone.x86")
         self._group_call = capstone.CS_GRP_CALL
         self._group_jump = capstone.CS_GRP_JUMP
         self._group_return = capstone.CS_GRP_RET
@@ -525,9 +540,9 @@ class _X86:
                     return 0, ("restore", source.mem.disp)
                 if source.mem.base == x86.X86_REG_RSP and not source.mem.index:
                     return source.mem.disp, None
-        if into == x86.X86_REG_RBP and name == "mov" and source.type == x86.X86_OP_REG:
-            if source.reg == x86.X86_REG_RSP:
-                return 0, ("save", 0)
+        copies = name == "mov" and source.type == x86.X86_OP_REG
+        if copies and into == x86.X86_REG_RBP and source.reg == x86.X86_REG_RSP:
+            return 0, ("save", 0)
         return 0, None
 
     def _sets(self, i: Any, name: str, operands: Any) -> dict[str, int | tuple[str, int] | None]:
@@ -547,9 +562,8 @@ class _X86:
             if name == "lea" and source.mem.base and not source.mem.index:
                 base = self._register(source.mem.base, i.reg_name(source.mem.base))
                 return {into: (base, source.mem.disp)}
-            if name in ("or", "and") and source.type == x86.X86_OP_IMM:
-                if name == "or" and source.imm in (-1, mask):
-                    return {into: mask}
+            if name == "or" and source.type == x86.X86_OP_IMM and source.imm in (-1, mask):
+                return {into: mask}
         _, written = i.regs_access()
         return {self._register(r, i.reg_name(r)): None for r in written}
 
@@ -564,11 +578,7 @@ class _Aarch64:
     _volatile = frozenset(f"x{n}" for n in range(19)) | {"x30"}
 
     def __init__(self) -> None:
-        import capstone
-        from capstone import arm64
-
-        self._arm = arm64
-        self._write = capstone.CS_AC_WRITE
+        self._arm: Any = import_module("capstone.arm64")
 
     def step(self, i: Any) -> Step:
         name = i.mnemonic
@@ -705,6 +715,3 @@ def _wide_arm(name: str) -> str:
         if re.fullmatch(r"w\d+", name)
         else {"fp": "x29", "lr": "x30"}.get(name, name)
     )
-
-
-__all__ = ["Code", "Constants", "ElfError", "Flow", "Function", "Step"]
