@@ -10,13 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 CONFIG_BYTES_MAX = 256 * 1024
 HOSTS_MAX = 256
 
+_HOST_ADVICE = 'which is written bare and in lower case: "llm.example.com", "llm.local:8080"'
 # A host name, or "*." and one: what the kernel's list can hold.
 _HOST = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}|localhost")
 
@@ -40,21 +41,30 @@ class Account:
 class Config:
     """The contents of `config.toml`.
 
-    `openai_compatible_hosts` are metered besides the known providers. `users` are names of
+    `openai_compatible_hosts` are metered besides the known providers; `hosts` maps further ones to
+    the provider whose API they speak ("anthropic", "gateway", "openai:our-name"). `users` are the
     accounts whose processes the service meters besides the owner's; `all_users` means everybody.
     `bodies` would keep requests and responses: off unless asked for. `loader` is "auto", "bcc"
     or "libbpf".
     """
 
     openai_compatible_hosts: tuple[str, ...] = ()
+    hosts: Mapping[str, str] = field(default_factory=dict)
     users: tuple[str, ...] = ()
     all_users: bool = False
     bodies: bool = False
     loader: str = "auto"
 
+    @property
+    def extra_hosts(self) -> dict[str, str]:
+        """All hosts of the user's own, as `providers.Registry` takes them."""
+        compatible = dict.fromkeys(self.openai_compatible_hosts, "openai:openai_compatible")
+        return {**compatible, **self.hosts}
+
 
 _TYPES: dict[str, type] = {
     "openai_compatible_hosts": list,
+    "hosts": dict,
     "users": list,
     "all_users": bool,
     "bodies": bool,
@@ -161,23 +171,43 @@ def _check(key: str, value: Any, text: str, name: str) -> None:
         known = ", ".join(sorted(_TYPES))
         raise ConfigError(f"{where}: unknown setting {key!r}; known are {known}")
     if not isinstance(value, expected):
-        names = {list: "a list of strings", bool: "true or false", str: "a string"}
+        names = {
+            list: "a list of strings",
+            dict: "a table",
+            bool: "true or false",
+            str: "a string",
+        }
         raise ConfigError(f"{where}: {key} must be {names[expected]}, not {value!r}")
+    if isinstance(value, dict):
+        _check_hosts(value, text, name)
     if isinstance(value, list):
         _check_list(key, value, where)
     if key == "loader" and value not in ("auto", "bcc", "libbpf"):
         raise ConfigError(f'{where}: loader must be "auto", "bcc" or "libbpf", not {value!r}')
 
 
+def _check_hosts(value: dict[str, Any], text: str, name: str) -> None:
+    for host, family in value.items():
+        where = f"{name}:{_line_of(host, text)}"
+        if not is_host(_without_port(host)):
+            raise ConfigError(f"{where}: {host!r} is not a host name, {_HOST_ADVICE}")
+        if not isinstance(family, str):
+            raise ConfigError(f'{where}: {host} needs a provider\'s name, such as "anthropic"')
+    if len(value) > HOSTS_MAX:
+        raise ConfigError(f"{name}: hosts holds more than {HOSTS_MAX} entries")
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdigit() else host
+
+
 def _check_list(key: str, value: list[Any], where: str) -> None:
     for item in value:
         if not isinstance(item, str) or not item:
             raise ConfigError(f"{where}: {key} must be a list of strings, not {item!r}")
-        if key == "openai_compatible_hosts" and not is_host(item):
-            raise ConfigError(
-                f"{where}: {item!r} is not a host name; write it bare and in lower case, "
-                'such as "llm.example.com" or "*.example.com"'
-            )
+        if key == "openai_compatible_hosts" and not is_host(_without_port(item)):
+            raise ConfigError(f"{where}: {item!r} is not a host name, {_HOST_ADVICE}")
     if len(value) > HOSTS_MAX:
         raise ConfigError(f"{where}: {key} holds more than {HOSTS_MAX} entries")
 

@@ -1,0 +1,113 @@
+"""`halton-meter daemon --foreground`: the service itself, as systemd runs it.
+
+Exit codes: 0 stopped when asked to; 1 could not start (the reason and the next command on
+stderr); 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+# The keeper gives up on a daemon that fails so often in a row.
+STARTS_MAX = 5
+KEPT_HEALTHY_S = 60.0
+
+
+@click.command()
+@click.option("--foreground", is_flag=True, help="Stay in the foreground (what systemd wants).")
+@click.option("--keep", is_flag=True, hidden=True, help="Start again what dies, without systemd.")
+@click.option("--owner", hidden=True, help="Whose service this is, where sudo does not tell.")
+@click.option("--all-users", is_flag=True, help="Meter everybody's processes.")
+@click.option("--user", "users", multiple=True, help="Meter this user's processes.")
+@click.option("--cgroup", help="Only processes in this cgroup (a path as in /proc/PID/cgroup).")
+def daemon(
+    *,
+    foreground: bool,
+    keep: bool,
+    owner: str | None,
+    all_users: bool,
+    users: tuple[str, ...],
+    cgroup: str | None,
+) -> None:
+    """Run the meter in the foreground."""
+    if keep:
+        sys.exit(_keep())
+    if not foreground:
+        raise click.UsageError(
+            "say --foreground; to run it in the background: sudo halton-meter start"
+        )
+    from halton_meter.config import ConfigError
+    from halton_meter.daemon import Unavailable
+
+    try:
+        _serve(owner, all_users, users, cgroup)
+    except Unavailable as error:
+        for what, mend in error.problems:
+            click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
+        sys.exit(1)
+    except ConfigError as error:
+        click.echo(f"halton-meter: {error}", err=True)
+        sys.exit(1)
+
+
+def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
+    from halton_meter import config
+    from halton_meter import daemon as root
+
+    if not config.is_root():
+        raise root.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
+    account = config.account_named(owner) if owner else config.invoking_account()
+    home = _home(account.home)
+    chosen, hosts = root.configured(account, home)
+    everyone = all_users or chosen.all_users
+    uids = frozenset(root.wanted_uids(account, chosen, users))
+    plan = root.Plan(
+        account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
+    )
+    root.serve(plan, lambda text: click.echo(f"halton-meter: {text}", err=True))
+
+
+def _home(person: Path) -> Path:
+    named = os.environ.get("HALTON_METER_HOME")
+    return Path(named).absolute() if named else person / ".halton-meter"
+
+
+def _keep() -> int:
+    """Where there is no systemd: run the daemon, and again when it is killed."""
+    import signal
+    import subprocess
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
+    command = [sys.executable, "-P", "-m", "halton_meter", *arguments]
+    failures = 0
+    while failures < STARTS_MAX:
+        began = time.monotonic()
+        child = subprocess.Popen(command)
+        stopping = _pass_on(child, signal.SIGTERM)
+        code = child.wait()
+        if code in (0, 1) or stopping:
+            return code
+        failures = 0 if time.monotonic() - began > KEPT_HEALTHY_S else failures + 1
+        time.sleep(0.2 * 2**failures)
+    return 1
+
+
+def _pass_on(child: object, number: int) -> list[int]:
+    """Hand a signal to the child, and remember it."""
+    import signal
+    import subprocess
+
+    assert isinstance(child, subprocess.Popen)
+    seen: list[int] = []
+
+    def handler(received: int, frame: object) -> None:
+        seen.append(received)
+        child.send_signal(received)
+
+    signal.signal(number, handler)
+    return seen

@@ -1,0 +1,197 @@
+"""`halton-meter run -- CMD…`: one command, metered; what it cost is told on stderr at its end.
+
+The command's own output, terminal and exit code are untouched. Exit codes: the command's own
+(128 + the signal that ended it); 127 when there is no such command; 1 when it could not be
+metered, in which case it was not started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from halton_meter.daemon import Metered
+    from halton_meter.metering import Line
+
+MODELS_SHOWN = 10
+PROCESSES_SHOWN = 5
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    help=__doc__.split("\n\n")[1] if __doc__ else None,
+)
+@click.option(
+    "--via",
+    type=click.Choice(["auto", "uprobes", "proxy"]),
+    default="auto",
+    help="How to look: probes on the TLS libraries (needs root, or the service), or a local proxy.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing about the run.")
+@click.option(
+    "--json-summary",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the summary to this file as JSON as well.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(command: tuple[str, ...], via: str, quiet: bool, json_summary: Path | None) -> NoReturn:
+    """Meter one command and print what it cost."""
+    from halton_meter.config import ConfigError
+    from halton_meter.daemon import Unavailable
+
+    try:
+        if via == "proxy":
+            code, metered = _through_proxy(command)
+        else:
+            code, metered = _through_probes(command, via)
+    except Unavailable as error:
+        for what, mend in error.problems:
+            click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
+        sys.exit(1)
+    except ConfigError as error:
+        click.echo(f"halton-meter: {error}", err=True)
+        sys.exit(1)
+    if json_summary is not None:
+        _write_summary(json_summary, code, metered)
+    if not quiet:
+        for line in summary_lines(metered):
+            click.echo(line, err=True)
+    sys.exit(code)
+
+
+def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
+    from halton_meter import config, daemon
+
+    account = config.invoking_account()
+    environment = daemon.user_environment(account, os.environ, daemon.sudo_environment())
+    home = config.home_folder({**environment, "HOME": str(environment.get("HOME", account.home))})
+    control = _service(home, account.uid)
+    if control is not None:
+        return daemon.run_watched(command, environment, account, control)
+    if not config.is_root():
+        raise daemon.Unavailable(_not_root(command, via))
+    chosen, hosts = daemon.configured(account, home)
+    plan = daemon.Plan(account, home, chosen, hosts, service=False)
+    return daemon.run_command(command, environment, plan)
+
+
+def _service(home: Path, uid: int) -> Any:
+    """The connection to a running service that meters this user, or None."""
+    from halton_meter.daemon import covers
+    from halton_meter.metering import Control, ServiceAbsent
+
+    try:
+        control = Control(home)
+        if covers(control.ask("status"), uid):
+            return control
+        control.close()
+    except ServiceAbsent:
+        return None
+    return None
+
+
+def _not_root(command: Sequence[str], via: str) -> list[tuple[str, str]]:
+    import shlex
+
+    typed = shlex.join(command)
+    what = "metering without a proxy needs root or the running service, and there is neither"
+    ways = f"sudo halton-meter run -- {typed}\n   or: sudo halton-meter start   (once)"
+    if via == "auto":
+        ways += f"\n   or: halton-meter run --via proxy -- {typed}"
+    return [(what, ways)]
+
+
+def _through_proxy(command: Sequence[str]) -> tuple[int, Metered]:
+    from halton_meter import daemon
+
+    raise daemon.Unavailable(
+        [("this build cannot meter through a proxy yet", "sudo halton-meter run -- CMD")]
+    )
+
+
+# --- the summary --------------------------------------------------------------------------------
+
+
+def summary_lines(metered: Metered) -> list[str]:
+    """What is told at the end of a run."""
+    totals = metered.totals
+    total = totals.total
+    lines = [
+        f"halton-meter: {_count(total.requests, 'request')}, "
+        f"{total.input_tokens:,} tokens in, {total.output_tokens:,} out, {_cost(total)}"
+    ]
+    models = sorted(totals.models.items(), key=lambda item: -item[1].list_usd)
+    if len(models) > 1 or total.unpriced:
+        lines += [_model_line(name, line) for name, line in models[:MODELS_SHOWN]]
+    if len(models) > MODELS_SHOWN:
+        lines.append(
+            f"  and {len(models) - MODELS_SHOWN} more models: halton-meter report --by model"
+        )
+    lines += _troubles(metered)
+    return lines
+
+
+def _model_line(name: str, line: Line) -> str:
+    return (
+        f"  {name:<32} {line.requests:>6,} {line.input_tokens:>12,} in "
+        f"{line.output_tokens:>10,} out  {_cost(line)}"
+    )
+
+
+def _cost(line: Line) -> str:
+    """Dollars by list, what is left to pay where that differs, and what has no price."""
+    text = f"${line.list_usd:,.4f}"
+    if line.marginal_usd != line.list_usd:
+        text += f" by list, ${line.marginal_usd:,.4f} to pay"
+    if line.unpriced == line.requests and line.requests:
+        return "unpriced"
+    return text + (f" + {line.unpriced:,} unpriced" if line.unpriced else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _troubles(metered: Metered) -> list[str]:
+    totals = metered.totals
+    lines = []
+    if totals.gapped or totals.aborted or totals.failed:
+        words = (
+            (totals.gapped, "with gaps"),
+            (totals.aborted, "cut off"),
+            (totals.failed, "failed"),
+        )
+        lines.append("  of these " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+    for from_ns, to_ns, cause in metered.gaps:
+        lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
+    for cause, count in metered.losses.items():
+        lines.append(f"  lost: {cause} {count:,}")
+    if metered.store_error:
+        lines.append(f"  not in the database yet, kept in the journal: {metered.store_error}")
+    unseen = [line for line in metered.coverage if line.get("state") != "metered"]
+    for line in unseen[:PROCESSES_SHOWN]:
+        lines.append(f"  not metered: {line['process'] or line['pid']} ({line['stack']})")
+        if line.get("advice"):
+            lines.append(f"    {line['advice']}")
+    return lines
+
+
+def _write_summary(path: Path, code: int, metered: Metered) -> None:
+    summary = metered.totals.as_json() | {
+        "exit_code": code,
+        "losses": metered.losses,
+        "gaps": [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in metered.gaps],
+        "coverage": metered.coverage,
+        "store_error": metered.store_error,
+    }
+    try:
+        path.write_text(json.dumps(summary) + "\n")
+    except OSError as error:
+        click.echo(f"halton-meter: {path} cannot be written: {error.strerror}", err=True)

@@ -1,0 +1,759 @@
+"""The unprivileged half of live metering: plaintext from a source, priced events into the store.
+
+`python -m halton_meter.metering LINK` is started by `daemon.py` as the user, with the socket to
+the root helper inherited as descriptor LINK and a line of JSON (`Job`) on standard input; what it
+reports goes to standard output, a line of JSON each. When standard input ends, so does it. It
+also answers on the control socket, for `status` and `run`. It starts nothing and has no privilege;
+everything that parses what programs said runs in here. Read `meter.py` for what happens to a chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from halton_meter.model import Outcome, PricedEvent, Tokens, rfc3339, usd_text
+
+if TYPE_CHECKING:
+    from capture.uprobe import ProcessCoverage, Status
+    from halton_meter.meter import Meter
+    from halton_meter.model import TlsChunk, TlsClosed
+    from halton_meter.store import Flushed
+
+# Exit codes that tell the supervisor why.
+ENDED, UNAVAILABLE, HELPER_DIED, REFUSED = 0, 10, 11, 12
+
+# Events wait at most this long in the journal before the database is opened for them …
+FLUSH_AFTER_S = 1.0
+# … or until so many have come.
+FLUSH_EVENTS = 2000
+# The alive mark's age bounds how far back a gap must be assumed to start after a crash.
+ALIVE_EVERY_S = 60.0
+REPORT_EVERY_S = 0.25
+SETTLE_S = 0.5
+
+CLIENTS_MAX = 64
+REQUEST_BYTES_MAX = 4096
+REPLY_BYTES_MAX = 4 << 20
+JOB_BYTES_MAX = 1 << 20
+COVERAGE_SHOWN_MAX = 500
+MODELS_MAX = 200
+MODEL_CHARACTERS_MAX = 200
+GAPS_KEPT = 200
+GAPS_BYTES_MAX = 256 * 1024
+DRAIN_S = 5.0
+
+SOCKET_NAME = "daemon.sock"
+
+
+# --- what is asked of it, and what it tells -----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one metering process does. `service` is False for a single `run`.
+
+    `extra_hosts` are the user's own, as `providers.Registry` takes them. `died_at_ns` and `cause`
+    tell of the previous process's death, when this one replaces it.
+    """
+
+    home: str
+    service: bool
+    extra_hosts: dict[str, str] = field(default_factory=dict)
+    scope: dict[str, Any] = field(default_factory=dict)
+    died_at_ns: int | None = None
+    cause: str | None = None
+    restarts: int = 0
+    supervisor_pid: int | None = None
+
+
+@dataclass(slots=True)
+class Line:
+    """What one model used: known counts only, `unpriced` requests beside the sum."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    list_usd: Decimal = Decimal(0)
+    marginal_usd: Decimal = Decimal(0)
+    unpriced: int = 0
+
+    def add(self, other: Line) -> None:
+        """Add another line to this one."""
+        for name in Line.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run or the service has metered so far."""
+
+    total: Line = field(default_factory=Line)
+    models: dict[str, Line] = field(default_factory=dict)
+    gapped: int = 0
+    aborted: int = 0
+    failed: int = 0
+
+    def add(self, event: PricedEvent) -> None:
+        """Count one event."""
+        usage = event.usage
+        line = Line(
+            requests=1,
+            input_tokens=_sent(usage.tokens),
+            output_tokens=usage.tokens.output or 0,
+            list_usd=event.list_usd or Decimal(0),
+            marginal_usd=event.marginal_usd or Decimal(0),
+            unpriced=int(event.list_usd is None),
+        )
+        self._count(usage.model or usage.request_model or "unknown model", line)
+        self.gapped += usage.outcome is Outcome.GAPPED
+        self.aborted += usage.outcome is Outcome.ABORTED
+        self.failed += usage.error_class is not None
+
+    def _count(self, model: str, line: Line) -> None:
+        if model not in self.models and len(self.models) >= MODELS_MAX:
+            model = "other models"
+        self.models.setdefault(model, Line()).add(line)
+        self.total.add(line)
+
+    def merge(self, other: Totals) -> None:
+        """Add what another process counted."""
+        for model, line in other.models.items():
+            self._count(model, line)
+        self.gapped += other.gapped
+        self.aborted += other.aborted
+        self.failed += other.failed
+
+    def as_json(self) -> dict[str, Any]:
+        """The totals with exact decimals as text."""
+        return {
+            "requests": self.total.requests,
+            "input_tokens": self.total.input_tokens,
+            "output_tokens": self.total.output_tokens,
+            "list_usd": usd_text(self.total.list_usd),
+            "marginal_usd": usd_text(self.total.marginal_usd),
+            "unpriced_requests": self.total.unpriced,
+            "gapped_requests": self.gapped,
+            "aborted_requests": self.aborted,
+            "failed_requests": self.failed,
+            "models": {name: _line_json(line) for name, line in self.models.items()},
+        }
+
+    @classmethod
+    def of_json(cls, table: Any) -> Totals:
+        """The inverse of `as_json`. Raises ValueError for anything else."""
+        totals = cls()
+        try:
+            for name, line in table["models"].items():
+                counted = Line(
+                    requests=int(line["requests"]),
+                    input_tokens=int(line["input_tokens"]),
+                    output_tokens=int(line["output_tokens"]),
+                    list_usd=Decimal(line["list_usd"]),
+                    marginal_usd=Decimal(line["marginal_usd"]),
+                    unpriced=int(line["unpriced"]),
+                )
+                totals._count(str(name)[:MODEL_CHARACTERS_MAX], counted)
+            totals.gapped = int(table["gapped_requests"])
+            totals.aborted = int(table["aborted_requests"])
+            totals.failed = int(table["failed_requests"])
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"not totals: {error}") from None
+        return totals
+
+
+def _line_json(line: Line) -> dict[str, Any]:
+    return dataclasses.asdict(line) | {
+        "list_usd": usd_text(line.list_usd),
+        "marginal_usd": usd_text(line.marginal_usd),
+    }
+
+
+def _sent(tokens: Tokens) -> int:
+    return sum(
+        count or 0
+        for count in (
+            tokens.input,
+            tokens.cache_read,
+            tokens.cache_write,
+            tokens.cache_write_5m,
+            tokens.cache_write_1h,
+            tokens.cache_write_12h,
+        )
+    )
+
+
+# --- the process --------------------------------------------------------------------------------
+
+
+class PlaintextSource(Protocol):
+    """What a metering process needs of a source: `capture.uprobe.UprobeSource` has it."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `read(0)` has something."""
+
+    def read(self, timeout_s: float | None = None) -> list[TlsChunk | TlsClosed]:
+        """What is there now."""
+
+    def drain(self, timeout_s: float = DRAIN_S) -> list[TlsChunk | TlsClosed]:
+        """What was captured up to this call."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more will come."""
+
+    def request_report(self, timeout_s: float = 5.0) -> None:
+        """Make `coverage` and `status` those of now."""
+
+    def coverage(self) -> list[ProcessCoverage]:
+        """The processes in scope that use TLS."""
+
+    def status(self) -> Status:
+        """How the helper fares."""
+
+    def stop(self) -> None:
+        """End the capture."""
+
+
+class EventStore(Protocol):
+    """What a metering process needs of the store: `halton_meter.store.Store` has it."""
+
+    def append(self, events: Iterable[PricedEvent]) -> int:
+        """Put events into the journal on disk."""
+
+    def flush(self) -> Flushed:
+        """Move the journal into the database, as far as its lock allows."""
+
+    def waiting(self) -> int:
+        """Events not yet in the database."""
+
+    def close(self) -> None:
+        """Let go of the journal."""
+
+
+@dataclass(slots=True)
+class _Client:
+    """A connection on the control socket, and the process tree it watches."""
+
+    socket: socket.socket
+    pid: int | None = None
+    totals: Totals = field(default_factory=Totals)
+    heard: bytearray = field(default_factory=bytearray)
+
+
+class Metering:
+    """The loop: one thread, woken only by plaintext, a request, or events that are due on disk."""
+
+    def __init__(self, job: Job, source: PlaintextSource, meter: Meter, store: EventStore) -> None:
+        self._job = job
+        self._source = source
+        self._meter = meter
+        self._store = store
+        self._selector = selectors.DefaultSelector()
+        self._clients: dict[socket.socket, _Client] = {}
+        self._totals = Totals()
+        self._bytes = 0
+        self._started_ns = time.time_ns()
+        self._last_event_ns: int | None = None
+        self._unflushed = 0
+        self._flush_due: float | None = None
+        self._report_due: float | None = None
+        self._settle_due: float | None = None
+        self._alive_due = 0.0
+        self._store_error: str | None = None
+        self._commands = bytearray()
+        self._exit_code: int | None = None
+        self._gaps = Gaps(Path(job.home)) if job.service else None
+
+    def run(self) -> int:
+        """Meter until told to end; the exit code tells why it ended."""
+        if self._gaps is not None:
+            self._gaps.begin(self._started_ns, self._job)
+            self._listen()
+        self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
+        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
+        tell({"ready": True, "loader": self._source.status().loader})
+        self._receive(self._source.read(0))
+        while self._exit_code is None:
+            for key, _ in self._selector.select(self._wait_s()):
+                key.data()
+            self._tick()
+        self._close()
+        return self._exit_code
+
+    # --- plaintext and events
+
+    def _on_plaintext(self) -> None:
+        self._receive(self._source.read(0))
+        # The source closes a connection a little after its shutdown, with nothing to read then.
+        self._settle_due = time.monotonic() + SETTLE_S
+        if self._source.ended and self._exit_code is None:
+            self._exit_code = HELPER_DIED
+
+    def _receive(self, items: Iterable[TlsChunk | TlsClosed]) -> None:
+        events: list[PricedEvent] = []
+        for item in items:
+            self._bytes += getattr(item, "length", 0)
+            events += self._meter.receive(item)
+        self._keep(events)
+
+    def _keep(self, events: list[PricedEvent]) -> None:
+        if not events:
+            return
+        self._store.append(events)
+        for event in events:
+            self._totals.add(event)
+            for client in self._clients.values():
+                if client.pid is not None and is_of_tree(event, client.pid):
+                    client.totals.add(event)
+        self._last_event_ns = events[-1].usage.at_ns
+        self._unflushed += len(events)
+        now = time.monotonic()
+        self._flush_due = self._flush_due or now + FLUSH_AFTER_S
+        self._report_due = self._report_due or now + REPORT_EVERY_S
+
+    def _flush(self) -> None:
+        self._unflushed, self._flush_due = 0, None
+        try:
+            self._store_error = self._store.flush().reason
+        except Exception as error:
+            # The journal holds the events; the next flush, or any command, takes them over.
+            self._store_error = f"{type(error).__name__}: {error}"
+
+    def _drain(self) -> None:
+        self._receive(self._source.drain(DRAIN_S))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Have the helper's report be of now; without a helper the last one stands."""
+        from capture.uprobe import UprobeUnavailable
+
+        with contextlib.suppress(UprobeUnavailable):
+            self._source.request_report(DRAIN_S)
+
+    # --- time
+
+    def _wait_s(self) -> float:
+        dues = [due for due in (self._flush_due, self._report_due, self._settle_due) if due]
+        if self._gaps is not None:
+            dues.append(self._alive_due)
+        return max(0.0, min(dues) - time.monotonic()) if dues else 3600.0
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._settle_due is not None and now >= self._settle_due:
+            self._settle_due = None
+            self._receive(self._source.read(0))
+        if self._flush_due is not None and (
+            now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
+        ):
+            self._flush()
+        if self._report_due is not None and now >= self._report_due:
+            self._report_due = None
+            if not self._job.service:
+                tell({"totals": self._totals.as_json()})
+        if self._gaps is not None and now >= self._alive_due:
+            self._alive_due = now + ALIVE_EVERY_S
+            self._gaps.alive(time.time_ns())
+
+    # --- the supervisor
+
+    def _on_command(self) -> None:
+        data = os.read(sys.stdin.fileno(), 65536)
+        self._commands += data
+        if not data or b"finish" in self._commands:
+            # An end without "finish" is the supervisor's death: what was captured is still kept.
+            self._exit_code = ENDED
+
+    def _close(self) -> None:
+        if self._exit_code != HELPER_DIED:
+            with contextlib.suppress(OSError):
+                self._drain()
+        self._source.stop()
+        self._keep(self._meter.finish(time.time_ns()))
+        self._flush()
+        self._store.close()
+        if self._gaps is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(Path(self._job.home) / SOCKET_NAME)
+            self._gaps.end(time.time_ns(), clean=self._exit_code == ENDED)
+        final = {"totals": self._totals.as_json(), "losses": self._losses(), "final": True}
+        with contextlib.suppress(OSError):
+            tell(final | {"coverage": self._coverage(), "store_error": self._store_error})
+
+    # --- the control socket
+
+    def _listen(self) -> None:
+        listener = listen_at(Path(self._job.home))
+        self._selector.register(
+            listener, selectors.EVENT_READ, lambda: self._on_connection(listener)
+        )
+
+    def _on_connection(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            if len(self._clients) >= CLIENTS_MAX or not _is_friend(connection):
+                connection.close()
+                return
+            connection.settimeout(1.0)
+            client = _Client(connection)
+            self._clients[connection] = client
+            self._selector.register(
+                connection, selectors.EVENT_READ, lambda: self._on_request(client)
+            )
+
+    def _drop_client(self, client: _Client) -> None:
+        self._selector.unregister(client.socket)
+        del self._clients[client.socket]
+        client.socket.close()
+
+    def _on_request(self, client: _Client) -> None:
+        try:
+            data = client.socket.recv(REQUEST_BYTES_MAX)
+            client.heard += data
+            if not data or len(client.heard) > REQUEST_BYTES_MAX:
+                self._drop_client(client)
+                return
+            while b"\n" in client.heard:
+                line, _, rest = bytes(client.heard).partition(b"\n")
+                client.heard[:] = rest
+                reply = json.dumps(self._answer(client, json.loads(line))).encode()
+                client.socket.sendall(reply + b"\n")
+        except (OSError, ValueError):
+            self._drop_client(client)
+
+    def _answer(self, client: _Client, request: Any) -> dict[str, Any]:
+        asked = request.get("ask") if isinstance(request, dict) else None
+        if asked == "status":
+            return self.status()
+        if asked == "watch" and isinstance(request.get("pid"), int):
+            client.pid, client.totals = request["pid"], Totals()
+            return {"watching": client.pid}
+        if asked == "finish" and client.pid is not None:
+            self._drain()
+            self._flush()
+            coverage = self._coverage(client.pid)
+            return {"totals": client.totals.as_json(), "coverage": coverage, "losses": {}}
+        if asked == "stop":
+            tell({"stop": True})
+            return {"stopping": True}
+        return {"error": "unknown request"}
+
+    # --- what there is to tell
+
+    def status(self) -> dict[str, Any]:
+        """Everything that `halton-meter status --json` shows."""
+        now_ns = time.time_ns()
+        self._refresh()
+        helper = self._source.status()
+        losses = self._losses()
+        gaps = self._gaps.listed() if self._gaps is not None else []
+        bad = bool(self._store_error) or self._job.restarts > 0
+        return {
+            "health": "degraded" if bad else "ok",
+            "pid": os.getpid(),
+            "supervisor_pid": self._job.supervisor_pid,
+            "started_at": rfc3339(self._started_ns),
+            "uptime_s": round((now_ns - self._started_ns) / 1e9, 1),
+            "restarts": self._job.restarts,
+            "home": self._job.home,
+            "scope": self._job.scope,
+            "source": "uprobes",
+            "loader": helper.loader,
+            "probes": helper.probes,
+            "libraries": list(helper.libraries),
+            "helper_rss_bytes": helper.rss_bytes,
+            "rss_bytes": _rss_bytes(),
+            "events": self._totals.total.requests,
+            "bytes": self._bytes,
+            "totals": self._totals.as_json(),
+            "last_event_at": rfc3339(self._last_event_ns) if self._last_event_ns else None,
+            "journal_waiting": self._store.waiting(),
+            "store_error": self._store_error,
+            "losses": losses,
+            "gaps": gaps,
+            "coverage": self._coverage(),
+        }
+
+    def _losses(self) -> dict[str, int]:
+        helper = self._source.status()
+        found = {**self._meter.losses, **helper.losses, **helper.events_lost}
+        return {cause: count for cause, count in found.items() if count}
+
+    def _coverage(self, root: int | None = None) -> list[dict[str, Any]]:
+        lines = []
+        for each in self._source.coverage()[:COVERAGE_SHOWN_MAX]:
+            process = each.process
+            if root is not None and not _is_in_tree(process.pid, process.parents, root):
+                continue
+            lines.append(
+                {
+                    "pid": process.pid,
+                    "process": process.exe,
+                    "user": process.user,
+                    "host": each.host,
+                    "stack": each.stack,
+                    "library": each.library,
+                    "state": each.state.value,
+                    "advice": each.advice,
+                }
+            )
+        return lines
+
+
+def is_of_tree(event: PricedEvent, root: int) -> bool:
+    """Whether the event's process is `root` or descends from it."""
+    process = event.usage.process
+    return process is not None and _is_in_tree(process.pid, process.parents, root)
+
+
+def _is_in_tree(pid: int, parents: tuple[tuple[int, str], ...], root: int) -> bool:
+    return pid == root or any(parent == root for parent, _ in parents)
+
+
+def tell(message: dict[str, Any]) -> None:
+    """One line to the supervisor."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def _rss_bytes() -> int | None:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+# --- gaps: when nobody was watching -------------------------------------------------------------
+
+
+class Gaps:
+    """Times at which the service was meant to meter and did not, kept in the user's folder."""
+
+    def __init__(self, home: Path) -> None:
+        self._state = home / "daemon.state"
+        self._list = home / "gaps.jsonl"
+
+    def begin(self, now_ns: int, job: Job) -> None:
+        """Note the gap since the last process, unless that one ended as it should."""
+        before = self._read_state()
+        if before and not before.get("clean"):
+            alive_ns = before.get("alive_ns")
+            from_ns = max((t for t in (alive_ns, job.died_at_ns) if t is not None), default=now_ns)
+            cause = job.cause or before.get("cause") or "the service was killed"
+            entry = {"from": rfc3339(from_ns), "to": rfc3339(now_ns), "cause": str(cause)}
+            with open(self._list, "a", opener=_private) as file:
+                file.write(json.dumps(entry) + "\n")
+        self.alive(now_ns)
+
+    def alive(self, now_ns: int) -> None:
+        """Note that all is well at this time."""
+        self._write_state({"alive_ns": now_ns, "clean": False})
+
+    def end(self, now_ns: int, *, clean: bool) -> None:
+        """Note the end; `clean` when it was asked for, so that what follows is no gap."""
+        cause = None if clean else "the capture helper died"
+        self._write_state({"alive_ns": now_ns, "clean": clean, "cause": cause})
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The last gaps, oldest first."""
+        try:
+            raw = self._list.read_bytes()[-GAPS_BYTES_MAX:]
+        except OSError:
+            return []
+        found = []
+        for line in raw.splitlines()[-GAPS_KEPT:]:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._state.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        fresh = self._state.with_suffix(".new")
+        with contextlib.suppress(OSError):
+            with open(fresh, "w", opener=_private) as file:
+                json.dump(state, file)
+            os.replace(fresh, self._state)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+# --- the control socket's two ends --------------------------------------------------------------
+
+
+def _short_path(home: Path, fd: int) -> str:
+    # A Unix socket's path holds 107 bytes; a home may be deeper.
+    path = str(home / SOCKET_NAME)
+    return path if len(path.encode()) < 100 else f"/proc/self/fd/{fd}/{SOCKET_NAME}"
+
+
+def listen_at(home: Path) -> socket.socket:
+    """The listening control socket in `home`, mode 0600."""
+    path = home / SOCKET_NAME
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(_short_path(home, folder))
+    finally:
+        os.umask(mask)
+        os.close(folder)
+    listener.listen(16)
+    return listener
+
+
+def _is_friend(connection: socket.socket) -> bool:
+    """Whether the other end is this user or root; the file's mode says so too."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    _, uid, _ = struct.unpack("3i", raw)
+    return uid in (0, os.getuid())
+
+
+class ServiceAbsent(Exception):
+    """Nothing answers on the control socket: the service does not run."""
+
+
+class Control:
+    """The client's end of the control socket. Raises ServiceAbsent."""
+
+    def __init__(self, home: Path, timeout_s: float = 10.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
+        try:
+            folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._socket.connect(_short_path(home, folder))
+            finally:
+                os.close(folder)
+        except OSError as error:
+            self._socket.close()
+            raise ServiceAbsent(str(error)) from None
+        self._reader = self._socket.makefile("rb")
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for "status", "watch" (pid), "finish" or "stop"."""
+        request = json.dumps({"ask": what, **arguments})
+        try:
+            self._socket.sendall(request.encode() + b"\n")
+            reply = json.loads(self._reader.readline(REPLY_BYTES_MAX) or b"null")
+        except (OSError, ValueError) as error:
+            raise ServiceAbsent(str(error)) from None
+        if not isinstance(reply, dict):
+            raise ServiceAbsent("the service closed the connection")
+        return reply
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._reader.close()
+        self._socket.close()
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+def prepare_home(home: Path) -> None:
+    """Make the folder for state, for its owner alone."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
+    """The pipeline with prices, projects and the user's own hosts."""
+    from halton_meter.attribution import Attribution
+    from halton_meter.meter import Meter
+    from halton_meter.providers import Registry
+    from pricing.book import PriceBook
+
+    return Meter(PriceBook.load(home).price, Attribution(), Registry(extra_hosts))
+
+
+def _only_one(home: Path) -> int | None:
+    """Take the service's lock: None when another holds it. It is freed with the process."""
+    fd = os.open(home / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def _settle() -> None:
+    """Leave nothing of the terminal's or the supervisor's signal handling, nor a way up."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.umask(0o077)
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _first_line(fd: int) -> bytes:
+    """One line, and not a byte of what follows it: that is for the loop."""
+    line = bytearray()
+    while (byte := os.read(fd, 1)) not in (b"", b"\n") and len(line) < JOB_BYTES_MAX:
+        line += byte
+    return bytes(line)
+
+
+def main(link_fd: int) -> int:
+    """Run one metering process; see the file's head."""
+    _settle()
+    job = Job(**json.loads(_first_line(sys.stdin.fileno())))
+    return start(job, socket.socket(fileno=link_fd))
+
+
+def start(job: Job, link: socket.socket) -> int:
+    """Attach to the helper behind `link` and meter."""
+    from capture.uprobe import Scope, UprobeSource, UprobeUnavailable
+    from halton_meter.providers import Registry
+    from halton_meter.store import Store
+
+    home = Path(job.home)
+    prepare_home(home)
+    lock = _only_one(home) if job.service else -1
+    if lock is None:
+        tell({"refused": f"another halton-meter service already writes to {home}"})
+        return REFUSED
+    source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link)
+    # The pipeline is imported while the helper attaches.
+    meter = make_meter(home, job.extra_hosts)
+    try:
+        source.start()
+    except UprobeUnavailable as error:
+        tell({"unavailable": [[problem.what, problem.command] for problem in error.problems]})
+        return UNAVAILABLE
+    return Metering(job, source, meter, Store(home)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
