@@ -15,7 +15,7 @@ from halton_meter.model import Exchange, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import Dialect, route, text_routes
+from halton_meter.providers.openai_text import read_chat, route, text_routes
 from halton_meter.providers.reading import as_name
 
 _DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
@@ -35,8 +35,7 @@ def _of_deployment(read: Reader) -> Reader:
             asked = event.request_model or deployment
             model = event.model or deployment
             parts = tuple(
-                replace(part, model=part.model or model) if part.model is None else part
-                for part in event.parts
+                replace(part, model=model) if part.model is None else part for part in event.parts
             )
             yield replace(
                 event, request_model=asked, model=model, parts=parts, conditions=conditions
@@ -45,21 +44,15 @@ def _of_deployment(read: Reader) -> Reader:
     return reading
 
 
-_DIALECT = Dialect()
 _DEPLOYMENTS = r"(?:/openai(?:/v1|/deployments/[^/]+)?)"
 ROUTES = tuple(
     replace(each, read=_of_deployment(each.read))
     for each in (
-        *text_routes(_DEPLOYMENTS, _DIALECT),
+        *text_routes(_DEPLOYMENTS),
         *media_routes(_DEPLOYMENTS),
         *job_routes(_DEPLOYMENTS),
-        *text_routes(r"(?:/models|/v1)?", _DIALECT),
-        route(
-            "images_embeddings",
-            "embedding",
-            r"(?:/models)?/images/embeddings",
-            text_routes("")[-1].read,
-        ),
+        *text_routes(r"(?:/models|/v1)?"),
+        route("embeddings", "embedding", r"(?:/models)?/images/embeddings", read_chat),
         *(
             replace(each, path=re.compile("/anthropic" + each.path.pattern))
             for each in ANTHROPIC_ROUTES

@@ -209,6 +209,8 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
         _fill_known(draft, final, b"")
     elif metrics:
         _fill_known(draft, metrics, b"")
+    elif (tokens := _own_words(Counts(), events)) != Tokens():
+        draft.parts = [Usage(draft.model or draft.request_model, tokens)]
     elif draft.error_class is None:
         draft.usage_not_sent(sum(text_chars(event) for event in events))
 
@@ -228,9 +230,26 @@ def _fill_known(draft: Draft, usage: Json, text: bytes) -> None:
     draft.flags |= counts.flags()
 
 
+def _own_words(counts: Counts, answers: list[Json]) -> Tokens:
+    """Titan's and Llama's counts, of an answer or of a stream's events (the last that has one)."""
+    tokens = Tokens()
+    for answer in answers:
+        results = plus(*(counts.of(r, "tokenCount") for r in dicts(answer.get("results"))))
+        went = counts.of(answer, "totalOutputTextTokenCount", "generation_token_count")
+        came = counts.of(answer, "inputTextTokenCount", "prompt_token_count")
+        output = results if results is not None else went
+        tokens = Tokens(
+            input=came if came is not None else tokens.input,
+            output=output if output is not None else tokens.output,
+        )
+    return tokens
+
+
 def _fill_invoked(draft: Draft, answer: Json, text: bytes) -> None:
     draft.response_id = as_id(answer.get("id"))
     draft.model = as_name(answer.get("model"))
+    if any(name in answer for name in ("embedding", "embeddings", "embeddingsByType")):
+        draft.kind = "embedding"
     usage = answer.get("usage")
     if isinstance(usage, dict) and usage:
         if answer.get("type") == "message":
@@ -243,12 +262,7 @@ def _fill_invoked(draft: Draft, answer: Json, text: bytes) -> None:
     if draft.parts and draft.parts[0].tokens != Tokens():
         return
     counts = Counts()
-    results = dicts(answer.get("results"))
-    output = plus(*(counts.of(result, "tokenCount") for result in results))
-    tokens = Tokens(
-        input=counts.of(answer, "inputTextTokenCount", "prompt_token_count"),
-        output=output if results else counts.of(answer, "generation_token_count"),
-    )
+    tokens = _own_words(counts, [answer])
     images = answer.get("images")
     units = {"images": len(images)} if isinstance(images, list) and images else {}
     if tokens != Tokens() or units:
@@ -267,6 +281,10 @@ _COUNT_HEADERS = {
 }
 
 
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 14 else None
+
+
 def _by_headers(draft: Draft) -> None:
     """Models whose body states nothing: the response's headers count."""
     counts = Counts()
@@ -274,10 +292,7 @@ def _by_headers(draft: Draft) -> None:
     for name, key in _COUNT_HEADERS.items():
         value = header(draft.exchange.response.headers, key)
         if value is not None:
-            number = (
-                int(value) if value.isascii() and value.isdigit() and len(value) < 14 else value
-            )
-            found[name] = counts.checked(number)
+            found[name] = counts.checked(_number(value))
     if found:
         draft.parts = [Usage(draft.model or draft.request_model, Tokens(**found))]
         draft.flags |= counts.flags()

@@ -20,14 +20,11 @@ def read_plan(exchange: Exchange, route: Route, provider: Provider) -> Iterator[
         yield replace(event, conditions={**event.conditions, "plan": "chatgpt"})
 
 
+_PATH = r"/backend-api/codex/(?:v1/)?responses(?:/compact)?"
 ROUTES = (
-    route(
-        "responses",
-        "chat",
-        r"/backend-api/codex/(?:v1/)?responses(?:/compact)?",
-        read_plan,
-        ("POST", "GET"),
-        response_turn_ends,
+    replace(
+        route("responses", "chat", _PATH, read_plan, ("POST", "GET")),
+        turn_ends=response_turn_ends,
     ),
 )
 PROVIDER = Provider("openai", ("chatgpt.com",), ROUTES)

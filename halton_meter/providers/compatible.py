@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
+from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
 from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import Dialect, cost_of, route, text_routes
+from halton_meter.providers.openai_text import (
+    Dialect,
+    cost_of,
+    read_chat,
+    route,
+    text_routes,
+    usage_tokens,
+)
 from halton_meter.providers.reading import (
     Counts,
     Draft,
@@ -149,9 +157,7 @@ def read_prediction(exchange: Exchange, route: Route, provider: Provider) -> Ite
     yield draft.event()
 
 
-# --- speech by character ------------------------------------------------------------------------
-
-_MISTRAL_MEDIA = tuple(each for each in media_routes("/v1"))
+# --- pages --------------------------------------------------------------------------------------
 
 
 def read_pages(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
@@ -171,12 +177,54 @@ def read_pages(exchange: Exchange, route: Route, provider: Provider) -> Iterator
     yield draft.event()
 
 
+# --- answers with their usage elsewhere ---------------------------------------------------------
+
+
+def read_inner(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for an answer wrapped in `result` (Cloudflare), the model being in the path."""
+    draft = begin(exchange, route, provider)
+    named = (exchange.request.path or "").partition("/ai/run/")[2]
+    draft.request_model = draft.request_model or as_name(named)
+    if not unanswered(draft):
+        found = list(documents(exchange))
+        draft.fail(found[0][0] if found else None)
+        for answer, text in found:
+            inner = as_dict(answer.get("result")) or answer
+            usage = inner.get("usage")
+            if isinstance(usage, dict):
+                counts = Counts()
+                tokens, details = usage_tokens(counts, usage)
+                draft.parts = [Usage(draft.request_model, tokens, {}, details)]
+                draft.raw_usage = verbatim(text, b"usage", usage).text
+                draft.flags |= counts.flags()
+                break
+        else:
+            if draft.error_class is None:
+                draft.usage_not_sent()
+    yield draft.event()
+
+
+def read_aleph(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for Aleph Alpha, whose counts stand at the answer's top level."""
+    draft = begin(exchange, route, provider)
+    if not unanswered(draft):
+        answer, _ = next(documents(exchange), ({}, b""))
+        draft.fail(answer)
+        draft.model = as_name(answer.get("model_version"))
+        counts = Counts()
+        tokens = Tokens(
+            input=counts.of(answer, "num_tokens_prompt_total"),
+            output=counts.of(answer, "num_tokens_generated"),
+        )
+        draft.parts = [Usage(draft.request_model, tokens)] if tokens != Tokens() else []
+        draft.flags |= counts.flags()
+    yield draft.event()
+
+
 def _anthropic(prefix: str) -> tuple[Route, ...]:
     return (
-        route("messages", "chat", prefix + "/v1/messages", ANTHROPIC_ROUTES[0].read),
-        route(
-            "count_tokens", "count", prefix + "/v1/messages/count_tokens", ANTHROPIC_ROUTES[1].read
-        ),
+        route("messages", "chat", prefix + "/v1/messages", read_messages),
+        route("count_tokens", "count", prefix + "/v1/messages/count_tokens", read_count),
     )
 
 
@@ -195,11 +243,12 @@ OLLAMA_ROUTES = (
 
 _MISTRAL_ROUTES = (
     *text_routes("/v1", _PLAIN),
-    route("fim_completions", "chat", "/v1/fim/completions", text_routes("")[0].read),
-    route("agents_completions", "chat", "/v1/agents/completions", text_routes("")[0].read),
-    route("conversations", "chat", "/v1/conversations(?:/[^/]+)?", text_routes("")[0].read),
+    route("fim_completions", "chat", "/v1/fim/completions", read_chat),
+    route("agents_completions", "chat", "/v1/agents/completions", read_chat),
+    route("conversations", "chat", "/v1/conversations(?:/[^/]+)?", read_chat),
+    route("batches", "batch", "/v1/batch/jobs", read_batch_created),
     route("ocr", "ocr", "/v1/ocr", read_pages),
-    *_MISTRAL_MEDIA,
+    *media_routes("/v1"),
     *job_routes("/v1"),
 )
 
@@ -212,6 +261,8 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("crusoe", ("api.inference.crusoecloud.com",), _PLAIN),
     ("writer", ("api.writer.com",), _PLAIN),
     ("voyage", ("api.voyageai.com", "ai.mongodb.com"), _PLAIN),
+    ("jina", ("api.jina.ai",), _PLAIN),
+    ("maritaca", ("chat.maritaca.ai",), _PLAIN),
     ("nvidia", ("integrate.api.nvidia.com",), _PLAIN),
     ("sambanova", ("api.sambanova.ai",), _PLAIN),
     ("hyperbolic", ("api.hyperbolic.xyz",), _PLAIN),
@@ -247,13 +298,13 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
             "api.githubcopilot.com",
             "api.individual.githubcopilot.com",
             "api.business.githubcopilot.com",
+            "api.enterprise.githubcopilot.com",
         ),
         _PLAIN,
     ),
     ("requesty", ("router.requesty.ai",), _CHARGED),
     ("pydantic_gateway", ("gateway.pydantic.dev",), _PLAIN),
 )
-_CHAT = text_routes("")[0].read
 
 PROVIDERS = (
     Provider("mistral", ("api.mistral.ai", "codestral.mistral.ai"), _MISTRAL_ROUTES),
@@ -270,8 +321,8 @@ PROVIDERS = (
                 *text_routes(_ANY, dialect),
                 *media_routes(_ANY),
                 *_anthropic(_ANY),
-                route("rerank", "rerank", _ANY + "/rerank", text_routes("", dialect)[-1].read),
-                *((route("chat", "chat", "/v1/chat", _CHAT),) if name == "writer" else ()),
+                route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
+                *((route("chat", "chat", "/v1/chat", read_chat),) if name == "writer" else ()),
             ),
         )
         for name, hosts, dialect in _ROWS
@@ -289,7 +340,7 @@ PROVIDERS = (
                 r"/ml/v1[^/]*/deployments/[^/]+/text/generation(?:_stream)?",
                 read_watsonx,
             ),
-            route("chat", "chat", r"/ml/v1[^/]*/text/chat(?:_stream)?", _CHAT),
+            route("chat", "chat", r"/ml/v1[^/]*/text/chat(?:_stream)?", read_chat),
             route("embeddings", "embedding", r"/ml/v1[^/]*/text/embeddings", read_watsonx),
         ),
     ),
@@ -306,14 +357,28 @@ PROVIDERS = (
             route("predictions", "chat", r"/v1/predictions/[^/]+", read_prediction, ("GET",)),
         ),
     ),
-    # A warehouse's host: matched in captures, never asked of the kernel unless configured.
+    Provider(
+        "aleph_alpha",
+        ("api.aleph-alpha.com",),
+        (route("complete", "chat", "/(?:complete|embed|semantic_embed)", read_aleph),),
+    ),
+    # Hosts that carry much else: read from captures, never asked of the kernel unless configured.
+    Provider(
+        "cloudflare",
+        ("api.cloudflare.com",),
+        (
+            route("run", "chat", "/client/v4/accounts/[^/]+/ai/run/.+", read_inner),
+            *text_routes("/client/v4/accounts/[^/]+/ai/v1"),
+        ),
+        captured=False,
+    ),
     Provider(
         "snowflake",
         ("*.snowflakecomputing.com",),
         (
             *text_routes("/api/v2/cortex/v1"),
             *_anthropic("/api/v2/cortex"),
-            route("complete", "chat", "/api/v2/cortex/inference:complete", _CHAT),
+            route("complete", "chat", "/api/v2/cortex/inference:complete", read_chat),
         ),
         captured=False,
     ),

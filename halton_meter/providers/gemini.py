@@ -393,7 +393,8 @@ def read_batch(exchange: Exchange, route: Route, provider: Provider) -> Iterator
         inlined = inlined.get("inlinedResponses")
     model = as_name(answer.get("model")) or as_name(as_dict(answer.get("metadata")).get("model"))
     for number, item in enumerate(dicts(inlined)):
-        yield from _batch_line(exchange, route, provider, item, model, (name, str(number)))
+        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        yield from _batch_line(draft, item, model, (name, str(number)))
 
 
 def read_batch_file(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
@@ -402,28 +403,23 @@ def read_batch_file(exchange: Exchange, route: Route, provider: Provider) -> Ite
         return
     for number, line in enumerate(formats.ndjson(exchange.response.body)):
         identity = (exchange.request.path or "", str(number))
-        yield from _batch_line(exchange, route, provider, as_dict(line), None, identity)
+        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        yield from _batch_line(draft, as_dict(line), None, identity)
 
 
 def _batch_line(
-    exchange: Exchange,
-    route: Route,
-    provider: Provider,
-    item: Json,
-    model: str | None,
-    identity: tuple[str, str],
+    draft: Draft, item: Json, model: str | None, identity: tuple[str, str]
 ) -> Iterator[UsageEvent]:
     response = as_dict(item.get("response"))
     usage = response.get("usageMetadata")
     if not _counted(usage):
         return
-    draft = Draft(exchange, provider.id, route.endpoint, route.kind)
     draft.request_model = model.removeprefix("models/") if model is not None else None
     draft.model = as_name(response.get("modelVersion"))
     draft.response_id = as_id(response.get("responseId"))
     if draft.response_id is None:
         draft.identity = ("batch", *identity)
-    _fill_generated(draft, as_dict(usage), b"", _grounding(exchange, [(response, b"")]))
+    _fill_generated(draft, as_dict(usage), b"", _grounding(draft.exchange, [(response, b"")]))
     draft.conditions["batch"] = "true"
     yield draft.event()
 

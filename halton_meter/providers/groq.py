@@ -6,6 +6,8 @@ and then more than once; a compound model answers with the models that it used, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from halton_meter.model import Usage
 from halton_meter.providers import Provider
 from halton_meter.providers.openai_media import job_routes, media_routes
@@ -28,10 +30,25 @@ def by_model(draft: Draft, answer: Json, usage: Verbatim) -> None:
     if not parts:
         return
     whole = draft.parts[0].tokens
+    parts[0] = replace(parts[0], units=_ran(answer))
     draft.parts = parts
     if whole.output != sum(part.tokens.output or 0 for part in parts):
         draft.flags.add("total_mismatch")
     draft.flags |= counts.flags()
+
+
+_TOOL_UNITS = {"search": "web_search_requests", "python": "code_execution_requests"}
+
+
+def _ran(answer: Json) -> dict[str, int]:
+    """The tools that a compound model ran, which are billed by the call."""
+    units: dict[str, int] = {}
+    for choice in dicts(answer.get("choices")):
+        for tool in dicts(as_dict(choice.get("message")).get("executed_tools")):
+            unit = _TOOL_UNITS.get(str(tool.get("type")))
+            if unit is not None:
+                units[unit] = units.get(unit, 0) + 1
+    return units
 
 
 DIALECT = Dialect(finish=by_model)

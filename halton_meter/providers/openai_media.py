@@ -9,6 +9,7 @@ is done, on a stream three times over.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 
@@ -365,8 +366,9 @@ def job_routes(prefix: str) -> tuple[Route, ...]:
         route("videos", "video", prefix + r"/videos(?:/[^/]+/remix)?", read_video),
         route("batches", "batch", prefix + r"/batches", read_batch_created),
         route("files", "chat", prefix + r"/files/[^/]+/content", read_batch_lines, ("GET",)),
-        route(
-            "realtime", "chat", prefix + r"/realtime", read_realtime, ("GET",), realtime_turn_ends
+        replace(
+            route("realtime", "chat", prefix + r"/realtime", read_realtime, ("GET",)),
+            turn_ends=realtime_turn_ends,
         ),
         route("assistants_run", "chat", runs, read_run),
         route("assistants_run", "chat", runs + r"/[^/]+", read_run, ("GET",)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -199,9 +199,6 @@ def _usage_in(chunk: Json) -> tuple[Json, bytes] | None:
         return usage, b"usage"
     inner = as_dict(chunk.get("x_groq")).get("usage")
     return (inner, b"usage") if isinstance(inner, dict) and inner else None
-
-
-_STREAM_USAGE = re.compile(rb'"usage"\s*:\s*\{\s*"')
 
 
 def _last_usage_elsewhere(body: Body) -> list[tuple[Json, bytes]]:
@@ -585,10 +582,9 @@ def route(
     path: str,
     read: Reader,
     methods: tuple[str, ...] = ("POST",),
-    turn_ends: Callable[[bytes], bool] | None = None,
 ) -> Route:
     """A route with its path as text."""
-    return Route(endpoint, kind, re.compile(path), read, frozenset(methods), turn_ends)
+    return Route(endpoint, kind, re.compile(path), read, frozenset(methods))
 
 
 def text_routes(prefix: str, dialect: Dialect = OPENAI) -> tuple[Route, ...]:
@@ -600,13 +596,9 @@ def text_routes(prefix: str, dialect: Dialect = OPENAI) -> tuple[Route, ...]:
         route("chat_completions", "chat", prefix + r"/chat/completions", chat),
         route("responses", "chat", prefix + r"/responses/compact", responses),
         route("responses_input_tokens", "count", prefix + r"/responses/input_tokens", read_count),
-        route(
-            "responses",
-            "chat",
-            prefix + r"/responses",
-            responses,
-            ("POST", "GET"),
-            response_turn_ends,
+        replace(
+            route("responses", "chat", prefix + r"/responses", responses, ("POST", "GET")),
+            turn_ends=response_turn_ends,
         ),
         route("responses", "chat", prefix + r"/responses/[^/]+", stored, ("GET",)),
         route("responses", "chat", prefix + r"/responses/[^/]+/cancel", stored),

@@ -7,12 +7,13 @@ paid; the answer may carry a second usage under provider metadata, which is not 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from halton_meter.providers import Provider
-from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
+from halton_meter.providers.anthropic import read_messages
 from halton_meter.providers.groq import by_model
 from halton_meter.providers.openai_media import media_routes
-from halton_meter.providers.openai_text import Dialect, cost_of, route, text_routes
+from halton_meter.providers.openai_text import Dialect, cost_of, read_chat, route, text_routes
 from halton_meter.providers.reading import (
     Counts,
     Draft,
@@ -60,8 +61,8 @@ OPENROUTER = Provider(
     (
         *text_routes("/api/v1", _CHARGED),
         *media_routes("/api/v1", settle),
-        route("messages", "chat", "/api/v1/messages", ANTHROPIC_ROUTES[0].read),
-        route("rerank", "rerank", "/api/v1/rerank", text_routes("", _CHARGED)[-1].read),
+        route("messages", "chat", "/api/v1/messages", read_messages),
+        route("rerank", "rerank", "/api/v1/rerank", partial(read_chat, dialect=_CHARGED)),
     ),
 )
 VERCEL = Provider(
@@ -70,17 +71,17 @@ VERCEL = Provider(
     (
         *text_routes("/v1", _CHARGED),
         *media_routes("/v1", settle),
-        route("messages", "chat", "/v1/messages", ANTHROPIC_ROUTES[0].read),
+        route("messages", "chat", "/v1/messages", read_messages),
     ),
 )
 PORTKEY = Provider(
     "portkey",
     ("api.portkey.ai",),
     (
-        route("chat_completions", "chat", "/v1/prompts/[^/]+/completions", text_routes("")[0].read),
+        route("chat_completions", "chat", "/v1/prompts/[^/]+/completions", read_chat),
         *text_routes("/v1"),
         *media_routes("/v1"),
-        route("messages", "chat", "/v1/messages", ANTHROPIC_ROUTES[0].read),
+        route("messages", "chat", "/v1/messages", read_messages),
     ),
 )
 HUGGINGFACE = Provider(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 
-from halton_meter.model import Exchange, Usage, UsageEvent
+from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_messages
 from halton_meter.providers.openai_media import (
@@ -19,7 +19,6 @@ from halton_meter.providers.openai_media import (
     media_routes,
     read_speech,
     read_transcription,
-    read_video,
 )
 from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
 from halton_meter.providers.reading import (
@@ -30,9 +29,12 @@ from halton_meter.providers.reading import (
     as_amount,
     as_dict,
     as_id,
+    as_name,
+    begin,
     dicts,
     documents,
     failed,
+    verbatim,
 )
 
 TICKS_PER_USD = Decimal(10) ** 10
@@ -53,7 +55,7 @@ def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:
     if ticks is not None:
         draft.reported_usd = ticks / TICKS_PER_USD
     counts = Counts()
-    tools = as_dict(usage.exact.get("server_side_tool_usage_details"))
+    tools = as_dict(usage.exact.get("server_side_tool_usage_details")) or _ran(answer)
     units: dict[str, int | Decimal] = {
         unit: count for name, unit in _TOOL_UNITS.items() if (count := counts.of(tools, name))
     }
@@ -64,6 +66,16 @@ def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:
         kept = {k: v for k, v in draft.parts[0].units.items() if not tools}
         draft.parts[0] = replace(draft.parts[0], units={**kept, **units})
     draft.flags |= counts.flags()
+
+
+def _ran(answer: Json) -> Json:
+    """Server-side tools by the calls among the output, where no account of them is given."""
+    calls: Json = {}
+    for item in dicts(answer.get("output")):
+        name = f"{item.get('type')}s"
+        if name in _TOOL_UNITS and "container_id" not in item:
+            calls[name] = calls.get(name, 0) + 1
+    return calls
 
 
 CHAT = Dialect(reasoning_apart=True, finish=settle)
@@ -99,11 +111,27 @@ def read_deferred(exchange: Exchange, route: Route, provider: Provider) -> Itera
         yield from read_chat(exchange, route, provider, CHAT)
 
 
-def read_billed_speech(
-    exchange: Exchange, route: Route, provider: Provider
-) -> Iterator[UsageEvent]:
-    """One event for text turned into speech."""
-    yield from read_speech(exchange, route, provider)
+def read_video(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a video asked for, and one when the finished one states its charge."""
+    draft = begin(exchange, route, provider)
+    answer, text = next(documents(exchange), ({}, b""))
+    usage = answer.get("usage")
+    if exchange.request.method == "GET" and not isinstance(usage, dict):
+        return
+    draft.fail(answer)
+    stored = (exchange.request.path or "").rpartition("/")[2]
+    draft.response_id = as_id(answer.get("request_id") or answer.get("id") or stored)
+    draft.model = as_name(answer.get("model"))
+    if isinstance(usage, dict):
+        seconds = as_amount(as_dict(answer.get("video")).get("duration"))
+        units = {"video_seconds": seconds} if seconds is not None else {}
+        draft.parts = [Usage(draft.model or draft.request_model, Tokens(), units)]
+        raw = verbatim(text, b"usage", usage)
+        draft.raw_usage = raw.text
+        settle(draft, answer, raw)
+    elif draft.error_class is None:
+        draft.pending()
+    yield draft.event()
 
 
 def _text(prefix: str) -> tuple[Route, ...]:
@@ -124,13 +152,12 @@ ROUTES = (
         "deferred_completion", "chat", "/v1/chat/deferred-completion/[^/]+", read_deferred, ("GET",)
     ),
     route("audio_transcriptions", "audio", "/v1/stt", read_transcription),
-    route("audio_speech", "audio", "/v1/tts", read_billed_speech),
-    route("videos", "video", "/v1/videos/(?:generations|edits)", read_video),
+    route("audio_speech", "audio", "/v1/tts", read_speech),
+    route("videos", "video", "/v1/videos/(?:generations|edits|extensions)", read_video),
+    route("videos", "video", "/v1/videos/[^/]+", read_video, ("GET",)),
     route("batches", "batch", "/v1/batches(?:/[^/]+/requests)?", read_batch_created),
     route("batches_results", "chat", "/v1/batches/[^/]+/results", read_batch_results, ("GET",)),
 )
 HOSTS = ("api.x.ai", "us-east-1.api.x.ai", "us-west-1.api.x.ai", "eu-west-1.api.x.ai")
 
 PROVIDER = Provider("xai", HOSTS, ROUTES)
-
-__all__ = ["CHAT", "PROVIDER", "RESPONSES", "Usage", "settle"]
