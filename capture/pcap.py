@@ -96,6 +96,7 @@ class _Stream:
     batch_bytes: int = 0
     batch_position: int = 0
     batch_encrypted: int = 0
+    batch_ciphered: bool = False  # when the batch began
     batch_ns: int = 0
     handshake: bytearray | None = field(default_factory=bytearray)
 
@@ -371,10 +372,10 @@ class PcapSource:
         """Move every whole record from the buffer to the batch."""
         buffer = stream.buffer
         at, size = 0, len(buffer)
-        encrypted = 0
+        encrypted, ciphered = 0, stream.ciphered
         while at + 5 <= size:
             if not tls.plausible_header(buffer, at):
-                self._take(conversation, stream, sent, at, encrypted, at_ns)
+                self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
                 self.findings.losses["tls_garbage"] += 1
                 self._divert(conversation, stream, sent, 0)
                 stream.hunting = True
@@ -393,7 +394,7 @@ class PcapSource:
                     return
             at = end
         if at:
-            self._take(conversation, stream, sent, at, encrypted, at_ns)
+            self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
 
     def _handshake(
         self, conversation: _Conversation, stream: _Stream, sent: bool, body: bytes
@@ -423,6 +424,7 @@ class PcapSource:
         sent: bool,
         length: int,
         encrypted: int,
+        ciphered: bool,
         at_ns: int,
     ) -> None:
         """The first `length` bytes of the buffer are whole records: batch them."""
@@ -437,6 +439,7 @@ class PcapSource:
             self._flush_stream(conversation, stream, sent)
         if not stream.batch:
             stream.batch_ns, stream.batch_position = at_ns, stream.position
+            stream.batch_ciphered = ciphered
         stream.batch.append(bytes(stream.buffer[:length]))
         del stream.buffer[:length]
         stream.batch_bytes += length
@@ -460,6 +463,7 @@ class PcapSource:
             stream.batch_position,
             stream.encrypted,
             stream.batch_encrypted,
+            stream.batch_ciphered,
             stream.batch_ns,
             not stream.diverted,
         )

@@ -208,6 +208,7 @@ class Reassembly:
                 half.pending_bytes -= len(found[0])
             if found[0]:
                 half.next_seq = (half.next_seq + len(found[0])) % _SPACE
+                half.frames_since_gap = 0
                 self._listener.received(half, *found)
 
     def _overlapping(self, half: Half) -> tuple[bytes, int] | None:

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -94,6 +94,7 @@ class Records:
     position: int
     index: int
     encrypted: int
+    ciphered: bool  # a ChangeCipherSpec came before
     at_ns: int
     asked: bool  # tshark is given them
     frame: int = 0  # the number of the packet they are in, when asked
@@ -270,15 +271,12 @@ class Decryptor:
 
     def _open(self, work: Records) -> None:
         """Decrypt records one by one, holes before and between them included."""
-        index, position = work.index, work.position
         opener = self._opener(work)
-        for record in records_of(work.payload):
+        for record, index, position in encrypted_records(work):
             if opener is None or opener.hopeless:
-                self.losses["tls_records_undecryptable"] += 1
-            elif record[0] == tls.APPLICATION or not _tls13(opener):
+                self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
+            elif record[0] == tls.APPLICATION or not opener.tls13:
                 self._open_one(work, opener, record, index, position)
-            index += record[0] != tls.CHANGE_CIPHER_SPEC
-            position += len(record)
 
     def _open_one(
         self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
@@ -358,18 +356,24 @@ class Decryptor:
         return max(0, position - half.end_position - missing * opener.key.overhead)
 
 
-def _tls13(opener: tls.Opener) -> bool:
-    return opener.tls13
-
-
 def _sample(work: Records) -> tuple[bytes, int] | None:
     """The first small application record of a packet, with its index."""
-    index = work.index
-    for record in records_of(work.payload):
+    for record, index, _ in encrypted_records(work):
         if record[0] == tls.APPLICATION and len(record) <= SAMPLE_BYTES_MAX:
             return record, index
-        index += record[0] != tls.CHANGE_CIPHER_SPEC
     return None
+
+
+def encrypted_records(work: Records) -> Iterator[tuple[bytes, int, int]]:
+    """The encrypted records of `work`, each with its index and position."""
+    index, position, ciphered = work.index, work.position, work.ciphered
+    for record in records_of(work.payload):
+        if record[0] == tls.CHANGE_CIPHER_SPEC:
+            ciphered = True
+        elif record[0] == tls.APPLICATION or ciphered:
+            yield record, index, position
+            index += 1
+        position += len(record)
 
 
 def records_of(payload: bytes) -> list[bytes]:
