@@ -1,6 +1,6 @@
 """Find SSL_read and SSL_write in BoringSSL that is linked statically and stripped.
 
-`find_boringssl(path)` says where they are, or why it does not know. It goes by what the code does:
+`find_boringssl(file)` says where they are, or why it does not know. It goes by what the code does:
 BoringSSL's functions report errors as `ERR_put_error(16, 0, reason, ".../ssl/ssl_lib.cc", line)`,
 and which reasons a function can report, whom it calls and whether it writes memory tells three
 functions from all others, in every build seen: Bun, Claude Code, opencode, gRPC, x86-64 and
@@ -17,7 +17,9 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -98,15 +100,26 @@ class NotRecognised:
         return MappingProxyType({})
 
 
-def find_boringssl(path: str | Path, cache_directory: Path | None = None) -> Found | NotRecognised:
+def prepare() -> None:
+    """Import all that a search needs: call it before giving up the right to read our own files."""
+    for name in ("capstone", "capstone.x86", "capstone.arm64"):
+        with suppress(ImportError):
+            import_module(name)
+
+
+def find_boringssl(
+    file: str | Path | int, cache_directory: Path | None = None
+) -> Found | NotRecognised:
     """Where BoringSSL's functions are in the file, or why not; never an exception.
+
+    `file` is a path or an open descriptor.
 
     With `cache_directory` an answer is kept there by build id, and used again only while the code
     at each place is the same (one Bun build id covers every program compiled with that Bun).
     """
     build_id = None
     try:
-        with Elf(path) as elf:
+        with Elf(file) as elf:
             build_id = elf.build_id
             known = _recall(elf, cache_directory)
             if known is not None:

@@ -80,10 +80,13 @@ class Symbol:
 class Elf:
     """An open ELF file. Use as a context manager. Every method may raise `ElfError`."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, file: str | Path | int) -> None:
+        """Open a path, or read through a descriptor that stays the caller's (its mode is kept)."""
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if isinstance(file, int):
+                self._fd = os.dup(file)
+            else:
+                self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ElfError(f"cannot open: {reason}") from None
