@@ -218,14 +218,14 @@ def inspect(fd: int) -> Library | None:
 # --- files without symbols ----------------------------------------------------------------------
 
 
-def find_by_structure(path: str) -> Library | None:
+def find_by_structure(path: str | int) -> Library | None:
     """The TLS stack in a file without symbols; None when no marker of one is in it.
 
     `boringssl.find_boringssl(path)`, where that module exists, returns an object whose
     `functions` maps symbol names to file offsets of their entries (or None, or raises an exception
     whose text is the reason). Runs without privileges: see `main`.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", closefd=not isinstance(path, int)) as file:
         size = os.fstat(file.fileno()).st_size
         if size < STRUCTURE_FILE_BYTES_MIN:
             return None
@@ -242,7 +242,7 @@ def find_by_structure(path: str) -> Library | None:
             return Library(stack, functions, elf.build_id(), reason)
 
 
-def _by_structure(path: str, stack: str) -> tuple[dict[str, int], str | None]:
+def _by_structure(path: str | int, stack: str) -> tuple[dict[str, int], str | None]:
     if stack != "BoringSSL":
         return {}, ADVICE[stack]
     try:
@@ -353,13 +353,16 @@ def main() -> None:
     """Read the file open as standard input by structure, as nobody, and print what was found."""
     import resource
 
+    # The user "nobody" reads neither our modules under a closed home nor the file by its name.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("capture.boringssl").prepare()
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
     resource.setrlimit(resource.RLIMIT_CPU, (STRUCTURE_SECONDS_MAX, STRUCTURE_SECONDS_MAX))
     try:
-        print(library_json(find_by_structure("/proc/self/fd/0")))
+        print(library_json(find_by_structure(0)))
     except (NotElf, OSError, ValueError):
         print("null")
     sys.stdout.flush()
