@@ -37,7 +37,7 @@ _FREE_TOOL_TOKENS = Rate(
 )
 # Units that describe what the tokens were: passed over where the same part's tokens are billed.
 _DESCRIPTIVE_UNITS = frozenset(
-    "audio_seconds video_seconds images input_images characters pages".split()
+    {"audio_seconds", "video_seconds", "images", "input_images", "characters", "pages"}
 )
 # Units that no bill has a line for by themselves.
 _NEVER_BILLED_UNITS = frozenset({"cache_storage_tokens"})
@@ -54,11 +54,12 @@ class PriceBook:
 
     @classmethod
     def load(cls, home: Path | None = None) -> PriceBook:
-        """The bundled prices with `home`'s refreshed files and overrides; PriceError when one is bad."""
+        """The bundled prices, `home`'s refreshed ones and overrides. Raises PriceError."""
         shelf, digest = Shelf.read(home)
         overrides = override_file.read(home)
-        dated = shelf.file_date()
-        version = f"{dated}-{digest}" + (f"+{len(overrides)}-overrides" if overrides else "")
+        version = f"{shelf.file_date()}-{digest}"
+        if overrides:
+            version += f"+{override_file.digest(overrides)}"
         return cls(shelf, overrides, version)
 
     @property
@@ -122,7 +123,7 @@ class PriceBook:
         return self._shelf.providers()
 
     def model_count(self, provider: str) -> int:
-        """How many models the compiled prices and the overlay of `provider` hold, without parsing."""
+        """How many models the compiled prices and the overlay of `provider` hold."""
         return sum(len(f) for k in ("data", "overlay") if (f := self._shelf.file(k, provider)))
 
     def models(self, provider: str, at_ns: int) -> Iterator[tuple[Model, Row]]:
@@ -391,8 +392,11 @@ def _is_estimated(event: UsageEvent) -> bool:
 
 
 def _stated(event: UsageEvent) -> Decimal | None:
-    """The cost the provider states. With the user's own key a router states only its own fee: the
-    call costs that and what the upstream charged, or is computed where the router does not say."""
+    """The cost the provider states.
+
+    With the user's own key a router states only its own fee: the call costs that and what the
+    upstream charged, or is computed where the router does not say.
+    """
     reported = event.reported_usd
     if event.conditions.get("byok") != "true":
         return reported
@@ -416,7 +420,7 @@ def _marginal(event: UsageEvent, total: Decimal | None) -> Decimal | None:
 def _reconciled(
     items: list[LineItem], total: Decimal | None, reported: Decimal, event: UsageEvent
 ) -> list[LineItem]:
-    """Lines that add up to the stated cost: the computed ones, and what the provider makes of them."""
+    """Lines that add up to the stated cost: the computed ones, and what is left over."""
     source = "the response"
     if total is None:
         one = Decimal(1)

@@ -45,8 +45,8 @@ class Rule:
 
     kind "factor": `rates` is empty, `factor` multiplies the dimensions in `on` (empty: all tokens).
     kind "fee": `rates` price dimensions that the model's rows do not. kind "derive": dimension
-    `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit `on[0]`
-    is billed. `always` factors hold beside a row that prices the same condition itself.
+    `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit
+    `on[0]` is billed. `always` factors hold beside a row that prices the same condition itself.
     """
 
     kind: str

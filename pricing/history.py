@@ -91,8 +91,8 @@ def rendered(provider: str, upstream: str, compiled: dt.date, history: History) 
     so that a section can be found without parsing the file, and parsed alone.
     """
     lines = [
-        f"# Prices of {provider}, compiled by tools/prices/compile.py: do not edit, add to the overlay.",
-        "# Tokens and characters: USD per million; _k: per thousand; _each: per one; hours: per hour.",
+        f"# Prices of {provider}, compiled by tools/prices/compile.py: add to the overlay instead.",
+        "# Tokens, characters: USD per million; _k: per thousand; _each: per one; hours: per hour.",
         f'provider = "{provider}"',
         f"upstream = {toml_value(upstream)}",
         f"compiled = {compiled}",

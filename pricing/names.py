@@ -18,14 +18,29 @@ PROVIDER_ALIASES = {
     "vertex_ai": "vertex", "google_vertex": "vertex", "together_ai": "together",
     "togetherai": "together", "fireworks_ai": "fireworks", "mistralai": "mistral",
     "chatgpt": "openai", "codex": "openai", "claude": "anthropic", "pplx": "perplexity",
-    "vercel_ai_gateway": "vercel", "moonshot": "moonshotai",
+    "vercel": "vercel_gateway", "vercel_ai_gateway": "vercel_gateway",
 }  # fmt: skip
 
 # Where else a provider's models are priced: it sells another provider's models at that one's rates.
-_PRICED_AS = {
-    "vertex": ("vertex", "gemini", "anthropic"),
+_PRICED_AS: dict[str, tuple[str, ...]] = {
+    "vertex": ("vertex", "gemini", "anthropic", "mistral"),
     "gemini": ("gemini", "anthropic"),
     "azure_openai": ("azure_openai", "openai", "anthropic", "deepseek", "xai", "moonshotai"),
+    "azure_ai_foundry": (
+        "azure_openai",
+        "openai",
+        "anthropic",
+        "deepseek",
+        "xai",
+        "moonshotai",
+        "mistral",
+        "cohere",
+    ),
+    "voyage": ("voyageai",),
+    "moonshot": ("moonshotai",),
+    "nebius": ("huggingface_nebius",),
+    "hyperbolic": ("huggingface_hyperbolic",),
+    "sambanova": ("huggingface_sambanova",),
 }
 
 # The first path segment by which a provider's own models are qualified ("openai/gpt-5").
@@ -36,7 +51,7 @@ _OWN_PREFIXES = {
     "moonshotai": ("moonshotai", "moonshot"),
     "perplexity": ("perplexity",),
 }
-_ROUTERS = frozenset({"vercel", "cloudflare_gateway", "helicone", "portkey", "litellm"})
+_ROUTERS = frozenset({"vercel_gateway", "portkey", "requesty", "pydantic_gateway", "heroku"})
 
 _PATH = re.compile(r"^(?:.*/)?(?:models|foundation-model|inference-profile)/")
 _REGION = re.compile(r"^(?:us-gov|us|eu|apac|au|jp|ca|sa|global)\.(?=[a-z0-9-]+\.)")

@@ -4,16 +4,17 @@
     provider = "openai"            # optional; a glob
     model = "gpt-5*"               # exact name or glob
     from = 2026-11-01              # optional: in force from this day (UTC)
-    factor = "0.8"                 # or discount = "20%", or rates = { input = "1.00", output = "8" }
+    factor = "0.8"                 # or discount = "20%", or rates = { input = "1", output = "8" }
 
-Rates are written as in the price files and are final: no tier, batch or long-context rule touches
-them. A factor or a discount applies to every dimension. Costs that the provider itself states come
-before any override. This file refuses to guess: a wrong override is a named error, not ignored.
+Rates are written as in the price files and are final: no tier, batch or long-context rule
+touches them. A factor or a discount applies to every dimension. Costs that the provider itself
+states come before any override. This file refuses to guess: a wrong override is a named error, not ignored.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,12 @@ def read(home: Path | None) -> tuple[Override, ...]:
     if not isinstance(tables, list) or len(tables) > _OVERRIDES_MAX:
         raise PriceError(f"{path}: [[override]] must be a list of at most {_OVERRIDES_MAX}")
     return tuple(override_of(table, f"{path} override {i}") for i, table in enumerate(tables, 1))
+
+
+def digest(overrides: Sequence[Override]) -> str:
+    """What tells these overrides from others, for the price book's version."""
+    text = repr([sorted((str(k), str(v)) for k, v in each.table.items()) for each in overrides])
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def override_of(table: Mapping[str, Any], where: str) -> Override:

@@ -50,7 +50,7 @@ class Rate(NamedTuple):
         return quotient(self.usd, self.per)
 
     def times(self, factor: Decimal, note: str) -> Rate:
-        """This rate times `factor`, saying so."""
+        """The rate times `factor`, saying so."""
         noted = f"{self.note}; {note}" if self.note else note
         return self._replace(usd=EXACT.multiply(self.usd, factor), note=noted)
 
@@ -62,7 +62,7 @@ def quotient(usd: Decimal, per: int) -> Decimal:
 
 
 def dimension(key: str) -> tuple[str, int]:
-    """The dimension and the divisor that a key of a row means: "web_search_requests_k" -> (…, 1000)."""
+    """The dimension and the divisor that a row's key means: "pages_k" is ("pages", 1000)."""
     for suffix, replacement, per in _SUFFIXES:
         if key.endswith(suffix):
             return key[: -len(suffix)] + replacement, per

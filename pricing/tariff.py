@@ -20,10 +20,31 @@ from pricing.rates import Level, Rate, Row, in_force, matches
 
 # Dimensions counted in tokens: what a factor without `on` multiplies.
 TOKEN_DIMENSIONS = frozenset(
-    """input output cache_read cache_write cache_write_5m cache_write_1h cache_write_12h
-    audio_input audio_output image_input image_output video_input video_output text_input
-    text_output document_input tool_use_input reasoning citation cached_audio_input
-    cached_image_input cached_video_input cached_text_input""".split()
+    {
+        "input",
+        "output",
+        "cache_read",
+        "cache_write",
+        "cache_write_5m",
+        "cache_write_1h",
+        "cache_write_12h",
+        "audio_input",
+        "audio_output",
+        "image_input",
+        "image_output",
+        "video_input",
+        "video_output",
+        "text_input",
+        "text_output",
+        "document_input",
+        "tool_use_input",
+        "reasoning",
+        "citation",
+        "cached_audio_input",
+        "cached_image_input",
+        "cached_video_input",
+        "cached_text_input",
+    }
 )
 # Conditions that a price may depend on; the others (plan, upstream, …) are not looked at here.
 PRICED_CONDITIONS = frozenset(
@@ -79,7 +100,7 @@ def context_of(conditions: Mapping[str, str]) -> dict[str, str]:
     return context
 
 
-def tariff_for(
+def tariff_for(  # noqa: PLR0917 - each is one coordinate of a price
     shelf: Shelf,
     overrides: Iterable[Override],
     provider: str,
@@ -137,9 +158,9 @@ def _find(
 ) -> tuple[list[Model], list[PriceFile]]:
     """The model in the compiled data and the overlays, and the overlays whose rules hold."""
     wanted = [model]
-    if provider == "bedrock" and (profile := context.get("inference_profile")):
-        if not model.startswith(f"{profile}."):
-            wanted.insert(0, f"{profile}.{model}")
+    profile = context.get("inference_profile")
+    if provider == "bedrock" and profile and not model.startswith(f"{profile}."):
+        wanted.insert(0, f"{profile}.{model}")
     for owner in price_providers(provider, model):
         data, overlay = shelf.file("data", owner), shelf.file("overlay", owner)
         files = [file for file in (data, overlay) if file is not None]
@@ -163,7 +184,7 @@ def _find(
 def _rows(
     found: list[Model], context: Mapping[str, str], moment: dt.datetime
 ) -> tuple[list[Row] | None, set[str], str]:
-    """The rows in force, later ones over earlier; the conditions they price; where they are from."""
+    """The rows in force, later over earlier; the conditions they price; where they are from."""
     rows: list[Row] = []
     covered: set[str] = set()
     for model in found:
@@ -214,7 +235,7 @@ def _long(rate: Rate, above: int) -> Rate:
 def _apply(
     rules: Iterable[Rule], levels: tuple[Level, ...], covered: set[str], context: Mapping[str, str]
 ) -> tuple[tuple[Level, ...], set[str]]:
-    """Fees, then derived rates, then factors. A factor is passed over where a row prices its condition."""
+    """Fees, derived rates, factors. A factor yields to a row that prices its condition."""
     tables = [dict(level.rates) for level in levels]
     priced = set(covered)
     for rule in rules:

@@ -1,4 +1,4 @@
-"""Compile genai-prices' rates into `pricing/data/<provider>.toml`: one file a provider, history kept.
+"""Compile genai-prices' rates into `pricing/data/`: one file a provider, history kept.
 
     python -m venv v && v/bin/pip install genai-prices==0.2.3
     v/bin/python tools/prices/compile.py --names litellm.json            shows the changes in words
@@ -56,7 +56,8 @@ RATE_NAMES = {
     "cache_audio_read_mtok": "cached_audio_input", "cache_image_read_mtok": "cached_image_input",
     "output_reasoning_mtok": "reasoning", "output_citation_mtok": "citation",
     "audio_hours": "audio_hours", "input_mchars": "characters", "requests_kcount": "requests_k",
-    "web_searches_kcount": "web_search_requests_k", "storage_searches_kcount": "file_search_calls_k",
+    "web_searches_kcount": "web_search_requests_k",
+    "storage_searches_kcount": "file_search_calls_k",
     "input_document_kpages": "pages_k", "input_annotated_document_kpages": "annotated_pages_k",
     "input_text_messages_kcount": "text_messages_k",
 }  # fmt: skip
@@ -137,7 +138,7 @@ def variant_rows(model: Any, provider: str, base: list[dict[str, Any]]) -> Itera
 
 
 def clause_names(clause: Any) -> Iterator[str]:
-    """Every literal in upstream's match logic; regular expressions are left to the dated aliases."""
+    """Every literal in upstream's match logic; its patterns are left to the dated aliases."""
     for attribute in ("equals", "starts_with", "contains", "ends_with"):
         if text := getattr(clause, attribute, None):
             yield text
@@ -213,9 +214,7 @@ def main() -> int:
         if arguments.write and not conflicts:
             path.write_text(rendered(provider, upstream, arguments.today, history))
     if refused:
-        print(
-            f"{refused} rows would rewrite history: date the new price (`from`) or decide in the overlay."
-        )
+        print(f"{refused} rows would rewrite history: date the price or decide in the overlay.")
     return 1 if refused else 0
 
 
