@@ -101,10 +101,10 @@ class Map:
         self._next = ctypes.create_string_buffer(key_bytes)
         self._value = ctypes.create_string_buffer(value_bytes)
 
-    def _call(self, command: int, value: Any) -> bool:
-        attributes = struct.pack(
-            "=IIQQQ", self.fd, 0, ctypes.addressof(self._key), ctypes.addressof(value), 0
-        )
+    def _call(self, command: int, value: Any = None) -> bool:
+        # A field that a command does not use must be zero, or the kernel answers EINVAL.
+        at = 0 if value is None else ctypes.addressof(value)
+        attributes = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), at, 0)
         try:
             _bpf(command, attributes)
         except FileNotFoundError:
@@ -124,7 +124,7 @@ class Map:
     def drop(self, key: bytes) -> None:
         """Delete, if there."""
         self._key.raw = key
-        self._call(_MAP_DELETE, self._value)
+        self._call(_MAP_DELETE)
 
     def all_keys(self) -> list[bytes]:
         """Every key. Keys that come or go meanwhile may be missed or listed twice."""
