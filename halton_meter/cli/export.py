@@ -1,0 +1,78 @@
+"""`halton-meter export`: stored events as a file for other tools.
+
+The file appears whole or not at all. Exit codes: 0 done; 1 nothing stored, or the file exists or
+cannot be written; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.model import event_json
+from halton_meter.store import NothingStored, Reader, Selection, Store
+
+
+def _write_jsonl(reader: Reader, path: Path, selection: Selection) -> int:
+    import orjson
+
+    count = 0
+    with path.open("xb") as file:
+        for event in reader.events(selection):
+            file.write(orjson.dumps(event_json(event)) + b"\n")
+            count += 1
+    return count
+
+
+_WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
+    "sqlite": Reader.write_sqlite,
+    "csv": Reader.write_csv,
+    "parquet": Reader.write_parquet,
+    "jsonl": _write_jsonl,
+}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  halton-meter export sqlite spend.sqlite                  tables projects, requests, …
+  halton-meter export csv november.csv --from 2026-11-01 --to 2026-11-30
+  halton-meter export parquet all.parquet --force          replace the last one
+"""
+)
+@click.argument("form", metavar="sqlite|csv|parquet|jsonl", type=click.Choice(list(_WRITERS)))
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@selection_options
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def export(form: str, path: Path, force: bool, **options: Any) -> None:
+    """Write events to SQLite, CSV, Parquet or JSON lines; money exact, times in UTC."""
+    selection = read_selection(now_ns(), **options)
+    if path.exists() and not force:
+        raise click.ClickException(f"{path} exists. Replace it with --force, or name another.")
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        with explained(), Store().reading() as reader:
+            count = _written(_WRITERS[form], reader, part, selection)
+        os.replace(part, path)
+    except NothingStored as nothing:
+        raise click.ClickException(str(nothing)) from nothing
+    except OSError as error:
+        raise click.ClickException(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+    click.echo(f"{count:,} events in {path}")
+
+
+def _written(
+    write: Callable[[Reader, Path, Selection], int], reader: Reader, part: Path, chosen: Selection
+) -> int:
+    before = os.umask(0o077)  # what was spent on what is nobody else's business
+    try:
+        return write(reader, part, chosen)
+    finally:
+        os.umask(before)

@@ -1,0 +1,292 @@
+"""`halton-meter report`: what was spent, by what, compared with when, and how surely.
+
+Draws what `halton_meter.report` answers. Exit codes: 0 done, also when there is nothing to
+report; 1 the store cannot be read; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from halton_meter.cli.drawing import (
+    aligned,
+    bar,
+    count_text,
+    duration_text,
+    money_text,
+    shown,
+    sparkline,
+    styled,
+)
+from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.model import TOKEN_NAMES, usd_text
+from halton_meter.report import (
+    DIMENSIONS,
+    Figures,
+    Group,
+    Question,
+    Report,
+    ask,
+    period_before,
+    set_price_command,
+)
+from halton_meter.store import Selection, Store
+
+# Below this total, cents alone would hide most of it.
+SMALL_TOTAL_USD = Decimal(10)
+UNPRICED_SHOWN = 5
+_CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
+
+
+def _read_by(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    wrong = [name for name in names if name not in DIMENSIONS]
+    if wrong or not names or len(set(names)) < len(names):
+        raise click.BadParameter(f"{text!r}: give some of {', '.join(DIMENSIONS)}, each once.")
+    return names
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  halton-meter report --today                      what today cost, by model
+  halton-meter report --since 7d --by project      the week, by project
+  halton-meter report --since 7d --vs-previous     and the week before
+  halton-meter report --by day,model --csv         for a spreadsheet
+  halton-meter report --json | jq .totals.list_usd
+"""
+)
+@selection_options
+@click.option(
+    "--by",
+    default="model",
+    show_default=True,
+    callback=_read_by,
+    metavar="NAME[,NAME]",
+    help=f"Group by: {', '.join(DIMENSIONS)}.",
+)
+@click.option("--vs-previous", is_flag=True, help="Compare with the period of equal length before.")
+@click.option("--json", "as_json", is_flag=True, help="The whole answer as one JSON object.")
+@click.option("--csv", "as_csv", is_flag=True, help="The groups as CSV, money exact.")
+def report(
+    by: tuple[str, ...], vs_previous: bool, as_json: bool, as_csv: bool, **options: Any
+) -> None:
+    """Show what was spent. Without a period, everything that was ever metered."""
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other.")
+    now = now_ns()
+    selection = read_selection(now, **options)
+    question = Question(now, selection, by, _previous(selection, now) if vs_previous else None)
+    with explained():
+        answer = ask(Store(), question)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(answer.json(), ensure_ascii=False))
+    elif as_csv:
+        click.echo(_csv(answer), nl=False)
+    else:
+        click.echo(_drawn(answer, selection))
+
+
+def _previous(selection: Selection, now: int) -> Selection:
+    try:
+        return period_before(selection, now)
+    except ValueError as error:
+        raise click.UsageError(
+            "--vs-previous needs a beginning: add --today, --since 7d or --from 2026-11-01."
+        ) from error
+
+
+def _csv(answer: Report) -> str:
+    import csv
+    import io
+
+    counts = ["requests", "unpriced_requests", "estimated_requests", "errors"]
+    money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    tokens = [f"{name}_tokens" for name in TOKEN_NAMES]
+    writer.writerow([*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"])
+    for group in answer.groups:
+        figures = group.figures
+        writer.writerow(
+            [
+                *(_spreadsheet_safe(value) for value in group.keys.values()),
+                *(getattr(figures, name) for name in counts),
+                *(figures.tokens[name] for name in TOKEN_NAMES),
+                *(usd_text(getattr(figures, name)) for name in money),
+                figures.p95_duration_ms,
+                group.share,
+            ]
+        )
+    return output.getvalue()
+
+
+def _spreadsheet_safe(value: str | None) -> str | None:
+    """A name from traffic must not become a formula where the file is opened."""
+    return f"'{value}" if value and value[0] in "=+-@\t\r" else value
+
+
+# --- the picture ---------------------------------------------------------------------------------
+
+
+def _drawn(answer: Report, selection: Selection) -> str:
+    if not answer.totals.requests:
+        return _nothing(answer, selection)
+    places = 2 if (answer.totals.list_usd or 0) >= SMALL_TOTAL_USD else 4
+    parts = [
+        _heading(answer),
+        _summary(answer, places),
+        _table(answer, places),
+        _trend(answer, places),
+        _coverage(answer),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _nothing(answer: Report, selection: Selection) -> str:
+    if selection == Selection() and not answer.coverage.waiting:
+        return "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+    text = "No events match."
+    if answer.coverage.waiting:
+        text += f" {answer.coverage.waiting} wait in the journal for the database."
+    return f"{text} Everything that is stored: halton-meter report"
+
+
+def _heading(answer: Report) -> str:
+    by = ", ".join(name.replace("_", " ") for name in answer.by)
+    return f"{styled('Halton Meter', 'bold')}  {_period(answer.from_ns, answer.to_ns)}, by {by}"
+
+
+def _period(from_ns: int | None, to_ns: int | None) -> str:
+    """Local time; an end at midnight is the end of the day before."""
+    if from_ns is None:
+        return "until now" if to_ns is None else f"until {_local(to_ns)}"
+    if to_ns is None:
+        return f"since {_local(from_ns)}"
+    return f"{_local(from_ns)} to {_local(to_ns)}"
+
+
+def _local(at_ns: int) -> str:
+    return datetime.fromtimestamp(at_ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M")
+
+
+def _summary(answer: Report, places: int) -> str:
+    totals = answer.totals
+    line = f"{styled(money_text(totals.list_usd, places), 'bold')} at list price"
+    if totals.marginal_usd is not None and totals.marginal_usd != totals.list_usd:
+        line += f" ({money_text(totals.marginal_usd, places)} on top of flat plans)"
+    if answer.previous is not None:
+        line += f", {_change(answer.previous, totals)} the period before"
+        line += f" ({money_text(answer.previous.list_usd, places)})"
+    facts = [f"{totals.requests:,} requests", _tokens_line(totals.tokens)]
+    if totals.errors:
+        facts.append(f"{totals.errors:,} errors")
+    if totals.p95_duration_ms is not None:
+        facts.append(f"95 % took at most {duration_text(totals.p95_duration_ms)}")
+    if totals.p95_list_usd is not None:
+        facts.append(f"and cost at most {money_text(totals.p95_list_usd, 4)}")
+    return f"{line}\n{', '.join(fact for fact in facts if fact)}"
+
+
+def _tokens_line(tokens: dict[str, int | None]) -> str:
+    sent = _known(tokens, ("input", "cache_read", *_CACHE_WRITES))
+    return f"{count_text(sent)} tokens in, {count_text(tokens['output'])} out"
+
+
+def _known(tokens: dict[str, int | None], names: tuple[str, ...]) -> int | None:
+    known = [count for name in names if (count := tokens[name]) is not None]
+    return sum(known) if known else None
+
+
+def _change(before: Figures, after: Figures) -> str:
+    if before.list_usd is None or after.list_usd is None:
+        return "not comparable with"
+    if not before.list_usd:
+        return "up from nothing in" if after.list_usd else "as much as in"
+    percent = (after.list_usd / before.list_usd - 1) * 100
+    if abs(percent) < Decimal("0.5"):
+        return "as much as in"
+    return f"{abs(percent):,.0f} % {'more' if percent > 0 else 'less'} than in"
+
+
+def _table(answer: Report, places: int) -> str:
+    cached = any(_known(g.figures.tokens, _CACHE_WRITES) is not None for g in answer.groups)
+    compared = any(group.previous is not None for group in answer.groups)
+    header = [name.replace("_", " ").upper() for name in answer.by]
+    header += ["REQUESTS", "INPUT", "CACHE READ"]
+    header += ["CACHE WRITE"] * cached + ["OUTPUT", "P95", "LIST"]
+    header += ["BEFORE"] * compared + ["SHARE", "%"]
+    rows = [_row(answer.by, group, places, cached, compared) for group in answer.groups]
+    right = {*header} - {name.replace("_", " ").upper() for name in answer.by} - {"SHARE"}
+    return aligned(header, rows, right)
+
+
+def _row(by: tuple[str, ...], group: Group, places: int, cached: bool, compared: bool) -> list[str]:
+    figures, tokens = group.figures, group.figures.tokens
+    row = [_name(dimension, group.keys[dimension]) for dimension in by]
+    row += [f"{figures.requests:,}", count_text(tokens["input"]), count_text(tokens["cache_read"])]
+    row += [count_text(_known(tokens, _CACHE_WRITES))] * cached
+    row += [count_text(tokens["output"]), duration_text(figures.p95_duration_ms)]
+    price = money_text(figures.list_usd, places)
+    row.append(styled(price, "yellow") if figures.list_usd is None else price)
+    if compared:
+        before = group.previous
+        row.append(money_text(before.list_usd, places) if before and before.requests else "-")
+    share = group.share
+    row.append("" if share is None else styled(bar(share), "cyan"))
+    row.append("" if share is None else f"{share * 100:.1f}")
+    return row
+
+
+def _name(dimension: str, key: str | None) -> str:
+    if dimension == "process" and key:
+        return shown(os.path.basename(key) or key)
+    return shown(key)
+
+
+def _trend(answer: Report, places: int) -> str:
+    if not any(figures.requests for _, figures in answer.trend):
+        return ""
+    line = styled(sparkline([figures.list_usd for _, figures in answer.trend]), "cyan")
+    first, last = answer.trend[0][0], answer.trend[-1]
+    return (
+        f"{line}  {len(answer.trend)} days, {first:%d %b} to {last[0]:%d %b}; "
+        f"the last day {money_text(last[1].list_usd, places) if last[1].requests else 'nothing'}"
+    )
+
+
+def _coverage(answer: Report) -> str:
+    """What to know before trusting the figures; nothing when there is nothing."""
+    coverage = answer.coverage
+    lines = []
+    if coverage.unpriced_requests:
+        lines.append(f"{coverage.unpriced_requests:,} requests are unpriced, not free:")
+        for provider, model, requests in coverage.unpriced_models[:UNPRICED_SHOWN]:
+            command = set_price_command(provider, model)
+            then = f"   {shown(command, 120)}" if command else "   (no model named)"
+            lines.append(f"  {requests:>7,}  {shown(provider)} {shown(model)}{then}")
+        hidden = len(coverage.unpriced_models) - UNPRICED_SHOWN
+        if hidden > 0:
+            lines.append(f"           and {hidden} more models: halton-meter report --json")
+    if coverage.estimated_requests:
+        lines.append(f"{coverage.estimated_requests:,} requests have estimated token counts.")
+    if coverage.aborted or coverage.gapped:
+        lines.append(
+            f"{coverage.aborted:,} exchanges were cut off, {coverage.gapped:,} have gaps: their "
+            "figures may be too low."
+        )
+    if coverage.pending:
+        lines.append(f"{coverage.pending:,} are not answered yet: their usage is still to come.")
+    if coverage.waiting:
+        lines.append(f"{coverage.waiting:,} events wait in the journal for the database.")
+    if coverage.losses:
+        named = ", ".join(f"{shown(c)} {n:,}" for c, n in list(coverage.losses.items())[:6])
+        lines.append(f"Lost or given up: {named}.")
+    return "\n".join(styled(line, "yellow") for line in lines)

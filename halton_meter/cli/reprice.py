@@ -1,0 +1,125 @@
+"""`halton-meter reprice`: price stored events again with today's book, as a new revision.
+
+The earlier price is kept (`superseded_price` in the database), so that nothing changes silently.
+Exit codes: 0 done, also when nothing changes; 1 the store cannot be read or written; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from halton_meter.cli.drawing import money_text, shown
+from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.model import usd_text
+from halton_meter.store import NothingStored, Repriced, Store
+
+# Models named one by one in words; --json names all.
+MODELS_SHOWN = 20
+
+
+@dataclass
+class Change:
+    """What repricing does to one model's events."""
+
+    provider: str
+    model: str | None
+    events: int = 0
+    before_usd: Decimal | None = None
+    after_usd: Decimal | None = None
+    newly_priced: int = 0
+    newly_unpriced: int = 0
+
+    def add(self, changed: Repriced) -> None:
+        """Count one event."""
+        before, after = changed.before.list_usd, changed.after.list_usd
+        self.events += 1
+        if before is not None:
+            self.before_usd = (self.before_usd or Decimal(0)) + before
+        if after is not None:
+            self.after_usd = (self.after_usd or Decimal(0)) + after
+        self.newly_priced += before is None and after is not None
+        self.newly_unpriced += before is not None and after is None
+
+    def words(self) -> str:
+        """One line for people."""
+        line = (
+            f"{shown(self.provider)} {shown(self.model)}: {self.events:,} events, "
+            f"{money_text(self.before_usd, 4)} -> {money_text(self.after_usd, 4)}"
+        )
+        if self.newly_priced:
+            line += f", {self.newly_priced:,} priced for the first time"
+        if self.newly_unpriced:
+            line += f", {self.newly_unpriced:,} no longer priced"
+        return line
+
+    def json(self) -> dict[str, Any]:
+        """As in `reprice --json`."""
+        return {
+            "provider": self.provider,
+            "model": self.model,
+            "events": self.events,
+            "before_usd": usd_text(self.before_usd),
+            "after_usd": usd_text(self.after_usd),
+            "newly_priced": self.newly_priced,
+            "newly_unpriced": self.newly_unpriced,
+        }
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  halton-meter reprice --dry-run                   what today's prices would change
+  halton-meter reprice --model my-model            after: halton-meter pricing set …
+  halton-meter reprice --since 30d --json
+"""
+)
+@selection_options
+@click.option("--dry-run", is_flag=True, help="Say what would change; store nothing.")
+@click.option("--json", "as_json", is_flag=True, help="The changes as one JSON object.")
+def reprice(dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Price stored events again, as a revision: each at the rates in force at its own time."""
+    from pricing.book import PriceBook
+
+    now = now_ns()
+    selection = read_selection(now, **options)
+    store = Store()
+    book = PriceBook.load(store.home)
+    changes: dict[tuple[str, str | None], Change] = {}
+    try:
+        with explained():
+            for changed in store.reprice(book.price, selection, now, dry_run):
+                usage = changed.before.usage
+                key = (usage.provider, usage.model)
+                changes.setdefault(key, Change(*key)).add(changed)
+    except NothingStored as nothing:
+        if not as_json:
+            click.echo(str(nothing))
+            return
+    ranked = sorted(changes.values(), key=lambda c: (-c.events, c.provider, c.model or ""))
+    if as_json:
+        import json
+
+        answer = {"stored": not dry_run, "changes": [change.json() for change in ranked]}
+        click.echo(json.dumps(answer, ensure_ascii=False))
+    else:
+        click.echo(_told(ranked, dry_run))
+
+
+def _told(changes: list[Change], dry_run: bool) -> str:
+    if not changes:
+        return "Nothing changes: every event is priced as it would be today."
+    count = sum(change.events for change in changes)
+    lines = [f"{count:,} events {'would change' if dry_run else 'changed'} price:"]
+    lines += [f"  {change.words()}" for change in changes[:MODELS_SHOWN]]
+    if len(changes) > MODELS_SHOWN:
+        lines.append(f"  and {len(changes) - MODELS_SHOWN} more models: add --json")
+    lines.append(
+        "Nothing was stored. To store it: the same command without --dry-run"
+        if dry_run
+        else "The earlier prices are kept as earlier revisions."
+    )
+    return "\n".join(lines)
