@@ -194,6 +194,7 @@ class Registry:
 
     def hosts(self) -> tuple[str, ...]:
         """Every host to be watched: exact names, and suffixes written "*.example.com"."""
+        self._load()
         hosts = {host for p in _all() if p.captured for host in p.hosts}
         hosts |= {host.rpartition(":")[0] or host for host in self._extra_hosts}
         return tuple(sorted(hosts))

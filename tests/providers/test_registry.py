@@ -1,0 +1,150 @@
+"""Hosts and routes: what is a provider's and what is not; configured hosts; lost heads."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from halton_meter import providers
+from halton_meter.model import Request
+
+from .exchanges import exchange, sse
+
+CHAT_ANSWER = {
+    "id": "chatcmpl-AbCdEfGhIjKlMnOpQrSt",
+    "object": "chat.completion",
+    "model": "m",
+    "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/v1/messages",
+        "https://api.openai.com.evil.test/v1/chat/completions",
+        "https://notapi.openai.com/v1/chat/completions",
+        "https://localhost:8000/v1/chat/completions",
+        "https://api.openai.com/v1/models",
+        "https://api.openai.com/dashboard",
+        "https://chatgpt.com/backend-api/conversation",
+        "https://api.anthropic.com/api/oauth/profile",
+        "https://openai.azure.com/openai/v1/responses",
+        "https://s3.us-east-1.amazonaws.com/model/x/converse",
+    ],
+)
+def test_host_or_route_of_no_provider_gives_nothing(url: str) -> None:
+    this = exchange(url, {}, CHAT_ANSWER)
+    assert providers.read(this) == []
+    assert providers.interest_for(this.request) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "provider", "endpoint"),
+    [
+        ("https://api.anthropic.com/v1/messages", "anthropic", "messages"),
+        ("https://api.openai.com/v1/responses", "openai", "responses"),
+        ("https://chatgpt.com/backend-api/codex/responses", "openai", "responses"),
+        ("https://api.groq.com/openai/v1/chat/completions", "groq", "chat_completions"),
+        ("https://api.x.ai/v1/messages", "xai", "messages"),
+        ("https://openrouter.ai/api/v1/chat/completions", "openrouter", "chat_completions"),
+        ("https://me.openai.azure.com/openai/v1/responses", "azure_openai", "responses"),
+        ("https://api.deepseek.com/chat/completions", "deepseek", "chat_completions"),
+        ("https://api.deepseek.com/anthropic/v1/messages", "deepseek", "messages"),
+        ("https://bedrock-runtime.us-east-1.amazonaws.com/model/a/converse", "bedrock", "converse"),
+        (
+            "https://aiplatform.googleapis.com/v1/projects/p/locations/l/publishers/google/models/g:generateContent",
+            "vertex",
+            "generateContent",
+        ),
+        ("https://api.z.ai/api/anthropic/v1/messages", "zai", "messages"),
+        ("https://api.fireworks.ai/inference/v1/chat/completions", "fireworks", "chat_completions"),
+    ],
+)
+def test_route_is_found(url: str, provider: str, endpoint: str) -> None:
+    match = providers.match_exchange(exchange(url, {}))
+    assert match is not None
+    assert (match.provider.id, match.route.endpoint) == (provider, endpoint)
+
+
+def test_path_with_odd_characters_is_matched_whole() -> None:
+    assert providers.find("api.openai.com", "POST", "/v1/chat/completions\nX") is None
+    assert providers.find("API.OPENAI.COM", "POST", "/v1/chat/completions") is not None
+    assert providers.find("api.openai.com", "DELETE", "/v1/chat/completions") is None
+
+
+def test_configured_host_is_read_as_the_family_it_names() -> None:
+    registry = providers.Registry({"localhost:8080": "openai:our-vllm", "llm.corp": "gateway"})
+    (event,) = registry.read(
+        exchange("http://localhost:8080/proxy/v1/chat/completions", {}, CHAT_ANSWER)
+    )
+    assert event.provider == "our-vllm"
+    answer = {"id": "msg_0123456789abcdef", "usage": {"input_tokens": 1, "output_tokens": 2}}
+    (event,) = registry.read(exchange("https://llm.corp/anthropic/v1/messages", {}, answer))
+    assert (event.provider, event.tokens.input) == ("anthropic", 1)
+    assert {"llm.corp", "localhost"} <= set(registry.hosts())
+
+
+def test_configured_host_of_an_unknown_family_is_named_in_the_error() -> None:
+    registry = providers.Registry({"llm.corp": "nobody"})
+    with pytest.raises(providers.UnknownFamily, match=r"llm\.corp.*nobody"):
+        registry.hosts()
+
+
+def test_lost_head_is_recognised_by_the_answers_shape() -> None:
+    start = {"type": "message_start", "message": {"id": "msg_0123456789abcdef", "model": "m"}}
+    start["message"]["usage"] = {"input_tokens": 4, "output_tokens": 1}
+    last = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 9}}
+    whole = exchange("https://api.anthropic.com/v1/messages", None, sse(start, last))
+    lost = replace(whole, request=Request())
+    (event,) = providers.read(lost)
+    assert event.tokens.output == 9
+    assert "head_unknown" in event.flags
+    assert event.id == providers.read(whole)[0].id
+    elsewhere = replace(lost, connection=replace(lost.connection, peer="example.com"))
+    assert providers.read(elsewhere) == []
+    mute = replace(
+        lost, response=replace(lost.response, body=replace(lost.response.body, pieces=()))
+    )
+    assert providers.read(mute) == []
+
+
+def test_hosts_to_watch_leave_out_hosts_that_carry_much_else() -> None:
+    hosts = providers.provider_hosts()
+    assert "api.anthropic.com" in hosts
+    assert "*.openai.azure.com" in hosts
+    assert not any("snowflake" in host or host == "*.amazonaws.com" for host in hosts)
+    assert providers.find("me.snowflakecomputing.com", "POST", "/api/v2/cortex/v1/chat/completions")
+
+
+def test_exchange_without_an_id_is_identified_by_its_bytes_and_time() -> None:
+    url = "https://api.openai.com/v1/embeddings"
+    answer = {"object": "list", "model": "m", "usage": {"prompt_tokens": 2, "total_tokens": 2}}
+    one, two = exchange(url, {"input": "a"}, answer), exchange(url, {"input": "b"}, answer)
+    ids = [providers.read(each)[0].id for each in (one, one, two, replace(one, started_ns=5))]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+    named = exchange(
+        url, {"input": "a"}, answer, headers=[("x-request-id", "req_0123456789abcdef")]
+    )
+    later = replace(named, started_ns=5)
+    assert providers.read(named)[0].id == providers.read(later)[0].id
+
+
+def test_short_ids_that_repeat_do_not_merge_exchanges() -> None:
+    url = "https://ollama.com/v1/chat/completions"
+    answer = {**CHAT_ANSWER, "id": "chatcmpl-547"}
+    one, two = exchange(url, {"a": 1}, answer), exchange(url, {"a": 2}, answer)
+    assert providers.read(one)[0].id != providers.read(two)[0].id
+
+
+def test_importing_the_package_loads_no_reader() -> None:
+    code = (
+        "import sys; import halton_meter.providers as p;"
+        "heavy = [m for m in sys.modules if m.startswith('halton_meter.providers.')"
+        " or m in ('orjson', 'halton_meter.wire.formats')];"
+        "print(heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
