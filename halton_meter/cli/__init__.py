@@ -21,6 +21,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("halton_meter.cli.export:export", "Write events to SQLite, CSV, Parquet or JSON."),
     "pricing": ("halton_meter.cli.pricing:pricing", "Show, explain, override or refresh prices."),
     "reprice": ("halton_meter.cli.reprice:reprice", "Price stored events again, as a revision."),
+    "retag": ("halton_meter.cli.retag:retag", "Move history from one project to another."),
     "run": ("halton_meter.cli.run:run", "Meter one command and print what it cost."),
     "daemon": ("halton_meter.cli.daemon:daemon", "Run the meter in the foreground."),
     "start": ("halton_meter.cli.service:start", "Install and start the background service."),
