@@ -1,9 +1,10 @@
 """Run a provider's own Python SDK in the lab: `python sdk.py CLIENT MODE FIRST COUNT [key=value…]`.
 
 CLIENT is anthropic, openai, openai-responses, openai-embeddings, groq, xai, gemini, requests,
-aiohttp, aiohttp-websocket, httpx2. MODE is sync, stream, async, async-stream. COUNT requests are
-made, numbered from FIRST (the scenario's `n`); the async modes make them all at once. Prints one
-JSON line each: what the SDK itself read out of the answer. It uses no code of the project.
+aiohttp, aiohttp-websocket, httpx2. MODE is sync, stream, async, async-stream, or several with
+commas between. COUNT requests are made in each mode, numbered from FIRST (the scenario's `n`); the
+async modes make them all at once. Prints one JSON line each: what the SDK itself read out of the
+answer. It uses no code of the project.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import sys
 from typing import Any
 
-CLIENT, MODE, FIRST, COUNT = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+CLIENT, MODES, FIRST, COUNT = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 OPTIONS = "&".join(sys.argv[5:])
-STREAM = MODE.endswith("stream")
+STREAM = False
 MODELS = {
     "anthropic": "claude-haiku-4-5",
     "openai": "gpt-5-mini",
@@ -320,8 +321,11 @@ async def all_at_once() -> None:
             await thing.close()
 
 
-if MODE.startswith("async"):
-    asyncio.run(all_at_once())
-else:
-    for number in range(FIRST, FIRST + COUNT):
-        SYNC[CLIENT](number)
+for mode in MODES.split(","):
+    STREAM = mode.endswith("stream")
+    _shared.clear()
+    if mode.startswith("async"):
+        asyncio.run(all_at_once())
+    else:
+        for number in range(FIRST, FIRST + COUNT):
+            SYNC[CLIENT](number)

@@ -1,0 +1,203 @@
+"""The lab and a Halton Meter service in it, once for all tests here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halton_meter.metering import Control, ServiceAbsent
+
+from .client_python import client_python
+from .lab import Lab, User
+
+HALTON_METER = [sys.executable, "-m", "halton_meter"]
+START_SECONDS_MAX = 30.0
+CLIENTS = Path(__file__).parent / "clients"
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """The clients' interpreter, with the providers' SDKs."""
+    return str(client_python())
+
+
+@pytest.fixture(scope="session")
+def lab(python: str) -> Iterator[Lab]:
+    """One lab for the whole session; skipped, aloud, where namespaces cannot be made."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("the lab needs root on Linux: sudo make lab")
+    with Lab([Path(python).parent.parent]) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def project(lab: Lab) -> Path:
+    """A folder of the lab's user under git: project `acme`, branch `topic/lab`."""
+    folder = lab.user.home / "code" / "clone-of-acme"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/topic/lab\n")
+    origin = '[remote "origin"]\n\turl = git@git.example.com:team/acme.git\n'
+    (folder / ".git" / "config").write_text(origin)
+    return folder
+
+
+def wait_until(condition: Any, what: str, seconds: float = START_SECONDS_MAX) -> Any:
+    """The first true value of `condition()`; fails, naming `what`, when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{what}: not within {seconds:g} s")
+
+
+class Service:
+    """`halton-meter daemon --foreground` in the lab, metering the lab's user."""
+
+    def __init__(self, lab: Lab, home: Path, options: Sequence[str] = ()) -> None:
+        self.lab = lab
+        self.home = home
+        self._options = options
+        self._log = home.parent / f"{home.name}.log"
+        self._process: Any = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and return when it meters."""
+        command = [*HALTON_METER, "daemon", "--foreground", "--owner", self.lab.user.name]
+        environment = self.lab.environment(HALTON_METER_HOME=str(self.home))
+        with self._log.open("ab") as log:
+            self._process = self.lab.popen(
+                [*command, *self._options], env=environment, stdout=log, stderr=log
+            )
+        self.wait_ready()
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Its status, as soon as it gives one."""
+
+        def ready() -> dict[str, Any] | None:
+            if self._process.poll() is not None:
+                raise AssertionError(f"the service ended: {self._log.read_text()}")
+            return self.status()
+
+        found: dict[str, Any] = wait_until(ready, f"the service's answer ({self._log})")
+        return found
+
+    def status(self) -> dict[str, Any] | None:
+        """What it says of itself; None while it does not answer."""
+        try:
+            control = Control(self.home)
+            try:
+                return control.ask("status")
+            finally:
+                control.close()
+        except ServiceAbsent:
+            return None
+
+    def settle(self) -> None:
+        """Return when all that clients did so far is in the database."""
+        control = Control(self.home, timeout_s=30)
+        control.ask("watch", pid=1)
+        control.ask("finish")
+        control.close()
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's process id."""
+        return int(self._process.pid)
+
+    def stop(self) -> int:
+        """End it as systemd would; its exit code."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        return int(self._process.wait(30))
+
+    def wait(self) -> int:
+        """Its exit code once it has ended by itself."""
+        return int(self._process.wait(30))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in the store, as `halton-meter events --json` prints them."""
+        return stored_events(self.lab, self.home)
+
+
+def stored_events(lab: Lab, home: Path, user: User | None = None) -> list[dict[str, Any]]:
+    """What `halton-meter events --json` prints for a home."""
+    environment = lab.environment(HALTON_METER_HOME=str(home))
+    command = [*HALTON_METER, "events", "--json", "--limit", "100000"]
+    done = lab.run(command, env=environment, user=user or lab.user)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def service(lab: Lab) -> Iterator[Service]:
+    """The service that most tests share."""
+    running = Service(lab, lab.user.home / ".halton-meter")
+    yield running
+    assert running.stop() == 0
+
+
+@dataclass
+class Observed:
+    """What one client did: its process, its ledger and its events."""
+
+    pid: int
+    output: str
+    served: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+
+class Bench:
+    """Runs clients under the service and hands out what was served and what was metered."""
+
+    def __init__(self, service: Service, project: Path, python: str) -> None:
+        self.service = service
+        self.lab = service.lab
+        self.project = project
+        self.python = python
+
+    def observe(self, argv: Sequence[str], seconds: float = 60, **options: Any) -> Observed:
+        """Run a client to its end; what it added to the ledger and to the store."""
+        known = {event["id"] for event in self.service.events()}
+        skip = len(self.lab.ledger())
+        options = {"user": self.lab.user, "cwd": self.project} | options
+        process = self.lab.popen(argv, text=True, stdout=-1, stderr=-1, **options)
+        out, err = process.communicate(timeout=seconds)
+        assert process.returncode == 0, err
+        self.service.settle()
+        events = [event for event in self.service.events() if event["id"] not in known]
+        return Observed(process.pid, out, self.lab.ledger()[skip:], events)
+
+
+@pytest.fixture
+def bench(service: Service, project: Path, python: str) -> Bench:
+    """See Bench."""
+    return Bench(service, project, python)
+
+
+def assert_metered(served: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    """Each exchange of the ledger is one event with its ids, model and tokens; nothing else is."""
+    assert len(events) == len(served), f"{len(served)} served, {len(events)} metered"
+    key = _identity
+    for expected, event in zip(sorted(served, key=key), sorted(events, key=key), strict=True):
+        for name in ("provider", "host", "model", "response_id", "streaming"):
+            assert event[name] == expected[name], (name, expected, event)
+        found = {name: count for name, count in event["tokens"].items() if count}
+        wanted = {name: count for name, count in expected["tokens"].items() if count}
+        assert found == wanted, (expected, event)
+        assert event["outcome"] == "complete", event
+        assert event["source"] == "uprobes"
+        assert event["http_status"] in (200, 101)
+
+
+def _identity(line: dict[str, Any]) -> tuple[str, str]:
+    return (line["response_id"] or "", json.dumps(line["tokens"].get("input")))
