@@ -39,8 +39,8 @@ _FREE_TOOL_TOKENS = Rate(
 _DESCRIPTIVE_UNITS = frozenset(
     {"audio_seconds", "video_seconds", "images", "input_images", "characters", "pages"}
 )
-# Units that no bill has a line for by themselves.
-_NEVER_BILLED_UNITS = frozenset({"cache_storage_tokens"})
+# Units billed only where a row has a rate for them: facts about a call more than things sold.
+_SELDOM_BILLED_UNITS = frozenset({"cache_storage_tokens", "requests"})
 
 
 class PriceBook:
@@ -216,6 +216,8 @@ class _Bill:
             fresh is None and out is None and tokens.cache_read is None and not any(writes.values())
         )
         fresh, out = count(fresh), count(out)
+        if self._sold_by_unit():
+            return
         level = self._level(fresh + read + sum(writes.values()))
         if level is not None and level.marginal:
             fresh = self._beyond(level, fresh, fresh + read + sum(writes.values()))
@@ -231,9 +233,9 @@ class _Bill:
         rates, units = self._rates, self._part.units
         for name, quantity in units.items():
             amount = self._quantity(quantity)
-            if not amount or name in _NEVER_BILLED_UNITS:
-                continue
             rate = rates.get(name)
+            if not amount or (rate is None and name in _SELDOM_BILLED_UNITS):
+                continue
             if rate is None:
                 if name not in _DESCRIPTIVE_UNITS or not self.items:
                     self.missing.append(name)
@@ -246,6 +248,15 @@ class _Bill:
             self._line("requests", 1, rates["requests"])
 
     # --- tokens ---
+
+    def _sold_by_unit(self) -> bool:
+        """True where the model has a price by second, image or page, and none by token."""
+        rates = self._rates
+        return (
+            "input" not in rates
+            and "output" not in rates
+            and any(name in rates for name in self._part.units)
+        )
 
     def _level(self, prompt: int) -> Level | None:
         """Take the rates for a prompt of this many tokens; the level where it is a long one."""

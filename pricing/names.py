@@ -51,7 +51,11 @@ _OWN_PREFIXES = {
     "moonshotai": ("moonshotai", "moonshot"),
     "perplexity": ("perplexity",),
 }
-_ROUTERS = frozenset({"vercel_gateway", "portkey", "requesty", "pydantic_gateway", "heroku"})
+_ROUTERS = frozenset(
+    {"openrouter", "vercel_gateway", "portkey", "requesty", "pydantic_gateway", "heroku"}
+)
+# Whose names a router may pass on unqualified; names of different makers do not collide.
+_PASSED_ON = ("openai", "anthropic", "gemini", "xai", "mistral", "deepseek", "cohere")
 
 _PATH = re.compile(r"^(?:.*/)?(?:models|foundation-model|inference-profile)/")
 _REGION = re.compile(r"^(?:us-gov|us|eu|apac|au|jp|ca|sa|global)\.(?=[a-z0-9-]+\.)")
@@ -78,8 +82,8 @@ def canonical_provider(name: str) -> str:
 def price_providers(provider: str, model: str) -> tuple[str, ...]:
     """The providers whose price files hold the prices of `provider`'s `model`, in order."""
     if provider in _ROUTERS:
-        head = model.strip().lower().partition("/")[0]
-        return (provider, canonical_provider(head))
+        head = canonical_provider(model.partition("/")[0])
+        return (provider, head, *_PASSED_ON)
     return _PRICED_AS.get(provider, (provider,))
 
 
