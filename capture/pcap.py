@@ -71,7 +71,6 @@ class Findings:
     decrypted: int = 0
     plain: int = 0
     joined: int = 0
-    joined_unreadable: int = 0
     quic: int = 0
     not_wanted: int = 0
     without_keys: Counter[str] = field(default_factory=Counter)
@@ -109,6 +108,7 @@ class _Conversation:
     connection: Connection
     keys: Keys
     number: int
+    server: str
     streams: dict[bool, _Stream]
     decryptor: Decryptor | None = None
     seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
@@ -243,7 +243,7 @@ class PcapSource:
             plaintext = Plaintext(connection, direction)
             keys.halves[direction] = plaintext
             half.tag = streams[half.sent] = _Stream(plaintext)
-        flow.tag = _Conversation("new", connection, keys, self._numbers, streams)
+        flow.tag = _Conversation("new", connection, keys, self._numbers, flow.server[0], streams)
 
     def received(self, half: Half, data: bytes, at_ns: int) -> None:
         """Contiguous bytes of one direction."""
@@ -303,22 +303,21 @@ class PcapSource:
         else:
             joined_tls = half.flow.joined and len(data) > 4 and tls.plausible_header(data, 0)
             if joined_tls or half.flow.server[1] == 443:
-                self._no_keys(half.flow, None)
+                self._no_keys(half.flow.server[0])
             conversation.mode = "ignored"
 
     def _begin_joined(self, conversation: _Conversation, flow: Flow) -> None:
         """Without a ClientHello there is no name for the keys: boundaries and keys are guessed."""
         self.findings.joined += 1
         if not len(self._keys):
-            self._no_keys(flow, None)
+            self._no_keys(flow.server[0])
             conversation.mode = "ignored"
             return
         for stream in conversation.streams.values():
             stream.diverted = stream.hunting = True
             stream.handshake = None
 
-    def _no_keys(self, flow: Flow, name: str | None) -> None:
-        host = name or flow.server[0]
+    def _no_keys(self, host: str) -> None:
         if host not in self.findings.without_keys and len(self.findings.without_keys) >= HOSTS_MAX:
             host = "others"
         self.findings.without_keys[host] += 1
@@ -334,13 +333,11 @@ class PcapSource:
             for plaintext in keys.halves.values():
                 plaintext.connection = conversation.connection
         keys.client_random = hello.random
-        if name is not None and self._wanted is not None and not self._wanted(name):
-            self.findings.not_wanted += 1
+        if hello.random not in self._keys:
+            self._no_keys(name or conversation.server)
             self._ignore(conversation)
-        elif hello.random not in self._keys:
-            host = name or "unknown host"
-            known = self.findings.without_keys
-            known[host if host in known or len(known) < HOSTS_MAX else "others"] += 1
+        elif name is not None and self._wanted is not None and not self._wanted(name):
+            self.findings.not_wanted += 1
             self._ignore(conversation)
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +32,8 @@ SUFFIXES = (".pcap", ".pcapng", ".cap", ".pcap.gz", ".pcapng.gz", ".cap.gz")
 PROGRESS_BYTES_MIN = 20 << 20
 # Events handed to the store at a time.
 STORE_BATCH = 500
+# How long the database may be busy with another process before events stay in the journal.
+STORE_WAIT_SECONDS = 10.0
 # Host names named one by one in a message.
 HOSTS_SHOWN = 8
 
@@ -103,10 +106,6 @@ class Progress:
         """Take the line away."""
         if self._shown:
             click.echo("\r" + " " * 60 + "\r", err=True, nl=False)
-
-
-def _home() -> Path:
-    return Path(os.environ.get("HALTON_METER_HOME") or Path.home() / ".halton-meter")
 
 
 _ROW = "{:<20} {:<12} {:<30} {:>10} {:>10} {:>12}  {}"
@@ -193,40 +192,120 @@ class Output:
                 click.echo(f"    {cause.replace('_', ' ')}: {count:,}")
 
 
-def _complain(findings: Findings, events: int, arguments: Sequence[str]) -> bool:
-    """Say on stderr what could not be read and what to do; True when the run has failed."""
+def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) -> None:
+    """Say on stderr what could not be read, why, and what to do."""
     for error in findings.errors:
         click.echo(f"Error: {error}", err=True)
-    if findings.without_keys:
-        count = sum(findings.without_keys.values())
-        hosts = [name for name, _ in findings.without_keys.most_common(HOSTS_SHOWN)]
-        more = len(findings.without_keys) - len(hosts)
-        names = ", ".join(hosts) + (f" and {more} more" if more > 0 else "")
+    if told:
+        count = sum(told.values())
+        hosts = [name for name, _ in told.most_common(HOSTS_SHOWN)]
+        names = ", ".join(hosts) + (
+            f" and {len(told) - len(hosts)} more" * (len(told) > len(hosts))
+        )
+        paths = " ".join(map(shlex.quote, arguments))
         click.echo(
             f"{count} encrypted connection{'s' * (count != 1)} without keys, to {names}.\n"
-            "  To read them, give the key log that the client wrote while it was recorded:\n"
-            f"    halton-meter replay {' '.join(map(_quoted, arguments))} --keys sslkeys.log\n"
-            "  A client writes one when started with SSLKEYLOGFILE=sslkeys.log "
-            "(curl, Python, Node with --tls-keylog, browsers).",
+            "  To read them, give the key log that the client wrote while they were recorded:\n"
+            f"    halton-meter replay {paths} --keys sslkeys.log\n"
+            "  A client writes one when it is started with SSLKEYLOGFILE=sslkeys.log "
+            "(curl, Python, browsers; Node: --tls-keylog).",
             err=True,
         )
     if findings.quic:
         click.echo(f"{findings.quic} QUIC (HTTP/3) connections are not read.", err=True)
-    nothing_read = bool(findings.without_keys) and not findings.decrypted and not findings.plain
-    return bool(findings.errors) or (nothing_read and not events)
 
 
-def _quoted(text: str) -> str:
-    import shlex
+@dataclass(frozen=True)
+class Job:
+    """One call of the command."""
 
-    return shlex.quote(text)
+    paths: tuple[str, ...]
+    keys: tuple[Path, ...]
+    as_json: bool
+    keep: bool
+    project: str | None
+    quiet: bool
 
 
-def _append(store: Store | None, events: Iterable[PricedEvent], *, flush: bool = False) -> None:
-    if store is not None:
-        store.append(list(events))
-        if flush:
-            store.flush()
+class Replay:
+    """Runs a job: files to events, events to the output and the store."""
+
+    def __init__(self, job: Job, files: list[Path], errors: list[str]) -> None:
+        from capture.pcap import PcapSource
+        from halton_meter import config
+        from halton_meter.meter import Meter
+        from halton_meter.providers import Registry
+        from pricing.book import PriceBook
+
+        home = config.home_folder()
+        extra_hosts = config.load(home).extra_hosts
+        self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
+        self._registry = Registry(extra_hosts)
+        self._job = job
+        self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
+        self._progress = Progress(sum(path.stat().st_size for path in files), job.quiet)
+        self._source = PcapSource(files, job.keys, self._is_wanted, self._progress)
+        self._source.findings.errors += errors
+        self._output, self._summary = Output(job.as_json, job.quiet), Summary()
+        self._store = _open_store(home) if job.keep else None
+        self._waiting: list[PricedEvent] = []
+
+    def run(self) -> bool:
+        """Do it; True when everything that was asked could be read."""
+        for item in self._source.items():
+            self._take(self._meter.receive(item))
+        findings = self._source.findings
+        self._take(self._meter.finish(findings.last_ns))
+        self._progress.clear()
+        losses = findings.losses + Counter(self._meter.losses)
+        self._keep(losses)
+        self._output.summary(self._summary, findings, losses)
+        without_keys = findings.without_keys
+        told = Counter({n: c for n, c in without_keys.items() if self._is_wanted(n)})
+        nothing_read = bool(without_keys) and not findings.decrypted and not findings.plain
+        if nothing_read:
+            told = without_keys
+        _complain(findings, told, self._job.paths)
+        return not findings.errors and not nothing_read
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether a server name is a provider's: only those are decrypted."""
+        return name in self._extra_names or bool(self._registry.of_host(name))
+
+    def _take(self, events: Iterable[PricedEvent]) -> None:
+        for event in events:
+            booked = event
+            if self._job.project is not None:
+                booked = replace(event, usage=replace(event.usage, project=self._job.project))
+            self._summary.add(booked)
+            self._output.event(booked)
+            if self._store is not None:
+                self._waiting.append(booked)
+                if len(self._waiting) >= STORE_BATCH:
+                    self._store.append(self._waiting)
+                    self._waiting.clear()
+
+    def _keep(self, losses: Counter[str]) -> None:
+        """Bring what waits into the database."""
+        if self._store is None:
+            return
+        self._store.append(self._waiting)
+        for cause, count in losses.items():
+            self._store.count_loss(cause, count, self._source.findings.last_ns)
+        done = self._store.flush(wait_seconds=STORE_WAIT_SECONDS)
+        self._store.close()
+        if done.waiting:
+            click.echo(
+                f"{done.waiting} events wait in the journal: {done.reason}. "
+                "They are added when it is next possible.",
+                err=True,
+            )
+
+
+def _open_store(home: Path) -> Store:
+    from halton_meter.store import Store
+
+    return Store(home)
 
 
 @click.command()
@@ -241,14 +320,7 @@ def _append(store: Store | None, events: Iterable[PricedEvent], *, flush: bool =
 @click.option("--store", "keep", is_flag=True, help="Keep the events, for `report` and `events`.")
 @click.option("--project", metavar="NAME", help="Book the events on this project.")
 @click.option("--quiet", is_flag=True, help="Print the summary only, no progress.")
-def replay(
-    paths: tuple[str, ...],
-    keys: tuple[Path, ...],
-    as_json: bool,
-    keep: bool,
-    project: str | None,
-    quiet: bool,
-) -> None:
+def replay(**options: Any) -> None:
     """Meter recorded packet captures: pcap or pcapng files, folders, globs.
 
     \b
@@ -257,70 +329,25 @@ def replay(
       halton-meter replay traffic/ --keys sslkeys.log --json
       halton-meter replay 'day-*.pcap' --keys sslkeys.log --store
     """
-    files, errors = find_captures(paths)
+    job = Job(**options)
+    files, errors = find_captures(job.paths)
     if not files:
         for error in errors:
             click.echo(f"Error: {error}", err=True)
         raise SystemExit(1)
+    raise SystemExit(0 if _run(job, files, errors) else 1)
+
+
+def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
+    from capture.tshark import TsharkMissing
+    from halton_meter.config import ConfigError
+
     try:
-        failed = _replay(files, errors, keys, as_json, keep, project, quiet, paths)
+        return Replay(job, files, errors).run()
+    except (TsharkMissing, ConfigError) as problem:
+        click.echo(f"Error: {problem}", err=True)
+        return False
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        failed = False
-    raise SystemExit(1 if failed else 0)
-
-
-def _replay(
-    files: list[Path],
-    errors: list[str],
-    keys: tuple[Path, ...],
-    as_json: bool,
-    keep: bool,
-    project: str | None,
-    quiet: bool,
-    arguments: Sequence[str],
-) -> bool:
-    from capture.pcap import PcapSource
-    from capture.tshark import TsharkMissing
-    from halton_meter.meter import Meter
-    from pricing.book import PriceBook
-
-    meter = Meter(PriceBook.load().price)
-    progress = Progress(sum(path.stat().st_size for path in files), quiet)
-    source = PcapSource(files, keys, progress=progress)
-    source.findings.errors += errors
-    store = _open_store() if keep else None
-    output, summary = Output(as_json, quiet), Summary()
-    waiting: list[PricedEvent] = []
-
-    def take(events: Iterable[PricedEvent]) -> None:
-        for event in events:
-            booked = event
-            if project is not None:
-                booked = replace(event, usage=replace(event.usage, project=project))
-            summary.add(booked)
-            output.event(booked)
-            if store is not None:
-                waiting.append(booked)
-        if len(waiting) >= STORE_BATCH:
-            _append(store, waiting)
-            waiting.clear()
-
-    try:
-        for item in source.items():
-            take(meter.receive(item))
-    except TsharkMissing as missing:
-        click.echo(f"Error: {missing}", err=True)
         return True
-    take(meter.finish(source.findings.last_ns))
-    _append(store, waiting, flush=True)
-    progress.clear()
-    output.summary(summary, source.findings, source.findings.losses + Counter(meter.losses))
-    return _complain(source.findings, summary.events, arguments)
-
-
-def _open_store() -> Store:
-    from halton_meter.store import Store
-
-    return Store(_home())
