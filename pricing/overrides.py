@@ -8,7 +8,7 @@
 
 Rates are written as in the price files and are final: no tier, batch or long-context rule
 touches them. A factor or a discount applies to every dimension. Costs that the provider itself
-states come before any override. This file refuses to guess: a wrong override is a named error, not ignored.
+states come before any override. This file refuses to guess: a wrong override is a named error.
 """
 
 from __future__ import annotations

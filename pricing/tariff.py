@@ -169,13 +169,9 @@ def _find(
             if not found:
                 continue
             # The overlay may know the model by its compiled id only, and the other way round.
-            if (
-                len(found) == 1
-                and overlay
-                and data
-                and (other := overlay.find(found[0].id.lower()))
-            ):
-                found = [found[0], other] if other is not found[0] else found
+            if len(found) == 1 and overlay and data:
+                model_id = found[0].id.lower()
+                found = [m for file in files if (m := file.find(model_id)) is not None] or found
             own = shelf.file("overlay", provider) if owner != provider else None
             return found, [file for file in (own, overlay) if file is not None]
     return [], []
