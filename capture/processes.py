@@ -12,6 +12,7 @@ import time
 from functools import lru_cache
 from typing import Any
 
+from capture.arguments import without_secrets
 from halton_meter.model import Process
 
 PARENTS_MAX = 16
@@ -121,7 +122,7 @@ def read_process(pid: int) -> Process | None:
         pid=pid,
         started_ns=_boot_ns() + stat[2] * (1_000_000_000 // os.sysconf("SC_CLK_TCK")),
         exe=exe,
-        argv=tuple(part.decode("utf-8", "replace") for part in argv.split(b"\0")[:-1]),
+        argv=without_secrets([part.decode("utf-8", "replace") for part in argv.split(b"\0")[:-1]]),
         cwd=cwd,
         uid=uid,
         user=_user(uid) if uid is not None else None,
