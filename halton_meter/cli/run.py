@@ -109,11 +109,18 @@ def _not_root(command: Sequence[str], via: str) -> list[tuple[str, str]]:
 
 
 def _through_proxy(command: Sequence[str]) -> tuple[int, Metered]:
-    from halton_meter import daemon
+    from halton_meter import config, daemon
+    from halton_meter.proxied import meter_command
+    from proxy_fallback.session import ProxyError
 
-    raise daemon.Unavailable(
-        [("this build cannot meter through a proxy yet", "sudo halton-meter run -- CMD")]
-    )
+    home = config.home_folder()
+    hosts = config.load(home).extra_hosts
+    try:
+        run = meter_command(command, home, os.environ, hosts)
+    except ProxyError as error:
+        typed = "sudo halton-meter run -- CMD"
+        raise daemon.Unavailable([(str(error), typed)]) from None
+    return run.exit_code, daemon.Metered(totals=run.totals, losses=dict(run.losses))
 
 
 # --- the summary --------------------------------------------------------------------------------
