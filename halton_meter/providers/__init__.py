@@ -71,6 +71,7 @@ _MODULES = (
     "routers",
     "cohere",
     "compatible",
+    "grpc",
 )
 
 # Families that a user may name for a host of his own, and the modules that read them; "gateway"

@@ -27,6 +27,7 @@ from halton_meter.providers.reading import (
     failed,
     form,
     plus,
+    stream_chars,
     tokens_guessed,
     unanswered,
     verbatim,
@@ -254,14 +255,7 @@ def _streamed_event(draft: Draft, body: Body) -> None:
 
 def _output_chars(body: Body) -> int:
     """Characters of text, thinking and tool input in a stream's deltas."""
-    chars = 0
-    for event in formats.sse_events(body):
-        delta = as_dict(as_dict(formats.loads(event.data)).get("delta"))
-        for name in ("text", "thinking", "partial_json"):
-            value = delta.get(name)
-            if isinstance(value, str):
-                chars += len(value)
-    return chars
+    return stream_chars(body, (b"text", b"thinking", b"partial_json"))
 
 
 # --- counting, batches, text completions --------------------------------------------------------

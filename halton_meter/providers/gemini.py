@@ -40,7 +40,12 @@ from halton_meter.providers.reading import (
 from halton_meter.wire import formats
 
 _MODALITIES = {1: "TEXT", 2: "IMAGE", 3: "VIDEO", 4: "AUDIO", 5: "DOCUMENT"}
-_TRAFFIC = {1: "ON_DEMAND", 2: "PROVISIONED_THROUGHPUT"}
+_TRAFFIC = {
+    1: "ON_DEMAND",
+    2: "PROVISIONED_THROUGHPUT",
+    3: "ON_DEMAND_PRIORITY",
+    4: "ON_DEMAND_FLEX",
+}
 _MODEL_IN_PATH = re.compile(r"/(?:models|tunedModels|endpoints)/([^/:]+):")
 QUERIES_MAX = 1000
 
@@ -213,16 +218,17 @@ def generate_event(draft: Draft) -> None:
         _generate_without_usage(draft, chunks)
         return
     value, text = found
-    _fill_generated(draft, value["usageMetadata"], text, _grounding(exchange, chunks))
+    fill_generated(draft, value["usageMetadata"], text, _grounding(exchange, chunks))
 
 
 def _counted(usage: Any) -> bool:
     return isinstance(usage, dict) and any(name.endswith("TokenCount") for name in usage)
 
 
-def _fill_generated(
+def fill_generated(
     draft: Draft, usage: Json, text: bytes, grounded: tuple[set[str], set[str]]
 ) -> None:
+    """Fill a draft from a `usageMetadata`, and from which groundings ran with which queries."""
     counts = Counts()
     tokens, details = metadata_tokens(counts, usage)
     where, queries = grounded
@@ -252,8 +258,9 @@ def _grounding(exchange: Exchange, chunks: list[tuple[Json, bytes]]) -> tuple[se
     values: list[Json] = [value for value, _ in chunks]
     if form(exchange.response.headers, body) == "sse":
         for needle in (b'"webSearchQueries"', b'"searchEntryPoint"', b'"maps"'):
-            for data in formats.sse_data_containing(body, needle)[:QUERIES_MAX]:
-                values.append(_unwrapped(formats.loads(data)))
+            if any(needle in piece for piece in body.pieces):
+                for data in formats.sse_data_containing(body, needle)[:QUERIES_MAX]:
+                    values.append(_unwrapped(formats.loads(data)))
     where: set[str] = set()
     queries: set[str] = set()
     for value in values:
@@ -279,7 +286,7 @@ def _generate_without_usage(draft: Draft, chunks: list[tuple[Json, bytes]]) -> N
     if isinstance(usage, dict) and _counted(usage):
         draft.model = draft.model or as_name(formats.salvage_scalar(body, b"modelVersion"))
         draft.response_id = draft.response_id or as_id(formats.salvage_scalar(body, b"responseId"))
-        _fill_generated(draft, usage, b"", (set(), set()))
+        fill_generated(draft, usage, b"", (set(), set()))
         return
     chars = sum(
         text_chars(as_dict(candidate.get("content")).get("parts"))
@@ -300,7 +307,7 @@ def read_embedding(exchange: Exchange, route: Route, provider: Provider) -> Iter
         draft.fail(answer)
         usage = answer.get("usageMetadata")
         if isinstance(usage, dict):
-            _fill_generated(draft, usage, text, (set(), set()))
+            fill_generated(draft, usage, text, (set(), set()))
         elif draft.error_class is None:
             _fill_predicted(draft, answer)
     yield draft.event()
@@ -419,7 +426,7 @@ def _batch_line(
     draft.response_id = as_id(response.get("responseId"))
     if draft.response_id is None:
         draft.identity = ("batch", *identity)
-    _fill_generated(draft, as_dict(usage), b"", _grounding(draft.exchange, [(response, b"")]))
+    fill_generated(draft, as_dict(usage), b"", _grounding(draft.exchange, [(response, b"")]))
     draft.conditions["batch"] = "true"
     yield draft.event()
 

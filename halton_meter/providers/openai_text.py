@@ -34,7 +34,7 @@ from halton_meter.providers.reading import (
     failed,
     form,
     positive,
-    text_chars,
+    stream_chars,
     unanswered,
     verbatim,
 )
@@ -298,23 +298,10 @@ def _fill_without_usage(draft: Draft, found: list[tuple[Json, bytes]], dialect: 
 
 def _chat_chars(exchange: Exchange) -> int:
     """Characters of what was answered, in deltas, messages or completions."""
-    body = exchange.response.body
-    if form(exchange.response.headers, body) == "sse":
-        values: list[Any] = [formats.loads(event.data) for event in formats.sse_events(body)]
-    else:
-        values = [formats.json_value(body)]
-    chars = 0
-    for value in values:
-        for choice in dicts(as_dict(value).get("choices")):
-            answer = choice.get("delta") or choice.get("message")
-            chars += text_chars(choice.get("text"))
-            chars += sum(
-                text_chars(as_dict(answer).get(name))
-                for name in ("content", "reasoning", "reasoning_content", "refusal")
-            )
-            for call in dicts(as_dict(answer).get("tool_calls")):
-                chars += text_chars(as_dict(call.get("function")).get("arguments"))
-    return chars
+    return stream_chars(exchange.response.body, _ANSWER_KEYS)
+
+
+_ANSWER_KEYS = (b"content", b"text", b"reasoning", b"reasoning_content", b"refusal", b"arguments")
 
 
 # --- responses ----------------------------------------------------------------------------------
@@ -411,12 +398,7 @@ def _salvaged_response(draft: Draft, body: Body, dialect: Dialect) -> None:
         response = {"id": draft.response_id, "model": draft.model, "usage": usage}
         fill_response(draft, response, b"", dialect)
         return
-    chars = 0
-    for event in formats.sse_events(body):
-        value = as_dict(formats.loads(event.data))
-        if isinstance(value.get("delta"), str):
-            chars += len(value["delta"])
-    draft.usage_not_sent(chars)
+    draft.usage_not_sent(stream_chars(body, (b"delta",)))
 
 
 def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = OPENAI) -> None:

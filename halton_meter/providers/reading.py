@@ -361,6 +361,19 @@ def text_chars(value: object, depth: int = 0) -> int:
     return 0
 
 
+def stream_chars(body: Body, keys: tuple[bytes, ...]) -> int:
+    """Characters of the strings under `keys` in a stream's text; an estimate's rough measure.
+
+    No event is decoded: this is for streams that state no usage, of whatever size.
+    """
+    pattern = re.compile(rb'"(?:' + b"|".join(keys) + rb')"\s*:\s*"((?:[^"\\]|\\.)*+)"', re.DOTALL)
+    return sum(
+        len(match.group(1).decode("utf-8", "replace"))
+        for piece in body.pieces
+        for match in pattern.finditer(piece)
+    )
+
+
 def tokens_guessed(chars: int) -> int:
     """Tokens that so many characters may be: four to a token, rounded up."""
     return math.ceil(chars / CHARS_PER_TOKEN)

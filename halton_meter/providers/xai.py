@@ -14,6 +14,7 @@ from functools import partial
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_messages
+from halton_meter.providers.grpc import xai_routes
 from halton_meter.providers.openai_media import (
     fill_batch_answer,
     media_routes,
@@ -156,6 +157,7 @@ ROUTES = (
     route("videos", "video", "/v1/videos/(?:generations|edits|extensions)", read_video),
     route("videos", "video", "/v1/videos/[^/]+", read_video, ("GET",)),
     route("batches", "batch", "/v1/batches(?:/[^/]+/requests)?", read_batch_created),
+    *xai_routes(CHAT),
     route("batches_results", "chat", "/v1/batches/[^/]+/results", read_batch_results, ("GET",)),
 )
 HOSTS = ("api.x.ai", "us-east-1.api.x.ai", "us-west-1.api.x.ai", "eu-west-1.api.x.ai")
