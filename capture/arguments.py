@@ -16,47 +16,10 @@ ARGUMENT_CHARS_MAX = 256
 
 # Options whose value is a prompt, a body or a credential, whatever it looks like.
 _TELLING = frozenset(
-    [
-        "-p",
-        "--print",
-        "--prompt",
-        "-d",
-        "--data",
-        "--data-raw",
-        "--data-binary",
-        "--data-ascii",
-        "--data-urlencode",
-        "--json",
-        "-F",
-        "--form",
-        "-H",
-        "--header",
-        "-u",
-        "--user",
-        "-b",
-        "--cookie",
-        "-A",
-        "-e",
-        "--eval",
-        "-c",
-        "--command",
-        "--input",
-        "--message",
-        "--system",
-        "--system-prompt",
-        "--append-system-prompt",
-        "--instructions",
-        "--api-key",
-        "--apikey",
-        "--key",
-        "--token",
-        "--auth",
-        "--auth-token",
-        "--password",
-        "--secret",
-        "--oauth2-bearer",
-        "--proxy-user",
-    ]  # a list of words
+    "-p --print --prompt -d --data --data-raw --data-binary --data-ascii --data-urlencode --json "
+    "-F --form -H --header -u --user -b --cookie -A -e --eval -c --command --input --message "
+    "--system --system-prompt --append-system-prompt --instructions --api-key --apikey --key "
+    "--token --auth --auth-token --password --secret --oauth2-bearer --proxy-user".split()
 )
 _PLAIN = re.compile(r"[\w@%+:,./~^-]*")
 _OPTION = re.compile(r"--?[A-Za-z0-9][\w.-]*")
