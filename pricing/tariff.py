@@ -100,7 +100,7 @@ def context_of(conditions: Mapping[str, str]) -> dict[str, str]:
     return context
 
 
-def tariff_for(  # noqa: PLR0917 - each is one coordinate of a price
+def tariff_for(
     shelf: Shelf,
     overrides: Iterable[Override],
     provider: str,

@@ -336,7 +336,7 @@ def _described(override: Override) -> str:
 @click.option("--factor", metavar="NUMBER", help="Multiply the book's prices: 0.8.")
 @click.option("--discount", metavar="PERCENT", help="Take off the book's prices: 20%.")
 @click.option("--note", help="Why, for yourself.")
-def set_(  # noqa: PLR0917 - click passes options by name
+def set_(
     model: str,
     provider: str | None,
     since: str | None,

@@ -93,7 +93,7 @@ class _Reader:
         "tunnel",
     )
 
-    def __init__(  # noqa: PLR0917  # the five callbacks are one interface
+    def __init__(  # the five callbacks are one interface
         self,
         context: Context,
         start: re.Pattern[bytes],
