@@ -48,6 +48,8 @@ BATCH_NS_MAX = 2_000_000
 HUNT_BYTES_MAX = 2 * tls.RECORD_BYTES_MAX
 # A client's or server's first message; a hello with every post-quantum share stays below.
 HELLO_BYTES_MAX = 32 << 10
+# Server addresses whose name is remembered from another connection's hello.
+NAMES_MAX = 8_192
 # Host names listed for connections without keys.
 HOSTS_MAX = 256
 # Chunks decrypted but not yet taken.
@@ -141,6 +143,7 @@ class PcapSource:
         self._decryptors: list[Decryptor] = []
         self._retired: list[Decryptor] = []
         self._numbers = 0
+        self._name_of: dict[str, str | None] = {}
         self._stopping = False
         for path in keys:
             if not self._add_secrets(path.read_bytes()):
@@ -170,7 +173,7 @@ class PcapSource:
                 decryptor.kill()
             self._private.close()
 
-    # --- the feeding thread --------------------------------------------------------------------
+    # --- the feeding thread ---------------------------------------------------------------------
 
     def _feed(self) -> None:
         try:
@@ -235,7 +238,12 @@ class PcapSource:
         self.findings.connections += 1
         self._numbers += 1
         connection = Connection(
-            flow.id, Source.PCAP, peer=None, peer_port=flow.server[1], joined=flow.joined
+            flow.id,
+            Source.PCAP,
+            None,
+            self._name_of.get(flow.server[0]),
+            flow.server[1],
+            flow.joined,
         )
         keys = Keys()
         streams: dict[bool, _Stream] = {}
@@ -287,7 +295,7 @@ class PcapSource:
             decryptor.open_connections -= 1
             self._retire_idle()
 
-    # --- what a connection is --------------------------------------------------------------------
+    # --- what a connection is -------------------------------------------------------------------
 
     def _recognise(self, conversation: _Conversation, half: Half, data: bytes) -> None:
         if data[:4] in _METHODS:
@@ -333,12 +341,21 @@ class PcapSource:
             for plaintext in keys.halves.values():
                 plaintext.connection = conversation.connection
         keys.client_random = hello.random
+        if name is not None:
+            self._remember_name(conversation.server, name)
         if hello.random not in self._keys:
             self._no_keys(name or conversation.server)
             self._ignore(conversation)
         elif name is not None and self._wanted is not None and not self._wanted(name):
             self.findings.not_wanted += 1
             self._ignore(conversation)
+
+    def _remember_name(self, address: str, name: str) -> None:
+        """A server's name, for connections to it whose hello was missed; None once ambiguous."""
+        if self._name_of.get(address, name) != name:
+            self._name_of[address] = None
+        elif len(self._name_of) < NAMES_MAX:
+            self._name_of[address] = name
 
     @staticmethod
     def _ignore(conversation: _Conversation) -> None:
@@ -347,7 +364,7 @@ class PcapSource:
             stream.buffer = bytearray()
             stream.batch, stream.batch_bytes = [], 0
 
-    # --- records -----------------------------------------------------------------------------------
+    # --- records --------------------------------------------------------------------------------
 
     def _records(
         self, conversation: _Conversation, stream: _Stream, sent: bool, data: bytes, at_ns: int
@@ -473,7 +490,7 @@ class PcapSource:
         decryptor.ask(records, _packet(conversation, sent, payload))
         conversation.seqs[sent] += len(payload)
 
-    # --- after a hole --------------------------------------------------------------------------------
+    # --- after a hole ---------------------------------------------------------------------------
 
     def _divert(
         self, conversation: _Conversation, stream: _Stream, sent: bool, length: int
@@ -535,7 +552,7 @@ class PcapSource:
         stream.position += drop
         del buffer[:drop]
 
-    # --- decryptors ----------------------------------------------------------------------------------
+    # --- decryptors -----------------------------------------------------------------------------
 
     def _decryptor_of(self, conversation: _Conversation) -> Decryptor:
         if conversation.decryptor is None:
