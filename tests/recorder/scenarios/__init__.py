@@ -6,7 +6,7 @@ import importlib
 
 from tests.recorder.scenario import Scenario
 
-FAMILIES = ("anthropic",)
+FAMILIES = ("anthropic", "openai")
 
 
 def every() -> list[Scenario]:
