@@ -125,7 +125,11 @@ class Registry:
                     key = host.removeprefix("*")
                     where[key] = (*where.get(key, ()), provider)
             for host, family in self._extra_hosts.items():
-                exact[host.lower()] = tuple(self._configured(host.lower(), family))
+                mine = tuple(self._configured(host.lower(), family))
+                if host.startswith("*."):
+                    self._suffixes[host[1:].lower()] = mine
+                else:
+                    exact[host.lower()] = mine
             self._exact = exact
         return self._exact
 

@@ -303,8 +303,14 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
         _PLAIN,
     ),
     ("requesty", ("router.requesty.ai",), _CHARGED),
-    ("pydantic_gateway", ("gateway.pydantic.dev",), _PLAIN),
+    ("baidu", ("qianfan.baidubce.com",), _PLAIN),
 )
+
+# Paths that a row's provider has besides OpenAI's.
+_OWN_ROUTES = {
+    "writer": (route("chat", "chat", "/v1/chat", read_chat),),
+    "alibaba": (route("services", "chat", "/api/v1/services/.+", read_chat),),
+}
 
 PROVIDERS = (
     Provider("mistral", ("api.mistral.ai", "codestral.mistral.ai"), _MISTRAL_ROUTES),
@@ -322,7 +328,7 @@ PROVIDERS = (
                 *media_routes(_ANY),
                 *_anthropic(_ANY),
                 route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
-                *((route("chat", "chat", "/v1/chat", read_chat),) if name == "writer" else ()),
+                *_OWN_ROUTES.get(name, ()),
             ),
         )
         for name, hosts, dialect in _ROWS

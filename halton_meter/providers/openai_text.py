@@ -306,7 +306,16 @@ _ANSWER_KEYS = (b"content", b"text", b"reasoning", b"reasoning_content", b"refus
 
 # --- responses ----------------------------------------------------------------------------------
 
-_TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.done")
+_TERMINAL = (
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
+    "response.done",
+)
+_ENDS_TURN = re.compile(
+    rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled|done)|error)"'
+)
 _CONTAINER_SIZES = {"1g": "1gb", "4g": "4gb", "16g": "16gb", "64g": "64gb"}
 
 
@@ -483,11 +492,11 @@ def _container_unit(tools: list[Json]) -> str:
 
 
 def response_turn_ends(message: bytes) -> bool:
-    """Whether a server's WebSocket message ends a turn of the responses API."""
-    if len(message) < 256 and b'"error"' in message[:64]:
-        return True
-    head = message[:160]
-    return any(f'"{name}"'.encode() in head for name in _TERMINAL) or b'"type":"error"' in head
+    """Whether a server's WebSocket message ends a turn of the responses API.
+
+    Quotes inside a delta's text are escaped, so that text about such events does not match.
+    """
+    return _ENDS_TURN.search(message) is not None
 
 
 def _websocket_responses(
@@ -501,8 +510,7 @@ def _websocket_responses(
     chars = 0
     for piece in exchange.response.body.pieces:
         for line in piece.split(b"\n"):
-            terminal = any(f'"{name}"'.encode() in line[:256] for name in _TERMINAL)
-            if not terminal and b'"error"' not in line[:256] and b'"response.created"' not in line:
+            if not response_turn_ends(line) and b'"response.created"' not in line[:256]:
                 chars += line.count(b'"delta"') * 4
                 continue
             event = as_dict(formats.loads(line))

@@ -55,17 +55,19 @@ Rules of counting, for every reader (pricing relies on them)
 - grounding: "grounding_queries" (distinct web queries), "grounding_prompts" (1 where search
   grounding ran), "maps_grounding_prompts";
 - media: "audio_seconds", "video_seconds", "images", "input_images", "characters", "pages";
-- else: "search_units" (rerank), "requests", "compute_seconds", "cache_storage_tokens".
+- else: "search_units" (rerank), "classifications", "requests", "compute_seconds",
+  "cache_storage_tokens".
 
 `Usage.label`: "message" unless a part is told apart: "compaction", "advisor", "fallback",
 "image_generation", "compound", "transcription".
 
 `UsageEvent.free`: "error", "count", "moderation", "refusal", "pending", "not_billed".
 
-`UsageEvent.flags`: "bad_usage", "usage_not_sent", "estimated", "pending", "gapped", "aborted",
-"total_mismatch" (parts do not add up to the provider's total), "cache_split_stale" (the 5m/1h
-split was stated before the write count changed), "byok", "error_in_stream", "model_unknown",
-"head_unknown" (the request's head was never seen).
+`UsageEvent.flags`: "bad_usage", "usage_not_sent", "usage_not_final" (the stream ended before its
+last count), "estimated", "pending", "gapped", "aborted", "total_mismatch" (parts do not add up to
+the provider's total), "cache_split_stale" (the 5m/1h split was stated before the write count
+changed), "byok", "error_in_stream", "model_unknown", "head_unknown" (the request's head was never
+seen).
 """
 
 from __future__ import annotations
@@ -507,7 +509,7 @@ class Draft:
         """State a condition where the value is a name; nothing otherwise."""
         text = as_name(value)
         if text is not None:
-            self.conditions[name] = text
+            self.conditions[name] = text.lower() if name == "service_tier" else text
 
     def fail(self, document: object, in_stream: bool = False) -> None:
         """Note the error that a document states (or that only the status states)."""
@@ -660,7 +662,8 @@ def unanswered(draft: Draft) -> bool:
 def documents(exchange: Exchange, count: int = 4) -> Iterator[tuple[Json, bytes]]:
     """The response's JSON objects that may carry usage, best first, each with its text.
 
-    Of an event stream that is the last `count` events from the end; of JSON the one object.
+    Of an event stream or of lines of JSON that is the last `count` from the end; of JSON the one
+    object.
     """
     body = exchange.response.body
     if form(exchange.response.headers, body) == "sse":
@@ -675,3 +678,12 @@ def documents(exchange: Exchange, count: int = 4) -> Iterator[tuple[Json, bytes]
             value = value[0] if len(value) == 1 else None
         if isinstance(value, dict):
             yield value, body.pieces[0]
+        elif value is None:
+            yield from _last_lines(body.pieces[0], count)
+
+
+def _last_lines(text: bytes, count: int) -> Iterator[tuple[Json, bytes]]:
+    for line in reversed(text.rstrip().rsplit(b"\n", count)[-count:]):
+        value = formats.loads(line) if line.lstrip()[:1] == b"{" else None
+        if isinstance(value, dict):
+            yield value, line

@@ -1,4 +1,4 @@
-"""Routers: OpenRouter, Vercel's gateway, Portkey, Hugging Face. One API, many providers behind it.
+"""Routers: OpenRouter, Vercel's and other gateways, Hugging Face. Many providers behind one host.
 
 Peculiar to them: they state what they charged (`usage.cost`), which is 0 when the user's own key
 paid; the answer may carry a second usage under provider metadata, which is not to be counted.
@@ -6,14 +6,27 @@ paid; the answer may carry a second usage under provider metadata, which is not 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from halton_meter.providers import Provider
+from halton_meter.model import Exchange, UsageEvent
+from halton_meter.providers import Provider, Route
+from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.anthropic import read_messages
+from halton_meter.providers.bedrock import RUNTIME_ROUTES as BEDROCK_ROUTES
+from halton_meter.providers.gemini import content_routes
 from halton_meter.providers.groq import by_model
 from halton_meter.providers.openai_media import media_routes
-from halton_meter.providers.openai_text import Dialect, cost_of, read_chat, route, text_routes
+from halton_meter.providers.openai_text import (
+    Dialect,
+    chat_event,
+    cost_of,
+    read_chat,
+    route,
+    text_routes,
+)
 from halton_meter.providers.reading import (
     Counts,
     Draft,
@@ -22,6 +35,7 @@ from halton_meter.providers.reading import (
     as_amount,
     as_dict,
     as_name,
+    begin,
 )
 
 
@@ -53,6 +67,14 @@ _ANY = r"(?:/[^?]+)?"
 def _name(draft: Draft, answer: Json, usage: Verbatim) -> None:
     by_model(draft, answer, usage)
     draft.condition("upstream", as_name(answer.get("provider")))
+
+
+def read_hosted_model(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a model called by its path, whose answers rarely state usage."""
+    draft = begin(exchange, route, provider)
+    draft.request_model = as_name((exchange.request.path or "").partition("/models/")[2])
+    chat_event(draft)
+    yield draft.event()
 
 
 OPENROUTER = Provider(
@@ -87,6 +109,22 @@ PORTKEY = Provider(
 HUGGINGFACE = Provider(
     "huggingface",
     ("router.huggingface.co", "api-inference.huggingface.co"),
-    text_routes(_ANY, Dialect(finish=_name)),
+    (
+        *text_routes(_ANY, Dialect(finish=_name)),
+        route("models", "chat", _ANY + "/models/.+", read_hosted_model),
+    ),
 )
-PROVIDERS = (OPENROUTER, VERCEL, PORTKEY, HUGGINGFACE)
+
+# Gateways that pass the makers' own APIs on, each under a path of its own.
+_PASSED_ON = (
+    *text_routes(_ANY),
+    *media_routes(_ANY),
+    *content_routes(_ANY),
+    *(replace(each, path=re.compile(_ANY + each.path.pattern)) for each in ANTHROPIC_ROUTES),
+    *(replace(each, path=re.compile(_ANY + each.path.pattern)) for each in BEDROCK_ROUTES),
+)
+PYDANTIC = Provider("pydantic_gateway", ("gateway.pydantic.dev",), _PASSED_ON)
+CLOUDFLARE = Provider("cloudflare_gateway", ("gateway.ai.cloudflare.com",), _PASSED_ON)
+MIRASCOPE = Provider("mirascope_router", ("mirascope.com",), _PASSED_ON, captured=False)
+
+PROVIDERS = (OPENROUTER, VERCEL, PORTKEY, HUGGINGFACE, PYDANTIC, CLOUDFLARE, MIRASCOPE)

@@ -207,6 +207,7 @@ def test_websocket_turn_ends_at_terminal_events_only() -> None:
     assert ends(b'{"type":"error","error":{"code":"rate_limit_exceeded"}}')
     delta = {"type": "response.output_text.delta", "delta": 'x "response.completed" y'}
     assert not ends(json.dumps(delta).encode())
+    assert ends(b'{"response":{"id":"resp_1"},"type":"response.incomplete"}')
 
 
 def test_realtime_counts_responses_and_transcriptions() -> None:
