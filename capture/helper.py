@@ -39,6 +39,9 @@ SWEEP_S = 60.0
 REPORT_S = 0.5
 IDENTITY_S = 1.0
 IDENTITIES_MAX = 4096
+EAGER_RUNS_MAX = 5
+RECENT_MAX = 200  # metered processes remembered for `status` after they ended
+NICE = -10  # a process may live 10 ms: be there before it is gone
 FILES_MAX = 20_000
 FINDERS_MAX = 1
 COVERAGE_MAX = 500
@@ -197,7 +200,6 @@ class _Watched:
     seen: set[tuple[int, int]] = field(default_factory=set)
     files: set[_FileId] = field(default_factory=set)
     java: bool = False
-    host: str | None = None
 
 
 class Helper:
@@ -209,11 +211,14 @@ class Helper:
         self._outbox: deque[bytes] = deque()
         self._watched: dict[int, _Watched] = {}
         self._identities: dict[int, tuple[float, Process]] = {}
+        self._talkers: set[tuple[int, int]] = set()
+        self._runs: dict[tuple[int, int], int] = {}
+        self._recent: dict[int, dict[str, Any]] = {}
         self._rescans: list[tuple[float, int, int]] = []
         self._connections: dict[int, set[int]] = {}
         self._barriers: deque[tuple[int, int]] = deque()
         self._hosts: set[str] = set()
-        self._configured = self._blocked = self._stopping = False
+        self._configured = self._blocked = self._paused = self._stopping = False
         self._resume_at = 0.0
         self._report_at: float | None = None
         self._sweep_at = 0.0
@@ -370,7 +375,8 @@ class Helper:
         times = [self._sweep_at]
         if self._rescans:
             times.append(self._rescans[0][0])
-        if self._resume_at > now:
+        if self._paused and not self._blocked:
+            # Even when that time has passed by now: nobody listens to the ring until then.
             times.append(self._resume_at)
         if self._report_at is not None:
             times.append(self._report_at)
@@ -380,8 +386,8 @@ class Helper:
 
     def _watch_ring(self, now: float) -> None:
         """Listen to the ring only when we could do something about it."""
-        paused = self._blocked or self._resume_at > now
-        self._epoll.modify(self._ring.fd, 0 if paused else select.EPOLLIN)
+        self._paused = self._blocked or self._resume_at > now
+        self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
         self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if self._blocked else 0))
 
     def _read_commands(self) -> bool:
@@ -475,8 +481,7 @@ class Helper:
             )
             self._outbox.append(frame)
             self._connections.setdefault(record.tgid, set()).add(record.ssl)
-            if watched := self._watched.get(record.tgid):
-                watched.host = record.host
+            self._remember(process, record.host)
         else:
             for ssl in self._connections.pop(record.tgid, ()):
                 self._close(ssl, record.tgid, record.at_ns)
@@ -507,18 +512,43 @@ class Helper:
             if record.kind == protocol.EXEC:
                 self._watched.pop(record.tgid, None)
                 self._identities.pop(record.tgid, None)
+                if self._may_be_short(record.tgid):
+                    self._identify(record.tgid)
                 self._schedule(record.tgid)
             elif record.kind == protocol.OPEN:
-                self._identities.pop(record.tgid, None)
-                self._identify(record.tgid)
+                self._identify(record.tgid, fresh=True)
+                if exe := self._executable(record.tgid):
+                    self._talkers.add(exe)
         if last is not None:
             self._process_ring.release(last)
         self._process_ring.skip_discarded()
 
-    def _identify(self, pid: int) -> Process | None:
+    @staticmethod
+    def _executable(pid: int) -> tuple[int, int] | None:
+        try:
+            stat = os.stat(f"/proc/{pid}/exe")
+        except OSError:
+            return None
+        return stat.st_dev, stat.st_ino
+
+    def _may_be_short(self, pid: int) -> bool:
+        """Is it worth reading who this is at once, lest it exit before its connection is seen?
+
+        Yes for executables that made provider connections, and for those not run often yet: a
+        build that starts a thousand compilers must not cost a thousand readings.
+        """
+        exe = self._executable(pid)
+        if exe is None or exe in self._talkers:
+            return exe is not None
+        if len(self._runs) >= FILES_MAX:
+            self._runs.clear()
+        self._runs[exe] = runs = self._runs.get(exe, 0) + 1
+        return runs <= EAGER_RUNS_MAX
+
+    def _identify(self, pid: int, *, fresh: bool = False) -> Process | None:
         now = time.monotonic()
         known = self._identities.get(pid)
-        if known and now - known[0] < IDENTITY_S:
+        if known and not fresh and now - known[0] < IDENTITY_S:
             return known[1]
         process = processes.read_process(pid)
         if process is None or not process.argv:  # gone, or a zombie: what we knew is better
@@ -626,31 +656,42 @@ class Helper:
                 self._close(ssl, tgid, now_ns)
 
     def _coverage(self) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = list(self._recent.values())
         for pid, watched in self._watched.items():
             if len(lines) >= COVERAGE_MAX:
                 break
-            files = [self.files.files[each] for each in watched.files if each in self.files.files]
-            line = coverage_line(watched.host, watched.java, files)
-            if line is None or (line["state"] != "metered" and not talks_tls(pid)):
+            if pid in self._recent:
                 continue
-            if process := self._identify(pid):
+            files = [self.files.files[each] for each in watched.files if each in self.files.files]
+            line = coverage_line(watched.java, files)
+            if line and talks_tls(pid) and (process := self._identify(pid)):
                 lines.append({"process": processes.to_json(process), **line})
         return lines
+
+    def _remember(self, process: Process, host: str) -> None:
+        """This process was metered, whatever becomes of it."""
+        self._recent.pop(process.pid, None)
+        if len(self._recent) >= RECENT_MAX:
+            self._recent.pop(next(iter(self._recent)))
+        watched = self._watched.get(process.pid)
+        known = [self.files.files.get(each) for each in (watched.files if watched else ())]
+        file = next((each for each in known if each and each.probes), None)
+        self._recent[process.pid] = {
+            "process": processes.to_json(process),
+            "host": host,
+            "stack": file.library.stack if file and file.library else "OpenSSL",
+            "library": file.path if file else None,
+            "state": "metered",
+            "advice": None,
+        }
 
 
 # struct connection: opened, sent, received, burst, lost, uid, announced, joined, closed, comm, host
 CONNECTION = struct.Struct(f"=QQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
 
 
-def coverage_line(host: str | None, java: bool, files: list[_File]) -> dict[str, Any] | None:
-    """What `status` says of a process that maps these files; None when there is nothing to say."""
-    probed = [file for file in files if file.probes]
-    if host is not None:
-        file = probed[0] if probed else None
-        stack = file.library.stack if file and file.library else "OpenSSL"
-        path = file.path if file else None
-        return {"host": host, "stack": stack, "library": path, "state": "metered", "advice": None}
+def coverage_line(java: bool, files: list[_File]) -> dict[str, Any] | None:
+    """Why a process that maps these files goes unmetered; None when there is nothing to say."""
     for file in files:
         if file.failure or (file.library and not file.library.functions):
             stack = file.library.stack if file.library else "unknown"
@@ -770,6 +811,8 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     arguments = parser.parse_args()
     os.umask(0o077)
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     serve(socket.socket(fileno=arguments.fd))
 
