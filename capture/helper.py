@@ -532,7 +532,7 @@ class Helper:
         return stat.st_dev, stat.st_ino
 
     def _may_be_short(self, pid: int) -> bool:
-        """Is it worth reading who this is at once, lest it exit before its connection is seen?
+        """Say whether to read at once who this is, lest it exit before its connection is seen.
 
         Yes for executables that made provider connections, and for those not run often yet: a
         build that starts a thousand compilers must not cost a thousand readings.
@@ -669,7 +669,7 @@ class Helper:
         return lines
 
     def _remember(self, process: Process, host: str) -> None:
-        """This process was metered, whatever becomes of it."""
+        """Note that a process was metered, whatever becomes of it."""
         self._recent.pop(process.pid, None)
         if len(self._recent) >= RECENT_MAX:
             self._recent.pop(next(iter(self._recent)))

@@ -286,7 +286,7 @@ class UprobeSource:
     def stop(self, *, wait: bool = True) -> None:
         """Tell the helper to end; with `wait`, every probe is gone on return. Safe to call twice.
 
-        The kernel takes about 0.1 s a probe to remove them, so a command that is done need not wait.
+        Removing takes the kernel about 0.1 s a probe: a command that is done need not wait.
         """
         if self._link is None:
             return

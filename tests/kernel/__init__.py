@@ -1,0 +1,1 @@
+"""Real probes on this kernel; see conftest.py for how other processes are kept out of them."""

@@ -1,0 +1,395 @@
+"""Clients not written by us are captured byte for byte, and nobody else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capture import protocol
+from capture.uprobe import CoverageState, Scope, UprobeSource, UprobeUnavailable, spawn_helper
+from halton_meter.model import Direction
+
+from .conftest import CLIENTS, OTHER, PROVIDER, Bench, gather, same_bytes
+
+LOADERS = ("libbpf", "bcc")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_python_with_blocking_sockets(bench: Bench, loader: str) -> None:
+    source = bench.source(loader=loader)
+    bench.python("exchanges", "3", "4", "1500", "40000", source=source).output()
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    assert len(seen) == 3
+    assert all(each.closed and each.closed.clean for each in seen.values())
+    assert source.status().loader == loader
+
+
+def test_asyncio_has_no_socket_to_see(bench: Bench) -> None:
+    source = bench.source()
+    bench.python("memory_bio", source=source).output()
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    assert len(seen) == 20
+
+
+def test_twenty_threads_at_once(bench: Bench) -> None:
+    source = bench.source()
+    bench.python("threads", source=source).output()
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    assert len(seen) == 60
+
+
+def test_an_ssl_pointer_used_again_is_another_connection(bench: Bench) -> None:
+    source = bench.source()
+    bench.python("exchanges", "40", "1", "10", "100", source=source).output()
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    pointers = {each.split("-")[1] for each in seen}
+    assert len(seen) == 40
+    assert len(pointers) < 40
+
+
+def curl(bench: Bench, host: str = PROVIDER, path: str = "bytes/3000") -> list[str]:
+    return [
+        "curl", "-sS", "--http1.1", "--cacert", str(bench.folder / "ca.pem"), "-o", "/dev/null",
+        "--resolve", f"{host}:{bench.server.port}:127.0.0.1", "-d", "a=b",
+        f"https://{host}:{bench.server.port}/{path}",
+    ]  # fmt: skip
+
+
+def test_curls_that_live_milliseconds(bench: Bench) -> None:
+    source = bench.source()
+    clients = []
+    for _ in range(15):
+        client = bench.client(curl(bench), source, HALTON_PROJECT="short")
+        client.output()
+        clients.append(client.process.pid)
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    found = {each.connection.process.pid: each.connection.process for each in seen.values()
+             if each.connection.process}  # fmt: skip
+    assert set(found) == set(clients)
+    for process in found.values():
+        assert process.argv[:2] == ("curl", "-sS")
+        assert process.project_hint == "short"
+        assert process.cwd == os.getcwd()
+        assert process.parents[0][0] == os.getpid()
+        assert process.uid == 0
+
+
+def test_node_https_and_fetch(bench: Bench) -> None:
+    hosts = bench.folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost {PROVIDER}\n")
+    node = bench.node()
+    source = bench.source(files=[str(node)])
+    script = f"mount --bind {hosts} /etc/hosts && exec {node} {CLIENTS}/node_both.js"
+    bench.client(
+        ["unshare", "--mount", "sh", "-c", script],
+        source,
+        NODE_EXTRA_CA_CERTS=str(bench.folder / "ca.pem"),
+    ).output()
+    same_bytes(gather(source.drain()), bench)
+
+
+class Wiretap(protocol.FrameBuffer):
+    """Everything that the helper ever said, byte for byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.everything = bytearray()
+
+    def feed(self, data: Any) -> Any:
+        self.everything += data
+        return super().feed(data)
+
+
+def test_other_hosts_never_reach_user_space(bench: Bench) -> None:
+    source = bench.source(start=False)
+    source._frames = tap = Wiretap()
+    source.start()
+    noise = [
+        bench.python("exchanges", "5", "5", "3000", "3000", source=source, HOST=OTHER, SECRET="#")
+        for _ in range(3)
+    ]
+    bench.python("exchanges", "2", "2", "3000", "3000", source=source, SECRET="+").output()
+    for client in noise:
+        client.output()
+    same_bytes(gather(source.drain()), bench)
+    assert len(bench.server.heard_by(OTHER)) == 15
+    assert b"+" * 2000 in tap.everything
+    assert b"##" not in tap.everything
+    source.request_report()
+    assert source.status().counted["denied"] == 15
+    assert source.status().counted["admitted"] == 2
+
+
+def test_a_suffix_admits_names_below_it_only(bench: Bench) -> None:
+    source = bench.source(hosts=["*.provider.test"])
+    for host in (PROVIDER, "eu.provider.test", OTHER):
+        bench.python("exchanges", "1", "1", "1", "1", source=source, HOST=host).output()
+    seen = gather(source.drain())
+    assert sorted(str(each.connection.peer) for each in seen.values()) == [
+        PROVIDER,
+        "eu.provider.test",
+    ]
+
+
+def test_hosts_added_by_the_user_count_from_then_on(bench: Bench) -> None:
+    source = bench.source()
+    bench.python("exchanges", "1", "1", "1", "1", source=source, HOST=OTHER).output()
+    assert not source.drain()
+    source.set_hosts([PROVIDER, OTHER.upper()])
+    bench.python("exchanges", "1", "1", "1", "1", source=source, HOST=OTHER).output()
+    assert [each.connection.peer for each in gather(source.drain()).values()] == [OTHER]
+
+
+def test_a_sibling_outside_the_tree_is_not_seen(bench: Bench) -> None:
+    source = bench.source()
+    sibling = bench.python("exchanges", "1", "3", "500", "500")
+    bench.python("spawns", source=source).output()  # the grandchild talks
+    sibling.output()
+    seen = gather(source.drain())
+    assert len(bench.server.heard_by(PROVIDER)) == 2
+    assert len(seen) == 1
+    process = next(iter(seen.values())).connection.process
+    assert process
+    assert process.argv[1].endswith("exchanges.py")
+
+
+def test_scope_by_user(bench: Bench) -> None:
+    source = bench.source(scope=Scope(uids=frozenset({4244})))
+    uid = ["setpriv", "--reuid", "4244", "--clear-groups", "--"]
+    bench.client(curl(bench), HALTON_PROJECT="mine").output()
+    bench.client([*uid, *curl(bench, path="bytes/77")], HALTON_PROJECT="theirs").output()
+    seen = gather(source.drain())
+    assert [each.connection.process.uid for each in seen.values() if each.connection.process] == [
+        4244
+    ]
+
+
+def test_an_excluded_process_is_not_seen_twice(bench: Bench) -> None:
+    source = bench.source(scope=Scope(everyone=True, excluded=(os.getpid(),)))
+    bench.python("exchanges", "1", "1", "1", "1").output()  # a child of ours: excluded too
+    assert not source.drain()
+
+
+def test_a_connection_older_than_the_probes_is_known_by_its_next_head(bench: Bench) -> None:
+    known = bench.python("waits")
+    other = bench.python("waits", HOST=OTHER)
+    for client in (known, other):
+        assert client.line() == b"connected\n"
+    source = bench.source(scope=Scope(roots=(known.process.pid, other.process.pid)))
+    for client in (other, known):
+        client.say()
+        assert client.line() == b"done\n"
+    (seen,) = gather(source.drain()).values()
+    assert seen.connection.joined
+    assert seen.connection.peer == PROVIDER
+    (heard,) = bench.server.heard_by(PROVIDER)
+    assert seen.data(Direction.SENT) == heard.received
+    assert seen.data(Direction.RECEIVED) == heard.sent
+    source.request_report()
+    assert source.status().counted["heads_judged"] == 2
+
+
+def test_an_overflowing_ring_loses_nothing_silently(bench: Bench) -> None:
+    """Nobody reads while 60 MB pass: the socket fills, then the ring, then bytes are lost."""
+    source = bench.source(ring_bytes=65536)
+    client = bench.python("exchanges", "2", "6", "300000", "5000000", source=source)
+    client.output()
+    seen = gather(source.drain(20))
+    source.request_report()
+    counted = source.status().counted
+    heard = {(len(h.received), len(h.sent)): h for h in bench.server.heard_by(PROVIDER)}
+    missing = 0
+    assert len(seen) == 2
+    for each in seen.values():
+        (one,) = heard.values()  # both connections say the same
+        for direction, truth in ((Direction.SENT, one.received), (Direction.RECEIVED, one.sent)):
+            at = 0
+            for chunk in each.chunks[direction]:
+                assert chunk.offset >= at
+                missing += chunk.offset - at  # lost without a record of its own
+                assert chunk.data == truth[chunk.offset :][: len(chunk.data)]
+                missing += chunk.length - len(chunk.data)
+                at = chunk.offset + chunk.length
+            assert at == len(truth), "the close tells where each direction ended"
+    assert missing > 1_000_000
+    assert missing == counted["ring_full_bytes"] + counted["copy_failed_bytes"]
+    # and it recovers: the next connection is whole again
+    bench.server.connections.clear()
+    bench.python("exchanges", "1", "1", "1000", "1000", source=source).output()
+    same_bytes(gather(source.drain()), bench)
+
+
+def test_a_request_beyond_the_limit_is_cut_not_lost(bench: Bench) -> None:
+    source = bench.source(request_bytes_max=100_000)
+    bench.python("exchanges", "1", "1", "250000", "10", source=source).output()
+    bench.python("exchanges", "1", "1", "50000", "10", source=source).output()
+    long, short = gather(source.drain()).values()
+    assert long.length(Direction.SENT) == len(bench.server.connections[0].received)
+    assert short.length(Direction.SENT) == len(short.data(Direction.SENT))
+    source.request_report()
+    counted = source.status().counted
+    assert counted["request_cut_bytes"] == long.length(Direction.SENT)
+    assert counted["ring_full_bytes"] == 0
+
+
+def test_a_single_write_beyond_the_records_a_call(bench: Bench) -> None:
+    source = bench.source()
+    bench.python("exchanges", "1", "1", "3000000", "10", source=source).output()
+    (seen,) = gather(source.drain()).values()
+    (heard,) = bench.server.heard_by(PROVIDER)
+    assert seen.length(Direction.SENT) == len(heard.received)
+    source.request_report()
+    hole = seen.length(Direction.SENT) - sum(len(c.data) for c in seen.chunks[Direction.SENT])
+    counted = source.status().counted
+    assert hole == counted["call_too_long_bytes"] + counted["ring_full_bytes"]
+    assert counted["call_too_long_bytes"] > 1_000_000
+
+
+def prog_ids(pid: int) -> set[int]:
+    """The BPF programs that a process holds."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        match = re.search(r"^prog_id:\s+(\d+)", path.read_text(), re.M)
+        if match:
+            found.add(int(match.group(1)))
+    return found
+
+
+def alive(ids: set[int]) -> set[int]:
+    listed = subprocess.run(["bpftool", "prog", "list", "-j"], capture_output=True, check=True)
+    return ids & {each["id"] for each in json.loads(listed.stdout)}
+
+
+def wait_until(condition: Any, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killing_the_helper_hurts_nobody_and_leaves_nothing(bench: Bench) -> None:
+    source = bench.source()
+    assert source.helper_pid
+    ids = prog_ids(source.helper_pid)
+    assert len(ids) >= 12
+    command = ["curl", "-sS", "--http1.1", "--cacert", str(bench.folder / "ca.pem")]
+    command += ["--resolve", f"{PROVIDER}:{bench.server.port}:127.0.0.1"]
+    command += [f"https://{PROVIDER}:{bench.server.port}/drip/100/2"]
+    client = bench.client(command, source)
+    while not any(chunk for chunk in source.read(5) if hasattr(chunk, "data")):
+        pass
+    os.kill(source.helper_pid, signal.SIGKILL)
+    body = client.output()
+    (heard,) = bench.server.heard_by(PROVIDER)
+    assert heard.sent.endswith(body)
+    assert len(body) == 100_000
+    rest = list(source)
+    assert source.ended
+    (seen,) = gather(rest).values()
+    assert seen.closed
+    assert not seen.closed.clean
+    wait_until(lambda: not alive(ids))
+    with pytest.raises(UprobeUnavailable, match="died"):
+        source.add_root(os.getpid())
+
+
+def test_stopping_leaves_no_probe(bench: Bench) -> None:
+    source = bench.source()
+    assert source.helper_pid
+    ids = prog_ids(source.helper_pid)
+    source.stop()
+    source.stop()
+    wait_until(lambda: not alive(ids))
+    assert source.ended
+
+
+def test_the_helper_dies_with_the_process_that_holds_its_socket(bench: Bench) -> None:
+    link = spawn_helper(Scope(), [PROVIDER], files=[])
+    source = UprobeSource([PROVIDER], Scope(), link=link)
+    source.start()
+    from capture import uprobe
+
+    helper = uprobe._children[-1]
+    link.close()
+    assert helper.wait(10) == 0
+
+
+def test_an_unprivileged_reader_cannot_widen_its_scope(bench: Bench) -> None:
+    link = spawn_helper(Scope(uids=frozenset({4244})), [PROVIDER], files=[])
+    source = UprobeSource([PROVIDER], Scope(), link=link)
+    source.start()
+    with pytest.raises(UprobeUnavailable, match="another user"):
+        source.add_root(os.getpid())
+    source.stop()
+
+
+def test_a_library_nobody_told_us_of_is_found_when_it_is_loaded(bench: Bench) -> None:
+    source = bench.source(files=[])
+    client = bench.python("waits", source=source)
+    assert client.line() == b"connected\n"
+    wait_until(lambda: source.request_report() or source.status().libraries)
+    client.say()
+    assert client.line() == b"done\n"
+    (seen,) = gather(source.drain()).values()
+    assert seen.connection.peer == PROVIDER
+    assert seen.data(Direction.RECEIVED) == bench.server.connections[0].sent
+    assert source.status().libraries == (str(bench.libssl),)
+    source.request_report()
+    (line,) = source.coverage()
+    assert (line.state, line.host, line.stack) == (CoverageState.METERED, PROVIDER, "OpenSSL")
+    assert line.process.pid == client.process.pid
+
+
+def test_a_library_deleted_while_in_use_is_probed_all_the_same(bench: Bench) -> None:
+    client = bench.python("waits")
+    assert client.line() == b"connected\n"
+    bench.libssl.unlink()
+    source = bench.source(files=[], scope=Scope(roots=(client.process.pid,)))
+    assert source.status().libraries
+    client.say()
+    assert client.line() == b"done\n"
+    (seen,) = gather(source.drain()).values()
+    assert seen.data(Direction.RECEIVED) == bench.server.connections[0].sent
+
+
+def test_each_file_is_attached_once(bench: Bench) -> None:
+    link = bench.folder / "again.so"
+    link.hardlink_to(bench.libssl)
+    source = bench.source(files=[str(bench.libssl), str(link), str(bench.libssl)])
+    bench.python("exchanges", "1", "2", "10", "10", source=source).output()
+    same_bytes(gather(source.drain()), bench)
+    assert len(source.status().libraries) == 1
+
+
+def test_a_loader_that_does_not_exist_is_refused_by_name(bench: Bench) -> None:
+    with pytest.raises(UprobeUnavailable, match="no loader 'kprobes'"):
+        bench.source(loader="kprobes")
+
+
+def test_without_clang_or_object_the_reason_names_both_ways(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from capture import loader
+
+    monkeypatch.setattr(loader, "BUILT_OBJECT", tmp_path / "none.o")
+    monkeypatch.setattr(loader, "CACHE_DIRECTORY", tmp_path / "cache")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(
+        loader, "import_bcc", lambda: (_ for _ in ()).throw(loader.LoadFailed("bcc is not here"))
+    )
+    with pytest.raises(loader.LoadFailed, match=r"clang is not installed.*bcc is not here"):
+        loader.load("auto")
