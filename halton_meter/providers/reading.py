@@ -111,8 +111,8 @@ RESPONSE_ID_CHARS_MIN = 16
 # Nesting looked into when text is measured for an estimate.
 DEPTH_MAX = 32
 CHARS_PER_TOKEN = 4
-# Exact powers of ten are all that reported costs need; anything else is not a cost.
-COST_USD_MAX = Decimal(10) ** 9
+# Above any cost, duration or xAI's ticks (10^10 a dollar); what is larger is damage.
+AMOUNT_MAX = Decimal(10) ** 18
 
 Json = dict[str, Any]
 
@@ -173,7 +173,7 @@ def as_amount(value: object) -> Decimal | None:
         amount = Decimal(str(value)) if not isinstance(value, Decimal) else value
     except ArithmeticError:
         return None
-    return amount if amount.is_finite() and 0 <= amount <= COST_USD_MAX else None
+    return amount if amount.is_finite() and 0 <= amount <= AMOUNT_MAX else None
 
 
 class Counts:

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 
 from halton_meter import providers
 from halton_meter.model import TOKEN_NAMES, Outcome, Protocol
-from halton_meter.providers import _all
+from halton_meter.providers import _all, compatible
 from halton_meter.providers.reading import COUNT_MAX, as_amount, verbatim
 
 from .exchanges import exchange, sse
 
-# One path that matches each route; built from the routes' own patterns.
+# Every distinct reader once: rows that share one differ in nothing but the host.
+SHARED = {name for name, _, _ in compatible._ROWS} - {"perplexity", "avian", "zai"}
 ROUTES = [
-    (provider, route, host)
+    (provider, route, provider.hosts[0].replace("*", "x"))
     for provider in _all()
+    if provider.id not in SHARED
     for route in provider.routes
-    for host in [provider.hosts[0].replace("*", "x")]
 ]
 
 WORDS = """
@@ -99,7 +100,7 @@ def every_reader(**more: Any) -> None:
             assert event.id
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(OBJECT, min_size=1, max_size=4),
     st.integers(0, 3),
@@ -114,7 +115,7 @@ def test_no_reader_raises_on_odd_json(
     every_reader(request=body, response=body, headers=headers, status=status, protocol=protocol)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=300), st.binary(max_size=200), HEADERS)
 def test_no_reader_raises_on_bytes_or_holes(
     one: bytes, two: bytes, headers: tuple[tuple[str, str], ...]
