@@ -103,6 +103,17 @@ def _units(counts: Counts, usage: Json) -> dict[str, int]:
     return {name: count for name in names if (count := counts.of(tools, name))}
 
 
+def overlaid(begun: Json, end: Json) -> tuple[Json, bool]:
+    """A stream's usage, the end's counts over the start's, and whether the start's split is stale.
+
+    The end is cumulative and leaves out the cache split, tier and place.
+    """
+    stated = {name: value for name, value in end.items() if value is not None}
+    written = begun.get("cache_creation_input_tokens")
+    changed = stated.get("cache_creation_input_tokens", written) != written
+    return {**begun, **stated}, changed and "cache_creation" not in stated
+
+
 # --- one message, whole or streamed -------------------------------------------------------------
 
 
@@ -224,11 +235,8 @@ def _streamed_event(draft: Draft, body: Body) -> None:
         if error_object(value) is not None:
             draft.fail(value, in_stream=True)
     if finished:
-        stale = "cache_creation" not in end and (
-            end.get("cache_creation_input_tokens", begun.get("cache_creation_input_tokens"))
-            != begun.get("cache_creation_input_tokens")
-        )
-        fill_message(draft, start, {**begun, **end}, stale)
+        usage, stale = overlaid(begun, end)
+        fill_message(draft, start, usage, stale)
         raw = verbatim(text, b"usage", end).text
         draft.raw_usage = raw if not begun else f"[{verbatim(b'', b'', begun).text},{raw}]"
         if not begun:

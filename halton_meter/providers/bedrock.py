@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.anthropic import fill_message, read_count, read_messages
+from halton_meter.providers.anthropic import fill_message, overlaid, read_count, read_messages
 from halton_meter.providers.openai_text import route, text_routes, usage_tokens
 from halton_meter.providers.reading import (
     Counts,
@@ -203,8 +203,9 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
         metrics = as_dict(event.get("amazon-bedrock-invocationMetrics")) or metrics
     begun = as_dict(start.get("usage"))
     if begun and end:
-        fill_message(draft, start, {**begun, **end})
-        draft.raw_usage = verbatim(b"", b"", {**begun, **end}).text
+        usage, stale = overlaid(begun, end)
+        fill_message(draft, start, usage, stale)
+        draft.raw_usage = verbatim(b"", b"", usage).text
     elif final:
         _fill_known(draft, final, b"")
     elif metrics:
