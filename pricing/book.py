@@ -22,19 +22,22 @@ from pricing import overrides as override_file
 from pricing.files import Model, Shelf
 from pricing.names import canonical_provider
 from pricing.overrides import Override
-from pricing.rates import EXACT, Level, Rate, Row, in_force, quotient
+from pricing.rates import EXACT, Level, Rate, Row, in_force
+from pricing.rates import rate as rate_of
 from pricing.tariff import PRICED_CONDITIONS, Tariff, tariff_for
 
 _TARIFFS_MAX = 8192  # tariffs kept, a few kB each; beyond it all are dropped and made again
 _NS_PER_MINUTE = 60_000_000_000
 _MINUTES_PER_DAY = 1440
 _ZERO = Decimal(0)
-_FREE_TOOL_TOKENS = Rate(
+_FREE_TOOL_TOKENS = rate_of(
     _ZERO,
     1_000_000,
     "https://ai.google.dev/gemini-api/docs/pricing",
     note="tool-use tokens are not billed when Google Search or Maps grounded the answer",
 )
+_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
+_CACHED_MODALITIES = ("cached_audio_input", "cached_image_input", "cached_video_input")
 # Units that describe what the tokens were: passed over where the same part's tokens are billed.
 _DESCRIPTIVE_UNITS = frozenset(
     {"audio_seconds", "video_seconds", "images", "input_images", "characters", "pages"}
@@ -78,7 +81,7 @@ class PriceBook:
         basis = Basis.COMPUTED
         if total is None:
             basis = Basis.UNPRICED
-        elif event.certainty is Certainty.ESTIMATED or _is_estimated(event):
+        elif event.certainty is Certainty.ESTIMATED or "estimated" in flags:
             basis = Basis.ESTIMATED
             flags.append("estimated")
         reported = _stated(event)
@@ -96,7 +99,7 @@ class PriceBook:
             reported_usd=event.reported_usd,
             basis=basis,
             line_items=tuple(items),
-            flags=tuple(dict.fromkeys(flags)),
+            flags=tuple(dict.fromkeys(flags)) if flags else (),
             price_book=self.version,
         )
 
@@ -107,8 +110,9 @@ class PriceBook:
         minutes = at_ns // _NS_PER_MINUTE
         # Rows that change by the hour are rare; a key by the minute would fill the cache for all.
         clock = minutes if provider in _PROVIDERS_BY_THE_HOUR else minutes // _MINUTES_PER_DAY
-        stated = [item for item in conditions.items() if item[0] in PRICED_CONDITIONS]
-        key = (provider, model, clock, *stated)
+        key: tuple[object, ...] = (provider, model, clock)
+        if conditions:
+            key += tuple(item for item in conditions.items() if item[0] in PRICED_CONDITIONS)
         found = self._tariffs.get(key)
         if found is None:
             if len(self._tariffs) >= _TARIFFS_MAX:
@@ -163,15 +167,15 @@ class PriceBook:
             if event.conditions.get("cache_ttl_asked") == "1h":
                 bill.unstated_write = "cache_write_1h"
             bill.tokens(bool(event.conditions.get("grounding")))
-            bill.units(per_request=index == 0)
+            if part.units or "requests" in bill.rates:
+                bill.units(per_request=index == 0)
             if bill.empty:
                 flags.append("unpriced:usage")
                 known = False
             known = known and not bill.missing
             flags += [f"unpriced:{name}" for name in bill.missing]
             items += bill.items
-            for item in bill.items:
-                total = EXACT.add(total, item.usd)
+            total = EXACT.add(total, bill.total)
         if not event.parts:
             flags.append("unpriced:usage")
         if event.conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":
@@ -186,51 +190,57 @@ _PROVIDERS_BY_THE_HOUR = frozenset({"deepseek", "azure_openai"})
 class _Bill:
     """The lines of one part of an event at one tariff."""
 
+    __slots__ = (
+        "_flags", "_model", "_part", "_tariff",
+        "empty", "items", "missing", "rates", "total", "unstated_write",
+    )  # fmt: skip
+
     def __init__(self, tariff: Tariff, model: str, part: Usage, flags: list[str]) -> None:
         self._tariff = tariff
         self._model = model
         self._part = part
         self._flags = flags
-        self._rates: Mapping[str, Rate] = tariff.levels[0].rates
+        self.rates: Mapping[str, Rate] = tariff.levels[0].rates
         self.items: list[LineItem] = []
         self.missing: list[str] = []
         self.empty = False
+        self.total = _ZERO
         self.unstated_write = "cache_write"  # the rate of writes whose lifetime is not stated
 
     def tokens(self, grounded: bool) -> None:
         """Lines for every token: disjoint buckets, then modalities cut out of them."""
         count, details, tokens = self._count, self._part.details, self._part.tokens
         fresh, out = tokens.input, tokens.output
-        if fresh is None:
-            fresh = details.get("estimated_input")
-        if out is None:
-            out = details.get("estimated_output")
+        if details:
+            fresh, out = self._estimated(fresh, out)
         read = count(tokens.cache_read)
-        writes = {
-            "cache_write": count(tokens.cache_write),
-            "cache_write_5m": count(tokens.cache_write_5m),
-            "cache_write_1h": count(tokens.cache_write_1h),
-            "cache_write_12h": count(tokens.cache_write_12h),
-        }
-        self.empty = not self._part.units and (
-            fresh is None and out is None and tokens.cache_read is None and not any(writes.values())
+        writes = [(n, count(w)) for n in _WRITES if (w := getattr(tokens, n)) is not None]
+        self.empty = not (self._part.units or writes) and (
+            fresh is None and out is None and tokens.cache_read is None
         )
         fresh, out = count(fresh), count(out)
-        if self._sold_by_unit():
+        if self._part.units and self._sold_by_unit():
             return
-        level = self._level(fresh + read + sum(writes.values()))
-        if level is not None and level.marginal:
-            fresh = self._beyond(level, fresh, fresh + read + sum(writes.values()))
-        fresh = self._input(fresh, grounded)
-        self._read(read)
-        for name, written in writes.items():
+        if len(self._tariff.levels) > 1:
+            prompt = fresh + read + sum(written for _, written in writes)
+            level = self._level(prompt)
+            if level is not None and level.marginal:
+                fresh = self._beyond(level, fresh, prompt)
+        if details or tokens.audio_input or tokens.image_input or tokens.tool_use_input:
+            self._input(fresh, grounded)
+        elif fresh:
+            self._line("input", fresh, self.rates.get("input"))
+        if read:
+            self._read(read)
+        for name, written in writes:
             if written:
                 self._line(name, written, self._write_rate(name))
-        self._output(out)
+        if out:
+            self._output(out)
 
     def units(self, *, per_request: bool) -> None:
         """Lines for what is billed other than by token."""
-        rates, units = self._rates, self._part.units
+        rates, units = self.rates, self._part.units
         for name, quantity in units.items():
             amount = self._quantity(quantity)
             rate = rates.get(name)
@@ -249,9 +259,20 @@ class _Bill:
 
     # --- tokens ---
 
+    def _estimated(self, fresh: int | None, out: int | None) -> tuple[int | None, int | None]:
+        """The counts, ours from the text seen standing in for those the provider did not send."""
+        details = self._part.details
+        if fresh is None and (guess := details.get("estimated_input")) is not None:
+            fresh = guess
+            self._flags.append("estimated")
+        if out is None and (guess := details.get("estimated_output")) is not None:
+            out = guess
+            self._flags.append("estimated")
+        return fresh, out
+
     def _sold_by_unit(self) -> bool:
         """True where the model has a price by second, image or page, and none by token."""
-        rates = self._rates
+        rates = self.rates
         return (
             "input" not in rates
             and "output" not in rates
@@ -265,7 +286,7 @@ class _Bill:
             if prompt > level.above:
                 chosen = level
         if chosen is not None and not chosen.marginal:
-            self._rates = chosen.rates
+            self.rates = chosen.rates
         return chosen
 
     def _beyond(self, level: Level, fresh: int, prompt: int) -> int:
@@ -274,8 +295,8 @@ class _Bill:
         self._line("input", excess, level.rates.get("input"))
         return fresh - excess
 
-    def _input(self, fresh: int, grounded: bool) -> int:
-        details, tokens, rates = self._part.details, self._part.tokens, self._rates
+    def _input(self, fresh: int, grounded: bool) -> None:
+        details, tokens, rates = self._part.details, self._part.tokens, self.rates
         tool = tokens.tool_use_input
         if tool and (grounded or "tool_use_input" in rates):
             part = self._part_of("tool_use_input", tool, fresh)
@@ -294,13 +315,14 @@ class _Bill:
                 fresh -= part
         if fresh:
             self._line("input", fresh, rates.get("input"))
-        return fresh
 
     def _read(self, read: int) -> None:
-        if not read:
-            return
-        rates = self._rates
-        for name in ("cached_audio_input", "cached_image_input", "cached_video_input"):
+        rates = self.rates
+        for name in (
+            ()
+            if not self._part.details
+            else ("cached_audio_input", "cached_image_input", "cached_video_input")
+        ):
             stated = self._part.details.get(name)
             if stated and name in rates:
                 part = self._part_of(name, self._count(stated), read)
@@ -315,7 +337,7 @@ class _Bill:
             self._line("cache_read", read, rate)
 
     def _write_rate(self, name: str) -> Rate | None:
-        rates = self._rates
+        rates = self.rates
         if name == "cache_write_5m":
             return rates.get(name) or rates.get("cache_write")
         if name == "cache_write":  # lifetime not stated: as asked for, else the default's rate
@@ -323,7 +345,7 @@ class _Bill:
         return rates.get(name)
 
     def _output(self, out: int) -> None:
-        tokens, rates = self._part.tokens, self._rates
+        tokens, rates = self._part.tokens, self.rates
         for name, stated in (
             ("audio_output", tokens.audio_output),
             ("image_output", tokens.image_output),
@@ -346,18 +368,14 @@ class _Bill:
             self.missing.append(what)
             return
         amount = Decimal(quantity)
-        usd, per, source, dated, note = rate
+        usd = rate.amount_usd(amount)
+        self.total = EXACT.add(self.total, usd)
         label = self._part.label
+        if label != "message":
+            what = f"{label}:{what}"
         self.items.append(
             LineItem(
-                what if label == "message" else f"{label}:{what}",
-                amount,
-                quotient(usd, per),
-                quotient(EXACT.multiply(usd, amount), per),
-                self._model,
-                source,
-                dated,
-                note,
+                what, amount, rate.each_usd, usd, self._model, rate.source, rate.dated, rate.note
             )
         )
 
@@ -392,14 +410,6 @@ def _moment(at_ns: int) -> dt.datetime:
         return dt.datetime.fromtimestamp(at_ns // 1_000_000_000, dt.UTC)
     except (OverflowError, ValueError, OSError):
         return dt.datetime.max.replace(tzinfo=dt.UTC)
-
-
-def _is_estimated(event: UsageEvent) -> bool:
-    return any(
-        (part.tokens.input is None and part.details.get("estimated_input"))
-        or (part.tokens.output is None and part.details.get("estimated_output"))
-        for part in event.parts
-    )
 
 
 def _stated(event: UsageEvent) -> Decimal | None:

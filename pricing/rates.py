@@ -36,29 +36,43 @@ class PriceError(ValueError):
 
 
 class Rate(NamedTuple):
-    """USD per `per` units of a dimension, and where that is written."""
+    """USD per `per` units of a dimension, and where that is written; made by `rate`.
+
+    `each_usd` is the same per single unit, and `exact` says that it is so to the last digit, as
+    for every `per` that is a power of ten.
+    """
 
     usd: Decimal
     per: int
+    each_usd: Decimal
+    exact: bool
     source: str | None = None
     dated: str | None = None
     note: str | None = None
 
-    @property
-    def each_usd(self) -> Decimal:
-        """USD per single unit."""
-        return quotient(self.usd, self.per)
+    def amount_usd(self, quantity: Decimal) -> Decimal:
+        """What `quantity` units cost: exact, or at 28 digits where an hour is divided."""
+        if self.exact:
+            return EXACT.multiply(self.each_usd, quantity)
+        return ROUNDING.divide(EXACT.multiply(self.usd, quantity), Decimal(self.per))
 
     def times(self, factor: Decimal, note: str) -> Rate:
         """The rate times `factor`, saying so."""
         noted = f"{self.note}; {note}" if self.note else note
-        return self._replace(usd=EXACT.multiply(self.usd, factor), note=noted)
+        return rate(EXACT.multiply(self.usd, factor), self.per, self.source, self.dated, noted)
 
 
-def quotient(usd: Decimal, per: int) -> Decimal:
-    """`usd / per`: exact for powers of ten, else at 28 digits."""
-    context = EXACT if per in _POWERS_OF_TEN else ROUNDING
-    return context.divide(usd, Decimal(per))
+def rate(
+    usd: Decimal,
+    per: int,
+    source: str | None = None,
+    dated: str | None = None,
+    note: str | None = None,
+) -> Rate:
+    """A rate of `usd` per `per` units."""
+    exact = per in _POWERS_OF_TEN
+    each_usd = (EXACT if exact else ROUNDING).divide(usd, Decimal(per))
+    return Rate(usd, per, each_usd, exact, source, dated, note)
 
 
 def dimension(key: str) -> tuple[str, int]:
@@ -126,7 +140,7 @@ def rates_of(table: Mapping[str, Any], source: str | None, where: str) -> dict[s
         if key not in _HEAD_KEYS and key not in _TIER_KEYS:
             name, per = dimension(key)
             usd = decimal_of(value, f"{where}.{key}")
-            rates[name] = Rate(usd, per, source, str(dated) if dated else None, note)
+            rates[name] = rate(usd, per, source, str(dated) if dated else None, note)
     return rates
 
 

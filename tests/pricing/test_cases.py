@@ -22,7 +22,12 @@ from pricing.book import PriceBook
 
 PICO = Fraction(1, 10**12)
 CHECKED_AT = "2026-11-23T12:00:00Z"
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}  # fmt: skip
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def exactly(node):

@@ -1,0 +1,113 @@
+"""How long the price book takes to load and to price an event (aims: 30 ms and 20 µs).
+
+Load is timed in fresh processes, from an imported interpreter to a usable book, and again to the
+first price, which parses one model's section. Times are CPU seconds of the process, the least of
+several runs, because other work on the machine would otherwise be measured too.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from decimal import Decimal
+
+from halton_meter.model import Certainty, Outcome, Source, Tokens, Usage, UsageEvent
+
+LOAD_MS_AIM = 30.0
+PRICE_US_AIM = 20.0
+_AT_NS = 1_795_440_000 * 10**9
+_EVENTS = 4000
+_REPEATS = 7
+
+_LOAD = """
+import time
+from pricing.book import PriceBook
+from bench.pricing_bench import events
+event = events()["Claude, four buckets"]
+started = time.process_time()
+book = PriceBook.load()
+loaded = time.process_time()
+book.price(event)
+print((loaded - started) * 1e3, (time.process_time() - loaded) * 1e3)
+"""
+
+
+def _event(provider: str, part: Usage, **conditions: str) -> UsageEvent:
+    return UsageEvent(
+        id="bench",
+        provider=provider,
+        host=None,
+        endpoint="bench",
+        kind="chat",
+        model=part.model,
+        request_model=part.model,
+        response_id=None,
+        streaming=True,
+        http_status=200,
+        error_class=None,
+        outcome=Outcome.COMPLETE,
+        source=Source.PCAP,
+        parts=(part,),
+        certainty=Certainty.REPORTED,
+        at_ns=_AT_NS,
+        ttft_ms=None,
+        duration_ms=None,
+        conditions=conditions,
+    )
+
+
+def events() -> dict[str, UsageEvent]:
+    """The events priced, by what they are."""
+    chat = Tokens(input=1200, cache_read=4096, output=350, reasoning=128)
+    claude = Tokens(input=12, cache_read=80_000, cache_write_5m=900, output=420)
+    gemini = Tokens(input=1000, output=300, audio_input=700)
+    return {
+        "GPT, two buckets of input": _event("openai", Usage("gpt-5.6-sol", chat)),
+        "Claude, four buckets": _event(
+            "anthropic",
+            Usage("claude-opus-5-5", claude),
+            service_tier="standard",
+            inference_geo="us",
+        ),
+        "Gemini, audio, grounded": _event(
+            "gemini",
+            Usage("gemini-2.5-flash", gemini, {"grounding_prompts": 1}),
+            grounding="search",
+        ),
+        "Whisper, by the second": _event(
+            "groq", Usage("whisper-large-v3", units={"audio_seconds": Decimal("3.2")})
+        ),
+        "unknown model": _event("openai", Usage("gpt-unheard-of", chat)),
+    }
+
+
+def main() -> None:
+    """Print load and price times beside their aims."""
+    from pricing.book import PriceBook
+
+    loads = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, check=True)
+        loads.append([float(number) for number in done.stdout.split()])
+    load_ms, first_ms = (min(column) for column in zip(*loads, strict=True))
+    print(f"load            {load_ms:8.2f} ms   (aim {LOAD_MS_AIM:.0f} ms)")
+    print(f"first price     {first_ms:8.2f} ms")
+    book = PriceBook.load()
+    print(f"price book {book.version}, {sum(map(book.model_count, book.providers())):,} models")
+    for name, event in events().items():
+        book.price(event)
+        best = min(_seconds(book.price, event) for _ in range(_REPEATS))
+        print(f"{name:<28} {best / _EVENTS * 1e6:6.2f} µs   (aim {PRICE_US_AIM:.0f} µs)")
+
+
+def _seconds(price: object, event: UsageEvent) -> float:
+    assert callable(price)
+    started = time.process_time()
+    for _ in range(_EVENTS):
+        price(event)
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()
