@@ -28,6 +28,8 @@ PAGES_MAX = 512
 INSTRUCTION_BYTES_MAX = 15
 PIECE_BYTES = 4 << 20
 """Code is searched this much at a time."""
+BLOCKS_BYTES_MAX = 0x1000
+"""How far from a function's start its blocks may lie that look like functions themselves."""
 ADRP_DISTANCE_MAX = 64
 """Instructions between an `adrp` and the `add` that completes it."""
 
@@ -239,18 +241,44 @@ class Code:
         """The function with the instruction at `address`; None when its start is in doubt.
 
         The unwind table decides where it covers the address. Elsewhere the start is the nearest
-        address before it at which a function may begin, from which a path leads there and the
-        stack balances, and that some instruction calls.
+        address before it at which a function may begin, from which a path leads there, where the
+        stack balances, and to which nothing near by branches.
         """
         bounds = self.elf.unwind_range_of(address)
         if bounds is not None:
             function = self.function(*bounds)
             return function if function is not None and address in function.steps else None
+        likely: Function | None = None
         for start in self._possible_starts(address):
+            if likely is not None and likely.start - start > BLOCKS_BYTES_MAX:
+                break
             function = self.function(start)
-            if function is not None and address in function.steps:
-                return function
-        return None
+            if function is None or address not in function.steps:
+                continue
+            if likely is None or likely.start in function.steps:
+                likely = function
+            if likely is function and not self._is_branched_to(start):
+                break
+        return likely
+
+    def _is_branched_to(self, start: int) -> bool:
+        """Whether code near by seems to branch to `start`: then it is a block of a function.
+
+        A compiler that builds the frame late (shrink-wrapping) leaves blocks that balance by
+        themselves. Bytes that only look like a branch lead to a longer search, no more.
+        """
+        base = max(start - BLOCKS_BYTES_MAX, 0)
+        for segment in self.elf.executables:
+            if segment.address <= start < segment.address + segment.size_bytes:
+                base = max(base, segment.address)
+        code = self.bytes_at(base, start - base + BLOCKS_BYTES_MAX)
+        if self.arm:
+            return any(base + at + step == start for at, step in _aarch64_branches(code))
+        return any(
+            base + match.end() + displacement == start
+            for match in _X86_BRANCH.finditer(code)
+            for displacement in _displacements(match)
+        )
 
     def _possible_starts(self, address: int) -> Iterator[int]:
         grain = 4 if self.arm else 16
@@ -368,6 +396,34 @@ _X86_NOPS = (
 )
 
 
+_X86_BRANCH = re.compile(rb"(?s)(?=(?:[\x70-\x7f\xeb](.)|(?:\x0f[\x80-\x8f]|\xe9)(....)))")
+
+
+def _displacements(match: re.Match[bytes]) -> Iterator[int]:
+    """What to add to where the (empty) match ends to get the branch's target."""
+    short, near = match.group(1), match.group(2)
+    if short is not None:
+        yield 2 + int.from_bytes(short, "little", signed=True)
+    if near is not None:
+        length = match.end(2) - match.start()
+        yield length + int.from_bytes(near, "little", signed=True)
+
+
+def _aarch64_branches(code: bytes) -> Iterator[tuple[int, int]]:
+    """(offset, distance in bytes) of every conditional branch and `b`."""
+    for index, word in enumerate(memoryview(code)[: len(code) & ~3].cast("I")):
+        if word & 0xFF000010 == 0x54000000 or word & 0x7E000000 == 0x34000000:
+            bits, value = 19, word >> 5 & 0x7FFFF  # b.cond; cbz, cbnz
+        elif word & 0x7E000000 == 0x36000000:
+            bits, value = 14, word >> 5 & 0x3FFF  # tbz, tbnz
+        elif word & 0xFC000000 == 0x14000000:
+            bits, value = 26, word & 0x3FFFFFF  # b
+        else:
+            continue
+        sign = 1 << (bits - 1)
+        yield 4 * index, ((value ^ sign) - sign) * 4
+
+
 def _x86_relatives(data: bytes, base: int, target: int, opcode: bytes) -> Iterator[int]:
     """Search each 64 KiB with the two high bytes that a reference from there must have.
 
@@ -431,27 +487,25 @@ def _aarch64_loads(data: bytes, base: int, address: int) -> Iterator[int]:
     """`add xd, xn, #low` whose xn the nearest `adrp` before it set to the address's page."""
     low = address & 0xFFF
     # 91 | imm12 | Rn | Rd: the immediate fixes byte 2 and six bits of byte 1.
-    second = bytes(((low & 0x3F) << 2 | rn) for rn in range(4))
-    pattern = re.compile(
-        b"(?s:.["
-        + b"".join(re.escape(second[i : i + 1]) for i in range(4))
-        + b"]"
-        + re.escape(bytes((low >> 6, 0x91)))
-        + b")"
-    )
-    for match in pattern.finditer(data):
-        at = match.start()
-        if (base + at) % 4:
-            continue
-        register = struct.unpack_from("<I", data, at)[0] >> 5 & 0x1F
-        for back in range(at - 4, max(at - 4 * ADRP_DISTANCE_MAX, 0), -4):
-            (word,) = struct.unpack_from("<I", data, back)
-            if word & 0x9F00001F == 0x90000000 | register:
-                pages = (word >> 5 & 0x7FFFF) << 2 | word >> 29 & 3
-                pages = (pages ^ 0x100000) - 0x100000
-                if ((base + back) & ~0xFFF) + (pages << 12) == address & ~0xFFF:
-                    yield base + at
-                break
+    tail = bytes((low >> 6, 0x91))
+    at = data.find(tail) - 2
+    while at >= -1:
+        if at >= 0 and (base + at) % 4 == 0 and data[at + 1] >> 2 == low & 0x3F:
+            register = struct.unpack_from("<I", data, at)[0] >> 5 & 0x1F
+            if _page_before(data, base, at, register) == address & ~0xFFF:
+                yield base + at
+        at = data.find(tail, at + 3) - 2
+
+
+def _page_before(data: bytes, base: int, at: int, register: int) -> int | None:
+    """The page that the nearest `adrp` before offset `at` puts into the register."""
+    for back in range(at - 4, max(at - 4 * ADRP_DISTANCE_MAX, -1), -4):
+        (word,) = struct.unpack_from("<I", data, back)
+        if word & 0x9F00001F == 0x90000000 | register:
+            pages = (word >> 5 & 0x7FFFF) << 2 | word >> 29 & 3
+            pages = (pages ^ 0x100000) - 0x100000
+            return ((base + back) & ~0xFFF) + (pages << 12)
+    return None
 
 
 # --- one instruction ----------------------------------------------------------------------------
