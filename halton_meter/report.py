@@ -7,16 +7,14 @@ file knows the columns of `store.py`'s table `event`; it refuses to know how the
 Unknown is not zero: a group in which nothing is priced has `list_usd` None, a token count that no
 provider reported is None. Sums of money are exact. Days are days of the local time zone.
 
-95th percentiles are exact (nearest rank) up to `EXACT_QUANTILE_ROWS` events; beyond, they come
-from a logarithmic histogram and are at most 1 % too high, because an exact one over 3 million
-events would take as long as everything else together. `p95_exact` says which.
+95th percentiles are exact (nearest rank). Over more than `PERCENTILE_EVENTS` events they are left
+out (None) unless asked for: over 3 million they take longer than everything else together.
 """
 
 # ruff: noqa: S608 (every name put into SQL comes from a constant of this file; values are bound)
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
@@ -26,7 +24,7 @@ from typing import Any
 from halton_meter.model import TOKEN_NAMES, rfc3339, usd_text
 from halton_meter.store import NothingStored, Reader, Selection, Store
 
-EXACT_QUANTILE_ROWS = 500_000
+PERCENTILE_EVENTS = 500_000
 TREND_DAYS = 7
 # Models listed as unpriced; more are only counted.
 UNPRICED_MODELS_MAX = 20
@@ -52,11 +50,9 @@ DIMENSIONS: dict[str, str] = {
 _EXACT = Context(prec=200)
 _SECOND_NS = 1_000_000_000
 _DAY_NS = 86_400 * _SECOND_NS
-# Histogram buckets per factor e: 100 makes neighbours differ by 1 %.
-_BUCKETS = 100
-# 1 nano-dollar and 1 microsecond are the smallest values that a histogram tells apart.
-_QUANTILES = {"p95_duration_ms": ("duration_ms", 1e3), "p95_list_usd": ("list_usd", 1e9)}
-
+_PERCENTILES = ("quantile_disc(duration_ms, 0.95)", "quantile_disc(list_usd, 0.95)")
+# Sums that nearly every report would find empty cost as much as the others, so that cut-off and
+# estimated exchanges, which are rare, are counted by queries of their own (`_coverage`).
 _SUMS = {
     "requests": "count(*)",
     **{f"{name}_tokens": f"sum({name}_tokens)" for name in TOKEN_NAMES},
@@ -66,11 +62,7 @@ _SUMS = {
         for name in (column, f"{column}_rest")
     },
     "unpriced_requests": "count(*) FILTER (WHERE basis = 'unpriced')",
-    "estimated_requests": "count(*) FILTER (WHERE certainty = 'estimated')",
     "errors": "count(error_class)",
-    "complete": "count(*) FILTER (WHERE outcome = 'complete')",
-    "aborted": "count(*) FILTER (WHERE outcome = 'aborted')",
-    "gapped": "count(*) FILTER (WHERE outcome = 'gapped')",
 }
 
 
@@ -82,13 +74,14 @@ class Question:
     """`by` names dimensions (see DIMENSIONS), outermost first; none asks for totals only.
 
     `previous` is the period to compare with. `now_ns` is where the trend ends when the selection
-    has no end.
+    has no end. `percentiles` None means: if the events are not too many.
     """
 
     now_ns: int
     selection: Selection = field(default_factory=Selection)
     by: tuple[str, ...] = ("model",)
     previous: Selection | None = None
+    percentiles: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +94,7 @@ class Figures:
     marginal_usd: Decimal | None = None
     reported_usd: Decimal | None = None
     unpriced_requests: int = 0
-    estimated_requests: int = 0
     errors: int = 0
-    complete: int = 0
-    aborted: int = 0
-    gapped: int = 0
     p95_duration_ms: float | None = None
     p95_list_usd: Decimal | None = None
 
@@ -118,7 +107,6 @@ class Figures:
             "marginal_usd": usd_text(self.marginal_usd),
             "reported_usd": usd_text(self.reported_usd),
             "unpriced_requests": self.unpriced_requests,
-            "estimated_requests": self.estimated_requests,
             "errors": self.errors,
             "p95_duration_ms": self.p95_duration_ms,
             "p95_list_usd": usd_text(self.p95_list_usd),
@@ -200,7 +188,6 @@ class Report:
     previous: Figures | None = None
     previous_from_ns: int | None = None
     previous_to_ns: int | None = None
-    p95_exact: bool = True
 
     def json(self) -> dict[str, Any]:
         """The object that `report --json` prints."""
@@ -219,7 +206,6 @@ class Report:
                 }
                 for day, figures in self.trend
             ],
-            "p95_exact": self.p95_exact,
         }
         if self.previous is not None:
             assert self.previous_from_ns is not None
@@ -322,9 +308,11 @@ def ask(store: Store, question: Question) -> Report:
 def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     selection = question.selection
     first, last, count = _span(reader, selection)
-    exact = count <= EXACT_QUANTILE_ROWS
-    groups = _grouped(reader, selection, question.by, exact)
-    totals = _total(reader, selection, groups, exact)
+    percentiles = question.percentiles
+    if percentiles is None:
+        percentiles = count <= PERCENTILE_EVENTS
+    groups = _grouped(reader, selection, question.by, percentiles)
+    totals = _total(reader, selection, groups, percentiles)
     report = Report(
         by=question.by,
         from_ns=selection.from_ns if selection.from_ns is not None else first,
@@ -333,11 +321,10 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
         groups=_ranked(groups, totals, question.by),
         coverage=_coverage(reader, selection, totals, waiting),
         trend=_trend(reader, selection, last, question.now_ns),
-        p95_exact=exact,
     )
     if question.previous is None:
         return report
-    return _compared(reader, report, question.previous, question.by)
+    return _compared(reader, report, question.previous, percentiles)
 
 
 def _span(reader: Reader, selection: Selection) -> tuple[int | None, int | None, int]:
@@ -348,87 +335,40 @@ def _span(reader: Reader, selection: Selection) -> tuple[int | None, int | None,
     return row[0], row[1], int(row[2])
 
 
-# A group as it is gathered: its figures, and histograms by figure when quantiles are not exact.
-_Histograms = dict[str, dict[int, int]]
-_Gathered = dict[tuple[str | None, ...], tuple[Figures, _Histograms]]
+_Groups = dict[tuple[str | None, ...], Figures]
 
 
-def _grouped(reader: Reader, selection: Selection, by: tuple[str, ...], exact: bool) -> _Gathered:
+def _grouped(
+    reader: Reader, selection: Selection, by: tuple[str, ...], percentiles: bool
+) -> _Groups:
     where, parameters = selection.where()
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
-    tail = f"FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
-    picked = ", ".join([*keys, *_SUMS.values(), *(_quantile_sql() if exact else ())])
-    gathered: _Gathered = {}
-    for row in reader.rows(f"SELECT {picked} {tail}", parameters):
-        key = tuple(None if v is None else str(v) for v in row[: len(keys)])
-        gathered[key] = (_figures(row[len(keys) :]), {})
-    if not exact:
-        _add_histograms(reader, gathered, keys, where, parameters)
-    return gathered
-
-
-def _quantile_sql() -> list[str]:
-    return [f"quantile_disc({column}, 0.95)" for column, _ in _QUANTILES.values()]
-
-
-def _add_histograms(
-    reader: Reader, gathered: _Gathered, keys: list[str], where: str, parameters: list[Any]
-) -> None:
-    for name, (column, scale) in _QUANTILES.items():
-        bucket = f"ceil(ln(1 + CAST({column} AS DOUBLE) * {scale}) * {_BUCKETS})"
-        grouping = ", ".join(str(n + 1) for n in range(len(keys) + 1))
-        picked = ", ".join([*keys, f"CAST({bucket} AS SMALLINT)", "count(*)"])
-        rows = reader.rows(
-            f"SELECT {picked} FROM event WHERE {where} AND {column} >= 0 GROUP BY {grouping}",
-            parameters,
+    picked = ", ".join([*keys, *_SUMS.values(), *(_PERCENTILES if percentiles else ())])
+    sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
+    return {
+        tuple(None if key is None else str(key) for key in row[: len(keys)]): _figures(
+            row[len(keys) :]
         )
-        for row in rows:
-            key = tuple(None if v is None else str(v) for v in row[: len(keys)])
-            gathered[key][1].setdefault(name, {})[int(row[-2])] = int(row[-1])
-    for key, (figures, histograms) in gathered.items():
-        gathered[key] = (_with_quantiles(figures, histograms), histograms)
+        for row in reader.rows(sql, parameters)
+    }
 
 
-def _with_quantiles(figures: Figures, histograms: _Histograms) -> Figures:
-    duration = _quantile(histograms.get("p95_duration_ms", {}), "p95_duration_ms")
-    cost = _quantile(histograms.get("p95_list_usd", {}), "p95_list_usd")
-    return replace(
-        figures,
-        p95_duration_ms=None if duration is None else round(duration, 3),
-        p95_list_usd=None if cost is None else Decimal(f"{cost:.9f}"),
-    )
-
-
-def _quantile(histogram: dict[int, int], name: str) -> float | None:
-    """The upper edge of the bucket that holds the nearest-rank 95th percentile."""
-    rank = math.ceil(0.95 * sum(histogram.values()))
-    for bucket in sorted(histogram):
-        rank -= histogram[bucket]
-        if rank <= 0:
-            return math.expm1(bucket / _BUCKETS) / _QUANTILES[name][1]
-    return None
-
-
-def _total(reader: Reader, selection: Selection, groups: _Gathered, exact: bool) -> Figures:
-    """The sum of the groups, which are disjoint; only exact percentiles need another look."""
+def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: bool) -> Figures:
+    """The sum of the groups, which are disjoint; only percentiles need another look."""
     total = Figures()
-    merged: _Histograms = {name: {} for name in _QUANTILES}
-    for figures, histograms in groups.values():
+    for figures in groups.values():
         total = _plus(total, figures)
-        for name, histogram in histograms.items():
-            for bucket, count in histogram.items():
-                merged[name][bucket] = merged[name].get(bucket, 0) + count
-    if not exact:
-        return _with_quantiles(total, merged)
+    if not percentiles:
+        return total
     where, parameters = selection.where()
-    row = reader.rows(f"SELECT {', '.join(_quantile_sql())} FROM event WHERE {where}", parameters)
-    return replace(total, p95_duration_ms=row[0][0], p95_list_usd=row[0][1])
+    row = reader.rows(f"SELECT {', '.join(_PERCENTILES)} FROM event WHERE {where}", parameters)[0]
+    return replace(total, p95_duration_ms=row[0], p95_list_usd=row[1])
 
 
 def _figures(row: tuple[Any, ...]) -> Figures:
     values = dict(zip(_SUMS, row, strict=False))
-    quantiles = row[len(_SUMS) :]
+    percentiles = row[len(_SUMS) :]
     return Figures(
         requests=int(values["requests"]),
         tokens={name: _whole(values[f"{name}_tokens"]) for name in TOKEN_NAMES},
@@ -436,13 +376,9 @@ def _figures(row: tuple[Any, ...]) -> Figures:
         marginal_usd=_money(values["marginal_usd"], values["marginal_usd_rest"]),
         reported_usd=_money(values["reported_usd"], values["reported_usd_rest"]),
         unpriced_requests=int(values["unpriced_requests"]),
-        estimated_requests=int(values["estimated_requests"]),
         errors=int(values["errors"]),
-        complete=int(values["complete"]),
-        aborted=int(values["aborted"]),
-        gapped=int(values["gapped"]),
-        p95_duration_ms=quantiles[0] if quantiles else None,
-        p95_list_usd=quantiles[1] if quantiles else None,
+        p95_duration_ms=percentiles[0] if percentiles else None,
+        p95_list_usd=percentiles[1] if percentiles else None,
     )
 
 
@@ -454,11 +390,7 @@ def _plus(a: Figures, b: Figures) -> Figures:
         marginal_usd=_add_usd(a.marginal_usd, b.marginal_usd),
         reported_usd=_add_usd(a.reported_usd, b.reported_usd),
         unpriced_requests=a.unpriced_requests + b.unpriced_requests,
-        estimated_requests=a.estimated_requests + b.estimated_requests,
         errors=a.errors + b.errors,
-        complete=a.complete + b.complete,
-        aborted=a.aborted + b.aborted,
-        gapped=a.gapped + b.gapped,
     )
 
 
@@ -478,11 +410,11 @@ def _whole(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _ranked(groups: _Gathered, totals: Figures, by: tuple[str, ...]) -> tuple[Group, ...]:
+def _ranked(groups: _Groups, totals: Figures, by: tuple[str, ...]) -> tuple[Group, ...]:
     """Days in order; all else by what it costs, the unpriced by number of requests after them."""
     ranked = [
         Group(dict(zip(by, key, strict=True)), figures, _share(figures, totals))
-        for key, (figures, _) in groups.items()
+        for key, figures in groups.items()
         if by
     ]
 
@@ -500,18 +432,17 @@ def _share(figures: Figures, totals: Figures) -> float | None:
     return round(float(figures.list_usd / totals.list_usd), 6)
 
 
-def _compared(reader: Reader, report: Report, previous: Selection, by: tuple[str, ...]) -> Report:
-    *_, count = _span(reader, previous)
-    exact = count <= EXACT_QUANTILE_ROWS
-    groups = _grouped(reader, previous, by, exact)
+def _compared(reader: Reader, report: Report, previous: Selection, percentiles: bool) -> Report:
+    """Add the figures of the period before; days of two periods have nothing in common."""
+    groups = _grouped(reader, previous, report.by, percentiles)
     compared = tuple(
-        replace(group, previous=groups.get(tuple(group.keys.values()), (Figures(), {}))[0])
+        replace(group, previous=groups.get(tuple(group.keys.values()), Figures()))
         for group in report.groups
     )
     return replace(
         report,
-        groups=report.groups if "day" in by else compared,
-        previous=_total(reader, previous, groups, exact),
+        groups=report.groups if "day" in report.by else compared,
+        previous=_total(reader, previous, groups, percentiles),
         previous_from_ns=previous.from_ns,
         previous_to_ns=previous.to_ns,
     )
@@ -519,34 +450,43 @@ def _compared(reader: Reader, report: Report, previous: Selection, by: tuple[str
 
 def _coverage(reader: Reader, selection: Selection, totals: Figures, waiting: int) -> Coverage:
     where, parameters = selection.where()
-    unpriced = (
-        reader.rows(
-            "SELECT provider, model, count(*) FROM event "
-            f"WHERE basis = 'unpriced' AND {where} GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2 "
-            f"LIMIT {UNPRICED_MODELS_MAX}",
-            parameters,
-        )
-        if totals.unpriced_requests
-        else []
-    )
-    # What a later answer settled is no longer pending: both carry the provider's response id.
-    pending = reader.rows(
-        f"SELECT count(*) FROM (SELECT provider AS p, response_id AS r FROM event "
-        f"WHERE free = 'pending' AND {where}) WHERE NOT EXISTS (SELECT 1 FROM event "
-        "WHERE provider = p AND response_id = r AND free IS DISTINCT FROM 'pending')",
-        parameters,
-    )
+
+    def count(condition: str) -> int:
+        sql = f"SELECT count(*) FROM event WHERE {condition} AND {where}"
+        return int(reader.rows(sql, parameters)[0][0])
+
+    aborted, gapped = count("outcome = 'aborted'"), count("outcome = 'gapped'")
     return Coverage(
-        complete=totals.complete,
-        aborted=totals.aborted,
-        gapped=totals.gapped,
+        complete=totals.requests - aborted - gapped,
+        aborted=aborted,
+        gapped=gapped,
         unpriced_requests=totals.unpriced_requests,
-        estimated_requests=totals.estimated_requests,
-        pending=int(pending[0][0]),
+        estimated_requests=count("certainty = 'estimated'"),
+        # What a later answer settled is not pending: both carry the provider's response id.
+        pending=count(
+            "free = 'pending' AND NOT EXISTS (SELECT 1 FROM event AS answer WHERE "
+            "answer.provider = event.provider AND answer.response_id = event.response_id "
+            "AND answer.free IS DISTINCT FROM 'pending')"
+        )
+        if count("free = 'pending'")
+        else 0,
         waiting=waiting,
-        unpriced_models=tuple((p, m, int(n)) for p, m, n in unpriced),
+        unpriced_models=_unpriced_models(reader, selection) if totals.unpriced_requests else (),
         losses=reader.losses(selection),
     )
+
+
+def _unpriced_models(
+    reader: Reader, selection: Selection
+) -> tuple[tuple[str, str | None, int], ...]:
+    where, parameters = selection.where()
+    rows = reader.rows(
+        "SELECT provider, model, count(*) FROM event "
+        f"WHERE basis = 'unpriced' AND {where} GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2 "
+        f"LIMIT {UNPRICED_MODELS_MAX}",
+        parameters,
+    )
+    return tuple((provider, model, int(requests)) for provider, model, requests in rows)
 
 
 def _trend(

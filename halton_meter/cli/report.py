@@ -27,6 +27,7 @@ from halton_meter.cli.selection import explained, now_ns, read_selection, select
 from halton_meter.model import TOKEN_NAMES, usd_text
 from halton_meter.report import (
     DIMENSIONS,
+    PERCENTILE_EVENTS,
     Figures,
     Group,
     Question,
@@ -71,17 +72,28 @@ Examples:
     help=f"Group by: {', '.join(DIMENSIONS)}.",
 )
 @click.option("--vs-previous", is_flag=True, help="Compare with the period of equal length before.")
+@click.option(
+    "--percentiles",
+    is_flag=True,
+    help=f"95th percentiles also over more than {PERCENTILE_EVENTS:,} events, which takes longer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The whole answer as one JSON object.")
 @click.option("--csv", "as_csv", is_flag=True, help="The groups as CSV, money exact.")
 def report(
-    by: tuple[str, ...], vs_previous: bool, as_json: bool, as_csv: bool, **options: Any
+    by: tuple[str, ...],
+    vs_previous: bool,
+    percentiles: bool,
+    as_json: bool,
+    as_csv: bool,
+    **options: Any,
 ) -> None:
     """Show what was spent. Without a period, everything that was ever metered."""
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
     now = now_ns()
     selection = read_selection(now, **options)
-    question = Question(now, selection, by, _previous(selection, now) if vs_previous else None)
+    previous = _previous(selection, now) if vs_previous else None
+    question = Question(now, selection, by, previous, percentiles or None)
     with explained():
         answer = ask(Store(), question)
     if as_json:
@@ -107,7 +119,7 @@ def _csv(answer: Report) -> str:
     import csv
     import io
 
-    counts = ["requests", "unpriced_requests", "estimated_requests", "errors"]
+    counts = ["requests", "unpriced_requests", "errors"]
     money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
@@ -219,21 +231,25 @@ def _change(before: Figures, after: Figures) -> str:
 def _table(answer: Report, places: int) -> str:
     cached = any(_known(g.figures.tokens, _CACHE_WRITES) is not None for g in answer.groups)
     compared = any(group.previous is not None for group in answer.groups)
+    timed = answer.totals.p95_duration_ms is not None
     header = [name.replace("_", " ").upper() for name in answer.by]
     header += ["REQUESTS", "INPUT", "CACHE READ"]
-    header += ["CACHE WRITE"] * cached + ["OUTPUT", "P95", "LIST"]
+    header += ["CACHE WRITE"] * cached + ["OUTPUT"] + ["P95"] * timed + ["LIST"]
     header += ["BEFORE"] * compared + ["SHARE", "%"]
-    rows = [_row(answer.by, group, places, cached, compared) for group in answer.groups]
+    rows = [_row(answer.by, group, places, cached, timed, compared) for group in answer.groups]
     right = {*header} - {name.replace("_", " ").upper() for name in answer.by} - {"SHARE"}
     return aligned(header, rows, right)
 
 
-def _row(by: tuple[str, ...], group: Group, places: int, cached: bool, compared: bool) -> list[str]:
+def _row(
+    by: tuple[str, ...], group: Group, places: int, cached: bool, timed: bool, compared: bool
+) -> list[str]:
     figures, tokens = group.figures, group.figures.tokens
     row = [_name(dimension, group.keys[dimension]) for dimension in by]
     row += [f"{figures.requests:,}", count_text(tokens["input"]), count_text(tokens["cache_read"])]
     row += [count_text(_known(tokens, _CACHE_WRITES))] * cached
-    row += [count_text(tokens["output"]), duration_text(figures.p95_duration_ms)]
+    row.append(count_text(tokens["output"]))
+    row += [duration_text(figures.p95_duration_ms)] * timed
     price = money_text(figures.list_usd, places)
     row.append(styled(price, "yellow") if figures.list_usd is None else price)
     if compared:

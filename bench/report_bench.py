@@ -1,0 +1,146 @@
+"""How long `report` takes over millions of events, cold, beside the same question of SQLite.
+
+    python -m bench report            3 million events
+    HALTON_BENCH_EVENTS=10000000 python -m bench report
+
+Rows are made inside DuckDB. Every figure is the best of five cold processes; the file is in the
+page cache, as it is on a machine that meters. SQLite is asked for requests, tokens and cost by
+model over the file that `halton-meter export sqlite` writes, without the percentiles, comparison
+and coverage that `report` answers as well.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from decimal import Decimal
+from pathlib import Path
+
+from halton_meter.model import (
+    Basis,
+    Certainty,
+    Outcome,
+    PricedEvent,
+    Source,
+    Tokens,
+    Usage,
+    UsageEvent,
+)
+from halton_meter.store import Store
+
+EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "3000000"))
+SQLITE_EVENTS_MAX = 3_000_000
+RUNS = 5
+
+_SQLITE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute(
+    "SELECT model, count(*), sum(input_tokens), sum(cache_read_tokens), sum(cache_write_tokens), "
+    "sum(output_tokens), sum(thinking_tokens), sum(cost_usd_micro_units), count(error_class) "
+    "FROM requests GROUP BY model").fetchall()
+"""
+
+# 40 models, 60 projects, a request every 8 seconds; every 50th fails, every 7th lacks the cache.
+_ROWS = """
+INSERT INTO event BY NAME SELECT
+    md5(CAST(i AS VARCHAR)) AS id,
+    1770000000000000000 + i * 8000000000 AS at_ns,
+    ['anthropic', 'openai', 'gemini', 'xai', 'groq'][1 + i % 5] AS provider,
+    'api.' || (i % 5) || '.example' AS host, 'messages' AS endpoint, 'chat' AS kind,
+    'model-' || (hash(i) % 40) AS model, 'model-' || (hash(i) % 40) AS request_model,
+    md5(CAST(-i AS VARCHAR)) AS response_id, i % 3 > 0 AS streaming,
+    CASE WHEN i % 50 = 0 THEN 429 ELSE 200 END AS http_status,
+    CASE WHEN i % 50 = 0 THEN 'rate_limit' END AS error_class,
+    CASE WHEN i % 200 = 0 THEN 'gapped' ELSE 'complete' END AS outcome, 'uprobes' AS source,
+    hash(i + 1) % 30000 AS pid, '/usr/bin/tool-' || (hash(i) % 12) AS process,
+    'project-' || (hash(i + 7) % 60) AS project,
+    hash(i + 1) % 20000 AS input_tokens,
+    CASE WHEN i % 7 > 0 THEN hash(i + 2) % 100000 END AS cache_read_tokens,
+    CASE WHEN i % 5 = 0 THEN hash(i + 3) % 9000 END AS cache_write_5m_tokens,
+    hash(i + 4) % 4000 AS output_tokens, hash(i + 4) % 1000 AS reasoning_tokens,
+    'reported' AS certainty, 100.5 + hash(i + 5) % 60000 AS duration_ms, 7 AS sighting_rank,
+    '{"parts":[],"conditions":{},"flags":[],"reported_usd":null,"raw_usage":null,"process":null}'
+        AS usage_document,
+    CASE WHEN i % 90 > 0 THEN CAST(hash(i + 6) % 2000000000 AS DECIMAL(18,0)) / 1000000000 END
+        AS list_usd,
+    CASE WHEN i % 90 > 0 THEN CAST(hash(i + 6) % 2000000000 AS DECIMAL(18,0)) / 1000000000 END
+        AS marginal_usd,
+    CASE WHEN i % 90 > 0 THEN 'computed' ELSE 'unpriced' END AS basis, 'bench' AS price_book,
+    '{"list_usd":null,"marginal_usd":null,"reported_usd":null,"flags":[],"line_items":[]}'
+        AS price_document
+FROM range(CAST(? AS BIGINT)) rows(i)
+"""
+
+
+def fill(home: Path, events: int) -> None:
+    """Make a store of `events` events; the store itself makes the file and its schema."""
+    import duckdb
+
+    usage = UsageEvent(
+        id="first",
+        provider="anthropic",
+        host=None,
+        endpoint="messages",
+        kind="chat",
+        model="model-1",
+        request_model=None,
+        response_id=None,
+        streaming=False,
+        http_status=200,
+        error_class=None,
+        outcome=Outcome.COMPLETE,
+        source=Source.PCAP,
+        parts=(Usage("model-1", Tokens(input=1)),),
+        certainty=Certainty.REPORTED,
+        at_ns=1_769_999_999_000_000_000,
+        ttft_ms=None,
+        duration_ms=None,
+    )
+    with Store(home) as store:
+        store.append([PricedEvent(usage, Decimal(1), Decimal(1), None, Basis.COMPUTED)])
+        store.flush()
+    with duckdb.connect(str(Store(home).database_path)) as connection:
+        connection.execute(_ROWS, [events])
+
+
+def best(command: list[str], home: Path, runs: int = RUNS) -> float:
+    """The shortest wall-clock time, in seconds, of a new process."""
+    environment = {**os.environ, "HALTON_METER_HOME": str(home)}
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def main() -> None:
+    """Print the figures."""
+    program = [str(Path(sys.executable).with_name("halton-meter"))]
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch) / "home"
+        fill(home, EVENTS)
+        size = Store(home).database_path.stat().st_size
+        print(f"{EVENTS:,} events, {size / 1e6:,.0f} MB")
+        plain = best([*program, "report"], home)
+        print(f"report, cold process:              {plain:6.3f} s   (aim: 0.3 s for 3 million)")
+        for options in (["--by", "project,day"], ["--since", "2026-03-01", "--vs-previous"]):
+            taken = best([*program, "report", *options], home, 3)
+            print(f"report {' '.join(options):27} {taken:6.3f} s")
+        if EVENTS > SQLITE_EVENTS_MAX:
+            return
+        target = Path(scratch) / "spend.sqlite"
+        exported = best([*program, "export", "sqlite", str(target)], home, 1)
+        rate = f"{EVENTS / exported:,.0f} rows/s"
+        print(f"export sqlite:                     {exported:6.1f} s   {rate}")
+        sqlite = best([sys.executable, "-c", _SQLITE, str(target)], home, 2)
+        ratio = f"report is {sqlite / plain:.1f} times as fast"
+        print(f"SQLite, sums by model only:        {sqlite:6.3f} s   {ratio}")
+
+
+if __name__ == "__main__":
+    main()
