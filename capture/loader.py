@@ -390,7 +390,7 @@ def _cached_object() -> Path:
 
 def built_object() -> Path | None:
     """The compiled program: built with the wheel, else from the cache; None when in neither."""
-    if BUILT_OBJECT.exists() and BUILT_OBJECT.stat().st_mtime >= SOURCE.stat().st_mtime:
+    if BUILT_OBJECT.exists():
         return BUILT_OBJECT
     cached = _cached_object()
     if cached.exists() and cached.stat().st_uid == 0 and not cached.stat().st_mode & 0o022:
