@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -41,21 +42,17 @@ class BuildWithProbes(build_py):
             subprocess.run([strip, "-g", target], check=False)
         if done.returncode:
             target.unlink(missing_ok=True)
-            print("halton-meter: clang failed; the wheel will not hold the compiled BPF program")
+            print("halton-meter: clang failed, so the wheel will not hold the compiled BPF program")
 
 
 class WheelForOneMachine(bdist_wheel):
-    """The object is for one machine type, so the wheel is too; for any Python, all the same."""
-
-    def finalize_options(self) -> None:
-        """Have the platform in the name where there is an object to ship."""
-        super().finalize_options()
-        self.root_is_pure = not sys.platform.startswith("linux") or shutil.which("clang") is None
+    """The object is for one machine type, so the wheel is too."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Nothing in it is compiled against a Python."""
-        _, _, platform_tag = super().get_tag()
-        return ("py3", "none", platform_tag)
+        """Name the platform where there is an object to ship."""
+        if sys.platform.startswith("linux") and shutil.which("clang"):
+            return ("py3", "none", get_platform().replace("-", "_"))
+        return super().get_tag()
 
 
 setup(cmdclass={"build_py": BuildWithProbes, "bdist_wheel": WheelForOneMachine})
