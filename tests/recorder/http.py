@@ -271,20 +271,23 @@ class WebSocketScript:
 
         self.client = WSConnection(ConnectionType.CLIENT)
         self.server = WSConnection(ConnectionType.SERVER)
-        extensions = [PerMessageDeflate()] if deflate else []
+
+        def extensions() -> list[PerMessageDeflate]:
+            return [PerMessageDeflate()] if deflate else []
+
         self.steps: list[Step] = []
         asked = self.client.send(
             Request(
                 host=host,
                 target=path,
-                extensions=extensions,
+                extensions=extensions(),
                 extra_headers=[(b"Authorization", b"Bearer sk-not-a-key")],
             )
         )
         self.steps.append(Step(True, asked))
         self.server.receive_data(asked)
         list(self.server.events())
-        granted = self.server.send(AcceptConnection(extensions=extensions))
+        granted = self.server.send(AcceptConnection(extensions=extensions()))
         self.steps.append(Step(False, granted, 50))
         self.client.receive_data(granted)
         list(self.client.events())

@@ -6,7 +6,7 @@ import importlib
 
 from tests.recorder.scenario import Scenario
 
-FAMILIES = ("anthropic", "openai")
+FAMILIES = ("anthropic", "openai", "google", "others")
 
 
 def every() -> list[Scenario]:
