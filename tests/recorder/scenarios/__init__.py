@@ -6,7 +6,7 @@ import importlib
 
 from tests.recorder.scenario import Scenario
 
-FAMILIES = ("anthropic", "openai", "google", "others")
+FAMILIES = ("anthropic", "openai", "google", "others", "damaged")
 
 
 def every() -> list[Scenario]:
