@@ -104,6 +104,9 @@ class PriceFile:
             # Between the quotes of ["a", "b"]: every second piece. Names hold no quotes.
             for name in section[start:end].split('"')[1::2]:
                 self._by_name.setdefault(name, index)
+        for index, section in enumerate(self._sections):  # an id, where no model has it as a name
+            assert isinstance(section, str)
+            self._by_name.setdefault(section.split('"', 2)[1].lower(), index)
 
     def _model(self, index: int) -> Model:
         section = self._sections[index]

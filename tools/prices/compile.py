@@ -105,14 +105,15 @@ def base_rows(model: Any, provider: str) -> Iterator[dict[str, Any]]:
     if not isinstance(model.prices, list):
         yield rates_of(model.prices, provider)
         return
+    begun: dict[str, Any] = {}
     for conditional in model.prices:
-        constraint, head = conditional.constraint, {}
+        constraint = conditional.constraint
+        head: dict[str, Any] = {}
         if constraint is not None and hasattr(constraint, "start_date"):
-            head = {"from": constraint.start_date}
-        elif constraint is not None:
-            head = {
-                "hours": [t.strftime("%H:%M") for t in (constraint.start_time, constraint.end_time)]
-            }
+            head = begun = {"from": constraint.start_date}
+        elif constraint is not None:  # peak hours belong to the dated price listed before them
+            clocks = (constraint.start_time, constraint.end_time)
+            head = {**begun, "hours": [clock.strftime("%H:%M") for clock in clocks]}
         yield head | rates_of(conditional.prices, provider)
 
 

@@ -1,0 +1,117 @@
+"""Compare our rates with litellm's price file: every disagreement is listed here or is new.
+
+    pip download --no-deps litellm && unzip -j litellm-*.whl '*model_prices*backup.json'
+    .venv/bin/python tools/prices/cross_check.py model_prices_and_context_window_backup.json
+
+litellm's file (MIT) has more dimensions and no history, so it checks the rates in force today and
+is never a source by itself. Known disagreements stand in `disagreements.toml` with what was
+decided and why; exit code 1 says that there is one that nobody has decided. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pricing.book import PriceBook  # noqa: E402 - after the path
+
+# litellm's provider -> ours. Resellers that it fills by hand are left out.
+PROVIDERS = {
+    "anthropic": "anthropic",
+    "openai": "openai",
+    "gemini": "gemini",
+    "xai": "xai",
+    "groq": "groq",
+    "mistral": "mistral",
+    "deepseek": "deepseek",
+}
+# litellm's key -> (our dimension, the conditions it holds under).
+KEYS: dict[str, tuple[str, dict[str, str]]] = {
+    "input_cost_per_token": ("input", {}),
+    "output_cost_per_token": ("output", {}),
+    "cache_read_input_token_cost": ("cache_read", {}),
+    "cache_creation_input_token_cost": ("cache_write", {}),
+    "cache_creation_input_token_cost_above_1hr": ("cache_write_1h", {}),
+    "cache_creation_input_token_cost_above_12hr": ("cache_write_12h", {}),
+    "input_cost_per_audio_token": ("audio_input", {}),
+    "output_cost_per_audio_token": ("audio_output", {}),
+    "input_cost_per_token_flex": ("input", {"service_tier": "flex"}),
+    "output_cost_per_token_flex": ("output", {"service_tier": "flex"}),
+    "cache_read_input_token_cost_flex": ("cache_read", {"service_tier": "flex"}),
+    "input_cost_per_token_priority": ("input", {"service_tier": "priority"}),
+    "output_cost_per_token_priority": ("output", {"service_tier": "priority"}),
+    "cache_read_input_token_cost_priority": ("cache_read", {"service_tier": "priority"}),
+    "input_cost_per_token_ultrafast": ("input", {"service_tier": "ultrafast"}),
+    "output_cost_per_token_ultrafast": ("output", {"service_tier": "ultrafast"}),
+    "input_cost_per_token_batches": ("input", {"batch": "true"}),
+    "output_cost_per_token_batches": ("output", {"batch": "true"}),
+    "cache_read_input_token_cost_batches": ("cache_read", {"batch": "true"}),
+}
+# A dimension without a rate of its own is billed at this one's.
+FALLBACKS = {"audio_input": "input", "audio_output": "output", "cache_read": "input"}
+# Beyond rounding in a file of floats.
+TOLERANCE = Decimal("0.001")
+
+
+def differences(entries: dict[str, Any], book: PriceBook, at_ns: int) -> Iterator[tuple[str, str]]:
+    """(provider/model/dimension[/condition], what each side says) where the two disagree."""
+    for key, entry in entries.items():
+        provider = PROVIDERS.get(entry.get("litellm_provider", ""))
+        if provider is None or entry.get("mode") not in ("chat", "responses", "embedding"):
+            continue
+        model = key.removeprefix(f"{entry['litellm_provider']}/")
+        for theirs_key, (dimension, conditions) in KEYS.items():
+            theirs = entry.get(theirs_key)
+            if not theirs:
+                continue
+            tariff = book.tariff(provider, model, conditions, at_ns)
+            if tariff.missing is not None and tariff.missing.startswith("model="):
+                break  # unknown to us: not a disagreement
+            name = "/".join((provider, model, dimension, *conditions.values()))
+            rates = tariff.levels[0].rates if tariff.levels else {}
+            rate = rates.get(dimension) or rates.get(FALLBACKS.get(dimension, ""))
+            told = Decimal(str(theirs)) * 1_000_000
+            if rate is None:
+                yield name, f"ours unpriced, litellm ${told.normalize():f}"
+            elif abs(rate.usd - told) > TOLERANCE * max(rate.usd, told):
+                yield name, f"ours ${rate.usd.normalize():f}, litellm ${told.normalize():f}"
+
+
+def main() -> int:
+    """Print each disagreement and its decision; 1 when one is undecided."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("litellm", type=Path, help="litellm's model_prices… JSON")
+    parser.add_argument("--undecided", action="store_true", help="only those nobody has decided")
+    arguments = parser.parse_args()
+    known = tomllib.loads((Path(__file__).parent / "disagreements.toml").read_text())[
+        "disagreement"
+    ]
+    book = PriceBook.load()
+    undecided, decided = 0, 0
+    entries = json.loads(arguments.litellm.read_text())
+    for name, what in differences(entries, book, time.time_ns()):
+        decision = next((d for d in known if fnmatchcase(name, d["rate"])), None)
+        if decision is None:
+            undecided += 1
+            print(f"UNDECIDED {name}: {what}")
+            continue
+        decided += 1
+        if not arguments.undecided:
+            print(f"{name}: {what}\n    for {decision['decided']}: {decision['why']}")
+    print(f"{decided} disagreements decided, {undecided} undecided")
+    return 1 if undecided else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
