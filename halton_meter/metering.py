@@ -14,14 +14,17 @@ import ctypes
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import selectors
 import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -39,14 +42,25 @@ if TYPE_CHECKING:
 # Exit codes that tell the supervisor why.
 ENDED, UNAVAILABLE, HELPER_DIED, REFUSED = 0, 10, 11, 12
 
-# Events wait at most this long in the journal before the database is opened for them …
-FLUSH_AFTER_S = 1.0
-# … or until so many have come.
-FLUSH_EVENTS = 2000
+# An event is in a closed journal segment after this time: from then on any command that reads the
+# store takes it over by itself …
+SEAL_AFTER_S = 1.0
+# … and in the database after this one, or when so many have come. Moving them costs a process of
+# its own some 0.3 s of CPU, which is why it is not done more often.
+FLUSH_AFTER_S = 30.0
+FLUSH_EVENTS = 20_000
+FLUSH_PRIORITY = 10
 # The alive mark's age bounds how far back a gap must be assumed to start after a crash.
 ALIVE_EVERY_S = 60.0
 REPORT_EVERY_S = 0.25
 SETTLE_S = 0.5
+
+# Plaintext that waits to be metered. While it is metered, slice by slice, what comes is taken out
+# of the kernel's ring; past the limit it is left there, and what overflows is counted there.
+BACKLOG_BYTES_MAX = 32 << 20
+SLICE_S = 0.01
+# What a chunk takes in memory besides its bytes.
+CHUNK_OVERHEAD_BYTES = 256
 
 CLIENTS_MAX = 64
 REQUEST_BYTES_MAX = 4096
@@ -268,11 +282,19 @@ class Metering:
         self._selector = selectors.DefaultSelector()
         self._clients: dict[socket.socket, _Client] = {}
         self._totals = Totals()
+        self._backlog: deque[TlsChunk | TlsClosed] = deque()
+        self._backlog_bytes = 0
+        self._reading = True
         self._bytes = 0
         self._started_ns = time.time_ns()
         self._last_event_ns: int | None = None
         self._unflushed = 0
+        self._seal_due: float | None = None
         self._flush_due: float | None = None
+        self._flusher: subprocess.Popen[bytes] | None = None
+        self._flush_again = False
+        self._waiting: list[_Client] = []  # for the flush that runs now
+        self._waiting_next: list[_Client] = []
         self._report_due: float | None = None
         self._settle_due: float | None = None
         self._alive_due = 0.0
@@ -289,7 +311,7 @@ class Metering:
         self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         tell({"ready": True, "loader": self._source.status().loader})
-        self._receive(self._source.read(0))
+        self._take(self._source.read(0))
         while self._exit_code is None:
             for key, _ in self._selector.select(self._wait_s()):
                 key.data()
@@ -300,18 +322,36 @@ class Metering:
     # --- plaintext and events
 
     def _on_plaintext(self) -> None:
-        self._receive(self._source.read(0))
+        self._take(self._source.read(0))
         # The source closes a connection a little after its shutdown, with nothing to read then.
         self._settle_due = time.monotonic() + SETTLE_S
         if self._source.ended and self._exit_code is None:
             self._exit_code = HELPER_DIED
 
-    def _receive(self, items: Iterable[TlsChunk | TlsClosed]) -> None:
-        events: list[PricedEvent] = []
+    def _take(self, items: Iterable[TlsChunk | TlsClosed]) -> None:
+        """Put plaintext into our own memory, out of the kernel's small ring."""
         for item in items:
-            self._bytes += getattr(item, "length", 0)
+            self._backlog.append(item)
+            self._backlog_bytes += _size(item)
+        full = self._backlog_bytes > BACKLOG_BYTES_MAX
+        if full and self._reading:
+            self._selector.unregister(self._source)
+            self._reading = False
+
+    def _work(self, until: float) -> None:
+        """Meter what was taken, oldest first, until the time `until` or until none is left."""
+        events: list[PricedEvent] = []
+        while self._backlog:
+            item = self._backlog.popleft()
+            self._backlog_bytes -= _size(item)
+            self._bytes += len(getattr(item, "data", b""))
             events += self._meter.receive(item)
+            if time.monotonic() >= until:
+                break
         self._keep(events)
+        if not self._reading and self._backlog_bytes <= BACKLOG_BYTES_MAX // 2:
+            self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
+            self._reading = True
 
     def _keep(self, events: list[PricedEvent]) -> None:
         if not events:
@@ -325,19 +365,50 @@ class Metering:
         self._last_event_ns = events[-1].usage.at_ns
         self._unflushed += len(events)
         now = time.monotonic()
+        self._seal_due = self._seal_due or now + SEAL_AFTER_S
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
         self._report_due = self._report_due or now + REPORT_EVERY_S
 
     def _flush(self) -> None:
-        self._unflushed, self._flush_due = 0, None
-        try:
-            self._store_error = self._store.flush().reason
-        except Exception as error:
-            # The journal holds the events; the next flush, or any command, takes them over.
-            self._store_error = f"{type(error).__name__}: {error}"
+        """Have a process of its own move the journal into the database.
+
+        In this one the loop would stand still meanwhile, and the kernel's ring overflow.
+        """
+        if self._flusher is not None:
+            self._flush_again = True
+            return
+        self._unflushed, self._flush_due, self._seal_due = 0, None, None
+        self._flush_again = False
+        self._waiting, self._waiting_next = self._waiting_next, []
+        self._store.close()
+        command = [sys.executable, "-P", "-m", "halton_meter.metering", "--flush", self._job.home]
+        self._flusher = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd="/"
+        )
+        self._selector.register(self._flusher_output(), selectors.EVENT_READ, self._on_flushed)
+
+    def _flusher_output(self) -> int:
+        assert self._flusher is not None
+        assert self._flusher.stdout is not None
+        return self._flusher.stdout.fileno()
+
+    def _on_flushed(self) -> None:
+        assert self._flusher is not None
+        self._selector.unregister(self._flusher_output())
+        said, _ = self._flusher.communicate()
+        code, self._flusher = self._flusher.returncode, None
+        # Events that came meanwhile are in a newer segment, which the flusher left alone.
+        self._store_error = said.decode(errors="replace").strip() or (
+            f"the flush ended with code {code}" if code else None
+        )
+        for client in self._waiting:
+            self._reply(client, self._watched(client))
+        if self._flush_again or self._waiting_next:
+            self._flush()
 
     def _drain(self) -> None:
-        self._receive(self._source.drain(DRAIN_S))
+        self._take(self._source.drain(DRAIN_S))
+        self._work(math.inf)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -349,8 +420,13 @@ class Metering:
 
     # --- time
 
+    def _dues(self) -> tuple[float | None, ...]:
+        return self._seal_due, self._flush_due, self._report_due, self._settle_due
+
     def _wait_s(self) -> float:
-        dues = [due for due in (self._flush_due, self._report_due, self._settle_due) if due]
+        if self._backlog:
+            return 0.0
+        dues = [due for due in self._dues() if due is not None]
         if self._gaps is not None:
             dues.append(self._alive_due)
         return max(0.0, min(dues) - time.monotonic()) if dues else 3600.0
@@ -359,7 +435,11 @@ class Metering:
         now = time.monotonic()
         if self._settle_due is not None and now >= self._settle_due:
             self._settle_due = None
-            self._receive(self._source.read(0))
+            self._take(self._source.read(0))
+        self._work(now + SLICE_S)
+        if self._seal_due is not None and now >= self._seal_due:
+            self._seal_due = None
+            self._store.close()
         if self._flush_due is not None and (
             now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
         ):
@@ -385,9 +465,14 @@ class Metering:
         if self._exit_code != HELPER_DIED:
             with contextlib.suppress(OSError):
                 self._drain()
+        self._work(math.inf)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
-        self._flush()
+        if self._flusher is not None:
+            self._flusher.wait()
+        # Nothing comes any more, so this process may do it itself.
+        with contextlib.suppress(Exception):  # the journal keeps what the database refuses
+            self._store_error = flush(self._store)
         self._store.close()
         if self._gaps is not None:
             with contextlib.suppress(OSError):
@@ -433,12 +518,22 @@ class Metering:
             while b"\n" in client.heard:
                 line, _, rest = bytes(client.heard).partition(b"\n")
                 client.heard[:] = rest
-                reply = json.dumps(self._answer(client, json.loads(line))).encode()
-                client.socket.sendall(reply + b"\n")
+                answer = self._answer(client, json.loads(line))
+                if answer is not None:
+                    client.socket.sendall(json.dumps(answer).encode() + b"\n")
         except (OSError, ValueError):
             self._drop_client(client)
 
-    def _answer(self, client: _Client, request: Any) -> dict[str, Any]:
+    def _reply(self, client: _Client, answer: dict[str, Any]) -> None:
+        if client.socket not in self._clients:
+            return
+        try:
+            client.socket.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            self._drop_client(client)
+
+    def _answer(self, client: _Client, request: Any) -> dict[str, Any] | None:
+        """The answer, or None when it comes later."""
         asked = request.get("ask") if isinstance(request, dict) else None
         if asked == "status":
             return self.status()
@@ -447,13 +542,17 @@ class Metering:
             return {"watching": client.pid}
         if asked == "finish" and client.pid is not None:
             self._drain()
+            self._waiting_next.append(client)
             self._flush()
-            coverage = self._coverage(client.pid)
-            return {"totals": client.totals.as_json(), "coverage": coverage, "losses": {}}
+            return None
         if asked == "stop":
             tell({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
+
+    def _watched(self, client: _Client) -> dict[str, Any]:
+        coverage = self._coverage(client.pid)
+        return {"totals": client.totals.as_json(), "coverage": coverage}
 
     # --- what there is to tell
 
@@ -515,6 +614,10 @@ class Metering:
                 }
             )
         return lines
+
+
+def _size(item: TlsChunk | TlsClosed) -> int:
+    return CHUNK_OVERHEAD_BYTES + len(getattr(item, "data", b""))
 
 
 def is_of_tree(event: PricedEvent, root: int) -> bool:
@@ -717,6 +820,28 @@ def _settle() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def flush(store: EventStore) -> str | None:
+    """Move the journal into the database; the reason when events have to wait in it."""
+    done = store.flush()
+    return done.reason if done.waiting else None
+
+
+def _flush_once(home: Path) -> int:
+    """The flusher's whole life; it prints the reason when something is left in the journal."""
+    from halton_meter.store import Store, StoreError
+
+    os.nice(FLUSH_PRIORITY)
+    try:
+        with Store(home) as store:
+            reason = flush(store)
+    except StoreError as error:
+        reason = str(error)
+    # A newer segment of the process that started us is no trouble.
+    if reason and "another process" not in reason:
+        print(reason)
+    return 0
+
+
 def _first_line(fd: int) -> bytes:
     """One line, and not a byte of what follows it: that is for the loop."""
     line = bytearray()
@@ -756,4 +881,6 @@ def start(job: Job, link: socket.socket) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--flush":
+        sys.exit(_flush_once(Path(sys.argv[2])))
     sys.exit(main(int(sys.argv[1])))
