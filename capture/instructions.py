@@ -502,7 +502,7 @@ def _page_before(data: bytes, base: int, at: int, register: int) -> int | None:
     for back in range(at - 4, max(at - 4 * ADRP_DISTANCE_MAX, -1), -4):
         (word,) = struct.unpack_from("<I", data, back)
         if word & 0x9F00001F == 0x90000000 | register:
-            pages = (word >> 5 & 0x7FFFF) << 2 | word >> 29 & 3
+            pages: int = (word >> 5 & 0x7FFFF) << 2 | word >> 29 & 3
             pages = (pages ^ 0x100000) - 0x100000
             return ((base + back) & ~0xFFF) + (pages << 12)
     return None

@@ -1,0 +1,2 @@
+module client
+go 1.19
