@@ -30,6 +30,8 @@ BROTLI_SLICE_BYTES = 32
 ZSTD_SLICE_BYTES = 1024
 GZIP_OUTPUT_BYTES = 1 << 20
 CODINGS_MAX = 4
+# How far from its end a body is looked at for what ends a stream.
+END_BYTES = 512
 
 Sink = Callable[[bytes], None]
 
@@ -229,8 +231,11 @@ class BodyCollector:
         """True when one of `needles` stands in the last bytes seen."""
         if self._chain is not None:
             self._decode()
-        last = self._tail or self._pieces[-1]
-        end = b"".join(last[-4:])[-512:]
+        end = b""
+        for part in reversed(self._tail or self._pieces[-1]):
+            end = part[-END_BYTES:] + end
+            if len(end) >= END_BYTES:
+                break
         return any(needle in end for needle in needles)
 
     def _decode(self) -> None:

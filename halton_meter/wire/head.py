@@ -36,6 +36,8 @@ _HEADERS_KEPT = frozenset(
         "x-goog-request-id",
         "x-generation-id",
         "cf-ray",
+        "mistral-correlation-id",
+        "x-trace-id",
         # What prices depend on.
         "anthropic-version",
         "anthropic-beta",
@@ -44,7 +46,7 @@ _HEADERS_KEPT = frozenset(
         "x-vertex-ai-llm-shared-request-type",
         "openai-processing-ms",
         "openai-version",
-        "x-amzn-bedrock-service-tier",
+        "x-ms-region",
     }
 )
 _PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")

@@ -34,6 +34,7 @@ SPLIT_BYTES_MIN = 512
 
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15}) ([^\s\x00]{1,65536}) HTTP/1\.[01]\r?\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [^\r\n]*)?\r?\n")
+_HEAD_LINE = re.compile(rb"\r\n|[A-Za-z0-9-]{1,64}:[ \t][^\r\n]*\r\n")
 _CHUNK_BOUNDARY = re.compile(rb"\r\n([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]{0,256})?\r\n")
 
 
@@ -69,6 +70,9 @@ def _split_chunks(data: bytes, at: int) -> tuple[list[bytes], int]:
     if len(fields) >= 2 and fields[-2].strip(b"0") == b"":
         del fields[-2:]  # the last chunk: trailers follow, the loop reads them
     sizes, chunks = fields[0::2], fields[1::2]
+    digits = b"".join(sizes)
+    if not digits.isalnum() or b"x" in digits.lower():
+        return [], at  # int() reads "+5" and "0x5", RFC 9112 does not
     try:
         if list(map(int, sizes, repeat(16))) != list(map(len, chunks)):
             return [], at
@@ -81,15 +85,20 @@ class _Reader:
     """One direction: framing only. What it reads goes to callbacks given by `Http1`."""
 
     __slots__ = (
-        "_buffer",
+        "_at_ns",
         "_on_body",
         "_on_end",
         "_on_head",
         "_on_lost",
+        "_ready",
         "_remaining",
+        "_since_ns",
         "_start",
         "_state",
+        "_waiting",
+        "_waiting_bytes",
         "losses",
+        "message_ns",
         "tunnel",
     )
 
@@ -101,6 +110,7 @@ class _Reader:
         on_body: Callable[[bytes], None],
         on_lost: Callable[[int | None], None],
         on_end: Callable[[Headers], None],
+        ready: Callable[[int], bool],
     ) -> None:
         self.losses = context.losses
         self.tunnel = b""
@@ -109,7 +119,14 @@ class _Reader:
         self._on_body = on_body
         self._on_lost = on_lost
         self._on_end = on_end
-        self._buffer = b""
+        self._ready = ready
+        # Bytes that wait for more, and when the first of them came.
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._since_ns = 0
+        self._at_ns = 0
+        # When the first byte of the message being read came.
+        self.message_ns = 0
         self._state = "head"
         self._remaining = 0
 
@@ -119,9 +136,14 @@ class _Reader:
         return self._state in ("head", "resync")
 
     @property
+    def waiting_bytes(self) -> int:
+        """Bytes that wait for more, or for a request."""
+        return self._waiting_bytes
+
+    @property
     def until_close(self) -> bool:
         """True when the message being read ends only with the connection."""
-        return self._state in ("eof", "unframed")
+        return self._state in ("eof", "unframed", "head_rest")
 
     def join(self, keep_rest: bool) -> None:
         """Begin in the middle: look for a head, keeping what stands before it or not."""
@@ -130,29 +152,57 @@ class _Reader:
     def tunnel_from_here(self) -> None:
         """What follows is another protocol; whatever waited belongs to it."""
         self._state = "tunnel"
-        self.tunnel, self._buffer = self._buffer, b""
+        self.tunnel = self._take_waiting()
 
     def expect_message(self) -> None:
         """What was unframed has ended: the next bytes are looked at for a head."""
         self._state = "resync"
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, at_ns: int) -> None:
         """Take the next bytes."""
-        if self._buffer:
-            data = self._buffer + data
-            self._buffer = b""
+        self._at_ns = self.message_ns = at_ns
+        if self._waiting:
+            self._waiting.append(data)
+            self._waiting_bytes += len(data)
+            # A head ends in a line's end: looking again before one comes would cost n² in total.
+            lines = self._state in _READ_BY_LINE and self._waiting_bytes < HEAD_BYTES_MAX
+            if lines and b"\n" not in data:
+                return
+            data = self._take_waiting()
+            self.message_ns = self._since_ns
+        self._steps(data)
+
+    def resume(self, at_ns: int) -> None:
+        """Look again at what waits: it may be wanted now."""
+        if self._waiting:
+            self._at_ns, self.message_ns = at_ns, self._since_ns
+            self._steps(self._take_waiting())
+
+    def _steps(self, data: bytes) -> None:
         at = 0
         while at < len(data):
             now = _STEPS[self._state](self, data, at)
             if now < 0:
-                self._buffer = data[at:]
+                self._wait(data[at:])
                 return
             at = now
+
+    def _wait(self, data: bytes) -> None:
+        if data:
+            self._waiting = [data]
+            self._waiting_bytes = len(data)
+            self._since_ns = self.message_ns
+
+    def _take_waiting(self) -> bytes:
+        data = b"".join(self._waiting)
+        self._waiting = []
+        self._waiting_bytes = 0
+        return data
 
     def hole(self, count: int) -> None:
         """Step over `count` lost bytes, or give the framing up until the next head."""
         state = self._state
-        self._buffer_into_body()
+        self.flush()
         if state in {"length", "chunk"}:
             if count <= self._remaining - (0 if state == "length" else 2):
                 self._on_lost(count)
@@ -177,12 +227,14 @@ class _Reader:
         elif state != "tunnel":
             self._on_lost(None)
             self._resync()
+            self._state = "head_rest"
 
-    def _buffer_into_body(self) -> None:
-        """Bytes waiting for more when a hole comes: body text stays, half a head goes."""
-        if self._state in ("chunk_resync", "unframed") and self._buffer:
-            self._on_body(self._buffer)
-        self._buffer = b""
+    def flush(self) -> None:
+        """Bytes waiting for more when no more will come: body text stays, half a head goes."""
+        data = self._take_waiting()
+        body = self._state in ("chunk_resync", "unframed")
+        if data and (body or (self._state == "head_rest" and b"\n" not in data)):
+            self._on_body(data)
 
     def _resync(self) -> None:
         if self._state != "tunnel":
@@ -192,6 +244,7 @@ class _Reader:
     def _finish(self, trailers: Headers = ()) -> None:
         self._state = "head"
         self._on_end(trailers)
+        self.message_ns = self._at_ns
 
     # Each step takes the bytes and a position; it gives the next position, or -1 for "more".
 
@@ -213,6 +266,8 @@ class _Reader:
         match = self._start.match(data, at)
         if match is None:
             return self._garbage(at)
+        if not self._ready(len(data) - at):
+            return -1
         lines = data[match.end() : end].replace(b"\r\n", b"\n").split(b"\n")
         self._begin(self._on_head(match, _fields([line for line in lines if line])))
         return end + size
@@ -232,7 +287,7 @@ class _Reader:
     def _garbage(self, at: int) -> int:
         self.losses["garbage"] += 1
         self._state = "resync"
-        return at
+        return at + 1  # a head that is too long must not be found again
 
     def _length(self, data: bytes, at: int) -> int:
         end = min(at + self._remaining, len(data))
@@ -257,10 +312,7 @@ class _Reader:
             line_end = find(b"\n", at)
             if line_end < 0:
                 break
-            try:
-                size = int(data[at:line_end], 16)
-            except ValueError:
-                size = self._chunk_line(data[at:line_end])
+            size = self._chunk_line(data[at:line_end])
             if size <= 0:
                 break
             start = line_end + 1
@@ -291,7 +343,7 @@ class _Reader:
 
     def _more_of_line(self, data: bytes, at: int) -> int:
         if len(data) - at <= CHUNK_LINE_BYTES_MAX:
-            self._buffer = data[at:]
+            self._wait(data[at:])
             return len(data)
         self._on_lost(None)
         self.losses["garbage"] += 1
@@ -300,9 +352,12 @@ class _Reader:
 
     @staticmethod
     def _chunk_line(line: bytes) -> int:
-        """The size on a chunk line that has an extension; -1 for nonsense."""
+        """The size on a chunk line, its extension left out; -1 for nonsense."""
+        digits = line.partition(b";")[0].strip()
+        if not digits.isalnum() or b"x" in digits or b"X" in digits:
+            return -1  # int() would read "+5" and "0x5"
         try:
-            return int(line.partition(b";")[0], 16)
+            return int(digits, 16)
         except ValueError:
             return -1
 
@@ -323,7 +378,7 @@ class _Reader:
             keep = max(at, len(data) - RESYNC_TAIL_BYTES // 8)
             if keep > at:
                 self._on_body(data[at:keep])
-            self._buffer = data[keep:]
+            self._wait(data[keep:])
             return len(data)
         if match.start() > at:
             self._on_body(data[at : match.start()])
@@ -340,7 +395,7 @@ class _Reader:
         end = data.find(b"\r\n\r\n", at)
         if end < 0:
             if len(data) - at < HEAD_BYTES_MAX:
-                self._buffer = data[at:]
+                self._wait(data[at:])
                 return len(data)
             self._finish()
             return self._garbage(at)
@@ -360,7 +415,8 @@ class _Reader:
             keep = max(at, data.rfind(b"\n", max(at, len(data) - RESYNC_TAIL_BYTES)) + 1)
             if keep > at and self._state == "unframed":
                 self._on_body(data[at:keep])
-            self._buffer = data[keep:] if len(data) - keep <= HEAD_BYTES_MAX else b""
+            if len(data) - keep <= HEAD_BYTES_MAX:
+                self._wait(data[keep:])
             return len(data)
         if match.start() > at and self._state == "unframed":
             self._on_body(data[at : match.start()])
@@ -369,14 +425,33 @@ class _Reader:
         self._state = "head"
         return match.start()
 
+    def _head_rest(self, data: bytes, at: int) -> int:
+        """Behind a hole in a head: the rest of its lines is dropped (a cookie may be in them), and
+        what does not read like the lines of a head is body.
+        """
+        if self._start.match(data, at):
+            self._finish()
+            return at
+        line_end = data.find(b"\n", at)
+        following = data[line_end + 1 :]
+        too_long = len(data) - at > HEAD_BYTES_MAX
+        if not too_long and (line_end < 0 or (b"\n" not in following)):
+            return -1
+        if line_end >= 0 and _HEAD_LINE.match(following):
+            end = data.find(b"\r\n\r\n", max(at, line_end - 1))
+            if end < 0 and not too_long:
+                return -1
+            at = end + 4 if end >= 0 else at
+        self._state = "unframed"
+        return at
+
     def _tunnel_step(self, data: bytes, at: int) -> int:
         self.tunnel += data[at:]
         return len(data)
 
-    def flush(self) -> None:
-        """The connection ended: what waited for more is body text or nothing."""
-        self._buffer_into_body()
 
+# States in which nothing can be decided before a line ends.
+_READ_BY_LINE = frozenset(("head", "resync", "head_rest"))
 
 _STEPS: dict[str, Callable[[_Reader, bytes, int], int]] = {
     "head": _Reader._head,
@@ -388,6 +463,7 @@ _STEPS: dict[str, Callable[[_Reader, bytes, int], int]] = {
     "eof": _Reader._eof,
     "resync": _Reader._resync_step,
     "unframed": _Reader._resync_step,
+    "head_rest": _Reader._head_rest,
     "tunnel": _Reader._tunnel_step,
 }
 
@@ -413,18 +489,17 @@ class Http1:
         self._pending: deque[Transaction] = deque()
         self._sending: Transaction | None = None
         self._receiving: Transaction | None = None
-        self._early: list[tuple[bytes, int]] = []
-        self._early_bytes = 0
+        self._closing = False
         self._done: list[Exchange] = []
         self._at_ns = 0
         self.upgraded: tuple[Transaction, Headers] | None = None
         self._sent = _Reader(
             context, _REQUEST_LINE, self._request_head, self._sent_body, self._sent_lost,
-            self._sent_end,
+            self._sent_end, lambda _: True,
         )  # fmt: skip
         self._received = _Reader(
             context, _STATUS_LINE, self._response_head, self._received_body, self._received_lost,
-            self._received_end,
+            self._received_end, self._expects_response,
         )  # fmt: skip
         if context.connection.joined:
             self._sent.join(keep_rest=False)
@@ -434,26 +509,42 @@ class Http1:
         """Take bytes of one direction; return the exchanges they finished."""
         self._at_ns = at_ns
         if direction is Direction.SENT:
-            self._sent.feed(data)
-            self._play_early()
-        elif self._too_early():
-            self._early.append((data, at_ns))
-            self._early_bytes += len(data)
+            self._sent.feed(data, at_ns)
+            if self._pending:
+                self._received.resume(at_ns)
         else:
-            self._received.feed(data)
+            self._received.feed(data, at_ns)
         return self._take()
 
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
         self._at_ns = at_ns
-        (self._sent if direction is Direction.SENT else self._received).hole(count)
+        if direction is Direction.SENT:
+            self._sent.hole(count)
+            self._answer_lost_requests()
+        else:
+            self._received.hole(count)
         return self._take()
+
+    def _answer_lost_requests(self) -> None:
+        """Answers that wait for their requests when a hole comes were to requests in the hole."""
+        waiting = self._received.waiting_bytes
+        while waiting and not self._sending and len(self._pending) < PENDING_MAX:
+            self._received.resume(self._at_ns)
+            if self._received.waiting_bytes in (0, waiting) or self._receiving is not None:
+                return
+            waiting = self._received.waiting_bytes
+            self._lost_request()
+
+    def _lost_request(self) -> None:
+        placeholder = self._new(self._at_ns)
+        placeholder.gapped = placeholder.request_done = True
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
         self._at_ns = at_ns
-        self._early_bytes = EARLY_RESPONSE_BYTES_MAX
-        self._play_early()
+        self._closing = True
+        self._received.resume(at_ns)
         self._sent.flush()
         self._received.flush()
         if self._receiving is not None and self._received.until_close and clean:
@@ -472,26 +563,14 @@ class Http1:
 
     # --- pairing ---
 
-    def _too_early(self) -> bool:
+    def _expects_response(self, waiting_bytes: int) -> bool:
         """A response whose request has not been delivered yet waits for it, within bounds."""
         return (
-            not self._pending
-            and self._received.between_messages
-            and not self._context.connection.joined
-            and self._early_bytes < EARLY_RESPONSE_BYTES_MAX
+            self._closing
+            or self._context.connection.joined
+            or waiting_bytes > EARLY_RESPONSE_BYTES_MAX
+            or any(not transaction.response_done for transaction in self._pending)
         )
-
-    def _play_early(self) -> None:
-        waiting = not self._pending and self._early_bytes < EARLY_RESPONSE_BYTES_MAX
-        if not self._early or waiting:
-            return
-        early, self._early = self._early, []
-        self._early_bytes = 0
-        now = self._at_ns
-        for data, at_ns in early:
-            self._at_ns = at_ns
-            self._received.feed(data)
-        self._at_ns = now
 
     def _take(self) -> list[Exchange]:
         done, self._done = self._done, []
@@ -508,8 +587,8 @@ class Http1:
             self._pending.remove(transaction)
             self._emit(transaction)
 
-    def _new(self) -> Transaction:
-        transaction = Transaction(self._context, Protocol.HTTP1, self._at_ns)
+    def _new(self, at_ns: int) -> Transaction:
+        transaction = Transaction(self._context, Protocol.HTTP1, at_ns)
         if len(self._pending) >= PENDING_MAX:
             self._context.losses["pipeline_over_limit"] += 1
             self._emit(self._pending.popleft())
@@ -519,8 +598,9 @@ class Http1:
     # --- the request's side ---
 
     def _request_head(self, match: re.Match[bytes], fields: list[tuple[str, str]]) -> str | int:
-        self._drop_placeholder()
-        transaction = self._new()
+        in_doubt = self._end_what_has_no_end()
+        transaction = self._new(self._sent.message_ns)
+        transaction.gapped = in_doubt
         self._sending = transaction
         method = match.group(1).decode("latin-1")
         target = match.group(2).decode("latin-1")
@@ -538,20 +618,25 @@ class Http1:
         )
         return _body_framing(fields, 0)
 
-    def _drop_placeholder(self) -> None:
-        """A new request on the line ends what could not be framed on the other side."""
+    def _end_what_has_no_end(self) -> bool:
+        """A new request ends what could not be framed; True when a lost one's answer is missing.
+
+        Then the next answer may be to either of the two, so that the new one is in doubt.
+        """
         front = self._pending[0] if self._pending else None
-        if front is None or not self._received.until_close:
-            hidden = front is not None and front.gapped and front.request.method is None
-            if hidden and self._pending[0].response_body is None:
-                self._pending.popleft()  # the hole hid no request after all
-            return
-        if front is self._receiving:
+        if front is None:
+            return False
+        if front is self._receiving and self._received.until_close:
             self._received.flush()
             self._pending.popleft()
             self._emit(front)
             self._receiving = None
             self._received.expect_message()
+            return False
+        hidden = front.gapped and front.request.method is None and front.response_body is None
+        if hidden:
+            self._pending.popleft()
+        return hidden
 
     def _sent_body(self, data: bytes) -> None:
         transaction = self._sending
@@ -563,8 +648,7 @@ class Http1:
             self._sending.lose(False, count)
             return
         if not any(t.request.method is None and t.gapped for t in self._pending):
-            placeholder = self._new()  # a whole request may have been lost: its answer will come
-            placeholder.gapped = placeholder.request_done = True
+            self._lost_request()  # its answer will come
 
     def _sent_end(self, trailers: Headers) -> None:
         transaction, self._sending = self._sending, None
@@ -579,13 +663,14 @@ class Http1:
         status = int(match.group(1))
         transaction = next((t for t in self._pending if not t.response_done), None)
         if transaction is None:
-            transaction = self._new()  # the answer to a request that was never seen
+            transaction = self._new(self._at_ns)  # the answer to a request that was never seen
             transaction.request_done = True
             transaction.gapped = True
         if 100 <= status < 200 and status != 101:
             return "interim"
         headers = kept_headers(fields)
-        transaction.open_response(status, headers, self._at_ns)
+        transaction.open_response(status, headers, self._received.message_ns)
+        transaction.saw_response(self._at_ns)
         self._receiving = transaction
         method = transaction.request.method
         if status == 101 or (method == "CONNECT" and status < 300):
@@ -615,18 +700,27 @@ class Http1:
         """The response whose head fell into a hole: the oldest without an answer, or nobody's."""
         transaction = next((t for t in self._pending if not t.response_done), None)
         if transaction is None:
-            transaction = self._new()
+            transaction = self._new(self._at_ns)
             transaction.request_done = True
         transaction.gapped = True
         transaction.open_response(None, (), self._at_ns)
         self._receiving = transaction
         return transaction
 
+    def _doubt_pairs(self) -> None:
+        """Behind answers lost in a hole, which of several requests is answered next is not sure."""
+        open_ones = [t for t in self._pending if not t.response_done]
+        if len(open_ones) > 1:
+            for transaction in open_ones:
+                transaction.gapped = True
+
     def _received_end(self, trailers: Headers) -> None:
         transaction, self._receiving = self._receiving, None
         if transaction is None:
             return
         transaction.response_done = True
+        if transaction.status is None:
+            self._doubt_pairs()
         transaction.trailers = trailers
         transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
         self._settle(transaction)
