@@ -543,8 +543,10 @@ class Store:
 
     def _open_for_writing(self, wait_seconds: float) -> DuckDBPyConnection:
         self._make_directories()
+        if not self.database_path.exists():
+            self._create()
         try:
-            connection = self._connect(read_only=False, wait_seconds=wait_seconds)
+            connection = self._connect(self.database_path, False, wait_seconds)
         except DatabaseDamaged as error:
             raise self._put_aside(error) from error
         try:
@@ -555,15 +557,42 @@ class Store:
         self._own_files()
         return connection
 
+    def _create(self) -> None:
+        """Make the database elsewhere and give it its name when it is whole: a crash or a full
+        disk must not leave half a file, and no reader may see one without tables.
+        """
+        unfinished = self.home / f"{DATABASE_NAME}.new-{os.getpid()}-{threading.get_ident()}"
+        log = unfinished.with_name(f"{unfinished.name}.wal")
+        try:
+            with contextlib.closing(self._connect(unfinished, False, 0)) as connection:
+                _migrate(connection)
+            self._name_database(unfinished)
+        except (_driver().Error, DatabaseDamaged) as error:
+            raise StoreUnusable(
+                f"Cannot make {self.database_path}: {_first_line(error)}. See: df -h {self.home}"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+
+    def _name_database(self, unfinished: Path) -> None:
+        try:
+            os.link(unfinished, self.database_path)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:  # a file system without hard links
+            if not self.database_path.exists():
+                os.rename(unfinished, self.database_path)
+
     def _open_for_reading(self, wait_seconds: float) -> DuckDBPyConnection:
-        connection = self._connect(read_only=True, wait_seconds=wait_seconds)
+        connection = self._connect(self.database_path, True, wait_seconds)
         if _version(connection) == SCHEMA_VERSION:
             return connection
         connection.close()
         self._open_for_writing(wait_seconds).close()
-        return self._connect(read_only=True, wait_seconds=wait_seconds)
+        return self._connect(self.database_path, True, wait_seconds)
 
-    def _connect(self, read_only: bool, wait_seconds: float) -> DuckDBPyConnection:
+    def _connect(self, path: Path, read_only: bool, wait_seconds: float) -> DuckDBPyConnection:
         driver = _driver()
         deadline = time.monotonic() + wait_seconds
         # Nothing may be downloaded at run time, not even because a query names a function.
@@ -571,7 +600,7 @@ class Store:
         while True:
             try:
                 opened: DuckDBPyConnection = driver.connect(
-                    str(self.database_path), read_only=read_only, config=config
+                    str(path), read_only=read_only, config=config
                 )
             except driver.Error as error:
                 problem = self._open_problem(error)

@@ -6,6 +6,7 @@ Wrong values are wrong usage (exit code 2); what the store has to say is a failu
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from halton_meter.report import parse_when
-from halton_meter.store import NothingStored, Selection, StoreError
+from halton_meter.store import NothingStored, Selection, StoreError, default_home
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -84,3 +85,10 @@ def explained() -> Iterator[None]:
         raise  # no failure: each command has its own way to say so
     except StoreError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # `| head` has seen enough: click ends quietly
+        named = f"{error.filename}: " if error.filename else ""
+        raise click.ClickException(
+            f"{named}{error.strerror or error}. See: ls -ld {default_home()}"
+        ) from error
