@@ -99,6 +99,7 @@ def _unpacked(raw: bytes) -> dict[tuple[str, str], str]:
 def _check(kind: str, provider: str, text: str) -> None:
     """Parse every row, so that a bad file is refused now and not at the first request."""
     try:
+        tomllib.loads(text)
         list(PriceFile(provider, text, by_hand=kind == "overlay").models())
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise PriceError(f"{kind}/{provider}.toml: {error}") from None

@@ -1,0 +1,249 @@
+"""`halton-meter pricing`, as a person and a script use it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+
+import pytest
+from click.testing import CliRunner
+
+from halton_meter.cli.pricing import pricing
+
+RESPONSE = {
+    "id": "msg_01ABCDEFGHIJKLMN",
+    "type": "message",
+    "model": "claude-opus-5-5",
+    "content": [],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 1000, "output_tokens": 100},
+}
+DATA = """provider = "openai"
+compiled = 2026-12-01
+
+[[model]]
+id = "gpt-4o"
+names = ["gpt-4o"]
+source = "https://example.org/prices"
+[[model.price]]
+input = "{usd}"
+output = "10"
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "home"))
+
+    def call(*arguments, stdin=None):
+        return CliRunner().invoke(pricing, arguments, input=stdin)
+
+    return call
+
+
+def bundle(**files):
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name.replace("__", "/") + ".toml")
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return raw.getvalue()
+
+
+# --- explain ---
+
+
+def test_explain_a_file_as_json_with_line_items(run, tmp_path):
+    path = tmp_path / "response.json"
+    path.write_text(json.dumps(RESPONSE))
+    done = run("explain", "--json", "--at", "2026-11-23", str(path))
+    assert done.exit_code == 0, done.stderr
+    event = json.loads(done.stdout)
+    assert event["list_usd"] == "0.006"
+    assert event["at"].startswith("2026-11-23T00:00:00")
+    assert [item["what"] for item in event["line_items"]] == ["input", "output"]
+    assert {"what", "quantity", "rate", "usd", "source", "dated"} <= set(event["line_items"][0])
+
+
+def test_explain_standard_input_for_a_person(run):
+    done = run("explain", "--provider", "anthropic", "-", stdin=json.dumps(RESPONSE))
+    assert done.exit_code == 0, done.stderr
+    assert "$0.006 (computed)" in done.stdout
+    assert "https://" in done.stdout
+
+
+def test_explain_takes_the_time_of_the_request_into_account(run):
+    body = json.dumps({**RESPONSE, "model": "claude-sonnet-4-6",
+                       "usage": {"input_tokens": 300_000, "output_tokens": 0}})  # fmt: skip
+    prices = [
+        json.loads(run("explain", "--json", "--at", at, "-", stdin=body).stdout)["list_usd"]
+        for at in ("2026-03-12T12:00:00Z", "2026-03-13T12:00:00Z")
+    ]
+    assert prices == ["1.8", "0.9"]
+
+
+def test_explain_other_names_of_a_provider(run):
+    body = json.dumps(
+        {
+            "modelVersion": "gemini-2.5-pro",
+            "usageMetadata": {"promptTokenCount": 8, "candidatesTokenCount": 1},
+        }
+    )
+    for provider in ("google", "gemini"):
+        done = run("explain", "--json", "--provider", provider, "-", stdin=body)
+        assert json.loads(done.stdout)["list_usd"] == "0.00002"
+
+
+def test_explain_a_model_without_a_price_names_the_command_that_sets_one(run):
+    body = json.dumps({**RESPONSE, "model": "claude-unheard-of"})
+    done = run("explain", "-", stdin=body)
+    assert done.exit_code == 0
+    assert "unpriced" in done.stdout
+    assert "halton-meter pricing set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "says"),
+    [
+        (("explain", "-"), "", "empty"),
+        (("explain", "-"), "{}", "--provider"),
+        (("explain", "-"), "[" * 100_000, "--provider"),
+        (("explain", "--provider", "nobody", "-"), json.dumps(RESPONSE), "pricing list"),
+        (("explain", "--provider", "openai", "-"), '{"model": "gpt-4o"}', "--provider"),
+        (("explain", "no-such-event"), None, "no-such-event"),
+    ],
+)
+def test_what_cannot_be_explained_fails_with_the_next_command(run, arguments, stdin, says):
+    done = run(*arguments, stdin=stdin)
+    assert done.exit_code == 1
+    assert says in done.stderr
+
+
+def test_a_time_that_is_none_is_wrong_usage(run):
+    assert run("explain", "--at", "soon", "-", stdin=json.dumps(RESPONSE)).exit_code == 2
+
+
+# --- list, status, set, reset ---
+
+
+def test_list_shows_rates_in_force(run):
+    done = run("list", "anthropic", "--model", "claude-opus-5-5", "--json")
+    row = json.loads(done.stdout)
+    assert row["rates"]["input"] == "4"
+    assert row["source"].startswith("https://")
+    assert "anthropic" in run("list").stdout
+    assert run("list", "nobody").exit_code == 1
+
+
+def test_an_override_is_set_used_listed_and_reset(run):
+    assert run("set", "claude-opus-5-5", "--discount", "50%").exit_code == 0
+    body = json.dumps(RESPONSE)
+    assert json.loads(run("explain", "--json", "-", stdin=body).stdout)["list_usd"] == "0.003"
+    status = json.loads(run("status", "--json").stdout)
+    assert status["overrides"] == ["claude-opus-5-5: x0.5"]
+    assert run("reset", "claude-opus-5-5").exit_code == 0
+    assert json.loads(run("explain", "--json", "-", stdin=body).stdout)["list_usd"] == "0.006"
+    again = run("reset", "claude-opus-5-5")
+    assert again.exit_code == 1
+    assert "pricing status" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("set", "gpt-4o"),
+        ("set", "gpt-4o", "--rate", "input"),
+        ("set", "gpt-4o", "--rate", "input=much"),
+        ("set", "gpt-4o", "--factor", "2", "--discount", "5%"),
+        ("set", "gpt-4o", "--factor", "2", "--from", "tomorrow"),
+        ("reset",),
+        ("refresh",),
+        ("refresh", "--url", "https://example.org/x.tar.gz"),
+        ("refresh", "--undo", "--file", "x"),
+    ],
+)
+def test_wrong_usage_is_told_and_changes_nothing(run, tmp_path, arguments):
+    assert run(*arguments).exit_code == 2
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_damaged_overrides_file_names_the_way_out(run, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "pricing.toml").write_text("[[override]")
+    done = run("status")
+    assert done.exit_code == 1
+    assert "pricing reset --all" in done.stderr
+    assert run("reset", "--all").exit_code == 0
+    assert run("status").exit_code == 0
+
+
+# --- refresh ---
+
+
+def test_refresh_from_a_file_adds_prices_and_can_be_undone(run, tmp_path):
+    path = tmp_path / "prices.tar.gz"
+    text = DATA.format(usd="2.5").replace("gpt-4o", "gpt-99")
+    raw = bundle(data__our_cloud=text.replace("openai", "our_cloud"))
+    path.write_bytes(raw)
+    digest = hashlib.sha256(raw).hexdigest()
+    shown = run("refresh", "--file", str(path), "--sha256", digest, "--dry-run")
+    assert "our_cloud gpt-99: new, input $2.5" in shown.stdout
+    assert not (tmp_path / "home" / "prices").exists()
+    assert run("refresh", "--file", str(path)).exit_code == 0
+    assert (
+        json.loads(run("list", "our_cloud", "--model", "*", "--json").stdout)["model"] == "gpt-99"
+    )
+    assert run("refresh", "--undo").exit_code == 0
+    assert run("list", "our_cloud").exit_code == 1
+
+
+def test_refresh_refuses_a_bundle_that_would_rewrite_history(run, tmp_path):
+    path = tmp_path / "prices.tar.gz"
+    path.write_bytes(bundle(data__openai=DATA.format(usd="9")))
+    done = run("refresh", "--file", str(path))
+    assert done.exit_code == 1
+    assert "gpt-4o" in done.stderr
+    assert not (tmp_path / "home" / "prices").exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"not a bundle", "cannot be read"),
+        (bundle(other__x="a = 1"), "holds no data"),
+        (bundle(data__x="[[model]\n"), "data/x.toml"),
+        (bundle(data__x=DATA.format(usd="x")), "no amount of money"),
+    ],
+)  # fmt: skip
+def test_a_damaged_bundle_is_refused_whole(run, tmp_path, raw, says):
+    path = tmp_path / "prices.tar.gz"
+    path.write_bytes(raw)
+    done = run("refresh", "--file", str(path))
+    assert done.exit_code == 1
+    assert says in done.stderr
+    assert not (tmp_path / "home" / "prices").exists()
+
+
+def test_a_bundle_with_another_digest_is_refused(run, tmp_path):
+    path = tmp_path / "prices.tar.gz"
+    path.write_bytes(bundle(data__our_cloud=DATA.format(usd="1")))
+    done = run("refresh", "--file", str(path), "--sha256", "0" * 64)
+    assert done.exit_code == 1
+    assert "SHA-256" in done.stderr
+
+
+def test_refresh_goes_out_over_https_only(run):
+    done = run("refresh", "--url", "http://example.org/p.tar.gz", "--sha256", "0" * 64)
+    assert done.exit_code == 1
+    assert "https only" in done.stderr
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("name", sorted(pricing.commands))
+def test_every_command_has_help_with_examples(run, name):
+    assert "Examples:" in run(name, "--help").stdout
