@@ -357,7 +357,7 @@ class Supervisor:
 
     def _launch(self) -> None:
         job = self._plan.job(died_at_ns=self._died_ns, cause=self._cause, restarts=self._restarts)
-        self._pair = Pair(self._plan, job)
+        self._pair, self._ended = Pair(self._plan, job), False
         self.selector.register(self._pair, selectors.EVENT_READ, self.attend)
 
     def attend(self) -> None:

@@ -75,8 +75,15 @@ def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
     control = _service(home, account.uid)
     if control is not None:
         return daemon.run_watched(command, environment, account, control)
+    if not config.is_root() and via == "auto":
+        click.echo(
+            "halton-meter: through a local proxy, as there is neither root nor the service "
+            "(sudo halton-meter start)",
+            err=True,
+        )
+        return _through_proxy(command)
     if not config.is_root():
-        raise daemon.Unavailable(_not_root(command, via))
+        raise daemon.Unavailable(_not_root(command))
     chosen, hosts = daemon.configured(account, home)
     plan = daemon.Plan(account, home, chosen, hosts, service=False)
     return daemon.run_command(command, environment, plan)
@@ -97,14 +104,13 @@ def _service(home: Path, uid: int) -> Any:
     return None
 
 
-def _not_root(command: Sequence[str], via: str) -> list[tuple[str, str]]:
+def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
     import shlex
 
     typed = shlex.join(command)
     what = "metering without a proxy needs root or the running service, and there is neither"
     ways = f"sudo halton-meter run -- {typed}\n   or: sudo halton-meter start   (once)"
-    if via == "auto":
-        ways += f"\n   or: halton-meter run --via proxy -- {typed}"
+    ways += f"\n   or: halton-meter run --via proxy -- {typed}"
     return [(what, ways)]
 
 
@@ -198,7 +204,12 @@ def _write_summary(path: Path, code: int, metered: Metered) -> None:
         "coverage": metered.coverage,
         "store_error": metered.store_error,
     }
+    from halton_meter import config, daemon
+
     try:
-        path.write_text(json.dumps(summary) + "\n")
-    except OSError as error:
-        click.echo(f"halton-meter: {path} cannot be written: {error.strerror}", err=True)
+        # As the person: root must not write wherever a name given to sudo points.
+        daemon.as_account(
+            config.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
+        )
+    except (OSError, config.ConfigError) as error:
+        click.echo(f"halton-meter: {path} cannot be written: {error}", err=True)

@@ -1,0 +1,245 @@
+"""`halton-meter run`: the command is untouched, and what it cost is told at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import (
+    CLIENTS,
+    HALTON_METER,
+    Service,
+    assert_metered,
+    stored_events,
+    wait_until,
+)
+from .lab import Lab
+from .scenario import Scenario
+from .test_clients import anthropic_body, curl
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture
+def home(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home for state that no service writes to."""
+    folder = lab.user.home / tmp_path_factory.mktemp("run").name
+    folder.mkdir()
+    os.chown(folder, lab.user.uid, lab.user.gid)
+    return folder
+
+
+def as_sudo(lab: Lab, home: Path, **extra: str) -> dict[str, str]:
+    """The environment as sudo would leave it for the lab's user."""
+    user = lab.user
+    return lab.environment(
+        SUDO_UID=str(user.uid),
+        SUDO_GID=str(user.gid),
+        SUDO_USER=user.name,
+        HALTON_METER_HOME=str(home),
+        **extra,
+    )
+
+
+def run(lab: Lab, home: Path, *command: str, options: Sequence[str] = (), **kw: Any) -> Any:
+    """`sudo halton-meter run … -- command`."""
+    argv = [*HALTON_METER, "run", *options, "--", *command]
+    return lab.run(argv, env=as_sudo(lab, home), **kw)
+
+
+def test_output_input_and_exit_code_are_the_commands_own(lab: Lab, home: Path) -> None:
+    script = "cat; echo error >&2; exit 37"
+    done = run(lab, home, "sh", "-c", script, input_text="typed\n")
+    assert (done.returncode, done.stdout) == (37, "typed\n")
+    first, *summary = done.stderr.splitlines()
+    assert first == "error"
+    assert summary == ["halton-meter: 0 requests, 0 tokens in, 0 out, $0.0000"]
+
+
+def test_the_command_runs_as_the_person(lab: Lab, home: Path) -> None:
+    done = run(lab, home, "sh", "-c", "id -u; id -G; echo $HOME $USER; env | grep -c ^SUDO_")
+    assert done.stdout.splitlines() == [
+        str(lab.user.uid),
+        str(lab.user.gid),
+        f"{lab.user.home} {lab.user.name}",
+        "0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("sh", "-c", "kill -TERM $$"), 143),
+        (("sh", "-c", "kill -KILL $$"), 137),
+        (("no-such-command-here",), 127),
+        (("/etc/hosts",), 126),
+    ],
+)
+def test_ends_that_are_no_exit(lab: Lab, home: Path, command: tuple[str, ...], code: int) -> None:
+    assert run(lab, home, *command).returncode == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_sent_to_run_reaches_the_command(lab: Lab, home: Path, number: int) -> None:
+    mark = home / "begun"
+    script = f"trap 'exit 9' TERM INT HUP; echo x > {mark}; while :; do sleep 0.05; done"
+    process = lab.popen([*HALTON_METER, "run", "--", "sh", "-c", script], env=as_sudo(lab, home))
+    wait_until(mark.exists, "the command's start")
+    process.send_signal(number)
+    assert process.wait(20) == 9
+
+
+def test_a_ctrl_c_at_the_terminal_is_given_to_the_command_once(lab: Lab, home: Path) -> None:
+    mark = home / "begun"
+    script = (
+        f"import signal, time, pathlib\nseen = []\n"
+        f"signal.signal(2, lambda *_: seen.append(1))\n"
+        f"pathlib.Path({str(mark)!r}).write_text('x')\n"
+        f"end = time.monotonic() + 1.5\n"
+        f"while time.monotonic() < end: time.sleep(0.05)\n"
+        f"raise SystemExit(40 + len(seen))"
+    )
+    leader, follower = os.openpty()
+    process = lab.popen(
+        ["setsid", "--ctty", "--wait", *HALTON_METER, "run", "--", "python3", "-c", script],
+        env=as_sudo(lab, home),
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    os.close(follower)
+    wait_until(mark.exists, "the command's start")
+    os.write(leader, b"\x03")
+    assert process.wait(20) == 41
+    os.close(leader)
+
+
+def test_what_it_cost(lab: Lab, home: Path, python: str, project: Path) -> None:
+    skip = len(lab.ledger())
+    summary = home / "summary.json"
+    argv = [python, str(CLIENTS / "sdk.py"), "openai", "sync,async-stream", "1", "10"]
+    done = run(lab, home, *argv, options=["--json-summary", str(summary)], cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 20
+    served = lab.ledger()[skip:]
+    events = stored_events(lab, home)
+    assert_metered(served, events)
+    told = json.loads(summary.read_text())
+    assert summary.stat().st_uid == lab.user.uid
+    assert told["requests"] == 20
+    sent = sum(e["tokens"]["input"] + e["tokens"]["cache_read"] for e in served)
+    assert told["input_tokens"] == sent
+    assert told["output_tokens"] == sum(e["tokens"]["output"] for e in served)
+    assert told["losses"] == {}
+    assert "halton-meter: 20 requests" in done.stderr
+    assert {event["project"] for event in events} == {"acme"}
+
+
+def test_only_its_own_tree_is_metered(lab: Lab, home: Path) -> None:
+    mark = home / "begun"
+    script = f"echo x > {mark}; sleep 1.5; {shell(curl())} -d '{anthropic_body(1)}'"
+    process = lab.popen([*HALTON_METER, "run", "--", "sh", "-c", script], env=as_sudo(lab, home))
+    wait_until(mark.exists, "the command's start")
+    other = lab.run([*curl(), "-d", anthropic_body(2)], user=lab.user)
+    assert other.returncode == 0
+    assert process.wait(20) == 0
+    (event,) = stored_events(lab, home)
+    assert event["tokens"]["input"] == 101
+
+
+def shell(argv: Sequence[str]) -> str:
+    """A command line for sh."""
+    import shlex
+
+    return shlex.join(argv)
+
+
+def test_children_of_children_are_metered(lab: Lab, home: Path) -> None:
+    inner = f"{shell(curl())} -d '{anthropic_body(4)}'"
+    done = run(lab, home, "sh", "-c", f"sh -c \"setsid sh -c '{quoted(inner)}'\"; true")
+    assert done.returncode == 0
+    assert "halton-meter: 1 request," in done.stderr
+
+
+def quoted(text: str) -> str:
+    """`text` for use inside double quotes inside of which it is in single quotes."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("'", "'\\''")
+
+
+@pytest.fixture
+def served_home(service: Service) -> Path:
+    """The home that the running service writes to."""
+    return service.home
+
+
+def test_with_the_service_running_no_root_is_needed(
+    lab: Lab, served_home: Path, service: Service
+) -> None:
+    command = [*HALTON_METER, "run", "--", *curl(), "-d", anthropic_body(6)]
+    environment = lab.environment(HALTON_METER_HOME=str(served_home))
+    done = lab.run(command, user=lab.user, env=environment)
+    assert done.returncode == 0, done.stderr
+    asked = Scenario(n=6)
+    sent = asked.fresh + asked.cached + asked.cache_written
+    told = f"halton-meter: 1 request, {sent} tokens in, {asked.output} out"
+    assert told in done.stderr
+
+
+def test_without_root_and_service_uprobes_say_what_to_do(lab: Lab, home: Path) -> None:
+    command = [*HALTON_METER, "run", "--via", "uprobes", "--", "touch", str(home / "ran")]
+    environment = lab.environment(HALTON_METER_HOME=str(home))
+    done = lab.run(command, user=lab.user, env=environment)
+    assert done.returncode == 1
+    assert "sudo halton-meter run" in done.stderr
+    assert not (home / "ran").exists()
+
+
+def test_a_bad_configuration_stops_it_before_the_command(lab: Lab, home: Path) -> None:
+    (home / "config.toml").write_text("\nall_user = true\n")
+    done = run(lab, home, "touch", str(home / "ran"))
+    assert done.returncode == 1
+    assert "config.toml:2: unknown setting 'all_user'" in done.stderr
+    assert not (home / "ran").exists()
+
+
+@pytest.mark.parametrize("victim", ["halton_meter.metering", "capture.helper"])
+def test_when_ours_dies_the_command_goes_on_and_the_gap_is_told(
+    lab: Lab, home: Path, victim: str
+) -> None:
+    mark = home / "begun"
+    body = anthropic_body(1)
+    script = f"{shell(curl())} -d '{body}'; echo x > {mark}; sleep 4; {shell(curl())} -d '{body}'"
+    command = [*HALTON_METER, "run", "--", "sh", "-c", script]
+    process = lab.popen(command, env=as_sudo(lab, home), stdout=-1, stderr=-1, text=True)
+    wait_until(mark.exists, "the first request")
+    time.sleep(0.3)
+    os.kill(child_running(process.pid, victim), signal.SIGKILL)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert out.count("message_stop") == 4  # each has it as the event's name and as its type
+    assert "not metered for" in err
+    assert "halton-meter: 2 requests" in err
+    assert len(stored_events(lab, home)) == 2
+
+
+def child_running(pid: int, module: str) -> int:
+    """The process below `pid` whose command line names `module`."""
+    return wait_until(lambda: _descendant(pid, module), f"a process that runs {module}")
+
+
+def _descendant(pid: int, module: str) -> int | None:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    for child in map(int, children.read_text().split()):
+        line = Path(f"/proc/{child}/cmdline").read_bytes().decode()
+        if module in line.split("\0") and "--flush" not in line:
+            return child
+        if found := _descendant(child, module):
+            return found
+    return None

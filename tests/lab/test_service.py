@@ -1,0 +1,212 @@
+"""The service: kill what you like, clients go on, and nothing that was completed is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import CLIENTS, HALTON_METER, Service, assert_metered, wait_until
+from .lab import Lab
+from .test_clients import anthropic_body, curl
+from .test_run import child_running
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture
+def own(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of this test's own, with a home of its own."""
+    folder = lab.user.home / tmp_path_factory.mktemp("own").name
+    folder.mkdir()
+    os.chown(folder, lab.user.uid, lab.user.gid)
+    running = Service(lab, folder / "state")
+    yield running
+    running.stop()
+
+
+def ask(lab: Lab, n: int) -> None:
+    """One whole exchange."""
+    done = lab.run([*curl(), "-d", anthropic_body(n)], user=lab.user)
+    assert done.returncode == 0, done.stderr
+
+
+def begin_streams(lab: Lab, python: str) -> subprocess.Popen[Any]:
+    """Twenty streams at once that last some three seconds."""
+    argv = [python, str(CLIENTS / "sdk.py"), "anthropic", "async-stream", "1", "20"]
+    return lab.popen([*argv, "chunks=100", "delay_ms=30"], user=lab.user, stdout=-1, text=True)
+
+
+def kill(service: Service, *victims: str) -> None:
+    """Kill processes of the service's; "supervisor" is the service itself."""
+    pids = [
+        service.pid if victim == "supervisor" else child_running(service.pid, victim)
+        for victim in victims
+    ]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+METERING, HELPER = "halton_meter.metering", "capture.helper"
+
+
+@pytest.mark.parametrize(
+    "victims",
+    [(HELPER,), (METERING,), (HELPER, METERING), ("supervisor", HELPER, METERING)],
+    ids=["helper", "metering", "both", "all"],
+)
+def test_killed_in_the_middle_of_streams(
+    lab: Lab, own: Service, python: str, victims: tuple[str, ...]
+) -> None:
+    skip = len(lab.ledger())
+    for n in range(5):
+        ask(lab, n)
+    before = lab.ledger_of(5, skip)
+    wait_until(lambda: (own.status() or {}).get("events") == 5, "the first five")
+    streams = begin_streams(lab, python)
+    time.sleep(1.5)  # into the middle of them: the lab paces them for three seconds
+    kill(own, *victims)
+    if "supervisor" in victims:
+        assert own.wait() == -signal.SIGKILL
+        own.start()
+    out, _ = streams.communicate(timeout=60)
+    assert streams.returncode == 0
+    said = [json.loads(line) for line in out.splitlines()]
+    during = lab.ledger_of(20, skip + 5)
+    assert sorted(line["id"] for line in said) == sorted(e["response_id"] for e in during)
+
+    def again() -> bool:
+        status = own.status()
+        return status is not None and bool(status["gaps"])
+
+    wait_until(again, "the restart")
+    for n in range(5):
+        ask(lab, n)
+    after = lab.ledger_of(5, skip + 25)
+    own.settle()
+    events = own.events()
+    wanted = {entry["response_id"] for entry in (*before, *after)}
+    sure = [event for event in events if event["response_id"] in wanted]
+    assert_metered([*before, *after], sure)
+    ids = [event["response_id"] for event in events if event["response_id"]]
+    assert len(set(ids)) == len(ids)
+    status = own.status()
+    assert status is not None
+    (gap,) = status["gaps"]
+    assert gap["from"] < gap["to"]
+
+
+def test_bytes_reach_a_client_unchanged_whatever_dies(lab: Lab, own: Service) -> None:
+    body = anthropic_body(1, chunks=60, delay_ms=30)
+    processes = [lab.popen([*curl("-N"), "-d", body], user=lab.user, stdout=-1) for _ in range(2)]
+    time.sleep(0.5)
+    kill(own, HELPER, METERING)
+    outputs = [process.communicate(timeout=30)[0] for process in processes]
+    plain = lab.run([*curl(), "-d", anthropic_body(1, chunks=60)], user=lab.other)
+    digests = {_digest(output) for output in (*outputs, plain.stdout.encode())}
+    assert len(digests) == 1
+
+
+def _digest(answer: bytes) -> str:
+    serial = answer.partition(b'"id":"')[2].partition(b'"')[0]
+    return hashlib.sha256(answer.replace(serial, b"ID")).hexdigest()
+
+
+def test_stopping_leaves_no_process_and_no_socket(lab: Lab, own: Service) -> None:
+    ask(lab, 1)
+    pids = [child_running(own.pid, METERING), child_running(own.pid, HELPER)]
+    assert own.stop() == 0
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "their end")
+    assert not (own.home / "daemon.sock").exists()
+    assert len(own.events()) == 1
+    own.start()
+    status = own.status()
+    assert status is not None
+    assert status["gaps"] == []
+
+
+def test_a_second_service_for_the_same_home_is_refused(lab: Lab, own: Service) -> None:
+    command = [*HALTON_METER, "daemon", "--foreground", "--owner", lab.user.name]
+    done = lab.run(command, env=lab.environment(HALTON_METER_HOME=str(own.home)))
+    assert done.returncode == 1
+    assert "another halton-meter service" in done.stderr
+    assert own.status() is not None
+
+
+def test_status_for_people_and_scripts(lab: Lab, own: Service) -> None:
+    slow = anthropic_body(1, chunks=100, delay_ms=30)
+    client = lab.popen([*curl("-N"), "-d", slow], user=lab.user, stdout=subprocess.DEVNULL)
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+
+    def seen() -> Any:
+        done = lab.run([*HALTON_METER, "status", "--json"], user=lab.user, env=environment)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        return found if any(c["pid"] == client.pid for c in found["coverage"]) else None
+
+    found = wait_until(seen, "curl in the coverage")
+    (line,) = [each for each in found["coverage"] if each["pid"] == client.pid]
+    assert line["state"] == "metered"
+    assert line["host"] == "api.anthropic.com"
+    assert found["loader"] in ("libbpf", "bcc")
+    assert found["health"] == "ok"
+    text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment)
+    assert text.stdout.startswith("ok, up")
+    client.kill()
+    client.wait()
+
+
+def test_status_of_a_service_that_does_not_run(lab: Lab) -> None:
+    environment = lab.environment(HALTON_METER_HOME=str(lab.user.home / "nowhere"))
+    done = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment)
+    assert done.returncode == 1
+    assert "sudo halton-meter start" in done.stdout
+    done = lab.run([*HALTON_METER, "status", "--json"], user=lab.user, env=environment)
+    assert json.loads(done.stdout)["health"] == "stopped"
+
+
+def test_start_and_stop_without_systemd(lab: Lab, tmp_path_factory: Any) -> None:
+    if Path("/run/systemd/system").exists():
+        pytest.skip("systemd runs here: start would install a unit on this machine")
+    home = lab.user.home / tmp_path_factory.mktemp("kept").name
+    environment = lab.environment(
+        SUDO_UID=str(lab.user.uid), SUDO_USER=lab.user.name, HALTON_METER_HOME=str(home)
+    )
+    started = lab.run([*HALTON_METER, "start"], env=environment)
+    assert started.returncode == 0, started.stderr
+    assert "without systemd" in started.stdout
+    status = json.loads(lab.run([*HALTON_METER, "status", "--json"], env=environment).stdout)
+    assert home.stat().st_uid == lab.user.uid
+    os.kill(status["supervisor_pid"], signal.SIGKILL)
+
+    def renewed() -> bool:
+        done = lab.run([*HALTON_METER, "status", "--json"], env=environment)
+        found = json.loads(done.stdout)
+        return found.get("supervisor_pid") not in (None, status["supervisor_pid"])
+
+    wait_until(renewed, "the restart")
+    stopped = lab.run([*HALTON_METER, "stop"], env=environment)
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
+    assert lab.run([*HALTON_METER, "status"], env=environment).returncode == 1
+
+
+def test_it_costs_nothing_while_nothing_happens(own: Service) -> None:
+    pids = [own.pid, child_running(own.pid, METERING), child_running(own.pid, HELPER)]
+    own.settle()
+    time.sleep(1.0)  # what starting left to do is done
+    before = sum(map(_cpu_s, pids))
+    time.sleep(5.0)  # the quantity that is measured
+    assert sum(map(_cpu_s, pids)) - before <= 0.02
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
