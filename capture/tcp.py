@@ -95,8 +95,7 @@ class Reassembly:
 
     def feed(self, at_ns: int, linktype: int, frame: bytes, wire_bytes: int) -> None:
         """Take one frame."""
-        if at_ns > self.at_ns:
-            self.at_ns = at_ns
+        self.at_ns = max(self.at_ns, at_ns)
         ip = _network_layer(linktype, frame)
         if ip < 0 or ip + 20 > len(frame):
             return
