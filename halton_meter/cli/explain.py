@@ -99,7 +99,13 @@ _PATHS = {
     "embed": ("/v2/embed", "/v1/embed"),
     "rerank": ("/v2/rerank", "/v1/rerank", "/rerank"),
     "videos": ("/v1/videos", "/v1/videos/generations"),
+    "moderations": ("/v1/moderations",),
+    "count_tokens": ("/v1/messages/count_tokens",),
+    "countTokens": ("/v1beta/models/{model}:countTokens",),
+    "realtime": ("/v1/realtime",),
 }
+# Answers of these are free, so a body must look like one: they are never a last guess.
+_FREE_ENDPOINTS = ("moderations", "count_tokens", "countTokens")
 _PROVIDER_OF_MODEL = (
     (re.compile(r"^(claude|anthropic/)"), "anthropic"),
     (re.compile(r"^(gemini|models/gemini|gemma)"), "gemini"),
@@ -172,11 +178,24 @@ def _answer(raw: bytes) -> _Answer:
         return _Answer(raw, None)  # SSE, NDJSON: the reader's to parse
     if not isinstance(document, dict):
         return _Answer(raw, None)
+    if "custom_id" in document and (line := _batch_line(document)) is not None:
+        body = json.dumps(line, default=_plain_number).encode()
+        return _Answer(body, line, conditions={"batch": "true"})
     inner = document.get("response")
     is_wrapped = isinstance(inner, (dict, str, list)) and (
         "usage" not in document and "object" not in document and "type" not in document
     )
     return _wrapped(document, inner) if is_wrapped else _Answer(raw, document)
+
+
+def _batch_line(document: Json) -> Json | None:
+    """The response in one line of a batch's results (Anthropic's or OpenAI's), None if failed."""
+    for outer, inner in (("result", "message"), ("response", "body")):
+        holder = document.get(outer)
+        if isinstance(holder, dict) and isinstance(holder.get(inner), dict):
+            line: Json = holder[inner]
+            return line
+    return None
 
 
 def _wrapped(document: Json, inner: Any) -> _Answer:
@@ -207,8 +226,13 @@ def _wrapped(document: Json, inner: Any) -> _Answer:
         if asked
         else b"",
         at=_text(document.get("at")),
-        conditions=dict(_strings(conditions)),
+        conditions={**_plain_conditions(document), **dict(_strings(conditions))},
     )
+
+
+def _plain_conditions(document: Json) -> dict[str, str]:
+    """Conditions that a document states beside the response."""
+    return {name: str(document[name]).lower() for name in _PLAIN_CONDITIONS if name in document}
 
 
 def _object(value: Any) -> Json | None:
@@ -288,9 +312,6 @@ def _plain(document: Json | None, provider: str, at_ns: int) -> UsageEvent | Non
     model = _model(document)
     if not units or model is None:
         return None
-    conditions = {
-        name: str(document[name]).lower() for name in _PLAIN_CONDITIONS if name in document
-    }
     return UsageEvent(
         id=event_id(provider, "explain", model, json.dumps(document, default=str)),
         provider=provider,
@@ -310,7 +331,7 @@ def _plain(document: Json | None, provider: str, at_ns: int) -> UsageEvent | Non
         at_ns=at_ns,
         ttft_ms=None,
         duration_ms=None,
-        conditions=conditions,
+        conditions=_plain_conditions(document),
     )
 
 
@@ -321,6 +342,14 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
     kind = document.get("object")
     if any(key in document for key in ("usageMetadata", "modelVersion", "candidates")):
         yield "generateContent"
+    if document.get("type") == "response.done":
+        yield "realtime"
+    if set(document) == {"input_tokens"}:
+        yield "count_tokens"
+    if "totalTokens" in document:
+        yield "countTokens"
+    if "moderation" in str(_model(document)):
+        yield "moderations"
     if "embedding" in document and "values" in str(document["embedding"])[:64]:
         yield "embedContent"
     if "inputTokens" in usage:
@@ -344,7 +373,7 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
     if "image" in str(_model(document)):
         yield "images"
     yield from _by_counts(usage, document, provider)
-    yield from _PATHS
+    yield from (endpoint for endpoint in _PATHS if endpoint not in _FREE_ENDPOINTS)
 
 
 def _by_counts(usage: Json, document: Json, provider: str) -> Iterator[str]:
@@ -395,7 +424,8 @@ def _places(
         for name in names:
             for template in _PATHS.get(name, ()):
                 for host in hosts:
-                    yield host, "POST", template.format(model=model.removeprefix("models/"))
+                    method = "GET" if name == "realtime" else "POST"
+                    yield host, method, template.format(model=model.removeprefix("models/"))
 
 
 def _says_something(event: UsageEvent) -> bool:
@@ -416,6 +446,9 @@ def _exchange(answer: _Answer, place: tuple[str, str, str], at_ns: int, model: s
     headers = answer.headers
     if not any(name == "content-type" for name, _ in headers):
         headers = (*headers, ("content-type", kind))
+    body = answer.body
+    if path.endswith("/realtime") and answer.document is not None:  # one message, on one line
+        body = json.dumps(answer.document, default=_plain_number).encode()
     asked = answer.request or json.dumps({"model": model}).encode()
     request_headers = (("content-type", "application/json"),)
     return Exchange(
@@ -423,7 +456,7 @@ def _exchange(answer: _Answer, place: tuple[str, str, str], at_ns: int, model: s
         connection=Connection("explain", Source.PCAP, peer=host),
         protocol=Protocol.HTTP1,
         request=Request(method, host, path, (), request_headers, Body((asked,))),
-        response=Response(answer.status, headers, Body((answer.body,))),
+        response=Response(answer.status, headers, Body((body,))),
         started_ns=at_ns,
         first_byte_ns=None,
         ended_ns=at_ns,
