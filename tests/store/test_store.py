@@ -23,7 +23,7 @@ from halton_meter.store import (
 )
 from tests.store.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture

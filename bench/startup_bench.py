@@ -1,0 +1,38 @@
+"""How long a person waits before the program does anything: cold processes, a small store.
+
+`--version` and `report` are the promise (0.15 s). Under load, wall-clock time says little, so the
+processor time is printed beside it. `python -X importtime -m halton_meter report` shows where it
+goes.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.report_bench import best, fill, show
+
+RUNS = 10
+SMALL_STORE_EVENTS = 1_000
+AIM_SECONDS = 0.15
+
+
+def main() -> None:
+    """Print the figures."""
+    program = str(Path(sys.executable).with_name("halton-meter"))
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch) / "home"
+        fill(home, SMALL_STORE_EVENTS)
+        for command in (
+            [sys.executable, "-c", "pass"],
+            [program, "--version"],
+            [program, "report"],
+            [program, "events", "--limit", "10"],
+        ):
+            name = " ".join([Path(command[0]).name, *command[1:]])
+            show(name, best(command, home, RUNS), f"aim: {AIM_SECONDS} s")
+
+
+if __name__ == "__main__":
+    main()

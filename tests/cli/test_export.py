@@ -1,0 +1,155 @@
+"""`export`: files that other tools open, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from halton_meter.cli import main
+from halton_meter.model import PricedEvent, Tokens, Usage, event_json
+from halton_meter.store import Reader, Store
+from tests.store.made import HOUR_NS, NOON_NS, made
+
+FORMS = ["sqlite", "csv", "parquet", "jsonl"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def keep(home: Path, *events: PricedEvent) -> None:
+    with Store(home) as store:
+        store.append(events)
+        store.count_loss("ring_full", 2, NOON_NS)
+        store.flush()
+
+
+def export(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["export", *arguments])
+
+
+EVENTS = (
+    made("a", "0.0249999999999999999999", project="web"),
+    made(
+        "b",
+        None,
+        project=None,
+        at_ns=NOON_NS + HOUR_NS,
+        error_class="rate_limit",
+        http_status=429,
+        parts=(Usage("m", Tokens(input=7, cache_write_5m=2, cache_write_1h=3)),),
+    ),
+    made("c", "1.005", project="api", at_ns=NOON_NS + 2 * HOUR_NS, conditions={"plan": "claude"}),
+)
+
+
+def test_sqlite_has_the_tables_that_others_query(home: Path, tmp_path: Path) -> None:
+    keep(home, *EVENTS)
+    target = tmp_path / "spend.sqlite"
+    assert export("sqlite", str(target)).exit_code == 0
+    connection = sqlite3.connect(target)
+    connection.row_factory = sqlite3.Row
+    a, b, c = connection.execute("SELECT * FROM requests ORDER BY id").fetchall()
+    assert (a["cost_usd_minor_units"], a["cost_usd_micro_units"]) == (2, 25000)
+    assert a["cost_usd"] == "0.0249999999999999999999"
+    assert (b["cost_usd_minor_units"], b["cost_usd"]) == (None, None)
+    assert (b["status"], b["error_class"], b["http_status"]) == ("error", "rate_limit", 429)
+    assert (b["input_tokens"], b["cache_write_tokens"], b["cache_read_tokens"]) == (7, 5, None)
+    assert (a["tokens_complete"], a["request_kind"], a["latency_ms"]) == (1, "chat", 2500)
+    assert a["requested_at"] == "2026-03-10T12:00:00.000000Z"
+    assert (a["mode"], c["mode"], b["project_id"]) == ("api", "plan", None)
+    named = connection.execute(
+        "SELECT requests.id, projects.name FROM requests JOIN projects "
+        "ON projects.id = project_id ORDER BY 1"
+    ).fetchall()
+    assert [tuple(row) for row in named] == [("a", "web"), ("c", "api")]
+    assert [tuple(row) for row in connection.execute("SELECT cause, count FROM losses")] == [
+        ("ring_full", 2)
+    ]
+    assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+def test_csv_keeps_money_exact_and_the_unknown_empty(home: Path, tmp_path: Path) -> None:
+    keep(home, *EVENTS)
+    target = tmp_path / "spend.csv"
+    assert export("csv", str(target)).exit_code == 0
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["list_usd"] for row in rows] == ["0.0249999999999999999999", "", "1.005"]
+    assert rows[0]["started_at"] == "2026-03-10T12:00:00.000000Z"
+    assert rows[1]["cache_read_tokens"] == ""
+
+
+def test_parquet_opens_again_with_numbers_and_exact_text(home: Path, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    keep(home, *EVENTS)
+    target = tmp_path / "spend.parquet"
+    assert export("parquet", str(target)).exit_code == 0
+    found = duckdb.execute(
+        f"SELECT sum(list_usd), max(list_usd_exact) FROM '{target}' WHERE id <> 'b'"
+    ).fetchone()
+    assert [str(value) for value in found] == ["1.029999999999", "1.005"]
+
+
+def test_jsonl_is_what_events_prints(home: Path, tmp_path: Path) -> None:
+    keep(home, *EVENTS)
+    target = tmp_path / "spend.jsonl"
+    assert export("jsonl", str(target)).exit_code == 0
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert found == [json.loads(json.dumps(event_json(event))) for event in EVENTS]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_exists_is_replaced_only_when_told_to(
+    home: Path, tmp_path: Path, form: str
+) -> None:
+    keep(home, *EVENTS)
+    target = tmp_path / "old"
+    target.write_text("precious")
+    refused = export(form, str(target))
+    assert (refused.exit_code, "--force" in refused.stderr) == (1, True)
+    assert target.read_text() == "precious"
+    assert export(form, str(target), "--force").exit_code == 0
+    assert target.read_bytes() != b"precious"
+    assert target.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_selection_is_exported(home: Path, tmp_path: Path, form: str) -> None:
+    keep(home, *EVENTS)
+    result = export(form, str(tmp_path / "x"), "--project", "web")
+    assert result.stdout.startswith("1 events")
+
+
+def test_a_failure_leaves_neither_the_file_nor_a_part_of_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(home, *EVENTS)
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def fail(_reader: Reader, path: Path, *_: object) -> int:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(__import__("halton_meter.cli.export", fromlist=["_"])._WRITERS, "csv", fail)
+    result = export("csv", str(folder / "x.csv"))
+    assert (result.exit_code, "No space left" in result.stderr) == (1, True)
+    assert list(folder.iterdir()) == []
+
+
+def test_nothing_stored_is_a_failure_that_says_why(home: Path, tmp_path: Path) -> None:
+    result = export("csv", str(tmp_path / "x"))
+    assert (result.exit_code, "Nothing metered yet" in result.stderr) == (1, True)
+
+
+def test_an_unknown_form_is_wrong_usage(home: Path, tmp_path: Path) -> None:
+    assert export("xml", str(tmp_path / "x")).exit_code == 2

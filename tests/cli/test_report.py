@@ -1,0 +1,200 @@
+"""`report`: the picture, the JSON and the CSV of one answer; start-up stays light."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from halton_meter.cli import drawing, main
+from halton_meter.model import Outcome, PricedEvent
+from halton_meter.store import Store
+from tests.store.made import HOUR_NS, NOON_NS, made
+
+DAY_NS = 24 * HOUR_NS
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def keep(home: Path, *events: PricedEvent) -> None:
+    with Store(home) as store:
+        store.append(events)
+        store.flush()
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["report", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
+    keep(
+        home,
+        made("a", "7.5", model="large"),
+        made("b", "2.5", model="small"),
+        made("c", None, model="brand-new"),
+        made("d", "0", model="small", outcome=Outcome.GAPPED),
+    )
+    text = run()
+    assert "$10.00" in text
+    assert "75.0" in text
+    assert "unpriced, not free" in text
+    assert "halton-meter pricing set anthropic brand-new" in text
+    assert "1 have gaps" in text
+    assert "\x1b" not in text
+
+
+def test_a_small_total_is_not_rounded_to_nothing(home: Path) -> None:
+    keep(home, made("a", "0.0003"), made("b", "0.00000001", model="tiny"))
+    text = run()
+    assert "$0.0003" in text
+    assert "<$0.0001" in text
+
+
+def test_json_is_one_object_with_exact_sums(home: Path) -> None:
+    keep(home, made("a", "0.1"), made("b", "0.0003083333333333333333333333334"))
+    answer = json.loads(run("--json", "--by", "project"))
+    assert answer["totals"]["list_usd"] == "0.1003083333333333333333333333334"
+    assert [group["key"] for group in answer["groups"]] == ["web"]
+
+
+def test_csv_has_a_row_for_each_group_and_no_formulas(home: Path) -> None:
+    keep(home, made("a", "0.5", project="=HYPERLINK(1)"), made("b", None, project="web"))
+    rows = list(csv.DictReader(io.StringIO(run("--csv", "--by", "project,model"))))
+    assert [row["project"] for row in rows] == ["'=HYPERLINK(1)", "web"]
+    assert [row["list_usd"] for row in rows] == ["0.5", ""]
+    assert rows[0]["cache_read_tokens"] == ""
+
+
+def test_a_week_is_compared_with_the_week_before(home: Path) -> None:
+    now = time.time_ns()
+    keep(
+        home,
+        made("a", "3", at_ns=now - DAY_NS),
+        made("b", "2", at_ns=now - 8 * DAY_NS),
+        made("c", "9", at_ns=now - 20 * DAY_NS),
+    )
+    text = run("--since", "7d", "--vs-previous")
+    assert "50 % more than in the period before ($2.0000)" in text
+    answer = json.loads(run("--since", "7d", "--vs-previous", "--json"))
+    assert answer["previous"]["totals"]["list_usd"] == "2"
+    assert answer["groups"][0]["previous"]["list_usd"] == "2"
+
+
+def test_nothing_stored_and_nothing_found_are_said_kindly(home: Path) -> None:
+    assert "Nothing metered yet. Try: halton-meter replay" in run()
+    assert json.loads(run("--json"))["totals"]["requests"] == 0
+    keep(home, made())
+    assert "No events match" in run("--project", "none")
+
+
+@pytest.mark.parametrize(
+    "options", [["--by", "colour"], ["--by", "model,model"], ["--vs-previous"], ["--json", "--csv"]]
+)
+def test_wrong_usage_exits_with_2(home: Path, options: list[str]) -> None:
+    assert CliRunner().invoke(main, ["report", *options]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["events", "report", "export", "reprice", "retag"])
+def test_every_command_shows_examples(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"halton-meter {command}" in result.stdout.split("Examples:")[1]
+
+
+def test_a_report_does_not_import_what_is_slow_to_import(home: Path) -> None:
+    keep(home, made())
+    heavy = {"duckdb", "rich", "sqlite3", "orjson", "asyncio", "mitmproxy", "pandas", "numpy"}
+    script = (
+        "import sys\nfrom halton_meter.cli import main\nmain(['report'], standalone_mode=False)\n"
+        f"print('LOADED', *sorted({heavy!r} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "LOADED"
+
+
+# --- figures as text -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, "-"),
+        (0, "0"),
+        (9999, "9,999"),
+        (12_345, "12.35k"),
+        (999_949, "999.9k"),
+        (999_999, "1M"),
+        (4_560_000, "4.56M"),
+        (10**13, "10T"),
+    ],
+)
+def test_counts(count: int | None, text: str) -> None:
+    assert drawing.count_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (None, "unpriced"),
+        ("0", "$0.00"),
+        ("0.001", "<$0.01"),
+        ("0.005", "<$0.01"),
+        ("0.015", "$0.02"),
+        ("1234567.891", "$1,234,567.89"),
+        ("-3.456", "-$3.46"),
+    ],
+)
+def test_money(amount: str | None, text: str) -> None:
+    assert drawing.money_text(None if amount is None else Decimal(amount)) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "    "), (1.0, "████"), (0.5, "██  "), (1e-9, "▏   "), (7.0, "████")]
+)
+def test_bars(share: float, text: str) -> None:
+    assert drawing.bar(share, 4) == text
+
+
+def test_sparklines_tell_unknown_and_nothing_from_little() -> None:
+    values = [None, Decimal(0), Decimal("0.01"), Decimal(4), Decimal(8)]
+    assert drawing.sparkline(values) == "··▁▅█"
+    assert drawing.sparkline([None, None]) == "··"
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [(None, "-"), (340.4, "340 ms"), (3210.0, "3.2 s"), (125_000.0, "2 m 05 s")],
+)
+def test_durations(milliseconds: float | None, text: str) -> None:
+    assert drawing.duration_text(milliseconds) == text
+
+
+def test_a_name_cannot_move_the_cursor_nor_fill_the_screen() -> None:
+    assert drawing.shown("a\x1b[31m\nb") == "a?[31m?b"
+    assert drawing.shown("x" * 100, 10) == "x" * 9 + "…"
+    assert drawing.shown(None) == "-"
+
+
+def test_times_of_a_period_are_local(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(home, made(at_ns=NOON_NS))
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        assert "2026-03-10 17:30" in run()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
