@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
@@ -174,7 +174,7 @@ class Code:
                         yield at - opcode_bytes
                         break
         if not absolute:
-            yield from self.relative_references(address, _X86_LEA)
+            yield from self.relative_references(address, LEA)
 
     # --- functions ---------------------------------------------------------------------------
 
@@ -303,13 +303,13 @@ class Code:
 
     def callers(self, address: int) -> Iterator[int]:
         """Addresses of the instructions that call, or jump as a tail call to, `address`."""
-        for at in self.relative_references(address, b"[\xe8\xe9]" if not self.arm else b""):
+        for at in self.relative_references(address, CALL):
             step = self.step(at)
             if step is not None and step.target == address:
                 yield at
 
-    def relative_references(self, target: int, opcode: bytes) -> Iterator[int]:
-        """Addresses of instructions that begin with `opcode` and end with `target` - next address.
+    def relative_references(self, target: int, opcode: Opcode) -> Iterator[int]:
+        """Addresses of instructions `opcode` whose distance reaches `target`, nearest first.
 
         On aarch64 `bl` and `b` to the target. Only the instruction's shape is checked.
         """
@@ -384,7 +384,19 @@ def _merge(
     return merged
 
 
-_X86_LEA = rb"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]"
+def _is_call(data: bytes, at: int) -> bool:
+    return data[at] in (0xE8, 0xE9)
+
+
+def _is_lea(data: bytes, at: int) -> bool:
+    """`lea r64, [rip + disp32]`."""
+    return data[at + 1] == 0x8D and data[at] in (0x48, 0x4C) and data[at + 2] & 0xC7 == 0x05
+
+
+Opcode = tuple[int, Callable[[bytes, int], bool]]
+"""How many bytes precede the distance, and whether those at an offset are the opcode."""
+CALL: Opcode = (1, _is_call)
+LEA: Opcode = (3, _is_lea)
 _AWAY = (b"\xe9", b"\xe8")
 _X86_NOPS = (
     b"\x90",
@@ -424,39 +436,27 @@ def _aarch64_branches(code: bytes) -> Iterator[tuple[int, int]]:
         yield 4 * index, ((value ^ sign) - sign) * 4
 
 
-def _x86_relatives(data: bytes, base: int, target: int, opcode: bytes) -> Iterator[int]:
-    """Search each 64 KiB with the two high bytes that a reference from there must have.
+def _x86_relatives(data: bytes, base: int, target: int, opcode: Opcode) -> Iterator[int]:
+    """Instructions `opcode disp32` that reach `target`, without decoding what lies between.
 
-    A regular expression with four literal bytes runs at memory speed; decoding every instruction
-    of a 100 MB program takes minutes.
+    The distance's two high bytes are the same over 64 KiB of code, so two literal bytes are
+    searched in each, at memory speed; decoding every instruction of 100 MB takes minutes.
     """
-    window = 1 << 16
-    for low in range(0, len(data), window):
-        piece_end = min(low + window, len(data))
-        highest = target - (base + low)
-        lowest = target - (base + piece_end + INSTRUCTION_BYTES_MAX)
-        if not -(1 << 31) <= lowest <= highest < 1 << 31:
+    length, matches = opcode
+    for high in range((target - base - len(data)) >> 16, ((target - base) >> 16) + 1):
+        if not -0x8000 <= high < 0x8000:
             continue
-        for high in {(lowest >> 16) & 0xFFFF, (highest >> 16) & 0xFFFF}:
-            pattern = _relative_pattern(opcode, high)
-            for match in pattern.finditer(data, low, min(piece_end + 16, len(data))):
-                end = match.end()
-                displacement = int.from_bytes(match.group(1), "little", signed=True)
-                if base + end + displacement == target and match.start() < piece_end:
-                    yield base + match.start()
-
-
-_PATTERNS: dict[tuple[bytes, int], re.Pattern[bytes]] = {}
-
-
-def _relative_pattern(opcode: bytes, high: int) -> re.Pattern[bytes]:
-    key = (opcode, high)
-    if key not in _PATTERNS:
-        if len(_PATTERNS) > 1 << 14:
-            _PATTERNS.clear()
-        tail = re.escape(high.to_bytes(2, "little"))
-        _PATTERNS[key] = re.compile(b"(?s:" + opcode + b"(.." + tail + b"))")
-    return _PATTERNS[key]
+        tail = (high & 0xFFFF).to_bytes(2, "little")
+        last_end = target - (high << 16) - base  # of the instruction, as an offset in data
+        low, stop = max(last_end - 0x10001, 0), min(last_end, len(data))
+        at = data.find(tail, low, stop)
+        while at >= 0:
+            start = at - 2 - length
+            if start >= 0 and matches(data, start):
+                displacement = int.from_bytes(data[at - 2 : at + 2], "little", signed=True)
+                if base + at + 2 + displacement == target:
+                    yield base + start
+            at = data.find(tail, at + 1, stop)
 
 
 def _aarch64_calls(data: bytes, base: int, target: int) -> Iterator[int]:
