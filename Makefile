@@ -9,8 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_HOME ?= .cache/demo
 
-DEMO_COMMANDS := tshark
-DEMO_PACKAGES := tshark
+# clang and libbpf build and load the kernel program; without root the demo does without them.
+DEMO_COMMANDS := tshark $(if $(filter 0,$(shell id -u)),curl clang)
+DEMO_PACKAGES := tshark $(if $(filter 0,$(shell id -u)),curl clang libbpf1)
 TEST_COMMANDS := tshark clang curl node npm go ip
 TEST_PACKAGES := tshark clang llvm libbpf1 curl nodejs npm golang-go iproute2 \
 	python3-bpfcc linux-headers-amd64 procps
