@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from .lab import Lab
 from .scenario import Scenario
@@ -59,7 +58,7 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        with Lab([Path(os.environ["HALTON_METER_HOME"])] if what == "demo" else []) as lab:
+        with Lab() as lab:
             if what == "demo":
                 return demo(lab)
             command = [argument for argument in rest if argument != "--"] or ["/bin/bash", "--norc"]

@@ -1,0 +1,155 @@
+"""What run, status and start say, without root."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from halton_meter.cli import main
+from halton_meter.cli.run import summary_lines
+from halton_meter.cli.service import unit_text
+from halton_meter.cli.status import status_lines
+from halton_meter.daemon import Metered
+from halton_meter.metering import Line, Totals
+
+
+def totals(**models: Line) -> Totals:
+    made = Totals()
+    for name, line in models.items():
+        made.models[name] = line
+        made.total.add(line)
+    return made
+
+
+def line(requests: int, usd: str, marginal: str | None = None, unpriced: int = 0) -> Line:
+    return Line(requests, 1200, 34, Decimal(usd), Decimal(marginal or usd), unpriced)
+
+
+def test_a_run_of_one_model_is_told_in_one_line() -> None:
+    told = summary_lines(Metered(totals(haiku=line(1, "0.0042"))))
+    assert told == ["halton-meter: 1 request, 1,200 tokens in, 34 out, $0.0042"]
+
+
+def test_a_run_tells_what_has_no_price_and_what_a_plan_pays() -> None:
+    told = summary_lines(
+        Metered(totals(big=line(3, "1.5", marginal="0"), odd=line(2, "0", unpriced=2)))
+    )
+    assert told[0] == (
+        "halton-meter: 5 requests, 2,400 tokens in, 68 out, "
+        "$1.5000 by list, $0.0000 to pay + 2 unpriced"
+    )
+    assert told[1].split()[-1] == "pay"
+    assert told[2].split() == ["odd", "2", "1,200", "in", "34", "out", "unpriced"]
+
+
+def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
+    unseen = {
+        "pid": 7,
+        "process": "/usr/bin/codex",
+        "stack": "rustls",
+        "state": "unsupported",
+        "advice": "use the proxy",
+    }
+    seen = unseen | {"state": "metered"}
+    metered = Metered(
+        totals(m=line(1, "1")),
+        losses={"ring_full_bytes": 1234},
+        coverage=[seen, unseen],
+        gaps=[(0, 2_500_000_000, "the capture helper died")],
+    )
+    metered.totals.gapped = 1
+    assert summary_lines(metered)[1:] == [
+        "  of these 1 with gaps",
+        "  not metered for 2.5 s: the capture helper died",
+        "  lost: ring_full_bytes 1,234",
+        "  not metered: /usr/bin/codex (rustls)",
+        "    use the proxy",
+    ]
+
+
+def test_status_without_a_service(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["status"], env={"HALTON_METER_HOME": str(tmp_path)})
+    assert done.exit_code == 1
+    assert "sudo halton-meter start" in done.output
+
+
+def test_status_for_people() -> None:
+    found = {
+        "health": "degraded",
+        "uptime_s": 7200.0,
+        "probes": 12,
+        "loader": "libbpf",
+        "events": 3,
+        "bytes": 4096,
+        "totals": {"list_usd": "0.5"},
+        "last_event_at": None,
+        "home": "/h",
+        "journal_waiting": 1,
+        "restarts": 1,
+        "store_error": None,
+        "losses": {"ring_full_bytes": 7},
+        "gaps": [{"from": "A", "to": "B", "cause": "C"}],
+        "coverage": [
+            {
+                "pid": 5,
+                "process": "/usr/bin/curl",
+                "host": "api.x.ai",
+                "stack": "openssl",
+                "state": "metered",
+                "advice": None,
+            }
+        ],
+    }
+    assert status_lines(found) == [
+        "degraded, up 2.0 h, 12 probes through libbpf",
+        "  3 events from 4,096 bytes of plaintext, $0.5 by list; last none yet",
+        "  state in /h; 1 events wait in the journal",
+        "  restarted 1 times: see the gaps",
+        "  lost: ring full bytes 7",
+        "  gap: A to B: C",
+        "processes that use TLS:",
+        "        5 metered         /usr/bin/curl (openssl) -> api.x.ai",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
+def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
+    unit = tmp_path / "halton-meter.service"
+    home = tmp_path / 'a home with 100 % $odd "characters"'
+    home.mkdir()
+    unit.write_text(unit_text(["/bin/true", "-m", "a b"], home, tmp_path))
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    about_ours = [text for text in verified.stderr.splitlines() if "halton-meter" in text]
+    assert about_ours == []
+    judged = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=60", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert judged.returncode == 0, judged.stdout[-400:]
+
+
+def test_daemon_in_the_background_is_not_what_one_wants() -> None:
+    done = CliRunner().invoke(main, ["daemon"])
+    assert done.exit_code == 2
+    assert "sudo halton-meter start" in done.output
+
+
+def test_show_unit_prints_and_changes_nothing(tmp_path: Path) -> None:
+    environment = {"HALTON_METER_HOME": str(tmp_path / "h")}
+    done = CliRunner().invoke(main, ["start", "--show-unit", "--all-users"], env=environment)
+    assert done.exit_code == 0
+    assert "NoNewPrivileges=yes" in done.output
+    assert "--all-users" in done.output
+    assert not (tmp_path / "h").exists()

@@ -1,0 +1,418 @@
+"""The supervisor's and the metering process's parts that need no root."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from halton_meter import daemon, metering
+from halton_meter.config import Account, Config, ConfigError, account_named
+from halton_meter.metering import Control, Gaps, Job, ServiceAbsent, Totals
+from halton_meter.model import (
+    Basis,
+    Certainty,
+    Outcome,
+    PricedEvent,
+    Process,
+    Source,
+    Tokens,
+    Usage,
+    UsageEvent,
+)
+
+ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/zsh")
+
+
+def event(
+    id_: str = "a", model: str = "m", usd: str | None = "0.5", process: Process | None = None
+) -> PricedEvent:
+    usage = UsageEvent(
+        id=id_,
+        provider="openai",
+        host="api.openai.com",
+        endpoint="responses",
+        kind="chat",
+        model=model,
+        request_model=model,
+        response_id=id_,
+        streaming=False,
+        http_status=200,
+        error_class=None,
+        outcome=Outcome.COMPLETE,
+        source=Source.UPROBES,
+        parts=(Usage(model, Tokens(input=10, cache_read=5, output=3)),),
+        certainty=Certainty.REPORTED,
+        at_ns=1_790_000_000_000_000_000,
+        ttft_ms=None,
+        duration_ms=None,
+        process=process,
+    )
+    price = None if usd is None else Decimal(usd)
+    return PricedEvent(usage, price, price, None, Basis.COMPUTED if usd else Basis.UNPRICED)
+
+
+# --- whose environment ---------------------------------------------------------------------------
+
+
+def test_under_sudo_the_persons_own_environment_comes_back() -> None:
+    parent = b"HOME=/home/ann\0PATH=/home/ann/bin:/bin\0USER=ann\0OPENAI_API_KEY=k\0BAD\0"
+    ours = {"HOME": "/root", "PATH": "/sbin", "SUDO_UID": "1000", "SUDO_USER": "ann", "ADDED": "1"}
+    found = daemon.user_environment(ANN, ours, parent)
+    assert found["PATH"] == "/home/ann/bin:/bin"
+    assert found["OPENAI_API_KEY"] == "k"
+    assert found["HOME"] == "/home/ann"
+    assert found["ADDED"] == "1"
+    assert not [name for name in found if name.startswith("SUDO_")]
+
+
+def test_without_sudos_environment_only_the_identity_is_put_right() -> None:
+    ours = {"HOME": "/root", "USER": "root", "MAIL": "/var/mail/root", "SUDO_UID": "1000", "X": "1"}
+    assert daemon.user_environment(ANN, ours, None) == {
+        "HOME": "/home/ann",
+        "USER": "ann",
+        "LOGNAME": "ann",
+        "SHELL": "/bin/zsh",
+        "X": "1",
+    }
+
+
+def test_without_sudo_nothing_changes() -> None:
+    assert daemon.user_environment(ANN, {"HOME": "/h", "X": "1"}, None) == {"HOME": "/h", "X": "1"}
+
+
+def test_the_service_covers_whom_it_says() -> None:
+    assert daemon.covers({"scope": {"uids": [1000]}}, 1000)
+    assert not daemon.covers({"scope": {"uids": [1000]}}, 1001)
+    assert daemon.covers({"scope": {"everyone": True}}, 1001)
+    assert not daemon.covers({"scope": {"everyone": True, "cgroup": "/x"}}, 1001)
+    assert not daemon.covers({}, 1000)
+
+
+def test_wanted_users() -> None:
+    me = account_named(str(os.getuid()))
+    assert list(daemon.wanted_uids(me, Config(), ())) == [me.uid]
+    assert set(daemon.wanted_uids(me, Config(users=("root",)), ("root",))) == {0}
+    with pytest.raises(ConfigError, match="no user 'nobody-of-that-name'"):
+        list(daemon.wanted_uids(me, Config(), ("nobody-of-that-name",)))
+
+
+def test_configured_hosts_are_watched(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('openai_compatible_hosts = ["llm.example.com"]\n')
+    me = account_named(str(os.getuid()))
+    config, hosts = daemon.configured(me, tmp_path)
+    assert config.openai_compatible_hosts == ("llm.example.com",)
+    assert {"llm.example.com", "api.anthropic.com"} <= set(hosts)
+
+
+def test_a_family_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[hosts]\n"llm.example.com" = "nobody"\n')
+    with pytest.raises(ConfigError, match="nobody"):
+        daemon.configured(account_named(str(os.getuid())), tmp_path)
+
+
+# --- totals --------------------------------------------------------------------------------------
+
+
+def test_totals_survive_the_pipe_and_add_up() -> None:
+    totals = Totals()
+    for priced in (event("a"), event("b", usd=None), event("c", "other", "0.25")):
+        totals.add(priced)
+    again = Totals.of_json(json.loads(json.dumps(totals.as_json())))
+    assert again == totals
+    again.merge(totals)
+    assert again.total.requests == 6
+    assert again.total.input_tokens == 90
+    assert again.total.list_usd == Decimal("1.5")
+    assert again.total.unpriced == 2
+    assert again.models["other"].requests == 2
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [None, [], {}, {"models": []}, {"models": {"x": {"list_usd": "not a number"}}}, {"models": 3}],
+)
+def test_anything_else_is_not_totals(hostile: object) -> None:
+    with pytest.raises(ValueError, match="not totals"):
+        Totals.of_json(hostile)
+
+
+def test_models_past_the_limit_are_counted_together() -> None:
+    totals = Totals()
+    for number in range(metering.MODELS_MAX + 5):
+        totals.add(event(str(number), f"model-{number}"))
+    assert len(totals.models) == metering.MODELS_MAX + 1
+    assert totals.models["other models"].requests == 5
+    assert totals.total.requests == metering.MODELS_MAX + 5
+
+
+# --- gaps ----------------------------------------------------------------------------------------
+
+SECOND = 1_000_000_000
+
+
+def job(home: Path, **fields: Any) -> Job:
+    return Job(home=str(home), service=True, **fields)
+
+
+def test_a_killed_process_leaves_a_gap_from_its_last_sign_of_life(tmp_path: Path) -> None:
+    gaps = Gaps(tmp_path)
+    gaps.begin(100 * SECOND, job(tmp_path))
+    assert gaps.listed() == []
+    gaps.alive(160 * SECOND)
+    Gaps(tmp_path).begin(200 * SECOND, job(tmp_path))
+    (gap,) = Gaps(tmp_path).listed()
+    assert gap["from"] == "1970-01-01T00:02:40.000000Z"
+    assert gap["to"] == "1970-01-01T00:03:20.000000Z"
+    assert gap["cause"] == "the service was killed"
+
+
+def test_the_supervisor_knows_better_when_it_died(tmp_path: Path) -> None:
+    Gaps(tmp_path).begin(100 * SECOND, job(tmp_path))
+    told = job(tmp_path, died_at_ns=190 * SECOND, cause="it was killed by SIGKILL")
+    Gaps(tmp_path).begin(200 * SECOND, told)
+    (gap,) = Gaps(tmp_path).listed()
+    assert gap["from"] == "1970-01-01T00:03:10.000000Z"
+    assert gap["cause"] == "it was killed by SIGKILL"
+
+
+def test_a_stop_that_was_asked_for_is_no_gap(tmp_path: Path) -> None:
+    gaps = Gaps(tmp_path)
+    gaps.begin(100 * SECOND, job(tmp_path))
+    gaps.end(150 * SECOND, clean=True)
+    gaps.begin(900 * SECOND, job(tmp_path))
+    assert gaps.listed() == []
+
+
+def test_damaged_state_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "daemon.state").write_bytes(b"\0{")
+    (tmp_path / "gaps.jsonl").write_bytes(b'{"from": 1}\n\xff\nnot json\n')
+    gaps = Gaps(tmp_path)
+    gaps.begin(SECOND, job(tmp_path))
+    assert gaps.listed() == [{"from": 1}]
+
+
+# --- the metering loop, on a source of its own ---------------------------------------------------
+
+
+class FakeSource:
+    """Hands out what a test puts in; a socket makes it selectable."""
+
+    def __init__(self) -> None:
+        self.near, self.far = socket.socketpair()
+        self.items: list[Any] = []
+        self.ended = False
+        self.stopped = False
+
+    def put(self, *items: Any) -> None:
+        self.items += items
+        self.far.send(b"x")
+
+    def die(self) -> None:
+        self.ended = True
+        self.far.close()
+
+    def fileno(self) -> int:
+        return self.near.fileno()
+
+    def read(self, timeout_s: float | None = None) -> list[Any]:
+        self.near.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.near.recv(100)
+        items, self.items = self.items, []
+        return items
+
+    def drain(self, timeout_s: float = 1.0) -> list[Any]:
+        return self.read()
+
+    def request_report(self, timeout_s: float = 1.0) -> None:
+        pass
+
+    def coverage(self) -> list[Any]:
+        return []
+
+    def status(self) -> Any:
+        return SimpleNamespace(
+            loader="fake",
+            probes=0,
+            libraries=(),
+            losses={"ring": 3, "none": 0},
+            events_lost={},
+            rss_bytes=None,
+        )
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class FakeMeter:
+    """Each item is already its event."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, int] = {}
+
+    def receive(self, item: Any) -> list[PricedEvent]:
+        return [item]
+
+    def finish(self, at_ns: int) -> list[PricedEvent]:
+        return []
+
+
+class FakeStore:
+    """Remembers what was journalled."""
+
+    def __init__(self) -> None:
+        self.events: list[PricedEvent] = []
+        self.flushes = 0
+
+    def append(self, events: Iterable[PricedEvent]) -> int:
+        self.events += events
+        return 0
+
+    def flush(self) -> Any:
+        self.flushes += 1
+        return SimpleNamespace(waiting=0, reason=None)
+
+    def waiting(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+class Running:
+    """A Metering loop in a thread, with the test at both ends."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, service: bool) -> None:
+        read_fd, self.commands = os.pipe()
+        self.output = io.StringIO()
+        stdin = os.fdopen(read_fd)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(metering, "tell", self._tell)
+        self.told: list[dict[str, Any]] = []
+        self.source, self.store = FakeSource(), FakeStore()
+        self.home = home
+        meter: Any = FakeMeter()
+        loop = metering.Metering(
+            Job(home=str(home), service=service), self.source, meter, self.store
+        )
+        self.code: int | None = None
+        self._thread = threading.Thread(target=self._run, args=(loop,))
+        self._thread.start()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self.told.append(message)
+
+    def _run(self, loop: metering.Metering) -> None:
+        self.code = loop.run()
+
+    def control(self) -> Control:
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                return Control(self.home)
+            except ServiceAbsent:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def finish(self) -> int | None:
+        os.write(self.commands, b"finish\n")
+        return self.join()
+
+    def join(self) -> int | None:
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        return self.code
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
+    home = tmp_path / ("deep" * 20) / "home"
+    metering.prepare_home(home)
+    return Running(home, monkeypatch, service=True)
+
+
+def test_events_are_journalled_counted_and_flushed_at_the_end(running: Running) -> None:
+    running.source.put(event("a"), event("b"))
+    control = running.control()
+    while control.ask("status")["events"] < 2:
+        pass
+    control.close()
+    assert running.finish() == metering.ENDED
+    assert [e.usage.id for e in running.store.events] == ["a", "b"]
+    assert running.store.flushes == 1
+    assert running.source.stopped
+    final = running.told[-1]
+    assert final["final"]
+    assert final["totals"]["requests"] == 2
+    assert final["losses"] == {"ring": 3}
+    assert not (running.home / metering.SOCKET_NAME).exists()
+
+
+def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
+    control = running.control()
+    assert control.ask("watch", pid=50) == {"watching": 50}
+    mine = Process(50, 1)
+    child = Process(51, 1, parents=((50, "sh"), (1, "init")))
+    other = Process(60, 1, parents=((1, "init"),))
+    events = [event(str(n), process=p) for n, p in enumerate((mine, child, other, None))]
+    running.source.put(*events)
+    reply = control.ask("finish")
+    assert reply["totals"]["requests"] == 2
+    assert control.ask("nonsense") == {"error": "unknown request"}
+    control.close()
+    running.finish()
+
+
+def test_the_control_socket_is_the_owners_alone_and_outlives_garbage(running: Running) -> None:
+    control = running.control()
+    assert (running.home / metering.SOCKET_NAME).stat().st_mode & 0o777 == 0o600
+    rude = running.control()
+    with pytest.raises(ServiceAbsent):
+        rude.ask("x" * metering.REQUEST_BYTES_MAX)
+    rude.close()
+    assert control.ask("status")["health"] == "ok"
+    assert control.ask("stop") == {"stopping": True}
+    assert {"stop": True} in running.told
+    control.close()
+    running.finish()
+
+
+def test_when_the_helper_dies_what_it_sent_is_kept(running: Running) -> None:
+    running.control().close()
+    running.source.items.append(event("last"))
+    running.source.die()
+    assert running.join() == metering.HELPER_DIED
+    assert [e.usage.id for e in running.store.events] == ["last"]
+    assert Gaps(running.home)._read_state()["cause"] == "the capture helper died"
+
+
+def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Running) -> None:
+    running.control().close()
+    running.source.items.append(event("last"))
+    os.close(running.commands)
+    assert running.join() == metering.ENDED
+    assert [e.usage.id for e in running.store.events] == ["last"]
+
+
+# --- what a death is called ----------------------------------------------------------------------
+
+
+def test_causes_are_told_in_words() -> None:
+    assert daemon._cause(metering.HELPER_DIED) == "the capture helper died"
+    assert "SIGKILL" in daemon._cause(-signal.SIGKILL)
+    assert "code 3" in daemon._cause(3)
