@@ -244,7 +244,11 @@ class _Bill:
         for name, quantity in units.items():
             amount = self._quantity(quantity)
             rate = rates.get(name)
-            if not amount or (rate is None and name in _SELDOM_BILLED_UNITS):
+            if not amount:
+                continue
+            if rate is None and name in _SELDOM_BILLED_UNITS:
+                if name == "cache_storage_tokens":  # billed by the hour, which no response states
+                    self._flags.append("cache_storage_not_priced")
                 continue
             if rate is None:
                 if name not in _DESCRIPTIVE_UNITS or not self.items:

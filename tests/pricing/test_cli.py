@@ -126,6 +126,27 @@ def test_a_time_that_is_none_is_wrong_usage(run):
     assert run("explain", "--at", "soon", "-", stdin=json.dumps(RESPONSE)).exit_code == 2
 
 
+def test_a_stored_event_is_explained_by_its_id_and_an_unpriced_one_is_listed(run, tmp_path):
+    from halton_meter.cli.explain import events_of
+    from halton_meter.store import Store
+    from pricing.book import PriceBook
+
+    book = PriceBook.load()
+    at_ns = 1_795_440_000 * 10**9
+    bodies = [RESPONSE, {**RESPONSE, "id": "msg_02ABCDEFGHIJKLMN", "model": "claude-unheard-of"}]
+    events = [events_of(json.dumps(body).encode(), "anthropic", at_ns)[0] for body in bodies]
+    with Store(tmp_path / "home") as store:
+        store.append([book.price(event) for event in events])
+        store.flush()
+    done = run("explain", "--json", events[0].id)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["list_usd"] == "0.006"
+    (unpriced,) = json.loads(run("status", "--json").stdout)["unpriced"]
+    assert (unpriced["model"], unpriced["requests"]) == ("claude-unheard-of", 1)
+    assert unpriced["set"].startswith("halton-meter pricing set")
+    assert run("explain", "no-such-event").exit_code == 1
+
+
 # --- list, status, set, reset ---
 
 
