@@ -7,6 +7,7 @@ not become gigabytes. It refuses to know what a body means; `formats.py` reads t
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Protocol as Interface
@@ -28,9 +29,18 @@ DECODED_BYTES_MAX = 1 << 30
 # does (a brotli meta-block of some 5 bytes can make 16 MiB, a zstd block of 4 bytes 128 KiB).
 BROTLI_SLICE_BYTES = 32
 ZSTD_SLICE_BYTES = 1024
-GZIP_OUTPUT_BYTES = 1 << 20
+INFLATE_OUTPUT_BYTES = 1 << 20
 CODINGS_MAX = 4
-# How far from its end a body is looked at for what ends a stream.
+# What one part, however small, is counted as beyond its bytes.
+PART_OVERHEAD_BYTES = 64
+PARTS_MAX = 8192
+# Runs between holes kept of one body; past it the middle one goes.
+PIECES_MAX = 2048
+# Decoded bytes held until the first block proves that the body is coded as its head says.
+STAGED_BYTES_MAX = 4 << 20
+# How an answer begins that was not coded at all: JSON, or an event stream.
+_TEXT = re.compile(rb"\s*(?:[{\[\"]|data:|event:|id:|:)")
+# Of a body that was not ended, what is looked at for an event that ends its stream.
 END_BYTES = 512
 
 Sink = Callable[[bytes], None]
@@ -41,21 +51,31 @@ class DecodeError(Exception):
 
 
 class _Decoder(Interface):
-    def feed(self, data: bytes, sink: Sink) -> None: ...
+    def feed(self, data: bytes, sink: Sink) -> None:
+        """Decode `data` into `sink`; raises `DecodeError`."""
+
+    def ended(self) -> bool:
+        """Whether the coding's own end was seen."""
 
 
 class _Inflate:
     """gzip (several members too), zlib and raw deflate, told apart by their first bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, gzip: bool) -> None:
+        self._gzip = gzip
         self._engine: zlib._Decompress | None = None
         self._first = b""
 
     def _start(self, data: bytes) -> zlib._Decompress:
         if data[:2] == b"\x1f\x8b":
             return zlib.decompressobj(31)
-        zlib_head = len(data) > 1 and data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0
+        if self._gzip:
+            raise DecodeError("not gzip")
+        zlib_head = data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0
         return zlib.decompressobj(15 if zlib_head else -15)
+
+    def ended(self) -> bool:
+        return self._engine is not None and self._engine.eof
 
     def feed(self, data: bytes, sink: Sink) -> None:
         if self._engine is None:
@@ -65,16 +85,19 @@ class _Inflate:
                 return
             self._engine = self._start(data)
         try:
-            while data:
-                output = self._engine.decompress(data, GZIP_OUTPUT_BYTES)
+            while True:
+                if self._engine.eof:
+                    if data[:2] != b"\x1f\x8b":
+                        return  # padding behind the last member
+                    self._engine = zlib.decompressobj(31)
+                output = self._engine.decompress(data, INFLATE_OUTPUT_BYTES)
                 if output:
                     sink(output)
-                data = self._engine.unconsumed_tail
-                if self._engine.eof:
-                    data = self._engine.unused_data
-                    if data[:2] != b"\x1f\x8b":
-                        return
-                    self._engine = zlib.decompressobj(31)
+                eof = self._engine.eof
+                data = self._engine.unused_data if eof else self._engine.unconsumed_tail
+                # a full output may leave more inside though all input is used
+                if not data and len(output) < INFLATE_OUTPUT_BYTES:
+                    return
         except zlib.error as error:
             raise DecodeError(str(error)) from None
 
@@ -85,6 +108,9 @@ class _Brotli:
 
         self._engine = brotli.Decompressor()
         self._error = brotli.error
+
+    def ended(self) -> bool:
+        return bool(self._engine.is_finished())
 
     def feed(self, data: bytes, sink: Sink) -> None:
         try:
@@ -104,6 +130,9 @@ class _Zstd:
         self._engine = self._new()
         self._error = zstandard.ZstdError
 
+    def ended(self) -> bool:
+        return self._engine.eof
+
     def feed(self, data: bytes, sink: Sink) -> None:
         try:
             for start in range(0, len(data), ZSTD_SLICE_BYTES):
@@ -120,9 +149,9 @@ class _Zstd:
 
 
 _DECODERS: dict[str, Callable[[], _Decoder]] = {
-    "gzip": _Inflate,
-    "x-gzip": _Inflate,
-    "deflate": _Inflate,
+    "gzip": lambda: _Inflate(True),
+    "x-gzip": lambda: _Inflate(True),
+    "deflate": lambda: _Inflate(False),
     "br": _Brotli,
     "zstd": _Zstd,
 }
@@ -133,6 +162,9 @@ class _Chain:
 
     def __init__(self, decoders: list[_Decoder]) -> None:
         self._decoders = decoders
+
+    def ended(self) -> bool:
+        return all(decoder.ended() for decoder in self._decoders)
 
     def feed(self, data: bytes, sink: Sink, at: int = 0) -> None:
         if at == len(self._decoders):
@@ -154,24 +186,24 @@ class BodyCollector:
     """The bytes of one body, as they come.
 
     `add` contiguous bytes, `lose` bytes that the capture lost, then `finish`. `content_encoding`
-    is the head's value or None. `whole_bytes_max` is the size up to which all is kept.
+    is the head's value or None. `whole_bytes_max` is the size up to which all is kept; beyond it
+    the first `HEAD_BYTES_MAX` and the last `TAIL_BYTES_MAX` to twice that are.
     """
 
     __slots__ = (
         "_chain",
         "_coded",
         "_coded_bytes",
-        "_decoded_any",
+        "_coded_first",
         "_decoded_bytes",
         "_dropped_bytes",
         "_failed",
-        "_first_coded",
         "_head",
         "_kept_bytes",
         "_lost_bytes",
         "_pieces",
-        "_tail",
-        "_tail_bytes",
+        "_run",
+        "_staged",
         "_whole_bytes_max",
         "failed_decoding",
     )
@@ -180,16 +212,18 @@ class BodyCollector:
         self._chain = _chain(content_encoding) if content_encoding else None
         self._coded: list[bytes] = []
         self._coded_bytes = 0
-        self._first_coded = b""
-        self._decoded_any = False
+        # Until a first block decodes well: its coded bytes, and what they gave.
+        self._coded_first: bytes | None = b""
+        self._staged: list[bytes] = []
         self._decoded_bytes = 0
         self._failed = False
         self.failed_decoding = False
-        self._pieces: list[list[bytes]] = [[]]
-        self._kept_bytes = 0
+        # The bytes kept: a head once the body is over its limit, whole pieces, and the last piece
+        # as a run of parts.
         self._head: list[bytes] | None = None
-        self._tail: list[bytes] = []
-        self._tail_bytes = 0
+        self._pieces: list[bytes] = []
+        self._run: list[bytes] = []
+        self._kept_bytes = 0
         self._dropped_bytes = 0
         self._lost_bytes: int | None = 0
         self._whole_bytes_max = whole_bytes_max
@@ -200,7 +234,7 @@ class BodyCollector:
             self._keep(data)
             return
         self._coded.append(data)
-        self._coded_bytes += len(data)
+        self._coded_bytes += len(data) + PART_OVERHEAD_BYTES
         if self._coded_bytes > CODED_PENDING_BYTES_MAX:
             self._decode()
 
@@ -210,33 +244,38 @@ class BodyCollector:
             self._decode()
             self._failed = True  # no coding survives a hole: later bytes are noise without it
             count = None
-        if self._pieces[-1]:
-            self._pieces.append([])
+        self._end_piece()
         known = self._lost_bytes is not None and count is not None
         self._lost_bytes = (self._lost_bytes or 0) + (count or 0) if known else None
 
     def finish(self, complete: bool) -> Body:
         """The body; `complete` says that its end was seen."""
+        whole = complete and self._lost_bytes == 0
         if self._chain is not None:
+            coded_any = bool(self._coded) or bool(self._decoded_bytes)
             self._decode()
-        if self._tail:
-            self._pieces.append(self._tail)
-        pieces = tuple(b"".join(piece) for piece in self._pieces if piece)
-        whole = complete and self._lost_bytes == 0 and not self._failed
-        return Body(
-            pieces, whole and not self._dropped_bytes, self._dropped_bytes, self._lost_bytes
-        )
+            if self._chain is not None and coded_any and not self._chain.ended():
+                whole = False
+        self._end_piece()
+        pieces = (*(self._head or ()), *self._pieces)
+        whole = whole and not self._failed and not self._dropped_bytes
+        return Body(pieces, whole, self._dropped_bytes, self._lost_bytes)
 
     def ends_with_any(self, needles: Iterable[bytes]) -> bool:
         """True when one of `needles` stands in the last bytes seen."""
         if self._chain is not None:
             self._decode()
-        end = b""
-        for part in reversed(self._tail or self._pieces[-1]):
-            end = part[-END_BYTES:] + end
-            if len(end) >= END_BYTES:
+        parts: list[bytes] = []
+        size = 0
+        for part in reversed(self._run):
+            parts.append(part)
+            size += len(part)
+            if size >= END_BYTES:
                 break
+        end = b"".join(reversed(parts))[-END_BYTES:]
         return any(needle in end for needle in needles)
+
+    # --- content coding ---
 
     def _decode(self) -> None:
         data = b"".join(self._coded)
@@ -244,51 +283,85 @@ class BodyCollector:
         self._coded_bytes = 0
         if self._failed or not data or self._chain is None:
             return
-        if not self._decoded_any:
-            self._first_coded += data
+        if self._coded_first is not None:
+            self._coded_first += data
         try:
             self._chain.feed(data, self._decoded)
         except DecodeError:
-            if self._decoded_any:
+            first = self._coded_first
+            if first is not None and (not self._staged or _TEXT.match(first)):
+                # Recorders and some gateways leave the header beside a body already decoded.
+                self._chain = None
+                self._keep(first)
+            else:
                 self._failed = self.failed_decoding = True
-                return
-            # Recorders and some gateways leave the header beside a body already decoded.
-            self._chain = None
-            self._keep(self._first_coded)
+                self._commit()
+            return
+        if self._staged or len(self._coded_first or b"") > CODED_PENDING_BYTES_MAX:
+            self._commit()
 
     def _decoded(self, data: bytes) -> None:
-        self._decoded_any = True
-        self._first_coded = b""
         self._decoded_bytes += len(data)
         if self._decoded_bytes > DECODED_BYTES_MAX:
             self._dropped_bytes += len(data)
-            self._failed = True
+            self._commit()
             raise DecodeError("decoded body over the limit")
-        self._keep(data)
+        if self._coded_first is None:
+            self._keep(data)
+            return
+        self._staged.append(data)
+        if self._decoded_bytes > STAGED_BYTES_MAX:
+            self._commit()
+
+    def _commit(self) -> None:
+        """From here on the coding is believed."""
+        self._coded_first = None
+        staged, self._staged = self._staged, []
+        for data in staged:
+            self._keep(data)
+
+    # --- retention ---
 
     def _keep(self, data: bytes) -> None:
-        if not self._tail and self._kept_bytes + len(data) <= self._whole_bytes_max:
-            self._pieces[-1].append(data)
-            self._kept_bytes += len(data)
-            return
-        if not self._tail:
-            self._cut_to_head()
-        self._tail.append(data)
-        self._tail_bytes += len(data)
-        if self._tail_bytes > 2 * TAIL_BYTES_MAX:
-            self._cut_tail()
+        self._run.append(data)
+        self._kept_bytes += len(data)
+        if len(self._run) > PARTS_MAX:
+            self._run[:] = _halves(self._run)
+        if self._kept_bytes > self._whole_bytes_max:
+            self._let_go()
 
-    def _cut_to_head(self) -> None:
-        """Let the middle go: keep the first bytes, move the last ones to the tail."""
-        everything = b"".join(b"".join(piece) for piece in self._pieces)
-        self._pieces = [[everything[:HEAD_BYTES_MAX]]]
-        rest = everything[HEAD_BYTES_MAX:]
-        self._tail = [rest[-TAIL_BYTES_MAX:]] if rest else [b""]
-        self._tail_bytes = len(self._tail[0])
-        self._dropped_bytes += len(rest) - self._tail_bytes
+    def _end_piece(self) -> None:
+        if self._run:
+            self._pieces.append(b"".join(self._run))
+            self._run.clear()
+            if len(self._pieces) > PIECES_MAX:
+                gone = self._pieces.pop(PIECES_MAX // 2)
+                self._dropped_bytes += len(gone)
+                self._kept_bytes -= len(gone)
 
-    def _cut_tail(self) -> None:
-        joined = b"".join(self._tail)
-        self._dropped_bytes += len(joined) - TAIL_BYTES_MAX
-        self._tail = [joined[-TAIL_BYTES_MAX:]]
-        self._tail_bytes = TAIL_BYTES_MAX
+    def _let_go(self) -> None:
+        """Over the limit: keep the first bytes and the last, let the middle go."""
+        pieces = [*self._pieces, b"".join(self._run)]
+        if self._head is None:
+            self._head = [pieces[0][:HEAD_BYTES_MAX]]
+            pieces[0] = pieces[0][HEAD_BYTES_MAX:]
+            self._whole_bytes_max = 2 * TAIL_BYTES_MAX
+        before = sum(map(len, pieces))
+        tail: list[bytes] = []
+        room = TAIL_BYTES_MAX
+        for piece in reversed(pieces):
+            if room <= 0:
+                break
+            tail.append(piece[-room:])
+            room -= len(piece)
+        tail.reverse()
+        self._kept_bytes = sum(map(len, tail))
+        self._dropped_bytes += before - self._kept_bytes
+        self._pieces = tail[:-1]
+        self._run[:] = tail[-1:]
+
+
+def _halves(parts: list[bytes]) -> list[bytes]:
+    """Many small parts as few: a part costs more than its bytes."""
+    middle = len(parts) // 2
+    return [b"".join(parts[:middle]), b"".join(parts[middle:])]

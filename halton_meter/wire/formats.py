@@ -18,10 +18,12 @@ from halton_meter.model import Body
 # Limits on what one body may make us do.
 EVENTS_MAX = 2_000_000
 JSON_ELEMENT_BYTES_MAX = 32 << 20
-FRAME_BYTES_MAX = 16 << 20
+FRAME_BYTES_MAX = (16 << 20) - 1
 MULTIPART_PARTS_MAX = 1000
 FIELD_BYTES_MAX = 4096
-SALVAGE_TRIES_MAX = 64
+# Positions tried for a frame's start in bytes that are none.
+RESYNC_TRIES_MAX = 100_000
+SALVAGE_TRIES_MAX = 16
 SALVAGE_BYTES_MAX = 1 << 20
 
 
@@ -91,22 +93,23 @@ def sse_data_containing(body: Body, needle: bytes, last: bool = False) -> list[b
     for piece in reversed(pieces) if last else pieces:
         at = piece.rfind(needle) if last else piece.find(needle)
         while at >= 0:
-            block, end = _block_around(piece, at)
+            start, end = _block_around(piece, at)
+            block = piece[start:end]
             event = _sse_block(block)
             if event is not None:
                 found.append(event.data)
                 if last:
                     return found
-            at = piece.rfind(needle, 0, at) if last else piece.find(needle, end)
+            at = piece.rfind(needle, 0, start) if last else piece.find(needle, end)
     return found
 
 
-def _block_around(piece: bytes, at: int) -> tuple[bytes, int]:
+def _block_around(piece: bytes, at: int) -> tuple[int, int]:
     start = piece.rfind(b"\n\n", 0, at)
     start = 0 if start < 0 else start + 2
     end = piece.find(b"\n\n", at)
     end = len(piece) if end < 0 else end
-    return piece[start:end], end
+    return start, end
 
 
 def first_events(body: Body, count: int) -> list[SseEvent]:
@@ -166,7 +169,8 @@ def json_value(body: Body) -> Any:
     return loads(body.pieces[0])
 
 
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|[{}\[\]]', re.DOTALL)
+# A string that does not close runs to the end: were it no match, each quote in it would be tried.
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
 
 
 def _object_end(text: bytes, start: int) -> int:
@@ -267,29 +271,29 @@ class Frame(NamedTuple):
 
 def event_stream(body: Body) -> Iterator[Frame]:
     """The frames of an AWS event stream, checked by their CRCs; noise is passed over."""
+    tries = 0
     for piece in body.pieces:
         at = 0
-        while at + 16 <= len(piece):
+        while at + 16 <= len(piece) and tries < RESYNC_TRIES_MAX:
             total = int.from_bytes(piece[at : at + 4])
-            prelude_ok = 16 <= total <= FRAME_BYTES_MAX and zlib.crc32(
-                piece[at : at + 8]
-            ) == int.from_bytes(piece[at + 8 : at + 12])
-            if not prelude_ok:
-                at += 1
+            if not 16 <= total <= FRAME_BYTES_MAX or (
+                zlib.crc32(piece[at : at + 8]) != int.from_bytes(piece[at + 8 : at + 12])
+            ):
+                tries += 1
+                at = piece.find(b"\x00", at + 1)  # the first byte of any length that we believe
+                if at < 0:
+                    break
                 continue
             end = at + total
             if end > len(piece):
-                at += 1
-                continue
+                break  # cut off, by the body's end or by a hole
             if zlib.crc32(piece[at : end - 4]) == int.from_bytes(piece[end - 4 : end]):
                 headers_bytes = int.from_bytes(piece[at + 4 : at + 8])
                 headers_end = min(at + 12 + headers_bytes, end - 4)
                 yield Frame(
                     _frame_headers(piece[at + 12 : headers_end]), piece[headers_end : end - 4]
                 )
-                at = end
-            else:
-                at += 1
+            at = end
 
 
 # Sizes of the header value types that are not strings (bool, bool, byte, short, int, long, …).

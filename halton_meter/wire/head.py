@@ -7,6 +7,7 @@ credential can reach an event, a log or the store. It refuses to know what the v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from urllib.parse import parse_qsl
 
@@ -52,6 +53,12 @@ _HEADERS_KEPT = frozenset(
 _PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")
 _QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
 
+# What keys and tokens of the providers look like, wherever they should turn up.
+_SECRET = re.compile(
+    r"\b(?:sk-[\w-]{6}|sk_[\w-]{6}|gsk_\w{6}|xai-\w{16}|pplx-\w{16}|AIza[\w-]{20}|ya29\.|AKIA\w{16}"
+    r"|eyJ[\w-]{8,}\.[\w-]+\.|(?i:bearer|basic)\s+\S{8})"
+)
+
 # A value longer than this is no header that usage or price depends on.
 HEADER_VALUE_BYTES_MAX = 1024
 
@@ -63,6 +70,7 @@ def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
         for name, value in headers
         if ((lower := name.lower()) in _HEADERS_KEPT or lower.startswith(_PREFIXES_KEPT))
         and len(value) <= HEADER_VALUE_BYTES_MAX
+        and not _SECRET.search(value)
     )
 
 
@@ -78,7 +86,11 @@ def split_target(target: str) -> tuple[str, Headers]:
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=64)
     except ValueError:
         return path, ()
-    return path, tuple((k.lower(), v) for k, v in pairs if k.lower().lstrip("$") in _QUERY_KEPT)
+    return path, tuple(
+        (k.lower(), v)
+        for k, v in pairs
+        if k.lower().lstrip("$") in _QUERY_KEPT and not _SECRET.search(v)
+    )
 
 
 def host_name(authority: str) -> str:

@@ -5,8 +5,12 @@ middle, step over holes by the length it knows, and find its feet again behind o
 step over. The chunked loop is the hot path of the program: most streams arrive as one small HTTP
 chunk an event.
 
-Each direction is a `_Reader` in one state; `Http1` pairs what they read. Read `transaction.py`
-for what an exchange's outcome means, `stream.py` for who feeds this.
+Each direction is a `_Reader` in one state; `Http1` pairs what they read. Behind a hole that took a
+message's framing the reader is, in this order of knowledge, in "head_rest" (the rest of a head may
+follow: it is cut off first, so that no cookie passes for a body), "unframed" (body bytes, up to the
+next chunk boundary or head) or "resync" (nobody's bytes, up to the next head).
+
+Read `transaction.py` for what an exchange's outcome means, `stream.py` for who feeds this.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable
-from itertools import repeat
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
 from halton_meter.wire.head import host_name, kept_headers, split_target
@@ -22,30 +25,59 @@ from halton_meter.wire.transaction import Context, Transaction
 
 HEAD_BYTES_MAX = 64 << 10
 HEADER_FIELDS_MAX = 400
+# Behind a hole, the rest of a head is looked for within these bounds.
+HEAD_REST_BYTES_MAX = 16 << 10
+HEAD_REST_LINES_MAX = 128
 CHUNK_LINE_BYTES_MAX = 4096
+# A chunk line in the usual spelling is no longer.
+CHUNK_LINE_BYTES_SHORT = 10
 # Requests pipelined without an answer; a client that sends more is not one of ours.
 PENDING_MAX = 256
-# Response bytes that came before their request did (sources deliver directions apart).
-EARLY_RESPONSE_BYTES_MAX = 1 << 20
-# Bytes kept while looking for the next head behind a hole.
-RESYNC_TAIL_BYTES = 4096
+# Bytes held back while their turn has not come: answers delivered before their request (sources
+# deliver directions apart), what a client sends before its upgrade is answered.
+EARLY_BYTES_MAX = 1 << 20
+# Bytes kept while looking for the next head behind a hole: a start line must fit.
+RESYNC_SENT_BYTES = 4096
+RESYNC_RECEIVED_BYTES = 512
 # Below this, splitting a delivery's chunks at once costs more than it saves.
 SPLIT_BYTES_MIN = 512
+# Behind a hole, a chunk larger than this is not believed to begin where its size seems to stand.
+RESYNC_CHUNK_BYTES_MAX = 16 << 20
 
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15}) ([^\s\x00]{1,65536}) HTTP/1\.[01]\r?\n")
+# Behind a hole a body may touch the next request line, so only known methods end it.
+_REQUEST_BEHIND = re.compile(
+    rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS|CONNECT) ([^\s\x00]{1,4096}) HTTP/1\.[01]\r?\n"
+)
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [^\r\n]*)?\r?\n")
-_HEAD_LINE = re.compile(rb"\r\n|[A-Za-z0-9-]{1,64}:[ \t][^\r\n]*\r\n")
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*")
+_EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:")
+_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 _CHUNK_BOUNDARY = re.compile(rb"\r\n([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]{0,256})?\r\n")
 
+# Sizes as chunk lines spell them: looking one up takes a third of what int() takes, and int() would
+# let "+5", "0x5" and "5_0" pass. Larger chunks, other spellings and extensions go through the loop.
+_SIZES = {b"%x" % size: size for size in range(1, 4097)}
 
-def looks_like_http1(data: bytes) -> bool:
-    """Whether the first bytes of a direction are the head of an HTTP/1.x message."""
-    return _STATUS_LINE.match(data) is not None or _REQUEST_LINE.match(data) is not None
+Fields = list[tuple[str, str]]
 
 
-def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
+def may_be_http1(sent: bool, data: bytes) -> bool:
+    """Whether the first bytes of a direction can be the head of an HTTP/1.x message."""
+    if sent:
+        return data[:1].isalpha() and data[:1].isupper()
+    return data.startswith(b"HTTP/1.")
+
+
+def finds_http1(sent: bool, data: bytes) -> bool:
+    """Whether the head of an HTTP/1.x message begins anywhere in `data`."""
+    return (_REQUEST_BEHIND if sent else _STATUS_LINE).search(data) is not None
+
+
+def _fields(lines: list[bytes]) -> Fields:
     """Header lines as pairs; obsolete folding is joined, lines without a colon are passed over."""
-    fields: list[tuple[str, str]] = []
+    fields: Fields = []
     for line in lines[:HEADER_FIELDS_MAX]:
         if line[:1] in (b" ", b"\t") and fields:
             name, value = fields[-1]
@@ -58,240 +90,305 @@ def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
     return fields
 
 
-def _split_chunks(data: bytes, at: int) -> tuple[list[bytes], int]:
-    """Every whole chunk from `at` on, cut by one split instead of a loop: about four times faster.
+def _lines(block: bytes) -> list[bytes]:
+    return block.replace(b"\r\n", b"\n").split(b"\n")
+
+
+def _whole_fields(head: bytes, at: int) -> Fields:
+    """The fields from `at` on in a head that a hole cuts off, but for the one that it touches."""
+    return _fields(_lines(head[at:])[:-1])
+
+
+def _may_be_head_rest(lines: list[bytes]) -> bool:
+    """Whether whole lines behind a hole are header fields rather than a body's text."""
+    if len(lines) > HEAD_REST_LINES_MAX or (lines and lines[0].startswith(_EVENT_FIELDS)):
+        return False
+    return all(_FIELD_LINE.fullmatch(line) or line[:1] in (b" ", b"\t") for line in lines)
+
+
+def _split_chunks(data: bytes, at: int) -> tuple[bytes, int]:
+    """The data of every whole chunk from `at` on, cut by one split: four times a loop's speed.
 
     It holds only when no chunk's data contains CRLF; the sizes, checked against the lengths, prove
     it. Where they do not agree nothing is taken and the loop does it.
     """
-    fields = data[at : data.rfind(b"\r\n")].split(b"\r\n")
+    end = data.rfind(b"\r\n", at)
+    if end < 0:
+        return b"", at
+    fields = data[at:end].split(b"\r\n")
+    end += 2
     if len(fields) % 2:
-        del fields[-1]  # the size of a chunk whose data is not all here
-    if len(fields) >= 2 and fields[-2].strip(b"0") == b"":
-        del fields[-2:]  # the last chunk: trailers follow, the loop reads them
-    sizes, chunks = fields[0::2], fields[1::2]
-    digits = b"".join(sizes)
-    if not digits.isalnum() or b"x" in digits.lower():
-        return [], at  # int() reads "+5" and "0x5", RFC 9112 does not
-    try:
-        if list(map(int, sizes, repeat(16))) != list(map(len, chunks)):
-            return [], at
-    except ValueError:
-        return [], at
-    return chunks, at + sum(map(len, fields)) + 2 * len(fields)
+        end -= len(fields.pop()) + 2  # the size of a chunk whose data is not all here
+    if fields and not fields[-1]:
+        end -= len(fields.pop()) + len(fields.pop()) + 4  # the last chunk: the loop reads it
+    chunks = fields[1::2]
+    if list(map(_SIZES.get, fields[0::2])) != list(map(len, chunks)):
+        return b"", at
+    return b"".join(chunks), end
+
+
+def _chunk_behind(data: bytes, at: int) -> re.Match[bytes] | None:
+    """The first place from `at` on where a chunk's size line seems to stand, behind a hole."""
+    for match in _CHUNK_BOUNDARY.finditer(data, at):
+        size = int(match.group(1), 16)
+        end = match.end() + size
+        if size > RESYNC_CHUNK_BYTES_MAX:
+            continue
+        if size == 0 or end + 2 > len(data) or data[end : end + 2] == b"\r\n":
+            return match
+    return None
+
+
+class _Side:
+    """What a `_Reader` tells of the messages it reads; `Http1` has one for each direction."""
+
+    start: re.Pattern[bytes]
+    start_behind: re.Pattern[bytes]
+    resync_bytes: int
+
+    def may_start(self, data: bytes) -> bool:
+        """Whether up to seven bytes can be the first of a message."""
+        raise NotImplementedError
+
+    def may_begin(self) -> bool:
+        """Whether the next message may be read now; else its bytes are handed back."""
+        raise NotImplementedError
+
+    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
+        """A head, its first line None if lost. Gives a state, a length, or None: unknown."""
+        raise NotImplementedError
+
+    def head_rest(self, fields: Fields) -> str | int | None:
+        """The rest of a head that had a hole in it; as `head`."""
+        raise NotImplementedError
+
+    def body(self, data: bytes) -> None:
+        """Bytes of the message's body."""
+        raise NotImplementedError
+
+    def lost(self, count: int | None) -> None:
+        """A hole in the message's body."""
+        raise NotImplementedError
+
+    def damaged(self) -> None:
+        """A hole in the head of the message that was just begun."""
+        raise NotImplementedError
+
+    def gap(self) -> None:
+        """A hole that whole messages may have gone with."""
+        raise NotImplementedError
+
+    def end(self, trailers: Headers) -> None:
+        """The message ended."""
+        raise NotImplementedError
 
 
 class _Reader:
-    """One direction: framing only. What it reads goes to callbacks given by `Http1`."""
+    """One direction: framing only."""
 
     __slots__ = (
-        "_at_ns",
-        "_on_body",
-        "_on_end",
-        "_on_head",
-        "_on_lost",
-        "_ready",
+        "_began_ns",
+        "_buffer",
+        "_in_head",
+        "_losses",
         "_remaining",
-        "_since_ns",
-        "_start",
-        "_state",
-        "_waiting",
-        "_waiting_bytes",
-        "losses",
-        "message_ns",
+        "_scanned",
+        "_side",
+        "state",
         "tunnel",
     )
 
-    def __init__(  # the five callbacks are one interface
-        self,
-        context: Context,
-        start: re.Pattern[bytes],
-        on_head: Callable[[re.Match[bytes], list[tuple[str, str]]], str | int],
-        on_body: Callable[[bytes], None],
-        on_lost: Callable[[int | None], None],
-        on_end: Callable[[Headers], None],
-        ready: Callable[[int], bool],
-    ) -> None:
-        self.losses = context.losses
-        self.tunnel = b""
-        self._start = start
-        self._on_head = on_head
-        self._on_body = on_body
-        self._on_lost = on_lost
-        self._on_end = on_end
-        self._ready = ready
-        # Bytes that wait for more, and when the first of them came.
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-        self._since_ns = 0
-        self._at_ns = 0
-        # When the first byte of the message being read came.
-        self.message_ns = 0
-        self._state = "head"
+    def __init__(self, context: Context, side: _Side) -> None:
+        self._losses = context.losses
+        self._side = side
+        self._buffer = b""
+        self._began_ns = 0
+        self._scanned = 0
         self._remaining = 0
+        self._in_head = False
+        self.state = "head"
+        self.tunnel = b""
 
-    @property
-    def between_messages(self) -> bool:
-        """True when no message is being read."""
-        return self._state in ("head", "resync")
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes that wait for more, or for a request."""
-        return self._waiting_bytes
-
-    @property
-    def until_close(self) -> bool:
-        """True when the message being read ends only with the connection."""
-        return self._state in ("eof", "unframed", "head_rest")
-
-    def join(self, keep_rest: bool) -> None:
-        """Begin in the middle: look for a head, keeping what stands before it or not."""
-        self._state = "unframed" if keep_rest else "resync"
-
-    def tunnel_from_here(self) -> None:
-        """What follows is another protocol; whatever waited belongs to it."""
-        self._state = "tunnel"
-        self.tunnel = self._take_waiting()
-
-    def expect_message(self) -> None:
-        """What was unframed has ended: the next bytes are looked at for a head."""
-        self._state = "resync"
-
-    def feed(self, data: bytes, at_ns: int) -> None:
-        """Take the next bytes."""
-        self._at_ns = self.message_ns = at_ns
-        if self._waiting:
-            self._waiting.append(data)
-            self._waiting_bytes += len(data)
-            # A head ends in a line's end: looking again before one comes would cost n² in total.
-            lines = self._state in _READ_BY_LINE and self._waiting_bytes < HEAD_BYTES_MAX
-            if lines and b"\n" not in data:
-                return
-            data = self._take_waiting()
-            self.message_ns = self._since_ns
-        self._steps(data)
-
-    def resume(self, at_ns: int) -> None:
-        """Look again at what waits: it may be wanted now."""
-        if self._waiting:
-            self._at_ns, self.message_ns = at_ns, self._since_ns
-            self._steps(self._take_waiting())
-
-    def _steps(self, data: bytes) -> None:
+    def feed(self, data: bytes, at_ns: int) -> bytes:
+        """Take the next bytes; give back those that it is too early to read."""
+        held = bool(self._buffer)
+        if held:
+            data = self._buffer + data
+            self._buffer = b""
+        else:
+            self._began_ns = at_ns
         at = 0
-        while at < len(data):
-            now = _STEPS[self._state](self, data, at)
-            if now < 0:
-                self._wait(data[at:])
-                return
-            at = now
-
-    def _wait(self, data: bytes) -> None:
-        if data:
-            self._waiting = [data]
-            self._waiting_bytes = len(data)
-            self._since_ns = self.message_ns
-
-    def _take_waiting(self) -> bytes:
-        data = b"".join(self._waiting)
-        self._waiting = []
-        self._waiting_bytes = 0
-        return data
+        size = len(data)
+        while at < size:
+            state = self.state
+            if state == "head" and not self._side.may_begin():
+                return data[at:]
+            at = _STEPS[state](self, data, at)
+            if at < size or not self._buffer:
+                self._began_ns = at_ns
+        return b""
 
     def hole(self, count: int) -> None:
         """Step over `count` lost bytes, or give the framing up until the next head."""
-        state = self._state
-        self.flush()
-        if state in {"length", "chunk"}:
-            if count <= self._remaining - (0 if state == "length" else 2):
-                self._on_lost(count)
-                self._remaining -= count
-                if state == "length" and self._remaining == 0:
-                    self._finish()
-                return
-            self._on_lost(None)
-            if state == "chunk":
-                self._state = "chunk_resync"
-            else:
+        state, held = self.state, self._buffer
+        self._buffer = b""
+        self._scanned = 0
+        if state == "length" and count <= self._remaining:
+            self._side.lost(count)
+            self._remaining -= count
+            if not self._remaining:
                 self._finish()
-                self._resync()
-        elif state in ("chunk_size", "chunk_resync"):
-            self._on_lost(None)
-            self._state = "chunk_resync"
-        elif state in ("eof", "unframed"):
-            self._on_lost(count)
+        elif state == "length":
+            self._side.lost(self._remaining)
+            self._finish()
+            self._lose_framing("head_rest")
+        elif state == "chunk" and count <= self._remaining:
+            if self._remaining > 2:
+                self._side.lost(min(count, self._remaining - 2))
+            else:
+                self._side.damaged()  # only the line end behind the chunk
+            self._remaining -= count
+            if not self._remaining:
+                self.state = "chunk_size"
+        elif state in ("chunk", "chunk_size", "unframed"):
+            if state == "unframed" and held:
+                self._side.body(held)
+            self._side.lost(None)
+            self._lose_framing("unframed")
+        elif state == "eof":
+            self._side.lost(count)
         elif state == "trailers":
             self._finish()
-            self._resync()
-        elif state != "tunnel":
-            self._on_lost(None)
-            self._resync()
-            self._state = "head_rest"
+            self._lose_framing("resync")
+        elif state in ("head", "head_rest"):
+            self._hole_in_head(held)
+        elif state == "resync":
+            self._lose_framing("resync")
 
-    def flush(self) -> None:
-        """Bytes waiting for more when no more will come: body text stays, half a head goes."""
-        data = self._take_waiting()
-        body = self._state in ("chunk_resync", "unframed")
-        if data and (body or (self._state == "head_rest" and b"\n" not in data)):
-            self._on_body(data)
+    def _hole_in_head(self, held: bytes) -> None:
+        """Keep what was read of a head: its first line says what was asked."""
+        side = self._side
+        if self.state == "head":
+            held = held.lstrip(b"\r\n")
+            match = side.start.match(held)
+            if match is not None:
+                framing = side.head(match, _whole_fields(held, match.end()), self._began_ns)
+                self._in_head = framing != "interim"
+                if framing == "tunnel":
+                    self.state = framing
+                    return
+        elif self._in_head:
+            side.head_rest(_whole_fields(held, held.find(b"\n") + 1))
+        if self._in_head:
+            side.damaged()
+        self._lose_framing("head_rest")
 
-    def _resync(self) -> None:
-        if self._state != "tunnel":
-            self.losses["http1_resync"] += 1
-            self._state = "unframed"
+    def _lose_framing(self, state: str) -> None:
+        """Bytes are lost up to somewhere unknown: whole messages may have gone with them."""
+        self._losses["http1_resync"] += 1
+        self.state = state
+        self._side.gap()
+
+    def give_up_body(self) -> None:
+        """The other side shows that the unframed message here has ended."""
+        if self._buffer:
+            self._side.body(self._buffer)
+            self._buffer = b""
+        self._finish()
+        self.state = "head_rest"
 
     def _finish(self, trailers: Headers = ()) -> None:
-        self._state = "head"
-        self._on_end(trailers)
-        self.message_ns = self._at_ns
+        self.state = "head"
+        self._in_head = False
+        self._side.end(trailers)
 
-    # Each step takes the bytes and a position; it gives the next position, or -1 for "more".
+    def _hold(self, data: bytes, at: int) -> int:
+        self._buffer = data[at:] if at else data
+        return len(data)
+
+    # Each step takes the bytes and a position and gives the next position; what it must see more
+    # of it holds, and gives the end.
 
     def _head(self, data: bytes, at: int) -> int:
         while data[at : at + 1] in (b"\r", b"\n"):  # RFC 9112 2.2: empty lines before a request
             at += 1
         if at == len(data):
             return at
-        end = data.find(b"\r\n\r\n", at, at + HEAD_BYTES_MAX)
-        size = 4
-        if end < 0:
-            end = data.find(b"\n\n", at, at + HEAD_BYTES_MAX)
-            size = 2
-        if end < 0:
-            plausible = len(data) - at < HEAD_BYTES_MAX
-            if plausible and (b"\n" not in data[at:] or self._start.match(data, at)):
-                return -1
+        side = self._side
+        limit = at + HEAD_BYTES_MAX
+        if data.find(b"\n", at, limit) < 0:
+            if len(data) >= limit or not side.may_start(data[at : at + 7]):
+                return self._garbage(at)
+            return self._hold(data, at)
+        match = side.start.match(data, at)
+        end = _HEAD_END.search(data, max(at, at + self._scanned - 3), limit)
+        if match is None or (end is None and len(data) >= limit):
             return self._garbage(at)
-        match = self._start.match(data, at)
-        if match is None:
-            return self._garbage(at)
-        if not self._ready(len(data) - at):
-            return -1
-        lines = data[match.end() : end].replace(b"\r\n", b"\n").split(b"\n")
-        self._begin(self._on_head(match, _fields([line for line in lines if line])))
-        return end + size
+        if end is None:
+            self._scanned = len(data) - at
+            return self._hold(data, at)
+        self._scanned = 0
+        fields = _fields(_lines(data[match.end() : end.start()])) if match.end() < end.end() else []
+        self._begin(side.head(match, fields, self._began_ns))
+        return end.end()
 
-    def _begin(self, framing: str | int) -> None:
+    def _begin(self, framing: str | int | None) -> None:
         if isinstance(framing, int):
             self._remaining = framing
-            self._state = "length"
+            self.state = "length"
             if framing == 0:
                 self._finish()
             return
-        if framing == "interim":
-            self._state = "head"
-        else:
-            self._state = framing
+        self.state = "head" if framing == "interim" else framing or "unframed"
 
     def _garbage(self, at: int) -> int:
-        self.losses["garbage"] += 1
-        self._state = "resync"
-        return at + 1  # a head that is too long must not be found again
+        """What stands here is no head: look for one behind its first byte."""
+        self._losses["garbage"] += 1
+        self._scanned = 0
+        self.state = "resync"
+        return at + 1
+
+    def _head_rest(self, data: bytes, at: int) -> int:
+        side = self._side
+        if side.start_behind.match(data, at):
+            if self._in_head:
+                side.lost(None)
+                self._finish()
+            self.state = "head"
+            return at
+        limit = at + HEAD_REST_BYTES_MAX
+        seen = at + self._scanned
+        if data.find(b"\n", seen, limit) < 0 and len(data) < limit:
+            self._scanned = len(data) - at
+            return self._hold(data, at)
+        end = _HEAD_END.search(data, at, limit)
+        lines = _lines(data[at : end.start() if end else limit])
+        lines = lines[1:] if end else lines[1:-1]
+        if not _may_be_head_rest(lines) or (not end and len(data) >= limit):
+            self._leave_head()
+            return at
+        if end is None:
+            self._scanned = len(data) - at
+            return self._hold(data, at)
+        self._scanned = 0
+        fields = _fields(lines)
+        in_head, self._in_head = self._in_head, False
+        self._begin(side.head_rest(fields) if in_head else side.head(None, fields, self._began_ns))
+        return end.end()
+
+    def _leave_head(self) -> None:
+        """No more of a broken head will come, only a body whose framing is not known."""
+        self._scanned = 0
+        if self._in_head:
+            self._in_head = False
+            self._side.lost(None)
+            self.state = "unframed"
+        else:
+            self._begin(self._side.head(None, [], self._began_ns))
 
     def _length(self, data: bytes, at: int) -> int:
         end = min(at + self._remaining, len(data))
-        self._on_body(data[at:end])
+        self._side.body(data[at:end] if at or end < len(data) else data)
         self._remaining -= end - at
         if self._remaining == 0:
             self._finish()
@@ -299,91 +396,59 @@ class _Reader:
 
     def _chunk_size(self, data: bytes, at: int) -> int:
         """The hot path: every whole chunk in `data`, joined once."""
-        find = data.find
         size_of_data = len(data)
-        parts: list[bytes] = []
         if size_of_data - at > SPLIT_BYTES_MIN:
-            parts, at = _split_chunks(data, at)
-            if at == size_of_data:
-                self._on_body(b"".join(parts))
-                return at
-        keep = parts.append
-        while True:
-            line_end = find(b"\n", at)
-            if line_end < 0:
-                break
-            size = self._chunk_line(data[at:line_end])
-            if size <= 0:
-                break
-            start = line_end + 1
+            body, at = _split_chunks(data, at)
+            if body:
+                self._side.body(body)
+        parts: list[bytes] = []
+        while at < size_of_data:
+            line_end = data.find(b"\r\n", at, at + CHUNK_LINE_BYTES_SHORT)
+            start = line_end + 2
+            size = _SIZES.get(data[at:line_end])
+            if size is None or line_end < 0:
+                match = _CHUNK_LINE.match(data, at)
+                if match is None:
+                    break
+                size = int(match.group(1), 16)
+                start = match.end()
             end = start + size
-            if end + 2 > size_of_data:
-                if parts:
-                    self._on_body(b"".join(parts))
+            if size == 0 or end + 2 > size_of_data:
+                self._body_of(parts)
                 self._remaining = size + 2
-                self._state = "chunk"
+                self.state = "chunk" if size else "trailers"
                 return start
-            keep(data[start:end])
-            at = end + 2
-            if at == size_of_data:
+            if data[end : end + 2] != b"\r\n":
                 break
+            parts.append(data[start:end])
+            at = end + 2
+        self._body_of(parts)
+        return at if at == size_of_data else self._no_chunk_line(data, at)
+
+    def _body_of(self, parts: list[bytes]) -> None:
         if parts:
-            self._on_body(b"".join(parts))
-        if at == size_of_data:
-            return at
-        if line_end < 0:
-            return self._more_of_line(data, at)
-        if size == 0:
-            self._state = "trailers"
-            return line_end + 1
-        self._on_lost(None)
-        self.losses["garbage"] += 1
-        self._state = "chunk_resync"
-        return at
+            self._side.body(b"".join(parts))
 
-    def _more_of_line(self, data: bytes, at: int) -> int:
-        if len(data) - at <= CHUNK_LINE_BYTES_MAX:
-            self._wait(data[at:])
-            return len(data)
-        self._on_lost(None)
-        self.losses["garbage"] += 1
-        self._state = "chunk_resync"
+    def _no_chunk_line(self, data: bytes, at: int) -> int:
+        if b"\n" not in data[at : at + CHUNK_LINE_BYTES_MAX] and (
+            len(data) - at < CHUNK_LINE_BYTES_MAX
+        ):
+            return self._hold(data, at)
+        self._losses["garbage"] += 1
+        self._side.lost(None)
+        self._lose_framing("unframed")
         return at
-
-    @staticmethod
-    def _chunk_line(line: bytes) -> int:
-        """The size on a chunk line, its extension left out; -1 for nonsense."""
-        digits = line.partition(b";")[0].strip()
-        if not digits.isalnum() or b"x" in digits or b"X" in digits:
-            return -1  # int() would read "+5" and "0x5"
-        try:
-            return int(digits, 16)
-        except ValueError:
-            return -1
 
     def _chunk(self, data: bytes, at: int) -> int:
         """The rest of a chunk that was split; `_remaining` counts its closing CRLF too."""
         end = min(at + self._remaining, len(data))
         body_end = min(at + max(self._remaining - 2, 0), len(data))
         if body_end > at:
-            self._on_body(data[at:body_end])
+            self._side.body(data[at:body_end])
         self._remaining -= end - at
         if self._remaining == 0:
-            self._state = "chunk_size"
+            self.state = "chunk_size"
         return end
-
-    def _chunk_resync(self, data: bytes, at: int) -> int:
-        match = _CHUNK_BOUNDARY.search(data, at)
-        if match is None:
-            keep = max(at, len(data) - RESYNC_TAIL_BYTES // 8)
-            if keep > at:
-                self._on_body(data[at:keep])
-            self._wait(data[keep:])
-            return len(data)
-        if match.start() > at:
-            self._on_body(data[at : match.start()])
-        self._state = "chunk_size"
-        return match.start() + 2
 
     def _trailers(self, data: bytes, at: int) -> int:
         if data[at : at + 2] == b"\r\n":
@@ -392,84 +457,83 @@ class _Reader:
         if data[at : at + 1] == b"\n":
             self._finish()
             return at + 1
-        end = data.find(b"\r\n\r\n", at)
-        if end < 0:
+        end = _HEAD_END.search(data, max(at, at + self._scanned - 3), at + HEAD_BYTES_MAX)
+        if end is None:
             if len(data) - at < HEAD_BYTES_MAX:
-                self._wait(data[at:])
-                return len(data)
+                self._scanned = len(data) - at
+                return self._hold(data, at)
             self._finish()
             return self._garbage(at)
-        self._finish(kept_headers(_fields(data[at:end].split(b"\r\n"))))
-        return end + 4
+        self._scanned = 0
+        self._finish(kept_headers(_fields(_lines(data[at : end.start()]))))
+        return end.end()
 
     def _eof(self, data: bytes, at: int) -> int:
-        self._on_body(data[at:])
+        self._side.body(data[at:])
         return len(data)
 
-    def _resync_step(self, data: bytes, at: int) -> int:
-        """Look for the next head; what stands before it is the rest of a message whose framing is
-        lost, and is kept as such: usage at the end of a gapped response still counts.
-        """
-        match = self._start.search(data, at)
-        if match is None:
-            keep = max(at, data.rfind(b"\n", max(at, len(data) - RESYNC_TAIL_BYTES)) + 1)
-            if keep > at and self._state == "unframed":
-                self._on_body(data[at:keep])
-            if len(data) - keep <= HEAD_BYTES_MAX:
-                self._wait(data[keep:])
-            return len(data)
-        if match.start() > at and self._state == "unframed":
-            self._on_body(data[at : match.start()])
-        if self._state == "unframed":
+    def _unframed(self, data: bytes, at: int) -> int:
+        """What follows a hole is the rest of a message: usage at its end still counts."""
+        head = self._side.start_behind.search(data, at)
+        chunk = _chunk_behind(data, at)
+        if chunk is not None and (head is None or chunk.start() < head.start()):
+            if chunk.start() > at:
+                self._side.body(data[at : chunk.start()])
+            self.state = "chunk_size"
+            return chunk.start() + 2
+        if head is not None:
+            if head.start() > at:
+                self._side.body(data[at : head.start()])
             self._finish()
-        self._state = "head"
-        return match.start()
+            return head.start()
+        keep = max(at, len(data) - self._side.resync_bytes)
+        if keep > at:
+            self._side.body(data[at:keep])
+        return self._hold(data, keep)
 
-    def _head_rest(self, data: bytes, at: int) -> int:
-        """Behind a hole in a head: the rest of its lines is dropped (a cookie may be in them), and
-        what does not read like the lines of a head is body.
-        """
-        if self._start.match(data, at):
-            self._finish()
-            return at
-        line_end = data.find(b"\n", at)
-        following = data[line_end + 1 :]
-        too_long = len(data) - at > HEAD_BYTES_MAX
-        if not too_long and (line_end < 0 or (b"\n" not in following)):
-            return -1
-        if line_end >= 0 and _HEAD_LINE.match(following):
-            end = data.find(b"\r\n\r\n", max(at, line_end - 1))
-            if end < 0 and not too_long:
-                return -1
-            at = end + 4 if end >= 0 else at
-        self._state = "unframed"
-        return at
+    def _resync(self, data: bytes, at: int) -> int:
+        """Look for the next head in bytes that belong to nothing."""
+        head = self._side.start_behind.search(data, at)
+        if head is not None:
+            self.state = "head"
+            return head.start()
+        return self._hold(data, max(at, len(data) - self._side.resync_bytes))
 
-    def _tunnel_step(self, data: bytes, at: int) -> int:
+    def _tunnel(self, data: bytes, at: int) -> int:
         self.tunnel += data[at:]
         return len(data)
 
+    def flush(self) -> None:
+        """The connection ended: what waited for more is body text, half a head, or nothing."""
+        held, self._buffer = self._buffer, b""
+        if not held:
+            return
+        if self.state == "head_rest" and not self._in_head and b"\n" not in held:
+            self._leave_head()
+        if self.state == "unframed":
+            self._side.body(held)
+        elif self.state == "head":
+            match = self._side.start.match(held)
+            if match is not None:
+                self._side.head(match, _whole_fields(held, match.end()), self._began_ns)
 
-# States in which nothing can be decided before a line ends.
-_READ_BY_LINE = frozenset(("head", "resync", "head_rest"))
 
 _STEPS: dict[str, Callable[[_Reader, bytes, int], int]] = {
     "head": _Reader._head,
+    "head_rest": _Reader._head_rest,
     "length": _Reader._length,
     "chunk_size": _Reader._chunk_size,
     "chunk": _Reader._chunk,
-    "chunk_resync": _Reader._chunk_resync,
     "trailers": _Reader._trailers,
     "eof": _Reader._eof,
-    "resync": _Reader._resync_step,
-    "unframed": _Reader._resync_step,
-    "head_rest": _Reader._head_rest,
-    "tunnel": _Reader._tunnel_step,
+    "unframed": _Reader._unframed,
+    "resync": _Reader._resync,
+    "tunnel": _Reader._tunnel,
 }
 
 
-def _body_framing(fields: list[tuple[str, str]], otherwise: str | int) -> str | int:
-    """RFC 9112 6.3: how long the body is. Chunked wins over a length."""
+def _body_framing(fields: Fields) -> str | int | None:
+    """RFC 9112 6.3: how long the body is, None where no field says. Chunked wins over a length."""
     lengths = [value for name, value in fields if name == "content-length"]
     codings = [value for name, value in fields if name == "transfer-encoding"]
     if codings and codings[-1].lower().rpartition(",")[2].strip() == "chunked":
@@ -478,249 +542,363 @@ def _body_framing(fields: list[tuple[str, str]], otherwise: str | int) -> str | 
         text = lengths[0].partition(",")[0].strip()
         if text.isascii() and text.isdigit() and len(text) < 19:
             return int(text)
-    return otherwise
+    return None
+
+
+class _Sent(_Side):
+    """The client's messages: each opens a transaction."""
+
+    start = _REQUEST_LINE
+    start_behind = _REQUEST_BEHIND
+    resync_bytes = RESYNC_SENT_BYTES
+
+    def __init__(self, owner: Http1) -> None:
+        self._owner = owner
+        self.now: Transaction | None = None
+
+    def may_start(self, data: bytes) -> bool:
+        return data[:1].isalpha() and data[:1].isupper()
+
+    def may_begin(self) -> bool:
+        """Nothing is read as HTTP while an upgrade waits for its answer."""
+        pending = self._owner.pending
+        return not pending or not pending[-1].asks_tunnel or pending[-1].status is not None
+
+    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
+        if match is None:
+            return "resync"  # whose body follows is not known, and it may be a head after all
+        owner = self._owner
+        in_doubt = owner.request_begins()
+        transaction = self.now = owner.open(at_ns)
+        transaction.gapped = in_doubt
+        path, query = split_target(match.group(2).decode("latin-1"))
+        host = next((value for name, value in fields if name == "host"), None)
+        method = match.group(1).decode("latin-1")
+        upgrades = any(name == "upgrade" for name, _ in fields)
+        transaction.asks_tunnel = upgrades or method == "CONNECT"
+        transaction.open_request(
+            Request(
+                method=method,
+                host=host_name(host) if host else owner.context.connection.peer,
+                path=path,
+                query=query,
+                headers=kept_headers(fields),
+            )
+        )
+        framing = _body_framing(fields)
+        return 0 if framing is None else framing
+
+    def head_rest(self, fields: Fields) -> str | int | None:
+        if self.now is None:
+            return None
+        self.now.more_request_headers(kept_headers(fields))
+        return _body_framing(list(self.now.request.headers))
+
+    def body(self, data: bytes) -> None:
+        if self.now is not None and self.now.request_body is not None:
+            self.now.request_body.add(data)
+
+    def lost(self, count: int | None) -> None:
+        if self.now is not None:
+            self.now.lose(False, count)
+
+    def damaged(self) -> None:
+        if self.now is not None:
+            self.now.gapped = True
+
+    def gap(self) -> None:
+        self._owner.requests_lost()
+
+    def end(self, trailers: Headers) -> None:
+        transaction, self.now = self.now, None
+        if transaction is not None:
+            transaction.request_done = True
+            transaction.ended_ns = max(transaction.ended_ns, self._owner.at_ns)
+            self._owner.settle(transaction)
+
+
+class _Received(_Side):
+    """The server's messages: each answers a transaction."""
+
+    start = _STATUS_LINE
+    start_behind = _STATUS_LINE
+    resync_bytes = RESYNC_RECEIVED_BYTES
+
+    def __init__(self, owner: Http1) -> None:
+        self._owner = owner
+        self.now: Transaction | None = None
+
+    def may_start(self, data: bytes) -> bool:
+        return b"HTTP/1.".startswith(data)
+
+    def may_begin(self) -> bool:
+        return self._owner.may_answer()
+
+    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
+        status = int(match.group(1)) if match is not None else None
+        if status is not None and 100 <= status < 200 and status != 101:
+            return "interim"
+        transaction = self.now = self._owner.answered(at_ns)
+        if match is None:
+            transaction.gapped = True
+            if not fields:
+                transaction.open_response(None, (), at_ns)
+                transaction.lose(True, None)
+                return None
+        transaction.open_response(status, kept_headers(fields), at_ns)
+        method = transaction.request.method
+        if status == 101 or (method == "CONNECT" and status is not None and status < 300):
+            self._owner.tunnel(transaction)
+            return "tunnel"
+        if method == "HEAD" or status in (204, 304):
+            return 0
+        framing = _body_framing(fields)
+        if framing is None and match is not None:
+            return "eof"
+        return framing
+
+    def head_rest(self, fields: Fields) -> str | int | None:
+        transaction = self.now
+        if transaction is None:
+            return None
+        transaction.more_response_headers(kept_headers(fields))
+        if transaction.request.method == "HEAD" or transaction.status in (204, 304):
+            return 0
+        return _body_framing(list(transaction.response_headers))
+
+    def body(self, data: bytes) -> None:
+        transaction = self.now or self._unheaded()
+        body = transaction.response_body
+        if body is not None:
+            body.add(data)
+        transaction.ended_ns = self._owner.at_ns
+
+    def _unheaded(self) -> Transaction:
+        """The connection was joined in the middle of an answer."""
+        self.head(None, [], self._owner.at_ns)
+        assert self.now is not None
+        return self.now
+
+    def lost(self, count: int | None) -> None:
+        if self.now is not None:
+            self.now.lose(True, count)
+
+    def damaged(self) -> None:
+        if self.now is not None:
+            self.now.gapped = True
+
+    def gap(self) -> None:
+        self._owner.answers_lost()
+
+    def end(self, trailers: Headers) -> None:
+        transaction, self.now = self.now, None
+        if transaction is not None:
+            transaction.response_done = True
+            transaction.trailers = trailers
+            transaction.ended_ns = max(transaction.ended_ns, self._owner.at_ns)
+            self._owner.settle(transaction)
 
 
 class Http1:
     """Both directions of an HTTP/1.x connection, paired."""
 
     def __init__(self, context: Context) -> None:
-        self._context = context
-        self._pending: deque[Transaction] = deque()
-        self._sending: Transaction | None = None
-        self._receiving: Transaction | None = None
-        self._closing = False
-        self._done: list[Exchange] = []
-        self._at_ns = 0
+        self.context = context
+        self.pending: deque[Transaction] = deque()
+        self.at_ns = 0
         self.upgraded: tuple[Transaction, Headers] | None = None
-        self._sent = _Reader(
-            context, _REQUEST_LINE, self._request_head, self._sent_body, self._sent_lost,
-            self._sent_end, lambda _: True,
-        )  # fmt: skip
-        self._received = _Reader(
-            context, _STATUS_LINE, self._response_head, self._received_body, self._received_lost,
-            self._received_end, self._expects_response,
-        )  # fmt: skip
-        if context.connection.joined:
-            self._sent.join(keep_rest=False)
-            self._received.join(keep_rest=True)
+        self._done: list[Exchange] = []
+        self._early: dict[Direction, list[tuple[bytes, int]]] = {way: [] for way in Direction}
+        self._early_bytes = 0
+        # A request may have been lost, so an answer without one is nobody's; an answer may have
+        # been lost, so the next one need not be the oldest request's.
+        self._requests_lost = self._answers_lost = False
+        self._pipelines = False
+        # A lost request whose answer has not been seen: the next answer may be its.
+        self._in_doubt = False
+        self._sent_side, self._received_side = _Sent(self), _Received(self)
+        self._sent = _Reader(context, self._sent_side)
+        self._received = _Reader(context, self._received_side)
+
+    def join(self) -> None:
+        """Begin in the middle: what comes first need be no head."""
+        self._requests_lost = self._answers_lost = True
+        self._sent.state, self._received.state = "resync", "unframed"
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
-        self._at_ns = at_ns
-        if direction is Direction.SENT:
-            self._sent.feed(data, at_ns)
-            if self._pending:
-                self._received.resume(at_ns)
+        self.at_ns = at_ns
+        sent = direction is Direction.SENT
+        if self._early_bytes and self._early[direction]:
+            self._keep_early(direction, data)
         else:
-            self._received.feed(data, at_ns)
-        return self._take()
-
-    def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
-        """Step over lost bytes of one direction."""
-        self._at_ns = at_ns
-        if direction is Direction.SENT:
-            self._sent.hole(count)
-            self._answer_lost_requests()
-        else:
-            self._received.hole(count)
-        return self._take()
-
-    def _answer_lost_requests(self) -> None:
-        """Answers that wait for their requests when a hole comes were to requests in the hole."""
-        waiting = self._received.waiting_bytes
-        while waiting and not self._sending and len(self._pending) < PENDING_MAX:
-            self._received.resume(self._at_ns)
-            if self._received.waiting_bytes in (0, waiting) or self._receiving is not None:
-                return
-            waiting = self._received.waiting_bytes
-            self._lost_request()
-
-    def _lost_request(self) -> None:
-        placeholder = self._new(self._at_ns)
-        placeholder.gapped = placeholder.request_done = True
-
-    def close(self, at_ns: int, clean: bool) -> list[Exchange]:
-        """The connection ended: everything open becomes an exchange as far as it got."""
-        self._at_ns = at_ns
-        self._closing = True
-        self._received.resume(at_ns)
-        self._sent.flush()
-        self._received.flush()
-        if self._receiving is not None and self._received.until_close and clean:
-            self._receiving.response_done = self._receiving.status is not None
-        for transaction in self._pending:
-            self._emit(transaction)
-        self._pending.clear()
-        self._receiving = self._sending = None
-        return self._take()
-
-    def tunnelled(self) -> tuple[bytes, bytes]:
-        """Bytes that followed an upgrade: (sent, received); taken once."""
-        sent, received = self._sent.tunnel, self._received.tunnel
-        self._sent.tunnel = self._received.tunnel = b""
-        return sent, received
-
-    # --- pairing ---
-
-    def _expects_response(self, waiting_bytes: int) -> bool:
-        """A response whose request has not been delivered yet waits for it, within bounds."""
-        return (
-            self._closing
-            or self._context.connection.joined
-            or waiting_bytes > EARLY_RESPONSE_BYTES_MAX
-            or any(not transaction.response_done for transaction in self._pending)
-        )
-
-    def _take(self) -> list[Exchange]:
+            rest = (self._sent if sent else self._received).feed(data, at_ns)
+            if rest:
+                self._keep_early(direction, rest)
+        if self._early_bytes:
+            self._play_early()
+        if not self._done:
+            return []
         done, self._done = self._done, []
         return done
 
+    def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
+        """Step over lost bytes of one direction."""
+        self.at_ns = at_ns
+        if self._early[direction]:
+            self._early[direction].clear()  # a hole in what nobody could read yet: give it up
+            self._early_bytes = sum(len(d) for way in self._early.values() for d, _ in way)
+            self.context.losses["early_dropped"] += 1
+        (self._sent if direction is Direction.SENT else self._received).hole(count)
+        self._play_early()
+        done, self._done = self._done, []
+        return done
+
+    def close(self, at_ns: int, clean: bool) -> list[Exchange]:
+        """The connection ended: everything open becomes an exchange as far as it got."""
+        self._requests_lost = True  # an answer that still waits for its request is nobody's
+        self._play_early()
+        self.at_ns = at_ns
+        self._sent.flush()
+        self._received.flush()
+        answered = self._received_side.now
+        if answered is not None and self._received.state == "eof" and clean:
+            answered.response_done = True
+        for transaction in self.pending:
+            if self._answers_lost and transaction.first_byte_ns is None:
+                transaction.gapped = True
+            self._emit(transaction)
+        self.pending.clear()
+        self._sent_side.now = self._received_side.now = None
+        done, self._done = self._done, []
+        return done
+
+    def tunnelled(self) -> tuple[bytes, bytes]:
+        """Bytes that followed an upgrade: (sent, received); taken once."""
+        early = [data for data, _ in self._early[Direction.SENT]]
+        sent, received = b"".join(early), self._received.tunnel
+        self._early[Direction.SENT].clear()
+        self._received.tunnel = b""
+        return sent, received
+
+    # --- bytes whose turn has not come ---
+
+    def _keep_early(self, direction: Direction, data: bytes) -> None:
+        self._early[direction].append((data, self.at_ns))
+        self._early_bytes += len(data)
+
+    def _play_early(self) -> None:
+        """Read what was held back, as far as its turn has come."""
+        if self._early_bytes > EARLY_BYTES_MAX:
+            self.context.losses["early_over_limit"] += 1
+            self._requests_lost = True
+        now = self.at_ns
+        played = True
+        while played and self._early_bytes and self.upgraded is None:
+            played = False
+            for direction, held in self._early.items():
+                side = self._sent_side if direction is Direction.SENT else self._received_side
+                if held and side.may_begin():
+                    self._replay(direction, held)
+                    played = True
+        self.at_ns = now
+
+    def _replay(self, direction: Direction, held: list[tuple[bytes, int]]) -> None:
+        reader = self._sent if direction is Direction.SENT else self._received
+        waiting, held[:] = held[:], []
+        for number, (data, at_ns) in enumerate(waiting):
+            self.at_ns = at_ns
+            self._early_bytes -= len(data)
+            rest = reader.feed(data, at_ns)
+            if rest:
+                held[:] = [(rest, at_ns), *waiting[number + 1 :]]
+                self._early_bytes += len(rest)
+                return
+
+    # --- pairing: what the sides ask and tell ---
+
+    def may_answer(self) -> bool:
+        """A response whose request has not been delivered yet waits for it, within bounds."""
+        return bool(self.pending) or self._requests_lost
+
+    def request_begins(self) -> bool:
+        """A request's head was found: it ends what cannot be framed on the other side.
+
+        True when a request before it may have been lost and its answer may still come.
+        """
+        self._requests_lost = False
+        in_doubt, self._in_doubt = self._in_doubt, False
+        answered = self._received_side.now
+        if answered is not None and self._received.state == "unframed":
+            self._received.give_up_body()
+        return in_doubt
+
+    def requests_lost(self) -> None:
+        """A hole on the client's side may have hidden requests."""
+        self._requests_lost = self._in_doubt = True
+        self._play_early()
+
+    def answers_lost(self) -> None:
+        """A hole on the server's side may have hidden answers."""
+        self._answers_lost = True
+
+    def open(self, at_ns: int) -> Transaction:
+        """A new transaction, last in line."""
+        transaction = Transaction(self.context, Protocol.HTTP1, at_ns)
+        if len(self.pending) >= PENDING_MAX:
+            self.context.losses["pipeline_over_limit"] += 1
+            self._emit(self.pending.popleft())
+        elif self.pending and self.pending[-1].started_ns == at_ns:
+            self._pipelines = True
+        self.pending.append(transaction)
+        return transaction
+
+    def answered(self, at_ns: int) -> Transaction:
+        """The transaction that a response belongs to: the oldest without an answer.
+
+        Behind a hole that may have hidden answers it is the newest, unless this client is known to
+        pipeline: others wait for an answer before they ask again.
+        """
+        waiting = [t for t in self.pending if t.first_byte_ns is None]
+        if not waiting:
+            self._in_doubt = False
+            transaction = self.open(at_ns)  # the answer to a request that was never seen
+            transaction.request_done = transaction.gapped = True
+            return transaction
+        if len(waiting) > 1 and not self._answers_lost:
+            self._pipelines = True
+        elif self._answers_lost:
+            for transaction in waiting if self._pipelines else waiting[:-1]:
+                transaction.gapped = True
+            while len(waiting) > 1 and not self._pipelines:
+                transaction = waiting.pop(0)
+                self.pending.remove(transaction)
+                self._emit(transaction)
+        self._answers_lost = False
+        return waiting[0]
+
+    def tunnel(self, transaction: Transaction) -> None:
+        """The answer made the connection another protocol's."""
+        self.upgraded = (transaction, transaction.response_headers)
+        self.pending.clear()
+
+    def settle(self, transaction: Transaction) -> None:
+        """Emit a transaction once both its sides are done (or the request's end is lost)."""
+        if not transaction.response_done or transaction not in self.pending:
+            return
+        unframed = transaction is self._sent_side.now and self._sent.state in _END_UNKNOWN
+        if transaction.request_done or unframed:
+            self.pending.remove(transaction)
+            self._emit(transaction)
+
     def _emit(self, transaction: Transaction) -> None:
+        if transaction is self._received_side.now:
+            self._received_side.now = None
+        if transaction is self._sent_side.now:
+            self._sent_side.now = None
         exchange = transaction.finish()
         if exchange is not None:
             self._done.append(exchange)
 
-    def _settle(self, transaction: Transaction) -> None:
-        """Emit a transaction once both its sides are done."""
-        if transaction.request_done and transaction.response_done and transaction in self._pending:
-            self._pending.remove(transaction)
-            self._emit(transaction)
 
-    def _new(self, at_ns: int) -> Transaction:
-        transaction = Transaction(self._context, Protocol.HTTP1, at_ns)
-        if len(self._pending) >= PENDING_MAX:
-            self._context.losses["pipeline_over_limit"] += 1
-            self._emit(self._pending.popleft())
-        self._pending.append(transaction)
-        return transaction
-
-    # --- the request's side ---
-
-    def _request_head(self, match: re.Match[bytes], fields: list[tuple[str, str]]) -> str | int:
-        in_doubt = self._end_what_has_no_end()
-        transaction = self._new(self._sent.message_ns)
-        transaction.gapped = in_doubt
-        self._sending = transaction
-        method = match.group(1).decode("latin-1")
-        target = match.group(2).decode("latin-1")
-        path, query = split_target(target)
-        host = next((value for name, value in fields if name == "host"), None)
-        peer = self._context.connection.peer
-        transaction.open_request(
-            Request(
-                method=method,
-                host=host_name(host) if host else peer,
-                path=path,
-                query=query,
-                headers=kept_headers(fields),
-            )
-        )
-        return _body_framing(fields, 0)
-
-    def _end_what_has_no_end(self) -> bool:
-        """A new request ends what could not be framed; True when a lost one's answer is missing.
-
-        Then the next answer may be to either of the two, so that the new one is in doubt.
-        """
-        front = self._pending[0] if self._pending else None
-        if front is None:
-            return False
-        if front is self._receiving and self._received.until_close:
-            self._received.flush()
-            self._pending.popleft()
-            self._emit(front)
-            self._receiving = None
-            self._received.expect_message()
-            return False
-        hidden = front.gapped and front.request.method is None and front.response_body is None
-        if hidden:
-            self._pending.popleft()
-        return hidden
-
-    def _sent_body(self, data: bytes) -> None:
-        transaction = self._sending
-        if transaction is not None and transaction.request_body is not None:
-            transaction.request_body.add(data)
-
-    def _sent_lost(self, count: int | None) -> None:
-        if self._sending is not None:
-            self._sending.lose(False, count)
-            return
-        if not any(t.request.method is None and t.gapped for t in self._pending):
-            self._lost_request()  # its answer will come
-
-    def _sent_end(self, trailers: Headers) -> None:
-        transaction, self._sending = self._sending, None
-        if transaction is not None:
-            transaction.request_done = True
-            transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
-            self._settle(transaction)
-
-    # --- the response's side ---
-
-    def _response_head(self, match: re.Match[bytes], fields: list[tuple[str, str]]) -> str | int:
-        status = int(match.group(1))
-        transaction = next((t for t in self._pending if not t.response_done), None)
-        if transaction is None:
-            transaction = self._new(self._at_ns)  # the answer to a request that was never seen
-            transaction.request_done = True
-            transaction.gapped = True
-        if 100 <= status < 200 and status != 101:
-            return "interim"
-        headers = kept_headers(fields)
-        transaction.open_response(status, headers, self._received.message_ns)
-        transaction.saw_response(self._at_ns)
-        self._receiving = transaction
-        method = transaction.request.method
-        if status == 101 or (method == "CONNECT" and status < 300):
-            self.upgraded = (transaction, headers)
-            self._pending.clear()
-            self._sent.tunnel_from_here()
-            return "tunnel"
-        if method == "HEAD" or status in (204, 304):
-            return 0
-        return _body_framing(fields, "eof")
-
-    def _received_body(self, data: bytes) -> None:
-        transaction = self._receiving
-        if transaction is None:
-            transaction = self._unheaded_response()
-        if transaction.response_body is not None:
-            transaction.response_body.add(data)
-        transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
-
-    def _received_lost(self, count: int | None) -> None:
-        transaction = self._receiving
-        if transaction is None:
-            transaction = self._unheaded_response()
-        transaction.lose(True, count)
-
-    def _unheaded_response(self) -> Transaction:
-        """The response whose head fell into a hole: the oldest without an answer, or nobody's."""
-        transaction = next((t for t in self._pending if not t.response_done), None)
-        if transaction is None:
-            transaction = self._new(self._at_ns)
-            transaction.request_done = True
-        transaction.gapped = True
-        transaction.open_response(None, (), self._at_ns)
-        self._receiving = transaction
-        return transaction
-
-    def _doubt_pairs(self) -> None:
-        """Behind answers lost in a hole, which of several requests is answered next is not sure."""
-        open_ones = [t for t in self._pending if not t.response_done]
-        if len(open_ones) > 1:
-            for transaction in open_ones:
-                transaction.gapped = True
-
-    def _received_end(self, trailers: Headers) -> None:
-        transaction, self._receiving = self._receiving, None
-        if transaction is None:
-            return
-        transaction.response_done = True
-        if transaction.status is None:
-            self._doubt_pairs()
-        transaction.trailers = trailers
-        transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
-        self._settle(transaction)
+_END_UNKNOWN = frozenset({"unframed", "head_rest", "resync"})

@@ -1,23 +1,22 @@
 """HTTP/2, both directions of one connection (RFC 9113), watched from outside.
 
 `h2` cannot be used: fed one side's bytes it raises ProtocolError. Frames are cut here (it is the
-hot path), headers are decoded by `hpack`, one decoder a direction. HPACK state that was lost with
-a hole, or never seen because we joined late, cannot be recovered: from then on that direction's
-heads are unknown, never guessed, while its DATA still counts. Next: `transaction.py`.
+hot path), header blocks are read by `hpack_decoder.py`, one decoder a direction. What a hole or a
+late join took is left out, never guessed: heads may be partial, DATA still counts. Answers that
+are delivered before their request wait for it. Next: `transaction.py`.
 """
 
 from __future__ import annotations
 
+import re
+import struct
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
 from halton_meter.wire.head import host_name, kept_headers, split_target
+from halton_meter.wire.hpack_decoder import HpackDecoder, HpackError
 from halton_meter.wire.transaction import Context, Transaction
 from halton_meter.wire.websocket import WebSocket
-
-if TYPE_CHECKING:
-    from hpack import Decoder
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -30,14 +29,24 @@ _FRAME_TYPE_MAX = 9
 FRAME_BYTES_MAX = 1 << 20
 STREAMS_MAX = 2048
 HEADER_BLOCK_BYTES_MAX = 256 << 10
-HEADER_LIST_BYTES_MAX = 256 << 10
-# Endpoints may raise the table from 4 KiB; browsers and Go use up to 64 KiB.
-HPACK_TABLE_BYTES_MAX = 64 << 10
-# Positions tried for a frame's start behind a hole, per delivery.
-RESYNC_SCAN_BYTES_MAX = 32 << 10
+# Bytes held behind a hole until a frame's end shows whether it was one.
+RESYNC_BYTES_MAX = 20 << 10
+# Answers delivered before their request, held back until it comes.
+EARLY_BYTES_MAX = 1 << 20
+EARLY_EVENTS_MAX = 4096
+
+FRAME_HEAD_BYTES = 9
+STREAM_MASK = 0x7FFFFFFF
+# Length in two parts, type, flags, stream.
+_FRAME_HEAD = struct.Struct(">HBBBI").unpack_from
+# Other frames are passed over by length without being held.
+_READ_KINDS = frozenset((_HEADERS, _RST_STREAM, _PUSH_PROMISE, _CONTINUATION))
+# What a frame's head looks like, coarsely: below 1 MiB, known type and flags, stream below 2^24.
+_FRAME_BEHIND = re.compile(rb"[\x00-\x10](?=..[\x00-\x09][\x00-\x2d]\x00...)", re.DOTALL)
 
 # Sizes that frames of a type must have (None: any); what makes a frame header plausible.
 _EXACT_BYTES = {2: 5, 3: 4, 6: 8, 8: 4}
+_STATUS = re.compile(r"[1-9][0-9]{2}")
 
 
 def plausible_frame(data: bytes, at: int = 0) -> bool:
@@ -60,46 +69,77 @@ def plausible_frame(data: bytes, at: int = 0) -> bool:
     return _EXACT_BYTES.get(kind, length) == length
 
 
+def finds_frames(data: bytes) -> bool:
+    """Whether two frames, one behind the other, stand anywhere in `data`."""
+    return _first_of_two(data) >= 0
+
+
+def _first_of_two(data: bytes) -> int:
+    for match in _FRAME_BEHIND.finditer(data):
+        at = match.start()
+        if plausible_frame(data, at):
+            follows = at + FRAME_HEAD_BYTES + int.from_bytes(data[at : at + 3])
+            if follows == len(data) or plausible_frame(data, follows):
+                return at
+    return -1
+
+
 class _Reader:
     """One direction: cuts frames, decodes header blocks, tells `Http2` what it read."""
 
     __slots__ = (
         "_block",
+        "_block_bytes",
         "_block_flags",
         "_block_stream",
         "_buffer",
-        "_owner",
-        "_partial",
-        "_sent",
-        "_synced",
-        "hpack_lost",
         "_hpack",
         "_losses",
+        "_owner",
+        "_partial",
+        "_preface_due",
+        "_sent",
+        "_skip",
+        "_synced",
+        "damaged",
     )
 
-    def __init__(self, owner: Http2, sent: bool, joined: bool) -> None:
+    def __init__(self, owner: Http2, sent: bool) -> None:
         self._owner = owner
         self._sent = sent
         self._buffer = b""
-        self._synced = not joined
+        self._synced = True
+        self._preface_due = sent
         self._block: list[bytes] | None = None
+        self._block_bytes = 0
         self._block_stream = 0
         self._block_flags = 0
-        # (stream, flags, bytes of payload still to come) of a DATA frame being read
-        self._partial: tuple[int, int, int] | None = None
+        # (stream, flags, bytes of payload still to come, of them padding) of a DATA frame
+        self._partial: tuple[int, int, int, int] | None = None
+        self._skip = 0
         self._losses = owner.context.losses
-        self.hpack_lost = False
-        self._hpack = _new_hpack()
-        if joined:
-            self.lose_hpack()
+        # Frames of this direction were missed: streams may have begun or ended unseen.
+        self.damaged = False
+        self._hpack = HpackDecoder()
 
-    def lose_hpack(self) -> None:
-        """From here on this direction's heads cannot be read."""
-        if not self.hpack_lost:
-            self.hpack_lost = True
-            self._losses["hpack_lost"] += 1
+    def join(self) -> None:
+        """Begin in the middle."""
+        self._synced = False
+        self.damaged = True
+        self._hpack.forget()
+
+    def _begin(self) -> None:
+        """The preface: whatever was thought, this is the connection's beginning."""
+        self._synced = True
+        self.damaged = False
+        self._hpack = HpackDecoder()
 
     def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        if self._skip:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
         if self._partial is not None:
             data = self._rest_of_data(data)
         if self._buffer:
@@ -108,154 +148,195 @@ class _Reader:
         if not data:
             return
         at = 0
-        if self._sent and data.startswith(PREFACE):
-            at = len(PREFACE)
-            self._synced = True
+        if self._preface_due:
+            if len(data) < len(PREFACE) and PREFACE.startswith(data):
+                self._buffer = data
+                return
+            self._preface_due = False
+            if data.startswith(PREFACE):
+                at = len(PREFACE)
+                self._begin()
         if not self._synced:
-            at = self._find_frame(data, at)
+            at = self._find_frame(data)
             if at < 0:
                 return
         self._frames(data, at)
 
     def _frames(self, data: bytes, at: int) -> None:
+        """The hot path: neighbouring DATA frames of one stream are handed over as one."""
         size = len(data)
-        while size - at >= 9:
-            length = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
-            kind = data[at + 3]
-            flags = data[at + 4]
-            stream = int.from_bytes(data[at + 5 : at + 9]) & 0x7FFFFFFF
-            start = at + 9
-            end = start + length
-            if length > FRAME_BYTES_MAX:
-                self._losses["garbage"] += 1
-                self._lost_framing()
+        run_stream = 0
+        run: list[bytes] = []
+        while size - at >= FRAME_HEAD_BYTES:
+            high, low, kind, flags, stream = _FRAME_HEAD(data, at)
+            start = at + FRAME_HEAD_BYTES
+            end = start + (high << 8 | low)
+            if kind == _DATA and flags == 0 and end <= size:
+                if stream != run_stream:
+                    if run:
+                        self._owner.data(self._sent, run_stream & STREAM_MASK, b"".join(run))
+                        run = []
+                    run_stream = stream
+                run.append(data[start:end])
+                at = end
+                continue
+            if run:
+                self._owner.data(self._sent, run_stream & STREAM_MASK, b"".join(run))
+                run = []
+            at = self._frame(data, start, end, (kind, flags, stream & STREAM_MASK))
+            if at < 0:
                 return
-            if end > size:
-                if kind == _DATA and not flags & _PADDED:
-                    self._partial = (stream, flags, end - size)
-                    self._owner.data(self._sent, stream, data[start:size])
-                    return
-                break
-            if kind == _DATA:
-                payload_start = start
-                if flags & _PADDED and length:
-                    payload_start, end_of_payload = start + 1, end - data[start]
-                    self._owner.data(self._sent, stream, data[payload_start:end_of_payload])
-                else:
-                    self._owner.data(self._sent, stream, data[start:end])
-                if flags & _END_STREAM:
-                    self._owner.end(self._sent, stream)
-            else:
-                self._control(kind, flags, stream, data[start:end])
-            at = end
+        if run:
+            self._owner.data(self._sent, run_stream & STREAM_MASK, b"".join(run))
         self._buffer = data[at:]
 
+    def _frame(self, data: bytes, start: int, end: int, head: tuple[int, int, int]) -> int:
+        """One frame off the hot path; the position behind it, or -1 when the bytes are used up."""
+        kind, flags, stream = head
+        if end - start > FRAME_BYTES_MAX:
+            self._losses["garbage"] += 1
+            self._lost_framing()
+            return -1
+        if kind == _DATA:
+            padding = 0
+            if flags & _PADDED and end > start:
+                if start == len(data):
+                    self._buffer = data[start - FRAME_HEAD_BYTES :]
+                    return -1
+                padding = data[start]
+                start += 1
+            self._partial = (stream, flags, end - start, min(padding, end - start))
+            rest = self._rest_of_data(data[start : min(end, len(data))])
+            assert not rest
+            return end if end <= len(data) else -1
+        if end > len(data):
+            if kind in _READ_KINDS:
+                self._buffer = data[start - FRAME_HEAD_BYTES :]
+            else:
+                self._skip = end - len(data)
+            return -1
+        self._control(kind, flags, stream, data[start:end])
+        return end
+
     def _rest_of_data(self, data: bytes) -> bytes:
+        """Take what `data` holds of the DATA frame being read; give what stands behind it."""
         assert self._partial is not None
-        stream, flags, missing = self._partial
+        stream, flags, missing, padding = self._partial
         part = data[:missing]
-        self._owner.data(self._sent, stream, part)
         missing -= len(part)
-        self._partial = (stream, flags, missing) if missing else None
-        if not missing and flags & _END_STREAM:
-            self._owner.end(self._sent, stream)
+        body = part if missing >= padding else part[: len(part) - (padding - missing)]
+        if body:
+            self._owner.data(self._sent, stream, body)
+        self._partial_left(stream, flags, missing, min(padding, missing))
         return data[len(part) :]
 
+    def _partial_left(self, stream: int, flags: int, missing: int, padding: int) -> None:
+        self._partial = (stream, flags, missing, padding) if missing else None
+        if not missing and flags & _END_STREAM:
+            self._owner.end(self._sent, stream)
+
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if self._block is not None and kind != _CONTINUATION:
+            self._lose_block()  # RFC 9113 6.10: only CONTINUATION may follow
         if kind == _HEADERS:
-            self._block = [_unpadded(flags, payload)]
-            self._block_stream, self._block_flags = stream, flags
-            if flags & _END_HEADERS:
-                self._end_block()
+            self._begin_block(stream, flags, _unpadded(flags, payload))
         elif kind == _PUSH_PROMISE:
-            self._block = [_unpadded(flags & ~_PRIORITY, payload)[4:]]
-            self._block_stream, self._block_flags = 0, 0  # decoded for HPACK's sake only
-            if flags & _END_HEADERS:
-                self._end_block()
-        elif kind == _CONTINUATION and self._block is not None:
-            self._block.append(payload)
-            if sum(map(len, self._block)) > HEADER_BLOCK_BYTES_MAX:
-                self._block = None
-                self._losses["head_over_limit"] += 1
-                self.lose_hpack()
-                self._owner.unknown_head(self._sent, self._block_stream)
-            elif flags & _END_HEADERS:
-                self._end_block()
+            # decoded for HPACK's sake only
+            self._begin_block(0, flags & _END_HEADERS, _unpadded(flags & ~_PRIORITY, payload)[4:])
+        elif kind == _CONTINUATION:
+            if self._block is not None:
+                self._more_of_block(flags, payload)
+            else:
+                self._hpack.forget()
         elif kind == _RST_STREAM:
             self._owner.reset(stream)
+
+    def _begin_block(self, stream: int, flags: int, fragment: bytes) -> None:
+        self._block = []
+        self._block_bytes = 0
+        self._block_stream, self._block_flags = stream, flags
+        self._more_of_block(flags, fragment)
+
+    def _more_of_block(self, flags: int, fragment: bytes) -> None:
+        assert self._block is not None
+        self._block.append(fragment)
+        self._block_bytes += len(fragment) + FRAME_HEAD_BYTES  # empty ones cost too
+        if self._block_bytes > HEADER_BLOCK_BYTES_MAX:
+            self._losses["head_over_limit"] += 1
+            self._lose_block()
+        elif flags & _END_HEADERS:
+            self._end_block()
+
+    def _lose_block(self) -> None:
+        self._block = None
+        self._losses["hpack_lost"] += 1
+        self._hpack.forget()
+        if self._block_stream:
+            self._owner.head(self._sent, self._block_stream, [], False)
 
     def _end_block(self) -> None:
         assert self._block is not None
         block = b"".join(self._block)
         self._block = None
-        fields = self._decode(block)
-        if self._block_stream == 0:
-            return
-        if fields is None:
-            self._owner.unknown_head(self._sent, self._block_stream)
-        else:
-            self._owner.head(self._sent, self._block_stream, fields)
-        if self._block_flags & _END_STREAM:
-            self._owner.end(self._sent, self._block_stream)
-
-    def _decode(self, block: bytes) -> list[tuple[str, str]] | None:
-        if self.hpack_lost:
-            return None
-        from hpack.exceptions import HPACKError
-
+        stream = self._block_stream
         try:
-            raw = self._hpack.decode(block, raw=True)
-        except (HPACKError, UnicodeDecodeError, ValueError, IndexError):
-            self.lose_hpack()
-            return None
-        return [(_text(name), _text(value)) for name, value in raw]
+            fields, whole = self._hpack.decode(block)
+        except HpackError:
+            self._hpack.forget()
+            fields, whole = [], False
+        if not whole:
+            self._losses["hpack_lost"] += 1
+        if stream:
+            self._owner.head(self._sent, stream, fields, whole)
+            if self._block_flags & _END_STREAM:
+                self._owner.end(self._sent, stream)
 
     def hole(self, count: int) -> None:
-        """Step over lost bytes: inside a DATA frame by length, else framing and HPACK are lost."""
-        if self._partial is not None and count <= self._partial[2]:
-            stream, flags, missing = self._partial
-            self._owner.lose(self._sent, stream, count)
+        """Step over lost bytes: inside a frame by length, else framing and HPACK are lost."""
+        if self._skip >= count:
+            self._skip -= count
+        elif self._partial is not None and count <= self._partial[2]:
+            stream, flags, missing, padding = self._partial
+            if missing > padding:
+                self._owner.lose(self._sent, stream, min(count, missing - padding))
             missing -= count
-            self._partial = (stream, flags, missing) if missing else None
-            if not missing and flags & _END_STREAM:
-                self._owner.end(self._sent, stream)
-            return
-        self._lost_framing()
+            self._partial_left(stream, flags, missing, min(padding, missing))
+        else:
+            self._lost_framing()
 
     def _lost_framing(self) -> None:
         self._partial = None
         self._block = None
         self._buffer = b""
+        self._skip = 0
         self._synced = False
+        self._preface_due = False
+        self.damaged = True
         self._losses["http2_resync"] += 1
-        self.lose_hpack()
+        self._hpack.forget()
         self._owner.lose_all(self._sent)
 
-    def _find_frame(self, data: bytes, at: int) -> int:
-        """The first position where a frame may begin and another (or the end) follows it."""
-        last = min(len(data) - 9, at + RESYNC_SCAN_BYTES_MAX)
-        for position in range(at, last + 1):
-            if not plausible_frame(data, position):
+    def _find_frame(self, data: bytes) -> int:
+        """The first position where a frame begins: another, or the end, follows it."""
+        waiting = -1
+        for match in _FRAME_BEHIND.finditer(data):
+            at = match.start()
+            if not plausible_frame(data, at):
                 continue
-            follows = position + 9 + int.from_bytes(data[position : position + 3])
-            known = self._owner.knows(int.from_bytes(data[position + 5 : position + 9]))
-            if follows == len(data) or plausible_frame(data, follows) or (position == at and known):
+            follows = at + FRAME_HEAD_BYTES + int.from_bytes(data[at : at + 3])
+            if follows == len(data) or plausible_frame(data, follows):
                 self._synced = True
-                return position
-        self._buffer = data[-8:]
+                return at
+            if follows + FRAME_HEAD_BYTES > len(data):
+                stream = int.from_bytes(data[at + 5 : at + 9])
+                if stream and self._owner.knows(stream):
+                    self._synced = True
+                    return at
+                waiting = at if waiting < 0 else waiting
+        if waiting < 0 or len(data) - waiting > RESYNC_BYTES_MAX:
+            waiting = max(0, len(data) - FRAME_HEAD_BYTES + 1)
+        self._buffer = data[waiting:]  # until what follows it shows whether it is one
         return -1
-
-
-def _text(raw: bytes | str) -> str:
-    return raw if isinstance(raw, str) else raw.decode("latin-1")
-
-
-def _new_hpack() -> Decoder:
-    from hpack import Decoder
-
-    decoder = Decoder(max_header_list_size=HEADER_LIST_BYTES_MAX)
-    decoder.max_allowed_table_size = HPACK_TABLE_BYTES_MAX
-    return decoder
 
 
 def _unpadded(flags: int, payload: bytes) -> bytes:
@@ -275,26 +356,39 @@ class Http2:
         self._streams: OrderedDict[int, Transaction] = OrderedDict()
         self._websockets: dict[int, WebSocket] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
+        # What came of streams whose request has not: (what, arguments, when).
+        self._early: OrderedDict[int, list[_Early]] = OrderedDict()
+        self._early_bytes = 0
+        self._early_events = 0
         self._done: list[Exchange] = []
         self._at_ns = 0
-        joined = context.connection.joined
-        self._sent = _Reader(self, True, joined)
-        self._received = _Reader(self, False, joined)
+        self._sent = _Reader(self, True)
+        self._received = _Reader(self, False)
+
+    def join(self) -> None:
+        """Begin in the middle: frames and header tables before our time are unknown."""
+        self._sent.join()
+        self._received.join()
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
         self._at_ns = at_ns
         (self._sent if direction is Direction.SENT else self._received).feed(data)
+        if not self._done:
+            return []
         return self._take()
 
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
         self._at_ns = at_ns
         (self._sent if direction is Direction.SENT else self._received).hole(count)
+        if self._sent.damaged:
+            self._play_all_early()
         return self._take()
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
+        self._play_all_early()
         self._at_ns = at_ns
         for stream in list(self._streams):
             self._emit(stream)
@@ -313,13 +407,17 @@ class Http2:
         if websocket is not None:
             self._done += websocket.close(self._at_ns)
         elif transaction is not None:
+            if (self._received.damaged and not transaction.response_done) or (
+                self._sent.damaged and not transaction.request_done
+            ):
+                transaction.gapped = True
             exchange = transaction.finish()
             if exchange is not None:
                 self._done.append(exchange)
 
     def knows(self, stream: int) -> bool:
-        """Whether a stream is open here (or it is the connection's own, 0)."""
-        return stream == 0 or stream in self._streams
+        """Whether a stream is open here."""
+        return stream in self._streams or stream in self._early
 
     def _transaction(self, stream: int) -> Transaction | None:
         transaction = self._streams.get(stream)
@@ -334,17 +432,54 @@ class Http2:
         self._streams[stream] = transaction
         return transaction
 
+    # --- answers delivered before their request ---
+
+    def _waits(self, stream: int, what: _Early) -> bool:
+        """Hold an event of the server's side back when its request is still to come."""
+        if stream in self._streams or self._sent.damaged or stream in self._ended:
+            return False
+        self._early.setdefault(stream, []).append(what)
+        self._early_events += 1
+        self._early_bytes += len(what[1]) if isinstance(what[1], bytes) else 0
+        if self._early_bytes > EARLY_BYTES_MAX or self._early_events > EARLY_EVENTS_MAX:
+            self.context.losses["early_over_limit"] += 1
+            self._play_all_early()
+        return True
+
+    def _play_all_early(self) -> None:
+        for stream in list(self._early):
+            self._transaction(stream)
+            self._play_early(stream)
+
+    def _play_early(self, stream: int) -> None:
+        now = self._at_ns
+        for what, payload, fields, whole, at_ns in self._early.pop(stream, ()):
+            self._at_ns = at_ns
+            self._early_events -= 1
+            self._early_bytes -= len(payload)
+            if what == "data":
+                self.data(False, stream, payload)
+            elif what == "head":
+                self.head(False, stream, fields, whole)
+            else:
+                self.end(False, stream)
+        self._at_ns = now
+
     # --- what the readers tell ---
 
     def data(self, sent: bool, stream: int, payload: bytes) -> None:
         """Body bytes of a stream."""
-        websocket = self._websockets.get(stream)
+        transaction = self._streams.get(stream)
+        if transaction is None:
+            if not sent and self._waits(stream, ("data", payload, [], True, self._at_ns)):
+                return
+            transaction = self._transaction(stream)
+            if transaction is None:
+                return
+        websocket = self._websockets.get(stream) if self._websockets else None
         if websocket is not None:
             direction = Direction.SENT if sent else Direction.RECEIVED
             self._done += websocket.feed(direction, payload, self._at_ns)
-            return
-        transaction = self._streams.get(stream) or self._transaction(stream)
-        if transaction is None:
             return
         if sent:
             if transaction.interest is None:
@@ -352,41 +487,49 @@ class Http2:
             if transaction.request_body is not None:
                 transaction.request_body.add(payload)
             return
-        if transaction.response_body is None:
-            if transaction.first_byte_ns is None or transaction.interest is None:
-                transaction.gapped = True
-                transaction.open_response(None, (), self._at_ns)
-            if transaction.response_body is None:
-                return
-        transaction.response_body.add(payload)
+        if transaction.first_byte_ns is None:
+            transaction.gapped = True
+            transaction.open_response(None, (), self._at_ns)
+            transaction.lose(True, None)
+        if transaction.response_body is not None:
+            transaction.response_body.add(payload)
         transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
 
     def _headless_request(self, transaction: Transaction) -> None:
         transaction.gapped = True
         transaction.open_request(transaction.request)
+        transaction.lose(False, None)
 
-    def head(self, sent: bool, stream: int, fields: list[tuple[str, str]]) -> None:
-        """A decoded header block: a request's, a response's (interim or final), or trailers."""
+    def head(self, sent: bool, stream: int, fields: list[tuple[str, str]], whole: bool) -> None:
+        """A header block, as far as it could be read: a request's, a response's or trailers."""
+        if not sent and self._waits(stream, ("head", b"", fields, whole, self._at_ns)):
+            return
         transaction = self._transaction(stream)
         if transaction is None:
             return
+        if not whole:
+            transaction.gapped = True
         pseudo = {name: value for name, value in fields if name.startswith(":")}
         if sent:
-            if transaction.request.method is None and ":method" in pseudo:
+            if transaction.interest is None:
                 transaction.open_request(self._request(pseudo, fields))
-        elif ":status" in pseudo:
-            self._response_head(transaction, stream, pseudo[":status"], kept_headers(fields))
+                if stream in self._early:
+                    self._play_early(stream)
+        elif transaction.first_byte_ns is None:
+            self._response_head(transaction, stream, pseudo.get(":status"), kept_headers(fields))
         else:
             transaction.trailers = kept_headers(fields)
+            transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
 
     def _request(self, pseudo: dict[str, str], fields: list[tuple[str, str]]) -> Request:
-        path, query = split_target(pseudo.get(":path", "/"))
-        authority = pseudo.get(":authority") or dict(fields).get("host")
+        target = pseudo.get(":path")
+        path, query = split_target(target) if target is not None else (None, ())
+        authority = pseudo.get(":authority") or next((v for n, v in fields if n == "host"), None)
         headers = kept_headers(fields)
         if pseudo.get(":protocol") == "websocket":
             headers = (*headers, ("upgrade", "websocket"))
         return Request(
-            method=pseudo[":method"],
+            method=pseudo.get(":method"),
             host=host_name(authority) if authority else self.context.connection.peer,
             path=path,
             query=query,
@@ -394,29 +537,22 @@ class Http2:
         )
 
     def _response_head(
-        self, transaction: Transaction, stream: int, status_text: str, headers: Headers
+        self, transaction: Transaction, stream: int, status_text: str | None, headers: Headers
     ) -> None:
-        status = int(status_text) if status_text.isdigit() and len(status_text) == 3 else None
-        if status is not None and 100 <= status < 200:
+        status = None
+        if status_text is not None and _STATUS.fullmatch(status_text):
+            status = int(status_text)
+        if status is not None and status < 200:
             return
         transaction.open_response(status, headers, self._at_ns)
         upgrade = ("upgrade", "websocket") in transaction.request.headers
         if upgrade and status == 200 and transaction.wanted:
             self._websockets[stream] = WebSocket(self.context, transaction, headers)
 
-    def unknown_head(self, sent: bool, stream: int) -> None:
-        """A header block that cannot be decoded."""
-        transaction = self._transaction(stream)
-        if transaction is None:
-            return
-        transaction.gapped = True
-        if sent and transaction.interest is None:
-            self._headless_request(transaction)
-        elif not sent and transaction.first_byte_ns is None:
-            transaction.open_response(None, (), self._at_ns)
-
     def end(self, sent: bool, stream: int) -> None:
         """END_STREAM of one side."""
+        if not sent and self._waits(stream, ("end", b"", [], True, self._at_ns)):
+            return
         transaction = self._streams.get(stream)
         if transaction is None:
             return
@@ -424,9 +560,9 @@ class Http2:
             transaction.request_done = True
         else:
             transaction.response_done = True
-            transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
-        late = transaction.response_done and self._sent.hpack_lost
-        if transaction.response_done and (transaction.request_done or late):
+        transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
+        request_over = transaction.request_done or self._sent.damaged
+        if transaction.response_done and request_over:
             self._emit(stream)
 
     def reset(self, stream: int) -> None:
@@ -444,6 +580,11 @@ class Http2:
             transaction.lose(not sent, count)
 
     def lose_all(self, sent: bool) -> None:
-        """Framing was lost: any open stream may have lost bytes."""
-        for stream in self._streams:
-            self.lose(sent, stream, None)
+        """Framing was lost: any stream that this side has not ended may have lost bytes."""
+        for stream, transaction in self._streams.items():
+            if not (transaction.request_done if sent else transaction.response_done):
+                self.lose(sent, stream, None)
+
+
+# (what, payload, fields, whether they are whole, when it came)
+_Early = tuple[str, bytes, list[tuple[str, str]], bool, int]

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClosed
-from halton_meter.wire.http1 import Http1, looks_like_http1
-from halton_meter.wire.http2 import PREFACE, Http2, plausible_frame
+from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClosed, header
+from halton_meter.wire.http1 import Http1, finds_http1, may_be_http1
+from halton_meter.wire.http2 import PREFACE, Http2, finds_frames, plausible_frame
 from halton_meter.wire.transaction import NOT_WANTED, Ask, Context, Interest
 from halton_meter.wire.websocket import WebSocket
 
-# Bytes looked at before a protocol is decided; a longest request line fits.
+# Bytes looked at, both directions together, before a protocol is settled on: in the middle of an
+# HTTP/2 upload several frames of the usual 16 KiB fit.
 UNDECIDED_BYTES_MAX = 64 << 10
-# Of a connection joined in its middle, what is kept while no message begins.
-_METHODS = (b"GET ", b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"HEAD ", b"OPTIONS ", b"CONNECT ")
+# While undecided in mid-message, small deliveries are looked at together: each look costs a scan.
+LOOK_AGAIN_BYTES = 256
 
 __all__ = ["NOT_WANTED", "Conversation", "Interest"]
 
@@ -34,12 +35,13 @@ class Conversation:
     def __init__(self, connection: Connection, ask: Ask) -> None:
         self.connection = connection
         self._context = Context(connection, ask)
-        self._next_offset: dict[Direction, int] = {}
-        self._engine: Http1 | Http2 | None = None
-        self._websocket: WebSocket | None = None
+        self._expected_sent = self._expected_received = -1 if connection.joined else 0
+        self._engine: Http1 | Http2 | WebSocket | None = None
+        self._midway = connection.joined
         self._undecided: list[tuple[Direction, bytes, int]] = []
         self._undecided_bytes = 0
-        self._given_up = False
+        self._look_at_bytes = 0
+        self._tunnelled = False
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -48,24 +50,31 @@ class Conversation:
 
     def receive(self, chunk: TlsChunk) -> list[Exchange]:
         """Take one chunk; return the exchanges that it finished."""
-        direction, data, offset = chunk.direction, chunk.data, chunk.offset
-        first = 0 if not self.connection.joined else offset
-        expected = self._next_offset.get(direction, first)
+        direction, data, offset, length = chunk.direction, chunk.data, chunk.offset, chunk.length
+        if direction is Direction.SENT:
+            expected = self._expected_sent
+            self._expected_sent = max(expected, offset + length)
+        else:
+            expected = self._expected_received
+            self._expected_received = max(expected, offset + length)
+        if (offset == expected or expected < 0) and len(data) == length:
+            return self._feed(direction, data, chunk.at_ns) if data else []
+        return self._receive_damaged(chunk, offset if expected < 0 else expected)
+
+    def _receive_damaged(self, chunk: TlsChunk, expected: int) -> list[Exchange]:
+        """A chunk that jumps, repeats, or lost its end."""
+        data, offset = chunk.data[: chunk.length], chunk.offset
         done: list[Exchange] = []
         if offset > expected:
-            done += self._lost(direction, offset - expected, chunk.at_ns)
+            done += self._lost(chunk.direction, offset - expected, chunk.at_ns)
         elif offset < expected:
             self._context.losses["repeated_bytes"] += min(expected - offset, chunk.length)
-            if offset + chunk.length <= expected:
-                return done
             data = data[expected - offset :]
-            offset = expected
-        missing = chunk.offset + chunk.length - offset - len(data)
-        self._next_offset[direction] = chunk.offset + chunk.length
         if data:
-            done += self._feed(direction, data, chunk.at_ns)
+            done += self._feed(chunk.direction, data, chunk.at_ns)
+        missing = offset + chunk.length - max(expected, offset + len(chunk.data))
         if missing > 0:
-            done += self._lost(direction, missing, chunk.at_ns)
+            done += self._lost(chunk.direction, missing, chunk.at_ns)
         return done
 
     def close(self, closed: TlsClosed) -> list[Exchange]:
@@ -73,88 +82,99 @@ class Conversation:
         done: list[Exchange] = []
         if self._engine is None and self._undecided:
             done += self._decide(Http1(self._context))
-        if self._websocket is not None:
-            done += self._websocket.close(closed.at_ns)
+        if isinstance(self._engine, WebSocket):
+            done += self._engine.close(closed.at_ns)
         elif self._engine is not None:
             done += self._engine.close(closed.at_ns, closed.clean)
         return done
 
     def _feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
-        if self._websocket is not None:
-            return self._websocket.feed(direction, data, at_ns)
         engine = self._engine
         if engine is None:
-            return [] if self._given_up else self._look(direction, data, at_ns)
+            return self._look(direction, data, at_ns)
         done = engine.feed(direction, data, at_ns)
-        if isinstance(engine, Http1) and engine.upgraded is not None:
+        if type(engine) is Http1 and engine.upgraded is not None:
             done += self._upgrade(engine, at_ns)
         return done
 
     def _lost(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
-        self._context.losses["lost_bytes"] += count
-        if self._websocket is not None:
-            self._websocket.hole(direction)
+        losses = self._context.losses
+        losses["holes"] += 1
+        losses["lost_bytes"] += count
+        engine = self._engine
+        if isinstance(engine, WebSocket):
+            engine.hole(direction)
             return []
         done: list[Exchange] = []
-        if self._engine is None and not self._given_up:
-            done += self._decide(self._guess())
-        if self._engine is not None:
-            done += self._engine.hole(direction, count, at_ns)
+        if engine is None:
+            self._midway = True
+            if not self._undecided:
+                return done
+            # what was seen before the hole is no start that we know: let it go
+            done += self._decide(Http1(self._context))
+            engine = self._engine
+        if isinstance(engine, Http1 | Http2):
+            done += engine.hole(direction, count, at_ns)
+        if isinstance(engine, Http1) and engine.upgraded is not None:
+            done += self._upgrade(engine, at_ns)
         return done
 
     def _upgrade(self, engine: Http1, at_ns: int) -> list[Exchange]:
+        """The connection speaks another protocol from here: WebSocket, or one that we do not."""
         assert engine.upgraded is not None
+        if self._tunnelled:
+            return []
         transaction, headers = engine.upgraded
-        self._websocket = WebSocket(self._context, transaction, headers)
+        asked = header(transaction.request.headers, "upgrade") or header(headers, "upgrade") or ""
+        if transaction.status != 101 or asked.lower() != "websocket":
+            self._tunnelled = True
+            self._context.losses["other_protocol"] += 1
+            return []
+        websocket = self._engine = WebSocket(self._context, transaction, headers)
         sent, received = engine.tunnelled()
-        done = self._websocket.feed(Direction.SENT, sent, at_ns)
-        return done + self._websocket.feed(Direction.RECEIVED, received, at_ns)
+        done = websocket.feed(Direction.SENT, sent, at_ns)
+        return done + websocket.feed(Direction.RECEIVED, received, at_ns)
 
     # --- which protocol ---
 
     def _look(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         self._undecided.append((direction, data, at_ns))
         self._undecided_bytes += len(data)
+        if self._undecided_bytes < self._look_at_bytes:
+            return []
         engine = self._recognised()
-        if engine is not None:
-            return self._decide(engine)
-        if self._undecided_bytes > UNDECIDED_BYTES_MAX:
-            return self._decide(self._guess())
-        return []
-
-    def _starts(self) -> list[tuple[Direction, bytes]]:
-        return [
-            (direction, b"".join(d for way, d, _ in self._undecided if way is direction))
-            for direction in Direction
-        ]
+        if engine is None and self._undecided_bytes > UNDECIDED_BYTES_MAX:
+            engine = Http1(self._context)
+        return [] if engine is None else self._decide(engine)
 
     def _recognised(self) -> Http1 | Http2 | None:
-        """The protocol, as soon as a direction's first bytes leave no doubt."""
-        for direction, data in self._starts():
-            if not data:
+        """The protocol, as soon as what a direction said leaves no doubt."""
+        for direction in Direction:
+            data = b"".join(part for way, part, _ in self._undecided if way is direction)
+            sent = direction is Direction.SENT
+            if not data or (sent and len(data) < len(PREFACE) and PREFACE.startswith(data)):
                 continue
-            if direction is Direction.SENT and data.startswith(PREFACE[: len(data)]):
-                return Http2(self._context) if len(data) >= len(PREFACE) else None
-            if looks_like_http1(data):
+            if sent and data.startswith(PREFACE):
+                return Http2(self._context)
+            if may_be_http1(sent, data) and not self._midway:
                 return Http1(self._context)
-            first_settings = direction is Direction.RECEIVED and data[3:4] == b"\x04"
-            if plausible_frame(data) and (first_settings or self.connection.joined):
+            if len(data) < 9:
+                continue
+            if not self._midway:
+                first_settings = not sent and data[3] == 4 and plausible_frame(data)
+                return Http2(self._context) if first_settings else Http1(self._context)
+            if finds_http1(sent, data):
+                return Http1(self._context)
+            if finds_frames(data):
                 return Http2(self._context)
+            self._look_at_bytes = self._undecided_bytes + LOOK_AGAIN_BYTES
         return None
-
-    def _guess(self) -> Http1 | Http2:
-        """No clear start: garbage, or a connection joined (or holed) in mid-message."""
-        if not self.connection.joined and self._undecided_bytes > UNDECIDED_BYTES_MAX:
-            self._context.losses["garbage"] += 1
-        for _, data in self._starts():
-            if plausible_frame(data) and not data.startswith(_METHODS):
-                return Http2(self._context)
-        return Http1(self._context)
 
     def _decide(self, engine: Http1 | Http2) -> list[Exchange]:
         self._engine = engine
+        if self._midway:
+            engine.join()
         undecided, self._undecided = self._undecided, []
-        self._undecided_bytes = 0
         done: list[Exchange] = []
         for direction, data, at_ns in undecided:
             done += self._feed(direction, data, at_ns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halton_meter.model import (
     Body,
@@ -74,6 +74,7 @@ class Transaction:
 
     __slots__ = (
         "_context",
+        "asks_tunnel",
         "ended_ns",
         "first_byte_ns",
         "gapped",
@@ -102,6 +103,7 @@ class Transaction:
         self.trailers: Headers = ()
         self.request_done = False
         self.response_done = False
+        self.asks_tunnel = False
         self.gapped = False
         self.started_ns = at_ns
         self.first_byte_ns: int | None = None
@@ -118,12 +120,27 @@ class Transaction:
     def open_response(self, status: int | None, headers: Headers, at_ns: int) -> None:
         """The response's final head is known, or known to be lost (status None)."""
         if self.interest is None:
+            self.gapped = True  # its request was never seen
             self.open_request(self.request)
         self.status = status
         self.response_headers = headers
         self.saw_response(at_ns)
         if self.wanted:
             coding = header(headers, "content-encoding")
+            self.response_body = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+
+    def more_request_headers(self, headers: Headers) -> None:
+        """The rest of a request's head that had a hole in it."""
+        self.request = replace(self.request, headers=self.request.headers + headers)
+        if self.wanted:
+            coding = header(self.request.headers, "content-encoding")
+            self.request_body = BodyCollector(coding, REQUEST_WHOLE_BYTES_MAX)
+
+    def more_response_headers(self, headers: Headers) -> None:
+        """The rest of a response's head that had a hole in it."""
+        self.response_headers += headers
+        if self.wanted:
+            coding = header(self.response_headers, "content-encoding")
             self.response_body = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
 
     def saw_response(self, at_ns: int) -> None:

@@ -368,6 +368,10 @@ def test_a_lost_answer_does_not_shift_the_pairs_behind_it():
 
 
 def test_holes_anywhere(holed):
+    holed([(SENT, POST), (RECEIVED, STREAM), (SENT, GET), (RECEIVED, OK)] * 2)
+
+
+def test_holes_anywhere_in_a_pipeline(holed):
     holed([(SENT, POST), (RECEIVED, STREAM), (SENT, GET + POST), (RECEIVED, OK + STREAM)])
 
 
