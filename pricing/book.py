@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from decimal import Decimal, DecimalException
 from pathlib import Path
 
@@ -377,11 +378,7 @@ class _Bill:
         label = self._part.label
         if label != "message":
             what = f"{label}:{what}"
-        self.items.append(
-            LineItem(
-                what, amount, rate.each_usd, usd, self._model, rate.source, rate.dated, rate.note
-            )
-        )
+        self.items.append(_line_item(what, amount, usd, self._model, rate))
 
     def _count(self, value: object) -> int:
         """A token count as billed; what is no count is 0 and flagged."""
@@ -407,6 +404,27 @@ class _Bill:
             return count
         self._flags.append(f"clamped:{name}")
         return whole
+
+
+# A frozen dataclass sets its fields through object.__setattr__, which for a bill of four lines is
+# half of what a price may take (10 of 20 µs). Its slots, set one by one, cost a quarter of that.
+_SET_WHAT, _SET_QUANTITY, _SET_RATE, _SET_USD, _SET_MODEL, _SET_SOURCE, _SET_DATED, _SET_NOTE = (
+    vars(LineItem)[each.name].__set__ for each in fields(LineItem)
+)
+
+
+def _line_item(what: str, quantity: Decimal, usd: Decimal, model: str, rate: Rate) -> LineItem:
+    """`LineItem(what, quantity, rate.each_usd, usd, model, source, dated, note)`, only faster."""
+    item = LineItem.__new__(LineItem)
+    _SET_WHAT(item, what)
+    _SET_QUANTITY(item, quantity)
+    _SET_RATE(item, rate.each_usd)
+    _SET_USD(item, usd)
+    _SET_MODEL(item, model)
+    _SET_SOURCE(item, rate.source)
+    _SET_DATED(item, rate.dated)
+    _SET_NOTE(item, rate.note)
+    return item
 
 
 def _moment(at_ns: int) -> dt.datetime:

@@ -163,6 +163,17 @@ def test_overrides_written_are_overrides_read(tmp_path):
     assert override_file.read(tmp_path) == (one, two)
 
 
+def test_a_line_is_an_ordinary_line_item_with_every_field(book):
+    (item,) = book.price(event()).line_items
+    names = ("what", "quantity", "rate_usd", "usd", "model", "source", "dated", "note")
+    same = LineItem(**{name: getattr(item, name) for name in names})
+    assert item == same
+    assert hash(item) == hash(same)
+    assert (item.what, item.quantity, item.usd, item.model) == (
+        "input", Decimal(1_000_000), Decimal("2.5"), "gpt-4o",
+    )  # fmt: skip
+
+
 # --- names ---
 
 
