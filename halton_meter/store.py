@@ -1112,7 +1112,8 @@ def _sighting_rank(usage: UsageEvent) -> int:
 
 
 def _usage_values(usage: UsageEvent) -> dict[str, Any]:
-    process, tokens = usage.process, usage.tokens
+    process = usage.process
+    tokens = usage.parts[0].tokens if len(usage.parts) == 1 else usage.tokens
     values: dict[str, Any] = {
         "id": usage.id,
         "at_ns": usage.at_ns,
@@ -1354,12 +1355,11 @@ def _migrate(connection: DuckDBPyConnection) -> None:
 
 
 def _version(connection: DuckDBPyConnection) -> int:
-    found = connection.execute(
-        "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'schema_version'"
-    ).fetchall()
-    if not found[0][0]:
+    """The schema's version, 0 for a database without tables."""
+    try:  # asking the catalogue whether the table exists takes longer than all of a small report
+        latest = connection.execute("SELECT max(version) FROM schema_version").fetchall()
+    except _driver().CatalogException:
         return 0
-    latest = connection.execute("SELECT max(version) FROM schema_version").fetchall()
     return int(latest[0][0] or 0)
 
 
