@@ -227,10 +227,18 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def set_price_command(provider: str, model: str | None) -> str | None:
-    """What to run to give an unpriced model a price; None when the model is not known."""
-    if model is None:
+    """What to run, with USD per million tokens filled in, to give an unpriced model a price.
+
+    None when the model is not known. Names come from traffic, so they are quoted for the shell.
+    """
+    if model is None or not model.isprintable():
         return None
-    return f"halton-meter pricing set {provider} {model} --help"
+    import shlex
+
+    return (
+        f"halton-meter pricing set {shlex.quote(model)} --provider {shlex.quote(provider)} "
+        "--rate input=USD --rate output=USD"
+    )
 
 
 # --- periods -------------------------------------------------------------------------------------

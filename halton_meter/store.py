@@ -310,10 +310,15 @@ class Store:
         """
         return self._write([_event_line(event) for event in events])
 
-    def count_loss(self, cause: str, count: int, at_ns: int) -> None:
-        """Keep a loss for `status` and reports; `cause` is a snake_case word."""
+    def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
+        """Keep a loss for `status` and reports; `cause` is a snake_case word.
+
+        `key` names what it was counted in (a capture's digest, a run), so that counting the same
+        thing again changes nothing; without it every call adds.
+        """
         if count > 0:
-            self._write([_loss_line(os.urandom(8).hex(), cause, count, at_ns)])
+            loss_id = os.urandom(8).hex() if key is None else f"{key}:{cause}"
+            self._write([_loss_line(loss_id, cause, count, at_ns)])
 
     def flush(self, wait_seconds: float = 0.0) -> Flushed:
         """Move the journal into the database, in one short transaction a segment.

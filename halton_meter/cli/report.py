@@ -41,6 +41,7 @@ from halton_meter.store import Selection, Store
 # Below this total, cents alone would hide most of it.
 SMALL_TOTAL_USD = Decimal(10)
 UNPRICED_SHOWN = 5
+LOSSES_SHOWN = 6
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
 
 
@@ -197,7 +198,7 @@ def _summary(answer: Report, places: int) -> str:
     if answer.previous is not None:
         line += f", {_change(answer.previous, totals)} the period before"
         line += f" ({money_text(answer.previous.list_usd, places)})"
-    facts = [f"{totals.requests:,} requests", _tokens_line(totals.tokens)]
+    facts = [_requests(totals.requests), _tokens_line(totals.tokens)]
     if totals.errors:
         facts.append(f"{totals.errors:,} errors")
     if totals.p95_duration_ms is not None:
@@ -281,28 +282,44 @@ def _trend(answer: Report, places: int) -> str:
 def _coverage(answer: Report) -> str:
     """What to know before trusting the figures; nothing when there is nothing."""
     coverage = answer.coverage
-    lines = []
-    if coverage.unpriced_requests:
-        lines.append(f"{coverage.unpriced_requests:,} requests are unpriced, not free:")
-        for provider, model, requests in coverage.unpriced_models[:UNPRICED_SHOWN]:
-            command = set_price_command(provider, model)
-            then = f"   {shown(command, 120)}" if command else "   (no model named)"
-            lines.append(f"  {requests:>7,}  {shown(provider)} {shown(model)}{then}")
-        hidden = len(coverage.unpriced_models) - UNPRICED_SHOWN
-        if hidden > 0:
-            lines.append(f"           and {hidden} more models: halton-meter report --json")
+    lines = _unpriced(answer)
     if coverage.estimated_requests:
-        lines.append(f"{coverage.estimated_requests:,} requests have estimated token counts.")
+        lines.append(f"{_requests(coverage.estimated_requests)} with estimated token counts.")
     if coverage.aborted or coverage.gapped:
         lines.append(
             f"{coverage.aborted:,} exchanges were cut off, {coverage.gapped:,} have gaps: their "
             "figures may be too low."
         )
     if coverage.pending:
-        lines.append(f"{coverage.pending:,} are not answered yet: their usage is still to come.")
+        lines.append(f"{_requests(coverage.pending)} not answered yet: usage is still to come.")
     if coverage.waiting:
         lines.append(f"{coverage.waiting:,} events wait in the journal for the database.")
     if coverage.losses:
-        named = ", ".join(f"{shown(c)} {n:,}" for c, n in list(coverage.losses.items())[:6])
+        named = ", ".join(
+            f"{shown(cause).replace('_', ' ')} {count:,}"
+            for cause, count in list(coverage.losses.items())[:LOSSES_SHOWN]
+        )
         lines.append(f"Lost or given up: {named}.")
     return "\n".join(styled(line, "yellow") for line in lines)
+
+
+def _unpriced(answer: Report) -> list[str]:
+    coverage = answer.coverage
+    if not coverage.unpriced_requests:
+        return []
+    lines = [f"{_requests(coverage.unpriced_requests)} unpriced, not free:"]
+    for provider, model, requests in coverage.unpriced_models[:UNPRICED_SHOWN]:
+        lines.append(f"  {requests:>7,}  {shown(provider)}  {shown(model, 60)}")
+    hidden = len(coverage.unpriced_models) - UNPRICED_SHOWN
+    if hidden > 0:
+        lines.append(f"           and {hidden} more models: halton-meter report --json")
+    commands = (
+        set_price_command(provider, model) for provider, model, _ in coverage.unpriced_models
+    )
+    if command := next((command for command in commands if command), None):
+        lines.append(f"  Price one: {shown(command, 200)}")
+    return lines
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count:,} requests"

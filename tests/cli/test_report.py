@@ -52,7 +52,7 @@ def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     assert "$10.00" in text
     assert "75.0" in text
     assert "unpriced, not free" in text
-    assert "halton-meter pricing set anthropic brand-new" in text
+    assert "halton-meter pricing set brand-new --provider anthropic" in text
     assert "1 have gaps" in text
     assert "\x1b" not in text
 

@@ -190,8 +190,15 @@ def test_coverage_says_what_was_cut_off_estimated_unpriced_and_lost(store: Store
     assert coverage["unpriced_requests"] == 2
     (model,) = coverage["unpriced_models"]
     assert (model["provider"], model["model"], model["requests"]) == ("anthropic", "new", 2)
-    assert model["set_price"].startswith("halton-meter pricing set anthropic new")
+    assert model["set_price"].startswith("halton-meter pricing set new --provider anthropic")
     assert coverage["losses"] == {"ring_full": 9}
+
+
+def test_a_command_to_copy_cannot_be_subverted_by_a_model_s_name() -> None:
+    command = report_module.set_price_command("openai", "x; rm -rf ~")
+    assert command is not None
+    assert "'x; rm -rf ~'" in command
+    assert report_module.set_price_command("openai", "x\x1b[2J") is None
 
 
 def test_what_a_later_answer_settled_is_no_longer_pending(store: Store) -> None:

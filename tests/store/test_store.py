@@ -148,6 +148,16 @@ def test_losses_are_kept_with_their_cause_and_time(store: Store) -> None:
         assert reader.losses(Selection(to_ns=NOON_NS + 1)) == {"ring_full": 3}
 
 
+def test_a_loss_with_a_key_counts_once(store: Store) -> None:
+    for _ in range(3):
+        store.count_loss("holes", 5, NOON_NS, key="capture-1")
+        store.flush()
+    store.count_loss("holes", 2, NOON_NS, key="capture-2")
+    store.flush()
+    with store.reading() as reader:
+        assert reader.losses() == {"holes": 7}
+
+
 def test_nothing_stored_says_what_to_do(store: Store) -> None:
     with pytest.raises(NothingStored, match="halton-meter replay"), store.reading():
         pass
