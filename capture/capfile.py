@@ -148,8 +148,8 @@ class CaptureFile:
                     return
                 continue
             if not self._have(total):
-                if kind != _ENHANCED or not self._resync(order):
-                    break
+                if not self._resync(order):
+                    return
                 continue
             end = self._at + total
             if struct.unpack_from(order + "I", self._buffer, end - 4)[0] != total:
@@ -188,7 +188,6 @@ class CaptureFile:
 
     def _resync(self, order: str) -> bool:
         """Skip garbage up to the next enhanced packet block that hangs together."""
-        self.losses["capture_file_garbage"] += 1
         mark = struct.pack(order + "I", _ENHANCED)
         self._at += 4
         self._have(RESYNC_BYTES_MAX)
@@ -204,9 +203,11 @@ class CaptureFile:
                 and end <= len(self._buffer)
                 and struct.unpack_from(order + "I", self._buffer, end - 4)[0] == total
             ):
+                self.losses["capture_file_garbage"] += 1
                 self._at = found
                 return True
             found = self._buffer.find(mark, found + 1)
+        self.losses["capture_file_cut_short"] += 1
         self._at = len(self._buffer)
         return False
 

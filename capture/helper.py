@@ -31,12 +31,13 @@ from halton_meter.model import Process
 
 BATCH_FRAMES_MAX = 512  # below IOV_MAX (1024)
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-PAUSE_S = 0.005  # chunks wait this long for company: wake-ups, not bytes, cost CPU
+# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU.
+PAUSE_S = 0.05
 SETTLE_S = 0.0002  # a record still being written blocks the ring's front
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 SWEEP_S = 60.0
-REPORT_S = 0.5
+REPORT_S = 2.0
 IDENTITY_S = 1.0
 IDENTITIES_MAX = 4096
 EAGER_RUNS_MAX = 5
@@ -219,6 +220,7 @@ class Helper:
         self._barriers: deque[tuple[int, int]] = deque()
         self._hosts: set[str] = set()
         self._configured = self._blocked = self._paused = self._stopping = False
+        self._listening = (False, False)
         self._resume_at = 0.0
         self._report_at: float | None = None
         self._sweep_at = 0.0
@@ -387,6 +389,10 @@ class Helper:
     def _watch_ring(self, now: float) -> None:
         """Listen to the ring only when we could do something about it."""
         self._paused = self._blocked or self._resume_at > now
+        listening = (self._paused, self._blocked)
+        if listening == self._listening:
+            return
+        self._listening = listening
         self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
         self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if self._blocked else 0))
 
@@ -443,7 +449,7 @@ class Helper:
                 break
             moved = True
         self._ring.skip_discarded()
-        if moved:
+        if moved and not self._blocked:
             self._resume_at = now + PAUSE_S
             self._report_at = self._report_at or now + REPORT_S
         while self._barriers and self._ring.position >= self._barriers[0][0] and not self._blocked:
@@ -521,7 +527,8 @@ class Helper:
                     self._talkers.add(exe)
         if last is not None:
             self._process_ring.release(last)
-        self._process_ring.skip_discarded()
+        if self._process_ring.skip_discarded():
+            self._resume_at = 0.0  # a nudge: the ring fills
 
     @staticmethod
     def _executable(pid: int) -> tuple[int, int] | None:

@@ -243,16 +243,18 @@ class Ring:
         self.position = position
         struct.pack_into("=Q", self._consumer, 0, position)
 
-    def skip_discarded(self) -> None:
-        """Step over discarded records at the front, which `records` never shows."""
+    def skip_discarded(self) -> bool:
+        """Step over discarded records at the front, which `records` never shows; any there?"""
         at, end = self.position, self.produced()
         while at < end:
             (header,) = struct.unpack_from("=I", self._data, at & self._mask)
             if header & self._BUSY or not header & self._DISCARDED:
                 break
             at += ((header & self._LENGTH) + 8 + 7) & ~7
-        if at != self.position:
-            self.release(at)
+        if at == self.position:
+            return False
+        self.release(at)
+        return True
 
 
 # --- the two ways in ----------------------------------------------------------------------------

@@ -195,6 +195,7 @@ class PcapSource:
             decryptor.join()
             self.findings.losses.update(decryptor.losses)
             self.findings.decrypted += len(decryptor.decrypted)
+        self.findings.losses = +self.findings.losses  # without zeros
 
     def _feed_file(self, path: Path, done: int, total: int) -> None:
         try:

@@ -213,6 +213,7 @@ INLINE u8 *uids_get(u32 *k) { return uids.lookup(k); }
 INLINE u8 *hosts_get(struct host_key *k) { return hosts.lookup(k); }
 INLINE void *ring_reserve(u64 size) { return ring.ringbuf_reserve(size); }
 INLINE void ring_submit(void *p) { ring.ringbuf_submit(p, 0); }
+INLINE u64 ring_query(u64 what) { return ring.ringbuf_query(what); }
 INLINE void *process_ring_reserve(u64 size) { return process_ring.ringbuf_reserve(size); }
 INLINE void process_ring_submit(void *p) { process_ring.ringbuf_submit(p, 0); }
 INLINE void process_ring_discard(void *p) { process_ring.ringbuf_discard(p, 0); }
@@ -236,6 +237,7 @@ static u64 (*bpf_get_current_ancestor_cgroup_id)(int) = (void *)123;
 static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
 static void (*bpf_ringbuf_submit)(void *, u64) = (void *)132;
 static void (*bpf_ringbuf_discard)(void *, u64) = (void *)133;
+static u64 (*bpf_ringbuf_query)(void *, u64) = (void *)134;
 
 #define NO_PREALLOC 1
 #define MAP(name, map_type, key_type, value_type, size, flags) \
@@ -289,6 +291,7 @@ INLINE u8 *uids_get(u32 *k) { return bpf_map_lookup_elem(&uids, k); }
 INLINE u8 *hosts_get(struct host_key *k) { return bpf_map_lookup_elem(&hosts, k); }
 INLINE void *ring_reserve(u64 size) { return bpf_ringbuf_reserve(&ring, size, 0); }
 INLINE void ring_submit(void *p) { bpf_ringbuf_submit(p, 0); }
+INLINE u64 ring_query(u64 what) { return bpf_ringbuf_query(&ring, what); }
 INLINE void *process_ring_reserve(u64 size) { return bpf_ringbuf_reserve(&process_ring, size, 0); }
 INLINE void process_ring_submit(void *p) { bpf_ringbuf_submit(p, 0); }
 INLINE void process_ring_discard(void *p) { bpf_ringbuf_discard(p, 0); }
@@ -500,8 +503,21 @@ INLINE void emit_hole(struct chunk *c, u64 length, u32 flags)
 	*c->offset += length;
 }
 
+/* The reader lets chunks gather for a while; when this call took the ring past a quarter full it is
+ * woken through the other ring, by a record with nothing in it. */
+INLINE void nudge(u64 filled_before)
+{
+	u64 quarter = ring_query(1 /* size */) / 4;
+	if (filled_before >= quarter || ring_query(0 /* filled */) < quarter)
+		return;
+	void *nothing = process_ring_reserve(8);
+	if (nothing)
+		process_ring_discard(nothing);
+}
+
 INLINE void copy_out(struct chunk *c, u64 total)
 {
+	u64 filled_before = ring_query(0 /* filled */);
 	struct connection *connection = c->connection;
 	struct settings *s;
 	u32 zero = 0;
@@ -534,6 +550,7 @@ INLINE void copy_out(struct chunk *c, u64 total)
 		lost(connection, STAT_CALL_TOO_LONG_BYTES, total);
 		emit_hole(c, total, 0);
 	}
+	nudge(filled_before);
 }
 
 /* ---- which host: admit or deny --------------------------------------------------------------- */

@@ -217,13 +217,7 @@ class Opener:
         """`candidates`: keys to try, each with its TLS 1.3 secret (None: TLS 1.2)."""
         self._candidates = list(candidates)
         self._current: tuple[bytes | None, Key] | None = None
-        self._next = 0
         self._failures = 0
-
-    @property
-    def hopeless(self) -> bool:
-        """True when no key fits, or too many searches have failed."""
-        return not self._candidates or self._failures >= FAILED_SEARCHES_MAX
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -233,9 +227,10 @@ class Opener:
         """Whether the keys are TLS 1.3's, where encrypted records all look like data."""
         return bool(self._candidates) and self._candidates[0][1].tls13
 
-    def skip_to(self, number: int) -> None:
-        """Expect record `number` next: what lies before was read by other means."""
-        self._next = number
+    @property
+    def hopeless(self) -> bool:
+        """True when no key fits, or too many long searches have failed."""
+        return not self._candidates or self._failures >= FAILED_SEARCHES_MAX
 
     @property
     def key(self) -> Key | None:
@@ -248,31 +243,27 @@ class Opener:
         return self._current[0] if self._current else None
 
     @property
-    def next_number(self) -> int:
-        """The number of the next record under the proven key."""
-        return self._next
+    def overhead(self) -> int | None:
+        """Bytes that a record is longer than its plaintext; None without any key."""
+        return self._candidates[0][1].overhead if self._candidates else None
 
-    def open(self, record: bytes, first: int, last: int) -> tuple[int, bytes, int] | None:
-        """Open a record whose number lies in [first, last]: (type, plaintext, number).
-
-        Where a key is proven already, the range is searched from its next number onward.
-        """
-        if self._current is not None:
-            opened = self._current[1].open(record, self._next)
-            if opened is not None:
-                return self._accept(self._current, self._next, opened)
-            first, last = self._next + 1, self._next + LOST_RECORDS_MAX
-        if self.hopeless:
-            return None
+    def open(self, record: bytes, numbers: range) -> tuple[int, bytes, int] | None:
+        """Open a record whose number is among `numbers`: (type, plaintext, number)."""
         for candidate in [self._current] if self._current else self._candidates:
-            for number in range(first, last + 1):
+            for number in numbers:
                 opened = candidate[1].open(record, number)
                 if opened is not None:
-                    return self._accept(candidate, number, opened)
-        return self._open_updated(record)
+                    self._current, self._failures = candidate, 0
+                    return *opened, number
+        return self._open_updated(record) if len(numbers) > HANDSHAKE_RECORDS_MAX + 1 else None
+
+    def advance(self) -> None:
+        """A KeyUpdate was read: the next record is number 0 under the next secret."""
+        if self._current is not None and self._current[0] is not None:
+            self._current = self._following(self._current)
 
     def _open_updated(self, record: bytes) -> tuple[int, bytes, int] | None:
-        """Perhaps the KeyUpdate itself was in the hole: the next secret, from number 0."""
+        """Perhaps a KeyUpdate was in the hole: the next secret, from number 0."""
         self._failures += 1
         if self._current is None or self._current[0] is None:
             return None
@@ -280,7 +271,8 @@ class Opener:
         for number in range(HANDSHAKE_RECORDS_MAX):
             opened = following[1].open(record, number)
             if opened is not None:
-                return self._accept(following, number, opened)
+                self._current, self._failures = following, 0
+                return *opened, number
         return None
 
     @staticmethod
@@ -291,15 +283,6 @@ class Opener:
         if type(current[1].aead).__name__ == "ChaCha20Poly1305":
             suite = 0x1303
         return secret, key13(secret, suite)
-
-    def _accept(
-        self, candidate: tuple[bytes | None, Key], number: int, opened: tuple[int, bytes]
-    ) -> tuple[int, bytes, int]:
-        self._current, self._next, self._failures = candidate, number + 1, 0
-        kind, plain = opened
-        if kind == HANDSHAKE and plain[:1] == b"\x18" and candidate[0] is not None:  # KeyUpdate
-            self._current, self._next = self._following(candidate), 0
-        return kind, plain, number
 
 
 def opener(

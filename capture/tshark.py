@@ -248,13 +248,32 @@ class Decryptor:
     def _records(self, work: Records) -> None:
         half = work.half
         data = self._answer(work.frame) if work.asked else b""
-        if data:
-            if half.sample is None:
-                half.sample = _sample(work)
-            self._handled(half, work.position + len(work.payload), work.index + work.encrypted)
-            self._plain(half, data, work.at_ns)
-        elif work.encrypted:
-            self._open(work)
+        if not data or self._is_short(work, len(data)):
+            if work.encrypted:
+                self._open(work, data)
+            return
+        if half.sample is None:
+            half.sample = _sample(work)
+        opener = self._opener(work)
+        missing = work.index - half.end_index
+        if opener is not None and opener.overhead is not None:
+            half.offset += self._gap(half, work.position, missing * opener.overhead)
+        self._handled(half, work.position + len(work.payload), work.index + work.encrypted)
+        self._plain(half, data, work.at_ns)
+
+    def _is_short(self, work: Records, length: int) -> bool:
+        """Whether tshark gave less than the records hold: one of them is spoilt, or no data."""
+        opener = self._opener(work)
+        if opener is None or opener.overhead is None:
+            return False
+        return length != len(work.payload) - work.encrypted * opener.overhead
+
+    @staticmethod
+    def _gap(half: Plaintext, position: int, overhead: int) -> int:
+        """Plaintext bytes between the last record dealt with and the one at `position`."""
+        if half.end_position is None or position <= half.end_position:
+            return 0
+        return max(0, position - half.end_position - overhead)
 
     @staticmethod
     def _handled(half: Plaintext, position: int, index: int) -> None:
@@ -269,9 +288,15 @@ class Decryptor:
 
     # --- without tshark ------------------------------------------------------------------------
 
-    def _open(self, work: Records) -> None:
-        """Decrypt records one by one, holes before and between them included."""
+    def _open(self, work: Records, found: bytes) -> None:
+        """Decrypt records one by one, holes before and between them included.
+
+        `found` is what tshark made of them, for suites that only it can decrypt.
+        """
         opener = self._opener(work)
+        if opener is None and found:
+            self._plain(work.half, found, work.at_ns)
+            return
         for record, index, position in encrypted_records(work):
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
@@ -282,41 +307,50 @@ class Decryptor:
         self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
     ) -> None:
         half = work.half
-        first, last = self._range(work, opener, index, len(record))
-        if last < first:
-            self.losses["tls_records_undecryptable"] += 1
-            return
-        opened = opener.open(record, first, last)
+        opened = opener.open(record, self._numbers(work, opener, index, position, len(record)))
         if opened is None:
             # Handshake records under other keys come first; they hold no data.
-            if opener.key is not None or index >= tls.HANDSHAKE_RECORDS_MAX:
-                self.losses["tls_records_undecryptable"] += 1
+            before_data = half.base is None and half.sample is None
+            if not before_data or index >= tls.HANDSHAKE_RECORDS_MAX:
+                self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
             return
         kind, plain, number = opened
         self._claim(work, opener)
-        lost = self._lost_plaintext(half, opener, number, position)
+        key = opener.key
+        assert key is not None
+        missing = 0 if half.base is None else number - (half.end_index + half.base)
+        half.offset += self._gap(half, position, missing * key.overhead)
         half.base = number - index
         self._handled(half, position + len(record), index + 1)
         if kind == tls.APPLICATION:
-            half.offset += lost
             self._plain(half, plain, work.at_ns)
+        elif kind == tls.HANDSHAKE and plain[:1] == b"\x18" and key.tls13:  # KeyUpdate
+            opener.advance()
+            half.base = -(index + 1)
 
-    def _range(self, work: Records, opener: tls.Opener, index: int, size: int) -> tuple[int, int]:
+    def _numbers(
+        self, work: Records, opener: tls.Opener, index: int, position: int, size: int
+    ) -> range:
         """Which record numbers to try."""
-        if work.keys.client_random is not None or work.keys.claimed is not None:
-            known = index + (work.half.base or 0)
-            if work.asked:  # nothing is missing; these may be handshake or tickets
-                ahead = 0
-            elif work.keys.client_random is None:
-                ahead = tls.TRIAL_RECORDS_MAX
-            else:
-                ahead = tls.LOST_RECORDS_MAX
-            return max(0, known - tls.HANDSHAKE_RECORDS_MAX), known + ahead
+        half, keys = work.half, work.keys
+        if half.base is None and half.sample is not None:
+            self._calibrate(half, opener)
+        if half.base is not None:
+            known = index + half.base
+            gap = position - (half.end_position or 0)
+            return range(known, known + 1 + min(gap // 22, tls.LOST_RECORDS_MAX))
+        if keys.client_random is not None or keys.claimed is not None:
+            joined = keys.client_random is None
+            ahead = tls.TRIAL_RECORDS_MAX if joined else tls.LOST_RECORDS_MAX
+            # Where nothing is missing these may be handshake records or tickets.
+            return range(
+                max(0, index - tls.HANDSHAKE_RECORDS_MAX), index + 1 + (0 if work.asked else ahead)
+            )
         cost = len(opener) * tls.TRIAL_RECORDS_MAX
         if opener.key is None and (size > tls.TRIAL_BYTES_MAX or cost > self._trials_left):
-            return 0, -1
+            return range(0)
         self._trials_left -= cost if opener.key is None else 0
-        return 0, tls.TRIAL_RECORDS_MAX
+        return range(tls.TRIAL_RECORDS_MAX)
 
     def _opener(self, work: Records) -> tls.Opener | None:
         half, keys = work.half, work.keys
@@ -325,11 +359,6 @@ class Decryptor:
         if half.opener is None and random is not None and not half.asked_opener:
             half.opener = tls.opener(self._keys, random, keys.server_hello, sent=sent)
             half.asked_opener = keys.server_hello is not None
-            if half.opener is not None and half.sample is not None:
-                record, index = half.sample
-                opened = half.opener.open(record, max(0, index - tls.HANDSHAKE_RECORDS_MAX), index)
-                half.base = opened[2] - index if opened else None
-                half.opener.skip_to(half.end_index + (half.base or 0))
         elif half.opener is None and random is None and not half.asked_opener:
             half.asked_opener = True
             half.opener = tls.trial_opener(self._keys, self._claimed, sent=sent)
@@ -348,12 +377,12 @@ class Decryptor:
                     half.opener, half.asked_opener = None, False
 
     @staticmethod
-    def _lost_plaintext(half: Plaintext, opener: tls.Opener, number: int, position: int) -> int:
-        """Plaintext bytes between the last record and this one; exact once calibrated."""
-        if half.end_position is None or position <= half.end_position or opener.key is None:
-            return 0
-        missing = 0 if half.base is None else number - (half.end_index + half.base)
-        return max(0, position - half.end_position - missing * opener.key.overhead)
+    def _calibrate(half: Plaintext, opener: tls.Opener) -> None:
+        """Find out how many encrypted records were handshake, by a record that tshark read."""
+        assert half.sample is not None
+        record, index = half.sample
+        opened = opener.open(record, range(max(0, index - tls.HANDSHAKE_RECORDS_MAX), index + 1))
+        half.base = opened[2] - index if opened else None
 
 
 def _sample(work: Records) -> tuple[bytes, int] | None:

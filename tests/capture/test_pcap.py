@@ -1,0 +1,380 @@
+"""Captures to plaintext: every byte that is there, every hole measured, whatever happened to it."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import struct
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capture import tshark
+from capture.pcap import Findings, PcapSource
+from halton_meter.model import Direction, TlsChunk, TlsClosed
+from tests.recorder import damage
+from tests.recorder.damage import Damage
+from tests.recorder.packets import Packet, TcpFlow, ethernet, pcap, pcapng, write
+from tests.recorder.relay import BEGINNING_NS, Recording, Step, record
+
+HOST = "api.example.com"
+REQUEST = b"POST / HTTP/1.1\r\nhost: api.example.com\r\n\r\n"
+BODY = b"".join(b"%07d\n" % number for number in range(9_000))
+ANSWERS = [BODY[at : at + 3_000] for at in range(0, len(BODY), 3_000)]
+STEPS = [
+    Step(True, REQUEST),
+    *(Step(False, answer) for answer in ANSWERS[:20]),
+    Step(True, REQUEST),
+    *(Step(False, answer) for answer in ANSWERS[20:]),
+]
+SUITES: dict[str, dict[str, Any]] = {
+    "tls13": {},
+    "tls12_aes128": {"version": "1.2", "suites": "ECDHE-ECDSA-AES128-GCM-SHA256"},
+    "tls12_aes256": {"version": "1.2", "suites": "ECDHE-ECDSA-AES256-GCM-SHA384"},
+    "tls12_chacha": {"version": "1.2", "suites": "ECDHE-ECDSA-CHACHA20-POLY1305"},
+    "tls12_cbc": {"version": "1.2", "suites": "ECDHE-ECDSA-AES128-SHA256:@SECLEVEL=0"},
+}
+
+
+@cache
+def recording(suite: str = "tls13") -> Recording:
+    return record(HOST, STEPS, **SUITES[suite])
+
+
+def read(*paths: Path, keys: Sequence[Path] = ()) -> tuple[list[TlsChunk | TlsClosed], Findings]:
+    source = PcapSource(paths, keys)
+    return list(source.items()), source.findings
+
+
+def read_bytes(data: bytes, folder: Path) -> tuple[list[TlsChunk | TlsClosed], Findings]:
+    return read(write(folder / "capture.pcapng", data))
+
+
+def said(items: Sequence[TlsChunk | TlsClosed], direction: Direction) -> list[tuple[int, bytes]]:
+    """(offset, bytes) of one direction."""
+    return [
+        (item.offset, item.data)
+        for item in items
+        if isinstance(item, TlsChunk) and item.direction is direction
+    ]
+
+
+def whole(items: Sequence[TlsChunk | TlsClosed], direction: Direction) -> bytes:
+    """The bytes of one direction, which must be contiguous."""
+    out = b""
+    for offset, data in said(items, direction):
+        assert offset == len(out), "a hole"
+        out += data
+    return out
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_gives_what_was_said(suite: str, tmp_path: Path) -> None:
+    given = recording(suite)
+    items, findings = read_bytes(pcapng(given.packets, given.secrets), tmp_path)
+    assert whole(items, Direction.SENT) == REQUEST * 2
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert items[-1] == TlsClosed(items[0].connection, items[-1].at_ns, clean=True)
+    assert (items[0].connection.peer, items[0].connection.peer_port) == (HOST, 443)
+    assert not items[0].connection.joined
+    assert findings.losses == {}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damage.duplicate(2),
+        damage.reorder(4),
+        damage.reorder(30),
+        damage.both(damage.reorder(6), damage.duplicate(3)),
+    ],
+    ids=["repeated", "moved a little", "moved far", "moved and repeated"],
+)
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128"])
+def test_moved_and_repeated_packets_cost_nothing(suite: str, harm: Damage, tmp_path: Path) -> None:
+    given = recording(suite)
+    items, findings = read_bytes(pcapng(harm(given.packets), given.secrets), tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert findings.losses == {}
+
+
+@pytest.mark.parametrize("lost", [[20], [20, 21, 45], range(10, 40)], ids=["one", "some", "many"])
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128", "tls12_aes256", "tls12_chacha"])
+def test_lost_packets_leave_holes_of_exact_length(
+    suite: str, lost: Sequence[int], tmp_path: Path
+) -> None:
+    given = recording(suite)
+    harmed = damage.drop(lost)(given.packets)
+    items, findings = read_bytes(pcapng(harmed, given.secrets), tmp_path)
+    pieces = said(items, Direction.RECEIVED)
+    assert all(BODY[offset : offset + len(data)] == data for offset, data in pieces)
+    assert pieces[-1][0] + len(pieces[-1][1]) == len(BODY)
+    missing = len(BODY) - sum(len(data) for _, data in pieces)
+    # A record is lost whole: at most one more at each end of what is missing.
+    assert 3_000 <= missing <= len(list(lost)) * 1_448 + 3_000 * 2 * 3
+    assert whole(items, Direction.SENT) == REQUEST * 2
+    assert findings.losses["tcp_bytes_missing"] > 0
+
+
+def test_a_lost_server_hello_is_made_up_for_under_tls_1_3(tmp_path: Path) -> None:
+    given = recording()
+    harmed = damage.drop([0])(given.packets)
+    items, _ = read_bytes(pcapng(harmed, given.secrets), tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert whole(items, Direction.SENT) == REQUEST * 2
+
+
+def test_a_connection_joined_in_its_middle_is_opened_by_trial(tmp_path: Path) -> None:
+    given = recording()
+    harmed = damage.start_after(30, sent=False)(given.packets)
+    items, findings = read_bytes(pcapng(harmed, given.secrets), tmp_path)
+    received = b"".join(data for _, data in said(items, Direction.RECEIVED))
+    assert len(received) > 20_000
+    assert BODY.endswith(received)
+    assert items[0].connection.joined
+    assert findings.joined == 1
+
+
+def test_a_connection_joined_under_tls_1_2_is_counted_not_guessed(tmp_path: Path) -> None:
+    given = recording("tls12_aes128")
+    harmed = damage.start_after(30, sent=False)(given.packets)
+    items, findings = read_bytes(pcapng(harmed, given.secrets), tmp_path)
+    assert [item for item in items if isinstance(item, TlsChunk)] == []
+    assert findings.losses["tls_records_undecryptable"] > 0
+
+
+def test_a_capture_that_ends_early_closes_its_connections_uncleanly(tmp_path: Path) -> None:
+    given = recording()
+    harmed = damage.end_before(30)(given.packets)
+    items, _ = read_bytes(pcapng(harmed, given.secrets), tmp_path)
+    assert BODY.startswith(whole(items, Direction.RECEIVED))
+    assert [item.clean for item in items if isinstance(item, TlsClosed)] == [False]
+
+
+def test_frames_cut_by_a_snap_length_are_holes(tmp_path: Path) -> None:
+    given = recording()
+    middle = len(given.packets) // 2
+    packets = [
+        packet.cut(300) if middle <= n < middle + 3 else packet
+        for n, packet in enumerate(given.packets)
+    ]
+    items, findings = read_bytes(pcapng(packets, given.secrets), tmp_path)
+    pieces = said(items, Direction.RECEIVED)
+    assert pieces[-1][0] + len(pieces[-1][1]) == len(BODY)
+    assert findings.losses["frames_cut_by_snap_length"] > 0
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_a_classic_pcap_with_a_key_log_beside_it(tmp_path: Path) -> None:
+    given = recording()
+    capture = write(tmp_path / "capture.pcap", pcap(given.packets))
+    keys = write(tmp_path / "keys.log", b"# a comment\r\n" + given.secrets.encode())
+    items, _ = read(capture, keys=[keys])
+    assert whole(items, Direction.RECEIVED) == BODY
+
+
+def test_a_gzipped_capture(tmp_path: Path) -> None:
+    given = recording()
+    packed = gzip.compress(pcapng(given.packets, given.secrets), 1)
+    items, _ = read(write(tmp_path / "capture.pcapng.gz", packed))
+    assert whole(items, Direction.RECEIVED) == BODY
+
+
+def test_secrets_at_the_end_of_the_file_are_found(tmp_path: Path) -> None:
+    given = recording()
+    plain = pcapng(given.packets)
+    secrets = pcapng([], given.secrets)[len(pcapng([])) :]
+    items, _ = read_bytes(plain + secrets, tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+
+
+def test_several_files_one_of_them_no_capture(tmp_path: Path) -> None:
+    given = recording()
+    good = write(tmp_path / "good.pcapng", pcapng(given.packets, given.secrets))
+    text = write(tmp_path / "notes.txt", b"not a capture at all")
+    empty = write(tmp_path / "empty.pcap", b"")
+    items, findings = read(text, good, empty)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert findings.errors == [
+        f"{text}: does not start like a pcap or pcapng file",
+        f"{empty}: is empty",
+    ]
+    assert findings.files == 1
+
+
+def test_a_truncated_file_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
+    given = recording()
+    data = pcapng(given.packets, given.secrets)
+    items, findings = read_bytes(data[: len(data) * 2 // 3], tmp_path)
+    received = whole(items, Direction.RECEIVED)
+    assert BODY.startswith(received)
+    assert len(received) > len(BODY) // 2
+    assert findings.losses["capture_file_cut_short"] == 1
+
+
+def test_garbage_between_blocks_is_stepped_over(tmp_path: Path) -> None:
+    given = recording()
+    blocks = [pcapng([packet])[len(pcapng([])) :] for packet in given.packets]
+    head = pcapng([], given.secrets)
+    data = head + b"".join(blocks[:40]) + b"\xff\x00garbage" * 30 + b"".join(blocks[40:])
+    items, findings = read_bytes(data, tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert findings.losses["capture_file_garbage"] == 1
+
+
+def test_other_link_layers(tmp_path: Path) -> None:
+    given = recording()
+    wrappers = {
+        101: lambda frame: frame[14:],
+        113: lambda frame: bytes(14) + frame[12:],
+        276: lambda frame: frame[12:14] + bytes(18) + frame[14:],
+        0: lambda frame: bytes(4) + frame[14:],
+    }
+    for linktype, wrap in wrappers.items():
+        packets = [Packet(p.at_ns, wrap(p.frame), p.sent, p.payload) for p in given.packets]
+        data = bytearray(pcap(packets))
+        data[20:24] = struct.pack("<I", linktype)
+        capture = write(tmp_path / "capture.pcap", bytes(data))
+        keys = write(tmp_path / "keys.log", given.secrets.encode())
+        assert whole(read(capture, keys=[keys])[0], Direction.RECEIVED) == BODY, linktype
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_spoilt_capture_never_raises(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    given = recording()
+    data = bytearray(pcapng(given.packets, given.secrets))
+    for _ in range(chance.randint(1, 60)):
+        at = chance.randrange(len(data))
+        data[at : at + chance.randint(0, 8)] = chance.randbytes(chance.randint(0, 8))
+    items, _ = read_bytes(bytes(data), tmp_path)
+    for offset, piece in said(items, Direction.RECEIVED):
+        joined = any(item.connection.joined for item in items)
+        assert joined or BODY[offset : offset + len(piece)] == piece
+
+
+# --- what cannot be read ---------------------------------------------------------------------
+
+
+def test_without_keys_the_host_is_named(tmp_path: Path) -> None:
+    items, findings = read_bytes(pcapng(recording().packets), tmp_path)
+    assert items == []
+    assert findings.without_keys == {HOST: 1}
+
+
+def test_unwanted_hosts_are_not_decrypted(tmp_path: Path) -> None:
+    given = recording()
+    path = write(tmp_path / "capture.pcapng", pcapng(given.packets, given.secrets))
+    source = PcapSource([path], wanted=lambda name: name == "else.example.com")
+    assert list(source.items()) == []
+    assert source.findings.not_wanted == 1
+
+
+def test_quic_is_counted(tmp_path: Path) -> None:
+    initial = b"\xc3\x00\x00\x00\x01" + bytes(1_200)
+    datagram = struct.pack("!HHHH", 50_000, 443, 8 + len(initial), 0) + initial
+    frame = ethernet("10.0.0.2", "192.0.2.7", datagram, protocol=17, checksum_at=6)
+    packets = [Packet(BEGINNING_NS + n, frame, True, 0) for n in range(3)]
+    _, findings = read_bytes(pcapng(packets), tmp_path)
+    assert findings.quic == 1
+
+
+def test_http_that_was_never_encrypted(tmp_path: Path) -> None:
+    flow = TcpFlow(server=("192.0.2.9", 11_434))
+    flow.open(BEGINNING_NS)
+    flow.data(BEGINNING_NS + 1, True, REQUEST)
+    flow.data(BEGINNING_NS + 2, False, BODY[:5_000])
+    flow.close(BEGINNING_NS + 3)
+    packets = damage.drop([1])(flow.packets)
+    items, findings = read_bytes(pcapng(packets), tmp_path)
+    assert whole(items, Direction.SENT) == REQUEST
+    assert said(items, Direction.RECEIVED) == [
+        (0, BODY[:1_448]),
+        (2_896, BODY[2_896:4_344]),
+        (4_344, BODY[4_344:5_000]),
+    ]
+    assert findings.plain == 1
+
+
+def test_a_key_log_without_secrets_is_an_error(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.log", b"nothing of use\n")
+    assert PcapSource([], [keys]).findings.errors == [
+        f"{keys}: holds no TLS secrets (NSS key log format)"
+    ]
+
+
+# --- tshark ----------------------------------------------------------------------------------
+
+
+def test_a_missing_tshark_is_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recording()
+    path = write(tmp_path / "capture.pcapng", pcapng(given.packets, given.secrets))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(tshark.TsharkMissing, match="sudo apt install tshark"):
+        list(PcapSource([path]).items())
+
+
+def test_when_tshark_dies_its_work_is_done_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(keylog_path: Path) -> subprocess.Popen[bytes]:
+        process = _start(keylog_path)
+        process.kill()
+        started.append(process)
+        return process
+
+    _start = tshark.start_tshark
+    monkeypatch.setattr(tshark, "start_tshark", start)
+    given = recording()
+    items, _ = read_bytes(pcapng(given.packets, given.secrets), tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert started[0].returncode is not None
+
+
+def test_secrets_lie_in_a_private_file_that_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    given = recording()
+    path = write(tmp_path / "capture.pcapng", pcapng(given.packets, given.secrets))
+    source = PcapSource([path])
+    items = source.items()
+    next(items)
+    (keylog,) = tmp_path.glob("halton-meter-*/keys.log")
+    assert keylog.stat().st_mode & 0o777 == 0o600
+    assert keylog.parent.stat().st_mode & 0o777 == 0o700
+    list(items)
+    assert list(tmp_path.glob("halton-meter-*")) == []
+
+
+def test_stopping_early_leaves_no_tshark_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    _start = tshark.start_tshark
+
+    def start(keylog_path: Path) -> subprocess.Popen[bytes]:
+        started.append(_start(keylog_path))
+        return started[-1]
+
+    monkeypatch.setattr(tshark, "start_tshark", start)
+    given = recording()
+    path = write(tmp_path / "capture.pcapng", pcapng(given.packets, given.secrets))
+    items = PcapSource([path]).items()
+    next(items)
+    items.close()  # type: ignore[attr-defined]  # it is a generator
+    assert [process.returncode is not None for process in started] == [True]
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0].pid, 0)
