@@ -162,6 +162,9 @@ class Files:
             done.append(identity)
         while self._waiting and running < FINDERS_MAX:
             identity, fd = self._waiting.popleft()
+            if identity not in self.files:  # its last user ended while it waited
+                os.close(fd)
+                continue
             command = [sys.executable, "-I", "-m", "capture.libraries"]
             self.files[identity].finder = subprocess.Popen(
                 command, stdin=fd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
