@@ -205,14 +205,17 @@ class Ring:
         page = mmap.PAGESIZE
         self.fd = fd
         self._mask = size_bytes - 1
-        self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # One aligned store. `struct.pack_into` writes zeros first: a kernel that reads just then
+        # takes the ring for full and drops the record.
+        self._consumer = ctypes.c_uint64.from_buffer(consumer)
         # The kernel offers the data pages twice in a row, so that no record need be split; mapping
         # them once keeps our memory down by the ring's size, and few records lie across the end.
         self._producer = mmap.mmap(
             fd, page + size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
         )
         self._data = memoryview(self._producer)[page:]
-        self.position: int = struct.unpack_from("=Q", self._consumer)[0]
+        self.position: int = self._consumer.value
 
     def produced(self) -> int:
         """How far the kernel has reserved."""
@@ -241,7 +244,7 @@ class Ring:
     def release(self, position: int) -> None:
         """Give the kernel back what lies before `position`."""
         self.position = position
-        struct.pack_into("=Q", self._consumer, 0, position)
+        self._consumer.value = position
 
     def skip_discarded(self) -> bool:
         """Step over discarded records at the front, which `records` never shows; any there?"""
