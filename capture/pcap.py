@@ -36,6 +36,7 @@ from capture.tshark import (
     Plaintext,
     PrivateKeyLog,
     Records,
+    Tail,
     find_tshark,
 )
 from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
@@ -90,6 +91,7 @@ class _Stream:
     position: int = 0  # of buffer[0] in the TCP stream
     skip: int = 0  # bytes until the next record, known from the header before a hole
     hunting: bool = False
+    open_hole: bool = False  # bytes are missing and no record was found behind them yet
     diverted: bool = False
     ciphered: bool = False  # a ChangeCipherSpec was seen
     encrypted: int = 0  # encrypted records so far
@@ -292,6 +294,10 @@ class PcapSource:
                 self._hunt(conversation, stream, sent, at_ns, final=True)
         self._flush(conversation)
         if decryptor is not None:
+            for stream in conversation.streams.values():
+                if stream.open_hole:
+                    end = stream.position + len(stream.buffer)
+                    decryptor.put(Tail(stream.plaintext, conversation.keys, end, at_ns))
             decryptor.put(TlsClosed(conversation.connection, at_ns, clean))
             decryptor.open_connections -= 1
             self._retire_idle()
@@ -445,6 +451,7 @@ class PcapSource:
         """The first `length` bytes of the buffer are whole records: batch them."""
         if not length:
             return
+        stream.open_hole = False
         other = conversation.streams[not sent]
         if other.batch:
             self._flush_stream(conversation, other, not sent)
@@ -498,6 +505,7 @@ class PcapSource:
     ) -> None:
         """Tshark has lost its place in this direction; go on without it."""
         self._flush_stream(conversation, stream, sent)
+        stream.open_hole = stream.open_hole or length > 0
         if stream.skip > length:
             stream.skip -= length
             stream.position += length

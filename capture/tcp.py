@@ -52,11 +52,20 @@ class Half:
     sent: bool
     next_seq: int | None = None
     acked_seq: int | None = None  # highest acknowledgement of this half, by the other side
-    finished: bool = False
+    fin_seq: int | None = None  # where its FIN says that it ends
+    fin_ns: int = 0
     pending: dict[int, tuple[bytes, int]] = field(default_factory=dict)
     pending_bytes: int = 0
     frames_since_gap: int = 0
     tag: object = None
+
+    @property
+    def missing_at_end(self) -> int:
+        """Bytes that its FIN tells of and that were not seen."""
+        if self.fin_seq is None or self.next_seq is None:
+            return 0
+        missing = (self.fin_seq - self.next_seq) % _SPACE
+        return missing if missing < _HALF_SPACE else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +178,8 @@ class Reassembly:
         if start < end:
             self._segment(half, seq, frame[start:caught_end], end - start, at_ns)
         if flags & (_FIN | _RST) or half.pending or other.pending:
+            if flags & _FIN and half.fin_seq is None:
+                half.fin_seq, half.fin_ns = (seq + max(0, end - start)) % _SPACE, at_ns
             self._after(half, other, flags, at_ns)
 
     def _segment(self, half: Half, seq: int, data: bytes, length: int, at_ns: int) -> None:
@@ -231,10 +242,9 @@ class Reassembly:
                 each.frames_since_gap > REORDER_FRAMES_ACKED_MAX and self._acked_past_gap(each)
             ):
                 self._give_up_gap(each)
-        if flags & _FIN:
-            half.finished = True
-        if flags & _RST or (
-            half.finished and other.finished and not half.pending and not other.pending
+        if flags & _RST or all(
+            each.fin_seq is not None and not each.pending and not each.missing_at_end
+            for each in (half, other)
         ):
             self._end(half.flow, at_ns, clean=True)
 
@@ -335,12 +345,16 @@ class Reassembly:
         for half in flow.halves:
             while half.pending:
                 self._give_up_gap(half)
+            if half.missing_at_end:
+                self.losses["tcp_bytes_missing"] += half.missing_at_end
+                self._listener.lost(half, half.missing_at_end, half.fin_ns)
         flow.dead = True
         self._flows.pop(flow.keys[0], None)
         # The halves stay known for stray packets behind the end, until the table fills up.
         if len(self._halves) > 4 * FLOWS_MAX:
             self._halves = {k: h for k, h in self._halves.items() if not h.flow.dead}
-        clean = clean or all(half.finished for half in flow.halves)
+        if not clean and all(half.fin_seq is not None for half in flow.halves):
+            clean, at_ns = True, max(half.fin_ns for half in flow.halves)
         self._listener.closed(flow, at_ns, clean)
         flow.tag = flow.halves[0].tag = flow.halves[1].tag = None
 

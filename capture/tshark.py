@@ -110,7 +110,20 @@ class Clear:
     at_ns: int
 
 
-_Work = Records | Clear | TlsClosed | None
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The end of a direction whose last bytes are missing, at `position` of the TCP stream."""
+
+    half: Plaintext
+    keys: Keys
+    position: int
+    at_ns: int
+
+
+_Work = Records | Clear | Tail | TlsClosed | None
+
+# An alert's plaintext: what a hole at the very end may have held instead of data.
+_ALERT_BYTES = 2
 
 
 class Decryptor:
@@ -146,7 +159,7 @@ class Decryptor:
         self._put(records)
         self._write(packet)
 
-    def put(self, work: Records | Clear | TlsClosed) -> None:
+    def put(self, work: Records | Clear | Tail | TlsClosed) -> None:
         """Queue what needs no tshark, in its place between what does."""
         self._put(work)
 
@@ -219,6 +232,8 @@ class Decryptor:
                 self._give(work)
             elif isinstance(work, Records):
                 self._records(work)
+            elif isinstance(work, Tail):
+                self._tail(work)
             else:
                 work.half.offset += work.lost
                 self._plain(work.half, work.data, work.at_ns)
@@ -254,16 +269,27 @@ class Decryptor:
             return
         if half.sample is None:
             half.sample = _sample(work)
-        opener = self._opener(work)
+        opener = self._opener(work.half, work.keys)
         missing = work.index - half.end_index
         if opener is not None and opener.overhead is not None:
             half.offset += self._gap(half, work.position, missing * opener.overhead)
         self._handled(half, work.position + len(work.payload), work.index + work.encrypted)
         self._plain(half, data, work.at_ns)
 
+    def _tail(self, work: Tail) -> None:
+        """Say that the end is missing; how long it was is known but for the number of records."""
+        opener, half = self._opener(work.half, work.keys), work.half
+        overhead = (opener.overhead if opener else None) or 22
+        lost = self._gap(half, work.position, overhead)
+        if lost > _ALERT_BYTES:
+            self._give(
+                TlsChunk(half.connection, half.direction, half.offset, b"", lost, work.at_ns)
+            )
+            half.offset += lost
+
     def _is_short(self, work: Records, length: int) -> bool:
         """Whether tshark gave less than the records hold: one of them is spoilt, or no data."""
-        opener = self._opener(work)
+        opener = self._opener(work.half, work.keys)
         if opener is None or opener.overhead is None:
             return False
         return length != len(work.payload) - work.encrypted * opener.overhead
@@ -293,7 +319,7 @@ class Decryptor:
 
         `found` is what tshark made of them, for suites that only it can decrypt.
         """
-        opener = self._opener(work)
+        opener = self._opener(work.half, work.keys)
         if opener is None and found:
             self._plain(work.half, found, work.at_ns)
             return
@@ -352,8 +378,7 @@ class Decryptor:
         self._trials_left -= cost if opener.key is None else 0
         return range(tls.TRIAL_RECORDS_MAX)
 
-    def _opener(self, work: Records) -> tls.Opener | None:
-        half, keys = work.half, work.keys
+    def _opener(self, half: Plaintext, keys: Keys) -> tls.Opener | None:
         sent = half.direction is Direction.SENT
         random = keys.client_random or keys.claimed
         if half.opener is None and random is not None and not half.asked_opener:
