@@ -16,7 +16,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
-from capture.elf import Elf, ElfError
+from capture.elf import Elf, ElfError, Segment
 from capture.instructions import Code, Flow, Function
 
 READ, WRITE, SET_HOST = "SSL_read", "SSL_write", "SSL_set_tlsext_host_name"
@@ -34,7 +34,7 @@ _LIBRARY_SSL = 16  # ERR_LIB_SSL
 _NOT_TO_BE_CALLED, _BAD_LENGTH, _INVALID_SERVER_NAME = 66, 111, 213
 _HANDSHAKE_FAILURE, _UNINITIALIZED = 215, 226
 
-_MARKERS = (b"ssl/ssl_lib.cc\0", b"ssl/ssl_lib.c\0")
+_MARKER, _AFTER_MARKER = b"ssl/ssl_lib.c", re.compile(rb"c?\0")
 _OPENSSL_ONLY = ("SSL_read_ex", "OPENSSL_version_major")
 PATH_BYTES_MAX = 512
 """Longest source path before the marker: a build directory."""
@@ -163,7 +163,7 @@ class _Reporter:
 
 def _find(elf: Elf) -> Found | NotRecognised:
     try:
-        names = tuple(_file_names(elf))
+        names = _file_names(elf)
         if not names:
             return NotRecognised("no BoringSSL: nothing names ssl/ssl_lib.cc", elf.build_id)
         if elf.symbols(_OPENSSL_ONLY):
@@ -182,16 +182,27 @@ def _find(elf: Elf) -> Found | NotRecognised:
     return Found(read, write, set_host, elf.build_id, elf.size_bytes, elf.machine)
 
 
-def _file_names(elf: Elf) -> Iterator[int]:
+def _file_names(elf: Elf) -> tuple[int, ...]:
     """Addresses of the strings that name ssl_lib.cc, in segments that are never written."""
-    for segment in elf.loads:
-        if segment.writable:
-            continue
-        for marker in _MARKERS:
-            for at in elf.find(marker, (segment,)):
-                before = min(PATH_BYTES_MAX, at - segment.address)
-                path = elf.read_at(at - before, before)
-                yield at - (before - path.rfind(b"\0") - 1)
+    constant = [segment for segment in elf.loads if not segment.writable]
+    # Linkers that keep constants apart from code leave little to search; older ones mix them.
+    return tuple(
+        _names_in(elf, [s for s in constant if not s.executable])
+        or _names_in(elf, [s for s in constant if s.executable])
+    )
+
+
+def _names_in(elf: Elf, segments: list[Segment]) -> list[int]:
+    found = []
+    for segment in segments:
+        for at in elf.find(_MARKER, (segment,)):
+            left = segment.address + segment.size_bytes - at - len(_MARKER)
+            if not _AFTER_MARKER.match(elf.read_at(at + len(_MARKER), min(2, left))):
+                continue
+            before = min(PATH_BYTES_MAX, at - segment.address)
+            path = elf.read_at(at - before, before)
+            found.append(at - (before - path.rfind(b"\0") - 1))
+    return found
 
 
 def _reporters(code: Code, names: tuple[int, ...]) -> list[_Reporter]:
