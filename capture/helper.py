@@ -27,12 +27,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capture import libraries, loader, processes, protocol
+from capture.elf import ElfError
 from halton_meter.model import Process
 
 BATCH_FRAMES_MAX = 512  # below IOV_MAX (1024)
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
 # Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU.
 PAUSE_S = 0.05
+BCC_PAUSE_S = 0.005  # there the kernel cannot tell us that it fills
 SETTLE_S = 0.0002  # a record still being written blocks the ring's front
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -44,7 +46,7 @@ EAGER_RUNS_MAX = 5
 RECENT_MAX = 200  # metered processes remembered for `status` after they ended
 NICE = -10  # a process may live 10 ms: be there before it is gone
 FILES_MAX = 20_000
-FINDERS_MAX = 1
+FINDER_BYTES_MAX = 1 << 20
 COVERAGE_MAX = 500
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
 
@@ -66,12 +68,12 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class _File:
-    """A file that was looked at. `library` None: no TLS in it; `finder`: still being looked at."""
+    """A file that was looked at. `library` None: no TLS in it, unless it is still `searching`."""
 
     path: str
     library: libraries.Library | None = None
     probes: list[int] = field(default_factory=list)
-    finder: subprocess.Popen[bytes] | None = None
+    searching: bool = False
     failure: str | None = None
 
 
@@ -85,6 +87,8 @@ class Files:
         self._programs = programs
         self.files: dict[_FileId, _File] = {}
         self._waiting: deque[tuple[_FileId, int]] = deque()
+        self._searched: list[tuple[_FileId, int]] = []
+        self._finder: subprocess.Popen[bytes] | None = None
 
     def look_at(self, link: str, path: str) -> _FileId | None:
         """The file's identity, once looked at; None when it cannot be opened."""
@@ -106,7 +110,8 @@ class Files:
                 self._attach(file, fd)
             elif stat.st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
                 self._waiting.append((identity, os.dup(fd)))
-        except (libraries.NotElf, OSError, ValueError, struct.error):
+                file.searching = True
+        except (ElfError, OSError, ValueError, struct.error):
             pass
         finally:
             os.close(fd)
@@ -114,21 +119,20 @@ class Files:
 
     def _attach(self, file: _File, fd: int) -> None:
         assert file.library is not None
-        for name, offset in file.library.functions.items():
-            entry, result = libraries.FUNCTIONS[name]
+        for program, offset, at_return in file.library.probes:
             try:
-                for program in filter(None, (entry, result)):
-                    probe = loader.attach_uprobe(
-                        self._programs[program],
-                        f"/proc/self/fd/{fd}",
-                        offset,
-                        at_return=program == result,
-                    )
-                    file.probes.append(probe)
+                probe = loader.attach_uprobe(
+                    self._programs[program],
+                    f"/proc/self/fd/{fd}",
+                    offset,
+                    at_return=at_return,
+                    cookie=file.library.cookie,
+                )
             except OSError as error:
-                file.failure = f"cannot attach to {name}: {error.strerror}"
+                file.failure = f"cannot attach {program}: {error.strerror}"
                 self.detach(file)
                 return
+            file.probes.append(probe)
 
     @staticmethod
     def detach(file: _File) -> None:
@@ -137,54 +141,55 @@ class Files:
             os.close(probe)
         file.probes = []
 
-    def run_finders(self) -> list[_FileId]:
-        """Start and collect searches by structure; files that became known."""
-        done: list[_FileId] = []
-        running = 0
-        for identity, file in self.files.items():
-            if file.finder is None:
-                continue
-            if file.finder.poll() is None:
-                running += 1
-                continue
-            assert file.finder.stdout is not None
-            output = file.finder.stdout.read(1 << 20)
-            file.finder.stdout.close()
-            file.finder = None
+    def run_finder(self) -> bool:
+        """Start or collect the search by structure; True when it found out about some files."""
+        if self._finder is None:
+            if self._waiting:
+                self._start_finder()
+            return False
+        if self._finder.poll() is None:
+            return False
+        assert self._finder.stdout is not None
+        lines = self._finder.stdout.read(FINDER_BYTES_MAX).decode("utf-8", "replace").splitlines()
+        self._finder.stdout.close()
+        self._finder = None
+        for (identity, fd), line in zip(self._searched, lines, strict=False):
+            file = self.files.get(identity)
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                file.library = libraries.library_from_json(output.decode())
-            fd = self._found.pop(identity)
-            try:
-                if file.library and file.library.functions:
+                if file:
+                    file.library = libraries.library_from_json(line)
+                if file and file.library:
                     self._attach(file, fd)
-            finally:
-                os.close(fd)
-            done.append(identity)
-        while self._waiting and running < FINDERS_MAX:
-            identity, fd = self._waiting.popleft()
-            if identity not in self.files:  # its last user ended while it waited
-                os.close(fd)
-                continue
-            command = [sys.executable, "-I", "-m", "capture.libraries"]
-            self.files[identity].finder = subprocess.Popen(
-                command, stdin=fd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
-            )
-            self._found[identity] = fd
-            running += 1
-        return done
+        for identity, fd in self._searched:
+            os.close(fd)
+            if file := self.files.get(identity):
+                file.searching = False
+        self._searched = []
+        return True
 
-    _found: dict[_FileId, int] = {}  # noqa: RUF012  (one Files a process)
+    def _start_finder(self) -> None:
+        count = min(len(self._waiting), libraries.FILES_A_SEARCH_MAX)
+        self._searched = [self._waiting.popleft() for _ in range(count)]
+        fds = [fd for _, fd in self._searched]
+        self._finder = subprocess.Popen(
+            [sys.executable, "-I", "-m", "capture.libraries", *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
 
     @property
     def searching(self) -> bool:
         """True while files without symbols are being looked at."""
-        return bool(self._waiting or self._found)
+        return bool(self._waiting or self._finder)
 
     def drop_unused(self, used: Iterable[_FileId]) -> None:
         """Detach from files that nobody in scope maps and that no path leads to any more."""
         used = set(used)
         for identity, file in list(self.files.items()):
-            if identity in used or file.finder:
+            if identity in used or file.searching:
                 continue
             try:
                 stat = os.stat(file.path)
@@ -453,7 +458,7 @@ class Helper:
             moved = True
         self._ring.skip_discarded()
         if moved and not self._blocked:
-            self._resume_at = now + PAUSE_S
+            self._resume_at = now + (BCC_PAUSE_S if self._loaded.name == "bcc" else PAUSE_S)
             self._report_at = self._report_at or now + REPORT_S
         while self._barriers and self._ring.position >= self._barriers[0][0] and not self._blocked:
             _, number = self._barriers.popleft()
@@ -590,7 +595,7 @@ class Helper:
             if step + 1 < len(RESCAN_S):
                 later = at - RESCAN_S[step] + RESCAN_S[step + 1]
                 heapq.heappush(self._rescans, (later, pid, step + 1))
-        if self.files.searching and self.files.run_finders():
+        if self.files.searching and self.files.run_finder():
             self._report_at = self._report_at or now + REPORT_S
 
     def _scan(self, pid: int) -> bool:
@@ -607,11 +612,12 @@ class Helper:
                 continue
             watched.seen.add((mapping.device, mapping.inode))
             watched.java = watched.java or mapping.path.endswith("/libjvm.so")
+            self._read_processes()  # libraries can wait, a process may not
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:
                 identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
             file = self.files.files.get(identity) if identity else None
-            if identity and file and (file.library or file.finder):
+            if identity and file and (file.library or file.searching):
                 watched.files.add(identity)
                 self._identify(pid)
                 self._report_at = self._report_at or time.monotonic() + REPORT_S
@@ -662,7 +668,7 @@ class Helper:
         for key in self._connection_map.all_keys():
             ssl, tgid, _ = _KEY.unpack(key)
             value = self._connection_map.get(key)
-            if value and (CONNECTION.unpack(value)[8] or not os.path.exists(f"/proc/{tgid}")):
+            if value and (CONNECTION.unpack(value)[9] or not os.path.exists(f"/proc/{tgid}")):
                 self._close(ssl, tgid, now_ns)
 
     def _coverage(self) -> list[dict[str, Any]]:
@@ -696,14 +702,15 @@ class Helper:
         }
 
 
-# struct connection: opened, sent, received, burst, lost, uid, announced, joined, closed, comm, host
-CONNECTION = struct.Struct(f"=QQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
+# struct connection: opened, sent, received, burst, lost, origin, uid, announced, joined, closed,
+# an unused byte, comm, host.
+CONNECTION = struct.Struct(f"=QQQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
 
 
 def coverage_line(java: bool, files: list[_File]) -> dict[str, Any] | None:
     """Why a process that maps these files goes unmetered; None when there is nothing to say."""
     for file in files:
-        if file.failure or (file.library and not file.library.functions):
+        if file.failure or (file.library and not file.library.probes):
             stack = file.library.stack if file.library else "unknown"
             state = "not_recognised" if stack in ("BoringSSL", "OpenSSL") else "unsupported"
             advice = file.failure or (file.library.reason if file.library else None)

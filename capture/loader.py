@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import fcntl
 import hashlib
 import mmap
 import os
@@ -33,6 +34,7 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 _NR_BPF = 321 if _X86 else 280
 _NR_PERF_EVENT_OPEN = 298 if _X86 else 241
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _RAW_TRACEPOINT_OPEN = 1, 2, 3, 4, 17
+_LINK_CREATE, _PERF_EVENT = 28, 41
 _PERF_TYPE_TRACEPOINT = 2
 _PERF_FLAG_FD_CLOEXEC = 8
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
@@ -50,6 +52,10 @@ PROGRAMS = (
     "enter_free",
     "enter_clear",
     "enter_shutdown",
+    "enter_go_read",
+    "enter_go_write",
+    "leave_go_read",
+    "leave_go_write",
     "fork_arrays",
     "fork_locations",
     "on_exec",
@@ -162,8 +168,6 @@ def _perf_event_open(kind: int, config: int, config1: int = 0, config2: int = 0)
 
 
 def _enable(event: int, program: int) -> int:
-    import fcntl
-
     try:
         fcntl.ioctl(event, _IOC_SET_BPF, program)
         fcntl.ioctl(event, _IOC_ENABLE, 0)
@@ -178,11 +182,20 @@ def uprobe_type() -> int:
     return int(Path("/sys/bus/event_source/devices/uprobe/type").read_text())
 
 
-def attach_uprobe(program: int, path: str, offset: int, *, at_return: bool) -> int:
-    """Attach to a file offset of `path`, in every process that maps it; closing detaches."""
+def attach_uprobe(program: int, path: str, offset: int, *, at_return: bool, cookie: int = 0) -> int:
+    """Attach to a file offset of `path`, in every process that maps it; closing detaches.
+
+    The program can ask for `cookie`; a kernel before 5.15 has none to give: OSError (EINVAL).
+    """
     name = ctypes.create_string_buffer(os.fsencode(path))
     event = _perf_event_open(uprobe_type(), int(at_return), ctypes.addressof(name), offset)
-    return _enable(event, program)
+    if not cookie:
+        return _enable(event, program)
+    try:
+        fcntl.ioctl(event, _IOC_ENABLE, 0)
+        return _bpf(_LINK_CREATE, struct.pack("=IIIIQ", program, event, _PERF_EVENT, 0, cookie))
+    finally:
+        os.close(event)  # the link holds it
 
 
 def attach_tracepoint(program: int, number: int) -> int:
@@ -247,7 +260,7 @@ class Ring:
         self._consumer.value = position
 
     def skip_discarded(self) -> bool:
-        """Step over discarded records at the front, which `records` never shows; any there?"""
+        """Step over discarded records at the front, unseen by `records`; say whether any were."""
         at, end = self.position, self.produced()
         while at < end:
             (header,) = struct.unpack_from("=I", self._data, at & self._mask)

@@ -28,6 +28,7 @@
 #define PIECES_MAX 64 /* ring records a call: 1 MiB; the rest of a larger write is a hole */
 #define FRAMES_MAX 3 /* calls in progress on one thread: TLS in TLS, _ex within _ex2 */
 #define NESTED_STACK_BYTES 2048 /* an inner call's frame lies at most this far below its caller's */
+#define HTTP2_PREFACE 0x5448202a20495250ULL /* "PRI * HT" */
 #define CONNECTIONS_MAX 16384
 #define DENIED_MAX 32768
 #define THREADS_MAX 32768
@@ -65,6 +66,9 @@ struct registers {
 #define ARG4(r) ((r)->x[3])
 #define ARG5(r) ((r)->x[4])
 #define RESULT(r) ((r)->x[0])
+#define GO_CONNECTION(r) ((r)->x[0])
+#define GO_BUFFER(r) ((r)->x[1])
+#define GO_GOROUTINE(r) ((r)->x[28])
 #define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
 #define ENTRY_SP_AT_RETURN(r) ((r)->sp)
 #else
@@ -78,6 +82,9 @@ struct registers {
 #define ARG4(r) ((r)->cx)
 #define ARG5(r) ((r)->r8)
 #define RESULT(r) ((r)->ax)
+#define GO_CONNECTION(r) ((r)->ax)
+#define GO_BUFFER(r) ((r)->bx)
+#define GO_GOROUTINE(r) ((r)->r14)
 #define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
 #define ENTRY_SP_AT_RETURN(r) ((r)->sp - 8) /* `ret` has popped the return address */
 #endif
@@ -148,6 +155,7 @@ struct connection {
 	u64 received;
 	u64 burst; /* sent since something was last received */
 	u64 lost_bytes;
+	u64 origin; /* Go: the address of the host's name, to tell when a *Conn is used again */
 	u32 uid;
 	u8 announced;
 	u8 joined;
@@ -169,6 +177,17 @@ struct thread {
 	struct frame frame[FRAMES_MAX];
 };
 
+struct go_key {
+	u64 goroutine; /* a call may return on another thread, never in another goroutine */
+	u32 tgid;
+	u32 direction;
+};
+
+struct go_call {
+	u64 connection;
+	u64 buffer;
+};
+
 struct host_key {
 	u32 bits;
 	char reversed[HOST_BYTES_MAX]; /* a whole name ends in NUL, a suffix in '.' */
@@ -180,7 +199,8 @@ BPF_ARRAY(stats, u64, STATS);
 BPF_ARRAY(blank_connection, struct connection, 1);
 BPF_ARRAY(blank_thread, struct thread, 1);
 BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
-BPF_TABLE("lru_hash", struct key, u8, denied, DENIED_MAX);
+BPF_TABLE("lru_hash", struct key, u64, denied, DENIED_MAX);
+BPF_F_TABLE("hash", struct go_key, struct go_call, go_calls, THREADS_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u64, struct thread, threads, THREADS_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u32, u8, tree, TREE_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u32, u8, owners, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
@@ -197,9 +217,12 @@ INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); 
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
 INLINE int connections_set(struct key *k, struct connection *v) { return connections.update(k, v); }
 INLINE void connections_drop(struct key *k) { connections.delete(k); }
-INLINE u8 *denied_get(struct key *k) { return denied.lookup(k); }
-INLINE void denied_set(struct key *k, u8 *v) { denied.update(k, v); }
+INLINE u64 *denied_get(struct key *k) { return denied.lookup(k); }
+INLINE void denied_set(struct key *k, u64 *v) { denied.update(k, v); }
 INLINE void denied_drop(struct key *k) { denied.delete(k); }
+INLINE struct go_call *go_calls_get(struct go_key *k) { return go_calls.lookup(k); }
+INLINE int go_calls_set(struct go_key *k, struct go_call *v) { return go_calls.update(k, v); }
+INLINE void go_calls_drop(struct go_key *k) { go_calls.delete(k); }
 INLINE struct thread *threads_get(u64 *k) { return threads.lookup(k); }
 INLINE int threads_set(u64 *k, struct thread *v) { return threads.update(k, v); }
 INLINE void threads_drop(u64 *k) { threads.delete(k); }
@@ -213,7 +236,7 @@ INLINE u8 *uids_get(u32 *k) { return uids.lookup(k); }
 INLINE u8 *hosts_get(struct host_key *k) { return hosts.lookup(k); }
 INLINE void *ring_reserve(u64 size) { return ring.ringbuf_reserve(size); }
 INLINE void ring_submit(void *p) { ring.ringbuf_submit(p, 0); }
-INLINE u64 ring_query(u64 what) { return ring.ringbuf_query(what); }
+INLINE u64 ring_query(u64 what) { return 0; } /* not in bcc: no nudges, so the reader pauses less */
 INLINE void *process_ring_reserve(u64 size) { return process_ring.ringbuf_reserve(size); }
 INLINE void process_ring_submit(void *p) { process_ring.ringbuf_submit(p, 0); }
 INLINE void process_ring_discard(void *p) { process_ring.ringbuf_discard(p, 0); }
@@ -238,6 +261,7 @@ static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
 static void (*bpf_ringbuf_submit)(void *, u64) = (void *)132;
 static void (*bpf_ringbuf_discard)(void *, u64) = (void *)133;
 static u64 (*bpf_ringbuf_query)(void *, u64) = (void *)134;
+static u64 (*bpf_get_attach_cookie)(void *) = (void *)174;
 
 #define NO_PREALLOC 1
 #define MAP(name, map_type, key_type, value_type, size, flags) \
@@ -259,7 +283,8 @@ MAP(stats, 2, u32, u64, STATS, 0);
 MAP(blank_connection, 2, u32, struct connection, 1, 0);
 MAP(blank_thread, 2, u32, struct thread, 1, 0);
 MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
-MAP(denied, 9, struct key, u8, DENIED_MAX, 0);
+MAP(denied, 9, struct key, u64, DENIED_MAX, 0);
+MAP(go_calls, 1, struct go_key, struct go_call, THREADS_MAX, NO_PREALLOC);
 MAP(threads, 1, u64, struct thread, THREADS_MAX, NO_PREALLOC);
 MAP(tree, 1, u32, u8, TREE_MAX, NO_PREALLOC);
 MAP(owners, 1, u32, u8, CONNECTIONS_MAX, NO_PREALLOC);
@@ -275,9 +300,12 @@ INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&bla
 INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
 INLINE int connections_set(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_ANY); }
 INLINE void connections_drop(struct key *k) { bpf_map_delete_elem(&connections, k); }
-INLINE u8 *denied_get(struct key *k) { return bpf_map_lookup_elem(&denied, k); }
-INLINE void denied_set(struct key *k, u8 *v) { bpf_map_update_elem(&denied, k, v, BPF_ANY); }
+INLINE u64 *denied_get(struct key *k) { return bpf_map_lookup_elem(&denied, k); }
+INLINE void denied_set(struct key *k, u64 *v) { bpf_map_update_elem(&denied, k, v, BPF_ANY); }
 INLINE void denied_drop(struct key *k) { bpf_map_delete_elem(&denied, k); }
+INLINE struct go_call *go_calls_get(struct go_key *k) { return bpf_map_lookup_elem(&go_calls, k); }
+INLINE int go_calls_set(struct go_key *k, struct go_call *v) { return bpf_map_update_elem(&go_calls, k, v, BPF_ANY); }
+INLINE void go_calls_drop(struct go_key *k) { bpf_map_delete_elem(&go_calls, k); }
 INLINE struct thread *threads_get(u64 *k) { return bpf_map_lookup_elem(&threads, k); }
 INLINE int threads_set(u64 *k, struct thread *v) { return bpf_map_update_elem(&threads, k, v, BPF_ANY); }
 INLINE void threads_drop(u64 *k) { bpf_map_delete_elem(&threads, k); }
@@ -418,6 +446,16 @@ INLINE void close_connection(struct key *key, struct connection *c)
 		connections_drop(key);
 	else
 		c->closed = 1; /* kept, so that user space can find its final offsets */
+}
+
+INLINE void begin_again(struct key *key, struct connection *c)
+{
+	emit_close(key, c);
+	c->opened_ns = bpf_ktime_get_ns();
+	c->sent = 0;
+	c->received = 0;
+	c->burst = 0;
+	c->announced = 0;
 }
 
 INLINE void lost(struct connection *c, u32 statistic, u64 bytes)
@@ -626,10 +664,9 @@ INLINE struct connection *admit(struct key *key, struct name *n, int joined)
 	return c;
 }
 
-INLINE void deny(struct key *key)
+INLINE void deny(struct key *key, u64 origin)
 {
-	u8 one = 1;
-	denied_set(key, &one);
+	denied_set(key, &origin);
 	count(STAT_DENIED, 1);
 }
 
@@ -657,7 +694,7 @@ INLINE int host_named(u64 ssl, u64 address)
 	if (wanted_host(n))
 		admit(&key, n, 0);
 	else
-		deny(&key);
+		deny(&key, 0);
 	process_ring_discard(n);
 	return 0;
 }
@@ -711,7 +748,7 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total)
 
 	if (total < 16 || bpf_probe_read_user(first, sizeof(first), (void *)address))
 		return 0;
-	if (*(u64 *)first == 0x5448202a20495250ULL /* "PRI * HT" */) {
+	if (*(u64 *)first == HTTP2_PREFACE) {
 		count(STAT_HTTP2_WITHOUT_NAME, 1);
 		return 0;
 	}
@@ -739,7 +776,7 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total)
 			if (wanted_host(&h->name))
 				c = admit(key, &h->name, 1);
 			else
-				deny(key);
+				deny(key, 0);
 		}
 	}
 	process_ring_discard(h);
@@ -859,6 +896,110 @@ SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { ret
 SECTION("uprobe/leave_plain") int leave_plain(struct registers *r) { return leave(r, 0); }
 SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1); }
 
+/* ---- Go: crypto/tls.(*Conn).Read and .Write ---------------------------------------------------
+ *
+ * No return probes: Go moves stacks, and would crash on the address they swap in. Each RET has a
+ * probe of its own. The probe's cookie holds two offsets (golang.py): Conn.config << 32 |
+ * Config.ServerName; 0 when unknown for that Go, and then the request's head decides. Close is not
+ * probed: a *Conn used again shows in the name's address, or in another HTTP/2 preface. */
+
+INLINE int enter_go(struct registers *r, u32 direction)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u32 tgid = current_ids(s) >> 32;
+	struct key key = {.ssl = GO_CONNECTION(r), .tgid = tgid};
+	struct go_key call_key = {.goroutine = GO_GOROUTINE(r), .tgid = tgid, .direction = direction};
+	struct go_call call = {.connection = key.ssl, .buffer = GO_BUFFER(r)};
+	struct connection *c = connections_get(&key);
+	u64 offsets = bpf_get_attach_cookie(r);
+	u64 config = 0, name[2] = {}; /* a Go string: address, length */
+
+	if (offsets &&
+	    !bpf_probe_read_user(&config, sizeof(config), (void *)(key.ssl + (offsets >> 32))) && config)
+		bpf_probe_read_user(name, sizeof(name), (void *)(config + (u32)offsets));
+	if (c && c->origin != name[0]) {
+		close_connection(&key, c);
+		c = 0;
+	}
+	if (!c) {
+		u64 *origin = denied_get(&key);
+		if ((origin && *origin == name[0]) || !in_scope(s, tgid))
+			return 0;
+		if (name[0] && name[1] && name[1] < HOST_BYTES_MAX) {
+			struct name *n = process_ring_reserve(sizeof(*n));
+			if (!n) {
+				count(STAT_PROCESS_RING_FULL, 1);
+				return 0;
+			}
+			__builtin_memset(n->text, 0, sizeof(n->text));
+			u64 length = name[1];
+			asm volatile("" : "+r"(length));
+			length &= HOST_BYTES_MAX - 1;
+			bpf_probe_read_user(n->text, length, (void *)name[0]);
+			n->length = length;
+			if (wanted_host(n))
+				c = admit(&key, n, 0);
+			else
+				deny(&key, name[0]);
+			process_ring_discard(n);
+			if (!c)
+				return 0;
+			c->origin = name[0];
+		} else if (direction == RECEIVED) {
+			return 0;
+		}
+	} else if (direction == SENT && c->sent) {
+		u64 first = 0;
+		bpf_probe_read_user(&first, sizeof(first), (void *)call.buffer);
+		if (first == HTTP2_PREFACE)
+			begin_again(&key, c);
+	}
+	if (go_calls_set(&call_key, &call))
+		count(STAT_THREAD_TABLE_FULL, 1);
+	return 0;
+}
+
+INLINE int leave_go(struct registers *r, u32 direction)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u32 tgid = current_ids(s) >> 32;
+	struct go_key call_key = {.goroutine = GO_GOROUTINE(r), .tgid = tgid, .direction = direction};
+	struct go_call *call = go_calls_get(&call_key);
+	if (!call)
+		return 0;
+	u64 buffer = call->buffer, total = RESULT(r);
+	struct key key = {.ssl = call->connection, .tgid = tgid};
+	go_calls_drop(&call_key);
+	if (total == 0 || total > 0x7fffffff)
+		return 0;
+	struct connection *c = connections_get(&key);
+	if (!c && direction == SENT)
+		c = judge(&key, buffer, total);
+	if (!c)
+		return 0;
+	struct chunk chunk = {
+		.key = &key,
+		.connection = c,
+		.offset = direction == SENT ? &c->sent : &c->received,
+		.address = buffer,
+		.now = bpf_ktime_get_ns(),
+		.direction = direction,
+	};
+	copy_out(&chunk, total);
+	return 0;
+}
+
+SECTION("uprobe/enter_go_read") int enter_go_read(struct registers *r) { return enter_go(r, RECEIVED); }
+SECTION("uprobe/enter_go_write") int enter_go_write(struct registers *r) { return enter_go(r, SENT); }
+SECTION("uprobe/leave_go_read") int leave_go_read(struct registers *r) { return leave_go(r, RECEIVED); }
+SECTION("uprobe/leave_go_write") int leave_go_write(struct registers *r) { return leave_go(r, SENT); }
+
 /* ---- names and ends -------------------------------------------------------------------------- */
 
 SECTION("uprobe/enter_ctrl") int enter_ctrl(struct registers *r)
@@ -899,12 +1040,7 @@ SECTION("uprobe/enter_clear") int enter_clear(struct registers *r)
 	struct connection *c = connections_get(&key);
 	if (!c || (!c->sent && !c->received))
 		return 0;
-	emit_close(&key, c);
-	c->opened_ns = bpf_ktime_get_ns();
-	c->sent = 0;
-	c->received = 0;
-	c->burst = 0;
-	c->announced = 0;
+	begin_again(&key, c);
 	return 0;
 }
 

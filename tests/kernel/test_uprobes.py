@@ -393,3 +393,39 @@ def test_without_clang_or_object_the_reason_names_both_ways(
     )
     with pytest.raises(loader.LoadFailed, match=r"clang is not installed.*bcc is not here"):
         loader.load("auto")
+
+
+@pytest.fixture(scope="session")
+def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stripped Go program."""
+    if shutil.which("go") is None:
+        pytest.skip("go is not installed")
+    folder = tmp_path_factory.mktemp("go")
+    program = folder / "client"
+    environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
+    command = ["go", "build", "-ldflags", "-s -w", "-o", program, CLIENTS / "go" / "main.go"]
+    subprocess.run(command, check=True, env=environment)
+    return program
+
+
+def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
+    source = bench.source(files=[])
+    other = bench.client([go_client], source, HOST=OTHER)
+    client = bench.client([go_client], source)
+    for each in (client, other):
+        assert each.line() == b"up\n"
+    wait_until(lambda: source.request_report() or source.status().libraries, 30)
+    for each in (other, client):
+        each.say()
+        assert each.line() == b"done\n"
+    seen = gather(source.drain())
+    sent = b"".join(each.data(Direction.SENT) for each in seen.values())
+    received = b"".join(each.data(Direction.RECEIVED) for each in seen.values())
+    heard = bench.server.heard_by(PROVIDER)
+    assert len(bench.server.heard_by(OTHER)) == 3
+    assert sent == b"".join(each.received for each in heard)
+    assert received == b"".join(each.sent for each in heard)
+    assert {each.connection.peer for each in seen.values()} == {PROVIDER}
+    source.request_report()
+    (line,) = [each for each in source.coverage() if each.host]
+    assert (line.stack, line.library) == ("Go crypto/tls", str(go_client))
