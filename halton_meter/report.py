@@ -53,6 +53,7 @@ _DAY_NS = 86_400 * _SECOND_NS
 _PERCENTILES = ("quantile_disc(duration_ms, 0.95)", "quantile_disc(list_usd, 0.95)")
 # Sums that nearly every report would find empty cost as much as the others, so that cut-off and
 # estimated exchanges, which are rare, are counted by queries of their own (`_coverage`).
+# The same goes for columns that no event fills: `_filled` finds them in the file's statistics.
 _SUMS = {
     "requests": "count(*)",
     **{f"{name}_tokens": f"sum({name}_tokens)" for name in TOKEN_NAMES},
@@ -352,7 +353,9 @@ def _grouped(
     where, parameters = selection.where()
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
-    picked = ", ".join([*keys, *_SUMS.values(), *(_PERCENTILES if percentiles else ())])
+    filled = _filled(reader)
+    sums = [sql if filled.get(name, True) else "NULL" for name, sql in _SUMS.items()]
+    picked = ", ".join([*keys, *sums, *(_PERCENTILES if percentiles else ())])
     sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
     return {
         tuple(None if key is None else str(key) for key in row[: len(keys)]): _figures(
@@ -360,6 +363,17 @@ def _grouped(
         )
         for row in reader.rows(sql, parameters)
     }
+
+
+def _filled(reader: Reader) -> dict[str, bool]:
+    """Whether any event at all has a value in a column that is summed, by column."""
+    columns = [name for name, sql in _SUMS.items() if sql == f"sum({name})"]
+    found = reader.rows(
+        " UNION ALL ".join(
+            f"(SELECT '{name}' FROM event WHERE {name} IS NOT NULL LIMIT 1)" for name in columns
+        )
+    )
+    return {name: (name,) in found for name in columns}
 
 
 def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: bool) -> Figures:
