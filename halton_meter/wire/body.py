@@ -331,13 +331,15 @@ class BodyCollector:
             self._let_go()
 
     def _end_piece(self) -> None:
-        if self._run:
-            self._pieces.append(b"".join(self._run))
-            self._run.clear()
-            if len(self._pieces) > PIECES_MAX:
-                gone = self._pieces.pop(PIECES_MAX // 2)
-                self._dropped_bytes += len(gone)
-                self._kept_bytes -= len(gone)
+        piece = b"".join(self._run)
+        self._run.clear()
+        if not piece:
+            return
+        self._pieces.append(piece)
+        if len(self._pieces) > PIECES_MAX:
+            gone = self._pieces.pop(PIECES_MAX // 2)
+            self._dropped_bytes += len(gone)
+            self._kept_bytes -= len(gone)
 
     def _let_go(self) -> None:
         """Over the limit: keep the first bytes and the last, let the middle go."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from halton_meter.model import Body
@@ -173,10 +174,10 @@ def json_value(body: Body) -> Any:
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
 
 
-def _object_end(text: bytes, start: int) -> int:
-    """The end of the JSON object or array that opens at `start`; -1 when it does not close."""
+def _object_end(text: bytes, start: int, limit: int = SALVAGE_BYTES_MAX) -> int:
+    """The end of the JSON object that opens at `start`; -1 when it does not close in `limit`."""
     depth = 0
-    stop = min(len(text), start + SALVAGE_BYTES_MAX)
+    stop = min(len(text), start + limit)
     for match in _STRING_OR_BRACKET.finditer(text, start, stop):
         mark = match.group()[:1]
         if mark in b"{[":
@@ -191,12 +192,14 @@ def _object_end(text: bytes, start: int) -> int:
 def salvage_object(body: Body, key: bytes, last: bool = True) -> Any:
     """The last (or first) object that follows `"key":` in JSON text with holes; None if none."""
     pattern = re.compile(rb'"' + re.escape(key) + rb'"\s*:\s*(?=\{)')
+    budget = SALVAGE_BYTES_MAX
     for piece in reversed(body.pieces) if last else body.pieces:
         starts = [match.end() for match in pattern.finditer(piece)]
         if last:
             starts.reverse()
         for start in starts[:SALVAGE_TRIES_MAX]:
-            end = _object_end(piece, start)
+            end = _object_end(piece, start, budget)
+            budget -= (end if end > 0 else len(piece)) - start
             value = loads(piece[start:end]) if end > 0 else None
             if isinstance(value, dict):
                 return value
@@ -236,15 +239,27 @@ def json_array_stream(body: Body) -> Iterator[Any]:
     if isinstance(whole, list):
         yield from whole
         return
-    for piece in body.pieces:
-        yield from _objects_in(piece)
+    for number, piece in enumerate(body.pieces):
+        yield from _objects_in(piece, _next_element(piece) if number else 0)
 
 
-def _objects_in(piece: bytes) -> Iterator[Any]:
-    """Top-level objects of an array's text; after a hole, from the first that parses."""
+_BETWEEN_ELEMENTS = re.compile(rb"\}\s*,\s*(?=\{)")
+
+
+def _next_element(piece: bytes) -> int:
+    """Where an array's next object begins, behind a hole that may have ended within a string."""
+    for match in islice(_BETWEEN_ELEMENTS.finditer(piece), SALVAGE_TRIES_MAX):
+        end = _object_end(piece, match.end())
+        if end > 0 and isinstance(loads(piece[match.end() : end]), dict):
+            return match.end()
+    return 0
+
+
+def _objects_in(piece: bytes, at: int) -> Iterator[Any]:
+    """Top-level objects of an array's text from `at` on."""
     depth = 0
     start = -1
-    for match in _STRING_OR_BRACKET.finditer(piece):
+    for match in _STRING_OR_BRACKET.finditer(piece, at):
         mark = match.group()[:1]
         if mark in b"{[":
             if mark == b"{" and depth == 0:
@@ -338,7 +353,7 @@ def multipart_fields(
     mark = b"--" + match.group(1).strip().encode("latin-1", "replace")
     fields: dict[str, str] = {}
     for piece in body.pieces:
-        for part in piece.split(mark, MULTIPART_PARTS_MAX)[1:]:
+        for part in piece.split(mark, MULTIPART_PARTS_MAX)[1:-1]:  # the last may be cut off
             head, separator, value = part.partition(b"\r\n\r\n")
             name = _PART_NAME.search(head[:FIELD_BYTES_MAX])
             if not separator or name is None or b"filename=" in head[:FIELD_BYTES_MAX].lower():

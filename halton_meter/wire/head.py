@@ -78,8 +78,7 @@ def split_target(target: str) -> tuple[str, Headers]:
     """A request target as its path and the query parameters that carry no secret."""
     if "://" in target[:16]:
         target = "/" + target.split("://", 1)[1].partition("/")[2]
-    path, _, query = target.partition("?")
-    path = path.partition("#")[0]
+    path, _, query = target.partition("#")[0].partition("?")
     if not query:
         return path, ()
     try:

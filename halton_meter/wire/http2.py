@@ -37,6 +37,7 @@ EARLY_EVENTS_MAX = 4096
 
 FRAME_HEAD_BYTES = 9
 STREAM_MASK = 0x7FFFFFFF
+UNKNOWN_BYTES = 1 << 62
 # Length in two parts, type, flags, stream.
 _FRAME_HEAD = struct.Struct(">HBBBI").unpack_from
 # Other frames are passed over by length without being held.
@@ -575,7 +576,8 @@ class Http2:
         """Bytes of one stream's DATA were lost."""
         transaction = self._streams.get(stream)
         if stream in self._websockets:
-            self._websockets[stream].hole(Direction.SENT if sent else Direction.RECEIVED)
+            way = Direction.SENT if sent else Direction.RECEIVED
+            self._websockets[stream].hole(way, UNKNOWN_BYTES if count is None else count)
         elif transaction is not None:
             transaction.lose(not sent, count)
 

@@ -19,8 +19,8 @@ from halton_meter.wire.websocket import WebSocket
 # Bytes looked at, both directions together, before a protocol is settled on: in the middle of an
 # HTTP/2 upload several frames of the usual 16 KiB fit.
 UNDECIDED_BYTES_MAX = 64 << 10
-# While undecided in mid-message, small deliveries are looked at together: each look costs a scan.
-LOOK_AGAIN_BYTES = 256
+# While undecided in mid-message each look scans all that waits, so the next comes at twice as much.
+LOOK_AGAIN_BYTES_MIN = 64
 
 __all__ = ["NOT_WANTED", "Conversation", "Interest"]
 
@@ -81,7 +81,7 @@ class Conversation:
         """The connection ended; return what was still open, as far as it got."""
         done: list[Exchange] = []
         if self._engine is None and self._undecided:
-            done += self._decide(Http1(self._context))
+            done += self._decide(self._recognised() or Http1(self._context))
         if isinstance(self._engine, WebSocket):
             done += self._engine.close(closed.at_ns)
         elif self._engine is not None:
@@ -103,7 +103,7 @@ class Conversation:
         losses["lost_bytes"] += count
         engine = self._engine
         if isinstance(engine, WebSocket):
-            engine.hole(direction)
+            engine.hole(direction, count)
             return []
         done: list[Exchange] = []
         if engine is None:
@@ -167,7 +167,7 @@ class Conversation:
                 return Http1(self._context)
             if finds_frames(data):
                 return Http2(self._context)
-            self._look_at_bytes = self._undecided_bytes + LOOK_AGAIN_BYTES
+            self._look_at_bytes = max(2 * self._undecided_bytes, LOOK_AGAIN_BYTES_MIN)
         return None
 
     def _decide(self, engine: Http1 | Http2) -> list[Exchange]:

@@ -24,6 +24,9 @@ from halton_meter.model import (
 from halton_meter.wire.transaction import Context, Transaction
 
 MESSAGE_BYTES_MAX = 16 << 20
+# What a fragment, however small, is counted as beyond its bytes.
+PART_OVERHEAD_BYTES = 64
+WINDOW_BYTES = 32 << 10
 # What is kept of a turn: the messages that end it are small, what lies before is deltas.
 TURN_BYTES_MAX = 8 << 20
 # Client messages kept for a provider to find the request that a response belongs to, by its id.
@@ -44,18 +47,26 @@ def _unmask(data: bytes, key: bytes) -> bytes:
 
 
 class _Reader:
-    """One direction: frames to messages."""
+    """One direction: frames to messages.
 
-    def __init__(self, deflate: bool, takeover: bool, masked: bool) -> None:
-        self._deflate = deflate
+    Behind a hole a shared deflate window is unknown. It is taken to be all NUL: what refers to it
+    reads as NUL, which no JSON contains, and is replaced by what follows. So the stream heals, and
+    a message that has a NUL in it is known to be damaged.
+    """
+
+    def __init__(self, takeover: bool, masked: bool) -> None:
         self._takeover = takeover
         self._masked = masked
         self._inflate = zlib.decompressobj(-15)
-        self._inflate_lost = False
-        self._buffer = b""
+        self._healing = False
+        # Bytes that wait until `_need` of them are there: a frame's head, or all of it.
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._need = 2
         self._skip = 0
         self._fragments: list[bytes] = []
         self._fragment_bytes = 0
+        self._broken = False
         self._compressed = False
         self._synced = True
         self.bad: list[str] = []
@@ -66,65 +77,70 @@ class _Reader:
             skipped = min(self._skip, len(data))
             self._skip -= skipped
             data = data[skipped:]
-        data = self._buffer + data if self._buffer else data
+        if not self._synced:
+            if not self._begins(data):
+                return []
+            self._synced = True
+        if not data:
+            return []
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size < self._need:
+            return []
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         messages: list[bytes] = []
         at = 0
-        if not self._synced:
-            at = self._resync(data)
-        while True:
-            end = self._frame(data, at, messages)
-            if end < 0:
-                break
-            at = end
-        self._buffer = data[at:]
+        self._need = 2
+        while self._need <= len(data) - at and self._synced:
+            at = self._frame(data, at, messages)
+        rest = data[at:] if self._synced else b""
+        self._parts = [rest] if rest else []
+        self._size = len(rest)
         return messages
-
-    def _resync(self, data: bytes) -> int:
-        """Behind a hole, frames most often begin where a write does."""
-        if len(data) >= 2 and self._plausible(data[0], data[1]):
-            self._synced = True
-            return 0
-        return len(data)
 
     def _plausible(self, first: int, second: int) -> bool:
         return (
             first & 0x0F in _KNOWN_OPCODES
             and first & 0x30 == 0
             and bool(second & 0x80) == self._masked
+            and (first & 0x0F < _CLOSE or (first & 0xC0 == 0x80 and second & 0x7F < 126))
         )
 
+    def _begins(self, data: bytes) -> bool:
+        """Whether a frame begins here, behind a hole: frames most often begin where a write does.
+
+        Only one that ends where this delivery ends, or before another frame, is believed.
+        """
+        at = 0
+        while at + 2 <= len(data) and self._plausible(data[at], data[at + 1]):
+            start, length = _lengths(data, at)
+            at = start + length
+            if at == len(data):
+                return True
+        return at > 0 and at + 2 <= len(data) and self._plausible(data[at], data[at + 1])
+
     def _frame(self, data: bytes, at: int, messages: list[bytes]) -> int:
-        """Read one frame; its end, or -1 when more bytes are needed."""
-        if len(data) - at < 2:
-            return -1
+        """Read the frame at `at`, or set how many bytes it needs; the position to go on from."""
         first, second = data[at], data[at + 1]
         if not self._plausible(first, second):
             self.bad.append("garbage")
-            self._synced = False
+            self._lose_sync()
             return len(data)
-        length = second & 0x7F
-        start = at + 2
-        if length == 126:
-            length, start = int.from_bytes(data[start : start + 2]), start + 2
-        elif length == 127:
-            length, start = int.from_bytes(data[start : start + 8]), start + 8
-        key_end = start + 4 if second & 0x80 else start
-        if len(data) < key_end:
-            return -1
-        end = key_end + length
+        start, length = _lengths(data, at)
         if length > MESSAGE_BYTES_MAX:
             self.bad.append("message_over_limit")
-            self._fragments, self._fragment_bytes = [], 0
-            self._inflate_lost = self._inflate_lost or self._deflate
-            self._skip = max(0, end - len(data))
-            return min(end, len(data))
-        if end > len(data):
-            return -1
-        payload = data[key_end:end]
+            self._break()
+            self._skip = max(0, start + length - len(data))
+            return min(start + length, len(data))
+        self._need = start + length - at
+        if self._need > len(data) - at:
+            return at
+        payload = data[start : start + length]
         if second & 0x80:
-            payload = _unmask(payload, data[start:key_end])
+            payload = _unmask(payload, data[start - 4 : start])
         self._payload(first, payload, messages)
-        return end
+        self._need = 2
+        return start + length
 
     def _payload(self, first: int, payload: bytes, messages: list[bytes]) -> None:
         opcode = first & 0x0F
@@ -133,45 +149,82 @@ class _Reader:
         if opcode != _CONTINUATION:
             self._fragments, self._fragment_bytes = [], 0
             self._compressed = bool(first & 0x40)
+            self._broken = False
         self._fragments.append(payload)
-        self._fragment_bytes += len(payload)
-        if self._fragment_bytes > MESSAGE_BYTES_MAX:
+        self._fragment_bytes += len(payload) + PART_OVERHEAD_BYTES
+        if self._fragment_bytes > MESSAGE_BYTES_MAX and not self._broken:
             self.bad.append("message_over_limit")
+            self._break()
+        if self._broken:
             self._fragments, self._fragment_bytes = [], 0
-            return
-        if first & 0x80:
-            message = self._message(b"".join(self._fragments))
+        elif first & 0x80:
+            data = b"".join(self._fragments)
             self._fragments, self._fragment_bytes = [], 0
+            message = self._inflated(data) if self._compressed else data
             if message is not None:
                 messages.append(message)
 
-    def _message(self, data: bytes) -> bytes | None:
-        if not (self._compressed and self._deflate):
-            return data
-        if self._inflate_lost:
-            self.bad.append("inflate_lost")
-            return None
+    def _inflated(self, data: bytes) -> bytes | None:
+        """RFC 7692 7.2.2. Compressed is what the frame says is, whatever was negotiated."""
         try:
             message = self._inflate.decompress(data + b"\x00\x00\xff\xff", MESSAGE_BYTES_MAX)
         except zlib.error:
             self.bad.append("decode_failed")
-            self._inflate_lost = self._takeover
-            self._inflate = zlib.decompressobj(-15)
+            self._lose_window()
             return None
-        if self._inflate.unconsumed_tail:
+        if len(message) >= MESSAGE_BYTES_MAX:
             self.bad.append("message_over_limit")
-            self._inflate_lost = self._takeover
-        if not self._takeover:
+            self._lose_window()
+        elif not self._takeover or self._inflate.eof:
             self._inflate = zlib.decompressobj(-15)
+        if self._healing and b"\x00" in message:
+            self.bad.append("inflate_lost")
         return message
 
-    def hole(self) -> None:
-        """Bytes were lost: wait for a frame, and never trust a shared window again."""
-        self._buffer = b""
-        self._skip = 0
+    def _lose_window(self) -> None:
+        self._healing = self._takeover
+        unknown = bytes(WINDOW_BYTES) if self._takeover else b""
+        self._inflate = zlib.decompressobj(-15, zdict=unknown)
+
+    def _break(self) -> None:
+        """The message being read is lost, and with it what a shared window would have of it."""
         self._fragments, self._fragment_bytes = [], 0
+        self._broken = True
+        self._lose_window()
+
+    def _lose_sync(self) -> None:
+        self._break()
+        self._parts, self._size, self._need = [], 0, 2
+        self._skip = 0
         self._synced = False
-        self._inflate_lost = self._deflate and self._takeover
+
+    def hole(self, count: int) -> None:
+        """Step over lost bytes: within a frame by its length, else to where one seems to begin."""
+        if self._skip >= count:
+            self._skip -= count
+        elif self._synced and self._size >= 2 and self._need - self._size >= count:
+            left = self._need - self._size - count
+            self._break()
+            self._parts, self._size, self._need = [], 0, 2
+            self._skip = left
+        else:
+            self._lose_sync()
+
+
+def _lengths(data: bytes, at: int) -> tuple[int, int]:
+    """Where a frame's payload begins and how long it is (RFC 6455 5.2).
+
+    Where the head is not all there, a length such that the whole lies behind the data's end.
+    """
+    second = data[at + 1]
+    length = second & 0x7F
+    start = at + 2
+    if length > 125:
+        octets = 2 if length == 126 else 8
+        head = data[start : start + octets]
+        length = int.from_bytes(head) if len(head) == octets else 0
+        start += octets
+    return start + 4 if second & 0x80 else start, length
 
 
 class WebSocket:
@@ -182,27 +235,27 @@ class WebSocket:
         self._upgrade = upgrade
         self._headers = headers
         interest = upgrade.interest
-        self._turn_ends = interest.turn_ends if interest is not None and interest.keep else None
+        self._wanted = interest is not None and interest.keep
+        self._turn_ends = interest.turn_ends if interest is not None else None
         extensions = (header(headers, "sec-websocket-extensions") or "").lower()
-        deflate = "permessage-deflate" in extensions
         self._readers = {
-            Direction.SENT: _Reader(deflate, "client_no_context_takeover" not in extensions, True),
-            Direction.RECEIVED: _Reader(
-                deflate, "server_no_context_takeover" not in extensions, False
-            ),
+            Direction.SENT: _Reader("client_no_context_takeover" not in extensions, True),
+            Direction.RECEIVED: _Reader("server_no_context_takeover" not in extensions, False),
         }
         self._client: deque[tuple[bytes, int]] = deque(maxlen=CLIENT_MESSAGES_MAX)
         self._client_bytes = 0
+        # Client messages to come until those that stood beside a lost one are no longer kept.
+        self._client_doubt = 0
         self._client_since_ns: int | None = None
         self._server: list[bytes] = []
         self._server_bytes = 0
         self._dropped_bytes = 0
         self._first_ns: int | None = None
-        self._gapped = False
+        self._gapped = upgrade.gapped
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the turns they ended."""
-        if self._turn_ends is None or not data:
+        if not self._wanted or not data:
             return []
         reader = self._readers[direction]
         messages = reader.feed(data)
@@ -216,24 +269,27 @@ class WebSocket:
                 self._said_by_client(message, at_ns)
             else:
                 self._said_by_server(message, at_ns)
-                if self._turn_ends(message):
+                if self._turn_ends is not None and self._turn_ends(message):
                     done.append(self._turn(at_ns, Outcome.COMPLETE))
         return done
 
-    def hole(self, direction: Direction) -> None:
+    def hole(self, direction: Direction, count: int) -> None:
         """Bytes of one direction were lost."""
         self._gapped = True
-        self._readers[direction].hole()
+        if direction is Direction.SENT:
+            self._client_doubt = CLIENT_MESSAGES_MAX
+        self._readers[direction].hole(count)
 
     def close(self, at_ns: int) -> list[Exchange]:
         """The socket ended; a turn in which the server had spoken is aborted."""
-        if not self._server or self._turn_ends is None:
+        if not self._server:
             return []
         return [self._turn(at_ns, Outcome.ABORTED)]
 
     def _said_by_client(self, message: bytes, at_ns: int) -> None:
         if self._client_since_ns is None:
             self._client_since_ns = at_ns
+        self._client_doubt = max(0, self._client_doubt - 1)
         if len(self._client) == CLIENT_MESSAGES_MAX:
             self._client_bytes -= len(self._client[0][0])
         self._client.append((message, at_ns))
@@ -253,6 +309,11 @@ class WebSocket:
             self._server_bytes -= let_go
             self._dropped_bytes += let_go
 
+    def _said(self) -> Body:
+        """The client's recent messages; whole when none of those was lost."""
+        known = self._client_doubt == 0
+        return Body((_lines([m for m, _ in self._client]),), known, 0, 0 if known else None)
+
     def _turn(self, at_ns: int, outcome: Outcome) -> Exchange:
         started_ns = self._client_since_ns or self._first_ns or at_ns
         response = _lines(self._server)
@@ -260,9 +321,7 @@ class WebSocket:
             id=self._context.next_id(),
             connection=self._context.connection,
             protocol=Protocol.WEBSOCKET,
-            request=replace(
-                self._upgrade.request, body=Body((_lines([m for m, _ in self._client]),))
-            ),
+            request=replace(self._upgrade.request, body=self._said()),
             response=Response(
                 self._upgrade.status,
                 self._headers,

@@ -1,0 +1,241 @@
+"""Bodies: content codings, holes in them, and what is kept of large ones."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import tracemalloc
+import zlib
+
+import brotli
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halton_meter.model import Body
+from halton_meter.wire.body import (
+    HEAD_BYTES_MAX,
+    PIECES_MAX,
+    RESPONSE_WHOLE_BYTES_MAX,
+    TAIL_BYTES_MAX,
+    BodyCollector,
+)
+
+from .conftest import bytewise, split_by, whole
+
+TEXT = b'{"messages":[' + b",".join(b'{"n":%d}' % n for n in range(3000)) + b'],"usage":{"t":7}}'
+
+
+def raw_deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(data) + compressor.flush()
+
+
+CODED = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "GZip ": gzip.compress,
+    "deflate": zlib.compress,
+    "br": lambda data: brotli.compress(data, quality=5),
+    "zstd": zstandard.ZstdCompressor().compress,
+    "identity": lambda data: data,
+    "gzip, br": lambda data: brotli.compress(gzip.compress(data), quality=5),
+    "deflate, gzip": lambda data: gzip.compress(zlib.compress(data)),
+}
+CUTS = {"whole": whole, "bytewise": bytewise, "split": split_by(random.Random(3))}
+
+
+def collect(parts: list[bytes], coding: str | None = None, complete: bool = True) -> Body:
+    collector = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+    for part in parts:
+        collector.add(part)
+    return collector.finish(complete)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("coding", CODED)
+def test_every_coding_is_taken_off(coding, cut):
+    body = collect(CUTS[cut](CODED[coding](TEXT)), coding)
+    assert body == Body((TEXT,))
+    assert body.whole
+
+
+def test_raw_deflate_gzip_members_and_zstd_frames_in_a_row():
+    assert collect([raw_deflate(TEXT)], "deflate") == Body((TEXT,))
+    assert collect([gzip.compress(b"one,") + gzip.compress(b"two")], "gzip") == Body((b"one,two",))
+    compress = zstandard.ZstdCompressor().compress
+    assert collect([compress(b"one,") + compress(b"two")], "zstd") == Body((b"one,two",))
+
+
+def test_a_stream_flushed_event_by_event_decodes_without_its_end():
+    compressor = zlib.compressobj(wbits=31)
+    parts = [
+        compressor.compress(b"data: %d\n\n" % n) + compressor.flush(zlib.Z_SYNC_FLUSH)
+        for n in range(50)
+    ]
+    body = collect(parts, "gzip", complete=False)
+    assert body.joined() == b"".join(b"data: %d\n\n" % n for n in range(50))
+    assert not body.complete
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+def test_a_coded_body_cut_off_gives_what_it_can_and_says_so(coding):
+    noise = random.Random(1).randbytes(200_000).hex().encode()
+    coded = CODED[coding](noise)
+    for complete in (True, False):
+        body = collect([coded[: len(coded) // 2]], coding, complete)
+        assert not body.complete
+        assert noise.startswith(body.joined())
+        assert len(body.joined()) > len(noise) // 4
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "gzip, br"])
+@pytest.mark.parametrize("text", [TEXT, b"data: {}\n\n", b'[{"a":1}]', b"event: x\ndata: 1\n\n"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_body_already_decoded_beside_its_header_is_taken_as_it_is(coding, text, cut):
+    body = collect(CUTS[cut](text), coding)
+    assert body.joined() == text
+    assert body.complete
+
+
+@pytest.mark.parametrize("coding", ["compress", "gzip, unknown", "gzip," * 9])
+def test_an_unknown_coding_leaves_the_bytes(coding):
+    assert collect([b"\x1f\x9dabc"], coding) == Body((b"\x1f\x9dabc",))
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+def test_a_hole_in_a_coded_body_keeps_what_was_before_it(coding):
+    noise = random.Random(1).randbytes(300_000).hex().encode()
+    coded = CODED[coding](noise)
+    collector = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+    collector.add(coded[:200_000])
+    collector.lose(100)
+    collector.add(coded[200_100:])
+    body = collector.finish(True)
+    assert not body.complete
+    assert body.lost_bytes is None
+    assert noise.startswith(body.joined())
+    assert body.joined()
+
+
+def test_a_hole_parts_the_pieces_and_its_size_is_known():
+    collector = BodyCollector(None, RESPONSE_WHOLE_BYTES_MAX)
+    for part in (b"a", b"b"):
+        collector.add(part)
+    collector.lose(5)
+    collector.lose(6)
+    collector.add(b"c")
+    body = collector.finish(True)
+    assert body == Body((b"ab", b"c"), False, 0, 11)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        ("gzip", lambda n: gzip.compress(bytes(n))),
+        ("zstd", lambda n: zstandard.ZstdCompressor().compress(bytes(n))),
+        ("br", lambda n: brotli.compress(bytes(n), quality=5)),
+    ],
+    ids=lambda bomb: bomb[0],
+)
+def test_a_decompression_bomb_stays_small(bomb):
+    coding, make = bomb
+    coded = make(64 << 20)
+    assert len(coded) < 1 << 20
+    tracemalloc.start()
+    body = collect([coded], coding)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * RESPONSE_WHOLE_BYTES_MAX
+    assert len(body.joined()) < RESPONSE_WHOLE_BYTES_MAX
+    assert len(body.joined()) + body.dropped_bytes == 64 << 20
+    assert not body.complete
+
+
+def test_decoding_stops_at_its_limit(monkeypatch):
+    monkeypatch.setattr("halton_meter.wire.body.DECODED_BYTES_MAX", 20 << 20)
+    collector = BodyCollector("gzip", 1 << 20)
+    for _ in range(4):
+        collector.add(gzip.compress(bytes(8 << 20)))
+    body = collector.finish(True)
+    assert collector.failed_decoding
+    assert not body.complete
+
+
+def test_a_200_mb_stream_costs_no_more_than_a_large_one():
+    part = b"data: " + b"x" * 16_370 + b"\n\n"
+    collector = BodyCollector(None, RESPONSE_WHOLE_BYTES_MAX)
+    collector.add(b"the start;" + part)
+    tracemalloc.start()
+    count = (200 << 20) // len(part)
+    for _ in range(count):
+        collector.add(b"" + part[:-1] + b"\n")  # bytes of its own each, as from a socket
+    collector.add(b";the end")
+    body = collector.finish(True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * RESPONSE_WHOLE_BYTES_MAX
+    assert body.pieces[0].startswith(b"the start;")
+    assert body.pieces[-1].endswith(b";the end")
+    assert len(body.pieces[0]) == HEAD_BYTES_MAX
+    assert len(body.joined()) <= HEAD_BYTES_MAX + 2 * TAIL_BYTES_MAX
+    kept = len(body.joined())
+    assert kept + body.dropped_bytes == len(part) * (count + 1) + 18
+    assert not body.whole
+
+
+def test_holes_in_the_kept_tail_stay_holes():
+    collector = BodyCollector(None, 4 << 20)
+    collector.add(b"a" * (5 << 20))
+    collector.lose(9)
+    collector.add(b"b" * 10)
+    collector.lose(9)
+    collector.add(b"c" * 10)
+    body = collector.finish(True)
+    assert body.pieces[-2:] == (b"b" * 10, b"c" * 10)
+    assert body.lost_bytes == 18
+
+
+def test_tiny_parts_and_many_holes_are_bounded():
+    collector = BodyCollector(None, RESPONSE_WHOLE_BYTES_MAX)
+    tracemalloc.start()
+    for number in range(60_000):
+        collector.add(b"%d," % number)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 << 20
+    for _ in range(3 * PIECES_MAX):
+        collector.lose(1)
+        collector.add(b"x")
+    body = collector.finish(True)
+    assert len(body.pieces) <= PIECES_MAX + 1
+    assert body.dropped_bytes > 0
+    assert body.pieces[0].startswith(b"0,1,2,")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([*CODED, "br, gzip", "zstd, br"]),
+    st.lists(st.one_of(st.binary(max_size=200), st.none(), st.integers(0, 99)), max_size=20),
+    st.booleans(),
+)
+def test_any_bytes_under_any_coding(coding, steps, complete):
+    collector = BodyCollector(coding, 1000)
+    for step in steps:
+        if isinstance(step, bytes):
+            collector.add(step)
+        else:
+            collector.lose(step)
+    collector.ends_with_any((b"data: [DONE]",))
+    body = collector.finish(complete)
+    assert body.complete <= complete
+    assert all(body.pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["gzip", "deflate", "br", "zstd"]), st.integers(0, 400), st.integers(0, 255))
+def test_a_coded_body_with_a_wrong_byte_never_raises(coding, at, value):
+    coded = bytearray(CODED[coding](TEXT))
+    coded[at % len(coded)] = value
+    collect([bytes(coded)], coding)
