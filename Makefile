@@ -16,7 +16,7 @@ TEST_COMMANDS := tshark clang curl node npm go ip
 TEST_PACKAGES := tshark clang llvm libbpf1 curl nodejs npm golang-go iproute2 \
 	python3-bpfcc linux-headers-amd64 procps
 
-.PHONY: demo test setup setup-test lint unit kernel lab bench clean
+.PHONY: demo test setup setup-test lint unit kernel lab clients bench clean
 
 demo: setup
 	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
@@ -56,7 +56,11 @@ kernel: setup-test
 	$(BIN)/python -m pytest -m "kernel" tests
 
 lab: setup-test
-	$(BIN)/python -m pytest -m "lab and not kernel" tests
+	$(BIN)/python -m pytest -m "lab and not kernel and not slow" tests
+
+# The real binaries of npm and PyPI (Bun, Claude Code, opencode, grpcio): long downloads.
+clients: setup-test
+	$(BIN)/python -m pytest -m "lab and slow" tests
 
 bench: setup-test
 	$(BIN)/python -m bench

@@ -27,8 +27,6 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("halton_meter.cli.service:start", "Install and start the background service."),
     "stop": ("halton_meter.cli.service:stop", "Stop the background service."),
     "status": ("halton_meter.cli.status:status", "Health, coverage per process, losses."),
-    "init": ("halton_meter.cli.init:init", "Set up metering through the local proxy."),
-    "uninstall": ("halton_meter.cli.init:uninstall", "Undo everything that init changed."),
 }
 
 
