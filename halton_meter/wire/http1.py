@@ -638,7 +638,7 @@ class _Received(_Side):
         status = int(match.group(1)) if match is not None else None
         if status is not None and 100 <= status < 200 and status != 101:
             return "interim"
-        transaction = self.now = self._owner.answered(at_ns)
+        transaction = self.now = self._owner.answered(at_ns, match is not None)
         if match is None:
             transaction.gapped = True
             if not fields:
@@ -707,6 +707,8 @@ class Http1:
         self.pending: deque[Transaction] = deque()
         self.at_ns = 0
         self.upgraded: tuple[Transaction, Headers] | None = None
+        # An answer without a head was given to the oldest request behind a hole.
+        self._guessed = False
         self._done: list[Exchange] = []
         self._early: dict[Direction, list[tuple[bytes, int]]] = {way: [] for way in Direction}
         self._early_bytes = 0
@@ -819,7 +821,7 @@ class Http1:
 
     def may_answer(self) -> bool:
         """A response whose request has not been delivered yet waits for it, within bounds."""
-        return bool(self.pending) or self._requests_lost
+        return self._requests_lost or any(t.first_byte_ns is None for t in self.pending)
 
     def request_begins(self) -> bool:
         """A request's head was found: it ends what cannot be framed on the other side.
@@ -853,11 +855,12 @@ class Http1:
         self.pending.append(transaction)
         return transaction
 
-    def answered(self, at_ns: int) -> Transaction:
+    def answered(self, at_ns: int, headed: bool) -> Transaction:
         """The transaction that a response belongs to: the oldest without an answer.
 
-        Behind a hole that may have hidden answers it is the newest, unless this client is known to
-        pipeline: others wait for an answer before they ask again.
+        Behind a hole that may have hidden answers the first head belongs to the newest, unless this
+        client is known to pipeline: others wait for an answer before they ask again. What has no
+        head began in the hole and stays the oldest's.
         """
         waiting = [t for t in self.pending if t.first_byte_ns is None]
         if not waiting:
@@ -867,7 +870,12 @@ class Http1:
             return transaction
         if len(waiting) > 1 and not self._answers_lost:
             self._pipelines = True
+        elif self._answers_lost and not headed:
+            self._guessed = True
+            return waiting[0]
         elif self._answers_lost:
+            waiting[-1].gapped |= self._guessed or self._requests_lost
+            self._guessed = False
             for transaction in waiting if self._pipelines else waiting[:-1]:
                 transaction.gapped = True
             while len(waiting) > 1 and not self._pipelines:

@@ -51,12 +51,15 @@ class Conversation:
     def receive(self, chunk: TlsChunk) -> list[Exchange]:
         """Take one chunk; return the exchanges that it finished."""
         direction, data, offset, length = chunk.direction, chunk.data, chunk.offset, chunk.length
+        end = offset + length
         if direction is Direction.SENT:
             expected = self._expected_sent
-            self._expected_sent = max(expected, offset + length)
+            if end > expected:
+                self._expected_sent = end
         else:
             expected = self._expected_received
-            self._expected_received = max(expected, offset + length)
+            if end > expected:
+                self._expected_received = end
         if (offset == expected or expected < 0) and len(data) == length:
             return self._feed(direction, data, chunk.at_ns) if data else []
         return self._receive_damaged(chunk, offset if expected < 0 else expected)

@@ -185,7 +185,8 @@ class Transaction:
     def _outcome(self) -> Outcome:
         if self.gapped:
             return Outcome.GAPPED
-        return Outcome.COMPLETE if self.response_done else Outcome.ABORTED
+        whole = self.response_done and self.request_done
+        return Outcome.COMPLETE if whole else Outcome.ABORTED
 
     def _finished_request(self) -> Request:
         request = self.request

@@ -185,6 +185,7 @@ def test_an_error_that_comes_before_the_request_is_through(deliver):
     refused = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
     found = deliver([(SENT, head + b"a" * 40), (RECEIVED, refused)]).only
     assert found.response.status == 413
+    assert found.outcome is Outcome.ABORTED
     assert found.response.body.whole
     assert not found.request.body.complete
 
@@ -194,6 +195,13 @@ def test_the_answer_delivered_before_the_request(deliver):
     assert [e.request.path for e in found] == ["/v1/models", "/v1/messages"]
     assert [e.outcome for e in found] == [Outcome.COMPLETE] * 2
     assert found[1].response.body.joined() == b"".join(EVENTS)
+
+
+def test_two_answers_delivered_before_the_end_of_the_first_request(deliver):
+    script = [(SENT, POST[:-5]), (RECEIVED, STREAM + OK), (SENT, POST[-5:] + GET)]
+    found = deliver(script).exchanges
+    assert [e.request.path for e in found] == ["/v1/messages", "/v1/models"]
+    assert [e.outcome for e in found] == [Outcome.COMPLETE] * 2
 
 
 def test_an_answer_whose_request_never_comes(deliver):
