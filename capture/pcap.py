@@ -138,7 +138,9 @@ class PcapSource:
         self._wanted = wanted
         self._progress = progress
         self._keys = KeyLog()
-        self._private = PrivateKeyLog()
+        # The secrets as a file exist only while `items` runs; until then they wait in memory.
+        self._private: PrivateKeyLog | None = None
+        self._secrets_waiting: list[bytes] = []
         self._ready: queue.Queue[TlsChunk | TlsClosed | BaseException | None] = queue.Queue(
             READY_MAX
         )
@@ -157,6 +159,17 @@ class PcapSource:
         Raises `capture.tshark.TsharkMissing`. Stopping early ends tshark as well.
         """
         find_tshark()
+        private = PrivateKeyLog()
+        try:
+            for text in self._secrets_waiting:
+                private.add(text)
+            self._secrets_waiting.clear()
+            self._private = private
+            yield from self._fed()
+        finally:
+            private.close()
+
+    def _fed(self) -> Iterator[TlsChunk | TlsClosed]:
         feeder = threading.Thread(target=self._feed, name="captures", daemon=True)
         feeder.start()
         try:
@@ -173,7 +186,6 @@ class PcapSource:
                     continue
             for decryptor in self._decryptors:
                 decryptor.kill()
-            self._private.close()
 
     # --- the feeding thread ---------------------------------------------------------------------
 
@@ -230,8 +242,10 @@ class PcapSource:
 
     def _add_secrets(self, text: bytes) -> int:
         found = self._keys.add(text)
-        if found:
+        if found and self._private is not None:
             self._private.add(text)
+        elif found:
+            self._secrets_waiting.append(text)
         return found
 
     # --- what TCP tells (capture.tcp.Listener) ---------------------------------------------------
@@ -567,6 +581,7 @@ class PcapSource:
         if conversation.decryptor is None:
             newest = self._decryptors[-1] if self._decryptors else None
             if newest is None or newest.fed_bytes > TSHARK_BYTES_MAX:
+                assert self._private is not None  # made before the feeder starts
                 newest = Decryptor(self._keys, self._private.path, self._ready.put)
                 self._decryptors.append(newest)
             newest.open_connections += 1

@@ -391,3 +391,37 @@ def test_stopping_early_leaves_no_tshark_behind(
     assert [process.returncode is not None for process in started] == [True]
     with pytest.raises(ProcessLookupError):
         os.kill(started[0].pid, 0)
+
+
+def test_secrets_are_on_disk_only_while_captures_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recording()
+    capture = write(tmp_path / "a.pcap", pcap(given.packets))
+    keys = write(tmp_path / "keys.log", given.secrets.encode())
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    source = PcapSource([capture], [keys])
+    assert list(scratch.iterdir()) == []
+    items = source.items()
+    next(items)
+    (folder,) = scratch.iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+    items.close()
+    assert list(scratch.iterdir()) == []
+
+
+def test_without_tshark_no_secrets_are_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recording()
+    capture = write(tmp_path / "a.pcap", pcap(given.packets))
+    keys = write(tmp_path / "keys.log", given.secrets.encode())
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(tshark.TsharkMissing):
+        list(PcapSource([capture], [keys]).items())
+    assert list(scratch.iterdir()) == []
