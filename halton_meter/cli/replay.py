@@ -7,7 +7,9 @@ file finds the files, prints, and decides the exit code: 0 done; 1 something cou
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import os
 import shlex
 import sys
@@ -34,6 +36,8 @@ PROGRESS_BYTES_MIN = 20 << 20
 STORE_BATCH = 500
 # How long the database may be busy with another process before events stay in the journal.
 STORE_WAIT_SECONDS = 10.0
+# What is read of each end of a capture to tell it from others.
+IDENTITY_BYTES = 64 << 10
 # Host names named one by one in a message.
 HOSTS_SHOWN = 8
 
@@ -176,10 +180,9 @@ class Output:
             return
         if self._began:
             click.echo()
-        click.echo(
-            f"{summary.events:,} events in {findings.files} file{'s' * (findings.files != 1)}: "
-            f"${usd_text(summary.total_usd)} at list prices"
-        )
+        events = f"{summary.events:,} event{'s' * (summary.events != 1)}"
+        files = f"{findings.files} file{'s' * (findings.files != 1)}"
+        click.echo(f"{events} in {files}: ${usd_text(summary.total_usd)} at list prices")
         if summary.unpriced:
             click.echo(
                 f"  {summary.unpriced:,} unpriced: no price is known, they are not in the sum"
@@ -244,6 +247,7 @@ class Replay:
         self._job = job
         self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
         self._progress = Progress(sum(path.stat().st_size for path in files), job.quiet)
+        self._files = files
         self._source = PcapSource(files, job.keys, self._is_wanted, self._progress)
         self._source.findings.errors += errors
         self._output, self._summary = Output(job.as_json, job.quiet), Summary()
@@ -290,8 +294,9 @@ class Replay:
         if self._store is None:
             return
         self._store.append(self._waiting)
+        key = _identity(self._files)
         for cause, count in losses.items():
-            self._store.count_loss(cause, count, self._source.findings.last_ns)
+            self._store.count_loss(cause, count, self._source.findings.last_ns, key)
         done = self._store.flush(wait_seconds=STORE_WAIT_SECONDS)
         self._store.close()
         if done.waiting:
@@ -300,6 +305,24 @@ class Replay:
                 "They are added when it is next possible.",
                 err=True,
             )
+
+
+def _identity(files: Iterable[Path]) -> str:
+    """The same for the same captures wherever they lie: a second replay must not count twice.
+
+    Sizes and both ends tell captures apart (times and TLS randoms stand there) without reading a
+    large file a second time.
+    """
+    parts = []
+    for file in files:
+        with contextlib.suppress(OSError), file.open("rb") as capture:
+            size = capture.seek(0, os.SEEK_END)
+            capture.seek(0)
+            first = capture.read(IDENTITY_BYTES)
+            capture.seek(max(0, size - IDENTITY_BYTES))
+            parts.append(b"%d:" % size + first + capture.read(IDENTITY_BYTES))
+    digests = sorted(hashlib.blake2b(part, digest_size=16).digest() for part in parts)
+    return f"replay:{hashlib.blake2b(b''.join(digests), digest_size=16).hexdigest()}"
 
 
 def _open_store(home: Path) -> Store:

@@ -1,0 +1,142 @@
+"""`halton-meter replay` as a person or a script calls it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from halton_meter.cli import main
+from tests.recorder.packets import pcap, write
+from tests.recorder.relay import record
+from tests.recorder.scenarios import every
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
+PLAIN = FIXTURES / "anthropic_message.pcapng"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("HALTON_METER_HOME", str(folder))
+    return folder
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["replay", *map(str, arguments)])
+
+
+def events(result: Result) -> list[dict[str, object]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_json_is_one_contract_object_a_line() -> None:
+    result = call(PLAIN, "--json")
+    assert result.exit_code == 0
+    (event,) = events(result)
+    assert event["provider"] == "anthropic"
+    assert event["source"] == "pcap"
+    assert event["list_usd"] == "0.002655"
+    assert event["pid"] is None
+
+
+def test_the_table_ends_in_a_sum() -> None:
+    result = call(PLAIN)
+    assert result.exit_code == 0
+    assert "claude-sonnet-4-5-20250929" in result.stdout
+    assert "1 event in 1 file: $0.002655 at list prices" in result.stdout
+
+
+def test_quiet_prints_the_sum_only() -> None:
+    result = call(PLAIN, "--quiet")
+    assert result.stdout == "1 event in 1 file: $0.002655 at list prices\n"
+
+
+def test_gaps_and_losses_are_shown() -> None:
+    result = call(FIXTURES / "anthropic_stream_hole.pcapng")
+    assert "1 with gaps, 0 cut off" in result.stdout
+    assert "tcp bytes missing" in result.stdout
+
+
+def test_folders_and_patterns(tmp_path: Path) -> None:
+    for name in ("one.pcapng", "deep/two.pcapng", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PLAIN, tmp_path / name)
+    # The same exchange in two files is one event.
+    assert len(events(call(tmp_path, "--json"))) == 1
+    assert "in 2 files" in call(tmp_path).stdout
+    assert "in 1 file" in call(f"{tmp_path}/o*.pcapng").stdout
+
+
+def test_a_file_that_is_no_capture_fails_and_the_others_are_read(tmp_path: Path) -> None:
+    text = write(tmp_path / "notes.txt", b"nothing")
+    result = call(text, PLAIN, "--json")
+    assert result.exit_code == 1
+    assert len(events(result)) == 1
+    assert f"Error: {text}: does not start like a pcap or pcapng file" in result.stderr
+
+
+def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
+    result = call(tmp_path / "nothing.pcap")
+    assert result.exit_code == 1
+    assert "no such file" in result.stderr
+    result = call(tmp_path)
+    assert result.exit_code == 1
+    assert "no captures (.pcap, .pcapng, .cap) in this folder" in result.stderr
+
+
+def test_wrong_usage_is_2() -> None:
+    assert call().exit_code == 2
+    assert call(PLAIN, "--keys", "/nonexistent/keys.log").exit_code == 2
+
+
+def test_without_keys_it_names_the_host_and_the_command(tmp_path: Path) -> None:
+    talk = next(s for s in every() if s.name == "anthropic_message").talks[0]
+    given = record(talk.host, talk.steps)
+    capture = write(tmp_path / "no keys.pcap", pcap(given.packets))
+    keys = write(tmp_path / "keys.log", given.secrets.encode())
+    result = call(capture)
+    assert result.exit_code == 1
+    assert "1 encrypted connection without keys, to api.anthropic.com." in result.stderr
+    assert f"halton-meter replay '{capture}' --keys sslkeys.log" in result.stderr
+    assert len(events(call(capture, "--keys", keys, "--json"))) == 1
+
+
+def test_stored_events_can_be_listed_and_twice_is_once(home: Path) -> None:
+    for _ in range(2):
+        assert call(PLAIN, "--store", "--project", "harbour").exit_code == 0
+    listed = CliRunner().invoke(main, ["events", "--since", "2020-01-01", "--json"])
+    (event,) = events(listed)
+    assert (event["project"], event["list_usd"]) == ("harbour", "0.002655")
+
+
+def test_nothing_is_stored_unless_asked(home: Path) -> None:
+    assert call(PLAIN).exit_code == 0
+    assert not home.exists()
+
+
+def test_without_tshark_it_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    result = call(PLAIN)
+    assert result.exit_code == 1
+    assert "sudo apt install tshark" in result.stderr
+
+
+def test_replaying_again_counts_its_losses_once(home: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.pcapng"
+    shutil.copy(FIXTURES / "anthropic_stream_hole.pcapng", moved)
+    call(FIXTURES / "anthropic_stream_hole.pcapng", "--store")
+    once = report_of(home)
+    call(moved, "--store")
+    assert once["coverage"]["losses"]
+    assert report_of(home)["coverage"]["losses"] == once["coverage"]["losses"]
+
+
+def report_of(home: Path) -> dict[str, dict[str, object]]:
+    result = CliRunner().invoke(main, ["report", "--json", "--since", "2020-01-01"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, dict[str, object]] = json.loads(result.stdout)
+    return found
