@@ -1,1 +1,1 @@
-"""TODO."""
+"""Sources of plaintext: packet captures (`pcap.py`) and uprobes (`uprobe.py`)."""
