@@ -17,7 +17,9 @@ from dataclasses import replace
 
 from halton_meter import providers
 from halton_meter.model import (
+    Certainty,
     Exchange,
+    Outcome,
     PricedEvent,
     Process,
     Request,
@@ -57,7 +59,7 @@ class Meter:
         self._attribute = attribute
         self._registry = registry if registry is not None else providers.Registry()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
-        self._pending_by_event: OrderedDict[str, bool] = OrderedDict()
+        self._rank_by_event: OrderedDict[str, int] = OrderedDict()
         self._losses: Counter[str] = Counter()
 
     @property
@@ -137,12 +139,21 @@ class Meter:
         return replace(usage, project=usage.project or project, git_branch=git_branch)
 
     def _is_repeat(self, usage: UsageEvent) -> bool:
-        """True for an id already given out; an answer replaces its own "pending" sighting."""
-        pending = usage.free == "pending"
-        known = self._pending_by_event.get(usage.id)
-        if known is not None and (pending or not known):
+        """True for an id already given out, unless this sighting knows more than that one did."""
+        rank = _rank(usage)
+        known = self._rank_by_event.get(usage.id)
+        if known is not None and rank <= known:
             return True
-        self._pending_by_event[usage.id] = pending
-        if len(self._pending_by_event) > EVENTS_REMEMBERED_MAX:
-            self._pending_by_event.popitem(last=False)
+        self._rank_by_event[usage.id] = rank
+        if len(self._rank_by_event) > EVENTS_REMEMBERED_MAX:
+            self._rank_by_event.popitem(last=False)
         return False
+
+
+def _rank(usage: UsageEvent) -> int:
+    """How much a sighting knows; the same order as the store's, which replaces the lesser one."""
+    return (
+        4 * (usage.free != "pending")
+        + 2 * (usage.outcome is Outcome.COMPLETE)
+        + (usage.certainty is Certainty.REPORTED)
+    )
