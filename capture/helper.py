@@ -1,9 +1,9 @@
 """The root helper: attaches the probes, drains the ring, reads /proc, writes frames to a socket.
 
-Run as `python -m capture.helper --fd N` by `uprobe.spawn_helper`, with the scope as its first
-command. It parses no plaintext and keeps none: ring records go from the kernel's memory to the
-socket as they are. It never queues: when the reader is slow it leaves the ring to fill, and the
-kernel counts, stream by stream, what no longer fits. It ends when the socket does, and with it
+Started by `uprobe.spawn_helper` with a socket's descriptor as its argument and the scope as its
+first command. It parses no plaintext and keeps none: ring records go from the kernel's memory to
+the socket as they are. It never queues: when the reader is slow it leaves the ring to fill, and
+the kernel counts, stream by stream, what no longer fits. It ends when the socket does, and with it
 every probe. Standard library only; memory and start-up time are why.
 """
 

@@ -167,6 +167,10 @@ def _missing_loaders() -> list[Problem]:
     return []
 
 
+# Python's own BLAKE2 serves; through _hashlib the helper would map libcrypto, 4 MB of it resident.
+_HELPER = "import sys; sys.modules['_hashlib'] = None; from capture.helper import main; main()"
+
+
 def spawn_helper(
     scope: Scope,
     hosts: Iterable[str],
@@ -187,7 +191,7 @@ def spawn_helper(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         helper = subprocess.Popen(
-            [sys.executable, "-I", "-m", "capture.helper", "--fd", str(theirs.fileno())],
+            [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             cwd="/",

@@ -43,10 +43,6 @@ FINISH_S_MAX = 20.0
 LINE_BYTES_MAX = 4 << 20
 ENVIRONMENT_BYTES_MAX = 4 << 20
 
-# The kernel's ring: over a second of the fastest traffic seen (1,000 exchanges a second), for the
-# times when a loaded machine keeps the helper waiting.
-RING_BYTES = 8 << 20
-
 NOT_FOUND, NOT_RUNNABLE = 127, 126
 
 
@@ -217,9 +213,7 @@ class Pair:
 
         self.started = time.monotonic()
         self._heard = bytearray()
-        link = spawn_helper(
-            plan.scope(), plan.hosts, loader=plan.config.loader, ring_bytes=RING_BYTES
-        )
+        link = spawn_helper(plan.scope(), plan.hosts, loader=plan.config.loader)
         with link:
             self._process = self._start(plan.account, job, link)
         assert self._process.stdin is not None

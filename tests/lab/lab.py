@@ -25,6 +25,7 @@ from .authority import make_authority
 
 START_SECONDS_MAX = 30.0
 SETTLE_SECONDS_MAX = 10.0
+FIRST_UID = 100_000_000
 _PACKAGE_ROOT = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]
 _KEYS = ("ANTHROPIC", "OPENAI", "GROQ", "GEMINI", "XAI")
 
@@ -45,8 +46,10 @@ class Lab:
     def __init__(self, paths: Sequence[Path] = ()) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self.folder.chmod(0o755)
-        self.user = User("labrat", 4242, 4242, self.folder / "home" / "labrat")
-        self.other = User("labmouse", 4243, 4243, self.folder / "home" / "labmouse")
+        # Each lab has users of its own: a meter in one must not see the clients of another.
+        uid = FIRST_UID + 2 * os.getpid()
+        self.user = User("labrat", uid, uid, self.folder / "home" / "labrat")
+        self.other = User("labmouse", uid + 1, uid + 1, self.folder / "home" / "labmouse")
         self._paths = [Path(sys.base_prefix), Path(sys.prefix), _PACKAGE_ROOT, *paths]
         self._init: subprocess.Popen[bytes] | None = None
 

@@ -107,13 +107,6 @@ def test_curl_parallel_streams_on_one_connection(bench: Bench) -> None:
     assert {event["pid"] for event in seen.events} == {seen.pid}
 
 
-def test_five_thousand_exchanges_none_missing_none_double(bench: Bench) -> None:
-    argv = [bench.python, str(CLIENTS / "many.py"), "5000", "8"]
-    seen = bench.observe(argv, seconds=120)
-    assert len(set(json.loads(seen.output))) == 5000
-    assert_metered(seen.served, seen.events)
-
-
 def test_large_requests_and_answers(bench: Bench) -> None:
     body = json.dumps(
         {
@@ -197,3 +190,10 @@ def test_the_report_counts_what_the_store_holds(bench: Bench) -> None:
     assert report["totals"]["requests"] == len(events)
     counted = {group["key"]: group["requests"] for group in report["groups"]}
     assert counted == Counter(event["provider"] for event in events)
+
+
+def test_five_thousand_exchanges_none_missing_none_double(bench: Bench) -> None:
+    argv = [bench.python, str(CLIENTS / "many.py"), "5000", "8"]
+    seen = bench.observe(argv, seconds=120)
+    assert len(set(json.loads(seen.output))) == 5000
+    assert_metered(seen.served, seen.events)
