@@ -1,5 +1,5 @@
-// A client of crypto/tls: posts three times to its first argument, trusting the CA file in $CA.
-// A second argument asks for HTTP/2.
+// A client of crypto/tls: posts $BODY three times to its first argument, trusting the CA file in
+// $CA. A second argument asks for HTTP/2.
 package main
 
 import (
@@ -28,15 +28,19 @@ func main() {
 			return net.Dial(network, address)
 		}
 	}
+	body := os.Getenv("BODY")
+	if body == "" {
+		body = `{"model":"m"}`
+	}
 	client := &http.Client{Transport: transport}
 	for i := 0; i < 3; i++ {
-		response, err := client.Post(os.Args[1], "application/json", strings.NewReader(`{"model":"m"}`))
+		response, err := client.Post(os.Args[1], "application/json", strings.NewReader(body))
 		if err != nil {
 			fmt.Println(err)
 			os.Exit(1)
 		}
-		body, _ := io.ReadAll(response.Body)
+		answer, _ := io.ReadAll(response.Body)
 		response.Body.Close()
-		fmt.Println(response.StatusCode, len(body))
+		fmt.Println(response.StatusCode, len(answer))
 	}
 }
