@@ -29,11 +29,14 @@ from halton_meter.model import (
 from halton_meter.model import Protocol as HttpProtocol
 
 if TYPE_CHECKING:
-    from mitmproxy import http
+    from mitmproxy import http, tls
 
 # Flows being watched at once; more than any person's tools have open.
 FLOWS_MAX = 4096
 _NS = 1_000_000_000
+# In its CONNECT to mitmproxy the edge names the client whose socket it accepted: "127.0.0.1:4711".
+# mitmproxy answers a CONNECT itself, so this header never reaches a provider.
+CLIENT_HEADER = "x-halton-meter-client"
 
 
 class Collector(Protocol):
@@ -53,7 +56,8 @@ class Wiring:
     `wanted` says from a request's head whether its exchange is metered; `kept_headers` and
     `split_target` drop what may carry a credential; `new_collector` takes a Content-Encoding value
     and whether it is a response's; `process_of` names the owner of a client's (address, port);
-    `deliver` takes each finished exchange.
+    `deliver` takes each finished exchange. `refused` is told when a client (None: unknown) would
+    not have our certificate for a host: True when it said so, False when it merely hung up.
     """
 
     wanted: Callable[[Request], bool]
@@ -62,6 +66,7 @@ class Wiring:
     new_collector: Callable[[str | None, bool], Collector]
     process_of: Callable[[tuple[str, int]], Process | None]
     deliver: Callable[[Exchange], None]
+    refused: Callable[[str, Process | None, bool], None] = lambda host, process, said: None
 
 
 class _Watched:
@@ -91,10 +96,28 @@ class MeterAddon:
         self._wiring = wiring
         self._flows: dict[str, _Watched] = {}
         self._connections: dict[str, Connection] = {}
+        self._owners: dict[str, Process | None] = {}
         self._serial = itertools.count(1)
         self.losses: Counter[str] = Counter()
 
     # --- mitmproxy's hooks; their names are its own ---
+
+    def http_connect(self, flow: http.HTTPFlow) -> None:
+        """A client wants a tunnel: find out whose it is while it certainly lives."""
+        try:
+            self._find_owner(flow)
+        except Exception as error:  # nothing that watches may break what is watched
+            self._failed(flow, error)
+
+    def tls_failed_client(self, data: tls.TlsData) -> None:
+        """A client would not have our certificate: the edge lets it pass by us next time."""
+        try:
+            client, server = data.context.client, data.context.server
+            host = client.sni or (server.address[0] if server.address else "")
+            said = "does not trust" in (data.conn.error or "")
+            self._wiring.refused(host.lower(), self._owners.get(client.id), said)
+        except Exception as error:  # as above
+            self.losses[f"addon_{type(error).__name__}"] += 1
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """A request's head: decide, and stream its body past us."""
@@ -121,12 +144,21 @@ class MeterAddon:
     def client_disconnected(self, client: object) -> None:
         """Forget a client's connection."""
         self._connections.pop(str(getattr(client, "id", "")), None)
+        self._owners.pop(str(getattr(client, "id", "")), None)
 
     # --- ours ---
 
     def _failed(self, flow: http.HTTPFlow, error: Exception) -> None:
         self._flows.pop(flow.id, None)
         self.losses[f"addon_{type(error).__name__}"] += 1
+
+    def _find_owner(self, flow: http.HTTPFlow) -> None:
+        client = flow.client_conn
+        address, port = client.peername[0], client.peername[1]
+        named, _, number = flow.request.headers.get(CLIENT_HEADER, "").rpartition(":")
+        if named and number.isdigit():
+            address, port = named, int(number)
+        self._owners[client.id] = self._wiring.process_of((address, port))
 
     def _begin(self, flow: http.HTTPFlow) -> None:
         path, query = self._wiring.split_target(flow.request.path)
@@ -153,10 +185,12 @@ class MeterAddon:
         client = flow.client_conn
         known = self._connections.get(client.id)
         if known is None or known.peer != flow.request.pretty_host.lower():
+            if client.id not in self._owners:  # no CONNECT: a plain HTTP request
+                self._find_owner(flow)
             known = Connection(
                 id=f"proxy/{client.id}/{next(self._serial)}",
                 source=Source.PROXY,
-                process=self._wiring.process_of((client.peername[0], client.peername[1])),
+                process=self._owners[client.id],
                 peer=flow.request.pretty_host.lower(),
                 peer_port=flow.request.port,
             )
