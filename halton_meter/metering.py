@@ -51,7 +51,7 @@ FLUSH_AFTER_S = 30.0
 FLUSH_EVENTS = 20_000
 FLUSH_PRIORITY = 10
 # The alive mark's age bounds how far back a gap must be assumed to start after a crash.
-ALIVE_EVERY_S = 60.0
+ALIVE_EVERY_S = 10.0
 REPORT_EVERY_S = 0.25
 SETTLE_S = 0.5
 
