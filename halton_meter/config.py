@@ -62,6 +62,17 @@ class Config:
         return {**compatible, **self.hosts}
 
 
+@dataclass(frozen=True, slots=True)
+class ProxyConfig:
+    """The table `[proxy]`: the edge's port on 127.0.0.1, and the proxy that it must itself use.
+
+    `upstream` is (host, port) of an HTTP proxy that leads out of this network, or None.
+    """
+
+    port: int = 8081
+    upstream: tuple[str, int] | None = None
+
+
 _TYPES: dict[str, type] = {
     "openai_compatible_hosts": list,
     "hosts": dict,
@@ -133,6 +144,42 @@ def load(home: Path) -> Config:
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
     return parse(raw, str(path))
+
+
+def load_proxy(home: Path) -> ProxyConfig:
+    """Read the table `[proxy]` of `config.toml` in `home`. Raises ConfigError."""
+    import tomllib
+
+    load(home)  # one file, one judgement: what is wrong elsewhere in it is told first
+    path = home / "config.toml"
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return ProxyConfig()
+    table = tomllib.loads(text).get("proxy", {})
+    for key in table:
+        if key not in ("port", "upstream"):
+            where = f"{path}:{_line_of(key, text)}"
+            raise ConfigError(f"{where}: unknown setting {key!r}; [proxy] knows port, upstream")
+    port = table.get("port", ProxyConfig.port)
+    if type(port) is not int or not 1024 <= port <= 65535:
+        where = f"{path}:{_line_of('port', text)}"
+        raise ConfigError(f"{where}: port must be a number from 1024 to 65535, not {port!r}")
+    upstream = table.get("upstream")
+    if upstream is None:
+        return ProxyConfig(port)
+    where = f"{path}:{_line_of('upstream', text)}"
+    return ProxyConfig(port, _upstream(upstream, port, where))
+
+
+def _upstream(text: object, own_port: int, where: str) -> tuple[str, int]:
+    match = re.fullmatch(r"http://([^\s/:@]+|\[[0-9a-fA-F:]+\]):(\d{1,5})/?", str(text))
+    if match is None or not 0 < int(match[2]) <= 65535:
+        raise ConfigError(f'{where}: upstream must be like "http://proxy.example.com:3128"')
+    host, port = match[1].strip("[]"), int(match[2])
+    if port == own_port and (host in ("localhost", "::1") or host.startswith("127.")):
+        raise ConfigError(f"{where}: upstream {text!r} is the edge itself")
+    return host, port
 
 
 def parse(raw: bytes, name: str) -> Config:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter.config import Config, ConfigError, home_folder, load, parse
+from halton_meter.config import (
+    Config,
+    ConfigError,
+    ProxyConfig,
+    home_folder,
+    load,
+    load_proxy,
+    parse,
+)
 
 
 def test_no_file_means_defaults(tmp_path: Path) -> None:
@@ -53,3 +61,27 @@ def test_a_mistake_is_refused_with_its_line(text: bytes, message: str) -> None:
 def test_where_state_lives(tmp_path: Path) -> None:
     assert home_folder({"HALTON_METER_HOME": str(tmp_path)}) == tmp_path
     assert home_folder({"HOME": "/h"}) == Path("/h/.halton-meter")
+
+
+def test_the_proxy_table(tmp_path: Path) -> None:
+    assert load_proxy(tmp_path) == ProxyConfig(8081, None)
+    path = tmp_path / "config.toml"
+    path.write_text('[proxy]\nport = 9000\nupstream = "http://proxy.example.com:3128"\n')
+    assert load_proxy(tmp_path) == ProxyConfig(9000, ("proxy.example.com", 3128))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("port = 80", "2: port must be a number from 1024 to 65535, not 80"),
+        ("port = true", "not True"),
+        ("prot = 8081", "2: unknown setting 'prot'; [proxy] knows port, upstream"),
+        ('upstream = "proxy:3128"', '2: upstream must be like "http://proxy.example.com:3128"'),
+        ('upstream = "http://127.0.0.1:8081"', "is the edge itself"),
+    ],
+)
+def test_a_mistake_in_the_proxy_table(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "config.toml").write_text(f"[proxy]\n{line}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_proxy(tmp_path)
+    assert message in str(refused.value)
