@@ -37,7 +37,7 @@ def _bind(source: Path, target: Path) -> None:
     _mount(str(source), str(target), None, _MS_BIND, None)
 
 
-def _tls_files() -> set[Path]:
+def tls_files() -> set[Path]:
     """The files whose TLS code the clients run: shared OpenSSL, and Node, which has its own."""
     listed = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True)
     found = {
@@ -52,7 +52,7 @@ def _tls_files() -> set[Path]:
 def _use_private_copies(folder: Path) -> None:
     copies = folder / "copies"
     copies.mkdir()
-    for original in _tls_files():
+    for original in tls_files():
         copy = copies / str(original).strip("/").replace("/", "_")
         shutil.copy2(original, copy)
         _bind(copy, original)
