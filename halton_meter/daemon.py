@@ -117,6 +117,9 @@ def as_account(account: Account, function: Callable[[], Any]) -> Any:
                 answer = json.dumps([function(), None])
             except ConfigError as error:
                 answer = json.dumps([None, str(error)])
+            except (ImportError, OSError) as error:
+                reason = f"cannot act as {account.name} (uid {account.uid}): {error}"
+                answer = json.dumps([None, reason])
             with os.fdopen(write_fd, "w") as file:
                 file.write(answer)
             code = 0
