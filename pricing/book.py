@@ -25,7 +25,7 @@ from pricing.names import canonical_provider
 from pricing.overrides import Override
 from pricing.rates import EXACT, Level, Rate, Row, in_force
 from pricing.rates import rate as rate_of
-from pricing.tariff import PRICED_CONDITIONS, Tariff, tariff_for
+from pricing.tariff import PRICED_CONDITIONS, TOKEN_DIMENSIONS, Tariff, tariff_for
 
 _TARIFFS_MAX = 8192  # tariffs kept, a few kB each; beyond it all are dropped and made again
 _NS_PER_MINUTE = 60_000_000_000
@@ -37,6 +37,13 @@ _FREE_TOOL_TOKENS = rate_of(
     "https://ai.google.dev/gemini-api/docs/pricing",
     note="tool-use tokens are not billed when Google Search or Maps grounded the answer",
 )
+_DECLINED = rate_of(
+    _ZERO,
+    1_000_000,
+    "https://platform.claude.com/docs/en/build-with-claude/refusals-and-fallback",
+    note="declined before any output: reported, not billed",
+)
+_REFUSED = Tariff("refusal", (Level(0, dict.fromkeys(TOKEN_DIMENSIONS, _DECLINED)),))
 _WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
 _CACHED_MODALITIES = ("cached_audio_input", "cached_image_input", "cached_video_input")
 # Units that describe what the tokens were: passed over where the same part's tokens are billed.
@@ -143,6 +150,16 @@ class PriceBook:
 
     # --- one event ---
 
+    def _tariff_of(self, part: Usage, event: UsageEvent, model: str) -> Tariff:
+        if part.label == "refusal":
+            return _REFUSED
+        tariff = self.tariff(event.provider, model, event.conditions, event.at_ns)
+        if part.label == "advisor" and tariff.missing and tariff.missing.startswith("speed="):
+            # The speed is the answering model's: an advisor that has no fast mode ran at its own.
+            slow = {name: value for name, value in event.conditions.items() if name != "speed"}
+            return self.tariff(event.provider, model, slow, event.at_ns)
+        return tariff
+
     def _free(self, event: UsageEvent) -> PricedEvent:
         return PricedEvent(
             event, _ZERO, _ZERO, event.reported_usd, Basis.FREE, (), (), self.version
@@ -159,7 +176,7 @@ class PriceBook:
                 flags.append("unpriced:model")
                 known = False
                 continue
-            tariff = self.tariff(event.provider, model, event.conditions, event.at_ns)
+            tariff = self._tariff_of(part, event, model)
             if tariff.missing:
                 flags.append(f"unpriced:{tariff.missing}")
                 known = False

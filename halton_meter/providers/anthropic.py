@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from halton_meter.model import Body, Certainty, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.reading import (
+    BILLED,
     Counts,
     Draft,
     Json,
@@ -35,6 +37,7 @@ from halton_meter.providers.reading import (
 from halton_meter.wire import formats
 
 _ITERATION_LABELS = {"compaction": "compaction", "advisor_message": "advisor"}
+_OWN_LABELS = ("message", "refusal")  # iterations that the top-level counts hold
 _WEB_TOOL = re.compile(r"web_(?:search|fetch)_(\d{8})")
 # Web tools from this date on make code execution free (3P).
 FREE_CODE_EXECUTION_SINCE = "20260209"
@@ -66,35 +69,66 @@ def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> To
     )
 
 
-def message_parts(counts: Counts, usage: Json, model: str | None, stale: bool) -> list[Usage]:
-    """What is billed: the one usage, or every iteration at its own model."""
+def message_parts(
+    counts: Counts, usage: Json, model: str | None, stale: bool, refused: bool = False
+) -> list[Usage]:
+    """What is billed: the one usage, or every iteration at its own model.
+
+    The top-level counts are those of the "message" entries (R); where there are only others, the
+    top level is billed beside them. `refused` is the message's own stop reason.
+    """
     top = message_tokens(counts, usage, stale)
     units = _units(counts, usage)
-    iterations = [entry for entry in dicts(usage.get("iterations")) if entry.get("type")]
-    if len(iterations) < 2 and not (iterations and iterations[0].get("type") == "compaction"):
+    entries = [entry for entry in dicts(usage.get("iterations")) if entry.get("type")]
+    labels = [_ITERATION_LABELS.get(str(entry.get("type")), "message") for entry in entries]
+    if not entries or labels == ["message"]:
         return [Usage(model, top, units)]
-    reasoning = top.reasoning
     parts: list[Usage] = []
-    for entry in iterations:
+    if "message" not in labels and any(getattr(top, name) for name in BILLED):
+        parts.append(Usage(model, top, units))
+    own = _Remains(top.reasoning, top.cache_write_5m, top.cache_write_1h)
+    served = any(entry.get("type") == "fallback_message" for entry in entries)
+    for entry, label in zip(entries, labels, strict=True):
         tokens = message_tokens(counts, entry)
-        label = _ITERATION_LABELS.get(str(entry.get("type")), "message")
-        if label == "message" and tokens.reasoning is None and reasoning is not None:
-            mine = min(reasoning, tokens.output or 0)
-            tokens = Tokens(**{**_as_mapping(tokens), "reasoning": mine})
-            reasoning -= mine
+        if label == "message":
+            tokens = own.shared_out(tokens)
+            declined = refused or (served and entry.get("type") != "fallback_message")
+            label = "refusal" if declined and tokens.output == 0 else label
         parts.append(Usage(as_name(entry.get("model")) or model, tokens, {}, label=label))
     first = next((n for n, part in enumerate(parts) if part.label == "message"), 0)
-    parts[first] = Usage(parts[first].model, parts[first].tokens, units, label=parts[first].label)
-    inside = sum(part.tokens.output or 0 for part in parts if part.label == "message")
+    parts[first] = replace(parts[first], units=units)
+    inside = sum(part.tokens.output or 0 for part in parts if part.label in _OWN_LABELS)
     if top.output is not None and inside != top.output:
         counts.mismatch = True
     return parts
 
 
-def _as_mapping(tokens: Tokens) -> dict[str, int | None]:
-    from halton_meter.model import TOKEN_NAMES
+@dataclass(slots=True)
+class _Remains:
+    """What the top level tells apart and its iterations may not, to be shared out among them."""
 
-    return {name: getattr(tokens, name) for name in TOKEN_NAMES}
+    reasoning: int | None
+    five_minutes: int | None
+    one_hour: int | None
+
+    def shared_out(self, tokens: Tokens) -> Tokens:
+        """`tokens` with their part of the thinking, and of the writes by lifetime."""
+        if tokens.reasoning is None and self.reasoning is not None:
+            mine = min(self.reasoning, tokens.output or 0)
+            self.reasoning -= mine
+            tokens = replace(tokens, reasoning=mine)
+        if tokens.cache_write and (self.five_minutes is not None or self.one_hour is not None):
+            hour = min(self.one_hour or 0, tokens.cache_write)
+            five = min(self.five_minutes or 0, tokens.cache_write - hour)
+            self.one_hour = (self.one_hour or 0) - hour
+            self.five_minutes = (self.five_minutes or 0) - five
+            tokens = replace(
+                tokens,
+                cache_write_5m=five,
+                cache_write_1h=hour,
+                cache_write=tokens.cache_write - hour - five or None,
+            )
+        return tokens
 
 
 def _units(counts: Counts, usage: Json) -> dict[str, int]:
@@ -150,7 +184,8 @@ def fill_message(draft: Draft, message: Json, usage: Json, stale: bool = False) 
     counts = Counts()
     draft.response_id = as_id(message.get("id"))
     draft.model = as_name(message.get("model")) or draft.model
-    draft.parts = message_parts(counts, usage, draft.model or draft.request_model, stale)
+    refused = message.get("stop_reason") == "refusal"
+    draft.parts = message_parts(counts, usage, draft.model or draft.request_model, stale, refused)
     draft.flags |= counts.flags()
     for name in ("service_tier", "inference_geo", "speed"):
         draft.condition(name, usage.get(name))
@@ -166,7 +201,7 @@ def fill_message(draft: Draft, message: Json, usage: Json, stale: bool = False) 
         if match is not None and match.group(1) >= FREE_CODE_EXECUTION_SINCE:
             draft.conditions["code_execution"] = "with_web_tools"
     output = [part.tokens.output for part in draft.parts]
-    if message.get("stop_reason") == "refusal" and not any(output) and 0 in output:
+    if refused and not any(output) and 0 in output:
         draft.free = "refusal"
     _plan(draft)
 

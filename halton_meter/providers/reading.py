@@ -58,8 +58,8 @@ Rules of counting, for every reader (pricing relies on them)
 - else: "search_units" (rerank), "classifications", "requests", "compute_seconds",
   "cache_storage_tokens".
 
-`Usage.label`: "message" unless a part is told apart: "compaction", "advisor", "fallback",
-"image_generation", "compound", "transcription".
+`Usage.label`: "message" unless a part is told apart: "compaction", "advisor", "refusal" (declined
+before any output, and not billed), "image_generation", "compound", "transcription".
 
 `UsageEvent.free`: "error", "count", "moderation", "refusal", "pending", "not_billed".
 
@@ -549,7 +549,7 @@ class Draft:
         """The event as it stands."""
         exchange = self.exchange
         counted = any(
-            part.units or any(getattr(part.tokens, name) is not None for name in _BILLED)
+            part.units or any(getattr(part.tokens, name) is not None for name in BILLED)
             for part in self.parts
         )
         if self.error_class is not None and not counted and self.free is None:
@@ -599,7 +599,7 @@ class Draft:
         return ("digest", _digest(self.exchange), str(self.exchange.started_ns))
 
 
-_BILLED = (
+BILLED = (
     "input",
     "cache_read",
     "cache_write_5m",
