@@ -379,8 +379,11 @@ class Store:
         if self._has_loose_segments():
             self.flush()
         if not self.database_path.exists():
+            waiting = self.waiting()
             raise NothingStored(
-                "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+                f"{waiting} events were metered just now and are being written. Try again."
+                if waiting
+                else "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
             )
         connection = self._open_for_reading(wait_seconds)
         try:
