@@ -103,7 +103,10 @@ _PATHS = {
     "count_tokens": ("/v1/messages/count_tokens",),
     "countTokens": ("/v1beta/models/{model}:countTokens",),
     "realtime": ("/v1/realtime",),
+    "responses_socket": ("/v1/responses",),
 }
+# Endpoints whose bodies are the messages of a WebSocket.
+_SOCKETS = ("realtime", "responses_socket")
 # Answers of these are free, so a body must look like one: they are never a last guess.
 _FREE_ENDPOINTS = ("moderations", "count_tokens", "countTokens")
 _PROVIDER_OF_MODEL = (
@@ -178,9 +181,12 @@ def _answer(raw: bytes) -> _Answer:
         return _Answer(raw, None)  # SSE, NDJSON: the reader's to parse
     if not isinstance(document, dict):
         return _Answer(raw, None)
-    if "custom_id" in document and (line := _batch_line(document)) is not None:
-        body = json.dumps(line, default=_plain_number).encode()
-        return _Answer(body, line, conditions={"batch": "true"})
+    if "custom_id" in document:
+        if (line := _batch_line(document)) is not None:
+            body = json.dumps(line, default=_plain_number).encode()
+            return _Answer(body, line, conditions={"batch": "true"})
+        # A request of a batch that failed, expired or was canceled: nothing is billed.
+        return _Answer(b'{"error":{"type":"batch_request_failed"}}', {"error": {}})
     inner = document.get("response")
     is_wrapped = isinstance(inner, (dict, str, list)) and (
         "usage" not in document and "object" not in document and "type" not in document
@@ -344,6 +350,10 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
         yield "generateContent"
     if document.get("type") == "response.done":
         yield "realtime"
+    if str(document.get("type")).startswith("response.") and "response" in document:
+        yield "responses_socket"
+    if kind == "video" or isinstance(document.get("video"), dict):
+        yield "videos"
     if set(document) == {"input_tokens"}:
         yield "count_tokens"
     if "totalTokens" in document:
@@ -413,6 +423,8 @@ def _places(
     """Hosts, methods and paths that the answer may have come from."""
     if answer.host and answer.path:
         yield answer.host, answer.method, answer.path
+    if any(name.startswith("x-codex-") for name, _ in answer.headers):
+        yield "chatgpt.com", "POST", "/backend-api/codex/responses"
     hosts = [h.replace("*.", "example.") for provider in own for h in provider.hosts[:1]]
     if answer.host:
         hosts.insert(0, answer.host)
@@ -424,7 +436,7 @@ def _places(
         for name in names:
             for template in _PATHS.get(name, ()):
                 for host in hosts:
-                    method = "GET" if name == "realtime" else "POST"
+                    method = "GET" if name in _SOCKETS else "POST"
                     yield host, method, template.format(model=model.removeprefix("models/"))
 
 
@@ -447,14 +459,15 @@ def _exchange(answer: _Answer, place: tuple[str, str, str], at_ns: int, model: s
     if not any(name == "content-type" for name, _ in headers):
         headers = (*headers, ("content-type", kind))
     body = answer.body
-    if path.endswith("/realtime") and answer.document is not None:  # one message, on one line
+    is_socket = method == "GET" and path.endswith(("/realtime", "/responses"))
+    if is_socket and answer.document is not None:  # one message, on one line
         body = json.dumps(answer.document, default=_plain_number).encode()
     asked = answer.request or json.dumps({"model": model}).encode()
     request_headers = (("content-type", "application/json"),)
     return Exchange(
         id="explain",
         connection=Connection("explain", Source.PCAP, peer=host),
-        protocol=Protocol.HTTP1,
+        protocol=Protocol.WEBSOCKET if is_socket else Protocol.HTTP1,
         request=Request(method, host, path, (), request_headers, Body((asked,))),
         response=Response(answer.status, headers, Body((body,))),
         started_ns=at_ns,

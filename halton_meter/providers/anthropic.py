@@ -88,12 +88,14 @@ def message_parts(
         parts.append(Usage(model, top, units))
     own = _Remains(top.reasoning, top.cache_write_5m, top.cache_write_1h)
     served = any(entry.get("type") == "fallback_message" for entry in entries)
-    for entry, label in zip(entries, labels, strict=True):
+    for entry, kind in zip(entries, labels, strict=True):
         tokens = message_tokens(counts, entry)
-        if label == "message":
+        label = kind
+        if kind == "message":
             tokens = own.shared_out(tokens)
             declined = refused or (served and entry.get("type") != "fallback_message")
-            label = "refusal" if declined and tokens.output == 0 else label
+            if declined and tokens.output == 0:
+                label = "refusal"
         parts.append(Usage(as_name(entry.get("model")) or model, tokens, {}, label=label))
     first = next((n for n, part in enumerate(parts) if part.label == "message"), 0)
     parts[first] = replace(parts[first], units=units)

@@ -148,6 +148,10 @@ def usage_tokens(
     if written is None:
         written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
     half_day = of(_first_dict(came, "cache_write_tokens_details"), "ttl_12h_tokens")
+    if half_day is None:
+        half_day = of(_first_dict(usage, "cache_write_tokens_details"), "ttl_12h_tokens")
+    if half_day is None:
+        half_day = of({**usage, **came}, "ttl_12h_tokens")
     account = _Account(
         of(usage, "prompt_tokens", "input_tokens"),
         of(usage, "completion_tokens", "output_tokens"),
