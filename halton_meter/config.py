@@ -16,6 +16,7 @@ from typing import Any
 
 CONFIG_BYTES_MAX = 256 * 1024
 HOSTS_MAX = 256
+PROXY_PORT = 8081
 
 _HOST_ADVICE = 'which is written bare and in lower case: "llm.example.com", "llm.local:8080"'
 # A host name, or "*." and one: what the kernel's list can hold.
@@ -69,7 +70,7 @@ class ProxyConfig:
     `upstream` is (host, port) of an HTTP proxy that leads out of this network, or None.
     """
 
-    port: int = 8081
+    port: int = PROXY_PORT
     upstream: tuple[str, int] | None = None
 
 
@@ -161,7 +162,7 @@ def load_proxy(home: Path) -> ProxyConfig:
         if key not in ("port", "upstream"):
             where = f"{path}:{_line_of(key, text)}"
             raise ConfigError(f"{where}: unknown setting {key!r}; [proxy] knows port, upstream")
-    port = table.get("port", ProxyConfig.port)
+    port = table.get("port", PROXY_PORT)
     if type(port) is not int or not 1024 <= port <= 65535:
         where = f"{path}:{_line_of('port', text)}"
         raise ConfigError(f"{where}: port must be a number from 1024 to 65535, not {port!r}")
