@@ -24,7 +24,7 @@ from halton_meter.metering import Totals, make_meter, prepare_home
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
-    from halton_meter.model import Exchange, PricedEvent, Process, Request
+    from halton_meter.model import Exchange, PricedEvent, Process
     from proxy_fallback.addon import MeterAddon
 
 # Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
@@ -85,27 +85,14 @@ def _hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
 
 def _addon(meter: Meter, pricing: _Pricing, extra_hosts: Mapping[str, str]) -> MeterAddon:
     from halton_meter.providers import Registry
-    from halton_meter.wire.body import (
-        REQUEST_WHOLE_BYTES_MAX,
-        RESPONSE_WHOLE_BYTES_MAX,
-        BodyCollector,
-    )
-    from halton_meter.wire.head import kept_headers, split_target
+    from halton_meter.wire.decoded import Recorder
+    from halton_meter.wire.stream import Interest
     from proxy_fallback.addon import MeterAddon, Wiring
 
     registry = Registry(dict(extra_hosts))
-
-    def wanted(request: Request) -> bool:
-        return registry.interest_for(request)[0]
-
-    def new_collector(coding: str | None, response: bool) -> BodyCollector:
-        return BodyCollector(
-            coding, RESPONSE_WHOLE_BYTES_MAX if response else REQUEST_WHOLE_BYTES_MAX
-        )
-
-    return MeterAddon(
-        Wiring(wanted, kept_headers, split_target, new_collector, _process_of, pricing.put)
-    )
+    losses: Counter[str] = Counter()
+    recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), losses)
+    return MeterAddon(Wiring(recorder.begin, _process_of, pricing.put, losses=losses))
 
 
 def _process_of(address: tuple[str, int]) -> Process | None:

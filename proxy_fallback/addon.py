@@ -1,31 +1,26 @@
 """A mitmproxy addon that watches flows and hands them over as exchanges.
 
 It alters nothing, not a header, and never holds a byte back: bodies are streamed through while a
-copy is collected. mitmproxy has already decoded HTTP, so this source joins at `Exchange`, not at
-plaintext. It refuses to know what an exchange means; whether one is wanted, which headers may be
-kept and how bodies are collected is handed in (`Wiring`), because this package sees only the model.
-A failure in here is counted and swallowed: the flow goes on unmetered.
+copy is recorded, WebSocket messages are looked at as they pass. mitmproxy has already decoded HTTP,
+so this source joins at `Exchange`, not at plaintext. It refuses to know what an exchange means and
+which one is wanted: a recording is begun by what is handed in (`Wiring`), because this package sees
+only the model; `halton_meter/wire/decoded.py` is what records. A failure in here is counted and
+swallowed: the flow goes on unmetered.
+
+mitmproxy itself changes two things, which no addon can prevent: it answers `Expect: 100-continue`
+and drops that header, and it swallows the server's interim (1xx) responses on HTTP/2.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from halton_meter.model import (
-    Body,
-    Connection,
-    Exchange,
-    Headers,
-    Outcome,
-    Process,
-    Request,
-    Response,
-    Source,
-)
+from halton_meter.model import Connection, Exchange, Process, Source
 from halton_meter.model import Protocol as HttpProtocol
 
 if TYPE_CHECKING:
@@ -38,48 +33,77 @@ _NS = 1_000_000_000
 # mitmproxy answers a CONNECT itself, so this header never reaches a provider.
 CLIENT_HEADER = "x-halton-meter-client"
 
+Fields = Iterable[tuple[str, str]]
 
-class Collector(Protocol):
-    """What gathers one body (halton_meter.wire.body.BodyCollector is one)."""
 
-    def add(self, data: bytes) -> None:
-        """Take the next bytes."""
+class Recording(Protocol):
+    """One flow being recorded (halton_meter.wire.decoded.Recording is one)."""
 
-    def finish(self, complete: bool) -> Body:
-        """Give the body; `complete` says that its end was seen."""
+    def sent(self, data: bytes) -> None:
+        """Bytes of the request's body."""
+
+    def sent_all(self, at_ns: int) -> list[Exchange]:
+        """The request ended."""
+
+    def answered(self, status: int, fields: Fields, at_ns: int) -> None:
+        """The response's head."""
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the response's body."""
+
+    def received_all(self, trailers: Fields, at_ns: int) -> list[Exchange]:
+        """The response ended."""
+
+    def message(self, from_client: bool, data: bytes, at_ns: int) -> list[Exchange]:
+        """A WebSocket message."""
+
+    def end(self, at_ns: int) -> list[Exchange]:
+        """Nothing more will come."""
+
+
+class Begin(Protocol):
+    """Begins a recording (halton_meter.wire.decoded.Recorder.begin does)."""
+
+    def __call__(
+        self,
+        connection: Connection,
+        protocol: HttpProtocol,
+        method: str,
+        authority: str | None,
+        target: str,
+        fields: Fields,
+        at_ns: int,
+    ) -> Recording | None:
+        """None when nobody wants the exchange of this request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
     """What the composition root hands in.
 
-    `wanted` says from a request's head whether its exchange is metered; `kept_headers` and
-    `split_target` drop what may carry a credential; `new_collector` takes a Content-Encoding value
-    and whether it is a response's; `process_of` names the owner of a client's (address, port);
-    `deliver` takes each finished exchange. `refused` is told when a client (None: unknown) would
-    not have our certificate for a host: True when it said so, False when it merely hung up.
+    `begin` is told each request's head and gives what records it, or None; `process_of` names the
+    owner of a client's (address, port); `deliver` takes each finished exchange. `refused` is told
+    when a client (None: unknown) would not have our certificate for a host: True when it said so,
+    False when it merely hung up. `losses` counts what went by unmetered, by cause; whoever records
+    may count there, too.
     """
 
-    wanted: Callable[[Request], bool]
-    kept_headers: Callable[[Iterable[tuple[str, str]]], Headers]
-    split_target: Callable[[str], tuple[str, Headers]]
-    new_collector: Callable[[str | None, bool], Collector]
+    begin: Begin
     process_of: Callable[[tuple[str, int]], Process | None]
     deliver: Callable[[Exchange], None]
     refused: Callable[[str, Process | None, bool], None] = lambda host, process, said: None
+    losses: Counter[str] = field(default_factory=Counter)
 
 
 class _Watched:
     """One flow being watched."""
 
-    __slots__ = ("connection", "request", "request_body", "response_body", "response_ended")
+    __slots__ = ("client_id", "flow", "recording")
 
-    def __init__(self, connection: Connection, request: Request, body: Collector) -> None:
-        self.connection = connection
-        self.request = request
-        self.request_body = body
-        self.response_body: Collector | None = None
-        self.response_ended = False
+    def __init__(self, flow: http.HTTPFlow, recording: Recording) -> None:
+        self.flow = flow
+        self.client_id = flow.client_conn.id
+        self.recording = recording
 
 
 def _pairs(headers: http.Headers) -> list[tuple[str, str]]:
@@ -89,16 +113,19 @@ def _pairs(headers: http.Headers) -> list[tuple[str, str]]:
     ]
 
 
+def _ns(seconds: float | None) -> int:
+    return time.time_ns() if seconds is None else int(seconds * _NS)
+
+
 class MeterAddon:
     """Watches HTTP flows to providers. `losses` counts what went by unmetered, by cause."""
 
     def __init__(self, wiring: Wiring) -> None:
         self._wiring = wiring
         self._flows: dict[str, _Watched] = {}
-        self._connections: dict[str, Connection] = {}
         self._owners: dict[str, Process | None] = {}
         self._serial = itertools.count(1)
-        self.losses: Counter[str] = Counter()
+        self.losses = wiring.losses
 
     # --- mitmproxy's hooks; their names are its own ---
 
@@ -117,40 +144,77 @@ class MeterAddon:
             said = "does not trust" in (data.conn.error or "")
             self._wiring.refused(host.lower(), self._owners.get(client.id), said)
         except Exception as error:  # as above
-            self.losses[f"addon_{type(error).__name__}"] += 1
+            self._count(error)
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """A request's head: decide, and stream its body past us."""
+        flow.request.stream = True
         try:
             self._begin(flow)
-        except Exception as error:  # nothing that watches may break what is watched
-            self._failed(flow, error)
-
-    def responseheaders(self, flow: http.HTTPFlow) -> None:
-        """A response's head: stream its body past us."""
-        try:
-            self._answered(flow)
         except Exception as error:  # as above
             self._failed(flow, error)
 
+    def request(self, flow: http.HTTPFlow) -> None:
+        """A whole request went by."""
+        self._tell(flow, lambda each: each.sent_all(_ns(flow.request.timestamp_end)))
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """A response's head: stream its body past us."""
+        if flow.response is None:
+            return
+        flow.response.stream = True
+        self._tell(flow, lambda each: self._answered(flow, each))
+
     def response(self, flow: http.HTTPFlow) -> None:
         """A whole response went by."""
-        self._end(flow, Outcome.COMPLETE)
+        response = flow.response
+        if response is None or flow.websocket is not None:
+            return
+        trailers = _pairs(response.trailers) if response.trailers else []
+        at_ns = _ns(response.timestamp_end)
+        self._tell(flow, lambda each: each.received_all(trailers, at_ns))
+        if response.status_code == 101:  # a protocol that is none of ours
+            self._flows.pop(flow.id, None)
+
+    def websocket_message(self, flow: http.HTTPFlow) -> None:
+        """A message passes: look at it, and let mitmproxy forget those that have passed."""
+        if flow.websocket is None or not flow.websocket.messages:
+            return
+        message = flow.websocket.messages[-1]
+        # mitmproxy keeps every message of a socket; a session may carry gigabytes.
+        del flow.websocket.messages[:-1]
+        at_ns = _ns(message.timestamp)
+        content = message.content
+        self._tell(flow, lambda each: each.message(message.from_client, content, at_ns))
+
+    def websocket_end(self, flow: http.HTTPFlow) -> None:
+        """A WebSocket closed."""
+        self._end(flow, flow.websocket.timestamp_end if flow.websocket is not None else None)
 
     def error(self, flow: http.HTTPFlow) -> None:
         """The flow broke off: a side hung up or the server was not reached."""
-        self._end(flow, Outcome.ABORTED)
+        self._end(flow, flow.error.timestamp if flow.error is not None else None)
 
     def client_disconnected(self, client: object) -> None:
-        """Forget a client's connection."""
-        self._connections.pop(str(getattr(client, "id", "")), None)
-        self._owners.pop(str(getattr(client, "id", "")), None)
+        """Forget a client's connection, and end what is still open on it."""
+        client_id = str(getattr(client, "id", ""))
+        self._owners.pop(client_id, None)
+        for watched in [each for each in self._flows.values() if each.client_id == client_id]:
+            self._end(watched.flow, None)
+
+    def done(self) -> None:
+        """The proxy shuts down: end whatever is open."""
+        for watched in list(self._flows.values()):
+            self._end(watched.flow, None)
 
     # --- ours ---
 
+    def _count(self, error: Exception) -> None:
+        self.losses[f"addon_{type(error).__name__}"] += 1
+
     def _failed(self, flow: http.HTTPFlow, error: Exception) -> None:
         self._flows.pop(flow.id, None)
-        self.losses[f"addon_{type(error).__name__}"] += 1
+        self._count(error)
 
     def _find_owner(self, flow: http.HTTPFlow) -> None:
         client = flow.client_conn
@@ -161,112 +225,71 @@ class MeterAddon:
         self._owners[client.id] = self._wiring.process_of((address, port))
 
     def _begin(self, flow: http.HTTPFlow) -> None:
-        path, query = self._wiring.split_target(flow.request.path)
-        request = Request(
-            method=flow.request.method,
-            host=flow.request.pretty_host.lower(),
-            path=path,
-            query=query,
-            headers=self._wiring.kept_headers(_pairs(flow.request.headers)),
-        )
-        if not self._wiring.wanted(request):
-            flow.request.stream = True
-            return
         if len(self._flows) >= FLOWS_MAX:
             self.losses["flows_over_limit"] += 1
-            flow.request.stream = True
             return
-        body = self._wiring.new_collector(flow.request.headers.get("content-encoding"), False)
-        watched = _Watched(self._connection(flow), request, body)
-        self._flows[flow.id] = watched
-        flow.request.stream = self._tee(body)
+        request = flow.request
+        recording = self._wiring.begin(
+            self._connection(flow),
+            HttpProtocol.HTTP2 if request.is_http2 else HttpProtocol.HTTP1,
+            request.method,
+            request.authority or request.host_header,
+            request.path,
+            _pairs(request.headers),
+            _ns(request.timestamp_start),
+        )
+        if recording is not None:
+            self._flows[flow.id] = _Watched(flow, recording)
+            request.stream = self._tee(flow, recording.sent)
 
     def _connection(self, flow: http.HTTPFlow) -> Connection:
         client = flow.client_conn
-        known = self._connections.get(client.id)
-        if known is None or known.peer != flow.request.pretty_host.lower():
-            if client.id not in self._owners:  # no CONNECT: a plain HTTP request
-                self._find_owner(flow)
-            known = Connection(
-                id=f"proxy/{client.id}/{next(self._serial)}",
-                source=Source.PROXY,
-                process=self._owners[client.id],
-                peer=flow.request.pretty_host.lower(),
-                peer_port=flow.request.port,
-            )
-            self._connections[client.id] = known
-        return known
+        if client.id not in self._owners:  # no CONNECT: a plain HTTP request
+            self._find_owner(flow)
+        return Connection(
+            id=f"proxy/{client.id}/{next(self._serial)}",
+            source=Source.PROXY,
+            process=self._owners[client.id],
+            peer=(client.sni or flow.request.host).lower(),
+            peer_port=flow.request.port,
+        )
 
-    def _answered(self, flow: http.HTTPFlow) -> None:
-        watched = self._flows.get(flow.id)
-        if flow.response is None:
-            return
-        if watched is None:
-            flow.response.stream = flow.response.status_code != 101
-            return
-        coding = flow.response.headers.get("content-encoding")
-        watched.response_body = self._wiring.new_collector(coding, True)
-        flow.response.stream = self._tee(watched.response_body)
+    def _answered(self, flow: http.HTTPFlow, recording: Recording) -> list[Exchange]:
+        response = flow.response
+        assert response is not None
+        recording.answered(
+            response.status_code, _pairs(response.headers), _ns(response.timestamp_start)
+        )
+        response.stream = self._tee(flow, recording.received)
+        return []
 
-    def _tee(self, body: Collector) -> Callable[[bytes], bytes]:
-        """Pass bytes through at once, copied to the collector; a copy that fails ends alone."""
-        working = True
+    def _tee(self, flow: http.HTTPFlow, copy: Callable[[bytes], None]) -> Callable[[bytes], bytes]:
+        """Pass bytes through at once, copied; a copy that fails ends alone."""
 
         def passed(data: bytes) -> bytes:
-            nonlocal working
-            if working and data:
+            if data and flow.id in self._flows:
                 try:
-                    body.add(data)
+                    copy(data)
                 except Exception as error:  # the client must never notice
-                    working = False
-                    self.losses[f"copy_{type(error).__name__}"] += 1
+                    self._failed(flow, error)
             return data
 
         return passed
 
-    def _end(self, flow: http.HTTPFlow, outcome: Outcome) -> None:
-        watched = self._flows.pop(flow.id, None)
+    def _tell(self, flow: http.HTTPFlow, told: Callable[[Recording], list[Exchange]]) -> None:
+        """Tell a flow's recording something; what it finished is delivered."""
+        watched = self._flows.get(flow.id)
         if watched is None:
             return
         try:
-            self._wiring.deliver(_exchange(flow, watched, outcome, self._wiring))
+            finished = told(watched.recording)
+            if finished and flow.websocket is None:
+                del self._flows[flow.id]
+            for exchange in finished:
+                self._wiring.deliver(exchange)
         except Exception as error:  # as above
-            self.losses[f"deliver_{type(error).__name__}"] += 1
+            self._failed(flow, error)
 
-
-def _ns(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * _NS)
-
-
-def _exchange(flow: http.HTTPFlow, watched: _Watched, outcome: Outcome, wiring: Wiring) -> Exchange:
-    done = outcome is Outcome.COMPLETE
-    response = flow.response
-    started_ns = _ns(flow.request.timestamp_start) or 0
-    body = Body(complete=False)
-    if watched.response_body is not None:
-        body = watched.response_body.finish(done)
-    request = watched.request
-    return Exchange(
-        id=f"{watched.connection.id}/{flow.id}",
-        connection=watched.connection,
-        protocol=HttpProtocol.HTTP2 if flow.request.is_http2 else HttpProtocol.HTTP1,
-        request=Request(
-            request.method,
-            request.host,
-            request.path,
-            request.query,
-            request.headers,
-            watched.request_body.finish(flow.request.timestamp_end is not None),
-        ),
-        response=Response(
-            status=response.status_code if response is not None else None,
-            headers=wiring.kept_headers(_pairs(response.headers)) if response is not None else (),
-            body=body,
-        ),
-        started_ns=started_ns,
-        first_byte_ns=_ns(response.timestamp_start) if response is not None else None,
-        ended_ns=(_ns(response.timestamp_end) if response is not None else None)
-        or (_ns(flow.error.timestamp) if flow.error is not None else None)
-        or started_ns,
-        outcome=outcome,
-    )
+    def _end(self, flow: http.HTTPFlow, at: float | None) -> None:
+        self._tell(flow, lambda each: each.end(_ns(at)))
+        self._flows.pop(flow.id, None)

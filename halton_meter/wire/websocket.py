@@ -265,13 +265,18 @@ class WebSocket:
         reader.bad.clear()
         done: list[Exchange] = []
         for message in messages:
-            if direction is Direction.SENT:
-                self._said_by_client(message, at_ns)
-            else:
-                self._said_by_server(message, at_ns)
-                if self._turn_ends is not None and self._turn_ends(message):
-                    done.append(self._turn(at_ns, Outcome.COMPLETE))
+            done += self.message(direction, message, at_ns)
         return done
+
+    def message(self, direction: Direction, message: bytes, at_ns: int) -> list[Exchange]:
+        """Take a whole message, decompressed; return the turn it ended."""
+        if direction is Direction.SENT:
+            self._said_by_client(message, at_ns)
+            return []
+        self._said_by_server(message, at_ns)
+        if self._turn_ends is None or not self._turn_ends(message):
+            return []
+        return [self._turn(at_ns, Outcome.COMPLETE)]
 
     def hole(self, direction: Direction, count: int) -> None:
         """Bytes of one direction were lost."""

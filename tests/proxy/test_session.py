@@ -8,6 +8,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -15,9 +16,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from halton_meter.model import Exchange, Outcome, Source
-from halton_meter.wire.body import RESPONSE_WHOLE_BYTES_MAX, BodyCollector
-from halton_meter.wire.head import kept_headers, split_target
-from proxy_fallback.addon import Collector, MeterAddon, Wiring
+from halton_meter.wire.decoded import Recorder
+from halton_meter.wire.stream import Interest
+from proxy_fallback.addon import Begin, MeterAddon, Wiring
 from proxy_fallback.session import ProxySession, client_environment, host_patterns
 
 
@@ -109,19 +110,12 @@ def start(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sessions: list[ProxySession] = []
 
     def begin(
-        hosts: tuple[str, ...], collector: Callable[[str | None, bool], Collector] | None = None
+        hosts: tuple[str, ...], recording: Begin | None = None
     ) -> tuple[ProxySession, list[Exchange], MeterAddon]:
         delivered: list[Exchange] = []
+        recorder = Recorder(lambda request: Interest(str(request.host).startswith("localhost:")))
         addon = MeterAddon(
-            Wiring(
-                wanted=lambda request: request.host == "localhost",
-                kept_headers=kept_headers,
-                split_target=split_target,
-                new_collector=collector
-                or (lambda coding, response: BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)),
-                process_of=lambda address: None,
-                deliver=delivered.append,
-            )
+            Wiring(recording or recorder.begin, lambda address: None, delivered.append)
         )
         session = ProxySession(addon, hosts, tmp_path / "ca")
         session.start()
@@ -186,23 +180,19 @@ def test_a_host_that_is_no_provider_is_tunnelled_undecrypted(
     assert delivered == []
 
 
-def test_a_collector_that_fails_costs_the_metering_not_the_client(
+def test_a_recording_that_fails_costs_the_metering_not_the_client(
     start: Start, origin: Origin
 ) -> None:
-    class Full:
-        def add(self, data: bytes) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
             raise MemoryError
 
-        def finish(self, complete: bool) -> None:
-            raise MemoryError
-
-    session, delivered, addon = start(("localhost",), lambda coding, response: Full())
+    session, delivered, addon = start(("localhost",), lambda *head: Broken())
     _, answer = ask(session, origin, session.ca_file)
     session.stop()
     assert b"second" in answer
     assert delivered == []
-    assert addon.losses["copy_MemoryError"] == 2
-    assert addon.losses["deliver_MemoryError"] == 1
+    assert addon.losses == {"addon_MemoryError": 1}
 
 
 def test_the_ca_key_is_readable_by_its_owner_only(start: Start) -> None:
