@@ -1,8 +1,9 @@
 """What uprobes cost: time added to an exchange, against mitmproxy; rates, CPU, memory.
 
-All in one run, on copies of libssl so that no other process meets a probe. `python -m bench uprobe`
-as root. The roles below (`_client` and the like) run in processes of their own: this file again,
-with the role as its first argument.
+All in one run, on copies of libssl so that no other process meets a probe, with the real helper
+and the real metering process behind it. `python -m bench uprobe` as root; for the memory after a
+million events (some ten minutes) HALTON_BENCH_EVENTS=1000000. The roles below (`_client` and the
+like) run in processes of their own: this file again, with the role as its first argument.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from capture.uprobe import Scope, UprobeSource
+from capture import uprobe
+from halton_meter.metering import Control, Job
 
 HOST = "api.provider.test"
+FAMILY = "anthropic"
 REQUEST_BYTES, RESPONSE_BYTES = 4_000, 8_000
 ROUNDS, EXCHANGES = 8, 300
-IDLE_SECONDS, STREAM_SECONDS, RATE_SECONDS = 5, 5, 3
+IDLE_SECONDS, STREAM_SECONDS, RATE_SECONDS = 10, 10, 3
+STREAMS, CHUNKS_A_SECOND, CHUNKS_AN_ANSWER = 10, 50, 200
+EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "0"))
 
 
 # --- roles --------------------------------------------------------------------------------------
@@ -111,32 +117,72 @@ class _Pair:
 def _load(folder: str, seconds: str, rate: str) -> None:
     """RATE exchanges a second, or as many as one core can do; print how many they were."""
     pair = _Pair(folder)
-    head = f"POST /v1/messages HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 1000\r\n\r\n".encode()
-    request, answer = head + b"q" * 1000, b"a" * 4000
     input()
     count, end = 0, time.monotonic() + float(seconds)
     started = time.monotonic()
     while time.monotonic() < end:
         for _ in range(50):
-            pair.exchange(request, answer)
-        count += 50
+            pair.exchange(_request(1000), _answer(count))
+            count += 1
         time.sleep(max(0.0, started + count / float(rate) - time.monotonic()))
     print(count / (time.monotonic() - started), flush=True)
 
 
+def _request(size_bytes: int) -> bytes:
+    """A request as an SDK sends it, with a prompt of that size."""
+    asked = {"model": "claude-sonnet-4-5", "max_tokens": 1000, "stream": True}
+    body = json.dumps({**asked, "messages": [{"role": "user", "content": "q" * size_bytes}]})
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def _answer(number: int) -> bytes:
+    """A whole answer of some 4 KB."""
+    usage = {"input_tokens": 300, "output_tokens": 700}
+    message = {"id": f"msg_{os.getpid()}_{number}", "type": "message", "model": "claude-sonnet-4-5"}
+    body = json.dumps(
+        {**message, "content": [{"type": "text", "text": "a" * 3600}], "usage": usage}
+    )
+    head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def _pieces(number: int) -> Iterator[bytes]:
+    """A streamed answer, a TLS record each."""
+
+    def event(name: str, **fields: object) -> bytes:
+        data = json.dumps({"type": name, **fields})
+        text = f"event: {name}\ndata: {data}\n\n".encode()
+        return b"%x\r\n%s\r\n" % (len(text), text)
+
+    message = {"id": f"msg_{number}", "type": "message", "model": "claude-sonnet-4-5"}
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+    start = event("message_start", message={**message, "usage": {"input_tokens": 300}})
+    yield head + b"Transfer-Encoding: chunked\r\n\r\n" + start
+    for _ in range(CHUNKS_AN_ANSWER):
+        yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": " word"})
+    yield event("message_delta", usage={"output_tokens": CHUNKS_AN_ANSWER})
+    yield event("message_stop") + b"0\r\n\r\n"
+
+
 def _streams(folder: str, seconds: str) -> None:
-    """Ten conversations of fifty chunks a second."""
-    pairs = [_Pair(folder) for _ in range(10)]
-    chunk = b'data: {"type":"content_block_delta","delta":{"text":"word"}}\n\n' * 2
+    """STREAMS conversations of CHUNKS_A_SECOND chunks a second; print how many chunks they were."""
+    pairs = [_Pair(folder) for _ in range(STREAMS)]
+    answers: list[Iterator[bytes]] = [iter(()) for _ in pairs]
     input()
     at, end = time.monotonic(), time.monotonic() + float(seconds)
     turn = 0
     while at < end:
-        pair = pairs[turn % 10]
-        pair.server.write(chunk)
-        pair.client.read(65536)
+        which = turn % STREAMS
+        piece = next(answers[which], None)
+        if piece is None:
+            answers[which] = _pieces(turn)
+            pairs[which].exchange(_request(1000), next(answers[which]))
+        else:
+            pairs[which].server.write(piece)
+            pairs[which].client.read(65536)
         turn += 1
-        at += 1 / 500
+        at += 1 / (STREAMS * CHUNKS_A_SECOND)
         time.sleep(max(0.0, at - time.monotonic()))
     print(turn, flush=True)
 
@@ -171,8 +217,75 @@ def _first_line(process: subprocess.Popen[str]) -> str:
 
 
 def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """What its threads have run for: to the nanosecond, where /proc/PID/stat has ticks of 10 ms."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+class _Watched:
+    """The CPU that the helper and the metering process use over a time."""
+
+    def __init__(self, daemon: _Daemon) -> None:
+        self._pids = (daemon.helper, daemon.metering.pid)
+        self._before = [_cpu_s(pid) for pid in self._pids]
+        self._started = time.monotonic()
+
+    def percent(self) -> tuple[float, float]:
+        """Of a core, since it was made."""
+        lasted = time.monotonic() - self._started
+        helper, metering = (
+            (_cpu_s(pid) - before) / lasted * 100
+            for pid, before in zip(self._pids, self._before, strict=True)
+        )
+        return helper, metering
+
+
+class _Daemon:
+    """The helper and the metering process, as the service runs them, scoped to our children."""
+
+    def __init__(self, folder: Path, libssl: str) -> None:
+        self.home = folder / "home"
+        link = uprobe.spawn_helper(uprobe.Scope(roots=(os.getpid(),)), [HOST], files=[libssl])
+        self._helper = uprobe._children[-1]
+        job = {"home": str(self.home), "service": True, "extra_hosts": {HOST: FAMILY}}
+        assert set(job) <= set(Job.__dataclass_fields__)
+        with link:
+            self.metering = subprocess.Popen(
+                [sys.executable, "-P", "-m", "halton_meter.metering", str(link.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(link.fileno(),),
+            )
+        assert self.metering.stdin
+        assert self.metering.stdout
+        self.metering.stdin.write(json.dumps(job).encode() + b"\n")
+        self.metering.stdin.flush()
+        assert b"ready" in self.metering.stdout.readline()
+        self.helper = self._helper.pid
+
+    def status(self) -> dict[str, Any]:
+        """What `halton-meter status --json` would show."""
+        control = Control(self.home, timeout_s=60)
+        try:
+            return control.ask("status")
+        finally:
+            control.close()
+
+    def settled(self, events: int) -> dict[str, Any]:
+        """Its status once it has metered so many events, or no longer gets any further."""
+        before = -1
+        while True:
+            found = self.status()
+            if found["events"] >= events or found["events"] == before:
+                return found
+            before = found["events"]
+            time.sleep(1.0)
+
+    def stop(self) -> None:
+        assert self.metering.stdin
+        self.metering.stdin.close()
+        self.metering.wait(30)
+        self._helper.wait(30)
 
 
 def _copies(folder: Path, name: str) -> Path:
@@ -232,26 +345,6 @@ def _time_added(folder: Path, probed: Path, plain: Path, port: int) -> dict[str,
     return {way: min(each) for way, each in times.items()}
 
 
-def _lost(source: UprobeSource) -> int:
-    """Bytes lost so far. The reader's thread takes the report in; 2.2 s is when it is due."""
-    time.sleep(2.2)
-    return sum(source.status().losses.values())
-
-
-class _Reader(threading.Thread):
-    """Reads the source as the daemon would, and counts."""
-
-    def __init__(self, source: UprobeSource) -> None:
-        super().__init__(daemon=True)
-        self.source = source
-        self.chunks = 0
-        self.going = True
-
-    def run(self) -> None:
-        while self.going:
-            self.chunks += len(self.source.read(0.05))
-
-
 def main() -> None:
     if os.geteuid() != 0:
         print("skipped: probes need root (sudo make bench)")
@@ -265,34 +358,18 @@ def main() -> None:
         probed, plain = _copies(folder, "probed"), _copies(folder, "plain")
         server = _spawn("_server", name)
         port = int(_first_line(server))
-        libssl = str(next(probed.glob("libssl*")))
-        scope = Scope(roots=(os.getpid(),))
-        source = UprobeSource([HOST], scope, files=[libssl])
         started = time.perf_counter()
-        source.start()
-        print(f"start, {source.status().loader}: {time.perf_counter() - started:.2f} s")
-        helper = source.helper_pid
-        assert helper
-        reader = _Reader(source)
-        reader.start()
+        daemon = _Daemon(folder, str(next(probed.glob("libssl*"))))
+        print(f"start, {daemon.status()['loader']}: {time.perf_counter() - started:.2f} s")
         try:
-            _measure(source, folder, probed, plain, port, helper)
+            _measure(daemon, folder, probed, plain, port)
         finally:
-            reader.going = False
-            reader.join()
-            source.request_report()
-            status = source.status()
-            lost = {cause: count for cause, count in status.losses.items() if count}
-            print(f"chunks {status.counted['chunks']}, lost bytes {json.dumps(lost)}")
-            print(f"helper memory: {(status.rss_bytes or 0) / 1e6:.1f} MB (aim < 30)")
-            source.stop()
+            daemon.stop()
             server.kill()
             server.wait()
 
 
-def _measure(
-    source: UprobeSource, folder: Path, probed: Path, plain: Path, port: int, helper: int
-) -> None:
+def _measure(daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int) -> None:
     medians = _time_added(folder, probed, plain, port)
     for way, median in medians.items():
         print(f"exchange of 12 KB, {way}: {median:.0f} µs")
@@ -301,28 +378,58 @@ def _measure(
     if "mitmproxy" in medians:
         proxied = medians["mitmproxy"] - medians["none"]
         print(f"added by mitmproxy: {proxied:.0f} µs, {proxied / max(added, 0.1):.0f} times that")
-    before = _cpu_s(helper)
+    time.sleep(3)
+    watched = _Watched(daemon)
     time.sleep(IDLE_SECONDS)
-    idle = (_cpu_s(helper) - before) / IDLE_SECONDS * 100
-    print(f"idle CPU of the helper: {idle:.2f} % of a core (aim < 0.1)")
+    print(
+        "idle: helper {:.3f} %, metering {:.3f} % of a core (aim < 0.1)".format(*watched.percent())
+    )
+    _measure_streams(daemon, folder, probed)
+    for wanted in (1000, 2000, 4000, 1e9):
+        if _measure_rate(daemon, folder, probed, wanted, RATE_SECONDS):
+            break
+    if EVENTS:
+        _measure_rate(daemon, folder, probed, 2000, EVENTS / 2000)
+    found = daemon.settled(sys.maxsize)
+    print(
+        f"after {found['events']:,} events: helper {found['helper_rss_bytes'] / 1e6:.1f} MB", end=""
+    )
+    print(f" (aim < 30), metering {found['rss_bytes'] / 1e6:.1f} MB (aim < 100)")
+
+
+def _measure_streams(daemon: _Daemon, folder: Path, probed: Path) -> None:
     streams = _spawn("_streams", str(folder), str(STREAM_SECONDS), libraries=probed)
     time.sleep(1)
-    before, own = _cpu_s(helper), time.process_time()
+    watched = _Watched(daemon)
     chunks = _tell(streams)
-    helper_share = (_cpu_s(helper) - before) / STREAM_SECONDS * 100
-    own_share = (time.process_time() - own) / STREAM_SECONDS * 100
-    print(f"10 conversations, {chunks / STREAM_SECONDS:.0f} chunks/s: helper {helper_share:.1f} %,")
-    print(f"  reading them here {own_share:.1f} % of a core (aim < 1 together)")
-    for wanted in (1000, 2000, 4000, 1e9):
-        load = _spawn("_load", str(folder), str(RATE_SECONDS), str(wanted), libraries=probed)
-        time.sleep(0.5)
-        before, lost = _cpu_s(helper), _lost(source)
-        rate = _tell(load)
-        share = (_cpu_s(helper) - before) / RATE_SECONDS * 100
-        lost = _lost(source) - lost
-        print(f"{rate:.0f} exchanges/s: {lost} bytes lost, helper {share:.0f} % of a core")
-        if lost:
-            break
+    helper, metering = watched.percent()
+    print(
+        f"{STREAMS} conversations, {chunks / STREAM_SECONDS:.0f} chunks/s: helper {helper:.2f} %",
+        end="",
+    )
+    print(f" + metering {metering:.2f} % = {helper + metering:.2f} % of a core (aim < 1)")
+
+
+def _measure_rate(
+    daemon: _Daemon, folder: Path, probed: Path, wanted: float, seconds: float
+) -> int:
+    """Print how one core's load fares, and return the bytes that were lost."""
+    load = _spawn("_load", str(folder), str(seconds), str(wanted), libraries=probed)
+    time.sleep(0.5)
+    before = daemon.status()
+    watched = _Watched(daemon)
+    rate = _tell(load)
+    helper, metering = watched.percent()
+    made = round(rate * seconds)
+    after = daemon.settled(before["events"] + made)
+    lost = sum(after["losses"].values()) - sum(before["losses"].values())
+    events = after["events"] - before["events"]
+    print(
+        f"{rate:.0f} exchanges/s for {seconds:.0f} s: {lost} lost, {events} of {made} events;",
+        end="",
+    )
+    print(f" helper {helper:.0f} %, metering {metering:.0f} % of a core")
+    return lost
 
 
 if __name__ == "__main__":
