@@ -650,9 +650,11 @@ def _rss_bytes() -> int | None:
 class Gaps:
     """Times at which the service was meant to meter and did not, kept in the user's folder."""
 
-    def __init__(self, home: Path) -> None:
-        self._state = home / "daemon.state"
-        self._list = home / "gaps.jsonl"
+    def __init__(
+        self, home: Path, state: str = "daemon.state", listed: str = "gaps.jsonl"
+    ) -> None:
+        self._state = home / state
+        self._list = home / listed
 
     def begin(self, now_ns: int, job: Job) -> None:
         """Note the gap since the last process, unless that one ended as it should."""
@@ -661,10 +663,14 @@ class Gaps:
             alive_ns = before.get("alive_ns")
             from_ns = max((t for t in (alive_ns, job.died_at_ns) if t is not None), default=now_ns)
             cause = job.cause or before.get("cause") or "the service was killed"
-            entry = {"from": rfc3339(from_ns), "to": rfc3339(now_ns), "cause": str(cause)}
-            with open(self._list, "a", opener=_private) as file:
-                file.write(json.dumps(entry) + "\n")
+            self.note(from_ns, now_ns, str(cause))
         self.alive(now_ns)
+
+    def note(self, from_ns: int, to_ns: int, cause: str) -> None:
+        """Keep one gap."""
+        entry = {"from": rfc3339(from_ns), "to": rfc3339(to_ns), "cause": cause}
+        with open(self._list, "a", opener=_private) as file:
+            file.write(json.dumps(entry) + "\n")
 
     def alive(self, now_ns: int) -> None:
         """Note that all is well at this time."""
@@ -709,15 +715,15 @@ def _private(path: str, flags: int) -> int:
 # --- the control socket's two ends --------------------------------------------------------------
 
 
-def _short_path(home: Path, fd: int) -> str:
+def _short_path(home: Path, fd: int, name: str) -> str:
     # A Unix socket's path holds 107 bytes; a home may be deeper.
-    path = str(home / SOCKET_NAME)
-    return path if len(path.encode()) < 100 else f"/proc/self/fd/{fd}/{SOCKET_NAME}"
+    path = str(home / name)
+    return path if len(path.encode()) < 100 else f"/proc/self/fd/{fd}/{name}"
 
 
-def listen_at(home: Path) -> socket.socket:
+def listen_at(home: Path, name: str = SOCKET_NAME) -> socket.socket:
     """The listening control socket in `home`, mode 0600."""
-    path = home / SOCKET_NAME
+    path = home / name
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             path.unlink()
@@ -725,7 +731,7 @@ def listen_at(home: Path) -> socket.socket:
     folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     mask = os.umask(0o177)
     try:
-        listener.bind(_short_path(home, folder))
+        listener.bind(_short_path(home, folder, name))
     finally:
         os.umask(mask)
         os.close(folder)
@@ -747,13 +753,13 @@ class ServiceAbsent(Exception):
 class Control:
     """The client's end of the control socket. Raises ServiceAbsent."""
 
-    def __init__(self, home: Path, timeout_s: float = 10.0) -> None:
+    def __init__(self, home: Path, timeout_s: float = 10.0, name: str = SOCKET_NAME) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
         try:
             folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                self._socket.connect(_short_path(home, folder))
+                self._socket.connect(_short_path(home, folder, name))
             finally:
                 os.close(folder)
         except OSError as error:
