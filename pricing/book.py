@@ -232,6 +232,8 @@ class _Bill:
         if details:
             fresh, out = self._estimated(fresh, out)
         read = count(tokens.cache_read)
+        if details:
+            read = max(0, read - count(details.get("unbilled_cache_read")))
         writes = [(n, count(w)) for n in _WRITES if (w := getattr(tokens, n)) is not None]
         self.empty = not (self._part.units or writes) and (
             fresh is None and out is None and tokens.cache_read is None
@@ -255,6 +257,8 @@ class _Bill:
                 self._line(name, written, self._write_rate(name))
         if out:
             self._output(out)
+        if details.get("citation") and "citation" in self.rates:
+            self._line("citation", count(details["citation"]), self.rates["citation"])
 
     def units(self, *, per_request: bool) -> None:
         """Lines for what is billed other than by token."""

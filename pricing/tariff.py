@@ -16,7 +16,8 @@ from decimal import Decimal
 from pricing.files import Model, PriceFile, Rule, Shelf
 from pricing.names import candidates, price_providers
 from pricing.overrides import Override
-from pricing.rates import Level, Rate, Row, in_force, matches
+from pricing.rates import EXACT, Level, Rate, Row, in_force, matches
+from pricing.rates import rate as rate_of
 
 # Dimensions counted in tokens: what a factor without `on` multiplies.
 TOKEN_DIMENSIONS = frozenset(
@@ -160,7 +161,9 @@ def _find(
     wanted = [model]
     profile = context.get("inference_profile")
     if provider == "bedrock" and profile and not model.startswith(f"{profile}."):
-        wanted.insert(0, f"{profile}.{model}")
+        # The path names the profile; the maker's own body only its own name of the model.
+        maker = "anthropic." if model.startswith("claude") else ""
+        wanted.insert(0, f"{profile}.{maker}{model}")
     for owner in price_providers(provider, model):
         data, overlay = shelf.file("data", owner), shelf.file("overlay", owner)
         files = [file for file in (data, overlay) if file is not None]
@@ -211,10 +214,17 @@ def _levels(rows: Iterable[Row]) -> tuple[Level, ...]:
     for row in rows:
         for level in row.levels:
             thresholds[level.above] = thresholds.get(level.above, False) or level.marginal
+    standard: dict[str, Rate] = {}
+    for row in rows:
+        if not row.when:
+            standard.update(row.rates)
     levels: list[Level] = []
     for above in (0, *sorted(thresholds)):
         rates: dict[str, Rate] = {}
         for row in rows:
+            if above and row.when and not row.levels:
+                rates.update(_in_proportion(row.rates, standard, rates))
+                continue
             rates.update(row.rates)
             for level in row.levels:
                 if level.above <= above:
@@ -222,6 +232,24 @@ def _levels(rows: Iterable[Row]) -> tuple[Level, ...]:
                     rates.update(noted)
         levels.append(Level(above, rates, thresholds.get(above, False)))
     return tuple(levels)
+
+
+def _in_proportion(
+    own: Mapping[str, Rate], short: Mapping[str, Rate], long: Mapping[str, Rate]
+) -> dict[str, Rate]:
+    """The rates of a tier whose row tells no long prompts apart, raised as the standard ones are.
+
+    A tier's multiple holds for long prompts too: none is listed as cheaper for being long.
+    """
+    raised: dict[str, Rate] = {}
+    for name, rate in own.items():
+        before, after = short.get(name), long.get(name)
+        if before is None or after is None or not before.usd or before.usd == after.usd:
+            raised[name] = rate
+            continue
+        usd = EXACT.divide(EXACT.multiply(rate.usd, after.usd), before.usd)
+        raised[name] = rate_of(usd, rate.per, rate.source, rate.dated, after.note)
+    return raised
 
 
 def _long(rate: Rate, above: int) -> Rate:

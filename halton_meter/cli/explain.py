@@ -28,6 +28,7 @@ from halton_meter.model import (
     Request,
     Response,
     Source,
+    Tokens,
     Usage,
     UsageEvent,
     event_id,
@@ -70,10 +71,16 @@ _PATHS = {
         "/chat/completions",
         "/inference/v1/chat/completions",
         "/v1/projects/p/locations/global/endpoints/openapi/chat/completions",
+        "/v1beta/openai/chat/completions",
     ),
     "responses": ("/v1/responses", "/openai/v1/responses", "/api/v1/responses", "/responses"),
     "completions": ("/v1/completions", "/openai/v1/completions", "/completions"),
-    "embeddings": ("/v1/embeddings", "/openai/v1/embeddings", "/embeddings"),
+    "embeddings": (
+        "/v1/embeddings",
+        "/openai/v1/embeddings",
+        "/embeddings",
+        "/v1beta/openai/embeddings",
+    ),
     "images": ("/v1/images/generations", "/openai/v1/images/generations"),
     "audio_transcriptions": (
         "/v1/audio/transcriptions",
@@ -104,10 +111,13 @@ _PATHS = {
     "countTokens": ("/v1beta/models/{model}:countTokens",),
     "realtime": ("/v1/realtime",),
     "responses_socket": ("/v1/responses",),
+    "gemini_batch": ("/v1beta/batches/explained",),
 }
 # Endpoints whose bodies are the messages of a WebSocket.
 _SOCKETS = ("realtime", "responses_socket")
+_FETCHED = (*_SOCKETS, "gemini_batch")
 # Answers of these are free, so a body must look like one: they are never a last guess.
+_FREE_KINDS = ("batch", "count", "moderation")
 _FREE_ENDPOINTS = ("moderations", "count_tokens", "countTokens")
 _PROVIDER_OF_MODEL = (
     (re.compile(r"^(claude|anthropic/)"), "anthropic"),
@@ -189,7 +199,8 @@ def _answer(raw: bytes) -> _Answer:
         return _Answer(b'{"error":{"type":"batch_request_failed"}}', {"error": {}})
     inner = document.get("response")
     is_wrapped = isinstance(inner, (dict, str, list)) and (
-        "usage" not in document and "object" not in document and "type" not in document
+        not any(name in document for name in ("usage", "object", "type"))
+        and not (isinstance(inner, dict) and "inlinedResponses" in inner)
     )
     return _wrapped(document, inner) if is_wrapped else _Answer(raw, document)
 
@@ -352,6 +363,9 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
         yield "realtime"
     if str(document.get("type")).startswith("response.") and "response" in document:
         yield "responses_socket"
+    inner = document.get("response")
+    if "dest" in document or (isinstance(inner, dict) and "inlinedResponses" in inner):
+        yield "gemini_batch"
     if kind == "video" or isinstance(document.get("video"), dict):
         yield "videos"
     if set(document) == {"input_tokens"}:
@@ -400,7 +414,7 @@ def _by_counts(usage: Json, document: Json, provider: str) -> Iterator[str]:
 def _read(answer: _Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     """Read the answer by the first of the provider's routes that finds usage in it."""
     document = answer.document or _first_object(answer.body) or {}
-    model = _model(document) or "unknown"
+    model = _model(document) or _model(_object(answer.request.decode()) or {}) or "unknown"
     own = [provider for provider in providers.known() if provider.id == wanted]
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
@@ -414,6 +428,16 @@ def _read(answer: _Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
         if any(_says_something(event) for event in events):
             return events
         seen = seen or events
+    if not any(event.free is not None for event in seen):
+        for each in own:
+            for route in each.routes:
+                if route.kind in _FREE_KINDS:
+                    continue
+                place = (answer.host or each.hosts[0], answer.method, f"/models/{model}:")
+                exchange = _exchange(answer, place, at_ns, model)
+                events = list(route.read(exchange, route, each))
+                if any(_counts_something(event) for event in events):
+                    return events
     return [event for event in seen if event.free is not None]
 
 
@@ -436,7 +460,7 @@ def _places(
         for name in names:
             for template in _PATHS.get(name, ()):
                 for host in hosts:
-                    method = "GET" if name in _SOCKETS else "POST"
+                    method = "GET" if name in _FETCHED else "POST"
                     yield host, method, template.format(model=model.removeprefix("models/"))
 
 
@@ -445,6 +469,13 @@ def _says_something(event: UsageEvent) -> bool:
         return True
     return any(
         part.units or part.tokens.input is not None or part.tokens.output is not None
+        for part in event.parts
+    )
+
+
+def _counts_something(event: UsageEvent) -> bool:
+    return event.reported_usd is not None or any(
+        (part.units and part.tokens == Tokens()) or part.tokens.input or part.tokens.output
         for part in event.parts
     )
 

@@ -8,6 +8,7 @@ answers of their own. To add a provider that differs in nothing, add its row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 
@@ -62,7 +63,13 @@ def _perplexity(draft: Draft, answer: Json, usage: Verbatim) -> None:
     units |= positive({"web_search_requests": counts.of(usage.exact, "num_search_queries")})
     first = draft.parts[0]
     details = {**first.details, **positive({"citation": counts.of(usage.exact, "citation_tokens")})}
-    draft.parts[0] = Usage(first.model, first.tokens, units, details)
+    tokens = first.tokens
+    thought = counts.of(usage.exact, "reasoning_tokens")
+    stated = counts.of(usage.exact, "completion_tokens")
+    if thought and tokens.output == stated and "deep-research" in (first.model or ""):
+        # Deep research bills its thinking beside the completion, and totals without it.
+        tokens = replace(tokens, output=(stated or 0) + thought, reasoning=thought)
+    draft.parts[0] = Usage(first.model, tokens, units, details)
     draft.flags |= counts.flags()
 
 

@@ -219,6 +219,9 @@ def generate_event(draft: Draft) -> None:
         return
     value, text = found
     fill_generated(draft, value["usageMetadata"], text, _grounding(exchange, chunks))
+    tier = next((t for v, _ in chunks if (t := as_name(v.get("serviceTier")))), None)
+    if tier is not None and "service_tier" not in draft.conditions:
+        draft.conditions["service_tier"] = _tier_word(tier)
 
 
 def _counted(usage: Any) -> bool:
@@ -249,7 +252,11 @@ def fill_generated(
     tier = header(draft.exchange.response.headers, "x-gemini-service-tier")
     tier = as_name(tier) or as_name(usage.get("serviceTier"))
     if tier is not None:
-        draft.conditions["service_tier"] = tier.lower().removeprefix("service_tier_")
+        draft.conditions["service_tier"] = _tier_word(tier)
+
+
+def _tier_word(tier: str) -> str:
+    return tier.lower().removeprefix("service_tier_")
 
 
 def _grounding(exchange: Exchange, chunks: list[tuple[Json, bytes]]) -> tuple[set[str], set[str]]:
