@@ -650,9 +650,7 @@ def _rss_bytes() -> int | None:
 class Gaps:
     """Times at which the service was meant to meter and did not, kept in the user's folder."""
 
-    def __init__(
-        self, home: Path, state: str = "daemon.state", listed: str = "gaps.jsonl"
-    ) -> None:
+    def __init__(self, home: Path, state: str = "daemon.state", listed: str = "gaps.jsonl") -> None:
         self._state = home / state
         self._list = home / listed
 
