@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proxy_fallback.changes import write_whole
+
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -292,25 +294,8 @@ def _make(
         pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
     )
     # The key first: a certificate without its key is found to be broken, and made anew.
-    _replace(folder / KEY_NAME, secret + certificate, 0o600)
-    _replace(folder / CERTIFICATE_NAME, certificate, 0o644)
-
-
-def _replace(file: Path, content: bytes, mode: int) -> None:
-    """Write whole or not at all; the mode holds from the first byte on."""
-    import tempfile
-
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as opened:
-            os.fchmod(descriptor, mode)
-            opened.write(content)
-            opened.flush()
-            os.fsync(descriptor)
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(folder / KEY_NAME, secret + certificate, 0o600)
+    write_whole(folder / CERTIFICATE_NAME, certificate, 0o644)
 
 
 def _signed(

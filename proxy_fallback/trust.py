@@ -1,0 +1,272 @@
+"""What makes programs trust our CA and use the proxy: bundles, variables, and trust stores.
+
+Most programs take a PEM bundle from a variable (`SSL_CERT_FILE` and its kin), which replaces what
+they would have trusted: so a bundle of ours holds all of that, plus our CA. Apps ask a store: the
+login keychain, or NSS's database of the user (Chromium, Electron). Nothing here is system-wide
+unless `system_trust` is called for. It makes no change itself; it says what to change.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from proxy_fallback.authority import TRUSTED_NAME, Authority
+from proxy_fallback.changes import TOLERATED, Argv, ChangeError, CommandRun, Commands, write_whole
+
+BUNDLE_NAME = "ca-bundle.pem"
+# What would be trusted without us: what the proxy itself must use towards the providers.
+ROOTS_NAME = "upstream-roots.pem"
+JAVA_STORE_NAME = "java-cacerts"
+# The world's public roots are 140; companies add a few.
+BUNDLE_BYTES_MAX = 8 * 1024 * 1024
+
+PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+# Each takes a PEM bundle: OpenSSL and what is built on it, requests, curl, Codex, botocore, gRPC.
+BUNDLE_VARIABLES = (
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "CODEX_CA_CERTIFICATE",
+    "AWS_CA_BUNDLE",
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+)
+_LINUX_ROOTS = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+_MAC_KEYCHAINS = (
+    "/System/Library/Keychains/SystemRootCertificates.keychain",
+    "/Library/Keychains/System.keychain",
+)
+_SYSTEM_KEYCHAIN = "/Library/Keychains/System.keychain"
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+
+# --- bundles ------------------------------------------------------------------------------------
+
+
+def system_roots(commands: Commands, platform: str, environ: Mapping[str, str], ours: Path) -> str:
+    """PEM text of all that programs of this person trust today, without our CA.
+
+    The system's roots, a bundle of their own (`SSL_CERT_FILE`, when not below `ours`), and
+    certifi's, because Python's programs would have used those.
+    """
+    import certifi
+
+    files = [] if platform == "macos" else [Path(each) for each in _LINUX_ROOTS]
+    texts = [text for text in map(_text, files) if text][:1]
+    if platform == "macos":
+        found = commands.run(("security", "find-certificate", "-a", "-p", *_MAC_KEYCHAINS))
+        texts.append(found.out if found.code == 0 else "")
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"):
+        own = Path(environ.get(name, ""))
+        if own.name and ours not in own.absolute().parents:
+            texts.append(_text(own))
+    texts.append(_text(Path(certifi.where())))
+    return "\n".join(dict.fromkeys(_PEM.findall("\n".join(texts)))) + "\n"
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as opened:
+            return opened.read(BUNDLE_BYTES_MAX).decode("latin-1")
+    except OSError:
+        return ""
+
+
+def write_bundles(authority: Authority, roots: str) -> None:
+    """Write both bundles into the CA's folder. Raises ChangeError."""
+    ours = authority.certificate_file.read_text()
+    try:
+        write_whole(authority.folder / ROOTS_NAME, roots.encode(), 0o644)
+        write_whole(authority.folder / BUNDLE_NAME, (roots + ours).encode(), 0o644)
+    except OSError as error:
+        raise ChangeError(f"{authority.folder}: {error.strerror or error}") from None
+
+
+# --- variables ----------------------------------------------------------------------------------
+
+
+def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> dict[str, str]:
+    """What programs need in their environment to use the proxy and to trust it."""
+    found = dict.fromkeys(PROXY_VARIABLES, f"http://127.0.0.1:{port}")
+    # Not through the proxy: this machine's own servers, unless one of them is to be metered.
+    local = [each for each in ("localhost", "127.0.0.1", "::1") if each not in hosts]
+    found |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(local))
+    found |= dict.fromkeys(BUNDLE_VARIABLES, str(ca_folder / BUNDLE_NAME))
+    # Node adds this to its own roots, and from version 24 on heeds proxy variables if told to.
+    found["NODE_EXTRA_CA_CERTS"] = str(ca_folder / "mitmproxy-ca-cert.pem")
+    found["NODE_USE_ENV_PROXY"] = "1"
+    if java:
+        found["JAVA_TOOL_OPTIONS"] = (
+            f"-Djavax.net.ssl.trustStore={ca_folder / JAVA_STORE_NAME} "
+            "-Djavax.net.ssl.trustStorePassword=changeit "
+            f"-Dhttps.proxyHost=127.0.0.1 -Dhttps.proxyPort={port}"
+        )
+    return found
+
+
+def posix_text(wanted: Mapping[str, str], witness: Path, override: bool) -> str:
+    """The file that bash, zsh and sh read.
+
+    It does nothing when `witness` is gone (the package was removed without uninstall), nor when
+    the person uses another proxy, unless `override` says that ours leads to it.
+    """
+    proxy = shlex.quote(wanted["HTTPS_PROXY"])
+    condition = f"[ -e {shlex.quote(str(witness))} ]"
+    if not override:
+        condition += (
+            ' && case "${HTTPS_PROXY:-${https_proxy:-}}" in ""|'
+            + proxy
+            + ") true;; *) false;; esac"
+        )
+    lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
+    lines.append(f"if {condition}; then")
+    for name, value in wanted.items():
+        given = f'"${{{name}:-{value}}}"' if name.lower() == "no_proxy" else shlex.quote(value)
+        lines.append(f"  export {name}={given}")
+    return "\n".join([*lines, "fi"]) + "\n"
+
+
+def fish_text(wanted: Mapping[str, str], witness: Path, override: bool) -> str:
+    """The same for fish."""
+    proxy = _fish_quoted(wanted["HTTPS_PROXY"])
+    condition = f"test -e {_fish_quoted(str(witness))}"
+    if not override:
+        condition += f'; and contains -- "$HTTPS_PROXY" "" {proxy}'
+        condition += f'; and contains -- "$https_proxy" "" {proxy}'
+    lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
+    lines.append(f"if {condition}")
+    for name, value in wanted.items():
+        given = f"set -gx {name} {_fish_quoted(value)}"
+        lines.append(f"  set -q {name}; or {given}" if name.lower() == "no_proxy" else f"  {given}")
+    return "\n".join([*lines, "end"]) + "\n"
+
+
+def _fish_quoted(word: str) -> str:
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def sourcing_lines(file: Path) -> str:
+    """What a start-up file gets: if our file is gone, nothing happens."""
+    name = shlex.quote(str(file))
+    return (
+        '# Added by "halton-meter init", taken out by "halton-meter uninstall".\n'
+        f"if [ -r {name} ]; then . {name}; fi"
+    )
+
+
+def environment_d_text(wanted: Mapping[str, str], override: bool) -> str:
+    """A file for environment.d(5): what graphical sessions and user services start with."""
+    lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
+    for name, value in wanted.items():
+        kept = name in (*PROXY_VARIABLES, "NO_PROXY", "no_proxy") and not override
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
+        given = f"${{{name}:-{value}}}" if kept else f'"{quoted}"'
+        lines.append(f"{name}={given}")
+    return "\n".join(lines) + "\n"
+
+
+# --- stores -------------------------------------------------------------------------------------
+
+
+def keychain(authority: Authority | None, folder: Path, user_home: Path) -> CommandRun:
+    """Trust for TLS in the login keychain; macOS asks for the person's password or finger."""
+    sha1 = authority.sha1 if authority else "SHA1"
+    name = authority.common_name if authority else "Halton Meter CA"
+    chain = str(user_home / "Library/Keychains/login.keychain-db")
+    file = str(folder / TRUSTED_NAME)
+    add = ("security", "add-trusted-cert", "-r", "trustRoot", "-p", "ssl", "-k", chain, file)
+    return CommandRun(
+        key=f"keychain:{sha1}",
+        run=(add,),
+        undo=(
+            (TOLERATED, "security", "remove-trusted-cert", file),
+            ("security", "delete-certificate", "-Z", sha1, chain),
+        ),
+        check=("security", "find-certificate", "-c", name, "-Z", chain),
+    )
+
+
+def nss(authority: Authority | None, folder: Path, user_home: Path) -> CommandRun:
+    """Trust for servers in the database that Chromium and Electron apps of this user read."""
+    name = authority.common_name if authority else "Halton Meter CA"
+    database = f"sql:{user_home / '.pki/nssdb'}"
+    file = str(folder / TRUSTED_NAME)
+    return CommandRun(
+        key=f"nss:{authority.sha1 if authority else 'SHA1'}",
+        run=(("certutil", "-d", database, "-A", "-t", "C,,", "-n", name, "-i", file),),
+        undo=(("certutil", "-d", database, "-D", "-n", name),),
+        check=("certutil", "-d", database, "-L", "-n", name),
+    )
+
+
+def system_trust(
+    authority: Authority | None, folder: Path, platform: str, commands: Commands, root: bool
+) -> CommandRun:
+    """Trust for everybody on this machine, through sudo. Raises ChangeError where unknown."""
+    sudo: Argv = () if root else ("sudo",)
+    sha1 = authority.sha1 if authority else "SHA1"
+    name = authority.common_name if authority else "Halton Meter CA"
+    file = str(folder / TRUSTED_NAME)
+    if platform == "macos":
+        add = ("security", "add-trusted-cert", "-d", "-r", "trustRoot", "-p", "ssl")
+        return CommandRun(
+            key=f"system-trust:{sha1}",
+            run=((*sudo, *add, "-k", _SYSTEM_KEYCHAIN, file),),
+            undo=(
+                (TOLERATED, *sudo, "security", "remove-trusted-cert", "-d", file),
+                (*sudo, "security", "delete-certificate", "-Z", sha1, _SYSTEM_KEYCHAIN),
+            ),
+            check=("security", "find-certificate", "-c", name, "-Z", _SYSTEM_KEYCHAIN),
+        )
+    for program, anchors, suffix in (
+        ("update-ca-certificates", "/usr/local/share/ca-certificates", "crt"),
+        ("update-ca-trust", "/etc/pki/ca-trust/source/anchors", "pem"),
+    ):
+        if commands.has(program):
+            anchor = f"{anchors}/halton-meter-{sha1[:8].lower()}.{suffix}"
+            return CommandRun(
+                key=f"system-trust:{sha1}",
+                run=((*sudo, "install", "-m", "0644", file, anchor), (*sudo, program)),
+                undo=((*sudo, "rm", "-f", anchor), (*sudo, program)),
+                check=("test", "-e", anchor),
+            )
+    raise ChangeError(
+        "this system has neither update-ca-certificates nor update-ca-trust; "
+        "leave --system-trust out: variables are enough for most programs"
+    )
+
+
+def java_store(folder: Path, platform: str, commands: Commands) -> CommandRun:
+    """A copy of Java's trust store with our CA in it, used through JAVA_TOOL_OPTIONS."""
+    source = _java_cacerts(platform, commands)
+    store, certificate = folder / JAVA_STORE_NAME, folder / "mitmproxy-ca-cert.pem"
+    add = ("keytool", "-importcert", "-noprompt", "-trustcacerts", "-alias", "halton-meter")
+    return CommandRun(
+        key="java",
+        run=(
+            ("cp", source, str(store)),
+            ("chmod", "0644", str(store)),
+            (*add, "-file", str(certificate), "-keystore", str(store), "-storepass", "changeit"),
+        ),
+        undo=(("rm", "-f", str(store)),),
+        check=("test", "-e", str(store)),
+    )
+
+
+def _java_cacerts(platform: str, commands: Commands) -> str:
+    asked: Argv = ("readlink", "-f", "/usr/bin/java")
+    if platform == "macos":
+        asked = ("/usr/libexec/java_home",)
+    said = commands.run(asked)
+    home = said.out.strip().removesuffix("/bin/java")
+    if said.code or not home or not commands.has("keytool"):
+        raise ChangeError("no Java was found (java and keytool); leave --java out")
+    return f"{home}/lib/security/cacerts"
