@@ -23,9 +23,11 @@ from halton_meter.model import (
     PricedEvent,
     Process,
     Request,
+    Source,
     TlsChunk,
     TlsClosed,
     UsageEvent,
+    event_id,
 )
 from halton_meter.wire.stream import Conversation, Interest
 
@@ -60,6 +62,7 @@ class Meter:
         self._registry = registry if registry is not None else providers.Registry()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._rank_by_event: OrderedDict[str, int] = OrderedDict()
+        self._calls_by_content: OrderedDict[tuple[str, Source], int] = OrderedDict()
         self._losses: Counter[str] = Counter()
 
     @property
@@ -118,7 +121,8 @@ class Meter:
     def _events(self, exchanges: Iterable[Exchange]) -> list[PricedEvent]:
         priced: list[PricedEvent] = []
         for exchange in exchanges:
-            for usage in self._read(exchange):
+            for read in self._read(exchange):
+                usage = self._told_apart(read) if read.id_from_content else read
                 if self._is_repeat(usage):
                     continue
                 priced.append(self._price(self._attributed(usage)))
@@ -138,6 +142,19 @@ class Meter:
         project, git_branch = self._attribute(usage.process)
         return replace(usage, project=usage.project or project, git_branch=git_branch)
 
+    def _told_apart(self, usage: UsageEvent) -> UsageEvent:
+        """Equal calls without an id of the provider's, counted: each source counts them alike.
+
+        So the first of them is one event for all sources that saw it, and the second another.
+        """
+        key = (usage.id, usage.source)
+        count = self._calls_by_content.pop(key, 0) + 1
+        self._calls_by_content[key] = count
+        if len(self._calls_by_content) > EVENTS_REMEMBERED_MAX:
+            self._calls_by_content.popitem(last=False)
+        id_ = usage.id if count == 1 else event_id("repeat", usage.id, str(count))
+        return replace(usage, id=id_, id_from_content=False)
+
     def _is_repeat(self, usage: UsageEvent) -> bool:
         """True for an id already given out, unless this sighting knows more than that one did."""
         rank = _rank(usage)
@@ -153,7 +170,8 @@ class Meter:
 def _rank(usage: UsageEvent) -> int:
     """How much a sighting knows; the same order as the store's, which replaces the lesser one."""
     return (
-        4 * (usage.free != "pending")
-        + 2 * (usage.outcome is Outcome.COMPLETE)
-        + (usage.certainty is Certainty.REPORTED)
+        8 * (usage.free != "pending")
+        + 4 * (usage.outcome is Outcome.COMPLETE)
+        + 2 * (usage.certainty is Certainty.REPORTED)
+        + (usage.process is not None)
     )

@@ -293,6 +293,8 @@ class UsageEvent:
     `free` names why nothing is charged ("error", "count", "moderation", "refusal", "pending",
     "not_billed"), None when the usage is billed. `reported_usd` is the provider's own statement.
     `raw_usage` is the provider's usage object, verbatim JSON, without any content.
+    `id_from_content` says that the provider gave no id and that `id` is made of what was said, so
+    that an equal call at about the same time has the same; `meter.py` tells those apart.
     """
 
     id: str
@@ -322,6 +324,7 @@ class UsageEvent:
     flags: tuple[str, ...] = ()
     raw_usage: str | None = None
     provider_error_code: str | None = None
+    id_from_content: bool = False
 
     @property
     def tokens(self) -> Tokens:

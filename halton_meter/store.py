@@ -1080,7 +1080,11 @@ def _checked(path: Path) -> tuple[int, int, Path]:
     return sound, damaged, kept
 
 
-_RANK_BETTER = "excluded.sighting_rank > event.sighting_rank"
+# Of two that know as much of an exchange, the one that knows its process stays.
+_RANK_BETTER = (
+    "(excluded.sighting_rank, excluded.pid IS NOT NULL) > "
+    "(event.sighting_rank, event.pid IS NOT NULL)"
+)
 
 
 def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
@@ -1093,7 +1097,8 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
     replaced = ", ".join(f"{n} = excluded.{n}" for n in _COLUMNS if n != "id")
     stored = connection.execute(
         f"INSERT INTO event ({names}) SELECT {cast} FROM {lines} WHERE loss_cause IS NULL "
-        "QUALIFY row_number() OVER (PARTITION BY id ORDER BY sighting_rank DESC) = 1 "
+        "QUALIFY row_number() OVER "
+        "(PARTITION BY id ORDER BY sighting_rank DESC, pid IS NOT NULL DESC) = 1 "
         f"ON CONFLICT (id) DO UPDATE SET {replaced} WHERE {_RANK_BETTER}"
     ).fetchall()
     losses = connection.execute(

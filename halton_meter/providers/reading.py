@@ -108,6 +108,12 @@ NAME_CHARS_MAX = 256
 REQUEST_PARSE_BYTES_MAX = 16 << 20
 # Ids shorter than this are not unique (Ollama counts to 999): the body is mixed into the identity.
 RESPONSE_ID_CHARS_MIN = 16
+# How an identity begins that no provider gave; no id has a space.
+_FROM_CONTENT = "from content"
+# What is looked at of a request to tell it from others: a capture may have lost what lies behind.
+IDENTITY_BYTES = 4096
+# Two sources see one request begin some milliseconds apart; a minute's border rarely lies between.
+IDENTITY_NS = 60 * 1_000_000_000
 # Nesting looked into when text is measured for an estimate.
 DEPTH_MAX = 32
 CHARS_PER_TOKEN = 4
@@ -559,8 +565,9 @@ class Draft:
         known = counted or self.reported_usd is not None or self.free is not None
         certainty = self.certainty or (Certainty.REPORTED if known else Certainty.UNKNOWN)
         model = self.model or self.request_model
+        identity = self.identity or self._identity()
         return UsageEvent(
-            id=event_id(self.provider, *(self.identity or self._identity())),
+            id=event_id(self.provider, *identity),
             provider=self.provider,
             host=exchange.request.host or exchange.connection.peer,
             endpoint=self.endpoint,
@@ -579,6 +586,7 @@ class Draft:
             ttft_ms=_milliseconds(exchange.started_ns, exchange.first_byte_ns),
             duration_ms=_milliseconds(exchange.started_ns, exchange.ended_ns),
             process=exchange.connection.process,
+            id_from_content=identity[0] == _FROM_CONTENT,
             conditions=self.conditions,
             free=self.free,
             reported_usd=self.reported_usd,
@@ -596,7 +604,10 @@ class Draft:
             value = header(self.exchange.response.headers, name)
             if value is not None and len(value) >= RESPONSE_ID_CHARS_MIN and as_id(value):
                 return ("request", value)
-        return ("digest", _digest(self.exchange), str(self.exchange.started_ns))
+        process = self.exchange.connection.process
+        if process is None:
+            return ("digest", _digest(self.exchange), str(self.exchange.started_ns))
+        return (_FROM_CONTENT, str(process.pid), _content(self.exchange))
 
 
 BILLED = (
@@ -623,6 +634,24 @@ def _digest(exchange: Exchange) -> str:
         for piece in body.pieces:
             digest.update(piece)
         digest.update(b"\x1f")
+    return digest.hexdigest()
+
+
+def _content(exchange: Exchange) -> str:
+    """What every live source sees alike of an exchange, though one may lose bytes of it.
+
+    The second in which the server answered is the server's own word where it sends a Date; the
+    response's body is left out, because a source may have seen less of it than another.
+    """
+    request, response = exchange.request, exchange.response
+    date = header(response.headers, "date") or str(exchange.started_ns // IDENTITY_NS)
+    length = header(request.headers, "content-length")
+    # What a client takes for the provider's 502 may be the proxy's, which knows that none came.
+    status = str(response.status) if response.status and response.status < 500 else None
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (request.method, request.host, request.path, length, status, date):
+        digest.update((part or "").encode("utf-8", "replace") + b"\x1f")
+    digest.update(b"".join(request.body.pieces[:1])[:IDENTITY_BYTES])
     return digest.hexdigest()
 
 

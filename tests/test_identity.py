@@ -1,0 +1,190 @@
+"""One exchange is one event, whoever saw it; two equal exchanges are two. Also without an id."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halton_meter.meter import Meter
+from halton_meter.model import (
+    Basis,
+    Body,
+    Connection,
+    Exchange,
+    Outcome,
+    PricedEvent,
+    Process,
+    Protocol,
+    Request,
+    Response,
+    Source,
+    UsageEvent,
+)
+from halton_meter.store import Store
+
+AT_NS = 1_790_000_000_000_000_000
+CLIENT = Process(pid=4711, started_ns=1, exe="/usr/bin/python3")
+DATE = ("date", "Tue, 24 Nov 2026 04:00:00 GMT")
+ANSWER = json.dumps(
+    {"object": "list", "data": [], "model": "m", "usage": {"prompt_tokens": 7, "total_tokens": 7}}
+).encode()
+
+
+def unpriced(usage: UsageEvent) -> PricedEvent:
+    return PricedEvent(usage, None, None, None, Basis.UNPRICED)
+
+
+def embedding(
+    source: Source,
+    at_ns: int = AT_NS,
+    process: Process | None = CLIENT,
+    text: str = "same",
+    headers: tuple[tuple[str, str], ...] = (DATE,),
+    **changed: Any,
+) -> Exchange:
+    """A call whose answer has no id."""
+    made = Exchange(
+        id=f"{source}/{at_ns}",
+        connection=Connection(f"c{at_ns}", source, process, "api.openai.com"),
+        protocol=Protocol.HTTP1,
+        request=Request(
+            "POST",
+            "api.openai.com",
+            "/v1/embeddings",
+            body=Body((json.dumps({"model": "m", "input": text}).encode(),)),
+        ),
+        response=Response(200, headers, Body((ANSWER,))),
+        started_ns=at_ns,
+        first_byte_ns=at_ns + 1000,
+        ended_ns=at_ns + 2000,
+        outcome=Outcome.COMPLETE,
+    )
+    return replace(made, **changed)
+
+
+def metered(*exchanges: Exchange) -> list[PricedEvent]:
+    """What one process gives, whose meter saw these."""
+    meter = Meter(unpriced)
+    return [event for each in exchanges for event in meter.exchange(each)]
+
+
+def stored(home: Path, *journals: list[PricedEvent]) -> list[PricedEvent]:
+    """What is left when several processes have written their journals."""
+    for events in journals:
+        with Store(home) as store:
+            store.append(events)
+            store.flush()
+    with Store(home) as store, store.reading() as reader:
+        return list(reader.events())
+
+
+LATER_NS = AT_NS + 3_700_000  # what lies between a client's write and the proxy's read of it
+
+
+def test_seen_by_uprobes_and_by_the_proxy_is_one_event(tmp_path: Path) -> None:
+    one = metered(embedding(Source.UPROBES))
+    other = metered(embedding(Source.PROXY, LATER_NS))
+    assert [event.usage.id for event in one] == [event.usage.id for event in other]
+    (event,) = stored(tmp_path, one, other)
+    assert event.usage.tokens.input == 7
+
+
+@pytest.mark.parametrize("apart_ns", [0, 1_000_000, 3_000_000_000], ids=["0", "1 ms", "3 s"])
+@pytest.mark.parametrize("dated", [True, False])
+def test_equal_calls_are_as_many_events_for_one_source_as_for_two(
+    tmp_path: Path, apart_ns: int, dated: bool
+) -> None:
+    headers = (DATE,) if dated else ()
+    calls = [
+        [embedding(source, AT_NS + n * apart_ns + skew, headers=headers) for n in range(3)]
+        for source, skew in ((Source.UPROBES, 0), (Source.PROXY, 3_700_000))
+    ]
+    assert len(stored(tmp_path / "one", metered(*calls[0]))) == 3
+    assert len(stored(tmp_path / "two", metered(*calls[0]), metered(*calls[1]))) == 3
+
+
+def test_a_source_that_came_late_adds_nothing(tmp_path: Path) -> None:
+    whole = [embedding(Source.PROXY, AT_NS + n) for n in range(3)]
+    late = [embedding(Source.UPROBES, AT_NS + n) for n in range(1, 3)]
+    assert len(stored(tmp_path, metered(*late), metered(*whole))) == 3
+
+
+def test_equal_calls_of_two_processes_are_two_events(tmp_path: Path) -> None:
+    other = replace(CLIENT, pid=4712)
+    calls = [metered(embedding(Source.PROXY, process=each)) for each in (CLIENT, other)]
+    assert len(stored(tmp_path, *calls)) == 2
+
+
+def test_other_requests_are_other_events(tmp_path: Path) -> None:
+    calls = [metered(embedding(Source.PROXY, text=text)) for text in ("one", "two")]
+    assert len(stored(tmp_path, *calls)) == 2
+
+
+def test_equal_calls_in_other_seconds_are_other_events_also_after_a_restart(tmp_path: Path) -> None:
+    later = ("date", "Tue, 24 Nov 2026 04:00:01 GMT")
+    calls = [metered(embedding(Source.PROXY, headers=(date,))) for date in (DATE, later)]
+    assert len(stored(tmp_path, *calls)) == 2
+
+
+@pytest.mark.parametrize("first", [Source.UPROBES, Source.PROXY])
+def test_of_a_damaged_and_a_whole_sighting_the_whole_one_stays(
+    tmp_path: Path, first: Source
+) -> None:
+    damaged = embedding(
+        Source.UPROBES,
+        response=Response(200, (DATE,), Body((ANSWER[:20], ANSWER[40:]), False, 0, 20)),
+        outcome=Outcome.GAPPED,
+    )
+    journals = [metered(damaged), metered(embedding(Source.PROXY, LATER_NS))]
+    if first is Source.PROXY:
+        journals.reverse()
+    (event,) = stored(tmp_path, *journals)
+    assert (event.usage.outcome, event.usage.source) == (Outcome.COMPLETE, Source.PROXY)
+
+
+def test_a_large_upload_that_one_source_saw_in_part_is_one_event(tmp_path: Path) -> None:
+    upload = b"--b\r\n" + bytes(range(256)) * 1000
+    sightings = [
+        embedding(
+            source,
+            request=Request(
+                "POST",
+                "api.openai.com",
+                "/v1/embeddings",
+                headers=(("content-length", str(len(upload))),),
+                body=body,
+            ),
+        )
+        for source, body in (
+            (Source.UPROBES, Body((upload[:100_000],), False, 0, len(upload) - 100_000)),
+            (Source.PROXY, Body((upload,))),
+        )
+    ]
+    assert len(stored(tmp_path, *(metered(each) for each in sightings))) == 1
+
+
+@pytest.mark.parametrize("known_first", [True, False])
+def test_of_two_sightings_the_one_that_knows_the_process_stays(
+    tmp_path: Path, known_first: bool
+) -> None:
+    named = (DATE, ("x-request-id", "req_0123456789abcdef"))
+    known = metered(embedding(Source.UPROBES, headers=named))
+    unknown = metered(embedding(Source.PROXY, headers=named, process=None))
+    journals = (known, unknown) if known_first else (unknown, known)
+    (event,) = stored(tmp_path, *journals)
+    assert event.usage.process == CLIENT
+    meter = Meter(unpriced)
+    again = [
+        meter.exchange(embedding(Source.PROXY, headers=named, process=process))
+        for process in (None, CLIENT, CLIENT)
+    ]
+    assert [len(events) for events in again] == [1, 1, 0]
+
+
+def test_a_capture_replayed_adds_nothing_and_its_equal_calls_stay_apart(tmp_path: Path) -> None:
+    calls = [embedding(Source.PCAP, AT_NS + n, process=None) for n in (0, 0, 5)]
+    assert len(stored(tmp_path, metered(*calls), metered(*calls))) == 2
