@@ -23,7 +23,7 @@ from pricing import overrides as override_file
 from pricing.files import Model, Shelf
 from pricing.names import canonical_provider
 from pricing.overrides import Override
-from pricing.rates import EXACT, Level, Rate, Row, in_force
+from pricing.rates import EXACT, UNCONFIRMED, Level, Rate, Row, in_force
 from pricing.rates import rate as rate_of
 from pricing.tariff import PRICED_CONDITIONS, TOKEN_DIMENSIONS, Tariff, tariff_for
 
@@ -147,6 +147,23 @@ class PriceBook:
                 row = in_force(model.rows, moment)
                 if row is not None:
                     yield model, row
+
+    def unconfirmed(self) -> Iterator[tuple[str, str, str]]:
+        """(provider, model or rule, note) of what was not read at the vendor's own page."""
+        for provider in self.providers():
+            file = self._shelf.file("overlay", provider)
+            if file is None:
+                continue
+            for model in file.models():
+                notes = [r.note for row in model.rows for r in row.all_rates() if r.note]
+                doubt = next((note for note in notes if UNCONFIRMED in note), None)
+                if doubt is not None:
+                    yield provider, model.id, doubt
+            for rule in file.rules:
+                notes = [rule.note, *(r.note for r in rule.rates.values() if r.note)]
+                doubt = next((note for note in notes if UNCONFIRMED in note), None)
+                if doubt is not None:
+                    yield provider, ", ".join(rule.models), doubt
 
     # --- one event ---
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pricing.rates import PriceError, Rate, Row, decimal_of, rates_of, row_of
+from pricing.rates import PriceError, Rate, Row, decimal_of, noted, rates_of, row_of
 
 BUNDLED = Path(__file__).parent
 _FILE_BYTES_MAX = 8 << 20
@@ -158,7 +158,7 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
         always=bool(table.get("always", False)),
         start=row.start,
         until=row.until,
-        note=str(table.get("note", "")) or ", ".join(f"{k}={v}" for k, v in row.when.items()),
+        note=noted({"note": ", ".join(f"{k}={v}" for k, v in row.when.items()), **table}) or "",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 History = dict[str, dict[str, Any]]
 Change = tuple[str, str]  # (model, what happened, in words)
 
-_NOT_RATES = frozenset({"from", "when", "hours", "checked", "source", "note"})
+_NOT_RATES = frozenset({"from", "when", "hours", "checked", "source", "note", "evidence"})
 
 
 def row_identity(row: Mapping[str, Any]) -> tuple[str, ...]:

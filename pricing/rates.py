@@ -8,7 +8,7 @@ per minute. This file refuses to know events; `book.py` brings rows and usage to
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Context, Decimal, InvalidOperation
 from typing import Any, NamedTuple
@@ -19,7 +19,19 @@ EXACT = Context(prec=60)
 ROUNDING = Context(prec=28)
 
 _HEAD_KEYS = frozenset(
-    {"from", "until", "when", "hours", "checked", "source", "note", "tiers", "replace", "marginal"}
+    {
+        "from",
+        "until",
+        "when",
+        "hours",
+        "checked",
+        "source",
+        "note",
+        "evidence",
+        "tiers",
+        "replace",
+        "marginal",
+    }
 )
 _SUFFIXES = (
     ("_hours", "_seconds", 3600),
@@ -27,6 +39,8 @@ _SUFFIXES = (
     ("_k", "", 1000),
     ("_each", "", 1),
 )
+# How a rate's note begins when its figure was not read at the vendor's own page.
+UNCONFIRMED = "unconfirmed"
 _POWERS_OF_TEN = frozenset({1, 1000, 1_000_000})
 _TIER_KEYS = frozenset({"above", "at_least", "marginal"})
 
@@ -119,6 +133,11 @@ class Row:
     hours: tuple[int, int] | None = None  # minutes of the UTC day
     replace: bool = False
 
+    def all_rates(self) -> Iterator[Rate]:
+        """Every rate of the row and of its levels."""
+        for rates in (self.rates, *(level.rates for level in self.levels)):
+            yield from rates.values()
+
     def holds(self, moment: dt.datetime) -> bool:
         """True when the row is in force at `moment` (UTC)."""
         day = moment.date()
@@ -131,10 +150,17 @@ class Row:
         return begin <= minute < end if begin <= end else minute >= begin or minute < end
 
 
+def noted(table: Mapping[str, Any]) -> str | None:
+    """A table's note, and what its figures rest on where that is not the vendor's own page."""
+    evidence = table.get("evidence")
+    parts = (table.get("note"), f"{UNCONFIRMED}: {evidence}" if evidence else None)
+    return "; ".join(str(part) for part in parts if part) or None
+
+
 def rates_of(table: Mapping[str, Any], source: str | None, where: str) -> dict[str, Rate]:
     """The rates in a TOML table, its other keys skipped."""
     dated = table.get("from") or table.get("checked")
-    source, note = table.get("source", source), table.get("note")
+    source, note = table.get("source", source), noted(table)
     rates: dict[str, Rate] = {}
     for key, value in table.items():
         if key not in _HEAD_KEYS and key not in _TIER_KEYS:
@@ -146,7 +172,8 @@ def rates_of(table: Mapping[str, Any], source: str | None, where: str) -> dict[s
 
 def row_of(table: Mapping[str, Any], source: str | None, where: str) -> Row:
     """A row from its TOML table."""
-    head = {key: table[key] for key in ("from", "checked", "source", "note") if key in table}
+    heads = ("from", "checked", "source", "note", "evidence")
+    head = {key: table[key] for key in heads if key in table}
     levels = tuple(
         Level(
             int(tier["at_least"]) - 1 if "at_least" in tier else int(tier["above"]),

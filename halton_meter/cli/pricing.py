@@ -185,8 +185,13 @@ def _set_command(provider: str, model: str) -> str:
 @click.argument("provider", required=False)
 @click.option("--model", "pattern", metavar="GLOB", help="Only models of this name or glob.")
 @click.option("--at", "at", metavar="TIME", help="Prices in force then; default now.")
+@click.option(
+    "--unconfirmed", is_flag=True, help="Only what was not read at the vendor's own page, and why."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def list_(provider: str | None, pattern: str | None, at: str | None, as_json: bool) -> None:
+def list_(
+    provider: str | None, pattern: str | None, at: str | None, unconfirmed: bool, as_json: bool
+) -> None:
     """List prices in force: USD per million tokens, or per unit where the name says so.
 
     Without PROVIDER, list the providers and how many models each has.
@@ -196,10 +201,17 @@ def list_(provider: str | None, pattern: str | None, at: str | None, as_json: bo
       halton-meter pricing list
       halton-meter pricing list anthropic
       halton-meter pricing list openai --model 'gpt-5*' --at 2026-06-01 --json
+      halton-meter pricing list --unconfirmed
     """
     from pricing.names import canonical_provider
 
     book = _book()
+    if unconfirmed:
+        for name, what, note in book.unconfirmed():
+            if provider is None or name == canonical_provider(provider):
+                doubt = {"provider": name, "models": what, "note": note}
+                _emit(as_json, doubt, f"{name} {what}: {note}")
+        return
     if provider is None and pattern is None:
         for name in book.providers():
             count = book.model_count(name)
@@ -263,10 +275,12 @@ def status(as_json: bool) -> None:
     unknown = _unknown_models()
     counts = {name: book.model_count(name) for name in book.providers()}
     overrides = [_described(override) for override in book.overrides]
+    unconfirmed = sum(1 for _ in book.unconfirmed())
     if as_json:
         document = {
             "price_book": book.version,
             "providers": counts,
+            "unconfirmed": unconfirmed,
             "overrides": overrides,
             "unpriced": [
                 {"provider": p, "model": m, "requests": n, "set": _set_command(p, m)}
@@ -277,6 +291,10 @@ def status(as_json: bool) -> None:
         return
     click.echo(f"price book {book.version}")
     click.echo(f"{sum(counts.values()):,} models of {len(counts)} providers")
+    click.echo(
+        f"{unconfirmed} prices were not read at the vendor's own page: "
+        "halton-meter pricing list --unconfirmed"
+    )
     for line in overrides:
         click.echo(f"override: {line}")
     if not unknown:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 import tomllib
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pricing.book import PriceBook  # noqa: E402 - after the path
+from pricing.rates import Rate  # noqa: E402
+from pricing.tariff import Tariff  # noqa: E402
 
 # litellm's provider -> ours. Resellers that it fills by hand are left out.
 PROVIDERS = {
@@ -36,30 +39,35 @@ PROVIDERS = {
     "mistral": "mistral",
     "deepseek": "deepseek",
 }
-# litellm's key -> (our dimension, the conditions it holds under).
-KEYS: dict[str, tuple[str, dict[str, str]]] = {
-    "input_cost_per_token": ("input", {}),
-    "output_cost_per_token": ("output", {}),
-    "cache_read_input_token_cost": ("cache_read", {}),
-    "cache_creation_input_token_cost": ("cache_write", {}),
-    "cache_creation_input_token_cost_above_1hr": ("cache_write_1h", {}),
-    "cache_creation_input_token_cost_above_12hr": ("cache_write_12h", {}),
-    "input_cost_per_audio_token": ("audio_input", {}),
-    "output_cost_per_audio_token": ("audio_output", {}),
-    "input_cost_per_token_flex": ("input", {"service_tier": "flex"}),
-    "output_cost_per_token_flex": ("output", {"service_tier": "flex"}),
-    "cache_read_input_token_cost_flex": ("cache_read", {"service_tier": "flex"}),
-    "input_cost_per_token_priority": ("input", {"service_tier": "priority"}),
-    "output_cost_per_token_priority": ("output", {"service_tier": "priority"}),
-    "cache_read_input_token_cost_priority": ("cache_read", {"service_tier": "priority"}),
-    "input_cost_per_token_ultrafast": ("input", {"service_tier": "ultrafast"}),
-    "output_cost_per_token_ultrafast": ("output", {"service_tier": "ultrafast"}),
-    "input_cost_per_token_batches": ("input", {"batch": "true"}),
-    "output_cost_per_token_batches": ("output", {"batch": "true"}),
-    "cache_read_input_token_cost_batches": ("cache_read", {"batch": "true"}),
+# litellm's key without its suffixes -> our dimension.
+DIMENSIONS = {
+    "input_cost_per_token": "input",
+    "output_cost_per_token": "output",
+    "cache_read_input_token_cost": "cache_read",
+    "cache_creation_input_token_cost": "cache_write",
+    "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
+    "cache_creation_input_token_cost_above_12hr": "cache_write_12h",
+    "input_cost_per_audio_token": "audio_input",
+    "output_cost_per_audio_token": "audio_output",
+    "cache_read_input_audio_token_cost": "cached_audio_input",
+    "input_cost_per_image_token": "image_input",
+    "output_cost_per_image_token": "image_output",
+    "cache_read_input_image_token_cost": "cached_image_input",
+    "output_cost_per_reasoning_token": "reasoning",
 }
+# The suffixes: a threshold of the prompt in thousands of tokens, then how it was served.
+_KEY = re.compile(r"(.+?)(?:_above_(\d+)k_tokens)?(?:_(flex|priority|ultrafast|batches))?")
 # A dimension without a rate of its own is billed at this one's.
-FALLBACKS = {"audio_input": "input", "audio_output": "output", "cache_read": "input"}
+FALLBACKS = {
+    "audio_input": "input",
+    "audio_output": "output",
+    "image_input": "input",
+    "image_output": "output",
+    "cache_read": "input",
+    "cached_audio_input": "cache_read",
+    "cached_image_input": "cache_read",
+    "reasoning": "output",
+}
 # Beyond rounding in a file of floats.
 TOLERANCE = Decimal("0.001")
 
@@ -71,21 +79,44 @@ def differences(entries: dict[str, Any], book: PriceBook, at_ns: int) -> Iterato
         if provider is None or entry.get("mode") not in ("chat", "responses", "embedding"):
             continue
         model = key.removeprefix(f"{entry['litellm_provider']}/")
-        for theirs_key, (dimension, conditions) in KEYS.items():
-            theirs = entry.get(theirs_key)
-            if not theirs:
+        for theirs_key, theirs in entry.items():
+            match = _KEY.fullmatch(theirs_key)
+            dimension = DIMENSIONS.get(match.group(1)) if match else None
+            if match is None or dimension is None or not theirs:
                 continue
+            served = match.group(3)
+            conditions = (
+                {"batch": "true"}
+                if served == "batches"
+                else {"service_tier": served}
+                if served
+                else {}
+            )
             tariff = book.tariff(provider, model, conditions, at_ns)
             if tariff.missing is not None and tariff.missing.startswith("model="):
                 break  # unknown to us: not a disagreement
+            above = int(match.group(2) or 0) * 1000
             name = "/".join((provider, model, dimension, *conditions.values()))
-            rates = tariff.levels[0].rates if tariff.levels else {}
-            rate = rates.get(dimension) or rates.get(FALLBACKS.get(dimension, ""))
+            if above:
+                name += f"/{above}"
+            rate = _rate(tariff, dimension, above)
             told = Decimal(str(theirs)) * 1_000_000
             if rate is None:
                 yield name, f"ours unpriced, litellm ${told.normalize():f}"
             elif abs(rate.usd - told) > TOLERANCE * max(rate.usd, told):
                 yield name, f"ours ${rate.usd.normalize():f}, litellm ${told.normalize():f}"
+
+
+def _rate(tariff: Tariff, dimension: str, above: int) -> Rate | None:
+    """The rate of a prompt longer than `above`; a dimension without one is billed at another's."""
+    levels = [level for level in tariff.levels if level.above <= above]
+    rates = levels[-1].rates if levels else {}
+    name: str | None = dimension
+    while name is not None:
+        if name in rates:
+            return rates[name]
+        name = FALLBACKS.get(name)
+    return None
 
 
 def main() -> int:
