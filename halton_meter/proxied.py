@@ -1,47 +1,494 @@
-"""One command metered through a local proxy of its own: `run --via proxy`.
+"""The composition root of the local proxy, as `daemon.py` is for uprobes; it needs no root.
 
-The composition root for mitmproxy, as `daemon.py` is for uprobes: it wires the addon to the
-pipeline and the store, starts the command with the proxy and its CA in its environment, and
-changes nothing on the system. It runs as the user and needs no root. What a command that ignores
-proxy settings says is not seen; that is what uprobes are for.
+Two processes. This one is the edge (`proxy_fallback/edge.py`) and little else: it accepts what
+clients say, and starts the other, `proxy_worker.py`, in which mitmproxy, the pipeline and the store
+live. A worker that dies or hangs is started again; meanwhile the edge tunnels everything raw, and
+the gap is counted. What a command says past its proxy settings is not seen: uprobes are for that.
+
+Read `serve` for the service and `meter_command` for one command. `service_status` asks a running
+service.
 """
 
 from __future__ import annotations
 
-import queue
+import asyncio
+import contextlib
+import itertools
+import json
+import os
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from halton_meter.metering import Totals, make_meter, prepare_home
+from halton_meter import metering
+from halton_meter.daemon import BACKOFF_S, HEALTHY_S
+from halton_meter.metering import Control, Gaps, ServiceAbsent, Totals, listen_at, prepare_home
+from halton_meter.model import rfc3339
+from halton_meter.proxy_worker import (
+    CA_FOLDER,
+    LINE_BYTES_MAX,
+    Job,
+    job_line,
+    process_of,
+    program_of,
+    provider_hosts,
+)
+from proxy_fallback import edge as edges
+from proxy_fallback.edge import Edge
 
-if TYPE_CHECKING:
-    from halton_meter.meter import Meter
-    from halton_meter.model import Exchange, PricedEvent, Process
-    from proxy_fallback.addon import MeterAddon
+SOCKET_NAME = "proxy.sock"
+STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
 
-# Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
-WAITING_MAX = 10_000
+START_S_MAX = 30.0
+FINISH_S_MAX = 20.0
+# A stop lets exchanges under way come to their end for so long.
+DRAIN_S = 5.0
+TICK_S = 1.0
+# The worker is asked for a sign of life at every tick while clients are connected, else at every
+# QUIET_TICKS-th. After SLOW ticks without one, hosts are tunnelled raw; after HUNG it is killed,
+# which breaks the streams that it still holds. Ticks, not time: they stop when we are suspended.
+QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
+ALIVE_TICKS = 10
+STATUS_S_MAX = 2.0
+
 # Signals that a terminal sends to the whole foreground group: the command decides, we wait.
 _PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
 _COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
+
+
+class ProxyUnavailable(Exception):
+    """The proxy could not be started; the text says why and what to run."""
+
+
+# --- edge and worker --------------------------------------------------------------------------
+
+
+class ProxyService:
+    """An edge and the worker that it keeps alive. Lives in one event loop.
+
+    `environment` is the worker's: what it says of trusted roots is how providers are judged.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        environment: Mapping[str, str],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.job = job
+        self.home = Path(job.home)
+        self.edge = Edge(
+            provider_hosts(job.extra_hosts),
+            job.upstream,
+            lambda address: program_of(process_of(address)),
+            edges.raise_descriptor_limit(),
+        )
+        self.edge.on_bypass = self._on_bypass
+        self.addresses: list[str] = []
+        self.gaps: list[tuple[int, int, str]] = []
+        self.final: dict[str, Any] = {}
+        self._environment = {
+            name: value for name, value in environment.items() if not name.startswith("LISTEN_")
+        }
+        self._say = say
+        self._kept = Gaps(self.home, STATE_NAME, GAPS_NAME) if job.service else None
+        self._started_ns = time.time_ns()
+        self._process: asyncio.subprocess.Process | None = None
+        self._port: int | None = None
+        self._accepted: list[str] | None = None
+        self._state = "starting"
+        self._cause: str | None = None
+        self._restarts = 0
+        self._down_ns: int | None = None
+        self._was_ready = False
+        self._bypassed_now = 0
+        self._unreported: Counter[str] = Counter()
+        self._pings_missed = 0
+        self._last_status: dict[str, Any] = {}
+        self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._serial = itertools.count(1)
+        self._stopping = asyncio.Event()
+        self._settled = asyncio.Event()  # ready for the first time, or known not to become so
+        self._tasks: list[asyncio.Task[None]] = []
+        self._control: asyncio.Server | None = None
+
+    # --- begin and end
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept connections from now on; the worker comes up meanwhile."""
+        self.addresses = ["{}:{}".format(*each.getsockname()[:2]) for each in sockets]
+        await self.edge.serve(sockets)
+        if self._kept is not None:
+            with contextlib.suppress(OSError):  # a full disk is no reason not to serve
+                self._kept.begin(self._started_ns, metering.Job(str(self.home), True))
+            await self._listen()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
+
+    async def settled(self) -> str | None:
+        """Wait until provider hosts are metered: None then, else why they will not be soon."""
+        try:
+            await asyncio.wait_for(self._settled.wait(), START_S_MAX)
+        except TimeoutError:
+            return "it did not start in time"
+        return None if self._was_ready else self._cause
+
+    def ask_to_stop(self) -> None:
+        """Have `stopped` return."""
+        self._stopping.set()
+
+    async def stopped(self) -> None:
+        """Wait until somebody asks to stop."""
+        await self._stopping.wait()
+
+    async def stop(self, drain_s: float) -> None:
+        """Let exchanges end, store what there is, end the worker."""
+        self._stopping.set()
+        await self.edge.stop(drain_s)
+        if self._control is not None:
+            self._control.close()
+            with contextlib.suppress(OSError):
+                (self.home / SOCKET_NAME).unlink()
+        self._report_bypassed()
+        if self._process is not None:
+            self._send({"finish": True})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._tasks[0]), FINISH_S_MAX)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            _kill(self._process)
+            await self._process.wait()
+        self._close_gap()
+        if self._kept is not None:
+            self._kept.end(time.time_ns(), clean=True)
+
+    # --- the worker
+
+    async def _keep_worker(self) -> None:
+        in_a_row = 0
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            try:
+                code = await self._live()
+                self._cause = self._cause or _cause(code)
+            except OSError as error:
+                self._cause = f"the proxy's worker could not be started: {error.strerror}"
+            finally:
+                self._process = None
+            if self._stopping.is_set():
+                return
+            self._down("worker_down", "waiting")
+            self._settled.set()
+            in_a_row = 0 if time.monotonic() - began > HEALTHY_S else in_a_row
+            wait_s = BACKOFF_S[min(in_a_row, len(BACKOFF_S) - 1)]
+            in_a_row += 1
+            self._say(f"{self._cause}; the next in {wait_s:g} s, traffic goes on unmetered")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+            self._restarts += 1
+
+    async def _live(self) -> int:
+        """One worker's life; its exit code."""
+        self._state, self._port, self._cause, self._pings_missed = "starting", None, None, 0
+        process = self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "halton_meter.proxy_worker"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # What a library may print has no place in the terminal of somebody's command.
+            stderr=None if self.job.service else subprocess.DEVNULL,
+            cwd="/",
+            env=self._environment,
+            limit=LINE_BYTES_MAX,
+            start_new_session=True,  # a Ctrl-C meant for the command must not end the metering
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(job_line(self.job))
+        with contextlib.suppress(ValueError, ConnectionError):  # a line too long: not ours
+            while line := await process.stdout.readline():
+                with contextlib.suppress(json.JSONDecodeError):
+                    self._take(json.loads(line))
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(process.wait(), 1.0)
+        _kill(process)  # it has told all that it will
+        return await process.wait()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            self._port, self._accepted = int(message["port"]), list(message["accepted"])
+            self._up()
+        if "accepted" in message and self._port is not None:
+            self._accepted = list(message["accepted"])
+            self.edge.send_to(self._port, self._accepted)
+        if "unavailable" in message:
+            self._cause = str(message["unavailable"])
+        if "pong" in message:
+            self._pings_missed = 0
+            if self._state == "hung":
+                self._up()
+        if "refused" in message:
+            host, program, said = message["refused"]
+            self.edge.refuse(host, program, said)
+        if "status" in message:
+            self._last_status = message["status"]
+            reply = self._replies.pop(message["serial"], None)
+            if reply is not None and not reply.done():
+                reply.set_result(message["status"])
+        if "final" in message:
+            self.final = self._last_status = message
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        if self._process is None or self._process.stdin is None:
+            return False
+        with contextlib.suppress(OSError, RuntimeError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            return True
+        return False
+
+    def _up(self) -> None:
+        assert self._port is not None
+        again = self._was_ready
+        self._state, self._was_ready = "ready", True
+        self._close_gap()
+        self.edge.send_to(self._port, self._accepted)
+        self._settled.set()
+        self._say("metering again" if again else f"metering into {self.home}")
+
+    def _down(self, code: str, state: str) -> None:
+        self.edge.bypass(code)
+        self._state, self._port = state, self._port if state == "hung" else None
+        if self._down_ns is None:
+            self._down_ns = time.time_ns()
+            self._bypassed_now = 0
+
+    def _close_gap(self) -> None:
+        """Note the time in which provider hosts were not metered."""
+        if self._down_ns is None:
+            return
+        cause = f"{self._cause or 'the proxy worker was not there'}"
+        if self._bypassed_now:
+            cause += f"; {self._bypassed_now} connections to providers went by unmetered"
+        gap = (self._down_ns, time.time_ns(), cause)
+        self._down_ns = None
+        self.gaps.append(gap)
+        if self._kept is not None:
+            with contextlib.suppress(OSError):
+                self._kept.note(*gap)
+
+    def _on_bypass(self, host: str, cause: str) -> None:
+        self._bypassed_now += 1
+        self._unreported[f"unmetered_{cause}"] += 1
+
+    def _report_bypassed(self) -> None:
+        """Have what went by unmetered kept in the store."""
+        if self._state == "ready" and self._unreported and self._send({"losses": self._unreported}):
+            self._unreported = Counter()
+
+    # --- time
+
+    async def _tick_on(self) -> None:
+        for tick in itertools.count(1):
+            await asyncio.sleep(TICK_S)
+            self._report_bypassed()
+            if self._kept is not None and tick % ALIVE_TICKS == 0:
+                self._kept.alive(time.time_ns())
+            asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
+            if self._state in ("ready", "hung") and asked:
+                self._feel_pulse()
+
+    def _feel_pulse(self) -> None:
+        if self._pings_missed >= HUNG_TICKS and self._process is not None:
+            self._cause = "the proxy's worker hung and was killed"
+            _kill(self._process)
+            return
+        if self._pings_missed >= SLOW_TICKS and self._state == "ready":
+            self._cause = "the proxy's worker did not answer"
+            self._down("worker_hung", "hung")
+        self._pings_missed += 1
+        self._send({"ping": next(self._serial)})
+
+    # --- the control socket
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # without it there is no status; traffic matters more
+            listener = listen_at(self.home, SOCKET_NAME)
+            listener.setblocking(False)
+            self._control = await asyncio.start_unix_server(
+                self._converse, sock=listener, limit=metering.REQUEST_BYTES_MAX
+            )
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while line := await reader.readline():
+                answer = await self._answer(json.loads(line))
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    async def _answer(self, request: Any) -> dict[str, Any]:
+        asked = request.get("ask") if isinstance(request, dict) else None
+        if asked == "status":
+            return await self.status()
+        if asked == "stop":
+            self.ask_to_stop()
+            return {"stopping": True}
+        if asked == "reload":
+            self.edge.forget_refusals()
+            self._cause = "the proxy's worker was told to start again"
+            self._send({"finish": True})
+            return {"reloading": True}
+        return {"error": "unknown request"}
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that `halton-meter status --json` shows of the proxy."""
+        worker = await self._ask_worker()
+        edge = self.edge
+        bypassed = [
+            {"host": host, "cause": cause, "connections": count}
+            for host, causes in sorted(edge.bypassed.items())
+            for cause, count in causes.most_common()
+        ]
+        usable = self._accepted is None or bool(self._accepted)
+        ok = self._state == "ready" and usable and not worker.get("store_error")
+        return {
+            "health": "ok" if ok else "degraded",
+            "source": "proxy",
+            "pid": os.getpid(),
+            "started_at": rfc3339(self._started_ns),
+            "uptime_s": round((time.time_ns() - self._started_ns) / 1e9, 1),
+            "home": str(self.home),
+            "addresses": self.addresses,
+            "upstream": list(self.job.upstream) if self.job.upstream else None,
+            "rss_bytes": metering._rss_bytes(),
+            "connections": len(edge.clients),
+            "counts": dict(edge.counts),
+            "bypassed": bypassed,
+            "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
+            "certificate_usable": usable,
+            "worker": {
+                "state": self._state,
+                "pid": self._process.pid if self._process is not None else None,
+                "restarts": self._restarts,
+                "trouble": self._cause if self._state != "ready" else None,
+            },
+            "gaps": self._kept.listed() if self._kept is not None else [],
+            **{name: worker.get(name) for name in _OF_WORKER},
+        }
+
+    async def _ask_worker(self) -> dict[str, Any]:
+        serial = next(self._serial)
+        reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        if self._state == "ready" and self._send({"status": serial}):
+            self._replies[serial] = reply
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(reply, STATUS_S_MAX)
+            self._replies.pop(serial, None)
+        return self._last_status
+
+
+_OF_WORKER = ("events", "totals", "last_event_at", "journal_waiting", "store_error", "losses")
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # Not Process.kill: that may reap the child behind the back of asyncio's own watcher.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        return f"the proxy's worker was killed by {signal.Signals(-code).name}"
+    return f"the proxy's worker ended with code {code}"
+
+
+# --- the service ------------------------------------------------------------------------------
+
+
+def serve(
+    home: Path,
+    extra_hosts: Mapping[str, str],
+    port: int,
+    upstream: tuple[str, int] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Run the edge and its worker until SIGTERM, SIGINT or `stop`.
+
+    Listens on the sockets that systemd, launchd or our own keeper hands over, else on `port`.
+    Raises ProxyUnavailable when there is nothing to listen on.
+    """
+    try:
+        sockets = edges.listeners() or [edges.listen(port)]
+    except edges.EdgeError as error:
+        raise ProxyUnavailable(str(error)) from None
+    with contextlib.suppress(OSError):
+        prepare_home(home)
+    os.umask(0o077)
+    job = Job(str(home), True, dict(extra_hosts), upstream)
+    asyncio.run(_serve(job, sockets, say))
+
+
+async def _serve(job: Job, sockets: Sequence[socket.socket], say: Callable[[str], None]) -> None:
+    service = ProxyService(job, os.environ, say)
+    loop = asyncio.get_running_loop()
+    # What asyncio would print may name hosts; that something went wrong is enough.
+    loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.ask_to_stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    await service.start(sockets)
+    say(f"the edge listens on {', '.join(service.addresses)}")
+    await service.stopped()
+    await service.stop(DRAIN_S)
+    say("stopped")
+
+
+def service_status(home: Path) -> dict[str, Any] | None:
+    """What a running proxy service tells of itself; None when none runs."""
+    return _asked(home, "status")
+
+
+def ask_service(home: Path, what: str) -> bool:
+    """Tell a running service to "stop", or to "reload": a new worker that reads the CA and the
+    configuration again, and refusals forgotten. Whether one was there.
+    """
+    return _asked(home, what) is not None
+
+
+def _asked(home: Path, what: str) -> dict[str, Any] | None:
+    try:
+        control = Control(home, name=SOCKET_NAME)
+        try:
+            return control.ask(what)
+        finally:
+            control.close()
+    except ServiceAbsent:
+        return None
+
+
+# --- one command ------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class ProxiedRun:
     """What a metered command did: its exit code (128 + signal), what it used, what was lost."""
 
-    exit_code: int
+    exit_code: int = 0
     totals: Totals = field(default_factory=Totals)
     losses: Counter[str] = field(default_factory=Counter)
-    events: list[PricedEvent] = field(default_factory=list)
+    gaps: list[tuple[int, int, str]] = field(default_factory=list)
+    store_error: str | None = None
 
 
 def meter_command(
@@ -49,96 +496,89 @@ def meter_command(
     home: Path,
     environment: Mapping[str, str],
     extra_hosts: Mapping[str, str],
+    upstream: tuple[str, int] | None = None,
 ) -> ProxiedRun:
-    """Run `command` behind a proxy of its own and store what it used.
+    """Run `command` behind an edge of its own and store what it used.
 
-    Raises proxy_fallback.session.ProxyError when the proxy cannot start; the command has not been
-    started then.
+    `upstream` is the proxy that leads out; without one, that of the environment is kept in use.
+    Raises ProxyUnavailable when the proxy cannot start; the command has not been started then.
     """
-    from proxy_fallback.session import ProxySession, bundle, client_environment
+    from proxy_fallback.session import bundle, client_environment
 
     prepare_home(home)
-    meter = make_meter(home, dict(extra_hosts))
-    run = ProxiedRun(0)
-    pricing = _Pricing(meter, home, run)
-    addon = _addon(meter, pricing, extra_hosts)
-    session = ProxySession(addon, _hosts(extra_hosts), home / "proxy-ca")
-    session.start()
+    upstream = upstream or environment_proxy(environment)
+    job = Job(str(home), False, dict(extra_hosts), upstream)
+    background = _Background(job, environment)
+    run = ProxiedRun()
     try:
+        port = background.start()
+        ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
         with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
-            trusted = bundle(session.ca_file, Path(folder) / "ca-bundle.pem", dict(environment))
-            changed = client_environment(dict(environment), session.port, trusted, session.ca_file)
+            trusted = bundle(ca_file, Path(folder) / "ca-bundle.pem", dict(environment))
+            changed = client_environment(dict(environment), port, trusted, ca_file)
             run.exit_code = _run(command, changed)
     finally:
-        session.stop()
-        pricing.finish()
-    run.losses.update(addon.losses)
-    run.losses.update(meter.losses)
+        background.stop(run)
     return run
 
 
-def _hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
-    from halton_meter.providers import Registry
+def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """The proxy by which this environment leaves the network, as (host, port), or None.
 
-    return tuple(Registry(dict(extra_hosts)).hosts())
+    One that wants credentials, or is no HTTP proxy, is not kept; nor is an edge of ours.
+    """
+    import re
 
-
-def _addon(meter: Meter, pricing: _Pricing, extra_hosts: Mapping[str, str]) -> MeterAddon:
-    from halton_meter.providers import Registry
-    from halton_meter.wire.decoded import Recorder
-    from halton_meter.wire.stream import Interest
-    from proxy_fallback.addon import MeterAddon, Wiring
-
-    registry = Registry(dict(extra_hosts))
-    losses: Counter[str] = Counter()
-    recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), losses)
-    return MeterAddon(Wiring(recorder.begin, _process_of, pricing.put, losses=losses))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        match = re.fullmatch(r"(?:http://)?([\w.-]+):(\d{1,5})/?", environment.get(name, ""))
+        if match is not None and 0 < int(match[2]) < 65536:
+            host, port = match[1], int(match[2])
+            ours = edges.is_loopback(host) or host == "localhost"
+            return None if ours and edges.answers(port) else (host, port)
+    return None
 
 
-def _process_of(address: tuple[str, int]) -> Process | None:
-    from capture.processes import read_process
-    from proxy_fallback.owner import owner_pid
+class _Background:
+    """A ProxyService in a thread of its own, while the command runs in the foreground."""
 
-    pid = owner_pid(*address)
-    return None if pid is None else read_process(pid)
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        self._job = job
+        self._environment = environment
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda *_: None)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="edge", daemon=True)
+        self._service: ProxyService | None = None
 
-
-class _Pricing:
-    """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
-
-    def __init__(self, meter: Meter, home: Path, run: ProxiedRun) -> None:
-        self._meter = meter
-        self._home = home
-        self._run = run
-        self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
-        self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
+    def start(self) -> int:
+        """Return the edge's port once the worker meters. Raises ProxyUnavailable."""
         self._thread.start()
+        return asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
-    def put(self, exchange: Exchange) -> None:
-        """Take an exchange from the proxy's thread; never blocks."""
-        try:
-            self._waiting.put_nowait(exchange)
-        except queue.Full:
-            self._run.losses["exchanges_over_limit"] += 1
+    async def _start(self) -> int:
+        listener = edges.listen(0)
+        self._service = ProxyService(self._job, self._environment)
+        await self._service.start([listener])
+        problem = await self._service.settled()
+        if problem is not None:
+            raise ProxyUnavailable(f"The local proxy did not start: {problem}. Try again.")
+        return int(listener.getsockname()[1])
 
-    def finish(self) -> None:
-        """Price what waits, write it, end."""
-        self._waiting.put(None)
+    def stop(self, run: ProxiedRun) -> None:
+        """End it, and put what it metered and missed into `run`."""
+        service = self._service
+        if service is not None:
+            asyncio.run_coroutine_threadsafe(service.stop(0.0), self._loop).result()
+            with contextlib.suppress(ValueError):
+                run.totals = Totals.of_json(service.final.get("totals"))
+            run.losses.update(service.final.get("losses", {}))
+            for causes in service.edge.bypassed.values():
+                for cause, count in causes.items():
+                    run.losses[f"unmetered_{cause}"] += count
+            run.gaps = list(service.gaps)
+            run.store_error = service.final.get("store_error")
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-
-    def _work(self) -> None:
-        from halton_meter.store import Store
-
-        with Store(self._home) as store:
-            while (exchange := self._waiting.get()) is not None:
-                events = self._meter.exchange(exchange)
-                store.append(events)
-                for event in events:
-                    self._run.totals.add(event)
-                self._run.events += events
-            for cause, count in self._run.losses.items():
-                store.count_loss(cause, count, time.time_ns())
-            store.flush()
+        self._loop.close()
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:

@@ -245,6 +245,7 @@ class Edge:
         connections_max: int = CONNECTIONS_MAX,
     ) -> None:
         self.hosts = HostSet(hosts)
+        self.accepted = self.hosts
         self.upstream = upstream
         self.counts: Counter[str] = Counter()
         self.bypassed: dict[str, Counter[str]] = {}
@@ -286,9 +287,13 @@ class Edge:
 
     # --- told by the supervisor
 
-    def send_to(self, worker_port: int) -> None:
-        """Provider hosts go to the mitmproxy on this loopback port from now on."""
+    def send_to(self, worker_port: int, accepted: Iterable[str] | None = None) -> None:
+        """Provider hosts go to the mitmproxy on this loopback port from now on.
+
+        `accepted` are those for which its certificate will do (None: all); others stay raw.
+        """
         self._worker_port, self._failures, self._open_until = worker_port, 0, 0.0
+        self.accepted = self.hosts if accepted is None else HostSet(accepted)
 
     def bypass(self, cause: str) -> None:
         """Provider hosts are tunnelled raw from now on, for this reason (a snake_case word)."""
@@ -305,6 +310,10 @@ class Edge:
             self._refusals.pop(next(iter(self._refusals)))
             self.counts["refusals_over_limit"] += 1
         self._refusals[key] = self._refusals.get(key, 0) + (2 if said else 1)
+
+    def forget_refusals(self) -> None:
+        """Trust was put right, it may be tried again."""
+        self._refusals.clear()
 
     def refusals(self) -> list[tuple[str, str | None]]:
         """The (host, program) pairs tunnelled raw because the program does not trust us."""
@@ -324,6 +333,8 @@ class Edge:
             return None, self._cause
         if self._open_until > time.monotonic():
             return None, "worker_failing"
+        if host not in self.accepted:
+            return None, "certificate_unusable"
         if any(refused == host for refused, _ in self._refusals):
             loop = asyncio.get_running_loop()
             program = await loop.run_in_executor(None, self._program_of, client)

@@ -1,8 +1,8 @@
-"""One mitmproxy of our own, in a thread, for as long as one command runs.
+"""One mitmproxy of our own, in a thread: behind the edge, or for as long as one command runs.
 
 It listens on a loopback port that the system chooses, decrypts only provider hosts and tunnels
-every other host raw. Its CA lives in a folder of the user's, key mode 0600, and is trusted by the
-one command only, through the variables of `client_environment`. Nothing on the system changes.
+every other host raw. Its CA lives in a folder of the user's, key mode 0600; a single command comes
+to trust it through the variables of `client_environment`. Nothing on the system changes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import asyncio
 import logging
 import os
 import re
+import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,15 @@ def host_patterns(hosts: Iterable[str]) -> list[str]:
 class ProxySession:
     """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust."""
 
-    def __init__(self, addon: MeterAddon, hosts: Iterable[str], ca_folder: Path) -> None:
+    def __init__(
+        self,
+        addon: MeterAddon,
+        hosts: Iterable[str],
+        ca_folder: Path,
+        upstream: tuple[str, int] | None = None,
+    ) -> None:
         self._addon = addon
+        self._upstream = upstream
         self._patterns = host_patterns(hosts)
         self._folder = ca_folder
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,6 +84,11 @@ class ProxySession:
         for key in self._folder.glob("mitmproxy-ca.p*"):
             key.chmod(0o600)
 
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Have a function called in mitmproxy's own loop: at once, unless that hangs."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(function)
+
     def stop(self) -> None:
         """End the proxy; connections still open are closed."""
         running = self._loop is not None and not self._loop.is_closed()
@@ -99,19 +112,48 @@ class ProxySession:
 
         logging.getLogger("mitmproxy").setLevel(logging.CRITICAL)
         self._loop = asyncio.get_running_loop()
-        upstream_bundle = os.environ.get("SSL_CERT_FILE")
         settings: dict[str, Any] = {
             "listen_host": "127.0.0.1",
             "listen_port": 0,
             "confdir": str(self._folder),
             "allow_hosts": self._patterns,
         }
-        if upstream_bundle and os.path.exists(upstream_bundle):
-            settings["ssl_verify_upstream_trusted_ca"] = upstream_bundle
+        roots = self._upstream_roots()
+        if roots is not None:
+            settings["ssl_verify_upstream_trusted_ca"] = roots
+        if self._upstream is not None:
+            host, port = self._upstream
+            name = f"[{host}]" if ":" in host else host
+            settings["mode"] = [f"upstream:http://{name}:{port}"]
         options = Options(**settings)
         self._master = DumpMaster(options, with_termlog=False, with_dumper=False)
+        # Odd headers are the provider's and the client's own business.
+        setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
         self._master.addons.add(self._addon, _Listening(self))
         await self._master.run()
+
+    def _upstream_roots(self) -> str | None:
+        """A file of the roots by which providers are judged, as the clients themselves would.
+
+        SSL_CERT_FILE alone where it is set; else the system's roots (a company's own are there)
+        and the public ones; None means the public ones.
+        """
+        named = os.environ.get("SSL_CERT_FILE")
+        if named and os.path.exists(named):
+            return named
+        system = ssl.get_default_verify_paths().cafile
+        if system is None:
+            return None
+        import certifi
+
+        roots = self._folder / "upstream-roots.pem"
+        try:
+            roots.write_bytes(
+                Path(system).read_bytes() + b"\n" + Path(certifi.where()).read_bytes()
+            )
+        except OSError:  # a full disk: the system's own must do
+            return system
+        return str(roots)
 
     def listening(self, port: int) -> None:
         """Called once the port is known."""

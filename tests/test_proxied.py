@@ -16,6 +16,7 @@ import pytest
 
 from halton_meter.model import Source
 from halton_meter.proxied import meter_command
+from halton_meter.store import Store
 
 CLIENT = """
 import json, os, sys, urllib.request
@@ -89,10 +90,16 @@ def test_a_client_behind_the_proxy_is_metered_with_its_pid_and_its_exit_code_is_
     origin: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-c", CLIENT, origin, "7"]
-    run = meter_command(command, tmp_path / "home", environment(tmp_path), {"localhost": "openai"})
+    run = meter_command(
+        command,
+        tmp_path / "home",
+        environment(tmp_path),
+        {origin.removeprefix("https://"): "openai"},
+    )
     assert run.exit_code == 7
     assert capfd.readouterr().out == "chatcmpl-proxied-1\n"
-    [event] = run.events
+    with Store(tmp_path / "home").reading() as reader:
+        [event] = reader.events()
     tokens = event.usage.tokens
     assert (tokens.input, tokens.cache_read, tokens.output) == (600, 400, 200)
     assert event.usage.source is Source.PROXY
@@ -109,7 +116,7 @@ def test_its_events_are_in_the_store_and_the_key_is_nowhere(origin: str, tmp_pat
         [sys.executable, "-c", CLIENT, origin, "0"],
         home,
         environment(tmp_path),
-        {"localhost": "openai"},
+        {origin.removeprefix("https://"): "openai"},
     )
     listed = subprocess.run(
         [sys.executable, "-m", "halton_meter", "events", "--json"],

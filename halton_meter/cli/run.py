@@ -116,17 +116,18 @@ def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
 
 def _through_proxy(command: Sequence[str]) -> tuple[int, Metered]:
     from halton_meter import config, daemon
-    from halton_meter.proxied import meter_command
-    from proxy_fallback.session import ProxyError
+    from halton_meter.proxied import ProxyUnavailable, meter_command
 
     home = config.home_folder()
     hosts = config.load(home).extra_hosts
     try:
-        run = meter_command(command, home, os.environ, hosts)
-    except ProxyError as error:
+        run = meter_command(command, home, os.environ, hosts, config.load_proxy(home).upstream)
+    except ProxyUnavailable as error:
         typed = "sudo halton-meter run -- CMD"
         raise daemon.Unavailable([(str(error), typed)]) from None
-    return run.exit_code, daemon.Metered(totals=run.totals, losses=dict(run.losses))
+    metered = daemon.Metered(run.totals, dict(run.losses), gaps=run.gaps)
+    metered.store_error = run.store_error
+    return run.exit_code, metered
 
 
 # --- the summary --------------------------------------------------------------------------------

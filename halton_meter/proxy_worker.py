@@ -1,0 +1,337 @@
+"""The half of the local proxy that decrypts: mitmproxy, the pipeline and the store, one process.
+
+`python -m halton_meter.proxy_worker` is started by `proxied.py`, as the user, behind the edge. It
+reads lines of JSON on standard input, first a `Job`, and tells lines of JSON on standard output.
+When its input ends, so does it. It may be killed at any moment: the edge then tunnels raw, and
+every event that was told to the store is in the journal. It answers a ping from within mitmproxy's
+own loop, so that a hung one is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halton_meter.metering import (
+    FLUSH_AFTER_S,
+    FLUSH_EVENTS,
+    SEAL_AFTER_S,
+    Totals,
+    flush,
+    make_meter,
+    prepare_home,
+)
+from halton_meter.model import rfc3339
+
+if TYPE_CHECKING:
+    from halton_meter.meter import Meter
+    from halton_meter.model import Exchange, Process
+    from halton_meter.store import Store
+    from proxy_fallback.addon import MeterAddon
+
+# Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
+WAITING_MAX = 10_000
+LINE_BYTES_MAX = 1 << 20
+CA_FOLDER = "proxy-ca"
+# How often it is looked whether the CA is still valid.
+CA_CHECK_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker does. `service` is False for a single `run`.
+
+    `extra_hosts` are the user's own, as `providers.Registry` takes them; `upstream` is the proxy
+    that leads out of this network.
+    """
+
+    home: str
+    service: bool
+    extra_hosts: dict[str, str] = field(default_factory=dict)
+    upstream: tuple[str, int] | None = None
+
+
+def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
+    """The hosts that are metered: known providers' and the user's own."""
+    from halton_meter.providers import Registry
+
+    return tuple(Registry(dict(extra_hosts)).hosts())
+
+
+def process_of(address: tuple[str, int]) -> Process | None:
+    """The process behind the client end (address, port) of a loopback connection, or None."""
+    from capture.processes import read_process
+    from proxy_fallback.owner import owner_pid
+
+    pid = owner_pid(*address)
+    return None if pid is None else read_process(pid)
+
+
+def program_of(process: Process | None) -> str | None:
+    """What to call the program of a process: its file, and for an interpreter the script too.
+
+    Trust in a CA is a program's own business; a script's is not that of its interpreter.
+    """
+    if process is None or process.exe is None:
+        return None
+    words = [word for word in process.argv[1:] if not word.startswith("-")]
+    script = Path(process.cwd or "/", words[0]) if words else None
+    with contextlib.suppress(OSError, ValueError):
+        if script is not None and script.is_file():
+            return f"{process.exe} {script}"
+    return process.exe
+
+
+def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> MeterAddon:
+    """The addon, wired to the pipeline. `told` takes what it has to tell the edge."""
+    from halton_meter.providers import Registry
+    from halton_meter.wire.decoded import Recorder
+    from halton_meter.wire.stream import Interest
+    from proxy_fallback.addon import MeterAddon, Wiring
+
+    registry = Registry(dict(extra_hosts))
+    recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), pricing.losses)
+
+    def refused(host: str, process: Process | None, said: bool) -> None:
+        told({"refused": [host, program_of(process), said]})
+
+    return MeterAddon(
+        Wiring(recorder.begin, process_of, pricing.put, refused, losses=pricing.losses)
+    )
+
+
+class Pricing:
+    """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
+
+    def __init__(self, meter: Meter, home: Path) -> None:
+        from halton_meter.store import Store
+
+        self._meter = meter
+        self._home = home
+        self._store: Store = Store(home)
+        self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
+        self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
+        self._seal_due: float | None = None
+        self._flush_due: float | None = None
+        self._unflushed = 0
+        self._flusher: subprocess.Popen[bytes] | None = None
+        self.losses: Counter[str] = Counter()
+        self.totals = Totals()
+        self.last_event_ns: int | None = None
+        self.store_error: str | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def put(self, exchange: Exchange) -> None:
+        """Take an exchange from the proxy's thread; never blocks."""
+        try:
+            self._waiting.put_nowait(exchange)
+        except queue.Full:
+            self.losses["exchanges_over_limit"] += 1
+
+    def count_losses(self, losses: Mapping[str, Any]) -> None:
+        """Keep losses that others counted."""
+        for cause, count in losses.items():
+            self._store.count_loss(str(cause), int(count), time.time_ns())
+
+    def finish(self) -> None:
+        """Price what waits, move the journal into the database, end."""
+        self._waiting.put(None)
+        self._thread.join()
+        if self._flusher is not None:
+            self._flusher.wait()
+        self.count_losses({**self.losses, **self._meter.losses})
+        try:
+            self.store_error = flush(self._store)
+        except Exception as error:  # the journal keeps what the database refuses
+            self.store_error = str(error)
+        with contextlib.suppress(OSError):
+            self._store.close()
+
+    def status(self) -> dict[str, Any]:
+        """What there is to tell."""
+        losses = {**self.losses, **self._meter.losses}
+        if self._store.dropped:
+            losses["journal_full"] = self._store.dropped
+        return {
+            "pid": os.getpid(),
+            "events": self.totals.total.requests,
+            "totals": self.totals.as_json(),
+            "last_event_at": rfc3339(self.last_event_ns) if self.last_event_ns else None,
+            "journal_waiting": self._store.waiting(),
+            "held": self._store.held,
+            "store_error": self._store.trouble or self.store_error,
+            "losses": {cause: count for cause, count in losses.items() if count},
+        }
+
+    def _work(self) -> None:
+        while True:
+            try:
+                exchange = self._waiting.get(timeout=self._wait_s())
+            except queue.Empty:
+                self._tick()
+                continue
+            if exchange is None:
+                return
+            try:
+                self._keep(exchange)
+            except Exception as error:  # one exchange's trouble must not become the others'
+                self.losses[f"pricing_{type(error).__name__}"] += 1
+            self._tick()
+
+    def _keep(self, exchange: Exchange) -> None:
+        events = self._meter.exchange(exchange)
+        if not events:
+            return
+        self._store.append(events)
+        for event in events:
+            self.totals.add(event)
+            self.last_event_ns = event.usage.at_ns
+        self._unflushed += len(events)
+        now = time.monotonic()
+        self._seal_due = self._seal_due or now + SEAL_AFTER_S
+        self._flush_due = self._flush_due or now + FLUSH_AFTER_S
+
+    def _wait_s(self) -> float | None:
+        dues = [due for due in (self._seal_due, self._flush_due) if due is not None]
+        return max(0.0, min(dues) - time.monotonic()) if dues else None
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._seal_due is not None and now >= self._seal_due:
+            self._seal_due = None
+            with contextlib.suppress(OSError):
+                self._store.close()  # from now on whoever reads the store takes the events over
+        due = self._flush_due is not None and now >= self._flush_due
+        if due or self._unflushed >= FLUSH_EVENTS:
+            self._flush_aside()
+
+    def _flush_aside(self) -> None:
+        """Have a process of its own move the journal into the database: it takes 0.3 s of CPU."""
+        self._unflushed, self._flush_due, self._seal_due = 0, None, None
+        if self._flusher is not None and self._flusher.poll() is None:
+            self._flush_due = time.monotonic() + FLUSH_AFTER_S
+            return
+        with contextlib.suppress(OSError):
+            self._store.close()
+            command = [sys.executable, "-P", "-m", "halton_meter.metering", "--flush"]
+            self._flusher = subprocess.Popen(
+                [*command, str(self._home)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                cwd="/",
+            )
+
+
+class Worker:
+    """One worker: its mitmproxy, its pipeline, and the link to the process that started it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._home = Path(job.home)
+        self._lock = threading.Lock()
+        # What mitmproxy may print must not get among our lines.
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """One line to the process that started us; its death is noticed elsewhere."""
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._out.write(json.dumps(message) + "\n")
+            self._out.flush()
+
+    def run(self) -> int:
+        """Meter until told to finish, or until nobody is left to tell."""
+        from proxy_fallback.authority import AuthorityError
+        from proxy_fallback.session import ProxyError, ProxySession
+
+        with contextlib.suppress(OSError):
+            prepare_home(self._home)
+        pricing = Pricing(make_meter(self._home, self._job.extra_hosts), self._home)
+        hosts = provider_hosts(self._job.extra_hosts)
+        addon = make_addon(pricing, self._job.extra_hosts, self.tell)
+        try:
+            accepted = self._accepted(hosts)
+            session = ProxySession(addon, hosts, self._home / CA_FOLDER, self._job.upstream)
+            session.start()
+        except (AuthorityError, ProxyError) as error:
+            self.tell({"unavailable": str(error)})
+            return 1
+        pricing.start()
+        self.tell({"ready": True, "port": session.port, "accepted": accepted})
+        threading.Thread(target=self._watch_ca, args=(hosts, accepted), daemon=True).start()
+        self._obey(session, pricing)
+        session.stop()
+        pricing.finish()
+        self.tell({"final": True, **pricing.status()})
+        return 0
+
+    def _accepted(self, hosts: Iterable[str]) -> list[str]:
+        """The hosts for which clients may be shown our certificate. Makes the CA if need be."""
+        import datetime
+
+        from proxy_fallback.authority import accepted_hosts, ensure_authority
+
+        now = datetime.datetime.now(datetime.UTC)
+        folder = self._home / CA_FOLDER
+        ensure_authority(folder, hosts, now)
+        return list(accepted_hosts(folder, hosts, now))
+
+    def _watch_ca(self, hosts: tuple[str, ...], before: list[str]) -> None:
+        while True:
+            time.sleep(CA_CHECK_S)
+            now: list[str] = []
+            with contextlib.suppress(Exception):  # a CA that cannot be read is as good as none
+                now = self._accepted(hosts)
+            if now != before:
+                self.tell({"accepted": now})
+                before = now
+
+    def _obey(self, session: Any, pricing: Pricing) -> None:
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            if "ping" in message:
+                serial = message["ping"]
+                session.call_soon(lambda serial=serial: self.tell({"pong": serial}))
+            if "status" in message:
+                self.tell({"status": pricing.status(), "serial": message["status"]})
+            if "losses" in message:
+                pricing.count_losses(message["losses"])
+            if "finish" in message:
+                return
+
+
+def job_line(job: Job) -> bytes:
+    """What a worker wants to read first."""
+    return json.dumps(dataclasses.asdict(job)).encode() + b"\n"
+
+
+def main() -> int:
+    """Run one worker; see the file's head."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is meant for the command
+    os.umask(0o077)
+    table = json.loads(sys.stdin.buffer.readline(LINE_BYTES_MAX) or b"{}")
+    if table.get("upstream"):
+        table["upstream"] = tuple(table["upstream"])
+    code = Worker(Job(**table)).run()
+    sys.stderr.flush()
+    os._exit(code)  # streams still open need no farewell
+
+
+if __name__ == "__main__":
+    main()
