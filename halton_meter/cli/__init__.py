@@ -18,6 +18,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": ("halton_meter.cli.events:events", "List metered events."),
     "report": ("halton_meter.cli.report:report", "Show what was spent."),
+    "dashboard": ("halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."),
     "export": ("halton_meter.cli.export:export", "Write events to SQLite, CSV, Parquet or JSON."),
     "pricing": ("halton_meter.cli.pricing:pricing", "Show, explain, override or refresh prices."),
     "reprice": ("halton_meter.cli.reprice:reprice", "Price stored events again, as a revision."),

@@ -1,1 +1,1 @@
-"""The local web page; not built yet."""
+"""The local web page: what was spent, by day, model and project. Read `server.py`."""

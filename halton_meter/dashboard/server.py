@@ -1,0 +1,261 @@
+"""The local web page: the same answers as `report` and `events`, to be looked at.
+
+`Dashboard(store, clock)` listens on 127.0.0.1 only and answers GET only. What it shows is a
+person's own spending, so other users of the machine and other web pages must not read it: a
+request needs the secret of the page's address (kept in a cookie after the first visit), and names
+this very address as its host, which defeats DNS rebinding. The page loads nothing from elsewhere.
+
+It knows no SQL (`report.py` and `store.py` do) and writes nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import hmac
+import io
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from http import HTTPStatus
+from http.cookies import CookieError, SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from typing import Any, TextIO
+from urllib.parse import parse_qs, urlsplit
+
+from halton_meter.model import PricedEvent, event_json
+from halton_meter.report import DIMENSIONS, Question, ask
+from halton_meter.store import NothingStored, Selection, Store, StoreError
+
+ADDRESS = "127.0.0.1"
+REQUESTS_A_PAGE = 100
+# Requests that began in the same nanosecond as the last one shown; they are on the next page.
+SAME_INSTANT_MAX = 100
+IDLE_SECONDS_MAX = 30.0
+CSV_BYTES_IN_MEMORY = 4 << 20
+_COOKIE = "halton_meter"
+_DAY_NS = 86_400 * 1_000_000_000
+PERIODS = {"today": 0, "7d": 7, "30d": 30, "90d": 90, "all": None}
+_STATIC = {
+    "/": ("dashboard.html", "text/html; charset=utf-8"),
+    "/dashboard.css": ("dashboard.css", "text/css; charset=utf-8"),
+    "/dashboard.js": ("dashboard.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_CSV_FIELDS = (
+    *("at", "provider", "model", "project", "process", "kind", "outcome", "error_class"),
+    *("http_status", "list_usd", "marginal_usd", "reported_usd", "basis", "duration_ms", "id"),
+)
+
+
+class BadRequest(Exception):
+    """The address asks for something that does not exist; the text says what may be asked."""
+
+
+class Dashboard(ThreadingHTTPServer):
+    """The listening server; `url` is the address to open. Raises OSError for a port in use.
+
+    `clock` gives the time in ns since 1970, for periods that end now.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, store: Store, clock: Callable[[], int], port: int = 0) -> None:
+        self.store = store
+        self.clock = clock
+        self.secret = secrets.token_urlsafe(24)
+        super().__init__((ADDRESS, port), _Page)
+
+    @property
+    def authority(self) -> str:
+        """Address and port, as a browser names them in Host."""
+        return f"{ADDRESS}:{self.server_port}"
+
+    @property
+    def url(self) -> str:
+        """The page's address with its secret."""
+        return f"http://{self.authority}/?secret={self.secret}"
+
+
+class _Page(BaseHTTPRequestHandler):
+    server: Dashboard
+    server_version = "halton-meter"
+    sys_version = ""
+    timeout = IDLE_SECONDS_MAX
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep no log: addresses hold the secret and names of projects."""
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        where = urlsplit(self.path)
+        asked = {name: values[-1] for name, values in parse_qs(where.query).items()}
+        if self.headers.get("Host") != self.server.authority:
+            self._say(HTTPStatus.MISDIRECTED_REQUEST, f"Open http://{self.server.authority}/")
+        elif self._is_secret(asked.get("secret")):
+            self._let_in()
+        elif not self._is_secret(self._cookie()):
+            self._say(HTTPStatus.FORBIDDEN, "Open the address that `halton-meter dashboard` shows.")
+        else:
+            self._answer(where.path, asked)
+
+    def _is_secret(self, said: str | None) -> bool:
+        return said is not None and hmac.compare_digest(said.encode(), self.server.secret.encode())
+
+    def _cookie(self) -> str | None:
+        try:
+            cookie = SimpleCookie(self.headers.get("Cookie", ""))
+        except CookieError:
+            return None
+        return cookie[_COOKIE].value if _COOKIE in cookie else None
+
+    def _let_in(self) -> None:
+        """Keep the secret in a cookie and out of the address."""
+        self.send_response(HTTPStatus.SEE_OTHER)
+        cookie = f"{_COOKIE}={self.server.secret}; HttpOnly; SameSite=Strict; Path=/"
+        self.send_header("Set-Cookie", cookie)
+        self.send_header("Location", "/")
+        self.send_header("Content-Length", "0")
+        self._end_headers()
+
+    def _end_headers(self) -> None:
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _say(self, status: HTTPStatus, text: str) -> None:
+        self._send(status, "text/plain; charset=utf-8", f"{text}\n".encode())
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self._end_headers()
+        self.wfile.write(body)
+
+    def _answer(self, path: str, asked: dict[str, str]) -> None:
+        try:
+            if path in _STATIC:
+                name, kind = _STATIC[path]
+                self._send(HTTPStatus.OK, kind, _static(name))
+            elif path == "/api/report":
+                self._send_json(report_json(self.server.store, self.server.clock(), asked))
+            elif path == "/api/requests":
+                self._send_json(requests_json(self.server.store, self.server.clock(), asked))
+            elif path == "/requests.csv":
+                self._send_csv(asked)
+            else:
+                self._say(HTTPStatus.NOT_FOUND, "There is no such page; the first one is /")
+        except BadRequest as error:
+            self._say(HTTPStatus.BAD_REQUEST, str(error))
+        except StoreError as error:
+            self._say(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+
+    def _send_json(self, answer: dict[str, Any]) -> None:
+        self._send(HTTPStatus.OK, "application/json", json.dumps(answer).encode())
+
+    def _send_csv(self, asked: dict[str, str]) -> None:
+        # Written whole before it is sent: a slow reader must not keep the database open.
+        with tempfile.SpooledTemporaryFile(CSV_BYTES_IN_MEMORY) as spool:
+            text = io.TextIOWrapper(spool, "utf-8", newline="")
+            write_csv(self.server.store, self.server.clock(), asked, text)
+            text.flush()
+            size = spool.tell()
+            spool.seek(0)
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", "text/csv; charset=utf-8")
+            self.send_header("Content-Disposition", 'attachment; filename="requests.csv"')
+            self.send_header("Content-Length", str(size))
+            self._end_headers()
+            shutil.copyfileobj(spool, self.wfile)
+            text.detach()
+
+
+def _static(name: str) -> bytes:
+    return (files("halton_meter.dashboard") / "static" / name).read_bytes()
+
+
+# --- what may be asked ---------------------------------------------------------------------------
+
+
+def selection_of(asked: dict[str, str], now_ns: int) -> Selection:
+    """`period` (see PERIODS; days are local, today included), `provider`, `model`, `project`."""
+    period = asked.get("period", "30d")
+    if period not in PERIODS:
+        raise BadRequest(f"no period {period!r}; there are: {', '.join(PERIODS)}")
+    days = PERIODS[period]
+    from_ns = None
+    if days is not None:
+        today = datetime.fromtimestamp(now_ns // 1_000_000_000).replace(hour=0, minute=0, second=0)
+        first = today - timedelta(days=max(days - 1, 0))
+        from_ns = int(first.timestamp()) * 1_000_000_000
+    return Selection(from_ns, None, asked.get("provider"), asked.get("model"), asked.get("project"))
+
+
+def report_json(store: Store, now_ns: int, asked: dict[str, str]) -> dict[str, Any]:
+    """The contract's report for `selection_of(asked)`, by the dimension `by`, with `trend`."""
+    by = asked.get("by", "model")
+    if by not in DIMENSIONS:
+        raise BadRequest(f"cannot group by {by!r}; there are: {', '.join(DIMENSIONS)}")
+    return ask(store, Question(now_ns, selection_of(asked, now_ns), (by,))).json()
+
+
+def requests_json(store: Store, now_ns: int, asked: dict[str, str]) -> dict[str, Any]:
+    """A page of requests, latest first, and `next`: the `before` of the page after, or None."""
+    selection = selection_of(asked, now_ns)
+    cursor = _cursor(asked.get("before"))
+    if cursor is not None:
+        selection = Selection(
+            selection.from_ns, cursor[0] + 1, selection.provider, selection.model, selection.project
+        )
+    found = list(_events(store, selection, REQUESTS_A_PAGE + 1 + SAME_INSTANT_MAX))[::-1]
+    if cursor is not None:
+        found = [event for event in found if (event.usage.at_ns, event.usage.id) < cursor]
+    shown, more = found[:REQUESTS_A_PAGE], len(found) > REQUESTS_A_PAGE
+    last = shown[-1].usage if more else None
+    return {
+        "requests": [event_json(event) for event in shown],
+        "next": f"{last.at_ns}.{last.id}" if last else None,
+    }
+
+
+def _cursor(text: str | None) -> tuple[int, str] | None:
+    if text is None:
+        return None
+    at, _, event = text.partition(".")
+    if not (at.isascii() and at.isdigit() and len(at) < 20 and event):
+        raise BadRequest("`before` is what the page before gave as `next`")
+    return int(at), event
+
+
+def write_csv(store: Store, now_ns: int, asked: dict[str, str], output: TextIO) -> None:
+    """Every selected request as CSV, oldest first; names that look like formulas are quoted."""
+    writer = csv.writer(output, lineterminator="\n")
+    tokens = ("input", "cache_read", "output", "reasoning")
+    writer.writerow([*_CSV_FIELDS, *(f"{name}_tokens" for name in tokens)])
+    for event in _events(store, selection_of(asked, now_ns), None):
+        shown = event_json(event)
+        row = [_spreadsheet_safe(shown[name]) for name in _CSV_FIELDS]
+        writer.writerow([*row, *(shown["tokens"][name] for name in tokens)])
+
+
+def _spreadsheet_safe(value: Any) -> Any:
+    """A name from traffic must not become a formula where the file is opened."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
+
+
+def _events(store: Store, selection: Selection, limit: int | None) -> Iterator[PricedEvent]:
+    try:
+        with store.reading() as reader:
+            yield from reader.events(selection, limit)
+    except NothingStored:
+        return

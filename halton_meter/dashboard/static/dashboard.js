@@ -1,0 +1,201 @@
+"use strict";
+// Everything shown comes from this page's own server and goes in as text, never as markup: names of
+// models and projects come from traffic.
+
+const PERIODS = ["today", "7d", "30d", "90d", "all"];
+const DIMENSIONS = ["model", "project", "provider", "process", "kind", "git_branch", "error_class"];
+const FILTERS = ["project", "provider", "model"];
+const REFRESH_MS = 15000;
+
+const asked = new URLSearchParams(location.hash.slice(1));
+let next = null;
+
+const $ = (id) => document.getElementById(id);
+
+function element(name, text, className) {
+  const made = document.createElement(name);
+  if (text !== undefined && text !== null) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+const or = (value, unknown) => (value === null || value === undefined ? unknown : value);
+
+function dollars(text) {
+  if (text === null || text === undefined) return "unpriced";
+  const amount = Number(text);
+  if (amount !== 0 && Math.abs(amount) < 0.0001) return "< $0.0001";
+  return "$" + amount.toFixed(amount !== 0 && Math.abs(amount) < 1 ? 4 : 2);
+}
+
+const count = (value) => (value === null || value === undefined ? "-" : value.toLocaleString());
+
+function query(extra) {
+  const parameters = new URLSearchParams({ period: asked.get("period") || "30d" });
+  for (const name of FILTERS) if (asked.has(name)) parameters.set(name, asked.get(name));
+  for (const [name, value] of Object.entries(extra)) parameters.set(name, value);
+  return parameters.toString();
+}
+
+async function fetched(path, extra) {
+  const answer = await fetch(`${path}?${query(extra)}`);
+  if (!answer.ok) throw new Error(await answer.text());
+  return answer.json();
+}
+
+function ask(name, value) {
+  if (value === null) asked.delete(name);
+  else asked.set(name, value);
+  location.hash = asked.toString();
+  show();
+}
+
+function choices(id, name, values, standard) {
+  const buttons = values.map((value) => {
+    const button = element("button", value.replace("_", " "));
+    button.type = "button";
+    button.setAttribute("aria-pressed", String(value === (asked.get(name) || standard)));
+    button.addEventListener("click", () => ask(name, value));
+    return button;
+  });
+  $(id).replaceChildren(...buttons);
+}
+
+function filters() {
+  const shown = FILTERS.filter((name) => asked.has(name)).map((name) => {
+    const button = element("button", `${name}: ${asked.get(name)} ✕`);
+    button.addEventListener("click", () => ask(name, null));
+    return button;
+  });
+  $("filters").replaceChildren(...shown);
+}
+
+function figure(name, value, note) {
+  const made = element("div");
+  made.append(element("span", name), element("b", value));
+  if (note) made.append(element("span", note));
+  return made;
+}
+
+function sent(tokens) {
+  const names = ["input", "cache_read", "cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h"];
+  const known = names.map((name) => tokens[name]).filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) : null;
+}
+
+function totals(figures) {
+  $("totals").replaceChildren(
+    figure("List price", dollars(figures.list_usd)),
+    figure("Paid on top of plans", dollars(figures.marginal_usd)),
+    figure("Requests", count(figures.requests), figures.errors ? `${count(figures.errors)} errors` : ""),
+    figure("Tokens in", count(sent(figures.tokens))),
+    figure("Tokens out", count(figures.tokens.output)),
+  );
+}
+
+function row(cells, tag) {
+  const made = element("tr");
+  for (const [text, className] of cells) made.append(element(tag || "td", text, className));
+  return made;
+}
+
+function trend(groups) {
+  const days = groups.filter((group) => group.key !== null).sort((a, b) => (a.key < b.key ? -1 : 1));
+  const most = Math.max(...days.map((day) => Number(day.list_usd || 0)), 0);
+  const bars = days.map((day) => {
+    const bar = element("div");
+    bar.style.height = `${most ? (100 * Number(day.list_usd || 0)) / most : 0}%`;
+    bar.title = `${day.key}: ${dollars(day.list_usd)}, ${count(day.requests)} requests`;
+    return bar;
+  });
+  $("trend").replaceChildren(...bars);
+  $("trend").setAttribute("aria-label", days.map((day) => `${day.key} ${dollars(day.list_usd)}`).join(", "));
+}
+
+function groups(report, by) {
+  $("groups-title").textContent = `By ${by.replace("_", " ")}`;
+  const heads = [[by.replace("_", " ")], ["requests", "number"], ["in", "number"], ["out", "number"], ["list price", "number"], ["share"]];
+  const rows = report.groups.map((group) => {
+    const made = row([
+      [or(group.key, "not known")],
+      [count(group.requests), "number"],
+      [count(sent(group.tokens)), "number"],
+      [count(group.tokens.output), "number"],
+      [dollars(group.list_usd), "number"],
+    ]);
+    if (FILTERS.includes(by) && group.key !== null) {
+      const button = element("button", group.key);
+      button.addEventListener("click", () => ask(by, group.key));
+      made.firstChild.replaceChildren(button);
+    }
+    const share = element("td", null, "share");
+    const bar = element("div", null, "bar");
+    bar.style.width = `${100 * or(group.share, 0)}%`;
+    share.append(bar);
+    made.append(share);
+    return made;
+  });
+  $("groups").replaceChildren(row(heads, "th"), ...rows);
+}
+
+function coverage(found) {
+  const lines = found.unpriced_models.map(
+    (model) => `${model.provider} ${or(model.model, "(no model named)")}: ${count(model.requests)} requests unpriced.` +
+      (model.set_price ? ` Set a price: ${model.set_price}` : ""),
+  );
+  const { aborted, gapped } = found.exchanges;
+  if (aborted) lines.push(`${count(aborted)} requests were cut off.`);
+  if (gapped) lines.push(`${count(gapped)} requests have bytes missing.`);
+  if (found.estimated_requests) lines.push(`${count(found.estimated_requests)} requests are estimated.`);
+  if (found.pending) lines.push(`${count(found.pending)} requests still run in the background.`);
+  if (found.waiting) lines.push(`${count(found.waiting)} requests wait to be stored.`);
+  for (const [cause, lost] of Object.entries(found.losses)) lines.push(`${cause.replaceAll("_", " ")}: ${count(lost)}`);
+  if (!lines.length) lines.push("Nothing: every request is whole and priced.");
+  $("coverage").replaceChildren(...lines.map((line) => element("li", line)));
+}
+
+async function requests(before) {
+  const page = await fetched("/api/requests", before ? { before } : {});
+  const rows = page.requests.map((event) => row([
+    [new Date(event.at).toLocaleString()],
+    [event.provider],
+    [or(event.model, "-")],
+    [or(event.project, "-")],
+    [or(event.process, "-").split("/").pop()],
+    [count(sent(event.tokens)), "number"],
+    [count(event.tokens.output), "number"],
+    [dollars(event.list_usd), "number"],
+    [event.error_class || (event.outcome === "complete" ? "" : event.outcome), "dim"],
+  ]));
+  if (before) $("requests").append(...rows);
+  else {
+    const heads = [["time"], ["provider"], ["model"], ["project"], ["process"], ["in", "number"], ["out", "number"], ["list price", "number"], [""]];
+    $("requests").replaceChildren(row(heads, "th"), ...rows);
+  }
+  next = page.next;
+  $("more").hidden = next === null;
+  $("csv").href = `/requests.csv?${query({})}`;
+}
+
+async function show() {
+  const by = asked.get("by") || "model";
+  choices("periods", "period", PERIODS, "30d");
+  choices("dimensions", "by", DIMENSIONS, "model");
+  filters();
+  try {
+    const [report, days] = await Promise.all([fetched("/api/report", { by }), fetched("/api/report", { by: "day" })]);
+    totals(report.totals);
+    trend(days.groups);
+    groups(report, by);
+    coverage(report.coverage);
+    await requests(null);
+    $("problem").textContent = "";
+  } catch (error) {
+    $("problem").textContent = `${error.message} Is \`halton-meter dashboard\` still running?`;
+  }
+}
+
+$("more").addEventListener("click", () => next && requests(next));
+// Pages that were opened further down are left as they are.
+setInterval(() => !document.hidden && window.scrollY === 0 && show(), REFRESH_MS);
+show();
