@@ -117,6 +117,9 @@ class ProxySession:
             "listen_port": 0,
             "confdir": str(self._folder),
             "allow_hosts": self._patterns,
+            # Names copied from the provider's certificate (*.googleapis.com) would break the CA's
+            # name constraints; the client is shown the one name that it asked for.
+            "upstream_cert": False,
         }
         roots = self._upstream_roots()
         if roots is not None:
