@@ -74,6 +74,7 @@ GAPS_BYTES_MAX = 256 * 1024
 DRAIN_S = 5.0
 
 SOCKET_NAME = "daemon.sock"
+PROXY_SOCKET_NAME = "proxy.sock"
 
 
 # --- what is asked of it, and what it tells -----------------------------------------------------

@@ -31,7 +31,15 @@ from typing import Any
 
 from halton_meter import metering
 from halton_meter.daemon import BACKOFF_S, HEALTHY_S
-from halton_meter.metering import Control, Gaps, ServiceAbsent, Totals, listen_at, prepare_home
+from halton_meter.metering import (
+    PROXY_SOCKET_NAME,
+    Control,
+    Gaps,
+    ServiceAbsent,
+    Totals,
+    listen_at,
+    prepare_home,
+)
 from halton_meter.model import rfc3339
 from halton_meter.proxy_worker import (
     CA_FOLDER,
@@ -45,7 +53,6 @@ from halton_meter.proxy_worker import (
 from proxy_fallback import edge as edges
 from proxy_fallback.edge import Edge
 
-SOCKET_NAME = "proxy.sock"
 STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
 
 START_S_MAX = 30.0
@@ -117,6 +124,8 @@ class ProxyService:
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._serial = itertools.count(1)
         self._stopping = asyncio.Event()
+        self._paused = False
+        self._resumed = asyncio.Event()
         self._settled = asyncio.Event()  # ready for the first time, or known not to become so
         self._tasks: list[asyncio.Task[None]] = []
         self._control: asyncio.Server | None = None
@@ -153,11 +162,12 @@ class ProxyService:
     async def stop(self, drain_s: float) -> None:
         """Let exchanges end, store what there is, end the worker."""
         self._stopping.set()
+        self._resumed.set()
         await self.edge.stop(drain_s)
         if self._control is not None:
             self._control.close()
             with contextlib.suppress(OSError):
-                (self.home / SOCKET_NAME).unlink()
+                (self.home / PROXY_SOCKET_NAME).unlink()
         self._report_bypassed()
         if self._process is not None:
             self._send({"finish": True})
@@ -178,6 +188,10 @@ class ProxyService:
     async def _keep_worker(self) -> None:
         in_a_row = 0
         while not self._stopping.is_set():
+            if self._paused:
+                await self._resumed.wait()
+                in_a_row = 0
+                continue
             began = time.monotonic()
             try:
                 code = await self._live()
@@ -188,6 +202,8 @@ class ProxyService:
                 self._process = None
             if self._stopping.is_set():
                 return
+            if self._paused:
+                continue
             self._down("worker_down", "waiting")
             self._settled.set()
             in_a_row = 0 if time.monotonic() - began > HEALTHY_S else in_a_row
@@ -227,7 +243,8 @@ class ProxyService:
     def _take(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             self._port, self._accepted = int(message["port"]), list(message["accepted"])
-            self._up()
+            if not self._paused:
+                self._up()
         if "accepted" in message and self._port is not None:
             self._accepted = list(message["accepted"])
             self.edge.send_to(self._port, self._accepted)
@@ -235,7 +252,7 @@ class ProxyService:
             self._cause = str(message["unavailable"])
         if "pong" in message:
             self._pings_missed = 0
-            if self._state == "hung":
+            if self._state == "hung" and self._port is not None:
                 self._up()
         if "refused" in message:
             host, program, said = message["refused"]
@@ -286,6 +303,20 @@ class ProxyService:
             with contextlib.suppress(OSError):
                 self._kept.note(*gap)
 
+    def _pause(self) -> None:
+        """Meter no more, and let everything through: what is wanted is no gap."""
+        self._paused, self._state, self._port = True, "stopped", None
+        self._resumed.clear()
+        self.edge.bypass("stopped")
+        self._close_gap()
+        self._send({"finish": True})
+        self._say("metering stopped; traffic goes on unmetered")
+
+    def _resume(self) -> None:
+        """Meter again."""
+        self._paused, self._state = False, "starting"
+        self._resumed.set()
+
     def _on_bypass(self, host: str, cause: str) -> None:
         self._bypassed_now += 1
         self._unreported[f"unmetered_{cause}"] += 1
@@ -322,7 +353,7 @@ class ProxyService:
 
     async def _listen(self) -> None:
         with contextlib.suppress(OSError):  # without it there is no status; traffic matters more
-            listener = listen_at(self.home, SOCKET_NAME)
+            listener = listen_at(self.home, PROXY_SOCKET_NAME)
             listener.setblocking(False)
             self._control = await asyncio.start_unix_server(
                 self._converse, sock=listener, limit=metering.REQUEST_BYTES_MAX
@@ -343,6 +374,12 @@ class ProxyService:
         if asked == "stop":
             self.ask_to_stop()
             return {"stopping": True}
+        if asked == "pause":
+            self._pause()
+            return {"paused": True}
+        if asked == "resume":
+            self._resume()
+            return {"resumed": True}
         if asked == "reload":
             self.edge.forget_refusals()
             self._cause = "the proxy's worker was told to start again"
@@ -361,8 +398,9 @@ class ProxyService:
         ]
         usable = self._accepted is None or bool(self._accepted)
         ok = self._state == "ready" and usable and not worker.get("store_error")
+        health = "ok" if ok else "paused" if self._paused else "degraded"
         return {
-            "health": "ok" if ok else "degraded",
+            "health": health,
             "source": "proxy",
             "pid": os.getpid(),
             "started_at": rfc3339(self._started_ns),
@@ -460,15 +498,16 @@ def service_status(home: Path) -> dict[str, Any] | None:
 
 
 def ask_service(home: Path, what: str) -> bool:
-    """Tell a running service to "stop", or to "reload": a new worker that reads the CA and the
-    configuration again, and refusals forgotten. Whether one was there.
+    """Tell a running service to "stop"; to "pause" (everything is let through, nothing metered) or
+    "resume"; or to "reload": a new worker that reads the CA again, and refusals forgotten. False
+    when none is there.
     """
     return _asked(home, what) is not None
 
 
 def _asked(home: Path, what: str) -> dict[str, Any] | None:
     try:
-        control = Control(home, name=SOCKET_NAME)
+        control = Control(home, name=PROXY_SOCKET_NAME)
         try:
             return control.ask(what)
         finally:

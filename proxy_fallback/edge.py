@@ -27,7 +27,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,7 @@ from typing import Any
 CLIENT_HEADER = "x-halton-meter-client"
 LAUNCHD_NAME = "Edge"
 ADDRESS = "127.0.0.1"
+_SYSTEMD_FIRST = 3
 
 # A request's head: browsers and CLIs send a few KB, large cookies some tens.
 HEAD_BYTES_MAX = 64 * 1024
@@ -162,7 +163,7 @@ def _systemd_descriptors(environ: Mapping[str, str]) -> range:
         return range(0)
     if not (count.isascii() and count.isdigit() and 0 < int(count) <= 16):
         return range(0)
-    return range(3, 3 + int(count))
+    return range(_SYSTEMD_FIRST, _SYSTEMD_FIRST + int(count))
 
 
 def _launchd_descriptors(library: Any) -> list[int]:
@@ -180,6 +181,24 @@ def _launchd_descriptors(library: Any) -> list[int]:
         return [descriptors[index] for index in range(min(count.value, 16))]
     finally:
         free(descriptors)
+
+
+def spawn_on(listener: socket.socket, command: Sequence[str]) -> int:
+    """Start `command` with this socket handed over as systemd does; its pid.
+
+    For a parent that keeps the socket, and starts the edge again when it dies. Call it from a
+    process with one thread only.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.dup2(listener.fileno(), _SYSTEMD_FIRST)
+        os.set_inheritable(_SYSTEMD_FIRST, True)  # dup2 does not see to it when it is the same
+        environment = {**os.environ, "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+        os.execve(command[0], list(command), environment)  # noqa: S606 - no shell is meant
+    finally:
+        os._exit(127)
 
 
 def _unfit(listener: socket.socket) -> str | None:

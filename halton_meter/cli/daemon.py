@@ -1,4 +1,6 @@
-"""`halton-meter daemon --foreground`: the service itself, as systemd runs it.
+"""`halton-meter daemon --foreground`: the service itself, as systemd and launchd run it.
+
+With `--via proxy` it is the local proxy: the edge on 127.0.0.1 and its worker, as the user.
 
 Exit codes: 0 stopped when asked to; 1 could not start (the reason and the next command on
 stderr); 2 wrong usage.
@@ -16,11 +18,19 @@ import click
 # The keeper gives up on a daemon that fails so often in a row.
 STARTS_MAX = 5
 KEPT_HEALTHY_S = 60.0
+KEPT_WAIT_S_MAX = 10.0
 
 
 @click.command()
 @click.option("--foreground", is_flag=True, help="Stay in the foreground (what systemd wants).")
 @click.option("--keep", is_flag=True, hidden=True, help="Start again what dies, without systemd.")
+@click.option(
+    "--via",
+    type=click.Choice(["uprobes", "proxy"]),
+    default="uprobes",
+    help="Probes on the TLS libraries (needs root), or the local proxy (as yourself).",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="The proxy's port; else config.toml's.")
 @click.option("--owner", hidden=True, help="Whose service this is, where sudo does not tell.")
 @click.option("--all-users", is_flag=True, help="Meter everybody's processes.")
 @click.option("--user", "users", multiple=True, help="Meter this user's processes.")
@@ -29,6 +39,8 @@ def daemon(
     *,
     foreground: bool,
     keep: bool,
+    via: str,
+    port: int | None,
     owner: str | None,
     all_users: bool,
     users: tuple[str, ...],
@@ -36,7 +48,7 @@ def daemon(
 ) -> None:
     """Run the meter in the foreground."""
     if keep:
-        sys.exit(_keep())
+        sys.exit(_keep_proxy(port) if via == "proxy" else _keep())
     if not foreground:
         raise click.UsageError(
             "say --foreground; to run it in the background: sudo halton-meter start"
@@ -45,7 +57,10 @@ def daemon(
     from halton_meter.daemon import Unavailable
 
     try:
-        _serve(owner, all_users, users, cgroup)
+        if via == "proxy":
+            _serve_proxy(port)
+        else:
+            _serve(owner, all_users, users, cgroup)
     except Unavailable as error:
         for what, mend in error.problems:
             click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
@@ -70,6 +85,61 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
         account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
     )
     root.serve(plan, lambda text: click.echo(f"halton-meter: {text}", err=True))
+
+
+def _serve_proxy(port: int | None) -> None:
+    from halton_meter import config, proxied
+    from halton_meter import daemon as root
+
+    home = config.home_folder()
+    chosen, proxy = config.load(home), config.load_proxy(home)
+    try:
+        proxied.serve(
+            home,
+            chosen.extra_hosts,
+            port or proxy.port,
+            proxy.upstream,
+            lambda text: click.echo(f"halton-meter: {text}", err=True),
+        )
+    except proxied.ProxyUnavailable as error:
+        what, _, mend = str(error).partition("\n")
+        raise root.Unavailable([(what, mend.strip().removeprefix("try: "))]) from None
+
+
+def _keep_proxy(port: int | None) -> int:
+    """Where there is neither systemd nor launchd: hold the socket, and run the edge on it again
+    whenever it dies. Clients that come meanwhile wait in the socket's queue.
+    """
+    import signal
+
+    from halton_meter import config
+    from proxy_fallback import edge
+
+    try:
+        listener = edge.listen(port or config.load_proxy(config.home_folder()).port)
+    except (edge.EdgeError, config.ConfigError) as error:
+        click.echo(f"halton-meter: {error}", err=True)
+        return 1
+    arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
+    command = [sys.executable, "-P", "-m", "halton_meter", *arguments]
+    child, stopping, failures = 0, False, 0
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        if child:
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    while True:
+        began = time.monotonic()
+        child = edge.spawn_on(listener, command)
+        _, status = os.waitpid(child, 0)
+        code, child = os.waitstatus_to_exitcode(status), 0
+        if code == 0 or stopping:
+            return 0
+        failures = 0 if time.monotonic() - began > KEPT_HEALTHY_S else failures + 1
+        time.sleep(min(0.1 * 2**failures, KEPT_WAIT_S_MAX))
 
 
 def _home(person: Path) -> Path:

@@ -1,8 +1,9 @@
-"""`halton-meter start` and `stop`: the background service.
+"""`halton-meter start` and `stop`: the background services, of the probes and of the local proxy.
 
-With systemd it is a hardened system service; where systemd does not run, a background process
-that is started again when it dies, but not after a reboot. Exit codes: 0 healthy, or stopped;
-1 not, with the reason and the next command on stderr.
+With systemd the probes' is a hardened system service; where systemd does not run, a background
+process that is started again when it dies, but not after a reboot. The proxy's runs as the user:
+under systemd or launchd where `init` installed it there, else as such a process. Exit codes: 0
+healthy, or stopped; 1 not, with the reason and the next command on stderr.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -89,13 +90,45 @@ def has_systemd() -> bool:
     return Path("/run/systemd/system").is_dir()
 
 
+_VIA = click.Choice(["auto", "uprobes", "proxy"])
+
+
 @click.command()
+@click.option(
+    "--via",
+    type=_VIA,
+    default="auto",
+    help="Probes on the TLS libraries (Linux, root) or the local proxy (as yourself); "
+    "auto: what this user and machine can do.",
+)
 @click.option("--all-users", is_flag=True, help="Meter everybody's processes.")
 @click.option("--user", "users", multiple=True, help="Meter this user's processes.")
 @click.option("--cgroup", help="Only processes in this cgroup (a path as in /proc/PID/cgroup).")
 @click.option("--show-unit", is_flag=True, help="Print the systemd unit and do nothing.")
-def start(*, all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool) -> None:
-    """Install and start the background service."""
+def start(
+    *, via: str, all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
+) -> None:
+    """Install and start the background service.
+
+    \b
+    Examples:
+      sudo halton-meter start            meter this user's programs with probes
+      halton-meter start --via proxy     run the local proxy; halton-meter init sets it up for good
+    """
+    from halton_meter import config
+
+    if via == "auto":
+        proxied = not config.is_root() and (sys.platform != "linux" or _installed() is not None)
+        via = "proxy" if proxied and not show_unit else "uprobes"
+    if via == "proxy":
+        _start_proxy()
+    else:
+        _start_probes(all_users, users, cgroup, show_unit)
+
+
+def _start_probes(
+    all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
+) -> None:
     from halton_meter import config, daemon
 
     account = config.invoking_account()
@@ -109,7 +142,8 @@ def start(*, all_users: bool, users: tuple[str, ...], cgroup: str | None, show_u
         click.echo(unit_text(command, home, account.home), nl=False)
         return
     if not config.is_root():
-        _fail("starting the service needs root", "sudo halton-meter start")
+        ways = "sudo halton-meter start\n   or: halton-meter start --via proxy   (no root needed)"
+        _fail("starting the service needs root", ways)
     status = _status(home)
     if status is not None:
         click.echo(f"already running (pid {status.get('supervisor_pid')})")
@@ -200,13 +234,194 @@ def _fail(what: str, mend: str) -> NoReturn:
     sys.exit(1)
 
 
+# --- the proxy's service --------------------------------------------------------------------------
+
+
+def _installed() -> list[list[str]] | None:
+    """The commands that start the service that `init` installed; None when there is none."""
+    from proxy_fallback import service_files
+
+    person = Path.home()
+    unit = person / ".config/systemd/user" / f"{service_files.UNIT}.service"
+    agent = person / "Library/LaunchAgents" / f"{service_files.LABEL}.plist"
+    if sys.platform == "darwin" and agent.exists():
+        domain = f"gui/{os.getuid()}"
+        return [
+            ["launchctl", "bootstrap", domain, str(agent)],
+            ["launchctl", "kickstart", f"{domain}/{service_files.LABEL}"],
+        ]
+    if unit.exists() and _user_systemd():
+        units = [f"{service_files.UNIT}.socket", f"{service_files.UNIT}.service"]
+        return [["systemctl", "--user", "enable", "--now", *units]]
+    return None
+
+
+def _user_systemd() -> bool:
+    """Whether systemd runs for this user."""
+    folder = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    return (Path(folder) / "systemd" / "private").exists()
+
+
+def _start_proxy() -> None:
+    from halton_meter import config, proxied
+
+    if os.environ.get("SUDO_UID") and config.is_root():
+        _fail("the proxy runs as yourself, not as root", "halton-meter start --via proxy")
+    home = config.home_folder()
+    try:
+        config.load_proxy(home)
+        home.mkdir(0o700, parents=True, exist_ok=True)
+    except (config.ConfigError, OSError) as error:
+        _fail(str(error), f"mend it, then: halton-meter start --via proxy   (state is in {home})")
+    found = proxied.service_status(home)
+    if found is not None and found["health"] == "paused":
+        proxied.ask_service(home, "resume")
+        found = _wait_for_proxy(home)
+        if found is None:
+            _fail("the proxy does not meter", "halton-meter status")
+        click.echo("metering again")
+        return
+    if found is not None:
+        click.echo(f"already running (pid {found['pid']}) on {', '.join(found['addresses'])}")
+        return
+    commands = _installed()
+    if commands is None:
+        _keep_proxy(home)
+        return
+    for command in commands:
+        _run_quietly(command)
+    found = _wait_for_proxy(home)
+    if found is None:
+        _fail("the proxy's service does not become healthy", _journal())
+    click.echo(f"running on {', '.join(found['addresses'])}; it starts when you log in")
+
+
+def _journal() -> str:
+    from proxy_fallback import service_files
+
+    if sys.platform == "darwin":
+        return f"launchctl print gui/{os.getuid()}/{service_files.LABEL}"
+    return f"journalctl --user -u {service_files.UNIT} -n 50"
+
+
+def _keep_proxy(home: Path) -> None:
+    """The proxy in the background, kept by a process of ours that holds its socket."""
+    log = home / "proxy.log"
+    command = [sys.executable, "-P", "-m", "halton_meter", "daemon", "--foreground"]
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        output = os.fdopen(os.open(log, flags, 0o600), "ab")
+    except OSError as error:
+        _fail(f"{log} cannot be written: {error.strerror}", f"df -h {home}")
+    with output:
+        at = output.tell()
+        process = subprocess.Popen(
+            [*command, "--via", "proxy", "--keep"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env={**os.environ, "HALTON_METER_HOME": str(home)},
+            start_new_session=True,
+        )
+    found = _wait_for_proxy(home, process)
+    if found is None:
+        said = log.read_bytes()[at:].decode(errors="replace").strip()
+        if process.poll() is not None and said:
+            click.echo(said, err=True)  # it says why, and what to do
+            sys.exit(1)
+        _fail("the proxy did not become healthy", f"tail {log}")
+    click.echo(
+        f"running on {', '.join(found['addresses'])} in the background: it will not start with the "
+        "machine\n  to have programs use it, now and later: halton-meter init"
+    )
+
+
+def _wait_for_proxy(
+    home: Path, process: subprocess.Popen[bytes] | None = None
+) -> dict[str, Any] | None:
+    """The status of the proxy once it meters; None when it does not come to that."""
+    from halton_meter import proxied
+
+    deadline = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline:
+        found = proxied.service_status(home)
+        if found is not None and found["health"] == "ok":
+            return found
+        if process is not None and process.poll() is not None:
+            return None
+        time.sleep(0.1)
+    return None
+
+
+def _run_quietly(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(command), capture_output=True, text=True, timeout=SYSTEMCTL_S_MAX, check=False
+    )
+
+
+def _stop_proxy(home: Path) -> bool:
+    """Stop metering through the proxy; whether there was one.
+
+    On a machine that was set up the edge stays and lets everything through: without it, every
+    program that was told to use it would lose the network.
+    """
+    from halton_meter import proxied
+
+    found = proxied.service_status(home)
+    if found is None:
+        return False
+    if _installed() is not None or _is_set_up(home):
+        proxied.ask_service(home, "pause")
+        click.echo(
+            "stopped metering; the proxy lets everything through, as programs were set up to use "
+            "it\n  to meter again: halton-meter start --via proxy\n"
+            "  to take it away: halton-meter uninstall"
+        )
+        return True
+    proxied.ask_service(home, "stop")
+    deadline = time.monotonic() + 2 * STOP_S_MAX
+    while proxied.service_status(home) is not None:
+        if time.monotonic() > deadline:
+            _fail("the proxy did not stop in time", "halton-meter status --json   # see pid")
+        time.sleep(0.05)
+    click.echo("the proxy stopped")
+    return True
+
+
+def _is_set_up(home: Path) -> bool:
+    from proxy_fallback.changes import LEDGER_NAME
+
+    return (home / LEDGER_NAME).exists()
+
+
 @click.command()
-def stop() -> None:
-    """Stop the background service."""
+@click.option("--via", type=_VIA, default="auto", help="Which service; auto: whichever runs.")
+def stop(via: str) -> None:
+    """Stop the background service.
+
+    \b
+    Examples:
+      sudo halton-meter stop            stop metering with probes
+      halton-meter stop --via proxy     stop metering through the local proxy
+    """
+    from halton_meter import config
+
+    home = config.home_folder()
+    stopped = via != "uprobes" and _stop_proxy(home)
+    if via == "proxy":
+        if not stopped:
+            click.echo("it was not running")
+        return
+    if stopped and not config.is_root() and _status(home) is None:
+        return
+    _stop_probes(home, stopped)
+
+
+def _stop_probes(home: Path, stopped: bool) -> None:
     from halton_meter import config
     from halton_meter.metering import Control, ServiceAbsent
 
-    home = config.home_folder()
     if has_systemd() and UNIT_PATH.exists():
         if not config.is_root():
             _fail("stopping the system service needs root", "sudo halton-meter stop")
@@ -220,7 +435,8 @@ def stop() -> None:
         control.ask("stop")
         control.close()
     except ServiceAbsent:
-        click.echo("it was not running")
+        if not stopped:
+            click.echo("it was not running")
         return
     deadline = time.monotonic() + STOP_S_MAX
     while _status(home) is not None:

@@ -1,10 +1,12 @@
 """`halton-meter status [--json]`: health, what is metered and what is not, what was lost.
 
-Exit codes: 0 the service runs and is healthy; 1 it does not run, or is degraded.
+It tells of the probes' service and of the local proxy, whichever runs. Exit codes: 0 what runs is
+healthy; 1 nothing runs, or something is degraded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import click
 
 GAPS_SHOWN = 5
+BYPASSED_SHOWN = 10
 
 
 @click.command()
@@ -19,7 +22,7 @@ GAPS_SHOWN = 5
 def status(as_json: bool) -> None:
     """Health, coverage per process, losses."""
     from halton_meter import config
-    from halton_meter.metering import Control, ServiceAbsent
+    from halton_meter.metering import PROXY_SOCKET_NAME, Control, ServiceAbsent
 
     home = config.home_folder()
     try:
@@ -28,6 +31,12 @@ def status(as_json: bool) -> None:
         control.close()
     except ServiceAbsent:
         found = {"health": "stopped", "home": str(home)}
+    with contextlib.suppress(ServiceAbsent):
+        control = Control(home, name=PROXY_SOCKET_NAME)
+        found["proxy"] = control.ask("status")
+        control.close()
+        found["uprobes_health"] = found["health"]
+        found["health"] = _worse(found["health"], found["proxy"]["health"])
     if as_json:
         click.echo(json.dumps(found))
     else:
@@ -38,6 +47,13 @@ def status(as_json: bool) -> None:
 
 def status_lines(found: dict[str, Any]) -> list[str]:
     """The status for people."""
+    if "proxy" in found:
+        lines = proxy_lines(found["proxy"])
+        if found["uprobes_health"] != "stopped":
+            own = {**found, "health": found["uprobes_health"]}
+            del own["proxy"]
+            lines = status_lines(own) + lines
+        return lines
     if found["health"] == "stopped":
         return [f"stopped (state in {found['home']})", "  start it: sudo halton-meter start"]
     totals = found["totals"]
@@ -54,6 +70,49 @@ def status_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  the database cannot be written: {found['store_error']}")
     lines += _loss_lines(found["losses"], found["gaps"])
     return lines + _coverage_lines(found["coverage"])
+
+
+def _worse(uprobes: str, proxy: str) -> str:
+    """The health of both: a service that was never started does not make the other one ill."""
+    if uprobes in ("stopped", "ok"):
+        return proxy
+    return uprobes
+
+
+def proxy_lines(found: dict[str, Any]) -> list[str]:
+    """The local proxy's status for people."""
+    worker = found["worker"]
+    lines = [
+        f"proxy {found['health']}, up {_duration(found['uptime_s'])} on "
+        f"{', '.join(found['addresses'])}; {found['connections']:,} connections open"
+    ]
+    if found["totals"] is not None:
+        lines.append(
+            f"  {found['events']:,} events, ${found['totals']['list_usd']} by list; "
+            f"last {found['last_event_at'] or 'none yet'}"
+        )
+        lines.append(
+            f"  state in {found['home']}; {found['journal_waiting']:,} events wait in the journal"
+        )
+    if found["health"] == "paused":
+        lines.append("  metering is stopped, traffic goes through; start it: halton-meter start")
+    elif worker["state"] != "ready":
+        why = f": {worker['trouble']}" if worker["trouble"] else ""
+        lines.append(f"  not metering, traffic goes through unmetered ({worker['state']}{why})")
+    if not found["certificate_usable"]:
+        lines.append("  the certificate is expired or not ours: halton-meter init")
+    if worker["restarts"]:
+        lines.append(f"  its worker was restarted {worker['restarts']} times: see the gaps")
+    if found["store_error"]:
+        lines.append(f"  the store cannot be written: {found['store_error']}")
+    for each in found["bypassed"][:BYPASSED_SHOWN]:
+        cause = each["cause"].replace("_", " ")
+        lines.append(f"  unmetered: {each['host']} {each['connections']:,} connections ({cause})")
+    for each in found["refused"][:BYPASSED_SHOWN]:
+        who = each["program"] or "some program"
+        lines.append(f"  {who} does not trust our certificate for {each['host']}: it runs past us")
+        lines.append("    halton-meter init, then start that program again")
+    return lines + _loss_lines(found["losses"] or {}, found["gaps"])
 
 
 def _loss_lines(losses: dict[str, int], gaps: list[dict[str, str]]) -> list[str]:
