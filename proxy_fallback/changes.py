@@ -88,6 +88,18 @@ class Commands:
         return shutil.which(program) is not None
 
 
+class Unasked(Commands):
+    """A machine that is not here: no command answers, every program may be there."""
+
+    def run(self, argv: Sequence[str]) -> Ran:
+        """Refuse."""
+        return Ran(127, "", f"{argv[0]}: not asked")
+
+    def has(self, program: str) -> bool:
+        """Assume what every machine has."""
+        return program in ("bash", "zsh", "fish")
+
+
 # --- what may be changed ------------------------------------------------------------------------
 
 

@@ -18,7 +18,10 @@ from proxy_fallback.changes import TOLERATED, Argv, ChangeError, CommandRun, Com
 
 BUNDLE_NAME = "ca-bundle.pem"
 # What would be trusted without us: what the proxy itself must use towards the providers.
-ROOTS_NAME = "upstream-roots.pem"
+ROOTS_NAME = "roots.pem"
+# Certificates of the person's own, from bundles that their variables named before ours did.
+OWN_NAME = "own-roots.pem"
+NODE_NAME = "node-extra-ca.pem"
 JAVA_STORE_NAME = "java-cacerts"
 # The world's public roots are 140; companies add a few.
 BUNDLE_BYTES_MAX = 8 * 1024 * 1024
@@ -50,12 +53,23 @@ _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re
 # --- bundles ------------------------------------------------------------------------------------
 
 
-def system_roots(commands: Commands, platform: str, environ: Mapping[str, str], ours: Path) -> str:
-    """PEM text of all that programs of this person trust today, without our CA.
+def own_roots(environ: Mapping[str, str], ca_folder: Path) -> str:
+    """PEM text of what the person's own variables add to the usual roots.
 
-    The system's roots, a bundle of their own (`SSL_CERT_FILE`, when not below `ours`), and
-    certifi's, because Python's programs would have used those.
+    Once set up, those variables name our bundles; then what they named before is remembered.
     """
+    texts, set_up = [], False
+    for name in (*BUNDLE_VARIABLES, "NODE_EXTRA_CA_CERTS"):
+        file = Path(environ.get(name, ""))
+        if file.name and ca_folder in file.absolute().parents:
+            set_up = True
+        elif file.name:
+            texts.append(_text(file))
+    return "\n".join(texts) if texts or not set_up else _text(ca_folder / OWN_NAME)
+
+
+def usual_roots(commands: Commands, platform: str) -> str:
+    """PEM text of the system's roots, and certifi's, which Python's programs would have used."""
     import certifi
 
     files = [] if platform == "macos" else [Path(each) for each in _LINUX_ROOTS]
@@ -63,12 +77,11 @@ def system_roots(commands: Commands, platform: str, environ: Mapping[str, str], 
     if platform == "macos":
         found = commands.run(("security", "find-certificate", "-a", "-p", *_MAC_KEYCHAINS))
         texts.append(found.out if found.code == 0 else "")
-    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"):
-        own = Path(environ.get(name, ""))
-        if own.name and ours not in own.absolute().parents:
-            texts.append(_text(own))
-    texts.append(_text(Path(certifi.where())))
-    return "\n".join(dict.fromkeys(_PEM.findall("\n".join(texts)))) + "\n"
+    return "\n".join([*texts, _text(Path(certifi.where()))])
+
+
+def _certificates(text: str) -> str:
+    return "".join(f"{each}\n" for each in dict.fromkeys(_PEM.findall(text)))
 
 
 def _text(path: Path) -> str:
@@ -79,14 +92,29 @@ def _text(path: Path) -> str:
         return ""
 
 
-def write_bundles(authority: Authority, roots: str) -> None:
-    """Write both bundles into the CA's folder. Raises ChangeError."""
+def write_bundles(authority: Authority, usual: str, own: str) -> bool:
+    """Write every bundle into the CA's folder; says whether one changed. Raises ChangeError."""
+    import certifi
+
     ours = authority.certificate_file.read_text()
-    try:
-        write_whole(authority.folder / ROOTS_NAME, roots.encode(), 0o644)
-        write_whole(authority.folder / BUNDLE_NAME, (roots + ours).encode(), 0o644)
-    except OSError as error:
-        raise ChangeError(f"{authority.folder}: {error.strerror or error}") from None
+    public = set(_PEM.findall(_text(Path(certifi.where()))))
+    private = "\n".join(each for each in _PEM.findall(own) if each not in public)
+    changed = False
+    for name, text in (
+        (OWN_NAME, own),
+        (ROOTS_NAME, usual + own),
+        (BUNDLE_NAME, usual + own + ours),
+        # Node adds this one to the public roots, which it need not read twice at every start.
+        (NODE_NAME, private + ours),
+    ):
+        file, content = authority.folder / name, _certificates(text).encode()
+        try:
+            if not file.exists() or file.read_bytes() != content:
+                write_whole(file, content, 0o644)
+                changed = True
+        except OSError as error:
+            raise ChangeError(f"{file}: {error.strerror or error}") from None
+    return changed
 
 
 # --- variables ----------------------------------------------------------------------------------
@@ -99,8 +127,8 @@ def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> d
     local = [each for each in ("localhost", "127.0.0.1", "::1") if each not in hosts]
     found |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(local))
     found |= dict.fromkeys(BUNDLE_VARIABLES, str(ca_folder / BUNDLE_NAME))
-    # Node adds this to its own roots, and from version 24 on heeds proxy variables if told to.
-    found["NODE_EXTRA_CA_CERTS"] = str(ca_folder / "mitmproxy-ca-cert.pem")
+    found["NODE_EXTRA_CA_CERTS"] = str(ca_folder / NODE_NAME)
+    # Node heeds proxy variables from version 24 on, if told to.
     found["NODE_USE_ENV_PROXY"] = "1"
     if java:
         found["JAVA_TOOL_OPTIONS"] = (

@@ -28,6 +28,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("halton_meter.cli.service:start", "Install and start the background service."),
     "stop": ("halton_meter.cli.service:stop", "Stop the background service."),
     "status": ("halton_meter.cli.status:status", "Health, coverage per process, losses."),
+    "init": ("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
+    "uninstall": ("halton_meter.cli.uninstall:uninstall", "Put back all that init changed."),
 }
 
 
