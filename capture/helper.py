@@ -32,8 +32,9 @@ from halton_meter.model import Process
 
 BATCH_FRAMES_MAX = 512  # below IOV_MAX (1024)
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU.
-PAUSE_S = 0.05
+# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU. Their
+# times were taken in the kernel; who waits is only `report`, which has a second.
+PAUSE_S = 0.25
 BCC_PAUSE_S = 0.005  # there the kernel cannot tell us that it fills
 SETTLE_S = 0.0002  # a record still being written blocks the ring's front
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
@@ -471,6 +472,9 @@ class Helper:
             sent = self._sock.sendmsg(batch)
         except BlockingIOError:
             sent = 0
+        if sent == sum(map(len, batch)):
+            self._ring.release(after[-1])
+            return True
         for frame, position in zip(batch, after, strict=True):
             if sent >= len(frame):
                 sent -= len(frame)
@@ -479,9 +483,9 @@ class Helper:
             if sent:  # half a frame is out: the rest is ours to keep
                 self._outbox.append(bytes(frame[sent:]))
                 self._ring.release(position)
-            self._blocked = True
-            return False
-        return True
+            break
+        self._blocked = True
+        return False
 
     def _handle(self, frame: bytes) -> None:
         """An OPEN needs its process told first, an EXIT ends connections that never said so."""

@@ -96,15 +96,13 @@ def decode_record(frame: bytes) -> Record:
     """The record in a kernel frame. Raises ProtocolViolation."""
     if len(frame) < RECORD.size:
         raise ProtocolViolation(f"a record of {len(frame)} bytes")
-    size, kind, direction, flags, tgid, uid, ssl, opened, at, offset, length, captured = (
+    size, kind, direction, flags, tgid, uid, ssl, opened, at, offset, length, _ = (
         RECORD.unpack_from(frame)
     )
     body = frame[RECORD.size : size]
     fields = (kind, direction, flags, tgid, uid, ssl, opened, at, offset, length)
     if kind == CHUNK:
-        if captured > len(body) or captured > length or direction > 1:
-            raise ProtocolViolation(f"a chunk of {captured} bytes in {len(body)}")
-        return Record(*fields, data=body[:captured])
+        return Record(*fields, data=decode_chunk(frame)[5])
     if kind == OPEN:
         return Record(
             *fields, comm=_text(body[:COMM_BYTES]), host=_text(body[COMM_BYTES:][:HOST_BYTES_MAX])
@@ -114,6 +112,23 @@ def decode_record(frame: bytes) -> Record:
     if kind == EXEC:
         return Record(*fields, comm=_text(body[:COMM_BYTES]))
     return Record(*fields)
+
+
+def decode_chunk(frame: bytes) -> tuple[tuple[int, int, int], int, int, int, int, bytes]:
+    """A CHUNK as (connection's key, direction, at_ns, offset, length, data). ProtocolViolation.
+
+    What `decode_record` gives, without the record: chunks are nearly all that ever comes.
+    """
+    try:
+        _, _, direction, _, tgid, _, ssl, opened, at, offset, length, captured = RECORD.unpack_from(
+            frame
+        )
+    except struct.error:
+        raise ProtocolViolation(f"a record of {len(frame)} bytes") from None
+    data = frame[RECORD.size : RECORD.size + captured]
+    if len(data) < captured or captured > length or direction > 1:
+        raise ProtocolViolation(f"a chunk of {captured} bytes in {len(data)}")
+    return (tgid, ssl, opened), direction, at, offset, length, data
 
 
 def encode_message(kind: int, content: Any) -> bytes:
@@ -134,29 +149,29 @@ class FrameBuffer:
     """Cuts a byte stream into frames."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._rest = b""
 
-    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[int, bytes]]:
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Whole frames as (kind, frame). Raises ProtocolViolation."""
-        buffer = self._buffer
-        buffer += data
-        at, end = 0, len(buffer)
+        if self._rest:
+            data = self._rest + data
+        at, end = 0, len(data)
         try:
             while end - at >= PREFIX.size:
-                size, kind, _, _ = PREFIX.unpack_from(buffer, at)
+                size, kind, _, _ = PREFIX.unpack_from(data, at)
                 if not PREFIX.size <= size <= FRAME_BYTES_MAX:
                     raise ProtocolViolation(f"a frame of {size} bytes")
                 if end - at < size:
                     break
-                yield kind, bytes(buffer[at : at + size])
+                yield kind, data[at : at + size]
                 at += size
         finally:
-            del buffer[:at]
+            self._rest = data[at:]
 
     @property
     def pending_bytes(self) -> int:
         """How much of an unfinished frame is held."""
-        return len(self._buffer)
+        return len(self._rest)
 
 
 def encode_command(command: dict[str, Any]) -> bytes:

@@ -379,7 +379,7 @@ class UprobeSource:
 
     def _take(self, kind: int, frame: bytes) -> None:
         if kind == protocol.CHUNK:
-            self._take_chunk(protocol.decode_record(frame))
+            self._take_chunk(frame)
         elif kind == protocol.OPEN:
             self._open(protocol.decode_record(frame))
         elif kind == protocol.CLOSE:
@@ -425,19 +425,17 @@ class UprobeSource:
         self._streams[record.key] = stream
         return stream
 
-    def _take_chunk(self, record: protocol.Record) -> None:
-        stream = self._streams.get(record.key) or self._open(record)  # its OPEN was lost
-        self._closing.pop(record.key, None)
-        stream.expected[record.direction] = record.offset + record.length
+    def _take_chunk(self, frame: bytes) -> None:
+        key, direction, at_ns, offset, length, data = protocol.decode_chunk(frame)
+        stream = self._streams.get(key)
+        if stream is None:  # its OPEN was lost
+            stream = self._open(protocol.decode_record(frame))
+        if self._closing:
+            self._closing.pop(key, None)
+        stream.expected[direction] = offset + length
+        at_ns += stream.clock_ns
         self._events.append(
-            TlsChunk(
-                stream.connection,
-                _DIRECTIONS[record.direction],
-                record.offset,
-                record.data,
-                record.length,
-                record.at_ns + stream.clock_ns,
-            )
+            TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns)
         )
 
     def _take_close(self, record: protocol.Record) -> None:

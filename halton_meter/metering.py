@@ -25,18 +25,18 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from halton_meter.model import Outcome, PricedEvent, Tokens, rfc3339, usd_text
+from halton_meter.model import Outcome, PricedEvent, TlsChunk, Tokens, rfc3339, usd_text
 
 if TYPE_CHECKING:
     from capture.uprobe import ProcessCoverage, Status
     from halton_meter.meter import Meter
-    from halton_meter.model import TlsChunk, TlsClosed
+    from halton_meter.model import TlsClosed
     from halton_meter.store import Flushed
 
 # Exit codes that tell the supervisor why.
@@ -44,7 +44,7 @@ ENDED, UNAVAILABLE, HELPER_DIED, REFUSED = 0, 10, 11, 12
 
 # An event is in a closed journal segment after this time: from then on any command that reads the
 # store takes it over by itself …
-SEAL_AFTER_S = 1.0
+SEAL_AFTER_S = 0.7
 # … and in the database after this one, or when so many have come. Moving them costs a process of
 # its own some 0.3 s of CPU, which is why it is not done more often.
 FLUSH_AFTER_S = 30.0
@@ -329,11 +329,10 @@ class Metering:
         if self._source.ended and self._exit_code is None:
             self._exit_code = HELPER_DIED
 
-    def _take(self, items: Iterable[TlsChunk | TlsClosed]) -> None:
+    def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
         """Put plaintext into our own memory, out of the kernel's small ring."""
-        for item in items:
-            self._backlog.append(item)
-            self._backlog_bytes += _size(item)
+        self._backlog.extend(items)
+        self._backlog_bytes += sum(map(_size, items))
         full = self._backlog_bytes > BACKLOG_BYTES_MAX
         if full and self._reading:
             self._selector.unregister(self._source)
@@ -344,8 +343,9 @@ class Metering:
         events: list[PricedEvent] = []
         while self._backlog:
             item = self._backlog.popleft()
-            self._backlog_bytes -= _size(item)
-            self._bytes += len(getattr(item, "data", b""))
+            size = _size(item)
+            self._backlog_bytes -= size
+            self._bytes += size - CHUNK_OVERHEAD_BYTES
             events += self._meter.receive(item)
             if time.monotonic() >= until:
                 break
@@ -618,7 +618,8 @@ class Metering:
 
 
 def _size(item: TlsChunk | TlsClosed) -> int:
-    return CHUNK_OVERHEAD_BYTES + len(getattr(item, "data", b""))
+    data = item.data if isinstance(item, TlsChunk) else b""
+    return CHUNK_OVERHEAD_BYTES + len(data)
 
 
 def is_of_tree(event: PricedEvent, root: int) -> bool:
