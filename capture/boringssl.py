@@ -11,11 +11,7 @@ proof, that the bytes seen look like HTTP, is the caller's (`looks_like_http`).
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,9 +36,6 @@ PATH_BYTES_MAX = 512
 """Longest source path before the marker: a build directory."""
 REFERENCES_MAX = 4096
 """References to the file name: 30 to 60 in the builds seen."""
-CACHE_FILES_MAX = 512
-FINGERPRINT_BYTES = 64
-CACHE_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +100,16 @@ def prepare() -> None:
             import_module(name)
 
 
-def find_boringssl(
-    file: str | Path | int, cache_directory: Path | None = None
-) -> Found | NotRecognised:
+def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
     """Where BoringSSL's functions are in the file, or why not; never an exception.
 
     `file` is a path or an open descriptor.
-
-    With `cache_directory` an answer is kept there by build id, and used again only while the code
-    at each place is the same (one Bun build id covers every program compiled with that Bun).
     """
     build_id = None
     try:
         with Elf(file) as elf:
             build_id = elf.build_id
-            known = _recall(elf, cache_directory)
-            if known is not None:
-                return known
-            answer = _find(elf)
-            _remember(elf, answer, cache_directory)
-            return answer
+            return _find(elf)
     except ElfError as error:
         return NotRecognised(str(error), build_id)
     except ImportError as error:
@@ -306,60 +289,3 @@ def _attach(function: Function) -> int:
     if first.landing and first.flow is Flow.NEXT and first.stack == 0 and following is not None:
         return first.size if following.stack == -8 else 0
     return 0
-
-
-# --- the cache ----------------------------------------------------------------------------------
-
-
-def _recall(elf: Elf, directory: Path | None) -> Found | NotRecognised | None:
-    if directory is None or elf.build_id is None:
-        return None
-    try:
-        kept = json.loads((directory / f"{elf.build_id}.json").read_text())
-        if kept["version"] != CACHE_VERSION or kept["machine"] != elf.machine:
-            return None
-        places = [Place(*row) for row in kept["places"]]
-        if not places or kept["fingerprint"] != _fingerprint(elf, places):
-            return None
-        by_name = {place.name: place for place in places}
-        return Found(
-            by_name[READ],
-            by_name[WRITE],
-            by_name.get(SET_HOST),
-            elf.build_id,
-            elf.size_bytes,
-            elf.machine,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # absent, damaged, or of other code: search again
-
-
-def _remember(elf: Elf, answer: Found | NotRecognised, directory: Path | None) -> None:
-    """Keep a success. A failure is not kept: the next release may know the build."""
-    if directory is None or elf.build_id is None or isinstance(answer, NotRecognised):
-        return
-    kept = {
-        "version": CACHE_VERSION,
-        "machine": elf.machine,
-        "places": [[p.name, p.address, p.offset, p.attach] for p in answer.places],
-        "fingerprint": _fingerprint(elf, answer.places),
-    }
-    target = directory / f"{elf.build_id}.json"
-    partial = target.with_suffix(f".{os.getpid()}")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if sum(1 for _ in directory.iterdir()) < CACHE_FILES_MAX:
-            partial.write_text(json.dumps(kept))
-            partial.replace(target)
-    except OSError:
-        return  # the cache only saves time
-
-
-def _fingerprint(elf: Elf, places: tuple[Place, ...] | list[Place]) -> str:
-    digest = hashlib.sha256()
-    for place in places:
-        if elf.offset_of(place.address) != place.offset:
-            raise ValueError("the place moved")
-        digest.update(struct.pack("<QI", place.offset, place.attach))
-        digest.update(elf.read(place.offset, FINGERPRINT_BYTES))
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from capture.elf import Elf, ElfError
 
 READ, WRITE = "crypto/tls.(*Conn).Read", "crypto/tls.(*Conn).Write"
+CLOSE = "crypto/tls.(*Conn).Close"
 
 FUNCTIONS_MAX = 2 << 20
 """Kubernetes has about 120,000."""
@@ -81,6 +83,7 @@ class Found:
 
     read: GoFunction
     write: GoFunction
+    close: GoFunction | None
     go_version: str | None
     server_name: ServerName | None
     build_id: str | None
@@ -98,9 +101,14 @@ class Found:
         return "r14" if self.machine == "x86_64" else "x28"
 
     @property
+    def _all(self) -> tuple[GoFunction, ...]:
+        found = (self.read, self.write)
+        return (*found, self.close) if self.close is not None else found
+
+    @property
     def functions(self) -> Mapping[str, int]:
         """Name to file offset of the first instruction."""
-        return MappingProxyType({f.name: f.offset for f in (self.read, self.write)})
+        return MappingProxyType({f.name: f.offset for f in self._all})
 
     @property
     def reason(self) -> None:
@@ -136,10 +144,11 @@ def find_go_tls(file: str | Path | int) -> Found | NotRecognised:
         with Elf(file) as elf:
             build_id = elf.build_id
             version = go_version(elf)
-            read, write = _find(elf, version)
+            read, write, close = _find(elf, version)
             return Found(
                 read,
                 write,
+                close,
                 version,
                 _server_name(version),
                 build_id,
@@ -170,13 +179,16 @@ def go_version(elf: Elf) -> str | None:
     return None
 
 
-def _find(elf: Elf, version: str | None) -> tuple[GoFunction, GoFunction]:
+def _find(elf: Elf, version: str | None) -> tuple[GoFunction, GoFunction, GoFunction | None]:
     if version is not None and (_minor(version) or 18) < 18:
         raise _Doubt(f"{version} passes arguments on the stack; 1.18 is the first one probed")
     problems = []
     for table in _tables(elf):
         try:
-            return table.function(READ), table.function(WRITE)
+            read, write = table.function(READ), table.function(WRITE)
+            with suppress(_Doubt):  # without it a connection ends with its process
+                return read, write, table.function(CLOSE)
+            return read, write, None
         except _Doubt as doubt:
             problems.append(str(doubt))
     if problems:
@@ -219,21 +231,23 @@ class _Table:
 
     def function(self, name: str) -> GoFunction:
         """The one function of that name, its bounds and its returns. Raises _Doubt."""
-        wanted = self._name_offset(name)
+        wanted = struct.pack("<i", self._name_offset(name))
         entries = memoryview(self.elf.read_at(self.functions, 8 * self.count + 4)).cast("I")
+        where = {entries[2 * index + 1]: index for index in range(self.count)}
+        last = max(where)
+        if last > TABLE_BYTES_MAX:
+            raise _Doubt("the function table is larger than any known")
+        records = self.elf.read_at(self.functions, last + 8)
         rows: list[tuple[int, int]] = []
-        for index in range(self.count):
-            record = self.functions + entries[2 * index + 1]
-            start, name_offset = self._record(record)
-            if name_offset == wanted and start == entries[2 * index]:
-                rows.append((start, entries[2 * index + 2]))
+        at = records.find(wanted)
+        while at >= 0:  # a record is its function's start, then its name: search for the name
+            index = where.get(at - 4, -1)
+            if index >= 0 and struct.unpack_from("<I", records, at - 4)[0] == entries[2 * index]:
+                rows.append((entries[2 * index], entries[2 * index + 2]))
+            at = records.find(wanted, at + 1)
         if len(rows) != 1:
             raise _Doubt(f"{len(rows)} functions are called {name}")
         return self._checked(name, *rows[0])
-
-    def _record(self, address: int) -> tuple[int, int]:
-        start, name_offset = struct.unpack("<Ii", self.elf.read_at(address, 8))
-        return start, name_offset
 
     def _name_offset(self, name: str) -> int:
         start, end = self.names

@@ -17,17 +17,18 @@ import os
 import select
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from capture import libraries, loader, processes, protocol
-from capture.elf import ElfError
+from capture.attachments import FILES_MAX, Attachments, File, FileId, Haste
+from capture.installs import Installs, homes_of
+from capture.known_files import KnownFiles
 from halton_meter.model import Process
 
 BATCH_FRAMES_MAX = 512  # below IOV_MAX (1024)
@@ -39,15 +40,15 @@ BCC_PAUSE_S = 0.005  # there the kernel cannot tell us that it fills
 SETTLE_S = 0.0002  # a record still being written blocks the ring's front
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
+MAPPED_S = 0.002
 SWEEP_S = 60.0
+INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
 REPORT_S = 2.0
 IDENTITY_S = 1.0
 IDENTITIES_MAX = 4096
 EAGER_RUNS_MAX = 5
 RECENT_MAX = 200  # metered processes remembered for `status` after they ended
 NICE = -10  # a process may live 10 ms: be there before it is gone
-FILES_MAX = 20_000
-FINDER_BYTES_MAX = 1 << 20
 COVERAGE_MAX = 500
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
 
@@ -68,147 +69,12 @@ class Refused(Exception):
 
 
 @dataclass(slots=True)
-class _File:
-    """A file that was looked at. `library` None: no TLS in it, unless it is still `searching`."""
-
-    path: str
-    library: libraries.Library | None = None
-    probes: list[int] = field(default_factory=list)
-    searching: bool = False
-    failure: str | None = None
-
-
-_FileId = tuple[int, int, int]  # device, inode, change time: inode numbers are used again
-
-
-class Files:
-    """Looks at each file once and attaches to those with TLS functions."""
-
-    def __init__(self, programs: dict[str, int]) -> None:
-        self._programs = programs
-        self.files: dict[_FileId, _File] = {}
-        self._waiting: deque[tuple[_FileId, int]] = deque()
-        self._searched: list[tuple[_FileId, int]] = []
-        self._finder: subprocess.Popen[bytes] | None = None
-
-    def look_at(self, link: str, path: str) -> _FileId | None:
-        """The file's identity, once looked at; None when it cannot be opened."""
-        try:
-            stat = os.stat(link)
-        except OSError:
-            return None
-        identity = (stat.st_dev, stat.st_ino, stat.st_ctime_ns)
-        if identity in self.files or len(self.files) >= FILES_MAX:
-            return identity
-        try:
-            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            return None
-        file = self.files[identity] = _File(path)
-        try:
-            file.library = libraries.inspect(fd)
-            if file.library:
-                self._attach(file, fd)
-            elif stat.st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
-                self._waiting.append((identity, os.dup(fd)))
-                file.searching = True
-        except (ElfError, OSError, ValueError, struct.error):
-            pass
-        finally:
-            os.close(fd)
-        return identity
-
-    def _attach(self, file: _File, fd: int) -> None:
-        assert file.library is not None
-        for program, offset, at_return in file.library.probes:
-            try:
-                probe = loader.attach_uprobe(
-                    self._programs[program],
-                    f"/proc/self/fd/{fd}",
-                    offset,
-                    at_return=at_return,
-                    cookie=file.library.cookie,
-                )
-            except OSError as error:
-                file.failure = f"cannot attach {program}: {error.strerror}"
-                self.detach(file)
-                return
-            file.probes.append(probe)
-
-    @staticmethod
-    def detach(file: _File) -> None:
-        """Remove the file's probes."""
-        for probe in file.probes:
-            os.close(probe)
-        file.probes = []
-
-    def run_finder(self) -> bool:
-        """Start or collect the search by structure; True when it found out about some files."""
-        if self._finder is None:
-            if self._waiting:
-                self._start_finder()
-            return False
-        if self._finder.poll() is None:
-            return False
-        assert self._finder.stdout is not None
-        lines = self._finder.stdout.read(FINDER_BYTES_MAX).decode("utf-8", "replace").splitlines()
-        self._finder.stdout.close()
-        self._finder = None
-        for (identity, fd), line in zip(self._searched, lines, strict=False):
-            file = self.files.get(identity)
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                if file:
-                    file.library = libraries.library_from_json(line)
-                if file and file.library:
-                    self._attach(file, fd)
-        for identity, fd in self._searched:
-            os.close(fd)
-            if file := self.files.get(identity):
-                file.searching = False
-        self._searched = []
-        return True
-
-    def _start_finder(self) -> None:
-        count = min(len(self._waiting), libraries.FILES_A_SEARCH_MAX)
-        self._searched = [self._waiting.popleft() for _ in range(count)]
-        fds = [fd for _, fd in self._searched]
-        self._finder = subprocess.Popen(
-            [sys.executable, "-I", "-m", "capture.libraries", *map(str, fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-        )
-
-    @property
-    def searching(self) -> bool:
-        """True while files without symbols are being looked at."""
-        return bool(self._waiting or self._finder)
-
-    def drop_unused(self, used: Iterable[_FileId]) -> None:
-        """Detach from files that nobody in scope maps and that no path leads to any more."""
-        used = set(used)
-        for identity, file in list(self.files.items()):
-            if identity in used or file.searching:
-                continue
-            try:
-                stat = os.stat(file.path)
-                if (stat.st_dev, stat.st_ino) == identity[:2]:
-                    continue
-            except OSError:
-                pass
-            self.detach(file)
-            del self.files[identity]
-
-
-@dataclass(slots=True)
 class _Watched:
     """A process in scope: the files with TLS that it maps."""
 
-    ticks: int | None
+    executed: float | None  # when; None for processes older than we are
     seen: set[tuple[int, int]] = field(default_factory=set)
-    files: set[_FileId] = field(default_factory=set)
+    files: set[FileId] = field(default_factory=set)
     java: bool = False
 
 
@@ -234,6 +100,12 @@ class Helper:
         self._report_at: float | None = None
         self._sweep_at = 0.0
         self._notices_lost = 0
+        self._installs: Installs | None = None
+        self._list_installs_at: float | None = None
+        self._candidates: deque[str] = deque()
+        self._mapped: set[int] = set()
+        self._late = 0
+        self._late_by_pid: dict[int, float] = {}
         self._keep: list[int] = []
 
     # --- set-up -------------------------------------------------------------------------------
@@ -257,8 +129,10 @@ class Helper:
         self._set_scope(scope, int(command.get("request_bytes_max") or REQUEST_BYTES_MAX), maps)
         self.set_hosts(command["hosts"])
         self._attach_tracepoints()
-        self.files = Files(loaded.programs)
+        directory = command.get("cache_directory")
         self._epoll = select.epoll()
+        known = KnownFiles(Path(directory) if directory else None)
+        self.files = Attachments(loaded.programs, known, self._epoll)
         self._epoll.register(self._sock, select.EPOLLIN)
         self._epoll.register(self._process_ring.fd, select.EPOLLIN)
         self._epoll.register(self._ring.fd, select.EPOLLIN)
@@ -267,7 +141,15 @@ class Helper:
         given = command.get("files")
         for path in libraries.standard_files() if given is None else given:
             self.files.look_at(path, path)
+        for path in libraries.standard_linkers():
+            self.files.attach_linker(path)
         self._sweep(time.monotonic())
+        if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
+            homes = homes_of(None if scope["everyone"] else scope["uids"])
+            self._installs = Installs(homes)
+            self._list_installs_at = time.monotonic() + INSTALLS_S
+            if self._installs.fileno() >= 0:
+                self._epoll.register(self._installs.fileno(), select.EPOLLIN)
         self._configured = True
 
     def _set_scope(
@@ -299,11 +181,11 @@ class Helper:
 
     def _attach_tracepoints(self) -> None:
         programs = self._loaded.programs
-        for name in ("exec", "exit"):
-            self._keep.append(
-                loader.attach_raw_tracepoint(programs[f"on_{name}"], f"sched_process_{name}")
-            )
-        folder = f"{tracing_folder()}/events/sched/sched_process_fork"
+        self._keep.append(loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit"))
+        events = f"{tracing_folder()}/events/sched"
+        with open(f"{events}/sched_process_exec/id", encoding="ascii") as file:
+            self._keep.append(loader.attach_tracepoint(programs["on_exec"], int(file.read())))
+        folder = f"{events}/sched_process_fork"
         with open(f"{folder}/format", encoding="ascii") as file:
             arrays = "char parent_comm[16]" in file.read()
         with open(f"{folder}/id", encoding="ascii") as file:
@@ -380,6 +262,7 @@ class Helper:
                 self._report()
             if now >= self._sweep_at:
                 self._sweep(now)
+            self._look_ahead(now)
             self._watch_ring(now)
 
     def _wait_s(self, now: float) -> float:
@@ -391,8 +274,12 @@ class Helper:
             times.append(self._resume_at)
         if self._report_at is not None:
             times.append(self._report_at)
+        if self._candidates:
+            return 0.0
+        if self._list_installs_at is not None:
+            times.append(self._list_installs_at)
         if self.files.searching:
-            times.append(now + 0.05)
+            times.append(now + 0.05)  # its process ends a moment after its last answer
         return max(0.0, min(times) - now)
 
     def _watch_ring(self, now: float) -> None:
@@ -524,15 +411,17 @@ class Helper:
 
     def _read_processes(self) -> None:
         last = None
+        mapped: set[int] = set()
         for position, raw in self._process_ring.records():
             last = position
             record = protocol.decode_record(bytes(raw))
             if record.kind == protocol.EXEC:
-                self._watched.pop(record.tgid, None)
-                self._identities.pop(record.tgid, None)
-                if self._may_be_short(record.tgid):
-                    self._identify(record.tgid)
-                self._schedule(record.tgid)
+                self._executed(record.tgid, record.path)
+            elif record.kind == protocol.MAPPED:
+                mapped.add(record.tgid)
+            elif record.kind == protocol.DOUBT:
+                self.files.doubt(record.offset)
+                self._report_at = self._report_at or time.monotonic() + REPORT_S
             elif record.kind == protocol.OPEN:
                 self._identify(record.tgid, fresh=True)
                 if exe := self._executable(record.tgid):
@@ -541,6 +430,8 @@ class Helper:
             self._process_ring.release(last)
         if self._process_ring.skip_discarded():
             self._resume_at = 0.0  # a nudge: the ring fills
+        for pid in mapped:
+            self._schedule_once(pid)
 
     @staticmethod
     def _executable(pid: int) -> tuple[int, int] | None:
@@ -550,15 +441,42 @@ class Helper:
             return None
         return stat.st_dev, stat.st_ino
 
-    def _may_be_short(self, pid: int) -> bool:
+    def _executed(self, pid: int, path: str) -> None:
+        """A process runs another program: hold its file first, it may be gone in a moment.
+
+        Of one that is gone already the file is searched all the same: it will be run again.
+        """
+        self._watched.pop(pid, None)
+        self._identities.pop(pid, None)
+        try:
+            fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            if path.startswith("/"):
+                self.files.look_at(path, path)
+            return
+        try:
+            stat = os.fstat(fd)
+            if self._may_be_short((stat.st_dev, stat.st_ino)):
+                self._identify(pid)
+            watched = self._watched[pid] = _Watched(time.monotonic())
+            identity = self.files.look_into(fd, os.readlink(f"/proc/self/fd/{fd}"))
+            file = self.files.files.get(identity)
+            if file and (file.library or file.searching):
+                watched.files.add(identity)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
+        self._schedule(pid)
+
+    def _may_be_short(self, exe: tuple[int, int]) -> bool:
         """Say whether to read at once who this is, lest it exit before its connection is seen.
 
         Yes for executables that made provider connections, and for those not run often yet: a
         build that starts a thousand compilers must not cost a thousand readings.
         """
-        exe = self._executable(pid)
-        if exe is None or exe in self._talkers:
-            return exe is not None
+        if exe in self._talkers:
+            return True
         if len(self._runs) >= FILES_MAX:
             self._runs.clear()
         self._runs[exe] = runs = self._runs.get(exe, 0) + 1
@@ -591,15 +509,24 @@ class Helper:
     def _schedule(self, pid: int) -> None:
         heapq.heappush(self._rescans, (time.monotonic() + RESCAN_S[0], pid, 0))
 
+    def _schedule_once(self, pid: int) -> None:
+        """Libraries were mapped, perhaps the first of many: look soon, once for all of them."""
+        if pid not in self._mapped:
+            self._mapped.add(pid)
+            heapq.heappush(self._rescans, (time.monotonic() + MAPPED_S, pid, len(RESCAN_S)))
+
     def _run_rescans(self, now: float) -> None:
         while self._rescans and self._rescans[0][0] <= now:
             at, pid, step = heapq.heappop(self._rescans)
+            if step >= len(RESCAN_S):
+                self._mapped.discard(pid)
             if not self._scan(pid):
                 continue
             if step + 1 < len(RESCAN_S):
                 later = at - RESCAN_S[step] + RESCAN_S[step + 1]
                 heapq.heappush(self._rescans, (later, pid, step + 1))
-        if self.files.searching and self.files.run_finder():
+        if self.files.searching and (found := self.files.search()):
+            self._note_late(found, time.monotonic())
             self._report_at = self._report_at or now + REPORT_S
 
     def _scan(self, pid: int) -> bool:
@@ -626,6 +553,42 @@ class Helper:
                 self._identify(pid)
                 self._report_at = self._report_at or time.monotonic() + REPORT_S
         return True
+
+    def _note_late(self, found: list[FileId], now: float) -> None:
+        """Count who runs files that got their probes just now, and talked TLS before."""
+        probed = {each for each in found if (file := self.files.files.get(each)) and file.probes}
+        for pid, watched in self._watched.items():
+            if watched.executed is not None and watched.files & probed and talks_tls(pid):
+                self._late += 1
+                if len(self._late_by_pid) >= RECENT_MAX:
+                    self._late_by_pid.pop(next(iter(self._late_by_pid)))
+                self._late_by_pid[pid] = now - watched.executed
+
+    def _look_ahead(self, now: float) -> None:
+        """Search what is installed, but runs not yet; a file a turn, so that nothing waits."""
+        if self._installs is None:
+            return
+        if self._installs.changed():
+            self._list_installs_at = now + INSTALLS_S
+        if self._list_installs_at is not None and now >= self._list_installs_at:
+            self._list_installs_at = None
+            self._candidates = deque(self._installs.candidates())
+        if self._candidates:
+            self._prepare(self._candidates.popleft())
+
+    def _prepare(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return
+        try:
+            if os.fstat(fd).st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
+                self.files.look_into(fd, os.path.realpath(path), Haste.NOBODY)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
+        self.files.search()
 
     def _sweep(self, now: float) -> None:
         """All processes, seldom: what no event told us of."""
@@ -661,6 +624,7 @@ class Helper:
             "libraries": sorted({file.path for file in attached}),
             "statistics": statistics,
             "coverage": self._coverage(),
+            "late": self._late,
             "rss_bytes": rss_bytes(),
         }
         self._outbox.append(protocol.encode_message(protocol.REPORT, report))
@@ -676,7 +640,9 @@ class Helper:
                 self._close(ssl, tgid, now_ns)
 
     def _coverage(self) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = list(self._recent.values())
+        lines: list[dict[str, Any]] = [
+            line | {"advice": self._late_advice(pid)} for pid, line in self._recent.items()
+        ]
         for pid, watched in self._watched.items():
             if len(lines) >= COVERAGE_MAX:
                 break
@@ -687,6 +653,12 @@ class Helper:
             if line and talks_tls(pid) and (process := self._identify(pid)):
                 lines.append({"process": processes.to_json(process), **line})
         return lines
+
+    def _late_advice(self, pid: int) -> str | None:
+        seconds = self._late_by_pid.get(pid)
+        if seconds is None:
+            return None
+        return f"probes came {seconds:.1f} s after its start: what it sent before is not metered"
 
     def _remember(self, process: Process, host: str) -> None:
         """Note that a process was metered, whatever becomes of it."""
@@ -711,13 +683,15 @@ class Helper:
 CONNECTION = struct.Struct(f"=QQQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
 
 
-def coverage_line(java: bool, files: list[_File]) -> dict[str, Any] | None:
+def coverage_line(java: bool, files: list[File]) -> dict[str, Any] | None:
     """Why a process that maps these files goes unmetered; None when there is nothing to say."""
     for file in files:
         if file.failure or (file.library and not file.library.probes):
             stack = file.library.stack if file.library else "unknown"
             state = "not_recognised" if stack in ("BoringSSL", "OpenSSL") else "unsupported"
             advice = file.failure or (file.library.reason if file.library else None)
+            if file.library and file.library.build_id:
+                advice = f"{advice} (build id {file.library.build_id})"
             line = {"host": None, "stack": stack, "library": file.path}
             return {**line, "state": state, "advice": advice}
     if java:

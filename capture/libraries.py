@@ -52,12 +52,12 @@ _MARKERS = (
     (b"\xff Go buildinf:", "Go crypto/tls"),
     (b"rustls", "rustls"),
 )
-_INSTEAD = "use `halton-meter run --via proxy`"
+INSTEAD = "use `halton-meter run --via proxy`"
 ADVICE = {
-    "BoringSSL": f"its TLS functions were not recognised; {_INSTEAD}",
-    "Go crypto/tls": f"Go's TLS was not recognised in it; {_INSTEAD}",
-    "rustls": f"rustls is not probed; {_INSTEAD}",
-    "JSSE": f"Java's own TLS is not probed; {_INSTEAD}",
+    "BoringSSL": f"its TLS functions were not recognised; {INSTEAD}",
+    "Go crypto/tls": f"Go's TLS was not recognised in it; {INSTEAD}",
+    "rustls": f"rustls is not probed; {INSTEAD}",
+    "JSSE": f"Java's own TLS is not probed; {INSTEAD}",
 }
 
 
@@ -74,6 +74,7 @@ class Library:
     """A file with a TLS stack in it.
 
     With no probes it cannot be metered; `reason` then says why. `cookie` is given to the programs.
+    When it is `unproved`, its places were found by what the code does: bytes must prove them.
     """
 
     stack: str
@@ -81,6 +82,7 @@ class Library:
     build_id: str | None
     reason: str | None = None
     cookie: int = 0
+    unproved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +194,33 @@ def find_by_structure(fd: int) -> Library | None:
     size = os.fstat(fd).st_size
     if size < STRUCTURE_FILE_BYTES_MIN:
         return None
-    whole = Section("", 0, 0, 0, size, 0, 0)
-    stack = next((name for marker, name in _MARKERS if _has(fd, whole, marker)), None)
-    if stack == "BoringSSL":
-        return _boringssl(fd)
-    if stack == "Go crypto/tls":
-        return _go(fd)
-    if stack is None:
-        return None
-    with Elf(fd) as elf:
-        return Library(stack, (), elf.build_id, ADVICE[stack])
+    found = None
+    for stack in _stacks(fd, size):
+        if stack == "BoringSSL":
+            found = _boringssl(fd)
+        elif stack == "Go crypto/tls":
+            found = _go(fd)
+        else:  # its own cryptography has BoringSSL's names in it: whoever lacks that one is right
+            with Elf(fd) as elf:
+                found = Library(stack, (), elf.build_id, ADVICE[stack])
+        if found is not None and found.probes:
+            break
+    return found
+
+
+def _stacks(fd: int, size: int) -> Iterator[str]:
+    """The stacks whose markers are in the file, in one pass; those that we probe come first."""
+    last, missing = [], dict(_MARKERS)
+    keep = max(map(len, missing)) - 1
+    for at in range(0, size, CHUNK_BYTES):
+        data = os.pread(fd, CHUNK_BYTES + keep, at)
+        for marker in [marker for marker in missing if marker in data]:
+            stack = missing.pop(marker)
+            if stack == "rustls":
+                last.append(stack)
+            else:
+                yield stack
+    yield from last
 
 
 def _boringssl(fd: int) -> Library:
@@ -210,9 +229,9 @@ def _boringssl(fd: int) -> Library:
     found = find_boringssl(fd)
     offsets = {name: at for name, at in found.functions.items() if name in FUNCTIONS}
     if not any(all(name in offsets for name in pair) for pair in _PAIRS):
-        return Library("BoringSSL", (), found.build_id, f"{found.reason}; {_INSTEAD}")
+        return Library("BoringSSL", (), found.build_id, f"{found.reason}; {INSTEAD}")
     with Elf(fd) as elf:
-        return Library("BoringSSL", _probes(elf, offsets), found.build_id)
+        return Library("BoringSSL", _probes(elf, offsets), found.build_id, unproved=True)
 
 
 def _go(fd: int) -> Library | None:
@@ -222,11 +241,13 @@ def _go(fd: int) -> Library | None:
     if not isinstance(found, Found):
         if "no crypto/tls" in found.reason:
             return None
-        return Library("Go crypto/tls", (), found.build_id, f"{found.reason}; {_INSTEAD}")
+        return Library("Go crypto/tls", (), found.build_id, f"{found.reason}; {INSTEAD}")
     probes = []
     for function, name in ((found.read, "read"), (found.write, "write")):
         probes.append(Probe(f"enter_go_{name}", function.offset))
         probes += [Probe(f"leave_go_{name}", offset) for offset in function.returns]
+    if found.close is not None:
+        probes.append(Probe("enter_go_close", found.close.offset))
     place = found.server_name
     cookie = place.config << 32 | place.name if place else 0
     return Library("Go crypto/tls", tuple(probes), found.build_id, cookie=cookie)
@@ -243,6 +264,7 @@ def library_json(library: Library | None) -> str:
             "build_id": library.build_id,
             "reason": library.reason,
             "cookie": library.cookie,
+            "unproved": library.unproved,
         }
     )
 
@@ -251,6 +273,7 @@ _PROGRAMS = frozenset(
     {
         *(program for pair in FUNCTIONS.values() for program in pair if program),
         *("enter_go_read", "enter_go_write", "leave_go_read", "leave_go_write"),
+        "enter_go_close",
     }
 )
 
@@ -277,11 +300,25 @@ def library_from_json(text: str) -> Library | None:
         str(content["build_id"]) if content["build_id"] else None,
         str(reason)[:500] if reason else None,
         int(content["cookie"]),
+        bool(content["unproved"]),
     )
 
 
 # A return probe crashes Go programs: the finder's word alone must not place one.
 FUNCTIONS_AT_RETURN = {"leave_plain": True, "leave_ex": True}
+
+
+def find_linker_hook(fd: int) -> Probe | None:
+    """Where the dynamic linker tells debuggers that it has mapped libraries. Raises ElfError.
+
+    glibc and musl both export it, doing nothing in it.
+    """
+    with Elf(fd) as elf:
+        for symbol in elf.symbols(("_dl_debug_state",)):
+            offset = elf.offset_of(symbol.address)
+            if offset is not None:
+                return Probe("on_mapped", offset)
+    return None
 
 
 # --- where to look ------------------------------------------------------------------------------
@@ -324,6 +361,12 @@ def executable_mappings(pid: int) -> list[FileMapping]:
     return list(parse_maps(text, pid))
 
 
+def standard_linkers() -> list[str]:
+    """The dynamic linkers that programs of this machine name as their interpreter."""
+    found = [*Path("/lib64").glob("ld-linux-*.so.*"), *Path("/lib").glob("ld-*.so.*")]
+    return sorted({os.path.realpath(path) for path in found})
+
+
 _STANDARD_DIRECTORIES = ("/lib64", "/usr/lib64", "/usr/lib", "/usr/local/lib", "/lib")
 
 
@@ -348,9 +391,18 @@ def standard_files() -> list[str]:
     return list(found.values())
 
 
+# A client's first request may come half a second after its start; one search a program's life.
+_PRIORITIES = {"PROGRAM": -5, "LIBRARY": -5, "NOBODY": 19}
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Search the files open as these descriptors, as nobody; print a line of JSON for each."""
+    """Search the files open as these descriptors, as nobody; print a line of JSON for each.
+
+    The first argument says who waits for it: at NOBODY's leisure nothing else is slowed.
+    """
     import resource
+
+    haste, *descriptors = arguments
 
     # The user "nobody" reads neither our modules under a closed home nor the files by their names.
     for name in ("capture.golang", "capture.boringssl"):
@@ -361,12 +413,13 @@ def main(arguments: Sequence[str]) -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    seconds = STRUCTURE_SECONDS_MAX * len(arguments)
+    seconds = STRUCTURE_SECONDS_MAX * len(descriptors)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    os.nice(20)  # from the helper's -10
-    for argument in arguments:
+    with contextlib.suppress(OSError):  # the helper runs at -10
+        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITIES[haste])
+    for descriptor in descriptors:
         try:
-            print(library_json(find_by_structure(int(argument))), flush=True)
+            print(library_json(find_by_structure(int(descriptor))), flush=True)
         except (ElfError, OSError, ValueError, ImportError):
             print("null", flush=True)
 

@@ -56,6 +56,8 @@ PROGRAMS = (
     "enter_go_write",
     "leave_go_read",
     "leave_go_write",
+    "enter_go_close",
+    "on_mapped",
     "fork_arrays",
     "fork_locations",
     "on_exec",
@@ -71,6 +73,7 @@ MAPS = (
     "owners",
     "uids",
     "hosts",
+    "proofs",
     "ring",
     "process_ring",
 )
@@ -333,7 +336,7 @@ class _Bcc:
         kinds = {
             "fork_arrays": module.BPF.TRACEPOINT,
             "fork_locations": module.BPF.TRACEPOINT,
-            "on_exec": module.BPF.RAW_TRACEPOINT,
+            "on_exec": module.BPF.TRACEPOINT,
             "on_exit": module.BPF.RAW_TRACEPOINT,
         }
         try:

@@ -35,6 +35,8 @@
 #define TREE_MAX 65536
 #define HOSTS_MAX 4096
 #define UIDS_MAX 1024
+#define PLACES_MAX 4096
+#define PATH_BYTES_MAX 256
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -91,7 +93,7 @@ struct registers {
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1, FLAG_CUT = 2 };
 
@@ -126,6 +128,7 @@ enum statistic {
 	STAT_HTTP2_WITHOUT_NAME,
 	STAT_ADMITTED,
 	STAT_DENIED,
+	STAT_NOT_HTTP, /* connections of places found by structure whose bytes are no HTTP */
 	STATS,
 };
 
@@ -198,6 +201,7 @@ BPF_ARRAY(settings, struct settings, 1);
 BPF_ARRAY(stats, u64, STATS);
 BPF_ARRAY(blank_connection, struct connection, 1);
 BPF_ARRAY(blank_thread, struct thread, 1);
+BPF_ARRAY(proofs, u64, PLACES_MAX);
 BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct key, u64, denied, DENIED_MAX);
 BPF_F_TABLE("hash", struct go_key, struct go_call, go_calls, THREADS_MAX, BPF_F_NO_PREALLOC);
@@ -214,6 +218,7 @@ INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
+INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
 INLINE int connections_set(struct key *k, struct connection *v) { return connections.update(k, v); }
 INLINE void connections_drop(struct key *k) { connections.delete(k); }
@@ -255,6 +260,7 @@ static long (*bpf_get_current_comm)(void *, u32) = (void *)16;
 static long (*bpf_probe_read_user)(void *, u32, const void *) = (void *)112;
 static long (*bpf_probe_read_kernel)(void *, u32, const void *) = (void *)113;
 static long (*bpf_probe_read_user_str)(void *, u32, const void *) = (void *)114;
+static long (*bpf_probe_read_kernel_str)(void *, u32, const void *) = (void *)115;
 static long (*bpf_get_ns_current_pid_tgid)(u64, u64, void *, u32) = (void *)120;
 static u64 (*bpf_get_current_ancestor_cgroup_id)(int) = (void *)123;
 static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
@@ -282,6 +288,7 @@ MAP(settings, 2, u32, struct settings, 1, 0);
 MAP(stats, 2, u32, u64, STATS, 0);
 MAP(blank_connection, 2, u32, struct connection, 1, 0);
 MAP(blank_thread, 2, u32, struct thread, 1, 0);
+MAP(proofs, 2, u32, u64, PLACES_MAX, 0);
 MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
 MAP(denied, 9, struct key, u64, DENIED_MAX, 0);
 MAP(go_calls, 1, struct go_key, struct go_call, THREADS_MAX, NO_PREALLOC);
@@ -297,6 +304,7 @@ INLINE struct settings *settings_get(u32 *k) { return bpf_map_lookup_elem(&setti
 INLINE u64 *stats_get(u32 *k) { return bpf_map_lookup_elem(&stats, k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_elem(&blank_connection, k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
+INLINE u64 *proofs_get(u32 *k) { return bpf_map_lookup_elem(&proofs, k); }
 INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
 INLINE int connections_set(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_ANY); }
 INLINE void connections_drop(struct key *k) { bpf_map_delete_elem(&connections, k); }
@@ -783,6 +791,54 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total)
 	return c;
 }
 
+/* ---- proof ------------------------------------------------------------------------------------
+ *
+ * Places found by structure (boringssl.py) have a number as their probes' cookie. The first bytes of
+ * each of their connections must be HTTP, each way; else nothing of the connection is copied. A
+ * place that was never right is doubted, and user space removes its probes. */
+
+INLINE int looks_like_http(const char *first, u32 direction)
+{
+	u32 word = *(u32 *)first;
+	if (direction == SENT)
+		return starts_a_request(first) || word == (u32)HTTP2_PREFACE;
+	/* a response, or the SETTINGS that an HTTP/2 server opens with, of less than 64 KiB */
+	return word == 0x50545448 /* HTTP */ || (first[0] == 0 && first[3] == 4);
+}
+
+INLINE int proved(struct chunk *c, u64 total, u64 place)
+{
+	char first[4] = {};
+	u32 number = place, bit = 1 << (c->direction & 1);
+	u64 *proof = proofs_get(&number);
+
+	if (!proof || *c->offset || c->connection->joined || total < sizeof(first) ||
+	    bpf_probe_read_user(first, sizeof(first), (void *)c->address))
+		return 1;
+	if (looks_like_http(first, c->direction)) {
+		if (!(*proof & bit))
+			*proof |= bit; /* set by whoever comes first; twice does no harm */
+		return 1;
+	}
+	count(STAT_NOT_HTTP, 1);
+	if (!(*proof & bit)) {
+		struct record *r = process_ring_reserve(sizeof(*r));
+		if (r) {
+			fill(r, KIND_DOUBT, c->key, c->connection, c->now);
+			r->offset = place;
+			process_ring_submit(r);
+		} else {
+			count(STAT_PROCESS_RING_FULL, 1);
+		}
+	}
+	if (c->connection->announced)
+		close_connection(c->key, c->connection);
+	else
+		connections_drop(c->key);
+	deny(c->key, 0);
+	return 0;
+}
+
 /* ---- reads and writes ------------------------------------------------------------------------ */
 
 INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
@@ -884,7 +940,9 @@ INLINE int leave(struct registers *r, int ex)
 	};
 	if (f.direction == RECEIVED)
 		chunk.offset = &c->received;
-	copy_out(&chunk, total);
+	u64 place = bpf_get_attach_cookie(r);
+	if (!place || proved(&chunk, total, place))
+		copy_out(&chunk, total);
 	return 0;
 }
 
@@ -900,8 +958,8 @@ SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1
  *
  * No return probes: Go moves stacks, and would crash on the address they swap in. Each RET has a
  * probe of its own. The probe's cookie holds two offsets (golang.py): Conn.config << 32 |
- * Config.ServerName; 0 when unknown for that Go, and then the request's head decides. Close is not
- * probed: a *Conn used again shows in the name's address, or in another HTTP/2 preface. */
+ * Config.ServerName; 0 when unknown for that Go, and then the request's head decides. A *Conn used
+ * again without a Close shows in the name's address, or in another HTTP/2 preface. */
 
 INLINE int enter_go(struct registers *r, u32 direction)
 {
@@ -995,6 +1053,23 @@ INLINE int leave_go(struct registers *r, u32 direction)
 	return 0;
 }
 
+/* Also SSL_free: the pointer may serve another connection next. */
+INLINE int forget(u64 pointer)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	struct key key = {.ssl = pointer, .tgid = current_ids(s) >> 32};
+	struct connection *c = connections_get(&key);
+	if (c)
+		close_connection(&key, c);
+	else
+		denied_drop(&key);
+	return 0;
+}
+
+SECTION("uprobe/enter_go_close") int enter_go_close(struct registers *r) { return forget(GO_CONNECTION(r)); }
 SECTION("uprobe/enter_go_read") int enter_go_read(struct registers *r) { return enter_go(r, RECEIVED); }
 SECTION("uprobe/enter_go_write") int enter_go_write(struct registers *r) { return enter_go(r, SENT); }
 SECTION("uprobe/leave_go_read") int leave_go_read(struct registers *r) { return leave_go(r, RECEIVED); }
@@ -1012,21 +1087,7 @@ SECTION("uprobe/enter_set_host") int enter_set_host(struct registers *r)
 	return host_named(ARG1(r), ARG2(r));
 }
 
-/* SSL_free: the pointer may serve another connection next. */
-SECTION("uprobe/enter_free") int enter_free(struct registers *r)
-{
-	u32 zero = 0;
-	struct settings *s = settings_get(&zero);
-	if (!s)
-		return 0;
-	struct key key = {.ssl = ARG1(r), .tgid = current_ids(s) >> 32};
-	struct connection *c = connections_get(&key);
-	if (c)
-		close_connection(&key, c);
-	else
-		denied_drop(&key);
-	return 0;
-}
+SECTION("uprobe/enter_free") int enter_free(struct registers *r) { return forget(ARG1(r)); }
 
 /* SSL_clear: reuse for another connection, to the same host unless it is named again. OpenSSL
  * calls it itself when a handshake starts: nothing has been said then. */
@@ -1098,9 +1159,14 @@ SECTION("tracepoint/fork_locations") int fork_locations(struct fork_arguments_lo
 struct process_record {
 	struct record head;
 	char comm[16];
+	char path[PATH_BYTES_MAX]; /* as given to execve: a process may be gone before it is looked at */
 };
 
-SECTION("raw_tracepoint/sched_process_exec") int on_exec(void *unused)
+struct exec_arguments {
+	u64 common;
+	u32 filename; /* its distance from here, and in the high half its length */
+};
+SECTION("tracepoint/sched_process_exec") int on_exec(struct exec_arguments *a)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
@@ -1130,12 +1196,36 @@ SECTION("raw_tracepoint/sched_process_exec") int on_exec(void *unused)
 		return 0;
 	}
 	__builtin_memset(r, 0, sizeof(*r));
+	bpf_probe_read_kernel_str(r->path, sizeof(r->path), (char *)a + (a->filename & 0xffff));
 	r->head.size = sizeof(*r);
 	r->head.kind = KIND_EXEC;
 	r->head.tgid = tgid;
 	r->head.uid = bpf_get_current_uid_gid();
 	r->head.at_ns = bpf_ktime_get_ns();
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
+	process_ring_submit(r);
+	return 0;
+}
+
+/* _dl_debug_state, which the dynamic linker calls for debuggers when it has mapped libraries. */
+SECTION("uprobe/on_mapped") int on_mapped(struct registers *unused)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u32 tgid = current_ids(s) >> 32;
+	if (!in_scope(s, tgid))
+		return 0;
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_MAPPED;
+	r->tgid = tgid;
 	process_ring_submit(r);
 	return 0;
 }

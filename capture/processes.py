@@ -109,11 +109,12 @@ def read_process(pid: int) -> Process | None:
     stat = _stat(pid)
     if stat is None:
         return None
-    argv = _read(f"/proc/{pid}/cmdline", ARGV_BYTES_MAX) or b""
     exe = _link(f"/proc/{pid}/exe")
     cwd = _link(f"/proc/{pid}/cwd")
     cgroup = _read(f"/proc/{pid}/cgroup") or b""
     environment = _read(f"/proc/{pid}/environ", ENVIRONMENT_BYTES_MAX) or b""
+    # Last: who has arguments still had all of the above, a process that exits loses them first.
+    argv = _read(f"/proc/{pid}/cmdline", ARGV_BYTES_MAX) or b""
     try:
         uid: int | None = os.stat(f"/proc/{pid}").st_uid
     except OSError:

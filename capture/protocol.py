@@ -9,6 +9,7 @@ I/O. It refuses frames larger than any that an honest helper sends: `ProtocolVio
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128
 COMM_BYTES = 16
 
-OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN = range(1, 7)
+OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, DOUBT = range(1, 9)
 PROCESS, REPORT, REPLY, PROBLEM = range(16, 20)
 FLAG_JOINED, FLAG_CUT = 1, 2
 
@@ -42,6 +43,7 @@ STATISTICS = (
     "http2_without_name",
     "admitted",
     "denied",
+    "not_http",
 )
 LOSS_CAUSES = (
     "ring_full_bytes",
@@ -56,6 +58,7 @@ EVENT_LOSS_CAUSES = (
     "process_ring_full",
     "heads_without_host",
     "http2_without_name",
+    "not_http",
 )
 
 
@@ -80,6 +83,7 @@ class Record:
     data: bytes = b""
     comm: str = ""
     host: str = ""
+    path: str = ""
     received: int = 0
 
     @property
@@ -110,7 +114,8 @@ def decode_record(frame: bytes) -> Record:
     if kind == CLOSE and len(body) >= 8:
         return Record(*fields, received=int.from_bytes(body[:8], "little"))
     if kind == EXEC:
-        return Record(*fields, comm=_text(body[:COMM_BYTES]))
+        path = body[COMM_BYTES:].split(b"\0", 1)[0]
+        return Record(*fields, comm=_text(body[:COMM_BYTES]), path=os.fsdecode(path))
     return Record(*fields)
 
 

@@ -35,6 +35,7 @@ from halton_meter.model import (
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 HTTPS_PORT = 443
+KNOWN_FILES_DIRECTORY = "/var/cache/halton-meter/tls"
 _DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
 
 
@@ -180,6 +181,7 @@ def spawn_helper(
     restricted: bool = True,
     ring_bytes: int | None = None,
     request_bytes_max: int | None = None,
+    cache_directory: str | None = KNOWN_FILES_DIRECTORY,
 ) -> socket.socket:
     """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
 
@@ -187,6 +189,7 @@ def spawn_helper(
     The scope is fixed here: when `restricted`, the other end of the socket cannot add processes of
     users outside `scope.uids`. `files` are attached to at once, before any process maps them
     (None: the system's libssl). `ring_bytes` is a power of two. The helper ends with the socket.
+    `cache_directory` keeps what was found in programs without symbols; it must be root's alone.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
@@ -212,6 +215,7 @@ def spawn_helper(
         "restricted": restricted,
         "ring_bytes": ring_bytes,
         "request_bytes_max": request_bytes_max,
+        "cache_directory": cache_directory,
     }
     ours.sendall(protocol.encode_command(command))
     return ours
@@ -251,6 +255,7 @@ class UprobeSource:
         files: Iterable[str] | None = None,
         ring_bytes: int | None = None,
         request_bytes_max: int | None = None,
+        cache_directory: str | None = KNOWN_FILES_DIRECTORY,
     ) -> None:
         self.hosts = tuple(hosts)
         self.scope = scope
@@ -259,6 +264,7 @@ class UprobeSource:
             "files": files,
             "ring_bytes": ring_bytes,
             "request_bytes_max": request_bytes_max,
+            "cache_directory": cache_directory,
         }
         self._link = link
         self._helper: subprocess.Popen[bytes] | None = None
@@ -555,7 +561,8 @@ class UprobeSource:
             probes=report.get("probes", 0),
             libraries=tuple(report.get("libraries", ())),
             losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES},
-            events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES},
+            events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES}
+            | {"processes_ahead_of_probes": report.get("late", 0)},
             counted=counted,
             rss_bytes=report.get("rss_bytes"),
         )

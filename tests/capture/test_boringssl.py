@@ -7,7 +7,6 @@ Code, opencode, gRPC, both architectures) are in `tests/lab/real_clients`.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -244,57 +243,6 @@ def test_preparing_leaves_nothing_to_import(tmp_path: Path) -> None:
     before = set(sys.modules)
     find_boringssl(strip(build(tmp_path)))
     assert not set(sys.modules) - before
-
-
-# --- the cache ----------------------------------------------------------------------------------
-
-
-def test_an_answer_is_kept_by_build_id_and_used_again(tmp_path: Path) -> None:
-    subject, cache = strip(build(tmp_path)), tmp_path / "cache"
-    first = find_boringssl(subject, cache)
-    assert isinstance(first, Found)
-    (kept,) = cache.iterdir()
-    assert kept.name == f"{first.build_id}.json"
-    assert find_boringssl(subject, cache) == first
-    content = json.loads(kept.read_text())
-    content["places"] = [row for row in content["places"] if row[0] != NAMES[2]]
-    from capture.boringssl import Place, _fingerprint
-
-    with Elf(subject) as elf:
-        content["fingerprint"] = _fingerprint(elf, [Place(*row) for row in content["places"]])
-    kept.write_text(json.dumps(content))
-    again = find_boringssl(subject, cache)
-    assert isinstance(again, Found)
-    assert again.set_host is None  # so it was the kept answer
-
-
-def test_the_same_build_id_over_other_code_is_searched_again(tmp_path: Path) -> None:
-    """One Bun build id covers every program compiled with it, and a patched file keeps its id."""
-    subject, cache = strip(build(tmp_path)), tmp_path / "cache"
-    first = find_boringssl(subject, cache)
-    assert isinstance(first, Found)
-    code = bytearray(subject.read_bytes())
-    code[first.write.offset] = 0xCC
-    subject.write_bytes(code)
-    assert isinstance(find_boringssl(subject, cache), NotRecognised)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"version": 1}', "null", '{"version": 1, "machine": "x86_64", '
-                '"places": [["SSL_read", -1, -1, 0]], "fingerprint": ""}']
-)  # fmt: skip
-def test_a_damaged_cache_is_searched_past(tmp_path: Path, content: str) -> None:
-    subject, cache = strip(build(tmp_path)), tmp_path / "cache"
-    first = find_boringssl(subject, cache)
-    (kept,) = cache.iterdir()
-    kept.write_text(content)
-    assert find_boringssl(subject, cache) == first
-
-
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert isinstance(find_boringssl(strip(build(tmp_path)), blocked / "cache"), Found)
 
 
 # --- the last proof -----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from capture.boringssl import Found, NotRecognised, find_boringssl
 from capture.elf import Elf
 from capture.golang import Found as GoFound
 from capture.golang import find_go_tls
+from capture.known_files import KnownFiles
+from capture.libraries import find_by_structure
 
 from .programs import ARM, BUN, CLAUDE, CODEX, GO, GRPC, OPENCODE, Program, Unavailable, fetched
 
@@ -116,10 +118,12 @@ def test_an_altered_function_is_refused(program: Program, which: str, tmp_path: 
     assert isinstance(find_boringssl(copy), NotRecognised)
 
 
-def test_one_answer_serves_all_programs_of_one_build(tmp_path: Path) -> None:
-    """Kept by build id: the second question costs a few milliseconds."""
-    path = path_of(CLAUDE[-1])
-    first = find_boringssl(path, tmp_path)
-    before = time.process_time()
-    assert find_boringssl(path, tmp_path) == first
-    assert time.process_time() - before < 0.1
+def test_what_was_found_once_is_known_at_once(tmp_path: Path) -> None:
+    with path_of(CLAUDE[-1]).open("rb") as file:
+        found = find_by_structure(file.fileno())
+        assert found is not None
+        KnownFiles(tmp_path / "known").remember(file.fileno(), found)
+        again = KnownFiles(tmp_path / "known")
+        before = time.process_time()
+        assert again.recall(file.fileno()) == found
+        assert time.process_time() - before < 0.1

@@ -1,0 +1,303 @@
+"""The files that processes in scope run: each looked at once, and probed where it speaks TLS.
+
+By symbol at once; by memory (`known_files.py`) at once, too; else by structure, in another process
+without privileges (`python -m capture.libraries`). Programs are searched before shared libraries,
+and those before files that nobody runs yet. This file decides nothing about processes or scope.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import stat
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from capture import libraries, loader
+from capture.elf import ElfError
+from capture.known_files import KnownFiles
+
+FILES_MAX = 20_000
+FINDER_BYTES_MAX = 1 << 20
+PLACES_MAX = 4096
+"""As in probe.bpf.c; a file attached to again takes another."""
+
+FileId = tuple[int, int, int]
+"""Device, inode, change time: inode numbers are used again."""
+
+
+class Haste(IntEnum):
+    """Who waits for a search. Each kind has a finder of its own, so that none waits for another."""
+
+    PROGRAM = 0
+    LIBRARY = 1
+    NOBODY = 2
+
+
+@dataclass(slots=True)
+class File:
+    """A file that was looked at. `library` None: no TLS in it, unless it is still `searching`."""
+
+    path: str
+    library: libraries.Library | None = None
+    probes: list[int] = field(default_factory=list)
+    haste: Haste | None = None  # while it is searched
+    failure: str | None = None
+
+    @property
+    def searching(self) -> bool:
+        """True until the search by structure has answered."""
+        return self.haste is not None
+
+
+class _Finder:
+    """One process that searches some files; their descriptors stay ours."""
+
+    def __init__(self, files: list[tuple[FileId, int]], haste: Haste) -> None:
+        self.haste = haste
+        self.files = deque(files)
+        self._text = b""
+        self._read_bytes = 0
+        fds = [fd for _, fd in files]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-m", "capture.libraries", haste.name, *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
+        assert self._process.stdout is not None
+        self._stdout = self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+
+    def fileno(self) -> int:
+        """Readable when an answer has come, or the end."""
+        return self._stdout.fileno()
+
+    def answers(self) -> list[tuple[FileId, int, str]]:
+        """(file, descriptor, line) for each answer since the last call; each is handed out once."""
+        with contextlib.suppress(BlockingIOError):
+            while more := os.read(self.fileno(), 1 << 16):
+                self._read_bytes += len(more)
+                self._text += more
+                if self._read_bytes > FINDER_BYTES_MAX:
+                    self._process.kill()
+                    break
+        *lines, self._text = self._text.split(b"\n")
+        return [
+            (*self.files.popleft(), line.decode("utf-8", "replace")) for line in lines if self.files
+        ]
+
+    @property
+    def ended(self) -> bool:
+        """True once the process is gone and its answers are read."""
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """Give up what it did not answer."""
+        self._stdout.close()
+        for _, fd in self.files:
+            os.close(fd)
+
+
+class Attachments:
+    """See the file's head. `ready` registers finders with the caller's epoll."""
+
+    def __init__(
+        self, programs: Mapping[str, int], known: KnownFiles, epoll: select.epoll | None = None
+    ) -> None:
+        self._programs = programs
+        self._known = known
+        self._epoll = epoll
+        self.files: dict[FileId, File] = {}
+        self._waiting: dict[Haste, deque[tuple[FileId, int]]] = {haste: deque() for haste in Haste}
+        self._finders: dict[Haste, _Finder] = {}
+        self._places: dict[int, File] = {}
+        self._next_place = 1
+        self._linkers: list[int] = []
+
+    # --- looking --------------------------------------------------------------------------------
+
+    def look_at(self, link: str, path: str) -> FileId | None:
+        """The file's identity, once looked at; None when it cannot be opened."""
+        try:
+            found = os.stat(link)
+            identity = _identity(found)
+            if self._is_done_with(identity):
+                return identity
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        haste = Haste.LIBRARY if ".so" in os.path.basename(path) else Haste.PROGRAM
+        try:
+            return self.look_into(fd, path, haste)
+        finally:
+            os.close(fd)
+
+    def look_into(self, fd: int, path: str, haste: Haste = Haste.PROGRAM) -> FileId:
+        """The same for an open file, which stays the caller's. Attaches if it is known by now.
+
+        With `Haste.NOBODY` nothing is attached: what a search finds is remembered.
+        """
+        found = os.fstat(fd)
+        identity = _identity(found)
+        if self._is_done_with(identity, haste) or not stat.S_ISREG(found.st_mode):
+            return identity
+        file = self.files.get(identity) or File(path)
+        with contextlib.suppress(ElfError, OSError, ValueError, struct.error):
+            library = libraries.inspect(fd) or self._known.recall(fd)
+            if haste is Haste.NOBODY and library:
+                return identity  # it will be attached when it is run
+            self.files[identity] = file
+            if library:
+                file.library = library
+                self._attach(file, fd)
+            elif found.st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
+                self._waiting[haste].append((identity, os.dup(fd)))
+                file.haste = haste
+        self.files.setdefault(identity, file)
+        return identity
+
+    def _is_done_with(self, identity: FileId, haste: Haste = Haste.PROGRAM) -> bool:
+        file = self.files.get(identity)
+        if file is None:
+            return len(self.files) >= FILES_MAX
+        return file.haste is None or file.haste <= haste or file.haste is Haste.LIBRARY
+
+    # --- attaching ------------------------------------------------------------------------------
+
+    def attach_linker(self, path: str) -> bool:
+        """Hear of every library that this dynamic linker maps; False when it cannot be."""
+        with contextlib.suppress(ElfError, OSError), open(path, "rb") as linker:
+            hook = libraries.find_linker_hook(linker.fileno())
+            if hook is not None:
+                program = self._programs[hook.program]
+                at = f"/proc/self/fd/{linker.fileno()}"
+                self._linkers.append(
+                    loader.attach_uprobe(program, at, hook.offset, at_return=False)
+                )
+                return True
+        return False
+
+    def doubt(self, place: int) -> str | None:
+        """Remove the probes of the file whose bytes were no HTTP; say which file it was."""
+        file = self._places.pop(place, None)
+        if file is None or file.library is None:
+            return None
+        self.detach(file)
+        reason = "what its functions passed was not HTTP: they were not recognised"
+        file.library = replace(file.library, probes=(), reason=f"{reason}; {libraries.INSTEAD}")
+        return file.path
+
+    def _attach(self, file: File, fd: int) -> None:
+        assert file.library is not None
+        cookie = file.library.cookie
+        if file.library.unproved:
+            if self._next_place >= PLACES_MAX:
+                file.failure = f"more than {PLACES_MAX} programs without symbols"
+                return
+            cookie = self._next_place
+            self._next_place += 1
+            self._places[cookie] = file
+        for program, offset, at_return in file.library.probes:
+            try:
+                probe = loader.attach_uprobe(
+                    self._programs[program],
+                    f"/proc/self/fd/{fd}",
+                    offset,
+                    at_return=at_return,
+                    cookie=cookie,
+                )
+            except OSError as error:
+                file.failure = f"cannot attach {program}: {error.strerror}"
+                self.detach(file)
+                return
+            file.probes.append(probe)
+
+    @staticmethod
+    def detach(file: File) -> None:
+        """Remove the file's probes."""
+        for probe in file.probes:
+            os.close(probe)
+        file.probes = []
+
+    def drop_unused(self, used: Iterable[FileId]) -> None:
+        """Detach from files that nobody in scope maps and that no path leads to any more."""
+        used = set(used)
+        for identity, file in list(self.files.items()):
+            if identity in used or file.searching:
+                continue
+            try:
+                found = os.stat(file.path)
+                if (found.st_dev, found.st_ino) == identity[:2]:
+                    continue
+            except OSError:
+                pass
+            self.detach(file)
+            del self.files[identity]
+
+    # --- searching ------------------------------------------------------------------------------
+
+    @property
+    def searching(self) -> bool:
+        """True while files without symbols are being looked at, or wait for it."""
+        return bool(self._finders) or any(self._waiting.values())
+
+    def search(self) -> list[FileId]:
+        """Start and collect searches; the files found out about since the last call."""
+        found: list[FileId] = []
+        for haste, finder in list(self._finders.items()):
+            ended = finder.ended
+            for identity, fd, line in finder.answers():
+                self._take(identity, fd, line, haste)
+                os.close(fd)
+                found.append(identity)
+            if ended:
+                self._end(finder)
+        for haste, waiting in self._waiting.items():
+            if waiting and haste not in self._finders:
+                count = min(len(waiting), libraries.FILES_A_SEARCH_MAX)
+                finder = _Finder([waiting.popleft() for _ in range(count)], haste)
+                self._finders[haste] = finder
+                if self._epoll:
+                    self._epoll.register(finder.fileno(), select.EPOLLIN)
+        return found
+
+    def _take(self, identity: FileId, fd: int, line: str, haste: Haste) -> None:
+        file = self.files.get(identity)
+        if file is None or file.haste is None:
+            return  # searched twice, once in no haste
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            library = libraries.library_from_json(line)
+            if library and library.probes:
+                self._known.remember(fd, library)
+                if file.haste is Haste.NOBODY:
+                    del self.files[identity]  # looked at again, and attached, when it is run
+                    return
+                file.library = library
+                self._attach(file, fd)
+            elif library:
+                file.library = library
+            elif file.haste is not haste:
+                return  # the other search is still on its way
+        file.haste = None
+
+    def _end(self, finder: _Finder) -> None:
+        for identity, _ in finder.files:
+            if (file := self.files.get(identity)) and file.haste is finder.haste:
+                file.haste = None
+        if self._epoll:
+            self._epoll.unregister(finder.fileno())
+        finder.close()
+        del self._finders[finder.haste]
+
+
+def _identity(found: os.stat_result) -> FileId:
+    return found.st_dev, found.st_ino, found.st_ctime_ns

@@ -1,0 +1,145 @@
+"""Clients are found where they are installed, and word comes when a new version appears there."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from capture import installs
+from capture.installs import Installs, homes_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def watched(home: Path) -> Iterator[Installs]:
+    patterns = [pattern for pattern in installs._PATTERNS if pattern.startswith("{home}")]
+    made = Installs([str(home)], patterns)
+    yield made
+    made.close()
+
+
+def put(path: Path, content: str = "program") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return str(path)
+
+
+def word_came(watched: Installs) -> bool:
+    """Events of this process's own acts are in the queue before the acts return."""
+    return bool(select.select([watched], [], [], 0)[0]) and watched.changed()
+
+
+CLIENTS = (
+    ".local/share/claude/versions/2.1.330",
+    ".claude/local/node_modules/@anthropic-ai/claude-code-linux-x64/claude",
+    ".npm-global/lib/node_modules/@anthropic-ai/claude-code/bin/claude.exe",
+    ".nvm/versions/node/v22.1.0/lib/node_modules/opencode-ai/node_modules/opencode-linux-x64/bin/opencode",
+    ".bun/bin/bun",
+    ".opencode/bin/opencode",
+    ".local/bin/codex",
+    "go/bin/mods",
+    ".local/lib/python3.12/site-packages/grpc/_cython/cygrpc.cpython-312-x86_64-linux-gnu.so",
+)
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_client_is_listed_and_its_installation_is_told(
+    home: Path, watched: Installs, name: str
+) -> None:
+    assert watched.candidates() == []
+    path = home
+    for part in Path(name).parts[:-1]:  # each folder may come long before the next
+        path /= part
+        path.mkdir()
+        watched.changed()
+        watched.candidates()
+    client = put(home / name)
+    assert word_came(watched)
+    assert watched.candidates() == [client]
+
+
+def test_a_package_that_comes_at_once_is_told(home: Path, watched: Installs) -> None:
+    watched.candidates()
+    client = put(home / CLIENTS[1])
+    assert word_came(watched)
+    assert watched.candidates() == [client]
+
+
+def test_a_new_version_beside_the_old_is_told(home: Path, watched: Installs) -> None:
+    folder = home / ".local/share/claude/versions"
+    first = put(folder / "2.1.330")
+    assert watched.candidates() == [first]
+    assert not watched.changed()
+    second = put(folder / "2.1.331")
+    assert word_came(watched)
+    assert watched.candidates() == [first, second]
+
+
+def test_a_download_moved_into_place_is_told(home: Path, watched: Installs) -> None:
+    folder = home / ".bun/bin"
+    put(folder / "bun")
+    watched.candidates()
+    put(home / "download").encode()
+    os.rename(home / "download", folder / "bun")
+    assert word_came(watched)
+
+
+def test_a_file_still_being_written_is_told_again_when_it_is_whole(
+    home: Path, watched: Installs
+) -> None:
+    folder = home / ".bun/bin"
+    folder.mkdir(parents=True)
+    watched.candidates()
+    with (folder / "bun").open("w") as file:
+        assert word_came(watched)
+        file.write("half")
+    assert word_came(watched)
+
+
+def test_other_files_of_a_home_are_no_news(home: Path, watched: Installs) -> None:
+    watched.candidates()
+    put(home / ".bash_history")
+    put(home / "code" / "main.c")
+    assert not watched.changed()
+
+
+def test_a_folder_that_went_and_came_is_watched_again(home: Path, watched: Installs) -> None:
+    client = Path(put(home / ".bun/bin/bun"))
+    watched.candidates()
+    client.unlink()
+    client.parent.rmdir()
+    client.parent.parent.rmdir()
+    assert word_came(watched)
+    assert watched.candidates() == []
+    put(client)
+    assert word_came(watched)
+    assert watched.candidates() == [str(client)]
+
+
+def test_watches_are_limited(
+    home: Path, watched: Installs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installs, "WATCHES_MAX", 3)
+    for number in range(9):
+        put(home / f".nvm/versions/node/v{number}/lib/node_modules/opencode-ai/bin/opencode")
+    assert len(watched.candidates()) == 9
+    assert len(watched._watched) == 3
+
+
+def test_homes_come_from_the_list_of_accounts() -> None:
+    root = homes_of([0])
+    assert root == ["/root"]
+    assert "/root" in homes_of(None)
+    assert "/nonexistent" not in homes_of(None)
+    assert homes_of([4_000_000_000]) == []
