@@ -428,6 +428,9 @@ class PcapSource:
                 if conversation.mode == "ignored":
                     return
             at = end
+            if at >= BATCH_BYTES_MAX:  # segments on loopback hold more than tshark's packet may
+                self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
+                at, size, encrypted, ciphered = 0, len(buffer), 0, stream.ciphered
         if at:
             self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
 

@@ -256,6 +256,16 @@ def test_other_link_layers(tmp_path: Path) -> None:
         assert whole(read(capture, keys=[keys])[0], Direction.RECEIVED) == BODY, linktype
 
 
+def test_segments_as_large_as_loopbacks(tmp_path: Path) -> None:
+    """More whole records at once than one packet for tshark could hold."""
+    large = b"".join(b"%09d\n" % number for number in range(40_000))
+    steps = [Step(True, REQUEST), Step(False, large)]
+    given = record(HOST, steps, mss=65_483)
+    capture = write(tmp_path / "capture.pcapng", pcapng(given.packets, given.secrets))
+    items, _ = read(capture)
+    assert whole(items, Direction.RECEIVED) == large
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_spoilt_capture_never_raises(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
