@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +260,14 @@ def test_other_link_layers(tmp_path: Path) -> None:
 def test_segments_as_large_as_loopbacks(tmp_path: Path) -> None:
     """More whole records at once than one packet for tshark could hold."""
     large = b"".join(b"%09d\n" % number for number in range(40_000))
-    steps = [Step(True, REQUEST), Step(False, large)]
-    given = record(HOST, steps, mss=65_483)
-    capture = write(tmp_path / "capture.pcapng", pcapng(given.packets, given.secrets))
+    given = record(HOST, [Step(True, REQUEST), Step(False, large)], mss=65_483)
+    flow = TcpFlow(mss=65_483)
+    flow.open(BEGINNING_NS)
+    spoken = [packet for packet in given.packets if packet.payload]
+    for sent, packets in groupby(spoken, lambda packet: packet.sent):
+        run = b"".join(packet.frame[-packet.payload :] for packet in packets)
+        flow.data(BEGINNING_NS, sent, run)
+    capture = write(tmp_path / "capture.pcapng", pcapng(flow.packets, given.secrets))
     items, _ = read(capture)
     assert whole(items, Direction.RECEIVED) == large
 
