@@ -115,6 +115,8 @@ class PriceBook:
         self, provider: str, model: str, conditions: Mapping[str, str], at_ns: int
     ) -> Tariff:
         """The rates of `model` under `conditions` at `at_ns`, cached by the minute of the day."""
+        if provider == "huggingface" and (served := conditions.get("upstream")):
+            provider = f"huggingface_{served}"  # it passes on each provider's own price
         minutes = at_ns // _NS_PER_MINUTE
         # Rows that change by the hour are rare; a key by the minute would fill the cache for all.
         clock = minutes if provider in _PROVIDERS_BY_THE_HOUR else minutes // _MINUTES_PER_DAY

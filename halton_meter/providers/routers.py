@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from halton_meter.model import Exchange, UsageEvent
+from halton_meter.model import Exchange, UsageEvent, header
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.anthropic import read_messages
@@ -64,9 +64,27 @@ _CHARGED = Dialect(finish=settle)
 _ANY = r"(?:/[^?]+)?"
 
 
+_HUGGINGFACE_PATH = re.compile(r"/([a-z0-9-]+)/(?:v1|models)/")
+
+
 def _name(draft: Draft, answer: Json, usage: Verbatim) -> None:
     by_model(draft, answer, usage)
-    draft.condition("upstream", as_name(answer.get("provider")))
+    draft.condition("upstream", as_name(answer.get("provider")) or _sub_provider(draft))
+    # Its price list goes by its own names of models, which the request gives: "org/model:upstream".
+    asked = (draft.request_model or "").partition(":")[0]
+    if "/" in asked and len(draft.parts) == 1:
+        draft.parts = [replace(draft.parts[0], model=asked)]
+
+
+def _sub_provider(draft: Draft) -> str | None:
+    """Who served a call to Hugging Face: by header, by path, or as the request chose."""
+    served = header(draft.exchange.response.headers, "x-inference-provider")
+    if served is None:
+        match = _HUGGINGFACE_PATH.match(draft.exchange.request.path or "")
+        served = match.group(1) if match is not None else None
+    if served is None:
+        served = (draft.request_model or "").partition(":")[2]
+    return as_name(served.lower()) if served not in ("", "fastest", "cheapest") else None
 
 
 def read_hosted_model(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:

@@ -48,6 +48,7 @@ _HEADERS_KEPT = frozenset(
         "openai-processing-ms",
         "openai-version",
         "x-ms-region",
+        "x-inference-provider",
     }
 )
 _PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")
