@@ -116,6 +116,7 @@ class ProxyService:
         self._cause: str | None = None
         self._restarts = 0
         self._down_ns: int | None = None
+        self._down_cause: str | None = None
         self._was_ready = False
         self._bypassed_now = 0
         self._unreported: Counter[str] = Counter()
@@ -286,14 +287,14 @@ class ProxyService:
         self.edge.bypass(code)
         self._state, self._port = state, self._port if state == "hung" else None
         if self._down_ns is None:
-            self._down_ns = time.time_ns()
+            self._down_ns, self._down_cause = time.time_ns(), self._cause
             self._bypassed_now = 0
 
     def _close_gap(self) -> None:
         """Note the time in which provider hosts were not metered."""
         if self._down_ns is None:
             return
-        cause = f"{self._cause or 'the proxy worker was not there'}"
+        cause = self._down_cause or "the proxy's worker was not there"
         if self._bypassed_now:
             cause += f"; {self._bypassed_now} connections to providers went by unmetered"
         gap = (self._down_ns, time.time_ns(), cause)

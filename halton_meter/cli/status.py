@@ -55,7 +55,11 @@ def status_lines(found: dict[str, Any]) -> list[str]:
             lines = status_lines(own) + lines
         return lines
     if found["health"] == "stopped":
-        return [f"stopped (state in {found['home']})", "  start it: sudo halton-meter start"]
+        return [
+            f"stopped (state in {found['home']})",
+            "  start it: sudo halton-meter start",
+            "  or the local proxy, without root: halton-meter start --via proxy",
+        ]
     totals = found["totals"]
     lines = [
         f"{found['health']}, up {_duration(found['uptime_s'])}, "
