@@ -41,13 +41,16 @@ class Provider:
     """A provider: `hosts` are exact names, or suffixes written "*.example.com".
 
     `captured` False keeps its hosts out of what the kernel is asked to copy, because they carry
-    much else besides; a capture file or the proxy still meters them.
+    much else besides; a capture file or the proxy still meters them. `host_pattern` is matched
+    whole (fullmatch) against names that no provider lists: a region opened after this list was
+    written, a private endpoint. Like those hosts, such names are only metered where they turn up.
     """
 
     id: str
     hosts: tuple[str, ...]
     routes: tuple[Route, ...]
     captured: bool = True
+    host_pattern: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,10 @@ _MODULES = (
 )
 
 # Families that a user may name for a host of his own, and the modules that read them; "gateway"
-# tries each in turn, for a host that passes several providers' APIs on.
+# tries each in turn, for a host that passes several providers' APIs on. The narrower paths come
+# first; those that only imitate OpenAI's come after it.
 GATEWAY = "gateway"
-_GATEWAY_FAMILIES = ("anthropic", "vertex", "gemini", "bedrock", "ollama", "openai")
+_GATEWAY_FAMILIES = ("gemini", "vertex", "openai", "anthropic", "bedrock", "ollama")
 
 
 @cache
@@ -91,13 +95,21 @@ def _all() -> tuple[Provider, ...]:
     return tuple(found)
 
 
+# What OpenAI's clients call right under the base URL that they are given, often without a version.
+_UNVERSIONED = frozenset({"chat_completions", "completions", "embeddings", "responses"})
+_SLASHES = re.compile("/{2,}")
+
+
 def _under_any_path(provider: Provider, host: str) -> Provider:
     """The provider's routes for a host of the user's own, where they may lie deeper."""
-    routes = tuple(
-        replace(each, path=re.compile(r"(?:/[^?]*)?" + each.path.pattern))
-        for each in provider.routes
-    )
-    return Provider(provider.id, (host,), routes)
+    return Provider(provider.id, (host,), tuple(_deeper(each) for each in provider.routes))
+
+
+def _deeper(route: Route) -> Route:
+    pattern = route.path.pattern
+    if route.endpoint in _UNVERSIONED and pattern.startswith("/v1/"):
+        pattern = pattern.removeprefix("/v1")
+    return replace(route, path=re.compile(r"(?:/[^?]*)?" + pattern))
 
 
 class UnknownFamily(ValueError):
@@ -115,11 +127,14 @@ class Registry:
         self._extra_hosts = dict(extra_hosts or {})
         self._exact: dict[str, tuple[Provider, ...]] | None = None
         self._suffixes: dict[str, tuple[Provider, ...]] = {}
+        self._patterned: list[tuple[re.Pattern[str], Provider]] = []
 
     def _load(self) -> dict[str, tuple[Provider, ...]]:
         if self._exact is None:
             exact: dict[str, tuple[Provider, ...]] = {}
             for provider in _all():
+                if provider.host_pattern is not None:
+                    self._patterned.append((provider.host_pattern, provider))
                 for host in provider.hosts:
                     where = self._suffixes if host.startswith("*.") else exact
                     key = host.removeprefix("*")
@@ -160,12 +175,14 @@ class Registry:
             if found is not None and at > 0:
                 return found
             at = name.find(".", at + 1)
-        return ()
+        return tuple(provider for pattern, provider in self._patterned if pattern.fullmatch(name))
 
     def find(self, host: str | None, method: str | None, path: str | None) -> Match | None:
         """The provider and route of a request; None when it is no provider's or no such route."""
         if method is None or path is None:
             return None
+        if "//" in path:  # A base URL that ends in a slash; the servers take it for one.
+            path = _SLASHES.sub("/", path)
         for provider in self.of_host(host):
             for route in provider.routes:
                 if method in route.methods and route.path.fullmatch(path):

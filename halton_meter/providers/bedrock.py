@@ -362,6 +362,18 @@ RUNTIME_HOSTS = tuple(
 MANTLE_HOSTS = tuple(f"bedrock-mantle.{region}.api.aws" for region in _AWS_REGIONS)
 
 PROVIDERS = (
-    Provider("bedrock", RUNTIME_HOSTS, RUNTIME_ROUTES),
-    Provider("bedrock", MANTLE_HOSTS, MANTLE_ROUTES),
+    Provider(
+        "bedrock",
+        RUNTIME_HOSTS,
+        RUNTIME_ROUTES,
+        host_pattern=re.compile(
+            r"(?:[^.]+\.)?bedrock-runtime(?:-fips)?\.[^.]+(?:\.vpce)?\.amazonaws\.com(?:\.cn)?"
+        ),
+    ),
+    Provider(
+        "bedrock",
+        MANTLE_HOSTS,
+        MANTLE_ROUTES,
+        host_pattern=re.compile(r"bedrock-mantle\.[^.]+\.api\.aws"),
+    ),
 )

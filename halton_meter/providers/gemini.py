@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -351,6 +352,14 @@ def read_gemini_count(exchange: Exchange, route: Route, provider: Provider) -> I
         yield draft.event()
 
 
+def read_batch_begun(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for handing in a batch; its model is in the path."""
+    asked = begin_gemini(exchange, route, provider).request_model
+    for event in read_batch_created(exchange, route, provider):
+        parts = tuple(replace(part, model=asked) for part in event.parts)
+        yield replace(event, request_model=asked, model=asked, parts=parts)
+
+
 def read_cache_made(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for a cache that is made: its tokens are written once, then stored by the hour."""
     draft = begin_gemini(exchange, route, provider)
@@ -512,7 +521,7 @@ def content_routes(prefix: str) -> tuple[Route, ...]:
             "batchGenerateContent",
             "batch",
             model + "(?:batchGenerateContent|asyncBatchEmbedContent)",
-            read_batch_created,
+            read_batch_begun,
         ),
     )
 

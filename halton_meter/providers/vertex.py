@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import message_event, read_count
-from halton_meter.providers.gemini import THINKING_HIDDEN, content_routes
+from halton_meter.providers.gemini import THINKING_HIDDEN, content_routes, read_cache_made
 from halton_meter.providers.openai_text import chat_event, route, text_routes
 from halton_meter.providers.reading import as_name, begin
 
@@ -66,6 +66,7 @@ ROUTES = tuple(
         *content_routes(_PUBLISHED),
         route("rawPredict", "chat", _RAW + "rawPredict", read_raw_predict),
         route("streamRawPredict", "chat", _RAW + "streamRawPredict", read_raw_predict),
+        route("cachedContents", "cache", _ROOT + _PLACE + "/cachedContents", read_cache_made),
         *text_routes(_ROOT + _PLACE + "/endpoints/[^/]+", THINKING_HIDDEN),
     )
 )
@@ -87,4 +88,9 @@ HOSTS = (
     "aiplatform.eu.rep.googleapis.com",
     *(f"{place}-aiplatform.googleapis.com" for place in _LOCATIONS),
 )
-PROVIDER = Provider("vertex", HOSTS, ROUTES)
+PROVIDER = Provider(
+    "vertex",
+    HOSTS,
+    ROUTES,
+    host_pattern=re.compile(r"[^.]+-aiplatform\.googleapis\.com"),
+)

@@ -211,3 +211,23 @@ def test_invoke_stream_of_claude_counts_like_its_messages() -> None:
     url = BEDROCK + CLAUDE + "/invoke-with-response-stream"
     event = read_one(exchange(url, {}, body, headers=EVENTS))
     assert (event.tokens.input, event.tokens.output) == (8, 30)
+
+
+def test_batch_is_named_by_the_model_of_its_path() -> None:
+    url = "https://generativelanguage.googleapis.com/v1beta/models/gemini-2.5-flash:batchGenerateContent"
+    made = read_one(exchange(url, {"batch": {}}, {"name": "batches/abc", "metadata": {}}))
+    assert (made.model, made.request_model, made.kind) == ("gemini-2.5-flash",) * 2 + ("batch",)
+    assert (made.free, made.response_id) == ("pending", "batches/abc")
+
+
+def test_cache_made_on_vertex_is_written_once() -> None:
+    url = "https://aiplatform.googleapis.com/v1/projects/p/locations/us-central1/cachedContents"
+    model = "projects/p/locations/us-central1/publishers/google/models/gemini-2.5-flash"
+    answer = {
+        "name": "projects/1/locations/us-central1/cachedContents/2",
+        "model": model,
+        "usageMetadata": {"totalTokenCount": 4321},
+    }
+    made = read_one(exchange(url, {"model": model}, answer))
+    assert (made.kind, made.model, made.tokens.cache_write) == ("cache", "gemini-2.5-flash", 4321)
+    assert providers.read(exchange(f"{url}/2", None, answer, method="GET")) == []

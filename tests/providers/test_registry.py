@@ -148,3 +148,52 @@ def test_importing_the_package_loads_no_reader() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("host", "provider"),
+    [
+        ("mars-north1-aiplatform.googleapis.com", "vertex"),
+        ("bedrock-runtime.mars-north-1.amazonaws.com", "bedrock"),
+        ("vpce-0a1b2c.bedrock-runtime.us-east-1.vpce.amazonaws.com", "bedrock"),
+        ("bedrock-mantle.mars-north-1.api.aws", "bedrock"),
+    ],
+)
+def test_region_opened_later_is_known_by_the_form_of_its_name(host: str, provider: str) -> None:
+    assert {each.id for each in providers.default_registry().of_host(host)} == {provider}
+    assert host not in providers.provider_hosts()
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["aiplatform.googleapis.com.evil.test", "x.y-aiplatform.googleapis.com", "amazonaws.com"],
+)
+def test_name_that_only_resembles_a_region_is_no_provider(host: str) -> None:
+    assert providers.default_registry().of_host(host) == ()
+
+
+def test_slash_too_many_in_the_base_url_is_the_same_route() -> None:
+    url = "https://me.openai.azure.com//openai/deployments/mine/chat/completions"
+    (event,) = providers.read(exchange(url, {}, CHAT_ANSWER))
+    assert (event.endpoint, event.request_model) == ("chat_completions", "mine")
+
+
+@pytest.mark.parametrize(
+    ("path", "provider"),
+    [
+        ("/chat/completions", "openai"),
+        ("/v1/chat/completions", "openai"),
+        ("/openai/chat/completions", "openai"),
+        ("/openai/v1/chat/completions", "openai"),
+        ("/v1beta/openai/chat/completions", "gemini"),
+        ("/v1/messages", "anthropic"),
+        ("/v1beta/models/g:generateContent", "gemini"),
+        ("/model/a/converse", "bedrock"),
+        ("/api/chat", "ollama"),
+    ],
+)
+def test_gateway_passes_every_makers_api_on(path: str, provider: str) -> None:
+    registry = providers.Registry({"localhost:4000": "gateway"})
+    match = registry.find("localhost:4000", "POST", path)
+    assert match is not None
+    assert match.provider.id == provider
