@@ -13,6 +13,9 @@ from halton_meter.providers import Provider
 from halton_meter.providers.openai_media import job_routes, media_routes
 from halton_meter.providers.openai_text import Dialect, text_routes, usage_tokens
 from halton_meter.providers.reading import Counts, Draft, Json, Verbatim, as_dict, as_name, dicts
+from halton_meter.wire import formats
+
+TOOLS_MAX = 1000
 
 
 def by_model(draft: Draft, answer: Json, usage: Verbatim) -> None:
@@ -30,24 +33,41 @@ def by_model(draft: Draft, answer: Json, usage: Verbatim) -> None:
     if not parts:
         return
     whole = draft.parts[0].tokens
-    parts[0] = replace(parts[0], units=_ran(answer))
-    draft.parts = parts
     if whole.output != sum(part.tokens.output or 0 for part in parts):
+        # Streams have been seen to repeat the whole under every model: then only the whole is true.
         draft.flags.add("total_mismatch")
+        draft.parts[0] = replace(draft.parts[0], units=_ran(draft, answer))
+        return
+    parts[0] = replace(parts[0], units=_ran(draft, answer))
+    draft.parts = parts
     draft.flags |= counts.flags()
 
 
 _TOOL_UNITS = {"search": "web_search_requests", "python": "code_execution_requests"}
 
 
-def _ran(answer: Json) -> dict[str, int]:
-    """The tools that a compound model ran, which are billed by the call."""
+def _ran(draft: Draft, answer: Json) -> dict[str, int]:
+    """The tools that a compound model ran, which are billed by the call.
+
+    A stream tells of each tool when it starts and again when it ends, under one index.
+    """
+    body = draft.exchange.response.body
+    said = [answer]
+    if draft.streaming:
+        datas = formats.sse_data_containing(body, b'"executed_tools"')[:TOOLS_MAX]
+        said += [as_dict(formats.loads(data)) for data in datas]
     units: dict[str, int] = {}
-    for choice in dicts(answer.get("choices")):
-        for tool in dicts(as_dict(choice.get("message")).get("executed_tools")):
-            unit = _TOOL_UNITS.get(str(tool.get("type")))
-            if unit is not None:
-                units[unit] = units.get(unit, 0) + 1
+    seen: set[tuple[str, int]] = set()
+    for value in said:
+        for choice in dicts(value.get("choices")):
+            spoken = as_dict(choice.get("message")) or as_dict(choice.get("delta"))
+            for number, tool in enumerate(dicts(spoken.get("executed_tools"))):
+                kind, index = str(tool.get("type")), tool.get("index")
+                key = (kind, index if isinstance(index, int) else number)
+                unit = _TOOL_UNITS.get(kind)
+                if unit is not None and key not in seen:
+                    seen.add(key)
+                    units[unit] = units.get(unit, 0) + 1
     return units
 
 

@@ -215,9 +215,16 @@ def _last_usage_elsewhere(body: Body) -> list[tuple[Json, bytes]]:
     return []
 
 
-def _chunks(exchange: Exchange) -> list[tuple[Json, bytes]]:
-    """Of a stream its last and its first events, of JSON the one answer; best first."""
+_Chunks = list[tuple[Json, bytes]]
+
+
+def _chunks(exchange: Exchange) -> tuple[_Chunks, _Chunks]:
+    """The chunks that matter, the best first, and those that a stream opened with, in order.
+
+    Of a stream its last and its first events matter, of JSON the one answer.
+    """
     found = list(documents(exchange, 5))
+    opening: _Chunks = []
     body = exchange.response.body
     if form(exchange.response.headers, body) == "sse":
         if not any(_usage_in(value) for value, _ in found):
@@ -225,11 +232,11 @@ def _chunks(exchange: Exchange) -> list[tuple[Json, bytes]]:
         for event in formats.first_events(body, 4):
             value = formats.loads(event.data)
             if isinstance(value, dict):
-                found.append((value, event.data))
-    return found
+                opening.append((value, event.data))
+    return found + opening, opening
 
 
-def _first_named(found: list[tuple[Json, bytes]], name: str) -> Any:
+def _first_named(found: _Chunks, name: str) -> Any:
     return next((value[name] for value, _ in found if value.get(name)), None)
 
 
@@ -247,10 +254,11 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
     exchange = draft.exchange
     if unanswered(draft):
         return
-    found = _chunks(exchange)
+    found, opening = _chunks(exchange)
     # Usage of the last chunk that has one; a chunk before the middle may hold none at all.
     holder = next(((v, text, u) for v, text in found if (u := _usage_in(v))), None)
-    draft.response_id = as_id(_first_named(found, "id"))
+    # Some give the last chunk, or every chunk, an id of its own.
+    draft.response_id = as_id(_first_named(opening, "id") or _first_named(found, "id"))
     draft.model = as_name(_first_named(found, "model"))
     draft.condition("service_tier", _first_named(found, "service_tier"))
     for value, _ in found[:5]:

@@ -335,6 +335,33 @@ def test_compound_answer_of_groq_is_billed_by_its_models() -> None:
     assert event.units == {"web_search_requests": 1, "code_execution_requests": 1}
 
 
+def test_stream_of_groq_that_repeats_the_whole_under_every_model_is_counted_once() -> None:
+    url = "https://api.groq.com/openai/v1/chat/completions"
+    usage = {"prompt_tokens": 500, "completion_tokens": 40, "total_tokens": 540}
+    models = [{"model": name, "usage": usage} for name in ("a", "b", "a")]
+    tool = {"index": 0, "type": "search"}
+    started = {"choices": [{"delta": {"executed_tools": [tool]}}]}
+    ended = {"choices": [{"delta": {"executed_tools": [{**tool, "output": "found"}]}}]}
+    body = sse(
+        {**chunk("a"), "id": "chatcmpl-first-of-the-stream"},
+        {**chunk(), **started},
+        {**chunk(), **ended},
+        *({**chunk("b"), "id": f"chatcmpl-another-{number:09}"} for number in range(9)),
+        {
+            "id": "stub",
+            "model": "groq/compound",
+            "choices": [],
+            "x_groq": {"usage": usage, "usage_breakdown": {"models": models}},
+        },
+        "[DONE]",
+    )
+    event = read_one(exchange(url, {"model": "compound", "stream": True}, body))
+    assert (event.tokens.input, event.tokens.output) == (500, 40)
+    assert event.units == {"web_search_requests": 1}
+    assert event.response_id == "chatcmpl-first-of-the-stream"
+    assert "total_mismatch" in event.flags
+
+
 def test_ticks_of_xai_are_the_charge_and_reasoning_is_outside() -> None:
     url = "https://api.x.ai/v1/chat/completions"
     usage = {
