@@ -379,6 +379,13 @@ def _completion_chars(exchange: Exchange) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
+def read_imitated(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a call of the endpoint that imitates OpenAI's chat completions."""
+    from halton_meter.providers.openai_text import read_chat  # It imports this file.
+
+    yield from read_chat(exchange, route, provider)
+
+
 def _path(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
@@ -399,6 +406,7 @@ ROUTES = (
     Route("complete", "chat", _path(r"/v1/complete"), read_text),
 )
 
-PROVIDER = Provider("anthropic", ("api.anthropic.com",), ROUTES)
+_IMITATED = Route("chat_completions", "chat", _path(r"/v1/chat/completions"), read_imitated)
+PROVIDER = Provider("anthropic", ("api.anthropic.com",), (*ROUTES, _IMITATED))
 
 __all__ = ["MESSAGES", "PROVIDER", "ROUTES", "message_event", "read_messages"]

@@ -1,4 +1,4 @@
-"""Cohere: chat, embed, rerank.
+"""Cohere: chat, embed, rerank, transcription, tokens counted.
 
 Peculiar to it: `billed_units` is what is billed, `tokens` what the model saw (a hidden prompt
 included); cached tokens are reported but lie outside what is billed; rerank is billed by search.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.openai_media import read_transcription
 from halton_meter.providers.openai_text import route, text_routes
 from halton_meter.providers.reading import (
     Counts,
@@ -99,6 +100,19 @@ def _fill(draft: Draft, usage: Json) -> None:
     draft.flags |= counts.flags()
 
 
+def read_tokenized(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One free event for text cut into tokens, which is how they are counted here."""
+    draft = begin(exchange, route, provider)
+    if not unanswered(draft):
+        answer: Json = next((value for value, _ in documents(exchange)), {})
+        draft.fail(answer)
+        draft.free = "error" if draft.error_class else "count"
+        tokens = answer.get("tokens")
+        details = {"counted": len(tokens)} if isinstance(tokens, list) else {}
+        draft.parts = [Usage(draft.request_model, details=details)]
+    yield draft.event()
+
+
 PROVIDER = Provider(
     "cohere",
     ("api.cohere.com", "api.cohere.ai"),
@@ -107,6 +121,8 @@ PROVIDER = Provider(
         route("embed", "embedding", r"/v[12]/embed", read_cohere),
         route("rerank", "rerank", r"/v[12]/rerank", read_cohere),
         route("generate", "chat", r"/v1/(?:generate|summarize|classify)", read_cohere),
+        route("audio_transcriptions", "audio", r"/v[12]/audio/transcriptions", read_transcription),
+        route("tokenize", "count", r"/v[12]/tokenize", read_tokenized),
         *text_routes("/compatibility/v1"),
     ),
 )

@@ -262,3 +262,12 @@ def test_reported_cost_of_a_router_is_exact() -> None:
         '"completion_tokens":2,"total_tokens":3,"cost":0.1234567890123456789012}}'
     )
     assert read_one(exchange(url, {}, body)).reported_usd == Decimal("0.1234567890123456789012")
+
+
+def test_endpoint_that_imitates_openai_is_anthropics() -> None:
+    usage = {"prompt_tokens": 17, "completion_tokens": 15, "total_tokens": 32}
+    answer = {"id": "msg_01AbCdEfGhIjKlMn", "model": "claude-sonnet-4-5-20250929", "usage": usage}
+    asked = {"model": "claude-sonnet-4-5"}
+    event = read_one(exchange("https://api.anthropic.com/v1/chat/completions", asked, answer))
+    assert (event.provider, event.endpoint) == ("anthropic", "chat_completions")
+    assert (event.tokens.input, event.tokens.output) == (17, 15)

@@ -102,3 +102,12 @@ def test_gateway_passes_several_apis_on() -> None:
     assert (event.provider, event.tokens.output) == ("pydantic_gateway", 2)
     claude = {"id": "msg_0123456789abcdef", "usage": {"input_tokens": 3, "output_tokens": 4}}
     assert read_one(exchange(root + "/anthropic/v1/messages", {}, claude)).tokens.input == 3
+
+
+def test_cohere_transcribes_and_counts_by_cutting_text_into_tokens() -> None:
+    heard = read_one(exchange("https://api.cohere.com/v2/audio/transcriptions", {}, {"text": "Ah"}))
+    assert (heard.kind, heard.tokens.input) == ("audio", None)
+    asked = {"model": "embed-v4.0", "text": "one two"}
+    counted = read_one(exchange("https://api.cohere.com/v1/tokenize", asked, {"tokens": [7, 8, 9]}))
+    assert (counted.kind, counted.free, counted.model) == ("count", "count", "embed-v4.0")
+    assert counted.parts[0].details == {"counted": 3}
