@@ -39,6 +39,10 @@ CONVERSATIONS_MAX = 4096
 # The store holds every id on disk; this only keeps one run's own output free of repeats.
 EVENTS_REMEMBERED_MAX = 65_536
 
+# The process in which the local proxy's mitmproxy runs, as its command line names it (`proxied.py`
+# starts it). The proxy meters what goes through it; uprobes would see it speak for its clients.
+PROXY_MODULE = "halton_meter.proxy_worker"
+
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
 
@@ -83,6 +87,8 @@ class Meter:
         if conversation is not None:
             self._conversations.move_to_end(key)
             return self._events(conversation.receive(item))
+        if _is_own_proxy(item.connection.process):
+            return []
         evicted = self._make_room(item.at_ns)
         conversation = Conversation(item.connection, self._interest)
         self._conversations[key] = conversation
@@ -165,6 +171,10 @@ class Meter:
         if len(self._rank_by_event) > EVENTS_REMEMBERED_MAX:
             self._rank_by_event.popitem(last=False)
         return False
+
+
+def _is_own_proxy(process: Process | None) -> bool:
+    return process is not None and PROXY_MODULE in process.argv[:8]
 
 
 def _rank(usage: UsageEvent) -> int:

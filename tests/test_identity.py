@@ -14,6 +14,7 @@ from halton_meter.model import (
     Basis,
     Body,
     Connection,
+    Direction,
     Exchange,
     Outcome,
     PricedEvent,
@@ -22,6 +23,7 @@ from halton_meter.model import (
     Request,
     Response,
     Source,
+    TlsChunk,
     UsageEvent,
 )
 from halton_meter.store import Store
@@ -183,6 +185,21 @@ def test_of_two_sightings_the_one_that_knows_the_process_stays(
         for process in (None, CLIENT, CLIENT)
     ]
     assert [len(events) for events in again] == [1, 1, 0]
+
+
+def test_what_our_own_proxy_says_upstream_is_nobodys_exchange() -> None:
+    argv = ("/usr/bin/python3", "-P", "-m", "halton_meter.proxy_worker")
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: api.openai.com\r\ncontent-length: 2\r\n\r\n{}"
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER)
+    seen = {}
+    for name, process in (("client", CLIENT), ("proxy", replace(CLIENT, argv=argv))):
+        meter = Meter(unpriced)
+        connection = Connection("c", Source.UPROBES, process, "api.openai.com")
+        for direction, data in ((Direction.SENT, head), (Direction.RECEIVED, answer)):
+            chunk = TlsChunk(connection, direction, 0, data, len(data), AT_NS)
+            seen[name] = meter.receive(chunk)
+    assert len(seen["client"]) == 1
+    assert seen["proxy"] == []
 
 
 def test_a_capture_replayed_adds_nothing_and_its_equal_calls_stay_apart(tmp_path: Path) -> None:
