@@ -8,10 +8,12 @@ disjoint token names. It knows no socket; `server.py` carries it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .grpc_answers import grpc_answer
 from .scenario import Scenario, scenario_of
 
 PROVIDER_HOSTS = {
@@ -31,7 +33,10 @@ _WORDS = "so the meter counts each token once and says what it could not see "
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response: its pieces are sent one by one, `delay_ms` apart, and `served` is the truth."""
+    """A response: its pieces are sent one by one, `delay_ms` apart, and `served` is the truth.
+
+    `coding` is the content coding asked for; after `cut` pieces, if not 0, the server hangs up.
+    """
 
     status: int
     content_type: str
@@ -40,6 +45,9 @@ class Answer:
     delay_ms: float = 0.0
     served: dict[str, Any] | None = None
     headers: tuple[tuple[str, str], ...] = field(default=())
+    coding: str = ""
+    cut: int = 0
+    trailers: tuple[tuple[str, str], ...] = ()
 
 
 def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer:
@@ -50,12 +58,24 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
         return _plain(200, {"noise": "x" * scenario.piece_bytes})
     if scenario.status != 200:
         return _error(provider, scenario, path)
-    asked = _json(body)
+    if called := grpc_answer(path, body, scenario, serial):
+        messages, streaming, entry = called
+        return Answer(
+            200,
+            "application/grpc",
+            tuple(messages),
+            streaming,
+            scenario.delay_ms,
+            {"provider": provider, "host": host, "streaming": streaming} | entry,
+            trailers=(("grpc-status", "0"),),
+        )
+    asked = _json(body) or _form(body)
     build = _route(provider, path)
     if build is None:
         return _plain(404, {"error": {"message": f"no such route: {path}"}})
-    made = build(_Call(provider, host, path, query, asked, scenario, serial))
-    return made
+    serial = f"lab{scenario.serial}" if scenario.serial else serial
+    made: Answer = build(_Call(provider, host, path, query, asked, scenario, serial))
+    return replace(made, coding=scenario.coding, cut=scenario.cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +123,11 @@ def _json(body: bytes) -> dict[str, Any]:
     return asked if isinstance(asked, dict) else {}
 
 
+def _form(body: bytes) -> dict[str, Any]:
+    fields = re.findall(rb'name="(\w+)"\r\n\r\n([^\r]{0,1000})\r\n', body)
+    return {name.decode(): value.decode() for name, value in fields}
+
+
 def _dump(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -139,6 +164,7 @@ def _route(provider: str, path: str) -> Any:
         "/chat/completions": _chat,
         "/responses": _responses,
         "/embeddings": _embeddings,
+        "/audio/transcriptions": _transcription,
     }
     return next((build for end, build in ends.items() if path.endswith(end)), None)
 
@@ -378,6 +404,26 @@ def _embeddings(call: _Call) -> Answer:
         "usage": {"prompt_tokens": fresh, "total_tokens": fresh},
     }
     return _plain(200, whole, served)
+
+
+def _transcription(call: _Call) -> Answer:
+    s = call.scenario
+    served = call.entry(
+        "audio_transcriptions",
+        call.model,
+        None,
+        input=s.fresh,
+        audio_input=s.fresh - 1,
+        output=s.output,
+    )
+    usage = {
+        "type": "tokens",
+        "input_tokens": s.fresh,
+        "input_token_details": {"text_tokens": 1, "audio_tokens": s.fresh - 1},
+        "output_tokens": s.output,
+        "total_tokens": s.fresh + s.output,
+    }
+    return _plain(200, {"text": "".join(call.texts()), "usage": usage}, served)
 
 
 # --- Gemini -------------------------------------------------------------------------------------

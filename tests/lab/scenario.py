@@ -25,13 +25,20 @@ class Scenario:
     delay_ms: float = 0.0
     piece_bytes: int = 12
     status: int = 200
+    # Content coding of the answer: "gzip", "br" or "zstd"; else what the client accepts.
+    coding: str = ""
+    # The server hangs up after so many pieces; 0: it does not.
+    cut: int = 0
+    # What the answer's id is made of, where it must be the same again.
+    serial: str = ""
 
     @property
     def marker(self) -> str:
         """The text to put into a prompt."""
         return (
             f"lab[n={self.n}&chunks={self.chunks}&delay_ms={self.delay_ms:g}"
-            f"&piece_bytes={self.piece_bytes}&status={self.status}]"
+            f"&piece_bytes={self.piece_bytes}&status={self.status}"
+            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}]"
         )
 
     @property
@@ -72,4 +79,7 @@ def scenario_of(body: bytes) -> Scenario:
         delay_ms=float(asked.get("delay_ms", 0)),
         piece_bytes=max(1, min(int(asked.get("piece_bytes", 12)), PIECE_BYTES_MAX)),
         status=int(asked.get("status", 200)),
+        coding=asked.get("coding", ""),
+        cut=int(asked.get("cut", 0)),
+        serial=asked.get("serial", ""),
     )

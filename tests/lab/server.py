@@ -14,15 +14,19 @@ import json
 import os
 import secrets
 import ssl
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import brotli
 import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
 import wsproto
 import wsproto.events
+import zstandard
 from wsproto.extensions import PerMessageDeflate
 
 from .answers import Answer, answer, responses_entry, responses_turn
@@ -130,15 +134,19 @@ async def _write_http1(
     head += [f"{name}: {value}" for name, value in made.headers]
     try:
         if made.streaming:
-            head.append("transfer-encoding: chunked")
+            pieces, coding = _coded(made)
+            head += ["transfer-encoding: chunked", *(f"{n}: {v}" for n, v in coding)]
             writer.write("\r\n".join((*head, "", "")).encode())
-            for piece in made.pieces:
+            for number, piece in enumerate(pieces, 1):
                 writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 await _pace(writer, made)
+                if number == made.cut:
+                    raise ConnectionResetError
             writer.write(b"0\r\n\r\n")
         else:
-            body = b"".join(made.pieces)
-            if gzips and len(body) > _GZIP_FROM_BYTES:
+            (body,), coding = _coded(replace(made, pieces=(b"".join(made.pieces),)))
+            head += [f"{name}: {value}" for name, value in coding]
+            if gzips and not coding and len(body) > _GZIP_FROM_BYTES:
                 body = gzip.compress(body, 1)
                 head.append("content-encoding: gzip")
             head.append(f"content-length: {len(body)}")
@@ -149,6 +157,28 @@ async def _write_http1(
         ledger.write(made.served, "aborted", "http/1.1")
         raise
     ledger.write(made.served, "done", "http/1.1")
+
+
+def _coded(made: Answer) -> tuple[tuple[bytes, ...], list[tuple[str, str]]]:
+    """The pieces in the content coding that was asked for, and the header that says so."""
+    if not made.coding:
+        return made.pieces, []
+    engine: Any
+    if made.coding == "br":
+        engine = brotli.Compressor()
+        pieces = [engine.process(piece) + engine.flush() for piece in made.pieces]
+        end = engine.finish()
+    elif made.coding == "zstd":
+        engine = zstandard.ZstdCompressor().compressobj()
+        block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
+        pieces = [engine.compress(piece) + engine.flush(block) for piece in made.pieces]
+        end = engine.flush()
+    else:
+        engine = zlib.compressobj(wbits=31)
+        pieces = [engine.compress(p) + engine.flush(zlib.Z_SYNC_FLUSH) for p in made.pieces]
+        end = engine.flush()
+    pieces[-1] += end
+    return tuple(pieces), [("content-encoding", made.coding)]
 
 
 async def _pace(writer: asyncio.StreamWriter, made: Answer) -> None:
@@ -211,9 +241,11 @@ class _Http2:
         path, _, query = headers[":path"].partition("?")
         host = headers[":authority"].partition(":")[0]
         made = answer(host, path, query, body or headers[":path"].encode(), self._ledger.serial())
-        pieces, extra = made.pieces, list(made.headers)
+        pieces, coding = _coded(made)
+        extra = [*made.headers, *coding]
         if (
             not made.streaming
+            and not coding
             and "gzip" in headers.get("accept-encoding", "")
             and len(pieces[0]) > _GZIP_FROM_BYTES
         ):
@@ -222,10 +254,14 @@ class _Http2:
         try:
             head = [(":status", str(made.status)), ("content-type", made.content_type), *extra]
             self._h2.send_headers(stream, head)
-            for piece in pieces:
+            for number, piece in enumerate(pieces, 1):
                 await self._send(stream, piece)
                 if made.streaming:
                     await _pace(self._writer, made)
+                if number == made.cut:
+                    self._h2.reset_stream(stream)
+                    self._flush()
+                    raise ConnectionResetError
             self._h2.end_stream(stream)
             self._flush()
             await self._writer.drain()
@@ -299,7 +335,7 @@ async def _turn(
         return
     scenario = scenario_of(heard.encode())
     model = str(asked.get("model") or asked.get("response", {}).get("model"))
-    serial = ledger.serial()
+    serial = f"lab{scenario.serial}" if scenario.serial else ledger.serial()
     for event in responses_turn(model, scenario, serial):
         writer.write(socket.send(wsproto.events.TextMessage(json.dumps(event))))
         await writer.drain()
