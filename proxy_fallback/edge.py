@@ -741,9 +741,9 @@ class _Client(_End):
         address = edge.upstream or (asked.host, asked.port)
         try:
             async with asyncio.timeout(ORIGIN_CONNECT_S_MAX):
-                await loop.create_connection(
-                    lambda: far, *address, happy_eyeballs_delay=HAPPY_EYEBALLS_S
-                )
+                # A name may have several addresses, of which the first may be a dead end.
+                delay_s = None if _is_address(address[0]) else HAPPY_EYEBALLS_S
+                await loop.create_connection(lambda: far, *address, happy_eyeballs_delay=delay_s)
                 assert far.transport is not None
                 peer = far.transport.get_extra_info("peername")
                 if peer and edge.is_own(str(peer[0]), int(peer[1])):
