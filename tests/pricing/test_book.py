@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import tomllib
+from dataclasses import FrozenInstanceError, fields
 from decimal import Decimal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from halton_meter.model import (
     Certainty,
     LineItem,
     Outcome,
+    PricedEvent,
     Source,
     Tokens,
     Usage,
@@ -172,6 +174,15 @@ def test_a_line_is_an_ordinary_line_item_with_every_field(book):
     assert (item.what, item.quantity, item.usd, item.model) == (
         "input", Decimal(1_000_000), Decimal("2.5"), "gpt-4o",
     )  # fmt: skip
+
+
+def test_a_priced_event_is_an_ordinary_frozen_one(book):
+    priced = book.price(event())
+    same = PricedEvent(**{each.name: getattr(priced, each.name) for each in fields(PricedEvent)})
+    assert type(priced) is PricedEvent
+    assert priced == same
+    with pytest.raises(FrozenInstanceError):
+        priced.list_usd = None
 
 
 # --- names ---
