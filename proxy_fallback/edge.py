@@ -137,6 +137,10 @@ def is_loopback(address: str) -> bool:
     return (mapped or parsed).is_loopback
 
 
+def _is_address(host: str) -> bool:
+    return ":" in host or host.replace(".", "").isdigit()
+
+
 def listeners(environ: Mapping[str, str] | None = None, launchd: Any = None) -> list[socket.socket]:
     """Sockets that systemd or launchd listens on for us; empty when neither does.
 
