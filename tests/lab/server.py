@@ -262,7 +262,10 @@ class _Http2:
                     self._h2.reset_stream(stream)
                     self._flush()
                     raise ConnectionResetError
-            self._h2.end_stream(stream)
+            if made.trailers:
+                self._h2.send_headers(stream, made.trailers, end_stream=True)
+            else:
+                self._h2.end_stream(stream)
             self._flush()
             await self._writer.drain()
         except (OSError, h2.exceptions.ProtocolError, asyncio.CancelledError):
