@@ -30,7 +30,7 @@ _REQUEST = (
 ).encode() + b'{"model":"claude-sonnet-4-5"}'
 _USAGE = b'{"input_tokens":25,"output_tokens":%d}'
 _MESSAGE = (
-    b'{"id":"msg_%d","type":"message","role":"assistant","model":"claude-sonnet-4-5-20250929",'
+    b'{"id":"msg_01Bench%019d","type":"message","role":"assistant","model":"claude-sonnet-4-5-20250929",'
     b'"content":[{"type":"text","text":"%s"}],"stop_reason":"end_turn","usage":%s}'
 )
 

@@ -86,7 +86,8 @@ class Meter:
         conversation = self._conversations.get(key)
         if conversation is not None:
             self._conversations.move_to_end(key)
-            return self._events(conversation.receive(item))
+            exchanges = conversation.receive(item)
+            return self._events(exchanges) if exchanges else []
         if _is_own_proxy(item.connection.process):
             return []
         evicted = self._make_room(item.at_ns)

@@ -161,6 +161,10 @@ class Body:
         """True when the bytes are all there, so that the body may be parsed strictly."""
         return self.complete and len(self.pieces) <= 1
 
+    def beginning(self, size: int) -> bytes:
+        """Up to `size` of its first bytes."""
+        return self.pieces[0][:size] if self.pieces else b""
+
     def joined(self) -> bytes:
         """All bytes seen, holes closed up. Strict parsers must check `whole` first."""
         return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)

@@ -313,14 +313,15 @@ def form(headers: Headers, body: Body) -> str:
     Its first bytes decide, because a stream that was asked for is often answered with JSON and
     recorders keep wrong headers; the content type decides when the first bytes are lost.
     """
-    if not body.pieces:
+    first = body.beginning(256)
+    if not first and not body.pieces:
         return "empty"
     content_type = (header(headers, "content-type") or "").lower()
-    if "eventstream" in content_type and body.pieces[0][:1] == b"\0":
+    if "eventstream" in content_type and first[:1] == b"\0":
         return "eventstream"
     if content_type.startswith("application/grpc"):
         return "grpc"
-    start = body.pieces[0][:256].lstrip(b"\xef\xbb\xbf \t\r\n")
+    start = first.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"{"):
         return "json"
     if start.startswith(b"["):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable
+from typing import Any
 from typing import Protocol as Interface
 
 from halton_meter.model import Body
+from halton_meter.wire import chunked
 
 # A response is kept whole up to this size; larger ones keep a head and a tail, because model and
 # usage stand at the ends and what lies between is content.
@@ -42,6 +44,9 @@ STAGED_BYTES_MAX = 4 << 20
 _TEXT = re.compile(rb"\s*(?:[{\[\"]|data:|event:|id:|:)")
 # Of a body that was not ended, what is looked at for an event that ends its stream.
 END_BYTES = 512
+
+# How what was kept ends when a whole event was: unframed, and in chunks.
+_EVENT_ENDS = (b"\n\n", chunked.EVENT_END)
 
 Sink = Callable[[bytes], None]
 
@@ -182,12 +187,98 @@ def _chain(content_encoding: str) -> _Chain | None:
     return _Chain([_DECODERS[name]() for name in reversed(names)])
 
 
+# Where runs of chunks begin and end: start, end, start, end, ….
+Spans = tuple[int, ...]
+
+
+class FramedBody(Body):
+    """A body of server-sent events out of which the chunk lines were not taken.
+
+    Each of `texts` is a piece with, within `spans`, runs of chunks that each end an event. A chunk
+    line then stands between two events, where it is a field without a colon, which a reader of
+    events passes over: finding the few events that matter needs no unframing. `pieces` does it.
+    """
+
+    __slots__ = ("_pieces", "_spans", "texts")
+
+    texts: tuple[bytes, ...]
+    _spans: tuple[Spans, ...]
+    _pieces: tuple[bytes, ...] | None
+
+    def __init__(
+        self,
+        texts: tuple[bytes, ...],
+        spans: tuple[Spans, ...],
+        complete: bool,
+        dropped_bytes: int,
+        lost_bytes: int | None,
+    ) -> None:
+        for name, value in (
+            ("texts", texts),
+            ("_spans", spans),
+            ("_pieces", None),
+            ("complete", complete),
+            ("dropped_bytes", dropped_bytes),
+            ("lost_bytes", lost_bytes),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The pieces, unframed when first asked for."""
+        found = self._pieces
+        if found is None:
+            found = tuple(map(_unframed, self.texts, self._spans))
+            object.__setattr__(self, "_pieces", found)
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """As of any body, without unframing it."""
+        return self.complete and len(self.texts) == 1
+
+    def beginning(self, size: int) -> bytes:
+        """As of any body: the first chunks are always unframed."""
+        spans = self._spans[0]
+        return self.texts[0][: min(size, spans[0]) if spans else size]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Body) and _values(self) == _values(other)
+
+    def __hash__(self) -> int:
+        return hash(_values(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Body, _values(self)
+
+
+def _values(body: Body) -> tuple[Any, ...]:
+    return body.pieces, body.complete, body.dropped_bytes, body.lost_bytes
+
+
+def _unframed(text: bytes, spans: Spans) -> bytes:
+    """A piece without the chunk lines that its `spans` hold."""
+    parts: list[bytes] = []
+    at = 0
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        parts += (text[at:start], chunked.data_of(text[start:end]))
+        at = end
+    return b"".join((*parts, text[at:]))
+
+
+def _between(text: bytes, spans: Spans) -> bytes:
+    """What of a piece its `spans` do not hold."""
+    pairs = zip((0, *spans[1::2]), (*spans[::2], len(text)), strict=True)
+    return b"".join([text[start:end] for start, end in pairs])
+
+
 class BodyCollector:
     """The bytes of one body, as they come.
 
     `add` contiguous bytes, `lose` bytes that the capture lost, then `finish`. `content_encoding`
     is the head's value or None. `whole_bytes_max` is the size up to which all is kept; beyond it
-    the first `HEAD_BYTES_MAX` and the last `TAIL_BYTES_MAX` to twice that are.
+    the first `HEAD_BYTES_MAX` and the last `TAIL_BYTES_MAX` to twice that are. `of_events` says
+    that the body is of server-sent events, so that it may come in chunks (`add_chunks`).
     """
 
     __slots__ = (
@@ -202,13 +293,19 @@ class BodyCollector:
         "_kept_bytes",
         "_lost_bytes",
         "_pieces",
+        "_piece_spans",
         "_run",
+        "_run_bytes",
+        "_spans",
         "_staged",
+        "_takes_chunks",
         "_whole_bytes_max",
         "failed_decoding",
     )
 
-    def __init__(self, content_encoding: str | None, whole_bytes_max: int) -> None:
+    def __init__(
+        self, content_encoding: str | None, whole_bytes_max: int, of_events: bool = False
+    ) -> None:
         self._chain = _chain(content_encoding) if content_encoding else None
         self._coded: list[bytes] = []
         self._coded_bytes = 0
@@ -223,6 +320,11 @@ class BodyCollector:
         self._head: list[bytes] | None = None
         self._pieces: list[bytes] = []
         self._run: list[bytes] = []
+        self._run_bytes = 0
+        # Where chunks with their lines lie: in the run, and in each of the pieces.
+        self._spans: list[int] = []
+        self._piece_spans: list[Spans] = []
+        self._takes_chunks = of_events and self._chain is None
         self._kept_bytes = 0
         self._dropped_bytes = 0
         self._lost_bytes: int | None = 0
@@ -237,6 +339,30 @@ class BodyCollector:
         self._coded_bytes += len(data) + PART_OVERHEAD_BYTES
         if self._coded_bytes > CODED_PENDING_BYTES_MAX:
             self._decode()
+
+    @property
+    def at_event(self) -> bool:
+        """Whether chunks that each end an event may follow, framing and all."""
+        run = self._run
+        return self._takes_chunks and bool(run) and run[-1].endswith(_EVENT_ENDS)
+
+    def add_chunks(self, run: bytes) -> bool:
+        """Take chunks of which each ends an event, as they came; asks for `at_event`.
+
+        Gives whether `at_event` still holds.
+        """
+        start = self._run_bytes
+        end = self._run_bytes = start + len(run)
+        spans = self._spans
+        if spans and spans[-1] == start:
+            spans[-1] = end
+        else:
+            spans += (start, end)
+        self._run.append(run)
+        self._kept_bytes += end - start
+        if len(self._run) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
+            self._bound()
+        return self._takes_chunks
 
     def lose(self, count: int | None) -> None:
         """Note that the capture lost `count` bytes here (None: number unknown)."""
@@ -259,12 +385,16 @@ class BodyCollector:
         self._end_piece()
         pieces = (*(self._head or ()), *self._pieces)
         whole = whole and not self._failed and not self._dropped_bytes
-        return Body(pieces, whole, self._dropped_bytes, self._lost_bytes)
+        if not any(self._piece_spans):
+            return Body(pieces, whole, self._dropped_bytes, self._lost_bytes)
+        spans = tuple(self._piece_spans)
+        return FramedBody(pieces, spans, whole, self._dropped_bytes, self._lost_bytes)
 
     def ends_with_any(self, needles: Iterable[bytes]) -> bool:
         """True when one of `needles` stands in the last bytes seen."""
         if self._chain is not None:
             self._decode()
+        self._unframe()
         parts: list[bytes] = []
         size = 0
         for part in reversed(self._run):
@@ -324,25 +454,57 @@ class BodyCollector:
 
     def _keep(self, data: bytes) -> None:
         self._run.append(data)
+        self._run_bytes += len(data)
         self._kept_bytes += len(data)
+        if len(self._run) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
+            self._bound()
+
+    def _bound(self) -> None:
         if len(self._run) > PARTS_MAX:
             self._run[:] = _halves(self._run)
         if self._kept_bytes > self._whole_bytes_max:
             self._let_go()
 
+    def _unframe(self) -> None:
+        """From here on the body is kept without chunk lines."""
+        self._takes_chunks = False
+        if self._spans:
+            self._run[:] = [_unframed(b"".join(self._run), tuple(self._spans))]
+            self._spans.clear()
+        for number, spans in enumerate(self._piece_spans):
+            if spans:
+                self._pieces[number] = _unframed(self._pieces[number], spans)
+                self._piece_spans[number] = ()
+        self._run_bytes = sum(map(len, self._run))
+        self._kept_bytes = self._run_bytes + sum(map(len, self._pieces))
+
     def _end_piece(self) -> None:
         piece = b"".join(self._run)
+        spans = tuple(self._spans)
         self._run.clear()
+        self._run_bytes = 0
+        self._spans.clear()
         if not piece:
             return
+        if spans and b"\r" in _between(piece, spans):
+            # Lines that end in CRLF would have to be found in all of it.
+            self._kept_bytes -= len(piece)
+            piece, spans = _unframed(piece, spans), ()
+            self._kept_bytes += len(piece)
         self._pieces.append(piece)
+        self._piece_spans.append(spans)
         if len(self._pieces) > PIECES_MAX:
             gone = self._pieces.pop(PIECES_MAX // 2)
-            self._dropped_bytes += len(gone)
+            gone_spans = self._piece_spans.pop(PIECES_MAX // 2)
             self._kept_bytes -= len(gone)
+            self._dropped_bytes += len(_unframed(gone, gone_spans))
 
     def _let_go(self) -> None:
         """Over the limit: keep the first bytes and the last, let the middle go."""
+        if self._takes_chunks:
+            self._unframe()
+            if self._kept_bytes <= self._whole_bytes_max:
+                return
         pieces = [*self._pieces, b"".join(self._run)]
         if self._head is None:
             self._head = [pieces[0][:HEAD_BYTES_MAX]]
@@ -360,7 +522,9 @@ class BodyCollector:
         self._kept_bytes = sum(map(len, tail))
         self._dropped_bytes += before - self._kept_bytes
         self._pieces = tail[:-1]
+        self._piece_spans = [()] * len(self._pieces)
         self._run[:] = tail[-1:]
+        self._run_bytes = sum(map(len, self._run))
 
 
 def _halves(parts: list[bytes]) -> list[bytes]:

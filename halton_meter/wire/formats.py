@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from halton_meter.model import Body
+from halton_meter.wire.body import FramedBody
 
 # Limits on what one body may make us do.
 EVENTS_MAX = 2_000_000
@@ -38,28 +39,34 @@ class SseEvent(NamedTuple):
 # --- server-sent events -------------------------------------------------------------------------
 
 
+_BOM = b"\xef\xbb\xbf"
+
+
 def _lines_as_lf(piece: bytes) -> bytes:
     if b"\r" in piece:
         piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return piece.removeprefix(b"\xef\xbb\xbf")
+    return piece
 
 
 def _sse_pieces(body: Body) -> Iterator[bytes]:
-    """The body's pieces, each cut to where its first whole event begins and its last ends."""
-    last = len(body.pieces) - 1
-    for number, raw in enumerate(body.pieces):
-        piece = _lines_as_lf(raw)
+    """The body's pieces, each cut to where its first whole event begins and its last ends.
+
+    Lines end in LF, but for those of a `FramedBody`, whose blocks are looked at one by one.
+    """
+    pieces = body.texts if isinstance(body, FramedBody) else tuple(map(_lines_as_lf, body.pieces))
+    last = len(pieces) - 1
+    for number, text in enumerate(pieces):
+        piece = text.removeprefix(_BOM)
+        start, end = 0, len(piece)
         if number > 0 and not piece.startswith((b"event:", b"data:", b"id:", b":")):
-            cut = piece.find(b"\n\n")
-            if cut < 0:
+            start = piece.find(b"\n\n") + 2
+            if start < 2:
                 continue
-            piece = piece[cut + 2 :]
         if number < last:
-            end = piece.rfind(b"\n\n")
-            if end < 0:
+            end = piece.rfind(b"\n\n", start) + 2
+            if end < 2:
                 continue
-            piece = piece[: end + 2]
-        yield piece
+        yield piece[start:end]
 
 
 def _sse_block(block: bytes) -> SseEvent | None:
@@ -74,14 +81,24 @@ def _sse_block(block: bytes) -> SseEvent | None:
     return SseEvent(event, b"\n".join(data)) if data else None
 
 
+def _events_of(block: bytes, needle: bytes = b"") -> list[SseEvent]:
+    """The events of a block that contain `needle`: one at most, unless CR is among its line ends.
+
+    A block of a `FramedBody` begins with the chunk's line; its data may have any line ends.
+    """
+    if b"\r" not in block:
+        event = _sse_block(block)
+        return [] if event is None else [event]
+    found = [_sse_block(part) for part in _lines_as_lf(block).split(b"\n\n") if needle in part]
+    return [event for event in found if event is not None]
+
+
 def sse_events(body: Body) -> Iterator[SseEvent]:
     """Every event that has data, in order."""
     for piece in _sse_pieces(body):
         for block in piece.split(b"\n\n", EVENTS_MAX):
             if block:
-                event = _sse_block(block)
-                if event is not None:
-                    yield event
+                yield from _events_of(block)
 
 
 def sse_data_containing(body: Body, needle: bytes, last: bool = False) -> list[bytes]:
@@ -95,12 +112,9 @@ def sse_data_containing(body: Body, needle: bytes, last: bool = False) -> list[b
         at = piece.rfind(needle) if last else piece.find(needle)
         while at >= 0:
             start, end = _block_around(piece, at)
-            block = piece[start:end]
-            event = _sse_block(block)
-            if event is not None:
-                found.append(event.data)
-                if last:
-                    return found
+            found += [event.data for event in _events_of(piece[start:end], needle)]
+            if found and last:
+                return found[-1:]
             at = piece.rfind(needle, 0, start) if last else piece.find(needle, end)
     return found
 
@@ -121,13 +135,11 @@ def first_events(body: Body, count: int) -> list[SseEvent]:
         while at < len(piece) and len(found) < count:
             end = piece.find(b"\n\n", at)
             end = len(piece) if end < 0 else end
-            event = _sse_block(piece[at:end])
-            if event is not None:
-                found.append(event)
+            found += _events_of(piece[at:end])
             at = end + 2
         if len(found) >= count:
             break
-    return found
+    return found[:count]
 
 
 def last_events(body: Body, count: int) -> list[SseEvent]:
@@ -137,13 +149,11 @@ def last_events(body: Body, count: int) -> list[SseEvent]:
         end = len(piece)
         while end > 0 and len(found) < count:
             start = piece.rfind(b"\n\n", 0, end)
-            event = _sse_block(piece[start + 2 if start >= 0 else 0 : end])
-            if event is not None:
-                found.append(event)
+            found += reversed(_events_of(piece[start + 2 if start >= 0 else 0 : end]))
             end = start
         if len(found) >= count:
             break
-    return found[::-1]
+    return found[:count][::-1]
 
 
 # --- JSON ---------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
+from halton_meter.wire import chunked
+from halton_meter.wire.body import BodyCollector
 from halton_meter.wire.head import host_name, kept_headers, split_target
 from halton_meter.wire.transaction import Context, Transaction
 
@@ -29,8 +31,6 @@ HEADER_FIELDS_MAX = 400
 HEAD_REST_BYTES_MAX = 16 << 10
 HEAD_REST_LINES_MAX = 128
 CHUNK_LINE_BYTES_MAX = 4096
-# A chunk line in the usual spelling is no longer.
-CHUNK_LINE_BYTES_SHORT = 10
 # Requests pipelined without an answer; a client that sends more is not one of ours.
 PENDING_MAX = 256
 # Bytes held back while their turn has not come: answers delivered before their request (sources
@@ -41,8 +41,6 @@ RESYNC_SENT_BYTES = 4096
 RESYNC_RECEIVED_BYTES = 512
 # Below this, splitting a delivery's chunks at once costs more than it saves.
 SPLIT_BYTES_MIN = 512
-# Behind a hole, a chunk larger than this is not believed to begin where its size seems to stand.
-RESYNC_CHUNK_BYTES_MAX = 16 << 20
 
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15}) ([^\s\x00]{1,65536}) HTTP/1\.[01]\r?\n")
 # Behind a hole a body may touch the next request line, so only known methods end it.
@@ -53,12 +51,6 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [^\r\n]*)?\r?\n")
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*")
 _EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:")
-_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
-_CHUNK_BOUNDARY = re.compile(rb"\r\n([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]{0,256})?\r\n")
-
-# Sizes as chunk lines spell them: looking one up takes a third of what int() takes, and int() would
-# let "+5", "0x5" and "5_0" pass. Larger chunks, other spellings and extensions go through the loop.
-_SIZES = {b"%x" % size: size for size in range(1, 4097)}
 
 Fields = list[tuple[str, str]]
 
@@ -106,39 +98,6 @@ def _may_be_head_rest(lines: list[bytes]) -> bool:
     return all(_FIELD_LINE.fullmatch(line) or line[:1] in (b" ", b"\t") for line in lines)
 
 
-def _split_chunks(data: bytes, at: int) -> tuple[bytes, int]:
-    """The data of every whole chunk from `at` on, cut by one split: four times a loop's speed.
-
-    It holds only when no chunk's data contains CRLF; the sizes, checked against the lengths, prove
-    it. Where they do not agree nothing is taken and the loop does it.
-    """
-    end = data.rfind(b"\r\n", at)
-    if end < 0:
-        return b"", at
-    fields = data[at:end].split(b"\r\n")
-    end += 2
-    if len(fields) % 2:
-        end -= len(fields.pop()) + 2  # the size of a chunk whose data is not all here
-    if fields and not fields[-1]:
-        end -= len(fields.pop()) + len(fields.pop()) + 4  # the last chunk: the loop reads it
-    chunks = fields[1::2]
-    if list(map(_SIZES.get, fields[0::2])) != list(map(len, chunks)):
-        return b"", at
-    return b"".join(chunks), end
-
-
-def _chunk_behind(data: bytes, at: int) -> re.Match[bytes] | None:
-    """The first place from `at` on where a chunk's size line seems to stand, behind a hole."""
-    for match in _CHUNK_BOUNDARY.finditer(data, at):
-        size = int(match.group(1), 16)
-        end = match.end() + size
-        if size > RESYNC_CHUNK_BYTES_MAX:
-            continue
-        if size == 0 or end + 2 > len(data) or data[end : end + 2] == b"\r\n":
-            return match
-    return None
-
-
 class _Side:
     """What a `_Reader` tells of the messages it reads; `Http1` has one for each direction."""
 
@@ -164,6 +123,14 @@ class _Side:
 
     def body(self, data: bytes) -> None:
         """Bytes of the message's body."""
+        raise NotImplementedError
+
+    def at_event(self) -> bool:
+        """Whether whole chunks of events may be taken as they are."""
+        return False
+
+    def chunks(self, run: bytes) -> None:
+        """Whole chunks of events, framing and all."""
         raise NotImplementedError
 
     def lost(self, count: int | None) -> None:
@@ -208,6 +175,11 @@ class _Reader:
         self._in_head = False
         self.state = "head"
         self.tunnel = b""
+
+    @property
+    def between_chunks(self) -> bool:
+        """Whether all was read, up to a chunk's end."""
+        return self.state == "chunk_size" and not self._buffer
 
     def feed(self, data: bytes, at_ns: int) -> bytes:
         """Take the next bytes; give back those that it is too early to read."""
@@ -397,17 +369,22 @@ class _Reader:
     def _chunk_size(self, data: bytes, at: int) -> int:
         """The hot path: every whole chunk in `data`, joined once."""
         size_of_data = len(data)
+        if self._side.at_event():
+            end = chunked.events_end(data, at)
+            if end > at:
+                self._side.chunks(data[at:end])
+                at = end
         if size_of_data - at > SPLIT_BYTES_MIN:
-            body, at = _split_chunks(data, at)
+            body, at = chunked.split(data, at)
             if body:
                 self._side.body(body)
         parts: list[bytes] = []
         while at < size_of_data:
-            line_end = data.find(b"\r\n", at, at + CHUNK_LINE_BYTES_SHORT)
+            line_end = data.find(b"\r\n", at, at + chunked.LINE_BYTES_SHORT)
             start = line_end + 2
-            size = _SIZES.get(data[at:line_end])
+            size = chunked.SIZES.get(data[at:line_end])
             if size is None or line_end < 0:
-                match = _CHUNK_LINE.match(data, at)
+                match = chunked.LINE.match(data, at)
                 if match is None:
                     break
                 size = int(match.group(1), 16)
@@ -475,7 +452,7 @@ class _Reader:
     def _unframed(self, data: bytes, at: int) -> int:
         """What follows a hole is the rest of a message: usage at its end still counts."""
         head = self._side.start_behind.search(data, at)
-        chunk = _chunk_behind(data, at)
+        chunk = chunked.behind(data, at)
         if chunk is not None and (head is None or chunk.start() < head.start()):
             if chunk.start() > at:
                 self._side.body(data[at : chunk.start()])
@@ -673,6 +650,24 @@ class _Received(_Side):
             body.add(data)
         transaction.ended_ns = self._owner.at_ns
 
+    def at_event(self) -> bool:
+        return self.stream() is not None
+
+    def stream(self) -> tuple[BodyCollector, Transaction] | None:
+        """The answer being read and its body, when that has come to an event's end."""
+        transaction = self.now
+        body = transaction.response_body if transaction is not None else None
+        if transaction is None or body is None or not body.at_event:
+            return None
+        return body, transaction
+
+    def chunks(self, run: bytes) -> None:
+        transaction = self.now
+        assert transaction is not None
+        assert transaction.response_body is not None
+        transaction.response_body.add_chunks(run)
+        transaction.ended_ns = self._owner.at_ns
+
     def _unheaded(self) -> Transaction:
         """The connection was joined in the middle of an answer."""
         self.head(None, [], self._owner.at_ns)
@@ -719,6 +714,8 @@ class Http1:
         # A lost request whose answer has not been seen: the next answer may be its.
         self._in_doubt = False
         self._sent_side, self._received_side = _Sent(self), _Received(self)
+        # The body and transaction of an answer that is read up to between two events' chunks.
+        self._streaming: tuple[BodyCollector, Transaction] | None = None
         self._sent = _Reader(context, self._sent_side)
         self._received = _Reader(context, self._received_side)
 
@@ -731,12 +728,23 @@ class Http1:
         """Take bytes of one direction; return the exchanges they finished."""
         self.at_ns = at_ns
         sent = direction is Direction.SENT
+        if not sent and self._streaming is not None:
+            if chunked.is_events(data):
+                body, transaction = self._streaming
+                if not body.add_chunks(data):
+                    self._streaming = None
+                transaction.ended_ns = at_ns
+                return []
+            self._streaming = None
         if self._early_bytes and self._early[direction]:
             self._keep_early(direction, data)
         else:
-            rest = (self._sent if sent else self._received).feed(data, at_ns)
+            reader = self._sent if sent else self._received
+            rest = reader.feed(data, at_ns)
             if rest:
                 self._keep_early(direction, rest)
+            elif not sent and reader.between_chunks:
+                self._streaming = self._received_side.stream()
         if self._early_bytes:
             self._play_early()
         if not self._done:
@@ -747,6 +755,7 @@ class Http1:
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
         self.at_ns = at_ns
+        self._streaming = None
         if self._early[direction]:
             self._early[direction].clear()  # a hole in what nobody could read yet: give it up
             self._early_bytes = sum(len(d) for way in self._early.values() for d, _ in way)
@@ -900,6 +909,7 @@ class Http1:
             self._emit(transaction)
 
     def _emit(self, transaction: Transaction) -> None:
+        self._streaming = None
         if transaction is self._received_side.now:
             self._received_side.now = None
         if transaction is self._sent_side.now:

@@ -61,7 +61,13 @@ class Conversation:
             if end > expected:
                 self._expected_received = end
         if (offset == expected or expected < 0) and len(data) == length:
-            return self._feed(direction, data, chunk.at_ns) if data else []
+            engine = self._engine
+            if engine is None or not data:
+                return self._look(direction, data, chunk.at_ns) if data else []
+            done = engine.feed(direction, data, chunk.at_ns)
+            if type(engine) is Http1 and engine.upgraded is not None:
+                done += self._upgrade(engine, chunk.at_ns)
+            return done
         return self._receive_damaged(chunk, offset if expected < 0 else expected)
 
     def _receive_damaged(self, chunk: TlsChunk, expected: int) -> list[Exchange]:

@@ -69,6 +69,12 @@ class Context:
         return f"{self.connection.id}/{self.ordinal}"
 
 
+def _response_body(headers: Headers) -> BodyCollector:
+    coding = header(headers, "content-encoding")
+    of_events = (header(headers, "content-type") or "").startswith("text/event-stream")
+    return BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX, of_events)
+
+
 class Transaction:
     """A request and its response, being read."""
 
@@ -126,8 +132,7 @@ class Transaction:
         self.response_headers = headers
         self.saw_response(at_ns)
         if self.wanted:
-            coding = header(headers, "content-encoding")
-            self.response_body = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+            self.response_body = _response_body(headers)
 
     def more_request_headers(self, headers: Headers) -> None:
         """The rest of a request's head that had a hole in it."""
@@ -140,8 +145,7 @@ class Transaction:
         """The rest of a response's head that had a hole in it."""
         self.response_headers += headers
         if self.wanted:
-            coding = header(self.response_headers, "content-encoding")
-            self.response_body = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+            self.response_body = _response_body(self.response_headers)
 
     def saw_response(self, at_ns: int) -> None:
         """A byte of the response arrived."""
