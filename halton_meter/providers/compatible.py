@@ -15,7 +15,7 @@ from functools import partial
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
-from halton_meter.providers.openai_media import job_routes, media_routes
+from halton_meter.providers.openai_media import batch_answers, job_routes, media_routes
 from halton_meter.providers.openai_text import (
     Dialect,
     cost_of,
@@ -59,7 +59,7 @@ def _perplexity(draft: Draft, answer: Json, usage: Verbatim) -> None:
         draft.reported_usd = total
     draft.condition("search_context_size", usage.exact.get("search_context_size"))
     counts = Counts()
-    units: dict[str, int | Decimal] = {"requests": 1}
+    units: dict[str, int | Decimal] = {"requests": 1} if draft.kind == "chat" else {}
     units |= positive({"web_search_requests": counts.of(usage.exact, "num_search_queries")})
     first = draft.parts[0]
     details = {**first.details, **positive({"citation": counts.of(usage.exact, "citation_tokens")})}
@@ -164,6 +164,16 @@ def read_prediction(exchange: Exchange, route: Route, provider: Provider) -> Ite
     yield draft.event()
 
 
+# --- Mistral's batches ---------------------------------------------------------------------------
+
+
+def read_batch_job(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for each answer that a finished batch job of Mistral's carries inline."""
+    if not failed(exchange):
+        job: Json = next((value for value, _ in documents(exchange)), {})
+        yield from batch_answers(exchange, route, provider, dicts(job.get("outputs")))
+
+
 # --- pages --------------------------------------------------------------------------------------
 
 
@@ -254,6 +264,7 @@ _MISTRAL_ROUTES = (
     route("agents_completions", "chat", "/v1/agents/completions", read_chat),
     route("conversations", "chat", "/v1/conversations(?:/[^/]+)?", read_chat),
     route("batches", "batch", "/v1/batch/jobs", read_batch_created),
+    route("batch_results", "chat", "/v1/batch/jobs/[^/]+", read_batch_job, ("GET",)),
     route("ocr", "ocr", "/v1/ocr", read_pages),
     *media_routes("/v1"),
     *job_routes("/v1"),

@@ -8,7 +8,7 @@ is done, on a stream three times over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
@@ -211,10 +211,20 @@ def read_batch_lines(
     exchange: Exchange, route: Route, provider: Provider, dialect: Dialect = OPENAI
 ) -> Iterator[UsageEvent]:
     """One event for each answered line of a batch's output; other files give none."""
-    if failed(exchange):
-        return
-    for line in formats.ndjson(exchange.response.body):
-        item = as_dict(line)
+    if not failed(exchange):
+        lines = map(as_dict, formats.ndjson(exchange.response.body))
+        yield from batch_answers(exchange, route, provider, lines, dialect)
+
+
+def batch_answers(
+    exchange: Exchange,
+    route: Route,
+    provider: Provider,
+    items: Iterable[Json],
+    dialect: Dialect = OPENAI,
+) -> Iterator[UsageEvent]:
+    """One event for each of a batch's items that was answered."""
+    for item in items:
         if "custom_id" not in item:
             continue
         answer = as_dict(as_dict(item.get("response")).get("body"))

@@ -111,3 +111,34 @@ def test_cohere_transcribes_and_counts_by_cutting_text_into_tokens() -> None:
     counted = read_one(exchange("https://api.cohere.com/v1/tokenize", asked, {"tokens": [7, 8, 9]}))
     assert (counted.kind, counted.free, counted.model) == ("count", "count", "embed-v4.0")
     assert counted.parts[0].details == {"counted": 3}
+
+
+def test_batch_job_of_mistral_carries_its_answers_inline() -> None:
+    url = "https://api.mistral.ai/v1/batch/jobs/0b1c2d3e"
+    job = {"id": "0b1c2d3e", "object": "batch", "model": "mistral-small-latest"}
+    running = exchange(url, None, {**job, "outputs": None, "status": "RUNNING"}, method="GET")
+    assert providers.read(running) == []
+    usage = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+    outputs = [
+        {
+            "custom_id": str(number),
+            "response": {
+                "status_code": 200,
+                "body": {"id": f"{number:032}", "model": "mistral-small-2506", "usage": usage},
+            },
+        }
+        for number in range(2)
+    ]
+    done = exchange(url, None, {**job, "outputs": outputs, "status": "SUCCESS"}, method="GET")
+    events = providers.read(done)
+    assert [each.tokens.input for each in events] == [20, 20]
+    assert {each.conditions["batch"] for each in events} == {"true"}
+    assert {each.model for each in events} == {"mistral-small-2506"}
+    assert len({each.id for each in events}) == 2
+
+
+def test_fee_of_perplexity_is_for_answers_not_for_embeddings() -> None:
+    usage = {"prompt_tokens": 8, "total_tokens": 8}
+    answer = {"model": "pplx-embed-v1-4b", "object": "list", "usage": usage}
+    event = read_one(exchange("https://api.perplexity.ai/v1/embeddings", {}, answer))
+    assert (event.tokens.input, event.units) == (8, {})
