@@ -11,6 +11,7 @@ Written against the outputs of `networksetup`, `scutil`, `gsettings` and `kreadc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import selectors
@@ -397,8 +398,9 @@ def _watcher(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
         return None
     assert watcher.stdin is not None
     # It watches for as long as its input is open.
-    watcher.stdin.write(SCUTIL_WATCH.encode())
-    watcher.stdin.flush()
+    with contextlib.suppress(OSError):  # gone already: its output's end will tell
+        watcher.stdin.write(SCUTIL_WATCH.encode())
+        watcher.stdin.flush()
     return watcher
 
 

@@ -195,7 +195,7 @@ def environment_d_text(wanted: Mapping[str, str], override: bool) -> str:
     lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
     for name, value in wanted.items():
         kept = name in (*PROXY_VARIABLES, "NO_PROXY", "no_proxy") and not override
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
         given = f"${{{name}:-{value}}}" if kept else f'"{quoted}"'
         lines.append(f"{name}={given}")
     return "\n".join(lines) + "\n"
