@@ -83,9 +83,9 @@ class Wiring:
 
     `begin` is told each request's head and gives what records it, or None; `process_of` names the
     owner of a client's (address, port); `deliver` takes each finished exchange. `refused` is told
-    when a client (None: unknown) would not have our certificate for a host: True when it said so,
-    False when it merely hung up. `losses` counts what went by unmetered, by cause; whoever records
-    may count there, too.
+    when a client (None: unknown) would not have our certificate for a host, or we not the host's:
+    True when that was said, False when somebody merely hung up. `losses` counts what went by
+    unmetered, by cause; whoever records may count there, too.
     """
 
     begin: Begin
@@ -142,6 +142,16 @@ class MeterAddon:
             client, server = data.context.client, data.context.server
             host = client.sni or (server.address[0] if server.address else "")
             said = "does not trust" in (data.conn.error or "")
+            self._wiring.refused(host.lower(), self._owners.get(client.id), said)
+        except Exception as error:  # as above
+            self._count(error)
+
+    def tls_failed_server(self, data: tls.TlsData) -> None:
+        """We would not have a provider's certificate: its client may judge for itself next time."""
+        try:
+            client, server = data.context.client, data.context.server
+            host = server.sni or (server.address[0] if server.address else "")
+            said = "verify" in (data.conn.error or "")
             self._wiring.refused(host.lower(), self._owners.get(client.id), said)
         except Exception as error:  # as above
             self._count(error)
