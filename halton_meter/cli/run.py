@@ -34,18 +34,27 @@ PROCESSES_SHOWN = 5
     default="auto",
     help="How to look: probes on the TLS libraries (needs root, or the service), or a local proxy.",
 )
+@click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option("--quiet", is_flag=True, help="Print nothing about the run.")
 @click.option(
     "--json-summary",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the summary to this file as JSON as well.",
 )
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(command: tuple[str, ...], via: str, quiet: bool, json_summary: Path | None) -> NoReturn:
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(
+    *, command: tuple[str, ...], via: str, shell: bool, quiet: bool, json_summary: Path | None
+) -> NoReturn:
     """Meter one command and print what it cost."""
-    from halton_meter.config import ConfigError
+    from halton_meter.config import ConfigError, invoking_account
     from halton_meter.daemon import Unavailable
 
+    if shell == bool(command):
+        raise click.UsageError("say what to run, or --shell:  halton-meter run -- claude -p hello")
+    if shell:
+        command = (os.environ.get("SHELL") or invoking_account().shell,)
+        if not quiet:
+            click.echo("halton-meter: this shell is metered; its cost is told at its end", err=True)
     try:
         if via == "proxy":
             code, metered = _through_proxy(command)
