@@ -101,28 +101,53 @@ class FileMapping:
 def inspect(fd: int) -> Library | None:
     """The TLS functions in an open file, by symbol; None when it has none. Raises ElfError.
 
-    About a millisecond for a shared library, whose strings are searched twice and no more unless
-    it speaks TLS; elf.py's own `symbols` reads whole tables.
+    About a millisecond for a shared library, some ten for Node: strings are searched once, symbols
+    only where SSL_read is among the strings. elf.py's own `symbols` reads whole tables.
     """
     with Elf(fd) as elf:
-        addresses: dict[str, int] = {}
-        for table in elf.sections:
-            if table.type in (2, 11) and table.link < len(elf.sections):  # SYMTAB, DYNSYM
-                strings = elf.sections[table.link]
-                if _has(fd, strings, b"SSL_read") and _has(fd, strings, b"SSL_write"):
-                    for name in FUNCTIONS:
-                        address = _address(fd, table, strings, name)
-                        if address is not None:
-                            addresses.setdefault(name, address)
-        offsets = {
-            name: offset
-            for name, address in addresses.items()
-            if (offset := elf.offset_of(address)) is not None
-        }
-        if not any(all(name in offsets for name in pair) for pair in _PAIRS):
-            return None
-        stack = "OpenSSL" if "SSL_ctrl" in offsets else "BoringSSL"
-        return Library(stack, _probes(elf, offsets), elf.build_id)
+        # What is exported decides: only a file that hides its TLS has it in .symtab alone.
+        for kind in (11, 2):  # DYNSYM, SYMTAB
+            offsets: dict[str, int] = {}
+            for table in elf.sections:
+                if table.type == kind and table.link < len(elf.sections):
+                    for name, address in _addresses(fd, table, elf.sections[table.link]):
+                        offset = elf.offset_of(address)
+                        if offset is not None:
+                            offsets.setdefault(name, offset)
+            if any(all(name in offsets for name in pair) for pair in _PAIRS):
+                stack = "OpenSSL" if "SSL_ctrl" in offsets else "BoringSSL"
+                in_order = {name: offsets[name] for name in FUNCTIONS if name in offsets}
+                return Library(stack, _probes(elf, in_order), elf.build_id)
+    return None
+
+
+def _addresses(fd: int, table: Section, strings: Section) -> Iterator[tuple[str, int]]:
+    """The functions that a symbol table defines: its strings are searched first, both in C."""
+    places: dict[str, list[int]] = {}
+    longest = max(map(len, FUNCTIONS)) + 1
+    for at, text in _with_context(fd, strings, b"SSL_", longest):
+        name = text.partition(b"\0")[0].decode("latin-1")
+        if name in FUNCTIONS:  # wherever it begins: linkers keep names as tails of longer ones
+            places.setdefault(name, []).append(at)
+    if not any(all(name in places for name in pair) for pair in _PAIRS):
+        return
+    for name, offsets in places.items():
+        address = next((a for at in offsets if (a := _address(fd, table, at)) is not None), None)
+        if address is not None:
+            yield name, address
+
+
+def _with_context(
+    fd: int, section: Section, needle: bytes, length: int
+) -> Iterator[tuple[int, bytes]]:
+    """Offsets within the section, and the `length` bytes from there on."""
+    for at in range(0, section.size_bytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES + length, section.size_bytes - at)
+        data = os.pread(fd, size, section.offset + at)
+        found = data.find(needle)
+        while 0 <= found < CHUNK_BYTES:
+            yield at + found, data[found : found + length]
+            found = data.find(needle, found + 1)
 
 
 def _occurrences(fd: int, section: Section, needle: bytes) -> Iterator[int]:
@@ -140,26 +165,19 @@ def _occurrences(fd: int, section: Section, needle: bytes) -> Iterator[int]:
         at += CHUNK_BYTES
 
 
-def _has(fd: int, section: Section, needle: bytes) -> bool:
-    return next(_occurrences(fd, section, needle), None) is not None
-
-
-def _address(fd: int, table: Section, strings: Section, name: str) -> int | None:
-    """Search the string table, then the symbol table for that string's offset: both in C."""
-    # Wherever it ends: linkers keep a name only as the tail of a longer one.
-    for at in _occurrences(fd, strings, name.encode() + b"\0"):
-        needle = struct.pack("<I", at)
-        for hits, entry in enumerate(_occurrences(fd, table, needle)):
-            if hits >= SYMBOL_HITS_MAX:
-                break
-            if entry % 24 or entry + 24 > table.size_bytes:
-                continue
-            raw = os.pread(fd, 24, table.offset + entry)
-            if len(raw) < 24:
-                continue
-            _, info, _, index, value, _ = struct.unpack("<IBBHQQ", raw)
-            if index and value and info & 15 in (2, 10):  # defined; FUNC or IFUNC
-                return int(value)
+def _address(fd: int, table: Section, name_at: int) -> int | None:
+    """Where the table defines the function whose name is at that offset of its strings."""
+    for hits, entry in enumerate(_occurrences(fd, table, struct.pack("<I", name_at))):
+        if hits >= SYMBOL_HITS_MAX:
+            break
+        if entry % 24 or entry + 24 > table.size_bytes:
+            continue
+        raw = os.pread(fd, 24, table.offset + entry)
+        if len(raw) < 24:
+            continue
+        _, info, _, index, value, _ = struct.unpack("<IBBHQQ", raw)
+        if index and value and info & 15 in (2, 10):  # defined; FUNC or IFUNC
+            return int(value)
     return None
 
 

@@ -1,13 +1,7 @@
-"""Puts real programs into the lab, each a copy that nobody outside it runs, and notes the results.
-
-With $HALTON_CLIENT_RESULTS set, each client that a test proved adds a line of JSON to that file:
-client, version, stack, how it is metered. The README's table of clients is made from it.
-"""
+"""Puts real programs into the lab, each a copy that nobody outside it runs."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,17 +33,3 @@ def installed(lab: Lab) -> Callable[[Program], Path]:
         return copy
 
     return install
-
-
-@pytest.fixture
-def proved() -> Callable[..., None]:
-    """Note that a client is metered; called as a test's last line."""
-
-    def note(client: str, version: str, stack: str, how: str = "uprobes") -> None:
-        target = os.environ.get("HALTON_CLIENT_RESULTS")
-        if target:
-            line = {"client": client, "version": version, "stack": stack, "how": how}
-            with open(target, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    return note

@@ -1,4 +1,4 @@
-"""Asks xAI or Gemini over gRPC with the maker's own SDK: `grpc_client.py xai|gemini COUNT [stream]`.
+"""Asks xAI or Gemini over gRPC with their own SDKs: `grpc_client.py xai|gemini COUNT [stream]`.
 
 Run by the lab's client Python. Prints what the SDK understood, a line of JSON for each answer.
 """
@@ -16,12 +16,7 @@ def ask_xai(prompt: str, stream: bool) -> dict[str, Any]:
     sdk, chats = import_module("xai_sdk"), import_module("xai_sdk.chat")
     client = sdk.Client(api_key="made-up-key-of-xai")
     chat = client.chat.create(model="grok-4-fast", messages=[chats.user(prompt)])
-    response: Any = None
-    if stream:
-        for response, _ in chat.stream():
-            pass
-    else:
-        response = chat.sample()
+    response: Any = [answer for answer, _ in chat.stream()][-1] if stream else chat.sample()
     usage = response.usage
     return {"id": response.id, "input": usage.prompt_tokens, "output": usage.completion_tokens}
 

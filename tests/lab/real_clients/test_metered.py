@@ -1,4 +1,8 @@
-"""Programs with their own stripped BoringSSL, run in the lab under the service, metered exactly."""
+"""Programs as their makers ship them, run in the lab under the service: each exchange is exact.
+
+The newest version of each belongs to `make test`, the others to `make clients`. What a test proves
+it notes as its last line, for the README's table.
+"""
 
 from __future__ import annotations
 
@@ -6,81 +10,166 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lab.conftest import Bench, assert_metered, wait_until
+from lab.conftest import Bench, Observed, assert_metered, wait_until
+from lab.grpc_answers import TICKS_A_TOKEN
 
-from .programs import BUN, CLAUDE, OPENCODE, Program
+from .programs import BUN, CLAUDE, NODE, OPENCODE, Program
+from .results import note
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow]
+pytestmark = pytest.mark.lab
 
 Install = Callable[[Program], Path]
-Note = Callable[..., None]
 STACK = "BoringSSL, static and stripped"
-SCRIPT = Path(__file__).with_name("fetch.mjs")
+HERE = Path(__file__).parent
+SCRIPT = HERE / "fetch.mjs"
+GRPC_CLIENT = HERE / "grpc_client.py"
+KNOWN_FILES = "var/cache/halton-meter/tls"
 
 
-def recognised(bench: Bench, program: Path) -> None:
-    """Return once the service has probes in the program, which a first run made it look at."""
+def newest_first(programs: Sequence[Program]) -> list[Any]:
+    """All but the newest are for `make clients`."""
+    *older, newest = programs
+    return [newest, *(pytest.param(each, marks=pytest.mark.slow) for each in older)]
+
+
+def recognised(bench: Bench, library: Path | str, *argv: str) -> None:
+    """Return once the service has probes in a file, which a first run made it look at."""
 
     def attached() -> bool:
         status = bench.service.status() or {}
-        return str(program) in status.get("libraries", ())
+        return any(Path(each).match(str(library)) for each in status.get("libraries", ()))
 
-    bench.lab.run([str(program), "--version"], user=bench.lab.user)  # Go's client just fails
-    wait_until(attached, f"probes in {program}")
+    bench.lab.run([*(argv or (str(library), "--version"))], user=bench.lab.user)
+    wait_until(attached, f"probes in {library}")
 
 
-@pytest.mark.parametrize("program", BUN, ids=str)
-@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
-def test_bun_fetch(
-    bench: Bench, installed: Install, program: Program, mode: tuple[str, ...], proved: Note
-) -> None:
-    bun = installed(program)
-    script = bun.with_name("fetch.mjs")
-    script.write_bytes(SCRIPT.read_bytes())
-    script.chmod(0o644)
-    recognised(bench, bun)
-    seen = bench.observe([str(bun), str(script), "1", "6", *mode])
-    assert seen.output.split() == ["200"] * 6
-    assert len(seen.served) == 6
+def exact(seen: Observed, count: int | None = None) -> None:
+    """All that was served is metered, exactly, under the client's own pid."""
+    assert seen.served
+    assert count is None or len(seen.served) == count
     assert_metered(seen.served, seen.events)
     assert {event["pid"] for event in seen.events} == {seen.pid}
     assert {event["project"] for event in seen.events} == {"acme"}
-    proved("Bun", program.version, STACK)
 
 
-@pytest.mark.parametrize("program", CLAUDE, ids=str)
-def test_claude_print(bench: Bench, installed: Install, program: Program, proved: Note) -> None:
+def script_beside(program: Path) -> Path:
+    """The fetching script, where the lab's user reaches it."""
+    script = program.with_name("fetch.mjs")
+    script.write_bytes(SCRIPT.read_bytes())
+    script.chmod(0o644)
+    return script
+
+
+@pytest.mark.parametrize("program", newest_first(BUN), ids=str)
+@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
+def test_bun_fetch(
+    bench: Bench, installed: Install, program: Program, mode: tuple[str, ...]
+) -> None:
+    bun = installed(program)
+    recognised(bench, bun)
+    seen = bench.observe([str(bun), str(script_beside(bun)), "1", "6", *mode])
+    assert seen.output.split() == ["200"] * 6
+    exact(seen, 6)
+    note("Bun", program.version, STACK)
+
+
+def test_a_version_installed_while_the_service_runs_is_metered_at_its_first_exec(
+    bench: Bench, installed: Install
+) -> None:
+    """Twice, as an update comes: beside the old version, and in its place."""
+    lab = bench.lab
+    known = Path(f"/proc/{lab.pid}/root") / KNOWN_FILES
+    folder = lab.user.home / ".bun" / "bin"
+    folder.mkdir(parents=True)
+    for program in BUN[-1], BUN[-2]:
+        fetched = installed(program)
+        script = script_beside(fetched)
+        # Bytes after the end make it a program that was never seen, as every release is.
+        download = folder / "download"
+        download.write_bytes(fetched.read_bytes() + str(program).encode())
+        download.chmod(0o755)
+        found = f"*-{download.stat().st_size:x}.json"
+        download.rename(folder / "bun")
+        wait_until(lambda name=found: list(known.glob(name)), f"a search of {program}")
+        exact(bench.observe([str(folder / "bun"), str(script), "1", "3"]), 3)
+
+
+@pytest.mark.parametrize("program", newest_first(CLAUDE), ids=str)
+def test_claude_print(bench: Bench, installed: Install, program: Program) -> None:
     claude = installed(program)
     recognised(bench, claude)
     command = [str(claude), "-p", "say lab[n=5&chunks=6]", "--output-format", "json"]
     seen = bench.observe([*command, "--model", "claude-sonnet-4-5"])
-    assert seen.served
-    assert_metered(seen.served, seen.events)
-    assert {event["pid"] for event in seen.events} == {seen.pid}
+    exact(seen)
     said = json.loads(seen.output)
     assert said["is_error"] is False
     ours = sum(Decimal(event["list_usd"]) for event in seen.events)
     assert abs(ours - Decimal(str(said["total_cost_usd"]))) < Decimal("1e-9")
-    proved("Claude Code", program.version, STACK)
+    note("Claude Code", program.version, STACK)
 
 
-@pytest.mark.parametrize("program", OPENCODE, ids=str)
-def test_opencode_run(bench: Bench, installed: Install, program: Program, proved: Note) -> None:
+@pytest.mark.parametrize("program", newest_first(OPENCODE), ids=str)
+def test_opencode_run(bench: Bench, installed: Install, program: Program) -> None:
     opencode = installed(program)
     recognised(bench, opencode)
     seen = bench.observe(
         [str(opencode), "run", "--model", "anthropic/claude-sonnet-4-5", "say lab[n=7&chunks=6]"]
     )
-    assert seen.served
-    assert_metered(seen.served, seen.events)
-    assert {event["pid"] for event in seen.events} == {seen.pid}
-    proved("opencode", program.version, STACK)
+    exact(seen)
+    note("opencode", program.version, STACK)
+
+
+@pytest.mark.parametrize("program", newest_first(NODE), ids=str)
+@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
+def test_node_fetch(
+    bench: Bench, installed: Install, program: Program, mode: tuple[str, ...]
+) -> None:
+    """Its OpenSSL is static, with symbols: found at its first exec, in time for its first byte."""
+    node = installed(program)
+    seen = bench.observe([str(node), str(script_beside(node)), "1", "6", *mode])
+    exact(seen, 6)
+    note("Node.js", program.version, "OpenSSL, static with symbols")
+
+
+@pytest.mark.parametrize("mode", ["whole", "stream"])
+@pytest.mark.parametrize("who", ["xai", "gemini"])
+def test_grpc(bench: Bench, who: str, mode: str) -> None:
+    """The makers' own SDKs over grpcio, whose BoringSSL reads and writes memory, no socket."""
+    recognised(bench, "cygrpc*.so", bench.python, "-c", "import grpc, time; time.sleep(1)")
+    client = bench.lab.folder / "grpc_client.py"
+    client.write_bytes(GRPC_CLIENT.read_bytes())
+    client.chmod(0o644)
+    environment = bench.lab.environment(
+        GRPC_DEFAULT_SSL_ROOTS_FILE_PATH=str(bench.lab.folder / "ca.pem")
+    )
+    seen = bench.observe([bench.python, str(client), who, "3", mode], env=environment)
+    exact(seen, 3)
+    said = {line["id"]: line for line in map(json.loads, seen.output.splitlines())}
+    assert said.keys() == {event["response_id"] for event in seen.events}
+    assert {line["http"] for line in seen.served} == {"http/2"}
+    if who == "xai":
+        for event in seen.events:
+            (entry,) = (e for e in seen.served if e["response_id"] == event["response_id"])
+            charged = Decimal(entry["cost_ticks"]) / 10**10
+            assert entry["cost_ticks"] % TICKS_A_TOKEN == 0
+            assert Decimal(event["reported_usd"]) == charged
+    package = {"xai": "xai-sdk", "gemini": "google-ai-generativelanguage"}[who]
+    note(f"{package} (gRPC)", version_in(bench.python, package), "BoringSSL of grpcio, stripped")
+
+
+def version_in(python: str, package: str) -> str:
+    """Which version of a package an interpreter has."""
+    ask = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run(
+        [python, "-c", ask], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 GO_SOURCE = Path(__file__).parents[2] / "capture" / "code" / "go_client"
@@ -91,7 +180,7 @@ GO_SOURCE = Path(__file__).parents[2] / "capture" / "code" / "go_client"
 @pytest.mark.parametrize(
     "flags", [("-ldflags=-s -w",), ("-buildmode=pie",)], ids=["stripped", "pie"]
 )
-def test_go(bench: Bench, mode: tuple[str, ...], flags: tuple[str, ...], proved: Note) -> None:
+def test_go(bench: Bench, mode: tuple[str, ...], flags: tuple[str, ...]) -> None:
     program = (
         bench.lab.folder / "programs" / "-".join(("go", *flags, *mode)).replace(" ", "") / "client"
     )
@@ -111,8 +200,7 @@ def test_go(bench: Bench, mode: tuple[str, ...], flags: tuple[str, ...], proved:
     lab = bench.lab.environment(CA=str(bench.lab.folder / "ca.pem"), BODY=json.dumps(body))
     argv = [str(program), "https://api.anthropic.com/v1/messages", *mode]
     seen = bench.observe(argv, env=lab)
-    assert len(seen.served) == 3
+    exact(seen, 3)
     assert {line["http"] for line in seen.served} == {"http/2" if mode else "http/1.1"}
-    assert_metered(seen.served, seen.events)
-    assert {event["pid"] for event in seen.events} == {seen.pid}
-    proved("Go net/http", "1.19", "crypto/tls, stripped")
+    said = subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=True)
+    note("Go net/http", said.stdout.strip().removeprefix("go"), "crypto/tls, stripped")
