@@ -8,6 +8,7 @@ to trust it through the variables of `client_environment`. Nothing on the system
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -32,6 +33,15 @@ _BUNDLE_NAMES = (
     "GIT_SSL_CAINFO",
     "AWS_CA_BUNDLE",
     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+)
+_NODE_EXTRA = "NODE_EXTRA_CA_CERTS"
+# Teaches Node before 24 the proxy of its environment.
+_NODE_PRELOAD = Path(__file__).with_name("node_proxy.cjs")
+# Where systems keep their roots, where Python's own OpenSSL looks elsewhere.
+_SYSTEM_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/cert.pem",
 )
 
 
@@ -182,14 +192,21 @@ class _Listening:
 
 
 def bundle(ca_file: Path, into: Path, environment: dict[str, str]) -> Path:
-    """A PEM bundle of the CA and of what the client would have trusted without us."""
+    """A PEM bundle of the CA and of all that the client would have trusted without us."""
+    import ssl
+
     import certifi
 
+    own = [environment[name] for name in (*_BUNDLE_NAMES, _NODE_EXTRA) if environment.get(name)]
+    found = (ssl.get_default_verify_paths().cafile, *_SYSTEM_BUNDLES)
+    system = [file for file in found if file and Path(file).is_file()]
+    if not environment.get("SSL_CERT_FILE"):  # else the client trusts that and nothing more
+        own += [*system[:1], certifi.where()]
     parts = [ca_file.read_text()]
-    own = environment.get("SSL_CERT_FILE") or certifi.where()
-    try:
-        parts.append(Path(own).read_text())
-    except OSError:
+    for file in dict.fromkeys(own):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            parts.append(Path(file).read_text())
+    if len(parts) == 1:
         parts.append(Path(certifi.where()).read_text())
     into.write_text("\n".join(parts))
     into.chmod(0o600)
@@ -205,6 +222,10 @@ def client_environment(
         changed[name] = f"http://127.0.0.1:{port}"
     for name in _BUNDLE_NAMES:
         changed[name] = str(bundle_file)
-    changed["NODE_EXTRA_CA_CERTS"] = str(ca_file)
+    # Node adds these to the roots it has: only who had some of his own needs more than our CA.
+    changed[_NODE_EXTRA] = str(bundle_file if environment.get(_NODE_EXTRA) else ca_file)
     changed["NODE_USE_ENV_PROXY"] = "1"
+    preload = str(_NODE_PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
+    required = f'--require "{preload}"' if " " in preload else f"--require={preload}"
+    changed["NODE_OPTIONS"] = f"{environment.get('NODE_OPTIONS', '')} {required}".strip()
     return changed

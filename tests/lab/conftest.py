@@ -193,7 +193,9 @@ def bench(service: Service, project: Path, python: str) -> Bench:
     return Bench(service, project, python)
 
 
-def assert_metered(served: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+def assert_metered(
+    served: list[dict[str, Any]], events: list[dict[str, Any]], source: str = "uprobes"
+) -> None:
     """Each exchange of the ledger is one event with its ids, model and tokens; nothing else is."""
     assert len(events) == len(served), f"{len(served)} served, {len(events)} metered"
     key = _identity
@@ -204,7 +206,7 @@ def assert_metered(served: list[dict[str, Any]], events: list[dict[str, Any]]) -
         wanted = {name: count for name, count in expected["tokens"].items() if count}
         assert found == wanted, (expected, event)
         assert event["outcome"] == "complete", event
-        assert event["source"] == "uprobes"
+        assert event["source"] == source
         assert event["http_status"] in (200, 101)
 
 

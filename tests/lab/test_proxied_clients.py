@@ -1,0 +1,134 @@
+"""Clients not written by us, metered exactly by `run --via proxy`: each against the ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
+from .lab import Lab
+from .test_clients import ALL_MODES, anthropic_body, curl
+
+pytestmark = pytest.mark.lab
+
+
+@dataclass
+class Proxied:
+    """What a command did behind the proxy: its ledger, its events, what was told at its end."""
+
+    output: str
+    served: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    told: dict[str, Any]
+
+
+class ProxyBench:
+    """Runs commands under `halton-meter run --via proxy` as the lab's user, in one home."""
+
+    def __init__(self, lab: Lab, project: Path, python: str) -> None:
+        self.lab, self.project, self.python = lab, project, python
+        self.home = lab.user.home / "proxied"
+        self.home.mkdir()
+        os.chown(self.home, lab.user.uid, lab.user.gid)
+        self._known: set[str] = set()
+
+    def observe(self, argv: Sequence[str], seconds: float = 90, **extra: str) -> Proxied:
+        """Run a command to its end; what it added to the ledger and to the store."""
+        lab = self.lab
+        skip = len(lab.ledger())
+        summary = self.home / "summary.json"
+        options = ["--via", "proxy", "--json-summary", str(summary)]
+        environment = lab.environment(HALTON_METER_HOME=str(self.home), **extra)
+        done = lab.run(
+            [*HALTON_METER, "run", *options, "--", *argv],
+            user=lab.user,
+            cwd=self.project,
+            env=environment,
+            timeout_s=seconds,
+        )
+        assert done.returncode == 0, done.stderr
+        events = [
+            event for event in stored_events(lab, self.home) if event["id"] not in self._known
+        ]
+        self._known.update(event["id"] for event in events)
+        return Proxied(done.stdout, lab.ledger()[skip:], events, json.loads(summary.read_text()))
+
+
+@pytest.fixture(scope="module")
+def bench(lab: Lab, project: Path, python: str) -> ProxyBench:
+    """See ProxyBench."""
+    return ProxyBench(lab, project, python)
+
+
+def assert_proxied(seen: Proxied, program: str) -> None:
+    """Each exchange of the ledger is one event, of the program, its project and its user."""
+    assert_metered(seen.served, seen.events, "proxy")
+    assert seen.told["requests"] == len(seen.served)
+    assert seen.told["losses"] == {}
+    for event in seen.events:
+        assert Path(event["process"]).name.startswith(program), event
+        assert (event["project"], event["git_branch"]) == ("acme", "topic/lab")
+        assert event["user"] == "labrat"
+
+
+@pytest.mark.parametrize(
+    ("client", "modes"),
+    [
+        ("anthropic", ALL_MODES),
+        ("openai", ALL_MODES),
+        ("openai-responses", ALL_MODES),
+        ("openai-embeddings", "sync,async"),
+        ("groq", ALL_MODES),
+        ("gemini", ALL_MODES),
+        ("requests", "sync,stream"),
+        ("httpx2", "async,async-stream"),
+    ],
+)
+def test_python_client(bench: ProxyBench, client: str, modes: str) -> None:
+    argv = [bench.python, str(CLIENTS / "sdk.py"), client, modes, "1", "8"]
+    seen = bench.observe(argv)
+    assert len(seen.served) == 8 * len(modes.split(","))
+    assert_proxied(seen, "python")
+    assert {tuple(event["argv"]) for event in seen.events} == {tuple(argv)}
+    assert len({event["pid"] for event in seen.events}) == 1
+
+
+@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
+@pytest.mark.parametrize("client", ["fetch", "https"])
+def test_node(bench: ProxyBench, client: str, mode: tuple[str, ...]) -> None:
+    seen = bench.observe(["node", str(CLIENTS / "node.mjs"), client, "1", "6", *mode])
+    assert len(seen.served) == 6
+    assert_proxied(seen, "node")
+
+
+@pytest.mark.parametrize(
+    ("version", "spoken"),
+    [("--http1.1", "http/1.1"), ("--http2", "http/2")],
+    ids=["http1", "http2"],
+)
+def test_curl_one_process_a_request(bench: ProxyBench, version: str, spoken: str) -> None:
+    """Each process lives for one request, and is known all the same."""
+    script = "".join(f"{shlex.join(curl(version))} -d '{anthropic_body(n)}' &\n" for n in range(10))
+    seen = bench.observe(["sh", "-c", script + "wait"])
+    assert len(seen.served) == 10
+    assert {entry["http"] for entry in seen.served} == {spoken}
+    assert_proxied(seen, "curl")
+    assert len({event["pid"] for event in seen.events}) == 10
+
+
+def test_hosts_that_are_nobodys_provider_are_not_looked_into(bench: ProxyBench) -> None:
+    script = (
+        "curl -sS --fail https://api.example.com/v1/messages -d hello --cacert"
+        f" {bench.lab.folder}/ca.pem -v 2>&1 | grep -i issuer"
+    )
+    seen = bench.observe(["sh", "-c", script])
+    assert "mitmproxy" not in seen.output
+    assert "Halton" not in seen.output
+    assert seen.events == []
