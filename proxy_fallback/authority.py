@@ -26,6 +26,7 @@ from proxy_fallback.changes import write_whole
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPublicKeyTypes
 
 # Apple refuses leaves that outlive 825 days; the root stays well below, and is renewed in time.
 LIFETIME = datetime.timedelta(days=730)
@@ -52,11 +53,13 @@ class Authority:
     """A CA on disk. `names` are the permitted DNS names, each with all below it.
 
     `names` is None when the certificate permits everything (one that mitmproxy made by itself).
+    `key_id` names its key: a renewed certificate has the same.
     `sha1` and `sha256` are the certificate's fingerprints, upper-case hex.
     """
 
     folder: Path
     common_name: str
+    key_id: str
     names: tuple[str, ...] | None
     not_before: datetime.datetime
     not_after: datetime.datetime
@@ -169,8 +172,9 @@ def read_authority(folder: Path, name: str = CERTIFICATE_NAME) -> Authority | No
 def accepted_hosts(folder: Path, hosts: Iterable[str], now: datetime.datetime) -> tuple[str, ...]:
     """Those of `hosts` for which the proxy may answer without breaking a client that trusts us.
 
-    That takes a CA that is valid now, and that permits the host both as it is and as it was put
-    into trust stores. All others must be tunnelled raw; so must everything without a CA.
+    That takes a CA that is valid now, that permits the host both as it is and as it was put into
+    trust stores, and that has the key it had then. All other hosts must be tunnelled raw; so must
+    everything without a CA.
     """
     try:
         current = read_authority(folder)
@@ -179,7 +183,7 @@ def accepted_hosts(folder: Path, hosts: Iterable[str], now: datetime.datetime) -
         return ()
     if current is None or trusted is None:
         return ()
-    if not (current.valid_at(now) and trusted.valid_at(now)):
+    if not (current.valid_at(now) and trusted.valid_at(now) and current.key_id == trusted.key_id):
         return ()
     return tuple(host for host in hosts if current.permits(host) and trusted.permits(host))
 
@@ -245,6 +249,12 @@ def _serves(found: Authority, names: tuple[str, ...], now: datetime.datetime) ->
     return lasts and all(found.permits(name) for name in names)
 
 
+def _public(certificate: x509.Certificate) -> CertificateIssuerPublicKeyTypes:
+    from typing import cast
+
+    return cast("CertificateIssuerPublicKeyTypes", certificate.public_key())
+
+
 def _fingerprint(certificate: x509.Certificate, algorithm: str) -> str:
     from cryptography.hazmat.primitives import hashes
 
@@ -269,6 +279,7 @@ def _described(folder: Path, certificate: x509.Certificate) -> Authority:
     return Authority(
         folder=folder,
         common_name=str(common[0].value) if common else "",
+        key_id=x509.SubjectKeyIdentifier.from_public_key(_public(certificate)).digest.hex(),
         names=names,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,

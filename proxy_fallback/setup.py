@@ -59,7 +59,8 @@ class Machine:
 
     `home` is Halton Meter's folder, `user_home` the person's. `witness` is a file that is gone
     when the package is. `upstream`: the configured proxy that leads out of this network.
-    `healthy` says whether the edge answers, `port_taken` whether somebody listens on its port.
+    `healthy` says whether the edge answers, `metering` whether what stands behind it is ready,
+    `port_taken` whether somebody listens on its port.
     """
 
     platform: str
@@ -75,6 +76,7 @@ class Machine:
     now: datetime.datetime
     upstream: bool = False
     healthy: Callable[[], bool] = lambda: True
+    metering: Callable[[], bool] = lambda: True
     port_taken: Callable[[], bool] = lambda: False
     sleep: Callable[[float], None] = time.sleep
 
@@ -481,14 +483,15 @@ class Plan:
     def _wait(self, ledger: Ledger) -> bool:
         m = self._machine
         for _ in range(round(HEALTHY_S_MAX / HEALTHY_EVERY_S)):
-            if m.healthy():
+            if m.healthy() and m.metering():
                 return False
             m.sleep(HEALTHY_EVERY_S)
         log = f"journalctl --user -u {service_files.UNIT} -n 30"
         if self._macos or not self._supervised():
             log = f"tail {m.home / 'proxy.log'}"
+        what = "it answers but does not meter" if m.healthy() else "nobody answers"
         raise SetupError(
-            f"nobody answers at 127.0.0.1:{m.port} after {HEALTHY_S_MAX:.0f} s\n"
+            f"{what} at 127.0.0.1:{m.port} after {HEALTHY_S_MAX:.0f} s\n"
             "  try: halton-meter daemon --foreground --via proxy   to see why"
             + ("" if not m.commands.has("journalctl") else f"\n  or: {log}")
         )

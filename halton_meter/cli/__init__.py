@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "stop": ("halton_meter.cli.service:stop", "Stop the background service."),
     "status": ("halton_meter.cli.status:status", "Health, coverage per process, losses."),
     "init": ("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
+    "doctor": ("halton_meter.cli.doctor:doctor", "Diagnose, and mend what is amiss."),
     "uninstall": ("halton_meter.cli.uninstall:uninstall", "Put back all that init changed."),
 }
 

@@ -176,6 +176,11 @@ def machine_here(platform: str | None = None) -> Machine:
     except (config.ConfigError, ValueError) as error:
         fail(str(error))
 
+    def metering() -> bool:
+        from halton_meter.proxied import service_status
+
+        return (service_status(home) or {}).get("health") in ("ok", "paused")
+
     def port_taken() -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", proxy.port)) == 0
@@ -194,6 +199,7 @@ def machine_here(platform: str | None = None) -> Machine:
         now=datetime.datetime.now(datetime.UTC),
         upstream=proxy.upstream is not None,
         healthy=lambda: edge.answers(proxy.port),
+        metering=metering,
         port_taken=port_taken,
     )
 

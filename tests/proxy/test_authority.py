@@ -260,6 +260,14 @@ def test_only_hosts_that_every_truster_accepts_are_answered_for(tmp_path: Path) 
     assert accepted_hosts(tmp_path, more, NOW) == ()
 
 
+def test_a_key_made_anew_is_not_used_with_clients_that_trust_the_lost_one(tmp_path: Path) -> None:
+    made = ensure_authority(tmp_path, HOSTS, NOW)
+    (tmp_path / authority.TRUSTED_NAME).write_bytes(made.certificate_file.read_bytes())
+    made.key_file.unlink()
+    assert ensure_authority(tmp_path, HOSTS, NOW).key_id != made.key_id
+    assert accepted_hosts(tmp_path, HOSTS, NOW) == ()
+
+
 def test_mitmproxys_own_unconstrained_ca_is_replaced_with_a_new_key(tmp_path: Path) -> None:
     from mitmproxy.certs import CertStore
 
