@@ -8,7 +8,6 @@ data: nothing here reads a clock. Read `meter.py` next for how these nouns follo
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -392,6 +391,8 @@ def event_id(provider: str, *identity: str) -> str:
     Give the provider's response id where there is one: it is what makes a second sighting of the
     same exchange (by another source, or from a replayed journal) harmless.
     """
+    import hashlib  # here: 3 ms of start-up, which commands that only report need not pay
+
     digest = hashlib.blake2b("\x1f".join((provider, *identity)).encode(), digest_size=16)
     return digest.hexdigest()
 

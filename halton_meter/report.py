@@ -25,6 +25,8 @@ from halton_meter.model import TOKEN_NAMES, rfc3339, usd_text
 from halton_meter.store import NothingStored, Reader, Selection, Store
 
 PERCENTILE_EVENTS = 500_000
+# Below this, finding out which columns are empty takes longer than summing them.
+FEW_EVENTS = 50_000
 TREND_DAYS = 7
 # Models listed as unpriced; more are only counted.
 UNPRICED_MODELS_MAX = 20
@@ -320,7 +322,7 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     percentiles = question.percentiles
     if percentiles is None:
         percentiles = count <= PERCENTILE_EVENTS
-    groups = _grouped(reader, selection, question.by, percentiles)
+    groups = _grouped(reader, selection, question.by, percentiles, count > FEW_EVENTS)
     totals = _total(reader, selection, groups, percentiles)
     report = Report(
         by=question.by,
@@ -333,7 +335,7 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     )
     if question.previous is None:
         return report
-    return _compared(reader, report, question.previous, percentiles)
+    return _compared(reader, report, question.previous, percentiles, count > FEW_EVENTS)
 
 
 def _span(reader: Reader, selection: Selection) -> tuple[int | None, int | None, int]:
@@ -348,12 +350,12 @@ _Groups = dict[tuple[str | None, ...], Figures]
 
 
 def _grouped(
-    reader: Reader, selection: Selection, by: tuple[str, ...], percentiles: bool
+    reader: Reader, selection: Selection, by: tuple[str, ...], percentiles: bool, many: bool
 ) -> _Groups:
     where, parameters = selection.where()
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
-    filled = _filled(reader)
+    filled = _filled(reader) if many else {}
     sums = [sql if filled.get(name, True) else "NULL" for name, sql in _SUMS.items()]
     picked = ", ".join([*keys, *sums, *(_PERCENTILES if percentiles else ())])
     sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
@@ -454,9 +456,11 @@ def _share(figures: Figures, totals: Figures) -> float | None:
     return round(float(figures.list_usd / totals.list_usd), 6)
 
 
-def _compared(reader: Reader, report: Report, previous: Selection, percentiles: bool) -> Report:
+def _compared(
+    reader: Reader, report: Report, previous: Selection, percentiles: bool, many: bool
+) -> Report:
     """Add the figures of the period before; days of two periods have nothing in common."""
-    groups = _grouped(reader, previous, report.by, percentiles)
+    groups = _grouped(reader, previous, report.by, percentiles, many)
     compared = tuple(
         replace(group, previous=groups.get(tuple(group.keys.values()), Figures()))
         for group in report.groups
@@ -473,25 +477,30 @@ def _compared(reader: Reader, report: Report, previous: Selection, percentiles: 
 def _coverage(reader: Reader, selection: Selection, totals: Figures, waiting: int) -> Coverage:
     where, parameters = selection.where()
 
-    def count(condition: str) -> int:
-        sql = f"SELECT count(*) FROM event WHERE {condition} AND {where}"
-        return int(reader.rows(sql, parameters)[0][0])
+    def counts(*conditions: str) -> list[int]:
+        # apart, so that each skips the parts of the file that hold no such event
+        apart = [f"(SELECT count(*) FROM event WHERE {each} AND {where})" for each in conditions]
+        return [
+            int(n) for n in reader.rows(f"SELECT {', '.join(apart)}", parameters * len(apart))[0]
+        ]
 
-    aborted, gapped = count("outcome = 'aborted'"), count("outcome = 'gapped'")
+    aborted, gapped, estimated, pending = counts(
+        "outcome = 'aborted'", "outcome = 'gapped'", "certainty = 'estimated'", "free = 'pending'"
+    )
+    if pending:
+        # What a later answer settled is not pending: both carry the provider's response id.
+        (pending,) = counts(
+            "free = 'pending' AND NOT EXISTS (SELECT 1 FROM event AS answer WHERE "
+            "answer.provider = event.provider AND answer.response_id = event.response_id "
+            "AND answer.free IS DISTINCT FROM 'pending')"
+        )
     return Coverage(
         complete=totals.requests - aborted - gapped,
         aborted=aborted,
         gapped=gapped,
         unpriced_requests=totals.unpriced_requests,
-        estimated_requests=count("certainty = 'estimated'"),
-        # What a later answer settled is not pending: both carry the provider's response id.
-        pending=count(
-            "free = 'pending' AND NOT EXISTS (SELECT 1 FROM event AS answer WHERE "
-            "answer.provider = event.provider AND answer.response_id = event.response_id "
-            "AND answer.free IS DISTINCT FROM 'pending')"
-        )
-        if count("free = 'pending'")
-        else 0,
+        estimated_requests=estimated,
+        pending=pending,
         waiting=waiting,
         unpriced_models=_unpriced_models(reader, selection) if totals.unpriced_requests else (),
         losses=reader.losses(selection),
@@ -526,7 +535,7 @@ def _trend(
     found = {
         str(row[0]): Figures(requests=int(row[1]), list_usd=_money(row[2], row[3]))
         for row in reader.rows(
-            f"SELECT {_key_sql(reader, 'day', window)}, count(*), sum(list_usd), "
+            f"SELECT {_day_sql(_start_of(days[0]), end_ns)}, count(*), sum(list_usd), "
             f"sum(list_usd_rest) FROM event WHERE {where} GROUP BY 1",
             parameters,
         )
