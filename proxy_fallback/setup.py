@@ -249,6 +249,12 @@ class Plan:
                 '   or choose another: "port = 8082" under [proxy] in config.toml'
             )
         if self._choice.mode == "full":
+            if not self._supervised():
+                raise ChangeError(
+                    "there is no systemd of your own here (systemctl --user) to keep the proxy "
+                    "running and to watch over it,\n  so the system's proxy settings are left "
+                    "alone. Use: halton-meter init --apps"
+                )
             self._system = tuple(self._system_changes())
 
     def _check_variables(self) -> None:
@@ -375,8 +381,13 @@ class Plan:
         roots = str(m.ca_folder / trust.ROOTS_NAME)
         return {"HALTON_METER_HOME": str(m.home), "SSL_CERT_FILE": roots}
 
+    def _pid_file(self) -> Path:
+        return self._machine.home / "proxy.pid"
+
     def _supervised(self) -> bool:
-        """Whether this person has a systemd of their own that answers."""
+        """Whether launchd, or a systemd of this person's own, will start the service again."""
+        if self._macos:
+            return True
         if not self._machine.commands.has("systemctl"):
             return False
         asked = ("systemctl", "--user", "show", "--property=Version")
@@ -458,7 +469,7 @@ class Plan:
     def _background(self, command: Sequence[str]) -> CommandRun:
         """Where nobody supervises: a process in the background, until the next reboot."""
         m = self._machine
-        pid, log = m.home / "proxy.pid", m.home / "proxy.log"
+        pid, log = self._pid_file(), m.home / "proxy.log"
         forgotten = [f"--unset={name}" for name in (*trust.PROXY_VARIABLES, "ALL_PROXY")]
         given = [f"{name}={value}" for name, value in self._service_environment().items()]
         line = shown(("setsid", "env", *forgotten, *given, *command, "--keep"))
@@ -506,14 +517,13 @@ class Plan:
         m = self._machine
         wanted = self._variables()
         script = m.home / "env.sh"
-        changes: list[Change] = [
-            FileMade(str(script), trust.posix_text(wanted, m.witness, m.upstream))
-        ]
+        conditions = (m.witness, None if self._supervised() else self._pid_file(), m.upstream)
+        changes: list[Change] = [FileMade(str(script), trust.posix_text(wanted, *conditions))]
         for file in self._startup_files():
             changes.append(BlockAdded(str(file), trust.sourcing_lines(script)))
         if "fish" in self._shells():
             fish = m.config_home / "fish/conf.d/halton-meter.fish"
-            changes.append(FileMade(str(fish), trust.fish_text(wanted, m.witness, m.upstream)))
+            changes.append(FileMade(str(fish), trust.fish_text(wanted, *conditions)))
         if self._choice.mode != "env-only":
             changes += self._session_changes(wanted)
         return changes
@@ -538,20 +548,20 @@ class Plan:
         """What apps that no shell started are given."""
         if self._macos:
             return self._launchctl_changes(wanted)
+        if not self._supervised():
+            return []  # nobody reads it then, and nobody would keep the proxy running
         m = self._machine
         file = m.config_home / "environment.d/60-halton-meter.conf"
-        changes: list[Change] = [FileMade(str(file), trust.environment_d_text(wanted, m.upstream))]
-        if self._supervised():
-            control = ("systemctl", "--user")
-            values = tuple(f"{name}={value}" for name, value in wanted.items())
-            changes.append(
-                CommandRun(
-                    key="session-environment",
-                    run=((*control, "set-environment", *values),),
-                    undo=((TOLERATED, *control, "unset-environment", *wanted),),
-                )
-            )
-        return changes
+        control = ("systemctl", "--user")
+        values = tuple(f"{name}={value}" for name, value in wanted.items())
+        return [
+            FileMade(str(file), trust.environment_d_text(wanted, m.upstream)),
+            CommandRun(
+                key="session-environment",
+                run=((*control, "set-environment", *values),),
+                undo=((TOLERATED, *control, "unset-environment", *wanted),),
+            ),
+        ]
 
     def _launchctl_changes(self, wanted: Mapping[str, str]) -> list[Change]:
         m = self._machine
@@ -579,7 +589,12 @@ class Plan:
 
     def _environment_detail(self) -> str:
         where = ", ".join(self._shells()) or "no shell was found"
-        apps = "; apps from the next login on" if self._choice.mode != "env-only" else ""
+        apps = ""
+        if self._choice.mode != "env-only":
+            apps = (
+                "; apps that you start from now on" if self._macos else "; apps at the next login"
+            )
+            apps = apps if self._supervised() else "; apps only if started from a terminal"
         return f"{where} (new terminals){apps}"
 
     # --- the system's proxy ---

@@ -139,14 +139,25 @@ def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> d
     return found
 
 
-def posix_text(wanted: Mapping[str, str], witness: Path, override: bool) -> str:
+def _running(pid_file: Path) -> str:
+    """A condition for sh: the process whose id is in the file is ours."""
+    file = shlex.quote(str(pid_file))
+    return f'grep -qs halton_meter "/proc/$(cat {file} 2>/dev/null)/cmdline"'
+
+
+def posix_text(
+    wanted: Mapping[str, str], witness: Path, pid_file: Path | None, override: bool
+) -> str:
     """The file that bash, zsh and sh read.
 
     It does nothing when `witness` is gone (the package was removed without uninstall), nor when
-    the person uses another proxy, unless `override` says that ours leads to it.
+    the process of `pid_file` does not run (given where nobody starts it again), nor when the
+    person uses another proxy, unless `override` says that ours leads to it.
     """
     proxy = shlex.quote(wanted["HTTPS_PROXY"])
     condition = f"[ -e {shlex.quote(str(witness))} ]"
+    if pid_file is not None:
+        condition += f" && {_running(pid_file)}"
     if not override:
         condition += (
             ' && case "${HTTPS_PROXY:-${https_proxy:-}}" in ""|'
@@ -161,10 +172,14 @@ def posix_text(wanted: Mapping[str, str], witness: Path, override: bool) -> str:
     return "\n".join([*lines, "fi"]) + "\n"
 
 
-def fish_text(wanted: Mapping[str, str], witness: Path, override: bool) -> str:
+def fish_text(
+    wanted: Mapping[str, str], witness: Path, pid_file: Path | None, override: bool
+) -> str:
     """The same for fish."""
     proxy = _fish_quoted(wanted["HTTPS_PROXY"])
     condition = f"test -e {_fish_quoted(str(witness))}"
+    if pid_file is not None:
+        condition += f"; and sh -c {_fish_quoted(_running(pid_file))}"
     if not override:
         condition += f'; and contains -- "$HTTPS_PROXY" "" {proxy}'
         condition += f'; and contains -- "$https_proxy" "" {proxy}'

@@ -344,6 +344,46 @@ def test_without_a_systemd_of_the_persons_own_a_process_is_kept_in_the_backgroun
     assert "--unset=HTTPS_PROXY" in line
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_where_nobody_supervises_shells_use_the_proxy_only_while_it_runs(
+    tmp_path: Path, shell: list[str]
+) -> None:
+    class Unsupervised(Recorded):
+        def answer(self, argv: tuple[str, ...]) -> Ran:
+            return Ran(0) if argv[0] == "sh" else super().answer(argv)
+
+    here = machine(tmp_path, Unsupervised())
+    set_up(here, "apps")
+    pid_file = here.home / "proxy.pid"
+    assert "HTTPS_PROXY" not in environment_of(shell, here.user_home)
+    like = subprocess.Popen(
+        [sys.executable, "-c", "input()", "halton_meter"], stdin=subprocess.PIPE
+    )
+    try:
+        pid_file.write_text(f"{like.pid}\n")
+        assert "HTTPS_PROXY" in environment_of(shell, here.user_home)
+    finally:
+        like.kill()
+        like.communicate()
+    assert "HTTPS_PROXY" not in environment_of(shell, here.user_home)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        pid_file.write_text(f"{other.pid}\n")
+        assert "HTTPS_PROXY" not in environment_of(shell, here.user_home), "a pid used again"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_where_nobody_supervises_the_systems_settings_are_left_alone(tmp_path: Path) -> None:
+    commands = Desktop()
+    commands.programs.discard("systemctl")
+    before = commands.snapshot()
+    with pytest.raises(SetupError, match="init --apps"):
+        set_up(machine(tmp_path, commands))
+    assert commands.snapshot() == before
+
+
 def test_a_dry_run_changes_nothing_and_writes_nothing(tmp_path: Path) -> None:
     life(tmp_path)
     commands = Desktop()
