@@ -798,8 +798,11 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
     from halton_meter.attribution import Attribution
     from halton_meter.meter import Meter
     from halton_meter.providers import Registry
+    from halton_meter.providers.estimate import count_with
+    from halton_meter.tokenizer import Tokenizer
     from pricing.book import PriceBook
 
+    count_with(Tokenizer())
     return Meter(PriceBook.load(home).price, Attribution(), Registry(extra_hosts))
 
 

@@ -9,11 +9,12 @@ The readers are used by every host that speaks this API (Vertex, Bedrock, Azure,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from halton_meter.model import Body, Certainty, Exchange, Tokens, Usage, UsageEvent, header
+from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.estimate import texts_under, tokens_of
 from halton_meter.providers.reading import (
     BILLED,
     Counts,
@@ -29,8 +30,6 @@ from halton_meter.providers.reading import (
     failed,
     form,
     plus,
-    stream_chars,
-    tokens_guessed,
     unanswered,
     verbatim,
 )
@@ -42,6 +41,8 @@ _WEB_TOOL = re.compile(r"web_(?:search|fetch)_(\d{8})")
 # Web tools from this date on make code execution free (3P).
 FREE_CODE_EXECUTION_SINCE = "20260209"
 MESSAGES_EVENTS_MAX = 64
+# Where a stream's deltas hold what was answered.
+ANSWER_KEYS = (b"text", b"thinking", b"partial_json")
 
 
 # --- usage to tokens ----------------------------------------------------------------------------
@@ -279,28 +280,32 @@ def _streamed_event(draft: Draft, body: Body) -> None:
         if not begun:
             draft.flags.add("gapped")
         return
-    draft.flags.add("usage_not_final")
-    chars = _output_chars(body)
     if not begun:
+        draft.flags.add("usage_not_final")
         draft.model = as_name(start.get("model"))
         draft.response_id = as_id(start.get("id"))
         if draft.error_class is None:
-            draft.usage_not_sent(chars)
+            draft.usage_not_sent(_answered(body))
         return
+    begun_only(draft, start, _answered(body))
+
+
+def begun_only(draft: Draft, start: Json, answered: Iterable[str]) -> None:
+    """Fill a draft from a stream's start alone: its input is stated, its output estimated."""
+    begun = as_dict(start.get("usage"))
     fill_message(draft, start, {k: v for k, v in begun.items() if k != "output_tokens"})
     draft.free = None
     draft.raw_usage = verbatim(b"", b"", begun).text
-    draft.certainty = Certainty.ESTIMATED
-    draft.flags.add("estimated")
+    draft.not_final()
     begun_output = Counts().of(begun, "output_tokens") or 0
-    guess = max(begun_output, tokens_guessed(chars))
+    guess = max(begun_output, tokens_of(answered, draft.model))
     first = draft.parts[0]
     draft.parts[0] = Usage(first.model, first.tokens, first.units, {"estimated_output": guess})
 
 
-def _output_chars(body: Body) -> int:
-    """Characters of text, thinking and tool input in a stream's deltas."""
-    return stream_chars(body, (b"text", b"thinking", b"partial_json"))
+def _answered(body: Body) -> Iterator[str]:
+    """Text, thinking and tool input of a stream's deltas."""
+    return texts_under(body, ANSWER_KEYS)
 
 
 # --- counting, batches, text completions --------------------------------------------------------
@@ -364,19 +369,12 @@ def read_text(exchange: Exchange, route: Route, provider: Provider) -> Iterator[
         if draft.error_class is None:
             draft.model = as_name(answer.get("model"))
             draft.response_id = as_id(answer.get("id"))
-            draft.usage_not_sent(_completion_chars(exchange))
+            draft.usage_not_sent(_completed(exchange))
     yield draft.event()
 
 
-def _completion_chars(exchange: Exchange) -> int:
-    body = exchange.response.body
-    values: list[object] = (
-        [formats.loads(event.data) for event in formats.sse_events(body)]
-        if form(exchange.response.headers, body) == "sse"
-        else [formats.json_value(body)]
-    )
-    texts = [as_dict(value).get("completion") for value in values]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _completed(exchange: Exchange) -> Iterator[str]:
+    return texts_under(exchange.response.body, (b"completion",))
 
 
 def read_imitated(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:

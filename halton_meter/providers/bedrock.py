@@ -16,7 +16,14 @@ from urllib.parse import unquote
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.anthropic import fill_message, overlaid, read_count, read_messages
+from halton_meter.providers.anthropic import (
+    begun_only,
+    fill_message,
+    overlaid,
+    read_count,
+    read_messages,
+)
+from halton_meter.providers.estimate import texts_keyed
 from halton_meter.providers.openai_text import route, text_routes, usage_tokens
 from halton_meter.providers.reading import (
     Counts,
@@ -30,7 +37,6 @@ from halton_meter.providers.reading import (
     documents,
     form,
     plus,
-    text_chars,
     unanswered,
     verbatim,
 )
@@ -38,6 +44,10 @@ from halton_meter.wire import formats
 
 _MODEL = re.compile(r"/model/([^/]+)/")
 _REGION = re.compile(r"bedrock-(?:runtime|mantle)(?:-fips)?\.([a-z0-9-]+)\.")
+# Where the makers' events hold what was answered.
+_ANSWER_KEYS = frozenset(
+    "text thinking partial_json input outputText generation completion content".split()
+)
 _ERRORS = {
     "throttlingException": "rate_limit",
     "serviceUnavailableException": "server_error",
@@ -129,7 +139,7 @@ def read_converse(exchange: Exchange, route: Route, provider: Provider) -> Itera
 
 
 def _converse_stream(draft: Draft) -> None:
-    chars = 0
+    answered: list[str] = []
     for frame in formats.event_stream(draft.exchange.response.body):
         _exception(draft, frame)
         kind = frame.headers.get(":event-type")
@@ -138,9 +148,9 @@ def _converse_stream(draft: Draft) -> None:
             if isinstance(value.get("usage"), dict):
                 _fill_converse(draft, value, frame.payload)
         elif kind == "contentBlockDelta":
-            chars += len(frame.payload) // 2
+            answered += texts_keyed(formats.loads(frame.payload), _ANSWER_KEYS)
     if not draft.parts and draft.error_class is None:
-        draft.usage_not_sent(chars)
+        draft.usage_not_sent(answered)
 
 
 def _exception(draft: Draft, frame: formats.Frame) -> None:
@@ -202,7 +212,9 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
             final = inner
         metrics = as_dict(event.get("amazon-bedrock-invocationMetrics")) or metrics
     begun = as_dict(start.get("usage"))
-    if begun and end:
+    if begun and not end and not metrics:
+        begun_only(draft, start, texts_keyed(events, _ANSWER_KEYS))
+    elif begun and end:
         usage, stale = overlaid(begun, end)
         fill_message(draft, start, usage, stale)
         draft.raw_usage = verbatim(b"", b"", usage).text
@@ -213,7 +225,7 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
     elif (tokens := _own_words(Counts(), events)) != Tokens():
         draft.parts = [Usage(draft.model or draft.request_model, tokens)]
     elif draft.error_class is None:
-        draft.usage_not_sent(sum(text_chars(event) for event in events))
+        draft.usage_not_sent(texts_keyed(events, _ANSWER_KEYS))
 
 
 def _fill_known(draft: Draft, usage: Json, text: bytes) -> None:

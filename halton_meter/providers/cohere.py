@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import read_transcription
 from halton_meter.providers.openai_text import route, text_routes
 from halton_meter.providers.reading import (
@@ -22,7 +23,6 @@ from halton_meter.providers.reading import (
     documents,
     failed,
     positive,
-    text_chars,
     unanswered,
     verbatim,
 )
@@ -66,7 +66,7 @@ def read_cohere(exchange: Exchange, route: Route, provider: Provider) -> Iterato
                 break
         else:
             if draft.error_class is None:
-                draft.usage_not_sent(sum(text_chars(v.get("message")) for v, _ in found[:1]))
+                draft.usage_not_sent(texts_under(exchange.response.body, (b"text", b"thinking")))
     yield draft.event()
 
 

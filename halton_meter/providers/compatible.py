@@ -15,6 +15,7 @@ from functools import partial
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
+from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import batch_answers, job_routes, media_routes
 from halton_meter.providers.openai_text import (
     Dialect,
@@ -39,7 +40,6 @@ from halton_meter.providers.reading import (
     failed,
     plus,
     positive,
-    text_chars,
     unanswered,
     verbatim,
 )
@@ -96,8 +96,9 @@ def read_ollama(exchange: Exchange, route: Route, provider: Provider) -> Iterato
             draft.raw_usage = verbatim(b"", b"", kept).text
             draft.flags |= counts.flags()
         elif draft.error_class is None:
-            chars = sum(text_chars(v.get("response")) + text_chars(v.get("message")) for v in lines)
-            draft.usage_not_sent(chars)
+            draft.usage_not_sent(
+                texts_under(exchange.response.body, (b"response", b"content", b"thinking"))
+            )
     yield draft.event()
 
 

@@ -14,9 +14,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
+from halton_meter.model import Exchange, Outcome, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count
+from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import media_routes
 from halton_meter.providers.openai_text import Dialect, route, text_routes
 from halton_meter.providers.reading import (
@@ -34,7 +35,6 @@ from halton_meter.providers.reading import (
     form,
     plus,
     positive,
-    text_chars,
     unanswered,
     verbatim,
 )
@@ -216,10 +216,14 @@ def generate_event(draft: Draft) -> None:
         draft.response_id = draft.response_id or as_id(value.get("responseId"))
     found = next(((v, t) for v, t in chunks if _counted(v.get("usageMetadata"))), None)
     if found is None:
-        _generate_without_usage(draft, chunks)
+        _generate_without_usage(draft)
         return
     value, text = found
     fill_generated(draft, value["usageMetadata"], text, _grounding(exchange, chunks))
+    candidates = [each for v, _ in chunks for each in dicts(v.get("candidates"))]
+    ended = exchange.outcome is Outcome.COMPLETE or any(c.get("finishReason") for c in candidates)
+    if draft.streaming and candidates and not ended:
+        draft.not_final()  # a running count: the stream went on
     tier = next((t for v, _ in chunks if (t := as_name(v.get("serviceTier")))), None)
     if tier is not None and "service_tier" not in draft.conditions:
         draft.conditions["service_tier"] = _tier_word(tier)
@@ -286,7 +290,7 @@ def _grounding(exchange: Exchange, chunks: list[tuple[Json, bytes]]) -> tuple[se
     return where, {query for query in queries if query}
 
 
-def _generate_without_usage(draft: Draft, chunks: list[tuple[Json, bytes]]) -> None:
+def _generate_without_usage(draft: Draft) -> None:
     if draft.error_class is not None:
         return
     body = draft.exchange.response.body
@@ -295,13 +299,10 @@ def _generate_without_usage(draft: Draft, chunks: list[tuple[Json, bytes]]) -> N
         draft.model = draft.model or as_name(formats.salvage_scalar(body, b"modelVersion"))
         draft.response_id = draft.response_id or as_id(formats.salvage_scalar(body, b"responseId"))
         fill_generated(draft, usage, b"", (set(), set()))
+        if draft.streaming:
+            draft.not_final()
         return
-    chars = sum(
-        text_chars(as_dict(candidate.get("content")).get("parts"))
-        for value, _ in chunks
-        for candidate in dicts(value.get("candidates"))
-    )
-    draft.usage_not_sent(chars)
+    draft.usage_not_sent(texts_under(body, (b"text",)))
 
 
 # --- embeddings, counts, caches, images, videos -------------------------------------------------
@@ -478,7 +479,7 @@ def read_interaction(exchange: Exchange, route: Route, provider: Provider) -> It
         elif draft.error_class is None and first.get("status") in ("in_progress", "queued"):
             draft.pending()
         elif draft.error_class is None:
-            draft.usage_not_sent()
+            draft.usage_not_sent(texts_under(exchange.response.body, (b"text",)))
     yield draft.event()
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from halton_meter.model import Body, Exchange, Protocol, Tokens, Usage, UsageEvent
+from halton_meter.model import Body, Exchange, Outcome, Protocol, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import read_count
+from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.reading import (
     Counts,
     Draft,
@@ -34,7 +35,6 @@ from halton_meter.providers.reading import (
     failed,
     form,
     positive,
-    stream_chars,
     unanswered,
     verbatim,
 )
@@ -270,6 +270,10 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
     if holder is not None:
         value, text, (usage, key) = holder
         _fill_chat(draft, value, usage, verbatim(text, key, usage), dialect)
+        if draft.streaming and draft.exchange.outcome is not Outcome.COMPLETE:
+            choices = [choice for each, _ in found for choice in dicts(each.get("choices"))]
+            if dicts(value.get("choices")) and not any(c.get("finish_reason") for c in choices):
+                draft.not_final()  # a running count: the stream went on
     elif draft.error_class is None:
         _fill_without_usage(draft, found, dialect)
 
@@ -305,12 +309,7 @@ def _fill_without_usage(draft: Draft, found: list[tuple[Json, bytes]], dialect: 
             draft.model = as_name(formats.salvage_scalar(body, b"model"))
         _fill_chat(draft, {}, usage, verbatim(b"", b"", usage), dialect)
         return
-    draft.usage_not_sent(_chat_chars(draft.exchange))
-
-
-def _chat_chars(exchange: Exchange) -> int:
-    """Characters of what was answered, in deltas, messages or completions."""
-    return stream_chars(exchange.response.body, _ANSWER_KEYS)
+    draft.usage_not_sent(texts_under(body, _ANSWER_KEYS))
 
 
 _ANSWER_KEYS = (b"content", b"text", b"reasoning", b"reasoning_content", b"refusal", b"arguments")
@@ -419,7 +418,7 @@ def _salvaged_response(draft: Draft, body: Body, dialect: Dialect) -> None:
         response = {"id": draft.response_id, "model": draft.model, "usage": usage}
         fill_response(draft, response, b"", dialect)
         return
-    draft.usage_not_sent(stream_chars(body, (b"delta",)))
+    draft.usage_not_sent(texts_under(body, (b"delta",)))
 
 
 def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = OPENAI) -> None:
@@ -519,11 +518,9 @@ def _websocket_responses(
     request = {**as_dict(request.get("response")), **request}
     started: Json = {}
     ended = False
-    chars = 0
     for piece in exchange.response.body.pieces:
         for line in piece.split(b"\n"):
             if not response_turn_ends(line) and b'"response.created"' not in line[:256]:
-                chars += line.count(b'"delta"') * 4
                 continue
             event = as_dict(formats.loads(line))
             response = as_dict(event.get("response"))
@@ -543,7 +540,7 @@ def _websocket_responses(
         draft = _turn(exchange, route, provider, request)
         draft.response_id = as_id(started.get("id"))
         draft.model = as_name(started.get("model"))
-        draft.usage_not_sent(chars)
+        draft.usage_not_sent(texts_under(exchange.response.body, (b"delta",)))
         yield draft.event()
 
 

@@ -74,9 +74,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -92,6 +91,7 @@ from halton_meter.model import (
     event_id,
     header,
 )
+from halton_meter.providers.estimate import prompt_tokens, tokens_of
 from halton_meter.wire import formats
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ _FROM_CONTENT = "from content"
 IDENTITY_BYTES = 4096
 # Two sources see one request begin some milliseconds apart; a minute's border rarely lies between.
 IDENTITY_NS = 60 * 1_000_000_000
-# Nesting looked into when text is measured for an estimate.
+# Nesting kept of a usage object.
 DEPTH_MAX = 32
-CHARS_PER_TOKEN = 4
 # Above any cost, duration or xAI's ticks (10^10 a dollar); what is larger is damage.
 AMOUNT_MAX = Decimal(10) ** 18
 
@@ -353,48 +352,6 @@ def request_fields(exchange: Exchange, wanted: tuple[str, ...] = ()) -> Json:
     return {"model": model, "stream": stream}
 
 
-def text_chars(value: object, depth: int = 0) -> int:
-    """Characters of text in a JSON value; data of images and files is left out."""
-    if isinstance(value, str):
-        return 0 if value.startswith("data:") else len(value)
-    if depth > DEPTH_MAX:
-        return 0
-    if isinstance(value, list):
-        return sum(text_chars(item, depth + 1) for item in value)
-    if isinstance(value, dict):
-        return sum(
-            text_chars(item, depth + 1)
-            for key, item in value.items()
-            if key not in ("data", "url", "file_data", "image_url", "b64_json", "signature")
-        )
-    return 0
-
-
-def stream_chars(body: Body, keys: tuple[bytes, ...]) -> int:
-    """Characters of the strings under `keys` in a stream's text; an estimate's rough measure.
-
-    No event is decoded: this is for streams that state no usage, of whatever size.
-    """
-    pattern = re.compile(rb'"(?:' + b"|".join(keys) + rb')"\s*:\s*"((?:[^"\\]|\\.)*+)"', re.DOTALL)
-    return sum(
-        len(match.group(1).decode("utf-8", "replace"))
-        for piece in body.pieces
-        for match in pattern.finditer(piece)
-    )
-
-
-def tokens_guessed(chars: int) -> int:
-    """Tokens that so many characters may be: four to a token, rounded up."""
-    return math.ceil(chars / CHARS_PER_TOKEN)
-
-
-def prompt_guess(request: Json) -> int | None:
-    """Tokens that the request's text may be; None when there is none."""
-    keys = ("messages", "input", "prompt", "system", "tools", "instructions", "contents")
-    chars = sum(text_chars(request.get(key)) for key in keys)
-    return tokens_guessed(chars) or None
-
-
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -529,20 +486,30 @@ class Draft:
         if in_stream:
             self.flags.add("error_in_stream")
 
-    def usage_not_sent(self, output_chars: int = 0) -> None:
+    def usage_not_sent(self, answered: Iterable[str] = ()) -> None:
         """Note that the response carries no usage; estimate from the text that was seen."""
         self.flags.add("usage_not_sent")
         details: dict[str, int] = {}
-        if output_chars > 0:
-            guess = prompt_guess(self.request)
+        model = self.model or self.request_model
+        if output := tokens_of(answered, model):
+            guess = prompt_tokens(self.request, model)
             if guess is not None:
                 details["estimated_input"] = guess
-            details["estimated_output"] = tokens_guessed(output_chars)
+            details["estimated_output"] = output
             self.flags.add("estimated")
             self.certainty = Certainty.ESTIMATED
         else:
             self.certainty = Certainty.UNKNOWN
-        self.parts = [Usage(self.model or self.request_model, details=details)]
+        self.parts = [Usage(model, details=details)]
+
+    def not_final(self) -> None:
+        """Note that the counts are those of a moment before the end, which was not seen.
+
+        A charge stated beside them is of that moment too, and so not what the provider reports.
+        """
+        self.reported_usd = None
+        self.flags |= {"usage_not_final", "estimated"}
+        self.certainty = Certainty.ESTIMATED
 
     def pending(self) -> None:
         """Note that this only started something: its usage will be seen in a later answer."""
