@@ -65,6 +65,8 @@ TICK_S = 1.0
 # which breaks the streams that it still holds. Ticks, not time: they stop when we are suspended.
 QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
 ALIVE_TICKS = 10
+# A configuration that cannot be read is read again so often.
+MEND_S = 5.0
 STATUS_S_MAX = 2.0
 
 # Signals that a terminal sends to the whole foreground group: the command decides, we wait.
@@ -83,6 +85,7 @@ class ProxyService:
     """An edge and the worker that it keeps alive. Lives in one event loop.
 
     `environment` is the worker's: what it says of trusted roots is how providers are judged.
+    While `mend` is given and raises, there is `trouble`: everything is let through unmetered.
     """
 
     def __init__(
@@ -90,11 +93,14 @@ class ProxyService:
         job: Job,
         environment: Mapping[str, str],
         say: Callable[[str], None] = lambda text: None,
+        mend: Callable[[], Job] | None = None,
+        trouble: str | None = None,
     ) -> None:
         self.job = job
         self.home = Path(job.home)
+        self._mend = mend
         self.edge = Edge(
-            provider_hosts(job.extra_hosts),
+            () if mend is not None else provider_hosts(job.extra_hosts),
             job.upstream,
             lambda address: program_of(process_of(address)),
             edges.raise_descriptor_limit(),
@@ -113,7 +119,7 @@ class ProxyService:
         self._port: int | None = None
         self._accepted: list[str] | None = None
         self._state = "starting"
-        self._cause: str | None = None
+        self._cause: str | None = trouble
         self._restarts = 0
         self._down_ns: int | None = None
         self._down_cause: str | None = None
@@ -189,6 +195,9 @@ class ProxyService:
     async def _keep_worker(self) -> None:
         in_a_row = 0
         while not self._stopping.is_set():
+            if self._mend is not None:
+                await self._mended(self._mend)
+                continue
             if self._paused:
                 await self._resumed.wait()
                 in_a_row = 0
@@ -214,6 +223,20 @@ class ProxyService:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), wait_s)
             self._restarts += 1
+
+    async def _mended(self, mend: Callable[[], Job]) -> None:
+        """Try to begin as one should; after a failure wait a while."""
+        try:
+            self.job = mend()
+            hosts = provider_hosts(self.job.extra_hosts)
+        except Exception as error:  # whatever it is, traffic goes on meanwhile
+            self._cause = str(error)
+            self._down("not_configured", "waiting")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), MEND_S)
+            return
+        self._mend = None
+        self.edge.hosts, self.edge.upstream = edges.HostSet(hosts), self.job.upstream
 
     async def _live(self) -> int:
         """One worker's life; its exit code."""
@@ -419,7 +442,7 @@ class ProxyService:
                 "state": self._state,
                 "pid": self._process.pid if self._process is not None else None,
                 "restarts": self._restarts,
-                "trouble": self._cause if self._state != "ready" else None,
+                "trouble": self._cause or self._down_cause if self._state != "ready" else None,
             },
             "gaps": self._kept.listed() if self._kept is not None else [],
             **{name: worker.get(name) for name in _OF_WORKER},
@@ -455,31 +478,49 @@ def _cause(code: int) -> str:
 # --- the service ------------------------------------------------------------------------------
 
 
-def serve(
-    home: Path,
-    extra_hosts: Mapping[str, str],
-    port: int,
-    upstream: tuple[str, int] | None,
-    say: Callable[[str], None],
-) -> None:
+def configured(home: Path) -> tuple[Job, int]:
+    """The service's job and its port, as config.toml has them. Raises ConfigError."""
+    from halton_meter import config
+    from halton_meter.providers import UnknownFamily
+
+    chosen, proxy = config.load(home), config.load_proxy(home)
+    try:
+        provider_hosts(chosen.extra_hosts)
+    except UnknownFamily as error:
+        raise config.ConfigError(f"{home / 'config.toml'}: {error}") from None
+    return Job(str(home), True, chosen.extra_hosts, proxy.upstream), proxy.port
+
+
+def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
     """Run the edge and its worker until SIGTERM, SIGINT or `stop`.
 
-    Listens on the sockets that systemd, launchd or our own keeper hands over, else on `port`.
-    Raises ProxyUnavailable when there is nothing to listen on.
+    Listens on the sockets that systemd, launchd or our own keeper hands over: then clients count
+    on us, and a configuration that cannot be read only ends the metering until it is mended. Else
+    on `port`, or config.toml's; raises ConfigError then, and ProxyUnavailable without a socket.
     """
     try:
-        sockets = edges.listeners() or [edges.listen(port)]
+        sockets = edges.listeners()
+        mend, trouble = None, None
+        job = Job(str(home), True)
+        try:
+            job, own_port = configured(home)
+        except Exception as error:  # a broken installation must not take the network away
+            if not sockets:
+                raise
+            mend, trouble = (lambda: configured(home)[0]), str(error)
+            say(f"{trouble}; traffic goes on unmetered until that is mended")
+        sockets = sockets or [edges.listen(port or own_port)]
     except edges.EdgeError as error:
         raise ProxyUnavailable(str(error)) from None
     with contextlib.suppress(OSError):
         prepare_home(home)
     os.umask(0o077)
-    job = Job(str(home), True, dict(extra_hosts), upstream)
-    asyncio.run(_serve(job, sockets, say))
+    asyncio.run(_serve(ProxyService(job, os.environ, say, mend, trouble), sockets, say))
 
 
-async def _serve(job: Job, sockets: Sequence[socket.socket], say: Callable[[str], None]) -> None:
-    service = ProxyService(job, os.environ, say)
+async def _serve(
+    service: ProxyService, sockets: Sequence[socket.socket], say: Callable[[str], None]
+) -> None:
     loop = asyncio.get_running_loop()
     # What asyncio would print may name hosts; that something went wrong is enough.
     loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))

@@ -91,16 +91,11 @@ def _serve_proxy(port: int | None) -> None:
     from halton_meter import config, proxied
     from halton_meter import daemon as root
 
-    home = config.home_folder()
-    chosen, proxy = config.load(home), config.load_proxy(home)
+    def say(text: str) -> None:
+        click.echo(f"halton-meter: {text}", err=True)
+
     try:
-        proxied.serve(
-            home,
-            chosen.extra_hosts,
-            port or proxy.port,
-            proxy.upstream,
-            lambda text: click.echo(f"halton-meter: {text}", err=True),
-        )
+        proxied.serve(config.home_folder(), port, say)
     except proxied.ProxyUnavailable as error:
         what, _, mend = str(error).partition("\n")
         raise root.Unavailable([(what, mend.strip().removeprefix("try: "))]) from None

@@ -381,12 +381,26 @@ def _stop_proxy(home: Path) -> bool:
         return True
     proxied.ask_service(home, "stop")
     deadline = time.monotonic() + 2 * STOP_S_MAX
-    while proxied.service_status(home) is not None:
+    # Whoever kept the socket lets go of it last.
+    while proxied.service_status(home) is not None or _answering(found["addresses"]):
         if time.monotonic() > deadline:
             _fail("the proxy did not stop in time", "halton-meter status --json   # see pid")
         time.sleep(0.05)
     click.echo("the proxy stopped")
     return True
+
+
+def _answering(addresses: Sequence[str]) -> bool:
+    import socket
+
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), 1.0).close()
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def _is_set_up(home: Path) -> bool:
