@@ -1,0 +1,129 @@
+"""`init` by an ordinary user whose own systemd runs, on a machine of the lab, to the metered event.
+
+Nothing is recorded here: the shells, systemd, the socket it holds and curl are real.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from .conftest import HALTON_METER, wait_until
+from .lab import Lab
+from .machine import Machine, unavailable
+from .test_clients import anthropic_body, curl
+
+pytestmark = pytest.mark.lab
+UNIT = "halton-meter-proxy"
+
+
+@dataclass(frozen=True)
+class Person:
+    """The lab's user, logged in on a machine."""
+
+    machine: Machine
+    home: Path
+
+    def run(self, argv: Sequence[str], **extra: str) -> CompletedProcess[str]:
+        user = self.machine.lab.user
+        session = {
+            "XDG_RUNTIME_DIR": f"/run/user/{user.uid}",
+            "HALTON_METER_HOME": str(self.home),
+        }
+        return self.machine.run(argv, user, **session, **extra)
+
+    def done(self, *argv: str) -> str:
+        done = self.run(argv)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def meter(self, *command: str) -> str:
+        return self.done(*HALTON_METER, *command)
+
+    def in_new_terminal(self, shell: str, argv: Sequence[str]) -> CompletedProcess[str]:
+        return self.run(["/bin/sh", "-c", f"exec {shell} {shlex.quote(shlex.join(argv))}"])
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.meter("events", "--json").splitlines()]
+
+    def files(self) -> dict[str, tuple[int, bytes]]:
+        """All in the user's home but for Halton Meter's own folder."""
+        home = self.machine.lab.user.home
+        return {
+            str(path): (path.stat().st_mode, path.read_bytes() if path.is_file() else b"")
+            for path in home.rglob("*")
+            if self.home not in (path, *path.parents) and not {".cache", ".local"} & set(path.parts)
+        }
+
+
+@pytest.fixture(scope="module")
+def person(lab: Lab) -> Iterator[Person]:
+    if reason := unavailable():
+        pytest.skip(f"no machine can be booted: {reason}")
+    with Machine(lab) as machine:
+        user = lab.user
+        shadow = f"{user.name}:*:20000:0:99999:7:::"
+        machine.run(
+            ["sh", "-c", f"grep -q {user.name}: /etc/shadow || echo '{shadow}' >>/etc/shadow"]
+        )
+        started = machine.run(["systemctl", "start", f"user@{user.uid}.service"])
+        if started.returncode:
+            pytest.skip(f"no systemd of the user's own: {started.stderr}")
+        yield Person(machine, user.home / "set-up")
+
+
+def test_from_init_to_metered_traffic_and_back(person: Person) -> None:
+    home = person.machine.lab.user.home
+    (home / ".bashrc").write_bytes(b"case $- in *i*) ;; *) return;; esac\nalias ll='ls -l'")
+    before = person.files()
+    said = person.meter("init", "--apps", "--non-interactive")
+    assert "by your systemd, at every login" in said
+    assert "init complete, mode: apps" in said
+    assert "nothing changed" in person.meter("init", "--apps", "--non-interactive")
+
+    answered = person.in_new_terminal("bash -lc", [*curl(), "-d", anthropic_body(7)])
+    assert answered.returncode == 0, answered.stderr
+    [event] = wait_until(lambda: person.events() or None, "the event")
+    assert event["source"] == "proxy"
+    assert event["process"].endswith("/curl")
+
+    # Whatever becomes of the process, the socket stays: nobody is refused.
+    for how in ("kill", "restart"):
+        old = person.done("systemctl", "--user", "show", "-p", "MainPID", "--value", UNIT).strip()
+        if how == "kill":
+            person.done("kill", "-9", old)
+        else:
+            person.done("systemctl", "--user", "restart", "--no-block", UNIT)
+        for number in range(5):
+            body = anthropic_body(10 + number)
+            answered = person.in_new_terminal("bash -lc", [*curl(), "-d", body])
+            assert answered.returncode == 0, (how, answered.stderr)
+
+    said = person.meter("uninstall")
+    assert "changes undone" in said
+    assert person.files() == before
+    left = person.run(["systemctl", "--user", "list-unit-files", "--no-legend", "halton*"])
+    assert left.stdout == ""
+    assert "HTTPS_PROXY" not in person.done("systemctl", "--user", "show-environment")
+    answered = person.in_new_terminal("bash -lc", [*curl(), "-d", anthropic_body(20)])
+    assert answered.returncode == 0, answered.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_what_a_new_zsh_starts_is_metered(person: Person) -> None:
+    person.meter("init", "--env-only", "--non-interactive")
+    try:
+        count = len(person.events())
+        answered = person.in_new_terminal("zsh -c", [*curl(), "-d", anthropic_body(30)])
+        assert answered.returncode == 0, answered.stderr
+        wait_until(lambda: len(person.events()) == count + 1 or None, "the event")
+    finally:
+        person.meter("uninstall")
