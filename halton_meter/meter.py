@@ -43,6 +43,9 @@ EVENTS_REMEMBERED_MAX = 65_536
 # starts it). The proxy meters what goes through it; uprobes would see it speak for its clients.
 PROXY_MODULE = "halton_meter.proxy_worker"
 
+# From this rank on a sighting knows all that was used: only the process may be missing.
+SETTLED_RANK = 14
+
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
 
@@ -164,7 +167,7 @@ class Meter:
 
     def _is_repeat(self, usage: UsageEvent) -> bool:
         """True for an id already given out, unless this sighting knows more than that one did."""
-        rank = _rank(usage)
+        rank = sighting_rank(usage)
         known = self._rank_by_event.get(usage.id)
         if known is not None and rank <= known:
             return True
@@ -178,7 +181,7 @@ def _is_own_proxy(process: Process | None) -> bool:
     return process is not None and PROXY_MODULE in process.argv[:8]
 
 
-def _rank(usage: UsageEvent) -> int:
+def sighting_rank(usage: UsageEvent) -> int:
     """How much a sighting knows; the same order as the store's, which replaces the lesser one."""
     return (
         8 * (usage.free != "pending")

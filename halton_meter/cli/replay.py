@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -38,6 +38,10 @@ STORE_BATCH = 500
 STORE_WAIT_SECONDS = 10.0
 # What is read of each end of a capture to tell it from others.
 IDENTITY_BYTES = 64 << 10
+# Events held back because a better sighting of the same exchange may still come, and those whose
+# turn to be printed came before that.
+HELD_EVENTS_MAX = 10_000
+PRINTED_EVENTS_MAX = 65_536
 # Host names named one by one in a message.
 HOSTS_SHOWN = 8
 
@@ -112,6 +116,46 @@ class Progress:
             click.echo("\r" + " " * 60 + "\r", err=True, nl=False)
 
 
+class BestSightings:
+    """Gives one event an id, the best: what was cut off or estimated may be seen whole later on.
+
+    Holds back only events that can be bettered, `HELD_EVENTS_MAX` of them; `late` counts better
+    ones that came after theirs had to go.
+    """
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[str, PricedEvent] = OrderedDict()
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self.late = 0
+
+    def take(self, event: PricedEvent) -> list[PricedEvent]:
+        """Take an event; return those that need wait no longer."""
+        from halton_meter.meter import SETTLED_RANK, sighting_rank
+
+        key, rank = event.usage.id, sighting_rank(event.usage)
+        if key in self._gone:
+            self.late += 1
+            return []
+        if rank >= SETTLED_RANK:
+            self._held.pop(key, None)
+            return [event]
+        known = self._held.get(key)
+        if known is None or rank > sighting_rank(known.usage):
+            self._held[key] = event
+        if len(self._held) <= HELD_EVENTS_MAX:
+            return []
+        oldest, event = self._held.popitem(last=False)
+        self._gone[oldest] = None
+        if len(self._gone) > PRINTED_EVENTS_MAX:
+            self._gone.popitem(last=False)
+        return [event]
+
+    def rest(self) -> list[PricedEvent]:
+        """All that is still held, at the end."""
+        held, self._held = self._held, OrderedDict()
+        return list(held.values())
+
+
 _ROW = "{:<20} {:<12} {:<30} {:>10} {:>10} {:>12}  {}"
 
 
@@ -152,7 +196,7 @@ def _usd(amount: Decimal | None) -> str:
 
 
 class Output:
-    """Prints each event as it comes; keeps none."""
+    """Prints events; keeps none."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self._as_json = as_json
@@ -238,8 +282,11 @@ class Replay:
         from halton_meter import config
         from halton_meter.meter import Meter
         from halton_meter.providers import Registry
+        from halton_meter.providers.estimate import count_with
+        from halton_meter.tokenizer import Tokenizer
         from pricing.book import PriceBook
 
+        count_with(Tokenizer())
         home = config.home_folder()
         extra_hosts = config.load(home).extra_hosts
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
@@ -251,6 +298,7 @@ class Replay:
         self._source = PcapSource(files, job.keys, self._is_wanted, self._progress)
         self._source.findings.errors += errors
         self._output, self._summary = Output(job.as_json, job.quiet), Summary()
+        self._sightings = BestSightings()
         self._store = _open_store(home) if job.keep else None
         self._waiting: list[PricedEvent] = []
 
@@ -260,8 +308,10 @@ class Replay:
             self._take(self._meter.receive(item))
         findings = self._source.findings
         self._take(self._meter.finish(findings.last_ns))
+        self._print(self._sightings.rest())
         self._progress.clear()
         losses = findings.losses + Counter(self._meter.losses)
+        losses += Counter(better_sightings_not_shown=self._sightings.late)
         self._keep(losses)
         self._output.summary(self._summary, findings, losses)
         without_keys = findings.without_keys
@@ -281,13 +331,17 @@ class Replay:
             booked = event
             if self._job.project is not None:
                 booked = replace(event, usage=replace(event.usage, project=self._job.project))
-            self._summary.add(booked)
-            self._output.event(booked)
+            self._print(self._sightings.take(booked))
             if self._store is not None:
                 self._waiting.append(booked)
                 if len(self._waiting) >= STORE_BATCH:
                     self._store.append(self._waiting)
                     self._waiting.clear()
+
+    def _print(self, events: Iterable[PricedEvent]) -> None:
+        for event in events:
+            self._summary.add(event)
+            self._output.event(event)
 
     def _keep(self, losses: Counter[str]) -> None:
         """Bring what waits into the database."""

@@ -10,9 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
+from halton_meter.cli.replay import BestSightings
+from halton_meter.model import Outcome
 from tests.recorder.packets import pcap, write
 from tests.recorder.relay import record
 from tests.recorder.scenarios import every
+from tests.store.made import made
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
 PLAIN = FIXTURES / "anthropic_message.pcapng"
@@ -140,3 +143,44 @@ def report_of(home: Path) -> dict[str, dict[str, object]]:
     assert result.exit_code == 0, result.output
     found: dict[str, dict[str, object]] = json.loads(result.stdout)
     return found
+
+
+def first_blocks(path: Path, share: float) -> bytes:
+    """So much of a pcapng file's blocks: a capture that was ended in mid-conversation."""
+    data = path.read_bytes()
+    ends = [0]
+    while ends[-1] < len(data):
+        ends.append(ends[-1] + int.from_bytes(data[ends[-1] + 4 : ends[-1] + 8], "little"))
+    return data[: ends[int(len(ends) * share)]]
+
+
+def test_an_exchange_seen_cut_off_and_then_whole_is_one_line(tmp_path: Path, home: Path) -> None:
+    whole = FIXTURES / "anthropic_stream_http2.pcapng"
+    cut = tmp_path / "a.pcapng"
+    for part in range(95, 30, -5):
+        cut.write_bytes(first_blocks(whole, part / 100))
+        alone = call(cut, "--json")
+        if '"outcome":"complete"' not in alone.stdout and '"response_id":"' in alone.stdout:
+            break
+    lesser = events(alone)
+    after = tmp_path / "b.pcapng"
+    shutil.copy(whole, after)
+    assert events(call(cut, after, "--json", "--store")) == events(call(whole, "--json"))
+    assert lesser[0]["id"] in {event["id"] for event in events(call(whole, "--json"))}
+    stored = CliRunner().invoke(main, ["events", "--json"])
+    assert "aborted" not in stored.stdout
+
+
+def test_few_events_are_held_back_for_a_better_sighting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halton_meter.cli.replay.HELD_EVENTS_MAX", 2)
+    sightings = BestSightings()
+    cut_off = [made(f"e{n}", outcome=Outcome.ABORTED) for n in range(3)]
+    assert sightings.take(cut_off[0]) == []
+    assert sightings.take(cut_off[1]) == []
+    assert sightings.take(cut_off[2]) == [cut_off[0]]
+    assert sightings.take(made("e0")) == []
+    assert sightings.late == 1
+    assert sightings.take(made("e1")) == [made("e1")]
+    assert sightings.take(made("e2", outcome=Outcome.GAPPED)) == []
+    assert sightings.rest() == [cut_off[2]]
+    assert sightings.rest() == []
