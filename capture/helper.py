@@ -27,6 +27,7 @@ from typing import Any
 
 from capture import libraries, loader, processes, protocol
 from capture.attachments import FILES_MAX, Attachments, File, FileId, Haste
+from capture.family import EXCLUDED, IN_SCOPE, Family
 from capture.installs import Installs, homes_of
 from capture.known_files import KnownFiles
 from halton_meter.model import Process
@@ -55,7 +56,6 @@ REQUEST_BYTES_MAX = 8 * 1024 * 1024
 _SETTINGS = struct.Struct("=IIQIIQQ")
 _KEY = struct.Struct("=QII")
 _EVERYONE, _UIDS, _TREES, _CGROUP = 1, 2, 4, 8
-_IN_TREE, _EXCLUDED = b"\x01", b"\x02"
 _INIT_PID_NAMESPACE = 0xEFFFFFFC
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 _SO_SNDBUFFORCE = 32
@@ -122,7 +122,7 @@ class Helper:
         maps = loaded.maps
         self._ring = loader.Ring(maps["ring"], ring_bytes)
         self._process_ring = loader.Ring(maps["process_ring"], 256 * 1024)
-        self._tree = loader.Map(maps["tree"], 4, 1)
+        self._family = Family(loader.Map(maps["tree"], 4, 4))
         self._host_map = loader.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
         self._stats = loader.Map(maps["stats"], 4, 8)
         self._connection_map = loader.Map(maps["connections"], _KEY.size, CONNECTION.size)
@@ -176,8 +176,7 @@ class Helper:
         for uid in scope["uids"]:
             uids.set(struct.pack("=I", uid), b"\x01")
         for pid in scope["excluded"]:
-            for each in (pid, *processes.descendants(pid)):
-                self._tree.set(struct.pack("=I", each), _EXCLUDED)
+            self._family.exclude(pid)
 
     def _attach_tracepoints(self) -> None:
         programs = self._loaded.programs
@@ -207,18 +206,20 @@ class Helper:
 
     def add_root(self, pid: int, *, check: bool = True) -> None:
         """Put a process and what descends from it in scope."""
-        if check and self._restricted and not self._scope["everyone"]:
-            try:
-                owner = os.stat(f"/proc/{pid}").st_uid
-            except OSError:
-                raise Refused(f"there is no process {pid}") from None
-            if owner not in self._scope["uids"]:
-                raise Refused(f"process {pid} belongs to another user")
-        # First the root: children it has from now on are added by the kernel.
-        self._tree.set(struct.pack("=I", pid), _IN_TREE)
-        for each in processes.descendants(pid):
-            self._tree.set(struct.pack("=I", each), _IN_TREE)
+        if check:
+            self._check_owner(pid)
+        for each in self._family.include(pid):
             self._schedule(each)
+
+    def _check_owner(self, pid: int) -> None:
+        if not self._restricted or self._scope["everyone"]:
+            return
+        try:
+            owner = os.stat(f"/proc/{pid}").st_uid
+        except OSError:
+            raise Refused(f"there is no process {pid}") from None
+        if owner not in self._scope["uids"]:
+            raise Refused(f"process {pid} belongs to another user")
 
     def _command(self, command: dict[str, Any]) -> None:
         number, what = command.get("id"), command.get("do")
@@ -230,6 +231,9 @@ class Helper:
                 return
             if what == "root":
                 self.add_root(int(command["pid"]))
+            elif what == "watch":
+                self._check_owner(int(command["pid"]))
+                self._family.watch(int(command["pid"]))
             elif what == "hosts":
                 self.set_hosts(command["hosts"])
             elif what == "report":
@@ -381,6 +385,7 @@ class Helper:
             process = self._identify(record.tgid)
             if process is None:
                 process = Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
+            process = self._family.with_run(process, record.length)
             self._outbox.append(
                 protocol.encode_message(protocol.PROCESS, processes.to_json(process))
             )
@@ -496,10 +501,10 @@ class Helper:
         return process
 
     def _in_scope(self, pid: int) -> bool:
-        member = self._tree.get(struct.pack("=I", pid))
-        if member == _EXCLUDED:
+        flags = self._family.flags(pid)
+        if flags & EXCLUDED:
             return False
-        if member == _IN_TREE or self._scope["everyone"]:
+        if flags & IN_SCOPE or self._scope["everyone"]:
             return True
         try:
             return os.stat(f"/proc/{pid}").st_uid in self._scope["uids"]
@@ -651,6 +656,7 @@ class Helper:
             files = [self.files.files[each] for each in watched.files if each in self.files.files]
             line = coverage_line(watched.java, files)
             if line and talks_tls(pid) and (process := self._identify(pid)):
+                process = self._family.with_run(process, self._family.run_of(pid))
                 lines.append({"process": processes.to_json(process), **line})
         return lines
 

@@ -108,7 +108,7 @@ struct record {
 	u64 opened_ns; /* with tgid and ssl, the connection's identity */
 	u64 at_ns; /* CLOCK_MONOTONIC */
 	u64 offset; /* of this chunk; of a CLOSE, the bytes sent in all */
-	u32 length;
+	u32 length; /* of an OPEN, the run that the process belongs to */
 	u32 captured;
 };
 
@@ -134,6 +134,9 @@ enum statistic {
 
 /* ---- maps ---------------------------------------------------------------------------------- */
 
+enum tree_flag { TREE_IN_SCOPE = 1, TREE_EXCLUDED = 2 };
+#define TREE_FLAG_BITS 2 /* above them: the number of a run */
+#define TREE_FORKED 0x80000000u /* in a key */
 enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8 };
 
 struct settings {
@@ -206,7 +209,7 @@ BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX,
 BPF_TABLE("lru_hash", struct key, u64, denied, DENIED_MAX);
 BPF_F_TABLE("hash", struct go_key, struct go_call, go_calls, THREADS_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u64, struct thread, threads, THREADS_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", u32, u8, tree, TREE_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, u32, tree, TREE_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u32, u8, owners, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u32, u8, uids, UIDS_MAX, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct host_key, u8, hosts, HOSTS_MAX, BPF_F_NO_PREALLOC);
@@ -231,8 +234,8 @@ INLINE void go_calls_drop(struct go_key *k) { go_calls.delete(k); }
 INLINE struct thread *threads_get(u64 *k) { return threads.lookup(k); }
 INLINE int threads_set(u64 *k, struct thread *v) { return threads.update(k, v); }
 INLINE void threads_drop(u64 *k) { threads.delete(k); }
-INLINE u8 *tree_get(u32 *k) { return tree.lookup(k); }
-INLINE void tree_set(u32 *k, u8 *v) { tree.update(k, v); }
+INLINE u32 *tree_get(u32 *k) { return tree.lookup(k); }
+INLINE void tree_set(u32 *k, u32 *v) { tree.update(k, v); }
 INLINE void tree_drop(u32 *k) { tree.delete(k); }
 INLINE u8 *owners_get(u32 *k) { return owners.lookup(k); }
 INLINE void owners_set(u32 *k, u8 *v) { owners.update(k, v); }
@@ -293,7 +296,7 @@ MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC)
 MAP(denied, 9, struct key, u64, DENIED_MAX, 0);
 MAP(go_calls, 1, struct go_key, struct go_call, THREADS_MAX, NO_PREALLOC);
 MAP(threads, 1, u64, struct thread, THREADS_MAX, NO_PREALLOC);
-MAP(tree, 1, u32, u8, TREE_MAX, NO_PREALLOC);
+MAP(tree, 1, u32, u32, TREE_MAX, NO_PREALLOC);
 MAP(owners, 1, u32, u8, CONNECTIONS_MAX, NO_PREALLOC);
 MAP(uids, 1, u32, u8, UIDS_MAX, NO_PREALLOC);
 MAP(hosts, 11, struct host_key, u8, HOSTS_MAX, NO_PREALLOC);
@@ -317,8 +320,8 @@ INLINE void go_calls_drop(struct go_key *k) { bpf_map_delete_elem(&go_calls, k);
 INLINE struct thread *threads_get(u64 *k) { return bpf_map_lookup_elem(&threads, k); }
 INLINE int threads_set(u64 *k, struct thread *v) { return bpf_map_update_elem(&threads, k, v, BPF_ANY); }
 INLINE void threads_drop(u64 *k) { bpf_map_delete_elem(&threads, k); }
-INLINE u8 *tree_get(u32 *k) { return bpf_map_lookup_elem(&tree, k); }
-INLINE void tree_set(u32 *k, u8 *v) { bpf_map_update_elem(&tree, k, v, BPF_ANY); }
+INLINE u32 *tree_get(u32 *k) { return bpf_map_lookup_elem(&tree, k); }
+INLINE void tree_set(u32 *k, u32 *v) { bpf_map_update_elem(&tree, k, v, BPF_ANY); }
 INLINE void tree_drop(u32 *k) { bpf_map_delete_elem(&tree, k); }
 INLINE u8 *owners_get(u32 *k) { return bpf_map_lookup_elem(&owners, k); }
 INLINE void owners_set(u32 *k, u8 *v) { bpf_map_update_elem(&owners, k, v, BPF_ANY); }
@@ -356,11 +359,24 @@ INLINE u64 current_ids(struct settings *s)
 	return ids;
 }
 
+/* What the current process, by its id in the helper's namespace, is in the tree: flags and the
+ * number of a run (family.py). Set by user space under that id, or by a fork under the global one,
+ * which is all that a fork tells of a child. */
+INLINE u32 membership(u32 tgid)
+{
+	u32 *member = tree_get(&tgid);
+	if (!member) {
+		u32 born = (bpf_get_current_pid_tgid() >> 32) | TREE_FORKED;
+		member = tree_get(&born);
+	}
+	return member ? *member : 0;
+}
+
 INLINE int in_scope(struct settings *s, u32 tgid)
 {
-	u8 *member = tree_get(&tgid);
-	if (member && *member == 2)
-		return 0; /* excluded, e.g. our own proxy */
+	u32 member = membership(tgid);
+	if (member & TREE_EXCLUDED)
+		return 0; /* e.g. our own proxy */
 	int inside = 0;
 	if (s->scope & SCOPE_EVERYONE)
 		inside = 1;
@@ -369,7 +385,7 @@ INLINE int in_scope(struct settings *s, u32 tgid)
 		if (uids_get(&uid))
 			inside = 1;
 	}
-	if ((s->scope & SCOPE_TREES) && member)
+	if ((s->scope & SCOPE_TREES) && (member & TREE_IN_SCOPE))
 		inside = 1;
 	if (inside && (s->scope & SCOPE_CGROUP) &&
 	    bpf_get_current_ancestor_cgroup_id(s->cgroup_level) != s->cgroup)
@@ -422,6 +438,7 @@ INLINE void announce(struct key *key, struct connection *c)
 	}
 	fill(&r->head, KIND_OPEN, key, c, c->opened_ns);
 	r->head.size = sizeof(*r);
+	r->head.length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
 	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
 	__builtin_memcpy(r->host, c->host, sizeof(r->host));
 	c->announced = 1;
@@ -1128,11 +1145,14 @@ SECTION("uprobe/enter_shutdown") int enter_shutdown(struct registers *r)
 
 INLINE int forked(u32 child)
 {
-	u32 parent = bpf_get_current_pid_tgid() >> 32;
-	u8 *member = tree_get(&parent);
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u32 member = membership(current_ids(s) >> 32);
 	if (member) {
-		u8 value = *member;
-		tree_set(&child, &value);
+		child |= TREE_FORKED;
+		tree_set(&child, &member);
 	}
 	return 0;
 }
@@ -1190,6 +1210,11 @@ SECTION("tracepoint/sched_process_exec") int on_exec(struct exec_arguments *a)
 	}
 	if (!in_scope(s, tgid))
 		return 0;
+	if (s->pid_namespace) { /* user space cannot look it up by the id of its fork */
+		u32 member = membership(tgid);
+		if (member)
+			tree_set(&tgid, &member);
+	}
 	struct process_record *r = process_ring_reserve(sizeof(*r));
 	if (!r) {
 		count(STAT_PROCESS_RING_FULL, 1);
@@ -1239,8 +1264,9 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	u64 ids = current_ids(s);
 	u32 tgid = ids >> 32, tid = ids;
 	threads_drop(&ids);
-	u32 global_tid = bpf_get_current_pid_tgid();
-	tree_drop(&global_tid);
+	u32 born = (u32)bpf_get_current_pid_tgid() | TREE_FORKED;
+	tree_drop(&born);
+	tree_drop(&tid);
 	if (tid != tgid || !owners_get(&tgid))
 		return 0;
 	struct record *r = ring_reserve(sizeof(*r));

@@ -500,6 +500,14 @@ class UprobeSource:
         """
         self._ask({"do": "root", "pid": pid}, timeout_s)
 
+    def watch(self, pid: int, timeout_s: float = 5.0) -> None:
+        """Name this process among the parents of all that descend from it, orphans included.
+
+        It widens no scope. Returns once the kernel knows it: hold the child before its first fork.
+        Raises UprobeUnavailable.
+        """
+        self._ask({"do": "watch", "pid": pid}, timeout_s)
+
     def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
         """Replace the list of hosts; connections already admitted stay so."""
         self.hosts = tuple(hosts)

@@ -236,6 +236,9 @@ class PlaintextSource(Protocol):
     def request_report(self, timeout_s: float = 5.0) -> None:
         """Make `coverage` and `status` those of now."""
 
+    def watch(self, pid: int, timeout_s: float = 5.0) -> None:
+        """Name this process among the parents of all that descend from it, orphans included."""
+
     def coverage(self) -> list[ProcessCoverage]:
         """The processes in scope that use TLS."""
 
@@ -540,6 +543,7 @@ class Metering:
             return self.status()
         if asked == "watch" and isinstance(request.get("pid"), int):
             client.pid, client.totals = request["pid"], Totals()
+            self._watch(client.pid)
             return {"watching": client.pid}
         if asked == "finish" and client.pid is not None:
             self._drain()
@@ -550,6 +554,13 @@ class Metering:
             tell({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
+
+    def _watch(self, pid: int) -> None:
+        """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
+        from capture.uprobe import UprobeUnavailable
+
+        with contextlib.suppress(UprobeUnavailable):
+            self._source.watch(pid)
 
     def _watched(self, client: _Client) -> dict[str, Any]:
         coverage = self._coverage(client.pid)

@@ -238,6 +238,9 @@ class FakeSource:
     def drain(self, timeout_s: float = 1.0) -> list[Any]:
         return self.read()
 
+    def watch(self, pid: int, timeout_s: float = 1.0) -> None:
+        pass
+
     def request_report(self, timeout_s: float = 1.0) -> None:
         pass
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from capture import protocol
 from capture.uprobe import CoverageState, Scope, UprobeSource, UprobeUnavailable, spawn_helper
 from halton_meter.model import Direction
 
-from .conftest import CLIENTS, OTHER, PROVIDER, Bench, gather, same_bytes
+from .conftest import CLIENTS, OTHER, PROVIDER, Bench, Client, gather, same_bytes
 
 LOADERS = ("libbpf", "bcc")
 
@@ -165,6 +166,42 @@ def test_a_sibling_outside_the_tree_is_not_seen(bench: Bench) -> None:
     process = next(iter(seen.values())).connection.process
     assert process
     assert process.argv[1].endswith("exchanges.py")
+
+
+def only_process(seen: Any) -> Any:
+    (each,) = seen.values()
+    assert each.connection.process
+    return each.connection.process
+
+
+def test_an_orphan_is_of_the_tree_it_was_forked_in(bench: Bench) -> None:
+    source = bench.source()
+    bench.python("daemonises", source=source).output()
+    assert only_process(gather(source.drain())).argv[1].endswith("exchanges.py")
+
+
+def test_an_orphan_names_the_run_it_was_forked_in(bench: Bench) -> None:
+    """And the run around that one; another process of the same user names neither."""
+    source = bench.source(scope=Scope(everyone=True))
+    client = Client([sys.executable, CLIENTS / "daemonises.py"], bench.environment())
+    source.watch(os.getpid())
+    source.watch(client.process.pid)
+    client.go()
+    client.output()
+    parents = [pid for pid, _ in only_process(gather(source.drain())).parents]
+    assert parents[-2:] == [client.process.pid, os.getpid()]
+    bench.python("exchanges", "1", "1", "1", "1").output()
+    process = only_process(gather(source.drain()))
+    assert client.process.pid not in [pid for pid, _ in process.parents]
+
+
+def test_a_run_widens_no_scope(bench: Bench) -> None:
+    source = bench.source(scope=Scope(uids=frozenset({4244})))
+    client = Client([sys.executable, CLIENTS / "daemonises.py"], bench.environment())
+    source.watch(client.process.pid)
+    client.go()
+    client.output()
+    assert not source.drain()
 
 
 def test_scope_by_user(bench: Bench) -> None:

@@ -191,6 +191,24 @@ def test_with_the_service_running_no_root_is_needed(
     assert told in done.stderr
 
 
+def test_a_child_that_became_a_daemon_is_of_the_run(
+    lab: Lab, served_home: Path, service: Service
+) -> None:
+    """It is init's child when it talks; the command only waits for its mark."""
+    folder = lab.user.home / "becomes-a-daemon"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    talk, mark = folder / "talk.sh", folder / "done"
+    talk.write_text(f"sleep 0.3; {shell(curl())} -d '{anthropic_body(7)}'; touch {mark}\n")
+    script = f"(setsid nohup sh {talk} >/dev/null 2>&1 &)\n"
+    script += f"for i in $(seq 200); do [ -e {mark} ] && exit; sleep 0.1; done; exit 1"
+    environment = lab.environment(HALTON_METER_HOME=str(served_home))
+    command = [*HALTON_METER, "run", "--", "sh", "-c", script]
+    done = lab.run(command, user=lab.user, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "halton-meter: 1 request," in done.stderr
+
+
 def test_without_root_and_service_uprobes_say_what_to_do(lab: Lab, home: Path) -> None:
     command = [*HALTON_METER, "run", "--via", "uprobes", "--", "touch", str(home / "ran")]
     environment = lab.environment(HALTON_METER_HOME=str(home))
