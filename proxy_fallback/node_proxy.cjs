@@ -1,4 +1,5 @@
-// Node before 24 knows no HTTPS_PROXY: preloaded (NODE_OPTIONS=--require), this teaches it.
+// Node before 24 knows no HTTPS_PROXY, and since then only for its global agent: preloaded
+// (NODE_OPTIONS=--require), this teaches it.
 //
 // Every TLS connection that a program opens itself (fetch, https, http2) goes through the proxy by
 // CONNECT; one over a socket of the program's own is none of our business: it found a proxy by
@@ -127,8 +128,7 @@ function asOptions(given) {
 
 function install() {
   const proxy = proxyOf(process.env);
-  const knows = process.allowedNodeEnvironmentFlags.has("--use-env-proxy");
-  if (!proxy || (knows && process.env.NODE_USE_ENV_PROXY === "1")) return;
+  if (!proxy) return;
   const connect = tls.connect;
 
   tls.connect = function (...given) {

@@ -35,7 +35,7 @@ _BUNDLE_NAMES = (
     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 )
 _NODE_EXTRA = "NODE_EXTRA_CA_CERTS"
-# Teaches Node before 24 the proxy of its environment.
+# Teaches Node its environment's proxy: before 24 it knows none, since then not for every agent.
 _NODE_PRELOAD = Path(__file__).with_name("node_proxy.cjs")
 # Where systems keep their roots, where Python's own OpenSSL looks elsewhere.
 _SYSTEM_BUNDLES = (

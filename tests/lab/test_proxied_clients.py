@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from .conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from .lab import Lab
+from .real_clients.results import note
 from .test_clients import ALL_MODES, anthropic_body, curl
 
 pytestmark = pytest.mark.lab
@@ -32,9 +35,9 @@ class Proxied:
 class ProxyBench:
     """Runs commands under `halton-meter run --via proxy` as the lab's user, in one home."""
 
-    def __init__(self, lab: Lab, project: Path, python: str) -> None:
+    def __init__(self, lab: Lab, project: Path, python: str, name: str) -> None:
         self.lab, self.project, self.python = lab, project, python
-        self.home = lab.user.home / "proxied"
+        self.home = lab.user.home / name
         self.home.mkdir()
         os.chown(self.home, lab.user.uid, lab.user.gid)
         self._known: set[str] = set()
@@ -64,7 +67,7 @@ class ProxyBench:
 @pytest.fixture(scope="module")
 def bench(lab: Lab, project: Path, python: str) -> ProxyBench:
     """See ProxyBench."""
-    return ProxyBench(lab, project, python)
+    return ProxyBench(lab, project, python, "proxied")
 
 
 def assert_proxied(seen: Proxied, program: str) -> None:
@@ -98,6 +101,20 @@ def test_python_client(bench: ProxyBench, client: str, modes: str) -> None:
     assert_proxied(seen, "python")
     assert {tuple(event["argv"]) for event in seen.events} == {tuple(argv)}
     assert len({event["pid"] for event in seen.events}) == 1
+    package = {"gemini": "google-genai", "httpx2": "httpx"}.get(client, client.partition("-")[0])
+    note(f"{package} (Python)", version_of(bench, package), "OpenSSL, shared", "proxy")
+
+
+def version_of(bench: ProxyBench, package: str) -> str:
+    """The version of a package that the clients' Python has."""
+    ask = f"from importlib.metadata import version; print(version({package!r}))"
+    return bench.lab.run([bench.python, "-c", ask]).stdout.strip()
+
+
+def said_version(argv: Sequence[str]) -> str:
+    """The first version number in what a program says of itself."""
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"\d+(?:\.\d+)+", said)[0]
 
 
 @pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
@@ -106,6 +123,7 @@ def test_node(bench: ProxyBench, client: str, mode: tuple[str, ...]) -> None:
     seen = bench.observe(["node", str(CLIENTS / "node.mjs"), client, "1", "6", *mode])
     assert len(seen.served) == 6
     assert_proxied(seen, "node")
+    note("Node.js", said_version(["node", "--version"]), "OpenSSL", "proxy")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +139,7 @@ def test_curl_one_process_a_request(bench: ProxyBench, version: str, spoken: str
     assert {entry["http"] for entry in seen.served} == {spoken}
     assert_proxied(seen, "curl")
     assert len({event["pid"] for event in seen.events}) == 10
+    note("curl", said_version(["curl", "--version"]), "OpenSSL, shared", "proxy")
 
 
 def test_hosts_that_are_nobodys_provider_are_not_looked_into(bench: ProxyBench) -> None:

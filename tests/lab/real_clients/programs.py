@@ -52,6 +52,7 @@ GO = (
     *_npm("@esbuild/linux-arm64", "bin/esbuild", "0.28.2"),
 )
 CODEX = _npm("@openai/codex", "vendor/*/bin/codex", "0.169.0-linux-x64")
+GEMINI = _npm("@google/gemini-cli", "bundle/gemini.js", "0.61.0")
 GRPC = tuple(
     Program("pypi", "grpcio", version, "grpc/_cython/cygrpc*.so", tag)
     for version in ("1.60.0", "1.68.0", "1.76.0")
