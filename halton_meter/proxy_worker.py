@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 # Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
 WAITING_MAX = 10_000
 LINE_BYTES_MAX = 1 << 20
+# How long the pricing thread may keep mitmproxy's waiting at a time: Python's own 5 ms, several
+# times an exchange, would be what a client waits for most.
+SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
 # How often it is looked whether the CA is still valid.
 CA_CHECK_S = 600.0
@@ -325,6 +328,7 @@ def main() -> int:
     """Run one worker; see the file's head."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is meant for the command
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_S)
     table = json.loads(sys.stdin.buffer.readline(LINE_BYTES_MAX) or b"{}")
     if table.get("upstream"):
         table["upstream"] = tuple(table["upstream"])
