@@ -64,15 +64,18 @@ def read(home: Path | None) -> tuple[Override, ...]:
     if path is None or not path.exists():
         return ()
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return _overrides(tomllib.loads(path.read_text("utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, PriceError) as error:
         raise PriceError(
             f"{path}: {error}; mend it, or run: halton-meter pricing reset --all"
         ) from None
+
+
+def _overrides(document: Mapping[str, Any]) -> tuple[Override, ...]:
     tables = document.get("override", [])
     if not isinstance(tables, list) or len(tables) > _OVERRIDES_MAX:
-        raise PriceError(f"{path}: [[override]] must be a list of at most {_OVERRIDES_MAX}")
-    return tuple(override_of(table, f"{path} override {i}") for i, table in enumerate(tables, 1))
+        raise PriceError(f"[[override]] must be a list of at most {_OVERRIDES_MAX}")
+    return tuple(override_of(table, f"override {i}") for i, table in enumerate(tables, 1))
 
 
 def digest(overrides: Sequence[Override]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from pricing.files import Model, PriceFile, Rule, Shelf
@@ -202,9 +202,25 @@ def _rows(
                     served[key] = row
         # The more conditions a row names, the more exact it is: it comes last and wins.
         for row in sorted(served.values(), key=lambda r: len(r.when)):
-            rows.append(row)
+            rows.append(_noted(row))
             covered.update(row.when)
     return rows, covered, "overlay" if len(found) > 1 else "compiled"
+
+
+def _noted(row: Row) -> Row:
+    """The row with its conditions in the notes of its rates, where they have none of their own."""
+    under = ", ".join(f"{key}={value}" for key, value in row.when.items())
+    return replace(
+        row,
+        rates={n: r if r.note else r._replace(note=under) for n, r in row.rates.items()},
+        levels=tuple(
+            replace(
+                level,
+                rates={n: r if r.note else r._replace(note=under) for n, r in level.rates.items()},
+            )
+            for level in row.levels
+        ),
+    )
 
 
 def _levels(rows: Iterable[Row]) -> tuple[Level, ...]:

@@ -155,27 +155,78 @@ def _show(event: PricedEvent, as_json: bool) -> None:
         )
         if why:
             click.echo(f"      {why}")
-    price = "unpriced" if document["list_usd"] is None else f"${document['list_usd']}"
-    click.echo(f"  list price {price} ({document['basis']}), price book {document['price_book']}")
+    if served := [f"{k}={v}" for k, v in document["conditions"].items() if k in _TOLD]:
+        click.echo(f"  served under {', '.join(served)}")
+    if document["list_usd"] is None:
+        click.echo(f"  unpriced, price book {document['price_book']}")
+    else:
+        how = _BASIS[document["basis"]]
+        click.echo(
+            f"  list price ${document['list_usd']}, {how}, price book {document['price_book']}"
+        )
     if document["marginal_usd"] != document["list_usd"]:
-        click.echo(f"  added to the bill: ${document['marginal_usd'] or '0'}")
-    if document["flags"]:
-        click.echo(f"  {', '.join(document['flags'])}")
-    for flag in document["flags"]:
-        if flag.startswith("unpriced:model") and usage.model:
-            click.echo(f"  set a price: {_set_command(usage.provider, usage.model)}", err=True)
+        plan = document["conditions"].get("plan")
+        paid = f", for the plan {plan!r} pays" if plan else ""
+        click.echo(f"  added to the bill: ${document['marginal_usd'] or '0'}{paid}")
+    unpriced = [flag.partition(":")[2] for flag in document["flags"] if _is_unpriced(flag)]
+    for reason in unpriced:
+        click.echo(f"  {_why(reason, usage.model)}")
+    if noted := [flag for flag in document["flags"] if not _is_unpriced(flag)]:
+        click.echo(f"  flags: {', '.join(noted)}")
+    for reason in unpriced[:1]:
+        if command := _set_command(usage.provider, usage.model, reason):
+            click.echo(f"  set a price: {command}", err=True)
+
+
+# Conditions that a person is told of: those that the price may rest on.
+_TOLD = frozenset(
+    "service_tier batch speed inference_geo traffic_type region inference_profile grounding "
+    "image_size image_quality video_size".split()
+)
+_BASIS = {
+    "reported": "as the provider states it",
+    "computed": "computed from the usage",
+    "estimated": "estimated from what was seen",
+    "free": "not billed",
+}
+
+
+def _is_unpriced(flag: str) -> bool:
+    return flag.startswith("unpriced:")
+
+
+def _why(reason: str, model: str | None) -> str:
+    """Why there is no price, from what follows "unpriced:" in a flag."""
+    name, _, value = reason.partition("=")
+    if name == "model":
+        return f"the model {value!r} is not in the price book" if value else "no model is named"
+    if name == "usage":
+        return "no usage is stated"
+    if name == "date":
+        return f"{model} had no price on {value}"
+    if value:
+        return f"{model} has no price under {reason}"
+    return f"{model} has no price for {reason}"
+
+
+def _set_command(provider: str, model: str | None, reason: str) -> str | None:
+    """What to run to give the model a price; None where a price would not help."""
+    from halton_meter.model import TOKEN_NAMES
+    from halton_meter.report import set_price_command
+
+    name, _, value = reason.partition("=")
+    if name == "usage" or (name == "model" and not value):
+        return None
+    command = set_price_command(provider, value if name == "model" else model)
+    if command is None or value:
+        return command
+    head, _, _ = command.partition(" --rate ")
+    return f"{head} --rate {name if name in TOKEN_NAMES else f'{name}_each'}=USD"
 
 
 def _grouped(quantity: str) -> str:
     whole, dot, rest = quantity.partition(".")
     return f"{int(whole):,}{dot}{rest}"
-
-
-def _set_command(provider: str, model: str) -> str:
-    return (
-        f"halton-meter pricing set {model!r} --provider {provider} "
-        "--rate input=USD_PER_MILLION --rate output=USD_PER_MILLION"
-    )
 
 
 # --- list and status ------------------------------------------------------------
@@ -283,8 +334,14 @@ def status(as_json: bool) -> None:
             "unconfirmed": unconfirmed,
             "overrides": overrides,
             "unpriced": [
-                {"provider": p, "model": m, "requests": n, "set": _set_command(p, m)}
-                for p, m, n in unknown
+                {
+                    "provider": provider,
+                    "model": model,
+                    "requests": requests,
+                    "why": reason,
+                    "set": _set_command(provider, model, reason),
+                }
+                for provider, model, reason, requests in unknown
             ],
         }
         click.echo(json.dumps(document, ensure_ascii=False))
@@ -299,23 +356,27 @@ def status(as_json: bool) -> None:
         click.echo(f"override: {line}")
     if not unknown:
         click.echo("every model seen has a price")
-    for provider, model, requests in unknown:
-        click.echo(f"no price: {provider} {model} ({requests:,} requests)")
-        click.echo(f"    {_set_command(provider, model)}")
+    for provider, model, reason, requests in unknown:
+        many = "1 request" if requests == 1 else f"{requests:,} requests"
+        click.echo(f"no price: {provider} {model} ({many}): {_why(reason, model)}")
+        if command := _set_command(provider, model, reason):
+            click.echo(f"    {command}")
     if unknown:
         click.echo("then: halton-meter reprice --dry-run")
 
 
-def _unknown_models() -> list[tuple[str, str, int]]:
-    """Provider, model and number of requests of stored events without a price."""
+def _unknown_models() -> list[tuple[str, str, str, int]]:
+    """Provider, model, reason and number of requests of stored events without a price."""
     from halton_meter.store import NothingStored, Store, StoreError
 
     try:
         with Store(home_folder()).reading() as reader:
             rows = reader.rows(
-                "SELECT provider, coalesce(model, request_model), count(*) FROM event "
+                "SELECT provider, coalesce(model, request_model), list_filter("
+                "json_extract_string(price_document, '$.flags[*]'), "
+                "lambda flag: starts_with(flag, 'unpriced:'))[1], count(*) FROM event "
                 "WHERE basis = 'unpriced' AND coalesce(model, request_model) IS NOT NULL "
-                "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT ?",
+                "GROUP BY ALL ORDER BY 4 DESC, 1, 2, 3 LIMIT ?",
                 [_UNKNOWN_SHOWN],
             )
     except NothingStored:
@@ -323,7 +384,10 @@ def _unknown_models() -> list[tuple[str, str, int]]:
     except StoreError as error:
         click.echo(f"halton-meter: unpriced models not shown: {error}", err=True)
         return []
-    return [(str(provider), str(model), int(count)) for provider, model, count in rows]
+    return [
+        (str(provider), str(model), str(flag or "").partition(":")[2] or "usage", int(count))
+        for provider, model, flag, count in rows
+    ]
 
 
 def _described(override: Override) -> str:

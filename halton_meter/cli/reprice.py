@@ -83,11 +83,15 @@ Examples:
 def reprice(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Price stored events again, as a revision: each at the rates in force at its own time."""
     from pricing.book import PriceBook
+    from pricing.rates import PriceError
 
     now = now_ns()
     selection = read_selection(now, **options)
     store = Store()
-    book = PriceBook.load(store.home)
+    try:
+        book = PriceBook.load(store.home)
+    except PriceError as error:
+        raise click.ClickException(str(error)) from error
     changes: dict[tuple[str, str | None], Change] = {}
     try:
         with explained():

@@ -71,7 +71,7 @@ def test_explain_a_file_as_json_with_line_items(run, tmp_path):
 def test_explain_standard_input_for_a_person(run):
     done = run("explain", "--provider", "anthropic", "-", stdin=json.dumps(RESPONSE))
     assert done.exit_code == 0, done.stderr
-    assert "$0.006 (computed)" in done.stdout
+    assert "list price $0.006, computed from the usage" in done.stdout
     assert "https://" in done.stdout
 
 
@@ -268,3 +268,56 @@ def test_refresh_goes_out_over_https_only(run):
 @pytest.mark.parametrize("name", sorted(pricing.commands))
 def test_every_command_has_help_with_examples(run, name):
     assert "Examples:" in run(name, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "why", "command"),
+    [
+        ({"model": "gpt-77"}, "the model 'gpt-77' is not in the price book", "gpt-77 --provider"),
+        (
+            {"model": "gpt-4o", "service_tier": "warp"},
+            "gpt-4o has no price under service_tier=warp",
+            "set gpt-4o --provider openai --rate input=USD --rate output=USD",
+        ),
+        ({"model": "it's $(x)"}, "is not in the price book", "'it'\"'\"'s $(x)'"),
+    ],
+)
+def test_explain_says_why_there_is_no_price_and_what_would_set_one(run, body, why, command):
+    usage = {"prompt_tokens": 3, "completion_tokens": 2}
+    done = run("explain", "--provider", "openai", "-", stdin=json.dumps({**body, "usage": usage}))
+    assert why in done.stdout
+    assert command in done.stderr
+
+
+def test_explain_names_the_rate_that_is_missing(run):
+    done = run("explain", "--provider", "openai", "-", stdin='{"model":"gpt-4o","pages":3}')
+    assert "gpt-4o has no price for pages" in done.stdout
+    assert "--rate pages_each=USD" in done.stderr
+
+
+def test_explain_says_what_served_and_which_row_is_for_it(run):
+    body = {**RESPONSE, "usage": {**RESPONSE["usage"], "speed": "fast"}}
+    done = run("explain", "-", stdin=json.dumps(body))
+    assert "served under speed=fast" in done.stdout
+    assert "      speed=fast, http" in done.stdout
+
+
+def test_list_names_what_was_not_read_at_the_vendors_page(run):
+    done = run("list", "bedrock", "--unconfirmed", "--json")
+    notes = [json.loads(line)["note"] for line in done.stdout.splitlines()]
+    assert notes
+    assert all("unconfirmed: " in note for note in notes)
+    assert "list --unconfirmed" in run("status").stdout
+
+
+def test_a_broken_override_file_is_named_with_the_way_out(run, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "pricing.toml").write_text("override = 3\n")
+    for arguments in (("status",), ("set", "gpt-4o", "--discount", "10%")):
+        done = run(*arguments)
+        assert done.exit_code != 0
+        assert "pricing.toml" in done.stderr
+        assert "halton-meter pricing reset --all" in done.stderr
+    assert run("reset", "--all").exit_code == 0
+    assert run("status").exit_code == 0
