@@ -46,22 +46,25 @@ WantedBy=sockets.target
 
 
 def service_unit(
-    command: Sequence[str], environment: Mapping[str, str], ca: str, after_socket: bool = True
+    what: str, command: Sequence[str], environment: Mapping[str, str], ca: str | None = None
 ) -> str:
-    """The service. `ca` is the CA's fingerprint: a new CA is a new text, hence a restart."""
+    """A service. `ca`: it serves the socket, with the CA of that fingerprint.
+
+    A new CA is a new text, hence a restart.
+    """
     words = " ".join(systemd_word(word) for word in command)
     variables = "\n".join(
         f"Environment={systemd_word(f'{name}={value}')}" for name, value in environment.items()
     )
-    needs = f"Requires={UNIT}.socket\nAfter={UNIT}.socket\n" if after_socket else ""
+    needs = "" if ca is None else f"Requires={UNIT}.socket\nAfter={UNIT}.socket\n"
     return f"""\
 [Unit]
-Description=Halton Meter: the local proxy
-{needs}# Started again for ever: while it is down, the socket keeps clients waiting.
+Description=Halton Meter: {what}
+{needs}# Started again for ever: while the proxy is down, its socket keeps clients waiting.
 StartLimitIntervalSec=0
 
 [Service]
-# CA {ca}
+# CA: {ca or "none"}
 Type=exec
 ExecStart={words}
 {variables}

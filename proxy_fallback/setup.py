@@ -44,6 +44,9 @@ from proxy_fallback.changes import (
 
 MODES = ("env-only", "apps", "full")
 CA_FOLDER_NAME = "proxy-ca"
+# Uninstall leaves this file: a terminal that is still open names it, and Node would not start
+# without it. It lets Node go on without the proxy.
+PRELOAD_NAME = "node_proxy.cjs"
 HEALTHY_S_MAX = 30.0
 HEALTHY_EVERY_S = 0.2
 _SHELLS = ("bash", "zsh", "fish")
@@ -299,7 +302,13 @@ class Plan:
             after=self._wait,
             acts=(f"wait until 127.0.0.1:{m.port} answers, {HEALTHY_S_MAX:.0f} s at most",),
         )
-        yield Step("environment set", self._environment_changes, detail=self._environment_detail)
+        yield Step(
+            "environment set",
+            self._environment_changes,
+            before=self._write_preload,
+            acts=(f"write {m.home / PRELOAD_NAME}, which teaches Node the proxy; it stays",),
+            detail=self._environment_detail,
+        )
         if self._choice.mode == "full":
             yield Step(
                 "system proxy set",
@@ -412,7 +421,7 @@ class Plan:
             {
                 f"{unit}.socket": service_files.socket_unit(m.port),
                 f"{unit}.service": service_files.service_unit(
-                    command, self._service_environment(), ca
+                    "the local proxy", command, self._service_environment(), ca
                 ),
             },
             unit,
@@ -517,16 +526,29 @@ class Plan:
         m = self._machine
         wanted = self._variables()
         script = m.home / "env.sh"
-        conditions = (m.witness, None if self._supervised() else self._pid_file(), m.upstream)
-        changes: list[Change] = [FileMade(str(script), trust.posix_text(wanted, *conditions))]
+        terms = trust.Terms(
+            m.witness,
+            m.home / PRELOAD_NAME,
+            None if self._supervised() else self._pid_file(),
+            m.upstream,
+        )
+        changes: list[Change] = [FileMade(str(script), trust.posix_text(wanted, terms))]
         for file in self._startup_files():
             changes.append(BlockAdded(str(file), trust.sourcing_lines(script)))
         if "fish" in self._shells():
             fish = m.config_home / "fish/conf.d/halton-meter.fish"
-            changes.append(FileMade(str(fish), trust.fish_text(wanted, *conditions)))
+            changes.append(FileMade(str(fish), trust.fish_text(wanted, terms)))
         if self._choice.mode != "env-only":
             changes += self._session_changes(wanted)
         return changes
+
+    def _write_preload(self, ledger: Ledger) -> bool:
+        file = self._machine.home / PRELOAD_NAME
+        content = Path(__file__).with_name(PRELOAD_NAME).read_bytes()
+        if _content(file) == content:
+            return False
+        write_whole(file, content, 0o644)
+        return True
 
     def _shells(self) -> list[str]:
         return [each for each in _SHELLS if self._machine.commands.has(each)]
@@ -623,7 +645,7 @@ class Plan:
         if not self._supervised():
             return []
         unit = service_files.KEEPER_UNIT
-        text = service_files.service_unit(command, environment, "none", after_socket=False)
+        text = service_files.service_unit("the system's proxy", command, environment)
         return self._units({f"{unit}.service": text}, unit)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from proxy_fallback.authority import TRUSTED_NAME, Authority
@@ -145,20 +146,29 @@ def _running(pid_file: Path) -> str:
     return f'grep -qs halton_meter "/proc/$(cat {file} 2>/dev/null)/cmdline"'
 
 
-def posix_text(
-    wanted: Mapping[str, str], witness: Path, pid_file: Path | None, override: bool
-) -> str:
-    """The file that bash, zsh and sh read.
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms a shell is given the variables.
 
-    It does nothing when `witness` is gone (the package was removed without uninstall), nor when
-    the process of `pid_file` does not run (given where nobody starts it again), nor when the
-    person uses another proxy, unless `override` says that ours leads to it.
+    Not when `witness` is gone (the package was removed without uninstall), nor when the process of
+    `pid_file` does not run (given where nobody starts it again), nor when the person uses another
+    proxy, unless `override` says that ours leads to it. `preload` is the file that teaches Node
+    the proxy; it is in no app's environment, because Node does not start without it.
     """
+
+    witness: Path
+    preload: Path
+    pid_file: Path | None = None
+    override: bool = False
+
+
+def posix_text(wanted: Mapping[str, str], terms: Terms) -> str:
+    """The file that bash, zsh and sh read."""
     proxy = shlex.quote(wanted["HTTPS_PROXY"])
-    condition = f"[ -e {shlex.quote(str(witness))} ]"
-    if pid_file is not None:
-        condition += f" && {_running(pid_file)}"
-    if not override:
+    condition = f"[ -e {shlex.quote(str(terms.witness))} ]"
+    if terms.pid_file is not None:
+        condition += f" && {_running(terms.pid_file)}"
+    if not terms.override:
         condition += (
             ' && case "${HTTPS_PROXY:-${https_proxy:-}}" in ""|'
             + proxy
@@ -169,18 +179,21 @@ def posix_text(
     for name, value in wanted.items():
         given = f'"${{{name}:-{value}}}"' if name.lower() == "no_proxy" else shlex.quote(value)
         lines.append(f"  export {name}={given}")
+    preload = shlex.quote(_required(terms.preload))
+    lines.append(
+        f'  case "${{NODE_OPTIONS:-}}" in *{terms.preload.name}*) ;; '
+        f'*) export NODE_OPTIONS="${{NODE_OPTIONS:-}} "{preload};; esac'
+    )
     return "\n".join([*lines, "fi"]) + "\n"
 
 
-def fish_text(
-    wanted: Mapping[str, str], witness: Path, pid_file: Path | None, override: bool
-) -> str:
+def fish_text(wanted: Mapping[str, str], terms: Terms) -> str:
     """The same for fish."""
     proxy = _fish_quoted(wanted["HTTPS_PROXY"])
-    condition = f"test -e {_fish_quoted(str(witness))}"
-    if pid_file is not None:
-        condition += f"; and sh -c {_fish_quoted(_running(pid_file))}"
-    if not override:
+    condition = f"test -e {_fish_quoted(str(terms.witness))}"
+    if terms.pid_file is not None:
+        condition += f"; and sh -c {_fish_quoted(_running(terms.pid_file))}"
+    if not terms.override:
         condition += f'; and contains -- "$HTTPS_PROXY" "" {proxy}'
         condition += f'; and contains -- "$https_proxy" "" {proxy}'
     lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
@@ -188,7 +201,18 @@ def fish_text(
     for name, value in wanted.items():
         given = f"set -gx {name} {_fish_quoted(value)}"
         lines.append(f"  set -q {name}; or {given}" if name.lower() == "no_proxy" else f"  {given}")
+    preload = _fish_quoted(_required(terms.preload))
+    lines.append(
+        f"  string match -q '*{terms.preload.name}*' -- \"$NODE_OPTIONS\"; "
+        f'or set -gx NODE_OPTIONS "$NODE_OPTIONS "{preload}'
+    )
     return "\n".join([*lines, "end"]) + "\n"
+
+
+def _required(preload: Path) -> str:
+    """NODE_OPTIONS for a preloaded file; a name with a space is quoted as Node reads it."""
+    name = str(preload).replace("\\", "\\\\").replace('"', '\\"')
+    return f'--require "{name}"' if " " in name else f"--require={preload}"
 
 
 def _fish_quoted(word: str) -> str:

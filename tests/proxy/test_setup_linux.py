@@ -245,6 +245,29 @@ def test_a_folder_with_odd_characters_is_quoted(tmp_path: Path, shell: list[str]
     assert found["SSL_CERT_FILE"] == str(here.ca_folder / "ca-bundle.pem")
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("name", ["plain", 'it\'s; a "b" c'])
+def test_node_starts_with_its_preload_in_nested_shells_and_after_uninstall(
+    tmp_path: Path, shell: list[str], name: str
+) -> None:
+    here = machine(tmp_path / name, Desktop("none"))
+    set_up(here, "env-only")
+    given = environment_of(shell, here.user_home, NODE_OPTIONS="--no-warnings")
+    nested = environment_of(shell, here.user_home, **given)
+    assert nested["NODE_OPTIONS"] == given["NODE_OPTIONS"]
+    assert given["NODE_OPTIONS"].startswith("--no-warnings --require")
+    take_back(here)
+    done = subprocess.run(
+        ["node", "-e", "console.log(Object.keys(require.cache).join())"],
+        env={"PATH": PATH, "NODE_OPTIONS": given["NODE_OPTIONS"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "node_proxy.cjs" in done.stdout, done.stderr
+
+
 def test_no_proxy_of_the_persons_own_is_kept(here: Machine) -> None:
     found = environment_of(["bash", "-ic"], here.user_home, NO_PROXY="intranet.example")
     assert found["NO_PROXY"] == "intranet.example"
