@@ -584,6 +584,7 @@ INLINE void copy_out(struct chunk *c, u64 total)
 	struct connection *connection = c->connection;
 	struct settings *s;
 	u32 zero = 0;
+	u64 cut = 0;
 
 	if (!connection->announced)
 		announce(c->key, connection);
@@ -591,9 +592,11 @@ INLINE void copy_out(struct chunk *c, u64 total)
 		s = settings_get(&zero);
 		connection->burst += total;
 		if (s && connection->burst > s->request_bytes_max) {
-			count(STAT_REQUEST_CUT_BYTES, total);
-			emit_hole(c, total, FLAG_CUT);
-			return;
+			cut = connection->burst - s->request_bytes_max;
+			if (cut > total)
+				cut = total;
+			total -= cut; /* one write may hold head and all: the head is needed */
+			count(STAT_REQUEST_CUT_BYTES, cut);
 		}
 	} else {
 		connection->burst = 0;
@@ -607,12 +610,14 @@ INLINE void copy_out(struct chunk *c, u64 total)
 		c->address += PIECE_BYTES_MAX;
 		total -= PIECE_BYTES_MAX;
 	}
-	if (total <= PIECE_BYTES_MAX) {
-		emit_tail(c, total);
-	} else {
+	if (total > PIECE_BYTES_MAX) {
 		lost(connection, STAT_CALL_TOO_LONG_BYTES, total);
 		emit_hole(c, total, 0);
+	} else if (total) {
+		emit_tail(c, total);
 	}
+	if (cut)
+		emit_hole(c, cut, FLAG_CUT);
 	nudge(filled_before);
 }
 

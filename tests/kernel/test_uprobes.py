@@ -279,21 +279,36 @@ def test_a_request_beyond_the_limit_is_cut_not_lost(bench: Bench) -> None:
     assert short.length(Direction.SENT) == len(short.data(Direction.SENT))
     source.request_report()
     counted = source.status().counted
-    assert counted["request_cut_bytes"] == long.length(Direction.SENT)
+    kept = sum(len(each.data) for each in long.chunks[Direction.SENT])
+    assert kept == 100_000
+    assert counted["request_cut_bytes"] == long.length(Direction.SENT) - kept
     assert counted["ring_full_bytes"] == 0
 
 
-def test_a_single_write_beyond_the_records_a_call(bench: Bench) -> None:
+@pytest.mark.parametrize("size", [5_000_000, 20_000_000])
+def test_a_single_write_beyond_the_records_a_call(bench: Bench, size: int) -> None:
+    """Its first 1 MiB is kept, head and all; what is left out is counted, by cause."""
     source = bench.source()
-    bench.python("exchanges", "1", "1", "3000000", "10", source=source).output()
-    (seen,) = gather(source.drain()).values()
+    bench.python("exchanges", "1", "1", str(size), str(size), source=source).output()
+    events = source.drain(20)
+    source.request_report()  # an end that found the ring full is told now
+    (seen,) = gather([*events, *source.read(0)]).values()
     (heard,) = bench.server.heard_by(PROVIDER)
-    assert seen.length(Direction.SENT) == len(heard.received)
-    source.request_report()
-    hole = seen.length(Direction.SENT) - sum(len(c.data) for c in seen.chunks[Direction.SENT])
     counted = source.status().counted
-    assert hole == counted["call_too_long_bytes"] + counted["ring_full_bytes"]
-    assert counted["call_too_long_bytes"] > 1_000_000
+    missing = 0
+    for direction, truth in ((Direction.SENT, heard.received), (Direction.RECEIVED, heard.sent)):
+        at = 0
+        for chunk in seen.chunks[direction]:
+            missing += chunk.offset - at + chunk.length - len(chunk.data)
+            assert chunk.data == truth[chunk.offset :][: len(chunk.data)]
+            at = chunk.offset + chunk.length
+        assert at == len(truth)
+    causes = ("call_too_long_bytes", "request_cut_bytes", "ring_full_bytes", "copy_failed_bytes")
+    assert missing == sum(counted[cause] for cause in causes)
+    assert counted["call_too_long_bytes"] > 3_000_000
+    first = seen.chunks[Direction.SENT][0]
+    assert first.offset == 0
+    assert first.data.startswith(b"POST ")
 
 
 def prog_ids(pid: int) -> set[int]:

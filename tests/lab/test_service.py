@@ -16,6 +16,7 @@ import pytest
 
 from .conftest import CLIENTS, HALTON_METER, Service, assert_metered, wait_until
 from .lab import Lab
+from .scenario import Scenario
 from .test_clients import anthropic_body, curl
 from .test_run import child_running
 
@@ -118,6 +119,39 @@ def test_bytes_reach_a_client_unchanged_whatever_dies(lab: Lab, own: Service) ->
 def _digest(answer: bytes) -> str:
     serial = answer.partition(b'"id":"')[2].partition(b'"')[0]
     return hashlib.sha256(answer.replace(serial, b"ID")).hexdigest()
+
+
+LARGE = """
+import http.client, json, sys
+size = int(sys.argv[1]) * 1_000_000
+asked = {"model": "claude-haiku-4-5", "max_tokens": 9, "stream": True}
+talk = [{"role": "user", "content": sys.argv[2]}, {"role": "user", "content": "q" * size}]
+connection = http.client.HTTPSConnection("api.anthropic.com")
+connection.request("POST", "/v1/messages", json.dumps({**asked, "messages": talk}).encode())
+answer = connection.getresponse().read()
+assert len(answer) > size, len(answer)
+"""
+
+
+@pytest.mark.parametrize("megabytes", [5, 20])
+def test_usage_at_the_end_of_a_large_exchange(
+    lab: Lab, own: Service, python: str, megabytes: int
+) -> None:
+    """A request in one write beyond what is kept of one, and an answer of the same size."""
+    skip = len(lab.ledger())
+    marker = Scenario(n=3, chunks=megabytes + 1, piece_bytes=1 << 20).marker
+    done = lab.run([python, "-c", LARGE, str(megabytes), marker], user=lab.user)
+    assert done.returncode == 0, done.stderr
+    (served,) = lab.ledger_of(1, skip)
+    own.settle()
+    (event,) = own.events()
+    found = {name: count for name, count in event["tokens"].items() if count}
+    assert found == {name: count for name, count in served["tokens"].items() if count}
+    assert event["model"] == served["model"]
+    assert event["outcome"] == "gapped"
+    status = own.status()
+    assert status is not None
+    assert status["losses"]["call_too_long_bytes"] > 3_000_000
 
 
 def test_stopping_leaves_no_process_and_no_socket(lab: Lab, own: Service) -> None:
