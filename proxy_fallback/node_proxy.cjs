@@ -39,21 +39,22 @@ function isLocal(host) {
 
 // What lies between TLS and the proxy's socket: it writes nothing until the tunnel stands.
 class Tunnel extends stream.Duplex {
-  constructor(proxy, host, port) {
+  constructor(proxy, direct) {
     super();
     this.waiting = null;
     this.kept = true;
-    this.goThrough(proxy, host, port);
+    this.goThrough(proxy, direct);
   }
 
-  goThrough(proxy, host, port) {
+  goThrough(proxy, direct) {
+    const { host, port } = direct;
     const raw = (this.raw = net.connect(proxy.port, proxy.host));
     let head = Buffer.alloc(0);
     const instead = () => {
       raw.removeAllListeners();
       raw.on("error", () => {});
       raw.destroy();
-      this.carry(net.connect(port, host), "connect");
+      this.carry(net.connect(direct), "connect");
     };
     raw.setTimeout(ANSWER_MS_MAX, instead);
     raw.once("error", instead);
@@ -140,7 +141,8 @@ function install() {
       const port = Number(options.port);
       if (options.socket || options.path || !(port > 0)) return connect.apply(this, given);
       if (isLocal(host) || isLeftOut(host, port, process.env)) return connect.apply(this, given);
-      tunnel = new Tunnel(proxy, host, port);
+      const { lookup, family, hints, localAddress } = options;
+      tunnel = new Tunnel(proxy, { host, port, lookup, family, hints, localAddress });
     } catch {
       return connect.apply(this, given);
     }
