@@ -13,10 +13,12 @@ and drops that header, and it swallows the server's interim (1xx) responses on H
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # Flows being watched at once; more than any person's tools have open.
 FLOWS_MAX = 4096
+# Lookups of clients' processes at once.
+LOOKUP_THREADS = 4
 _NS = 1_000_000_000
 # In its CONNECT to mitmproxy the edge names the client whose socket it accepted: "127.0.0.1:4711".
 # mitmproxy answers a CONNECT itself, so this header never reaches a provider.
@@ -123,7 +127,8 @@ class MeterAddon:
     def __init__(self, wiring: Wiring) -> None:
         self._wiring = wiring
         self._flows: dict[str, _Watched] = {}
-        self._owners: dict[str, Process | None] = {}
+        self._owners: dict[str, Future[Process | None]] = {}
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "owner")
         self._serial = itertools.count(1)
         self.losses = wiring.losses
 
@@ -136,31 +141,33 @@ class MeterAddon:
         except Exception as error:  # nothing that watches may break what is watched
             self._failed(flow, error)
 
-    def tls_failed_client(self, data: tls.TlsData) -> None:
+    async def tls_failed_client(self, data: tls.TlsData) -> None:
         """A client would not have our certificate: the edge lets it pass by us next time."""
         try:
             client, server = data.context.client, data.context.server
             host = client.sni or (server.address[0] if server.address else "")
             said = "does not trust" in (data.conn.error or "")
-            self._wiring.refused(host.lower(), self._owners.get(client.id), said)
+            self._wiring.refused(host.lower(), await self._owner(client.id), said)
         except Exception as error:  # as above
             self._count(error)
 
-    def tls_failed_server(self, data: tls.TlsData) -> None:
+    async def tls_failed_server(self, data: tls.TlsData) -> None:
         """We would not have a provider's certificate: its client may judge for itself next time."""
         try:
             client, server = data.context.client, data.context.server
             host = server.sni or (server.address[0] if server.address else "")
             said = "verify" in (data.conn.error or "")
-            self._wiring.refused(host.lower(), self._owners.get(client.id), said)
+            self._wiring.refused(host.lower(), await self._owner(client.id), said)
         except Exception as error:  # as above
             self._count(error)
 
-    def requestheaders(self, flow: http.HTTPFlow) -> None:
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """A request's head: decide, and stream its body past us."""
         flow.request.stream = True
         try:
-            self._begin(flow)
+            if flow.client_conn.id not in self._owners:  # no CONNECT: a plain HTTP request
+                self._find_owner(flow)
+            self._begin(flow, await self._owner(flow.client_conn.id))
         except Exception as error:  # as above
             self._failed(flow, error)
 
@@ -232,15 +239,25 @@ class MeterAddon:
         named, _, number = flow.request.headers.get(CLIENT_HEADER, "").rpartition(":")
         if named and number.isdigit():
             address, port = named, int(number)
-        self._owners[client.id] = self._wiring.process_of((address, port))
+        # In a thread, as it takes some ms: meanwhile the provider is connected to. Whoever connects
+        # lives at least until its request is let through, which waits for the answer.
+        self._owners[client.id] = self._lookups.submit(self._wiring.process_of, (address, port))
 
-    def _begin(self, flow: http.HTTPFlow) -> None:
+    async def _owner(self, client_id: str) -> Process | None:
+        lookup = self._owners.get(client_id)
+        try:
+            return None if lookup is None else await asyncio.wrap_future(lookup)
+        except Exception as error:  # an exchange of nobody's is better than none
+            self._count(error)
+            return None
+
+    def _begin(self, flow: http.HTTPFlow, owner: Process | None) -> None:
         if len(self._flows) >= FLOWS_MAX:
             self.losses["flows_over_limit"] += 1
             return
         request = flow.request
         recording = self._wiring.begin(
-            self._connection(flow),
+            self._connection(flow, owner),
             HttpProtocol.HTTP2 if request.is_http2 else HttpProtocol.HTTP1,
             request.method,
             request.authority or request.host_header,
@@ -252,14 +269,12 @@ class MeterAddon:
             self._flows[flow.id] = _Watched(flow, recording)
             request.stream = self._tee(flow, recording.sent)
 
-    def _connection(self, flow: http.HTTPFlow) -> Connection:
+    def _connection(self, flow: http.HTTPFlow, owner: Process | None) -> Connection:
         client = flow.client_conn
-        if client.id not in self._owners:  # no CONNECT: a plain HTTP request
-            self._find_owner(flow)
         return Connection(
             id=f"proxy/{client.id}/{next(self._serial)}",
             source=Source.PROXY,
-            process=self._owners[client.id],
+            process=owner,
             peer=(client.sni or flow.request.host).lower(),
             peer_port=flow.request.port,
         )
