@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 10.0
+# Apps for mitmproxy's local mode, as `init --redirect` gives them to the service.
+REDIRECT_VARIABLE = "HALTON_METER_REDIRECT"
 # Variables by which the runtimes that people use find a proxy and a CA.
 _PROXY_NAMES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 _BUNDLE_NAMES = (
@@ -117,8 +119,9 @@ class ProxySession:
             self._ready.set()
 
     async def _main(self) -> None:
+        from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
+        from mitmproxy.master import Master
         from mitmproxy.options import Options
-        from mitmproxy.tools.dump import DumpMaster
 
         logging.getLogger("mitmproxy").setLevel(logging.CRITICAL)
         self._loop = asyncio.get_running_loop()
@@ -138,11 +141,19 @@ class ProxySession:
             host, port = self._upstream
             name = f"[{host}]" if ":" in host else host
             settings["mode"] = [f"upstream:http://{name}:{port}"]
+        if apps := os.environ.get(REDIRECT_VARIABLE):
+            # macOS: what these apps say past their proxy settings; the rest is as ever without it.
+            settings["mode"] = [*settings.get("mode", ["regular"]), f"local:{apps}"]
         options = Options(**settings)
-        self._master = DumpMaster(options, with_termlog=False, with_dumper=False)
+        self._master = Master(options, with_termlog=False)
+        # Only what carries traffic: mitmproxy's thirty others are asked at every event, and some
+        # of them alter flows.
+        carriers = (core.Core, proxyserver.Proxyserver, next_layer.NextLayer, tlsconfig.TlsConfig)
+        self._master.addons.add(*(each() for each in carriers))
         # Odd headers are the provider's and the client's own business.
         setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
         self._master.addons.add(self._addon, _Listening(self))
+        _show_one_name(self._master.addons.get("tlsconfig"))
         await self._master.run()
 
     def _upstream_roots(self) -> str | None:
@@ -172,6 +183,26 @@ class ProxySession:
         """Called once the port is known."""
         self.port = port
         self._ready.set()
+
+
+def _show_one_name(tlsconfig: Any) -> None:
+    """Have certificates name what the client asked for (SNI) and nothing else.
+
+    mitmproxy adds the address that it connects to, which the CA's constraints exclude; redirected
+    connections have only an address.
+    """
+    from cryptography import x509
+
+    as_ever = tlsconfig.get_cert
+
+    def get_cert(context: Any) -> Any:
+        sni = context.client.sni
+        if not sni:
+            return as_ever(context)
+        name = sni.encode("idna").decode()
+        return tlsconfig.certstore.get_cert(name, [x509.DNSName(name)], None)
+
+    tlsconfig.get_cert = get_cert
 
 
 class _Listening:
