@@ -47,6 +47,16 @@ TOKEN_DIMENSIONS = frozenset(
         "cached_text_input",
     }
 )
+# What is billed other than by token, as `Usage.units` names it.
+UNIT_DIMENSIONS = frozenset(
+    "web_search_requests web_search_preview_requests web_fetch_requests code_execution_requests "
+    "x_search_requests file_search_calls document_search_calls attachment_search_calls "
+    "image_generation_calls mcp_calls computer_calls live_search_sources containers "
+    "containers_1gb containers_4gb containers_16gb containers_64gb container_hours "
+    "grounding_queries grounding_prompts maps_grounding_prompts audio_seconds video_seconds "
+    "images input_images characters pages annotated_pages search_units classifications requests "
+    "compute_seconds cache_storage_tokens text_messages".split()
+)
 # Conditions that a price may depend on; the others (plan, upstream, …) are not looked at here.
 PRICED_CONDITIONS = frozenset(
     {

@@ -341,7 +341,7 @@ def status(as_json: bool) -> None:
                     "why": reason,
                     "set": _set_command(provider, model, reason),
                 }
-                for provider, model, reason, requests in unknown
+                for provider, model, reason, requests in unknown or ()
             ],
         }
         click.echo(json.dumps(document, ensure_ascii=False))
@@ -354,9 +354,11 @@ def status(as_json: bool) -> None:
     )
     for line in overrides:
         click.echo(f"override: {line}")
-    if not unknown:
+    if unknown is None:
+        click.echo("no requests are stored yet")
+    elif not unknown:
         click.echo("every model seen has a price")
-    for provider, model, reason, requests in unknown:
+    for provider, model, reason, requests in unknown or ():
         many = "1 request" if requests == 1 else f"{requests:,} requests"
         click.echo(f"no price: {provider} {model} ({many}): {_why(reason, model)}")
         if command := _set_command(provider, model, reason):
@@ -365,8 +367,11 @@ def status(as_json: bool) -> None:
         click.echo("then: halton-meter reprice --dry-run")
 
 
-def _unknown_models() -> list[tuple[str, str, str, int]]:
-    """Provider, model, reason and number of requests of stored events without a price."""
+def _unknown_models() -> list[tuple[str, str, str, int]] | None:
+    """Provider, model, reason and number of requests of stored events without a price.
+
+    None where nothing is stored.
+    """
     from halton_meter.store import NothingStored, Store, StoreError
 
     try:
@@ -380,7 +385,7 @@ def _unknown_models() -> list[tuple[str, str, str, int]]:
                 [_UNKNOWN_SHOWN],
             )
     except NothingStored:
-        return []
+        return None
     except StoreError as error:
         click.echo(f"halton-meter: unpriced models not shown: {error}", err=True)
         return []
@@ -439,9 +444,13 @@ def set_(
       halton-meter pricing set 'gpt-5*' --provider openai --discount 20% --from 2026-12-01
       halton-meter pricing set 'claude-*' --factor 0.85 --note 'framework agreement'
     """
+    from fnmatch import fnmatchcase
+
     from pricing import overrides as file
     from pricing.rates import PriceError
 
+    if sum((bool(rates), factor is not None, discount is not None)) != 1:
+        raise click.UsageError("give one of --rate (as often as needed), --factor or --discount")
     table: dict[str, Any] = {"model": model}
     given = {"provider": provider, "factor": factor, "discount": discount, "note": note}
     table |= {key: value for key, value in given.items() if value is not None}
@@ -454,17 +463,49 @@ def set_(
         pairs = [rate.partition("=") for rate in rates]
         if any(not name or not usd for name, _, usd in pairs):
             raise click.UsageError("--rate is NAME=USD, such as --rate input=1.5")
+        for name, _, _ in pairs:
+            _known_dimension(name)
         table["rates"] = {name: usd for name, _, usd in pairs}
     try:
         override = file.override_of(table, "pricing set")
         home = home_folder()
-        path = file.write(home, (*file.read(home), override))
+        key = (override.model, override.provider, override.start)
+        earlier = file.read(home)
+        kept = [each for each in earlier if (each.model, each.provider, each.start) != key]
+        path = file.write(home, (*kept, override))
     except PriceError as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:
         _fail(f"{home_folder()}: {error.strerror}")
     click.echo(f"set {_described(override)} in {path}")
+    for replaced in (each for each in earlier if each not in kept):
+        click.echo(f"in place of {_described(replaced)}")
+    if not any(fnmatchcase(name, override.provider) for name in _providers_named()):
+        click.echo(
+            f"no traffic is known by the provider {provider!r}; nothing else matches", err=True
+        )
     click.echo("events already stored keep their price; see: halton-meter reprice --dry-run")
+
+
+def _known_dimension(name: str) -> None:
+    """Refuse a rate that no usage would ever be priced at."""
+    from difflib import get_close_matches
+
+    from pricing.rates import dimension
+    from pricing.tariff import TOKEN_DIMENSIONS, UNIT_DIMENSIONS
+
+    known = TOKEN_DIMENSIONS | UNIT_DIMENSIONS
+    if dimension(name)[0] not in known:
+        near = get_close_matches(name, sorted(known), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise click.UsageError(f"--rate {name}: nothing is billed by that name{hint}")
+
+
+def _providers_named() -> set[str]:
+    """The names that events carry as their provider, or a glob may match."""
+    from halton_meter import providers
+
+    return {each.id for each in providers.known()} | set(_book().providers())
 
 
 @pricing.command()
@@ -504,7 +545,8 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
     if len(kept) == len(overrides):
         _fail(f"no override is written {model!r}; see: halton-meter pricing status")
     file.write(home, kept)
-    click.echo(f"removed {len(overrides) - len(kept)} override(s) of {model}")
+    count = len(overrides) - len(kept)
+    click.echo(f"removed {count} override{'s' if count > 1 else ''} of {model}")
 
 
 # --- refresh ------------------------------------------------------------

@@ -47,7 +47,7 @@ class Change:
     def words(self) -> str:
         """One line for people."""
         line = (
-            f"{shown(self.provider)} {shown(self.model)}: {self.events:,} events, "
+            f"{shown(self.provider)} {shown(self.model)}: {_counted(self.events)}, "
             f"{money_text(self.before_usd, 4)} -> {money_text(self.after_usd, 4)}"
         )
         if self.newly_priced:
@@ -113,11 +113,15 @@ def reprice(dry_run: bool, as_json: bool, **options: Any) -> None:
         click.echo(_told(ranked, dry_run))
 
 
+def _counted(events: int) -> str:
+    return "1 event" if events == 1 else f"{events:,} events"
+
+
 def _told(changes: list[Change], dry_run: bool) -> str:
     if not changes:
         return "Nothing changes: every event is priced as it would be today."
     count = sum(change.events for change in changes)
-    lines = [f"{count:,} events {'would change' if dry_run else 'changed'} price:"]
+    lines = [f"{_counted(count)} {'would change' if dry_run else 'changed'} price:"]
     lines += [f"  {change.words()}" for change in changes[:MODELS_SHOWN]]
     if len(changes) > MODELS_SHOWN:
         lines.append(f"  and {len(changes) - MODELS_SHOWN} more models: add --json")

@@ -321,3 +321,29 @@ def test_a_broken_override_file_is_named_with_the_way_out(run, tmp_path):
         assert "halton-meter pricing reset --all" in done.stderr
     assert run("reset", "--all").exit_code == 0
     assert run("status").exit_code == 0
+
+
+def test_set_refuses_a_rate_that_nothing_is_billed_by(run):
+    done = run("set", "gpt-4o", "--rate", "inptu=3")
+    assert done.exit_code == 2
+    assert "did you mean input?" in done.stderr
+    assert run("set", "gpt-4o", "--rate", "web_search_requests_k=3").exit_code == 0
+
+
+def test_set_again_for_the_same_day_replaces_what_was_set(run):
+    run("set", "gpt-4o", "--factor", "2")
+    done = run("set", "gpt-4o", "--discount", "10%")
+    assert "in place of gpt-4o: x2" in done.stdout
+    assert run("set", "gpt-4o", "--factor", "3", "--from", "2026-12-01").exit_code == 0
+    described = [line for line in run("status").stdout.splitlines() if "override" in line]
+    assert described == ["override: gpt-4o: x0.9", "override: gpt-4o: x3 from 2026-12-01"]
+
+
+def test_set_for_a_provider_nobody_knows_says_so(run):
+    done = run("set", "m", "--provider", "our-vllm", "--factor", "1")
+    assert done.exit_code == 0
+    assert "our-vllm" in done.stderr
+
+
+def test_status_of_an_empty_home_claims_nothing_of_models(run):
+    assert "no requests are stored yet" in run("status").stdout
