@@ -41,12 +41,14 @@ from proxy_fallback.changes import (
     shown,
     write_whole,
 )
+from proxy_fallback.session import REDIRECT_VARIABLE
 
 MODES = ("env-only", "apps", "full")
 CA_FOLDER_NAME = "proxy-ca"
 # Uninstall leaves this file: a terminal that is still open names it, and Node would not start
 # without it. It lets Node go on without the proxy.
 PRELOAD_NAME = "node_proxy.cjs"
+REDIRECTOR = "/Applications/Mitmproxy Redirector.app"
 HEALTHY_S_MAX = 30.0
 HEALTHY_EVERY_S = 0.2
 _SHELLS = ("bash", "zsh", "fish")
@@ -101,11 +103,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the person asked for."""
+    """What the person asked for. `redirect`: apps, by name or process id, "Claude,Cursor"."""
 
     mode: str = "apps"
     java: bool = False
     system_trust: bool = False
+    redirect: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,13 @@ class Plan:
             raise ChangeError(f"unknown mode {self._choice.mode!r}; known are {', '.join(MODES)}")
         if not m.upstream:
             self._check_variables()
+        if self._choice.redirect and not self._macos:
+            raise ChangeError(
+                "--redirect is for macOS; on Linux uprobes meter what heeds no proxy settings: "
+                "sudo halton-meter start"
+            )
+        if self._choice.redirect:
+            _check_redirect(self._choice.redirect)
         options = m.environ.get("JAVA_TOOL_OPTIONS", "")
         if self._choice.java and options and str(m.ca_folder) not in options:
             raise ChangeError(
@@ -409,11 +419,13 @@ class Plan:
         command = self._command("daemon", "--foreground", "--via", "proxy")
         if self._macos:
             environment = {**self._service_environment(), "HALTON_METER_CA": ca}
+            if self._choice.redirect:
+                environment[REDIRECT_VARIABLE] = self._choice.redirect
             log = m.home / "proxy.log"
             text = service_files.launch_agent(
                 service_files.LABEL, command, environment, log, m.port
             )
-            return self._agent(service_files.LABEL, text)
+            return [*self._redirector(), *self._agent(service_files.LABEL, text)]
         if not self._supervised():
             return [self._background(command)]
         unit = service_files.UNIT
@@ -426,6 +438,13 @@ class Plan:
             },
             unit,
         )
+
+    def _redirector(self) -> list[Change]:
+        """What mitmproxy's local mode puts there itself when it first runs."""
+        there = self._machine.commands.run(("test", "-e", REDIRECTOR)).code == 0
+        if not self._choice.redirect or there:
+            return [CommandRun("redirector", run=(), undo=())] if self._choice.redirect else []
+        return [CommandRun("redirector", run=(), undo=((TOLERATED, "rm", "-rf", REDIRECTOR),))]
 
     def _units(self, texts: Mapping[str, str], unit: str) -> list[Change]:
         """Unit files, enabled and started; a reload comes before, and last when undone."""
@@ -647,6 +666,17 @@ class Plan:
         unit = service_files.KEEPER_UNIT
         text = service_files.service_unit("the system's proxy", command, environment)
         return self._units({f"{unit}.service": text}, unit)
+
+
+def _check_redirect(apps: str) -> None:
+    import mitmproxy_rs
+
+    try:
+        mitmproxy_rs.local.LocalRedirector.describe_spec(apps)
+    except ValueError:
+        raise ChangeError(
+            f"--redirect {apps!r} names no apps; write them like Claude,Cursor (or process ids)"
+        ) from None
 
 
 def _content(path: Path) -> bytes | None:

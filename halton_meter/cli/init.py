@@ -35,6 +35,13 @@ EXAMPLES = """
 @click.option("--env-only", "mode", flag_value="env-only", help="Terminals only.")
 @click.option("--java", is_flag=True, help="Also for Java: a copy of its trust store with our CA.")
 @click.option("--system-trust", is_flag=True, help="Trust the CA for all users (asks for sudo).")
+@click.option(
+    "--redirect",
+    metavar="APPS",
+    default="",
+    help="macOS: also what these apps say past their proxy settings (as in Claude,Cursor). "
+    "macOS asks once to allow mitmproxy's network extension, in System Settings.",
+)
 @click.option("--non-interactive", is_flag=True, help="Ask nothing.")
 @click.option("--dry-run", is_flag=True, help="Show every command and file change; make none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as one JSON object.")
@@ -45,6 +52,7 @@ def init(
     mode: str | None,
     java: bool,
     system_trust: bool,
+    redirect: str,
     non_interactive: bool,
     dry_run: bool,
     as_json: bool,
@@ -61,7 +69,7 @@ def init(
         _keep_system_proxy(machine)
     if machine.platform != platform_here() and not dry_run:
         raise click.UsageError(f"this is not {platform}; --platform is for --dry-run")
-    choice = Choice(mode or "apps", java, system_trust)
+    choice = Choice(mode or "apps", java, system_trust, redirect)
     if not (non_interactive or dry_run or as_json) and sys.stdin.isatty():
         _ask(machine, choice.mode)
     try:

@@ -219,3 +219,18 @@ def test_the_command_keeps_its_environment_and_gains_the_proxy(tmp_path: Path) -
     assert after["NODE_EXTRA_CA_CERTS"] == str(tmp_path / "ca.pem")
     assert after["PATH"] == "/bin"
     assert before == {"PATH": "/bin", "HTTPS_PROXY": "http://other:1"}
+
+
+def test_a_certificate_names_what_the_client_asked_for_and_nothing_else(
+    start: Start, origin: Origin
+) -> None:
+    session, _, _ = start(("localhost",))
+    raw = socket.create_connection(("127.0.0.1", session.port), timeout=15)
+    # The address is the proxy's destination; the name is only in the client's hello.
+    raw.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n\r\n" % origin.port)
+    assert b" 200 " in raw.recv(65536)
+    context = ssl.create_default_context(cafile=str(session.ca_file))
+    with context.wrap_socket(raw, server_hostname="localhost") as tls:
+        found = tls.getpeercert()
+    assert found is not None
+    assert found["subjectAltName"] == (("DNS", "localhost"),)

@@ -269,7 +269,7 @@ def test_a_dry_run_lists_every_command_that_the_run_then_runs(
     set_up(here)
     from proxy_fallback.changes import shown
 
-    asking = ("print", "getenv", "find-certificate", "-get", "-list")
+    asking = ("print", "getenv", "find-certificate", "-get", "-list", "-e")
     doing = [argv for argv in mac.ran if not argv[1].startswith(asking)]
     assert doing
     assert [argv for argv in doing if f"run {shown(argv)}" not in listed] == []
@@ -297,6 +297,31 @@ def test_the_agents_are_as_launchd_wants_them(here: Machine, mac: Mac) -> None:
     assert "KeepAlive" not in once
     for name, path in mac.state.loaded.items():
         assert Path(path).name == f"{name}.plist"
+
+
+def test_apps_to_redirect_are_told_to_the_service_and_the_redirector_goes_with_it(
+    here: Machine, mac: Mac
+) -> None:
+    mac.before = lambda argv: Ran(1) if argv[:2] == ("test", "-e") else None
+    set_up(here, Choice("apps", redirect="Claude,Cursor"))
+    file = here.user_home / "Library/LaunchAgents/com.halton-meter.proxy.plist"
+    agent = plistlib.loads(file.read_bytes())
+    assert agent["EnvironmentVariables"]["HALTON_METER_REDIRECT"] == "Claude,Cursor"
+    take_back(here)
+    assert ("rm", "-rf", "/Applications/Mitmproxy Redirector.app") in mac.ran
+
+
+@pytest.mark.parametrize(("apps", "on"), [("a,,b", "macos"), ("Claude", "linux")])
+def test_apps_that_cannot_be_redirected_are_refused(here: Machine, apps: str, on: str) -> None:
+    with pytest.raises(SetupError, match="--redirect"):
+        set_up(replace(here, platform=on), Choice("apps", redirect=apps))
+
+
+def test_a_redirector_that_was_there_before_stays(here: Machine, mac: Mac) -> None:
+    mac.before = lambda argv: Ran(0) if argv[:2] == ("test", "-e") else None
+    set_up(here, Choice("apps", redirect="Claude"))
+    take_back(here)
+    assert not any(argv[0] == "rm" and "-rf" in argv for argv in mac.ran)
 
 
 # --- the keeper of the system proxy ---
