@@ -198,13 +198,13 @@ class Registry:
         providers = self.of_host(host)
         if not providers:
             return None
-        from halton_meter.providers.shapes import endpoint_of
+        from halton_meter.providers.shapes import endpoints_of
 
-        endpoint = endpoint_of(exchange.response)
-        for provider in providers:
-            for route in provider.routes:
-                if route.endpoint == endpoint and "POST" in route.methods:
-                    return Match(provider, route)
+        for endpoint in endpoints_of(exchange.response):
+            for provider in providers:
+                for route in provider.routes:
+                    if route.endpoint == endpoint and "POST" in route.methods:
+                        return Match(provider, route)
         return None
 
     def read(self, exchange: Exchange) -> list[UsageEvent]:

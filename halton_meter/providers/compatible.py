@@ -82,6 +82,7 @@ def read_ollama(exchange: Exchange, route: Route, provider: Provider) -> Iterato
     draft.streaming = draft.request.get("stream", True) is not False and route.kind == "chat"
     if not unanswered(draft):
         lines = [as_dict(value) for value in formats.ndjson(exchange.response.body)]
+        lines = lines or [value for value, _ in documents(exchange)]
         last: Json = lines[-1] if lines else {}
         draft.fail(last, in_stream=len(lines) > 1)
         draft.model = as_name(last.get("model"))

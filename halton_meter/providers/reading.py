@@ -93,6 +93,7 @@ from halton_meter.model import (
 )
 from halton_meter.providers.estimate import prompt_tokens, tokens_of
 from halton_meter.wire import formats
+from halton_meter.wire.damaged import surviving_members
 
 if TYPE_CHECKING:
     from halton_meter.providers import Provider, Route
@@ -325,12 +326,20 @@ def form(headers: Headers, body: Body) -> str:
         return "json"
     if start.startswith(b"["):
         return "array"
-    if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")):
+    if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")) and b"\0" not in start:
         return "sse"
     for word, name in (("event-stream", "sse"), ("eventstream", "eventstream"), ("json", "json")):
         if word in content_type:
             return name
+    found = _INSIDE.search(body.beginning(_SNIFFED_BYTES))
+    if found is not None:
+        return "sse" if found.lastgroup == "sse" else "eventstream"
     return "empty" if not start and len(body.pieces) == 1 else "other"
+
+
+# What a stream joined in its middle shows soon; no JSON holds a line break or a zero byte.
+_SNIFFED_BYTES = 64 << 10
+_INSIDE = re.compile(rb"(?P<sse>[\r\n](?:data|event):)|:message-type\x07\x00")
 
 
 def request_fields(exchange: Exchange, wanted: tuple[str, ...] = ()) -> Json:
@@ -660,7 +669,7 @@ def documents(exchange: Exchange, count: int = 4) -> Iterator[tuple[Json, bytes]
     """The response's JSON objects that may carry usage, best first, each with its text.
 
     Of an event stream or of lines of JSON that is the last `count` from the end; of JSON the one
-    object.
+    object, or what survives of it.
     """
     body = exchange.response.body
     if form(exchange.response.headers, body) == "sse":
@@ -669,14 +678,18 @@ def documents(exchange: Exchange, count: int = 4) -> Iterator[tuple[Json, bytes]
             if isinstance(value, dict):
                 yield value, event.data
         return
-    if len(body.pieces) == 1:
-        value = formats.json_value(body)
-        if isinstance(value, list):
-            value = value[0] if len(value) == 1 else None
-        if isinstance(value, dict):
-            yield value, body.pieces[0]
-        elif value is None:
-            yield from _last_lines(body.pieces[0], count)
+    whole: object = formats.json_value(body)
+    if isinstance(whole, list) and len(whole) == 1:
+        whole = whole[0]
+    if whole is not None:
+        if isinstance(whole, dict):
+            yield whole, body.pieces[0]
+        return
+    lines = list(_last_lines(body.pieces[-1], count)) if body.pieces else []
+    members = surviving_members(body) if not lines else {}
+    yield from lines
+    if members:
+        yield members, body.pieces[-1]
 
 
 def _last_lines(text: bytes, count: int) -> Iterator[tuple[Json, bytes]]:

@@ -184,8 +184,8 @@ def json_value(body: Body) -> Any:
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
 
 
-def _object_end(text: bytes, start: int, limit: int = SALVAGE_BYTES_MAX) -> int:
-    """The end of the JSON object that opens at `start`; -1 when it does not close in `limit`."""
+def object_end(text: bytes, start: int, limit: int = SALVAGE_BYTES_MAX) -> int:
+    """The end of the JSON object or array opened at `start`; -1 where not closed in `limit`."""
     depth = 0
     stop = min(len(text), start + limit)
     for match in _STRING_OR_BRACKET.finditer(text, start, stop):
@@ -208,7 +208,7 @@ def salvage_object(body: Body, key: bytes, last: bool = True) -> Any:
         if last:
             starts.reverse()
         for start in starts[:SALVAGE_TRIES_MAX]:
-            end = _object_end(piece, start, budget)
+            end = object_end(piece, start, budget)
             budget -= (end if end > 0 else len(piece)) - start
             value = loads(piece[start:end]) if end > 0 else None
             if isinstance(value, dict):
@@ -259,7 +259,7 @@ _BETWEEN_ELEMENTS = re.compile(rb"\}\s*,\s*(?=\{)")
 def _next_element(piece: bytes) -> int:
     """Where an array's next object begins, behind a hole that may have ended within a string."""
     for match in islice(_BETWEEN_ELEMENTS.finditer(piece), SALVAGE_TRIES_MAX):
-        end = _object_end(piece, match.end())
+        end = object_end(piece, match.end())
         if end > 0 and isinstance(loads(piece[match.end() : end]), dict):
             return match.end()
     return 0

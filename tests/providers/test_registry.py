@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from halton_meter import providers
-from halton_meter.model import Request
+from halton_meter.model import Outcome, Request, UsageEvent
 
 from .exchanges import exchange, sse
 
@@ -197,3 +197,101 @@ def test_gateway_passes_every_makers_api_on(path: str, provider: str) -> None:
     match = registry.find("localhost:4000", "POST", path)
     assert match is not None
     assert match.provider.id == provider
+
+
+# --- answers with holes, and answers whose request was never seen --------------------------------
+
+
+def headless(host: str, body: bytes) -> list[UsageEvent]:
+    """The events of an answer of which neither the request nor its own head was seen."""
+    this = exchange(f"https://{host}/", None, None, pieces=(body,), complete=False)
+    request = replace(this.request, method=None, path=None, host=host)
+    response = replace(this.response, status=None)
+    return providers.read(replace(this, request=request, response=response))
+
+
+OPENAI_TAIL = b"""down"}],"type":"message","usage":{"input_tokens":77}}],"usage":{
+  "input_tokens": 36, "input_tokens_details": {"cached_tokens": 6}, "output_tokens": 87,
+  "output_tokens_details": {"reasoning_tokens": 7}, "total_tokens": 123}}"""
+
+
+@pytest.mark.parametrize(
+    ("host", "tail", "endpoint", "counts"),
+    [
+        ("api.openai.com", OPENAI_TAIL, "responses", (30, 87)),
+        (
+            "api.groq.com",
+            b'd."},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"completion_tokens":6}}',
+            "chat_completions",
+            (5, 6),
+        ),
+        (
+            "api.openai.com",
+            b'0.01,-0.2],"index":0}],"usage":{"prompt_tokens":8,"total_tokens":8}}',
+            "embeddings",
+            (8, None),
+        ),
+        (
+            "api.anthropic.com",
+            b'"}],"stop_reason":"end_turn","usage":{"input_tokens":3,'
+            b'"cache_creation_input_tokens":0,"output_tokens":4}}',
+            "messages",
+            (3, 4),
+        ),
+        (
+            "generativelanguage.googleapis.com",
+            b'xt"}]}}],\n  "usageMetadata": {\n    "promptTokenCount": 2,\n'
+            b'    "candidatesTokenCount": 9\n  },\n  "modelVersion": "gemini-x"\n}\n',
+            "generateContent",
+            (2, 9),
+        ),
+        (
+            "generativelanguage.googleapis.com",
+            b'nd"}]}}]}\n\ndata: {"usageMetadata": {"promptTokenCount": 2, '
+            b'"candidatesTokenCount": 9}, "modelVersion": "gemini-x"}\n\n',
+            "streamGenerateContent",
+            (2, 9),
+        ),
+    ],
+)
+def test_answer_joined_in_its_middle(
+    host: str, tail: bytes, endpoint: str, counts: tuple[int, int | None]
+) -> None:
+    (event,) = headless(host, tail)
+    assert (event.endpoint, event.tokens.input, event.tokens.output) == (endpoint, *counts)
+    assert "head_unknown" in event.flags
+
+
+def test_id_of_something_inside_an_answer_is_not_the_answers() -> None:
+    (event,) = headless("api.openai.com", b'"id":"item_0123456789abcdef","x":1},' + OPENAI_TAIL)
+    assert event.response_id is None
+
+
+@pytest.mark.parametrize(
+    ("url", "start", "end", "wanted"),
+    [
+        (
+            "https://generativelanguage.googleapis.com/v1beta/models/e:embedContent",
+            b'{"embedding":{"values":[0.1,',
+            b'0.2]},"usageMetadata":{"promptTokenCount":7}}',
+            7,
+        ),
+        (
+            "https://generativelanguage.googleapis.com/v1beta/interactions",
+            b'{"id":"v1_ChdWV3NIYXNYZEc5S19x","model":"g","outputs":[{"text":"Onc',
+            b'end"}],"usage":{"total_input_tokens":7,"total_output_tokens":3}}',
+            7,
+        ),
+        (
+            "https://api.cohere.com/v2/chat",
+            b'{"id":"e342ea17-403f-4073-9187-a08e59b5cddc","message":{"text":"It is',
+            b'"},"usage":{"billed_units":{"input_tokens":7,"output_tokens":2}}}',
+            7,
+        ),
+    ],
+)
+def test_usage_behind_a_hole_counts(url: str, start: bytes, end: bytes, wanted: int) -> None:
+    this = exchange(url, {}, None, pieces=(start, end), complete=False, outcome=Outcome.GAPPED)
+    (event,) = providers.read(this)
+    assert event.tokens.input == wanted
+    assert "gapped" in event.flags
