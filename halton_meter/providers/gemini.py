@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from halton_meter.model import Exchange, Outcome, Tokens, Usage, UsageEvent, header
+from halton_meter.model import Body, Exchange, Outcome, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count
 from halton_meter.providers.estimate import texts_under
@@ -504,6 +504,64 @@ def _fill_interaction(draft: Draft, interaction: Json, text: bytes) -> None:
     draft.condition("service_tier", interaction.get("service_tier"))
 
 
+# --- the Live API -------------------------------------------------------------------------------
+
+
+def live_turn_ends(message: bytes) -> bool:
+    """Whether a server's message of a Live session states usage, for all since the last that did.
+
+    Quotes inside text are escaped, so that text about usage does not match.
+    """
+    return b'"usageMetadata"' in message
+
+
+def read_live(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for each statement of usage in a Live session (BidiGenerateContent).
+
+    Each counts the whole context again, and is billed so: the sum of them all is what users found
+    on their bills (3P, discuss.ai.google.dev/t/173248). The session's first message names the
+    model; nothing else does, and no message has an id.
+    """
+    asked = (as_dict(value).get("setup") for value in formats.ndjson(exchange.request.body))
+    setup = next((value for value in asked if isinstance(value, dict)), {})
+    # What the upgrade answered (its ids, its date) is said of every turn alike.
+    turn = replace(exchange, response=replace(exchange.response, headers=()))
+    stated = False
+    grounds: list[tuple[Json, bytes]] = []
+    for line in _lines_with(exchange.response.body, (b'"usageMetadata"', b'"groundingMetadata"')):
+        answer = as_dict(formats.loads(line))
+        content = as_dict(answer.get("serverContent"))
+        grounds.append(({"candidates": [content]}, b""))
+        usage = answer.get("usageMetadata")
+        if isinstance(usage, dict) and _counted(usage):
+            if stated:  # a turn of its own: what identifies it must not be the first one's
+                turn = replace(turn, response=replace(turn.response, body=Body((line,))))
+            draft = _live_draft(turn, route, provider, setup)
+            fill_generated(draft, usage, line, _grounding(turn, grounds))
+            grounds.clear()
+            stated = True
+            yield draft.event()
+    if not stated and any(_lines_with(exchange.response.body, (b'"modelTurn"', b'"toolCall"'))):
+        draft = _live_draft(turn, route, provider, setup)
+        draft.usage_not_sent(texts_under(exchange.response.body, (b"text",)))
+        yield draft.event()
+
+
+def _live_draft(turn: Exchange, route: Route, provider: Provider, setup: Json) -> Draft:
+    draft = Draft(turn, provider.id, route.endpoint, route.kind, setup)
+    model = as_name(setup.get("model"))
+    draft.request_model = model.rpartition("/")[2] if model is not None else None
+    draft.streaming = True
+    return draft
+
+
+def _lines_with(body: Body, needles: tuple[bytes, ...]) -> Iterator[bytes]:
+    for piece in body.pieces:
+        for line in piece.split(b"\n"):
+            if any(needle in line for needle in needles):
+                yield line
+
+
 # --- routes -------------------------------------------------------------------------------------
 
 
@@ -541,6 +599,14 @@ ROUTES = (
     ),
 )
 
+_LIVE = (
+    r"/ws/google\.(?:ai\.generativelanguage|cloud\.aiplatform)\.v1(?:beta|alpha)?\d*\."
+    r"(?:GenerativeService|LlmBidiService)[./]BidiGenerateContent(?:Constrained)?"
+)
+LIVE = replace(
+    route("BidiGenerateContent", "chat", _LIVE, read_live, ("GET",)), turn_ends=live_turn_ends
+)
+
 # Gemini Code Assist (the Gemini CLI signed in with a Google account): plan traffic.
 _ASSIST_HOSTS = ("cloudcode-pa.googleapis.com", "daily-cloudcode-pa.sandbox.googleapis.com")
 
@@ -566,6 +632,6 @@ ASSIST_ROUTES = (
     route("countTokens", "count", _ASSIST + "countTokens", read_assist_count),
 )
 
-PROVIDER = Provider("gemini", ("generativelanguage.googleapis.com",), ROUTES)
+PROVIDER = Provider("gemini", ("generativelanguage.googleapis.com",), (*ROUTES, LIVE))
 ASSIST = Provider("gemini", _ASSIST_HOSTS, ASSIST_ROUTES)
 PROVIDERS = (PROVIDER, ASSIST)

@@ -14,7 +14,12 @@ from urllib.parse import unquote
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import message_event, read_count
-from halton_meter.providers.gemini import THINKING_HIDDEN, content_routes, read_cache_made
+from halton_meter.providers.gemini import (
+    LIVE,
+    THINKING_HIDDEN,
+    content_routes,
+    read_cache_made,
+)
 from halton_meter.providers.openai_text import chat_event, route, text_routes
 from halton_meter.providers.reading import as_name, begin
 
@@ -68,6 +73,7 @@ ROUTES = tuple(
         route("streamRawPredict", "chat", _RAW + "streamRawPredict", read_raw_predict),
         route("cachedContents", "cache", _ROOT + _PLACE + "/cachedContents", read_cache_made),
         *text_routes(_ROOT + _PLACE + "/endpoints/[^/]+", THINKING_HIDDEN),
+        LIVE,
     )
 )
 

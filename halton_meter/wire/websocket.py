@@ -32,6 +32,9 @@ TURN_BYTES_MAX = 8 << 20
 # Client messages kept for a provider to find the request that a response belongs to, by its id.
 CLIENT_MESSAGES_MAX = 32
 CLIENT_BYTES_MAX = 4 << 20
+# The client's first message is kept for good, up to this size: it opens a session, and may be the
+# only one that names its model.
+OPENING_BYTES_MAX = 256 << 10
 
 _CONTINUATION, _TEXT, _BINARY, _CLOSE = 0, 1, 2, 8
 _KNOWN_OPCODES = frozenset((0, 1, 2, 8, 9, 10))
@@ -244,6 +247,7 @@ class WebSocket:
         }
         self._client: deque[tuple[bytes, int]] = deque(maxlen=CLIENT_MESSAGES_MAX)
         self._client_bytes = 0
+        self._opening: bytes | None = None
         # Client messages to come until those that stood beside a lost one are no longer kept.
         self._client_doubt = 0
         self._client_since_ns: int | None = None
@@ -295,6 +299,8 @@ class WebSocket:
         if self._client_since_ns is None:
             self._client_since_ns = at_ns
         self._client_doubt = max(0, self._client_doubt - 1)
+        if self._opening is None:
+            self._opening = message if len(message) <= OPENING_BYTES_MAX else b""
         if len(self._client) == CLIENT_MESSAGES_MAX:
             self._client_bytes -= len(self._client[0][0])
         self._client.append((message, at_ns))
@@ -317,7 +323,10 @@ class WebSocket:
     def _said(self) -> Body:
         """The client's recent messages; whole when none of those was lost."""
         known = self._client_doubt == 0
-        return Body((_lines([m for m, _ in self._client]),), known, 0, 0 if known else None)
+        messages = [message for message, _ in self._client]
+        if self._opening and self._opening not in messages[:1]:
+            messages.insert(0, self._opening)
+        return Body((_lines(messages),), known, 0, 0 if known else None)
 
     def _turn(self, at_ns: int, outcome: Outcome) -> Exchange:
         started_ns = self._client_since_ns or self._first_ns or at_ns

@@ -4,14 +4,18 @@ import base64
 import json
 import struct
 import zlib
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from halton_meter import providers
-from halton_meter.model import Outcome
+from halton_meter.model import Exchange, Outcome, Protocol
+from pricing.book import PriceBook
 
 from .exchanges import exchange, read_one, sse
 
+WEBSOCKET = Protocol.WEBSOCKET
 GEMINI = "https://generativelanguage.googleapis.com/v1beta/models/gemini-2.5-pro"
 
 
@@ -231,3 +235,74 @@ def test_cache_made_on_vertex_is_written_once() -> None:
     made = read_one(exchange(url, {"model": model}, answer))
     assert (made.kind, made.model, made.tokens.cache_write) == ("cache", "gemini-2.5-flash", 4321)
     assert providers.read(exchange(f"{url}/2", None, answer, method="GET")) == []
+
+
+# --- the Live API ---
+
+LIVE = (
+    "https://generativelanguage.googleapis.com"
+    "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent?key=made-up"
+)
+SETUP = {"setup": {"model": "models/gemini-live-2.5-flash", "systemInstruction": {"parts": []}}}
+
+
+def live(asked: list[dict], answers: list[dict], **more: object) -> Exchange:
+    sent, came = ("\n".join(map(json.dumps, messages)) for messages in (asked, answers))
+    return exchange(LIVE, sent, came, method="GET", status=101, protocol=WEBSOCKET, **more)
+
+
+def spoken(prompt: int, audio: int) -> dict:
+    return {
+        "serverContent": {"turnComplete": True},
+        "usageMetadata": {
+            "promptTokenCount": prompt,
+            "responseTokenCount": audio,
+            "totalTokenCount": prompt + audio,
+            "promptTokensDetails": [
+                {"modality": "TEXT", "tokenCount": 10},
+                {"modality": "AUDIO", "tokenCount": prompt - 10},
+            ],
+            "responseTokensDetails": [{"modality": "AUDIO", "tokenCount": audio}],
+        },
+    }
+
+
+def test_live_turn_is_billed_by_its_modalities() -> None:
+    heard = {"serverContent": {"modelTurn": {"parts": [{"text": 'say \\"usageMetadata\\"'}]}}}
+    event = read_one(live([SETUP], [{"setupComplete": {}}, heard, spoken(110, 250)]))
+    assert (event.endpoint, event.kind, event.streaming) == ("BidiGenerateContent", "chat", True)
+    assert event.request_model == "gemini-live-2.5-flash"
+    assert (event.tokens.input, event.tokens.output) == (110, 250)
+    assert (event.tokens.audio_input, event.tokens.audio_output) == (100, 250)
+    priced = PriceBook.load(Path("/nonexistent")).price(event)
+    # 10 text at $0.50, 100 audio at $3, 250 audio answered at $12, a million each
+    assert priced.list_usd == Decimal("0.003305")
+    assert not event.flags
+
+
+def test_live_searches_are_counted() -> None:
+    content = {"groundingMetadata": {"webSearchQueries": ["a", "b", "a"]}}
+    event = read_one(live([SETUP], [{"serverContent": content}, spoken(60, 5)]))
+    assert event.units == {"grounding_queries": 2, "grounding_prompts": 1}
+
+
+def test_live_usage_stated_twice_is_two_events() -> None:
+    events = providers.read(live([SETUP], [spoken(60, 5), spoken(60, 5)]))
+    assert [event.tokens.output for event in events] == [5, 5]
+    assert len({event.id for event in events}) == 2
+
+
+def test_live_turn_without_usage_is_estimated_and_silence_is_nothing() -> None:
+    talk = {"serverContent": {"modelTurn": {"parts": [{"text": "eight chars and more"}]}}}
+    event = read_one(live([SETUP], [talk], outcome=Outcome.ABORTED))
+    assert {"usage_not_sent", "estimated", "aborted"} <= set(event.flags)
+    assert providers.read(live([SETUP], [{"setupComplete": {}}], outcome=Outcome.ABORTED)) == []
+
+
+def test_live_session_is_wanted_and_its_turns_end_with_usage() -> None:
+    wanted, ends = providers.interest_for(live([], []).request)
+    assert wanted
+    assert ends is not None
+    assert ends(json.dumps(spoken(60, 5)).encode())
+    text = {"serverContent": {"modelTurn": {"parts": [{"text": 'x "usageMetadata" y'}]}}}
+    assert not ends(json.dumps(text).encode())

@@ -206,7 +206,9 @@ def test_client_messages_are_kept_over_turns_and_bounded():
         socket.say(TextMessage(f"m{number}"))
     socket.answer(TextMessage(completed(1)))
     asked = talk(chunks_of(socket.script, whole), ask).only.request.body.joined().split(b"\n")
-    assert len(asked) == CLIENT_MESSAGES_MAX
+    assert len(asked) == CLIENT_MESSAGES_MAX + 1
+    assert asked[0] == b"m0"  # what opened the session is kept
+    assert asked[1] == b"m9"
     assert asked[-1] == b"m%d" % (CLIENT_MESSAGES_MAX + 8)
 
 
