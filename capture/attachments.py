@@ -25,6 +25,8 @@ from capture.known_files import KnownFiles
 
 FILES_MAX = 20_000
 FINDER_BYTES_MAX = 1 << 20
+AHEAD_MAX = 64
+"""Programs with probes, of five each, that need not run."""
 PLACES_MAX = 4096
 """As in probe.bpf.c; a file attached to again takes another."""
 
@@ -144,7 +146,8 @@ class Attachments:
     def look_into(self, fd: int, path: str, haste: Haste = Haste.PROGRAM) -> FileId:
         """The same for an open file, which stays the caller's. Attaches if it is known by now.
 
-        With `Haste.NOBODY` nothing is attached: what a search finds is remembered.
+        With `Haste.NOBODY` only what had to be searched for is, so that it is probed before its
+        first run; what has symbols is quickly found then.
         """
         found = os.fstat(fd)
         identity = _identity(found)
@@ -153,17 +156,22 @@ class Attachments:
         file = self.files.get(identity) or File(path)
         with contextlib.suppress(ElfError, OSError, ValueError, struct.error):
             library = libraries.inspect(fd) or self._known.recall(fd)
-            if haste is Haste.NOBODY and library:
-                return identity  # it will be attached when it is run
+            if haste is Haste.NOBODY and library and not self._is_worth_it(library):
+                return identity
             self.files[identity] = file
             if library:
-                file.library = library
+                file.library, file.haste = library, None  # a search on its way is not waited for
                 self._attach(file, fd)
             elif found.st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
                 self._waiting[haste].append((identity, os.dup(fd)))
                 file.haste = haste
         self.files.setdefault(identity, file)
         return identity
+
+    def _is_worth_it(self, library: libraries.Library) -> bool:
+        """Whether to attach to what nobody runs yet: Go has many programs, of many probes each."""
+        ahead = sum(1 for file in self.files.values() if file.library and file.library.unproved)
+        return library.unproved and ahead < AHEAD_MAX
 
     def _is_done_with(self, identity: FileId, haste: Haste = Haste.PROGRAM) -> bool:
         file = self.files.get(identity)
@@ -278,7 +286,7 @@ class Attachments:
             library = libraries.library_from_json(line)
             if library and library.probes:
                 self._known.remember(fd, library)
-                if file.haste is Haste.NOBODY:
+                if file.haste is Haste.NOBODY and not self._is_worth_it(library):
                     del self.files[identity]  # looked at again, and attached, when it is run
                     return
                 file.library = library

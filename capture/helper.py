@@ -580,6 +580,7 @@ class Helper:
             self._candidates = deque(self._installs.candidates())
         if self._candidates:
             self._prepare(self._candidates.popleft())
+            self._report_at = self._report_at or now + REPORT_S
 
     def _prepare(self, path: str) -> None:
         try:
@@ -593,7 +594,6 @@ class Helper:
             return
         finally:
             os.close(fd)
-        self.files.search()
 
     def _sweep(self, now: float) -> None:
         """All processes, seldom: what no event told us of."""

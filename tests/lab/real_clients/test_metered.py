@@ -30,7 +30,6 @@ STACK = "BoringSSL, static and stripped"
 HERE = Path(__file__).parent
 SCRIPT = HERE / "fetch.mjs"
 GRPC_CLIENT = HERE / "grpc_client.py"
-KNOWN_FILES = "var/cache/halton-meter/tls"
 
 
 def newest_first(programs: Sequence[Program]) -> list[Any]:
@@ -39,15 +38,20 @@ def newest_first(programs: Sequence[Program]) -> list[Any]:
     return [newest, *(pytest.param(each, marks=pytest.mark.slow) for each in older)]
 
 
-def recognised(bench: Bench, library: Path | str, *argv: str) -> None:
-    """Return once the service has probes in a file, which a first run made it look at."""
+def attached(bench: Bench, library: Path | str) -> None:
+    """Return once the service has probes in a file (or in one of that name)."""
 
-    def attached() -> bool:
+    def has_probes() -> bool:
         status = bench.service.status() or {}
         return any(Path(each).match(str(library)) for each in status.get("libraries", ()))
 
+    wait_until(has_probes, f"probes in {library}")
+
+
+def recognised(bench: Bench, library: Path | str, *argv: str) -> None:
+    """The same, where a first run must make the service look at the file."""
     bench.lab.run([*(argv or (str(library), "--version"))], user=bench.lab.user)
-    wait_until(attached, f"probes in {library}")
+    attached(bench, library)
 
 
 def exact(seen: Observed, count: int | None = None) -> None:
@@ -56,7 +60,7 @@ def exact(seen: Observed, count: int | None = None) -> None:
     assert count is None or len(seen.served) == count
     assert_metered(seen.served, seen.events)
     assert {event["pid"] for event in seen.events} == {seen.pid}
-    assert {event["project"] for event in seen.events} == {"acme"}
+    assert {event["project"] for event in seen.events} == {"acme"}, seen.events
 
 
 def script_beside(program: Path) -> Path:
@@ -83,22 +87,19 @@ def test_bun_fetch(
 def test_a_version_installed_while_the_service_runs_is_metered_at_its_first_exec(
     bench: Bench, installed: Install
 ) -> None:
-    """Twice, as an update comes: beside the old version, and in its place."""
-    lab = bench.lab
-    known = Path(f"/proc/{lab.pid}/root") / KNOWN_FILES
-    folder = lab.user.home / ".bun" / "bin"
+    """As Claude Code updates itself: a new file beside the old one, moved there when whole."""
+    folder = bench.lab.user.home / ".local" / "share" / "claude" / "versions"
     folder.mkdir(parents=True)
     for program in BUN[-1], BUN[-2]:
-        fetched = installed(program)
-        script = script_beside(fetched)
+        original = installed(program)
+        script = script_beside(original)
         # Bytes after the end make it a program that was never seen, as every release is.
-        download = folder / "download"
-        download.write_bytes(fetched.read_bytes() + str(program).encode())
+        download = folder / ".download"
+        download.write_bytes(original.read_bytes() + str(program).encode())
         download.chmod(0o755)
-        found = f"*-{download.stat().st_size:x}.json"
-        download.rename(folder / "bun")
-        wait_until(lambda name=found: list(known.glob(name)), f"a search of {program}")
-        exact(bench.observe([str(folder / "bun"), str(script), "1", "3"]), 3)
+        client = download.rename(folder / program.version)
+        attached(bench, client)
+        exact(bench.observe([str(client), str(script), "1", "3"]), 3)
 
 
 @pytest.mark.parametrize("program", newest_first(CLAUDE), ids=str)
