@@ -27,6 +27,7 @@ _FILE_BYTES_MAX = 8 << 20
 _HEAD_CHARS = 1000
 _COMPILED = re.compile(r"^compiled = (\S+)$", re.M)
 _SECTION = "\n[[model]]\n"
+RULE_KINDS = ("fee", "derive", "factor", "minimum")  # in the order they are applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class PriceFile:
             self._sections.append(model)
         self.rules = tuple(
             _rule_of(kind, table, self.provider)
-            for kind in ("fee", "derive", "factor", "minimum")
+            for kind in RULE_KINDS
             for table in document.get(kind, ())
         )
 

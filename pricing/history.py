@@ -39,7 +39,8 @@ def merged(old: History, new: History) -> tuple[History, list[Change], list[str]
         if was is None:
             assert now is not None
             result[model] = now
-            changes.append((model, f"new, {_in_words(now['price'][0])}"))
+            words = f"new, {_in_words(now['price'][0])}" if now["price"] else "further names"
+            changes.append((model, words))
             continue
         if now is None:
             result[model] = was

@@ -15,9 +15,11 @@ import re
 import shutil
 import tarfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pricing.files import BUNDLED, PriceFile
+from pricing.files import BUNDLED, RULE_KINDS, PriceFile
 from pricing.history import History, describe, merged
 from pricing.rates import PriceError
 
@@ -52,13 +54,13 @@ def install(raw: bytes, home: Path, sha256: str | None, *, dry_run: bool = False
     conflicts: list[str] = []
     for (kind, provider), text in files.items():
         _check(kind, provider, text)
-        if kind == "data":
-            old = _recorded(home, provider)
-            _, changes, clashes = merged(old, _history(text))
-            gone = [m for m, what in changes if what.startswith("no longer listed")]
-            conflicts += [f"{provider} {clash}" for clash in clashes]
-            conflicts += [f"{provider} {model}: dropped by the bundle" for model in gone]
-            lines += describe(provider, changes)
+        recorded = _recorded(home, kind, provider)
+        _, changes, clashes = merged(_history(recorded), _history(text))
+        gone = [m for m, what in changes if what.startswith("no longer listed")]
+        conflicts += [f"{provider} {clash}" for clash in clashes]
+        conflicts += [f"{provider} {model}: dropped by the bundle" for model in gone]
+        conflicts += [f"{provider} {rule}: changed or dropped" for rule in _lost(recorded, text)]
+        lines += describe(provider, changes)
     if conflicts:
         shown = "; ".join(conflicts[:5])
         raise PriceError(f"the bundle would rewrite {len(conflicts)} recorded prices: {shown}")
@@ -105,16 +107,26 @@ def _check(kind: str, provider: str, text: str) -> None:
         raise PriceError(f"{kind}/{provider}.toml: {error}") from None
 
 
-def _recorded(home: Path, provider: str) -> History:
+def _recorded(home: Path, kind: str, provider: str) -> str:
     for folder in (home / "prices", BUNDLED):
-        path = folder / "data" / f"{provider}.toml"
+        path = folder / kind / f"{provider}.toml"
         if path.exists():
-            return _history(path.read_text("utf-8"))
-    return {}
+            return path.read_text("utf-8")
+    return ""
 
 
 def _history(text: str) -> History:
-    return {model["id"]: model for model in tomllib.loads(text).get("model", [])}
+    empty: dict[str, Any] = {"names": [], "price": []}
+    return {model["id"]: {**empty, **model} for model in tomllib.loads(text).get("model", [])}
+
+
+def _lost(recorded: str, text: str) -> Iterator[str]:
+    """An overlay's recorded rules that a newer one no longer has word for word."""
+    old, new = tomllib.loads(recorded), tomllib.loads(text)
+    for kind in RULE_KINDS:
+        for rule in old.get(kind, ()):
+            if rule not in new.get(kind, ()):
+                yield f"{kind} {rule.get('note') or rule.get('when') or rule.get('models')}"
 
 
 def _write(files: dict[tuple[str, str], str], folder: Path) -> None:

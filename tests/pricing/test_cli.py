@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli.pricing import pricing
+from pricing.files import BUNDLED
 
 RESPONSE = {
     "id": "msg_01ABCDEFGHIJKLMN",
@@ -347,3 +348,21 @@ def test_set_for_a_provider_nobody_knows_says_so(run):
 
 def test_status_of_an_empty_home_claims_nothing_of_models(run):
     assert "no requests are stored yet" in run("status").stdout
+
+
+def test_refresh_refuses_an_overlay_that_changes_a_rule_or_a_row(run, tmp_path):
+    text = (BUNDLED / "overlay" / "groq.toml").read_text()
+    changes = {
+        "rule": text.replace('factor = "10"', 'factor = "20"'),
+        "row": text.replace('audio_hours = "0.02"', 'audio_hours = "0.03"'),
+    }
+    for what, changed in changes.items():
+        path = tmp_path / f"{what}.tar.gz"
+        path.write_bytes(bundle(overlay__groq=changed))
+        done = run("refresh", "--file", str(path))
+        assert done.exit_code == 1, what
+        assert "would rewrite 1 recorded" in done.stderr
+    path = tmp_path / "added.tar.gz"
+    added = '\n[[model]]\nid = "new-one"\n[[model.price]]\nfrom = 2026-12-01\ninput = "1"\n'
+    path.write_bytes(bundle(overlay__groq=text + added))
+    assert "groq new-one: new, input $1" in run("refresh", "--file", str(path)).stdout
