@@ -8,6 +8,7 @@ from typing import Any
 from tests.recorder.http import (
     SSE_TYPE,
     Http2,
+    WebSocketScript,
     dump,
     event_pieces,
     request1,
@@ -201,6 +202,51 @@ def _vertex() -> Scenario:
     return Scenario("vertex_generate", [Talk(host, steps)], [expected])
 
 
+def _live() -> Scenario:
+    """Two turns of a Live session, with more audio sent between them than is remembered."""
+    script = WebSocketScript(
+        HOST, "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent"
+    )
+    script.say({"setup": {"model": "models/gemini-live-2.5-flash"}}, sent=True)
+    script.say({"setupComplete": {}}, sent=False)
+    sound = {"realtimeInput": {"audio": {"data": "AAAA", "mimeType": "audio/pcm;rate=16000"}}}
+    expected = []
+    # 60 x $0.5/M text + the rest x $3/M audio in, 200 x $12/M audio out; the context counts again
+    for prompt, usd in ((160, "0.00273"), (460, "0.00363")):
+        for _ in range(40):
+            script.say(sound, sent=True)
+        heard = {"inlineData": {"data": "AAAA", "mimeType": "audio/pcm;rate=24000"}}
+        script.say({"serverContent": {"modelTurn": {"parts": [heard]}}}, sent=False)
+        usage = {
+            "promptTokenCount": prompt,
+            "responseTokenCount": 200,
+            "totalTokenCount": prompt + 200,
+            "promptTokensDetails": [
+                {"modality": "TEXT", "tokenCount": 60},
+                {"modality": "AUDIO", "tokenCount": prompt - 60},
+            ],
+            "responseTokensDetails": [{"modality": "AUDIO", "tokenCount": 200}],
+        }
+        script.say(
+            {"serverContent": {"turnComplete": True}, "usageMetadata": usage},
+            sent=False,
+        )
+        turn = event("gemini", "BidiGenerateContent", "gemini-live-2.5-flash", usd=usd)
+        del turn["tokens"], turn["http_status"]
+        turn["tokens_include"] = {
+            "input": prompt,
+            "output": 200,
+            "audio_input": prompt - 60,
+            "audio_output": 200,
+        }
+        expected.append(turn)
+    script.close()
+    return Scenario("gemini_live_websocket", [Talk(HOST, script.steps)], expected)
+
+
 def scenarios() -> list[Scenario]:
     """All of them."""
-    return [_whole(), _sse_crlf(), _array(), _small_calls(), _code_assist(), _vertex()]
+    return [
+        *(_whole(), _sse_crlf(), _array(), _small_calls(), _code_assist(), _vertex()),
+        _live(),
+    ]
