@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from capture import libraries, loader, processes, protocol
-from capture.attachments import FILES_MAX, Attachments, File, FileId, Haste
+from capture.attachments import FILES_MAX, Attachments, FileId, Haste
+from capture.coverage import Lookups, attach_resolver, talks_tls, unmetered
 from capture.family import EXCLUDED, IN_SCOPE, Family
 from capture.installs import Installs, homes_of
 from capture.known_files import KnownFiles
@@ -87,6 +88,7 @@ class Helper:
         self._outbox: deque[bytes] = deque()
         self._watched: dict[int, _Watched] = {}
         self._identities: dict[int, tuple[float, Process]] = {}
+        self._lookups = Lookups()
         self._talkers: set[tuple[int, int]] = set()
         self._runs: dict[tuple[int, int], int] = {}
         self._recent: dict[int, dict[str, Any]] = {}
@@ -143,6 +145,9 @@ class Helper:
             self.files.look_at(path, path)
         for path in libraries.standard_linkers():
             self.files.attach_linker(path)
+        resolver = attach_resolver(loaded.programs["on_lookup"])
+        if resolver is not None:
+            self._keep.append(resolver)
         self._sweep(time.monotonic())
         if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
             homes = homes_of(None if scope["everyone"] else scope["uids"])
@@ -424,6 +429,10 @@ class Helper:
                 self._executed(record.tgid, record.path)
             elif record.kind == protocol.MAPPED:
                 mapped.add(record.tgid)
+            elif record.kind == protocol.LOOKUP:
+                self._lookups.note(record.tgid, record.host)
+                self._identify(record.tgid)
+                self._report_at = self._report_at or time.monotonic() + REPORT_S
             elif record.kind == protocol.DOUBT:
                 self.files.doubt(record.offset)
                 self._report_at = self._report_at or time.monotonic() + REPORT_S
@@ -453,6 +462,7 @@ class Helper:
         """
         self._watched.pop(pid, None)
         self._identities.pop(pid, None)
+        self._lookups.forget(pid)
         try:
             fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
@@ -654,8 +664,8 @@ class Helper:
             if pid in self._recent:
                 continue
             files = [self.files.files[each] for each in watched.files if each in self.files.files]
-            line = coverage_line(watched.java, files)
-            if line and talks_tls(pid) and (process := self._identify(pid)):
+            line = unmetered(pid, watched.java, files, self._lookups.hosts(pid))
+            if line and (process := self._identify(pid)):
                 process = self._family.with_run(process, self._family.run_of(pid))
                 lines.append({"process": processes.to_json(process), **line})
         return lines
@@ -687,41 +697,6 @@ class Helper:
 # struct connection: opened, sent, received, burst, lost, origin, uid, announced, joined, closed,
 # an unused byte, comm, host.
 CONNECTION = struct.Struct(f"=QQQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
-
-
-def coverage_line(java: bool, files: list[File]) -> dict[str, Any] | None:
-    """Why a process that maps these files goes unmetered; None when there is nothing to say."""
-    for file in files:
-        if file.failure or (file.library and not file.library.probes):
-            stack = file.library.stack if file.library else "unknown"
-            state = "not_recognised" if stack in ("BoringSSL", "OpenSSL") else "unsupported"
-            advice = file.failure or (file.library.reason if file.library else None)
-            if file.library and file.library.build_id:
-                advice = f"{advice} (build id {file.library.build_id})"
-            line = {"host": None, "stack": stack, "library": file.path}
-            return {**line, "state": state, "advice": advice}
-    if java:
-        line = {"host": None, "stack": "JSSE", "library": None}
-        return {**line, "state": "unsupported", "advice": libraries.ADVICE["JSSE"]}
-    return None
-
-
-def talks_tls(pid: int) -> bool:
-    """Has the process an established connection to port 443? To which host, nothing here knows."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                link = os.readlink(f"/proc/{pid}/fd/{name}")
-                if link.startswith("socket:["):
-                    inodes.add(link[8:-1])
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}", encoding="ascii") as f:
-            for row in f:
-                fields = row.split()
-                if fields[3:4] == ["01"] and fields[2].endswith(":01BB") and fields[9] in inodes:
-                    return True
-    return False
 
 
 def host_key(host: str) -> bytes:

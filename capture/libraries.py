@@ -379,6 +379,11 @@ def executable_mappings(pid: int) -> list[FileMapping]:
     return list(parse_maps(text, pid))
 
 
+def own_libraries() -> list[str]:
+    """The files that this process itself maps executable: the system's C library among them."""
+    return [mapping.path for mapping in executable_mappings(os.getpid())]
+
+
 def standard_linkers() -> list[str]:
     """The dynamic linkers that programs of this machine name as their interpreter."""
     found = [*Path("/lib64").glob("ld-linux-*.so.*"), *Path("/lib").glob("ld-*.so.*")]

@@ -58,6 +58,7 @@ PROGRAMS = (
     "leave_go_write",
     "enter_go_close",
     "on_mapped",
+    "on_lookup",
     "fork_arrays",
     "fork_locations",
     "on_exec",

@@ -93,7 +93,7 @@ struct registers {
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8, KIND_LOOKUP = 9 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1, FLAG_CUT = 2 };
 
@@ -1257,6 +1257,46 @@ SECTION("uprobe/on_mapped") int on_mapped(struct registers *unused)
 	r->kind = KIND_MAPPED;
 	r->tgid = tgid;
 	process_ring_submit(r);
+	return 0;
+}
+
+/* getaddrinfo(name): that a process wants the address of a host on the list, and nothing of others.
+ * It is all that is known of the hosts of a TLS stack without probes. */
+struct lookup_record {
+	struct record head;
+	char host[HOST_BYTES_MAX];
+};
+SECTION("uprobe/on_lookup") int on_lookup(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s || !ARG1(r))
+		return 0;
+	u32 tgid = current_ids(s) >> 32;
+	if (!in_scope(s, tgid))
+		return 0;
+	struct name *n = process_ring_reserve(sizeof(*n));
+	if (!n) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	__builtin_memset(n->text, 0, sizeof(n->text));
+	long length = bpf_probe_read_user_str(n->text, sizeof(n->text), (void *)ARG1(r));
+	n->length = length > 0 ? length - 1 : 0;
+	if (wanted_host(n)) {
+		struct lookup_record *found = process_ring_reserve(sizeof(*found));
+		if (found) {
+			__builtin_memset(&found->head, 0, sizeof(found->head));
+			found->head.size = sizeof(*found);
+			found->head.kind = KIND_LOOKUP;
+			found->head.tgid = tgid;
+			__builtin_memcpy(found->host, n->text, sizeof(found->host));
+			process_ring_submit(found);
+		} else {
+			count(STAT_PROCESS_RING_FULL, 1);
+		}
+	}
+	process_ring_discard(n);
 	return 0;
 }
 

@@ -22,7 +22,7 @@ COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128
 COMM_BYTES = 16
 
-OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, DOUBT = range(1, 9)
+OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, DOUBT, LOOKUP = range(1, 10)
 PROCESS, REPORT, REPLY, PROBLEM = range(16, 20)
 FLAG_JOINED, FLAG_CUT = 1, 2
 
@@ -116,6 +116,8 @@ def decode_record(frame: bytes) -> Record:
     if kind == EXEC:
         path = body[COMM_BYTES:].split(b"\0", 1)[0]
         return Record(*fields, comm=_text(body[:COMM_BYTES]), path=os.fsdecode(path))
+    if kind == LOOKUP:
+        return Record(*fields, host=_text(body[:HOST_BYTES_MAX]))
     return Record(*fields)
 
 

@@ -200,7 +200,9 @@ def _troubles(metered: Metered) -> list[str]:
         lines.append(f"  not in the database yet, kept in the journal: {metered.store_error}")
     unseen = [line for line in metered.coverage if line.get("state") != "metered"]
     for line in unseen[:PROCESSES_SHOWN]:
-        lines.append(f"  not metered: {line['process'] or line['pid']} ({line['stack']})")
+        host = f" that looked up {line['host']}" if line.get("host") else ", to hosts not known"
+        name = line["process"] or line["pid"]
+        lines.append(f"  not metered: TLS ({line['stack']}) of {name}{host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
     return lines

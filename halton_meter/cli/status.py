@@ -126,15 +126,22 @@ def _loss_lines(losses: dict[str, int], gaps: list[dict[str, str]]) -> list[str]
 
 
 def _coverage_lines(coverage: list[dict[str, Any]]) -> list[str]:
-    lines = ["processes that use TLS:"] if coverage else []
-    for line in sorted(coverage, key=lambda each: (each["state"] == "metered", each["pid"])):
-        name = line["process"] or "?"
-        host = f" -> {line['host']}" if line["host"] else ""
-        state = line["state"].replace("_", " ")
-        lines.append(f"  {line['pid']:>7} {state:<15} {name} ({line['stack']}){host}")
-        if line["advice"]:
-            lines.append(f"          {line['advice']}")
+    known = [line for line in coverage if line["host"]]
+    lines = ["processes that talk to providers:"] if known else []
+    for line in sorted(known, key=lambda each: (each["state"] == "metered", each["pid"])):
+        lines += _process_lines(line, f" -> {line['host']}")
+    unknown = [line for line in coverage if not line["host"]]
+    if unknown:
+        lines.append("processes that talk TLS in a way not metered, to hosts that are not known:")
+    for line in sorted(unknown, key=lambda each: int(each["pid"])):
+        lines += _process_lines(line, "")
     return lines
+
+
+def _process_lines(line: dict[str, Any], host: str) -> list[str]:
+    state = line["state"].replace("_", " ")
+    lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
+    return lines + ([f"          {line['advice']}"] if line["advice"] else [])
 
 
 def _duration(seconds: float) -> str:

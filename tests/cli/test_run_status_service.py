@@ -67,7 +67,7 @@ def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
         "  of these 1 with gaps",
         "  not metered for 2.5 s: the capture helper died",
         "  lost: ring_full_bytes 1,234",
-        "  not metered: /usr/bin/codex (rustls)",
+        "  not metered: TLS (rustls) of /usr/bin/codex, to hosts not known",
         "    use the proxy",
     ]
 
@@ -112,7 +112,7 @@ def test_status_for_people() -> None:
         "  restarted 1 times: see the gaps",
         "  lost: ring full bytes 7",
         "  gap: A to B: C",
-        "processes that use TLS:",
+        "processes that talk to providers:",
         "        5 metered         /usr/bin/curl (openssl) -> api.x.ai",
     ]
 

@@ -198,6 +198,50 @@ def test_status_for_people_and_scripts(lab: Lab, own: Service) -> None:
     client.wait()
 
 
+UNPROBED = """
+import ctypes, socket, sys
+ctypes.CDLL(sys.argv[1])
+peer = socket.create_connection((sys.argv[2], 443))
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stack_that_cannot_be_probed_is_told_with_the_host_it_looked_up(
+    lab: Lab, own: Service, python: str
+) -> None:
+    """Two processes with rustls in them: of one a provider is known, of the other nothing."""
+    library = lab.user.home / "librustls.so"
+    source = 'char name[2000000] = "rustls"; int marked(void) { return name[9]; }'
+    build = ["clang", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    assert lab.run(build, input_text=source).returncode == 0
+    library.chmod(0o755)
+    clients = [
+        lab.popen([python, "-c", UNPROBED, str(library), host], user=lab.user, stdin=-1, stdout=-1)
+        for host in ("api.openai.com", "api.example.com")
+    ]
+    for client in clients:
+        assert client.stdout.readline() == b"connected\n"
+    pids = [client.pid for client in clients]
+
+    def seen() -> Any:
+        lines = {line["pid"]: line for line in (own.status() or {}).get("coverage", ())}
+        return lines if set(pids) <= set(lines) else None
+
+    lines = wait_until(seen, "both processes in the coverage")
+    provider, other = (lines[pid] for pid in pids)
+    assert (provider["state"], provider["stack"]) == ("unsupported", "rustls")
+    assert provider["host"] == "api.openai.com"
+    assert other["host"] is None
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+    text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment).stdout
+    assert "(rustls) -> api.openai.com" in text
+    assert "to hosts that are not known" in text
+    for client in clients:
+        client.stdin.close()
+        client.wait()
+
+
 def test_status_of_a_service_that_does_not_run(lab: Lab) -> None:
     environment = lab.environment(HALTON_METER_HOME=str(lab.user.home / "nowhere"))
     done = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment)

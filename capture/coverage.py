@@ -1,0 +1,107 @@
+"""Which processes go unmetered, why, and whether they talk to a provider: lines of `status`.
+
+What is known of a TLS stack that cannot be probed is little: that the process has it, that it has
+a connection to port 443, and, where its names are looked up by the C library, that it asked for a
+provider's address (`on_lookup` in probe.bpf.c tells; the kernel keeps every other name to itself).
+A line names a host only then; otherwise its host is None, which is "not known", not "none".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import OrderedDict
+from typing import Any
+
+from capture import libraries, loader
+from capture.attachments import File
+from capture.elf import Elf, ElfError
+
+PROCESSES_MAX = 4096
+HOSTS_A_PROCESS_MAX = 8
+
+
+class Lookups:
+    """The provider hosts whose addresses a process asked for, by pid."""
+
+    def __init__(self) -> None:
+        self._hosts: OrderedDict[int, list[str]] = OrderedDict()
+
+    def note(self, pid: int, host: str) -> None:
+        """A process asked for the address of a provider's host."""
+        hosts = self._hosts.setdefault(pid, [])
+        if host and host not in hosts and len(hosts) < HOSTS_A_PROCESS_MAX:
+            hosts.append(host)
+        if len(self._hosts) > PROCESSES_MAX:
+            self._hosts.popitem(last=False)
+
+    def forget(self, pid: int) -> None:
+        """It runs another program now, or is another process."""
+        self._hosts.pop(pid, None)
+
+    def hosts(self, pid: int) -> str | None:
+        """The hosts, for people; None when there are none that we know of."""
+        return ", ".join(self._hosts[pid]) if self._hosts.get(pid) else None
+
+
+def attach_resolver(program: int) -> int | None:
+    """Hear of provider names that are looked up through this machine's C library; None: cannot.
+
+    Closing the descriptor ends it. A container's own C library is not heard.
+    """
+    path = next((path for path in libraries.own_libraries() if "/libc.so" in path), None)
+    with contextlib.suppress(ElfError, OSError, TypeError), open(path or "", "rb") as file:
+        with Elf(file.fileno()) as elf:
+            found = elf.symbols(("getaddrinfo",))
+            offset = elf.offset_of(found[0].address) if found else None
+        if offset is not None:
+            at = f"/proc/self/fd/{file.fileno()}"
+            return loader.attach_uprobe(program, at, offset, at_return=False)
+    return None
+
+
+def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict[str, Any] | None:
+    """Why a process that maps these files goes unmetered; None when there is nothing to say.
+
+    `host` is what it looked up. Without one it must have a connection to port 443 now.
+    """
+    line = _stack_line(java, files)
+    if line is not None:
+        return line | {"host": host} if host or talks_tls(pid) else None
+    if host and not any(file.probes or file.searching for file in files) and talks_tls(pid):
+        line = {"stack": "unknown", "library": None, "state": "not_recognised", "host": host}
+        return line | {"advice": f"its TLS code was not found: {libraries.INSTEAD}"}
+    return None
+
+
+def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
+    for file in files:
+        if file.failure or (file.library and not file.library.probes):
+            stack = file.library.stack if file.library else "unknown"
+            state = "not_recognised" if stack in ("BoringSSL", "OpenSSL") else "unsupported"
+            advice = file.failure or (file.library.reason if file.library else None)
+            if file.library and file.library.build_id:
+                advice = f"{advice} (build id {file.library.build_id})"
+            return {"stack": stack, "library": file.path, "state": state, "advice": advice}
+    if java:
+        line = {"stack": "JSSE", "library": None, "state": "unsupported"}
+        return line | {"advice": libraries.ADVICE["JSSE"]}
+    return None
+
+
+def talks_tls(pid: int) -> bool:
+    """Has the process an established connection to port 443? To which host, nothing here knows."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                link = os.readlink(f"/proc/{pid}/fd/{name}")
+                if link.startswith("socket:["):
+                    inodes.add(link[8:-1])
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}", encoding="ascii") as f:
+            for row in f:
+                fields = row.split()
+                if fields[3:4] == ["01"] and fields[2].endswith(":01BB") and fields[9] in inodes:
+                    return True
+    return False
