@@ -24,7 +24,7 @@ import pytest
 from halton_meter.metering import PROXY_SOCKET_NAME, Control, ServiceAbsent
 from proxy_fallback import authority
 
-from .conftest import HALTON_METER, stored_events, wait_until
+from .conftest import HALTON_METER, Service, stored_events, wait_until
 from .lab import Lab
 from .test_clients import anthropic_body
 
@@ -425,6 +425,31 @@ def test_the_edge_is_killed_and_nobody_is_refused(proxied: Proxied) -> None:
         assert done.returncode == 0, done.stderr
         dead = status["pid"]
         proxied.wait_for(lambda status, dead=dead: status["pid"] != dead)
+
+
+def test_both_services_share_a_home_and_count_each_exchange_once(proxied: Proxied) -> None:
+    probes = Service(proxied.lab, proxied.home)
+    try:
+        proxied.start()
+        pids = set()
+        for n in range(4):
+            client = proxied.lab.popen(proxied.curl(n), user=proxied.lab.user, stdout=-1)
+            client.communicate(timeout=30)
+            assert client.returncode == 0
+            pids.add(client.pid)
+        proxied.wait_for(lambda status: status["events"] == 4)
+        wait_until(lambda: (probes.status() or {}).get("events", 0) >= 4, "the probes' events")
+        told = proxied.lab.run([*HALTON_METER, "status", "--json"], env=proxied.environment())
+        both = json.loads(told.stdout)
+        assert (both["health"], both["source"], both["proxy"]["health"]) == ("ok", "uprobes", "ok")
+    finally:
+        probes.stop()
+    events = proxied.events()
+    assert len(events) == 4
+    assert {event["response_id"] for event in events} == {
+        each["response_id"] for each in proxied.served()
+    }
+    assert {event["pid"] for event in events} == pids
 
 
 def test_stopped_on_a_machine_that_was_set_up_it_lets_everything_through(proxied: Proxied) -> None:
