@@ -2,8 +2,9 @@
 
 mitmproxy signs with it (so the files have mitmproxy's names), clients trust it. What a thief of the
 key could do is bounded by the certificate itself: critical name constraints permit the provider
-hosts and exclude every IP address. OpenSSL, BoringSSL, Go, rustls and macOS honour them on a root;
-Java does not look at a root's constraints. A file is replaced as a whole, never edited.
+hosts and exclude every IP address. OpenSSL, Go and rustls honour them on a root (tried); Java does
+not look at a root's constraints (tried); macOS is meant to (not tried). A file is replaced as a
+whole, never edited.
 
 Renewing keeps the key and the name. A program that trusts the certificate of before therefore
 accepts a leaf signed after, until the old one expires, but only for hosts that the old one permits:

@@ -30,7 +30,8 @@ LEDGER_NAME = "changes.json"
 LEDGER_BYTES_MAX = 16 * 1024 * 1024
 # Start-up files are a few KB; what is larger is not one.
 FILE_BYTES_MAX = 1024 * 1024
-COMMAND_S_MAX = 120.0
+# Some ask for a password in a window of their own.
+COMMAND_S_MAX = 300.0
 SAID_CHARS_MAX = 400
 BLOCK_BEGIN = "# >>> halton-meter >>>"
 BLOCK_END = "# <<< halton-meter <<<"

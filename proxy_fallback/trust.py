@@ -329,11 +329,12 @@ def java_store(folder: Path, platform: str, commands: Commands) -> CommandRun:
 
 
 def _java_cacerts(platform: str, commands: Commands) -> str:
-    asked: Argv = ("readlink", "-f", "/usr/bin/java")
+    found = 'echo "${JAVA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v java)")")")}"'
+    asked: Argv = ("sh", "-c", found)
     if platform == "macos":
         asked = ("/usr/libexec/java_home",)
     said = commands.run(asked)
-    home = said.out.strip().removesuffix("/bin/java")
-    if said.code or not home or not commands.has("keytool"):
+    home = said.out.strip()
+    if said.code or home in ("", ".") or not commands.has("keytool"):
         raise ChangeError("no Java was found (java and keytool); leave --java out")
     return f"{home}/lib/security/cacerts"

@@ -134,15 +134,11 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
 
 
 def _installed() -> Iterator[Finding]:
-    """With uvx, we run from a cache that may be emptied at any time."""
-    prefix = Path(sys.prefix)
-    if any(part.startswith("archive-v") for part in prefix.parts):
-        yield Finding(
-            "installation",
-            False,
-            f"runs from uv's cache ({prefix})",
-            "uv tool install halton-meter",
-        )
+    from halton_meter.cli.init import runs_from_cache
+
+    if runs_from_cache():
+        text = f"runs from uv's cache ({sys.prefix}), which may be emptied"
+        yield Finding("installation", False, text, "uv tool install halton-meter")
 
 
 def _files(home: Path) -> Iterator[Finding]:

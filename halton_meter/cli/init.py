@@ -42,7 +42,7 @@ EXAMPLES = """
     help="macOS: also what these apps say past their proxy settings (as in Claude,Cursor). "
     "macOS asks once to allow mitmproxy's network extension, in System Settings.",
 )
-@click.option("--non-interactive", is_flag=True, help="Ask nothing.")
+@click.option("--non-interactive", is_flag=True, help="Ask nothing (macOS still does).")
 @click.option("--dry-run", is_flag=True, help="Show every command and file change; make none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as one JSON object.")
 @click.option("--platform", type=click.Choice(["linux", "macos"]), hidden=True)
@@ -107,6 +107,9 @@ def _tell_the_end(
         click.echo(json.dumps({"mode": mode, "changed": changed, "steps": told}))
         return
     click.echo(f"init complete, mode: {mode}" + ("" if changed else "; nothing changed"))
+    if runs_from_cache():
+        click.echo("  this runs from uv's cache, which may be emptied; so that the service lasts:")
+        click.echo("  uv tool install halton-meter && halton-meter init")
     if changed:
         click.echo("  open a new terminal, or in this one: . " + str(machine.home / "env.sh"))
         click.echo("  see: halton-meter doctor   take it back: halton-meter uninstall")
@@ -158,6 +161,11 @@ def _keep_system_proxy(machine: Machine) -> NoReturn:
 def platform_here() -> str:
     """The platform's name as set-up knows it."""
     return "macos" if sys.platform == "darwin" else "linux"
+
+
+def runs_from_cache() -> bool:
+    """Whether this is `uvx`: the programs that a service needs may be gone tomorrow."""
+    return any(part.startswith("archive-v") for part in Path(sys.prefix).parts)
 
 
 def refuse_sudo(command: str) -> None:
