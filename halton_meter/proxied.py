@@ -606,16 +606,25 @@ def meter_command(
 def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
     """The proxy by which this environment leaves the network, as (host, port), or None.
 
-    One that wants credentials, or is no HTTP proxy, is not kept; nor is an edge of ours.
+    An edge of ours is none. Raises ProxyUnavailable for one that wants credentials or is no HTTP
+    proxy: past it the command would reach nothing.
     """
     import re
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        match = re.fullmatch(r"(?:http://)?([\w.-]+):(\d{1,5})/?", environment.get(name, ""))
-        if match is not None and 0 < int(match[2]) < 65536:
-            host, port = match[1], int(match[2])
-            ours = edges.is_loopback(host) or host == "localhost"
-            return None if ours and edges.answers(port) else (host, port)
+        value = environment.get(name, "")
+        if not value:
+            continue
+        match = re.fullmatch(r"(?:http://)?([\w.-]+):(\d{1,5})/?", value)
+        if match is None or not 0 < int(match[2]) < 65536:
+            # Its value may hold a password: only the variable is named.
+            raise ProxyUnavailable(
+                f"{name} is set to a proxy that cannot be chained: only http://HOST:PORT, without "
+                "a user name, can"
+            )
+        host, port = match[1], int(match[2])
+        ours = edges.is_loopback(host) or host == "localhost"
+        return None if ours and edges.answers(port) else (host, port)
     return None
 
 

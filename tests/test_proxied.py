@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import os
@@ -11,12 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from halton_meter.model import Source
-from halton_meter.proxied import meter_command
+from halton_meter.proxied import ProxyUnavailable, environment_proxy, meter_command
 from halton_meter.store import Store
+from proxy_fallback.edge import Edge, listen
 
 CLIENT = """
 import json, os, sys, urllib.request
@@ -136,3 +139,90 @@ def test_its_events_are_in_the_store_and_the_key_is_nowhere(origin: str, tmp_pat
 def test_a_command_that_does_not_exist_is_told_as_a_shell_would(tmp_path: Path) -> None:
     run = meter_command(["./no-such-program"], tmp_path / "home", {"PATH": "/bin"}, {})
     assert run.exit_code == 127
+
+
+class Plain(http.server.BaseHTTPRequestHandler):
+    """A model server of one's own, without TLS; it notes the headers that reach it."""
+
+    heads: ClassVar[list[dict[str, str]]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.heads.append({name.lower(): value for name, value in self.headers.items()})
+        body = json.dumps(ANSWER).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_model_server_without_tls_is_metered_and_gets_no_header_of_ours(tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Plain)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    name = f"localhost:{server.server_address[1]}"
+    client = (
+        "import sys, urllib.request as r; q = r.Request(sys.argv[1] + '/v1/chat/completions', "
+        'data=b\'{"model":"gpt-5-mini"}\', headers={"Content-Type": "application/json"}); '
+        "print(len(r.urlopen(q).read()))"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", client, f"http://{name}"]
+    run = meter_command(command, tmp_path / "home", environment, {name: "openai"})
+    server.shutdown()
+    server.server_close()
+    assert run.exit_code == 0
+    assert run.totals.total.requests == 1
+    assert not run.losses
+    [head] = Plain.heads
+    assert "x-halton-meter-client" not in head
+    assert "proxy-connection" not in head
+    assert head["host"] == name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("http://proxy.example.com:3128", ("proxy.example.com", 3128)),
+        ("proxy.example.com:3128/", ("proxy.example.com", 3128)),
+        ("", None),
+    ],
+)
+def test_the_environments_own_proxy_stays_in_use(
+    value: str, expected: tuple[str, int] | None
+) -> None:
+    assert environment_proxy({"HTTPS_PROXY": value}) == expected
+
+
+@pytest.mark.parametrize("value", ["http://user:secret@proxy:1", "socks5://proxy:1", "proxy:99999"])
+def test_a_proxy_that_cannot_be_chained_is_told_without_its_password(value: str) -> None:
+    with pytest.raises(ProxyUnavailable) as refused:
+        environment_proxy({"HTTPS_PROXY": value})
+    assert "HTTPS_PROXY" in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_what_is_metered_leaves_by_the_upstream_proxy_too(origin: str, tmp_path: Path) -> None:
+    company = Edge([])
+    listener = listen(0)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(company.serve([listener]), loop).result(10)
+    run = meter_command(
+        [sys.executable, "-c", CLIENT, origin, "0"],
+        tmp_path / "home",
+        environment(tmp_path),
+        {origin.removeprefix("https://"): "openai"},
+        upstream=("127.0.0.1", listener.getsockname()[1]),
+    )
+    asyncio.run_coroutine_threadsafe(company.stop(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    assert run.exit_code == 0
+    assert run.totals.total.requests == 1
+    assert company.counts["tunnelled"] == 1
