@@ -769,7 +769,7 @@ def serve(sock: socket.socket) -> None:
     try:
         helper.configure(received[0])
     except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
-        sock.sendall(protocol.encode_message(protocol.PROBLEM, {"what": str(error)}))
+        sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
     _widen(sock)
     sock.sendall(protocol.encode_message(protocol.REPLY, {"id": 0}))
@@ -779,6 +779,17 @@ def serve(sock: socket.socket) -> None:
     helper._report()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         helper.run()
+
+
+def diagnosis(error: Exception) -> dict[str, Any]:
+    """Why the set-up failed, and what is known to be missing here, with what mends it."""
+    from capture.uprobe import check_environment
+
+    missing = []
+    if not isinstance(error, Refused):
+        with contextlib.suppress(OSError, ValueError):
+            missing = [[problem.what, problem.command] for problem in check_environment()]
+    return {"what": str(error), "missing": missing}
 
 
 def _widen(sock: socket.socket) -> None:

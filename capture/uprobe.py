@@ -128,7 +128,7 @@ def check_environment() -> list[Problem]:
     if not os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
         what = "the kernel has no uprobes (CONFIG_UPROBE_EVENTS)"
         problems.append(Problem(what, _USE_PROXY))
-    with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as file:
+    with contextlib.suppress(OSError), open(LOCKDOWN_FILE) as file:
         if "[confidentiality]" in file.read():
             what = "kernel lockdown is in confidentiality mode: BPF may not read user memory"
             command = "boot with lockdown=integrity, or disable Secure Boot; or " + _USE_PROXY
@@ -137,6 +137,7 @@ def check_environment() -> list[Problem]:
 
 
 KERNEL_MIN = (5, 12)
+LOCKDOWN_FILE = "/sys/kernel/security/lockdown"
 _USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
 _CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
 
@@ -275,7 +276,7 @@ class UprobeSource:
         self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._closing: dict[tuple[int, int, int], tuple[float, int]] = {}
         self._replies: dict[int, dict[str, Any]] = {}
-        self._problem: str | None = None
+        self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
         self._number = 0
         self._ended = False
@@ -404,7 +405,9 @@ class UprobeSource:
             reply = protocol.decode_message(frame)
             self._replies[int(reply["id"])] = reply
         elif kind == protocol.PROBLEM:
-            self._problem = str(protocol.decode_message(frame)["what"])
+            found = protocol.decode_message(frame)
+            missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
+            self._problems = (*missing, Problem(str(found["what"]), _USE_PROXY))
 
     def _open(self, record: protocol.Record) -> _Stream:
         pid, ssl, opened_ns = record.key
@@ -531,8 +534,8 @@ class UprobeSource:
     def _await(self, number: int, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while number not in self._replies:
-            if self._problem:
-                raise UprobeUnavailable((Problem(self._problem, "halton-meter doctor"),))
+            if self._problems:
+                raise UprobeUnavailable(self._problems)
             if self._ended or time.monotonic() >= deadline:
                 what = "the capture helper died" if self._ended else "the helper did not answer"
                 raise UprobeUnavailable((Problem(what, "halton-meter start"),))

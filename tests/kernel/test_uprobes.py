@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -445,6 +446,34 @@ def test_without_clang_or_object_the_reason_names_both_ways(
     )
     with pytest.raises(loader.LoadFailed, match=r"clang is not installed.*bcc is not here"):
         loader.load("auto")
+
+
+def test_a_kernel_that_refuses_is_told_with_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the service meets it: the helper fails, its reader hears why and what would mend it."""
+    from capture import helper, loader, uprobe
+
+    def refuse(*_: Any) -> Any:
+        raise loader.LoadFailed("libbpf: the kernel refused the program: Operation not permitted")
+
+    lockdown = tmp_path / "lockdown"
+    lockdown.write_text("none integrity [confidentiality]\n")
+    monkeypatch.setattr(uprobe, "LOCKDOWN_FILE", str(lockdown))
+    monkeypatch.setattr(helper.loader, "load", refuse)
+    monkeypatch.setattr(helper, "own_mounts", lambda: None)
+    ours, theirs = socket.socketpair()
+    scope = {"uids": [], "roots": [], "everyone": False, "cgroup": None, "excluded": []}
+    ours.sendall(protocol.encode_command({"scope": scope, "hosts": [], "loader": "auto"}))
+    with ours, theirs:
+        helper.serve(theirs)
+        with pytest.raises(UprobeUnavailable) as refused:
+            UprobeSource([], Scope(), link=ours).start()
+    lockdown_problem, last = refused.value.problems
+    assert "confidentiality" in lockdown_problem.what
+    assert "lockdown=integrity" in lockdown_problem.command
+    assert "Operation not permitted" in last.what
+    assert "--via proxy" in last.command
 
 
 @pytest.fixture(scope="session")

@@ -218,6 +218,33 @@ def test_without_root_and_service_uprobes_say_what_to_do(lab: Lab, home: Path) -
     assert not (home / "ran").exists()
 
 
+def test_without_root_and_service_auto_goes_through_the_proxy(lab: Lab, home: Path) -> None:
+    command = [*HALTON_METER, "run", "--", *curl(), "-d", anthropic_body(6)]
+    environment = lab.environment(HALTON_METER_HOME=str(home))
+    done = lab.run(command, user=lab.user, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "through a local proxy, as there is neither root nor the service" in done.stderr
+    assert "sudo halton-meter start" in done.stderr
+    asked = Scenario(n=6)
+    sent = asked.fresh + asked.cached + asked.cache_written
+    assert f"halton-meter: 1 request, {sent} tokens in, {asked.output} out" in done.stderr
+    (event,) = stored_events(lab, home)
+    assert event["source"] == "proxy"
+
+
+def test_a_root_without_its_capabilities_is_told_which(lab: Lab, home: Path) -> None:
+    """As in a container: root by name, with no right to load BPF."""
+    dropped = "-sys_admin,-bpf,-perfmon"
+    argv = ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}"]
+    command = [*argv, *HALTON_METER, "run", "--", "touch", str(home / "ran")]
+    done = lab.run(command, env=as_sudo(lab, home))
+    assert done.returncode == 1
+    assert "this root lacks SYS_ADMIN" in done.stderr
+    assert "--cap-add SYS_ADMIN" in done.stderr
+    assert "halton-meter run --via proxy" in done.stderr
+    assert not (home / "ran").exists()
+
+
 def test_a_bad_configuration_stops_it_before_the_command(lab: Lab, home: Path) -> None:
     (home / "config.toml").write_text("\nall_user = true\n")
     done = run(lab, home, "touch", str(home / "ran"))
