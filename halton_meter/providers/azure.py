@@ -14,7 +14,7 @@ from dataclasses import replace
 from halton_meter.model import Exchange, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
-from halton_meter.providers.openai_media import job_routes, media_routes
+from halton_meter.providers.openai_media import job_routes, media_routes, realtime_route
 from halton_meter.providers.openai_text import read_chat, route, text_routes
 from halton_meter.providers.reading import as_name
 
@@ -51,6 +51,7 @@ ROUTES = tuple(
         *text_routes(_DEPLOYMENTS),
         *media_routes(_DEPLOYMENTS),
         *job_routes(_DEPLOYMENTS),
+        realtime_route("/voice-live"),
         *text_routes(r"(?:/models|/v1)?"),
         route("embeddings", "embedding", r"(?:/models)?/images/embeddings", read_chat),
         *(

@@ -313,39 +313,71 @@ def realtime_turn_ends(message: bytes) -> bool:
 
 
 def read_realtime(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """An event for every response and every transcription of a realtime session."""
-    asked = dict(exchange.request.query).get("model")
+    """An event for every response and every transcription of a realtime session.
+
+    The model stands in the upgrade's query, or (of a call taken over from WebRTC) only in the
+    session that the server describes, which is in the first turn; xAI puts the usage beside the
+    response.
+    """
+    query = dict(exchange.request.query)
+    asked = as_name(query.get("model") or query.get("deployment"))
+    heard_by: str | None = None
     for line in formats.ndjson(exchange.response.body):
         event = as_dict(line)
         name = event.get("type")
+        if name in ("session.created", "session.updated"):
+            session = as_dict(event.get("session"))
+            asked = asked or as_name(session.get("model"))
+            heard_by = _transcription_model(session) or heard_by
+            continue
         draft = Draft(exchange, provider.id, route.endpoint, route.kind)
-        draft.request_model = as_name(asked)
+        draft.request_model = asked
         draft.streaming = True
         if name == "response.done":
             response = as_dict(event.get("response"))
+            if not response.get("usage") and isinstance(event.get("usage"), dict):
+                response = {**response, "usage": event["usage"]}
             error = as_dict(response.get("status_details")).get("error")
             if response.get("status") == "failed" and isinstance(error, dict):
                 draft.fail({"error": error}, in_stream=True)
             fill_response(draft, response, b"")
+            _add_billed_seconds(draft, as_dict(response.get("usage")))
         elif name == "conversation.item.input_audio_transcription.completed":
-            _fill_transcribed(draft, event)
+            if not event.get("usage"):
+                continue  # xAI says what it heard several times over; it is in the session's price.
+            _fill_transcribed(draft, event, heard_by)
         else:
             continue
         yield draft.event()
 
 
-def _fill_transcribed(draft: Draft, event: Json) -> None:
+def _transcription_model(session: Json) -> str | None:
+    """The model that a session writes down speech with."""
+    heard = as_dict(as_dict(session.get("audio")).get("input")).get("transcription")
+    heard = heard or session.get("input_audio_transcription")
+    return as_name(as_dict(heard).get("model"))
+
+
+def _add_billed_seconds(draft: Draft, usage: Json) -> None:
+    """A voice session of xAI is billed by the second."""
+    seconds = as_amount(usage.get("billable_audio_seconds"))
+    if seconds and draft.parts:
+        first = draft.parts[0]
+        draft.parts[0] = replace(first, units={**first.units, "audio_seconds": seconds})
+
+
+def _fill_transcribed(draft: Draft, event: Json, heard_by: str | None) -> None:
     usage = as_dict(event.get("usage"))
     counts = Counts()
     tokens, details = usage_tokens(counts, usage)
     seconds = as_amount(usage.get("seconds"))
     units = {"audio_seconds": seconds} if seconds is not None else {}
     draft.kind = "audio"
-    draft.request_model = None
+    draft.request_model = heard_by
     draft.identity = tuple(str(as_id(event.get(name))) for name in ("item_id", "event_id"))
     draft.raw_usage = verbatim(b"", b"", usage).text
-    draft.parts = [Usage(None, tokens, units, details, label="transcription")]
-    draft.flags |= counts.flags() | {"model_unknown"}
+    draft.parts = [Usage(heard_by, tokens, units, details, label="transcription")]
+    draft.flags |= counts.flags() | ({"model_unknown"} if heard_by is None else set())
 
 
 # --- routes -------------------------------------------------------------------------------------
@@ -366,6 +398,14 @@ def media_routes(
     )
 
 
+def realtime_route(prefix: str) -> Route:
+    """The route of voice sessions over a WebSocket, under `prefix` (a pattern)."""
+    return replace(
+        route("realtime", "chat", prefix + r"/realtime", read_realtime, ("GET",)),
+        turn_ends=realtime_turn_ends,
+    )
+
+
 _RUNS = r"/threads(?:/[^/]+)?/runs"
 
 
@@ -376,10 +416,7 @@ def job_routes(prefix: str) -> tuple[Route, ...]:
         route("videos", "video", prefix + r"/videos(?:/[^/]+/remix)?", read_video),
         route("batches", "batch", prefix + r"/batches", read_batch_created),
         route("files", "chat", prefix + r"/files/[^/]+/content", read_batch_lines, ("GET",)),
-        replace(
-            route("realtime", "chat", prefix + r"/realtime", read_realtime, ("GET",)),
-            turn_ends=realtime_turn_ends,
-        ),
+        realtime_route(prefix),
         route("assistants_run", "chat", runs, read_run),
         route("assistants_run", "chat", runs + r"/[^/]+", read_run, ("GET",)),
         route("assistants_run", "chat", runs + r"/[^/]+/submit_tool_outputs", read_run),

@@ -20,6 +20,7 @@ from halton_meter.providers.openai_media import (
     media_routes,
     read_speech,
     read_transcription,
+    realtime_route,
 )
 from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
 from halton_meter.providers.reading import (
@@ -147,6 +148,7 @@ def _text(prefix: str) -> tuple[Route, ...]:
 ROUTES = (
     *_text("/v1"),
     *media_routes("/v1", settle),
+    realtime_route("/v1"),
     route("messages", "chat", "/v1/messages", read_messages),
     route("complete", "chat", "/v1/complete", partial(read_chat, dialect=CHAT)),
     route(

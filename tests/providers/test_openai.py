@@ -249,6 +249,42 @@ def test_realtime_counts_responses_and_transcriptions() -> None:
     assert "private" not in repr(transcribed)
 
 
+def test_realtime_of_others_states_its_usage_and_models_elsewhere() -> None:
+    heard = {"audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+    session = {"type": "session.created", "session": {"model": "gpt-realtime", **heard}}
+    spoken = {
+        "type": "response.done",
+        "response": {"id": RESP, "usage": {}},
+        "usage": {
+            "input_tokens": 30,
+            "input_token_details": {"text_tokens": 10, "audio_tokens": 20},
+            "output_tokens": 40,
+            "total_tokens": 70,
+            "billable_audio_seconds": 5,
+        },
+    }
+    written = {
+        "type": "conversation.item.input_audio_transcription.completed",
+        "event_id": "event_1",
+        "item_id": "item_1",
+        "usage": {"type": "duration", "seconds": 3},
+    }
+    unbilled = {**written, "event_id": "event_2", "usage": None}
+    body = "\n".join(json.dumps(each) for each in (session, unbilled, written, spoken))
+    for url, provider in (
+        ("wss://api.x.ai/v1/realtime", "xai"),
+        ("wss://me.services.ai.azure.com/voice-live/realtime", "azure_ai_foundry"),
+    ):
+        this = exchange(url, None, body, method="GET", status=101, protocol=Protocol.WEBSOCKET)
+        transcribed, answered = providers.read(this)
+        assert answered.provider == provider
+        assert (answered.model, answered.response_id) == ("gpt-realtime", RESP)
+        assert (answered.tokens.input, answered.tokens.output) == (30, 40)
+        assert answered.tokens.audio_input == 20
+        assert answered.units == {"audio_seconds": 5}
+        assert (transcribed.model, transcribed.units) == ("whisper-1", {"audio_seconds": 3})
+
+
 def test_transcription_is_billed_by_token_or_by_second() -> None:
     url = "https://api.openai.com/v1/audio/transcriptions"
     form = (
