@@ -296,6 +296,7 @@ class BodyCollector:
         "_piece_spans",
         "_run",
         "_run_bytes",
+        "_span_start",
         "_spans",
         "_staged",
         "_takes_chunks",
@@ -323,6 +324,7 @@ class BodyCollector:
         self._run_bytes = 0
         # Where chunks with their lines lie: in the run, and in each of the pieces.
         self._spans: list[int] = []
+        self._span_start: int | None = None
         self._piece_spans: list[Spans] = []
         self._takes_chunks = of_events and self._chain is None
         self._kept_bytes = 0
@@ -351,16 +353,13 @@ class BodyCollector:
 
         Gives whether `at_event` still holds.
         """
-        start = self._run_bytes
-        end = self._run_bytes = start + len(run)
-        spans = self._spans
-        if spans and spans[-1] == start:
-            spans[-1] = end
-        else:
-            spans += (start, end)
-        self._run.append(run)
-        self._kept_bytes += end - start
-        if len(self._run) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
+        if self._span_start is None:
+            self._span_start = self._run_bytes
+        parts, size = self._run, len(run)
+        parts.append(run)
+        self._run_bytes += size
+        self._kept_bytes += size
+        if len(parts) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
             self._bound()
         return self._takes_chunks
 
@@ -453,11 +452,18 @@ class BodyCollector:
     # --- retention ---
 
     def _keep(self, data: bytes) -> None:
+        if self._span_start is not None:
+            self._end_span()
         self._run.append(data)
         self._run_bytes += len(data)
         self._kept_bytes += len(data)
         if len(self._run) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
             self._bound()
+
+    def _end_span(self) -> None:
+        if self._span_start is not None:
+            self._spans += (self._span_start, self._run_bytes)
+            self._span_start = None
 
     def _bound(self) -> None:
         if len(self._run) > PARTS_MAX:
@@ -468,6 +474,7 @@ class BodyCollector:
     def _unframe(self) -> None:
         """From here on the body is kept without chunk lines."""
         self._takes_chunks = False
+        self._end_span()
         if self._spans:
             self._run[:] = [_unframed(b"".join(self._run), tuple(self._spans))]
             self._spans.clear()
@@ -479,6 +486,7 @@ class BodyCollector:
         self._kept_bytes = self._run_bytes + sum(map(len, self._pieces))
 
     def _end_piece(self) -> None:
+        self._end_span()
         piece = b"".join(self._run)
         spans = tuple(self._spans)
         self._run.clear()

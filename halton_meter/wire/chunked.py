@@ -98,8 +98,7 @@ def events_end(data: bytes, at: int) -> int:
 
 def is_events(data: bytes) -> bool:
     """Whether `data` is just such a run of short events: what a server sends in one TLS record."""
-    match = _short_events().match(data)
-    return match is not None and match.end() == len(data)
+    return _short_events().fullmatch(data) is not None
 
 
 def data_of(run: bytes) -> bytes:

@@ -352,6 +352,8 @@ def _unpadded(flags: int, payload: bytes) -> bytes:
 class Http2:
     """Both directions of an HTTP/2 connection and its open streams."""
 
+    upgraded = None  # the connection itself never becomes another protocol's
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self._streams: OrderedDict[int, Transaction] = OrderedDict()

@@ -65,7 +65,7 @@ class Conversation:
             if engine is None or not data:
                 return self._look(direction, data, chunk.at_ns) if data else []
             done = engine.feed(direction, data, chunk.at_ns)
-            if type(engine) is Http1 and engine.upgraded is not None:
+            if engine.upgraded is not None and isinstance(engine, Http1):
                 done += self._upgrade(engine, chunk.at_ns)
             return done
         return self._receive_damaged(chunk, offset if expected < 0 else expected)

@@ -233,6 +233,8 @@ def _lengths(data: bytes, at: int) -> tuple[int, int]:
 class WebSocket:
     """One upgraded connection (or HTTP/2 stream), as turns."""
 
+    upgraded = None  # what an upgrade led to
+
     def __init__(self, context: Context, upgrade: Transaction, headers: Headers) -> None:
         self._context = context
         self._upgrade = upgrade
