@@ -51,6 +51,7 @@ class File:
     probes: list[int] = field(default_factory=list)
     haste: Haste | None = None  # while it is searched
     failure: str | None = None
+    doubted: bool = False  # what it passed was no HTTP
 
     @property
     def searching(self) -> bool:
@@ -200,6 +201,7 @@ class Attachments:
         if file is None or file.library is None:
             return None
         self.detach(file)
+        file.doubted = True
         reason = "what its functions passed was not HTTP: they were not recognised"
         file.library = replace(file.library, probes=(), reason=f"{reason}; {libraries.INSTEAD}")
         return file.path

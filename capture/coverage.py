@@ -67,7 +67,8 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
     """
     line = _stack_line(java, files)
     if line is not None:
-        return line | {"host": host} if host or talks_tls(pid) else None
+        told = host or any(file.doubted for file in files) or talks_tls(pid)
+        return line | {"host": host} if told else None
     if host and not any(file.probes or file.searching for file in files) and talks_tls(pid):
         line = {"stack": "unknown", "library": None, "state": "not_recognised", "host": host}
         return line | {"advice": f"its TLS code was not found: {libraries.INSTEAD}"}

@@ -661,9 +661,11 @@ class Helper:
         for pid, watched in self._watched.items():
             if len(lines) >= COVERAGE_MAX:
                 break
-            if pid in self._recent:
-                continue
             files = [self.files.files[each] for each in watched.files if each in self.files.files]
+            if any(file.doubted for file in files):  # its connections were opened, then left out
+                lines = [each for each in lines if each["process"]["pid"] != pid]
+            elif pid in self._recent:
+                continue
             line = unmetered(pid, watched.java, files, self._lookups.hosts(pid))
             if line and (process := self._identify(pid)):
                 process = self._family.with_run(process, self._family.run_of(pid))

@@ -147,6 +147,7 @@ class Bench:
         options.setdefault("files", [str(self.libssl)])
         options.setdefault("hosts", [PROVIDER])
         options.setdefault("scope", Scope())
+        options.setdefault("cache_directory", None)
         source = UprobeSource(**options)
         self._sources.append(source)
         if start:
