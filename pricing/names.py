@@ -18,6 +18,11 @@ PROVIDER_ALIASES = {
     "vertex_ai": "vertex", "google_vertex": "vertex", "together_ai": "together",
     "togetherai": "together", "fireworks_ai": "fireworks", "mistralai": "mistral",
     "chatgpt": "openai", "codex": "openai", "claude": "anthropic", "pplx": "perplexity",
+    "google_ai_studio": "gemini", "google-gla": "gemini", "google_genai": "gemini",
+    "google-vertex": "vertex", "amazon_bedrock": "bedrock", "amazon-bedrock": "bedrock",
+    "bedrock_mantle": "bedrock", "bedrock_converse": "bedrock", "ollama_cloud": "ollama",
+    "mistral_ai": "mistral", "x.ai": "xai", "z.ai": "zai", "azure_ai": "azure_ai_foundry",
+    "perplexity_ai": "perplexity", "hugging_face": "huggingface",
     "vercel": "vercel_gateway", "vercel_ai_gateway": "vercel_gateway",
 }  # fmt: skip
 

@@ -34,23 +34,13 @@ from halton_meter.model import (
     event_id,
 )
 from pricing.names import canonical_provider
+from pricing.tariff import UNIT_DIMENSIONS
 
 Json = dict[str, Any]
 
 DOCUMENT_BYTES_MAX = 64 << 20
-# Units that a body may state by themselves ({"model": "whisper-large-v3", "audio_seconds": 3}).
-_PLAIN_UNITS = (
-    "audio_seconds",
-    "video_seconds",
-    "images",
-    "input_images",
-    "characters",
-    "pages",
-    "search_units",
-    "web_search_requests",
-    "grounding_queries",
-    "grounding_prompts",
-)
+# A body with one of these is a provider's own, and read by the provider's reader.
+_USAGE_KEYS = ("usage", "usageMetadata", "usage_info", "x_groq", "billed_units", "metrics")
 _PLAIN_CONDITIONS = (
     "service_tier",
     "batch",
@@ -170,6 +160,11 @@ def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
             f"this is no response of {wanted} that carries usage; "
             "name the provider: halton-meter pricing explain --provider P FILE"
         )
+    if beside := _units_beside(answer.document):
+        first = events[0]
+        known = {**beside, **first.parts[0].units}
+        parts = (replace(first.parts[0], units=known), *first.parts[1:])
+        events = [replace(first, parts=parts), *events[1:]]
     if answer.conditions:
         events = [
             replace(event, conditions={**event.conditions, **answer.conditions}) for event in events
@@ -319,13 +314,9 @@ def _first_object(body: bytes) -> Json | None:
 
 def _plain(document: Json | None, provider: str, at_ns: int) -> UsageEvent | None:
     """An event of a document that states units and no usage object: {"model", "audio_seconds"}."""
-    if document is None or "usage" in document or "x_groq" in document:
+    if document is None or any(name in document for name in _USAGE_KEYS):
         return None
-    units = {
-        name: Decimal(document[name])
-        for name in _PLAIN_UNITS
-        if isinstance(document.get(name), (int, Decimal)) and not isinstance(document[name], bool)
-    }
+    units = _units_beside(document)
     model = _model(document)
     if not units or model is None:
         return None
@@ -350,6 +341,16 @@ def _plain(document: Json | None, provider: str, at_ns: int) -> UsageEvent | Non
         duration_ms=None,
         conditions=_plain_conditions(document),
     )
+
+
+def _units_beside(document: Json | None) -> dict[str, Decimal]:
+    """Units that a document names at its top level, beside a usage object."""
+    return {
+        name: Decimal(value)
+        for name in UNIT_DIMENSIONS
+        if isinstance(value := (document or {}).get(name), (int, Decimal))
+        and not isinstance(value, bool)
+    }
 
 
 def _endpoints(document: Json, provider: str) -> Iterator[str]:
