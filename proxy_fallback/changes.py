@@ -149,7 +149,8 @@ class CommandRun:
     """Commands, and those that undo them.
 
     `check` tells whether it is in force: by `ours`, what the command then prints (stripped), or
-    without `ours` by its exit code. Undoing leaves alone what is not in force any more.
+    without `ours` by its exit code. Undoing leaves alone a setting that is not `ours` any more;
+    what is wholly ours is undone as far as it is still there.
     `check_decides`: a command that failed has still worked if it is in force then (launchctl).
     """
 
@@ -449,10 +450,10 @@ class Ledger:
 
     def _command_undone(self, entry: Entry, change: CommandRun) -> list[str]:
         checked = self._checked(change)
-        if checked is False:
+        if checked is False and change.ours is not None:
             return [f"{change.key} is not as set-up left it: not touched"] if entry.made else []
         for argv in change.undo:
-            tolerated = argv[0] == TOLERATED or not entry.made
+            tolerated = argv[0] == TOLERATED or not entry.made or checked is False
             ran = self._commands.run(argv[1:] if argv[0] == TOLERATED else argv)
             if ran.code and not tolerated and (checked is None or self._checked(change)):
                 raise ChangeError(f"{shown(argv)}: {ran.said}")

@@ -293,16 +293,17 @@ def system_trust(
             ),
             check=("security", "find-certificate", "-c", name, "-Z", _SYSTEM_KEYCHAIN),
         )
-    for program, anchors, suffix in (
-        ("update-ca-certificates", "/usr/local/share/ca-certificates", "crt"),
-        ("update-ca-trust", "/etc/pki/ca-trust/source/anchors", "pem"),
+    # Without --fresh, Debian's leaves links to a certificate that is gone.
+    for program, options, anchors, suffix in (
+        ("update-ca-certificates", ("--fresh",), "/usr/local/share/ca-certificates", "crt"),
+        ("update-ca-trust", (), "/etc/pki/ca-trust/source/anchors", "pem"),
     ):
         if commands.has(program):
             anchor = f"{anchors}/halton-meter-{sha1[:8].lower()}.{suffix}"
             return CommandRun(
                 key=f"system-trust:{sha1}",
                 run=((*sudo, "install", "-m", "0644", file, anchor), (*sudo, program)),
-                undo=((*sudo, "rm", "-f", anchor), (*sudo, program)),
+                undo=((*sudo, "rm", "-f", anchor), (*sudo, program, *options)),
                 check=("test", "-e", anchor),
             )
     raise ChangeError(

@@ -127,3 +127,44 @@ def test_what_a_new_zsh_starts_is_metered(person: Person) -> None:
         wait_until(lambda: len(person.events()) == count + 1 or None, "the event")
     finally:
         person.meter("uninstall")
+
+
+def test_system_wide_trust_is_put_back_to_the_byte(person: Person) -> None:
+    machine = person.machine
+    listed = ["sh", "-c", "cd /etc/ssl/certs && ls -R . && cat ca-certificates.crt"]
+    before = machine.run(listed).stdout
+    given = {"HOME": "/root", "HALTON_METER_HOME": "/root/set-up"}
+    options = ["--env-only", "--system-trust", "--non-interactive"]
+    done = machine.run([*HALTON_METER, "init", *options], **given)
+    assert done.returncode == 0, done.stderr
+    through = ["env", "-u", "SSL_CERT_FILE", "-u", "CURL_CA_BUNDLE"]
+    through.append("HTTPS_PROXY=http://127.0.0.1:8081")
+    answered = machine.run([*through, *curl(), "-d", anthropic_body(40)])
+    assert answered.returncode == 0, answered.stderr
+    done = machine.run([*HALTON_METER, "uninstall"], **given)
+    assert done.returncode == 0, done.stderr
+    assert machine.run(listed).stdout == before
+
+
+def test_the_desktops_proxy_is_taken_away_while_nobody_answers(person: Person) -> None:
+    user = person.machine.lab.user
+    bus = {"DBUS_SESSION_BUS_ADDRESS": f"unix:path=/run/user/{user.uid}/bus"}
+
+    def mode() -> str:
+        asked = ["gsettings", "get", "org.gnome.system.proxy", "mode"]
+        return person.run(asked, **bus).stdout.strip()
+
+    kept = person.run(["gsettings", "set", "org.gnome.system.proxy", "mode", "'none'"], **bus)
+    if kept.returncode or kept.stderr or mode() != "'none'":
+        pytest.skip(f"no GNOME settings that are kept here: {kept.stderr}")
+    done = person.run([*HALTON_METER, "init", "--full", "--non-interactive"], **bus)
+    assert done.returncode == 0, done.stderr
+    try:
+        assert mode() == "'manual'"
+        person.done("systemctl", "--user", "stop", f"{UNIT}.socket", f"{UNIT}.service")
+        wait_until(lambda: mode() == "'none'", "the watchdog")
+        person.done("systemctl", "--user", "start", f"{UNIT}.socket", f"{UNIT}.service")
+        wait_until(lambda: mode() == "'manual'", "the watchdog's return")
+    finally:
+        person.run([*HALTON_METER, "uninstall"], **bus)
+    assert mode() == "'none'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -140,6 +141,7 @@ def test_curl_accepts_provider_hosts_and_no_other(folder: Path, host: str, serve
     assert done.returncode == (0 if permitted(host) else 60)
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_node_accepts_provider_hosts_and_no_other(folder: Path, host: str, server: Server) -> None:
     script = (
         "require('tls').connect({host:'127.0.0.1',port:+process.argv[1],"

@@ -167,6 +167,16 @@ def test_a_setting_that_was_changed_since_is_left_alone(ledger: Ledger, switch: 
     assert "not touched" in note
 
 
+def test_what_is_wholly_ours_is_undone_though_somebody_took_half_of_it_away(
+    ledger: Ledger, switch: Switch
+) -> None:
+    service = CommandRun("service", (("set", "on"),), (("fail",), ("set", "off")), ("get", "x"))
+    ledger.make(service)
+    switch.before = lambda argv: Ran(1) if argv[0] == "get" else None
+    assert ledger.undo_all() == []
+    assert switch.value == "off"
+
+
 def test_a_command_that_fails_is_told_and_tolerated_ones_are_not(
     ledger: Ledger, switch: Switch
 ) -> None:
