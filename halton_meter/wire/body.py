@@ -115,7 +115,10 @@ class _Brotli:
         self._error = brotli.error
 
     def ended(self) -> bool:
-        return bool(self._engine.is_finished())
+        try:
+            return bool(self._engine.is_finished())
+        except self._error:  # newer ones raise when decoding failed before
+            return False
 
     def feed(self, data: bytes, sink: Sink) -> None:
         try:
