@@ -76,6 +76,11 @@ def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
 
 def process_of(address: tuple[str, int]) -> Process | None:
     """The process behind the client end (address, port) of a loopback connection, or None."""
+    if sys.platform == "darwin":
+        from capture.arguments import without_secrets
+        from proxy_fallback import owner_macos
+
+        return owner_macos.process_of(*address, without_secrets)
     from capture.processes import read_process
     from proxy_fallback.owner import owner_pid
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -37,6 +38,7 @@ _ASK = struct.Struct("=BBBBI2s2s16s16sI8s")
 _SOCKET = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 
 _recent: OrderedDict[int, None] = OrderedDict()
+_recent_lock = threading.Lock()  # questions are asked in threads
 
 
 class _NoNetlink(Exception):
@@ -137,27 +139,28 @@ def owner_pid(
     if inode is None:
         return None
     wanted = f"socket:[{inode}]"
-    for pid in list(reversed(_recent)):
+    with _recent_lock:
+        recent = list(_recent)
+    for pid in reversed(recent):
         if _has(proc, pid, wanted):
             return _remembered(pid)
-        if not os.path.exists(f"{proc}/{pid}"):
-            _recent.pop(pid, None)
     try:
         pids = [int(name) for name in os.listdir(proc) if name.isdigit()][:PROCESSES_MAX]
     except OSError:
         return None
     # The newest processes first: a client that connects now most often started lately.
     for pid in sorted(pids, reverse=True):
-        if pid not in _recent and _has(proc, pid, wanted):
+        if pid not in recent and _has(proc, pid, wanted):
             return _remembered(pid)
     return None
 
 
 def _remembered(pid: int) -> int:
-    _recent[pid] = None
-    _recent.move_to_end(pid)
-    if len(_recent) > RECENT_MAX:
-        _recent.popitem(last=False)
+    with _recent_lock:
+        _recent[pid] = None
+        _recent.move_to_end(pid)
+        if len(_recent) > RECENT_MAX:
+            _recent.popitem(last=False)
     return pid
 
 
