@@ -39,6 +39,8 @@ from pricing.tariff import UNIT_DIMENSIONS
 Json = dict[str, Any]
 
 DOCUMENT_BYTES_MAX = 64 << 20
+# Stands in a path for a model that nothing names.
+_UNNAMED = "unknown"
 # A body with one of these is a provider's own, and read by the provider's reader.
 _USAGE_KEYS = ("usage", "usageMetadata", "usage_info", "x_groq", "billed_units", "metrics")
 _PLAIN_CONDITIONS = (
@@ -415,7 +417,7 @@ def _by_counts(usage: Json, document: Json, provider: str) -> Iterator[str]:
 def _read(answer: _Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     """Read the answer by the first of the provider's routes that finds usage in it."""
     document = answer.document or _first_object(answer.body) or {}
-    model = _model(document) or _model(_object(answer.request.decode()) or {}) or "unknown"
+    model = _model(document) or _model(_object(answer.request.decode()) or {}) or _UNNAMED
     own = [provider for provider in providers.known() if provider.id == wanted]
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
@@ -494,7 +496,7 @@ def _exchange(answer: _Answer, place: tuple[str, str, str], at_ns: int, model: s
     is_socket = method == "GET" and path.endswith(("/realtime", "/responses"))
     if is_socket and answer.document is not None:  # one message, on one line
         body = json.dumps(answer.document, default=_plain_number).encode()
-    asked = answer.request or json.dumps({"model": model}).encode()
+    asked = answer.request or json.dumps({"model": model} if model != _UNNAMED else {}).encode()
     request_headers = (("content-type", "application/json"),)
     return Exchange(
         id="explain",

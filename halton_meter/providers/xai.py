@@ -113,6 +113,13 @@ def read_deferred(exchange: Exchange, route: Route, provider: Provider) -> Itera
         yield from read_chat(exchange, route, provider, CHAT)
 
 
+def read_stt(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for speech written down, whose answer names no model: all cost the same."""
+    for event in read_transcription(exchange, route, provider):
+        parts = tuple(replace(part, model=part.model or "stt") for part in event.parts)
+        yield replace(event, parts=parts)
+
+
 def read_video(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for a video asked for, and one when the finished one states its charge."""
     draft = begin(exchange, route, provider)
@@ -154,7 +161,7 @@ ROUTES = (
     route(
         "deferred_completion", "chat", "/v1/chat/deferred-completion/[^/]+", read_deferred, ("GET",)
     ),
-    route("audio_transcriptions", "audio", "/v1/stt", read_transcription),
+    route("audio_transcriptions", "audio", "/v1/stt", read_stt),
     route("audio_speech", "audio", "/v1/tts", read_speech),
     route("videos", "video", "/v1/videos/(?:generations|edits|extensions)", read_video),
     route("videos", "video", "/v1/videos/[^/]+", read_video, ("GET",)),
