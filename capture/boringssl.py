@@ -6,7 +6,7 @@ and which reasons a function can report, whom it calls and whether it writes mem
 functions from all others, in every build seen: Bun, Claude Code, opencode, gRPC, x86-64 and
 aarch64. This file refuses to guess: exactly one candidate a function, whose start is known by the
 unwind table or by an instruction that calls it, or none at all. It attaches nothing. The last
-proof, that the bytes seen look like HTTP, is the caller's (`looks_like_http`).
+proof, that the first bytes passed are HTTP, is the kernel's (`proved` in probe.bpf.c).
 """
 
 from __future__ import annotations
@@ -114,18 +114,6 @@ def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
         return NotRecognised(str(error), build_id)
     except ImportError as error:
         return NotRecognised(f"no disassembler: {error}", build_id)
-
-
-def looks_like_http(first_bytes: bytes) -> bool:
-    """Whether a connection's first plaintext may be HTTP: the proof that a place was right."""
-    return bool(_HTTP.match(first_bytes))
-
-
-_HTTP = re.compile(
-    rb"PRI \* HTTP/2\.0\r\n|HTTP/1\.[01] \d{3}|[A-Z]{3,10} [!-~]{1,8192}(?: HTTP/1\.[01]\r\n|$)"
-    # HTTP/2: a server speaks first with SETTINGS (type 4) on stream 0
-    rb"|\x00[\x00-\xff]{2}\x04[\x00\x01]\x00\x00\x00\x00"
-)
 
 
 # --- the search ---------------------------------------------------------------------------------

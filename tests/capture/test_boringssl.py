@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.boringssl import Found, NotRecognised, find_boringssl, looks_like_http, prepare
+from capture.boringssl import Found, NotRecognised, find_boringssl, prepare
 from capture.elf import Elf
 
 SOURCE = Path(__file__).with_name("code") / "boringssl_like.c"
@@ -243,25 +243,3 @@ def test_preparing_leaves_nothing_to_import(tmp_path: Path) -> None:
     before = set(sys.modules)
     find_boringssl(strip(build(tmp_path)))
     assert not set(sys.modules) - before
-
-
-# --- the last proof -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("data", "http"),
-    [
-        (b"POST /v1/messages HTTP/1.1\r\nHost: x\r\n", True),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", True),
-        (b"HTTP/1.1 200 OK\r\n", True),
-        (b"\x00\x00\x12\x04\x00\x00\x00\x00\x00", True),
-        (b"GET /a-path-cut-off-by-the-capture", True),
-        (b"", False),
-        (b"\x16\x03\x01\x02\x00", False),
-        (b"EHLO mail\r\n", False),
-        (b"* OK IMAP4rev1\r\n", False),
-        (b"\x7fELF", False),
-    ],
-)
-def test_first_bytes_tell_http(data: bytes, http: bool) -> None:
-    assert looks_like_http(data) is http

@@ -507,6 +507,7 @@ def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
     assert sent == b"".join(each.received for each in heard)
     assert received == b"".join(each.sent for each in heard)
     assert {each.connection.peer for each in seen.values()} == {PROVIDER}
+    assert all(each.closed and each.closed.clean for each in seen.values())  # by Conn.Close
     source.request_report()
     (line,) = [each for each in source.coverage() if each.host]
     assert (line.stack, line.library) == ("Go crypto/tls", str(go_client))

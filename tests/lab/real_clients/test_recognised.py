@@ -1,7 +1,7 @@
 """Every version of every client is recognised without change, in time, and nothing else is.
 
-Slow only the first time, when it fetches about 700 MB. No program is run here, so that aarch64 is
-tried on any machine.
+All versions of Bun and of Claude Code belong to `make test`, the rest to `make clients`. No program
+is run here, so that aarch64 is tried on any machine.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,17 @@ from capture.known_files import KnownFiles
 from capture.libraries import find_by_structure
 
 from .programs import ARM, BUN, CLAUDE, CODEX, GO, GRPC, OPENCODE, Program, Unavailable, fetched
+from .results import note
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow]
+pytestmark = pytest.mark.lab
 
-BORINGSSL = (*BUN, *CLAUDE, *OPENCODE, *ARM, *GRPC)
+
+def slow(*programs: Program) -> list[Any]:
+    """For `make clients` only."""
+    return [pytest.param(each, marks=pytest.mark.slow) for each in programs]
+
+
+BORINGSSL = [*BUN, *CLAUDE, *OPENCODE, *slow(*ARM, *GRPC)]
 CPU_SECONDS_MAX = 2.5
 """What a 380 MB program may cost: 0.7 s to 2.0 s measured on 2 busy cores."""
 
@@ -70,18 +78,26 @@ def begins_a_function(code: bytes, arm: bool) -> bool:
     )
 
 
-@pytest.mark.parametrize("program", GO, ids=str)
+@pytest.mark.parametrize("program", slow(*GO), ids=str)
 def test_crypto_tls_is_found(program: Program) -> None:
     found = find_go_tls(path_of(program))
     assert isinstance(found, GoFound), found
     assert len(found.read.returns) > 3
     assert len(found.write.returns) > 3
+    assert found.close is not None
 
 
+@pytest.mark.slow
 def test_rustls_is_neither() -> None:
     path = path_of(CODEX[0])
     assert isinstance(find_boringssl(path), NotRecognised)
     assert not isinstance(find_go_tls(path), GoFound)
+    with path.open("rb") as file:
+        found = find_by_structure(file.fileno())
+    assert found is not None
+    assert (found.stack, found.probes) == ("rustls", ())
+    assert "--via proxy" in str(found.reason)
+    note("Codex CLI", CODEX[0].version.partition("-")[0], "rustls, stripped", result="not probed")
 
 
 def test_node_is_openssl() -> None:
@@ -92,7 +108,7 @@ def test_node_is_openssl() -> None:
     assert isinstance(answer, NotRecognised)
 
 
-@pytest.mark.parametrize("program", [BUN[-1], GRPC[-2], GRPC[-1]], ids=str)
+@pytest.mark.parametrize("program", [BUN[-1], *slow(GRPC[-2], GRPC[-1])], ids=str)
 @pytest.mark.parametrize("keep", [0.2, 0.6, 0.95])
 def test_a_download_cut_short_is_refused(program: Program, keep: float, tmp_path: Path) -> None:
     data = path_of(program).read_bytes()
@@ -103,7 +119,7 @@ def test_a_download_cut_short_is_refused(program: Program, keep: float, tmp_path
     assert "truncated" in answer.reason
 
 
-@pytest.mark.parametrize("program", [BUN[-1], CLAUDE[-1], GRPC[-2], GRPC[-1]], ids=str)
+@pytest.mark.parametrize("program", [BUN[-1], *slow(CLAUDE[-1], GRPC[-2], GRPC[-1])], ids=str)
 @pytest.mark.parametrize("which", ["read", "write"])
 def test_an_altered_function_is_refused(program: Program, which: str, tmp_path: Path) -> None:
     path = path_of(program)
