@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from halton_meter.cli import main
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.service import unit_text
-from halton_meter.cli.status import status_lines
+from halton_meter.cli.status import _worse, proxy_lines, status_lines
 from halton_meter.daemon import Metered
 from halton_meter.metering import Line, Totals
 
@@ -115,6 +115,73 @@ def test_status_for_people() -> None:
         "processes that talk to providers:",
         "        5 metered         /usr/bin/curl (openssl) -> api.x.ai",
     ]
+
+
+PROXY = {
+    "health": "degraded",
+    "uptime_s": 90.0,
+    "addresses": ["127.0.0.1:8081"],
+    "connections": 3,
+    "events": 12,
+    "totals": {"list_usd": "0.5"},
+    "last_event_at": None,
+    "home": "/h",
+    "journal_waiting": 0,
+    "store_error": None,
+    "certificate_usable": True,
+    "worker": {"state": "waiting", "restarts": 2, "trouble": "it was killed by SIGKILL"},
+    "bypassed": [{"host": "api.x.ai", "cause": "worker_down", "connections": 7}],
+    "refused": [{"host": "api.x.ai", "program": "/usr/bin/java"}],
+    "losses": {"flows_over_limit": 1},
+    "gaps": [{"from": "A", "to": "B", "cause": "C"}],
+}
+
+
+def test_status_of_the_proxy_tells_what_went_by_unmetered_and_what_to_do() -> None:
+    found = {"health": "degraded", "uprobes_health": "stopped", "home": "/h", "proxy": PROXY}
+    assert status_lines(found) == [
+        "proxy degraded, up 1.5 min on 127.0.0.1:8081; 3 connections open",
+        "  12 events, $0.5 by list; last none yet",
+        "  state in /h; 0 events wait in the journal",
+        "  not metering, traffic goes through unmetered (waiting: it was killed by SIGKILL)",
+        "  its worker was restarted 2 times: see the gaps",
+        "  unmetered: api.x.ai 7 connections (worker down)",
+        "  /usr/bin/java does not trust our certificate for api.x.ai: it runs past us",
+        "    halton-meter init, then start that program again",
+        "  lost: flows over limit 1",
+        "  gap: A to B: C",
+    ]
+
+
+def test_status_of_a_proxy_that_is_well_or_paused_or_lacks_a_certificate() -> None:
+    well = PROXY | {"health": "ok", "bypassed": [], "refused": [], "losses": None, "gaps": []}
+    well |= {"worker": {"state": "ready", "restarts": 0, "trouble": None}}
+    assert len(proxy_lines(well)) == 4
+    assert proxy_lines(well)[-1] == "  nothing lost, no gaps"
+    paused = proxy_lines(well | {"health": "paused", "worker": PROXY["worker"] | {"restarts": 0}})
+    assert "start it: halton-meter start" in paused[3]
+    expired = proxy_lines(well | {"certificate_usable": False})
+    assert any("halton-meter init" in line for line in expired)
+
+
+@pytest.mark.parametrize(
+    ("uprobes", "proxy", "both"),
+    [
+        ("stopped", "ok", "ok"),
+        ("ok", "degraded", "degraded"),
+        ("degraded", "ok", "degraded"),
+        ("ok", "ok", "ok"),
+    ],
+)
+def test_the_health_of_both_services(uprobes: str, proxy: str, both: str) -> None:
+    assert _worse(uprobes, proxy) == both
+
+
+def test_run_wants_a_command_or_a_shell(tmp_path: Path) -> None:
+    for arguments in (["run"], ["run", "--shell", "true"]):
+        done = CliRunner().invoke(main, arguments, env={"HALTON_METER_HOME": str(tmp_path)})
+        assert done.exit_code == 2
+        assert "--shell" in done.output
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")

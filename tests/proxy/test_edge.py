@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -742,6 +744,25 @@ def test_it_restarts_without_refusing_a_connection() -> None:
             os.kill(last, 15)
             os.waitpid(last, 0)
     assert failures == []
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None, reason="systemd-socket-activate is not here"
+)
+def test_it_serves_the_socket_that_systemd_hands_over(tmp_path: Path) -> None:
+    port = edges.free_port()
+    program = [sys.executable, "-c", _ACTIVATED]
+    said = (tmp_path / "said").open("w+")
+    listening = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}"]
+    process = subprocess.Popen([*listening, *program], stderr=said, text=True)
+    try:
+        while "Listening" not in (tmp_path / "said").read_text():
+            assert process.poll() is None
+        assert edges.answers(port, timeout_s=20)
+    finally:
+        process.terminate()
+        process.wait(20)
+        said.close()
 
 
 def _spawn(kept: socket.socket, script: list[str]) -> int:
