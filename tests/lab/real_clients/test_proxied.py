@@ -14,9 +14,9 @@ import pytest
 
 from lab.conftest import CLIENTS
 from lab.lab import Lab
-from lab.test_proxied_clients import ProxyBench, assert_proxied
+from lab.test_proxied_clients import ProxyBench, assert_proxied, version_of
 
-from .programs import CLAUDE, CODEX, GEMINI, NODE, OPENCODE, Program, Unavailable, fetched
+from .programs import BUN, CLAUDE, CODEX, GEMINI, NODE, OPENCODE, Program, Unavailable, fetched
 from .results import note
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -101,6 +101,38 @@ def test_node(bench: ProxyBench, installed: Install, program: Program, client: s
     assert len(seen.served) == 6
     assert_proxied(seen, "node")
     note("Node.js", program.version, "OpenSSL, static with symbols", "proxy")
+
+
+@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
+@pytest.mark.parametrize("program", BUN[-1:], ids=str)
+def test_bun_fetch(
+    bench: ProxyBench, installed: Install, program: Program, mode: tuple[str, ...]
+) -> None:
+    bun = installed(program)
+    script = bun.with_name("fetch.mjs")
+    script.write_bytes(Path(__file__).with_name("fetch.mjs").read_bytes())
+    script.chmod(0o644)
+    seen = bench.observe([str(bun), str(script), "1", "6", *mode])
+    assert len(seen.served) == 6
+    assert_proxied(seen, "bun")
+    note("Bun", program.version, "BoringSSL, static and stripped", "proxy")
+
+
+@pytest.mark.parametrize("mode", ["whole", "stream"])
+@pytest.mark.parametrize(
+    ("who", "package"), [("xai", "xai-sdk"), ("gemini", "google-ai-generativelanguage")]
+)
+def test_grpc(bench: ProxyBench, who: str, package: str, mode: str) -> None:
+    """HTTP/2 with trailers, by the makers' own SDKs."""
+    client = bench.lab.folder / "grpc_client.py"
+    client.write_bytes(Path(__file__).with_name("grpc_client.py").read_bytes())
+    client.chmod(0o644)
+    seen = bench.observe([bench.python, str(client), who, "3", mode])
+    assert len(seen.served) == 3
+    assert {line["http"] for line in seen.served} == {"http/2"}
+    assert_proxied(seen, "python")
+    version = version_of(bench, package)
+    note(f"{package} (gRPC)", version, "BoringSSL of grpcio, stripped", "proxy")
 
 
 # What Java wants to know, made of what `run` puts into the environment.
