@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
 class Subject:
     """A program whose functions a search is said to have found; it passes what it is told."""
 
-    def __init__(self, bench: Bench, folder: Path) -> None:
+    def __init__(self, bench: Bench, folder: Path, *, run: bool = True) -> None:
+        self._bench = bench
         self.program = folder / "passes_plaintext"
         source = CLIENTS / "passes_plaintext.c"
         command = [
@@ -55,7 +56,12 @@ class Subject:
             library = Library("BoringSSL", tuple(probes), self.build_id, unproved=True)
             KnownFiles(folder / "known").remember(file.fileno(), library)
         self.source: UprobeSource = bench.source(files=[], cache_directory=str(folder / "known"))
-        self.client: Client = bench.client([self.program, PROVIDER], self.source)
+        if run:
+            self.run()
+
+    def run(self) -> None:
+        """Start it, and return when it is probed."""
+        self.client: Client = self._bench.client([self.program, PROVIDER], self.source)
         assert self.client.line() == b"up\n"
         wait_until(self.is_probed)
 

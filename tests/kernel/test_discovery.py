@@ -1,0 +1,46 @@
+"""What processes run is found in time: however short they live, whenever they load it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from halton_meter.model import Direction
+
+from .conftest import PROVIDER, Bench, Client, gather
+from .test_proof import REQUEST, RESPONSE, Subject, captured, plain
+from .test_uprobes import wait_until
+
+
+def test_a_library_loaded_by_a_fork_is_found_when_it_is_mapped(bench: Bench) -> None:
+    """No exec tells of the child, and the next look at all processes is a minute away."""
+    source = bench.source(files=[])
+    client = bench.python("loads_in_a_fork", source=source)
+    assert client.line() == b"connected\n"
+    wait_until(lambda: source.request_report() or source.status().libraries, 20)
+    client.say()
+    assert client.line() == b"done\n"
+    (seen,) = gather(source.drain()).values()
+    assert seen.data(Direction.RECEIVED) == bench.server.connections[0].sent
+    assert seen.connection.process is not None
+    assert seen.connection.process.parents[0][0] == client.process.pid
+
+
+def test_a_program_that_ended_before_it_was_looked_at_is_probed_for_its_next_run(
+    bench: Bench,
+) -> None:
+    subject = Subject(bench, bench.folder, run=False)
+    helper = subject.source.helper_pid
+    assert helper is not None
+    short = Client([subject.program, PROVIDER], bench.environment())
+    subject.source.add_root(short.process.pid)
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        short.go()
+        short.output()
+    finally:
+        os.kill(helper, signal.SIGCONT)
+    wait_until(subject.is_probed)
+    subject.run()
+    (seen,) = subject.passes(REQUEST, RESPONSE)
+    assert captured(seen) == (plain(REQUEST), plain(RESPONSE))
