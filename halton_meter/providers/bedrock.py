@@ -211,6 +211,8 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
         if isinstance(inner, dict) and event.get("type") not in ("message_start", "message_delta"):
             final = inner
         metrics = as_dict(event.get("amazon-bedrock-invocationMetrics")) or metrics
+    draft.response_id = as_id(next((e["id"] for e in events if e.get("id")), None))
+    draft.model = as_name(next((e["model"] for e in events if e.get("model")), None))
     begun = as_dict(start.get("usage"))
     if begun and not end and not metrics:
         begun_only(draft, start, texts_keyed(events, _ANSWER_KEYS))

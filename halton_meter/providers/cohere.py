@@ -56,7 +56,9 @@ def read_cohere(exchange: Exchange, route: Route, provider: Provider) -> Iterato
         )
         for event in formats.first_events(exchange.response.body, 1) if draft.streaming else ():
             found.append((as_dict(formats.loads(event.data)), event.data))
-        ids = (v.get(name) for v, _ in found for name in ("id", "generation_id", "response_id"))
+        names = ("id", "generation_id", "response_id")
+        answers = [v for v, _ in found] + [as_dict(v.get("response")) for v, _ in found]
+        ids = (answer.get(name) for answer in answers for name in names)
         draft.response_id = as_id(next((each for each in ids if each), None))
         for value, text in found:
             usage = _usage_of(value)

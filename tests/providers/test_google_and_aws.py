@@ -306,3 +306,16 @@ def test_live_session_is_wanted_and_its_turns_end_with_usage() -> None:
     assert ends(json.dumps(spoken(60, 5)).encode())
     text = {"serverContent": {"modelTurn": {"parts": [{"text": 'x "usageMetadata" y'}]}}}
     assert not ends(json.dumps(text).encode())
+
+
+def test_stream_of_a_maker_that_speaks_openais_words_names_itself() -> None:
+    chunk = {"id": "chatcmpl-0123456789", "model": "jamba-1.5-mini", "choices": []}
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    body = b"".join(
+        frame({"bytes": base64.b64encode(json.dumps(value).encode()).decode()}, event_type="chunk")
+        for value in (chunk, {**chunk, "usage": usage})
+    )
+    url = BEDROCK + "ai21.jamba-1-5-mini-v1%3A0/invoke-with-response-stream"
+    event = read_one(exchange(url, {}, body, headers=EVENTS))
+    assert (event.response_id, event.model) == ("chatcmpl-0123456789", "jamba-1.5-mini")
+    assert (event.tokens.input, event.tokens.output) == (3, 4)

@@ -142,3 +142,11 @@ def test_fee_of_perplexity_is_for_answers_not_for_embeddings() -> None:
     answer = {"model": "pplx-embed-v1-4b", "object": "list", "usage": usage}
     event = read_one(exchange("https://api.perplexity.ai/v1/embeddings", {}, answer))
     assert (event.tokens.input, event.units) == (8, {})
+
+
+def test_stream_of_cohere_names_itself_at_its_end() -> None:
+    answer = {"id": "5a0e-9f1c-generation", "meta": {"billed_units": {"input_tokens": 5}}}
+    lines = [{"text": "Plu", "event_type": "text-generation"}, {"response": answer}]
+    body = "\n".join(json.dumps(line) for line in lines)
+    event = read_one(exchange("https://api.cohere.com/v1/generate", {"stream": True}, body))
+    assert (event.response_id, event.tokens.input) == ("5a0e-9f1c-generation", 5)
