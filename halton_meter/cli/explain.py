@@ -187,19 +187,31 @@ def _answer(raw: bytes) -> _Answer:
             raise NotExplained("the document is empty") from None
         return _Answer(raw, None)  # SSE, NDJSON: the reader's to parse
     if not isinstance(document, dict):
-        return _Answer(raw, None)
-    if "custom_id" in document:
-        if (line := _batch_line(document)) is not None:
-            body = json.dumps(line, default=_plain_number).encode()
-            return _Answer(body, line, conditions={"batch": "true"})
-        # A request of a batch that failed, expired or was canceled: nothing is billed.
-        return _Answer(b'{"error":{"type":"batch_request_failed"}}', {"error": {}})
+        return _bare(document, raw)
     inner = document.get("response")
     is_wrapped = isinstance(inner, (dict, str, list)) and (
-        not any(name in document for name in ("usage", "object", "type"))
+        not any(name in document for name in ("usage", "object", "type", "custom_id"))
         and not (isinstance(inner, dict) and "inlinedResponses" in inner)
     )
-    return _wrapped(document, inner) if is_wrapped else _Answer(raw, document)
+    return _wrapped(document, inner) if is_wrapped else _bare(document, raw)
+
+
+def _bare(document: Any, raw: bytes) -> _Answer:
+    """A body alone: one object, a line of a batch's results, or a stream's events as a list."""
+    if isinstance(document, list):
+        events = [each for each in document if isinstance(each, dict)]
+        is_gemini = any("candidates" in each or "usageMetadata" in each for each in events)
+        if len(events) < 2 or is_gemini:  # Gemini's own streams are lists
+            return _Answer(raw, None)
+        lines = (json.dumps(each, default=_plain_number) for each in events)
+        return _Answer("".join(f"data: {line}\n\n" for line in lines).encode(), None)
+    if not isinstance(document, dict) or "custom_id" not in document:
+        return _Answer(raw, document if isinstance(document, dict) else None)
+    if (line := _batch_line(document)) is not None:
+        body = json.dumps(line, default=_plain_number).encode()
+        return _Answer(body, line, conditions={"batch": "true"})
+    # A request of a batch that failed, expired or was canceled: nothing is billed.
+    return _Answer(b'{"error":{"type":"batch_request_failed"}}', {"error": {}})
 
 
 def _batch_line(document: Json) -> Json | None:
@@ -225,11 +237,12 @@ def _wrapped(document: Json, inner: Any) -> _Answer:
     is_recorded = "url" in request or ("body" in request and "method" in request)
     url = urlsplit(str(request.get("url") or document.get("url") or ""))
     asked = request.get("body") if is_recorded else request
-    body = inner if isinstance(inner, str) else json.dumps(inner, default=_plain_number)
+    text = inner if isinstance(inner, str) else json.dumps(inner, default=_plain_number)
+    bare = _bare(_object(inner) if isinstance(inner, str) else inner, text.encode())
     conditions = document.get("conditions")
     return _Answer(
-        body=body.encode(),
-        document=_object(inner),
+        body=bare.body,
+        document=bare.document,
         provider=_text(document.get("provider")),
         host=_text(document.get("host")) or url.hostname,
         path=_text(document.get("path")) or url.path or None,
@@ -240,7 +253,11 @@ def _wrapped(document: Json, inner: Any) -> _Answer:
         if asked
         else b"",
         at=_text(document.get("at")),
-        conditions={**_plain_conditions(document), **dict(_strings(conditions))},
+        conditions={
+            **bare.conditions,
+            **_plain_conditions(document),
+            **dict(_strings(conditions)),
+        },
     )
 
 
