@@ -197,6 +197,15 @@ class Helper:
         program = programs["fork_arrays" if arrays else "fork_locations"]
         self._keep.append(loader.attach_tracepoint(program, number))
 
+    def hand_over_ring(self) -> None:
+        """Say that all is set up, and give the reader the ring: what our death leaves in it is its.
+
+        It holds nothing that we would not send, and whoever maps it cannot write the records.
+        """
+        message = {"id": 0, "ring_bytes": self._ring.size_bytes}
+        frame = protocol.encode_message(protocol.REPLY, message)
+        socket.send_fds(self._sock, [frame], [self._ring.fd])
+
     # --- commands -----------------------------------------------------------------------------
 
     def set_hosts(self, hosts: Iterable[str]) -> None:
@@ -774,7 +783,7 @@ def serve(sock: socket.socket) -> None:
         sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
     _widen(sock)
-    sock.sendall(protocol.encode_message(protocol.REPLY, {"id": 0}))
+    helper.hand_over_ring()
     sock.setblocking(False)
     for command in received[1:]:
         helper._command(command)

@@ -221,6 +221,7 @@ class Ring:
     def __init__(self, fd: int, size_bytes: int) -> None:
         page = mmap.PAGESIZE
         self.fd = fd
+        self.size_bytes = size_bytes
         self._mask = size_bytes - 1
         consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         # One aligned store. `struct.pack_into` writes zeros first: a kernel that reads just then

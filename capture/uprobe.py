@@ -279,7 +279,10 @@ class UprobeSource:
         self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
         self._number = 0
+        self._started = False
         self._ended = False
+        self._ring_fd = -1
+        self._ring_bytes = 0
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -291,6 +294,7 @@ class UprobeSource:
             self._link = spawn_helper(self.scope, self.hosts, restricted=False, **self._options)
             self._helper = _children[-1]
         self._await(0, timeout_s)
+        self._started = True
         if not self._report:
             self.request_report(timeout_s)
 
@@ -375,14 +379,53 @@ class UprobeSource:
         if not ready:
             return
         try:
-            data = self._link.recv(RECEIVE_BYTES)
+            data = self._link.recv(RECEIVE_BYTES) if self._started else self._receive_ring()
         except OSError:
             data = b""
         if not data:
+            self._take_ring()
             self._end()
             return
         for kind, frame in self._frames.feed(data):
             self._take(kind, frame)
+
+    def _receive_ring(self) -> bytes:
+        """What the helper says at first; the ring's descriptor comes with it."""
+        assert self._link is not None
+        data, fds, _, _ = socket.recv_fds(self._link, RECEIVE_BYTES, 1)
+        for fd in fds:
+            self._close_ring()
+            self._ring_fd = fd
+        return data
+
+    def _close_ring(self) -> None:
+        if self._ring_fd >= 0:
+            os.close(self._ring_fd)
+            self._ring_fd = -1
+
+    def _take_ring(self) -> None:
+        """The helper died: what it had not sent is in the ring still, to the last whole record.
+
+        The kernel removes the probes first. They go one by one, but a direction of a connection
+        has one that sees it: what there is of it is exact, and ends somewhere.
+        """
+        if self._ring_fd < 0 or not self._ring_bytes:
+            return
+        from capture import loader
+
+        with contextlib.suppress(OSError, ValueError, protocol.ProtocolViolation):
+            for _, record in loader.Ring(self._ring_fd, self._ring_bytes).records():
+                size, kind, _, _ = protocol.PREFIX.unpack_from(record)
+                if kind == protocol.OPEN:
+                    self._identify(protocol.decode_record(bytes(record[:size])))
+                self._take(kind, bytes(record[:size]))
+        self._close_ring()
+
+    def _identify(self, record: protocol.Record) -> None:
+        """Who it is, as far as we may see: the helper can no longer tell."""
+        process = processes.read_process(record.tgid)
+        if process is not None:
+            self._processes[record.tgid] = process
 
     def _take(self, kind: int, frame: bytes) -> None:
         if kind == protocol.CHUNK:
@@ -404,6 +447,7 @@ class UprobeSource:
         elif kind == protocol.REPLY:
             reply = protocol.decode_message(frame)
             self._replies[int(reply["id"])] = reply
+            self._ring_bytes = int(reply.get("ring_bytes", self._ring_bytes))
         elif kind == protocol.PROBLEM:
             found = protocol.decode_message(frame)
             missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
@@ -485,6 +529,7 @@ class UprobeSource:
         if self._ended:
             return
         self._ended = True
+        self._close_ring()
         for key in list(self._streams):
             self._close(key, time.monotonic_ns(), clean=False)
 

@@ -360,6 +360,28 @@ def test_killing_the_helper_hurts_nobody_and_leaves_nothing(bench: Bench) -> Non
         source.add_root(os.getpid())
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_the_helper_had_not_sent_survives_its_death(bench: Bench, loader: str) -> None:
+    source = bench.source(loader=loader)
+    assert source.helper_pid
+    first = bench.python("exchanges", "1", "2", "3000", "40000", source=source)
+    first.output()
+    events = source.drain()
+    client = Client([sys.executable, CLIENTS / "exchanges.py", "3", "4", "1500", "40000"],
+                    bench.environment())  # fmt: skip
+    source.add_root(client.process.pid)
+    os.kill(source.helper_pid, signal.SIGSTOP)
+    client.go()
+    client.output()
+    os.kill(source.helper_pid, signal.SIGKILL)
+    events += list(source)
+    assert source.ended
+    seen = gather(events)
+    same_bytes(seen, bench)
+    assert len(seen) == 4
+    assert all(each.closed for each in seen.values())
+
+
 def test_stopping_leaves_no_probe(bench: Bench) -> None:
     source = bench.source()
     assert source.helper_pid
