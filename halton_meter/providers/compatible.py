@@ -229,7 +229,6 @@ def read_aleph(exchange: Exchange, route: Route, provider: Provider) -> Iterator
     if not unanswered(draft):
         answer, _ = next(documents(exchange), ({}, b""))
         draft.fail(answer)
-        draft.model = as_name(answer.get("model_version"))
         counts = Counts()
         tokens = Tokens(
             input=counts.of(answer, "num_tokens_prompt_total"),

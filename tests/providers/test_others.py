@@ -150,3 +150,10 @@ def test_stream_of_cohere_names_itself_at_its_end() -> None:
     body = "\n".join(json.dumps(line) for line in lines)
     event = read_one(exchange("https://api.cohere.com/v1/generate", {"stream": True}, body))
     assert (event.response_id, event.tokens.input) == ("5a0e-9f1c-generation", 5)
+
+
+def test_version_of_a_model_is_not_its_name() -> None:
+    answer = {"model_version": "2022-04", "num_tokens_prompt_total": 9, "num_tokens_generated": 20}
+    asked = {"model": "luminous-base", "prompt": "x"}
+    event = read_one(exchange("https://api.aleph-alpha.com/complete", asked, answer))
+    assert (event.model, event.tokens.output) == ("luminous-base", 20)
