@@ -17,6 +17,7 @@ import pytest
 from .conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from .lab import Lab
 from .real_clients.results import note
+from .scenario import Scenario
 from .test_clients import ALL_MODES, anthropic_body, curl
 
 pytestmark = pytest.mark.lab
@@ -140,6 +141,31 @@ def test_curl_one_process_a_request(bench: ProxyBench, version: str, spoken: str
     assert_proxied(seen, "curl")
     assert len({event["pid"] for event in seen.events}) == 10
     note("curl", said_version(["curl", "--version"]), "OpenSSL, shared", "proxy")
+
+
+def test_a_large_request_for_which_curl_expects_100_continue(bench: ProxyBench) -> None:
+    asked = Scenario(n=9, chunks=40, piece_bytes=40_000).marker
+    body = json.dumps(
+        {
+            "model": "claude-haiku-4-5",
+            "padding": "x" * 3_000_000,
+            "messages": [{"role": "user", "content": asked}],
+        }
+    )
+    request = bench.lab.folder / "large-by-proxy.json"
+    request.write_text(body)
+    seen = bench.observe([*curl("--http1.1"), "-d", f"@{request}"])
+    assert len(seen.output) > 1_600_000
+    assert_proxied(seen, "curl")
+
+
+def test_a_stream_that_the_client_leaves_is_aborted_with_what_is_known(bench: ProxyBench) -> None:
+    body = anthropic_body(7, chunks=2000, delay_ms=5)
+    seen = bench.observe(["sh", "-c", f"timeout 0.7 {shlex.join(curl('-N'))} -d '{body}'; true"])
+    (event,) = seen.events
+    assert event["outcome"] == "aborted"
+    assert event["tokens"]["input"] == Scenario(n=7).fresh
+    assert Path(event["process"]).name == "curl"
 
 
 def test_hosts_that_are_nobodys_provider_are_not_looked_into(bench: ProxyBench) -> None:
