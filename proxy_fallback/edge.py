@@ -40,7 +40,7 @@ _SYSTEMD_FIRST = 3
 # A request's head: browsers and CLIs send a few KB, large cookies some tens.
 HEAD_BYTES_MAX = 64 * 1024
 HEAD_S_MAX = 60.0
-# How long mitmproxy may take to answer our CONNECT before the host is tunnelled raw. It connects
+# How long mitmproxy may take to answer our CONNECT before the host is tried raw, too. It connects
 # to the provider first, which takes some 50 ms.
 WORKER_ANSWER_S_MAX = 1.0
 # After so many failures in a row mitmproxy is not asked again for a while (a circuit breaker).
@@ -578,6 +578,7 @@ class _Client(_End):
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._address = ("", 0)
+        self._wants_tunnel = False
 
     # --- the transport's side
 
@@ -617,7 +618,9 @@ class _Client(_End):
         super().data_received(data)
 
     def eof_received(self) -> bool:
-        if self._task is None:  # it left before it had asked for anything
+        # It left before it had asked for anything, or before its tunnel stood. (The end of a plain
+        # request is no farewell: its answer is still wanted.)
+        if self._task is None or (self._wants_tunnel and self.other is None):
             return False
         return super().eof_received()
 
@@ -671,14 +674,15 @@ class _Client(_End):
             else:
                 self._refuse("refused_no_proxy_request", "400 Bad Request")
             return
-        cause = None
+        self._wants_tunnel = asked.origin_head is None
+        far, cause = None, ""
         if asked.host in edge.hosts:
             worker_port, cause = await edge.route(asked.host, self._address)
             if worker_port is not None:
-                cause = await self._to_worker(worker_port, asked)
+                far, cause = await self._to_worker(worker_port, asked)
             if not cause:
                 return
-        far = await self._reach(asked)
+        far = far or await self._reach(asked)
         if far is None:
             self._refuse("refused_loop", "403 Forbidden", "this address is the edge itself")
             return
@@ -689,41 +693,62 @@ class _Client(_End):
         plain = asked.origin_head if edge.upstream is None else asked.absolute_head
         self._join(far, asked, plain)
 
-    async def _to_worker(self, worker_port: int, asked: _Asked) -> str:
-        """Join the client to mitmproxy. Gives "" when that is done, else why it was not."""
+    async def _to_worker(self, worker_port: int, asked: _Asked) -> tuple[_End | None, str]:
+        """Join the client to mitmproxy: (None, "") when that is done, else why it was not.
+
+        mitmproxy connects to the host before it answers. When it takes long, that may be the
+        host's doing, so the host is tried raw beside it, and whoever is there first is taken: an
+        end at the host itself is then given back, too.
+        """
         edge = self._edge
+        loop = asyncio.get_running_loop()
 
         def gone(said: bytes) -> None:
             edge.worker_failed(worker_port)
             self.early[:0] = said
-            self._task = asyncio.get_running_loop().create_task(self._say_again(asked))
+            self._task = loop.create_task(self._say_again(asked))
 
         worker = _Worker(gone)
-        header = f"{CLIENT_HEADER}: {self._address[0]}:{self._address[1]}\r\n"
-        accepted, cause = False, "worker_declined"
+        asking = loop.create_task(self._ask(worker, worker_port, asked))
+        reaching: asyncio.Task[_End | None] | None = None
+        far, cause = None, "worker_slow"
         try:
-            async with asyncio.timeout(WORKER_ANSWER_S_MAX):
-                loop = asyncio.get_running_loop()
-                await loop.create_connection(lambda: worker, ADDRESS, worker_port)
-                accepted = await worker.connect(asked.host, asked.port, header)
-            if worker.lost:
-                accepted, cause = False, "worker_down"
-        except TimeoutError:
-            cause = "worker_slow"
-        except OSError:
-            cause = "worker_down"
+            await asyncio.wait({asking}, timeout=WORKER_ANSWER_S_MAX)
+            if not asking.done():
+                reaching = loop.create_task(self._reach(asked))
+                await asyncio.wait({asking, reaching}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                cause = asking.result()
+            elif reaching is not None:
+                far = reaching.result()
         finally:
-            if not accepted:
+            asking.cancel()
+            if cause:
                 worker.abort()
-        if not accepted:
+            if reaching is not None and far is None:
+                _give_up(reaching)
+        if cause:
             # One that declines is alive: the host cannot be reached, as the raw tunnel will tell.
             if cause != "worker_declined":
                 edge.worker_failed(worker_port)
-            return cause
+            return far, cause
         edge.worker_answered()
         edge.counts["metered"] += 1
         self._join(worker, asked, asked.origin_head)
-        return ""
+        return None, ""
+
+    async def _ask(self, worker: _Worker, worker_port: int, asked: _Asked) -> str:
+        """Ask mitmproxy for a tunnel; "" when it was given, else the cause."""
+        loop = asyncio.get_running_loop()
+        header = f"{CLIENT_HEADER}: {self._address[0]}:{self._address[1]}\r\n"
+        try:
+            await loop.create_connection(lambda: worker, ADDRESS, worker_port)
+            accepted = await worker.connect(asked.host, asked.port, header)
+        except OSError:
+            return "worker_down"
+        if worker.lost or (worker.ended and not accepted):
+            return "worker_down"
+        return "" if accepted else "worker_declined"
 
     async def _say_again(self, asked: _Asked) -> None:
         """The worker is gone and has said nothing to the client: begin anew, past it."""
@@ -781,6 +806,16 @@ class _Client(_End):
             far.keep(bytes(self.early))
         self.transport.resume_reading()
         self.join(far)
+
+
+def _give_up(reaching: asyncio.Task[_End | None]) -> None:
+    """Let go of an end that is being reached, or is reached and not wanted."""
+    if not reaching.done():
+        reaching.cancel()
+    elif not reaching.cancelled() and reaching.exception() is None:
+        far = reaching.result()
+        if far is not None:
+            far.abort()
 
 
 # --- what a client asks ----------------------------------------------------------------------

@@ -185,6 +185,72 @@ def test_a_provider_is_reached_raw_whatever_is_wrong_with_mitmproxy(
     run(scene())
 
 
+def test_a_host_that_is_slow_itself_is_metered_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """mitmproxy answers late because the host does: raw it would be later still."""
+    monkeypatch.setattr(edges, "WORKER_ANSWER_S_MAX", 0.05)
+
+    async def scene() -> None:
+        raw_asked, raw_gone = asyncio.Event(), asyncio.Event()
+
+        async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            raw_asked.set()
+            with contextlib.suppress(OSError):
+                while await reader.read(100):
+                    pass
+            raw_gone.set()
+            writer.close()
+
+        async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await raw_asked.wait()
+            await StandIn()(reader, writer)
+
+        network, out = await serving(never)
+        worker, worker_port = await serving(late)
+        async with place(upstream=("127.0.0.1", out)) as here:
+            here.edge.send_to(worker_port)
+            assert await say(await here.tunnel(PROVIDER), b"hi", 10) == b"metered:hi"
+            await raw_gone.wait()  # what was tried raw is let go of
+            assert here.edge.bypassed == {}
+            assert here.edge.counts["metered"] == 1
+        worker.close()
+        network.close()
+
+    run(scene())
+
+
+def test_a_client_that_leaves_while_all_are_slow_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(edges, "WORKER_ANSWER_S_MAX", 0.05)
+
+    async def scene() -> None:
+        asked, gone = asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+        async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            asked.release()
+            with contextlib.suppress(OSError):
+                await reader.read()
+            gone.release()
+            writer.close()
+
+        server, port = await serving(never)
+        async with place(upstream=("127.0.0.1", port)) as here:
+            here.edge.send_to(port)
+            client = await here.ask(b"CONNECT localhost:443 HTTP/1.1\r\n\r\n")
+            for each in (asked, asked):  # mitmproxy and the upstream proxy
+                await each.acquire()
+            client[1].transport.abort()
+            for each in (gone, gone):
+                await each.acquire()
+            await here.empty()
+        server.close()
+
+    run(scene())
+
+
 def test_after_failures_in_a_row_mitmproxy_is_left_alone_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
