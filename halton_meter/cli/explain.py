@@ -229,6 +229,7 @@ def _wrapped(document: Json, inner: Any) -> _Answer:
     request = document.get("request")
     request = request if isinstance(request, dict) else {}
     headers = dict(_strings(document.get("headers")))
+    headers |= dict(_strings(document.get("response_headers")))
     status = document.get("status", document.get("http_status", 200))
     if isinstance(inner, dict) and "body" in inner and ("status" in inner or "headers" in inner):
         headers |= dict(_strings(inner.get("headers")))
@@ -236,7 +237,10 @@ def _wrapped(document: Json, inner: Any) -> _Answer:
         inner = inner["body"]
     is_recorded = "url" in request or ("body" in request and "method" in request)
     url = urlsplit(str(request.get("url") or document.get("url") or ""))
+    base = urlsplit(str(document.get("base_url") or ""))
     asked = request.get("body") if is_recorded else request
+    if not asked and (named := _text(document.get("model"))):
+        asked = {"model": named}
     text = inner if isinstance(inner, str) else json.dumps(inner, default=_plain_number)
     bare = _bare(_object(inner) if isinstance(inner, str) else inner, text.encode())
     conditions = document.get("conditions")
@@ -244,7 +248,7 @@ def _wrapped(document: Json, inner: Any) -> _Answer:
         body=bare.body,
         document=bare.document,
         provider=_text(document.get("provider")),
-        host=_text(document.get("host")) or url.hostname,
+        host=_text(document.get("host")) or url.hostname or base.hostname,
         path=_text(document.get("path")) or url.path or None,
         method=str(request.get("method", "POST")) if is_recorded else "POST",
         status=status if isinstance(status, int) else 200,
@@ -276,6 +280,12 @@ def _object(value: Any) -> Json | None:
 
 
 def _strings(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, list):  # headers as pairs
+        value = dict(
+            pair
+            for pair in value
+            if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+        )
     if isinstance(value, dict):
         for key, text in value.items():
             yield str(key).lower(), str(text)
