@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from .conftest import CLIENTS, HALTON_METER, Bench, Service, assert_metered
 from .lab import Lab
+from .real_clients.results import note
 from .scenario import Scenario
 
 pytestmark = pytest.mark.lab
@@ -49,6 +53,23 @@ def test_python_client(bench: Bench, client: str, modes: str, count: int) -> Non
         assert event["cwd"] == str(bench.project)
         assert (event["project"], event["git_branch"]) == ("acme", "topic/lab")
         assert event["list_usd"] is not None
+    package = PACKAGES.get(client, client.partition("-")[0])
+    note(f"{package} (Python)", version_of(bench.lab, bench.python, package), "OpenSSL, shared")
+
+
+PACKAGES = {"gemini": "google-genai", "httpx2": "httpx", "xai": "openai"}
+
+
+def version_of(lab: Lab, python: str, package: str) -> str:
+    """The version of a package that the clients' Python has."""
+    ask = f"from importlib.metadata import version; print(version({package!r}))"
+    return lab.run([python, "-c", ask]).stdout.strip()
+
+
+def said_version(argv: Sequence[str]) -> str:
+    """The first version number in what a program says of itself."""
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return str(re.findall(r"\d+(?:\.\d+)+", said)[0])
 
 
 @pytest.mark.parametrize("client", ["fetch", "https"])
@@ -60,6 +81,7 @@ def test_node(bench: Bench, client: str, mode: tuple[str, ...]) -> None:
     assert_metered(seen.served, seen.events)
     assert {event["pid"] for event in seen.events} == {seen.pid}
     assert {event["project"] for event in seen.events} == {"acme"}
+    note("Node.js", said_version(["node", "--version"]), "OpenSSL")
 
 
 def anthropic_body(n: int, **options: float) -> str:
@@ -92,6 +114,7 @@ def test_curl_one_process_a_request(bench: Bench, version: str) -> None:
     assert_metered(seen.served, seen.events)
     assert len({event["pid"] for event in seen.events}) == 10
     assert {Path(event["process"]).name for event in seen.events} == {"curl"}
+    note("curl", said_version(["curl", "--version"]), "OpenSSL, shared")
 
 
 def test_curl_parallel_streams_on_one_connection(bench: Bench) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from .conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from .lab import Lab
 from .real_clients.results import note
 from .scenario import Scenario
-from .test_clients import ALL_MODES, anthropic_body, curl
+from .test_clients import ALL_MODES, PACKAGES, anthropic_body, curl, said_version, version_of
 
 pytestmark = pytest.mark.lab
 
@@ -102,20 +100,9 @@ def test_python_client(bench: ProxyBench, client: str, modes: str) -> None:
     assert_proxied(seen, "python")
     assert {tuple(event["argv"]) for event in seen.events} == {tuple(argv)}
     assert len({event["pid"] for event in seen.events}) == 1
-    package = {"gemini": "google-genai", "httpx2": "httpx"}.get(client, client.partition("-")[0])
-    note(f"{package} (Python)", version_of(bench, package), "OpenSSL, shared", "proxy")
-
-
-def version_of(bench: ProxyBench, package: str) -> str:
-    """The version of a package that the clients' Python has."""
-    ask = f"from importlib.metadata import version; print(version({package!r}))"
-    return bench.lab.run([bench.python, "-c", ask]).stdout.strip()
-
-
-def said_version(argv: Sequence[str]) -> str:
-    """The first version number in what a program says of itself."""
-    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"\d+(?:\.\d+)+", said)[0]
+    package = PACKAGES.get(client, client.partition("-")[0])
+    version = version_of(bench.lab, bench.python, package)
+    note(f"{package} (Python)", version, "OpenSSL, shared", "proxy")
 
 
 @pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])

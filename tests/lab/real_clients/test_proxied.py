@@ -14,7 +14,8 @@ import pytest
 
 from lab.conftest import CLIENTS
 from lab.lab import Lab
-from lab.test_proxied_clients import ProxyBench, assert_proxied, version_of
+from lab.test_clients import version_of
+from lab.test_proxied_clients import ProxyBench, assert_proxied
 
 from .programs import BUN, CLAUDE, CODEX, GEMINI, NODE, OPENCODE, Program, Unavailable, fetched
 from .results import note
@@ -131,7 +132,7 @@ def test_grpc(bench: ProxyBench, who: str, package: str, mode: str) -> None:
     assert len(seen.served) == 3
     assert {line["http"] for line in seen.served} == {"http/2"}
     assert_proxied(seen, "python")
-    version = version_of(bench, package)
+    version = version_of(bench.lab, bench.python, package)
     note(f"{package} (gRPC)", version, "BoringSSL of grpcio, stripped", "proxy")
 
 
