@@ -51,6 +51,8 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [^\r\n]*)?\r?\n")
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*")
 _EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:")
+# JSON on many lines is indented as a folded header would be; nobody folds one any more (9112 5.2).
+_JSON_LINE = re.compile(rb"[ \t]+[\"{}\[\]]")
 
 Fields = list[tuple[str, str]]
 
@@ -95,7 +97,10 @@ def _may_be_head_rest(lines: list[bytes]) -> bool:
     """Whether whole lines behind a hole are header fields rather than a body's text."""
     if len(lines) > HEAD_REST_LINES_MAX or (lines and lines[0].startswith(_EVENT_FIELDS)):
         return False
-    return all(_FIELD_LINE.fullmatch(line) or line[:1] in (b" ", b"\t") for line in lines)
+    return all(
+        _FIELD_LINE.fullmatch(line) or (line[:1] in (b" ", b"\t") and not _JSON_LINE.match(line))
+        for line in lines
+    )
 
 
 class _Side:

@@ -331,6 +331,15 @@ def test_a_hole_over_the_response_head_keeps_what_follows():
     assert second.response.status == 200
 
 
+def test_a_hole_over_the_response_head_keeps_json_on_many_lines():
+    text = b'{\n  "id": "resp_1",\n  "usage": {\n    "input_tokens": 9\n  }\n}\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text)
+    script = [(SENT, POST), (RECEIVED, head + text)]
+    exchange = pierced(script, RECEIVED, 0, len(head) + 2).only
+    assert exchange.outcome is Outcome.GAPPED
+    assert b'"input_tokens": 9\n  }\n}' in b"".join(exchange.response.body.pieces)
+
+
 def test_a_hole_in_the_request_head_never_leaks_a_header():
     secret = b"POST /x HTTP/1.1\r\nHost: h.example\r\nX-Pad: " + b"p" * 100
     secret += (
