@@ -14,6 +14,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -279,6 +280,19 @@ class Attachments:
                 if self._epoll:
                     self._epoll.register(finder.fileno(), select.EPOLLIN)
         return found
+
+    def search_now(self, path: str, seconds: float) -> None:
+        """Look at a program that waits to be run, and return when it is attached, or not TLS."""
+        deadline = time.monotonic() + seconds
+        identity = self.look_at(path, os.path.realpath(path))
+        while identity in self.files and self.files[identity].searching:
+            self.search()
+            finders = list(self._finders.values())
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return  # it is attached late then, and counted so
+            # Readable at its end as well, which comes before it can be waited for.
+            select.select(finders, [], [], min(left, 0.05))
 
     def _take(self, identity: FileId, fd: int, line: str, haste: Haste) -> None:
         file = self.files.get(identity)

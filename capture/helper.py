@@ -44,6 +44,7 @@ SETTLE_S = 0.0002  # a record still being written blocks the ring's front
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 MAPPED_S = 0.002
 SWEEP_S = 60.0
+PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
 REPORT_S = 2.0
 IDENTITY_S = 1.0
@@ -148,6 +149,8 @@ class Helper:
         resolver = attach_resolver(loaded.programs["on_lookup"])
         if resolver is not None:
             self._keep.append(resolver)
+        if program := command.get("program"):
+            self.files.search_now(str(program), PROGRAM_S)
         self._sweep(time.monotonic())
         if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
             homes = homes_of(None if scope["everyone"] else scope["uids"])

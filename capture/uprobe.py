@@ -183,6 +183,7 @@ def spawn_helper(
     ring_bytes: int | None = None,
     request_bytes_max: int | None = None,
     cache_directory: str | None = KNOWN_FILES_DIRECTORY,
+    program: str | None = None,
 ) -> socket.socket:
     """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
 
@@ -191,6 +192,7 @@ def spawn_helper(
     users outside `scope.uids`. `files` are attached to at once, before any process maps them
     (None: the system's libssl). `ring_bytes` is a power of two. The helper ends with the socket.
     `cache_directory` keeps what was found in programs without symbols; it must be root's alone.
+    `program` is what a root is about to execute: the first answer comes when it was searched.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
@@ -217,6 +219,7 @@ def spawn_helper(
         "ring_bytes": ring_bytes,
         "request_bytes_max": request_bytes_max,
         "cache_directory": cache_directory,
+        "program": None if program is None else os.path.abspath(program),
     }
     ours.sendall(protocol.encode_command(command))
     return ours
@@ -257,6 +260,7 @@ class UprobeSource:
         ring_bytes: int | None = None,
         request_bytes_max: int | None = None,
         cache_directory: str | None = KNOWN_FILES_DIRECTORY,
+        program: str | None = None,
     ) -> None:
         self.hosts = tuple(hosts)
         self.scope = scope
@@ -266,6 +270,7 @@ class UprobeSource:
             "ring_bytes": ring_bytes,
             "request_bytes_max": request_bytes_max,
             "cache_directory": cache_directory,
+            "program": program,
         }
         self._link = link
         self._helper: subprocess.Popen[bytes] | None = None

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -183,6 +184,7 @@ class Plan:
     roots: tuple[int, ...] = ()
     everyone: bool = False
     cgroup: str | None = None
+    program: str | None = None  # what a run is about to start
 
     def scope(self) -> Scope:
         """Whose plaintext the kernel may copy."""
@@ -216,7 +218,9 @@ class Pair:
 
         self.started = time.monotonic()
         self._heard = bytearray()
-        link = spawn_helper(plan.scope(), plan.hosts, loader=plan.config.loader)
+        link = spawn_helper(
+            plan.scope(), plan.hosts, loader=plan.config.loader, program=plan.program
+        )
         with link:
             self._process = self._start(plan.account, job, link)
         assert self._process.stdin is not None
@@ -608,7 +612,8 @@ def run_command(
     """Run one command as the person, metered by probes of its own. Raises Unavailable."""
     Signals.block()
     command = Command(argv, plan.account, environment)
-    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,)))
+    program = shutil.which(argv[0], path=environment.get("PATH"))
+    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), program=program))
     try:
         supervisor.start()
         signals = Signals()

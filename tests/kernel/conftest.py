@@ -213,3 +213,16 @@ def same_bytes(seen: dict[str, Seen], bench: Bench, host: str = PROVIDER) -> Non
     assert [(len(a), len(b)) for a, b in captured] == [(len(a), len(b)) for a, b in heard]
     assert captured == heard
     assert all(each.connection.peer == host for each in seen.values())
+
+
+@pytest.fixture(scope="session")
+def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stripped Go program."""
+    if shutil.which("go") is None:
+        pytest.skip("go is not installed")
+    folder = tmp_path_factory.mktemp("go")
+    program = folder / "client"
+    environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
+    command = ["go", "build", "-ldflags", "-s -w", "-o", program, CLIENTS / "go" / "main.go"]
+    subprocess.run(command, check=True, env=environment)
+    return program

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 from halton_meter.model import Direction
 
@@ -44,3 +45,14 @@ def test_a_program_that_ended_before_it_was_looked_at_is_probed_for_its_next_run
     subject.run()
     (seen,) = subject.passes(REQUEST, RESPONSE)
     assert captured(seen) == (plain(REQUEST), plain(RESPONSE))
+
+
+def test_a_run_starts_when_its_program_has_been_searched(bench: Bench, go_client: Path) -> None:
+    """It is probed before its exec, though nothing knew it."""
+    source = bench.source(files=[], program=str(go_client))
+    assert source.status().libraries == (str(go_client),)
+    client = bench.client([go_client], source)
+    client.say()
+    assert client.output().endswith(b"done\n")
+    seen = gather(source.drain())
+    assert len(seen) == len(bench.server.heard_by(PROVIDER)) == 3

@@ -498,19 +498,6 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     assert "--via proxy" in last.command
 
 
-@pytest.fixture(scope="session")
-def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stripped Go program."""
-    if shutil.which("go") is None:
-        pytest.skip("go is not installed")
-    folder = tmp_path_factory.mktemp("go")
-    program = folder / "client"
-    environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
-    command = ["go", "build", "-ldflags", "-s -w", "-o", program, CLIENTS / "go" / "main.go"]
-    subprocess.run(command, check=True, env=environment)
-    return program
-
-
 def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
     source = bench.source(files=[])
     other = bench.client([go_client], source, HOST=OTHER)
