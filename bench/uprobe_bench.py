@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from capture import uprobe
-from halton_meter.metering import Control, Job
+from halton_meter.control import Control
+from halton_meter.metering import Job
 
 HOST = "api.provider.test"
 FAMILY = "anthropic"
@@ -45,8 +46,7 @@ def _server(folder: str) -> None:
     context.load_cert_chain(Path(folder) / "leaf.pem")
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % RESPONSE_BYTES
-    answer += b"r" * RESPONSE_BYTES
+    answer = _answer(0, RESPONSE_BYTES)
 
     def serve(raw: socket.socket) -> None:
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -72,8 +72,7 @@ def _client(port: str, count: str) -> None:
     raw = socket.create_connection(("127.0.0.1", int(port)))
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     tls = context.wrap_socket(raw, server_hostname=HOST)
-    head = f"POST /v1/messages HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {REQUEST_BYTES}\r\n\r\n"
-    request = head.encode() + b"q" * REQUEST_BYTES
+    request = _request(REQUEST_BYTES)
 
     def exchange() -> float:
         started = time.perf_counter()
@@ -136,12 +135,12 @@ def _request(size_bytes: int) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
-def _answer(number: int) -> bytes:
-    """A whole answer of some 4 KB."""
+def _answer(number: int, size_bytes: int = 3600) -> bytes:
+    """A whole answer, with a text of that size."""
     usage = {"input_tokens": 300, "output_tokens": 700}
     message = {"id": f"msg_{os.getpid()}_{number}", "type": "message", "model": "claude-sonnet-4-5"}
     body = json.dumps(
-        {**message, "content": [{"type": "text", "text": "a" * 3600}], "usage": usage}
+        {**message, "content": [{"type": "text", "text": "a" * size_bytes}], "usage": usage}
     )
     head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from halton_meter import metering
 from halton_meter.config import Account, Config, ConfigError, is_host
+from halton_meter.control import Control, ServiceAbsent
 from halton_meter.metering import Job, Totals
 
 if TYPE_CHECKING:
@@ -629,7 +630,7 @@ def run_command(
 
 
 def run_watched(
-    argv: Sequence[str], environment: Mapping[str, str], account: Account, control: metering.Control
+    argv: Sequence[str], environment: Mapping[str, str], account: Account, control: Control
 ) -> tuple[int, Metered]:
     """Run one command that the service meters anyway, and ask the service about it at the end."""
     Signals.block()
@@ -650,7 +651,7 @@ def run_watched(
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
         result.coverage = list(reply.get("coverage", ()))
-    except (metering.ServiceAbsent, ValueError):
+    except (ServiceAbsent, ValueError):
         result.gaps.append((started_ns, time.time_ns(), "the service stopped during the run"))
     return code, result
 

@@ -19,8 +19,6 @@ import os
 import selectors
 import signal
 import socket
-import stat
-import struct
 import subprocess
 import sys
 import time
@@ -31,6 +29,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from halton_meter.control import SOCKET_NAME, is_friend, listen_at
+from halton_meter.gaps import Gaps
 from halton_meter.model import Outcome, PricedEvent, TlsChunk, Tokens, rfc3339, usd_text
 
 if TYPE_CHECKING:
@@ -64,17 +64,11 @@ CHUNK_OVERHEAD_BYTES = 256
 
 CLIENTS_MAX = 64
 REQUEST_BYTES_MAX = 4096
-REPLY_BYTES_MAX = 4 << 20
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 MODELS_MAX = 200
 MODEL_CHARACTERS_MAX = 200
-GAPS_KEPT = 200
-GAPS_BYTES_MAX = 256 * 1024
 DRAIN_S = 5.0
-
-SOCKET_NAME = "daemon.sock"
-PROXY_SOCKET_NAME = "proxy.sock"
 
 
 # --- what is asked of it, and what it tells -----------------------------------------------------
@@ -310,7 +304,7 @@ class Metering:
     def run(self) -> int:
         """Meter until told to end; the exit code tells why it ended."""
         if self._gaps is not None:
-            self._gaps.begin(self._started_ns, self._job)
+            self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
             self._listen()
         self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
@@ -497,7 +491,7 @@ class Metering:
     def _on_connection(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             connection, _ = listener.accept()
-            if len(self._clients) >= CLIENTS_MAX or not _is_friend(connection):
+            if len(self._clients) >= CLIENTS_MAX or not is_friend(connection):
                 connection.close()
                 return
             connection.settimeout(1.0)
@@ -655,145 +649,6 @@ def _rss_bytes() -> int | None:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
-
-
-# --- gaps: when nobody was watching -------------------------------------------------------------
-
-
-class Gaps:
-    """Times at which the service was meant to meter and did not, kept in the user's folder."""
-
-    def __init__(self, home: Path, state: str = "daemon.state", listed: str = "gaps.jsonl") -> None:
-        self._state = home / state
-        self._list = home / listed
-
-    def begin(self, now_ns: int, job: Job) -> None:
-        """Note the gap since the last process, unless that one ended as it should."""
-        before = self._read_state()
-        if before and not before.get("clean"):
-            alive_ns = before.get("alive_ns")
-            from_ns = max((t for t in (alive_ns, job.died_at_ns) if t is not None), default=now_ns)
-            cause = job.cause or before.get("cause") or "the service was killed"
-            self.note(from_ns, now_ns, str(cause))
-        self.alive(now_ns)
-
-    def note(self, from_ns: int, to_ns: int, cause: str) -> None:
-        """Keep one gap."""
-        entry = {"from": rfc3339(from_ns), "to": rfc3339(to_ns), "cause": cause}
-        with open(self._list, "a", opener=_private) as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def alive(self, now_ns: int) -> None:
-        """Note that all is well at this time."""
-        self._write_state({"alive_ns": now_ns, "clean": False})
-
-    def end(self, now_ns: int, *, clean: bool) -> None:
-        """Note the end; `clean` when it was asked for, so that what follows is no gap."""
-        cause = None if clean else "the capture helper died"
-        self._write_state({"alive_ns": now_ns, "clean": clean, "cause": cause})
-
-    def listed(self) -> list[dict[str, Any]]:
-        """The last gaps, oldest first."""
-        try:
-            raw = self._list.read_bytes()[-GAPS_BYTES_MAX:]
-        except OSError:
-            return []
-        found = []
-        for line in raw.splitlines()[-GAPS_KEPT:]:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
-
-    def _read_state(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self._state.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        fresh = self._state.with_suffix(".new")
-        with contextlib.suppress(OSError):
-            with open(fresh, "w", opener=_private) as file:
-                json.dump(state, file)
-            os.replace(fresh, self._state)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
-# --- the control socket's two ends --------------------------------------------------------------
-
-
-def _short_path(home: Path, fd: int, name: str) -> str:
-    # A Unix socket's path holds 107 bytes; a home may be deeper.
-    path = str(home / name)
-    return path if len(path.encode()) < 100 else f"/proc/self/fd/{fd}/{name}"
-
-
-def listen_at(home: Path, name: str = SOCKET_NAME) -> socket.socket:
-    """The listening control socket in `home`, mode 0600."""
-    path = home / name
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(_short_path(home, folder, name))
-    finally:
-        os.umask(mask)
-        os.close(folder)
-    listener.listen(16)
-    return listener
-
-
-def _is_friend(connection: socket.socket) -> bool:
-    """Whether the other end is this user or root; the file's mode says so too."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    _, uid, _ = struct.unpack("3i", raw)
-    return uid in (0, os.getuid())
-
-
-class ServiceAbsent(Exception):
-    """Nothing answers on the control socket: the service does not run."""
-
-
-class Control:
-    """The client's end of the control socket. Raises ServiceAbsent."""
-
-    def __init__(self, home: Path, timeout_s: float = 10.0, name: str = SOCKET_NAME) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout_s)
-        try:
-            folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._socket.connect(_short_path(home, folder, name))
-            finally:
-                os.close(folder)
-        except OSError as error:
-            self._socket.close()
-            raise ServiceAbsent(str(error)) from None
-        self._reader = self._socket.makefile("rb")
-
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for "status", "watch" (pid), "finish" or "stop"."""
-        request = json.dumps({"ask": what, **arguments})
-        try:
-            self._socket.sendall(request.encode() + b"\n")
-            reply = json.loads(self._reader.readline(REPLY_BYTES_MAX) or b"null")
-        except (OSError, ValueError) as error:
-            raise ServiceAbsent(str(error)) from None
-        if not isinstance(reply, dict):
-            raise ServiceAbsent("the service closed the connection")
-        return reply
-
-    def close(self) -> None:
-        """Let go of the connection."""
-        self._reader.close()
-        self._socket.close()
 
 
 # --- start --------------------------------------------------------------------------------------

@@ -30,16 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter import metering
+from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent, listen_at
 from halton_meter.daemon import BACKOFF_S, HEALTHY_S
-from halton_meter.metering import (
-    PROXY_SOCKET_NAME,
-    Control,
-    Gaps,
-    ServiceAbsent,
-    Totals,
-    listen_at,
-    prepare_home,
-)
+from halton_meter.gaps import Gaps
+from halton_meter.metering import Totals, prepare_home
 from halton_meter.model import rfc3339
 from halton_meter.proxy_worker import (
     CA_FOLDER,
@@ -145,7 +139,7 @@ class ProxyService:
         await self.edge.serve(sockets)
         if self._kept is not None:
             with contextlib.suppress(OSError):  # a full disk is no reason not to serve
-                self._kept.begin(self._started_ns, metering.Job(str(self.home), True))
+                self._kept.begin(self._started_ns)
             await self._listen()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]

@@ -21,7 +21,9 @@ import pytest
 
 from halton_meter import daemon, metering
 from halton_meter.config import Account, Config, ConfigError, account_named
-from halton_meter.metering import Control, Gaps, Job, ServiceAbsent, Totals
+from halton_meter.control import SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.gaps import Gaps
+from halton_meter.metering import Job, Totals
 from halton_meter.model import (
     Basis,
     Certainty,
@@ -170,10 +172,10 @@ def job(home: Path, **fields: Any) -> Job:
 
 def test_a_killed_process_leaves_a_gap_from_its_last_sign_of_life(tmp_path: Path) -> None:
     gaps = Gaps(tmp_path)
-    gaps.begin(100 * SECOND, job(tmp_path))
+    gaps.begin(100 * SECOND)
     assert gaps.listed() == []
     gaps.alive(160 * SECOND)
-    Gaps(tmp_path).begin(200 * SECOND, job(tmp_path))
+    Gaps(tmp_path).begin(200 * SECOND)
     (gap,) = Gaps(tmp_path).listed()
     assert gap["from"] == "1970-01-01T00:02:40.000000Z"
     assert gap["to"] == "1970-01-01T00:03:20.000000Z"
@@ -181,9 +183,8 @@ def test_a_killed_process_leaves_a_gap_from_its_last_sign_of_life(tmp_path: Path
 
 
 def test_the_supervisor_knows_better_when_it_died(tmp_path: Path) -> None:
-    Gaps(tmp_path).begin(100 * SECOND, job(tmp_path))
-    told = job(tmp_path, died_at_ns=190 * SECOND, cause="it was killed by SIGKILL")
-    Gaps(tmp_path).begin(200 * SECOND, told)
+    Gaps(tmp_path).begin(100 * SECOND)
+    Gaps(tmp_path).begin(200 * SECOND, 190 * SECOND, "it was killed by SIGKILL")
     (gap,) = Gaps(tmp_path).listed()
     assert gap["from"] == "1970-01-01T00:03:10.000000Z"
     assert gap["cause"] == "it was killed by SIGKILL"
@@ -191,9 +192,9 @@ def test_the_supervisor_knows_better_when_it_died(tmp_path: Path) -> None:
 
 def test_a_stop_that_was_asked_for_is_no_gap(tmp_path: Path) -> None:
     gaps = Gaps(tmp_path)
-    gaps.begin(100 * SECOND, job(tmp_path))
+    gaps.begin(100 * SECOND)
     gaps.end(150 * SECOND, clean=True)
-    gaps.begin(900 * SECOND, job(tmp_path))
+    gaps.begin(900 * SECOND)
     assert gaps.listed() == []
 
 
@@ -201,7 +202,7 @@ def test_damaged_state_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "daemon.state").write_bytes(b"\0{")
     (tmp_path / "gaps.jsonl").write_bytes(b'{"from": 1}\n\xff\nnot json\n')
     gaps = Gaps(tmp_path)
-    gaps.begin(SECOND, job(tmp_path))
+    gaps.begin(SECOND)
     assert gaps.listed() == [{"from": 1}]
 
 
@@ -363,7 +364,7 @@ def test_events_are_journalled_counted_and_flushed_at_the_end(running: Running) 
     assert final["final"]
     assert final["totals"]["requests"] == 2
     assert final["losses"] == {"ring": 3}
-    assert not (running.home / metering.SOCKET_NAME).exists()
+    assert not (running.home / SOCKET_NAME).exists()
 
 
 def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
@@ -383,7 +384,7 @@ def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
 
 def test_the_control_socket_is_the_owners_alone_and_outlives_garbage(running: Running) -> None:
     control = running.control()
-    assert (running.home / metering.SOCKET_NAME).stat().st_mode & 0o777 == 0o600
+    assert (running.home / SOCKET_NAME).stat().st_mode & 0o777 == 0o600
     rude = running.control()
     with pytest.raises(ServiceAbsent):
         rude.ask("x" * metering.REQUEST_BYTES_MAX)

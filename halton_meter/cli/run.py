@@ -100,8 +100,8 @@ def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
 
 def _service(home: Path, uid: int) -> Any:
     """The connection to a running service that meters this user, or None."""
+    from halton_meter.control import Control, ServiceAbsent
     from halton_meter.daemon import covers
-    from halton_meter.metering import Control, ServiceAbsent
 
     try:
         control = Control(home)

@@ -207,7 +207,7 @@ def _wait_for(home: Path, process: subprocess.Popen[bytes] | None = None) -> obj
 
 
 def _status(home: Path) -> dict[str, object] | None:
-    from halton_meter.metering import Control, ServiceAbsent
+    from halton_meter.control import Control, ServiceAbsent
 
     try:
         control = Control(home)
@@ -434,7 +434,7 @@ def stop(via: str) -> None:
 
 def _stop_probes(home: Path, stopped: bool) -> None:
     from halton_meter import config
-    from halton_meter.metering import Control, ServiceAbsent
+    from halton_meter.control import Control, ServiceAbsent
 
     if has_systemd() and UNIT_PATH.exists():
         if not config.is_root():

@@ -22,7 +22,7 @@ BYPASSED_SHOWN = 10
 def status(as_json: bool) -> None:
     """Health, coverage per process, losses."""
     from halton_meter import config
-    from halton_meter.metering import PROXY_SOCKET_NAME, Control, ServiceAbsent
+    from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
 
     home = config.home_folder()
     try:

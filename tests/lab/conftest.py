@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from halton_meter.metering import Control, ServiceAbsent
+from halton_meter.control import Control, ServiceAbsent
 
 from .client_python import client_python
 from .lab import Lab, User

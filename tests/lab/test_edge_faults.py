@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from halton_meter.metering import PROXY_SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
 from proxy_fallback import authority
 
 from .conftest import HALTON_METER, Service, stored_events, wait_until

@@ -1,0 +1,91 @@
+"""The control socket's two ends: who listens in the user's folder, and who asks.
+
+One request a line, one answer a line, JSON; what may be asked is the business of who answers
+(`metering.py`, `proxied.py`). It is the user's: mode 0600, and the peer is looked at besides. Light
+to import: `status` and `run` do at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+SOCKET_NAME = "daemon.sock"
+PROXY_SOCKET_NAME = "proxy.sock"
+REPLY_BYTES_MAX = 4 << 20
+
+
+def _short_path(home: Path, fd: int, name: str) -> str:
+    # A Unix socket's path holds 107 bytes; a home may be deeper.
+    path = str(home / name)
+    return path if len(path.encode()) < 100 else f"/proc/self/fd/{fd}/{name}"
+
+
+def listen_at(home: Path, name: str = SOCKET_NAME) -> socket.socket:
+    """The listening control socket in `home`, mode 0600."""
+    path = home / name
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(_short_path(home, folder, name))
+    finally:
+        os.umask(mask)
+        os.close(folder)
+    listener.listen(16)
+    return listener
+
+
+def is_friend(connection: socket.socket) -> bool:
+    """Whether the other end is this user or root; the file's mode says so too."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    _, uid, _ = struct.unpack("3i", raw)
+    return uid in (0, os.getuid())
+
+
+class ServiceAbsent(Exception):
+    """Nothing answers on the control socket: the service does not run."""
+
+
+class Control:
+    """The client's end of the control socket. Raises ServiceAbsent."""
+
+    def __init__(self, home: Path, timeout_s: float = 10.0, name: str = SOCKET_NAME) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
+        try:
+            folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._socket.connect(_short_path(home, folder, name))
+            finally:
+                os.close(folder)
+        except OSError as error:
+            self._socket.close()
+            raise ServiceAbsent(str(error)) from None
+        self._reader = self._socket.makefile("rb")
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for "status", "watch" (pid), "finish" or "stop"."""
+        request = json.dumps({"ask": what, **arguments})
+        try:
+            self._socket.sendall(request.encode() + b"\n")
+            reply = json.loads(self._reader.readline(REPLY_BYTES_MAX) or b"null")
+        except (OSError, ValueError) as error:
+            raise ServiceAbsent(str(error)) from None
+        if not isinstance(reply, dict):
+            raise ServiceAbsent("the service closed the connection")
+        return reply
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._reader.close()
+        self._socket.close()

@@ -1,0 +1,84 @@
+"""When nobody was watching: times at which a service was meant to meter and did not.
+
+A mark of life is renewed while all is well; whoever starts next and finds it without a clean end
+knows since when, and keeps the gap for `status`. Two small files in the user's folder, no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from halton_meter.model import rfc3339
+
+GAPS_KEPT = 200
+GAPS_BYTES_MAX = 256 * 1024
+
+
+class Gaps:
+    """Times at which the service was meant to meter and did not, kept in the user's folder."""
+
+    def __init__(self, home: Path, state: str = "daemon.state", listed: str = "gaps.jsonl") -> None:
+        self._state = home / state
+        self._list = home / listed
+
+    def begin(self, now_ns: int, died_at_ns: int | None = None, cause: str | None = None) -> None:
+        """Note the gap since the last process, unless that one ended as it should.
+
+        `died_at_ns` and `cause` are what a supervisor knows of its end.
+        """
+        before = self._read_state()
+        if before and not before.get("clean"):
+            alive_ns = before.get("alive_ns")
+            from_ns = max((t for t in (alive_ns, died_at_ns) if t is not None), default=now_ns)
+            known = cause or before.get("cause") or "the service was killed"
+            self.note(from_ns, now_ns, str(known))
+        self.alive(now_ns)
+
+    def note(self, from_ns: int, to_ns: int, cause: str) -> None:
+        """Keep one gap."""
+        entry = {"from": rfc3339(from_ns), "to": rfc3339(to_ns), "cause": cause}
+        with open(self._list, "a", opener=_private) as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def alive(self, now_ns: int) -> None:
+        """Note that all is well at this time."""
+        self._write_state({"alive_ns": now_ns, "clean": False})
+
+    def end(self, now_ns: int, *, clean: bool) -> None:
+        """Note the end; `clean` when it was asked for, so that what follows is no gap."""
+        cause = None if clean else "the capture helper died"
+        self._write_state({"alive_ns": now_ns, "clean": clean, "cause": cause})
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The last gaps, oldest first."""
+        try:
+            raw = self._list.read_bytes()[-GAPS_BYTES_MAX:]
+        except OSError:
+            return []
+        found = []
+        for line in raw.splitlines()[-GAPS_KEPT:]:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._state.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        fresh = self._state.with_suffix(".new")
+        with contextlib.suppress(OSError):
+            with open(fresh, "w", opener=_private) as file:
+                json.dump(state, file)
+            os.replace(fresh, self._state)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
