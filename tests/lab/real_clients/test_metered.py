@@ -88,8 +88,11 @@ def test_a_version_installed_while_the_service_runs_is_metered_at_its_first_exec
     bench: Bench, installed: Install
 ) -> None:
     """As Claude Code updates itself: a new file beside the old one, moved there when whole."""
-    folder = bench.lab.user.home / ".local" / "share" / "claude" / "versions"
-    folder.mkdir(parents=True)
+    folder = bench.lab.user.home
+    for part in (".local", "share", "claude", "versions"):
+        folder /= part
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, bench.lab.user.uid, bench.lab.user.gid)
     for program in BUN[-1], BUN[-2]:
         original = installed(program)
         script = script_beside(original)
