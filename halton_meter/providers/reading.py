@@ -326,7 +326,10 @@ def form(headers: Headers, body: Body) -> str:
         return "json"
     if start.startswith(b"["):
         return "array"
-    if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")) and b"\0" not in start:
+    # Of JSON or of AWS's frames joined in their middle, ':"' or ":event-type" may come first.
+    if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")) and not (
+        b"\0" in start or start.startswith(b':"')
+    ):
         return "sse"
     for word, name in (("event-stream", "sse"), ("eventstream", "eventstream"), ("json", "json")):
         if word in content_type:

@@ -221,6 +221,12 @@ OPENAI_TAIL = b"""down"}],"type":"message","usage":{"input_tokens":77}}],"usage"
         ("api.openai.com", OPENAI_TAIL, "responses", (30, 87)),
         (
             "api.groq.com",
+            b':"stop","index":0}],"usage":{"prompt_tokens":5,"completion_tokens":6}}',
+            "chat_completions",
+            (5, 6),
+        ),
+        (
+            "api.groq.com",
             b'd."},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"completion_tokens":6}}',
             "chat_completions",
             (5, 6),
