@@ -490,7 +490,7 @@ class _Reader:
         held, self._buffer = self._buffer, b""
         if not held:
             return
-        if self.state == "head_rest" and not self._in_head and b"\n" not in held:
+        if self.state == "head_rest" and not self._in_head and b"\n" not in held.rstrip():
             self._leave_head()
         if self.state == "unframed":
             self._side.body(held)

@@ -340,6 +340,14 @@ def test_a_hole_over_the_response_head_keeps_json_on_many_lines():
     assert b'"input_tokens": 9\n  }\n}' in b"".join(exchange.response.body.pieces)
 
 
+def test_a_hole_over_the_response_head_keeps_json_on_one_line_that_ends():
+    text = b'{"id":"resp_1","usage":{"input_tokens":9}}\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text)
+    script = [(SENT, POST), (RECEIVED, head + text)]
+    exchange = pierced(script, RECEIVED, 0, len(head) + 2).only
+    assert b'"input_tokens":9}}' in b"".join(exchange.response.body.pieces)
+
+
 def test_a_hole_in_the_request_head_never_leaks_a_header():
     secret = b"POST /x HTTP/1.1\r\nHost: h.example\r\nX-Pad: " + b"p" * 100
     secret += (
