@@ -26,8 +26,8 @@ from capture.known_files import KnownFiles
 
 FILES_MAX = 20_000
 FINDER_BYTES_MAX = 1 << 20
-AHEAD_MAX = 64
-"""Programs with probes, of five each, that need not run."""
+AHEAD_MAX = 1000
+"""Once so many files were looked at, those that nobody runs are only remembered."""
 PLACES_MAX = 4096
 """As in probe.bpf.c; a file attached to again takes another."""
 
@@ -148,8 +148,8 @@ class Attachments:
     def look_into(self, fd: int, path: str, haste: Haste = Haste.PROGRAM) -> FileId:
         """The same for an open file, which stays the caller's. Attaches if it is known by now.
 
-        With `Haste.NOBODY` only what had to be searched for is, so that it is probed before its
-        first run; what has symbols is quickly found then.
+        With `Haste.NOBODY` it is attached ahead of its first run: in a process that runs already
+        the kernel may take 150 ms for the first probe, and a short program is over by then.
         """
         found = os.fstat(fd)
         identity = _identity(found)
@@ -172,8 +172,7 @@ class Attachments:
 
     def _is_worth_it(self, library: libraries.Library) -> bool:
         """Whether to attach to what nobody runs yet: Go has many programs, of many probes each."""
-        ahead = sum(1 for file in self.files.values() if file.library and file.library.unproved)
-        return library.unproved and ahead < AHEAD_MAX
+        return library.stack != "Go crypto/tls" and len(self.files) < AHEAD_MAX
 
     def _is_done_with(self, identity: FileId, haste: Haste = Haste.PROGRAM) -> bool:
         file = self.files.get(identity)

@@ -610,8 +610,7 @@ class Helper:
         except OSError:
             return
         try:
-            if os.fstat(fd).st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
-                self.files.look_into(fd, os.path.realpath(path), Haste.NOBODY)
+            self.files.look_into(fd, os.path.realpath(path), Haste.NOBODY)
         except OSError:
             return
         finally:
