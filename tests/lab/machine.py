@@ -168,7 +168,7 @@ def _lay_out(folder: Path, root: Path) -> None:
 
 
 def _boot(folder: Path) -> None:
-    place = folder / "machine"
+    place = folder / f"machine-{time.monotonic_ns()}"
     place.mkdir()
     _mount("-t", "tmpfs", "tmpfs", str(place))
     upper, work, root = place / "upper", place / "work", place / "root"
