@@ -50,6 +50,8 @@ typedef unsigned long long u64;
 typedef long long s64;
 #define SECTION(name) __attribute__((section(name), used))
 #define BPF_ANY 0
+#define BPF_NOEXIST 1
+#define EEXIST 17
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -223,7 +225,7 @@ INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
-INLINE int connections_set(struct key *k, struct connection *v) { return connections.update(k, v); }
+INLINE int connections_add(struct key *k, struct connection *v) { return connections.insert(k, v); }
 INLINE void connections_drop(struct key *k) { connections.delete(k); }
 INLINE u64 *denied_get(struct key *k) { return denied.lookup(k); }
 INLINE void denied_set(struct key *k, u64 *v) { denied.update(k, v); }
@@ -309,7 +311,7 @@ INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_e
 INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
 INLINE u64 *proofs_get(u32 *k) { return bpf_map_lookup_elem(&proofs, k); }
 INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
-INLINE int connections_set(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_ANY); }
+INLINE int connections_add(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_NOEXIST); }
 INLINE void connections_drop(struct key *k) { bpf_map_delete_elem(&connections, k); }
 INLINE u64 *denied_get(struct key *k) { return bpf_map_lookup_elem(&denied, k); }
 INLINE void denied_set(struct key *k, u64 *v) { bpf_map_update_elem(&denied, k, v, BPF_ANY); }
@@ -674,7 +676,10 @@ INLINE struct connection *admit(struct key *key, struct name *n, int joined)
 	struct connection *blank = blank_connection_get(&zero);
 	if (!blank)
 		return 0;
-	if (connections_set(key, blank)) {
+	int refused = connections_add(key, blank);
+	if (refused == -EEXIST) /* a thread that reads beside one that writes: it was first */
+		return connections_get(key);
+	if (refused) {
 		count(STAT_CONNECTION_TABLE_FULL, 1);
 		return 0;
 	}
@@ -1000,7 +1005,8 @@ INLINE int enter_go(struct registers *r, u32 direction)
 	if (offsets &&
 	    !bpf_probe_read_user(&config, sizeof(config), (void *)(key.ssl + (offsets >> 32))) && config)
 		bpf_probe_read_user(name, sizeof(name), (void *)(config + (u32)offsets));
-	if (c && c->origin != name[0]) {
+	/* No origin yet: a goroutine that reads beside one that writes admits it at this moment. */
+	if (c && c->origin != name[0] && (c->origin || c->joined)) {
 		close_connection(&key, c);
 		c = 0;
 	}
