@@ -52,7 +52,6 @@ FLUSH_EVENTS = 20_000
 FLUSH_PRIORITY = 10
 # The alive mark's age bounds how far back a gap must be assumed to start after a crash.
 ALIVE_EVERY_S = 10.0
-REPORT_EVERY_S = 0.25
 SETTLE_S = 0.5
 
 # Plaintext that waits to be metered. While it is metered, slice by slice, what comes is taken out
@@ -293,7 +292,6 @@ class Metering:
         self._flush_again = False
         self._waiting: list[_Client] = []  # for the flush that runs now
         self._waiting_next: list[_Client] = []
-        self._report_due: float | None = None
         self._settle_due: float | None = None
         self._alive_due = 0.0
         self._store_error: str | None = None
@@ -365,7 +363,9 @@ class Metering:
         now = time.monotonic()
         self._seal_due = self._seal_due or now + SEAL_AFTER_S
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
-        self._report_due = self._report_due or now + REPORT_EVERY_S
+        if not self._job.service:
+            # At once: what is stored must be in the run's summary, even if this is killed next.
+            tell({"totals": self._totals.as_json()})
 
     def _flush(self) -> None:
         """Have a process of its own move the journal into the database.
@@ -419,7 +419,7 @@ class Metering:
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._seal_due, self._flush_due, self._report_due, self._settle_due
+        return self._seal_due, self._flush_due, self._settle_due
 
     def _wait_s(self) -> float:
         if self._backlog:
@@ -442,10 +442,6 @@ class Metering:
             now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
         ):
             self._flush()
-        if self._report_due is not None and now >= self._report_due:
-            self._report_due = None
-            if not self._job.service:
-                tell({"totals": self._totals.as_json()})
         if self._gaps is not None and now >= self._alive_due:
             self._alive_due = now + ALIVE_EVERY_S
             self._gaps.alive(time.time_ns())
