@@ -173,8 +173,10 @@ class Bench:
     def observe(self, argv: Sequence[str], seconds: float = 60, **options: Any) -> Observed:
         """Run a client to its end; what it added to the ledger and to the store.
 
-        Whatever else used the shared service since the last call is in `events`, too.
+        What the service saw before, of whichever test, is known by then.
         """
+        self.service.settle()
+        self.service.known_ids.update(event["id"] for event in self.service.events())
         skip = len(self.lab.ledger())
         options = {"user": self.lab.user, "cwd": self.project} | options
         process = self.lab.popen(argv, text=True, stdout=-1, stderr=-1, **options)

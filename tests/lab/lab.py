@@ -7,6 +7,7 @@ only trust; nothing they do can leave the machine. Needs root. Knows nothing of 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ from .authority import make_authority
 START_SECONDS_MAX = 30.0
 SETTLE_SECONDS_MAX = 10.0
 FIRST_UID = 100_000_000
+PIDS_MAX = 4_194_304  # the kernel's PID_MAX_LIMIT
+_labs = itertools.count()
 _PACKAGE_ROOT = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]
 _KEYS = ("ANTHROPIC", "OPENAI", "GROQ", "GEMINI", "XAI")
 
@@ -47,7 +50,7 @@ class Lab:
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self.folder.chmod(0o755)
         # Each lab has users of its own: a meter in one must not see the clients of another.
-        uid = FIRST_UID + 2 * os.getpid()
+        uid = FIRST_UID + 2 * (os.getpid() + PIDS_MAX * next(_labs))
         self.user = User("labrat", uid, uid, self.folder / "home" / "labrat")
         self.other = User("labmouse", uid + 1, uid + 1, self.folder / "home" / "labmouse")
         self._paths = [Path(sys.base_prefix), Path(sys.prefix), _PACKAGE_ROOT, *paths]
