@@ -114,8 +114,10 @@ class Installs:
             self._watch(folder, segment)
             names = fnmatch.filter(_names(folder), segment)
         else:
-            if not os.path.lexists(os.path.join(folder, segment)):
+            there = os.path.lexists(os.path.join(folder, segment))
+            if not rest or not there:  # a file may be half written, or replaced
                 self._watch(folder, segment)
+            if not there:
                 return
             names = [segment]
         for name in names:

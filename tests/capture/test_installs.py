@@ -107,6 +107,18 @@ def test_a_file_still_being_written_is_told_again_when_it_is_whole(
     assert word_came(watched)
 
 
+def test_a_file_found_half_written_under_its_own_name_is_told_again(
+    home: Path, watched: Installs
+) -> None:
+    folder = home / ".nvm/versions/node/v26.10.0/bin"
+    folder.mkdir(parents=True)
+    with (folder / "node").open("w") as file:
+        file.write("half")
+        assert watched.candidates() == [str(folder / "node")]
+        watched.changed()
+    assert word_came(watched)
+
+
 def test_other_files_of_a_home_are_no_news(home: Path, watched: Installs) -> None:
     watched.candidates()
     put(home / ".bash_history")
