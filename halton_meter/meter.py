@@ -17,9 +17,7 @@ from dataclasses import replace
 
 from halton_meter import providers
 from halton_meter.model import (
-    Certainty,
     Exchange,
-    Outcome,
     PricedEvent,
     Process,
     Request,
@@ -28,6 +26,7 @@ from halton_meter.model import (
     TlsClosed,
     UsageEvent,
     event_id,
+    sighting_rank,
 )
 from halton_meter.wire.stream import Conversation, Interest
 
@@ -42,9 +41,6 @@ EVENTS_REMEMBERED_MAX = 65_536
 # The process in which the local proxy's mitmproxy runs, as its command line names it (`proxied.py`
 # starts it). The proxy meters what goes through it; uprobes would see it speak for its clients.
 PROXY_MODULE = "halton_meter.proxy_worker"
-
-# From this rank on a sighting knows all that was used: only the process may be missing.
-SETTLED_RANK = 14
 
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
@@ -68,7 +64,7 @@ class Meter:
         self._attribute = attribute
         self._registry = registry if registry is not None else providers.Registry()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
-        self._rank_by_event: OrderedDict[str, int] = OrderedDict()
+        self._rank_by_event: OrderedDict[str, tuple[int, bool]] = OrderedDict()
         self._calls_by_content: OrderedDict[tuple[str, Source], int] = OrderedDict()
         self._losses: Counter[str] = Counter()
 
@@ -167,7 +163,7 @@ class Meter:
 
     def _is_repeat(self, usage: UsageEvent) -> bool:
         """True for an id already given out, unless this sighting knows more than that one did."""
-        rank = sighting_rank(usage)
+        rank = _rank(usage)
         known = self._rank_by_event.get(usage.id)
         if known is not None and rank <= known:
             return True
@@ -181,11 +177,6 @@ def _is_own_proxy(process: Process | None) -> bool:
     return process is not None and PROXY_MODULE in process.argv[:8]
 
 
-def sighting_rank(usage: UsageEvent) -> int:
-    """How much a sighting knows; the same order as the store's, which replaces the lesser one."""
-    return (
-        8 * (usage.free != "pending")
-        + 4 * (usage.outcome is Outcome.COMPLETE)
-        + 2 * (usage.certainty is Certainty.REPORTED)
-        + (usage.process is not None)
-    )
+def _rank(usage: UsageEvent) -> tuple[int, bool]:
+    """Of two sightings the higher stays, as in the store: by what is known, then whose it was."""
+    return sighting_rank(usage), usage.process is not None

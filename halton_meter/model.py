@@ -397,6 +397,21 @@ def event_id(provider: str, *identity: str) -> str:
     return digest.hexdigest()
 
 
+# At this rank a sighting knows all that was used.
+SIGHTING_RANK_MAX = 7
+
+
+def sighting_rank(usage: UsageEvent) -> int:
+    """How much one sighting of an exchange knows, from 0: a final answer before a pending one, then
+    whole before cut off, then counts that the provider reported before ours.
+    """
+    return (
+        4 * (usage.free != "pending")
+        + 2 * (usage.outcome is Outcome.COMPLETE)
+        + (usage.certainty is Certainty.REPORTED)
+    )
+
+
 def rfc3339(at_ns: int) -> str:
     """`at_ns` as UTC in RFC 3339 with microseconds, e.g. 2026-11-23T09:30:00.000123Z."""
     seconds, nanoseconds = divmod(at_ns, 1_000_000_000)

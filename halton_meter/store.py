@@ -15,7 +15,7 @@ How an event gets here, and why in this order:
    A segment is deleted only after its commit. A database that is locked, full or damaged leaves
    the batch in the journal.
 3. Event ids are primary keys: a segment replayed after a crash adds nothing. Of two sightings of
-   one exchange the better stays (`_sighting_rank`), whichever came first.
+   one exchange the better stays (`model.sighting_rank`), whichever came first.
 
 A price is never changed silently: `reprice` moves the old one to `superseded_price` and gives the
 event its next revision. Money is kept twice: as exact text in `price_document`, and for sums as
@@ -55,6 +55,7 @@ from halton_meter.model import (
     Tokens,
     Usage,
     UsageEvent,
+    sighting_rank,
     usd_text,
 )
 
@@ -1115,17 +1116,6 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
 # --- events as rows and back ---------------------------------------------------------------------
 
 
-def _sighting_rank(usage: UsageEvent) -> int:
-    """How much a sighting of an exchange knows: a final answer before a pending one, then whole
-    before cut off, then counts that the provider reported before ours.
-    """
-    return (
-        4 * (usage.free != "pending")
-        + 2 * (usage.outcome is Outcome.COMPLETE)
-        + (usage.certainty is Certainty.REPORTED)
-    )
-
-
 def _usage_values(usage: UsageEvent) -> dict[str, Any]:
     process = usage.process
     tokens = usage.parts[0].tokens if len(usage.parts) == 1 else usage.tokens
@@ -1151,7 +1141,7 @@ def _usage_values(usage: UsageEvent) -> dict[str, Any]:
         "free": usage.free,
         "ttft_ms": usage.ttft_ms,
         "duration_ms": usage.duration_ms,
-        "sighting_rank": _sighting_rank(usage),
+        "sighting_rank": sighting_rank(usage),
         "usage_document": _usage_document(usage),
     }
     if process is not None:

@@ -177,20 +177,17 @@ class MeterAddon:
 
     async def tls_failed_client(self, data: tls.TlsData) -> None:
         """A client would not have our certificate: the edge lets it pass by us next time."""
-        try:
-            client, server = data.context.client, data.context.server
-            host = client.sni or (server.address[0] if server.address else "")
-            said = "does not trust" in (data.conn.error or "")
-            self._wiring.refused(host.lower(), await self._owner(client.id), said)
-        except Exception as error:  # as above
-            self._count(error)
+        await self._refused(data, data.context.client.sni, "does not trust")
 
     async def tls_failed_server(self, data: tls.TlsData) -> None:
         """We would not have a provider's certificate: its client may judge for itself next time."""
+        await self._refused(data, data.context.server.sni, "verify")
+
+    async def _refused(self, data: tls.TlsData, name: str | None, because: str) -> None:
         try:
             client, server = data.context.client, data.context.server
-            host = server.sni or (server.address[0] if server.address else "")
-            said = "verify" in (data.conn.error or "")
+            host = name or (server.address[0] if server.address else "")
+            said = because in (data.conn.error or "")
             self._wiring.refused(host.lower(), await self._owner(client.id), said)
         except Exception as error:  # as above
             self._count(error)

@@ -130,13 +130,13 @@ class BestSightings:
 
     def take(self, event: PricedEvent) -> list[PricedEvent]:
         """Take an event; return those that need wait no longer."""
-        from halton_meter.meter import SETTLED_RANK, sighting_rank
+        from halton_meter.model import SIGHTING_RANK_MAX, sighting_rank
 
         key, rank = event.usage.id, sighting_rank(event.usage)
         if key in self._gone:
             self.late += 1
             return []
-        if rank >= SETTLED_RANK:
+        if rank == SIGHTING_RANK_MAX:
             self._held.pop(key, None)
             return [event]
         known = self._held.get(key)

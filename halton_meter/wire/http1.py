@@ -16,6 +16,7 @@ Read `transaction.py` for what an exchange's outcome means, `stream.py` for who 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
@@ -103,32 +104,32 @@ def _may_be_head_rest(lines: list[bytes]) -> bool:
     )
 
 
-class _Side:
+class _Side(ABC):
     """What a `_Reader` tells of the messages it reads; `Http1` has one for each direction."""
 
     start: re.Pattern[bytes]
     start_behind: re.Pattern[bytes]
     resync_bytes: int
 
+    @abstractmethod
     def may_start(self, data: bytes) -> bool:
         """Whether up to seven bytes can be the first of a message."""
-        raise NotImplementedError
 
+    @abstractmethod
     def may_begin(self) -> bool:
         """Whether the next message may be read now; else its bytes are handed back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
         """A head, its first line None if lost. Gives a state, a length, or None: unknown."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head_rest(self, fields: Fields) -> str | int | None:
         """The rest of a head that had a hole in it; as `head`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def body(self, data: bytes) -> None:
         """Bytes of the message's body."""
-        raise NotImplementedError
 
     def at_event(self) -> bool:
         """Whether whole chunks of events may be taken as they are."""
@@ -136,23 +137,23 @@ class _Side:
 
     def chunks(self, run: bytes) -> None:
         """Whole chunks of events, framing and all."""
-        raise NotImplementedError
+        raise AssertionError("only a side that is at an event is given its chunks")
 
+    @abstractmethod
     def lost(self, count: int | None) -> None:
         """A hole in the message's body."""
-        raise NotImplementedError
 
+    @abstractmethod
     def damaged(self) -> None:
         """A hole in the head of the message that was just begun."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gap(self) -> None:
         """A hole that whole messages may have gone with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, trailers: Headers) -> None:
         """The message ended."""
-        raise NotImplementedError
 
 
 class _Reader:
