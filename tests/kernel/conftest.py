@@ -29,6 +29,8 @@ from .tls_server import TlsServer
 PROVIDER = "api.provider.test"
 OTHER = "mail.other.test"
 CLIENTS = Path(__file__).with_name("clients")
+# As many as clients/go/main.go opens.
+GO_CONNECTIONS = 20
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from halton_meter.model import Direction
 
-from .conftest import PROVIDER, Bench, Client, gather
+from .conftest import GO_CONNECTIONS, PROVIDER, Bench, Client, gather
 from .test_proof import REQUEST, RESPONSE, Subject, captured, plain
 from .test_uprobes import wait_until
 
@@ -55,4 +55,4 @@ def test_a_run_starts_when_its_program_has_been_searched(bench: Bench, go_client
     client.say()
     assert client.output().endswith(b"done\n")
     seen = gather(source.drain())
-    assert len(seen) == len(bench.server.heard_by(PROVIDER)) == 3
+    assert len(seen) == len(bench.server.heard_by(PROVIDER)) == GO_CONNECTIONS

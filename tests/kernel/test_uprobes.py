@@ -20,7 +20,7 @@ from capture import protocol
 from capture.uprobe import CoverageState, Scope, UprobeSource, UprobeUnavailable, spawn_helper
 from halton_meter.model import Direction
 
-from .conftest import CLIENTS, OTHER, PROVIDER, Bench, Client, gather, same_bytes
+from .conftest import CLIENTS, GO_CONNECTIONS, OTHER, PROVIDER, Bench, Client, gather, same_bytes
 
 LOADERS = ("libbpf", "bcc")
 
@@ -512,7 +512,7 @@ def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
     sent = b"".join(each.data(Direction.SENT) for each in seen.values())
     received = b"".join(each.data(Direction.RECEIVED) for each in seen.values())
     heard = bench.server.heard_by(PROVIDER)
-    assert len(bench.server.heard_by(OTHER)) == 20
+    assert len(bench.server.heard_by(OTHER)) == GO_CONNECTIONS
     assert sent == b"".join(each.received for each in heard)
     assert received == b"".join(each.sent for each in heard)
     assert {each.connection.peer for each in seen.values()} == {PROVIDER}
