@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import pty
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -69,8 +73,27 @@ def test_explain_a_file_as_json_with_line_items(run, tmp_path):
     assert {"what", "quantity", "rate", "usd", "source", "dated"} <= set(event["line_items"][0])
 
 
+def test_explain_prints_json_where_no_person_reads(run):
+    done = run("explain", "-", stdin=json.dumps(RESPONSE))
+    assert json.loads(done.stdout)["list_usd"] == "0.006"
+
+
+def test_explain_on_a_terminal_is_for_a_person(tmp_path):
+    path = tmp_path / "response.json"
+    path.write_text(json.dumps(RESPONSE))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "halton_meter", "pricing", "explain", str(path)]
+    environment = {**os.environ, "HALTON_METER_HOME": str(tmp_path / "home")}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        process.wait(timeout=60)
+        shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "list price $0.006, computed from the usage" in shown
+
+
 def test_explain_standard_input_for_a_person(run):
-    done = run("explain", "--provider", "anthropic", "-", stdin=json.dumps(RESPONSE))
+    done = run("explain", "--text", "--provider", "anthropic", "-", stdin=json.dumps(RESPONSE))
     assert done.exit_code == 0, done.stderr
     assert "list price $0.006, computed from the usage" in done.stdout
     assert "https://" in done.stdout
@@ -102,7 +125,7 @@ def test_explain_a_model_without_a_price_names_the_command_that_sets_one(run):
     body = json.dumps({**RESPONSE, "model": "claude-unheard-of"})
     done = run("explain", "-", stdin=body)
     assert done.exit_code == 0
-    assert "unpriced" in done.stdout
+    assert json.loads(done.stdout)["basis"] == "unpriced"
     assert "halton-meter pricing set" in done.stderr
 
 
@@ -285,20 +308,23 @@ def test_every_command_has_help_with_examples(run, name):
 )
 def test_explain_says_why_there_is_no_price_and_what_would_set_one(run, body, why, command):
     usage = {"prompt_tokens": 3, "completion_tokens": 2}
-    done = run("explain", "--provider", "openai", "-", stdin=json.dumps({**body, "usage": usage}))
+    body = json.dumps({**body, "usage": usage})
+    done = run("explain", "--text", "--provider", "openai", "-", stdin=body)
     assert why in done.stdout
     assert command in done.stderr
 
 
 def test_explain_names_the_rate_that_is_missing(run):
-    done = run("explain", "--provider", "openai", "-", stdin='{"model":"gpt-4o","pages":3}')
+    done = run(
+        "explain", "--text", "--provider", "openai", "-", stdin='{"model":"gpt-4o","pages":3}'
+    )
     assert "gpt-4o has no price for pages" in done.stdout
     assert "--rate pages_each=USD" in done.stderr
 
 
 def test_explain_says_what_served_and_which_row_is_for_it(run):
     body = {**RESPONSE, "usage": {**RESPONSE["usage"], "speed": "fast"}}
-    done = run("explain", "-", stdin=json.dumps(body))
+    done = run("explain", "--text", "-", stdin=json.dumps(body))
     assert "served under speed=fast" in done.stdout
     assert "      speed=fast, http" in done.stdout
 
