@@ -4,7 +4,7 @@
              -> attribute -> price -> PricedEvent
 
 One `Meter` holds the open conversations of one run and nothing else. It refuses to know where
-chunks come from (`capture/`), where events go (`store.py`) and what the time is: times arrive in
+chunks come from (`capture/`), where events go (`store/`) and what the time is: times arrive in
 the data. The local proxy has already decoded HTTP and enters at `exchange`. Read `model.py` for
 the nouns, then `wire/stream.py` and `providers/__init__.py` for the two halves.
 """

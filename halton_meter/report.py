@@ -1,7 +1,7 @@
 """The questions one may ask of stored events: how much, by what, compared with when, how surely.
 
 `ask` answers one `Question` with a `Report`, whose `json` is the public contract's object. This
-file knows the columns of `store.py`'s table `event`; it refuses to know how the answer is drawn
+file knows the table `event` of `store/schema.py`; it refuses to know how the answer is drawn
 (`cli/report.py`) and reads no clock: the caller says what time it is.
 
 Unknown is not zero: a group in which nothing is priced has `list_usd` None, a token count that no

@@ -16,6 +16,7 @@ import click
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.model import event_json
 from halton_meter.store import NothingStored, Reader, Selection, Store
+from halton_meter.store.export import write_csv, write_parquet, write_sqlite
 
 
 def _write_jsonl(reader: Reader, path: Path, selection: Selection) -> int:
@@ -30,9 +31,9 @@ def _write_jsonl(reader: Reader, path: Path, selection: Selection) -> int:
 
 
 _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
-    "sqlite": Reader.write_sqlite,
-    "csv": Reader.write_csv,
-    "parquet": Reader.write_parquet,
+    "sqlite": write_sqlite,
+    "csv": write_csv,
+    "parquet": write_parquet,
     "jsonl": _write_jsonl,
 }
 

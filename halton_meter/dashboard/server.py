@@ -5,7 +5,7 @@ person's own spending, so other users of the machine and other web pages must no
 request needs the secret of the page's address (kept in a cookie after the first visit), and names
 this very address as its host, which defeats DNS rebinding. The page loads nothing from elsewhere.
 
-It knows no SQL (`report.py` and `store.py` do) and writes nothing.
+It knows no SQL (`report.py` and `store/` do) and writes nothing.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halton_meter import store as store_module
 from halton_meter.model import Basis, Certainty, Outcome, PricedEvent, Source, Tokens, Usage
 from halton_meter.store import (
     DatabaseTooNew,
@@ -20,7 +19,9 @@ from halton_meter.store import (
     NothingStored,
     Selection,
     Store,
+    schema,
 )
+from halton_meter.store.journal import LINE_BYTES_MAX
 from tests.store.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -87,7 +88,7 @@ def test_a_count_past_64_bits_stays_in_the_event_and_out_of_the_sums(store: Stor
 
 
 def test_a_huge_usage_object_is_left_out_and_the_event_kept(store: Store) -> None:
-    store.append([made(raw_usage="x" * (store_module.LINE_BYTES_MAX + 1))])
+    store.append([made(raw_usage="x" * (LINE_BYTES_MAX + 1))])
     assert store.flush().stored == 1
     usage = stored(store)[0].usage
     assert usage.raw_usage is None
@@ -248,8 +249,7 @@ def test_a_database_of_version_1_is_migrated_and_keeps_its_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as old, Store(tmp_path) as store:
-        old.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
-        old.setattr(store_module, "SCHEMA_VERSION", 1)
+        old.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
         store.append([made()])
         store.flush()
         with store.reading() as reader:
@@ -266,8 +266,7 @@ def test_a_database_of_a_newer_version_is_left_alone(
     with Store(tmp_path) as store:
         store.append([made()])
         store.flush()
-        monkeypatch.setattr(store_module, "SCHEMA_VERSION", 1)
-        monkeypatch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
+        monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
         with pytest.raises(DatabaseTooNew, match="pip install -U"), store.reading():
             pass
         store.append([made("e2")])

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter import store as store_module
 from halton_meter.store import DatabaseDamaged, Flushed, Selection, Store, StoreBusy
+from halton_meter.store import journal as journal_module
 from tests.store.made import NOON_NS, made
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,8 +234,8 @@ def test_a_line_that_the_database_refuses_does_not_hold_up_the_others(
 ) -> None:
     store.append([made("a"), made("b")])
     with monkeypatch.context() as broken:
-        values = store_module._price_values
-        broken.setattr(store_module, "_price_values", lambda e: {**values(e), "list_usd": "dear"})
+        values = journal_module.price_values
+        broken.setattr(journal_module, "price_values", lambda e: {**values(e), "list_usd": "dear"})
         store.append([made("c")])
     store.append([made("d")])
     assert store.flush() == Flushed(stored=3, damaged=1)
@@ -246,7 +246,7 @@ def test_a_line_that_the_database_refuses_does_not_hold_up_the_others(
 
 
 def test_a_journal_is_split_into_segments(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SEGMENT_BYTES_MAX", 5000)
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES_MAX", 5000)
     for n in range(20):
         store.append([made(str(n))])
     assert len(list(store.journal_path.glob("*.jsonl"))) > 3
@@ -293,10 +293,9 @@ def test_a_damaged_database_is_named_and_kept_aside(store: Store, damage: object
 FULL = """
 import resource, sys
 from pathlib import Path
-from halton_meter import store as store_module
-from halton_meter.store import Store
+from halton_meter.store import Store, journal
 from tests.store.made import made
-store_module.HELD_LINES_MAX = 5
+journal.HELD_LINES_MAX = 5
 store = Store(Path(sys.argv[1]))
 store.append([made("first")])
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,0 +1,39 @@
+"""Keep priced events: a journal on disk first, then one DuckDB file; and read them back whole.
+
+Only this package imports a database, and it does so inside functions: a command that stores
+nothing pays nothing. It refuses to know how events were captured, parsed or priced, and which
+questions are asked of them (`report.py`). Start at `store.py`; from there `journal.py` and
+`intake.py` are the way in, `schema.py` and `rows.py` how an event lies in the file, `reader.py` and
+`export.py` the ways out.
+"""
+
+from __future__ import annotations
+
+from halton_meter.store.errors import (
+    DatabaseDamaged,
+    DatabaseTooNew,
+    NothingStored,
+    StoreBusy,
+    StoreError,
+    StoreUnusable,
+)
+from halton_meter.store.home import HOME_VARIABLE, default_home
+from halton_meter.store.intake import Flushed
+from halton_meter.store.reader import Reader, Selection
+from halton_meter.store.store import Repriced, Store
+
+__all__ = [
+    "HOME_VARIABLE",
+    "DatabaseDamaged",
+    "DatabaseTooNew",
+    "Flushed",
+    "NothingStored",
+    "Reader",
+    "Repriced",
+    "Selection",
+    "Store",
+    "StoreBusy",
+    "StoreError",
+    "StoreUnusable",
+    "default_home",
+]

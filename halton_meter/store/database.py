@@ -1,0 +1,170 @@
+"""Opening the DuckDB file: waiting for whoever has it, making it, naming what is wrong with it.
+
+One process may write, or many may read; DuckDB locks the file between processes. So whoever opens
+it closes it soon, and whoever meets a lock waits and then says who to look for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halton_meter.store.driver import driver
+from halton_meter.store.errors import (
+    DatabaseDamaged,
+    DatabaseTooNew,
+    StoreBusy,
+    StoreError,
+    StoreUnusable,
+    first_line,
+)
+from halton_meter.store.home import DATABASE_NAME, Home
+from halton_meter.store.schema import is_newest, migrate
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+# How long a reader waits for a writer. One batch takes some 0.1 s.
+BUSY_WAIT_SECONDS = 10.0
+BUSY_POLL_SECONDS = 0.02
+
+
+class Database:
+    """The database file of a home."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._path = home.database
+
+    def open_for_reading(self, wait_seconds: float) -> DuckDBPyConnection:
+        """A read-only connection; an older database is migrated first."""
+        connection = self._connect(self._path, True, wait_seconds)
+        if is_newest(connection):
+            return connection
+        connection.close()
+        self.open_for_writing(wait_seconds).close()
+        return self._connect(self._path, True, wait_seconds)
+
+    def open_for_writing(self, wait_seconds: float) -> DuckDBPyConnection:
+        """A connection to a database of the newest version, made where there is none.
+
+        A damaged file is put aside before DatabaseDamaged is raised.
+        """
+        self._home.make_directories()
+        if not self._path.exists():
+            self._create()
+        try:
+            connection = self._connect(self._path, False, wait_seconds)
+        except DatabaseDamaged as error:
+            raise self._put_aside(error) from error
+        try:
+            migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._home.own_database()
+        return connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[DuckDBPyConnection]:
+        """A connection in a transaction that is committed at the end, unless that raises."""
+        connection = self.open_for_writing(BUSY_WAIT_SECONDS)
+        try:
+            connection.execute("BEGIN")
+            yield connection
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+            self._home.own_database()
+
+    def _create(self) -> None:
+        """Make the database elsewhere and give it its name when it is whole: a crash or a full
+        disk must not leave half a file, and no reader may see one without tables.
+        """
+        unfinished = self._home.path / f"{DATABASE_NAME}.new-{os.getpid()}-{threading.get_ident()}"
+        log = unfinished.with_name(f"{unfinished.name}.wal")
+        try:
+            with contextlib.closing(self._connect(unfinished, False, 0)) as connection:
+                migrate(connection)
+            self._name_database(unfinished)
+        except (driver().Error, DatabaseDamaged) as error:
+            raise StoreUnusable(
+                f"Cannot make {self._path}: {first_line(error)}. See: df -h {self._home.path}"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+
+    def _name_database(self, unfinished: Path) -> None:
+        try:
+            os.link(unfinished, self._path)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:  # a file system without hard links
+            if not self._path.exists():
+                os.rename(unfinished, self._path)
+
+    def _connect(self, path: Path, read_only: bool, wait_seconds: float) -> DuckDBPyConnection:
+        duckdb = driver()
+        deadline = time.monotonic() + wait_seconds
+        # Nothing may be downloaded at run time, not even because a query names a function.
+        config = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+        while True:
+            try:
+                opened: DuckDBPyConnection = duckdb.connect(
+                    str(path), read_only=read_only, config=config
+                )
+            except duckdb.Error as error:
+                problem = self._open_problem(error)
+                if not isinstance(problem, StoreBusy) or time.monotonic() >= deadline:
+                    raise problem from error
+            else:
+                return opened
+            time.sleep(BUSY_POLL_SECONDS)
+
+    def _open_problem(self, error: Exception) -> StoreError:
+        text, path = str(error), self._path
+        if "set lock" in text or "different configuration" in text or "already open" in text:
+            return StoreBusy(
+                f"{path} is in use by another process, and was for all the time we waited. "
+                f"Close it there (see who: fuser -v {path}) and try again."
+            )
+        if any(sign in text for sign in ("version number", "newer version", "storage version")):
+            return DatabaseTooNew(
+                f"{path} was written by a newer DuckDB: {first_line(error)}. "
+                "Update: pip install -U halton-meter duckdb"
+            )
+        if any(
+            sign in text
+            for sign in (
+                "Permission denied",
+                "No space left",
+                "Read-only file",
+                "File too large",
+                "Disk quota",
+                "Cannot open file",
+            )
+        ):
+            return StoreUnusable(f"Cannot open {path}: {first_line(error)}. See: ls -l {path}")
+        return DatabaseDamaged(
+            f"{path} is damaged: {first_line(error)}. Nothing was changed; new events wait in "
+            f"the journal. Keep the file and start a new one: mv {path} {path}.damaged"
+        )
+
+    def _put_aside(self, error: DatabaseDamaged) -> DatabaseDamaged:
+        stamp = time.strftime("%Y%m%dT%H%M%S")
+        kept = self._path.with_name(f"{DATABASE_NAME}.damaged-{stamp}")
+        os.replace(self._path, kept)
+        log = self._path.with_name(f"{DATABASE_NAME}.wal")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(log, kept.with_name(f"{kept.name}.wal"))
+        cause = first_line(error.__cause__ or error)
+        return DatabaseDamaged(
+            f"{self._path} is damaged: {cause}. It is kept as {kept}; the next events go "
+            "to a new file, and those in the journal are safe. Run: halton-meter report"
+        )

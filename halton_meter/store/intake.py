@@ -1,0 +1,141 @@
+"""Segments of the journal into the database, one short transaction each.
+
+Event ids are primary keys: a segment that is replayed after a crash adds nothing. Of two sightings
+of one exchange the better stays (`model.sighting_rank`), whichever came first.
+"""
+
+# ruff: noqa: S608 (every name put into SQL comes from a constant of schema.py; values are bound)
+
+from __future__ import annotations
+
+import contextlib
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halton_meter.store.driver import driver, quoted
+from halton_meter.store.home import private_file
+from halton_meter.store.journal import checked
+from halton_meter.store.rows import json_types
+from halton_meter.store.schema import EVENT_COLUMNS, TEXT
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
+    journal, and journal lines `damaged`. `reason` says why events wait, None when none does.
+    """
+
+    stored: int = 0
+    repeated: int = 0
+    waiting: int = 0
+    damaged: int = 0
+    reason: str | None = None
+
+    def __add__(self, other: Flushed) -> Flushed:
+        """Both together; what waits, and why, is as `other` found it."""
+        return Flushed(
+            self.stored + other.stored,
+            self.repeated + other.repeated,
+            other.waiting,
+            self.damaged + other.damaged,
+            other.reason,
+        )
+
+
+def move_segment(connection: DuckDBPyConnection, path: Path) -> Flushed:
+    """Move a segment's sound lines into the database and count the damaged ones."""
+    sound, damaged, source = checked(path)
+    try:
+        done = _move_lines(connection, source, sound) if sound else Flushed()
+    finally:
+        if source != path:
+            source.unlink(missing_ok=True)
+    if damaged:
+        _count_once(connection, f"damaged:{path.name}", "journal_damaged", damaged)
+    return done + Flushed(damaged=damaged)
+
+
+def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flushed:
+    """Insert a file of `count` lines in one transaction; raises the driver's error, undone.
+
+    A line that the database refuses for its content must not hold up all others for ever: the
+    file is halved until that line stands alone, then it is counted and kept in `refused`.
+    """
+    problem = driver()
+    connection.execute("BEGIN")
+    try:
+        stored, losses = _insert(connection, source)
+        connection.execute("COMMIT")
+    except (problem.DataError, problem.IntegrityError, problem.ProgrammingError):
+        connection.execute("ROLLBACK")
+        return _move_halves(connection, source, count)
+    except BaseException:
+        with contextlib.suppress(problem.Error):
+            connection.execute("ROLLBACK")
+        raise
+    return Flushed(stored, count - losses - stored)
+
+
+def _move_halves(connection: DuckDBPyConnection, source: Path, count: int) -> Flushed:
+    lines = source.read_bytes().splitlines(keepends=True)
+    if count == 1:
+        with source.with_name("refused").open("ab") as file:
+            file.writelines(lines)
+        _count_once(connection, f"refused:{zlib.crc32(lines[0]):08x}", "event_refused", 1)
+        return Flushed(damaged=1)
+    done = Flushed()
+    for part in (lines[: count // 2], lines[count // 2 :]):
+        half = source.with_suffix(f".half-{len(part)}")
+        with private_file(half) as file:
+            file.writelines(part)
+        try:
+            moved = _move_lines(connection, half, len(part))
+        finally:
+            half.unlink(missing_ok=True)
+        done += moved
+    return done
+
+
+def _count_once(connection: DuckDBPyConnection, loss_id: str, cause: str, count: int) -> None:
+    """Keep a loss under an id of its own, so that a replayed segment does not count it twice."""
+    connection.execute(
+        "INSERT OR IGNORE INTO loss VALUES (?, ?, ?, ?)", [loss_id, cause, count, time.time_ns()]
+    )
+
+
+# Of two that know as much of an exchange, the one that knows its process stays.
+_RANK_BETTER = (
+    "(excluded.sighting_rank, excluded.pid IS NOT NULL) > "
+    "(event.sighting_rank, event.pid IS NOT NULL)"
+)
+
+
+def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
+    """Insert events and losses from a file of lines; return (events stored, losses seen)."""
+    types = {**json_types(EVENT_COLUMNS), "loss_cause": TEXT, "loss_count": "BIGINT"}
+    spelled = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
+    lines = f"read_ndjson('{quoted(source)}', columns = {{{spelled}}})"
+    names = ", ".join(EVENT_COLUMNS)
+    cast = ", ".join(f"CAST({n} AS {t})" if types[n] != t else n for n, t in EVENT_COLUMNS.items())
+    replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
+    stored = connection.execute(
+        f"INSERT INTO event ({names}) SELECT {cast} FROM {lines} WHERE loss_cause IS NULL "
+        "QUALIFY row_number() OVER "
+        "(PARTITION BY id ORDER BY sighting_rank DESC, pid IS NOT NULL DESC) = 1 "
+        f"ON CONFLICT (id) DO UPDATE SET {replaced} WHERE {_RANK_BETTER}"
+    ).fetchall()
+    losses = connection.execute(
+        f"SELECT count(*) FROM {lines} WHERE loss_cause IS NOT NULL"
+    ).fetchall()
+    if losses[0][0]:
+        connection.execute(
+            f"INSERT OR IGNORE INTO loss SELECT id, loss_cause, loss_count, at_ns FROM {lines} "
+            "WHERE loss_cause IS NOT NULL"
+        )
+    return int(stored[0][0]), int(losses[0][0])

@@ -1,0 +1,99 @@
+"""Which events, and reading them from an open database."""
+
+# ruff: noqa: S608 (every name put into SQL comes from a constant of schema.py; values are bound)
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from halton_meter.model import PricedEvent
+from halton_meter.store.rows import decimal_of, event_from_row, loads
+from halton_meter.store.schema import EVENT_COLUMNS
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+FETCH_ROWS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which events: `from_ns` inclusive, `to_ns` exclusive, the rest exact; None means any."""
+
+    from_ns: int | None = None
+    to_ns: int | None = None
+    provider: str | None = None
+    model: str | None = None
+    project: str | None = None
+
+    def where(self) -> tuple[str, list[Any]]:
+        """The SQL condition over `event`'s columns, and its parameters."""
+        tests = [
+            ("at_ns >= ?", self.from_ns),
+            ("at_ns < ?", self.to_ns),
+            ("provider = ?", self.provider),
+            ("model = ?", self.model),
+            ("project = ?", self.project),
+        ]
+        used = [(test, value) for test, value in tests if value is not None]
+        return " AND ".join(test for test, _ in used) or "true", [value for _, value in used]
+
+
+class Reader:
+    """An open, read-only view of the database."""
+
+    def __init__(self, connection: DuckDBPyConnection) -> None:
+        self.connection = connection
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one SELECT and return all its rows; for aggregates, which are few."""
+        return self.connection.execute(sql, list(parameters)).fetchall()
+
+    def events(
+        self, selection: Selection = Selection(), limit: int | None = None
+    ) -> Iterator[PricedEvent]:
+        """Stored events, oldest first; with `limit`, only that many of the latest."""
+        for event, _ in self.events_with_revision(selection, limit):
+            yield event
+
+    def events_with_revision(
+        self, selection: Selection = Selection(), limit: int | None = None
+    ) -> Iterator[tuple[PricedEvent, int]]:
+        """As `events`, each with the revision of its price, counted from 1."""
+        where, parameters = selection.where()
+        names = ", ".join((*EVENT_COLUMNS, "revision"))
+        sql = f"SELECT {names} FROM event WHERE {where} ORDER BY at_ns, id"
+        if limit is not None:
+            sql = (
+                f"SELECT * FROM (SELECT {names} FROM event WHERE {where} "
+                f"ORDER BY at_ns DESC, id DESC LIMIT {int(limit)}) ORDER BY at_ns, id"
+            )
+        cursor = self.connection.execute(sql, parameters)
+        while rows := cursor.fetchmany(FETCH_ROWS):
+            for row in rows:
+                values = dict(zip((*EVENT_COLUMNS, "revision"), row, strict=True))
+                yield event_from_row(values), int(values["revision"])
+
+    def losses(self, selection: Selection = Selection()) -> dict[str, int]:
+        """What was lost within the selection's time, by cause."""
+        where, parameters = Selection(selection.from_ns, selection.to_ns).where()
+        rows = self.rows(
+            f"SELECT cause, sum(count) FROM loss WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1",
+            parameters,
+        )
+        return {cause: int(count) for cause, count in rows}
+
+    def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
+        """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first."""
+        rows = self.rows(
+            "SELECT revision, price_document, basis, price_book FROM superseded_price "
+            "WHERE event_id = ? ORDER BY revision",
+            [event_id],
+        )
+        return [
+            (int(revision), decimal_of(loads(document)["list_usd"]), basis, book)
+            for revision, document, basis, book in rows
+        ]

@@ -1,0 +1,291 @@
+"""A priced event as a row of the table `event`, and back, without loss.
+
+A row travels as one JSON object: in a line of the journal, and in the lines of a repricing. What
+has a column of its own is in it for the queries; the documents hold the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from decimal import ROUND_DOWN, Context, Decimal
+from typing import Any
+
+from halton_meter.model import (
+    TOKEN_NAMES,
+    Basis,
+    Certainty,
+    LineItem,
+    Outcome,
+    PricedEvent,
+    Process,
+    Source,
+    Tokens,
+    Usage,
+    UsageEvent,
+    sighting_rank,
+    usd_text,
+)
+from halton_meter.store.schema import TEXT, USD, USD_REST
+
+_INT64_MAX = 2**63 - 1
+_PICO = Decimal("1e-12")
+_REST = Decimal("1e-37")
+# Wide enough that neither a quantize nor a difference of two prices ever rounds.
+_EXACT = Context(prec=200, rounding=ROUND_DOWN)
+
+
+def usage_values(usage: UsageEvent) -> dict[str, Any]:
+    """The columns that describe what was used; a missing one is NULL."""
+    process = usage.process
+    tokens = usage.parts[0].tokens if len(usage.parts) == 1 else usage.tokens
+    values: dict[str, Any] = {
+        "id": usage.id,
+        "at_ns": usage.at_ns,
+        "provider": usage.provider,
+        "host": usage.host,
+        "endpoint": usage.endpoint,
+        "kind": usage.kind,
+        "model": usage.model,
+        "request_model": usage.request_model,
+        "response_id": usage.response_id,
+        "streaming": usage.streaming,
+        "http_status": usage.http_status,
+        "error_class": usage.error_class,
+        "provider_error_code": usage.provider_error_code,
+        "outcome": usage.outcome.value,
+        "source": usage.source.value,
+        "project": usage.project,
+        "git_branch": usage.git_branch,
+        "certainty": usage.certainty.value,
+        "free": usage.free,
+        "ttft_ms": usage.ttft_ms,
+        "duration_ms": usage.duration_ms,
+        "sighting_rank": sighting_rank(usage),
+        "usage_document": _usage_document(usage),
+    }
+    if process is not None:
+        values["pid"] = process.pid
+        values["process"] = process.exe
+        values["cwd"] = process.cwd
+        values["user_name"] = process.user
+    for name in TOKEN_NAMES:
+        count = getattr(tokens, name)
+        # A count past 64 bits is a provider's nonsense: its column stays unknown, the document
+        # keeps it.
+        if count is not None and abs(count) <= _INT64_MAX:
+            values[f"{name}_tokens"] = count
+    return values
+
+
+def _usage_document(usage: UsageEvent) -> dict[str, Any]:
+    return {
+        "parts": [_part_document(part) for part in usage.parts],
+        "conditions": dict(usage.conditions),
+        "flags": usage.flags,
+        "reported_usd": usd_text(usage.reported_usd),
+        "raw_usage": usage.raw_usage,
+        "process": None if usage.process is None else _process_document(usage.process),
+    }
+
+
+def _part_document(part: Usage) -> dict[str, Any]:
+    """Only what is set; integers as text, so that none is too large for a JSON reader."""
+    tokens = {n: str(v) for n in TOKEN_NAMES if (v := getattr(part.tokens, n)) is not None}
+    return {
+        "model": part.model,
+        "label": part.label,
+        "tokens": tokens,
+        "units": {
+            name: ["int" if isinstance(quantity, int) else "decimal", str(quantity)]
+            for name, quantity in part.units.items()
+        },
+        "details": {name: str(count) for name, count in part.details.items()},
+    }
+
+
+def _process_document(process: Process) -> dict[str, Any]:
+    return {
+        "started_ns": process.started_ns,
+        "argv": process.argv,
+        "uid": process.uid,
+        "parents": process.parents,
+        "container": process.container,
+        "project_hint": process.project_hint,
+    }
+
+
+def price_values(event: PricedEvent) -> dict[str, Any]:
+    """The columns that a revision replaces."""
+    values: dict[str, Any] = {"basis": event.basis.value, "price_book": event.price_book}
+    for name in ("list_usd", "marginal_usd", "reported_usd"):
+        values[name], values[f"{name}_rest"] = _split_usd(getattr(event, name))
+    values["price_document"] = {
+        "list_usd": usd_text(event.list_usd),
+        "marginal_usd": usd_text(event.marginal_usd),
+        "reported_usd": usd_text(event.reported_usd),
+        "flags": event.flags,
+        "line_items": [
+            {
+                "what": item.what,
+                "quantity": str(item.quantity),
+                "rate_usd": str(item.rate_usd),
+                "usd": str(item.usd),
+                "model": item.model,
+                "source": item.source,
+                "dated": item.dated,
+                "note": item.note,
+            }
+            for item in event.line_items
+        ],
+    }
+    return values
+
+
+def _split_usd(amount: Decimal | None) -> tuple[str | None, str | None]:
+    """(whole pico-dollars, what lies below them or None), as text for the two columns."""
+    if amount is None or not amount.is_finite():
+        return None, None
+    whole = amount.quantize(_PICO, context=_EXACT)
+    rest = _EXACT.subtract(amount, whole)
+    return format(whole, "f"), format(rest.quantize(_REST, context=_EXACT), "f") if rest else None
+
+
+def event_from_row(row: dict[str, Any]) -> PricedEvent:
+    """The event that `usage_values` and `price_values` made a row of."""
+    document = loads(row["price_document"])
+    return PricedEvent(
+        usage=_usage_from_row(row),
+        list_usd=decimal_of(document["list_usd"]),
+        marginal_usd=decimal_of(document["marginal_usd"]),
+        reported_usd=decimal_of(document["reported_usd"]),
+        basis=Basis(row["basis"]),
+        line_items=tuple(_line_item(item) for item in document["line_items"]),
+        flags=tuple(document["flags"]),
+        price_book=row["price_book"],
+    )
+
+
+def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
+    document = loads(row["usage_document"])
+    return UsageEvent(
+        id=row["id"],
+        provider=row["provider"],
+        host=row["host"],
+        endpoint=row["endpoint"],
+        kind=row["kind"],
+        model=row["model"],
+        request_model=row["request_model"],
+        response_id=row["response_id"],
+        streaming=row["streaming"],
+        http_status=row["http_status"],
+        error_class=row["error_class"],
+        outcome=Outcome(row["outcome"]),
+        source=Source(row["source"]),
+        parts=tuple(_part(part) for part in document["parts"]),
+        certainty=Certainty(row["certainty"]),
+        at_ns=row["at_ns"],
+        ttft_ms=row["ttft_ms"],
+        duration_ms=row["duration_ms"],
+        process=_process(row, document["process"]),
+        project=row["project"],
+        git_branch=row["git_branch"],
+        conditions=document["conditions"],
+        free=row["free"],
+        reported_usd=decimal_of(document["reported_usd"]),
+        flags=tuple(document["flags"]),
+        raw_usage=document["raw_usage"],
+        provider_error_code=row["provider_error_code"],
+    )
+
+
+def _part(document: dict[str, Any]) -> Usage:
+    return Usage(
+        model=document["model"],
+        tokens=Tokens(**{name: int(count) for name, count in document["tokens"].items()}),
+        units={
+            name: int(text) if kind == "int" else Decimal(text)
+            for name, (kind, text) in document["units"].items()
+        },
+        details={name: int(count) for name, count in document["details"].items()},
+        label=document["label"],
+    )
+
+
+def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | None:
+    if document is None:
+        return None
+    return Process(
+        pid=row["pid"],
+        started_ns=document["started_ns"],
+        exe=row["process"],
+        argv=tuple(document["argv"]),
+        cwd=row["cwd"],
+        uid=document["uid"],
+        user=row["user_name"],
+        parents=tuple((pid, name) for pid, name in document["parents"]),
+        container=document["container"],
+        project_hint=document["project_hint"],
+    )
+
+
+def _line_item(document: dict[str, Any]) -> LineItem:
+    return LineItem(
+        what=document["what"],
+        quantity=Decimal(document["quantity"]),
+        rate_usd=Decimal(document["rate_usd"]),
+        usd=Decimal(document["usd"]),
+        model=document["model"],
+        source=document["source"],
+        dated=document["dated"],
+        note=document["note"],
+    )
+
+
+def same_price(before: PricedEvent, after: PricedEvent) -> bool:
+    """True when only the stamp of the price book differs, which is no reason for a revision."""
+    return replace(before, price_book=None) == replace(after, price_book=None)
+
+
+def json_types(columns: Mapping[str, str]) -> dict[str, str]:
+    """Types to read a line's fields with: decimals travel as text, documents as JSON."""
+    kinds = {USD: TEXT, USD_REST: TEXT}
+    return {
+        name: "JSON" if name.endswith("_document") else kinds.get(kind, kind)
+        for name, kind in columns.items()
+    }
+
+
+def dumps(values: Any) -> bytes:
+    """JSON, also of what JSON cannot say."""
+    import orjson
+
+    try:
+        return orjson.dumps(values)
+    except TypeError:  # a string that is not Unicode (argv may hold any bytes), a huge integer
+        return orjson.dumps(_speakable(values))
+
+
+def _speakable(value: Any) -> Any:
+    """`value` with what JSON cannot say replaced: stray surrogates, integers past 64 bits."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_speakable(k): _speakable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_speakable(item) for item in value]
+    if isinstance(value, int) and abs(value) > _INT64_MAX:
+        return None
+    return value
+
+
+def loads(text: str) -> Any:
+    """A document's value."""
+    import orjson
+
+    return orjson.loads(text)
+
+
+def decimal_of(text: str | None) -> Decimal | None:
+    """An amount; None where none is known."""
+    return None if text is None else Decimal(text)

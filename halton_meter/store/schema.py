@@ -1,0 +1,128 @@
+"""The tables of the database, version by version, and how an older one becomes the newest.
+
+Money is kept twice: as exact text in `price_document`, and for sums as `*_usd` (DECIMAL(38,12),
+whole pico-dollars, rounded down) plus `*_usd_rest` (what lies below, to 37 places, NULL where
+nothing does), so that sums over millions of rows are exact too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from halton_meter.model import TOKEN_NAMES
+from halton_meter.store.driver import driver
+from halton_meter.store.errors import DatabaseTooNew
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+TEXT = "VARCHAR"
+USD = "DECIMAL(38,12)"
+USD_REST = "DECIMAL(38,37)"
+
+# Columns that describe what was used. `sighting_rank` orders sightings of one exchange;
+# `usage_document` holds, as JSON, whatever has no column: parts, conditions, flags, process.
+USAGE_COLUMNS: dict[str, str] = {
+    "id": TEXT,
+    "at_ns": "BIGINT",
+    "provider": TEXT,
+    "host": TEXT,
+    "endpoint": TEXT,
+    "kind": TEXT,
+    "model": TEXT,
+    "request_model": TEXT,
+    "response_id": TEXT,
+    "streaming": "BOOLEAN",
+    "http_status": "BIGINT",
+    "error_class": TEXT,
+    "provider_error_code": TEXT,
+    "outcome": TEXT,
+    "source": TEXT,
+    "pid": "BIGINT",
+    "process": TEXT,
+    "cwd": TEXT,
+    "user_name": TEXT,
+    "project": TEXT,
+    "git_branch": TEXT,
+    **{f"{name}_tokens": "BIGINT" for name in TOKEN_NAMES},
+    "certainty": TEXT,
+    "free": TEXT,
+    "ttft_ms": "DOUBLE",
+    "duration_ms": "DOUBLE",
+    "sighting_rank": "TINYINT",
+    "usage_document": TEXT,
+}
+# Columns that a revision replaces.
+PRICE_COLUMNS: dict[str, str] = {
+    "list_usd": USD,
+    "list_usd_rest": USD_REST,
+    "marginal_usd": USD,
+    "marginal_usd_rest": USD_REST,
+    "reported_usd": USD,
+    "reported_usd_rest": USD_REST,
+    "basis": TEXT,
+    "price_book": TEXT,
+    "price_document": TEXT,
+}
+EVENT_COLUMNS = {**USAGE_COLUMNS, **PRICE_COLUMNS}
+_NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_document"}
+
+
+def _defined(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{n} {t}{' NOT NULL' if n in _NOT_NULL else ''}" for n, t in columns.items())
+
+
+# Ordered; entry N brings a database of version N to version N + 1. Never edit one that shipped.
+MIGRATIONS: tuple[str, ...] = (
+    f"""
+    CREATE TABLE event ({_defined(EVENT_COLUMNS)}, revision INTEGER NOT NULL DEFAULT 1,
+        PRIMARY KEY (id));
+    CREATE TABLE superseded_price (event_id VARCHAR NOT NULL, {_defined(PRICE_COLUMNS)},
+        revision INTEGER NOT NULL, superseded_at_ns BIGINT NOT NULL);
+    CREATE TABLE loss (id VARCHAR PRIMARY KEY, cause VARCHAR NOT NULL, count BIGINT NOT NULL,
+        at_ns BIGINT NOT NULL);
+    """,
+    """
+    CREATE TABLE retagging (at_ns BIGINT NOT NULL, from_project VARCHAR, to_project VARCHAR,
+        events BIGINT NOT NULL);
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, sighting_rank, list_usd_rest, marginal_usd_rest, reported_usd_rest)
+        FROM event;
+    """,
+)
+
+
+def migrate(connection: DuckDBPyConnection) -> None:
+    """Bring the tables to the newest version, whole or not at all; raises DatabaseTooNew."""
+    version, newest = _version(connection), len(MIGRATIONS)
+    if version > newest:
+        raise DatabaseTooNew(
+            f"The database has schema version {version}, this program knows {newest}. "
+            "Update: pip install -U halton-meter"
+        )
+    if version == newest:
+        return
+    connection.execute("BEGIN")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL, "
+        "applied_at TIMESTAMP NOT NULL DEFAULT current_timestamp)"
+    )
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.execute(script)
+        connection.execute("INSERT INTO schema_version (version) VALUES (?)", [number])
+    connection.execute("COMMIT")
+
+
+def is_newest(connection: DuckDBPyConnection) -> bool:
+    """Whether the tables are those of this program."""
+    return _version(connection) == len(MIGRATIONS)
+
+
+def _version(connection: DuckDBPyConnection) -> int:
+    """The schema's version, 0 for a database without tables."""
+    try:  # asking the catalogue whether the table exists takes longer than all of a small report
+        latest = connection.execute("SELECT max(version) FROM schema_version").fetchall()
+    except driver().CatalogException:
+        return 0
+    return int(latest[0][0] or 0)

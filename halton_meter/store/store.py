@@ -1,0 +1,266 @@
+"""The store as the rest of the program sees it: append, flush, read, reprice, retag.
+
+How an event gets into the database, and why in this order:
+
+1. `append` writes a line to this process's own journal segment (`journal.py`). From then on the
+   death of the process loses nothing.
+2. `flush` opens the database (`database.py`), moves whole segments into it, one short transaction
+   each (`intake.py`), and closes it again, so that a report, a notebook or the duckdb shell can
+   read between two batches. A segment is deleted only after its commit. A database that is locked,
+   full or damaged leaves the batch in the journal.
+
+A price is never changed silently: `reprice` moves the old one to `superseded_price` and gives the
+event its next revision.
+"""
+
+# ruff: noqa: S608 (every name put into SQL comes from a constant of schema.py; values are bound)
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halton_meter.model import PricedEvent, UsageEvent
+from halton_meter.store.database import BUSY_WAIT_SECONDS, Database
+from halton_meter.store.driver import driver
+from halton_meter.store.errors import NothingStored, StoreBusy, StoreUnusable, first_line
+from halton_meter.store.home import Home, default_home, private_file
+from halton_meter.store.intake import Flushed, move_segment
+from halton_meter.store.journal import Journal, event_line, is_locked, loss_line
+from halton_meter.store.reader import Reader, Selection
+from halton_meter.store.rows import dumps, json_types, price_values, same_price
+from halton_meter.store.schema import PRICE_COLUMNS
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+@dataclass(frozen=True, slots=True)
+class Repriced:
+    """One event that another price book prices differently."""
+
+    before: PricedEvent
+    after: PricedEvent
+
+
+class Store:
+    """The events under one home directory. Safe to use from several threads and processes.
+
+    `owner` is (uid, gid) for files that root makes for an invoking user; when root is not told,
+    files belong to whoever owns the home directory.
+    """
+
+    def __init__(self, home: Path | None = None, owner: tuple[int, int] | None = None) -> None:
+        self.home = home if home is not None else default_home()
+        self._folder = Home(self.home, owner)
+        self._journal = Journal(self._folder)
+        self._database = Database(self._folder)
+        self._flush_lock = threading.Lock()
+
+    @property
+    def database_path(self) -> Path:
+        """The DuckDB file; it need not exist."""
+        return self._folder.database
+
+    @property
+    def journal_path(self) -> Path:
+        """The directory of journal segments; it need not exist."""
+        return self._folder.journal
+
+    @property
+    def held(self) -> int:
+        """Lines in memory because the disk refused them."""
+        return self._journal.held
+
+    @property
+    def dropped(self) -> int:
+        """Events lost so far because the disk refused them for too long."""
+        return self._journal.dropped
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the disk refuses events, and what to do; None when it does not."""
+        return self._journal.trouble
+
+    # -- writing --
+
+    def append(self, events: Iterable[PricedEvent]) -> int:
+        """Journal events; return how many could not be written to disk and are held in memory.
+
+        Never raises for want of disk: `trouble` then says what is wrong, `held` and `dropped`
+        how much is at stake. Held events are written before newer ones, as soon as it works.
+        """
+        return self._journal.write([event_line(event) for event in events])
+
+    def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
+        """Keep a loss for `status` and reports; `cause` is a snake_case word.
+
+        `key` names what it was counted in (a capture's digest, a run), so that counting the same
+        thing again changes nothing; without it every call adds.
+        """
+        if count > 0:
+            loss_id = os.urandom(8).hex() if key is None else f"{key}:{cause}"
+            self._journal.write([loss_line(loss_id, cause, count, at_ns)])
+
+    def flush(self, wait_seconds: float = 0.0) -> Flushed:
+        """Move the journal into the database, in one short transaction a segment.
+
+        A database that others keep locked for `wait_seconds`, or that has no room, is not an
+        error: the events wait in the journal. Raises DatabaseDamaged after having put a damaged
+        file aside, and DatabaseTooNew; the journal is intact then, too.
+        """
+        with self._flush_lock:
+            self._journal.write([])
+            if not self._journal.segments():
+                return Flushed(waiting=self.held, reason=self.trouble if self.held else None)
+            try:
+                connection = self._database.open_for_writing(wait_seconds)
+            except (StoreBusy, StoreUnusable) as error:
+                return Flushed(waiting=self.waiting(), reason=str(error))
+            done = Flushed()
+            try:
+                done = self._move_segments(connection)
+            finally:
+                with contextlib.suppress(driver().Error):  # a full disk fails again on close
+                    connection.close()
+                self._folder.own_database()
+            return done
+
+    def waiting(self) -> int:
+        """Events in the journal and in memory, not yet in the database."""
+        return self._journal.waiting()
+
+    def close(self) -> None:
+        """Sync and release this process's journal segment; events in it are kept."""
+        self._journal.write([])
+        self._journal.seal()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- reading --
+
+    @contextlib.contextmanager
+    def reading(self, wait_seconds: float = BUSY_WAIT_SECONDS) -> Iterator[Reader]:
+        """A consistent view of the database; closed, and thus unlocked, at the end.
+
+        Events that wait in the journal of a process that died are moved in first, where
+        possible. Raises NothingStored, StoreBusy, DatabaseDamaged or DatabaseTooNew.
+        """
+        if self._journal.has_loose_segments():
+            self.flush()
+        if not self.database_path.exists():
+            waiting = self.waiting()
+            raise NothingStored(
+                f"{waiting} events were metered just now and are being written. Try again."
+                if waiting
+                else "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+            )
+        connection = self._database.open_for_reading(wait_seconds)
+        try:
+            yield Reader(connection)
+        finally:
+            connection.close()
+
+    # -- changing what is stored --
+
+    def reprice(
+        self,
+        price: Callable[[UsageEvent], PricedEvent],
+        selection: Selection,
+        at_ns: int,
+        dry_run: bool = False,
+    ) -> Iterator[Repriced]:
+        """Price stored events again; yield those that changed, then store their next revision.
+
+        Nothing is stored before the iterator is exhausted, and nothing at all on a dry run.
+        An event that something else repriced meanwhile is left as it is.
+        """
+        spool = self.home / f"reprice-{os.getpid()}.ndjson"
+        try:
+            with self.reading() as reader, private_file(spool) as file:
+                for event, revision in reader.events_with_revision(selection):
+                    after = price(event.usage)
+                    if same_price(event, after):
+                        continue
+                    file.write(
+                        dumps({**price_values(after), "id": event.usage.id, "revision": revision})
+                        + b"\n"
+                    )
+                    yield Repriced(event, after)
+            if not dry_run and spool.stat().st_size:
+                self._store_revisions(spool, at_ns)
+        finally:
+            spool.unlink(missing_ok=True)
+
+    def retag(self, before: str | None, after: str, at_ns: int, dry_run: bool = True) -> int:
+        """Move all events of one project to another; return how many there are to move."""
+        with self.reading() as reader:
+            found = reader.rows(
+                "SELECT count(*) FROM event WHERE project IS NOT DISTINCT FROM ?", [before]
+            )
+        count = int(found[0][0])
+        if dry_run or not count:
+            return count
+        with self._database.writing() as connection:
+            changed = connection.execute(
+                "UPDATE event SET project = ? WHERE project IS NOT DISTINCT FROM ?",
+                [after, before],
+            ).fetchall()
+            count = int(changed[0][0])
+            connection.execute(
+                "INSERT INTO retagging VALUES (?, ?, ?, ?)", [at_ns, before, after, count]
+            )
+        return count
+
+    # -- the database --
+
+    def _move_segments(self, connection: DuckDBPyConnection) -> Flushed:
+        """Only called with the database open for writing, which is what keeps two flushes apart."""
+        self._journal.seal()
+        done = Flushed()
+        for path in self._journal.segments():
+            if is_locked(path):
+                continue
+            try:
+                moved = move_segment(connection, path)
+            except OSError as error:
+                reason = f"{path}: {os.strerror(error.errno or errno.EIO)}"
+                return replace(done, waiting=self.waiting(), reason=reason)
+            except driver().Error as error:
+                return replace(done, waiting=self.waiting(), reason=first_line(error))
+            path.unlink(missing_ok=True)
+            done += moved
+        waiting = self.waiting()
+        why = "another process is writing to its journal" if waiting else None
+        return replace(done, waiting=waiting, reason=why)
+
+    def _store_revisions(self, spool: Path, at_ns: int) -> None:
+        columns = ", ".join(f"'{n}': '{t}'" for n, t in json_types(PRICE_COLUMNS).items())
+        names = ", ".join(PRICE_COLUMNS)
+        with self._database.writing() as connection:
+            connection.execute(
+                "CREATE TEMP TABLE revised AS SELECT * FROM read_ndjson(?, columns = "
+                f"{{'id': 'VARCHAR', 'revision': 'INTEGER', {columns}}})",
+                [str(spool)],
+            )
+            connection.execute(
+                f"INSERT INTO superseded_price (event_id, {names}, revision, superseded_at_ns) "
+                f"SELECT id, {', '.join(f'e.{n}' for n in PRICE_COLUMNS)}, e.revision, ? "
+                "FROM event e JOIN revised r USING (id) WHERE e.revision = r.revision",
+                [at_ns],
+            )
+            changes = ", ".join(f"{n} = CAST(r.{n} AS {t})" for n, t in PRICE_COLUMNS.items())
+            connection.execute(
+                f"UPDATE event SET {changes}, revision = event.revision + 1 FROM revised r "
+                "WHERE event.id = r.id AND event.revision = r.revision"
+            )
