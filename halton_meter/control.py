@@ -10,15 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import socket
 import stat
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 SOCKET_NAME = "daemon.sock"
 PROXY_SOCKET_NAME = "proxy.sock"
 REPLY_BYTES_MAX = 4 << 20
+REQUEST_BYTES_MAX = 4096
+CLIENTS_MAX = 64
+SEND_S_MAX = 1.0  # who does not take its answer is dropped: the loop waits for nobody
 
 
 def _short_path(home: Path, fd: int, name: str) -> str:
@@ -50,6 +55,89 @@ def is_friend(connection: socket.socket) -> bool:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     _, uid, _ = struct.unpack("3i", raw)
     return uid in (0, os.getuid())
+
+
+class Client:
+    """Somebody who asks, at the answering end."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._heard = bytearray()
+
+    def requests(self) -> Iterator[Any] | None:
+        """What was asked since; None at the end, or of one who asks more than a request holds.
+
+        Raises OSError or ValueError for what is no request.
+        """
+        data = self.socket.recv(REQUEST_BYTES_MAX)
+        self._heard += data
+        if not data or len(self._heard) > REQUEST_BYTES_MAX:
+            return None
+        return self._whole_lines()
+
+    def _whole_lines(self) -> Iterator[Any]:
+        while b"\n" in self._heard:
+            line, _, rest = bytes(self._heard).partition(b"\n")
+            self._heard[:] = rest
+            yield json.loads(line)
+
+    def send(self, answer: dict[str, Any]) -> None:
+        """An answer; one who is gone gets none."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(answer).encode() + b"\n")
+
+
+class Answering:
+    """The answering end, in its owner's selector, whose keys' data is called when they are ready.
+
+    `answer` gives the answer to a request, or None when it is sent later; `on_gone` hears of every
+    client's end.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        selector: selectors.BaseSelector,
+        answer: Callable[[Client, Any], dict[str, Any] | None],
+        on_gone: Callable[[Client], None],
+    ) -> None:
+        self._selector = selector
+        self._answer = answer
+        self._on_gone = on_gone
+        self._clients = 0
+        self._listener = listen_at(home)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            if self._clients >= CLIENTS_MAX or not is_friend(connection):
+                connection.close()
+                return
+            connection.settimeout(SEND_S_MAX)
+            client = Client(connection)
+            self._clients += 1
+            self._selector.register(
+                connection, selectors.EVENT_READ, lambda: self._on_request(client)
+            )
+
+    def _on_request(self, client: Client) -> None:
+        requests = None
+        with contextlib.suppress(OSError, ValueError):
+            requests = client.requests()
+            for request in requests or ():
+                answer = self._answer(client, request)
+                if answer is not None:
+                    client.send(answer)
+            if requests is not None:
+                return
+        self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        self._selector.unregister(client.socket)
+        self._clients -= 1
+        client.socket.close()
+        self._on_gone(client)
 
 
 class ServiceAbsent(Exception):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import fcntl
 import json
 import math
@@ -25,13 +24,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from halton_meter.control import SOCKET_NAME, is_friend, listen_at
+from halton_meter.control import SOCKET_NAME, Answering, Client
 from halton_meter.gaps import Gaps
-from halton_meter.model import Outcome, PricedEvent, TlsChunk, Tokens, rfc3339, usd_text
+from halton_meter.model import PricedEvent, TlsChunk, rfc3339
+from halton_meter.totals import Totals
 
 if TYPE_CHECKING:
     from capture.uprobe import ProcessCoverage, Status
@@ -61,12 +60,8 @@ SLICE_S = 0.01
 # What a chunk takes in memory besides its bytes.
 CHUNK_OVERHEAD_BYTES = 256
 
-CLIENTS_MAX = 64
-REQUEST_BYTES_MAX = 4096
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
-MODELS_MAX = 200
-MODEL_CHARACTERS_MAX = 200
 DRAIN_S = 5.0
 
 
@@ -89,122 +84,6 @@ class Job:
     cause: str | None = None
     restarts: int = 0
     supervisor_pid: int | None = None
-
-
-@dataclass(slots=True)
-class Line:
-    """What one model used: known counts only, `unpriced` requests beside the sum."""
-
-    requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    list_usd: Decimal = Decimal(0)
-    marginal_usd: Decimal = Decimal(0)
-    unpriced: int = 0
-
-    def add(self, other: Line) -> None:
-        """Add another line to this one."""
-        for name in Line.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-@dataclass(slots=True)
-class Totals:
-    """What a run or the service has metered so far."""
-
-    total: Line = field(default_factory=Line)
-    models: dict[str, Line] = field(default_factory=dict)
-    gapped: int = 0
-    aborted: int = 0
-    failed: int = 0
-
-    def add(self, event: PricedEvent) -> None:
-        """Count one event."""
-        usage = event.usage
-        line = Line(
-            requests=1,
-            input_tokens=_sent(usage.tokens),
-            output_tokens=usage.tokens.output or 0,
-            list_usd=event.list_usd or Decimal(0),
-            marginal_usd=event.marginal_usd or Decimal(0),
-            unpriced=int(event.list_usd is None),
-        )
-        self._count(usage.model or usage.request_model or "unknown model", line)
-        self.gapped += usage.outcome is Outcome.GAPPED
-        self.aborted += usage.outcome is Outcome.ABORTED
-        self.failed += usage.error_class is not None
-
-    def _count(self, model: str, line: Line) -> None:
-        if model not in self.models and len(self.models) >= MODELS_MAX:
-            model = "other models"
-        self.models.setdefault(model, Line()).add(line)
-        self.total.add(line)
-
-    def merge(self, other: Totals) -> None:
-        """Add what another process counted."""
-        for model, line in other.models.items():
-            self._count(model, line)
-        self.gapped += other.gapped
-        self.aborted += other.aborted
-        self.failed += other.failed
-
-    def as_json(self) -> dict[str, Any]:
-        """The totals with exact decimals as text."""
-        return {
-            "requests": self.total.requests,
-            "input_tokens": self.total.input_tokens,
-            "output_tokens": self.total.output_tokens,
-            "list_usd": usd_text(self.total.list_usd),
-            "marginal_usd": usd_text(self.total.marginal_usd),
-            "unpriced_requests": self.total.unpriced,
-            "gapped_requests": self.gapped,
-            "aborted_requests": self.aborted,
-            "failed_requests": self.failed,
-            "models": {name: _line_json(line) for name, line in self.models.items()},
-        }
-
-    @classmethod
-    def of_json(cls, table: Any) -> Totals:
-        """The inverse of `as_json`. Raises ValueError for anything else."""
-        totals = cls()
-        try:
-            for name, line in table["models"].items():
-                counted = Line(
-                    requests=int(line["requests"]),
-                    input_tokens=int(line["input_tokens"]),
-                    output_tokens=int(line["output_tokens"]),
-                    list_usd=Decimal(line["list_usd"]),
-                    marginal_usd=Decimal(line["marginal_usd"]),
-                    unpriced=int(line["unpriced"]),
-                )
-                totals._count(str(name)[:MODEL_CHARACTERS_MAX], counted)
-            totals.gapped = int(table["gapped_requests"])
-            totals.aborted = int(table["aborted_requests"])
-            totals.failed = int(table["failed_requests"])
-        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"not totals: {error}") from None
-        return totals
-
-
-def _line_json(line: Line) -> dict[str, Any]:
-    return dataclasses.asdict(line) | {
-        "list_usd": usd_text(line.list_usd),
-        "marginal_usd": usd_text(line.marginal_usd),
-    }
-
-
-def _sent(tokens: Tokens) -> int:
-    return sum(
-        count or 0
-        for count in (
-            tokens.input,
-            tokens.cache_read,
-            tokens.cache_write,
-            tokens.cache_write_5m,
-            tokens.cache_write_1h,
-            tokens.cache_write_12h,
-        )
-    )
 
 
 # --- the process --------------------------------------------------------------------------------
@@ -259,13 +138,11 @@ class EventStore(Protocol):
 
 
 @dataclass(slots=True)
-class _Client:
-    """A connection on the control socket, and the process tree it watches."""
+class _Run:
+    """A process tree that a client watches."""
 
-    socket: socket.socket
-    pid: int | None = None
+    pid: int
     totals: Totals = field(default_factory=Totals)
-    heard: bytearray = field(default_factory=bytearray)
 
 
 class Metering:
@@ -277,7 +154,7 @@ class Metering:
         self._meter = meter
         self._store = store
         self._selector = selectors.DefaultSelector()
-        self._clients: dict[socket.socket, _Client] = {}
+        self._runs: dict[Client, _Run] = {}
         self._totals = Totals()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
         self._backlog_bytes = 0
@@ -290,8 +167,8 @@ class Metering:
         self._flush_due: float | None = None
         self._flusher: subprocess.Popen[bytes] | None = None
         self._flush_again = False
-        self._waiting: list[_Client] = []  # for the flush that runs now
-        self._waiting_next: list[_Client] = []
+        self._waiting: list[Client] = []  # for the flush that runs now
+        self._waiting_next: list[Client] = []
         self._settle_due: float | None = None
         self._alive_due = 0.0
         self._store_error: str | None = None
@@ -303,7 +180,8 @@ class Metering:
         """Meter until told to end; the exit code tells why it ended."""
         if self._gaps is not None:
             self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
-            self._listen()
+            home = Path(self._job.home)
+            Answering(home, self._selector, self._answer, on_gone=self._forget_run)
         self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         tell({"ready": True, "loader": self._source.status().loader})
@@ -355,9 +233,9 @@ class Metering:
         self._store.append(events)
         for event in events:
             self._totals.add(event)
-            for client in self._clients.values():
-                if client.pid is not None and is_of_tree(event, client.pid):
-                    client.totals.add(event)
+            for run in self._runs.values():
+                if is_of_tree(event, run.pid):
+                    run.totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
         self._unflushed += len(events)
         now = time.monotonic()
@@ -400,7 +278,8 @@ class Metering:
             f"the flush ended with code {code}" if code else None
         )
         for client in self._waiting:
-            self._reply(client, self._watched(client))
+            if client in self._runs:
+                client.send(self._watched(self._runs[client]))
         if self._flush_again or self._waiting_next:
             self._flush()
 
@@ -478,64 +357,16 @@ class Metering:
 
     # --- the control socket
 
-    def _listen(self) -> None:
-        listener = listen_at(Path(self._job.home))
-        self._selector.register(
-            listener, selectors.EVENT_READ, lambda: self._on_connection(listener)
-        )
-
-    def _on_connection(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            connection, _ = listener.accept()
-            if len(self._clients) >= CLIENTS_MAX or not is_friend(connection):
-                connection.close()
-                return
-            connection.settimeout(1.0)
-            client = _Client(connection)
-            self._clients[connection] = client
-            self._selector.register(
-                connection, selectors.EVENT_READ, lambda: self._on_request(client)
-            )
-
-    def _drop_client(self, client: _Client) -> None:
-        self._selector.unregister(client.socket)
-        del self._clients[client.socket]
-        client.socket.close()
-
-    def _on_request(self, client: _Client) -> None:
-        try:
-            data = client.socket.recv(REQUEST_BYTES_MAX)
-            client.heard += data
-            if not data or len(client.heard) > REQUEST_BYTES_MAX:
-                self._drop_client(client)
-                return
-            while b"\n" in client.heard:
-                line, _, rest = bytes(client.heard).partition(b"\n")
-                client.heard[:] = rest
-                answer = self._answer(client, json.loads(line))
-                if answer is not None:
-                    client.socket.sendall(json.dumps(answer).encode() + b"\n")
-        except (OSError, ValueError):
-            self._drop_client(client)
-
-    def _reply(self, client: _Client, answer: dict[str, Any]) -> None:
-        if client.socket not in self._clients:
-            return
-        try:
-            client.socket.sendall(json.dumps(answer).encode() + b"\n")
-        except OSError:
-            self._drop_client(client)
-
-    def _answer(self, client: _Client, request: Any) -> dict[str, Any] | None:
+    def _answer(self, client: Client, request: Any) -> dict[str, Any] | None:
         """The answer, or None when it comes later."""
         asked = request.get("ask") if isinstance(request, dict) else None
         if asked == "status":
             return self.status()
         if asked == "watch" and isinstance(request.get("pid"), int):
-            client.pid, client.totals = request["pid"], Totals()
-            self._watch(client.pid)
-            return {"watching": client.pid}
-        if asked == "finish" and client.pid is not None:
+            self._runs[client] = _Run(request["pid"])
+            self._watch(request["pid"])
+            return {"watching": request["pid"]}
+        if asked == "finish" and client in self._runs:
             self._drain()
             self._waiting_next.append(client)
             self._flush()
@@ -552,9 +383,11 @@ class Metering:
         with contextlib.suppress(UprobeUnavailable):
             self._source.watch(pid)
 
-    def _watched(self, client: _Client) -> dict[str, Any]:
-        coverage = self._coverage(client.pid)
-        return {"totals": client.totals.as_json(), "coverage": coverage}
+    def _forget_run(self, client: Client) -> None:
+        self._runs.pop(client, None)
+
+    def _watched(self, run: _Run) -> dict[str, Any]:
+        return {"totals": run.totals.as_json(), "coverage": self._coverage(run.pid)}
 
     # --- what there is to tell
 

@@ -30,10 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter import metering
-from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent, listen_at
-from halton_meter.daemon import BACKOFF_S, HEALTHY_S
+from halton_meter.control import (
+    PROXY_SOCKET_NAME,
+    REQUEST_BYTES_MAX,
+    Control,
+    ServiceAbsent,
+    listen_at,
+)
 from halton_meter.gaps import Gaps
-from halton_meter.metering import Totals, prepare_home
+from halton_meter.metering import prepare_home
 from halton_meter.model import rfc3339
 from halton_meter.proxy_worker import (
     CA_FOLDER,
@@ -44,6 +49,8 @@ from halton_meter.proxy_worker import (
     program_of,
     provider_hosts,
 )
+from halton_meter.supervisor import BACKOFF_S, HEALTHY_S
+from halton_meter.totals import Totals
 from proxy_fallback import edge as edges
 from proxy_fallback.edge import Edge
 
@@ -374,7 +381,7 @@ class ProxyService:
             listener = listen_at(self.home, PROXY_SOCKET_NAME)
             listener.setblocking(False)
             self._control = await asyncio.start_unix_server(
-                self._converse, sock=listener, limit=metering.REQUEST_BYTES_MAX
+                self._converse, sock=listener, limit=REQUEST_BYTES_MAX
             )
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

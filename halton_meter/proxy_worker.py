@@ -29,12 +29,12 @@ from halton_meter.metering import (
     FLUSH_AFTER_S,
     FLUSH_EVENTS,
     SEAL_AFTER_S,
-    Totals,
     flush,
     make_meter,
     prepare_home,
 )
 from halton_meter.model import rfc3339
+from halton_meter.totals import Totals
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from halton_meter import daemon, metering
+from halton_meter import daemon, metering, privileges, supervisor
 from halton_meter.config import Account, Config, ConfigError, account_named
-from halton_meter.control import SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.gaps import Gaps
-from halton_meter.metering import Job, Totals
+from halton_meter.metering import Job
 from halton_meter.model import (
     Basis,
     Certainty,
@@ -35,6 +35,7 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
 )
+from halton_meter.totals import MODELS_MAX, Totals
 
 ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/zsh")
 
@@ -73,7 +74,7 @@ def event(
 def test_under_sudo_the_persons_own_environment_comes_back() -> None:
     parent = b"HOME=/home/ann\0PATH=/home/ann/bin:/bin\0USER=ann\0OPENAI_API_KEY=k\0BAD\0"
     ours = {"HOME": "/root", "PATH": "/sbin", "SUDO_UID": "1000", "SUDO_USER": "ann", "ADDED": "1"}
-    found = daemon.user_environment(ANN, ours, parent)
+    found = privileges.user_environment(ANN, ours, parent)
     assert found["PATH"] == "/home/ann/bin:/bin"
     assert found["OPENAI_API_KEY"] == "k"
     assert found["HOME"] == "/home/ann"
@@ -83,7 +84,7 @@ def test_under_sudo_the_persons_own_environment_comes_back() -> None:
 
 def test_without_sudos_environment_only_the_identity_is_put_right() -> None:
     ours = {"HOME": "/root", "USER": "root", "MAIL": "/var/mail/root", "SUDO_UID": "1000", "X": "1"}
-    assert daemon.user_environment(ANN, ours, None) == {
+    assert privileges.user_environment(ANN, ours, None) == {
         "HOME": "/home/ann",
         "USER": "ann",
         "LOGNAME": "ann",
@@ -93,7 +94,10 @@ def test_without_sudos_environment_only_the_identity_is_put_right() -> None:
 
 
 def test_without_sudo_nothing_changes() -> None:
-    assert daemon.user_environment(ANN, {"HOME": "/h", "X": "1"}, None) == {"HOME": "/h", "X": "1"}
+    assert privileges.user_environment(ANN, {"HOME": "/h", "X": "1"}, None) == {
+        "HOME": "/h",
+        "X": "1",
+    }
 
 
 def test_the_service_covers_whom_it_says() -> None:
@@ -154,11 +158,11 @@ def test_anything_else_is_not_totals(hostile: object) -> None:
 
 def test_models_past_the_limit_are_counted_together() -> None:
     totals = Totals()
-    for number in range(metering.MODELS_MAX + 5):
+    for number in range(MODELS_MAX + 5):
         totals.add(event(str(number), f"model-{number}"))
-    assert len(totals.models) == metering.MODELS_MAX + 1
+    assert len(totals.models) == MODELS_MAX + 1
     assert totals.models["other models"].requests == 5
-    assert totals.total.requests == metering.MODELS_MAX + 5
+    assert totals.total.requests == MODELS_MAX + 5
 
 
 # --- gaps ----------------------------------------------------------------------------------------
@@ -387,7 +391,7 @@ def test_the_control_socket_is_the_owners_alone_and_outlives_garbage(running: Ru
     assert (running.home / SOCKET_NAME).stat().st_mode & 0o777 == 0o600
     rude = running.control()
     with pytest.raises(ServiceAbsent):
-        rude.ask("x" * metering.REQUEST_BYTES_MAX)
+        rude.ask("x" * REQUEST_BYTES_MAX)
     rude.close()
     assert control.ask("status")["health"] == "ok"
     assert control.ask("stop") == {"stopping": True}
@@ -417,6 +421,6 @@ def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Runn
 
 
 def test_causes_are_told_in_words() -> None:
-    assert daemon._cause(metering.HELPER_DIED) == "the capture helper died"
-    assert "SIGKILL" in daemon._cause(-signal.SIGKILL)
-    assert "code 3" in daemon._cause(3)
+    assert supervisor._cause(metering.HELPER_DIED) == "the capture helper died"
+    assert "SIGKILL" in supervisor._cause(-signal.SIGKILL)
+    assert "code 3" in supervisor._cause(3)

@@ -54,7 +54,7 @@ def daemon(
             "say --foreground; to run it in the background: sudo halton-meter start"
         )
     from halton_meter.config import ConfigError
-    from halton_meter.daemon import Unavailable
+    from halton_meter.supervisor import Unavailable
 
     try:
         if via == "proxy":
@@ -71,17 +71,17 @@ def daemon(
 
 
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
-    from halton_meter import config
+    from halton_meter import config, supervisor
     from halton_meter import daemon as root
 
     if not config.is_root():
-        raise root.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
+        raise supervisor.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
     account = config.account_named(owner) if owner else config.invoking_account()
     home = _home(account.home)
     chosen, hosts = root.configured(account, home)
     everyone = all_users or chosen.all_users
     uids = frozenset(root.wanted_uids(account, chosen, users))
-    plan = root.Plan(
+    plan = supervisor.Plan(
         account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
     )
     root.serve(plan, lambda text: click.echo(f"halton-meter: {text}", err=True))
@@ -89,7 +89,7 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
 
 def _serve_proxy(port: int | None) -> None:
     from halton_meter import config, proxied
-    from halton_meter import daemon as root
+    from halton_meter.supervisor import Unavailable
 
     def say(text: str) -> None:
         click.echo(f"halton-meter: {text}", err=True)
@@ -98,7 +98,7 @@ def _serve_proxy(port: int | None) -> None:
         proxied.serve(config.home_folder(), port, say)
     except proxied.ProxyUnavailable as error:
         what, _, mend = str(error).partition("\n")
-        raise root.Unavailable([(what, mend.strip().removeprefix("try: "))]) from None
+        raise Unavailable([(what, mend.strip().removeprefix("try: "))]) from None
 
 
 def _keep_proxy(port: int | None) -> int:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from halton_meter.daemon import Metered
-    from halton_meter.metering import Line
+    from halton_meter.supervisor import Metered
+    from halton_meter.totals import Line
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
@@ -47,7 +47,7 @@ def run(
 ) -> NoReturn:
     """Meter one command and print what it cost."""
     from halton_meter.config import ConfigError, invoking_account
-    from halton_meter.daemon import Unavailable
+    from halton_meter.supervisor import Unavailable
 
     if shell == bool(command):
         raise click.UsageError("say what to run, or --shell:  halton-meter run -- claude -p hello")
@@ -76,10 +76,10 @@ def run(
 
 
 def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
-    from halton_meter import config, daemon
+    from halton_meter import config, daemon, privileges, supervisor
 
     account = config.invoking_account()
-    environment = daemon.user_environment(account, os.environ, daemon.sudo_environment())
+    environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
     home = config.home_folder({**environment, "HOME": str(environment.get("HOME", account.home))})
     control = _service(home, account.uid)
     if control is not None:
@@ -92,9 +92,9 @@ def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
         )
         return _through_proxy(command)
     if not config.is_root():
-        raise daemon.Unavailable(_not_root(command))
+        raise supervisor.Unavailable(_not_root(command))
     chosen, hosts = daemon.configured(account, home)
-    plan = daemon.Plan(account, home, chosen, hosts, service=False)
+    plan = supervisor.Plan(account, home, chosen, hosts, service=False)
     return daemon.run_command(command, environment, plan)
 
 
@@ -124,7 +124,7 @@ def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _through_proxy(command: Sequence[str]) -> tuple[int, Metered]:
-    from halton_meter import config, daemon
+    from halton_meter import config, supervisor
     from halton_meter.proxied import ProxyUnavailable, meter_command
 
     home = config.home_folder()
@@ -133,8 +133,8 @@ def _through_proxy(command: Sequence[str]) -> tuple[int, Metered]:
         run = meter_command(command, home, os.environ, hosts, config.load_proxy(home).upstream)
     except ProxyUnavailable as error:
         typed = "sudo halton-meter run -- CMD"
-        raise daemon.Unavailable([(str(error), typed)]) from None
-    metered = daemon.Metered(run.totals, dict(run.losses), gaps=run.gaps)
+        raise supervisor.Unavailable([(str(error), typed)]) from None
+    metered = supervisor.Metered(run.totals, dict(run.losses), gaps=run.gaps)
     metered.store_error = run.store_error
     return run.exit_code, metered
 
@@ -216,11 +216,11 @@ def _write_summary(path: Path, code: int, metered: Metered) -> None:
         "coverage": metered.coverage,
         "store_error": metered.store_error,
     }
-    from halton_meter import config, daemon
+    from halton_meter import config, privileges
 
     try:
         # As the person: root must not write wherever a name given to sudo points.
-        daemon.as_account(
+        privileges.as_account(
             config.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
         )
     except (OSError, config.ConfigError) as error:

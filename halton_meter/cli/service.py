@@ -129,7 +129,7 @@ def start(
 def _start_probes(
     all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
 ) -> None:
-    from halton_meter import config, daemon
+    from halton_meter import config, daemon, privileges
 
     account = config.invoking_account()
     home = config.home_folder()
@@ -150,7 +150,7 @@ def _start_probes(
         return
     try:
         daemon.configured(account, home)
-        daemon.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
+        privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
     except (config.ConfigError, OSError) as error:
         _fail(str(error), f"mend it, then: sudo halton-meter start   (state lives in {home})")
     if has_systemd():
@@ -171,11 +171,11 @@ def _start_unit(text: str, home: Path) -> None:
 
 
 def _start_kept(command: list[str], account: object, home: Path) -> None:
-    from halton_meter import config, daemon
+    from halton_meter import config, privileges
 
     assert isinstance(account, config.Account)
     log = home / "daemon.log"
-    daemon.as_account(account, lambda: log.touch(0o600))
+    privileges.as_account(account, lambda: log.touch(0o600))
     environment = {**os.environ, "HALTON_METER_HOME": str(home)}
     arguments = [*command, "--keep"]
     fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)

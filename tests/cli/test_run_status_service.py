@@ -14,8 +14,8 @@ from halton_meter.cli import main
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.service import unit_text
 from halton_meter.cli.status import _worse, proxy_lines, status_lines
-from halton_meter.daemon import Metered
-from halton_meter.metering import Line, Totals
+from halton_meter.supervisor import Metered
+from halton_meter.totals import Line, Totals
 
 
 def totals(**models: Line) -> Totals:

@@ -1,0 +1,134 @@
+"""What a run or the service has metered so far, model by model: sums that `run` and `status` show.
+
+Counts that are not known add nothing, and requests without a price are counted beside the sum,
+never as zero dollars. Totals travel as JSON with exact decimals, from the process that counts to
+those that show. No I/O. What is asked of stored events is `report.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from halton_meter.model import Outcome, PricedEvent, Tokens, usd_text
+
+MODELS_MAX = 200
+MODEL_CHARACTERS_MAX = 200
+
+
+@dataclass(slots=True)
+class Line:
+    """What one model used: known counts only, `unpriced` requests beside the sum."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    list_usd: Decimal = Decimal(0)
+    marginal_usd: Decimal = Decimal(0)
+    unpriced: int = 0
+
+    def add(self, other: Line) -> None:
+        """Add another line to this one."""
+        for name in Line.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run or the service has metered so far."""
+
+    total: Line = field(default_factory=Line)
+    models: dict[str, Line] = field(default_factory=dict)
+    gapped: int = 0
+    aborted: int = 0
+    failed: int = 0
+
+    def add(self, event: PricedEvent) -> None:
+        """Count one event."""
+        usage = event.usage
+        line = Line(
+            requests=1,
+            input_tokens=_sent(usage.tokens),
+            output_tokens=usage.tokens.output or 0,
+            list_usd=event.list_usd or Decimal(0),
+            marginal_usd=event.marginal_usd or Decimal(0),
+            unpriced=int(event.list_usd is None),
+        )
+        self._count(usage.model or usage.request_model or "unknown model", line)
+        self.gapped += usage.outcome is Outcome.GAPPED
+        self.aborted += usage.outcome is Outcome.ABORTED
+        self.failed += usage.error_class is not None
+
+    def _count(self, model: str, line: Line) -> None:
+        if model not in self.models and len(self.models) >= MODELS_MAX:
+            model = "other models"
+        self.models.setdefault(model, Line()).add(line)
+        self.total.add(line)
+
+    def merge(self, other: Totals) -> None:
+        """Add what another process counted."""
+        for model, line in other.models.items():
+            self._count(model, line)
+        self.gapped += other.gapped
+        self.aborted += other.aborted
+        self.failed += other.failed
+
+    def as_json(self) -> dict[str, Any]:
+        """The totals with exact decimals as text."""
+        return {
+            "requests": self.total.requests,
+            "input_tokens": self.total.input_tokens,
+            "output_tokens": self.total.output_tokens,
+            "list_usd": usd_text(self.total.list_usd),
+            "marginal_usd": usd_text(self.total.marginal_usd),
+            "unpriced_requests": self.total.unpriced,
+            "gapped_requests": self.gapped,
+            "aborted_requests": self.aborted,
+            "failed_requests": self.failed,
+            "models": {name: _line_json(line) for name, line in self.models.items()},
+        }
+
+    @classmethod
+    def of_json(cls, table: Any) -> Totals:
+        """The inverse of `as_json`. Raises ValueError for anything else."""
+        totals = cls()
+        try:
+            for name, line in table["models"].items():
+                counted = Line(
+                    requests=int(line["requests"]),
+                    input_tokens=int(line["input_tokens"]),
+                    output_tokens=int(line["output_tokens"]),
+                    list_usd=Decimal(line["list_usd"]),
+                    marginal_usd=Decimal(line["marginal_usd"]),
+                    unpriced=int(line["unpriced"]),
+                )
+                totals._count(str(name)[:MODEL_CHARACTERS_MAX], counted)
+            totals.gapped = int(table["gapped_requests"])
+            totals.aborted = int(table["aborted_requests"])
+            totals.failed = int(table["failed_requests"])
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"not totals: {error}") from None
+        return totals
+
+
+def _line_json(line: Line) -> dict[str, Any]:
+    return dataclasses.asdict(line) | {
+        "list_usd": usd_text(line.list_usd),
+        "marginal_usd": usd_text(line.marginal_usd),
+    }
+
+
+def _sent(tokens: Tokens) -> int:
+    return sum(
+        count or 0
+        for count in (
+            tokens.input,
+            tokens.cache_read,
+            tokens.cache_write,
+            tokens.cache_write_5m,
+            tokens.cache_write_1h,
+            tokens.cache_write_12h,
+        )
+    )
