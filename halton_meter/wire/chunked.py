@@ -9,6 +9,7 @@ for the state machine of `http1.py`.
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 
 # Larger chunks, other spellings and extensions go through the state machine.
@@ -29,6 +30,10 @@ EVENT_END = b"\n\n\r\n"
 # Events up to this size are stepped over by one pattern; it knows every size, so it takes long to
 # compile, and longer events cost little a byte.
 SHORT_EVENT_BYTES_MAX = 0x1FF
+# CPython before 3.11.5 loses its place in a possessive repeat whose inside may try again (its issue
+# 106052; Debian 12 has 3.11.2). There the repeat is a plain one, which remembers each event for
+# trying again, so that it must be bounded.
+_REPEATED = "*+" if sys.version_info >= (3, 11, 5) else "{0,256}"
 
 
 @cache
@@ -52,7 +57,7 @@ def _short_events() -> re.Pattern[bytes]:
         return f"(?:{'|'.join(found)})"
 
     tree = "|".join(f"{digit:x}{beginning_with(f'{digit:x}')}" for digit in range(1, 16))
-    return re.compile(f"(?:{tree})*+".encode(), re.DOTALL)
+    return re.compile(f"(?:{tree}){_REPEATED}".encode(), re.DOTALL)
 
 
 def split(data: bytes, at: int) -> tuple[bytes, int]:

@@ -119,6 +119,20 @@ def test_what_is_left_to_the_state_machine(run):
     assert chunked.events_end(run, 0) == 0
 
 
+@pytest.mark.parametrize("count", [1, 200, 600])
+def test_the_repeat_for_older_pythons_finds_the_same_end(count, monkeypatch):
+    """Debian 12's Python 3.11.2 cannot be trusted with a possessive one."""
+    run = framed([b"data: " + b"x" * (n % 40) + b"\n\n" for n in range(count)])
+    chunked._short_events.cache_clear()
+    monkeypatch.setattr(chunked, "_REPEATED", "{0,256}")
+    try:
+        assert chunked.events_end(run, 0) == len(run)
+        assert chunked.events_end(run[:-1] + b"x", 0) < len(run)
+        assert chunked.is_events(run) == (count <= 256)
+    finally:
+        chunked._short_events.cache_clear()
+
+
 def test_chunks_that_end_within_an_event():
     halves = [TEXT[at : at + 333] for at in range(0, len(TEXT), 333)]
     body = body_of(records(halves))
