@@ -51,8 +51,8 @@ from halton_meter.proxy_worker import (
 )
 from halton_meter.supervisor import BACKOFF_S, HEALTHY_S
 from halton_meter.totals import Totals
-from proxy_fallback import edge as edges
-from proxy_fallback.edge import Edge
+from proxy_fallback import listening
+from proxy_fallback.edge import Edge, HostSet, raise_descriptor_limit
 
 STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
 
@@ -104,7 +104,7 @@ class ProxyService:
             () if mend is not None else provider_hosts(job.extra_hosts),
             job.upstream,
             lambda address: program_of(process_of(address)),
-            edges.raise_descriptor_limit(),
+            raise_descriptor_limit(),
         )
         self.edge.on_bypass = self._on_bypass
         self.addresses: list[str] = []
@@ -237,7 +237,7 @@ class ProxyService:
                 await asyncio.wait_for(self._stopping.wait(), MEND_S)
             return
         self._mend = None
-        self.edge.hosts, self.edge.upstream = edges.HostSet(hosts), self.job.upstream
+        self.edge.hosts, self.edge.upstream = HostSet(hosts), self.job.upstream
 
     async def _live(self) -> int:
         """One worker's life; its exit code."""
@@ -500,7 +500,7 @@ def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
     on `port`, or config.toml's; raises ConfigError then, and ProxyUnavailable without a socket.
     """
     try:
-        sockets = edges.listeners()
+        sockets = listening.listeners()
         mend, trouble = None, None
         job = Job(str(home), True)
         try:
@@ -510,8 +510,8 @@ def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
                 raise
             mend, trouble = (lambda: configured(home)[0]), str(error)
             say(f"{trouble}; traffic goes on unmetered until that is mended")
-        sockets = sockets or [edges.listen(port or own_port)]
-    except edges.EdgeError as error:
+        sockets = sockets or [listening.listen(port or own_port)]
+    except listening.EdgeError as error:
         raise ProxyUnavailable(str(error)) from None
     with contextlib.suppress(OSError):
         prepare_home(home)
@@ -624,8 +624,8 @@ def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
                 "a user name, can"
             )
         host, port = match[1], int(match[2])
-        ours = edges.is_loopback(host) or host == "localhost"
-        return None if ours and edges.answers(port) else (host, port)
+        ours = listening.is_loopback(host) or host == "localhost"
+        return None if ours and listening.answers(port) else (host, port)
     return None
 
 
@@ -646,7 +646,7 @@ class _Background:
         return asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
     async def _start(self) -> int:
-        listener = edges.listen(0)
+        listener = listening.listen(0)
         self._service = ProxyService(self._job, self._environment)
         await self._service.start([listener])
         problem = await self._service.settled()

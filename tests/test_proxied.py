@@ -19,7 +19,8 @@ import pytest
 from halton_meter.model import Source
 from halton_meter.proxied import ProxyUnavailable, environment_proxy, meter_command
 from halton_meter.store import Store
-from proxy_fallback.edge import Edge, listen
+from proxy_fallback.edge import Edge
+from proxy_fallback.listening import listen
 
 CLIENT = """
 import json, os, sys, urllib.request

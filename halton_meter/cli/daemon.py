@@ -108,11 +108,11 @@ def _keep_proxy(port: int | None) -> int:
     import signal
 
     from halton_meter import config
-    from proxy_fallback import edge
+    from proxy_fallback import listening
 
     try:
-        listener = edge.listen(port or config.load_proxy(config.home_folder()).port)
-    except (edge.EdgeError, config.ConfigError) as error:
+        listener = listening.listen(port or config.load_proxy(config.home_folder()).port)
+    except (listening.EdgeError, config.ConfigError) as error:
         click.echo(f"halton-meter: {error}", err=True)
         return 1
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
@@ -128,7 +128,7 @@ def _keep_proxy(port: int | None) -> int:
     signal.signal(signal.SIGTERM, stop)
     while True:
         began = time.monotonic()
-        child = edge.spawn_on(listener, command)
+        child = listening.spawn_on(listener, command)
         _, status = os.waitpid(child, 0)
         code, child = os.waitstatus_to_exitcode(status), 0
         if code == 0 or stopping:

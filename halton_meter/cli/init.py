@@ -182,7 +182,7 @@ def machine_here(platform: str | None = None) -> Machine:
     import proxy_fallback
     from halton_meter import config
     from halton_meter.providers import Registry
-    from proxy_fallback import edge
+    from proxy_fallback import listening
     from proxy_fallback.setup import Machine
 
     home = config.home_folder()
@@ -214,7 +214,7 @@ def machine_here(platform: str | None = None) -> Machine:
         hosts=tuple(hosts),
         now=datetime.datetime.now(datetime.UTC),
         upstream=proxy.upstream is not None,
-        healthy=lambda: edge.answers(proxy.port),
+        healthy=lambda: listening.answers(proxy.port),
         metering=metering,
         port_taken=port_taken,
     )
