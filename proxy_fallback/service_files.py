@@ -2,7 +2,7 @@
 
 The supervisor holds the listening socket, so that a restart of ours refuses no connection. The
 service gets none of the variables that set-up gives to everybody else: it would proxy to itself.
-Only text is made here; setup.py puts it where it belongs.
+Only text is made here; the plan (plan.py) puts it where it belongs.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from proxy_fallback.changes import TOLERATED, Argv, ChangeError, CommandRun, Commands, Ledger
+from proxy_fallback.changes import TOLERATED, Argv, ChangeError, CommandRun, Commands
+from proxy_fallback.ledger import Ledger
 
 ADDRESS = "127.0.0.1"
 # Keys of every system-proxy change begin so: the keeper's to take away and give back.
@@ -393,6 +394,7 @@ def _watcher(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,  # what a dead one did not take is not tried again at its end
         )
     except OSError:
         return None
@@ -400,7 +402,6 @@ def _watcher(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
     # It watches for as long as its input is open.
     with contextlib.suppress(OSError):  # gone already: its output's end will tell
         watcher.stdin.write(SCUTIL_WATCH.encode())
-        watcher.stdin.flush()
     return watcher
 
 

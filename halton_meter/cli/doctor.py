@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from proxy_fallback.changes import Ledger
-    from proxy_fallback.setup import Machine
+    from proxy_fallback.ledger import Ledger
+    from proxy_fallback.plan import Machine
 
 # A day of heavy use is some 50 MB of events.
 FREE_BYTES_MIN = 500 * 1024 * 1024
@@ -116,7 +116,8 @@ def _apply(machine: Machine, plan: list[str], as_json: bool) -> int:
 
 def diagnose(machine: Machine) -> Iterator[Finding]:
     """Everything, in the order in which one thing rests on another."""
-    from proxy_fallback.changes import ChangeError, Ledger
+    from proxy_fallback.changes import ChangeError
+    from proxy_fallback.ledger import Ledger
 
     yield from _installed()
     yield from _files(machine.home)

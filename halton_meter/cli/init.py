@@ -17,7 +17,8 @@ import click
 
 if TYPE_CHECKING:
     from proxy_fallback.changes import Commands
-    from proxy_fallback.setup import Done, Machine
+    from proxy_fallback.plan import Machine
+    from proxy_fallback.setup import Done
 
 EXAMPLES = """
     \b
@@ -60,8 +61,10 @@ def init(
     keep: bool,
 ) -> None:
     """Set up the local proxy for this machine's programs, without root."""
-    from proxy_fallback.changes import ChangeError, Ledger
-    from proxy_fallback.setup import Choice, SetupError, describe, take_steps
+    from proxy_fallback.changes import ChangeError
+    from proxy_fallback.ledger import Ledger
+    from proxy_fallback.plan import Choice, SetupError
+    from proxy_fallback.setup import describe, take_steps
 
     refuse_sudo("init")
     machine = machine_here(platform)
@@ -183,7 +186,7 @@ def machine_here(platform: str | None = None) -> Machine:
     from halton_meter import config
     from halton_meter.providers import Registry
     from proxy_fallback import listening
-    from proxy_fallback.setup import Machine
+    from proxy_fallback.plan import Machine
 
     home = config.home_folder()
     try:

@@ -404,7 +404,7 @@ def _answering(addresses: Sequence[str]) -> bool:
 
 
 def _is_set_up(home: Path) -> bool:
-    from proxy_fallback.changes import LEDGER_NAME
+    from proxy_fallback.ledger import LEDGER_NAME
 
     return (home / LEDGER_NAME).exists()
 

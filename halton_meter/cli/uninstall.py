@@ -32,7 +32,8 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     """Put back everything that init changed."""
     from halton_meter import config
     from halton_meter.cli.init import fail, refuse_sudo
-    from proxy_fallback.changes import ChangeError, Commands, Ledger
+    from proxy_fallback.changes import ChangeError, Commands
+    from proxy_fallback.ledger import Ledger
     from proxy_fallback.setup import undo
 
     refuse_sudo("uninstall")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxy_fallback.changes import Commands, Ran
-from proxy_fallback.setup import Machine
+from proxy_fallback.plan import Machine
 
 RECORDED = Path(__file__).parent / "recorded"
 NOW = datetime.datetime.now(datetime.UTC)

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from proxy_fallback.authority import ensure_authority
-from proxy_fallback.changes import ChangeError, Commands, Ledger, Ran
-from proxy_fallback.setup import Choice, Machine, SetupError, describe, take_steps, undo
+from proxy_fallback.changes import ChangeError, Commands, Ran
+from proxy_fallback.ledger import Ledger
+from proxy_fallback.plan import Choice, Machine, SetupError
+from proxy_fallback.setup import describe, take_steps, undo
 from proxy_fallback.system_proxy import gnome_changes
 from proxy_fallback.trust import variables
 from tests.proxy.machines import Desktop, Killed, Recorded, files, life, machine

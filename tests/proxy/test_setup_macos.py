@@ -11,8 +11,10 @@ import pytest
 
 from proxy_fallback import system_proxy
 from proxy_fallback.authority import ensure_authority
-from proxy_fallback.changes import ChangeError, Ledger, Ran
-from proxy_fallback.setup import Choice, Done, Machine, SetupError, describe, take_steps, undo
+from proxy_fallback.changes import ChangeError, Ran
+from proxy_fallback.ledger import Ledger
+from proxy_fallback.plan import Choice, Machine, SetupError
+from proxy_fallback.setup import Done, describe, take_steps, undo
 from proxy_fallback.system_proxy import Keeper, network_proxy, network_services, notifications
 from tests.proxy.machines import Mac, files, life, machine, said
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy_fallback import changes
+from proxy_fallback import ledger as ledgers
 from proxy_fallback.changes import (
     BlockAdded,
     Change,
@@ -16,9 +16,9 @@ from proxy_fallback.changes import (
     CommandRun,
     FileMade,
     FolderOwned,
-    Ledger,
     Ran,
 )
+from proxy_fallback.ledger import Ledger
 from tests.proxy.machines import Killed, Recorded, files
 
 
@@ -137,7 +137,7 @@ def test_a_file_that_is_too_large_to_be_a_start_up_file_is_not_touched(
     ledger: Ledger, tmp_path: Path
 ) -> None:
     file = tmp_path / ".bashrc"
-    file.write_bytes(b"x" * (changes.FILE_BYTES_MAX + 1))
+    file.write_bytes(b"x" * (ledgers.FILE_BYTES_MAX + 1))
     with pytest.raises(ChangeError, match="not touched"):
         ledger.make(BlockAdded(str(file), "export A=1"))
     assert ledger.entries == ()
@@ -217,7 +217,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_change(
     def full(path: Path, content: bytes, mode: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(changes, "write_whole", full)
+    monkeypatch.setattr(ledgers, "write_whole", full)
     with pytest.raises(ChangeError, match="nothing was changed: No space"):
         ledger.make(FileMade(str(tmp_path / "x"), "ours"))
     assert not (tmp_path / "x").exists()
@@ -225,15 +225,15 @@ def test_a_ledger_that_cannot_be_written_stops_the_change(
 
 def test_a_ledger_that_cannot_be_read_is_not_thrown_away(home: Path, switch: Switch) -> None:
     home.mkdir()
-    (home / changes.LEDGER_NAME).write_text('{"version": 1, "chan')
+    (home / ledgers.LEDGER_NAME).write_text('{"version": 1, "chan')
     with pytest.raises(ChangeError, match="Move it away"):
         Ledger(home, switch)
-    assert (home / changes.LEDGER_NAME).exists()
+    assert (home / ledgers.LEDGER_NAME).exists()
 
 
 def test_the_ledger_is_its_owners_alone(ledger: Ledger, home: Path) -> None:
     ledger.make(SETTING)
-    assert (home / changes.LEDGER_NAME).stat().st_mode & 0o777 == 0o600
+    assert (home / ledgers.LEDGER_NAME).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_retreat_keeps_what_was_there_before_it(
@@ -265,7 +265,7 @@ def everything(folder: Path) -> list[Change]:
 def killed_at(number: int, monkeypatch: pytest.MonkeyPatch, switch: Switch) -> Callable[[], bool]:
     """Kill at the number-th write or command, half the time after it was done."""
     seen = 0
-    write = changes.write_whole
+    write = ledgers.write_whole
 
     def moment(do: Callable[[], None]) -> None:
         nonlocal seen
@@ -283,7 +283,7 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch, switch: Switch) -> C
         moment(lambda: switch.answer(argv) and None)
         return None
 
-    monkeypatch.setattr(changes, "write_whole", writing)
+    monkeypatch.setattr(ledgers, "write_whole", writing)
     switch.before = running
     return lambda: seen < (number + 1) // 2
 
