@@ -10,13 +10,16 @@ BIN := $(VENV)/bin
 DEMO_HOME ?= .cache/demo
 
 # clang and libbpf build and load the kernel program; without root the demo does without them.
-DEMO_COMMANDS := tshark $(if $(filter 0,$(shell id -u)),curl clang)
-DEMO_PACKAGES := tshark $(if $(filter 0,$(shell id -u)),curl clang libbpf1)
+DEMO_COMMANDS := tshark $(if $(filter 0,$(shell id -u)),curl clang ip)
+DEMO_PACKAGES := tshark $(if $(filter 0,$(shell id -u)),curl clang libbpf1 iproute2)
 # Whatever a test would otherwise be skipped for, so that on this machine none is.
 TEST_COMMANDS := tshark clang gcc curl node npm go ip bpftool keytool systemctl gsettings zsh fish
 TEST_PACKAGES := tshark clang llvm gcc libc6-dev libbpf1 libbpf-dev bpftool python3-bpfcc \
-	linux-headers-amd64 curl nodejs npm golang-go default-jdk-headless iproute2 procps zsh fish \
+	clang-19 linux-headers-amd64 curl nodejs npm golang-go default-jdk-headless iproute2 procps zsh fish \
 	systemd dbus-user-session libglib2.0-bin gsettings-desktop-schemas dconf-gsettings-backend
+
+# setuptools warns at length of what any editable install is.
+QUIETLY := PYTHONWARNINGS=ignore
 
 .PHONY: demo test setup setup-test lint unit kernel lab clients bench clean
 
@@ -38,11 +41,11 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install -q --upgrade pip
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install -q -e .
+	$(QUIETLY) $(BIN)/python -m pip install -q -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(QUIETLY) $(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@
 
 lint: setup-test

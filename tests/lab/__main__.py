@@ -67,6 +67,9 @@ def main() -> int:
     except PermissionError as error:
         print(f"{error}: sudo {sys.executable} -m tests.lab {what}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
