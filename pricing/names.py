@@ -107,8 +107,11 @@ def candidates(model: str, owner: str) -> Iterator[str]:
         forms.append(":".join(forms[-1].split(":")[:2]))
     for form in forms:
         yield from _unpinned(form)
-    if (without_region := _REGION.sub("", forms[-1])) != forms[-1]:
+    without_region = _REGION.sub("", forms[-1])
+    if without_region != forms[-1]:
         yield from _unpinned(without_region)
+    if owner == "bedrock" and not forms[-1].startswith(("global.", "regional.")):
+        yield from _unpinned(f"regional.{without_region}")  # one price for all regions but global
 
 
 def _unpinned(name: str) -> Iterator[str]:

@@ -1,23 +1,28 @@
-"""A provider's response body, in a file or on standard input, to the usage events it stands for.
+"""A provider's answer, its host and path unknown, to the usage events that it stands for.
 
-`pricing explain` has a body and perhaps a provider's name, but neither host nor path. This file
-finds out what kind of answer the body is, puts it into the exchange it would have been, and lets
-the provider's own reader read it: the rules of counting live there alone. It accepts the body
-itself (JSON, SSE, NDJSON), or an object around it: {"provider", "response", "request", "headers",
-"at", …} as in the vectors, or a recorded exchange's {"request": {...}, "response": {"body": …}}.
+This file finds out what kind of answer a body is, puts it into the exchange that it would have
+been, and lets the provider's own reader read it: the rules of counting live there alone. What a
+document may look like, and what it may state beside the body, is in `answer.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from halton_meter import providers
+from halton_meter.cli.answer import (
+    USAGE_KEYS,
+    Answer,
+    NotExplained,
+    answer_of,
+    dumped,
+    first_object,
+    model_of,
+)
 from halton_meter.model import (
     Body,
     Certainty,
@@ -34,25 +39,13 @@ from halton_meter.model import (
     event_id,
 )
 from pricing.names import canonical_provider
-from pricing.tariff import UNIT_DIMENSIONS
+
+__all__ = ["NotExplained", "events_of", "stated_time"]
 
 Json = dict[str, Any]
 
-DOCUMENT_BYTES_MAX = 64 << 20
 # Stands in a path for a model that nothing names.
 _UNNAMED = "unknown"
-# A body with one of these is a provider's own, and read by the provider's reader.
-_USAGE_KEYS = ("usage", "usageMetadata", "usage_info", "x_groq", "billed_units", "metrics")
-_PLAIN_CONDITIONS = (
-    "service_tier",
-    "batch",
-    "region",
-    "image_size",
-    "image_quality",
-    "video_size",
-    "speed",
-    "inference_geo",
-)
 # How a provider's routes are reached, tried in turn against the route's own pattern.
 _PATHS = {
     "messages": ("/v1/messages", "/anthropic/v1/messages", "/api/v1/messages"),
@@ -100,6 +93,11 @@ _PATHS = {
     "videos": ("/v1/videos", "/v1/videos/generations"),
     "moderations": ("/v1/moderations",),
     "count_tokens": ("/v1/messages/count_tokens",),
+    "responses_input_tokens": ("/v1/responses/input_tokens",),
+    "cachedContents": (
+        "/v1beta/cachedContents",
+        "/v1/projects/p/locations/global/cachedContents",
+    ),
     "countTokens": ("/v1beta/models/{model}:countTokens",),
     "realtime": ("/v1/realtime",),
     "responses_socket": ("/v1/responses",),
@@ -110,7 +108,7 @@ _SOCKETS = ("realtime", "responses_socket")
 _FETCHED = (*_SOCKETS, "gemini_batch")
 # Answers of these are free, so a body must look like one: they are never a last guess.
 _FREE_KINDS = ("batch", "count", "moderation")
-_FREE_ENDPOINTS = ("moderations", "count_tokens", "countTokens")
+_FREE_ENDPOINTS = ("moderations", "count_tokens", "responses_input_tokens", "countTokens")
 _PROVIDER_OF_MODEL = (
     (re.compile(r"^(claude|anthropic/)"), "anthropic"),
     (re.compile(r"^(gemini|models/gemini|gemma)"), "gemini"),
@@ -124,37 +122,16 @@ _PROVIDER_OF_MODEL = (
 )
 
 
-class NotExplained(Exception):
-    """The document cannot be read as a response; the text says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A response body and what is known about the call around it."""
-
-    body: bytes
-    document: Json | None
-    provider: str | None = None
-    host: str | None = None
-    path: str | None = None
-    method: str = "POST"
-    status: int = 200
-    headers: tuple[tuple[str, str], ...] = ()
-    request: bytes = b""
-    at: str | None = None
-    conditions: Mapping[str, str] = field(default_factory=dict)
-
-
 def stated_time(raw: bytes) -> str | None:
     """The time that a document itself names for the call, if it does."""
-    return _answer(raw).at
+    return answer_of(raw).at
 
 
 def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
     """The usage events of a document; NotExplained when it holds none."""
-    answer = _answer(raw)
+    answer = answer_of(raw)
     wanted = canonical_provider(provider or answer.provider or _guessed_provider(answer))
-    if plain := _plain(answer.document, wanted, at_ns):
+    if plain := _plain(answer, wanted, at_ns):
         return [plain]
     events = _read(answer, wanted, at_ns)
     if not events:
@@ -162,10 +139,11 @@ def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
             f"this is no response of {wanted} that carries usage; "
             "name the provider: halton-meter pricing explain --provider P FILE"
         )
-    if beside := _units_beside(answer.document):
-        first = events[0]
-        known = {**beside, **first.parts[0].units}
-        parts = (replace(first.parts[0], units=known), *first.parts[1:])
+    first = events[0]
+    known = first.units
+    if beside := {name: n for name, n in answer.units.items() if name not in known}:
+        part = first.parts[0]
+        parts = (replace(part, units={**beside, **part.units}), *first.parts[1:])
         events = [replace(first, parts=parts), *events[1:]]
     if answer.conditions:
         events = [
@@ -174,148 +152,12 @@ def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
     return events
 
 
-# --- the document ------------------------------------------------------------
-
-
-def _answer(raw: bytes) -> _Answer:
-    if len(raw) > DOCUMENT_BYTES_MAX:
-        raise NotExplained(f"the document is larger than {DOCUMENT_BYTES_MAX >> 20} MB")
-    try:
-        document = json.loads(raw, parse_float=Decimal)
-    except (ValueError, RecursionError):
-        if not raw.strip():
-            raise NotExplained("the document is empty") from None
-        return _Answer(raw, None)  # SSE, NDJSON: the reader's to parse
-    if not isinstance(document, dict):
-        return _bare(document, raw)
-    inner = document.get("response")
-    is_wrapped = isinstance(inner, (dict, str, list)) and (
-        not any(name in document for name in ("usage", "object", "type", "custom_id"))
-        and not (isinstance(inner, dict) and "inlinedResponses" in inner)
-    )
-    return _wrapped(document, inner) if is_wrapped else _bare(document, raw)
-
-
-def _bare(document: Any, raw: bytes) -> _Answer:
-    """A body alone: one object, a line of a batch's results, or a stream's events as a list."""
-    if isinstance(document, list):
-        events = [each for each in document if isinstance(each, dict)]
-        is_gemini = any("candidates" in each or "usageMetadata" in each for each in events)
-        if len(events) < 2 or is_gemini:  # Gemini's own streams are lists
-            return _Answer(raw, None)
-        lines = (json.dumps(each, default=_plain_number) for each in events)
-        return _Answer("".join(f"data: {line}\n\n" for line in lines).encode(), None)
-    if not isinstance(document, dict) or "custom_id" not in document:
-        return _Answer(raw, document if isinstance(document, dict) else None)
-    if (line := _batch_line(document)) is not None:
-        body = json.dumps(line, default=_plain_number).encode()
-        return _Answer(body, line, conditions={"batch": "true"})
-    # A request of a batch that failed, expired or was canceled: nothing is billed.
-    return _Answer(b'{"error":{"type":"batch_request_failed"}}', {"error": {}})
-
-
-def _batch_line(document: Json) -> Json | None:
-    """The response in one line of a batch's results (Anthropic's or OpenAI's), None if failed."""
-    for outer, inner in (("result", "message"), ("response", "body")):
-        holder = document.get(outer)
-        if isinstance(holder, dict) and isinstance(holder.get(inner), dict):
-            line: Json = holder[inner]
-            return line
-    return None
-
-
-def _wrapped(document: Json, inner: Any) -> _Answer:
-    """The parts of {"provider", "request", "response", …}."""
-    request = document.get("request")
-    request = request if isinstance(request, dict) else {}
-    headers = dict(_strings(document.get("headers")))
-    headers |= dict(_strings(document.get("response_headers")))
-    status = document.get("status", document.get("http_status", 200))
-    if isinstance(inner, dict) and "body" in inner and ("status" in inner or "headers" in inner):
-        headers |= dict(_strings(inner.get("headers")))
-        status = inner.get("status", status)
-        inner = inner["body"]
-    is_recorded = "url" in request or ("body" in request and "method" in request)
-    url = urlsplit(str(request.get("url") or document.get("url") or ""))
-    base = urlsplit(str(document.get("base_url") or ""))
-    asked = request.get("body") if is_recorded else request
-    if not asked and (named := _text(document.get("model"))):
-        asked = {"model": named}
-    text = inner if isinstance(inner, str) else json.dumps(inner, default=_plain_number)
-    bare = _bare(_object(inner) if isinstance(inner, str) else inner, text.encode())
-    conditions = document.get("conditions")
-    return _Answer(
-        body=bare.body,
-        document=bare.document,
-        provider=_text(document.get("provider")),
-        host=_text(document.get("host")) or url.hostname or base.hostname,
-        path=_text(document.get("path")) or url.path or None,
-        method=str(request.get("method", "POST")) if is_recorded else "POST",
-        status=status if isinstance(status, int) else 200,
-        headers=tuple((k, v) for k, v in headers.items() if k != "content-encoding"),
-        request=(asked if isinstance(asked, str) else json.dumps(asked, default=str)).encode()
-        if asked
-        else b"",
-        at=_text(document.get("at")),
-        conditions={
-            **bare.conditions,
-            **_plain_conditions(document),
-            **dict(_strings(conditions)),
-        },
-    )
-
-
-def _plain_conditions(document: Json) -> dict[str, str]:
-    """Conditions that a document states beside the response."""
-    return {name: str(document[name]).lower() for name in _PLAIN_CONDITIONS if name in document}
-
-
-def _object(value: Any) -> Json | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value, parse_float=Decimal)
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) else None
-
-
-def _strings(value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, list):  # headers as pairs
-        value = dict(
-            pair
-            for pair in value
-            if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-        )
-    if isinstance(value, dict):
-        for key, text in value.items():
-            yield str(key).lower(), str(text)
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _plain_number(value: object) -> int | float:
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    raise TypeError(type(value).__name__)
-
-
 # --- from a document to an exchange ------------------------------------------------------------
 
 
-def _model(document: Json) -> str | None:
-    for holder in (document, document.get("message"), document.get("response")):
-        if isinstance(holder, dict):
-            for key in ("model", "modelVersion", "model_version", "model_id"):
-                if isinstance(holder.get(key), str):
-                    return str(holder[key])
-    return None
-
-
-def _guessed_provider(answer: _Answer) -> str:
-    document = answer.document or _first_object(answer.body)
-    model = (_model(document) or "").lower() if document else ""
+def _guessed_provider(answer: Answer) -> str:
+    document = answer.document or first_object(answer.body)
+    model = (model_of(document) or "").lower() if document else ""
     if document and "usageMetadata" in document:
         return "gemini"
     for pattern, provider in _PROVIDER_OF_MODEL:
@@ -329,24 +171,12 @@ def _guessed_provider(answer: _Answer) -> str:
     )
 
 
-def _first_object(body: bytes) -> Json | None:
-    """The first JSON object of a stream (SSE, NDJSON or an array)."""
-    start = body.find(b"{")
-    if start < 0:
-        return None
-    try:
-        value, _ = json.JSONDecoder().raw_decode(body[start:].decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _plain(document: Json | None, provider: str, at_ns: int) -> UsageEvent | None:
+def _plain(answer: Answer, provider: str, at_ns: int) -> UsageEvent | None:
     """An event of a document that states units and no usage object: {"model", "audio_seconds"}."""
-    if document is None or any(name in document for name in _USAGE_KEYS):
+    document, units = answer.document, answer.units
+    if document is None or any(name in document for name in USAGE_KEYS):
         return None
-    units = _units_beside(document)
-    model = _model(document)
+    model = model_of(document)
     if not units or model is None:
         return None
     return UsageEvent(
@@ -368,18 +198,8 @@ def _plain(document: Json | None, provider: str, at_ns: int) -> UsageEvent | Non
         at_ns=at_ns,
         ttft_ms=None,
         duration_ms=None,
-        conditions=_plain_conditions(document),
+        conditions=answer.conditions,
     )
-
-
-def _units_beside(document: Json | None) -> dict[str, Decimal]:
-    """Units that a document names at its top level, beside a usage object."""
-    return {
-        name: Decimal(value)
-        for name in UNIT_DIMENSIONS
-        if isinstance(value := (document or {}).get(name), (int, Decimal))
-        and not isinstance(value, bool)
-    }
 
 
 def _endpoints(document: Json, provider: str) -> Iterator[str]:
@@ -400,9 +220,13 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
         yield "videos"
     if set(document) == {"input_tokens"}:
         yield "count_tokens"
+    if kind == "response.input_tokens":
+        yield "responses_input_tokens"
+    if str(document.get("name")).startswith("cachedContents/"):
+        yield "cachedContents"
     if "totalTokens" in document:
         yield "countTokens"
-    if "moderation" in str(_model(document)):
+    if "moderation" in str(model_of(document)):
         yield "moderations"
     if "embedding" in document and "values" in str(document["embedding"])[:64]:
         yield "embedContent"
@@ -422,9 +246,9 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
     data = document.get("data")
     if isinstance(data, list) and data and isinstance(data[0], dict):
         yield "embeddings" if "embedding" in data[0] else "images"
-    if "embed" in str(_model(document)):
+    if "embed" in str(model_of(document)):
         yield "embeddings"
-    if "image" in str(_model(document)):
+    if "image" in str(model_of(document)):
         yield "images"
     yield from _by_counts(usage, document, provider)
     yield from (endpoint for endpoint in _PATHS if endpoint not in _FREE_ENDPOINTS)
@@ -432,7 +256,7 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
 
 def _by_counts(usage: Json, document: Json, provider: str) -> Iterator[str]:
     """By the names of the counts, where nothing else tells."""
-    is_claude = "claude" in str(_model(document)) or provider == "anthropic"
+    is_claude = "claude" in str(model_of(document)) or provider == "anthropic"
     if "input_tokens" in usage or document.get("type") == "message":
         if is_claude:
             yield from ("messages", "rawPredict", "invoke")
@@ -441,14 +265,14 @@ def _by_counts(usage: Json, document: Json, provider: str) -> Iterator[str]:
         yield "chat_completions"
 
 
-def _read(answer: _Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
+def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     """Read the answer by the first of the provider's routes that finds usage in it."""
-    document = answer.document or _first_object(answer.body) or {}
-    model = _model(document) or _model(_object(answer.request.decode()) or {}) or _UNNAMED
+    document = answer.document or first_object(answer.body) or {}
+    model = model_of(document) or _asked_model(answer) or _UNNAMED
     own = [provider for provider in providers.known() if provider.id == wanted]
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
-    seen: list[UsageEvent] = []
+    seen: list[list[UsageEvent]] = []
     for host, method, path in _places(answer, own, document, model):
         match = providers.find(host, method, path)
         if match is None or match.provider.id != wanted:
@@ -457,22 +281,35 @@ def _read(answer: _Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
         events = list(match.route.read(exchange, match.route, match.provider))
         if any(_says_something(event) for event in events):
             return events
-        seen = seen or events
-    if not any(event.free is not None for event in seen):
-        for each in own:
-            for route in each.routes:
-                if route.kind in _FREE_KINDS:
-                    continue
+        seen.append(events)
+    if not any(event.free is not None for events in seen[:1] for event in events):
+        for events in _by_any_route(answer, own, at_ns, model):
+            if any(_counts_something(event) for event in events):
+                return events
+    # No usage anywhere: what the likeliest reader estimates from the text it saw.
+    guessed = (events for events in seen if any(_is_estimated(event) for event in events))
+    return next(guessed, [event for event in (seen or [[]])[0] if event.free is not None])
+
+
+def _by_any_route(
+    answer: Answer, own: list[providers.Provider], at_ns: int, model: str
+) -> Iterator[list[UsageEvent]]:
+    """What each of the provider's routes would make of the answer, whatever its path."""
+    for each in own:
+        for route in each.routes:
+            if route.kind not in _FREE_KINDS:
                 place = (answer.host or each.hosts[0], answer.method, f"/models/{model}:")
                 exchange = _exchange(answer, place, at_ns, model)
-                events = list(route.read(exchange, route, each))
-                if any(_counts_something(event) for event in events):
-                    return events
-    return [event for event in seen if event.free is not None]
+                yield list(route.read(exchange, route, each))
+
+
+def _asked_model(answer: Answer) -> str | None:
+    """The model that the request names, where the document holds one."""
+    return model_of(first_object(answer.request) or {})
 
 
 def _places(
-    answer: _Answer, own: list[providers.Provider], document: Json, model: str
+    answer: Answer, own: list[providers.Provider], document: Json, model: str
 ) -> Iterator[tuple[str, str, str]]:
     """Hosts, methods and paths that the answer may have come from."""
     if answer.host and answer.path:
@@ -503,6 +340,10 @@ def _says_something(event: UsageEvent) -> bool:
     )
 
 
+def _is_estimated(event: UsageEvent) -> bool:
+    return any("estimated_output" in part.details for part in event.parts)
+
+
 def _counts_something(event: UsageEvent) -> bool:
     return event.reported_usd is not None or any(
         (part.units and part.tokens == Tokens()) or part.tokens.input or part.tokens.output
@@ -510,7 +351,7 @@ def _counts_something(event: UsageEvent) -> bool:
     )
 
 
-def _exchange(answer: _Answer, place: tuple[str, str, str], at_ns: int, model: str) -> Exchange:
+def _exchange(answer: Answer, place: tuple[str, str, str], at_ns: int, model: str) -> Exchange:
     host, method, path = place
     is_json = answer.body.lstrip()[:1] in (b"{", b"[")
     kind = "application/json" if is_json else "text/event-stream"
@@ -522,14 +363,15 @@ def _exchange(answer: _Answer, place: tuple[str, str, str], at_ns: int, model: s
     body = answer.body
     is_socket = method == "GET" and path.endswith(("/realtime", "/responses"))
     if is_socket and answer.document is not None:  # one message, on one line
-        body = json.dumps(answer.document, default=_plain_number).encode()
+        body = dumped(answer.document)
+    query = (("model", model),) if is_socket and model != _UNNAMED else ()
     asked = answer.request or json.dumps({"model": model} if model != _UNNAMED else {}).encode()
     request_headers = (("content-type", "application/json"),)
     return Exchange(
         id="explain",
         connection=Connection("explain", Source.PCAP, peer=host),
         protocol=Protocol.WEBSOCKET if is_socket else Protocol.HTTP1,
-        request=Request(method, host, path, (), request_headers, Body((asked,))),
+        request=Request(method, host, path, query, request_headers, Body((asked,))),
         response=Response(answer.status, headers, Body((body,))),
         started_ns=at_ns,
         first_byte_ns=None,

@@ -34,10 +34,11 @@ def by_model(draft: Draft, answer: Json, usage: Verbatim) -> None:
         return
     whole = draft.parts[0].tokens
     if whole.output != sum(part.tokens.output or 0 for part in parts):
-        # Streams have been seen to repeat the whole under every model: then only the whole is true.
         draft.flags.add("total_mismatch")
-        draft.parts[0] = replace(draft.parts[0], units=_ran(draft, answer))
-        return
+        if len(parts) > 1 and all(part.tokens.output == whole.output for part in parts):
+            # Streams have been seen to repeat the whole under every model: only the whole is true.
+            draft.parts[0] = replace(draft.parts[0], units=_ran(draft, answer))
+            return
     parts[0] = replace(parts[0], units=_ran(draft, answer))
     draft.parts = parts
     draft.flags |= counts.flags()

@@ -34,6 +34,7 @@ from halton_meter.providers.reading import (
     error_object,
     failed,
     form,
+    plus,
     positive,
     unanswered,
     verbatim,
@@ -147,11 +148,12 @@ def usage_tokens(
     written = of(came, "cache_write_tokens", "cache_creation_tokens")
     if written is None:
         written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
-    half_day = of(_first_dict(came, "cache_write_tokens_details"), "ttl_12h_tokens")
-    if half_day is None:
-        half_day = of(_first_dict(usage, "cache_write_tokens_details"), "ttl_12h_tokens")
-    if half_day is None:
-        half_day = of({**usage, **came}, "ttl_12h_tokens")
+    lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
+        usage, "cache_write_tokens_details"
+    )
+    half_day = of(lifetimes or came, "ttl_12h_tokens")
+    if written is None:
+        written = plus(half_day, of(lifetimes or came, "ttl_30m_tokens"))
     account = _Account(
         of(usage, "prompt_tokens", "input_tokens"),
         of(usage, "completion_tokens", "output_tokens"),
@@ -201,8 +203,21 @@ def _usage_in(chunk: Json) -> tuple[Json, bytes] | None:
     usage = chunk.get("usage")
     if isinstance(usage, dict) and usage:
         return usage, b"usage"
-    inner = as_dict(chunk.get("x_groq")).get("usage")
-    return (inner, b"usage") if isinstance(inner, dict) and inner else None
+    groq = as_dict(chunk.get("x_groq"))
+    inner = groq.get("usage")
+    if isinstance(inner, dict) and inner:
+        return inner, b"usage"
+    summed = _summed(chunk.get("usage_breakdown") or groq.get("usage_breakdown"))
+    return (summed, b"usage") if summed else None
+
+
+def _summed(breakdown: object) -> Json:
+    """The whole of a compound answer that states only the models it is made of."""
+    counts = Counts()
+    parts = [as_dict(entry.get("usage")) for entry in dicts(as_dict(breakdown).get("models"))]
+    names = ("prompt_tokens", "completion_tokens")
+    sums = {name: plus(*(counts.of(part, name) for part in parts)) for name in names}
+    return {name: count for name, count in sums.items() if count is not None}
 
 
 def _last_usage_elsewhere(body: Body) -> list[tuple[Json, bytes]]:
@@ -466,7 +481,8 @@ def _tool_units(draft: Draft, response: Json) -> dict[str, int]:
     preview = any(str(tool.get("type")).startswith("web_search_preview") for tool in tools)
     if preview:
         draft.conditions["web_search"] = "preview"
-    counted = as_dict(as_dict(response.get("tool_usage")).get("web_search")).get("num_requests")
+    usage = as_dict(response.get("tool_usage"))
+    counted = as_dict(usage.get("web_search")).get("num_requests")
     searches = files = images = 0
     containers: dict[str, None] = {}
     for item in dicts(response.get("output"))[:TOOL_ITEMS_MAX]:

@@ -6,8 +6,6 @@ test evaluates it exactly and asks the book for the same amount to the pico-doll
 
 from __future__ import annotations
 
-import ast
-import operator
 import tomllib
 from datetime import datetime
 from decimal import Decimal
@@ -20,28 +18,9 @@ from halton_meter.cli.explain import events_of
 from halton_meter.model import Certainty, Outcome, Source, Tokens, Usage, UsageEvent
 from pricing.book import PriceBook
 
-PICO = Fraction(1, 10**12)
+from .arithmetic import PICO, exactly
+
 CHECKED_AT = "2026-11-23T12:00:00Z"
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-
-
-def exactly(node):
-    """The value of an arithmetic expression, as a fraction."""
-    match node:
-        case ast.Expression(body=body):
-            return exactly(body)
-        case ast.Constant(value=value):
-            return Fraction(str(value))
-        case ast.Name(id=name):
-            return Fraction({"M": 1_000_000, "K": 1000}[name])
-        case ast.BinOp(left=left, op=op, right=right):
-            return OPERATORS[type(op)](exactly(left), exactly(right))
-    raise ValueError(ast.dump(node))
 
 
 def cases():
@@ -114,7 +93,7 @@ def test_a_price_worked_by_hand_is_the_books_price(case, book):
         assert f"unpriced:{case['unpriced']}" in event.flags
         return
     assert event.list_usd is not None, event.flags
-    expected = exactly(ast.parse(case["sum"], mode="eval"))
+    expected = exactly(case["sum"])
     assert abs(Fraction(event.list_usd) - expected) < PICO, (
         f"{event.list_usd} is not {float(expected)}: "
         + "; ".join(f"{i.what} {i.quantity} x {i.rate_usd} {i.note}" for i in event.line_items)
