@@ -72,7 +72,10 @@ _MODULES = (
     "azure",
     "bedrock",
     "routers",
+    "vercel",
     "cohere",
+    "mistral",
+    "perplexity",
     "compatible",
     "grpc",
 )

@@ -312,16 +312,27 @@ def _answered(body: Body) -> Iterator[str]:
 
 
 def read_count(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One free event for a count of tokens."""
+    """One free event for a count of tokens, or for text cut into tokens, which counts them too."""
     draft = begin(exchange, route, provider)
-    answer: Json = next((value for value, _ in documents(exchange)), {})
-    if failed(exchange) or error_object(answer) is not None:
+    if not unanswered(draft):
+        answer: Json = next((value for value, _ in documents(exchange)), {})
         draft.fail(answer)
-    counted = Counts().of(answer, "input_tokens", "inputTokens", "totalTokens", "total_tokens")
-    draft.free = "error" if draft.error_class else "count"
-    details = {"counted": counted} if counted is not None and not draft.error_class else {}
-    draft.parts = [Usage(draft.request_model, details=details)]
+        draft.free = "error" if draft.error_class else "count"
+        counted = _counted(answer)
+        details = {"counted": counted} if counted is not None and not draft.error_class else {}
+        draft.parts = [Usage(draft.request_model, details=details)]
     yield draft.event()
+
+
+def _counted(answer: Json) -> int | None:
+    stated = Counts().of(answer, "input_tokens", "inputTokens", "totalTokens", "total_tokens")
+    if stated is not None:
+        return stated
+    # Vertex lists the tokens of each text, Cohere and xAI those of the one.
+    texts = dicts(answer.get("tokensInfo")) or [answer]
+    lists = [text.get(name) for text in texts for name in ("tokens", "token_ids")]
+    known = [len(each) for each in lists if isinstance(each, list)]
+    return sum(known) if known else None
 
 
 def read_batch_created(
@@ -329,12 +340,12 @@ def read_batch_created(
 ) -> Iterator[UsageEvent]:
     """One event for handing in a batch; what its requests use is seen in the results."""
     draft = begin(exchange, route, provider)
-    answer: Json = next((value for value, _ in documents(exchange)), {})
-    if failed(exchange) or error_object(answer) is not None:
+    if not unanswered(draft):
+        answer: Json = next((value for value, _ in documents(exchange)), {})
         draft.fail(answer)
-    else:
-        draft.response_id = as_id(answer.get("id")) or as_id(answer.get("name"))
-        draft.pending()
+        if draft.error_class is None:
+            draft.response_id = as_id(answer.get("id")) or as_id(answer.get("name"))
+            draft.pending()
     yield draft.event()
 
 

@@ -315,6 +315,29 @@ def _by_headers(draft: Draft) -> None:
         draft.usage_not_sent()
 
 
+# --- jobs ---------------------------------------------------------------------------------------
+
+
+def read_async_invoke(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a video asked for, by the seconds of the request: it goes to a bucket."""
+    draft = _begin(exchange, route, provider)
+    draft.request_model = as_name(draft.request.get("modelId"))
+    if not unanswered(draft):
+        answer: Json = next((value for value, _ in documents(exchange)), {})
+        draft.fail(answer)
+        if draft.error_class is None:
+            draft.response_id = as_id(answer.get("invocationArn"))
+            asked = as_dict(draft.request.get("modelInput"))
+            wanted = as_dict(asked.get("videoGenerationConfig")) or asked
+            seconds = Counts().of(wanted, "durationSeconds")
+            if seconds:
+                draft.condition("video_size", wanted.get("dimension"))
+                draft.parts = [Usage(draft.request_model, Tokens(), {"video_seconds": seconds})]
+            else:
+                draft.usage_not_sent()
+    yield draft.event()
+
+
 # --- counting, Mantle, routes -------------------------------------------------------------------
 
 
@@ -346,6 +369,7 @@ RUNTIME_ROUTES = (
     route("converse_stream", "chat", _PATH + "/converse-stream", read_converse),
     route("invoke", "chat", _PATH + "/invoke", read_invoke),
     route("invoke_stream", "chat", _PATH + "/invoke-with-response-stream", read_invoke),
+    route("async_invoke", "video", "/async-invoke", read_async_invoke),
     route("count_tokens", "count", _PATH + "/count-tokens", read_bedrock_count),
     *(replace(each, read=_placed(each.read)) for each in text_routes("/openai/v1")),
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.anthropic import read_count
 from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import read_transcription
 from halton_meter.providers.openai_text import route, text_routes
@@ -95,24 +96,12 @@ def _fill(draft: Draft, usage: Json) -> None:
         {
             "search_units": counts.of(billed, "search_units"),
             "classifications": counts.of(billed, "classifications"),
+            "input_images": counts.of(billed, "images"),
         }
     )
     details = positive({"unbilled_cache_read": cached})
     draft.parts = [Usage(draft.model or draft.request_model, tokens, units, details)]
     draft.flags |= counts.flags()
-
-
-def read_tokenized(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One free event for text cut into tokens, which is how they are counted here."""
-    draft = begin(exchange, route, provider)
-    if not unanswered(draft):
-        answer: Json = next((value for value, _ in documents(exchange)), {})
-        draft.fail(answer)
-        draft.free = "error" if draft.error_class else "count"
-        tokens = answer.get("tokens")
-        details = {"counted": len(tokens)} if isinstance(tokens, list) else {}
-        draft.parts = [Usage(draft.request_model, details=details)]
-    yield draft.event()
 
 
 PROVIDER = Provider(
@@ -124,7 +113,7 @@ PROVIDER = Provider(
         route("rerank", "rerank", r"/v[12]/rerank", read_cohere),
         route("generate", "chat", r"/v1/(?:generate|summarize|classify)", read_cohere),
         route("audio_transcriptions", "audio", r"/v[12]/audio/transcriptions", read_transcription),
-        route("tokenize", "count", r"/v[12]/tokenize", read_tokenized),
+        route("tokenize", "count", r"/v[12]/tokenize", read_count),
         *text_routes("/compatibility/v1"),
     ),
 )

@@ -1,22 +1,19 @@
 """Providers whose API is OpenAI's, give or take: one row each, and the few that differ more.
 
-Peculiar here: Mistral counts audio outside the prompt and bills speech by character; Perplexity
-states what it charged and repeats its usage in every chunk; Ollama, watsonx and Replicate have
-answers of their own. To add a provider that differs in nothing, add its row.
+Peculiar here: Ollama, watsonx and Replicate have answers of their own. To add a provider that
+differs in nothing, add its row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from decimal import Decimal
 from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
+from halton_meter.providers.anthropic import read_count, read_messages
 from halton_meter.providers.estimate import texts_under
-from halton_meter.providers.openai_media import batch_answers, job_routes, media_routes
+from halton_meter.providers.openai_media import media_routes
 from halton_meter.providers.openai_text import (
     Dialect,
     cost_of,
@@ -39,7 +36,6 @@ from halton_meter.providers.reading import (
     documents,
     failed,
     plus,
-    positive,
     unanswered,
     verbatim,
 )
@@ -48,29 +44,6 @@ from halton_meter.wire import formats
 _PLAIN = Dialect()
 _CHARGED = Dialect(finish=cost_of)
 _ANY = r"(?:/[^?]+)?"
-
-
-# --- Perplexity ---------------------------------------------------------------------------------
-
-
-def _perplexity(draft: Draft, answer: Json, usage: Verbatim) -> None:
-    total = as_amount(as_dict(usage.exact.get("cost")).get("total_cost"))
-    if total is not None:
-        draft.reported_usd = total
-    draft.condition("search_context_size", usage.exact.get("search_context_size"))
-    counts = Counts()
-    units: dict[str, int | Decimal] = {"requests": 1} if draft.kind == "chat" else {}
-    units |= positive({"web_search_requests": counts.of(usage.exact, "num_search_queries")})
-    first = draft.parts[0]
-    details = {**first.details, **positive({"citation": counts.of(usage.exact, "citation_tokens")})}
-    tokens = first.tokens
-    thought = counts.of(usage.exact, "reasoning_tokens")
-    stated = counts.of(usage.exact, "completion_tokens")
-    if thought and tokens.output == stated and "deep-research" in (first.model or ""):
-        # Deep research bills its thinking beside the completion, and totals without it.
-        tokens = replace(tokens, output=(stated or 0) + thought, reasoning=thought)
-    draft.parts[0] = Usage(first.model, tokens, units, details)
-    draft.flags |= counts.flags()
 
 
 # --- Ollama -------------------------------------------------------------------------------------
@@ -166,36 +139,6 @@ def read_prediction(exchange: Exchange, route: Route, provider: Provider) -> Ite
     yield draft.event()
 
 
-# --- Mistral's batches ---------------------------------------------------------------------------
-
-
-def read_batch_job(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One event for each answer that a finished batch job of Mistral's carries inline."""
-    if not failed(exchange):
-        job: Json = next((value for value, _ in documents(exchange)), {})
-        yield from batch_answers(exchange, route, provider, dicts(job.get("outputs")))
-
-
-# --- pages --------------------------------------------------------------------------------------
-
-
-def read_pages(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One event for Mistral's OCR, billed by the page."""
-    draft = begin(exchange, route, provider)
-    if not unanswered(draft):
-        answer, text = next(documents(exchange), ({}, b""))
-        draft.fail(answer)
-        usage = answer.get("usage_info")
-        if isinstance(usage, dict):
-            counts = Counts()
-            draft.model = as_name(answer.get("model"))
-            units = positive({"pages": counts.of(usage, "pages_processed")})
-            draft.parts = [Usage(draft.model or draft.request_model, Tokens(), units)]
-            draft.raw_usage = verbatim(text, b"usage_info", usage).text
-            draft.flags |= counts.flags()
-    yield draft.event()
-
-
 # --- answers with their usage elsewhere ---------------------------------------------------------
 
 
@@ -259,28 +202,15 @@ OLLAMA_ROUTES = (
     *_anthropic(""),
 )
 
-_MISTRAL_ROUTES = (
-    *text_routes("/v1", _PLAIN),
-    route("fim_completions", "chat", "/v1/fim/completions", read_chat),
-    route("agents_completions", "chat", "/v1/agents/completions", read_chat),
-    route("conversations", "chat", "/v1/conversations(?:/[^/]+)?", read_chat),
-    route("batches", "batch", "/v1/batch/jobs", read_batch_created),
-    route("batch_results", "chat", "/v1/batch/jobs/[^/]+", read_batch_job, ("GET",)),
-    route("ocr", "ocr", "/v1/ocr", read_pages),
-    *media_routes("/v1"),
-    *job_routes("/v1"),
-)
-
 _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("together", ("api.together.xyz", "api.together.ai"), _PLAIN),
     ("fireworks", ("api.fireworks.ai",), _PLAIN),
     ("cerebras", ("api.cerebras.ai",), _PLAIN),
-    ("perplexity", ("api.perplexity.ai",), Dialect(finish=_perplexity)),
     ("avian", ("api.avian.io",), _CHARGED),
     ("crusoe", ("api.inference.crusoecloud.com",), _PLAIN),
     ("writer", ("api.writer.com",), _PLAIN),
     ("voyage", ("api.voyageai.com", "ai.mongodb.com"), _PLAIN),
-    ("jina", ("api.jina.ai",), _PLAIN),
+    ("jina", ("api.jina.ai", "deepsearch.jina.ai"), _PLAIN),
     ("maritaca", ("chat.maritaca.ai",), _PLAIN),
     ("nvidia", ("integrate.api.nvidia.com",), _PLAIN),
     ("sambanova", ("api.sambanova.ai",), _PLAIN),
@@ -329,10 +259,12 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
 _OWN_ROUTES = {
     "writer": (route("chat", "chat", "/v1/chat", read_chat),),
     "alibaba": (route("services", "chat", "/api/v1/services/.+", read_chat),),
+    "voyage": (
+        route("embeddings", "embedding", "/v1/(?:multimodal|contextualized)embeddings", read_chat),
+    ),
 }
 
 PROVIDERS = (
-    Provider("mistral", ("api.mistral.ai", "codestral.mistral.ai"), _MISTRAL_ROUTES),
     Provider(
         "deepseek",
         ("api.deepseek.com",),

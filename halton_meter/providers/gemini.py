@@ -18,7 +18,7 @@ from halton_meter.model import Body, Exchange, Outcome, Tokens, Usage, UsageEven
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count
 from halton_meter.providers.estimate import texts_under
-from halton_meter.providers.openai_media import media_routes
+from halton_meter.providers.openai_media import job_routes, media_routes
 from halton_meter.providers.openai_text import Dialect, route, text_routes
 from halton_meter.providers.reading import (
     Counts,
@@ -590,6 +590,7 @@ ROUTES = (
     *content_routes(_ROOT),
     *text_routes(_ROOT + "/openai", THINKING_HIDDEN),
     *media_routes(_ROOT + "/openai"),
+    *job_routes(_ROOT + "/openai", THINKING_HIDDEN),
     route("interactions", "chat", _ROOT + "/interactions", read_interaction),
     route("interactions", "chat", _ROOT + "/interactions/[^/]+", read_interaction, ("GET",)),
     route("cachedContents", "cache", _ROOT + "/cachedContents", read_cache_made),

@@ -191,6 +191,31 @@ def read_video(exchange: Exchange, route: Route, provider: Provider) -> Iterator
     yield draft.event()
 
 
+def read_video_job(
+    exchange: Exchange, route: Route, provider: Provider, finish: Finish
+) -> Iterator[UsageEvent]:
+    """One event for a video asked for, and one when the finished one states its charge."""
+    draft = begin(exchange, route, provider)
+    answer, text = next(documents(exchange), ({}, b""))
+    usage = answer.get("usage")
+    if exchange.request.method == "GET" and not isinstance(usage, dict):
+        return
+    draft.fail(answer)
+    stored = (exchange.request.path or "").rpartition("/")[2]
+    draft.response_id = as_id(answer.get("request_id") or answer.get("id") or stored)
+    draft.model = as_name(answer.get("model"))
+    if isinstance(usage, dict):
+        seconds = as_amount(as_dict(answer.get("video")).get("duration"))
+        units = {"video_seconds": seconds} if seconds is not None else {}
+        draft.parts = [Usage(draft.model or draft.request_model, Tokens(), units)]
+        raw = verbatim(text, b"usage", usage)
+        draft.raw_usage = raw.text
+        finish(draft, answer, raw)
+    elif draft.error_class is None:
+        draft.pending()
+    yield draft.event()
+
+
 def read_moderation(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One free event for a moderation."""
     draft = begin(exchange, route, provider)
@@ -409,13 +434,14 @@ def realtime_route(prefix: str) -> Route:
 _RUNS = r"/threads(?:/[^/]+)?/runs"
 
 
-def job_routes(prefix: str) -> tuple[Route, ...]:
+def job_routes(prefix: str, dialect: Dialect = OPENAI) -> tuple[Route, ...]:
     """The routes of jobs, files and sessions under `prefix` (a pattern)."""
     runs = prefix + _RUNS
+    lines = partial(read_batch_lines, dialect=dialect)
     return (
         route("videos", "video", prefix + r"/videos(?:/[^/]+/remix)?", read_video),
         route("batches", "batch", prefix + r"/batches", read_batch_created),
-        route("files", "chat", prefix + r"/files/[^/]+/content", read_batch_lines, ("GET",)),
+        route("files", "chat", prefix + r"/files/[^/]+/content", lines, ("GET",)),
         realtime_route(prefix),
         route("assistants_run", "chat", runs, read_run),
         route("assistants_run", "chat", runs + r"/[^/]+", read_run, ("GET",)),

@@ -70,6 +70,15 @@ OPENAI = Dialect()
 # --- usage to tokens ----------------------------------------------------------------------------
 
 
+# Where cached tokens stand outside the details: DeepSeek, Moonshot, Mistral, and Anthropic's word.
+_CACHED = (
+    "prompt_cache_hit_tokens",
+    "cached_tokens",
+    "num_cached_tokens",
+    "cache_read_input_tokens",
+)
+
+
 def _first_dict(usage: Json, *names: str) -> Json:
     return next((value for name in names if isinstance(value := usage.get(name), dict)), {})
 
@@ -86,14 +95,15 @@ class _Account:
     reasoning: int | None
     audio_input: int | None
     image_input: int | None
+    tools: int | None
 
 
 def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
     """Make prompt and completion whole by the provider's total; returns output it never named.
 
-    Some providers put reasoning outside the completion (xAI), audio outside the prompt (Mistral)
-    or caches outside the prompt: the total tells. It is the only witness, so nothing is added
-    unless it fits exactly.
+    Some providers put reasoning outside the completion (xAI), audio or what tools brought in
+    outside the prompt (Mistral), or caches outside the prompt: the total tells. It is the only
+    witness, so nothing is added unless it fits exactly.
     """
     if account.prompt is None and account.completion is None and account.total is not None:
         account.prompt = account.total  # Voyage: embeddings have nothing but a total.
@@ -112,7 +122,7 @@ def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
         return 0
     if gap == reasoning:
         account.completion = completion + reasoning
-    elif gap == (account.audio_input or 0) or gap in (caches, account.cached or 0):
+    elif gap in (account.audio_input or 0, account.tools or 0, caches, account.cached or 0):
         account.prompt = prompt + gap
     elif gap == reasoning + caches:
         account.completion, account.prompt = completion + reasoning, prompt + caches
@@ -142,10 +152,10 @@ def usage_tokens(
     cached_parts = _first_dict(came, "cached_tokens_details") or _first_dict(
         usage, "cached_tokens_details"
     )
-    cached = of(came, "cached_tokens")
+    cached = of(came, "cached_tokens", "cache_read_input_tokens")
     if cached is None:
-        cached = of(usage, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
-    written = of(came, "cache_write_tokens", "cache_creation_tokens")
+        cached = of(usage, *_CACHED)
+    written = of(came, "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
     if written is None:
         written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
     lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
@@ -163,6 +173,7 @@ def usage_tokens(
         of(went, "reasoning_tokens"),
         of(came, "audio_tokens"),
         of(came, "image_tokens"),
+        of(usage, "connector_tokens"),
     )
     if account.reasoning is None:
         account.reasoning = of(usage, "reasoning_tokens")
@@ -178,6 +189,7 @@ def usage_tokens(
         audio_output=of(went, "audio_tokens"),
         image_input=account.image_input,
         image_output=of(went, "image_tokens"),
+        tool_use_input=account.tools,
     )
     details = positive(
         {
@@ -284,7 +296,7 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
         draft.fail(None)
     if holder is not None:
         value, text, (usage, key) = holder
-        _fill_chat(draft, value, usage, verbatim(text, key, usage), dialect)
+        fill_chat(draft, value, usage, verbatim(text, key, usage), dialect)
         if draft.streaming and draft.exchange.outcome is not Outcome.COMPLETE:
             choices = [choice for each, _ in found for choice in dicts(each.get("choices"))]
             if dicts(value.get("choices")) and not any(c.get("finish_reason") for c in choices):
@@ -293,7 +305,8 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
         _fill_without_usage(draft, found, dialect)
 
 
-def _fill_chat(draft: Draft, answer: Json, usage: Json, raw: Verbatim, dialect: Dialect) -> None:
+def fill_chat(draft: Draft, answer: Json, usage: Json, raw: Verbatim, dialect: Dialect) -> None:
+    """Fill a draft from a chat completion and its usage."""
     counts = Counts()
     tokens, details = usage_tokens(counts, usage, dialect)
     draft.parts = [Usage(draft.model or draft.request_model, tokens, _search_fee(draft), details)]
@@ -322,7 +335,7 @@ def _fill_without_usage(draft: Draft, found: list[tuple[Json, bytes]], dialect: 
             draft.response_id = as_id(formats.salvage_scalar(body, b"id"))
         if draft.model is None:
             draft.model = as_name(formats.salvage_scalar(body, b"model"))
-        _fill_chat(draft, {}, usage, verbatim(b"", b"", usage), dialect)
+        fill_chat(draft, {}, usage, verbatim(b"", b"", usage), dialect)
         return
     draft.usage_not_sent(texts_under(body, _ANSWER_KEYS))
 

@@ -1,4 +1,4 @@
-"""Routers: OpenRouter, Vercel's and other gateways, Hugging Face. Many providers behind one host.
+"""Routers: OpenRouter, Hugging Face, gateways. Many providers behind one host.
 
 Peculiar to them: they state what they charged (`usage.cost`), which is 0 when the user's own key
 paid; the answer may carry a second usage under provider metadata, which is not to be counted.
@@ -6,19 +6,21 @@ paid; the answer may carry a second usage under provider metadata, which is not 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 
 from halton_meter.model import Exchange, UsageEvent, header
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
-from halton_meter.providers.anthropic import read_messages
+from halton_meter.providers.anthropic import message_event, read_messages
 from halton_meter.providers.bedrock import RUNTIME_ROUTES as BEDROCK_ROUTES
 from halton_meter.providers.gemini import content_routes
 from halton_meter.providers.groq import by_model
-from halton_meter.providers.openai_media import media_routes
+from halton_meter.providers.openai_media import media_routes, read_video_job
 from halton_meter.providers.openai_text import (
     Dialect,
     chat_event,
@@ -60,7 +62,7 @@ def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:
     draft.flags |= counts.flags()
 
 
-_CHARGED = Dialect(finish=settle)
+CHARGED = Dialect(finish=settle)
 _ANY = r"(?:/[^?]+)?"
 
 
@@ -95,23 +97,32 @@ def read_hosted_model(exchange: Exchange, route: Route, provider: Provider) -> I
     yield draft.event()
 
 
+def read_charged_messages(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for a call of Anthropic's API whose usage also states the router's charge."""
+    draft = begin(exchange, route, provider)
+    message_event(draft)
+    if draft.raw_usage is not None and "usage_not_final" not in draft.flags:
+        stated = json.loads(draft.raw_usage, parse_float=Decimal)
+        usages = stated if isinstance(stated, list) else [stated]
+        charged: Json = next((usage for usage in reversed(usages) if "cost" in usage), {})
+        settle(draft, {}, Verbatim(draft.raw_usage, charged))
+    yield draft.event()
+
+
+_VIDEO = partial(read_video_job, finish=settle)
+_PRESET = "/api/v1(?:/presets/[^/]+)?"
 OPENROUTER = Provider(
     "openrouter",
     ("openrouter.ai",),
     (
-        *text_routes("/api/v1", _CHARGED),
+        *text_routes(_PRESET, CHARGED),
         *media_routes("/api/v1", settle),
-        route("messages", "chat", "/api/v1/messages", read_messages),
-        route("rerank", "rerank", "/api/v1/rerank", partial(read_chat, dialect=_CHARGED)),
-    ),
-)
-VERCEL = Provider(
-    "vercel_gateway",
-    ("ai-gateway.vercel.sh",),
-    (
-        *text_routes("/v1", _CHARGED),
-        *media_routes("/v1", settle),
-        route("messages", "chat", "/v1/messages", read_messages),
+        route("messages", "chat", _PRESET + "/messages", read_charged_messages),
+        route("videos", "video", "/api/v1/videos", _VIDEO),
+        route("videos", "video", "/api/v1/videos/[^/]+", _VIDEO, ("GET",)),
+        route("rerank", "rerank", "/api/v1/rerank", partial(read_chat, dialect=CHARGED)),
     ),
 )
 PORTKEY = Provider(
@@ -145,4 +156,4 @@ PYDANTIC = Provider("pydantic_gateway", ("gateway.pydantic.dev",), _PASSED_ON)
 CLOUDFLARE = Provider("cloudflare_gateway", ("gateway.ai.cloudflare.com",), _PASSED_ON)
 MIRASCOPE = Provider("mirascope_router", ("mirascope.com",), _PASSED_ON, captured=False)
 
-PROVIDERS = (OPENROUTER, VERCEL, PORTKEY, HUGGINGFACE, PYDANTIC, CLOUDFLARE, MIRASCOPE)
+PROVIDERS = (OPENROUTER, PORTKEY, HUGGINGFACE, PYDANTIC, CLOUDFLARE, MIRASCOPE)

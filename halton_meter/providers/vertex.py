@@ -19,9 +19,10 @@ from halton_meter.providers.gemini import (
     THINKING_HIDDEN,
     content_routes,
     read_cache_made,
+    read_gemini_count,
 )
 from halton_meter.providers.openai_text import chat_event, route, text_routes
-from halton_meter.providers.reading import as_name, begin
+from halton_meter.providers.reading import Json, as_id, as_name, begin, documents, unanswered
 
 _LOCATION = re.compile(r"/locations/([a-z0-9-]+)/")
 _MODEL = re.compile(r"/models/([^/:]+):")
@@ -61,6 +62,21 @@ def read_raw_predict(exchange: Exchange, route: Route, provider: Provider) -> It
     yield draft.event()
 
 
+def read_batch_job(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for a batch handed in: its answers go to a bucket, where nobody here sees them."""
+    draft = begin(exchange, route, provider)
+    if draft.request_model is not None:
+        draft.request_model = draft.request_model.rpartition("/")[2]
+    if not unanswered(draft):
+        answer: Json = next((value for value, _ in documents(exchange)), {})
+        draft.fail(answer)
+        if draft.error_class is None:
+            draft.response_id = as_id(answer.get("name"))
+            draft.conditions["batch"] = "true"
+            draft.usage_not_sent()
+    yield draft.event()
+
+
 _ROOT = r"/v1(?:beta1|beta|alpha)?"
 _PLACE = r"(?:/projects/[^/]+/locations/[^/]+)?"
 _PUBLISHED = _ROOT + _PLACE + r"(?:/publishers/[^/]+)?"
@@ -71,6 +87,10 @@ ROUTES = tuple(
         *content_routes(_PUBLISHED),
         route("rawPredict", "chat", _RAW + "rawPredict", read_raw_predict),
         route("streamRawPredict", "chat", _RAW + "streamRawPredict", read_raw_predict),
+        route("computeTokens", "count", _RAW + "computeTokens", read_gemini_count),
+        route(
+            "batchPredictionJobs", "batch", _ROOT + _PLACE + "/batchPredictionJobs", read_batch_job
+        ),
         route("cachedContents", "cache", _ROOT + _PLACE + "/cachedContents", read_cache_made),
         *text_routes(_ROOT + _PLACE + "/endpoints/[^/]+", THINKING_HIDDEN),
         LIVE,

@@ -11,15 +11,16 @@ from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 
-from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
+from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_batch_created, read_messages
+from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
 from halton_meter.providers.grpc import xai_routes
 from halton_meter.providers.openai_media import (
     fill_batch_answer,
     media_routes,
     read_speech,
     read_transcription,
+    read_video_job,
     realtime_route,
 )
 from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
@@ -31,12 +32,10 @@ from halton_meter.providers.reading import (
     as_amount,
     as_dict,
     as_id,
-    as_name,
     begin,
     dicts,
     documents,
     failed,
-    verbatim,
 )
 
 TICKS_PER_USD = Decimal(10) ** 10
@@ -113,6 +112,20 @@ def read_deferred(exchange: Exchange, route: Route, provider: Provider) -> Itera
         yield from read_chat(exchange, route, provider, CHAT)
 
 
+def read_chat_or_deferred(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for a chat completion; pending for one that is to be fetched later."""
+    answer: Json = next((value for value, _ in documents(exchange)), {})
+    if failed(exchange) or "request_id" not in answer or "choices" in answer:
+        yield from read_chat(exchange, route, provider, CHAT)
+        return
+    draft = begin(exchange, route, provider)
+    draft.response_id = as_id(answer.get("request_id"))
+    draft.pending()
+    yield draft.event()
+
+
 def read_stt(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for speech written down, whose answer names no model: all cost the same."""
     for event in read_transcription(exchange, route, provider):
@@ -120,38 +133,19 @@ def read_stt(exchange: Exchange, route: Route, provider: Provider) -> Iterator[U
         yield replace(event, parts=parts)
 
 
-def read_video(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One event for a video asked for, and one when the finished one states its charge."""
-    draft = begin(exchange, route, provider)
-    answer, text = next(documents(exchange), ({}, b""))
-    usage = answer.get("usage")
-    if exchange.request.method == "GET" and not isinstance(usage, dict):
-        return
-    draft.fail(answer)
-    stored = (exchange.request.path or "").rpartition("/")[2]
-    draft.response_id = as_id(answer.get("request_id") or answer.get("id") or stored)
-    draft.model = as_name(answer.get("model"))
-    if isinstance(usage, dict):
-        seconds = as_amount(as_dict(answer.get("video")).get("duration"))
-        units = {"video_seconds": seconds} if seconds is not None else {}
-        draft.parts = [Usage(draft.model or draft.request_model, Tokens(), units)]
-        raw = verbatim(text, b"usage", usage)
-        draft.raw_usage = raw.text
-        settle(draft, answer, raw)
-    elif draft.error_class is None:
-        draft.pending()
-    yield draft.event()
-
-
 def _text(prefix: str) -> tuple[Route, ...]:
     by_name = {each.path.pattern: each for each in text_routes(prefix, RESPONSES)}
     chat = {each.path.pattern: each for each in text_routes(prefix, CHAT)}
-    return tuple(
-        chat[pattern] if each.endpoint in ("chat_completions", "completions") else each
-        for pattern, each in by_name.items()
+    return (
+        route("chat_completions", "chat", prefix + "/chat/completions", read_chat_or_deferred),
+        *(
+            chat[pattern] if each.endpoint == "completions" else each
+            for pattern, each in by_name.items()
+        ),
     )
 
 
+_VIDEO = partial(read_video_job, finish=settle)
 ROUTES = (
     *_text("/v1"),
     *media_routes("/v1", settle),
@@ -163,8 +157,9 @@ ROUTES = (
     ),
     route("audio_transcriptions", "audio", "/v1/stt", read_stt),
     route("audio_speech", "audio", "/v1/tts", read_speech),
-    route("videos", "video", "/v1/videos/(?:generations|edits|extensions)", read_video),
-    route("videos", "video", "/v1/videos/[^/]+", read_video, ("GET",)),
+    route("videos", "video", "/v1/videos/(?:generations|edits|extensions)", _VIDEO),
+    route("videos", "video", "/v1/videos/[^/]+", _VIDEO, ("GET",)),
+    route("tokenize_text", "count", "/v1/tokenize-text", read_count),
     route("batches", "batch", "/v1/batches(?:/[^/]+/requests)?", read_batch_created),
     *xai_routes(CHAT),
     route("batches_results", "chat", "/v1/batches/[^/]+/results", read_batch_results, ("GET",)),

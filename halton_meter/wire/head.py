@@ -49,6 +49,10 @@ _HEADERS_KEPT = frozenset(
         "openai-version",
         "x-ms-region",
         "x-inference-provider",
+        # What Vercel's SDK asks for, which its request's body leaves out.
+        "ai-language-model-id",
+        "ai-language-model-streaming",
+        "ai-model-id",
     }
 )
 _PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")

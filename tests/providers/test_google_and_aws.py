@@ -319,3 +319,26 @@ def test_stream_of_a_maker_that_speaks_openais_words_names_itself() -> None:
     event = read_one(exchange(url, {}, body, headers=EVENTS))
     assert (event.response_id, event.model) == ("chatcmpl-0123456789", "jamba-1.5-mini")
     assert (event.tokens.input, event.tokens.output) == (3, 4)
+
+
+def test_batch_on_vertex_answers_into_a_bucket_and_stays_unknown() -> None:
+    place = "https://us-east1-aiplatform.googleapis.com/v1/projects/p/locations/us-east1"
+    asked = {"displayName": "d", "model": "publishers/google/models/gemini-x"}
+    answer = {"name": "projects/1/locations/us-east1/batchPredictionJobs/42", "state": "PENDING"}
+    event = read_one(exchange(place + "/batchPredictionJobs", asked, answer))
+    assert (event.kind, event.model, event.free) == ("batch", "gemini-x", None)
+    assert event.conditions["batch"] == "true"
+
+
+def test_video_of_bedrock_is_billed_by_the_seconds_that_were_asked_for() -> None:
+    url = "https://bedrock-runtime.us-east-1.amazonaws.com/async-invoke"
+    config = {"durationSeconds": 6, "dimension": "1280x720"}
+    asked = {"modelId": "amazon.nova-reel-v1:1", "modelInput": {"videoGenerationConfig": config}}
+    answer = {"invocationArn": "arn:aws:bedrock:us-east-1:1:async-invoke/abcdef"}
+    event = read_one(exchange(url, asked, answer))
+    assert (event.kind, event.model, event.units) == (
+        "video",
+        "amazon.nova-reel-v1:1",
+        {"video_seconds": 6},
+    )
+    assert event.conditions["video_size"] == "1280x720"

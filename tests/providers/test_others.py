@@ -4,6 +4,7 @@ import json
 from decimal import Decimal
 
 from halton_meter import providers
+from halton_meter.model import Outcome
 
 from .exchanges import exchange, read_one, sse
 
@@ -157,3 +158,155 @@ def test_version_of_a_model_is_not_its_name() -> None:
     asked = {"model": "luminous-base", "prompt": "x"}
     event = read_one(exchange("https://api.aleph-alpha.com/complete", asked, answer))
     assert (event.model, event.tokens.output) == ("luminous-base", 20)
+
+
+def test_images_that_cohere_embeds_are_billed_by_the_image() -> None:
+    answer = {"meta": {"billed_units": {"images": 2}}}
+    event = read_one(exchange("https://api.cohere.com/v2/embed", {"model": "embed-v3"}, answer))
+    assert (event.tokens.input, event.units) == (None, {"input_images": 2})
+
+
+def test_cached_tokens_of_mistral_before_they_had_details() -> None:
+    usage = {
+        "prompt_tokens": 86,
+        "completion_tokens": 703,
+        "total_tokens": 789,
+        "num_cached_tokens": 85,
+    }
+    answer = {"id": "a" * 32, "model": "mistral-medium-latest", "usage": usage}
+    event = read_one(exchange("https://api.mistral.ai/v1/chat/completions", {}, answer))
+    assert (event.tokens.input, event.tokens.cache_read, event.tokens.output) == (1, 85, 703)
+
+
+def test_connectors_of_mistral_bring_tokens_in_beside_the_prompt() -> None:
+    usage = {
+        "prompt_tokens": 188,
+        "completion_tokens": 55,
+        "total_tokens": 7355,
+        "connector_tokens": 7112,
+        "connectors": {"web_search": 2, "image_generation": 1, "of_another_kind": 4},
+    }
+    done = {"type": "conversation.response.done", "usage": usage}
+    started = {"type": "conversation.response.started", "conversation_id": "conv_1"}
+    asked = {"model": "mistral-medium-2505", "stream": True}
+    for path in ("", "/conv_1", "/conv_1/restart"):
+        url = "https://api.mistral.ai/v1/conversations" + path
+        event = read_one(exchange(url, asked, sse(started, done, named=True)))
+        assert (event.tokens.input, event.tokens.tool_use_input) == (7300, 7112)
+        assert (event.tokens.output, event.flags) == (55, ())
+        assert event.units == {"web_search_requests": 2, "image_generation_calls": 1}
+    seen = exchange("https://api.mistral.ai/v1/conversations/conv_1/history", method="GET")
+    assert providers.read(seen) == []
+
+
+def test_queued_completion_of_perplexity_is_counted_when_it_is_read_back() -> None:
+    url = "https://api.perplexity.ai/async/chat/completions"
+    queued = {"id": "5b1f" * 8, "model": "sonar-deep-research", "status": "CREATED"}
+    asked = {"request": {"model": "sonar-deep-research"}}
+    made = read_one(exchange(url, asked, queued))
+    assert (made.free, made.request_model) == ("pending", "sonar-deep-research")
+    stored = f"{url}/{queued['id']}"
+    assert providers.read(exchange(stored, None, queued, method="GET")) == []
+    usage = {"prompt_tokens": 9, "completion_tokens": 90, "cost": {"total_cost": 0.41}}
+    done = {**queued, "status": "COMPLETED", "response": {"id": "other", "usage": usage}}
+    first, again = (read_one(exchange(stored, None, done, method="GET")) for _ in range(2))
+    assert (first.tokens.output, first.reported_usd) == (90, Decimal("0.41"))
+    assert first.id == again.id != made.id
+
+
+def test_responses_of_perplexity_count_their_caches_and_tools_without_a_request_fee() -> None:
+    usage = {
+        "input_tokens": 120,
+        "output_tokens": 30,
+        "total_tokens": 150,
+        "input_tokens_details": {
+            "cache_read_input_tokens": 64,
+            "cache_creation_input_tokens": 16,
+        },
+        "tool_calls_details": {"web_search": {"invocation": 3}, "fetch_url": {"invocation": 1}},
+        "cost": {"currency": "USD", "total_cost": 0.0161},
+    }
+    answer = {"id": "resp_" + "7" * 20, "object": "response", "model": "openai/o", "usage": usage}
+    event = read_one(exchange("https://api.perplexity.ai/v1/responses", {}, answer))
+    assert (event.tokens.input, event.tokens.cache_read, event.tokens.cache_write) == (40, 64, 16)
+    assert event.units == {"web_search_requests": 3, "web_fetch_requests": 1}
+    assert event.reported_usd == Decimal("0.0161")
+
+
+def test_deferred_completion_of_xai_is_pending_until_it_is_fetched() -> None:
+    url = "https://api.x.ai/v1/chat/"
+    asked = {"model": "grok-4", "deferred": True}
+    made = read_one(exchange(url + "completions", asked, {"request_id": "d" * 36}))
+    assert (made.free, made.request_model) == ("pending", "grok-4")
+    stored = url + "deferred-completion/" + "d" * 36
+    assert providers.read(exchange(stored, None, b"", method="GET", status=202)) == []
+    usage = {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+    answer = {"id": "e" * 36, "model": "grok-4", "choices": [], "usage": usage}
+    event = read_one(exchange(stored, None, answer, method="GET"))
+    assert (event.tokens.input, event.tokens.output) == (4, 5)
+
+
+def test_text_cut_into_tokens_is_a_count_wherever_it_is_done() -> None:
+    url = "https://api.x.ai/v1/tokenize-text"
+    answer: dict = {"token_ids": [{"token_id": 1}, {"token_id": 2}]}
+    event = read_one(exchange(url, {"model": "grok-4", "text": "Hi"}, answer))
+    assert (event.kind, event.free, event.parts[0].details) == ("count", "count", {"counted": 2})
+    place = "https://us-east1-aiplatform.googleapis.com/v1/projects/p/locations/us-east1"
+    url = place + "/publishers/google/models/gemini-x:computeTokens"
+    answer = {"tokensInfo": [{"tokens": ["SGk=", "IQ=="]}, {"tokens": ["SG8="]}]}
+    event = read_one(exchange(url, {"contents": []}, answer))
+    assert (event.model, event.free, event.parts[0].details) == (
+        "gemini-x",
+        "count",
+        {"counted": 3},
+    )
+
+
+def test_call_that_was_never_answered_is_neither_a_count_nor_a_batch() -> None:
+    for path in ("/v1/messages/count_tokens", "/v1/messages/batches"):
+        url = "https://api.anthropic.com" + path
+        event = read_one(exchange(url, {}, status=None, outcome=Outcome.ABORTED))
+        assert (event.error_class, event.free) == ("network", None)
+
+
+def test_messages_of_openrouter_state_their_charge() -> None:
+    usage = {
+        "input_tokens": 12,
+        "output_tokens": 8,
+        "cost": 0.000156,
+        "is_byok": True,
+        "cost_details": {"upstream_inference_cost": 0.000156},
+    }
+    head = {"id": "msg_0123456789abcdef", "type": "message", "model": "claude-x"}
+    url = "https://openrouter.ai/api/v1/messages"
+    whole = read_one(exchange(url, {}, {**head, "usage": usage}))
+    start = {"type": "message_start", "message": {**head, "usage": {"input_tokens": 12}}}
+    delta = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage}
+    preset = "https://openrouter.ai/api/v1/presets/mine/messages"
+    streamed = read_one(exchange(preset, {"stream": True}, sse(start, delta, named=True)))
+    for event in (whole, streamed):
+        assert (event.tokens.input, event.tokens.output) == (12, 8)
+        assert event.reported_usd == Decimal("0.000156")
+        assert event.conditions["upstream_cost_usd"] == "0.000156"
+    cut = exchange(url, {}, sse(start), outcome=Outcome.ABORTED, complete=False)
+    assert read_one(cut).reported_usd is None
+
+
+def test_video_of_openrouter_is_charged_when_it_is_done() -> None:
+    url = "https://openrouter.ai/api/v1/videos"
+    job = {"id": "job-abcdefghijkl", "status": "pending"}
+    assert read_one(exchange(url, {"model": "google/veo"}, job, status=202)).free == "pending"
+    assert providers.read(exchange(f"{url}/{job['id']}", None, job, method="GET")) == []
+    done = {**job, "status": "completed", "usage": {"cost": 0.5, "is_byok": False}}
+    event = read_one(exchange(f"{url}/{job['id']}", None, done, method="GET"))
+    assert (event.reported_usd, event.response_id) == (Decimal("0.5"), "job-abcdefghijkl")
+
+
+def test_multimodal_embedding_of_voyage_is_counted_by_its_total() -> None:
+    answer = {
+        "object": "list",
+        "model": "voyage-multimodal-3",
+        "usage": {"text_tokens": 5, "image_pixels": 2_000_000, "total_tokens": 3576},
+    }
+    event = read_one(exchange("https://api.voyageai.com/v1/multimodalembeddings", {}, answer))
+    assert (event.kind, event.tokens.input) == ("embedding", 3576)
