@@ -29,6 +29,7 @@ _LIBRARY_SSL = 16  # ERR_LIB_SSL
 # Reasons of ssl.h and err.h; they are part of BoringSSL's interface and do not change.
 _NOT_TO_BE_CALLED, _BAD_LENGTH, _INVALID_SERVER_NAME = 66, 111, 213
 _HANDSHAKE_FAILURE, _UNINITIALIZED = 215, 226
+_NO_MEMORY = 65  # not reported any more since 2023
 
 _MARKER, _AFTER_MARKER = b"ssl/ssl_lib.c", re.compile(rb"c?\0")
 _OPENSSL_ONLY = ("SSL_read_ex", "OPENSSL_version_major")
@@ -143,7 +144,7 @@ def _find(elf: Elf) -> Found | NotRecognised:
         reporters = _reporters(code, names)
         write = _the_one(WRITE, _writers(reporters), code)
         read = _find_read(reporters, code)
-        hosts = [r.function for r in reporters if r.reasons == {_INVALID_SERVER_NAME}]
+        hosts = _setters_of_the_host(reporters)
         set_host = _place(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
         places = {place.address for place in (read, write, set_host) if place is not None}
         if len(places) != (2 if set_host is None else 3):
@@ -219,6 +220,11 @@ def _writers(reporters: list[_Reporter]) -> list[Function]:
         for r in reporters
         if wanted <= r.reasons <= wanted | {_NOT_TO_BE_CALLED} and _calls_by_table(r.function)
     ]
+
+
+def _setters_of_the_host(reporters: list[_Reporter]) -> list[Function]:
+    known = {_INVALID_SERVER_NAME, _NO_MEMORY}
+    return [r.function for r in reporters if {_INVALID_SERVER_NAME} <= r.reasons <= known]
 
 
 def _calls_by_table(function: Function) -> bool:

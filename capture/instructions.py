@@ -195,8 +195,8 @@ class Code:
                     return None
                 continue
             step = self.step(address)
-            if called and depth and (step is None or self._begins(step, address)):
-                continue  # the call before it never returns: another function begins here
+            if called and depth and (step is None or self._begins_behind_a_call(step)):
+                continue  # the call before it never returns
             if step is None or len(steps) >= INSTRUCTIONS_MAX:
                 return None
             if called and step.padding and step.flow is Flow.STOP:
@@ -218,18 +218,27 @@ class Code:
                     pending.append((step.target, depth, frame, False))
         return Function(start, steps)
 
-    def _begins(self, step: Step, address: int) -> bool:
+    def _begins_behind_a_call(self, step: Step) -> bool:
+        """Whether another function begins here, or behind the padding that begins here.
+
+        Nops behind a call may as well align a loop of the same function: that one does not go on
+        to build a frame.
+        """
         if step.landing:
             return True
         if self.arm:
             return step.opens_frame
-        following = self.step(step.after)
-        return (
-            address % 16 == 0
-            and step.stack == -8
-            and following is not None
-            and following.frame == ("save", 0)
-        )
+        following: Step | None = step
+        for _ in range(INSTRUCTION_BYTES_MAX):
+            if following is None or not following.padding:
+                break
+            following = self.step(following.after)
+        if following is None or following.address % 16:
+            return False
+        if following is not step:
+            return following.landing or following.stack < 0
+        frame = self.step(step.after)
+        return step.stack == -8 and frame is not None and frame.frame == ("save", 0)
 
     def _follows_padding(self, address: int) -> bool:
         if self.arm:

@@ -23,7 +23,18 @@ from capture.elf import Elf
 SOURCE = Path(__file__).with_name("code") / "boringssl_like.c"
 NAMES = ("SSL_read", "SSL_write", "SSL_set_tlsext_host_name")
 
-COMPILERS = [name for name in ("clang", "gcc") if shutil.which(name)]
+KNOWN_COMPILERS = {
+    "clang": ("clang",),
+    "gcc": ("gcc",),
+    "clang-aarch64": ("clang", "--target=aarch64-linux-gnu"),
+    "gcc-aarch64": ("aarch64-linux-gnu-gcc",),
+}
+ARM = "aarch64-linux-gnu"
+COMPILERS = [
+    name
+    for name, (program, *_) in KNOWN_COMPILERS.items()
+    if shutil.which(program) and ("aarch64" not in name or shutil.which(f"{ARM}-gcc"))
+]
 LAYOUTS = {
     "program": ("-fno-pie", "-no-pie"),
     "pie": ("-fpie", "-pie"),
@@ -37,14 +48,19 @@ pytestmark = pytest.mark.skipif(
 def build(folder: Path, *flags: str, compiler: str = COMPILERS[0] if COMPILERS else "cc") -> Path:
     """A subject with its symbols."""
     target = folder / "subject"
-    command = [compiler, "-O2", "-w", *flags, str(SOURCE), "-o", str(target), "-Wl,--build-id"]
+    if "-fcf-protection=full" in flags and "aarch64" in compiler:
+        flags = (*(flag for flag in flags if "-fcf" not in flag), "-mbranch-protection=standard")
+    command = [*KNOWN_COMPILERS[compiler], "-O2", "-w", *flags]
+    command += [str(SOURCE), "-o", str(target), "-Wl,--build-id"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     return target
 
 
 def strip(path: Path) -> Path:
     stripped = path.with_name(path.name + "-stripped")
-    subprocess.run(["strip", "-o", str(stripped), str(path)], check=True, timeout=60)
+    with Elf(path) as elf:
+        program = f"{ARM}-strip" if elf.machine == "aarch64" else "strip"
+    subprocess.run([program, "-o", str(stripped), str(path)], check=True, timeout=60)
     return stripped
 
 
@@ -69,8 +85,9 @@ def without_unwind_table(path: Path) -> Path:
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("extra", [(), ("-O1",), ("-O3",), ("-fno-omit-frame-pointer",),
-                                   ("-DNO_PEEK",), ("-fcf-protection=full",)],
-                         ids=["O2", "O1", "O3", "frames", "no-peek", "endbr"])  # fmt: skip
+                                   ("-DNO_PEEK",), ("-DCHECKED",), ("-DOLD",),
+                                   ("-fcf-protection=full",)],
+                         ids=["O2", "O1", "O3", "frames", "no-peek", "checked", "old", "landing"])  # fmt: skip
 def test_found_where_the_symbols_say(
     tmp_path: Path, compiler: str, layout: str, extra: tuple[str, ...]
 ) -> None:

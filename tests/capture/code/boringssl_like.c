@@ -1,7 +1,9 @@
 /* A stand-in for BoringSSL's ssl_lib.cc: which functions report which errors, whom they call and
  * what they write. Compiled by test_boringssl.py with symbols, searched without them.
  *
- * Switches make what a finder must refuse: TWO_WRITERS, OTHER_REASON, NO_CALLER, PEEK_WRITES. */
+ * Switches make what a finder must refuse: TWO_WRITERS, BAD_LENGTH, NO_CALLER, PEEK_WRITES; and
+ * what it must see through: NO_PEEK, CHECKED (as with libc++'s hardening, SSL_read ends in a call
+ * that never returns), OLD (out of memory was reported until 2023). */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -113,6 +115,10 @@ OUT int SSL_read(struct ssl *ssl, void *buf, int num) {
     int ret = peek(ssl, buf, num);
     if (ret <= 0)
         return ret;
+#ifdef CHECKED
+    if ((size_t)ret > ssl->state->pending_bytes)
+        abort();
+#endif
     ssl->state->pending += ret;
     ssl->state->pending_bytes -= (size_t)ret;
     if (ssl->state->pending_bytes == 0 && ssl->state->buffered == 0) {
@@ -183,6 +189,12 @@ OUT int SSL_set_tlsext_host_name(struct ssl *ssl, const char *name) {
         return 0;
     }
     ssl->hostname = strdup(name);
+#ifdef OLD
+    if (ssl->hostname == NULL) {
+        REPORT(65);
+        return 0;
+    }
+#endif
     return ssl->hostname != NULL;
 }
 
