@@ -21,18 +21,22 @@ from pathlib import Path
 from types import MappingProxyType
 
 from capture.elf import Elf, ElfError, Segment
-from capture.instructions import Code, Flow, Function
+from capture.instructions import Code, Flow, Function, Step
 
 READ, WRITE, SET_HOST = "SSL_read", "SSL_write", "SSL_set_tlsext_host_name"
 
 _LIBRARY_SSL = 16  # ERR_LIB_SSL
 # Reasons of ssl.h and err.h; they are part of BoringSSL's interface and do not change.
-_NOT_TO_BE_CALLED, _BAD_LENGTH, _INVALID_SERVER_NAME = 66, 111, 213
+_NOT_TO_BE_CALLED, _BAD_LENGTH, _SHUT_DOWN, _INVALID_SERVER_NAME = 66, 111, 194, 213
 _HANDSHAKE_FAILURE, _UNINITIALIZED = 215, 226
 _NO_MEMORY = 65  # not reported any more since 2023
+# What only SSL_write says of all that wait for a handshake: since 2023 the first, until 2021 the
+# second, between them neither.
+_OF_WRITE = frozenset((_BAD_LENGTH, _SHUT_DOWN))
 
 _MARKER, _AFTER_MARKER = b"ssl/ssl_lib.c", re.compile(rb"c?\0")
 _OPENSSL_ONLY = ("SSL_read_ex", "OPENSSL_version_major")
+_PRINTABLE = re.compile(rb"[ -~]*\Z")  # data without a NUL may come before a string
 PATH_BYTES_MAX = 512
 """Longest source path before the marker: a build directory."""
 REFERENCES_MAX = 4096
@@ -143,7 +147,7 @@ def _find(elf: Elf) -> Found | NotRecognised:
         code = Code(elf)
         reporters = _reporters(code, names)
         write = _the_one(WRITE, _writers(reporters), code)
-        read = _find_read(reporters, code)
+        read = _find_read([r for r in reporters if r.function.start != write.address], code)
         hosts = _setters_of_the_host(reporters)
         set_host = _place(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
         places = {place.address for place in (read, write, set_host) if place is not None}
@@ -172,8 +176,8 @@ def _names_in(elf: Elf, segments: list[Segment]) -> list[int]:
             if not _AFTER_MARKER.match(elf.read_at(at + len(_MARKER), min(2, left))):
                 continue
             before = min(PATH_BYTES_MAX, at - segment.address)
-            path = elf.read_at(at - before, before)
-            found.append(at - (before - path.rfind(b"\0") - 1))
+            directory = _PRINTABLE.search(elf.read_at(at - before, before))
+            found.append(at - (len(directory[0]) if directory else 0))
     return found
 
 
@@ -214,12 +218,11 @@ def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporte
 
 
 def _writers(reporters: list[_Reporter]) -> list[Function]:
-    wanted = {_BAD_LENGTH, _HANDSHAKE_FAILURE, _UNINITIALIZED}
-    return [
-        r.function
-        for r in reporters
-        if wanted <= r.reasons <= wanted | {_NOT_TO_BE_CALLED} and _calls_by_table(r.function)
-    ]
+    waits = {_HANDSHAKE_FAILURE, _UNINITIALIZED}
+    known = waits | _OF_WRITE | {_NOT_TO_BE_CALLED}
+    waiting = [r for r in reporters if waits <= r.reasons <= known and _calls_by_table(r.function)]
+    telling = [r.function for r in waiting if r.reasons & _OF_WRITE]
+    return telling or [r.function for r in waiting if _NOT_TO_BE_CALLED in r.reasons]
 
 
 def _setters_of_the_host(reporters: list[_Reporter]) -> list[Function]:
@@ -235,11 +238,11 @@ def _calls_by_table(function: Function) -> bool:
 def _find_read(reporters: list[_Reporter], code: Code) -> Place:
     """SSL_read, from the function that waits for application data.
 
-    That one (ssl_read_impl) is called by SSL_peek, and by SSL_read into which SSL_peek is inlined.
+    That one (ssl_read_impl) is called by SSL_peek, and by SSL_read if SSL_peek is inlined there.
     Only SSL_read consumes what it returns, so only SSL_read writes to the connection.
     """
     waits = {_HANDSHAKE_FAILURE, _UNINITIALIZED}
-    core = [r for r in reporters if waits <= r.reasons and _BAD_LENGTH not in r.reasons]
+    core = [r for r in reporters if waits <= r.reasons and not _OF_WRITE & r.reasons]
     core = [r for r in core if _calls_by_table(r.function)]
     if len(core) != 1:
         raise _Doubt(f"{len(core)} functions may be ssl_read_impl")
@@ -247,10 +250,32 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Place:
         raise _Doubt("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
     start = core[0].function.start
     candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
-    consuming = [r for r in candidates if r.function.stores]
+    consuming = [r.function for r in candidates if r.function.stores]
+    if not consuming and len(candidates) == 1:
+        return _the_one(READ, _readers_by(candidates[0].function, code), code)
     if len(consuming) == 1:
-        return _the_one(READ, [consuming[0].function], code)
+        return _the_one(READ, consuming, code)
     raise _Doubt(f"{len(candidates)} functions may be SSL_read")
+
+
+def _readers_by(peek: Function, code: Code) -> list[Function]:
+    """Functions that hand their arguments to SSL_peek before all else, and then consume (GCC)."""
+    callers: dict[int, Function] = {}
+    for at in code.callers(peek.start):
+        function = code.function_around(at)
+        if function is not None and function.stores and _begins_with(function, peek.start, code):
+            callers[function.start] = function
+    return list(callers.values())
+
+
+def _begins_with(function: Function, callee: int, code: Code) -> bool:
+    """Whether it always calls `callee`, with its own first three arguments."""
+    step: Step | None = function.steps[function.start]
+    while step is not None and step.flow is Flow.NEXT:
+        if not step.sets.keys().isdisjoint(code.arguments[:3]):
+            return False
+        step = function.steps.get(step.after)
+    return step is not None and step.flow is Flow.CALL and step.target == callee
 
 
 def _the_one(name: str, candidates: list[Function], code: Code) -> Place:

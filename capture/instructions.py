@@ -224,19 +224,17 @@ class Code:
         Nops behind a call may as well align a loop of the same function: that one does not go on
         to build a frame.
         """
-        if step.landing:
-            return True
-        if self.arm:
-            return step.opens_frame
         following: Step | None = step
         for _ in range(INSTRUCTION_BYTES_MAX):
             if following is None or not following.padding:
                 break
             following = self.step(following.after)
-        if following is None or following.address % 16:
+        if following is None or following.landing or self.arm:
+            return following is not None and (following.landing or following.opens_frame)
+        if following.address % 16:
             return False
         if following is not step:
-            return following.landing or following.stack < 0
+            return following.stack < 0
         frame = self.step(step.after)
         return step.stack == -8 and frame is not None and frame.frame == ("save", 0)
 

@@ -40,6 +40,18 @@ LAYOUTS = {
     "pie": ("-fpie", "-pie"),
     "library": ("-fpic", "-shared", "-DSHARED", "-Wl,-Bsymbolic"),
 }
+VARIANTS = {
+    "O2": (),
+    "O1": ("-O1",),
+    "O3": ("-O3",),
+    "frames": ("-fno-omit-frame-pointer",),
+    "landing": ("-fcf-protection=full",),
+    "no-peek": ("-DNO_PEEK",),
+    "peek-apart": ("-DPEEK_APART", "-DPEEKS_LATER", "-DCHECKED"),
+    "checked": ("-DCHECKED",),
+    "2022": ("-DOLD", "-DBAD_LENGTH=0"),
+    "2020": ("-DOLD", "-DBAD_LENGTH=194", "-DPEEK_APART"),
+}
 pytestmark = pytest.mark.skipif(
     not COMPILERS or os.uname().machine != "x86_64", reason="needs a C compiler for x86-64"
 )
@@ -84,27 +96,24 @@ def without_unwind_table(path: Path) -> Path:
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("extra", [(), ("-O1",), ("-O3",), ("-fno-omit-frame-pointer",),
-                                   ("-DNO_PEEK",), ("-DCHECKED",), ("-DOLD",),
-                                   ("-fcf-protection=full",)],
-                         ids=["O2", "O1", "O3", "frames", "no-peek", "checked", "old", "landing"])  # fmt: skip
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_found_where_the_symbols_say(
-    tmp_path: Path, compiler: str, layout: str, extra: tuple[str, ...]
+    tmp_path: Path, compiler: str, layout: str, variant: str
 ) -> None:
-    subject = build(tmp_path, *LAYOUTS[layout], *extra, compiler=compiler)
+    subject = build(tmp_path, *LAYOUTS[layout], *VARIANTS[variant], compiler=compiler)
     expected = truth(subject)
     assert set(expected) == set(NAMES)
     stripped = strip(subject)
-    for variant in (stripped, without_unwind_table(stripped)):
-        found = find_boringssl(variant)
+    for each in (stripped, without_unwind_table(stripped)):
+        found = find_boringssl(each)
         if isinstance(found, NotRecognised):
             # GCC -O1 aligns no function: without the unwind table their starts are not certain.
-            assert variant != stripped
-            assert (compiler, extra) == ("gcc", ("-O1",))
+            assert each != stripped
+            assert (compiler, variant) == ("gcc", "O1")
             continue
         assert dict(found.functions) == expected
         assert found.build_id is not None
-        assert found.size_bytes == variant.stat().st_size
+        assert found.size_bytes == each.stat().st_size
 
 
 def test_a_probe_may_sit_behind_endbr64_but_never_behind_a_push(tmp_path: Path) -> None:
@@ -128,11 +137,14 @@ def test_a_probe_may_sit_behind_endbr64_but_never_behind_a_push(tmp_path: Path) 
         (("-DTWO_WRITERS",), "2 functions may be SSL_write"),
         (("-DBAD_LENGTH=112",), "0 functions may be SSL_write"),
         (("-DPEEK_WRITES",), "2 functions may be SSL_read"),
+        (("-DTWO_READERS",), "3 functions may be SSL_read"),
+        (("-DTWO_READERS", "-DPEEK_APART"), "2 functions may be SSL_read"),
         (('-DFILE_NAME="ssl/ssl_other.cc"',), "nothing names ssl/ssl_lib.cc"),
         (('-DFILE_NAME=""',), "nothing names ssl/ssl_lib.cc"),
     ],
-    ids=["two-writers", "other-reason", "peek-like-read", "other-file", "no-file-names"],
-)
+    ids=["two-writers", "other-reason", "peek-like-read", "two-readers", "two-by-peek",
+         "other-file", "no-file-names"],
+)  # fmt: skip
 def test_doubt_is_refused_with_its_reason(
     tmp_path: Path, flags: tuple[str, ...], reason: str
 ) -> None:

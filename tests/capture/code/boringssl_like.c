@@ -3,7 +3,8 @@
  *
  * Switches make what a finder must refuse: TWO_WRITERS, BAD_LENGTH, NO_CALLER, PEEK_WRITES; and
  * what it must see through: NO_PEEK, CHECKED (as with libc++'s hardening, SSL_read ends in a call
- * that never returns), OLD (out of memory was reported until 2023). */
+ * that never returns), OLD (out of memory was reported until 2023), BAD_LENGTH=194 (until 2021
+ * SSL_write told of a shutdown instead) or 0 (then of neither for a while), PEEK_APART (GCC does not inline SSL_peek). */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -111,6 +112,24 @@ ALWAYS int peek(struct ssl *ssl, void *buf, int num) {
 #ifndef NO_PEEK
 OUT int SSL_peek(struct ssl *ssl, void *buf, int num) { return peek(ssl, buf, num); }
 #endif
+#ifdef PEEK_APART
+#define peek SSL_peek
+#endif
+#ifdef TWO_READERS
+OUT int SSL_read_early(struct ssl *ssl, void *buf, int num) {
+    int ret = peek(ssl, buf, num);
+    if (ret > 0)
+        ssl->state->flags |= 32;
+    return ret;
+}
+#endif
+#ifdef PEEKS_LATER /* what calls SSL_peek with other arguments, and writes, is not SSL_read */
+OUT int BIO_pending(struct ssl *ssl, void *buf, int num) {
+    int ret = peek(ssl, ssl->state->buffer, 1);
+    ssl->state->error = num;
+    return ret;
+}
+#endif
 OUT int SSL_read(struct ssl *ssl, void *buf, int num) {
     int ret = peek(ssl, buf, num);
     if (ret <= 0)
@@ -151,7 +170,7 @@ ALWAYS int write_body(struct ssl *ssl, const void *buf, int num) {
                 return -1;
             }
         }
-        if (num < 0) {
+        if (BAD_LENGTH && num < 0) {
             REPORT(BAD_LENGTH);
             return -1;
         }
@@ -209,6 +228,12 @@ OUT int use(struct ssl *ssl, char *buf, int num, int what) {
 #endif
 #ifndef NO_PEEK
     case 5: return 6 + SSL_peek(ssl, buf, num);
+#endif
+#ifdef TWO_READERS
+    case 6: return 7 + SSL_read_early(ssl, buf, num);
+#endif
+#ifdef PEEKS_LATER
+    case 7: return 8 + BIO_pending(ssl, buf, num);
 #endif
     default: return 5 + SSL_shutdown(ssl);
     }
