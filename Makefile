@@ -13,8 +13,10 @@ DEMO_HOME ?= .cache/demo
 DEMO_COMMANDS := tshark $(if $(filter 0,$(shell id -u)),curl clang ip)
 DEMO_PACKAGES := tshark $(if $(filter 0,$(shell id -u)),curl clang libbpf1 iproute2)
 # Whatever a test would otherwise be skipped for, so that on this machine none is.
-TEST_COMMANDS := tshark clang gcc curl node npm go ip bpftool keytool systemctl gsettings zsh fish
+TEST_COMMANDS := tshark clang gcc aarch64-linux-gnu-gcc curl node npm go ip bpftool keytool systemctl \
+	gsettings zsh fish
 TEST_PACKAGES := tshark clang llvm gcc libc6-dev libbpf1 libbpf-dev bpftool python3-bpfcc \
+	gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
 	clang-19 linux-headers-amd64 curl nodejs npm golang-go default-jdk-headless iproute2 procps zsh fish \
 	systemd dbus-user-session libglib2.0-bin gsettings-desktop-schemas dconf-gsettings-backend
 
@@ -66,6 +68,7 @@ lab: setup-test
 # Real binaries of npm and PyPI, all versions (`lab` runs the newest of each): long downloads. What
 # they prove is kept for the README's table of clients.
 clients: setup-test
+	@sh tools/system_packages.sh chromium chromium
 	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients
 	$(BIN)/python tools/client_table.py
 

@@ -27,6 +27,8 @@ NOTE_BYTES_MAX = 64 << 10
 SYMBOL_TABLE_BYTES_MAX = 512 << 20
 """A debug build of Chromium has about 300 MiB of symbols."""
 UNWIND_ENTRIES_MAX = 4 << 20
+RELOCATION_BYTES_MAX = 64 << 20
+"""Chromium has 26 MB of them."""
 CHUNK_BYTES = 16 << 20
 """Segments are searched this much at a time, so memory stays flat on a 400 MB file."""
 NEEDLE_BYTES_MAX = 4096
@@ -34,6 +36,8 @@ NEEDLE_BYTES_MAX = 4096
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_NOTE, _PT_GNU_EH_FRAME = 1, 2, 3, 4, 0x6474E550
 _SHT_SYMTAB, _SHT_NOBITS, _SHT_DYNSYM = 2, 8, 11
 _MACHINES = {62: "x86_64", 183: "aarch64"}
+_RELATIVE = {"x86_64": 8, "aarch64": 1027}  # the relocation "load address + addend"
+_DT_RELA, _DT_RELASZ = 7, 8
 _SYMBOL_BYTES = 24
 _SHN_UNDEF = 0
 
@@ -176,6 +180,47 @@ class Elf:
             if start >= 0 and start + length <= segment.size_bytes:
                 return self.read(segment.offset + start, length)
         raise ElfError(f"address {address:#x} is not in the file")
+
+    def pointer_at(self, address: int) -> int | None:
+        """The address that a pointer holds before the file is moved; None when it holds none.
+
+        In a position-independent file it may be zero there, and only a relocation tells it.
+        """
+        value = int.from_bytes(self.read_at(address, 8), "little")
+        if value:
+            return value
+        wanted = struct.pack("<QQ", address, _RELATIVE[self.machine])
+        at = self._relocations.find(wanted)
+        while at >= 0 and at % 24:
+            at = self._relocations.find(wanted, at + 1)
+        if at < 0:
+            return None
+        return int.from_bytes(self._relocations[at + 16 : at + 24], "little")
+
+    def pointers_to(self, address: int) -> Iterator[int]:
+        """Where the file holds this address, in memory that is written or relocated."""
+        yield from self.find(struct.pack("<Q", address), (s for s in self.loads if s.writable))
+        wanted = struct.pack("<QQ", _RELATIVE[self.machine], address)
+        at = self._relocations.find(wanted)
+        while at >= 0:
+            if at % 24 == 8:
+                yield int.from_bytes(self._relocations[at - 8 : at], "little")
+            at = self._relocations.find(wanted, at + 1)
+
+    @cached_property
+    def _relocations(self) -> bytes:
+        """The table of relocations with addends, of 24 bytes each; empty when there is none."""
+        for segment in self.segments:
+            if segment.type == _PT_DYNAMIC and segment.size_bytes <= NOTE_BYTES_MAX:
+                try:
+                    data = self.read(segment.offset, segment.size_bytes & ~15)
+                    said = dict(struct.iter_unpack("<QQ", data))
+                    size = said.get(_DT_RELASZ, 0)
+                    if _DT_RELA in said and size <= RELOCATION_BYTES_MAX:
+                        return self.read_at(said[_DT_RELA], size)
+                except ElfError:
+                    break
+        return b""
 
     @cached_property
     def loads(self) -> tuple[Segment, ...]:

