@@ -30,7 +30,7 @@ from pricing.files import BUNDLED, PriceFile, Shelf
 from pricing.names import candidates
 from pricing.rates import PriceError
 
-FACTS = Path("/work/shared/facts/vectors.json")
+FACTS = Path(__file__).resolve().parents[3] / "shared" / "facts" / "vectors.json"
 
 
 def event(provider="openai", model="gpt-4o", at="2026-11-23", parts=None, **fields):

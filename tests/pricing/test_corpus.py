@@ -31,7 +31,7 @@ from halton_meter.model import (
 )
 from pricing.book import PriceBook
 
-CORPUS = Path("/work/shared/corpus/exchanges")
+CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus" / "exchanges"
 pytestmark = pytest.mark.skipif(not CORPUS.exists(), reason="no recorded exchanges here")
 
 # Recorded before a price changed: priced as of then.
