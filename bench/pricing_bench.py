@@ -33,22 +33,22 @@ print((loaded - started) * 1e3, (time.process_time() - loaded) * 1e3)
 """
 
 
-def _event(provider: str, part: Usage, **conditions: str) -> UsageEvent:
+def _event(provider: str, *parts: Usage, **conditions: str) -> UsageEvent:
     return UsageEvent(
         id="bench",
         provider=provider,
         host=None,
         endpoint="bench",
         kind="chat",
-        model=part.model,
-        request_model=part.model,
+        model=parts[-1].model,
+        request_model=parts[-1].model,
         response_id=None,
         streaming=True,
         http_status=200,
         error_class=None,
         outcome=Outcome.COMPLETE,
         source=Source.PCAP,
-        parts=(part,),
+        parts=parts,
         certainty=Certainty.REPORTED,
         at_ns=_AT_NS,
         ttft_ms=None,
@@ -61,6 +61,7 @@ def events() -> dict[str, UsageEvent]:
     """The events priced, by what they are."""
     chat = Tokens(input=1200, cache_read=4096, output=350, reasoning=128)
     claude = Tokens(input=12, cache_read=80_000, cache_write_5m=900, output=420)
+    both = Tokens(input=12, cache_read=5, cache_write_5m=50, cache_write_1h=50, output=10)
     gemini = Tokens(input=1000, output=300, audio_input=700)
     return {
         "GPT, two buckets of input": _event("openai", Usage("gpt-5.6-sol", chat)),
@@ -77,6 +78,12 @@ def events() -> dict[str, UsageEvent]:
         ),
         "Whisper, by the second": _event(
             "groq", Usage("whisper-large-v3", units={"audio_seconds": Decimal("3.2")})
+        ),
+        "Claude, three iterations": _event(
+            "anthropic",
+            Usage("claude-opus-5-5", both, label="compaction"),
+            Usage("claude-fable-5-2", both, label="advisor"),
+            Usage("claude-opus-5-5", both, {"web_search_requests": 2}),
         ),
         "unknown model": _event("openai", Usage("gpt-unheard-of", chat)),
     }

@@ -16,16 +16,16 @@ import datetime as dt
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from decimal import Decimal, DecimalException
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
 from halton_meter.model import Basis, Certainty, LineItem, PricedEvent, Usage, UsageEvent
 from pricing import overrides as override_file
+from pricing.bill import Bill
 from pricing.files import Model, Shelf
 from pricing.names import canonical_provider
 from pricing.overrides import Override
-from pricing.rates import EXACT, UNCONFIRMED, Level, Rate, Row, in_force
+from pricing.rates import EXACT, UNCONFIRMED, Level, Row, in_force
 from pricing.rates import rate as rate_of
 from pricing.tariff import PRICED_CONDITIONS, TOKEN_DIMENSIONS, Tariff, tariff_for
 
@@ -33,12 +33,6 @@ _TARIFFS_MAX = 8192  # tariffs kept, a few kB each; beyond it all are dropped an
 _NS_PER_MINUTE = 60_000_000_000
 _MINUTES_PER_DAY = 1440
 _ZERO = Decimal(0)
-_FREE_TOOL_TOKENS = rate_of(
-    _ZERO,
-    1_000_000,
-    "https://ai.google.dev/gemini-api/docs/pricing",
-    note="tool-use tokens are not billed when Google Search or Maps grounded the answer",
-)
 _DECLINED = rate_of(
     _ZERO,
     1_000_000,
@@ -46,16 +40,8 @@ _DECLINED = rate_of(
     note="declined before any output: reported, not billed",
 )
 _REFUSED = Tariff("refusal", (Level(0, dict.fromkeys(TOKEN_DIMENSIONS, _DECLINED)),))
-_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
-_WRITTEN = attrgetter(*_WRITES)
-_NOTHING_WRITTEN = (None,) * len(_WRITES)
-_CACHED_MODALITIES = ("cached_audio_input", "cached_image_input", "cached_video_input")
-# Units that describe what the tokens were: passed over where the same part's tokens are billed.
-_DESCRIPTIVE_UNITS = frozenset(
-    {"audio_seconds", "video_seconds", "images", "input_images", "characters", "pages"}
-)
-# Units billed only where a row has a rate for them: facts about a call more than things sold.
-_SELDOM_BILLED_UNITS = frozenset({"cache_storage_tokens", "requests"})
+# Parts that another model than the answering one took.
+_HELPERS = ("advisor", "image_generation", "transcription")
 
 
 class PriceBook:
@@ -172,10 +158,12 @@ class PriceBook:
         if part.label == "refusal":
             return _REFUSED
         tariff = self.tariff(event.provider, model, event.conditions, event.at_ns)
-        if part.label == "advisor" and tariff.missing and tariff.missing.startswith("speed="):
-            # The speed is the answering model's: an advisor that has no fast mode ran at its own.
-            slow = {name: value for name, value in event.conditions.items() if name != "speed"}
-            return self.tariff(event.provider, model, slow, event.at_ns)
+        if part.label in _HELPERS and tariff.missing:
+            # Speed and tier are the answering model's: a helper without them ran at its own.
+            asked = tariff.missing.partition("=")[0]
+            if asked in ("speed", "service_tier"):
+                own = {name: value for name, value in event.conditions.items() if name != asked}
+                return self.tariff(event.provider, model, own, event.at_ns)
         return tariff
 
     def _free(self, event: UsageEvent) -> PricedEvent:
@@ -188,6 +176,9 @@ class PriceBook:
         flags: list[str] = []
         total = _ZERO
         known = bool(event.parts)
+        conditions = event.conditions
+        grounded = bool(conditions.get("grounding"))
+        is_hour = conditions.get("cache_ttl_asked") == "1h"
         for index, part in enumerate(event.parts):
             model = part.model or event.model or event.request_model
             if not model:
@@ -199,22 +190,23 @@ class PriceBook:
                 flags.append(f"unpriced:{tariff.missing}")
                 known = False
                 continue
-            bill = _Bill(tariff, model, part, flags)
-            if event.conditions.get("cache_ttl_asked") == "1h":
+            bill = Bill(tariff, model, part, flags)
+            if is_hour:
                 bill.unstated_write = "cache_write_1h"
-            bill.tokens(bool(event.conditions.get("grounding")))
+            bill.tokens(grounded)
             if part.units or "requests" in bill.rates:
                 bill.units(per_request=index == 0)
             if bill.empty:
                 flags.append("unpriced:usage")
                 known = False
-            known = known and not bill.missing
-            flags += [f"unpriced:{name}" for name in bill.missing]
+            if bill.missing:
+                known = False
+                flags += [f"unpriced:{name}" for name in bill.missing]
             items += bill.items
-            total = EXACT.add(total, bill.total) if total else bill.total
+            total = EXACT.add(total, bill.total) if index else bill.total
         if not event.parts:
             flags.append("unpriced:usage")
-        if event.conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":
+        if conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":
             flags.append("provisioned_throughput")
         return items, flags, total if known else None
 
@@ -223,249 +215,7 @@ class PriceBook:
 _PROVIDERS_BY_THE_HOUR = frozenset({"deepseek", "azure_openai"})
 
 
-class _Bill:
-    """The lines of one part of an event at one tariff."""
-
-    __slots__ = (
-        "_flags", "_model", "_part", "_tariff",
-        "empty", "items", "missing", "rates", "total", "unstated_write",
-    )  # fmt: skip
-
-    def __init__(self, tariff: Tariff, model: str, part: Usage, flags: list[str]) -> None:
-        self._tariff = tariff
-        self._model = model
-        self._part = part
-        self._flags = flags
-        self.rates: Mapping[str, Rate] = tariff.levels[0].rates
-        self.items: list[LineItem] = []
-        self.missing: list[str] = []
-        self.empty = False
-        self.total = _ZERO
-        self.unstated_write = "cache_write"  # the rate of writes whose lifetime is not stated
-
-    def tokens(self, grounded: bool) -> None:
-        """Lines for every token: disjoint buckets, then modalities cut out of them."""
-        count, details, tokens = self._count, self._part.details, self._part.tokens
-        fresh, out = tokens.input, tokens.output
-        if details:
-            fresh, out = self._estimated(fresh, out)
-        read = count(tokens.cache_read)
-        if details:
-            read = max(0, read - count(details.get("unbilled_cache_read")))
-        stated = _WRITTEN(tokens)
-        writes = (
-            [(n, count(w)) for n, w in zip(_WRITES, stated, strict=True) if w is not None]
-            if stated != _NOTHING_WRITTEN
-            else []
-        )
-        self.empty = not (self._part.units or writes) and (
-            fresh is None and out is None and tokens.cache_read is None
-        )
-        fresh, out = count(fresh), count(out)
-        if self._part.units and self._sold_by_unit():
-            return
-        if len(self._tariff.levels) > 1:
-            prompt = fresh + read + sum(written for _, written in writes)
-            level = self._level(prompt)
-            if level is not None and level.marginal:
-                fresh = self._beyond(level, fresh, prompt)
-        if details or tokens.audio_input or tokens.image_input or tokens.tool_use_input:
-            self._input(fresh, grounded)
-        elif fresh:
-            self._line("input", fresh, self.rates.get("input"))
-        if read:
-            self._read(read)
-        for name, written in writes:
-            if written:
-                self._line(name, written, self._write_rate(name))
-        if out:
-            self._output(out)
-        if details.get("citation") and "citation" in self.rates:
-            self._line("citation", count(details["citation"]), self.rates["citation"])
-
-    def units(self, *, per_request: bool) -> None:
-        """Lines for what is billed other than by token."""
-        rates, units = self.rates, self._part.units
-        for name, quantity in units.items():
-            amount = self._quantity(quantity)
-            rate = rates.get(name)
-            if not amount:
-                continue
-            if rate is None and name in _SELDOM_BILLED_UNITS:
-                if name == "cache_storage_tokens":  # billed by the hour, which no response states
-                    self._flags.append("cache_storage_not_priced")
-                continue
-            if rate is None:
-                if name not in _DESCRIPTIVE_UNITS or not self.items:
-                    self.missing.append(name)
-                continue
-            least = self._tariff.minimums.get(name, _ZERO)
-            if amount < least:
-                amount, rate = least, rate._replace(note=f"at least {least} {name} are billed")
-            self._line(name, amount, rate)
-        if per_request and "requests" in rates and "requests" not in units:
-            self._line("requests", 1, rates["requests"])
-
-    # --- tokens ---
-
-    def _estimated(self, fresh: int | None, out: int | None) -> tuple[int | None, int | None]:
-        """The counts, ours from the text seen standing in for those the provider did not send."""
-        details = self._part.details
-        if fresh is None and (guess := details.get("estimated_input")) is not None:
-            fresh = guess
-            self._flags.append("estimated")
-        if out is None and (guess := details.get("estimated_output")) is not None:
-            out = guess
-            self._flags.append("estimated")
-        return fresh, out
-
-    def _sold_by_unit(self) -> bool:
-        """True where the model has a price by second, image or page, and none by token."""
-        rates = self.rates
-        return (
-            "input" not in rates
-            and "output" not in rates
-            and any(name in rates for name in self._part.units)
-        )
-
-    def _level(self, prompt: int) -> Level | None:
-        """Take the rates for a prompt of this many tokens; the level where it is a long one."""
-        chosen = None
-        for level in self._tariff.levels[1:]:
-            if prompt > level.above:
-                chosen = level
-        if chosen is not None and not chosen.marginal:
-            self.rates = chosen.rates
-        return chosen
-
-    def _beyond(self, level: Level, fresh: int, prompt: int) -> int:
-        """Bill what is beyond a marginal threshold; the uncached end of a prompt comes last."""
-        excess = min(fresh, prompt - level.above)
-        self._line("input", excess, level.rates.get("input"))
-        return fresh - excess
-
-    def _input(self, fresh: int, grounded: bool) -> None:
-        details, tokens, rates = self._part.details, self._part.tokens, self.rates
-        tool = tokens.tool_use_input
-        if tool and (grounded or "tool_use_input" in rates):
-            part = self._part_of("tool_use_input", tool, fresh)
-            rate = _FREE_TOOL_TOKENS if grounded else rates["tool_use_input"]
-            self._line("tool_use_input", part, rate)
-            fresh -= part
-        for name, stated in (
-            ("audio_input", tokens.audio_input),
-            ("image_input", tokens.image_input),
-            ("video_input", details.get("video_input")),
-        ):
-            if stated and name in rates:
-                cached = self._count(details.get(f"cached_{name}"))
-                part = self._part_of(name, max(0, self._count(stated) - cached), fresh)
-                self._line(name, part, rates[name])
-                fresh -= part
-        if fresh:
-            self._line("input", fresh, rates.get("input"))
-
-    def _read(self, read: int) -> None:
-        rates = self.rates
-        for name in _CACHED_MODALITIES if self._part.details else ():
-            stated = self._part.details.get(name)
-            if stated and name in rates:
-                part = self._part_of(name, self._count(stated), read)
-                self._line(name, part, rates[name])
-                read -= part
-        rate = rates.get("cache_read")
-        if read and rate is None and "input" in rates:
-            # No discount is published for this model, so a cached token is an input token.
-            rate = rates["input"]._replace(note="no cached rate published: billed as input")
-            self._flags.append("cache_read_at_input_rate")
-        if read:
-            self._line("cache_read", read, rate)
-
-    def _write_rate(self, name: str) -> Rate | None:
-        rates = self.rates
-        if name == "cache_write_5m":
-            return rates.get(name) or rates.get("cache_write")
-        if name == "cache_write":  # lifetime not stated: as asked for, else the default's rate
-            return rates.get(self.unstated_write) or rates.get("cache_write_5m")
-        return rates.get(name)
-
-    def _output(self, out: int) -> None:
-        tokens, rates, details = self._part.tokens, self.rates, self._part.details
-        for name, stated in (
-            (
-                ("audio_output", tokens.audio_output),
-                ("image_output", tokens.image_output),
-                ("video_output", details.get("video_output")),
-                ("reasoning", tokens.reasoning),
-            )
-            if details or tokens.audio_output or tokens.image_output or "reasoning" in rates
-            else ()
-        ):
-            if stated and name in rates:
-                part = self._part_of(name, self._count(stated), out)
-                self._line(name, part, rates[name])
-                out -= part
-        if out:
-            self._line("output", out, rates.get("output"))
-
-    # --- lines ---
-
-    def _line(self, what: str, quantity: int | Decimal, rate: Rate | None) -> None:
-        if not quantity:
-            return
-        if rate is None:
-            self.missing.append(what)
-            return
-        amount = Decimal(quantity)
-        usd = EXACT.multiply(rate.each_usd, amount) if rate.exact else rate.amount_usd(amount)
-        self.total = EXACT.add(self.total, usd) if self.items else usd
-        if (label := self._part.label) != "message":
-            what = f"{label}:{what}"
-        self.items.append(_line_item(what, amount, usd, self._model, rate))
-
-    def _count(self, value: object) -> int:
-        """A token count as billed; what is no count is 0 and flagged."""
-        if value is None:
-            return 0
-        if type(value) is int and value >= 0:
-            return value
-        self._flags.append("bad_usage")
-        return 0
-
-    def _quantity(self, value: object) -> Decimal:
-        if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
-            amount = Decimal(value)
-            if amount.is_finite() and amount >= 0:
-                return amount
-        self._flags.append("bad_usage")
-        return _ZERO
-
-    def _part_of(self, name: str, part: object, whole: int) -> int:
-        """A part of a bucket, never more than the bucket."""
-        count = self._count(part)
-        if count <= whole:
-            return count
-        self._flags.append(f"clamped:{name}")
-        return whole
-
-
-# A frozen dataclass sets its fields through object.__setattr__, which for a bill of four lines is
-# half of what a price may take (10 of 20 µs). So lines and prices are filled in as plain objects of
-# the same slots, which costs a fifth, and become the frozen types by their class.
-class _LineDraft:
-    __slots__ = tuple(each.name for each in fields(LineItem))
-
-    def __init__(self, what: str, quantity: Decimal, usd: Decimal, model: str, rate: Rate) -> None:
-        self.what = what
-        self.quantity = quantity
-        self.rate_usd = rate.each_usd
-        self.usd = usd
-        self.model = model
-        self.source = rate.source
-        self.dated = rate.dated
-        self.note = rate.note
-
-
+# Filled in as a plain object and then made the frozen type; why, is said in `bill.py`.
 class _PricedDraft:
     __slots__ = tuple(each.name for each in fields(PricedEvent))
 
@@ -486,13 +236,6 @@ class _PricedDraft:
         self.line_items = line_items
         self.flags = flags
         self.price_book = price_book
-
-
-def _line_item(what: str, quantity: Decimal, usd: Decimal, model: str, rate: Rate) -> LineItem:
-    """`LineItem(what, quantity, rate.each_usd, usd, model, source, dated, note)`, only faster."""
-    item: Any = _LineDraft(what, quantity, usd, model, rate)
-    item.__class__ = LineItem
-    return cast(LineItem, item)
 
 
 def _moment(at_ns: int) -> dt.datetime:

@@ -6,9 +6,10 @@
 
 Run by a maintainer, never by the program: genai-prices (MIT) is no dependency of it. A row that is
 in the files already is never altered nor dropped (`pricing/history.py` decides): a new price is a
-new dated row. What upstream matches by prefix or substring becomes a list of exact names, those it
-lists itself and those of `--names` (litellm's model_prices_and_context_window.json); the dated
-alias rules of `pricing/names.py` do the rest at run time. Read `cross_check.py` next.
+new dated row, and where one is refused nothing is written. What upstream matches by prefix or
+substring becomes a list of exact names, those it lists itself and those of `--names` (litellm's
+model_prices_and_context_window.json); the dated alias rules of `pricing/names.py` do the rest at
+run time. Read `cross_check.py` next.
 """
 
 from __future__ import annotations
@@ -203,19 +204,24 @@ def main() -> int:
         f"genai-prices {version('genai-prices')} (MIT, https://github.com/pydantic/genai-prices)"
     )
     refused = 0
+    changed: dict[Path, str] = {}
     for provider, new in compiled(litellm_names(arguments.names), arguments.today):
         path = ROOT / "pricing" / "data" / f"{provider}.toml"
         old = (
             {m["id"]: m for m in tomllib.loads(path.read_text())["model"]} if path.exists() else {}
         )
         history, changes, conflicts = merged(old, new)
-        for line in (*describe(provider, changes), *(f"REFUSED {c}" for c in conflicts)):
+        lines = describe(provider, changes)
+        for line in (*lines, *(f"REFUSED {provider} {conflict}" for conflict in conflicts)):
             print(line)
         refused += len(conflicts)
-        if arguments.write and not conflicts:
-            path.write_text(rendered(provider, upstream, arguments.today, history))
+        if changes:
+            changed[path] = rendered(provider, upstream, arguments.today, history)
     if refused:
         print(f"{refused} rows would rewrite history: date the price or decide in the overlay.")
+    elif arguments.write:
+        for path, text in changed.items():
+            path.write_text(text)
     return 1 if refused else 0
 
 
