@@ -3,7 +3,7 @@
 A loop over a stream's chunks costs more than everything that is done with them. Here one split
 reads all chunks of a delivery, and the sizes that they state, checked against the lengths found,
 prove it. It refuses what it cannot prove (CRLF within data, odd spellings, large chunks): that is
-for the state machine of `http1.py`.
+for the state machine of `http1_framing.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from halton_meter.model import Outcome, Protocol, header
-from halton_meter.wire.http1 import HEAD_BYTES_MAX, PENDING_MAX
+from halton_meter.wire.http1 import PENDING_MAX
+from halton_meter.wire.http1_framing import HEAD_BYTES_MAX
 from halton_meter.wire.stream import Interest
 
 from .conftest import (
