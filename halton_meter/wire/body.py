@@ -251,6 +251,9 @@ class FramedBody(Body):
     def __hash__(self) -> int:
         return hash(_values(self))
 
+    def __repr__(self) -> str:
+        return repr(Body(*_values(self)))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Body, _values(self)
 
@@ -346,16 +349,18 @@ class BodyCollector:
             self._decode()
 
     @property
+    def begun(self) -> bool:
+        """Whether any of its bytes have come."""
+        return bool(self._kept_bytes or self._coded_bytes or self._decoded_bytes)
+
+    @property
     def at_event(self) -> bool:
         """Whether chunks that each end an event may follow, framing and all."""
         run = self._run
         return self._takes_chunks and bool(run) and run[-1].endswith(_EVENT_ENDS)
 
-    def add_chunks(self, run: bytes) -> bool:
-        """Take chunks of which each ends an event, as they came; asks for `at_event`.
-
-        Gives whether `at_event` still holds.
-        """
+    def add_chunks(self, run: bytes) -> None:
+        """Take chunks of which each ends an event, as they came; asks for `at_event`."""
         if self._span_start is None:
             self._span_start = self._run_bytes
         parts, size = self._run, len(run)
@@ -364,7 +369,6 @@ class BodyCollector:
         self._kept_bytes += size
         if len(parts) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
             self._bound()
-        return self._takes_chunks
 
     def lose(self, count: int | None) -> None:
         """Note that the capture lost `count` bytes here (None: number unknown)."""

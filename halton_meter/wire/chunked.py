@@ -101,11 +101,6 @@ def events_end(data: bytes, at: int) -> int:
     return at
 
 
-def is_events(data: bytes) -> bool:
-    """Whether `data` is just such a run of short events: what a server sends in one TLS record."""
-    return _short_events().fullmatch(data) is not None
-
-
 def data_of(run: bytes) -> bytes:
     """The data of a run of chunks that `events_end` found."""
     parts: list[bytes] = []

@@ -15,10 +15,9 @@ from collections import deque
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
 from halton_meter.wire import chunked
-from halton_meter.wire.body import BodyCollector
 from halton_meter.wire.head import host_name, kept_headers, split_target
 from halton_meter.wire.http1_framing import Fields, Reader, Side, body_framing
-from halton_meter.wire.transaction import Context, Transaction
+from halton_meter.wire.transaction import SENT, Context, Transaction
 
 # Requests pipelined without an answer; a client that sends more is not one of ours.
 PENDING_MAX = 256
@@ -29,11 +28,16 @@ EARLY_BYTES_MAX = 1 << 20
 RESYNC_SENT_BYTES = 4096
 RESYNC_RECEIVED_BYTES = 512
 
+# Deliveries within a chunked answer are read together once so many bytes have come, or its end may
+# have: what a delivery costs by itself is more than what its bytes do.
+GATHERED_BYTES_MAX = 256 << 10
+
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15}) ([^\s\x00]{1,65536}) HTTP/1\.[01]\r?\n")
 # Behind a hole a body may touch the next request line, so only known methods end it.
 _REQUEST_BEHIND = re.compile(
     rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS|CONNECT) ([^\s\x00]{1,4096}) HTTP/1\.[01]\r?\n"
 )
+_MESSAGE_ENDS = (b"\r\n\r\n", b"\n\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [^\r\n]*)?\r?\n")
 
 
@@ -47,6 +51,14 @@ def may_be_http1(sent: bool, data: bytes) -> bool:
 def finds_http1(sent: bool, data: bytes) -> bool:
     """Whether the head of an HTTP/1.x message begins anywhere in `data`."""
     return (_REQUEST_BEHIND if sent else _STATUS_LINE).search(data) is not None
+
+
+def _may_end(data: bytes) -> bool:
+    """Whether a chunked message may end with this delivery: with an empty line (RFC 9112 7.1).
+
+    An empty line behind another is of the data; a short delivery may hold only part of the line.
+    """
+    return (data.endswith(_MESSAGE_ENDS) and not data.endswith(b"\r\n\r\n\r\n")) or len(data) < 4
 
 
 class _Sent(Side):
@@ -178,15 +190,9 @@ class _Received(Side):
         transaction.ended_ns = self._owner.at_ns
 
     def at_event(self) -> bool:
-        return self.stream() is not None
-
-    def stream(self) -> tuple[BodyCollector, Transaction] | None:
-        """The answer being read and its body, when that has come to an event's end."""
         transaction = self.now
         body = transaction.response_body if transaction is not None else None
-        if transaction is None or body is None or not body.at_event:
-            return None
-        return body, transaction
+        return body is not None and body.at_event
 
     def chunks(self, run: bytes) -> None:
         transaction = self.now
@@ -241,8 +247,9 @@ class Http1:
         # A lost request whose answer has not been seen: the next answer may be its.
         self._in_doubt = False
         self._sent_side, self._received_side = _Sent(self), _Received(self)
-        # The body and transaction of an answer that is read up to between two events' chunks.
-        self._streaming: tuple[BodyCollector, Transaction] | None = None
+        # Deliveries of a chunked answer that wait to be read together; None outside of one.
+        self._gathered: list[bytes] | None = None
+        self._gathered_bytes = 0
         self._sent = Reader(context, self._sent_side)
         self._received = Reader(context, self._received_side)
 
@@ -253,47 +260,79 @@ class Http1:
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
+        sent = direction is SENT
+        gathered = self._gathered
+        if gathered is not None:
+            if sent:
+                self._read_gathered()
+            else:
+                gathered.append(data)
+                self._gathered_bytes += len(data)
+                if self._gathered_bytes < GATHERED_BYTES_MAX and (
+                    data[-4:] == chunked.EVENT_END or not _may_end(data)
+                ):
+                    self.at_ns = at_ns
+                    return []
+                data = self._take_gathered()
         self.at_ns = at_ns
-        sent = direction is Direction.SENT
-        if not sent and self._streaming is not None:
-            if chunked.is_events(data):
-                body, transaction = self._streaming
-                if not body.add_chunks(data):
-                    self._streaming = None
-                transaction.ended_ns = at_ns
-                return []
-            self._streaming = None
+        self._feed(direction, data)
+        if not sent and self._received.in_chunks and self._may_gather():
+            self._gathered = []
+        if not self._done:
+            return []
+        return self._take_done()
+
+    def _feed(self, direction: Direction, data: bytes) -> None:
         if self._early_bytes and self._early[direction]:
             self._keep_early(direction, data)
         else:
-            reader = self._sent if sent else self._received
-            rest = reader.feed(data, at_ns)
+            reader = self._sent if direction is SENT else self._received
+            rest = reader.feed(data, self.at_ns)
             if rest:
                 self._keep_early(direction, rest)
-            elif not sent and reader.between_chunks:
-                self._streaming = self._received_side.stream()
         if self._early_bytes:
             self._play_early()
-        if not self._done:
-            return []
+
+    def _may_gather(self) -> bool:
+        """Whether what follows in a chunked answer may wait: not its first event, which decides
+        how the others are kept, and not where the next answer can follow at once.
+        """
+        now = self._received_side.now
+        body = now.response_body if now is not None else None
+        return len(self.pending) == 1 and (body is None or body.begun)
+
+    def _take_gathered(self) -> bytes:
+        """What was gathered; from here on nothing is."""
+        data = b"".join(self._gathered or ())
+        self._gathered = None
+        self._gathered_bytes = 0
+        return data
+
+    def _read_gathered(self) -> None:
+        """Read what was gathered as of when its last delivery came."""
+        data = self._take_gathered()
+        if data:
+            self._feed(Direction.RECEIVED, data)
+
+    def _take_done(self) -> list[Exchange]:
         done, self._done = self._done, []
         return done
 
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
+        self._read_gathered()
         self.at_ns = at_ns
-        self._streaming = None
         if self._early[direction]:
             self._early[direction].clear()  # a hole in what nobody could read yet: give it up
             self._early_bytes = sum(len(d) for way in self._early.values() for d, _ in way)
             self.context.losses["early_dropped"] += 1
-        (self._sent if direction is Direction.SENT else self._received).hole(count)
+        (self._sent if direction is SENT else self._received).hole(count)
         self._play_early()
-        done, self._done = self._done, []
-        return done
+        return self._take_done()
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
+        self._read_gathered()
         self._requests_lost = True  # an answer that still waits for its request is nobody's
         self._play_early()
         self.at_ns = at_ns
@@ -308,8 +347,7 @@ class Http1:
             self._emit(transaction)
         self.pending.clear()
         self._sent_side.now = self._received_side.now = None
-        done, self._done = self._done, []
-        return done
+        return self._take_done()
 
     def tunnelled(self) -> tuple[bytes, bytes]:
         """Bytes that followed an upgrade: (sent, received); taken once."""
@@ -335,14 +373,14 @@ class Http1:
         while played and self._early_bytes and self.upgraded is None:
             played = False
             for direction, held in self._early.items():
-                side = self._sent_side if direction is Direction.SENT else self._received_side
+                side = self._sent_side if direction is SENT else self._received_side
                 if held and side.may_begin():
                     self._replay(direction, held)
                     played = True
         self.at_ns = now
 
     def _replay(self, direction: Direction, held: list[tuple[bytes, int]]) -> None:
-        reader = self._sent if direction is Direction.SENT else self._received
+        reader = self._sent if direction is SENT else self._received
         waiting, held[:] = held[:], []
         for number, (data, at_ns) in enumerate(waiting):
             self.at_ns = at_ns
@@ -436,7 +474,6 @@ class Http1:
             self._emit(transaction)
 
     def _emit(self, transaction: Transaction) -> None:
-        self._streaming = None
         if transaction is self._received_side.now:
             self._received_side.now = None
         if transaction is self._sent_side.now:

@@ -154,9 +154,9 @@ class Reader:
         self.tunnel = b""
 
     @property
-    def between_chunks(self) -> bool:
-        """Whether all was read, up to a chunk's end."""
-        return self.state == "chunk_size" and not self._buffer
+    def in_chunks(self) -> bool:
+        """Whether a chunked body is being read."""
+        return self.state in ("chunk_size", "chunk")
 
     def feed(self, data: bytes, at_ns: int) -> bytes:
         """Take the next bytes; give back those that it is too early to read."""

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
 from halton_meter.wire.head import host_name, kept_headers, split_target
 from halton_meter.wire.hpack_decoder import HpackDecoder, HpackError
-from halton_meter.wire.transaction import Context, Transaction
+from halton_meter.wire.transaction import SENT, Context, Transaction
 from halton_meter.wire.websocket import WebSocket
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -376,7 +376,7 @@ class Http2:
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
         self._at_ns = at_ns
-        (self._sent if direction is Direction.SENT else self._received).feed(data)
+        (self._sent if direction is SENT else self._received).feed(data)
         if not self._done:
             return []
         return self._take()
@@ -384,7 +384,7 @@ class Http2:
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
         self._at_ns = at_ns
-        (self._sent if direction is Direction.SENT else self._received).hole(count)
+        (self._sent if direction is SENT else self._received).hole(count)
         if self._sent.damaged:
             self._play_all_early()
         return self._take()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClosed, header
 from halton_meter.wire.http1 import Http1, finds_http1, may_be_http1
 from halton_meter.wire.http2 import PREFACE, Http2, finds_frames, plausible_frame
-from halton_meter.wire.transaction import NOT_WANTED, Ask, Context, Interest
+from halton_meter.wire.transaction import NOT_WANTED, SENT, Ask, Context, Interest
 from halton_meter.wire.websocket import WebSocket
 
 # Bytes looked at, both directions together, before a protocol is settled on: in the middle of an
@@ -52,7 +52,7 @@ class Conversation:
         """Take one chunk; return the exchanges that it finished."""
         direction, data, offset, length = chunk.direction, chunk.data, chunk.offset, chunk.length
         end = offset + length
-        if direction is Direction.SENT:
+        if direction is SENT:
             expected = self._expected_sent
             if end > expected:
                 self._expected_sent = end
@@ -160,7 +160,7 @@ class Conversation:
         """The protocol, as soon as what a direction said leaves no doubt."""
         for direction in Direction:
             data = b"".join(part for way, part, _ in self._undecided if way is direction)
-            sent = direction is Direction.SENT
+            sent = direction is SENT
             if not data or (sent and len(data) < len(PREFACE) and PREFACE.startswith(data)):
                 continue
             if sent and data.startswith(PREFACE):

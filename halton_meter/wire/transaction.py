@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from halton_meter.model import (
     Body,
     Connection,
+    Direction,
     Exchange,
     Headers,
     Outcome,
@@ -41,6 +42,10 @@ class Interest:
 
 Ask = Callable[[Request], Interest]
 NOT_WANTED = Interest(False)
+
+# Compared with once a chunk and more: an enum class's own lookup takes 0.1 µs in Python 3.11, a
+# fifth of what a chunk of one event costs.
+SENT = Direction.SENT
 
 # A stream that ends in one of these has said all, though its last chunk or END_STREAM was not
 # seen: clients hang up right after them.

@@ -7,7 +7,7 @@ import pytest
 from halton_meter.model import Outcome, Protocol, header
 from halton_meter.wire.http1 import PENDING_MAX
 from halton_meter.wire.http1_framing import HEAD_BYTES_MAX
-from halton_meter.wire.stream import Interest
+from halton_meter.wire.stream import Conversation, Interest
 
 from .conftest import (
     CONNECTION,
@@ -283,6 +283,54 @@ def test_duplicate_host_and_folded_headers_do_not_confuse(deliver):
 
 def pierced(script: Script, way, first: int, count: int):
     return talk(pierce(chunks_of(script, whole), way, first, count))
+
+
+ENDS = [
+    b"0\r\n\r\n",
+    b"0\n\n",
+    b"000;last=1\r\n\r\n",
+    b"0\r\nserver-timing: total\r\nx-end: 1\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("events", [EVENTS, [b"data: x\r\n\r\n"] * 9, [b'{"n":1}\n'] * 9])
+def test_the_end_of_a_stream_is_told_with_the_record_that_brings_it(end, events):
+    """However it is cut: deliveries in mid-stream wait for each other, the last for none."""
+    records = [STREAM_HEAD, *map(chunk, events)]
+    for last in ([end], [chunk(b"data: last\n\n") + end], [end[:2], end[2:]], [end[:-1], end[-1:]]):
+        conversation = Conversation(CONNECTION, keep_all)
+        script = [(SENT, GET), *((RECEIVED, record) for record in [*records, *last])]
+        found = [conversation.receive(each) for each in chunks_of(script, whole)]
+        assert [len(exchanges) for exchanges in found[:-1]] == [0] * (len(found) - 1)
+        (exchange,) = found[-1]
+        assert exchange.outcome is Outcome.COMPLETE
+        assert exchange.first_byte_ns == 1001
+        assert exchange.ended_ns == 1000 + len(found) - 1
+        assert exchange.response.body.joined().startswith(b"".join(events))
+
+
+def test_a_stream_that_breaks_off_ended_when_its_last_bytes_came():
+    script = [(SENT, GET), (RECEIVED, STREAM_HEAD), *((RECEIVED, chunk(e)) for e in EVENTS)]
+    exchange = talk(chunks_of(script, whole)).only
+    assert exchange.outcome is Outcome.ABORTED
+    assert exchange.response.body.joined() == b"".join(EVENTS)
+    assert exchange.ended_ns == 1000 + len(script) - 1
+
+
+def test_a_request_during_a_stream_finds_what_came_before_it():
+    records = [STREAM_HEAD, *map(chunk, EVENTS)]
+    end = b"0\r\n\r\n" + OK
+    script = [
+        (SENT, GET),
+        *((RECEIVED, record) for record in records),
+        (SENT, GET),
+        (RECEIVED, end),
+    ]
+    first, second = talk(chunks_of(script, whole)).exchanges
+    assert first.response.body.joined() == b"".join(EVENTS)
+    assert second.response.body.joined() == b'{"ok":true}'
+    assert (first.outcome, second.outcome) == (Outcome.COMPLETE, Outcome.COMPLETE)
 
 
 def test_a_hole_in_a_body_of_known_length_is_stepped_over():
