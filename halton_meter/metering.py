@@ -491,6 +491,7 @@ def prepare_home(home: Path) -> None:
 def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
     """The pipeline with prices, projects and the user's own hosts."""
     from halton_meter.attribution import Attribution
+    from halton_meter.memory import keep_freed_memory
     from halton_meter.meter import Meter
     from halton_meter.providers import Registry
     from halton_meter.providers.estimate import count_with
@@ -498,6 +499,7 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
     from pricing.book import PriceBook
 
     count_with(Tokenizer())
+    keep_freed_memory()
     return Meter(PriceBook.load(home).price, Attribution(), Registry(extra_hosts))
 
 

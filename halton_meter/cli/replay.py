@@ -280,6 +280,7 @@ class Replay:
     def __init__(self, job: Job, files: list[Path], errors: list[str]) -> None:
         from capture.pcap import PcapSource
         from halton_meter import config
+        from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers import Registry
         from halton_meter.providers.estimate import count_with
@@ -287,6 +288,7 @@ class Replay:
         from pricing.book import PriceBook
 
         count_with(Tokenizer())
+        keep_freed_memory()
         home = config.home_folder()
         extra_hosts = config.load(home).extra_hosts
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
