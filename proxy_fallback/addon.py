@@ -9,21 +9,20 @@ swallowed: the flow goes on unmetered.
 
 What mitmproxy itself changes, and no addon can prevent: it answers `Expect: 100-continue` and drops
 that header, swallows interim (1xx) responses, cuts chunks anew, writes one space before a field's
-value, and passes a WebSocket message on when it is whole.
+value, has an order of its own for HTTP/2's pseudo-headers, and passes a WebSocket message on when
+it is whole. What would break or pile up traffic is mended: see mends.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from halton_meter.model import Connection, Exchange, Process, Source
 from halton_meter.model import Protocol as HttpProtocol
@@ -39,10 +38,6 @@ _NS = 1_000_000_000
 # In its CONNECT to mitmproxy the edge names the client whose socket it accepted: "127.0.0.1:4711".
 # mitmproxy answers a CONNECT itself, so this header never reaches a provider.
 CLIENT_HEADER = "x-halton-meter-client"
-
-# An interim response's head, and how much of what a server sends is searched for one.
-_INTERIM = re.compile(rb"\s*HTTP/1\.[01] 1(?!01)\d\d[^\r\n]*\r?\n(?:[^\r\n]+\r?\n)*\r?\n")
-INTERIM_BYTES_MAX = 64 << 10
 
 Fields = Iterable[tuple[str, str]]
 
@@ -128,26 +123,6 @@ def _ns(seconds: float | None) -> int:
     return time.time_ns() if seconds is None else int(seconds * _NS)
 
 
-def step_over_interim_responses() -> None:
-    """Mend mitmproxy for HTTP/1: it takes "100 Continue" or "103 Early Hints" for the answer.
-
-    The client would wait for the real one for ever. On HTTP/2 mitmproxy leaves them out by itself.
-    """
-    from mitmproxy.proxy.layers.http._http1 import Http1Client
-
-    original: Any = Http1Client.read_headers
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def read_headers(self: Any, event: Any) -> Any:
-        while self.request and (found := _INTERIM.match(bytes(self.buf)[:INTERIM_BYTES_MAX])):
-            self.buf.maybe_extract_at_most(found.end())
-        return original(self, event)
-
-    Http1Client.read_headers = read_headers  # type: ignore[method-assign]
-
-
 class MeterAddon:
     """Watches HTTP flows to providers. `losses` counts what went by unmetered, by cause."""
 
@@ -164,7 +139,10 @@ class MeterAddon:
     def load(self, loader: object) -> None:
         """We were added to a proxy that is about to start."""
         try:
-            step_over_interim_responses()
+            from proxy_fallback import mends
+
+            mends.step_over_interim_responses()
+            mends.hold_http2_senders_back()
         except Exception as error:  # nothing that watches may break what is watched
             self._count(error)
 

@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,7 +89,9 @@ class Place:
     def __init__(self, session: ProxySession, trust: Path, delivered: list[Exchange]) -> None:
         self.session, self.trust, self.delivered = session, trust, delivered
 
-    def connect(self, port: int, *, proxied: bool = True) -> ssl.SSLSocket:
+    def connect(
+        self, port: int, *, proxied: bool = True, alpn: Sequence[str] = ()
+    ) -> ssl.SSLSocket:
         """A TLS connection to localhost:`port`."""
         at = self.session.port if proxied else port
         raw = socket.create_connection(("127.0.0.1", at), timeout=WAIT_S_MAX)
@@ -99,6 +101,8 @@ class Place:
             assert b" 200 " in raw.recv(4096)
             trust = self.session.ca_file
         context = ssl.create_default_context(cafile=str(trust))
+        if alpn:
+            context.set_alpn_protocols(list(alpn))
         return context.wrap_socket(raw, server_hostname="localhost")
 
     def ask(self, port: int, request: bytes, *, proxied: bool = True) -> bytes:
