@@ -41,7 +41,11 @@ _COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
 
 
 class ProxyUnavailable(Exception):
-    """The proxy could not be started; the text says why and what to run."""
+    """The proxy could not be started; the text says why, `mend` what to do about it."""
+
+    def __init__(self, text: str, mend: str = "sudo halton-meter run -- CMD") -> None:
+        super().__init__(text)
+        self.mend = mend
 
 
 # --- the service ------------------------------------------------------------------------------
@@ -147,14 +151,14 @@ def meter_command(
     environment: Mapping[str, str],
     extra_hosts: Mapping[str, str],
     upstream: tuple[str, int] | None = None,
+    java: bool = False,
 ) -> ProxiedRun:
     """Run `command` behind an edge of its own and store what it used.
 
     `upstream` is the proxy that leads out; without one, that of the environment is kept in use.
-    Raises ProxyUnavailable when the proxy cannot start; the command has not been started then.
+    With `java` its JVMs are told, too. Raises ProxyUnavailable when the proxy cannot start; the
+    command has not been started then.
     """
-    from proxy_fallback.session import bundle, client_environment
-
     prepare_home(home)
     upstream = upstream or environment_proxy(environment)
     job = Job(str(home), False, dict(extra_hosts), upstream)
@@ -164,12 +168,30 @@ def meter_command(
         port = background.start()
         ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
         with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
-            trusted = bundle(ca_file, Path(folder) / "ca-bundle.pem", dict(environment))
-            changed = client_environment(dict(environment), port, trusted, ca_file)
-            run.exit_code = _run(command, changed)
+            told = _told(environment, port, ca_file, Path(folder), java)
+            run.exit_code = _run(command, told)
     finally:
         background.stop(run)
     return run
+
+
+def _told(
+    environment: Mapping[str, str], port: int, ca_file: Path, folder: Path, java: bool
+) -> dict[str, str]:
+    """A command's environment, with the proxy and trust in it."""
+    from proxy_fallback.session import bundle, client_environment
+
+    trusted = bundle(ca_file, folder / "ca-bundle.pem", dict(environment))
+    told = client_environment(dict(environment), port, trusted, ca_file)
+    if not java:
+        return told
+    from proxy_fallback import java as java_vm
+    from proxy_fallback.changes import ChangeError
+
+    try:
+        return told | java_vm.for_one_command(environment, port, ca_file, folder)
+    except ChangeError as error:
+        raise ProxyUnavailable(str(error).partition(";")[0], "leave --java out") from None
 
 
 def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:

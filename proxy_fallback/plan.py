@@ -14,8 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy_fallback import service_files, system_proxy, trust
-from proxy_fallback.authority import TRUSTED_NAME, Authority, ensure_authority, read_authority
+from proxy_fallback import java, service_files, system_proxy, trust
+from proxy_fallback.authority import (
+    CERTIFICATE_NAME,
+    TRUSTED_NAME,
+    Authority,
+    ensure_authority,
+    read_authority,
+)
 from proxy_fallback.changes import (
     TOLERATED,
     Argv,
@@ -141,11 +147,11 @@ class Plan:
             )
         if self._choice.redirect:
             _check_redirect(self._choice.redirect)
-        options = m.environ.get("JAVA_TOOL_OPTIONS", "")
+        options = m.environ.get(java.OPTIONS_NAME, "")
         if self._choice.java and options and str(m.ca_folder) not in options:
             raise ChangeError(
-                f"JAVA_TOOL_OPTIONS is in use already ({options}); leave --java out, and add what "
-                "init --java --dry-run shows by hand"
+                f"{java.OPTIONS_NAME} is in use already ({options}); leave --java out, and add "
+                "what init --java --dry-run shows by hand"
             )
         installed = any(entry.change.key.startswith("service:") for entry in ledger.entries)
         if not installed and not self._asking and m.port_taken() and not m.healthy():
@@ -270,7 +276,9 @@ class Plan:
             root = m.uid == 0
             changes.append(trust.system_trust(authority, m.ca_folder, m.platform, m.commands, root))
         if self._choice.java:
-            changes.append(trust.java_store(m.ca_folder, m.platform, m.commands))
+            store = m.ca_folder / java.STORE_NAME
+            certificate = m.ca_folder / CERTIFICATE_NAME
+            changes.append(java.copied_store(store, certificate, m.platform, m.commands))
         return changes
 
     def _trust_detail(self) -> str:

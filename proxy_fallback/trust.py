@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxy_fallback import java as java_vm
 from proxy_fallback.authority import TRUSTED_NAME, Authority
 from proxy_fallback.changes import TOLERATED, Argv, ChangeError, CommandRun, Commands, write_whole
 
@@ -23,7 +24,6 @@ ROOTS_NAME = "roots.pem"
 # Certificates of the person's own, from bundles that their variables named before ours did.
 OWN_NAME = "own-roots.pem"
 NODE_NAME = "node-extra-ca.pem"
-JAVA_STORE_NAME = "java-cacerts"
 # The world's public roots are 140; companies add a few.
 BUNDLE_BYTES_MAX = 8 * 1024 * 1024
 
@@ -132,11 +132,7 @@ def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> d
     # Node heeds proxy variables from version 24 on, if told to.
     found["NODE_USE_ENV_PROXY"] = "1"
     if java:
-        found["JAVA_TOOL_OPTIONS"] = (
-            f"-Djavax.net.ssl.trustStore={ca_folder / JAVA_STORE_NAME} "
-            "-Djavax.net.ssl.trustStorePassword=changeit "
-            f"-Dhttps.proxyHost=127.0.0.1 -Dhttps.proxyPort={port}"
-        )
+        found[java_vm.OPTIONS_NAME] = java_vm.options(ca_folder / java_vm.STORE_NAME, port)
     return found
 
 
@@ -310,32 +306,3 @@ def system_trust(
         "this system has neither update-ca-certificates nor update-ca-trust; "
         "leave --system-trust out: variables are enough for most programs"
     )
-
-
-def java_store(folder: Path, platform: str, commands: Commands) -> CommandRun:
-    """A copy of Java's trust store with our CA in it, used through JAVA_TOOL_OPTIONS."""
-    source = _java_cacerts(platform, commands)
-    store, certificate = folder / JAVA_STORE_NAME, folder / "mitmproxy-ca-cert.pem"
-    add = ("keytool", "-importcert", "-noprompt", "-trustcacerts", "-alias", "halton-meter")
-    return CommandRun(
-        key="java",
-        run=(
-            ("cp", source, str(store)),
-            ("chmod", "0644", str(store)),
-            (*add, "-file", str(certificate), "-keystore", str(store), "-storepass", "changeit"),
-        ),
-        undo=(("rm", "-f", str(store)),),
-        check=("test", "-e", str(store)),
-    )
-
-
-def _java_cacerts(platform: str, commands: Commands) -> str:
-    found = 'echo "${JAVA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v java)")")")}"'
-    asked: Argv = ("sh", "-c", found)
-    if platform == "macos":
-        asked = ("/usr/libexec/java_home",)
-    said = commands.run(asked)
-    home = said.out.strip()
-    if said.code or home in ("", ".") or not commands.has("keytool"):
-        raise ChangeError("no Java was found (java and keytool); leave --java out")
-    return f"{home}/lib/security/cacerts"

@@ -35,6 +35,12 @@ PROCESSES_SHOWN = 5
     help="How to look: probes on the TLS libraries (needs root, or the service), or a local proxy.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
+@click.option(
+    "--java",
+    is_flag=True,
+    help="Tell Java programs of the local proxy, too: uprobes do not see their TLS, and they heed "
+    "no proxy variables. Goes with --via proxy, and means it.",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing about the run.")
 @click.option(
     "--json-summary",
@@ -43,7 +49,13 @@ PROCESSES_SHOWN = 5
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
-    *, command: tuple[str, ...], via: str, shell: bool, quiet: bool, json_summary: Path | None
+    *,
+    command: tuple[str, ...],
+    via: str,
+    shell: bool,
+    java: bool,
+    quiet: bool,
+    json_summary: Path | None,
 ) -> NoReturn:
     """Meter one command and print what it cost."""
     from halton_meter.config import ConfigError, invoking_account
@@ -51,13 +63,15 @@ def run(
 
     if shell == bool(command):
         raise click.UsageError("say what to run, or --shell:  halton-meter run -- claude -p hello")
+    if java and via == "uprobes":
+        raise click.UsageError("--java goes with --via proxy: uprobes do not see Java's TLS")
     if shell:
         command = (os.environ.get("SHELL") or invoking_account().shell,)
         if not quiet:
             click.echo("halton-meter: this shell is metered; its cost is told at its end", err=True)
     try:
-        if via == "proxy":
-            code, metered = _through_proxy(command)
+        if via == "proxy" or java:
+            code, metered = _through_proxy(command, java)
         else:
             code, metered = _through_probes(command, via)
     except Unavailable as error:
@@ -123,17 +137,16 @@ def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
     return [(what, ways)]
 
 
-def _through_proxy(command: Sequence[str]) -> tuple[int, Metered]:
+def _through_proxy(command: Sequence[str], java: bool = False) -> tuple[int, Metered]:
     from halton_meter import config, supervisor
     from halton_meter.proxied import ProxyUnavailable, meter_command
 
     home = config.home_folder()
-    hosts = config.load(home).extra_hosts
+    hosts, upstream = config.load(home).extra_hosts, config.load_proxy(home).upstream
     try:
-        run = meter_command(command, home, os.environ, hosts, config.load_proxy(home).upstream)
+        run = meter_command(command, home, os.environ, hosts, upstream, java)
     except ProxyUnavailable as error:
-        typed = "sudo halton-meter run -- CMD"
-        raise supervisor.Unavailable([(str(error), typed)]) from None
+        raise supervisor.Unavailable([(str(error), error.mend)]) from None
     metered = supervisor.Metered(run.totals, dict(run.losses), gaps=run.gaps)
     metered.store_error = run.store_error
     return run.exit_code, metered

@@ -184,6 +184,13 @@ def test_run_wants_a_command_or_a_shell(tmp_path: Path) -> None:
         assert "--shell" in done.output
 
 
+def test_run_does_not_promise_to_see_java_by_uprobes(tmp_path: Path) -> None:
+    arguments = ["run", "--via", "uprobes", "--java", "true"]
+    done = CliRunner().invoke(main, arguments, env={"HALTON_METER_HOME": str(tmp_path)})
+    assert done.exit_code == 2
+    assert "--via proxy" in done.output
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     unit = tmp_path / "halton-meter.service"

@@ -41,12 +41,17 @@ class ProxyBench:
         os.chown(self.home, lab.user.uid, lab.user.gid)
         self._known: set[str] = set()
 
-    def observe(self, argv: Sequence[str], seconds: float = 90, **extra: str) -> Proxied:
-        """Run a command to its end; what it added to the ledger and to the store."""
+    def observe(
+        self, argv: Sequence[str], seconds: float = 90, more: Sequence[str] = (), **extra: str
+    ) -> Proxied:
+        """Run a command to its end; what it added to the ledger and to the store.
+
+        `more` are options for `run`, `extra` is more of its environment.
+        """
         lab = self.lab
         skip = len(lab.ledger())
         summary = self.home / "summary.json"
-        options = ["--via", "proxy", "--json-summary", str(summary)]
+        options = ["--via", "proxy", "--json-summary", str(summary), *more]
         environment = lab.environment(HALTON_METER_HOME=str(self.home), **extra)
         done = lab.run(
             [*HALTON_METER, "run", *options, "--", *argv],

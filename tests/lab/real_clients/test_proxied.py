@@ -136,25 +136,14 @@ def test_grpc(bench: ProxyBench, who: str, package: str, mode: str) -> None:
     note(f"{package} (gRPC)", version, "BoringSSL of grpcio, stripped", "proxy")
 
 
-# What Java wants to know, made of what `run` puts into the environment.
-JAVA = r"""
-trust=$(mktemp -d)/trust.p12
-keytool -importcert -noprompt -alias halton -keystore "$trust" -storepass changeit \
-    -file "$HALTON_METER_HOME/proxy-ca/mitmproxy-ca-cert.pem" 2>/dev/null
-export JAVA_TOOL_OPTIONS="-Dhttps.proxyHost=127.0.0.1 -Dhttps.proxyPort=${HTTPS_PROXY##*:} \
-    -Djavax.net.ssl.trustStore=$trust -Djavax.net.ssl.trustStorePassword=changeit"
-exec "$@"
-"""
-
-
 @pytest.mark.skipif(shutil.which("keytool") is None, reason="needs a JDK 17")
 @pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
 def test_java_http_client(bench: ProxyBench, mode: tuple[str, ...]) -> None:
     told = subprocess.run(["java", "-version"], capture_output=True, text=True, check=True).stderr
     version = re.search(r'version "([^"]+)"', told)
     assert version is not None
-    program = ["java", str(CLIENTS / "Ask.java"), "1", "6", *mode]
-    seen = bench.observe(["sh", "-c", JAVA, "sh", *program])
+    argv = ["java", str(CLIENTS / "Ask.java"), "1", "6", *mode]
+    seen = bench.observe(argv, more=["--java"])
     assert seen.output.split() == ["200"] * 6
     assert len(seen.served) == 6
     assert_proxied(seen, "java")
