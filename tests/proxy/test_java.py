@@ -51,9 +51,7 @@ def test_the_persons_own_options_stay_and_those_of_init_give_way(tmp_path: Path)
 @pytest.mark.parametrize(
     "own", ["-Djavax.net.ssl.trustStore=/etc/company.p12", "-Dhttps.proxyHost=proxy.example.com"]
 )
-def test_a_trust_store_or_proxy_that_the_person_chose_stays(
-    tmp_path: Path, own: str
-) -> None:
+def test_a_trust_store_or_proxy_that_the_person_chose_stays(tmp_path: Path, own: str) -> None:
     with pytest.raises(ChangeError, match="already"):
         made(tmp_path, own)
 
