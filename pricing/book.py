@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from decimal import Decimal, DecimalException
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +22,10 @@ from typing import Any, cast
 from halton_meter.model import Basis, Certainty, LineItem, PricedEvent, Usage, UsageEvent
 from pricing import overrides as override_file
 from pricing.bill import Bill
-from pricing.files import Model, Shelf
+from pricing.files import Model, PriceFile, Shelf
 from pricing.names import canonical_provider
 from pricing.overrides import Override
-from pricing.rates import EXACT, UNCONFIRMED, Level, Row, in_force
+from pricing.rates import EXACT, UNCONFIRMED, Level
 from pricing.rates import rate as rate_of
 from pricing.tariff import PRICED_CONDITIONS, TOKEN_DIMENSIONS, Tariff, tariff_for
 
@@ -123,17 +123,32 @@ class PriceBook:
 
     def model_count(self, provider: str) -> int:
         """How many models the compiled prices and the overlay of `provider` hold."""
-        return sum(len(f) for k in ("data", "overlay") if (f := self._shelf.file(k, provider)))
+        data, overlay = self._files(provider)
+        count = len(data) if data else 0
+        return count + sum(data is None or model.id.lower() not in data for model in overlay)
 
-    def models(self, provider: str, at_ns: int) -> Iterator[tuple[Model, Row]]:
-        """Each model of `provider` with the standard row in force at `at_ns`."""
-        moment = _moment(at_ns)
-        for kind in ("data", "overlay"):
-            file = self._shelf.file(kind, canonical_provider(provider))
-            for model in file.models() if file else ():
-                row = in_force(model.rows, moment)
-                if row is not None:
-                    yield model, row
+    def models(self, provider: str, at_ns: int) -> Iterator[tuple[Model, Tariff]]:
+        """Each model of `provider` with its standard tariff at `at_ns`, overrides included.
+
+        The model has the names and rows of both the compiled prices and the overlay.
+        """
+        owner = canonical_provider(provider)
+        data, overlay = self._files(owner)
+        added = {model.id.lower(): model for model in overlay}
+        listed = [*(data.models() if data else ())]
+        listed += [model for name, model in added.items() if data is None or name not in data]
+        for model in listed:
+            tariff = self.tariff(owner, model.id, {}, at_ns)
+            if tariff.missing is None:
+                other = added.get(model.id.lower(), model)
+                names = tuple(dict.fromkeys((*model.names, *other.names)))
+                yield replace(model, names=names, rows=(*model.rows, *other.rows)), tariff
+
+    def _files(self, provider: str) -> tuple[PriceFile | None, tuple[Model, ...]]:
+        """The compiled prices of a provider, and the models of its overlay."""
+        overlay = self._shelf.file("overlay", provider)
+        models = tuple(overlay.models()) if overlay else ()
+        return self._shelf.file("data", provider), models
 
     def unconfirmed(self) -> Iterator[tuple[str, str, str]]:
         """(provider, model or rule, note) of what was not read at the vendor's own page."""

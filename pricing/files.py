@@ -94,6 +94,9 @@ class PriceFile:
     def __len__(self) -> int:
         return len(self._sections)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
     def _find_sections(self, text: str) -> None:
         self._sections = list(text.split(_SECTION)[1:])
         for index, section in enumerate(self._sections):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from halton_meter.config import home_folder
 if TYPE_CHECKING:
     from halton_meter.model import PricedEvent, UsageEvent
     from pricing.book import PriceBook
+    from pricing.rates import Rate
 
 _STDIN = "-"
 _UNKNOWN_SHOWN = 50
@@ -48,7 +49,7 @@ for _changing in (set_, reset, refresh):
 # --- explain ------------------------------------------------------------
 
 
-@pricing.command()
+@pricing.command(short_help="Show how a price comes about, line by line.")
 @click.argument("what", metavar="EVENT_ID|FILE|-")
 @click.option("--provider", help="Whose response it is; told from the body where possible.")
 @click.option("--at", "at", metavar="TIME", help="When the request was made (UTC); default now.")
@@ -215,7 +216,7 @@ def _grouped(quantity: str) -> str:
 # --- list and status ------------------------------------------------------------
 
 
-@pricing.command("list")
+@pricing.command("list", short_help="List the prices in force.")
 @click.argument("provider", required=False)
 @click.option("--model", "pattern", metavar="GLOB", help="Only models of this name or glob.")
 @click.option("--at", "at", metavar="TIME", help="Prices in force then; default now.")
@@ -228,7 +229,9 @@ def list_(
 ) -> None:
     """List prices in force: USD per million tokens, or per unit where the name says so.
 
-    Without PROVIDER, list the providers and how many models each has.
+    These are the standard rates, your overrides applied; what a tier, a batch, a region or a tool
+    makes of them, `pricing explain` shows. Without PROVIDER, list the providers and how many
+    models each has.
 
     \b
     Examples:
@@ -259,8 +262,7 @@ def list_(
     for name in wanted:
         for document in _listed(book, name, pattern, parsed_time(at) or time.time_ns()):
             found += 1
-            rates = "  ".join(f"{key} ${value}" for key, value in document["rates"].items())
-            _emit(as_json, document, f"{name} {document['model']}: {rates}")
+            _emit(as_json, document, _listed_line(document))
     if not found:
         fail(f"no model is called {pattern!r}; see: halton-meter pricing list {provider or ''}")
 
@@ -270,25 +272,52 @@ def _listed(
 ) -> Iterator[dict[str, Any]]:
     from fnmatch import fnmatchcase
 
-    for model, row in book.models(name, at_ns):
+    from pricing.tariff import TOKEN_DIMENSIONS
+
+    for model, tariff in book.models(name, at_ns):
         if pattern and not any(fnmatchcase(n, pattern.lower()) for n in model.names):
             continue
-        first = next(iter(row.rates.values()), None)
+        own = TOKEN_DIMENSIONS.union(*(row.rates for row in model.rows))  # fees are the provider's
+        short, *long = (
+            {n: rate for n, rate in level.rates.items() if n in own} for level in tariff.levels
+        )
+        first = next(iter(short.values()), None)
         yield {
             "provider": name,
             "model": model.id,
             "names": list(model.names),
-            "rates": {n: rate_text(rate.usd, rate.per) for n, rate in row.rates.items()},
+            "rates": _rates_told(short),
+            "long_prompts": [
+                {
+                    "above_tokens": level.above,
+                    "rates": _rates_told({n: r for n, r in rates.items() if r != short.get(n)}),
+                }
+                for level, rates in zip(tariff.levels[1:], long, strict=True)
+            ],
             "source": model.source,
             "dated": first.dated if first else None,
         }
+
+
+def _rates_told(rates: Mapping[str, Rate]) -> dict[str, str]:
+    return {name: rate_text(rate.usd, rate.per) for name, rate in rates.items()}
+
+
+def _listed_line(document: dict[str, Any]) -> str:
+    def told(rates: dict[str, str]) -> str:
+        return "  ".join(f"{key} ${value}" for key, value in rates.items())
+
+    line = f"{document['provider']} {document['model']}: {told(document['rates'])}"
+    for level in document["long_prompts"]:
+        line += f"\n    prompts over {level['above_tokens']:,} tokens: {told(level['rates'])}"
+    return line
 
 
 def _emit(as_json: bool, document: dict[str, Any], line: str) -> None:
     click.echo(json.dumps(document, ensure_ascii=False) if as_json else line)
 
 
-@pricing.command()
+@pricing.command(short_help="Show the price book, your overrides, models without a price.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(as_json: bool) -> None:
     """Show the price book in use, your overrides, and models seen that have no price.

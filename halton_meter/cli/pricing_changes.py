@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pricing.overrides import Override
 
 
+_STORED = "events already stored keep their price; see: halton-meter reprice --dry-run"
+
+
 def described(override: Override) -> str:
     """An override in words."""
     from halton_meter.model import usd_text
@@ -36,7 +39,7 @@ def described(override: Override) -> str:
 # --- set and reset ------------------------------------------------------------
 
 
-@click.command("set")
+@click.command("set", short_help="Set your own price for a model.")
 @click.argument("model", metavar="MODEL|GLOB")
 @click.option("--provider", help="Only this provider's model of that name.")
 @click.option(
@@ -109,7 +112,7 @@ def set_(
         click.echo(
             f"no traffic is known by the provider {provider!r}; nothing else matches", err=True
         )
-    click.echo("events already stored keep their price; see: halton-meter reprice --dry-run")
+    click.echo(_STORED)
 
 
 def _known_dimension(name: str) -> None:
@@ -133,7 +136,7 @@ def _providers_named() -> set[str]:
     return {each.id for each in providers.known()} | set(open_book().providers())
 
 
-@click.command()
+@click.command(short_help="Remove overrides.")
 @click.argument("model", metavar="MODEL|GLOB", required=False)
 @click.option("--provider", help="Only the overrides of this provider.")
 @click.option("--all", "everything", is_flag=True, help="Every override.")
@@ -154,7 +157,8 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
     home = home_folder()
     if everything:
         (home / file.FILE_NAME).unlink(missing_ok=True)
-        click.echo("all overrides are gone; the bundled prices hold")
+        click.echo("all overrides are gone; the book's prices hold")
+        click.echo(_STORED)
         return
     assert model is not None
     try:
@@ -172,12 +176,13 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
     file.write(home, kept)
     count = len(overrides) - len(kept)
     click.echo(f"removed {count} override{'s' if count > 1 else ''} of {model}")
+    click.echo(_STORED)
 
 
 # --- refresh ------------------------------------------------------------
 
 
-@click.command()
+@click.command(short_help="Take newer prices from a bundle that you name.")
 @click.option(
     "--file", "path", type=click.Path(path_type=Path), help="A price bundle on this machine."
 )

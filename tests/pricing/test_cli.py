@@ -183,13 +183,29 @@ def test_list_shows_rates_in_force(run):
     assert run("list", "nobody").exit_code == 1
 
 
+def test_list_has_a_model_once_with_all_that_is_known_of_it(run):
+    (row,) = map(
+        json.loads, run("list", "xai", "--model", "grok-code*", "--json").stdout.split("\n")[:-1]
+    )
+    assert row["rates"]["input"] == "1"  # the overlay's, not the compiled 0.2
+    assert row["long_prompts"] == [
+        {"above_tokens": 199_999, "rates": {"input": "2", "cache_read": "0.4", "output": "4"}}
+    ]
+    assert (
+        "prompts over 199,999 tokens: input $2"
+        in run("list", "xai", "--model", "grok-code*").stdout
+    )
+    run("set", "grok-code*", "--factor", "0.5")
+    assert "input $0.5" in run("list", "xai", "--model", "grok-code*").stdout
+
+
 def test_an_override_is_set_used_listed_and_reset(run):
     assert run("set", "claude-opus-5-5", "--discount", "50%").exit_code == 0
     body = json.dumps(RESPONSE)
     assert json.loads(run("explain", "--json", "-", stdin=body).stdout)["list_usd"] == "0.003"
     status = json.loads(run("status", "--json").stdout)
     assert status["overrides"] == ["claude-opus-5-5: x0.5"]
-    assert run("reset", "claude-opus-5-5").exit_code == 0
+    assert "reprice --dry-run" in run("reset", "claude-opus-5-5").stdout
     assert json.loads(run("explain", "--json", "-", stdin=body).stdout)["list_usd"] == "0.006"
     again = run("reset", "claude-opus-5-5")
     assert again.exit_code == 1
