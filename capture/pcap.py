@@ -5,117 +5,35 @@
         meter.receive(item)
     source.findings
 
-The way of a byte: `capfile.py` reads frames, `tcp.py` puts connections together, this file cuts
-TLS records and hands whole ones to `tshark.py`, which decrypts. After a hole the rest of that
-direction goes round tshark (see `tls.py`). It refuses to know what the plaintext means.
+The way of a byte: `capfile.py` reads frames, `tcp.py` puts connections together, `records.py`
+cuts TLS records and hands whole ones to `tshark.py`, which decrypts. A connection goes on from one
+file to the next where a recorder has changed files. This file refuses to know what is in them.
 
 What it cannot do: QUIC (counted); TLS 1.2 with CBC suites after a hole; a connection joined in
-its middle under TLS 1.2 (its keys depend on the hellos); early data. All of it is counted.
-Memory is bounded by the limits named here and in `tcp.py`, whatever the capture's size.
+its middle under TLS 1.2 (its keys depend on the hellos). All of it is counted.
+Memory is bounded by the limits named here, in `records.py` and in `tcp.py`, whatever the
+capture's size.
 """
 
 from __future__ import annotations
 
 import queue
-import struct
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from capture import tls
-from capture.capfile import CaptureFile, NotACapture, secrets_in
+from capture.capfile import CaptureFile, Frame, NotACapture, secrets_in
 from capture.keylog import KeyLog
-from capture.tcp import Flow, Half, Reassembly
-from capture.tshark import (
-    TSHARK_BYTES_MAX,
-    Clear,
-    Decryptor,
-    Keys,
-    Plaintext,
-    PrivateKeyLog,
-    Records,
-    Tail,
-    find_tshark,
-)
-from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
+from capture.records import Conversations, Findings
+from capture.tcp import Reassembly
+from capture.tshark import Decryptors, PrivateKeyLog, find_tshark
+from halton_meter.model import TlsChunk, TlsClosed
 
-# Whole records collected before tshark is asked, and for how long: a chunk carries one time, so
-# only what arrived together may share a packet. An IPv4 packet ends at 64 KiB.
-BATCH_BYTES_MAX = 32 << 10
-BATCH_NS_MAX = 2_000_000
-# Bytes looked at to find a record's start after a hole, and those let go if there is none.
-HUNT_BYTES_MAX = 2 * tls.RECORD_BYTES_MAX
-# A client's or server's first message; a hello with every post-quantum share stays below.
-HELLO_BYTES_MAX = 32 << 10
-# Server addresses whose name is remembered from another connection's hello.
-NAMES_MAX = 8_192
-# Host names listed for connections without keys.
-HOSTS_MAX = 256
 # Chunks decrypted but not yet taken.
 READY_MAX = 256
-
-_METHODS = (
-    b"GET ", b"POST", b"PUT ", b"DELE", b"PATC", b"HEAD", b"OPTI", b"CONN", b"PRI ", b"HTTP",
-)  # fmt: skip
-
-
-@dataclass(slots=True)
-class Findings:
-    """What a run over captures saw, for people: complete once `items` is exhausted.
-
-    `without_keys` counts encrypted connections by host name (SNI, or address), `errors` has one
-    line for each file that could not be read, `losses` counts by cause what was lost.
-    """
-
-    files: int = 0
-    connections: int = 0
-    decrypted: int = 0
-    plain: int = 0
-    joined: int = 0
-    quic: int = 0
-    not_wanted: int = 0
-    without_keys: Counter[str] = field(default_factory=Counter)
-    losses: Counter[str] = field(default_factory=Counter)
-    errors: list[str] = field(default_factory=list)
-    last_ns: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """One direction of a connection on its way to the decryptor."""
-
-    plaintext: Plaintext
-    buffer: bytearray = field(default_factory=bytearray)
-    position: int = 0  # of buffer[0] in the TCP stream
-    skip: int = 0  # bytes until the next record, known from the header before a hole
-    hunting: bool = False
-    open_hole: bool = False  # bytes are missing and no record was found behind them yet
-    diverted: bool = False
-    ciphered: bool = False  # a ChangeCipherSpec was seen
-    encrypted: int = 0  # encrypted records so far
-    batch: list[bytes] = field(default_factory=list)
-    batch_bytes: int = 0
-    batch_position: int = 0
-    batch_encrypted: int = 0
-    batch_ciphered: bool = False  # when the batch began
-    batch_ns: int = 0
-    handshake: bytearray | None = field(default_factory=bytearray)
-
-
-@dataclass(slots=True, eq=False)
-class _Conversation:
-    """A flow's state here: "new" until its first bytes tell what it is."""
-
-    mode: str
-    connection: Connection
-    keys: Keys
-    number: int
-    server: str
-    streams: dict[bool, _Stream]
-    decryptor: Decryptor | None = None
-    seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
+# A recorder that changes files goes on with the next packet: a file that begins so soon after the
+# one before it carries that one's connections on.
+NEXT_FILE_NS_MAX = 60 * 1_000_000_000
 
 
 class PcapSource:
@@ -135,7 +53,6 @@ class PcapSource:
     ) -> None:
         self.findings = Findings()
         self._paths = list(paths)
-        self._wanted = wanted
         self._progress = progress
         self._keys = KeyLog()
         # The secrets as a file exist only while `items` runs; until then they wait in memory.
@@ -144,10 +61,9 @@ class PcapSource:
         self._ready: queue.Queue[TlsChunk | TlsClosed | BaseException | None] = queue.Queue(
             READY_MAX
         )
-        self._decryptors: list[Decryptor] = []
-        self._retired: list[Decryptor] = []
-        self._numbers = 0
-        self._name_of: dict[str, str | None] = {}
+        self._decryptors = Decryptors(self._keys, self._private_path, self._ready.put)
+        self._conversations = Conversations(self.findings, self._keys, self._decryptors, wanted)
+        self._reassembly: Reassembly | None = None
         self._stopping = False
         for path in keys:
             if not self._add_secrets(path.read_bytes()):
@@ -184,8 +100,7 @@ class PcapSource:
                     self._ready.get(timeout=0.02)
                 except queue.Empty:
                     continue
-            for decryptor in self._decryptors:
-                decryptor.kill()
+            self._decryptors.kill()
 
     # --- the feeding thread ---------------------------------------------------------------------
 
@@ -195,21 +110,21 @@ class PcapSource:
             done = 0
             for path in self._paths:
                 self._feed_file(path, done, total)
+                if self._stopping:
+                    return
                 done += path.stat().st_size if path.is_file() else 0
+            self._finish_connections()
             self._join_decryptors()
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
 
     def _join_decryptors(self) -> None:
-        for decryptor in self._decryptors:
-            if decryptor not in self._retired:
-                decryptor.finish()
-        for decryptor in self._decryptors:
-            decryptor.join()
+        for decryptor in self._decryptors.join():
             self.findings.losses.update(decryptor.losses)
             self.findings.decrypted += len(decryptor.decrypted)
         self.findings.losses = +self.findings.losses  # without zeros
+        self.findings.handshakes_with_keys = len(self._keys)
 
     def _feed_file(self, path: Path, done: int, total: int) -> None:
         try:
@@ -223,22 +138,41 @@ class PcapSource:
         self.findings.files += 1
         for text in secrets_in(path):
             self._add_secrets(text)
-        reassembly = Reassembly(self)
         try:
             for count, frame in enumerate(file.frames()):
-                reassembly.feed(*frame)
+                if not count:
+                    self._begin_file(frame)
+                assert self._reassembly is not None
+                self._reassembly.feed(*frame)
                 if not count & 0xFFF:
                     if self._stopping:
                         return
                     if self._progress is not None:
                         self._progress(done + file.position, total)
-            reassembly.finish()
         finally:
             file.close()
-            self.findings.quic += reassembly.quic_connections
-            self.findings.losses.update(reassembly.losses)
             self.findings.losses.update(file.losses)
-            self.findings.last_ns = max(self.findings.last_ns, reassembly.at_ns)
+
+    def _begin_file(self, first: Frame) -> None:
+        """Go on with the connections of the file before, if this one is its continuation."""
+        before = self._reassembly
+        if before is not None and 0 <= first.at_ns - before.at_ns <= NEXT_FILE_NS_MAX:
+            return
+        self._finish_connections()
+        self._reassembly = Reassembly(self._conversations)
+
+    def _finish_connections(self) -> None:
+        reassembly, self._reassembly = self._reassembly, None
+        if reassembly is None:
+            return
+        reassembly.finish()
+        self.findings.quic += reassembly.quic_connections
+        self.findings.losses.update(reassembly.losses)
+        self.findings.last_ns = max(self.findings.last_ns, reassembly.at_ns)
+
+    def _private_path(self) -> Path:
+        assert self._private is not None  # made before the feeder starts
+        return self._private.path
 
     def _add_secrets(self, text: bytes) -> int:
         found = self._keys.add(text)
@@ -247,379 +181,3 @@ class PcapSource:
         elif found:
             self._secrets_waiting.append(text)
         return found
-
-    # --- what TCP tells (capture.tcp.Listener) ---------------------------------------------------
-
-    def opened(self, flow: Flow) -> None:
-        """Start a connection's state."""
-        self.findings.connections += 1
-        self._numbers += 1
-        connection = Connection(
-            flow.id,
-            Source.PCAP,
-            None,
-            self._name_of.get(flow.server[0]),
-            flow.server[1],
-            flow.joined,
-        )
-        keys = Keys()
-        streams: dict[bool, _Stream] = {}
-        for half, direction in zip(flow.halves, (Direction.SENT, Direction.RECEIVED), strict=True):
-            plaintext = Plaintext(connection, direction)
-            keys.halves[direction] = plaintext
-            half.tag = streams[half.sent] = _Stream(plaintext)
-        flow.tag = _Conversation("new", connection, keys, self._numbers, flow.server[0], streams)
-
-    def received(self, half: Half, data: bytes, at_ns: int) -> None:
-        """Contiguous bytes of one direction."""
-        conversation, stream = half.flow.tag, half.tag
-        assert isinstance(conversation, _Conversation)
-        assert isinstance(stream, _Stream)
-        if conversation.mode == "ignored":
-            return
-        if conversation.mode == "new":
-            self._recognise(conversation, half, data)
-        if conversation.mode == "tls":
-            self._records(conversation, stream, half.sent, data, at_ns)
-        elif conversation.mode == "plain":
-            self._decryptor_of(conversation).put(Clear(stream.plaintext, data, 0, at_ns))
-
-    def lost(self, half: Half, length: int, at_ns: int) -> None:
-        """A hole in one direction."""
-        conversation, stream = half.flow.tag, half.tag
-        assert isinstance(conversation, _Conversation)
-        assert isinstance(stream, _Stream)
-        if conversation.mode == "plain":
-            self._decryptor_of(conversation).put(Clear(stream.plaintext, b"", length, at_ns))
-        elif conversation.mode == "tls":
-            self._divert(conversation, stream, half.sent, length)
-        elif conversation.mode == "new":
-            stream.position += length
-            for each in conversation.streams.values():
-                each.diverted = each.hunting = True
-
-    def closed(self, flow: Flow, at_ns: int, clean: bool) -> None:
-        """The end of a connection."""
-        conversation = flow.tag
-        assert isinstance(conversation, _Conversation)
-        decryptor = conversation.decryptor
-        for sent, stream in conversation.streams.items():
-            if conversation.mode == "tls" and stream.hunting:
-                self._hunt(conversation, stream, sent, at_ns, final=True)
-        self._flush(conversation)
-        if decryptor is not None:
-            for stream in conversation.streams.values():
-                if stream.open_hole:
-                    end = stream.position + len(stream.buffer)
-                    decryptor.put(Tail(stream.plaintext, conversation.keys, end, at_ns))
-            decryptor.put(TlsClosed(conversation.connection, at_ns, clean))
-            decryptor.open_connections -= 1
-            self._retire_idle()
-
-    # --- what a connection is -------------------------------------------------------------------
-
-    def _recognise(self, conversation: _Conversation, half: Half, data: bytes) -> None:
-        if data[:4] in _METHODS:
-            conversation.mode = "plain"
-            self.findings.plain += 1
-        elif len(data) >= 6 and data[0] == tls.HANDSHAKE and data[1] == 3 and data[5] in (1, 2):
-            conversation.mode = "tls"
-            if data[5] == 2:  # the ClientHello was not seen
-                self._begin_joined(conversation, half.flow)
-        elif len(self._keys) and (half.flow.joined or conversation.streams[half.sent].hunting):
-            conversation.mode = "tls"
-            self._begin_joined(conversation, half.flow)
-        else:
-            joined_tls = half.flow.joined and len(data) > 4 and tls.plausible_header(data, 0)
-            if joined_tls or half.flow.server[1] == 443:
-                self._no_keys(half.flow.server[0])
-            conversation.mode = "ignored"
-
-    def _begin_joined(self, conversation: _Conversation, flow: Flow) -> None:
-        """Without a ClientHello there is no name for the keys: boundaries and keys are guessed."""
-        self.findings.joined += 1
-        if not len(self._keys):
-            self._no_keys(flow.server[0])
-            conversation.mode = "ignored"
-            return
-        for stream in conversation.streams.values():
-            stream.diverted = stream.hunting = True
-            stream.handshake = None
-
-    def _no_keys(self, host: str) -> None:
-        if host not in self.findings.without_keys and len(self.findings.without_keys) >= HOSTS_MAX:
-            host = "others"
-        self.findings.without_keys[host] += 1
-
-    def _client_hello(self, conversation: _Conversation, hello: tls.ClientHello) -> None:
-        name = hello.server_name
-        keys = conversation.keys
-        if keys.client_random is None and name is not None:
-            port, joined = conversation.connection.peer_port, conversation.connection.joined
-            conversation.connection = Connection(
-                conversation.connection.id, Source.PCAP, None, name, port, joined
-            )
-            for plaintext in keys.halves.values():
-                plaintext.connection = conversation.connection
-        keys.client_random = hello.random
-        if name is not None:
-            self._remember_name(conversation.server, name)
-        if hello.random not in self._keys:
-            self._no_keys(name or conversation.server)
-            self._ignore(conversation)
-        elif name is not None and self._wanted is not None and not self._wanted(name):
-            self.findings.not_wanted += 1
-            self._ignore(conversation)
-
-    def _remember_name(self, address: str, name: str) -> None:
-        """A server's name, for connections to it whose hello was missed; None once ambiguous."""
-        if self._name_of.get(address, name) != name:
-            self._name_of[address] = None
-        elif len(self._name_of) < NAMES_MAX:
-            self._name_of[address] = name
-
-    @staticmethod
-    def _ignore(conversation: _Conversation) -> None:
-        conversation.mode = "ignored"
-        for stream in conversation.streams.values():
-            stream.buffer = bytearray()
-            stream.batch, stream.batch_bytes = [], 0
-
-    # --- records --------------------------------------------------------------------------------
-
-    def _records(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, data: bytes, at_ns: int
-    ) -> None:
-        if stream.skip:
-            passed = min(stream.skip, len(data))
-            stream.skip -= passed
-            stream.position += passed
-            data = data[passed:]
-            if not data:
-                return
-        stream.buffer += data
-        if stream.hunting:
-            self._hunt(conversation, stream, sent, at_ns)
-        else:
-            self._cut(conversation, stream, sent, at_ns)
-
-    def _cut(self, conversation: _Conversation, stream: _Stream, sent: bool, at_ns: int) -> None:
-        """Move every whole record from the buffer to the batch."""
-        buffer = stream.buffer
-        at, size = 0, len(buffer)
-        encrypted, ciphered = 0, stream.ciphered
-        while at + 5 <= size:
-            if not tls.plausible_header(buffer, at):
-                self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
-                self.findings.losses["tls_garbage"] += 1
-                self._divert(conversation, stream, sent, 0)
-                stream.hunting = True
-                return
-            end = at + 5 + (buffer[at + 3] << 8 | buffer[at + 4])
-            if end > size:
-                break
-            kind = buffer[at]
-            if kind == tls.CHANGE_CIPHER_SPEC:
-                stream.ciphered = True
-            elif kind == tls.APPLICATION or stream.ciphered:
-                encrypted += 1
-            elif kind == tls.HANDSHAKE and stream.handshake is not None:
-                self._handshake(conversation, stream, sent, bytes(buffer[at + 5 : end]))
-                if conversation.mode == "ignored":
-                    return
-            at = end
-            if at >= BATCH_BYTES_MAX:  # segments on loopback hold more than tshark's packet may
-                self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
-                at, size, encrypted, ciphered = 0, len(buffer), 0, stream.ciphered
-        if at:
-            self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
-
-    def _handshake(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, body: bytes
-    ) -> None:
-        """Look for the hello at the start of a direction, in as many records as it takes."""
-        assert stream.handshake is not None
-        stream.handshake += body
-        message = stream.handshake
-        length = 4 + int.from_bytes(message[1:4])
-        if length > HELLO_BYTES_MAX:
-            stream.handshake = None
-        elif len(message) >= length:
-            whole = bytes(message[:length])
-            stream.handshake = message[length:]
-            if sent and (hello := tls.client_hello(whole)) is not None:
-                self._client_hello(conversation, hello)
-                # A retry request is answered by a second ClientHello with the same random.
-                stream.handshake = bytearray()
-            elif not sent and (answer := tls.server_hello(whole)) is not None:
-                conversation.keys.server_hello = answer
-                stream.handshake = None
-
-    def _take(
-        self,
-        conversation: _Conversation,
-        stream: _Stream,
-        sent: bool,
-        length: int,
-        encrypted: int,
-        ciphered: bool,
-        at_ns: int,
-    ) -> None:
-        """The first `length` bytes of the buffer are whole records: batch them."""
-        if not length:
-            return
-        stream.open_hole = False
-        other = conversation.streams[not sent]
-        if other.batch:
-            self._flush_stream(conversation, other, not sent)
-        if stream.batch and (
-            at_ns - stream.batch_ns > BATCH_NS_MAX or stream.batch_bytes + length > BATCH_BYTES_MAX
-        ):
-            self._flush_stream(conversation, stream, sent)
-        if not stream.batch:
-            stream.batch_ns, stream.batch_position = at_ns, stream.position
-            stream.batch_ciphered = ciphered
-        stream.batch.append(bytes(stream.buffer[:length]))
-        del stream.buffer[:length]
-        stream.batch_bytes += length
-        stream.batch_encrypted += encrypted
-        stream.position += length
-        if stream.batch_bytes >= BATCH_BYTES_MAX:
-            self._flush_stream(conversation, stream, sent)
-
-    def _flush(self, conversation: _Conversation) -> None:
-        for sent, stream in conversation.streams.items():
-            self._flush_stream(conversation, stream, sent)
-
-    def _flush_stream(self, conversation: _Conversation, stream: _Stream, sent: bool) -> None:
-        if not stream.batch:
-            return
-        payload = b"".join(stream.batch)
-        records = Records(
-            stream.plaintext,
-            conversation.keys,
-            payload,
-            stream.batch_position,
-            stream.encrypted,
-            stream.batch_encrypted,
-            stream.batch_ciphered,
-            stream.batch_ns,
-            not stream.diverted,
-        )
-        stream.encrypted += stream.batch_encrypted
-        stream.batch, stream.batch_bytes, stream.batch_encrypted = [], 0, 0
-        decryptor = self._decryptor_of(conversation)
-        if stream.diverted:
-            decryptor.put(records)
-            return
-        decryptor.ask(records, _packet(conversation, sent, payload))
-        conversation.seqs[sent] += len(payload)
-
-    # --- after a hole ---------------------------------------------------------------------------
-
-    def _divert(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, length: int
-    ) -> None:
-        """Tshark has lost its place in this direction; go on without it."""
-        self._flush_stream(conversation, stream, sent)
-        stream.open_hole = stream.open_hole or length > 0
-        if stream.skip > length:
-            stream.skip -= length
-            stream.position += length
-            return
-        buffer, stream.skip = stream.buffer, 0
-        following = 0
-        if not stream.hunting and len(buffer) >= 5 and tls.plausible_header(buffer, 0):
-            record = 5 + (buffer[3] << 8 | buffer[4])
-            following = record - len(buffer) - length
-        stream.hunting = following < 0 or len(buffer) < 5
-        stream.skip = max(0, following)
-        stream.position += len(buffer) + length
-        self.findings.losses["tls_record_bytes_cut"] += len(buffer)
-        stream.buffer = bytearray()
-        stream.diverted = True
-        stream.handshake = None
-        if not all(each.encrypted for each in conversation.streams.values()):
-            # The handshake itself is incomplete: tshark has no keys for the other side either.
-            other = conversation.streams[not sent]
-            self._flush_stream(conversation, other, not sent)
-            other.diverted = True
-
-    def _hunt(
-        self,
-        conversation: _Conversation,
-        stream: _Stream,
-        sent: bool,
-        at_ns: int,
-        final: bool = False,
-    ) -> None:
-        """Find where records begin again: an application header that another one follows."""
-        buffer = stream.buffer
-        at = buffer.find(b"\x17\x03\x03")
-        while at >= 0:
-            if at + 5 > len(buffer):
-                break
-            end = at + 5 + (buffer[at + 3] << 8 | buffer[at + 4])
-            if tls.plausible_header(buffer, at) and end - at > 22:
-                sure = end + 5 <= len(buffer) and tls.plausible_header(buffer, end)
-                if sure or end == len(buffer) or (final and end < len(buffer)):
-                    stream.position += at
-                    del buffer[:at]
-                    stream.hunting = False
-                    self._cut(conversation, stream, sent, at_ns)
-                    return
-                if end + 5 > len(buffer) and not final:
-                    break  # wait for the next header
-            at = buffer.find(b"\x17\x03\x03", at + 1)
-        if at < 0:
-            drop = max(0, len(buffer) - 4)
-        else:
-            drop = at if len(buffer) - at <= HUNT_BYTES_MAX else at + 1
-        stream.position += drop
-        del buffer[:drop]
-
-    # --- decryptors -----------------------------------------------------------------------------
-
-    def _decryptor_of(self, conversation: _Conversation) -> Decryptor:
-        if conversation.decryptor is None:
-            newest = self._decryptors[-1] if self._decryptors else None
-            if newest is None or newest.fed_bytes > TSHARK_BYTES_MAX:
-                assert self._private is not None  # made before the feeder starts
-                newest = Decryptor(self._keys, self._private.path, self._ready.put)
-                self._decryptors.append(newest)
-            newest.open_connections += 1
-            conversation.decryptor = newest
-        return conversation.decryptor
-
-    def _retire_idle(self) -> None:
-        """End a tshark that has had its share once no connection needs it."""
-        for decryptor in self._decryptors[:-1]:
-            if not decryptor.open_connections and decryptor not in self._retired:
-                self._retired.append(decryptor)
-                decryptor.finish()
-
-
-_SERVER = bytes((192, 0, 2, 1))
-
-
-def _packet(conversation: _Conversation, sent: bool, payload: bytes) -> bytes:
-    """An IPv4 packet for tshark: one made-up client address a connection, everything in order."""
-    client = struct.pack("!I", 0x0A000000 + (conversation.number & 0xFFFFFF))
-    source, target = (client, _SERVER) if sent else (_SERVER, client)
-    ports = (40_000, 443) if sent else (443, 40_000)
-    return (
-        struct.pack("!BBHIBBH", 0x45, 0, 40 + len(payload), 0x4000, 64, 6, 0)
-        + source
-        + target
-        + struct.pack(
-            "!HHIIBBHI",
-            *ports,
-            conversation.seqs[sent] & 0xFFFFFFFF,
-            conversation.seqs[not sent] & 0xFFFFFFFF,
-            0x50,
-            0x18,
-            0xFFFF,
-            0,
-        )
-        + payload
-    )

@@ -410,6 +410,49 @@ class Decryptor:
         half.base = opened[2] - index if opened else None
 
 
+class Decryptors:
+    """The decryptors of a run: a new one begins once the newest has had its share of bytes."""
+
+    def __init__(
+        self,
+        keys: KeyLog,
+        keylog_path: Callable[[], Path],
+        give: Callable[[TlsChunk | TlsClosed], None],
+    ) -> None:
+        self._keys = keys
+        self._keylog_path = keylog_path
+        self._give = give
+        self._all: list[Decryptor] = []
+        self._retired: list[Decryptor] = []
+
+    def newest(self) -> Decryptor:
+        """The one that new connections go to."""
+        if not self._all or self._all[-1].fed_bytes > TSHARK_BYTES_MAX:
+            self._all.append(Decryptor(self._keys, self._keylog_path(), self._give))
+        return self._all[-1]
+
+    def retire_idle(self) -> None:
+        """End a tshark that has had its share once no connection needs it."""
+        for decryptor in self._all[:-1]:
+            if not decryptor.open_connections and decryptor not in self._retired:
+                self._retired.append(decryptor)
+                decryptor.finish()
+
+    def join(self) -> Iterator[Decryptor]:
+        """Wait until everything was given out; the decryptors, each when it is done."""
+        for decryptor in self._all:
+            if decryptor not in self._retired:
+                decryptor.finish()
+        for decryptor in self._all:
+            decryptor.join()
+            yield decryptor
+
+    def kill(self) -> None:
+        """End every tshark that is still there."""
+        for decryptor in self._all:
+            decryptor.kill()
+
+
 def _sample(work: Records) -> tuple[bytes, int] | None:
     """The first small application record of a packet, with its index."""
     for record, index, _ in encrypted_records(work):

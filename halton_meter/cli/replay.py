@@ -26,7 +26,7 @@ import click
 from halton_meter.model import Outcome, PricedEvent, event_json, rfc3339, usd_text
 
 if TYPE_CHECKING:
-    from capture.pcap import Findings
+    from capture.records import Findings
     from halton_meter.store import Store
 
 SUFFIXES = (".pcap", ".pcapng", ".cap", ".pcap.gz", ".pcapng.gz", ".cap.gz")

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from capture import tshark
-from capture.pcap import Findings, PcapSource
+from capture.pcap import PcapSource
+from capture.records import Findings
 from halton_meter.model import Direction, TlsChunk, TlsClosed
 from tests.recorder import damage
 from tests.recorder.damage import Damage
