@@ -9,7 +9,9 @@ packet is `tcp.py`'s business.
 from __future__ import annotations
 
 import gzip
+import shlex
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +39,24 @@ class NotACapture(Exception):
     """The file is neither pcap nor pcapng; the message says what it is instead."""
 
 
+_COMPRESSED = {
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
+    b"\xfd7zX": ("xz", "xz -dk"),
+    b"BZh": ("bzip2", "bzip2 -dk"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
+
+
+def _what_it_is(magic: bytes, zipped: bool, path: Path) -> str:
+    if not magic:
+        return "holds nothing that gzip can unpack" if zipped else "is empty"
+    for start, (name, command) in _COMPRESSED.items():
+        if magic.startswith(start):
+            unpack = f"{command} {shlex.quote(str(path))}"
+            return f"is compressed with {name}; unpack it first: {unpack}"
+    return "does not start like a pcap or pcapng file"
+
+
 class Frame(NamedTuple):
     """One captured frame; `wire_bytes` is its length before the snap length cut it."""
 
@@ -51,24 +71,27 @@ class CaptureFile:
 
     def __init__(self, path: Path, on_secrets: Callable[[bytes], object] | None = None) -> None:
         self.path = path
-        self.size = path.stat().st_size
+        about = path.stat()
+        self.size = about.st_size
+        self._written_ns = about.st_mtime_ns  # the time of packets that state none
         self.losses: Counter[str] = Counter()
         self._raw = path.open("rb")
         self._on_secrets = on_secrets
-        magic = self._raw.read(4)
-        self._raw.seek(0)
         self._file: BinaryIO = self._raw
-        if magic[:2] == b"\x1f\x8b":
-            self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw))
-            magic = self._read(4)
-            self._file.seek(0)
-        self._magic = magic
+        # Of a gzip that breaks off, `read` would throw away what comes before the break.
+        self._read_some: Callable[[int], bytes] = self._raw.read
+        zipped = self._raw.read(2) == b"\x1f\x8b"
+        self._raw.seek(0)
+        if zipped:
+            unzipped = gzip.GzipFile(fileobj=self._raw)
+            self._file, self._read_some = cast(BinaryIO, unzipped), unzipped.read1
         self._buffer = b""
         self._at = 0
-        if magic not in _PCAP_MAGIC and magic != b"\x0a\x0d\x0d\x0a":
+        self._have(4)
+        self._magic = self._buffer[:4]
+        if self._magic not in _PCAP_MAGIC and self._magic != b"\x0a\x0d\x0d\x0a":
             self.close()
-            what = "is empty" if not magic else "does not start like a pcap or pcapng file"
-            raise NotACapture(f"{path}: {what}")
+            raise NotACapture(f"{path}: {_what_it_is(self._magic, zipped, path)}")
 
     def close(self) -> None:
         """Close the file."""
@@ -90,9 +113,9 @@ class CaptureFile:
 
     def _read(self, count: int) -> bytes:
         try:
-            return self._file.read(count)
-        except (EOFError, OSError, gzip.BadGzipFile, struct.error):
-            self.losses["capture_file_cut_short"] += 1
+            return self._read_some(count)
+        except (EOFError, OSError, zlib.error):
+            self.losses["capture_file_cut_short"] = 1
             return b""
 
     def _have(self, count: int) -> bool:
@@ -107,7 +130,7 @@ class CaptureFile:
 
     def _cut_short(self) -> None:
         if self._at < len(self._buffer):
-            self.losses["capture_file_cut_short"] += 1
+            self.losses["capture_file_cut_short"] = 1
 
     # --- pcap ------------------------------------------------------------------------------
 
@@ -174,11 +197,11 @@ class CaptureFile:
             elif kind == _SECRETS and total >= 20:
                 self._secrets(self._buffer[body : end - 4], order)
             elif kind == _SIMPLE and interfaces and total >= 16:
-                # No time in it: it takes that of nothing, which sorts first and is visible.
+                self.losses["packets_without_a_time"] += 1
                 original = struct.unpack_from(order + "I", self._buffer, body)[0]
                 caught = min(original, total - 16)
                 data = self._buffer[body + 4 : body + 4 + caught]
-                yield Frame(0, interfaces[0][0], data, original)
+                yield Frame(self._written_ns, interfaces[0][0], data, original)
         self._cut_short()
 
     def _secrets(self, body: bytes, order: str) -> None:
@@ -207,7 +230,7 @@ class CaptureFile:
                 self._at = found
                 return True
             found = self._buffer.find(mark, found + 1)
-        self.losses["capture_file_cut_short"] += 1
+        self.losses["capture_file_cut_short"] = 1
         self._at = len(self._buffer)
         return False
 
@@ -258,6 +281,6 @@ def secrets_in(path: Path) -> list[bytes]:
                         found.append(body[8 : 8 + length])
                 else:
                     file.seek(total - 12, 1)
-        except (EOFError, OSError, struct.error):
+        except (EOFError, OSError, struct.error, zlib.error):
             pass  # a damaged tail; the pass over the packets counts it
     return found

@@ -168,6 +168,7 @@ class PcapSource:
         reassembly.finish()
         self.findings.quic += reassembly.quic_connections
         self.findings.losses.update(reassembly.losses)
+        self.findings.unread_links.update(reassembly.unread)
         self.findings.last_ns = max(self.findings.last_ns, reassembly.at_ns)
 
     def _private_path(self) -> Path:

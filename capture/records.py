@@ -43,7 +43,8 @@ class Findings:
 
     `without_keys` counts encrypted connections by host name (SNI, or address), `errors` has one
     line for each file that could not be read, `losses` counts by cause what was lost,
-    `handshakes_with_keys` says how many handshakes the key logs and captures hold secrets of.
+    `handshakes_with_keys` says how many handshakes the key logs and captures hold secrets of,
+    `unread_links` counts frames by link type (tcpdump.org/linktypes.html) that are not read.
     """
 
     files: int = 0
@@ -51,6 +52,7 @@ class Findings:
     decrypted: int = 0
     plain: int = 0
     joined: int = 0
+    nameless: int = 0
     quic: int = 0
     not_wanted: int = 0
     without_keys: Counter[str] = field(default_factory=Counter)
@@ -58,6 +60,7 @@ class Findings:
     errors: list[str] = field(default_factory=list)
     last_ns: int = 0
     handshakes_with_keys: int = 0
+    unread_links: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(slots=True, eq=False)
@@ -211,6 +214,7 @@ class Conversations:
             self._no_keys(flow.server[0])
             conversation.mode = "ignored"
             return
+        self.findings.nameless += conversation.connection.peer is None
         for stream in conversation.streams.values():
             stream.diverted = stream.hunting = True
             stream.handshake = None

@@ -24,7 +24,14 @@ _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _HALF_SPACE = 1 << 31
 _SPACE = 1 << 32
 
-_ETHERNET, _RAW, _RAW_ALT, _LINUX_SLL, _LINUX_SLL2, _NULL, _LOOP = 1, 101, 12, 113, 276, 0, 108
+_ETHERNET, _LINUX_SLL, _LINUX_SLL2, _NULL, _LOOP = 1, 113, 276, 0, 108
+_RAW = (12, 14, 101, 228, 229)
+# macOS's tcpdump on "any": the frame of another link layer behind a header that names it.
+_PKTAP = (149, 258)
+_IP = (b"\x08\x00", b"\x86\xdd")
+_PPP_IP = (b"\x00\x21", b"\x00\x57")
+# Link layers told apart in `Reassembly.unread`.
+UNREAD_MAX = 16
 _TCP_HEAD = struct.Struct("!HHIIBB")
 
 
@@ -94,6 +101,7 @@ class Reassembly:
         self._halves: dict[bytes, Half] = {}
         self._flows: dict[bytes, Flow] = {}
         self.losses: Counter[str] = Counter()
+        self.unread: Counter[int] = Counter()  # frames of link layers that are not read
         self._quic: set[bytes] = set()
         self.at_ns = 0
 
@@ -107,6 +115,8 @@ class Reassembly:
         self.at_ns = max(self.at_ns, at_ns)
         ip = _network_layer(linktype, frame)
         if ip < 0 or ip + 20 > len(frame):
+            if ip == _UNREAD and (linktype in self.unread or len(self.unread) < UNREAD_MAX):
+                self.unread[linktype] += 1
             return
         version = frame[ip] >> 4
         if version == 4:
@@ -371,20 +381,38 @@ def _address(raw: bytes) -> str:
 
 
 def _network_layer(linktype: int, frame: bytes) -> int:
-    """Where IP begins in `frame`, or -1."""
+    """Where IP begins in `frame`; `_NOT_IP` if it carries something else, or `_UNREAD`."""
     if linktype == _ETHERNET:
         at = 12
         kind = frame[12:14]
         while kind in (b"\x81\x00", b"\x88\xa8"):
             at += 4
             kind = frame[at : at + 2]
-        return at + 2 if kind in (b"\x08\x00", b"\x86\xdd") else -1
-    if linktype in (_RAW, _RAW_ALT, 228, 229):
+        if kind == b"\x88\x64" and frame[at + 8 : at + 10] in _PPP_IP:  # PPPoE
+            return at + 10
+        return at + 2 if kind in _IP else _NOT_IP
+    if linktype in _RAW:
         return 0
     if linktype == _LINUX_SLL:
-        return 16 if frame[14:16] in (b"\x08\x00", b"\x86\xdd") else -1
+        return 16 if frame[14:16] in _IP else _NOT_IP
     if linktype == _LINUX_SLL2:
-        return 20 if frame[:2] in (b"\x08\x00", b"\x86\xdd") else -1
+        return 20 if frame[:2] in _IP else _NOT_IP
     if linktype in (_NULL, _LOOP):
         return 4
-    return -1
+    if linktype in _PKTAP:
+        return _behind_pktap(frame)
+    return _UNREAD
+
+
+_NOT_IP, _UNREAD = -1, -2
+
+
+def _behind_pktap(frame: bytes) -> int:
+    """Where IP begins behind Apple's header: its length, a kind, the link type within."""
+    if len(frame) < 12:
+        return _NOT_IP
+    length, _, inner = struct.unpack_from("<III", frame)
+    if not 12 <= length <= len(frame) or inner in _PKTAP:
+        return _UNREAD
+    at = _network_layer(inner, frame[length:])
+    return at if at < 0 else at + length

@@ -113,6 +113,7 @@ def plausible_header(data: bytes | bytearray, at: int) -> bool:
 class Key:
     """One direction's AEAD under one secret. `explicit` is the nonce's length on the wire."""
 
+    suite: int
     aead: object
     iv: bytes
     tls13: bool
@@ -151,12 +152,17 @@ class Key:
 _GCM128 = {0x1301, 0x009C, 0x009E, 0xC02B, 0xC02F}
 _GCM256 = {0x1302, 0x009D, 0x009F, 0xC02C, 0xC030}
 _CHACHA = {0x1303, 0xCCA8, 0xCCA9, 0xCCAA}
+_CCM = {0x1304}
+# TLS 1.3's suites by the length of their secrets. Hardly anyone speaks CCM: it is not guessed.
+_SUITES13 = {48: (0x1302,), 32: (0x1301, 0x1303)}
 
 
 def _aead(suite: int, key: bytes) -> object:
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+    from cryptography.hazmat.primitives.ciphers.aead import AESCCM, AESGCM, ChaCha20Poly1305
 
-    return ChaCha20Poly1305(key) if suite in _CHACHA else AESGCM(key)
+    if suite in _CHACHA:
+        return ChaCha20Poly1305(key)
+    return AESCCM(key) if suite in _CCM else AESGCM(key)
 
 
 def _expand(secret: bytes, label: bytes, length: int, sha384: bool) -> bytes:
@@ -172,8 +178,8 @@ def _expand(secret: bytes, label: bytes, length: int, sha384: bool) -> bytes:
 def key13(secret: bytes, suite: int) -> Key:
     """The record key of a TLS 1.3 traffic secret."""
     sha384 = len(secret) == 48
-    raw = _expand(secret, b"key", 16 if suite == 0x1301 else 32, sha384)
-    return Key(_aead(suite, raw), _expand(secret, b"iv", 12, sha384), True, 0)
+    raw = _expand(secret, b"key", 16 if suite in (0x1301, 0x1304) else 32, sha384)
+    return Key(suite, _aead(suite, raw), _expand(secret, b"iv", 12, sha384), True, 0)
 
 
 def updated(secret: bytes) -> bytes:
@@ -182,9 +188,10 @@ def updated(secret: bytes) -> bytes:
 
 
 def _suites(secret: bytes, suite: int | None) -> tuple[int, ...]:
-    if suite is not None:
-        return (suite,) if suite in (0x1301, 0x1302, 0x1303) else ()
-    return (0x1302,) if len(secret) == 48 else (0x1301, 0x1303)
+    possible = _SUITES13.get(len(secret), ())
+    if suite is None:
+        return possible
+    return (suite,) if suite in possible or suite in _CCM else ()
 
 
 def keys12(master: bytes, client_random: bytes, hello: ServerHello) -> tuple[Key, Key] | None:
@@ -205,8 +212,8 @@ def keys12(master: bytes, client_random: bytes, hello: ServerHello) -> tuple[Key
     explicit = 0 if fixed == 12 else 8
     ivs = block[2 * size :]
     return (
-        Key(_aead(suite, block[:size]), ivs[:fixed], False, explicit),
-        Key(_aead(suite, block[size : 2 * size]), ivs[fixed : 2 * fixed], False, explicit),
+        Key(suite, _aead(suite, block[:size]), ivs[:fixed], False, explicit),
+        Key(suite, _aead(suite, block[size : 2 * size]), ivs[fixed : 2 * fixed], False, explicit),
     )
 
 
@@ -279,10 +286,7 @@ class Opener:
     def _following(current: tuple[bytes | None, Key]) -> tuple[bytes, Key]:
         assert current[0] is not None
         secret = updated(current[0])
-        suite = 0x1302 if len(secret) == 48 else 0x1301
-        if type(current[1].aead).__name__ == "ChaCha20Poly1305":
-            suite = 0x1303
-        return secret, key13(secret, suite)
+        return secret, key13(secret, current[1].suite)
 
 
 def opener(

@@ -323,11 +323,14 @@ class Decryptor:
         if opener is None and found:
             self._plain(work.half, found, work.at_ns)
             return
+        told = work.half.offset
         for record, index, position in encrypted_records(work):
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
             elif record[0] == tls.APPLICATION or not opener.tls13:
                 self._open_one(work, opener, record, index, position)
+        if found and work.half.offset == told:  # early data: under a key of its own
+            self._plain(work.half, found, work.at_ns)
 
     def _open_one(
         self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
@@ -336,6 +339,9 @@ class Decryptor:
         opened = opener.open(record, self._numbers(work, opener, index, position, len(record)))
         if opened is None:
             # Handshake records under other keys come first; they hold no data.
+            if record[0] != tls.APPLICATION and work.asked and half.end_position is not None:
+                # A second handshake, under keys that only tshark follows: no data is missing.
+                self._handled(half, position + len(record), index + 1)
             before_data = half.base is None and half.sample is None
             if not before_data or index >= tls.HANDSHAKE_RECORDS_MAX:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION

@@ -45,6 +45,17 @@ PRINTED_EVENTS_MAX = 65_536
 # Host names named one by one in a message.
 HOSTS_SHOWN = 8
 
+# What a person can do about a loss, or what it means.
+_ADVICE = {
+    "capture_file_cut_short": "the file's end is missing",
+    "frames_cut_by_snap_length": "record whole packets: tcpdump -s 0",
+    "packets_without_a_time": "they take the file's",
+    "tcp_bytes_missing": "the recorder missed packets; give it a larger buffer: tcpdump -B 65536",
+    "tls_records_undecryptable": "their keys are not in the key log, or were renewed in a hole",
+    "tshark_failed": "its work was done without it; see: tshark --version",
+}
+_LINKS_READ = "Ethernet, PPPoE, raw IP, loopback, Linux cooked (-i any), macOS's pktap"
+
 
 @dataclass
 class Summary:
@@ -186,7 +197,8 @@ def _remark(event: PricedEvent) -> str:
     words = [] if usage.outcome is Outcome.COMPLETE else [usage.outcome.value]
     if usage.error_class:
         words.append(f"{usage.http_status or ''} {usage.error_class}".strip())
-    return ", ".join([*words, *sorted({*usage.flags, *event.flags})])
+    words += sorted({*usage.flags, *event.flags} - {usage.outcome.value})
+    return ", ".join(words)
 
 
 def _usd(amount: Decimal | None) -> str:
@@ -227,6 +239,8 @@ class Output:
         events = f"{summary.events:,} event{'s' * (summary.events != 1)}"
         files = f"{findings.files} file{'s' * (findings.files != 1)}"
         click.echo(f"{events} in {files}: ${usd_text(summary.total_usd)} at list prices")
+        if not summary.events and findings.files:
+            click.echo(f"  {_seen(findings)}")
         if summary.unpriced:
             click.echo(
                 f"  {summary.unpriced:,} unpriced: no price is known, they are not in the sum"
@@ -236,7 +250,23 @@ class Output:
         if losses:
             click.echo("  lost or given up:")
             for cause, count in sorted(losses.items()):
-                click.echo(f"    {cause.replace('_', ' ')}: {count:,}")
+                advice = f" ({_ADVICE[cause]})" if cause in _ADVICE else ""
+                click.echo(f"    {cause.replace('_', ' ')}: {count:,}{advice}")
+
+
+def _seen(findings: Findings) -> str:
+    """What the connections were that gave no event."""
+    without = sum(findings.without_keys.values())
+    counts = (
+        (findings.decrypted, "decrypted"),
+        (findings.plain, "unencrypted"),
+        (without, "without keys"),
+        (findings.not_wanted, "to hosts that are no provider's"),
+        (findings.nameless, "already under way, to servers whose names the capture does not hold"),
+    )
+    said = ", ".join(f"{count:,} {what}" for count, what in counts if count)
+    connections = findings.connections
+    return f"{connections:,} connection{'s' * (connections != 1)} seen" + (said and f": {said}")
 
 
 def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) -> None:
@@ -250,12 +280,25 @@ def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) 
             f" and {len(told) - len(hosts)} more" * (len(told) > len(hosts))
         )
         paths = " ".join(map(shlex.quote, arguments))
+        known = findings.handshakes_with_keys
+        given = (
+            f"; the secrets given are of {known:,} other handshake{'s' * (known != 1)}"
+            if known
+            else ""
+        )
         click.echo(
-            f"{count} encrypted connection{'s' * (count != 1)} without keys, to {names}.\n"
+            f"{count} encrypted connection{'s' * (count != 1)} without keys, to {names}{given}.\n"
             "  To read them, give the key log that the client wrote while they were recorded:\n"
             f"    halton-meter replay {paths} --keys sslkeys.log\n"
             "  A client writes one when it is started with SSLKEYLOGFILE=sslkeys.log "
             "(curl, Python, browsers; Node: --tls-keylog).",
+            err=True,
+        )
+    for link, count in findings.unread_links.most_common():
+        click.echo(
+            f"Error: {count:,} packets of link type {link} are not read, only those of "
+            f"{_LINKS_READ}.\n"
+            "  Record on another interface, where the client runs: tcpdump -i any -w capture.pcap",
             err=True,
         )
     if findings.quic:
@@ -322,7 +365,8 @@ class Replay:
         if nothing_read:
             told = without_keys
         _complain(findings, told, self._job.paths)
-        return not findings.errors and not nothing_read
+        unread = bool(findings.unread_links) and not findings.connections
+        return not findings.errors and not nothing_read and not unread
 
     def _is_wanted(self, name: str) -> bool:
         """Whether a server name is a provider's: only those are decrypted."""

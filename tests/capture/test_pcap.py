@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from capture import tshark
-from capture.pcap import PcapSource
+from capture.pcap import NEXT_FILE_NS_MAX, PcapSource
 from capture.records import Findings
 from halton_meter.model import Direction, TlsChunk, TlsClosed
 from tests.recorder import damage
@@ -199,6 +199,37 @@ def test_a_gzipped_capture(tmp_path: Path) -> None:
     assert whole(items, Direction.RECEIVED) == BODY
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_gzip_that_breaks_off_gives_what_it_has(share: float, tmp_path: Path) -> None:
+    given = recording()
+    packed = gzip.compress(pcapng(given.packets, given.secrets), 1)
+    cut = packed[: int(len(packed) * share)]
+    items, findings = read(write(tmp_path / "capture.pcapng.gz", cut))
+    heard = whole(items, Direction.RECEIVED)
+    assert heard == BODY[: len(heard)]
+    assert len(heard) > len(BODY) * share / 2
+    assert findings.losses["capture_file_cut_short"] == 1
+    _, findings = read(write(tmp_path / "capture.gz", packed[:15]))
+    assert findings.errors == [f"{tmp_path / 'capture.gz'}: holds nothing that gzip can unpack"]
+
+
+def test_packets_without_a_time_take_the_files(tmp_path: Path) -> None:
+    given = recording()
+    timed = pcapng([], given.secrets)
+    simple = b"".join(
+        struct.pack("<III", 3, size, len(p.frame)) + frame + struct.pack("<I", size)
+        for p in given.packets
+        for frame in [p.frame + bytes(-len(p.frame) % 4)]
+        for size in [len(frame) + 16]
+    )
+    capture = write(tmp_path / "simple.pcapng", timed + simple)
+    os.utime(capture, ns=(BEGINNING_NS, BEGINNING_NS))
+    items, findings = read(capture)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert {item.at_ns for item in items} == {BEGINNING_NS}
+    assert findings.losses == {"packets_without_a_time": len(given.packets)}
+
+
 def test_secrets_at_the_end_of_the_file_are_found(tmp_path: Path) -> None:
     given = recording()
     plain = pcapng(given.packets)
@@ -248,6 +279,9 @@ def test_other_link_layers(tmp_path: Path) -> None:
         113: lambda frame: bytes(14) + frame[12:],
         276: lambda frame: frame[12:14] + bytes(18) + frame[14:],
         0: lambda frame: bytes(4) + frame[14:],
+        14: lambda frame: frame[14:],
+        258: lambda frame: struct.pack("<III", 108, 1, 1) + bytes(96) + frame,
+        149: lambda frame: struct.pack("<III", 40, 1, 12) + bytes(28) + frame[14:],
     }
     for linktype, wrap in wrappers.items():
         packets = [Packet(p.at_ns, wrap(p.frame), p.sent, p.payload) for p in given.packets]
@@ -256,6 +290,71 @@ def test_other_link_layers(tmp_path: Path) -> None:
         capture = write(tmp_path / "capture.pcap", bytes(data))
         keys = write(tmp_path / "keys.log", given.secrets.encode())
         assert whole(read(capture, keys=[keys])[0], Direction.RECEIVED) == BODY, linktype
+
+
+def test_packets_within_pppoe(tmp_path: Path) -> None:
+    given = recording()
+    session = b"\x88\x64" + struct.pack("!BBHHH", 0x11, 0, 7, 42, 0x21)
+    packets = [
+        Packet(p.at_ns, p.frame[:12] + session + p.frame[14:], p.sent, p.payload)
+        for p in given.packets
+    ]
+    items, findings = read_bytes(pcapng(packets, given.secrets), tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert findings.losses == {}
+
+
+def test_a_link_layer_that_is_not_read_is_named(tmp_path: Path) -> None:
+    data = bytearray(pcap(recording().packets))
+    data[20:24] = struct.pack("<I", 105)  # 802.11
+    items, findings = read(write(tmp_path / "capture.pcap", bytes(data)))
+    assert items == []
+    assert findings.unread_links == {105: len(recording().packets)}
+
+
+@pytest.mark.parametrize("cut", [1, 40, 90, 200])
+def test_a_connection_goes_on_in_the_next_file(cut: int, tmp_path: Path) -> None:
+    given = recording()
+    first = write(tmp_path / "ring_00001.pcapng", pcapng(given.packets[:cut], given.secrets))
+    second = write(tmp_path / "ring_00002.pcapng", pcapng(given.packets[cut:]))
+    items, findings = read(first, second)
+    assert whole(items, Direction.SENT) == REQUEST * 2
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert (findings.files, findings.connections, findings.losses) == (2, 1, {})
+
+
+@pytest.mark.parametrize("later_ns", [NEXT_FILE_NS_MAX + 60_000_000_000, -3_600_000_000_000])
+def test_a_file_of_another_time_is_another_capture(later_ns: int, tmp_path: Path) -> None:
+    given = recording()
+    moved = [Packet(p.at_ns + later_ns, p.frame, p.sent, p.payload) for p in given.packets]
+    first = write(tmp_path / "one.pcapng", pcapng(given.packets[:90], given.secrets))
+    second = write(tmp_path / "two.pcapng", pcapng(moved, given.secrets))
+    items, findings = read(first, second)
+    assert findings.connections == 2
+    closed = [item for item in items if isinstance(item, TlsClosed)]
+    assert [item.at_ns for item in closed] == [given.packets[89].at_ns, moved[-1].at_ns]
+
+
+# Recorded with openssl s_client and s_server: Python's ssl can do none of these.
+ASKED = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: api.openai.com\r\n"
+    b'Content-Type: application/json\r\nContent-Length: 18\r\n\r\n{"model":"gpt-4o"}'
+)
+
+
+@pytest.mark.parametrize("name", ["aes_ccm", "keys_updated", "renegotiated"])
+def test_what_seldom_happens_in_tls_costs_nothing(name: str) -> None:
+    items, findings = read(Path(__file__).parent / "captures" / f"{name}.pcapng")
+    assert whole(items, Direction.SENT) == ASKED * 3
+    assert whole(items, Direction.RECEIVED).count(b'"usage"') == 3
+    assert findings.losses == {}
+
+
+def test_early_data_of_a_resumed_session_is_read() -> None:
+    items, findings = read(Path(__file__).parent / "captures" / "early_data.pcapng")
+    connections = [list(each) for _, each in groupby(items, lambda item: item.connection.id)]
+    assert [whole(each, Direction.SENT) for each in connections] == [ASKED, ASKED * 2]
+    assert findings.losses == {}
 
 
 def test_segments_as_large_as_loopbacks(tmp_path: Path) -> None:

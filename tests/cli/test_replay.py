@@ -108,6 +108,45 @@ def test_without_keys_it_names_the_host_and_the_command(tmp_path: Path) -> None:
     assert len(events(call(capture, "--keys", keys, "--json"))) == 1
 
 
+def test_keys_of_another_run_are_told_from_none(tmp_path: Path) -> None:
+    talk = next(s for s in every() if s.name == "anthropic_message").talks[0]
+    given, other = record(talk.host, talk.steps), record(talk.host, talk.steps)
+    capture = write(tmp_path / "capture.pcap", pcap(given.packets))
+    keys = write(tmp_path / "keys.log", other.secrets.encode())
+    result = call(capture, "--keys", keys)
+    assert result.exit_code == 1
+    assert "1 connection seen: 1 without keys" in result.stdout
+    assert "the secrets given are of 1 other handshake." in result.stderr
+
+
+def test_packets_of_a_link_layer_that_is_not_read_are_an_error(tmp_path: Path) -> None:
+    talk = next(s for s in every() if s.name == "anthropic_message").talks[0]
+    data = bytearray(pcap(record(talk.host, talk.steps).packets))
+    data[20] = 105
+    result = call(write(tmp_path / "wifi.pcap", bytes(data)))
+    assert result.exit_code == 1
+    assert "packets of link type 105 are not read" in result.stderr
+    assert "tcpdump -i any -w capture.pcap" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("start", "command"), [(b"\x28\xb5\x2f\xfd", "zstd -d"), (b"\xfd7zXZ\0", "xz -dk")]
+)
+def test_a_compressed_capture_is_told_how_to_be_unpacked(
+    start: bytes, command: str, tmp_path: Path
+) -> None:
+    capture = write(tmp_path / "a capture", start + bytes(40))
+    result = call(capture)
+    assert result.exit_code == 1
+    assert f"unpack it first: {command} '{capture}'" in result.stderr
+
+
+def test_what_gave_no_event_is_said() -> None:
+    result = call(FIXTURES / "other_host_gives_nothing.pcapng")
+    assert result.exit_code == 0
+    assert "1 connection seen: 1 to hosts that are no provider's" in result.stdout
+
+
 def test_stored_events_can_be_listed_and_twice_is_once(home: Path) -> None:
     for _ in range(2):
         assert call(PLAIN, "--store", "--project", "harbour").exit_code == 0
