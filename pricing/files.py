@@ -13,7 +13,7 @@ import datetime as dt
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -61,11 +61,11 @@ class Rule:
     until: dt.date | None
     note: str
 
-    def concerns(self, model: str, day: dt.date) -> bool:
-        """True when the rule is for `model` on `day`."""
+    def concerns(self, names: Iterable[str], day: dt.date) -> bool:
+        """True when the rule is for a model of one of these names on `day`."""
         if (self.start and day < self.start) or (self.until and day >= self.until):
             return False
-        return any(fnmatchcase(model, pattern) for pattern in self.models)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.models)
 
 
 class PriceFile:

@@ -28,7 +28,7 @@ PROVIDER_ALIASES = {
 
 # Where else a provider's models are priced: it sells another provider's models at that one's rates.
 _PRICED_AS: dict[str, tuple[str, ...]] = {
-    "vertex": ("vertex", "gemini", "anthropic", "mistral"),
+    "vertex": ("vertex", "gemini", "anthropic", "mistral", "xai"),
     "gemini": ("gemini", "anthropic"),
     "azure_openai": ("azure_openai", "openai", "anthropic", "deepseek", "xai", "moonshotai"),
     "azure_ai_foundry": (

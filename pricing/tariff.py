@@ -122,7 +122,7 @@ def tariff_for(
     """The tariff of `provider`'s `model`; `missing` says why there is none."""
     context = context_of(conditions)
     override = _override_for(overrides, provider, model, moment)
-    found, files = _find(shelf, provider, model, context)
+    found, files, name = _find(shelf, provider, model, context)
     if not found:
         if override is None or not override.rates:
             return Tariff(None, missing=f"model={model}")
@@ -136,7 +136,7 @@ def tariff_for(
         rule
         for file in files
         for rule in file.rules
-        if rule.concerns(model_id.lower(), moment.date()) and matches(rule.when, context)
+        if rule.concerns({model_id.lower(), name}, moment.date()) and matches(rule.when, context)
     ]
     levels, covered = _apply(rules, levels, covered, context)
     for key in _MUST_BE_PRICED:
@@ -166,8 +166,8 @@ def _override_for(
 
 def _find(
     shelf: Shelf, provider: str, model: str, context: Mapping[str, str]
-) -> tuple[list[Model], list[PriceFile]]:
-    """The model in the compiled data and the overlays, and the overlays whose rules hold."""
+) -> tuple[list[Model], list[PriceFile], str]:
+    """The model in the compiled data and the overlays, the overlays whose rules hold, its name."""
     wanted = [model]
     profile = context.get("inference_profile")
     if provider == "bedrock" and profile and not model.startswith(f"{profile}."):
@@ -186,8 +186,8 @@ def _find(
                 model_id = found[0].id.lower()
                 found = [m for file in files if (m := file.find(model_id)) is not None] or found
             own = shelf.file("overlay", provider) if owner != provider else None
-            return found, [file for file in (own, overlay) if file is not None]
-    return [], []
+            return found, [file for file in (own, overlay) if file is not None], name
+    return [], [], ""
 
 
 def _rows(

@@ -174,6 +174,14 @@ def gemini_tiers() -> Iterator[Case]:
         document = generated(FLASH, 1000, 50, trafficType=traffic)
         yield f"Vertex, {traffic}", "vertex_ai", document, f"{factor}*{FLASH_SUM}"
     yield (
+        "Gemini 4 Hydrogen at priority, part of it cached",
+        "gemini",
+        generated(
+            "gemini-4-hydrogen", 1000, 500, cachedContentTokenCount=400, serviceTier="priority"
+        ),
+        "1.8*(600*1.5 + 400*0.075 + 500*7.5)/M",
+    )
+    yield (
         "Vertex, a region stated beside",
         "vertex",
         generated("gemini-3.5-flash", 1000, 500, beside={"region": "us-east5"}),

@@ -225,6 +225,23 @@ def openai_tools() -> Iterator[Case]:
             ),
             f"{sum_} + 2*{rate}/K",
         )
+    drawn = {"input_tokens": 50, "output_tokens": 1000, "total_tokens": 1050}
+    yield (
+        "an image drawn in a flex response, at the image model's own tier, which has no flex",
+        "openai",
+        response(
+            SOL,
+            1000,
+            100,
+            service_tier="flex",
+            tools=[{"type": "image_generation", "model": "gpt-image-1"}],
+            tool_usage={
+                "image_gen": {**drawn, "output_tokens_details": {"image_tokens": 1000}},
+                "web_search": {"num_requests": 0},
+            },
+        ),
+        f"0.5*{SOL_SUM} + (50*5 + 1000*40)/M",
+    )
     yield (
         "file searches by the calls in the output",
         "openai",
@@ -261,6 +278,13 @@ def openai_media() -> Iterator[Case]:
         ),
         "(660*32 + 240*4 + 100*0.4 + 80*64 + 20*16)/M",
     )
+    for model, factor in {"gpt-realtime-2.1-mini": "1.1", "gpt-realtime-mini": "1"}.items():
+        yield (
+            f"realtime: {model} in Europe",
+            "openai",
+            {**body(model, usage(1000, 100)), "host": "eu.api.openai.com"},
+            f"{factor}*(1000*0.6 + 100*2.4)/M",
+        )
     yield (
         "realtime: an image in the prompt",
         "openai",

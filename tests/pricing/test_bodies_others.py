@@ -316,6 +316,18 @@ def others() -> Iterator[Case]:
             "(600*2 + 400*0.5 + 100*8)/M",
         ),
         (
+            "Bedrock: DeepSeek, of which the compiled prices know nothing",
+            "bedrock",
+            body("us.deepseek.v3.2", converse),
+            "(1000*0.62 + 100*1.85)/M",
+        ),
+        (
+            "Vertex: Grok at xAI's own rates, its threshold inclusive",
+            "vertex",
+            chat("xai/grok-4.7", 200_000, 100),
+            "(200000*4 + 100*12)/M",
+        ),
+        (
             "Together",
             "together_ai",
             chat("meta-llama/Llama-3.3-70B-Instruct-Turbo", 1000, 100),
