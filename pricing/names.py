@@ -62,7 +62,7 @@ _ROUTERS = frozenset(
 # Whose names a router may pass on unqualified; names of different makers do not collide.
 _PASSED_ON = ("openai", "anthropic", "gemini", "xai", "mistral", "deepseek", "cohere")
 
-_PATH = re.compile(r"^(?:.*/)?(?:models|foundation-model|inference-profile)/")
+_PATH = re.compile(r"^(?:.*[/:])?(?:models|foundation-model|inference-profile)/")
 _REGION = re.compile(r"^(?:us-gov|us|eu|apac|au|jp|ca|sa|global)\.(?=[a-z0-9-]+\.)")
 # What pins a model to a date or a build, tried in turn, each at most once.
 _PINS = (

@@ -55,10 +55,16 @@ _PATHS = {
         "/api/v1/chat/completions",
         "/chat/completions",
         "/inference/v1/chat/completions",
-        "/v1/projects/p/locations/global/endpoints/openapi/chat/completions",
+        "/v1{place}/endpoints/openapi/chat/completions",
         "/v1beta/openai/chat/completions",
     ),
-    "responses": ("/v1/responses", "/openai/v1/responses", "/api/v1/responses", "/responses"),
+    "responses": (
+        "/v1/responses",
+        "/openai/v1/responses",
+        "/api/v1/responses",
+        "/responses",
+        "/backend-api/codex/responses",
+    ),
     "completions": ("/v1/completions", "/openai/v1/completions", "/completions"),
     "embeddings": (
         "/v1/embeddings",
@@ -73,18 +79,18 @@ _PATHS = {
         "/audio/transcriptions",
     ),
     "generateContent": (
+        "/v1{place}/publishers/google/models/{model}:generateContent",
         "/v1beta/models/{model}:generateContent",
-        "/v1/projects/p/locations/global/publishers/google/models/{model}:generateContent",
+        "/v1internal:generateContent",
     ),
     "streamGenerateContent": (
+        "/v1{place}/publishers/google/models/{model}:streamGenerateContent",
         "/v1beta/models/{model}:streamGenerateContent",
-        "/v1/projects/p/locations/global/publishers/google/models/{model}:streamGenerateContent",
+        "/v1internal:streamGenerateContent",
     ),
     "embedContent": ("/v1beta/models/{model}:embedContent",),
     "interactions": ("/v1beta/interactions",),
-    "rawPredict": (
-        "/v1/projects/p/locations/global/publishers/anthropic/models/{model}:rawPredict",
-    ),
+    "rawPredict": ("/v1{place}/publishers/anthropic/models/{model}:rawPredict",),
     "converse": ("/model/{model}/converse",),
     "invoke": ("/model/{model}/invoke",),
     "chat": ("/v2/chat", "/v1/chat"),
@@ -96,13 +102,14 @@ _PATHS = {
     "responses_input_tokens": ("/v1/responses/input_tokens",),
     "cachedContents": (
         "/v1beta/cachedContents",
-        "/v1/projects/p/locations/global/cachedContents",
+        "/v1{place}/cachedContents",
     ),
     "countTokens": ("/v1beta/models/{model}:countTokens",),
     "realtime": ("/v1/realtime",),
     "responses_socket": ("/v1/responses",),
     "gemini_batch": ("/v1beta/batches/explained",),
 }
+_VERTEX_PLACE = re.compile(r"(.+)-aiplatform\.googleapis\.com")
 # Endpoints whose bodies are the messages of a WebSocket.
 _SOCKETS = ("realtime", "responses_socket")
 _FETCHED = (*_SOCKETS, "gemini_batch")
@@ -320,15 +327,16 @@ def _places(
     if answer.host:
         hosts.insert(0, answer.host)
     is_stream = answer.document is None
-    for endpoint in dict.fromkeys(_endpoints(document, own[0].id)):
-        names = (
-            (f"stream{endpoint[0].upper()}{endpoint[1:]}", endpoint) if is_stream else (endpoint,)
-        )
-        for name in names:
-            for template in _PATHS.get(name, ()):
-                for host in hosts:
-                    method = "GET" if name in _FETCHED else "POST"
-                    yield host, method, template.format(model=model.removeprefix("models/"))
+    endpoints = list(dict.fromkeys(_endpoints(document, own[0].id)))
+    for host in hosts:
+        place = _VERTEX_PLACE.fullmatch(host)
+        located = f"/projects/p/locations/{place.group(1)}" if place is not None else ""
+        for endpoint in endpoints:
+            streamed = f"stream{endpoint[0].upper()}{endpoint[1:]}"
+            for name in (streamed, endpoint) if is_stream else (endpoint,):
+                for template in _PATHS.get(name, ()):
+                    path = template.format(model=model.removeprefix("models/"), place=located)
+                    yield host, "GET" if name in _FETCHED else "POST", path
 
 
 def _says_something(event: UsageEvent) -> bool:

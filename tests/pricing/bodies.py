@@ -23,6 +23,7 @@ Json = dict[str, Any]
 Case = tuple[str, str, Any, str] | tuple[str, str, Any, str, str]
 
 CHECKED_AT = "2026-11-24T12:00:00+00:00"
+CHECKED_NS = int(datetime.fromisoformat(CHECKED_AT).timestamp()) * 10**9
 
 
 def body(model: str, usage: Json, **beside: Any) -> Json:

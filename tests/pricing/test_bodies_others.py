@@ -244,6 +244,29 @@ def others() -> Iterator[Case]:
             "(1000*0.25 + 100*1.25)/M",
         ),
         (
+            "Bedrock: a profile by its whole resource name",
+            "bedrock",
+            body(
+                "arn:aws:bedrock:us-east-1:123456789012:inference-profile/"
+                "us.anthropic.claude-sonnet-4-5-20250929-v1:0",
+                converse,
+            ),
+            "1.1*(1000*3 + 100*15)/M",
+        ),
+        (
+            "Bedrock: counts that only the headers state",
+            "bedrock",
+            {
+                "model": "amazon.nova-pro-v1:0",
+                "headers": {
+                    "X-Amzn-Bedrock-Input-Token-Count": "1000",
+                    "X-Amzn-Bedrock-Output-Token-Count": "100",
+                },
+                "response": {},
+            },
+            "(1000*0.8 + 100*3.2)/M",
+        ),
+        (
             "Bedrock: flex",
             "bedrock",
             {**body("amazon.nova-pro-v1:0", converse), "serviceTier": {"type": "flex"}},
