@@ -41,6 +41,7 @@
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/ptrace.h>
+#include <uapi/asm-generic/errno-base.h>
 #define SECTION(name)
 #else
 typedef unsigned char u8;
