@@ -62,7 +62,7 @@ PRICED_CONDITIONS = frozenset(
     {
         "service_tier", "batch", "speed", "inference_geo", "traffic_type", "region",
         "inference_profile", "image_size", "image_quality", "video_size", "search_context_size",
-        "search_type", "code_execution",
+        "search_type", "code_execution", "api",
     }
 )  # fmt: skip
 # Conditions that no tariff may pass over: without a row or a rule for them there is no price.

@@ -196,8 +196,8 @@ def _beside(bare: Answer, document: Json, *, is_body: bool) -> Answer:
     url = urlsplit(_string(request.get("url")) or _string(document.get("url")) or "")
     base = urlsplit(_string(document.get("base_url")) or "")
     asked = request.get("body") if is_recorded else request
-    if not asked and (named := _string(document.get("model"))):
-        asked = {"model": named}
+    if not asked and _string(document.get("model")):
+        asked = {name: document[name] for name in ("model", "tools") if name in document}
     return replace(
         bare,
         provider=_named_provider(document, is_body),

@@ -99,6 +99,7 @@ _PATHS = {
     "videos": ("/v1/videos", "/v1/videos/generations"),
     "moderations": ("/v1/moderations",),
     "count_tokens": ("/v1/messages/count_tokens",),
+    "decisions": ("/v1/decisions",),
     "responses_input_tokens": ("/v1/responses/input_tokens",),
     "cachedContents": (
         "/v1beta/cachedContents",
@@ -227,6 +228,8 @@ def _endpoints(document: Json, provider: str) -> Iterator[str]:
         yield "videos"
     if set(document) == {"input_tokens"}:
         yield "count_tokens"
+    if isinstance(document.get("answers"), list) and "output_tokens" in usage:
+        yield "decisions"
     if kind == "response.input_tokens":
         yield "responses_input_tokens"
     if str(document.get("name")).startswith("cachedContents/"):

@@ -203,6 +203,9 @@ def fill_message(draft: Draft, message: Json, usage: Json, stale: bool = False) 
         match = _WEB_TOOL.fullmatch(str(tool.get("type")))
         if match is not None and match.group(1) >= FREE_CODE_EXECUTION_SINCE:
             draft.conditions["code_execution"] = "with_web_tools"
+    credit = as_dict(as_dict(usage.get("fallback_credit")).get("status"))
+    if credit.get("type") == "redeemed":
+        draft.flags.add("fallback_credit")
     output = [part.tokens.output for part in draft.parts]
     if refused and not any(output) and 0 in output:
         draft.free = "refusal"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import text_routes
+from halton_meter.providers.openai_text import read_responses, route, text_routes
 
 _REGIONS = ("eu", "us", "au", "ca", "in", "jp", "kr", "sg", "gb", "ae")
 _REGION = re.compile(rf"({'|'.join(_REGIONS)})\.api\.openai\.com")
@@ -33,9 +33,20 @@ def _in_region(read: Reader) -> Reader:
     return regional
 
 
+def read_decision(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+    """One event for questions decided, whose usage is that of a response; answers cost nothing."""
+    for event in read_responses(exchange, route, provider):
+        yield replace(event, conditions={**event.conditions, "api": "decisions"})
+
+
 ROUTES = tuple(
     replace(each, read=_in_region(each.read))
-    for each in (*text_routes("/v1"), *media_routes("/v1"), *job_routes("/v1"))
+    for each in (
+        *text_routes("/v1"),
+        *media_routes("/v1"),
+        *job_routes("/v1"),
+        route("decisions", "chat", "/v1/decisions", read_decision),
+    )
 )
 HOSTS = ("api.openai.com", *(f"{region}.api.openai.com" for region in _REGIONS))
 PROVIDER = Provider("openai", HOSTS, ROUTES)

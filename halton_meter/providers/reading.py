@@ -34,6 +34,7 @@ Rules of counting, for every reader (pricing relies on them)
 - "byok": "true" when the router used the user's own key (OpenRouter, Vercel).
 - "upstream": the provider a router served the call from, where it says so; "upstream_cost_usd":
   what that provider charged the user's own key, by the router's account.
+- "api": "decisions" for OpenAI's endpoint that decides questions, whose answers are not billed.
 - "cache_ttl_asked": "5m" when the request was seen whole and asks for no longer lifetime, else
   "1h": for a `cache_write` whose lifetime the response does not state.
 
@@ -67,7 +68,7 @@ before any output, and not billed), "image_generation", "compound", "transcripti
 last count), "estimated", "pending", "gapped", "aborted", "total_mismatch" (parts do not add up to
 the provider's total), "cache_split_stale" (the 5m/1h split was stated before the write count
 changed), "byok", "error_in_stream", "model_unknown", "head_unknown" (the request's head was never
-seen).
+seen), "fallback_credit" (Anthropic billed some of the writes as reads, and does not say how many).
 """
 
 from __future__ import annotations

@@ -176,6 +176,13 @@ def anthropic_bodies() -> Iterator[Case]:
     ):
         sum_ = "(1000*4 + 100*20)/M + 3*0.05"
         yield f"container hours stated {what}", "anthropic", document, sum_
+    for tool, hours in (("web_search_20260209", "0"), ("web_search_20250305", "0.05")):
+        yield (
+            f"container hours beside {tool}",
+            "anthropic",
+            {**body(opus, plain, container_hours=2), "tools": [{"type": tool}]},
+            f"(1000*4 + 100*20)/M + 2*{hours}",
+        )
     yield (
         "searches beside an advisor are counted once",
         "anthropic",

@@ -189,6 +189,12 @@ def openai_text() -> Iterator[Case]:
         {"object": "response.input_tokens", "input_tokens": 100},
         "0",
     )
+    yield (
+        "decisions are billed by their input alone",
+        "openai",
+        body("gpt-6-luna", usage(1000, 40, total_tokens=1040), answers=[{"type": "predicate"}]),
+        "1000*0.1/M",
+    )
     yield "an error", "openai", {"error": {"type": "invalid_request_error", "code": "x"}}, "0"
 
 

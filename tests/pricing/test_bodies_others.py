@@ -308,6 +308,23 @@ def others() -> Iterator[Case]:
             "(400*0.27 + 600*0.07 + 100*1.1)/M",
             "2025-06-01T12:00:00Z",
         ),
+        *(
+            (
+                f"DeepSeek: V4 Flash at {hour} UTC, of which 01 to 04 and 06 to 10 cost double",
+                "deepseek",
+                chat("deepseek-v4-flash", 1000, 100, prompt_cache_hit_tokens=600),
+                f"{factor}*(400*0.15 + 600*0.003 + 100*0.6)/M",
+                f"2026-11-24T{hour}:00Z",
+            )
+            for hour, factor in {
+                "00:59": 1,
+                "01:00": 2,
+                "03:59": 2,
+                "04:00": 1,
+                "06:00": 2,
+                "10:00": 1,
+            }.items()
+        ),
         (
             "Cohere: what is billed, not what was read",
             "cohere",

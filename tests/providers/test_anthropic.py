@@ -271,3 +271,19 @@ def test_endpoint_that_imitates_openai_is_anthropics() -> None:
     event = read_one(exchange("https://api.anthropic.com/v1/chat/completions", asked, answer))
     assert (event.provider, event.endpoint) == ("anthropic", "chat_completions")
     assert (event.tokens.input, event.tokens.output) == (17, 15)
+
+
+@pytest.mark.parametrize(("status", "flagged"), [("redeemed", True), ("not_applied", False)])
+def test_a_fallback_credit_bills_writes_as_reads_and_does_not_say_how_many(
+    status: str, flagged: bool
+) -> None:
+    usage = {
+        "input_tokens": 10,
+        "output_tokens": 20,
+        "cache_creation_input_tokens": 3000,
+        "fallback_credit": {"status": {"type": status}},
+    }
+    answer = {"id": "msg_0123456789abcdef", "model": "claude-opus-5-5", "usage": usage}
+    event = read_one(exchange("https://api.anthropic.com/v1/messages", {}, answer))
+    assert event.tokens.cache_write == 3000
+    assert ("fallback_credit" in event.flags) is flagged

@@ -468,3 +468,17 @@ def test_azure_names_the_deployment_until_the_response_names_the_model() -> None
     assert (event.provider, event.model, event.request_model) == ("azure_openai", "gpt-5", "mine")
     failed = read_one(exchange(url, {}, {"error": {"code": "x"}}, status=404))
     assert failed.model == "mine"
+
+
+def test_decisions_are_an_endpoint_of_their_own() -> None:
+    usage = {
+        "input_tokens": 1000,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": 40,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 1040,
+    }
+    answer = {"model": "gpt-6-luna", "answers": [{"type": "predicate"}], "usage": usage}
+    event = read_one(exchange("https://api.openai.com/v1/decisions", {}, answer))
+    assert (event.endpoint, event.conditions) == ("decisions", {"api": "decisions"})
+    assert (event.tokens.input, event.tokens.output) == (1000, 40)
