@@ -11,14 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from capture import libraries, loader
+from capture import libraries, loader, processes
 from capture.attachments import File
 from capture.elf import Elf, ElfError
+from capture.family import Family
+from halton_meter.model import Process
+
+if TYPE_CHECKING:
+    from capture.discovery import Discovery
 
 PROCESSES_MAX = 4096
 HOSTS_A_PROCESS_MAX = 8
+LINES_MAX = 500
+RECENT_MAX = 200  # metered processes remembered after they ended
 
 
 class Lookups:
@@ -42,6 +49,59 @@ class Lookups:
     def hosts(self, pid: int) -> str | None:
         """The hosts, for people; None when there are none that we know of."""
         return ", ".join(self._hosts[pid]) if self._hosts.get(pid) else None
+
+
+class Coverage:
+    """What is known of each process that uses TLS: was it metered, and if not, why not."""
+
+    def __init__(self, discovery: Discovery, family: Family) -> None:
+        self._discovery = discovery
+        self._family = family
+        self._recent: dict[int, dict[str, Any]] = {}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One line a process, those that were metered first."""
+        files_by_id = self._discovery.files.files
+        lines: list[dict[str, Any]] = [
+            line | {"advice": self._late_advice(pid)} for pid, line in self._recent.items()
+        ]
+        for pid, watched in self._discovery.watched.items():
+            if len(lines) >= LINES_MAX:
+                break
+            files = [files_by_id[each] for each in watched.files if each in files_by_id]
+            if any(file.doubted for file in files):  # its connections were opened, then left out
+                lines = [each for each in lines if each["process"]["pid"] != pid]
+            elif pid in self._recent:
+                continue
+            line = unmetered(pid, watched.java, files, self._discovery.lookups.hosts(pid))
+            if line and (process := self._discovery.identities.of(pid)):
+                process = self._family.with_run(process, self._family.run_of(pid))
+                lines.append({"process": processes.to_json(process), **line})
+        return lines
+
+    def _late_advice(self, pid: int) -> str | None:
+        seconds = self._discovery.late_by_pid.get(pid)
+        if seconds is None:
+            return None
+        return f"probes came {seconds:.1f} s after its start: what it sent before is not metered"
+
+    def metered(self, process: Process, host: str) -> None:
+        """Note that a process was metered, whatever becomes of it."""
+        files_by_id = self._discovery.files.files
+        self._recent.pop(process.pid, None)
+        if len(self._recent) >= RECENT_MAX:
+            self._recent.pop(next(iter(self._recent)))
+        watched = self._discovery.watched.get(process.pid)
+        known = [files_by_id.get(each) for each in (watched.files if watched else ())]
+        file = next((each for each in known if each and each.probes), None)
+        self._recent[process.pid] = {
+            "process": processes.to_json(process),
+            "host": host,
+            "stack": file.library.stack if file and file.library else "OpenSSL",
+            "library": file.path if file else None,
+            "state": "metered",
+            "advice": None,
+        }
 
 
 def attach_resolver(program: int) -> int | None:

@@ -19,6 +19,8 @@ PARENTS_MAX = 16
 ARGV_BYTES_MAX = 32 * 1024
 ENVIRONMENT_BYTES_MAX = 1024 * 1024
 PROJECT_CHARS_MAX = 200
+IDENTITY_S = 1.0
+IDENTITIES_MAX = 4096
 
 _CONTAINER = re.compile(r"(?:docker|libpod|crio|cri-containerd|containerd)[-/:]([0-9a-f]{12,64})")
 _BARE_CONTAINER = re.compile(r"/(?:docker|kubepods|lxc)[^\n]*?/([0-9a-f]{64})")
@@ -131,6 +133,31 @@ def read_process(pid: int) -> Process | None:
         container=container_of(cgroup.decode("ascii", "replace")),
         project_hint=project_in(environment),
     )
+
+
+class Identities:
+    """Who processes are, remembered: what was read while they lived is all that there will be."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[float, Process]] = {}
+
+    def of(self, pid: int, *, fresh: bool = False) -> Process | None:
+        """Who it is; read anew when what is known is older than IDENTITY_S, or for `fresh`."""
+        now = time.monotonic()
+        known = self._known.get(pid)
+        if known and not fresh and now - known[0] < IDENTITY_S:
+            return known[1]
+        process = read_process(pid)
+        if process is None or not process.argv:  # gone, or a zombie: what we knew is better
+            return known[1] if known else process
+        if len(self._known) >= IDENTITIES_MAX:
+            self._known.pop(next(iter(self._known)))
+        self._known[pid] = (now, process)
+        return process
+
+    def forget(self, pid: int) -> None:
+        """It runs another program now, or is gone."""
+        self._known.pop(pid, None)
 
 
 def descendants(root: int) -> list[int]:

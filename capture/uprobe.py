@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import platform
 import select
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capture import processes, protocol
+from capture.environment import USE_PROXY, Problem, UprobeUnavailable, check_environment
 from halton_meter.model import (
     Connection,
     Direction,
@@ -77,14 +77,6 @@ class ProcessCoverage:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """Why uprobes cannot work here: what is missing, and the command (or step) that mends it."""
-
-    what: str
-    command: str
-
-
-@dataclass(frozen=True, slots=True)
 class Status:
     """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
     `counted` holds every kernel counter (protocol.STATISTICS)."""
@@ -96,77 +88,6 @@ class Status:
     events_lost: Mapping[str, int] = field(default_factory=dict)
     counted: Mapping[str, int] = field(default_factory=dict)
     rss_bytes: int | None = None
-
-
-class UprobeUnavailable(Exception):
-    """The helper could not attach; `problems` says exactly what is missing."""
-
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
-        super().__init__("; ".join(f"{p.what} ({p.command})" for p in problems))
-        self.problems = problems
-
-
-def check_environment() -> list[Problem]:
-    """List what keeps uprobes from working here for this user; empty when nothing does.
-
-    Changes nothing and loads nothing, so a kernel that refuses the program itself is found only
-    by `UprobeSource.start`.
-    """
-    if sys.platform != "linux":
-        return [Problem(f"uprobes need Linux, this is {sys.platform}", _USE_PROXY)]
-    problems: list[Problem] = []
-    release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
-    if release < KERNEL_MIN:
-        what = f"Linux {platform.release()} is older than {KERNEL_MIN[0]}.{KERNEL_MIN[1]}"
-        problems.append(Problem(what, _USE_PROXY))
-    if os.geteuid() != 0:
-        problems.append(Problem("attaching probes needs root", "sudo halton-meter start"))
-    elif missing := _missing_capabilities():
-        grant = " ".join(f"--cap-add {name}" for name in missing)
-        what = f"this root lacks {', '.join(missing)} (a container?)"
-        problems.append(Problem(what, f"docker run --pid=host {grant} …"))
-    if not os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
-        what = "the kernel has no uprobes (CONFIG_UPROBE_EVENTS)"
-        problems.append(Problem(what, _USE_PROXY))
-    with contextlib.suppress(OSError), open(LOCKDOWN_FILE) as file:
-        if "[confidentiality]" in file.read():
-            what = "kernel lockdown is in confidentiality mode: BPF may not read user memory"
-            command = "boot with lockdown=integrity, or disable Secure Boot; or " + _USE_PROXY
-            problems.append(Problem(what, command))
-    return problems + _missing_loaders()
-
-
-KERNEL_MIN = (5, 12)
-LOCKDOWN_FILE = "/sys/kernel/security/lockdown"
-_USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
-_CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
-
-
-def _missing_capabilities() -> list[str]:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        for line in file:
-            if line.startswith("CapEff:"):
-                mask = int(line.split()[1], 16)
-                return [name for name, bit in _CAPABILITIES.items() if not mask >> bit & 1]
-    return []
-
-
-def _missing_loaders() -> list[Problem]:
-    from capture import loader
-
-    try:
-        loader.libbpf_library()
-        if loader.built_object() or loader.clang():
-            return []
-        mend = "apt install clang   # or install the wheel, which brings the program compiled"
-        libbpf = Problem("the BPF program is not compiled and there is no clang", mend)
-    except loader.LoadFailed as error:
-        libbpf = Problem(str(error), "apt install libbpf1   # Fedora, Arch: libbpf")
-    try:
-        loader.import_bcc()
-    except loader.LoadFailed:
-        return [libbpf]
-    return []
 
 
 # Python's own BLAKE2 serves; through _hashlib the helper would map libcrypto, 4 MB of it resident.
@@ -456,7 +377,7 @@ class UprobeSource:
         elif kind == protocol.PROBLEM:
             found = protocol.decode_message(frame)
             missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
-            self._problems = (*missing, Problem(str(found["what"]), _USE_PROXY))
+            self._problems = (*missing, Problem(str(found["what"]), USE_PROXY))
 
     def _open(self, record: protocol.Record) -> _Stream:
         pid, ssl, opened_ns = record.key

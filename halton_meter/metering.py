@@ -290,7 +290,7 @@ class Metering:
 
     def _refresh(self) -> None:
         """Have the helper's report be of now; without a helper the last one stands."""
-        from capture.uprobe import UprobeUnavailable
+        from capture.environment import UprobeUnavailable
 
         with contextlib.suppress(UprobeUnavailable):
             self._source.request_report(DRAIN_S)
@@ -378,7 +378,7 @@ class Metering:
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
-        from capture.uprobe import UprobeUnavailable
+        from capture.environment import UprobeUnavailable
 
         with contextlib.suppress(UprobeUnavailable):
             self._source.watch(pid)
@@ -565,7 +565,8 @@ def main(link_fd: int) -> int:
 
 def start(job: Job, link: socket.socket) -> int:
     """Attach to the helper behind `link` and meter."""
-    from capture.uprobe import Scope, UprobeSource, UprobeUnavailable
+    from capture.environment import UprobeUnavailable
+    from capture.uprobe import Scope, UprobeSource
     from halton_meter.providers import Registry
     from halton_meter.store import Store
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture import loader, protocol
-from capture.helper import CONNECTION, host_key
+from capture.admission import host_key
+from capture.helper import CONNECTION
 from capture.protocol import FrameBuffer, ProtocolViolation, decode_record
 
 
@@ -169,7 +170,7 @@ def test_a_suffix_ends_in_the_dot() -> None:
 
 @pytest.mark.parametrize("host", ["", "x" * 127, "*."])
 def test_names_that_cannot_be_hosts(host: str) -> None:
-    from capture.helper import Refused
+    from capture.admission import Refused
 
     if host == "*.":
         assert host_key(host)  # "*.": every name below the root; the user asked for it

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from capture import protocol
-from capture.uprobe import CoverageState, Scope, UprobeSource, UprobeUnavailable, spawn_helper
+from capture.environment import UprobeUnavailable
+from capture.uprobe import CoverageState, Scope, UprobeSource, spawn_helper
 from halton_meter.model import Direction
 
 from .conftest import CLIENTS, GO_CONNECTIONS, OTHER, PROVIDER, Bench, Client, gather, same_bytes
@@ -474,14 +475,14 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As the service meets it: the helper fails, its reader hears why and what would mend it."""
-    from capture import helper, loader, uprobe
+    from capture import environment, helper, loader
 
     def refuse(*_: Any) -> Any:
         raise loader.LoadFailed("libbpf: the kernel refused the program: Operation not permitted")
 
     lockdown = tmp_path / "lockdown"
     lockdown.write_text("none integrity [confidentiality]\n")
-    monkeypatch.setattr(uprobe, "LOCKDOWN_FILE", str(lockdown))
+    monkeypatch.setattr(environment, "LOCKDOWN_FILE", str(lockdown))
     monkeypatch.setattr(helper.loader, "load", refuse)
     monkeypatch.setattr(helper, "own_mounts", lambda: None)
     ours, theirs = socket.socketpair()

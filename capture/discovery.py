@@ -1,0 +1,270 @@
+"""Which processes in scope run what, so that every TLS library is probed before it is used.
+
+News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened),
+the rest from /proc: looked at when the news say so, a few times while a process starts, and once a
+minute for what no news told. Programs that are installed but not running yet are searched ahead,
+one a turn. `attachments.py` knows the files, `admission.py` the scope.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from capture import libraries, loader, protocol
+from capture.admission import Admission
+from capture.attachments import FILES_MAX, Attachments, FileId, Haste
+from capture.coverage import Lookups, talks_tls
+from capture.installs import Installs
+from capture.processes import Identities
+
+# After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
+RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
+MAPPED_S = 0.002
+SWEEP_S = 60.0
+INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
+SEARCH_S = 0.05  # a search's process ends a moment after its last answer
+EAGER_RUNS_MAX = 5
+LATE_MAX = 200
+
+
+@dataclass(slots=True)
+class Watched:
+    """A process in scope: the files with TLS that it maps."""
+
+    executed: float | None  # when; None for processes older than we are
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    files: set[FileId] = field(default_factory=set)
+    java: bool = False
+
+
+class Discovery:
+    """Follows processes. `on_change` is called when there is something new to report, `on_nudge`
+    when the kernel says that the plaintext's ring fills."""
+
+    def __init__(
+        self,
+        process_ring: loader.Ring,
+        files: Attachments,
+        admission: Admission,
+        on_change: Callable[[], None],
+        on_nudge: Callable[[], None],
+    ) -> None:
+        self._process_ring = process_ring
+        self.files = files
+        self._admission = admission
+        self._on_change = on_change
+        self._on_nudge = on_nudge
+        self.identities = Identities()
+        self.lookups = Lookups()
+        self.watched: dict[int, Watched] = {}
+        self.late = 0
+        self.late_by_pid: dict[int, float] = {}
+        self.sweep_at = 0.0
+        self._talkers: set[tuple[int, int]] = set()
+        self._runs: dict[tuple[int, int], int] = {}
+        self._rescans: list[tuple[float, int, int]] = []
+        self._mapped: set[int] = set()
+        self._installs: Installs | None = None
+        self._list_installs_at: float | None = None
+        self._candidates: deque[str] = deque()
+
+    def search_installs(self, installs: Installs) -> None:
+        """Search what is installed there, and what will be, ahead of its first run."""
+        self._installs = installs
+        self._list_installs_at = time.monotonic() + INSTALLS_S
+
+    def due(self, now: float) -> float:
+        """When there is something to do next without any news."""
+        if self._candidates:
+            return now
+        times = [self.sweep_at]
+        if self._rescans:
+            times.append(self._rescans[0][0])
+        if self._list_installs_at is not None:
+            times.append(self._list_installs_at)
+        if self.files.searching:
+            times.append(now + SEARCH_S)
+        return min(times)
+
+    # --- news ---------------------------------------------------------------------------------
+
+    def read_processes(self) -> None:
+        """Take the news of the process ring, which is read at once: a process may not wait."""
+        last = None
+        mapped: set[int] = set()
+        for position, raw in self._process_ring.records():
+            last = position
+            record = protocol.decode_record(bytes(raw))
+            if record.kind == protocol.EXEC:
+                self._executed(record.tgid, record.path)
+            elif record.kind == protocol.MAPPED:
+                mapped.add(record.tgid)
+            elif record.kind == protocol.LOOKUP:
+                self.lookups.note(record.tgid, record.host)
+                self.identities.of(record.tgid)
+                self._on_change()
+            elif record.kind == protocol.DOUBT:
+                self.files.doubt(record.offset)
+                self._on_change()
+            elif record.kind == protocol.OPEN:
+                self.identities.of(record.tgid, fresh=True)
+                if exe := self._executable(record.tgid):
+                    self._talkers.add(exe)
+        if last is not None:
+            self._process_ring.release(last)
+        if self._process_ring.skip_discarded():
+            self._on_nudge()
+        for pid in mapped:
+            self._schedule_once(pid)
+
+    @staticmethod
+    def _executable(pid: int) -> tuple[int, int] | None:
+        try:
+            stat = os.stat(f"/proc/{pid}/exe")
+        except OSError:
+            return None
+        return stat.st_dev, stat.st_ino
+
+    def _executed(self, pid: int, path: str) -> None:
+        """A process runs another program: hold its file first, it may be gone in a moment.
+
+        Of one that is gone already the file is searched all the same: it will be run again.
+        """
+        self.watched.pop(pid, None)
+        self.identities.forget(pid)
+        self.lookups.forget(pid)
+        try:
+            fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            if path.startswith("/"):
+                self.files.look_at(path, path)
+            return
+        try:
+            stat = os.fstat(fd)
+            if self._may_be_short((stat.st_dev, stat.st_ino)):
+                self.identities.of(pid)
+            watched = self.watched[pid] = Watched(time.monotonic())
+            identity = self.files.look_into(fd, os.readlink(f"/proc/self/fd/{fd}"))
+            file = self.files.files.get(identity)
+            if file and (file.library or file.searching):
+                watched.files.add(identity)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
+        self.schedule(pid)
+
+    def _may_be_short(self, exe: tuple[int, int]) -> bool:
+        """Say whether to read at once who this is, lest it exit before its connection is seen.
+
+        Yes for executables that made provider connections, and for those not run often yet: a
+        build that starts a thousand compilers must not cost a thousand readings.
+        """
+        if exe in self._talkers:
+            return True
+        if len(self._runs) >= FILES_MAX:
+            self._runs.clear()
+        self._runs[exe] = runs = self._runs.get(exe, 0) + 1
+        return runs <= EAGER_RUNS_MAX
+
+    def schedule(self, pid: int) -> None:
+        """Look at what a process maps, now and as it maps more."""
+        heapq.heappush(self._rescans, (time.monotonic() + RESCAN_S[0], pid, 0))
+
+    def _schedule_once(self, pid: int) -> None:
+        """Libraries were mapped, perhaps the first of many: look soon, once for all of them."""
+        if pid not in self._mapped:
+            self._mapped.add(pid)
+            heapq.heappush(self._rescans, (time.monotonic() + MAPPED_S, pid, len(RESCAN_S)))
+
+    def run_rescans(self, now: float) -> None:
+        """Look at processes whose time has come, and take what searches have found."""
+        while self._rescans and self._rescans[0][0] <= now:
+            at, pid, step = heapq.heappop(self._rescans)
+            if step >= len(RESCAN_S):
+                self._mapped.discard(pid)
+            if not self._scan(pid):
+                continue
+            if step + 1 < len(RESCAN_S):
+                later = at - RESCAN_S[step] + RESCAN_S[step + 1]
+                heapq.heappush(self._rescans, (later, pid, step + 1))
+        if self.files.searching and (found := self.files.search()):
+            self._note_late(found, time.monotonic())
+            self._on_change()
+
+    def _scan(self, pid: int) -> bool:
+        """Look at files the process has mapped since last time; False when it is gone."""
+        if not self._admission.in_scope(pid):
+            return False
+        mappings = libraries.executable_mappings(pid)
+        if not mappings:
+            self.watched.pop(pid, None)
+            return False
+        watched = self.watched.setdefault(pid, Watched(None))
+        for mapping in mappings:
+            if (mapping.device, mapping.inode) in watched.seen:
+                continue
+            watched.seen.add((mapping.device, mapping.inode))
+            watched.java = watched.java or mapping.path.endswith("/libjvm.so")
+            self.read_processes()  # libraries can wait, a process may not
+            identity = self.files.look_at(mapping.link, mapping.path)
+            if identity is None:
+                identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
+            file = self.files.files.get(identity) if identity else None
+            if identity and file and (file.library or file.searching):
+                watched.files.add(identity)
+                self.identities.of(pid)
+                self._on_change()
+        return True
+
+    def _note_late(self, found: list[FileId], now: float) -> None:
+        """Count who runs files that got their probes just now, and talked TLS before."""
+        probed = {each for each in found if (file := self.files.files.get(each)) and file.probes}
+        for pid, watched in self.watched.items():
+            if watched.executed is not None and watched.files & probed and talks_tls(pid):
+                self.late += 1
+                if len(self.late_by_pid) >= LATE_MAX:
+                    self.late_by_pid.pop(next(iter(self.late_by_pid)))
+                self.late_by_pid[pid] = now - watched.executed
+
+    def look_ahead(self, now: float) -> None:
+        """Search what is installed, but runs not yet; a file a turn, so that nothing waits."""
+        if self._installs is None:
+            return
+        if self._installs.changed():
+            self._list_installs_at = now + INSTALLS_S
+        if self._list_installs_at is not None and now >= self._list_installs_at:
+            self._list_installs_at = None
+            self._candidates = deque(self._installs.candidates())
+        if self._candidates:
+            self._prepare(self._candidates.popleft())
+            self._on_change()
+
+    def _prepare(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return
+        try:
+            self.files.look_into(fd, os.path.realpath(path), Haste.NOBODY)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
+
+    def sweep(self, now: float) -> None:
+        """All processes, seldom: what no event told us of."""
+        self.sweep_at = now + SWEEP_S
+        alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+        for pid in self.watched.keys() - alive:
+            del self.watched[pid]
+        for pid in alive:
+            if pid != os.getpid():
+                self._scan(pid)
+        used = {identity for watched in self.watched.values() for identity in watched.files}
+        self.files.drop_unused(used)
