@@ -1017,7 +1017,9 @@ INLINE int enter_go(struct registers *r, u32 direction)
 		u64 *origin = denied_get(&key);
 		if ((origin && *origin == name[0]) || !in_scope(s, tgid))
 			return 0;
-		if (name[0] && name[1] && name[1] < HOST_BYTES_MAX) {
+		/* A Read admits nothing: one that begins after Close would bring the connection back. It
+		 * is noted all the same, as the Write that admits may come while it waits. */
+		if (direction == SENT && name[0] && name[1] && name[1] < HOST_BYTES_MAX) {
 			struct name *n = process_ring_reserve(sizeof(*n));
 			if (!n) {
 				count(STAT_PROCESS_RING_FULL, 1);
@@ -1037,8 +1039,6 @@ INLINE int enter_go(struct registers *r, u32 direction)
 			if (!c)
 				return 0;
 			c->origin = name[0];
-		} else if (direction == RECEIVED) {
-			return 0;
 		}
 	} else if (direction == SENT && c->sent) {
 		u64 first = 0;

@@ -30,7 +30,7 @@ PROVIDER = "api.provider.test"
 OTHER = "mail.other.test"
 CLIENTS = Path(__file__).with_name("clients")
 # As many as clients/go/main.go opens.
-GO_CONNECTIONS = 20
+GO_CONNECTIONS = 21
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -107,6 +107,14 @@ class Client:
         out, _ = self.process.communicate(timeout=timeout_s)
         assert self.process.returncode == 0, out
         return out
+
+
+def captured_until_end(client: Client, source: UprobeSource) -> dict[str, Seen]:
+    """What is captured until a client ends: read meanwhile, as more than the buffers hold comes."""
+    events: list[TlsChunk | TlsClosed] = []
+    while client.process.poll() is None:
+        events += source.read(0.05)
+    return gather(events + source.drain())
 
 
 class Bench:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from halton_meter.model import Direction
 
-from .conftest import GO_CONNECTIONS, PROVIDER, Bench, Client, gather
+from .conftest import (
+    GO_CONNECTIONS,
+    PROVIDER,
+    Bench,
+    Client,
+    captured_until_end,
+    gather,
+    same_bytes,
+)
 from .test_proof import REQUEST, RESPONSE, Subject, captured, plain
 from .test_uprobes import wait_until
 
@@ -53,6 +61,7 @@ def test_a_run_starts_when_its_program_has_been_searched(bench: Bench, go_client
     assert source.status().libraries == (str(go_client),)
     client = bench.client([go_client], source)
     client.say()
+    seen = captured_until_end(client, source)
     assert client.output().endswith(b"done\n")
-    seen = gather(source.drain())
-    assert len(seen) == len(bench.server.heard_by(PROVIDER)) == GO_CONNECTIONS
+    same_bytes(seen, bench)
+    assert len(seen) == GO_CONNECTIONS

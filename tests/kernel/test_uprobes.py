@@ -21,7 +21,17 @@ from capture.environment import UprobeUnavailable
 from capture.uprobe import CoverageState, Scope, UprobeSource, spawn_helper
 from halton_meter.model import Direction
 
-from .conftest import CLIENTS, GO_CONNECTIONS, OTHER, PROVIDER, Bench, Client, gather, same_bytes
+from .conftest import (
+    CLIENTS,
+    GO_CONNECTIONS,
+    OTHER,
+    PROVIDER,
+    Bench,
+    Client,
+    captured_until_end,
+    gather,
+    same_bytes,
+)
 
 LOADERS = ("libbpf", "bcc")
 
@@ -506,17 +516,13 @@ def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
     for each in (client, other):
         assert each.line() == b"up\n"
     wait_until(lambda: source.request_report() or source.status().libraries, 30)
-    for each in (other, client):
-        each.say()
-        assert each.line() == b"done\n"
-    seen = gather(source.drain())
-    sent = b"".join(each.data(Direction.SENT) for each in seen.values())
-    received = b"".join(each.data(Direction.RECEIVED) for each in seen.values())
-    heard = bench.server.heard_by(PROVIDER)
+    other.say()
+    assert other.line() == b"done\n"
+    client.say()
+    seen = captured_until_end(client, source)
+    assert client.line() == b"done\n"
     assert len(bench.server.heard_by(OTHER)) == GO_CONNECTIONS
-    assert sent == b"".join(each.received for each in heard)
-    assert received == b"".join(each.sent for each in heard)
-    assert {each.connection.peer for each in seen.values()} == {PROVIDER}
+    same_bytes(seen, bench)
     assert all(each.closed and each.closed.clean for each in seen.values())  # by Conn.Close
     source.request_report()
     (line,) = [each for each in source.coverage() if each.host]

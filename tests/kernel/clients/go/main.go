@@ -1,7 +1,9 @@
-// Go's own TLS, over HTTP/1.1 and HTTP/2-capable transports: twenty connections, each kept alive for three requests.
+// Go's own TLS, over HTTP/1.1 and HTTP/2-capable transports: twenty connections, each kept alive for
+// three requests, and one that is read once more after it was closed, as net/http may do.
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
@@ -41,6 +43,21 @@ func main() {
 			}
 		}
 		transport.CloseIdleConnections()
+	}
+	connection, err := tls.Dial("tcp", "127.0.0.1:"+port, &tls.Config{RootCAs: pool, ServerName: host})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Fprintf(connection, "POST /bytes/10 HTTP/1.1\r\nHost: %s:%s\r\nContent-Length: 1\r\n\r\ng", host, port)
+	response, err := http.ReadResponse(bufio.NewReader(connection), nil)
+	if err != nil {
+		os.Exit(3)
+	}
+	io.ReadAll(response.Body)
+	connection.Close()
+	if _, err := connection.Read(make([]byte, 1)); err == nil {
+		os.Exit(4)
 	}
 	fmt.Println("done")
 }
