@@ -327,49 +327,60 @@ def status(as_json: bool) -> None:
       halton-meter pricing status
       halton-meter pricing status --json
     """
-    book = open_book()
-    unknown = _unknown_models()
-    counts = {name: book.model_count(name) for name in book.providers()}
-    overrides = [described(override) for override in book.overrides]
-    unconfirmed = sum(1 for _ in book.unconfirmed())
+    document = _status()
     if as_json:
-        document = {
-            "price_book": book.version,
-            "providers": counts,
-            "unconfirmed": unconfirmed,
-            "overrides": overrides,
-            "unpriced": [
-                {
-                    "provider": provider,
-                    "model": model,
-                    "requests": requests,
-                    "why": reason,
-                    "set": _set_command(provider, model, reason),
-                }
-                for provider, model, reason, requests in unknown or ()
-            ],
-        }
         click.echo(json.dumps(document, ensure_ascii=False))
         return
-    click.echo(f"price book {book.version}")
-    click.echo(f"{sum(counts.values()):,} models of {len(counts)} providers")
-    click.echo(
-        f"{unconfirmed} prices were not read at the vendor's own page: "
+    for line in _status_told(document):
+        click.echo(line)
+
+
+def _status() -> dict[str, Any]:
+    book = open_book()
+    unknown = _unknown_models()
+    return {
+        "price_book": book.version,
+        "refreshed": (home_folder() / "prices").is_dir(),
+        "providers": {name: book.model_count(name) for name in book.providers()},
+        "unconfirmed": sum(1 for _ in book.unconfirmed()),
+        "overrides": [described(override) for override in book.overrides],
+        "stored": unknown is not None,
+        "unpriced": [
+            {
+                "provider": provider,
+                "model": model,
+                "requests": requests,
+                "why": reason,
+                "set": _set_command(provider, model, reason),
+            }
+            for provider, model, reason, requests in unknown or ()
+        ],
+    }
+
+
+def _status_told(document: dict[str, Any]) -> Iterator[str]:
+    yield f"price book {document['price_book']}"
+    if document["refreshed"]:
+        yield "a bundle's prices stand in for the release's: halton-meter pricing refresh --undo"
+    providers = document["providers"]
+    yield f"{sum(providers.values()):,} models of {len(providers)} providers"
+    yield (
+        f"{document['unconfirmed']} prices were not read at the vendor's own page: "
         "halton-meter pricing list --unconfirmed"
     )
-    for line in overrides:
-        click.echo(f"override: {line}")
-    if unknown is None:
-        click.echo("no requests are stored yet")
-    elif not unknown:
-        click.echo("every model seen has a price")
-    for provider, model, reason, requests in unknown or ():
-        many = "1 request" if requests == 1 else f"{requests:,} requests"
-        click.echo(f"no price: {provider} {model} ({many}): {_why(reason, model)}")
-        if command := _set_command(provider, model, reason):
-            click.echo(f"    {command}")
-    if unknown:
-        click.echo("then: halton-meter reprice --dry-run")
+    yield from (f"override: {line}" for line in document["overrides"])
+    if not document["stored"]:
+        yield "no requests are stored yet"
+    elif not document["unpriced"]:
+        yield "every model seen has a price"
+    for each in document["unpriced"]:
+        many = "1 request" if each["requests"] == 1 else f"{each['requests']:,} requests"
+        why = _why(each["why"], each["model"])
+        yield f"no price: {each['provider']} {each['model']} ({many}): {why}"
+        if each["set"]:
+            yield f"    {each['set']}"
+    if document["unpriced"]:
+        yield "then: halton-meter reprice --dry-run"
 
 
 def _unknown_models() -> list[tuple[str, str, str, int]] | None:

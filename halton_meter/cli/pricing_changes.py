@@ -83,17 +83,9 @@ def set_(
     given = {"provider": provider, "factor": factor, "discount": discount, "note": note}
     table |= {key: value for key, value in given.items() if value is not None}
     if since is not None:
-        try:
-            table["from"] = dt.date.fromisoformat(since)
-        except ValueError:
-            raise click.UsageError(f"--from {since}: write a day as 2026-12-01") from None
+        table["from"] = _day(since)
     if rates:
-        pairs = [rate.partition("=") for rate in rates]
-        if any(not name or not usd for name, _, usd in pairs):
-            raise click.UsageError("--rate is NAME=USD, such as --rate input=1.5")
-        for name, _, _ in pairs:
-            _known_dimension(name)
-        table["rates"] = {name: usd for name, _, usd in pairs}
+        table["rates"] = _rates(rates)
     try:
         override = file.override_of(table, "pricing set")
         home = home_folder()
@@ -113,6 +105,22 @@ def set_(
             f"no traffic is known by the provider {provider!r}; nothing else matches", err=True
         )
     click.echo(_STORED)
+
+
+def _day(text: str) -> dt.date:
+    try:
+        return dt.date.fromisoformat(text)
+    except ValueError:
+        raise click.UsageError(f"--from {text}: write a day as 2026-12-01") from None
+
+
+def _rates(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [rate.partition("=") for rate in given]
+    if any(not name or not usd for name, _, usd in pairs):
+        raise click.UsageError("--rate is NAME=USD, such as --rate input=1.5")
+    for name, _, _ in pairs:
+        _known_dimension(name)
+    return {name: usd for name, _, usd in pairs}
 
 
 def _known_dimension(name: str) -> None:

@@ -92,6 +92,7 @@ class _Account:
     total: int | None
     cached: int | None
     written: int | None
+    written_12h: int | None
     reasoning: int | None
     audio_input: int | None
     image_input: int | None
@@ -134,6 +135,35 @@ def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
     return 0
 
 
+def _account(of: Callable[..., int | None], usage: Json, came: Json, went: Json) -> _Account:
+    """The counts of a usage object in its old or its new names, and its details' in either."""
+    cached = of(came, "cached_tokens", "cache_read_input_tokens")
+    if cached is None:
+        cached = of(usage, *_CACHED)
+    written = of(came, "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+    if written is None:
+        written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
+    lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
+        usage, "cache_write_tokens_details"
+    )
+    half_day = of(lifetimes or came, "ttl_12h_tokens")
+    if written is None:
+        written = plus(half_day, of(lifetimes or came, "ttl_30m_tokens"))
+    reasoning = of(went, "reasoning_tokens")
+    return _Account(
+        prompt=of(usage, "prompt_tokens", "input_tokens"),
+        completion=of(usage, "completion_tokens", "output_tokens"),
+        total=of(usage, "total_tokens"),
+        cached=cached,
+        written=written,
+        written_12h=half_day,
+        reasoning=of(usage, "reasoning_tokens") if reasoning is None else reasoning,
+        audio_input=of(came, "audio_tokens"),
+        image_input=of(came, "image_tokens"),
+        tools=of(usage, "connector_tokens"),
+    )
+
+
 def usage_tokens(
     counts: Counts, usage: Json, dialect: Dialect = OPENAI
 ) -> tuple[Tokens, dict[str, int]]:
@@ -152,37 +182,13 @@ def usage_tokens(
     cached_parts = _first_dict(came, "cached_tokens_details") or _first_dict(
         usage, "cached_tokens_details"
     )
-    cached = of(came, "cached_tokens", "cache_read_input_tokens")
-    if cached is None:
-        cached = of(usage, *_CACHED)
-    written = of(came, "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
-    if written is None:
-        written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
-    lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
-        usage, "cache_write_tokens_details"
-    )
-    half_day = of(lifetimes or came, "ttl_12h_tokens")
-    if written is None:
-        written = plus(half_day, of(lifetimes or came, "ttl_30m_tokens"))
-    account = _Account(
-        of(usage, "prompt_tokens", "input_tokens"),
-        of(usage, "completion_tokens", "output_tokens"),
-        of(usage, "total_tokens"),
-        cached,
-        written,
-        of(went, "reasoning_tokens"),
-        of(came, "audio_tokens"),
-        of(came, "image_tokens"),
-        of(usage, "connector_tokens"),
-    )
-    if account.reasoning is None:
-        account.reasoning = of(usage, "reasoning_tokens")
+    account = _account(of, usage, came, went)
     unstated = _reconcile(counts, account, dialect)
     tokens = Tokens(
-        input=counts.rest(account.prompt, cached, written),
-        cache_read=cached,
-        cache_write_12h=half_day,
-        cache_write=counts.rest(written, half_day),
+        input=counts.rest(account.prompt, account.cached, account.written),
+        cache_read=account.cached,
+        cache_write_12h=account.written_12h,
+        cache_write=counts.rest(account.written, account.written_12h),
         output=account.completion,
         reasoning=account.reasoning,
         audio_input=account.audio_input,

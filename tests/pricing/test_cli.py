@@ -257,7 +257,9 @@ def test_refresh_from_a_file_adds_prices_and_can_be_undone(run, tmp_path):
     assert (
         json.loads(run("list", "our_cloud", "--model", "*", "--json").stdout)["model"] == "gpt-99"
     )
+    assert "refresh --undo" in run("status").stdout
     assert run("refresh", "--undo").exit_code == 0
+    assert "refresh --undo" not in run("status").stdout
     assert run("list", "our_cloud").exit_code == 1
 
 
