@@ -220,6 +220,10 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
         usage, stale = overlaid(begun, end)
         fill_message(draft, start, usage, stale)
         draft.raw_usage = verbatim(b"", b"", usage).text
+    elif end:  # the start is lost: of what it says Bedrock's account has the most
+        usage = {**_messages_words(metrics), **end}
+        fill_message(draft, {"id": draft.response_id, "model": draft.model, **start}, usage)
+        draft.raw_usage = verbatim(b"", b"", usage).text
     elif final:
         _fill_known(draft, final, b"")
     elif metrics:
@@ -228,6 +232,16 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
         draft.parts = [Usage(draft.model or draft.request_model, tokens)]
     elif draft.error_class is None:
         draft.usage_not_sent(texts_keyed(events, _ANSWER_KEYS))
+
+
+def _messages_words(metrics: Json) -> Json:
+    """The input side of Bedrock's metrics in Anthropic's words; its count of output is another."""
+    names = {
+        "input_tokens": "inputTokenCount",
+        "cache_read_input_tokens": "cacheReadInputTokenCount",
+        "cache_creation_input_tokens": "cacheWriteInputTokenCount",
+    }
+    return {ours: metrics[name] for ours, name in names.items() if name in metrics}
 
 
 def _fill_known(draft: Draft, usage: Json, text: bytes) -> None:

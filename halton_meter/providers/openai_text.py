@@ -335,15 +335,35 @@ def _search_fee(draft: Draft) -> dict[str, int]:
 def _fill_without_usage(draft: Draft, found: list[tuple[Json, bytes]], dialect: Dialect) -> None:
     """A stream that was not asked for usage, a broken answer, or a provider that sends none."""
     body = draft.exchange.response.body
-    usage = formats.salvage_object(body, b"usage") if not body.whole else None
+    usage = _salvaged_usage(draft.exchange)
     if isinstance(usage, dict) and usage:
         if draft.response_id is None:
             draft.response_id = as_id(formats.salvage_scalar(body, b"id"))
         if draft.model is None:
             draft.model = as_name(formats.salvage_scalar(body, b"model"))
         fill_chat(draft, {}, usage, verbatim(b"", b"", usage), dialect)
+        if form(draft.exchange.response.headers, body) != "sse":
+            draft.not_final()  # neither end of the object was seen: it may be a part's
         return
     draft.usage_not_sent(texts_under(body, _ANSWER_KEYS))
+
+
+# What holds the usage of a part: a search would take it for the whole's.
+_NESTED = (b'"usage_breakdown"', b'"provider_metadata"')
+
+
+def _salvaged_usage(exchange: Exchange) -> Any:
+    """A usage that stands somewhere in a damaged answer; None where it may be another's.
+
+    Of a JSON object whose end was seen, what stands at its top level is known already.
+    """
+    body = exchange.response.body
+    if body.whole or any(mark in piece for piece in body.pieces for mark in _NESTED):
+        return None
+    ended = bool(body.pieces) and body.pieces[-1].rstrip().endswith(b"}")
+    if ended and form(exchange.response.headers, body) != "sse":
+        return None
+    return formats.salvage_object(body, b"usage")
 
 
 _ANSWER_KEYS = (b"content", b"text", b"reasoning", b"reasoning_content", b"refusal", b"arguments")

@@ -22,6 +22,12 @@ _MESSAGES_STREAMED = ("messages", "streamRawPredict")
 # The first row whose words are all there decides: its first endpoint that the host has. The more
 # telling come first; an answer joined in its middle shows little more than its usage.
 _TELLING: tuple[tuple[tuple[bytes, ...], tuple[str, ...]], ...] = (
+    # Stored objects that were read back (or made, which costs nothing yet): no call of a model.
+    ((b'"object":"batch"',), ()),
+    ((b'"request_counts":{',), ()),
+    ((b'"object":"file"',), ()),
+    ((b'"type":"message_batch"',), ()),
+    ((b'"name":"cachedContents/',), ()),
     ((b":event-type\x07\x00\x05chunk",), ("invoke_stream",)),
     ((b":event-type\x07\x00", b"contentBlock"), ("converse_stream",)),
     ((b'"type":"message_start"',), _MESSAGES_STREAMED),

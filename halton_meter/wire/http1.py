@@ -333,8 +333,7 @@ class Http1:
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
         self._read_gathered()
-        self._requests_lost = True  # an answer that still waits for its request is nobody's
-        self._play_early()
+        self._play_early(wait=False)
         self.at_ns = at_ns
         self._sent.flush()
         self._received.flush()
@@ -363,11 +362,19 @@ class Http1:
         self._early[direction].append((data, self.at_ns))
         self._early_bytes += len(data)
 
-    def _play_early(self) -> None:
-        """Read what was held back, as far as its turn has come."""
-        if self._early_bytes > EARLY_BYTES_MAX:
+    def _play_early(self, wait: bool = True) -> None:
+        """Read what was held back, as far as its turn has come.
+
+        Without `wait` its turn is now: an answer whose request lacks its end is that one's, and
+        one that still waits for its request is nobody's.
+        """
+        if wait and self._early_bytes > EARLY_BYTES_MAX and not self._requests_lost:
             self.context.losses["early_over_limit"] += 1
+            wait = False
+        if not wait:
             self._requests_lost = True
+            if self._early[Direction.RECEIVED]:
+                self._sent.head_answered()
         now = self.at_ns
         played = True
         while played and self._early_bytes and self.upgraded is None:

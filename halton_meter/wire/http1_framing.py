@@ -214,6 +214,15 @@ class Reader:
         elif state == "resync":
             self._lose_framing("resync")
 
+    def head_answered(self) -> None:
+        """The other side's answer is here although this head has no end: the rest of it is lost."""
+        held, self._buffer = self._buffer, b""
+        self._scanned = 0
+        if held and self.state == "head":
+            self._hole_in_head(held)
+        else:
+            self._buffer = held
+
     def _hole_in_head(self, held: bytes) -> None:
         """Keep what was read of a head: its first line says what was asked."""
         side = self._side

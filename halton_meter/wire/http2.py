@@ -391,6 +391,8 @@ class Http2:
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
+        if self._received.damaged and not self._sent.damaged:
+            self._drop_unasked()
         self._play_all_early()
         self._at_ns = at_ns
         for stream in list(self._streams):
@@ -448,6 +450,18 @@ class Http2:
             self.context.losses["early_over_limit"] += 1
             self._play_all_early()
         return True
+
+    def _drop_unasked(self) -> None:
+        """Let go of what a false start behind a hole took for a stream: data of no answer's head.
+
+        The client's side is whole, and has not opened it.
+        """
+        for stream, events in list(self._early.items()):
+            if not any(fields for _, _, fields, _, _ in events):
+                self.context.losses["garbage"] += 1
+                self._early_events -= len(events)
+                self._early_bytes -= sum(len(event[1]) for event in events)
+                del self._early[stream]
 
     def _play_all_early(self) -> None:
         for stream in list(self._early):

@@ -215,6 +215,10 @@ def test_invoke_stream_of_claude_counts_like_its_messages() -> None:
     url = BEDROCK + CLAUDE + "/invoke-with-response-stream"
     event = read_one(exchange(url, {}, body, headers=EVENTS))
     assert (event.tokens.input, event.tokens.output) == (8, 30)
+    rest = (body[60:],)
+    cut = exchange(url, {}, pieces=rest, headers=EVENTS, complete=False, outcome=Outcome.GAPPED)
+    event = read_one(cut)
+    assert (event.tokens.input, event.tokens.output) == (8, 30)
 
 
 def test_batch_is_named_by_the_model_of_its_path() -> None:

@@ -369,6 +369,12 @@ def test_compound_answer_of_groq_is_billed_by_its_models() -> None:
     assert [part.model for part in event.parts] == ["a", "b"]
     assert (event.tokens.input, event.tokens.output) == (11, 22)
     assert event.units == {"web_search_requests": 1, "code_execution_requests": 1}
+    # Of the parts alone, behind a hole, the whole is not known: one is not taken for it.
+    text = json.dumps(answer).encode()
+    for cut in (text.index(b'"models"'), text.index(b'"b"')):
+        pieces = (text[:20], text[cut:])
+        this = exchange(url, {}, pieces=pieces, complete=False, outcome=Outcome.GAPPED)
+        assert read_one(this).tokens.output is None
 
 
 def test_stream_of_groq_that_repeats_the_whole_under_every_model_is_counted_once() -> None:

@@ -210,6 +210,28 @@ def headless(host: str, body: bytes) -> list[UsageEvent]:
     return providers.read(replace(this, request=request, response=response))
 
 
+@pytest.mark.parametrize(
+    ("host", "body"),
+    [
+        ("api.openai.com", b'{"object":"batch","usage":{"input_tokens":13,"output_tokens":1}}'),
+        (
+            "api.openai.com",
+            b'","request_counts":{"total":2},"usage":{"input_tokens":13,"output_tokens_details":'
+            b'{"reasoning_tokens":0},"output_tokens":1}}',
+        ),
+        ("api.anthropic.com", b'{"id":"msgbatch_1","type":"message_batch"}'),
+        (
+            "generativelanguage.googleapis.com",
+            b'{"name":"cachedContents/x","usageMetadata":{"totalTokenCount":2048}}',
+        ),
+    ],
+)
+def test_stored_objects_read_back_are_no_calls_though_the_request_was_lost(
+    host: str, body: bytes
+) -> None:
+    assert headless(host, body) == []
+
+
 OPENAI_TAIL = b"""down"}],"type":"message","usage":{"input_tokens":77}}],"usage":{
   "input_tokens": 36, "input_tokens_details": {"cached_tokens": 6}, "output_tokens": 87,
   "output_tokens_details": {"reasoning_tokens": 7}, "total_tokens": 123}}"""

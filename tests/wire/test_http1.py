@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from halton_meter.model import Outcome, Protocol, header
+from halton_meter.wire import http1
 from halton_meter.wire.http1 import PENDING_MAX
 from halton_meter.wire.http1_framing import HEAD_BYTES_MAX
 from halton_meter.wire.stream import Conversation, Interest
@@ -58,6 +59,24 @@ def test_a_call_and_its_answer(deliver):
     assert found.request.body.whole
     assert found.response.body.whole
     assert "sk-secret" not in repr(found)
+
+
+@pytest.mark.parametrize("cut", [POST.index(b"\n") + 1, 60, POST.index(b"\r\n\r\n")])
+@pytest.mark.parametrize("answer", [OK, STREAM], ids=["JSON", "stream"])
+def test_an_answer_shows_that_the_rest_of_its_requests_head_is_lost(deliver, cut, answer):
+    found = deliver([(SENT, POST[:cut]), (RECEIVED, answer)]).only
+    assert (found.request.method, found.request.path) == ("POST", "/v1/messages")
+    assert found.response.status == 200
+    assert found.response.body.whole
+    assert found.outcome is Outcome.GAPPED
+
+
+def test_an_answer_waits_for_its_requests_head_within_bounds(deliver, monkeypatch):
+    monkeypatch.setattr(http1, "EARLY_BYTES_MAX", 500)
+    talked = deliver([(SENT, POST[:60]), (RECEIVED, STREAM)])
+    assert talked.losses["early_over_limit"] == 1
+    assert (talked.only.request.path, talked.only.response.status) == ("/v1/messages", 200)
+    assert talked.only.response.body.joined() == b"".join(EVENTS)
 
 
 def test_times_are_those_of_the_bytes():

@@ -488,6 +488,21 @@ def test_a_hole_inside_a_data_frame_costs_only_its_stream():
     assert by_path["/two"].outcome is Outcome.COMPLETE
 
 
+def test_bytes_that_look_like_frames_behind_a_hole_are_no_call():
+    pair = Pair()
+    stream = pair.ask("/one")
+    begun = sum(len(d) for way, d in pair.script if way is RECEIVED)
+    false = b"\0\0\4\0\0\0\0\0\x4dabcd\0\0\1\0\0\0\0\0\x4de"
+    pair.answer(stream, [b"x" * 200 + false + b"\xff" * 40])
+    script = pair.script
+    answer = b"".join(d for way, d in script if way is RECEIVED)[begun:]
+    first = begun + answer.index(b"x" * 200) - 9
+    talked = talk(pierce(chunks_of(script, whole), RECEIVED, first, 150))
+    assert [e.request.path for e in talked.exchanges] == ["/one"]
+    assert talked.exchanges[0].outcome is Outcome.GAPPED
+    assert talked.losses["garbage"] >= 1
+
+
 def test_holes_anywhere(holed):
     holed(streams_with_usage())
     holed(one_call())
