@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +92,9 @@ _PATHS = {
     "interactions": ("/v1beta/interactions",),
     "rawPredict": ("/v1{place}/publishers/anthropic/models/{model}:rawPredict",),
     "converse": ("/model/{model}/converse",),
+    "converse_stream": ("/model/{model}/converse-stream",),
     "invoke": ("/model/{model}/invoke",),
+    "invoke_stream": ("/model/{model}/invoke-with-response-stream",),
     "chat": ("/v2/chat", "/v1/chat"),
     "embed": ("/v2/embed", "/v1/embed"),
     "rerank": ("/v2/rerank", "/v1/rerank", "/rerank"),
@@ -109,11 +111,18 @@ _PATHS = {
     "realtime": ("/v1/realtime",),
     "responses_socket": ("/v1/responses",),
     "gemini_batch": ("/v1beta/batches/explained",),
+    "batches_results": ("/v1/batches/explained/results",),
+    "batchEmbedContents": (
+        "/v1{place}/publishers/google/models/{model}:batchEmbedContents",
+        "/v1beta/models/{model}:batchEmbedContents",
+    ),
+    "complete": ("/v1/complete",),
 }
 _VERTEX_PLACE = re.compile(r"(.+)-aiplatform\.googleapis\.com")
+_MESSAGES = ("messages", "rawPredict", "invoke")
 # Endpoints whose bodies are the messages of a WebSocket.
 _SOCKETS = ("realtime", "responses_socket")
-_FETCHED = (*_SOCKETS, "gemini_batch")
+_FETCHED = (*_SOCKETS, "gemini_batch", "batches_results")
 # Answers of these are free, so a body must look like one: they are never a last guess.
 _FREE_KINDS = ("batch", "count", "moderation")
 _FREE_ENDPOINTS = ("moderations", "count_tokens", "responses_input_tokens", "countTokens")
@@ -135,9 +144,16 @@ def stated_time(raw: bytes) -> str | None:
     return answer_of(raw).at
 
 
-def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
-    """The usage events of a document; NotExplained when it holds none."""
+def events_of(
+    raw: bytes, provider: str | None, at_ns: int, model: str | None = None
+) -> list[UsageEvent]:
+    """The usage events of a document; NotExplained when it holds none.
+
+    `model` is what was asked for, where neither the document nor the request in it names one.
+    """
     answer = answer_of(raw)
+    if model is not None and _asked_model(answer) is None:
+        answer = replace(answer, request=dumped({"model": model}))
     wanted = canonical_provider(provider or answer.provider or _guessed_provider(answer))
     if plain := _plain(answer, wanted, at_ns):
         return [plain]
@@ -147,6 +163,7 @@ def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
             f"this is no response of {wanted} that carries usage; "
             "name the provider: halton-meter pricing explain --provider P FILE"
         )
+    events = [_without_made_up_model(event) for event in events]
     first = events[0]
     known = first.units
     if beside := {name: n for name, n in answer.units.items() if name not in known}:
@@ -163,9 +180,20 @@ def events_of(raw: bytes, provider: str | None, at_ns: int) -> list[UsageEvent]:
 # --- from a document to an exchange ------------------------------------------------------------
 
 
+def _without_made_up_model(event: UsageEvent) -> UsageEvent:
+    """The event without the name that only stood in a path for a model that nothing names."""
+    if _UNNAMED not in (event.model, event.request_model):
+        return event
+    parts = tuple(
+        replace(part, model=None) if part.model == _UNNAMED else part for part in event.parts
+    )
+    model = None if event.model == _UNNAMED else event.model
+    return replace(event, model=model, request_model=None, parts=parts)
+
+
 def _guessed_provider(answer: Answer) -> str:
     document = answer.document or first_object(answer.body)
-    model = (model_of(document) or "").lower() if document else ""
+    model = (model_of(document or {}) or _asked_model(answer) or "").lower()
     if document and "usageMetadata" in document:
         return "gemini"
     for pattern, provider in _PROVIDER_OF_MODEL:
@@ -210,69 +238,73 @@ def _plain(answer: Answer, provider: str, at_ns: int) -> UsageEvent | None:
     )
 
 
-def _endpoints(document: Json, provider: str) -> Iterator[str]:
+# What tells one API's answers from another's: of each row that holds, its endpoints are tried, the
+# more telling rows first. A test sees the document (of a stream its first event) and its usage.
+_TELLING: tuple[tuple[Callable[[Json, Json], bool], tuple[str, ...]], ...] = (
+    (lambda d, u: d.get("type") == "response.done", ("realtime",)),
+    (lambda d, u: _type(d).startswith("response.") and "response" in d, ("responses_socket",)),
+    (lambda d, u: _type(d).startswith("transcript."), ("audio_transcriptions",)),
+    (lambda d, u: _type(d) == "message_start", _MESSAGES),
+    (lambda d, u: _type(d) == "completion", ("complete",)),
+    (lambda d, u: "dest" in d or "inlinedResponses" in _inner(d), ("gemini_batch",)),
+    (lambda d, u: "batch_result" in _first(d.get("results")), ("batches_results",)),
+    (lambda d, u: "embeddings" in d and "usageMetadata" in d, ("batchEmbedContents",)),
+    (lambda d, u: "values" in str(d.get("embedding"))[:64], ("embedContent",)),
+    (lambda d, u: str(d.get("name")).startswith("cachedContents/"), ("cachedContents",)),
+    (lambda d, u: not {"usageMetadata", "modelVersion", "candidates"}.isdisjoint(d),
+     ("generateContent",)),
+    (lambda d, u: d.get("object") == "video" or isinstance(d.get("video"), dict), ("videos",)),
+    (lambda d, u: set(d) == {"input_tokens"}, ("count_tokens",)),
+    (lambda d, u: isinstance(d.get("answers"), list) and "output_tokens" in u, ("decisions",)),
+    (lambda d, u: d.get("object") == "response.input_tokens", ("responses_input_tokens",)),
+    (lambda d, u: "totalTokens" in d, ("countTokens",)),
+    (lambda d, u: "moderation" in str(model_of(d)), ("moderations",)),
+    (lambda d, u: "inputTokens" in u, ("converse",)),
+    (lambda d, u: "results" in d and isinstance(d.get("meta"), dict), ("rerank",)),
+    (lambda d, u: "embeddings" in d and isinstance(d.get("meta"), dict), ("embed",)),
+    (lambda d, u: isinstance(d.get("meta"), dict) or "billed_units" in u, ("chat", "embed")),
+    (lambda d, u: "total_input_tokens" in u or d.get("object") == "interaction",
+     ("interactions",)),
+    (lambda d, u: d.get("object") == "response" or "output" in d, ("responses",)),
+    (lambda d, u: "prompt_audio_seconds" in u, ("audio_transcriptions",)),
+    (lambda d, u: u.get("type") in ("tokens", "duration") or "duration" in d,
+     ("audio_transcriptions",)),
+    (lambda d, u: not {"choices", "x_groq", "usage_breakdown"}.isdisjoint(d)
+     or str(d.get("object")).startswith("chat.completion"), ("chat_completions",)),
+    (lambda d, u: "embedding" in _first(d.get("data")), ("embeddings",)),
+    (lambda d, u: bool(_first(d.get("data"))), ("images",)),
+    (lambda d, u: "embed" in str(model_of(d)), ("embeddings",)),
+    (lambda d, u: "image" in str(model_of(d)), ("images",)),
+    (lambda d, u: ("input_tokens" in u or _type(d) == "message") and "claude" in str(model_of(d)),
+     _MESSAGES),
+    (lambda d, u: _type(d) == "message" and "usage" in d, _MESSAGES),
+    (lambda d, u: "input_tokens" in u, ("responses", *_MESSAGES)),
+    (lambda d, u: "prompt_tokens" in u, ("chat_completions",)),
+)  # fmt: skip
+
+
+def _type(document: Json) -> str:
+    return str(document.get("type"))
+
+
+def _inner(document: Json) -> Json:
+    inner = document.get("response")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _first(items: object) -> Json:
+    first = items[0] if isinstance(items, list) and items else None
+    return first if isinstance(first, dict) else {}
+
+
+def _endpoints(document: Json, provider: str) -> list[str]:
     """The routes that a body may be an answer of, the likeliest first."""
     usage = document.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    kind = document.get("object")
-    if any(key in document for key in ("usageMetadata", "modelVersion", "candidates")):
-        yield "generateContent"
-    if document.get("type") == "response.done":
-        yield "realtime"
-    if str(document.get("type")).startswith("response.") and "response" in document:
-        yield "responses_socket"
-    inner = document.get("response")
-    if "dest" in document or (isinstance(inner, dict) and "inlinedResponses" in inner):
-        yield "gemini_batch"
-    if kind == "video" or isinstance(document.get("video"), dict):
-        yield "videos"
-    if set(document) == {"input_tokens"}:
-        yield "count_tokens"
-    if isinstance(document.get("answers"), list) and "output_tokens" in usage:
-        yield "decisions"
-    if kind == "response.input_tokens":
-        yield "responses_input_tokens"
-    if str(document.get("name")).startswith("cachedContents/"):
-        yield "cachedContents"
-    if "totalTokens" in document:
-        yield "countTokens"
-    if "moderation" in str(model_of(document)):
-        yield "moderations"
-    if "embedding" in document and "values" in str(document["embedding"])[:64]:
-        yield "embedContent"
-    if "inputTokens" in usage:
-        yield "converse"
-    if isinstance(document.get("meta"), dict) or "billed_units" in usage:
-        yield from ("rerank", "chat", "embed") if "results" in document else ("chat", "embed")
-    if "total_input_tokens" in usage or kind == "interaction":
-        yield "interactions"
-    if kind == "response" or "output" in document:
-        yield "responses"
-    if "choices" in document or str(kind).startswith("chat.completion") or "x_groq" in document:
-        yield "chat_completions"
-    is_speech = usage.get("type") in ("tokens", "duration") or "duration" in document
-    if is_speech:
-        yield "audio_transcriptions"
-    data = document.get("data")
-    if isinstance(data, list) and data and isinstance(data[0], dict):
-        yield "embeddings" if "embedding" in data[0] else "images"
-    if "embed" in str(model_of(document)):
-        yield "embeddings"
-    if "image" in str(model_of(document)):
-        yield "images"
-    yield from _by_counts(usage, document, provider)
-    yield from (endpoint for endpoint in _PATHS if endpoint not in _FREE_ENDPOINTS)
-
-
-def _by_counts(usage: Json, document: Json, provider: str) -> Iterator[str]:
-    """By the names of the counts, where nothing else tells."""
-    is_claude = "claude" in str(model_of(document)) or provider == "anthropic"
-    if "input_tokens" in usage or document.get("type") == "message":
-        if is_claude:
-            yield from ("messages", "rawPredict", "invoke")
-        yield from ("responses", "messages")
-    if "prompt_tokens" in usage:
-        yield "chat_completions"
+    found = [name for test, names in _TELLING if test(document, usage) for name in names]
+    if provider == "anthropic" and "input_tokens" in usage:
+        found = [*_MESSAGES, *found]
+    return list(dict.fromkeys(found))
 
 
 def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
@@ -283,28 +315,41 @@ def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
     seen: list[list[UsageEvent]] = []
-    for host, method, path in _places(answer, own, document, model):
-        match = providers.find(host, method, path)
-        if match is None or match.provider.id != wanted:
+    for place in _places(answer, own, _endpoints(document, wanted), model):
+        if (events := _at(place, answer, wanted, at_ns, model)) is None:
             continue
-        exchange = _exchange(answer, (host, method, path), at_ns, model)
-        events = list(match.route.read(exchange, match.route, match.provider))
         if any(_says_something(event) for event in events):
             return events
         seen.append(events)
-    if not any(event.free is not None for events in seen[:1] for event in events):
-        for events in _by_any_route(answer, own, at_ns, model):
-            if any(_counts_something(event) for event in events):
-                return events
-    # No usage anywhere: what the likeliest reader estimates from the text it saw.
-    guessed = (events for events in seen if any(_is_estimated(event) for event in events))
-    return next(guessed, [event for event in (seen or [[]])[0] if event.free is not None])
+    # What tells nothing of itself is an answer of the first route that finds counts in it.
+    for events in _by_any_route(answer, own, at_ns, model):
+        if any(_counts_something(event) for event in events):
+            return events
+        seen.append(events)
+    # No usage anywhere: what the likeliest reader estimates from the text it saw, or an error.
+    guessed = [events for events in seen if any(_is_estimated(event) for event in events)]
+    failed = [events for events in seen if any(event.free == "error" for event in events)]
+    return next(iter((*guessed, *failed)), [])
+
+
+def _at(
+    place: tuple[str, str, str], answer: Answer, wanted: str, at_ns: int, model: str
+) -> list[UsageEvent] | None:
+    """What the provider reads in the answer if it came from there; None if it has no such route."""
+    match = providers.find(*place)
+    if match is None or match.provider.id != wanted:
+        return None
+    exchange = _exchange(answer, place, at_ns, model)
+    return list(match.route.read(exchange, match.route, match.provider))
 
 
 def _by_any_route(
     answer: Answer, own: list[providers.Provider], at_ns: int, model: str
 ) -> Iterator[list[UsageEvent]]:
-    """What each of the provider's routes would make of the answer, whatever its path."""
+    """What each of the provider's routes would make of the answer, whatever tells them apart."""
+    for place in _places(answer, own, [n for n in _PATHS if n not in _FREE_ENDPOINTS], model):
+        if events := _at(place, answer, own[0].id, at_ns, model):
+            yield events
     for each in own:
         for route in each.routes:
             if route.kind not in _FREE_KINDS:
@@ -319,7 +364,7 @@ def _asked_model(answer: Answer) -> str | None:
 
 
 def _places(
-    answer: Answer, own: list[providers.Provider], document: Json, model: str
+    answer: Answer, own: list[providers.Provider], endpoints: list[str], model: str
 ) -> Iterator[tuple[str, str, str]]:
     """Hosts, methods and paths that the answer may have come from."""
     if answer.host and answer.path:
@@ -330,7 +375,6 @@ def _places(
     if answer.host:
         hosts.insert(0, answer.host)
     is_stream = answer.document is None
-    endpoints = list(dict.fromkeys(_endpoints(document, own[0].id)))
     for host in hosts:
         place = _VERTEX_PLACE.fullmatch(host)
         located = f"/projects/p/locations/{place.group(1)}" if place is not None else ""
@@ -366,7 +410,9 @@ def _exchange(answer: Answer, place: tuple[str, str, str], at_ns: int, model: st
     host, method, path = place
     is_json = answer.body.lstrip()[:1] in (b"{", b"[")
     kind = "application/json" if is_json else "text/event-stream"
-    if not is_json and b"data:" not in answer.body[:4096]:
+    if answer.body.startswith(b"\0"):
+        kind = "application/vnd.amazon.eventstream"
+    elif not is_json and b"data:" not in answer.body[:4096]:
         kind = "application/x-ndjson"
     headers = answer.headers
     if not any(name == "content-type" for name, _ in headers):

@@ -52,6 +52,7 @@ for _changing in (set_, reset, refresh):
 @pricing.command(short_help="Show how a price comes about, line by line.")
 @click.argument("what", metavar="EVENT_ID|FILE|-")
 @click.option("--provider", help="Whose response it is; told from the body where possible.")
+@click.option("--model", help="The model that was asked for, where the response names none.")
 @click.option("--at", "at", metavar="TIME", help="When the request was made (UTC); default now.")
 @click.option(
     "--json/--text",
@@ -59,7 +60,9 @@ for _changing in (set_, reset, refresh):
     default=None,
     help="One JSON object a line, or lines to read. Default: text on a terminal, else JSON.",
 )
-def explain(what: str, provider: str | None, at: str | None, as_json: bool | None) -> None:
+def explain(
+    what: str, provider: str | None, model: str | None, at: str | None, as_json: bool | None
+) -> None:
     """Show how a price comes about: every line with quantity, rate, amount and source.
 
     WHAT is the id of a stored event, a file holding a provider's response body, or "-" for
@@ -77,14 +80,16 @@ def explain(what: str, provider: str | None, at: str | None, as_json: bool | Non
     at_ns = parsed_time(at)
     book = open_book()
     if what == _STDIN or Path(what).is_file():
-        priced = [book.price(event) for event in _events_in(what, provider, at_ns)]
+        priced = [book.price(event) for event in _events_in(what, provider, model, at_ns)]
     else:
         priced = [_stored(what)]
     for event in priced:
         _show(event, as_json)
 
 
-def _events_in(what: str, provider: str | None, at_ns: int | None) -> list[UsageEvent]:
+def _events_in(
+    what: str, provider: str | None, model: str | None, at_ns: int | None
+) -> list[UsageEvent]:
     from halton_meter.cli.explain import NotExplained, events_of, stated_time
 
     try:
@@ -94,7 +99,7 @@ def _events_in(what: str, provider: str | None, at_ns: int | None) -> list[Usage
     try:
         if at_ns is None:
             at_ns = parsed_time(stated_time(raw)) or time.time_ns()
-        return events_of(raw, provider, at_ns)
+        return events_of(raw, provider, at_ns, model)
     except NotExplained as error:
         fail(f"{'standard input' if what == _STDIN else what}: {error}")
 
@@ -183,7 +188,9 @@ def _why(reason: str, model: str | None) -> str:
     """Why there is no price, from what follows "unpriced:" in a flag."""
     name, _, value = reason.partition("=")
     if name == "model":
-        return f"the model {value!r} is not in the price book" if value else "no model is named"
+        if not value:
+            return "no model is named; where you know it: halton-meter pricing explain --model M"
+        return f"the model {value!r} is not in the price book"
     if name == "usage":
         return "no usage is stated"
     if name == "date":

@@ -332,6 +332,14 @@ def test_explain_says_why_there_is_no_price_and_what_would_set_one(run, body, wh
     assert command in done.stderr
 
 
+def test_explain_asks_for_the_model_that_a_response_does_not_name(run):
+    body = json.dumps({"usage": {"inputTokens": 1000, "outputTokens": 100, "totalTokens": 1100}})
+    asked = ("explain", "--provider", "bedrock", "--text")
+    assert "no model is named; where you know it" in run(*asked, "-", stdin=body).stdout
+    named = run(*asked, "--model", "amazon.nova-pro-v1:0", "-", stdin=body)
+    assert "list price $0.00112," in named.stdout  # 1000 * 0.80 + 100 * 3.20 a million
+
+
 def test_explain_names_the_rate_that_is_missing(run):
     done = run(
         "explain", "--text", "--provider", "openai", "-", stdin='{"model":"gpt-4o","pages":3}'

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from halton_meter import providers
+from halton_meter.cli.explain import events_of
 from halton_meter.model import (
     Basis,
     Body,
@@ -40,6 +41,16 @@ RECORDED = {"xai.chat_completions.s.005": "2026-01-15"}
 STATES_COST = ("xai", "openrouter", "perplexity", "vercel_gateway", "avian")
 # With the user's own key OpenRouter states 0, its own fee; the upstream's charge is beside it.
 OWN_KEY = {"openrouter.chat_completions.n.002"}
+# What a body alone does not say: the prompt's text, the size asked for, who served the call, that a
+# document of three words is an error, or anything at all.
+BODY_ALONE_IS_SILENT = {
+    "anthropic.text_completion.n.001", "anthropic.text_completion.s.002",
+    "azure_openai.chat_completions.s.002", "bedrock.converse_stream.s.003",
+    "bedrock.count_tokens.n.001", "bedrock.count_tokens.n.003",
+    "huggingface.chat_completions.n.002", "mistral.audio_speech.n.001",
+    "mistral.chat_completions.n.002", "openai.chat_completions.n.001", "openai.images.n.003",
+    "replicate.replicate_predictions.s.001", "xai.audio_transcription.n.002", "xai.batch.n.001",
+}  # fmt: skip
 
 
 def body(message):
@@ -48,16 +59,21 @@ def body(message):
     return base64.b64decode(message.get("body_b64") or "")
 
 
-def events(path):
-    recorded = json.loads(path.read_text())
-    asked, answered = recorded["request"], recorded["response"]
-    raw = body(answered)
+def answered(recorded):
+    raw = body(recorded["response"])
     if recorded["wire"]["response_body_encoding"] == "gzip":
-        raw = gzip.decompress(raw)
-    elif recorded["wire"]["response_body_encoding"] == "br":
+        return gzip.decompress(raw)
+    if recorded["wire"]["response_body_encoding"] == "br":
         import brotli
 
-        raw = brotli.decompress(raw)
+        return brotli.decompress(raw)
+    return raw
+
+
+def events(path):
+    recorded = json.loads(path.read_text())
+    asked, answer = recorded["request"], recorded["response"]
+    raw = answered(recorded)
     url = urlsplit(asked["url"])
     day = dt.datetime.fromisoformat(RECORDED.get(recorded["id"], "2026-11-23"))
     at_ns = int(day.replace(tzinfo=dt.UTC).timestamp()) * 10**9
@@ -76,7 +92,7 @@ def events(path):
         request=Request(
             asked["method"], url.hostname, url.path, (), headers(asked), Body((body(asked),))
         ),
-        response=Response(answered["status"], headers(answered), Body((raw,))),
+        response=Response(answer["status"], headers(answer), Body((raw,))),
         started_ns=at_ns,
         first_byte_ns=at_ns,
         ended_ns=at_ns,
@@ -128,6 +144,20 @@ def test_with_ones_own_key_the_price_is_what_the_upstream_charged(book, stated):
     for event in own:
         upstream = Decimal(event.conditions["upstream_cost_usd"])
         assert book.price(event).list_usd == upstream + event.reported_usd
+
+
+def test_a_body_alone_costs_what_its_exchange_costs(book):
+    compared = 0
+    for path in files():
+        whole = events(path)
+        if not whole or path.stem in BODY_ALONE_IS_SILENT:
+            continue
+        first, raw = whole[0], answered(json.loads(path.read_text()))
+        alone = events_of(raw, first.provider, first.at_ns, first.request_model)
+        costs = [[book.price(each).list_usd for each in some] for some in (whole, alone)]
+        assert costs[0] == costs[1], path.stem
+        compared += 1
+    assert compared >= 150
 
 
 def test_several_providers_state_their_cost(stated):
