@@ -146,9 +146,10 @@ def _account(of: Callable[..., int | None], usage: Json, came: Json, went: Json)
     lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
         usage, "cache_write_tokens_details"
     )
-    half_day = of(lifetimes or came, "ttl_12h_tokens")
+    lifetimes = lifetimes or (came if "ttl_12h_tokens" in came else usage)
+    half_day = of(lifetimes, "ttl_12h_tokens")
     if written is None:
-        written = plus(half_day, of(lifetimes or came, "ttl_30m_tokens"))
+        written = plus(half_day, of(lifetimes, "ttl_30m_tokens"))
     reasoning = of(went, "reasoning_tokens")
     return _Account(
         prompt=of(usage, "prompt_tokens", "input_tokens"),

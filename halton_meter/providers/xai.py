@@ -43,6 +43,7 @@ _TOOL_UNITS = {
     "web_search_calls": "web_search_requests",
     "x_search_calls": "x_search_requests",
     "code_interpreter_calls": "code_execution_requests",
+    "code_execution_calls": "code_execution_requests",  # as its own SDK writes it
     "file_search_calls": "file_search_calls",
     "document_search_calls": "document_search_calls",
     "image_generation_calls": "image_generation_calls",
@@ -71,7 +72,10 @@ def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:
 
 def _ran(answer: Json) -> Json:
     """Server-side tools by the calls among the output, where no account of them is given."""
-    calls: Json = {}
+    told = as_dict(answer.get("server_side_tool_usage"))  # its SDK's, by the names of an enum
+    calls = {f"{n.lower().removeprefix('server_side_tool_')}_calls": c for n, c in told.items()}
+    if calls:
+        return calls
     for item in dicts(answer.get("output")):
         name = f"{item.get('type')}s"
         if name in _TOOL_UNITS and "container_id" not in item:

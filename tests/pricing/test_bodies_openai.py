@@ -115,6 +115,12 @@ def openai_text() -> Iterator[Case]:
     ):
         document = response(SOL, 1000, 100, 200, details=details)
         yield f"a cache write of {what}", "openai", document, sum_
+    yield (
+        "a chat's 12 hour write, the counts beside the details",
+        "openai",
+        chat(SOL, 1000, 100, cache_write_tokens=300, ttl_12h_tokens=100),
+        "(700*4 + 200*5 + 100*8 + 100*20)/M",
+    )
     for tier, factor in {
         "flex": "0.5", "priority": "2", "fast": "2", "batch": "0.5", "default": "1", "auto": "1",
     }.items():  # fmt: skip

@@ -70,6 +70,17 @@ def xai() -> Iterator[Case]:
             "(1000*1.25 + 100*2.5)/M + 4*5/K",
         ),
         (
+            "tools that it ran, in the words of its SDK",
+            {
+                **body("grok-4.3", usage(1000, 100)),
+                "server_side_tool_usage": {
+                    "SERVER_SIDE_TOOL_WEB_SEARCH": 2,
+                    "SERVER_SIDE_TOOL_CODE_EXECUTION": 1,
+                },
+            },
+            "(1000*1.25 + 100*2.5)/M + 3*5/K",
+        ),
+        (
             "a batch",
             {**chat("grok-4.3", 1000, 100), "batch": True},
             "0.8*(1000*1.25 + 100*2.5)/M",
