@@ -230,6 +230,9 @@ class Metering:
     def _keep(self, events: list[PricedEvent]) -> None:
         if not events:
             return
+        if not self._job.service:
+            # If this is killed next, the supervisor looks for these in the store.
+            tell({"storing": [event.usage.id for event in events]})
         self._store.append(events)
         for event in events:
             self._totals.add(event)
@@ -242,7 +245,6 @@ class Metering:
         self._seal_due = self._seal_due or now + SEAL_AFTER_S
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
         if not self._job.service:
-            # At once: what is stored must be in the run's summary, even if this is killed next.
             tell({"totals": self._totals.as_json()})
 
     def _flush(self) -> None:
@@ -478,6 +480,18 @@ def _rss_bytes() -> int | None:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
+    """What is in the store of these events, which are no older than `from_ns`."""
+    from halton_meter.store import NothingStored, Selection, Store
+
+    wanted, totals = frozenset(ids), Totals()
+    with contextlib.suppress(NothingStored), Store(home).reading() as reader:
+        for event in reader.events(Selection(from_ns=from_ns)):
+            if event.usage.id in wanted:
+                totals.add(event)
+    return totals
 
 
 # --- start --------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import metering
-from halton_meter.config import Account, Config
+from halton_meter.config import Account, Config, ConfigError
 from halton_meter.metering import Job
+from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
 
 if TYPE_CHECKING:
@@ -199,8 +200,13 @@ class Supervisor:
         self._restart_at: float | None = None
         self._died_ns: int | None = None
         self._cause: str | None = None
+        self._started_ns = time.time_ns()
         self._before = Totals()
         self._current = Totals()
+        # Of these a metering process said that it stores them, and not yet that it has: it may
+        # have died before, within or after.
+        self._storing: list[str] = []
+        self._uncertain: list[str] = []
         self._ready = False
         self._ended = False
         self.result = Metered()
@@ -258,6 +264,9 @@ class Supervisor:
         if "totals" in message:
             with contextlib.suppress(ValueError):
                 self._current = Totals.of_json(message["totals"])
+                self._storing = []
+        if "storing" in message:
+            self._storing = [str(id_) for id_ in message["storing"]]
         if message.get("final"):
             self._ended = True
             self._take_final(message)
@@ -277,6 +286,8 @@ class Supervisor:
         self._pair, self._ready = None, False
         self._before.merge(self._current)
         self._current = Totals()
+        self._uncertain += self._storing
+        self._storing = []
         self._died_ns = self._died_ns or time.time_ns()
         self._cause = _cause(code)
         self._in_a_row = 0 if lasted > HEALTHY_S else self._in_a_row
@@ -315,8 +326,28 @@ class Supervisor:
         if self._died_ns is not None:
             self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
         self._before.merge(self._current)
+        if self._uncertain:
+            self._before.merge(self._found_in_store())
         self.result.totals = self._before
         return self.result
+
+    def _found_in_store(self) -> Totals:
+        """What became of the uncertain ones, read with the person's rights."""
+
+        def read() -> Any:
+            from halton_meter.store import StoreError
+
+            home, ids = self._plan.home, self._uncertain
+            try:
+                return metering.stored_totals(home, ids, self._started_ns).as_json()
+            except StoreError as error:
+                raise ConfigError(str(error)) from None
+
+        try:
+            return Totals.of_json(as_account(self._plan.account, read))
+        except (ConfigError, ValueError) as error:
+            self.result.store_error = self.result.store_error or str(error)
+            return Totals()
 
 
 def _cause(code: int) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import selectors
 import signal
 import socket
 import sys
@@ -35,6 +37,7 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
 )
+from halton_meter.store import Store
 from halton_meter.totals import MODELS_MAX, Totals
 
 ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/zsh")
@@ -415,6 +418,70 @@ def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Runn
     os.close(running.commands)
     assert running.join() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["last"]
+
+
+class Dead:
+    """A pair whose metering process was killed."""
+
+    started = 0.0
+
+    def __init__(self) -> None:
+        self._end, other = socket.socketpair()
+        other.close()
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def messages(self) -> None:
+        return None
+
+    def wait(self, timeout_s: float) -> int:
+        self._end.close()
+        return -signal.SIGKILL
+
+
+def test_what_was_stored_last_before_a_death_is_in_the_summary_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    me = account_named(str(os.getuid()))
+    plan = supervisor.Plan(me, tmp_path, Config(), (), service=False)
+    watched = supervisor.Supervisor(plan)
+    totals = Totals()
+    totals.add(event("told"))
+    for message in (
+        {"storing": ["told"]},
+        {"totals": totals.as_json()},
+        {"storing": ["stored", "not stored"]},
+    ):
+        watched._take(message)
+    pair: Any = Dead()
+    watched._pair = pair
+    watched.selector.register(pair, selectors.EVENT_READ, watched.attend)
+    now_ns = time.time_ns()
+    with Store(tmp_path) as store:
+        store.append([replace_time(event("told"), now_ns), replace_time(event("stored"), now_ns)])
+    watched.attend()
+    result = watched.finish()
+    assert result.totals.total.requests == 2
+    assert result.totals.total.list_usd == Decimal("1.0")
+    assert result.store_error is None
+    (gap,) = result.gaps
+    assert "SIGKILL" in gap[2]
+
+
+def replace_time(priced: PricedEvent, at_ns: int) -> PricedEvent:
+    return dataclasses.replace(priced, usage=dataclasses.replace(priced.usage, at_ns=at_ns))
+
+
+def test_a_run_says_what_it_stores_before_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(tmp_path, monkeypatch, service=False)
+    running.source.put(event("a"))
+    running.finish()
+    told = [message for message in running.told if {"storing", "totals"} & set(message)]
+    assert told[0] == {"storing": ["a"]}
+    assert told[1]["totals"]["requests"] == 1
 
 
 # --- what a death is called ----------------------------------------------------------------------
