@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from halton_meter.model import (
     TlsClosed,
 )
 
+CLOSED_MAX = 4096  # connections remembered after their end: more than a batch of frames can close
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 HTTPS_PORT = 443
@@ -200,6 +201,10 @@ class UprobeSource:
         self._processes: dict[int, Process] = {}
         self._streams: dict[tuple[int, int, int], _Stream] = {}
         self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # What is told twice (a helper dies between sending records and freeing them in the ring) or
+        # late (a read that ends after the close) must not begin a closed connection anew: an
+        # exchange without an id of the provider's would count twice.
+        self._closed: OrderedDict[tuple[int, int, int], None] = OrderedDict()
         self._closing: dict[tuple[int, int, int], tuple[float, int]] = {}
         self._replies: dict[int, dict[str, Any]] = {}
         self._problems: tuple[Problem, ...] = ()
@@ -357,7 +362,9 @@ class UprobeSource:
         if kind == protocol.CHUNK:
             self._take_chunk(frame)
         elif kind == protocol.OPEN:
-            self._open(protocol.decode_record(frame))
+            record = protocol.decode_record(frame)
+            if record.key not in self._closed:
+                self._open(record)
         elif kind == protocol.CLOSE:
             self._take_close(protocol.decode_record(frame))
         elif kind == protocol.SHUTDOWN:
@@ -407,6 +414,8 @@ class UprobeSource:
     def _take_chunk(self, frame: bytes) -> None:
         key, direction, at_ns, offset, length, data = protocol.decode_chunk(frame)
         stream = self._streams.get(key)
+        if stream is None and key in self._closed:
+            return
         if stream is None:  # its OPEN was lost
             stream = self._open(protocol.decode_record(frame))
         if self._closing:
@@ -441,6 +450,9 @@ class UprobeSource:
         self._closing.pop(key, None)
         stream = self._streams.pop(key)
         self._latest.pop(key[:2], None)
+        self._closed[key] = None
+        if len(self._closed) > CLOSED_MAX:
+            self._closed.popitem(last=False)
         self._events.append(TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
 
     def _close_shut_down(self) -> None:

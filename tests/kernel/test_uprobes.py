@@ -461,6 +461,40 @@ def test_each_file_is_attached_once(bench: Bench) -> None:
     assert len(source.status().libraries) == 1
 
 
+def test_one_file_under_two_identities_gives_each_byte_once(bench: Bench) -> None:
+    """As two containers of one image have it: two overlays, one inode underneath, probed twice."""
+    seen_as = []
+    mounts = []
+    try:
+        for name in ("one", "two"):
+            folders = {part: bench.folder / name / part for part in ("up", "work", "merged")}
+            for folder in folders.values():
+                folder.mkdir(parents=True)
+            up = f"upperdir={folders['up']},workdir={folders['work']}"
+            options = f"lowerdir={bench.libraries},{up}"
+            command = ["mount", "-t", "overlay", "-o", options, "overlay", folders["merged"]]
+            if subprocess.run(command, check=False, capture_output=True).returncode:
+                pytest.skip("no overlay can be mounted here")
+            mounts.append(folders["merged"])
+            seen_as.append(folders["merged"] / bench.libssl.name)
+        assert len({(each.stat().st_dev, each.stat().st_ino) for each in seen_as}) == 2
+        source = bench.source(files=[str(each) for each in seen_as])
+        assert len(source.status().libraries) == 2
+        for folder in mounts:
+            environment = {"LD_LIBRARY_PATH": str(folder)}
+            arguments = ("exchanges", "1", "2", "10", "20000")
+            bench.python(*arguments, source=source, **environment).output()
+        seen = {
+            key: each for key, each in gather(source.drain()).items() if any(each.chunks.values())
+        }
+        same_bytes(seen, bench)
+        assert len(seen) == 2
+        source.stop()
+    finally:
+        for folder in mounts:
+            subprocess.run(["umount", folder], check=True)
+
+
 def test_a_loader_that_does_not_exist_is_refused_by_name(bench: Bench) -> None:
     with pytest.raises(UprobeUnavailable, match="no loader 'kprobes'"):
         bench.source(loader="kprobes")
