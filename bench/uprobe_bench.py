@@ -26,7 +26,7 @@ from typing import Any
 
 from capture import uprobe
 from halton_meter.control import Control
-from halton_meter.metering import Job
+from halton_meter.metering import FLUSH_AFTER_S, Job
 
 HOST = "api.provider.test"
 FAMILY = "anthropic"
@@ -221,6 +221,12 @@ def _cpu_s(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
+def _children_cpu_s(pid: int) -> float:
+    """What children that it has waited for have run for, in ticks of 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+
+
 class _Watched:
     """The CPU that the helper and the metering process use over a time."""
 
@@ -279,6 +285,17 @@ class _Daemon:
                 return found
             before = found["events"]
             time.sleep(1.0)
+
+    def flush_cpu_s(self) -> float:
+        """What it costs to have the journal moved into the database by a process of its own."""
+        before = _children_cpu_s(self.metering.pid)
+        control = Control(self.home, timeout_s=60)
+        try:
+            control.ask("watch", pid=1)
+            control.ask("finish")
+        finally:
+            control.close()
+        return _children_cpu_s(self.metering.pid) - before
 
     def stop(self) -> None:
         assert self.metering.stdin
@@ -406,7 +423,14 @@ def _measure_streams(daemon: _Daemon, folder: Path, probed: Path) -> None:
         f"{STREAMS} conversations, {chunks / STREAM_SECONDS:.0f} chunks/s: helper {helper:.2f} %",
         end="",
     )
-    print(f" + metering {metering:.2f} % = {helper + metering:.2f} % of a core (aim < 1)")
+    flush_s = daemon.flush_cpu_s()
+    flush = flush_s / FLUSH_AFTER_S * 100
+    print(f" + metering {metering:.2f} %", end="")
+    print(
+        f" + journal to database {flush:.2f} % ({flush_s:.2f} s every {FLUSH_AFTER_S:.0f} s)",
+        end="",
+    )
+    print(f" = {helper + metering + flush:.2f} % of a core (aim < 1)")
 
 
 def _measure_rate(
