@@ -541,7 +541,7 @@ def _settle() -> None:
 
 
 def flush(store: EventStore) -> str | None:
-    """Move the journal into the database; the reason when events have to wait in it."""
+    """Move the journal into the database; the trouble when events have to wait in it."""
     done = store.flush()
     return done.reason if done.waiting else None
 
@@ -556,8 +556,7 @@ def _flush_once(home: Path) -> int:
             reason = flush(store)
     except StoreError as error:
         reason = str(error)
-    # A newer segment of the process that started us is no trouble.
-    if reason and "another process" not in reason:
+    if reason:
         print(reason)
     return 0
 

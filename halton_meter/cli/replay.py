@@ -399,7 +399,7 @@ class Replay:
             self._store.count_loss(cause, count, self._source.findings.last_ns, key)
         done = self._store.flush(wait_seconds=STORE_WAIT_SECONDS)
         self._store.close()
-        if done.waiting:
+        if done.reason:
             click.echo(
                 f"{done.waiting} events wait in the journal: {done.reason}. "
                 "They are added when it is next possible.",

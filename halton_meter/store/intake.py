@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Flushed:
     """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
-    journal, and journal lines `damaged`. `reason` says why events wait, None when none does.
+    journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
+    only such as another process still writes, which moves them itself.
     """
 
     stored: int = 0

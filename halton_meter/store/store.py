@@ -240,9 +240,9 @@ class Store:
                 return replace(done, waiting=self.waiting(), reason=first_line(error))
             path.unlink(missing_ok=True)
             done += moved
-        waiting = self.waiting()
-        why = "another process is writing to its journal" if waiting else None
-        return replace(done, waiting=waiting, reason=why)
+        # What is left beside what we hold is in segments that others still write, and move.
+        why = self.trouble if self.held else None
+        return replace(done, waiting=self.waiting(), reason=why)
 
     def _store_revisions(self, spool: Path, at_ns: int) -> None:
         columns = ", ".join(f"'{n}': '{t}'" for n, t in json_types(PRICE_COLUMNS).items())
