@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.words import count
+
 if TYPE_CHECKING:
     from halton_meter.supervisor import Metered
     from halton_meter.totals import Line
@@ -160,7 +162,7 @@ def summary_lines(metered: Metered) -> list[str]:
     totals = metered.totals
     total = totals.total
     lines = [
-        f"halton-meter: {_count(total.requests, 'request')}, "
+        f"halton-meter: {count(total.requests, 'request')}, "
         f"{total.input_tokens:,} tokens in, {total.output_tokens:,} out, {_cost(total)}"
     ]
     models = sorted(totals.models.items(), key=lambda item: -item[1].list_usd)
@@ -191,10 +193,6 @@ def _cost(line: Line) -> str:
     return text + (f" + {line.unpriced:,} unpriced" if line.unpriced else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _troubles(metered: Metered) -> list[str]:
     totals = metered.totals
     lines = []
@@ -207,8 +205,7 @@ def _troubles(metered: Metered) -> list[str]:
         lines.append("  of these " + ", ".join(f"{n:,} {what}" for n, what in words if n))
     for from_ns, to_ns, cause in metered.gaps:
         lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
-    for cause, count in metered.losses.items():
-        lines.append(f"  lost: {cause} {count:,}")
+    lines += [f"  lost: {cause} {lost:,}" for cause, lost in metered.losses.items()]
     if metered.store_error:
         lines.append(f"  not in the database yet, kept in the journal: {metered.store_error}")
     unseen = [line for line in metered.coverage if line.get("state") != "metered"]

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from halton_meter.cli.words import count
+
 GAPS_SHOWN = 5
 BYPASSED_SHOWN = 10
 
@@ -64,12 +66,12 @@ def status_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['health']}, up {_duration(found['uptime_s'])}, "
         f"{found['probes']} probes through {found['loader']}",
-        f"  {found['events']:,} events from {found['bytes']:,} bytes of plaintext, "
+        f"  {count(found['events'], 'event')} from {found['bytes']:,} bytes of plaintext, "
         f"${totals['list_usd']} by list; last {found['last_event_at'] or 'none yet'}",
-        f"  state in {found['home']}; {found['journal_waiting']:,} events wait in the journal",
+        f"  state in {found['home']}; {_waiting(found['journal_waiting'])}",
     ]
     if found["restarts"]:
-        lines.append(f"  restarted {found['restarts']} times: see the gaps")
+        lines.append(f"  restarted {count(found['restarts'], 'time')}: see the gaps")
     if found["store_error"]:
         lines.append(f"  the database cannot be written: {found['store_error']}")
     lines += _loss_lines(found["losses"], found["gaps"])
@@ -88,16 +90,15 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
     worker = found["worker"]
     lines = [
         f"proxy {found['health']}, up {_duration(found['uptime_s'])} on "
-        f"{', '.join(found['addresses'])}; {found['connections']:,} connections open"
+        f"{', '.join(found['addresses'])}; {count(found['connections'], 'connection')} open"
     ]
     if found["totals"] is not None:
+        since = " since its worker was last started" if worker["restarts"] else ""
         lines.append(
-            f"  {found['events']:,} events, ${found['totals']['list_usd']} by list; "
+            f"  {count(found['events'], 'event')}{since}, ${found['totals']['list_usd']} by list; "
             f"last {found['last_event_at'] or 'none yet'}"
         )
-        lines.append(
-            f"  state in {found['home']}; {found['journal_waiting']:,} events wait in the journal"
-        )
+        lines.append(f"  state in {found['home']}; {_waiting(found['journal_waiting'])}")
     if found["health"] == "paused":
         lines.append("  metering is stopped, traffic goes through; start it: halton-meter start")
     elif worker["state"] != "ready":
@@ -106,12 +107,14 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
     if not found["certificate_usable"]:
         lines.append("  the certificate is expired or not ours: halton-meter init")
     if worker["restarts"]:
-        lines.append(f"  its worker was restarted {worker['restarts']} times: see the gaps")
+        times = count(worker["restarts"], "time")
+        lines.append(f"  its worker was restarted {times}: see the gaps")
     if found["store_error"]:
         lines.append(f"  the store cannot be written: {found['store_error']}")
     for each in found["bypassed"][:BYPASSED_SHOWN]:
         cause = each["cause"].replace("_", " ")
-        lines.append(f"  unmetered: {each['host']} {each['connections']:,} connections ({cause})")
+        connections = count(each["connections"], "connection")
+        lines.append(f"  unmetered: {each['host']} {connections} ({cause})")
     for each in found["refused"][:BYPASSED_SHOWN]:
         who = each["program"] or "some program"
         lines.append(f"  {who} does not trust our certificate for {each['host']}: it runs past us")
@@ -120,7 +123,7 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _loss_lines(losses: dict[str, int], gaps: list[dict[str, str]]) -> list[str]:
-    lines = [f"  lost: {cause.replace('_', ' ')} {count:,}" for cause, count in losses.items()]
+    lines = [f"  lost: {cause.replace('_', ' ')} {lost:,}" for cause, lost in losses.items()]
     lines += [f"  gap: {gap['from']} to {gap['to']}: {gap['cause']}" for gap in gaps[-GAPS_SHOWN:]]
     return lines or ["  nothing lost, no gaps"]
 
@@ -142,6 +145,10 @@ def _process_lines(line: dict[str, Any], host: str) -> list[str]:
     state = line["state"].replace("_", " ")
     lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
     return lines + ([f"          {line['advice']}"] if line["advice"] else [])
+
+
+def _waiting(events: int) -> str:
+    return f"{count(events, 'event')} wait{'s' if events == 1 else ''} in the journal"
 
 
 def _duration(seconds: float) -> str:
