@@ -114,8 +114,8 @@ def service_status(home: Path) -> dict[str, Any] | None:
 
 def ask_service(home: Path, what: str) -> bool:
     """Tell a running service to "stop"; to "pause" (everything is let through, nothing metered) or
-    "resume"; or to "reload": a new worker that reads the CA again, and refusals forgotten. False
-    when none is there.
+    "resume"; or to "forget" which programs refused our certificate, so that they are tried again.
+    False when none is there.
     """
     return _asked(home, what) is not None
 

@@ -376,11 +376,9 @@ class ProxyService:
         if asked == "resume":
             self._resume()
             return {"resumed": True}
-        if asked == "reload":
+        if asked == "forget":
             self.edge.forget_refusals()
-            self._cause = "the proxy's worker was told to start again"
-            self._send({"finish": True})
-            return {"reloading": True}
+            return {"forgotten": True}
         return {"error": "unknown request"}
 
     async def status(self) -> dict[str, Any]:

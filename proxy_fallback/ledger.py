@@ -80,6 +80,7 @@ class Ledger:
         self._commands = commands
         self._file = home / LEDGER_NAME
         self._book = self._load()
+        self._was_complete = self.complete
 
     @staticmethod
     @contextlib.contextmanager
@@ -117,6 +118,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Note that a set-up runs."""
+        self._was_complete = self.complete
         if self._book.entries:
             self._book.complete = False
             self._save()
@@ -202,6 +204,9 @@ class Ledger:
             if entry.change != former.change:
                 self._do(former)
                 self._put(former)
+        if self._book.entries and self._was_complete:
+            self._book.complete = True
+            self._save()
         return notes
 
     # --- one change ---

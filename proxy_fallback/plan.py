@@ -19,6 +19,7 @@ from proxy_fallback.authority import (
     CERTIFICATE_NAME,
     TRUSTED_NAME,
     Authority,
+    constraint_names,
     ensure_authority,
     read_authority,
 )
@@ -193,7 +194,8 @@ class Plan:
             lambda: [FolderOwned(str(m.ca_folder))],
             after=self._make_authority,
             acts=(
-                f"make a CA for {len(m.hosts)} provider hosts in {m.ca_folder}, key mode 0600",
+                f"make a CA for {len(constraint_names(m.hosts))} provider names only in "
+                f"{m.ca_folder}, key mode 0600",
                 f"write {m.ca_folder / trust.BUNDLE_NAME}: what is trusted now, and the CA",
             ),
             detail=self._authority_detail,
@@ -354,6 +356,9 @@ class Plan:
         names = tuple(texts)
         files = [FileMade(str(folder / name), text) for name, text in texts.items()]
         start = tuple((*control, "restart", name) for name in names)
+        # Of several names systemctl wants one only; what is first starts the rest.
+        asked = [shown((*control, "is-enabled", "--quiet", name)) for name in names]
+        asked.append(shown((*control, "is-active", "--quiet", names[0])))
         return [
             CommandRun(f"reload:{unit}", run=(), undo=((TOLERATED, *control, "daemon-reload"),)),
             *files,
@@ -367,7 +372,7 @@ class Plan:
                     *start,
                 ),
                 undo=((*control, "disable", "--now", *reversed(names)),),
-                check=(*control, "is-enabled", "--quiet", *names),
+                check=("sh", "-c", " && ".join(asked)),
             ),
         ]
 
@@ -421,10 +426,11 @@ class Plan:
         return "in the background; nothing here starts it again after a reboot but init"
 
     def _wait(self, ledger: Ledger) -> bool:
+        """Whether it had to be waited for."""
         m = self._machine
-        for _ in range(round(HEALTHY_S_MAX / HEALTHY_EVERY_S)):
+        for times in range(round(HEALTHY_S_MAX / HEALTHY_EVERY_S)):
             if m.healthy() and m.metering():
-                return False
+                return times > 0
             m.sleep(HEALTHY_EVERY_S)
         log = f"journalctl --user -u {service_files.UNIT} -n 30"
         if self._macos or not self._supervised():

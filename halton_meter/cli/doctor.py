@@ -252,7 +252,8 @@ def _proxy(machine: Machine, again: str) -> Iterator[Finding]:
 
 
 def _environment(machine: Machine, environ: Mapping[str, str]) -> Finding:
-    script = machine.home / "env.sh"
+    from halton_meter.cli.init import sourced_here
+
     proxy = environ.get("HTTPS_PROXY", "")
     bundle = environ.get("SSL_CERT_FILE", "")
     if proxy.rstrip("/") == machine.proxy_url and machine.ca_folder in Path(bundle).parents:
@@ -260,7 +261,7 @@ def _environment(machine: Machine, environ: Mapping[str, str]) -> Finding:
     if proxy and proxy.rstrip("/") != machine.proxy_url:
         address = proxy.partition("@")[2] or proxy
         return Finding("this shell", False, f"uses another proxy ({address})", "unset HTTPS_PROXY")
-    return Finding("this shell", False, "does not use the proxy", f". {shlex.quote(str(script))}")
+    return Finding("this shell", False, "does not use the proxy", sourced_here(machine))
 
 
 def _tools(machine: Machine) -> Iterator[Finding]:

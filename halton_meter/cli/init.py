@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -61,6 +62,7 @@ def init(
     keep: bool,
 ) -> None:
     """Set up the local proxy for this machine's programs, without root."""
+    from halton_meter.proxied import ask_service
     from proxy_fallback.changes import ChangeError
     from proxy_fallback.ledger import Ledger
     from proxy_fallback.plan import Choice, SetupError
@@ -90,6 +92,7 @@ def init(
                     click.echo(_line(done))
 
             changed = take_steps(machine, choice, ledger, tell)
+        ask_service(machine.home, "forget")  # trust was put right, as `status` advises
     except (SetupError, ChangeError) as error:
         fail(str(error), as_json)
     _tell_the_end(machine, choice.mode, changed, steps, as_json)
@@ -114,8 +117,27 @@ def _tell_the_end(
         click.echo("  this runs from uv's cache, which may be emptied; so that the service lasts:")
         click.echo("  uv tool install halton-meter && halton-meter init")
     if changed:
-        click.echo("  open a new terminal, or in this one: . " + str(machine.home / "env.sh"))
+        click.echo(f"  open a new terminal, or in this one: {sourced_here(machine)}")
         click.echo("  see: halton-meter doctor   take it back: halton-meter uninstall")
+
+
+def in_fish() -> bool:
+    """Whether the shell that we were started from is fish, which does not read sh."""
+    import psutil
+
+    processes: Any = psutil  # it ships no types
+    try:
+        return bool(processes.Process(os.getppid()).name() == "fish")
+    except psutil.Error:
+        return False
+
+
+def sourced_here(machine: Machine) -> str:
+    """What to type so that an open terminal has the variables, too."""
+    if in_fish():
+        file = machine.config_home / "fish/conf.d/halton-meter.fish"
+        return f"source {shlex.quote(str(file))}"
+    return f". {shlex.quote(str(machine.home / 'env.sh'))}"
 
 
 def _ask(machine: Machine, mode: str) -> None:

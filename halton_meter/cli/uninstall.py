@@ -31,10 +31,11 @@ EXAMPLES = """
 def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     """Put back everything that init changed."""
     from halton_meter import config
-    from halton_meter.cli.init import fail, refuse_sudo
+    from halton_meter.cli.init import fail, in_fish, refuse_sudo
     from proxy_fallback.changes import ChangeError, Commands
     from proxy_fallback.ledger import Ledger
     from proxy_fallback.setup import undo
+    from proxy_fallback.trust import PROXY_VARIABLES
 
     refuse_sudo("uninstall")
     home = config.home_folder()
@@ -60,7 +61,8 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     click.echo(f"{count} changes undone" if count else "there was nothing to undo")
     if count:
         click.echo("  programs that were started before still look for the proxy: restart them,")
-        click.echo("  or in an open terminal: unset HTTPS_PROXY https_proxy HTTP_PROXY http_proxy")
+        unset = "set -e" if in_fish() else "unset"
+        click.echo(f"  or in an open terminal: {unset} {' '.join(PROXY_VARIABLES)}")
     if purge:
         click.echo(f"{home} removed")
 

@@ -113,7 +113,7 @@ class Machine:
         become = []
         if user is not None:
             become = ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
-        enter = ["nsenter", "-t", str(self._pid), "-a", "--wd=/", "--"]
+        enter = ["nsenter", "-t", str(self._pid), "-a", "--"]
         environment: Mapping[str, str] = self.lab.environment(user, **extra)
         return subprocess.run(
             [*enter, *become, *argv],

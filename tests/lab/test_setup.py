@@ -118,14 +118,52 @@ def test_from_init_to_metered_traffic_and_back(person: Person) -> None:
     assert answered.returncode == 0, answered.stderr
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
-def test_what_a_new_zsh_starts_is_metered(person: Person) -> None:
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_what_a_new_shell_starts_is_metered(person: Person, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
     person.meter("init", "--env-only", "--non-interactive")
     try:
         count = len(person.events())
-        answered = person.in_new_terminal("zsh -c", [*curl(), "-d", anthropic_body(30)])
+        answered = person.in_new_terminal(f"{shell} -c", [*curl(), "-d", anthropic_body(30)])
         assert answered.returncode == 0, answered.stderr
         wait_until(lambda: len(person.events()) == count + 1 or None, "the event")
+    finally:
+        person.meter("uninstall")
+
+
+def test_what_was_stopped_by_hand_is_found_and_mended(person: Person) -> None:
+    person.meter("init", "--env-only", "--non-interactive")
+    try:
+        person.done("systemctl", "--user", "stop", f"{UNIT}.socket", f"{UNIT}.service")
+        found = person.in_new_terminal("bash -lc", [*HALTON_METER, "doctor"])
+        assert found.returncode == 1
+        assert "nobody answers at 127.0.0.1:8081" in found.stdout
+        mended = person.in_new_terminal("bash -lc", [*HALTON_METER, "doctor", "--fix", "--apply"])
+        assert mended.returncode == 0, mended.stderr
+        answered = person.in_new_terminal("bash -lc", [*curl(), "-d", anthropic_body(31)])
+        assert answered.returncode == 0, answered.stderr
+    finally:
+        person.meter("uninstall")
+
+
+def test_a_program_that_refused_our_certificate_is_tried_again_after_init(person: Person) -> None:
+    def bypassed() -> int:
+        done = person.run([*HALTON_METER, "status", "--json"])
+        return sum(each["connections"] for each in json.loads(done.stdout)["proxy"]["bypassed"])
+
+    person.meter("init", "--env-only", "--non-interactive")
+    try:
+        without = ["env", f"CURL_CA_BUNDLE={person.machine.lab.folder}/ca.pem", *curl()]
+        ask = [*curl(), "-d", anthropic_body(32)]
+        refused = person.in_new_terminal("bash -lc", [*without, "-d", anthropic_body(32)])
+        assert refused.returncode == 60, refused.stderr
+        wait_until(lambda: "does not trust" in person.run([*HALTON_METER, "status"]).stdout, "it")
+        assert person.in_new_terminal("bash -lc", ask).returncode == 0
+        assert bypassed() == 1
+        assert "nothing changed" in person.meter("init", "--env-only", "--non-interactive")
+        assert person.in_new_terminal("bash -lc", ask).returncode == 0
+        assert bypassed() == 1
     finally:
         person.meter("uninstall")
 

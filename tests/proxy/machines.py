@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,9 @@ class Desktop(Recorded):
     def answer(self, argv: tuple[str, ...]) -> Ran:
         if argv[:2] == ("systemctl", "--user"):
             return self._systemctl(*argv[2:])
+        if argv[:2] == ("sh", "-c") and argv[2].startswith("systemctl "):
+            ran = [self.answer(tuple(shlex.split(each))) for each in argv[2].split(" && ")]
+            return Ran(max(each.code for each in ran))
         if argv[0] == "gsettings":
             return self._gsettings(self.settings, *argv[1:])
         if argv[:3] == ("env", "GSETTINGS_BACKEND=memory", "gsettings"):
@@ -200,6 +204,8 @@ class Desktop(Recorded):
             self.running -= names
         if verb == "is-enabled":
             return Ran(0 if names & self.enabled else 1)
+        if verb == "is-active":
+            return Ran(0 if names & self.running else 3)
         if verb == "set-environment":
             self.environment |= dict(each.split("=", 1) for each in names)
         if verb == "unset-environment":

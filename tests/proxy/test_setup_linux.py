@@ -67,6 +67,28 @@ def test_all_is_set_and_put_back_to_the_byte(tmp_path: Path, desktop: str) -> No
     assert commands.snapshot() == state
 
 
+def test_a_socket_that_was_stopped_by_hand_is_started_again(tmp_path: Path) -> None:
+    life(tmp_path)
+    commands = Desktop("none")
+    here = machine(tmp_path, commands)
+    set_up(here, "apps")
+    commands.running.clear()
+    assert set_up(here, "apps")
+    assert "halton-meter-proxy.socket" in commands.running
+    assert not set_up(here, "apps")
+
+
+def test_a_second_init_that_fails_leaves_the_first_one_complete(tmp_path: Path) -> None:
+    life(tmp_path)
+    here = machine(tmp_path, Desktop("none"))
+    set_up(here, "apps")
+    with pytest.raises(SetupError, match="everything that this init did is undone"):
+        set_up(replace(here, healthy=lambda: False), "env-only")
+    ledger = Ledger(here.home, here.commands)
+    assert (ledger.mode, ledger.complete) == ("apps", True)
+    assert all(ledger.in_force(entry.change) for entry in ledger.entries)
+
+
 def test_a_gnome_setting_that_nobody_made_goes_back_to_having_none() -> None:
     commands = Desktop()
     for change in gnome_changes(commands, 8081):
