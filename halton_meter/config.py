@@ -18,9 +18,18 @@ CONFIG_BYTES_MAX = 256 * 1024
 HOSTS_MAX = 256
 PROXY_PORT = 8081
 
-_HOST_ADVICE = 'which is written bare and in lower case: "llm.example.com", "llm.local:8080"'
+_HOST_ADVICE = (
+    "which is written bare and in lower case: "
+    '"llm.example.com", "llm.local:8080", "127.0.0.1:11434"'
+)
 # A host name, or "*." and one: what the kernel's list can hold.
 _HOST = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}|localhost")
+
+# What else a URL can name: a machine of the local network, an address. Neither is in a server's
+# certificate as a provider's name is, so they are metered where they turn up, never watched for.
+_LOCAL = re.compile(
+    r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]{2,45}\]"
+)
 
 
 class ConfigError(Exception):
@@ -210,6 +219,12 @@ def is_host(name: str) -> bool:
     return len(name) <= 253 and _HOST.fullmatch(name) is not None
 
 
+def _names_a_host(host: str) -> bool:
+    """Whether a request's Host can be this: a name, an address, either with a port."""
+    name = _without_port(host)
+    return is_host(name) or _LOCAL.fullmatch(name) is not None
+
+
 def _check(key: str, value: Any, text: str, name: str) -> None:
     where = f"{name}:{_line_of(key, text)}"
     if key in _FOREIGN_TABLES and isinstance(value, dict):
@@ -237,7 +252,7 @@ def _check(key: str, value: Any, text: str, name: str) -> None:
 def _check_hosts(value: dict[str, Any], text: str, name: str) -> None:
     for host, family in value.items():
         where = f"{name}:{_line_of(host, text)}"
-        if not is_host(_without_port(host)):
+        if not _names_a_host(host):
             raise ConfigError(f"{where}: {host!r} is not a host name, {_HOST_ADVICE}")
         if not isinstance(family, str):
             raise ConfigError(f'{where}: {host} needs a provider\'s name, such as "anthropic"')
@@ -247,14 +262,14 @@ def _check_hosts(value: dict[str, Any], text: str, name: str) -> None:
 
 def _without_port(host: str) -> str:
     name, colon, port = host.rpartition(":")
-    return name if colon and port.isdigit() else host
+    return name if colon and port.isdigit() and not name.endswith(":") else host
 
 
 def _check_list(key: str, value: list[Any], where: str) -> None:
     for item in value:
         if not isinstance(item, str) or not item:
             raise ConfigError(f"{where}: {key} must be a list of strings, not {item!r}")
-        if key == "openai_compatible_hosts" and not is_host(_without_port(item)):
+        if key == "openai_compatible_hosts" and not _names_a_host(item):
             raise ConfigError(f"{where}: {item!r} is not a host name, {_HOST_ADVICE}")
     if len(value) > HOSTS_MAX:
         raise ConfigError(f"{where}: {key} holds more than {HOSTS_MAX} entries")

@@ -346,6 +346,12 @@ class UsageEvent:
                 total[name] = total.get(name, 0) + quantity
         return total
 
+    @property
+    def counted_tokens(self) -> int | None:
+        """What a count endpoint answered; None for other calls."""
+        counts = (part.details.get("counted") for part in self.parts)
+        return next((count for count in counts if count is not None), None)
+
 
 # --- what it costs ------------------------------------------------------------------------------
 
@@ -460,6 +466,7 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "git_branch": usage.git_branch,
         "tokens": {name: getattr(tokens, name) for name in TOKEN_NAMES},
         "units": {name: _number(quantity) for name, quantity in usage.units.items()},
+        "counted_tokens": usage.counted_tokens,
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),

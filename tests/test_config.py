@@ -58,6 +58,20 @@ def test_a_mistake_is_refused_with_its_line(text: bytes, message: str) -> None:
         parse(text, "c.toml")
 
 
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:11434", "10.0.0.7", "litellm:4000", "my_llm", "[::1]:8080", "[fe80::1]"]
+)
+def test_addresses_and_names_of_the_local_network_are_hosts(host: str) -> None:
+    text = f'openai_compatible_hosts = ["{host}"]\n[hosts]\n"{host}" = "ollama"\n'
+    assert parse(text.encode(), "c.toml").extra_hosts == {host: "ollama"}
+
+
+@pytest.mark.parametrize("host", ["a b", "http://x", "x/y", "1.2.3:x", "", "-", "[::1", "a:b:1"])
+def test_what_no_request_names_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"list of strings|not a host name"):
+        parse(f'openai_compatible_hosts = ["{host}"]'.encode(), "c.toml")
+
+
 def test_where_state_lives(tmp_path: Path) -> None:
     assert home_folder({"HALTON_METER_HOME": str(tmp_path)}) == tmp_path
     assert home_folder({"HOME": "/h"}) == Path("/h/.halton-meter")

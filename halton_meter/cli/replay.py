@@ -54,6 +54,10 @@ _ADVICE = {
     "tls_records_undecryptable": "their keys are not in the key log, or were renewed in a hole",
     "tshark_failed": "its work was done without it; see: tshark --version",
 }
+_OWN_HOSTS = (
+    "hosts of your own are metered once config.toml names them: "
+    'openai_compatible_hosts = ["llm.example.com"]'
+)
 _LINKS_READ = "Ethernet, PPPoE, raw IP, loopback, Linux cooked (-i any), macOS's pktap"
 
 
@@ -241,6 +245,8 @@ class Output:
         click.echo(f"{events} in {files}: ${usd_text(summary.total_usd)} at list prices")
         if not summary.events and findings.files:
             click.echo(f"  {_seen(findings)}")
+            if findings.not_wanted:
+                click.echo(f"  {_OWN_HOSTS}")
         if summary.unpriced:
             click.echo(
                 f"  {summary.unpriced:,} unpriced: no price is known, they are not in the sum"

@@ -115,6 +115,11 @@ def _deeper(route: Route) -> Route:
     return replace(route, path=re.compile(r"(?:/[^?]*)?" + pattern))
 
 
+def _is_watchable(host: str) -> bool:
+    """Whether a TLS client names the server so: addresses and bare local names it does not."""
+    return host == "localhost" or ("." in host and not host.replace(".", "").isdigit())
+
+
 class UnknownFamily(ValueError):
     """A configured host names a family that does not exist."""
 
@@ -221,8 +226,8 @@ class Registry:
         """Every host to be watched: exact names, and suffixes written "*.example.com"."""
         self._load()
         hosts = {host for p in _all() if p.captured for host in p.hosts}
-        hosts |= {host.rpartition(":")[0] or host for host in self._extra_hosts}
-        return tuple(sorted(hosts))
+        own = {host.rpartition(":")[0] or host for host in self._extra_hosts}
+        return tuple(sorted(hosts | {host for host in own if _is_watchable(host)}))
 
     def interest_for(self, request: Request) -> tuple[bool, Callable[[bytes], bool] | None]:
         """Whether a request's exchange is wanted, and for a WebSocket what ends a turn.

@@ -86,6 +86,14 @@ def test_configured_host_is_read_as_the_family_it_names() -> None:
     assert {"llm.corp", "localhost"} <= set(registry.hosts())
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:11434", "litellm:4000", "[::1]:8080", "10.0.0.7"])
+def test_addresses_are_metered_where_they_turn_up_but_not_watched_for(host: str) -> None:
+    registry = providers.Registry({host: "openai:local"})
+    (event,) = registry.read(exchange(f"http://{host}/v1/chat/completions", {}, CHAT_ANSWER))
+    assert (event.provider, event.host) == ("local", host)
+    assert set(registry.hosts()) == set(providers.provider_hosts())
+
+
 def test_configured_host_of_an_unknown_family_is_named_in_the_error() -> None:
     registry = providers.Registry({"llm.corp": "nobody"})
     with pytest.raises(providers.UnknownFamily, match=r"llm\.corp.*nobody"):

@@ -227,7 +227,14 @@ def _count() -> Scenario:
         *response1(dump({"data": []})),
     ]
     expected = event(
-        "anthropic", "count_tokens", "claude-sonnet-4-5", {}, "0", basis="free", kind="count"
+        "anthropic",
+        "count_tokens",
+        "claude-sonnet-4-5",
+        {},
+        "0",
+        basis="free",
+        kind="count",
+        counted_tokens=14,
     )
     return Scenario("anthropic_count_tokens", [Talk(HOST, steps)], [expected])
 
