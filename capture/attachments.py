@@ -8,6 +8,7 @@ and those before files that nobody runs yet. This file decides nothing about pro
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import stat
@@ -136,7 +137,7 @@ class Attachments:
             identity = _identity(found)
             if self._is_done_with(identity):
                 return identity
-            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_regular(link)
         except OSError:
             return None
         haste = Haste.LIBRARY if ".so" in os.path.basename(path) else Haste.PROGRAM
@@ -320,6 +321,21 @@ class Attachments:
             self._epoll.unregister(finder.fileno())
         finder.close()
         del self._finders[finder.haste]
+
+
+def open_regular(path: str) -> int:
+    """A descriptor to read a regular file by. Raises OSError for what is none.
+
+    Whoever owns the path may put a device there at any moment, and root's mere opening of some
+    has effects: what is opened for reading is the very file that was found to be regular.
+    """
+    held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(held).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        os.close(held)
 
 
 def _identity(found: os.stat_result) -> FileId:

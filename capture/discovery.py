@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from capture import libraries, loader, protocol
 from capture.admission import Admission
-from capture.attachments import FILES_MAX, Attachments, FileId, Haste
+from capture.attachments import FILES_MAX, Attachments, FileId, Haste, open_regular
 from capture.coverage import Lookups, talks_tls
 from capture.installs import Installs
 from capture.processes import Identities
@@ -139,7 +139,7 @@ class Discovery:
         self.identities.forget(pid)
         self.lookups.forget(pid)
         try:
-            fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_regular(f"/proc/{pid}/exe")
         except OSError:
             if path.startswith("/"):
                 self.files.look_at(path, path)
@@ -247,7 +247,7 @@ class Discovery:
 
     def _prepare(self, path: str) -> None:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_regular(path)
         except OSError:
             return
         try:

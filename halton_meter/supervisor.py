@@ -265,17 +265,22 @@ class Supervisor:
             with contextlib.suppress(ValueError):
                 self._current = Totals.of_json(message["totals"])
                 self._storing = []
-        if "storing" in message:
+        if isinstance(message.get("storing"), list):
             self._storing = [str(id_) for id_ in message["storing"]]
         if message.get("final"):
             self._ended = True
             self._take_final(message)
 
     def _take_final(self, message: dict[str, Any]) -> None:
-        for cause, count in message.get("losses", {}).items():
-            self.result.losses[cause] = self.result.losses.get(cause, 0) + int(count)
-        self.result.coverage = list(message.get("coverage", ()))
-        self.result.store_error = message.get("store_error")
+        # It read hostile bytes: whatever it has become by now, it must not end its supervisor.
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            for cause, count in message.get("losses", {}).items():
+                self.result.losses[cause] = self.result.losses.get(cause, 0) + int(count)
+            self.result.coverage = [
+                line for line in message.get("coverage", ()) if isinstance(line, dict)
+            ]
+            error = message.get("store_error")
+            self.result.store_error = None if error is None else str(error)
 
     def _bury(self) -> None:
         """The pair died: note when and why, and when the next one is to be started."""
@@ -361,4 +366,6 @@ def _cause(code: int) -> str:
 def _problems(message: dict[str, Any]) -> list[tuple[str, str]]:
     if "refused" in message:
         return [(str(message["refused"]), "halton-meter status")]
-    return [(str(what), str(command)) for what, command in message["unavailable"]]
+    with contextlib.suppress(TypeError, ValueError):
+        return [(str(what), str(command)) for what, command in message["unavailable"]]
+    return [("the metering process did not say what is missing", "halton-meter doctor")]

@@ -469,6 +469,26 @@ def test_what_was_stored_last_before_a_death_is_in_the_summary_and_nothing_else(
     assert "SIGKILL" in gap[2]
 
 
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"losses": {"ring": "many"}},
+        {"losses": [1], "coverage": 5},
+        {"coverage": ["x"], "store_error": ["x"]},
+        {"totals": 7, "storing": 3},
+    ],
+)
+def test_no_nonsense_of_the_metering_process_ends_its_supervisor(
+    tmp_path: Path, nonsense: dict[str, Any]
+) -> None:
+    plan = supervisor.Plan(ANN, tmp_path, Config(), (), service=True)
+    watched = supervisor.Supervisor(plan)
+    watched._take(nonsense | {"final": True})
+    assert watched.result.coverage == []
+    assert watched.finish().totals.total.requests == 0
+    assert supervisor._problems({"unavailable": nonsense})
+
+
 def replace_time(priced: PricedEvent, at_ns: int) -> PricedEvent:
     return dataclasses.replace(priced, usage=dataclasses.replace(priced.usage, at_ns=at_ns))
 

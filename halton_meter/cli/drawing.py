@@ -10,6 +10,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 UNKNOWN = "-"
 BAR_CELLS = 12
+LINE_CHARACTERS_MAX = 2000
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STEPS = "▁▂▃▄▅▆▇█"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
@@ -34,6 +35,11 @@ def shown(text: str | None, width: int = 40) -> str:
         return UNKNOWN
     clean = _CONTROL.sub("?", text)
     return clean if len(clean) <= width else f"{clean[: width - 1]}…"
+
+
+def harmless(line: str) -> str:
+    """A whole line of which parts come from outside, such as a program's path or a model's name."""
+    return shown(line, LINE_CHARACTERS_MAX)
 
 
 def count_text(count: int | None) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.drawing import harmless
 from halton_meter.cli.words import count
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def run(
         _write_summary(json_summary, code, metered)
     if not quiet:
         for line in summary_lines(metered):
-            click.echo(line, err=True)
+            click.echo(harmless(line), err=True)
     sys.exit(code)
 
 

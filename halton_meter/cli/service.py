@@ -9,6 +9,7 @@ healthy, or stopped; 1 not, with the reason and the next command on stderr.
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ def unit_text(command: Sequence[str], home: Path, person_home: Path) -> str:
 
     Not set, and why: PrivateNetwork (newer systemd then mounts a fresh /sys, without tracefs),
     PrivateTmp (a project may live in /tmp), MemoryDenyWriteExecute (bcc compiles),
-    ProtectKernelTunables (tracefs must be writable for old kernels' probes).
+    ProtectKernelTunables (tracefs must be writable for old kernels' probes), ProtectKernelModules
+    (bcc reads headers under /lib/modules), ProtectProc (whose plaintext it is stands in /proc).
     """
     return f"""\
 [Unit]
@@ -63,6 +65,7 @@ ProtectHome=read-only
 ReadWritePaths={_quoted(str(home))}
 CacheDirectory=halton-meter
 CacheDirectoryMode=0700
+PrivateDevices=yes
 ProtectClock=yes
 ProtectHostname=yes
 ProtectControlGroups=yes
@@ -73,6 +76,8 @@ RestrictRealtime=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
 SystemCallArchitectures=native
+SystemCallFilter=~@reboot @swap @module @raw-io @obsolete @cpu-emulation @clock
+SystemCallErrorNumber=EPERM
 IPAddressDeny=any
 UMask=0077
 
@@ -82,7 +87,12 @@ WantedBy=multi-user.target
 
 
 def _quoted(word: str) -> str:
-    """One word for a unit file: % and $ are systemd's, quotes and backslashes are escaped."""
+    """One word for a unit file: % and $ are systemd's, quotes and backslashes are escaped.
+
+    Raises ValueError for a word that would end its line: what follows would be settings of root's.
+    """
+    if any(ord(c) < 32 or ord(c) == 127 for c in word):
+        raise ValueError(f"{word!r} holds control characters")
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{escaped}"' if escaped != word or any(c.isspace() for c in word) else word
 
@@ -140,8 +150,12 @@ def _start_probes(
         scope += ["--user", user]
     scope += ["--cgroup", cgroup] if cgroup else []
     command = [sys.executable, "-P", "-m", "halton_meter", "daemon", "--foreground", *scope]
+    try:
+        unit = unit_text(command, home, account.home)
+    except ValueError as error:
+        _fail(str(error), "choose another folder or name")
     if show_unit:
-        click.echo(unit_text(command, home, account.home), nl=False)
+        click.echo(unit, nl=False)
         return
     if not config.is_root():
         ways = "sudo halton-meter start\n   or: halton-meter start --via proxy   (no root needed)"
@@ -155,10 +169,29 @@ def _start_probes(
         privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
     except (config.ConfigError, OSError) as error:
         _fail(str(error), f"mend it, then: sudo halton-meter start   (state lives in {home})")
+    if (changeable := _changeable_by_others()) is not None:
+        click.echo(
+            f"note: root will run code of {changeable}, which others than root may change\n"
+            "  to avoid it: sudo python3 -m venv /opt/halton-meter && "
+            "sudo /opt/halton-meter/bin/pip install halton-meter",
+            err=True,
+        )
     if has_systemd():
-        _start_unit(unit_text(command, home, account.home), home)
+        _start_unit(unit, home)
     else:
         _start_kept(command, account, home)
+
+
+def _changeable_by_others() -> Path | None:
+    """What root is about to run and somebody else could change; None where nobody could."""
+    import halton_meter
+
+    for path in (Path(sys.executable), Path(halton_meter.__file__).resolve()):
+        for each in (path, *path.parents):
+            found = each.stat()
+            if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+                return path
+    return None
 
 
 def _start_unit(text: str, home: Path) -> None:
@@ -180,7 +213,11 @@ def _start_kept(command: list[str], account: object, home: Path) -> None:
     privileges.as_account(account, lambda: log.touch(0o600))
     environment = {**os.environ, "HALTON_METER_HOME": str(home)}
     arguments = [*command, "--keep"]
-    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
+    found = os.fstat(fd)
+    # The folder is the person's, and may lead elsewhere by now.
+    if found.st_uid != account.uid or not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        _fail(f"{log} is not a file of {account.name}'s alone", f"rm {log}")
     with os.fdopen(fd, "ab") as output:
         process = subprocess.Popen(
             arguments,

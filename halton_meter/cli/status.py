@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from halton_meter.cli.drawing import harmless
 from halton_meter.cli.words import count
 
 GAPS_SHOWN = 5
@@ -43,7 +44,7 @@ def status(as_json: bool) -> None:
         click.echo(json.dumps(found))
     else:
         for line in status_lines(found):
-            click.echo(line)
+            click.echo(harmless(line))
     sys.exit(0 if found["health"] == "ok" else 1)
 
 

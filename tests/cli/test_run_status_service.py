@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main
+from halton_meter.cli.drawing import harmless
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.service import unit_text
-from halton_meter.cli.status import _worse, proxy_lines, status_lines
+from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
 from halton_meter.supervisor import Metered
 from halton_meter.totals import Line, Totals
 
@@ -189,6 +190,19 @@ def test_run_does_not_promise_to_see_java_by_uprobes(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, arguments, env={"HALTON_METER_HOME": str(tmp_path)})
     assert done.exit_code == 2
     assert "--via proxy" in done.output
+
+
+def test_no_word_can_add_a_setting_to_roots_unit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="control characters"):
+        unit_text(["/bin/true"], tmp_path / "x\nExecStartPre=/bin/evil", tmp_path)
+
+
+def test_a_programs_path_does_not_speak_to_the_terminal() -> None:
+    line = {"pid": 7, "process": "/tmp/\x1b]0;owned\x07x", "host": "api.openai.com"}
+    told = {"state": "metered", "stack": "OpenSSL", "advice": None}
+    (_, said) = map(harmless, _coverage_lines([line | told]))
+    assert "\x1b" not in said
+    assert "/tmp/?]0;owned?x (OpenSSL) -> api.openai.com" in said
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
