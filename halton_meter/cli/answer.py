@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
-from halton_meter.providers.reading import as_amount
+from halton_meter.providers.values import as_amount
 from pricing.tariff import UNIT_DIMENSIONS
 
 Json = dict[str, Any]

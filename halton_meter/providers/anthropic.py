@@ -14,23 +14,18 @@ from dataclasses import dataclass, replace
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.bodies import documents, form
+from halton_meter.providers.errors import error_object
 from halton_meter.providers.estimate import texts_under, tokens_of
-from halton_meter.providers.reading import (
-    BILLED,
+from halton_meter.providers.reading import BILLED, Draft, begin, failed, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     as_dict,
     as_id,
     as_name,
-    begin,
     dicts,
-    documents,
-    error_object,
-    failed,
-    form,
     plus,
-    unanswered,
     verbatim,
 )
 from halton_meter.wire import formats

@@ -16,7 +16,7 @@ from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.openai_media import job_routes, media_routes, realtime_route
 from halton_meter.providers.openai_text import read_chat, route, text_routes
-from halton_meter.providers.reading import as_name
+from halton_meter.providers.values import as_name
 
 _DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
 

@@ -23,21 +23,18 @@ from halton_meter.providers.anthropic import (
     read_count,
     read_messages,
 )
+from halton_meter.providers.bodies import documents, form
 from halton_meter.providers.estimate import texts_keyed
 from halton_meter.providers.openai_text import route, text_routes, usage_tokens
-from halton_meter.providers.reading import (
+from halton_meter.providers.reading import Draft, begin, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     as_dict,
     as_id,
     as_name,
-    begin,
     dicts,
-    documents,
-    form,
     plus,
-    unanswered,
     verbatim,
 )
 from halton_meter.wire import formats

@@ -12,6 +12,7 @@ from functools import partial
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_count, read_messages
+from halton_meter.providers.bodies import documents
 from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import media_routes
 from halton_meter.providers.openai_text import (
@@ -22,21 +23,17 @@ from halton_meter.providers.openai_text import (
     text_routes,
     usage_tokens,
 )
-from halton_meter.providers.reading import (
+from halton_meter.providers.reading import Draft, begin, failed, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     Verbatim,
     as_amount,
     as_dict,
     as_id,
     as_name,
-    begin,
     dicts,
-    documents,
-    failed,
     plus,
-    unanswered,
     verbatim,
 )
 from halton_meter.wire import formats

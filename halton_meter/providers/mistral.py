@@ -15,6 +15,7 @@ from functools import partial
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created
+from halton_meter.providers.bodies import documents
 from halton_meter.providers.openai_media import (
     batch_answers,
     job_routes,
@@ -22,19 +23,15 @@ from halton_meter.providers.openai_media import (
     read_moderation,
 )
 from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
-from halton_meter.providers.reading import (
+from halton_meter.providers.reading import Draft, begin, failed, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     Verbatim,
     as_dict,
     as_name,
-    begin,
     dicts,
-    documents,
-    failed,
     positive,
-    unanswered,
     verbatim,
 )
 

@@ -16,6 +16,7 @@ from functools import partial
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created
+from halton_meter.providers.bodies import documents, form
 from halton_meter.providers.openai_text import (
     OPENAI,
     Dialect,
@@ -25,21 +26,16 @@ from halton_meter.providers.openai_text import (
     route,
     usage_tokens,
 )
-from halton_meter.providers.reading import (
+from halton_meter.providers.reading import Draft, begin, failed, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     Verbatim,
     as_amount,
     as_dict,
     as_id,
     as_name,
-    begin,
     dicts,
-    documents,
-    failed,
-    form,
-    unanswered,
     verbatim,
 )
 from halton_meter.wire import formats

@@ -18,25 +18,21 @@ from typing import Any
 from halton_meter.model import Body, Exchange, Outcome, Protocol, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import read_count
+from halton_meter.providers.bodies import documents, form
+from halton_meter.providers.errors import error_object
 from halton_meter.providers.estimate import texts_under
-from halton_meter.providers.reading import (
+from halton_meter.providers.reading import Draft, begin, failed, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     Verbatim,
     as_amount,
     as_dict,
     as_id,
     as_name,
-    begin,
     dicts,
-    documents,
-    error_object,
-    failed,
-    form,
     plus,
     positive,
-    unanswered,
     verbatim,
 )
 from halton_meter.wire import formats

@@ -13,6 +13,7 @@ from functools import partial
 
 from halton_meter.model import Exchange, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.bodies import documents
 from halton_meter.providers.openai_text import (
     Dialect,
     fill_chat,
@@ -20,19 +21,16 @@ from halton_meter.providers.openai_text import (
     route,
     text_routes,
 )
-from halton_meter.providers.reading import (
+from halton_meter.providers.reading import Draft, begin, unanswered
+from halton_meter.providers.values import (
     Counts,
-    Draft,
     Json,
     Verbatim,
     as_amount,
     as_dict,
     as_id,
     as_name,
-    begin,
-    documents,
     positive,
-    unanswered,
     verbatim,
 )
 

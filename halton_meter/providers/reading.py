@@ -1,8 +1,9 @@
 """From an exchange to a usage event: identity, errors, times and the words of the vocabulary.
 
-What every provider's file shares is here, so that each of them holds only what is peculiar to it.
-This file refuses to know prices, and keeps no content: what it stores of a body are counts, model
-names, codes and ids. Read `openai.py` next for the widest of the readers.
+What every provider's file shares is here, so that each of them holds only what is peculiar to it;
+`values.py`, `bodies.py` and `errors.py` read the parts. This file refuses to know prices, and keeps
+no content: what it stores of a body are counts, model names, codes and ids. Read `openai_text.py`
+next for the widest of the readers.
 
 Rules of counting, for every reader (pricing relies on them)
 - `Tokens.input` is uncached input only: cache reads and writes are never inside it.
@@ -74,40 +75,33 @@ seen), "fallback_credit" (Anthropic billed some of the writes as reads, and does
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halton_meter.model import (
-    Body,
     Certainty,
     Exchange,
-    Headers,
     Outcome,
     Usage,
     UsageEvent,
     event_id,
     header,
 )
+from halton_meter.providers.bodies import form, request_fields
+from halton_meter.providers.errors import (
+    error_class_of,
+    error_class_of_status,
+    error_code,
+    error_object,
+)
 from halton_meter.providers.estimate import prompt_tokens, tokens_of
-from halton_meter.wire import formats
-from halton_meter.wire.damaged import surviving_members
+from halton_meter.providers.values import Json, as_id, as_name
 
 if TYPE_CHECKING:
     from halton_meter.providers import Provider, Route
 
-# No provider serves a request of more tokens than this; a larger number is damage.
-COUNT_MAX = 1 << 40
-# A usage object is a few hundred bytes; what is larger is not kept verbatim.
-RAW_USAGE_BYTES_MAX = 64 << 10
-# Strings inside a usage object are names of tiers and models; a longer one is not stored.
-RAW_STRING_CHARS_MAX = 128
-NAME_CHARS_MAX = 256
-# Request bodies above this are searched for the model's name instead of parsed.
-REQUEST_PARSE_BYTES_MAX = 16 << 20
 # Ids shorter than this are not unique (Ollama counts to 999): the body is mixed into the identity.
 RESPONSE_ID_CHARS_MIN = 16
 # How an identity begins that no provider gave; no id has a space.
@@ -116,17 +110,6 @@ _FROM_CONTENT = "from content"
 IDENTITY_BYTES = 4096
 # Two sources see one request begin some milliseconds apart; a minute's border rarely lies between.
 IDENTITY_NS = 60 * 1_000_000_000
-# Nesting kept of a usage object.
-DEPTH_MAX = 32
-# Above any cost, duration or xAI's ticks (10^10 a dollar); what is larger is damage.
-AMOUNT_MAX = Decimal(10) ** 18
-
-Json = dict[str, Any]
-
-_CODE = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
-_ID = re.compile(r"[A-Za-z0-9_.:=/+@|~\-]{1,512}")
-_USAGE_DECODER = json.JSONDecoder(parse_float=Decimal)
-
 _REQUEST_ID_HEADERS = (
     "request-id",
     "x-request-id",
@@ -137,322 +120,6 @@ _REQUEST_ID_HEADERS = (
     "x-generation-id",
     "cf-ray",
 )
-
-
-# --- values out of hostile JSON -----------------------------------------------------------------
-
-
-def as_dict(value: object) -> Json:
-    """`value` if it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def dicts(value: object) -> list[Json]:
-    """The objects in `value` if it is a JSON array, else none."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def as_name(value: object) -> str | None:
-    """`value` if it can be the name of a model, tier or code: short, printable, not empty."""
-    if isinstance(value, str) and 0 < len(value) <= NAME_CHARS_MAX and value.isprintable():
-        return value
-    return None
-
-
-def as_id(value: object) -> str | None:
-    """`value` if it can be an identifier that a provider minted."""
-    return value if isinstance(value, str) and _ID.fullmatch(value) else None
-
-
-def as_code(value: object) -> str | None:
-    """`value` as an error code: letters, digits, `_.-` only, so that no message gets through."""
-    if isinstance(value, bool):
-        return None
-    text = str(value) if isinstance(value, int) and abs(value) < COUNT_MAX else value
-    return text if isinstance(text, str) and _CODE.fullmatch(text) else None
-
-
-def as_amount(value: object) -> Decimal | None:
-    """A non-negative amount (a cost, seconds) as an exact decimal, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        return None
-    try:
-        amount = Decimal(str(value)) if not isinstance(value, Decimal) else value
-    except ArithmeticError:
-        return None
-    return amount if amount.is_finite() and 0 <= amount <= AMOUNT_MAX else None
-
-
-class Counts:
-    """Reads counts out of a usage object and remembers whether one of them was no count."""
-
-    __slots__ = ("bad", "mismatch")
-
-    def __init__(self) -> None:
-        self.bad = False
-        self.mismatch = False
-
-    def of(self, usage: Mapping[str, Any], *names: str) -> int | None:
-        """The count under the first of `names` that is there and not null."""
-        for name in names:
-            value = usage.get(name)
-            if value is not None:
-                return self.checked(value)
-        return None
-
-    def checked(self, value: object) -> int | None:
-        """`value` as a count; None and remembered as bad when it is none."""
-        if isinstance(value, float) and value.is_integer() and 0 <= value <= COUNT_MAX:
-            return int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= COUNT_MAX:
-            return value
-        self.bad = True
-        return None
-
-    def rest(self, whole: int | None, *parts: int | None) -> int | None:
-        """`whole` less its `parts`; a negative rest is 0 and remembered as a mismatch."""
-        if whole is None:
-            return None
-        left = whole - sum(part for part in parts if part is not None)
-        if left < 0:
-            self.mismatch = True
-        return max(left, 0)
-
-    def flags(self) -> set[str]:
-        """The event flags that follow from what was read."""
-        return ({"bad_usage"} if self.bad else set()) | (
-            {"total_mismatch"} if self.mismatch else set()
-        )
-
-
-def plus(*counts: int | None) -> int | None:
-    """The sum of the known counts; None when none is known."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
-
-
-def positive(counts: Mapping[str, int | None]) -> dict[str, int]:
-    """The counts that are known and not zero: what `details` and `units` hold."""
-    return {name: count for name, count in counts.items() if count}
-
-
-@dataclass(frozen=True, slots=True)
-class Verbatim:
-    """A usage object as its provider wrote it: its text, and its value with exact decimals."""
-
-    text: str
-    exact: Json
-
-
-def verbatim(text: bytes, key: bytes, value: Json) -> Verbatim:
-    """The object under `key` in `text` that equals `value`, found again with its exact numbers.
-
-    Searched from the end, where providers put it. Where it is not found (a hole), `value` itself.
-    """
-    mark = b'"' + key + b'"'
-    at = text.rfind(mark)
-    for _ in range(formats.SALVAGE_TRIES_MAX):
-        if at < 0:
-            break
-        found = _object_at(text, at + len(mark), value)
-        if found is not None:
-            return found
-        at = text.rfind(mark, 0, at)
-    return _written(value)
-
-
-def _object_at(text: bytes, at: int, value: Json) -> Verbatim | None:
-    rest = text[at : at + RAW_USAGE_BYTES_MAX].decode("utf-8", "replace").lstrip()
-    if not rest.startswith(":"):
-        return None
-    rest = rest[1:].lstrip()
-    try:
-        exact, end = _USAGE_DECODER.raw_decode(rest)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(exact, dict) or exact.keys() != value.keys():
-        return None
-    raw = rest[:end]
-    if formats.loads(raw.encode()) != value:
-        return None
-    return Verbatim(raw, exact) if _harmless(exact) else _written(value)
-
-
-def _written(value: Json) -> Verbatim:
-    shorn = _shorn(value)
-    text = json.dumps(shorn, separators=(",", ":"))
-    return Verbatim(text if len(text) <= RAW_USAGE_BYTES_MAX else "{}", value)
-
-
-def _harmless(value: object, depth: int = 0) -> bool:
-    if isinstance(value, str):
-        return len(value) <= RAW_STRING_CHARS_MAX
-    if depth > DEPTH_MAX:
-        return False
-    if isinstance(value, dict):
-        return all(_harmless(item, depth + 1) for item in value.values())
-    return not isinstance(value, list) or all(_harmless(item, depth + 1) for item in value)
-
-
-def _shorn(value: object, depth: int = 0) -> object:
-    """`value` without long strings and deep nesting, so that no content can hide in it."""
-    if depth > DEPTH_MAX or (isinstance(value, str) and len(value) > RAW_STRING_CHARS_MAX):
-        return None
-    if isinstance(value, dict):
-        return {str(k)[:NAME_CHARS_MAX]: _shorn(item, depth + 1) for k, item in value.items()}
-    if isinstance(value, list):
-        return [_shorn(item, depth + 1) for item in value]
-    return value
-
-
-# --- the form of a body -------------------------------------------------------------------------
-
-
-def form(headers: Headers, body: Body) -> str:
-    """How a body is written: "sse", "json", "array", "eventstream", "grpc", "other" or "empty".
-
-    Its first bytes decide, because a stream that was asked for is often answered with JSON and
-    recorders keep wrong headers; the content type decides when the first bytes are lost.
-    """
-    first = body.beginning(256)
-    if not first and not body.pieces:
-        return "empty"
-    content_type = (header(headers, "content-type") or "").lower()
-    if "eventstream" in content_type and first[:1] == b"\0":
-        return "eventstream"
-    if content_type.startswith("application/grpc"):
-        return "grpc"
-    start = first.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith(b"{"):
-        return "json"
-    if start.startswith(b"["):
-        return "array"
-    # Of JSON or of AWS's frames joined in their middle, ':"' or ":event-type" may come first.
-    if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")) and not (
-        b"\0" in start or start.startswith(b':"')
-    ):
-        return "sse"
-    for word, name in (("event-stream", "sse"), ("eventstream", "eventstream"), ("json", "json")):
-        if word in content_type:
-            return name
-    found = _INSIDE.search(body.beginning(_SNIFFED_BYTES))
-    if found is not None:
-        return "sse" if found.lastgroup == "sse" else "eventstream"
-    return "empty" if not start and len(body.pieces) == 1 else "other"
-
-
-# What a stream joined in its middle shows soon; no JSON holds a line break or a zero byte.
-_SNIFFED_BYTES = 64 << 10
-_INSIDE = re.compile(rb"(?P<sse>[\r\n](?:data|event):)|:message-type\x07\x00")
-
-
-def request_fields(exchange: Exchange, wanted: tuple[str, ...] = ()) -> Json:
-    """The request's JSON object, or its form fields; what can be salvaged of a damaged one."""
-    body = exchange.request.body
-    if not body.pieces:
-        return {}
-    content_type = header(exchange.request.headers, "content-type")
-    if content_type is not None and "multipart/" in content_type.lower():
-        return dict(formats.multipart_fields(content_type, body, ("model", *wanted)))
-    if body.whole and len(body.pieces[0]) <= REQUEST_PARSE_BYTES_MAX:
-        value = formats.loads(body.pieces[0])
-        if isinstance(value, dict):
-            return value
-        if isinstance(value, list):
-            return {}
-    model = formats.salvage_scalar(body, b"model")
-    stream = formats.salvage_scalar(body, b"stream")
-    return {"model": model, "stream": stream}
-
-
-# --- errors -------------------------------------------------------------------------------------
-
-
-def error_object(document: object) -> Json | None:
-    """The error that a document states, in whichever of the providers' shapes; None if none."""
-    if isinstance(document, list):
-        document = document[0] if len(document) == 1 else None
-    if not isinstance(document, dict):
-        return None
-    error = document.get("error")
-    if isinstance(error, dict):
-        return error
-    if isinstance(error, str) and error:
-        return {"code": document.get("code"), "type": document.get("type")}
-    if document.get("type") == "error" or document.get("object") == "error":
-        return document
-    return None
-
-
-def error_code(document: object) -> str | None:
-    """The provider's own code of the error that a document states; never its message."""
-    error = error_object(document)
-    if error is None:
-        error = as_dict(document)
-    for name in ("code", "status", "type", "__type"):
-        value = error.get(name)
-        if isinstance(value, str) and (code := as_code(value)) and not code.isdigit():
-            return code
-    return as_code(error.get("code"))
-
-
-_WORDS_OF_CLASS = (
-    ("rate_limit", ("rate", "quota", "exhausted", "throttl", "too_many", "toomany", "limit_exce")),
-    ("timeout", ("timeout", "timed_out", "deadline")),
-    ("auth", ("auth", "permission", "forbidden", "accessdenied", "api_key")),
-    (
-        "server_error",
-        ("overloaded", "server", "internal", "unavailable", "api_error", "streamerror", "notready"),
-    ),
-    (
-        "bad_request",
-        (
-            "invalid",
-            "filter",
-            "bad_request",
-            "not_found",
-            "notfound",
-            "validation",
-            "failed_precondition",
-            "tool_use_failed",
-            "context_length",
-            "policy",
-            "unsupported",
-            "too_large",
-        ),
-    ),
-)
-
-
-def error_class_of_status(status: int) -> str | None:
-    """The contract's class of an HTTP status; None when it is no error."""
-    if status < 400:
-        return None
-    if status == 429:
-        return "rate_limit"
-    if status in (401, 403):
-        return "auth"
-    if status in (408, 504):
-        return "timeout"
-    return "server_error" if status >= 500 else "bad_request"
-
-
-def error_class_of(document: object) -> str:
-    """The contract's class of an error that came without an HTTP status of its own."""
-    error = error_object(document) or {}
-    for name in ("status_code", "code", "status", "http_code"):
-        number = error.get(name)
-        if isinstance(number, str) and number.isdigit() and len(number) == 3:
-            number = int(number)
-        if isinstance(number, int) and not isinstance(number, bool) and 400 <= number < 600:
-            return error_class_of_status(number) or "unknown"
-    words = " ".join(
-        value.lower() for name in ("code", "status", "type") if (value := as_code(error.get(name)))
-    )
-    for name, parts in _WORDS_OF_CLASS:
-        if any(part in words for part in parts):
-            return name
-    return "unknown"
 
 
 # --- the event ----------------------------------------------------------------------------------
@@ -667,37 +334,3 @@ def unanswered(draft: Draft) -> bool:
         draft.certainty = Certainty.UNKNOWN
         return True
     return False
-
-
-def documents(exchange: Exchange, count: int = 4) -> Iterator[tuple[Json, bytes]]:
-    """The response's JSON objects that may carry usage, best first, each with its text.
-
-    Of an event stream or of lines of JSON that is the last `count` from the end; of JSON the one
-    object, or what survives of it.
-    """
-    body = exchange.response.body
-    if form(exchange.response.headers, body) == "sse":
-        for event in reversed(formats.last_events(body, count)):
-            value = formats.loads(event.data)
-            if isinstance(value, dict):
-                yield value, event.data
-        return
-    whole: object = formats.json_value(body)
-    if isinstance(whole, list) and len(whole) == 1:
-        whole = whole[0]
-    if whole is not None:
-        if isinstance(whole, dict):
-            yield whole, body.pieces[0]
-        return
-    lines = list(_last_lines(body.pieces[-1], count)) if body.pieces else []
-    members = surviving_members(body) if not lines else {}
-    yield from lines
-    if members:
-        yield members, body.pieces[-1]
-
-
-def _last_lines(text: bytes, count: int) -> Iterator[tuple[Json, bytes]]:
-    for line in reversed(text.rstrip().rsplit(b"\n", count)[-count:]):
-        value = formats.loads(line) if line.lstrip()[:1] == b"{" else None
-        if isinstance(value, dict):
-            yield value, line

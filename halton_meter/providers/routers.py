@@ -29,16 +29,8 @@ from halton_meter.providers.openai_text import (
     route,
     text_routes,
 )
-from halton_meter.providers.reading import (
-    Counts,
-    Draft,
-    Json,
-    Verbatim,
-    as_amount,
-    as_dict,
-    as_name,
-    begin,
-)
+from halton_meter.providers.reading import Draft, begin
+from halton_meter.providers.values import Counts, Json, Verbatim, as_amount, as_dict, as_name
 
 
 def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import message_event, read_count
+from halton_meter.providers.bodies import documents
 from halton_meter.providers.gemini import (
     LIVE,
     THINKING_HIDDEN,
@@ -22,7 +23,8 @@ from halton_meter.providers.gemini import (
     read_gemini_count,
 )
 from halton_meter.providers.openai_text import chat_event, route, text_routes
-from halton_meter.providers.reading import Json, as_id, as_name, begin, documents, unanswered
+from halton_meter.providers.reading import begin, unanswered
+from halton_meter.providers.values import Json, as_id, as_name
 
 _LOCATION = re.compile(r"/locations/([a-z0-9-]+)/")
 _MODEL = re.compile(r"/models/([^/:]+):")

@@ -14,6 +14,7 @@ from functools import partial
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
+from halton_meter.providers.bodies import documents
 from halton_meter.providers.grpc import xai_routes
 from halton_meter.providers.openai_media import (
     fill_batch_answer,
@@ -24,19 +25,8 @@ from halton_meter.providers.openai_media import (
     realtime_route,
 )
 from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
-from halton_meter.providers.reading import (
-    Counts,
-    Draft,
-    Json,
-    Verbatim,
-    as_amount,
-    as_dict,
-    as_id,
-    begin,
-    dicts,
-    documents,
-    failed,
-)
+from halton_meter.providers.reading import Draft, begin, failed
+from halton_meter.providers.values import Counts, Json, Verbatim, as_amount, as_dict, as_id, dicts
 
 TICKS_PER_USD = Decimal(10) ** 10
 _TOOL_UNITS = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from halton_meter import providers
 from halton_meter.model import TOKEN_NAMES, Outcome, Protocol
 from halton_meter.providers import _all, compatible
-from halton_meter.providers.reading import COUNT_MAX, as_amount, verbatim
+from halton_meter.providers.values import COUNT_MAX, as_amount, verbatim
 
 from .exchanges import exchange, sse
 
