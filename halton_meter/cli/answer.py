@@ -77,6 +77,13 @@ class Answer:
 
 def answer_of(raw: bytes) -> Answer:
     """The answer that a document holds; NotExplained when it holds nothing."""
+    try:
+        return _answer(raw)
+    except RecursionError:
+        raise NotExplained("the document is nested deeper than any answer") from None
+
+
+def _answer(raw: bytes) -> Answer:
     if len(raw) > DOCUMENT_BYTES_MAX:
         raise NotExplained(f"the document is larger than {DOCUMENT_BYTES_MAX >> 20} MB")
     if not raw.strip():
@@ -85,6 +92,9 @@ def answer_of(raw: bytes) -> Answer:
         document = json.loads(raw, parse_float=Decimal)
     except (ValueError, RecursionError):
         return _text(raw)
+    if b"\\ud" in raw.lower():  # half of a character, perhaps, which no text may hold
+        document = _without_surrogates(document)
+        raw = dumped(document)
     if isinstance(document, str):
         return _text(document.encode())
     if not isinstance(document, dict):
@@ -94,7 +104,7 @@ def answer_of(raw: bytes) -> Answer:
         whole = _with_usage(document)
         bare = _bare(whole, raw if whole is document else dumped(whole))
         return _beside(bare, document, is_body=True)
-    bare = answer_of(inner.encode()) if isinstance(inner, str) else _bare(inner, dumped(inner))
+    bare = _answer(inner.encode()) if isinstance(inner, str) else _bare(inner, dumped(inner))
     return _beside(bare, document, is_body=False)
 
 
@@ -191,7 +201,7 @@ def _beside(bare: Answer, document: Json, *, is_body: bool) -> Answer:
     if not is_body and "body" in inner and ("status" in inner or "headers" in inner):
         headers |= dict(_strings(inner.get("headers")))
         status = inner.get("status", status)
-        bare = answer_of(dumped(inner["body"]))
+        bare = _answer(dumped(inner["body"]))
     is_recorded = "url" in request or ("body" in request and "method" in request)
     url = urlsplit(_string(request.get("url")) or _string(document.get("url")) or "")
     base = urlsplit(_string(document.get("base_url")) or "")
@@ -272,6 +282,16 @@ def first_object(body: bytes) -> Json | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_without_surrogates(each) for each in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
+    return value
 
 
 def _camel_case(value: Any) -> Any:

@@ -154,6 +154,13 @@ def events_of(
     answer = answer_of(raw)
     if model is not None and _asked_model(answer) is None:
         answer = replace(answer, request=dumped({"model": model}))
+    try:
+        return _events(answer, provider, at_ns)
+    except RecursionError:
+        raise NotExplained("the document is nested deeper than any answer") from None
+
+
+def _events(answer: Answer, provider: str | None, at_ns: int) -> list[UsageEvent]:
     wanted = canonical_provider(provider or answer.provider or _guessed_provider(answer))
     if plain := _plain(answer, wanted, at_ns):
         return [plain]

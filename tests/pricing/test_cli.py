@@ -135,6 +135,7 @@ def test_explain_a_model_without_a_price_names_the_command_that_sets_one(run):
         (("explain", "-"), "", "empty"),
         (("explain", "-"), "{}", "--provider"),
         (("explain", "-"), "[" * 100_000, "--provider"),
+        (("explain", "-"), '{"a":' * 700 + '"\\ud800"' + "}" * 700, "nested deeper"),
         (("explain", "--provider", "nobody", "-"), json.dumps(RESPONSE), "pricing list"),
         (("explain", "--provider", "openai", "-"), '{"model": "gpt-4o"}', "--provider"),
         (("explain", "no-such-event"), None, "no-such-event"),
