@@ -49,6 +49,11 @@ def xai() -> Iterator[Case]:
             "(50000*4 + 150000*1 + 100*12)/M",
         ),
         (
+            "Grok 4 doubled its rates from 128k on",
+            chat("grok-4-0709", 128_000, 100),
+            "(128000*6 + 100*30)/M",
+        ),
+        (
             "sources of a live search",
             chat("grok-4.3", 1000, 100, num_sources_used=5),
             "(1000*1.25 + 100*2.5)/M + 5*25/K",
