@@ -30,10 +30,12 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.store import Store
+from halton_meter.store.rollup import DAY_NS, DAYS_AT_ONCE_MAX
 
 EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "3000000"))
 SQLITE_EVENTS_MAX = 3_000_000
 RUNS = 5
+SPACING_NS = 8 * 10**9  # a request every 8 seconds, until now
 
 _SQLITE = """
 import sqlite3, sys
@@ -44,11 +46,11 @@ connection.execute(
     "FROM requests GROUP BY model").fetchall()
 """
 
-# 40 models, 60 projects, a request every 8 seconds; every 50th fails, every 7th lacks the cache.
-_ROWS = """
+# 40 models, 60 projects; every 50th fails, every 7th lacks the cache.
+_ROWS = f"""
 INSERT INTO event BY NAME SELECT
     md5(CAST(i AS VARCHAR)) AS id,
-    1770000000000000000 + i * 8000000000 AS at_ns,
+    CAST(? AS BIGINT) + i * {SPACING_NS} AS at_ns,
     ['anthropic', 'openai', 'gemini', 'xai', 'groq'][1 + i % 5] AS provider,
     'api.' || (i % 5) || '.example' AS host, 'messages' AS endpoint, 'chat' AS kind,
     'model-' || (hash(i) % 40) AS model, 'model-' || (hash(i) % 40) AS request_model,
@@ -63,14 +65,14 @@ INSERT INTO event BY NAME SELECT
     CASE WHEN i % 5 = 0 THEN hash(i + 3) % 9000 END AS cache_write_5m_tokens,
     hash(i + 4) % 4000 AS output_tokens, hash(i + 4) % 1000 AS reasoning_tokens,
     'reported' AS certainty, 100.5 + hash(i + 5) % 60000 AS duration_ms, 7 AS sighting_rank,
-    '{"parts":[],"conditions":{},"flags":[],"reported_usd":null,"raw_usage":null,"process":null}'
+    '{{"parts":[],"conditions":{{}},"flags":[],"reported_usd":null,"raw_usage":null,"process":null}}'
         AS usage_document,
     CASE WHEN i % 90 > 0 THEN CAST(hash(i + 6) % 2000000000 AS DECIMAL(18,0)) / 1000000000 END
         AS list_usd,
     CASE WHEN i % 90 > 0 THEN CAST(hash(i + 6) % 2000000000 AS DECIMAL(18,0)) / 1000000000 END
         AS marginal_usd,
     CASE WHEN i % 90 > 0 THEN 'computed' ELSE 'unpriced' END AS basis, 'bench' AS price_book,
-    '{"list_usd":null,"marginal_usd":null,"reported_usd":null,"flags":[],"line_items":[]}'
+    '{{"list_usd":null,"marginal_usd":null,"reported_usd":null,"flags":[],"line_items":[]}}'
         AS price_document
 FROM range(CAST(? AS BIGINT)) rows(i)
 """
@@ -96,15 +98,20 @@ def fill(home: Path, events: int) -> None:
         source=Source.PCAP,
         parts=(Usage("model-1", Tokens(input=1)),),
         certainty=Certainty.REPORTED,
-        at_ns=1_769_999_999_000_000_000,
+        at_ns=time.time_ns() - (events + 1) * SPACING_NS,
         ttft_ms=None,
         duration_ms=None,
     )
+    first = PricedEvent(usage, Decimal(1), Decimal(1), None, Basis.COMPUTED)
     with Store(home) as store:
-        store.append([PricedEvent(usage, Decimal(1), Decimal(1), None, Basis.COMPUTED)])
+        store.append([first])
         store.flush()
-    with duckdb.connect(str(Store(home).database_path)) as connection:
-        connection.execute(_ROWS, [events])
+        with duckdb.connect(str(store.database_path)) as connection:
+            connection.execute(_ROWS, [time.time_ns() - events * SPACING_NS, events])
+        # Every flush sums up some days more, as it does over the weeks in which events come.
+        for _ in range(events * SPACING_NS // (DAYS_AT_ONCE_MAX * DAY_NS) + 2):
+            store.append([first])
+            store.flush()
 
 
 def best(command: list[str], home: Path, runs: int = RUNS) -> tuple[float, float]:
@@ -142,7 +149,12 @@ def main() -> None:
         print(f"{EVENTS:,} events, {size / 1e6:,.0f} MB")
         plain = best([*program, "report"], home)
         show("report, cold process", plain, "aim: 0.3 s for 3 million")
-        for options in (["--by", "project,day"], ["--since", "2026-03-01", "--vs-previous"]):
+        for options in (
+            ["--by", "project,day"],
+            ["--since", "30d", "--vs-previous"],
+            ["--by", "project"],
+            ["--project", "project-7"],
+        ):
             show(f"report {' '.join(options)}", best([*program, "report", *options], home, 3))
         if EVENTS > SQLITE_EVENTS_MAX:
             return

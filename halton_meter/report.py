@@ -23,6 +23,7 @@ from typing import Any
 
 from halton_meter.model import TOKEN_NAMES, rfc3339, usd_text
 from halton_meter.store import NothingStored, Reader, Selection, Store
+from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
 
 PERCENTILE_EVENTS = 500_000
 # Below this, finding out which columns are empty takes longer than summing them.
@@ -49,25 +50,12 @@ DIMENSIONS: dict[str, str] = {
     "error_class": "error_class",
 }
 
+# Any dimension's sums add up to the totals; this one's are the fewest.
+_FEWEST_VALUES = "provider"
 _EXACT = Context(prec=200)
 _SECOND_NS = 1_000_000_000
 _DAY_NS = 86_400 * _SECOND_NS
 _PERCENTILES = ("quantile_disc(duration_ms, 0.95)", "quantile_disc(list_usd, 0.95)")
-# Sums that nearly every report would find empty cost as much as the others, so that cut-off and
-# estimated exchanges, which are rare, are counted by queries of their own (`_coverage`).
-# The same goes for columns that no event fills: `_filled` finds them in the file's statistics.
-_SUMS = {
-    "requests": "count(*)",
-    **{f"{name}_tokens": f"sum({name}_tokens)" for name in TOKEN_NAMES},
-    **{
-        name: f"sum({name})"
-        for column in ("list_usd", "marginal_usd", "reported_usd")
-        for name in (column, f"{column}_rest")
-    },
-    "unpriced_requests": "count(*) FILTER (WHERE basis = 'unpriced')",
-    "errors": "count(error_class)",
-}
-
 
 # --- what is asked -------------------------------------------------------------------------------
 
@@ -322,7 +310,8 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     percentiles = question.percentiles
     if percentiles is None:
         percentiles = count <= PERCENTILE_EVENTS
-    groups = _grouped(reader, selection, question.by, percentiles, count > FEW_EVENTS)
+    many = count > FEW_EVENTS
+    groups = _grouped(reader, selection, question.by, percentiles, many)
     totals = _total(reader, selection, groups, percentiles)
     report = Report(
         by=question.by,
@@ -330,12 +319,12 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
         to_ns=selection.to_ns if selection.to_ns is not None else last,
         totals=totals,
         groups=_ranked(groups, totals, question.by),
-        coverage=_coverage(reader, selection, totals, waiting),
+        coverage=_coverage(reader, selection, totals, waiting, many),
         trend=_trend(reader, selection, last, question.now_ns),
     )
     if question.previous is None:
         return report
-    return _compared(reader, report, question.previous, percentiles, count > FEW_EVENTS)
+    return _compared(reader, report, question.previous, percentiles, many)
 
 
 def _span(reader: Reader, selection: Selection) -> tuple[int | None, int | None, int]:
@@ -352,24 +341,40 @@ _Groups = dict[tuple[str | None, ...], Figures]
 def _grouped(
     reader: Reader, selection: Selection, by: tuple[str, ...], percentiles: bool, many: bool
 ) -> _Groups:
+    if many and not percentiles and (rolled := _from_days(reader, selection, by)) is not None:
+        return rolled
     where, parameters = selection.where()
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
     filled = _filled(reader) if many else {}
-    sums = [sql if filled.get(name, True) else "NULL" for name, sql in _SUMS.items()]
+    sums = [sql if filled.get(name, True) else "NULL" for name, sql in DAY_SUMS.items()]
     picked = ", ".join([*keys, *sums, *(_PERCENTILES if percentiles else ())])
     sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
+    return _groups_of(reader.rows(sql, parameters), len(keys))
+
+
+def _from_days(reader: Reader, selection: Selection, by: tuple[str, ...]) -> _Groups | None:
+    """The same from the sums of days, where these are all that is asked for."""
+    if len(by) > 1:
+        return None
+    totals = reader.totals_by(DIMENSIONS[by[0]] if by else _FEWEST_VALUES, selection)
+    if totals is None:
+        return None
+    sums = ", ".join(f"sum({name})" for name in DAY_SUMS)
+    sql = f"SELECT value, {sums} FROM {totals} GROUP BY 1" if by else f"SELECT {sums} FROM {totals}"
+    return _groups_of(reader.rows(sql), len(by))
+
+
+def _groups_of(rows: list[tuple[Any, ...]], keys: int) -> _Groups:
     return {
-        tuple(None if key is None else str(key) for key in row[: len(keys)]): _figures(
-            row[len(keys) :]
-        )
-        for row in reader.rows(sql, parameters)
+        tuple(None if key is None else str(key) for key in row[:keys]): _figures(row[keys:])
+        for row in rows
     }
 
 
 def _filled(reader: Reader) -> dict[str, bool]:
     """Whether any event at all has a value in a column that is summed, by column."""
-    columns = [name for name, sql in _SUMS.items() if sql == f"sum({name})"]
+    columns = [name for name, sql in DAY_SUMS.items() if sql == f"sum({name})"]
     found = reader.rows(
         " UNION ALL ".join(
             f"(SELECT '{name}' FROM event WHERE {name} IS NOT NULL LIMIT 1)" for name in columns
@@ -391,8 +396,8 @@ def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: b
 
 
 def _figures(row: tuple[Any, ...]) -> Figures:
-    values = dict(zip(_SUMS, row, strict=False))
-    percentiles = row[len(_SUMS) :]
+    values = dict(zip(DAY_SUMS, row, strict=False))
+    percentiles = row[len(DAY_SUMS) :]
     return Figures(
         requests=int(values["requests"]),
         tokens={name: _whole(values[f"{name}_tokens"]) for name in TOKEN_NAMES},
@@ -474,25 +479,26 @@ def _compared(
     )
 
 
-def _coverage(reader: Reader, selection: Selection, totals: Figures, waiting: int) -> Coverage:
-    where, parameters = selection.where()
-
-    def counts(*conditions: str) -> list[int]:
-        # apart, so that each skips the parts of the file that hold no such event
-        apart = [f"(SELECT count(*) FROM event WHERE {each} AND {where})" for each in conditions]
-        return [
-            int(n) for n in reader.rows(f"SELECT {', '.join(apart)}", parameters * len(apart))[0]
-        ]
-
-    aborted, gapped, estimated, pending = counts(
-        "outcome = 'aborted'", "outcome = 'gapped'", "certainty = 'estimated'", "free = 'pending'"
+def _coverage(
+    reader: Reader, selection: Selection, totals: Figures, waiting: int, many: bool
+) -> Coverage:
+    counted = _counted_by_days(reader, selection) if many else None
+    aborted, gapped, estimated, pending = counted or _counts(
+        reader,
+        selection,
+        "outcome = 'aborted'",
+        "outcome = 'gapped'",
+        "certainty = 'estimated'",
+        "free = 'pending'",
     )
     if pending:
         # What a later answer settled is not pending: both carry the provider's response id.
-        (pending,) = counts(
+        (pending,) = _counts(
+            reader,
+            selection,
             "free = 'pending' AND NOT EXISTS (SELECT 1 FROM event AS answer WHERE "
             "answer.provider = event.provider AND answer.response_id = event.response_id "
-            "AND answer.free IS DISTINCT FROM 'pending')"
+            "AND answer.free IS DISTINCT FROM 'pending')",
         )
     return Coverage(
         complete=totals.requests - aborted - gapped,
@@ -502,18 +508,42 @@ def _coverage(reader: Reader, selection: Selection, totals: Figures, waiting: in
         estimated_requests=estimated,
         pending=pending,
         waiting=waiting,
-        unpriced_models=_unpriced_models(reader, selection) if totals.unpriced_requests else (),
+        unpriced_models=_unpriced_models(reader, selection, many)
+        if totals.unpriced_requests
+        else (),
         losses=reader.losses(selection),
     )
 
 
+def _counts(reader: Reader, selection: Selection, *conditions: str) -> list[int]:
+    """How many events meet each; apart, so that each skips the parts of the file without any."""
+    where, parameters = selection.where()
+    apart = [f"(SELECT count(*) FROM event WHERE {each} AND {where})" for each in conditions]
+    return [int(n) for n in reader.rows(f"SELECT {', '.join(apart)}", parameters * len(apart))[0]]
+
+
+def _counted_by_days(reader: Reader, selection: Selection) -> list[int] | None:
+    totals = reader.totals_by(_FEWEST_VALUES, selection)
+    if totals is None:
+        return None
+    sums = ", ".join(f"coalesce(sum({name}), 0)" for name in DAY_COUNTS)
+    return [int(count) for count in reader.rows(f"SELECT {sums} FROM {totals}")[0]]
+
+
 def _unpriced_models(
-    reader: Reader, selection: Selection
+    reader: Reader, selection: Selection, many: bool
 ) -> tuple[tuple[str, str | None, int], ...]:
     where, parameters = selection.where()
+    source = f"(SELECT provider, model, 1 AS n FROM event WHERE basis = 'unpriced' AND {where})"
+    totals = reader.totals_by("model", selection) if many else None
+    if totals is not None:
+        source, parameters = (
+            f"(SELECT provider, value AS model, unpriced_requests AS n FROM {totals} "
+            "WHERE unpriced_requests > 0)",
+            [],
+        )
     rows = reader.rows(
-        "SELECT provider, model, count(*) FROM event "
-        f"WHERE basis = 'unpriced' AND {where} GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2 "
+        f"SELECT provider, model, sum(n) FROM {source} GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2 "
         f"LIMIT {UNPRICED_MODELS_MAX}",
         parameters,
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from halton_meter.store.driver import driver, quoted
 from halton_meter.store.home import private_file
 from halton_meter.store.journal import checked
+from halton_meter.store.rollup import DAY_NS, unroll
 from halton_meter.store.rows import json_types
 from halton_meter.store.schema import EVENT_COLUMNS, TEXT
 
@@ -125,12 +126,14 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
     names = ", ".join(EVENT_COLUMNS)
     cast = ", ".join(f"CAST({n} AS {t})" if types[n] != t else n for n, t in EVENT_COLUMNS.items())
     replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
-    stored = connection.execute(
+    days = connection.execute(
         f"INSERT INTO event ({names}) SELECT {cast} FROM {lines} WHERE loss_cause IS NULL "
         "QUALIFY row_number() OVER "
         "(PARTITION BY id ORDER BY sighting_rank DESC, pid IS NOT NULL DESC) = 1 "
-        f"ON CONFLICT (id) DO UPDATE SET {replaced} WHERE {_RANK_BETTER}"
+        f"ON CONFLICT (id) DO UPDATE SET {replaced}, earlier_at_ns = event.at_ns "
+        f"WHERE {_RANK_BETTER} RETURNING at_ns // {DAY_NS}, earlier_at_ns // {DAY_NS}"
     ).fetchall()
+    unroll(connection, (day for both in days for day in both if day is not None))
     losses = connection.execute(
         f"SELECT count(*) FROM {lines} WHERE loss_cause IS NOT NULL"
     ).fetchall()
@@ -139,4 +142,4 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
             f"INSERT OR IGNORE INTO loss SELECT id, loss_cause, loss_count, at_ns FROM {lines} "
             "WHERE loss_cause IS NOT NULL"
         )
-    return int(stored[0][0]), int(losses[0][0])
+    return len(days), int(losses[0][0])

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.model import PricedEvent
+from halton_meter.store.rollup import totals_by
 from halton_meter.store.rows import decimal_of, event_from_row, loads
 from halton_meter.store.schema import EVENT_COLUMNS
 
@@ -47,6 +48,7 @@ class Reader:
 
     def __init__(self, connection: DuckDBPyConnection) -> None:
         self.connection = connection
+        self._rolled_days: list[int] | None = None
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one SELECT and return all its rows; for aggregates, which are few."""
@@ -76,6 +78,18 @@ class Reader:
             for row in rows:
                 values = dict(zip((*EVENT_COLUMNS, "revision"), row, strict=True))
                 yield event_from_row(values), int(values["revision"])
+
+    def totals_by(self, dimension: str, selection: Selection) -> str | None:
+        """A subquery of sums by one dimension, quicker than the events; None where there is none.
+
+        See `rollup.totals_by` for its columns.
+        """
+        if selection != Selection(selection.from_ns, selection.to_ns):
+            return None
+        if self._rolled_days is None:
+            found = self.rows("SELECT day FROM rolled_day ORDER BY day")
+            self._rolled_days = [int(day) for (day,) in found]
+        return totals_by(dimension, self._rolled_days, selection.from_ns, selection.to_ns)
 
     def losses(self, selection: Selection = Selection()) -> dict[str, int]:
         """What was lost within the selection's time, by cause."""

@@ -5,6 +5,8 @@ whole pico-dollars, rounded down) plus `*_usd_rest` (what lies below, to 37 plac
 nothing does), so that sums over millions of rows are exact too.
 """
 
+# ruff: noqa: S608 (every name put into SQL comes from a constant of this file)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -73,6 +75,48 @@ def _defined(columns: Mapping[str, str]) -> str:
     return ", ".join(f"{n} {t}{' NOT NULL' if n in _NOT_NULL else ''}" for n, t in columns.items())
 
 
+# What is summed over events, for groups of a report and for a day; see `rollup.py`.
+DAY_SUMS: dict[str, str] = {
+    "requests": "count(*)",
+    **{f"{name}_tokens": f"sum({name}_tokens)" for name in TOKEN_NAMES},
+    **{
+        name: f"sum({name})"
+        for column in ("list_usd", "marginal_usd", "reported_usd")
+        for name in (column, f"{column}_rest")
+    },
+    "unpriced_requests": "count(*) FILTER (WHERE basis = 'unpriced')",
+    "errors": "count(error_class)",
+}
+DAY_COUNTS: dict[str, str] = {
+    "aborted": "count(*) FILTER (WHERE outcome = 'aborted')",
+    "gapped": "count(*) FILTER (WHERE outcome = 'gapped')",
+    "estimated": "count(*) FILTER (WHERE certainty = 'estimated')",
+    "pending": "count(*) FILTER (WHERE free = 'pending')",
+}
+# What events are grouped by, as columns.
+DIMENSION_COLUMNS = (
+    "model",
+    "project",
+    "provider",
+    "process",
+    "kind",
+    "endpoint",
+    "host",
+    "user_name",
+    "git_branch",
+    "source",
+    "error_class",
+)
+
+
+def _sum_type(name: str) -> str:
+    if name.endswith("_tokens"):
+        return "HUGEINT"
+    return USD_REST if name.endswith("_rest") else USD if name.endswith("_usd") else "BIGINT"
+
+
+_DAY_COLUMNS = ", ".join(f"{name} {_sum_type(name)}" for name in (*DAY_SUMS, *DAY_COUNTS))
+
 # Ordered; entry N brings a database of version N to version N + 1. Never edit one that shipped.
 MIGRATIONS: tuple[str, ...] = (
     f"""
@@ -89,6 +133,19 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
         * EXCLUDE (at_ns, sighting_rank, list_usd_rest, marginal_usd_rest, reported_usd_rest)
         FROM event;
+    """,
+    # `earlier_at_ns` is when the sighting that a better one replaced said that it was: the sums of
+    # that day change with it.
+    f"""
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN earlier_at_ns BIGINT;
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    CREATE TABLE rolled_day (day INTEGER NOT NULL);
+    CREATE TABLE day_total (day INTEGER NOT NULL, dimension VARCHAR NOT NULL, value VARCHAR,
+        provider VARCHAR, {_DAY_COLUMNS});
     """,
 )
 

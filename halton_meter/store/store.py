@@ -21,6 +21,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from halton_meter.store.home import Home, default_home, private_file
 from halton_meter.store.intake import Flushed, move_segment
 from halton_meter.store.journal import Journal, event_line, is_locked, loss_line
 from halton_meter.store.reader import Reader, Selection
+from halton_meter.store.rollup import DAY_NS, roll, unroll
 from halton_meter.store.rows import dumps, json_types, price_values, same_price
 from halton_meter.store.schema import PRICE_COLUMNS
 
@@ -126,6 +128,7 @@ class Store:
             done = Flushed()
             try:
                 done = self._move_segments(connection)
+                _roll(connection)
             finally:
                 with contextlib.suppress(driver().Error):  # a full disk fails again on close
                     connection.close()
@@ -212,6 +215,12 @@ class Store:
         if dry_run or not count:
             return count
         with self._database.writing() as connection:
+            days = connection.execute(
+                f"SELECT DISTINCT at_ns // {DAY_NS} FROM event "
+                "WHERE project IS NOT DISTINCT FROM ?",
+                [before],
+            ).fetchall()
+            unroll(connection, (day for (day,) in days))
             changed = connection.execute(
                 "UPDATE event SET project = ? WHERE project IS NOT DISTINCT FROM ?",
                 [after, before],
@@ -253,6 +262,10 @@ class Store:
                 f"{{'id': 'VARCHAR', 'revision': 'INTEGER', {columns}}})",
                 [str(spool)],
             )
+            days = connection.execute(
+                f"SELECT DISTINCT at_ns // {DAY_NS} FROM event JOIN revised USING (id)"
+            ).fetchall()
+            unroll(connection, (day for (day,) in days))
             connection.execute(
                 f"INSERT INTO superseded_price (event_id, {names}, revision, superseded_at_ns) "
                 f"SELECT id, {', '.join(f'e.{n}' for n in PRICE_COLUMNS)}, e.revision, ? "
@@ -264,3 +277,14 @@ class Store:
                 f"UPDATE event SET {changes}, revision = event.revision + 1 FROM revised r "
                 "WHERE event.id = r.id AND event.revision = r.revision"
             )
+
+
+def _roll(connection: DuckDBPyConnection) -> None:
+    """Keep the sums of days up to date; without them, reports are only slower."""
+    connection.execute("BEGIN")
+    try:
+        roll(connection, time.time_ns())
+        connection.execute("COMMIT")
+    except driver().Error:
+        with contextlib.suppress(driver().Error):
+            connection.execute("ROLLBACK")
