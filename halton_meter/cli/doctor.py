@@ -275,8 +275,11 @@ def _tools(machine: Machine) -> Iterator[Finding]:
         yield Finding("tshark", None, text)
     if machine.platform == "macos":
         yield Finding("probes", None, "macOS has no uprobes: the proxy meters instead")
-    elif not Path("/sys/kernel/btf/vmlinux").exists():
-        yield Finding("probes", None, "this kernel has no BTF: the proxy meters instead")
-    else:
-        text = "this kernel can; they need root (sudo halton-meter start)"
-        yield Finding("probes", True if os.geteuid() == 0 else None, text)
+        return
+    from capture.environment import check_environment
+
+    missing = check_environment()
+    for problem in missing:
+        yield Finding("probes", None, f"{problem.what} ({problem.command})")
+    if not missing:
+        yield Finding("probes", True, "this machine can: sudo halton-meter start")
