@@ -461,6 +461,26 @@ def test_each_file_is_attached_once(bench: Bench) -> None:
     assert len(source.status().libraries) == 1
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_in_a_nested_pid_namespace_processes_have_its_ids(bench: Bench, loader: str) -> None:
+    """As in WSL2, whose distributions live in one, and in a container with rights of its own."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable]
+    done = subprocess.run(
+        [*command, CLIENTS / "nested.py", str(bench.libssl), PROVIDER, loader],
+        env=bench.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    (heard,) = bench.server.heard_by(PROVIDER)
+    assert (seen["sent"], seen["received"]) == (len(heard.received), len(heard.sent))
+    assert 1 < seen["pid"] < 1000
+    assert seen["parents"][0][0] == seen["client"]
+    assert seen["argv"][1].endswith("exchanges.py")
+
+
 def test_one_file_under_two_identities_gives_each_byte_once(bench: Bench) -> None:
     """As two containers of one image have it: two overlays, one inode underneath, probed twice."""
     seen_as = []
