@@ -23,7 +23,9 @@ PROVIDER_ALIASES = {
     "bedrock_mantle": "bedrock", "bedrock_converse": "bedrock", "ollama_cloud": "ollama",
     "mistral_ai": "mistral", "x.ai": "xai", "z.ai": "zai", "azure_ai": "azure_ai_foundry",
     "perplexity_ai": "perplexity", "hugging_face": "huggingface",
-    "vercel": "vercel_gateway", "vercel_ai_gateway": "vercel_gateway",
+    "vercel": "vercel_gateway", "vercel_ai_gateway": "vercel_gateway", "googleai": "gemini",
+    "google_ai_gemini": "gemini", "google_gla": "gemini", "google_vertex_ai": "vertex",
+    "google_vertexai": "vertex", "azure_openai_service": "azure_openai", "deepseek_ai": "deepseek",
 }  # fmt: skip
 
 # Where else a provider's models are priced: it sells another provider's models at that one's rates.
@@ -81,7 +83,8 @@ _NAME_CHARS_MAX = 256
 def canonical_provider(name: str) -> str:
     """Our id of a provider that a person or another tool names."""
     lower = name.strip().lower()
-    return PROVIDER_ALIASES.get(lower, lower)
+    plain = lower.replace("-", "_").replace(" ", "_")
+    return PROVIDER_ALIASES.get(lower) or PROVIDER_ALIASES.get(plain) or lower
 
 
 def price_providers(provider: str, model: str) -> tuple[str, ...]:

@@ -118,6 +118,8 @@ _PATHS = {
     ),
     "complete": ("/v1/complete",),
 }
+# Makers under whose names are prices, and the provider whose traffic is read.
+_READ_AS = {"moonshotai": "moonshot", "voyageai": "voyage", "zhipuai": "zai"}
 _VERTEX_PLACE = re.compile(r"(.+)-aiplatform\.googleapis\.com")
 _MESSAGES = ("messages", "rawPredict", "invoke")
 # Endpoints whose bodies are the messages of a WebSocket.
@@ -161,7 +163,8 @@ def events_of(
 
 
 def _events(answer: Answer, provider: str | None, at_ns: int) -> list[UsageEvent]:
-    wanted = canonical_provider(provider or answer.provider or _guessed_provider(answer))
+    named = canonical_provider(provider or answer.provider or _guessed_provider(answer))
+    wanted = _READ_AS.get(named, named)
     if plain := _plain(answer, wanted, at_ns):
         return [plain]
     events = _read(answer, wanted, at_ns)
