@@ -25,7 +25,8 @@ from halton_meter.providers.anthropic import (
 )
 from halton_meter.providers.bodies import documents, form
 from halton_meter.providers.estimate import texts_keyed
-from halton_meter.providers.openai_text import route, text_routes, usage_tokens
+from halton_meter.providers.openai_text import route, text_routes
+from halton_meter.providers.openai_usage import usage_tokens
 from halton_meter.providers.reading import Draft, begin, unanswered
 from halton_meter.providers.values import (
     Counts,

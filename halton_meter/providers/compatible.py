@@ -15,14 +15,8 @@ from halton_meter.providers.anthropic import read_count, read_messages
 from halton_meter.providers.bodies import documents
 from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import media_routes
-from halton_meter.providers.openai_text import (
-    Dialect,
-    cost_of,
-    read_chat,
-    route,
-    text_routes,
-    usage_tokens,
-)
+from halton_meter.providers.openai_text import read_chat, route, text_routes
+from halton_meter.providers.openai_usage import Dialect, cost_of, usage_tokens
 from halton_meter.providers.reading import Draft, begin, failed, unanswered
 from halton_meter.providers.values import (
     Counts,

@@ -21,7 +21,8 @@ from halton_meter.providers.bodies import documents, form
 from halton_meter.providers.errors import error_object
 from halton_meter.providers.estimate import texts_under
 from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import Dialect, route, text_routes
+from halton_meter.providers.openai_text import route, text_routes
+from halton_meter.providers.openai_usage import Dialect
 from halton_meter.providers.reading import Draft, begin, failed, unanswered
 from halton_meter.providers.values import (
     Counts,

@@ -11,7 +11,8 @@ from dataclasses import replace
 from halton_meter.model import Usage
 from halton_meter.providers import Provider
 from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import Dialect, text_routes, usage_tokens
+from halton_meter.providers.openai_text import text_routes
+from halton_meter.providers.openai_usage import Dialect, usage_tokens
 from halton_meter.providers.reading import Draft
 from halton_meter.providers.values import Counts, Json, Verbatim, as_dict, as_name, dicts
 from halton_meter.wire import formats

@@ -22,7 +22,8 @@ from halton_meter.providers.openai_media import (
     media_routes,
     read_moderation,
 )
-from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
+from halton_meter.providers.openai_text import read_chat, route, text_routes
+from halton_meter.providers.openai_usage import Dialect
 from halton_meter.providers.reading import Draft, begin, failed, unanswered
 from halton_meter.providers.values import (
     Counts,

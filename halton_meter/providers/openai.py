@@ -13,7 +13,8 @@ from dataclasses import replace
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import read_responses, route, text_routes
+from halton_meter.providers.openai_responses import read_responses
+from halton_meter.providers.openai_text import route, text_routes
 
 _REGIONS = ("eu", "us", "au", "ca", "in", "jp", "kr", "sg", "gb", "ae")
 _REGION = re.compile(rf"({'|'.join(_REGIONS)})\.api\.openai\.com")

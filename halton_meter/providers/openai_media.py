@@ -17,15 +17,9 @@ from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created
 from halton_meter.providers.bodies import documents, form
-from halton_meter.providers.openai_text import (
-    OPENAI,
-    Dialect,
-    Finish,
-    fill_response,
-    nothing,
-    route,
-    usage_tokens,
-)
+from halton_meter.providers.openai_responses import fill_response
+from halton_meter.providers.openai_text import route
+from halton_meter.providers.openai_usage import OPENAI, Dialect, Finish, nothing, usage_tokens
 from halton_meter.providers.reading import Draft, begin, failed, unanswered
 from halton_meter.providers.values import (
     Counts,

@@ -21,14 +21,8 @@ from halton_meter.providers.bedrock import RUNTIME_ROUTES as BEDROCK_ROUTES
 from halton_meter.providers.gemini import content_routes
 from halton_meter.providers.groq import by_model
 from halton_meter.providers.openai_media import media_routes, read_video_job
-from halton_meter.providers.openai_text import (
-    Dialect,
-    chat_event,
-    cost_of,
-    read_chat,
-    route,
-    text_routes,
-)
+from halton_meter.providers.openai_text import chat_event, read_chat, route, text_routes
+from halton_meter.providers.openai_usage import Dialect, cost_of
 from halton_meter.providers.reading import Draft, begin
 from halton_meter.providers.values import Counts, Json, Verbatim, as_amount, as_dict, as_name
 

@@ -24,7 +24,8 @@ from halton_meter.providers.openai_media import (
     read_video_job,
     realtime_route,
 )
-from halton_meter.providers.openai_text import Dialect, read_chat, route, text_routes
+from halton_meter.providers.openai_text import read_chat, route, text_routes
+from halton_meter.providers.openai_usage import Dialect
 from halton_meter.providers.reading import Draft, begin, failed
 from halton_meter.providers.values import Counts, Json, Verbatim, as_amount, as_dict, as_id, dicts
 
