@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.gemini import fill_generated
+from halton_meter.providers.gemini_content import fill_generated
 from halton_meter.providers.openai_text import route
 from halton_meter.providers.openai_usage import Dialect, usage_tokens
 from halton_meter.providers.reading import Draft, unanswered

@@ -18,7 +18,7 @@ from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.anthropic import message_event, read_messages
 from halton_meter.providers.bedrock import RUNTIME_ROUTES as BEDROCK_ROUTES
-from halton_meter.providers.gemini import content_routes
+from halton_meter.providers.gemini_content import content_routes
 from halton_meter.providers.groq import by_model
 from halton_meter.providers.openai_media import media_routes, read_video_job
 from halton_meter.providers.openai_text import chat_event, read_chat, route, text_routes

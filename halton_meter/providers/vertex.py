@@ -15,13 +15,13 @@ from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import message_event, read_count
 from halton_meter.providers.bodies import documents
-from halton_meter.providers.gemini import (
-    LIVE,
+from halton_meter.providers.gemini_content import (
     THINKING_HIDDEN,
     content_routes,
     read_cache_made,
     read_gemini_count,
 )
+from halton_meter.providers.gemini_live import LIVE
 from halton_meter.providers.openai_text import chat_event, route, text_routes
 from halton_meter.providers.reading import begin, unanswered
 from halton_meter.providers.values import Json, as_id, as_name
