@@ -45,7 +45,10 @@ LOSSES_SHOWN = 6
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
 
 
-def _read_by(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+def _read_by(
+    _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    text = ",".join(given)
     names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
     wrong = [name for name in names if name not in DIMENSIONS]
     if wrong or not names or len(set(names)) < len(names):
@@ -66,11 +69,12 @@ Examples:
 @selection_options
 @click.option(
     "--by",
-    default="model",
-    show_default=True,
+    multiple=True,
+    default=("model",),
+    show_default="model",
     callback=_read_by,
     metavar="NAME[,NAME]",
-    help=f"Group by: {', '.join(DIMENSIONS)}.",
+    help=f"Group by: {', '.join(DIMENSIONS)}; several together.",
 )
 @click.option("--vs-previous", is_flag=True, help="Compare with the period of equal length before.")
 @click.option(
@@ -178,7 +182,10 @@ def _heading(answer: Report) -> str:
 
 
 def _period(from_ns: int | None, to_ns: int | None) -> str:
-    """Local time; an end at midnight is the end of the day before."""
+    """Local time; whole days are told by their dates, the last of them included."""
+    if from_ns is not None and to_ns is not None and _is_midnight(from_ns) and _is_midnight(to_ns):
+        first, last = _local(from_ns)[:10], _local(to_ns - 1)[:10]
+        return first if first == last else f"{first} to {last}"
     if from_ns is None:
         return "until now" if to_ns is None else f"until {_local(to_ns)}"
     if to_ns is None:
@@ -190,14 +197,17 @@ def _local(at_ns: int) -> str:
     return datetime.fromtimestamp(at_ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M")
 
 
+def _is_midnight(at_ns: int) -> bool:
+    return at_ns % 60_000_000_000 == 0 and _local(at_ns).endswith(" 00:00")
+
+
 def _summary(answer: Report, places: int) -> str:
     totals = answer.totals
     line = f"{styled(money_text(totals.list_usd, places), 'bold')} at list price"
     if totals.marginal_usd is not None and totals.marginal_usd != totals.list_usd:
         line += f" ({money_text(totals.marginal_usd, places)} on top of flat plans)"
     if answer.previous is not None:
-        line += f", {_change(answer.previous, totals)} the period before"
-        line += f" ({money_text(answer.previous.list_usd, places)})"
+        line += f", {_compared(answer.previous, totals, places)}"
     facts = [_requests(totals.requests), _tokens_line(totals.tokens)]
     if totals.errors:
         facts.append(f"{totals.errors:,} errors")
@@ -216,6 +226,12 @@ def _tokens_line(tokens: dict[str, int | None]) -> str:
 def _known(tokens: dict[str, int | None], names: tuple[str, ...]) -> int | None:
     known = [count for name in names if (count := tokens[name]) is not None]
     return sum(known) if known else None
+
+
+def _compared(before: Figures, after: Figures, places: int) -> str:
+    if not before.requests:
+        return "no requests in the period before"
+    return f"{_change(before, after)} the period before ({money_text(before.list_usd, places)})"
 
 
 def _change(before: Figures, after: Figures) -> str:
@@ -287,8 +303,8 @@ def _coverage(answer: Report) -> str:
         lines.append(f"{_requests(coverage.estimated_requests)} with estimated token counts.")
     if coverage.aborted or coverage.gapped:
         lines.append(
-            f"{coverage.aborted:,} exchanges were cut off, {coverage.gapped:,} have gaps: their "
-            "figures may be too low."
+            f"Cut off: {_requests(coverage.aborted)}; with gaps: {_requests(coverage.gapped)}. "
+            "Their figures may be too low."
         )
     if coverage.pending:
         lines.append(f"{_requests(coverage.pending)} not answered yet: usage is still to come.")

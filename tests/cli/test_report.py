@@ -53,7 +53,7 @@ def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     assert "75.0" in text
     assert "unpriced, not free" in text
     assert "halton-meter pricing set brand-new --provider anthropic" in text
-    assert "1 have gaps" in text
+    assert "Cut off: 0 requests; with gaps: 1 request." in text
     assert "\x1b" not in text
 
 
@@ -92,6 +92,28 @@ def test_a_week_is_compared_with_the_week_before(home: Path) -> None:
     answer = json.loads(run("--since", "7d", "--vs-previous", "--json"))
     assert answer["previous"]["totals"]["list_usd"] == "2"
     assert answer["groups"][0]["previous"]["list_usd"] == "2"
+
+
+def test_a_first_week_has_nothing_to_be_compared_with(home: Path) -> None:
+    keep(home, made("a", "3", at_ns=time.time_ns() - DAY_NS))
+    text = run("--since", "7d", "--vs-previous")
+    assert "$3.0000 at list price, no requests in the period before\n" in text
+
+
+def test_whole_days_are_told_by_their_dates(home: Path) -> None:
+    keep(home, made())
+    assert "2026-03-09 to 2026-03-10, by" in run("--from", "2026-03-09", "--to", "2026-03-10")
+    assert "Meter  2026-03-10, by" in run("--from", "2026-03-10", "--to", "2026-03-10")
+    assert "2026-03-10 11:30 to 2026-03-11 00:00" in run(
+        "--from", "2026-03-10T11:30:00", "--to", "2026-03-10"
+    )
+
+
+def test_dimensions_may_be_named_together_or_one_by_one(home: Path) -> None:
+    keep(home, made())
+    together = run("--by", "project,model")
+    assert "PROJECT  MODEL" in together
+    assert run("--by", "project", "--by", "model") == together
 
 
 def test_nothing_stored_and_nothing_found_are_said_kindly(home: Path) -> None:
