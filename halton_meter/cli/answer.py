@@ -44,8 +44,23 @@ _CONDITIONS = {
 }
 # Fields that say it in the words of a request, where units alone are stated.
 _MADE = {"size": "image_size", "quality": "image_quality"}
-_UNIT_SYNONYMS = {"duration_seconds": "audio_seconds", "audio_duration_seconds": "audio_seconds"}
+# As a person may write down what a call used.
+_UNIT_SYNONYMS = {
+    "duration_seconds": "audio_seconds",
+    "audio_duration": "audio_seconds",
+    "audio_duration_seconds": "audio_seconds",
+    "video_duration": "video_seconds",
+    "video_duration_seconds": "video_seconds",
+    "web_searches": "web_search_requests",
+    "web_fetches": "web_fetch_requests",
+    "file_searches": "file_search_calls",
+    "num_images": "images",
+    "image_count": "images",
+    "character_count": "characters",
+    "page_count": "pages",
+}
 _STREAMED = re.compile(r"message_(?:start|delta)$|chat\.completion\.chunk$")
+_ON_SOCKETS = ("response.", "session.", "conversation.")
 _ADJACENT_DATA = re.compile(rb"(?m)^(data:[^\r\n]*)\r?\n(?=(?:data|event):)")
 
 
@@ -139,7 +154,7 @@ def _bare(document: Any, raw: bytes) -> Answer:
 
 def _listed(document: list[Any], raw: bytes) -> Answer:
     events = [each for each in document if isinstance(each, dict)]
-    if events and str(events[0].get("type")).startswith("response."):
+    if events and str(events[0].get("type")).startswith(_ON_SOCKETS):
         return Answer(b"\n".join(map(dumped, events)), None)  # a socket has many responses
     is_gemini = any("candidates" in each or "usageMetadata" in each for each in events)
     is_stream = len(events) > 1 or any(_is_streamed(each) for each in events)
@@ -252,7 +267,7 @@ def _units(document: Json) -> dict[str, Decimal]:
     found: dict[str, Decimal] = {}
     for holder in (document, usage, tools if isinstance(tools, dict) else {}):
         for name, value in holder.items():
-            unit = _UNIT_SYNONYMS.get(name, name)
+            unit = _UNIT_SYNONYMS.get(name, name) if holder is document else name
             amount = as_amount(value) if unit in UNIT_DIMENSIONS else None
             if amount is not None:
                 found.setdefault(unit, amount)

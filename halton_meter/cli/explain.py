@@ -173,7 +173,9 @@ def _events(answer: Answer, provider: str | None, at_ns: int) -> list[UsageEvent
             f"this is no response of {wanted} that carries usage; "
             "name the provider: halton-meter pricing explain --provider P FILE"
         )
-    events = [_without_made_up_model(event) for event in events]
+    # Of several sightings of one response the last is whole.
+    once = {event.id: event for event in events}
+    events = [_without_made_up_model(event) for event in once.values()]
     first = events[0]
     known = first.units
     if beside := {name: n for name, n in answer.units.items() if name not in known}:
@@ -251,7 +253,6 @@ def _plain(answer: Answer, provider: str, at_ns: int) -> UsageEvent | None:
 # What tells one API's answers from another's: of each row that holds, its endpoints are tried, the
 # more telling rows first. A test sees the document (of a stream its first event) and its usage.
 _TELLING: tuple[tuple[Callable[[Json, Json], bool], tuple[str, ...]], ...] = (
-    (lambda d, u: d.get("type") == "response.done", ("realtime",)),
     (lambda d, u: _type(d).startswith("response.") and "response" in d, ("responses_socket",)),
     (lambda d, u: _type(d).startswith("transcript."), ("audio_transcriptions",)),
     (lambda d, u: _type(d) == "message_start", _MESSAGES),
@@ -325,7 +326,10 @@ def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
     seen: list[list[UsageEvent]] = []
-    for place in _places(answer, own, _endpoints(document, wanted), model):
+    likely = _endpoints(document, wanted)
+    if b'"response.done"' in answer.body:  # the events of a voice session
+        likely.insert(0, "realtime")
+    for place in _places(answer, own, likely, model):
         if (events := _at(place, answer, wanted, at_ns, model)) is None:
             continue
         if any(_says_something(event) for event in events):

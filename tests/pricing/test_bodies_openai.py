@@ -190,6 +190,12 @@ def openai_text() -> Iterator[Case]:
         f"0.5*{SOL_SUM} + (10*4 + 10*20)/M",
     )
     yield (
+        "a response whose end is seen twice is billed once",
+        "openai",
+        lines([*EVENTS, EVENTS[-1]]),
+        f"0.5*{SOL_SUM}",
+    )
+    yield (
         "counting tokens is free",
         "openai",
         {"object": "response.input_tokens", "input_tokens": 100},
@@ -324,6 +330,44 @@ def openai_media() -> Iterator[Case]:
         },
         "(700*32 + 300*4 + 80*64 + 20*16)/M",
     )
+    heard = {"type": "conversation.item.input_audio_transcription.completed", "item_id": "item_1"}
+    listening = {"input": {"transcription": {"model": "gpt-4o-mini-transcribe"}}}
+    for how, written in (("a list", list), ("lines", lines)):
+        yield (
+            f"a voice session as {how}: each response and each transcription",
+            "openai",
+            written(
+                [
+                    {
+                        "type": "session.created",
+                        "session": {"model": "gpt-realtime", "audio": listening},
+                    },
+                    {"type": "response.created", "response": {"id": "resp_1", "usage": None}},
+                    {
+                        "type": "response.done",
+                        "response": {
+                            "id": "resp_1",
+                            "usage": usage(
+                                1000,
+                                100,
+                                input_token_details={"text_tokens": 300, "audio_tokens": 700},
+                                output_token_details=spoken,
+                            ),
+                        },
+                    },
+                    {
+                        **heard,
+                        "usage": usage(
+                            50,
+                            10,
+                            type="tokens",
+                            input_token_details={"text_tokens": 0, "audio_tokens": 50},
+                        ),
+                    },
+                ]
+            ),
+            "(700*32 + 300*4 + 80*64 + 20*16)/M + (50*1.25 + 10*5)/M",
+        )
     yield (
         "chat with audio in and out",
         "openai",
