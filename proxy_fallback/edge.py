@@ -303,6 +303,9 @@ class _Client(End):
         self._edge.counts[cause] += 1
         self._answer(status, detail or cause.replace("_", " "))
 
+    def _refuse_loop(self) -> None:
+        self._refuse("refused_loop", "403 Forbidden", "this address is the edge itself")
+
     def _answer(self, status: str | None, text: str) -> None:
         """Say this and close; with no status, close at once."""
         if self.transport is None or self.lost:
@@ -338,6 +341,9 @@ class _Client(End):
                 self._refuse("refused_no_proxy_request", "400 Bad Request")
             return
         self._wants_tunnel = asked.origin_head is None
+        if edge.is_own(asked.host, asked.port):  # not by way of mitmproxy either
+            self._refuse_loop()
+            return
         far, cause = None, ""
         if asked.host in edge.hosts:
             worker_port, cause = await edge.route(asked.host, self._address)
@@ -347,7 +353,7 @@ class _Client(End):
                 return
         far = far or await self._reach(asked)
         if far is None:
-            self._refuse("refused_loop", "403 Forbidden", "this address is the edge itself")
+            self._refuse_loop()
             return
         if cause:
             edge.count_bypass(asked.host, cause)
@@ -429,8 +435,6 @@ class _Client(End):
         """An end at the host itself, or at the upstream proxy; None when it would be ourselves."""
         edge = self._edge
         loop = asyncio.get_running_loop()
-        if edge.is_own(asked.host, asked.port):
-            return None
         proxy = Answering() if edge.upstream is not None else None
         far = proxy or End()
         address = edge.upstream or (asked.host, asked.port)

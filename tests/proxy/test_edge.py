@@ -390,6 +390,31 @@ def test_a_request_that_comes_byte_by_byte() -> None:
     run(scene())
 
 
+def test_a_client_of_http_1_0() -> None:
+    async def scene() -> None:
+        async with place() as here:
+            client = await here.ask(f"CONNECT 127.0.0.1:{here.origin} HTTP/1.0\r\n\r\n".encode())
+            assert b" 200 " in await client[0].readuntil(b"\r\n\r\n")
+            assert await say(client, b"hi") == b"hi"
+
+    run(scene())
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6 here")
+def test_an_origin_that_has_an_ipv6_address_only() -> None:
+    async def scene() -> None:
+        try:
+            server = await asyncio.start_server(echo, "::1", 0)
+        except OSError:
+            pytest.skip("::1 is not there")
+        async with place() as here:
+            port = server.sockets[0].getsockname()[1]
+            assert await say(await here.tunnel("[::1]", port), b"hi") == b"hi"
+        server.close()
+
+    run(scene())
+
+
 def test_one_direction_may_end_before_the_other() -> None:
     async def scene() -> None:
         async with place() as here:
@@ -517,6 +542,44 @@ def test_a_request_that_it_refuses_is_answered_and_counted(
                 assert answer.split(b" ")[1] == status
             await here.empty()
             assert here.edge.counts[cause] == 1
+
+    run(scene())
+
+
+def test_a_providers_name_with_the_edges_own_port_makes_no_loop_through_mitmproxy() -> None:
+    async def scene() -> None:
+        stand_in = StandIn()
+        server, worker_port = await serving(stand_in)
+        async with place() as here:
+            here.edge.send_to(worker_port)
+            client = await here.ask(f"CONNECT {PROVIDER}:{here.port} HTTP/1.1\r\n\r\n".encode())
+            assert (await client[0].read()).startswith(b"HTTP/1.1 403 ")
+            await here.empty()
+            assert here.edge.counts["refused_loop"] == 1
+            assert "metered" not in here.edge.counts
+        server.close()
+
+    run(scene())
+
+
+def test_a_name_that_leads_back_to_the_edge_is_found_out_when_it_is_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a name does that is first somebody's and then ours (rebinding)."""
+
+    async def scene() -> None:
+        async with place() as here:
+            loop = asyncio.get_running_loop()
+            found = await loop.getaddrinfo("127.0.0.1", here.port, type=socket.SOCK_STREAM)
+
+            async def rebound(*_: object, **__: object) -> object:
+                return found
+
+            monkeypatch.setattr(loop, "getaddrinfo", rebound)
+            target = f"rebound.example.com:{here.port}"
+            client = await here.ask(f"CONNECT {target} HTTP/1.1\r\n\r\n".encode())
+            assert (await client[0].read()).startswith(b"HTTP/1.1 403 ")
+            assert here.edge.counts["refused_loop"] == 1
 
     run(scene())
 
