@@ -1,5 +1,5 @@
 """What the local proxy costs: time added to an exchange by the edge alone, by edge and mitmproxy
-metered, and by plain mitmproxy; how late a stream's first byte is; memory.
+metered, and by plain mitmproxy; how late a stream's first byte is, also of one of 200 MB; memory.
 
 All in one run and in turn, so that what else the machine does hits every way. The service is the
 real one, a process of its own, and every exchange that it should have metered is counted at the
@@ -26,6 +26,7 @@ from halton_meter.proxied import service_status
 
 ROUNDS = 6
 KEPT, FRESH, STREAMS = 60, 12, 10
+LARGE_BYTES = 200 << 20
 AIM_TUNNEL_US, AIM_METERED_RATIO, AIM_FIRST_BYTE_MS = 150, 1.10, 5
 REQUEST = json.dumps({"model": "gpt-5-mini", "messages": [{"role": "user", "content": "x" * 4000}]})
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200}
@@ -50,7 +51,9 @@ def _answer(serial: int) -> bytes:
 
 
 def _origin(folder: str) -> None:
-    """Answer chat completions; for `GET /stream` send the time, then after a moment the rest."""
+    """Answer chat completions; for a GET send the time, then after a moment the rest: that of
+    `/large` is LARGE_BYTES.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(Path(folder) / "leaf.pem")
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -69,6 +72,10 @@ def _origin(folder: str) -> None:
                     time.sleep(0.02)  # the head has gone its way; now the first byte of the body
                     tls.sendall(b"20\r\n%032d\r\n" % time.monotonic_ns())
                     time.sleep(0.02)
+                    if head.startswith(b"GET /v1/large"):
+                        block = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+                        for _ in range(LARGE_BYTES >> 20):
+                            tls.sendall(block)
                     tls.sendall(b"0\r\n\r\n")
                     heard = b""
                 elif found and len(body) >= len(REQUEST):
@@ -133,15 +140,31 @@ class Way:
         found = []
         with self.connect() as tls:
             for _ in range(STREAMS):
-                tls.sendall(f"GET /stream HTTP/1.1\r\nHost: {self._host}\r\n\r\n".encode())
-                heard = b""
-                while b"\r\n20\r\n" not in heard or len(heard.partition(b"\r\n20\r\n")[2]) < 32:
-                    heard += tls.recv(4096)
-                now = time.monotonic_ns()
-                found.append((now - int(heard.partition(b"\r\n20\r\n")[2][:32])) / 1000)
+                late, heard = self._late(tls, "/stream")
+                found.append(late)
                 while not heard.endswith(b"0\r\n\r\n"):
                     heard += tls.recv(4096)
         return found
+
+    def large(self) -> tuple[float, float]:
+        """How late the first byte of LARGE_BYTES is (microseconds), and how many come a second."""
+        with self.connect() as tls:
+            late, heard = self._late(tls, "/v1/large")
+            began, came, last = time.perf_counter(), len(heard), heard
+            while not last.endswith(b"0\r\n\r\n"):
+                data = tls.recv(1 << 18)
+                came, last = came + len(data), (last + data)[-5:]
+        assert came > LARGE_BYTES
+        return late, came / (time.perf_counter() - began)
+
+    def _late(self, tls: ssl.SSLSocket, path: str) -> tuple[float, bytes]:
+        """Microseconds from the first byte's being sent to its arrival; what came with it."""
+        tls.sendall(f"GET {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n\r\n".encode())
+        heard = b""
+        while b"\r\n20\r\n" not in heard or len(heard.partition(b"\r\n20\r\n")[2]) < 32:
+            heard += tls.recv(4096)
+        now = time.monotonic_ns()
+        return (now - int(heard.partition(b"\r\n20\r\n")[2][:32])) / 1000, heard
 
 
 def _timed(do: Callable[[], None]) -> float:
@@ -247,6 +270,7 @@ def main() -> None:
         for kind, aim in (("kept", "one connection"), ("fresh", "a connection each")):
             _show(ways, kind, aim)
         _show_first_bytes(ways)
+        _show_large(ways, home)
         metered = ROUNDS * (KEPT + 1 + FRESH)
         status = _wait_for(home, lambda status: (status["events"] or 0) >= metered)
         print(f"metered {status['events']} of {metered} exchanges; bypassed {status['bypassed']}")
@@ -277,6 +301,29 @@ def _show_first_bytes(ways: dict[str, Way]) -> None:
             f"  {name:<30} {statistics.median(late) / 1e3:.2f} ms, {late[-1] / 1e3:.2f} ms", end=""
         )
         print(f" (aim <= {AIM_FIRST_BYTE_MS} ms)" if "metered" in name else "")
+
+
+def _show_large(ways: dict[str, Way], home: Path) -> None:
+    """One stream of LARGE_BYTES each; what the edge and its worker then need more of memory."""
+    status = _wait_for(home, lambda status: True)
+    pids = {"the edge": status["pid"], "its worker": status["worker"]["pid"]}
+    before = {name: _memory_mb(pid, "VmRSS") for name, pid in pids.items()}
+    print(f"a stream of {LARGE_BYTES >> 20} MB, its first byte after the origin sent it:")
+    for name, way in ways.items():
+        late, speed = way.large()
+        print(f"  {name:<30} {late / 1e3:.2f} ms, then {speed / 1e6:,.0f} MB/s", end="")
+        print(f" (aim <= {AIM_FIRST_BYTE_MS} ms)" if "metered" in name else "")
+    for name, pid in pids.items():
+        peak = _memory_mb(pid, "VmHWM")
+        print(f"  memory of {name}: {before[name]:.0f} MB before, {peak:.0f} MB at its peak")
+
+
+def _memory_mb(pid: int, what: str) -> float:
+    """From /proc: VmRSS is what a process has, VmHWM the most that it ever had."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) / 1024
+    return float("nan")
 
 
 if __name__ == "__main__":

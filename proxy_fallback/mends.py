@@ -149,6 +149,11 @@ def hold_http2_senders_back() -> None:
 
     @functools.wraps(to_child)
     def event_to_child(self: Any, child: Any, event: Any) -> Any:
+        if self.context.client.alpn != b"h2":  # most are: nothing to do, and nothing to pay
+            return to_child(self, child, event)
+        return in_passage(self, child, event)
+
+    def in_passage(self: Any, child: Any, event: Any) -> Any:
         passage = _Passage.of(self)
         passage.depth += 1
         try:
