@@ -27,7 +27,7 @@ DOCUMENT_BYTES_MAX = 64 << 20
 _HOLDERS = ("response", "body", "events", "chunks", "stream")
 # A body with one of these is a provider's own, however it goes on.
 USAGE_KEYS = ("usage", "usageMetadata", "usage_info", "x_groq", "billed_units", "metrics")
-_OWN_KEYS = (*USAGE_KEYS, "object", "type", "custom_id")
+_OWN_KEYS = (*USAGE_KEYS, "object", "custom_id")
 # Counts at the top level: a usage object without its name.
 _COUNT_KEYS = ("input_tokens", "output_tokens", "prompt_tokens", "completion_tokens", "inputTokens")
 _CONDITIONS = {
@@ -61,6 +61,9 @@ _UNIT_SYNONYMS = {
 }
 _STREAMED = re.compile(r"message_(?:start|delta)$|chat\.completion\.chunk$")
 _ON_SOCKETS = ("response.", "session.", "conversation.")
+# What a provider's own "type" says; any other word may be a person's, of an object around a body.
+_OWN_TYPES = (*_ON_SOCKETS, "message", "error", "completion", "transcript.")
+_DATA_LINE = re.compile(rb"(?m)^data:")
 _ADJACENT_DATA = re.compile(rb"(?m)^(data:[^\r\n]*)\r?\n(?=(?:data|event):)")
 
 
@@ -127,6 +130,8 @@ def _held(document: Json) -> Any:
     """The answer inside the object around it; None where the document is the answer."""
     if any(name in document for name in _OWN_KEYS):
         return None
+    if str(document.get("type")).startswith(_OWN_TYPES):
+        return None
     for holder in _HOLDERS:
         inner = document.get(holder)
         if isinstance(inner, (dict, list)) or (isinstance(inner, str) and holder != "stream"):
@@ -165,7 +170,7 @@ def _listed(document: list[Any], raw: bytes) -> Answer:
 
 def _text(raw: bytes) -> Answer:
     """SSE or NDJSON, as the wire has it or as a person wrote it down."""
-    if b"data:" in raw:
+    if _DATA_LINE.search(raw):
         return Answer(_ADJACENT_DATA.sub(rb"\1\n\n", raw), None)
     try:
         lines = [json.loads(line, parse_float=Decimal) for line in raw.splitlines() if line.strip()]
@@ -218,16 +223,16 @@ def _beside(bare: Answer, document: Json, *, is_body: bool) -> Answer:
         status = inner.get("status", status)
         bare = _answer(dumped(inner["body"]))
     is_recorded = "url" in request or ("body" in request and "method" in request)
-    url = urlsplit(_string(request.get("url")) or _string(document.get("url")) or "")
-    base = urlsplit(_string(document.get("base_url")) or "")
+    host, path = _place(_string(request.get("url")) or _string(document.get("url")))
+    base, _ = _place(_string(document.get("base_url")))
     asked = request.get("body") if is_recorded else request
     if not asked and _string(document.get("model")):
         asked = {name: document[name] for name in ("model", "tools") if name in document}
     return replace(
         bare,
         provider=_named_provider(document, is_body),
-        host=_string(document.get("host")) or url.hostname or base.hostname,
-        path=_string(document.get("path")) or url.path or None,
+        host=_string(document.get("host")) or host or base,
+        path=_string(document.get("path")) or path,
         method=str(request.get("method", "POST")) if is_recorded else "POST",
         status=status if isinstance(status, int) else 200,
         headers=tuple((k, v) for k, v in headers.items() if k != "content-encoding"),
@@ -236,6 +241,15 @@ def _beside(bare: Answer, document: Json, *, is_body: bool) -> Answer:
         conditions={**bare.conditions, **_conditions(document)},
         units={**_units(bare.document or {}), **_units(document)},
     )
+
+
+def _place(url: str | None) -> tuple[str | None, str | None]:
+    """Host and path of a URL; None for what it does not say."""
+    try:
+        parts = urlsplit(url or "")
+        return parts.hostname, parts.path or None
+    except ValueError:
+        return None, None
 
 
 def _named_provider(document: Json, is_body: bool) -> str | None:

@@ -182,6 +182,17 @@ def others() -> Iterator[Case]:
             "0.00000015",
         ),
         (
+            "OpenRouter: a body in an object that has words of its own",
+            "openrouter",
+            {
+                "name": "a case",
+                "type": "chat",
+                "response": chat("openai/gpt-4o-mini", 1000, 100, cost=0.00042),
+                "expected_usd": "1",
+            },
+            "0.00042",
+        ),
+        (
             "OpenRouter: a free model",
             "openrouter",
             chat("meta-llama/llama-3.3-70b-instruct:free", 1000, 100, cost=0),

@@ -26,6 +26,7 @@ CASES: list[Case] = [
 ]
 STRANGE: tuple[Any, ...] = (
     None, -1, 1.5, "x", "", [], {}, True, 10**30, 1e308, [[1]], [{}], {"a": 1}, "1" * 5000,
+    "http://[",
     "\ud800",
 )  # fmt: skip
 PROVIDERS = ("openai", "anthropic", "bedrock", "gemini", "xai", "cohere", "perplexity", None)
@@ -48,6 +49,8 @@ def test_a_damaged_body_gives_a_priced_event_or_the_named_error(seed: int) -> No
     explained = 0
     for _ in range(150):
         _, provider, document, *_ = chance.choice(CASES)
+        if isinstance(document, dict) and chance.random() < 0.2:
+            document = {**document, "url": "https://api.openai.com/v1/responses", "host": "x"}
         text = document if isinstance(document, str) else json.dumps(damaged(document, chance))
         raw = text.encode()[: chance.choice((None, chance.randrange(len(text) + 1)))]
         asked = chance.choice((provider, chance.choice(PROVIDERS)))
