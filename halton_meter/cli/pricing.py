@@ -69,6 +69,10 @@ def explain(
     standard input. Prices are those in force at the time of the request. What is printed is the
     event as `halton-meter events --json` has it; on a terminal, the same to read.
 
+    A body may be JSON, SSE or lines of JSON. What it does not say may stand beside its own fields,
+    or around it as {"response": …}: host, headers, region, service_tier, batch, at, audio_seconds,
+    images, web_search_requests, container_hours and the like.
+
     \b
     Examples:
       halton-meter pricing explain 3f6c0a9d1b2e4f508192a3b4c5d6e7f8
