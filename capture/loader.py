@@ -416,9 +416,11 @@ def built_object() -> Path | None:
     if BUILT_OBJECT.exists():
         return BUILT_OBJECT
     cached = _cached_object()
-    if cached.exists() and cached.stat().st_uid == 0 and not cached.stat().st_mode & 0o022:
-        return cached
-    return None
+    try:
+        found = cached.stat()
+    except OSError:  # not there, or in a folder that only root may enter
+        return None
+    return cached if found.st_uid == 0 and not found.st_mode & 0o022 else None
 
 
 def find_object() -> Path:

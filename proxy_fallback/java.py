@@ -28,9 +28,8 @@ def options(store: Path, port: int) -> str:
     )
 
 
-def copied_store(store: Path, certificate: Path, platform: str, commands: Commands) -> CommandRun:
-    """The change that makes `store`. Raises ChangeError where there is no Java."""
-    source = _java_cacerts(platform, commands)
+def copied_store(store: Path, certificate: Path, source: str) -> CommandRun:
+    """The change that makes `store` of Java's own."""
     add = ("keytool", "-importcert", "-noprompt", "-trustcacerts", "-alias", "halton-meter")
     return CommandRun(
         key="java",
@@ -59,7 +58,8 @@ def for_one_command(
         raise ChangeError(f"{OPTIONS_NAME} cannot name {folder}: it has a space")
     commands, platform = Commands(), "macos" if sys.platform == "darwin" else "linux"
     store = folder / STORE_NAME
-    for argv in copied_store(store, certificate, platform, commands).run:
+    source = own_store(platform, commands)
+    for argv in copied_store(store, certificate, source).run:
         ran = commands.run(argv)
         if ran.code:
             raise ChangeError(f"{shown(argv)}: {ran.said}")
@@ -67,7 +67,8 @@ def for_one_command(
     return {OPTIONS_NAME: f"{own} {options(store, port)}".strip()}
 
 
-def _java_cacerts(platform: str, commands: Commands) -> str:
+def own_store(platform: str, commands: Commands) -> str:
+    """Java's own trust store. Raises ChangeError where there is no Java."""
     found = 'echo "${JAVA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v java)")")")}"'
     asked: Argv = ("sh", "-c", found)
     if platform == "macos":

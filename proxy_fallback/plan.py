@@ -33,6 +33,7 @@ from proxy_fallback.changes import (
     Commands,
     FileMade,
     FolderOwned,
+    Unasked,
     shown,
     write_whole,
 )
@@ -280,8 +281,16 @@ class Plan:
         if self._choice.java:
             store = m.ca_folder / java.STORE_NAME
             certificate = m.ca_folder / CERTIFICATE_NAME
-            changes.append(java.copied_store(store, certificate, m.platform, m.commands))
+            changes.append(java.copied_store(store, certificate, self._java_store()))
         return changes
+
+    def _java_store(self) -> str:
+        try:
+            return java.own_store(self._machine.platform, self._machine.commands)
+        except ChangeError:
+            if not isinstance(self._machine.commands, Unasked):
+                raise
+            return "$JAVA_HOME/lib/security/cacerts"  # of a machine that is not here
 
     def _trust_detail(self) -> str:
         places = {

@@ -147,3 +147,19 @@ def test_another_system_has_no_uprobes(machine: Machine) -> None:
             "use the proxy: halton-meter run --via proxy -- CMD",
         )
     ]
+
+
+def test_a_cache_that_only_root_may_enter_is_as_good_as_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`doctor` asks as an ordinary user."""
+
+    def forbidden(path: Path, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(loader, "BUILT_OBJECT", tmp_path / "none.o")
+    monkeypatch.setattr(loader, "CACHE_DIRECTORY", tmp_path / "of-root")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "stat", forbidden)
+        patch.setattr(type(tmp_path), "exists", lambda path: False)
+        assert loader.built_object() is None
