@@ -117,6 +117,7 @@ _PATHS = {
         "/v1beta/models/{model}:batchEmbedContents",
     ),
     "complete": ("/v1/complete",),
+    "conversations": ("/v1/conversations",),
 }
 # Makers under whose names are prices, and the provider whose traffic is read.
 _READ_AS = {"moonshotai": "moonshot", "voyageai": "voyage", "zhipuai": "zai"}
@@ -276,6 +277,7 @@ _TELLING: tuple[tuple[Callable[[Json, Json], bool], tuple[str, ...]], ...] = (
     (lambda d, u: isinstance(d.get("meta"), dict) or "billed_units" in u, ("chat", "embed")),
     (lambda d, u: "total_input_tokens" in u or d.get("object") == "interaction",
      ("interactions",)),
+    (lambda d, u: str(d.get("object")).startswith("conversation."), ("conversations",)),
     (lambda d, u: d.get("object") == "response" or "output" in d, ("responses",)),
     (lambda d, u: "prompt_audio_seconds" in u, ("audio_transcriptions",)),
     (lambda d, u: u.get("type") in ("tokens", "duration") or "duration" in d,

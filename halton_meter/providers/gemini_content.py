@@ -159,12 +159,16 @@ def _tier_word(tier: str) -> str:
     return tier.lower().removeprefix("service_tier_")
 
 
+# Where a stream's events tell of a search or a map.
+_GROUNDED = (b'"webSearchQueries"', b'"searchEntryPoint"', b'"groundingChunks"', b'"maps"')
+
+
 def grounding(exchange: Exchange, chunks: list[tuple[Json, bytes]]) -> tuple[set[str], set[str]]:
     """Which groundings ran, and the distinct queries of the search."""
     body = exchange.response.body
     values: list[Json] = [value for value, _ in chunks]
     if form(exchange.response.headers, body) == "sse":
-        for needle in (b'"webSearchQueries"', b'"searchEntryPoint"', b'"maps"'):
+        for needle in _GROUNDED:
             if any(needle in piece for piece in body.pieces):
                 for data in formats.sse_data_containing(body, needle)[:QUERIES_MAX]:
                     values.append(_unwrapped(formats.loads(data)))
@@ -176,9 +180,10 @@ def grounding(exchange: Exchange, chunks: list[tuple[Json, bytes]]) -> tuple[set
             asked = ground.get("webSearchQueries")
             if isinstance(asked, list):
                 queries |= {query for query in asked[:QUERIES_MAX] if isinstance(query, str)}
-            if asked or ground.get("searchEntryPoint"):
+            found = dicts(ground.get("groundingChunks"))
+            if asked or "searchEntryPoint" in ground or any("web" in chunk for chunk in found):
                 where.add("search")
-            if any("maps" in chunk for chunk in dicts(ground.get("groundingChunks"))) or (
+            if any("maps" in chunk for chunk in found) or (
                 "googleMapsWidgetContextToken" in ground
             ):
                 where.add("maps")

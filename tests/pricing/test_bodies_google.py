@@ -222,6 +222,25 @@ def gemini_grounding() -> Iterator[Case]:
             f"{FLASH_SUM} + 25/K",
         ),
         (
+            "a search that shows only where it led",
+            generated(
+                FLASH,
+                1000,
+                50,
+                beside={
+                    "candidates": [
+                        {"groundingMetadata": {"groundingChunks": [{"web": {"uri": "x"}}]}}
+                    ]
+                },
+            ),
+            f"{FLASH_SUM} + 35/K",
+        ),
+        (
+            "grounding that found nothing",
+            generated(FLASH, 1000, 50, beside={"candidates": [{"groundingMetadata": {}}]}),
+            FLASH_SUM,
+        ),
+        (
             "tokens that another tool brought are",
             generated(three, 1000, 50, toolUsePromptTokenCount=500),
             "(1500*0.5 + 50*3)/M",

@@ -377,6 +377,17 @@ def others() -> Iterator[Case]:
             "0.5*(1000*0.5 + 100*1.5)/M",
         ),
         (
+            "Mistral: a conversation that searched",
+            "mistral",
+            {
+                "object": "conversation.response",
+                "conversation_id": "conv_0123456789abcdef",
+                **chat("mistral-medium-2508", 1000, 100, connectors={"web_search": 1}),
+                "outputs": [],
+            },
+            "(1000*0.4 + 100*2)/M + 30/K",
+        ),
+        (
             "Azure: cached tokens of a deployment",
             "azure",
             chat("gpt-4.1-2025-04-14", 1000, 100, prompt_tokens_details={"cached_tokens": 400}),
