@@ -50,6 +50,9 @@ _PRICED_AS: dict[str, tuple[str, ...]] = {
     "sambanova": ("huggingface_sambanova",),
 }
 
+# Whose rules (tools, tiers, cache writes) hold for a provider's own rows beside its own rules.
+RULES_AS = {"azure_openai": "openai"}
+
 # The first path segment by which a provider's own models are qualified ("openai/gpt-5").
 _OWN_PREFIXES = {
     "gemini": ("google", "gemini"),

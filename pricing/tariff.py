@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from pricing.files import Model, PriceFile, Rule, Shelf
-from pricing.names import candidates, price_providers
+from pricing.names import RULES_AS, candidates, price_providers
 from pricing.overrides import Override
 from pricing.rates import EXACT, Level, Rate, Row, in_force, matches
 from pricing.rates import rate as rate_of
@@ -186,7 +186,8 @@ def _find(
                 model_id = found[0].id.lower()
                 found = [m for file in files if (m := file.find(model_id)) is not None] or found
             own = shelf.file("overlay", provider) if owner != provider else None
-            return found, [file for file in (own, overlay) if file is not None], name
+            lent = shelf.file("overlay", RULES_AS[owner]) if owner in RULES_AS else None
+            return found, [file for file in (own, overlay, lent) if file is not None], name
     return [], [], ""
 
 
@@ -300,9 +301,13 @@ def _apply(
             for table in tables:
                 if target not in table and of in table:
                     table[target] = table[of].times(rule.factor, rule.note)
+    multiplied: list[Mapping[str, str]] = []
     for rule in rules:
         if rule.kind != "factor" or (not rule.always and any(key in covered for key in rule.when)):
             continue
+        if rule.when in multiplied:
+            continue  # a reseller and the maker both say that a batch is half: it is half once
+        multiplied.append(rule.when)
         priced.update(rule.when)
         if rule.factor == 1:
             continue

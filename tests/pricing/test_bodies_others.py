@@ -299,6 +299,45 @@ def others() -> Iterator[Case]:
             {**body("amazon.nova-pro-v1:0", converse), "serviceTier": {"type": "flex"}},
             "0.5*(1000*0.8 + 100*3.2)/M",
         ),
+        *(
+            (
+                f"{provider}: a batch is half once, though reseller and maker both say so",
+                provider,
+                {**document, "batch": True},
+                sum_,
+            )
+            for provider, document, sum_ in (
+                (
+                    "azure",
+                    body("o3", {"input_tokens": 1000, "output_tokens": 100}),
+                    "0.5*(1000*2 + 100*8)/M",
+                ),
+                ("azure", chat("text-embedding-ada-002", 1000, 0), "0.5*1000*0.1/M"),
+                (
+                    "vertex",
+                    body("claude-3-haiku", {"input_tokens": 1000, "output_tokens": 100}),
+                    "0.5*(1000*0.25 + 100*1.25)/M",
+                ),
+            )
+        ),
+        (
+            "Bedrock: latency-optimized",
+            "bedrock",
+            {
+                **body("amazon.nova-pro-v1:0", converse),
+                "performanceConfig": {"latency": "optimized"},
+            },
+            "(1000*1 + 100*4)/M",
+        ),
+        (
+            "Azure: a search with a model that Azure's own rows hold",
+            "azure",
+            {
+                **body("o4-mini", {"input_tokens": 1000, "output_tokens": 100}),
+                "output": [{"type": "web_search_call", "action": {"type": "search"}}],
+            },
+            "(1000*1.1 + 100*4.4)/M + 10/K",
+        ),
         (
             "Bedrock: Titan's own words",
             "bedrock",
