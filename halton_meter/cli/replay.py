@@ -354,7 +354,7 @@ class Replay:
         self._waiting: list[PricedEvent] = []
 
     def run(self) -> bool:
-        """Do it; True when everything that was asked could be read."""
+        """Do it; True when everything that was asked could be read, and kept."""
         for item in self._source.items():
             self._take(self._meter.receive(item))
         findings = self._source.findings
@@ -363,7 +363,7 @@ class Replay:
         self._progress.clear()
         losses = findings.losses + Counter(self._meter.losses)
         losses += Counter(better_sightings_not_shown=self._sightings.late)
-        self._keep(losses)
+        kept = self._keep(losses)
         self._output.summary(self._summary, findings, losses)
         without_keys = findings.without_keys
         told = Counter({n: c for n, c in without_keys.items() if self._is_wanted(n)})
@@ -372,7 +372,7 @@ class Replay:
             told = without_keys
         _complain(findings, told, self._job.paths)
         unread = bool(findings.unread_links) and not findings.connections
-        return not findings.errors and not nothing_read and not unread
+        return kept and not findings.errors and not nothing_read and not unread
 
     def _is_wanted(self, name: str) -> bool:
         """Whether a server name is a provider's: only those are decrypted."""
@@ -395,22 +395,30 @@ class Replay:
             self._summary.add(event)
             self._output.event(event)
 
-    def _keep(self, losses: Counter[str]) -> None:
-        """Bring what waits into the database."""
-        if self._store is None:
-            return
-        self._store.append(self._waiting)
+    def _keep(self, losses: Counter[str]) -> bool:
+        """Bring what waits into the database; False when events are neither there nor on disk."""
+        store = self._store
+        if store is None:
+            return True
+        store.append(self._waiting)
         key = _identity(self._files)
         for cause, count in losses.items():
-            self._store.count_loss(cause, count, self._source.findings.last_ns, key)
-        done = self._store.flush(wait_seconds=STORE_WAIT_SECONDS)
-        self._store.close()
-        if done.reason:
+            store.count_loss(cause, count, self._source.findings.last_ns, key)
+        done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
+        store.close()
+        if store.held:  # in memory alone, and that ends here
             click.echo(
-                f"{done.waiting} events wait in the journal: {done.reason}. "
+                f"Error: not everything could be stored. {store.trouble}\n"
+                "  Then run this again: what is stored already is not counted twice.",
+                err=True,
+            )
+        elif done.reason:
+            click.echo(
+                f"{done.waiting} events wait in the journal: {done.reason.rstrip('.')}. "
                 "They are added when it is next possible.",
                 err=True,
             )
+        return not store.held
 
 
 def _identity(files: Iterable[Path]) -> str:

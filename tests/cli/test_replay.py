@@ -155,6 +155,20 @@ def test_stored_events_can_be_listed_and_twice_is_once(home: Path) -> None:
     assert (event["project"], event["list_usd"]) == ("harbour", "0.002655")
 
 
+def test_events_that_no_disk_takes_are_an_error_and_not_said_to_wait(home: Path) -> None:
+    home.mkdir(parents=True)
+    (home / "journal").write_text("in the way")
+    result = call(PLAIN, "--store")
+    assert result.exit_code == 1
+    assert "1 event in 1 file" in result.stdout
+    assert "Error: not everything could be stored. Cannot write to" in result.stderr
+    assert "run this again" in result.stderr
+    assert "added when" not in result.stderr
+    (home / "journal").unlink()
+    assert call(PLAIN, "--store").exit_code == 0
+    assert len(events(CliRunner().invoke(main, ["events", "--json"]))) == 1
+
+
 def test_nothing_is_stored_unless_asked(home: Path) -> None:
     assert call(PLAIN).exit_code == 0
     assert not home.exists()
