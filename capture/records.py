@@ -25,6 +25,10 @@ BATCH_BYTES_MAX = 32 << 10
 BATCH_NS_MAX = 2_000_000
 # Bytes looked at to find a record's start after a hole, and those let go if there is none.
 HUNT_BYTES_MAX = 2 * tls.RECORD_BYTES_MAX
+# First bytes held back until they tell what the connection is: a packet of the server's may have
+# been recorded before the client's that it answers.
+HELD_BYTES_MAX = 64 << 10
+TELLING_BYTES = 6
 # A client's or server's first message; a hello with every post-quantum share stays below.
 HELLO_BYTES_MAX = 32 << 10
 # Server addresses whose name is remembered from another connection's hello.
@@ -96,6 +100,7 @@ class _Conversation:
     server: str
     streams: dict[bool, _Stream]
     decryptor: Decryptor | None = None
+    held: list[tuple[Half, bytes, int]] = field(default_factory=list)
     seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
 
 
@@ -147,20 +152,34 @@ class Conversations:
         conversation, stream = half.flow.tag, half.tag
         assert isinstance(conversation, _Conversation)
         assert isinstance(stream, _Stream)
-        if conversation.mode == "ignored":
-            return
-        if conversation.mode == "new":
-            self._recognise(conversation, half, data)
         if conversation.mode == "tls":
             self._records(conversation, stream, half.sent, data, at_ns)
         elif conversation.mode == "plain":
             self._decryptor_of(conversation).put(Clear(stream.plaintext, data, 0, at_ns))
+        elif conversation.mode == "new":
+            conversation.held.append((half, data, at_ns))
+            self._take_held(conversation, half.flow)
+
+    def _take_held(self, conversation: _Conversation, flow: Flow, wait: bool = True) -> None:
+        """Read what was held back once it tells what the connection is, the client's side first."""
+        held = conversation.held
+        asked = b"".join(data for half, data, _ in held if half.sent)
+        first = asked or b"".join(data for _, data, _ in held)
+        telling = len(first) >= TELLING_BYTES and (asked or flow.joined)
+        if wait and not telling and sum(len(data) for _, data, _ in held) < HELD_BYTES_MAX:
+            return
+        conversation.held = []
+        self._recognise(conversation, flow.halves[0 if asked else 1], first)
+        for half, data, at_ns in sorted(held, key=lambda each: not each[0].sent):
+            self.received(half, data, at_ns)
 
     def lost(self, half: Half, length: int, at_ns: int) -> None:
         """A hole in one direction."""
         conversation, stream = half.flow.tag, half.tag
         assert isinstance(conversation, _Conversation)
         assert isinstance(stream, _Stream)
+        if conversation.held:
+            self._take_held(conversation, half.flow, wait=False)
         if conversation.mode == "plain":
             self._decryptor_of(conversation).put(Clear(stream.plaintext, b"", length, at_ns))
         elif conversation.mode == "tls":
@@ -174,11 +193,13 @@ class Conversations:
         """The end of a connection."""
         conversation = flow.tag
         assert isinstance(conversation, _Conversation)
-        decryptor = conversation.decryptor
+        if conversation.held:
+            self._take_held(conversation, flow, wait=False)
         for sent, stream in conversation.streams.items():
             if conversation.mode == "tls" and stream.hunting:
                 self._hunt(conversation, stream, sent, at_ns, final=True)
         self._flush(conversation)
+        decryptor = conversation.decryptor
         if decryptor is not None:
             for stream in conversation.streams.values():
                 if stream.open_hole:

@@ -20,6 +20,9 @@ REORDER_FRAMES_ACKED_MAX = 64
 # Connections tracked at once; past it the one opened first is given up, and counted.
 FLOWS_MAX = 65_536
 
+# How far behind its SYN a connection's first packet may be, where the SYN was recorded later.
+LATE_SYN_BYTES_MAX = 64 << 10
+
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _HALF_SPACE = 1 << 31
 _SPACE = 1 << 32
@@ -58,6 +61,7 @@ class Half:
     flow: Flow
     sent: bool
     next_seq: int | None = None
+    first_seq: int | None = None  # of its first packet, where that was no SYN
     acked_seq: int | None = None  # highest acknowledgement of this half, by the other side
     fin_seq: int | None = None  # where its FIN says that it ends
     fin_ns: int = 0
@@ -77,7 +81,7 @@ class Half:
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """One TCP connection. `joined`: the capture has no SYN of it. `tag` is the listener's own."""
+    """One TCP connection. `joined`: its beginning was not seen. `tag` is the listener's own."""
 
     id: str
     client: tuple[str, int]
@@ -194,7 +198,7 @@ class Reassembly:
 
     def _segment(self, half: Half, seq: int, data: bytes, length: int, at_ns: int) -> None:
         if half.next_seq is None:
-            half.next_seq = seq
+            half.next_seq = half.first_seq = seq
         if seq == half.next_seq and not half.pending and len(data) == length:
             half.next_seq = (seq + length) % _SPACE
             self._listener.received(half, data, at_ns)
@@ -292,7 +296,7 @@ class Reassembly:
     ) -> None:
         start = (seq + 1) % _SPACE
         if half is not None and not half.flow.dead:
-            repeat = bool(flags & _ACK) or half.flow.first_seq == seq
+            repeat = bool(flags & _ACK) or half.flow.first_seq == seq or _is_late(half, start)
             if half.next_seq is None or repeat:
                 half.next_seq = start if half.next_seq is None else half.next_seq
                 return
@@ -314,11 +318,10 @@ class Reassembly:
         """A connection whose SYN was not seen; guess who is the client."""
         source = int.from_bytes(frame[segment : segment + 2])
         target = int.from_bytes(frame[segment + 2 : segment + 4])
-        if payload[:1] == b"\x16" and payload[5:6] in (b"\x01", b"\x02"):
-            sent = payload[5:6] == b"\x01"
-        else:
-            sent = target < source
-        self._new_flow(at_ns, key, addresses, frame, segment, sent, True, seq)
+        hello = payload[5:6] if payload[:1] == b"\x16" else b""
+        asks = hello == b"\x01"  # nothing was said before a ClientHello
+        sent = asks or (hello != b"\x02" and target < source)
+        self._new_flow(at_ns, key, addresses, frame, segment, sent, not asks, seq)
         return self._halves[key]
 
     def _new_flow(
@@ -367,6 +370,11 @@ class Reassembly:
             clean, at_ns = True, max(half.fin_ns for half in flow.halves)
         self._listener.closed(flow, at_ns, clean)
         flow.tag = flow.halves[0].tag = flow.halves[1].tag = None
+
+
+def _is_late(half: Half, start: int) -> bool:
+    """Whether a SYN is that of the connection whose data was recorded before it."""
+    return half.first_seq is not None and (half.first_seq - start) % _SPACE < LATE_SYN_BYTES_MAX
 
 
 def _reverse(key: bytes) -> bytes:

@@ -105,6 +105,40 @@ def test_moved_and_repeated_packets_cost_nothing(suite: str, harm: Damage, tmp_p
     assert findings.losses == {}
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128"])
+def test_packets_moved_at_the_very_beginning_cost_nothing(
+    suite: str, seed: int, tmp_path: Path
+) -> None:
+    given = recording(suite)
+    chance = random.Random(seed)
+    places = [(number + chance.random() * 4, number) for number in range(len(given.packets))]
+    moved = [given.packets[number] for _, number in sorted(places)]
+    items, findings = read_bytes(pcapng(moved, given.secrets), tmp_path)
+    assert whole(items, Direction.SENT) == REQUEST * 2
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert (findings.connections, findings.joined, findings.losses) == (1, 0, {})
+
+
+@pytest.mark.parametrize("begin", [1, 2, 3])
+def test_a_capture_that_begins_between_the_syn_and_the_hello_misses_nothing(
+    begin: int, tmp_path: Path
+) -> None:
+    given = recording()
+    items, findings = read_bytes(pcapng(given.packets[begin:], given.secrets), tmp_path)
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert not items[0].connection.joined
+    assert findings.joined == 0
+
+
+def test_segments_of_one_byte(tmp_path: Path) -> None:
+    given = record(HOST, [Step(True, REQUEST), Step(False, ANSWERS[0])], mss=1)
+    items, findings = read_bytes(pcapng(given.packets, given.secrets), tmp_path)
+    assert whole(items, Direction.SENT) == REQUEST
+    assert whole(items, Direction.RECEIVED) == ANSWERS[0]
+    assert (findings.joined, findings.losses) == (0, {})
+
+
 @pytest.mark.parametrize("lost", [[20], [20, 21, 45], range(10, 40)], ids=["one", "some", "many"])
 @pytest.mark.parametrize("suite", ["tls13", "tls12_aes128", "tls12_aes256", "tls12_chacha"])
 def test_lost_packets_leave_holes_of_exact_length(
