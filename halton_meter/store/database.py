@@ -18,6 +18,7 @@ from halton_meter.store.driver import driver
 from halton_meter.store.errors import (
     DatabaseDamaged,
     DatabaseTooNew,
+    NothingStored,
     StoreBusy,
     StoreError,
     StoreUnusable,
@@ -134,6 +135,8 @@ class Database:
                 f"{path} is in use by another process, and was for all the time we waited. "
                 f"Close it there (see who: fuser -v {path}) and try again."
             )
+        if "does not exist" in text:
+            return NothingStored(f"{path} was put aside just now. Try again.")
         if any(sign in text for sign in ("version number", "newer version", "storage version")):
             return DatabaseTooNew(
                 f"{path} was written by a newer DuckDB: {first_line(error)}. "

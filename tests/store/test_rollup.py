@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -20,6 +24,7 @@ from halton_meter.store import store as store_module
 from halton_meter.store.driver import driver
 from halton_meter.store.rollup import DAY_NS, divided
 from tests.store.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
+from tests.store.test_trouble import line, process
 
 FEW = settings(
     max_examples=5,
@@ -198,6 +203,37 @@ def test_sums_that_cannot_be_written_cost_no_event(
     keep(store, on_day(0, "a"))
     assert rolled_days(store) == []
     assert ask(store, Question(NOW_NS)).totals.requests == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from halton_meter.store import Store, rollup, store as store_module
+from tests.store.test_rollup import NOW_NS, on_day
+rollup.ROLLED_EVENTS_MIN = 1
+store_module.roll = lambda connection, _: rollup.roll(connection, NOW_NS)
+store = Store(Path(sys.argv[1]))
+for n in range(100_000):
+    store.append([on_day(n % 7, str(n)), on_day(n % 5, f"again-{n % 3}", str(n))])
+    store.flush()
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_writer_killed_while_it_sums_leaves_sums_and_events_that_agree(
+    store: Store, seed: int
+) -> None:
+    rng = random.Random(seed)
+    with process(WRITER, store.home) as writer:
+        for _ in range(rng.randrange(2, 12)):
+            assert line(writer)
+        time.sleep(rng.random() * 0.1)  # anywhere in the loop: every moment must do
+        os.kill(writer.pid, signal.SIGKILL)
+    assert_equal_without_sums(store)
+    keep(store, on_day(1, "after"))
+    assert set(range(7)) <= set(rolled_days(store))
+    assert_equal_without_sums(store)
 
 
 def test_a_small_store_has_no_sums(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter.store import DatabaseDamaged, Flushed, Selection, Store, StoreBusy
+from halton_meter.store import (
+    DatabaseDamaged,
+    Flushed,
+    NothingStored,
+    Selection,
+    Store,
+    StoreBusy,
+)
 from halton_meter.store import journal as journal_module
+from halton_meter.store.database import Database
+from halton_meter.store.home import Home
 from tests.store.made import NOON_NS, made
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,6 +295,11 @@ def test_a_damaged_database_is_named_and_kept_aside(store: Store, damage: object
     assert store.waiting() == 1
     assert store.flush() == Flushed(stored=1)
     assert ids(store) == ["b"]
+
+
+def test_a_database_that_is_put_aside_while_we_open_it_is_none(tmp_path: Path) -> None:
+    with pytest.raises(NothingStored, match="Try again"):
+        Database(Home(tmp_path)).open_for_reading(0)
 
 
 # --- a full disk ---------------------------------------------------------------------------------
