@@ -159,6 +159,7 @@ class PcapSource:
         if before is not None and 0 <= first.at_ns - before.at_ns <= NEXT_FILE_NS_MAX:
             return
         self._finish_connections()
+        self._conversations.capture_begins()
         self._reassembly = Reassembly(self._conversations)
 
     def _finish_connections(self) -> None:

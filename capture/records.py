@@ -31,6 +31,10 @@ HELD_BYTES_MAX = 64 << 10
 TELLING_BYTES = 6
 # A client's or server's first message; a hello with every post-quantum share stays below.
 HELLO_BYTES_MAX = 32 << 10
+# A connection recorded on two interfaces (a bridge, a VPN, NAT) shows one hello twice, soon after
+# one another. It is read once: two events would be made where no id of the provider's joins them.
+SEEN_AGAIN_NS_MAX = 1_000_000_000
+HELLOS_MAX = 65_536
 # Server addresses whose name is remembered from another connection's hello.
 NAMES_MAX = 8_192
 # Host names listed for connections without keys.
@@ -47,6 +51,7 @@ class Findings:
 
     `without_keys` counts encrypted connections by host name (SNI, or address), `errors` has one
     line for each file that could not be read, `losses` counts by cause what was lost,
+    `seen_again` counts connections that another interface's packets had shown already,
     `handshakes_with_keys` says how many handshakes the key logs and captures hold secrets of,
     `unread_links` counts frames by link type (tcpdump.org/linktypes.html) that are not read.
     """
@@ -57,6 +62,7 @@ class Findings:
     plain: int = 0
     joined: int = 0
     nameless: int = 0
+    seen_again: int = 0
     quic: int = 0
     not_wanted: int = 0
     without_keys: Counter[str] = field(default_factory=Counter)
@@ -124,6 +130,7 @@ class Conversations:
         self._wanted = wanted
         self._numbers = 0
         self._name_of: dict[str, str | None] = {}
+        self._hellos: dict[bytes, tuple[int, int]] = {}
 
     # --- what TCP tells (capture.tcp.Listener) ---------------------------------------------------
 
@@ -245,8 +252,24 @@ class Conversations:
             host = "others"
         self.findings.without_keys[host] += 1
 
-    def _client_hello(self, conversation: _Conversation, hello: tls.ClientHello) -> None:
+    def capture_begins(self) -> None:
+        """What is seen from here on was recorded apart from what came before."""
+        self._hellos.clear()
+
+    def _is_seen_again(self, conversation: _Conversation, random: bytes, at_ns: int) -> bool:
+        if len(self._hellos) >= HELLOS_MAX:
+            self._hellos.clear()
+        number, first_ns = self._hellos.setdefault(random, (conversation.number, at_ns))
+        return number != conversation.number and at_ns - first_ns < SEEN_AGAIN_NS_MAX
+
+    def _client_hello(
+        self, conversation: _Conversation, hello: tls.ClientHello, at_ns: int
+    ) -> None:
         name = hello.server_name
+        if self._is_seen_again(conversation, hello.random, at_ns):
+            self.findings.seen_again += 1
+            self._ignore(conversation)
+            return
         keys = conversation.keys
         if keys.client_random is None and name is not None:
             port, joined = conversation.connection.peer_port, conversation.connection.joined
@@ -318,7 +341,7 @@ class Conversations:
             elif kind == tls.APPLICATION or stream.ciphered:
                 encrypted += 1
             elif kind == tls.HANDSHAKE and stream.handshake is not None:
-                self._handshake(conversation, stream, sent, bytes(buffer[at + 5 : end]))
+                self._handshake(conversation, stream, sent, bytes(buffer[at + 5 : end]), at_ns)
                 if conversation.mode == "ignored":
                     return
             at = end
@@ -329,7 +352,7 @@ class Conversations:
             self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
 
     def _handshake(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, body: bytes
+        self, conversation: _Conversation, stream: _Stream, sent: bool, body: bytes, at_ns: int
     ) -> None:
         """Look for the hello at the start of a direction, in as many records as it takes."""
         assert stream.handshake is not None
@@ -342,7 +365,7 @@ class Conversations:
             whole = bytes(message[:length])
             stream.handshake = message[length:]
             if sent and (hello := tls.client_hello(whole)) is not None:
-                self._client_hello(conversation, hello)
+                self._client_hello(conversation, hello, at_ns)
                 # A retry request is answered by a second ClientHello with the same random.
                 stream.handshake = bytearray()
             elif not sent and (answer := tls.server_hello(whole)) is not None:

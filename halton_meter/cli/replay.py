@@ -47,6 +47,11 @@ HOSTS_SHOWN = 8
 
 # What a person can do about a loss, or what it means.
 _ADVICE = {
+    "early_dropped": "answers whose requests were lost",
+    "hpack_lost": "heads that refer to what was not recorded",
+    "http1_resync": "places where reading went on behind a hole",
+    "http2_resync": "places where reading went on behind a hole",
+    "ip_fragments": "packets in pieces are not put together",
     "capture_file_cut_short": "the file's end is missing",
     "frames_cut_by_snap_length": "record whole packets: tcpdump -s 0",
     "packets_without_a_time": "they take the file's",
@@ -247,6 +252,8 @@ class Output:
             click.echo(f"  {_seen(findings)}")
             if findings.not_wanted:
                 click.echo(f"  {_OWN_HOSTS}")
+        if findings.seen_again:
+            click.echo(f"  {findings.seen_again:,} connections recorded twice were read once")
         if summary.unpriced:
             click.echo(
                 f"  {summary.unpriced:,} unpriced: no price is known, they are not in the sum"

@@ -131,6 +131,22 @@ def test_a_capture_that_begins_between_the_syn_and_the_hello_misses_nothing(
     assert findings.joined == 0
 
 
+@pytest.mark.parametrize("later_ns", [0, 40_000, 900_000_000])
+def test_a_connection_recorded_on_two_interfaces_is_read_once(
+    later_ns: int, tmp_path: Path
+) -> None:
+    given = recording()
+    outside = TcpFlow(("198.51.100.7", 61_000), ("192.0.2.10", 443), client_seq=77)
+    for packet in given.packets:  # as NAT passes it on
+        if packet.payload:
+            outside.data(packet.at_ns + later_ns, packet.sent, packet.frame[-packet.payload :])
+    both = sorted([*given.packets, *outside.packets], key=lambda packet: packet.at_ns)
+    items, findings = read_bytes(pcapng(both, given.secrets), tmp_path)
+    assert whole(items, Direction.SENT) == REQUEST * 2
+    assert whole(items, Direction.RECEIVED) == BODY
+    assert (findings.connections, findings.seen_again, findings.losses) == (2, 1, {})
+
+
 def test_segments_of_one_byte(tmp_path: Path) -> None:
     given = record(HOST, [Step(True, REQUEST), Step(False, ANSWERS[0])], mss=1)
     items, findings = read_bytes(pcapng(given.packets, given.secrets), tmp_path)
