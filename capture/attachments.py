@@ -314,9 +314,16 @@ class Attachments:
         file.haste = None
 
     def _end(self, finder: _Finder) -> None:
-        for identity, _ in finder.files:
-            if (file := self.files.get(identity)) and file.haste is finder.haste:
+        """Its end came early at the first file that it did not answer; the others wait again."""
+        for number, (identity, fd) in enumerate(finder.files):
+            file = self.files.get(identity)
+            if file is None or file.haste is not finder.haste:
+                continue
+            if number:
+                self._waiting[finder.haste].append((identity, os.dup(fd)))
+            else:
                 file.haste = None
+                file.failure = f"the search in it ended without an answer; {libraries.INSTEAD}"
         if self._epoll:
             self._epoll.unregister(finder.fileno())
         finder.close()

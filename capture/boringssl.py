@@ -12,7 +12,7 @@ proof, that the first bytes passed are HTTP, is the kernel's (`proved` in probe.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -184,22 +184,36 @@ def _names_in(elf: Elf, segments: list[Segment]) -> list[int]:
 def _reporters(code: Code, names: tuple[int, ...]) -> list[_Reporter]:
     """Every function that reports an error in ssl_lib.cc and whose bounds are certain."""
     functions: dict[int, Function] = {}
-    covered: set[int] = set()
     count = 0
     for name in names:
         for at in code.loads_of(name):
             count += 1
             if count > REFERENCES_MAX:
                 raise _Doubt(f"more than {REFERENCES_MAX} references to ssl_lib.cc")
-            if at in covered:
-                continue
             function = code.function_around(at)
             if function is not None:
                 functions[function.start] = function
-                covered.update(function.steps)
     if not count:
         raise _Doubt("nothing refers to the ssl_lib.cc string")
-    return [_reporter(code, function, frozenset(names)) for function in functions.values()]
+    return [_reporter(code, function, frozenset(names)) for function in _whole(functions.values())]
+
+
+def _whole(functions: Iterable[Function]) -> list[Function]:
+    """Without those that are only blocks of another. Raises _Doubt where two share code."""
+    functions, blocks = list(functions), set()
+    owners: dict[int, Function] = {}
+    for function in functions:
+        for step in function.steps:
+            other = owners.setdefault(step, function)
+            if other is function:
+                continue
+            if function.start in other.steps:
+                blocks.add(function.start)
+            elif other.start in function.steps:
+                blocks.add(other.start)
+            else:
+                raise _Doubt(f"two functions share the code at {step:#x}")
+    return [function for function in functions if function.start not in blocks]
 
 
 def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporter:
@@ -249,6 +263,9 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Place:
     if _NOT_TO_BE_CALLED in core[0].reasons:
         raise _Doubt("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
     start = core[0].function.start
+    known = {r.function.start for r in reporters if r.reasons}
+    if not all(caller.start in known for caller in _callers_of(start, code)):
+        raise _Doubt("a function that reports nothing calls ssl_read_impl")
     candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
     consuming = [r.function for r in candidates if r.function.stores]
     if not consuming and len(candidates) == 1:
@@ -260,12 +277,22 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Place:
 
 def _readers_by(peek: Function, code: Code) -> list[Function]:
     """Functions that hand their arguments to SSL_peek before all else, and then consume (GCC)."""
+    return [
+        function
+        for function in _callers_of(peek.start, code)
+        if function.stores and _begins_with(function, peek.start, code)
+    ]
+
+
+def _callers_of(start: int, code: Code) -> list[Function]:
+    """All functions that call one. Raises _Doubt: a caller without bounds may be the one sought."""
     callers: dict[int, Function] = {}
-    for at in code.callers(peek.start):
+    for at in code.callers(start):
         function = code.function_around(at)
-        if function is not None and function.stores and _begins_with(function, peek.start, code):
-            callers[function.start] = function
-    return list(callers.values())
+        if function is None:
+            raise _Doubt(f"where the function around {at:#x} begins is not certain")
+        callers[function.start] = function
+    return _whole(callers.values())
 
 
 def _begins_with(function: Function, callee: int, code: Code) -> bool:

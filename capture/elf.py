@@ -144,6 +144,8 @@ class Elf:
             raise ElfError(f"{count} program headers of {entry_bytes} bytes")
         table = self.read(program_offset, 56 * count)
         self.segments = tuple(self._segment(table, 56 * i) for i in range(count))
+        if sum(s.size_bytes for s in self.loads) > 2 * self.size_bytes:  # pages may be shared
+            raise ElfError("its segments overlap")
 
     def _segment(self, table: bytes, at: int) -> Segment:
         kind, flags, offset, address, _, size, memory, _ = struct.unpack_from(
@@ -277,14 +279,19 @@ class Elf:
         except ElfError:
             names = b""
         return tuple(
-            Section(_text(names, name), kind, address, offset, size, link, flags)
-            for name, kind, flags, address, offset, size, link, *_ in rows
+            Section(_text(names, name), kind, address, *self._extent(kind, at, size), link, flags)
+            for name, kind, flags, address, at, size, link, *_ in rows
         )
+
+    def _extent(self, kind: int, offset: int, size: int) -> tuple[int, int]:
+        """(offset, size) of a section; nothing of it where the file does not hold it all."""
+        inside = kind == _SHT_NOBITS or offset + size <= self.size_bytes
+        return (offset, size) if inside else (0, 0)
 
     def section(self, name: str) -> Section | None:
         """The first section of that name with bytes in the file."""
         for section in self.sections:
-            if section.name == name and section.type != _SHT_NOBITS:
+            if section.name == name and section.type != _SHT_NOBITS and section.size_bytes:
                 return section
         return None
 

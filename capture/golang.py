@@ -231,7 +231,7 @@ def _server_name(version: str | None) -> ServerName | None:
     return ServerName(config=72 if minor <= 20 else 80, name=128)
 
 
-SERVER_NAME_MINOR_MAX = 25
+SERVER_NAME_MINOR_MAX = 27
 """Later releases may have moved the fields: the first request's head then tells the host."""
 
 

@@ -26,6 +26,8 @@ CONSTANTS_MAX = 16
 PAGE_BYTES = 1 << 14
 PAGES_MAX = 512
 INSTRUCTION_BYTES_MAX = 15
+STEPS_MAX = 1 << 18
+"""Instructions remembered; some 5,000 are looked at in a real program."""
 PIECE_BYTES = 4 << 20
 """Code is searched this much at a time."""
 BLOCKS_BYTES_MAX = 0x1000
@@ -135,6 +137,8 @@ class Code:
         if address not in self._steps:
             code = self.bytes_at(address, INSTRUCTION_BYTES_MAX)
             decoded = next(self._decoder.disasm(code, address, 1), None) if code else None
+            if len(self._steps) >= STEPS_MAX:
+                self._steps.clear()
             self._steps[address] = None if decoded is None else self._reader.step(decoded)
         return self._steps[address]
 

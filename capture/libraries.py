@@ -13,22 +13,25 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.elf import Elf, ElfError, Section
+from capture.elf import SYMBOL_TABLE_BYTES_MAX, Elf, ElfError, Section
 
 SYMBOL_HITS_MAX = 100_000
 MAPS_BYTES_MAX = 8 * 1024 * 1024
 CHUNK_BYTES = 1 << 20
 CHAIN_MAX = 1000  # symbols that share a bucket of the hash table: some two in real files
-_SHT_GNU_HASH = 0x6FFFFFF6
+NAMES_MAX = 16  # places of one name among the strings: one or two in real files
+_SHT_SYMTAB, _SHT_DYNSYM, _SHT_GNU_HASH = 2, 11, 0x6FFFFFF6
 STRUCTURE_FILE_BYTES_MIN = 1_000_000  # no stripped TLS stack in an executable is smaller
-STRUCTURE_SECONDS_MAX = 30
+STRUCTURE_SECONDS_MAX = 30  # of CPU, for one file; 2.5 for the largest known
+STRUCTURE_BYTES_MAX = 3 << 30  # of address space
 PROBES_MAX = 256
 FILES_A_SEARCH_MAX = 16
 
@@ -108,14 +111,15 @@ def inspect(fd: int) -> Library | None:
     """
     with Elf(fd) as elf:
         # What is exported decides: only a file that hides its TLS has it in .symtab alone.
-        for kind in (11, 2):  # DYNSYM, SYMTAB
+        for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
             offsets: dict[str, int] = {}
-            for table in elf.sections:
-                if table.type == kind and table.link < len(elf.sections):
-                    for name, address in _addresses(elf, fd, table):
-                        offset = elf.offset_of(address)
-                        if offset is not None:
-                            offsets.setdefault(name, offset)
+            # A file has one of each; were more looked at, it could keep root busy for long.
+            table = next((section for section in elf.sections if section.type == kind), None)
+            if table is not None and table.link < len(elf.sections):
+                for name, address in _addresses(elf, fd, table):
+                    offset = elf.offset_of(address)
+                    if offset is not None:
+                        offsets.setdefault(name, offset)
             if any(all(name in offsets for name in pair) for pair in _PAIRS):
                 stack = "OpenSSL" if "SSL_ctrl" in offsets else "BoringSSL"
                 in_order = {name: offsets[name] for name in FUNCTIONS if name in offsets}
@@ -159,15 +163,18 @@ def _exported(elf: Elf, fd: int) -> Iterator[tuple[str, int]]:
 def _addresses(elf: Elf, fd: int, table: Section) -> Iterator[tuple[str, int]]:
     """The functions that a symbol table defines: its strings are searched first, both in C."""
     strings = elf.sections[table.link]
-    if table.type == 11 and any(section.type == _SHT_GNU_HASH for section in elf.sections):
+    if max(table.size_bytes, strings.size_bytes) > SYMBOL_TABLE_BYTES_MAX:
+        return
+    if table.type == _SHT_DYNSYM and any(section.type == _SHT_GNU_HASH for section in elf.sections):
         yield from _exported(elf, fd)
         return
     places: dict[str, list[int]] = {}
     longest = max(map(len, FUNCTIONS)) + 1
     for at, text in _with_context(fd, strings, b"SSL_", longest):
         name = text.partition(b"\0")[0].decode("latin-1")
-        if name in FUNCTIONS:  # wherever it begins: linkers keep names as tails of longer ones
-            places.setdefault(name, []).append(at)
+        # Wherever it begins: linkers keep names as tails of longer ones.
+        if name in FUNCTIONS and len(places.setdefault(name, [])) < NAMES_MAX:
+            places[name].append(at)
     if not any(all(name in places for name in pair) for pair in _PAIRS):
         return
     for name, offsets in places.items():
@@ -253,16 +260,19 @@ def find_by_structure(fd: int) -> Library | None:
         return None
     found = None
     for stack in _stacks(fd, size):
-        if stack == "BoringSSL":
-            found = _boringssl(fd)
-        elif stack == "Go crypto/tls":
-            found = _go(fd)
-        else:  # its own cryptography has BoringSSL's names in it: whoever lacks that one is right
+        try:
+            found = _FINDERS[stack](fd)
+        except (MemoryError, SearchTooLong) as end:
             with Elf(fd) as elf:
-                found = Library(stack, (), elf.build_id, ADVICE[stack])
+                reason = f"the search in it ended early: {end or 'out of memory'}; {INSTEAD}"
+                found = Library(stack, (), elf.build_id, reason)
         if found is not None and found.probes:
             break
     return found
+
+
+class SearchTooLong(Exception):
+    """A search used up its time; raised by a signal (`main`)."""
 
 
 def _stacks(fd: int, size: int) -> Iterator[str]:
@@ -308,6 +318,19 @@ def _go(fd: int) -> Library | None:
     place = found.server_name
     cookie = place.config << 32 | place.name if place else 0
     return Library("Go crypto/tls", tuple(probes), found.build_id, cookie=cookie)
+
+
+def _rustls(fd: int) -> Library:
+    """Only told of. Its cryptography has BoringSSL's names in it: that is searched before."""
+    with Elf(fd) as elf:
+        return Library("rustls", (), elf.build_id, ADVICE["rustls"])
+
+
+_FINDERS: Mapping[str, Callable[[int], Library | None]] = {
+    "BoringSSL": _boringssl,
+    "Go crypto/tls": _go,
+    "rustls": _rustls,
+}
 
 
 def library_json(library: Library | None) -> str:
@@ -475,15 +498,24 @@ def main(arguments: Sequence[str]) -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    seconds = STRUCTURE_SECONDS_MAX * len(descriptors)
+    # Beyond what the timer below ends: what does not return to Python.
+    seconds = int(STRUCTURE_SECONDS_MAX + 5) * len(descriptors)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (STRUCTURE_BYTES_MAX, STRUCTURE_BYTES_MAX))
     with contextlib.suppress(OSError):  # the helper runs at -10
         os.setpriority(os.PRIO_PROCESS, 0, _PRIORITIES[haste])
+    signal.signal(signal.SIGPROF, _give_up)
     for descriptor in descriptors:
+        signal.setitimer(signal.ITIMER_PROF, STRUCTURE_SECONDS_MAX)
         try:
             print(library_json(find_by_structure(int(descriptor))), flush=True)
-        except (ElfError, OSError, ValueError, ImportError):
+        except (ElfError, OSError, ValueError, ImportError, MemoryError, SearchTooLong):
             print("null", flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _give_up(*_: object) -> None:
+    raise SearchTooLong(f"it took more than {STRUCTURE_SECONDS_MAX} s")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -180,37 +179,3 @@ def version_in(python: str, package: str) -> str:
     return subprocess.run(
         [python, "-c", ask], capture_output=True, text=True, check=True
     ).stdout.strip()
-
-
-GO_SOURCE = Path(__file__).parents[2] / "capture" / "code" / "go_client"
-
-
-@pytest.mark.skipif(shutil.which("go") is None, reason="needs Go")
-@pytest.mark.parametrize("mode", [(), ("http2",)], ids=["http1", "http2"])
-@pytest.mark.parametrize(
-    "flags", [("-ldflags=-s -w",), ("-buildmode=pie",)], ids=["stripped", "pie"]
-)
-def test_go(bench: Bench, mode: tuple[str, ...], flags: tuple[str, ...]) -> None:
-    program = (
-        bench.lab.folder / "programs" / "-".join(("go", *flags, *mode)).replace(" ", "") / "client"
-    )
-    environment = {**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}
-    subprocess.run(
-        ["go", "build", *flags, "-o", str(program), "."],
-        cwd=GO_SOURCE,
-        env=environment,
-        check=True,
-        timeout=300,
-    )
-    for path in (program, program.parent, program.parent.parent):
-        path.chmod(0o755)
-    recognised(bench, program)
-    body = {"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [
-        {"role": "user", "content": "lab[n=3&chunks=6]"}]}  # fmt: skip
-    lab = bench.lab.environment(CA=str(bench.lab.folder / "ca.pem"), BODY=json.dumps(body))
-    argv = [str(program), "https://api.anthropic.com/v1/messages", *mode]
-    seen = bench.observe(argv, env=lab)
-    exact(seen, 3)
-    assert {line["http"] for line in seen.served} == {"http/2" if mode else "http/1.1"}
-    said = subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=True)
-    note("Go net/http", said.stdout.strip().removeprefix("go"), "crypto/tls, stripped")
