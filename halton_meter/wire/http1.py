@@ -240,6 +240,7 @@ class Http1:
         self._done: list[Exchange] = []
         self._early: dict[Direction, list[tuple[bytes, int]]] = {way: [] for way in Direction}
         self._early_bytes = 0
+        self._early_lost = 0  # bytes of the client's that came behind the held ones, past the limit
         # A request may have been lost, so an answer without one is nobody's; an answer may have
         # been lost, so the next one need not be the oldest request's.
         self._requests_lost = self._answers_lost = False
@@ -326,6 +327,8 @@ class Http1:
             self._early[direction].clear()  # a hole in what nobody could read yet: give it up
             self._early_bytes = sum(len(d) for way in self._early.values() for d, _ in way)
             self.context.losses["early_dropped"] += 1
+        if direction is SENT:
+            count, self._early_lost = count + self._early_lost, 0
         (self._sent if direction is SENT else self._received).hole(count)
         self._play_early()
         return self._take_done()
@@ -348,17 +351,22 @@ class Http1:
         self._sent_side.now = self._received_side.now = None
         return self._take_done()
 
-    def tunnelled(self) -> tuple[bytes, bytes]:
-        """Bytes that followed an upgrade: (sent, received); taken once."""
+    def tunnelled(self) -> tuple[bytes, int, bytes]:
+        """Bytes that followed an upgrade: (sent, how many more were lost, received); taken once."""
         early = [data for data, _ in self._early[Direction.SENT]]
         sent, received = b"".join(early), self._received.tunnel
         self._early[Direction.SENT].clear()
         self._received.tunnel = b""
-        return sent, received
+        return sent, self._early_lost, received
 
     # --- bytes whose turn has not come ---
 
     def _keep_early(self, direction: Direction, data: bytes) -> None:
+        if direction is SENT and self._early_bytes > EARLY_BYTES_MAX:
+            # An upgrade whose answer does not come: what it leads to cannot be read, nor be kept.
+            self.context.losses["over_limit_bytes"] += len(data)
+            self._early_lost += len(data)
+            return
         self._early[direction].append((data, self.at_ns))
         self._early_bytes += len(data)
 
@@ -397,6 +405,9 @@ class Http1:
                 held[:] = [(rest, at_ns), *waiting[number + 1 :]]
                 self._early_bytes += len(rest)
                 return
+        if direction is SENT and self._early_lost:
+            lost, self._early_lost = self._early_lost, 0
+            reader.hole(lost)
 
     # --- pairing: what the sides ask and tell ---
 

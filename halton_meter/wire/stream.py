@@ -140,8 +140,10 @@ class Conversation:
             self._context.losses["other_protocol"] += 1
             return []
         websocket = self._engine = WebSocket(self._context, transaction, headers)
-        sent, received = engine.tunnelled()
+        sent, lost, received = engine.tunnelled()
         done = websocket.feed(Direction.SENT, sent, at_ns)
+        if lost:
+            websocket.hole(Direction.SENT, lost)
         return done + websocket.feed(Direction.RECEIVED, received, at_ns)
 
     # --- which protocol ---

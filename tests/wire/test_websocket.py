@@ -18,6 +18,7 @@ from wsproto.events import (
 from wsproto.extensions import PerMessageDeflate
 
 from halton_meter.model import Outcome, Protocol
+from halton_meter.wire import http1
 from halton_meter.wire.stream import Interest
 from halton_meter.wire.websocket import CLIENT_MESSAGES_MAX, MESSAGE_BYTES_MAX
 
@@ -186,6 +187,25 @@ def test_frames_sent_before_the_upgrade_is_answered(deliver):
     early = [first, socket.script[2], second, *socket.script[3:]]
     found = deliver(early, ask).only
     assert b"response.create" in found.request.body.joined()
+
+
+def test_frames_that_wait_for_the_upgrades_answer_are_bounded(deliver, monkeypatch):
+    monkeypatch.setattr(http1, "EARLY_BYTES_MAX", 300)
+    socket = Socket()
+    first, second = socket.script
+    for number in range(40):
+        socket.say(TextMessage(f'{{"type":"response.create","n":{number}}}'))
+    early = socket.script[2:]
+    del socket.script[2:]
+    socket.turn(1)
+    talked = deliver([first, *early, second, *socket.script[2:]], ask)
+    assert talked.losses["early_over_limit"] == 1
+    last = talked.exchanges[-1]
+    assert last_of(last)["response"]["id"] == "r1"
+    assert last.outcome is Outcome.GAPPED
+    unanswered = deliver([first, *early], ask)
+    said = sum(len(data) for _, data in early)
+    assert unanswered.losses["over_limit_bytes"] >= said - 300 - max(len(d) for _, d in early)
 
 
 def test_a_refused_upgrade_is_plain_http(deliver):
