@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClosed, header
 from halton_meter.wire.http1 import Http1, finds_http1, may_be_http1
-from halton_meter.wire.http2 import PREFACE, Http2, finds_frames, plausible_frame
+from halton_meter.wire.http2 import Http2
+from halton_meter.wire.http2_framing import PREFACE, finds_frames, plausible_frame
 from halton_meter.wire.transaction import NOT_WANTED, SENT, Ask, Context, Interest
 from halton_meter.wire.websocket import WebSocket
 

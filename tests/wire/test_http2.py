@@ -22,7 +22,8 @@ from hyperframe.frame import (
 )
 
 from halton_meter.model import Outcome, Protocol, header
-from halton_meter.wire.http2 import HEADER_BLOCK_BYTES_MAX, PREFACE, STREAMS_MAX
+from halton_meter.wire.http2 import STREAMS_MAX
+from halton_meter.wire.http2_framing import HEADER_BLOCK_BYTES_MAX, PREFACE
 from halton_meter.wire.stream import Interest
 
 from .conftest import (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halton_meter.model import Outcome, TlsChunk
-from halton_meter.wire.http2 import PREFACE
+from halton_meter.wire.http2_framing import PREFACE
 from halton_meter.wire.stream import Interest
 
 from .conftest import (
