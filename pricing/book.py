@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from decimal import Decimal, DecimalException
+from decimal import Decimal, DecimalException, getcontext, setcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,10 +72,14 @@ class PriceBook:
         """What the event costs, by list and at the margin."""
         if event.free is not None:
             return self._free(event)
+        theirs = getcontext()
+        setcontext(EXACT)
         try:
             items, flags, total = self._computed(event)
         except (DecimalException, TypeError, ValueError, AttributeError, OverflowError):
             items, flags, total = [], ["bad_usage", "unpriced:usage"], None
+        finally:
+            setcontext(theirs)
         basis = Basis.COMPUTED
         if total is None:
             basis = Basis.UNPRICED
@@ -218,7 +222,7 @@ class PriceBook:
                 known = False
                 flags += [f"unpriced:{name}" for name in bill.missing]
             items += bill.items
-            total = EXACT.add(total, bill.total) if index else bill.total
+            total = total + bill.total if index else bill.total
         if not event.parts:
             flags.append("unpriced:usage")
         if conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":

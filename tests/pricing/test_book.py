@@ -6,7 +6,7 @@ import datetime as dt
 import json
 import tomllib
 from dataclasses import FrozenInstanceError, fields
-from decimal import Decimal
+from decimal import Context, Decimal, getcontext, localcontext
 from pathlib import Path
 
 import pytest
@@ -378,3 +378,14 @@ def test_a_damaged_refreshed_file_is_a_named_error(tmp_path):
     book = PriceBook.load(tmp_path)
     with pytest.raises(PriceError, match="openai"):
         book.tariff("openai", "a", {}, 0)
+
+
+def test_a_price_is_exact_whatever_the_callers_precision_which_stays_as_it_was(book):
+    tokens = Tokens(input=1_234_567, cache_read=7_654_321, output=98_765)
+    with localcontext(Context(prec=2)) as theirs:
+        priced = book.price(event(parts=(Usage("gpt-4o", tokens),)))
+        broken = book.price(event(parts=(Usage("gpt-4o", Tokens(input="x")),)))
+        assert getcontext() is theirs
+    # 2.50, 1.25 and 10 a million
+    assert priced.list_usd == Decimal("3.0864175") + Decimal("9.56790125") + Decimal("0.98765")
+    assert "bad_usage" in broken.flags
