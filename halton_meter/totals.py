@@ -12,10 +12,18 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from halton_meter.model import Outcome, PricedEvent, Tokens, usd_text
+from halton_meter.model import (
+    SIGHTING_RANK_MAX,
+    Outcome,
+    PricedEvent,
+    Tokens,
+    sighting_rank,
+    usd_text,
+)
 
 MODELS_MAX = 200
 MODEL_CHARACTERS_MAX = 200
+PROVISIONAL_MAX = 1000  # events of which a better sighting may still come
 
 
 @dataclass(slots=True)
@@ -29,10 +37,21 @@ class Line:
     marginal_usd: Decimal = Decimal(0)
     unpriced: int = 0
 
-    def add(self, other: Line) -> None:
-        """Add another line to this one."""
+    def add(self, other: Line, sign: int = 1) -> None:
+        """Add another line to this one, or with -1 take it away."""
         for name in Line.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            setattr(self, name, getattr(self, name) + sign * getattr(other, name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What one event added."""
+
+    model: str
+    line: Line
+    gapped: bool
+    aborted: bool
+    failed: bool
 
 
 @dataclass(slots=True)
@@ -44,33 +63,41 @@ class Totals:
     gapped: int = 0
     aborted: int = 0
     failed: int = 0
+    # Events of which more may be seen yet, such as a background response that was only queued: the
+    # better sighting takes the place of the first, as in the store.
+    _provisional: dict[str, _Counted] = field(default_factory=dict, compare=False, repr=False)
 
     def add(self, event: PricedEvent) -> None:
-        """Count one event."""
+        """Count one event, once however often it is seen."""
         usage = event.usage
-        line = Line(
-            requests=1,
-            input_tokens=_sent(usage.tokens),
-            output_tokens=usage.tokens.output or 0,
-            list_usd=event.list_usd or Decimal(0),
-            marginal_usd=event.marginal_usd or Decimal(0),
-            unpriced=int(event.list_usd is None),
-        )
-        self._count(usage.model or usage.request_model or "unknown model", line)
-        self.gapped += usage.outcome is Outcome.GAPPED
-        self.aborted += usage.outcome is Outcome.ABORTED
-        self.failed += usage.error_class is not None
+        if earlier := self._provisional.pop(usage.id, None):
+            self._count(earlier, -1)
+        counted = _counted(event)
+        self._count(counted)
+        if sighting_rank(usage) < SIGHTING_RANK_MAX:
+            self._provisional[usage.id] = counted
+            if len(self._provisional) > PROVISIONAL_MAX:
+                self._provisional.pop(next(iter(self._provisional)))
 
-    def _count(self, model: str, line: Line) -> None:
+    def _count(self, counted: _Counted, sign: int = 1) -> None:
+        self._add_line(counted.model, counted.line, sign)
+        self.gapped += sign * counted.gapped
+        self.aborted += sign * counted.aborted
+        self.failed += sign * counted.failed
+
+    def _add_line(self, model: str, line: Line, sign: int = 1) -> None:
         if model not in self.models and len(self.models) >= MODELS_MAX:
             model = "other models"
-        self.models.setdefault(model, Line()).add(line)
-        self.total.add(line)
+        kept = self.models.setdefault(model, Line())
+        kept.add(line, sign)
+        if not kept.requests:
+            del self.models[model]
+        self.total.add(line, sign)
 
     def merge(self, other: Totals) -> None:
         """Add what another process counted."""
         for model, line in other.models.items():
-            self._count(model, line)
+            self._add_line(model, line)
         self.gapped += other.gapped
         self.aborted += other.aborted
         self.failed += other.failed
@@ -104,13 +131,32 @@ class Totals:
                     marginal_usd=Decimal(line["marginal_usd"]),
                     unpriced=int(line["unpriced"]),
                 )
-                totals._count(str(name)[:MODEL_CHARACTERS_MAX], counted)
+                totals._add_line(str(name)[:MODEL_CHARACTERS_MAX], counted)
             totals.gapped = int(table["gapped_requests"])
             totals.aborted = int(table["aborted_requests"])
             totals.failed = int(table["failed_requests"])
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not totals: {error}") from None
         return totals
+
+
+def _counted(event: PricedEvent) -> _Counted:
+    usage = event.usage
+    line = Line(
+        requests=1,
+        input_tokens=_sent(usage.tokens),
+        output_tokens=usage.tokens.output or 0,
+        list_usd=event.list_usd or Decimal(0),
+        marginal_usd=event.marginal_usd or Decimal(0),
+        unpriced=int(event.list_usd is None),
+    )
+    return _Counted(
+        usage.model or usage.request_model or "unknown model",
+        line,
+        gapped=usage.outcome is Outcome.GAPPED,
+        aborted=usage.outcome is Outcome.ABORTED,
+        failed=usage.error_class is not None,
+    )
 
 
 def _line_json(line: Line) -> dict[str, Any]:

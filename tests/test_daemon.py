@@ -150,6 +150,25 @@ def test_totals_survive_the_pipe_and_add_up() -> None:
     assert again.models["other"].requests == 2
 
 
+def test_a_better_sighting_takes_the_place_of_the_first() -> None:
+    """A background response: queued when it is made, its usage known when it is asked for."""
+    final = event("a", "m", "0.5")
+    queued = dataclasses.replace(
+        event("a", "unknown yet", "0.0"),
+        usage=dataclasses.replace(final.usage, model="unknown yet", parts=(), free="pending"),
+    )
+    totals = Totals()
+    totals.add(queued)
+    assert totals.total.requests == 1
+    totals.add(final)
+    totals.add(event("b"))
+    expected = Totals()
+    expected.add(final)
+    expected.add(event("b"))
+    assert totals == expected
+    assert list(totals.models) == ["m"]
+
+
 @pytest.mark.parametrize(
     "hostile",
     [None, [], {}, {"models": []}, {"models": {"x": {"list_usd": "not a number"}}}, {"models": 3}],
