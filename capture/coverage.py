@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROCESSES_MAX = 4096
 HOSTS_A_PROCESS_MAX = 8
 LINES_MAX = 500
+UNNAMED_ADVICE = "HTTP/2 to a host that was named before the probes came: start the program again"
 RECENT_MAX = 200  # metered processes remembered after they ended
 
 
@@ -63,7 +64,7 @@ class Coverage:
         """One line a process, those that were metered first."""
         files_by_id = self._discovery.files.files
         lines: list[dict[str, Any]] = [
-            line | {"advice": self._late_advice(pid)} for pid, line in self._recent.items()
+            line | {"advice": self._advice(pid)} for pid, line in self._recent.items()
         ]
         for pid, watched in self._discovery.watched.items():
             if len(lines) >= LINES_MAX:
@@ -74,12 +75,16 @@ class Coverage:
             elif pid in self._recent:
                 continue
             line = unmetered(pid, watched.java, files, self._discovery.lookups.hosts(pid))
+            if line is None and pid in self._discovery.unnamed:
+                line = _unnamed(files, self._discovery.lookups.hosts(pid))
             if line and (process := self._discovery.identities.of(pid)):
                 process = self._family.with_run(process, self._family.run_of(pid))
                 lines.append({"process": processes.to_json(process), **line})
         return lines
 
-    def _late_advice(self, pid: int) -> str | None:
+    def _advice(self, pid: int) -> str | None:
+        if pid in self._discovery.unnamed:
+            return f"one of its connections is not metered: {UNNAMED_ADVICE}"
         seconds = self._discovery.late_by_pid.get(pid)
         if seconds is None:
             return None
@@ -133,6 +138,17 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
         line = {"stack": "unknown", "library": None, "state": "not_recognised", "host": host}
         return line | {"advice": f"its TLS code was not found: {libraries.INSTEAD}"}
     return None
+
+
+def _unnamed(files: list[File], host: str | None) -> dict[str, Any]:
+    probed = next((file for file in files if file.probes), None)
+    return {
+        "stack": probed.library.stack if probed and probed.library else "OpenSSL",
+        "library": probed.path if probed else None,
+        "state": "not_recognised",
+        "host": host,
+        "advice": UNNAMED_ADVICE,
+    }
 
 
 def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:

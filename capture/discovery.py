@@ -62,6 +62,7 @@ class Discovery:
         self.identities = Identities()
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
+        self.unnamed: set[int] = set()  # who speaks HTTP/2 on a connection without a known host
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
@@ -108,6 +109,10 @@ class Discovery:
                 self.lookups.note(record.tgid, record.host)
                 self.identities.of(record.tgid)
                 self._on_change()
+            elif record.kind == protocol.UNNAMED:
+                self.unnamed.add(record.tgid)
+                self.identities.of(record.tgid)
+                self._on_change()
             elif record.kind == protocol.DOUBT:
                 self.files.doubt(record.offset)
                 self._on_change()
@@ -138,6 +143,7 @@ class Discovery:
         self.watched.pop(pid, None)
         self.identities.forget(pid)
         self.lookups.forget(pid)
+        self.unnamed.discard(pid)
         try:
             fd = open_regular(f"/proc/{pid}/exe")
         except OSError:
@@ -263,6 +269,7 @@ class Discovery:
         alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
         for pid in self.watched.keys() - alive:
             del self.watched[pid]
+        self.unnamed &= alive
         for pid in alive:
             if pid != os.getpid():
                 self._scan(pid)

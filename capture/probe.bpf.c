@@ -6,7 +6,9 @@
  *  - without one (the connection is older than the probes, or the library hides that function) it
  *    is the Host of the next HTTP/1 request head. That head, at most HEAD_BYTES_MAX of it, is read
  *    into scratch memory, judged there, and discarded: it is not shown to user space unless
- *    admitted. HTTP/2 without an SNI stays unknown (its names are compressed), hence uncopied.
+ *    admitted. HTTP/2 without an SNI stays unknown, hence uncopied: its names are compressed, after
+ *    the first request to a number that means something to its two ends alone. It is counted, and
+ *    user space hears whose connection it is.
  *
  * Loss is exact: each direction of a connection has an offset that moves on even when the ring is
  * full or the copy fails; every record carries its offset, its true length and the part captured.
@@ -96,7 +98,7 @@ struct registers {
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8, KIND_LOOKUP = 9 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1, FLAG_CUT = 2 };
 
@@ -778,16 +780,40 @@ INLINE void copy_name(struct head *h)
 	}
 }
 
+/* A HEADERS frame that ends its headers, on a client's stream: how HTTP/2 begins a request. */
+INLINE int opens_http2_stream(const unsigned char *t)
+{
+	return t[0] == 0 && t[3] == 1 && (t[4] & 4) && !(t[4] & ~0x2d) && !(t[5] & 0x80) && (t[8] & 1);
+}
+
+/* Once a connection: it is left alone from now on. */
+INLINE void unnamed_http2(struct key *key)
+{
+	u64 origin = 0;
+	denied_set(key, &origin);
+	count(STAT_HTTP2_WITHOUT_NAME, 1);
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_UNNAMED;
+	r->tgid = key->tgid;
+	process_ring_submit(r);
+}
+
 /* A write on a connection whose name we never saw: judge it by the Host of its request head. */
 INLINE struct connection *judge(struct key *key, u64 address, u64 total)
 {
 	struct connection *c = 0;
-	char first[8] = {};
+	char first[16] __attribute__((aligned(8))) = {};
 
-	if (total < 16 || bpf_probe_read_user(first, sizeof(first), (void *)address))
+	if (total < sizeof(first) || bpf_probe_read_user(first, sizeof(first), (void *)address))
 		return 0;
-	if (*(u64 *)first == HTTP2_PREFACE) {
-		count(STAT_HTTP2_WITHOUT_NAME, 1);
+	if (*(u64 *)first == HTTP2_PREFACE || opens_http2_stream((unsigned char *)first)) {
+		unnamed_http2(key);
 		return 0;
 	}
 	if (!starts_a_request(first))
@@ -1031,8 +1057,10 @@ INLINE int enter_go(struct registers *r, u32 direction)
 			length &= HOST_BYTES_MAX - 1;
 			bpf_probe_read_user(n->text, length, (void *)name[0]);
 			n->length = length;
-			if (wanted_host(n))
-				c = admit(&key, n, 0);
+			u64 first = 0;
+			bpf_probe_read_user(&first, sizeof(first), (void *)call.buffer);
+			if (wanted_host(n)) /* joined when what it writes is no beginning */
+				c = admit(&key, n, first != HTTP2_PREFACE && !starts_a_request((char *)&first));
 			else
 				deny(&key, name[0]);
 			process_ring_discard(n);

@@ -462,6 +462,24 @@ def test_each_file_is_attached_once(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_http2_older_than_the_probes_is_told_once_and_not_copied(bench: Bench, loader: str) -> None:
+    client = bench.python("waits_http2")
+    assert client.line() == b"connected\n"
+    source = bench.source(loader=loader)
+    source.add_root(client.process.pid)
+    for _ in range(3):
+        client.say()
+        assert client.line() == b"sent\n"
+    assert source.drain() == []
+    source.request_report()
+    assert source.status().counted["http2_without_name"] == 1
+    (line,) = source.coverage()
+    assert line.process.pid == client.process.pid
+    assert line.state is CoverageState.NOT_RECOGNISED
+    assert "start the program again" in (line.advice or "")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 def test_in_a_nested_pid_namespace_processes_have_its_ids(bench: Bench, loader: str) -> None:
     """As in WSL2, whose distributions live in one, and in a container with rights of its own."""
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable]
