@@ -2,7 +2,8 @@
 
 `ask` answers one `Question` with a `Report`, whose `json` is the public contract's object. This
 file knows the table `event` of `store/schema.py`; it refuses to know how the answer is drawn
-(`cli/report.py`) and reads no clock: the caller says what time it is.
+(`cli/report.py`) and reads no clock: the caller says what time it is. Over many events, totals and
+groups by one dimension come from the sums of days (`store/rollup.py`), all else from the events.
 
 Unknown is not zero: a group in which nothing is priced has `list_usd` None, a token count that no
 provider reported is None. Sums of money are exact. Days are days of the local time zone.
@@ -15,13 +16,13 @@ out (None) unless asked for: over 3 million they take longer than everything els
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from decimal import Context, Decimal
 from typing import Any
 
 from halton_meter.model import TOKEN_NAMES, rfc3339, usd_text
+from halton_meter.periods import date_of, day_of, day_sql, start_of
 from halton_meter.store import NothingStored, Reader, Selection, Store
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
 
@@ -31,8 +32,6 @@ FEW_EVENTS = 50_000
 TREND_DAYS = 7
 # Models listed as unpriced; more are only counted.
 UNPRICED_MODELS_MAX = 20
-# The furthest that `day` can reach: enough for every time zone rule change of thirty years.
-DAYS_MAX = 11_000
 
 # What `--by` may name, and the column it groups by. `day` is computed.
 DIMENSIONS: dict[str, str] = {
@@ -53,9 +52,6 @@ DIMENSIONS: dict[str, str] = {
 # Any dimension's sums add up to the totals; this one's are the fewest.
 _FEWEST_VALUES = "provider"
 _EXACT = Context(prec=200)
-_SECOND_NS = 1_000_000_000
-_DAY_NS = 86_400 * _SECOND_NS
-_DAY_ZERO = date(1970, 1, 1)
 _PERCENTILES = ("quantile_disc(duration_ms, 0.95)", "quantile_disc(list_usd, 0.95)")
 
 # --- what is asked -------------------------------------------------------------------------------
@@ -233,56 +229,6 @@ def set_price_command(provider: str, model: str | None) -> str | None:
     )
 
 
-# --- periods -------------------------------------------------------------------------------------
-
-_AGO = re.compile(r"(\d{1,6})\s*([mhdw])")
-_AGO_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-def parse_when(text: str, now_ns: int, end: bool = False) -> int:
-    """A time as people write it, in ns: "7d", "24h", "today", "2026-11-23", RFC 3339.
-
-    Without an offset it is local time. With `end`, a bare date means the end of that day, so that
-    `--to 2026-11-23` includes the 23rd. Raises ValueError for anything else.
-    """
-    text = text.strip()
-    if match := _AGO.fullmatch(text):
-        return now_ns - int(match[1]) * _AGO_SECONDS[match[2]] * _SECOND_NS
-    if text in ("today", "yesterday"):
-        day = datetime.fromtimestamp(now_ns // _SECOND_NS).date()
-        return _start_of(day - timedelta(days=(text == "yesterday")) + timedelta(days=end))
-    if text == "now":
-        return now_ns
-    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-        return _start_of(date.fromisoformat(text) + timedelta(days=end))
-    moment = datetime.fromisoformat(text).astimezone(UTC)  # naive: local time
-    whole = int(moment.replace(microsecond=0).timestamp())
-    return whole * _SECOND_NS + moment.microsecond * 1000
-
-
-def period_before(selection: Selection, now_ns: int) -> Selection:
-    """The period of equal length just before; for part of one day, the day before till that hour.
-
-    Raises ValueError when the selection has no beginning.
-    """
-    if selection.from_ns is None:
-        raise ValueError("no beginning to compare with")
-    to_ns = selection.to_ns if selection.to_ns is not None else now_ns
-    length = to_ns - selection.from_ns
-    is_day = 0 < length < _DAY_NS and selection.from_ns == parse_when("today", now_ns)
-    shift = _DAY_NS if is_day else length
-    return replace(selection, from_ns=selection.from_ns - shift, to_ns=to_ns - shift)
-
-
-def _start_of(day: date) -> int:
-    """Local midnight of `day`, in ns."""
-    return int(datetime(day.year, day.month, day.day).timestamp()) * _SECOND_NS
-
-
-def _day_of(at_ns: int) -> date:
-    return datetime.fromtimestamp(at_ns // _SECOND_NS).date()
-
-
 # --- answers -------------------------------------------------------------------------------------
 
 
@@ -373,7 +319,7 @@ def _groups_of(rows: list[tuple[Any, ...]], by: tuple[str, ...]) -> _Groups:
 def _key_text(name: str, key: Any) -> str | None:
     """A group's key as it is shown; days are grouped by number, which is quicker than by text."""
     if name == "day":
-        return (_DAY_ZERO + timedelta(days=key)).isoformat()
+        return date_of(key).isoformat()
     return None if key is None else str(key)
 
 
@@ -563,16 +509,14 @@ def _trend(
         return ()
     unbounded = selection.from_ns is None and selection.to_ns is None
     end_ns = last + 1 if unbounded else selection.to_ns or now_ns
-    final = _day_of(end_ns - 1)
+    final = day_of(end_ns - 1)
     days = [final - timedelta(days=back) for back in reversed(range(TREND_DAYS))]
-    window = replace(selection, from_ns=_start_of(days[0]), to_ns=end_ns)
+    window = replace(selection, from_ns=start_of(days[0]), to_ns=end_ns)
     where, parameters = window.where()
     found = {
-        _DAY_ZERO + timedelta(days=row[0]): Figures(
-            requests=int(row[1]), list_usd=_money(row[2], row[3])
-        )
+        date_of(row[0]): Figures(requests=int(row[1]), list_usd=_money(row[2], row[3]))
         for row in reader.rows(
-            f"SELECT {_day_sql(_start_of(days[0]), end_ns)}, count(*), sum(list_usd), "
+            f"SELECT {day_sql(start_of(days[0]), end_ns)}, count(*), sum(list_usd), "
             f"sum(list_usd_rest) FROM event WHERE {where} GROUP BY 1",
             parameters,
         )
@@ -580,49 +524,8 @@ def _trend(
     return tuple((day, found.get(day, Figures())) for day in days)
 
 
-# --- local days ----------------------------------------------------------------------------------
-
-
 def _key_sql(reader: Reader, name: str, selection: Selection) -> str:
     if name != "day":
         return DIMENSIONS[name]
     first, last, _ = _span(reader, selection)
-    return _day_sql(first or 0, last or 0)
-
-
-def _day_sql(first_ns: int, last_ns: int) -> str:
-    """The local day of `at_ns`, counted from 1970. DuckDB's zone may differ from the system's."""
-    changes = _offset_changes(first_ns, last_ns)
-    cases = " ".join(f"WHEN at_ns < {until} THEN {offset}" for until, offset in changes[:-1])
-    last = changes[-1][1]
-    offset_ns = f"CASE {cases} ELSE {last} END" if cases else str(last)
-    return f"CAST(floor((at_ns + {offset_ns}) / {_DAY_NS}) AS INTEGER)"
-
-
-def _offset_changes(first_ns: int, last_ns: int) -> list[tuple[int, int]]:
-    """(until ns, offset from UTC in ns) of the local zone, in order; the last has no end."""
-    at, end = first_ns // _SECOND_NS, last_ns // _SECOND_NS
-    changes: list[tuple[int, int]] = []
-    for _ in range(DAYS_MAX):
-        if at >= end:
-            break
-        step = min(at + 86_400, end)
-        if _offset_seconds(at) != _offset_seconds(step):
-            change = _change_between(at, step)
-            changes.append((change * _SECOND_NS, _offset_seconds(at) * _SECOND_NS))
-        at = step
-    return [*changes, (0, _offset_seconds(end) * _SECOND_NS)]
-
-
-def _change_between(low: int, high: int) -> int:
-    """The first second whose offset is not `low`'s, given that `high`'s is another."""
-    before = _offset_seconds(low)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _offset_seconds(middle) == before else (low, middle)
-    return high
-
-
-def _offset_seconds(at_seconds: int) -> int:
-    offset = datetime.fromtimestamp(at_seconds, UTC).astimezone().utcoffset()
-    return int(offset.total_seconds()) if offset is not None else 0
+    return day_sql(first or 0, last or 0)

@@ -25,6 +25,7 @@ from halton_meter.cli.drawing import (
 )
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.model import TOKEN_NAMES, usd_text
+from halton_meter.periods import period_before
 from halton_meter.report import (
     DIMENSIONS,
     PERCENTILE_EVENTS,
@@ -33,7 +34,6 @@ from halton_meter.report import (
     Question,
     Report,
     ask,
-    period_before,
     set_price_command,
 )
 from halton_meter.store import Selection, Store

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from halton_meter.report import parse_when
+from halton_meter.periods import parse_when
 from halton_meter.store import NothingStored, Selection, StoreError, default_home
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

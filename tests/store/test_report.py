@@ -27,7 +27,8 @@ from halton_meter.model import (
     UsageEvent,
     total_usd,
 )
-from halton_meter.report import DIMENSIONS, Question, Report, ask, parse_when, period_before
+from halton_meter.periods import parse_when, period_before
+from halton_meter.report import DIMENSIONS, Question, Report, ask
 from halton_meter.store import Selection, Store
 from tests.store.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 

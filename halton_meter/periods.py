@@ -1,0 +1,110 @@
+"""Times and days as people mean them: "7d", "today", the period before, the days of a clock.
+
+Days are those of the local time zone, whatever the database thinks that it is. It reads no clock:
+the caller says what time it is.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+
+from halton_meter.store import Selection
+
+# The furthest that `day_sql` can reach: enough for every time zone rule change of thirty years.
+DAYS_MAX = 11_000
+
+_SECOND_NS = 1_000_000_000
+_DAY_NS = 86_400 * _SECOND_NS
+_DAY_ZERO = date(1970, 1, 1)
+_AGO = re.compile(r"(\d{1,6})\s*([mhdw])")
+_AGO_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def parse_when(text: str, now_ns: int, end: bool = False) -> int:
+    """A time as people write it, in ns: "7d", "24h", "today", "2026-11-23", RFC 3339.
+
+    Without an offset it is local time. With `end`, a bare date means the end of that day, so that
+    `--to 2026-11-23` includes the 23rd. Raises ValueError for anything else.
+    """
+    text = text.strip()
+    if match := _AGO.fullmatch(text):
+        return now_ns - int(match[1]) * _AGO_SECONDS[match[2]] * _SECOND_NS
+    if text in ("today", "yesterday"):
+        day = datetime.fromtimestamp(now_ns // _SECOND_NS).date()
+        return start_of(day - timedelta(days=(text == "yesterday")) + timedelta(days=end))
+    if text == "now":
+        return now_ns
+    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+        return start_of(date.fromisoformat(text) + timedelta(days=end))
+    moment = datetime.fromisoformat(text).astimezone(UTC)  # naive: local time
+    whole = int(moment.replace(microsecond=0).timestamp())
+    return whole * _SECOND_NS + moment.microsecond * 1000
+
+
+def period_before(selection: Selection, now_ns: int) -> Selection:
+    """The period of equal length just before; for part of one day, the day before till that hour.
+
+    Raises ValueError when the selection has no beginning.
+    """
+    if selection.from_ns is None:
+        raise ValueError("no beginning to compare with")
+    to_ns = selection.to_ns if selection.to_ns is not None else now_ns
+    length = to_ns - selection.from_ns
+    is_day = 0 < length < _DAY_NS and selection.from_ns == parse_when("today", now_ns)
+    shift = _DAY_NS if is_day else length
+    return replace(selection, from_ns=selection.from_ns - shift, to_ns=to_ns - shift)
+
+
+def start_of(day: date) -> int:
+    """Local midnight of `day`, in ns."""
+    return int(datetime(day.year, day.month, day.day).timestamp()) * _SECOND_NS
+
+
+def day_of(at_ns: int) -> date:
+    """The local date of a time in ns."""
+    return datetime.fromtimestamp(at_ns // _SECOND_NS).date()
+
+
+def date_of(day: int) -> date:
+    """The date of a day counted from 1970, as `day_sql` counts."""
+    return _DAY_ZERO + timedelta(days=day)
+
+
+def day_sql(first_ns: int, last_ns: int) -> str:
+    """The local day of `at_ns`, counted from 1970. DuckDB's zone may differ from the system's."""
+    changes = _offset_changes(first_ns, last_ns)
+    cases = " ".join(f"WHEN at_ns < {until} THEN {offset}" for until, offset in changes[:-1])
+    last = changes[-1][1]
+    offset_ns = f"CASE {cases} ELSE {last} END" if cases else str(last)
+    return f"CAST(floor((at_ns + {offset_ns}) / {_DAY_NS}) AS INTEGER)"
+
+
+def _offset_changes(first_ns: int, last_ns: int) -> list[tuple[int, int]]:
+    """(until ns, offset from UTC in ns) of the local zone, in order; the last has no end."""
+    at, end = first_ns // _SECOND_NS, last_ns // _SECOND_NS
+    changes: list[tuple[int, int]] = []
+    for _ in range(DAYS_MAX):
+        if at >= end:
+            break
+        step = min(at + 86_400, end)
+        if _offset_seconds(at) != _offset_seconds(step):
+            change = _change_between(at, step)
+            changes.append((change * _SECOND_NS, _offset_seconds(at) * _SECOND_NS))
+        at = step
+    return [*changes, (0, _offset_seconds(end) * _SECOND_NS)]
+
+
+def _change_between(low: int, high: int) -> int:
+    """The first second whose offset is not `low`'s, given that `high`'s is another."""
+    before = _offset_seconds(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _offset_seconds(middle) == before else (low, middle)
+    return high
+
+
+def _offset_seconds(at_seconds: int) -> int:
+    offset = datetime.fromtimestamp(at_seconds, UTC).astimezone().utcoffset()
+    return int(offset.total_seconds()) if offset is not None else 0
