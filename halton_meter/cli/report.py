@@ -301,11 +301,13 @@ def _coverage(answer: Report) -> str:
     lines = _unpriced(answer)
     if coverage.estimated_requests:
         lines.append(f"{_requests(coverage.estimated_requests)} with estimated token counts.")
-    if coverage.aborted or coverage.gapped:
-        lines.append(
-            f"Cut off: {_requests(coverage.aborted)}; with gaps: {_requests(coverage.gapped)}. "
-            "Their figures may be too low."
-        )
+    damaged = [
+        f"{_requests(count)} {what}"
+        for count, what in ((coverage.aborted, "cut off"), (coverage.gapped, "with gaps"))
+        if count
+    ]
+    if damaged:
+        lines.append(f"{' and '.join(damaged)}: figures may be too low.")
     if coverage.pending:
         lines.append(f"{_requests(coverage.pending)} not answered yet: usage is still to come.")
     if coverage.waiting:

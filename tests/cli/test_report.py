@@ -53,7 +53,7 @@ def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     assert "75.0" in text
     assert "unpriced, not free" in text
     assert "halton-meter pricing set brand-new --provider anthropic" in text
-    assert "Cut off: 0 requests; with gaps: 1 request." in text
+    assert "\n1 request with gaps: figures may be too low." in text
     assert "\x1b" not in text
 
 
