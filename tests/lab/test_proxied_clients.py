@@ -81,7 +81,7 @@ def assert_proxied(seen: Proxied, program: str) -> None:
     assert seen.told["losses"] == {}
     for event in seen.events:
         assert Path(event["process"]).name.startswith(program), event
-        assert (event["project"], event["git_branch"]) == ("acme", "topic/lab")
+        assert (event["project"], event["git_branch"]) == ("acme", "topic/lab"), event
         assert event["user"] == "labrat"
 
 
