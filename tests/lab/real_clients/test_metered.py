@@ -122,8 +122,12 @@ def test_claude_print(bench: Bench, installed: Install, program: Program) -> Non
 def test_opencode_run(bench: Bench, installed: Install, program: Program) -> None:
     opencode = installed(program)
     recognised(bench, opencode)
+    home = bench.lab.user.home / str(program)  # each keeps a database of another form
+    home.mkdir()
+    os.chown(home, bench.lab.user.uid, bench.lab.user.gid)
     seen = bench.observe(
-        [str(opencode), "run", "--model", "anthropic/claude-sonnet-4-5", "say lab[n=7&chunks=6]"]
+        [str(opencode), "run", "--model", "anthropic/claude-sonnet-4-5", "say lab[n=7&chunks=6]"],
+        env=bench.lab.environment(HOME=str(home)),
     )
     exact(seen)
     note("opencode", program.version, STACK)
