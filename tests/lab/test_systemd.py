@@ -85,6 +85,8 @@ def test_the_service_meters_survives_a_kill_and_ends(machine: Machine, home: Pat
     assert "running as a systemd service" in as_root(machine, home, "start")
     assert machine.run(["systemctl", "is-enabled", "halton-meter"]).stdout.strip() == "enabled"
     assert status(machine, home)["health"] == "ok"
+    [helper] = machine.run(["pgrep", "-f", "capture.helper"]).stdout.split()
+    assert machine.run(["ps", "-o", "ni=", "-p", helper]).stdout.strip() == "-10"
     client = ask(machine, 1)
     [event] = metered(machine, home, 1)
     assert event["pid"] == client
