@@ -44,6 +44,11 @@ class Haste(IntEnum):
     NOBODY = 2
 
 
+# A client's first request may come half a second after its start; one search a program's life.
+# At nobody's leisure nothing else is slowed.
+_PRIORITIES = {Haste.PROGRAM: -5, Haste.LIBRARY: -5, Haste.NOBODY: 19}
+
+
 @dataclass(slots=True)
 class File:
     """A file that was looked at. `library` None: no TLS in it, unless it is still `searching`."""
@@ -71,13 +76,17 @@ class _Finder:
         self._read_bytes = 0
         fds = [fd for _, fd in files]
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "capture.libraries", haste.name, *map(str, fds)],
+            [sys.executable, "-I", "-m", "capture.libraries", *map(str, fds)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
         )
+        with contextlib.suppress(OSError):
+            # At once: at the helper's own priority, two of them would keep it from every process
+            # that lives for milliseconds.
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _PRIORITIES[haste])
         assert self._process.stdout is not None
         self._stdout = self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)

@@ -191,6 +191,7 @@ class Discovery:
     def run_rescans(self, now: float) -> None:
         """Look at processes whose time has come, and take what searches have found."""
         while self._rescans and self._rescans[0][0] <= now:
+            self.read_processes()  # who starts meanwhile may be gone before the last is looked at
             at, pid, step = heapq.heappop(self._rescans)
             if step >= len(RESCAN_S):
                 self._mapped.discard(pid)

@@ -476,18 +476,9 @@ def standard_files() -> list[str]:
     return list(found.values())
 
 
-# A client's first request may come half a second after its start; one search a program's life.
-_PRIORITIES = {"PROGRAM": -5, "LIBRARY": -5, "NOBODY": 19}
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Search the files open as these descriptors, as nobody; print a line of JSON for each.
-
-    The first argument says who waits for it: at NOBODY's leisure nothing else is slowed.
-    """
+def main(descriptors: Sequence[str]) -> None:
+    """Search the files open as these descriptors, as nobody; print a line of JSON for each."""
     import resource
-
-    haste, *descriptors = arguments
 
     # The user "nobody" reads neither our modules under a closed home nor the files by their names.
     for name in ("capture.golang", "capture.boringssl"):
@@ -502,8 +493,6 @@ def main(arguments: Sequence[str]) -> None:
     seconds = int(STRUCTURE_SECONDS_MAX + 5) * len(descriptors)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (STRUCTURE_BYTES_MAX, STRUCTURE_BYTES_MAX))
-    with contextlib.suppress(OSError):  # the helper runs at -10
-        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITIES[haste])
     signal.signal(signal.SIGPROF, _give_up)
     for descriptor in descriptors:
         signal.setitimer(signal.ITIMER_PROF, STRUCTURE_SECONDS_MAX)

@@ -237,7 +237,7 @@ def test_a_search_that_takes_too_long_says_so(tmp_path: Path) -> None:
     path.write_bytes(endless_code())
     command = (
         "import sys; from capture import libraries as found; found.STRUCTURE_SECONDS_MAX = 0.3; "
-        "found.main(['PROGRAM', sys.argv[1]])"
+        "found.main([sys.argv[1]])"
     )
     with path.open("rb") as file:
         done = subprocess.run(
