@@ -74,7 +74,7 @@ class ProxyService:
         self.edge = Edge(
             () if mend is not None else provider_hosts(job.extra_hosts),
             job.upstream,
-            lambda address: program_of(process_of(address)),
+            lambda end: program_of(process_of(end)),
             raise_descriptor_limit(),
         )
         self.edge.on_bypass = self._on_bypass

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from halton_meter.model import Exchange, Process
     from halton_meter.store import Store
     from proxy_fallback.addon import MeterAddon
+    from proxy_fallback.client_end import ClientEnd
 
 # Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
 WAITING_MAX = 10_000
@@ -74,17 +75,17 @@ def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(Registry(dict(extra_hosts)).hosts())
 
 
-def process_of(address: tuple[str, int]) -> Process | None:
-    """The process behind the client end (address, port) of a loopback connection, or None."""
+def process_of(end: ClientEnd) -> Process | None:
+    """The process behind a client's socket, or None."""
     if sys.platform == "darwin":
         from capture.arguments import without_secrets
         from proxy_fallback import owner_macos
 
-        return owner_macos.process_of(*address, without_secrets)
+        return owner_macos.process_of(end, without_secrets)
     from capture.processes import read_process
     from proxy_fallback.owner import owner_pid
 
-    pid = owner_pid(*address)
+    pid = owner_pid(end)
     return None if pid is None else read_process(pid)
 
 

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from halton_meter.model import Connection, Exchange, Process, Source
 from halton_meter.model import Protocol as HttpProtocol
+from proxy_fallback import client_end
+from proxy_fallback.client_end import ClientEnd
 
 if TYPE_CHECKING:
     from mitmproxy import http, tls
@@ -35,9 +37,6 @@ FLOWS_MAX = 4096
 # Lookups of clients' processes at once.
 LOOKUP_THREADS = 4
 _NS = 1_000_000_000
-# In its CONNECT to mitmproxy the edge names the client whose socket it accepted: "127.0.0.1:4711".
-# mitmproxy answers a CONNECT itself, so this header never reaches a provider.
-CLIENT_HEADER = "x-halton-meter-client"
 
 Fields = Iterable[tuple[str, str]]
 
@@ -88,14 +87,14 @@ class Wiring:
     """What the composition root hands in.
 
     `begin` is told each request's head and gives what records it, or None; `process_of` names the
-    owner of a client's (address, port); `deliver` takes each finished exchange. `refused` is told
+    owner of a client's socket; `deliver` takes each finished exchange. `refused` is told
     when a client (None: unknown) would not have our certificate for a host, or we not the host's:
     True when that was said, False when somebody merely hung up. `losses` counts what went by
     unmetered, by cause; whoever records may count there, too.
     """
 
     begin: Begin
-    process_of: Callable[[tuple[str, int]], Process | None]
+    process_of: Callable[[ClientEnd], Process | None]
     deliver: Callable[[Exchange], None]
     refused: Callable[[str, Process | None, bool], None] = lambda host, process, said: None
     losses: Counter[str] = field(default_factory=Counter)
@@ -244,13 +243,12 @@ class MeterAddon:
 
     def _find_owner(self, flow: http.HTTPFlow) -> None:
         client = flow.client_conn
-        address, port = client.peername[0], client.peername[1]
-        named, _, number = flow.request.headers.get(CLIENT_HEADER, "").rpartition(":")
-        if named and number.isdigit():
-            address, port = named, int(number)
+        end = client_end.from_header(flow.request.headers.get(client_end.HEADER, ""))
+        if end is None:  # it came to us without the edge
+            end = ClientEnd(client.peername[0], client.peername[1], client.sockname[1])
         # In a thread, as it takes some ms: meanwhile the provider is connected to. Whoever connects
         # lives at least until its request is let through, which waits for the answer.
-        self._owners[client.id] = self._lookups.submit(self._wiring.process_of, (address, port))
+        self._owners[client.id] = self._lookups.submit(self._wiring.process_of, end)
 
     async def _owner(self, client_id: str) -> Process | None:
         lookup = self._owners.get(client_id)

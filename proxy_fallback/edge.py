@@ -26,12 +26,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from proxy_fallback import client_end
+from proxy_fallback.client_end import ClientEnd
 from proxy_fallback.listening import ADDRESS, BACKLOG, HEALTH_PATH, EdgeError, is_loopback, unfit
 from proxy_fallback.proxy_request import Asked, read_request
 from proxy_fallback.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, Answering, End, Worker
 
-# Named here and in the addon, which reads it: see addon.CLIENT_HEADER.
-CLIENT_HEADER = "x-halton-meter-client"
 HEAD_S_MAX = 60.0
 # How long mitmproxy may take to answer our CONNECT before the host is tried raw, too. It connects
 # to the provider first, which takes some 50 ms.
@@ -93,7 +93,7 @@ class Edge:
     """The running edge. Use it from its event loop's thread only.
 
     `hosts` are the providers'. `upstream` is the proxy by which raw tunnels leave, or None.
-    `program_of` names the program behind a client's (address, port), or None: asked only for
+    `program_of` names the program behind a client's socket, or None: asked only for
     hosts whose certificate some program refused, in a thread of its own.
 
     Until `send_to` is called provider hosts are tunnelled raw. `counts` has, by cause, what
@@ -105,7 +105,7 @@ class Edge:
         self,
         hosts: Iterable[str],
         upstream: tuple[str, int] | None = None,
-        program_of: Callable[[tuple[str, int]], str | None] = lambda address: None,
+        program_of: Callable[[ClientEnd], str | None] = lambda end: None,
         connections_max: int = CONNECTIONS_MAX,
     ) -> None:
         self.hosts = HostSet(hosts)
@@ -191,7 +191,7 @@ class Edge:
             return False
         return is_loopback(host) or host.lower().rstrip(".").endswith("localhost")
 
-    async def route(self, host: str, client: tuple[str, int]) -> tuple[int | None, str]:
+    async def route(self, host: str, client: ClientEnd) -> tuple[int | None, str]:
         """The port of mitmproxy for a provider's host, and "", or None and why not."""
         if self._worker_port is None:
             return None, self._cause
@@ -240,7 +240,7 @@ class _Client(End):
         self._edge = edge
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._address = ("", 0)
+        self._end = ClientEnd("", 0, 0)
         self._wants_tunnel = False
 
     # --- the transport's side
@@ -251,8 +251,10 @@ class _Client(End):
         edge.clients.add(self)
         edge.counts["accepted"] += 1
         peer = transport.get_extra_info("peername")
-        self._address = (str(peer[0]), int(peer[1])) if peer else ("", 0)
-        if not is_loopback(self._address[0]):
+        near = transport.get_extra_info("sockname")
+        if peer and near:
+            self._end = ClientEnd(str(peer[0]), int(peer[1]), int(near[1]))
+        if not is_loopback(self._end.address):
             # Possible from this very machine only; no program of its user has a reason to.
             self._refuse("refused_not_loopback", None)
         elif len(edge.clients) > edge.connections_max:
@@ -346,7 +348,7 @@ class _Client(End):
             return
         far, cause = None, ""
         if asked.host in edge.hosts:
-            worker_port, cause = await edge.route(asked.host, self._address)
+            worker_port, cause = await edge.route(asked.host, self._end)
             if worker_port is not None:
                 far, cause = await self._to_worker(worker_port, asked)
             if not cause:
@@ -409,7 +411,7 @@ class _Client(End):
     async def _ask(self, worker: Worker, worker_port: int, asked: Asked) -> str:
         """Ask mitmproxy for a tunnel; "" when it was given, else the cause."""
         loop = asyncio.get_running_loop()
-        header = f"{CLIENT_HEADER}: {self._address[0]}:{self._address[1]}\r\n"
+        header = f"{client_end.HEADER}: {client_end.to_header(self._end)}\r\n"
         try:
             await loop.create_connection(lambda: worker, ADDRESS, worker_port)
             accepted = await worker.connect(asked.host, asked.port, header)

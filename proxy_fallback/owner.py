@@ -1,9 +1,9 @@
 """Which process owns a client's socket to the proxy, at connect time: Linux by netlink and /proc.
 
-A loopback connection names its client by (address, port). The kernel, asked by netlink for the one
-socket with that local end, gives its inode; a process with that inode among its descriptors owns
-it. Asking takes some 50 us whatever else is connected, where reading /proc/net/tcp takes 10 ms a
-thousand sockets; a process that connected lately is looked at first, then the newest ones. It
+A loopback connection names its client by its end and the port it is connected to. The kernel, asked
+by netlink for that one socket, gives its inode; a process with that inode among its descriptors
+owns it. Asking takes some 50 us whatever else is connected, where reading /proc/net/tcp takes 10 ms
+a thousand sockets; a process that connected lately is looked at first, then the newest ones. It
 refuses to know more about a process than its pid: `capture` reads the rest. When the client is
 already gone, or its descriptors are another user's, the answer is None. On macOS see
 `owner_macos.py`.
@@ -17,6 +17,8 @@ import struct
 import threading
 from collections import OrderedDict
 from pathlib import Path
+
+from proxy_fallback.client_end import ClientEnd
 
 # Processes and descriptors looked at for one answer; a busy machine has some thousand.
 PROCESSES_MAX = 20_000
@@ -55,13 +57,13 @@ def _packed(address: str) -> list[tuple[int, bytes]]:
     return [(socket.AF_INET, packed), (socket.AF_INET6, mapped)]
 
 
-def _ask_kernel(address: str, port: int) -> str | None:
-    """The inode of the socket with that local end; raises _NoNetlink."""
+def _ask_kernel(end: ClientEnd) -> str | None:
+    """The inode of that socket; raises _NoNetlink."""
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as link:
             link.settimeout(ANSWER_SECONDS_MAX)
-            for family, packed in _packed(address):
-                inode = _ask_family(link, family, packed, port)
+            for family, packed in _packed(end.address):
+                inode = _ask_family(link, family, packed, end)
                 if inode:
                     return str(inode)
     except (OSError, AttributeError) as error:
@@ -69,8 +71,8 @@ def _ask_kernel(address: str, port: int) -> str | None:
     return None
 
 
-def _ask_family(link: socket.socket, family: int, packed: bytes, port: int) -> int | None:
-    local = port.to_bytes(2, "big")
+def _ask_family(link: socket.socket, family: int, packed: bytes, end: ClientEnd) -> int | None:
+    local, far = end.port.to_bytes(2, "big"), end.far_port.to_bytes(2, "big")
     nothing = bytes(16)
     body = _ASK.pack(
         family,
@@ -79,7 +81,7 @@ def _ask_family(link: socket.socket, family: int, packed: bytes, port: int) -> i
         0,
         _CONNECTED,
         local,
-        b"\0\0",
+        far,
         nothing,
         nothing,
         0,
@@ -98,7 +100,8 @@ def _ask_family(link: socket.socket, family: int, packed: bytes, port: int) -> i
                 raise _NoNetlink
             if length >= _HEAD.size + _SOCKET.size:
                 fields = _SOCKET.unpack_from(data, at + _HEAD.size)
-                if fields[4] == local and fields[6][: len(packed)] == packed and fields[14]:
+                ports, address = fields[4:6], fields[6][: len(packed)]
+                if ports == (local, far) and address == packed and fields[14]:
                     found = int(fields[14])
             at += (length + 3) & ~3
     raise _NoNetlink
@@ -113,9 +116,10 @@ def _hexadecimal(address: str, port: int) -> list[str]:
     return found
 
 
-def _listed(address: str, port: int, proc: Path) -> str | None:
+def _listed(end: ClientEnd, proc: Path) -> str | None:
     """The inode by /proc/net/tcp{,6}: slower, where netlink is not to be had."""
-    wanted = _hexadecimal(address, port)
+    wanted = _hexadecimal(end.address, end.port)
+    far = f":{end.far_port:04X}"
     for table in ("tcp", "tcp6"):
         try:
             lines = (proc / "net" / table).read_text().splitlines()[1:]
@@ -123,19 +127,19 @@ def _listed(address: str, port: int, proc: Path) -> str | None:
             continue
         for line in lines:
             fields = line.split()
-            if len(fields) > 9 and fields[1] in wanted and fields[9] != "0":
+            if len(fields) < 10 or fields[1] not in wanted or not fields[2].endswith(far):
+                continue
+            if fields[9] != "0":
                 return fields[9]
     return None
 
 
-def owner_pid(
-    address: str, port: int, proc: Path = Path("/proc"), *, netlink: bool = True
-) -> int | None:
-    """The pid of the process whose socket has the local end (address, port); None if none."""
+def owner_pid(end: ClientEnd, proc: Path = Path("/proc"), *, netlink: bool = True) -> int | None:
+    """The pid of the process whose socket this is; None if none."""
     try:
-        inode = _ask_kernel(address, port) if netlink else _listed(address, port, proc)
+        inode = _ask_kernel(end) if netlink else _listed(end, proc)
     except _NoNetlink:
-        inode = _listed(address, port, proc)
+        inode = _listed(end, proc)
     if inode is None:
         return None
     wanted = f"socket:[{inode}]"

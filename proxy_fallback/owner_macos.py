@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from halton_meter.model import Process
+from proxy_fallback.client_end import ClientEnd
 
 COMMAND_S_MAX = 5.0
 PARENTS_MAX = 16
@@ -81,14 +82,14 @@ def kernel_arguments(pid: int) -> bytes:
         return b""
 
 
-def pid_in_lsof(output: str, address: str, port: int) -> int | None:
-    """The pid in `lsof -F pn` whose connection has the local end (address, port)."""
-    host = f"[{address}]" if ":" in address else address
+def pid_in_lsof(output: str, end: ClientEnd) -> int | None:
+    """The pid in `lsof -F pn` whose socket this is."""
+    host = f"[{end.address}]" if ":" in end.address else end.address
     pid: int | None = None
     for line in output.splitlines():
         if line.startswith("p") and line[1:].isdigit():
             pid = int(line[1:])
-        elif line.startswith(f"n{host}:{port}->"):
+        elif line.startswith(f"n{host}:{end.port}->") and line.endswith(f":{end.far_port}"):
             return pid
     return None
 
@@ -147,15 +148,14 @@ def _parents(processes: dict[int, Listed], pid: int) -> tuple[tuple[int, str], .
 
 
 def process_of(
-    address: str,
-    port: int,
+    end: ClientEnd,
     redacted: Redacted,
     run: Run = run,
     arguments: Arguments = kernel_arguments,
 ) -> Process | None:
-    """The process behind the client end (address, port) of a connection, or None."""
-    connected = ("/usr/sbin/lsof", "-nP", f"-iTCP:{port}", "-sTCP:ESTABLISHED", "-Fpn")
-    pid = pid_in_lsof(run(connected), address, port)
+    """The process behind a client's socket, or None."""
+    connected = ("/usr/sbin/lsof", "-nP", f"-iTCP:{end.port}", "-sTCP:ESTABLISHED", "-Fpn")
+    pid = pid_in_lsof(run(connected), end)
     if pid is None:
         return None
     processes = processes_in_ps(run(_PS))

@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from proxy_fallback import client_end, listening
 from proxy_fallback import edge as edges
-from proxy_fallback import listening
-from proxy_fallback.addon import CLIENT_HEADER
 from proxy_fallback.edge import Edge
 from proxy_fallback.listening import EdgeError
 
@@ -116,18 +115,14 @@ def test_a_provider_goes_to_mitmproxy_and_the_client_is_named_to_it() -> None:
             client = await here.tunnel(PROVIDER)
             assert await say(client, b"hi", 10) == b"metered:hi"
             [head] = stand_in.heads
-            address, port = client[1].get_extra_info("sockname")
+            end = client_end.ClientEnd(*client[1].get_extra_info("sockname"), here.port)
             assert head.startswith(f"CONNECT {PROVIDER}:{here.origin} HTTP/1.1\r\n".encode())
-            assert f"\r\n{CLIENT_HEADER}: {address}:{port}\r\n".encode() in head
+            assert f"\r\n{client_end.HEADER}: {client_end.to_header(end)}\r\n".encode() in head
             assert here.edge.counts["metered"] == 1
             assert here.edge.bypassed == {}
         worker.close()
 
     run(scene())
-
-
-def test_addon_and_edge_mean_the_same_header() -> None:
-    assert edges.CLIENT_HEADER == CLIENT_HEADER
 
 
 def test_another_host_is_tunnelled_raw_even_while_mitmproxy_is_there() -> None:

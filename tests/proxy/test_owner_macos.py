@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from capture.arguments import REDACTED, without_secrets
+from proxy_fallback.client_end import ClientEnd
 from proxy_fallback.owner_macos import (
     arguments_in,
     folder_in_lsof,
@@ -15,6 +16,7 @@ from proxy_fallback.owner_macos import (
     processes_in_ps,
 )
 
+CLIENT = ClientEnd("127.0.0.1", 52341, 8081)
 # The proxy's end of the connection is listed, too, and other connections to it.
 LSOF = """p812
 f11
@@ -47,14 +49,20 @@ def procargs(argv: list[bytes], environment: list[bytes]) -> bytes:
 
 
 def test_the_clients_end_is_told_from_the_proxys() -> None:
-    assert pid_in_lsof(LSOF, "127.0.0.1", 52341) == 4711
-    assert pid_in_lsof(LSOF, "127.0.0.1", 8081) == 812
-    assert pid_in_lsof(LSOF_IPV6, "::1", 52341) == 4711
+    assert pid_in_lsof(LSOF, CLIENT) == 4711
+    assert pid_in_lsof(LSOF, ClientEnd("127.0.0.1", 8081, 52341)) == 812
+    assert pid_in_lsof(LSOF_IPV6, ClientEnd("::1", 52341, 8081)) == 4711
+
+
+def test_a_port_that_two_sockets_share_names_the_one_connected_to_the_edge() -> None:
+    shared = "p812\nf14\nn127.0.0.1:52341->127.0.0.1:60001\n" + LSOF
+    assert pid_in_lsof(shared, CLIENT) == 4711
+    assert pid_in_lsof(shared, ClientEnd("127.0.0.1", 52341, 60001)) == 812
 
 
 @pytest.mark.parametrize("output", ["", "p12\n", "n127.0.0.1:52341->1.2.3.4:5\n", "px\nfoo"])
 def test_no_such_connection_is_nobodys(output: str) -> None:
-    assert pid_in_lsof(output, "127.0.0.1", 52341) is None
+    assert pid_in_lsof(output, CLIENT) is None
 
 
 def test_a_folder_with_a_space() -> None:
@@ -90,8 +98,7 @@ def answers(asked: Sequence[str]) -> str:
 
 def test_all_of_it_gives_the_process_without_what_was_said() -> None:
     found = process_of(
-        "127.0.0.1",
-        52341,
+        CLIENT,
         without_secrets,
         answers,
         lambda pid: procargs(ARGV, ENVIRONMENT) if pid == 4711 else b"",
@@ -107,5 +114,5 @@ def test_all_of_it_gives_the_process_without_what_was_said() -> None:
 
 
 def test_a_client_that_is_gone_is_nobody() -> None:
-    nobody = process_of("127.0.0.1", 52341, without_secrets, lambda asked: "", lambda pid: b"")
+    nobody = process_of(CLIENT, without_secrets, lambda asked: "", lambda pid: b"")
     assert nobody is None

@@ -1,0 +1,34 @@
+"""A client's end of its connection to us, and the header in which the edge names it to mitmproxy.
+
+The far port belongs to it: the kernel gives one port to two sockets that connect to different
+places, so that (address, port) alone may name another process's connection, even our own one from
+the edge to mitmproxy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Of the edge's CONNECT, which mitmproxy answers itself: it never reaches a provider.
+HEADER = "x-halton-meter-client"
+
+
+class ClientEnd(NamedTuple):
+    """The address and port of a client's socket, and the port that it is connected to."""
+
+    address: str
+    port: int
+    far_port: int
+
+
+def to_header(end: ClientEnd) -> str:
+    """The header's value: "127.0.0.1 45000 8081"."""
+    return f"{end.address} {end.port} {end.far_port}"
+
+
+def from_header(value: str) -> ClientEnd | None:
+    """The inverse of `to_header`; None for what is not one."""
+    match value.split(" "):
+        case [address, port, far_port] if port.isdecimal() and far_port.isdecimal():
+            return ClientEnd(address, int(port), int(far_port))
+    return None
