@@ -141,7 +141,7 @@ class MeterAddon:
             from proxy_fallback import mends
 
             mends.step_over_interim_responses()
-            mends.hold_http2_senders_back()
+            mends.hold_http2_senders_back(self._count)
         except Exception as error:  # nothing that watches may break what is watched
             self._count(error)
 

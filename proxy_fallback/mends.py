@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ INTERIM_BYTES_MAX = 64 << 10
 STREAM_WINDOW_BYTES = 4 << 20
 # What may wait for the other side before the sender is given no more room.
 PILED_BYTES_MAX = 1 << 20
+
+Misjudged = Callable[[Exception], None]
 
 
 def _wrap(owner: type, name: str) -> Any:
@@ -69,16 +71,17 @@ class _RoomMade(HttpEvent):
 class _Passage:
     """The HTTP/2 connections between which a client's streams pass, and the room they owe."""
 
-    def __init__(self, layer: HttpLayer) -> None:
+    def __init__(self, layer: HttpLayer, misjudged: Misjudged) -> None:
         self._layer = layer
+        self._misjudged = misjudged
         self._ends: dict[Any, Http2Connection] = {}
         self._owed: Counter[tuple[Http2Connection, int]] = Counter()
         self.depth = 0
 
     @classmethod
-    def of(cls, layer: Any) -> _Passage:
+    def of(cls, layer: Any, misjudged: Misjudged) -> _Passage:
         """That of an HttpLayer."""
-        found: _Passage = vars(layer).setdefault("halton_passage", None) or cls(layer)
+        found: _Passage = vars(layer).get("halton_passage") or cls(layer, misjudged)
         layer.halton_passage = found
         return found
 
@@ -107,7 +110,8 @@ class _Passage:
     def _is_full(self, end: Http2Connection, stream_id: int) -> bool:
         try:
             return self._piled(end, stream_id) > PILED_BYTES_MAX
-        except Exception:  # what we are wrong about must not stop a stream
+        except Exception as error:  # what we are wrong about must not stop a stream
+            self._misjudged(error)
             return False
 
     def _piled(self, end: Http2Connection, stream_id: int) -> int:
@@ -129,12 +133,13 @@ class _Passage:
         return sum(len(each.data) for each in towards.h2_conn.stream_buffers.get(number, ()))
 
 
-def hold_http2_senders_back() -> None:
+def hold_http2_senders_back(misjudged: Misjudged) -> None:
     """On HTTP/2 mitmproxy takes whatever one side sends, however slowly the other reads.
 
     A large upload on a slow line would lie in our memory, and a long answer that its client reads
     bit by bit. Each stream's sender is given room as the other side takes what came, and streams
-    beside it go on.
+    beside it go on. `misjudged` hears when mitmproxy's buffers are not as we know them: then there
+    is room.
     """
     begin, to_child = _wrap(Http2Connection, "__init__"), _wrap(HttpLayer, "event_to_child")
     if begin is None or to_child is None:
@@ -145,7 +150,7 @@ def hold_http2_senders_back() -> None:
         begin(self, context, conn)
         layers = [each for each in context.layers if isinstance(each, HttpLayer)]
         if layers:
-            _Passage.of(layers[-1]).add(self)
+            _Passage.of(layers[-1], misjudged).add(self)
 
     @functools.wraps(to_child)
     def event_to_child(self: Any, child: Any, event: Any) -> Any:
@@ -154,7 +159,7 @@ def hold_http2_senders_back() -> None:
         return in_passage(self, child, event)
 
     def in_passage(self: Any, child: Any, event: Any) -> Any:
-        passage = _Passage.of(self)
+        passage = _Passage.of(self, misjudged)
         passage.depth += 1
         try:
             yield from to_child(self, child, event)
