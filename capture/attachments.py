@@ -136,6 +136,7 @@ class Attachments:
         self._places: dict[int, File] = {}
         self._next_place = 1
         self._linkers: list[int] = []
+        self.linkers: set[tuple[int, int]] = set()  # the (device, inode) of those we hear
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -202,6 +203,8 @@ class Attachments:
                 self._linkers.append(
                     loader.attach_uprobe(program, at, hook.offset, at_return=False)
                 )
+                found = os.fstat(linker.fileno())
+                self.linkers.add((found.st_dev, found.st_ino))
                 return True
         return False
 

@@ -22,8 +22,10 @@ from capture.coverage import Lookups, talks_tls
 from capture.installs import Installs
 from capture.processes import Identities
 
-# After an exec a process maps its libraries bit by bit; when, no event tells without kprobes.
+# After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
+# … unless we hear its dynamic linker: then its beginning is all there is to watch for.
+HEARD_RESCAN_S_MAX = 0.1
 MAPPED_S = 0.002
 SWEEP_S = 60.0
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
@@ -40,6 +42,7 @@ class Watched:
     seen: set[tuple[int, int]] = field(default_factory=set)
     files: set[FileId] = field(default_factory=set)
     java: bool = False
+    heard: bool = False  # its dynamic linker tells us what it maps
 
 
 class Discovery:
@@ -197,7 +200,8 @@ class Discovery:
                 self._mapped.discard(pid)
             if not self._scan(pid):
                 continue
-            if step + 1 < len(RESCAN_S):
+            last_s = HEARD_RESCAN_S_MAX if self.watched[pid].heard else RESCAN_S[-1]
+            if step + 1 < len(RESCAN_S) and RESCAN_S[step + 1] <= last_s:
                 later = at - RESCAN_S[step] + RESCAN_S[step + 1]
                 heapq.heappush(self._rescans, (later, pid, step + 1))
         if self.files.searching and (found := self.files.search()):
@@ -218,6 +222,7 @@ class Discovery:
                 continue
             watched.seen.add((mapping.device, mapping.inode))
             watched.java = watched.java or mapping.path.endswith("/libjvm.so")
+            watched.heard = watched.heard or (mapping.device, mapping.inode) in self.files.linkers
             self.read_processes()  # libraries can wait, a process may not
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:

@@ -33,12 +33,13 @@ from capture.outlet import Outlet
 from halton_meter.model import Process
 
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU. Their
-# times were taken in the kernel; who waits is only `report`, which has a second.
-PAUSE_S = 0.25
+# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU, as both
+# processes find their memory out of the caches each time. Times are taken in the kernel, and what
+# the ring holds outlives us; who waits is only `report`, which has a second.
+PAUSE_S = 1.0
 BCC_PAUSE_S = 0.005  # there the kernel cannot tell us that it fills
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
-REPORT_S = 2.0
+REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
 _KEY = struct.Struct("=QII")

@@ -296,10 +296,13 @@ class UprobeSource:
             self._ask({"do": "barrier"}, timeout_s)
         return self.read(0)
 
+    @property
+    def closing_at(self) -> float | None:
+        """When (time.monotonic) `read(0)` has the end of a connection that was shut down."""
+        return min((at for at, _ in self._closing.values()), default=None)
+
     def _wait_s(self, deadline: float | None) -> float | None:
-        times = [at for at, _ in self._closing.values()]
-        if deadline is not None:
-            times.append(deadline)
+        times = [at for at in (self.closing_at, deadline) if at is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _receive(self, wait_s: float | None) -> None:

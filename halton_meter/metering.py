@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 # Exit codes that tell the supervisor why.
 ENDED, UNAVAILABLE, HELPER_DIED, REFUSED = 0, 10, 11, 12
 
-# An event is in a closed journal segment after this time: from then on any command that reads the
-# store takes it over by itself …
+# Segments of the journal are closed no more often than this, and at once if it is that long ago:
+# from then on any command that reads the store takes their events over by itself …
 SEAL_AFTER_S = 0.7
 # … and in the database after this one, or when so many have come. Moving them costs a process of
 # its own some 0.4 s of CPU, mostly its start: done every half minute that is as much as all else.
@@ -51,7 +51,6 @@ FLUSH_EVENTS = 20_000
 FLUSH_PRIORITY = 10
 # The alive mark's age bounds how far back a gap must be assumed to start after a crash.
 ALIVE_EVERY_S = 10.0
-SETTLE_S = 0.5
 
 # Plaintext that waits to be metered. While it is metered, slice by slice, what comes is taken out
 # of the kernel's ring; past the limit it is left there, and what overflows is counted there.
@@ -100,6 +99,10 @@ class PlaintextSource(Protocol):
 
     def drain(self, timeout_s: float = DRAIN_S) -> list[TlsChunk | TlsClosed]:
         """What was captured up to this call."""
+
+    @property
+    def closing_at(self) -> float | None:
+        """When `read(0)` has something though nothing came; None: only when something comes."""
 
     @property
     def ended(self) -> bool:
@@ -169,7 +172,7 @@ class Metering:
         self._flush_again = False
         self._waiting: list[Client] = []  # for the flush that runs now
         self._waiting_next: list[Client] = []
-        self._settle_due: float | None = None
+        self._sealed_at = 0.0
         self._alive_due = 0.0
         self._store_error: str | None = None
         self._commands = bytearray()
@@ -197,8 +200,6 @@ class Metering:
 
     def _on_plaintext(self) -> None:
         self._take(self._source.read(0))
-        # The source closes a connection a little after its shutdown, with nothing to read then.
-        self._settle_due = time.monotonic() + SETTLE_S
         if self._source.ended and self._exit_code is None:
             self._exit_code = HELPER_DIED
 
@@ -242,7 +243,7 @@ class Metering:
         self._last_event_ns = events[-1].usage.at_ns
         self._unflushed += len(events)
         now = time.monotonic()
-        self._seal_due = self._seal_due or now + SEAL_AFTER_S
+        self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
         if not self._job.service:
             tell({"totals": self._totals.as_json()})
@@ -300,7 +301,7 @@ class Metering:
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._seal_due, self._flush_due, self._settle_due
+        return self._seal_due, self._flush_due, self._source.closing_at
 
     def _wait_s(self) -> float:
         if self._backlog:
@@ -312,12 +313,12 @@ class Metering:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self._settle_due is not None and now >= self._settle_due:
-            self._settle_due = None
+        if self._source.closing_at is not None and now >= self._source.closing_at:
             self._take(self._source.read(0))
         self._work(now + SLICE_S)
+        now = time.monotonic()
         if self._seal_due is not None and now >= self._seal_due:
-            self._seal_due = None
+            self._seal_due, self._sealed_at = None, now
             self._store.close()
         if self._flush_due is not None and (
             now >= self._flush_due or self._unflushed >= FLUSH_EVENTS

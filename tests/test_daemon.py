@@ -243,6 +243,7 @@ class FakeSource:
         self.items: list[Any] = []
         self.ended = False
         self.stopped = False
+        self.closing_at: float | None = None
 
     def put(self, *items: Any) -> None:
         self.items += items
@@ -259,7 +260,7 @@ class FakeSource:
         self.near.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             self.near.recv(100)
-        items, self.items = self.items, []
+        items, self.items, self.closing_at = self.items, [], None
         return items
 
     def drain(self, timeout_s: float = 1.0) -> list[Any]:
@@ -391,6 +392,16 @@ def test_events_are_journalled_counted_and_flushed_at_the_end(running: Running) 
     assert final["totals"]["requests"] == 2
     assert final["losses"] == {"ring": 3}
     assert not (running.home / SOCKET_NAME).exists()
+
+
+def test_what_comes_without_news_is_read_when_it_is_due(running: Running) -> None:
+    control = running.control()
+    running.source.items.append(event("a"))
+    running.source.closing_at = time.monotonic()
+    while control.ask("status")["events"] < 1:
+        pass
+    control.close()
+    assert running.finish() == metering.ENDED
 
 
 def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
