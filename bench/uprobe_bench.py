@@ -457,7 +457,8 @@ def _measure_rate(
     lost = sum(after["losses"].values()) - sum(before["losses"].values())
     events = after["events"] - before["events"]
     print(
-        f"{made / seconds:.0f} exchanges/s for {seconds:.0f} s: {lost} lost, {events} of {made} events;",
+        f"{made / seconds:.0f} exchanges/s for {seconds:.0f} s: "
+        f"{lost} lost, {events} of {made} events;",
         end="",
     )
     print(f" helper {helper:.0f} %, metering {metering:.0f} % of a core")

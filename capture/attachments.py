@@ -25,6 +25,7 @@ from capture import libraries, loader
 from capture.elf import ElfError
 from capture.known_files import KnownFiles
 
+LINKERS_MAX = 64
 FILES_MAX = 20_000
 FINDER_BYTES_MAX = 1 << 20
 AHEAD_MAX = 1000
@@ -135,8 +136,8 @@ class Attachments:
         self._finders: dict[Haste, _Finder] = {}
         self._places: dict[int, File] = {}
         self._next_place = 1
-        self._linkers: list[int] = []
-        self.linkers: set[tuple[int, int]] = set()  # the (device, inode) of those we hear
+        # By device and inode: the probe that hears a dynamic linker, None where there can be none.
+        self.linkers: dict[tuple[int, int], int | None] = {}
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -195,18 +196,30 @@ class Attachments:
 
     def attach_linker(self, path: str) -> bool:
         """Hear of every library that this dynamic linker maps; False when it cannot be."""
-        with contextlib.suppress(ElfError, OSError), open(path, "rb") as linker:
-            hook = libraries.find_linker_hook(linker.fileno())
-            if hook is not None:
-                program = self._programs[hook.program]
-                at = f"/proc/self/fd/{linker.fileno()}"
-                self._linkers.append(
-                    loader.attach_uprobe(program, at, hook.offset, at_return=False)
-                )
-                found = os.fstat(linker.fileno())
-                self.linkers.add((found.st_dev, found.st_ino))
-                return True
-        return False
+        try:
+            fd = open_regular(path)
+        except OSError:
+            return False
+        found = os.fstat(fd)
+        identity = found.st_dev, found.st_ino
+        try:
+            hook = libraries.find_linker_hook(fd)
+            if hook is not None and identity not in self.linkers:
+                program, at = self._programs[hook.program], f"/proc/self/fd/{fd}"
+                link = loader.attach_uprobe(program, at, hook.offset, at_return=False)
+                self.linkers[identity] = link
+        except (ElfError, OSError):
+            pass
+        finally:
+            os.close(fd)
+        return self.linkers.setdefault(identity, None) is not None
+
+    def hears(self, linker: libraries.FileMapping) -> bool:
+        """Whether we hear this dynamic linker, a container's perhaps: from now on if we can."""
+        identity = linker.device, linker.inode
+        if identity in self.linkers or len(self.linkers) >= LINKERS_MAX:
+            return self.linkers.get(identity) is not None
+        return self.attach_linker(linker.link)
 
     def doubt(self, place: int) -> str | None:
         """Remove the probes of the file whose bytes were no HTTP; say which file it was."""

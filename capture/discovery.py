@@ -2,7 +2,7 @@
 
 News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened),
 the rest from /proc: looked at when the news say so, a few times while a process starts, and once a
-minute for what no news told. Programs that are installed but not running yet are searched ahead,
+while for what no news told. Programs that are installed but not running yet are searched ahead,
 one a turn. `attachments.py` knows the files, `admission.py` the scope.
 """
 
@@ -27,7 +27,8 @@ RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 # … unless we hear its dynamic linker: then its beginning is all there is to watch for.
 HEARD_RESCAN_S_MAX = 0.1
 MAPPED_S = 0.002
-SWEEP_S = 60.0
+SWEEP_S = 300.0
+LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
 SEARCH_S = 0.05  # a search's process ends a moment after its last answer
 EAGER_RUNS_MAX = 5
@@ -222,7 +223,8 @@ class Discovery:
                 continue
             watched.seen.add((mapping.device, mapping.inode))
             watched.java = watched.java or mapping.path.endswith("/libjvm.so")
-            watched.heard = watched.heard or (mapping.device, mapping.inode) in self.files.linkers
+            if os.path.basename(mapping.path).startswith(LINKER_PREFIX):
+                watched.heard = watched.heard or self.files.hears(mapping)
             self.read_processes()  # libraries can wait, a process may not
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:

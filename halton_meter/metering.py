@@ -49,8 +49,10 @@ SEAL_AFTER_S = 0.7
 FLUSH_AFTER_S = 300.0
 FLUSH_EVENTS = 20_000
 FLUSH_PRIORITY = 10
-# The alive mark's age bounds how far back a gap must be assumed to start after a crash.
+# The alive mark's age bounds how far back a gap must be assumed to start after a crash of all. It
+# is renewed with whatever else there is to do, and seldom for its own sake: wake-ups cost some ms.
 ALIVE_EVERY_S = 10.0
+ALIVE_IDLE_S = 60.0
 
 # Plaintext that waits to be metered. While it is metered, slice by slice, what comes is taken out
 # of the kernel's ring; past the limit it is left there, and what overflows is counted there.
@@ -173,7 +175,7 @@ class Metering:
         self._waiting: list[Client] = []  # for the flush that runs now
         self._waiting_next: list[Client] = []
         self._sealed_at = 0.0
-        self._alive_due = 0.0
+        self._alive_at = time.monotonic()
         self._store_error: str | None = None
         self._commands = bytearray()
         self._exit_code: int | None = None
@@ -308,7 +310,7 @@ class Metering:
             return 0.0
         dues = [due for due in self._dues() if due is not None]
         if self._gaps is not None:
-            dues.append(self._alive_due)
+            dues.append(self._alive_at + ALIVE_IDLE_S)
         return max(0.0, min(dues) - time.monotonic()) if dues else 3600.0
 
     def _tick(self) -> None:
@@ -324,8 +326,8 @@ class Metering:
             now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
         ):
             self._flush()
-        if self._gaps is not None and now >= self._alive_due:
-            self._alive_due = now + ALIVE_EVERY_S
+        if self._gaps is not None and now >= self._alive_at + ALIVE_EVERY_S:
+            self._alive_at = now
             self._gaps.alive(time.time_ns())
 
     # --- the supervisor

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 
+import pytest
+
+from capture import libraries
 from halton_meter.model import Direction
 
 from .conftest import (
+    CLIENTS,
     GO_CONNECTIONS,
     PROVIDER,
     Bench,
@@ -21,10 +27,16 @@ from .test_proof import REQUEST, RESPONSE, Subject, captured, plain
 from .test_uprobes import wait_until
 
 
-def test_a_library_loaded_by_a_fork_is_found_when_it_is_mapped(bench: Bench) -> None:
-    """No exec tells of the child, and the next look at all processes is a minute away."""
+@pytest.mark.parametrize("linker", ["the system's", "a container's"])
+def test_a_library_loaded_by_a_fork_is_found_when_it_is_mapped(bench: Bench, linker: str) -> None:
+    """No exec tells of the child, and the next look at all processes is minutes away."""
     source = bench.source(files=[])
-    client = bench.python("loads_in_a_fork", source=source)
+    command: list[str | Path] = [os.path.realpath(sys.executable)]
+    if linker != "the system's":
+        theirs = bench.folder / "ld-theirs.so.2"
+        shutil.copy2(libraries.standard_linkers()[0], theirs)
+        command.insert(0, theirs)
+    client = bench.client([*command, CLIENTS / "loads_in_a_fork.py"], source)
     assert client.line() == b"connected\n"
     wait_until(lambda: source.request_report() or source.status().libraries, 20)
     client.say()
