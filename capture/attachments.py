@@ -24,14 +24,13 @@ from enum import IntEnum
 from capture import libraries, loader
 from capture.elf import ElfError
 from capture.known_files import KnownFiles
+from capture.name_places import NAMING, PLACES_MAX, UNPROVED, NamePlaces
 
 LINKERS_MAX = 64
 FILES_MAX = 20_000
 FINDER_BYTES_MAX = 1 << 20
 AHEAD_MAX = 1000
 """Once so many files were looked at, those that nobody runs are only remembered."""
-PLACES_MAX = 4096
-"""As in probe.bpf.c; a file attached to again takes another."""
 
 FileId = tuple[int, int, int]
 """Device, inode, change time: inode numbers are used again."""
@@ -60,6 +59,7 @@ class File:
     haste: Haste | None = None  # while it is searched
     failure: str | None = None
     doubted: bool = False  # what it passed was no HTTP
+    place: int = 0  # its number, while it is attached to
 
     @property
     def searching(self) -> bool:
@@ -126,16 +126,21 @@ class Attachments:
     """See the file's head. `ready` registers finders with the caller's epoll."""
 
     def __init__(
-        self, programs: Mapping[str, int], known: KnownFiles, epoll: select.epoll | None = None
+        self,
+        programs: Mapping[str, int],
+        known: KnownFiles,
+        names: NamePlaces,
+        epoll: select.epoll | None = None,
     ) -> None:
         self._programs = programs
         self._known = known
+        self._names = names
+        self._has_cookies = True
         self._epoll = epoll
         self.files: dict[FileId, File] = {}
         self._waiting: dict[Haste, deque[tuple[FileId, int]]] = {haste: deque() for haste in Haste}
         self._finders: dict[Haste, _Finder] = {}
         self._places: dict[int, File] = {}
-        self._next_place = 1
         # By device and inode: the probe that hears a dynamic linker, None where there can be none.
         self.linkers: dict[tuple[int, int], int | None] = {}
 
@@ -223,7 +228,7 @@ class Attachments:
 
     def doubt(self, place: int) -> str | None:
         """Remove the probes of the file whose bytes were no HTTP; say which file it was."""
-        file = self._places.pop(place, None)
+        file = self._places.get(place)
         if file is None or file.library is None:
             return None
         self.detach(file)
@@ -232,16 +237,41 @@ class Attachments:
         file.library = replace(file.library, probes=(), reason=f"{reason}; {libraries.INSTEAD}")
         return file.path
 
+    def learned(self, place: int, offset: int) -> None:
+        """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
+        self._names.learned(place, offset)
+
     def _attach(self, file: File, fd: int) -> None:
         assert file.library is not None
-        cookie = file.library.cookie
-        if file.library.unproved:
-            if self._next_place >= PLACES_MAX:
-                file.failure = f"more than {PLACES_MAX} programs without symbols"
-                return
-            cookie = self._next_place
-            self._next_place += 1
-            self._places[cookie] = file
+        cookie = self._cookie(file, fd)
+        if file.library.unproved and not cookie:
+            file.failure = f"more than {PLACES_MAX} programs at once"
+            return
+        error = self._attach_probes(file, fd, cookie)
+        if error and error.errno == errno.EINVAL and not file.library.unproved and file.place:
+            # A kernel without cookies: names are then known by requests alone.
+            self._has_cookies = False
+            error = self._attach_probes(file, fd, 0)
+        if error:
+            file.failure = f"cannot attach: {error.strerror}"
+            self.detach(file)
+
+    def _cookie(self, file: File, fd: int) -> int:
+        """What the probes are told: Go's offsets, or the file's number and whether it is proved."""
+        library = file.library
+        assert library is not None
+        names = any(probe.program in NAMING for probe in library.probes)
+        if not library.unproved and not (names and self._has_cookies):
+            return library.cookie
+        file.place = self._names.number(fd, library)
+        if not file.place:
+            return 0
+        self._places[file.place] = file
+        return file.place | (UNPROVED if library.unproved else 0)
+
+    def _attach_probes(self, file: File, fd: int, cookie: int) -> OSError | None:
+        """All of them, or none."""
+        assert file.library is not None
         for program, offset, at_return in file.library.probes:
             try:
                 probe = loader.attach_uprobe(
@@ -252,14 +282,21 @@ class Attachments:
                     cookie=cookie,
                 )
             except OSError as error:
-                file.failure = f"cannot attach {program}: {error.strerror}"
-                self.detach(file)
-                return
+                self._remove_probes(file)
+                return error
             file.probes.append(probe)
+        return None
+
+    def detach(self, file: File) -> None:
+        """Remove the file's probes."""
+        self._remove_probes(file)
+        if file.place:
+            del self._places[file.place]
+            self._names.release(file.place)
+            file.place = 0
 
     @staticmethod
-    def detach(file: File) -> None:
-        """Remove the file's probes."""
+    def _remove_probes(file: File) -> None:
         for probe in file.probes:
             os.close(probe)
         file.probes = []

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 PROCESSES_MAX = 4096
 HOSTS_A_PROCESS_MAX = 8
 LINES_MAX = 500
-UNNAMED_ADVICE = "HTTP/2 to a host that was named before the probes came: start the program again"
+UNNAMED_ADVICE = (
+    "HTTP/2 to a host that was named before the probes came: metered once two new connections have "
+    "shown where its TLS library keeps the name, or start the program again"
+)
 RECENT_MAX = 200  # metered processes remembered after they ended
 
 

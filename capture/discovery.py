@@ -66,7 +66,8 @@ class Discovery:
         self.identities = Identities()
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
-        self.unnamed: set[int] = set()  # who speaks HTTP/2 on a connection without a known host
+        # Who speaks HTTP/2 on connections (by their SSL objects) whose host is not known yet.
+        self.unnamed: dict[int, set[int]] = {}
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
@@ -114,14 +115,17 @@ class Discovery:
                 self.identities.of(record.tgid)
                 self._on_change()
             elif record.kind == protocol.UNNAMED:
-                self.unnamed.add(record.tgid)
+                self.unnamed.setdefault(record.tgid, set()).add(record.ssl)
                 self.identities.of(record.tgid)
                 self._on_change()
+            elif record.kind == protocol.LEARNED:
+                self.files.learned(record.offset, record.length)
             elif record.kind == protocol.DOUBT:
                 self.files.doubt(record.offset)
                 self._on_change()
             elif record.kind == protocol.OPEN:
                 self.identities.of(record.tgid, fresh=True)
+                self._named(record.tgid, record.ssl)
                 if exe := self._executable(record.tgid):
                     self._talkers.add(exe)
         if last is not None:
@@ -130,6 +134,13 @@ class Discovery:
             self._on_nudge()
         for pid in mapped:
             self._schedule_once(pid)
+
+    def _named(self, pid: int, ssl: int) -> None:
+        """A connection is metered, perhaps one that could not be until now."""
+        if pid in self.unnamed:
+            self.unnamed[pid].discard(ssl)
+            if not self.unnamed[pid]:
+                del self.unnamed[pid]
 
     @staticmethod
     def _executable(pid: int) -> tuple[int, int] | None:
@@ -147,7 +158,7 @@ class Discovery:
         self.watched.pop(pid, None)
         self.identities.forget(pid)
         self.lookups.forget(pid)
-        self.unnamed.discard(pid)
+        self.unnamed.pop(pid, None)
         try:
             fd = open_regular(f"/proc/{pid}/exe")
         except OSError:
@@ -277,7 +288,8 @@ class Discovery:
         alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
         for pid in self.watched.keys() - alive:
             del self.watched[pid]
-        self.unnamed &= alive
+        for pid in self.unnamed.keys() - alive:
+            del self.unnamed[pid]
         for pid in alive:
             if pid != os.getpid():
                 self._scan(pid)

@@ -29,6 +29,7 @@ from capture.family import Family
 from capture.installs import Installs, homes_of
 from capture.known_files import KnownFiles
 from capture.mounts import offer_headers, own_mounts, tracing_folder
+from capture.name_places import VALUE, NamePlaces
 from capture.outlet import Outlet
 from halton_meter.model import Process
 
@@ -99,7 +100,7 @@ class Helper:
         directory = command.get("cache_directory")
         known = KnownFiles(Path(directory) if directory else None)
         programs, scope = self._loaded.programs, command["scope"]
-        self.files = Attachments(programs, known, self._epoll)
+        self.files = Attachments(programs, known, self._name_places(directory), self._epoll)
         self._discovery = Discovery(
             self._process_ring, self.files, self._admission, self._report_soon, self._resume
         )
@@ -122,6 +123,14 @@ class Helper:
             self._discovery.search_installs(installs)
             if installs.fileno() >= 0:
                 self._epoll.register(installs.fileno(), select.EPOLLIN)
+
+    def _name_places(self, directory: str | None) -> NamePlaces:
+        maps = self._loaded.maps
+        return NamePlaces(
+            loader.Map(maps["name_places"], 4, VALUE.size),
+            loader.Map(maps["proofs"], 4, 8),
+            Path(f"{directory}-names") if directory else None,
+        )
 
     def _attach_tracepoints(self) -> None:
         programs = self._loaded.programs

@@ -75,6 +75,7 @@ MAPS = (
     "uids",
     "hosts",
     "proofs",
+    "name_places",
     "ring",
     "process_ring",
 )

@@ -3,12 +3,13 @@
  * Deny by default. A connection is admitted when its host name is in `hosts` and its process is in
  * scope (`in_scope`); nothing of any other connection reaches user space:
  *  - the name is the SNI, given to SSL_set_tlsext_host_name or SSL_ctrl(55) before the handshake;
- *  - without one (the connection is older than the probes, or the library hides that function) it
- *    is the Host of the next HTTP/1 request head. That head, at most HEAD_BYTES_MAX of it, is read
- *    into scratch memory, judged there, and discarded: it is not shown to user space unless
- *    admitted. HTTP/2 without an SNI stays unknown, hence uncopied: its names are compressed, after
- *    the first request to a number that means something to its two ends alone. It is counted, and
- *    user space hears whose connection it is.
+ *  - without one (the connection is older than the probes) it is the library's own copy of it, once
+ *    we know where this library keeps that ("where the library keeps the name", below);
+ *  - until then it is the Host of the next HTTP/1 request head. That head, at most HEAD_BYTES_MAX of
+ *    it, is read into scratch memory, judged there, and discarded: it is not shown to user space
+ *    unless admitted. HTTP/2 stays unknown, hence uncopied: its names are compressed, after the first
+ *    request to a number that means something to its two ends alone. It is counted, user space hears
+ *    whose connection it is, and it is judged again once the place of its name is known.
  *
  * Loss is exact: each direction of a connection has an offset that moves on even when the ring is
  * full or the copy fails; every record carries its offset, its true length and the part captured.
@@ -30,6 +31,7 @@
 #define PIECES_MAX 64 /* ring records a call: 1 MiB; the rest of a larger write is a hole */
 #define FRAMES_MAX 3 /* calls in progress on one thread: TLS in TLS, _ex within _ex2 */
 #define NESTED_STACK_BYTES 2048 /* an inner call's frame lies at most this far below its caller's */
+#define HTTP2_FRAMES_MAX 6 /* of one write, looked at for the one that begins a request */
 #define HTTP2_PREFACE 0x5448202a20495250ULL /* "PRI * HT" */
 #define CONNECTIONS_MAX 16384
 #define DENIED_MAX 32768
@@ -37,7 +39,10 @@
 #define TREE_MAX 65536
 #define HOSTS_MAX 4096
 #define UIDS_MAX 1024
-#define PLACES_MAX 4096
+#define PLACES_MAX 4096 /* files with a number of their own */
+#define NAME_SCAN_BYTES 4096 /* of an SSL object: OpenSSL 1.1.1 has it at 1600, 3.0 at 2648, 3.5 at 2592 */
+#define NAME_VOTES_MIN 2 /* connections: one might be chance, memory that another use has left */
+#define NAME_SCANS_MAX 16 /* of one file, without enough votes */
 #define PATH_BYTES_MAX 256
 
 #ifdef HALTON_BCC
@@ -98,7 +103,7 @@ struct registers {
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1, FLAG_CUT = 2 };
 
@@ -143,6 +148,12 @@ enum tree_flag { TREE_IN_SCOPE = 1, TREE_EXCLUDED = 2 };
 #define TREE_FLAG_BITS 2 /* above them: the number of a run */
 #define TREE_FORKED 0x80000000u /* in a key */
 enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8 };
+
+/* The cookie of a file's probes (attachments.py); Go's are other programs, with cookies of their own. */
+enum cookie_part { COOKIE_PLACE = 0xffff, COOKIE_UNPROVED = 0x10000 };
+
+/* Values of `denied`, other than Go's origin. */
+enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
 
 struct settings {
 	u32 scope;
@@ -199,6 +210,17 @@ struct go_call {
 	u64 buffer;
 };
 
+enum name_state { NAME_SOUGHT = 0, NAME_KNOWN = 1, NAME_GIVEN_UP = 2 };
+
+struct name_place {
+	u32 offset; /* within an SSL object, of the pointer to the library's copy of the name */
+	u8 state;
+	u8 votes;
+	u8 scans;
+	u8 unused;
+	u64 voter; /* when the connection was opened that was looked at last */
+};
+
 struct host_key {
 	u32 bits;
 	char reversed[HOST_BYTES_MAX]; /* a whole name ends in NUL, a suffix in '.' */
@@ -210,6 +232,7 @@ BPF_ARRAY(stats, u64, STATS);
 BPF_ARRAY(blank_connection, struct connection, 1);
 BPF_ARRAY(blank_thread, struct thread, 1);
 BPF_ARRAY(proofs, u64, PLACES_MAX);
+BPF_ARRAY(name_places, struct name_place, PLACES_MAX);
 BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct key, u64, denied, DENIED_MAX);
 BPF_F_TABLE("hash", struct go_key, struct go_call, go_calls, THREADS_MAX, BPF_F_NO_PREALLOC);
@@ -227,6 +250,7 @@ INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
+INLINE struct name_place *name_places_get(u32 *k) { return name_places.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
 INLINE int connections_add(struct key *k, struct connection *v) { return connections.insert(k, v); }
 INLINE void connections_drop(struct key *k) { connections.delete(k); }
@@ -297,6 +321,7 @@ MAP(stats, 2, u32, u64, STATS, 0);
 MAP(blank_connection, 2, u32, struct connection, 1, 0);
 MAP(blank_thread, 2, u32, struct thread, 1, 0);
 MAP(proofs, 2, u32, u64, PLACES_MAX, 0);
+MAP(name_places, 2, u32, struct name_place, PLACES_MAX, 0);
 MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
 MAP(denied, 9, struct key, u64, DENIED_MAX, 0);
 MAP(go_calls, 1, struct go_key, struct go_call, THREADS_MAX, NO_PREALLOC);
@@ -313,6 +338,7 @@ INLINE u64 *stats_get(u32 *k) { return bpf_map_lookup_elem(&stats, k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_elem(&blank_connection, k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
 INLINE u64 *proofs_get(u32 *k) { return bpf_map_lookup_elem(&proofs, k); }
+INLINE struct name_place *name_places_get(u32 *k) { return bpf_map_lookup_elem(&name_places, k); }
 INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
 INLINE int connections_add(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_NOEXIST); }
 INLINE void connections_drop(struct key *k) { bpf_map_delete_elem(&connections, k); }
@@ -732,10 +758,157 @@ INLINE int host_named(u64 ssl, u64 address)
 	if (wanted_host(n))
 		admit(&key, n, 0);
 	else
-		deny(&key, 0);
+		deny(&key, DENIED);
 	process_ring_discard(n);
 	return 0;
 }
+
+/* ---- where the library keeps the name -----------------------------------------------------------
+ *
+ * A library copies the name that it is given, and keeps a pointer to the copy in the SSL object, at
+ * an offset that is the same for every connection of one build. We learn it by watching: at the first
+ * write of a connection whose name we saw, the object is searched, word by word, for a pointer to
+ * that name. The same offset in NAME_VOTES_MIN connections is known; a known one at which another
+ * name stands is given up for good. Words go to registers here and nowhere else: the object leads to
+ * the connection's keys. User space keeps what was learned, by build (name_places.py). */
+
+INLINE struct name_place *name_place(u64 cookie)
+{
+	u32 number = cookie & COOKIE_PLACE;
+	return number ? name_places_get(&number) : 0;
+}
+
+/* Reads the name that stands at an offset of an SSL object; 0 when it cannot be read. */
+INLINE int name_at(struct name *n, u64 ssl, u32 offset)
+{
+	u64 pointer = 0;
+	__builtin_memset(n->text, 0, sizeof(n->text));
+	n->length = 0;
+	if (bpf_probe_read_user(&pointer, sizeof(pointer), (void *)(ssl + offset)))
+		return 0;
+	if (!pointer)
+		return 1; /* it has none */
+	long length = bpf_probe_read_user_str(n->text, sizeof(n->text), (void *)pointer);
+	if (length < 1)
+		return 0;
+	n->length = length - 1;
+	return 1;
+}
+
+/* The name that the library itself keeps; 0 when its place is not known, or nothing stands there. */
+INLINE int own_name(struct name *n, u64 ssl, struct name_place *p)
+{
+	return p && p->state == NAME_KNOWN && name_at(n, ssl, p->offset) && REREAD(n->length);
+}
+
+/* Is there more to be known of an unnamed connection than when it was judged? */
+INLINE int may_be_named(u64 cookie)
+{
+	struct name_place *p = name_place(cookie);
+	return p && p->state != NAME_SOUGHT;
+}
+
+#define FOLDED(a, b) (((a) ^ (b)) & 0xdfdfdfdfdfdfdfdfULL) /* 0: the same but for case */
+
+INLINE int same_name(struct name *n, struct connection *c)
+{
+	u64 differs = 0;
+#pragma unroll
+	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
+		differs |= FOLDED(((u64 *)n->text)[i], ((u64 *)c->host)[i]);
+	return !differs;
+}
+
+/* Leaves in n->position the first offset where a pointer to a text stands that begins like the name. */
+INLINE void find_name(struct name *n, u64 ssl, struct connection *c)
+{
+	u64 beginning = *(u64 *)c->host, word = 0, text = 0;
+	n->position = 0;
+	u64 absent = REREAD(n->position); /* 0, which the verifier need not know */
+	for (u32 at = 8; at < NAME_SCAN_BYTES; at += 8) {
+		u64 page = (ssl + at) >> 12;
+		if (page == absent)
+			continue;
+		if (bpf_probe_read_user(&word, sizeof(word), (void *)(ssl + at))) {
+			absent = page; /* behind the object, or never written to: each try costs a fault */
+			continue;
+		}
+		if ((word & 7) || !(word & 0xffff) || word >> 16 == 0)
+			continue; /* no allocator gave it: to read there would cost a fault */
+		bpf_probe_read_user(&text, sizeof(text), (void *)word); /* 0 when it cannot */
+		if (!FOLDED(text, beginning)) {
+			n->position = at;
+			break;
+		}
+	}
+}
+
+/* User space is told of a place that is known now (or, with offset 0, no longer believed). */
+INLINE void tell_place(u64 cookie, u32 offset)
+{
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_LEARNED;
+	r->offset = cookie & COOKIE_PLACE;
+	r->length = offset;
+	process_ring_submit(r);
+}
+
+INLINE void count_vote(struct name_place *p, u32 offset, u64 cookie)
+{
+	u32 number = cookie & COOKIE_PLACE;
+	u64 *proof = proofs_get(&number);
+
+	p->votes = offset == p->offset ? p->votes + 1 : 1;
+	p->offset = offset;
+	if (p->votes < NAME_VOTES_MIN)
+		return;
+	/* Functions found by structure must have passed HTTP before they are believed in anything. */
+	if ((cookie & COOKIE_UNPROVED) && (!proof || (*proof & 3) != 3))
+		return;
+	p->state = NAME_KNOWN;
+	tell_place(cookie, offset);
+}
+
+/* Before the first write of a connection whose name we saw. */
+INLINE void learn_name_place(struct key *key, struct connection *c, u64 cookie)
+{
+	struct name_place *p = name_place(cookie);
+	if (!p || p->state == NAME_GIVEN_UP || p->voter == c->opened_ns || !c->host[7])
+		return;
+	struct name *n = process_ring_reserve(sizeof(*n));
+	if (!n) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	p->voter = c->opened_ns;
+	n->position = p->offset;
+	if (p->state == NAME_SOUGHT) {
+		find_name(n, key->ssl, c);
+		p->scans += 1;
+	}
+	u32 offset = REREAD(n->position);
+	int read = offset && name_at(n, key->ssl, offset);
+	int same = read && same_name(n, c);
+	if (p->state == NAME_KNOWN) {
+		if (read && !same) {
+			p->state = NAME_GIVEN_UP;
+			tell_place(cookie, 0);
+		}
+	} else if (same) {
+		count_vote(p, offset, cookie);
+	}
+	if (p->state == NAME_SOUGHT && p->scans >= NAME_SCANS_MAX)
+		p->state = NAME_GIVEN_UP;
+	process_ring_discard(n);
+}
+
+/* ---- a connection that we saw no name of ------------------------------------------------------- */
 
 INLINE int starts_a_request(const char *t)
 {
@@ -780,17 +953,53 @@ INLINE void copy_name(struct head *h)
 	}
 }
 
-/* A HEADERS frame that ends its headers, on a client's stream: how HTTP/2 begins a request. */
-INLINE int opens_http2_stream(const unsigned char *t)
+/* A HEADERS frame that ends its headers, on a client's stream: how HTTP/2 begins a request. A
+ * server's answer looks the same, but for its first field, :status (RFC 7541, A: entries 8 to 14). */
+INLINE int opens_http2_stream(const u8 *frame, u64 address)
 {
-	return t[0] == 0 && t[3] == 1 && (t[4] & 4) && !(t[4] & ~0x2d) && !(t[5] & 0x80) && (t[8] & 1);
+	u8 field = 0;
+	if (frame[0] || frame[3] != 1 || !(frame[4] & 4) || (frame[4] & ~0x2d) || (frame[5] & 0x80) ||
+	    !(frame[8] & 1))
+		return 0;
+	address += 9 + (frame[4] & 8 ? 1 : 0) + (frame[4] & 0x20 ? 5 : 0); /* padding, priority */
+	if (bpf_probe_read_user(&field, sizeof(field), (void *)address))
+		return 0;
+	if (field & 0x80) /* indexed */
+		return field < 0x88 || field > 0x8e;
+	field &= field & 0x40 ? 0x3f : 0x0f; /* literal: with indexing, or without */
+	return field < 8 || field > 14;
 }
 
-/* Once a connection: it is left alone from now on. */
-INLINE void unnamed_http2(struct key *key)
+/* Is there the beginning of an HTTP/2 request among a write's first frames? Clients send what they
+ * owe the server (WINDOW_UPDATE, PING, SETTINGS) and what other streams have left in one write. */
+INLINE int begins_http2_request(u64 address, u64 total)
 {
-	u64 origin = 0;
-	denied_set(key, &origin);
+	u8 frame[9] = {};
+	u64 at = 0;
+	for (int i = 0; i < HTTP2_FRAMES_MAX; i++) {
+		if (at + sizeof(frame) >= total ||
+		    bpf_probe_read_user(frame, sizeof(frame), (void *)(address + at)))
+			return 0;
+		if (opens_http2_stream(frame, address + at))
+			return 1;
+		if (frame[3] > 9 || (frame[5] & 0x80))
+			return 0; /* no frame at all */
+		at += sizeof(frame) + ((u64)frame[0] << 16 | (u64)frame[1] << 8 | frame[2]);
+	}
+	return 0;
+}
+
+/* Once a connection: until the place of its name is known it is left alone, if ever. */
+INLINE void unnamed_http2(struct key *key, u64 cookie)
+{
+	struct name_place *p = name_place(cookie);
+	u64 as = p && p->state == NAME_SOUGHT ? UNNAMED_SO_FAR : DENIED;
+	u64 *before = denied_get(key);
+	int told = before != 0;
+
+	denied_set(key, &as);
+	if (told)
+		return;
 	count(STAT_HTTP2_WITHOUT_NAME, 1);
 	struct record *r = process_ring_reserve(sizeof(*r));
 	if (!r) {
@@ -801,28 +1010,13 @@ INLINE void unnamed_http2(struct key *key)
 	r->size = sizeof(*r);
 	r->kind = KIND_UNNAMED;
 	r->tgid = key->tgid;
+	r->ssl = key->ssl;
 	process_ring_submit(r);
 }
 
-/* A write on a connection whose name we never saw: judge it by the Host of its request head. */
-INLINE struct connection *judge(struct key *key, u64 address, u64 total)
+/* The Host of a request head; 0 when there is none in what was read of it. */
+INLINE int read_host(struct head *h, u64 address, u64 total)
 {
-	struct connection *c = 0;
-	char first[16] __attribute__((aligned(8))) = {};
-
-	if (total < sizeof(first) || bpf_probe_read_user(first, sizeof(first), (void *)address))
-		return 0;
-	if (*(u64 *)first == HTTP2_PREFACE || opens_http2_stream((unsigned char *)first)) {
-		unnamed_http2(key);
-		return 0;
-	}
-	if (!starts_a_request(first))
-		return 0;
-	struct head *h = process_ring_reserve(sizeof(*h));
-	if (!h) {
-		count(STAT_PROCESS_RING_FULL, 1);
-		return 0;
-	}
 	u64 wanted = total;
 	if (wanted > HEAD_BYTES_MAX)
 		wanted = HEAD_BYTES_MAX;
@@ -830,18 +1024,44 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total)
 	if (wanted > HEAD_BYTES_MAX)
 		wanted = HEAD_BYTES_MAX;
 	count(STAT_HEADS_JUDGED, 1);
-	if (!bpf_probe_read_user(h->text, wanted, (void *)address)) {
-		h->text[wanted] = 0; /* what follows is another record's past */
-		find_host(h);
-		if (REREAD(h->name.position) == 0 || REREAD(h->name.position) >= wanted) {
-			count(STAT_HEADS_WITHOUT_HOST, 1);
-		} else {
-			copy_name(h);
-			if (wanted_host(&h->name))
-				c = admit(key, &h->name, 1);
-			else
-				deny(key, 0);
-		}
+	if (bpf_probe_read_user(h->text, wanted, (void *)address))
+		return 0;
+	h->text[wanted] = 0; /* what follows is another record's past */
+	find_host(h);
+	if (REREAD(h->name.position) == 0 || REREAD(h->name.position) >= wanted) {
+		count(STAT_HEADS_WITHOUT_HOST, 1);
+		return 0;
+	}
+	copy_name(h);
+	return 1;
+}
+
+/* A write on a connection whose name we never saw. Only one that begins a request is looked at: the
+ * server's end of a connection has the same name, and writes answers. */
+INLINE struct connection *judge(struct key *key, u64 address, u64 total, u64 cookie)
+{
+	struct connection *c = 0;
+	char first[16] __attribute__((aligned(8))) = {};
+
+	if (total < sizeof(first) || bpf_probe_read_user(first, sizeof(first), (void *)address))
+		return 0;
+	int http1 = starts_a_request(first);
+	if (!http1 && *(u64 *)first != HTTP2_PREFACE && !begins_http2_request(address, total))
+		return 0;
+	struct head *h = process_ring_reserve(sizeof(*h));
+	if (!h) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	int named = own_name(&h->name, key->ssl, name_place(cookie)) ||
+		    (http1 && read_host(h, address, total));
+	if (!named) {
+		if (!http1)
+			unnamed_http2(key, cookie);
+	} else if (wanted_host(&h->name)) {
+		c = admit(key, &h->name, 1);
+	} else {
+		deny(key, DENIED);
 	}
 	process_ring_discard(h);
 	return c;
@@ -849,9 +1069,10 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total)
 
 /* ---- proof ------------------------------------------------------------------------------------
  *
- * Places found by structure (boringssl.py) have a number as their probes' cookie. The first bytes of
- * each of their connections must be HTTP, each way; else nothing of the connection is copied. A
- * place that was never right is doubted, and user space removes its probes. */
+ * Places found by structure (boringssl.py) have a cookie that says so. The first bytes of each of
+ * their connections must be HTTP, each way; else nothing of the connection is copied. A place that
+ * was never right is doubted, and user space removes its probes. Joined connections are no test: what
+ * admitted them was the head of a request. */
 
 INLINE int looks_like_http(const char *first, u32 direction)
 {
@@ -862,10 +1083,10 @@ INLINE int looks_like_http(const char *first, u32 direction)
 	return word == 0x50545448 /* HTTP */ || (first[0] == 0 && first[3] == 4);
 }
 
-INLINE int proved(struct chunk *c, u64 total, u64 place)
+INLINE int proved(struct chunk *c, u64 total, u64 cookie)
 {
 	char first[4] = {};
-	u32 number = place, bit = 1 << (c->direction & 1);
+	u32 number = cookie & COOKIE_PLACE, bit = 1 << (c->direction & 1);
 	u64 *proof = proofs_get(&number);
 
 	if (!proof || *c->offset || c->connection->joined || total < sizeof(first) ||
@@ -881,7 +1102,7 @@ INLINE int proved(struct chunk *c, u64 total, u64 place)
 		struct record *r = process_ring_reserve(sizeof(*r));
 		if (r) {
 			fill(r, KIND_DOUBT, c->key, c->connection, c->now);
-			r->offset = place;
+			r->offset = number;
 			process_ring_submit(r);
 		} else {
 			count(STAT_PROCESS_RING_FULL, 1);
@@ -891,7 +1112,7 @@ INLINE int proved(struct chunk *c, u64 total, u64 place)
 		close_connection(c->key, c->connection);
 	else
 		connections_drop(c->key);
-	deny(c->key, 0);
+	deny(c->key, DENIED);
 	return 0;
 }
 
@@ -907,9 +1128,15 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
 	u64 sp = ENTRY_SP_AT_ENTRY(r);
 	struct key key = {.ssl = ARG1(r), .tgid = ids >> 32};
 
-	if (!connections_get(&key)) {
-		if (direction == RECEIVED || !in_scope(s, key.tgid) || denied_get(&key))
+	struct connection *c = connections_get(&key);
+	if (!c) {
+		if (direction == RECEIVED || !in_scope(s, key.tgid))
 			return 0;
+		u64 *denied_as = denied_get(&key);
+		if (denied_as && (*denied_as != UNNAMED_SO_FAR || !may_be_named(bpf_get_attach_cookie(r))))
+			return 0;
+	} else if (direction == SENT && !c->sent && !c->joined) {
+		learn_name_place(&key, c, bpf_get_attach_cookie(r));
 	}
 	struct thread *t = threads_get(&ids);
 	if (!t) {
@@ -976,14 +1203,18 @@ INLINE int leave(struct registers *r, int ex)
 	} else {
 		if ((int)RESULT(r) <= 0)
 			return 0;
-		total = (u32)RESULT(r);
+		/* As above, by way of memory: of a number in a register the verifier would follow every
+		 * class of sizes through all that comes. */
+		u64 result = (u32)RESULT(r);
+		bpf_probe_read_kernel(&total, sizeof(total), &result);
 	}
 	if (total == 0 || total > 0x7fffffff)
 		return 0;
 	struct key key = {.ssl = f.ssl, .tgid = ids >> 32};
+	u64 cookie = bpf_get_attach_cookie(r);
 	struct connection *c = connections_get(&key);
 	if (!c && f.direction == SENT)
-		c = judge(&key, f.buffer, total);
+		c = judge(&key, f.buffer, total, cookie);
 	if (!c)
 		return 0;
 	struct chunk chunk = {
@@ -996,8 +1227,7 @@ INLINE int leave(struct registers *r, int ex)
 	};
 	if (f.direction == RECEIVED)
 		chunk.offset = &c->received;
-	u64 place = bpf_get_attach_cookie(r);
-	if (!place || proved(&chunk, total, place))
+	if (!(cookie & COOKIE_UNPROVED) || proved(&chunk, total, cookie))
 		copy_out(&chunk, total);
 	return 0;
 }
@@ -1097,7 +1327,7 @@ INLINE int leave_go(struct registers *r, u32 direction)
 		return 0;
 	struct connection *c = connections_get(&key);
 	if (!c && direction == SENT)
-		c = judge(&key, buffer, total);
+		c = judge(&key, buffer, total, 0);
 	if (!c)
 		return 0;
 	struct chunk chunk = {

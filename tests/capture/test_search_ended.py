@@ -14,6 +14,7 @@ from capture.attachments import Attachments, FileId, Haste
 from capture.coverage import unmetered
 from capture.known_files import KnownFiles
 from capture.libraries import STRUCTURE_FILE_BYTES_MIN
+from capture.name_places import NamePlaces
 
 from .test_boringssl import COMPILERS, build, strip
 
@@ -38,7 +39,7 @@ def put(attachments: Attachments, path: Path, data: bytes) -> FileId:
 
 def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(tmp_path: Path) -> None:
     subject = strip(build(tmp_path, "-DTWO_WRITERS")).read_bytes()
-    attachments = Attachments({}, KnownFiles(None))
+    attachments = Attachments({}, KnownFiles(None), NamePlaces(None, None, None))
     first = put(attachments, tmp_path / "first", subject)
     second = put(attachments, tmp_path / "second", subject)
     attachments.search()

@@ -69,10 +69,10 @@ class Subject:
         self.source.request_report()
         return str(self.program) in self.source.status().libraries
 
-    def passes(self, sent: str, received: str) -> list[Seen]:
+    def passes(self, sent: str, received: str, *names: str) -> list[Seen]:
         """A connection on which these are the first bytes; what was captured since the last one."""
         assert self.client.process.stdin is not None
-        self.client.process.stdin.write(f"{sent}|{received}\n".encode())
+        self.client.process.stdin.write("|".join((sent, received, *names)).encode() + b"\n")
         self.client.process.stdin.flush()
         assert self.client.line() == b"done\n"
         return list(gather(self.source.drain()).values())

@@ -1,14 +1,20 @@
 /* Has functions like SSL_read and SSL_write, which pass what the test says: no TLS at all.
  *
- *   passes_plaintext HOST    then, a line of standard input each: SENT|RECEIVED, in C escapes of \r\n
+ *   passes_plaintext HOST    then, a line of standard input each: SENT|RECEIVED, in C escapes of \r\n,
+ *                            and, if need be, |NAMED|KEPT: the name that is told to pass_host (-: it
+ *                            is not called), and the one that a pointer in the object leads to
  */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define KEPT __attribute__((noinline, noclone, used, visibility("default")))
 
 static char incoming[4096];
-static int connections[64]; /* their addresses are the connections' */
+/* Their addresses are the connections'. */
+static struct connection {
+	void *before[331], *name, *after[400];
+} connections[64];
 
 KEPT int pass_host(void *ssl, const char *name)
 {
@@ -45,14 +51,18 @@ static char *unescaped(char *text)
 int main(int count, char **arguments)
 {
 	char line[4096], buffer[4096];
-	int *ssl = connections;
+	struct connection *ssl = connections;
 
 	puts("up");
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {
 		line[strcspn(line, "\n")] = 0;
 		char *sent = strtok(line, "|"), *received = strtok(NULL, "|");
-		pass_host(ssl, arguments[count - 1]);
+		char *named = strtok(NULL, "|"), *kept = strtok(NULL, "|");
+		named = named ? named : arguments[count - 1];
+		if (strcmp(named, "-"))
+			pass_host(ssl, named);
+		ssl->name = strdup(kept ? kept : named);
 		strcpy(incoming, unescaped(received));
 		sent = unescaped(sent);
 		pass_out(ssl, sent, strlen(sent));
