@@ -156,7 +156,57 @@ class _Zstd:
             raise DecodeError(str(error)) from None
 
 
+class _Untold:
+    """Whichever coding the body has, when its head is lost: by its first bytes.
+
+    gzip and zstd begin in a way of their own. Brotli does not: it is believed when it gives JSON or
+    an event stream. All else was not coded, which is told as a `DecodeError`.
+    """
+
+    def __init__(self) -> None:
+        self._engine: _Decoder | None = None
+        self._first = b""
+        self._believed = True
+
+    def ended(self) -> bool:
+        return self._engine is not None and self._engine.ended()
+
+    def feed(self, data: bytes, sink: Sink) -> None:
+        if self._engine is None:
+            data = self._first + data
+            if len(data) < len(_ZSTD_MAGIC):
+                self._first = data
+                return
+            self._engine = self._told_by(data)
+        if self._believed:
+            self._engine.feed(data, sink)
+            return
+        output: list[bytes] = []
+        self._engine.feed(data, output.append)
+        text = b"".join(output)
+        if text:
+            if not _TEXT.match(text):
+                raise DecodeError("nothing that a provider answers")
+            self._believed = True
+            sink(text)
+
+    def _told_by(self, data: bytes) -> _Decoder:
+        if data.startswith(b"\x1f\x8b\x08"):
+            return _Inflate(True)
+        if data.startswith(_ZSTD_MAGIC):
+            return _Zstd()
+        if _TEXT.match(data):
+            raise DecodeError("not coded")
+        self._believed = False
+        return _Brotli()
+
+
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+UNTOLD = "?"
+"""The content coding of a body whose head was lost, or could only be read in part."""
+
 _DECODERS: dict[str, Callable[[], _Decoder]] = {
+    UNTOLD: _Untold,
     "gzip": lambda: _Inflate(True),
     "x-gzip": lambda: _Inflate(True),
     "deflate": lambda: _Inflate(False),
@@ -282,9 +332,10 @@ class BodyCollector:
     """The bytes of one body, as they come.
 
     `add` contiguous bytes, `lose` bytes that the capture lost, then `finish`. `content_encoding`
-    is the head's value or None. `whole_bytes_max` is the size up to which all is kept; beyond it
-    the first `HEAD_BYTES_MAX` and the last `TAIL_BYTES_MAX` to twice that are. `of_events` says
-    that the body is of server-sent events, so that it may come in chunks (`add_chunks`).
+    is the head's value, None, or `UNTOLD`. `whole_bytes_max` is the size up to which all is kept;
+    beyond it the first `HEAD_BYTES_MAX` and the last `TAIL_BYTES_MAX` to twice that are.
+    `of_events` says that the body is of server-sent events, so that it may come in chunks
+    (`add_chunks`).
     """
 
     __slots__ = (
@@ -306,6 +357,7 @@ class BodyCollector:
         "_spans",
         "_staged",
         "_takes_chunks",
+        "_untold",
         "_whole_bytes_max",
         "failed_decoding",
     )
@@ -314,6 +366,7 @@ class BodyCollector:
         self, content_encoding: str | None, whole_bytes_max: int, of_events: bool = False
     ) -> None:
         self._chain = _chain(content_encoding) if content_encoding else None
+        self._untold = content_encoding == UNTOLD
         self._coded: list[bytes] = []
         self._coded_bytes = 0
         # Until a first block decodes well: its coded bytes, and what they gave.
@@ -374,8 +427,12 @@ class BodyCollector:
         """Note that the capture lost `count` bytes here (None: number unknown)."""
         if self._chain is not None:
             self._decode()
-            self._failed = True  # no coding survives a hole: later bytes are noise without it
-            count = None
+        if self._chain is not None:
+            if self._untold and not self.begun:
+                self._chain = None  # its beginning would have told
+            else:
+                self._failed = True  # no coding survives a hole: later bytes are noise without it
+                count = None
         self._end_piece()
         known = self._lost_bytes is not None and count is not None
         self._lost_bytes = (self._lost_bytes or 0) + (count or 0) if known else None

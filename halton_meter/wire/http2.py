@@ -205,11 +205,12 @@ class Http2:
         pseudo = {name: value for name, value in fields if name.startswith(":")}
         if sent:
             if transaction.interest is None:
-                transaction.open_request(self._request(pseudo, fields))
+                transaction.open_request(self._request(pseudo, fields), whole)
                 if stream in self._early:
                     self._play_early(stream)
         elif transaction.first_byte_ns is None:
-            self._response_head(transaction, stream, pseudo.get(":status"), kept_headers(fields))
+            head = (pseudo.get(":status"), kept_headers(fields), whole)
+            self._response_head(transaction, stream, *head)
         else:
             transaction.trailers = kept_headers(fields)
             transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
@@ -230,14 +231,19 @@ class Http2:
         )
 
     def _response_head(
-        self, transaction: Transaction, stream: int, status_text: str | None, headers: Headers
+        self,
+        transaction: Transaction,
+        stream: int,
+        status_text: str | None,
+        headers: Headers,
+        whole: bool,
     ) -> None:
         status = None
         if status_text is not None and _STATUS.fullmatch(status_text):
             status = int(status_text)
         if status is not None and status < 200:
             return
-        transaction.open_response(status, headers, self._at_ns)
+        transaction.open_response(status, headers, self._at_ns, whole)
         upgrade = ("upgrade", "websocket") in transaction.request.headers
         if upgrade and status == 200 and transaction.wanted:
             self._websockets[stream] = WebSocket(self.context, transaction, headers)

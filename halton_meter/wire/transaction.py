@@ -25,6 +25,7 @@ from halton_meter.model import (
 from halton_meter.wire.body import (
     REQUEST_WHOLE_BYTES_MAX,
     RESPONSE_WHOLE_BYTES_MAX,
+    UNTOLD,
     BodyCollector,
 )
 
@@ -74,10 +75,15 @@ class Context:
         return f"{self.connection.id}/{self.ordinal}"
 
 
-def _response_body(headers: Headers) -> BodyCollector:
-    coding = header(headers, "content-encoding")
+def _response_body(headers: Headers, whole: bool = True) -> BodyCollector:
+    coding = _coding(headers, whole)
     of_events = (header(headers, "content-type") or "").startswith("text/event-stream")
     return BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX, of_events)
+
+
+def _coding(headers: Headers, whole: bool) -> str | None:
+    """A body's content coding; of a head that was read in part, what it is may not be known."""
+    return header(headers, "content-encoding") or (None if whole else UNTOLD)
 
 
 class Transaction:
@@ -120,16 +126,18 @@ class Transaction:
         self.first_byte_ns: int | None = None
         self.ended_ns = at_ns
 
-    def open_request(self, request: Request) -> None:
-        """The request's head is known (or known to be lost): ask whether it is wanted."""
+    def open_request(self, request: Request, whole: bool = True) -> None:
+        """The request's head is known, `whole` or in part: ask whether it is wanted."""
         self.request = request
         self.interest = self._context.ask(request)
         if self.interest.keep:
-            coding = header(request.headers, "content-encoding")
+            coding = _coding(request.headers, whole)
             self.request_body = BodyCollector(coding, REQUEST_WHOLE_BYTES_MAX)
 
-    def open_response(self, status: int | None, headers: Headers, at_ns: int) -> None:
-        """The response's final head is known, or known to be lost (status None)."""
+    def open_response(
+        self, status: int | None, headers: Headers, at_ns: int, whole: bool = True
+    ) -> None:
+        """The response's final head is known, `whole` or in part, or lost (status None)."""
         if self.interest is None:
             self.gapped = True  # its request was never seen
             self.open_request(self.request)
@@ -137,7 +145,7 @@ class Transaction:
         self.response_headers = headers
         self.saw_response(at_ns)
         if self.wanted:
-            self.response_body = _response_body(headers)
+            self.response_body = _response_body(headers, whole)
 
     def more_request_headers(self, headers: Headers) -> None:
         """The rest of a request's head that had a hole in it."""

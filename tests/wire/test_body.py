@@ -19,6 +19,7 @@ from halton_meter.wire.body import (
     PIECES_MAX,
     RESPONSE_WHOLE_BYTES_MAX,
     TAIL_BYTES_MAX,
+    UNTOLD,
     BodyCollector,
 )
 
@@ -59,6 +60,50 @@ def test_every_coding_is_taken_off(coding, cut):
     body = collect(CUTS[cut](CODED[coding](TEXT)), coding)
     assert body == Body((TEXT,))
     assert body.whole
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "identity"])
+def test_a_coding_that_no_head_names_is_told_by_the_bytes(coding, cut):
+    collector = BodyCollector(UNTOLD, RESPONSE_WHOLE_BYTES_MAX)
+    for part in CUTS[cut](CODED[coding](TEXT)):
+        collector.add(part)
+        if cut != "bytewise" or random.Random(len(part)).random() < 0.1:
+            collector.ends_with_any((b"never",))  # decodes what there is so far
+    body = collector.finish(True)
+    assert body == Body((TEXT,))
+    assert not collector.failed_decoding
+
+
+@pytest.mark.parametrize("noise", [b"\0\0\0\0\x09\x0a\x07grpc-ish", b"\x0bno text at all", b"Hi"])
+def test_what_no_coding_explains_is_kept_as_it_is(noise):
+    parts = [noise, b" and more"] if len(noise) > 2 else [noise + b" there"]
+    body = collect(parts, UNTOLD)
+    assert body.joined() == b"".join(parts)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+def test_a_hole_in_a_body_whose_coding_no_head_names(coding):
+    whole_body = CODED[coding](TEXT)
+    collector = BodyCollector(UNTOLD, RESPONSE_WHOLE_BYTES_MAX)
+    collector.add(whole_body[:2000])
+    collector.lose(100)
+    collector.add(whole_body[2100:])
+    body = collector.finish(True)
+    assert not body.whole
+    if coding == "identity":
+        assert body.pieces == (TEXT[:2000], TEXT[2100:])
+        assert body.lost_bytes == 100
+    else:
+        assert TEXT.startswith(body.joined())
+        assert len(body.joined()) > 1000
+
+
+def test_the_rest_of_a_body_whose_beginning_is_lost_with_its_head():
+    collector = BodyCollector(UNTOLD, RESPONSE_WHOLE_BYTES_MAX)
+    collector.lose(None)
+    collector.add(TEXT[500:])
+    assert collector.finish(True).pieces == (TEXT[500:],)
 
 
 def test_raw_deflate_gzip_members_and_zstd_frames_in_a_row():

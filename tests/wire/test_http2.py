@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 
+import brotli
 import pytest
+import zstandard
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import DataReceived, RequestReceived
@@ -416,6 +419,29 @@ def test_joined_between_two_calls_heads_heal(seed):
         assert exchange.response.status == 200
     # "/v1/other" was sent after we joined, so its text is known though the table was not
     assert found[1].request.path == "/v1/other"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd"])
+def test_joined_between_two_calls_a_coding_by_its_number_is_told_by_the_bytes(deliver, coding):
+    coded = {
+        "gzip": gzip.compress,
+        "br": brotli.compress,
+        "zstd": zstandard.ZstdCompressor().compress,
+    }[coding]
+    pair = Pair()
+    for begun in range(2):
+        stream = pair.ask("/v1/messages")
+        head = [(":status", "200"), ("content-type", "x/y"), ("content-encoding", coding)]
+        pair.server.send_headers(stream, head)
+        pair.server.send_data(stream, coded(b'{"usage":{"t":%d}}' % begun), end_stream=True)
+        if not begun:
+            pair.flush()
+            late = len(pair.script)
+    pair.flush()
+    found = deliver(after(pair.script, late), keep_all, JOINED).only
+    assert header(found.response.headers, "content-encoding") is None
+    assert found.response.body.joined() == b'{"usage":{"t":1}}'
+    assert found.outcome is Outcome.GAPPED
 
 
 def test_joined_in_the_middle_of_an_answer(deliver):
