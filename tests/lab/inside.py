@@ -81,9 +81,10 @@ def _open_to_all(paths: list[Path]) -> None:
 
 def _lay_out(folder: Path, paths: list[Path]) -> None:
     # What an earlier lab's meter found out about programs must not help this one's.
-    known = Path("/var/cache/halton-meter/tls")
-    known.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _mount("tmpfs", str(known), "tmpfs", 0, "mode=0700")
+    for name in ("tls", "tls-names"):
+        known = Path("/var/cache/halton-meter") / name
+        known.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _mount("tmpfs", str(known), "tmpfs", 0, "mode=0700")
     etc = folder / "etc"
     names = " ".join((*PROVIDER_HOSTS, *OTHER_HOSTS))
     (etc / "hosts").write_text(f"127.0.0.1 localhost {names}\n")
