@@ -12,16 +12,25 @@ proof, that the first bytes passed are HTTP, is the kernel's (`proved` in probe.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
-from capture.elf import Elf, ElfError, Segment
+from capture.elf import Elf, ElfError
 from capture.instructions import Code, Flow, Function, Step
+from capture.reporters import (
+    Doubt,
+    NotRecognised,
+    Place,
+    callers_of,
+    file_names,
+    functions_around,
+    loads_of,
+    place,
+    the_one,
+)
 
 READ, WRITE, SET_HOST = "SSL_read", "SSL_write", "SSL_set_tlsext_host_name"
 
@@ -36,25 +45,6 @@ _OF_WRITE = frozenset((_BAD_LENGTH, _SHUT_DOWN))
 
 _MARKER, _AFTER_MARKER = b"ssl/ssl_lib.c", re.compile(rb"c?\0")
 _OPENSSL_ONLY = ("SSL_read_ex", "OPENSSL_version_major")
-_PRINTABLE = re.compile(rb"[ -~]*\Z")  # data without a NUL may come before a string
-PATH_BYTES_MAX = 512
-"""Longest source path before the marker: a build directory."""
-REFERENCES_MAX = 4096
-"""References to the file name: 30 to 60 in the builds seen."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A function in a file. `attach` is how far past the start a uprobe is cheapest and safe.
-
-    `offset` is the file offset, `address` the virtual address, both of the function's start.
-    `attach` steps over `endbr64` only (the stack is untouched there, so a uretprobe is safe too).
-    """
-
-    name: str
-    address: int
-    offset: int
-    attach: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +75,6 @@ class Found:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class NotRecognised:
-    """Nothing to attach to; `reason` is for people."""
-
-    reason: str
-    build_id: str | None = None
-
-    @property
-    def functions(self) -> Mapping[str, int]:
-        """None of them."""
-        return MappingProxyType({})
-
-
-def prepare() -> None:
-    """Import all that a search needs: call it before giving up the right to read our own files."""
-    for name in ("capstone", "capstone.x86", "capstone.arm64"):
-        with suppress(ImportError):
-            import_module(name)
-
-
 def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
     """Where BoringSSL's functions are in the file, or why not; never an exception.
 
@@ -124,10 +94,6 @@ def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
 # --- the search ---------------------------------------------------------------------------------
 
 
-class _Doubt(Exception):
-    """Why the search gave up; becomes NotRecognised."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Reporter:
     """A function that reports errors of ssl_lib.cc, and the reasons it can give."""
@@ -139,81 +105,32 @@ class _Reporter:
 
 def _find(elf: Elf) -> Found | NotRecognised:
     try:
-        names = _file_names(elf)
+        names = file_names(elf, _MARKER, _AFTER_MARKER)
         if not names:
             return NotRecognised("no BoringSSL: nothing names ssl/ssl_lib.cc", elf.build_id)
         if elf.symbols(_OPENSSL_ONLY):
             return NotRecognised("OpenSSL, not BoringSSL: its symbols say so", elf.build_id)
         code = Code(elf)
         reporters = _reporters(code, names)
-        write = _the_one(WRITE, _writers(reporters), code)
+        write = the_one(WRITE, _writers(reporters), code)
         read = _find_read([r for r in reporters if r.function.start != write.address], code)
         hosts = _setters_of_the_host(reporters)
-        set_host = _place(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
-        places = {place.address for place in (read, write, set_host) if place is not None}
+        set_host = place(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
+        places = {each.address for each in (read, write, set_host) if each is not None}
         if len(places) != (2 if set_host is None else 3):
-            raise _Doubt("two functions share one address")
-    except _Doubt as doubt:
+            raise Doubt("two functions share one address")
+    except Doubt as doubt:
         return NotRecognised(str(doubt), elf.build_id)
     return Found(read, write, set_host, elf.build_id, elf.size_bytes, elf.machine)
 
 
-def _file_names(elf: Elf) -> tuple[int, ...]:
-    """Addresses of the strings that name ssl_lib.cc, in segments that are never written."""
-    constant = [segment for segment in elf.loads if not segment.writable]
-    # Linkers that keep constants apart from code leave little to search; older ones mix them.
-    return tuple(
-        _names_in(elf, [s for s in constant if not s.executable])
-        or _names_in(elf, [s for s in constant if s.executable])
-    )
-
-
-def _names_in(elf: Elf, segments: list[Segment]) -> list[int]:
-    found = []
-    for segment in segments:
-        for at in elf.find(_MARKER, (segment,)):
-            left = segment.address + segment.size_bytes - at - len(_MARKER)
-            if not _AFTER_MARKER.match(elf.read_at(at + len(_MARKER), min(2, left))):
-                continue
-            before = min(PATH_BYTES_MAX, at - segment.address)
-            directory = _PRINTABLE.search(elf.read_at(at - before, before))
-            found.append(at - (len(directory[0]) if directory else 0))
-    return found
-
-
 def _reporters(code: Code, names: tuple[int, ...]) -> list[_Reporter]:
     """Every function that reports an error in ssl_lib.cc and whose bounds are certain."""
-    functions: dict[int, Function] = {}
-    count = 0
-    for name in names:
-        for at in code.loads_of(name):
-            count += 1
-            if count > REFERENCES_MAX:
-                raise _Doubt(f"more than {REFERENCES_MAX} references to ssl_lib.cc")
-            function = code.function_around(at)
-            if function is not None:
-                functions[function.start] = function
-    if not count:
-        raise _Doubt("nothing refers to the ssl_lib.cc string")
-    return [_reporter(code, function, frozenset(names)) for function in _whole(functions.values())]
-
-
-def _whole(functions: Iterable[Function]) -> list[Function]:
-    """Without those that are only blocks of another. Raises _Doubt where two share code."""
-    functions, blocks = list(functions), set()
-    owners: dict[int, Function] = {}
-    for function in functions:
-        for step in function.steps:
-            other = owners.setdefault(step, function)
-            if other is function:
-                continue
-            if function.start in other.steps:
-                blocks.add(function.start)
-            elif other.start in function.steps:
-                blocks.add(other.start)
-            else:
-                raise _Doubt(f"two functions share the code at {step:#x}")
-    return [function for function in functions if function.start not in blocks]
+    loads = loads_of(code, names, "ssl_lib.cc")
+    if not loads:
+        raise Doubt("nothing refers to the ssl_lib.cc string")
+    functions = functions_around(code, loads)
+    return [_reporter(code, function, frozenset(names)) for function in functions]
 
 
 def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporter:
@@ -259,42 +176,31 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Place:
     core = [r for r in reporters if waits <= r.reasons and not _OF_WRITE & r.reasons]
     core = [r for r in core if _calls_by_table(r.function)]
     if len(core) != 1:
-        raise _Doubt(f"{len(core)} functions may be ssl_read_impl")
+        raise Doubt(f"{len(core)} functions may be ssl_read_impl")
     if _NOT_TO_BE_CALLED in core[0].reasons:
-        raise _Doubt("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
+        raise Doubt("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
     start = core[0].function.start
     known = {r.function.start for r in reporters if r.reasons}
-    if not all(caller.start in known for caller in _callers_of(start, code)):
-        raise _Doubt("a function that reports nothing calls ssl_read_impl")
+    if not all(caller.start in known for caller in callers_of(start, code)):
+        raise Doubt("a function that reports nothing calls ssl_read_impl")
     candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
     if any(sum(step.target == start for step in r.function.calls) != 1 for r in candidates):
-        raise _Doubt("two functions in one: it calls ssl_read_impl twice")
+        raise Doubt("two functions in one: it calls ssl_read_impl twice")
     consuming = [r.function for r in candidates if r.function.stores]
     if not consuming and len(candidates) == 1:
-        return _the_one(READ, _readers_by(candidates[0].function, code), code)
+        return the_one(READ, _readers_by(candidates[0].function, code), code)
     if len(consuming) == 1:
-        return _the_one(READ, consuming, code)
-    raise _Doubt(f"{len(candidates)} functions may be SSL_read")
+        return the_one(READ, consuming, code)
+    raise Doubt(f"{len(candidates)} functions may be SSL_read")
 
 
 def _readers_by(peek: Function, code: Code) -> list[Function]:
     """Functions that hand their arguments to SSL_peek before all else, and then consume (GCC)."""
     return [
         function
-        for function in _callers_of(peek.start, code)
+        for function in callers_of(peek.start, code)
         if function.stores and _begins_with(function, peek.start, code)
     ]
-
-
-def _callers_of(start: int, code: Code) -> list[Function]:
-    """All functions that call one. Raises _Doubt: a caller without bounds may be the one sought."""
-    callers: dict[int, Function] = {}
-    for at in code.callers(start):
-        function = code.function_around(at)
-        if function is None:
-            raise _Doubt(f"where the function around {at:#x} begins is not certain")
-        callers[function.start] = function
-    return _whole(callers.values())
 
 
 def _begins_with(function: Function, callee: int, code: Code) -> bool:
@@ -305,35 +211,3 @@ def _begins_with(function: Function, callee: int, code: Code) -> bool:
             return False
         step = function.steps.get(step.after)
     return step is not None and step.flow is Flow.CALL and step.target == callee
-
-
-def _the_one(name: str, candidates: list[Function], code: Code) -> Place:
-    if len(candidates) != 1:
-        raise _Doubt(f"{len(candidates)} functions may be {name}")
-    place = _place(name, candidates[0], code)
-    if place is None:
-        raise _Doubt(f"the start of {name} is not certain: nothing calls it")
-    return place
-
-
-def _place(name: str, function: Function, code: Code) -> Place | None:
-    """The function as a place to attach; None unless its start is proved."""
-    start = function.start
-    bounds = code.elf.unwind_range_of(start)
-    if bounds is not None and bounds[0] != start:
-        return None
-    if bounds is None and not code.is_called(start):
-        return None
-    offset = code.elf.offset_of(start)
-    if offset is None:
-        return None
-    return Place(name, start, offset, _attach(function))
-
-
-def _attach(function: Function) -> int:
-    first = function.steps[function.start]
-    following = function.steps.get(first.after)
-    # Single-stepping endbr64 costs 4 us a call, emulating the push behind it 0.8 us.
-    if first.landing and first.flow is Flow.NEXT and first.stack == 0 and following is not None:
-        return first.size if following.stack == -8 else 0
-    return 0

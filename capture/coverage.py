@@ -67,7 +67,8 @@ class Coverage:
         """One line a process, those that were metered first."""
         files_by_id = self._discovery.files.files
         lines: list[dict[str, Any]] = [
-            line | {"advice": self._advice(pid)} for pid, line in self._recent.items()
+            line | {"advice": self._advice(pid) or line["advice"]}
+            for pid, line in self._recent.items()
         ]
         for pid, watched in self._discovery.watched.items():
             if len(lines) >= LINES_MAX:
@@ -108,7 +109,7 @@ class Coverage:
             "stack": file.library.stack if file and file.library else "OpenSSL",
             "library": file.path if file else None,
             "state": "metered",
-            "advice": None,
+            "advice": _advice_beside(file) if file else None,
         }
 
 
@@ -163,10 +164,21 @@ def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
             if file.library and file.library.build_id:
                 advice = f"{advice} (build id {file.library.build_id})"
             return {"stack": stack, "library": file.path, "state": state, "advice": advice}
+    for file in files:
+        if file.library and (advice := _advice_beside(file)):
+            line = {"stack": file.library.beside, "library": file.path, "state": "unsupported"}
+            return line | {"advice": advice}
     if java:
         line = {"stack": "JSSE", "library": None, "state": "unsupported"}
         return line | {"advice": libraries.ADVICE["JSSE"]}
     return None
+
+
+def _advice_beside(file: File) -> str | None:
+    """What is unseen although the file has probes: what it says through its other stack."""
+    if not file.library or not file.library.beside or not file.probes:
+        return None
+    return f"it has {file.library.beside} as well: {libraries.ADVICE[file.library.beside]}"
 
 
 def talks_tls(pid: int) -> bool:

@@ -169,7 +169,7 @@ class Code:
             return
         # A library is compiled with absolute addresses or with relative ones, not with both.
         absolute = False
-        if address < 1 << 31:
+        if address < 1 << 31 and not self.elf.position_independent:
             for at in self.elf.find(address.to_bytes(4, "little"), self.elf.executables):
                 for opcode_bytes in (1, 2, 3):  # b8+r, 41 b8+r, 48 c7 c0+r before the immediate
                     step = self.step(at - opcode_bytes)
@@ -198,6 +198,8 @@ class Code:
                 if depths[address][0] != depth:
                     return None
                 continue
+            if called and end is not None and address >= end:
+                continue  # the function ends with a call that never returns
             step = self.step(address)
             if called and depth and (step is None or self._begins_behind_a_call(step)):
                 continue  # the call before it never returns
@@ -221,6 +223,24 @@ class Code:
                 if not (tail and self._follows_padding(step.target)):
                     pending.append((step.target, depth, frame, False))
         return Function(start, steps)
+
+    def every_instruction(self, start: int, end: int) -> Function | None:
+        """All that lies between two bounds which the unwind table tells, also behind jump tables.
+
+        None where not all of it is code. What reaches an instruction behind a jump table is not
+        known: `constants_at_calls` takes nothing for granted there.
+        """
+        if end - start > FUNCTION_BYTES_MAX:
+            return None
+        steps: dict[int, Step] = {}
+        address = start
+        while address < end:
+            step = self.step(address)
+            if step is None:
+                return None
+            steps[address] = step
+            address = step.after
+        return Function(start, steps) if address == end else None
 
     def _begins_behind_a_call(self, step: Step) -> bool:
         """Whether another function begins here, or behind the padding that begins here.
@@ -345,8 +365,9 @@ class Code:
 
     def constants_at_calls(self, function: Function) -> dict[int, Constants]:
         """For each call in the function, the constants that may be in each register there."""
-        states: dict[int, dict[str, frozenset[int]]] = {function.start: {}}
-        pending = [function.start]
+        entries = [function.start, *_reached_from_nowhere(function)]
+        states: dict[int, dict[str, frozenset[int]]] = {entry: {} for entry in entries}
+        pending = entries
         while pending:
             address = pending.pop()
             step = function.steps[address]
@@ -359,6 +380,12 @@ class Code:
                     states[following] = merged
                     pending.append(following)
         return {step.address: states.get(step.address, {}) for step in function.calls}
+
+
+def _reached_from_nowhere(function: Function) -> Iterator[int]:
+    """Instructions that none of the others goes on to: the targets of jump tables."""
+    reached = {at for step in function.steps.values() for at in _successors(step)}
+    return (at for at in function.steps if at != function.start and at not in reached)
 
 
 def _successors(step: Step) -> Iterator[int]:

@@ -24,7 +24,10 @@ KNOWN_BYTES_MAX = 128 << 10
 HEAD_BYTES = 64 << 10
 """What names a file without a build id: its start, which in Go holds Go's own id."""
 CODE_BYTES = 64
-_FINDERS = ("libraries.py", "boringssl.py", "golang.py", "instructions.py", "elf.py")
+_FINDERS = (
+    *("libraries.py", "boringssl.py", "openssl.py", "golang.py"),
+    *("reporters.py", "instructions.py", "elf.py"),
+)
 
 
 class KnownFiles:

@@ -2,9 +2,9 @@
 
 By symbol, not by file name: an ELF file that defines SSL_read and SSL_write (or the _ex pair) in
 .dynsym or .symtab is a library, be it libssl, Node or a static Python. Files without symbols that
-carry a marker of a known TLS stack are searched by structure (`boringssl.py`, `golang.py`), in
-another process without privileges (`python -m capture.libraries`), because that reads foreign code
-with a disassembler. This file attaches nothing and refuses to guess.
+carry a marker of a known TLS stack are searched by structure (`boringssl.py`, `openssl.py`,
+`golang.py`), in another process without privileges (`python -m capture.libraries`), because that
+reads foreign code with a disassembler. This file attaches nothing and refuses to guess.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import signal
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from capture.elf import SYMBOL_TABLE_BYTES_MAX, Elf, ElfError, Section
 
@@ -53,7 +53,8 @@ _PAIRS = (("SSL_read", "SSL_write"), ("SSL_read_ex", "SSL_write_ex"))
 
 # What betrays a stack that has no symbols: bytes found in the file, its name.
 _MARKERS = (
-    (b"ssl/ssl_lib.c", "BoringSSL"),
+    (b"ssl/ssl_lib.cc\0", "BoringSSL"),
+    (b"ssl/ssl_lib.c\0", "OpenSSL"),  # or BoringSSL of 2023 and before
     (b"\xff Go buildinf:", "Go crypto/tls"),
     (b"rustls", "rustls"),
 )
@@ -80,6 +81,7 @@ class Library:
 
     With no probes it cannot be metered; `reason` then says why. `cookie` is given to the programs.
     When it is `unproved`, its places were found by what the code does: bytes must prove them.
+    `beside` is another stack in the same file, which is not probed.
     """
 
     stack: str
@@ -88,6 +90,7 @@ class Library:
     reason: str | None = None
     cookie: int = 0
     unproved: bool = False
+    beside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +258,10 @@ def probe_offset(code: bytes, machine: str = "x86_64") -> int:
 
 def find_by_structure(fd: int) -> Library | None:
     """The TLS stack in a file without symbols; None when no marker of one is in it."""
-    size = os.fstat(fd).st_size
-    if size < STRUCTURE_FILE_BYTES_MIN:
+    if os.fstat(fd).st_size < STRUCTURE_FILE_BYTES_MIN:
         return None
     found = None
-    for stack in _stacks(fd, size):
+    for stack in _stacks(fd):
         try:
             found = _FINDERS[stack](fd)
         except (MemoryError, SearchTooLong) as end:
@@ -275,10 +277,10 @@ class SearchTooLong(Exception):
     """A search used up its time; raised by a signal (`main`)."""
 
 
-def _stacks(fd: int, size: int) -> Iterator[str]:
+def _stacks(fd: int) -> Iterator[str]:
     """The stacks whose markers are in the file, in one pass; those that we probe come first."""
     last, missing = [], dict(_MARKERS)
-    keep = max(map(len, missing)) - 1
+    keep, size = max(map(len, missing)) - 1, os.fstat(fd).st_size
     for at in range(0, size, CHUNK_BYTES):
         data = os.pread(fd, CHUNK_BYTES + keep, at)
         for marker in [marker for marker in missing if marker in data]:
@@ -293,12 +295,37 @@ def _stacks(fd: int, size: int) -> Iterator[str]:
 def _boringssl(fd: int) -> Library:
     from capture.boringssl import find_boringssl
 
-    found = find_boringssl(fd)
-    offsets = {name: at for name, at in found.functions.items() if name in FUNCTIONS}
-    if not any(all(name in offsets for name in pair) for pair in _PAIRS):
-        return Library("BoringSSL", (), found.build_id, f"{found.reason}; {INSTEAD}")
+    return _unproved("BoringSSL", fd, find_boringssl(fd))
+
+
+def _openssl(fd: int) -> Library:
+    """OpenSSL, or BoringSSL of the time when its files were called as OpenSSL's are."""
+    from capture.openssl import NO_OPENSSL, find_openssl
+
+    found = find_openssl(fd)
+    if found.reason and found.reason.startswith(NO_OPENSSL):
+        return _boringssl(fd)
+    library = _unproved("OpenSSL", fd, found)
+    # Codex speaks HTTP through OpenSSL and WebSocket through rustls.
+    return replace(library, beside="rustls" if "rustls" in _stacks(fd) else None)
+
+
+class _Answer(Protocol):
+    """What `find_boringssl` and `find_openssl` say."""
+
+    @property
+    def functions(self) -> Mapping[str, int]: ...
+    @property
+    def build_id(self) -> str | None: ...
+    @property
+    def reason(self) -> str | None: ...
+
+
+def _unproved(stack: str, fd: int, found: _Answer) -> Library:
+    if not found.functions:
+        return Library(stack, (), found.build_id, f"{found.reason}; {INSTEAD}")
     with Elf(fd) as elf:
-        return Library("BoringSSL", _probes(elf, offsets), found.build_id, unproved=True)
+        return Library(stack, _probes(elf, found.functions), found.build_id, unproved=True)
 
 
 def _go(fd: int) -> Library | None:
@@ -328,6 +355,7 @@ def _rustls(fd: int) -> Library:
 
 _FINDERS: Mapping[str, Callable[[int], Library | None]] = {
     "BoringSSL": _boringssl,
+    "OpenSSL": _openssl,
     "Go crypto/tls": _go,
     "rustls": _rustls,
 }
@@ -345,6 +373,7 @@ def library_json(library: Library | None) -> str:
             "reason": library.reason,
             "cookie": library.cookie,
             "unproved": library.unproved,
+            "beside": library.beside,
         }
     )
 
@@ -381,6 +410,7 @@ def library_from_json(text: str) -> Library | None:
         str(reason)[:500] if reason else None,
         int(content["cookie"]),
         bool(content["unproved"]),
+        str(content["beside"]) if content["beside"] else None,
     )
 
 
@@ -481,7 +511,7 @@ def main(descriptors: Sequence[str]) -> None:
     import resource
 
     # The user "nobody" reads neither our modules under a closed home nor the files by their names.
-    for name in ("capture.golang", "capture.boringssl"):
+    for name in ("capture.golang", "capture.boringssl", "capture.openssl", "capture.reporters"):
         with contextlib.suppress(ImportError):
             module: Any = importlib.import_module(name)
             getattr(module, "prepare", lambda: None)()

@@ -216,6 +216,10 @@ def _troubles(metered: Metered) -> list[str]:
         lines.append(f"  not metered: TLS ({line['stack']}) of {name}{host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
+    partly = [line for line in metered.coverage if line not in unseen and line.get("advice")]
+    for line in partly[:PROCESSES_SHOWN]:
+        name = line["process"] or line["pid"]
+        lines += [f"  perhaps not all of {name} is metered:", f"    {line['advice']}"]
     return lines
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from capture.boringssl import Found, NotRecognised, find_boringssl, prepare
+from capture.boringssl import Found, find_boringssl
 from capture.elf import Elf
+from capture.reporters import NotRecognised, prepare
 
 SOURCE = Path(__file__).with_name("code") / "boringssl_like.c"
 NAMES = ("SSL_read", "SSL_write", "SSL_set_tlsext_host_name")
@@ -58,14 +59,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def build(folder: Path, *flags: str, compiler: str = COMPILERS[0] if COMPILERS else "cc") -> Path:
+def build(
+    folder: Path,
+    *flags: str,
+    compiler: str = COMPILERS[0] if COMPILERS else "cc",
+    source: Path = SOURCE,
+) -> Path:
     """A subject with its symbols."""
     target = folder / "subject"
     if "-fcf-protection=full" in flags and "aarch64" in compiler:
         flags = (*(flag for flag in flags if "-fcf" not in flag), "-mbranch-protection=standard")
     # Without an unwind table, what only a jump table reaches belongs to no function for certain.
     command = [*KNOWN_COMPILERS[compiler], "-O2", "-w", "-fno-jump-tables", *flags]
-    command += [str(SOURCE), "-o", str(target), "-Wl,--build-id"]
+    command += [str(source), "-o", str(target), "-Wl,--build-id"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     return target
 

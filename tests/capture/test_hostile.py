@@ -25,11 +25,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from capture.boringssl import Found, NotRecognised, find_boringssl
+from capture.boringssl import Found, find_boringssl
 from capture.elf import Elf, ElfError
 from capture.golang import NotRecognised as NoGo
 from capture.golang import find_go_tls
 from capture.libraries import STRUCTURE_FILE_BYTES_MIN, Library, find_by_structure, inspect
+from capture.reporters import NotRecognised
 
 from .test_boringssl import COMPILERS, build, strip, truth, without_unwind_table
 from .test_elf import SMALL, built

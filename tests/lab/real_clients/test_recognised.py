@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
-from capture.boringssl import Found, NotRecognised, find_boringssl
+from capture.boringssl import Found, find_boringssl
 from capture.elf import Elf
 from capture.golang import Found as GoFound
 from capture.golang import find_go_tls
 from capture.known_files import KnownFiles
 from capture.libraries import find_by_structure
+from capture.openssl import Found as OpenSslFound
+from capture.openssl import find_openssl
+from capture.reporters import NotRecognised
 
 from .programs import (
     ARM,
@@ -30,6 +33,7 @@ from .programs import (
     GO_BEFORE_REGISTERS,
     GRPC,
     OPENCODE,
+    OPENSSL,
     OTHER_BUILDS,
     WITH_SYMBOLS,
     Program,
@@ -127,17 +131,44 @@ def test_go_that_passes_arguments_on_the_stack_is_refused(program: Program) -> N
     assert "--via proxy" in str(found.reason)
 
 
-@pytest.mark.slow
-def test_rustls_is_neither() -> None:
-    path = path_of(CODEX[0])
+@pytest.mark.parametrize("program", slow(*OPENSSL), ids=str)
+def test_openssl_is_found_where_its_makers_symbols_say(program: Program) -> None:
+    path = path_of(program)
+    found = find_openssl(path)
+    assert isinstance(found, OpenSslFound), found
+    with Elf(path) as elf:
+        names = {"SSL_read", "SSL_read_ex", "SSL_write", "SSL_write_ex", "SSL_write_ex2"}
+        symbols = {s.name: elf.offset_of(s.address) for s in elf.symbols({*names, "ssl3_ctrl"})}
+    symbols["SSL_ctrl"] = symbols.pop("ssl3_ctrl")
+    if "SSL_write_ex2" in symbols:  # SSL_write_ex only jumps there: it would be counted twice
+        del symbols["SSL_write_ex"]
+    assert dict(found.functions) == symbols
+
+
+@pytest.mark.parametrize("program", [*slow(*CODEX[:-1]), CODEX[-1]], ids=str)
+def test_codex_openssl_is_found_and_its_rustls_told_of(program: Program) -> None:
+    path = path_of(program)
+    find_openssl(path)  # the file comes from the disk once
+    before = time.process_time()
+    found = find_openssl(path)
+    assert time.process_time() - before < CPU_SECONDS_MAX
+    assert isinstance(found, OpenSslFound), found
+    assert {"SSL_read", "SSL_read_ex", "SSL_ctrl"} <= set(found.functions)
+    with Elf(path) as elf:
+        for place in found.places:
+            covering = elf.unwind_range_of(place.address)
+            assert covering is not None
+            assert covering[0] == place.address
+            assert begins_a_function(elf.read_at(place.address, 16), arm=False)
     assert isinstance(find_boringssl(path), NotRecognised)
     assert not isinstance(find_go_tls(path), GoFound)
     with path.open("rb") as file:
-        found = find_by_structure(file.fileno())
-    assert found is not None
-    assert (found.stack, found.probes) == ("rustls", ())
-    assert "--via proxy" in str(found.reason)
-    note("Codex CLI", CODEX[0].version.partition("-")[0], "rustls, stripped", result="not probed")
+        library = find_by_structure(file.fileno())
+    assert library is not None
+    assert (library.stack, library.beside, library.unproved) == ("OpenSSL", "rustls", True)
+    if program in CODEX[2:]:  # the others speak HTTPS by default
+        version = program.version.partition("-")[0]
+        note("Codex CLI, WebSocket", version, "rustls, stripped", result="not probed")
 
 
 def test_node_is_openssl() -> None:
