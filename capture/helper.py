@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capture import libraries, loader, processes, protocol
+from capture import libraries, loader, processes, protocol, remains
 from capture.admission import Admission, Refused
 from capture.attachments import Attachments
 from capture.coverage import Coverage, attach_resolver
@@ -43,7 +43,6 @@ PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be fou
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
-_KEY = struct.Struct("=QII")
 _SO_SNDBUFFORCE = 32
 _PR_SET_DUMPABLE = 4
 
@@ -90,7 +89,7 @@ class Helper:
         self._process_ring = loader.Ring(maps["process_ring"], 256 * 1024)
         self._family = Family(loader.Map(maps["tree"], 4, 4))
         self._stats = loader.Map(maps["stats"], 4, 8)
-        self._connection_map = loader.Map(maps["connections"], _KEY.size, CONNECTION.size)
+        self._connection_map = _connection_map(maps["connections"])
         self._outlet = Outlet(self._sock, self._ring, self._handle)
         self._epoll = select.epoll()
         for readable in (self._sock, self._process_ring.fd, self._ring.fd):
@@ -154,6 +153,42 @@ class Helper:
         message = {"id": 0, "ring_bytes": self._ring.size_bytes}
         frame = protocol.encode_message(protocol.REPLY, message)
         socket.send_fds(self._sock, [frame], [self._ring.fd])
+
+    def leave_to(self, keeper: socket.socket) -> None:
+        """Let the keeper hold what our end must not take along."""
+        remains.leave(keeper, self._ring, self._loaded.maps["connections"])
+
+    def tell_of_remains(self, keeper: socket.socket) -> None:
+        """Our last word: whose it is that we leave."""
+        self._discovery.read_processes()
+        remains.tell_of(keeper, self._ring, self._discovery.identities)
+
+    def inherit(self, left: remains.Remains) -> None:
+        """Send what a helper before us had not, and that all of its connections have ended."""
+        if left.layout != remains.LAYOUT:
+            left.close()
+            return
+        for process in left.processes:
+            self._discovery.identities.remember(processes.from_json(process))
+        ring = loader.Ring(left.ring_fd, left.ring_bytes)
+        own = self._outlet, self._connection_map
+        self._outlet = Outlet(self._sock, ring, self._handle)
+        self._connection_map = _connection_map(left.connections_fd)
+        for frame in remains.unannounced(ring, self._connection_map):
+            self._handle(frame)
+        self._send_all()
+        for tgid, pointers in self._connections.items():
+            for ssl in pointers:
+                self._close(ssl, tgid, time.monotonic_ns())
+        self._send_all()
+        self._connections.clear()
+        self._outlet, self._connection_map = own
+        left.close()
+
+    def _send_all(self) -> None:
+        while self._outlet.pump() or self._outlet.blocked:
+            if self._outlet.blocked:
+                select.select([], [self._sock], [])
 
     # --- commands -----------------------------------------------------------------------------
 
@@ -276,11 +311,11 @@ class Helper:
             self._discovery.identities.forget(record.tgid)
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> None:
-        key = _KEY.pack(ssl, tgid, 0)
+        key = protocol.CONNECTION_KEY.pack(ssl, tgid, 0)
         value = self._connection_map.get(key)
         if value is None:
             return  # SSL_free has told
-        opened, sent, received, *_ = CONNECTION.unpack(value)
+        opened, sent, received, *_ = protocol.CONNECTION.unpack(value)
         size = protocol.RECORD.size + 8
         self._outlet.put(
             protocol.RECORD.pack(
@@ -323,15 +358,16 @@ class Helper:
         """Connections whose end found the ring full: they stayed in the kernel's table."""
         now_ns = time.monotonic_ns()
         for key in self._connection_map.all_keys():
-            ssl, tgid, _ = _KEY.unpack(key)
+            ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(key)
             value = self._connection_map.get(key)
-            if value and (CONNECTION.unpack(value)[9] or not os.path.exists(f"/proc/{tgid}")):
+            if value and (
+                protocol.CONNECTION.unpack(value)[9] or not os.path.exists(f"/proc/{tgid}")
+            ):
                 self._close(ssl, tgid, now_ns)
 
 
-# struct connection: opened, sent, received, burst, lost, origin, uid, announced, joined, closed,
-# an unused byte, comm, host.
-CONNECTION = struct.Struct(f"=QQQQQQIBBBx16s{protocol.HOST_BYTES_MAX}s")
+def _connection_map(fd: int) -> loader.Map:
+    return loader.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
 
 
 def rss_bytes() -> int | None:
@@ -341,7 +377,7 @@ def rss_bytes() -> int | None:
     return None
 
 
-def serve(sock: socket.socket) -> None:
+def serve(sock: socket.socket, keeper: socket.socket | None = None) -> None:
     """Read the first command, set up, answer, loop."""
     commands = protocol.CommandBuffer()
     received: list[dict[str, Any]] = []
@@ -362,8 +398,14 @@ def serve(sock: socket.socket) -> None:
     for command in received[1:]:
         helper.command(command)
     helper.report()
+    if keeper is not None:
+        helper.leave_to(keeper)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        if left := received[0].get("remains"):
+            helper.inherit(remains.Remains(**left))
         helper.run()
+    if keeper is not None:
+        helper.tell_of_remains(keeper)
 
 
 def diagnosis(error: Exception) -> dict[str, Any]:
@@ -392,12 +434,14 @@ def main() -> None:
     """Entry point; see the file's head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--keeper", type=int)
     arguments = parser.parse_args()
     os.umask(0o077)
     with contextlib.suppress(OSError):
         os.nice(NICE)
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    serve(socket.socket(fileno=arguments.fd))
+    keeper = None if arguments.keeper is None else socket.socket(fileno=arguments.keeper)
+    serve(socket.socket(fileno=arguments.fd), keeper)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,10 @@ class Identities:
         self._known[pid] = (now, process)
         return process
 
+    def remember(self, process: Process) -> None:
+        """What another helper knew, of one that may be gone by now."""
+        self._known.setdefault(process.pid, (0.0, process))
+
     def forget(self, pid: int) -> None:
         """It runs another program now, or is gone."""
         self._known.pop(pid, None)

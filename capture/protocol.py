@@ -17,6 +17,10 @@ from typing import Any
 
 PREFIX = struct.Struct("=IHBB")
 RECORD = struct.Struct("=IHBBIIQQQQII")
+# The kernel's table: `struct key` (ssl, tgid, nothing) and `struct connection` (opened, sent,
+# received, burst, lost, origin, uid, announced, joined, closed, an unused byte, comm, host).
+CONNECTION_KEY = struct.Struct("=QII")
+CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128

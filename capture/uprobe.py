@@ -23,6 +23,7 @@ from typing import Any
 
 from capture import processes, protocol
 from capture.environment import USE_PROXY, Problem, UprobeUnavailable, check_environment
+from capture.remains import Keeper, Remains
 from halton_meter.model import (
     Connection,
     Direction,
@@ -106,6 +107,8 @@ def spawn_helper(
     request_bytes_max: int | None = None,
     cache_directory: str | None = KNOWN_FILES_DIRECTORY,
     program: str | None = None,
+    keeper: Keeper | None = None,
+    remains: Remains | None = None,
 ) -> socket.socket:
     """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
 
@@ -115,16 +118,24 @@ def spawn_helper(
     (None: the system's libssl). `ring_bytes` is a power of two. The helper ends with the socket.
     `cache_directory` keeps what was found in programs without symbols; it must be root's alone.
     `program` is what a root is about to execute: the first answer comes when it was searched.
+    `keeper` gets hold of what the helper would leave, `remains` is what one before it has left.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
+    fds = [theirs.fileno(), *(remains.fds if remains else ())]
+    if keeper is not None:
+        argv += ["--keeper", str(keeper.far.fileno())]
+        fds.append(keeper.far.fileno())
     with theirs:
         helper = subprocess.Popen(
-            [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
+            argv,
+            pass_fds=fds,
             stdin=subprocess.DEVNULL,
             cwd="/",
             start_new_session=True,  # a Ctrl-C meant for the command must not end the capture
         )
+    if keeper is not None:
+        keeper.far.close()
     _children.append(helper)
     command = {
         "scope": {
@@ -142,6 +153,7 @@ def spawn_helper(
         "request_bytes_max": request_bytes_max,
         "cache_directory": cache_directory,
         "program": None if program is None else os.path.abspath(program),
+        "remains": None if remains is None else remains.as_json(),
     }
     ours.sendall(protocol.encode_command(command))
     return ours

@@ -29,6 +29,7 @@ from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
 
 if TYPE_CHECKING:
+    from capture.remains import Keeper, Remains
     from capture.uprobe import Scope
 
 # Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
@@ -89,13 +90,20 @@ class Plan:
 class Pair:
     """One metering process and the helper that it reads from; they live and die together."""
 
-    def __init__(self, plan: Plan, job: Job) -> None:
+    def __init__(self, plan: Plan, job: Job, remains: Remains | None = None) -> None:
+        from capture.remains import Keeper
         from capture.uprobe import spawn_helper
 
         self.started = time.monotonic()
         self._heard = bytearray()
+        self.keeper = Keeper()
         link = spawn_helper(
-            plan.scope(), plan.hosts, loader=plan.config.loader, program=plan.program
+            plan.scope(),
+            plan.hosts,
+            loader=plan.config.loader,
+            program=plan.program,
+            keeper=self.keeper,
+            remains=remains,
         )
         with link:
             self._process = self._start(plan.account, job, link)
@@ -195,6 +203,7 @@ class Supervisor:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._pair: Pair | None = None
+        self._keeper: Keeper | None = None  # of a dead pair
         self._restarts = 0
         self._in_a_row = 0
         self._restart_at: float | None = None
@@ -239,7 +248,13 @@ class Supervisor:
 
     def _launch(self) -> None:
         job = self._plan.job(died_at_ns=self._died_ns, cause=self._cause, restarts=self._restarts)
-        self._pair, self._ended = Pair(self._plan, job), False
+        remains = self._keeper.take() if self._keeper is not None else None
+        try:
+            self._pair, self._ended = Pair(self._plan, job, remains), False
+        finally:
+            if remains is not None:
+                remains.close()
+        self._keep(None)
         self.selector.register(self._pair, selectors.EVENT_READ, self.attend)
 
     def attend(self) -> None:
@@ -288,6 +303,8 @@ class Supervisor:
         self.selector.unregister(self._pair)
         code = self._pair.wait(1.0)
         lasted = time.monotonic() - self._pair.started
+        # A metering process whose helper died has read all that was left.
+        self._keep(self._pair.keeper if code != metering.HELPER_DIED else None)
         self._pair, self._ready = None, False
         self._before.merge(self._current)
         self._current = Totals()
@@ -299,6 +316,12 @@ class Supervisor:
         wait_s = BACKOFF_S[min(self._in_a_row, len(BACKOFF_S) - 1)]
         self._in_a_row += 1
         self._restart_at = time.monotonic() + wait_s
+
+    def _keep(self, keeper: Keeper | None) -> None:
+        """Hold what the dead pair left, or nothing any more."""
+        if self._keeper is not None:
+            self._keeper.close()
+        self._keeper = keeper
 
     @property
     def wait_s(self) -> float | None:

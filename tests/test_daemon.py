@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from capture.remains import Keeper
 from halton_meter import daemon, metering, privileges, supervisor
 from halton_meter.config import Account, Config, ConfigError, account_named
 from halton_meter.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
@@ -458,6 +459,7 @@ class Dead:
     def __init__(self) -> None:
         self._end, other = socket.socketpair()
         other.close()
+        self.keeper = Keeper()
 
     def fileno(self) -> int:
         return self._end.fileno()

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from capture import loader, protocol
 from capture.admission import host_key
-from capture.helper import CONNECTION
 from capture.protocol import FrameBuffer, ProtocolViolation, decode_record
 
 
@@ -143,7 +142,7 @@ def c_size(struct_name: str) -> int:
 
 def test_structures_have_the_kernels_size() -> None:
     assert c_size("record") == protocol.RECORD.size
-    assert c_size("connection") == CONNECTION.size
+    assert c_size("connection") == protocol.CONNECTION.size
 
 
 def test_every_program_and_map_that_is_loaded_exists() -> None:

@@ -105,6 +105,43 @@ def test_killed_in_the_middle_of_streams(
     assert gap["from"] < gap["to"]
 
 
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+def test_what_the_ring_held_when_the_metering_process_died_is_metered(
+    lab: Lab, own: Service, version: str
+) -> None:
+    """Whole exchanges, and the end of one whose beginning died with whoever had read it."""
+    begun = lab.popen(
+        [*curl("-N", version), "-d", anthropic_body(1, chunks=100, delay_ms=30)],
+        user=lab.user,
+        stdout=subprocess.DEVNULL,
+    )
+
+    def is_met() -> bool:
+        coverage = (own.status() or {}).get("coverage", ())
+        return any(line["pid"] == begun.pid for line in coverage)
+
+    wait_until(is_met, "its connection")
+    skip = len(lab.ledger())
+    helper = child_running(own.pid, HELPER)
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        for n in range(5):
+            ask(lab, n)
+        assert begun.wait(30) == 0
+        kill(own, METERING)
+    finally:
+        os.kill(helper, signal.SIGCONT)
+    wait_until(lambda: bool((own.status() or {}).get("gaps")), "the restart")
+    own.settle()
+    served = lab.ledger_of(6, skip)
+    (tail,) = [event for event in own.events() if event["pid"] == begun.pid]
+    whole = [event for event in own.events() if event["pid"] != begun.pid]
+    ended = [entry for entry in served if entry["response_id"] == tail["response_id"]]
+    assert_metered([entry for entry in served if entry not in ended], whole)
+    assert tail["tokens"] | ended[0]["tokens"] == tail["tokens"]
+    assert (tail["argv"][:2], tail["user"]) == (["curl", "-sS"], lab.user.name)
+
+
 def test_bytes_reach_a_client_unchanged_whatever_dies(lab: Lab, own: Service) -> None:
     body = anthropic_body(1, chunks=60, delay_ms=30)
     processes = [lab.popen([*curl("-N"), "-d", body], user=lab.user, stdout=-1) for _ in range(2)]
