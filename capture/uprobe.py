@@ -547,7 +547,7 @@ class UprobeSource:
     def coverage(self) -> list[ProcessCoverage]:
         """Processes in scope that use TLS, as of the helper's last report.
 
-        Reports come half a second after something happened, none while nothing does.
+        Reports come ten seconds after something happened, none while nothing does; ask for one.
         """
         return [
             ProcessCoverage(
