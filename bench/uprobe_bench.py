@@ -26,7 +26,8 @@ from typing import Any
 
 from capture import uprobe
 from halton_meter.control import Control
-from halton_meter.metering import FLUSH_AFTER_S, Job
+from halton_meter.flushing import FLUSH_AFTER_S
+from halton_meter.metering import Job
 
 HOST = "api.provider.test"
 FAMILY = "anthropic"

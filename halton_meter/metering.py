@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from halton_meter import flushing
 from halton_meter.control import SOCKET_NAME, Answering, Client
+from halton_meter.flushing import FLUSH_AFTER_S, FLUSH_EVENTS, SEAL_AFTER_S
 from halton_meter.gaps import Gaps
 from halton_meter.model import PricedEvent, TlsChunk, rfc3339
 from halton_meter.totals import Totals
@@ -41,14 +43,6 @@ if TYPE_CHECKING:
 # Exit codes that tell the supervisor why.
 ENDED, UNAVAILABLE, HELPER_DIED, REFUSED = 0, 10, 11, 12
 
-# Segments of the journal are closed no more often than this, and at once if it is that long ago:
-# from then on any command that reads the store takes their events over by itself …
-SEAL_AFTER_S = 0.7
-# … and in the database after this one, or when so many have come. Moving them costs a process of
-# its own some 0.4 s of CPU, mostly its start: done every half minute that is as much as all else.
-FLUSH_AFTER_S = 300.0
-FLUSH_EVENTS = 20_000
-FLUSH_PRIORITY = 10
 # The alive mark's age bounds how far back a gap must be assumed to start after a crash of all. It
 # is renewed with whatever else there is to do, and seldom for its own sake: wake-ups cost some ms.
 ALIVE_EVERY_S = 10.0
@@ -251,10 +245,7 @@ class Metering:
             tell({"totals": self._totals.as_json()})
 
     def _flush(self) -> None:
-        """Have a process of its own move the journal into the database.
-
-        In this one the loop would stand still meanwhile, and the kernel's ring overflow.
-        """
+        """Have the journal moved into the database, by a process of its own."""
         if self._flusher is not None:
             self._flush_again = True
             return
@@ -262,10 +253,7 @@ class Metering:
         self._flush_again = False
         self._waiting, self._waiting_next = self._waiting_next, []
         self._store.close()
-        command = [sys.executable, "-P", "-m", "halton_meter.metering", "--flush", self._job.home]
-        self._flusher = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd="/"
-        )
+        self._flusher = flushing.begin(Path(self._job.home), subprocess.PIPE)
         self._selector.register(self._flusher_output(), selectors.EVENT_READ, self._on_flushed)
 
     def _flusher_output(self) -> int:
@@ -350,7 +338,7 @@ class Metering:
             self._flusher.wait()
         # Nothing comes any more, so this process may do it itself.
         with contextlib.suppress(Exception):  # the journal keeps what the database refuses
-            self._store_error = flush(self._store)
+            self._store_error = flushing.flush(self._store)
         self._store.close()
         if self._gaps is not None:
             with contextlib.suppress(OSError):
@@ -543,27 +531,6 @@ def _settle() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def flush(store: EventStore) -> str | None:
-    """Move the journal into the database; the trouble when events have to wait in it."""
-    done = store.flush()
-    return done.reason if done.waiting else None
-
-
-def _flush_once(home: Path) -> int:
-    """The flusher's whole life; it prints the reason when something is left in the journal."""
-    from halton_meter.store import Store, StoreError
-
-    os.nice(FLUSH_PRIORITY)
-    try:
-        with Store(home) as store:
-            reason = flush(store)
-    except StoreError as error:
-        reason = str(error)
-    if reason:
-        print(reason)
-    return 0
-
-
 def _first_line(fd: int) -> bytes:
     """One line, and not a byte of what follows it: that is for the loop."""
     line = bytearray()
@@ -604,6 +571,4 @@ def start(job: Job, link: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--flush":
-        sys.exit(_flush_once(Path(sys.argv[2])))
     sys.exit(main(int(sys.argv[1])))

@@ -25,11 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halton_meter import flushing
+from halton_meter.flushing import FLUSH_AFTER_S, FLUSH_EVENTS, SEAL_AFTER_S
 from halton_meter.metering import (
-    FLUSH_AFTER_S,
-    FLUSH_EVENTS,
-    SEAL_AFTER_S,
-    flush,
     make_meter,
     prepare_home,
 )
@@ -134,6 +132,7 @@ class Pricing:
         self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._seal_due: float | None = None
+        self._sealed_at = 0.0
         self._flush_due: float | None = None
         self._unflushed = 0
         self._flusher: subprocess.Popen[bytes] | None = None
@@ -166,7 +165,7 @@ class Pricing:
             self._flusher.wait()
         self.count_losses({**self.losses, **self._meter.losses})
         try:
-            self.store_error = flush(self._store)
+            self.store_error = flushing.flush(self._store)
         except Exception as error:  # the journal keeps what the database refuses
             self.store_error = str(error)
         with contextlib.suppress(OSError):
@@ -213,7 +212,7 @@ class Pricing:
             self.last_event_ns = event.usage.at_ns
         self._unflushed += len(events)
         now = time.monotonic()
-        self._seal_due = self._seal_due or now + SEAL_AFTER_S
+        self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
 
     def _wait_s(self) -> float | None:
@@ -223,7 +222,7 @@ class Pricing:
     def _tick(self) -> None:
         now = time.monotonic()
         if self._seal_due is not None and now >= self._seal_due:
-            self._seal_due = None
+            self._seal_due, self._sealed_at = None, now
             with contextlib.suppress(OSError):
                 self._store.close()  # from now on whoever reads the store takes the events over
         due = self._flush_due is not None and now >= self._flush_due
@@ -238,13 +237,7 @@ class Pricing:
             return
         with contextlib.suppress(OSError):
             self._store.close()
-            command = [sys.executable, "-P", "-m", "halton_meter.metering", "--flush"]
-            self._flusher = subprocess.Popen(
-                [*command, str(self._home)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                cwd="/",
-            )
+            self._flusher = flushing.begin(self._home)
 
 
 class Worker:

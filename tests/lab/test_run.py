@@ -288,7 +288,7 @@ def _descendant(pid: int, module: str) -> int | None:
     children = Path(f"/proc/{pid}/task/{pid}/children")
     for child in map(int, children.read_text().split()):
         line = Path(f"/proc/{child}/cmdline").read_bytes().decode()
-        if module in line and "--flush" not in line:
+        if module in line:
             return child
         if found := _descendant(child, module):
             return found
