@@ -137,10 +137,13 @@ class Meter:
     def _read(self, exchange: Exchange) -> list[UsageEvent]:
         """Read one exchange; a reader's own bug costs that exchange, not the run."""
         try:
-            return self._registry.read(exchange)
+            events = self._registry.read(exchange)
         except Exception as error:
             self._losses[f"exchange_unreadable_{type(error).__name__}"] += 1
             return []
+        if not events and exchange.request.path is None and exchange.response.body.pieces:
+            self._losses["answers_not_recognised"] += 1  # a call's, perhaps: nobody can tell
+        return events
 
     def _attributed(self, usage: UsageEvent) -> UsageEvent:
         if self._attribute is None or usage.process is None:

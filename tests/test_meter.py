@@ -233,6 +233,23 @@ def test_a_readers_bug_costs_its_exchange_and_is_counted(monkeypatch: pytest.Mon
     assert len(converse(meter, "next", response("msg_9"))) == 1
 
 
+def test_an_answer_that_tells_nothing_is_counted_when_its_request_is_lost() -> None:
+    decoded = Exchange(
+        id="x/1",
+        connection=connection("late"),
+        protocol=Protocol.HTTP2,
+        request=Request(None, HOST, None),
+        response=Response(200, (), Body((b"\0\0\0\0\x02\x08\x01",))),
+        started_ns=AT_NS,
+        first_byte_ns=AT_NS,
+        ended_ns=AT_NS,
+        outcome=Outcome.GAPPED,
+    )
+    meter = Meter(book().price)
+    assert meter.exchange(decoded) == []
+    assert dict(meter.losses) == {"answers_not_recognised": 1}
+
+
 def test_losses_of_open_and_closed_conversations_add_up() -> None:
     meter = Meter(book().price)
     for name in ("a", "b"):

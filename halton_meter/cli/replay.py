@@ -47,6 +47,7 @@ HOSTS_SHOWN = 8
 
 # What a person can do about a loss, or what it means.
 _ADVICE = {
+    "answers_not_recognised": "what was asked is lost, and the answer does not tell",
     "early_dropped": "answers whose requests were lost",
     "hpack_lost": "heads that refer to what was not recorded",
     "http1_resync": "places where reading went on behind a hole",

@@ -25,7 +25,9 @@ class Route:
 
     `path` is matched whole (fullmatch) against the request's path without its query. `methods`
     are upper-case. `turn_ends`, for WebSockets only, says whether a server's message (bytes)
-    ends a turn, so that the wire hands over what was said up to it as one exchange.
+    ends a turn, so that the wire hands over what was said up to it as one exchange. `recognises`
+    says of an exchange whose request's head was lost whether its answer is one of this route's;
+    without it, the words of the answer decide (`shapes.py`).
     """
 
     endpoint: str
@@ -34,6 +36,7 @@ class Route:
     read: Reader
     methods: frozenset[str] = frozenset({"POST"})
     turn_ends: Callable[[bytes], bool] | None = None
+    recognises: Callable[[Exchange], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +216,10 @@ class Registry:
                 for route in provider.routes:
                     if route.endpoint == endpoint and "POST" in route.methods:
                         return Match(provider, route)
+        for provider in providers:
+            for route in provider.routes:
+                if route.recognises is not None and route.recognises(exchange):
+                    return Match(provider, route)
         return None
 
     def read(self, exchange: Exchange) -> list[UsageEvent]:

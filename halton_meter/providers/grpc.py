@@ -8,8 +8,10 @@ that proto3 leaves out of a usage message is 0.
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
@@ -134,7 +136,7 @@ def messages(body: Body, encoding: str | None) -> list[Fields]:
     for frame in formats.grpc_messages(body):
         data = frame.data
         if frame.compressed:
-            if encoding not in ("gzip", "deflate"):
+            if encoding not in ("gzip", "deflate", None):  # None: its head was lost
                 continue
             try:
                 data = zlib.decompressobj(wbits=47).decompress(data, MESSAGE_BYTES_MAX)
@@ -142,6 +144,31 @@ def messages(body: Body, encoding: str | None) -> list[Fields]:
                 continue
         found.append(fields(data))
     return found
+
+
+_MODEL = re.compile(r"[A-Za-z0-9][\w.:/@-]{1,99}")
+
+
+def answers_like(
+    model: int, usage: int, prompt: int, total: int, count: Callable[[int], bool]
+) -> Callable[[Exchange], bool]:
+    """Whether an answer states a model and a usage that adds up, at these field numbers.
+
+    For `Route.recognises`: `count` says whether it has as many messages as the method gives.
+    """
+
+    def fits(answer: Fields) -> bool:
+        name = _text(answer, model)
+        stated = next(_messages(answer, usage), {})
+        named = name is not None and _MODEL.fullmatch(name) is not None
+        return named and 0 < _number(stated, prompt) <= _number(stated, total)
+
+    def recognises(exchange: Exchange) -> bool:
+        encoding = header(exchange.response.headers, "grpc-encoding")
+        answers = messages(exchange.response.body, encoding)
+        return count(len(answers)) and any(map(fits, answers))
+
+    return recognises
 
 
 # --- xAI ----------------------------------------------------------------------------------------
@@ -228,9 +255,17 @@ def xai_routes(dialect: Dialect) -> tuple[Route, ...]:
     """The gRPC routes of xAI's SDK that bill."""
     whole, chunks = xai_reader(dialect, _WHOLE), xai_reader(dialect, _CHUNK)
     deferred = xai_reader(dialect, _WHOLE, deferred=True)
+    is_whole = answers_like(_WHOLE.model, _WHOLE.usage, 2, 3, lambda count: count == 1)
+    is_chunks = answers_like(_CHUNK.model, _CHUNK.usage, 2, 3, bool)
     return (
-        route("chat_completions", "chat", r"/xai_api\.Chat/GetCompletion", whole),
-        route("chat_completions", "chat", r"/xai_api\.Chat/GetCompletionChunk", chunks),
+        replace(
+            route("chat_completions", "chat", r"/xai_api\.Chat/GetCompletion", whole),
+            recognises=is_whole,
+        ),
+        replace(
+            route("chat_completions", "chat", r"/xai_api\.Chat/GetCompletionChunk", chunks),
+            recognises=is_chunks,
+        ),
         route("deferred", "chat", r"/xai_api\.Chat/GetDeferredCompletion", deferred),
     )
 
@@ -332,15 +367,16 @@ def google_reader(schema: Schema, streamed: bool) -> Reader:
 
 def google_routes(service: str, schema: Schema) -> tuple[Route, ...]:
     """The gRPC routes of a Google service (a pattern) that bill, and its free count."""
+    whole, streamed = google_reader(schema, False), google_reader(schema, True)
+    numbers = (schema.model, schema.usage, 1, 3)
     return (
-        route(
-            "generateContent", "chat", service + "/GenerateContent", google_reader(schema, False)
+        replace(
+            route("generateContent", "chat", service + "/GenerateContent", whole),
+            recognises=answers_like(*numbers, lambda count: count == 1),
         ),
-        route(
-            "streamGenerateContent",
-            "chat",
-            service + "/StreamGenerateContent",
-            google_reader(schema, True),
+        replace(
+            route("streamGenerateContent", "chat", service + "/StreamGenerateContent", streamed),
+            recognises=answers_like(*numbers, lambda count: count > 1),
         ),
         route("countTokens", "count", service + "/CountTokens", read_count),
     )

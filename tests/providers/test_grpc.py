@@ -1,14 +1,16 @@
 """gRPC of xAI's and Google's SDKs: protobuf written by hand here, read by field number there."""
 
 import gzip
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halton_meter import providers
-from halton_meter.model import Body, Exchange, Outcome, Protocol
+from halton_meter.model import Body, Exchange, Outcome, Protocol, Request, Response
 from halton_meter.providers.grpc import fields, messages
 
 from .exchanges import exchange, read_one
@@ -135,10 +137,58 @@ def test_vertex_states_its_traffic() -> None:
     assert (event.provider, event.model) == ("vertex", "gemini-2.5-pro")
 
 
+def headless(this: Exchange) -> Exchange:
+    """The same, seen on a connection that was joined late: its heads are numbers to us."""
+    request = Request(None, this.request.host, None, body=this.request.body)
+    response = Response(None, (), this.response.body)
+    return replace(this, request=request, response=response, outcome=Outcome.GAPPED)
+
+
+GEMINI = "https://generativelanguage.googleapis.com/google.ai.generativelanguage.v1beta."
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(
+    ("url", "request_", "answers"),
+    [
+        (XAI + "GetCompletion", {2: "grok-4"}, [{1: ID, 6: "grok-4", 9: USAGE}]),
+        (XAI + "GetCompletionChunk", {2: "grok-4"}, [{1: ID, 4: "grok-4", 6: USAGE}]),
+        (XAI + "GetCompletionChunk", {2: "g"}, [{1: ID, 4: "g4"}, {1: ID, 4: "g4", 6: USAGE}]),
+        (
+            GEMINI + "GenerativeService/GenerateContent",
+            {1: "models/gemini-2.5-flash"},
+            [{3: {1: 98, 2: 9, 3: 107}, 4: "gemini-2.5-flash", 5: "r1"}],
+        ),
+        (
+            GEMINI + "GenerativeService/StreamGenerateContent",
+            {1: "models/gemini-2.5-flash"},
+            [{4: "gemini-2.5-flash"}, {3: {1: 98, 2: 9, 3: 107}, 4: "gemini-2.5-flash", 5: "r1"}],
+        ),
+    ],
+    ids=["xai", "xai-chunk", "xai-chunks", "gemini", "gemini-stream"],
+)
+def test_an_answer_without_its_heads_is_recognised_by_its_fields(
+    url: str, request_: dict, answers: list[dict], compress: bool
+) -> None:
+    more = {"compress": True, "headers": [("grpc-encoding", "gzip")]} if compress else {}
+    this = call(url, request_, *answers, **more)
+    known, found = read_one(this), read_one(headless(this))
+    for name in ("provider", "endpoint", "model", "tokens", "response_id", "streaming"):
+        assert getattr(found, name) == getattr(known, name), name
+
+
+def test_an_answer_without_its_heads_and_without_usage_is_nobodys() -> None:
+    this = call(XAI + "GetCompletion", {2: "grok-4"}, {1: ID, 6: "grok-4", 9: {1: 3}})
+    assert providers.read(headless(this)) == []
+    count = call(GEMINI + "GenerativeService/CountTokens", {1: "models/g"}, {1: 17})
+    assert providers.read(headless(count)) == []
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_raise(data: bytes) -> None:
     fields(data)
     messages(Body((b"\x01\x00\x00\x00" + bytes([len(data)]) + data,)), "gzip")
+    providers.read(headless(exchange(XAI + "GetCompletion", data, data, headers=GRPC)))
     for method in ("GetCompletion", "GetCompletionChunk"):
         assert len(providers.read(exchange(XAI + method, data, data, headers=GRPC))) == 1
