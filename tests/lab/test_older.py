@@ -8,20 +8,31 @@ from typing import Any
 
 import pytest
 
-from .conftest import CLIENTS, Service
+from .conftest import CLIENTS, Service, wait_until
 from .lab import Lab
 from .test_clients import anthropic_body
 
 pytestmark = pytest.mark.lab
 
-PROVIDER, OTHER = "api.anthropic.com", "api.example.com"
+OTHER = "api.example.com"
+HOSTS = {
+    "httpx": "api.anthropic.com",
+    "node": "api.anthropic.com",
+    "xai-sdk": "api.x.ai",
+    "gemini": "generativelanguage.googleapis.com",
+}
+LIBRARIES = {"httpx": "libssl", "node": "node", "xai-sdk": "cygrpc", "gemini": "cygrpc"}
 
 
 class Older:
     """A client that keeps one connection for all that it is told to ask."""
 
     def __init__(self, lab: Lab, argv: Sequence[str]) -> None:
-        self._process = lab.popen(argv, user=lab.user, stdin=-1, stdout=-1, text=True)
+        roots = {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(lab.folder / "ca.pem")}
+        environment = lab.environment(**roots)
+        self._process = lab.popen(
+            argv, user=lab.user, env=environment, stdin=-1, stdout=-1, text=True
+        )
         self.pid = self._process.pid
 
     def ask(self, n: int, **options: float) -> str:
@@ -38,20 +49,23 @@ class Older:
         assert self._process.wait(10) == 0
 
 
-Start = Callable[[str, str], Older]
+Start = Callable[..., Older]
 
 
 @pytest.fixture
 def start(lab: Lab, python: str) -> Iterator[Start]:
-    """Starts clients, "httpx" or "node", with a host to ask."""
+    """Starts one of the clients above, connected to its provider or to a host that is given."""
+    over_grpc = [python, str(CLIENTS / "older_grpc.py")]
     commands = {
         "httpx": [python, str(CLIENTS / "older.py")],
         "node": ["node", str(CLIENTS / "older.mjs")],
+        "xai-sdk": over_grpc,
+        "gemini": over_grpc,
     }
     started: list[Older] = []
 
-    def begin(client: str, host: str) -> Older:
-        older = Older(lab, [*commands[client], host])
+    def begin(client: str, host: str | None = None) -> Older:
+        older = Older(lab, [*commands[client], host or HOSTS[client]])
         started.append(older)
         older.ask(0)
         return older
@@ -113,13 +127,24 @@ def nonzero(tokens: dict[str, int | None]) -> dict[str, int]:
     return {name: count for name, count in tokens.items() if count}
 
 
-@pytest.mark.parametrize("client", ["httpx", "node"])
+def attached(service: Service, client: str) -> None:
+    """Return once the library of a client that runs is probed."""
+
+    def has_probes() -> bool:
+        status = service.status() or {}
+        return any(LIBRARIES[client] in path for path in status.get("libraries", ()))
+
+    wait_until(has_probes, f"probes in {LIBRARIES[client]}")
+
+
+@pytest.mark.parametrize("client", HOSTS)
 def test_an_old_connection_is_counted_then_metered_then_known_at_once(
     lab: Lab, start: Start, begin_service: Any, client: str
 ) -> None:
     lab.run(["sh", "-c", "rm -f /var/cache/halton-meter/tls-names/*"])
-    older = start(client, PROVIDER)
+    older = start(client)
     service = begin_service()
+    attached(service, client)
     assert asks(lab, service, older, 1, 2) == []
     line = line_of(service, older.pid)
     assert line["state"] == "not_recognised"
@@ -127,14 +152,15 @@ def test_an_old_connection_is_counted_then_metered_then_known_at_once(
     assert service.status()["losses"]["http2_without_name"] == 1
 
     for _ in range(2):  # each makes a connection under the probes
-        start(client, PROVIDER)
+        start(client)
     service.settle()
     assert len(asks(lab, service, older, 3, 6)) == 6
     line = line_of(service, older.pid)
-    assert (line["state"], line["host"], line["advice"]) == ("metered", PROVIDER, None)
+    assert (line["state"], line["host"], line["advice"]) == ("metered", HOSTS[client], None)
 
     assert service.stop() == 0
     again = begin_service()
+    attached(again, client)
     assert len(asks(lab, again, older, 9, 4)) == 4
     assert "http2_without_name" not in again.status()["losses"]
 
@@ -145,7 +171,7 @@ def test_old_connections_to_other_hosts_reach_nobody(
     noise = start("httpx", OTHER)
     service = begin_service()
     for _ in range(2):
-        start("httpx", PROVIDER)
+        start("httpx")
     service.settle()
     before = service.status()
     for n in range(4):
