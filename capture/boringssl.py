@@ -19,7 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from capture.elf import Elf, ElfError
-from capture.instructions import Code, Flow, Function, Step
+from capture.instruction_sets import Flow, Step
+from capture.instructions import Code, Function
 from capture.reporters import (
     Doubt,
     NotRecognised,

@@ -26,7 +26,7 @@ HEAD_BYTES = 64 << 10
 CODE_BYTES = 64
 _FINDERS = (
     *("libraries.py", "boringssl.py", "openssl.py", "golang.py"),
-    *("reporters.py", "instructions.py", "elf.py"),
+    *("reporters.py", "instructions.py", "instruction_sets.py", "references.py", "elf.py"),
 )
 
 

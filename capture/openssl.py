@@ -19,7 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from capture.elf import Elf, ElfError
-from capture.instructions import Code, Flow, Function
+from capture.instruction_sets import Flow
+from capture.instructions import Code, Function
 from capture.reporters import (
     PRINTABLE,
     Doubt,

@@ -15,7 +15,8 @@ from importlib import import_module
 from types import MappingProxyType
 
 from capture.elf import Elf, Segment
-from capture.instructions import Code, Flow, Function
+from capture.instruction_sets import Flow
+from capture.instructions import Code, Function
 
 PRINTABLE = re.compile(rb"[ -~]*\Z")  # data without a NUL may come before a string
 _NUL = re.compile(rb"\0")

@@ -107,6 +107,17 @@ def test_a_jump_into_another_function_is_refused() -> None:
     assert answer.reason.startswith("two functions share the code")
 
 
+def test_a_function_that_runs_on_into_the_next_is_refused() -> None:
+    """SSL_peek would write what SSL_read writes, and pass for it (found by the test below)."""
+    changed = subject("clang", False)
+    read = changed.named["SSL_read"]
+    call = changed.data.rindex(b"\xe8", read - 32, read)  # of memcpy; its jmp back goes, too
+    with changed.edited([(call + n, 0) for n in range(2, 6)]) as path:
+        answer = find_boringssl(path)
+    assert isinstance(answer, NotRecognised)
+    assert answer.reason.endswith("begins is not certain")
+
+
 @pytest.mark.parametrize("bare", [False, True], ids=["unwind", "bare"])
 @pytest.mark.parametrize("compiler", COMPILERS)
 @quick
