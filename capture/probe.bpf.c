@@ -774,7 +774,8 @@ INLINE int host_named(u64 ssl, u64 address)
  * write of a connection whose name we saw, the object is searched, word by word, for a pointer to
  * that name. The same offset in NAME_VOTES_MIN connections is known; a known one at which another
  * name stands is given up for good. Words go to registers here and nowhere else: the object leads to
- * the connection's keys. User space keeps what was learned, by build (name_places.py). */
+ * the connection's keys. User space keeps what was learned, by build (name_places.py). A search takes
+ * some 50 us, twice for a build; to look whether the name stands there, at each new connection, 1 us. */
 
 INLINE struct name_place *name_place(u64 cookie)
 {
@@ -782,27 +783,25 @@ INLINE struct name_place *name_place(u64 cookie)
 	return number ? name_places_get(&number) : 0;
 }
 
-/* Reads the name that stands at an offset of an SSL object; 0 when it cannot be read. */
-INLINE int name_at(struct name *n, u64 ssl, u32 offset)
+/* Reads the name that stands at an offset of an SSL object into `text`, which is all NUL. Its length
+ * with the NUL; 1 when there is none, less when it cannot be read. */
+INLINE long name_at(char *text, u64 ssl, u32 offset)
 {
 	u64 pointer = 0;
-	__builtin_memset(n->text, 0, sizeof(n->text));
-	n->length = 0;
 	if (bpf_probe_read_user(&pointer, sizeof(pointer), (void *)(ssl + offset)))
 		return 0;
-	if (!pointer)
-		return 1; /* it has none */
-	long length = bpf_probe_read_user_str(n->text, sizeof(n->text), (void *)pointer);
-	if (length < 1)
-		return 0;
-	n->length = length - 1;
-	return 1;
+	return pointer ? bpf_probe_read_user_str(text, HOST_BYTES_MAX, (void *)pointer) : 1;
 }
 
 /* The name that the library itself keeps; 0 when its place is not known, or nothing stands there. */
 INLINE int own_name(struct name *n, u64 ssl, struct name_place *p)
 {
-	return p && p->state == NAME_KNOWN && name_at(n, ssl, p->offset) && REREAD(n->length);
+	if (!p || p->state != NAME_KNOWN)
+		return 0;
+	__builtin_memset(n->text, 0, sizeof(n->text));
+	long length = name_at(n->text, ssl, p->offset);
+	n->length = length > 1 ? length - 1 : 0;
+	return length > 1;
 }
 
 /* Is there more to be known of an unnamed connection than when it was judged? */
@@ -814,21 +813,11 @@ INLINE int may_be_named(u64 cookie)
 
 #define FOLDED(a, b) (((a) ^ (b)) & 0xdfdfdfdfdfdfdfdfULL) /* 0: the same but for case */
 
-INLINE int same_name(struct name *n, struct connection *c)
+/* The first offset at which a pointer to a text stands that begins like the name; 0: none. */
+INLINE u32 find_name(u64 ssl, struct connection *c)
 {
-	u64 differs = 0;
-#pragma unroll
-	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
-		differs |= FOLDED(((u64 *)n->text)[i], ((u64 *)c->host)[i]);
-	return !differs;
-}
-
-/* Leaves in n->position the first offset where a pointer to a text stands that begins like the name. */
-INLINE void find_name(struct name *n, u64 ssl, struct connection *c)
-{
-	u64 beginning = *(u64 *)c->host, word = 0, text = 0;
-	n->position = 0;
-	u64 absent = REREAD(n->position); /* 0, which the verifier need not know */
+	u64 beginning = *(u64 *)c->host, word = 0, text = 0, absent = 0;
+	u32 found = 0, offset = 0;
 	for (u32 at = 8; at < NAME_SCAN_BYTES; at += 8) {
 		u64 page = (ssl + at) >> 12;
 		if (page == absent)
@@ -841,10 +830,25 @@ INLINE void find_name(struct name *n, u64 ssl, struct connection *c)
 			continue; /* no allocator gave it: to read there would cost a fault */
 		bpf_probe_read_user(&text, sizeof(text), (void *)word); /* 0 when it cannot */
 		if (!FOLDED(text, beginning)) {
-			n->position = at;
+			found = at;
 			break;
 		}
 	}
+	/* Read back, the verifier forgets which turn ended the loop. */
+	bpf_probe_read_kernel(&offset, sizeof(offset), &found);
+	return offset;
+}
+
+/* 1: the connection's name stands there, 0: it does not, -1: that cannot be read. */
+INLINE int same_name(u64 ssl, u32 offset, struct connection *c)
+{
+	u64 text[HOST_BYTES_MAX / 8] = {}, differs = 0;
+	if (name_at((char *)text, ssl, offset) < 1)
+		return -1;
+#pragma unroll
+	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
+		differs |= FOLDED(text[i], ((u64 *)c->host)[i]);
+	return !differs;
 }
 
 /* User space is told of a place that is known now (or, with offset 0, no longer believed). */
@@ -885,31 +889,24 @@ INLINE void learn_name_place(struct key *key, struct connection *c, u64 cookie)
 	struct name_place *p = name_place(cookie);
 	if (!p || p->state == NAME_GIVEN_UP || p->voter == c->opened_ns || !c->host[7])
 		return;
-	struct name *n = process_ring_reserve(sizeof(*n));
-	if (!n) {
-		count(STAT_PROCESS_RING_FULL, 1);
-		return;
-	}
 	p->voter = c->opened_ns;
-	n->position = p->offset;
+	u32 offset = p->offset;
 	if (p->state == NAME_SOUGHT) {
-		find_name(n, key->ssl, c);
+		offset = find_name(key->ssl, c);
 		p->scans += 1;
 	}
-	u32 offset = REREAD(n->position);
-	int read = offset && name_at(n, key->ssl, offset);
-	int same = read && same_name(n, c);
+	int same = offset ? same_name(key->ssl, offset, c) : -1;
 	if (p->state == NAME_KNOWN) {
-		if (read && !same) {
+		if (same == 0) {
 			p->state = NAME_GIVEN_UP;
 			tell_place(cookie, 0);
 		}
-	} else if (same) {
-		count_vote(p, offset, cookie);
+		return;
 	}
+	if (same == 1)
+		count_vote(p, offset, cookie);
 	if (p->state == NAME_SOUGHT && p->scans >= NAME_SCANS_MAX)
 		p->state = NAME_GIVEN_UP;
-	process_ring_discard(n);
 }
 
 /* ---- a connection that we saw no name of ------------------------------------------------------- */
