@@ -252,10 +252,10 @@ class FramedBody(Body):
     events passes over: finding the few events that matter needs no unframing. `pieces` does it.
     """
 
-    __slots__ = ("_pieces", "_spans", "texts")
+    __slots__ = ("_pieces", "spans", "texts")
 
     texts: tuple[bytes, ...]
-    _spans: tuple[Spans, ...]
+    spans: tuple[Spans, ...]
     _pieces: tuple[bytes, ...] | None
 
     def __init__(
@@ -268,7 +268,7 @@ class FramedBody(Body):
     ) -> None:
         for name, value in (
             ("texts", texts),
-            ("_spans", spans),
+            ("spans", spans),
             ("_pieces", None),
             ("complete", complete),
             ("dropped_bytes", dropped_bytes),
@@ -281,7 +281,7 @@ class FramedBody(Body):
         """The pieces, unframed when first asked for."""
         found = self._pieces
         if found is None:
-            found = tuple(map(_unframed, self.texts, self._spans))
+            found = tuple(map(_unframed, self.texts, self.spans))
             object.__setattr__(self, "_pieces", found)
         return found
 
@@ -292,7 +292,7 @@ class FramedBody(Body):
 
     def beginning(self, size: int) -> bytes:
         """As of any body: the first chunks are always unframed."""
-        spans = self._spans[0]
+        spans = self.spans[0]
         return self.texts[0][: min(size, spans[0]) if spans else size]
 
     def __eq__(self, other: object) -> bool:
@@ -379,7 +379,7 @@ class BodyCollector:
         # as a run of parts.
         self._head: list[bytes] | None = None
         self._pieces: list[bytes] = []
-        self._run: list[bytes] = []
+        self._run: list[bytes | memoryview] = []
         self._run_bytes = 0
         # Where chunks with their lines lie: in the run, and in each of the pieces.
         self._spans: list[int] = []
@@ -407,12 +407,19 @@ class BodyCollector:
         return bool(self._kept_bytes or self._coded_bytes or self._decoded_bytes)
 
     @property
+    def awaits_events(self) -> bool:
+        """Whether it takes chunks that each end an event, once the first has come."""
+        return self._takes_chunks and not self.begun
+
+    @property
     def at_event(self) -> bool:
         """Whether chunks that each end an event may follow, framing and all."""
+        if self._span_start is not None:
+            return self._takes_chunks
         run = self._run
-        return self._takes_chunks and bool(run) and run[-1].endswith(_EVENT_ENDS)
+        return self._takes_chunks and bool(run) and bytes(run[-1]).endswith(_EVENT_ENDS)
 
-    def add_chunks(self, run: bytes) -> None:
+    def add_chunks(self, run: bytes | memoryview) -> None:
         """Take chunks of which each ends an event, as they came; asks for `at_event`."""
         if self._span_start is None:
             self._span_start = self._run_bytes
@@ -458,7 +465,7 @@ class BodyCollector:
         if self._chain is not None:
             self._decode()
         self._unframe()
-        parts: list[bytes] = []
+        parts: list[bytes | memoryview] = []
         size = 0
         for part in reversed(self._run):
             parts.append(part)
@@ -599,7 +606,7 @@ class BodyCollector:
         self._run_bytes = sum(map(len, self._run))
 
 
-def _halves(parts: list[bytes]) -> list[bytes]:
+def _halves(parts: list[bytes | memoryview]) -> list[bytes]:
     """Many small parts as few: a part costs more than its bytes."""
     middle = len(parts) // 2
     return [b"".join(parts[:middle]), b"".join(parts[middle:])]

@@ -51,9 +51,14 @@ def _lines_as_lf(piece: bytes) -> bytes:
 def _sse_pieces(body: Body) -> Iterator[bytes]:
     """The body's pieces, each cut to where its first whole event begins and its last ends.
 
-    Lines end in LF, but for those of a `FramedBody`, whose blocks are looked at one by one.
+    Lines end in LF, but for those of a piece with chunk lines, whose blocks are looked at one by
+    one.
     """
-    pieces = body.texts if isinstance(body, FramedBody) else tuple(map(_lines_as_lf, body.pieces))
+    if isinstance(body, FramedBody):
+        kept = zip(body.texts, body.spans, strict=True)
+        pieces = [text if spans else _lines_as_lf(text) for text, spans in kept]
+    else:
+        pieces = [_lines_as_lf(piece) for piece in body.pieces]
     last = len(pieces) - 1
     for number, text in enumerate(pieces):
         piece = text.removeprefix(_BOM)
@@ -128,19 +133,19 @@ def _block_around(piece: bytes, at: int) -> tuple[int, int]:
     return start, end
 
 
-def first_events(body: Body, count: int) -> list[SseEvent]:
-    """The first `count` events with data."""
-    found: list[SseEvent] = []
+def first_events(body: Body, count: int) -> Iterator[SseEvent]:
+    """The first `count` events with data, each read when it is asked for."""
+    return islice(_events_in_turn(body), count)
+
+
+def _events_in_turn(body: Body) -> Iterator[SseEvent]:
     for piece in _sse_pieces(body):
         at = 0
-        while at < len(piece) and len(found) < count:
+        while at < len(piece):
             end = piece.find(b"\n\n", at)
             end = len(piece) if end < 0 else end
-            found += _events_of(piece[at:end])
+            yield from _events_of(piece[at:end])
             at = end + 2
-        if len(found) >= count:
-            break
-    return found[:count]
 
 
 def last_events(body: Body, count: int) -> list[SseEvent]:

@@ -61,7 +61,7 @@ def reads(body: Body) -> list[object]:
         formats.sse_data_containing(body, NEEDLE),
         formats.sse_data_containing(body, NEEDLE, last=True),
         formats.sse_data_containing(body, b'"text"'),
-        formats.first_events(body, 3),
+        list(formats.first_events(body, 3)),
         formats.last_events(body, 3),
     ]
 
@@ -227,3 +227,34 @@ def test_an_end_that_was_not_seen_is_found_in_chunks():
     said = records(ends)[:-1]
     exchange = talk(chunks_of(said, lambda data: [data])).only
     assert exchange.response.body == Body((b"".join(ends),))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(ODD), min_size=1, max_size=12), st.randoms(), st.data())
+def test_hostile_framing_is_read_alike_with_events_kept_in_chunks_and_without(chunks, rng, data):
+    """Whatever the bytes: what the content type does to how a body is kept is not seen in it."""
+    text = bytearray(framed(chunks))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        some = st.sampled_from(
+            [b"", b"\r\n", b"\n\n", b"\n\n\r\n", b"9", b"0\r\n\r\n", b"\0", b"f"]
+        )
+        text[at : at + data.draw(st.integers(0, 3))] = data.draw(some)
+    parts = split_by(rng, 30)(bytes(text)) if data.draw(st.booleans()) else [bytes(text)]
+    told: list[list[object]] = []
+    for head in (HEAD, HEAD.replace(b"text/event-stream", b"text/event_stream")):
+        said: Script = [(SENT, REQUEST), (RECEIVED, head), *((RECEIVED, part) for part in parts)]
+        found = talk(chunks_of(said, lambda data: [data]))
+        bodies = [exchange.response.body for exchange in found.exchanges]
+        told.append([bodies, list(map(reads, bodies)), found.losses])
+    assert told[0] == told[1]
+
+
+def test_events_with_crlf_behind_a_broken_chunk_line_are_read_though_others_came_in_chunks():
+    """Found by the test above: the stream's second run of bytes holds no chunk lines."""
+    late = b'\r\n\r\nevent: late\ndata: {"usage":1}\r\n\r\ndata: {"usage":2}\n\n'
+    text = framed([event(1), event(2)]) + late + b"\r\n0\r\n\r\n"
+    body = body_of([(SENT, REQUEST), (RECEIVED, HEAD + text)])
+    assert isinstance(body, FramedBody)
+    assert formats.sse_data_containing(body, NEEDLE) == [b'{"usage":1}', b'{"usage":2}']
+    assert reads(body) == reads(plain(body))

@@ -38,7 +38,7 @@ EVENTS = [
 def test_events_under_every_line_end(end, mark):
     stream = body(mark + STREAM.replace(b"\n", end))
     assert list(formats.sse_events(stream)) == EVENTS
-    assert formats.first_events(stream, 2) == EVENTS[:2]
+    assert list(formats.first_events(stream, 2)) == EVENTS[:2]
     assert formats.last_events(stream, 3) == EVENTS[1:]
     assert formats.last_events(stream, 99) == EVENTS
 
@@ -170,7 +170,7 @@ READERS = [
     lambda b: list(formats.sse_events(b)),
     lambda b: formats.sse_data_containing(b, b'"usage"'),
     lambda b: formats.sse_data_containing(b, b'"usage"', last=True),
-    lambda b: formats.first_events(b, 3),
+    lambda b: list(formats.first_events(b, 3)),
     lambda b: formats.last_events(b, 3),
     formats.json_value,
     lambda b: formats.salvage_object(b, b"usage"),
