@@ -64,6 +64,7 @@ class Meter:
         self._attribute = attribute
         self._registry = registry if registry is not None else providers.Registry()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
+        self._latest = ""  # the connection that spoke last, which is the last of them already
         self._rank_by_event: OrderedDict[str, tuple[int, bool]] = OrderedDict()
         self._calls_by_content: OrderedDict[tuple[str, Source], int] = OrderedDict()
         self._losses: Counter[str] = Counter()
@@ -84,7 +85,9 @@ class Meter:
             return [] if conversation is None else self._close(conversation, item)
         conversation = self._conversations.get(key)
         if conversation is not None:
-            self._conversations.move_to_end(key)
+            if key != self._latest:
+                self._conversations.move_to_end(key)
+                self._latest = key
             exchanges = conversation.receive(item)
             return self._events(exchanges) if exchanges else []
         if _is_own_proxy(item.connection.process):
@@ -92,6 +95,7 @@ class Meter:
         evicted = self._make_room(item.at_ns)
         conversation = Conversation(item.connection, self._interest)
         self._conversations[key] = conversation
+        self._latest = key
         return evicted + self._events(conversation.receive(item))
 
     def exchange(self, exchange: Exchange) -> list[PricedEvent]:

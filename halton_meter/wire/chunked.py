@@ -46,7 +46,7 @@ def _short_events() -> re.Pattern[bytes]:
     """
 
     def of_size(size: int) -> str:
-        return rf"\r\n.{{{size - 2}}}\n\n\r\n"
+        return rf"\r\n.{{{size - 2}}}+\n\n\r\n"
 
     def beginning_with(digits: str) -> str:
         size = int(digits, 16)

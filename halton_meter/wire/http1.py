@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
-from halton_meter.wire import chunked
 from halton_meter.wire.head import host_name, kept_headers, split_target
 from halton_meter.wire.http1_framing import Fields, Reader, Side, body_framing
 from halton_meter.wire.transaction import SENT, Context, Transaction
@@ -27,10 +27,6 @@ EARLY_BYTES_MAX = 1 << 20
 # Bytes kept while looking for the next head behind a hole: a start line must fit.
 RESYNC_SENT_BYTES = 4096
 RESYNC_RECEIVED_BYTES = 512
-
-# Deliveries within a chunked answer are read together once so many bytes have come, or its end may
-# have: what a delivery costs by itself is more than what its bytes do.
-GATHERED_BYTES_MAX = 256 << 10
 
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15}) ([^\s\x00]{1,65536}) HTTP/1\.[01]\r?\n")
 # Behind a hole a body may touch the next request line, so only known methods end it.
@@ -53,12 +49,14 @@ def finds_http1(sent: bool, data: bytes) -> bool:
     return (_REQUEST_BEHIND if sent else _STATUS_LINE).search(data) is not None
 
 
-def _may_end(data: bytes) -> bool:
-    """Whether a chunked message may end with this delivery: with an empty line (RFC 9112 7.1).
+def chunks_go_on(data: bytes) -> bool:
+    """Whether a chunked message cannot end with this delivery: not without an empty line (7.1).
 
     An empty line behind another is of the data; a short delivery may hold only part of the line.
     """
-    return (data.endswith(_MESSAGE_ENDS) and not data.endswith(b"\r\n\r\n\r\n")) or len(data) < 4
+    if data.endswith(_MESSAGE_ENDS):
+        return data.endswith(b"\r\n\r\n\r\n")
+    return len(data) > 3
 
 
 class _Sent(Side):
@@ -189,12 +187,17 @@ class _Received(Side):
             body.add(data)
         transaction.ended_ns = self._owner.at_ns
 
+    def awaits_events(self) -> bool:
+        transaction = self.now
+        body = transaction.response_body if transaction is not None else None
+        return body is not None and body.awaits_events
+
     def at_event(self) -> bool:
         transaction = self.now
         body = transaction.response_body if transaction is not None else None
         return body is not None and body.at_event
 
-    def chunks(self, run: bytes) -> None:
+    def chunks(self, run: bytes | memoryview) -> None:
         transaction = self.now
         assert transaction is not None
         assert transaction.response_body is not None
@@ -248,9 +251,6 @@ class Http1:
         # A lost request whose answer has not been seen: the next answer may be its.
         self._in_doubt = False
         self._sent_side, self._received_side = _Sent(self), _Received(self)
-        # Deliveries of a chunked answer that wait to be read together; None outside of one.
-        self._gathered: list[bytes] | None = None
-        self._gathered_bytes = 0
         self._sent = Reader(context, self._sent_side)
         self._received = Reader(context, self._received_side)
 
@@ -261,29 +261,7 @@ class Http1:
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
-        sent = direction is SENT
-        gathered = self._gathered
-        if gathered is not None:
-            if sent:
-                self._read_gathered()
-            else:
-                gathered.append(data)
-                self._gathered_bytes += len(data)
-                if self._gathered_bytes < GATHERED_BYTES_MAX and (
-                    data[-4:] == chunked.EVENT_END or not _may_end(data)
-                ):
-                    self.at_ns = at_ns
-                    return []
-                data = self._take_gathered()
         self.at_ns = at_ns
-        self._feed(direction, data)
-        if not sent and self._received.in_chunks and self._may_gather():
-            self._gathered = []
-        if not self._done:
-            return []
-        return self._take_done()
-
-    def _feed(self, direction: Direction, data: bytes) -> None:
         if self._early_bytes and self._early[direction]:
             self._keep_early(direction, data)
         else:
@@ -293,27 +271,21 @@ class Http1:
                 self._keep_early(direction, rest)
         if self._early_bytes:
             self._play_early()
+        if not self._done:
+            return []
+        return self._take_done()
 
-    def _may_gather(self) -> bool:
-        """Whether what follows in a chunked answer may wait: not its first event, which decides
-        how the others are kept, and not where the next answer can follow at once.
+    def goes_on(self) -> Callable[[bytes], bool] | None:
+        """What says of the server's next bytes that they may wait for those behind them.
+
+        None where none may: outside of a chunked answer, before its first event, which decides how
+        the others are kept, and where the next answer can follow at once.
         """
+        if not self._received.in_chunks or len(self.pending) != 1:
+            return None
         now = self._received_side.now
         body = now.response_body if now is not None else None
-        return len(self.pending) == 1 and (body is None or body.begun)
-
-    def _take_gathered(self) -> bytes:
-        """What was gathered; from here on nothing is."""
-        data = b"".join(self._gathered or ())
-        self._gathered = None
-        self._gathered_bytes = 0
-        return data
-
-    def _read_gathered(self) -> None:
-        """Read what was gathered as of when its last delivery came."""
-        data = self._take_gathered()
-        if data:
-            self._feed(Direction.RECEIVED, data)
+        return chunks_go_on if body is None or body.begun else None
 
     def _take_done(self) -> list[Exchange]:
         done, self._done = self._done, []
@@ -321,7 +293,6 @@ class Http1:
 
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
-        self._read_gathered()
         self.at_ns = at_ns
         if self._early[direction]:
             self._early[direction].clear()  # a hole in what nobody could read yet: give it up
@@ -335,7 +306,6 @@ class Http1:
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
-        self._read_gathered()
         self._play_early(wait=False)
         self.at_ns = at_ns
         self._sent.flush()

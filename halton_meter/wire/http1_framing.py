@@ -106,7 +106,11 @@ class Side(ABC):
         """Whether whole chunks of events may be taken as they are."""
         return False
 
-    def chunks(self, run: bytes) -> None:
+    def awaits_events(self) -> bool:
+        """Whether whole chunks of events may be taken as they are behind the first."""
+        return False
+
+    def chunks(self, run: bytes | memoryview) -> None:
         """Whole chunks of events, framing and all."""
         raise AssertionError("only a side that is at an event is given its chunks")
 
@@ -355,15 +359,19 @@ class Reader:
     def _chunk_size(self, data: bytes, at: int) -> int:
         """The hot path: every whole chunk in `data`, joined once."""
         size_of_data = len(data)
-        if self._side.at_event():
+        side = self._side
+        alone = side.awaits_events()  # the first chunk decides how the others are kept
+        if side.at_event():
             end = chunked.events_end(data, at)
             if end > at:
-                self._side.chunks(data[at:end])
+                # a view saves a copy, but holds all of `data`
+                most = 2 * (end - at) > size_of_data
+                side.chunks(memoryview(data)[at:end] if most else data[at:end])
                 at = end
-        if size_of_data - at > SPLIT_BYTES_MIN:
+        if size_of_data - at > SPLIT_BYTES_MIN and not alone:
             body, at = chunked.split(data, at)
             if body:
-                self._side.body(body)
+                side.body(body)
         parts: list[bytes] = []
         while at < size_of_data:
             line_end = data.find(b"\r\n", at, at + chunked.LINE_BYTES_SHORT)
@@ -385,6 +393,9 @@ class Reader:
                 break
             parts.append(data[start:end])
             at = end + 2
+            if alone:
+                side.body(parts[0])
+                return at
         self._body_of(parts)
         return at if at == size_of_data else self._no_chunk_line(data, at)
 

@@ -57,6 +57,9 @@ class Http2:
             return []
         return self._take()
 
+    def goes_on(self) -> None:
+        """Nothing waits."""
+
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
         self._at_ns = at_ns

@@ -8,7 +8,7 @@ head. Next: `http1.py`, `http2.py`, `websocket.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClosed, header
 from halton_meter.wire.http1 import Http1, finds_http1, may_be_http1
@@ -22,6 +22,9 @@ from halton_meter.wire.websocket import WebSocket
 UNDECIDED_BYTES_MAX = 64 << 10
 # While undecided in mid-message each look scans all that waits, so the next comes at twice as much.
 LOOK_AGAIN_BYTES_MIN = 64
+# What an answer goes on with is read together once so many bytes of it have come, or its end may
+# have: what reading a delivery costs by itself is more than what its bytes do.
+WAITING_BYTES_MAX = 256 << 10
 
 __all__ = ["NOT_WANTED", "Conversation", "Interest"]
 
@@ -43,6 +46,12 @@ class Conversation:
         self._undecided_bytes = 0
         self._look_at_bytes = 0
         self._tunnelled = False
+        # Deliveries of the server's that wait to be read together: while they go on as the engine
+        # said, and up to an offset; 0 is before any.
+        self._goes_on: Callable[[bytes], bool] = bool
+        self._wait_until = 0
+        self._waiting: list[bytes] = []
+        self._waiting_ns = 0
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -51,8 +60,26 @@ class Conversation:
 
     def receive(self, chunk: TlsChunk) -> list[Exchange]:
         """Take one chunk; return the exchanges that it finished."""
-        direction, data, offset, length = chunk.direction, chunk.data, chunk.offset, chunk.length
+        offset, length = chunk.offset, chunk.length
         end = offset + length
+        data = chunk.data
+        if (
+            end < self._wait_until
+            and chunk.direction is not SENT
+            and offset == self._expected_received
+            and len(data) == length
+            and self._goes_on(data)
+        ):
+            self._expected_received = end
+            self._waiting.append(data)
+            self._waiting_ns = chunk.at_ns
+            return []
+        return self._read(chunk)
+
+    def _read(self, chunk: TlsChunk) -> list[Exchange]:
+        """Read a chunk, and before it what waited."""
+        direction, data, offset = chunk.direction, chunk.data, chunk.offset
+        end = offset + chunk.length
         if direction is SENT:
             expected = self._expected_sent
             if end > expected:
@@ -61,15 +88,34 @@ class Conversation:
             expected = self._expected_received
             if end > expected:
                 self._expected_received = end
-        if (offset == expected or expected < 0) and len(data) == length:
-            engine = self._engine
-            if engine is None or not data:
-                return self._look(direction, data, chunk.at_ns) if data else []
-            done = engine.feed(direction, data, chunk.at_ns)
-            if engine.upgraded is not None and isinstance(engine, Http1):
-                done += self._upgrade(engine, chunk.at_ns)
-            return done
-        return self._receive_damaged(chunk, offset if expected < 0 else expected)
+        if (offset != expected and expected >= 0) or len(data) != chunk.length:
+            done = self._read_waiting()
+            return done + self._receive_damaged(chunk, offset if expected < 0 else expected)
+        if direction is SENT:
+            return self._read_waiting() + self._feed(direction, data, chunk.at_ns)
+        if self._wait_until:
+            self._waiting.append(data)
+            data = self._waited()
+        done = self._feed(direction, data, chunk.at_ns)
+        goes_on = None if self._engine is None else self._engine.goes_on()
+        if goes_on is not None:
+            self._goes_on = goes_on
+            self._wait_until = end + WAITING_BYTES_MAX
+        return done
+
+    def _waited(self) -> bytes:
+        """The deliveries that waited; from here on none does."""
+        data = b"".join(self._waiting)
+        self._waiting.clear()
+        self._wait_until = 0
+        return data
+
+    def _read_waiting(self) -> list[Exchange]:
+        """Read what waited as of when the last of it came."""
+        if not self._wait_until:
+            return []
+        data = self._waited()
+        return self._feed(Direction.RECEIVED, data, self._waiting_ns) if data else []
 
     def _receive_damaged(self, chunk: TlsChunk, expected: int) -> list[Exchange]:
         """A chunk that jumps, repeats, or lost its end."""
@@ -89,7 +135,7 @@ class Conversation:
 
     def close(self, closed: TlsClosed) -> list[Exchange]:
         """The connection ended; return what was still open, as far as it got."""
-        done: list[Exchange] = []
+        done = self._read_waiting()
         if self._engine is None and self._undecided:
             done += self._decide(self._recognised() or Http1(self._context))
         if isinstance(self._engine, WebSocket):
@@ -100,8 +146,8 @@ class Conversation:
 
     def _feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         engine = self._engine
-        if engine is None:
-            return self._look(direction, data, at_ns)
+        if engine is None or not data:
+            return self._look(direction, data, at_ns) if data else []
         done = engine.feed(direction, data, at_ns)
         if type(engine) is Http1 and engine.upgraded is not None:
             done += self._upgrade(engine, at_ns)

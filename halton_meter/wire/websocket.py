@@ -291,6 +291,9 @@ class WebSocket:
             self._client_doubt = CLIENT_MESSAGES_MAX
         self._readers[direction].hole(count)
 
+    def goes_on(self) -> None:
+        """Nothing waits: any message may end a turn."""
+
     def close(self, at_ns: int) -> list[Exchange]:
         """The socket ended; a turn in which the server had spoken is aborted."""
         if not self._server:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halton_meter.model import Outcome, TlsChunk
+from halton_meter.model import Exchange, Outcome, TlsChunk, TlsClosed
+from halton_meter.wire import stream
 from halton_meter.wire.http2_framing import PREFACE
-from halton_meter.wire.stream import Interest
+from halton_meter.wire.stream import Conversation, Interest
 
 from .conftest import (
     CONNECTION,
@@ -23,6 +24,7 @@ from .conftest import (
     Script,
     check_hole,
     chunks_of,
+    keep_all,
     pierce,
     split_by,
     talk,
@@ -280,3 +282,44 @@ def test_floods_in_small_chunks_take_linear_time(unit, start, joined):
     started = time.process_time()
     talk(chunks_of(script, whole, connection), connection=connection)
     assert time.process_time() - started < 2
+
+
+def _event_stream(count: int, event_bytes: int) -> bytes:
+    events = [b"data: %s\n\n" % (b"x" * (n * event_bytes % 700)) for n in range(count)]
+    head = (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(), st.integers(0, 40), st.integers(1, 90), st.booleans())
+def test_what_waits_is_read_with_the_same_times_and_ends_as_at_once(rng, count, size, cut_off):
+    """Deliveries that go on with an answer wait for each other; nothing may tell."""
+    request = b"POST /v1/messages HTTP/1.1\r\nhost: api.example.com\r\ncontent-length: 2\r\n\r\n{}"
+    calls = [(SENT, request), (RECEIVED, _event_stream(count, size))] * 3
+    chunks = [
+        replace(chunk, at_ns=1000 + number)
+        for number, chunk in enumerate(chunks_of(calls, split_by(rng, 60)))
+    ]
+    if cut_off:
+        chunks = chunks[: rng.randrange(len(chunks))]
+    if rng.random() < 0.5:
+        lost = rng.randrange(len(chunks) + 1)
+        chunks = chunks[:lost] + chunks[lost + 1 :]
+
+    def timed(exchange: Exchange) -> Exchange:
+        # of one that was cut off, its end may be when the rest of a chunk's line came
+        cut = exchange.outcome is not Outcome.COMPLETE
+        return replace(exchange, ended_ns=0) if cut else exchange
+
+    def told() -> tuple[list[tuple[int, list[Exchange]]], dict[str, int]]:
+        conversation = Conversation(CONNECTION, keep_all)
+        done = [(n, conversation.receive(chunk)) for n, chunk in enumerate(chunks)]
+        done.append((len(chunks), conversation.close(TlsClosed(CONNECTION, 10**6))))
+        return [(n, [*map(timed, each)]) for n, each in done if each], dict(conversation.losses)
+
+    waiting = told()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "WAITING_BYTES_MAX", 0)
+        assert told() == waiting
