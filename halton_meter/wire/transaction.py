@@ -25,9 +25,9 @@ from halton_meter.model import (
 from halton_meter.wire.body import (
     REQUEST_WHOLE_BYTES_MAX,
     RESPONSE_WHOLE_BYTES_MAX,
-    UNTOLD,
     BodyCollector,
 )
+from halton_meter.wire.codings import UNTOLD
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from halton_meter.wire.body import (
     PIECES_MAX,
     RESPONSE_WHOLE_BYTES_MAX,
     TAIL_BYTES_MAX,
-    UNTOLD,
     BodyCollector,
 )
+from halton_meter.wire.codings import UNTOLD
 
 from .conftest import bytewise, split_by, whole
 
