@@ -3,8 +3,9 @@
 The whole pipeline of `halton_meter.meter`: chunks of one TLS record each, HTTP read, usage found,
 priced. The baseline does the same job on the same chunks as a short script would: it joins them,
 takes chunked bodies apart in a loop, decodes the JSON of every event with the standard library,
-and prices the last usage with the same book. It knows no hole, no second direction, no HTTP/2 and
-one provider, and checks nothing, so it stands for the least that decoding everything costs.
+and prices the last usage with the same book. Of HTTP/2 it reads the frames of one stream at a time,
+and no heads. It knows no hole, no second direction and one provider, and checks nothing, so it
+stands for the least that decoding everything costs.
 
 MB are 10^6 bytes of plaintext received, a second of processor time, the best of rounds that take
 turns. Aim: 300 MB/s of SSE and ten times the baseline. Of a whole JSON answer there is nothing to
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ _MESSAGE = (
 )
 
 
-def sse_response(number: int, deltas: int = 4_000) -> bytes:
-    """A streamed answer of so many deltas, each a chunk of its own."""
+def sse_events(number: int, deltas: int = 4_000) -> list[bytes]:
+    """A streamed answer of so many deltas."""
     start = _MESSAGE % (number, b"", _USAGE % 1)
     events = [b'event: message_start\ndata: {"type":"message_start","message":' + start + b"}\n\n"]
     events += [
@@ -70,9 +71,44 @@ def sse_response(number: int, deltas: int = 4_000) -> bytes:
         b'"usage":' + _USAGE % deltas + b"}\n\n"
     )
     events.append(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+    return events
+
+
+def sse_response(number: int) -> bytes:
+    """A streamed answer, each of its events a chunk of its own."""
+    events = sse_events(number)
     body = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
     return head + b"\r\n" + body
+
+
+def _frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
+    stream = (2 * number + 1).to_bytes(4)
+    return len(payload).to_bytes(3) + bytes((kind, flags)) + stream + payload
+
+
+def http2_calls() -> list[tuple[bytes, bytes]]:
+    """Requests and streamed answers of one HTTP/2 connection, each event a DATA frame."""
+    from hpack import Encoder
+
+    client, server = Encoder(), Encoder()
+    asked = [(":method", "POST"), (":path", "/v1/messages"), (":authority", HOST)]
+    answered = [(":status", "200"), ("content-type", "text/event-stream")]
+    calls = []
+    for number in range(EXCHANGES):
+        request = _frame(1, 4, number, client.encode(asked))
+        request += _frame(0, 1, number, _REQUEST.partition(b"\r\n\r\n")[2])
+        response = _frame(1, 4, number, server.encode(answered))
+        response += b"".join(_frame(0, 0, number, event) for event in sse_events(number))
+        calls.append((request, response + _frame(0, 1, number, b"")))
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+    calls[0] = preface + calls[0][0], b"\0\0\0\4\0\0\0\0\0" + calls[0][1]
+    return calls
+
+
+def http1_calls(make: Callable[[int], bytes], count: int) -> list[tuple[bytes, bytes]]:
+    """Requests and answers of one HTTP/1.1 connection."""
+    return [(_REQUEST, make(number)) for number in range(count)]
 
 
 def json_response(number: int) -> bytes:
@@ -92,8 +128,13 @@ def record_an_event(data: bytes) -> list[bytes]:
     return [part for part in re.split(rb"(?<=\n\n\r\n)", data) if part]
 
 
+def record_a_frame(data: bytes) -> list[bytes]:
+    """A TLS record for each HTTP/2 frame: the same."""
+    return [part for part in re.split(rb"(?<=}\n\n)", data) if part]
+
+
 def chunks_of(
-    responses: list[bytes], cut: Callable[[bytes], list[bytes]] = full_records
+    calls: list[tuple[bytes, bytes]], cut: Callable[[bytes], list[bytes]] = full_records
 ) -> list[TlsChunk | TlsClosed]:
     """The exchanges of one connection, cut into TLS records."""
     connection = Connection("bench", Source.PCAP, peer=HOST)
@@ -106,8 +147,8 @@ def chunks_of(
             items.append(TlsChunk(connection, direction, offset, piece, len(piece), AT_NS))
             offsets[direction] += len(piece)
 
-    for response in responses:
-        say(Direction.SENT, _REQUEST)
+    for request, response in calls:
+        say(Direction.SENT, request)
         say(Direction.RECEIVED, response)
     items.append(TlsClosed(connection, AT_NS))
     return items
@@ -128,6 +169,8 @@ def baseline(book: PriceBook, items: list[TlsChunk | TlsClosed]) -> list[PricedE
     )
     events = []
     at = 0
+    if not received.startswith(b"HTTP/1."):
+        return [book.price(_naive_event(*_decoded(body, True))) for body in _streams(received)]
     while at < len(received):
         head_end = received.index(b"\r\n\r\n", at) + 4
         body, end = _framed_body(received, head_end, received[at:head_end])
@@ -150,6 +193,21 @@ def _framed_body(received: bytes, at: int, head: bytes) -> tuple[bytes, int]:
         if not size:
             return bytes(body), at
         body += received[line_end + 2 : at - 2]
+
+
+def _streams(received: bytes) -> Iterator[bytes]:
+    """The bodies of an HTTP/2 connection on which one stream follows another."""
+    body = bytearray()
+    at = 0
+    while at < len(received):
+        end = at + 9 + int.from_bytes(received[at : at + 3])
+        kind, flags = received[at + 3], received[at + 4]
+        if kind == 0:
+            body += received[at + 9 : end]
+            if flags & 1:
+                yield bytes(body)
+                body.clear()
+        at = end
 
 
 def _decoded(body: bytes, streamed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -204,14 +262,15 @@ def main() -> None:
     """Print MB/s for each kind of answer."""
     keep_freed_memory()  # as every process that meters does
     book = PriceBook.load(Path("/nonexistent"))
-    for name, make, count, cut in (
-        ("SSE", sse_response, EXCHANGES, full_records),
-        ("SSE, a record an event", sse_response, EXCHANGES, record_an_event),
-        ("JSON", json_response, 1_000, full_records),
+    for name, calls, cut in (
+        ("SSE", http1_calls(sse_response, EXCHANGES), full_records),
+        ("SSE, a record an event", http1_calls(sse_response, EXCHANGES), record_an_event),
+        ("SSE, HTTP/2", http2_calls(), full_records),
+        ("SSE, HTTP/2, a record an event", http2_calls(), record_a_frame),
+        ("JSON", http1_calls(json_response, 1_000), full_records),
     ):
-        responses = [make(number) for number in range(count)]
-        items = chunks_of(responses, cut)
-        megabytes = sum(map(len, responses)) / 1e6
+        items = chunks_of(calls, cut)
+        megabytes = sum(len(response) for _, response in calls) / 1e6
         assert _sums(pipeline(book, items)) == _sums(baseline(book, items))
         rounds = [
             (
@@ -222,7 +281,8 @@ def main() -> None:
         ]
         ours, theirs = (megabytes / min(column) for column in zip(*rounds, strict=True))
         print(
-            f"{name:22} {megabytes:6.1f} MB, {count} answers: {ours:6.0f} MB/s to priced events, "
+            f"{name:30} {megabytes:5.1f} MB, {len(calls):4} answers: "
+            f"{ours:4.0f} MB/s to priced events, "
             f"decoding everything {theirs:5.0f} MB/s ({ours / theirs:.1f}x)"
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
 from halton_meter.wire.head import host_name, kept_headers, split_target
@@ -57,8 +58,15 @@ class Http2:
             return []
         return self._take()
 
-    def goes_on(self) -> None:
-        """Nothing waits."""
+    def goes_on(self) -> Callable[[bytes], bool] | None:
+        """What says of the server's next bytes that they may wait for those behind them.
+
+        Those are whole frames of the one answer that the server is sending; they do not end it.
+        """
+        transaction = self._streams.get(self._received.stream_between_frames())
+        if transaction is None or transaction.first_byte_ns is None or self._websockets:
+            return None
+        return self._received.is_data_frame
 
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""

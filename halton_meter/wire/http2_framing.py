@@ -30,6 +30,8 @@ HEADER_BLOCK_BYTES_MAX = 256 << 10
 RESYNC_BYTES_MAX = 20 << 10
 
 FRAME_HEAD_BYTES = 9
+# Heads of DATA frames remembered, by which the next are recognised.
+SIZES_MAX = 1024
 STREAM_MASK = 0x7FFFFFFF
 # Length in two parts, type, flags, stream.
 _FRAME_HEAD = struct.Struct(">HBBBI").unpack_from
@@ -92,6 +94,8 @@ class Reader:
         "_partial",
         "_preface_due",
         "_sent",
+        "_sizes",
+        "_sizes_stream",
         "_skip",
         "_synced",
         "damaged",
@@ -110,6 +114,9 @@ class Reader:
         # (stream, flags, bytes of payload still to come, of them padding) of a DATA frame
         self._partial: tuple[int, int, int, int] | None = None
         self._skip = 0
+        # The sizes of the DATA frames of one stream, by their heads.
+        self._sizes: dict[bytes, int] = {}
+        self._sizes_stream = 0
         self._losses = owner.context.losses
         # Frames of this direction were missed: streams may have begun or ended unseen.
         self.damaged = False
@@ -158,30 +165,48 @@ class Reader:
     def _frames(self, data: bytes, at: int) -> None:
         """The hot path: neighbouring DATA frames of one stream are handed over as one."""
         size = len(data)
-        run_stream = 0
-        run: list[bytes] = []
         while size - at >= FRAME_HEAD_BYTES:
             high, low, kind, flags, stream = _FRAME_HEAD(data, at)
             start = at + FRAME_HEAD_BYTES
             end = start + (high << 8 | low)
             if kind == _DATA and flags == 0 and end <= size:
-                if stream != run_stream:
-                    if run:
-                        self._owner.data(self._sent, run_stream & STREAM_MASK, b"".join(run))
-                        run = []
-                    run_stream = stream
-                run.append(data[start:end])
-                at = end
+                at = self._data_frames(data, at, end, stream & STREAM_MASK)
                 continue
-            if run:
-                self._owner.data(self._sent, run_stream & STREAM_MASK, b"".join(run))
-                run = []
             at = self._frame(data, start, end, (kind, flags, stream & STREAM_MASK))
             if at < 0:
                 return
-        if run:
-            self._owner.data(self._sent, run_stream & STREAM_MASK, b"".join(run))
         self._buffer = data[at:]
+
+    def _data_frames(self, data: bytes, at: int, end: int, stream: int) -> int:
+        """A whole DATA frame and those of its stream that follow; the position behind them.
+
+        Frames of one size have one head, and streams of events have few sizes: to look a head up
+        takes half of what unpacking it does.
+        """
+        size = len(data)
+        if stream != self._sizes_stream or len(self._sizes) > SIZES_MAX:
+            self._sizes_stream, self._sizes = stream, {}
+        sizes = self._sizes
+        sizes[data[at : at + FRAME_HEAD_BYTES]] = end - at
+        run: list[bytes] = []
+        while end <= size:
+            run.append(data[at + FRAME_HEAD_BYTES : end])
+            at = end
+            frame_bytes = sizes.get(data[at : at + FRAME_HEAD_BYTES])
+            if frame_bytes is None:
+                break
+            end = at + frame_bytes
+        self._owner.data(self._sent, stream, b"".join(run))
+        return at
+
+    def stream_between_frames(self) -> int:
+        """The stream whose DATA came last, when the next byte begins a frame; else 0."""
+        held = self._buffer or self._partial or self._skip or self._block is not None
+        return 0 if held or not self._synced else self._sizes_stream
+
+    def is_data_frame(self, data: bytes) -> bool:
+        """Whether it is one whole frame of that stream's DATA, of a size seen before."""
+        return self._sizes.get(data[:FRAME_HEAD_BYTES]) == len(data)
 
     def _frame(self, data: bytes, start: int, end: int, head: tuple[int, int, int]) -> int:
         """One frame off the hot path; the position behind it, or -1 when the bytes are used up."""

@@ -46,8 +46,8 @@ class Conversation:
         self._undecided_bytes = 0
         self._look_at_bytes = 0
         self._tunnelled = False
-        # Deliveries of the server's that wait to be read together: while they go on as the engine
-        # said, and up to an offset; 0 is before any.
+        # Deliveries of the server's that wait to be read together: those of which the engine says
+        # that they go on with an answer, up to an offset (0: none may wait).
         self._goes_on: Callable[[bytes], bool] = bool
         self._wait_until = 0
         self._waiting: list[bytes] = []
@@ -64,7 +64,7 @@ class Conversation:
         end = offset + length
         data = chunk.data
         if (
-            end < self._wait_until
+            self._wait_until
             and chunk.direction is not SENT
             and offset == self._expected_received
             and len(data) == length
@@ -73,11 +73,13 @@ class Conversation:
             self._expected_received = end
             self._waiting.append(data)
             self._waiting_ns = chunk.at_ns
-            return []
-        return self._read(chunk)
+            return [] if end < self._wait_until else self._read_waiting()
+        done = self._read_waiting()
+        done += self._read(chunk)
+        self._let_wait()
+        return done
 
     def _read(self, chunk: TlsChunk) -> list[Exchange]:
-        """Read a chunk, and before it what waited."""
         direction, data, offset = chunk.direction, chunk.data, chunk.offset
         end = offset + chunk.length
         if direction is SENT:
@@ -88,34 +90,27 @@ class Conversation:
             expected = self._expected_received
             if end > expected:
                 self._expected_received = end
-        if (offset != expected and expected >= 0) or len(data) != chunk.length:
-            done = self._read_waiting()
-            return done + self._receive_damaged(chunk, offset if expected < 0 else expected)
-        if direction is SENT:
-            return self._read_waiting() + self._feed(direction, data, chunk.at_ns)
-        if self._wait_until:
-            self._waiting.append(data)
-            data = self._waited()
-        done = self._feed(direction, data, chunk.at_ns)
-        goes_on = None if self._engine is None else self._engine.goes_on()
-        if goes_on is not None:
-            self._goes_on = goes_on
-            self._wait_until = end + WAITING_BYTES_MAX
-        return done
-
-    def _waited(self) -> bytes:
-        """The deliveries that waited; from here on none does."""
-        data = b"".join(self._waiting)
-        self._waiting.clear()
-        self._wait_until = 0
-        return data
+        if (offset == expected or expected < 0) and len(data) == chunk.length:
+            return self._feed(direction, data, chunk.at_ns)
+        return self._receive_damaged(chunk, offset if expected < 0 else expected)
 
     def _read_waiting(self) -> list[Exchange]:
         """Read what waited as of when the last of it came."""
-        if not self._wait_until:
+        if not self._waiting:
             return []
-        data = self._waited()
-        return self._feed(Direction.RECEIVED, data, self._waiting_ns) if data else []
+        data = b"".join(self._waiting)
+        self._waiting.clear()
+        done = self._feed(Direction.RECEIVED, data, self._waiting_ns)
+        self._let_wait()
+        return done
+
+    def _let_wait(self) -> None:
+        """From here on what goes on with the answer waits, if the engine can tell what does."""
+        goes_on = None if self._engine is None else self._engine.goes_on()
+        self._wait_until = 0
+        if goes_on is not None:
+            self._goes_on = goes_on
+            self._wait_until = self._expected_received + WAITING_BYTES_MAX
 
     def _receive_damaged(self, chunk: TlsChunk, expected: int) -> list[Exchange]:
         """A chunk that jumps, repeats, or lost its end."""
