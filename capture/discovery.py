@@ -19,8 +19,8 @@ from capture import libraries, loader, protocol
 from capture.admission import Admission
 from capture.attachments import FILES_MAX, Attachments, FileId, Haste, open_regular
 from capture.coverage import Lookups, talks_tls
+from capture.identities import Identities
 from capture.installs import Installs
-from capture.processes import Identities
 
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -107,7 +107,7 @@ class Discovery:
             last = position
             record = protocol.decode_record(bytes(raw))
             if record.kind == protocol.EXEC:
-                self._executed(record.tgid, record.path)
+                self._executed(record)
             elif record.kind == protocol.MAPPED:
                 mapped.add(record.tgid)
             elif record.kind == protocol.LOOKUP:
@@ -150,18 +150,20 @@ class Discovery:
             return None
         return stat.st_dev, stat.st_ino
 
-    def _executed(self, pid: int, path: str) -> None:
+    def _executed(self, record: protocol.Record) -> None:
         """A process runs another program: hold its file first, it may be gone in a moment.
 
         Of one that is gone already the file is searched all the same: it will be run again.
         """
+        pid, path = record.tgid, record.path
         self.watched.pop(pid, None)
-        self.identities.forget(pid)
+        self.identities.executed(record)
         self.lookups.forget(pid)
         self.unnamed.pop(pid, None)
         try:
             fd = open_regular(f"/proc/{pid}/exe")
         except OSError:
+            self.identities.of(pid)  # its parent may be there yet
             if path.startswith("/"):
                 self.files.look_at(path, path)
             return

@@ -86,7 +86,7 @@ class Helper:
 
     def _use_maps(self, maps: dict[str, int], ring_bytes: int) -> None:
         self._ring = loader.Ring(maps["ring"], ring_bytes)
-        self._process_ring = loader.Ring(maps["process_ring"], 256 * 1024)
+        self._process_ring = loader.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
         self._family = Family(loader.Map(maps["tree"], 4, 4))
         self._stats = loader.Map(maps["stats"], 4, 8)
         self._connection_map = _connection_map(maps["connections"])
@@ -136,7 +136,8 @@ class Helper:
         self._keep.append(loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit"))
         events = f"{tracing_folder()}/events/sched"
         with open(f"{events}/sched_process_exec/id", encoding="ascii") as file:
-            self._keep.append(loader.attach_tracepoint(programs["on_exec"], int(file.read())))
+            on_exec = programs.get("on_exec_with_arguments", programs["on_exec"])
+            self._keep.append(loader.attach_tracepoint(on_exec, int(file.read())))
         folder = f"{events}/sched_process_fork"
         with open(f"{folder}/format", encoding="ascii") as file:
             arrays = "char parent_comm[16]" in file.read()
@@ -297,7 +298,8 @@ class Helper:
         """An OPEN needs its process told first, an EXIT ends connections that never said so."""
         record = protocol.decode_record(frame)
         if record.kind == protocol.OPEN:
-            process = self._discovery.identities.of(record.tgid)
+            self._discovery.read_processes()  # its exec may be news since we last looked
+            process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
             if process is None:
                 process = Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
             process = self._family.with_run(process, record.length)
@@ -308,7 +310,7 @@ class Helper:
         else:
             for ssl in self._connections.pop(record.tgid, ()):
                 self._close(ssl, record.tgid, record.at_ns)
-            self._discovery.identities.forget(record.tgid)
+            self._discovery.identities.forget(record.tgid, record.at_ns)
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> None:
         key = protocol.CONNECTION_KEY.pack(ssl, tgid, 0)

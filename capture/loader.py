@@ -30,6 +30,7 @@ SOURCE = Path(__file__).with_name("probe.bpf.c")
 BUILT_OBJECT = Path(__file__).with_name("probe.bpf.o")
 CACHE_DIRECTORY = Path("/var/cache/halton-meter")
 RING_BYTES = 4 * 1024 * 1024
+PROCESS_RING_BYTES = 1024 * 1024  # as in probe.bpf.c
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _NR_BPF = 321 if _X86 else 280
@@ -65,6 +66,8 @@ PROGRAMS = (
     "on_exec",
     "on_exit",
 )
+# Also without this one: only kernels since 5.15 that know their own types (BTF) take it.
+OPTIONAL = "on_exec_with_arguments"
 MAPS = (
     "settings",
     "stats",
@@ -295,8 +298,7 @@ class _Libbpf:
     name = "libbpf"
 
     def __init__(self, object_path: Path, ring_bytes: int) -> None:
-        library = libbpf_library()
-        self._messages: list[str] = []
+        self._library = library = libbpf_library()
         printer = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
         # libbpf prints to stderr unless told; formatting a va_list from ctypes is not worth it.
         self._printer = printer(lambda *_: 0)
@@ -304,27 +306,36 @@ class _Libbpf:
         for function in ("bpf_object__open_file", "bpf_object__find_map_by_name"):
             getattr(library, function).restype = ctypes.c_void_p
         library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
+        wanted = [*PROGRAMS, OPTIONAL]
+        if self._load(object_path, ring_bytes):
+            wanted.remove(OPTIONAL)
+            if error := self._load(object_path, ring_bytes, without=OPTIONAL):
+                raise LoadFailed(f"the kernel refused the program: {os.strerror(-error)}")
+        self.programs = {name: library.bpf_program__fd(self._program(name)) for name in wanted}
+        self.maps = {
+            name: library.bpf_object__find_map_fd_by_name(self._handle, name.encode())
+            for name in MAPS
+        }
+
+    def _program(self, name: str) -> ctypes.c_void_p:
+        found = self._library.bpf_object__find_program_by_name(self._handle, name.encode())
+        return ctypes.c_void_p(found)
+
+    def _load(self, object_path: Path, ring_bytes: int, without: str | None = None) -> int:
+        """Open the object and load it; 0, or what the kernel had against it."""
+        library = self._library
         handle = library.bpf_object__open_file(os.fsencode(object_path), None)
         if not handle:
             raise LoadFailed(f"libbpf cannot open {object_path}")
         self._handle = ctypes.c_void_p(handle)
         ring = library.bpf_object__find_map_by_name(self._handle, b"ring")
         library.bpf_map__set_max_entries(ctypes.c_void_p(ring), ctypes.c_uint(ring_bytes))
-        error = library.bpf_object__load(self._handle)
+        if without:
+            library.bpf_program__set_autoload(self._program(without), ctypes.c_bool(False))
+        error = int(library.bpf_object__load(self._handle))
         if error:
-            raise LoadFailed(f"the kernel refused the program: {os.strerror(-error)}")
-        self.programs = {
-            name: library.bpf_program__fd(
-                ctypes.c_void_p(
-                    library.bpf_object__find_program_by_name(self._handle, name.encode())
-                )
-            )
-            for name in PROGRAMS
-        }
-        self.maps = {
-            name: library.bpf_object__find_map_fd_by_name(self._handle, name.encode())
-            for name in MAPS
-        }
+            library.bpf_object__close(self._handle)
+        return error
 
 
 class _Bcc:
@@ -341,6 +352,7 @@ class _Bcc:
             "fork_arrays": module.BPF.TRACEPOINT,
             "fork_locations": module.BPF.TRACEPOINT,
             "on_exec": module.BPF.TRACEPOINT,
+            OPTIONAL: module.BPF.TRACEPOINT,
             "on_exit": module.BPF.RAW_TRACEPOINT,
         }
         try:
@@ -353,6 +365,8 @@ class _Bcc:
             }
         except Exception as error:
             raise LoadFailed(f"the kernel refused the program: {error}") from error
+        with contextlib.suppress(Exception):
+            self.programs[OPTIONAL] = self._bpf.load_func(OPTIONAL, kinds[OPTIONAL]).fd
 
 
 def libbpf_library() -> ctypes.CDLL:

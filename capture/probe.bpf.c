@@ -23,7 +23,7 @@
 #ifndef RING_BYTES
 #define RING_BYTES (8 * 1024 * 1024)
 #endif
-#define PROCESS_RING_BYTES (256 * 1024)
+#define PROCESS_RING_BYTES (1024 * 1024) /* 230 execs with the longest arguments, 1,500 usual ones */
 
 #define HOST_BYTES_MAX 128 /* longer names are nobody's we meter: denied */
 #define HEAD_BYTES_MAX 2048 /* how far into a request head we look for Host */
@@ -44,6 +44,10 @@
 #define NAME_VOTES_MIN 2 /* connections: one might be chance, memory that another use has left */
 #define NAME_SCANS_MAX 16 /* of one file, without enough votes */
 #define PATH_BYTES_MAX 256
+#define ARGUMENT_BYTES_MAX 4096 /* of all arguments of an exec; what is longer is cut */
+#define LAST_ARGUMENT_BYTES_MAX 256 /* of the last one, where there is no environment behind it */
+#define VARIABLES_MAX 256 /* of an environment, in which HALTON_PROJECT is looked for */
+#define PROJECT_BYTES_MAX 208
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -63,6 +67,10 @@ typedef long long s64;
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* By number: bcc's headers may be older than they are. */
+static void *(*current_task)(void) = (void *)158; /* bpf_get_current_task_btf */
+static void *(*task_registers)(void *) = (void *)175; /* bpf_task_pt_regs */
 
 /* ---- registers -------------------------------------------------------------------------- */
 
@@ -221,6 +229,17 @@ struct name_place {
 	u64 voter; /* when the connection was opened that was looked at last */
 };
 
+/* An exec, in head.offset the parent at birth (0: not known), in head.length the bytes of the
+ * arguments, of which head.captured are here. A process may be gone before it is looked at. */
+struct exec_record {
+	struct record head;
+	char comm[16];
+	char path[PATH_BYTES_MAX]; /* as given to execve */
+	char project[PROJECT_BYTES_MAX]; /* HALTON_PROJECT=…, or nothing */
+	char arguments[ARGUMENT_BYTES_MAX + LAST_ARGUMENT_BYTES_MAX];
+};
+#define EXEC_BYTES_MIN (sizeof(struct exec_record) - ARGUMENT_BYTES_MAX - LAST_ARGUMENT_BYTES_MAX)
+
 struct host_key {
 	u32 bits;
 	char reversed[HOST_BYTES_MAX]; /* a whole name ends in NUL, a suffix in '.' */
@@ -231,6 +250,8 @@ BPF_ARRAY(settings, struct settings, 1);
 BPF_ARRAY(stats, u64, STATS);
 BPF_ARRAY(blank_connection, struct connection, 1);
 BPF_ARRAY(blank_thread, struct thread, 1);
+BPF_PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
+BPF_TABLE("lru_hash", u32, u32, births, THREADS_MAX);
 BPF_ARRAY(proofs, u64, PLACES_MAX);
 BPF_ARRAY(name_places, struct name_place, PLACES_MAX);
 BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
@@ -249,6 +270,11 @@ INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
+INLINE struct exec_record *exec_scratch_get(u32 *k) { return exec_scratch.lookup(k); }
+INLINE u32 *births_get(u32 *k) { return births.lookup(k); }
+INLINE void births_set(u32 *k, u32 *v) { births.update(k, v); }
+INLINE void births_drop(u32 *k) { births.delete(k); }
+INLINE long process_ring_output(void *p, u64 size) { return process_ring.ringbuf_output(p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
 INLINE struct name_place *name_places_get(u32 *k) { return name_places.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
@@ -295,6 +321,7 @@ static long (*bpf_probe_read_user_str)(void *, u32, const void *) = (void *)114;
 static long (*bpf_probe_read_kernel_str)(void *, u32, const void *) = (void *)115;
 static long (*bpf_get_ns_current_pid_tgid)(u64, u64, void *, u32) = (void *)120;
 static u64 (*bpf_get_current_ancestor_cgroup_id)(int) = (void *)123;
+static long (*bpf_ringbuf_output)(void *, void *, u64, u64) = (void *)130;
 static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
 static void (*bpf_ringbuf_submit)(void *, u64) = (void *)132;
 static void (*bpf_ringbuf_discard)(void *, u64) = (void *)133;
@@ -320,6 +347,8 @@ MAP(settings, 2, u32, struct settings, 1, 0);
 MAP(stats, 2, u32, u64, STATS, 0);
 MAP(blank_connection, 2, u32, struct connection, 1, 0);
 MAP(blank_thread, 2, u32, struct thread, 1, 0);
+MAP(exec_scratch, 6, u32, struct exec_record, 1, 0);
+MAP(births, 9, u32, u32, THREADS_MAX, 0);
 MAP(proofs, 2, u32, u64, PLACES_MAX, 0);
 MAP(name_places, 2, u32, struct name_place, PLACES_MAX, 0);
 MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
@@ -337,6 +366,11 @@ INLINE struct settings *settings_get(u32 *k) { return bpf_map_lookup_elem(&setti
 INLINE u64 *stats_get(u32 *k) { return bpf_map_lookup_elem(&stats, k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_elem(&blank_connection, k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
+INLINE struct exec_record *exec_scratch_get(u32 *k) { return bpf_map_lookup_elem(&exec_scratch, k); }
+INLINE u32 *births_get(u32 *k) { return bpf_map_lookup_elem(&births, k); }
+INLINE void births_set(u32 *k, u32 *v) { bpf_map_update_elem(&births, k, v, BPF_ANY); }
+INLINE void births_drop(u32 *k) { bpf_map_delete_elem(&births, k); }
+INLINE long process_ring_output(void *p, u64 size) { return bpf_ringbuf_output(&process_ring, p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return bpf_map_lookup_elem(&proofs, k); }
 INLINE struct name_place *name_places_get(u32 *k) { return bpf_map_lookup_elem(&name_places, k); }
 INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
@@ -1422,7 +1456,10 @@ INLINE int forked(u32 child)
 	struct settings *s = settings_get(&zero);
 	if (!s)
 		return 0;
-	u32 member = membership(current_ids(s) >> 32);
+	u32 tgid = current_ids(s) >> 32;
+	u32 member = membership(tgid);
+	if (in_scope(s, tgid))
+		births_set(&child, &tgid);
 	if (member) {
 		child |= TREE_FORKED;
 		tree_set(&child, &member);
@@ -1449,38 +1486,93 @@ struct fork_arguments_locations {
 SECTION("tracepoint/fork_arrays") int fork_arrays(struct fork_arguments_arrays *a) { return forked(a->child); }
 SECTION("tracepoint/fork_locations") int fork_locations(struct fork_arguments_locations *a) { return forked(a->child); }
 
-struct process_record {
-	struct record head;
-	char comm[16];
-	char path[PATH_BYTES_MAX]; /* as given to execve: a process may be gone before it is looked at */
-};
-
 struct exec_arguments {
 	u64 common;
 	u32 filename; /* its distance from here, and in the high half its length */
 };
-SECTION("tracepoint/sched_process_exec") int on_exec(struct exec_arguments *a)
+/* Its connections went with its memory. */
+INLINE void end_connections(u32 tgid)
+{
+	if (!owners_get(&tgid))
+		return;
+	struct record *gone = ring_reserve(sizeof(*gone));
+	if (gone) {
+		__builtin_memset(gone, 0, sizeof(*gone));
+		gone->size = sizeof(*gone);
+		gone->kind = KIND_EXIT;
+		gone->tgid = tgid;
+		gone->at_ns = bpf_ktime_get_ns();
+		ring_submit(gone);
+	} else {
+		count(STAT_NOTICES_LOST, 1);
+	}
+	owners_drop(&tgid);
+}
+
+/* At this moment a new program's stack holds, from its pointer on: the number of arguments, their
+ * addresses, 0, the addresses of the environment's variables, 0; the texts lie behind each other. */
+INLINE void copy_arguments(struct exec_record *r, u64 sp)
+{
+	u64 head[2] = {}, end = 0; /* number, first address; the first variable's address */
+
+	if (bpf_probe_read_user(head, sizeof(head), (void *)sp) || !head[0] || head[0] > 1 << 20)
+		return;
+	bpf_probe_read_user(&end, sizeof(end), (void *)(sp + 8 * (head[0] + 2)));
+	u64 last = 0;
+	if (!end) { /* no environment: only the last text's own end tells where it is */
+		bpf_probe_read_user(&last, sizeof(last), (void *)(sp + 8 * head[0]));
+		if (last < head[1])
+			return;
+		end = last;
+	}
+	if (end < head[1])
+		return;
+	u64 length = end - head[1];
+	r->head.length = length > 0x7fffffff ? 0x7fffffff : length;
+	u64 copied = length > ARGUMENT_BYTES_MAX ? ARGUMENT_BYTES_MAX : length;
+	asm volatile("" : "+r"(copied));
+	if (copied > ARGUMENT_BYTES_MAX)
+		return;
+	if (bpf_probe_read_user(r->arguments, copied, (void *)head[1]))
+		return;
+	r->head.captured = copied;
+	if (last && length == copied) {
+		long more = bpf_probe_read_user_str(r->arguments + copied, LAST_ARGUMENT_BYTES_MAX, (void *)last);
+		if (more > 0) { /* the NUL of one that was cut is not its own */
+			r->head.captured += more - (more == LAST_ARGUMENT_BYTES_MAX);
+			r->head.length += more;
+		}
+	}
+}
+
+INLINE void find_project(struct exec_record *r, u64 sp)
+{
+	u64 number = 0;
+
+	if (bpf_probe_read_user(&number, sizeof(number), (void *)sp) || number > 1 << 20)
+		return;
+	for (u64 i = 0; i < VARIABLES_MAX; i++) {
+		u64 address = 0, start[2] = {};
+		if (bpf_probe_read_user(&address, sizeof(address), (void *)(sp + 8 * (number + 2 + i))) ||
+		    !address)
+			return;
+		if (!bpf_probe_read_user(start, sizeof(start), (void *)address) &&
+		    start[0] == 0x505f4e4f544c4148ULL /* HALTON_P */ &&
+		    (start[1] & 0xffffffffffffffULL) == 0x3d5443454a4f52ULL /* ROJECT= */) {
+			bpf_probe_read_user_str(r->project, sizeof(r->project), (void *)address);
+			return;
+		}
+	}
+}
+
+INLINE int executed(struct exec_arguments *a, u64 sp)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
 	if (!s)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
-	u8 *owner = owners_get(&tgid);
-	if (owner) { /* its connections went with its memory */
-		struct record *gone = ring_reserve(sizeof(*gone));
-		if (gone) {
-			__builtin_memset(gone, 0, sizeof(*gone));
-			gone->size = sizeof(*gone);
-			gone->kind = KIND_EXIT;
-			gone->tgid = tgid;
-			gone->at_ns = bpf_ktime_get_ns();
-			ring_submit(gone);
-		} else {
-			count(STAT_NOTICES_LOST, 1);
-		}
-		owners_drop(&tgid);
-	}
+	end_connections(tgid);
 	if (!in_scope(s, tgid))
 		return 0;
 	if (s->pid_namespace) { /* user space cannot look it up by the id of its fork */
@@ -1488,21 +1580,48 @@ SECTION("tracepoint/sched_process_exec") int on_exec(struct exec_arguments *a)
 		if (member)
 			tree_set(&tgid, &member);
 	}
-	struct process_record *r = process_ring_reserve(sizeof(*r));
-	if (!r) {
-		count(STAT_PROCESS_RING_FULL, 1);
+	struct exec_record *r = exec_scratch_get(&zero);
+	if (!r)
 		return 0;
-	}
-	__builtin_memset(r, 0, sizeof(*r));
+	u32 born = bpf_get_current_pid_tgid() >> 32;
+	u32 *parent = births_get(&born);
+	__builtin_memset(r, 0, EXEC_BYTES_MIN);
 	bpf_probe_read_kernel_str(r->path, sizeof(r->path), (char *)a + (a->filename & 0xffff));
-	r->head.size = sizeof(*r);
 	r->head.kind = KIND_EXEC;
 	r->head.tgid = tgid;
 	r->head.uid = bpf_get_current_uid_gid();
 	r->head.at_ns = bpf_ktime_get_ns();
+	r->head.offset = parent ? *parent : 0;
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
-	process_ring_submit(r);
+	if (sp) {
+		copy_arguments(r, sp);
+		find_project(r, sp);
+	}
+	u64 size = EXEC_BYTES_MIN + r->head.captured;
+	asm volatile("" : "+r"(size));
+	if (size > sizeof(*r))
+		return 0;
+	r->head.size = size;
+	if (!process_ring_output(r, size))
+		return 0;
+	r->head.captured = 0; /* full: what is short may find room yet, /proc may tell the rest */
+	r->head.size = EXEC_BYTES_MIN;
+	if (process_ring_output(r, EXEC_BYTES_MIN))
+		count(STAT_PROCESS_RING_FULL, 1);
 	return 0;
+}
+
+SECTION("tracepoint/sched_process_exec") int on_exec(struct exec_arguments *a) { return executed(a, 0); }
+
+/* The same, where the kernel knows its own types (BTF) and is 5.15 or later. */
+SECTION("tracepoint/sched_process_exec") int on_exec_with_arguments(struct exec_arguments *a)
+{
+	struct registers *user = task_registers(current_task());
+	u64 sp = 0;
+
+	if (user)
+		bpf_probe_read_kernel(&sp, sizeof(sp), &user->sp);
+	return executed(a, sp);
 }
 
 /* _dl_debug_state, which the dynamic linker calls for debuggers when it has mapped libraries. */
@@ -1577,7 +1696,9 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	u64 ids = current_ids(s);
 	u32 tgid = ids >> 32, tid = ids;
 	threads_drop(&ids);
-	u32 born = (u32)bpf_get_current_pid_tgid() | TREE_FORKED;
+	u32 born = bpf_get_current_pid_tgid();
+	births_drop(&born);
+	born |= TREE_FORKED;
 	tree_drop(&born);
 	tree_drop(&tid);
 	if (tid != tgid || !owners_get(&tgid))

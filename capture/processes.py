@@ -19,8 +19,6 @@ PARENTS_MAX = 16
 ARGV_BYTES_MAX = 32 * 1024
 ENVIRONMENT_BYTES_MAX = 1024 * 1024
 PROJECT_CHARS_MAX = 200
-IDENTITY_S = 1.0
-IDENTITIES_MAX = 4096
 
 _CONTAINER = re.compile(r"(?:docker|libpod|crio|cri-containerd|containerd)[-/:]([0-9a-f]{12,64})")
 _BARE_CONTAINER = re.compile(r"/(?:docker|kubepods|lxc)[^\n]*?/([0-9a-f]{64})")
@@ -53,7 +51,8 @@ def _boot_ns() -> int:
 
 
 @lru_cache(maxsize=256)
-def _user(uid: int) -> str | None:
+def user_name(uid: int) -> str | None:
+    """The account of that number, if it has a name."""
     import pwd
 
     try:
@@ -80,7 +79,8 @@ def started_ticks(pid: int) -> int | None:
     return stat[2] if stat else None
 
 
-def _parents(pid: int) -> tuple[tuple[int, str], ...]:
+def parents_of(pid: int) -> tuple[tuple[int, str], ...]:
+    """The process itself and those above it, as (pid, executable's name)."""
     found: list[tuple[int, str]] = []
     while pid > 0 and len(found) < PARENTS_MAX:
         stat = _stat(pid)
@@ -128,40 +128,11 @@ def read_process(pid: int) -> Process | None:
         argv=without_secrets([part.decode("utf-8", "replace") for part in argv.split(b"\0")[:-1]]),
         cwd=cwd,
         uid=uid,
-        user=_user(uid) if uid is not None else None,
-        parents=_parents(stat[1]),
+        user=user_name(uid) if uid is not None else None,
+        parents=parents_of(stat[1]),
         container=container_of(cgroup.decode("ascii", "replace")),
         project_hint=project_in(environment),
     )
-
-
-class Identities:
-    """Who processes are, remembered: what was read while they lived is all that there will be."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[float, Process]] = {}
-
-    def of(self, pid: int, *, fresh: bool = False) -> Process | None:
-        """Who it is; read anew when what is known is older than IDENTITY_S, or for `fresh`."""
-        now = time.monotonic()
-        known = self._known.get(pid)
-        if known and not fresh and now - known[0] < IDENTITY_S:
-            return known[1]
-        process = read_process(pid)
-        if process is None or not process.argv:  # gone, or a zombie: what we knew is better
-            return known[1] if known else process
-        if len(self._known) >= IDENTITIES_MAX:
-            self._known.pop(next(iter(self._known)))
-        self._known[pid] = (now, process)
-        return process
-
-    def remember(self, process: Process) -> None:
-        """What another helper knew, of one that may be gone by now."""
-        self._known.setdefault(process.pid, (0.0, process))
-
-    def forget(self, pid: int) -> None:
-        """It runs another program now, or is gone."""
-        self._known.pop(pid, None)
 
 
 def descendants(root: int) -> list[int]:

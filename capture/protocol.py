@@ -25,6 +25,7 @@ FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128
 COMM_BYTES = 16
+PATH_BYTES, PROJECT_BYTES = 256, 208
 
 OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, DOUBT, LOOKUP, UNNAMED, LEARNED = range(1, 12)
 PROCESS, REPORT, REPLY, PROBLEM = range(16, 20)
@@ -72,7 +73,11 @@ class ProtocolViolation(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A kernel record. `offset` of a CLOSE is the number of bytes sent, `received` the other."""
+    """A kernel record. `offset` of a CLOSE is the number of bytes sent, `received` the other.
+
+    Of an EXEC `data` are the arguments, each ended by NUL, as far as they were copied, `length`
+    their bytes in all, `project` the variable HALTON_PROJECT and `offset` the parent at birth.
+    """
 
     kind: int
     direction: int
@@ -88,6 +93,7 @@ class Record:
     comm: str = ""
     host: str = ""
     path: str = ""
+    project: bytes = b""
     received: int = 0
 
     @property
@@ -104,7 +110,7 @@ def decode_record(frame: bytes) -> Record:
     """The record in a kernel frame. Raises ProtocolViolation."""
     if len(frame) < RECORD.size:
         raise ProtocolViolation(f"a record of {len(frame)} bytes")
-    size, kind, direction, flags, tgid, uid, ssl, opened, at, offset, length, _ = (
+    size, kind, direction, flags, tgid, uid, ssl, opened, at, offset, length, captured = (
         RECORD.unpack_from(frame)
     )
     body = frame[RECORD.size : size]
@@ -118,8 +124,14 @@ def decode_record(frame: bytes) -> Record:
     if kind == CLOSE and len(body) >= 8:
         return Record(*fields, received=int.from_bytes(body[:8], "little"))
     if kind == EXEC:
-        path = body[COMM_BYTES:].split(b"\0", 1)[0]
-        return Record(*fields, comm=_text(body[:COMM_BYTES]), path=os.fsdecode(path))
+        path, project = body[COMM_BYTES:][:PATH_BYTES], body[COMM_BYTES + PATH_BYTES :]
+        return Record(
+            *fields,
+            data=project[PROJECT_BYTES:][:captured],
+            comm=_text(body[:COMM_BYTES]),
+            path=os.fsdecode(path.split(b"\0", 1)[0]),
+            project=project[:PROJECT_BYTES].split(b"\0", 1)[0],
+        )
     if kind == LOOKUP:
         return Record(*fields, host=_text(body[:HOST_BYTES_MAX]))
     return Record(*fields)

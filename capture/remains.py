@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from capture import loader, processes, protocol
+from capture.identities import Identities
 
 # A helper of another version, after an upgrade, may lay out what it left in another way.
 LAYOUT = f"{protocol.RECORD.format}|{protocol.CONNECTION.format}"
@@ -91,7 +92,7 @@ def leave(keeper: socket.socket, ring: loader.Ring, connections_fd: int) -> None
     socket.send_fds(keeper, [message], [ring.fd, connections_fd])
 
 
-def tell_of(keeper: socket.socket, ring: loader.Ring, identities: processes.Identities) -> None:
+def tell_of(keeper: socket.socket, ring: loader.Ring, identities: Identities) -> None:
     """Name whose plaintext the ring holds still: the helper's last word, if it has one."""
     wanted = {protocol.RECORD.unpack_from(raw)[4] for _, raw in ring.records()}
     found: list[bytes] = []

@@ -1,0 +1,220 @@
+"""Who a process was that ran and ended while the helper could not look: the kernel tells.
+
+The helper is stopped before the client starts, and goes on only when the client is gone: no /proc
+can help it then, however fast the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from capture import loader
+from capture.arguments import REDACTED
+from capture.libraries import standard_linkers
+from capture.uprobe import UprobeSource
+from halton_meter.model import Process
+
+from .conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather, same_bytes
+
+WAYS = ["libbpf", "bcc"]
+
+
+@contextmanager
+def held_up(source: UprobeSource) -> Iterator[None]:
+    """The helper, stopped meanwhile."""
+    assert source.helper_pid
+    os.kill(source.helper_pid, signal.SIGSTOP)
+    while stat_of(source.helper_pid)[0] != "T":
+        os.sched_yield()
+    try:
+        yield
+    finally:
+        os.kill(source.helper_pid, signal.SIGCONT)
+
+
+def stat_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def curl(bench: Bench, *options: str) -> list[str]:
+    return [
+        *("curl", "-sS", "--http1.1", "--cacert", str(bench.folder / "ca.pem"), *options),
+        *("-o", "/dev/null", "--resolve", f"{PROVIDER}:{bench.server.port}:127.0.0.1"),
+        *("-d", '{"prompt":"say nothing"}', f"https://{PROVIDER}:{bench.server.port}/bytes/3000"),
+    ]
+
+
+def waiting_shell(bench: Bench, source: UprobeSource, script: str, *arguments: str) -> Client:
+    """A shell in scope that runs the script when it is told to, with the arguments."""
+    return bench.client(["sh", "-c", f"read go; {script}", "sh", *arguments], source)
+
+
+def the_process(seen: dict[str, Seen]) -> Process:
+    (one,) = seen.values()
+    assert one.connection.process
+    return one.connection.process
+
+
+def assert_is_curl(process: Process, argv: Sequence[str]) -> None:
+    expected = [REDACTED if "prompt" in argument else argument for argument in argv]
+    assert process.argv == tuple(expected)
+    assert process.exe == os.path.realpath(str(shutil.which("curl")))
+    assert (process.uid, process.user) == (0, "root")
+    assert process.started_ns > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_client_that_ends_before_the_helper_looks(bench: Bench, way: str) -> None:
+    source = bench.source(loader=way)
+    argv = curl(bench)
+    script = 'HALTON_PROJECT=atlas "$@"; echo "$?"'
+    shell = waiting_shell(bench, source, script, *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.output() == b"0\n"
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    process = the_process(seen)
+    assert_is_curl(process, argv)
+    assert process.project_hint == "atlas"
+    assert process.parents == ()  # the shell has ended as well: nothing is made up
+    assert process.cwd is None
+    assert process.pid != shell.process.pid
+
+
+def test_its_parent_is_told_where_that_lives_on(bench: Bench) -> None:
+    source = bench.source()
+    argv = curl(bench)
+    shell = waiting_shell(bench, source, '"$@"; echo "$?"; read end', *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.line() == b"0\n"
+    seen = gather(source.drain())
+    process = the_process(seen)
+    assert_is_curl(process, argv)
+    assert process.parents[0] == (shell.process.pid, os.path.basename(os.path.realpath("/bin/sh")))
+    assert process.parents[1][0] == os.getpid()
+    shell.say()
+    shell.output()
+
+
+def test_each_program_of_one_pid_is_told_apart(bench: Bench) -> None:
+    """A client becomes another: the first one's connection is not given to the second."""
+    source = bench.source()
+    second = curl(bench)
+    first = [sys.executable, str(CLIENTS / "becomes.py"), *second]
+    shell = waiting_shell(bench, source, 'exec "$@"', *first)
+    with held_up(source):
+        shell.say()
+        shell.output()
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    told = [each.connection.process for each in seen.values()]
+    assert [process and process.pid for process in told] == [shell.process.pid] * 2
+    assert {process and process.argv[0] for process in told} == {sys.executable, "curl"}
+
+
+@pytest.mark.parametrize("size", [3000, 5000, 100_000])
+def test_arguments_are_copied_up_to_a_bound(bench: Bench, size: int) -> None:
+    source = bench.source()
+    argv = curl(bench, "-A", "x" * size, "--max-time", "30")
+    shell = waiting_shell(bench, source, '"$@"; echo "$?"', *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.output() == b"0\n"
+    process = the_process(gather(source.drain()))
+    assert process.exe == os.path.realpath(str(shutil.which("curl")))
+    assert process.argv[:7] == (*argv[:6], REDACTED)
+    if size < 3500:
+        assert process.argv[7:9] == ("--max-time", "30")
+    else:
+        assert len(process.argv) == 7  # what follows is not known
+
+
+@pytest.mark.parametrize("last", [["--silent"], ["-A", "x" * 300]], ids=["short", "long"])
+def test_without_an_environment_the_last_argument_ends_the_arguments(
+    bench: Bench, last: list[str]
+) -> None:
+    source = bench.source()
+    linker = next(path for path in standard_linkers() if "musl" not in path)
+    curl_itself = os.path.realpath(str(shutil.which("curl")))
+    argv = [linker, "--library-path", str(bench.libraries), curl_itself, *curl(bench)[1:], *last]
+    shell = waiting_shell(bench, source, 'env -i "$@"; echo "$?"', *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.output() == b"0\n"
+    process = the_process(gather(source.drain()))
+    assert process.exe == linker
+    expected = [REDACTED if "prompt" in argument else argument for argument in argv]
+    if last[0] == "-A":
+        expected[-1] = REDACTED
+    assert process.argv == tuple(expected)
+
+
+def execs(times: int, size: int) -> str:
+    """A script that runs a program so often, with an argument of that size."""
+    return f"n=0; while [ $n -lt {times} ]; do /bin/true {'y' * size}; n=$((n+1)); done"
+
+
+def test_a_storm_of_execs_leaves_room_for_every_one(bench: Bench) -> None:
+    source = bench.source()
+    argv = curl(bench)
+    script = (
+        'n=0; while [ $n -lt 400 ]; do /bin/true "$n" ' + "y" * 500 + '; n=$((n+1)); done; "$@"'
+    )
+    shell = waiting_shell(bench, source, f"{script}; echo $?", *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.output() == b"0\n"
+    process = the_process(gather(source.drain()))
+    assert_is_curl(process, argv)
+    source.request_report()
+    assert source.status().events_lost["process_ring_full"] == 0
+
+
+def test_a_full_ring_is_counted_and_proc_tells_of_who_lives(bench: Bench) -> None:
+    source = bench.source()
+    script = (
+        "n=0; while [ $n -lt 2500 ]; do /bin/true " + "y" * 3000 + "; n=$((n+1)); done; echo up"
+    )
+    argv = curl(bench)
+    shell = waiting_shell(bench, source, f'{script}; read go; "$@"; echo $?', *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.line() == b"up\n"
+    assert source.drain() == []  # it has read the ring by then
+    shell.say()
+    assert shell.output() == b"0\n"
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    assert_is_curl(the_process(seen), argv)
+    source.request_report()
+    assert source.status().events_lost["process_ring_full"] > 0
+
+
+def test_a_kernel_that_cannot_copy_arguments_still_loads_all_else() -> None:
+    library = loader.libbpf_library()
+    assert library is not None
+    loaded = loader.load("libbpf")
+    assert set(loaded.programs) == {*loader.PROGRAMS, loader.OPTIONAL}
+    refused: list[str | None] = []
+
+    class Refusing(loader._Libbpf):
+        """A kernel that takes the object only without that program."""
+
+        def _load(self, object_path: Path, ring_bytes: int, without: str | None = None) -> int:
+            refused.append(without)
+            return super()._load(object_path, ring_bytes, without) if without else -22
+
+    loaded = Refusing(loader.find_object(), loader.RING_BYTES)
+    assert refused == [None, loader.OPTIONAL]
+    assert set(loaded.programs) == set(loader.PROGRAMS)
+    assert all(fd > 2 for fd in (*loaded.programs.values(), *loaded.maps.values()))
