@@ -21,6 +21,7 @@ from capture.attachments import FILES_MAX, Attachments, FileId, Haste, open_regu
 from capture.coverage import Lookups, talks_tls
 from capture.identities import Identities
 from capture.installs import Installs
+from capture.processes import working_directory
 
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -101,13 +102,10 @@ class Discovery:
 
     def read_processes(self) -> None:
         """Take the news of the process ring, which is read at once: a process may not wait."""
-        last = None
         mapped: set[int] = set()
-        for position, raw in self._process_ring.records():
-            last = position
-            record = protocol.decode_record(bytes(raw))
+        for record, cwd in self._news():
             if record.kind == protocol.EXEC:
-                self._executed(record)
+                self._executed(record, cwd)
             elif record.kind == protocol.MAPPED:
                 mapped.add(record.tgid)
             elif record.kind == protocol.LOOKUP:
@@ -128,12 +126,26 @@ class Discovery:
                 self._named(record.tgid, record.ssl)
                 if exe := self._executable(record.tgid):
                     self._talkers.add(exe)
-        if last is not None:
-            self._process_ring.release(last)
         if self._process_ring.skip_discarded():
             self._on_nudge()
         for pid in mapped:
             self._schedule_once(pid)
+
+    def _news(self) -> list[tuple[protocol.Record, str | None]]:
+        """What is in the process ring, and of each exec the working directory.
+
+        That is what the kernel cannot tell: it is read of all of them before anything else.
+        """
+        news = []
+        last = None
+        for position, raw in self._process_ring.records():
+            last = position
+            record = protocol.decode_record(bytes(raw))
+            executed = record.kind == protocol.EXEC
+            news.append((record, working_directory(record.tgid) if executed else None))
+        if last is not None:
+            self._process_ring.release(last)
+        return news
 
     def _named(self, pid: int, ssl: int) -> None:
         """A connection is metered, perhaps one that could not be until now."""
@@ -150,14 +162,14 @@ class Discovery:
             return None
         return stat.st_dev, stat.st_ino
 
-    def _executed(self, record: protocol.Record) -> None:
+    def _executed(self, record: protocol.Record, cwd: str | None) -> None:
         """A process runs another program: hold its file first, it may be gone in a moment.
 
         Of one that is gone already the file is searched all the same: it will be run again.
         """
         pid, path = record.tgid, record.path
         self.watched.pop(pid, None)
-        self.identities.executed(record)
+        self.identities.executed(record, cwd)
         self.lookups.forget(pid)
         self.unnamed.pop(pid, None)
         try:

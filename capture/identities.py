@@ -2,9 +2,10 @@
 
 /proc tells most (`processes.py`), but only as long as a process lives, and a `curl` may be gone
 before the helper gets a turn. What the kernel copied at the exec (`on_exec` in probe.bpf.c) then
-stands in: arguments, program, user, parent, HALTON_PROJECT. What it does not tell stays unknown:
-the working directory above all. A pid has a life for each program that it ran, and a connection
-belongs to the life in which it was made.
+stands in: arguments, program, user, parent, HALTON_PROJECT. The working directory it cannot tell:
+that is read before all else when an exec is heard of, and is unknown when even that was too late.
+A pid has a life for each program that it ran, and a connection belongs to the life in which it was
+made.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Life:
     """One program of a pid. `executed` is what the kernel told; None for those older than we."""
 
     executed: Record | None = None
+    cwd: str | None = None
     process: Process | None = None
     read_at: float = _NEVER  # when /proc told, by the monotonic clock
 
@@ -48,10 +50,10 @@ class Identities:
     def __init__(self) -> None:
         self._lives: OrderedDict[int, list[_Life]] = OrderedDict()
 
-    def executed(self, record: Record) -> None:
-        """A process runs another program now."""
+    def executed(self, record: Record, cwd: str | None = None) -> None:
+        """A process runs another program now, in that directory if it is known."""
         lives = self._lives_of(record.tgid)
-        lives.append(_Life(record))
+        lives.append(_Life(record, cwd))
         del lives[:-LIVES_MAX]
 
     def of(self, pid: int, *, fresh: bool = False, at_ns: int | None = None) -> Process | None:
@@ -66,7 +68,7 @@ class Identities:
         if life is lives[-1]:
             self._read(pid, life, fresh)
         if life.process is None and life.executed is not None:
-            life.process = process_as_executed(life.executed)
+            life.process = process_as_executed(life.executed, life.cwd)
         return life.process
 
     def _read(self, pid: int, life: _Life, fresh: bool) -> None:
@@ -103,10 +105,10 @@ class Identities:
             self._lives.pop(pid, None)
 
 
-def process_as_executed(record: Record) -> Process:
+def process_as_executed(record: Record, cwd: str | None = None) -> Process:
     """What the kernel told at an exec, for a process that /proc does not know any more.
 
-    `started_ns` is when it began to run this program. The working directory is not known.
+    `started_ns` is when it began to run this program.
     """
     uid = record.uid
     return Process(
@@ -114,6 +116,7 @@ def process_as_executed(record: Record) -> Process:
         started_ns=time.time_ns() - time.monotonic_ns() + record.at_ns,
         exe=program_of(record.path) or record.comm or None,
         argv=without_secrets(_arguments(record.data, record.length)),
+        cwd=cwd,
         uid=uid,
         user=user_name(uid),
         parents=_parents(record),

@@ -61,6 +61,11 @@ def user_name(uid: int) -> str | None:
         return None
 
 
+def working_directory(pid: int) -> str | None:
+    """Where a process is; None when it is gone."""
+    return _link(f"/proc/{pid}/cwd")
+
+
 def _stat(pid: int) -> tuple[str, int, int] | None:
     """Command name, parent and start (clock ticks since boot). The name may hold anything."""
     raw = _read(f"/proc/{pid}/stat")
@@ -112,7 +117,7 @@ def read_process(pid: int) -> Process | None:
     if stat is None:
         return None
     exe = _link(f"/proc/{pid}/exe")
-    cwd = _link(f"/proc/{pid}/cwd")
+    cwd = working_directory(pid)
     cgroup = _read(f"/proc/{pid}/cgroup") or b""
     environment = _read(f"/proc/{pid}/environ", ENVIRONMENT_BYTES_MAX) or b""
     # Last: who has arguments still had all of the above, a process that exits loses them first.

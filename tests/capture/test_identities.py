@@ -63,6 +63,14 @@ def test_a_process_that_was_gone_before_anybody_looked() -> None:
     assert identities.of(NOBODY - 1) is None
 
 
+def test_where_it_was_if_that_was_read_in_time() -> None:
+    identities = Identities()
+    identities.executed(executed("cat"), "/home/ada/code")
+    process = identities.of(NOBODY)
+    assert process is not None
+    assert process.cwd == "/home/ada/code"
+
+
 def test_secrets_in_its_arguments_are_hidden_as_in_all_others() -> None:
     record = executed("curl", "-H", "x-api-key: sk-ant-made-up", "-d", '{"prompt":"hello"}', "-sS")
     assert process_as_executed(record).argv == ("curl", "-H", REDACTED, "-d", REDACTED, "-sS")

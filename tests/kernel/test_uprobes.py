@@ -96,7 +96,8 @@ def test_curls_that_live_milliseconds(bench: Bench) -> None:
     for process in found.values():
         assert process.argv[:2] == ("curl", "-sS")
         assert process.project_hint == "short"
-        assert process.cwd == os.getcwd()
+        # The kernel does not copy it: where even the first look came too late, it is unknown.
+        assert process.cwd in (os.getcwd(), None)
         assert process.parents[0][0] == os.getpid()
         assert process.uid == 0
 
