@@ -48,8 +48,7 @@ class Watched:
 
 
 class Discovery:
-    """Follows processes. `on_change` is called when there is something new to report, `on_nudge`
-    when the kernel says that the plaintext's ring fills."""
+    """Follows processes. `on_change` is called when there is something new to report."""
 
     def __init__(
         self,
@@ -57,13 +56,11 @@ class Discovery:
         files: Attachments,
         admission: Admission,
         on_change: Callable[[], None],
-        on_nudge: Callable[[], None],
     ) -> None:
         self._process_ring = process_ring
         self.files = files
         self._admission = admission
         self._on_change = on_change
-        self._on_nudge = on_nudge
         self.identities = Identities()
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
@@ -126,8 +123,7 @@ class Discovery:
                 self._named(record.tgid, record.ssl)
                 if exe := self._executable(record.tgid):
                     self._talkers.add(exe)
-        if self._process_ring.skip_discarded():
-            self._on_nudge()
+        self._process_ring.skip_discarded()
         for pid in mapped:
             self._schedule_once(pid)
 

@@ -38,7 +38,7 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 # processes find their memory out of the caches each time. Times are taken in the kernel, and what
 # the ring holds outlives us; who waits is only `report`, which has a second.
 PAUSE_S = 1.0
-BCC_PAUSE_S = 0.005  # there the kernel cannot tell us that it fills
+SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
 NICE = -10  # a process may live 10 ms: be there before it is gone
@@ -101,7 +101,7 @@ class Helper:
         programs, scope = self._loaded.programs, command["scope"]
         self.files = Attachments(programs, known, self._name_places(directory), self._epoll)
         self._discovery = Discovery(
-            self._process_ring, self.files, self._admission, self._report_soon, self._resume
+            self._process_ring, self.files, self._admission, self._report_soon
         )
         self._coverage = Coverage(self._discovery, self._family)
         for pid in scope["roots"]:
@@ -236,6 +236,8 @@ class Helper:
             if self._sock.fileno() in ready and not self._read_commands():
                 return
             discovery.read_processes()
+            if self._fills():
+                self._resume()
             now = time.monotonic()
             discovery.run_rescans(now)
             if now >= self._resume_at or outlet.has_barriers:
@@ -260,8 +262,14 @@ class Helper:
 
     def _pump(self, now: float) -> None:
         if self._outlet.pump() and not self._outlet.blocked:
-            self._resume_at = now + (BCC_PAUSE_S if self._loaded.name == "bcc" else PAUSE_S)
+            # A record that a thread is still writing holds up all behind it: no wake-up comes then.
+            is_told = self._loaded.name != "bcc" and not self._fills()
+            self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
             self._report_soon()
+
+    def _fills(self) -> bool:
+        """Whether the ring is past a quarter: when it comes to that the kernel wakes us up."""
+        return self._ring.filled() >= self._ring.size_bytes // 4
 
     def _resume(self) -> None:
         """Let nothing wait for company any more."""

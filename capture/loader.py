@@ -269,18 +269,20 @@ class Ring:
         self.position = position
         self._consumer.value = position
 
-    def skip_discarded(self) -> bool:
-        """Step over discarded records at the front, unseen by `records`; say whether any were."""
+    def filled(self) -> int:
+        """Bytes that the kernel has reserved and we have not given back."""
+        return self.produced() - self.position
+
+    def skip_discarded(self) -> None:
+        """Step over discarded records at the front, unseen by `records`."""
         at, end = self.position, self.produced()
         while at < end:
             (header,) = struct.unpack_from("=I", self._data, at & self._mask)
             if header & self._BUSY or not header & self._DISCARDED:
                 break
             at += ((header & self._LENGTH) + 8 + 7) & ~7
-        if at == self.position:
-            return False
-        self.release(at)
-        return True
+        if at != self.position:
+            self.release(at)
 
 
 # --- the two ways in ----------------------------------------------------------------------------
