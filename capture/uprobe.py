@@ -309,12 +309,18 @@ class UprobeSource:
         return self.read(0)
 
     @property
-    def closing_at(self) -> float | None:
-        """When (time.monotonic) `read(0)` has the end of a connection that was shut down."""
+    def due_at(self) -> float | None:
+        """When (time.monotonic) `read(0)` has something though nothing comes, else None.
+
+        That is what came with the answer to a question, and the end of what was shut down.
+        """
+        return 0.0 if self._events else self._closing_at()
+
+    def _closing_at(self) -> float | None:
         return min((at for at, _ in self._closing.values()), default=None)
 
     def _wait_s(self, deadline: float | None) -> float | None:
-        times = [at for at in (self.closing_at, deadline) if at is not None]
+        times = [at for at in (self._closing_at(), deadline) if at is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _receive(self, wait_s: float | None) -> None:

@@ -97,8 +97,8 @@ class PlaintextSource(Protocol):
         """What was captured up to this call."""
 
     @property
-    def closing_at(self) -> float | None:
-        """When `read(0)` has something though nothing came; None: only when something comes."""
+    def due_at(self) -> float | None:
+        """When `read(0)` has something though nothing comes; None: only when something comes."""
 
     @property
     def ended(self) -> bool:
@@ -291,7 +291,7 @@ class Metering:
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._seal_due, self._flush_due, self._source.closing_at
+        return self._seal_due, self._flush_due, self._source.due_at
 
     def _wait_s(self) -> float:
         if self._backlog:
@@ -303,7 +303,7 @@ class Metering:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self._source.closing_at is not None and now >= self._source.closing_at:
+        if self._source.due_at is not None and now >= self._source.due_at:
             self._take(self._source.read(0))
         self._work(now + SLICE_S)
         now = time.monotonic()

@@ -244,7 +244,7 @@ class FakeSource:
         self.items: list[Any] = []
         self.ended = False
         self.stopped = False
-        self.closing_at: float | None = None
+        self.due_at: float | None = None
 
     def put(self, *items: Any) -> None:
         self.items += items
@@ -261,7 +261,7 @@ class FakeSource:
         self.near.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             self.near.recv(100)
-        items, self.items, self.closing_at = self.items, [], None
+        items, self.items, self.due_at = self.items, [], None
         return items
 
     def drain(self, timeout_s: float = 1.0) -> list[Any]:
@@ -398,7 +398,7 @@ def test_events_are_journalled_counted_and_flushed_at_the_end(running: Running) 
 def test_what_comes_without_news_is_read_when_it_is_due(running: Running) -> None:
     control = running.control()
     running.source.items.append(event("a"))
-    running.source.closing_at = time.monotonic()
+    running.source.due_at = time.monotonic()
     while control.ask("status")["events"] < 1:
         pass
     control.close()

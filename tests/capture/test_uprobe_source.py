@@ -6,6 +6,7 @@ import mmap
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -112,6 +113,20 @@ def test_a_read_that_ends_after_the_close_begins_nothing_anew() -> None:
     late = chunk(1, b"late", len(ANSWERED))
     helper.link.sendall(OPEN + b"".join(BATCH) + late + close(len(ASKED), len(ANSWERED)))
     assert summary(helper.all_events()) == [ASKED, ANSWERED, "closed"]
+    helper.source.stop()
+
+
+def test_what_comes_before_an_answer_is_said_to_be_there() -> None:
+    """Nothing more may come for long: a reader that waits for the socket alone would miss it."""
+    helper = Helper([])
+    assert helper.source.due_at is None
+    answer = protocol.encode_message(protocol.REPLY, {"id": 2})
+    helper.link.sendall(OPEN + b"".join(BATCH) + answer)
+    helper.source.request_report()
+    assert helper.source.due_at is not None
+    assert helper.source.due_at <= time.monotonic()
+    assert summary(helper.source.read(0)) == [ASKED, ANSWERED, "closed"]
+    assert helper.source.due_at is None
     helper.source.stop()
 
 
