@@ -60,10 +60,10 @@ unit: setup-test
 	$(BIN)/python -m pytest -m "not kernel and not lab" -n 2
 
 kernel: setup-test
-	$(BIN)/python -m pytest -m "kernel" tests
+	$(BIN)/python -m pytest --durations=8 -m "kernel" tests
 
 lab: setup-test
-	$(BIN)/python -m pytest -m "lab and not kernel and not slow" tests
+	$(BIN)/python -m pytest --durations=25 -m "lab and not kernel and not slow" tests
 
 # Real binaries of npm and PyPI, all versions (`lab` runs the newest of each): long downloads. What
 # they prove is kept for the README's table of clients.

@@ -216,6 +216,7 @@ class Helper:
             elif what == "hosts":
                 self._admission.set_hosts(command["hosts"])
             elif what == "report":
+                self._resume()  # who asks how it stands wants to see what is waiting, too
                 self.report()
             elif what == "stop":
                 self._stopping = True
