@@ -69,7 +69,7 @@ lab: setup-test
 # they prove is kept for the README's table of clients.
 clients: setup-test
 	@sh tools/system_packages.sh chromium chromium
-	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients
+	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients tests/lab/test_older.py
 	$(BIN)/python tools/client_table.py
 
 bench: setup-test

@@ -21,6 +21,7 @@ HOSTS = {
     "xai-sdk": "api.x.ai",
     "gemini": "generativelanguage.googleapis.com",
 }
+ALSO = ("node", "gemini")  # by another way into a library that is tried already
 LIBRARIES = {"httpx": "libssl", "node": "node", "xai-sdk": "cygrpc", "gemini": "cygrpc"}
 
 
@@ -137,7 +138,10 @@ def attached(service: Service, client: str) -> None:
     wait_until(has_probes, f"probes in {LIBRARIES[client]}")
 
 
-@pytest.mark.parametrize("client", HOSTS)
+@pytest.mark.parametrize(
+    "client",
+    [pytest.param(each, marks=pytest.mark.slow if each in ALSO else ()) for each in HOSTS],
+)
 def test_an_old_connection_is_counted_then_metered_then_known_at_once(
     lab: Lab, start: Start, begin_service: Any, client: str
 ) -> None:

@@ -63,9 +63,8 @@ def test_https_is_metered_exactly(bench: Bench, program: Program) -> None:
 
 
 @pytest.mark.usefixtures("trusted_by_the_system")
-@pytest.mark.parametrize(
-    "authority", ["of-the-system", pytest.param("by-variable", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("authority", ["of-the-system", "by-variable"])
 def test_status_says_what_is_not_seen_and_what_to_do(bench: Bench, authority: str) -> None:
     lab, home = bench.lab, bench.service.home
     codex = installed_with_all(lab, CODEX[-1], 1)
