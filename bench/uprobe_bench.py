@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from capture import uprobe
+from capture.helper import REPORT_S
 from halton_meter.control import Control
 from halton_meter.flushing import FLUSH_AFTER_S
 from halton_meter.metering import Job
@@ -33,7 +34,8 @@ HOST = "api.provider.test"
 FAMILY = "anthropic"
 REQUEST_BYTES, RESPONSE_BYTES = 4_000, 8_000
 ROUNDS, EXCHANGES = 8, 300
-IDLE_SECONDS, STREAM_SECONDS, RATE_SECONDS = 10, 20, 3
+IDLE_SECONDS, STREAM_SECONDS, RATE_SECONDS = 10, 30, 3
+STREAM_WARM_SECONDS = 10  # what a first stream costs once, imports and patterns, is not measured
 STREAMS, CHUNKS_A_SECOND, CHUNKS_AN_ANSWER = 10, 50, 200
 EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "0"))
 
@@ -166,17 +168,9 @@ def _pieces(number: int) -> Iterator[bytes]:
 
 
 def _streams(folder: str, seconds: str) -> None:
-    """STREAMS conversations of CHUNKS_A_SECOND chunks a second; print how many chunks they were.
-
-    Before, one of them has a whole answer: what a first one costs once is not what streams cost.
-    """
+    """STREAMS conversations of CHUNKS_A_SECOND chunks a second; print how many chunks they were."""
     pairs = [_Pair(folder) for _ in range(STREAMS)]
     answers: list[Iterator[bytes]] = [iter(()) for _ in pairs]
-    first = _pieces(-1)
-    pairs[0].exchange(_request(1000), next(first))
-    for piece in first:
-        pairs[0].server.write(piece)
-        pairs[0].client.read(65536)
     input()
     at, end = time.monotonic(), time.monotonic() + float(seconds)
     turn = 0
@@ -403,7 +397,7 @@ def _measure(daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int
     if "mitmproxy" in medians:
         proxied = medians["mitmproxy"] - medians["none"]
         print(f"added by mitmproxy: {proxied:.0f} µs, {proxied / max(added, 0.1):.0f} times that")
-    time.sleep(3)
+    time.sleep(REPORT_S + 3)  # the last word of what was before is said by then
     watched = _Watched(daemon)
     time.sleep(IDLE_SECONDS)
     print(
@@ -423,12 +417,13 @@ def _measure(daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int
 
 
 def _measure_streams(daemon: _Daemon, folder: Path, probed: Path) -> None:
-    before = daemon.status()["events"]
     streams = _spawn("_streams", str(folder), str(STREAM_SECONDS), libraries=probed)
-    daemon.settled(before + 1)
-    time.sleep(3)  # until its libraries are known and its first event is stored
+    assert streams.stdin
+    streams.stdin.write("\n")
+    streams.stdin.flush()
+    time.sleep(STREAM_WARM_SECONDS)
     watched = _Watched(daemon)
-    chunks = _tell(streams)
+    chunks = float(_first_line(streams))
     helper, metering = watched.percent()
     print(
         f"{STREAMS} conversations, {chunks / STREAM_SECONDS:.0f} chunks/s: helper {helper:.2f} %",
