@@ -222,7 +222,8 @@ class Discovery:
                 self._mapped.discard(pid)
             if not self._scan(pid):
                 continue
-            last_s = HEARD_RESCAN_S_MAX if self.watched[pid].heard else RESCAN_S[-1]
+            watched = self.watched.get(pid)  # None: it ran another program meanwhile and is gone
+            last_s = HEARD_RESCAN_S_MAX if watched and watched.heard else RESCAN_S[-1]
             if step + 1 < len(RESCAN_S) and RESCAN_S[step + 1] <= last_s:
                 later = at - RESCAN_S[step] + RESCAN_S[step + 1]
                 heapq.heappush(self._rescans, (later, pid, step + 1))
