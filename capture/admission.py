@@ -1,7 +1,7 @@
 """Whose plaintext the kernel may copy, and of which hosts: its maps `settings`, `uids` and `hosts`.
 
-The scope is set once, when the helper starts, and never widened past the users that it names; the
-list of hosts may be replaced. `in_scope` in probe.bpf.c is what enforces both; `in_scope` here is
+The scope and the hosts are set once, when the helper starts, by whoever starts it; a reader that
+is `restricted` cannot change them. `in_scope` in probe.bpf.c enforces both; `in_scope` here is
 the same question asked of a process that is to be looked at. Trees of processes are `family.py`'s.
 """
 
@@ -17,8 +17,8 @@ from capture.family import EXCLUDED, IN_SCOPE, Family
 
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
 
-_SETTINGS = struct.Struct("=IIQIIQQ")
-_EVERYONE, _UIDS, _TREES, _CGROUP = 1, 2, 4, 8
+_SETTINGS = struct.Struct("=IIQIIQQII")
+_EVERYONE, _UIDS, _TREES, _CGROUP, _OWNER = 1, 2, 4, 8, 16
 _INIT_PID_NAMESPACE = 0xEFFFFFFC
 
 
@@ -62,12 +62,22 @@ class Admission:
                 [part for part in os.path.relpath(path, "/sys/fs/cgroup").split("/") if part != "."]
             )
             flags |= _CGROUP
+        owner = scope.get("owner")
+        flags |= _OWNER if owner is not None else 0
         namespace = os.stat("/proc/self/ns/pid")
         nested = namespace.st_ino != _INIT_PID_NAMESPACE
         loader.Map(maps["settings"], 4, _SETTINGS.size).set(
             bytes(4),
             _SETTINGS.pack(
-                flags, request_bytes_max, cgroup, level, nested, namespace.st_dev, namespace.st_ino
+                flags,
+                request_bytes_max,
+                cgroup,
+                level,
+                nested,
+                namespace.st_dev,
+                namespace.st_ino,
+                owner or 0,
+                0,
             ),
         )
 
@@ -97,12 +107,16 @@ class Admission:
         flags = self._family.flags(pid)
         if flags & EXCLUDED:
             return False
-        if flags & IN_SCOPE or self._scope["everyone"]:
+        if self._scope["everyone"]:
+            return True
+        owner = self._scope.get("owner")
+        if flags & IN_SCOPE and owner is None:
             return True
         try:
-            return os.stat(f"/proc/{pid}").st_uid in self._scope["uids"]
+            uid = os.stat(f"/proc/{pid}").st_uid
         except OSError:
             return False
+        return uid in self._scope["uids"] or bool(flags & IN_SCOPE and uid == owner)
 
 
 def host_key(host: str) -> bytes:

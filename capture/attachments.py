@@ -23,6 +23,7 @@ from enum import IntEnum
 
 from capture import libraries, loader
 from capture.elf import ElfError
+from capture.keeper import Hold
 from capture.known_files import KnownFiles
 from capture.name_places import NAMING, PLACES_MAX, UNPROVED, NamePlaces
 
@@ -60,6 +61,7 @@ class File:
     failure: str | None = None
     doubted: bool = False  # what it passed was no HTTP
     place: int = 0  # its number, while it is attached to
+    held_as: str = ""  # the supervisor's name for its probes
 
     @property
     def searching(self) -> bool:
@@ -131,6 +133,7 @@ class Attachments:
         known: KnownFiles,
         names: NamePlaces,
         epoll: select.epoll | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self._programs = programs
         self._known = known
@@ -143,6 +146,37 @@ class Attachments:
         self._places: dict[int, File] = {}
         # By device and inode: the probe that hears a dynamic linker, None where there can be none.
         self.linkers: dict[tuple[int, int], int | None] = {}
+        self._hold = hold or Hold()
+        self._adopt()
+
+    # --- what outlives us -----------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Take over the files that a helper before us has attached to."""
+        for name, held in self._hold.take_all("file:"):
+            library = libraries.library_from_json(held.about["library"])
+            if library is None or len(held.fds) != len(library.probes):
+                held.close()  # it died while it attached: attached anew when it is looked at
+                self._hold.drop(name)
+                continue
+            place = int(held.about["place"])
+            file = File(held.about["path"], library, held.fds, place=place, held_as=name)
+            device, inode, changed_ns = map(int, name[5:].split(":"))
+            self.files[device, inode, changed_ns] = file
+            if place:
+                self._places[place] = file
+                self._names.adopt(place)
+        for name, held in self._hold.take_all("linker:"):
+            device, inode = map(int, name[7:].split(":"))
+            self.linkers[device, inode] = held.fds[0]
+
+    def _keep(self, file: File, fd: int) -> None:
+        assert file.library is not None
+        device, inode, changed_ns = _identity(os.fstat(fd))
+        file.held_as = f"file:{device}:{inode}:{changed_ns}"
+        library = libraries.library_json(file.library)
+        about = {"path": file.path, "library": library, "place": file.place}
+        self._hold.keep(file.held_as, about, file.probes)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -213,6 +247,7 @@ class Attachments:
                 program, at = self._programs[hook.program], f"/proc/self/fd/{fd}"
                 link = loader.attach_uprobe(program, at, hook.offset, at_return=False)
                 self.linkers[identity] = link
+                self._hold.keep(f"linker:{identity[0]}:{identity[1]}", True, [link])
         except (ElfError, OSError):
             pass
         finally:
@@ -255,6 +290,8 @@ class Attachments:
         if error:
             file.failure = f"cannot attach: {error.strerror}"
             self.detach(file)
+        elif file.probes:
+            self._keep(file, fd)
 
     def _cookie(self, file: File, fd: int) -> int:
         """What the probes are told: Go's offsets, or the file's number and whether it is proved."""
@@ -295,11 +332,13 @@ class Attachments:
             self._names.release(file.place)
             file.place = 0
 
-    @staticmethod
-    def _remove_probes(file: File) -> None:
+    def _remove_probes(self, file: File) -> None:
         for probe in file.probes:
             os.close(probe)
         file.probes = []
+        if file.held_as:
+            self._hold.drop(file.held_as)
+            file.held_as = ""
 
     def drop_unused(self, used: Iterable[FileId]) -> None:
         """Detach from files that nobody in scope maps and that no path leads to any more."""

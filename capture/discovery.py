@@ -48,7 +48,8 @@ class Watched:
 
 
 class Discovery:
-    """Follows processes. `on_change` is called when there is something new to report."""
+    """Follows processes. `on_change` is called when there is something new to report, `on_open`
+    when a process has opened a connection that is metered."""
 
     def __init__(
         self,
@@ -56,11 +57,13 @@ class Discovery:
         files: Attachments,
         admission: Admission,
         on_change: Callable[[], None],
+        on_open: Callable[[protocol.Record], None] = lambda _: None,
     ) -> None:
         self._process_ring = process_ring
         self.files = files
         self._admission = admission
         self._on_change = on_change
+        self._on_open = on_open
         self.identities = Identities()
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
@@ -120,6 +123,7 @@ class Discovery:
                 self._on_change()
             elif record.kind == protocol.OPEN:
                 self.identities.of(record.tgid, fresh=True)
+                self._on_open(record)
                 self._named(record.tgid, record.ssl)
                 if exe := self._executable(record.tgid):
                     self._talkers.add(exe)

@@ -14,6 +14,7 @@ import struct
 from collections import OrderedDict
 
 from capture import loader, processes
+from capture.keeper import Hold
 from halton_meter.model import Process
 
 IN_SCOPE, EXCLUDED = 1, 2
@@ -34,10 +35,14 @@ class _Run:
 class Family:
     """The kernel's `tree` map, and what its run numbers stand for."""
 
-    def __init__(self, tree: loader.Map) -> None:
+    def __init__(self, tree: loader.Map, hold: Hold | None = None) -> None:
         self._tree = tree
+        self._hold = hold or Hold()
         self._runs: OrderedDict[int, _Run] = OrderedDict()
         self._number = 0
+        for name, held in self._hold.take_all("run:"):  # of a helper before us
+            self._number = max(self._number, number := int(name[4:]))
+            self._runs[number] = _Run(*held.about)
 
     def _entry(self, pid: int) -> int:
         for key in (pid, pid | FORKED):
@@ -67,9 +72,11 @@ class Family:
         """Make a process the first of a run, within whatever run it belongs to itself."""
         outer = self._entry(pid)
         self._number = self._number % (_NUMBERS_MAX - 1) + 1
-        self._runs[self._number] = _Run(pid, outer >> FLAG_BITS)
+        self._runs[self._number] = run = _Run(pid, outer >> FLAG_BITS)
+        self._hold.keep(f"run:{self._number}", dataclasses.astuple(run))
         if len(self._runs) > RUNS_MAX:
-            self._runs.popitem(last=False)
+            oldest, _ = self._runs.popitem(last=False)
+            self._hold.drop(f"run:{oldest}")
         for each in (pid, *processes.descendants(pid)):
             flags = self._entry(each) & (1 << FLAG_BITS) - 1
             self._mark(each, flags | self._number << FLAG_BITS)

@@ -1,10 +1,12 @@
 """The root helper: attaches the probes, drains the ring, reads /proc, writes frames to a socket.
 
-Started by `uprobe.spawn_helper` with a socket's descriptor as its argument and the scope as its
-first command. It parses no plaintext and keeps none: ring records go from the kernel's memory to
-the socket as they are. It never queues: when the reader is slow it leaves the ring to fill, and
-the kernel counts, stream by stream, what no longer fits. It ends when the socket does, and with it
-every probe. Standard library only; memory and start-up time are why.
+Started by `uprobe.spawn_helper`, or by a supervisor with a channel on which it gets what the helper
+before it had (`keeper.py`): then it attaches nothing anew, and carries on where that one was. It
+parses no plaintext: ring records go to the spool and from there to the reader's socket as they
+are. When the reader is slow the spool fills, then the ring, and the kernel counts, stream by
+stream, what no longer fits. A helper with a supervisor outlives its readers and ends with the
+supervisor; one without ends with its reader, and every probe with it. Standard library only; memory
+and start-up time are why.
 """
 
 from __future__ import annotations
@@ -17,20 +19,24 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capture import libraries, loader, processes, protocol, remains
+from capture import libraries, loader, processes, protocol
 from capture.admission import Admission, Refused
+from capture.announcements import unannounced
 from capture.attachments import Attachments
 from capture.coverage import Coverage, attach_resolver
 from capture.discovery import Discovery
 from capture.family import Family
 from capture.installs import Installs, homes_of
+from capture.keeper import LAYOUT, Hold
 from capture.known_files import KnownFiles
 from capture.mounts import offer_headers, own_mounts, tracing_folder
 from capture.name_places import VALUE, NamePlaces
 from capture.outlet import Outlet
+from capture.spool import SPOOL_BYTES, Key, Receipt, Spool
 from halton_meter.model import Process
 
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
@@ -41,6 +47,7 @@ PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
+NAMED_MAX = 4096
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
 _SO_SNDBUFFORCE = 32
@@ -52,12 +59,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Helper:
     """The loop; one thread, one epoll."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, hold: Hold) -> None:
+        self._sock: socket.socket | None = sock
+        self._hold = hold
         self._commands = protocol.CommandBuffer()
         self._connections: dict[int, set[int]] = {}
+        self._named: dict[Key, None] = {}  # whose process the spool has told, ahead of their OPEN
         self._paused = self._stopping = False
-        self._listening = (False, False)
+        self._listening: tuple[bool, bool] | None = None
         self._resume_at = 0.0
         self._report_at: float | None = None
         self._notices_lost = 0
@@ -70,50 +79,87 @@ class Helper:
         own_mounts()
         if command["loader"] == "bcc":
             offer_headers()
+        self._restricted = bool(command.get("restricted"))
         ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
-        self._loaded = loaded = loader.load(command["loader"], ring_bytes)
-        self._use_maps(loaded.maps, ring_bytes)
+        given = self._given(ring_bytes)
+        self._carries_on = given is not None
+        self._loaded = given or loader.load(command["loader"], ring_bytes)
+        self._use_maps(self._loaded.maps, ring_bytes)
+        self._use_spool(int(command.get("spool_bytes") or SPOOL_BYTES))
         self._admission = Admission(
-            loaded.maps,
+            self._loaded.maps,
             self._family,
             command["scope"],
-            restricted=bool(command.get("restricted")),
+            restricted=self._restricted,
             request_bytes_max=command.get("request_bytes_max"),
         )
         self._admission.set_hosts(command["hosts"])
+        if given is None:
+            self._keep_loaded(ring_bytes)
         self._attach_tracepoints()
         self._discover(command)
+
+    def _given(self, ring_bytes: int) -> loader.Given | None:
+        """What a helper before us has loaded; None when there was none, or one of another kind."""
+        about = self._hold.take("kernel")
+        if about is None:
+            return None
+        if about.about[1:] != [LAYOUT, ring_bytes]:
+            self._hold.begin_anew()
+            return None
+        programs = {name[8:]: held.fds[0] for name, held in self._hold.take_all("program:")}
+        maps = {name[4:]: held.fds[0] for name, held in self._hold.take_all("map:")}
+        return loader.Given(about.about[0], programs, maps)
+
+    def _keep_loaded(self, ring_bytes: int) -> None:
+        for name, fd in self._loaded.programs.items():
+            self._hold.keep(f"program:{name}", True, [fd])
+        for name, fd in self._loaded.maps.items():
+            self._hold.keep(f"map:{name}", True, [fd])
+        # Last: without it what came before is of no use.
+        self._hold.keep("kernel", [self._loaded.name, LAYOUT, ring_bytes])
 
     def _use_maps(self, maps: dict[str, int], ring_bytes: int) -> None:
         self._ring = loader.Ring(maps["ring"], ring_bytes)
         self._process_ring = loader.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
-        self._family = Family(loader.Map(maps["tree"], 4, 4))
+        self._family = Family(loader.Map(maps["tree"], 4, 4), self._hold)
         self._stats = loader.Map(maps["stats"], 4, 8)
         self._connection_map = _connection_map(maps["connections"])
-        self._outlet = Outlet(self._sock, self._ring, self._handle)
         self._epoll = select.epoll()
-        for readable in (self._sock, self._process_ring.fd, self._ring.fd):
+        for readable in (self._process_ring.fd, self._ring.fd):
             self._epoll.register(readable, select.EPOLLIN)
+
+    def _use_spool(self, spool_bytes: int) -> None:
+        spool, receipt = self._hold.take("spool"), self._hold.take("receipt")
+        if spool and receipt:
+            self._spool, self._receipt = Spool(spool.fds[0]), Receipt(receipt.fds[0])
+        else:
+            self._spool, self._receipt = Spool.new(spool_bytes), Receipt.new()
+            self._hold.keep("spool", True, [self._spool.fd])
+            self._hold.keep("receipt", True, [self._receipt.fd])
+        self._outlet = Outlet(self._spool, self._receipt, self._ring, self._on_notice)
+        for raw in self._connection_map.all_keys():  # those that a helper before us has announced
+            ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
+            self._connections.setdefault(tgid, set()).add(ssl)
 
     def _discover(self, command: dict[str, Any]) -> None:
         directory = command.get("cache_directory")
         known = KnownFiles(Path(directory) if directory else None)
         programs, scope = self._loaded.programs, command["scope"]
-        self.files = Attachments(programs, known, self._name_places(directory), self._epoll)
+        names = self._name_places(directory)
+        self.files = Attachments(programs, known, names, self._epoll, self._hold)
         self._discovery = Discovery(
-            self._process_ring, self.files, self._admission, self._report_soon
+            self._process_ring, self.files, self._admission, self._report_soon, self._name_opener
         )
         self._coverage = Coverage(self._discovery, self._family)
-        for pid in scope["roots"]:
+        for pid in () if self._carries_on else scope["roots"]:  # by now others may have their pids
             self._add_root(int(pid))
         given = command.get("files")
         for path in libraries.standard_files() if given is None else given:
             self.files.look_at(path, path)
         for path in libraries.standard_linkers():
             self.files.attach_linker(path)
-        resolver = attach_resolver(programs["on_lookup"])
-        if resolver is not None:
-            self._keep.append(resolver)
+        self._attach_kept("resolver", lambda: attach_resolver(programs["on_lookup"]))
         if program := command.get("program"):
             self.files.search_now(str(program), PROGRAM_S)
         self._discovery.sweep(time.monotonic())
@@ -131,65 +177,92 @@ class Helper:
             Path(f"{directory}-names") if directory else None,
         )
 
+    def _attach_kept(self, name: str, attach: Callable[[], int | None]) -> None:
+        """Attach, unless a helper before us has; the probe is held under this name."""
+        if (held := self._hold.take(f"trace:{name}")) is not None:
+            self._keep += held.fds
+        elif (link := attach()) is not None:
+            self._keep.append(link)
+            self._hold.keep(f"trace:{name}", True, [link])
+
     def _attach_tracepoints(self) -> None:
         programs = self._loaded.programs
-        self._keep.append(loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit"))
         events = f"{tracing_folder()}/events/sched"
-        with open(f"{events}/sched_process_exec/id", encoding="ascii") as file:
-            on_exec = programs.get("on_exec_with_arguments", programs["on_exec"])
-            self._keep.append(loader.attach_tracepoint(on_exec, int(file.read())))
-        folder = f"{events}/sched_process_fork"
-        with open(f"{folder}/format", encoding="ascii") as file:
-            arrays = "char parent_comm[16]" in file.read()
-        with open(f"{folder}/id", encoding="ascii") as file:
-            number = int(file.read())
-        program = programs["fork_arrays" if arrays else "fork_locations"]
-        self._keep.append(loader.attach_tracepoint(program, number))
 
-    def hand_over_ring(self) -> None:
-        """Say that all is set up, and give the reader the ring: what our death leaves in it is its.
+        def number(event: str) -> int:
+            with open(f"{events}/{event}/id", encoding="ascii") as file:
+                return int(file.read())
 
-        It holds nothing that we would not send, and whoever maps it cannot write the records.
+        def on_exec() -> int:
+            program = programs.get("on_exec_with_arguments", programs["on_exec"])
+            return loader.attach_tracepoint(program, number("sched_process_exec"))
+
+        def on_fork() -> int:
+            with open(f"{events}/sched_process_fork/format", encoding="ascii") as file:
+                arrays = "char parent_comm[16]" in file.read()
+            program = programs["fork_arrays" if arrays else "fork_locations"]
+            return loader.attach_tracepoint(program, number("sched_process_fork"))
+
+        def on_exit() -> int:
+            return loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
+
+        self._attach_kept("exit", on_exit)
+        self._attach_kept("exec", on_exec)
+        self._attach_kept("fork", on_fork)
+
+    # --- the reader ---------------------------------------------------------------------------
+
+    def connect(self, sock: socket.socket | None, commands: bytes = b"") -> None:
+        """Serve this reader from now on, or wait for another one.
+
+        It gets the receipt, to say in it how far it has got. `commands` came before.
         """
-        message = {"id": 0, "ring_bytes": self._ring.size_bytes}
-        frame = protocol.encode_message(protocol.REPLY, message)
-        socket.send_fds(self._sock, [frame], [self._ring.fd])
-
-    def leave_to(self, keeper: socket.socket) -> None:
-        """Let the keeper hold what our end must not take along."""
-        remains.leave(keeper, self._ring, self._loaded.maps["connections"])
-
-    def tell_of_remains(self, keeper: socket.socket) -> None:
-        """Our last word: whose it is that we leave."""
-        self._discovery.read_processes()
-        remains.tell_of(keeper, self._ring, self._discovery.identities)
-
-    def inherit(self, left: remains.Remains) -> None:
-        """Send what a helper before us had not, and that all of its connections have ended."""
-        if left.layout != remains.LAYOUT:
-            left.close()
+        if self._sock is not None and self._listening is not None:
+            self._epoll.unregister(self._sock)
+        self._sock, self._listening = sock, None
+        self._commands = protocol.CommandBuffer()
+        self._outlet.connect(sock)
+        if sock is None:
             return
-        for process in left.processes:
-            self._discovery.identities.remember(processes.from_json(process))
-        ring = loader.Ring(left.ring_fd, left.ring_bytes)
-        own = self._outlet, self._connection_map
-        self._outlet = Outlet(self._sock, ring, self._handle)
-        self._connection_map = _connection_map(left.connections_fd)
-        for frame in remains.unannounced(ring, self._connection_map):
-            self._handle(frame)
-        self._send_all()
-        for tgid, pointers in self._connections.items():
-            for ssl in pointers:
-                self._close(ssl, tgid, time.monotonic_ns())
-        self._send_all()
-        self._connections.clear()
-        self._outlet, self._connection_map = own
-        left.close()
+        _widen(sock)
+        sock.setblocking(True)
+        with contextlib.suppress(OSError):
+            message = protocol.encode_message(protocol.HELLO, {})
+            socket.send_fds(sock, [message], [self._receipt.fd])
+        sock.setblocking(False)
+        self._epoll.register(sock, select.EPOLLIN)
+        self._resume()
+        for command in self._commands.feed(commands):
+            self.command(command)
 
-    def _send_all(self) -> None:
-        while self._outlet.pump() or self._outlet.blocked:
-            if self._outlet.blocked:
-                select.select([], [self._sock], [])
+    def _begin(self, number: int, position: int) -> None:
+        """A reader says from where on it wants to read."""
+        frames: list[bytes] = []
+        for record in unannounced(self._spool, position, self._ring, self._connection_map):
+            process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+            if process is not None:
+                frames.append(self._process_frame(record, process))
+            frames.append(protocol.encode_open(record))
+        self._outlet.begin(position, number, frames)
+        self.report()
+
+    def _process_frame(self, record: protocol.Record, process: Process) -> bytes:
+        """Whose a connection is."""
+        process = self._family.with_run(process, record.length)
+        about = {"process": processes.to_json(process), "connection": record.key}
+        return protocol.encode_message(protocol.PROCESS, about)
+
+    def _name_opener(self, record: protocol.Record) -> None:
+        """A connection was opened just now: whose it is goes into the spool at once.
+
+        By when its OPEN comes out of the ring we may be dead, and the process as well.
+        """
+        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+        if process is not None:
+            self._outlet.put(self._process_frame(record, process))
+            self._named[record.key] = None
+            if len(self._named) > NAMED_MAX:
+                self._named.pop(next(iter(self._named)))
 
     # --- commands -----------------------------------------------------------------------------
 
@@ -207,8 +280,12 @@ class Helper:
                 self._outlet.put_barrier(int(command["id"]))
                 self._resume()
                 return
+            if what == "read":
+                self._begin(int(command["id"]), int(command["from"]))
+                return
+            if what in ("root", "hosts") and self._restricted:
+                raise Refused(f"{what}: whom and what to meter is fixed when the capture starts")
             if what == "root":
-                self._admission.check_owner(int(command["pid"]))
                 self._add_root(int(command["pid"]))
             elif what == "watch":
                 self._admission.check_owner(int(command["pid"]))
@@ -229,28 +306,57 @@ class Helper:
     # --- the loop -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until the socket ends or we are told to stop."""
-        discovery, outlet = self._discovery, self._outlet
-        while not self._stopping or outlet.waiting:
+        """Until we are told to stop, or whoever we serve is gone."""
+        if self._hold.fileno() >= 0:
+            self._epoll.register(self._hold.fileno(), select.EPOLLIN)
+        while not self._stopping or self._outlet.waiting:
             now = time.monotonic()
             ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
-            if self._sock.fileno() in ready and not self._read_commands():
+            if self._hold.fileno() in ready and not self._take_reader():
                 return
-            discovery.read_processes()
-            if self._fills():
-                self._resume()
-            now = time.monotonic()
-            discovery.run_rescans(now)
-            if now >= self._resume_at or outlet.has_barriers:
-                self._pump(now)
-            elif outlet.waiting:
-                outlet.flush()
-            if self._report_at is not None and now >= self._report_at and not outlet.blocked:
-                self.report()
-            if now >= discovery.sweep_at:
-                discovery.sweep(now)
-            discovery.look_ahead(now)
-            self._watch_ring(now)
+            try:
+                if self._sock is not None and self._sock.fileno() in ready:
+                    self._read_commands()
+                self._turn()
+            except (OSError, protocol.ProtocolViolation) as error:
+                if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                    raise
+                self._lose_reader()
+            if self._sock is None and self._hold.fileno() < 0:
+                return
+
+    def _turn(self) -> None:
+        """What is to be done, whatever woke us up."""
+        discovery, outlet = self._discovery, self._outlet
+        discovery.read_processes()
+        if self._fills():
+            self._resume()
+        now = time.monotonic()
+        discovery.run_rescans(now)
+        if now >= self._resume_at or outlet.has_barriers:
+            self._pump(now)
+        elif outlet.waiting:
+            outlet.flush()
+        if self._report_at is not None and now >= self._report_at and not outlet.blocked:
+            self.report()
+        if now >= discovery.sweep_at:
+            discovery.sweep(now)
+        discovery.look_ahead(now)
+        self._watch_ring(now)
+
+    def _take_reader(self) -> bool:
+        """Serve the reader that the supervisor sends; False when it sends none: it is gone."""
+        sock = self._hold.receive_reader()
+        if sock is not None:
+            self.connect(sock)
+        return sock is not None
+
+    def _lose_reader(self) -> None:
+        """The reader is gone. What comes now waits in the spool for the next one."""
+        if self._sock is not None:
+            lost = self._sock
+            self.connect(None)
+            lost.close()
 
     def _wait_s(self, now: float) -> float:
         times = [self._discovery.due(now)]
@@ -262,9 +368,11 @@ class Helper:
         return max(0.0, min(times) - now)
 
     def _pump(self, now: float) -> None:
-        if self._outlet.pump() and not self._outlet.blocked:
+        moved = self._outlet.pump()
+        if (moved or self._outlet.full) and not self._outlet.blocked:
             # A record that a thread is still writing holds up all behind it: no wake-up comes then.
-            is_told = self._loaded.name != "bcc" and not self._fills()
+            # Nor does one tell that the reader has made room.
+            is_told = self._loaded.name != "bcc" and not self._fills() and not self._outlet.full
             self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
             self._report_soon()
 
@@ -281,60 +389,63 @@ class Helper:
 
     def _watch_ring(self, now: float) -> None:
         """Listen to the ring only when we could do something about it."""
-        blocked = self._outlet.blocked
-        self._paused = blocked or self._resume_at > now
+        blocked = self._outlet.blocked and self._sock is not None
+        self._paused = blocked or self._outlet.full or self._resume_at > now
         listening = (self._paused, blocked)
         if listening == self._listening:
             return
         self._listening = listening
         self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
-        self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
+        if self._sock is not None:
+            self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
 
-    def _read_commands(self) -> bool:
+    def _read_commands(self) -> None:
+        """Raises ConnectionError: the reader is gone; ProtocolViolation: it talks rubbish."""
+        assert self._sock is not None
         try:
             data = self._sock.recv(1 << 16)
         except BlockingIOError:
-            return True
-        except OSError:
-            return False
+            return
         if not data:
-            return False
+            raise ConnectionResetError("the reader is gone")
         for command in self._commands.feed(data):
             self.command(command)
-        return True
 
-    def _handle(self, frame: bytes) -> None:
+    def _on_notice(self, frame: bytes) -> list[bytes]:
         """An OPEN needs its process told first, an EXIT ends connections that never said so."""
         record = protocol.decode_record(frame)
         if record.kind == protocol.OPEN:
-            self._discovery.read_processes()  # its exec may be news since we last looked
-            process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
-            if process is None:
-                process = Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
-            process = self._family.with_run(process, record.length)
-            self._outlet.put(protocol.encode_message(protocol.PROCESS, processes.to_json(process)))
-            self._outlet.put(frame)
-            self._connections.setdefault(record.tgid, set()).add(record.ssl)
-            self._coverage.metered(process, record.host)
-        else:
-            for ssl in self._connections.pop(record.tgid, ()):
-                self._close(ssl, record.tgid, record.at_ns)
-            self._discovery.identities.forget(record.tgid, record.at_ns)
+            return self._on_open(record, frame)
+        closed = [
+            self._close(ssl, record.tgid, record.at_ns)
+            for ssl in self._connections.pop(record.tgid, ())
+        ]
+        self._discovery.identities.forget(record.tgid, record.at_ns)
+        return [each for each in closed if each is not None]
 
-    def _close(self, ssl: int, tgid: int, at_ns: int) -> None:
+    def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
+        self._discovery.read_processes()  # its exec may be news since we last looked
+        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+        told = record.key in self._named
+        self._named.pop(record.key, None)
+        self._connections.setdefault(record.tgid, set()).add(record.ssl)
+        known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
+        self._coverage.metered(self._family.with_run(known, record.length), record.host)
+        return [frame] if told or process is None else [self._process_frame(record, known), frame]
+
+    def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
+        """The end of a connection that did not tell of it; None when it has."""
         key = protocol.CONNECTION_KEY.pack(ssl, tgid, 0)
         value = self._connection_map.get(key)
         if value is None:
-            return  # SSL_free has told
-        opened, sent, received, *_ = protocol.CONNECTION.unpack(value)
-        size = protocol.RECORD.size + 8
-        self._outlet.put(
-            protocol.RECORD.pack(
-                size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0
-            )
-            + received.to_bytes(8, "little")
-        )
+            return None  # SSL_free has told
+        entry = protocol.CONNECTION.unpack(value)
+        opened, sent, received = entry[:3]
+        body = received.to_bytes(8, "little") + entry[10] + entry[11]
+        size = protocol.RECORD.size + len(body)
         self._connection_map.drop(key)
+        fields = (size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0)
+        return bytes(protocol.RECORD.pack(*fields) + body)
 
     # --- reports ------------------------------------------------------------------------------
 
@@ -374,7 +485,9 @@ class Helper:
             if value and (
                 protocol.CONNECTION.unpack(value)[9] or not os.path.exists(f"/proc/{tgid}")
             ):
-                self._close(ssl, tgid, now_ns)
+                frame = self._close(ssl, tgid, now_ns)
+                if frame is not None:
+                    self._outlet.put(frame)
 
 
 def _connection_map(fd: int) -> loader.Map:
@@ -388,35 +501,36 @@ def rss_bytes() -> int | None:
     return None
 
 
-def serve(sock: socket.socket, keeper: socket.socket | None = None) -> None:
-    """Read the first command, set up, answer, loop."""
-    commands = protocol.CommandBuffer()
-    received: list[dict[str, Any]] = []
-    while not received:
-        data = sock.recv(1 << 16)
-        if not data:
-            return
-        received = commands.feed(data)
-    helper = Helper(sock)
+def serve(sock: socket.socket, hold: Hold | None = None) -> None:
+    """Set up as told, by the supervisor or else by the first command; then serve readers."""
+    rest = b""
+    hold = hold or Hold()
+    if hold.fileno() >= 0:
+        command = hold.receive_all()
+    else:
+        command, rest = _first_command(sock)
+    if command is None:
+        return
+    helper = Helper(sock, hold)
     try:
-        helper.configure(received[0])
+        helper.configure(command)
     except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
         sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
-    _widen(sock)
-    helper.hand_over_ring()
-    sock.setblocking(False)
-    for command in received[1:]:
-        helper.command(command)
-    helper.report()
-    if keeper is not None:
-        helper.leave_to(keeper)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        if left := received[0].get("remains"):
-            helper.inherit(remains.Remains(**left))
-        helper.run()
-    if keeper is not None:
-        helper.tell_of_remains(keeper)
+    helper.connect(sock, rest)
+    helper.run()
+
+
+def _first_command(sock: socket.socket) -> tuple[dict[str, Any] | None, bytes]:
+    """The first line that comes, and what came behind it."""
+    data = b""
+    while b"\n" not in data:
+        more = sock.recv(1 << 16)
+        if not more:
+            return None, b""
+        data += more
+    line, _, rest = data.partition(b"\n")
+    return protocol.CommandBuffer().feed(line + b"\n")[0], rest
 
 
 def diagnosis(error: Exception) -> dict[str, Any]:
@@ -445,14 +559,14 @@ def main() -> None:
     """Entry point; see the file's head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--keeper", type=int)
+    parser.add_argument("--channel", type=int)
     arguments = parser.parse_args()
     os.umask(0o077)
     with contextlib.suppress(OSError):
         os.nice(NICE)
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    keeper = None if arguments.keeper is None else socket.socket(fileno=arguments.keeper)
-    serve(socket.socket(fileno=arguments.fd), keeper)
+    channel = None if arguments.channel is None else socket.socket(fileno=arguments.channel)
+    serve(socket.socket(fileno=arguments.fd), Hold(channel))
 
 
 if __name__ == "__main__":

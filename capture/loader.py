@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -296,15 +297,28 @@ class Loaded(Protocol):
     maps: dict[str, int]
 
 
+# libbpf prints to stderr unless told; formatting a va_list from ctypes is not worth it. It keeps
+# the callback for the whole process, so it must live as long.
+_SILENT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+    lambda *_: 0
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What another process has loaded, by descriptors."""
+
+    name: str
+    programs: dict[str, int]
+    maps: dict[str, int]
+
+
 class _Libbpf:
     name = "libbpf"
 
     def __init__(self, object_path: Path, ring_bytes: int) -> None:
         self._library = library = libbpf_library()
-        printer = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        # libbpf prints to stderr unless told; formatting a va_list from ctypes is not worth it.
-        self._printer = printer(lambda *_: 0)
-        library.libbpf_set_print(self._printer)
+        library.libbpf_set_print(_SILENT)
         for function in ("bpf_object__open_file", "bpf_object__find_map_by_name"):
             getattr(library, function).restype = ctypes.c_void_p
         library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
@@ -424,9 +438,13 @@ def clang() -> str | None:
     return shutil.which("clang")
 
 
+def source_digest() -> str:
+    """What tells one version of the program from another."""
+    return hashlib.blake2b(SOURCE.read_bytes(), digest_size=8).hexdigest()
+
+
 def _cached_object() -> Path:
-    digest = hashlib.blake2b(SOURCE.read_bytes(), digest_size=8).hexdigest()
-    return CACHE_DIRECTORY / f"probe-{digest}-{platform.machine()}.o"
+    return CACHE_DIRECTORY / f"probe-{source_digest()}-{platform.machine()}.o"
 
 
 def built_object() -> Path | None:

@@ -64,6 +64,11 @@ class NamePlaces:
         self._set(number, offset)
         return number
 
+    def adopt(self, number: int) -> None:
+        """A helper before us gave this number; what the kernel has learned for it stays."""
+        if number in self._free:
+            self._free.remove(number)
+
     def release(self, number: int) -> None:
         """The file's probes are gone; another may have its number."""
         self._builds.pop(number, None)

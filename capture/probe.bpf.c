@@ -155,7 +155,7 @@ enum statistic {
 enum tree_flag { TREE_IN_SCOPE = 1, TREE_EXCLUDED = 2 };
 #define TREE_FLAG_BITS 2 /* above them: the number of a run */
 #define TREE_FORKED 0x80000000u /* in a key */
-enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8 };
+enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8, SCOPE_OWNER = 16 };
 
 /* The cookie of a file's probes (attachments.py); Go's are other programs, with cookies of their own. */
 enum cookie_part { COOKIE_PLACE = 0xffff, COOKIE_UNPROVED = 0x10000 };
@@ -171,6 +171,8 @@ struct settings {
 	u32 pid_namespace; /* 1: pids are those of the namespace below */
 	u64 namespace_device;
 	u64 namespace_inode;
+	u32 owner; /* with SCOPE_OWNER: of a tree, only processes of this user are in scope */
+	u32 unused;
 };
 
 struct key {
@@ -450,7 +452,8 @@ INLINE int in_scope(struct settings *s, u32 tgid)
 		if (uids_get(&uid))
 			inside = 1;
 	}
-	if ((s->scope & SCOPE_TREES) && (member & TREE_IN_SCOPE))
+	if ((s->scope & SCOPE_TREES) && (member & TREE_IN_SCOPE) &&
+	    (!(s->scope & SCOPE_OWNER) || (u32)bpf_get_current_uid_gid() == s->owner))
 		inside = 1;
 	if (inside && (s->scope & SCOPE_CGROUP) &&
 	    bpf_get_current_ancestor_cgroup_id(s->cgroup_level) != s->cgroup)
@@ -491,6 +494,7 @@ INLINE void point_out(struct key *key, struct connection *c)
 		return;
 	}
 	fill(r, KIND_OPEN, key, c, c->opened_ns);
+	r->length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
 	process_ring_submit(r);
 }
 

@@ -28,7 +28,7 @@ COMM_BYTES = 16
 PATH_BYTES, PROJECT_BYTES = 256, 208
 
 OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, DOUBT, LOOKUP, UNNAMED, LEARNED = range(1, 12)
-PROCESS, REPORT, REPLY, PROBLEM = range(16, 20)
+PROCESS, REPORT, REPLY, PROBLEM, HELLO = range(16, 21)
 FLAG_JOINED, FLAG_CUT = 1, 2
 
 # The order of `enum statistic`: counters, all since the helper started.
@@ -102,7 +102,8 @@ class Record:
         return (self.tgid, self.ssl, self.opened_ns)
 
 
-def _text(raw: bytes) -> str:
+def text(raw: bytes) -> str:
+    """A C string."""
     return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
@@ -119,21 +120,27 @@ def decode_record(frame: bytes) -> Record:
         return Record(*fields, data=decode_chunk(frame)[5])
     if kind == OPEN:
         return Record(
-            *fields, comm=_text(body[:COMM_BYTES]), host=_text(body[COMM_BYTES:][:HOST_BYTES_MAX])
+            *fields, comm=text(body[:COMM_BYTES]), host=text(body[COMM_BYTES:][:HOST_BYTES_MAX])
         )
     if kind == CLOSE and len(body) >= 8:
-        return Record(*fields, received=int.from_bytes(body[:8], "little"))
+        names = body[8:]
+        return Record(
+            *fields,
+            comm=text(names[:COMM_BYTES]),
+            host=text(names[COMM_BYTES:][:HOST_BYTES_MAX]),
+            received=int.from_bytes(body[:8], "little"),
+        )
     if kind == EXEC:
         path, project = body[COMM_BYTES:][:PATH_BYTES], body[COMM_BYTES + PATH_BYTES :]
         return Record(
             *fields,
             data=project[PROJECT_BYTES:][:captured],
-            comm=_text(body[:COMM_BYTES]),
+            comm=text(body[:COMM_BYTES]),
             path=os.fsdecode(path.split(b"\0", 1)[0]),
             project=project[:PROJECT_BYTES].split(b"\0", 1)[0],
         )
     if kind == LOOKUP:
-        return Record(*fields, host=_text(body[:HOST_BYTES_MAX]))
+        return Record(*fields, host=text(body[:HOST_BYTES_MAX]))
     return Record(*fields)
 
 
@@ -152,6 +159,29 @@ def decode_chunk(frame: bytes) -> tuple[tuple[int, int, int], int, int, int, int
     if len(data) < captured or captured > length or direction > 1:
         raise ProtocolViolation(f"a chunk of {captured} bytes in {len(data)}")
     return (tgid, ssl, opened), direction, at, offset, length, data
+
+
+def encode_open(record: Record) -> bytes:
+    """An OPEN as the kernel writes it."""
+    names = record.comm.encode()[:COMM_BYTES].ljust(COMM_BYTES, b"\0")
+    names += record.host.encode()[:HOST_BYTES_MAX].ljust(HOST_BYTES_MAX, b"\0")
+    return (
+        RECORD.pack(
+            RECORD.size + len(names),
+            OPEN,
+            record.direction,
+            record.flags,
+            record.tgid,
+            record.uid,
+            record.ssl,
+            record.opened_ns,
+            record.at_ns,
+            record.offset,
+            record.length,
+            0,
+        )
+        + names
+    )
 
 
 def encode_message(kind: int, content: Any) -> bytes:

@@ -2,8 +2,9 @@
 
 `UprobeSource` yields `TlsChunk` and `TlsClosed`. It refuses to parse the plaintext, to load BPF
 or to read `/proc`: `helper.py` does the last two as root, in another process, and sends frames
-(`protocol.py`) over a socket. When either end dies the socket ends, and with the helper every
-probe is gone. Read `probe.bpf.c` for what is copied at all, `libraries.py` for what is attached.
+(`protocol.py`) over a socket. What it has dealt with it says in a receipt (`spool.py`), so that
+whoever comes after it begins there; with a supervisor the source goes on when the helper dies, at
+the next helper. Read `probe.bpf.c` for what is copied at all, `libraries.py` for what is attached.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from capture import processes, protocol
 from capture.environment import USE_PROXY, Problem, UprobeUnavailable, check_environment
-from capture.remains import Keeper, Remains
+from capture.keeper import Keeper
+from capture.spool import SPOOL_BYTES, Key, Receipt
 from halton_meter.model import (
     Connection,
     Direction,
@@ -34,6 +36,9 @@ from halton_meter.model import (
 )
 
 CLOSED_MAX = 4096  # connections remembered after their end: more than a batch of frames can close
+# How far back an exchange that is not over may keep the spool from being freed. A longer one would
+# be `gapped` should the reader be killed in it.
+OPEN_BYTES_MAX = SPOOL_BYTES // 4
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 HTTPS_PORT = 443
@@ -48,7 +53,8 @@ class Scope:
     A process is in scope when `everyone` is set, or its uid is in `uids`, or it is one of `roots`
     or descends from one; and, where `cgroup` (a path under /sys/fs/cgroup) is given, when it is
     in that cgroup as well. Processes in `excluded`, and their descendants, never are: name the
-    proxy there, so that nothing is seen twice.
+    proxy there, so that nothing is seen twice. With `owner`, processes of the trees that have
+    become another user's are out.
     """
 
     uids: frozenset[int] = frozenset()
@@ -56,6 +62,7 @@ class Scope:
     everyone: bool = False
     cgroup: str | None = None
     excluded: tuple[int, ...] = ()
+    owner: int | None = None
 
 
 class CoverageState(enum.Enum):
@@ -104,58 +111,66 @@ def spawn_helper(
     files: Iterable[str] | None = None,
     restricted: bool = True,
     ring_bytes: int | None = None,
+    spool_bytes: int | None = None,
     request_bytes_max: int | None = None,
     cache_directory: str | None = KNOWN_FILES_DIRECTORY,
     program: str | None = None,
     keeper: Keeper | None = None,
-    remains: Remains | None = None,
 ) -> socket.socket:
     """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
 
     A root supervisor calls this, then starts the unprivileged daemon with the socket inherited.
-    The scope is fixed here: when `restricted`, the other end of the socket cannot add processes of
-    users outside `scope.uids`. `files` are attached to at once, before any process maps them
-    (None: the system's libssl). `ring_bytes` is a power of two. The helper ends with the socket.
-    `cache_directory` keeps what was found in programs without symbols; it must be root's alone.
-    `program` is what a root is about to execute: the first answer comes when it was searched.
-    `keeper` gets hold of what the helper would leave, `remains` is what one before it has left.
+    Scope and hosts are fixed here: when `restricted`, the other end of the socket cannot change
+    them. `files` are attached to at once, before any process maps them (None: the system's libssl).
+    `ring_bytes` is a power of two. `cache_directory` keeps what was found in programs without
+    symbols; it must be root's alone. `program` is what a root is about to execute: the first answer
+    comes when it was searched. With `keeper`, which holds what this helper makes, it carries on
+    where one before it died, and ends with the keeper; else it ends with the socket.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
-    fds = [theirs.fileno(), *(remains.fds if remains else ())]
-    if keeper is not None:
-        argv += ["--keeper", str(keeper.far.fileno())]
-        fds.append(keeper.far.fileno())
-    with theirs:
-        helper = subprocess.Popen(
-            argv,
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,  # a Ctrl-C meant for the command must not end the capture
-        )
-    if keeper is not None:
-        keeper.far.close()
-    _children.append(helper)
-    command = {
+    configuration = {
         "scope": {
             "uids": sorted(scope.uids),
             "roots": list(scope.roots),
             "everyone": scope.everyone,
             "cgroup": scope.cgroup,
             "excluded": list(scope.excluded),
+            "owner": scope.owner,
         },
         "hosts": list(hosts),
         "loader": loader,
         "files": None if files is None else list(files),
         "restricted": restricted,
         "ring_bytes": ring_bytes,
+        "spool_bytes": spool_bytes,
         "request_bytes_max": request_bytes_max,
         "cache_directory": cache_directory,
         "program": None if program is None else os.path.abspath(program),
-        "remains": None if remains is None else remains.as_json(),
     }
-    ours.sendall(protocol.encode_command(command))
+    argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
+    far = None if keeper is None else keeper.open_channel()
+    with theirs, far or contextlib.nullcontext():
+        helper = subprocess.Popen(
+            argv if far is None else [*argv, "--channel", str(far.fileno())],
+            pass_fds=[theirs.fileno()] if far is None else [theirs.fileno(), far.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # a Ctrl-C meant for the command must not end the capture
+        )
+    _children.append(helper)
+    if keeper is None:
+        ours.sendall(protocol.encode_command(configuration))
+    else:
+        with contextlib.suppress(OSError):  # it died at once: its link and its channel tell
+            keeper.hand_over(configuration)
+    return ours
+
+
+def link_to(keeper: Keeper) -> socket.socket:
+    """Another reader's socket to the helper that runs already. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        keeper.connect(theirs)
     return ours
 
 
@@ -164,11 +179,22 @@ _children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
 
 @dataclass(slots=True)
 class _Stream:
-    """A connection as its frames come in; `expected` is the next offset by direction."""
+    """A connection as its frames come in; `expected` is the next offset by direction, -1 when we
+    joined it in the middle and have heard nothing yet."""
 
     connection: Connection
     clock_ns: int
     expected: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where in the spool an event stood that was handed out."""
+
+    connection_id: str
+    key: Key
+    start: int
+    end: int
 
 
 class UprobeSource:
@@ -176,7 +202,8 @@ class UprobeSource:
 
     `hosts` are exact names or "*.suffix". With `link` (a socket from `spawn_helper`) nothing is
     started and no privilege is needed; without it `start` spawns the helper, as root, and the
-    other arguments are `spawn_helper`'s. Not thread-safe: one thread reads and commands.
+    other arguments are `spawn_helper`'s. `resumable`: when the helper dies, `resume` is going to be
+    called with a link to the next one. Not thread-safe: one thread reads and commands.
 
     >>> source = UprobeSource(hosts, Scope(roots=(pid,)))
     >>> source.start()                      # returns once probes are attached, or UprobeUnavailable
@@ -195,6 +222,8 @@ class UprobeSource:
         request_bytes_max: int | None = None,
         cache_directory: str | None = KNOWN_FILES_DIRECTORY,
         program: str | None = None,
+        spool_bytes: int | None = None,
+        resumable: bool = False,
     ) -> None:
         self.hosts = tuple(hosts)
         self.scope = scope
@@ -205,12 +234,14 @@ class UprobeSource:
             "request_bytes_max": request_bytes_max,
             "cache_directory": cache_directory,
             "program": program,
+            "spool_bytes": spool_bytes,
         }
         self._link = link
+        self._resumable = resumable
         self._helper: subprocess.Popen[bytes] | None = None
         self._frames = protocol.FrameBuffer()
         self._events: deque[TlsChunk | TlsClosed] = deque()
-        self._processes: dict[int, Process] = {}
+        self._processes: dict[Key, Process] = {}
         self._streams: dict[tuple[int, int, int], _Stream] = {}
         self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
         # What is told twice (a helper dies between sending records and freeing them in the ring) or
@@ -222,10 +253,21 @@ class UprobeSource:
         self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
         self._number = 0
-        self._started = False
         self._ended = False
-        self._ring_fd = -1
-        self._ring_bytes = 0
+        # In the spool: where the last frame ended that was taken (None: not in the spool yet), and
+        # what a reader before us had dealt with.
+        self._position: int | None = None
+        self._frame_at = 0
+        self._receipt: Receipt | None = None
+        self._done_before = 0
+        self._open_before: dict[Key, int] = {}
+        self._stale_until = 0
+        # What was handed out and is not dealt with, and since where each open exchange needs it.
+        self._marks: deque[_Mark] = deque()
+        self._handed_out: deque[_Mark] = deque()
+        self._open_since: dict[Key, int] = {}
+        self._done = 0
+        self.lost_between_readers_bytes = 0
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -236,10 +278,79 @@ class UprobeSource:
                 raise UprobeUnavailable(tuple(problems))
             self._link = spawn_helper(self.scope, self.hosts, restricted=False, **self._options)
             self._helper = _children[-1]
-        self._await(0, timeout_s)
-        self._started = True
+        self._begin(timeout_s)
         if not self._report:
             self.request_report(timeout_s)
+
+    def _begin(self, timeout_s: float) -> None:
+        """Say where we want to read from: where we were, or where a reader before us got to."""
+        deadline = time.monotonic() + timeout_s
+        self._position = None  # until it answers, nothing that comes is the spool's
+        while self._receipt is None:
+            self._check(deadline)
+            self._receive_hello(max(0.0, deadline - time.monotonic()))
+        wanted = self._frame_at
+        if wanted == 0:
+            self._done_before, self._open_before = self._receipt.read()
+            wanted = min([self._done_before, *self._open_before.values()])
+        answer = self._ask({"do": "read", "from": wanted}, timeout_s)
+        if answer["from"] != wanted:
+            self.lost_between_readers_bytes += max(0, answer["from"] - wanted)
+
+    def _take_beginning(self, reply: dict[str, Any]) -> None:
+        """From here on every byte is the spool's."""
+        position, self._stale_until = int(reply["from"]), int(reply["until"])
+        if self._frame_at not in (0, position):  # another spool, or not all of this one
+            for key in list(self._streams):
+                self._close(key, time.monotonic_ns(), clean=False)
+        self._position = self._frame_at = position
+
+    @property
+    def linked(self) -> bool:
+        """Whether there is a helper; while there is none, the kernel's ring takes what comes."""
+        return self._link is not None
+
+    def resume(self, link: socket.socket, timeout_s: float = 30.0) -> None:
+        """Go on at the next helper, where the last one ended. Raises UprobeUnavailable."""
+        self._lose_link()
+        self._link = link
+        self._problems = ()
+        self._begin(timeout_s)
+        self.request_report(timeout_s)
+
+    def processed(self, count: int, is_open: Callable[[str], bool]) -> None:
+        """The next `count` events that were read are dealt with: what came of them is stored.
+
+        `is_open` tells of a connection's id whether an exchange on it is still under way: what was
+        said of that is kept for whoever reads after us.
+        """
+        touched: dict[Key, str] = {}
+        for _ in range(min(count, len(self._handed_out))):
+            mark = self._handed_out.popleft()
+            self._open_since.setdefault(mark.key, mark.start)
+            touched[mark.key] = mark.connection_id
+            self._done = mark.end
+        for key, connection_id in touched.items():
+            if not is_open(connection_id):
+                del self._open_since[key]
+        self._acknowledge()
+
+    def is_repeated(self, index: int) -> bool:
+        """Whether a reader before us has stored what comes of an event, counted from the oldest
+        that is not dealt with: we only read it for what follows on its connection."""
+        return self._done_before > 0 and self._handed_out[index].start < self._done_before
+
+    def _acknowledge(self) -> None:
+        """Have the receipt say how far we are."""
+        if not self._handed_out and not self._events and self._position is not None:
+            self._done = self._position  # what came since is nothing that has to be kept
+        while self._open_since:
+            key, since = next(iter(self._open_since.items()))
+            if self._done - since <= OPEN_BYTES_MAX:
+                break
+            del self._open_since[key]  # what it says next is kept anew
+        if self._receipt is not None:
+            self._receipt.write(self._done, self._open_since)
 
     def stop(self, *, wait: bool = True) -> None:
         """Tell the helper to end; with `wait`, every probe is gone on return. Safe to call twice.
@@ -253,6 +364,9 @@ class UprobeSource:
         with contextlib.suppress(OSError):
             link.sendall(protocol.encode_command({"do": "stop", "id": -1}))
         link.close()
+        if self._receipt is not None:
+            self._receipt.close()
+            self._receipt = None
         if self._helper is not None and wait:
             try:
                 self._helper.wait(10)
@@ -284,17 +398,24 @@ class UprobeSource:
         An empty list is a timeout; `ended` tells whether the helper is gone.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._resumable:  # nobody comes after us: what was read is dealt with
+            self._handed_out.clear()
+            self._acknowledge()
         while True:
             self._close_shut_down()
             if not self._events and not self._ended:
                 self._receive(self._wait_s(deadline))
                 self._close_shut_down()
-            if self._events or self._ended:
+            if self._events or self._ended or self._link is None:
                 break
             if deadline is not None and time.monotonic() >= deadline:
                 break
         events = list(self._events)
         self._events.clear()
+        self._handed_out.extend(self._marks)
+        self._marks.clear()
+        if not self._handed_out:
+            self._acknowledge()
         return events
 
     def __iter__(self) -> Iterator[TlsChunk | TlsClosed]:
@@ -325,67 +446,80 @@ class UprobeSource:
 
     def _receive(self, wait_s: float | None) -> None:
         if self._link is None:
-            self._end()
+            self._lose_link()
             return
         ready, _, _ = select.select([self._link], [], [], wait_s)
         if not ready:
             return
         try:
-            data = self._link.recv(RECEIVE_BYTES) if self._started else self._receive_ring()
+            data = self._link.recv(RECEIVE_BYTES)
         except OSError:
             data = b""
         if not data:
-            self._take_ring()
+            self._lose_link()
+            return
+        self._take_all(data)
+
+    def _receive_hello(self, wait_s: float) -> None:
+        """The helper's first word, which brings the receipt, or why there is no capture."""
+        assert self._link is not None
+        ready, _, _ = select.select([self._link], [], [], wait_s)
+        if not ready:
+            return
+        try:
+            data, fds, _, _ = socket.recv_fds(self._link, RECEIVE_BYTES, 1)
+        except OSError:
+            data, fds = b"", []
+        for fd in fds:
+            self._receipt = Receipt(fd)
+        if not data:
+            self._lose_link()
+            return
+        self._take_all(data)
+
+    def _take_all(self, data: bytes) -> None:
+        for kind, frame in self._frames.feed(data):
+            if self._position is None:
+                self._take(kind, frame)
+                continue
+            self._frame_at = self._position
+            self._position += len(frame)
+            if self._is_news(kind, frame):
+                self._take(kind, frame)
+        if self._position is not None:
+            self._frame_at = self._position
+
+    def _is_news(self, kind: int, frame: bytes) -> bool:
+        """Whether it is for us: not dealt with before us, nor an answer to another reader."""
+        if kind in (protocol.REPLY, protocol.PROBLEM):
+            return self._frame_at >= self._stale_until
+        if self._frame_at >= self._done_before or kind in (protocol.OPEN, protocol.PROCESS):
+            return True
+        if kind not in (protocol.CHUNK, protocol.CLOSE, protocol.SHUTDOWN):
+            return False
+        since = self._open_before.get(protocol.decode_record(frame).key)
+        return since is not None and self._frame_at >= since
+
+    def _lose_link(self) -> None:
+        """The helper is gone. Without a next one that is the end."""
+        if not self._resumable:
             self._end()
             return
-        for kind, frame in self._frames.feed(data):
-            self._take(kind, frame)
-
-    def _receive_ring(self) -> bytes:
-        """What the helper says at first; the ring's descriptor comes with it."""
-        assert self._link is not None
-        data, fds, _, _ = socket.recv_fds(self._link, RECEIVE_BYTES, 1)
-        for fd in fds:
-            self._close_ring()
-            self._ring_fd = fd
-        return data
-
-    def _close_ring(self) -> None:
-        if self._ring_fd >= 0:
-            os.close(self._ring_fd)
-            self._ring_fd = -1
-
-    def _take_ring(self) -> None:
-        """The helper died: what it had not sent is in the ring still, to the last whole record.
-
-        The kernel removes the probes first. They go one by one, but a direction of a connection
-        has one that sees it: what there is of it is exact, and ends somewhere.
-        """
-        if self._ring_fd < 0 or not self._ring_bytes:
-            return
-        from capture import loader
-
-        with contextlib.suppress(OSError, ValueError, protocol.ProtocolViolation):
-            for _, record in loader.Ring(self._ring_fd, self._ring_bytes).records():
-                size, kind, _, _ = protocol.PREFIX.unpack_from(record)
-                if kind == protocol.OPEN:
-                    self._identify(protocol.decode_record(bytes(record[:size])))
-                self._take(kind, bytes(record[:size]))
-        self._close_ring()
-
-    def _identify(self, record: protocol.Record) -> None:
-        """Who it is, as far as we may see: the helper can no longer tell."""
-        process = processes.read_process(record.tgid)
-        if process is not None:
-            self._processes[record.tgid] = process
+        self._frames = protocol.FrameBuffer()  # half a frame comes again, whole
+        if self._receipt is not None:
+            self._receipt.close()
+            self._receipt = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
 
     def _take(self, kind: int, frame: bytes) -> None:
         if kind == protocol.CHUNK:
             self._take_chunk(frame)
         elif kind == protocol.OPEN:
             record = protocol.decode_record(frame)
-            if record.key not in self._closed:
-                self._open(record)
+            if record.key not in self._closed and record.key not in self._streams:
+                self._open(record, joined=self._position is None)
         elif kind == protocol.CLOSE:
             self._take_close(protocol.decode_record(frame))
         elif kind == protocol.SHUTDOWN:
@@ -393,23 +527,26 @@ class UprobeSource:
             if record.key in self._streams:
                 self._closing[record.key] = (time.monotonic() + SHUTDOWN_GRACE_S, record.at_ns)
         elif kind == protocol.PROCESS:
-            process = processes.from_json(protocol.decode_message(frame))
-            self._processes[process.pid] = process
+            about = protocol.decode_message(frame)
+            tgid, ssl, opened_ns = about["connection"]
+            self._processes[tgid, ssl, opened_ns] = processes.from_json(about["process"])
         elif kind == protocol.REPORT:
             self._report = protocol.decode_message(frame)
             self._forget_processes()
         elif kind == protocol.REPLY:
             reply = protocol.decode_message(frame)
             self._replies[int(reply["id"])] = reply
-            self._ring_bytes = int(reply.get("ring_bytes", self._ring_bytes))
+            if "from" in reply:
+                self._take_beginning(reply)
         elif kind == protocol.PROBLEM:
             found = protocol.decode_message(frame)
             missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
             self._problems = (*missing, Problem(str(found["what"]), USE_PROXY))
 
-    def _open(self, record: protocol.Record) -> _Stream:
+    def _open(self, record: protocol.Record, *, joined: bool = False) -> _Stream:
+        """`joined`: we were told of it, and not where its beginning was."""
         pid, ssl, opened_ns = record.key
-        process = self._processes.get(pid) or Process(
+        process = self._processes.pop(record.key, None) or Process(
             pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid
         )
         # One clock reading a connection: its times must not go backwards when the clock is set.
@@ -427,7 +564,7 @@ class UprobeSource:
                 joined=bool(record.flags & protocol.FLAG_JOINED),
             ),
             known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
-            known.expected if known else [0, 0],
+            known.expected if known else ([-1, -1] if joined else [0, 0]),
         )
         self._streams[record.key] = stream
         return stream
@@ -443,8 +580,8 @@ class UprobeSource:
             self._closing.pop(key, None)
         stream.expected[direction] = offset + length
         at_ns += stream.clock_ns
-        self._events.append(
-            TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns)
+        self._emit(
+            key, TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns)
         )
 
     def _take_close(self, record: protocol.Record) -> None:
@@ -453,9 +590,11 @@ class UprobeSource:
             return
         for direction, total in enumerate((record.offset, record.received)):
             missing = total - stream.expected[direction]
-            if missing > 0:  # the last chunks were lost: no later offset would show it
+            # The last chunks were lost: no later offset would show it.
+            if missing > 0 <= stream.expected[direction]:
                 at_ns = record.at_ns + stream.clock_ns
-                self._events.append(
+                self._emit(
+                    record.key,
                     TlsChunk(
                         stream.connection,
                         _DIRECTIONS[direction],
@@ -463,7 +602,7 @@ class UprobeSource:
                         b"",
                         missing,
                         at_ns,
-                    )
+                    ),
                 )
         self._close(record.key, record.at_ns)
 
@@ -474,7 +613,12 @@ class UprobeSource:
         self._closed[key] = None
         if len(self._closed) > CLOSED_MAX:
             self._closed.popitem(last=False)
-        self._events.append(TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
+        self._emit(key, TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
+
+    def _emit(self, key: Key, event: TlsChunk | TlsClosed) -> None:
+        self._events.append(event)
+        end = self._frame_at if self._position is None else self._position
+        self._marks.append(_Mark(event.connection.id, key, self._frame_at, end))
 
     def _close_shut_down(self) -> None:
         if not self._closing:
@@ -488,14 +632,12 @@ class UprobeSource:
         if self._ended:
             return
         self._ended = True
-        self._close_ring()
         for key in list(self._streams):
             self._close(key, time.monotonic_ns(), clean=False)
 
     def _forget_processes(self) -> None:
-        live = {pid for pid, _, _ in self._streams}
-        for pid in [pid for pid in self._processes if pid not in live]:
-            del self._processes[pid]
+        while len(self._processes) > CLOSED_MAX:  # of connections whose OPEN was lost
+            del self._processes[next(iter(self._processes))]
 
     # --- commands -----------------------------------------------------------------------------
 
@@ -524,7 +666,7 @@ class UprobeSource:
         """Make `coverage` and `status` those of now."""
         self._ask({"do": "report"}, timeout_s)
 
-    def _ask(self, command: dict[str, Any], timeout_s: float) -> None:
+    def _ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         self._number += 1
         if self._link is None:
             raise UprobeUnavailable((Problem("the capture is stopped", "halton-meter start"),))
@@ -532,21 +674,27 @@ class UprobeSource:
         try:
             self._link.sendall(line)
         except OSError:
-            self._end()
-        self._await(self._number, timeout_s)
+            self._lose_link()
+        return self._await(self._number, timeout_s)
 
-    def _await(self, number: int, timeout_s: float) -> None:
+    def _await(self, number: int, timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         while number not in self._replies:
-            if self._problems:
-                raise UprobeUnavailable(self._problems)
-            if self._ended or time.monotonic() >= deadline:
-                what = "the capture helper died" if self._ended else "the helper did not answer"
-                raise UprobeUnavailable((Problem(what, "halton-meter start"),))
+            self._check(deadline)
             self._receive(max(0.0, deadline - time.monotonic()))
-        error = self._replies.pop(number).get("error")
-        if error:
+        reply = self._replies.pop(number)
+        if error := reply.get("error"):
             raise UprobeUnavailable((Problem(str(error), "halton-meter status"),))
+        return reply
+
+    def _check(self, deadline: float) -> None:
+        """Raise UprobeUnavailable when there is nothing to be waited for any longer."""
+        if self._problems:
+            raise UprobeUnavailable(self._problems)
+        gone = self._ended or self._link is None
+        if gone or time.monotonic() >= deadline:
+            what = "the capture helper died" if gone else "the helper did not answer"
+            raise UprobeUnavailable((Problem(what, "halton-meter start"),))
 
     # --- what it says of itself ---------------------------------------------------------------
 

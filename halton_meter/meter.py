@@ -77,6 +77,11 @@ class Meter:
             losses.update(conversation.losses)
         return losses
 
+    def is_open(self, connection_id: str) -> bool:
+        """Whether an exchange on this connection is under way."""
+        conversation = self._conversations.get(connection_id)
+        return conversation is not None and conversation.is_open
+
     def receive(self, item: TlsChunk | TlsClosed) -> list[PricedEvent]:
         """Take plaintext, or the end of a connection; return the events it completed."""
         key = item.connection.id

@@ -1,8 +1,9 @@
 """The unprivileged half of live metering: plaintext from a source, priced events into the store.
 
-`python -m halton_meter.metering LINK` is started by `daemon.py` as the user, with the socket to
-the root helper inherited as descriptor LINK and a line of JSON (`Job`) on standard input; what it
-reports goes to standard output, a line of JSON each. When standard input ends, so does it. It
+`python -m halton_meter.metering LINK` is started by `supervisor.py` as the user, with the socket to
+the root helper inherited as descriptor LINK and a line of JSON (`Job`) on standard input, a socket,
+on which a new link comes when the helper had to be replaced; what it reports goes to standard
+output, a line of JSON each. When standard input ends, so does it. It
 also answers on the control socket, for `status` and `run`. It starts nothing and has no privilege;
 everything that parses what programs said runs in here. Read `meter.py` for what happens to a chunk.
 """
@@ -15,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from halton_meter.store import Flushed
 
 # Exit codes that tell the supervisor why.
-ENDED, UNAVAILABLE, HELPER_DIED, REFUSED = 0, 10, 11, 12
+ENDED, UNAVAILABLE, REFUSED = 0, 10, 12
 
 # The alive mark's age bounds how far back a gap must be assumed to start after a crash of all. It
 # is renewed with whatever else there is to do, and seldom for its own sake: wake-ups cost some ms.
@@ -68,7 +70,8 @@ class Job:
     """What one metering process does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `providers.Registry` takes them. `died_at_ns` and `cause`
-    tell of the previous process's death, when this one replaces it.
+    tell of the previous process's death, when this one replaces it; with `continued` the kernel
+    went on copying meanwhile, and all of it is here to be read.
     """
 
     home: str
@@ -78,6 +81,7 @@ class Job:
     died_at_ns: int | None = None
     cause: str | None = None
     restarts: int = 0
+    continued: bool = False
     supervisor_pid: int | None = None
 
 
@@ -101,8 +105,17 @@ class PlaintextSource(Protocol):
         """When `read(0)` has something though nothing comes; None: only when something comes."""
 
     @property
-    def ended(self) -> bool:
-        """Whether no more will come."""
+    def linked(self) -> bool:
+        """Whether there is a helper at the moment."""
+
+    def resume(self, link: socket.socket) -> None:
+        """Go on at the next helper. Raises UprobeUnavailable."""
+
+    def is_repeated(self, index: int) -> bool:
+        """Whether a process before us has stored what comes of the event of that number."""
+
+    def processed(self, count: int, is_open: Callable[[str], bool]) -> None:
+        """What came of the next so many events is stored."""
 
     def request_report(self, timeout_s: float = 5.0) -> None:
         """Make `coverage` and `status` those of now."""
@@ -157,7 +170,8 @@ class Metering:
         self._totals = Totals()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
         self._backlog_bytes = 0
-        self._reading = True
+        self._reading = False
+        self._restarts = job.restarts
         self._bytes = 0
         self._started_ns = time.time_ns()
         self._last_event_ns: int | None = None
@@ -172,16 +186,20 @@ class Metering:
         self._alive_at = time.monotonic()
         self._store_error: str | None = None
         self._commands = bytearray()
+        self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
         self._gaps = Gaps(Path(job.home)) if job.service else None
 
     def run(self) -> int:
         """Meter until told to end; the exit code tells why it ended."""
         if self._gaps is not None:
-            self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
+            if self._job.continued:
+                self._gaps.alive(self._started_ns)
+            else:
+                self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
             home = Path(self._job.home)
             Answering(home, self._selector, self._answer, on_gone=self._forget_run)
-        self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
+        self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         tell({"ready": True, "loader": self._source.status().loader})
         self._take(self._source.read(0))
@@ -196,8 +214,16 @@ class Metering:
 
     def _on_plaintext(self) -> None:
         self._take(self._source.read(0))
-        if self._source.ended and self._exit_code is None:
-            self._exit_code = HELPER_DIED
+        if not self._source.linked and self._reading:
+            # The helper died; what the kernel copies meanwhile waits for the next one.
+            self._selector.unregister(self._source)
+            self._reading = False
+
+    def _listen(self) -> None:
+        """Take what the source has, unless there is nobody to have it from."""
+        self._reading = self._source.linked
+        if self._reading:
+            self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
 
     def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
         """Put plaintext into our own memory, out of the kernel's small ring."""
@@ -211,18 +237,23 @@ class Metering:
     def _work(self, until: float) -> None:
         """Meter what was taken, oldest first, until the time `until` or until none is left."""
         events: list[PricedEvent] = []
+        count = 0
         while self._backlog:
             item = self._backlog.popleft()
             size = _size(item)
             self._backlog_bytes -= size
             self._bytes += size - CHUNK_OVERHEAD_BYTES
-            events += self._meter.receive(item)
+            made = self._meter.receive(item)
+            if made and not self._source.is_repeated(count):
+                events += made
+            count += 1
             if time.monotonic() >= until:
                 break
         self._keep(events)
+        if count:
+            self._source.processed(count, self._meter.is_open)
         if not self._reading and self._backlog_bytes <= BACKLOG_BYTES_MAX // 2:
-            self._selector.register(self._source, selectors.EVENT_READ, self._on_plaintext)
-            self._reading = True
+            self._listen()
 
     def _keep(self, events: list[PricedEvent]) -> None:
         if not events:
@@ -321,16 +352,28 @@ class Metering:
     # --- the supervisor
 
     def _on_command(self) -> None:
-        data = os.read(sys.stdin.fileno(), 65536)
+        data, fds, _, _ = socket.recv_fds(self._stdin, 65536, 1)
         self._commands += data
+        for fd in fds:
+            self._resume(socket.socket(fileno=fd))
         if not data or b"finish" in self._commands:
             # An end without "finish" is the supervisor's death: what was captured is still kept.
             self._exit_code = ENDED
 
+    def _resume(self, link: socket.socket) -> None:
+        """There is another helper."""
+        from capture.environment import UprobeUnavailable
+
+        if self._reading:
+            self._selector.unregister(self._source)
+        with contextlib.suppress(UprobeUnavailable):  # then that one dies, too, and another comes
+            self._source.resume(link)
+            self._restarts += 1
+        self._listen()
+
     def _close(self) -> None:
-        if self._exit_code != HELPER_DIED:
-            with contextlib.suppress(OSError):
-                self._drain()
+        with contextlib.suppress(OSError):
+            self._drain()
         self._work(math.inf)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
@@ -391,14 +434,14 @@ class Metering:
         helper = self._source.status()
         losses = self._losses()
         gaps = self._gaps.listed() if self._gaps is not None else []
-        bad = bool(self._store_error) or self._job.restarts > 0
+        bad = bool(self._store_error) or self._restarts > 0 or not self._source.linked
         return {
             "health": "degraded" if bad else "ok",
             "pid": os.getpid(),
             "supervisor_pid": self._job.supervisor_pid,
             "started_at": rfc3339(self._started_ns),
             "uptime_s": round((now_ns - self._started_ns) / 1e9, 1),
-            "restarts": self._job.restarts,
+            "restarts": self._restarts,
             "home": self._job.home,
             "scope": self._job.scope,
             "source": "uprobes",
@@ -519,16 +562,23 @@ def _only_one(home: Path) -> int | None:
     return fd
 
 
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
 def _settle() -> None:
-    """Leave nothing of the terminal's or the supervisor's signal handling, nor a way up."""
+    """Leave nothing of the terminal's or the supervisor's signal handling, nor a way up.
+
+    It holds plaintext, and a link to root: no other process of the person's may look into it or
+    take it over (ptrace, /proc/PID/mem, /proc/PID/fd), and no core is written.
+    """
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _first_line(fd: int) -> bytes:
@@ -559,7 +609,7 @@ def start(job: Job, link: socket.socket) -> int:
     if lock is None:
         tell({"refused": f"another halton-meter service already writes to {home}"})
         return REFUSED
-    source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link)
+    source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
     meter = make_meter(home, job.extra_hosts)
     try:

@@ -1,8 +1,10 @@
 """Keeps the two halves of live metering alive: the root helper and the metering process.
 
 The supervisor is root and does little: it starts both, hands the one's socket to the other, hears
-what was metered, and starts again what died. It reads no plaintext. `daemon.py` decides what is
-metered and for whom; `metering.py` and `capture/helper.py` are the halves.
+what was metered, and starts again what died. It holds what the helper has made in the kernel
+(`capture/keeper.py`), so that a death of either stops neither the probes nor the other half, and
+nothing that was captured is lost. It reads no plaintext. `daemon.py` decides what is metered and
+for whom; `metering.py` and `capture/helper.py` are the halves.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +32,15 @@ from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
 
 if TYPE_CHECKING:
-    from capture.remains import Keeper, Remains
+    from capture.keeper import Keeper
     from capture.uprobe import Scope
 
 # Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
-BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_S = 60.0
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
+COMMAND_S_MAX = 1.0
 LINE_BYTES_MAX = 4 << 20
 
 
@@ -69,7 +73,9 @@ class Plan:
 
         # Our own processes are the person's too; looking into them would only cost.
         excluded = (os.getpid(),) if self.service else ()
-        return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded)
+        # What a person's command does as another user is not that person's to see.
+        owner = None if self.service or self.account.uid == 0 else self.account.uid
+        return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded, owner)
 
     def job(self, **fields: Any) -> Job:
         """What the metering process is told."""
@@ -84,37 +90,26 @@ class Plan:
         )
 
 
-# --- the metering process and its helper, from outside ------------------------------------------
+# --- the metering process, from outside ---------------------------------------------------------
 
 
-class Pair:
-    """One metering process and the helper that it reads from; they live and die together."""
+class Worker:
+    """One metering process."""
 
-    def __init__(self, plan: Plan, job: Job, remains: Remains | None = None) -> None:
-        from capture.remains import Keeper
-        from capture.uprobe import spawn_helper
-
-        self.started = time.monotonic()
+    def __init__(self, account: Account, job: Job, link: socket.socket) -> None:
         self._heard = bytearray()
-        self.keeper = Keeper()
-        link = spawn_helper(
-            plan.scope(),
-            plan.hosts,
-            loader=plan.config.loader,
-            program=plan.program,
-            keeper=self.keeper,
-            remains=remains,
-        )
-        with link:
-            self._process = self._start(plan.account, job, link)
-        assert self._process.stdin is not None
+        self._commands, theirs = socket.socketpair()
+        self._commands.settimeout(COMMAND_S_MAX)
+        with theirs:
+            self._process = self._start(account, job, link, theirs)
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
-        self._process.stdin.flush()
+        self._tell(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
         os.set_blocking(self._process.stdout.fileno(), False)
 
     @staticmethod
-    def _start(account: Account, job: Job, link: socket.socket) -> subprocess.Popen[bytes]:
+    def _start(
+        account: Account, job: Job, link: socket.socket, commands: socket.socket
+    ) -> subprocess.Popen[bytes]:
         identity: dict[str, Any] = {}
         if os.geteuid() == 0 and account.uid != 0:
             groups = os.getgrouplist(account.name, account.gid)
@@ -127,7 +122,7 @@ class Pair:
         }
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "halton_meter.metering", str(link.fileno())],
-            stdin=subprocess.PIPE,
+            stdin=commands.fileno(),
             stdout=subprocess.PIPE,
             pass_fds=(link.fileno(),),
             cwd="/",
@@ -167,23 +162,51 @@ class Pair:
                     found.append(message)
         return found
 
+    def _tell(self, line: bytes, fds: Sequence[int] = ()) -> None:
+        with contextlib.suppress(OSError):  # it is dead, or hangs and will be killed
+            socket.send_fds(self._commands, [line], fds)
+
+    def resume(self, link: socket.socket) -> None:
+        """Have it go on at another helper."""
+        self._tell(b"link\n", [link.fileno()])
+
     def finish(self) -> None:
         """Ask it to drain, store and end."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(b"finish\n")
-            self._process.stdin.flush()
+        self._tell(b"finish\n")
 
     def wait(self, timeout_s: float) -> int:
         """Its exit code; killed when it takes longer."""
-        with contextlib.suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+        self._commands.close()
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+class Restarts:
+    """When what died is started again: soon, and ever later when it dies again at once."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.due_at: float | None = None
+        self._in_a_row = 0
+
+    def begun(self) -> None:
+        """It runs."""
+        self.started, self.due_at = time.monotonic(), None
+
+    def died(self) -> None:
+        """It does not run any more."""
+        now = time.monotonic()
+        if now - self.started > HEALTHY_S:
+            self._in_a_row = 0
+        self.due_at = now + BACKOFF_S[min(self._in_a_row, len(BACKOFF_S) - 1)]
+        self._in_a_row += 1
+
+    def is_due(self) -> bool:
+        """Whether to start it now."""
+        return self.due_at is not None and time.monotonic() >= self.due_at
 
 
 @dataclass(slots=True)
@@ -198,16 +221,19 @@ class Metered:
 
 
 class Supervisor:
-    """Keeps a Pair alive; its owner waits on a selector and hands over what is ready."""
+    """Keeps both halves alive; its owner waits on a selector and calls what is ready."""
 
     def __init__(self, plan: Plan) -> None:
+        from capture.keeper import Keeper
+
         self._plan = plan
-        self._pair: Pair | None = None
-        self._keeper: Keeper | None = None  # of a dead pair
+        self._keeper: Keeper = Keeper()
+        self._helper_restarts = Restarts()
+        self._helper_runs = False
+        self._worker: Worker | None = None
+        self._worker_restarts = Restarts()
         self._restarts = 0
-        self._in_a_row = 0
-        self._restart_at: float | None = None
-        self._died_ns: int | None = None
+        self._died_ns: int | None = None  # when plaintext ceased to be copied, or to be metered
         self._cause: str | None = None
         self._started_ns = time.time_ns()
         self._before = Totals()
@@ -225,43 +251,96 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """Whether plaintext is being metered at this moment."""
-        return self._ready
+        return self._ready and self._helper_runs
 
     def start(self) -> None:
         """Return once probes are in place. Raises Unavailable."""
-        self._launch()
+        _raise_descriptor_limit()
+        with self._start_helper() as link:
+            self._start_worker(link)
         deadline = time.monotonic() + START_S_MAX
         while not self._ready:
-            assert self._pair is not None
-            if not self.selector.select(max(0.0, deadline - time.monotonic())):
-                self._pair.wait(0)
+            assert self._worker is not None
+            ready = self.selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._worker.wait(0)
                 raise Unavailable([("the capture did not start in time", "try again")])
-            messages = self._pair.messages()
-            if messages is None:
-                self._pair.wait(1)
-                raise Unavailable([("the metering process ended at once", "its message is above")])
-            for message in messages:
-                self._take(message)
-                if "unavailable" in message or "refused" in message:
-                    self._pair.wait(FINISH_S_MAX)
-                    raise Unavailable(_problems(message))
+            for key, _ in ready:
+                if key.data == self._attend_helper:
+                    key.data()
+                    continue
+                messages = self._worker.messages()
+                if messages is None:
+                    self._worker.wait(1)
+                    raise Unavailable(
+                        [("the metering process ended at once", "its message is above")]
+                    )
+                for message in messages:
+                    self._take(message)
+                    if "unavailable" in message or "refused" in message:
+                        self._worker.wait(FINISH_S_MAX)
+                        raise Unavailable(_problems(message))
 
-    def _launch(self) -> None:
-        job = self._plan.job(died_at_ns=self._died_ns, cause=self._cause, restarts=self._restarts)
-        remains = self._keeper.take() if self._keeper is not None else None
-        try:
-            self._pair, self._ended = Pair(self._plan, job, remains), False
-        finally:
-            if remains is not None:
-                remains.close()
-        self._keep(None)
-        self.selector.register(self._pair, selectors.EVENT_READ, self.attend)
+    # --- the helper -----------------------------------------------------------------------------
+
+    def _start_helper(self) -> socket.socket:
+        """Start it; the link for whoever is to read from it."""
+        from capture.uprobe import spawn_helper
+
+        plan = self._plan
+        link = spawn_helper(
+            plan.scope(),
+            plan.hosts,
+            loader=plan.config.loader,
+            program=plan.program,
+            keeper=self._keeper,
+        )
+        self._helper_restarts.begun()
+        self._helper_runs = True
+        self.selector.register(self._keeper, selectors.EVENT_READ, self._attend_helper)
+        return link
+
+    def _attend_helper(self) -> None:
+        """Hold what the helper asks us to, or note its death."""
+        if self._keeper.attend():
+            return
+        self.selector.unregister(self._keeper)
+        self._keeper.close_channel()
+        self._helper_runs = False
+        self._helper_restarts.died()
+        self._note_death("the capture helper died")
+
+    def _restart_helper(self) -> None:
+        with self._start_helper() as link:
+            if self._worker is not None:
+                self._worker.resume(link)
+        self._restarts += 1
+
+    # --- the metering process -------------------------------------------------------------------
+
+    def _start_worker(self, link: socket.socket) -> None:
+        job = self._plan.job(
+            died_at_ns=self._died_ns,
+            cause=self._cause,
+            restarts=self._restarts,
+            continued=self._restarts > 0 and self._keeper.holds_probes,
+        )
+        self._worker, self._ended = Worker(self._plan.account, job, link), False
+        self._worker_restarts.begun()
+        self.selector.register(self._worker, selectors.EVENT_READ, self.attend)
+
+    def _restart_worker(self) -> None:
+        from capture.uprobe import link_to
+
+        self._restarts += 1
+        with link_to(self._keeper) as link:
+            self._start_worker(link)
 
     def attend(self) -> None:
         """Take what the metering process told, or its death."""
-        if self._pair is None:
+        if self._worker is None:
             return
-        messages = self._pair.messages()
+        messages = self._worker.messages()
         for message in messages or ():
             self._take(message)
         if messages is None:
@@ -298,59 +377,62 @@ class Supervisor:
             self.result.store_error = None if error is None else str(error)
 
     def _bury(self) -> None:
-        """The pair died: note when and why, and when the next one is to be started."""
-        assert self._pair is not None
-        self.selector.unregister(self._pair)
-        code = self._pair.wait(1.0)
-        lasted = time.monotonic() - self._pair.started
-        # A metering process whose helper died has read all that was left.
-        self._keep(self._pair.keeper if code != metering.HELPER_DIED else None)
-        self._pair, self._ready = None, False
+        """The metering process died: note when and why, and when the next one is to be started."""
+        assert self._worker is not None
+        self.selector.unregister(self._worker)
+        code = self._worker.wait(1.0)
+        self._worker, self._ready = None, False
         self._before.merge(self._current)
         self._current = Totals()
         self._uncertain += self._storing
         self._storing = []
-        self._died_ns = self._died_ns or time.time_ns()
-        self._cause = _cause(code)
-        self._in_a_row = 0 if lasted > HEALTHY_S else self._in_a_row
-        wait_s = BACKOFF_S[min(self._in_a_row, len(BACKOFF_S) - 1)]
-        self._in_a_row += 1
-        self._restart_at = time.monotonic() + wait_s
+        self._worker_restarts.died()
+        self._note_death(_cause(code))
 
-    def _keep(self, keeper: Keeper | None) -> None:
-        """Hold what the dead pair left, or nothing any more."""
-        if self._keeper is not None:
-            self._keeper.close()
-        self._keeper = keeper
+    def _note_death(self, cause: str) -> None:
+        """From now on there is a gap, unless the kernel goes on copying for the next to read."""
+        self._cause = cause
+        if not self._keeper.holds_probes:
+            self._died_ns = self._died_ns or time.time_ns()
 
     @property
     def wait_s(self) -> float | None:
         """How long the owner may wait before it calls `tick`."""
-        if self._restart_at is None:
-            return None
-        return max(0.0, self._restart_at - time.monotonic())
+        dues = [self._helper_restarts.due_at, self._worker_restarts.due_at]
+        if not self._helper_runs:
+            dues.pop()  # a metering process needs a helper to read from
+        due = min((each for each in dues if each is not None), default=None)
+        return None if due is None else max(0.0, due - time.monotonic())
 
     def tick(self) -> None:
         """Restart what is due."""
-        if self._restart_at is not None and time.monotonic() >= self._restart_at:
-            self._restart_at = None
-            self._restarts += 1
-            try:
-                self._launch()
-            except OSError as error:
-                self._cause = f"it could not be started: {error.strerror}"
-                self._restart_at = time.monotonic() + BACKOFF_S[-1]
+        if self._helper_restarts.is_due():
+            self._try(self._restart_helper, self._helper_restarts)
+        if self._worker_restarts.is_due() and self._helper_runs:
+            self._try(self._restart_worker, self._worker_restarts)
+
+    def _try(self, start: Callable[[], None], restarts: Restarts) -> None:
+        try:
+            start()
+        except OSError as error:
+            self._note_death(f"it could not be started: {error.strerror}")
+            restarts.died()
 
     def finish(self) -> Metered:
         """Have the rest drained and stored, end both processes, and tell what was metered."""
         deadline = time.monotonic() + FINISH_S_MAX
-        if self._pair is not None:
-            self._pair.finish()
-        while self._pair is not None and not self._ended and time.monotonic() < deadline:
-            if self.selector.select(max(0.0, deadline - time.monotonic())):
-                self.attend()
-        if self._pair is not None:
-            self._pair.wait(1.0)
+        if self._worker is not None:
+            self._worker.finish()
+        while self._worker is not None and not self._ended and time.monotonic() < deadline:
+            for key, _ in self.selector.select(max(0.0, deadline - time.monotonic())):
+                if key.data in (self.attend, self._attend_helper):
+                    key.data()
+        # The helper has all of it still: to let go of it costs us nothing now, and the kernel
+        # removes the probes behind us.
+        self._keeper.let_go()
+        self._keeper.close_channel()
+        if self._worker is not None:
+            self._worker.wait(1.0)
         if self._died_ns is not None:
             self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
         self._before.merge(self._current)
@@ -378,9 +460,14 @@ class Supervisor:
             return Totals()
 
 
+def _raise_descriptor_limit() -> None:
+    """A probe is a descriptor: a busy machine has some thousands."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _cause(code: int) -> str:
-    if code == metering.HELPER_DIED:
-        return "the capture helper died"
     if code < 0:
         return f"the metering process was killed by {signal.Signals(-code).name}"
     return f"the metering process ended with code {code}"

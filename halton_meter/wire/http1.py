@@ -254,6 +254,11 @@ class Http1:
         self._sent = Reader(context, self._sent_side)
         self._received = Reader(context, self._received_side)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a request or its answer is under way, or the beginning of a head is here."""
+        return bool(self.pending or self._early_bytes or self._sent.waits or self._received.waits)
+
     def join(self) -> None:
         """Begin in the middle: what comes first need be no head."""
         self._requests_lost = self._answers_lost = True

@@ -162,6 +162,11 @@ class Reader:
         """Whether a chunked body is being read."""
         return self.state in ("chunk_size", "chunk")
 
+    @property
+    def waits(self) -> bool:
+        """Whether bytes were taken that more must follow before they are read."""
+        return bool(self._buffer)
+
     def feed(self, data: bytes, at_ns: int) -> bytes:
         """Take the next bytes; give back those that it is too early to read."""
         held = bool(self._buffer)

@@ -58,6 +58,12 @@ class Conversation:
         """What was lost or could not be read, by cause; `…_bytes` count bytes."""
         return self._context.losses
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an exchange is under way: what was said of it would be missed."""
+        engine = self._engine
+        return bool(self._waiting) or (bool(self._undecided) if engine is None else engine.is_open)
+
     def receive(self, chunk: TlsChunk) -> list[Exchange]:
         """Take one chunk; return the exchanges that it finished."""
         offset, length = chunk.offset, chunk.length

@@ -259,6 +259,11 @@ class WebSocket:
         self._first_ns: int | None = None
         self._gapped = upgrade.gapped
 
+    @property
+    def is_open(self) -> bool:
+        """Always: a reader that has not seen the upgrade does not know it for a WebSocket."""
+        return True
+
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the turns they ended."""
         if not self._wanted or not data:

@@ -1,0 +1,74 @@
+"""What a reader has to be told first, when it begins to read in the middle.
+
+A connection's OPEN names its host and process; a reader that begins behind it would not know whose
+the chunks are. So it is told of every connection that is open now, by the kernel's table, and of
+those whose end is still to be read. To it they are joined in the middle: what was said before was
+the last reader's to hear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from capture import loader, protocol
+from capture.spool import Key, Spool
+
+_BLOCK_BYTES = 1024 * 1024
+
+
+def unannounced(
+    spool: Spool, position: int, ring: loader.Ring, connections: loader.Map
+) -> Iterator[protocol.Record]:
+    """An OPEN for each connection of which a reader who begins at this position hears none."""
+    opened: set[Key] = set()
+    closed: dict[Key, protocol.Record] = {}
+    for kind, frame in _frames(spool, position, ring):
+        if kind == protocol.OPEN:
+            opened.add(protocol.decode_record(frame).key)
+        elif kind == protocol.CLOSE:
+            record = protocol.decode_record(frame)
+            closed.setdefault(record.key, record)
+    live = {}
+    for raw in connections.all_keys():
+        value = connections.get(raw)
+        if value is not None:
+            ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
+            entry = protocol.CONNECTION.unpack(value)
+            if entry[7]:  # one that is not announced yet will be, in its place
+                live[tgid, ssl, entry[0]] = entry[6], entry[10], entry[11]
+    for key, (uid, comm, host) in live.items():
+        if key not in opened:
+            yield _open(key, uid, comm, host)
+    for key, record in closed.items():
+        if key not in opened and key not in live:
+            yield _open(key, record.uid, record.comm.encode(), record.host.encode())
+
+
+def _frames(spool: Spool, position: int, ring: loader.Ring) -> Iterator[tuple[int, bytes]]:
+    """What is in the spool from there on, then what is in the ring."""
+    frames = protocol.FrameBuffer()
+    while position < spool.written:
+        data = spool.read(position, _BLOCK_BYTES)
+        position += len(data)
+        yield from frames.feed(data)
+    for _, record in ring.records():
+        size, kind, _, _ = protocol.PREFIX.unpack_from(record)
+        yield kind, bytes(record[:size])
+
+
+def _open(key: Key, uid: int, comm: bytes, host: bytes) -> protocol.Record:
+    tgid, ssl, opened_ns = key
+    return protocol.Record(
+        protocol.OPEN,
+        0,
+        protocol.FLAG_JOINED,
+        tgid,
+        uid,
+        ssl,
+        opened_ns,
+        opened_ns,
+        0,
+        0,
+        comm=protocol.text(comm),
+        host=protocol.text(host),
+    )
