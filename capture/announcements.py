@@ -2,8 +2,7 @@
 
 A connection's OPEN names its host and process; a reader that begins behind it would not know whose
 the chunks are. So it is told of every connection that is open now, by the kernel's table, and of
-those whose end is still to be read. To it they are joined in the middle: what was said before was
-the last reader's to hear.
+those whose end is still to be read. How much was said on them before, it sees by the offsets.
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ def unannounced(
             ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
             entry = protocol.CONNECTION.unpack(value)
             if entry[7]:  # one that is not announced yet will be, in its place
-                live[tgid, ssl, entry[0]] = entry[6], entry[10], entry[11]
-    for key, (uid, comm, host) in live.items():
+                flags = protocol.FLAG_JOINED if entry[8] else 0
+                live[tgid, ssl, entry[0]] = flags, entry[6], entry[10], entry[11]
+    for key, (flags, uid, comm, host) in live.items():
         if key not in opened:
-            yield _open(key, uid, comm, host)
+            yield _open(key, flags, uid, protocol.text(comm), protocol.text(host))
     for key, record in closed.items():
         if key not in opened and key not in live:
-            yield _open(key, record.uid, record.comm.encode(), record.host.encode())
+            yield _open(key, record.flags, record.uid, record.comm, record.host)
 
 
 def _frames(spool: Spool, position: int, ring: loader.Ring) -> Iterator[tuple[int, bytes]]:
@@ -56,19 +56,7 @@ def _frames(spool: Spool, position: int, ring: loader.Ring) -> Iterator[tuple[in
         yield kind, bytes(record[:size])
 
 
-def _open(key: Key, uid: int, comm: bytes, host: bytes) -> protocol.Record:
+def _open(key: Key, flags: int, uid: int, comm: str, host: str) -> protocol.Record:
     tgid, ssl, opened_ns = key
-    return protocol.Record(
-        protocol.OPEN,
-        0,
-        protocol.FLAG_JOINED,
-        tgid,
-        uid,
-        ssl,
-        opened_ns,
-        opened_ns,
-        0,
-        0,
-        comm=protocol.text(comm),
-        host=protocol.text(host),
-    )
+    fields = (protocol.OPEN, 0, flags, tgid, uid, ssl, opened_ns, opened_ns, 0, 0)
+    return protocol.Record(*fields, comm=comm, host=host)

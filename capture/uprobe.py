@@ -19,7 +19,7 @@ import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capture import processes, protocol
@@ -180,11 +180,19 @@ _children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
 @dataclass(slots=True)
 class _Stream:
     """A connection as its frames come in; `expected` is the next offset by direction, -1 when we
-    joined it in the middle and have heard nothing yet."""
+    were told of it and have heard nothing yet: that may be its beginning or its middle."""
 
     connection: Connection
     clock_ns: int
     expected: list[int]
+
+    def begin(self, direction: int, offset: int) -> None:
+        """Its first chunk: what comes before the client's first byte was another reader's."""
+        if direction == 0 and offset == 0:
+            self.expected = [0, 0]
+        else:
+            self.connection = replace(self.connection, joined=True)
+            self.expected[direction] = offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,7 +527,8 @@ class UprobeSource:
         elif kind == protocol.OPEN:
             record = protocol.decode_record(frame)
             if record.key not in self._closed and record.key not in self._streams:
-                self._open(record, joined=self._position is None)
+                told = self._position is None or self._frame_at < self._done_before
+                self._open(record, told=told)
         elif kind == protocol.CLOSE:
             self._take_close(protocol.decode_record(frame))
         elif kind == protocol.SHUTDOWN:
@@ -543,8 +552,8 @@ class UprobeSource:
             missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
             self._problems = (*missing, Problem(str(found["what"]), USE_PROXY))
 
-    def _open(self, record: protocol.Record, *, joined: bool = False) -> _Stream:
-        """`joined`: we were told of it, and not where its beginning was."""
+    def _open(self, record: protocol.Record, *, told: bool = False) -> _Stream:
+        """`told`: another reader has heard its beginning, and who knows how much more of it."""
         pid, ssl, opened_ns = record.key
         process = self._processes.pop(record.key, None) or Process(
             pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid
@@ -564,7 +573,7 @@ class UprobeSource:
                 joined=bool(record.flags & protocol.FLAG_JOINED),
             ),
             known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
-            known.expected if known else ([-1, -1] if joined else [0, 0]),
+            known.expected if known else ([-1, -1] if told else [0, 0]),
         )
         self._streams[record.key] = stream
         return stream
@@ -578,6 +587,8 @@ class UprobeSource:
             stream = self._open(protocol.decode_record(frame))
         if self._closing:
             self._closing.pop(key, None)
+        if stream.expected[0] < 0 and stream.expected[1] < 0:
+            stream.begin(direction, offset)
         stream.expected[direction] = offset + length
         at_ns += stream.clock_ns
         self._emit(

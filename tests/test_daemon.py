@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 
-from capture.remains import Keeper
 from halton_meter import daemon, metering, privileges, supervisor
 from halton_meter.config import Account, Config, ConfigError, account_named
 from halton_meter.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
@@ -242,17 +241,31 @@ class FakeSource:
     def __init__(self) -> None:
         self.near, self.far = socket.socketpair()
         self.items: list[Any] = []
-        self.ended = False
+        self.linked = True
+        self.resumed: socket.socket | None = None
         self.stopped = False
         self.due_at: float | None = None
+        self.repeated = 0  # how many of the next events a process before this one has stored
+        self.done = 0
 
     def put(self, *items: Any) -> None:
         self.items += items
         self.far.send(b"x")
 
     def die(self) -> None:
-        self.ended = True
+        """As when the helper dies."""
+        self.linked = False
         self.far.close()
+
+    def resume(self, link: socket.socket) -> None:
+        self.near, self.linked = link, True
+
+    def is_repeated(self, index: int) -> bool:
+        return index < self.repeated
+
+    def processed(self, count: int, is_open: Any) -> None:
+        self.repeated = max(0, self.repeated - count)
+        self.done += count
 
     def fileno(self) -> int:
         return self.near.fileno()
@@ -299,6 +312,9 @@ class FakeMeter:
     def receive(self, item: Any) -> list[PricedEvent]:
         return [item]
 
+    def is_open(self, connection_id: str) -> bool:
+        return False
+
     def finish(self, at_ns: int) -> list[PricedEvent]:
         return []
 
@@ -329,9 +345,9 @@ class Running:
     """A Metering loop in a thread, with the test at both ends."""
 
     def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, service: bool) -> None:
-        read_fd, self.commands = os.pipe()
+        self.commands, theirs = socket.socketpair()
         self.output = io.StringIO()
-        stdin = os.fdopen(read_fd)
+        stdin = os.fdopen(theirs.detach())
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(metering, "tell", self._tell)
         self.told: list[dict[str, Any]] = []
@@ -362,7 +378,7 @@ class Running:
                 time.sleep(0.01)
 
     def finish(self) -> int | None:
-        os.write(self.commands, b"finish\n")
+        self.commands.send(b"finish\n")
         return self.join()
 
     def join(self) -> int | None:
@@ -434,32 +450,53 @@ def test_the_control_socket_is_the_owners_alone_and_outlives_garbage(running: Ru
     running.finish()
 
 
-def test_when_the_helper_dies_what_it_sent_is_kept(running: Running) -> None:
-    running.control().close()
+def test_when_the_helper_dies_it_goes_on_at_the_next_one(running: Running) -> None:
+    control = running.control()
     running.source.items.append(event("last"))
     running.source.die()
-    assert running.join() == metering.HELPER_DIED
-    assert [e.usage.id for e in running.store.events] == ["last"]
-    assert Gaps(running.home)._read_state()["cause"] == "the capture helper died"
+    while (status := control.ask("status"))["events"] < 1:
+        pass
+    assert status["health"] == "degraded"
+    running.source.far, theirs = socket.socketpair()
+    socket.send_fds(running.commands, [b"link\n"], [theirs.fileno()])
+    theirs.close()
+    while control.ask("status")["restarts"] < 1:
+        pass
+    running.source.put(event("next"))
+    while control.ask("status")["events"] < 2:
+        pass
+    control.close()
+    assert running.finish() == metering.ENDED
+    assert [e.usage.id for e in running.store.events] == ["last", "next"]
+    assert Gaps(running.home).listed() == []
+
+
+def test_what_a_process_before_it_has_stored_is_not_stored_again(running: Running) -> None:
+    control = running.control()
+    running.source.repeated = 1
+    running.source.put(event("stored before"), event("new"))
+    while control.ask("status")["events"] < 1:
+        pass
+    control.close()
+    assert running.finish() == metering.ENDED
+    assert [e.usage.id for e in running.store.events] == ["new"]
+    assert running.source.done == 2
 
 
 def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Running) -> None:
     running.control().close()
     running.source.items.append(event("last"))
-    os.close(running.commands)
+    running.commands.close()
     assert running.join() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["last"]
 
 
 class Dead:
-    """A pair whose metering process was killed."""
-
-    started = 0.0
+    """A metering process that was killed."""
 
     def __init__(self) -> None:
         self._end, other = socket.socketpair()
         other.close()
-        self.keeper = Keeper()
 
     def fileno(self) -> int:
         return self._end.fileno()
@@ -486,9 +523,9 @@ def test_what_was_stored_last_before_a_death_is_in_the_summary_and_nothing_else(
         {"storing": ["stored", "not stored"]},
     ):
         watched._take(message)
-    pair: Any = Dead()
-    watched._pair = pair
-    watched.selector.register(pair, selectors.EVENT_READ, watched.attend)
+    dead: Any = Dead()
+    watched._worker = dead
+    watched.selector.register(dead, selectors.EVENT_READ, watched.attend)
     now_ns = time.time_ns()
     with Store(tmp_path) as store:
         store.append([replace_time(event("told"), now_ns), replace_time(event("stored"), now_ns)])
@@ -540,6 +577,5 @@ def test_a_run_says_what_it_stores_before_it_does(
 
 
 def test_causes_are_told_in_words() -> None:
-    assert supervisor._cause(metering.HELPER_DIED) == "the capture helper died"
     assert "SIGKILL" in supervisor._cause(-signal.SIGKILL)
     assert "code 3" in supervisor._cause(3)

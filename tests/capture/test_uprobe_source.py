@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import mmap
+import json
 import os
 import socket
-import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
 from capture import protocol
-from capture.uprobe import Scope, UprobeSource
-from halton_meter.model import Direction, TlsChunk, TlsClosed
+from capture.spool import Receipt
+from capture.uprobe import OPEN_BYTES_MAX, Scope, UprobeSource
+from halton_meter.model import TlsChunk, TlsClosed
 
 PID, SSL, OPENED_NS = 4_000_000, 0xABC, 5
-RING_BYTES = mmap.PAGESIZE
 ASKED, ANSWERED = b"POST / HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"
 
 
@@ -41,75 +41,146 @@ OPEN = record(
 BATCH = [chunk(0, ASKED), chunk(1, ANSWERED), close(len(ASKED), len(ANSWERED))]
 
 
-class Ring:
-    """A kernel ring as a helper hands it over: what is in it was written and not yet freed."""
-
-    def __init__(self, records: list[bytes]) -> None:
-        self.fd = os.memfd_create("ring")
-        data = b""
-        for each in records:
-            data += struct.pack("=II", len(each), 0) + each + bytes(-len(each) % 8)
-        assert len(data) <= RING_BYTES
-        os.pwrite(self.fd, struct.pack("=Q", len(data)), mmap.PAGESIZE)
-        os.pwrite(self.fd, data, 2 * mmap.PAGESIZE)
-        os.ftruncate(self.fd, 2 * mmap.PAGESIZE + RING_BYTES)
-
-
 class Helper:
-    """The other end of a source that has started."""
+    """The other end of a source, from its first word on; the spool is the test's."""
 
-    def __init__(self, left_in_ring: list[bytes]) -> None:
+    def __init__(self, *, resumable: bool = False, receipt: Receipt | None = None) -> None:
         self.link, theirs = socket.socketpair()
-        ring = Ring(left_in_ring)
-        reply = protocol.encode_message(protocol.REPLY, {"id": 0, "ring_bytes": RING_BYTES})
-        socket.send_fds(self.link, [reply], [ring.fd])
-        os.close(ring.fd)
-        self.link.sendall(protocol.encode_message(protocol.REPORT, {"loader": "test"}))
-        self.link.sendall(protocol.encode_message(protocol.REPLY, {"id": 1}))
-        self.source = UprobeSource([], Scope(), link=theirs)
-        self.source.start()
+        self.receipt = receipt or Receipt.new()
+        self.asked: list[int] = []
+        self.source = UprobeSource([], Scope(), link=theirs, resumable=resumable)
+        self.serve(self.source.start)
+
+    def serve(self, start: Callable[[], None], spooled: bytes = b"", at: int = 0) -> None:
+        """Answer a source that begins: these connections are open, this is in the spool."""
+        hello = protocol.encode_message(protocol.HELLO, {})
+        socket.send_fds(self.link, [hello], [self.receipt.fd])
+        answering = threading.Thread(target=self._answer, args=(spooled, at))
+        answering.start()
+        start()
+        answering.join()
+
+    def _answer(self, spooled: bytes, at: int) -> None:
+        commands = self.link.makefile("rb")
+        for line in commands:
+            command = json.loads(line)
+            reply = {"id": command["id"]}
+            if command["do"] == "read":
+                self.asked.append(command["from"])
+                until = at + len(spooled)
+                reply |= {"from": min(max(command["from"], at), until), "until": until}
+                if reply["from"] > at:  # behind the OPEN: as the helper tells of it
+                    self.link.sendall(OPEN)
+                self.link.sendall(protocol.encode_message(protocol.REPLY, reply))
+                self.link.sendall(spooled[reply["from"] - at :])
+                continue
+            self.link.sendall(protocol.encode_message(protocol.REPORT, {"loader": "test"}))
+            self.link.sendall(protocol.encode_message(protocol.REPLY, reply))
+            return
 
     def all_events(self) -> list[TlsChunk | TlsClosed]:
         self.link.close()
         return list(self.source)
 
 
-@pytest.fixture
-def told_twice() -> Iterator[Helper]:
-    helper = Helper(BATCH)
-    yield helper
-    helper.link.close()
-    helper.source.stop()
-
-
 def summary(events: list[TlsChunk | TlsClosed]) -> list[object]:
     return [e.data if isinstance(e, TlsChunk) else "closed" for e in events]
 
 
-def test_a_helper_that_dies_between_sending_and_freeing_counts_nothing_twice(
-    told_twice: Helper,
-) -> None:
-    told_twice.link.sendall(OPEN + b"".join(BATCH))
-    assert summary(told_twice.all_events()) == [ASKED, ANSWERED, "closed"]
+def test_a_source_without_a_supervisor_ends_with_its_helper() -> None:
+    helper = Helper()
+    helper.link.sendall(OPEN + BATCH[0])
+    assert summary(helper.all_events()) == [ASKED, "closed"]
+    helper.source.stop()
 
 
-def test_what_it_had_not_sent_is_taken_from_the_ring(told_twice: Helper) -> None:
-    told_twice.link.sendall(OPEN + BATCH[0])
-    sent, again, received, closed = told_twice.all_events()
-    assert isinstance(sent, TlsChunk)
-    assert isinstance(again, TlsChunk)
-    # The same offset: whoever puts the stream together drops the second.
-    assert (again.offset, again.data) == (sent.offset, sent.data) == (0, ASKED)
-    assert isinstance(received, TlsChunk)
-    assert (received.direction, received.data) == (Direction.RECEIVED, ANSWERED)
+def test_it_goes_on_at_the_next_helper_with_the_same_connection() -> None:
+    helper = Helper(resumable=True)
+    begun = len(OPEN) + len(BATCH[0])
+    helper.link.sendall(OPEN + BATCH[0] + BATCH[1][:20])  # half a frame
+    position = helper.source._position
+    assert position is not None
+    assert summary(helper.source.read(1)) == [ASKED]
+    helper.link.close()
+    assert helper.source.read(1) == []
+    assert not helper.source.linked
+    assert not helper.source.ended
+    helper.link, theirs = socket.socketpair()
+    spooled = b"".join((OPEN, *BATCH))
+    helper.serve(lambda: helper.source.resume(theirs), spooled, position)
+    assert helper.asked == [0, position + begun]
+    assert summary(helper.source.read(1)) == [ANSWERED, "closed"]
+    assert helper.source.lost_between_readers_bytes == 0
+    helper.source.stop()
+
+
+def test_what_the_next_helper_no_longer_has_is_counted_and_ends_the_connections() -> None:
+    helper = Helper(resumable=True)
+    helper.link.sendall(OPEN + BATCH[0])
+    assert summary(helper.source.read(1)) == [ASKED]
+    position = helper.source._position
+    assert position is not None
+    helper.link.close()
+    helper.source.read(1)
+    helper.link, theirs = socket.socketpair()
+    helper.serve(lambda: helper.source.resume(theirs), OPEN, position + 100)
+    closed, *_ = helper.source.read(1)
     assert isinstance(closed, TlsClosed)
-    assert {each.connection.id for each in (sent, again, received, closed)} == {
-        f"{PID}-{SSL:x}-{OPENED_NS:x}"
-    }
+    assert not closed.clean
+    assert helper.source.lost_between_readers_bytes == 100
+    helper.source.stop()
+
+
+SPOOLED = b"".join((OPEN, *BATCH))
+
+
+@pytest.mark.parametrize("dealt_with", [0, 1, 2, 3])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_whoever_comes_after_it_reads_what_it_had_not_dealt_with(
+    dealt_with: int, is_open: bool
+) -> None:
+    first = Helper(resumable=True)
+    first.link.sendall(SPOOLED)
+    items = first.source.read(1)
+    assert len(items) == 3
+    first.source.processed(dealt_with, lambda _: is_open)
+    second = Helper.__new__(Helper)
+    second.link, theirs = socket.socketpair()
+    second.receipt, second.asked = Receipt(os.dup(first.receipt.fd)), []
+    second.source = UprobeSource([], Scope(), link=theirs, resumable=True)
+    begin = first.source._position
+    assert begin is not None
+    begin -= len(SPOOLED)
+    second.serve(second.source.start, SPOOLED, begin)
+    found = second.source.read(1)
+    unread = [ASKED, ANSWERED, "closed"][dealt_with:]
+    if is_open and dealt_with:
+        assert summary(found) == [ASKED, ANSWERED, "closed"]
+        assert [second.source.is_repeated(n) for n in range(3)] == [
+            n < dealt_with for n in range(3)
+        ]
+    else:
+        assert summary(found) == unread
+
+
+def test_an_exchange_that_is_open_for_long_does_not_hold_the_spool() -> None:
+    helper = Helper(resumable=True)
+    helper.link.sendall(OPEN)
+    piece = bytes(1 << 20)
+    for n in range(OPEN_BYTES_MAX // len(piece) + 3):
+        threading.Thread(target=helper.link.sendall, args=(chunk(0, piece, n << 20),)).start()
+        items: list[TlsChunk | TlsClosed] = []
+        while not items:
+            items = helper.source.read(1)
+        helper.source.processed(len(items), lambda _: True)
+    assert helper.source._position is not None
+    behind = helper.source._position - helper.receipt.floor
+    assert behind <= OPEN_BYTES_MAX
+    helper.source.stop()
 
 
 def test_a_read_that_ends_after_the_close_begins_nothing_anew() -> None:
-    helper = Helper([])
+    helper = Helper()
     late = chunk(1, b"late", len(ANSWERED))
     helper.link.sendall(OPEN + b"".join(BATCH) + late + close(len(ASKED), len(ANSWERED)))
     assert summary(helper.all_events()) == [ASKED, ANSWERED, "closed"]
@@ -118,9 +189,9 @@ def test_a_read_that_ends_after_the_close_begins_nothing_anew() -> None:
 
 def test_what_comes_before_an_answer_is_said_to_be_there() -> None:
     """Nothing more may come for long: a reader that waits for the socket alone would miss it."""
-    helper = Helper([])
+    helper = Helper()
     assert helper.source.due_at is None
-    answer = protocol.encode_message(protocol.REPLY, {"id": 2})
+    answer = protocol.encode_message(protocol.REPLY, {"id": 3})
     helper.link.sendall(OPEN + b"".join(BATCH) + answer)
     helper.source.request_report()
     assert helper.source.due_at is not None
@@ -131,7 +202,7 @@ def test_what_comes_before_an_answer_is_said_to_be_there() -> None:
 
 
 def test_a_chunk_whose_open_was_lost_is_kept() -> None:
-    helper = Helper([])
+    helper = Helper()
     helper.link.sendall(BATCH[0])
     assert summary(helper.all_events()) == [ASKED, "closed"]
     helper.source.stop()
