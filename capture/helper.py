@@ -47,7 +47,7 @@ PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
-NAMED_MAX = 4096
+WHOSE_MAX = 2048  # some 1 KB each
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
 _SO_SNDBUFFORCE = 32
@@ -64,7 +64,8 @@ class Helper:
         self._hold = hold
         self._commands = protocol.CommandBuffer()
         self._connections: dict[int, set[int]] = {}
-        self._named: dict[Key, None] = {}  # whose process the spool has told, ahead of their OPEN
+        # Whose the connections are, as the spool has told: those of the latest openers.
+        self._whose: dict[Key, bytes] = {}
         self._paused = self._stopping = False
         self._listening: tuple[bool, bool] | None = None
         self._resume_at = 0.0
@@ -239,30 +240,32 @@ class Helper:
         """A reader says from where on it wants to read."""
         frames: list[bytes] = []
         for record in unannounced(self._spool, position, self._ring, self._connection_map):
-            process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
-            if process is not None:
-                frames.append(self._process_frame(record, process))
+            frames += self._whose_is(record)
             frames.append(protocol.encode_open(record))
         self._outlet.begin(position, number, frames)
         self.report()
 
-    def _process_frame(self, record: protocol.Record, process: Process) -> bytes:
-        """Whose a connection is."""
+    def _whose_is(self, record: protocol.Record) -> list[bytes]:
+        """Whose a connection is, in a frame; nothing when that is not known."""
+        if (told := self._whose.get(record.key)) is not None:
+            return [told]
+        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+        if process is None:
+            return []
         process = self._family.with_run(process, record.length)
         about = {"process": processes.to_json(process), "connection": record.key}
-        return protocol.encode_message(protocol.PROCESS, about)
+        frame = self._whose[record.key] = protocol.encode_message(protocol.PROCESS, about)
+        if len(self._whose) > WHOSE_MAX:
+            self._whose.pop(next(iter(self._whose)))
+        return [frame]
 
     def _name_opener(self, record: protocol.Record) -> None:
         """A connection was opened just now: whose it is goes into the spool at once.
 
         By when its OPEN comes out of the ring we may be dead, and the process as well.
         """
-        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
-        if process is not None:
-            self._outlet.put(self._process_frame(record, process))
-            self._named[record.key] = None
-            if len(self._named) > NAMED_MAX:
-                self._named.pop(next(iter(self._named)))
+        for frame in self._whose_is(record):
+            self._outlet.put(frame)
 
     # --- commands -----------------------------------------------------------------------------
 
@@ -426,12 +429,11 @@ class Helper:
     def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
         self._discovery.read_processes()  # its exec may be news since we last looked
         process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
-        told = record.key in self._named
-        self._named.pop(record.key, None)
+        told = [] if record.key in self._whose else self._whose_is(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
         self._coverage.metered(self._family.with_run(known, record.length), record.host)
-        return [frame] if told or process is None else [self._process_frame(record, known), frame]
+        return [*told, frame]
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
         """The end of a connection that did not tell of it; None when it has."""

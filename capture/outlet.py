@@ -82,7 +82,7 @@ class Outlet:
 
     def put(self, frame: bytes) -> None:
         """A frame of our own, after all that was moved so far."""
-        if self._sock is not None and len(self._own) < OWN_FRAMES_MAX:
+        if len(self._own) < OWN_FRAMES_MAX:
             self._own.append(frame)
 
     def put_barrier(self, number: int) -> None:

@@ -185,6 +185,7 @@ class _Stream:
     connection: Connection
     clock_ns: int
     expected: list[int]
+    told_at: int | None = None  # where the spool tells of it, until its first chunk is here
 
     def begin(self, direction: int, offset: int) -> None:
         """Its first chunk: what comes before the client's first byte was another reader's."""
@@ -249,7 +250,7 @@ class UprobeSource:
         self._helper: subprocess.Popen[bytes] | None = None
         self._frames = protocol.FrameBuffer()
         self._events: deque[TlsChunk | TlsClosed] = deque()
-        self._processes: dict[Key, Process] = {}
+        self._processes: dict[Key, tuple[Process, int]] = {}  # and where the spool tells of it
         self._streams: dict[tuple[int, int, int], _Stream] = {}
         self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
         # What is told twice (a helper dies between sending records and freeing them in the ring) or
@@ -346,7 +347,7 @@ class UprobeSource:
     def is_repeated(self, index: int) -> bool:
         """Whether a reader before us has stored what comes of an event, counted from the oldest
         that is not dealt with: we only read it for what follows on its connection."""
-        return self._done_before > 0 and self._handed_out[index].start < self._done_before
+        return self._handed_out[index].end <= self._done_before
 
     def _acknowledge(self) -> None:
         """Have the receipt say how far we are."""
@@ -538,7 +539,8 @@ class UprobeSource:
         elif kind == protocol.PROCESS:
             about = protocol.decode_message(frame)
             tgid, ssl, opened_ns = about["connection"]
-            self._processes[tgid, ssl, opened_ns] = processes.from_json(about["process"])
+            process = processes.from_json(about["process"])
+            self._processes[tgid, ssl, opened_ns] = process, self._frame_at
         elif kind == protocol.REPORT:
             self._report = protocol.decode_message(frame)
             self._forget_processes()
@@ -555,9 +557,8 @@ class UprobeSource:
     def _open(self, record: protocol.Record, *, told: bool = False) -> _Stream:
         """`told`: another reader has heard its beginning, and who knows how much more of it."""
         pid, ssl, opened_ns = record.key
-        process = self._processes.pop(record.key, None) or Process(
-            pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid
-        )
+        unknown = Process(pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid)
+        process, told_at = self._processes.pop(record.key, (unknown, self._frame_at))
         # One clock reading a connection: its times must not go backwards when the clock is set.
         known = self._streams.get(record.key)
         latest = self._latest.get((pid, ssl))
@@ -574,6 +575,7 @@ class UprobeSource:
             ),
             known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
             known.expected if known else ([-1, -1] if told else [0, 0]),
+            None if told else told_at,
         )
         self._streams[record.key] = stream
         return stream
@@ -592,8 +594,11 @@ class UprobeSource:
         stream.expected[direction] = offset + length
         at_ns += stream.clock_ns
         self._emit(
-            key, TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns)
+            key,
+            TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns),
+            stream.told_at,
         )
+        stream.told_at = None
 
     def _take_close(self, record: protocol.Record) -> None:
         stream = self._streams.get(record.key)
@@ -626,10 +631,12 @@ class UprobeSource:
             self._closed.popitem(last=False)
         self._emit(key, TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
 
-    def _emit(self, key: Key, event: TlsChunk | TlsClosed) -> None:
+    def _emit(self, key: Key, event: TlsChunk | TlsClosed, told_at: int | None = None) -> None:
+        """Hand it out. Whoever reads its connection again begins where the spool tells of it."""
         self._events.append(event)
         end = self._frame_at if self._position is None else self._position
-        self._marks.append(_Mark(event.connection.id, key, self._frame_at, end))
+        start = self._frame_at if told_at is None else told_at
+        self._marks.append(_Mark(event.connection.id, key, start, end))
 
     def _close_shut_down(self) -> None:
         if not self._closing:

@@ -88,9 +88,11 @@ class Relay:
         return found
 
     def close(self) -> None:
-        self.keeper.let_go()
         self.keeper.close_channel()
         self.helper.wait(20)
+        if self._attending is not None:
+            self._attending.join()
+        self.keeper.let_go()
 
 
 @pytest.fixture
