@@ -61,6 +61,7 @@ class Helper:
         self._resume_at = 0.0
         self._report_at: float | None = None
         self._notices_lost = 0
+        self._programs_unknown = 0
         self._keep: list[int] = []
 
     # --- set-up -------------------------------------------------------------------------------
@@ -170,7 +171,8 @@ class Helper:
             left.close()
             return
         for process in left.processes:
-            self._discovery.identities.remember(processes.from_json(process))
+            since_ns = int(process.get("since_ns", 0))
+            self._discovery.identities.remember(processes.from_json(process), since_ns)
         ring = loader.Ring(left.ring_fd, left.ring_bytes)
         own = self._outlet, self._connection_map
         self._outlet = Outlet(self._sock, ring, self._handle)
@@ -308,8 +310,11 @@ class Helper:
         record = protocol.decode_record(frame)
         if record.kind == protocol.OPEN:
             self._discovery.read_processes()  # its exec may be news since we last looked
-            process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+            process = self._discovery.identities.of(
+                record.tgid, at_ns=record.at_ns, born_ns=record.offset
+            )
             if process is None:
+                self._programs_unknown += 1
                 process = Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
             process = self._family.with_run(process, record.length)
             self._outlet.put(protocol.encode_message(protocol.PROCESS, processes.to_json(process)))
@@ -360,6 +365,7 @@ class Helper:
             "statistics": statistics,
             "coverage": self._coverage.lines(),
             "late": self._discovery.late,
+            "programs_unknown": self._programs_unknown,
             "rss_bytes": rss_bytes(),
         }
         self._outlet.put(protocol.encode_message(protocol.REPORT, report))

@@ -97,9 +97,9 @@ def tell_of(keeper: socket.socket, ring: loader.Ring, identities: Identities) ->
     wanted = {protocol.RECORD.unpack_from(raw)[4] for _, raw in ring.records()}
     found: list[bytes] = []
     for pid in wanted:
-        process = identities.of(pid)
-        if process is not None:
-            found.append(json.dumps(processes.to_json(process)).encode())
+        for since_ns, process in identities.known(pid):
+            told = {**processes.to_json(process), "since_ns": since_ns}
+            found.append(json.dumps(told).encode())
     while found and sum(map(len, found)) + len(found) + 2 > MESSAGE_BYTES_MAX:
         found.pop()
     with contextlib.suppress(OSError):

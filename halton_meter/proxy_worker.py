@@ -85,8 +85,11 @@ def process_of(end: ClientEnd) -> Process | None:
     from capture.processes import read_process
     from proxy_fallback.owner import owner_pid
 
+    asked_ns = time.time_ns()
     pid = owner_pid(end)
-    return None if pid is None else read_process(pid)
+    process = None if pid is None else read_process(pid)
+    # It had the socket then: one that began later has but its number.
+    return None if process is None or process.started_ns > asked_ns else process
 
 
 def program_of(process: Process | None) -> str | None:
