@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from halton_meter import flushing
 from halton_meter.flushing import FLUSH_AFTER_S, FLUSH_EVENTS, SEAL_AFTER_S
+from halton_meter.limits import limit_this_process
 from halton_meter.metering import (
     make_meter,
     prepare_home,
@@ -336,6 +337,7 @@ def main() -> int:
     """Run one worker; see the file's head."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is meant for the command
     os.umask(0o077)
+    limit_this_process()
     sys.setswitchinterval(SWITCH_S)
     table = json.loads(sys.stdin.buffer.readline(LINE_BYTES_MAX) or b"{}")
     if table.get("upstream"):

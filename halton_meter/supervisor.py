@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from halton_meter import metering
 from halton_meter.config import Account, Config, ConfigError
+from halton_meter.limits import limit_this_process
 from halton_meter.metering import Job
 from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
@@ -228,7 +229,11 @@ class Supervisor:
         return self._ready
 
     def start(self) -> None:
-        """Return once probes are in place. Raises Unavailable."""
+        """Return once probes are in place. Raises Unavailable.
+
+        A command that is to be run has been forked by now: it keeps the limits that it was given.
+        """
+        limit_this_process()
         self._launch()
         deadline = time.monotonic() + START_S_MAX
         while not self._ready:

@@ -25,12 +25,21 @@ START_S_MAX = 20.0
 STOP_S_MAX = 20.0
 SYSTEMCTL_S_MAX = 60.0
 
-# Whatever the service may need, and nothing else: BPF and probes (SYS_ADMIN on kernels that want
-# it for uprobes), other processes' /proc, acting as the user, signalling the user's half, and being
-# there before a process that lives 10 ms is gone (NICE).
+# Whatever the service may need, and nothing else: BPF and probes (BPF and PERFMON; SYS_ADMIN before
+# Linux 5.8, and for a mount namespace of the helper's own), other processes' /proc and files,
+# acting as the user and as nobody, signalling the user's half, and being there before a process
+# that lives 10 ms is gone (NICE). LimitMEMLOCK does for old kernels what IPC_LOCK would.
 _CAPABILITIES = (
-    "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_SYS_RESOURCE CAP_DAC_READ_SEARCH "
-    "CAP_SETUID CAP_SETGID CAP_KILL CAP_IPC_LOCK CAP_SYS_NICE"
+    "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_DAC_READ_SEARCH "
+    "CAP_SETUID CAP_SETGID CAP_KILL CAP_SYS_NICE"
+)
+# What these capabilities would allow, and nobody needs: to read and change the memory and the open
+# files of others, to open files past their folders, and doors to the kernel that are new or wide.
+_DENIED_CALLS = (
+    "@reboot @swap @module @raw-io @obsolete @cpu-emulation @clock @keyring "
+    "ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp "
+    "open_by_handle_at chroot pivot_root acct quotactl userfaultfd "
+    "io_uring_setup io_uring_enter io_uring_register"
 )
 
 
@@ -40,7 +49,12 @@ def unit_text(command: Sequence[str], home: Path, person_home: Path) -> str:
     Not set, and why: PrivateNetwork (newer systemd then mounts a fresh /sys, without tracefs),
     PrivateTmp (a project may live in /tmp), MemoryDenyWriteExecute (bcc compiles),
     ProtectKernelTunables (tracefs must be writable for old kernels' probes), ProtectKernelModules
-    (bcc reads headers under /lib/modules), ProtectProc (whose plaintext it is stands in /proc).
+    (bcc reads headers under /lib/modules), ProtectProc (whose plaintext it is stands in /proc),
+    CPUWeight (a process that lives 10 ms must be seen while its user's programs are busy).
+
+    The limits are some ten times what a busy day takes. Where memory runs out one process ends, and
+    is started again (OOMPolicy); what it holds, prompts among it, goes neither to swap nor into a
+    core file.
     """
     return f"""\
 [Unit]
@@ -56,8 +70,15 @@ Restart=on-failure
 RestartSec=1
 KillMode=mixed
 TimeoutStopSec=25
-LimitMEMLOCK=infinity
 OOMScoreAdjust=200
+OOMPolicy=continue
+MemoryHigh=1G
+MemoryMax=2G
+MemorySwapMax=0
+TasksMax=1024
+LimitMEMLOCK=infinity
+LimitNOFILE=65536
+LimitCORE=0
 
 CapabilityBoundingSet={_CAPABILITIES}
 NoNewPrivileges=yes
@@ -67,17 +88,18 @@ ReadWritePaths={_quoted(str(home))}
 CacheDirectory=halton-meter
 CacheDirectoryMode=0755
 PrivateDevices=yes
+PrivateMounts=yes
 ProtectClock=yes
 ProtectHostname=yes
 ProtectControlGroups=yes
 ProtectKernelLogs=yes
-RestrictAddressFamilies=AF_UNIX AF_NETLINK
+RestrictAddressFamilies=AF_UNIX
 RestrictNamespaces=mnt
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
 SystemCallArchitectures=native
-SystemCallFilter=~@reboot @swap @module @raw-io @obsolete @cpu-emulation @clock
+SystemCallFilter=~{_DENIED_CALLS}
 SystemCallErrorNumber=EPERM
 IPAddressDeny=any
 UMask=0077
