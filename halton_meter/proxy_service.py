@@ -18,14 +18,13 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halton_meter import metering
+from halton_meter import metering, own_code
 from halton_meter.config import invoking_account
 from halton_meter.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, listen_at
 from halton_meter.gaps import Gaps
@@ -220,7 +219,7 @@ class ProxyService:
         """One worker's life; its exit code."""
         self._state, self._port, self._cause, self._pings_missed = "starting", None, None, 0
         process = self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "halton_meter.proxy_worker"),
+            *own_code.python("halton_meter.proxy_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # What a library may print has no place in the terminal of somebody's command.

@@ -15,14 +15,13 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halton_meter import metering
+from halton_meter import metering, own_code
 from halton_meter.config import Account, Config, ConfigError
 from halton_meter.limits import limit_this_process
 from halton_meter.metering import Job
@@ -127,7 +126,7 @@ class Pair:
             "HALTON_METER_HOME": job.home,
         }
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "halton_meter.metering", str(link.fileno())],
+            own_code.python("halton_meter.metering", str(link.fileno())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(link.fileno(),),

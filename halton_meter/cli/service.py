@@ -164,7 +164,7 @@ def start(
 def _start_probes(
     all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
 ) -> None:
-    from halton_meter import config, daemon, privileges
+    from halton_meter import config, daemon, own_code, privileges
 
     account = config.invoking_account()
     home = config.home_folder()
@@ -172,7 +172,8 @@ def _start_probes(
     for user in users:
         scope += ["--user", user]
     scope += ["--cgroup", cgroup] if cgroup else []
-    command = [sys.executable, "-P", "-m", "halton_meter", "daemon", "--foreground", *scope]
+    # Isolated, as root's processes are: no variable or folder of a person's changes what it runs.
+    command = [sys.executable, "-I", "-m", "halton_meter", "daemon", "--foreground", *scope]
     try:
         unit = unit_text(command, home, account.home)
     except ValueError as error:
@@ -183,6 +184,8 @@ def _start_probes(
     if not config.is_root():
         ways = "sudo halton-meter start\n   or: halton-meter start --via proxy   (no root needed)"
         _fail("starting the service needs root", ways)
+    for problem in own_code.problems():
+        _fail(*problem)
     status = _status(home)
     if status is not None:
         click.echo(f"already running (pid {status.get('supervisor_pid')})")
@@ -192,7 +195,7 @@ def _start_probes(
         privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
     except (config.ConfigError, OSError) as error:
         _fail(str(error), f"mend it, then: sudo halton-meter start   (state lives in {home})")
-    if (changeable := _changeable_by_others()) is not None:
+    if (changeable := own_code.changeable_by_others()) is not None:
         click.echo(
             f"note: root will run code of {changeable}, which others than root may change\n"
             "  to avoid it: sudo python3 -m venv /opt/halton-meter && "
@@ -203,18 +206,6 @@ def _start_probes(
         _start_unit(unit, home)
     else:
         _start_kept(command, account, home)
-
-
-def _changeable_by_others() -> Path | None:
-    """What root is about to run and somebody else could change; None where nobody could."""
-    import halton_meter
-
-    for path in (Path(sys.executable), Path(halton_meter.__file__).resolve()):
-        for each in (path, *path.parents):
-            found = each.stat()
-            if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
-                return path
-    return None
 
 
 def _start_unit(text: str, home: Path) -> None:
