@@ -143,6 +143,7 @@ class Identities:
         if pid not in self._lives and len(self._lives) >= IDENTITIES_MAX:
             self._drop_oldest_pid()
         lives = self._lives.setdefault(pid, [])
+        self._lives.move_to_end(pid)
         lives.append(life)
         self._count += 1
         over = max(0, len(lives) - LIVES_OF_ONE_MAX)

@@ -14,6 +14,7 @@ served, and the kernel tells it of any user's socket. Who is served is `served.p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -184,12 +185,11 @@ def owner_of(
 
     Once its process has closed it, the user is not the one it was. Raises OwnerUnknown.
     """
-    try:
-        if not netlink:
-            raise OwnerUnknown
-        return _ask_kernel_for_one(client, near)
-    except OwnerUnknown:
-        return _listed(ClientEnd(*client, near[1]), proc)
+    found = None
+    with contextlib.suppress(OwnerUnknown):
+        found = _ask_kernel_for_one(client, near) if netlink else None
+    # A kernel without its module tcp_diag says "no such socket" of all.
+    return found or _listed(ClientEnd(*client, near[1]), proc)
 
 
 def owner_pid(end: ClientEnd, proc: Path = Path("/proc"), *, netlink: bool = True) -> int | None:

@@ -128,7 +128,6 @@ _TURNED_AWAY = {
     "refused_other_user": "of other users of this machine: the proxy serves its owner and root",
     "refused_other_user_at_worker": "of other users of this machine to the proxy's inner port",
     "refused_past_the_edge": "to the proxy's inner port, which only the proxy itself may use",
-    "refused_gone": "that were closed before they could be served",
 }
 
 

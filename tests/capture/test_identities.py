@@ -192,8 +192,15 @@ def test_all_lives_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     for n in range(30):
         identities.executed(executed("cat", pid=NOBODY + n // 4, at_ns=100 + n))
     assert sum(len(identities.known(NOBODY + n)) for n in range(8)) <= 10
-    for n in range(8):
-        identities.forget(NOBODY + n, before_ns=200)
+    # One that was heard of long ago, and again just now, stays.
+    identities.executed(executed("cat", pid=NOBODY + 7, at_ns=200))
+    identities.executed(executed("dog", pid=NOBODY + 5, at_ns=201, path="/no/dog"))
+    identities.executed(executed("cat", pid=NOBODY + 9, at_ns=202))
+    dog = identities.of(NOBODY + 5, at_ns=201)
+    assert dog is not None
+    assert dog.argv == ("dog",)
+    for n in range(10):
+        identities.forget(NOBODY + n, before_ns=300)
     assert identities._count == 0
 
 

@@ -169,7 +169,6 @@ def test_status_of_a_proxy_that_is_well_or_paused_or_lacks_a_certificate() -> No
     assert proxy_lines(well | {"counts": counts})[3:-1] == [
         "  refused: 1 connection of other users of this machine: the proxy serves its owner and "
         "root",
-        "  refused: 2 connections that were closed before they could be served",
     ]
     expired = proxy_lines(well | {"certificate_usable": False})
     assert any("halton-meter init" in line for line in expired)

@@ -122,6 +122,15 @@ def test_an_answer_from_another_network_namespace_refuses_nobody(
         assert peer_of(accepted, frozenset()) is Peer.GONE
 
 
+def test_a_kernel_that_lacks_the_module_is_asked_by_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says of every socket that there is none."""
+    monkeypatch.setattr(owner, "_asked", lambda *about: iter(()))
+    client, accepted = connected()
+    with client, accepted:
+        assert peer_of(accepted, frozenset({os.geteuid()})) is Peer.SERVED
+        assert peer_of(accepted, frozenset()) is Peer.OTHER_USER
+
+
 def test_neither_netlink_nor_proc_means_unknown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
