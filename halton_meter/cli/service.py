@@ -50,7 +50,8 @@ def unit_text(command: Sequence[str], home: Path, person_home: Path) -> str:
     PrivateTmp (a project may live in /tmp), MemoryDenyWriteExecute (bcc compiles),
     ProtectKernelTunables (tracefs must be writable for old kernels' probes), ProtectKernelModules
     (bcc reads headers under /lib/modules), ProtectProc (whose plaintext it is stands in /proc),
-    CPUWeight (a process that lives 10 ms must be seen while its user's programs are busy).
+    CPUWeight (a process that lives 10 ms must be seen while its user's programs are busy),
+    MemoryHigh (it would slow the helper down for what another process of ours takes).
 
     The limits are some ten times what a busy day takes. Where memory runs out one process ends, and
     is started again (OOMPolicy); what it holds, prompts among it, goes neither to swap nor into a
@@ -72,7 +73,6 @@ KillMode=mixed
 TimeoutStopSec=25
 OOMScoreAdjust=200
 OOMPolicy=continue
-MemoryHigh=1G
 MemoryMax=2G
 MemorySwapMax=0
 TasksMax=1024
