@@ -19,9 +19,8 @@ from capture import libraries, loader, protocol
 from capture.admission import Admission
 from capture.attachments import FILES_MAX, Attachments, FileId, Haste, open_regular
 from capture.coverage import Lookups, talks_tls
-from capture.identities import Identities
+from capture.identities import Identities, folder_of
 from capture.installs import Installs
-from capture.processes import working_directory
 
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -64,7 +63,7 @@ class Discovery:
         self._admission = admission
         self._on_change = on_change
         self._on_open = on_open
-        self.identities = Identities()
+        self.identities = Identities(self._runs_another)
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
         # Who speaks HTTP/2 on connections (by their SSL objects) whose host is not known yet.
@@ -103,9 +102,9 @@ class Discovery:
     def read_processes(self) -> None:
         """Take the news of the process ring, which is read at once: a process may not wait."""
         mapped: set[int] = set()
-        for record, cwd in self._news():
+        for record in self._news():
             if record.kind == protocol.EXEC:
-                self._executed(record, cwd)
+                self._executed(record)
             elif record.kind == protocol.MAPPED:
                 mapped.add(record.tgid)
             elif record.kind == protocol.LOOKUP:
@@ -122,7 +121,9 @@ class Discovery:
                 self.files.doubt(record.offset)
                 self._on_change()
             elif record.kind == protocol.OPEN:
-                self.identities.of(record.tgid, fresh=True)
+                self.identities.of(
+                    record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
+                )
                 self._on_open(record)
                 self._named(record.tgid, record.ssl)
                 if exe := self._executable(record.tgid):
@@ -131,21 +132,28 @@ class Discovery:
         for pid in mapped:
             self._schedule_once(pid)
 
-    def _news(self) -> list[tuple[protocol.Record, str | None]]:
-        """What is in the process ring, and of each exec the working directory.
-
-        That is what the kernel cannot tell: it is read of all of them before anything else.
+    def _news(self) -> list[protocol.Record]:
+        """What is in the process ring. Of all execs it is noted first which life began when, and
+        where: what is read of a process later is that of the last one.
         """
         news = []
         last = None
         for position, raw in self._process_ring.records():
             last = position
             record = protocol.decode_record(bytes(raw))
-            executed = record.kind == protocol.EXEC
-            news.append((record, working_directory(record.tgid) if executed else None))
+            news.append(record)
+            if record.kind == protocol.EXEC:
+                self.identities.executed(record, folder_of(record))
         if last is not None:
             self._process_ring.release(last)
         return news
+
+    def _runs_another(self, pid: int) -> bool:
+        """Whether the process ring tells of an exec of this process."""
+        if not self._process_ring.filled():
+            return False
+        heads = (protocol.RECORD.unpack_from(raw) for _, raw in self._process_ring.records())
+        return any(head[1] == protocol.EXEC and head[4] == pid for head in heads)
 
     def _named(self, pid: int, ssl: int) -> None:
         """A connection is metered, perhaps one that could not be until now."""
@@ -162,14 +170,13 @@ class Discovery:
             return None
         return stat.st_dev, stat.st_ino
 
-    def _executed(self, record: protocol.Record, cwd: str | None) -> None:
+    def _executed(self, record: protocol.Record) -> None:
         """A process runs another program: hold its file first, it may be gone in a moment.
 
         Of one that is gone already the file is searched all the same: it will be run again.
         """
         pid, path = record.tgid, record.path
         self.watched.pop(pid, None)
-        self.identities.executed(record, cwd)
         self.lookups.forget(pid)
         self.unnamed.pop(pid, None)
         try:

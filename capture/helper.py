@@ -71,6 +71,7 @@ class Helper:
         self._resume_at = 0.0
         self._report_at: float | None = None
         self._notices_lost = 0
+        self._programs_unknown = 0
         self._keep: list[int] = []
 
     # --- set-up -------------------------------------------------------------------------------
@@ -249,7 +250,9 @@ class Helper:
         """Whose a connection is, in a frame; nothing when that is not known."""
         if (told := self._whose.get(record.key)) is not None:
             return [told]
-        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+        process = self._discovery.identities.of(
+            record.tgid, at_ns=record.at_ns, born_ns=record.offset
+        )
         if process is None:
             return []
         process = self._family.with_run(process, record.length)
@@ -428,7 +431,10 @@ class Helper:
 
     def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
         self._discovery.read_processes()  # its exec may be news since we last looked
-        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns)
+        process = self._discovery.identities.of(
+            record.tgid, at_ns=record.at_ns, born_ns=record.offset
+        )
+        self._programs_unknown += process is None
         told = [] if record.key in self._whose else self._whose_is(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
@@ -473,6 +479,7 @@ class Helper:
             "statistics": statistics,
             "coverage": self._coverage.lines(),
             "late": self._discovery.late,
+            "programs_unknown": self._programs_unknown,
             "rss_bytes": rss_bytes(),
         }
         self._outlet.put(protocol.encode_message(protocol.REPORT, report))

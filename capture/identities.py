@@ -4,8 +4,11 @@
 before the helper gets a turn. What the kernel copied at the exec (`on_exec` in probe.bpf.c) then
 stands in: arguments, program, user, parent, HALTON_PROJECT. The working directory it cannot tell:
 that is read before all else when an exec is heard of, and is unknown when even that was too late.
-A pid has a life for each program that it ran, and a connection belongs to the life in which it was
-made.
+
+A pid has a life for each program that it ran, and for each process that had its number; the kernel
+may give that again within a second. A connection belongs to the life in whose time it was made, and
+never to one of another process: its OPEN says when its process was forked. Where no life is known
+for that time, the answer is None, not the nearest one.
 """
 
 from __future__ import annotations
@@ -14,95 +17,179 @@ import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from capture.arguments import REDACTED, without_secrets
 from capture.attachments import open_regular
-from capture.processes import parents_of, project_in, read_process, started_ticks, user_name
+from capture.processes import (
+    parents_of,
+    project_in,
+    read_process,
+    started_ticks,
+    user_name,
+    working_directory,
+)
 from capture.protocol import Record
 from halton_meter.model import Process
 
 IDENTITY_S = 1.0
 IDENTITIES_MAX = 4096
-LIVES_MAX = 4  # of one pid: a shell that becomes `env` that becomes the client
+LIVES_MAX = 8192  # of all pids
+# How long a life is kept that another has followed: its connections lie in the ring, until then.
+LIFE_KEPT_NS = 30_000_000_000
+LIVES_OF_ONE_MAX = 64  # in that time: a shell that becomes `env` that becomes the client, and so on
 HEAD_BYTES = 256  # of a program: the kernel reads as much of its first line
 _NEVER = float("-inf")
 
 
 @dataclass(slots=True)
 class _Life:
-    """One program of a pid. `executed` is what the kernel told; None for those older than we."""
+    """One program of a process, from `since_ns` (0: from before we looked) to the next one's.
 
+    `executed` is what the kernel told; None where there was no exec that we heard of.
+    """
+
+    since_ns: int = 0
     executed: Record | None = None
     cwd: str | None = None
     process: Process | None = None
     read_at: float = _NEVER  # when /proc told, by the monotonic clock
 
-    @property
-    def since_ns(self) -> int:
-        return self.executed.at_ns if self.executed else 0
+    def is_of(self, born_ns: int) -> bool:
+        """Whether it is of the process that was forked then."""
+        # When a process began /proc tells by the tick, the one before or after.
+        slack_ns = 0 if self.executed else 2 * _tick_ns()
+        return self.since_ns >= born_ns - slack_ns
 
 
 class Identities:
-    """Bounded in number; the pid that was heard of longest ago is forgotten first."""
+    """Bounded in number; the pid that was heard of longest ago is forgotten first.
 
-    def __init__(self) -> None:
+    `has_news` tells whether a process ran another program that we have not heard of yet: what /proc
+    says of it is that one's, then.
+    """
+
+    def __init__(self, has_news: Callable[[int], bool] = lambda pid: False) -> None:
+        self._has_news = has_news
         self._lives: OrderedDict[int, list[_Life]] = OrderedDict()
+        self._count = 0
 
     def executed(self, record: Record, cwd: str | None = None) -> None:
         """A process runs another program now, in that directory if it is known."""
-        lives = self._lives_of(record.tgid)
-        lives.append(_Life(record, cwd))
-        del lives[:-LIVES_MAX]
+        self._add(record.tgid, _Life(record.at_ns, record, cwd))
 
-    def of(self, pid: int, *, fresh: bool = False, at_ns: int | None = None) -> Process | None:
+    def of(
+        self, pid: int, *, fresh: bool = False, at_ns: int | None = None, born_ns: int = 0
+    ) -> Process | None:
         """Who it is, or was at that (monotonic) time; None when nothing told.
 
+        `born_ns` is when the process was forked that had the number then, 0 where it is not known.
         Read anew when what is known is older than IDENTITY_S, or for `fresh`.
         """
-        lives = self._lives.get(pid) or [_Life()]
-        life = lives[-1]
-        if at_ns is not None and life.since_ns > at_ns:
-            life = next((each for each in reversed(lives) if each.since_ns <= at_ns), life)
-        if life is lives[-1]:
-            self._read(pid, life, fresh)
+        life = self._life_now(pid) if at_ns is None else self._life_at(pid, at_ns, born_ns)
+        if life is None:
+            return None
+        lives = self._lives.get(pid)
+        if lives is None or life is lives[-1]:
+            self._read(pid, life, fresh, at_ns)
         if life.process is None and life.executed is not None:
             life.process = process_as_executed(life.executed, life.cwd)
         return life.process
 
-    def _read(self, pid: int, life: _Life, fresh: bool) -> None:
+    def _life_at(self, pid: int, at_ns: int, born_ns: int) -> _Life | None:
+        """The life in whose time that was; None when only others are known."""
+        lives = self._lives.get(pid)
+        if not lives:
+            return _Life(born_ns)
+        life = next((each for each in reversed(lives) if each.since_ns <= at_ns), None)
+        if born_ns and (life is None or not life.is_of(born_ns)):
+            # It ran no program of its own: it is a fork of another one.
+            life = _Life(born_ns)
+            if lives[-1].since_ns < born_ns:
+                self._add(pid, life)
+            else:  # others have followed: nobody will tell of it any more
+                return None
+        return life
+
+    def _life_now(self, pid: int) -> _Life:
+        lives = self._lives.get(pid)
+        if not lives:
+            return _Life()
+        began_ns = _began_ns(pid)
+        if began_ns is not None and lives[-1].since_ns and _is_after(began_ns, lives[-1].since_ns):
+            self._add(pid, _Life(began_ns))  # another process, that ran no program of its own
+        return self._lives[pid][-1]
+
+    def _read(self, pid: int, life: _Life, fresh: bool, at_ns: int | None) -> None:
         now = time.monotonic()
         if not fresh and now - life.read_at < IDENTITY_S:
             return
-        if life.executed is not None and _began_after(pid, life.executed.at_ns):
+        limit_ns = life.since_ns or at_ns
+        if limit_ns and _began_after(pid, limit_ns):
             return
         process = read_process(pid)
+        if process is not None and self._has_news(pid):
+            return
         if process is None or (not process.argv and (life.process or life.executed)):
             return  # gone, or a zombie: what we knew is better
         if process.argv:
             life.read_at = now
             if pid not in self._lives:
-                self._lives_of(pid).append(life)
+                self._add(pid, life)
         life.process = process
 
-    def _lives_of(self, pid: int) -> list[_Life]:
+    def _add(self, pid: int, life: _Life) -> None:
         if pid not in self._lives and len(self._lives) >= IDENTITIES_MAX:
-            self._lives.popitem(last=False)
-        return self._lives.setdefault(pid, [])
+            self._drop_oldest_pid()
+        lives = self._lives.setdefault(pid, [])
+        self._lives.move_to_end(pid)
+        lives.append(life)
+        self._count += 1
+        over = max(0, len(lives) - LIVES_OF_ONE_MAX)
+        while over < len(lives) - 1 and lives[over + 1].since_ns < life.since_ns - LIFE_KEPT_NS:
+            over += 1
+        del lives[:over]
+        self._count -= over
+        while self._count > LIVES_MAX:
+            self._drop_oldest_pid()
 
-    def remember(self, process: Process) -> None:
+    def _drop_oldest_pid(self) -> None:
+        _, lives = self._lives.popitem(last=False)
+        self._count -= len(lives)
+
+    def known(self, pid: int) -> list[tuple[int, Process]]:
+        """Who had that number, one after another, and since when (0: from before we looked)."""
+        self.of(pid)
+        found = []
+        for life in self._lives.get(pid, ()):
+            if life.process is None and life.executed is not None:
+                life.process = process_as_executed(life.executed, life.cwd)
+            if life.process is not None:
+                found.append((life.since_ns, life.process))
+        return found
+
+    def remember(self, process: Process, since_ns: int = 0) -> None:
         """What another helper knew, of one that may be gone by now."""
-        if process.pid not in self._lives:
-            self._lives_of(process.pid).append(_Life(process=process))
+        lives = self._lives.get(process.pid)
+        if not lives or lives[-1].since_ns < since_ns:
+            self._add(process.pid, _Life(since_ns, process=process))
 
     def forget(self, pid: int, before_ns: int) -> None:
         """What it ran until then has ended; a program that it ran later is not forgotten."""
-        lives = [life for life in self._lives.get(pid, ()) if life.since_ns > before_ns]
+        known = self._lives.get(pid, [])
+        lives = [life for life in known if life.since_ns > before_ns]
+        self._count -= len(known) - len(lives)
         if lives:
             self._lives[pid] = lives
         else:
             self._lives.pop(pid, None)
+
+
+def folder_of(record: Record) -> str | None:
+    """Where the process of an exec is; None when it is gone, whoever has its number by now."""
+    folder = working_directory(record.tgid)
+    return None if folder is None or _began_after(record.tgid, record.at_ns) else folder
 
 
 def process_as_executed(record: Record, cwd: str | None = None) -> Process:
@@ -155,9 +242,22 @@ def _parents(record: Record) -> tuple[tuple[int, str], ...]:
 
 def _began_after(pid: int, at_ns: int) -> bool:
     """Whether this is a later process with the same number, or none."""
+    began_ns = _began_ns(pid)
+    return began_ns is None or _is_after(began_ns, at_ns)
+
+
+def _began_ns(pid: int) -> int | None:
+    """When a process began, to the tick, by the monotonic clock; None when it is gone."""
     ticks = started_ticks(pid)
     if ticks is None:
-        return True
-    hertz = os.sysconf("SC_CLK_TCK")
+        return None
     asleep_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
-    return (ticks - 1) * (1_000_000_000 // hertz) > at_ns + asleep_ns
+    return ticks * _tick_ns() - asleep_ns
+
+
+def _is_after(began_ns: int, at_ns: int) -> bool:
+    return began_ns - _tick_ns() > at_ns
+
+
+def _tick_ns() -> int:
+    return 1_000_000_000 // os.sysconf("SC_CLK_TCK")

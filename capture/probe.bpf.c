@@ -125,7 +125,8 @@ struct record {
 	u64 ssl;
 	u64 opened_ns; /* with tgid and ssl, the connection's identity */
 	u64 at_ns; /* CLOCK_MONOTONIC */
-	u64 offset; /* of this chunk; of a CLOSE, the bytes sent in all */
+	u64 offset; /* of this chunk; of a CLOSE, the bytes sent in all; of an OPEN, when its process was
+		     * forked, which no later process of that number shares (0: not known) */
 	u32 length; /* of an OPEN, the run that the process belongs to */
 	u32 captured;
 };
@@ -162,6 +163,12 @@ enum cookie_part { COOKIE_PLACE = 0xffff, COOKIE_UNPROVED = 0x10000 };
 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
+
+struct birth { /* of a process, by its fork */
+	u32 parent;
+	u32 unused;
+	u64 at_ns;
+};
 
 struct settings {
 	u32 scope;
@@ -253,7 +260,7 @@ BPF_ARRAY(stats, u64, STATS);
 BPF_ARRAY(blank_connection, struct connection, 1);
 BPF_ARRAY(blank_thread, struct thread, 1);
 BPF_PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
-BPF_TABLE("lru_hash", u32, u32, births, THREADS_MAX);
+BPF_TABLE("lru_hash", u32, struct birth, births, THREADS_MAX);
 BPF_ARRAY(proofs, u64, PLACES_MAX);
 BPF_ARRAY(name_places, struct name_place, PLACES_MAX);
 BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
@@ -273,8 +280,8 @@ INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
 INLINE struct exec_record *exec_scratch_get(u32 *k) { return exec_scratch.lookup(k); }
-INLINE u32 *births_get(u32 *k) { return births.lookup(k); }
-INLINE void births_set(u32 *k, u32 *v) { births.update(k, v); }
+INLINE struct birth *births_get(u32 *k) { return births.lookup(k); }
+INLINE void births_set(u32 *k, struct birth *v) { births.update(k, v); }
 INLINE void births_drop(u32 *k) { births.delete(k); }
 INLINE long process_ring_output(void *p, u64 size) { return process_ring.ringbuf_output(p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
@@ -350,7 +357,7 @@ MAP(stats, 2, u32, u64, STATS, 0);
 MAP(blank_connection, 2, u32, struct connection, 1, 0);
 MAP(blank_thread, 2, u32, struct thread, 1, 0);
 MAP(exec_scratch, 6, u32, struct exec_record, 1, 0);
-MAP(births, 9, u32, u32, THREADS_MAX, 0);
+MAP(births, 9, u32, struct birth, THREADS_MAX, 0);
 MAP(proofs, 2, u32, u64, PLACES_MAX, 0);
 MAP(name_places, 2, u32, struct name_place, PLACES_MAX, 0);
 MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
@@ -369,8 +376,8 @@ INLINE u64 *stats_get(u32 *k) { return bpf_map_lookup_elem(&stats, k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_elem(&blank_connection, k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
 INLINE struct exec_record *exec_scratch_get(u32 *k) { return bpf_map_lookup_elem(&exec_scratch, k); }
-INLINE u32 *births_get(u32 *k) { return bpf_map_lookup_elem(&births, k); }
-INLINE void births_set(u32 *k, u32 *v) { bpf_map_update_elem(&births, k, v, BPF_ANY); }
+INLINE struct birth *births_get(u32 *k) { return bpf_map_lookup_elem(&births, k); }
+INLINE void births_set(u32 *k, struct birth *v) { bpf_map_update_elem(&births, k, v, BPF_ANY); }
 INLINE void births_drop(u32 *k) { bpf_map_delete_elem(&births, k); }
 INLINE long process_ring_output(void *p, u64 size) { return bpf_ringbuf_output(&process_ring, p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return bpf_map_lookup_elem(&proofs, k); }
@@ -485,6 +492,14 @@ struct open_record {
 	char host[HOST_BYTES_MAX];
 };
 
+/* When the current process was forked; 0 for one that is older than we are. */
+INLINE u64 born_ns(void)
+{
+	u32 born = bpf_get_current_pid_tgid() >> 32;
+	struct birth *birth = births_get(&born);
+	return birth ? birth->at_ns : 0;
+}
+
 /* The same news in the other ring, which is read at once: who is it, before it exits? */
 INLINE void point_out(struct key *key, struct connection *c)
 {
@@ -495,6 +510,7 @@ INLINE void point_out(struct key *key, struct connection *c)
 	}
 	fill(r, KIND_OPEN, key, c, c->opened_ns);
 	r->length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
+	r->offset = born_ns();
 	process_ring_submit(r);
 }
 
@@ -507,6 +523,7 @@ INLINE void announce(struct key *key, struct connection *c)
 	}
 	fill(&r->head, KIND_OPEN, key, c, c->opened_ns);
 	r->head.size = sizeof(*r);
+	r->head.offset = born_ns();
 	r->head.length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
 	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
 	__builtin_memcpy(r->host, c->host, sizeof(r->host));
@@ -1462,8 +1479,9 @@ INLINE int forked(u32 child)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
 	u32 member = membership(tgid);
-	if (in_scope(s, tgid))
-		births_set(&child, &tgid);
+	/* Of everybody's: a process out of scope may come to be in it, and its number is used again. */
+	struct birth birth = {.parent = tgid, .at_ns = bpf_ktime_get_ns()};
+	births_set(&child, &birth);
 	if (member) {
 		child |= TREE_FORKED;
 		tree_set(&child, &member);
@@ -1588,14 +1606,14 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 	if (!r)
 		return 0;
 	u32 born = bpf_get_current_pid_tgid() >> 32;
-	u32 *parent = births_get(&born);
+	struct birth *birth = births_get(&born);
 	__builtin_memset(r, 0, EXEC_BYTES_MIN);
 	bpf_probe_read_kernel_str(r->path, sizeof(r->path), (char *)a + (a->filename & 0xffff));
 	r->head.kind = KIND_EXEC;
 	r->head.tgid = tgid;
 	r->head.uid = bpf_get_current_uid_gid();
 	r->head.at_ns = bpf_ktime_get_ns();
-	r->head.offset = parent ? *parent : 0;
+	r->head.offset = birth ? birth->parent : 0;
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
 	if (sp) {
 		copy_arguments(r, sp);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -27,6 +28,8 @@ NAME_CHARACTERS_MAX = 100
 FILE_BYTES_MAX = 64 * 1024
 FOLDER_NAMES_MAX = 2000
 PROCESSES_REMEMBERED_MAX = 2048
+# How far the clock may have been put right since a process's start was noted.
+CLOCK_STEP_NS_MAX = 1_000_000_000
 
 # Folders whose name says nothing about the work done there.
 _NAMELESS = frozenset({"", "tmp", "root", "home", "usr", "bin", "opt", "var", "srv", "mnt", "src"})
@@ -47,8 +50,8 @@ class Files(Protocol):
     def workspace_file(self, folder: str) -> str | None:
         """The name of a `*.code-workspace` file in `folder`, if there is exactly one."""
 
-    def cwd_of(self, pid: int) -> str | None:
-        """The working folder of a running process."""
+    def cwd_of(self, pid: int, child_ns: int) -> str | None:
+        """The working folder of a running process, if it began before its child (Unix time)."""
 
     def home_of(self, uid: int | None) -> str | None:
         """The home of an account."""
@@ -91,12 +94,17 @@ class LocalFiles:
             return None
         return found[0] if len(found) == 1 else None
 
-    def cwd_of(self, pid: int) -> str | None:
-        """See `Files`."""
+    def cwd_of(self, pid: int, child_ns: int) -> str | None:
+        """See `Files`. A later process that was given the number is nobody's parent."""
         try:
-            return os.readlink(f"/proc/{pid}/cwd")
-        except OSError:
+            folder = os.readlink(f"/proc/{pid}/cwd")
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                ticks = int(file.read(FILE_BYTES_MAX).rpartition(b")")[2].split()[19])
+        except (OSError, ValueError, IndexError):
             return None
+        boot_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        began_ns = boot_ns + ticks * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+        return folder if began_ns <= child_ns + CLOCK_STEP_NS_MAX else None
 
     def home_of(self, uid: int | None) -> str | None:
         """See `Files`."""
@@ -121,14 +129,15 @@ class Attribution:
 
     def __init__(self, files: Files | None = None) -> None:
         self._files: Files = LocalFiles() if files is None else files
-        self._known: OrderedDict[tuple[int, int, str | None], _Place] = OrderedDict()
+        self._known: OrderedDict[Process, _Place] = OrderedDict()
 
     def __call__(self, process: Process) -> tuple[str | None, str | None]:
         """The project and the git branch (None: no repository, or a detached head)."""
-        key = (process.pid, process.started_ns, process.cwd)
-        place = self._known.get(key)
+        # The whole of it: one pid may have run several programs in one place, each with a
+        # HALTON_PROJECT of its own.
+        place = self._known.get(process)
         if place is None:
-            place = self._known[key] = self._place(process)
+            place = self._known[process] = self._place(process)
             if len(self._known) > PROCESSES_REMEMBERED_MAX:
                 self._known.popitem(last=False)
         return place.project, self._branch(place.head_path)
@@ -215,7 +224,7 @@ class Attribution:
 
     def _from_parents(self, process: Process, home: str | None) -> str | None:
         for pid, _ in process.parents[:PARENT_PROCESSES_MAX]:
-            cwd = _folder(self._files.cwd_of(pid)) if pid > 1 else None
+            cwd = _folder(self._files.cwd_of(pid, process.started_ns)) if pid > 1 else None
             if cwd is None or cwd == _folder(process.cwd):
                 continue
             name = self._rc(cwd) or self._workspace(cwd, home)

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from halton_meter import own_code
+
 if TYPE_CHECKING:
     from halton_meter.store import Flushed
 
@@ -42,7 +44,7 @@ def flush(store: Flushable) -> str | None:
 def begin(home: Path, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """Start the process; to `stdout` goes what it has to say."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "halton_meter.flushing", str(home)],
+        own_code.python("halton_meter.flushing", str(home)),
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         cwd="/",

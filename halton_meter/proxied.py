@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.limits import limit_this_process
 from halton_meter.metering import prepare_home
 from halton_meter.proxy_service import ProxyService
 from halton_meter.proxy_worker import (
@@ -88,6 +89,7 @@ def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
     with contextlib.suppress(OSError):
         prepare_home(home)
     os.umask(0o077)
+    limit_this_process()
     asyncio.run(_serve(ProxyService(job, os.environ, say, mend, trouble), sockets, say))
 
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halton_meter import metering
+from halton_meter import metering, own_code
+from halton_meter.config import invoking_account
 from halton_meter.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, listen_at
 from halton_meter.gaps import Gaps
 from halton_meter.model import rfc3339
@@ -37,6 +39,7 @@ from halton_meter.proxy_worker import (
 )
 from halton_meter.supervisor import BACKOFF_S, HEALTHY_S
 from proxy_fallback.edge import Edge, HostSet, raise_descriptor_limit
+from proxy_fallback.served import served_uids
 
 STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
 
@@ -76,6 +79,8 @@ class ProxyService:
             job.upstream,
             lambda end: program_of(process_of(end)),
             raise_descriptor_limit(),
+            _served(),
+            secrets.token_hex(16),
         )
         self.edge.on_bypass = self._on_bypass
         self.addresses: list[str] = []
@@ -214,7 +219,7 @@ class ProxyService:
         """One worker's life; its exit code."""
         self._state, self._port, self._cause, self._pings_missed = "starting", None, None, 0
         process = self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "halton_meter.proxy_worker"),
+            *own_code.python("halton_meter.proxy_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # What a library may print has no place in the terminal of somebody's command.
@@ -226,7 +231,8 @@ class ProxyService:
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(job_line(self.job))
+        secret = self.edge.worker_secret
+        process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
         with contextlib.suppress(ValueError, ConnectionError):  # a line too long: not ours
             while line := await process.stdout.readline():
                 with contextlib.suppress(json.JSONDecodeError):
@@ -404,7 +410,7 @@ class ProxyService:
             "upstream": list(self.job.upstream) if self.job.upstream else None,
             "rss_bytes": metering._rss_bytes(),
             "connections": len(edge.clients),
-            "counts": dict(edge.counts),
+            "counts": {**edge.counts, **worker.get("turned_away", {})},
             "bypassed": bypassed,
             "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
             "certificate_usable": usable,
@@ -427,6 +433,11 @@ class ProxyService:
                 return await asyncio.wait_for(reply, STATUS_S_MAX)
             self._replies.pop(serial, None)
         return self._last_status
+
+
+def _served() -> frozenset[int]:
+    """Whose connections are taken: ours, root's and, of a run under sudo, the person's."""
+    return served_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
 _OF_WORKER = ("events", "totals", "last_event_at", "journal_waiting", "store_error", "losses")

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from halton_meter import flushing
 from halton_meter.flushing import FLUSH_AFTER_S, FLUSH_EVENTS, SEAL_AFTER_S
+from halton_meter.limits import limit_this_process
 from halton_meter.metering import (
     make_meter,
     prepare_home,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from halton_meter.store import Store
     from proxy_fallback.addon import MeterAddon
     from proxy_fallback.client_end import ClientEnd
+    from proxy_fallback.guard import EdgeOnly
 
 # Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
 WAITING_MAX = 10_000
@@ -57,13 +59,14 @@ class Job:
     """What a worker does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `providers.Registry` takes them; `upstream` is the proxy
-    that leads out of this network.
+    that leads out of this network; `secret` is what the edge says to be let in.
     """
 
     home: str
     service: bool
     extra_hosts: dict[str, str] = field(default_factory=dict)
     upstream: tuple[str, int] | None = None
+    secret: str = field(default="", repr=False)
 
 
 def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
@@ -83,8 +86,11 @@ def process_of(end: ClientEnd) -> Process | None:
     from capture.processes import read_process
     from proxy_fallback.owner import owner_pid
 
+    asked_ns = time.time_ns()
     pid = owner_pid(end)
-    return None if pid is None else read_process(pid)
+    process = None if pid is None else read_process(pid)
+    # It had the socket then: one that began later has but its number.
+    return None if process is None or process.started_ns > asked_ns else process
 
 
 def program_of(process: Process | None) -> str | None:
@@ -260,6 +266,7 @@ class Worker:
     def run(self) -> int:
         """Meter until told to finish, or until nobody is left to tell."""
         from proxy_fallback.authority import AuthorityError
+        from proxy_fallback.guard import EdgeOnly
         from proxy_fallback.session import ProxyError, ProxySession
 
         with contextlib.suppress(OSError):
@@ -269,7 +276,9 @@ class Worker:
         addon = make_addon(pricing, self._job.extra_hosts, self.tell)
         try:
             accepted = self._accepted(hosts)
-            session = ProxySession(addon, hosts, self._home / CA_FOLDER, self._job.upstream)
+            guard = EdgeOnly(self._job.secret)
+            folder = self._home / CA_FOLDER
+            session = ProxySession(addon, hosts, folder, self._job.upstream, guard)
             session.start()
         except (AuthorityError, ProxyError) as error:
             self.tell({"unavailable": str(error)})
@@ -277,7 +286,7 @@ class Worker:
         pricing.start()
         self.tell({"ready": True, "port": session.port, "accepted": accepted})
         threading.Thread(target=self._watch_ca, args=(hosts, accepted), daemon=True).start()
-        self._obey(session, pricing)
+        self._obey(session, pricing, guard)
         session.stop()
         pricing.finish()
         self.tell({"final": True, **pricing.status()})
@@ -304,14 +313,15 @@ class Worker:
                 self.tell({"accepted": now})
                 before = now
 
-    def _obey(self, session: Any, pricing: Pricing) -> None:
+    def _obey(self, session: Any, pricing: Pricing, guard: EdgeOnly) -> None:
         for line in sys.stdin.buffer:
             message = json.loads(line)
             if "ping" in message:
                 serial = message["ping"]
                 session.call_soon(lambda serial=serial: self.tell({"pong": serial}))
             if "status" in message:
-                self.tell({"status": pricing.status(), "serial": message["status"]})
+                told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
+                self.tell({"status": told, "serial": message["status"]})
             if "losses" in message:
                 pricing.count_losses(message["losses"])
             if "finish" in message:
@@ -327,6 +337,7 @@ def main() -> int:
     """Run one worker; see the file's head."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is meant for the command
     os.umask(0o077)
+    limit_this_process()
     sys.setswitchinterval(SWITCH_S)
     table = json.loads(sys.stdin.buffer.readline(LINE_BYTES_MAX) or b"{}")
     if table.get("upstream"):

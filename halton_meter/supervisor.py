@@ -13,20 +13,19 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halton_meter import metering
+from halton_meter import metering, own_code
 from halton_meter.config import Account, Config, ConfigError
+from halton_meter.limits import limit_this_process
 from halton_meter.metering import Job
 from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
@@ -121,7 +120,7 @@ class Worker:
             "HALTON_METER_HOME": job.home,
         }
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "halton_meter.metering", str(link.fileno())],
+            own_code.python("halton_meter.metering", str(link.fileno())),
             stdin=commands.fileno(),
             stdout=subprocess.PIPE,
             pass_fds=(link.fileno(),),
@@ -254,8 +253,11 @@ class Supervisor:
         return self._ready and self._helper_runs
 
     def start(self) -> None:
-        """Return once probes are in place. Raises Unavailable."""
-        _raise_descriptor_limit()
+        """Return once probes are in place. Raises Unavailable.
+
+        A command that is to be run has been forked by now: it keeps the limits that it was given.
+        """
+        limit_this_process()
         with self._start_helper() as link:
             self._start_worker(link)
         deadline = time.monotonic() + START_S_MAX
@@ -458,13 +460,6 @@ class Supervisor:
         except (ConfigError, ValueError) as error:
             self.result.store_error = self.result.store_error or str(error)
             return Totals()
-
-
-def _raise_descriptor_limit() -> None:
-    """A probe is a descriptor: a busy machine has some thousands."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _cause(code: int) -> str:

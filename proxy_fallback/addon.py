@@ -171,6 +171,8 @@ class MeterAddon:
 
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """A request's head: decide, and stream its body past us."""
+        if flow.error is not None:  # it goes nowhere
+            return
         flow.request.stream = True
         try:
             if flow.client_conn.id not in self._owners:  # no CONNECT: a plain HTTP request

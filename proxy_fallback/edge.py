@@ -6,8 +6,9 @@ wrong with mitmproxy (down, slow, hung, crash-looping, not trusted by that clien
 host is tunnelled raw too: unmetered, and counted by host and cause. Standard library only, one
 thread, no buffer without a limit; it must keep working whatever else dies.
 
-What it refuses: to bind or to serve anything but loopback, to connect to itself, to look into what
-it tunnels, to name any host but a provider's in what it counts. It cannot mend a stream that
+What it refuses: to bind or to serve anything but loopback, to serve another user than its owner and
+root (see served.py), to connect to itself, to look into what it tunnels, to name any host but a
+provider's in what it counts. It cannot mend a stream that
 mitmproxy was decrypting when it died: that breaks, and the next request succeeds. A TLS handshake
 that mitmproxy had not answered yet is said again to the provider itself.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import socket
 import time
@@ -30,9 +32,13 @@ from proxy_fallback import client_end
 from proxy_fallback.client_end import ClientEnd
 from proxy_fallback.listening import ADDRESS, BACKLOG, HEALTH_PATH, EdgeError, is_loopback, unfit
 from proxy_fallback.proxy_request import Asked, read_request
+from proxy_fallback.served import Peer, peer_of, served_uids
 from proxy_fallback.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, Answering, End, Worker
 
 HEAD_S_MAX = 60.0
+# What others, who are refused, may hold open: enough to be told so.
+OTHERS_MAX = 64
+OTHERS_HEAD_S_MAX = 5.0
 # How long mitmproxy may take to answer our CONNECT before the host is tried raw, too. It connects
 # to the provider first, which takes some 50 ms.
 WORKER_ANSWER_S_MAX = 1.0
@@ -94,7 +100,8 @@ class Edge:
 
     `hosts` are the providers'. `upstream` is the proxy by which raw tunnels leave, or None.
     `program_of` names the program behind a client's socket, or None: asked only for
-    hosts whose certificate some program refused, in a thread of its own.
+    hosts whose certificate some program refused, in a thread of its own. `served` are the users
+    whose connections are taken, `worker_secret` is what mitmproxy knows the edge by.
 
     Until `send_to` is called provider hosts are tunnelled raw. `counts` has, by cause, what
     happened since the start; `bypassed` the provider connections that went by unmetered, by host
@@ -107,6 +114,8 @@ class Edge:
         upstream: tuple[str, int] | None = None,
         program_of: Callable[[ClientEnd], str | None] = lambda end: None,
         connections_max: int = CONNECTIONS_MAX,
+        served: frozenset[int] | None = None,
+        worker_secret: str = "",
     ) -> None:
         self.hosts = HostSet(hosts)
         self.accepted = self.hosts
@@ -115,6 +124,9 @@ class Edge:
         self.bypassed: dict[str, Counter[str]] = {}
         self.clients: set[_Client] = set()
         self.connections_max = connections_max
+        self.served = served_uids() if served is None else served
+        self.worker_secret = worker_secret
+        self.others = 0  # connections of users who are refused
         self._program_of = program_of
         self._refusals: dict[tuple[str, str | None], int] = {}
         self._worker_port: int | None = None
@@ -242,6 +254,7 @@ class _Client(End):
         self._timer: asyncio.TimerHandle | None = None
         self._end = ClientEnd("", 0, 0)
         self._wants_tunnel = False
+        self._is_others = False
 
     # --- the transport's side
 
@@ -260,8 +273,24 @@ class _Client(End):
         elif len(edge.clients) > edge.connections_max:
             self._refuse("refused_over_limit", "503 Service Unavailable")
         else:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(HEAD_S_MAX, self._refuse, "refused_no_request", None)
+            self._admit(peer_of(transport.get_extra_info("socket"), edge.served))
+
+    def _admit(self, peer: Peer) -> None:
+        """Wait for what it asks, even if that will be refused: only then it hears why."""
+        edge, wait_s = self._edge, HEAD_S_MAX
+        if peer is Peer.GONE:
+            self._refuse("refused_gone", None)
+            return
+        if peer is Peer.OTHER_USER:
+            self._is_others, wait_s = True, OTHERS_HEAD_S_MAX
+            edge.others += 1
+            if edge.others > OTHERS_MAX:
+                self._refuse("refused_other_user", None)
+                return
+        elif peer is Peer.UNKNOWN:
+            edge.counts["served_unknown_user"] += 1
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(wait_s, self._refuse, "refused_no_request", None)
 
     def hear(self, data: bytes) -> None:
         self.early += data
@@ -292,6 +321,7 @@ class _Client(End):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._edge.clients.discard(self)
+        self._edge.others -= self._is_others
         if self._task is not None and not self._task.done():
             self._task.cancel()
         super().connection_lost(exc)
@@ -335,12 +365,19 @@ class _Client(End):
 
     async def _serve(self, head: bytes) -> None:
         edge = self._edge
+        if head.startswith(f"GET {HEALTH_PATH} ".encode()):
+            self._answer("200 OK", "here")  # to anybody: who wants the port is told who has it
+            return
+        if self._is_others:
+            self._refuse(
+                "refused_other_user",
+                "403 Forbidden",
+                f"this proxy is uid {os.geteuid()}'s and serves no other user",
+            )
+            return
         asked = read_request(head)
         if asked is None:
-            if head.startswith(f"GET {HEALTH_PATH} ".encode()):
-                self._answer("200 OK", "here")
-            else:
-                self._refuse("refused_no_proxy_request", "400 Bad Request")
+            self._refuse("refused_no_proxy_request", "400 Bad Request")
             return
         self._wants_tunnel = asked.origin_head is None
         if edge.is_own(asked.host, asked.port):  # not by way of mitmproxy either
@@ -411,7 +448,10 @@ class _Client(End):
     async def _ask(self, worker: Worker, worker_port: int, asked: Asked) -> str:
         """Ask mitmproxy for a tunnel; "" when it was given, else the cause."""
         loop = asyncio.get_running_loop()
-        header = f"{client_end.HEADER}: {client_end.to_header(self._end)}\r\n"
+        header = (
+            f"{client_end.HEADER}: {client_end.to_header(self._end)}\r\n"
+            f"Proxy-Authorization: Bearer {self._edge.worker_secret}\r\n"
+        )
         try:
             await loop.create_connection(lambda: worker, ADDRESS, worker_port)
             accepted = await worker.connect(asked.host, asked.port, header)

@@ -74,7 +74,17 @@ RestartSec=1
 TimeoutStopSec=20
 NoNewPrivileges=yes
 UMask=0077
+# Where memory runs out one process ends, and is started again; no prompt goes to swap or to a core.
+OOMPolicy=continue
+MemoryMax=2G
+MemorySwapMax=0
+TasksMax=1024
 LimitNOFILE={DESCRIPTORS_MAX}
+LimitCORE=0
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
 
 [Install]
 WantedBy=default.target
@@ -107,8 +117,8 @@ def launch_agent(
             "ThrottleInterval": 1,
             "ProcessType": "Interactive",
             "Umask": 0o077,
-            "SoftResourceLimits": {"NumberOfFiles": DESCRIPTORS_MAX},
-            "HardResourceLimits": {"NumberOfFiles": DESCRIPTORS_MAX},
+            "SoftResourceLimits": {"NumberOfFiles": DESCRIPTORS_MAX, "Core": 0},
+            "HardResourceLimits": {"NumberOfFiles": DESCRIPTORS_MAX, "Core": 0},
         }
     if port is not None:
         agent["Sockets"] = {

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from proxy_fallback.addon import MeterAddon
+    from proxy_fallback.guard import EdgeOnly
 
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 10.0
@@ -61,7 +62,10 @@ def host_patterns(hosts: Iterable[str]) -> list[str]:
 
 
 class ProxySession:
-    """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust."""
+    """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust.
+
+    With `guard` only the edge is let in, without one whoever connects.
+    """
 
     def __init__(
         self,
@@ -69,8 +73,10 @@ class ProxySession:
         hosts: Iterable[str],
         ca_folder: Path,
         upstream: tuple[str, int] | None = None,
+        guard: EdgeOnly | None = None,
     ) -> None:
         self._addon = addon
+        self._guard = guard
         self._upstream = upstream
         self._patterns = host_patterns(hosts)
         self._folder = ca_folder
@@ -153,7 +159,8 @@ class ProxySession:
         self._master.addons.add(*(each() for each in carriers))
         # Odd headers are the provider's and the client's own business.
         setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
-        self._master.addons.add(self._addon, _Listening(self))
+        first = () if self._guard is None else (self._guard,)  # before anybody else looks
+        self._master.addons.add(*first, self._addon, _Listening(self))
         _show_one_name(self._master.addons.get("tlsconfig"))
         await self._master.run()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ class FilesUnder(LocalFiles):
         self.home = str(home)
         self.cwds = cwds or {}
 
-    def cwd_of(self, pid: int) -> str | None:
+    def cwd_of(self, pid: int, child_ns: int) -> str | None:
         return self.cwds.get(pid)
 
     def home_of(self, uid: int | None) -> str | None:
@@ -86,6 +88,26 @@ def test_parents_then_folder_then_misc(home: Path) -> None:
     assert named(home, "/") == ("misc", None)
     assert named(home, None) == ("misc", None)
     assert named(home, "/tmp") == ("misc", None)
+
+
+def test_two_programs_of_one_process_have_each_its_own_project(home: Path) -> None:
+    """`env HALTON_PROJECT=b client` that a client became: pid, start and folder are the same."""
+    attribution = Attribution(FilesUnder(home))
+    first = Process(pid=7, started_ns=1, cwd=str(home), project_hint="a")
+    second = Process(pid=7, started_ns=1, cwd=str(home), project_hint="b")
+    assert [attribution(each)[0] for each in (first, second, first)] == ["a", "b", "a"]
+
+
+def test_a_later_process_of_a_parents_number_is_nobodys_parent(tmp_path: Path) -> None:
+    began_ns = time.time_ns()
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=tmp_path)
+    try:
+        files = LocalFiles()
+        assert files.cwd_of(child.pid, time.time_ns()) == str(tmp_path)
+        assert files.cwd_of(child.pid, began_ns - 60 * 10**9) is None
+    finally:
+        child.communicate()
+    assert files.cwd_of(child.pid, time.time_ns()) is None
 
 
 def test_a_worktree_belongs_to_its_main_repository(home: Path) -> None:

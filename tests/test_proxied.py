@@ -227,3 +227,14 @@ def test_what_is_metered_leaves_by_the_upstream_proxy_too(origin: str, tmp_path:
     assert run.exit_code == 0
     assert run.totals.total.requests == 1
     assert company.counts["tunnelled"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sudo makes root")
+def test_a_run_under_sudo_serves_the_person_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sudo runs may act as the person, as `sudo -u` does."""
+    from halton_meter import proxy_service
+
+    monkeypatch.setenv("SUDO_UID", "54321")
+    assert {0, 54321} <= proxy_service._served()
+    monkeypatch.delenv("SUDO_UID")
+    assert 54321 not in proxy_service._served()

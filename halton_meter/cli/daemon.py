@@ -71,11 +71,13 @@ def daemon(
 
 
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
-    from halton_meter import config, supervisor
+    from halton_meter import config, own_code, supervisor
     from halton_meter import daemon as root
 
     if not config.is_root():
         raise supervisor.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
+    if problems := own_code.problems():
+        raise supervisor.Unavailable(problems)
     account = config.account_named(owner) if owner else config.invoking_account()
     home = _home(account.home)
     chosen, hosts = root.configured(account, home)
@@ -107,7 +109,7 @@ def _keep_proxy(port: int | None) -> int:
     """
     import signal
 
-    from halton_meter import config
+    from halton_meter import config, own_code
     from proxy_fallback import listening
 
     try:
@@ -116,7 +118,7 @@ def _keep_proxy(port: int | None) -> int:
         click.echo(f"halton-meter: {error}", err=True)
         return 1
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
-    command = [sys.executable, "-P", "-m", "halton_meter", *arguments]
+    command = own_code.python("halton_meter", *arguments)
     child, stopping, failures = 0, False, 0
 
     def stop(*_: object) -> None:
@@ -147,8 +149,10 @@ def _keep() -> int:
     import signal
     import subprocess
 
+    from halton_meter import own_code
+
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
-    command = [sys.executable, "-P", "-m", "halton_meter", *arguments]
+    command = own_code.python("halton_meter", *arguments)
     failures = 0
     while failures < STARTS_MAX:
         began = time.monotonic()

@@ -93,8 +93,10 @@ def run(
 
 
 def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
-    from halton_meter import config, daemon, privileges, supervisor
+    from halton_meter import config, daemon, own_code, privileges, supervisor
 
+    if config.is_root() and (problems := own_code.problems()):
+        raise supervisor.Unavailable(problems)
     account = config.invoking_account()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
     home = config.home_folder({**environment, "HOME": str(environment.get("HOME", account.home))})

@@ -25,12 +25,21 @@ START_S_MAX = 20.0
 STOP_S_MAX = 20.0
 SYSTEMCTL_S_MAX = 60.0
 
-# Whatever the service may need, and nothing else: BPF and probes (SYS_ADMIN on kernels that want
-# it for uprobes), other processes' /proc, acting as the user, signalling the user's half, and being
-# there before a process that lives 10 ms is gone (NICE).
+# Whatever the service may need, and nothing else: BPF and probes (BPF and PERFMON; SYS_ADMIN before
+# Linux 5.8, and for a mount namespace of the helper's own), other processes' /proc and files,
+# acting as the user and as nobody, signalling the user's half, and being there before a process
+# that lives 10 ms is gone (NICE). LimitMEMLOCK does for old kernels what IPC_LOCK would.
 _CAPABILITIES = (
-    "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_SYS_RESOURCE CAP_DAC_READ_SEARCH "
-    "CAP_SETUID CAP_SETGID CAP_KILL CAP_IPC_LOCK CAP_SYS_NICE"
+    "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_SYS_ADMIN CAP_DAC_READ_SEARCH "
+    "CAP_SETUID CAP_SETGID CAP_KILL CAP_SYS_NICE"
+)
+# What these capabilities would allow, and nobody needs: to read and change the memory and the open
+# files of others, to open files past their folders, and doors to the kernel that are new or wide.
+_DENIED_CALLS = (
+    "@reboot @swap @module @raw-io @obsolete @cpu-emulation @clock @keyring "
+    "ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp "
+    "open_by_handle_at chroot pivot_root acct quotactl userfaultfd "
+    "io_uring_setup io_uring_enter io_uring_register"
 )
 
 
@@ -40,7 +49,13 @@ def unit_text(command: Sequence[str], home: Path, person_home: Path) -> str:
     Not set, and why: PrivateNetwork (newer systemd then mounts a fresh /sys, without tracefs),
     PrivateTmp (a project may live in /tmp), MemoryDenyWriteExecute (bcc compiles),
     ProtectKernelTunables (tracefs must be writable for old kernels' probes), ProtectKernelModules
-    (bcc reads headers under /lib/modules), ProtectProc (whose plaintext it is stands in /proc).
+    (bcc reads headers under /lib/modules), ProtectProc (whose plaintext it is stands in /proc),
+    CPUWeight (a process that lives 10 ms must be seen while its user's programs are busy),
+    MemoryHigh (it would slow the helper down for what another process of ours takes).
+
+    The limits are some ten times what a busy day takes. Where memory runs out one process ends, and
+    is started again (OOMPolicy); what it holds, prompts among it, goes neither to swap nor into a
+    core file.
     """
     return f"""\
 [Unit]
@@ -56,8 +71,14 @@ Restart=on-failure
 RestartSec=1
 KillMode=mixed
 TimeoutStopSec=25
-LimitMEMLOCK=infinity
 OOMScoreAdjust=200
+OOMPolicy=continue
+MemoryMax=2G
+MemorySwapMax=0
+TasksMax=1024
+LimitMEMLOCK=infinity
+LimitNOFILE=65536
+LimitCORE=0
 
 CapabilityBoundingSet={_CAPABILITIES}
 NoNewPrivileges=yes
@@ -67,17 +88,18 @@ ReadWritePaths={_quoted(str(home))}
 CacheDirectory=halton-meter
 CacheDirectoryMode=0755
 PrivateDevices=yes
+PrivateMounts=yes
 ProtectClock=yes
 ProtectHostname=yes
 ProtectControlGroups=yes
 ProtectKernelLogs=yes
-RestrictAddressFamilies=AF_UNIX AF_NETLINK
+RestrictAddressFamilies=AF_UNIX
 RestrictNamespaces=mnt
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
 SystemCallArchitectures=native
-SystemCallFilter=~@reboot @swap @module @raw-io @obsolete @cpu-emulation @clock
+SystemCallFilter=~{_DENIED_CALLS}
 SystemCallErrorNumber=EPERM
 IPAddressDeny=any
 UMask=0077
@@ -142,7 +164,7 @@ def start(
 def _start_probes(
     all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
 ) -> None:
-    from halton_meter import config, daemon, privileges
+    from halton_meter import config, daemon, own_code, privileges
 
     account = config.invoking_account()
     home = config.home_folder()
@@ -150,7 +172,8 @@ def _start_probes(
     for user in users:
         scope += ["--user", user]
     scope += ["--cgroup", cgroup] if cgroup else []
-    command = [sys.executable, "-P", "-m", "halton_meter", "daemon", "--foreground", *scope]
+    # Isolated, as root's processes are: no variable or folder of a person's changes what it runs.
+    command = [sys.executable, "-I", "-m", "halton_meter", "daemon", "--foreground", *scope]
     try:
         unit = unit_text(command, home, account.home)
     except ValueError as error:
@@ -161,6 +184,8 @@ def _start_probes(
     if not config.is_root():
         ways = "sudo halton-meter start\n   or: halton-meter start --via proxy   (no root needed)"
         _fail("starting the service needs root", ways)
+    for problem in own_code.problems():
+        _fail(*problem)
     status = _status(home)
     if status is not None:
         click.echo(f"already running (pid {status.get('supervisor_pid')})")
@@ -170,7 +195,7 @@ def _start_probes(
         privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
     except (config.ConfigError, OSError) as error:
         _fail(str(error), f"mend it, then: sudo halton-meter start   (state lives in {home})")
-    if (changeable := _changeable_by_others()) is not None:
+    if (changeable := own_code.changeable_by_others()) is not None:
         click.echo(
             f"note: root will run code of {changeable}, which others than root may change\n"
             "  to avoid it: sudo python3 -m venv /opt/halton-meter && "
@@ -181,18 +206,6 @@ def _start_probes(
         _start_unit(unit, home)
     else:
         _start_kept(command, account, home)
-
-
-def _changeable_by_others() -> Path | None:
-    """What root is about to run and somebody else could change; None where nobody could."""
-    import halton_meter
-
-    for path in (Path(sys.executable), Path(halton_meter.__file__).resolve()):
-        for each in (path, *path.parents):
-            found = each.stat()
-            if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
-                return path
-    return None
 
 
 def _start_unit(text: str, home: Path) -> None:

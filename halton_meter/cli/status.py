@@ -116,11 +116,27 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
         cause = each["cause"].replace("_", " ")
         connections = count(each["connections"], "connection")
         lines.append(f"  unmetered: {each['host']} {connections} ({cause})")
+    lines += _turned_away_lines(found.get("counts", {}))
     for each in found["refused"][:BYPASSED_SHOWN]:
         who = each["program"] or "some program"
         lines.append(f"  {who} does not trust our certificate for {each['host']}: it runs past us")
         lines.append("    halton-meter init, then start that program again")
     return lines + _loss_lines(found["losses"] or {}, found["gaps"])
+
+
+_TURNED_AWAY = {
+    "refused_other_user": "of other users of this machine: the proxy serves its owner and root",
+    "refused_other_user_at_worker": "of other users of this machine to the proxy's inner port",
+    "refused_past_the_edge": "to the proxy's inner port, which only the proxy itself may use",
+}
+
+
+def _turned_away_lines(counts: dict[str, int]) -> list[str]:
+    return [
+        f"  refused: {count(counts[cause], 'connection')} {words}"
+        for cause, words in _TURNED_AWAY.items()
+        if counts.get(cause)
+    ]
 
 
 def _loss_lines(losses: dict[str, int], gaps: list[dict[str, str]]) -> list[str]:

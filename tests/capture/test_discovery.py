@@ -17,7 +17,9 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within the look came the news of its next exec, and it had ended by then."""
-    ring: Any = SimpleNamespace(records=lambda: iter(()), skip_discarded=lambda: None)
+    ring: Any = SimpleNamespace(
+        records=lambda: iter(()), skip_discarded=lambda: None, filled=lambda: 0
+    )
     files: Any = SimpleNamespace(searching=False)
     admission: Any = SimpleNamespace()
     discovery = Discovery(ring, files, admission, lambda: None)

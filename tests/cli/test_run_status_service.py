@@ -17,6 +17,7 @@ from halton_meter.cli.service import unit_text
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
 from halton_meter.supervisor import Metered
 from halton_meter.totals import Line, Totals
+from proxy_fallback import service_files
 
 
 def totals(**models: Line) -> Totals:
@@ -164,6 +165,11 @@ def test_status_of_a_proxy_that_is_well_or_paused_or_lacks_a_certificate() -> No
     assert proxy_lines(well)[-1] == "  nothing lost, no gaps"
     paused = proxy_lines(well | {"health": "paused", "worker": PROXY["worker"] | {"restarts": 0}})
     assert "start it: halton-meter start" in paused[3]
+    counts = {"accepted": 9, "refused_other_user": 1, "refused_gone": 2}
+    assert proxy_lines(well | {"counts": counts})[3:-1] == [
+        "  refused: 1 connection of other users of this machine: the proxy serves its owner and "
+        "root",
+    ]
     expired = proxy_lines(well | {"certificate_usable": False})
     assert any("halton-meter init" in line for line in expired)
 
@@ -222,13 +228,29 @@ def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     )
     about_ours = [text for text in verified.stderr.splitlines() if "halton-meter" in text]
     assert about_ours == []
+    # Ten times the exposure, of 10; what is left is in the docstring of unit_text.
     judged = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=60", str(unit)],
+        ["systemd-analyze", "security", "--offline=true", "--threshold=39", str(unit)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert judged.returncode == 0, judged.stdout[-400:]
+
+
+LIMITS = ("MemoryMax", "MemorySwapMax", "TasksMax", "LimitNOFILE", "LimitCORE", "OOMPolicy")
+
+
+@pytest.mark.parametrize("whose", ["root's", "the person's"])
+def test_units_have_limits_and_leave_no_plaintext_behind(tmp_path: Path, whose: str) -> None:
+    root = unit_text(["/bin/true"], tmp_path, tmp_path)
+    text = root if whose == "root's" else service_files.service_unit("x", ["/bin/true"], {})
+    settings = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    assert set(LIMITS) <= settings.keys()
+    # Neither a core file nor the swap holds a prompt.
+    assert (settings["LimitCORE"], settings["MemorySwapMax"]) == ("0", "0")
+    # One process that takes too much must not take the supervisor and the edge along.
+    assert settings["OOMPolicy"] == "continue"
 
 
 def test_daemon_in_the_background_is_not_what_one_wants() -> None:

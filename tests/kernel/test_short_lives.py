@@ -20,7 +20,7 @@ from capture import loader
 from capture.arguments import REDACTED
 from capture.libraries import standard_linkers
 from capture.uprobe import UprobeSource
-from halton_meter.model import Process
+from halton_meter.model import Direction, Process
 
 from .conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather, same_bytes
 
@@ -120,6 +120,36 @@ def test_each_program_of_one_pid_is_told_apart(bench: Bench) -> None:
     told = [each.connection.process for each in seen.values()]
     assert [process and process.pid for process in told] == [shell.process.pid] * 2
     assert {process and process.argv[0] for process in told} == {sys.executable, "curl"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_process_that_had_a_number_is_told_apart(bench: Bench, way: str) -> None:
+    """Within a second four have the same one; the third runs no program of its own."""
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        pytest.skip("the next number cannot be chosen here")
+    source = bench.source(loader=way)
+    _, *arguments, _ = curl(bench)
+    argv = [str(shutil.which("curl")), *arguments]
+    reused = [sys.executable, str(CLIENTS / "reused.py"), *argv]
+    shell = waiting_shell(bench, source, '"$@"', *reused)
+    with held_up(source):
+        shell.say()
+        pid = int(shell.output())
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    told = {}
+    for each in seen.values():
+        path = each.data(Direction.SENT).split(b" ")[1]
+        process = each.connection.process
+        assert process
+        assert process.pid == pid
+        told[path.decode()] = process.argv[:1]
+    assert told == {
+        "/bytes/1": ("client-1",),
+        "/bytes/2": ("client-2",),
+        "/bytes/3": (),
+        "/bytes/4": ("client-4",),
+    }
 
 
 @pytest.mark.parametrize("size", [3000, 5000, 100_000])

@@ -392,6 +392,46 @@ def test_nobody_but_this_machine_is_served(proxied: Proxied) -> None:
     assert "tunnelled" not in status["counts"]
 
 
+def _ports_of(pid: int) -> list[int]:
+    """The ports that a process's network namespace listens on."""
+    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return [int(each[1].rpartition(":")[2], 16) for each in fields if each[3] == "0A"]
+
+
+def test_another_user_of_the_machine_is_served_at_neither_port(proxied: Proxied) -> None:
+    lab = proxied.lab
+    before = {*_ports_of(lab.pid), PORT}
+    proxied.start()
+    status = proxied.status()
+    assert status is not None
+    [inner] = set(_ports_of(status["worker"]["pid"])) - before
+
+    def curl(port: int, url: str, user: Any) -> str:
+        # Into its standard output: the HTTP status that the proxy gave.
+        command = ["curl", "-sS", "-m", "20", "-x", f"http://127.0.0.1:{port}", "-o", "/dev/null"]
+        told = lab.run([*command, "-w", "%{http_connect} %{http_code}", url], user=user, env={})
+        return str(told.stdout)
+
+    plain = URL.replace("https", "http")
+    assert [curl(PORT, url, lab.other) for url in (URL, plain)] == ["403 000", "000 403"]
+    assert [curl(inner, url, lab.other) for url in (URL, plain)] == ["000 000", "000 000"]
+    assert curl(inner, URL, lab.user) == "403 000"
+    assert proxied.served() == []
+    proxied.must(1)
+    found = proxied.status()
+    assert found is not None
+    counted = {cause: found["counts"].get(cause) for cause in found["counts"] if "refused" in cause}
+    assert counted == {
+        "refused_other_user": 2,
+        "refused_other_user_at_worker": 2,
+        "refused_past_the_edge": 1,
+    }
+    assert found["losses"] == {}
+    told = lab.run([*HALTON_METER, "status"], user=lab.user, env=proxied.environment())
+    assert "refused: 2 connections of other users of this machine" in told.stdout
+
+
 def _memory_kb(pid: int, what: str) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(what):
