@@ -31,6 +31,7 @@ from capture.known_files import KnownFiles
 from capture.mounts import offer_headers, own_mounts, tracing_folder
 from capture.name_places import VALUE, NamePlaces
 from capture.outlet import Outlet
+from halton_meter import untrusted
 from halton_meter.model import Process
 
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
@@ -40,6 +41,9 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
+# Commands are few and short. Those of a reader gone bad get no more of our time in a round.
+COMMANDS_BYTES_MAX = 4096
+COMMANDS_S = 0.01
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
@@ -54,7 +58,8 @@ class Helper:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._commands = protocol.CommandBuffer()
+        self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
+        self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
         self._paused = self._stopping = False
         self._listening = (False, False)
@@ -199,20 +204,24 @@ class Helper:
             self._discovery.schedule(each)
 
     def command(self, command: dict[str, Any]) -> None:
-        """Carry out one command, and answer it."""
-        number, what = command.get("id"), command.get("do")
+        """Carry out one command, and answer it. Whoever commands us may have gone bad: nothing that
+        it says ends us, or sends more than an answer back."""
+        number = untrusted.whole_number(command, "id", smallest=-1)
+        what = untrusted.text(command, "do")
         answer: dict[str, Any] = {"id": number}
         try:
             if what == "barrier":
-                self._outlet.put_barrier(int(command["id"]))
+                self._outlet.put_barrier(number or 0)
                 self._resume()
                 return
             if what == "root":
-                self._admission.check_owner(int(command["pid"]))
-                self._add_root(int(command["pid"]))
+                pid = _pid(command)
+                self._admission.check_owner(pid)
+                self._add_root(pid)
             elif what == "watch":
-                self._admission.check_owner(int(command["pid"]))
-                self._family.watch(int(command["pid"]))
+                pid = _pid(command)
+                self._admission.check_owner(pid)
+                self._family.watch(pid)
             elif what == "hosts":
                 self._admission.set_hosts(command["hosts"])
             elif what == "report":
@@ -222,8 +231,11 @@ class Helper:
                 self._stopping = True
             else:
                 raise Refused(f"unknown command {what!r}")
-        except (Refused, OSError, KeyError, TypeError, ValueError) as error:
-            answer["error"] = str(error)
+        except (Refused, OSError) as error:
+            answer["error"] = untrusted.printable(str(error))
+        except Exception as error:
+            self._commands_refused += 1
+            answer["error"] = f"not a command: {type(error).__name__}"
         self._outlet.put(protocol.encode_message(protocol.REPLY, answer))
 
     # --- the loop -----------------------------------------------------------------------------
@@ -234,7 +246,8 @@ class Helper:
         while not self._stopping or outlet.waiting:
             now = time.monotonic()
             ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
-            if self._sock.fileno() in ready and not self._read_commands():
+            asked = self._sock.fileno() in ready or self._commands.waiting
+            if asked and not self._read_commands():
                 return
             discovery.read_processes()
             if self._fills():
@@ -254,6 +267,8 @@ class Helper:
 
     def _wait_s(self, now: float) -> float:
         times = [self._discovery.due(now)]
+        if self._commands.waiting and not self._outlet.blocked:
+            return 0.0
         if self._paused and not self._outlet.blocked:
             # Even when that time has passed by now: nobody listens to the ring until then.
             times.append(self._resume_at)
@@ -288,19 +303,29 @@ class Helper:
             return
         self._listening = listening
         self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
-        self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
+        self._epoll.modify(self._sock, select.EPOLLOUT if blocked else select.EPOLLIN)
 
     def _read_commands(self) -> bool:
-        try:
-            data = self._sock.recv(1 << 16)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        if not data:
-            return False
-        for command in self._commands.feed(data):
-            self.command(command)
+        """Take commands off the socket and carry some out; False at its end.
+
+        While our own answers wait to go out no more are read, and of many only a few at a time:
+        who asks without end, or without listening, waits.
+        """
+        if not self._commands.waiting and not self._outlet.blocked:
+            try:
+                data = self._sock.recv(COMMANDS_BYTES_MAX)
+            except BlockingIOError:
+                data = None
+            except OSError:
+                return False
+            if data == b"":
+                return False
+            self._commands.feed(data or b"")
+        until = time.monotonic() + COMMANDS_S
+        while self._commands.waiting and not self._outlet.blocked and time.monotonic() < until:
+            if (command := self._commands.next()) is not None:
+                self.command(command)
+                self._outlet.flush()
         return True
 
     def _handle(self, frame: bytes) -> None:
@@ -360,6 +385,7 @@ class Helper:
             "statistics": statistics,
             "coverage": self._coverage.lines(),
             "late": self._discovery.late,
+            "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),
         }
         self._outlet.put(protocol.encode_message(protocol.REPORT, report))
@@ -377,6 +403,13 @@ class Helper:
                 self._close(ssl, tgid, now_ns)
 
 
+def _pid(command: dict[str, Any]) -> int:
+    pid = untrusted.whole_number(command, "pid", untrusted.PID_MAX, 1)
+    if pid is None:
+        raise Refused("not a process id")
+    return pid
+
+
 def _connection_map(fd: int) -> loader.Map:
     return loader.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
 
@@ -388,31 +421,38 @@ def rss_bytes() -> int | None:
     return None
 
 
+def first_command(sock: socket.socket) -> dict[str, Any] | None:
+    """What our own starter wants; not a byte is read of what others may say after it."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        there = sock.recv(1 << 16, socket.MSG_PEEK)
+        end = there.find(b"\n") + 1
+        data = sock.recv(end or len(there))
+        if not data or len(line) > protocol.COMMAND_BYTES_MAX:
+            return None
+        line += data
+    return untrusted.parsed(bytes(line))
+
+
 def serve(sock: socket.socket, keeper: socket.socket | None = None) -> None:
     """Read the first command, set up, answer, loop."""
-    commands = protocol.CommandBuffer()
-    received: list[dict[str, Any]] = []
-    while not received:
-        data = sock.recv(1 << 16)
-        if not data:
-            return
-        received = commands.feed(data)
+    command = first_command(sock)
+    if command is None:
+        return
     helper = Helper(sock)
     try:
-        helper.configure(received[0])
+        helper.configure(command)
     except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
         sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
     _widen(sock)
     helper.hand_over_ring()
     sock.setblocking(False)
-    for command in received[1:]:
-        helper.command(command)
     helper.report()
     if keeper is not None:
         helper.leave_to(keeper)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        if left := received[0].get("remains"):
+        if left := command.get("remains"):
             helper.inherit(remains.Remains(**left))
         helper.run()
     if keeper is not None:

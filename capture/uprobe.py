@@ -577,7 +577,10 @@ class UprobeSource:
             libraries=tuple(report.get("libraries", ())),
             losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES},
             events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES}
-            | {"processes_ahead_of_probes": report.get("late", 0)},
+            | {
+                "processes_ahead_of_probes": report.get("late", 0),
+                "commands_refused": report.get("refused", 0),
+            },
             counted=counted,
             rss_bytes=report.get("rss_bytes"),
         )

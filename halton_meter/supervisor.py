@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halton_meter import metering
+from halton_meter import metering, untrusted
 from halton_meter.config import Account, Config, ConfigError
+from halton_meter.losses import MESSAGES_REFUSED, Losses
 from halton_meter.metering import Job
 from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
@@ -37,7 +38,12 @@ BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_S = 60.0
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
+COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
 LINE_BYTES_MAX = 4 << 20
+# Read at a time: whatever comes, and however fast, signals and children are attended to in between.
+MESSAGES_BYTES_MAX = 16 << 10
+STORING_MAX = 100_000  # the events of one batch, and those whose fate is looked up at the end
+SAID_CHARACTERS_MAX = 1000
 
 
 class Unavailable(Exception):
@@ -95,7 +101,7 @@ class Pair:
         from capture.uprobe import spawn_helper
 
         self.started = time.monotonic()
-        self._heard = bytearray()
+        self._lines = untrusted.Lines(LINE_BYTES_MAX)
         self.keeper = Keeper()
         link = spawn_helper(
             plan.scope(),
@@ -149,23 +155,18 @@ class Pair:
     def messages(self) -> list[dict[str, Any]] | None:
         """What it has told since; None once it has ended."""
         try:
-            data = os.read(self.fileno(), 1 << 20)
+            data = os.read(self.fileno(), MESSAGES_BYTES_MAX)
         except BlockingIOError:
             return []
         if not data:
             return None
-        self._heard += data
-        if len(self._heard) > LINE_BYTES_MAX:
-            self._process.kill()
-        *lines, rest = bytes(self._heard).split(b"\n")
-        self._heard[:] = rest
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                message = json.loads(line)
-                if isinstance(message, dict):
-                    found.append(message)
-        return found
+        self._lines.feed(data)
+        return list(self._lines.messages())
+
+    def refused(self) -> int:
+        """How many lines that were no messages it has sent since the last call."""
+        count, self._lines.refused = self._lines.refused, 0
+        return count
 
     def finish(self) -> None:
         """Ask it to drain, store and end."""
@@ -210,6 +211,7 @@ class Supervisor:
         self._died_ns: int | None = None
         self._cause: str | None = None
         self._started_ns = time.time_ns()
+        self._losses = Losses()
         self._before = Totals()
         self._current = Totals()
         # Of these a metering process said that it stores them, and not yet that it has: it may
@@ -241,13 +243,19 @@ class Supervisor:
                 self._pair.wait(1)
                 raise Unavailable([("the metering process ended at once", "its message is above")])
             for message in messages:
-                self._take(message)
+                self.take(message)
                 if "unavailable" in message or "refused" in message:
                     self._pair.wait(FINISH_S_MAX)
                     raise Unavailable(_problems(message))
 
     def _launch(self) -> None:
-        job = self._plan.job(died_at_ns=self._died_ns, cause=self._cause, restarts=self._restarts)
+        job = self._plan.job(
+            died_at_ns=self._died_ns,
+            cause=self._cause,
+            restarts=self._restarts,
+            lost_before=self._losses.before,
+            owed=self._losses.owed,
+        )
         remains = self._keeper.take() if self._keeper is not None else None
         try:
             self._pair, self._ended = Pair(self._plan, job, remains), False
@@ -263,11 +271,21 @@ class Supervisor:
             return
         messages = self._pair.messages()
         for message in messages or ():
-            self._take(message)
+            self.take(message)
+        if refused := self._pair.refused():
+            self._losses.count(MESSAGES_REFUSED, refused)
         if messages is None:
             self._bury()
 
+    def take(self, message: dict[str, Any]) -> None:
+        """Hear one message. It comes from who read hostile bytes: it must not end us, whatever."""
+        try:
+            self._take(message)
+        except Exception:
+            self._losses.count(MESSAGES_REFUSED, 1)
+
     def _take(self, message: dict[str, Any]) -> None:
+        self._losses.take(message)
         if message.get("ready"):
             self._ready = True
             if self._died_ns is not None:
@@ -280,22 +298,20 @@ class Supervisor:
             with contextlib.suppress(ValueError):
                 self._current = Totals.of_json(message["totals"])
                 self._storing = []
-        if isinstance(message.get("storing"), list):
-            self._storing = [str(id_) for id_ in message["storing"]]
+        if "storing" in message:
+            self._storing = untrusted.texts(message, "storing", STORING_MAX)
         if message.get("final"):
             self._ended = True
             self._take_final(message)
 
     def _take_final(self, message: dict[str, Any]) -> None:
-        # It read hostile bytes: whatever it has become by now, it must not end its supervisor.
-        with contextlib.suppress(TypeError, ValueError, AttributeError):
-            for cause, count in message.get("losses", {}).items():
-                self.result.losses[cause] = self.result.losses.get(cause, 0) + int(count)
-            self.result.coverage = [
-                line for line in message.get("coverage", ()) if isinstance(line, dict)
-            ]
-            error = message.get("store_error")
-            self.result.store_error = None if error is None else str(error)
+        lines = untrusted.tables(message, "coverage", metering.COVERAGE_SHOWN_MAX)
+        self.result.coverage = [
+            {name: untrusted.text(line, name, SAID_CHARACTERS_MAX) for name in COVERAGE_TEXTS}
+            | {"pid": untrusted.whole_number(line, "pid")}
+            for line in lines
+        ]
+        self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
 
     def _bury(self) -> None:
         """The pair died: note when and why, and when the next one is to be started."""
@@ -308,7 +324,8 @@ class Supervisor:
         self._pair, self._ready = None, False
         self._before.merge(self._current)
         self._current = Totals()
-        self._uncertain += self._storing
+        self._losses.ended()
+        self._uncertain = (self._uncertain + self._storing)[-STORING_MAX:]
         self._storing = []
         self._died_ns = self._died_ns or time.time_ns()
         self._cause = _cause(code)
@@ -354,6 +371,8 @@ class Supervisor:
         if self._died_ns is not None:
             self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
         self._before.merge(self._current)
+        self._losses.ended()
+        self.result.losses = self._losses.before
         if self._uncertain:
             self._before.merge(self._found_in_store())
         self.result.totals = self._before
@@ -387,8 +406,11 @@ def _cause(code: int) -> str:
 
 
 def _problems(message: dict[str, Any]) -> list[tuple[str, str]]:
-    if "refused" in message:
-        return [(str(message["refused"]), "halton-meter status")]
-    with contextlib.suppress(TypeError, ValueError):
-        return [(str(what), str(command)) for what, command in message["unavailable"]]
-    return [("the metering process did not say what is missing", "halton-meter doctor")]
+    refused = untrusted.text(message, "refused", SAID_CHARACTERS_MAX)
+    if refused is not None:
+        return [(refused, "halton-meter status")]
+    found = message.get("unavailable")
+    pairs = [each for each in found if isinstance(each, list)] if isinstance(found, list) else []
+    said = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
+    problems = [(what, mend) for what, mend in (pair for pair in said if len(pair) == 2)]
+    return problems or [("the metering process did not say what is missing", "halton-meter doctor")]

@@ -1,0 +1,60 @@
+"""What was lost by the processes that meter for one service or run, one after the other.
+
+Each of them tells what it has lost, how many events it holds in memory because the disk refuses
+them, and which counts of losses it could not store either. When it dies, what it held is lost with
+it: that is counted here, and handed to the next one to be stored. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from halton_meter import untrusted
+
+UNSTORED, MESSAGES_REFUSED = "unstored_events", "messages_refused"
+
+
+class Losses:
+    """Sums over processes; `before` is of those that ended, `owed` what is in no store yet."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, int] = {}
+        self.owed: dict[str, int] = {}
+        self._current: dict[str, int] = {}
+        self._held = 0
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Hear what the process of now has lost by now, and what would be lost with it."""
+        if "losses" in message:
+            self._current = untrusted.counts(message, "losses")
+        if "held" in message:
+            self._held = untrusted.whole_number(message, "held") or 0
+            self.owed = untrusted.counts(message, "owed")
+
+    def count(self, cause: str, count: int) -> None:
+        """Add what was lost outside of the process of now."""
+        self.before = _sum(self.before, {cause: count})
+
+    def ended(self) -> None:
+        """The process of now is gone, and what it held with it."""
+        unstored = {UNSTORED: self._held}
+        self.before = _sum(_sum(self.before, self._current), unstored)
+        self.owed = _sum(self.owed, unstored)
+        self._current, self._held = {}, 0
+
+    def handed_on(self) -> dict[str, int]:
+        """What is owed, for the next process to store; from now on that one tells of it."""
+        owed, self.owed = self.owed, {}
+        return owed
+
+    def total(self) -> dict[str, int]:
+        """Of all, the process of now included."""
+        return _sum(self.before, self._current)
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    found = Counter(one)
+    found.update(other)
+    return {cause: min(count, untrusted.COUNT_MAX) for cause, count in found.items() if count}
