@@ -125,6 +125,7 @@ class Client:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self._lines = Lines(REQUEST_BYTES_MAX)
+        self._is_deaf = False
 
     def requests(self) -> Iterator[dict[str, Any]] | None:
         """What was asked since; None at the end. Whoever says what is no request is done, too.
@@ -137,13 +138,17 @@ class Client:
 
     @property
     def is_rude(self) -> bool:
-        """Whether it has said what is no request."""
-        return bool(self._lines.refused)
+        """Whether it has said what is no request, or does not take its answers."""
+        return bool(self._lines.refused) or self._is_deaf
 
     def send(self, answer: dict[str, Any]) -> None:
-        """An answer; one who is gone gets none."""
-        with contextlib.suppress(OSError):
+        """An answer; one who is gone, or did not take the one before, gets none."""
+        if self._is_deaf:
+            return
+        try:
             self.socket.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            self._is_deaf = True
 
 
 class Answering:
