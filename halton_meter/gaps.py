@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ GAPS_BYTES_MAX = 256 * 1024
 class Gaps:
     """Times at which the service was meant to meter and did not, kept in the user's folder."""
 
-    def __init__(self, home: Path, state: str = "daemon.state", listed: str = "gaps.jsonl") -> None:
+    def __init__(
+        self,
+        home: Path,
+        state: str = "daemon.state",
+        listed: str = "gaps.jsonl",
+        unwritten: Iterable[dict[str, str]] = (),
+    ) -> None:
         self._state = home / state
         self._list = home / listed
-        self._unwritten: list[dict[str, str]] = []
+        # Those that the disk has refused so far, of processes before this one as well.
+        self.unwritten = list(unwritten)
 
     def begin(self, now_ns: int, died_at_ns: int | None = None, cause: str | None = None) -> None:
         """Note the gap since the last process, unless that one ended as it should.
@@ -43,29 +51,31 @@ class Gaps:
 
     def note(self, from_ns: int, to_ns: int, cause: str) -> None:
         """Keep one gap."""
-        self._unwritten.append({"from": rfc3339(from_ns), "to": rfc3339(to_ns), "cause": cause})
-        del self._unwritten[:-GAPS_KEPT]
-        self._write_list()
+        self.unwritten.append({"from": rfc3339(from_ns), "to": rfc3339(to_ns), "cause": cause})
+        del self.unwritten[:-GAPS_KEPT]
+        self.write()
 
-    def _write_list(self) -> None:
-        if not self._unwritten:
+    def write(self) -> None:
+        """Put on disk what it has refused so far."""
+        if not self.unwritten:
             return
         # What a full disk left of a line before must not spoil the first of these.
-        lines = "\n" + "".join(json.dumps(gap) + "\n" for gap in self._unwritten)
+        lines = "\n" + "".join(json.dumps(gap) + "\n" for gap in self.unwritten)
         with contextlib.suppress(OSError):
             with open(self._list, "a", opener=_private) as file:
                 file.write(lines)
-            self._unwritten.clear()
+            self.unwritten.clear()
 
     def alive(self, now_ns: int) -> None:
         """Note that all is well at this time."""
         self._write_state({"alive_ns": now_ns, "clean": False})
-        self._write_list()
+        self.write()
 
     def end(self, now_ns: int, *, clean: bool) -> None:
         """Note the end; `clean` when it was asked for, so that what follows is no gap."""
         cause = None if clean else "the capture helper died"
         self._write_state({"alive_ns": now_ns, "clean": clean, "cause": cause})
+        self.write()
 
     def listed(self) -> list[dict[str, Any]]:
         """The last gaps, oldest first."""
@@ -73,7 +83,7 @@ class Gaps:
         with contextlib.suppress(OSError):
             raw = self._list.read_bytes()[-GAPS_BYTES_MAX:]
         found = [gap for line in raw.splitlines() if (gap := parsed(line)) is not None]
-        unwritten = [gap for gap in self._unwritten if gap not in found]
+        unwritten = [gap for gap in self.unwritten if gap not in found]
         return [*found, *unwritten][-GAPS_KEPT:]
 
     def _read_state(self) -> dict[str, Any]:

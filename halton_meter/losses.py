@@ -13,6 +13,7 @@ from typing import Any
 
 from halton_meter import untrusted
 
+GAP = ("from", "to", "cause")
 UNSTORED, MESSAGES_REFUSED = "unstored_events", "messages_refused"
 
 
@@ -22,6 +23,7 @@ class Losses:
     def __init__(self) -> None:
         self.before: dict[str, int] = {}
         self.owed: dict[str, int] = {}
+        self.gaps: list[dict[str, str]] = []  # that no disk took so far
         self._current: dict[str, int] = {}
         self._held = 0
 
@@ -32,6 +34,8 @@ class Losses:
         if "held" in message:
             self._held = untrusted.whole_number(message, "held") or 0
             self.owed = untrusted.counts(message, "owed")
+            gaps = untrusted.tables(message, "gaps", untrusted.NAMES_MAX)
+            self.gaps = [{name: untrusted.text(gap, name) or "" for name in GAP} for gap in gaps]
 
     def count(self, cause: str, count: int) -> None:
         """Add what was lost outside of the process of now."""

@@ -77,7 +77,7 @@ class Job:
 
     `extra_hosts` are the user's own, as `providers.Registry` takes them. `died_at_ns` and `cause`
     tell of the previous process's death, when this one replaces it; `lost_before` is what those
-    before it have lost, and `owed` what of that is in no store yet.
+    before it have lost, `owed` what of that is in no store yet, `gaps` those that no disk took.
     """
 
     home: str
@@ -89,6 +89,7 @@ class Job:
     restarts: int = 0
     lost_before: dict[str, int] = field(default_factory=dict)
     owed: dict[str, int] = field(default_factory=dict)
+    gaps: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
 
 
@@ -171,7 +172,7 @@ class Metering:
         self._answering: Answering | None = None
         self._commands = bytearray()
         self._exit_code: int | None = None
-        self._gaps = Gaps(Path(job.home)) if job.service else None
+        self._gaps = Gaps(Path(job.home), unwritten=job.gaps) if job.service else None
 
     def run(self) -> int:
         """Meter until told to end; the exit code tells why it ended."""
@@ -251,13 +252,16 @@ class Metering:
         """Try again soon to write what the disk refused, and tell how much a kill would lose."""
         refused = self._store.trouble is not None
         self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
-        if refused and self._answering is not None:
+        if self._answering is not None:
             self._answering.renew()
-        if refused or self._told.get("held") or self._told.get("owed"):
+        if self._gaps is not None:
+            self._gaps.write()
+        if refused or any(self._told.get(name) for name in ("held", "owed", "gaps")):
             self._tell_losses()
 
     def _tell_losses(self) -> None:
-        state = {"losses": self._losses(), "held": self._store.held, "owed": self._store.owed}
+        store, gaps = self._store, self._gaps.unwritten if self._gaps is not None else []
+        state = {"losses": self._losses(), "held": store.held, "owed": store.owed, "gaps": [*gaps]}
         if state != self._told:
             self._told = state
             tell(state)

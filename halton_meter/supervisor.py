@@ -255,6 +255,7 @@ class Supervisor:
             restarts=self._restarts,
             lost_before=self._losses.before,
             owed=self._losses.owed,
+            gaps=self._losses.gaps,
         )
         remains = self._keeper.take() if self._keeper is not None else None
         try:
