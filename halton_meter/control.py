@@ -99,6 +99,11 @@ class Listener:
         self.socket = made
         return True
 
+    @property
+    def has_file(self) -> bool:
+        """Whether it is a file in the folder, whose mode keeps others out."""
+        return self._file is not None
+
     def _found(self) -> tuple[int, int] | None:
         with contextlib.suppress(OSError):
             found = os.stat(self._home / self._name, follow_symlinks=False)

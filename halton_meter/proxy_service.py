@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter import metering, untrusted
-from halton_meter.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener
+from halton_meter.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
 from halton_meter.flushing import is_well
 from halton_meter.gaps import Gaps
 from halton_meter.losses import MESSAGES_REFUSED, Losses
@@ -404,7 +404,13 @@ class ProxyService:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while (line := await reader.readline()) and (request := untrusted.parsed(line)):
+            # Outside of the folder, no file's mode keeps others away.
+            friend = self._listener.has_file or is_friend(writer.get_extra_info("socket"))
+            while friend and (line := await reader.readline()):
+                request = untrusted.parsed(line)
+                if request is None:
+                    self.losses.count(MESSAGES_REFUSED, 1)
+                    break
                 answer = await self._answer(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()

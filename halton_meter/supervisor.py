@@ -235,7 +235,8 @@ class Supervisor:
         deadline = time.monotonic() + START_S_MAX
         while not self._ready:
             assert self._pair is not None
-            if not self.selector.select(max(0.0, deadline - time.monotonic())):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not self.selector.select(left_s):
                 self._pair.wait(0)
                 raise Unavailable([("the capture did not start in time", "try again")])
             messages = self._pair.messages()

@@ -315,6 +315,34 @@ def test_a_handler_that_stumbles_is_counted_and_its_client_dropped(served: Serve
     assert served.answering.refused == before + 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+def test_outside_of_the_folder_another_user_is_nobody(tmp_path: Path) -> None:
+    """Where there is no folder to listen in, no mode of a file keeps others away."""
+    home = tmp_path / "nothing" / "here"
+    asked: list[Any] = []
+
+    def answer(client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request)
+        return {"ok": True}
+
+    served = Served(home, answer)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os.setresuid(65534, 65534, 65534)
+            Control(home, timeout_s=5)._socket.sendall(b'{"ask":"status"}\n')
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    served.turn()
+    assert asked == []
+    ours = Control(home, timeout_s=5)
+    ours._socket.sendall(b'{"ask":"status"}\n')
+    served.turn()
+    assert b"ok" in ours._reader.readline()
+    ours.close()
+
+
 # --- metering process -> root helper --------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ the lines around it are kept. Who moves segments into the database: `intake.py`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -40,6 +41,8 @@ LINE_BYTES_MAX = 1024 * 1024
 # Kept in memory while the disk refuses it; past either limit the oldest are dropped and counted.
 HELD_LINES_MAX = 10_000
 HELD_BYTES_MAX = 32 * 1024 * 1024
+# Written at a time, so that each try at a full disk costs little however much is held.
+WRITE_LINES_MAX = 256
 # What tells a loss's line from an event's: within an event's texts the quotes are escaped.
 _LOSS_MARK = b',"loss_cause":'
 
@@ -141,12 +144,13 @@ class Journal:
         """All that is held or owed, events first: what is dropped next is then exactly known."""
         if not (self._held or self._owed or self._owed_named):
             return
-        if self._held:
+        while batch := list(itertools.islice(self._held, WRITE_LINES_MAX)):
             segment = self._open_segment()
-            segment.write(b"".join(self._held), len(self._held))
+            segment.write(b"".join(batch), len(batch))
             segment.sync_if_due()  # where it fails they are written again: ids make that safe
-            self._held.clear()
-            self._held_bytes = 0
+            for line in batch:
+                self._held.popleft()
+                self._held_bytes -= len(line)
         if self._owed or self._owed_named:
             self._open_segment().write(b"".join((*self._owed_lines(), *self._owed_named.values())))
             self._owed.clear()
