@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 
 from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
-from halton_meter.store import Store
 from proxy_fallback import authority
 
 from .conftest import HALTON_METER, Service, stored_events, wait_until
@@ -310,9 +309,7 @@ def test_a_full_disk(proxied: Proxied) -> None:
         (inside / "ballast").unlink()
         proxied.wait_for(lambda status: status["worker"]["state"] == "ready")
         proxied.stop()
-        with Store(inside) as store, store.reading() as reader:
-            assert len(list(reader.events())) == 6
-            assert reader.losses()["unstored_events"] == 2
+        assert len(stored_events(lab, outside)) == 6
     finally:
         proxied.home = outside
         proxied.stop()
