@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capture import processes, protocol
+from halton_meter import untrusted
 from halton_meter.control import Control
 from halton_meter.model import Process
 
@@ -130,10 +131,11 @@ class _Metering:
         threading.Thread(target=self._answer, daemon=True).start()
 
     def _answer(self) -> None:
-        commands = protocol.CommandBuffer()
+        commands = untrusted.Lines()
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # at its end
             while data := self.link.recv(1 << 16):
-                for command in commands.feed(data):
+                commands.feed(data)
+                for command in commands.messages():
                     said = _report() if command.get("do") == "report" else b""
                     reply = protocol.encode_message(protocol.REPLY, {"id": command["id"]})
                     self.send(said + reply)

@@ -37,6 +37,7 @@ from capture.mounts import offer_headers, own_mounts, tracing_folder
 from capture.name_places import VALUE, NamePlaces
 from capture.outlet import Outlet
 from capture.spool import SPOOL_BYTES, Key, Receipt, Spool
+from halton_meter import untrusted
 from halton_meter.model import Process
 
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
@@ -46,6 +47,9 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
+# Commands are few and short. Those of a reader gone bad get no more of our time in a round.
+COMMANDS_BYTES_MAX = 4096
+COMMANDS_S = 0.01
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
 WHOSE_MAX = 2048  # some 1 KB each
 NICE = -10  # a process may live 10 ms: be there before it is gone
@@ -62,7 +66,8 @@ class Helper:
     def __init__(self, sock: socket.socket, hold: Hold) -> None:
         self._sock: socket.socket | None = sock
         self._hold = hold
-        self._commands = protocol.CommandBuffer()
+        self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
+        self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
         # Whose the connections are, as the spool has told: those of the latest openers.
         self._whose: dict[Key, bytes] = {}
@@ -214,15 +219,16 @@ class Helper:
 
     # --- the reader ---------------------------------------------------------------------------
 
-    def connect(self, sock: socket.socket | None, commands: bytes = b"") -> None:
+    def connect(self, sock: socket.socket | None) -> None:
         """Serve this reader from now on, or wait for another one.
 
-        It gets the receipt, to say in it how far it has got. `commands` came before.
+        It gets the receipt, to say in it how far it has got.
         """
         if self._sock is not None and self._listening is not None:
             self._epoll.unregister(self._sock)
         self._sock, self._listening = sock, None
-        self._commands = protocol.CommandBuffer()
+        self._commands_refused += self._commands.refused
+        self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._outlet.connect(sock)
         if sock is None:
             return
@@ -234,8 +240,6 @@ class Helper:
         sock.setblocking(False)
         self._epoll.register(sock, select.EPOLLIN)
         self._resume()
-        for command in self._commands.feed(commands):
-            self.command(command)
 
     def _begin(self, number: int, position: int) -> None:
         """A reader says from where on it wants to read."""
@@ -278,24 +282,29 @@ class Helper:
             self._discovery.schedule(each)
 
     def command(self, command: dict[str, Any]) -> None:
-        """Carry out one command, and answer it."""
-        number, what = command.get("id"), command.get("do")
+        """Carry out one command, and answer it. Whoever commands us may have gone bad: nothing that
+        it says ends us, or sends more than an answer back."""
+        number = untrusted.whole_number(command, "id", smallest=-1)
+        what = untrusted.text(command, "do")
         answer: dict[str, Any] = {"id": number}
+        if not self._outlet.begun and what not in ("read", "stop"):
+            return  # who does not say where it begins hears nothing
         try:
             if what == "barrier":
-                self._outlet.put_barrier(int(command["id"]))
+                self._outlet.put_barrier(number or 0)
                 self._resume()
                 return
             if what == "read":
-                self._begin(int(command["id"]), int(command["from"]))
+                self._begin(number or 0, untrusted.whole_number(command, "from") or 0)
                 return
             if what in ("root", "hosts") and self._restricted:
                 raise Refused(f"{what}: whom and what to meter is fixed when the capture starts")
             if what == "root":
-                self._add_root(int(command["pid"]))
+                self._add_root(_pid(command))
             elif what == "watch":
-                self._admission.check_owner(int(command["pid"]))
-                self._family.watch(int(command["pid"]))
+                pid = _pid(command)
+                self._admission.check_owner(pid)
+                self._family.watch(pid)
             elif what == "hosts":
                 self._admission.set_hosts(command["hosts"])
             elif what == "report":
@@ -305,8 +314,11 @@ class Helper:
                 self._stopping = True
             else:
                 raise Refused(f"unknown command {what!r}")
-        except (Refused, OSError, KeyError, TypeError, ValueError) as error:
-            answer["error"] = str(error)
+        except (Refused, OSError) as error:
+            answer["error"] = untrusted.printable(str(error))
+        except Exception as error:
+            self._commands_refused += 1
+            answer["error"] = f"not a command: {type(error).__name__}"
         self._outlet.put(protocol.encode_message(protocol.REPLY, answer))
 
     # --- the loop -----------------------------------------------------------------------------
@@ -321,7 +333,8 @@ class Helper:
             if self._hold.fileno() in ready and not self._take_reader():
                 return
             try:
-                if self._sock is not None and self._sock.fileno() in ready:
+                readable = self._sock is not None and self._sock.fileno() in ready
+                if readable or self._commands.waiting:
                     self._read_commands()
                 self._turn()
             except (OSError, protocol.ProtocolViolation) as error:
@@ -366,6 +379,8 @@ class Helper:
 
     def _wait_s(self, now: float) -> float:
         times = [self._discovery.due(now)]
+        if self._commands.waiting and not self._outlet.blocked:
+            return 0.0
         if self._paused and not self._outlet.blocked:
             # Even when that time has passed by now: nobody listens to the ring until then.
             times.append(self._resume_at)
@@ -403,19 +418,27 @@ class Helper:
         self._listening = listening
         self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
         if self._sock is not None:
-            self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
+            self._epoll.modify(self._sock, select.EPOLLOUT if blocked else select.EPOLLIN)
 
     def _read_commands(self) -> None:
-        """Raises ConnectionError: the reader is gone; ProtocolViolation: it talks rubbish."""
+        """Take commands off the socket and carry some out. Raises ConnectionError: it is gone.
+
+        While our own answers wait to go out no more are read, and of many only a few at a time:
+        who asks without end, or without listening, waits.
+        """
         assert self._sock is not None
-        try:
-            data = self._sock.recv(1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
-            raise ConnectionResetError("the reader is gone")
-        for command in self._commands.feed(data):
-            self.command(command)
+        if not self._commands.waiting and not self._outlet.blocked:
+            data: bytes | None = None
+            with contextlib.suppress(BlockingIOError):
+                data = self._sock.recv(COMMANDS_BYTES_MAX)
+            if data == b"":
+                raise ConnectionResetError("the reader is gone")
+            self._commands.feed(data or b"")
+        until = time.monotonic() + COMMANDS_S
+        while self._commands.waiting and not self._outlet.blocked and time.monotonic() < until:
+            if (command := self._commands.next()) is not None:
+                self.command(command)
+                self._outlet.flush()
 
     def _on_notice(self, frame: bytes) -> list[bytes]:
         """An OPEN needs its process told first, an EXIT ends connections that never said so."""
@@ -480,6 +503,7 @@ class Helper:
             "coverage": self._coverage.lines(),
             "late": self._discovery.late,
             "programs_unknown": self._programs_unknown,
+            "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),
         }
         self._outlet.put(protocol.encode_message(protocol.REPORT, report))
@@ -499,6 +523,13 @@ class Helper:
                     self._outlet.put(frame)
 
 
+def _pid(command: dict[str, Any]) -> int:
+    pid = untrusted.whole_number(command, "pid", untrusted.PID_MAX, 1)
+    if pid is None:
+        raise Refused("not a process id")
+    return pid
+
+
 def _connection_map(fd: int) -> loader.Map:
     return loader.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
 
@@ -510,14 +541,23 @@ def rss_bytes() -> int | None:
     return None
 
 
+def first_command(sock: socket.socket) -> dict[str, Any] | None:
+    """What our own starter wants; not a byte is read of what others may say after it."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        there = sock.recv(1 << 16, socket.MSG_PEEK)
+        end = there.find(b"\n") + 1
+        data = sock.recv(end or len(there))
+        if not data or len(line) > protocol.COMMAND_BYTES_MAX:
+            return None
+        line += data
+    return untrusted.parsed(bytes(line))
+
+
 def serve(sock: socket.socket, hold: Hold | None = None) -> None:
     """Set up as told, by the supervisor or else by the first command; then serve readers."""
-    rest = b""
     hold = hold or Hold()
-    if hold.fileno() >= 0:
-        command = hold.receive_all()
-    else:
-        command, rest = _first_command(sock)
+    command = hold.receive_all() if hold.fileno() >= 0 else first_command(sock)
     if command is None:
         return
     helper = Helper(sock, hold)
@@ -526,20 +566,8 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
     except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
         sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
-    helper.connect(sock, rest)
+    helper.connect(sock)
     helper.run()
-
-
-def _first_command(sock: socket.socket) -> tuple[dict[str, Any] | None, bytes]:
-    """The first line that comes, and what came behind it."""
-    data = b""
-    while b"\n" not in data:
-        more = sock.recv(1 << 16)
-        if not more:
-            return None, b""
-        data += more
-    line, _, rest = data.partition(b"\n")
-    return protocol.CommandBuffer().feed(line + b"\n")[0], rest
 
 
 def diagnosis(error: Exception) -> dict[str, Any]:

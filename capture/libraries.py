@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from capture.elf import SYMBOL_TABLE_BYTES_MAX, Elf, ElfError, Section
+from halton_meter import untrusted
 
 SYMBOL_HITS_MAX = 100_000
 MAPS_BYTES_MAX = 8 * 1024 * 1024
@@ -389,11 +390,13 @@ _PROGRAMS = frozenset(
 
 def library_from_json(text: str) -> Library | None:
     """The inverse. Raises ValueError, KeyError or TypeError on anything else."""
-    content = json.loads(text)
-    if content is None:
+    if text.strip() == "null":
         return None
+    content = untrusted.parsed(text.encode("utf-8", "replace"))
+    if content is None:
+        raise ValueError("not what a search found")
     probes = tuple(
-        Probe(program, int(offset), bool(at_return))
+        Probe(program, _number(offset), at_return is True)
         for program, offset, at_return in content["probes"]
     )
     for probe in probes:
@@ -402,16 +405,22 @@ def library_from_json(text: str) -> Library | None:
             raise ValueError(f"not a probe: {probe}")
     if len(probes) > PROBES_MAX:
         raise ValueError(f"{len(probes)} probes")
-    reason = content["reason"]
     return Library(
-        str(content["stack"]),
+        str(untrusted.text(content, "stack")),
         probes,
-        str(content["build_id"]) if content["build_id"] else None,
-        str(reason)[:500] if reason else None,
-        int(content["cookie"]),
-        bool(content["unproved"]),
-        str(content["beside"]) if content["beside"] else None,
+        untrusted.text(content, "build_id"),
+        untrusted.text(content, "reason", 500),
+        _number(content["cookie"]),
+        content["unproved"] is True,
+        untrusted.text(content, "beside"),
     )
+
+
+def _number(found: Any) -> int:
+    number = untrusted.whole_number({"it": found}, "it", 2**64 - 1)
+    if number is None:
+        raise ValueError("not a probe's number")
+    return number
 
 
 # A return probe crashes Go programs: the finder's word alone must not place one.

@@ -68,6 +68,11 @@ class Outlet:
         self._sent = position
 
     @property
+    def begun(self) -> bool:
+        """Whether the reader has said where it begins."""
+        return self._sent is not None
+
+    @property
     def waiting(self) -> bool:
         """Whether the reader has still to get something."""
         if self._sock is None:

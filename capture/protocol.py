@@ -228,30 +228,5 @@ class FrameBuffer:
 
 
 def encode_command(command: dict[str, Any]) -> bytes:
-    """A command to the helper: one line of JSON."""
+    """A command to the helper: one line of JSON, which it reads with `halton_meter.untrusted`."""
     return json.dumps(command, separators=(",", ":")).encode() + b"\n"
-
-
-class CommandBuffer:
-    """Cuts a byte stream into commands."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Whole commands. Raises ProtocolViolation."""
-        self._buffer += data
-        *lines, rest = bytes(self._buffer).split(b"\n")
-        self._buffer = bytearray(rest)
-        if len(rest) > COMMAND_BYTES_MAX:
-            raise ProtocolViolation("a command without end")
-        commands = []
-        for line in lines:
-            try:
-                command = json.loads(line)
-            except ValueError as error:
-                raise ProtocolViolation("a command that is not JSON") from error
-            if not isinstance(command, dict):
-                raise ProtocolViolation("a command that is not an object")
-            commands.append(command)
-        return commands

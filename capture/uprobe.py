@@ -741,11 +741,13 @@ class UprobeSource:
             loader=report.get("loader", "none"),
             probes=report.get("probes", 0),
             libraries=tuple(report.get("libraries", ())),
-            losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES},
+            losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES}
+            | {"lost_between_readers_bytes": self.lost_between_readers_bytes},
             events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES}
             | {
                 "processes_ahead_of_probes": report.get("late", 0),
                 "programs_unknown": report.get("programs_unknown", 0),
+                "commands_refused": report.get("refused", 0),
             },
             counted=counted,
             rss_bytes=report.get("rss_bytes"),

@@ -1,13 +1,15 @@
 """The control socket's two ends: who listens in the user's folder, and who asks.
 
 One request a line, one answer a line, JSON; what may be asked is the business of who answers
-(`metering.py`, `proxied.py`). It is the user's: mode 0600, and the peer is looked at besides. Light
-to import: `status` and `run` do at once.
+(`metering.py`, `proxied.py`). It is the user's: mode 0600, and the peer is looked at besides. Where
+the folder can hold no socket (a full disk, one that can only be read, a folder that is gone), it
+has a name outside of the file system. Light to import: `status` and `run` do at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import selectors
@@ -17,6 +19,8 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from halton_meter.untrusted import Lines, parsed
 
 SOCKET_NAME = "daemon.sock"
 PROXY_SOCKET_NAME = "proxy.sock"
@@ -38,23 +42,86 @@ def listen_at(home: Path, name: str = SOCKET_NAME) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     mask = os.umask(0o177)
     try:
-        listener.bind(_short_path(home, folder, name))
+        return _listening(_short_path(home, folder, name))
     finally:
         os.umask(mask)
         os.close(folder)
-    listener.listen(16)
+
+
+def _listening(address: str | bytes) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(address)
+        listener.listen(16)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
-def is_friend(connection: socket.socket) -> bool:
-    """Whether the other end is this user or root; the file's mode says so too."""
+def _name_without_file(home: Path, name: str) -> bytes:
+    """In Linux's abstract namespace; whoever has it is judged by who they are, at both ends."""
+    digest = hashlib.blake2b(os.fsencode(home / name), digest_size=16).hexdigest()
+    return f"\0halton-meter/{digest}".encode()
+
+
+class Listener:
+    """The control socket's listening end, wherever that can be at the moment."""
+
+    def __init__(self, home: Path, name: str = SOCKET_NAME) -> None:
+        self._home = home
+        self._name = name
+        self._file: tuple[int, int] | None = None
+        self.socket: socket.socket | None = None
+
+    def renew(self) -> bool:
+        """Listen again where nobody can reach us any more; whether that made a new socket.
+
+        The folder is preferred, as its mode keeps others out. Without any name we go on unheard.
+        """
+        if self.socket is not None and self._file is not None and self._file == self._found():
+            return False
+        try:
+            made = listen_at(self._home, self._name)
+            self._file = self._found()
+        except OSError:
+            if self.socket is not None and self._file is None:
+                return False
+            self._file = None
+            try:
+                made = _listening(_name_without_file(self._home, self._name))
+            except OSError:
+                return False
+        self.close()
+        self.socket = made
+        return True
+
+    @property
+    def has_file(self) -> bool:
+        """Whether it is a file in the folder, whose mode keeps others out."""
+        return self._file is not None
+
+    def _found(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            found = os.stat(self._home / self._name, follow_symlinks=False)
+            return found.st_dev, found.st_ino
+        return None
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+
+def is_friend(connection: socket.socket, *others: int) -> bool:
+    """Whether the other end is this user, root or one of `others`; a file's mode says so too."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     _, uid, _ = struct.unpack("3i", raw)
-    return uid in (0, os.getuid())
+    return uid in (0, os.getuid(), *others)
 
 
 class Client:
@@ -62,55 +129,69 @@ class Client:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self._heard = bytearray()
+        self._lines = Lines(REQUEST_BYTES_MAX)
+        self._is_deaf = False
 
-    def requests(self) -> Iterator[Any] | None:
-        """What was asked since; None at the end, or of one who asks more than a request holds.
+    def requests(self) -> Iterator[dict[str, Any]] | None:
+        """What was asked since; None at the end. Whoever says what is no request is done, too.
 
-        Raises OSError or ValueError for what is no request.
+        Raises OSError.
         """
         data = self.socket.recv(REQUEST_BYTES_MAX)
-        self._heard += data
-        if not data or len(self._heard) > REQUEST_BYTES_MAX:
-            return None
-        return self._whole_lines()
+        self._lines.feed(data)
+        return self._lines.messages() if data else None
 
-    def _whole_lines(self) -> Iterator[Any]:
-        while b"\n" in self._heard:
-            line, _, rest = bytes(self._heard).partition(b"\n")
-            self._heard[:] = rest
-            yield json.loads(line)
+    @property
+    def is_rude(self) -> bool:
+        """Whether it has said what is no request, or does not take its answers."""
+        return bool(self._lines.refused) or self._is_deaf
 
     def send(self, answer: dict[str, Any]) -> None:
-        """An answer; one who is gone gets none."""
-        with contextlib.suppress(OSError):
+        """An answer; one who is gone, or did not take the one before, gets none."""
+        if self._is_deaf:
+            return
+        try:
             self.socket.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            self._is_deaf = True
 
 
 class Answering:
     """The answering end, in its owner's selector, whose keys' data is called when they are ready.
 
     `answer` gives the answer to a request, or None when it is sent later; `on_gone` hears of every
-    client's end.
+    client's end. `refused` counts requests that were none, or that `answer` stumbled over.
     """
 
     def __init__(
         self,
         home: Path,
         selector: selectors.BaseSelector,
-        answer: Callable[[Client, Any], dict[str, Any] | None],
+        answer: Callable[[Client, dict[str, Any]], dict[str, Any] | None],
         on_gone: Callable[[Client], None],
     ) -> None:
         self._selector = selector
         self._answer = answer
         self._on_gone = on_gone
         self._clients = 0
-        self._listener = listen_at(home)
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._listener = Listener(home)
+        self.refused = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """See to it that we can be reached."""
+        before = self._listener.socket
+        fd = before.fileno() if before else -1
+        if self._listener.renew():
+            assert self._listener.socket is not None
+            if before is not None:
+                self._selector.unregister(fd)
+            self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
+            assert self._listener.socket is not None
+            connection, _ = self._listener.socket.accept()
             if self._clients >= CLIENTS_MAX or not is_friend(connection):
                 connection.close()
                 return
@@ -122,15 +203,19 @@ class Answering:
             )
 
     def _on_request(self, client: Client) -> None:
-        requests = None
-        with contextlib.suppress(OSError, ValueError):
+        try:
             requests = client.requests()
             for request in requests or ():
                 answer = self._answer(client, request)
                 if answer is not None:
                     client.send(answer)
-            if requests is not None:
+            if requests is not None and not client.is_rude:
                 return
+            self.refused += client.is_rude
+        except OSError:
+            pass
+        except Exception:  # whatever was asked, metering goes on
+            self.refused += 1
         self._drop(client)
 
     def _drop(self, client: Client) -> None:
@@ -141,7 +226,7 @@ class Answering:
 
 
 class ServiceAbsent(Exception):
-    """Nothing answers on the control socket: the service does not run."""
+    """Nothing answers on the control socket: the service does not run, or cannot be asked."""
 
 
 class Control:
@@ -151,25 +236,40 @@ class Control:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
         try:
-            folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._socket.connect(_short_path(home, folder, name))
-            finally:
-                os.close(folder)
+            self._connect(home, name)
         except OSError as error:
             self._socket.close()
             raise ServiceAbsent(str(error)) from None
         self._reader = self._socket.makefile("rb")
+
+    def _connect(self, home: Path, name: str) -> None:
+        owner = os.getuid()
+        try:
+            folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+            owner = os.fstat(folder).st_uid
+            try:
+                self._socket.connect(_short_path(home, folder, name))
+                return
+            finally:
+                os.close(folder)
+        except OSError as error:
+            why = error
+        try:
+            self._socket.connect(_name_without_file(home, name))
+        except OSError:
+            raise why from None
+        if not is_friend(self._socket, owner):
+            raise PermissionError("somebody else answers")
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Ask for "status", "watch" (pid), "finish" or "stop"."""
         request = json.dumps({"ask": what, **arguments})
         try:
             self._socket.sendall(request.encode() + b"\n")
-            reply = json.loads(self._reader.readline(REPLY_BYTES_MAX) or b"null")
-        except (OSError, ValueError) as error:
+            reply = parsed(self._reader.readline(REPLY_BYTES_MAX))
+        except OSError as error:
             raise ServiceAbsent(str(error)) from None
-        if not isinstance(reply, dict):
+        if reply is None:
             raise ServiceAbsent("the service closed the connection")
         return reply
 

@@ -45,10 +45,22 @@ def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
             raise ConfigError(f"{home / 'config.toml'}: {error}") from None
         return [dataclasses.asdict(found), hosts]
 
-    table, hosts = as_account(account, read)
-    for name in ("openai_compatible_hosts", "users"):
-        table[name] = tuple(table[name])
-    return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
+    return _checked(as_account(account, read), account)
+
+
+def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
+    """What the account's process says it has read: a configuration, or ConfigError."""
+    try:
+        table, hosts = said
+        for name in ("openai_compatible_hosts", "users"):
+            table[name] = tuple(str(each) for each in table[name])
+        table["hosts"] = {str(host): str(family) for host, family in table["hosts"].items()}
+        for name in ("all_users", "bodies"):
+            table[name] = table[name] is True
+        table["loader"] = str(table["loader"])
+        return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ConfigError(f"no sound answer came of acting as {account.name}") from None
 
 
 # --- one command --------------------------------------------------------------------------------
@@ -96,6 +108,7 @@ def run_watched(
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
         result.coverage = list(reply.get("coverage", ()))
+        result.store_error = reply.get("store_error")
     except (ServiceAbsent, ValueError):
         result.gaps.append((started_ns, time.time_ns(), "the service stopped during the run"))
     return code, result
@@ -133,8 +146,8 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
         if was_ready != supervisor.ready:
             say("metering again" if supervisor.ready else "the metering stopped; restarting it")
     supervisor.selector.unregister(signals)
-    supervisor.finish()
-    say("stopped")
+    lost = supervisor.finish()
+    say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
 
 
 def wanted_uids(account: Account, config: Config, names: Iterable[str]) -> Iterator[int]:

@@ -20,19 +20,28 @@ import resource
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from halton_meter import flushing
+from halton_meter import flushing, untrusted
 from halton_meter.control import SOCKET_NAME, Answering, Client
-from halton_meter.flushing import FLUSH_AFTER_S, FLUSH_EVENTS, SEAL_AFTER_S
+from halton_meter.flushing import (
+    FLUSH_AFTER_S,
+    FLUSH_EVENTS,
+    HELD_RETRY_S,
+    SEAL_AFTER_S,
+    Condition,
+    EventStore,
+    Flusher,
+    Outcome,
+)
 from halton_meter.gaps import Gaps
+from halton_meter.losses import MESSAGES_REFUSED
 from halton_meter.model import PricedEvent, TlsChunk, rfc3339
 from halton_meter.totals import Totals
 
@@ -40,7 +49,6 @@ if TYPE_CHECKING:
     from capture.uprobe import ProcessCoverage, Status
     from halton_meter.meter import Meter
     from halton_meter.model import TlsClosed
-    from halton_meter.store import Flushed
 
 # Exit codes that tell the supervisor why.
 ENDED, UNAVAILABLE, REFUSED = 0, 10, 12
@@ -71,7 +79,8 @@ class Job:
 
     `extra_hosts` are the user's own, as `providers.Registry` takes them. `died_at_ns` and `cause`
     tell of the previous process's death, when this one replaces it; with `continued` the kernel
-    went on copying meanwhile, and all of it is here to be read.
+    went on copying meanwhile, and all of it is here to be read. `lost_before` is what those before
+    it have lost, `owed` what of that is in no store yet, `gaps` those that no disk took.
     """
 
     home: str
@@ -82,6 +91,9 @@ class Job:
     cause: str | None = None
     restarts: int = 0
     continued: bool = False
+    lost_before: dict[str, int] = field(default_factory=dict)
+    owed: dict[str, int] = field(default_factory=dict)
+    gaps: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
 
 
@@ -133,22 +145,6 @@ class PlaintextSource(Protocol):
         """End the capture."""
 
 
-class EventStore(Protocol):
-    """What a metering process needs of the store: `halton_meter.store.Store` has it."""
-
-    def append(self, events: Iterable[PricedEvent]) -> int:
-        """Put events into the journal on disk."""
-
-    def flush(self) -> Flushed:
-        """Move the journal into the database, as far as its lock allows."""
-
-    def waiting(self) -> int:
-        """Events not yet in the database."""
-
-    def close(self) -> None:
-        """Let go of the journal."""
-
-
 @dataclass(slots=True)
 class _Run:
     """A process tree that a client watches."""
@@ -178,17 +174,20 @@ class Metering:
         self._unflushed = 0
         self._seal_due: float | None = None
         self._flush_due: float | None = None
-        self._flusher: subprocess.Popen[bytes] | None = None
+        self._flusher: Flusher | None = None
+        self._retry_due: float | None = None  # of what the disk refused
         self._flush_again = False
         self._waiting: list[Client] = []  # for the flush that runs now
         self._waiting_next: list[Client] = []
         self._sealed_at = 0.0
         self._alive_at = time.monotonic()
-        self._store_error: str | None = None
+        self._condition = Condition(store)
+        self._told: dict[str, Any] = {}
+        self._answering: Answering | None = None
         self._commands = bytearray()
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
-        self._gaps = Gaps(Path(job.home)) if job.service else None
+        self._gaps = Gaps(Path(job.home), unwritten=job.gaps) if job.service else None
 
     def run(self) -> int:
         """Meter until told to end; the exit code tells why it ended."""
@@ -198,10 +197,14 @@ class Metering:
             else:
                 self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
             home = Path(self._job.home)
-            Answering(home, self._selector, self._answer, on_gone=self._forget_run)
+            self._answering = Answering(home, self._selector, self._answer, self._forget_run)
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         tell({"ready": True, "loader": self._source.status().loader})
+        for cause, count in self._job.owed.items():
+            self._store.count_loss(cause, count, time.time_ns())
+        self._mind_the_disk()
+        self._tell_losses()
         self._take(self._source.read(0))
         while self._exit_code is None:
             for key, _ in self._selector.select(self._wait_s()):
@@ -262,6 +265,7 @@ class Metering:
             # If this is killed next, the supervisor looks for these in the store.
             tell({"storing": [event.usage.id for event in events]})
         self._store.append(events)
+        self._mind_the_disk()
         for event in events:
             self._totals.add(event)
             for run in self._runs.values():
@@ -275,6 +279,24 @@ class Metering:
         if not self._job.service:
             tell({"totals": self._totals.as_json()})
 
+    def _mind_the_disk(self) -> None:
+        """Try again soon to write what the disk refused, and tell how much a kill would lose."""
+        refused = self._store.trouble is not None
+        self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
+        if self._answering is not None:
+            self._answering.renew()
+        if self._gaps is not None:
+            self._gaps.write()
+        if refused or any(self._told.get(name) for name in ("held", "owed", "gaps")):
+            self._tell_losses()
+
+    def _tell_losses(self) -> None:
+        store, gaps = self._store, self._gaps.unwritten if self._gaps is not None else []
+        state = {**self._lost(), "held": store.held, "owed": store.owed, "gaps": [*gaps]}
+        if state != self._told:
+            self._told = state
+            tell(state)
+
     def _flush(self) -> None:
         """Have the journal moved into the database, by a process of its own."""
         if self._flusher is not None:
@@ -284,24 +306,29 @@ class Metering:
         self._flush_again = False
         self._waiting, self._waiting_next = self._waiting_next, []
         self._store.close()
-        self._flusher = flushing.begin(Path(self._job.home), subprocess.PIPE)
-        self._selector.register(self._flusher_output(), selectors.EVENT_READ, self._on_flushed)
-
-    def _flusher_output(self) -> int:
-        assert self._flusher is not None
-        assert self._flusher.stdout is not None
-        return self._flusher.stdout.fileno()
+        try:
+            self._flusher = Flusher(Path(self._job.home))
+        except OSError as error:
+            self._after_flush(Outcome(f"the flush could not be started: {error.strerror}"))
+            return
+        self._selector.register(self._flusher.fileno(), selectors.EVENT_READ, self._on_flushed)
 
     def _on_flushed(self) -> None:
         assert self._flusher is not None
-        self._selector.unregister(self._flusher_output())
-        said, _ = self._flusher.communicate()
-        code, self._flusher = self._flusher.returncode, None
+        fd = self._flusher.fileno()
+        outcome = self._flusher.outcome()
+        if outcome is not None:
+            self._selector.unregister(fd)
+            self._flusher = None
+            self._after_flush(outcome)
+
+    def _after_flush(self, outcome: Outcome) -> None:
         # Events that came meanwhile are in a newer segment, which the flusher left alone.
-        self._store_error = said.decode(errors="replace").strip() or (
-            f"the flush ended with code {code}" if code else None
-        )
-        for client in self._waiting:
+        wait_s = self._condition.flushed(outcome)
+        if wait_s is not None:
+            self._flush_due = min(self._flush_due or math.inf, time.monotonic() + wait_s)
+        waiting, self._waiting = self._waiting, []
+        for client in waiting:
             if client in self._runs:
                 client.send(self._watched(self._runs[client]))
         if self._flush_again or self._waiting_next:
@@ -322,7 +349,7 @@ class Metering:
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._seal_due, self._flush_due, self._source.due_at
+        return self._seal_due, self._flush_due, self._retry_due, self._source.due_at
 
     def _wait_s(self) -> float:
         if self._backlog:
@@ -341,6 +368,9 @@ class Metering:
         if self._seal_due is not None and now >= self._seal_due:
             self._seal_due, self._sealed_at = None, now
             self._store.close()
+        if self._retry_due is not None and now >= self._retry_due:
+            self._store.close()
+            self._mind_the_disk()
         if self._flush_due is not None and (
             now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
         ):
@@ -348,6 +378,9 @@ class Metering:
         if self._gaps is not None and now >= self._alive_at + ALIVE_EVERY_S:
             self._alive_at = now
             self._gaps.alive(time.time_ns())
+            self._tell_losses()
+            if self._answering is not None:
+                self._answering.renew()
 
     # --- the supervisor
 
@@ -380,28 +413,27 @@ class Metering:
         if self._flusher is not None:
             self._flusher.wait()
         # Nothing comes any more, so this process may do it itself.
-        with contextlib.suppress(Exception):  # the journal keeps what the database refuses
-            self._store_error = flushing.flush(self._store)
+        self._condition.flushed(flushing.flush(self._store))
         self._store.close()
         if self._gaps is not None:
             with contextlib.suppress(OSError):
                 os.unlink(Path(self._job.home) / SOCKET_NAME)
             self._gaps.end(time.time_ns(), clean=self._exit_code == ENDED)
-        final = {"totals": self._totals.as_json(), "losses": self._losses(), "final": True}
-        with contextlib.suppress(OSError):
-            tell(final | {"coverage": self._coverage(), "store_error": self._store_error})
+        final = {"totals": self._totals.as_json(), **self._lost(), "final": True}
+        final |= {"held": self._store.held, "owed": self._store.owed}
+        tell(final | {"coverage": self._coverage(), "store_error": self._condition.last_word()})
 
     # --- the control socket
 
-    def _answer(self, client: Client, request: Any) -> dict[str, Any] | None:
+    def _answer(self, client: Client, request: dict[str, Any]) -> dict[str, Any] | None:
         """The answer, or None when it comes later."""
-        asked = request.get("ask") if isinstance(request, dict) else None
+        asked, pid = request.get("ask"), untrusted.whole_number(request, "pid", untrusted.PID_MAX)
         if asked == "status":
             return self.status()
-        if asked == "watch" and isinstance(request.get("pid"), int):
-            self._runs[client] = _Run(request["pid"])
-            self._watch(request["pid"])
-            return {"watching": request["pid"]}
+        if asked == "watch" and pid is not None:
+            self._runs[client] = _Run(pid)
+            self._watch(pid)
+            return {"watching": pid}
         if asked == "finish" and client in self._runs:
             self._drain()
             self._waiting_next.append(client)
@@ -423,7 +455,11 @@ class Metering:
         self._runs.pop(client, None)
 
     def _watched(self, run: _Run) -> dict[str, Any]:
-        return {"totals": run.totals.as_json(), "coverage": self._coverage(run.pid)}
+        return {
+            "totals": run.totals.as_json(),
+            "coverage": self._coverage(run.pid),
+            "store_error": self._condition.as_json()["store_error"],
+        }
 
     # --- what there is to tell
 
@@ -432,9 +468,13 @@ class Metering:
         now_ns = time.time_ns()
         self._refresh()
         helper = self._source.status()
-        losses = self._losses()
+        lost = self._lost()
+        since_start = Counter(self._job.lost_before)
+        since_start.update(lost["losses"])
+        since_start.update(lost["capture_losses"])
+        condition = self._condition.as_json()
         gaps = self._gaps.listed() if self._gaps is not None else []
-        bad = bool(self._store_error) or self._restarts > 0 or not self._source.linked
+        bad = not flushing.is_well(condition) or self._restarts > 0 or not self._source.linked
         return {
             "health": "degraded" if bad else "ok",
             "pid": os.getpid(),
@@ -454,17 +494,24 @@ class Metering:
             "bytes": self._bytes,
             "totals": self._totals.as_json(),
             "last_event_at": rfc3339(self._last_event_ns) if self._last_event_ns else None,
-            "journal_waiting": self._store.waiting(),
-            "store_error": self._store_error,
-            "losses": losses,
+            **condition,
+            "losses": dict(since_start),
+            "losses_since_restart": lost["losses"],
             "gaps": gaps,
             "coverage": self._coverage(),
         }
 
-    def _losses(self) -> dict[str, int]:
-        helper = self._source.status()
-        found = {**self._meter.losses, **helper.losses, **helper.events_lost}
-        return {cause: count for cause, count in found.items() if count}
+    def _lost(self) -> dict[str, dict[str, int]]:
+        """What this process has lost, and what the capture has since it began."""
+        capture = self._source.status()
+        own = {**self._meter.losses, "journal_full": self._store.dropped}
+        if self._answering is not None:
+            own[MESSAGES_REFUSED] = self._answering.refused
+        found = {"losses": own, "capture_losses": {**capture.losses, **capture.events_lost}}
+        return {
+            name: {cause: count for cause, count in counts.items() if count}
+            for name, counts in found.items()
+        }
 
     def _coverage(self, root: int | None = None) -> list[dict[str, Any]]:
         lines = []
@@ -503,9 +550,10 @@ def _is_in_tree(pid: int, parents: tuple[tuple[int, str], ...], root: int) -> bo
 
 
 def tell(message: dict[str, Any]) -> None:
-    """One line to the supervisor."""
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    """One line to the supervisor; its death is noticed elsewhere."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
 
 
 def _rss_bytes() -> int | None:
@@ -532,7 +580,7 @@ def stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
 
 
 def prepare_home(home: Path) -> None:
-    """Make the folder for state, for its owner alone."""
+    """Make the folder for state, for its owner alone. Raises OSError."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
@@ -548,18 +596,28 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
 
     count_with(Tokenizer())
     keep_freed_memory()
-    return Meter(PriceBook.load(home).price, Attribution(), Registry(extra_hosts))
-
-
-def _only_one(home: Path) -> int | None:
-    """Take the service's lock: None when another holds it. It is freed with the process."""
-    fd = os.open(home / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+        book = PriceBook.load(home)
+    except OSError as error:  # to meter at the prices that came with us is better than not to
+        print(f"halton-meter: bundled prices are used: {error}", file=sys.stderr)
+        book = PriceBook.load()
+    return Meter(book.price, Attribution(), Registry(extra_hosts))
+
+
+def _is_only_one(home: Path) -> bool:
+    """Take the service's locks: False when another holds one. They are freed with the process.
+
+    The folder itself is locked as well as a file in it: the file cannot be made on a full disk,
+    and a network's file system locks no folders. What can do neither is no reason not to meter.
+    """
+    for path, flags in ((home, os.O_DIRECTORY), (home / "daemon.lock", os.O_RDWR | os.O_CREAT)):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
 
 
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
@@ -604,9 +662,9 @@ def start(job: Job, link: socket.socket) -> int:
     from halton_meter.store import Store
 
     home = Path(job.home)
-    prepare_home(home)
-    lock = _only_one(home) if job.service else -1
-    if lock is None:
+    with contextlib.suppress(OSError):  # a disk that refuses everything is the store's to tell of
+        prepare_home(home)
+    if job.service and not _is_only_one(home):
         tell({"refused": f"another halton-meter service already writes to {home}"})
         return REFUSED
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)

@@ -6,15 +6,22 @@ first, so that no name in their folders can lead root elsewhere. This file start
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from halton_meter import untrusted
 from halton_meter.config import Account, ConfigError
 
 ENVIRONMENT_BYTES_MAX = 4 << 20
 ANSWER_BYTES_MAX = 4 << 20
+ANSWER_S_MAX = 120.0  # reading a large store takes a while
+PROBLEM_CHARACTERS_MAX = 2000
 
 
 def user_environment(
@@ -63,7 +70,8 @@ def sudo_environment() -> bytes | None:
 def as_account(account: Account, function: Callable[[], Any]) -> Any:
     """The result of `function`, run in a child with the account's rights; it must be JSON-able.
 
-    Raises ConfigError with the child's message when it raised one.
+    Raises ConfigError with the child's message when it raised one. The result is what a process of
+    the account's says: whoever uses it as root looks at what it is first.
     """
     if os.geteuid() != 0 or account.uid == 0:
         return function()
@@ -74,27 +82,43 @@ def as_account(account: Account, function: Callable[[], Any]) -> Any:
         try:
             become(account)
             try:
-                answer = json.dumps([function(), None])
+                answer = json.dumps({"result": function()})
             except ConfigError as error:
-                answer = json.dumps([None, str(error)])
+                answer = json.dumps({"problem": str(error)})
             except (ImportError, OSError) as error:
                 reason = f"cannot act as {account.name} (uid {account.uid}): {error}"
-                answer = json.dumps([None, reason])
+                answer = json.dumps({"problem": reason})
             with os.fdopen(write_fd, "w") as file:
                 file.write(answer)
             code = 0
         finally:
             os._exit(code)
     os.close(write_fd)
-    with os.fdopen(read_fd, "rb") as file:
-        raw = file.read(ANSWER_BYTES_MAX)
+    raw = _answer(read_fd, pid)
     os.waitpid(pid, 0)
-    if not raw:
+    said = untrusted.parsed(raw)  # the child was the account's to do with as it likes
+    if said is None or not {"result", "problem"} & set(said):
         raise ConfigError(f"cannot act as {account.name} (uid {account.uid})")
-    result, problem = json.loads(raw)
-    if problem is not None:
-        raise ConfigError(str(problem))
-    return result
+    if "problem" in said:
+        lines = str(said["problem"])[:PROBLEM_CHARACTERS_MAX].split("\n")
+        raise ConfigError("\n".join(untrusted.printable(line, len(line)) for line in lines))
+    return said["result"]
+
+
+def _answer(fd: int, pid: int) -> bytes:
+    """What the child says until its end. One that says too much, or nothing for long, is ended."""
+    raw, deadline = bytearray(), time.monotonic() + ANSWER_S_MAX
+    with os.fdopen(fd, "rb", buffering=0) as pipe:
+        while len(raw) <= ANSWER_BYTES_MAX:
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                break
+            data = pipe.read(1 << 16)
+            if not data:
+                return bytes(raw)
+            raw += data
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return b""
 
 
 def become(account: Account) -> None:

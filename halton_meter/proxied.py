@@ -253,7 +253,7 @@ class _Background:
             asyncio.run_coroutine_threadsafe(service.stop(0.0), self._loop).result()
             with contextlib.suppress(ValueError):
                 run.totals = Totals.of_json(service.final.get("totals"))
-            run.losses.update(service.final.get("losses", {}))
+            run.losses.update(service.losses.total())
             for causes in service.edge.bypassed.values():
                 for cause, count in causes.items():
                     run.losses[f"unmetered_{cause}"] += count

@@ -24,10 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halton_meter import metering, own_code
+from halton_meter import metering, own_code, untrusted
 from halton_meter.config import invoking_account
-from halton_meter.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, listen_at
+from halton_meter.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
+from halton_meter.flushing import is_well
 from halton_meter.gaps import Gaps
+from halton_meter.losses import MESSAGES_REFUSED, Losses
 from halton_meter.model import rfc3339
 from halton_meter.proxy_worker import (
     LINE_BYTES_MAX,
@@ -38,6 +40,7 @@ from halton_meter.proxy_worker import (
     provider_hosts,
 )
 from halton_meter.supervisor import BACKOFF_S, HEALTHY_S
+from halton_meter.totals import Totals
 from proxy_fallback.edge import Edge, HostSet, raise_descriptor_limit
 from proxy_fallback.served import served_uids
 
@@ -54,6 +57,10 @@ ALIVE_TICKS = 10
 # A configuration that cannot be read is read again so often.
 MEND_S = 5.0
 STATUS_S_MAX = 2.0
+# What is believed of a worker's messages.
+READ_BYTES = 16 << 10
+SAID_CHARACTERS_MAX = 1000
+HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
 
 
 class ProxyService:
@@ -86,6 +93,7 @@ class ProxyService:
         self.addresses: list[str] = []
         self.gaps: list[tuple[int, int, str]] = []
         self.final: dict[str, Any] = {}
+        self.losses = Losses()
         self._environment = {
             name: value for name, value in environment.items() if not name.startswith("LISTEN_")
         }
@@ -113,6 +121,8 @@ class ProxyService:
         self._settled = asyncio.Event()  # ready for the first time, or known not to become so
         self._tasks: list[asyncio.Task[None]] = []
         self._control: asyncio.Server | None = None
+        self._listener = Listener(self.home, PROXY_SOCKET_NAME)
+        self._owed: Counter[str] = Counter()
 
     # --- begin and end
 
@@ -150,6 +160,7 @@ class ProxyService:
         await self.edge.stop(drain_s)
         if self._control is not None:
             self._control.close()
+            self._listener.close()
             with contextlib.suppress(OSError):
                 (self.home / PROXY_SOCKET_NAME).unlink()
         self._report_bypassed()
@@ -163,6 +174,7 @@ class ProxyService:
         if self._process is not None:
             _kill(self._process)
             await self._process.wait()
+        self.losses.ended()
         self._close_gap()
         if self._kept is not None:
             self._kept.end(time.time_ns(), clean=True)
@@ -226,46 +238,71 @@ class ProxyService:
             stderr=None if self.job.service else subprocess.DEVNULL,
             cwd="/",
             env=self._environment,
-            limit=LINE_BYTES_MAX,
+            limit=READ_BYTES,
             start_new_session=True,  # a Ctrl-C meant for the command must not end the metering
         )
         assert process.stdin is not None
         assert process.stdout is not None
         secret = self.edge.worker_secret
         process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
-        with contextlib.suppress(ValueError, ConnectionError):  # a line too long: not ours
-            while line := await process.stdout.readline():
-                with contextlib.suppress(json.JSONDecodeError):
-                    self._take(json.loads(line))
+        await self._hear(process.stdout)
+        self.losses.ended()
+        self._owed += Counter(self.losses.handed_on())
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(process.wait(), 1.0)
         _kill(process)  # it has told all that it will
         return await process.wait()
 
+    async def _hear(self, stdout: asyncio.StreamReader) -> None:
+        """Take what a worker tells until its end. It reads hostile bytes, and we hold the network:
+        whatever it tells must not end us."""
+        lines = untrusted.Lines(LINE_BYTES_MAX)
+        with contextlib.suppress(ConnectionError):
+            while data := await stdout.read(READ_BYTES):
+                lines.feed(data)
+                for message in lines.messages():
+                    self.take(message)
+                if lines.refused:
+                    self.losses.count(MESSAGES_REFUSED, lines.refused)
+                    lines.refused = 0
+                await asyncio.sleep(0)  # clients, too, when it never stops
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Hear one message of the worker's."""
+        try:
+            self._take(message)
+        except Exception:
+            self.losses.count(MESSAGES_REFUSED, 1)
+
     def _take(self, message: dict[str, Any]) -> None:
-        if "ready" in message:
-            self._port, self._accepted = int(message["port"]), list(message["accepted"])
+        if "lost" in message:
+            self.losses.take(untrusted.table(message, "lost"))
+        port = untrusted.whole_number(message, "port", 65535, 1)
+        if "ready" in message and port is not None:
+            self._port, self._accepted = port, _hosts(message)
             if not self._paused:
                 self._up()
-        if "accepted" in message and self._port is not None:
-            self._accepted = list(message["accepted"])
+        elif "accepted" in message and self._port is not None:
+            self._accepted = _hosts(message)
             self.edge.send_to(self._port, self._accepted)
         if "unavailable" in message:
-            self._cause = str(message["unavailable"])
+            self._cause = untrusted.text(message, "unavailable", SAID_CHARACTERS_MAX)
         if "pong" in message:
             self._pings_missed = 0
             if self._state == "hung" and self._port is not None:
                 self._up()
         if "refused" in message:
             host, program, said = message["refused"]
-            self.edge.refuse(host, program, said)
+            program = untrusted.text({"program": program}, "program", SAID_CHARACTERS_MAX)
+            self.edge.refuse(untrusted.printable(host), program, said is True)
         if "status" in message:
-            self._last_status = message["status"]
-            reply = self._replies.pop(message["serial"], None)
+            self._last_status = status = _status(untrusted.table(message, "status"))
+            reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
             if reply is not None and not reply.done():
-                reply.set_result(message["status"])
+                reply.set_result(status)
         if "final" in message:
-            self.final = self._last_status = message
+            self.final = self._last_status = _status(message)
+            self.losses.take(message)
 
     def _send(self, message: dict[str, Any]) -> bool:
         if self._process is None or self._process.stdin is None:
@@ -325,8 +362,13 @@ class ProxyService:
 
     def _report_bypassed(self) -> None:
         """Have what went by unmetered kept in the store."""
-        if self._state == "ready" and self._unreported and self._send({"losses": self._unreported}):
+        if self._state != "ready":
+            return
+        if self._unreported and self._send({"losses": self._unreported}):
             self._unreported = Counter()
+        # What a dead worker owed; from now on the next one tells how much of it is owed still.
+        if self._owed and self._send({"losses": self._owed}):
+            self._owed = Counter()
 
     # --- time
 
@@ -336,6 +378,7 @@ class ProxyService:
             self._report_bypassed()
             if self._kept is not None and tick % ALIVE_TICKS == 0:
                 self._kept.alive(time.time_ns())
+                await self._listen()
             asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
             if self._state in ("ready", "hung") and asked:
                 self._feel_pulse()
@@ -355,22 +398,36 @@ class ProxyService:
 
     async def _listen(self) -> None:
         with contextlib.suppress(OSError):  # without it there is no status; traffic matters more
-            listener = listen_at(self.home, PROXY_SOCKET_NAME)
+            if not self._listener.renew() or self._listener.socket is None:
+                return
+            if self._control is not None:
+                self._control.close()
+            listener = self._listener.socket.dup()
             listener.setblocking(False)
             self._control = await asyncio.start_unix_server(
                 self._converse, sock=listener, limit=REQUEST_BYTES_MAX
             )
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while line := await reader.readline():
-                answer = await self._answer(json.loads(line))
+        try:
+            # Outside of the folder, no file's mode keeps others away.
+            friend = self._listener.has_file or is_friend(writer.get_extra_info("socket"))
+            while friend and (line := await reader.readline()):
+                request = untrusted.parsed(line)
+                if request is None:
+                    self.losses.count(MESSAGES_REFUSED, 1)
+                    break
+                answer = await self._answer(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
+        except (OSError, ValueError):  # it is gone, or its line was too long
+            pass
+        except Exception:  # whatever was asked, traffic goes on
+            self.losses.count(MESSAGES_REFUSED, 1)
         writer.close()
 
-    async def _answer(self, request: Any) -> dict[str, Any]:
-        asked = request.get("ask") if isinstance(request, dict) else None
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        asked = request.get("ask")
         if asked == "status":
             return await self.status()
         if asked == "stop":
@@ -397,7 +454,7 @@ class ProxyService:
             for cause, count in causes.most_common()
         ]
         usable = self._accepted is None or bool(self._accepted)
-        ok = self._state == "ready" and usable and not worker.get("store_error")
+        ok = self._state == "ready" and usable and is_well(worker)
         health = "ok" if ok else "paused" if self._paused else "degraded"
         return {
             "health": health,
@@ -422,6 +479,8 @@ class ProxyService:
             },
             "gaps": self._kept.listed() if self._kept is not None else [],
             **{name: worker.get(name) for name in _OF_WORKER},
+            "losses": self.losses.total(),
+            "losses_since_restart": worker.get("losses"),
         }
 
     async def _ask_worker(self) -> dict[str, Any]:
@@ -440,7 +499,26 @@ def _served() -> frozenset[int]:
     return served_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_OF_WORKER = ("events", "totals", "last_event_at", "journal_waiting", "store_error", "losses")
+_COUNTS = ("events", "journal_waiting", "held")
+_TEXTS = ("last_event_at", "store_error", "store_error_since")
+_OF_WORKER = (*_COUNTS, *_TEXTS, "totals", "damaged_databases")
+
+
+def _status(told: dict[str, Any]) -> dict[str, Any]:
+    """What a worker told of itself, as far as it is what it should be."""
+    found: dict[str, Any] = {name: untrusted.whole_number(told, name) for name in _COUNTS}
+    found |= {name: untrusted.text(told, name, SAID_CHARACTERS_MAX) for name in _TEXTS}
+    found["damaged_databases"] = untrusted.texts(told, "damaged_databases", 20, SAID_CHARACTERS_MAX)
+    found["losses"] = untrusted.counts(told, "losses")
+    try:
+        found["totals"] = Totals.of_json(told.get("totals")).as_json()
+    except ValueError:
+        found["totals"] = None
+    return found
+
+
+def _hosts(message: dict[str, Any]) -> list[str]:
+    return untrusted.texts(message, "accepted", HOSTS_MAX, HOST_CHARACTERS_MAX)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

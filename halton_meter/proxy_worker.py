@@ -12,21 +12,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halton_meter import flushing
-from halton_meter.flushing import FLUSH_AFTER_S, FLUSH_EVENTS, SEAL_AFTER_S
+from halton_meter import flushing, untrusted
+from halton_meter.flushing import (
+    FLUSH_AFTER_S,
+    FLUSH_EVENTS,
+    HELD_RETRY_S,
+    SEAL_AFTER_S,
+    Condition,
+    Flusher,
+    Outcome,
+)
 from halton_meter.limits import limit_this_process
 from halton_meter.metering import (
     make_meter,
@@ -52,6 +60,7 @@ SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
 # How often it is looked whether the CA is still valid.
 CA_CHECK_S = 600.0
+FLUSHER_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> M
 class Pricing:
     """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
 
-    def __init__(self, meter: Meter, home: Path) -> None:
+    def __init__(self, meter: Meter, home: Path, told: Callable[[dict[str, Any]], None]) -> None:
         from halton_meter.store import Store
 
         self._meter = meter
@@ -141,11 +150,14 @@ class Pricing:
         self._sealed_at = 0.0
         self._flush_due: float | None = None
         self._unflushed = 0
-        self._flusher: subprocess.Popen[bytes] | None = None
+        self._flusher: Flusher | None = None
+        self._retry_due: float | None = None  # of what the disk refused
+        self._condition = Condition(self._store)
+        self._told = told
+        self._told_before: dict[str, Any] = {}
         self.losses: Counter[str] = Counter()
         self.totals = Totals()
         self.last_event_ns: int | None = None
-        self.store_error: str | None = None
 
     def start(self) -> None:
         """Begin."""
@@ -163,35 +175,41 @@ class Pricing:
         for cause, count in losses.items():
             self._store.count_loss(str(cause), int(count), time.time_ns())
 
-    def finish(self) -> None:
-        """Price what waits, move the journal into the database, end."""
+    def finish(self) -> dict[str, Any]:
+        """Price what waits, store it, end; returns the last that is to be told."""
         self._waiting.put(None)
         self._thread.join()
         if self._flusher is not None:
             self._flusher.wait()
         self.count_losses({**self.losses, **self._meter.losses})
-        try:
-            self.store_error = flushing.flush(self._store)
-        except Exception as error:  # the journal keeps what the database refuses
-            self.store_error = str(error)
-        with contextlib.suppress(OSError):
-            self._store.close()
+        self._condition.flushed(flushing.flush(self._store))
+        self._store.close()
+        return {**self.status(), "store_error": self._condition.last_word()}
 
     def status(self) -> dict[str, Any]:
         """What there is to tell."""
-        losses = {**self.losses, **self._meter.losses}
-        if self._store.dropped:
-            losses["journal_full"] = self._store.dropped
         return {
             "pid": os.getpid(),
             "events": self.totals.total.requests,
             "totals": self.totals.as_json(),
             "last_event_at": rfc3339(self.last_event_ns) if self.last_event_ns else None,
-            "journal_waiting": self._store.waiting(),
-            "held": self._store.held,
-            "store_error": self._store.trouble or self.store_error,
-            "losses": {cause: count for cause, count in losses.items() if count},
+            **self._condition.as_json(),
+            "owed": self._store.owed,
+            "losses": self._losses(),
         }
+
+    def _losses(self) -> dict[str, int]:
+        found = {**self.losses, **self._meter.losses, "journal_full": self._store.dropped}
+        return {cause: count for cause, count in found.items() if count}
+
+    def _mind_the_disk(self) -> None:
+        """Try again soon to write what the disk refused, and tell how much a kill would lose."""
+        refused = self._store.trouble is not None
+        self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
+        state = {"losses": self._losses(), "held": self._store.held, "owed": self._store.owed}
+        if state != self._told_before:
+            self._told_before = state
+            self._told({"lost": state})
 
     def _work(self) -> None:
         while True:
@@ -213,6 +231,7 @@ class Pricing:
         if not events:
             return
         self._store.append(events)
+        self._mind_the_disk()
         for event in events:
             self.totals.add(event)
             self.last_event_ns = event.usage.at_ns
@@ -222,28 +241,45 @@ class Pricing:
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
 
     def _wait_s(self) -> float | None:
-        dues = [due for due in (self._seal_due, self._flush_due) if due is not None]
-        return max(0.0, min(dues) - time.monotonic()) if dues else None
+        dues = [self._seal_due, self._flush_due, self._retry_due]
+        if self._flusher is not None:
+            dues.append(time.monotonic() + FLUSHER_POLL_S)
+        known = [due for due in dues if due is not None]
+        return max(0.0, min(known) - time.monotonic()) if known else None
 
     def _tick(self) -> None:
         now = time.monotonic()
         if self._seal_due is not None and now >= self._seal_due:
             self._seal_due, self._sealed_at = None, now
-            with contextlib.suppress(OSError):
-                self._store.close()  # from now on whoever reads the store takes the events over
+            self._store.close()  # from now on whoever reads the store takes the events over
+        if self._retry_due is not None and now >= self._retry_due:
+            self._store.close()
+            self._mind_the_disk()
         due = self._flush_due is not None and now >= self._flush_due
-        if due or self._unflushed >= FLUSH_EVENTS:
+        if self._flusher is not None:
+            self._attend_flusher(self._flusher)
+        elif due or self._unflushed >= FLUSH_EVENTS:
             self._flush_aside()
 
     def _flush_aside(self) -> None:
         """Have a process of its own move the journal into the database: it takes 0.3 s of CPU."""
         self._unflushed, self._flush_due, self._seal_due = 0, None, None
-        if self._flusher is not None and self._flusher.poll() is None:
-            self._flush_due = time.monotonic() + FLUSH_AFTER_S
-            return
-        with contextlib.suppress(OSError):
-            self._store.close()
-            self._flusher = flushing.begin(self._home)
+        self._store.close()
+        try:
+            self._flusher = Flusher(self._home)
+        except OSError as error:
+            self._after_flush(Outcome(f"the flush could not be started: {error.strerror}"))
+
+    def _attend_flusher(self, flusher: Flusher) -> None:
+        outcome = flusher.outcome()
+        if outcome is not None:
+            self._flusher = None
+            self._after_flush(outcome)
+
+    def _after_flush(self, outcome: Outcome) -> None:
+        wait_s = self._condition.flushed(outcome)
+        if wait_s is not None:
+            self._flush_due = min(self._flush_due or math.inf, time.monotonic() + wait_s)
 
 
 class Worker:
@@ -271,7 +307,7 @@ class Worker:
 
         with contextlib.suppress(OSError):
             prepare_home(self._home)
-        pricing = Pricing(make_meter(self._home, self._job.extra_hosts), self._home)
+        pricing = Pricing(make_meter(self._home, self._job.extra_hosts), self._home, self.tell)
         hosts = provider_hosts(self._job.extra_hosts)
         addon = make_addon(pricing, self._job.extra_hosts, self.tell)
         try:
@@ -288,8 +324,7 @@ class Worker:
         threading.Thread(target=self._watch_ca, args=(hosts, accepted), daemon=True).start()
         self._obey(session, pricing, guard)
         session.stop()
-        pricing.finish()
-        self.tell({"final": True, **pricing.status()})
+        self.tell({"final": True, **pricing.finish()})
         return 0
 
     def _accepted(self, hosts: Iterable[str]) -> list[str]:
@@ -315,7 +350,7 @@ class Worker:
 
     def _obey(self, session: Any, pricing: Pricing, guard: EdgeOnly) -> None:
         for line in sys.stdin.buffer:
-            message = json.loads(line)
+            message = untrusted.parsed(line) or {}
             if "ping" in message:
                 serial = message["ping"]
                 session.call_soon(lambda serial=serial: self.tell({"pong": serial}))
@@ -323,7 +358,7 @@ class Worker:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
                 self.tell({"status": told, "serial": message["status"]})
             if "losses" in message:
-                pricing.count_losses(message["losses"])
+                pricing.count_losses(untrusted.counts(message, "losses"))
             if "finish" in message:
                 return
 

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halton_meter import metering, own_code
+from halton_meter import metering, own_code, untrusted
 from halton_meter.config import Account, Config, ConfigError
 from halton_meter.limits import limit_this_process
+from halton_meter.losses import MESSAGES_REFUSED, Losses
 from halton_meter.metering import Job
 from halton_meter.privileges import as_account
 from halton_meter.totals import Totals
@@ -40,7 +41,12 @@ HEALTHY_S = 60.0
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
+COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
 LINE_BYTES_MAX = 4 << 20
+# Read at a time: whatever comes, and however fast, signals and children are attended to in between.
+MESSAGES_BYTES_MAX = 16 << 10
+STORING_MAX = 100_000  # the events of one batch, and those whose fate is looked up at the end
+SAID_CHARACTERS_MAX = 1000
 
 
 class Unavailable(Exception):
@@ -96,7 +102,7 @@ class Worker:
     """One metering process."""
 
     def __init__(self, account: Account, job: Job, link: socket.socket) -> None:
-        self._heard = bytearray()
+        self._lines = untrusted.Lines(LINE_BYTES_MAX)
         self._commands, theirs = socket.socketpair()
         self._commands.settimeout(COMMAND_S_MAX)
         with theirs:
@@ -143,23 +149,18 @@ class Worker:
     def messages(self) -> list[dict[str, Any]] | None:
         """What it has told since; None once it has ended."""
         try:
-            data = os.read(self.fileno(), 1 << 20)
+            data = os.read(self.fileno(), MESSAGES_BYTES_MAX)
         except BlockingIOError:
             return []
         if not data:
             return None
-        self._heard += data
-        if len(self._heard) > LINE_BYTES_MAX:
-            self._process.kill()
-        *lines, rest = bytes(self._heard).split(b"\n")
-        self._heard[:] = rest
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                message = json.loads(line)
-                if isinstance(message, dict):
-                    found.append(message)
-        return found
+        self._lines.feed(data)
+        return list(self._lines.messages())
+
+    def refused(self) -> int:
+        """How many lines that were no messages it has sent since the last call."""
+        count, self._lines.refused = self._lines.refused, 0
+        return count
 
     def _tell(self, line: bytes, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):  # it is dead, or hangs and will be killed
@@ -235,6 +236,7 @@ class Supervisor:
         self._died_ns: int | None = None  # when plaintext ceased to be copied, or to be metered
         self._cause: str | None = None
         self._started_ns = time.time_ns()
+        self._losses = Losses()
         self._before = Totals()
         self._current = Totals()
         # Of these a metering process said that it stores them, and not yet that it has: it may
@@ -263,7 +265,8 @@ class Supervisor:
         deadline = time.monotonic() + START_S_MAX
         while not self._ready:
             assert self._worker is not None
-            ready = self.selector.select(max(0.0, deadline - time.monotonic()))
+            left_s = deadline - time.monotonic()
+            ready = self.selector.select(left_s) if left_s > 0 else []
             if not ready:
                 self._worker.wait(0)
                 raise Unavailable([("the capture did not start in time", "try again")])
@@ -278,7 +281,7 @@ class Supervisor:
                         [("the metering process ended at once", "its message is above")]
                     )
                 for message in messages:
-                    self._take(message)
+                    self.take(message)
                     if "unavailable" in message or "refused" in message:
                         self._worker.wait(FINISH_S_MAX)
                         raise Unavailable(_problems(message))
@@ -326,6 +329,9 @@ class Supervisor:
             cause=self._cause,
             restarts=self._restarts,
             continued=self._restarts > 0 and self._keeper.holds_probes,
+            lost_before=self._losses.before,
+            owed=self._losses.owed,
+            gaps=self._losses.gaps,
         )
         self._worker, self._ended = Worker(self._plan.account, job, link), False
         self._worker_restarts.begun()
@@ -344,11 +350,21 @@ class Supervisor:
             return
         messages = self._worker.messages()
         for message in messages or ():
-            self._take(message)
+            self.take(message)
+        if refused := self._worker.refused():
+            self._losses.count(MESSAGES_REFUSED, refused)
         if messages is None:
             self._bury()
 
+    def take(self, message: dict[str, Any]) -> None:
+        """Hear one message. It comes from who read hostile bytes: it must not end us, whatever."""
+        try:
+            self._take(message)
+        except Exception:
+            self._losses.count(MESSAGES_REFUSED, 1)
+
     def _take(self, message: dict[str, Any]) -> None:
+        self._losses.take(message)
         if message.get("ready"):
             self._ready = True
             if self._died_ns is not None:
@@ -361,22 +377,20 @@ class Supervisor:
             with contextlib.suppress(ValueError):
                 self._current = Totals.of_json(message["totals"])
                 self._storing = []
-        if isinstance(message.get("storing"), list):
-            self._storing = [str(id_) for id_ in message["storing"]]
+        if "storing" in message:
+            self._storing = untrusted.texts(message, "storing", STORING_MAX)
         if message.get("final"):
             self._ended = True
             self._take_final(message)
 
     def _take_final(self, message: dict[str, Any]) -> None:
-        # It read hostile bytes: whatever it has become by now, it must not end its supervisor.
-        with contextlib.suppress(TypeError, ValueError, AttributeError):
-            for cause, count in message.get("losses", {}).items():
-                self.result.losses[cause] = self.result.losses.get(cause, 0) + int(count)
-            self.result.coverage = [
-                line for line in message.get("coverage", ()) if isinstance(line, dict)
-            ]
-            error = message.get("store_error")
-            self.result.store_error = None if error is None else str(error)
+        lines = untrusted.tables(message, "coverage", metering.COVERAGE_SHOWN_MAX)
+        self.result.coverage = [
+            {name: untrusted.text(line, name, SAID_CHARACTERS_MAX) for name in COVERAGE_TEXTS}
+            | {"pid": untrusted.whole_number(line, "pid")}
+            for line in lines
+        ]
+        self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
 
     def _bury(self) -> None:
         """The metering process died: note when and why, and when the next one is to be started."""
@@ -386,7 +400,8 @@ class Supervisor:
         self._worker, self._ready = None, False
         self._before.merge(self._current)
         self._current = Totals()
-        self._uncertain += self._storing
+        self._losses.ended()
+        self._uncertain = (self._uncertain + self._storing)[-STORING_MAX:]
         self._storing = []
         self._worker_restarts.died()
         self._note_death(_cause(code))
@@ -438,6 +453,8 @@ class Supervisor:
         if self._died_ns is not None:
             self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
         self._before.merge(self._current)
+        self._losses.ended()
+        self.result.losses = self._losses.total()
         if self._uncertain:
             self._before.merge(self._found_in_store())
         self.result.totals = self._before
@@ -469,8 +486,11 @@ def _cause(code: int) -> str:
 
 
 def _problems(message: dict[str, Any]) -> list[tuple[str, str]]:
-    if "refused" in message:
-        return [(str(message["refused"]), "halton-meter status")]
-    with contextlib.suppress(TypeError, ValueError):
-        return [(str(what), str(command)) for what, command in message["unavailable"]]
-    return [("the metering process did not say what is missing", "halton-meter doctor")]
+    refused = untrusted.text(message, "refused", SAID_CHARACTERS_MAX)
+    if refused is not None:
+        return [(refused, "halton-meter status")]
+    found = message.get("unavailable")
+    pairs = [each for each in found if isinstance(each, list)] if isinstance(found, list) else []
+    said = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
+    problems = [(what, mend) for what, mend in (pair for pair in said if len(pair) == 2)]
+    return problems or [("the metering process did not say what is missing", "halton-meter doctor")]

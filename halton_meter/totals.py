@@ -8,6 +8,7 @@ those that show. No I/O. What is asked of stored events is `report.py`'s.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -20,9 +21,11 @@ from halton_meter.model import (
     sighting_rank,
     usd_text,
 )
+from halton_meter.untrusted import COUNT_MAX, printable
 
 MODELS_MAX = 200
 MODEL_CHARACTERS_MAX = 200
+USD_CHARACTERS_MAX = 100
 PROVISIONAL_MAX = 1000  # events of which a better sighting may still come
 
 
@@ -119,24 +122,24 @@ class Totals:
 
     @classmethod
     def of_json(cls, table: Any) -> Totals:
-        """The inverse of `as_json`. Raises ValueError for anything else."""
+        """The inverse of `as_json`, whoever sent it. Raises ValueError for anything else."""
         totals = cls()
         try:
-            for name, line in table["models"].items():
+            for name, line in itertools.islice(table["models"].items(), MODELS_MAX + 1):
                 counted = Line(
-                    requests=int(line["requests"]),
-                    input_tokens=int(line["input_tokens"]),
-                    output_tokens=int(line["output_tokens"]),
-                    list_usd=Decimal(line["list_usd"]),
-                    marginal_usd=Decimal(line["marginal_usd"]),
-                    unpriced=int(line["unpriced"]),
+                    requests=_count(line["requests"]),
+                    input_tokens=_count(line["input_tokens"]),
+                    output_tokens=_count(line["output_tokens"]),
+                    list_usd=_usd(line["list_usd"]),
+                    marginal_usd=_usd(line["marginal_usd"]),
+                    unpriced=_count(line["unpriced"]),
                 )
-                totals._add_line(str(name)[:MODEL_CHARACTERS_MAX], counted)
-            totals.gapped = int(table["gapped_requests"])
-            totals.aborted = int(table["aborted_requests"])
-            totals.failed = int(table["failed_requests"])
+                totals._add_line(printable(name, MODEL_CHARACTERS_MAX), counted)
+            totals.gapped = _count(table["gapped_requests"])
+            totals.aborted = _count(table["aborted_requests"])
+            totals.failed = _count(table["failed_requests"])
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"not totals: {error}") from None
+            raise ValueError(f"not totals: {type(error).__name__}") from None
         return totals
 
 
@@ -157,6 +160,21 @@ def _counted(event: PricedEvent) -> _Counted:
         aborted=usage.outcome is Outcome.ABORTED,
         failed=usage.error_class is not None,
     )
+
+
+def _count(found: Any) -> int:
+    if not isinstance(found, int) or not 0 <= found <= COUNT_MAX:
+        raise ValueError("not totals: no count")
+    return int(found)
+
+
+def _usd(found: Any) -> Decimal:
+    """An exact amount. One with a vast exponent would take gigabytes as soon as it is written."""
+    amount = Decimal(found[:USD_CHARACTERS_MAX])
+    exponent = amount.as_tuple().exponent
+    if not isinstance(exponent, int) or abs(exponent) > USD_CHARACTERS_MAX:
+        raise ValueError("not totals: no amount")
+    return amount
 
 
 def _line_json(line: Line) -> dict[str, Any]:

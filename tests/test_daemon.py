@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -37,7 +37,7 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
 )
-from halton_meter.store import Store
+from halton_meter.store import Flushed, Store
 from halton_meter.totals import MODELS_MAX, Totals
 
 ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/zsh")
@@ -322,6 +322,11 @@ class FakeMeter:
 class FakeStore:
     """Remembers what was journalled."""
 
+    held = dropped = 0
+    owed: ClassVar[dict[str, int]] = {}
+    trouble = trouble_since_ns = None
+    damaged_databases: ClassVar[list[Path]] = []
+
     def __init__(self) -> None:
         self.events: list[PricedEvent] = []
         self.flushes = 0
@@ -332,7 +337,10 @@ class FakeStore:
 
     def flush(self) -> Any:
         self.flushes += 1
-        return SimpleNamespace(waiting=0, reason=None)
+        return Flushed()
+
+    def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
+        pass
 
     def waiting(self) -> int:
         return 0
@@ -503,6 +511,9 @@ class Dead:
 
     def messages(self) -> None:
         return None
+
+    def refused(self) -> int:
+        return 0
 
     def wait(self, timeout_s: float) -> int:
         self._end.close()

@@ -414,9 +414,9 @@ class Replay:
             store.count_loss(cause, count, self._source.findings.last_ns, key)
         done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
         store.close()
-        if store.held:  # in memory alone, and that ends here
+        if store.trouble:  # in memory alone, and that ends here
             click.echo(
-                f"Error: not everything could be stored. {store.trouble}\n"
+                f"Error: not everything could be stored: {store.trouble}.\n"
                 "  Then run this again: what is stored already is not counted twice.",
                 err=True,
             )
@@ -426,7 +426,7 @@ class Replay:
                 "They are added when it is next possible.",
                 err=True,
             )
-        return not store.held
+        return store.trouble is None
 
 
 def _identity(files: Iterable[Path]) -> str:

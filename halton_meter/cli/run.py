@@ -210,7 +210,7 @@ def _troubles(metered: Metered) -> list[str]:
         lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     lines += [f"  lost: {cause} {lost:,}" for cause, lost in metered.losses.items()]
     if metered.store_error:
-        lines.append(f"  not in the database yet, kept in the journal: {metered.store_error}")
+        lines.append(f"  {metered.store_error}")
     unseen = [line for line in metered.coverage if line.get("state") != "metered"]
     for line in unseen[:PROCESSES_SHOWN]:
         host = f" that looked up {line['host']}" if line.get("host") else ", to hosts not known"

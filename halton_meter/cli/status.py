@@ -67,14 +67,13 @@ def status_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['health']}, up {_duration(found['uptime_s'])}, "
         f"{found['probes']} probes through {found['loader']}",
-        f"  {count(found['events'], 'event')} from {found['bytes']:,} bytes of plaintext, "
+        f"  {count(found['events'], 'event')}{_since_restart(found['restarts'])} from "
+        f"{found['bytes']:,} bytes of plaintext, "
         f"${totals['list_usd']} by list; last {found['last_event_at'] or 'none yet'}",
-        f"  state in {found['home']}; {_waiting(found['journal_waiting'])}",
+        *_store_lines(found),
     ]
     if found["restarts"]:
         lines.append(f"  restarted {count(found['restarts'], 'time')}: see the gaps")
-    if found["store_error"]:
-        lines.append(f"  the database cannot be written: {found['store_error']}")
     lines += _loss_lines(found["losses"], found["gaps"])
     return lines + _coverage_lines(found["coverage"])
 
@@ -94,12 +93,12 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
         f"{', '.join(found['addresses'])}; {count(found['connections'], 'connection')} open"
     ]
     if found["totals"] is not None:
-        since = " since its worker was last started" if worker["restarts"] else ""
+        since = _since_restart(worker["restarts"])
         lines.append(
             f"  {count(found['events'], 'event')}{since}, ${found['totals']['list_usd']} by list; "
             f"last {found['last_event_at'] or 'none yet'}"
         )
-        lines.append(f"  state in {found['home']}; {_waiting(found['journal_waiting'])}")
+        lines += _store_lines(found)
     if found["health"] == "paused":
         lines.append("  metering is stopped, traffic goes through; start it: halton-meter start")
     elif worker["state"] != "ready":
@@ -110,8 +109,6 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
     if worker["restarts"]:
         times = count(worker["restarts"], "time")
         lines.append(f"  its worker was restarted {times}: see the gaps")
-    if found["store_error"]:
-        lines.append(f"  the store cannot be written: {found['store_error']}")
     for each in found["bypassed"][:BYPASSED_SHOWN]:
         cause = each["cause"].replace("_", " ")
         connections = count(each["connections"], "connection")
@@ -164,8 +161,23 @@ def _process_lines(line: dict[str, Any], host: str) -> list[str]:
     return lines + ([f"          {line['advice']}"] if line["advice"] else [])
 
 
-def _waiting(events: int) -> str:
-    return f"{count(events, 'event')} wait{'s' if events == 1 else ''} in the journal"
+def _store_lines(found: dict[str, Any]) -> list[str]:
+    """Where the events are that are not in the database yet, and what is wrong if something is."""
+    held = found.get("held") or 0
+    journal = (found["journal_waiting"] or 0) - held
+    waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
+    waiting += f", {held:,} in memory" if held else ""
+    lines = [f"  state in {found['home']}; {waiting}"]
+    if found["store_error"]:
+        lines.append(f"  since {found['store_error_since']}: {found['store_error']}")
+    for path in found.get("damaged_databases") or ():
+        lines.append(f"  a damaged database was put aside, reports lack what is in it: {path}")
+        lines.append("    once you have looked at it, move it to another folder")
+    return lines
+
+
+def _since_restart(restarts: int) -> str:
+    return " since the last restart" if restarts else ""
 
 
 def _duration(seconds: float) -> str:

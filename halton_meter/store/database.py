@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # How long a reader waits for a writer. One batch takes some 0.1 s.
 BUSY_WAIT_SECONDS = 10.0
 BUSY_POLL_SECONDS = 0.02
+_DAMAGED = f"{DATABASE_NAME}.damaged-"
 
 
 class Database:
@@ -159,9 +160,16 @@ class Database:
             f"the journal. Keep the file and start a new one: mv {path} {path}.damaged"
         )
 
+    def put_aside(self) -> list[Path]:
+        """Damaged databases that are kept, oldest first."""
+        with contextlib.suppress(OSError):
+            names = sorted(n for n in os.listdir(self._home.path) if n.startswith(_DAMAGED))
+            return [self._home.path / name for name in names if not name.endswith(".wal")]
+        return []
+
     def _put_aside(self, error: DatabaseDamaged) -> DatabaseDamaged:
         stamp = time.strftime("%Y%m%dT%H%M%S")
-        kept = self._path.with_name(f"{DATABASE_NAME}.damaged-{stamp}")
+        kept = self._path.with_name(f"{_DAMAGED}{stamp}")
         os.replace(self._path, kept)
         log = self._path.with_name(f"{DATABASE_NAME}.wal")
         with contextlib.suppress(FileNotFoundError):

@@ -5,6 +5,11 @@ Every text says what happened, why if known, and what to do next; commands print
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from pathlib import Path
+
 
 class StoreError(Exception):
     """Something about the store that a person must know; the text says what to do next."""
@@ -34,3 +39,36 @@ def first_line(error: BaseException) -> str:
     """What a driver's error says, without the query that it repeats and the full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def disk_trouble(error: OSError, folder: Path) -> str:
+    """Why the disk refuses what belongs in `folder`, and what to do about it; no full stop."""
+    what, mend = _WORDS.get(error.errno or 0, (_said(error), f"See: ls -ld {folder}"))
+    if error.errno == errno.ENOSPC and _has_no_inodes(folder):
+        what, mend = "the file system has no free inodes", "Delete some files (df -i {folder})"
+    return f"{what} ({folder}). {mend.format(folder=folder)}"
+
+
+_WORDS = {
+    errno.ENOSPC: ("the disk is full", "Free some space (df -h {folder})"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space (quota -s)"),
+    errno.EFBIG: ("the file would be larger than is allowed", "See: ulimit -f; df -h {folder}"),
+    errno.EROFS: ("the file system is read-only", "Mount it for writing (findmnt -T {folder})"),
+    errno.EACCES: ("the folder may not be written", "Give yourself the right to (ls -ld {folder})"),
+    errno.EPERM: ("the folder may not be written", "Give yourself the right to (ls -ld {folder})"),
+    errno.ENOENT: ("the folder is gone and cannot be made", "Make it: mkdir -p {folder}"),
+    errno.ENOTDIR: ("something else has a folder's name", "Move it away: ls -l {folder}"),
+    errno.EEXIST: ("something else has a folder's name", "Move it away: ls -l {folder}"),
+    errno.EIO: ("the disk reports an error", "See what the kernel says of it (dmesg)"),
+}
+
+
+def _said(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def _has_no_inodes(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        found = os.statvfs(folder)
+        return bool(found.f_files) and not found.f_favail
+    return False

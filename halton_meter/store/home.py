@@ -68,10 +68,9 @@ class Home:
 
     def own_database(self) -> None:
         """DuckDB makes its files with the process's umask and owner; the directory is 0700."""
-        owner = self.file_owner()
         for path in (self.database, self.database.with_name(f"{DATABASE_NAME}.wal")):
-            with contextlib.suppress(FileNotFoundError):
-                if owner is not None:
+            with contextlib.suppress(OSError):  # gone, or on a disk that can only be read
+                if (owner := self.file_owner()) is not None:
                     os.chown(path, *owner, follow_symlinks=False)
                 if path.stat().st_mode & 0o077:
                     path.chmod(0o600)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Flushed:
     """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
     journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
-    only such as another process still writes, which moves them itself.
+    only such as another process still writes, which moves them itself. `busy`: what they wait for
+    is another process's end with the database, which is no trouble unless it lasts.
     """
 
     stored: int = 0
@@ -38,6 +39,7 @@ class Flushed:
     waiting: int = 0
     damaged: int = 0
     reason: str | None = None
+    busy: bool = False
 
     def __add__(self, other: Flushed) -> Flushed:
         """Both together; what waits, and why, is as `other` found it."""
@@ -47,6 +49,7 @@ class Flushed:
             other.waiting,
             self.damaged + other.damaged,
             other.reason,
+            other.busy,
         )
 
 

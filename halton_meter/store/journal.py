@@ -1,9 +1,10 @@
 """The journal: one line an event, in a file on disk, before any database.
 
 Each process appends to a segment of its own with one `write(2)`. From then on its death loses
-nothing. Segments reach the disk itself (`fsync`) at most `FSYNC_SECONDS` later as long as events
-keep coming, and whenever a segment is sealed: a power cut costs at most that. A segment's `flock`
-tells other processes that somebody still writes to it.
+nothing. What the disk refuses is held in memory, bounded, and written as soon as it works; how much
+that is can be asked. Segments reach the disk itself (`fsync`) at most `FSYNC_SECONDS` later as long
+as events keep coming, and whenever a segment is sealed: a power cut costs at most that. A segment's
+`flock` tells other processes that somebody still writes to it.
 
 Lines begin with a CRC-32 of the rest of the line; a torn or damaged line is counted as a loss, and
 the lines around it are kept. Who moves segments into the database: `intake.py`.
@@ -12,16 +13,19 @@ the lines around it are kept. Who moves segments into the database: `intake.py`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from halton_meter.model import PricedEvent
+from halton_meter.store.errors import disk_trouble
 from halton_meter.store.home import Home, private_file
 from halton_meter.store.rows import dumps, price_values, usage_values
 
@@ -34,8 +38,13 @@ FSYNC_SECONDS = 1.0
 # A journal line is some 1-3 KB. Only a hostile usage object makes it larger: it is then left out
 # (and counted), because DuckDB's JSON reader refuses objects above 16 MB.
 LINE_BYTES_MAX = 1024 * 1024
-# Lines kept in memory while the disk refuses them; past it the newest are dropped and counted.
+# Kept in memory while the disk refuses it; past either limit the oldest are dropped and counted.
 HELD_LINES_MAX = 10_000
+HELD_BYTES_MAX = 32 * 1024 * 1024
+# Written at a time, so that each try at a full disk costs little however much is held.
+WRITE_LINES_MAX = 256
+# What tells a loss's line from an event's: within an event's texts the quotes are escaped.
+_LOSS_MARK = b',"loss_cause":'
 
 
 class Journal:
@@ -46,82 +55,135 @@ class Journal:
         self._lock = threading.RLock()
         self._segment: _Segment | None = None
         self._held: deque[bytes] = deque()
-        self._dropped_reported = 0
+        self._held_bytes = 0
+        self._owed: Counter[str] = Counter()
+        self._owed_at_ns: dict[str, int] = {}
+        self._owed_named: dict[str, bytes] = {}
+        self._trouble: OSError | None = None
+        self.trouble_since_ns: int | None = None
         self.dropped = 0
-        self.trouble: str | None = None
 
     @property
     def held(self) -> int:
-        """Lines in memory because the disk refused them."""
+        """Events in memory because the disk refused them."""
         return len(self._held)
 
-    def write(self, lines: list[bytes]) -> int:
+    @property
+    def owed(self) -> dict[str, int]:
+        """Losses by cause that are in memory because the disk refused them."""
+        with self._lock:
+            return dict(self._owed)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the disk refuses what is held, and what to do; None when it does not."""
+        error = self._trouble
+        return None if error is None else disk_trouble(error, self._home.path)
+
+    def write(self, lines: Sequence[bytes] = ()) -> int:
         """Append what is held, then `lines`; return how many the disk refused and are now held.
 
         Never raises for want of disk: `trouble` then says what is wrong.
         """
         with self._lock:
             self._held.extend(lines)
-            if self._held:
-                try:
-                    self._open_segment().write(b"".join(self._held))
-                except OSError as error:
-                    return self._hold(error)
-                self._held.clear()
-            if self.trouble is not None:
-                self.trouble = None
-                self._report_dropped()
-            return 0
+            self._held_bytes += sum(map(len, lines))
+            try:
+                self._write_held()
+            except OSError as error:
+                self._hold(error)
+            else:
+                self._trouble = self.trouble_since_ns = None
+            return len(self._held)
+
+    def count(self, cause: str, count: int, at_ns: int) -> None:
+        """Keep a loss; what the disk refuses is owed, and never dropped."""
+        with self._lock:
+            self._owe(cause, count, at_ns)
+            self.write()
+
+    def count_once(self, loss_id: str, line: bytes) -> None:
+        """Keep a loss that has an id of its own, so that telling it again adds nothing."""
+        with self._lock:
+            self._owed_named[loss_id] = line
+            self.write()
 
     def seal(self) -> None:
         """Sync and let go of this process's segment, so that a flush may move it."""
         with self._lock:
-            if self._segment is not None:
-                self._segment.seal()
-                self._segment = None
+            segment, self._segment = self._segment, None
+            if segment is None:
+                return
+            if segment.is_deleted():  # somebody deleted the folder, and with it what was in it
+                self._owe("journal_deleted", segment.lines, time.time_ns())
+            segment.seal()
 
     def segments(self) -> list[Path]:
-        """All segments of all processes, oldest first."""
-        return sorted(self._home.journal.glob(f"*{SEGMENT_SUFFIX}"))
+        """All segments of all processes, oldest first; none where they cannot be listed."""
+        with contextlib.suppress(OSError):
+            names = os.listdir(self._home.journal)
+            return sorted(self._home.journal / n for n in names if n.endswith(SEGMENT_SUFFIX))
+        return []
 
     def has_loose_segments(self) -> bool:
         """True when the journal holds segments that no other living process writes to."""
         return self._segment is not None or any(not is_locked(path) for path in self.segments())
 
     def waiting(self) -> int:
-        """Lines in memory and in all segments."""
+        """Events in memory and in all segments."""
         count = self.held
         for path in self.segments():
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                end = b""
                 while block := file.read(1 << 20):
-                    count += block.count(b"\n")
+                    count += block.count(b"\n") - (end + block).count(_LOSS_MARK)
+                    end = block[1 - len(_LOSS_MARK) :]
         return count
 
+    def _write_held(self) -> None:
+        """All that is held or owed, events first: what is dropped next is then exactly known."""
+        if not (self._held or self._owed or self._owed_named):
+            return
+        while batch := list(itertools.islice(self._held, WRITE_LINES_MAX)):
+            segment = self._open_segment()
+            segment.write(b"".join(batch), len(batch))
+            segment.sync_if_due()  # where it fails they are written again: ids make that safe
+            for line in batch:
+                self._held.popleft()
+                self._held_bytes -= len(line)
+        if self._owed or self._owed_named:
+            self._open_segment().write(b"".join((*self._owed_lines(), *self._owed_named.values())))
+            self._owed.clear()
+            self._owed_named.clear()
+
+    def _owe(self, cause: str, count: int, at_ns: int) -> None:
+        if count:
+            self._owed[cause] += count
+            self._owed_at_ns[cause] = at_ns
+
+    def _owed_lines(self) -> Iterator[bytes]:
+        for cause, count in self._owed.items():
+            yield loss_line(os.urandom(8).hex(), cause, count, self._owed_at_ns[cause])
+
     def _open_segment(self) -> _Segment:
-        if self._segment is not None and self._segment.size >= SEGMENT_BYTES_MAX:
+        if self._segment is not None and (
+            self._segment.size >= SEGMENT_BYTES_MAX or not self._segment.is_in_place()
+        ):
             self.seal()
         if self._segment is None:
             self._home.make_directories()
             self._segment = _Segment(self._home.journal, self._home.file_owner())
         return self._segment
 
-    def _hold(self, error: OSError) -> int:
-        while len(self._held) > HELD_LINES_MAX:
-            self._held.pop()
+    def _hold(self, error: OSError) -> None:
+        # Whatever of a line it may hold by now: the next write begins a file of its own.
+        self.seal()
+        while len(self._held) > HELD_LINES_MAX or self._held_bytes > HELD_BYTES_MAX:
+            self._held_bytes -= len(self._held.popleft())
             self.dropped += 1
-        why = os.strerror(error.errno) if error.errno else str(error)
-        self.trouble = (
-            f"Cannot write to {self._home.journal}: {why}. {len(self._held)} events are held in "
-            f"memory, {self.dropped} were lost. Free some space there: df -h {self._home.path}"
-        )
-        return len(self._held)
-
-    def _report_dropped(self) -> None:
-        if self._dropped_reported < self.dropped:
-            lost = self.dropped - self._dropped_reported
-            self._dropped_reported = self.dropped
-            now_ns = time.time_ns()
-            self.write([loss_line(os.urandom(8).hex(), "journal_full", lost, now_ns)])
+            self._owe("journal_full", 1, time.time_ns())
+        self._trouble = error
+        self.trouble_since_ns = self.trouble_since_ns or time.time_ns()
 
 
 class _Segment:
@@ -134,25 +196,51 @@ class _Segment:
         hidden = directory / f"{name}.new"
         self.path = directory / f"{name}{SEGMENT_SUFFIX}"
         self.size = 0
+        self.lines = 0  # events, not losses
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(hidden, flags, 0o600)
-        if owner is not None:
-            os.fchown(self._fd, *owner)
-        # Locked before it gets the name that a flush looks for, or one could delete it empty.
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        os.rename(hidden, self.path)
+        try:
+            if owner is not None:
+                os.fchown(self._fd, *owner)
+            # Locked before it gets the name that a flush looks for, or one could delete it empty.
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            os.rename(hidden, self.path)
+        except OSError:
+            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise
         self._synced_at = time.monotonic()
 
-    def write(self, lines: bytes) -> None:
-        """Append whole lines, or raise OSError and leave the file as it was."""
+    def is_in_place(self) -> bool:
+        """Whether its name still leads to it. Raises OSError where that cannot be seen."""
+        try:
+            named, ours = os.stat(self.path, follow_symlinks=False), os.fstat(self._fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (named.st_dev, named.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def is_deleted(self) -> bool:
+        """Whether no name at all leads to it: what is in it is gone when it is closed."""
+        with contextlib.suppress(OSError):
+            return os.fstat(self._fd).st_nlink == 0
+        return False
+
+    def write(self, lines: bytes, events: int = 0) -> None:
+        """Append whole lines, or raise OSError and leave the file as it was, if that can be."""
         view = memoryview(lines)
         try:
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError:
-            os.ftruncate(self._fd, self.size)
+            with contextlib.suppress(OSError):  # half a line is known by its checksum
+                os.ftruncate(self._fd, self.size)
             raise
         self.size += len(lines)
+        self.lines += events
+
+    def sync_if_due(self) -> None:
+        """Have the disk itself hold it, every so often. Raises OSError."""
         if time.monotonic() - self._synced_at >= FSYNC_SECONDS:
             self._sync()
 
@@ -162,12 +250,13 @@ class _Segment:
 
     def seal(self) -> None:
         """Sync, unlock and close; an empty segment is removed."""
-        if self.size:
-            with contextlib.suppress(OSError):  # the bytes are with the kernel either way
+        with contextlib.suppress(OSError):  # the bytes are with the kernel either way
+            if self.size:
                 self._sync()
-        else:
-            self.path.unlink(missing_ok=True)
-        os.close(self._fd)
+            else:
+                self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
 
 
 def is_locked(path: Path) -> bool:
@@ -176,11 +265,11 @@ def is_locked(path: Path) -> bool:
 
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:  # gone, or not ours to read: nothing to be done with it either way
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return True
     finally:
         os.close(fd)

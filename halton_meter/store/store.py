@@ -18,7 +18,6 @@ event its next revision.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -30,7 +29,13 @@ from typing import TYPE_CHECKING
 from halton_meter.model import PricedEvent, UsageEvent
 from halton_meter.store.database import BUSY_WAIT_SECONDS, Database
 from halton_meter.store.driver import driver
-from halton_meter.store.errors import NothingStored, StoreBusy, StoreUnusable, first_line
+from halton_meter.store.errors import (
+    NothingStored,
+    StoreBusy,
+    StoreUnusable,
+    disk_trouble,
+    first_line,
+)
 from halton_meter.store.home import Home, default_home, private_file
 from halton_meter.store.intake import Flushed, move_segment
 from halton_meter.store.journal import Journal, event_line, is_locked, loss_line
@@ -77,8 +82,13 @@ class Store:
 
     @property
     def held(self) -> int:
-        """Lines in memory because the disk refused them."""
+        """Events in memory because the disk refused them."""
         return self._journal.held
+
+    @property
+    def owed(self) -> dict[str, int]:
+        """Losses by cause that are in memory because the disk refused them."""
+        return self._journal.owed
 
     @property
     def dropped(self) -> int:
@@ -89,6 +99,16 @@ class Store:
     def trouble(self) -> str | None:
         """Why the disk refuses events, and what to do; None when it does not."""
         return self._journal.trouble
+
+    @property
+    def trouble_since_ns(self) -> int | None:
+        """Since when it does."""
+        return self._journal.trouble_since_ns
+
+    @property
+    def damaged_databases(self) -> list[Path]:
+        """Database files that were put aside: what is in them is in no report."""
+        return self._database.put_aside()
 
     # -- writing --
 
@@ -106,9 +126,13 @@ class Store:
         `key` names what it was counted in (a capture's digest, a run), so that counting the same
         thing again changes nothing; without it every call adds.
         """
-        if count > 0:
-            loss_id = os.urandom(8).hex() if key is None else f"{key}:{cause}"
-            self._journal.write([loss_line(loss_id, cause, count, at_ns)])
+        if count <= 0:
+            return
+        if key is None:
+            self._journal.count(cause, count, at_ns)
+        else:
+            loss_id = f"{key}:{cause}"
+            self._journal.count_once(loss_id, loss_line(loss_id, cause, count, at_ns))
 
     def flush(self, wait_seconds: float = 0.0) -> Flushed:
         """Move the journal into the database, in one short transaction a segment.
@@ -118,13 +142,17 @@ class Store:
         file aside, and DatabaseTooNew; the journal is intact then, too.
         """
         with self._flush_lock:
-            self._journal.write([])
+            self._journal.write()
             if not self._journal.segments():
-                return Flushed(waiting=self.held, reason=self.trouble if self.held else None)
+                return Flushed(waiting=self.held, reason=self.trouble)
             try:
                 connection = self._database.open_for_writing(wait_seconds)
             except (StoreBusy, StoreUnusable) as error:
-                return Flushed(waiting=self.waiting(), reason=str(error))
+                busy = isinstance(error, StoreBusy)
+                return Flushed(waiting=self.waiting(), reason=str(error), busy=busy)
+            except OSError as error:
+                reason = disk_trouble(error, self.home)
+                return Flushed(waiting=self.waiting(), reason=reason)
             done = Flushed()
             try:
                 done = self._move_segments(connection)
@@ -141,7 +169,7 @@ class Store:
 
     def close(self) -> None:
         """Sync and release this process's journal segment; events in it are kept."""
-        self._journal.write([])
+        self._journal.write()
         self._journal.seal()
 
     def __enter__(self) -> Store:
@@ -243,15 +271,18 @@ class Store:
             try:
                 moved = move_segment(connection, path)
             except OSError as error:
-                reason = f"{path}: {os.strerror(error.errno or errno.EIO)}"
+                reason = disk_trouble(error, self.home)
                 return replace(done, waiting=self.waiting(), reason=reason)
             except driver().Error as error:
                 return replace(done, waiting=self.waiting(), reason=first_line(error))
-            path.unlink(missing_ok=True)
             done += moved
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # moved again next time, which adds nothing
+                reason = disk_trouble(error, self.home)
+                return replace(done, waiting=self.waiting(), reason=reason)
         # What is left beside what we hold is in segments that others still write, and move.
-        why = self.trouble if self.held else None
-        return replace(done, waiting=self.waiting(), reason=why)
+        return replace(done, waiting=self.waiting(), reason=self.trouble)
 
     def _store_revisions(self, spool: Path, at_ns: int) -> None:
         columns = ", ".join(f"'{n}': '{t}'" for n, t in json_types(PRICE_COLUMNS).items())

@@ -161,7 +161,9 @@ def test_events_that_no_disk_takes_are_an_error_and_not_said_to_wait(home: Path)
     result = call(PLAIN, "--store")
     assert result.exit_code == 1
     assert "1 event in 1 file" in result.stdout
-    assert "Error: not everything could be stored. Cannot write to" in result.stderr
+    assert (
+        "Error: not everything could be stored: something else has a folder's name" in result.stderr
+    )
     assert "run this again" in result.stderr
     assert "added when" not in result.stderr
     (home / "journal").unlink()

@@ -112,7 +112,8 @@ def test_status_for_people() -> None:
     }
     assert status_lines(found) == [
         "degraded, up 2.0 h, 12 probes through libbpf",
-        "  3 events from 4,096 bytes of plaintext, $0.5 by list; last none yet",
+        "  3 events since the last restart from 4,096 bytes of plaintext, $0.5 by list; "
+        "last none yet",
         "  state in /h; 1 event waits in the journal",
         "  restarted 1 time: see the gaps",
         "  lost: ring full bytes 7",
@@ -146,7 +147,7 @@ def test_status_of_the_proxy_tells_what_went_by_unmetered_and_what_to_do() -> No
     found = {"health": "degraded", "uprobes_health": "stopped", "home": "/h", "proxy": PROXY}
     assert status_lines(found) == [
         "proxy degraded, up 1.5 min on 127.0.0.1:8081; 3 connections open",
-        "  12 events since its worker was last started, $0.5 by list; last none yet",
+        "  12 events since the last restart, $0.5 by list; last none yet",
         "  state in /h; 0 events wait in the journal",
         "  not metering, traffic goes through unmetered (waiting: it was killed by SIGKILL)",
         "  its worker was restarted 2 times: see the gaps",

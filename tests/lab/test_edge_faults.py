@@ -287,8 +287,9 @@ def test_a_full_disk(proxied: Proxied) -> None:
         proxied.wait_for(lambda status: status["events"] == 2)
         _fill(inside / "ballast")
         proxied.must(3, first=2)
-        status = proxied.wait_for(lambda status: status["store_error"])
-        assert "No space left" in status["store_error"]
+        status = proxied.wait_for(lambda status: status["held"] == 3)
+        assert status["store_error"].startswith("3 events wait in memory: the disk is full")
+        assert status["health"] == "degraded"
         (inside / "ballast").unlink()
         proxied.must(1, first=5)
         proxied.wait_for(lambda status: not status["store_error"] and status["events"] == 6)
@@ -299,6 +300,16 @@ def test_a_full_disk(proxied: Proxied) -> None:
             if "response_id" in line
         ]
         assert len(lines) == 6
+        _fill(inside / "ballast")
+        proxied.must(2, first=6)
+        status = proxied.wait_for(lambda status: status["held"] == 2)
+        os.kill(status["worker"]["pid"], signal.SIGKILL)
+        status = proxied.wait_for(lambda status: status["worker"]["restarts"] == 1)
+        assert status["losses"]["unstored_events"] == 2
+        (inside / "ballast").unlink()
+        proxied.wait_for(lambda status: status["worker"]["state"] == "ready")
+        proxied.stop()
+        assert len(stored_events(lab, outside)) == 6
     finally:
         proxied.home = outside
         proxied.stop()
