@@ -33,7 +33,6 @@ OPTIONS_BYTES_MAX = 64 << 10
 SECRETS_BYTES_MAX = 64 << 20
 # Times from here on (the year 2200) are nonsense that dates and the database cannot hold.
 TIME_NS_MAX = 7_258_118_400_000_000_000
-_READ_BYTES = 1 << 20
 
 _SECTION, _INTERFACE, _SIMPLE, _ENHANCED, _SECRETS = 0x0A0D0D0A, 1, 3, 6, 10
 _SECRETS_TLS = 0x544C534B
@@ -84,7 +83,7 @@ class Frame(NamedTuple):
     wire_bytes: int
 
 
-class CaptureFile:
+class CaptureFile(InputFile):
     """One capture file. `position` and `size` (bytes on disk) serve a progress display.
 
     `ratio_max` bounds what a gzip may unpack to. `stopped` is a clause for a person that says why
@@ -92,31 +91,16 @@ class CaptureFile:
     """
 
     def __init__(self, path: Path, ratio_max: int = UNPACK_RATIO_MAX) -> None:
-        self.path = path
+        super().__init__(path, ratio_max)
         self.losses: Counter[str] = Counter()
         self.stopped: str | None = None
-        self._ratio_max = ratio_max
-        self._file = InputFile(path, ratio_max)
-        self.size = self._file.size
         # The time of packets that state none, or an impossible one.
-        self._written_ns = min(max(0, self._file.written_ns), TIME_NS_MAX)
-        self._buffer = b""
-        self._at = 0
-        self._have(4)
-        self._magic = self._buffer[:4]
+        self._file_ns = min(max(0, self.written_ns), TIME_NS_MAX)
+        self.have(4)
+        self._magic = self.buffer[:4]
         if self._magic not in _PCAP_MAGIC and self._magic != b"\x0a\x0d\x0d\x0a":
-            what = _what_it_is(self._magic, self._file.zipped, path)
             self.close()
-            raise NotACapture(f"{path}: {what}")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    @property
-    def position(self) -> int:
-        """Bytes of the file read so far."""
-        return self._file.position
+            raise NotACapture(f"{path}: {_what_it_is(self._magic, self.zipped, path)}")
 
     def frames(self) -> Iterator[Frame]:
         """Every frame in the file's order."""
@@ -124,47 +108,33 @@ class CaptureFile:
             return self._pcap_frames(*_PCAP_MAGIC[self._magic])
         return self._pcapng_frames()
 
-    # --- reading ---------------------------------------------------------------------------
-
-    def _have(self, count: int) -> bool:
-        """Make `count` bytes available at `_at`; False at the end of the file."""
-        missing = count - (len(self._buffer) - self._at)
-        if missing <= 0:
-            return True
-        pieces = [self._buffer[self._at :]]
-        while missing > 0 and (more := self._file.read(_READ_BYTES)):
-            pieces.append(more)
-            missing -= len(more)
-        self._buffer, self._at = b"".join(pieces), 0
-        return missing <= 0
-
     def _end(self) -> None:
         """The file gives no more: whole, cut short, damaged, or refused."""
-        if self._file.refused:
+        if self.refused:
             self._stop(
-                f"it unpacks to more than {self._ratio_max} times its size; if that is right, "
-                f"run this again with --unpack-ratio {10 * self._ratio_max}"
+                f"it unpacks to more than {self.ratio_max} times its size; if that is right, "
+                f"run this again with --unpack-ratio {10 * self.ratio_max}"
             )
-        elif self._file.damaged or self._at < len(self._buffer):
+        elif self.damaged or self.at < len(self.buffer):
             self.losses["capture_file_cut_short"] = 1
 
     def _stop(self, reason: str) -> None:
         """Leave the rest of the file alone; its bytes on disk are counted."""
-        ahead = 0 if self._file.zipped else len(self._buffer) - self._at
+        ahead = 0 if self.zipped else len(self.buffer) - self.at
         self.losses["capture_bytes_not_read"] += max(0, self.size - self.position) + ahead
         self.stopped = reason
 
     # --- pcap ------------------------------------------------------------------------------
 
     def _pcap_frames(self, order: str, unit_ns: int) -> Iterator[Frame]:
-        if not self._have(24):
+        if not self.have(24):
             self._end()
             return
-        linktype = struct.unpack_from(order + "I", self._buffer, 20)[0] & 0x0FFFFFFF
-        self._at = 24
+        linktype = struct.unpack_from(order + "I", self.buffer, 20)[0] & 0x0FFFFFFF
+        self.at = 24
         head = struct.Struct(order + "IIII")
-        while self._have(16):
-            seconds, fraction, caught, original = head.unpack_from(self._buffer, self._at)
+        while self.have(16):
+            seconds, fraction, caught, original = head.unpack_from(self.buffer, self.at)
             if caught > FRAME_BYTES_MAX:
                 # A pcap has no marks to find the next record by.
                 self.losses["capture_file_garbage"] += 1
@@ -174,11 +144,11 @@ class CaptureFile:
                 if not self._skip_zeros():
                     return
                 continue
-            if not self._have(16 + caught):
+            if not self.have(16 + caught):
                 break
-            start = self._at + 16
-            self._at = start + caught
-            data = self._buffer[start : self._at]
+            start = self.at + 16
+            self.at = start + caught
+            data = self.buffer[start : self.at]
             yield Frame(seconds * 1_000_000_000 + fraction * unit_ns, linktype, data, original)
         self._end()
 
@@ -186,14 +156,14 @@ class CaptureFile:
         """Step over zeros, as a hole in the file leaves them; False where they go on too long."""
         self.losses["capture_file_garbage"] += 1
         passed = 0
-        while self._have(16) and (zeros := _ZEROS.match(self._buffer, self._at)) is not None:
+        while self.have(16) and (zeros := _ZEROS.match(self.buffer, self.at)) is not None:
             if passed > RESYNC_BYTES_MAX:
                 self._stop(f"there are only zeros for {RESYNC_BYTES_MAX >> 20} MB")
                 return False
-            records = (zeros.end() - self._at) // 16 * 16  # a record's head is 16 bytes
+            records = (zeros.end() - self.at) // 16 * 16  # a record's head is 16 bytes
             if not records:
                 break
-            self._at += records
+            self.at += records
             passed += records
         return True
 
@@ -202,71 +172,73 @@ class CaptureFile:
     def _pcapng_frames(self) -> Iterator[Frame]:
         order = "<"
         interfaces: list[tuple[int, int, int]] = []
-        while self._have(12):
-            kind, total = struct.unpack_from(order + "II", self._buffer, self._at)
+        while self.have(12):
+            kind, total = struct.unpack_from(order + "II", self.buffer, self.at)
             if kind == _SECTION:
-                order = "<" if self._buffer[self._at + 8 : self._at + 9] == b"\x4d" else ">"
-                total = struct.unpack_from(order + "I", self._buffer, self._at + 4)[0]
+                order = "<" if self.buffer[self.at + 8 : self.at + 9] == b"\x4d" else ">"
+                total = struct.unpack_from(order + "I", self.buffer, self.at + 4)[0]
                 interfaces = []
             if (
                 not 12 <= total <= BLOCK_BYTES_MAX
                 or total % 4
-                or not self._have(total)
-                or struct.unpack_from(order + "I", self._buffer, self._at + total - 4)[0] != total
+                or not self.have(total)
+                or struct.unpack_from(order + "I", self.buffer, self.at + total - 4)[0] != total
             ):
                 if not self._resync(order):
                     return
                 continue
-            body = self._at + 8
-            end = self._at = self._at + total
+            body = self.at + 8
+            end = self.at = self.at + total
             if kind == _ENHANCED and total >= 32:
                 number, high, low, caught, original = struct.unpack_from(
-                    order + "IIIII", self._buffer, body
+                    order + "IIIII", self.buffer, body
                 )
                 if number < len(interfaces) and caught <= total - 32:
                     linktype, multiply, divide = interfaces[number]
                     at_ns = ((high << 32) | low) * multiply // divide
                     if at_ns > TIME_NS_MAX:
                         self.losses["packets_with_an_impossible_time"] += 1
-                        at_ns = self._written_ns
-                    data = self._buffer[body + 20 : body + 20 + caught]
+                        at_ns = self._file_ns
+                    data = self.buffer[body + 20 : body + 20 + caught]
                     yield Frame(at_ns, linktype, data, original)
                 else:
                     self.losses["capture_file_garbage"] += 1
             elif kind == _INTERFACE and total >= 20:
                 if len(interfaces) < INTERFACES_MAX:
-                    options = self._buffer[body : min(end - 4, body + OPTIONS_BYTES_MAX)]
+                    options = self.buffer[body : min(end - 4, body + OPTIONS_BYTES_MAX)]
                     interfaces.append(_interface(options, order))
                 else:
                     self.losses["interfaces_over_limit"] += 1
             elif kind == _SIMPLE and interfaces and total >= 16:
                 self.losses["packets_without_a_time"] += 1
-                original = struct.unpack_from(order + "I", self._buffer, body)[0]
+                original = struct.unpack_from(order + "I", self.buffer, body)[0]
                 caught = min(original, total - 16)
-                data = self._buffer[body + 4 : body + 4 + caught]
-                yield Frame(self._written_ns, interfaces[0][0], data, original)
+                data = self.buffer[body + 4 : body + 4 + caught]
+                yield Frame(self._file_ns, interfaces[0][0], data, original)
         self._end()
 
     def _resync(self, order: str) -> bool:
         """Skip garbage up to the next enhanced packet block that hangs together."""
-        self._at += 4
-        self._have(RESYNC_BYTES_MAX)
-        size = len(self._buffer)
-        for mark in _ENHANCED_HEAD[order].finditer(self._buffer, self._at):
+        self.at += 4
+        self.have(RESYNC_BYTES_MAX)
+        size = len(self.buffer)
+        for mark in _ENHANCED_HEAD[order].finditer(self.buffer, self.at):
             found = mark.start()
-            total = struct.unpack_from(order + "I", self._buffer, found + 4)[0]
+            total = struct.unpack_from(order + "I", self.buffer, found + 4)[0]
             end = found + total
             if (
                 32 <= total <= FRAME_BYTES_MAX + 4096
                 and end <= size
-                and struct.unpack_from(order + "I", self._buffer, end - 4)[0] == total
+                and struct.unpack_from(order + "I", self.buffer, end - 4)[0] == total
             ):
                 self.losses["capture_file_garbage"] += 1
-                self._at = found
+                self.at = found
                 return True
-        searched = size - self._at
-        self._at = size
-        if self._have(1):
+        searched = size - self.at
+        self.at = size
+        if self.refused:
+            self._end()
+        elif self.have(1):
             self._stop(f"no packet follows within {searched >> 20} MB of damage")
         else:
             self.losses["capture_file_cut_short"] = 1
@@ -293,7 +265,7 @@ def _interface(body: bytes, order: str) -> tuple[int, int, int]:
 
 def secrets_in(
     path: Path, losses: Counter[str], ratio_max: int = UNPACK_RATIO_MAX
-) -> Iterator[bytes]:
+) -> Iterator[memoryview]:
     """The key logs inside a pcapng, wherever in the file they are (none for a pcap).
 
     Wireshark writes secrets before the packets they open, other programs append them at the end,
@@ -305,27 +277,24 @@ def secrets_in(
     try:
         left = SECRETS_BYTES_MAX
         order = ""
-        while len(head := file.read_whole(12)) == 12:
-            kind, total = struct.unpack_from((order or "<") + "II", head)
+        while file.have(12):
+            kind, total = struct.unpack_from((order or "<") + "II", file.buffer, file.at)
             if not order and kind != _SECTION:
                 return
             if kind == _SECTION:
-                order = "<" if head[8:9] == b"\x4d" else ">"
-                total = struct.unpack_from(order + "I", head, 4)[0]
+                order = "<" if file.buffer[file.at + 8 : file.at + 9] == b"\x4d" else ">"
+                total = struct.unpack_from(order + "I", file.buffer, file.at + 4)[0]
             if not 12 <= total <= BLOCK_BYTES_MAX:
                 return
-            if kind != _SECRETS or total < 20:
-                file.skip(total - 12)
-            elif total > left:
-                losses["tls_secret_bytes_not_read"] += total - 20
-                file.skip(total - 12)
-            else:
-                left -= total
-                body = head[8:] + file.read_whole(total - 12)
-                if len(body) < total - 8:
-                    return
-                sort, length = struct.unpack_from(order + "II", body)
-                if sort == _SECRETS_TLS:
-                    yield body[8 : 8 + length]
+            if kind == _SECRETS and total >= 20:
+                if total > left:
+                    losses["tls_secret_bytes_not_read"] += total - 20
+                elif file.have(total):
+                    left -= total
+                    sort, length = struct.unpack_from(order + "II", file.buffer, file.at + 8)
+                    if sort == _SECRETS_TLS:
+                        text = memoryview(file.buffer)[file.at + 16 : file.at + total - 4]
+                        yield text[:length]
+            file.skip(total)
     finally:
         file.close()

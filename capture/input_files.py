@@ -20,7 +20,7 @@ from typing import BinaryIO
 UNPACK_RATIO_MAX = 100
 # Unpacked bytes that need no ratio: a small file of equal packets packs far better than that.
 UNPACKED_BYTES_FREE = 64 << 20
-_SKIP_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 
 _KINDS = (
     (stat.S_ISDIR, "is a folder, not a file"),
@@ -56,76 +56,83 @@ def _check_kind(mode: int, pipe: bool) -> None:
 class InputFile:
     """A file read front to back, unpacked if it is a gzip. Raises what `open_file` raises.
 
+    `buffer` holds what was read and `at` says how far it was used; whoever reads moves it on.
     Reading ends at the file's end, where it is `damaged`, or where it was `refused`: it unpacks
-    to more than `ratio_max` times what was read of it.
+    to more than `ratio_max` times what was read of it. `size` counts bytes on disk.
     """
 
     def __init__(self, path: Path, ratio_max: int = UNPACK_RATIO_MAX) -> None:
+        self.path = path
+        self.buffer = b""
+        self.at = 0
+        self.damaged = self.refused = False
         self._raw = open_file(path)
         about = os.fstat(self._raw.fileno())
         self.size, self.written_ns = about.st_size, about.st_mtime_ns
-        self.damaged = self.refused = False
-        self._ratio_max = ratio_max
+        self.ratio_max = ratio_max
         self._unpacked_bytes = 0
-        self._unzip: gzip.GzipFile | None = None
+        self.zipped = False
         # Of a gzip that breaks off, `read` would throw away what comes before the break.
-        self._some: Callable[[int], bytes] = self._raw.read
+        self._read_some: Callable[[int], bytes] = self._raw.read
         try:
-            if self._raw.read(2) == b"\x1f\x8b":
-                self._unzip = gzip.GzipFile(fileobj=self._raw)
-                self._some = self._unzip.read1
+            self.zipped = self._raw.read(2) == b"\x1f\x8b"
             self._raw.seek(0)
         except OSError:
             self._raw.close()
             raise
-
-    @property
-    def zipped(self) -> bool:
-        """Whether it is a gzip."""
-        return self._unzip is not None
+        if self.zipped:
+            self._read_some = gzip.GzipFile(fileobj=self._raw).read1
 
     @property
     def position(self) -> int:
         """Bytes of the file, as it is on disk, read so far."""
         return self._raw.tell() if not self._raw.closed else self.size
 
-    def read(self, count: int) -> bytes:
-        """Some of the next `count` bytes; none at the end, and behind damage."""
-        if self.refused or self.damaged:
-            return b""
-        try:
-            data = self._some(count)
-        except (EOFError, OSError, zlib.error):
-            self.damaged = True
-            return b""
-        if self._unzip is not None and self._is_too_much(len(data)):
-            self.refused = True
-            return b""
-        return data
-
-    def read_whole(self, count: int) -> bytes:
-        """The next `count` bytes, fewer only at the end."""
-        pieces = []
-        while count > 0 and (data := self.read(min(count, _SKIP_BYTES))):
-            pieces.append(data)
-            count -= len(data)
-        return b"".join(pieces)
+    def have(self, count: int) -> bool:
+        """Make `count` bytes available at `at`; False at the end of the file."""
+        missing = count - (len(self.buffer) - self.at)
+        if missing <= 0:
+            return True
+        pieces = [self.buffer[self.at :]]
+        while missing > 0 and (more := self._read()):
+            pieces.append(more)
+            missing -= len(more)
+        self.buffer, self.at = b"".join(pieces), 0
+        return missing <= 0
 
     def skip(self, count: int) -> None:
-        """Step over `count` bytes."""
-        if self._unzip is None:
-            self._raw.seek(count, os.SEEK_CUR)
+        """Step over `count` bytes, without reading them where that is possible."""
+        missing = count - (len(self.buffer) - self.at)
+        if missing <= 0:
+            self.at += count
             return
-        while count > 0 and (data := self.read(min(count, _SKIP_BYTES))):
-            count -= len(data)
+        self.buffer, self.at = b"", 0
+        if not self.zipped:
+            self._raw.seek(missing, os.SEEK_CUR)
+            return
+        while missing > 0 and (more := self._read()):
+            self.buffer, self.at = more, min(missing, len(more))
+            missing -= len(more)
 
     def close(self) -> None:
         """Close the file."""
         self._raw.close()
 
-    def _is_too_much(self, more: int) -> bool:
-        self._unpacked_bytes += more
-        return (
-            self._unpacked_bytes > UNPACKED_BYTES_FREE
-            and self._unpacked_bytes > self._ratio_max * self._raw.tell()
-        )
+    def _read(self) -> bytes:
+        """Some bytes more; none at the end, and behind damage."""
+        if self.refused or self.damaged:
+            return b""
+        try:
+            data = self._read_some(_READ_BYTES)
+        except (EOFError, OSError, zlib.error):
+            self.damaged = True
+            return b""
+        self._unpacked_bytes += len(data)
+        if (
+            self.zipped
+            and self._unpacked_bytes > UNPACKED_BYTES_FREE
+            and self._unpacked_bytes > self.ratio_max * self._raw.tell()
+        ):
+            self.refused = True
+            return b""
+        return data

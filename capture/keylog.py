@@ -62,7 +62,7 @@ class KeyLog:
     def __contains__(self, client_random: bytes) -> bool:
         return client_random in self._secrets
 
-    def add(self, text: bytes, tell: Callable[[bytes], object] | None = None) -> int:
+    def add(self, text: bytes | memoryview, tell: Callable[[bytes], object] | None = None) -> int:
         """Take every secret in key log `text`; lines that are none are passed over.
 
         `tell` is called with each line that was not known. Returns the number of secrets found,
@@ -70,11 +70,11 @@ class KeyLog:
         """
         found = 0
         for match in _LINE.finditer(text):
-            label, random_text, secret_text = match.groups()
-            if len(secret_text) % 2:
+            label, random, secret = match.groups()
+            if len(secret) % 2:
                 continue
             found += 1
-            random, secret = bytes.fromhex(random_text.decode()), bytes.fromhex(secret_text.decode())
+            random, secret = bytes.fromhex(random.decode()), bytes.fromhex(secret.decode())
             known, number = self._secrets.get(random, b""), _NUMBER_OF[label]
             before = dict(_secrets_of(known))
             if before.get(number) == secret:
@@ -156,7 +156,7 @@ class _Pieces:
         while data := self._read():
             left -= len(data)
             if left < 0:
-                self.stopped = f"was read for its first {KEY_LOG_BYTES_MAX >> 30} GB only"
+                self.stopped = f"was read for its first {KEY_LOG_BYTES_MAX >> 20:,} MB only"
                 break
             lines, newline, end = data.rpartition(b"\n")
             if newline:

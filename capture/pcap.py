@@ -27,7 +27,7 @@ from capture.input_files import UNPACK_RATIO_MAX
 from capture.keylog import KeyLog, read_key_log
 from capture.records import Conversations, Findings
 from capture.tcp import Reassembly
-from capture.tshark import Decryptors, PrivateKeyLog, find_tshark
+from capture.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
 from halton_meter.model import TlsChunk, TlsClosed
 
 # Chunks decrypted but not yet taken.
@@ -145,8 +145,8 @@ class PcapSource:
             raise
         except Exception as error:  # a bug of ours costs this file, not the others
             self._reassembly = None
-            kind = type(error).__name__
-            self.findings.errors.append(f"{path}: a fault of Halton Meter ended its reading: {kind}")
+            fault = f"a fault of Halton Meter ended its reading: {type(error).__name__}"
+            self.findings.errors.append(f"{path}: {fault}")
         finally:
             file.close()
             self._note_losses(file)
@@ -195,7 +195,7 @@ class PcapSource:
         assert self._private is not None  # made before the feeder starts
         return self._private.path
 
-    def _add_secrets(self, text: bytes) -> None:
+    def _add_secrets(self, text: memoryview) -> None:
         assert self._private is not None  # made before the feeder starts
         self._keys.add(text, self._private.add)
         self._private.flush()

@@ -36,6 +36,8 @@ HELD_COST_BYTES = 128
 KEPT_BYTES_MAX = 64 << 20
 # A client's or server's first message; a hello with every post-quantum share stays below.
 HELLO_BYTES_MAX = 32 << 10
+# Handshake messages among which a hello is looked for: it is the first, but for a retry.
+HELLO_MESSAGES_MAX = 16
 # A connection recorded on two interfaces (a bridge, a VPN, NAT) shows one hello twice, soon after
 # one another. It is read once: two events would be made where no id of the provider's joins them.
 SEEN_AGAIN_NS_MAX = 1_000_000_000
@@ -98,6 +100,7 @@ class _Stream:
     batch_ciphered: bool = False  # when the batch began
     batch_ns: int = 0
     handshake: bytearray | None = field(default_factory=bytearray)
+    messages: int = 0  # of the handshake so far
     kept_bytes: int = 0  # of these buffers, when last looked at
 
 
@@ -417,11 +420,12 @@ class Conversations:
         stream.handshake += body
         while stream.handshake is not None and len(stream.handshake) >= 4:
             length = 4 + int.from_bytes(stream.handshake[1:4])
-            if length > HELLO_BYTES_MAX:
+            if length > HELLO_BYTES_MAX or stream.messages >= HELLO_MESSAGES_MAX:
                 stream.handshake = None
                 return
             if len(stream.handshake) < length:
                 return
+            stream.messages += 1
             whole = bytes(stream.handshake[:length])
             del stream.handshake[:length]
             if sent and (hello := tls.client_hello(whole)) is not None:

@@ -308,9 +308,7 @@ class Reassembly:
             if (
                 each.pending.bytes > REORDER_BYTES_MAX
                 or len(each.pending) > REORDER_SEGMENTS_MAX
-                or (
-                    each.frames_since_gap > REORDER_FRAMES_ACKED_MAX and self._acked_past_gap(each)
-                )
+                or (each.frames_since_gap > REORDER_FRAMES_ACKED_MAX and self._acked_past_gap(each))
             ):
                 self._give_up_gap(each)
         while self._waiting_bytes > WAITING_BYTES_MAX:

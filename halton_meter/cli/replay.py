@@ -529,3 +529,7 @@ def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
+    except OSError as problem:  # a full disk under the output, the secrets, or the store
+        where = f" ({problem.filename})" if problem.filename else ""
+        click.echo(f"Error: {problem.strerror or problem}{where}", err=True)
+        return False
