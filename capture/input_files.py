@@ -93,11 +93,12 @@ class InputFile:
         missing = count - (len(self.buffer) - self.at)
         if missing <= 0:
             return True
-        pieces = [self.buffer[self.at :]]
+        pieces = []
         while missing > 0 and (more := self._read()):
             pieces.append(more)
             missing -= len(more)
-        self.buffer, self.at = b"".join(pieces), 0
+        if pieces:  # or at the end of a file every question would copy what is left
+            self.buffer, self.at = b"".join((self.buffer[self.at :], *pieces)), 0
         return missing <= 0
 
     def skip(self, count: int) -> None:

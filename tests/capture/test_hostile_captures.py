@@ -44,7 +44,7 @@ CAPTURES: list[tuple[Callable[[int], bytes], int]] = [
     (evil.heads_that_lie, 60),
     (evil.connections_joined_late, 150),
     (evil.marks_between_blocks, 40_000),
-    (evil.spoilt_and_sound_blocks, 1_500),
+    (evil.spoilt_and_sound_blocks, 2_500),
     (evil.interfaces, 8_000),
     (evil.options_without_end, 100_000),
     (evil.secrets_in_many_blocks, 2_500),
