@@ -164,7 +164,7 @@ def decode_message(frame: bytes) -> Any:
     """The JSON of such a frame. Raises ProtocolViolation."""
     try:
         return json.loads(frame[PREFIX.size :])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolViolation("a message that is not JSON") from error
 
 
@@ -210,16 +210,18 @@ class CommandBuffer:
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Whole commands. Raises ProtocolViolation."""
-        self._buffer += data
-        *lines, rest = bytes(self._buffer).split(b"\n")
-        self._buffer = bytearray(rest)
-        if len(rest) > COMMAND_BYTES_MAX:
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(self._buffer) + lines[0]
+            self._buffer = bytearray()
+        self._buffer += rest
+        if len(self._buffer) > COMMAND_BYTES_MAX:
             raise ProtocolViolation("a command without end")
         commands = []
         for line in lines:
             try:
                 command = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ProtocolViolation("a command that is not JSON") from error
             if not isinstance(command, dict):
                 raise ProtocolViolation("a command that is not an object")

@@ -146,6 +146,8 @@ class Flow:
     joined: bool
     keys: tuple[bytes, bytes]
     first_seq: int
+    latest_ns: int  # when the latest of the connections between these ports began
+    again: int  # how many of them began when another one had
     halves: tuple[Half, Half] = field(init=False)
     dead: bool = False
     tag: object = None
@@ -402,9 +404,15 @@ class Reassembly:
         target = _address(addresses[middle:]), int.from_bytes(frame[segment + 2 : segment + 4])
         client, server = (source, target) if sent else (target, source)
         name = f"pcap:{at_ns}:{client[0]}:{client[1]}-{server[0]}:{server[1]}"
+        before = self._halves.get(key)
+        latest_ns, again = (before.flow.latest_ns, before.flow.again) if before else (-1, 0)
+        if at_ns <= latest_ns:
+            # Ports used again within one tick of the clock, or in a capture without times.
+            again += 1
+            name += f"+{again}"
         reverse = _reverse(key)
         keys = (key, reverse) if sent else (reverse, key)
-        flow = Flow(name, client, server, joined, keys, first_seq)
+        flow = Flow(name, client, server, joined, keys, first_seq, max(at_ns, latest_ns), again)
         self._flows[keys[0]] = flow
         for half, half_key in zip(flow.halves, keys, strict=True):
             self._halves[half_key] = half

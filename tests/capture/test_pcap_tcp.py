@@ -176,6 +176,18 @@ def test_a_port_used_again_is_another_connection() -> None:
     assert told.closed_cleanly == [False, False]
 
 
+def test_connections_between_the_same_ports_at_one_time_are_told_apart() -> None:
+    """In a capture whose packets state no times all have one (found by the fuzzer)."""
+    packets = []
+    for number in range(4):
+        flow = TcpFlow(client_seq=1_000_000 * (number + 1), server_seq=2_000_000 * (number + 1))
+        flow.open(50 if number != 2 else 20)
+        flow.data(50, True, b"said")
+        packets += flow.packets
+    told = feed(packets)
+    assert len({flow.id for flow in told.flows}) == 4
+
+
 def test_a_repeated_syn_is_no_new_connection() -> None:
     packets = conversation()
     told = feed([packets[0], packets[0], packets[1], packets[1], *packets[2:]])
