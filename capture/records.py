@@ -117,7 +117,8 @@ class _Conversation:
     decryptor: Decryptor | None = None
     held: list[tuple[Half, bytes, int]] = field(default_factory=list)
     held_bytes: int = 0  # their cost
-    heads: dict[bool, bytes] = field(default_factory=lambda: {True: b"", False: b""})
+    asked: bytes = b""  # the client's first bytes, as far as they tell, and the server's
+    answered: bytes = b""
     seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
 
 
@@ -189,17 +190,18 @@ class Conversations:
 
     def _hold(self, conversation: _Conversation, half: Half, data: bytes, at_ns: int) -> None:
         conversation.held.append((half, data, at_ns))
-        conversation.heads[half.sent] = (conversation.heads[half.sent] + data[:TELLING_BYTES])[
-            :TELLING_BYTES
-        ]
+        if half.sent:
+            conversation.asked = (conversation.asked + data[:TELLING_BYTES])[:TELLING_BYTES]
+        else:
+            conversation.answered = (conversation.answered + data[:TELLING_BYTES])[:TELLING_BYTES]
         conversation.held_bytes += len(data) + HELD_COST_BYTES
         self._held_bytes += len(data) + HELD_COST_BYTES
         self._holding[half.flow] = None
 
     def _take_held(self, conversation: _Conversation, flow: Flow, wait: bool = True) -> None:
         """Read what was held back once it tells what the connection is, the client's side first."""
-        asked = conversation.heads[True]
-        first = asked or conversation.heads[False]
+        asked = conversation.asked
+        first = asked or conversation.answered
         telling = len(first) >= TELLING_BYTES and (asked or flow.joined)
         if wait and not telling and conversation.held_bytes < HELD_BYTES_MAX:
             return
