@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from capture.input_files import UNPACK_RATIO_MAX, InputFile
 
-# A frame is at most 64 KiB and a header; the format's own ceiling is 256 KiB.
+# A frame is at most 64 KiB and a header; the format's own ceiling is 256 KiB. Queues count on it.
 FRAME_BYTES_MAX = 262_144
 # The largest block accepted: a decryption secrets block holds a whole key log.
 BLOCK_BYTES_MAX = 64 << 20
@@ -193,7 +193,7 @@ class CaptureFile(InputFile):
                 number, high, low, caught, original = struct.unpack_from(
                     order + "IIIII", self.buffer, body
                 )
-                if number < len(interfaces) and caught <= total - 32:
+                if number < len(interfaces) and caught <= min(total - 32, FRAME_BYTES_MAX):
                     linktype, multiply, divide = interfaces[number]
                     at_ns = ((high << 32) | low) * multiply // divide
                     if at_ns > TIME_NS_MAX:
@@ -212,7 +212,7 @@ class CaptureFile(InputFile):
             elif kind == _SIMPLE and interfaces and total >= 16:
                 self.losses["packets_without_a_time"] += 1
                 original = struct.unpack_from(order + "I", self.buffer, body)[0]
-                caught = min(original, total - 16)
+                caught = min(original, total - 16, FRAME_BYTES_MAX)
                 data = self.buffer[body + 4 : body + 4 + caught]
                 yield Frame(self._file_ns, interfaces[0][0], data, original)
         self._end()

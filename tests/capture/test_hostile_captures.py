@@ -26,6 +26,7 @@ from capture.keylog import KeyLog, read_key_log
 from capture.pcap import PcapSource
 from capture.records import Findings
 from halton_meter.cli import main
+from halton_meter.cli.replay import replay as replay_command
 from tests.capture import evil
 from tests.recorder.packets import SYN, write
 
@@ -275,6 +276,8 @@ def test_a_gzip_that_unpacks_too_far_is_named_and_read_when_told_to(
     assert f"Error: {path}: the last" in result.stderr
     assert "more than 100 times its size" in result.stderr
     assert "--unpack-ratio 1000" in result.stderr
+    (option,) = [each for each in replay_command.params if each.name == "unpack_ratio"]
+    assert option.default == input_files.UNPACK_RATIO_MAX
     again = replay(path, FIXTURE, "--unpack-ratio", 1000)
     assert again.exit_code == 0, again.output
 
@@ -299,6 +302,16 @@ def test_a_sparse_file_is_left_alone_after_a_while(damage: bytes, tmp_path: Path
         assert findings.losses["capture_bytes_not_read"] > (1 << 40) - (40 << 20)
         (error,) = findings.errors
         assert error.startswith(f"{path}: the last 1,099,")
+
+
+def test_no_frame_is_larger_than_any_is(tmp_path: Path) -> None:
+    """Queues behind count frames, not bytes."""
+    size = capfile.FRAME_BYTES_MAX
+    simple = evil.block(3, struct.pack("<I", size + 4) + bytes(size + 4))
+    blocks = [evil.packet(bytes(size)), evil.packet(bytes(size + 4)), simple]
+    file = CaptureFile(write(tmp_path / "a.pcapng", evil.pcapng_of(blocks)))
+    assert [len(frame.data) for frame in file.frames()] == [size, size]
+    assert file.losses == {"capture_file_garbage": 1, "packets_without_a_time": 1}
 
 
 def test_packets_behind_a_hole_in_a_pcap_are_read(tmp_path: Path) -> None:
