@@ -23,7 +23,7 @@ TEST_PACKAGES := tshark clang llvm gcc libc6-dev libssl-dev libbpf1 libbpf-dev b
 # setuptools warns at length of what any editable install is.
 QUIETLY := PYTHONWARNINGS=ignore
 
-.PHONY: demo test setup setup-test lint unit kernel lab clients bench clean
+.PHONY: demo test setup setup-test lint unit kernel lab clients fuzz bench clean
 
 demo: setup
 	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
@@ -71,6 +71,12 @@ clients: setup-test
 	@sh tools/system_packages.sh chromium chromium
 	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients tests/lab/test_older.py
 	$(BIN)/python tools/client_table.py
+
+# Bytes of any kind over every border, from a new seed each time; `unit` runs some hundred cases of
+# each. A fault's traceback, and the command that repeats it, are kept in .cache/fuzz.
+FUZZ_MINUTES ?= 5
+fuzz: setup-test
+	$(BIN)/python -m tests.fuzz --minutes $(FUZZ_MINUTES)
 
 bench: setup-test
 	$(BIN)/python -m bench

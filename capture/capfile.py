@@ -2,28 +2,37 @@
 
 Reads front to back in bounded memory, plain or gzipped. Damage is normal: a file cut short ends
 the packets, a spoilt block is skipped up to the next one that hangs together, and both are
-counted in `losses`. A file that is no capture at all raises `NotACapture`. What is inside a
-packet is `tcp.py`'s business.
+counted in `losses`. Where nothing follows within a named distance reading stops, `stopped` says
+why, and the bytes not read are counted. A file that is no capture at all raises `NotACapture`.
+What is inside a packet is `tcp.py`'s business.
 """
 
 from __future__ import annotations
 
-import gzip
+import re
 import shlex
 import struct
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
-# A frame is at most 64 KiB and a header; the format's own ceiling is 256 KiB.
+from capture.input_files import UNPACK_RATIO_MAX, InputFile
+
+# A frame is at most 64 KiB and a header; the format's own ceiling is 256 KiB. Queues count on it.
 FRAME_BYTES_MAX = 262_144
 # The largest block accepted: a decryption secrets block holds a whole key log.
 BLOCK_BYTES_MAX = 64 << 20
-# How far a spoilt pcapng is searched for the next sound block.
+# How far a spoilt pcapng is searched for the next sound block, and a pcap for the end of zeros.
 RESYNC_BYTES_MAX = 16 << 20
-_READ_BYTES = 1 << 20
+# Interfaces of one section; a machine with many containers has some hundreds.
+INTERFACES_MAX = 65_536
+# Options of an interface that are looked at.
+OPTIONS_BYTES_MAX = 64 << 10
+# Key log text read from one file's blocks: the secrets of 60,000 connections.
+SECRETS_BYTES_MAX = 64 << 20
+# Times from here on (the year 2200) are nonsense that dates and the database cannot hold.
+TIME_NS_MAX = 7_258_118_400_000_000_000
 
 _SECTION, _INTERFACE, _SIMPLE, _ENHANCED, _SECRETS = 0x0A0D0D0A, 1, 3, 6, 10
 _SECRETS_TLS = 0x544C534B
@@ -32,6 +41,14 @@ _PCAP_MAGIC = {
     b"\xa1\xb2\xc3\xd4": (">", 1000),
     b"\x4d\x3c\xb2\xa1": ("<", 1),
     b"\xa1\xb2\x3c\x4d": (">", 1),
+}
+_ZEROS = re.compile(rb"\0+")
+_MULTIPLE_OF_FOUR = rb"[" + b"".join(rb"\x%02x" % low for low in range(0, 256, 4)) + rb"]"
+# The mark of an enhanced packet block that a possible length follows, by byte order: an
+# expression finds the few places worth a look among megabytes of marks.
+_ENHANCED_HEAD = {
+    "<": re.compile(rb"\x06\0\0\0(?=" + _MULTIPLE_OF_FOUR + rb"[\x00-\xff][\0-\x04]\0)"),
+    ">": re.compile(rb"\0\0\0\x06(?=\0[\0-\x04][\x00-\xff]" + _MULTIPLE_OF_FOUR + rb")"),
 }
 
 
@@ -66,42 +83,24 @@ class Frame(NamedTuple):
     wire_bytes: int
 
 
-class CaptureFile:
-    """One capture file. `position` and `size` (bytes on disk) serve a progress display."""
+class CaptureFile(InputFile):
+    """One capture file. `position` and `size` (bytes on disk) serve a progress display.
 
-    def __init__(self, path: Path, on_secrets: Callable[[bytes], object] | None = None) -> None:
-        self.path = path
-        about = path.stat()
-        self.size = about.st_size
-        self._written_ns = about.st_mtime_ns  # the time of packets that state none
+    `ratio_max` bounds what a gzip may unpack to. `stopped` is a clause for a person that says why
+    reading ended before the file did, or None.
+    """
+
+    def __init__(self, path: Path, ratio_max: int = UNPACK_RATIO_MAX) -> None:
+        super().__init__(path, ratio_max)
         self.losses: Counter[str] = Counter()
-        self._raw = path.open("rb")
-        self._on_secrets = on_secrets
-        self._file: BinaryIO = self._raw
-        # Of a gzip that breaks off, `read` would throw away what comes before the break.
-        self._read_some: Callable[[int], bytes] = self._raw.read
-        zipped = self._raw.read(2) == b"\x1f\x8b"
-        self._raw.seek(0)
-        if zipped:
-            unzipped = gzip.GzipFile(fileobj=self._raw)
-            self._file, self._read_some = cast(BinaryIO, unzipped), unzipped.read1
-        self._buffer = b""
-        self._at = 0
-        self._have(4)
-        self._magic = self._buffer[:4]
+        self.stopped: str | None = None
+        # The time of packets that state none, or an impossible one.
+        self._file_ns = min(max(0, self.written_ns), TIME_NS_MAX)
+        self.have(4)
+        self._magic = self.buffer[:4]
         if self._magic not in _PCAP_MAGIC and self._magic != b"\x0a\x0d\x0d\x0a":
             self.close()
-            raise NotACapture(f"{path}: {_what_it_is(self._magic, zipped, path)}")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        self._raw.close()
-
-    @property
-    def position(self) -> int:
-        """Bytes of the file read so far."""
-        return self._raw.tell() if not self._raw.closed else self.size
+            raise NotACapture(f"{path}: {_what_it_is(self._magic, self.zipped, path)}")
 
     def frames(self) -> Iterator[Frame]:
         """Every frame in the file's order."""
@@ -109,129 +108,141 @@ class CaptureFile:
             return self._pcap_frames(*_PCAP_MAGIC[self._magic])
         return self._pcapng_frames()
 
-    # --- reading ---------------------------------------------------------------------------
-
-    def _read(self, count: int) -> bytes:
-        try:
-            return self._read_some(count)
-        except (EOFError, OSError, zlib.error):
+    def _end(self) -> None:
+        """The file gives no more: whole, cut short, damaged, or refused."""
+        if self.refused:
+            self._stop(
+                f"it unpacks to more than {self.ratio_max} times its size; if that is right, "
+                f"run this again with --unpack-ratio {10 * self.ratio_max}"
+            )
+        elif self.damaged or self.at < len(self.buffer):
             self.losses["capture_file_cut_short"] = 1
-            return b""
 
-    def _have(self, count: int) -> bool:
-        """Make `count` bytes available at `_at`; False at the end of the file."""
-        while len(self._buffer) - self._at < count:
-            more = self._read(max(_READ_BYTES, count))
-            if not more:
-                return False
-            self._buffer = self._buffer[self._at :] + more
-            self._at = 0
-        return True
-
-    def _cut_short(self) -> None:
-        if self._at < len(self._buffer):
-            self.losses["capture_file_cut_short"] = 1
+    def _stop(self, reason: str) -> None:
+        """Leave the rest of the file alone; its bytes on disk are counted."""
+        ahead = 0 if self.zipped else len(self.buffer) - self.at
+        self.losses["capture_bytes_not_read"] += max(0, self.size - self.position) + ahead
+        self.stopped = reason
 
     # --- pcap ------------------------------------------------------------------------------
 
     def _pcap_frames(self, order: str, unit_ns: int) -> Iterator[Frame]:
-        if not self._have(24):
-            self._cut_short()
+        if not self.have(24):
+            self._end()
             return
-        linktype = struct.unpack_from(order + "I", self._buffer, 20)[0] & 0x0FFFFFFF
-        self._at = 24
+        linktype = struct.unpack_from(order + "I", self.buffer, 20)[0] & 0x0FFFFFFF
+        self.at = 24
         head = struct.Struct(order + "IIII")
-        while self._have(16):
-            seconds, fraction, caught, original = head.unpack_from(self._buffer, self._at)
+        while self.have(16):
+            seconds, fraction, caught, original = head.unpack_from(self.buffer, self.at)
             if caught > FRAME_BYTES_MAX:
                 # A pcap has no marks to find the next record by.
                 self.losses["capture_file_garbage"] += 1
+                self._stop("a damaged packet hides where the next one begins")
                 return
-            if not self._have(16 + caught):
+            if not (seconds or fraction or caught or original):
+                if not self._skip_zeros():
+                    return
+                continue
+            if not self.have(16 + caught):
                 break
-            start = self._at + 16
-            self._at = start + caught
-            data = self._buffer[start : self._at]
+            start = self.at + 16
+            self.at = start + caught
+            data = self.buffer[start : self.at]
             yield Frame(seconds * 1_000_000_000 + fraction * unit_ns, linktype, data, original)
-        self._cut_short()
+        self._end()
+
+    def _skip_zeros(self) -> bool:
+        """Step over zeros, as a hole in the file leaves them; False where they go on too long."""
+        self.losses["capture_file_garbage"] += 1
+        passed = 0
+        while self.have(16) and (zeros := _ZEROS.match(self.buffer, self.at)) is not None:
+            if passed > RESYNC_BYTES_MAX:
+                self._stop(f"there are only zeros for {RESYNC_BYTES_MAX >> 20} MB")
+                return False
+            records = (zeros.end() - self.at) // 16 * 16  # a record's head is 16 bytes
+            if not records:
+                break
+            self.at += records
+            passed += records
+        return True
 
     # --- pcapng ----------------------------------------------------------------------------
 
     def _pcapng_frames(self) -> Iterator[Frame]:
         order = "<"
         interfaces: list[tuple[int, int, int]] = []
-        while self._have(12):
-            kind, total = struct.unpack_from(order + "II", self._buffer, self._at)
+        while self.have(12):
+            kind, total = struct.unpack_from(order + "II", self.buffer, self.at)
             if kind == _SECTION:
-                order = "<" if self._buffer[self._at + 8 : self._at + 9] == b"\x4d" else ">"
-                total = struct.unpack_from(order + "I", self._buffer, self._at + 4)[0]
+                order = "<" if self.buffer[self.at + 8 : self.at + 9] == b"\x4d" else ">"
+                total = struct.unpack_from(order + "I", self.buffer, self.at + 4)[0]
                 interfaces = []
-            if total < 12 or total % 4 or total > BLOCK_BYTES_MAX:
+            if (
+                not 12 <= total <= BLOCK_BYTES_MAX
+                or total % 4
+                or not self.have(total)
+                or struct.unpack_from(order + "I", self.buffer, self.at + total - 4)[0] != total
+            ):
                 if not self._resync(order):
                     return
                 continue
-            if not self._have(total):
-                if not self._resync(order):
-                    return
-                continue
-            end = self._at + total
-            if struct.unpack_from(order + "I", self._buffer, end - 4)[0] != total:
-                if not self._resync(order):
-                    return
-                continue
-            body = self._at + 8
-            self._at = end
+            body = self.at + 8
+            end = self.at = self.at + total
             if kind == _ENHANCED and total >= 32:
                 number, high, low, caught, original = struct.unpack_from(
-                    order + "IIIII", self._buffer, body
+                    order + "IIIII", self.buffer, body
                 )
-                if number < len(interfaces) and caught <= total - 32:
+                if number < len(interfaces) and caught <= min(total - 32, FRAME_BYTES_MAX):
                     linktype, multiply, divide = interfaces[number]
                     at_ns = ((high << 32) | low) * multiply // divide
-                    data = self._buffer[body + 20 : body + 20 + caught]
+                    if at_ns > TIME_NS_MAX:
+                        self.losses["packets_with_an_impossible_time"] += 1
+                        at_ns = self._file_ns
+                    data = self.buffer[body + 20 : body + 20 + caught]
                     yield Frame(at_ns, linktype, data, original)
                 else:
                     self.losses["capture_file_garbage"] += 1
             elif kind == _INTERFACE and total >= 20:
-                interfaces.append(_interface(self._buffer[body : end - 4], order))
-            elif kind == _SECRETS and total >= 20:
-                self._secrets(self._buffer[body : end - 4], order)
+                if len(interfaces) < INTERFACES_MAX:
+                    options = self.buffer[body : min(end - 4, body + OPTIONS_BYTES_MAX)]
+                    interfaces.append(_interface(options, order))
+                else:
+                    self.losses["interfaces_over_limit"] += 1
             elif kind == _SIMPLE and interfaces and total >= 16:
                 self.losses["packets_without_a_time"] += 1
-                original = struct.unpack_from(order + "I", self._buffer, body)[0]
-                caught = min(original, total - 16)
-                data = self._buffer[body + 4 : body + 4 + caught]
-                yield Frame(self._written_ns, interfaces[0][0], data, original)
-        self._cut_short()
-
-    def _secrets(self, body: bytes, order: str) -> None:
-        kind, length = struct.unpack_from(order + "II", body)
-        if kind == _SECRETS_TLS and self._on_secrets is not None:
-            self._on_secrets(body[8 : 8 + length])
+                original = struct.unpack_from(order + "I", self.buffer, body)[0]
+                caught = min(original, total - 16, FRAME_BYTES_MAX)
+                data = self.buffer[body + 4 : body + 4 + caught]
+                yield Frame(self._file_ns, interfaces[0][0], data, original)
+        self._end()
 
     def _resync(self, order: str) -> bool:
         """Skip garbage up to the next enhanced packet block that hangs together."""
-        mark = struct.pack(order + "I", _ENHANCED)
-        self._at += 4
-        self._have(RESYNC_BYTES_MAX)
-        found = self._buffer.find(mark, self._at)
-        while found >= 0:
-            if found + 8 > len(self._buffer):
-                break
-            total = struct.unpack_from(order + "I", self._buffer, found + 4)[0]
+        self.at += 4
+        self.have(RESYNC_BYTES_MAX)
+        size = len(self.buffer)
+        for mark in _ENHANCED_HEAD[order].finditer(self.buffer, self.at):
+            found = mark.start()
+            total = struct.unpack_from(order + "I", self.buffer, found + 4)[0]
             end = found + total
             if (
                 32 <= total <= FRAME_BYTES_MAX + 4096
-                and total % 4 == 0
-                and end <= len(self._buffer)
-                and struct.unpack_from(order + "I", self._buffer, end - 4)[0] == total
+                and end <= size
+                and struct.unpack_from(order + "I", self.buffer, end - 4)[0] == total
             ):
                 self.losses["capture_file_garbage"] += 1
-                self._at = found
+                self.at = found
                 return True
-            found = self._buffer.find(mark, found + 1)
-        self.losses["capture_file_cut_short"] = 1
-        self._at = len(self._buffer)
+        searched = size - self.at
+        self.at = size
+        if self.refused:
+            self._end()
+        elif self.have(1):
+            self._stop(f"no packet follows within {searched >> 20} MB of damage")
+        else:
+            self.losses["capture_file_cut_short"] = 1
+            self._end()
         return False
 
 
@@ -252,35 +263,38 @@ def _interface(body: bytes, order: str) -> tuple[int, int, int]:
     return linktype, multiply, divide
 
 
-def secrets_in(path: Path) -> list[bytes]:
+def secrets_in(
+    path: Path, losses: Counter[str], ratio_max: int = UNPACK_RATIO_MAX
+) -> Iterator[memoryview]:
     """The key logs inside a pcapng, wherever in the file they are (none for a pcap).
 
     Wireshark writes secrets before the packets they open, other programs append them at the end,
-    where a single pass would meet them too late. Blocks are stepped over, not read.
+    where a single pass would meet them too late. Blocks are stepped over, not read. Text past
+    `SECRETS_BYTES_MAX` is counted in `losses`. A damaged tail ends the search; the pass over the
+    packets counts it.
     """
-    found: list[bytes] = []
-    with path.open("rb") as raw:
-        magic = raw.read(4)
-        raw.seek(0)
-        file: BinaryIO = raw
-        if magic[:2] == b"\x1f\x8b":
-            file = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        order = "<"
-        try:
-            while len(head := file.read(12)) == 12:
-                kind, total = struct.unpack_from(order + "II", head)
-                if kind == _SECTION:
-                    order = "<" if head[8:9] == b"\x4d" else ">"
-                    total = struct.unpack_from(order + "I", head, 4)[0]
-                if total < 12 or total > BLOCK_BYTES_MAX:
-                    break
-                if kind == _SECRETS and total >= 20:
-                    body = head[8:] + file.read(total - 12)
-                    sort, length = struct.unpack_from(order + "II", body)
+    file = InputFile(path, ratio_max)
+    try:
+        left = SECRETS_BYTES_MAX
+        order = ""
+        while file.have(12):
+            kind, total = struct.unpack_from((order or "<") + "II", file.buffer, file.at)
+            if not order and kind != _SECTION:
+                return
+            if kind == _SECTION:
+                order = "<" if file.buffer[file.at + 8 : file.at + 9] == b"\x4d" else ">"
+                total = struct.unpack_from(order + "I", file.buffer, file.at + 4)[0]
+            if not 12 <= total <= BLOCK_BYTES_MAX:
+                return
+            if kind == _SECRETS and total >= 20:
+                if total > left:
+                    losses["tls_secret_bytes_not_read"] += total - 20
+                elif file.have(total):
+                    left -= total
+                    sort, length = struct.unpack_from(order + "II", file.buffer, file.at + 8)
                     if sort == _SECRETS_TLS:
-                        found.append(body[8 : 8 + length])
-                else:
-                    file.seek(total - 12, 1)
-        except (EOFError, OSError, struct.error, zlib.error):
-            pass  # a damaged tail; the pass over the packets counts it
-    return found
+                        text = memoryview(file.buffer)[file.at + 16 : file.at + total - 4]
+                        yield text[:length]
+            file.skip(total)
+    finally:
+        file.close()

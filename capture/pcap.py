@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from capture.capfile import CaptureFile, Frame, NotACapture, secrets_in
-from capture.keylog import KeyLog
+from capture.input_files import UNPACK_RATIO_MAX
+from capture.keylog import KeyLog, read_key_log
 from capture.records import Conversations, Findings
 from capture.tcp import Reassembly
-from capture.tshark import Decryptors, PrivateKeyLog, find_tshark
+from capture.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
 from halton_meter.model import TlsChunk, TlsClosed
 
 # Chunks decrypted but not yet taken.
@@ -41,7 +42,7 @@ class PcapSource:
 
     `keys` are key log files; secrets inside the captures are used too. `wanted` says by server
     name which connections are worth decrypting (None: all). `progress` is called now and then
-    with (bytes read, bytes in all).
+    with (bytes read, bytes in all). `ratio_max` is how many times its size a gzip may unpack to.
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class PcapSource:
         keys: Sequence[Path] = (),
         wanted: Callable[[str], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        ratio_max: int = UNPACK_RATIO_MAX,
     ) -> None:
         self.findings = Findings()
         self._paths = list(paths)
         self._progress = progress
+        self._ratio_max = ratio_max
         self._keys = KeyLog()
-        # The secrets as a file exist only while `items` runs; until then they wait in memory.
-        self._private: PrivateKeyLog | None = None
-        self._secrets_waiting: list[bytes] = []
+        self._private: PrivateKeyLog | None = None  # exists only while `items` runs
         self._ready: queue.Queue[TlsChunk | TlsClosed | BaseException | None] = queue.Queue(
             READY_MAX
         )
@@ -66,8 +67,8 @@ class PcapSource:
         self._reassembly: Reassembly | None = None
         self._stopping = False
         for path in keys:
-            if not self._add_secrets(path.read_bytes()):
-                self.findings.errors.append(f"{path}: holds no TLS secrets (NSS key log format)")
+            if (trouble := read_key_log(path, self._keys)) is not None:
+                self.findings.errors.append(f"{path}: {trouble}")
 
     def items(self) -> Iterator[TlsChunk | TlsClosed]:
         """Plaintext and ends of connections, in order within each connection.
@@ -77,9 +78,9 @@ class PcapSource:
         find_tshark()
         private = PrivateKeyLog()
         try:
-            for text in self._secrets_waiting:
-                private.add(text)
-            self._secrets_waiting.clear()
+            for line in self._keys.lines():
+                private.add(line)
+            private.flush()
             self._private = private
             yield from self._fed()
         finally:
@@ -106,13 +107,13 @@ class PcapSource:
 
     def _feed(self) -> None:
         try:
-            total = sum(path.stat().st_size for path in self._paths if path.is_file())
+            sizes = [_size_bytes(path) for path in self._paths]
             done = 0
-            for path in self._paths:
-                self._feed_file(path, done, total)
+            for path, size in zip(self._paths, sizes, strict=True):
+                self._feed_file(path, done, sum(sizes))
                 if self._stopping:
                     return
-                done += path.stat().st_size if path.is_file() else 0
+                done += size
             self._finish_connections()
             self._join_decryptors()
             self._ready.put(None)
@@ -122,13 +123,15 @@ class PcapSource:
     def _join_decryptors(self) -> None:
         for decryptor in self._decryptors.join():
             self.findings.losses.update(decryptor.losses)
-            self.findings.decrypted += len(decryptor.decrypted)
+            self.findings.decrypted += decryptor.decrypted
         self.findings.losses = +self.findings.losses  # without zeros
         self.findings.handshakes_with_keys = len(self._keys)
 
     def _feed_file(self, path: Path, done: int, total: int) -> None:
         try:
-            file = CaptureFile(path)
+            file = CaptureFile(path, self._ratio_max)
+            for text in secrets_in(path, self.findings.losses, self._ratio_max):
+                self._add_secrets(text)
         except NotACapture as error:
             self.findings.errors.append(str(error))
             return
@@ -136,22 +139,38 @@ class PcapSource:
             self.findings.errors.append(f"{path}: {error.strerror or error}")
             return
         self.findings.files += 1
-        for text in secrets_in(path):
-            self._add_secrets(text)
         try:
-            for count, frame in enumerate(file.frames()):
-                if not count:
-                    self._begin_file(frame)
-                assert self._reassembly is not None
-                self._reassembly.feed(*frame)
-                if not count & 0xFFF:
-                    if self._stopping:
-                        return
-                    if self._progress is not None:
-                        self._progress(done + file.position, total)
+            self._feed_frames(file, done, total)
+        except TsharkMissing:
+            raise
+        except Exception as error:  # a bug of ours costs this file, not the others
+            self._reassembly = None
+            fault = f"a fault of Halton Meter ended its reading: {type(error).__name__}"
+            self.findings.errors.append(f"{path}: {fault}")
         finally:
             file.close()
-            self.findings.losses.update(file.losses)
+            self._note_losses(file)
+
+    def _feed_frames(self, file: CaptureFile, done: int, total: int) -> None:
+        for count, frame in enumerate(file.frames()):
+            if not count:
+                self._begin_file(frame)
+            assert self._reassembly is not None
+            self._reassembly.feed(*frame)
+            if not count & 0xFFF:
+                if self._stopping:
+                    return
+                if self._progress is not None:
+                    self._progress(done + file.position, total)
+
+    def _note_losses(self, file: CaptureFile) -> None:
+        self.findings.losses.update(file.losses)
+        if file.stopped is not None:
+            unread = file.losses["capture_bytes_not_read"]
+            self.findings.errors.append(
+                f"{file.path}: the last {unread:,} of its {file.size:,} bytes were not read: "
+                f"{file.stopped}"
+            )
 
     def _begin_file(self, first: Frame) -> None:
         """Go on with the connections of the file before, if this one is its continuation."""
@@ -176,10 +195,15 @@ class PcapSource:
         assert self._private is not None  # made before the feeder starts
         return self._private.path
 
-    def _add_secrets(self, text: bytes) -> int:
-        found = self._keys.add(text)
-        if found and self._private is not None:
-            self._private.add(text)
-        elif found:
-            self._secrets_waiting.append(text)
-        return found
+    def _add_secrets(self, text: memoryview) -> None:
+        assert self._private is not None  # made before the feeder starts
+        self._keys.add(text, self._private.add)
+        self._private.flush()
+
+
+def _size_bytes(path: Path) -> int:
+    """A file's size for the progress display; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -194,7 +194,7 @@ def decode_message(frame: bytes) -> Any:
     """The JSON of such a frame. Raises ProtocolViolation."""
     try:
         return json.loads(frame[PREFIX.size :])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolViolation("a message that is not JSON") from error
 
 

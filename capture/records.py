@@ -9,7 +9,7 @@ before the hole, or is hunted for. It refuses to know files and what the plainte
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,8 +29,15 @@ HUNT_BYTES_MAX = 2 * tls.RECORD_BYTES_MAX
 # been recorded before the client's that it answers.
 HELD_BYTES_MAX = 64 << 10
 TELLING_BYTES = 6
+# What a piece costs to hold beside its bytes.
+HELD_COST_BYTES = 128
+# What all connections hold back or keep of unfinished records together; past it the one that
+# keeps longest goes without.
+KEPT_BYTES_MAX = 64 << 20
 # A client's or server's first message; a hello with every post-quantum share stays below.
 HELLO_BYTES_MAX = 32 << 10
+# Handshake messages among which a hello is looked for: it is the first, but for a retry.
+HELLO_MESSAGES_MAX = 16
 # A connection recorded on two interfaces (a bridge, a VPN, NAT) shows one hello twice, soon after
 # one another. It is read once: two events would be made where no id of the provider's joins them.
 SEEN_AGAIN_NS_MAX = 1_000_000_000
@@ -93,6 +100,8 @@ class _Stream:
     batch_ciphered: bool = False  # when the batch began
     batch_ns: int = 0
     handshake: bytearray | None = field(default_factory=bytearray)
+    messages: int = 0  # of the handshake so far
+    kept_bytes: int = 0  # of these buffers, when last looked at
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +116,9 @@ class _Conversation:
     streams: dict[bool, _Stream]
     decryptor: Decryptor | None = None
     held: list[tuple[Half, bytes, int]] = field(default_factory=list)
+    held_bytes: int = 0  # their cost
+    asked: bytes = b""  # the client's first bytes, as far as they tell, and the server's
+    answered: bytes = b""
     seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
 
 
@@ -131,6 +143,10 @@ class Conversations:
         self._numbers = 0
         self._name_of: dict[str, str | None] = {}
         self._hellos: dict[bytes, tuple[int, int]] = {}
+        self._holding: OrderedDict[Flow, None] = OrderedDict()  # by when they began
+        self._held_bytes = 0
+        self._keeping: OrderedDict[_Stream, tuple[_Conversation, bool]] = OrderedDict()
+        self._kept_bytes = 0
 
     # --- what TCP tells (capture.tcp.Listener) ---------------------------------------------------
 
@@ -161,21 +177,38 @@ class Conversations:
         assert isinstance(stream, _Stream)
         if conversation.mode == "tls":
             self._records(conversation, stream, half.sent, data, at_ns)
+            self._look_at_buffers(conversation)
         elif conversation.mode == "plain":
             self._decryptor_of(conversation).put(Clear(stream.plaintext, data, 0, at_ns))
         elif conversation.mode == "new":
-            conversation.held.append((half, data, at_ns))
+            self._hold(conversation, half, data, at_ns)
             self._take_held(conversation, half.flow)
+            while self._held_bytes > KEPT_BYTES_MAX:
+                oldest = next(iter(self._holding))
+                assert isinstance(oldest.tag, _Conversation)
+                self._take_held(oldest.tag, oldest, wait=False)
+
+    def _hold(self, conversation: _Conversation, half: Half, data: bytes, at_ns: int) -> None:
+        conversation.held.append((half, data, at_ns))
+        if half.sent:
+            conversation.asked = (conversation.asked + data[:TELLING_BYTES])[:TELLING_BYTES]
+        else:
+            conversation.answered = (conversation.answered + data[:TELLING_BYTES])[:TELLING_BYTES]
+        conversation.held_bytes += len(data) + HELD_COST_BYTES
+        self._held_bytes += len(data) + HELD_COST_BYTES
+        self._holding[half.flow] = None
 
     def _take_held(self, conversation: _Conversation, flow: Flow, wait: bool = True) -> None:
         """Read what was held back once it tells what the connection is, the client's side first."""
-        held = conversation.held
-        asked = b"".join(data for half, data, _ in held if half.sent)
-        first = asked or b"".join(data for _, data, _ in held)
+        asked = conversation.asked
+        first = asked or conversation.answered
         telling = len(first) >= TELLING_BYTES and (asked or flow.joined)
-        if wait and not telling and sum(len(data) for _, data, _ in held) < HELD_BYTES_MAX:
+        if wait and not telling and conversation.held_bytes < HELD_BYTES_MAX:
             return
-        conversation.held = []
+        held, conversation.held = conversation.held, []
+        self._held_bytes -= conversation.held_bytes
+        conversation.held_bytes = 0
+        del self._holding[flow]
         self._recognise(conversation, flow.halves[0 if asked else 1], first)
         for half, data, at_ns in sorted(held, key=lambda each: not each[0].sent):
             self.received(half, data, at_ns)
@@ -206,6 +239,8 @@ class Conversations:
             if conversation.mode == "tls" and stream.hunting:
                 self._hunt(conversation, stream, sent, at_ns, final=True)
         self._flush(conversation)
+        for stream in conversation.streams.values():
+            self._keep(conversation, stream, 0)
         decryptor = conversation.decryptor
         if decryptor is not None:
             for stream in conversation.streams.values():
@@ -213,8 +248,7 @@ class Conversations:
                     end = stream.position + len(stream.buffer)
                     decryptor.put(Tail(stream.plaintext, conversation.keys, end, at_ns))
             decryptor.put(TlsClosed(conversation.connection, at_ns, clean))
-            decryptor.open_connections -= 1
-            self._decryptors.retire_idle()
+            self._decryptors.leave(decryptor)
 
     # --- what a connection is -------------------------------------------------------------------
 
@@ -301,6 +335,35 @@ class Conversations:
         for stream in conversation.streams.values():
             stream.buffer = bytearray()
             stream.batch, stream.batch_bytes = [], 0
+            stream.handshake = None
+
+    # --- how much is kept -----------------------------------------------------------------------
+
+    def _look_at_buffers(self, conversation: _Conversation) -> None:
+        """Count what a connection keeps of unfinished records; past the limit the oldest goes."""
+        for sent, stream in conversation.streams.items():
+            handshake = len(stream.handshake) if stream.handshake else 0
+            kept = len(stream.buffer) + stream.batch_bytes + handshake
+            if kept != stream.kept_bytes:
+                self._keep(conversation, stream, kept, sent)
+        while self._kept_bytes > KEPT_BYTES_MAX:
+            stream, (its, sent) = next(iter(self._keeping.items()))
+            self._flush_stream(its, stream, sent)
+            if stream.buffer:
+                self.findings.losses["tls_records_given_up_early"] += 1
+                self._divert(its, stream, sent, 0)
+            stream.handshake = None
+            self._keep(its, stream, 0)
+
+    def _keep(
+        self, conversation: _Conversation, stream: _Stream, kept: int, sent: bool = False
+    ) -> None:
+        self._kept_bytes += kept - stream.kept_bytes
+        stream.kept_bytes = kept
+        if kept:
+            self._keeping.setdefault(stream, (conversation, sent))
+        else:
+            self._keeping.pop(stream, None)
 
     # --- records --------------------------------------------------------------------------------
 
@@ -357,18 +420,22 @@ class Conversations:
         """Look for the hello at the start of a direction, in as many records as it takes."""
         assert stream.handshake is not None
         stream.handshake += body
-        message = stream.handshake
-        length = 4 + int.from_bytes(message[1:4])
-        if length > HELLO_BYTES_MAX:
-            stream.handshake = None
-        elif len(message) >= length:
-            whole = bytes(message[:length])
-            stream.handshake = message[length:]
+        while stream.handshake is not None and len(stream.handshake) >= 4:
+            length = 4 + int.from_bytes(stream.handshake[1:4])
+            if length > HELLO_BYTES_MAX or stream.messages >= HELLO_MESSAGES_MAX:
+                stream.handshake = None
+                return
+            if len(stream.handshake) < length:
+                return
+            stream.messages += 1
+            whole = bytes(stream.handshake[:length])
+            del stream.handshake[:length]
             if sent and (hello := tls.client_hello(whole)) is not None:
                 self._client_hello(conversation, hello, at_ns)
                 # A retry request is answered by a second ClientHello with the same random.
                 stream.handshake = bytearray()
-            elif not sent and (answer := tls.server_hello(whole)) is not None:
+                return
+            if not sent and (answer := tls.server_hello(whole)) is not None:
                 conversation.keys.server_hello = answer
                 stream.handshake = None
 
@@ -411,6 +478,9 @@ class Conversations:
     def _flush_stream(self, conversation: _Conversation, stream: _Stream, sent: bool) -> None:
         if not stream.batch:
             return
+        decryptor = self._decryptor_of(conversation)
+        if decryptor.is_spent:
+            stream.diverted = True
         payload = b"".join(stream.batch)
         records = Records(
             stream.plaintext,
@@ -425,7 +495,6 @@ class Conversations:
         )
         stream.encrypted += stream.batch_encrypted
         stream.batch, stream.batch_bytes, stream.batch_encrypted = [], 0, 0
-        decryptor = self._decryptor_of(conversation)
         if stream.diverted:
             decryptor.put(records)
             return
@@ -497,8 +566,7 @@ class Conversations:
 
     def _decryptor_of(self, conversation: _Conversation) -> Decryptor:
         if conversation.decryptor is None:
-            conversation.decryptor = self._decryptors.newest()
-            conversation.decryptor.open_connections += 1
+            conversation.decryptor = self._decryptors.join_newest()
         return conversation.decryptor
 
 

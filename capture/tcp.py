@@ -8,8 +8,9 @@ or of files; `pcap.py` implements `Listener` on top of it.
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Protocol
 
 # Segments waiting behind a gap, one direction: past either limit the gap becomes a hole. The
@@ -17,6 +18,11 @@ from typing import Protocol
 # receiver has acknowledged, so that only the capture lost it: no retransmission will come.
 REORDER_BYTES_MAX = 4 << 20
 REORDER_FRAMES_ACKED_MAX = 64
+# The same in segments, which cost more to keep than they hold where they are small.
+REORDER_SEGMENTS_MAX = 16_384
+# What waits in all directions together; past it the gap that is oldest becomes a hole.
+WAITING_BYTES_MAX = 64 << 20
+SEGMENT_COST_BYTES = 256
 # Connections tracked at once; past it the one opened first is given up, and counted.
 FLOWS_MAX = 65_536
 
@@ -54,6 +60,58 @@ class Listener(Protocol):
         """The connection ended; `clean` is False where it only stopped being seen."""
 
 
+class Pending:
+    """What waits behind a gap of one direction, by its distance from where the gap began.
+
+    Distances do not wrap around as sequence numbers do, so a heap keeps them in their order.
+    """
+
+    __slots__ = ("bytes", "_data", "_order", "_passed")
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._data: dict[int, tuple[bytes, int]] = {}
+        self._order: list[int] = []
+        self._passed = 0  # bytes since the gap began that were given out or given up
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def cost_bytes(self) -> int:
+        """The memory it takes, roughly."""
+        return self.bytes + len(self._data) * SEGMENT_COST_BYTES
+
+    def add(self, ahead: int, data: bytes, at_ns: int) -> None:
+        """Keep a segment `ahead` bytes from what is next, or the longer of two that begin there."""
+        place = self._passed + ahead
+        known = self._data.get(place)
+        if known is None:
+            heappush(self._order, place)
+        elif len(known[0]) >= len(data):
+            return
+        self.bytes += len(data) - (len(known[0]) if known else 0)
+        self._data[place] = (data, at_ns)
+
+    def first(self) -> tuple[int, int]:
+        """(bytes missing before the first segment, its time)."""
+        place = self._order[0]
+        return place - self._passed, self._data[place][1]
+
+    def pass_by(self, length: int) -> None:
+        """What is next moved on."""
+        self._passed += length
+
+    def take(self) -> tuple[bytes, int] | None:
+        """The first segment, what is known of it cut off; None while something is missing."""
+        if not self._order or self._order[0] > self._passed:
+            return None
+        place = heappop(self._order)
+        data, at_ns = self._data.pop(place)
+        self.bytes -= len(data)
+        return data[self._passed - place :], at_ns
+
+
 @dataclass(slots=True, eq=False)
 class Half:
     """One direction of a flow. `tag` is the listener's own."""
@@ -65,8 +123,7 @@ class Half:
     acked_seq: int | None = None  # highest acknowledgement of this half, by the other side
     fin_seq: int | None = None  # where its FIN says that it ends
     fin_ns: int = 0
-    pending: dict[int, tuple[bytes, int]] = field(default_factory=dict)
-    pending_bytes: int = 0
+    pending: Pending | None = None
     frames_since_gap: int = 0
     tag: object = None
 
@@ -89,6 +146,8 @@ class Flow:
     joined: bool
     keys: tuple[bytes, bytes]
     first_seq: int
+    latest_ns: int  # when the latest of the connections between these ports began
+    again: int  # how many of them began when another one had
     halves: tuple[Half, Half] = field(init=False)
     dead: bool = False
     tag: object = None
@@ -103,7 +162,10 @@ class Reassembly:
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._halves: dict[bytes, Half] = {}
-        self._flows: dict[bytes, Flow] = {}
+        # Ordered, as a plain dictionary is slow to give its first entry after many deletions.
+        self._flows: OrderedDict[bytes, Flow] = OrderedDict()
+        self._waiting: OrderedDict[Half, None] = OrderedDict()  # by when their gap was seen
+        self._waiting_bytes = 0  # the cost of all that is pending
         self.losses: Counter[str] = Counter()
         self.unread: Counter[int] = Counter()  # frames of link layers that are not read
         self._quic: set[bytes] = set()
@@ -208,54 +270,52 @@ class Reassembly:
             behind = _SPACE - ahead
             if length <= behind:
                 return
-            data, seq, ahead, length = data[behind:], half.next_seq, 0, length - behind
+            data, ahead, length = data[behind:], 0, length - behind
         if len(data) < length:
             self.losses["frames_cut_by_snap_length"] += 1
-        known = half.pending.get(seq)
-        if data and (known is None or len(known[0]) < len(data)):
-            half.pending_bytes += len(data) - (len(known[0]) if known else 0)
-            if not half.pending:
-                half.frames_since_gap = 0
-            half.pending[seq] = (data, at_ns)
-        self._drain(half)
+        if not data:
+            return
+        pending = half.pending
+        if pending is None:
+            pending = half.pending = Pending()
+            half.frames_since_gap = 0
+            self._waiting[half] = None
+        before = pending.cost_bytes
+        pending.add(ahead, data, at_ns)
+        self._waiting_bytes += pending.cost_bytes - before
+        self._drain(half, pending)
 
-    def _drain(self, half: Half) -> None:
+    def _drain(self, half: Half, pending: Pending) -> None:
         """Give out what has become contiguous."""
-        while half.pending:
-            assert half.next_seq is not None
-            found = half.pending.pop(half.next_seq, None)
-            if found is None:
-                found = self._overlapping(half)
-                if found is None:
-                    return
-            else:
-                half.pending_bytes -= len(found[0])
-            if found[0]:
-                half.next_seq = (half.next_seq + len(found[0])) % _SPACE
+        before = pending.cost_bytes
+        while (found := pending.take()) is not None:
+            data, at_ns = found
+            if data:
+                assert half.next_seq is not None
+                half.next_seq = (half.next_seq + len(data)) % _SPACE
+                pending.pass_by(len(data))
                 half.frames_since_gap = 0
-                self._listener.received(half, *found)
-
-    def _overlapping(self, half: Half) -> tuple[bytes, int] | None:
-        """A waiting segment that begins before what is next, its known part cut off."""
-        assert half.next_seq is not None
-        for seq, (data, at_ns) in half.pending.items():
-            behind = (half.next_seq - seq) % _SPACE
-            if 0 < behind < _HALF_SPACE:
-                del half.pending[seq]
-                half.pending_bytes -= len(data)
-                return data[behind:], at_ns
-        return None
+                self._listener.received(half, data, at_ns)
+        self._waiting_bytes += pending.cost_bytes - before
+        if not pending:
+            half.pending = None
+            del self._waiting[half]
 
     def _after(self, half: Half, other: Half, flags: int, at_ns: int) -> None:
         """Decide which gaps are holes, and whether the connection ended."""
         for each in (half, other):
-            if not each.pending:
+            if each.pending is None:
                 continue
             each.frames_since_gap += 1
-            if each.pending_bytes > REORDER_BYTES_MAX or (
-                each.frames_since_gap > REORDER_FRAMES_ACKED_MAX and self._acked_past_gap(each)
+            if (
+                each.pending.bytes > REORDER_BYTES_MAX
+                or len(each.pending) > REORDER_SEGMENTS_MAX
+                or (each.frames_since_gap > REORDER_FRAMES_ACKED_MAX and self._acked_past_gap(each))
             ):
                 self._give_up_gap(each)
+        while self._waiting_bytes > WAITING_BYTES_MAX:
+            self.losses["tcp_gaps_given_up_early"] += 1
+            self._give_up_gap(next(iter(self._waiting)))
         if flags & _RST or all(
             each.fin_seq is not None and not each.pending and not each.missing_at_end
             for each in (half, other)
@@ -271,15 +331,16 @@ class Reassembly:
 
     def _give_up_gap(self, half: Half) -> None:
         """What is missing before the first waiting segment is lost."""
+        pending = half.pending
         assert half.next_seq is not None
-        base = half.next_seq
-        first = min(half.pending, key=lambda seq: (seq - base) % _SPACE)
-        at_ns = half.pending[first][1]
-        self.losses["tcp_bytes_missing"] += (first - base) % _SPACE
-        self._listener.lost(half, (first - base) % _SPACE, at_ns)
-        half.next_seq = first
+        assert pending is not None
+        missing, at_ns = pending.first()
+        self.losses["tcp_bytes_missing"] += missing
+        self._listener.lost(half, missing, at_ns)
+        half.next_seq = (half.next_seq + missing) % _SPACE
+        pending.pass_by(missing)
         half.frames_since_gap = 0
-        self._drain(half)
+        self._drain(half, pending)
 
     # --- flows ---------------------------------------------------------------------------------
 
@@ -343,9 +404,15 @@ class Reassembly:
         target = _address(addresses[middle:]), int.from_bytes(frame[segment + 2 : segment + 4])
         client, server = (source, target) if sent else (target, source)
         name = f"pcap:{at_ns}:{client[0]}:{client[1]}-{server[0]}:{server[1]}"
+        before = self._halves.get(key)
+        latest_ns, again = (before.flow.latest_ns, before.flow.again) if before else (-1, 0)
+        if at_ns <= latest_ns:
+            # Ports used again within one tick of the clock, or in a capture without times.
+            again += 1
+            name += f"+{again}"
         reverse = _reverse(key)
         keys = (key, reverse) if sent else (reverse, key)
-        flow = Flow(name, client, server, joined, keys, first_seq)
+        flow = Flow(name, client, server, joined, keys, first_seq, max(at_ns, latest_ns), again)
         self._flows[keys[0]] = flow
         for half, half_key in zip(flow.halves, keys, strict=True):
             self._halves[half_key] = half

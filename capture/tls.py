@@ -9,6 +9,7 @@ RFC 8446 (section 5.2 records, 7.1 keys), RFC 5246 and 5288, RFC 7905.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ TRIAL_BYTES_MAX = 4_096
 # Failed searches after which a direction is left alone.
 FAILED_SEARCHES_MAX = 8
 
+# What a server name is made of (RFC 6066, section 3); anything else is for no eye and no terminal.
+_SERVER_NAME = re.compile(rb"[A-Za-z0-9._-]{1,255}")
 _RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
 
 
@@ -65,7 +68,8 @@ def client_hello(message: bytes) -> ClientHello | None:
         name = None
         for kind, body in _extensions(message, at):
             if kind == 0 and len(body) > 5 and body[2] == 0:
-                name = body[5 : 5 + int.from_bytes(body[3:5])].decode("ascii", "replace").lower()
+                said = body[5 : 5 + int.from_bytes(body[3:5])]
+                name = said.decode().lower() if _SERVER_NAME.fullmatch(said) else None
         return ClientHello(random, name) if len(random) == 32 else None
     except IndexError:
         return None
@@ -225,6 +229,7 @@ class Opener:
         self._candidates = list(candidates)
         self._current: tuple[bytes | None, Key] | None = None
         self._failures = 0
+        self.random_of: dict[bytes, bytes] = {}  # by secret, where a handshake is being guessed
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -305,16 +310,23 @@ def opener(
 
 
 def trial_opener(keys: KeyLog, used: set[bytes], *, sent: bool) -> Opener:
-    """An `Opener` over every TLS 1.3 secret in the log that no connection has claimed."""
+    """An `Opener` over TLS 1.3 secrets in the log that no connection has claimed.
+
+    At most `TRIAL_SECRETS_MAX` of them; `used` are the client randoms that were claimed.
+    """
     candidates: list[tuple[bytes, Key]] = []
+    random_of: dict[bytes, bytes] = {}
     for random in keys.handshakes():
-        secret = keys.secret(random, _traffic(sent))
-        if secret is None or random in used:
+        secret = keys.secret(random, _traffic(sent)) if random not in used else None
+        if secret is None:
             continue
+        random_of[secret] = random
         candidates += [(secret, key13(secret, suite)) for suite in _suites(secret, None)]
         if len(candidates) >= TRIAL_SECRETS_MAX:
             break
-    return Opener(candidates)
+    trial = Opener(candidates)
+    trial.random_of = random_of
+    return trial
 
 
 def _traffic(sent: bool) -> str:

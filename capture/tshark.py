@@ -20,6 +20,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,8 +36,21 @@ QUEUED_MAX = 512
 # Bytes given to one tshark before new connections go to a fresh one: it keeps all it has
 # decrypted in memory until it ends.
 TSHARK_BYTES_MAX = 96 << 20
-# Trial decryptions a run spends on connections joined in their middle.
+# tsharks at a time, each with what it was given in memory. Connections that are still open when
+# the oldest has to go are read without it from there on.
+TSHARKS_MAX = 8
+# How long tshark may say nothing while both we and it wait for one another.
+TSHARK_SILENT_SECONDS_MAX = 60.0
+_WATCH_SECONDS = 1.0
+# What tshark may write for what it is given: plaintext is shorter than its records, but for tags.
+OUTPUT_RATIO_MAX = 8
+OUTPUT_BYTES_FREE = 16 << 20
+PDU_BYTES_MAX = 1 << 20
+# Trial decryptions that one decryptor spends in vain: on connections joined in their middle, and
+# behind holes on records that no number fits.
 TRIALS_MAX = 4_000_000
+# A look through the key log for secrets to try, and a key made of one, in trials of that cost.
+_HANDSHAKES_PER_TRIAL, _TRIALS_PER_KEY = 8, 16
 # A record kept to find out how many handshake records preceded the first data.
 SAMPLE_BYTES_MAX = 4_096
 
@@ -144,9 +158,17 @@ class Decryptor:
         self._trials_left = TRIALS_MAX
         self._claimed: set[bytes] = set()
         self.losses: Counter[str] = Counter()
-        self.decrypted: set[str] = set()
+        self.decrypted = 0  # connections of which something was read
+        self._being_read: set[str] = set()
         self.fed_bytes = 0
+        self._told_bytes = 0
         self.open_connections = 0
+        self.is_spent = False
+        # Since when the decryptor's thread waits for tshark, and since when the feeding one does.
+        self._reading_since: float | None = None
+        self._writing_since: float | None = None
+        self._given_up = False
+        self._joined = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decryptor", daemon=True)
         self._thread.start()
 
@@ -156,6 +178,7 @@ class Decryptor:
         """Have tshark decrypt `records`, which `packet` (IP) carries."""
         if self._process is None:
             self._process = start_tshark(self._keylog_path)
+            threading.Thread(target=self._watch, name="tshark's watch", daemon=True).start()
         self._put(records)
         self._write(packet)
 
@@ -163,20 +186,30 @@ class Decryptor:
         """Queue what needs no tshark, in its place between what does."""
         self._put(work)
 
+    def spend(self) -> None:
+        """Let tshark go: what its open connections say from here on is read without it."""
+        self.is_spent = True
+        self._close_input()
+
     def finish(self) -> None:
-        """No more work; returns at once."""
+        """No more work; returns at once, or as soon as tshark has taken the last of it."""
         self._put(None)
+        self._close_input()
+
+    def _close_input(self) -> None:
         if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError):
+            with self._waiting(), contextlib.suppress(OSError):
                 self._process.stdin.close()
 
     def join(self) -> None:
         """Wait until everything was given out, and for tshark to be gone."""
-        self._thread.join()
+        with self._waiting():
+            self._thread.join()
         self.kill()
 
     def kill(self) -> None:
         """End tshark, by its process id, if it is still there."""
+        self._joined.set()
         process = self._process
         if process is None:
             return
@@ -186,26 +219,56 @@ class Decryptor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if process.returncode not in (0, -9):
+        if self._given_up or process.returncode not in (0, -9):
             self.losses["tshark_failed"] += 1
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
 
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """The feeding thread waits for tshark, perhaps for ever: see `_watch`."""
+        self._writing_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._writing_since = None
+
+    def _watch(self) -> None:
+        """End a tshark that neither takes nor gives anything while both our threads wait for it.
+
+        A slow reader of what we print blocks neither clock: then nobody waits for tshark.
+        """
+        while not self._joined.wait(min(_WATCH_SECONDS, TSHARK_SILENT_SECONDS_MAX / 4)):
+            reading, writing = self._reading_since, self._writing_since
+            if reading is None or writing is None:
+                continue
+            if time.monotonic() - max(reading, writing) > TSHARK_SILENT_SECONDS_MAX:
+                self._give_up()
+                return
+
+    def _give_up(self) -> None:
+        """Go on without tshark; its work is done by `tls.Opener`, as far as that can."""
+        self._failed = self._given_up = True
+        if self._process is not None:
+            self._process.kill()
+
     def _put(self, work: _Work) -> None:
         with self._changed:
             while len(self._work) >= QUEUED_MAX:
                 # tshark may sit on the last packets until its input and output buffers fill: fill
                 # them, or the thread would wait for tshark, tshark for us, and we for the thread.
-                if self._process is not None and not self._failed:
+                if self._process is not None and not self._failed and not self.is_spent:
                     self._changed.release()
                     try:
                         self._write(_FILLER)
                         self._write(_FILLER)
                     finally:
                         self._changed.acquire()
+                self._writing_since = self._writing_since or time.monotonic()
                 self._changed.wait_for(lambda: len(self._work) < QUEUED_MAX, 1.0)
+            self._writing_since = None
             if isinstance(work, Records) and work.asked:
                 work.frame = self._frames + 1
             self._work.append(work)
@@ -217,26 +280,36 @@ class Decryptor:
         self._frames += 1
         assert self._process is not None
         assert self._process.stdin is not None
+        self._writing_since = self._writing_since or time.monotonic()
         try:
             self._process.stdin.write(struct.pack("<IIII", 0, 0, size, size) + packet)
             if packet is _FILLER:
                 self._process.stdin.flush()
         except OSError:
             self._failed = True
+        if packet is not _FILLER:
+            self._writing_since = None
 
     # --- the decryptor's thread ----------------------------------------------------------------
 
     def _run(self) -> None:
         while (work := self._take()) is not None:
-            if isinstance(work, TlsClosed):
-                self._give(work)
-            elif isinstance(work, Records):
-                self._records(work)
-            elif isinstance(work, Tail):
-                self._tail(work)
-            else:
-                work.half.offset += work.lost
-                self._plain(work.half, work.data, work.at_ns)
+            try:
+                self._do(work)
+            except Exception as error:  # a bug of ours costs these records, not the run
+                self.losses[f"tls_records_unreadable_{type(error).__name__}"] += 1
+
+    def _do(self, work: Records | Clear | Tail | TlsClosed) -> None:
+        if isinstance(work, TlsClosed):
+            self._being_read.discard(work.connection.id)
+            self._give(work)
+        elif isinstance(work, Records):
+            self._records(work)
+        elif isinstance(work, Tail):
+            self._tail(work)
+        else:
+            work.half.offset += work.lost
+            self._plain(work.half, work.data, work.at_ns)
 
     def _take(self) -> _Work:
         with self._changed:
@@ -251,14 +324,30 @@ class Decryptor:
         found: list[bytes] = []
         while True:
             if self._pdu is None:
-                assert self._process is not None
-                assert self._process.stdout is not None
-                self._pdu = read_pdu(self._process.stdout) or (_NO_FRAME, b"")
+                self._pdu = self._next_pdu()
             if self._pdu[0] > frame:
                 return b"".join(found)
             if self._pdu[0] == frame:
                 found.append(self._pdu[1])
             self._pdu = None
+
+    def _next_pdu(self) -> tuple[int, bytes]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        self._reading_since = time.monotonic()
+        try:
+            pdu = read_pdu(self._process.stdout)
+        except ValueError:
+            self._give_up()
+            pdu = None
+        self._reading_since = None
+        if pdu is None:
+            return _NO_FRAME, b""
+        self._told_bytes += len(pdu[1])
+        if self._told_bytes > OUTPUT_RATIO_MAX * self.fed_bytes + OUTPUT_BYTES_FREE:
+            self._give_up()
+            return _NO_FRAME, b""
+        return pdu
 
     def _records(self, work: Records) -> None:
         half = work.half
@@ -308,7 +397,9 @@ class Decryptor:
     def _plain(self, half: Plaintext, data: bytes, at_ns: int) -> None:
         if not data:
             return
-        self.decrypted.add(half.connection.id)
+        if half.connection.id not in self._being_read:
+            self._being_read.add(half.connection.id)
+            self.decrypted += 1
         self._give(TlsChunk(half.connection, half.direction, half.offset, data, len(data), at_ns))
         half.offset += len(data)
 
@@ -336,8 +427,10 @@ class Decryptor:
         self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
     ) -> None:
         half = work.half
-        opened = opener.open(record, self._numbers(work, opener, index, position, len(record)))
+        numbers = self._numbers(work, opener, index, position, len(record))
+        opened = opener.open(record, numbers)
         if opened is None:
+            self._trials_left -= len(numbers)
             # Handshake records under other keys come first; they hold no data.
             if record[0] != tls.APPLICATION and work.asked and half.end_position is not None:
                 # A second handshake, under keys that only tshark follows: no data is missing.
@@ -370,7 +463,10 @@ class Decryptor:
         if half.base is not None:
             known = index + half.base
             gap = position - (half.end_position or 0)
-            return range(known, known + 1 + min(gap // 22, tls.LOST_RECORDS_MAX))
+            ahead = min(gap // 22, tls.LOST_RECORDS_MAX) if self._trials_left > 0 else 0
+            return range(known, known + 1 + ahead)
+        if self._trials_left <= 0:
+            return range(0)
         if keys.client_random is not None or keys.claimed is not None:
             joined = keys.client_random is None
             ahead = tls.TRIAL_RECORDS_MAX if joined else tls.LOST_RECORDS_MAX
@@ -392,7 +488,10 @@ class Decryptor:
             half.asked_opener = keys.server_hello is not None
         elif half.opener is None and random is None and not half.asked_opener:
             half.asked_opener = True
-            half.opener = tls.trial_opener(self._keys, self._claimed, sent=sent)
+            if self._trials_left > 0:
+                half.opener = tls.trial_opener(self._keys, self._claimed, sent=sent)
+                self._trials_left -= len(self._keys) // _HANDSHAKES_PER_TRIAL
+                self._trials_left -= len(half.opener) * _TRIALS_PER_KEY
         return half.opener
 
     def _claim(self, work: Records, opener: tls.Opener) -> None:
@@ -400,7 +499,7 @@ class Decryptor:
         keys = work.keys
         if keys.client_random is not None or keys.claimed is not None or opener.secret is None:
             return
-        keys.claimed = self._keys.handshake_of(opener.secret)
+        keys.claimed = opener.random_of.get(opener.secret)
         if keys.claimed is not None:
             self._claimed.add(keys.claimed)
             for half in keys.halves.values():
@@ -429,26 +528,32 @@ class Decryptors:
         self._keylog_path = keylog_path
         self._give = give
         self._all: list[Decryptor] = []
-        self._retired: list[Decryptor] = []
+        self._live: list[Decryptor] = []  # those not finished, the newest last
 
-    def newest(self) -> Decryptor:
-        """The one that new connections go to."""
-        if not self._all or self._all[-1].fed_bytes > TSHARK_BYTES_MAX:
-            self._all.append(Decryptor(self._keys, self._keylog_path(), self._give))
-        return self._all[-1]
+    def join_newest(self) -> Decryptor:
+        """The one for a new connection, which must `leave` it."""
+        if not self._live or self._live[-1].fed_bytes > TSHARK_BYTES_MAX:
+            made = Decryptor(self._keys, self._keylog_path(), self._give)
+            self._all.append(made)
+            self._live.append(made)
+            unspent = [each for each in self._live if not each.is_spent]
+            for each in unspent[:-TSHARKS_MAX]:
+                each.spend()
+        decryptor = self._live[-1]
+        decryptor.open_connections += 1
+        return decryptor
 
-    def retire_idle(self) -> None:
-        """End a tshark that has had its share once no connection needs it."""
-        for decryptor in self._all[:-1]:
-            if not decryptor.open_connections and decryptor not in self._retired:
-                self._retired.append(decryptor)
-                decryptor.finish()
+    def leave(self, decryptor: Decryptor) -> None:
+        """A connection has ended. The last one ends a decryptor that has had its share."""
+        decryptor.open_connections -= 1
+        if not decryptor.open_connections and decryptor is not self._live[-1]:
+            self._live.remove(decryptor)
+            decryptor.finish()
 
     def join(self) -> Iterator[Decryptor]:
         """Wait until everything was given out; the decryptors, each when it is done."""
-        for decryptor in self._all:
-            if decryptor not in self._retired:
-                decryptor.finish()
+        for decryptor in self._live:
+            decryptor.finish()
         for decryptor in self._all:
             decryptor.join()
             yield decryptor
@@ -490,6 +595,7 @@ def records_of(payload: bytes) -> list[bytes]:
     return found
 
 
+_PACKET_BLOCK = 6
 _PDU_NAME, _PDU_FRAME, _PDU_END = 0x0D, 0x1E, 0
 _PDU_TAGS_BEFORE_FRAME = 5 * 8  # two IPv4 addresses, port type, two ports
 
@@ -498,16 +604,19 @@ def read_pdu(stream: IO[bytes]) -> tuple[int, bytes] | None:
     """The next exported PDU as (number of the packet it was in, bytes); None at the end.
 
     tshark writes pcapng; a PDU's packet begins with tags (16-bit kind and length, big-endian).
+    Raises ValueError for what no tshark writes.
     """
     while True:
         head = stream.read(8)
         if len(head) < 8:
             return None
         kind, total = struct.unpack("=II", head)
+        if not 12 <= total <= PDU_BYTES_MAX or (kind == _PACKET_BLOCK and total < 32):
+            raise ValueError("not what tshark exports")
         body = stream.read(total - 8)
         if len(body) < total - 8:
             return None
-        if kind == 6:
+        if kind == _PACKET_BLOCK:
             return _pdu(body[20 : 20 + struct.unpack_from("=I", body, 12)[0]])
 
 
@@ -578,11 +687,15 @@ class PrivateKeyLog:
         self._folder = Path(tempfile.mkdtemp(prefix="halton-meter-"))  # mode 0700
         self.path = self._folder / "keys.log"
         descriptor = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
-        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        self._file = os.fdopen(descriptor, "wb")
 
-    def add(self, text: bytes) -> None:
-        """Add key log lines; tshark reads what is appended while it runs."""
-        self._file.write(text.rstrip(b"\n") + b"\n")
+    def add(self, line: bytes) -> None:
+        """Add a line in key log format; tshark reads what is appended while it runs."""
+        self._file.write(line)
+
+    def flush(self) -> None:
+        """Put what was added where tshark sees it."""
+        self._file.flush()
 
     def close(self) -> None:
         """Delete it, with the folder that was ours alone."""

@@ -178,7 +178,7 @@ def test_nothing_that_a_metering_process_says_ends_its_supervisor(raw: bytes) ->
     heard(watched, raw)
     honest = {"ready": True, "losses": {"ring_full_bytes": 7}, "held": 2, "owed": {}}
     heard(watched, json.dumps(honest).encode() + b"\n")
-    assert watched.ready
+    assert watched._ready
     assert watched._losses.total()["ring_full_bytes"] == 7
     for line in raw.splitlines():
         if (message := parsed(line)) is not None:

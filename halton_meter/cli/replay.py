@@ -54,6 +54,8 @@ _ADVICE = {
     "http2_resync": "places where reading went on behind a hole",
     "ip_fragments": "packets in pieces are not put together",
     "capture_file_cut_short": "the file's end is missing",
+    "packets_with_an_impossible_time": "they take the file's",
+    "tls_secret_bytes_not_read": "keep the secrets in a key log of their own: --keys sslkeys.log",
     "frames_cut_by_snap_length": "record whole packets: tcpdump -s 0",
     "packets_without_a_time": "they take the file's",
     "tcp_bytes_missing": "the recorder missed packets; give it a larger buffer: tcpdump -B 65536",
@@ -94,20 +96,38 @@ def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     found: dict[Path, None] = {}
     errors: list[str] = []
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            if not inside:
-                errors.append(f"{argument}: no captures ({', '.join(SUFFIXES[:3])}) in this folder")
-            found.update(dict.fromkeys(inside))
-        elif path.exists():
-            found[path] = None
-        else:
-            matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))
-            if not matches:
-                errors.append(f"{argument}: no such file")
-            found.update(dict.fromkeys(match for match in matches if match.is_file()))
+        try:
+            named = _named_by(argument)
+        except OSError as error:
+            errors.append(f"{argument}: {error.strerror or error}")
+            continue
+        if not named and Path(argument).is_dir():
+            errors.append(f"{argument}: no captures ({', '.join(SUFFIXES[:3])}) in this folder")
+        elif not named:
+            errors.append(f"{argument}: no such file")
+        found.update(dict.fromkeys(named))
     return list(found), errors
+
+
+def _named_by(argument: str) -> list[Path]:
+    """The files of one argument. Raises OSError for what cannot be looked at, and for a pipe."""
+    from capture.input_files import open_file
+
+    path = Path(argument)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    if path.exists():
+        open_file(path).close()
+        return [path]
+    return [p for p in sorted(map(Path, glob.glob(argument, recursive=True))) if p.is_file()]
+
+
+def _size_bytes(files: Iterable[Path]) -> int:
+    total = 0
+    for path in files:
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
 
 
 class Progress:
@@ -329,6 +349,7 @@ class Job:
     keep: bool
     project: str | None
     quiet: bool
+    unpack_ratio: int
 
 
 class Replay:
@@ -352,9 +373,11 @@ class Replay:
         self._registry = Registry(extra_hosts)
         self._job = job
         self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
-        self._progress = Progress(sum(path.stat().st_size for path in files), job.quiet)
+        self._progress = Progress(_size_bytes(files), job.quiet)
         self._files = files
-        self._source = PcapSource(files, job.keys, self._is_wanted, self._progress)
+        self._source = PcapSource(
+            files, job.keys, self._is_wanted, self._progress, job.unpack_ratio
+        )
         self._source.findings.errors += errors
         self._output, self._summary = Output(job.as_json, job.quiet), Summary()
         self._sightings = BestSightings()
@@ -435,9 +458,11 @@ def _identity(files: Iterable[Path]) -> str:
     Sizes and both ends tell captures apart (times and TLS randoms stand there) without reading a
     large file a second time.
     """
+    from capture.input_files import open_file
+
     parts = []
     for file in files:
-        with contextlib.suppress(OSError), file.open("rb") as capture:
+        with contextlib.suppress(OSError), open_file(file) as capture:
             size = capture.seek(0, os.SEEK_END)
             capture.seek(0)
             first = capture.read(IDENTITY_BYTES)
@@ -465,6 +490,14 @@ def _open_store(home: Path) -> Store:
 @click.option("--store", "keep", is_flag=True, help="Keep the events, for `report` and `events`.")
 @click.option("--project", metavar="NAME", help="Book the events on this project.")
 @click.option("--quiet", is_flag=True, help="Print the summary only, no progress.")
+@click.option(
+    "--unpack-ratio",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Read of a gzip at most N times its size (64 MB are always read).",
+)
 def replay(**options: Any) -> None:
     """Meter recorded packet captures: pcap or pcapng files, folders, globs.
 
@@ -496,3 +529,7 @@ def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
+    except OSError as problem:  # a full disk under the output, the secrets, or the store
+        where = f" ({problem.filename})" if problem.filename else ""
+        click.echo(f"Error: {problem.strerror or problem}{where}", err=True)
+        return False

@@ -120,6 +120,33 @@ def test_packets_moved_at_the_very_beginning_cost_nothing(
     assert (findings.connections, findings.joined, findings.losses) == (1, 0, {})
 
 
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128"])
+def test_connections_outlive_the_tshark_they_began_with(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tshark, "TSHARK_BYTES_MAX", 0)  # a new one for every connection
+    monkeypatch.setattr(tshark, "TSHARKS_MAX", 2)
+    talks = [record(HOST, STEPS, number=number, **SUITES[suite]) for number in range(5)]
+    late = [number * 8 for number in range(5)]  # packets that each begins after the one before
+    placed = [
+        (place + late[number], packet)
+        for number, talk in enumerate(talks)
+        for place, packet in enumerate(talk.packets)
+    ]
+    packets = [packet for _, packet in sorted(placed, key=lambda each: each[0])]
+    secrets = "".join(talk.secrets for talk in talks)
+    spent: list[tshark.Decryptor] = []
+    spend = tshark.Decryptor.spend
+    monkeypatch.setattr(tshark.Decryptor, "spend", lambda self: (spent.append(self), spend(self)))
+    items, findings = read_bytes(pcapng(packets, secrets), tmp_path)
+    assert len(spent) == 3
+    for name in {item.connection.id for item in items}:
+        mine = [item for item in items if item.connection.id == name]
+        assert whole(mine, Direction.RECEIVED) == BODY
+        assert whole(mine, Direction.SENT) == REQUEST * 2
+    assert (findings.decrypted, findings.losses) == (5, {})
+
+
 @pytest.mark.parametrize("begin", [1, 2, 3])
 def test_a_capture_that_begins_between_the_syn_and_the_hello_misses_nothing(
     begin: int, tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def frames(data: bytes) -> tuple[list[Frame], dict[str, int]]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        secrets_in(Path(file.name))
+        list(secrets_in(Path(file.name), Counter()))
         capture = CaptureFile(Path(file.name))
         found = list(capture.frames())
         capture.close()
@@ -76,7 +77,7 @@ def test_a_key_log_reads_lines_and_passes_over_the_rest() -> None:
     text = f"# comment\n{SECRET.strip()}\r\nCLIENT_RANDOM {'01' * 32} {'02' * 48}\nnonsense\n"
     assert keys.add(text.encode()) == 2
     assert keys.secret(bytes.fromhex("ab" * 32), "CLIENT_TRAFFIC_SECRET_0") == b"\xcd" * 32
-    assert keys.handshake_of(b"\x02" * 48) == b"\x01" * 32
+    assert keys.secret(b"\x01" * 32, "CLIENT_RANDOM") == b"\x02" * 48
     assert bytes.fromhex("ff" * 32) not in keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -111,6 +112,28 @@ def c_enum(name: str) -> list[str]:
     assert match
     body = re.sub(r"/\*.*?\*/", "", match.group(1), flags=re.S)
     return [item.strip() for item in body.split(",") if item.strip()]
+
+
+@pytest.mark.parametrize("deep", [b"[" * 60_000, b'{"a":' * 60_000], ids=["lists", "objects"])
+def test_json_that_is_too_deep_is_refused_by_name(deep: bytes) -> None:
+    """Found by the fuzzer: a RecursionError would end whoever reads it."""
+    with pytest.raises(ProtocolViolation):
+        protocol.CommandBuffer().feed(deep + b"\n")
+    with pytest.raises(ProtocolViolation):
+        protocol.decode_message(bytes(protocol.PREFIX.size) + deep)
+
+
+def test_a_command_that_comes_in_small_pieces_costs_what_it_is_long() -> None:
+    """Found by the fuzzer: each piece had all of the command before it copied."""
+
+    def seconds(size: int) -> float:
+        buffer, before = protocol.CommandBuffer(), time.process_time()
+        for _ in range(size // 4):
+            buffer.feed(b"aaaa")
+        return time.process_time() - before
+
+    once = min(seconds(200_000) for _ in range(3))
+    assert min(seconds(800_000) for _ in range(3)) < 8 * max(once, 0.005)
 
 
 def test_statistics_are_in_the_kernels_order() -> None:
