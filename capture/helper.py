@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import socket
 import struct
@@ -22,7 +23,7 @@ from typing import Any
 
 from capture import libraries, loader, processes, protocol, remains
 from capture.admission import Admission, Refused
-from capture.attachments import Attachments
+from capture.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.coverage import Coverage, attach_resolver
 from capture.discovery import Discovery
 from capture.family import Family
@@ -40,7 +41,9 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
+SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
+MEMORY_MORE_BYTES = 64 << 20
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
 _SO_SNDBUFFORCE = 32
@@ -117,6 +120,7 @@ class Helper:
         if program := command.get("program"):
             self.files.search_now(str(program), PROGRAM_S)
         self._discovery.sweep(time.monotonic())
+        self._discovery.settle(time.monotonic() + SETTLE_S)
         if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
             installs = Installs(homes_of(None if scope["everyone"] else scope["uids"]))
             self._discovery.search_installs(installs)
@@ -352,7 +356,11 @@ class Helper:
         if statistics["notices_lost"] != self._notices_lost and not self._outlet.blocked:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
-        attached = [file for file in self.files.files.values() if file.probes]
+        statistics["files_over_limit"] = self.files.over_limit
+        statistics["files_forgotten"] = self.files.forgotten
+        attached = [
+            file for file in self.files.files.values() if file.probes and not file.is_linker
+        ]
         report = {
             "loader": self._loaded.name,
             "probes": sum(len(file.probes) for file in attached) + len(self._keep),
@@ -388,6 +396,13 @@ def rss_bytes() -> int | None:
     return None
 
 
+def bound_memory(more_bytes: int) -> None:
+    """Let this process take so much more than it has: the last resort, after all other limits."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as f:
+        now = int(f.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_DATA, (now + more_bytes, resource.RLIM_INFINITY))
+
+
 def serve(sock: socket.socket, keeper: socket.socket | None = None) -> None:
     """Read the first command, set up, answer, loop."""
     commands = protocol.CommandBuffer()
@@ -409,6 +424,7 @@ def serve(sock: socket.socket, keeper: socket.socket | None = None) -> None:
     for command in received[1:]:
         helper.command(command)
     helper.report()
+    bound_memory(MEMORY_MORE_BYTES)
     if keeper is not None:
         helper.leave_to(keeper)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -450,6 +466,7 @@ def main() -> None:
     os.umask(0o077)
     with contextlib.suppress(OSError):
         os.nice(NICE)
+    allow_descriptors(DESCRIPTORS_MAX)
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     keeper = None if arguments.keeper is None else socket.socket(fileno=arguments.keeper)
     serve(socket.socket(fileno=arguments.fd), keeper)
