@@ -369,6 +369,12 @@ class Attachments:
         """Until there may be something to `search`, no longer than that."""
         self._searches.wait(seconds)
 
+    def close(self) -> None:
+        """Remove all probes, and look into nothing any more."""
+        for identity in list(self.files):
+            self._forget(identity)
+        self._searches.close()
+
     def search_now(self, path: str, seconds: float) -> None:
         """Look at a program that waits to be run, and return when it is attached, or not TLS."""
         deadline = time.monotonic() + seconds

@@ -86,7 +86,7 @@ def _statement(code: int, value: int, if_true: int = 0, if_false: int = 0) -> by
 
 
 def _program(machine: str) -> bytes:
-    """Over `struct seccomp_data`: number at 0, architecture at 4, 8 bytes an argument from 16 on."""
+    """Over `struct seccomp_data`: number at 0, architecture at 4, arguments from 16 on."""
     if machine not in _CALLS:
         return b""
     lines = [

@@ -18,7 +18,7 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
 ) -> None:
     """Within the look came the news of its next exec, and it had ended by then."""
     ring: Any = SimpleNamespace(records=lambda: iter(()), skip_discarded=lambda: None)
-    files: Any = SimpleNamespace(searching=False)
+    files: Any = SimpleNamespace(search=list, due=lambda now: math.inf, hears=lambda linker: False)
     admission: Any = SimpleNamespace()
     discovery = Discovery(ring, files, admission, lambda: None)
     discovery.sweep_at = math.inf
