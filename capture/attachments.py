@@ -168,7 +168,7 @@ class Attachments:
     def _forget_other_content(self, identity: FileId) -> None:
         """The file was written to: probes of what it held before would be anywhere in it."""
         self._without.pop(identity[:2], None)
-        for other in self._by_inode.get(identity[:2], ()):
+        for other in list(self._by_inode.get(identity[:2], ())):
             if other != identity:
                 self._forget(other)
 
@@ -200,7 +200,7 @@ class Attachments:
         if not same:
             del self._by_inode[identity[:2]]
 
-    def _evict(self, owner: int | None = None) -> bool:
+    def _evict(self, owner: int | None = None, *, probed: bool = False) -> bool:
         """Forget the file that nobody ran for longest, of an owner's or of who has most."""
         if owner is None:
             counts = Counter(file.owner for file in self.files.values())
@@ -208,7 +208,9 @@ class Attachments:
         if time.monotonic() - self._used_at > USED_S:
             self._used, self._used_at = self.used(), time.monotonic()
         for identity, file in self.files.items():
-            if file.owner == owner and identity not in self._used and not file.searching:
+            if file.owner != owner or identity in self._used or file.searching:
+                continue
+            if file.probes or not probed:
                 self._forget(identity)
                 return True
         return False
@@ -272,10 +274,10 @@ class Attachments:
     def _makes_room(self, owner: int, count: int) -> bool:
         """Whether so many probes more are within limits, once files that nobody runs are left."""
         while self._probes[owner] + count > PROBES_OF_OWNER_MAX:
-            if not self._evict(owner):
+            if not self._evict(owner, probed=True):
                 return False
         while self._probes.total() + count > PROBES_ALL_MAX:
-            if not self._evict():
+            if not self._evict(max(self._probes, key=lambda each: self._probes[each]), probed=True):
                 return False
         return True
 
@@ -379,11 +381,12 @@ class Attachments:
         """Look at a program that waits to be run, and return when it is attached, or not TLS."""
         deadline = time.monotonic() + seconds
         identity = self.look_at(path, os.path.realpath(path))
-        while identity in self.files and self.files[identity].searching:
+        while True:
             self.search()
+            file = self.files.get(identity) if identity else None
             left = deadline - time.monotonic()
-            if left <= 0:
-                return  # it is attached late then, and counted so
+            if not file or not file.searching or left <= 0:
+                return  # if it is late, it is attached late, and counted so
             self.wait(min(left, 0.05))
 
     def _take(self, job: Job, text: str | None) -> bool:

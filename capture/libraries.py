@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from capture.elf import SYMBOL_TABLE_BYTES_MAX, Elf, Section
+from capture.elf import FILE_BYTES_MAX, SYMBOL_TABLE_BYTES_MAX, Elf, Section
 
 if TYPE_CHECKING:
     from capture.reporters import Place
@@ -321,7 +321,7 @@ def probe_offset(code: bytes, machine: str = "x86_64") -> int:
 
 def find_by_structure(fd: int) -> Library | None:
     """The TLS stack in a file without symbols; None when no marker of one is in it."""
-    if os.fstat(fd).st_size < STRUCTURE_FILE_BYTES_MIN:
+    if not STRUCTURE_FILE_BYTES_MIN <= os.fstat(fd).st_size <= FILE_BYTES_MAX:
         return None
     found = None
     for stack in _stacks(fd):
