@@ -126,7 +126,7 @@ class Attachments:
         self._forget_other_content(identity)
         file = self.files.get(identity) or File(path, owner_of(found.st_uid))
         library = self._known.recall(fd)
-        if library is None:
+        if library is None or refusal(fd, library):
             kind = finder.INSPECT
             if os.path.basename(path).startswith(LINKER_PREFIX):
                 kind = finder.LINKER

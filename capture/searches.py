@@ -224,6 +224,8 @@ class Searches:
         child.end()
         self._children.remove(child)
         if blamed and child.given:
+            # The kernel counts no more what it took: at most all the time that it had.
+            self._charge(child.owner, time.monotonic() - child.since)
             yield child.given.popleft(), None
         for job in reversed(child.given):
             self._waiting.setdefault((job.owner, job.lane), deque()).appendleft(job)

@@ -93,7 +93,9 @@ def _references(path: Path) -> None:
 
 def _go(path: Path) -> None:
     """A million function tables, each of two million functions."""
-    table = struct.pack("<IBBBBQQQQQQQQ", 0xFFFFFFF1, 0, 0, 1, 8, 1 << 20, 1, 64, 64, 65, 66, 67, 68)
+    table = struct.pack(
+        "<IBBBBQQQQQQQQ", 0xFFFFFFF1, 0, 0, 1, 8, 1 << 20, 1, 64, 64, 65, 66, 67, 68
+    )
     head = _header() + _segment(16 << 20)
     body = b"\xff Go buildinf:" + bytes(100) + table * ((8 << 20) // len(table))
     _write(path, (0, head), (4096, body), size=16 << 20)

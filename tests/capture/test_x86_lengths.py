@@ -82,7 +82,9 @@ def test_a_ret_that_is_an_operand_is_none(code: str, length: int) -> None:
         assert length_of(raw[:cut]) == 0
 
 
-@pytest.mark.parametrize("code", ["06", "0f0fc09e", "8fe878c2ef02", "66e8c3c3c3c3", "d4", "66" * 20])
+@pytest.mark.parametrize(
+    "code", ["06", "0f0fc09e", "8fe878c2ef02", "66e8c3c3c3c3", "d4", "66" * 20]
+)
 def test_what_is_not_certain_has_no_length(code: str) -> None:
     assert length_of(bytes.fromhex(code) + bytes(20)) == 0
     assert list(boundaries(b"\x90" + bytes.fromhex(code) + bytes(20))) == [0]
