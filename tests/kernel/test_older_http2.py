@@ -19,7 +19,7 @@ from halton_meter.model import Direction
 
 from .conftest import OTHER, PROVIDER, Bench, Client, Seen, gather
 from .test_proof import REQUEST, RESPONSE, Subject, captured
-from .test_uprobes import LOADERS, Wiretap, wait_until
+from .test_uprobes import LOADERS, Wiretap
 
 HEAD = bytes([0, 0, 5, 1, 4])
 WINDOW_UPDATE = "000004080000000000" + "00010000"
