@@ -10,7 +10,13 @@ folder, program = sys.argv[1:3]
 kept = []
 for name in sorted(os.listdir(folder)):
     with open(os.path.join(folder, name), "rb") as file:
-        kept.append(mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC))
+        kept.append(
+            mmap.mmap(
+                file.fileno(),
+                min(4096, os.path.getsize(file.fileno())),
+                prot=mmap.PROT_READ | mmap.PROT_EXEC,
+            )
+        )
 print("mapped", len(kept), flush=True)
 number = 0
 while True:
