@@ -25,6 +25,7 @@ from halton_meter.model import Process
 
 IDENTITY_S = 1.0
 IDENTITIES_MAX = 4096
+ARGUMENT_BYTES_MAX = 4 << 20  # of all that is remembered: one process may have 32 KB of them
 LIVES_MAX = 4  # of one pid: a shell that becomes `env` that becomes the client
 HEAD_BYTES = 256  # of a program: the kernel reads as much of its first line
 _NEVER = float("-inf")
@@ -43,18 +44,25 @@ class _Life:
     def since_ns(self) -> int:
         return self.executed.at_ns if self.executed else 0
 
+    @property
+    def argument_bytes(self) -> int:
+        told = len(self.executed.data) if self.executed else 0
+        return told + sum(map(len, self.process.argv if self.process else ()))
+
 
 class Identities:
     """Bounded in number; the pid that was heard of longest ago is forgotten first."""
 
     def __init__(self) -> None:
         self._lives: OrderedDict[int, list[_Life]] = OrderedDict()
+        self._added_bytes = 0  # since it was last counted what all have
 
     def executed(self, record: Record, cwd: str | None = None) -> None:
         """A process runs another program now, in that directory if it is known."""
         lives = self._lives_of(record.tgid)
         lives.append(_Life(record, cwd))
         del lives[:-LIVES_MAX]
+        self._added(len(record.data))
 
     def of(self, pid: int, *, fresh: bool = False, at_ns: int | None = None) -> Process | None:
         """Who it is, or was at that (monotonic) time; None when nothing told.
@@ -85,6 +93,23 @@ class Identities:
             if pid not in self._lives:
                 self._lives_of(pid).append(life)
         life.process = process
+        self._added(sum(map(len, process.argv)))
+
+    def _added(self, count: int) -> None:
+        """Forget the oldest where arguments take more than they may; counted once in a while."""
+        self._added_bytes += count
+        if self._added_bytes < ARGUMENT_BYTES_MAX // 4:
+            return
+        self._added_bytes = 0
+        sizes = {
+            pid: sum(each.argument_bytes for each in lives) for pid, lives in self._lives.items()
+        }
+        left = sum(sizes.values())
+        for pid, size in sizes.items():
+            if left <= ARGUMENT_BYTES_MAX:
+                break
+            del self._lives[pid]
+            left -= size
 
     def _lives_of(self, pid: int) -> list[_Life]:
         if pid not in self._lives and len(self._lives) >= IDENTITIES_MAX:

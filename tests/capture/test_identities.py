@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from capture import identities as remembered
 from capture import protocol
 from capture.arguments import REDACTED
 from capture.identities import IDENTITIES_MAX, Identities, process_as_executed, program_of
@@ -162,3 +163,14 @@ def test_the_program_of_a_path(tmp_path: Path) -> None:
     assert program_of(str(pipe)) == str(pipe)  # and it is not waited for
     for path in ("./relative", "", "/dev/fd/5", "/proc/self/fd/5"):
         assert program_of(path) is None
+
+
+def test_arguments_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of processes, each with as many arguments as the kernel copies."""
+    monkeypatch.setattr(remembered, "ARGUMENT_BYTES_MAX", 100_000)
+    known = Identities()
+    for pid in range(5_000_000, 5_000_500):
+        known.executed(executed("x" * 4000, pid=pid))
+    kept = [life for lives in known._lives.values() for life in lives]
+    assert sum(life.argument_bytes for life in kept) <= 125_000
+    assert 5_000_499 in known._lives
