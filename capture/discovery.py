@@ -36,6 +36,8 @@ RUNS_MAX = TALKERS_MAX = 4096  # executables remembered
 WATCHED_MAX = 8192  # processes in scope
 SEEN_MAX = 2000  # files that one process maps executable, looked at
 SEEN_ALL_MAX = 30_000  # of all processes: some 140 bytes each
+SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, behind others
+SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
 
@@ -220,11 +222,11 @@ class Discovery:
         self._series_of[pid] = self._series
         heapq.heappush(self._rescans, (time.monotonic() + RESCAN_S[0], pid, 0, self._series))
 
-    def _schedule_once(self, pid: int) -> None:
+    def _schedule_once(self, pid: int, seconds: float = MAPPED_S) -> None:
         """Libraries were mapped, perhaps the first of many: look soon, once for all of them."""
         if pid not in self._mapped:
             self._mapped.add(pid)
-            heapq.heappush(self._rescans, (time.monotonic() + MAPPED_S, pid, len(RESCAN_S), 0))
+            heapq.heappush(self._rescans, (time.monotonic() + seconds, pid, len(RESCAN_S), 0))
 
     def run_rescans(self, now: float) -> None:
         """Look at processes whose time has come, and take what searches have found.
@@ -264,24 +266,29 @@ class Discovery:
         if not self._admission.in_scope(pid):
             return False
         mappings = libraries.executable_mappings(pid)
-        if not mappings:
+        if mappings is None:
             self.watched.pop(pid, None)
             return False
         watched = self._watch(pid)
+        until = time.monotonic() + SCAN_S
         for mapping in mappings:
             inode = mapping.device, mapping.inode
             if inode in watched.seen:
                 continue
             if len(watched.seen) >= SEEN_MAX:
-                self.files.over_limit += 1
+                break
+            if time.monotonic() > until:
+                self._schedule_once(pid, SCAN_AGAIN_S)
                 break
             watched.java = watched.java or mapping.path.endswith("/libjvm.so")
             self.read_processes()  # libraries can wait, a process may not
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:
                 identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
-            if identity is None or self.files.knows(identity):  # else there was no room for it
-                self._see(watched, inode)
+            if identity and not self.files.knows(identity):  # there was no room for it
+                self._schedule_once(pid, NO_ROOM_S)
+                break
+            self._see(watched, inode)
             if os.path.basename(mapping.path).startswith(LINKER_PREFIX):
                 watched.linker = watched.linker or identity
             if identity and (file := self.files.files.get(identity)):

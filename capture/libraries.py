@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from capture.reporters import Place
 
 SYMBOL_HITS_MAX = 100_000
-MAPS_BYTES_MAX = 1 << 20
-"""Read of one process's mappings: 10,000 of them, where Chromium has 2,000."""
+MAPS_BYTES_MAX = 512 << 10
+"""Read of one process's mappings: some 5,000 of them, where Chromium has 2,000."""
 CHUNK_BYTES = 1 << 20
 CHAIN_MAX = 1000  # symbols that share a bucket of the hash table: some two in real files
 NAMES_MAX = 16  # places of one name among the strings: one or two in real files
@@ -509,8 +510,8 @@ FUNCTIONS_AT_RETURN = {"leave_plain": True, "leave_ex": True}
 def parse_maps(text: bytes, pid: int) -> Iterator[FileMapping]:
     """The executable file mappings in the text of /proc/PID/maps, each file once."""
     seen: set[tuple[bytes, bytes]] = set()
-    for line in text.splitlines():
-        fields = line.split(None, 5)
+    for match in re.finditer(rb"[^\n]+", text):
+        fields = match[0].split(None, 5)
         if len(fields) < 6 or b"x" not in fields[1] or fields[4] == b"0":
             continue
         if (fields[3], fields[4]) in seen:
@@ -531,21 +532,21 @@ def _address_range(text: bytes) -> str:
     return f"{int(start, 16):x}-{int(end, 16):x}"
 
 
-def executable_mappings(pid: int) -> list[FileMapping]:
-    """The executable file mappings of a process; empty when it is gone."""
+def executable_mappings(pid: int) -> Iterator[FileMapping] | None:
+    """The executable file mappings of a process; None when it is gone."""
     try:
         with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
-            text = b""
+            text = bytearray()
             while len(text) < MAPS_BYTES_MAX and (more := file.read(1 << 16)):
                 text += more
     except OSError:
-        return []
-    return list(parse_maps(text, pid))
+        return None
+    return parse_maps(bytes(text), pid) if text else None
 
 
 def own_libraries() -> list[str]:
     """The files that this process itself maps executable: the system's C library among them."""
-    return [mapping.path for mapping in executable_mappings(os.getpid())]
+    return [mapping.path for mapping in executable_mappings(os.getpid()) or ()]
 
 
 def standard_linkers() -> list[str]:
