@@ -95,6 +95,8 @@ def flood(bench: Bench, hers: Path) -> UprobeSource:
         crafted.make(kind, hers / f"{'ld-' if number % 2 else 'lib'}{number}.so")
     for number in range(PLAIN_FILES):
         (hers / f"plain{number}.so").write_bytes(b"\x7fELF" + bytes(100) + b"%d" % number)
+    for path in hers.iterdir():
+        os.chown(path, ALICE, ALICE)
     source = bench.source(files=[], scope=Scope(uids=frozenset({ALICE})))
     for _ in range(2):
         command = [*AS_ALICE, sys.executable, CLIENTS / "maps_files.py", hers, "/bin/true"]

@@ -21,7 +21,7 @@ print("mapped", len(kept), flush=True)
 number = 0
 while True:
     number += 1
-    copy = os.path.join(folder, f"run{number % 5}")
+    copy = os.path.join(folder, f"run{os.getpid()}-{number % 5}")
     if number % 2 or not os.path.exists(copy):
         shutil.copy(program, copy + ".new")
         os.rename(copy + ".new", copy)  # another file of the same name
