@@ -1,8 +1,10 @@
-"""The files that processes in scope run: each looked at once, and probed where it speaks TLS.
+"""The files that processes in scope run: each looked into once, and probed where it speaks TLS.
 
-By symbol at once; by memory (`known_files.py`) at once, too; else by structure, in another process
-without privileges (`python -m capture.libraries`). Programs are searched before shared libraries,
-and those before files that nobody runs yet. This file decides nothing about processes or scope.
+Root reads no file of anybody's here: it opens regular files, hands their descriptors to a process
+without privileges (`searches.py`, `finder.py`), and attaches what that one names only after a check
+of its own (`placement.py`), as it does with what is remembered (`known_files.py`). What is known of
+files is bounded: of each owner's files those go first that nobody ran for longest, and what there
+was no room for is counted (`over_limit`). This file decides nothing about processes or scope.
 """
 
 from __future__ import annotations
@@ -10,51 +12,45 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import select
 import stat
-import struct
-import subprocess
-import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 
-from capture import libraries, loader
-from capture.elf import ElfError
+from capture import finder, libraries, loader
 from capture.keeper import Hold
 from capture.known_files import KnownFiles
 from capture.name_places import NAMING, PLACES_MAX, UNPROVED, NamePlaces
+from capture.owners import owner_of
+from capture.placement import refusal
+from capture.searches import FileId, Haste, Job, Searches
 
-LINKERS_MAX = 64
+__all__ = ["Attachments", "File", "FileId", "Haste", "open_regular"]
+
 FILES_MAX = 20_000
-FINDER_BYTES_MAX = 1 << 20
+"""Files without TLS that are remembered as such, some 150 bytes each."""
+LIBRARIES_MAX = 2000
+"""Files with TLS, or that wait to be looked into."""
+PROBES_OF_OWNER_MAX, PROBES_ALL_MAX = 4096, 16_384
+"""A probe is a descriptor; a Go program has some twenty."""
+DESCRIPTORS_MAX = 32_768
 AHEAD_MAX = 1000
 """Once so many files were looked at, those that nobody runs are only remembered."""
-
-FileId = tuple[int, int, int]
-"""Device, inode, change time: inode numbers are used again."""
-
-
-class Haste(IntEnum):
-    """Who waits for a search. Each kind has a finder of its own, so that none waits for another."""
-
-    PROGRAM = 0
-    LIBRARY = 1
-    NOBODY = 2
-
-
-# A client's first request may come half a second after its start; one search a program's life.
-# At nobody's leisure nothing else is slowed.
-_PRIORITIES = {Haste.PROGRAM: -5, Haste.LIBRARY: -5, Haste.NOBODY: 19}
+USED_S = 2.0
+"""How old the list of files that processes map may be when room is made."""
+LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
+NO_INSTRUCTION = "root's check refused the places found"
 
 
 @dataclass(slots=True)
 class File:
-    """A file that was looked at. `library` None: no TLS in it, unless it is still `searching`."""
+    """A file that has TLS in it, or may: `library` is None while it is `searching`."""
 
     path: str
+    owner: int = 0
     library: libraries.Library | None = None
     probes: list[int] = field(default_factory=list)
     haste: Haste | None = None  # while it is searched
@@ -68,60 +64,10 @@ class File:
         """True until the search by structure has answered."""
         return self.haste is not None
 
-
-class _Finder:
-    """One process that searches some files; their descriptors stay ours."""
-
-    def __init__(self, files: list[tuple[FileId, int]], haste: Haste) -> None:
-        self.haste = haste
-        self.files = deque(files)
-        self._text = b""
-        self._read_bytes = 0
-        fds = [fd for _, fd in files]
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "capture.libraries", *map(str, fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-        )
-        with contextlib.suppress(OSError):
-            # At once: at the helper's own priority, two of them would keep it from every process
-            # that lives for milliseconds.
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, _PRIORITIES[haste])
-        assert self._process.stdout is not None
-        self._stdout = self._process.stdout
-        os.set_blocking(self._stdout.fileno(), False)
-
-    def fileno(self) -> int:
-        """Readable when an answer has come, or the end."""
-        return self._stdout.fileno()
-
-    def answers(self) -> list[tuple[FileId, int, str]]:
-        """(file, descriptor, line) for each answer since the last call; each is handed out once."""
-        with contextlib.suppress(BlockingIOError):
-            while more := os.read(self.fileno(), 1 << 16):
-                self._read_bytes += len(more)
-                self._text += more
-                if self._read_bytes > FINDER_BYTES_MAX:
-                    self._process.kill()
-                    break
-        *lines, self._text = self._text.split(b"\n")
-        return [
-            (*self.files.popleft(), line.decode("utf-8", "replace")) for line in lines if self.files
-        ]
-
     @property
-    def ended(self) -> bool:
-        """True once the process is gone and its answers are read."""
-        return self._process.poll() is not None
-
-    def close(self) -> None:
-        """Give up what it did not answer."""
-        self._stdout.close()
-        for _, fd in self.files:
-            os.close(fd)
+    def is_linker(self) -> bool:
+        """Whether it has no TLS, but tells of the libraries that it maps."""
+        return self.library is not None and self.library.is_linker
 
 
 class Attachments:
@@ -139,13 +85,17 @@ class Attachments:
         self._known = known
         self._names = names
         self._has_cookies = True
-        self._epoll = epoll
+        self._searches = Searches(epoll)
+        # The least recently used first, in both.
         self.files: dict[FileId, File] = {}
-        self._waiting: dict[Haste, deque[tuple[FileId, int]]] = {haste: deque() for haste in Haste}
-        self._finders: dict[Haste, _Finder] = {}
+        self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
+        self._probes: Counter[int] = Counter()  # by owner
         self._places: dict[int, File] = {}
-        # By device and inode: the probe that hears a dynamic linker, None where there can be none.
-        self.linkers: dict[tuple[int, int], int | None] = {}
+        self.used: Callable[[], set[FileId]] = set  # what processes map, as far as we know
+        self._used: set[FileId] = set()
+        self._used_at = float("-inf")
+        self._by_inode: dict[tuple[int, int], set[FileId]] = {}
+        self.over_limit = self.forgotten = 0
         self._hold = hold or Hold()
         self._adopt()
 
@@ -159,38 +109,36 @@ class Attachments:
                 held.close()  # it died while it attached: attached anew when it is looked at
                 self._hold.drop(name)
                 continue
-            place = int(held.about["place"])
-            file = File(held.about["path"], library, held.fds, place=place, held_as=name)
+            owner, place = int(held.about["owner"]), int(held.about["place"])
+            file = File(held.about["path"], owner, library, held.fds, place=place, held_as=name)
             device, inode, changed_ns = map(int, name[5:].split(":"))
-            self.files[device, inode, changed_ns] = file
+            self._keep((device, inode, changed_ns), file)
+            self._probes[owner] += len(held.fds)
             if place:
                 self._places[place] = file
                 self._names.adopt(place)
-        for name, held in self._hold.take_all("linker:"):
-            device, inode = map(int, name[7:].split(":"))
-            self.linkers[device, inode] = held.fds[0]
 
-    def _keep(self, file: File, fd: int) -> None:
+    def _have_held(self, identity: FileId, file: File) -> None:
         assert file.library is not None
-        device, inode, changed_ns = _identity(os.fstat(fd))
-        file.held_as = f"file:{device}:{inode}:{changed_ns}"
+        file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
         library = libraries.library_json(file.library)
-        about = {"path": file.path, "library": library, "place": file.place}
+        about = {"path": file.path, "owner": file.owner, "library": library, "place": file.place}
         self._hold.keep(file.held_as, about, file.probes)
 
     # --- looking --------------------------------------------------------------------------------
 
-    def look_at(self, link: str, path: str) -> FileId | None:
+    def look_at(self, link: str, path: str, haste: Haste | None = None) -> FileId | None:
         """The file's identity, once looked at; None when it cannot be opened."""
+        if haste is None:
+            haste = Haste.LIBRARY if ".so" in os.path.basename(path) else Haste.PROGRAM
         try:
             found = os.stat(link)
             identity = _identity(found)
-            if self._is_done_with(identity):
+            if self._is_done_with(identity, haste):
                 return identity
             fd = open_regular(link)
         except OSError:
             return None
-        haste = Haste.LIBRARY if ".so" in os.path.basename(path) else Haste.PROGRAM
         try:
             return self.look_into(fd, path, haste)
         finally:
@@ -206,60 +154,108 @@ class Attachments:
         identity = _identity(found)
         if self._is_done_with(identity, haste) or not stat.S_ISREG(found.st_mode):
             return identity
-        file = self.files.get(identity) or File(path)
-        with contextlib.suppress(ElfError, OSError, ValueError, struct.error):
-            library = libraries.inspect(fd) or self._known.recall(fd)
-            if haste is Haste.NOBODY and library and not self._is_worth_it(library):
-                return identity
-            self.files[identity] = file
-            if library:
-                file.library, file.haste = library, None  # a search on its way is not waited for
-                self._attach(file, fd)
-            elif found.st_size >= libraries.STRUCTURE_FILE_BYTES_MIN:
-                self._waiting[haste].append((identity, os.dup(fd)))
-                file.haste = haste
-        self.files.setdefault(identity, file)
+        self._forget_other_content(identity)
+        file = self.files.get(identity) or File(path, owner_of(found.st_uid))
+        library = self._known.recall(fd)
+        if library is None or refusal(fd, library):
+            kind = finder.INSPECT
+            if os.path.basename(path).startswith(LINKER_PREFIX):
+                kind = finder.LINKER
+            self._ask(Job(identity, fd, file.owner, kind, haste), file)
+        elif haste is not Haste.NOBODY or self._is_worth_it(library):
+            self._keep(identity, file)
+            file.library, file.haste = library, None  # a search on its way is not waited for
+            self._attach(identity, file, fd)
         return identity
+
+    def _ask(self, job: Job, file: File) -> None:
+        """Have the file looked into, by a descriptor of the search's own."""
+        job.fd = os.dup(job.fd)
+        if self._searches.ask(job):
+            self._keep(job.identity, file)
+            file.haste = job.haste
+        else:
+            os.close(job.fd)
+            self.over_limit += 1
 
     def _is_worth_it(self, library: libraries.Library) -> bool:
         """Whether to attach to what nobody runs yet: Go has many programs, of many probes each."""
         return library.stack != "Go crypto/tls" and len(self.files) < AHEAD_MAX
 
-    def _is_done_with(self, identity: FileId, haste: Haste = Haste.PROGRAM) -> bool:
+    def _is_done_with(self, identity: FileId, haste: Haste) -> bool:
+        if self._without.get(identity[:2]) == identity[2]:
+            self._without[identity[:2]] = self._without.pop(identity[:2])
+            return True
         file = self.files.get(identity)
         if file is None:
-            return len(self.files) >= FILES_MAX
+            return False
+        self.files[identity] = self.files.pop(identity)
         return file.haste is None or file.haste <= haste or file.haste is Haste.LIBRARY
+
+    def knows(self, identity: FileId) -> bool:
+        """Whether the file was looked into, or will be."""
+        return identity in self.files or self._without.get(identity[:2]) == identity[2]
+
+    def _forget_other_content(self, identity: FileId) -> None:
+        """The file was written to: probes of what it held before would be anywhere in it."""
+        self._without.pop(identity[:2], None)
+        for other in list(self._by_inode.get(identity[:2], ())):
+            if other != identity:
+                self._forget(other)
+
+    # --- what is known of files -----------------------------------------------------------------
+
+    def _keep(self, identity: FileId, file: File) -> None:
+        """Remember a file that has TLS in it, or may."""
+        if identity not in self.files:
+            if len(self.files) >= LIBRARIES_MAX and self._evict():
+                self.over_limit += 1
+            self._by_inode.setdefault(identity[:2], set()).add(identity)
+        self.files[identity] = file
+
+    def _keep_without(self, identity: FileId) -> None:
+        """Remember that there is no TLS in a file."""
+        self._forget(identity)
+        if len(self._without) >= FILES_MAX:
+            self._without.pop(next(iter(self._without)))
+            self.forgotten += 1
+        self._without[identity[:2]] = identity[2]
+
+    def _forget(self, identity: FileId) -> None:
+        file = self.files.pop(identity, None)
+        if file is None:
+            return
+        self.detach(file)
+        same = self._by_inode[identity[:2]]
+        same.discard(identity)
+        if not same:
+            del self._by_inode[identity[:2]]
+
+    def _evict(self, owner: int | None = None, *, probed: bool = False) -> bool:
+        """Forget the file that nobody ran for longest, of an owner's or of who has most."""
+        if owner is None:
+            counts = Counter(file.owner for file in self.files.values())
+            owner = max(counts, key=lambda each: counts[each], default=0)
+        if time.monotonic() - self._used_at > USED_S:
+            self._used, self._used_at = self.used(), time.monotonic()
+        for identity, file in self.files.items():
+            if file.owner != owner or identity in self._used or file.searching:
+                continue
+            if file.probes or not probed:
+                self._forget(identity)
+                return True
+        return False
 
     # --- attaching ------------------------------------------------------------------------------
 
-    def attach_linker(self, path: str) -> bool:
-        """Hear of every library that this dynamic linker maps; False when it cannot be."""
-        try:
-            fd = open_regular(path)
-        except OSError:
-            return False
-        found = os.fstat(fd)
-        identity = found.st_dev, found.st_ino
-        try:
-            hook = libraries.find_linker_hook(fd)
-            if hook is not None and identity not in self.linkers:
-                program, at = self._programs[hook.program], f"/proc/self/fd/{fd}"
-                link = loader.attach_uprobe(program, at, hook.offset, at_return=False)
-                self.linkers[identity] = link
-                self._hold.keep(f"linker:{identity[0]}:{identity[1]}", True, [link])
-        except (ElfError, OSError):
-            pass
-        finally:
-            os.close(fd)
-        return self.linkers.setdefault(identity, None) is not None
+    def attach_linker(self, path: str) -> FileId | None:
+        """Hear of every library that this dynamic linker maps, as soon as it is looked into."""
+        return self.look_at(path, path, Haste.LIBRARY)
 
-    def hears(self, linker: libraries.FileMapping) -> bool:
-        """Whether we hear this dynamic linker, a container's perhaps: from now on if we can."""
-        identity = linker.device, linker.inode
-        if identity in self.linkers or len(self.linkers) >= LINKERS_MAX:
-            return self.linkers.get(identity) is not None
-        return self.attach_linker(linker.link)
+    def hears(self, linker: FileId) -> bool:
+        """Whether we hear this dynamic linker, a container's perhaps."""
+        file = self.files.get(linker)
+        return bool(file and file.probes and file.is_linker)
 
     def doubt(self, place: int) -> str | None:
         """Remove the probes of the file whose bytes were no HTTP; say which file it was."""
@@ -276,8 +272,12 @@ class Attachments:
         """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
         self._names.learned(place, offset)
 
-    def _attach(self, file: File, fd: int) -> None:
+    def _attach(self, identity: FileId, file: File, fd: int) -> None:
+        """Attach to a file, if the places are where instructions of it begin (`placement.py`)."""
         assert file.library is not None
+        file.failure = self._refused(file, fd)
+        if file.failure:
+            return
         cookie = self._cookie(file, fd)
         if file.library.unproved and not cookie:
             file.failure = f"more than {PLACES_MAX} programs at once"
@@ -290,8 +290,29 @@ class Attachments:
         if error:
             file.failure = f"cannot attach: {error.strerror}"
             self.detach(file)
+        elif _identity(os.fstat(fd)) != identity:
+            file.failure = "it was written to meanwhile"
+            self.detach(file)
         elif file.probes:
-            self._keep(file, fd)
+            self._have_held(identity, file)
+
+    def _refused(self, file: File, fd: int) -> str | None:
+        assert file.library is not None
+        if not self._makes_room(file.owner, len(file.library.probes)):
+            self.over_limit += 1
+            return f"more probes than one owner's files may have; {libraries.INSTEAD}"
+        reason = refusal(fd, file.library)
+        return f"{NO_INSTRUCTION}: {reason}; {libraries.INSTEAD}" if reason else None
+
+    def _makes_room(self, owner: int, count: int) -> bool:
+        """Whether so many probes more are within limits, once files that nobody runs are left."""
+        while self._probes[owner] + count > PROBES_OF_OWNER_MAX:
+            if not self._evict(owner, probed=True):
+                return False
+        while self._probes.total() + count > PROBES_ALL_MAX:
+            if not self._evict(max(self._probes, key=lambda each: self._probes[each]), probed=True):
+                return False
+        return True
 
     def _cookie(self, file: File, fd: int) -> int:
         """What the probes are told: Go's offsets, or the file's number and whether it is proved."""
@@ -322,6 +343,7 @@ class Attachments:
                 self._remove_probes(file)
                 return error
             file.probes.append(probe)
+            self._probes[file.owner] += 1
         return None
 
     def detach(self, file: File) -> None:
@@ -335,100 +357,112 @@ class Attachments:
     def _remove_probes(self, file: File) -> None:
         for probe in file.probes:
             os.close(probe)
+        self._probes[file.owner] -= len(file.probes)
         file.probes = []
         if file.held_as:
             self._hold.drop(file.held_as)
             file.held_as = ""
 
-    def drop_unused(self, used: Iterable[FileId]) -> None:
+    def drop_unused(self) -> None:
         """Detach from files that nobody in scope maps and that no path leads to any more."""
-        used = set(used)
+        used = self.used()
         for identity, file in list(self.files.items()):
             if identity in used or file.searching:
                 continue
             try:
-                found = os.stat(file.path)
-                if (found.st_dev, found.st_ino) == identity[:2]:
+                if _identity(os.stat(file.path)) == identity:
                     continue
             except OSError:
                 pass
-            self.detach(file)
-            del self.files[identity]
+            self._forget(identity)
 
     # --- searching ------------------------------------------------------------------------------
 
     @property
     def searching(self) -> bool:
-        """True while files without symbols are being looked at, or wait for it."""
-        return bool(self._finders) or any(self._waiting.values())
+        """True while files are being looked into, or wait for it."""
+        return self._searches.busy
+
+    def due(self, now: float) -> float:
+        """When to call `search` though nothing is readable."""
+        return self._searches.due(now)
 
     def search(self) -> list[FileId]:
-        """Start and collect searches; the files found out about since the last call."""
+        """Begin and collect searches; the files found out about since the last call."""
         found: list[FileId] = []
-        for haste, finder in list(self._finders.items()):
-            ended = finder.ended
-            for identity, fd, line in finder.answers():
-                self._take(identity, fd, line, haste)
-                os.close(fd)
-                found.append(identity)
-            if ended:
-                self._end(finder)
-        for haste, waiting in self._waiting.items():
-            if waiting and haste not in self._finders:
-                count = min(len(waiting), libraries.FILES_A_SEARCH_MAX)
-                finder = _Finder([waiting.popleft() for _ in range(count)], haste)
-                self._finders[haste] = finder
-                if self._epoll:
-                    self._epoll.register(finder.fileno(), select.EPOLLIN)
+        for job, text in self._searches.answers():
+            try:
+                if self._take(job, text):
+                    found.append(job.identity)
+            finally:
+                os.close(job.fd)
         return found
+
+    @property
+    def quick_busy(self) -> bool:
+        """True while some file's symbols are being looked at, which takes milliseconds."""
+        return self._searches.quick_busy
+
+    def wait(self, seconds: float) -> None:
+        """Until there may be something to `search`, no longer than that."""
+        self._searches.wait(seconds)
+
+    def close(self) -> None:
+        """Remove all probes, and look into nothing any more."""
+        for identity in list(self.files):
+            self._forget(identity)
+        self._searches.close()
 
     def search_now(self, path: str, seconds: float) -> None:
         """Look at a program that waits to be run, and return when it is attached, or not TLS."""
         deadline = time.monotonic() + seconds
         identity = self.look_at(path, os.path.realpath(path))
-        while identity in self.files and self.files[identity].searching:
+        while True:
             self.search()
-            finders = list(self._finders.values())
+            file = self.files.get(identity) if identity else None
             left = deadline - time.monotonic()
-            if left <= 0:
-                return  # it is attached late then, and counted so
-            # Readable at its end as well, which comes before it can be waited for.
-            select.select(finders, [], [], min(left, 0.05))
+            if not file or not file.searching or left <= 0:
+                return  # if it is late, it is attached late, and counted so
+            self.wait(min(left, 0.05))
 
-    def _take(self, identity: FileId, fd: int, line: str, haste: Haste) -> None:
-        file = self.files.get(identity)
+    def _take(self, job: Job, text: str | None) -> bool:
+        """Make of an answer what it says; False while more is to be found out."""
+        file = self.files.get(job.identity)
         if file is None or file.haste is None:
-            return  # searched twice, once in no haste
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            library = libraries.library_from_json(line)
-            if library and library.probes:
-                self._known.remember(fd, library)
-                if file.haste is Haste.NOBODY and not self._is_worth_it(library):
-                    del self.files[identity]  # looked at again, and attached, when it is run
-                    return
-                file.library = library
-                self._attach(file, fd)
-            elif library:
-                file.library = library
-            elif file.haste is not haste:
-                return  # the other search is still on its way
-        file.haste = None
-
-    def _end(self, finder: _Finder) -> None:
-        """Its end came early at the first file that it did not answer; the others wait again."""
-        for number, (identity, fd) in enumerate(finder.files):
-            file = self.files.get(identity)
-            if file is None or file.haste is not finder.haste:
-                continue
-            if number:
-                self._waiting[finder.haste].append((identity, os.dup(fd)))
-            else:
+            return False  # searched twice, once in no haste; or written to meanwhile
+        if text is None:
+            if file.haste is job.haste:
                 file.haste = None
                 file.failure = f"the search in it ended without an answer; {libraries.INSTEAD}"
-        if self._epoll:
-            self._epoll.unregister(finder.fileno())
-        finder.close()
-        del self._finders[finder.haste]
+            return True
+        library = None
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            library = libraries.library_from_json(text)
+        if library is None:
+            return self._nothing_found(job, file)
+        if library.probes and job.kind == finder.SEARCH:
+            self._known.remember(job.fd, library)
+        if file.haste is Haste.NOBODY and library.probes and not self._is_worth_it(library):
+            self._forget(job.identity)  # looked at again, and attached, when it is run
+            return False
+        file.library, file.haste = library, None
+        if library.probes:
+            self._attach(job.identity, file, job.fd)
+        return True
+
+    def _nothing_found(self, job: Job, file: File) -> bool:
+        if file.haste is not job.haste:
+            return False  # another search is on its way, for who cannot wait
+        size = os.fstat(job.fd).st_size
+        if job.kind != finder.SEARCH and size >= libraries.STRUCTURE_FILE_BYTES_MIN:
+            further = replace(job, kind=finder.SEARCH)
+            file.haste = None
+            self._ask(further, file)
+            if file.haste is None:  # too many wait: it is looked at again when it is met again
+                self._forget(job.identity)
+            return False
+        self._keep_without(job.identity)
+        return True
 
 
 def open_regular(path: str) -> int:
@@ -448,3 +482,12 @@ def open_regular(path: str) -> int:
 
 def _identity(found: os.stat_result) -> FileId:
     return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+def allow_descriptors(count: int) -> None:
+    """Have room for a descriptor for each probe and for each file that waits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

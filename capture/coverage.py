@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from capture import libraries, loader, processes
 from capture.attachments import File
-from capture.elf import Elf, ElfError
+from capture.elf import ElfError
 from capture.family import Family
+from capture.placement import RESOLVER_FUNCTION, refusal
 from halton_meter.model import Process
 
 if TYPE_CHECKING:
@@ -73,7 +74,11 @@ class Coverage:
         for pid, watched in self._discovery.watched.items():
             if len(lines) >= LINES_MAX:
                 break
-            files = [files_by_id[each] for each in watched.files if each in files_by_id]
+            files = [
+                file
+                for each in watched.files
+                if (file := files_by_id.get(each)) and not file.is_linker
+            ]
             if any(file.doubted for file in files):  # its connections were opened, then left out
                 lines = [each for each in lines if each["process"]["pid"] != pid]
             elif pid in self._recent:
@@ -102,7 +107,7 @@ class Coverage:
             self._recent.pop(next(iter(self._recent)))
         watched = self._discovery.watched.get(process.pid)
         known = [files_by_id.get(each) for each in (watched.files if watched else ())]
-        file = next((each for each in known if each and each.probes), None)
+        file = next((each for each in known if each and each.probes and not each.is_linker), None)
         self._recent[process.pid] = {
             "process": processes.to_json(process),
             "host": host,
@@ -120,12 +125,13 @@ def attach_resolver(program: int) -> int | None:
     """
     path = next((path for path in libraries.own_libraries() if "/libc.so" in path), None)
     with contextlib.suppress(ElfError, OSError, TypeError), open(path or "", "rb") as file:
-        with Elf(file.fileno()) as elf:
-            found = elf.symbols(("getaddrinfo",))
-            offset = elf.offset_of(found[0].address) if found else None
-        if offset is not None:
-            at = f"/proc/self/fd/{file.fileno()}"
-            return loader.attach_uprobe(program, at, offset, at_return=False)
+        fd = file.fileno()
+        found = libraries.find_function(fd, RESOLVER_FUNCTION, "C library", "on_lookup")
+        if found is not None and refusal(fd, found) is None:
+            (probe,) = found.probes
+            return loader.attach_uprobe(
+                program, f"/proc/self/fd/{fd}", probe.offset, at_return=False
+            )
     return None
 
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from capture import libraries, loader, protocol
 from capture.admission import Admission
-from capture.attachments import FILES_MAX, Attachments, FileId, Haste, open_regular
+from capture.attachments import LINKER_PREFIX, Attachments, open_regular
 from capture.coverage import Lookups, talks_tls
 from capture.identities import Identities, folder_of
 from capture.installs import Installs
+from capture.searches import FileId, Haste
 
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -28,10 +28,16 @@ RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 HEARD_RESCAN_S_MAX = 0.1
 MAPPED_S = 0.002
 SWEEP_S = 300.0
-LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
-SEARCH_S = 0.05  # a search's process ends a moment after its last answer
+LISTING_EVERY_S = 3.0  # however often something changes
 EAGER_RUNS_MAX = 5
+RUNS_MAX = TALKERS_MAX = 4096  # executables remembered
+WATCHED_MAX = 8192  # processes in scope
+SEEN_MAX = 2000  # files that one process maps executable, looked at
+SEEN_ALL_MAX = 30_000  # of all processes: some 140 bytes each
+SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, behind others
+SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
+TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
 
 
@@ -43,7 +49,7 @@ class Watched:
     seen: set[tuple[int, int]] = field(default_factory=set)
     files: set[FileId] = field(default_factory=set)
     java: bool = False
-    heard: bool = False  # its dynamic linker tells us what it maps
+    linker: FileId | None = None  # its dynamic linker, which may tell us what it maps
 
 
 class Discovery:
@@ -71,13 +77,19 @@ class Discovery:
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
+        files.used = self._used
         self._talkers: set[tuple[int, int]] = set()
         self._runs: dict[tuple[int, int], int] = {}
-        self._rescans: list[tuple[float, int, int]] = []
+        self._rescans: list[tuple[float, int, int, int]] = []
+        self._series = 0
+        self._series_of: dict[int, int] = {}
+        self._seen = 0
+        self._unswept: list[int] = []
         self._mapped: set[int] = set()
         self._installs: Installs | None = None
         self._list_installs_at: float | None = None
-        self._candidates: deque[str] = deque()
+        self._listed_at = float("-inf")
+        self._candidates: Iterator[str | None] | None = None
 
     def search_installs(self, installs: Installs) -> None:
         """Search what is installed there, and what will be, ahead of its first run."""
@@ -86,15 +98,14 @@ class Discovery:
 
     def due(self, now: float) -> float:
         """When there is something to do next without any news."""
-        if self._candidates:
+        if self._candidates is not None or self._unswept:
             return now
         times = [self.sweep_at]
         if self._rescans:
             times.append(self._rescans[0][0])
         if self._list_installs_at is not None:
             times.append(self._list_installs_at)
-        if self.files.searching:
-            times.append(now + SEARCH_S)
+        times.append(self.files.due(now))
         return min(times)
 
     # --- news ---------------------------------------------------------------------------------
@@ -127,6 +138,8 @@ class Discovery:
                 self._on_open(record)
                 self._named(record.tgid, record.ssl)
                 if exe := self._executable(record.tgid):
+                    if len(self._talkers) >= TALKERS_MAX:
+                        self._talkers.pop()
                     self._talkers.add(exe)
         self._process_ring.skip_discarded()
         for pid in mapped:
@@ -190,10 +203,10 @@ class Discovery:
             stat = os.fstat(fd)
             if self._may_be_short((stat.st_dev, stat.st_ino)):
                 self.identities.of(pid)
-            watched = self.watched[pid] = Watched(time.monotonic())
+            watched = self._watch(pid)
+            watched.executed = time.monotonic()
             identity = self.files.look_into(fd, os.readlink(f"/proc/self/fd/{fd}"))
-            file = self.files.files.get(identity)
-            if file and (file.library or file.searching):
+            if identity in self.files.files:
                 watched.files.add(identity)
         except OSError:
             return
@@ -209,69 +222,128 @@ class Discovery:
         """
         if exe in self._talkers:
             return True
-        if len(self._runs) >= FILES_MAX:
+        if len(self._runs) >= RUNS_MAX:
             self._runs.clear()
         self._runs[exe] = runs = self._runs.get(exe, 0) + 1
         return runs <= EAGER_RUNS_MAX
 
     def schedule(self, pid: int) -> None:
-        """Look at what a process maps, now and as it maps more."""
-        heapq.heappush(self._rescans, (time.monotonic() + RESCAN_S[0], pid, 0))
+        """Look at what a process maps, now and as it maps more, instead of all looks so far."""
+        self._series += 1
+        self._series_of[pid] = self._series
+        heapq.heappush(self._rescans, (time.monotonic() + RESCAN_S[0], pid, 0, self._series))
 
-    def _schedule_once(self, pid: int) -> None:
+    def _schedule_once(self, pid: int, seconds: float = MAPPED_S) -> None:
         """Libraries were mapped, perhaps the first of many: look soon, once for all of them."""
         if pid not in self._mapped:
             self._mapped.add(pid)
-            heapq.heappush(self._rescans, (time.monotonic() + MAPPED_S, pid, len(RESCAN_S)))
+            heapq.heappush(self._rescans, (time.monotonic() + seconds, pid, len(RESCAN_S), 0))
 
     def run_rescans(self, now: float) -> None:
-        """Look at processes whose time has come, and take what searches have found."""
-        while self._rescans and self._rescans[0][0] <= now:
+        """Look at processes whose time has come, and take what searches have found.
+
+        No longer than a turn: whoever has thousands of processes keeps nobody waiting.
+        """
+        until = time.monotonic() + TURN_S
+        while self._rescans and self._rescans[0][0] <= now and time.monotonic() < until:
             self.read_processes()  # who starts meanwhile may be gone before the last is looked at
-            at, pid, step = heapq.heappop(self._rescans)
-            if step >= len(RESCAN_S):
-                self._mapped.discard(pid)
-            if not self._scan(pid):
-                continue
-            watched = self.watched.get(pid)  # None: it ran another program meanwhile and is gone
-            last_s = HEARD_RESCAN_S_MAX if watched and watched.heard else RESCAN_S[-1]
-            if step + 1 < len(RESCAN_S) and RESCAN_S[step + 1] <= last_s:
-                later = at - RESCAN_S[step] + RESCAN_S[step + 1]
-                heapq.heappush(self._rescans, (later, pid, step + 1))
-        if self.files.searching and (found := self.files.search()):
-            self._note_late(found, time.monotonic())
-            self._on_change()
+            self._rescan(*heapq.heappop(self._rescans))
+        while self._unswept and time.monotonic() < until:
+            self._scan(self._unswept.pop())
+            if not self._unswept:
+                self.files.drop_unused()
+        if found := self.files.search():
+            self._found(found)
+
+    def _rescan(self, at: float, pid: int, step: int, series: int) -> None:
+        if step >= len(RESCAN_S):
+            self._mapped.discard(pid)
+        elif self._series_of.get(pid) != series:
+            return
+        goes_on = self._scan(pid)
+        watched = self.watched.get(pid)  # None: it ran another program meanwhile and is gone
+        heard = watched and watched.linker and self.files.hears(watched.linker)
+        last_s = HEARD_RESCAN_S_MAX if heard else RESCAN_S[-1]
+        if step >= len(RESCAN_S):
+            return
+        if goes_on and step + 1 < len(RESCAN_S) and RESCAN_S[step + 1] <= last_s:
+            later = at - RESCAN_S[step] + RESCAN_S[step + 1]
+            heapq.heappush(self._rescans, (later, pid, step + 1, series))
+        else:
+            self._series_of.pop(pid, None)
 
     def _scan(self, pid: int) -> bool:
         """Look at files the process has mapped since last time; False when it is gone."""
         if not self._admission.in_scope(pid):
             return False
         mappings = libraries.executable_mappings(pid)
-        if not mappings:
+        if mappings is None:
             self.watched.pop(pid, None)
             return False
-        watched = self.watched.setdefault(pid, Watched(None))
+        watched = self._watch(pid)
+        until = time.monotonic() + SCAN_S
         for mapping in mappings:
-            if (mapping.device, mapping.inode) in watched.seen:
+            inode = mapping.device, mapping.inode
+            if inode in watched.seen:
                 continue
-            watched.seen.add((mapping.device, mapping.inode))
+            if len(watched.seen) >= SEEN_MAX:
+                break
+            if time.monotonic() > until:
+                self._schedule_once(pid, SCAN_AGAIN_S)
+                break
             watched.java = watched.java or mapping.path.endswith("/libjvm.so")
-            if os.path.basename(mapping.path).startswith(LINKER_PREFIX):
-                watched.heard = watched.heard or self.files.hears(mapping)
             self.read_processes()  # libraries can wait, a process may not
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:
                 identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
-            file = self.files.files.get(identity) if identity else None
-            if identity and file and (file.library or file.searching):
+            if identity and not self.files.knows(identity):  # there was no room for it
+                self._schedule_once(pid, NO_ROOM_S)
+                break
+            self._see(watched, inode)
+            if os.path.basename(mapping.path).startswith(LINKER_PREFIX):
+                watched.linker = watched.linker or identity
+            if identity and (file := self.files.files.get(identity)):
                 watched.files.add(identity)
-                self.identities.of(pid)
-                self._on_change()
+                if file.library:
+                    self.identities.of(pid)
+                    self._on_change()
         return True
 
-    def _note_late(self, found: list[FileId], now: float) -> None:
+    def _watch(self, pid: int) -> Watched:
+        """What we know of a process; those that were met first go where there are too many."""
+        if pid not in self.watched and len(self.watched) >= WATCHED_MAX:
+            self.watched.pop(next(iter(self.watched)))
+        return self.watched.setdefault(pid, Watched(None))
+
+    def _see(self, watched: Watched, inode: tuple[int, int]) -> None:
+        """Note that a process's file was looked at; when there are too many, of nobody's."""
+        self._seen += 1
+        if self._seen > SEEN_ALL_MAX:
+            self._seen = 0
+            for each in self.watched.values():
+                each.seen.clear()
+        watched.seen.add(inode)
+
+    def _used(self) -> set[FileId]:
+        """Files with TLS that processes map, as far as we know."""
+        return {identity for watched in self.watched.values() for identity in watched.files}
+
+    def _found(self, found: list[FileId]) -> None:
+        """Some files were looked into: say who maps those with TLS, forget the others."""
+        known = {each for each in found if each in self.files.files}
+        others = set(found) - known
+        for pid, watched in self.watched.items():
+            watched.files -= others
+            if watched.files & known:
+                self.identities.of(pid)
+        self._note_late(known, time.monotonic())
+        if known:
+            self._on_change()
+
+    def _note_late(self, found: set[FileId], now: float) -> None:
         """Count who runs files that got their probes just now, and talked TLS before."""
-        probed = {each for each in found if (file := self.files.files.get(each)) and file.probes}
+        files = self.files.files
+        probed = {each for each in found if files[each].probes and not files[each].is_linker}
         for pid, watched in self.watched.items():
             if watched.executed is not None and watched.files & probed and talks_tls(pid):
                 self.late += 1
@@ -283,14 +355,28 @@ class Discovery:
         """Search what is installed, but runs not yet; a file a turn, so that nothing waits."""
         if self._installs is None:
             return
-        if self._installs.changed():
-            self._list_installs_at = now + INSTALLS_S
+        if self._installs.changed() and self._list_installs_at is None:
+            self._list_installs_at = max(now + INSTALLS_S, self._listed_at + LISTING_EVERY_S)
         if self._list_installs_at is not None and now >= self._list_installs_at:
             self._list_installs_at = None
-            self._candidates = deque(self._installs.candidates())
-        if self._candidates:
-            self._prepare(self._candidates.popleft())
-            self._on_change()
+            self._listed_at = now
+            self._candidates = self._installs.candidates()
+        if self._candidates is not None:
+            self._prepare_next(self._candidates)
+
+    def _prepare_next(self, candidates: Iterator[str | None]) -> None:
+        """Go on with the listing, a little while or up to the next file."""
+        until = time.monotonic() + TURN_S
+        while time.monotonic() < until:
+            try:
+                path = next(candidates)
+            except StopIteration:
+                self._candidates = None
+                return
+            if path is not None:
+                self._prepare(path)
+                self._on_change()
+                return
 
     def _prepare(self, path: str) -> None:
         try:
@@ -312,8 +398,15 @@ class Discovery:
             del self.watched[pid]
         for pid in self.unnamed.keys() - alive:
             del self.unnamed[pid]
-        for pid in alive:
-            if pid != os.getpid():
-                self._scan(pid)
-        used = {identity for watched in self.watched.values() for identity in watched.files}
-        self.files.drop_unused(used)
+        for pid in self._series_of.keys() - alive:
+            del self._series_of[pid]
+        self._unswept = sorted(alive - {os.getpid()}, reverse=True)
+
+    def settle(self, until: float) -> None:
+        """At the start: look at all processes, and wait for files by symbol, until that time."""
+        while (now := time.monotonic()) < until:
+            self.run_rescans(now)
+            if not self._unswept and not self.files.quick_busy:
+                return
+            if not self._unswept:
+                self.files.wait(min(until - now, TURN_S))

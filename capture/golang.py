@@ -47,7 +47,7 @@ MODULES_MAX = 64
 # How a function that may need more stack begins: comparing the stack pointer to the goroutine's
 # limit. x86-64: cmp rsp,[r14+0x10], or lea r12,[rsp-n]; cmp r12,[r14+0x10].
 # aarch64: ldr x16,[x28,#16].
-_BEGINS = {
+BEGINS = {
     "x86_64": re.compile(
         rb"(?s)(?:\x4c\x8d(?:\x64\x24.|\xa4\x24....)\x4d\x3b\x66\x10|\x49\x3b\x66\x10)"
     ),
@@ -57,13 +57,17 @@ _BEGINS = {
 
 @dataclass(frozen=True, slots=True)
 class GoFunction:
-    """A Go function: file offsets of its first instruction and of each of its RETs."""
+    """A Go function: file offsets of its first instruction and of each of its RETs.
+
+    `row` is the file offset of its row in the function table: two numbers, then the next one's.
+    """
 
     name: str
     address: int
     offset: int
     size_bytes: int
     returns: tuple[int, ...]
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +111,15 @@ class Found:
         return "r14" if self.machine == "x86_64" else "x28"
 
     @property
-    def _all(self) -> tuple[GoFunction, ...]:
+    def all_functions(self) -> tuple[GoFunction, ...]:
+        """The two, and the third if it was found."""
         found = (self.read, self.write)
         return (*found, self.close) if self.close is not None else found
 
     @property
     def functions(self) -> Mapping[str, int]:
         """Name to file offset of the first instruction."""
-        return MappingProxyType({f.name: f.offset for f in self._all})
+        return MappingProxyType({f.name: f.offset for f in self.all_functions})
 
     @property
     def reason(self) -> None:
@@ -257,12 +262,12 @@ class _Table:
         if last > TABLE_BYTES_MAX:
             raise _Doubt("the function table is larger than any known")
         records = self.elf.read_at(self.functions, last + 8)
-        rows: list[tuple[int, int]] = []
+        rows: list[tuple[int, int, int]] = []
         at = records.find(wanted)
         while at >= 0:  # a record is its function's start, then its name: search for the name
             index = where.get(at - 4, -1)
             if index >= 0 and struct.unpack_from("<I", records, at - 4)[0] == entries[2 * index]:
-                rows.append((entries[2 * index], entries[2 * index + 2]))
+                rows.append((entries[2 * index], entries[2 * index + 2], index))
             at = records.find(wanted, at + 1)
         if len(rows) != 1:
             raise _Doubt(f"{len(rows)} functions are called {name}")
@@ -279,20 +284,21 @@ class _Table:
             raise _Doubt(f"two names {name}")
         return at + 1
 
-    def _checked(self, name: str, start: int, end: int) -> GoFunction:
+    def _checked(self, name: str, start: int, end: int, index: int) -> GoFunction:
         if not 16 <= end - start <= FUNCTION_BYTES_MAX:
             raise _Doubt(f"{name} is {end - start} bytes long")
         address = self.text + start
         offset = self.elf.offset_of(address)
-        if offset is None or not _is_code(self.elf, address):
+        row = self.elf.offset_of(self.functions + 8 * index)
+        if offset is None or row is None or not _is_code(self.elf, address):
             raise _Doubt(f"{name} is not in the program's code")
         code = self.elf.read_at(address, end - start)
-        if not _BEGINS[self.elf.machine].match(code):
+        if not BEGINS[self.elf.machine].match(code):
             raise _Doubt(f"{name} does not begin as a Go function does")
         returns = tuple(offset + at for at in _returns(code, self.elf.machine, name))
         if not 0 < len(returns) <= RETURNS_MAX:
             raise _Doubt(f"{name} has {len(returns)} returns")
-        return GoFunction(name, address, offset, len(code), returns)
+        return GoFunction(name, address, offset, len(code), returns, row)
 
 
 def _tables(elf: Elf) -> Iterator[_Table]:

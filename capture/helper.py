@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import socket
 import struct
@@ -26,7 +27,7 @@ from typing import Any
 from capture import libraries, loader, processes, protocol
 from capture.admission import Admission, Refused
 from capture.announcements import unannounced
-from capture.attachments import Attachments
+from capture.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.coverage import Coverage, attach_resolver
 from capture.discovery import Discovery
 from capture.family import Family
@@ -52,6 +53,8 @@ COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
 WHOSE_MAX = 2048  # some 1 KB each
+SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
+MEMORY_MORE_BYTES = 64 << 20
 NICE = -10  # a process may live 10 ms: be there before it is gone
 
 _SO_SNDBUFFORCE = 32
@@ -167,9 +170,11 @@ class Helper:
         for path in libraries.standard_linkers():
             self.files.attach_linker(path)
         self._attach_kept("resolver", lambda: attach_resolver(programs["on_lookup"]))
-        if program := command.get("program"):
-            self.files.search_now(str(program), PROGRAM_S)
         self._discovery.sweep(time.monotonic())
+        if not self._carries_on:  # else there are probes already, and a reader waits
+            if program := command.get("program"):
+                self.files.search_now(str(program), PROGRAM_S)
+            self._discovery.settle(time.monotonic() + SETTLE_S)
         if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
             installs = Installs(homes_of(None if scope["everyone"] else scope["uids"]))
             self._discovery.search_installs(installs)
@@ -279,6 +284,7 @@ class Helper:
     def _add_root(self, pid: int) -> None:
         """Put a process and what descends from it in scope."""
         for each in self._family.include(pid):
+            self._discovery.identities.of(each)  # its parents, which its next exec does not tell
             self._discovery.schedule(each)
 
     def command(self, command: dict[str, Any]) -> None:
@@ -494,7 +500,11 @@ class Helper:
         if statistics["notices_lost"] != self._notices_lost and not self._outlet.blocked:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
-        attached = [file for file in self.files.files.values() if file.probes]
+        statistics["files_over_limit"] = self.files.over_limit
+        statistics["files_forgotten"] = self.files.forgotten
+        attached = [
+            file for file in self.files.files.values() if file.probes and not file.is_linker
+        ]
         report = {
             "loader": self._loaded.name,
             "probes": sum(len(file.probes) for file in attached) + len(self._keep),
@@ -541,6 +551,13 @@ def rss_bytes() -> int | None:
     return None
 
 
+def bound_memory(more_bytes: int) -> None:
+    """Let this process take so much more than it has: the last resort, after all other limits."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as f:
+        now = int(f.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_DATA, (now + more_bytes, resource.RLIM_INFINITY))
+
+
 def first_command(sock: socket.socket) -> dict[str, Any] | None:
     """What our own starter wants; not a byte is read of what others may say after it."""
     line = bytearray()
@@ -567,6 +584,7 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
         sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
     helper.connect(sock)
+    bound_memory(MEMORY_MORE_BYTES)
     helper.run()
 
 
@@ -601,6 +619,7 @@ def main() -> None:
     os.umask(0o077)
     with contextlib.suppress(OSError):
         os.nice(NICE)
+    allow_descriptors(DESCRIPTORS_MAX)
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     channel = None if arguments.channel is None else socket.socket(fileno=arguments.channel)
     serve(socket.socket(fileno=arguments.fd), Hold(channel))

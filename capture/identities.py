@@ -18,7 +18,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capture.arguments import REDACTED, without_secrets
 from capture.attachments import open_regular
@@ -35,6 +35,7 @@ from halton_meter.model import Process
 
 IDENTITY_S = 1.0
 IDENTITIES_MAX = 4096
+ARGUMENT_BYTES_MAX = 4 << 20  # of all that is remembered: one process may have 32 KB of them
 LIVES_MAX = 8192  # of all pids
 # How long a life is kept that another has followed: its connections lie in the ring, until then.
 LIFE_KEPT_NS = 30_000_000_000
@@ -62,6 +63,11 @@ class _Life:
         slack_ns = 0 if self.executed else 2 * _tick_ns()
         return self.since_ns >= born_ns - slack_ns
 
+    @property
+    def argument_bytes(self) -> int:
+        told = len(self.executed.data) if self.executed else 0
+        return told + sum(map(len, self.process.argv if self.process else ()))
+
 
 class Identities:
     """Bounded in number; the pid that was heard of longest ago is forgotten first.
@@ -74,10 +80,12 @@ class Identities:
         self._has_news = has_news
         self._lives: OrderedDict[int, list[_Life]] = OrderedDict()
         self._count = 0
+        self._added_bytes = 0  # since it was last counted what all have
 
     def executed(self, record: Record, cwd: str | None = None) -> None:
         """A process runs another program now, in that directory if it is known."""
         self._add(record.tgid, _Life(record.at_ns, record, cwd))
+        self._added(len(record.data))
 
     def of(
         self, pid: int, *, fresh: bool = False, at_ns: int | None = None, born_ns: int = 0
@@ -94,8 +102,21 @@ class Identities:
         if lives is None or life is lives[-1]:
             self._read(pid, life, fresh, at_ns)
         if life.process is None and life.executed is not None:
-            life.process = process_as_executed(life.executed, life.cwd)
+            life.process = self._as_executed(life, lives or [])
         return life.process
+
+    @staticmethod
+    def _as_executed(life: _Life, lives: Sequence[_Life]) -> Process:
+        """What the kernel told; of a parent that it does not know, what was known before the exec.
+
+        It knows those of processes that were in scope when they were forked.
+        """
+        assert life.executed is not None
+        process = process_as_executed(life.executed, life.cwd)
+        for before in reversed(lives[: lives.index(life)] if life in lives else ()):
+            if before.process is not None and not process.parents and before.executed is None:
+                return replace(process, parents=before.process.parents)
+        return process
 
     def _life_at(self, pid: int, at_ns: int, born_ns: int) -> _Life | None:
         """The life in whose time that was; None when only others are known."""
@@ -114,9 +135,9 @@ class Identities:
 
     def _life_now(self, pid: int) -> _Life:
         lives = self._lives.get(pid)
-        if not lives:
-            return _Life()
         began_ns = _began_ns(pid)
+        if not lives:  # what was before it had the number is not its own
+            return _Life(0 if began_ns is None else max(0, began_ns - _tick_ns()))
         if began_ns is not None and lives[-1].since_ns and _is_after(began_ns, lives[-1].since_ns):
             self._add(pid, _Life(began_ns))  # another process, that ran no program of its own
         return self._lives[pid][-1]
@@ -138,6 +159,23 @@ class Identities:
             if pid not in self._lives:
                 self._add(pid, life)
         life.process = process
+        self._added(sum(map(len, process.argv)))
+
+    def _added(self, count: int) -> None:
+        """Forget the oldest where arguments take more than they may; counted once in a while."""
+        self._added_bytes += count
+        if self._added_bytes < ARGUMENT_BYTES_MAX // 4:
+            return
+        self._added_bytes = 0
+        sizes = {
+            pid: sum(each.argument_bytes for each in lives) for pid, lives in self._lives.items()
+        }
+        left = sum(sizes.values())
+        for pid, size in sizes.items():
+            if left <= ARGUMENT_BYTES_MAX:
+                break
+            self._count -= len(self._lives.pop(pid))
+            left -= size
 
     def _add(self, pid: int, life: _Life) -> None:
         if pid not in self._lives and len(self._lives) >= IDENTITIES_MAX:
@@ -157,23 +195,6 @@ class Identities:
     def _drop_oldest_pid(self) -> None:
         _, lives = self._lives.popitem(last=False)
         self._count -= len(lives)
-
-    def known(self, pid: int) -> list[tuple[int, Process]]:
-        """Who had that number, one after another, and since when (0: from before we looked)."""
-        self.of(pid)
-        found = []
-        for life in self._lives.get(pid, ()):
-            if life.process is None and life.executed is not None:
-                life.process = process_as_executed(life.executed, life.cwd)
-            if life.process is not None:
-                found.append((life.since_ns, life.process))
-        return found
-
-    def remember(self, process: Process, since_ns: int = 0) -> None:
-        """What another helper knew, of one that may be gone by now."""
-        lives = self._lives.get(process.pid)
-        if not lives or lives[-1].since_ns < since_ns:
-            self._add(process.pid, _Life(since_ns, process=process))
 
     def forget(self, pid: int, before_ns: int) -> None:
         """What it ran until then has ended; a program that it ran later is not forgotten."""

@@ -15,10 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 WATCHES_MAX = 512
-CANDIDATES_MAX = 1000
+CANDIDATES_MAX = 3000
+CANDIDATES_OF_PATTERN_MAX = 300
+FOLDERS_MAX = 5000
+"""Read in one listing: whoever links folders in circles has his own listed no further."""
+NAMES_A_BREATH = 100
 NAMES_MAX = 5000
 """Names read of one folder; more are not looked at."""
-EVENT_BYTES = 64 << 10
+EVENT_BYTES = 16 << 10
 PASSWD_BYTES_MAX = 1 << 20
 
 _NPM_FOLDERS = (
@@ -97,22 +101,33 @@ class Installs:
             os.close(self._fd)
             self._fd = -1
 
-    def candidates(self) -> list[str]:
-        """Files there now that may hold a client; watches wherever another may appear."""
-        found: dict[str, None] = {}
-        for pattern in self._patterns:
-            root, *segments = pattern.lstrip("/").split("/")
-            for path in self._follow("/", [root, *segments]):
-                if len(found) >= CANDIDATES_MAX:
-                    break
-                found[path] = None
-        return list(found)
+    def candidates(self) -> Iterator[str | None]:
+        """Files there now that may hold a client; watches wherever another may appear.
 
-    def _follow(self, folder: str, segments: list[str]) -> Iterator[str]:
+        None after each folder: whoever may not be long goes on with the listing later.
+        """
+        found: set[str] = set()
+        folders = 0
+        for pattern in self._patterns:
+            of_pattern = 0
+            for path in self._follow("/", pattern.lstrip("/").split("/")):
+                folders += path is None
+                of_pattern += path is not None
+                if folders >= FOLDERS_MAX or len(found) >= CANDIDATES_MAX:
+                    return
+                if of_pattern > CANDIDATES_OF_PATTERN_MAX:
+                    break
+                if path is None or path not in found:
+                    yield path
+                if path is not None:
+                    found.add(path)
+
+    def _follow(self, folder: str, segments: list[str]) -> Iterator[str | None]:
         segment, *rest = segments
         if "*" in segment:
             self._watch(folder, segment)
             names = fnmatch.filter(_names(folder), segment)
+            yield None
         else:
             there = os.path.lexists(os.path.join(folder, segment))
             if not rest or not there:  # a file may be half written, or replaced
@@ -120,8 +135,10 @@ class Installs:
             if not there:
                 return
             names = [segment]
-        for name in names:
+        for number, name in enumerate(names):
             path = os.path.join(folder, name)
+            if number % NAMES_A_BREATH == NAMES_A_BREATH - 1:
+                yield None
             if rest and os.path.isdir(path):
                 yield from self._follow(path, rest)
             elif not rest and os.path.isfile(path):
@@ -141,11 +158,11 @@ class Installs:
     def changed(self) -> bool:
         """True when a name we look for appeared, or its file was written, since the last call."""
         changed = False
-        while self._fd >= 0:
+        if self._fd >= 0:  # once a turn, or whoever writes all the time would keep us here
             try:
                 data = os.read(self._fd, EVENT_BYTES)
             except BlockingIOError:
-                break
+                return False
             at = 0
             while at + _EVENT.size <= len(data):
                 number, mask, _, length = _EVENT.unpack_from(data, at)

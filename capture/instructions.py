@@ -25,6 +25,7 @@ from capture.references import (
     x86_branches,
     x86_relatives,
 )
+from capture.x86_lengths import may_end_with
 
 FUNCTION_BYTES_MAX = 0x6000
 """From start to the farthest instruction followed; TLS functions are under 8 KiB."""
@@ -40,16 +41,6 @@ PIECE_BYTES = 4 << 20
 """Code is searched this much at a time."""
 BLOCKS_BYTES_MAX = 0x1000
 """How far from a function's start its blocks may lie that look like functions themselves."""
-
-_AWAY = (b"\xe9", b"\xe8")
-_X86_NOPS = (
-    b"\x90",
-    b"\x0f\x1f\x00",
-    b"\x0f\x1f\x40\x00",
-    b"\x0f\x1f\x44\x00\x00",
-    b"\x0f\x1f\x80\x00\x00\x00\x00",
-    b"\x0f\x1f\x84\x00\x00\x00\x00\x00",
-)
 
 Constants = Mapping[str, frozenset[int]]
 
@@ -298,14 +289,7 @@ class Code:
         if self.arm:
             before = self.step(start - 4)
             return before is None or before.padding or before.flow not in (Flow.NEXT, Flow.BRANCH)
-        tail = self.bytes_at(start - 16, 16)
-        if tail[-1:] in (b"\xcc", b"\xc3") or tail[-2:-1] == b"\xeb" or tail[-5:-4] in _AWAY:
-            return True
-        return any(tail.endswith(nop) for nop in _X86_NOPS) or tail[-2:] == b"\x0f\x0b"
-
-    def is_called(self, address: int) -> bool:
-        """True when some instruction in the file calls exactly `address`."""
-        return next(self.callers(address), None) is not None
+        return may_end_with(self.bytes_at(start - 16, 16))
 
     def callers(self, address: int) -> Iterator[int]:
         """Addresses of the instructions that call, or jump as a tail call to, `address`."""

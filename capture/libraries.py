@@ -3,38 +3,39 @@
 By symbol, not by file name: an ELF file that defines SSL_read and SSL_write (or the _ex pair) in
 .dynsym or .symtab is a library, be it libssl, Node or a static Python. Files without symbols that
 carry a marker of a known TLS stack are searched by structure (`boringssl.py`, `openssl.py`,
-`golang.py`), in another process without privileges (`python -m capture.libraries`), because that
-reads foreign code with a disassembler. This file attaches nothing and refuses to guess.
+`golang.py`). Whoever made a file may have made it to harm its reader: `finder.py` runs all of this
+without privileges, and of what it says each place comes with a `Function`, which `placement.py`
+checks against the file before root attaches. This file attaches nothing and refuses to guess.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
-import signal
+import re
 import struct
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from capture.elf import SYMBOL_TABLE_BYTES_MAX, Elf, ElfError, Section
+from capture.elf import FILE_BYTES_MAX, SYMBOL_TABLE_BYTES_MAX, Elf, Section
 from halton_meter import untrusted
 
+if TYPE_CHECKING:
+    from capture.reporters import Place
+
 SYMBOL_HITS_MAX = 100_000
-MAPS_BYTES_MAX = 8 * 1024 * 1024
+MAPS_BYTES_MAX = 512 << 10
+"""Read of one process's mappings: some 5,000 of them, where Chromium has 2,000."""
 CHUNK_BYTES = 1 << 20
 CHAIN_MAX = 1000  # symbols that share a bucket of the hash table: some two in real files
 NAMES_MAX = 16  # places of one name among the strings: one or two in real files
 _SHT_SYMTAB, _SHT_DYNSYM, _SHT_GNU_HASH = 2, 11, 0x6FFFFFF6
 STRUCTURE_FILE_BYTES_MIN = 1_000_000  # no stripped TLS stack in an executable is smaller
-STRUCTURE_SECONDS_MAX = 30  # of CPU, for one file; 2.5 for the largest known
-STRUCTURE_BYTES_MAX = 3 << 30  # of address space
 PROBES_MAX = 256
-FILES_A_SEARCH_MAX = 16
+FUNCTIONS_MAX = 16
 
 # Symbol -> the programs at its entry and at its return (None: only the entry matters).
 FUNCTIONS: Mapping[str, tuple[str, str | None]] = {
@@ -50,6 +51,8 @@ FUNCTIONS: Mapping[str, tuple[str, str | None]] = {
     "SSL_shutdown": ("enter_shutdown", None),
 }
 
+LINKER_FUNCTION = "_dl_debug_state"
+"""Called where libraries were mapped: for debuggers. glibc and musl both have it, empty."""
 _PAIRS = (("SSL_read", "SSL_write"), ("SSL_read_ex", "SSL_write_ex"))
 
 # What betrays a stack that has no symbols: bytes found in the file, its name.
@@ -76,13 +79,31 @@ class Probe(NamedTuple):
     at_return: bool = False
 
 
+class Function(NamedTuple):
+    """A probed function: the file offset of its start, and what in this very file says so.
+
+    `proof` is "symbol" (`at` is the file offset of its row in a symbol table), "unwind" (the unwind
+    table has it), "call" (at `at` is an instruction that calls it) or "go" (`at` is its row in Go's
+    function table). `size_bytes` is 0 where only its start is probed.
+    """
+
+    offset: int
+    proof: str
+    at: int = 0
+    size_bytes: int = 0
+
+
+PROOFS = ("symbol", "unwind", "call", "go")
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """A file with a TLS stack in it.
 
     With no probes it cannot be metered; `reason` then says why. `cookie` is given to the programs.
     When it is `unproved`, its places were found by what the code does: bytes must prove them.
-    `beside` is another stack in the same file, which is not probed.
+    `beside` is another stack in the same file, which is not probed. Each probe is in one of the
+    `functions`.
     """
 
     stack: str
@@ -92,6 +113,15 @@ class Library:
     cookie: int = 0
     unproved: bool = False
     beside: str | None = None
+    functions: tuple[Function, ...] = ()
+
+    @property
+    def is_linker(self) -> bool:
+        """Whether it is no TLS stack, but tells of the libraries that it maps."""
+        return self.stack == LINKER
+
+
+LINKER = "dynamic linker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +137,13 @@ class FileMapping:
 # --- by symbol ----------------------------------------------------------------------------------
 
 
+class Defined(NamedTuple):
+    """Where a file defines a function: its address, and the file offset of the symbol's row."""
+
+    address: int
+    row: int
+
+
 def inspect(fd: int) -> Library | None:
     """The TLS functions in an open file, by symbol; None when it has none. Raises ElfError.
 
@@ -115,23 +152,51 @@ def inspect(fd: int) -> Library | None:
     """
     with Elf(fd) as elf:
         # What is exported decides: only a file that hides its TLS has it in .symtab alone.
-        for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
-            offsets: dict[str, int] = {}
-            # A file has one of each; were more looked at, it could keep root busy for long.
-            table = next((section for section in elf.sections if section.type == kind), None)
-            if table is not None and table.link < len(elf.sections):
-                for name, address in _addresses(elf, fd, table):
-                    offset = elf.offset_of(address)
-                    if offset is not None:
-                        offsets.setdefault(name, offset)
-            if any(all(name in offsets for name in pair) for pair in _PAIRS):
-                stack = "OpenSSL" if "SSL_ctrl" in offsets else "BoringSSL"
-                in_order = {name: offsets[name] for name in FUNCTIONS if name in offsets}
-                return Library(stack, _probes(elf, in_order), elf.build_id)
+        for found in _defined(elf, fd, tuple(FUNCTIONS), b"SSL_"):
+            if any(all(name in found for name in pair) for pair in _PAIRS):
+                stack = "OpenSSL" if "SSL_ctrl" in found else "BoringSSL"
+                starts = {
+                    name: Function(offset, "symbol", found[name].row)
+                    for name in FUNCTIONS
+                    if name in found and (offset := elf.offset_of(found[name].address)) is not None
+                }
+                functions = tuple(starts.values())
+                return Library(stack, _probes(elf, starts), elf.build_id, functions=functions)
     return None
 
 
-def _exported(elf: Elf, fd: int) -> Iterator[tuple[str, int]]:
+def find_linker_hook(fd: int) -> Library | None:
+    """Where the dynamic linker tells debuggers that it has mapped libraries. Raises ElfError."""
+    return find_function(fd, LINKER_FUNCTION, LINKER, "on_mapped")
+
+
+def find_function(fd: int, name: str, stack: str, program: str) -> Library | None:
+    """One function by its symbol, for one program. Raises ElfError."""
+    with Elf(fd) as elf:
+        for found in _defined(elf, fd, (name,), name.encode()):
+            offset = elf.offset_of(found[name].address) if name in found else None
+            if offset is not None:
+                function = Function(offset, "symbol", found[name].row)
+                return Library(stack, (Probe(program, offset),), None, functions=(function,))
+    return None
+
+
+def _defined(
+    elf: Elf, fd: int, names: tuple[str, ...], needle: bytes
+) -> Iterator[dict[str, Defined]]:
+    """What each of the file's symbol tables defines of these names, which all begin so."""
+    for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
+        # A file has one of each; were more looked at, it could keep us busy for long.
+        table = next((section for section in elf.sections if section.type == kind), None)
+        if table is not None and table.link < len(elf.sections):
+            found: dict[str, Defined] = {}
+            for name, defined in _addresses(elf, fd, table, names, needle):
+                if elf.offset_of(defined.address) is not None:
+                    found.setdefault(name, defined)
+            yield found
+
+
+def _exported(elf: Elf, fd: int, names: tuple[str, ...]) -> Iterator[tuple[str, Defined]]:
     """What the loader would find by the GNU hash table: some microseconds, however large the file.
 
     Layout: https://flapenguin.me/elf-dt-gnu-hash; the chains are walked no further than CHAIN_MAX.
@@ -145,7 +210,7 @@ def _exported(elf: Elf, fd: int) -> Iterator[tuple[str, int]]:
     strings = elf.sections[symbols.link]
     buckets, first, bloom, _ = struct.unpack("<4I", elf.read(table.offset, 16))
     buckets_at = table.offset + 16 + 8 * bloom
-    for name in FUNCTIONS if buckets else ():
+    for name in names if buckets else ():
         wanted = 5381
         for byte in name.encode():
             wanted = wanted * 33 + byte & 0xFFFFFFFF
@@ -153,38 +218,37 @@ def _exported(elf: Elf, fd: int) -> Iterator[tuple[str, int]]:
         for at in range(index, index + CHAIN_MAX) if index >= first else ():
             (found,) = struct.unpack("<I", elf.read(buckets_at + (buckets + at - first) * 4, 4))
             if found | 1 == wanted | 1:
-                name_at, info, _, section, value, _ = struct.unpack(
-                    "<IBBHQQ", elf.read(symbols.offset + 24 * at, 24)
-                )
+                row = symbols.offset + 24 * at
+                name_at, info, _, section, value, _ = struct.unpack("<IBBHQQ", elf.read(row, 24))
                 text = os.pread(fd, len(name) + 1, strings.offset + name_at)
                 if text == name.encode() + b"\0" and section and value and info & 15 in (2, 10):
-                    yield name, value
+                    yield name, Defined(value, row)
                     break
             if found & 1:
                 break
 
 
-def _addresses(elf: Elf, fd: int, table: Section) -> Iterator[tuple[str, int]]:
+def _addresses(
+    elf: Elf, fd: int, table: Section, names: tuple[str, ...], needle: bytes
+) -> Iterator[tuple[str, Defined]]:
     """The functions that a symbol table defines: its strings are searched first, both in C."""
     strings = elf.sections[table.link]
     if max(table.size_bytes, strings.size_bytes) > SYMBOL_TABLE_BYTES_MAX:
         return
     if table.type == _SHT_DYNSYM and any(section.type == _SHT_GNU_HASH for section in elf.sections):
-        yield from _exported(elf, fd)
+        yield from _exported(elf, fd, names)
         return
     places: dict[str, list[int]] = {}
-    longest = max(map(len, FUNCTIONS)) + 1
-    for at, text in _with_context(fd, strings, b"SSL_", longest):
+    longest = max(map(len, names)) + 1
+    for at, text in _with_context(fd, strings, needle, longest):
         name = text.partition(b"\0")[0].decode("latin-1")
         # Wherever it begins: linkers keep names as tails of longer ones.
-        if name in FUNCTIONS and len(places.setdefault(name, [])) < NAMES_MAX:
+        if name in names and len(places.setdefault(name, [])) < NAMES_MAX:
             places[name].append(at)
-    if not any(all(name in places for name in pair) for pair in _PAIRS):
-        return
     for name, offsets in places.items():
-        address = next((a for at in offsets if (a := _address(fd, table, at)) is not None), None)
-        if address is not None:
-            yield name, address
+        found = next((a for at in offsets if (a := _address(fd, table, at)) is not None), None)
+        if found is not None:
+            yield name, found
 
 
 def _with_context(
@@ -215,7 +279,7 @@ def _occurrences(fd: int, section: Section, needle: bytes) -> Iterator[int]:
         at += CHUNK_BYTES
 
 
-def _address(fd: int, table: Section, name_at: int) -> int | None:
+def _address(fd: int, table: Section, name_at: int) -> Defined | None:
     """Where the table defines the function whose name is at that offset of its strings."""
     for hits, entry in enumerate(_occurrences(fd, table, struct.pack("<I", name_at))):
         if hits >= SYMBOL_HITS_MAX:
@@ -227,15 +291,15 @@ def _address(fd: int, table: Section, name_at: int) -> int | None:
             continue
         _, info, _, index, value, _ = struct.unpack("<IBBHQQ", raw)
         if index and value and info & 15 in (2, 10):  # defined; FUNC or IFUNC
-            return int(value)
+            return Defined(value, table.offset + entry)
     return None
 
 
-def _probes(elf: Elf, offsets: Mapping[str, int]) -> tuple[Probe, ...]:
+def _probes(elf: Elf, starts: Mapping[str, Function]) -> tuple[Probe, ...]:
     probes: list[Probe] = []
-    for name, offset in offsets.items():
+    for name, function in starts.items():
         entry, result = FUNCTIONS[name]
-        at = offset + probe_offset(elf.read(offset, 8), elf.machine)
+        at = function.offset + probe_offset(elf.read(function.offset, 8), elf.machine)
         probes.append(Probe(entry, at))
         if result:
             probes.append(Probe(result, at, at_return=True))
@@ -259,7 +323,7 @@ def probe_offset(code: bytes, machine: str = "x86_64") -> int:
 
 def find_by_structure(fd: int) -> Library | None:
     """The TLS stack in a file without symbols; None when no marker of one is in it."""
-    if os.fstat(fd).st_size < STRUCTURE_FILE_BYTES_MIN:
+    if not STRUCTURE_FILE_BYTES_MIN <= os.fstat(fd).st_size <= FILE_BYTES_MAX:
         return None
     found = None
     for stack in _stacks(fd):
@@ -275,7 +339,7 @@ def find_by_structure(fd: int) -> Library | None:
 
 
 class SearchTooLong(Exception):
-    """A search used up its time; raised by a signal (`main`)."""
+    """A search used up its time; raised by a signal (`finder.py`)."""
 
 
 def _stacks(fd: int) -> Iterator[str]:
@@ -315,7 +379,7 @@ class _Answer(Protocol):
     """What `find_boringssl` and `find_openssl` say."""
 
     @property
-    def functions(self) -> Mapping[str, int]: ...
+    def places(self) -> Iterable[Place]: ...
     @property
     def build_id(self) -> str | None: ...
     @property
@@ -323,10 +387,18 @@ class _Answer(Protocol):
 
 
 def _unproved(stack: str, fd: int, found: _Answer) -> Library:
-    if not found.functions:
+    if not found.places:
         return Library(stack, (), found.build_id, f"{found.reason}; {INSTEAD}")
+    starts = {
+        place.name: Function(place.offset, "unwind")
+        if place.called_at is None
+        else Function(place.offset, "call", place.called_at)
+        for place in found.places
+    }
     with Elf(fd) as elf:
-        return Library(stack, _probes(elf, found.functions), found.build_id, unproved=True)
+        probes = _probes(elf, starts)
+    functions = tuple(starts.values())
+    return Library(stack, probes, found.build_id, unproved=True, functions=functions)
 
 
 def _go(fd: int) -> Library | None:
@@ -337,15 +409,20 @@ def _go(fd: int) -> Library | None:
         if "no crypto/tls" in found.reason:
             return None
         return Library("Go crypto/tls", (), found.build_id, f"{found.reason}; {INSTEAD}")
-    probes = []
+    probes: list[Probe] = []
+    functions: list[Function] = []
     for function, name in ((found.read, "read"), (found.write, "write")):
         probes.append(Probe(f"enter_go_{name}", function.offset))
         probes += [Probe(f"leave_go_{name}", offset) for offset in function.returns]
     if found.close is not None:
         probes.append(Probe("enter_go_close", found.close.offset))
+    for each in found.all_functions:
+        functions.append(Function(each.offset, "go", each.row, each.size_bytes))
     place = found.server_name
     cookie = place.config << 32 | place.name if place else 0
-    return Library("Go crypto/tls", tuple(probes), found.build_id, cookie=cookie)
+    return Library(
+        "Go crypto/tls", tuple(probes), found.build_id, cookie=cookie, functions=tuple(functions)
+    )
 
 
 def _rustls(fd: int) -> Library:
@@ -375,6 +452,7 @@ def library_json(library: Library | None) -> str:
             "cookie": library.cookie,
             "unproved": library.unproved,
             "beside": library.beside,
+            "functions": library.functions,
         }
     )
 
@@ -384,6 +462,7 @@ _PROGRAMS = frozenset(
         *(program for pair in FUNCTIONS.values() for program in pair if program),
         *("enter_go_read", "enter_go_write", "leave_go_read", "leave_go_write"),
         "enter_go_close",
+        "on_mapped",
     }
 )
 
@@ -403,16 +482,21 @@ def library_from_json(text: str) -> Library | None:
         goes_back = FUNCTIONS_AT_RETURN.get(probe.program, False)
         if probe.program not in _PROGRAMS or probe.offset < 0 or probe.at_return != goes_back:
             raise ValueError(f"not a probe: {probe}")
-    if len(probes) > PROBES_MAX:
-        raise ValueError(f"{len(probes)} probes")
+    functions = tuple(
+        Function(_number(offset), str(proof), _number(at), _number(size))
+        for offset, proof, at, size in content["functions"]
+    )
+    if len(probes) > PROBES_MAX or len(functions) > FUNCTIONS_MAX:
+        raise ValueError(f"{len(probes)} probes in {len(functions)} functions")
     return Library(
         str(untrusted.text(content, "stack")),
         probes,
-        untrusted.text(content, "build_id"),
+        untrusted.text(content, "build_id", 160),
         untrusted.text(content, "reason", 500),
         _number(content["cookie"]),
         content["unproved"] is True,
         untrusted.text(content, "beside"),
+        functions,
     )
 
 
@@ -427,27 +511,14 @@ def _number(found: Any) -> int:
 FUNCTIONS_AT_RETURN = {"leave_plain": True, "leave_ex": True}
 
 
-def find_linker_hook(fd: int) -> Probe | None:
-    """Where the dynamic linker tells debuggers that it has mapped libraries. Raises ElfError.
-
-    glibc and musl both export it, doing nothing in it.
-    """
-    with Elf(fd) as elf:
-        for symbol in elf.symbols(("_dl_debug_state",)):
-            offset = elf.offset_of(symbol.address)
-            if offset is not None:
-                return Probe("on_mapped", offset)
-    return None
-
-
 # --- where to look ------------------------------------------------------------------------------
 
 
 def parse_maps(text: bytes, pid: int) -> Iterator[FileMapping]:
     """The executable file mappings in the text of /proc/PID/maps, each file once."""
     seen: set[tuple[bytes, bytes]] = set()
-    for line in text.splitlines():
-        fields = line.split(None, 5)
+    for match in re.finditer(rb"[^\n]+", text):
+        fields = match[0].split(None, 5)
         if len(fields) < 6 or b"x" not in fields[1] or fields[4] == b"0":
             continue
         if (fields[3], fields[4]) in seen:
@@ -468,21 +539,21 @@ def _address_range(text: bytes) -> str:
     return f"{int(start, 16):x}-{int(end, 16):x}"
 
 
-def executable_mappings(pid: int) -> list[FileMapping]:
-    """The executable file mappings of a process; empty when it is gone."""
+def executable_mappings(pid: int) -> Iterator[FileMapping] | None:
+    """The executable file mappings of a process; None when it is gone."""
     try:
         with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
-            text = b""
+            text = bytearray()
             while len(text) < MAPS_BYTES_MAX and (more := file.read(1 << 16)):
                 text += more
     except OSError:
-        return []
-    return list(parse_maps(text, pid))
+        return None
+    return parse_maps(bytes(text), pid) if text else None
 
 
 def own_libraries() -> list[str]:
     """The files that this process itself maps executable: the system's C library among them."""
-    return [mapping.path for mapping in executable_mappings(os.getpid())]
+    return [mapping.path for mapping in executable_mappings(os.getpid()) or ()]
 
 
 def standard_linkers() -> list[str]:
@@ -513,38 +584,3 @@ def standard_files() -> list[str]:
             stat = os.stat(real)
             found.setdefault((stat.st_dev, stat.st_ino), real)
     return list(found.values())
-
-
-def main(descriptors: Sequence[str]) -> None:
-    """Search the files open as these descriptors, as nobody; print a line of JSON for each."""
-    import resource
-
-    # The user "nobody" reads neither our modules under a closed home nor the files by their names.
-    for name in ("capture.golang", "capture.boringssl", "capture.openssl", "capture.reporters"):
-        with contextlib.suppress(ImportError):
-            module: Any = importlib.import_module(name)
-            getattr(module, "prepare", lambda: None)()
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-    # Beyond what the timer below ends: what does not return to Python.
-    seconds = int(STRUCTURE_SECONDS_MAX + 5) * len(descriptors)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (STRUCTURE_BYTES_MAX, STRUCTURE_BYTES_MAX))
-    signal.signal(signal.SIGPROF, _give_up)
-    for descriptor in descriptors:
-        signal.setitimer(signal.ITIMER_PROF, STRUCTURE_SECONDS_MAX)
-        try:
-            print(library_json(find_by_structure(int(descriptor))), flush=True)
-        except (ElfError, OSError, ValueError, ImportError, MemoryError, SearchTooLong):
-            print("null", flush=True)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _give_up(*_: object) -> None:
-    raise SearchTooLong(f"it took more than {STRUCTURE_SECONDS_MAX} s")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

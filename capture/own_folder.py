@@ -15,7 +15,7 @@ class OwnFolder:
     """At most `files_max` texts of at most `bytes_max` bytes each; the oldest makes room."""
 
     def __init__(self, directory: Path | None, *, files_max: int, bytes_max: int) -> None:
-        self._directory = directory if directory and _is_ours(directory) else None
+        self._directory = directory if directory and is_ours(directory) else None
         self._files_max = files_max
         self._bytes_max = bytes_max
 
@@ -59,7 +59,7 @@ class OwnFolder:
         return self._directory / name
 
 
-def _is_ours(directory: Path) -> bool:
+def is_ours(directory: Path) -> bool:
     """Make the directory; True when nobody else can have put anything into it."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)

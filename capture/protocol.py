@@ -64,6 +64,7 @@ EVENT_LOSS_CAUSES = (
     "heads_without_host",
     "http2_without_name",
     "not_http",
+    "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
 
 

@@ -32,12 +32,14 @@ class Place:
 
     `offset` is the file offset, `address` the virtual address, both of the function's start.
     `attach` steps over `endbr64` only (the stack is untouched there, so a uretprobe is safe too).
+    `called_at` is the file offset of an instruction that calls it, where no unwind table covers it.
     """
 
     name: str
     address: int
     offset: int
     attach: int
+    called_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class NotRecognised:
     def functions(self) -> Mapping[str, int]:
         """None of them."""
         return MappingProxyType({})
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """None of them."""
+        return ()
 
 
 def prepare() -> None:
@@ -163,12 +170,16 @@ def place(name: str, function: Function, code: Code) -> Place | None:
     bounds = code.elf.unwind_range_of(start)
     if bounds is not None and bounds[0] != start:
         return None
-    if bounds is None and not code.is_called(start):
-        return None
+    called_at = None
+    if bounds is None:
+        caller = next(code.callers(start), None)
+        called_at = None if caller is None else code.elf.offset_of(caller)
+        if called_at is None:
+            return None
     offset = code.elf.offset_of(start)
     if offset is None:
         return None
-    return Place(name, start, offset, _attach(function))
+    return Place(name, start, offset, _attach(function), called_at)
 
 
 def _attach(function: Function) -> int:

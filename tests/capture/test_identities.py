@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from capture import identities as identity
@@ -121,12 +121,13 @@ def test_what_was_read_of_an_earlier_program_stays_its_own(tmp_path: Path) -> No
     ) as child:
         assert child.stdout
         child.stdout.readline()
-        first = identities.of(child.pid)
+        first, alive_ns = identities.of(child.pid), time.monotonic_ns()
         child.kill()
     identities.executed(executed("cat", pid=child.pid, at_ns=time.monotonic_ns()))
     assert first is not None
     assert first.cwd == str(tmp_path)
-    assert identities.of(child.pid, at_ns=1) == first  # for all that we know
+    assert identities.of(child.pid, at_ns=alive_ns) == first
+    assert identities.of(child.pid, at_ns=1) is None  # another had the number then
     later = identities.of(child.pid)
     assert later is not None
     assert later.argv == ("cat",)
@@ -191,7 +192,7 @@ def test_all_lives_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     identities = Identities()
     for n in range(30):
         identities.executed(executed("cat", pid=NOBODY + n // 4, at_ns=100 + n))
-    assert sum(len(identities.known(NOBODY + n)) for n in range(8)) <= 10
+    assert sum(map(len, identities._lives.values())) <= 10
     # One that was heard of long ago, and again just now, stays.
     identities.executed(executed("cat", pid=NOBODY + 7, at_ns=200))
     identities.executed(executed("dog", pid=NOBODY + 5, at_ns=201, path="/no/dog"))
@@ -202,15 +203,6 @@ def test_all_lives_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     for n in range(10):
         identities.forget(NOBODY + n, before_ns=300)
     assert identities._count == 0
-
-
-def test_what_one_helper_knew_of_a_number_used_twice_the_next_one_knows() -> None:
-    before, after = Identities(), Identities()
-    for at_ns, name in ((100, "first"), (200, "second")):
-        before.executed(executed(name, at_ns=at_ns, path="/no"))
-    for since_ns, process in before.known(NOBODY):
-        after.remember(process, since_ns)
-    assert [argv_at(after, at_ns) for at_ns in (99, 150, 250)] == [None, ("first",), ("second",)]
 
 
 def test_where_a_later_process_of_the_number_is_says_nothing(tmp_path: Path) -> None:
@@ -321,6 +313,7 @@ class World:
 
 
 @settings(max_examples=400, deadline=None)
+@example(["connect", "exit", "fork", "look"])
 @given(st.lists(st.sampled_from(["fork", "execute", "exit", "connect", "look", "race", 1, 3, 99])))
 def test_whatever_happens_no_connection_is_given_to_another_program(
     events: list[str | int],
@@ -364,3 +357,14 @@ def test_the_program_of_a_path(tmp_path: Path) -> None:
     assert program_of(str(pipe)) == str(pipe)  # and it is not waited for
     for path in ("./relative", "", "/dev/fd/5", "/proc/self/fd/5"):
         assert program_of(path) is None
+
+
+def test_arguments_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of processes, each with as many arguments as the kernel copies."""
+    monkeypatch.setattr(identity, "ARGUMENT_BYTES_MAX", 100_000)
+    known = Identities()
+    for pid in range(5_000_000, 5_000_500):
+        known.executed(executed("x" * 4000, pid=pid))
+    kept = [life for lives in known._lives.values() for life in lives]
+    assert sum(life.argument_bytes for life in kept) <= 125_000
+    assert 5_000_499 in known._lives

@@ -35,6 +35,11 @@ def put(path: Path, content: str = "program") -> str:
     return str(path)
 
 
+def listed(installs: Installs) -> list[str]:
+    """All of it at once."""
+    return [path for path in installs.candidates() if path is not None]
+
+
 def word_came(watched: Installs) -> bool:
     """Events of this process's own acts are in the queue before the acts return."""
     return bool(select.select([watched], [], [], 0)[0]) and watched.changed()
@@ -57,39 +62,39 @@ CLIENTS = (
 def test_a_client_is_listed_and_its_installation_is_told(
     home: Path, watched: Installs, name: str
 ) -> None:
-    assert watched.candidates() == []
+    assert listed(watched) == []
     path = home
     for part in Path(name).parts[:-1]:  # each folder may come long before the next
         path /= part
         path.mkdir()
         watched.changed()
-        watched.candidates()
+        listed(watched)
     client = put(home / name)
     assert word_came(watched)
-    assert watched.candidates() == [client]
+    assert listed(watched) == [client]
 
 
 def test_a_package_that_comes_at_once_is_told(home: Path, watched: Installs) -> None:
-    watched.candidates()
+    listed(watched)
     client = put(home / CLIENTS[1])
     assert word_came(watched)
-    assert watched.candidates() == [client]
+    assert listed(watched) == [client]
 
 
 def test_a_new_version_beside_the_old_is_told(home: Path, watched: Installs) -> None:
     folder = home / ".local/share/claude/versions"
     first = put(folder / "2.1.330")
-    assert watched.candidates() == [first]
+    assert listed(watched) == [first]
     assert not watched.changed()
     second = put(folder / "2.1.331")
     assert word_came(watched)
-    assert watched.candidates() == [first, second]
+    assert listed(watched) == [first, second]
 
 
 def test_a_download_moved_into_place_is_told(home: Path, watched: Installs) -> None:
     folder = home / ".bun/bin"
     put(folder / "bun")
-    watched.candidates()
+    listed(watched)
     put(home / "download").encode()
     os.rename(home / "download", folder / "bun")
     assert word_came(watched)
@@ -100,7 +105,7 @@ def test_a_file_still_being_written_is_told_again_when_it_is_whole(
 ) -> None:
     folder = home / ".bun/bin"
     folder.mkdir(parents=True)
-    watched.candidates()
+    listed(watched)
     with (folder / "bun").open("w") as file:
         assert word_came(watched)
         file.write("half")
@@ -114,13 +119,13 @@ def test_a_file_found_half_written_under_its_own_name_is_told_again(
     folder.mkdir(parents=True)
     with (folder / "node").open("w") as file:
         file.write("half")
-        assert watched.candidates() == [str(folder / "node")]
+        assert listed(watched) == [str(folder / "node")]
         watched.changed()
     assert word_came(watched)
 
 
 def test_other_files_of_a_home_are_no_news(home: Path, watched: Installs) -> None:
-    watched.candidates()
+    listed(watched)
     put(home / ".bash_history")
     put(home / "code" / "main.c")
     assert not watched.changed()
@@ -128,15 +133,15 @@ def test_other_files_of_a_home_are_no_news(home: Path, watched: Installs) -> Non
 
 def test_a_folder_that_went_and_came_is_watched_again(home: Path, watched: Installs) -> None:
     client = Path(put(home / ".bun/bin/bun"))
-    watched.candidates()
+    listed(watched)
     client.unlink()
     client.parent.rmdir()
     client.parent.parent.rmdir()
     assert word_came(watched)
-    assert watched.candidates() == []
+    assert listed(watched) == []
     put(client)
     assert word_came(watched)
-    assert watched.candidates() == [str(client)]
+    assert listed(watched) == [str(client)]
 
 
 def test_watches_are_limited(
@@ -145,7 +150,7 @@ def test_watches_are_limited(
     monkeypatch.setattr(installs, "WATCHES_MAX", 3)
     for number in range(9):
         put(home / f".nvm/versions/node/v{number}/lib/node_modules/opencode-ai/bin/opencode")
-    assert len(watched.candidates()) == 9
+    assert len(listed(watched)) == 9
     assert len(watched._watched) == 3
 
 

@@ -8,12 +8,14 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from capture import known_files
 from capture.known_files import KnownFiles
-from capture.libraries import Library, Probe
+from capture.libraries import Function, Library, Probe
 
 CODE_AT = 0x1000
 FOUND = Library(
@@ -25,6 +27,7 @@ FOUND = Library(
     ),
     "abcdef01",
     unproved=True,
+    functions=(Function(CODE_AT, "unwind"), Function(CODE_AT + 0x200, "call", CODE_AT + 0x300)),
 )
 
 
@@ -72,23 +75,83 @@ def remember(directory: Path | None, program: Path, library: Library = FOUND) ->
 
 
 def kept(directory: Path) -> Path:
-    (only,) = directory.iterdir()
+    """The one entry, in the folder of the one owner."""
+    (owner,) = directory.iterdir()
+    assert owner.name == str(os.geteuid())
+    (only,) = owner.iterdir()
     return only
+
+
+def written_in_place(path: Path, data: bytes) -> None:
+    """The same file with other bytes, and the same times: what tells them apart is its content."""
+    before = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def same_change_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had written: a file system may lie, and clocks may be set back."""
+    monkeypatch.setattr(known_files, "file_name", lambda found: f"{found.st_ino:x}.json")
 
 
 def test_what_was_found_is_known_in_another_run(directory: Path, program: Path) -> None:
     remember(directory, program)
     assert recalled(directory, program) == FOUND
-    assert kept(directory).name == "abcdef01-2000.json"
 
 
-def test_a_copy_elsewhere_is_the_same_program(
-    directory: Path, program: Path, tmp_path: Path
-) -> None:
+def test_a_copy_elsewhere_is_another_file(directory: Path, program: Path, tmp_path: Path) -> None:
+    """Whoever can make a file that passes for a copy must not decide for what it is a copy of."""
     remember(directory, program)
     copy = tmp_path / "copy"
     copy.write_bytes(program.read_bytes())
-    assert recalled(directory, copy) == FOUND
+    assert recalled(directory, copy) is None
+
+
+def test_a_file_that_was_written_to_is_another_one(directory: Path, program: Path) -> None:
+    remember(directory, program)
+    written_in_place(program, program.read_bytes())
+    assert recalled(directory, program) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_what_one_owner_is_known_for_counts_for_nobody_else(
+    directory: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even with a number of device, inode and time that is the same: a file system may lie."""
+    same_change_time(monkeypatch)
+    os.chown(program, 3001, 3001)
+    remember(directory, program)
+    assert recalled(directory, program) == FOUND
+    os.chown(program, 0, 0)
+    assert recalled(directory, program) is None
+
+
+def test_what_an_earlier_version_kept_is_removed_and_not_read(
+    directory: Path, program: Path
+) -> None:
+    directory.mkdir(mode=0o700)
+    old = directory / "abcdef01-2000.json"
+    old.write_text(json.dumps({"finders": "", "code": "", "library": "null"}))
+    old.chmod(0o600)
+    assert recalled(directory, program) is None
+    assert not old.exists()
+    remember(directory, program)
+    assert recalled(directory, program) == FOUND
+
+
+def test_one_owner_keeps_so_many_and_takes_nobody_elses_place(
+    directory: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_files, "ENTRIES_MAX", 2)
+    remember(directory, program)
+    known = KnownFiles(directory)
+    for number in range(5):
+        found: Any = SimpleNamespace(
+            st_uid=3001, st_dev=1, st_ino=number, st_ctime_ns=number, st_size=1
+        )
+        known._memory.write(found, "{}")
+    assert len(list((directory / "3001").iterdir())) == 2
+    assert recalled(directory, program) == FOUND
 
 
 def test_without_a_directory_it_is_known_to_this_run_only(program: Path) -> None:
@@ -98,33 +161,17 @@ def test_without_a_directory_it_is_known_to_this_run_only(program: Path) -> None
     assert recalled(None, program) is None
 
 
-def test_a_program_without_a_build_id_is_known_by_its_head(
-    directory: Path, program: Path, tmp_path: Path
+@pytest.mark.parametrize("at", [CODE_AT, CODE_AT + 0x23F, CODE_AT + 0x300])
+def test_altered_code_is_searched_again(
+    directory: Path, program: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program.write_bytes(elf(None))
+    """Also where the change time does not tell: the code, and the call that proves a start."""
+    same_change_time(monkeypatch)
     remember(directory, program)
     assert recalled(directory, program) == FOUND
-    other = elf(None)
-    other[0x300] ^= 1
-    program.write_bytes(other)
-    assert recalled(directory, program) is None
-
-
-@pytest.mark.parametrize("probe", FOUND.probes[1:], ids=lambda probe: probe.program)
-def test_altered_code_is_searched_again(directory: Path, program: Path, probe: Probe) -> None:
-    remember(directory, program)
     data = elf()
-    data[probe.offset] ^= 1
+    data[at] ^= 1
     program.write_bytes(data)
-    assert recalled(directory, program) is None
-
-
-def test_the_same_build_id_in_a_file_of_another_size_is_another_program(
-    directory: Path, program: Path
-) -> None:
-    """Every program that Bun compiles carries Bun's build id."""
-    remember(directory, program)
-    program.write_bytes(elf() + b"appended")
     assert recalled(directory, program) is None
 
 
@@ -139,7 +186,7 @@ def test_other_finders_search_again(
 def test_a_failure_is_not_kept(directory: Path, program: Path) -> None:
     """The next release may know the program."""
     remember(directory, program, Library("BoringSSL", (), "abcdef01", "not recognised"))
-    assert not list(directory.iterdir())
+    assert recalled(directory, program) is None
 
 
 def damaged() -> Iterator[str]:
@@ -198,9 +245,9 @@ def test_a_link_in_its_place_is_not_followed(
     directory: Path, program: Path, tmp_path: Path
 ) -> None:
     remember(directory, program)
-    elsewhere = tmp_path / "elsewhere"
-    kept(directory).rename(elsewhere)
-    (directory / "abcdef01-2000.json").symlink_to(elsewhere)
+    elsewhere, entry = tmp_path / "elsewhere", kept(directory)
+    entry.rename(elsewhere)
+    entry.symlink_to(elsewhere)
     assert recalled(directory, program) is None
 
 
@@ -213,15 +260,16 @@ def test_a_directory_that_cannot_be_made_costs_only_time(program: Path, tmp_path
 
 
 def test_the_oldest_makes_room(
-    directory: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_files, "KNOWN_FILES_MAX", 2)
+    monkeypatch.setattr(known_files, "ENTRIES_OF_ROOT_MAX", 2)
+    monkeypatch.setattr(known_files, "ENTRIES_MAX", 2)
     known = KnownFiles(directory)
-    for number in range(4):
-        program.write_bytes(elf(bytes((number, 1, 2, 3))))
+    programs = [tmp_path / f"program{number}" for number in range(4)]
+    for number, program in enumerate(programs):
+        program.write_bytes(elf())
         with program.open("rb") as file:
             known.remember(file.fileno(), FOUND)
-        for path in directory.iterdir():
-            if path.name.startswith(f"0{number}"):
-                os.utime(path, (number, number))
-    assert sorted(path.name[:2] for path in directory.iterdir()) == ["02", "03"]
+        name = known_files.file_name(program.stat())
+        os.utime(directory / str(os.geteuid()) / name, (number, number))
+    assert [recalled(directory, program) for program in programs] == [None, None, FOUND, FOUND]

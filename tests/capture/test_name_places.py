@@ -1,4 +1,4 @@
-"""What was learned of a build is known of that build alone, and only if it is ours."""
+"""What was learned of a file is known of that file alone, and only if it is ours."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 
+from capture import attachments as attaching
 from capture import loader
 from capture.attachments import Attachments
 from capture.known_files import KnownFiles
-from capture.libraries import Library, Probe
+from capture.libraries import Function, Library, Probe
 from capture.name_places import KNOWN, PLACES_MAX, UNPROVED, VALUE, NamePlaces
 
-from .test_known_files import CODE_AT, elf
+from .test_known_files import CODE_AT, elf, same_change_time
 
 LIBRARY = Library(
     "OpenSSL",
     (Probe("enter_write", CODE_AT), Probe("enter_ctrl", CODE_AT + 0x200)),
     "abcdef01",
+    functions=(Function(CODE_AT, "unwind"), Function(CODE_AT + 0x200, "unwind")),
 )
 
 
@@ -83,27 +85,29 @@ def test_another_run_knows_it(directory: Path, program: Path) -> None:
     assert Subject(directory).known(program) == 2648
 
 
-def test_a_file_of_the_same_build_knows_it_at_once_and_later(
-    directory: Path, program: Path, tmp_path: Path
-) -> None:
+def test_a_copy_learns_for_itself(directory: Path, program: Path, tmp_path: Path) -> None:
+    """Whose file it is, and what runs from it, decides nothing about another's."""
+    learn(directory, program)
     copy = tmp_path / "copy"
     copy.write_bytes(program.read_bytes())
-    subject = Subject(None)
-    one, other = subject.add(program), subject.add(copy)
-    subject.places.learned(one, 1600)
-    assert subject.map.offset(other) == 1600
-    assert subject.known(copy) == 1600
+    assert Subject(directory).known(copy) == 0
 
 
-@pytest.mark.parametrize(
-    "altered",
-    [elf(b"\xab\xcd\xef\x02"), elf() + b"\0", elf()[:CODE_AT] + b"\xcc" + elf()[CODE_AT + 1 :]],
-    ids=["build id", "size", "code"],
-)
-def test_another_build_does_not(directory: Path, program: Path, altered: bytes) -> None:
+@pytest.mark.parametrize("same_time", [False, True])
+def test_other_content_does_not_know_it(
+    directory: Path, program: Path, same_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if same_time:
+        same_change_time(monkeypatch)
     learn(directory, program)
-    program.write_bytes(altered)
+    program.write_bytes(elf()[:CODE_AT] + b"\xcc" + elf()[CODE_AT + 1 :])
     assert Subject(directory).known(program) == 0
+
+
+def entry(directory: Path) -> Path:
+    """The one that is kept."""
+    (one,) = directory.glob("*/*")
+    return one
 
 
 def test_what_was_given_up_is_forgotten(directory: Path, program: Path) -> None:
@@ -111,7 +115,7 @@ def test_what_was_given_up_is_forgotten(directory: Path, program: Path) -> None:
     subject.places.learned(1, 0)
     assert subject.known(program) == 0
     assert Subject(directory).known(program) == 0
-    assert list(directory.iterdir()) == []
+    assert list(directory.glob("*/*")) == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_what_was_given_up_is_forgotten(directory: Path, program: Path) -> None:
 )
 def test_what_is_damaged_is_not_believed(directory: Path, program: Path, kept: str) -> None:
     learn(directory, program)
-    (file,) = directory.iterdir()
+    file = entry(directory)
     content = json.loads(file.read_text())
     wrong: dict[str, Any] = {"offset": 0, "beyond": 4096, "negative": -8, "text": "8"}
     file.write_text(json.dumps({**content, "name_at": wrong[kept]}) if kept in wrong else kept)
@@ -129,7 +133,7 @@ def test_what_is_damaged_is_not_believed(directory: Path, program: Path, kept: s
 @pytest.mark.parametrize("whose", ["folder", "file"])
 def test_what_others_can_write_is_not_read(directory: Path, program: Path, whose: str) -> None:
     learn(directory, program)
-    (file,) = directory.iterdir()
+    file = entry(directory)
     (directory if whose == "folder" else file).chmod(0o777)
     assert Subject(directory).known(program) == 0
 
@@ -168,6 +172,7 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return os.open("/dev/null", os.O_RDONLY)
 
     monkeypatch.setattr(loader, "attach_uprobe", attach)
+    monkeypatch.setattr(attaching, "refusal", lambda fd, library: None)  # the file has no code
     return made
 
 

@@ -42,9 +42,14 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(tmp_path: Pa
     attachments = Attachments({}, KnownFiles(None), NamePlaces(None, None, None))
     first = put(attachments, tmp_path / "first", subject)
     second = put(attachments, tmp_path / "second", subject)
-    attachments.search()
-    (finder,) = attachments._finders.values()
-    os.kill(finder._process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not (searching := [each for each in attachments._searches._children if each.lane >= 0]):
+        attachments.search()
+        assert time.monotonic() < deadline
+    while not searching[0].pid:
+        attachments.search()
+    assert [job.identity for job in searching[0].given] == [first]
+    os.kill(searching[0].pid, signal.SIGKILL)
     searched(attachments)
     told = unmetered(os.getpid(), False, [attachments.files[first]], "api.anthropic.com")
     assert told is not None

@@ -14,9 +14,11 @@ import struct
 from typing import Any
 
 from capture import protocol
-from capture.protocol import CommandBuffer, FrameBuffer, ProtocolViolation
+from capture.protocol import FrameBuffer, ProtocolViolation
+from capture.spool import Receipt
 from capture.uprobe import Scope, UprobeSource
 from halton_meter.model import TlsChunk
+from halton_meter.untrusted import Lines
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import ODD_VALUES, cut, mutated, wrong_types
 
@@ -65,14 +67,15 @@ def _commands(dice: random.Random) -> None:
         b"\xff\xfe\n",
         b"\n",
     ))  # fmt: skip
-    buffer, got = CommandBuffer(), []
+    lines, got = Lines(protocol.COMMAND_BYTES_MAX), []
     for piece in cut(dice, data):
-        got += buffer.feed(piece)
+        lines.feed(piece)
+        got += lines.messages()
     assert got == honest
-    with contextlib.suppress(ProtocolViolation):
-        for piece in cut(dice, hostile):
-            for command in buffer.feed(piece):
-                assert isinstance(command, dict)
+    for piece in cut(dice, hostile):
+        lines.feed(piece)
+        for command in lines.messages():
+            assert isinstance(command, dict)
 
 
 # --- frames ---------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def _message(dice: random.Random, chance: float) -> bytes:
     """A frame of the helper's own; of what is no JSON, or of the wrong types, with that chance."""
     kind, content = dice.choice((
         (protocol.REPLY, {"id": 1}),
-        (protocol.REPLY, {"id": 2, "ring_bytes": 4096}),
+        (protocol.REPLY, {"id": 3, "from": 5, "until": 9}),
         (protocol.REPORT, {"statistics": {}, "coverage": []}),
         (protocol.PROBLEM, {"what": "x", "missing": [["a", "b"]]}),
     ))  # fmt: skip
@@ -134,8 +137,13 @@ def _source(dice: random.Random) -> None:
     near, far = socket.socketpair()
     source = UprobeSource([], Scope(), link=far)
     with near:
-        near.sendall(protocol.encode_message(protocol.REPLY, {"id": 0}))
+        receipt = Receipt.new()
+        socket.send_fds(near, [protocol.encode_message(protocol.HELLO, {})], [receipt.fd])
+        receipt.close()
+        begins = {"id": 1, "from": 0, "until": 0}
+        near.sendall(protocol.encode_message(protocol.REPLY, begins))
         near.sendall(protocol.encode_message(protocol.REPORT, {"loader": "fuzz"}))
+        near.sendall(protocol.encode_message(protocol.REPLY, {"id": 2}))
         source.start()
         honest = struct.pack("=Q", 0) + b"0123456789"
         chunk = protocol.RECORD.pack(

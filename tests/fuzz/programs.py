@@ -13,12 +13,12 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from capture import libraries
 from capture.elf import ElfError
-from capture.known_files import build_name
+from capture.placement import refusal
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import mutated
 
@@ -54,11 +54,25 @@ def _case(dice: random.Random) -> None:
                 ask(fd)
 
 
+@cache
+def _libraries() -> list[libraries.Library]:
+    """What is found in the files as they are: root is told the same of those that were changed."""
+    found = []
+    for data in _originals():
+        with _written(data) as fd:
+            found.append(libraries.inspect(fd) or libraries.find_linker_hook(fd))
+    return [library for library in found if library is not None]
+
+
+def _checked(library: libraries.Library, fd: int) -> None:
+    refusal(fd, library)
+
+
 def _questions(dice: random.Random) -> list[Callable[[int], object]]:
     asked: list[Callable[[int], object]] = [
         libraries.inspect,
         libraries.find_linker_hook,
-        build_name,
+        *(partial(_checked, library) for library in _libraries()),
     ]
     if dice.random() < 0.02:  # takes a second
         asked.append(libraries.find_by_structure)

@@ -11,7 +11,7 @@ import pytest
 
 from capture.elf import Elf
 from capture.known_files import KnownFiles
-from capture.libraries import Library, Probe
+from capture.libraries import Function, Library, Probe
 from capture.uprobe import CoverageState, UprobeSource
 from halton_meter.model import Direction
 
@@ -53,7 +53,14 @@ class Subject:
             if program != "enter_set_host":
                 probes.append(Probe("leave_plain", offset, at_return=True))
         with self.program.open("rb") as file:
-            library = Library("BoringSSL", tuple(probes), self.build_id, unproved=True)
+            starts = {probe.offset: Function(probe.offset, "unwind") for probe in probes}
+            library = Library(
+                "BoringSSL",
+                tuple(probes),
+                self.build_id,
+                unproved=True,
+                functions=tuple(starts.values()),
+            )
             KnownFiles(folder / "known").remember(file.fileno(), library)
         self.source: UprobeSource = bench.source(files=[], cache_directory=str(folder / "known"))
         if run:
