@@ -39,6 +39,7 @@ NAME_CHARS_MAX = 40
 CLUSTER_CHARS_MAX = 4  # of single-dash options without values, the dash included: -sSf
 
 _OPTION = re.compile(r"--[a-z]+(?:[-_][a-z]+)*")
+_BEFORE_VALUE = re.compile(r"[=:]")
 _NAME = re.compile(r"[a-z]+(?:[-_.][a-z]+)*")
 _SCRIPT_STEM = re.compile(r"_{0,2}[a-z]+(?:[-_.]?\d{1,2}(?![0-9])|[-_.][a-z]+)*_{0,2}")
 _MODULE = re.compile(r"_{0,2}[a-z]+(?:[._]+[a-z]+)*_{0,2}")
@@ -109,15 +110,15 @@ class _Words:
             self._take_short(argument)
 
     def _take_long(self, argument: str) -> None:
-        name, equals, value = argument[:ARGUMENT_CHARS_MAX].partition("=")
-        colon = "" if equals else ":" * (":" in name)
-        name = name.partition(":")[0]
+        argument = argument[:ARGUMENT_CHARS_MAX]
+        name = _BEFORE_VALUE.split(argument, 1)[0]
+        joint, value = argument[len(name) : len(name) + 1], argument[len(name) + 1 :]
         if not _is_option(name):
             self._hide_option()
-        elif equals and _fits(VALUES.get(name), value):
-            self.keep(f"{name}={value}")
-        elif equals or colon:
-            self.keep(f"{name}{equals or colon}{REDACTED}")
+        elif joint == "=" and _fits(VALUES.get(name), value):
+            self.keep(argument)
+        elif joint:
+            self.keep(f"{name}{joint}{REDACTED}")
         else:
             self._keep_option(name)
 
