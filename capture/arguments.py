@@ -42,7 +42,7 @@ _OPTION = re.compile(r"--[a-z]+(?:[-_][a-z]+)*")
 _BEFORE_VALUE = re.compile(r"[=:]")
 _NAME = re.compile(r"[a-z]+(?:[-_.][a-z]+)*")
 _SCRIPT_STEM = re.compile(r"_{0,2}[a-z]+(?:[-_.]?\d{1,2}(?![0-9])|[-_.][a-z]+)*_{0,2}")
-_MODULE = re.compile(r"_{0,2}[a-z]+(?:[._]+[a-z]+)*_{0,2}")
+_MODULE = re.compile(r"_{0,2}[a-z]+(?:[._]{1,2}[a-z]+)*_{0,2}")
 _WORDS = re.compile(r"[a-z]+")
 # No word of a language: seven of one kind and none of the other, letters thrice, hexadecimal.
 _RANDOM = re.compile(r"[^aeiouy]{6}|[aeiouy]{5}|(.)\1\1|(?=[a-f]*[bcdf])[a-f]{6,}")
@@ -50,7 +50,9 @@ _WORD_CHARS_MAX = 16
 _WORDS_MAX = 6
 _SECRET = re.compile(r"secret|passw|bearer|token|credential|cookie|api[-_]?key")
 # As keys begin: sk-…, ghp_…, glpat-…
-_KEY = re.compile(r"(?:^|[-_.])(?:sk|pk|rk|xai|gsk|hf|gh[pousr]|glpat|xox[a-z]|akia|asia|aiza)[-_]")
+_KEY = re.compile(
+    r"(?:^|[-_.])(?:sk|pk|rk|xai|gsk|hf|gh[pousr]|glpat|xox[a-z]|npm|akia|asia|aiza)[-_]"
+)
 
 
 def without_secrets(argv: Sequence[str]) -> tuple[str, ...]:

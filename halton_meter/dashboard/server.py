@@ -10,7 +10,6 @@ It knows no SQL (`report.py` and `store/` do) and writes nothing.
 
 from __future__ import annotations
 
-import csv
 import hmac
 import io
 import json
@@ -23,11 +22,13 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from itertools import chain
 from typing import Any, TextIO
 from urllib.parse import parse_qs, urlsplit
 
 from halton_meter.model import PricedEvent, event_json
 from halton_meter.report import DIMENSIONS, Question, ask
+from halton_meter.spreadsheet import write_rows
 from halton_meter.store import NothingStored, Selection, Store, StoreError
 
 ADDRESS = "127.0.0.1"
@@ -238,19 +239,15 @@ def _cursor(text: str | None) -> tuple[int, str] | None:
 
 
 def write_csv(store: Store, now_ns: int, asked: dict[str, str], output: TextIO) -> None:
-    """Every selected request as CSV, oldest first; names that look like formulas are quoted."""
-    writer = csv.writer(output, lineterminator="\n")
+    """Every selected request as CSV, oldest first."""
     tokens = ("input", "cache_read", "output", "reasoning")
-    writer.writerow([*_CSV_FIELDS, *(f"{name}_tokens" for name in tokens)])
-    for event in _events(store, selection_of(asked, now_ns), None):
-        shown = event_json(event)
-        row = [_spreadsheet_safe(shown[name]) for name in _CSV_FIELDS]
-        writer.writerow([*row, *(shown["tokens"][name] for name in tokens)])
-
-
-def _spreadsheet_safe(value: Any) -> Any:
-    """A name from traffic must not become a formula where the file is opened."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
+    header = [*_CSV_FIELDS, *(f"{name}_tokens" for name in tokens)]
+    shown = map(event_json, _events(store, selection_of(asked, now_ns), None))
+    rows = (
+        [*(each[name] for name in _CSV_FIELDS), *(each["tokens"][name] for name in tokens)]
+        for each in shown
+    )
+    write_rows(output, chain([header], rows))
 
 
 def _events(store: Store, selection: Selection, limit: int | None) -> Iterator[PricedEvent]:

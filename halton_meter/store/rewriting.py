@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 # Events copied at a time; it bounds memory and the size of one transaction.
-ROWS_AT_ONCE = 100_000
+ROWS_AT_ONCE = 20_000
+# The database's own memory; 3 million events were copied with half of it.
+MEMORY_MAX = "512MB"
 POLL_SECONDS = 0.02
 
 Open = Callable[[float], "DuckDBPyConnection"]
@@ -50,11 +52,11 @@ def rewrite(home: Home, open_old: Open, wait_seconds: float) -> None:
                 old.execute("FORCE CHECKPOINT")
             with _copy_of(home) as copy:
                 if copy is not None:
+                    _clean_refused(home.journal / "refused")
                     _copy_tables(copy)
                     _finish(home, copy)
-                    break
+                    return
             _wait(home, deadline)
-        _clean_refused(home.journal / "refused")
 
 
 @contextlib.contextmanager
@@ -101,7 +103,7 @@ def _copy_of(home: Home) -> Iterator[DuckDBPyConnection | None]:
     problem, unfinished = driver(), _unfinished(home)
     connection = problem.connect(":memory:")
     try:
-        connection.execute("SET temp_directory = ''")
+        connection.execute(f"SET temp_directory = ''; SET memory_limit = '{MEMORY_MAX}'")
         try:
             connection.execute(f"ATTACH '{quoted(home.database)}' AS old (READ_ONLY)")
         except problem.IOException:

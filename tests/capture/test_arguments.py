@@ -230,7 +230,9 @@ SECRETS = st.one_of(
             "AKIA ghp_ glpat- npm_ AIza sk- sk-ant-api03- xoxb-1- hf_ gsk_ eyJhbGci. PLANTED "
             "hunter2 4f9d31c2-".split()
         ),
-        st.text(MIXED + "_-", min_size=8, max_size=40),
+        st.text(MIXED + "_-", min_size=8, max_size=40).filter(
+            lambda text: any(c.isdigit() for c in text)
+        ),
     ),
     st.text("0123456789abcdef", min_size=12, max_size=64).filter(lambda text: not text.isalpha()),
     st.text(MIXED + "+/", min_size=12, max_size=88).filter(
