@@ -13,10 +13,6 @@ import re
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-# What is not printed: control characters, line separators, marks of direction, zero widths, BOM.
-_UNPRINTED = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
-)
 _FORMULA = re.compile(r"\s*[=+\-@＝＋－＠﹢﹣﹦﹫−]")
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 
@@ -31,7 +27,8 @@ def cell(value: Any) -> str:
         return "true" if value else "false"
     if not isinstance(value, str):
         return str(value)
-    text = _UNPRINTED.sub("", value)
+    # Also marks of direction, zero widths and the BOM, which would hide what a cell begins with.
+    text = value if value.isprintable() else "".join(filter(str.isprintable, value))
     if _FORMULA.match(text) and not _NUMBER.fullmatch(text):
         return f"'{text}"
     return text

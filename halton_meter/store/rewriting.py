@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # Events copied at a time; it bounds memory and the size of one transaction.
 ROWS_AT_ONCE = 20_000
-# The database's own memory; 3 million events were copied with half of it.
-MEMORY_MAX = "512MB"
+# After so many pieces the new file is closed and opened again, which frees what it kept in memory.
+PIECES_BEFORE_REOPENING = 25
 POLL_SECONDS = 0.02
 
 Open = Callable[[float], "DuckDBPyConnection"]
@@ -53,7 +53,7 @@ def rewrite(home: Home, open_old: Open, wait_seconds: float) -> None:
             with _copy_of(home) as copy:
                 if copy is not None:
                     _clean_refused(home.journal / "refused")
-                    _copy_tables(copy)
+                    _copy_tables(copy, _unfinished(home))
                     _finish(home, copy)
                     return
             _wait(home, deadline)
@@ -103,7 +103,7 @@ def _copy_of(home: Home) -> Iterator[DuckDBPyConnection | None]:
     problem, unfinished = driver(), _unfinished(home)
     connection = problem.connect(":memory:")
     try:
-        connection.execute(f"SET temp_directory = ''; SET memory_limit = '{MEMORY_MAX}'")
+        connection.execute("SET temp_directory = ''; SET threads = 1")
         try:
             connection.execute(f"ATTACH '{quoted(home.database)}' AS old (READ_ONLY)")
         except problem.IOException:
@@ -128,7 +128,7 @@ def _copy_of(home: Home) -> Iterator[DuckDBPyConnection | None]:
         _log(unfinished).unlink(missing_ok=True)
 
 
-def _copy_tables(connection: DuckDBPyConnection) -> None:
+def _copy_tables(connection: DuckDBPyConnection, unfinished: Path) -> None:
     """All tables, a person's own too."""
     connection.execute("COPY FROM DATABASE old TO new (SCHEMA)")
     found = connection.execute(
@@ -136,7 +136,7 @@ def _copy_tables(connection: DuckDBPyConnection) -> None:
     ).fetchall()
     for schema, table in found:
         if (schema, table) == ("main", "event"):
-            _copy_events(connection)
+            _copy_events(connection, unfinished)
         else:
             name = ".".join('"' + part.replace('"', '""') + '"' for part in (schema, table))
             connection.execute(f"INSERT INTO new.{name} SELECT * FROM old.{name}")
@@ -154,9 +154,13 @@ _CLEAN = (
 )
 
 
-def _copy_events(connection: DuckDBPyConnection) -> None:
+def _copy_events(connection: DuckDBPyConnection, unfinished: Path) -> None:
     rows = connection.execute("SELECT max(rowid) + 1 FROM old.event").fetchall()[0][0] or 0
-    for first in range(0, rows, ROWS_AT_ONCE):
+    for number, first in enumerate(range(0, rows, ROWS_AT_ONCE)):
+        if number and number % PIECES_BEFORE_REOPENING == 0:
+            connection.execute("CHECKPOINT new")
+            connection.execute("DETACH new")
+            connection.execute(f"ATTACH '{quoted(unfinished)}' AS new")
         piece = f"rowid >= {first} AND rowid < {first + ROWS_AT_ONCE}"
         found = connection.execute(
             f"SELECT DISTINCT CAST({_ARGV} AS VARCHAR) FROM old.event WHERE {piece}"

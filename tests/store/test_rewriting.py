@@ -76,6 +76,7 @@ def test_an_old_database_is_cleaned_and_keeps_all_else(
         old.execute("INSERT INTO retagging VALUES (1, 'a', 'b', 2)")
         old.execute("INSERT INTO rolled_day VALUES (3)")
     monkeypatch.setattr(rewriting, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(rewriting, "PIECES_BEFORE_REOPENING", 2)
     with read(tmp_path) as reader:
         assert list(reader.events()) == [as_cleaned(event) for event in events]
         assert reader.rows("SELECT answer FROM my_own") == [(42,)]
@@ -212,7 +213,7 @@ def test_without_room_for_the_copy_the_old_one_stays_and_events_wait(
 ) -> None:
     make_old(tmp_path, 3, [told(0)])
 
-    def full(_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with Store(tmp_path) as store, monkeypatch.context() as without_room:
