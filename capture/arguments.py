@@ -26,6 +26,7 @@ from capture.command_words import (
     OTHER,
     PROGRAMS,
     SCOPES,
+    TITLED,
     VALUES,
     VERSIONED,
     Program,
@@ -96,7 +97,8 @@ class _Words:
             self._value_of = None
             self._take_option(argument)
         else:
-            self.keep(self._word(argument))
+            word = self._word(argument)
+            self.keep(word if argument else "")
 
     # -- options --
 
@@ -211,10 +213,14 @@ def _fits(pattern: re.Pattern[str] | None, text: str) -> bool:
 
 def _described(name: str) -> Program:
     """What is known of a program by its name or path."""
+    return PROGRAMS.get(_plain_name(name), OTHER)
+
+
+def _plain_name(name: str) -> str:
     name = name.rpartition("/")[2]
     if VERSIONED.fullmatch(name):
         name = name.rstrip("0123456789.-")
-    return PROGRAMS.get(ALIASES.get(name, name), OTHER)
+    return ALIASES.get(name, name)
 
 
 # --- what is a name -----------------------------------------------------------------------------
@@ -284,13 +290,17 @@ def _is_scope(part: str) -> bool:
 
 
 def _program(text: str) -> str:
-    """The program: a name or a path. Of a title that a process wrote over it, the first word."""
+    """The program: a name or a path. Of a title that a process wrote over it, its first word, where
+    that is a program's: any word may begin a sentence.
+    """
     text = text[:ARGUMENT_CHARS_MAX]
-    first = re.match(r"([^\s:]+):?(?: |\Z)", text)
-    if first is None:
-        return REDACTED
-    word = first[1].removeprefix("-") or REDACTED  # -bash: a login shell
+    word, blank, _ = text.partition(" ")
+    word = word.removeprefix("-")  # -bash: a login shell
+    if blank:
+        word = word.removesuffix(":")
+        if not (word.startswith("/") or _plain_name(word) in PROGRAMS or word in TITLED):
+            return REDACTED
     folder, slash, name = word.rpartition("/")
     if not _is_name(name):
-        return word if word == REDACTED else _script(word) or REDACTED
+        return _script(word) or REDACTED
     return f"{_folder(folder)}/{name}" if slash else name

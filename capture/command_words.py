@@ -193,6 +193,12 @@ PROGRAMS: dict[str, Program] = {
     "pytest": OTHER,
 }
 
+# Programs that write a title over their command line, beside those above.
+TITLED = frozenset(
+    "celery chrome chromium code gunicorn nginx php-fpm postgres postgresql puma redis-server "
+    "sidekiq sshd unicorn uwsgi".split()
+)
+
 # Packages and files that go by another name than the program that they hold.
 ALIASES = {"claude-code": "claude", "gemini-cli": "gemini", "qwen-code": "qwen"}
 
