@@ -287,7 +287,7 @@ def _seen(findings: Findings) -> str:
 def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) -> None:
     """Say on stderr what could not be read, why, and what to do."""
     for error in findings.errors:
-        click.echo(harmless(f"Error: {error}"), err=True)
+        click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
     if told:
         count = sum(told.values())
         hosts = [name for name, _ in told.most_common(HOSTS_SHOWN)]
@@ -479,7 +479,7 @@ def replay(**options: Any) -> None:
     files, errors = find_captures(job.paths)
     if not files:
         for error in errors:
-            click.echo(harmless(f"Error: {error}"), err=True)
+            click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
         raise SystemExit(1)
     raise SystemExit(0 if _run(job, files, errors) else 1)
 
