@@ -105,11 +105,16 @@ def process_of(end: ClientEnd) -> Process | None:
 def program_of(process: Process | None) -> str | None:
     """What to call the program of a process: its file, and for an interpreter the script too.
 
-    Trust in a CA is a program's own business; a script's is not that of its interpreter.
+    Trust in a CA is a program's own business; a script's is not that of its interpreter. A script
+    whose folder is hidden is told by its name alone.
     """
+    from capture.arguments import REDACTED
+
     if process is None or process.exe is None:
         return None
-    words = [word for word in process.argv[1:] if not word.startswith("-")]
+    words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
+    if words and words[0].startswith(f"{REDACTED}/"):
+        return f"{process.exe} {words[0]}"
     script = Path(process.cwd or "/", words[0]) if words else None
     with contextlib.suppress(OSError, ValueError):
         if script is not None and script.is_file():

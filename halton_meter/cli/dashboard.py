@@ -5,10 +5,17 @@ Exit codes: 0 ended by Ctrl-C; 1 could not listen (the reason and the next comma
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import time
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from halton_meter.dashboard.server import Dashboard
 
 
 @click.command(
@@ -24,7 +31,8 @@ Examples:
 def dashboard(port: int, open_browser: bool) -> None:
     """Show what was spent on a local web page, until Ctrl-C.
 
-    It listens on 127.0.0.1 only, and answers only whoever has the address with its secret.
+    It listens on 127.0.0.1 only, and answers only the browser that opens the address first. Press
+    Enter for another address: for another browser, or when the first one is too old.
     """
     from halton_meter.dashboard.server import Dashboard
     from halton_meter.store import Store
@@ -38,12 +46,29 @@ def dashboard(port: int, open_browser: bool) -> None:
             err=True,
         )
         sys.exit(1)
-    click.echo(f"{server.url}\nCtrl-C ends it.")
+    url = server.new_url()
+    click.echo(f"{url}\nIt opens once. Enter: another address. Ctrl-C ends it.")
+    _offer_more(server)
     if open_browser:
-        click.launch(server.url)
+        click.launch(url)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         click.echo()
     finally:
         server.server_close()
+
+
+def _offer_more(server: Dashboard) -> None:
+    """Print another address each time that Enter is pressed."""
+    if not sys.stdin.isatty():
+        return
+    # A job in the background must not be stopped for reading the terminal; the read fails then.
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):
+            for _ in sys.stdin:
+                click.echo(server.new_url())
+
+    threading.Thread(target=listen, daemon=True).start()

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from halton_meter.cli.drawing import harmless
+
 if TYPE_CHECKING:
     from proxy_fallback.ledger import Ledger
     from proxy_fallback.plan import Machine
@@ -67,7 +69,7 @@ def doctor(*, fix: bool, apply: bool, as_json: bool) -> None:
         click.echo(json.dumps(told))
     else:
         for line in lines(findings, fix):
-            click.echo(line)
+            click.echo(harmless(line))
     if apply and plan:
         sys.exit(_apply(machine, plan, as_json))
     sys.exit(1 if amiss else 0)

@@ -15,8 +15,6 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STEPS = "▁▂▃▄▅▆▇█"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
-# Names in a table come from traffic: what could move the cursor or colour the screen goes.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def colours() -> bool:
@@ -30,10 +28,14 @@ def styled(text: str, style: str) -> str:
 
 
 def shown(text: str | None, width: int = 40) -> str:
-    """A name from outside, made harmless and no wider than `width`."""
+    """A name from outside, made harmless and no wider than `width`.
+
+    Names come from traffic: what could move the cursor, colour the screen or turn the direction of
+    the text goes.
+    """
     if text is None or not text:
         return UNKNOWN
-    clean = _CONTROL.sub("?", text)
+    clean = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= width else f"{clean[: width - 1]}…"
 
 

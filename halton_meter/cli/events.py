@@ -82,12 +82,12 @@ def _row(event: PricedEvent) -> tuple[str, ...]:
     notes.append("estimated" if usage.certainty is Certainty.ESTIMATED else None)
     return (
         at.strftime("%Y-%m-%d %H:%M:%S"),
-        usage.provider,
+        shown(usage.provider),
         shown(usage.model),
         shown(usage.project, 24),
         count_text(tokens.input),
         count_text(tokens.cache_read),
         count_text(tokens.output),
         "unpriced" if event.list_usd is None else money_text(event.list_usd, 6),
-        ", ".join(note for note in notes if note),
+        ", ".join(shown(note) for note in notes if note),
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halton_meter.cli.book import fail, open_book, parsed_time, rate_text
+from halton_meter.cli.drawing import harmless
 from halton_meter.cli.pricing_changes import described, refresh, reset, set_
 from halton_meter.config import home_folder
 
@@ -134,12 +135,12 @@ def _show(event: PricedEvent, as_json: bool) -> None:
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
         for line in _told(document):
-            click.echo(line)
+            click.echo(harmless(line))
         for reason in unpriced:
-            click.echo(f"  {_why(reason, usage.model)}")
+            click.echo(harmless(f"  {_why(reason, usage.model)}"))
     for reason in unpriced[:1]:
         if command := _set_command(usage.provider, usage.model, reason):
-            click.echo(f"  set a price: {command}", err=True)
+            click.echo(harmless(f"  set a price: {command}"), err=True)
 
 
 def _told(document: dict[str, Any]) -> Iterator[str]:
@@ -343,7 +344,7 @@ def status(as_json: bool) -> None:
         click.echo(json.dumps(document, ensure_ascii=False))
         return
     for line in _status_told(document):
-        click.echo(line)
+        click.echo(harmless(line))
 
 
 def _status() -> dict[str, Any]:

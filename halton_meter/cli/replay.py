@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.cli.drawing import harmless
 from halton_meter.model import Outcome, PricedEvent, event_json, rfc3339, usd_text
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class Output:
         if not self._began:
             click.echo(_ROW.format("at (UTC)", "provider", "model", "in", "out", "list price", ""))
             self._began = True
-        click.echo(_row(event))
+        click.echo(harmless(_row(event)))
 
     def summary(self, summary: Summary, findings: Findings, losses: Counter[str]) -> None:
         """Print the last lines of the table."""
@@ -306,11 +307,11 @@ def _seen(findings: Findings) -> str:
 def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) -> None:
     """Say on stderr what could not be read, why, and what to do."""
     for error in findings.errors:
-        click.echo(f"Error: {error}", err=True)
+        click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
     if told:
         count = sum(told.values())
         hosts = [name for name, _ in told.most_common(HOSTS_SHOWN)]
-        names = ", ".join(hosts) + (
+        names = harmless(", ".join(hosts)) + (
             f" and {len(told) - len(hosts)} more" * (len(told) > len(hosts))
         )
         paths = " ".join(map(shlex.quote, arguments))
@@ -511,7 +512,7 @@ def replay(**options: Any) -> None:
     files, errors = find_captures(job.paths)
     if not files:
         for error in errors:
-            click.echo(f"Error: {error}", err=True)
+            click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
         raise SystemExit(1)
     raise SystemExit(0 if _run(job, files, errors) else 1)
 

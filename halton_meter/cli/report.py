@@ -121,20 +121,19 @@ def _previous(selection: Selection, now: int) -> Selection:
 
 
 def _csv(answer: Report) -> str:
-    import csv
     import io
+
+    from halton_meter.spreadsheet import write_rows
 
     counts = ["requests", "unpriced_requests", "errors"]
     money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
     tokens = [f"{name}_tokens" for name in TOKEN_NAMES]
-    writer.writerow([*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"])
+    rows: list[list[Any]] = [[*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"]]
     for group in answer.groups:
         figures = group.figures
-        writer.writerow(
+        rows.append(
             [
-                *(_spreadsheet_safe(value) for value in group.keys.values()),
+                *group.keys.values(),
                 *(getattr(figures, name) for name in counts),
                 *(figures.tokens[name] for name in TOKEN_NAMES),
                 *(usd_text(getattr(figures, name)) for name in money),
@@ -142,12 +141,9 @@ def _csv(answer: Report) -> str:
                 group.share,
             ]
         )
+    output = io.StringIO()
+    write_rows(output, rows)
     return output.getvalue()
-
-
-def _spreadsheet_safe(value: str | None) -> str | None:
-    """A name from traffic must not become a formula where the file is opened."""
-    return f"'{value}" if value and value[0] in "=+-@\t\r" else value
 
 
 # --- the picture ---------------------------------------------------------------------------------

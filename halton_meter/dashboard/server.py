@@ -2,7 +2,7 @@
 
 `Dashboard(store, clock)` listens on 127.0.0.1 only and answers GET only. What it shows is a
 person's own spending, so other users of the machine and other web pages must not read it: a
-request needs the secret of the page's address (kept in a cookie after the first visit), and names
+request needs the cookie that the first visit to the page's address gave (`entrance.py`), and names
 this very address as its host, which defeats DNS rebinding. The page loads nothing from elsewhere.
 
 It knows no SQL (`report.py` and `store/` do) and writes nothing.
@@ -10,24 +10,23 @@ It knows no SQL (`report.py` and `store/` do) and writes nothing.
 
 from __future__ import annotations
 
-import csv
-import hmac
 import io
 import json
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from itertools import chain
 from typing import Any, TextIO
 from urllib.parse import parse_qs, urlsplit
 
+from halton_meter.dashboard.entrance import CODE_SECONDS, Entrance, is_ours
 from halton_meter.model import PricedEvent, event_json
 from halton_meter.report import DIMENSIONS, Question, ask
+from halton_meter.spreadsheet import write_rows
 from halton_meter.store import NothingStored, Selection, Store, StoreError
 
 ADDRESS = "127.0.0.1"
@@ -36,7 +35,6 @@ REQUESTS_A_PAGE = 100
 SAME_INSTANT_MAX = 100
 IDLE_SECONDS_MAX = 30.0
 CSV_BYTES_IN_MEMORY = 4 << 20
-_COOKIE = "halton_meter"
 _DAY_NS = 86_400 * 1_000_000_000
 PERIODS = {"today": 0, "7d": 7, "30d": 30, "90d": 90, "all": None}
 _STATIC = {
@@ -56,12 +54,18 @@ _CSV_FIELDS = (
 )
 
 
+NOT_LET_IN = (
+    f"The address of this page opens it once, within {CODE_SECONDS / 60:.0f} minutes. For another "
+    "one press Enter where `halton-meter dashboard` runs, or run it again."
+)
+
+
 class BadRequest(Exception):
     """The address asks for something that does not exist; the text says what may be asked."""
 
 
 class Dashboard(ThreadingHTTPServer):
-    """The listening server; `url` is the address to open. Raises OSError for a port in use.
+    """The listening server; `new_url` is an address to open. Raises OSError for a port in use.
 
     `clock` gives the time in ns since 1970, for periods that end now.
     """
@@ -72,7 +76,7 @@ class Dashboard(ThreadingHTTPServer):
     def __init__(self, store: Store, clock: Callable[[], int], port: int = 0) -> None:
         self.store = store
         self.clock = clock
-        self.secret = secrets.token_urlsafe(24)
+        self.entrance = Entrance()
         super().__init__((ADDRESS, port), _Page)
 
     @property
@@ -80,10 +84,9 @@ class Dashboard(ThreadingHTTPServer):
         """Address and port, as a browser names them in Host."""
         return f"{ADDRESS}:{self.server_port}"
 
-    @property
-    def url(self) -> str:
-        """The page's address with its secret."""
-        return f"http://{self.authority}/?secret={self.secret}"
+    def new_url(self) -> str:
+        """An address that opens the page once; one that was given before opens it no longer."""
+        return f"http://{self.authority}/?code={self.entrance.new_code()}"
 
 
 class _Page(BaseHTTPRequestHandler):
@@ -93,7 +96,7 @@ class _Page(BaseHTTPRequestHandler):
     timeout = IDLE_SECONDS_MAX
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep no log: addresses hold the secret and names of projects."""
+        """Keep no log: addresses hold codes and names of projects."""
 
     def do_GET(self) -> None:
         """Answer one request."""
@@ -101,31 +104,26 @@ class _Page(BaseHTTPRequestHandler):
         asked = {name: values[-1] for name, values in parse_qs(where.query).items()}
         if self.headers.get("Host") != self.server.authority:
             self._say(HTTPStatus.MISDIRECTED_REQUEST, f"Open http://{self.server.authority}/")
-        elif self._is_secret(asked.get("secret")):
-            self._let_in()
-        elif not self._is_secret(self._cookie()):
-            self._say(HTTPStatus.FORBIDDEN, "Open the address that `halton-meter dashboard` shows.")
+        elif "code" in asked:
+            self._let_in(asked["code"])
+        elif not self.server.entrance.lets_in(self.headers.get("Cookie", "")):
+            self._say(HTTPStatus.FORBIDDEN, NOT_LET_IN)
         else:
-            self._answer(where.path, asked)
+            self._answer(where.path.removeprefix(self.server.entrance.folder), asked)
 
-    def _is_secret(self, said: str | None) -> bool:
-        return said is not None and hmac.compare_digest(said.encode(), self.server.secret.encode())
-
-    def _cookie(self) -> str | None:
-        try:
-            cookie = SimpleCookie(self.headers.get("Cookie", ""))
-        except CookieError:
-            return None
-        return cookie[_COOKIE].value if _COOKIE in cookie else None
-
-    def _let_in(self) -> None:
-        """Keep the secret in a cookie and out of the address."""
-        self.send_response(HTTPStatus.SEE_OTHER)
-        cookie = f"{_COOKIE}={self.server.secret}; HttpOnly; SameSite=Strict; Path=/"
-        self.send_header("Set-Cookie", cookie)
-        self.send_header("Location", "/")
-        self.send_header("Content-Length", "0")
-        self._end_headers()
+    def _let_in(self, code: str) -> None:
+        """Give a cookie for the code, and an address without it."""
+        entrance = self.server.entrance
+        if not is_ours(self.client_address[1], self.server.server_port):
+            self._say(HTTPStatus.FORBIDDEN, "This page is another user's.")
+        elif not entrance.spend(code):
+            self._say(HTTPStatus.FORBIDDEN, NOT_LET_IN)
+        else:
+            self.send_response(HTTPStatus.SEE_OTHER)
+            self.send_header("Set-Cookie", entrance.cookie())
+            self.send_header("Location", f"{entrance.folder}/")
+            self.send_header("Content-Length", "0")
+            self._end_headers()
 
     def _end_headers(self) -> None:
         for name, value in _HEADERS.items():
@@ -238,19 +236,15 @@ def _cursor(text: str | None) -> tuple[int, str] | None:
 
 
 def write_csv(store: Store, now_ns: int, asked: dict[str, str], output: TextIO) -> None:
-    """Every selected request as CSV, oldest first; names that look like formulas are quoted."""
-    writer = csv.writer(output, lineterminator="\n")
+    """Every selected request as CSV, oldest first."""
     tokens = ("input", "cache_read", "output", "reasoning")
-    writer.writerow([*_CSV_FIELDS, *(f"{name}_tokens" for name in tokens)])
-    for event in _events(store, selection_of(asked, now_ns), None):
-        shown = event_json(event)
-        row = [_spreadsheet_safe(shown[name]) for name in _CSV_FIELDS]
-        writer.writerow([*row, *(shown["tokens"][name] for name in tokens)])
-
-
-def _spreadsheet_safe(value: Any) -> Any:
-    """A name from traffic must not become a formula where the file is opened."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
+    header = [*_CSV_FIELDS, *(f"{name}_tokens" for name in tokens)]
+    shown = map(event_json, _events(store, selection_of(asked, now_ns), None))
+    rows = (
+        [*(each[name] for name in _CSV_FIELDS), *(each["tokens"][name] for name in tokens)]
+        for each in shown
+    )
+    write_rows(output, chain([header], rows))
 
 
 def _events(store: Store, selection: Selection, limit: int | None) -> Iterator[PricedEvent]:

@@ -25,7 +25,8 @@ from halton_meter.store.errors import (
     first_line,
 )
 from halton_meter.store.home import DATABASE_NAME, Home
-from halton_meter.store.schema import is_newest, migrate
+from halton_meter.store.rewriting import rewrite
+from halton_meter.store.schema import is_newest, migrate, needs_rewriting
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -60,11 +61,12 @@ class Database:
         self._home.make_directories()
         if not self._path.exists():
             self._create()
+        connection = self._open(wait_seconds)
         try:
-            connection = self._connect(self._path, False, wait_seconds)
-        except DatabaseDamaged as error:
-            raise self._put_aside(error) from error
-        try:
+            if needs_rewriting(connection):
+                connection.close()
+                rewrite(self._home, self._open, wait_seconds)
+                connection = self._open(wait_seconds)
             migrate(connection)
         except BaseException:
             connection.close()
@@ -83,6 +85,12 @@ class Database:
         finally:
             connection.close()
             self._home.own_database()
+
+    def _open(self, wait_seconds: float) -> DuckDBPyConnection:
+        try:
+            return self._connect(self._path, False, wait_seconds)
+        except DatabaseDamaged as error:
+            raise self._put_aside(error) from error
 
     def _create(self) -> None:
         """Make the database elsewhere and give it its name when it is whole: a crash or a full
@@ -131,7 +139,10 @@ class Database:
 
     def _open_problem(self, error: Exception) -> StoreError:
         text, path = str(error), self._path
-        if "set lock" in text or "different configuration" in text or "already open" in text:
+        if any(
+            sign in text
+            for sign in ("set lock", "different configuration", "already open", "already attached")
+        ):
             return StoreBusy(
                 f"{path} is in use by another process, and was for all the time we waited. "
                 f"Close it there (see who: fuser -v {path}) and try again."

@@ -9,9 +9,13 @@ one. The caller chooses a path that nobody looks at yet, and renames it when it 
 from __future__ import annotations
 
 import contextlib
+import io
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halton_meter.spreadsheet import write_rows
 from halton_meter.store.driver import quoted
 from halton_meter.store.home import private_file
 from halton_meter.store.reader import Reader, Selection
@@ -19,6 +23,8 @@ from halton_meter.store.schema import USAGE_COLUMNS
 
 if TYPE_CHECKING:
     import sqlite3
+
+    from duckdb import DuckDBPyConnection
 
 EXPORT_ROWS = 2_000
 
@@ -84,32 +90,38 @@ def _copy(
 
 def write_csv(reader: Reader, path: Path, selection: Selection) -> int:
     """Write a CSV file with a header; times are UTC, money is exact, unknown is empty."""
-    return _write_flat(reader, path, selection, "FORMAT csv, HEADER true", "rfc")
+    at = f"{_UTC_TEXT.format('at_ns')} AS started_at"
+    sql, parameters = _flat(selection, at, [f"{exact} AS {name}" for name, exact in _EXACT.items()])
+    cursor = reader.connection.execute(sql, parameters)
+    header = [column[0] for column in cursor.description]
+    with private_file(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+        return write_rows(text, chain([header], _rows(cursor))) - 1
 
 
 def write_parquet(reader: Reader, path: Path, selection: Selection) -> int:
     """Write a Parquet file; money both as DECIMAL(38,12) and, exactly, as text."""
-    return _write_flat(reader, path, selection, "FORMAT parquet, COMPRESSION zstd", "native")
-
-
-def _write_flat(reader: Reader, path: Path, selection: Selection, form: str, times: str) -> int:
-    where, parameters = selection.where()
-    at = "make_timestamp_ns(at_ns)"
-    columns = [f"strftime({at}, '%Y-%m-%dT%H:%M:%S.%fZ')" if times == "rfc" else at]
-    columns[0] += " AS started_at"
-    columns += [n for n in USAGE_COLUMNS if n not in _NOT_EXPORTED]
-    for name in ("list_usd", "marginal_usd", "reported_usd"):
-        exact = f"price_document->>'$.{name}'"
-        columns += [f"{exact} AS {name}"] if times == "rfc" else [name, f"{exact} AS {name}_exact"]
-    columns += ["basis", "price_book", "revision"]
+    money = [f"{name}, {exact} AS {name}_exact" for name, exact in _EXACT.items()]
+    sql, parameters = _flat(selection, "make_timestamp_ns(at_ns) AS started_at", money)
     with private_file(path):
         pass  # so that it is ours alone from its first byte on
     copied = reader.connection.execute(
-        f"COPY (SELECT {', '.join(columns)} FROM event WHERE {where} ORDER BY at_ns, id) "
-        f"TO '{quoted(path)}' ({form}, USE_TMP_FILE false)",
+        f"COPY ({sql}) TO '{quoted(path)}' (FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)",
         parameters,
     ).fetchall()
     return int(copied[0][0])
+
+
+def _flat(selection: Selection, started_at: str, money: list[str]) -> tuple[str, list[Any]]:
+    """One SELECT of all events, a row each, and its parameters."""
+    where, parameters = selection.where()
+    names = [name for name in USAGE_COLUMNS if name not in _NOT_EXPORTED]
+    columns = ", ".join([started_at, *names, *money, "basis", "price_book", "revision"])
+    return f"SELECT {columns} FROM event WHERE {where} ORDER BY at_ns, id", parameters
+
+
+def _rows(cursor: DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
+    while rows := cursor.fetchmany(EXPORT_ROWS):
+        yield from rows
 
 
 # --- the SQLite file that others' tools read -----------------------------------------------------
@@ -139,6 +151,9 @@ CREATE INDEX requests_by_time ON requests (requested_at);
 CREATE INDEX requests_by_project ON requests (project_id, requested_at);
 """
 _UTC_TEXT = "strftime(make_timestamp_ns({}), '%Y-%m-%dT%H:%M:%S.%fZ')"
+_EXACT = {
+    name: f"price_document->>'$.{name}'" for name in ("list_usd", "marginal_usd", "reported_usd")
+}
 _SQLITE_PROJECTS = (
     "SELECT row_number() OVER (ORDER BY name) AS id, name FROM "
     "(SELECT DISTINCT project AS name FROM event WHERE project IS NOT NULL AND {where})"

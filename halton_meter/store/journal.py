@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter.model import PricedEvent
+from halton_meter.store.cleaning import LINE_FORM, cleaned_line, is_older
 from halton_meter.store.errors import disk_trouble
 from halton_meter.store.home import Home, private_file
 from halton_meter.store.rows import dumps, price_values, usage_values
@@ -277,7 +278,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _line(values: dict[str, Any]) -> bytes:
-    rest = dumps(values)[1:]
+    rest = dumps({"form": LINE_FORM, **values})[1:]
     return b'{"crc":%d,%s\n' % (zlib.crc32(rest), rest)
 
 
@@ -304,16 +305,24 @@ def loss_line(loss_id: str, cause: str, count: int, at_ns: int) -> bytes:
 
 
 def checked(path: Path) -> tuple[int, int, Path]:
-    """(sound lines, damaged lines, a file of only sound lines) of a segment."""
-    sound = damaged = 0
+    """(sound lines, damaged lines, a file of only sound lines of this version) of a segment."""
+    sound = damaged = older = 0
     with path.open("rb") as file:
         for line in file:
-            good = line.endswith(b"\n") and _is_sound(line[:-1])
-            sound += good
-            damaged += not good
-    if not damaged:
-        return sound, 0, path
+            good = _storable(line)
+            sound += good is not None
+            damaged += good is None
+            older += good is not line
+    if not older:
+        return sound, damaged, path
     kept = path.with_suffix(".sound")
     with path.open("rb") as file, private_file(kept) as output:
-        output.writelines(x for x in file if x.endswith(b"\n") and _is_sound(x[:-1]))
+        output.writelines(good for line in file if (good := _storable(line)) is not None)
     return sound, damaged, kept
+
+
+def _storable(line: bytes) -> bytes | None:
+    """The line itself, or as this version would have written it; None for a damaged one."""
+    if not (line.endswith(b"\n") and _is_sound(line[:-1])):
+        return None
+    return cleaned_line(line) if is_older(line) else line

@@ -147,26 +147,46 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE day_total (day INTEGER NOT NULL, dimension VARCHAR NOT NULL, value VARCHAR,
         provider VARCHAR, {_DAY_COLUMNS});
     """,
+    # From here on command lines hold no values; `rewriting.py` takes them out of older databases.
+    "",
 )
+# A database of an earlier version is copied into a new file, see `rewriting.py`.
+REWRITTEN_VERSION = 4
 
 
 def migrate(connection: DuckDBPyConnection) -> None:
-    """Bring the tables to the newest version, whole or not at all; raises DatabaseTooNew."""
-    version, newest = _version(connection), len(MIGRATIONS)
-    if version > newest:
+    """Bring the tables of an empty or rewritten database to the newest version."""
+    _migrate(connection, len(MIGRATIONS))
+
+
+def migrate_in_place(connection: DuckDBPyConnection) -> None:
+    """Bring the tables to the last version before the one that needs a new file."""
+    _migrate(connection, REWRITTEN_VERSION - 1)
+
+
+def needs_rewriting(connection: DuckDBPyConnection) -> bool:
+    """Whether it was written before REWRITTEN_VERSION, and is not empty."""
+    return 0 < _version(connection) < REWRITTEN_VERSION
+
+
+def _migrate(connection: DuckDBPyConnection, newest: int) -> None:
+    """Bring the tables to that version, whole or not at all; raises DatabaseTooNew."""
+    version = _version(connection)
+    if version > len(MIGRATIONS):
         raise DatabaseTooNew(
-            f"The database has schema version {version}, this program knows {newest}. "
+            f"The database has schema version {version}, this program knows {len(MIGRATIONS)}. "
             "Update: pip install -U halton-meter"
         )
-    if version == newest:
+    if version >= newest:
         return
     connection.execute("BEGIN")
     connection.execute(
         "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL, "
         "applied_at TIMESTAMP NOT NULL DEFAULT current_timestamp)"
     )
-    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-        connection.execute(script)
+    for number, script in enumerate(MIGRATIONS[version:newest], start=version + 1):
+        if script:
+            connection.execute(script)
         connection.execute("INSERT INTO schema_version (version) VALUES (?)", [number])
     connection.execute("COMMIT")
 

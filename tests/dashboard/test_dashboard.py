@@ -6,13 +6,18 @@ import csv
 import http.client
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from halton_meter.dashboard.entrance import CODE_SECONDS, GUESSES_MAX, Entrance, is_ours
 from halton_meter.dashboard.server import REQUESTS_A_PAGE, Dashboard
 from halton_meter.store import Store
 from tests.store.made import HOUR_NS, NOON_NS, made
@@ -40,7 +45,8 @@ def get(
     connection = http.client.HTTPConnection("127.0.0.1", page.server_port, timeout=10)
     headers = {"Host": host or page.authority}
     if cookie:
-        headers["Cookie"] = f"halton_meter={page.secret}"
+        headers["Cookie"] = page.entrance.cookie().partition(";")[0]
+        path = f"{page.entrance.folder}{path}"
     connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     return answer, answer.read().decode()
@@ -51,29 +57,111 @@ def keep(store: Store, count: int, step_ns: int = HOUR_NS // 3600) -> None:
     store.flush()
 
 
-def test_the_address_shown_opens_the_page_and_leaves_the_address_bar_without_secret(
+def code_of(page: Dashboard) -> str:
+    """A fresh address without its host."""
+    address = urlsplit(page.new_url())
+    return f"{address.path}?{address.query}"
+
+
+def test_the_address_opens_the_page_once_and_the_browser_s_own_holds_no_code(
     page: Dashboard,
 ) -> None:
-    address = urlsplit(page.url)
-    answer, _ = get(page, f"{address.path}?{address.query}", cookie=False)
+    address = code_of(page)
+    answer, _ = get(page, address, cookie=False)
     assert answer.status == 303
-    assert answer.headers["Location"] == "/"
-    cookie = answer.headers["Set-Cookie"]
-    assert f"halton_meter={page.secret};" in cookie
-    assert {"HttpOnly", "SameSite=Strict"} <= {part.strip() for part in cookie.split(";")}
+    assert answer.headers["Location"] == f"{page.entrance.folder}/"
+    cookie, *rules = [part.strip() for part in answer.headers["Set-Cookie"].split(";")]
+    # Not for every path: then every port of 127.0.0.1 would be sent it.
+    assert set(rules) == {"HttpOnly", "SameSite=Strict", f"Path={page.entrance.folder}"}
+    code = address.partition("=")[2]
+    assert code not in answer.headers["Location"] + cookie + page.entrance.folder
+    assert cookie.partition("=")[2] not in answer.headers["Location"]
     answer, body = get(page, "/")
     assert answer.status == 200
     assert "<title>Halton Meter</title>" in body
 
+    for again in (address, address):
+        answer, body = get(page, again, cookie=False)
+        assert answer.status == 403
+        assert "Set-Cookie" not in answer.headers
+        assert "press Enter where `halton-meter dashboard` runs" in body
+    assert get(page, code_of(page), cookie=False)[0].status == 303
+    assert get(page, "/")[0].status == 200  # who is in stays in
+
+
+def test_two_at_once_do_not_both_get_in(page: Dashboard) -> None:
+    address = code_of(page)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: get(page, address, cookie=False)[0].status, range(8)))
+    assert sorted(found) == [303] + [403] * 7
+
+
+def test_a_code_is_withdrawn_by_time_by_the_next_and_by_guesses() -> None:
+    now = 0.0
+    entrance = Entrance(lambda: now)
+    assert not entrance.spend("")
+    late = entrance.new_code()
+    now = CODE_SECONDS
+    assert not entrance.spend(late)
+    first, second = entrance.new_code(), entrance.new_code()
+    assert not entrance.spend(first)
+    assert entrance.spend(second)
+    third = entrance.new_code()
+    for _ in range(GUESSES_MAX - 1):
+        assert not entrance.spend("guess")
+    assert not entrance.spend("größe\ud800")
+    assert not entrance.spend(third)
+    assert entrance.spend(entrance.new_code())
+
+
+def test_two_runs_share_nothing(store: Store) -> None:
+    one, other = Entrance(), Entrance()
+    assert one.folder != other.folder
+    assert one.lets_in(one.cookie())
+    assert not other.lets_in(one.cookie())
+    assert not one.lets_in('halton_meter="; a b = c')
+
+
+def test_a_code_is_not_taken_from_another_user_s_socket(tmp_path: Path) -> None:
+    """Who reads it in a list of processes may be faster than the browser."""
+    table = tmp_path / "net" / "tcp"
+    table.parent.mkdir()
+    line = (
+        "   0: 0100007F:{:04X} 0100007F:{:04X} 01 00000000:00000000 00:00000000 00000000 {} 0 1 1"
+    )
+    for uid, ours in ((os.geteuid() + 1, False), (os.geteuid(), True), (0, True)):
+        table.write_text("header\n" + line.format(4000, 5000, uid) + "\n")
+        assert is_ours(4000, 5000, tmp_path) is ours
+    assert is_ours(4001, 5000, tmp_path)  # not listed: nobody can tell
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_with_the_code_neither_gets_in_nor_spends_it(page: Dashboard) -> None:
+    address = code_of(page)
+    script = (
+        "import encodings.idna, http.client, os, sys; os.setgid(65534); os.setuid(65534)\n"
+        "asked = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=10)\n"
+        "asked.request('GET', sys.argv[2]); print(asked.getresponse().status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(page.server_port), address],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "403"
+    assert get(page, address, cookie=False)[0].status == 303
+
 
 @pytest.mark.parametrize(
-    "path", ["/", "/api/report", "/api/requests", "/requests.csv", "/?secret=guess"]
+    "path", ["/", "/api/report", "/api/requests", "/requests.csv", "/?code=guess"]
 )
-def test_without_the_secret_nothing_is_shown(page: Dashboard, store: Store, path: str) -> None:
+def test_without_the_cookie_nothing_is_shown(page: Dashboard, store: Store, path: str) -> None:
     keep(store, 1)
-    answer, body = get(page, path, cookie=False)
-    assert answer.status == 403
-    assert "claude" not in body
+    for asked in (path, f"{page.entrance.folder}{path}"):
+        answer, body = get(page, asked, cookie=False)
+        assert answer.status == 403
+        assert "claude" not in body
 
 
 def test_another_host_name_for_the_same_address_is_refused(page: Dashboard) -> None:
@@ -155,3 +243,33 @@ def test_an_empty_store_is_an_empty_page(page: Dashboard) -> None:
     assert json.loads(get(page, "/api/report")[1])["totals"]["requests"] == 0
     assert json.loads(get(page, "/api/requests")[1]) == {"requests": [], "next": None}
     assert get(page, "/nowhere")[0].status == 404
+
+
+def test_enter_prints_another_address_which_alone_opens_the_page(tmp_path: Path) -> None:
+    terminal, far = os.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-P", "-m", "halton_meter", "dashboard"],
+        stdin=far,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HALTON_METER_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert running.stdout
+        first = running.stdout.readline().strip()
+        assert "Enter: another address" in running.stdout.readline()
+        os.write(terminal, b"\n")
+        second = running.stdout.readline().strip()
+        port = urlsplit(first).port
+        assert (urlsplit(second).port, first == second) == (port, False)
+        found = []
+        for address in (first, second, second):
+            asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            asked.request("GET", address[address.index("/?") :])
+            found.append(asked.getresponse().status)
+        assert found == [403, 303, 403]
+    finally:
+        running.kill()
+        running.communicate()
+        os.close(terminal)
+        os.close(far)

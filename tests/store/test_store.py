@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,9 +21,9 @@ from halton_meter.store import (
     Store,
     schema,
 )
-from halton_meter.store.driver import driver
 from halton_meter.store.journal import LINE_BYTES_MAX
 from tests.store.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
+from tests.store.older import make_old
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -247,27 +246,9 @@ def test_retag_moves_one_project_and_only_when_told_to(store: Store) -> None:
 # --- versions ------------------------------------------------------------------------------------
 
 
-def make_old(home: Path, version: int, event: PricedEvent) -> None:
-    """A database as the program of that schema version left it, with one event."""
-    with Store(home / "new") as new:
-        new.append([event])
-        new.flush()
-    with contextlib.closing(driver().connect(str(home / "meter.duckdb"))) as old:
-        old.execute(
-            "CREATE TABLE schema_version (version INTEGER NOT NULL, "
-            "applied_at TIMESTAMP NOT NULL DEFAULT current_timestamp)"
-        )
-        for number, script in enumerate(schema.MIGRATIONS[:version], start=1):
-            old.execute(script)
-            old.execute("INSERT INTO schema_version (version) VALUES (?)", [number])
-        old.execute(f"ATTACH '{new.database_path}' AS new (READ_ONLY)")
-        names = ", ".join((*schema.EVENT_COLUMNS, "revision"))
-        old.execute(f"INSERT INTO event ({names}) SELECT {names} FROM new.event")
-
-
 @pytest.mark.parametrize("version", range(1, len(schema.MIGRATIONS)))
 def test_an_older_database_is_migrated_and_keeps_its_events(tmp_path: Path, version: int) -> None:
-    make_old(tmp_path, version, made())
+    make_old(tmp_path, version, [made()])
     with Store(tmp_path) as store:
         with store.reading() as reader:
             found = reader.rows("SELECT version FROM schema_version ORDER BY 1")

@@ -155,7 +155,7 @@ function coverage(found) {
 }
 
 async function requests(before) {
-  const page = await fetched("/api/requests", before ? { before } : {});
+  const page = await fetched("api/requests", before ? { before } : {});
   const rows = page.requests.map((event) => row([
     [new Date(event.at).toLocaleString()],
     [event.provider],
@@ -174,7 +174,7 @@ async function requests(before) {
   }
   next = page.next;
   $("more").hidden = next === null;
-  $("csv").href = `/requests.csv?${query({})}`;
+  $("csv").href = `requests.csv?${query({})}`;
 }
 
 async function show() {
@@ -183,7 +183,7 @@ async function show() {
   choices("dimensions", "by", DIMENSIONS, "model");
   filters();
   try {
-    const [report, days] = await Promise.all([fetched("/api/report", { by }), fetched("/api/report", { by: "day" })]);
+    const [report, days] = await Promise.all([fetched("api/report", { by }), fetched("api/report", { by: "day" })]);
     totals(report.totals);
     trend(days.groups);
     groups(report, by);

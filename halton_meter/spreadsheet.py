@@ -1,0 +1,44 @@
+"""Rows for a spreadsheet: CSV in which no name from outside can become a formula or a row.
+
+Names of models, programs and projects come from traffic and from other people's processes. Excel,
+LibreOffice and Google Sheets run a cell that begins with =, +, - or @ (some after blanks, some in
+their full-width forms too), and end a row at a carriage return. All CSV of this program is written
+here. It knows nothing of what the columns mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠﹢﹣﹦﹫−]")
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
+
+
+def cell(value: Any) -> str:
+    """A value as it may stand in a row: text without unprinted characters, and after an apostrophe
+    where it would be a formula; numbers stay numbers, unknown (None) is empty.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        return str(value)
+    # Also marks of direction, zero widths and the BOM, which would hide what a cell begins with.
+    text = value if value.isprintable() else "".join(filter(str.isprintable, value))
+    if _FORMULA.match(text) and not _NUMBER.fullmatch(text):
+        return f"'{text}"
+    return text
+
+
+def write_rows(output: TextIO, rows: Iterable[Iterable[Any]]) -> int:
+    """Write rows, every cell in quotes; return how many. `output` must not translate newlines."""
+    writer = csv.writer(output, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    count = 0
+    for row in rows:
+        writer.writerow([cell(value) for value in row])
+        count += 1
+    return count

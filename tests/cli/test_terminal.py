@@ -1,0 +1,67 @@
+"""What people read on a terminal holds nothing that a name from traffic could do to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from halton_meter.cli import main
+from halton_meter.model import Process
+from halton_meter.store import Store
+from tests.store.made import made
+
+# Moves the cursor, sets the title, writes the clipboard, turns the text's direction, hides it.
+HOSTILE = "m\x1b[2J\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x9b31m\r\n\u202e\u200bx\x1b[8m"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    who = Process(1, 2, f"/x/{HOSTILE}", (HOSTILE,), HOSTILE, 1, HOSTILE)
+    with Store(tmp_path) as store:
+        event = made(
+            "e1",
+            None,
+            provider="openai",
+            model=HOSTILE,
+            request_model=HOSTILE,
+            project=HOSTILE,
+            git_branch=HOSTILE,
+            error_class=HOSTILE,
+            host=HOSTILE,
+            endpoint=HOSTILE,
+            process=who,
+            flags=(f"unpriced:{HOSTILE}",),
+        )
+        store.append([event])
+        store.count_loss(HOSTILE, 1, 1)
+        store.flush()
+    return tmp_path
+
+
+def assert_harmless(text: str) -> None:
+    for line in text.splitlines():
+        assert line.isprintable(), line
+    assert text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["events"],
+        ["report"],
+        *(["report", "--by", name] for name in ("project", "process", "git_branch", "user")),
+        ["report", "--by", "host,endpoint,error_class"],
+        ["pricing", "status"],
+        ["pricing", "explain", "--text", "e1"],
+        ["reprice", "--dry-run"],
+        ["retag", HOSTILE, "other"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_lets_a_name_write_on_the_terminal(home: Path, command: list[str]) -> None:
+    done = CliRunner().invoke(main, command)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert_harmless(done.output)
