@@ -24,6 +24,7 @@ from halton_meter.cli.drawing import (
     styled,
 )
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.cli.words import implausible_words
 from halton_meter.model import TOKEN_NAMES, usd_text
 from halton_meter.periods import period_before
 from halton_meter.report import (
@@ -124,7 +125,7 @@ def _csv(answer: Report) -> str:
     import csv
     import io
 
-    counts = ["requests", "unpriced_requests", "errors"]
+    counts = ["requests", "unpriced_requests", "errors", "implausible_requests"]
     money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
@@ -299,6 +300,8 @@ def _coverage(answer: Report) -> str:
     """What to know before trusting the figures; nothing when there is nothing."""
     coverage = answer.coverage
     lines = _unpriced(answer)
+    if coverage.implausible_requests:
+        lines.append(implausible_words(coverage.implausible_requests))
     if coverage.estimated_requests:
         lines.append(f"{_requests(coverage.estimated_requests)} with estimated token counts.")
     damaged = [

@@ -141,14 +141,14 @@ def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = 
     draft.model = as_name(response.get("model")) or draft.model
     draft.condition("service_tier", response.get("service_tier"))
     usage = response.get("usage")
-    units = _tool_units(draft, response)
+    counts = Counts()
+    units = _tool_units(draft, response, counts)
     if not isinstance(usage, dict):
         if response.get("status") in ("queued", "in_progress"):
             draft.pending()
         elif draft.error_class is None:
             draft.usage_not_sent()
         return
-    counts = Counts()
     tokens, details = usage_tokens(counts, usage, dialect)
     model = draft.model or draft.request_model
     draft.parts = [Usage(model, tokens, units, details)]
@@ -174,14 +174,14 @@ def _image_part(counts: Counts, response: Json) -> Usage | None:
     return Usage(model, tokens, {}, details, label="image_generation")
 
 
-def _tool_units(draft: Draft, response: Json) -> dict[str, int]:
+def _tool_units(draft: Draft, response: Json, counts: Counts) -> dict[str, int]:
     """Hosted tools by their own prices: searches, file searches, containers, images."""
     tools = dicts(response.get("tools"))
     preview = any(str(tool.get("type")).startswith("web_search_preview") for tool in tools)
     if preview:
         draft.conditions["web_search"] = "preview"
     usage = as_dict(response.get("tool_usage"))
-    counted = as_dict(usage.get("web_search")).get("num_requests")
+    counted = counts.of(as_dict(usage.get("web_search")), "num_requests")
     searches = files = images = 0
     containers: dict[str, None] = {}
     for item in dicts(response.get("output"))[:TOOL_ITEMS_MAX]:
@@ -194,7 +194,7 @@ def _tool_units(draft: Draft, response: Json) -> dict[str, int]:
             images += 1
         elif kind == "code_interpreter_call" and isinstance(item.get("container_id"), str):
             containers[item["container_id"]] = None
-    if isinstance(counted, int) and not isinstance(counted, bool) and counted >= 0:
+    if counted is not None:
         searches = counted
     return positive(
         {

@@ -16,8 +16,9 @@ from typing import Any
 
 from halton_meter.wire import formats
 
-# No provider serves a request of more tokens than this; a larger number is damage.
-COUNT_MAX = 1 << 40
+# The largest count that is kept as stated; a larger one is kept as this. That no request can have
+# so many is known where it is priced (`pricing/plausible.py`), whatever the count is of.
+COUNT_MAX = 10**18
 # A usage object is a few hundred bytes; what is larger is not kept verbatim.
 RAW_USAGE_BYTES_MAX = 64 << 10
 # Strings inside a usage object are names of tiers and models; a longer one is not stored.
@@ -25,8 +26,8 @@ RAW_STRING_CHARS_MAX = 128
 NAME_CHARS_MAX = 256
 # Nesting kept of a usage object.
 DEPTH_MAX = 32
-# Above any cost, duration or xAI's ticks (10^10 a dollar); what is larger is damage.
-AMOUNT_MAX = Decimal(10) ** 18
+# The same for costs, durations and xAI's ticks (10^10 a dollar).
+AMOUNT_MAX = Decimal(COUNT_MAX)
 
 Json = dict[str, Any]
 
@@ -66,14 +67,17 @@ def as_code(value: object) -> str | None:
 
 
 def as_amount(value: object) -> Decimal | None:
-    """A non-negative amount (a cost, seconds) as an exact decimal, None for anything else."""
+    """A non-negative amount (a cost, seconds) as an exact decimal, at most AMOUNT_MAX.
+
+    None for anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
     try:
         amount = Decimal(str(value)) if not isinstance(value, Decimal) else value
     except ArithmeticError:
         return None
-    return amount if amount.is_finite() and 0 <= amount <= AMOUNT_MAX else None
+    return min(amount, AMOUNT_MAX) if amount.is_finite() and amount >= 0 else None
 
 
 class Counts:
@@ -94,11 +98,11 @@ class Counts:
         return None
 
     def checked(self, value: object) -> int | None:
-        """`value` as a count; None and remembered as bad when it is none."""
-        if isinstance(value, float) and value.is_integer() and 0 <= value <= COUNT_MAX:
-            return int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= COUNT_MAX:
-            return value
+        """`value` as a count, at most COUNT_MAX; None and remembered as bad when it is none."""
+        if isinstance(value, float) and value.is_integer() and value >= 0:
+            return min(int(value), COUNT_MAX)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return min(value, COUNT_MAX)
         self.bad = True
         return None
 

@@ -101,7 +101,7 @@ def _write_flat(reader: Reader, path: Path, selection: Selection, form: str, tim
     for name in ("list_usd", "marginal_usd", "reported_usd"):
         exact = f"price_document->>'$.{name}'"
         columns += [f"{exact} AS {name}"] if times == "rfc" else [name, f"{exact} AS {name}_exact"]
-    columns += ["basis", "price_book", "revision"]
+    columns += ["basis", "price_book", "revision", "implausible IS TRUE AS implausible"]
     with private_file(path):
         pass  # so that it is ours alone from its first byte on
     copied = reader.connection.execute(
