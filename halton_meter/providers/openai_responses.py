@@ -41,6 +41,7 @@ _TERMINAL = (
 _ENDS_TURN = re.compile(
     rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled|done)|error)"'
 )
+_BEGINS_OR_ENDS = re.compile(_ENDS_TURN.pattern + rb'|"response\.created"')
 _CONTAINER_SIZES = {"1g": "1gb", "4g": "4gb", "16g": "16gb", "64g": "64gb"}
 
 
@@ -233,24 +234,21 @@ def _websocket_responses(
     request = {**as_dict(request.get("response")), **request}
     started: Json = {}
     ended = False
-    for piece in exchange.response.body.pieces:
-        for line in piece.split(b"\n"):
-            if not response_turn_ends(line) and b'"response.created"' not in line[:256]:
-                continue
-            event = as_dict(formats.loads(line))
-            response = as_dict(event.get("response"))
-            if event.get("type") == "response.created":
-                started = response
-                continue
-            if event.get("type") not in _TERMINAL and error_object(event) is None:
-                continue
-            ended = True
-            draft = _turn(exchange, route, provider, request)
-            if error_object(response) is not None or not response:
-                draft.fail(response or event, in_stream=True)
-            if response:
-                fill_response(draft, response, line, dialect)
-            yield draft.event()
+    for line in formats.lines_with(exchange.response.body, _BEGINS_OR_ENDS):
+        event = as_dict(formats.loads(line))
+        response = as_dict(event.get("response"))
+        if event.get("type") == "response.created":
+            started = response
+            continue
+        if event.get("type") not in _TERMINAL and error_object(event) is None:
+            continue
+        ended = True
+        draft = _turn(exchange, route, provider, request)
+        if error_object(response) is not None or not response:
+            draft.fail(response or event, in_stream=True)
+        if response:
+            fill_response(draft, response, line, dialect)
+        yield draft.event()
     if not ended and (started or request):
         draft = _turn(exchange, route, provider, request)
         draft.response_id = as_id(started.get("id"))
