@@ -12,7 +12,7 @@ from typing import Any
 
 from halton_meter.model import Body
 from halton_meter.wire import chunked
-from halton_meter.wire.codings import TEXT, UNTOLD, DecodeError, decoder
+from halton_meter.wire.codings import TEXT, UNTOLD, DecodeError, TooLarge, decoder
 
 # A response is kept whole up to this size; larger ones keep a head and a tail, because model and
 # usage stand at the ends and what lies between is content.
@@ -158,6 +158,7 @@ class BodyCollector:
         "_untold",
         "_whole_bytes_max",
         "failed_decoding",
+        "grew_too_much",
     )
 
     def __init__(
@@ -172,7 +173,7 @@ class BodyCollector:
         self._staged: list[bytes] = []
         self._decoded_bytes = 0
         self._failed = False
-        self.failed_decoding = False
+        self.failed_decoding = self.grew_too_much = False
         # The bytes kept: a head once the body is over its limit, whole pieces, and the last piece
         # as a run of parts.
         self._head: list[bytes] | None = None
@@ -285,6 +286,10 @@ class BodyCollector:
             self._coded_first += data
         try:
             self._chain.feed(data, self._decoded)
+        except TooLarge:
+            self._failed = self.grew_too_much = True
+            self._commit()
+            return
         except DecodeError:
             first = self._coded_first
             if first is not None and (not self._staged or TEXT.match(first)):
@@ -302,8 +307,7 @@ class BodyCollector:
         self._decoded_bytes += len(data)
         if self._decoded_bytes > DECODED_BYTES_MAX:
             self._dropped_bytes += len(data)
-            self._commit()
-            raise DecodeError("decoded body over the limit")
+            raise TooLarge("decoded body over the limit")
         if self._coded_first is None:
             self._keep(data)
             return

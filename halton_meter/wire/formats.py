@@ -270,19 +270,16 @@ def salvage_scalar(body: Body, key: bytes, last: bool = False) -> Any:
     return None
 
 
+# What no value begins with need not be refused at length.
+_BEGINS_JSON = re.compile(rb'(?:\xef\xbb\xbf)?[ \t\r]*+[{\["\-0-9tfn]')
+
+
 def ndjson(body: Body) -> Iterator[Any]:
     """The JSON values of a body with one a line; lines that are not JSON are passed over."""
-    for line in lines(body):
-        value = loads(line)
+    for line in _parts(b"\n".join(body.pieces), b"\n"):
+        value = loads(line) if _BEGINS_JSON.match(line) else None
         if value is not None:
             yield value
-
-
-def lines(body: Body) -> Iterator[bytes]:
-    """The lines of a body that are not blank; of too many the first and the last."""
-    for line in _parts(b"\n".join(body.pieces), b"\n"):
-        if line and not line.isspace():
-            yield line
 
 
 def lines_with(body: Body, needle: re.Pattern[bytes]) -> Iterator[bytes]:

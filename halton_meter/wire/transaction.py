@@ -224,6 +224,9 @@ class Transaction:
         body = collector.finish(done)
         if collector.failed_decoding:
             self._context.losses["decode_failed"] += 1
+        if collector.grew_too_much:
+            self._context.losses["decoded_over_limit"] += 1
+            self.gapped = True
         if body.dropped_bytes:
             self._context.losses["over_limit_bytes"] += body.dropped_bytes
         return body

@@ -21,6 +21,7 @@ from halton_meter.model import (
     Response,
     header,
 )
+from halton_meter.wire.codings import RATIO_FROM_BYTES, RATIO_MAX
 from halton_meter.wire.transaction import Context, Transaction
 
 MESSAGE_BYTES_MAX = 16 << 20
@@ -61,6 +62,7 @@ class _Reader:
         self._takeover = takeover
         self._masked = masked
         self._inflate = zlib.decompressobj(-15)
+        self._inflate_bytes_left = RATIO_FROM_BYTES
         self._healing = False
         # Bytes that wait until `_need` of them are there: a frame's head, or all of it.
         self._parts: list[bytes] = []
@@ -169,13 +171,16 @@ class _Reader:
 
     def _inflated(self, data: bytes) -> bytes | None:
         """RFC 7692 7.2.2. Compressed is what the frame says is, whatever was negotiated."""
+        self._inflate_bytes_left += RATIO_MAX * len(data)
+        most = max(1, min(MESSAGE_BYTES_MAX, self._inflate_bytes_left))
         try:
-            message = self._inflate.decompress(data + b"\x00\x00\xff\xff", MESSAGE_BYTES_MAX)
+            message = self._inflate.decompress(data + b"\x00\x00\xff\xff", most)
         except zlib.error:
             self.bad.append("decode_failed")
             self._lose_window()
             return None
-        if len(message) >= MESSAGE_BYTES_MAX:
+        self._inflate_bytes_left -= len(message)
+        if len(message) >= most:
             self.bad.append("message_over_limit")
             self._lose_window()
         elif not self._takeover or self._inflate.eof:
