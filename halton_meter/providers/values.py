@@ -176,9 +176,17 @@ def _object_at(text: bytes, at: int, value: Json) -> Verbatim | None:
 
 
 def _written(value: Json) -> Verbatim:
-    shorn = _shorn(value)
-    text = json.dumps(shorn, separators=(",", ":"))
+    room = _Room(RAW_USAGE_BYTES_MAX // 2)  # a value and what parts it from the next: two bytes
+    shorn = _shorn(value, room)
+    text = "{}" if room.left < 0 else json.dumps(shorn, separators=(",", ":"))
     return Verbatim(text if len(text) <= RAW_USAGE_BYTES_MAX else "{}", value)
+
+
+@dataclass(slots=True)
+class _Room:
+    """How many more values are looked at."""
+
+    left: int
 
 
 def _harmless(value: object, depth: int = 0) -> bool:
@@ -191,12 +199,15 @@ def _harmless(value: object, depth: int = 0) -> bool:
     return not isinstance(value, list) or all(_harmless(item, depth + 1) for item in value)
 
 
-def _shorn(value: object, depth: int = 0) -> object:
+def _shorn(value: object, room: _Room, depth: int = 0) -> object:
     """`value` without long strings and deep nesting, so that no content can hide in it."""
+    room.left -= 1
+    if room.left < 0:
+        return None
     if depth > DEPTH_MAX or (isinstance(value, str) and len(value) > RAW_STRING_CHARS_MAX):
         return None
     if isinstance(value, dict):
-        return {str(k)[:NAME_CHARS_MAX]: _shorn(item, depth + 1) for k, item in value.items()}
+        return {str(k)[:NAME_CHARS_MAX]: _shorn(item, room, depth + 1) for k, item in value.items()}
     if isinstance(value, list):
-        return [_shorn(item, depth + 1) for item in value]
+        return [_shorn(item, room, depth + 1) for item in value]
     return value
