@@ -162,6 +162,11 @@ class Reader:
         """Whether a chunked body is being read."""
         return self.state in ("chunk_size", "chunk")
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait for those behind them."""
+        return len(self._buffer) + len(self.tunnel)
+
     def feed(self, data: bytes, at_ns: int) -> bytes:
         """Take the next bytes; give back those that it is too early to read."""
         held = bool(self._buffer)
