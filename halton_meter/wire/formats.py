@@ -301,8 +301,9 @@ def json_array_stream(body: Body) -> Iterator[Any]:
         few = whole if len(whole) <= EVENTS_MAX else whole[:half] + whole[-half:]
         yield from (item for item in few if isinstance(item, dict))
         return
+    room = TOKENS_MAX // max(1, len(body.pieces))
     for number, piece in enumerate(body.pieces):
-        yield from _objects_in(piece, _next_element(piece) if number else 0)
+        yield from _objects_in(piece, _next_element(piece) if number else 0, room)
 
 
 _BETWEEN_ELEMENTS = re.compile(rb"\}\s*,\s*(?=\{)")
@@ -317,18 +318,19 @@ def _next_element(piece: bytes) -> int:
     return 0
 
 
-def _objects_in(piece: bytes, at: int) -> Iterator[Any]:
+def _objects_in(piece: bytes, at: int, tokens_max: int) -> Iterator[Any]:
     """Top-level objects of an array's text from `at` on."""
-    depth = 0
+    depth = arrays = 0
     start = -1
-    for match in islice(_STRING_OR_BRACKET.finditer(piece, at), TOKENS_MAX):
+    for match in islice(_STRING_OR_BRACKET.finditer(piece, at), tokens_max):
         kind = match.lastindex
         if kind == _OPENS:
             is_object = depth > 0 or match.group() == b"{"
             if is_object and depth == 0:
                 start = match.start()
             depth += is_object
-            if depth > DEPTH_MAX:
+            arrays += not is_object
+            if depth > DEPTH_MAX or arrays > DEPTH_MAX:
                 return
         elif kind == _CLOSES and depth > 0:
             depth -= 1
