@@ -42,17 +42,21 @@ _counts_of = attrgetter(*TOKEN_NAMES)
 
 def implausible_amounts(event: UsageEvent) -> list[str]:
     """The names of the counts in an event that no request can have; of several parts, their sum."""
-    parts = event.parts
     found: list[str] = []
-    tokens = parts[0].tokens if len(parts) == 1 else event.tokens
-    for count in _counts_of(tokens):
-        if count is not None and count > TOKENS_MAX:
-            found = [n for n in TOKEN_NAMES if (getattr(tokens, n) or 0) > TOKENS_MAX]
-            break
-    for part in parts:
+    in_doubt = has_units = False
+    most = TOKENS_MAX // len(event.parts) if event.parts else 0
+    for part in event.parts:
+        # The sum takes as long as a price may, and few events need it.
+        for count in _counts_of(part.tokens):
+            if count is not None and count > most:
+                in_doubt = True
         if part.details:
             found += _beyond(part.details.items(), {}, TOKENS_MAX)
-    if any(part.units for part in parts):
+        has_units = has_units or bool(part.units)
+    if in_doubt:
+        tokens = event.tokens
+        found += [name for name in TOKEN_NAMES if (getattr(tokens, name) or 0) > TOKENS_MAX]
+    if has_units:
         found += _beyond(event.units.items(), UNITS_MAX_BY_NAME, UNITS_MAX)
     return found
 

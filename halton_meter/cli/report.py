@@ -125,12 +125,14 @@ def _csv(answer: Report) -> str:
     import csv
     import io
 
-    counts = ["requests", "unpriced_requests", "errors", "implausible_requests"]
+    counts = ["requests", "unpriced_requests", "errors"]
     money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     tokens = [f"{name}_tokens" for name in TOKEN_NAMES]
-    writer.writerow([*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"])
+    writer.writerow(
+        [*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share", "implausible_requests"]
+    )
     for group in answer.groups:
         figures = group.figures
         writer.writerow(
@@ -141,6 +143,7 @@ def _csv(answer: Report) -> str:
                 *(usd_text(getattr(figures, name)) for name in money),
                 figures.p95_duration_ms,
                 group.share,
+                figures.implausible_requests,
             ]
         )
     return output.getvalue()
