@@ -225,6 +225,8 @@ class Exchange:
     first_byte_ns: int | None
     ended_ns: int
     outcome: Outcome
+    # A digest of all that was said, once it is made: each of many events may ask for it.
+    digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
 
 # --- what was used ------------------------------------------------------------------------------

@@ -164,6 +164,16 @@ def test_a_usage_object_of_many_members_is_looked_at_up_to_what_is_kept() -> Non
     assert "total_mismatch" in event.flags
 
 
+def test_many_answers_with_short_ids_in_one_body_cost_by_its_size() -> None:
+    # What is no id by itself is told apart by all that was said, which is digested once.
+    def read(size: int) -> None:
+        line = b'{"custom_id":"c","response":{"body":{"id":"a%d","usage":{"prompt_tokens":1}}}}\n'
+        body = b"".join(line % number for number in range(size // len(line)))
+        assert len(providers.read(exchange(FILES, {}, body, method="GET"))) == size // len(line)
+
+    grows_no_faster_than_its_size(read, 1 << 18)
+
+
 def test_events_of_one_exchange_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "EVENTS_MAX", 10)
     line = b'{"custom_id":"c%d","response":{"body":{"usage":{"prompt_tokens":1}}}}\n'

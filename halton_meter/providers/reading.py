@@ -276,6 +276,12 @@ def _milliseconds(start_ns: int, end_ns: int | None) -> float | None:
 
 
 def _digest(exchange: Exchange) -> str:
+    if not exchange.digest:
+        exchange.digest.append(_digested(exchange))
+    return exchange.digest[0]
+
+
+def _digested(exchange: Exchange) -> str:
     request, response = exchange.request, exchange.response
     digest = hashlib.blake2b(digest_size=16)
     for part in (request.host, request.path, str(response.status)):

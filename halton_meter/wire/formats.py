@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from halton_meter.model import Body
@@ -21,6 +22,8 @@ from halton_meter.wire.body import FramedBody
 # Events, lines or elements that are parsed, one by one in Python. An honest one has a hundred bytes
 # and more, so no body holds as many; of one that does, the first half and the last half are.
 EVENTS_MAX = 200_000
+# Chunks of an answer that is streamed as an array; one holds some dozen tokens.
+ELEMENTS_MAX = 20_000
 # Lines of one event: a value may be written on many.
 EVENT_LINES_MAX = 100_000
 # Brackets of a text that is parsed as JSON: two bytes of them become a hundred of memory. Answers
@@ -294,16 +297,18 @@ def lines_with(body: Body, needle: re.Pattern[bytes]) -> Iterator[bytes]:
 
 
 def json_array_stream(body: Body) -> Iterator[Any]:
-    """The objects of one JSON array that was streamed, also when it is cut off or has holes."""
+    """The objects of one JSON array that was streamed, also when it is cut off or has holes.
+
+    Of more than ELEMENTS_MAX the last: usage stands at the end.
+    """
     whole = json_value(body)
     if isinstance(whole, list):
-        half = EVENTS_MAX // 2
-        few = whole if len(whole) <= EVENTS_MAX else whole[:half] + whole[-half:]
-        yield from (item for item in few if isinstance(item, dict))
+        yield from (item for item in whole[-ELEMENTS_MAX:] if isinstance(item, dict))
         return
     room = TOKENS_MAX // max(1, len(body.pieces))
-    for number, piece in enumerate(body.pieces):
-        yield from _objects_in(piece, _next_element(piece) if number else 0, room)
+    pieces = enumerate(body.pieces)
+    found = (_objects_in(piece, _next_element(piece) if n else 0, room) for n, piece in pieces)
+    yield from deque(chain.from_iterable(found), ELEMENTS_MAX)
 
 
 _BETWEEN_ELEMENTS = re.compile(rb"\}\s*,\s*(?=\{)")
