@@ -34,6 +34,18 @@ from halton_meter.wire.stream import Conversation, Interest
 # silent for longest is closed as cut off, and counted.
 CONVERSATIONS_MAX = 4096
 
+# What all open exchanges together may hold. Past it the largest bodies keep only their ends, where
+# model and usage stand; if that is not enough, the largest connections are closed as cut off.
+HELD_BYTES_MAX = 256 << 20
+# Room is made down to this, so that it is not made again at once.
+HELD_BYTES_AIM = HELD_BYTES_MAX // 4 * 3
+# A received byte of a coded body becomes so many held ones at most (1 MiB waits, 16 MiB are kept):
+# what is held need not be added up before as many could have come.
+HELD_PER_RECEIVED = 16
+ADDED_UP_BYTES_MIN = 1 << 20
+# Connections that were closed here and go on: what comes is their middle, and no bytes were lost.
+EVICTED_MAX = 65_536
+
 # Event ids remembered to drop a second sighting (the same exchange by uprobes and by the proxy).
 # The store holds every id on disk; this only keeps one run's own output free of repeats.
 EVENTS_REMEMBERED_MAX = 65_536
@@ -68,6 +80,9 @@ class Meter:
         self._rank_by_event: OrderedDict[str, tuple[int, bool]] = OrderedDict()
         self._calls_by_content: OrderedDict[tuple[str, Source], int] = OrderedDict()
         self._losses: Counter[str] = Counter()
+        self._evicted: OrderedDict[str, None] = OrderedDict()
+        self._received_bytes = 0  # since what is held was added up
+        self._add_up_at_bytes = HELD_BYTES_MAX // HELD_PER_RECEIVED
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -87,7 +102,15 @@ class Meter:
         key = item.connection.id
         if isinstance(item, TlsClosed):
             conversation = self._conversations.pop(key, None)
+            self._evicted.pop(key, None)
             return [] if conversation is None else self._close(conversation, item)
+        self._received_bytes += len(item.data)
+        if self._received_bytes > self._add_up_at_bytes:
+            return self._bounded(item.at_ns) + self._receive(item)
+        return self._receive(item)
+
+    def _receive(self, item: TlsChunk) -> list[PricedEvent]:
+        key = item.connection.id
         conversation = self._conversations.get(key)
         if conversation is not None:
             if key != self._latest:
@@ -98,7 +121,10 @@ class Meter:
         if _is_own_proxy(item.connection.process):
             return []
         evicted = self._make_room(item.at_ns)
-        conversation = Conversation(item.connection, self._interest)
+        connection = item.connection
+        if self._evicted.pop(key, _UNKNOWN) is None:
+            connection = replace(connection, joined=True)
+        conversation = Conversation(connection, self._interest)
         self._conversations[key] = conversation
         self._latest = key
         return evicted + self._events(conversation.receive(item))
@@ -125,8 +151,47 @@ class Meter:
         return self._evict(at_ns)
 
     def _evict(self, at_ns: int) -> list[PricedEvent]:
-        _, oldest = self._conversations.popitem(last=False)
-        return self._close(oldest, TlsClosed(oldest.connection, at_ns, clean=False))
+        return self._cut_off(next(iter(self._conversations)), at_ns)
+
+    def _cut_off(self, key: str, at_ns: int) -> list[PricedEvent]:
+        conversation = self._conversations.pop(key)
+        self._evicted[key] = None
+        if len(self._evicted) > EVICTED_MAX:
+            self._evicted.popitem(last=False)
+        return self._close(conversation, TlsClosed(conversation.connection, at_ns, clean=False))
+
+    def _bounded(self, at_ns: int) -> list[PricedEvent]:
+        """Add up what is held, and make room where it is too much."""
+        events: list[PricedEvent] = []
+        held = {key: each.held_bytes for key, each in self._conversations.items()}
+        if sum(held.values()) > HELD_BYTES_MAX:
+            events = self._make_bytes_free(held, at_ns)
+        left = HELD_BYTES_MAX - sum(held.values())
+        self._received_bytes = 0
+        # Adding up must cost less than reading what came: a microsecond for each connection.
+        self._add_up_at_bytes = max(
+            left // HELD_PER_RECEIVED, ADDED_UP_BYTES_MIN, 256 * len(self._conversations)
+        )
+        return events
+
+    def _make_bytes_free(self, held: dict[str, int], at_ns: int) -> list[PricedEvent]:
+        events: list[PricedEvent] = []
+        total = sum(held.values())
+        largest = sorted(held, key=held.__getitem__, reverse=True)
+        for key in largest:
+            if total <= HELD_BYTES_AIM:
+                return events
+            conversation = self._conversations[key]
+            conversation.shrink()
+            total += conversation.held_bytes - held[key]
+            held[key] = conversation.held_bytes
+        for key in sorted(held, key=held.__getitem__, reverse=True):
+            if total <= HELD_BYTES_AIM:
+                break
+            self._losses["conversations_over_budget"] += 1
+            total -= held.pop(key)
+            events += self._cut_off(key, at_ns)
+        return events
 
     def _close(self, conversation: Conversation, closed: TlsClosed) -> list[PricedEvent]:
         events = self._events(conversation.close(closed))
@@ -150,6 +215,9 @@ class Meter:
         except Exception as error:
             self._losses[f"exchange_unreadable_{type(error).__name__}"] += 1
             return []
+        if len(events) > providers.EVENTS_MAX:
+            self._losses["events_over_limit"] += 1  # how many more there are is not looked at
+            events.pop()
         if not events and exchange.request.path is None and exchange.response.body.pieces:
             self._losses["answers_not_recognised"] += 1  # a call's, perhaps: nobody can tell
         return events
@@ -183,6 +251,10 @@ class Meter:
         if len(self._rank_by_event) > EVENTS_REMEMBERED_MAX:
             self._rank_by_event.popitem(last=False)
         return False
+
+
+# Told apart from None, which an evicted connection has.
+_UNKNOWN = object()
 
 
 def _is_own_proxy(process: Process | None) -> bool:

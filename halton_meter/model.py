@@ -225,6 +225,8 @@ class Exchange:
     first_byte_ns: int | None
     ended_ns: int
     outcome: Outcome
+    # A digest of all that was said, once it is made: each of many events may ask for it.
+    digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
 
 # --- what was used ------------------------------------------------------------------------------
@@ -374,9 +376,17 @@ class LineItem:
     note: str | None = None
 
 
+# The flag of an event with an amount that no request can have; see `pricing/plausible.py`.
+IMPLAUSIBLE = "implausible"
+
+
 @dataclass(frozen=True, slots=True)
 class PricedEvent:
-    """A usage event with what it costs. A price that is not known is None, never 0."""
+    """A usage event with what it costs. A price that is not known is None, never 0.
+
+    Sums take their counts from `tokens` and `units` here, not from `usage`, which holds what was
+    stated, however absurd.
+    """
 
     usage: UsageEvent
     list_usd: Decimal | None
@@ -386,6 +396,21 @@ class PricedEvent:
     line_items: tuple[LineItem, ...] = ()
     flags: tuple[str, ...] = ()
     price_book: str | None = None
+
+    @property
+    def implausible(self) -> bool:
+        """Whether an amount was stated that no request can have: none of it is in any sum."""
+        return IMPLAUSIBLE in self.flags
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens that may be summed: all unknown where they are implausible."""
+        return Tokens() if self.implausible else self.usage.tokens
+
+    @property
+    def units(self) -> dict[str, int | Decimal]:
+        """The units that may be summed: none where they are implausible."""
+        return {} if self.implausible else self.usage.units
 
 
 # --- identity and the contract's JSON -----------------------------------------------------------
@@ -441,7 +466,7 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
     """The event as the JSON object of the public contract (one line of `events --json`)."""
     usage = event.usage
     process = usage.process
-    tokens = usage.tokens
+    tokens = event.tokens
     return {
         "id": usage.id,
         "at": rfc3339(usage.at_ns),
@@ -465,7 +490,7 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "project": usage.project,
         "git_branch": usage.git_branch,
         "tokens": {name: getattr(tokens, name) for name in TOKEN_NAMES},
-        "units": {name: _number(quantity) for name, quantity in usage.units.items()},
+        "units": {name: _number(quantity) for name, quantity in event.units.items()},
         "counted_tokens": usage.counted_tokens,
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
@@ -473,11 +498,23 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "basis": event.basis.value,
         "certainty": usage.certainty.value,
         "flags": sorted({*usage.flags, *event.flags}),
+        "implausible": _stated_json(usage) if event.implausible else None,
         "line_items": [_line_item_json(item) for item in event.line_items],
         "price_book": event.price_book,
         "conditions": dict(usage.conditions),
         "ttft_ms": usage.ttft_ms,
         "duration_ms": usage.duration_ms,
+    }
+
+
+def _stated_json(usage: UsageEvent) -> dict[str, Any]:
+    """What an answer states that is not believed: exact, as text, so that no reader rounds it."""
+    tokens = usage.tokens
+    counts = {name: getattr(tokens, name) for name in TOKEN_NAMES}
+    return {
+        "tokens": {name: str(count) for name, count in counts.items() if count is not None},
+        "units": {name: usd_text(Decimal(amount)) for name, amount in usage.units.items()},
+        "reported_usd": usd_text(usage.reported_usd),
     }
 
 

@@ -74,7 +74,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Sums over a set of events; None where no event had that figure."""
+    """Sums over a set of events; None where no event had that figure.
+
+    Of `implausible_requests` only their number is in the sums (`pricing/plausible.py`).
+    """
 
     requests: int = 0
     tokens: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(TOKEN_NAMES))
@@ -82,6 +85,7 @@ class Figures:
     marginal_usd: Decimal | None = None
     reported_usd: Decimal | None = None
     unpriced_requests: int = 0
+    implausible_requests: int = 0
     errors: int = 0
     p95_duration_ms: float | None = None
     p95_list_usd: Decimal | None = None
@@ -95,6 +99,7 @@ class Figures:
             "marginal_usd": usd_text(self.marginal_usd),
             "reported_usd": usd_text(self.reported_usd),
             "unpriced_requests": self.unpriced_requests,
+            "implausible_requests": self.implausible_requests,
             "errors": self.errors,
             "p95_duration_ms": self.p95_duration_ms,
             "p95_list_usd": usd_text(self.p95_list_usd),
@@ -129,6 +134,7 @@ class Coverage:
     aborted: int = 0
     gapped: int = 0
     unpriced_requests: int = 0
+    implausible_requests: int = 0
     estimated_requests: int = 0
     pending: int = 0
     waiting: int = 0
@@ -153,6 +159,7 @@ class Coverage:
                 }
                 for provider, model, requests in self.unpriced_models
             ],
+            "implausible_requests": self.implausible_requests,
             "estimated_requests": self.estimated_requests,
             "pending": self.pending,
             "waiting": self.waiting,
@@ -356,6 +363,7 @@ def _figures(row: tuple[Any, ...]) -> Figures:
         marginal_usd=_money(values["marginal_usd"], values["marginal_usd_rest"]),
         reported_usd=_money(values["reported_usd"], values["reported_usd_rest"]),
         unpriced_requests=int(values["unpriced_requests"]),
+        implausible_requests=int(values["implausible_requests"]),
         errors=int(values["errors"]),
         p95_duration_ms=percentiles[0] if percentiles else None,
         p95_list_usd=percentiles[1] if percentiles else None,
@@ -370,6 +378,7 @@ def _plus(a: Figures, b: Figures) -> Figures:
         marginal_usd=_add_usd(a.marginal_usd, b.marginal_usd),
         reported_usd=_add_usd(a.reported_usd, b.reported_usd),
         unpriced_requests=a.unpriced_requests + b.unpriced_requests,
+        implausible_requests=a.implausible_requests + b.implausible_requests,
         errors=a.errors + b.errors,
     )
 
@@ -456,6 +465,7 @@ def _coverage(
         aborted=aborted,
         gapped=gapped,
         unpriced_requests=totals.unpriced_requests,
+        implausible_requests=totals.implausible_requests,
         estimated_requests=estimated,
         pending=pending,
         waiting=waiting,
@@ -485,7 +495,10 @@ def _unpriced_models(
     reader: Reader, selection: Selection, many: bool
 ) -> tuple[tuple[str, str | None, int], ...]:
     where, parameters = selection.where()
-    source = f"(SELECT provider, model, 1 AS n FROM event WHERE basis = 'unpriced' AND {where})"
+    source = (
+        "(SELECT provider, model, 1 AS n FROM event "
+        f"WHERE basis = 'unpriced' AND implausible IS NOT TRUE AND {where})"
+    )
     totals = reader.totals_by("model", selection) if many else None
     if totals is not None:
         source, parameters = (

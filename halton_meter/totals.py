@@ -31,7 +31,9 @@ PROVISIONAL_MAX = 1000  # events of which a better sighting may still come
 
 @dataclass(slots=True)
 class Line:
-    """What one model used: known counts only, `unpriced` requests beside the sum."""
+    """What one model used: known counts only; `unpriced` and `implausible` requests stand beside
+    the sum, each of them in one of the two.
+    """
 
     requests: int = 0
     input_tokens: int = 0
@@ -39,6 +41,7 @@ class Line:
     list_usd: Decimal = Decimal(0)
     marginal_usd: Decimal = Decimal(0)
     unpriced: int = 0
+    implausible: int = 0
 
     def add(self, other: Line, sign: int = 1) -> None:
         """Add another line to this one, or with -1 take it away."""
@@ -114,6 +117,7 @@ class Totals:
             "list_usd": usd_text(self.total.list_usd),
             "marginal_usd": usd_text(self.total.marginal_usd),
             "unpriced_requests": self.total.unpriced,
+            "implausible_requests": self.total.implausible,
             "gapped_requests": self.gapped,
             "aborted_requests": self.aborted,
             "failed_requests": self.failed,
@@ -133,6 +137,7 @@ class Totals:
                     list_usd=_usd(line["list_usd"]),
                     marginal_usd=_usd(line["marginal_usd"]),
                     unpriced=_count(line["unpriced"]),
+                    implausible=_count(line["implausible"]),
                 )
                 totals._add_line(printable(name, MODEL_CHARACTERS_MAX), counted)
             totals.gapped = _count(table["gapped_requests"])
@@ -147,11 +152,12 @@ def _counted(event: PricedEvent) -> _Counted:
     usage = event.usage
     line = Line(
         requests=1,
-        input_tokens=_sent(usage.tokens),
-        output_tokens=usage.tokens.output or 0,
+        input_tokens=_sent(event.tokens),
+        output_tokens=event.tokens.output or 0,
         list_usd=event.list_usd or Decimal(0),
         marginal_usd=event.marginal_usd or Decimal(0),
-        unpriced=int(event.list_usd is None),
+        unpriced=int(event.list_usd is None and not event.implausible),
+        implausible=int(event.implausible),
     )
     return _Counted(
         usage.model or usage.request_model or "unknown model",

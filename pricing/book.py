@@ -5,9 +5,10 @@
 
 Order of authority: the cost the provider states; the user's override; our overlay; the compiled
 rates; else unpriced, which is None and never 0. The price in force at the request's start (UTC)
-counts. One dimension of an event that has no rate leaves the whole event unpriced. `price` never
-raises, whatever the event holds. This file refuses to know providers' wire formats, clocks and
-stores. Read `tariff.py` next for how rates are chosen, `names.py` for how models are found.
+counts. One dimension of an event that has no rate leaves the whole event unpriced, and so does an
+amount that no request can have (`plausible.py`). `price` never raises, whatever the event holds.
+This file refuses to know providers' wire formats, clocks and stores. Read `tariff.py` next for how
+rates are chosen, `names.py` for how models are found.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ from decimal import Decimal, DecimalException, getcontext, setcontext
 from pathlib import Path
 from typing import Any, cast
 
-from halton_meter.model import Basis, Certainty, LineItem, PricedEvent, Usage, UsageEvent
+from halton_meter.model import (
+    IMPLAUSIBLE,
+    Basis,
+    Certainty,
+    LineItem,
+    PricedEvent,
+    Usage,
+    UsageEvent,
+)
 from pricing import overrides as override_file
 from pricing.bill import Bill
 from pricing.files import Model, PriceFile, Shelf
 from pricing.names import canonical_provider
 from pricing.overrides import Override
+from pricing.plausible import implausible_amounts, is_implausible_usd
 from pricing.rates import EXACT, UNCONFIRMED, Level
 from pricing.rates import rate as rate_of
 from pricing.tariff import PRICED_CONDITIONS, TOKEN_DIMENSIONS, Tariff, tariff_for
@@ -70,11 +80,13 @@ class PriceBook:
 
     def price(self, event: UsageEvent) -> PricedEvent:
         """What the event costs, by list and at the margin."""
-        if event.free is not None:
-            return self._free(event)
         theirs = getcontext()
         setcontext(EXACT)
         try:
+            if beyond := implausible_amounts(event):
+                return self._implausible(event, beyond)
+            if event.free is not None:
+                return self._free(event)
             items, flags, total = self._computed(event)
         except (DecimalException, TypeError, ValueError, AttributeError, OverflowError):
             items, flags, total = [], ["bad_usage", "unpriced:usage"], None
@@ -87,13 +99,15 @@ class PriceBook:
             basis = Basis.ESTIMATED
             flags.append("estimated")
         reported = _stated(event)
+        if reported is not None and (not reported.is_finite() or reported < 0):
+            flags.append("bad_reported_cost")
+            reported = None
+        if is_implausible_usd(reported, None if reported and basis is Basis.ESTIMATED else total):
+            return self._implausible(event, ["usd"])
         if reported is not None:
-            if not reported.is_finite() or reported < 0:
-                flags.append("bad_reported_cost")
-            else:
-                items = _reconciled(items, total, reported, event)
-                basis, total = Basis.REPORTED, reported
-                flags = [flag for flag in flags if not flag.startswith("unpriced:")]
+            items = _reconciled(items, total, reported, event)
+            basis, total = Basis.REPORTED, reported
+            flags = [flag for flag in flags if not flag.startswith("unpriced:")]
         unique = tuple(dict.fromkeys(flags)) if flags else ()
         priced: Any = _PricedDraft(event, total, basis, tuple(items), unique, self.version)
         priced.__class__ = PricedEvent
@@ -186,9 +200,16 @@ class PriceBook:
         return tariff
 
     def _free(self, event: UsageEvent) -> PricedEvent:
+        if is_implausible_usd(event.reported_usd, None):
+            return self._implausible(event, ["usd"])
         return PricedEvent(
             event, _ZERO, _ZERO, event.reported_usd, Basis.FREE, (), (), self.version
         )
+
+    def _implausible(self, event: UsageEvent, beyond: list[str]) -> PricedEvent:
+        """No price: of an answer that is wrong in one amount, none is believed."""
+        flags = (IMPLAUSIBLE, *(f"{IMPLAUSIBLE}:{name}" for name in beyond))
+        return PricedEvent(event, None, None, None, Basis.UNPRICED, (), flags, self.version)
 
     def _computed(self, event: UsageEvent) -> tuple[list[LineItem], list[str], Decimal | None]:
         items: list[LineItem] = []

@@ -74,11 +74,12 @@ def _write_table(found: list[PricedEvent], limit: int | None) -> None:
 
 
 def _row(event: PricedEvent) -> tuple[str, ...]:
-    usage, tokens = event.usage, event.usage.tokens
+    usage, tokens = event.usage, event.tokens
     at = datetime.fromtimestamp(usage.at_ns // 1_000_000_000)
     notes: list[str | None] = [usage.error_class]
     notes.append(None if usage.outcome is Outcome.COMPLETE else usage.outcome.value)
     notes.append(None if usage.free in (None, "error") else usage.free)
+    notes.append("implausible" if event.implausible else None)
     notes.append("estimated" if usage.certainty is Certainty.ESTIMATED else None)
     return (
         at.strftime("%Y-%m-%d %H:%M:%S"),

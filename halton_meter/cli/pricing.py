@@ -150,7 +150,10 @@ def _told(document: dict[str, Any]) -> Iterator[str]:
         yield from _item_told(item, document["model"])
     if served := [f"{k}={v}" for k, v in document["conditions"].items() if k in _TOLD]:
         yield f"  served under {', '.join(served)}"
-    if document["list_usd"] is None:
+    if (stated := document["implausible"]) is not None:
+        yield "  unpriced, and in no sum: the answer states amounts that no request can have"
+        yield from _stated_told(stated)
+    elif document["list_usd"] is None:
         yield f"  unpriced, price book {document['price_book']}"
     else:
         how = _BASIS[document["basis"]]
@@ -161,6 +164,13 @@ def _told(document: dict[str, Any]) -> Iterator[str]:
         yield f"  added to the bill: ${document['marginal_usd'] or '0'}{paid}"
     if noted := [flag for flag in document["flags"] if not _is_unpriced(flag)]:
         yield f"  flags: {', '.join(noted)}"
+
+
+def _stated_told(stated: dict[str, Any]) -> Iterator[str]:
+    for name, amount in {**stated["tokens"], **stated["units"]}.items():
+        yield f"  stated: {name.replace('_', ' ')} {amount}"
+    if stated["reported_usd"] is not None:
+        yield f"  stated: cost ${stated['reported_usd']}"
 
 
 def _item_told(item: dict[str, Any], model: str | None) -> Iterator[str]:
@@ -408,7 +418,8 @@ def _unknown_models() -> list[tuple[str, str, str, int]] | None:
                 "SELECT provider, coalesce(model, request_model), list_filter("
                 "json_extract_string(price_document, '$.flags[*]'), "
                 "lambda flag: starts_with(flag, 'unpriced:'))[1], count(*) FROM event "
-                "WHERE basis = 'unpriced' AND coalesce(model, request_model) IS NOT NULL "
+                "WHERE basis = 'unpriced' AND implausible IS NOT TRUE "
+                "AND coalesce(model, request_model) IS NOT NULL "
                 "GROUP BY ALL ORDER BY 4 DESC, 1, 2, 3 LIMIT ?",
                 [_UNKNOWN_SHOWN],
             )

@@ -77,6 +77,7 @@ class Summary:
     events: int = 0
     total_usd: Decimal = Decimal(0)
     unpriced: int = 0
+    implausible: int = 0
     gapped: int = 0
     aborted: int = 0
     models: Counter[str] = field(default_factory=Counter)
@@ -84,7 +85,9 @@ class Summary:
     def add(self, event: PricedEvent) -> None:
         """Count one event."""
         self.events += 1
-        if event.list_usd is None:
+        if event.implausible:
+            self.implausible += 1
+        elif event.list_usd is None:
             self.unpriced += 1
         else:
             self.total_usd += event.list_usd
@@ -202,7 +205,7 @@ _ROW = "{:<20} {:<12} {:<30} {:>10} {:>10} {:>12}  {}"
 
 
 def _row(event: PricedEvent) -> str:
-    usage, tokens = event.usage, event.usage.tokens
+    usage, tokens = event.usage, event.tokens
     sent = (
         tokens.input,
         tokens.cache_read,
@@ -279,6 +282,11 @@ class Output:
         if summary.unpriced:
             click.echo(
                 f"  {summary.unpriced:,} unpriced: no price is known, they are not in the sum"
+            )
+        if summary.implausible:
+            click.echo(
+                f"  {summary.implausible:,} with amounts that no request can have: they are not "
+                "in the sum"
             )
         if summary.gapped or summary.aborted:
             click.echo(f"  {summary.gapped:,} with gaps, {summary.aborted:,} cut off")

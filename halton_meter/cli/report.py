@@ -24,6 +24,7 @@ from halton_meter.cli.drawing import (
     styled,
 )
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.cli.words import implausible_words
 from halton_meter.model import TOKEN_NAMES, usd_text
 from halton_meter.periods import period_before
 from halton_meter.report import (
@@ -128,7 +129,8 @@ def _csv(answer: Report) -> str:
     counts = ["requests", "unpriced_requests", "errors"]
     money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
     tokens = [f"{name}_tokens" for name in TOKEN_NAMES]
-    rows: list[list[Any]] = [[*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"]]
+    head = [*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"]
+    rows: list[list[Any]] = [[*head, "implausible_requests"]]
     for group in answer.groups:
         figures = group.figures
         rows.append(
@@ -139,6 +141,7 @@ def _csv(answer: Report) -> str:
                 *(usd_text(getattr(figures, name)) for name in money),
                 figures.p95_duration_ms,
                 group.share,
+                figures.implausible_requests,
             ]
         )
     output = io.StringIO()
@@ -295,6 +298,8 @@ def _coverage(answer: Report) -> str:
     """What to know before trusting the figures; nothing when there is nothing."""
     coverage = answer.coverage
     lines = _unpriced(answer)
+    if coverage.implausible_requests:
+        lines.append(implausible_words(coverage.implausible_requests))
     if coverage.estimated_requests:
         lines.append(f"{_requests(coverage.estimated_requests)} with estimated token counts.")
     damaged = [

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from halton_meter.cli.drawing import harmless
-from halton_meter.cli.words import count
+from halton_meter.cli.words import count, implausible_words
 
 if TYPE_CHECKING:
     from halton_meter.supervisor import Metered
@@ -191,7 +191,7 @@ def _cost(line: Line) -> str:
     text = f"${line.list_usd:,.4f}"
     if line.marginal_usd != line.list_usd:
         text += f" by list, ${line.marginal_usd:,.4f} to pay"
-    if line.unpriced == line.requests and line.requests:
+    if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
     return text + (f" + {line.unpriced:,} unpriced" if line.unpriced else "")
 
@@ -206,6 +206,8 @@ def _troubles(metered: Metered) -> list[str]:
             (totals.failed, "failed"),
         )
         lines.append("  of these " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+    if totals.total.implausible:
+        lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in metered.gaps:
         lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     lines += [f"  lost: {cause} {lost:,}" for cause, lost in metered.losses.items()]

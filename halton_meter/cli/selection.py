@@ -26,6 +26,7 @@ _OPTIONS = (
     click.option("--provider", metavar="NAME", help="Only this provider, e.g. anthropic."),
     click.option("--model", metavar="NAME", help="Only this model, as the provider names it."),
     click.option("--project", metavar="NAME", help="Only this project."),
+    click.option("--flag", metavar="WORD", help="Only requests with this flag, e.g. implausible."),
 )
 
 
@@ -46,6 +47,7 @@ def read_selection(
     provider: str | None,
     model: str | None,
     project: str | None,
+    flag: str | None,
 ) -> Selection:
     """The options as a Selection; times without an offset are local."""
     named = [n for n, v in (("--today", today), ("--since", since), ("--from", from_)) if v]
@@ -58,7 +60,7 @@ def read_selection(
         raise click.UsageError(
             f"The period ends before it begins: {named[0]} {beginning} --to {to}."
         )
-    return Selection(from_ns, to_ns, provider, model, project)
+    return Selection(from_ns, to_ns, provider, model, project, flag)
 
 
 def _moment(option: str, text: str, now_ns: int, end: bool = False) -> int:

@@ -13,8 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import islice
 
 from halton_meter.model import Exchange, Request, UsageEvent
+
+# Events of one exchange: a batch of Anthropic's, the largest there are, has 100,000 results.
+EVENTS_MAX = 100_000
 
 Reader = Callable[[Exchange, "Route", "Provider"], Iterator[UsageEvent]]
 
@@ -223,11 +227,14 @@ class Registry:
         return None
 
     def read(self, exchange: Exchange) -> list[UsageEvent]:
-        """The usage events of an exchange; none when it is no provider's or creates nothing."""
+        """The usage events of an exchange; none when it is no provider's or creates nothing.
+
+        Of more than EVENTS_MAX the first, and one more, so that the caller can tell.
+        """
         match = self.match_exchange(exchange)
         if match is None:
             return []
-        return list(match.route.read(exchange, match.route, match.provider))
+        return list(islice(match.route.read(exchange, match.route, match.provider), EVENTS_MAX + 1))
 
     def hosts(self) -> tuple[str, ...]:
         """Every host to be watched: exact names, and suffixes written "*.example.com"."""

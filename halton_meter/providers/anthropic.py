@@ -33,6 +33,8 @@ from halton_meter.wire import formats
 _ITERATION_LABELS = {"compaction": "compaction", "advisor_message": "advisor"}
 _OWN_LABELS = ("message", "refusal")  # iterations that the top-level counts hold
 _WEB_TOOL = re.compile(r"web_(?:search|fetch)_(\d{8})")
+# One request runs through some dozens, each of them a call of a model.
+ITERATIONS_MAX = 1000
 # Web tools from this date on make code execution free (3P).
 FREE_CODE_EXECUTION_SINCE = "20260209"
 MESSAGES_EVENTS_MAX = 64
@@ -76,6 +78,7 @@ def message_parts(
     top = message_tokens(counts, usage, stale)
     units = _units(counts, usage)
     entries = [entry for entry in dicts(usage.get("iterations")) if entry.get("type")]
+    entries = entries[:ITERATIONS_MAX]  # what is missing then, the top level's output tells
     labels = [_ITERATION_LABELS.get(str(entry.get("type")), "message") for entry in entries]
     if not entries or labels == ["message"]:
         return [Usage(model, top, units)]

@@ -308,8 +308,12 @@ _COUNT_HEADERS = {
 }
 
 
+# Enough for any count; more digits make it no smaller.
+_DIGITS_MAX = 20
+
+
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 14 else None
+    return int(text[:_DIGITS_MAX]) if text.isascii() and text.isdigit() else None
 
 
 def _by_headers(draft: Draft) -> None:

@@ -6,6 +6,7 @@ message names the model, and no message has an id.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def read_live(exchange: Exchange, route: Route, provider: Provider) -> Iterator[
     turn = replace(exchange, response=replace(exchange.response, headers=()))
     stated = False
     grounds: list[tuple[Json, bytes]] = []
-    for line in _lines_with(exchange.response.body, (b'"usageMetadata"', b'"groundingMetadata"')):
+    for line in formats.lines_with(exchange.response.body, _STATES_USAGE):
         answer = as_dict(formats.loads(line))
         content = as_dict(answer.get("serverContent"))
         grounds.append(({"candidates": [content]}, b""))
@@ -57,7 +58,7 @@ def read_live(exchange: Exchange, route: Route, provider: Provider) -> Iterator[
             grounds.clear()
             stated = True
             yield draft.event()
-    if not stated and any(_lines_with(exchange.response.body, (b'"modelTurn"', b'"toolCall"'))):
+    if not stated and any(map(_ANSWERS.search, exchange.response.body.pieces)):
         draft = _live_draft(turn, route, provider, setup)
         draft.usage_not_sent(texts_under(exchange.response.body, (b"text",)))
         yield draft.event()
@@ -71,13 +72,8 @@ def _live_draft(turn: Exchange, route: Route, provider: Provider, setup: Json) -
     return draft
 
 
-def _lines_with(body: Body, needles: tuple[bytes, ...]) -> Iterator[bytes]:
-    for piece in body.pieces:
-        for line in piece.split(b"\n"):
-            if any(needle in line for needle in needles):
-                yield line
-
-
+_STATES_USAGE = re.compile(rb'"(?:usage|grounding)Metadata"')
+_ANSWERS = re.compile(rb'"(?:modelTurn|toolCall)"')
 _LIVE = (
     r"/ws/google\.(?:ai\.generativelanguage|cloud\.aiplatform)\.v1(?:beta|alpha)?\d*\."
     r"(?:GenerativeService|LlmBidiService)[./]BidiGenerateContent(?:Constrained)?"

@@ -8,6 +8,7 @@ is done, on a stream three times over.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -314,17 +315,14 @@ def _runs(exchange: Exchange) -> Iterator[tuple[Json, bytes]]:
 
 # --- realtime -----------------------------------------------------------------------------------
 
-_REALTIME_ENDS = (
-    b'"response.done"',
-    b'"conversation.item.input_audio_transcription.completed"',
-    b'"error"',
+_REALTIME_ENDS = re.compile(
+    rb'"(?:response\.done|conversation\.item\.input_audio_transcription\.completed|error)"'
 )
 
 
 def realtime_turn_ends(message: bytes) -> bool:
     """Whether a server's message ends what is billed at once: a response or a transcription."""
-    head = message[:200]
-    return any(mark in head for mark in _REALTIME_ENDS)
+    return _REALTIME_ENDS.search(message, 0, 200) is not None
 
 
 def read_realtime(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:

@@ -41,6 +41,7 @@ _TERMINAL = (
 _ENDS_TURN = re.compile(
     rb'"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed|cancelled|done)|error)"'
 )
+_BEGINS_OR_ENDS = re.compile(_ENDS_TURN.pattern + rb'|"response\.created"')
 _CONTAINER_SIZES = {"1g": "1gb", "4g": "4gb", "16g": "16gb", "64g": "64gb"}
 
 
@@ -141,14 +142,14 @@ def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = 
     draft.model = as_name(response.get("model")) or draft.model
     draft.condition("service_tier", response.get("service_tier"))
     usage = response.get("usage")
-    units = _tool_units(draft, response)
+    counts = Counts()
+    units = _tool_units(draft, response, counts)
     if not isinstance(usage, dict):
         if response.get("status") in ("queued", "in_progress"):
             draft.pending()
         elif draft.error_class is None:
             draft.usage_not_sent()
         return
-    counts = Counts()
     tokens, details = usage_tokens(counts, usage, dialect)
     model = draft.model or draft.request_model
     draft.parts = [Usage(model, tokens, units, details)]
@@ -174,14 +175,14 @@ def _image_part(counts: Counts, response: Json) -> Usage | None:
     return Usage(model, tokens, {}, details, label="image_generation")
 
 
-def _tool_units(draft: Draft, response: Json) -> dict[str, int]:
+def _tool_units(draft: Draft, response: Json, counts: Counts) -> dict[str, int]:
     """Hosted tools by their own prices: searches, file searches, containers, images."""
     tools = dicts(response.get("tools"))
     preview = any(str(tool.get("type")).startswith("web_search_preview") for tool in tools)
     if preview:
         draft.conditions["web_search"] = "preview"
     usage = as_dict(response.get("tool_usage"))
-    counted = as_dict(usage.get("web_search")).get("num_requests")
+    counted = counts.of(as_dict(usage.get("web_search")), "num_requests")
     searches = files = images = 0
     containers: dict[str, None] = {}
     for item in dicts(response.get("output"))[:TOOL_ITEMS_MAX]:
@@ -194,7 +195,7 @@ def _tool_units(draft: Draft, response: Json) -> dict[str, int]:
             images += 1
         elif kind == "code_interpreter_call" and isinstance(item.get("container_id"), str):
             containers[item["container_id"]] = None
-    if isinstance(counted, int) and not isinstance(counted, bool) and counted >= 0:
+    if counted is not None:
         searches = counted
     return positive(
         {
@@ -233,24 +234,21 @@ def _websocket_responses(
     request = {**as_dict(request.get("response")), **request}
     started: Json = {}
     ended = False
-    for piece in exchange.response.body.pieces:
-        for line in piece.split(b"\n"):
-            if not response_turn_ends(line) and b'"response.created"' not in line[:256]:
-                continue
-            event = as_dict(formats.loads(line))
-            response = as_dict(event.get("response"))
-            if event.get("type") == "response.created":
-                started = response
-                continue
-            if event.get("type") not in _TERMINAL and error_object(event) is None:
-                continue
-            ended = True
-            draft = _turn(exchange, route, provider, request)
-            if error_object(response) is not None or not response:
-                draft.fail(response or event, in_stream=True)
-            if response:
-                fill_response(draft, response, line, dialect)
-            yield draft.event()
+    for line in formats.lines_with(exchange.response.body, _BEGINS_OR_ENDS):
+        event = as_dict(formats.loads(line))
+        response = as_dict(event.get("response"))
+        if event.get("type") == "response.created":
+            started = response
+            continue
+        if event.get("type") not in _TERMINAL and error_object(event) is None:
+            continue
+        ended = True
+        draft = _turn(exchange, route, provider, request)
+        if error_object(response) is not None or not response:
+            draft.fail(response or event, in_stream=True)
+        if response:
+            fill_response(draft, response, line, dialect)
+        yield draft.event()
     if not ended and (started or request):
         draft = _turn(exchange, route, provider, request)
         draft.response_id = as_id(started.get("id"))

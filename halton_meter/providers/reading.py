@@ -13,7 +13,9 @@ Rules of counting, for every reader (pricing relies on them)
 - Gemini's tool-use prompt tokens are in `input` and in `tool_use_input`, also when grounding makes
   them free (see `conditions["grounding"]`): the price decides, the count does not.
 - A count that the provider did not send is None. A count that is no count (negative, a string, a
-  bool, above `COUNT_MAX`) is None and flagged "bad_usage".
+  bool) is None and flagged "bad_usage". An absurdly large one is kept: the price flags the event
+  "implausible" and no sum takes it in, so every count and unit goes through `Counts` or
+  `as_amount`, and into the event's parts.
 
 `UsageEvent.conditions` (all values are strings; absent means not stated)
 - "service_tier": the response's own word in lower case: "standard", "default", "priority", "flex",
@@ -274,6 +276,12 @@ def _milliseconds(start_ns: int, end_ns: int | None) -> float | None:
 
 
 def _digest(exchange: Exchange) -> str:
+    if not exchange.digest:
+        exchange.digest.append(_digested(exchange))
+    return exchange.digest[0]
+
+
+def _digested(exchange: Exchange) -> str:
     request, response = exchange.request, exchange.response
     digest = hashlib.blake2b(digest_size=16)
     for part in (request.host, request.path, str(response.status)):

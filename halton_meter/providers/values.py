@@ -16,8 +16,9 @@ from typing import Any
 
 from halton_meter.wire import formats
 
-# No provider serves a request of more tokens than this; a larger number is damage.
-COUNT_MAX = 1 << 40
+# The largest count that is kept as stated; a larger one is kept as this. That no request can have
+# so many is known where it is priced (`pricing/plausible.py`), whatever the count is of.
+COUNT_MAX = 10**18
 # A usage object is a few hundred bytes; what is larger is not kept verbatim.
 RAW_USAGE_BYTES_MAX = 64 << 10
 # Strings inside a usage object are names of tiers and models; a longer one is not stored.
@@ -25,8 +26,8 @@ RAW_STRING_CHARS_MAX = 128
 NAME_CHARS_MAX = 256
 # Nesting kept of a usage object.
 DEPTH_MAX = 32
-# Above any cost, duration or xAI's ticks (10^10 a dollar); what is larger is damage.
-AMOUNT_MAX = Decimal(10) ** 18
+# The same for costs, durations and xAI's ticks (10^10 a dollar).
+AMOUNT_MAX = Decimal(COUNT_MAX)
 
 Json = dict[str, Any]
 
@@ -66,14 +67,17 @@ def as_code(value: object) -> str | None:
 
 
 def as_amount(value: object) -> Decimal | None:
-    """A non-negative amount (a cost, seconds) as an exact decimal, None for anything else."""
+    """A non-negative amount (a cost, seconds) as an exact decimal, at most AMOUNT_MAX.
+
+    None for anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
     try:
         amount = Decimal(str(value)) if not isinstance(value, Decimal) else value
     except ArithmeticError:
         return None
-    return amount if amount.is_finite() and 0 <= amount <= AMOUNT_MAX else None
+    return min(amount, AMOUNT_MAX) if amount.is_finite() and amount >= 0 else None
 
 
 class Counts:
@@ -94,11 +98,11 @@ class Counts:
         return None
 
     def checked(self, value: object) -> int | None:
-        """`value` as a count; None and remembered as bad when it is none."""
-        if isinstance(value, float) and value.is_integer() and 0 <= value <= COUNT_MAX:
-            return int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= COUNT_MAX:
-            return value
+        """`value` as a count, at most COUNT_MAX; None and remembered as bad when it is none."""
+        if isinstance(value, float) and value.is_integer() and value >= 0:
+            return min(int(value), COUNT_MAX)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return min(value, COUNT_MAX)
         self.bad = True
         return None
 
@@ -172,9 +176,17 @@ def _object_at(text: bytes, at: int, value: Json) -> Verbatim | None:
 
 
 def _written(value: Json) -> Verbatim:
-    shorn = _shorn(value)
-    text = json.dumps(shorn, separators=(",", ":"))
+    room = _Room(RAW_USAGE_BYTES_MAX // 2)  # a value and what parts it from the next: two bytes
+    shorn = _shorn(value, room)
+    text = "{}" if room.left < 0 else json.dumps(shorn, separators=(",", ":"))
     return Verbatim(text if len(text) <= RAW_USAGE_BYTES_MAX else "{}", value)
+
+
+@dataclass(slots=True)
+class _Room:
+    """How many more values are looked at."""
+
+    left: int
 
 
 def _harmless(value: object, depth: int = 0) -> bool:
@@ -187,12 +199,15 @@ def _harmless(value: object, depth: int = 0) -> bool:
     return not isinstance(value, list) or all(_harmless(item, depth + 1) for item in value)
 
 
-def _shorn(value: object, depth: int = 0) -> object:
+def _shorn(value: object, room: _Room, depth: int = 0) -> object:
     """`value` without long strings and deep nesting, so that no content can hide in it."""
+    room.left -= 1
+    if room.left < 0:
+        return None
     if depth > DEPTH_MAX or (isinstance(value, str) and len(value) > RAW_STRING_CHARS_MAX):
         return None
     if isinstance(value, dict):
-        return {str(k)[:NAME_CHARS_MAX]: _shorn(item, depth + 1) for k, item in value.items()}
+        return {str(k)[:NAME_CHARS_MAX]: _shorn(item, room, depth + 1) for k, item in value.items()}
     if isinstance(value, list):
-        return [_shorn(item, depth + 1) for item in value]
+        return [_shorn(item, room, depth + 1) for item in value]
     return value

@@ -115,7 +115,8 @@ def _flat(selection: Selection, started_at: str, money: list[str]) -> tuple[str,
     """One SELECT of all events, a row each, and its parameters."""
     where, parameters = selection.where()
     names = [name for name in USAGE_COLUMNS if name not in _NOT_EXPORTED]
-    columns = ", ".join([started_at, *names, *money, "basis", "price_book", "revision"])
+    last = ("basis", "price_book", "revision", "implausible IS TRUE AS implausible")
+    columns = ", ".join([started_at, *names, *money, *last])
     return f"SELECT {columns} FROM event WHERE {where} ORDER BY at_ns, id", parameters
 
 

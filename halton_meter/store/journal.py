@@ -28,7 +28,7 @@ from halton_meter.model import PricedEvent
 from halton_meter.store.cleaning import LINE_FORM, cleaned_line, is_older
 from halton_meter.store.errors import disk_trouble
 from halton_meter.store.home import Home, private_file
-from halton_meter.store.rows import dumps, price_values, usage_values
+from halton_meter.store.rows import dumps, sum_values, usage_values
 
 SEGMENT_SUFFIX = ".jsonl"
 # A segment this large is sealed and the next begun: it bounds one transaction (and its memory)
@@ -291,11 +291,11 @@ def _is_sound(line: bytes) -> bool:
 
 def event_line(event: PricedEvent) -> bytes:
     """One event as a line; without its raw usage object where the line would be too long."""
-    values = {**usage_values(event.usage), **price_values(event)}
+    values = {**usage_values(event.usage), **sum_values(event)}
     line = _line(values)
     if len(line) > LINE_BYTES_MAX:
         slim = replace(event.usage, raw_usage=None, flags=(*event.usage.flags, "raw_usage_dropped"))
-        line = _line({**usage_values(slim), **price_values(event)})
+        line = _line({**usage_values(slim), **sum_values(event)})
     return line
 
 

@@ -18,17 +18,30 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 FETCH_ROWS = 2000
+# An event's flags: its reader's, and those of its price.
+_HAS_FLAG = (
+    "list_contains(list_concat("
+    + ", ".join(
+        f"from_json(json_extract({document}, '$.flags'), '[\"VARCHAR\"]')"
+        for document in ("usage_document", "price_document")
+    )
+    + "), ?)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which events: `from_ns` inclusive, `to_ns` exclusive, the rest exact; None means any."""
+    """Which events: `from_ns` inclusive, `to_ns` exclusive, the rest exact; None means any.
+
+    `flag` is one of an event's `flags`.
+    """
 
     from_ns: int | None = None
     to_ns: int | None = None
     provider: str | None = None
     model: str | None = None
     project: str | None = None
+    flag: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
         """The SQL condition over `event`'s columns, and its parameters."""
@@ -38,6 +51,7 @@ class Selection:
             ("provider = ?", self.provider),
             ("model = ?", self.model),
             ("project = ?", self.project),
+            (_HAS_FLAG, self.flag),
         ]
         used = [(test, value) for test, value in tests if value is not None]
         return " AND ".join(test for test, _ in used) or "true", [value for _, value in used]

@@ -22,7 +22,7 @@ from halton_meter.store.driver import driver, quoted
 from halton_meter.store.errors import StoreBusy, StoreUnusable, first_line
 from halton_meter.store.home import DATABASE_NAME, Home, private_file
 from halton_meter.store.rows import dumps, loads
-from halton_meter.store.schema import MIGRATIONS, migrate_in_place, needs_rewriting
+from halton_meter.store.schema import REWRITTEN_VERSION, migrate_in_place, needs_rewriting
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -37,7 +37,7 @@ Open = Callable[[float], "DuckDBPyConnection"]
 
 
 def rewrite(home: Home, open_old: Open, wait_seconds: float) -> None:
-    """Bring an older database to the newest version, in a new file.
+    """Bring an older database to the version that needs a new file, in one.
 
     `open_old` opens it for writing. Raises StoreBusy when another process has it, or is at the same
     work, for longer than `wait_seconds`; StoreUnusable when the new file cannot be written.
@@ -143,7 +143,7 @@ def _copy_tables(connection: DuckDBPyConnection, unfinished: Path) -> None:
     connection.execute(
         "INSERT INTO new.schema_version (version) SELECT unnest(range(max(version) + 1, ?)) "
         "FROM old.schema_version",
-        [len(MIGRATIONS) + 1],
+        [REWRITTEN_VERSION + 1],
     )
 
 

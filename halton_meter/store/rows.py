@@ -38,7 +38,6 @@ _EXACT = Context(prec=200, rounding=ROUND_DOWN)
 def usage_values(usage: UsageEvent) -> dict[str, Any]:
     """The columns that describe what was used; a missing one is NULL."""
     process = usage.process
-    tokens = usage.parts[0].tokens if len(usage.parts) == 1 else usage.tokens
     values: dict[str, Any] = {
         "id": usage.id,
         "at_ns": usage.at_ns,
@@ -69,12 +68,6 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         values["process"] = process.exe
         values["cwd"] = process.cwd
         values["user_name"] = process.user
-    for name in TOKEN_NAMES:
-        count = getattr(tokens, name)
-        # A count past 64 bits is a provider's nonsense: its column stays unknown, the document
-        # keeps it.
-        if count is not None and abs(count) <= _INT64_MAX:
-            values[f"{name}_tokens"] = count
     return values
 
 
@@ -115,9 +108,30 @@ def _process_document(process: Process) -> dict[str, Any]:
     }
 
 
+def sum_values(event: PricedEvent) -> dict[str, Any]:
+    """The columns that a revision replaces: the price, and the counts that are summed with it.
+
+    Counts that are not believed have no column, so that nobody's sum can take them in; the usage
+    document keeps them.
+    """
+    values = price_values(event)
+    parts = event.usage.parts
+    tokens = parts[0].tokens if len(parts) == 1 and not event.implausible else event.tokens
+    for name in TOKEN_NAMES:
+        count = getattr(tokens, name)
+        # A count past 64 bits is a provider's nonsense, whoever priced it.
+        if count is not None and abs(count) <= _INT64_MAX:
+            values[f"{name}_tokens"] = count
+    return values
+
+
 def price_values(event: PricedEvent) -> dict[str, Any]:
-    """The columns that a revision replaces."""
-    values: dict[str, Any] = {"basis": event.basis.value, "price_book": event.price_book}
+    """The columns of the price."""
+    values: dict[str, Any] = {
+        "basis": event.basis.value,
+        "price_book": event.price_book,
+        "implausible": event.implausible,
+    }
     for name in ("list_usd", "marginal_usd", "reported_usd"):
         values[name], values[f"{name}_rest"] = _split_usd(getattr(event, name))
     values["price_document"] = {

@@ -23,6 +23,7 @@ TEXT = "VARCHAR"
 USD = "DECIMAL(38,12)"
 USD_REST = "DECIMAL(38,37)"
 
+_TOKEN_COLUMNS = {f"{name}_tokens": "BIGINT" for name in TOKEN_NAMES}
 # Columns that describe what was used. `sighting_rank` orders sightings of one exchange;
 # `usage_document` holds, as JSON, whatever has no column: parts, conditions, flags, process.
 USAGE_COLUMNS: dict[str, str] = {
@@ -47,7 +48,7 @@ USAGE_COLUMNS: dict[str, str] = {
     "user_name": TEXT,
     "project": TEXT,
     "git_branch": TEXT,
-    **{f"{name}_tokens": "BIGINT" for name in TOKEN_NAMES},
+    **_TOKEN_COLUMNS,
     "certainty": TEXT,
     "free": TEXT,
     "ttft_ms": "DOUBLE",
@@ -55,7 +56,8 @@ USAGE_COLUMNS: dict[str, str] = {
     "sighting_rank": "TINYINT",
     "usage_document": TEXT,
 }
-# Columns that a revision replaces.
+# Columns of a price, which a revision replaces. `implausible`: an amount was stated that no request
+# can have, so neither price nor counts are known.
 PRICE_COLUMNS: dict[str, str] = {
     "list_usd": USD,
     "list_usd_rest": USD_REST,
@@ -66,13 +68,21 @@ PRICE_COLUMNS: dict[str, str] = {
     "basis": TEXT,
     "price_book": TEXT,
     "price_document": TEXT,
+    "implausible": "BOOLEAN",
 }
+# All that a revision replaces: which counts are believed is found out as an event is priced.
+REVISED_COLUMNS = {**_TOKEN_COLUMNS, **PRICE_COLUMNS}
 EVENT_COLUMNS = {**USAGE_COLUMNS, **PRICE_COLUMNS}
 _NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_document"}
 
 
+# Columns that migrations add to the tables of the first versions.
+_ADDED = {"implausible", "implausible_requests"}
+
+
 def _defined(columns: Mapping[str, str]) -> str:
-    return ", ".join(f"{n} {t}{' NOT NULL' if n in _NOT_NULL else ''}" for n, t in columns.items())
+    first = {name: kind for name, kind in columns.items() if name not in _ADDED}
+    return ", ".join(f"{n} {t}{' NOT NULL' if n in _NOT_NULL else ''}" for n, t in first.items())
 
 
 # What is summed over events, for groups of a report and for a day; see `rollup.py`.
@@ -84,7 +94,8 @@ DAY_SUMS: dict[str, str] = {
         for column in ("list_usd", "marginal_usd", "reported_usd")
         for name in (column, f"{column}_rest")
     },
-    "unpriced_requests": "count(*) FILTER (WHERE basis = 'unpriced')",
+    "unpriced_requests": "count(*) FILTER (WHERE basis = 'unpriced' AND implausible IS NOT TRUE)",
+    "implausible_requests": "count(*) FILTER (WHERE implausible)",
     "errors": "count(error_class)",
 }
 DAY_COUNTS: dict[str, str] = {
@@ -115,7 +126,25 @@ def _sum_type(name: str) -> str:
     return USD_REST if name.endswith("_rest") else USD if name.endswith("_usd") else "BIGINT"
 
 
-_DAY_COLUMNS = ", ".join(f"{name} {_sum_type(name)}" for name in (*DAY_SUMS, *DAY_COUNTS))
+_DAY_COLUMNS = _defined({name: _sum_type(name) for name in (*DAY_SUMS, *DAY_COUNTS)})
+
+# Rows of versions that believed any amount: no request has so many tokens, or costs so much. What
+# these limits are made of, and those that need a row's documents: `pricing/plausible.py`, for
+# events of now and for `reprice`.
+_SPOILS_SUMS = " OR ".join(
+    [*(f"{n} > 100000000" for n in _TOKEN_COLUMNS), "list_usd > 10000", "reported_usd > 10000"]
+)
+_PRICES_THEN = ", ".join(name for name in PRICE_COLUMNS if name != "implausible")
+_NO_PRICE = (
+    "json_object('list_usd', NULL, 'marginal_usd', NULL, 'reported_usd', NULL, 'flags', "
+    "list_append(from_json(json_extract(price_document, '$.flags'), '[\"VARCHAR\"]'), "
+    "'implausible'), 'line_items', json_array())"
+)
+_UNKNOWN = ", ".join(
+    f"{name} = NULL"
+    for name in REVISED_COLUMNS
+    if name in _TOKEN_COLUMNS or name.endswith(("_usd", "_usd_rest"))
+)
 
 # Ordered; entry N brings a database of version N to version N + 1. Never edit one that shipped.
 MIGRATIONS: tuple[str, ...] = (
@@ -149,6 +178,27 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     # From here on command lines hold no values; `rewriting.py` takes them out of older databases.
     "",
+    # Rows with absurd amounts lose their part in the sums; what was stated stays in their usage
+    # document, and their price among the superseded ones.
+    f"""
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN implausible BOOLEAN;
+    ALTER TABLE superseded_price ADD COLUMN implausible BOOLEAN;
+    ALTER TABLE day_total ADD COLUMN implausible_requests BIGINT DEFAULT 0;
+    INSERT INTO superseded_price (event_id, {_PRICES_THEN}, revision, superseded_at_ns)
+        SELECT id, {_PRICES_THEN}, revision, epoch_ns(current_timestamp) FROM event
+        WHERE {_SPOILS_SUMS};
+    DELETE FROM day_total WHERE day IN (SELECT at_ns // 86400000000000 FROM event
+        WHERE {_SPOILS_SUMS});
+    DELETE FROM rolled_day WHERE day IN (SELECT at_ns // 86400000000000 FROM event
+        WHERE {_SPOILS_SUMS});
+    UPDATE event SET implausible = true, basis = 'unpriced', {_UNKNOWN},
+        price_document = {_NO_PRICE}, revision = revision + 1 WHERE {_SPOILS_SUMS};
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    """,
 )
 # A database of an earlier version is copied into a new file, see `rewriting.py`.
 REWRITTEN_VERSION = 4

@@ -41,8 +41,8 @@ from halton_meter.store.intake import Flushed, move_segment
 from halton_meter.store.journal import Journal, event_line, is_locked, loss_line
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.rollup import DAY_NS, roll, unroll
-from halton_meter.store.rows import dumps, json_types, price_values, same_price
-from halton_meter.store.schema import PRICE_COLUMNS
+from halton_meter.store.rows import dumps, json_types, same_price, sum_values
+from halton_meter.store.schema import PRICE_COLUMNS, REVISED_COLUMNS
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -224,7 +224,7 @@ class Store:
                     if same_price(event, after):
                         continue
                     file.write(
-                        dumps({**price_values(after), "id": event.usage.id, "revision": revision})
+                        dumps({**sum_values(after), "id": event.usage.id, "revision": revision})
                         + b"\n"
                     )
                     yield Repriced(event, after)
@@ -285,7 +285,7 @@ class Store:
         return replace(done, waiting=self.waiting(), reason=self.trouble)
 
     def _store_revisions(self, spool: Path, at_ns: int) -> None:
-        columns = ", ".join(f"'{n}': '{t}'" for n, t in json_types(PRICE_COLUMNS).items())
+        columns = ", ".join(f"'{n}': '{t}'" for n, t in json_types(REVISED_COLUMNS).items())
         names = ", ".join(PRICE_COLUMNS)
         with self._database.writing() as connection:
             connection.execute(
@@ -303,7 +303,7 @@ class Store:
                 "FROM event e JOIN revised r USING (id) WHERE e.revision = r.revision",
                 [at_ns],
             )
-            changes = ", ".join(f"{n} = CAST(r.{n} AS {t})" for n, t in PRICE_COLUMNS.items())
+            changes = ", ".join(f"{n} = CAST(r.{n} AS {t})" for n, t in REVISED_COLUMNS.items())
             connection.execute(
                 f"UPDATE event SET {changes}, revision = event.revision + 1 FROM revised r "
                 "WHERE event.id = r.id AND event.revision = r.revision"

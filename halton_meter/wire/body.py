@@ -12,7 +12,7 @@ from typing import Any
 
 from halton_meter.model import Body
 from halton_meter.wire import chunked
-from halton_meter.wire.codings import TEXT, UNTOLD, DecodeError, decoder
+from halton_meter.wire.codings import TEXT, UNTOLD, DecodeError, TooLarge, decoder
 
 # A response is kept whole up to this size; larger ones keep a head and a tail, because model and
 # usage stand at the ends and what lies between is content.
@@ -21,6 +21,9 @@ RESPONSE_WHOLE_BYTES_MAX = 16 << 20
 REQUEST_WHOLE_BYTES_MAX = 4 << 20
 HEAD_BYTES_MAX = 1 << 20
 TAIL_BYTES_MAX = 2 << 20
+# The same of a body when all bodies together are too many: model and usage are in it.
+SHRUNK_HEAD_BYTES_MAX = 16 << 10
+SHRUNK_TAIL_BYTES_MAX = 64 << 10
 # Coded bytes are decoded in blocks once this many wait, so that a long stream stays flat.
 CODED_PENDING_BYTES_MAX = 1 << 20
 # Decoding stops here: no answer of a language model is longer, a decompression bomb is.
@@ -145,6 +148,7 @@ class BodyCollector:
         "_dropped_bytes",
         "_failed",
         "_head",
+        "_head_bytes_max",
         "_kept_bytes",
         "_lost_bytes",
         "_pieces",
@@ -154,10 +158,12 @@ class BodyCollector:
         "_span_start",
         "_spans",
         "_staged",
+        "_tail_bytes_max",
         "_takes_chunks",
         "_untold",
         "_whole_bytes_max",
         "failed_decoding",
+        "grew_too_much",
     )
 
     def __init__(
@@ -172,7 +178,7 @@ class BodyCollector:
         self._staged: list[bytes] = []
         self._decoded_bytes = 0
         self._failed = False
-        self.failed_decoding = False
+        self.failed_decoding = self.grew_too_much = False
         # The bytes kept: a head once the body is over its limit, whole pieces, and the last piece
         # as a run of parts.
         self._head: list[bytes] | None = None
@@ -188,6 +194,27 @@ class BodyCollector:
         self._dropped_bytes = 0
         self._lost_bytes: int | None = 0
         self._whole_bytes_max = whole_bytes_max
+        self._head_bytes_max, self._tail_bytes_max = HEAD_BYTES_MAX, TAIL_BYTES_MAX
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it takes, more or less."""
+        head = sum(map(len, self._head)) if self._head is not None else 0
+        return head + self._kept_bytes + self._coded_bytes + sum(map(len, self._staged))
+
+    def shrink(self) -> None:
+        """Keep only the ends from here on, and little of them: others need the room."""
+        self._head_bytes_max, self._tail_bytes_max = SHRUNK_HEAD_BYTES_MAX, SHRUNK_TAIL_BYTES_MAX
+        self._whole_bytes_max = min(self._whole_bytes_max, 2 * SHRUNK_TAIL_BYTES_MAX)
+        if self._head is not None:
+            before = sum(map(len, self._head))
+            self._head = [part[: self._head_bytes_max] for part in self._head[:1]]
+            self._dropped_bytes += before - sum(map(len, self._head))
+        if self._chain is not None:
+            self._decode()
+            self._commit()
+        if self._kept_bytes > self._whole_bytes_max:
+            self._let_go()
 
     def add(self, data: bytes) -> None:
         """Take the next bytes of the body, still content-coded."""
@@ -285,6 +312,10 @@ class BodyCollector:
             self._coded_first += data
         try:
             self._chain.feed(data, self._decoded)
+        except TooLarge:
+            self._failed = self.grew_too_much = True
+            self._commit()
+            return
         except DecodeError:
             first = self._coded_first
             if first is not None and (not self._staged or TEXT.match(first)):
@@ -302,8 +333,7 @@ class BodyCollector:
         self._decoded_bytes += len(data)
         if self._decoded_bytes > DECODED_BYTES_MAX:
             self._dropped_bytes += len(data)
-            self._commit()
-            raise DecodeError("decoded body over the limit")
+            raise TooLarge("decoded body over the limit")
         if self._coded_first is None:
             self._keep(data)
             return
@@ -384,12 +414,12 @@ class BodyCollector:
                 return
         pieces = [*self._pieces, b"".join(self._run)]
         if self._head is None:
-            self._head = [pieces[0][:HEAD_BYTES_MAX]]
-            pieces[0] = pieces[0][HEAD_BYTES_MAX:]
-            self._whole_bytes_max = 2 * TAIL_BYTES_MAX
+            self._head = [pieces[0][: self._head_bytes_max]]
+            pieces[0] = pieces[0][self._head_bytes_max :]
+            self._whole_bytes_max = 2 * self._tail_bytes_max
         before = sum(map(len, pieces))
         tail: list[bytes] = []
-        room = TAIL_BYTES_MAX
+        room = self._tail_bytes_max
         for piece in reversed(pieces):
             if room <= 0:
                 break

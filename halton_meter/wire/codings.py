@@ -17,6 +17,14 @@ BROTLI_SLICE_BYTES = 32
 ZSTD_SLICE_BYTES = 1024
 INFLATE_OUTPUT_BYTES = 1 << 20
 CODINGS_MAX = 4
+# Text that people and models write shrinks to a tenth, repetitive JSON to a fiftieth. What grows
+# more than this is made to cost us time; small bodies may, a few zeros do.
+RATIO_MAX = 200
+RATIO_FROM_BYTES = 16 << 20
+# One body is one gzip member or zstd frame; some servers begin another with each flush.
+MEMBERS_MAX = 10_000
+# What stands behind a member's end is copied: of little input there is little.
+INFLATE_SLICE_BYTES = 16 << 10
 # How an answer begins that was not coded at all: JSON, or an event stream.
 TEXT = re.compile(rb"\s*(?:[{\[\"]|data:|event:|id:|:)")
 
@@ -29,6 +37,10 @@ Sink = Callable[[bytes], None]
 
 class DecodeError(Exception):
     """The bytes are not of the content coding that the head names."""
+
+
+class TooLarge(DecodeError):
+    """The bytes decode to more than an answer can be."""
 
 
 class _Decoder(Interface):
@@ -46,6 +58,7 @@ class _Inflate:
         self._gzip = gzip
         self._engine: zlib._Decompress | None = None
         self._first = b""
+        self._members = 1
 
     def _start(self, data: bytes) -> zlib._Decompress:
         if data[:2] == b"\x1f\x8b":
@@ -66,21 +79,38 @@ class _Inflate:
                 return
             self._engine = self._start(data)
         try:
-            while True:
-                if self._engine.eof:
-                    if data[:2] != b"\x1f\x8b":
-                        return  # padding behind the last member
-                    self._engine = zlib.decompressobj(31)
-                output = self._engine.decompress(data, INFLATE_OUTPUT_BYTES)
-                if output:
-                    sink(output)
-                eof = self._engine.eof
-                data = self._engine.unused_data if eof else self._engine.unconsumed_tail
-                # a full output may leave more inside though all input is used
-                if not data and len(output) < INFLATE_OUTPUT_BYTES:
-                    return
+            for start in range(0, len(data), INFLATE_SLICE_BYTES):
+                self._feed(data[start : start + INFLATE_SLICE_BYTES], sink)
         except zlib.error as error:
             raise DecodeError(str(error)) from None
+
+    def _feed(self, data: bytes, sink: Sink) -> None:
+        assert self._engine is not None
+        while True:
+            if self._engine.eof:
+                data = self._first + data
+                if len(data) < 2 and b"\x1f".startswith(data):
+                    self._first = data
+                    return
+                self._first = b""
+                if data[:2] != b"\x1f\x8b":
+                    return  # padding behind the last member
+                self._members = _counted(self._members)
+                self._engine = zlib.decompressobj(31)
+            output = self._engine.decompress(data, INFLATE_OUTPUT_BYTES)
+            if output:
+                sink(output)
+            eof = self._engine.eof
+            data = self._engine.unused_data if eof else self._engine.unconsumed_tail
+            # a full output may leave more inside though all input is used
+            if not data and len(output) < INFLATE_OUTPUT_BYTES:
+                return
+
+
+def _counted(members: int) -> int:
+    if members >= MEMBERS_MAX:
+        raise TooLarge("more members than a body has")
+    return members + 1
 
 
 class _Brotli:
@@ -113,6 +143,7 @@ class _Zstd:
         self._new = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj
         self._engine = self._new()
         self._error = zstandard.ZstdError
+        self._frames = 1
 
     def ended(self) -> bool:
         return self._engine.eof
@@ -123,6 +154,7 @@ class _Zstd:
                 block = data[start : start + ZSTD_SLICE_BYTES]
                 while block:
                     if self._engine.eof:
+                        self._frames = _counted(self._frames)
                         self._engine = self._new()
                     output = self._engine.decompress(block)
                     if output:
@@ -192,15 +224,29 @@ class _Chain:
 
     def __init__(self, decoders: list[_Decoder]) -> None:
         self._decoders = decoders
+        self._coded_bytes = 0
+        self._decoded_bytes = [0] * len(decoders)
 
     def ended(self) -> bool:
         return all(decoder.ended() for decoder in self._decoders)
 
-    def feed(self, data: bytes, sink: Sink, at: int = 0) -> None:
+    def feed(self, data: bytes, sink: Sink) -> None:
+        """Decode `data` into `sink`; raises `DecodeError`, `TooLarge` where it grows too much."""
+        self._coded_bytes += len(data)
+        self._take_off(0, data, sink)
+
+    def _take_off(self, at: int, data: bytes, sink: Sink) -> None:
         if at == len(self._decoders):
             sink(data)
-            return
-        self._decoders[at].feed(data, lambda output: self.feed(output, sink, at + 1))
+        else:
+            self._decoders[at].feed(data, lambda output: self._took_off(at, output, sink))
+
+    def _took_off(self, at: int, output: bytes, sink: Sink) -> None:
+        """What one of the codings gave: bounded in each, as the next may give nothing of it."""
+        self._decoded_bytes[at] += len(output)
+        if self._decoded_bytes[at] > max(RATIO_FROM_BYTES, RATIO_MAX * self._coded_bytes):
+            raise TooLarge("grows more than text does")
+        self._take_off(at + 1, output, sink)
 
 
 def decoder(content_encoding: str) -> _Chain | None:

@@ -23,8 +23,9 @@ _KEY = re.compile(rb'[\s,]*"((?:[^"\\]|\\.){1,64})"\s*:\s*', re.DOTALL)
 _SCALAR = re.compile(
     rb'(?:"(?:[^"\\]|\\.)*+"|-?\d[\d.eE+-]*|true|false|null)(?=\s*[,}])', re.DOTALL
 )
-# Strings whole, a string that does not close, brackets, and the colon after a key.
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+("|\\?\Z)(\s*:)?|[{}\[\]]', re.DOTALL)
+# Brackets, the colon after a key, a string that does not close; of any other string no group.
+_TOKEN = re.compile(rb'([{\[])|([}\]])|"(?:[^"\\]|\\.)*+(?:"(\s*:)?|(\\?\Z))', re.DOTALL)
+_OPENS, _CLOSES, _IS_KEY, _IS_CUT = 1, 2, 3, 4
 _QUOTE = re.compile(rb'(?:[^"\\]|\\.)*+"', re.DOTALL)
 
 
@@ -94,22 +95,28 @@ def _outermost_keys(text: bytes, start: int) -> list[int] | None:
     """Where the keys of the object stand that closes with the text.
 
     None when the text, read from `start`, does not end outside of a string and at the level of its
-    outermost members: then it began otherwise.
+    outermost members: then it began otherwise. Also when it is nested deeper than any answer.
     """
     depth = lowest = 0
     keys: list[int] = []
     for token in _TOKEN.finditer(text, start, len(text) - 1):
-        mark = token.group()[:1]
-        if mark == b'"':
-            if token.group(1) != b'"':
-                return None
-            if token.group(2) is not None and depth == lowest:
+        kind = token.lastindex
+        if kind is None:
+            continue
+        if kind == _IS_KEY:
+            if depth == lowest:
                 keys.append(token.start())
-        elif mark in b"{[":
+        elif kind == _OPENS:
             depth += 1
-        else:
+            if depth > formats.DEPTH_MAX:
+                return None
+        elif kind == _CLOSES:
             depth -= 1
             if depth < lowest:
                 lowest = depth
                 keys.clear()
+                if lowest < -formats.DEPTH_MAX:
+                    return None
+        elif kind == _IS_CUT:
+            return None
     return keys if depth == lowest else None

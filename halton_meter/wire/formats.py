@@ -10,15 +10,31 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from halton_meter.model import Body
 from halton_meter.wire.body import FramedBody
 
 # Limits on what one body may make us do.
-EVENTS_MAX = 2_000_000
+# Events, lines or elements that are parsed, one by one in Python. An honest one has a hundred bytes
+# and more, so no body holds as many; of one that does, the first half and the last half are.
+EVENTS_MAX = 200_000
+# Chunks of an answer that is streamed as an array; one holds some dozen tokens.
+ELEMENTS_MAX = 20_000
+# Lines of one event: a value may be written on many.
+EVENT_LINES_MAX = 100_000
+# Brackets of a text that is parsed as JSON: two bytes of them become a hundred of memory. Answers
+# have one in some dozen bytes.
+BRACKETS_MAX = 500_000
+# Texts below this have not as many.
+CROWDED_BYTES_MIN = 1 << 20
+# Levels of nesting that are followed when brackets are counted: no answer has as many.
+DEPTH_MAX = 128
+# Brackets and strings looked at in a body with holes.
+TOKENS_MAX = 2_000_000
 JSON_ELEMENT_BYTES_MAX = 32 << 20
 FRAME_BYTES_MAX = (16 << 20) - 1
 MULTIPART_PARTS_MAX = 1000
@@ -78,7 +94,7 @@ def _sse_block(block: bytes) -> SseEvent | None:
     """One block between blank lines as an event; None when it carries no data."""
     event = b""
     data: list[bytes] = []
-    for line in block.split(b"\n"):
+    for line in block.split(b"\n", EVENT_LINES_MAX):
         if line.startswith(b"data:"):
             data.append(line[6:] if line[5:6] == b" " else line[5:])
         elif line.startswith(b"event:"):
@@ -100,10 +116,19 @@ def _events_of(block: bytes, needle: bytes = b"") -> list[SseEvent]:
 
 def sse_events(body: Body) -> Iterator[SseEvent]:
     """Every event that has data, in order."""
-    for piece in _sse_pieces(body):
-        for block in piece.split(b"\n\n", EVENTS_MAX):
-            if block:
-                yield from _events_of(block)
+    for block in _parts(b"\n\n".join(_sse_pieces(body)), b"\n\n"):
+        if block:
+            yield from _events_of(block)
+
+
+def _parts(text: bytes, separator: bytes) -> list[bytes]:
+    """What stands between separators: of more than EVENTS_MAX parts, the first and the last."""
+    half = EVENTS_MAX // 2
+    parts = text.split(separator, half)
+    if len(parts) > half:
+        last = parts.pop().rsplit(separator, half)
+        parts += last[1:] if len(last) > half else last
+    return parts
 
 
 def sse_data_containing(body: Body, needle: bytes, last: bool = False) -> list[bytes]:
@@ -166,9 +191,11 @@ def last_events(body: Body, count: int) -> list[SseEvent]:
 
 
 def loads(text: bytes) -> Any:
-    """JSON as orjson reads it; None when it is not JSON (or is null)."""
+    """JSON as orjson reads it; None when it is not JSON (or is null), or too crowded to be one."""
     import orjson
 
+    if len(text) > CROWDED_BYTES_MIN and text.count(b"{") + text.count(b"[") > BRACKETS_MAX:
+        return None
     try:
         return orjson.loads(text)
     except (orjson.JSONDecodeError, RecursionError):
@@ -187,18 +214,25 @@ def json_value(body: Body) -> Any:
 
 
 # A string that does not close runs to the end: were it no match, each quote in it would be tried.
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
+# The group that matched says what was found, and asking for it costs least.
+_STRING_OR_BRACKET = re.compile(rb'([{\[])|([}\]])|"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_OPENS, _CLOSES = 1, 2
 
 
 def object_end(text: bytes, start: int, limit: int = SALVAGE_BYTES_MAX) -> int:
-    """The end of the JSON object or array opened at `start`; -1 where not closed in `limit`."""
+    """The end of the JSON object or array opened at `start`.
+
+    -1 where it is not closed within `limit` bytes, or is nested deeper than any answer.
+    """
     depth = 0
     stop = min(len(text), start + limit)
     for match in _STRING_OR_BRACKET.finditer(text, start, stop):
-        mark = match.group()[:1]
-        if mark in b"{[":
+        kind = match.lastindex
+        if kind == _OPENS:
             depth += 1
-        elif mark in b"}]":
+            if depth > DEPTH_MAX:
+                return -1
+        elif kind == _CLOSES:
             depth -= 1
             if depth == 0:
                 return match.end()
@@ -239,24 +273,42 @@ def salvage_scalar(body: Body, key: bytes, last: bool = False) -> Any:
     return None
 
 
+# What no value begins with need not be refused at length.
+_BEGINS_JSON = re.compile(rb'(?:\xef\xbb\xbf)?[ \t\r]*+[{\["\-0-9tfn]')
+
+
 def ndjson(body: Body) -> Iterator[Any]:
     """The JSON values of a body with one a line; lines that are not JSON are passed over."""
+    for line in _parts(b"\n".join(body.pieces), b"\n"):
+        value = loads(line) if _BEGINS_JSON.match(line) else None
+        if value is not None:
+            yield value
+
+
+def lines_with(body: Body, needle: re.Pattern[bytes]) -> Iterator[bytes]:
+    """The lines in which `needle` is found, at the cost of one search over the body."""
     for piece in body.pieces:
-        for line in piece.split(b"\n", EVENTS_MAX):
-            if line and not line.isspace():
-                value = loads(line)
-                if value is not None:
-                    yield value
+        at = 0
+        while (match := needle.search(piece, at)) is not None:
+            start = max(at, piece.rfind(b"\n", at, match.start()) + 1)
+            end = piece.find(b"\n", match.end())
+            at = len(piece) if end < 0 else end + 1
+            yield piece[start:at].removesuffix(b"\n")
 
 
 def json_array_stream(body: Body) -> Iterator[Any]:
-    """The objects of one JSON array that was streamed, also when it is cut off or has holes."""
+    """The objects of one JSON array that was streamed, also when it is cut off or has holes.
+
+    Of more than ELEMENTS_MAX the last: usage stands at the end.
+    """
     whole = json_value(body)
     if isinstance(whole, list):
-        yield from whole
+        yield from (item for item in whole[-ELEMENTS_MAX:] if isinstance(item, dict))
         return
-    for number, piece in enumerate(body.pieces):
-        yield from _objects_in(piece, _next_element(piece) if number else 0)
+    room = TOKENS_MAX // max(1, len(body.pieces))
+    pieces = enumerate(body.pieces)
+    found = (_objects_in(piece, _next_element(piece) if n else 0, room) for n, piece in pieces)
+    yield from deque(chain.from_iterable(found), ELEMENTS_MAX)
 
 
 _BETWEEN_ELEMENTS = re.compile(rb"\}\s*,\s*(?=\{)")
@@ -271,17 +323,21 @@ def _next_element(piece: bytes) -> int:
     return 0
 
 
-def _objects_in(piece: bytes, at: int) -> Iterator[Any]:
+def _objects_in(piece: bytes, at: int, tokens_max: int) -> Iterator[Any]:
     """Top-level objects of an array's text from `at` on."""
-    depth = 0
+    depth = arrays = 0
     start = -1
-    for match in _STRING_OR_BRACKET.finditer(piece, at):
-        mark = match.group()[:1]
-        if mark in b"{[":
-            if mark == b"{" and depth == 0:
+    for match in islice(_STRING_OR_BRACKET.finditer(piece, at), tokens_max):
+        kind = match.lastindex
+        if kind == _OPENS:
+            is_object = depth > 0 or match.group() == b"{"
+            if is_object and depth == 0:
                 start = match.start()
-            depth += 1 if (mark == b"{" or depth > 0) else 0
-        elif mark in b"}]" and depth > 0:
+            depth += is_object
+            arrays += not is_object
+            if depth > DEPTH_MAX or arrays > DEPTH_MAX:
+                return
+        elif kind == _CLOSES and depth > 0:
             depth -= 1
             if depth == 0 and start >= 0:
                 value = loads(piece[start : match.end()])

@@ -292,6 +292,21 @@ class Http1:
         body = now.response_body if now is not None else None
         return chunks_go_on if body is None or body.begun else None
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it takes, more or less."""
+        readers = self._sent.held_bytes + self._received.held_bytes
+        return self._early_bytes + readers + sum(each.held_bytes for each in self.pending)
+
+    def shrink(self) -> None:
+        """Keep only what usage needs: others need the room."""
+        for transaction in self.pending:
+            transaction.shrink()
+
+    def drop_tunnelled(self) -> None:
+        """Let go of what was received of a protocol that nobody reads."""
+        self._received.tunnel = b""
+
     def _take_done(self) -> list[Exchange]:
         done, self._done = self._done, []
         return done

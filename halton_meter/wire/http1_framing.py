@@ -167,6 +167,11 @@ class Reader:
         """Whether bytes were taken that more must follow before they are read."""
         return bool(self._buffer)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait for those behind them."""
+        return len(self._buffer) + len(self.tunnel)
+
     def feed(self, data: bytes, at_ns: int) -> bytes:
         """Take the next bytes; give back those that it is too early to read."""
         held = bool(self._buffer)

@@ -22,6 +22,10 @@ STREAMS_MAX = 2048
 # Answers delivered before their request, held back until it comes.
 EARLY_BYTES_MAX = 1 << 20
 EARLY_EVENTS_MAX = 4096
+# What one such event costs beside its bytes.
+EARLY_EVENT_BYTES = 512
+# A server that goes on answering what nobody asked: from then on that is not read at all.
+EARLY_FLOODS_MAX = 4
 UNKNOWN_BYTES = 1 << 62
 _STATUS = re.compile(r"[1-9][0-9]{2}")
 
@@ -40,6 +44,7 @@ class Http2:
         self._early: OrderedDict[int, list[_Early]] = OrderedDict()
         self._early_bytes = 0
         self._early_events = 0
+        self._early_floods = 0
         self._done: list[Exchange] = []
         self._at_ns = 0
         self._sent = Reader(self, True)
@@ -72,6 +77,21 @@ class Http2:
         if transaction is None or transaction.first_byte_ns is None or self._websockets:
             return None
         return self._received.is_data_frame
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it takes, more or less."""
+        held = self._early_bytes + EARLY_EVENT_BYTES * self._early_events
+        held += self._sent.held_bytes + self._received.held_bytes
+        held += sum(each.held_bytes for each in self._streams.values())
+        return held + sum(each.held_bytes for each in self._websockets.values())
+
+    def shrink(self) -> None:
+        """Keep only what usage needs: others need the room."""
+        for stream, transaction in self._streams.items():
+            transaction.shrink()
+            if stream in self._websockets:
+                self._websockets[stream].shrink()
 
     def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
         """Step over lost bytes of one direction."""
@@ -140,7 +160,13 @@ class Http2:
         self._early_bytes += len(what[1]) if isinstance(what[1], bytes) else 0
         if self._early_bytes > EARLY_BYTES_MAX or self._early_events > EARLY_EVENTS_MAX:
             self.context.losses["early_over_limit"] += 1
-            self._play_all_early()
+            self._early_floods += 1
+            if self._early_floods > EARLY_FLOODS_MAX:
+                self.context.losses["early_dropped"] += len(self._early)
+                self._early.clear()
+                self._early_bytes = self._early_events = 0
+            else:
+                self._play_all_early()
         return True
 
     def _drop_unasked(self) -> None:

@@ -122,6 +122,11 @@ class Reader:
         self.damaged = False
         self._hpack = HpackDecoder()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait for those behind them."""
+        return len(self._buffer) + (self._block_bytes if self._block is not None else 0)
+
     def join(self) -> None:
         """Begin in the middle."""
         self._synced = False

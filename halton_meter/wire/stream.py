@@ -64,6 +64,17 @@ class Conversation:
         engine = self._engine
         return bool(self._waiting) or (bool(self._undecided) if engine is None else engine.is_open)
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that its open exchanges take, more or less."""
+        waiting = sum(map(len, self._waiting)) + sum(len(data) for _, data, _ in self._undecided)
+        return waiting + (self._engine.held_bytes if self._engine is not None else 0)
+
+    def shrink(self) -> None:
+        """Keep of its open bodies only what usage needs: others need the room."""
+        if self._engine is not None:
+            self._engine.shrink()
+
     def receive(self, chunk: TlsChunk) -> list[Exchange]:
         """Take one chunk; return the exchanges that it finished."""
         offset, length = chunk.offset, chunk.length
@@ -180,12 +191,14 @@ class Conversation:
         """The connection speaks another protocol from here: WebSocket, or one that we do not."""
         assert engine.upgraded is not None
         if self._tunnelled:
+            engine.drop_tunnelled()
             return []
         transaction, headers = engine.upgraded
         asked = header(transaction.request.headers, "upgrade") or header(headers, "upgrade") or ""
         if transaction.status != 101 or asked.lower() != "websocket":
             self._tunnelled = True
             self._context.losses["other_protocol"] += 1
+            engine.drop_tunnelled()
             return []
         websocket = self._engine = WebSocket(self._context, transaction, headers)
         sent, lost, received = engine.tunnelled()

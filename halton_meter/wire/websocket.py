@@ -21,6 +21,7 @@ from halton_meter.model import (
     Response,
     header,
 )
+from halton_meter.wire.codings import RATIO_FROM_BYTES, RATIO_MAX
 from halton_meter.wire.transaction import Context, Transaction
 
 MESSAGE_BYTES_MAX = 16 << 20
@@ -32,6 +33,11 @@ TURN_BYTES_MAX = 8 << 20
 # Client messages kept for a provider to find the request that a response belongs to, by its id.
 CLIENT_MESSAGES_MAX = 32
 CLIENT_BYTES_MAX = 4 << 20
+# Turns that a server may end without a word of the client's: speech that it hears gives a few, and
+# the client says something at least every second. What it says beyond them is one turn.
+TURNS_UNASKED_MAX = 256
+# What is kept of a turn when all that is kept together is too much.
+SHRUNK_TURN_BYTES_MAX = 64 << 10
 # The client's first message is kept for good, up to this size: it opens a session, and may be the
 # only one that names its model.
 OPENING_BYTES_MAX = 256 << 10
@@ -61,6 +67,7 @@ class _Reader:
         self._takeover = takeover
         self._masked = masked
         self._inflate = zlib.decompressobj(-15)
+        self._inflate_bytes_left = RATIO_FROM_BYTES
         self._healing = False
         # Bytes that wait until `_need` of them are there: a frame's head, or all of it.
         self._parts: list[bytes] = []
@@ -100,6 +107,11 @@ class _Reader:
         self._parts = [rest] if rest else []
         self._size = len(rest)
         return messages
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait for those behind them."""
+        return self._size + self._fragment_bytes
 
     def _plausible(self, first: int, second: int) -> bool:
         return (
@@ -169,13 +181,16 @@ class _Reader:
 
     def _inflated(self, data: bytes) -> bytes | None:
         """RFC 7692 7.2.2. Compressed is what the frame says is, whatever was negotiated."""
+        self._inflate_bytes_left += RATIO_MAX * len(data)
+        most = max(1, min(MESSAGE_BYTES_MAX, self._inflate_bytes_left))
         try:
-            message = self._inflate.decompress(data + b"\x00\x00\xff\xff", MESSAGE_BYTES_MAX)
+            message = self._inflate.decompress(data + b"\x00\x00\xff\xff", most)
         except zlib.error:
             self.bad.append("decode_failed")
             self._lose_window()
             return None
-        if len(message) >= MESSAGE_BYTES_MAX:
+        self._inflate_bytes_left -= len(message)
+        if len(message) >= most:
             self.bad.append("message_over_limit")
             self._lose_window()
         elif not self._takeover or self._inflate.eof:
@@ -256,6 +271,7 @@ class WebSocket:
         self._server: list[bytes] = []
         self._server_bytes = 0
         self._dropped_bytes = 0
+        self._turns_unasked = 0
         self._first_ns: int | None = None
         self._gapped = upgrade.gapped
 
@@ -287,7 +303,24 @@ class WebSocket:
         self._said_by_server(message, at_ns)
         if self._turn_ends is None or not self._turn_ends(message):
             return []
+        self._turns_unasked += 1
+        known = not self._client_doubt and not self._upgrade.gapped
+        if known and self._turns_unasked > TURNS_UNASKED_MAX:
+            self._context.losses["turns_over_limit"] += 1
+            return []
         return [self._turn(at_ns, Outcome.COMPLETE)]
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it takes, more or less."""
+        waiting = sum(reader.held_bytes for reader in self._readers.values())
+        return waiting + self._server_bytes + self._client_bytes
+
+    def shrink(self) -> None:
+        """Keep little of the turn: others need the room."""
+        if self._server_bytes > SHRUNK_TURN_BYTES_MAX:
+            self._bound_turn(SHRUNK_TURN_BYTES_MAX)
+            self._context.losses["bodies_over_budget"] += 1
 
     def hole(self, direction: Direction, count: int) -> None:
         """Bytes of one direction were lost."""
@@ -306,6 +339,7 @@ class WebSocket:
         return [self._turn(at_ns, Outcome.ABORTED)]
 
     def _said_by_client(self, message: bytes, at_ns: int) -> None:
+        self._turns_unasked = 0
         if self._client_since_ns is None:
             self._client_since_ns = at_ns
         self._client_doubt = max(0, self._client_doubt - 1)
@@ -322,12 +356,18 @@ class WebSocket:
         if self._first_ns is None:
             self._first_ns = at_ns
         self._server.append(message)
-        self._server_bytes += len(message)
+        self._server_bytes += len(message) + PART_OVERHEAD_BYTES
         if self._server_bytes > TURN_BYTES_MAX:
+            self._bound_turn(TURN_BYTES_MAX)
+
+    def _bound_turn(self, most_bytes: int) -> None:
+        """Let messages go from the turn's middle; one at its start and the last ones stay."""
+        while self._server_bytes > most_bytes and len(self._server) > 3:
             half = len(self._server) // 2
-            let_go = sum(map(len, self._server[1:half]))
+            gone = self._server[1:half]
             del self._server[1:half]
-            self._server_bytes -= let_go
+            let_go = sum(map(len, gone))
+            self._server_bytes -= let_go + PART_OVERHEAD_BYTES * len(gone)
             self._dropped_bytes += let_go
 
     def _said(self) -> Body:

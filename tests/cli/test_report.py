@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import drawing, main
-from halton_meter.model import Outcome, PricedEvent
+from halton_meter.model import IMPLAUSIBLE, Outcome, PricedEvent
 from halton_meter.store import Store
 from tests.store.made import HOUR_NS, NOON_NS, made
 
@@ -55,6 +56,23 @@ def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     assert "halton-meter pricing set brand-new --provider anthropic" in text
     assert "\n1 request with gaps: figures may be too low." in text
     assert "\x1b" not in text
+
+
+def test_requests_with_absurd_amounts_are_named_with_the_command_that_shows_them(
+    home: Path,
+) -> None:
+    absurd = replace(made("b", None), flags=(IMPLAUSIBLE,))
+    keep(home, made("a", "7.5"), absurd)
+    text = run()
+    assert "$7.50" in text
+    assert (
+        "1 request states amounts that no request can have; it is in no sum. "
+        "See: halton-meter events --flag implausible"
+    ) in text
+    assert "pricing set" not in text  # a price would not help
+    assert json.loads(run("--json"))["groups"][0]["implausible_requests"] == 1
+    listed = CliRunner().invoke(main, ["events", "--flag", "implausible", "--json"])
+    assert [json.loads(line)["id"] for line in listed.stdout.splitlines()] == ["b"]
 
 
 def test_a_small_total_is_not_rounded_to_nothing(home: Path) -> None:

@@ -25,10 +25,12 @@ def make_old(home: Path, version: int, events: Iterable[PricedEvent]) -> None:
             "applied_at TIMESTAMP NOT NULL DEFAULT current_timestamp)"
         )
         for number, script in enumerate(schema.MIGRATIONS[:version], start=1):
-            old.execute(script)
+            if script:
+                old.execute(script)
             old.execute("INSERT INTO schema_version (version) VALUES (?)", [number])
         old.execute(f"ATTACH '{new.database_path}' AS new (READ_ONLY)")
-        names = ", ".join((*schema.EVENT_COLUMNS, "revision"))
+        columns = {name for (name, *_) in old.execute("DESCRIBE event").fetchall()}
+        names = ", ".join(n for n in (*schema.EVENT_COLUMNS, "revision") if n in columns)
         old.execute(f"INSERT INTO event ({names}) SELECT {names} FROM new.event")
     new.database_path.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halton_meter.model import Basis, Certainty, Outcome, PricedEvent, Source, Tokens, Usage
+from halton_meter.model import (
+    IMPLAUSIBLE,
+    Basis,
+    Certainty,
+    Outcome,
+    PricedEvent,
+    Source,
+    Tokens,
+    Usage,
+    UsageEvent,
+)
 from halton_meter.store import (
     DatabaseTooNew,
     Flushed,
@@ -21,6 +32,7 @@ from halton_meter.store import (
     Store,
     schema,
 )
+from halton_meter.store.driver import driver
 from halton_meter.store.journal import LINE_BYTES_MAX
 from tests.store.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 from tests.store.older import make_old
@@ -258,6 +270,63 @@ def test_an_older_database_is_migrated_and_keeps_its_events(tmp_path: Path, vers
         store.append([made(outcome=Outcome.GAPPED), made("e2")])
         assert store.flush() == Flushed(stored=1, repeated=1)
         assert stored(store) == [made(), made("e2")]
+
+
+def test_absurd_rows_of_an_older_database_leave_its_sums(tmp_path: Path) -> None:
+    absurd = made("absurd", "30000000", parts=(Usage("m", Tokens(input=2**40, output=7)),))
+    make_old(tmp_path, 3, [made(), absurd])
+    day = NOON_NS // (86_400 * 10**9)
+    with contextlib.closing(driver().connect(str(tmp_path / "meter.duckdb"))) as old:
+        old.execute("INSERT INTO rolled_day VALUES (?), (?)", [day, day - 1])
+        old.execute(
+            "INSERT INTO day_total (day, dimension, requests) VALUES (?, 'provider', 2), "
+            "(?, 'provider', 1)",
+            [day, day - 1],
+        )
+    with Store(tmp_path) as store, store.reading() as reader:
+        assert reader.rows(
+            "SELECT id, implausible, list_usd, input_tokens, output_tokens, basis FROM events "
+            "ORDER BY id"
+        ) == [
+            ("absurd", True, None, None, None, "unpriced"),
+            ("e1", None, Decimal("0.25"), 100, 20, "computed"),
+        ]
+        assert reader.rows("SELECT day FROM rolled_day") == [(day - 1,)]
+        assert reader.rows("SELECT day, implausible_requests FROM day_total") == [(day - 1, 0)]
+        (found,) = reader.events(Selection(flag="implausible"))
+        assert found.implausible
+        assert found.usage == absurd.usage  # what was stated is kept
+        assert reader.superseded("absurd") == [(1, Decimal(30_000_000), "computed", "book-1")]
+
+
+def test_a_new_judgement_takes_an_event_out_of_the_sums_and_back(store: Store) -> None:
+    store.append([made(), made("e2")])
+    store.flush()
+
+    def absurd(usage: UsageEvent) -> PricedEvent:
+        if usage.id == "e1":
+            return made(usage.id)
+        return PricedEvent(usage, None, None, None, Basis.UNPRICED, (), (IMPLAUSIBLE,), "book-2")
+
+    def sums() -> object:
+        with store.reading() as reader:
+            return reader.rows("SELECT sum(input_tokens), sum(list_usd) FROM event")
+
+    believed = sums()
+    assert len(list(store.reprice(absurd, Selection(), NOON_NS))) == 1
+    assert sums() == [(100, Decimal("0.25"))]
+    assert [e.usage.tokens.input for e in stored(store)] == [100, 100]
+    assert len(list(store.reprice(lambda usage: made(usage.id), Selection(), NOON_NS))) == 1
+    assert sums() == believed == [(200, Decimal("0.5"))]
+
+
+def test_a_flag_selects_events_whoever_set_it(store: Store) -> None:
+    priced = replace(made("b"), flags=(IMPLAUSIBLE, "implausible:output"))
+    store.append([made("a", flags=("estimated",)), priced, made("c")])
+    store.flush()
+    with store.reading() as reader:
+        for flag, ids in (("estimated", ["a"]), (IMPLAUSIBLE, ["b"]), ("none", [])):
+            assert [e.usage.id for e in reader.events(Selection(flag=flag))] == ids
 
 
 def test_a_database_of_a_newer_version_is_left_alone(

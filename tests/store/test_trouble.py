@@ -243,8 +243,8 @@ def test_a_line_that_the_database_refuses_does_not_hold_up_the_others(
 ) -> None:
     store.append([made("a"), made("b")])
     with monkeypatch.context() as broken:
-        values = journal_module.price_values
-        broken.setattr(journal_module, "price_values", lambda e: {**values(e), "list_usd": "dear"})
+        values = journal_module.sum_values
+        broken.setattr(journal_module, "sum_values", lambda e: {**values(e), "list_usd": "dear"})
         store.append([made("c")])
     store.append([made("d")])
     assert store.flush() == Flushed(stored=3, damaged=1)

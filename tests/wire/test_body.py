@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 import tracemalloc
 import zlib
@@ -21,7 +22,14 @@ from halton_meter.wire.body import (
     TAIL_BYTES_MAX,
     BodyCollector,
 )
-from halton_meter.wire.codings import UNTOLD
+from halton_meter.wire.codings import (
+    MEMBERS_MAX,
+    RATIO_FROM_BYTES,
+    RATIO_MAX,
+    UNTOLD,
+    TooLarge,
+    decoder,
+)
 
 from .conftest import bytewise, split_by, whole
 
@@ -186,25 +194,71 @@ def test_a_hole_parts_the_pieces_and_its_size_is_known():
 )
 def test_a_decompression_bomb_stays_small(bomb):
     coding, make = bomb
-    coded = make(64 << 20)
+    coded = make(256 << 20)
     assert len(coded) < 1 << 20
     tracemalloc.start()
-    body = collect([coded], coding)
+    collector = BodyCollector(coding, RESPONSE_WHOLE_BYTES_MAX)
+    collector.add(coded)
+    body = collector.finish(True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * RESPONSE_WHOLE_BYTES_MAX
-    assert len(body.joined()) < RESPONSE_WHOLE_BYTES_MAX
-    assert len(body.joined()) + body.dropped_bytes == 64 << 20
+    assert collector.grew_too_much
     assert not body.complete
+    # What was decoded before it was given up: as much as an honest body of that size may become.
+    most = max(RATIO_FROM_BYTES, RATIO_MAX * len(coded))
+    assert len(body.joined()) + body.dropped_bytes <= most + RESPONSE_WHOLE_BYTES_MAX
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd"])
+def test_repetitive_json_is_no_bomb(coding):
+    line = b'{"id":"%d","object":"chat.completion.chunk","choices":[{"index":0,"delta":{}}]}\n'
+    text = b"".join(line % number for number in range(300_000))
+    assert len(text) > RATIO_FROM_BYTES
+    coded = {
+        "gzip": lambda: gzip.compress(text, 6),
+        "br": lambda: brotli.compress(text, quality=4),
+        "zstd": lambda: zstandard.ZstdCompressor().compress(text),
+    }[coding]()
+    collector = BodyCollector(coding, 64 << 20)
+    collector.add(coded)
+    assert collector.finish(True) == Body((text,))
+
+
+@pytest.mark.parametrize("outer", ["gzip", "br", "zstd", "gzip, gzip"])
+def test_what_grows_in_an_inner_coding_is_given_up_too(outer):
+    # A body of empty members, which give nothing, packed so that it is small.
+    packed = gzip.compress(b"") * 2_000_000
+    for name in outer.split(", "):
+        packed = {"gzip": gzip.compress, "br": brotli.compress, "zstd": zstandard.compress}[name](
+            packed
+        )
+    given = []
+    chain = decoder(f"gzip, {outer}")
+    with pytest.raises(TooLarge):
+        chain.feed(packed, given.append)
+    assert not any(given)
+
+
+def test_members_without_end_are_given_up():
+    chain = decoder("gzip")
+    with pytest.raises(TooLarge):
+        chain.feed(gzip.compress(b"") * (MEMBERS_MAX + 1), lambda output: None)
+    # As many as a server makes that flushes with each event, in pieces of any size.
+    text = [b"data: %d\n\n" % number for number in range(500)]
+    coded = b"".join(map(gzip.compress, text))
+    for size in (1, 7, 4096):
+        parts = [coded[at : at + size] for at in range(0, len(coded), size)]
+        assert collect(parts, "gzip") == Body((b"".join(text),))
 
 
 def test_decoding_stops_at_its_limit(monkeypatch):
     monkeypatch.setattr("halton_meter.wire.body.DECODED_BYTES_MAX", 20 << 20)
     collector = BodyCollector("gzip", 1 << 20)
     for _ in range(4):
-        collector.add(gzip.compress(bytes(8 << 20)))
+        collector.add(gzip.compress(os.urandom(8 << 20), 1))
     body = collector.finish(True)
-    assert collector.failed_decoding
+    assert collector.grew_too_much
     assert not body.complete
 
 

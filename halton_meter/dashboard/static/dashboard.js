@@ -146,6 +146,10 @@ function coverage(found) {
   const { aborted, gapped } = found.exchanges;
   if (aborted) lines.push(`${count(aborted)} requests were cut off.`);
   if (gapped) lines.push(`${count(gapped)} requests have bytes missing.`);
+  if (found.implausible_requests) {
+    lines.push(`${count(found.implausible_requests)} requests state amounts that no request can have, and are in no sum.` +
+      " See: halton-meter events --flag implausible");
+  }
   if (found.estimated_requests) lines.push(`${count(found.estimated_requests)} requests are estimated.`);
   if (found.pending) lines.push(`${count(found.pending)} requests still run in the background.`);
   if (found.waiting) lines.push(`${count(found.waiting)} requests wait to be stored.`);
@@ -165,7 +169,7 @@ async function requests(before) {
     [count(sent(event.tokens)), "number"],
     [count(event.tokens.output), "number"],
     [dollars(event.list_usd), "number"],
-    [event.error_class || (event.outcome === "complete" ? "" : event.outcome), "dim"],
+    [event.implausible ? "implausible" : event.error_class || (event.outcome === "complete" ? "" : event.outcome), "dim"],
   ]));
   if (before) $("requests").append(...rows);
   else {
