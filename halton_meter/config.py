@@ -6,17 +6,26 @@ that a misspelt option is never silently off. This file writes nothing and start
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import pwd
+
+HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_BYTES_MAX = 256 * 1024
 HOSTS_MAX = 256
 PROXY_PORT = 8081
+PATH_STEPS_MAX = 512  # of a path with the links in it followed
+# Whose everything is that has no owner in this user namespace, / and /home among it.
+NOBODY_UID = 65534
 
 _HOST_ADVICE = (
     "which is written bare and in lower case: "
@@ -96,22 +105,91 @@ _FOREIGN_TABLES = frozenset({"pricing", "proxy", "dashboard", "budgets", "sync",
 
 
 def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
-    """The person who typed the command: under sudo the one who called sudo, else the process's."""
-    import pwd
+    """The person whose command this is, and whose files it may touch.
 
+    Under sudo, doas or pkexec the one who called it. Where root works without them in a data
+    folder that lies in somebody's hands, that somebody: what stands there may be a trap for root.
+    Else the process's own account. Raises ConfigError for a caller who is nobody here.
+    """
     environ = os.environ if environ is None else environ
     uid = os.getuid()
-    sudo_uid = environ.get("SUDO_UID", "")
-    if uid == 0 and sudo_uid.isascii() and sudo_uid.isdigit():
-        uid = int(sudo_uid)
+    if uid != 0:
+        return _account(uid) or _unnamed(uid, os.getgid(), environ.get("HOME", "/"))
+    caller = _caller(environ)
+    if caller is not None and caller.uid != 0:
+        return caller
+    holder = _holder(home_folder(environ))
+    if holder is None:
+        return _account(0) or _unnamed(0, 0, environ.get("HOME", "/"))
+    return _account(holder.st_uid) or _unnamed(holder.st_uid, holder.st_gid, "/")
+
+
+def _caller(environ: Mapping[str, str]) -> Account | None:
+    """The account that the tool which made us root names; None when there was none."""
+    for name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
+        if value := environ.get(name):
+            break
+    else:
+        return None
+    account = None
+    if name == "DOAS_USER":
+        with contextlib.suppress(ConfigError):
+            account = account_named(value)
+    elif value.isascii() and value.isdigit():
+        account = _account(int(value))
+    if account is None:
+        raise ConfigError(
+            f"{name} is {value!r}, which is no user here. Run it as that user; "
+            f"or as root, for root: env -u {name} halton-meter …"
+        )
+    return account
+
+
+def _account(uid: int) -> Account | None:
+    import pwd
+
     try:
         entry = pwd.getpwuid(uid)
-    except KeyError:
-        home = Path(environ.get("HOME", "/")) if uid == os.getuid() else Path("/")
-        return Account(uid, os.getgid(), str(uid), home)
-    return Account(
-        uid, entry.pw_gid, entry.pw_name, Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
-    )
+    except (KeyError, OverflowError):
+        return None
+    return _of_entry(entry)
+
+
+def _of_entry(entry: pwd.struct_passwd) -> Account:
+    home, shell = Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
+    return Account(entry.pw_uid, entry.pw_gid, entry.pw_name, home, shell)
+
+
+def _unnamed(uid: int, gid: int, home: str) -> Account:
+    """An account that has no entry, as in many containers."""
+    return Account(uid, gid, str(uid), Path(home))
+
+
+def _holder(folder: Path) -> os.stat_result | None:
+    """Who but root decides where this path leads: the owner of the first folder or link on the
+    way that is not root's. None: only root does.
+    """
+    reached, ahead = Path("/"), [*reversed(folder.parts[1:])]
+    for _ in range(PATH_STEPS_MAX):
+        if not ahead:
+            break
+        part = ahead.pop()
+        if part == "..":
+            reached = reached.parent
+            continue
+        try:
+            found = os.lstat(reached / part)
+        except OSError:  # the rest is yet to be made
+            break
+        if found.st_uid not in (0, NOBODY_UID):
+            return found
+        if stat.S_ISLNK(found.st_mode):
+            target = Path(os.readlink(reached / part))
+            reached = Path("/") if target.is_absolute() else reached
+            ahead += reversed(target.parts[target.is_absolute() :])
+        else:
+            reached /= part
+    return None
 
 
 def account_named(name: str) -> Account:
@@ -119,26 +197,23 @@ def account_named(name: str) -> Account:
     import pwd
 
     try:
-        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
-    except (KeyError, OverflowError):
+        return _of_entry(pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name))
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError(f"there is no user {name!r} here; see: getent passwd") from None
-    return Account(
-        entry.pw_uid, entry.pw_gid, entry.pw_name, Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
-    )
 
 
-def home_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where state lives: HALTON_METER_HOME, else `.halton-meter` in the person's home.
-
-    Under sudo that is the home of the person who called it: root's own is never meant.
+def home_folder(environ: Mapping[str, str] | None = None, account: Account | None = None) -> Path:
+    """Where state lives, the only answer to that: HALTON_METER_HOME, else `.halton-meter` in the
+    home of `account`; without one, of whoever called sudo: root's own is never meant there.
     """
     environ = os.environ if environ is None else environ
-    named = environ.get("HALTON_METER_HOME")
+    named = environ.get(HOME_VARIABLE)
     if named:
         return Path(named).expanduser().absolute()
-    if environ.get("SUDO_UID") and hasattr(os, "getuid") and os.getuid() == 0:
-        return invoking_account(environ).home / ".halton-meter"
-    return Path(environ.get("HOME") or Path.home()) / ".halton-meter"
+    if account is None and is_root():
+        account = _caller(environ)
+    home = account.home if account is not None else environ.get("HOME") or Path.home()
+    return Path(home) / ".halton-meter"
 
 
 def load(home: Path) -> Config:

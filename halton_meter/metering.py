@@ -510,7 +510,8 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
 
 def _only_one(home: Path) -> int | None:
     """Take the service's lock: None when another holds it. It is freed with the process."""
-    fd = os.open(home / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(home / "daemon.lock", flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import time
 import zlib
@@ -81,8 +82,9 @@ class Journal:
                 self._segment = None
 
     def segments(self) -> list[Path]:
-        """All segments of all processes, oldest first."""
-        return sorted(self._home.journal.glob(f"*{SEGMENT_SUFFIX}"))
+        """All segments of all processes, oldest first; a link or a pipe is none."""
+        found = sorted(self._home.journal.glob(f"*{SEGMENT_SUFFIX}"))
+        return [path for path in found if _is_regular(path)]
 
     def has_loose_segments(self) -> bool:
         """True when the journal holds segments that no other living process writes to."""
@@ -170,12 +172,18 @@ class _Segment:
         os.close(self._fd)
 
 
+def _is_regular(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
+
+
 def is_locked(path: Path) -> bool:
     """True when a living process still appends to this segment."""
     import fcntl
 
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     try:
