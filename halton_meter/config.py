@@ -116,7 +116,7 @@ def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
     if uid != 0:
         return _account(uid) or _unnamed(uid, os.getgid(), environ.get("HOME", "/"))
     caller = _caller(environ)
-    if caller is not None and caller.uid != 0:
+    if caller is not None:
         return caller
     holder = _holder(home_folder(environ))
     if holder is None:
@@ -125,7 +125,7 @@ def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
 
 
 def _caller(environ: Mapping[str, str]) -> Account | None:
-    """The account that the tool which made us root names; None when there was none."""
+    """The account that called the tool which made us root; None when there is none but root."""
     for name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
         if value := environ.get(name):
             break
@@ -142,7 +142,7 @@ def _caller(environ: Mapping[str, str]) -> Account | None:
             f"{name} is {value!r}, which is no user here. Run it as that user; "
             f"or as root, for root: env -u {name} halton-meter …"
         )
-    return account
+    return account if account.uid != 0 else None
 
 
 def _account(uid: int) -> Account | None:
@@ -220,7 +220,9 @@ def load(home: Path) -> Config:
     """Read `config.toml` in `home`; without one, the defaults. Raises ConfigError."""
     path = home / "config.toml"
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
             raw = file.read(CONFIG_BYTES_MAX + 1)
     except FileNotFoundError:
         return Config()
@@ -229,6 +231,11 @@ def load(home: Path) -> Config:
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
     return parse(raw, str(path))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # For a pipe's other end, which may never come: root waits for what is read here.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def load_proxy(home: Path) -> ProxyConfig:
