@@ -115,16 +115,15 @@ def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
     uid = os.getuid()
     if uid != 0:
         return _account(uid) or _unnamed(uid, os.getgid(), environ.get("HOME", "/"))
-    caller = _caller(environ)
-    if caller is not None:
-        return caller
+    if (person := caller(environ)) is not None:
+        return person
     holder = _holder(home_folder(environ))
     if holder is None:
         return _account(0) or _unnamed(0, 0, environ.get("HOME", "/"))
     return _account(holder.st_uid) or _unnamed(holder.st_uid, holder.st_gid, "/")
 
 
-def _caller(environ: Mapping[str, str]) -> Account | None:
+def caller(environ: Mapping[str, str]) -> Account | None:
     """The account that called the tool which made us root; None when there is none but root."""
     for name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
         if value := environ.get(name):
@@ -211,7 +210,7 @@ def home_folder(environ: Mapping[str, str] | None = None, account: Account | Non
     if named:
         return Path(named).expanduser().absolute()
     if account is None and is_root():
-        account = _caller(environ)
+        account = caller(environ)
     home = account.home if account is not None else environ.get("HOME") or Path.home()
     return Path(home) / ".halton-meter"
 

@@ -20,6 +20,7 @@ from halton_meter.config import (
     HOME_VARIABLE,
     Account,
     ConfigError,
+    caller,
     home_folder,
     invoking_account,
 )
@@ -42,12 +43,15 @@ def settle(*, needs_root: bool) -> None:
     if account.uid == 0:
         return
     environment = user_environment(account, os.environ, sudo_environment())
-    home = home_folder(environment)
-    _refuse_foreign(home, account)
+    called = caller(os.environ) is not None
+    home = home_folder(environment if called else os.environ)
+    # A service started by systemd is told whose it is; its folder's way may lead through others'.
+    if called or not needs_root:
+        _refuse_foreign(home, account)
     if not needs_root:
         _become_with(account, environment)
         _refuse_unreadable(account)
-    elif home != home_folder(account=account):
+    if home != home_folder(account=account if needs_root else None):
         os.environ[HOME_VARIABLE] = str(home)
 
 

@@ -28,7 +28,7 @@ def _for_probes(given: Mapping[str, Any]) -> bool:
 class _Entry(NamedTuple):
     """A command: "module:attribute"; its line for --help, which thus imports no command; and, where
     it may need root, whether it does with these options. Whatever needs none becomes the person
-    under sudo. `status` and `doctor` need none: who is root asks nothing more of them.
+    under sudo, `status` and `doctor` as well: they ask the service, and read what all may read.
     """
 
     target: str

@@ -194,6 +194,20 @@ def test_root_without_sudo_is_the_owner_of_the_folder_it_works_in(
     assert (who["uids"], who["data"]) == ([place.ann.uid] * 3, str(data))
 
 
+def test_root_without_sudo_keeps_the_folder_when_its_owner_has_no_entry(
+    place: Place, template: Path
+) -> None:
+    data = give(place.bob, template)
+    data.parent.chmod(0o755)
+    for path in (data.parent, data, *data.rglob("*")):
+        os.chown(path, 64_999, 64_998)
+    env = place.under_sudo(SUDO_UID=None, HOME=str(data.parent))  # as in a container
+    who = json.loads(place.run("report", before="only_tell_who", env=env).out.splitlines()[-1])
+    os.chown(data.parent, place.bob.uid, place.bob.uid)
+    assert (who["uids"], who["gids"], who["groups"]) == ([64_999] * 3, [64_998] * 3, [64_998])
+    assert who["data"] == str(data)
+
+
 @pytest.mark.parametrize("way", ["the folder", "a folder on the way", "a link of root's to a link"])
 def test_a_link_on_the_way_makes_it_the_links_owner(place: Place, way: str) -> None:
     trap = place.foreign / "etc"
@@ -226,6 +240,18 @@ def test_the_folder_of_a_third_user_is_refused(
     assert done.code == 1
     assert f"{data} belongs to uid {place.bob.uid}, and this command acts as ann" in done.err
     assert f"sudo -u '#{place.bob.uid}'" in done.err
+
+
+def test_a_service_told_whose_it_is_may_keep_state_below_a_third_users_folder(
+    place: Place, template: Path
+) -> None:
+    data = place.bob.home / "team"
+    shutil.copytree(template, data)
+    os.chown(data, place.ann.uid, place.ann.uid)
+    env = place.under_sudo(SUDO_UID=None, HALTON_METER_HOME=str(data))  # as systemd starts it
+    done = place.run("daemon", "--foreground", "--owner", "ann", env=env)
+    shutil.rmtree(data)
+    assert "lacks SYS_PTRACE" in done.err, "it came as far as attaching"
 
 
 def test_a_program_that_the_person_cannot_read_is_named_with_what_to_do(place: Place) -> None:
