@@ -318,7 +318,8 @@ def test_no_command_is_led_to_a_foreign_file(
         data = give(place.ann, template)
         plant(kind, names, data, place.foreign, place.ann.uid)
         before = theirs(place)
-        done = sudo(place, call, before="be_impatient")
+        env = place.under_sudo(HALTON_METER_HOME=str(data))
+        done = sudo(place, call, env=env, before="be_impatient")
         place.end_all()
         assert theirs(place) == before, (call, done)
         assert "killed" not in done.err, call
@@ -371,7 +372,7 @@ def test_a_refused_line_is_appended_to_no_file_of_roots(
     data = give(place.ann, template)
     plant("symlink", ["journal/refused"], data, place.foreign, place.ann.uid)
     before = theirs(place)
-    done = place.run(*call)
+    done = place.run(*call, env=place.under_sudo(HALTON_METER_HOME=str(data)))
     assert theirs(place) == before
     assert done.code == 0, done.err
     refused = data / "journal" / "refused"
@@ -386,7 +387,7 @@ def test_no_database_is_made_where_a_link_leads(
     data = give(place.ann, template)
     plant("dangling", ["meter.duckdb"], data, place.foreign, place.ann.uid)
     before = theirs(place)
-    done = place.run(*call)
+    done = place.run(*call, env=place.under_sudo(HALTON_METER_HOME=str(data)))
     assert theirs(place) == before
     assert "Traceback" not in done.err
 
@@ -398,7 +399,7 @@ def test_no_file_of_roots_is_overwritten_as_the_databases_log(
     data = give(place.ann, template)
     plant("symlink", ["meter.duckdb.wal"], data, place.foreign, place.ann.uid)
     before = theirs(place)
-    done = place.run(*call)
+    done = place.run(*call, env=place.under_sudo(HALTON_METER_HOME=str(data)))
     assert theirs(place) == before
     assert "Traceback" not in done.err
 
