@@ -70,7 +70,7 @@ class Place:
 
     def __enter__(self) -> Place:
         etc = self.folder / "etc"
-        for folder in (etc, self.root, self.foreign):
+        for folder in (etc, self.folder / "etc-here", self.root, self.foreign):
             folder.mkdir(mode=0o755)
         passwd, group = Path("/etc/passwd").read_text(), Path("/etc/group").read_text()
         for person in (self.ann, self.bob):
@@ -209,8 +209,12 @@ def _can_become_root() -> bool:
 def _lay_out(folder: Path, probes: bool) -> None:
     from tests.lab.inside import _bind, _mount, _open_to_all
 
+    # All of /etc: a mount on a single file is gone when somebody puts another one in its place.
+    _mount("tmpfs", str(folder / "etc-here"), "tmpfs", 0, "mode=0755")
+    subprocess.run(["cp", "-a", "/etc/.", str(folder / "etc-here")], check=True)
     for name in ("passwd", "group"):
-        _bind(folder / "etc" / name, Path("/etc") / name)
+        shutil.copyfile(folder / "etc" / name, folder / "etc-here" / name)
+    _bind(folder / "etc-here", Path("/etc"))
     for path in ("/var/cache/halton-meter", "/etc/systemd/system", "/run/systemd"):
         Path(path).mkdir(parents=True, exist_ok=True)
         _mount("tmpfs", path, "tmpfs", 0, "mode=0755")

@@ -323,6 +323,7 @@ def test_no_command_is_led_to_a_foreign_file(
         place.end_all()
         assert theirs(place) == before, (call, done)
         assert "killed" not in done.err, call
+        assert "no user here" not in done.err, call
         empty(place.foreign)
 
 
