@@ -18,6 +18,7 @@ import mmap
 import os
 import platform
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -426,6 +427,7 @@ def compile_object(target: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
+            env={**os.environ, "TMPDIR": directory},
         )
         if done.returncode:
             raise LoadFailed(f"clang cannot compile {SOURCE.name}: {done.stderr[:500]}")
@@ -452,11 +454,16 @@ def built_object() -> Path | None:
     if BUILT_OBJECT.exists():
         return BUILT_OBJECT
     cached = _cached_object()
+    return cached if _is_roots(cached.parent) and _is_roots(cached) else None
+
+
+def _is_roots(path: Path) -> bool:
+    """Whether nobody but root can have written this file or folder; a link is neither."""
     try:
-        found = cached.stat()
+        found = path.lstat()
     except OSError:  # not there, or in a folder that only root may enter
-        return None
-    return cached if found.st_uid == 0 and not found.st_mode & 0o022 else None
+        return False
+    return found.st_uid == 0 and not found.st_mode & 0o022 and not stat.S_ISLNK(found.st_mode)
 
 
 def find_object() -> Path:
@@ -464,6 +471,9 @@ def find_object() -> Path:
     found = built_object()
     if found is None:
         found = _cached_object()
+        found.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not _is_roots(found.parent):
+            raise LoadFailed(f"{found.parent} is not root's alone (sudo rm -r {found.parent})")
         compile_object(found)
     return found
 

@@ -6,38 +6,45 @@ that a misspelt option is never silently off. This file writes nothing and start
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+if TYPE_CHECKING:
+    import pwd
+
+HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_BYTES_MAX = 256 * 1024
 HOSTS_MAX = 256
 PROXY_PORT = 8081
+PATH_STEPS_MAX = 512  # of a path with the links in it followed
+# Whose everything is that has no owner in this user namespace, / and /home among it.
+NOBODY_UID = 65534
 
 _HOST_ADVICE = (
     "which is written bare and in lower case: "
     '"llm.example.com", "llm.local:8080", "127.0.0.1:11434"'
 )
 # A host name, or "*." and one: what the kernel's list can hold.
-_HOST = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}|localhost")
+_HOST = r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}|localhost"
 
 # What else a URL can name: a machine of the local network, an address. Neither is in a server's
 # certificate as a provider's name is, so they are metered where they turn up, never watched for.
-_LOCAL = re.compile(
-    r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]{2,45}\]"
-)
+_LOCAL = r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]{2,45}\]"
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names file, line and remedy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+# Named tuples: every command imports this file, and a frozen dataclass takes a millisecond to make.
+class Account(NamedTuple):
     """Whose processes are metered and whose files are written: the person, not root under sudo."""
 
     uid: int
@@ -72,8 +79,7 @@ class Config:
         return {**compatible, **self.hosts}
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyConfig:
+class ProxyConfig(NamedTuple):
     """The table `[proxy]`: the edge's port on 127.0.0.1, and the proxy that it must itself use.
 
     `upstream` is (host, port) of an HTTP proxy that leads out of this network, or None.
@@ -96,22 +102,90 @@ _FOREIGN_TABLES = frozenset({"pricing", "proxy", "dashboard", "budgets", "sync",
 
 
 def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
-    """The person who typed the command: under sudo the one who called sudo, else the process's."""
-    import pwd
+    """The person whose command this is, and whose files it may touch.
 
+    Under sudo, doas or pkexec the one who called it. Where root works without them in a data
+    folder that lies in somebody's hands, that somebody: what stands there may be a trap for root.
+    Else the process's own account. Raises ConfigError for a caller who is nobody here.
+    """
     environ = os.environ if environ is None else environ
     uid = os.getuid()
-    sudo_uid = environ.get("SUDO_UID", "")
-    if uid == 0 and sudo_uid.isascii() and sudo_uid.isdigit():
-        uid = int(sudo_uid)
+    if uid != 0:
+        return _account(uid) or _unnamed(uid, os.getgid(), environ.get("HOME", "/"))
+    if (person := caller(environ)) is not None:
+        return person
+    holder = _holder(home_folder(environ))
+    if holder is None:
+        return _account(0) or _unnamed(0, 0, environ.get("HOME", "/"))
+    return _account(holder.st_uid) or _unnamed(holder.st_uid, holder.st_gid, "/")
+
+
+def caller(environ: Mapping[str, str]) -> Account | None:
+    """The account that called the tool which made us root; None when there is none but root."""
+    for name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
+        if value := environ.get(name):
+            break
+    else:
+        return None
+    account = None
+    if name == "DOAS_USER":
+        with contextlib.suppress(ConfigError):
+            account = account_named(value)
+    elif value.isascii() and value.isdigit():
+        account = _account(int(value))
+    if account is None:
+        raise ConfigError(
+            f"{name} is {value!r}, which is no user here. Run it as that user; "
+            f"or as root, for root: env -u {name} halton-meter …"
+        )
+    return account if account.uid != 0 else None
+
+
+def _account(uid: int) -> Account | None:
+    import pwd
+
     try:
         entry = pwd.getpwuid(uid)
-    except KeyError:
-        home = Path(environ.get("HOME", "/")) if uid == os.getuid() else Path("/")
-        return Account(uid, os.getgid(), str(uid), home)
-    return Account(
-        uid, entry.pw_gid, entry.pw_name, Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
-    )
+    except (KeyError, OverflowError):
+        return None
+    return _of_entry(entry)
+
+
+def _of_entry(entry: pwd.struct_passwd) -> Account:
+    home, shell = Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
+    return Account(entry.pw_uid, entry.pw_gid, entry.pw_name, home, shell)
+
+
+def _unnamed(uid: int, gid: int, home: str) -> Account:
+    """An account that has no entry, as in many containers."""
+    return Account(uid, gid, str(uid), Path(home))
+
+
+def _holder(folder: Path) -> os.stat_result | None:
+    """Who but root decides where this path leads: the owner of the first folder or link on the
+    way that is not root's. None: only root does.
+    """
+    reached, ahead = Path("/"), [*reversed(folder.parts[1:])]
+    for _ in range(PATH_STEPS_MAX):
+        if not ahead:
+            break
+        part = ahead.pop()
+        if part == "..":
+            reached = reached.parent
+            continue
+        try:
+            found = os.lstat(reached / part)
+        except OSError:  # the rest is yet to be made
+            break
+        if found.st_uid not in (0, NOBODY_UID):
+            return found
+        if stat.S_ISLNK(found.st_mode):
+            target = Path(os.readlink(reached / part))
+            reached = Path("/") if target.is_absolute() else reached
+            ahead += reversed(target.parts[target.is_absolute() :])
+        else:
+            reached /= part
+    return None
 
 
 def account_named(name: str) -> Account:
@@ -119,33 +193,32 @@ def account_named(name: str) -> Account:
     import pwd
 
     try:
-        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
-    except (KeyError, OverflowError):
+        return _of_entry(pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name))
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError(f"there is no user {name!r} here; see: getent passwd") from None
-    return Account(
-        entry.pw_uid, entry.pw_gid, entry.pw_name, Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
-    )
 
 
-def home_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where state lives: HALTON_METER_HOME, else `.halton-meter` in the person's home.
-
-    Under sudo that is the home of the person who called it: root's own is never meant.
+def home_folder(environ: Mapping[str, str] | None = None, account: Account | None = None) -> Path:
+    """Where state lives, the only answer to that: HALTON_METER_HOME, else `.halton-meter` in the
+    home of `account`; without one, of whoever called sudo: root's own is never meant there.
     """
     environ = os.environ if environ is None else environ
-    named = environ.get("HALTON_METER_HOME")
+    named = environ.get(HOME_VARIABLE)
     if named:
         return Path(named).expanduser().absolute()
-    if environ.get("SUDO_UID") and hasattr(os, "getuid") and os.getuid() == 0:
-        return invoking_account(environ).home / ".halton-meter"
-    return Path(environ.get("HOME") or Path.home()) / ".halton-meter"
+    if account is None and is_root():
+        account = caller(environ)
+    home = account.home if account is not None else environ.get("HOME") or Path.home()
+    return Path(home) / ".halton-meter"
 
 
 def load(home: Path) -> Config:
     """Read `config.toml` in `home`; without one, the defaults. Raises ConfigError."""
     path = home / "config.toml"
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
             raw = file.read(CONFIG_BYTES_MAX + 1)
     except FileNotFoundError:
         return Config()
@@ -154,6 +227,11 @@ def load(home: Path) -> Config:
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
     return parse(raw, str(path))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # For a pipe's other end, which may never come: root waits for what is read here.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def load_proxy(home: Path) -> ProxyConfig:
@@ -216,13 +294,13 @@ def parse(raw: bytes, name: str) -> Config:
 
 def is_host(name: str) -> bool:
     """True for a host name or "*." and one."""
-    return len(name) <= 253 and _HOST.fullmatch(name) is not None
+    return len(name) <= 253 and re.fullmatch(_HOST, name) is not None
 
 
 def _names_a_host(host: str) -> bool:
     """Whether a request's Host can be this: a name, an address, either with a port."""
     name = _without_port(host)
-    return is_host(name) or _LOCAL.fullmatch(name) is not None
+    return is_host(name) or re.fullmatch(_LOCAL, name) is not None
 
 
 def _check(key: str, value: Any, text: str, name: str) -> None:

@@ -16,6 +16,7 @@ import selectors
 import socket
 import stat
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,12 @@ class Listener:
 
 def is_friend(connection: socket.socket, *others: int) -> bool:
     """Whether the other end is this user, root or one of `others`; a file's mode says so too."""
+    return _peer_uid(connection) in (0, os.getuid(), *others)
+
+
+def _peer_uid(connection: socket.socket) -> int:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    _, uid, _ = struct.unpack("3i", raw)
-    return uid in (0, os.getuid(), *others)
+    return int(struct.unpack("3i", raw)[1])
 
 
 class Client:
@@ -230,13 +234,27 @@ class ServiceAbsent(Exception):
 
 
 class Control:
-    """The client's end of the control socket. Raises ServiceAbsent."""
+    """The client's end of the control socket. Raises ServiceAbsent.
 
-    def __init__(self, home: Path, timeout_s: float = 10.0, name: str = SOCKET_NAME) -> None:
+    `owner` is the person whose service root means to speak to: the name may lead to any socket of
+    the machine, and nothing is sent to one that somebody else listens on.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        timeout_s: float = 10.0,
+        name: str = SOCKET_NAME,
+        owner: int | None = None,
+    ) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
         try:
             self._connect(home, name)
+            # macOS cannot tell, and has no service of root's that would be asked.
+            known = owner is not None and sys.platform == "linux"
+            if known and _peer_uid(self._socket) != owner:
+                raise PermissionError(f"{home / name} leads to a service of another user")
         except OSError as error:
             self._socket.close()
             raise ServiceAbsent(str(error)) from None

@@ -612,7 +612,7 @@ def _is_only_one(home: Path) -> bool:
     """
     for path, flags in ((home, os.O_DIRECTORY), (home / "daemon.lock", os.O_RDWR | os.O_CREAT)):
         with contextlib.suppress(OSError):
-            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -97,10 +97,18 @@ def test_without_sudos_environment_only_the_identity_is_put_right() -> None:
 
 
 def test_without_sudo_nothing_changes() -> None:
-    assert privileges.user_environment(ANN, {"HOME": "/h", "X": "1"}, None) == {
+    me = account_named(str(os.getuid()))
+    assert privileges.user_environment(me, {"HOME": "/h", "X": "1"}, None) == {
         "HOME": "/h",
         "X": "1",
     }
+
+
+def test_a_data_folder_named_on_sudos_command_line_is_the_one() -> None:
+    parent = b"HOME=/home/ann\0HALTON_METER_HOME=/usual\0"
+    ours = {"SUDO_UID": "1000", "HALTON_METER_HOME": "/named"}
+    found = privileges.user_environment(ANN, ours, parent)
+    assert found["HALTON_METER_HOME"] == "/named"
 
 
 def test_the_service_covers_whom_it_says() -> None:

@@ -1,5 +1,6 @@
 """The command line: thin click commands, each loaded only when it is called.
 
+Here, once for all of them, root becomes the person whose command it is (`privileges.settle`).
 Start-up time is a promise (0.15 s), so this file imports nothing but click: a command's module
 is imported when that command runs or when its own help is asked for.
 """
@@ -8,30 +9,64 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import click
 
 from halton_meter import __version__
 
-# name -> (module:attribute, one line for --help). The line lives here so that `--help` does not
-# import every command.
-_COMMANDS: dict[str, tuple[str, str]] = {
-    "replay": ("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
-    "events": ("halton_meter.cli.events:events", "List metered events."),
-    "report": ("halton_meter.cli.report:report", "Show what was spent."),
-    "dashboard": ("halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."),
-    "export": ("halton_meter.cli.export:export", "Write events to SQLite, CSV, Parquet or JSON."),
-    "pricing": ("halton_meter.cli.pricing:pricing", "Show, explain, override or refresh prices."),
-    "reprice": ("halton_meter.cli.reprice:reprice", "Price stored events again, as a revision."),
-    "retag": ("halton_meter.cli.retag:retag", "Move history from one project to another."),
-    "run": ("halton_meter.cli.run:run", "Meter one command and print what it cost."),
-    "daemon": ("halton_meter.cli.daemon:daemon", "Run the meter in the foreground."),
-    "start": ("halton_meter.cli.service:start", "Install and start the background service."),
-    "stop": ("halton_meter.cli.service:stop", "Stop the background service."),
-    "status": ("halton_meter.cli.status:status", "Health, coverage per process, losses."),
-    "init": ("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
-    "doctor": ("halton_meter.cli.doctor:doctor", "Diagnose, and mend what is amiss."),
-    "uninstall": ("halton_meter.cli.uninstall:uninstall", "Put back all that init changed."),
+
+def _for_probes(given: Mapping[str, Any]) -> bool:
+    """Attaching probes, and the system's service that does so, need root; the proxy does not."""
+    on_linux = sys.platform == "linux"
+    return on_linux and given.get("via") != "proxy" and not given.get("java")
+
+
+class _Entry(NamedTuple):
+    """A command: "module:attribute"; its line for --help, which thus imports no command; and, where
+    it may need root, whether it does with these options. Whatever needs none becomes the person
+    under sudo, `status` and `doctor` as well: they ask the service, and read what all may read.
+    """
+
+    target: str
+    line: str
+    needs_root: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+_COMMANDS: dict[str, _Entry] = {
+    "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
+    "events": _Entry("halton_meter.cli.events:events", "List metered events."),
+    "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
+    "dashboard": _Entry(
+        "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
+    ),
+    "export": _Entry(
+        "halton_meter.cli.export:export", "Write events to SQLite, CSV, Parquet or JSON."
+    ),
+    "pricing": _Entry(
+        "halton_meter.cli.pricing:pricing", "Show, explain, override or refresh prices."
+    ),
+    "reprice": _Entry(
+        "halton_meter.cli.reprice:reprice", "Price stored events again, as a revision."
+    ),
+    "retag": _Entry("halton_meter.cli.retag:retag", "Move history from one project to another."),
+    "run": _Entry(
+        "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
+    ),
+    "daemon": _Entry(
+        "halton_meter.cli.daemon:daemon", "Run the meter in the foreground.", _for_probes
+    ),
+    "start": _Entry(
+        "halton_meter.cli.service:start", "Install and start the background service.", _for_probes
+    ),
+    "stop": _Entry("halton_meter.cli.service:stop", "Stop the background service.", _for_probes),
+    "status": _Entry("halton_meter.cli.status:status", "Health, coverage per process, losses."),
+    "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
+    "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose, and mend what is amiss."),
+    "uninstall": _Entry("halton_meter.cli.uninstall:uninstall", "Put back all that init changed."),
 }
 
 
@@ -46,7 +81,7 @@ class LazyGroup(click.Group):
         """Import and return the command, or None when there is no such name."""
         if cmd_name not in _COMMANDS:
             return None
-        module_name, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        module_name, _, attribute = _COMMANDS[cmd_name].target.partition(":")
         gc.disable()  # what an import makes stays: looking for garbage in it costs 5 ms
         try:
             command = getattr(importlib.import_module(module_name), attribute)
@@ -55,10 +90,39 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; from here on we are whom it is to run as.
+
+        One that never needs root is not even imported by root.
+        """
+        entry = _COMMANDS.get(args[0])
+        if entry is not None and entry.needs_root is None:
+            _settle(needs_root=False)
+        name, command, rest = super().resolve_command(ctx, args)
+        if entry is not None and entry.needs_root is not None and command is not None:
+            given = command.make_context(name, [*rest], parent=ctx, resilient_parsing=True)
+            _settle(needs_root=entry.needs_root(given.params))
+        return name, command, rest
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands from the table, importing none of them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+            formatter.write_dl([(name, entry.line) for name, entry in _COMMANDS.items()])
+
+
+def _settle(*, needs_root: bool) -> None:
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return
+    from halton_meter.config import ConfigError
+    from halton_meter.privileges import settle
+
+    try:
+        settle(needs_root=needs_root)
+    except ConfigError as error:
+        click.echo(f"halton-meter: {error}", err=True)
+        sys.exit(1)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

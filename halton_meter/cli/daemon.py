@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import click
 
@@ -79,7 +78,7 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
     if problems := own_code.problems():
         raise supervisor.Unavailable(problems)
     account = config.account_named(owner) if owner else config.invoking_account()
-    home = _home(account.home)
+    home = config.home_folder(account=account)
     chosen, hosts = root.configured(account, home)
     everyone = all_users or chosen.all_users
     uids = frozenset(root.wanted_uids(account, chosen, users))
@@ -137,11 +136,6 @@ def _keep_proxy(port: int | None) -> int:
             return 0
         failures = 0 if time.monotonic() - began > KEPT_HEALTHY_S else failures + 1
         time.sleep(min(0.1 * 2**failures, KEPT_WAIT_S_MAX))
-
-
-def _home(person: Path) -> Path:
-    named = os.environ.get("HALTON_METER_HOME")
-    return Path(named).absolute() if named else person / ".halton-meter"
 
 
 def _keep() -> int:

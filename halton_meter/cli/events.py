@@ -15,6 +15,7 @@ import click
 
 from halton_meter.cli.drawing import aligned, count_text, money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.config import home_folder
 from halton_meter.model import Certainty, Outcome, PricedEvent, event_json
 from halton_meter.store import NothingStored, Store
 
@@ -41,7 +42,7 @@ def events(limit: int | None, as_json: bool, **options: Any) -> None:
     if limit is None and not as_json:
         limit = TABLE_ROWS
     try:
-        with explained(), Store().reading() as reader:
+        with explained(), Store(home_folder()).reading() as reader:
             found = reader.events(selection, limit)
             if as_json:
                 _write_json_lines(found)

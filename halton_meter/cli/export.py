@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.config import home_folder
 from halton_meter.model import event_json
 from halton_meter.store import NothingStored, Reader, Selection, Store
 from halton_meter.store.export import write_csv, write_parquet, write_sqlite
@@ -57,7 +58,7 @@ def export(form: str, path: Path, force: bool, **options: Any) -> None:
         raise click.ClickException(f"{path} exists. Replace it with --force, or name another.")
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with explained(), Store().reading() as reader:
+        with explained(), Store(home_folder()).reading() as reader:
             count = _written(_WRITERS[form], reader, part, selection)
         os.replace(part, path)
     except NothingStored as nothing:

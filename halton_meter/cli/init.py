@@ -1,6 +1,6 @@
 """`halton-meter init`: have the local proxy meter what this person's programs say.
 
-As yourself, never as root. Everything it changes is noted in `changes.json` before it is changed,
+As yourself, also under sudo. Everything it changes is noted in `changes.json` before it is changed,
 and `halton-meter uninstall` puts it back. Exit codes: 0 set up; 1 not, with everything undone, the
 reason and the next command on stderr; 2 wrong usage.
 """
@@ -68,7 +68,6 @@ def init(
     from proxy_fallback.plan import Choice, SetupError
     from proxy_fallback.setup import describe, take_steps
 
-    refuse_sudo("init")
     machine = machine_here(platform)
     if keep:
         _keep_system_proxy(machine)
@@ -191,12 +190,6 @@ def platform_here() -> str:
 def runs_from_cache() -> bool:
     """Whether this is `uvx`: the programs that a service needs may be gone tomorrow."""
     return any(part.startswith("archive-v") for part in Path(sys.prefix).parts)
-
-
-def refuse_sudo(command: str) -> None:
-    """End under sudo: files and trust would become root's, or everybody's."""
-    if os.geteuid() == 0 and os.environ.get("SUDO_UID", "0") != "0":
-        fail(f"{command} is for you, not for root\n  try: halton-meter {command}   (without sudo)")
 
 
 def machine_here(platform: str | None = None) -> Machine:

@@ -25,6 +25,7 @@ from halton_meter.cli.drawing import (
 )
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.cli.words import implausible_words
+from halton_meter.config import home_folder
 from halton_meter.model import TOKEN_NAMES, usd_text
 from halton_meter.periods import period_before
 from halton_meter.report import (
@@ -101,7 +102,7 @@ def report(
     previous = _previous(selection, now) if vs_previous else None
     question = Question(now, selection, by, previous, percentiles or None)
     with explained():
-        answer = ask(Store(), question)
+        answer = ask(Store(home_folder()), question)
     if as_json:
         import json
 

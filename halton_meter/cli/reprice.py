@@ -14,6 +14,7 @@ import click
 
 from halton_meter.cli.drawing import money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.config import home_folder
 from halton_meter.model import usd_text
 from halton_meter.store import NothingStored, Repriced, Store
 
@@ -87,7 +88,7 @@ def reprice(dry_run: bool, as_json: bool, **options: Any) -> None:
 
     now = now_ns()
     selection = read_selection(now, **options)
-    store = Store()
+    store = Store(home_folder())
     try:
         book = PriceBook.load(store.home)
     except PriceError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from halton_meter.cli.selection import explained, now_ns
+from halton_meter.config import home_folder
 from halton_meter.store import NothingStored, Store
 
 
@@ -28,7 +29,7 @@ def retag(before: str, after: str, apply_: bool) -> None:
         raise click.UsageError("--to must name another project.")
     try:
         with explained():
-            count = Store().retag(before, after, now_ns(), dry_run=not apply_)
+            count = Store(home_folder()).retag(before, after, now_ns(), dry_run=not apply_)
     except NothingStored as nothing:
         click.echo(str(nothing))
         return

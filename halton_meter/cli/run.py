@@ -97,11 +97,11 @@ def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
 
     if config.is_root() and (problems := own_code.problems()):
         raise supervisor.Unavailable(problems)
-    account = config.invoking_account()
+    account, home = config.invoking_account(), config.home_folder()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
-    home = config.home_folder({**environment, "HOME": str(environment.get("HOME", account.home))})
     control = _service(home, account.uid)
-    if control is not None:
+    if control is not None:  # what attaches is there already: we need no root any more
+        privileges.settle(needs_root=False)
         return daemon.run_watched(command, environment, account, control)
     if not config.is_root() and via == "auto":
         click.echo(
@@ -123,7 +123,7 @@ def _service(home: Path, uid: int) -> Any:
     from halton_meter.daemon import covers
 
     try:
-        control = Control(home)
+        control = Control(home, owner=uid)
         if covers(control.ask("status"), uid):
             return control
         control.close()

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import click
 
+from halton_meter.config import home_folder
 from halton_meter.periods import parse_when
-from halton_meter.store import NothingStored, Selection, StoreError, default_home
+from halton_meter.store import NothingStored, Selection, StoreError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -92,5 +93,5 @@ def explained() -> Iterator[None]:
             raise  # `| head` has seen enough: click ends quietly
         named = f"{error.filename}: " if error.filename else ""
         raise click.ClickException(
-            f"{named}{error.strerror or error}. See: ls -ld {default_home()}"
+            f"{named}{error.strerror or error}. See: ls -ld {home_folder()}"
         ) from error

@@ -15,9 +15,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+if TYPE_CHECKING:
+    from halton_meter.config import Account
 
 UNIT_NAME = "halton-meter.service"
 UNIT_PATH = Path("/etc/systemd/system") / UNIT_NAME
@@ -186,7 +189,7 @@ def _start_probes(
         _fail("starting the service needs root", ways)
     for problem in own_code.problems():
         _fail(*problem)
-    status = _status(home)
+    status = _status(home, account.uid)
     if status is not None:
         click.echo(f"already running (pid {status.get('supervisor_pid')})")
         return
@@ -203,35 +206,42 @@ def _start_probes(
             err=True,
         )
     if has_systemd():
-        _start_unit(unit, home)
+        _start_unit(unit, home, account.uid)
     else:
         _start_kept(command, account, home)
 
 
-def _start_unit(text: str, home: Path) -> None:
+def _start_unit(text: str, home: Path, owner: int) -> None:
     UNIT_PATH.write_text(text)
     for arguments in (("daemon-reload",), ("enable", UNIT_NAME), ("restart", UNIT_NAME)):
         done = _systemctl(*arguments)
         if done.returncode:
             _fail(done.stderr.strip() or "systemctl failed", f"systemctl status {UNIT_NAME}")
-    if _wait_for(home) is None:
+    if _wait_for(home, owner) is None:
         _fail("the service does not answer", f"journalctl -u {UNIT_NAME} -n 50")
     click.echo(f"running as a systemd service ({UNIT_NAME}); it starts with the machine")
 
 
-def _start_kept(command: list[str], account: object, home: Path) -> None:
+def _persons_log(log: Path, account: Account) -> int:
+    """The descriptor of a log file, the person's alone: the name may lead elsewhere by now."""
     from halton_meter import config, privileges
 
-    assert isinstance(account, config.Account)
-    log = home / "daemon.log"
-    privileges.as_account(account, lambda: log.touch(0o600))
-    environment = {**os.environ, "HALTON_METER_HOME": str(home)}
-    arguments = [*command, "--keep"]
-    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        privileges.as_account(account, lambda: log.touch(0o600))
+        fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (config.ConfigError, OSError) as error:
+        _fail(f"{log} cannot be written: {error}", f"ls -l {log}")
     found = os.fstat(fd)
-    # The folder is the person's, and may lead elsewhere by now.
     if found.st_uid != account.uid or not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         _fail(f"{log} is not a file of {account.name}'s alone", f"rm {log}")
+    return fd
+
+
+def _start_kept(command: list[str], account: Account, home: Path) -> None:
+    log = home / "daemon.log"
+    environment = {**os.environ, "HALTON_METER_HOME": str(home)}
+    arguments = [*command, "--keep"]
+    fd = _persons_log(log, account)
     with os.fdopen(fd, "ab") as output:
         process = subprocess.Popen(
             arguments,
@@ -242,15 +252,15 @@ def _start_kept(command: list[str], account: object, home: Path) -> None:
             env=environment,
             start_new_session=True,
         )
-    if _wait_for(home, process) is None:
+    if _wait_for(home, account.uid, process) is None:
         _fail("the service did not become healthy", f"tail {log}")
     click.echo("running in the background, without systemd: it will not start with the machine")
 
 
-def _wait_for(home: Path, process: subprocess.Popen[bytes] | None = None) -> object:
+def _wait_for(home: Path, owner: int, process: subprocess.Popen[bytes] | None = None) -> object:
     deadline = time.monotonic() + START_S_MAX
     while time.monotonic() < deadline:
-        status = _status(home)
+        status = _status(home, owner)
         if status is not None:
             return status
         if process is not None and process.poll() is not None:
@@ -259,11 +269,11 @@ def _wait_for(home: Path, process: subprocess.Popen[bytes] | None = None) -> obj
     return None
 
 
-def _status(home: Path) -> dict[str, object] | None:
+def _status(home: Path, owner: int) -> dict[str, object] | None:
     from halton_meter.control import Control, ServiceAbsent
 
     try:
-        control = Control(home)
+        control = Control(home, owner=owner)
         try:
             return control.ask("status")
         finally:
@@ -318,8 +328,6 @@ def _user_systemd() -> bool:
 def _start_proxy() -> None:
     from halton_meter import config, proxied
 
-    if os.environ.get("SUDO_UID") and config.is_root():
-        _fail("the proxy runs as yourself, not as root", "halton-meter start --via proxy")
     home = config.home_folder()
     try:
         config.load_proxy(home)
@@ -472,20 +480,25 @@ def stop(via: str) -> None:
       sudo halton-meter stop            stop metering with probes
       halton-meter stop --via proxy     stop metering through the local proxy
     """
-    from halton_meter import config
+    from halton_meter import config, privileges
 
-    home = config.home_folder()
-    stopped = via != "uprobes" and _stop_proxy(home)
+    account, home = config.invoking_account(), config.home_folder()
+    try:
+        stopped = via != "uprobes" and bool(
+            privileges.as_account(account, lambda: _stop_proxy(home))
+        )
+    except config.ConfigError as error:
+        _fail(str(error), "halton-meter stop --via proxy")
     if via == "proxy":
         if not stopped:
             click.echo("it was not running")
         return
-    if stopped and not config.is_root() and _status(home) is None:
+    if stopped and not config.is_root() and _status(home, account.uid) is None:
         return
-    _stop_probes(home, stopped)
+    _stop_probes(home, account.uid, stopped)
 
 
-def _stop_probes(home: Path, stopped: bool) -> None:
+def _stop_probes(home: Path, owner: int, stopped: bool) -> None:
     from halton_meter import config
     from halton_meter.control import Control, ServiceAbsent
 
@@ -498,7 +511,7 @@ def _stop_probes(home: Path, stopped: bool) -> None:
         click.echo("stopped; it will not start with the machine")
         return
     try:
-        control = Control(home)
+        control = Control(home, owner=owner)
         control.ask("stop")
         control.close()
     except ServiceAbsent:
@@ -506,7 +519,7 @@ def _stop_probes(home: Path, stopped: bool) -> None:
             click.echo("it was not running")
         return
     deadline = time.monotonic() + STOP_S_MAX
-    while _status(home) is not None:
+    while _status(home, owner) is not None:
         if time.monotonic() > deadline:
             _fail("it did not stop in time", "halton-meter status --json   # see supervisor_pid")
         time.sleep(0.05)

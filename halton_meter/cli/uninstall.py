@@ -31,13 +31,12 @@ EXAMPLES = """
 def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     """Put back everything that init changed."""
     from halton_meter import config
-    from halton_meter.cli.init import fail, in_fish, refuse_sudo
+    from halton_meter.cli.init import fail, in_fish
     from proxy_fallback.changes import ChangeError, Commands
     from proxy_fallback.ledger import Ledger
     from proxy_fallback.setup import undo
     from proxy_fallback.trust import PROXY_VARIABLES
 
-    refuse_sudo("uninstall")
     home = config.home_folder()
     if purge and not yes:
         if not sys.stdin.isatty():

@@ -17,13 +17,11 @@ from halton_meter.store.errors import (
     StoreError,
     StoreUnusable,
 )
-from halton_meter.store.home import HOME_VARIABLE, default_home
 from halton_meter.store.intake import Flushed
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.store import Repriced, Store
 
 __all__ = [
-    "HOME_VARIABLE",
     "DatabaseDamaged",
     "DatabaseTooNew",
     "Flushed",
@@ -35,5 +33,4 @@ __all__ = [
     "StoreBusy",
     "StoreError",
     "StoreUnusable",
-    "default_home",
 ]

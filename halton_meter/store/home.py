@@ -7,19 +7,16 @@ it makes then belongs to that user, or the user's own commands could not read it
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HOME_VARIABLE = "HALTON_METER_HOME"
 DATABASE_NAME = "meter.duckdb"
 JOURNAL_NAME = "journal"
-
-
-def default_home() -> Path:
-    """Where state lives: HALTON_METER_HOME, else ~/.halton-meter."""
-    return Path(os.environ.get(HOME_VARIABLE) or "~/.halton-meter").expanduser()
 
 
 @contextlib.contextmanager
@@ -28,6 +25,36 @@ def private_file(path: Path) -> Iterator[Any]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         yield file
+
+
+@contextlib.contextmanager
+def private_log(path: Path) -> Iterator[Any]:
+    """A file that only we may read, to append to. A link or a pipe of its name gives way to it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        path.unlink()
+        fd = os.open(path, flags, 0o600)
+    with os.fdopen(fd, "ab") as file:
+        yield file
+
+
+def _take_from_others(path: Path) -> None:
+    """Let only its owner read a file; a link is left alone, and so is what it leads to."""
+    if sys.platform != "linux":
+        os.chmod(path, 0o600, follow_symlinks=False)
+        return
+    # Opened for nothing else: to close a readable descriptor would drop DuckDB's lock.
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_mode & 0o077:
+            os.chmod(f"/proc/self/fd/{fd}", 0o600)
+    finally:
+        os.close(fd)
 
 
 class Home:
@@ -72,5 +99,4 @@ class Home:
             with contextlib.suppress(OSError):  # gone, or on a disk that can only be read
                 if (owner := self.file_owner()) is not None:
                     os.chown(path, *owner, follow_symlinks=False)
-                if path.stat().st_mode & 0o077:
-                    path.chmod(0o600)
+                _take_from_others(path)

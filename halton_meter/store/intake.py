@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halton_meter.store.driver import driver, quoted
-from halton_meter.store.home import private_file
+from halton_meter.store.home import private_file, private_log
 from halton_meter.store.journal import checked
 from halton_meter.store.rollup import DAY_NS, unroll
 from halton_meter.store.rows import json_types
@@ -90,7 +90,7 @@ def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flu
 def _move_halves(connection: DuckDBPyConnection, source: Path, count: int) -> Flushed:
     lines = source.read_bytes().splitlines(keepends=True)
     if count == 1:
-        with source.with_name("refused").open("ab") as file:
+        with private_log(source.with_name("refused")) as file:
             file.writelines(lines)
         _count_once(connection, f"refused:{zlib.crc32(lines[0]):08x}", "event_refused", 1)
         return Flushed(damaged=1)

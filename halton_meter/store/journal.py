@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import stat
 import threading
 import time
 import zlib
@@ -120,10 +121,11 @@ class Journal:
             segment.seal()
 
     def segments(self) -> list[Path]:
-        """All segments of all processes, oldest first; none where they cannot be listed."""
-        with contextlib.suppress(OSError):
+        """All segments of all processes, oldest first; a link or a pipe is none."""
+        with contextlib.suppress(OSError):  # none where they cannot be listed
             names = os.listdir(self._home.journal)
-            return sorted(self._home.journal / n for n in names if n.endswith(SEGMENT_SUFFIX))
+            found = sorted(self._home.journal / n for n in names if n.endswith(SEGMENT_SUFFIX))
+            return [path for path in found if _is_regular(path)]
         return []
 
     def has_loose_segments(self) -> bool:
@@ -260,12 +262,18 @@ class _Segment:
             os.close(self._fd)
 
 
+def _is_regular(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
+
+
 def is_locked(path: Path) -> bool:
     """True when a living process still appends to this segment."""
     import fcntl
 
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:  # gone, or not ours to read: nothing to be done with it either way
         return True
     try:

@@ -36,7 +36,7 @@ from halton_meter.store.errors import (
     disk_trouble,
     first_line,
 )
-from halton_meter.store.home import Home, default_home, private_file
+from halton_meter.store.home import Home, private_file
 from halton_meter.store.intake import Flushed, move_segment
 from halton_meter.store.journal import Journal, event_line, is_locked, loss_line
 from halton_meter.store.reader import Reader, Selection
@@ -63,8 +63,8 @@ class Store:
     files belong to whoever owns the home directory.
     """
 
-    def __init__(self, home: Path | None = None, owner: tuple[int, int] | None = None) -> None:
-        self.home = home if home is not None else default_home()
+    def __init__(self, home: Path, owner: tuple[int, int] | None = None) -> None:
+        self.home = home
         self._folder = Home(self.home, owner)
         self._journal = Journal(self._folder)
         self._database = Database(self._folder)

@@ -160,15 +160,6 @@ def test_another_proxy_in_the_environment_is_named_with_what_to_do(person: Perso
     assert not (person.home / CA).exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look like sudo")
-@pytest.mark.parametrize("command", ["init", "uninstall"])
-def test_under_sudo_it_is_refused(person: Person, command: str) -> None:
-    environment = {**person.environment, "SUDO_UID": "1000", "SUDO_USER": "me"}
-    done = person.run(command, environment=environment)
-    assert done.returncode == 1
-    assert f"try: halton-meter {command}" in done.stderr
-
-
 def test_purge_removes_the_data_only_with_a_yes(person: Person) -> None:
     (person.data / "events").write_text("")
     refused = person.run("uninstall", "--purge", stdin="")
