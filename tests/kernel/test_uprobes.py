@@ -393,6 +393,18 @@ def test_the_helper_dies_with_the_process_that_holds_its_socket(bench: Bench) ->
     assert helper.wait(10) == 0
 
 
+def test_who_became_another_user_is_out_of_a_persons_tree(bench: Bench) -> None:
+    """As `run` sets it: what the person's command does as somebody else is not the person's."""
+    source = bench.source(scope=Scope(owner=os.getuid()))
+    as_other = ["setpriv", "--reuid", "4244", "--clear-groups", "--"]
+    for before in ([], as_other):
+        bench.client([*before, *curl(bench)], source).output()
+    (seen,) = gather(source.drain()).values()
+    assert seen.connection.process is not None
+    assert seen.connection.process.uid == os.getuid()
+    assert len(bench.server.heard_by(PROVIDER)) == 2
+
+
 @pytest.mark.parametrize("way", [{"do": "root", "pid": 1}, {"do": "hosts", "hosts": ["*.com"]}])
 def test_an_unprivileged_reader_cannot_widen_what_is_copied(
     bench: Bench, way: dict[str, Any]
