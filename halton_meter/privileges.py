@@ -174,9 +174,11 @@ def as_account(account: Account, function: Callable[[], Any]) -> Any:
 def _answer(fd: int, pid: int) -> bytes:
     """What the child says until its end. One that says too much, or nothing for long, is ended."""
     raw, deadline = bytearray(), time.monotonic() + ANSWER_S_MAX
+    ready = select.poll()  # select() takes no descriptor above 1,023
+    ready.register(fd, select.POLLIN | select.POLLHUP)
     with os.fdopen(fd, "rb", buffering=0) as pipe:
         while len(raw) <= ANSWER_BYTES_MAX:
-            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not ready.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 break
             data = pipe.read(1 << 16)
             if not data:

@@ -410,7 +410,8 @@ def _ranked(groups: _Groups, totals: Figures, by: tuple[str, ...]) -> tuple[Grou
     def rank(group: Group) -> tuple[Any, ...]:
         cost = group.figures.list_usd
         day = group.keys["day"] or "" if by[0] == "day" else ""
-        return (day, cost is None, -(cost or 0), -group.figures.requests, group.key or "")
+        names = tuple((name is not None, name or "") for name in group.keys.values())
+        return (day, cost is None, -(cost or 0), -group.figures.requests, names)
 
     return tuple(sorted(ranked, key=rank))
 

@@ -6,6 +6,7 @@ import asyncio
 import http.server
 import json
 import os
+import pwd
 import ssl
 import subprocess
 import sys
@@ -234,7 +235,8 @@ def test_a_run_under_sudo_serves_the_person_too(monkeypatch: pytest.MonkeyPatch)
     """What sudo runs may act as the person, as `sudo -u` does."""
     from halton_meter import proxy_service
 
-    monkeypatch.setenv("SUDO_UID", "54321")
-    assert {0, 54321} <= proxy_service._served()
+    nobody = pwd.getpwnam("nobody").pw_uid
+    monkeypatch.setenv("SUDO_UID", str(nobody))
+    assert {0, nobody} <= proxy_service._served()
     monkeypatch.delenv("SUDO_UID")
-    assert 54321 not in proxy_service._served()
+    assert nobody not in proxy_service._served()

@@ -163,28 +163,33 @@ def test_only_so_many_are_remembered() -> None:
     assert identities.of(NOBODY + IDENTITIES_MAX) is not None
 
 
+def program(n: int) -> str:
+    """A name of its own for each number, which command lines may keep."""
+    return f"program-{chr(97 + n // 26)}{chr(97 + n % 26)}"
+
+
 def test_lives_are_kept_until_their_connections_are_told_of() -> None:
     """A number that is used again many times before the ring is read."""
     identities = Identities()
     count = identity.LIVES_OF_ONE_MAX
     for n in range(count):
-        identities.executed(executed(f"program-{n}", at_ns=1000 + 10 * n, path="/no/program"))
+        identities.executed(executed(program(n), at_ns=1000 + 10 * n, path="/no/program"))
     for n in range(count):
-        assert argv_at(identities, 1005 + 10 * n) == (f"program-{n}",)
+        assert argv_at(identities, 1005 + 10 * n) == (program(n),)
     assert argv_at(identities, 999) is None  # before all that we know: not the latest one
     identities.executed(executed("more", at_ns=1000 + 10 * count, path="/no/program"))
     assert argv_at(identities, 1005) is None
-    assert argv_at(identities, 1015) == ("program-1",)
+    assert argv_at(identities, 1015) == (program(1),)
 
 
 def test_lives_long_over_are_dropped_without_being_missed() -> None:
     identities = Identities()
     for n in range(3):
-        identities.executed(executed(f"{n}", at_ns=1 + n * identity.LIFE_KEPT_NS, path="/no"))
-    assert argv_at(identities, 2) == ("0",)
-    identities.executed(executed("3", at_ns=10 + 2 * identity.LIFE_KEPT_NS, path="/no"))
+        identities.executed(executed(program(n), at_ns=1 + n * identity.LIFE_KEPT_NS, path="/no"))
+    assert argv_at(identities, 2) == (program(0),)
+    identities.executed(executed("more", at_ns=10 + 2 * identity.LIFE_KEPT_NS, path="/no"))
     assert argv_at(identities, 2) is None
-    assert argv_at(identities, 1 + identity.LIFE_KEPT_NS) == ("1",)
+    assert argv_at(identities, 1 + identity.LIFE_KEPT_NS) == (program(1),)
 
 
 def test_all_lives_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +242,7 @@ class World:
 
     def name(self, what: str) -> str:
         self.serial += 1
-        return f"{what}-{self.serial}"
+        return f"{what}-{program(self.serial)}"
 
     # --- what processes do
 
