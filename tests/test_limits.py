@@ -35,6 +35,15 @@ plan = Plan(config.invoking_account(), "/", None, (), service=False)
 daemon.run_command(["sh", "-c", "ulimit -Sn; ulimit -Hn"], dict(os.environ), plan)
 """
 
+SETTLED = """
+import ctypes, re, resource
+from halton_meter import metering
+metering._settle()
+privileges = re.search(r"NoNewPrivs:\\t(.)", open("/proc/thread-self/status").read())[1]
+get_dumpable = 3
+print(ctypes.CDLL(None).prctl(get_dumpable), *resource.getrlimit(resource.RLIMIT_CORE), privileges)
+"""
+
 
 @pytest.mark.parametrize(
     ("before", "after"), [((256, 1024), (1024, 1024)), ((256, 256), (256,) * 2)]
@@ -52,3 +61,11 @@ def test_a_command_keeps_the_limits_that_it_was_given() -> None:
     command = [sys.executable, "-c", COMMAND]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert told.split() == ["512", "1024"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="probes are for Linux")
+def test_nobody_looks_into_the_process_that_holds_plaintext() -> None:
+    """Not dumpable, so no ptrace and no /proc/PID/mem; no core file; no way to more privileges."""
+    command = [sys.executable, "-c", SETTLED]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["0", "0", "0", "1"]
