@@ -468,7 +468,8 @@ class Helper:
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
         self._coverage.metered(self._family.with_run(known, record.length), record.host)
-        return [*told, frame]
+        # What was put meanwhile tells of its process, perhaps: it has to come before.
+        return [*self._outlet.take_own(), *told, frame]
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
         """The end of a connection that did not tell of it; None when it has."""

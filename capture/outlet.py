@@ -90,6 +90,11 @@ class Outlet:
         if len(self._own) < OWN_FRAMES_MAX:
             self._own.append(frame)
 
+    def take_own(self) -> list[bytes]:
+        """The frames of our own that wait: the caller sends them."""
+        own, self._own = list(self._own), deque()
+        return own
+
     def put_barrier(self, number: int) -> None:
         """Answer this command once all that the kernel has reserved by now has been moved."""
         if len(self._barriers) < OWN_FRAMES_MAX:

@@ -12,6 +12,7 @@ false receipt costs it its own frames and nothing else. This file knows nothing 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import socket
@@ -182,7 +183,9 @@ class Receipt:
 
 
 def _memory_file(name: str, size_bytes: int) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.fchmod(fd, 0o600)  # nobody opens it by its name under /proc
     os.ftruncate(fd, size_bytes)
+    # Whoever has it mapped would be ended by another who made it shorter.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd

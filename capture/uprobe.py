@@ -41,6 +41,7 @@ CLOSED_MAX = 4096  # connections remembered after their end: more than a batch o
 OPEN_BYTES_MAX = SPOOL_BYTES // 4
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
+DRAINED_AT_ONCE = 256  # events, of 16 KiB at most
 HTTPS_PORT = 443
 KNOWN_FILES_DIRECTORY = "/var/cache/halton-meter/tls"
 _DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
@@ -432,11 +433,28 @@ class UprobeSource:
         while not self.ended:
             yield from self.read()
 
-    def drain(self, timeout_s: float = 5.0) -> list[TlsChunk | TlsClosed]:
-        """Everything the kernel has captured up to this call (a barrier through the helper)."""
+    def drain(
+        self,
+        timeout_s: float = 5.0,
+        take: Callable[[list[TlsChunk | TlsClosed]], None] | None = None,
+    ) -> list[TlsChunk | TlsClosed]:
+        """Everything the kernel has captured up to this call (a barrier through the helper).
+
+        That may be more than the spool holds: `take` is given part after part and deals with it
+        (`processed`), else the spool would stay full. What is left is returned.
+        """
+        events: list[TlsChunk | TlsClosed] = []
+        take = take or events.extend
+        deadline = time.monotonic() + timeout_s
         with contextlib.suppress(UprobeUnavailable):
-            self._ask({"do": "barrier"}, timeout_s)
-        return self.read(0)
+            number = self._send({"do": "barrier"})
+            while number not in self._replies:
+                self._check(deadline)
+                self._receive(max(0.0, deadline - time.monotonic()))
+                if len(self._events) >= DRAINED_AT_ONCE:
+                    take(self.read(0))
+            del self._replies[number]
+        return [*events, *self.read(0)]
 
     @property
     def due_at(self) -> float | None:
@@ -685,6 +703,10 @@ class UprobeSource:
         self._ask({"do": "report"}, timeout_s)
 
     def _ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        return self._await(self._send(command), timeout_s)
+
+    def _send(self, command: dict[str, Any]) -> int:
+        """Put a question; the number under which its answer comes."""
         self._number += 1
         if self._link is None:
             raise UprobeUnavailable((Problem("the capture is stopped", "halton-meter start"),))
@@ -693,7 +715,7 @@ class UprobeSource:
             self._link.sendall(line)
         except OSError:
             self._lose_link()
-        return self._await(self._number, timeout_s)
+        return self._number
 
     def _await(self, number: int, timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_BYTES_MAX = 256 * 1024
+SYSTEM_CONFIG = Path("/etc/halton-meter/config.toml")
 HOSTS_MAX = 256
 PROXY_PORT = 8081
 PATH_STEPS_MAX = 512  # of a path with the links in it followed
@@ -60,7 +61,8 @@ class Config:
 
     `openai_compatible_hosts` are metered besides the known providers; `hosts` maps further ones to
     the provider whose API they speak ("anthropic", "gateway", "openai:our-name"). `users` are the
-    accounts whose processes the service meters besides the owner's; `all_users` means everybody.
+    accounts whose processes the service meters besides the owner's; `all_users` means everybody:
+    both count in root's own file only (`load_system`), as nobody decides for another user.
     `bodies` would keep requests and responses: off unless asked for. `loader` is "auto", "bcc"
     or "libbpf".
     """
@@ -227,6 +229,31 @@ def load(home: Path) -> Config:
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
     return parse(raw, str(path))
+
+
+def load_system(path: Path = SYSTEM_CONFIG) -> Config:
+    """Read root's own configuration; without one, the defaults. Raises ConfigError.
+
+    Only root may have written it: file and folder are root's, no link, and nobody else's to change.
+    """
+    try:
+        folder = path.parent.lstat()
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Config()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        for each in (folder, found):
+            if each.st_uid != 0 or each.st_mode & 0o022:
+                raise ConfigError(
+                    f"{path}: others than root may change it.\n"
+                    f"  try: sudo chown -R root: {path.parent} && sudo chmod -R go-w {path.parent}"
+                )
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
+        return parse(file.read(CONFIG_BYTES_MAX), str(path))
 
 
 def _without_waiting(path: str, flags: int) -> int:

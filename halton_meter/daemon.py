@@ -150,12 +150,66 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
     say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
 
 
-def wanted_uids(account: Account, config: Config, names: Iterable[str]) -> Iterator[int]:
+def service_plan(
+    account: Account,
+    home: Path,
+    *,
+    all_users: bool,
+    users: Iterable[str],
+    cgroup: str | None,
+    say: Callable[[str], None],
+) -> Plan:
+    """What the service meters: whom, root alone decides, and so for others' processes which hosts.
+
+    Root's word is its command line and `config.SYSTEM_CONFIG`. The person's own file adds hosts
+    for the person's own processes. Raises ConfigError.
+    """
+    from halton_meter.config import SYSTEM_CONFIG, load_system
+
+    system = load_system()
+    chosen, hosts = configured(account, home)
+    if chosen.users or chosen.all_users:
+        say(
+            f"not obeyed: users and all_users in {home / 'config.toml'}: root says whom to meter. "
+            f"Use: sudo halton-meter start --user NAME, or {SYSTEM_CONFIG}"
+        )
+    everyone = all_users or system.all_users
+    uids = frozenset(wanted_uids(account, system, users))
+    if everyone or uids != {account.uid}:
+        if chosen.extra_hosts:
+            say(
+                f"not watched: the hosts of {home / 'config.toml'}, as other users are metered, "
+                f"too. Put them into {SYSTEM_CONFIG}"
+            )
+        hosts = _hosts_of(system)
+    else:
+        hosts = tuple(dict.fromkeys((*hosts, *_hosts_of(system)))) if system.extra_hosts else hosts
+    chosen = dataclasses.replace(
+        chosen,
+        openai_compatible_hosts=(*chosen.openai_compatible_hosts, *system.openai_compatible_hosts),
+        hosts={**chosen.hosts, **system.hosts},
+    )
+    return Plan(
+        account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
+    )
+
+
+def _hosts_of(config: Config) -> tuple[str, ...]:
+    from halton_meter.config import SYSTEM_CONFIG
+    from halton_meter.providers import Registry, UnknownFamily
+
+    try:
+        return tuple(host for host in Registry(config.extra_hosts).hosts() if is_host(host))
+    except UnknownFamily as error:
+        raise ConfigError(f"{SYSTEM_CONFIG}: {error}") from None
+
+
+def wanted_uids(account: Account, system: Config, names: Iterable[str]) -> Iterator[int]:
     """The users whom the service meters. Raises ConfigError for a name that is nobody's."""
     from halton_meter.config import account_named
 
     chosen = tuple(names)
     if not chosen:
         yield account.uid
-    for name in (*chosen, *config.users):
+    for name in (*chosen, *system.users):
         yield account_named(name).uid

@@ -109,8 +109,10 @@ class PlaintextSource(Protocol):
     def read(self, timeout_s: float | None = None) -> list[TlsChunk | TlsClosed]:
         """What is there now."""
 
-    def drain(self, timeout_s: float = DRAIN_S) -> list[TlsChunk | TlsClosed]:
-        """What was captured up to this call."""
+    def drain(
+        self, timeout_s: float, take: Callable[[list[TlsChunk | TlsClosed]], None]
+    ) -> list[TlsChunk | TlsClosed]:
+        """What was captured up to this call; all but the last part is given to `take`."""
 
     @property
     def due_at(self) -> float | None:
@@ -335,9 +337,14 @@ class Metering:
             self._flush()
 
     def _drain(self) -> None:
-        self._take(self._source.drain(DRAIN_S))
         self._work(math.inf)
+        self._deal_with(self._source.drain(DRAIN_S, self._deal_with))
         self._refresh()
+
+    def _deal_with(self, items: list[TlsChunk | TlsClosed]) -> None:
+        """Take plaintext and meter it at once."""
+        self._take(items)
+        self._work(math.inf)
 
     def _refresh(self) -> None:
         """Have the helper's report be of now; without a helper the last one stands."""

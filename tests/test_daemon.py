@@ -127,6 +127,69 @@ def test_wanted_users() -> None:
         list(daemon.wanted_uids(me, Config(), ("nobody-of-that-name",)))
 
 
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Root's own configuration."""
+    from halton_meter import config
+
+    folder = tmp_path / "etc"
+    folder.mkdir(mode=0o755)
+    path = folder / "config.toml"
+    monkeypatch.setattr(config, "SYSTEM_CONFIG", path)
+    monkeypatch.setattr(config.load_system, "__defaults__", (path,))
+    return path
+
+
+def planned(home: Path, said: list[str], **asked: Any) -> supervisor.Plan:
+    me = account_named(str(os.getuid()))
+    asked = {"all_users": False, "users": (), "cgroup": None} | asked
+    return daemon.service_plan(me, home, say=said.append, **asked)
+
+
+def test_a_persons_file_adds_hosts_for_the_person_and_nobody_else(
+    tmp_path: Path, system: Path
+) -> None:
+    text = 'all_users = true\nusers = ["nobody"]\nopenai_compatible_hosts = ["llm.any.example"]\n'
+    (tmp_path / "config.toml").write_text(text)
+    said: list[str] = []
+    plan = planned(tmp_path, said)
+    assert (plan.uids, plan.everyone) == ({os.getuid()}, False)
+    assert "llm.any.example" in plan.hosts
+    assert "not obeyed: users and all_users" in said[0]
+    for asked in ({"all_users": True}, {"users": ("nobody", "root")}):
+        said.clear()
+        wider = planned(tmp_path, said, **asked)
+        assert "llm.any.example" not in wider.hosts
+        assert "api.anthropic.com" in wider.hosts
+        assert any("not watched: the hosts of" in line for line in said)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the file is root's")
+def test_root_may_widen_it_in_a_file_of_its_own(tmp_path: Path, system: Path) -> None:
+    system.write_text('users = ["nobody"]\nopenai_compatible_hosts = ["llm.corp.example"]\n')
+    said: list[str] = []
+    plan = planned(tmp_path, said)
+    assert plan.uids == {os.getuid(), account_named("nobody").uid}
+    assert "llm.corp.example" in plan.hosts
+    assert said == []
+    for change in (
+        lambda: system.chmod(0o666),
+        lambda: os.chown(system, 4244, 4244),
+        lambda: system.parent.chmod(0o777),
+    ):
+        change()
+        with pytest.raises(ConfigError, match="others than root may change it"):
+            planned(tmp_path, said)
+        system.chmod(0o644)
+        os.chown(system, 0, 0)
+        system.parent.chmod(0o755)
+    (tmp_path / "elsewhere.toml").write_text("all_users = true\n")
+    system.unlink()
+    system.symlink_to(tmp_path / "elsewhere.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        planned(tmp_path, said)
+
+
 def test_configured_hosts_are_watched(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('openai_compatible_hosts = ["llm.example.com"]\n')
     me = account_named(str(os.getuid()))
@@ -285,7 +348,7 @@ class FakeSource:
         items, self.items, self.due_at = self.items, [], None
         return items
 
-    def drain(self, timeout_s: float = 1.0) -> list[Any]:
+    def drain(self, timeout_s: float, take: Any) -> list[Any]:
         return self.read()
 
     def watch(self, pid: int, timeout_s: float = 1.0) -> None:

@@ -79,13 +79,14 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
         raise supervisor.Unavailable(problems)
     account = config.account_named(owner) if owner else config.invoking_account()
     home = config.home_folder(account=account)
-    chosen, hosts = root.configured(account, home)
-    everyone = all_users or chosen.all_users
-    uids = frozenset(root.wanted_uids(account, chosen, users))
-    plan = supervisor.Plan(
-        account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
+
+    def say(text: str) -> None:
+        click.echo(f"halton-meter: {text}", err=True)
+
+    plan = root.service_plan(
+        account, home, all_users=all_users, users=users, cgroup=cgroup, say=say
     )
-    root.serve(plan, lambda text: click.echo(f"halton-meter: {text}", err=True))
+    root.serve(plan, say)
 
 
 def _serve_proxy(port: int | None) -> None:

@@ -88,3 +88,15 @@ def test_garbage_in_a_receipt_raises_nothing(garbage: bytes) -> None:
     os.pwrite(receipt.fd, garbage, 0)
     receipt.read()
     assert receipt.floor >= 0
+
+
+def test_a_reader_cannot_take_the_receipt_from_under_the_helper() -> None:
+    """A shorter file would end whoever has it mapped (SIGBUS)."""
+    receipt = Receipt.new()
+    theirs = os.dup(receipt.fd)
+    for size in (0, 1, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(theirs, size)
+    assert receipt.floor == 0
+    os.close(theirs)
+    receipt.close()

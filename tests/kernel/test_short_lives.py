@@ -151,10 +151,10 @@ def test_each_process_that_had_a_number_is_told_apart(bench: Bench, way: str) ->
         assert process.pid == pid
         told[path.decode()] = process.argv[:1]
     assert told == {
-        "/bytes/1": ("client-1",),
-        "/bytes/2": ("client-2",),
+        "/bytes/1": ("client-a",),
+        "/bytes/2": ("client-b",),
         "/bytes/3": (),
-        "/bytes/4": ("client-4",),
+        "/bytes/4": ("client-d",),
     }
 
 

@@ -32,7 +32,7 @@ def ask(n: int) -> None:
 
 def become(n: int) -> None:
     path, *arguments = sys.argv[1:]
-    os.execv(path, [f"client-{n}", *arguments, f"https://{host}:{port}/bytes/{n}"])
+    os.execv(path, [f"client-{chr(96 + n)}", *arguments, f"https://{host}:{port}/bytes/{n}"])
 
 
 def run(what: Callable[[int], None], n: int, wanted: int | None) -> int:
