@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capture import processes, protocol
+from capture.spool import Receipt
 from halton_meter import untrusted
 from halton_meter.control import Control
 from halton_meter.model import Process
@@ -65,7 +66,7 @@ def _answer(number: int) -> bytes:
     return f"{head}{number}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
-def _process(pid: int) -> bytes:
+def _process(pid: int, ssl: int) -> bytes:
     process = Process(
         pid=pid,
         started_ns=time.time_ns(),
@@ -76,7 +77,8 @@ def _process(pid: int) -> bytes:
         user="someone",
         parents=((pid - 1, "bash"), (1, "systemd")),
     )
-    return protocol.encode_message(protocol.PROCESS, processes.to_json(process))
+    about = {"process": processes.to_json(process), "connection": (pid, ssl, 1)}
+    return protocol.encode_message(protocol.PROCESS, about)
 
 
 def _connection(pid: int, ssl: int, numbers: range) -> Iterator[bytes]:
@@ -97,9 +99,10 @@ def _frames(first: int, count: int) -> Iterator[bytes]:
     for at in range(first, first + count, EXCHANGES_A_CONNECTION):
         connection = at // EXCHANGES_A_CONNECTION
         pid = FIRST_PID + connection // CONNECTIONS_A_PROCESS
-        yield _process(pid)
+        ssl = 0x1000 + connection % CONNECTIONS_A_PROCESS
+        yield _process(pid, ssl)
         numbers = range(at, min(at + EXCHANGES_A_CONNECTION, first + count))
-        yield from _connection(pid, 0x1000 + connection % CONNECTIONS_A_PROCESS, numbers)
+        yield from _connection(pid, ssl, numbers)
 
 
 def _report() -> bytes:
@@ -113,22 +116,22 @@ class _Metering:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.link, theirs = socket.socketpair()
-        with theirs:
+        self._job, stdin = socket.socketpair()
+        with theirs, stdin:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "halton_meter.metering", str(theirs.fileno())],
-                stdin=subprocess.PIPE,
+                stdin=stdin.fileno(),
                 stdout=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
             )
-        assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.write(json.dumps({"home": str(home), "service": True}).encode() + b"\n")
-        self._process.stdin.flush()
-        self.link.sendall(protocol.encode_message(protocol.REPLY, {"id": 0}) + _report())
-        assert b"ready" in self._process.stdout.readline()
+        self._job.sendall(json.dumps({"home": str(home), "service": True}).encode() + b"\n")
+        hello = protocol.encode_message(protocol.HELLO, {})
+        socket.send_fds(self.link, [hello], [Receipt.new().fd])
         # Its commands are answered between our frames: each send is one whole frame or more.
         self._lock = threading.Lock()
         threading.Thread(target=self._answer, daemon=True).start()
+        assert b"ready" in self._process.stdout.readline()
 
     def _answer(self) -> None:
         commands = untrusted.Lines()
@@ -137,8 +140,9 @@ class _Metering:
                 commands.feed(data)
                 for command in commands.messages():
                     said = _report() if command.get("do") == "report" else b""
-                    reply = protocol.encode_message(protocol.REPLY, {"id": command["id"]})
-                    self.send(said + reply)
+                    about = {"id": command["id"]}
+                    about |= {"from": 0, "until": 0} if command.get("do") == "read" else {}
+                    self.send(said + protocol.encode_message(protocol.REPLY, about))
 
     def send(self, frames: bytes) -> None:
         """Whole frames."""
@@ -171,8 +175,7 @@ class _Metering:
 
     def stop(self) -> None:
         """End it as its supervisor does."""
-        assert self._process.stdin
-        self._process.stdin.close()
+        self._job.close()
         self._process.wait(120)
 
 

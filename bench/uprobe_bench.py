@@ -257,17 +257,16 @@ class _Daemon:
         self._helper = uprobe._children[-1]
         job = {"home": str(self.home), "service": True, "extra_hosts": {HOST: FAMILY}}
         assert set(job) <= set(Job.__dataclass_fields__)
-        with link:
+        self._commands, theirs = socket.socketpair()
+        with link, theirs:
             self.metering = subprocess.Popen(
                 [sys.executable, "-P", "-m", "halton_meter.metering", str(link.fileno())],
-                stdin=subprocess.PIPE,
+                stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 pass_fds=(link.fileno(),),
             )
-        assert self.metering.stdin
         assert self.metering.stdout
-        self.metering.stdin.write(json.dumps(job).encode() + b"\n")
-        self.metering.stdin.flush()
+        self._commands.sendall(json.dumps(job).encode() + b"\n")
         assert b"ready" in self.metering.stdout.readline()
         self.helper = self._helper.pid
 
@@ -301,8 +300,7 @@ class _Daemon:
         return _children_cpu_s(self.metering.pid) - before
 
     def stop(self) -> None:
-        assert self.metering.stdin
-        self.metering.stdin.close()
+        self._commands.close()
         self.metering.wait(30)
         self._helper.wait(30)
 

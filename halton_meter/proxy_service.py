@@ -509,7 +509,8 @@ def _status(told: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {name: untrusted.whole_number(told, name) for name in _COUNTS}
     found |= {name: untrusted.text(told, name, SAID_CHARACTERS_MAX) for name in _TEXTS}
     found["damaged_databases"] = untrusted.texts(told, "damaged_databases", 20, SAID_CHARACTERS_MAX)
-    found["losses"] = untrusted.counts(told, "losses")
+    for name in ("losses", "turned_away"):
+        found[name] = untrusted.counts(told, name)
     try:
         found["totals"] = Totals.of_json(told.get("totals")).as_json()
     except ValueError:

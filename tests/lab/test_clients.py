@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from capture.arguments import without_secrets
+
 from .conftest import CLIENTS, HALTON_METER, Bench, Service, assert_metered
 from .lab import Lab
 from .real_clients.results import note
@@ -48,7 +50,8 @@ def test_python_client(bench: Bench, client: str, modes: str, count: int) -> Non
     )
     for event in seen.events:
         assert event["pid"] == seen.pid
-        assert event["argv"] == argv
+        assert tuple(event["argv"]) == without_secrets(argv)
+        assert event["argv"][0].endswith("/python")
         assert event["user"] == bench.lab.user.name
         assert event["cwd"] == str(bench.project)
         assert (event["project"], event["git_branch"]) == ("acme", "topic/lab")

@@ -145,7 +145,7 @@ def attached(service: Service, client: str) -> None:
 def test_an_old_connection_is_counted_then_metered_then_known_at_once(
     lab: Lab, start: Start, begin_service: Any, client: str
 ) -> None:
-    lab.run(["sh", "-c", "rm -f /var/cache/halton-meter/tls-names/*"])
+    lab.run(["sh", "-c", "rm -rf /var/cache/halton-meter/tls-names/*/*"])
     older = start(client)
     service = begin_service()
     attached(service, client)

@@ -82,6 +82,7 @@ class Sightings:
 
     def _replayed(self, capture: Path) -> list[dict[str, Any]]:
         keys = str(self._folder / "keys.log")
+        os.chown(capture, self._lab.user.uid, self._lab.user.gid)  # the person reads it
         argv = [*HALTON_METER, "replay", "--json", "--keys", keys, str(capture)]
         done = self._lab.run(argv, env=self._lab.environment())
         assert done.returncode == 0, done.stderr
