@@ -95,6 +95,7 @@ class _Words:
             self._options_end, self._searching, self._value_of = True, False, None
         elif argument.startswith("-") and not self._options_end:
             self._value_of = None
+            self._names_module = False  # what follows is this option's, or nobody knows whose
             self._take_option(argument)
         else:
             word = self._word(argument)
@@ -143,6 +144,9 @@ class _Words:
             letter in self._program.letters for letter in letters[:-1]
         ):
             self._keep_option(f"-{letters[-1]}")  # python -Im module
+        elif argument[:2] in self._program.modules and self._searching:
+            self.keep(argument[:2])  # python -mmodule
+            self.keep(self._runs(argument[2:], _is_module(argument[2:])))
         else:
             self._keep_option(argument[:2])  # a value is joined to it, or it is a word
             self._searching, self._value_of = False, None
