@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from capture import loader, protocol
 from capture.spool import Key, Spool
 
-_BLOCK_BYTES = 1024 * 1024
+NOTICE_BYTES_MAX = 1024  # they are of 200 bytes or so
 
 
 def unannounced(
@@ -21,11 +21,11 @@ def unannounced(
     """An OPEN for each connection of which a reader who begins at this position hears none."""
     opened: set[Key] = set()
     closed: dict[Key, protocol.Record] = {}
-    for kind, frame in _frames(spool, position, ring):
-        if kind == protocol.OPEN:
-            opened.add(protocol.decode_record(frame).key)
-        elif kind == protocol.CLOSE:
-            record = protocol.decode_record(frame)
+    for frame in _notices(spool, position, ring):
+        record = protocol.decode_record(frame)
+        if record.kind == protocol.OPEN:
+            opened.add(record.key)
+        else:
             closed.setdefault(record.key, record)
     live = {}
     for raw in connections.all_keys():
@@ -44,16 +44,16 @@ def unannounced(
             yield _open(key, record.flags, record.uid, record.comm, record.host)
 
 
-def _frames(spool: Spool, position: int, ring: loader.Ring) -> Iterator[tuple[int, bytes]]:
-    """What is in the spool from there on, then what is in the ring."""
-    frames = protocol.FrameBuffer()
-    while position < spool.written:
-        data = spool.read(position, _BLOCK_BYTES)
-        position += len(data)
-        yield from frames.feed(data)
+def _notices(spool: Spool, position: int, ring: loader.Ring) -> Iterator[bytes]:
+    """Each OPEN and CLOSE in the spool from there on, then in the ring."""
+    wanted = (protocol.OPEN, protocol.CLOSE)
+    for at, kind, size in spool.frames(position):
+        if kind in wanted and size <= NOTICE_BYTES_MAX:
+            yield spool.read(at, size)
     for _, record in ring.records():
         size, kind, _, _ = protocol.PREFIX.unpack_from(record)
-        yield kind, bytes(record[:size])
+        if kind in wanted:
+            yield bytes(record[:size])
 
 
 def _open(key: Key, flags: int, uid: int, comm: str, host: str) -> protocol.Record:

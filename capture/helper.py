@@ -74,6 +74,7 @@ class Helper:
         self._connections: dict[int, set[int]] = {}
         # Whose the connections are, as the spool has told: those of the latest openers.
         self._whose: dict[Key, bytes] = {}
+        self._ended: list[bytes] = []  # connections that we have told the end of
         self._paused = self._stopping = False
         self._listening: tuple[bool, bool] | None = None
         self._resume_at = 0.0
@@ -248,6 +249,9 @@ class Helper:
 
     def _begin(self, number: int, position: int) -> None:
         """A reader says from where on it wants to read."""
+        if self._outlet.begun:
+            raise Refused("read: where to begin is said once on a link")
+        position = self._outlet.place(position)
         frames: list[bytes] = []
         for record in unannounced(self._spool, position, self._ring, self._connection_map):
             frames += self._whose_is(record)
@@ -396,12 +400,20 @@ class Helper:
 
     def _pump(self, now: float) -> None:
         moved = self._outlet.pump()
+        if not self._outlet.full:
+            self._drop_ended()
         if (moved or self._outlet.full) and not self._outlet.blocked:
             # A record that a thread is still writing holds up all behind it: no wake-up comes then.
             # Nor does one tell that the reader has made room.
             is_told = self._loaded.name != "bcc" and not self._fills() and not self._outlet.full
             self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
             self._report_soon()
+
+    def _drop_ended(self) -> None:
+        """Take connections out of the kernel's table, as their ends are in the spool by now."""
+        for key in self._ended:
+            self._connection_map.drop(key)
+        self._ended.clear()
 
     def _fills(self) -> bool:
         """Whether the ring is past a quarter: when it comes to that the kernel wakes us up."""
@@ -481,7 +493,7 @@ class Helper:
         opened, sent, received = entry[:3]
         body = received.to_bytes(8, "little") + entry[10] + entry[11]
         size = protocol.RECORD.size + len(body)
-        self._connection_map.drop(key)
+        self._ended.append(key)  # dropped once this is in the spool
         fields = (size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0)
         return bytes(protocol.RECORD.pack(*fields) + body)
 

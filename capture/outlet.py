@@ -56,13 +56,17 @@ class Outlet:
         self._own.clear()
         self.blocked = False
 
+    def place(self, position: int) -> int:
+        """Where a reader begins that asks for this position: there, or at the next frame that is
+        still here."""
+        spool = self._spool
+        return spool.beginning(spool.oldest if position > spool.written else position)
+
     def begin(self, position: int, number: int, frames: Sequence[bytes]) -> None:
         """Send the reader what is in the spool from a position on, and before that these frames.
 
-        It is told the true position: a later one where the spool no longer has what it asked for.
+        It is told the true position, which is where a frame begins: `place` finds it.
         """
-        if not self._spool.oldest <= position <= self._spool.written:
-            position = self._spool.oldest
         about = {"id": number, "from": position, "until": self._spool.written}
         self._direct += b"".join(frames) + protocol.encode_message(protocol.REPLY, about)
         self._sent = position

@@ -17,15 +17,22 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from capture.protocol import PREFIX
 
 SPOOL_BYTES = 32 * 1024 * 1024
 """Half a minute of 100 exchanges a second, 10 KB each; memory is taken only as it fills."""
 FREED_BYTES = 4 * 1024 * 1024
 """Memory is given back in pieces of this size."""
+_BLOCK_BYTES = 256 * 1024
 FRAMES_A_WRITE_MAX = 1000  # below IOV_MAX (1024)
 
 _PAGE = mmap.PAGESIZE
+# Frames begin at these positions: one is noted for each stretch of the circle, so that a position
+# which a reader names can be proved to be one. What is in the frames may look like others.
+_STRETCH_BYTES = 64 * 1024
+_NOTED = struct.Struct("=Q")
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 # Bytes written since the beginning; the position before which memory was given back; how far the
@@ -34,25 +41,37 @@ _HEADER = struct.Struct("=QQQ")
 
 
 class Spool:
-    """The helper's side. The file's first page is the header, the rest a circle of frames."""
+    """The helper's side: a header, the places where frames begin, and a circle of frames."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.written: int
         self.ring_position: int
         self._freed: int
-        self.size_bytes = os.fstat(fd).st_size - _PAGE
+        length = os.fstat(fd).st_size - _PAGE
+        self._stretches = length // (_STRETCH_BYTES + _NOTED.size)
+        self.size_bytes = self._stretches * _STRETCH_BYTES
+        self._data = _PAGE + length - self.size_bytes
         header = os.pread(fd, _HEADER.size, 0)
         self.written, self._freed, self.ring_position = _HEADER.unpack(header)
+        latest = self.written // _STRETCH_BYTES
+        (noted,) = _NOTED.unpack(self._slot(latest))
+        is_noted = self.written and noted // _STRETCH_BYTES == latest
+        self._entered = latest if is_noted else -1  # the stretch whose first frame is noted
 
     @classmethod
     def new(cls, size_bytes: int = SPOOL_BYTES) -> Spool:
         """An empty one."""
-        return cls(_memory_file("halton-meter-spool", _PAGE + size_bytes))
+        stretches = max(2, size_bytes // _STRETCH_BYTES)
+        length = stretches * (_STRETCH_BYTES + _NOTED.size)
+        return cls(_memory_file("halton-meter-spool", _PAGE + length))
 
     def room(self, done: int) -> int:
-        """Bytes that may be written while what lies behind `done` has to stay."""
-        return self.size_bytes - (self.written - done)
+        """Bytes that may be written while what lies behind `done` has to stay.
+
+        Of the stretch that `done` is in the beginning stays, too, where its first frame is noted.
+        """
+        return self.size_bytes - _STRETCH_BYTES - (self.written - done)
 
     def append(self, frames: Sequence[bytes | memoryview], ring_position: int, done: int) -> None:
         """Write frames; the caller has seen that there is room. Raises OSError: nothing is written.
@@ -63,32 +82,78 @@ class Spool:
         self._free(done)
         at = self.written
         for start in range(0, len(frames), FRAMES_A_WRITE_MAX):
-            at += self._write(frames[start : start + FRAMES_A_WRITE_MAX], at)
+            part = frames[start : start + FRAMES_A_WRITE_MAX]
+            self._note_beginnings(part, at)
+            at += self._write(part, at)
         self._note(at, ring_position)
+
+    def _note_beginnings(self, frames: Sequence[bytes | memoryview], at: int) -> None:
+        """Keep where the first frame begins in each stretch that is entered."""
+        for frame in frames:
+            if at // _STRETCH_BYTES != self._entered:
+                slot = _PAGE + at // _STRETCH_BYTES % self._stretches * _NOTED.size
+                os.pwrite(self.fd, _NOTED.pack(at), slot)
+                self._entered = at // _STRETCH_BYTES
+            at += len(frame)
+
+    def beginning(self, position: int) -> int:
+        """The first frame at or behind this position that may still be read begins there."""
+        position = min(max(position, self.oldest), self.written)
+        at = self._noted_before(position)
+        while at < position:
+            at += max(PREFIX.unpack(self.read(at, PREFIX.size))[0], PREFIX.size)
+        return at
+
+    def _noted_before(self, position: int) -> int:
+        """A place at or before this position where a frame begins; behind it where none is left."""
+        for stretch in range(position // _STRETCH_BYTES, -1, -1):
+            if (stretch + 1) * _STRETCH_BYTES <= self.oldest:
+                break
+            (at,) = _NOTED.unpack(self._slot(stretch))
+            if at // _STRETCH_BYTES == stretch and self.oldest <= at <= position:
+                return int(at)
+        for stretch in range(position // _STRETCH_BYTES, self.written // _STRETCH_BYTES + 1):
+            (at,) = _NOTED.unpack(self._slot(stretch))
+            if at // _STRETCH_BYTES == stretch and position <= at <= self.written:
+                return int(at)
+        return self.written
+
+    def _slot(self, stretch: int) -> bytes:
+        return os.pread(self.fd, _NOTED.size, _PAGE + stretch % self._stretches * _NOTED.size)
+
+    def frames(self, position: int) -> Iterator[tuple[int, int, int]]:
+        """(position, kind, size) of each frame from the beginning of one on."""
+        block, at = b"", position
+        while position < self.written:
+            if position - at + PREFIX.size > len(block):
+                block, at = self.read(position, _BLOCK_BYTES), position
+            size, kind, _, _ = PREFIX.unpack_from(block, position - at)
+            yield position, kind, size
+            position += max(size, PREFIX.size)
 
     def _write(self, frames: Sequence[bytes | memoryview], at: int) -> int:
         count = sum(map(len, frames))
         start = at % self.size_bytes
         if start + count <= self.size_bytes:
-            written = os.pwritev(self.fd, frames, _PAGE + start)
+            written = os.pwritev(self.fd, frames, self._data + start)
         else:
             data = b"".join(frames)
             first = self.size_bytes - start
-            written = os.pwrite(self.fd, data[:first], _PAGE + start)
-            written += os.pwrite(self.fd, data[first:], _PAGE)
+            written = os.pwrite(self.fd, data[:first], self._data + start)
+            written += os.pwrite(self.fd, data[first:], self._data)
         if written != count:
             raise OSError("the spool's memory is exhausted")
         return count
 
     def _free(self, done: int) -> None:
         """Give back the memory of what nobody needs any more, piece by piece."""
-        while done - self._freed >= FREED_BYTES:
+        while done - self._freed >= FREED_BYTES + _STRETCH_BYTES:
             start = self._freed % self.size_bytes
             count = min(FREED_BYTES, self.size_bytes - start)
             self._freed += count
             self._note(self.written, self.ring_position)
             hole = _PUNCH_HOLE | _KEEP_SIZE
-            offset, length = ctypes.c_int64(_PAGE + start), ctypes.c_int64(count)
+            offset, length = ctypes.c_int64(self._data + start), ctypes.c_int64(count)
             _libc.fallocate(self.fd, hole, offset, length)  # refused: it is written over later
 
     def _note(self, written: int, ring_position: int) -> None:
@@ -104,14 +169,16 @@ class Spool:
         """Hand the socket what follows `position`; bytes sent. Raises BlockingIOError."""
         start = position % self.size_bytes
         count = min(self.written - position, self.size_bytes - start)
-        return os.sendfile(sock.fileno(), self.fd, _PAGE + start, count)
+        return os.sendfile(sock.fileno(), self.fd, self._data + start, count)
 
     def read(self, position: int, count: int) -> bytes:
         """Bytes from `position` on."""
         count = min(count, self.written - position)
         start = position % self.size_bytes
-        data = os.pread(self.fd, min(count, self.size_bytes - start), _PAGE + start)
-        return data if len(data) == count else data + os.pread(self.fd, count - len(data), _PAGE)
+        data = os.pread(self.fd, min(count, self.size_bytes - start), self._data + start)
+        if len(data) < count:
+            data += os.pread(self.fd, count - len(data), self._data)
+        return data
 
 
 # --- the reader's receipt -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capture.protocol import PREFIX
 from capture.spool import FREED_BYTES, OPEN_MAX, Receipt, Spool
 
 SIZE = 1 << 16
@@ -38,7 +40,7 @@ def test_what_is_written_is_sent_in_order_around_the_circle(seed: int, frame_max
     assert spool.written == len(written)
     assert written.startswith(read)
     position = spool.oldest
-    assert spool.read(position, SIZE) == written[position:]
+    assert spool.read(position, spool.size_bytes) == written[position:]
     for end in (near, far):
         end.close()
     os.close(spool.fd)
@@ -50,6 +52,41 @@ def test_a_successor_finds_it_as_it_was_left() -> None:
     again = Spool(os.dup(spool.fd))
     assert (again.written, again.ring_position, again.oldest) == (5, 77, 0)
     assert again.read(1, 100) == b"bcde"
+
+
+def framed(rng: random.Random, inner: bytes) -> bytes:
+    """A frame; what it holds looks like frames, too."""
+    data = inner * rng.randint(0, 3000)
+    return PREFIX.pack(PREFIX.size + len(data), 2, 0, 0) + data
+
+
+@given(st.integers(0, 2**32))
+def test_a_position_is_taken_only_where_a_frame_begins(seed: int) -> None:
+    """Else a program could have its own traffic read as the kernel's word."""
+    rng = random.Random(seed)
+    forged = PREFIX.pack(PREFIX.size, 1, 0, 0)
+    spool = Spool.new(4 * SIZE)
+    begins: list[int] = []
+    done = 0
+    while spool.written < rng.choice((0, 3, 9)) * SIZE or not begins:
+        frames = [framed(rng, forged) for _ in range(rng.randint(1, 9))]
+        count = sum(map(len, frames))
+        done = max(done, min(spool.written, spool.written + count - spool.room(spool.written)))
+        if spool.room(done) < count:
+            break
+        begins += itertools.accumulate(map(len, frames[:-1]), initial=spool.written)
+        spool.append(frames, 0, done)
+        if rng.random() < 0.1:
+            spool = Spool(spool.fd)  # a successor
+    readable = [at for at in begins if at >= spool.oldest]
+    for position in (rng.randrange(spool.written + 9) for _ in range(20)):
+        after = [at for at in (*readable, spool.written) if at >= min(position, spool.written)]
+        if position < done:  # no longer needed: perhaps not to be found any more
+            assert spool.beginning(position) in after
+        else:
+            assert spool.beginning(position) == after[0]
+    assert [at for at, _, _ in spool.frames(readable[0])] == readable
+    os.close(spool.fd)
 
 
 def test_the_memory_of_what_is_dealt_with_is_given_back() -> None:
