@@ -124,7 +124,10 @@ def covers(status: Mapping[str, Any], uid: int) -> bool:
 
 
 def serve(plan: Plan, say: Callable[[str], None]) -> None:
-    """Meter until SIGTERM, SIGINT or `stop`; restart what dies. Raises Unavailable at first."""
+    """Meter until SIGTERM, SIGINT or `stop`; restart what dies. Raises Unavailable at first.
+
+    `say` must not raise for want of disk: what it is told would end the service (`cli/daemon.py`).
+    """
     Signals.block()
     signals = Signals()
     supervisor = Supervisor(plan)

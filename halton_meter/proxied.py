@@ -102,10 +102,13 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.ask_to_stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    await service.start(sockets)
-    say(f"the edge listens on {', '.join(service.addresses)}")
-    await service.stopped()
-    await service.stop(DRAIN_S)
+    try:
+        await service.start(sockets)
+        say(f"the edge listens on {', '.join(service.addresses)}")
+        await service.stopped()
+    finally:
+        # After a fault of ours, too: a task left over would keep this process, which serves nobody.
+        await service.stop(DRAIN_S)
     say("stopped")
 
 

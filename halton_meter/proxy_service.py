@@ -164,10 +164,10 @@ class ProxyService:
             with contextlib.suppress(OSError):
                 (self.home / PROXY_SOCKET_NAME).unlink()
         self._report_bypassed()
-        if self._process is not None:
-            self._send({"finish": True})
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._tasks[0]), FINISH_S_MAX)
+        self._send({"finish": True})
+        if self._tasks:
+            # Not cancelled at once: asyncio may wait for ever for a child cancelled at its start.
+            await asyncio.wait({self._tasks[0]}, timeout=FINISH_S_MAX)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -243,14 +243,17 @@ class ProxyService:
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        secret = self.edge.worker_secret
-        process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
-        await self._hear(process.stdout)
-        self.losses.ended()
-        self._owed += Counter(self.losses.handed_on())
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(process.wait(), 1.0)
-        _kill(process)  # it has told all that it will
+        try:
+            if not self._stopping.is_set():  # else who stops us could not tell it to finish
+                secret = self.edge.worker_secret
+                process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
+                await self._hear(process.stdout)
+                self.losses.ended()
+                self._owed += Counter(self.losses.handed_on())
+                with contextlib.suppress(TimeoutError):
+                    return await asyncio.wait_for(process.wait(), 1.0)
+        finally:
+            _kill(process)  # it has told all that it will, or nobody hears it
         return await process.wait()
 
     async def _hear(self, stdout: asyncio.StreamReader) -> None:
@@ -375,13 +378,32 @@ class ProxyService:
     async def _tick_on(self) -> None:
         for tick in itertools.count(1):
             await asyncio.sleep(TICK_S)
-            self._report_bypassed()
-            if self._kept is not None and tick % ALIVE_TICKS == 0:
-                self._kept.alive(time.time_ns())
-                await self._listen()
-            asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
-            if self._state in ("ready", "hung") and asked:
-                self._feel_pulse()
+            try:
+                await self._tick(tick)
+            except Exception:  # a fault of ours: the next tick may do
+                self.edge.counts.update(["loop_errors"])
+
+    async def _tick(self, tick: int) -> None:
+        self._revive_keeping()
+        self._report_bypassed()
+        if self._kept is not None and tick % ALIVE_TICKS == 0:
+            self._kept.alive(time.time_ns())
+            await self._listen()
+        asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
+        if self._state in ("ready", "hung") and asked:
+            self._feel_pulse()
+
+    def _revive_keeping(self) -> None:
+        """Without the task that keeps the worker nothing would ever be metered again."""
+        keeping = self._tasks[0]
+        if not keeping.done() or self._stopping.is_set():
+            return
+        fault = None if keeping.cancelled() else keeping.exception()
+        self._tasks[0] = asyncio.get_running_loop().create_task(self._keep_worker())
+        self.edge.counts.update(["loop_errors"])
+        self._cause = self._cause or f"a fault of ours: {type(fault).__name__}"
+        if not self._paused:
+            self._down("worker_down", "waiting")
 
     def _feel_pulse(self) -> None:
         if self._pings_missed >= HUNG_TICKS and self._process is not None:

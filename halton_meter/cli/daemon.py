@@ -8,16 +8,51 @@ stderr); 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, TextIO
 
 import click
 
-# The keeper gives up on a daemon that fails so often in a row.
-STARTS_MAX = 5
+# A keeper waits ever longer before it starts again what dies at once, and never gives up: a disk
+# that is full now has room some day. Clients wait in the edge's queue meanwhile, so not for long.
 KEPT_HEALTHY_S = 60.0
-KEPT_WAIT_S_MAX = 10.0
+KEPT_WAIT_S_MIN = 0.2
+KEPT_WAIT_S_MAX, EDGE_WAIT_S_MAX = 60.0, 10.0
+KEPT_LOOK_S = 0.2
+
+
+def say(text: str) -> None:
+    """One line for the log; a log that takes nothing, as its disk is full, ends no service."""
+    with contextlib.suppress(OSError):
+        click.echo(f"halton-meter: {text}", err=True)
+
+
+class _Log(io.FileIO):
+    """A file that drops what its disk does not take."""
+
+    def write(self, data: Any, /) -> int:
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+            if written is not None:
+                return written
+        return memoryview(data).nbytes
+
+
+def log_on(stream: TextIO) -> TextIO:
+    """The same stream, but what its file does not take is dropped and never raises.
+
+    Python keeps what could not be written and tries again when it ends: then with exit code 120.
+    """
+    try:
+        log = io.BufferedWriter(_Log(stream.fileno(), "w", closefd=False))
+    except (AttributeError, OSError, ValueError):  # None, closed, or no file
+        return stream
+    return io.TextIOWrapper(log, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 @click.command()
@@ -46,6 +81,7 @@ def daemon(
     cgroup: str | None,
 ) -> None:
     """Run the meter in the foreground."""
+    sys.stdout, sys.stderr = log_on(sys.stdout), log_on(sys.stderr)
     if keep:
         sys.exit(_keep_proxy(port) if via == "proxy" else _keep())
     if not foreground:
@@ -62,11 +98,14 @@ def daemon(
             _serve(owner, all_users, users, cgroup)
     except Unavailable as error:
         for what, mend in error.problems:
-            click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
+            say(f"{what}\n  try: {mend}")
         sys.exit(1)
     except ConfigError as error:
-        click.echo(f"halton-meter: {error}", err=True)
+        say(str(error))
         sys.exit(1)
+    except Exception as error:  # a fault of ours; Python says where
+        say(f"the service ends: {type(error).__name__}: {error}")
+        raise
 
 
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
@@ -79,10 +118,6 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
         raise supervisor.Unavailable(problems)
     account = config.account_named(owner) if owner else config.invoking_account()
     home = config.home_folder(account=account)
-
-    def say(text: str) -> None:
-        click.echo(f"halton-meter: {text}", err=True)
-
     plan = root.service_plan(
         account, home, all_users=all_users, users=users, cgroup=cgroup, say=say
     )
@@ -92,9 +127,6 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
 def _serve_proxy(port: int | None) -> None:
     from halton_meter import config, proxied
     from halton_meter.supervisor import Unavailable
-
-    def say(text: str) -> None:
-        click.echo(f"halton-meter: {text}", err=True)
 
     try:
         proxied.serve(config.home_folder(), port, say)
@@ -107,71 +139,74 @@ def _keep_proxy(port: int | None) -> int:
     """Where there is neither systemd nor launchd: hold the socket, and run the edge on it again
     whenever it dies. Clients that come meanwhile wait in the socket's queue.
     """
-    import signal
-
-    from halton_meter import config, own_code
+    from halton_meter import config
     from proxy_fallback import listening
 
     try:
         listener = listening.listen(port or config.load_proxy(config.home_folder()).port)
     except (listening.EdgeError, config.ConfigError) as error:
-        click.echo(f"halton-meter: {error}", err=True)
+        say(str(error))
         return 1
+    command = _kept_command()
+    return _keep_alive(lambda: listening.spawn_on(listener, command), EDGE_WAIT_S_MAX, final=(0,))
+
+
+def _keep() -> int:
+    """Where there is no systemd: run the daemon, and again when it dies."""
+    command = _kept_command()
+    # One that cannot start at all has said why, and whoever started it waits for that.
+    spawn = lambda: os.posix_spawn(command[0], command, os.environ)  # noqa: E731
+    return _keep_alive(spawn, KEPT_WAIT_S_MAX, final=(0, 1))
+
+
+def _kept_command() -> list[str]:
+    from halton_meter import own_code
+
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
-    command = own_code.python("halton_meter", *arguments)
+    return own_code.python("halton_meter", *arguments)
+
+
+def kept_wait_s(failures: int, wait_s_max: float) -> float:
+    """How long to wait before the next start, after so many failures in a row."""
+    return float(min(KEPT_WAIT_S_MIN * 2 ** min(failures, 16), wait_s_max))
+
+
+def _keep_alive(spawn: Callable[[], int], wait_s_max: float, final: tuple[int, ...]) -> int:
+    """Run what `spawn` starts (it gives the pid) until it ends as asked; our exit code.
+
+    The first one may also end with any code of `final`; later ones are started again but for 0.
+    """
+    import signal
+
     child, stopping, failures = 0, False, 0
 
     def stop(*_: object) -> None:
         nonlocal stopping
         stopping = True
         if child:
-            os.kill(child, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     while True:
         began = time.monotonic()
-        child = listening.spawn_on(listener, command)
-        _, status = os.waitpid(child, 0)
-        code, child = os.waitstatus_to_exitcode(status), 0
-        if code == 0 or stopping:
-            return 0
+        try:
+            child = spawn()
+            if stopping:
+                stop()
+            _, status = os.waitpid(child, 0)
+            code, child = os.waitstatus_to_exitcode(status), 0
+            why = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
+        except OSError as error:
+            code, why = -1, f"could not be started: {error.strerror}"
+        if code in final or stopping:
+            return max(code, 0)
+        final = (0,)
         failures = 0 if time.monotonic() - began > KEPT_HEALTHY_S else failures + 1
-        time.sleep(min(0.1 * 2**failures, KEPT_WAIT_S_MAX))
-
-
-def _keep() -> int:
-    """Where there is no systemd: run the daemon, and again when it is killed."""
-    import signal
-    import subprocess
-
-    from halton_meter import own_code
-
-    arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
-    command = own_code.python("halton_meter", *arguments)
-    failures = 0
-    while failures < STARTS_MAX:
-        began = time.monotonic()
-        child = subprocess.Popen(command)
-        stopping = _pass_on(child, signal.SIGTERM)
-        code = child.wait()
-        if code in (0, 1) or stopping:
-            return code
-        failures = 0 if time.monotonic() - began > KEPT_HEALTHY_S else failures + 1
-        time.sleep(0.2 * 2**failures)
-    return 1
-
-
-def _pass_on(child: object, number: int) -> list[int]:
-    """Hand a signal to the child, and remember it."""
-    import signal
-    import subprocess
-
-    assert isinstance(child, subprocess.Popen)
-    seen: list[int] = []
-
-    def handler(received: int, frame: object) -> None:
-        seen.append(received)
-        child.send_signal(received)
-
-    signal.signal(number, handler)
-    return seen
+        wait_s = kept_wait_s(failures, wait_s_max)
+        say(f"the service {why}; it is started again in {wait_s:g} s")
+        due = time.monotonic() + wait_s
+        while (left_s := due - time.monotonic()) > 0:
+            time.sleep(min(left_s, KEPT_LOOK_S))
+            if stopping:
+                return 0

@@ -8,6 +8,7 @@ healthy, or stopped; 1 not, with the reason and the next command on stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -27,6 +28,7 @@ UNIT_PATH = Path("/etc/systemd/system") / UNIT_NAME
 START_S_MAX = 20.0
 STOP_S_MAX = 20.0
 SYSTEMCTL_S_MAX = 60.0
+SAID_CHARACTERS_MAX = 1000
 
 # Whatever the service may need, and nothing else: BPF and probes (BPF and PERFMON; SYS_ADMIN before
 # Linux 5.8, and for a mount namespace of the helper's own), other processes' /proc and files,
@@ -230,6 +232,7 @@ def _persons_log(log: Path, account: Account) -> int:
         privileges.as_account(account, lambda: log.touch(0o600))
         fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (config.ConfigError, OSError) as error:
+        _fail_for_disk(f"{log} cannot be written", log.parent, account)
         _fail(f"{log} cannot be written: {error}", f"ls -l {log}")
     found = os.fstat(fd)
     if found.st_uid != account.uid or not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
@@ -253,6 +256,7 @@ def _start_kept(command: list[str], account: Account, home: Path) -> None:
             start_new_session=True,
         )
     if _wait_for(home, account.uid, process) is None:
+        _fail_for_disk("the service did not become healthy", home, account, process)
         _fail("the service did not become healthy", f"tail {log}")
     click.echo("running in the background, without systemd: it will not start with the machine")
 
@@ -295,6 +299,29 @@ def _systemctl(*arguments: str) -> subprocess.CompletedProcess[str]:
 def _fail(what: str, mend: str) -> NoReturn:
     click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
     sys.exit(1)
+
+
+def _fail_for_disk(
+    what: str,
+    home: Path,
+    account: Account | None = None,
+    process: subprocess.Popen[bytes] | None = None,
+) -> None:
+    """Fail if the person's disk takes nothing: the log, on the same disk, cannot say so."""
+    from halton_meter import config, privileges, untrusted
+
+    def trouble() -> str | None:
+        from halton_meter.store.errors import refusal
+
+        return refusal(home)
+
+    with contextlib.suppress(config.ConfigError):  # then it is not the disk, and the log tells
+        said = trouble() if account is None else privileges.as_account(account, trouble)
+        if said:
+            goes_on = process is not None and process.poll() is None
+            after = "it goes on trying: halton-meter status" if goes_on else "then start it again"
+            said = untrusted.printable(str(said), SAID_CHARACTERS_MAX)
+            _fail(f"{what}: {said}", f"df -h {home}   ({after})")
 
 
 # --- the proxy's service --------------------------------------------------------------------------
@@ -353,6 +380,7 @@ def _start_proxy() -> None:
         _run_quietly(command)
     found = _wait_for_proxy(home)
     if found is None:
+        _fail_for_disk("the proxy's service does not become healthy", home)
         _fail("the proxy's service does not become healthy", _journal())
     click.echo(f"running on {', '.join(found['addresses'])}; it starts when you log in")
 
@@ -373,7 +401,8 @@ def _keep_proxy(home: Path) -> None:
     try:
         output = os.fdopen(os.open(log, flags, 0o600), "ab")
     except OSError as error:
-        _fail(f"{log} cannot be written: {error.strerror}", f"df -h {home}")
+        _fail_for_disk(f"{log} cannot be written", home)
+        _fail(f"{log} cannot be written: {error.strerror}", f"ls -l {log}")
     with output:
         at = output.tell()
         process = subprocess.Popen(
@@ -391,6 +420,7 @@ def _keep_proxy(home: Path) -> None:
         if process.poll() is not None and said:
             click.echo(said, err=True)  # it says why, and what to do
             sys.exit(1)
+        _fail_for_disk("the proxy did not become healthy", home, process=process)
         _fail("the proxy did not become healthy", f"tail {log}")
     click.echo(
         f"running on {', '.join(found['addresses'])} in the background: it will not start with the "

@@ -8,7 +8,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from pathlib import Path
+
+# Whether a disk is full is tried with so much: a log's line and a small file's first block.
+TRIED_BYTES = 64 << 10
 
 
 class StoreError(Exception):
@@ -47,6 +51,19 @@ def disk_trouble(error: OSError, folder: Path) -> str:
     if error.errno == errno.ENOSPC and _has_no_inodes(folder):
         what, mend = "the file system has no free inodes", "Delete some files (df -i {folder})"
     return f"{what} ({folder}). {mend.format(folder=folder)}"
+
+
+def refusal(folder: Path) -> str | None:
+    """Why the disk takes nothing more in `folder`, as `disk_trouble` says it; None when it does.
+
+    Tried with a nameless file: room that is free for root, or past a quota, is none for a person.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(TRIED_BYTES))
+    except OSError as error:
+        return disk_trouble(error, folder)
+    return None
 
 
 _WORDS = {
