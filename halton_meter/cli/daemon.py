@@ -14,13 +14,24 @@ import time
 
 import click
 
+from halton_meter.cli.drawing import harmless_lines
+
 # The keeper gives up on a daemon that fails so often in a row.
 STARTS_MAX = 5
 KEPT_HEALTHY_S = 60.0
 KEPT_WAIT_S_MAX = 10.0
 
 
-@click.command()
+EXAMPLES = """
+    \b
+    Examples:
+      sudo halton-meter daemon --foreground                  with probes, for this user
+      sudo halton-meter daemon --foreground --all-users      … for everybody
+      halton-meter daemon --foreground --via proxy           the local proxy, as yourself
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.option("--foreground", is_flag=True, help="Stay in the foreground (what systemd wants).")
 @click.option("--keep", is_flag=True, hidden=True, help="Start again what dies, without systemd.")
 @click.option(
@@ -45,7 +56,10 @@ def daemon(
     users: tuple[str, ...],
     cgroup: str | None,
 ) -> None:
-    """Run the meter in the foreground."""
+    """Run the meter in the foreground, as systemd and launchd do, until Ctrl-C.
+
+    In the background it runs by: sudo halton-meter start
+    """
     if keep:
         sys.exit(_keep_proxy(port) if via == "proxy" else _keep())
     if not foreground:
@@ -62,10 +76,10 @@ def daemon(
             _serve(owner, all_users, users, cgroup)
     except Unavailable as error:
         for what, mend in error.problems:
-            click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
+            click.echo(harmless_lines(f"halton-meter: {what}\n  try: {mend}"), err=True)
         sys.exit(1)
     except ConfigError as error:
-        click.echo(f"halton-meter: {error}", err=True)
+        click.echo(harmless_lines(f"halton-meter: {error}"), err=True)
         sys.exit(1)
 
 
@@ -115,7 +129,7 @@ def _keep_proxy(port: int | None) -> int:
     try:
         listener = listening.listen(port or config.load_proxy(config.home_folder()).port)
     except (listening.EdgeError, config.ConfigError) as error:
-        click.echo(f"halton-meter: {error}", err=True)
+        click.echo(harmless_lines(f"halton-meter: {error}"), err=True)
         return 1
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
     command = own_code.python("halton_meter", *arguments)
