@@ -109,6 +109,7 @@ def run_watched(
         result.totals = Totals.of_json(reply.get("totals"))
         result.coverage = list(reply.get("coverage", ()))
         result.store_error = reply.get("store_error")
+        result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
         result.gaps.append((started_ns, time.time_ns(), "the service stopped during the run"))
     return code, result

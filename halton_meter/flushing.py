@@ -144,9 +144,13 @@ class Flusher:
 
 
 class Condition:
-    """How the store of one who meters fares: what waits where, why, since when, and what to do."""
+    """How the store of one who meters fares: what waits where, why, since when, and what to do.
 
-    def __init__(self, store: EventStore) -> None:
+    `price_error` is why the person's own prices are not used, and what to do about that.
+    """
+
+    def __init__(self, store: EventStore, price_error: str | None = None) -> None:
+        self.price_error = price_error
         self._store = store
         self._outcome = Outcome()
         self._failures = 0
@@ -203,12 +207,13 @@ class Condition:
             "store_error": error[0] if error else None,
             "store_error_since": rfc3339(error[1]) if error else None,
             "damaged_databases": [str(path) for path in self._store.damaged_databases],
+            "price_error": self.price_error,
         }
 
 
 def is_well(condition: dict[str, Any]) -> bool:
-    """Whether the store is, going by what `Condition.as_json` told of it."""
-    return not condition.get("store_error") and not condition.get("damaged_databases")
+    """Whether store and prices are, going by what `Condition.as_json` told of them."""
+    return not any(map(condition.get, ("store_error", "damaged_databases", "price_error")))
 
 
 def main(home: Path) -> int:

@@ -68,6 +68,7 @@ CHUNK_OVERHEAD_BYTES = 256
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 DRAIN_S = 5.0
+PRICE_ERROR_MAX = 900
 
 
 # --- what is asked of it, and what it tells -----------------------------------------------------
@@ -158,7 +159,14 @@ class _Run:
 class Metering:
     """The loop: one thread, woken only by plaintext, a request, or events that are due on disk."""
 
-    def __init__(self, job: Job, source: PlaintextSource, meter: Meter, store: EventStore) -> None:
+    def __init__(
+        self,
+        job: Job,
+        source: PlaintextSource,
+        meter: Meter,
+        store: EventStore,
+        price_error: str | None = None,
+    ) -> None:
         self._job = job
         self._source = source
         self._meter = meter
@@ -183,7 +191,7 @@ class Metering:
         self._waiting_next: list[Client] = []
         self._sealed_at = 0.0
         self._alive_at = time.monotonic()
-        self._condition = Condition(store)
+        self._condition = Condition(store, price_error)
         self._told: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
@@ -428,7 +436,8 @@ class Metering:
             self._gaps.end(time.time_ns(), clean=self._exit_code == ENDED)
         final = {"totals": self._totals.as_json(), **self._lost(), "final": True}
         final |= {"held": self._store.held, "owed": self._store.owed}
-        tell(final | {"coverage": self._coverage(), "store_error": self._condition.last_word()})
+        final |= {"coverage": self._coverage(), "store_error": self._condition.last_word()}
+        tell(final | {"price_error": self._condition.price_error})
 
     # --- the control socket
 
@@ -466,6 +475,7 @@ class Metering:
             "totals": run.totals.as_json(),
             "coverage": self._coverage(run.pid),
             "store_error": self._condition.as_json()["store_error"],
+            "price_error": self._condition.price_error,
         }
 
     # --- what there is to tell
@@ -591,8 +601,11 @@ def prepare_home(home: Path) -> None:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
-    """The pipeline with prices, projects and the user's own hosts."""
+def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | None]:
+    """The pipeline with prices, projects and the user's own hosts.
+
+    Also why the person's own prices are not used, and the command to run; None when they are.
+    """
     from halton_meter.attribution import Attribution
     from halton_meter.memory import keep_freed_memory
     from halton_meter.meter import Meter
@@ -603,12 +616,16 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> Meter:
 
     count_with(Tokenizer())
     keep_freed_memory()
+    trouble = None
     try:
         book = PriceBook.load(home)
-    except OSError as error:  # to meter at the prices that came with us is better than not to
-        print(f"halton-meter: bundled prices are used: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:  # PriceError: to meter at bundled prices beats not to
+        trouble = f"bundled prices are used: {untrusted.printable(str(error), PRICE_ERROR_MAX)}"
+        if isinstance(error, OSError):
+            trouble += f"; see: ls -l {home}"
+        print(f"halton-meter: {trouble}", file=sys.stderr)
         book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts))
+    return Meter(book.price, Attribution(), Registry(extra_hosts)), trouble
 
 
 def _is_only_one(home: Path) -> bool:
@@ -676,13 +693,13 @@ def start(job: Job, link: socket.socket) -> int:
         return REFUSED
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
-    meter = make_meter(home, job.extra_hosts)
+    meter, price_error = make_meter(home, job.extra_hosts)
     try:
         source.start()
     except UprobeUnavailable as error:
         tell({"unavailable": [[problem.what, problem.command] for problem in error.problems]})
         return UNAVAILABLE
-    return Metering(job, source, meter, Store(home)).run()
+    return Metering(job, source, meter, Store(home), price_error).run()
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ class ProxiedRun:
     losses: Counter[str] = field(default_factory=Counter)
     gaps: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
+    price_error: str | None = None
 
 
 def meter_command(
@@ -262,6 +263,7 @@ class _Background:
                     run.losses[f"unmetered_{cause}"] += count
             run.gaps = list(service.gaps)
             run.store_error = service.final.get("store_error")
+            run.price_error = service.final.get("price_error")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -522,7 +522,7 @@ def _served() -> frozenset[int]:
 
 
 _COUNTS = ("events", "journal_waiting", "held")
-_TEXTS = ("last_event_at", "store_error", "store_error_since")
+_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
 _OF_WORKER = (*_COUNTS, *_TEXTS, "totals", "damaged_databases")
 
 

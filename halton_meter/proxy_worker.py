@@ -143,7 +143,13 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> M
 class Pricing:
     """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
 
-    def __init__(self, meter: Meter, home: Path, told: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        home: Path,
+        told: Callable[[dict[str, Any]], None],
+        price_error: str | None = None,
+    ) -> None:
         from halton_meter.store import Store
 
         self._meter = meter
@@ -157,7 +163,7 @@ class Pricing:
         self._unflushed = 0
         self._flusher: Flusher | None = None
         self._retry_due: float | None = None  # of what the disk refused
-        self._condition = Condition(self._store)
+        self._condition = Condition(self._store, price_error)
         self._told = told
         self._told_before: dict[str, Any] = {}
         self.losses: Counter[str] = Counter()
@@ -312,7 +318,8 @@ class Worker:
 
         with contextlib.suppress(OSError):
             prepare_home(self._home)
-        pricing = Pricing(make_meter(self._home, self._job.extra_hosts), self._home, self.tell)
+        meter, price_error = make_meter(self._home, self._job.extra_hosts)
+        pricing = Pricing(meter, self._home, self.tell, price_error)
         hosts = provider_hosts(self._job.extra_hosts)
         addon = make_addon(pricing, self._job.extra_hosts, self.tell)
         try:

@@ -218,6 +218,7 @@ class Metered:
     coverage: list[dict[str, Any]] = field(default_factory=list)
     gaps: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
+    price_error: str | None = None
 
 
 class Supervisor:
@@ -278,7 +279,7 @@ class Supervisor:
                 if messages is None:
                     self._worker.wait(1)
                     raise Unavailable(
-                        [("the metering process ended at once", "its message is above")]
+                        [("the metering process ended at once, see above", "halton-meter doctor")]
                     )
                 for message in messages:
                     self.take(message)
@@ -391,6 +392,7 @@ class Supervisor:
             for line in lines
         ]
         self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
+        self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
 
     def _bury(self) -> None:
         """The metering process died: note when and why, and when the next one is to be started."""

@@ -189,7 +189,12 @@ class Shelf:
             raw = path.read_bytes()
             digest.update(f"{kind}/{provider}\0{len(raw)}\0".encode())
             digest.update(raw)
-            texts[(kind, provider)] = raw.decode("utf-8")
+            try:
+                texts[(kind, provider)] = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                raise PriceError(
+                    f"{path}: no UTF-8 text; run: halton-meter pricing refresh --undo"
+                ) from None
         return cls(texts), digest.hexdigest()
 
     def file(self, kind: str, provider: str) -> PriceFile | None:

@@ -9,6 +9,7 @@ neither can reprice the past. This file refuses to read or write files.
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ History = dict[str, dict[str, Any]]
 Change = tuple[str, str]  # (model, what happened, in words)
 
 _NOT_RATES = frozenset({"from", "when", "hours", "checked", "source", "note", "evidence"})
+# What ends a TOML string or may not stand in one as it is: control characters, C1's for the reader.
+_NOT_PLAIN = re.compile(r'[\x00-\x1f\x7f-\x9f\\"]')
 
 
 def row_identity(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -124,5 +127,11 @@ def toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{text}"'
+    return f'"{_NOT_PLAIN.sub(_escaped, str(value))}"'
+
+
+def _escaped(found: re.Match[str]) -> str:
+    character = found[0]
+    if character in '\\"':
+        return f"\\{character}"
+    return "\\n" if character == "\n" else f"\\u{ord(character):04x}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from pricing.rates import PriceError, Rate, decimal_of, rates_of, row_of
 
 FILE_NAME = "pricing.toml"
 _OVERRIDES_MAX = 10_000
+_HEAD = re.compile(r"\s*\[\[\s*[\"']?override[\"']?\s*\]\]")
 _HUNDRED = Decimal(100)
 
 
@@ -64,18 +66,30 @@ def read(home: Path | None) -> tuple[Override, ...]:
     if path is None or not path.exists():
         return ()
     try:
-        return _overrides(tomllib.loads(path.read_text("utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, PriceError) as error:
+        return _parsed(path.read_bytes())
+    except PriceError as error:
         raise PriceError(
             f"{path}: {error}; mend it, or run: halton-meter pricing reset --all"
         ) from None
 
 
-def _overrides(document: Mapping[str, Any]) -> tuple[Override, ...]:
-    tables = document.get("override", [])
+def _parsed(raw: bytes) -> tuple[Override, ...]:
+    """The overrides that a file's bytes hold; a PriceError names the line."""
+    try:
+        text = raw.decode("utf-8")
+        tables = tomllib.loads(text).get("override", [])
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise PriceError(f"no UTF-8 text (at line {line})") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number too long for int
+        raise PriceError(str(error)) from None
     if not isinstance(tables, list) or len(tables) > _OVERRIDES_MAX:
         raise PriceError(f"[[override]] must be a list of at most {_OVERRIDES_MAX}")
-    return tuple(override_of(table, f"override {i}") for i, table in enumerate(tables, 1))
+    heads = [n for n, line in enumerate(text.split("\n"), 1) if _HEAD.match(line)]
+    places = [f"line {n}, override {i}" for i, n in enumerate(heads, 1)]
+    if len(places) != len(tables):  # written as a list of inline tables
+        places = [f"override {i}" for i, _ in enumerate(tables, 1)]
+    return tuple(map(override_of, tables, places))
 
 
 def digest(overrides: Sequence[Override]) -> str:
@@ -86,6 +100,8 @@ def digest(overrides: Sequence[Override]) -> str:
 
 def override_of(table: Mapping[str, Any], where: str) -> Override:
     """An override from its TOML table."""
+    if not isinstance(table, Mapping):
+        raise PriceError(f"{where}: write it under a line [[override]]")
     model = str(table.get("model", "")).strip().lower()
     if not model:
         raise PriceError(f"{where}: no model; write a name or a glob such as 'gpt-5*'")
@@ -123,16 +139,24 @@ def _factor(table: Mapping[str, Any], where: str) -> Decimal | None:
 
 
 def write(home: Path, overrides: Sequence[Override]) -> Path:
-    """Write the overrides, replacing the file in one step."""
+    """Write the overrides, replacing the file in one step. Raises PriceError, OSError.
+
+    What would not be read again is not written: it would take all prices of the person's away.
+    """
     from pricing.history import toml_value
 
     lines = ["# Your own prices; see: halton-meter pricing set --help"]
     for override in overrides:
         lines += ["", "[[override]]"]
         lines += [f"{key} = {toml_value(value)}" for key, value in override.table.items()]
+    try:
+        raw = ("\n".join(lines) + "\n").encode("utf-8")
+    except UnicodeEncodeError:
+        raise PriceError("a name that is no UTF-8 text cannot be kept") from None
+    _parsed(raw)
     home.mkdir(parents=True, exist_ok=True)
     path = home / FILE_NAME
     partial = path.with_suffix(".toml.partial")
-    partial.write_text("\n".join(lines) + "\n", "utf-8")
+    partial.write_bytes(raw)
     os.replace(partial, path)
     return path

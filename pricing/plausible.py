@@ -65,15 +65,15 @@ def is_implausible_usd(stated: Decimal | None, computed: Decimal | None) -> bool
     """Whether no request costs that much: what is stated, or else what its counts come to.
 
     `computed` is what the provider's own counts come to at known rates, None where that is not
-    known.
+    known: then what is stated is all there is to go by. Zero is known: no tokens, or a free model.
     """
     if stated is None:
         return computed is not None and computed > REQUEST_USD_MAX
     if stated > REQUEST_USD_MAX:
         return True
-    return bool(
-        computed and stated > TIMES_COMPUTED_FROM_USD and stated > computed * TIMES_COMPUTED_MAX
-    )
+    if computed is None or stated <= TIMES_COMPUTED_FROM_USD:
+        return False
+    return stated > computed * TIMES_COMPUTED_MAX
 
 
 def _beyond(

@@ -7,11 +7,12 @@ is imported when that command runs or when its own help is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import click
@@ -73,6 +74,22 @@ _COMMANDS: dict[str, _Entry] = {
 class LazyGroup(click.Group):
     """A click group whose commands are imported on use."""
 
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **more: Any,
+    ) -> click.Context:
+        """Read our own options."""
+        with _plainly():
+            return super().make_context(info_name, args, parent, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _plainly():
+            return super().invoke(ctx)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every command, in the order of the table."""
         return list(_COMMANDS)
@@ -110,6 +127,20 @@ class LazyGroup(click.Group):
         """List the commands from the table, importing none of them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.line) for name, entry in _COMMANDS.items()])
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """What is wrong is told with what was typed, which may be a file's name from anywhere: nothing
+    in it may speak to the terminal.
+    """
+    try:
+        yield
+    except click.ClickException as error:
+        from halton_meter.cli.drawing import harmless_lines
+
+        error.message = harmless_lines(error.message)  # type: ignore[misc]  # Final: for subclasses
+        raise
 
 
 def _settle(*, needs_root: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from halton_meter.cli.drawing import harmless_lines
 from halton_meter.config import home_folder
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def fail(message: str) -> NoReturn:
     """Say why on stderr and end with code 1."""
-    click.echo(f"halton-meter: {message}", err=True)
+    click.echo(harmless_lines(f"halton-meter: {message}"), err=True)
     sys.exit(1)
 
 
@@ -30,6 +31,8 @@ def open_book() -> PriceBook:
         return PriceBook.load(home_folder())
     except PriceError as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}; see: ls -l {home_folder()}")
 
 
 def parsed_time(text: str | None) -> int | None:

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 import click
 
+from halton_meter.cli.drawing import harmless_lines
+
 # A keeper waits ever longer before it starts again what dies at once, and never gives up: a disk
 # that is full now has room some day. Clients wait in the edge's queue meanwhile, so not for long.
 KEPT_HEALTHY_S = 60.0
@@ -29,7 +31,7 @@ KEPT_LOOK_S = 0.2
 def say(text: str) -> None:
     """One line for the log; a log that takes nothing, as its disk is full, ends no service."""
     with contextlib.suppress(OSError):
-        click.echo(f"halton-meter: {text}", err=True)
+        click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
 
 
 class _Log(io.FileIO):
@@ -55,7 +57,16 @@ def log_on(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(log, stream.encoding, "backslashreplace", line_buffering=True)
 
 
-@click.command()
+EXAMPLES = """
+    \b
+    Examples:
+      sudo halton-meter daemon --foreground                  with probes, for this user
+      sudo halton-meter daemon --foreground --all-users      … for everybody
+      halton-meter daemon --foreground --via proxy           the local proxy, as yourself
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.option("--foreground", is_flag=True, help="Stay in the foreground (what systemd wants).")
 @click.option("--keep", is_flag=True, hidden=True, help="Start again what dies, without systemd.")
 @click.option(
@@ -80,7 +91,10 @@ def daemon(
     users: tuple[str, ...],
     cgroup: str | None,
 ) -> None:
-    """Run the meter in the foreground."""
+    """Run the meter in the foreground, as systemd and launchd do, until Ctrl-C.
+
+    In the background it runs by: sudo halton-meter start
+    """
     sys.stdout, sys.stderr = log_on(sys.stdout), log_on(sys.stderr)
     if keep:
         sys.exit(_keep_proxy(port) if via == "proxy" else _keep())

@@ -123,6 +123,7 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
 
     yield from _installed()
     yield from _files(machine.home)
+    yield _prices(machine.home)
     try:
         ledger = Ledger(machine.home, machine.commands)
     except ChangeError as error:
@@ -172,6 +173,23 @@ def _files(home: Path) -> Iterator[Finding]:
         f"{free // 1024**2:,} MB free for {home}",
         f"du -h {shlex.quote(str(home))}",
     )
+
+
+def _prices(home: Path) -> Finding:
+    from pricing.book import PriceBook
+    from pricing.rates import PriceError
+
+    try:
+        book = PriceBook.load(home)
+    except PriceError as error:
+        what, _, mend = str(error).rpartition("run: ")
+        text = what.partition("; ")[0] or str(error)
+        return Finding("prices", False, f"{text}: bundled prices are used", mend)
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}: bundled prices are used"
+        return Finding("prices", False, text, f"ls -l {shlex.quote(str(home))}")
+    own = f", {len(book.overrides)} of your own" if book.overrides else ""
+    return Finding("prices", True, f"price book {book.version}{own}")
 
 
 def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:

@@ -44,6 +44,11 @@ def harmless(line: str) -> str:
     return shown(line, LINE_CHARACTERS_MAX)
 
 
+def harmless_lines(text: str) -> str:
+    """Several lines of which parts come from outside; they stay as many lines."""
+    return "\n".join(map(harmless, text.split("\n")))
+
+
 def count_text(count: int | None) -> str:
     """A count in four figures: 950, 12.3k, 4.56M; "-" for unknown."""
     if count is None:

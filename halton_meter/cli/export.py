@@ -6,17 +6,22 @@ cannot be written; 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from halton_meter.cli.drawing import harmless
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.config import home_folder
 from halton_meter.model import event_json
 from halton_meter.store import NothingStored, Reader, Selection, Store
+from halton_meter.store.errors import disk_trouble
 from halton_meter.store.export import write_csv, write_parquet, write_sqlite
 
 
@@ -56,18 +61,32 @@ def export(form: str, path: Path, force: bool, **options: Any) -> None:
     selection = read_selection(now_ns(), **options)
     if path.exists() and not force:
         raise click.ClickException(f"{path} exists. Replace it with --force, or name another.")
+    if path.exists() and not path.is_file():
+        raise click.ClickException(f"{path} is no file to be replaced. Name another.")
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with explained(), Store(home_folder()).reading() as reader:
+        with explained(), Store(home_folder()).reading() as reader, _told_of(path):
             count = _written(_WRITERS[form], reader, part, selection)
-        os.replace(part, path)
+            os.replace(part, path)
     except NothingStored as nothing:
         raise click.ClickException(str(nothing)) from nothing
-    except OSError as error:
-        raise click.ClickException(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
-        part.unlink(missing_ok=True)
-    click.echo(f"{count:,} events in {path}")
+        with contextlib.suppress(OSError):
+            part.unlink()
+    click.echo(harmless(f"{count:,} events in {path}"))
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Say of what cannot be written where it was to go: it need not be where the store is."""
+    try:
+        yield
+    except OSError as error:
+        folder = path.absolute().parent
+        why = disk_trouble(error, folder)
+        if error.errno == errno.ENOENT:
+            why = f"there is no folder {folder}. Make it: mkdir -p {shlex.quote(str(folder))}"
+        raise click.ClickException(f"Cannot write {path}: {why}.") from error
 
 
 def _written(

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.drawing import harmless_lines
+
 if TYPE_CHECKING:
     from proxy_fallback.changes import Commands
     from proxy_fallback.plan import Machine
@@ -248,5 +250,5 @@ def fail(text: str, as_json: bool = False, **more: Any) -> NoReturn:
     """End with code 1, the text on stderr (and as JSON on stdout if asked)."""
     if as_json:
         click.echo(json.dumps({"error": text, **more}))
-    click.echo(f"halton-meter: {text}", err=True)
+    click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
     sys.exit(1)

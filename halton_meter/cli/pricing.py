@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halton_meter.cli.book import fail, open_book, parsed_time, rate_text
-from halton_meter.cli.drawing import harmless
+from halton_meter.cli.drawing import harmless, harmless_lines
 from halton_meter.cli.pricing_changes import described, refresh, reset, set_
 from halton_meter.config import home_folder
 
@@ -336,7 +336,7 @@ def _listed_line(document: dict[str, Any]) -> str:
 
 
 def _emit(as_json: bool, document: dict[str, Any], line: str) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False) if as_json else line)
+    click.echo(json.dumps(document, ensure_ascii=False) if as_json else harmless_lines(line))
 
 
 @pricing.command(short_help="Show the price book, your overrides, models without a price.")
@@ -426,7 +426,7 @@ def _unknown_models() -> list[tuple[str, str, str, int]] | None:
     except NothingStored:
         return None
     except StoreError as error:
-        click.echo(f"halton-meter: unpriced models not shown: {error}", err=True)
+        click.echo(harmless(f"halton-meter: unpriced models not shown: {error}"), err=True)
         return []
     return [
         (str(provider), str(model), str(flag or "").partition(":")[2] or "usage", int(count))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halton_meter.cli.book import fail, open_book, rate_text
+from halton_meter.cli.drawing import harmless
 from halton_meter.config import home_folder
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def set_(
         raise click.UsageError(str(error)) from None
     except OSError as error:
         fail(f"{home_folder()}: {error.strerror}")
-    click.echo(f"set {described(override)} in {path}")
+    click.echo(harmless(f"set {described(override)} in {path}"))
     for replaced in (each for each in earlier if each not in kept):
-        click.echo(f"in place of {described(replaced)}")
+        click.echo(harmless(f"in place of {described(replaced)}"))
     if not any(fnmatchcase(name, override.provider) for name in _providers_named()):
         click.echo(
             f"no traffic is known by the provider {provider!r}; nothing else matches", err=True
@@ -183,7 +184,7 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
         fail(f"no override is written {model!r}; see: halton-meter pricing status")
     file.write(home, kept)
     count = len(overrides) - len(kept)
-    click.echo(f"removed {count} override{'s' if count > 1 else ''} of {model}")
+    click.echo(harmless(f"removed {count} override{'s' if count > 1 else ''} of {model}"))
     click.echo(_STORED)
 
 
@@ -235,7 +236,7 @@ def refresh(
     except OSError as error:
         fail(f"{path or url}: {error.strerror or error}")
     for line in lines:
-        click.echo(line)
+        click.echo(harmless(line))
     if dry_run:
         click.echo(f"{len(lines)} changes; nothing was changed")
     else:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from halton_meter.cli.drawing import harmless
+from halton_meter.cli.drawing import harmless, harmless_lines
 from halton_meter.model import Outcome, PricedEvent, event_json, rfc3339, usd_text
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def _seen(findings: Findings) -> str:
 def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) -> None:
     """Say on stderr what could not be read, why, and what to do."""
     for error in findings.errors:
-        click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
+        click.echo(harmless_lines(f"Error: {error}"), err=True)
     if told:
         count = sum(told.values())
         hosts = [name for name, _ in told.most_common(HOSTS_SHOWN)]
@@ -520,7 +520,7 @@ def replay(**options: Any) -> None:
     files, errors = find_captures(job.paths)
     if not files:
         for error in errors:
-            click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
+            click.echo(harmless_lines(f"Error: {error}"), err=True)
         raise SystemExit(1)
     raise SystemExit(0 if _run(job, files, errors) else 1)
 
@@ -528,11 +528,12 @@ def replay(**options: Any) -> None:
 def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
     from capture.tshark import TsharkMissing
     from halton_meter.config import ConfigError
+    from pricing.rates import PriceError
 
     try:
         return Replay(job, files, errors).run()
-    except (TsharkMissing, ConfigError) as problem:
-        click.echo(f"Error: {problem}", err=True)
+    except (TsharkMissing, ConfigError, PriceError) as problem:
+        click.echo(harmless_lines(f"Error: {problem}"), err=True)
         return False
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
@@ -540,5 +541,5 @@ def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
         return True
     except OSError as problem:  # a full disk under the output, the secrets, or the store
         where = f" ({problem.filename})" if problem.filename else ""
-        click.echo(f"Error: {problem.strerror or problem}{where}", err=True)
+        click.echo(harmless(f"Error: {problem.strerror or problem}{where}"), err=True)
         return False

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.drawing import harmless
+from halton_meter.cli.drawing import harmless, harmless_lines
 from halton_meter.cli.words import count, implausible_words
 
 if TYPE_CHECKING:
@@ -25,11 +25,19 @@ if TYPE_CHECKING:
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
+EXAMPLES = """
+    \b
+    Examples:
+      sudo halton-meter run -- claude -p hello        with probes: nothing to set up
+      halton-meter run -- claude -p hello             no root: the service, else a local proxy
+      halton-meter run --via proxy -- python app.py   through a local proxy in any case
+      halton-meter run --shell                        all that is done in a shell
+"""
 
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    help=__doc__.split("\n\n")[1] if __doc__ else None,
+    epilog=EXAMPLES,
 )
 @click.option(
     "--via",
@@ -60,7 +68,15 @@ def run(
     quiet: bool,
     json_summary: Path | None,
 ) -> NoReturn:
-    """Meter one command and print what it cost."""
+    """Meter one command and print what it cost at its end, on stderr.
+
+    Probes see every program, and need sudo or the running service (sudo halton-meter start).
+    Without both, the command runs through a local proxy, as yourself.
+
+    The command's own output, terminal and exit code are untouched. Exit codes: the command's own
+    (128 + the signal that ended it); 127 when there is no such command; 1 when it could not be
+    metered, in which case it was not started.
+    """
     from halton_meter.config import ConfigError, invoking_account
     from halton_meter.supervisor import Unavailable
 
@@ -79,10 +95,10 @@ def run(
             code, metered = _through_probes(command, via)
     except Unavailable as error:
         for what, mend in error.problems:
-            click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
+            click.echo(harmless_lines(f"halton-meter: {what}\n  try: {mend}"), err=True)
         sys.exit(1)
     except ConfigError as error:
-        click.echo(f"halton-meter: {error}", err=True)
+        click.echo(harmless_lines(f"halton-meter: {error}"), err=True)
         sys.exit(1)
     if json_summary is not None:
         _write_summary(json_summary, code, metered)
@@ -153,7 +169,7 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> tuple[int, Met
     except ProxyUnavailable as error:
         raise supervisor.Unavailable([(str(error), error.mend)]) from None
     metered = supervisor.Metered(run.totals, dict(run.losses), gaps=run.gaps)
-    metered.store_error = run.store_error
+    metered.store_error, metered.price_error = run.store_error, run.price_error
     return run.exit_code, metered
 
 
@@ -211,6 +227,8 @@ def _troubles(metered: Metered) -> list[str]:
     for from_ns, to_ns, cause in metered.gaps:
         lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     lines += [f"  lost: {cause} {lost:,}" for cause, lost in metered.losses.items()]
+    if metered.price_error:
+        lines.append(f"  {metered.price_error}")
     if metered.store_error:
         lines.append(f"  {metered.store_error}")
     unseen = [line for line in metered.coverage if line.get("state") != "metered"]
@@ -234,6 +252,7 @@ def _write_summary(path: Path, code: int, metered: Metered) -> None:
         "gaps": [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in metered.gaps],
         "coverage": metered.coverage,
         "store_error": metered.store_error,
+        "price_error": metered.price_error,
     }
     from halton_meter import config, privileges
 
@@ -243,4 +262,4 @@ def _write_summary(path: Path, code: int, metered: Metered) -> None:
             config.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
         )
     except (OSError, config.ConfigError) as error:
-        click.echo(f"halton-meter: {path} cannot be written: {error}", err=True)
+        click.echo(harmless(f"halton-meter: {path} cannot be written: {error}"), err=True)

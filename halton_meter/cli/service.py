@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.drawing import harmless_lines
+
 if TYPE_CHECKING:
     from halton_meter.config import Account
 
@@ -297,7 +299,7 @@ def _systemctl(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _fail(what: str, mend: str) -> NoReturn:
-    click.echo(f"halton-meter: {what}\n  try: {mend}", err=True)
+    click.echo(harmless_lines(f"halton-meter: {what}\n  try: {mend}"), err=True)
     sys.exit(1)
 
 

@@ -20,10 +20,21 @@ GAPS_SHOWN = 5
 BYPASSED_SHOWN = 10
 
 
-@click.command()
+EXAMPLES = """
+    \b
+    Examples:
+      halton-meter status                      what is metered, what is not, what was lost
+      halton-meter status --json | jq .health  "ok", "degraded", "paused" or "stopped"
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def status(as_json: bool) -> None:
-    """Health, coverage per process, losses."""
+    """Show whether metering is healthy, what is metered and what is not, and what was lost.
+
+    Exit codes: 0 what runs is healthy; 1 nothing runs, or something is degraded.
+    """
     from halton_meter import config
     from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
 
@@ -168,6 +179,14 @@ def _store_lines(found: dict[str, Any]) -> list[str]:
     waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
     waiting += f", {held:,} in memory" if held else ""
     lines = [f"  state in {found['home']}; {waiting}"]
+    if found.get("price_error"):
+        again = "--via proxy" if found.get("source") == "proxy" else ""
+        sudo = "" if again else "sudo "
+        lines.append(f"  {found['price_error']}")
+        lines.append(
+            f"    then: {sudo}halton-meter stop {again}".rstrip()
+            + f" && {sudo}halton-meter start {again}".rstrip()
+        )
     if found["store_error"]:
         lines.append(f"  since {found['store_error_since']}: {found['store_error']}")
     for path in found.get("damaged_databases") or ():

@@ -1,7 +1,8 @@
 """Stored events as a file for other tools: SQLite, CSV, Parquet.
 
 DuckDB's SQLite extension would be downloaded at run time, so Python's own `sqlite3` writes that
-one. The caller chooses a path that nobody looks at yet, and renames it when it is whole.
+one. The caller chooses a path that nobody looks at yet, and renames it when it is whole. Whatever
+the file cannot take is an OSError, whoever writes.
 """
 
 # ruff: noqa: S608 (every name put into SQL comes from a constant of this file; values are bound)
@@ -9,14 +10,17 @@ one. The caller chooses a path that nobody looks at yet, and renames it when it 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.spreadsheet import write_rows
-from halton_meter.store.driver import quoted
+from halton_meter.store.driver import driver, quoted
+from halton_meter.store.errors import first_line
 from halton_meter.store.home import private_file
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.schema import USAGE_COLUMNS
@@ -36,14 +40,26 @@ def write_sqlite(reader: Reader, path: Path, selection: Selection) -> int:
     """
     import sqlite3
 
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as target:
-        # A half-written file is thrown away whole, so it needs no journal of its own.
-        target.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;{SQLITE_SCHEMA}")
-        target.execute("BEGIN")
-        count = _copy_tables(reader, target, selection)
-        target.execute("COMMIT")
-        target.executescript(SQLITE_INDEXES)
+    with private_file(path):
+        pass  # the system tells better than SQLite why it cannot be made
+    try:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as target:
+            # A half-written file is thrown away whole, so it needs no journal of its own.
+            target.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;{SQLITE_SCHEMA}")
+            target.execute("BEGIN")
+            count = _copy_tables(reader, target, selection)
+            target.execute("COMMIT")
+            target.executescript(SQLITE_INDEXES)
+    except sqlite3.Error as error:
+        raise _refused(error) from error
     return count
+
+
+def _refused(error: Exception) -> OSError:
+    """A driver's error about the file that it writes, as the system would have told it."""
+    said = first_line(error)
+    full = "No space left" in said or "database or disk is full" in said
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(said)
 
 
 def _copy_tables(reader: Reader, target: sqlite3.Connection, selection: Selection) -> int:
@@ -104,10 +120,13 @@ def write_parquet(reader: Reader, path: Path, selection: Selection) -> int:
     sql, parameters = _flat(selection, "make_timestamp_ns(at_ns) AS started_at", money)
     with private_file(path):
         pass  # so that it is ours alone from its first byte on
-    copied = reader.connection.execute(
-        f"COPY ({sql}) TO '{quoted(path)}' (FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)",
-        parameters,
-    ).fetchall()
+    options = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
+    try:
+        copied = reader.connection.execute(
+            f"COPY ({sql}) TO '{quoted(path)}' ({options})", parameters
+        ).fetchall()
+    except driver().Error as error:
+        raise _refused(error) from error
     return int(copied[0][0])
 
 

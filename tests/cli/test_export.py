@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -142,7 +144,8 @@ def test_a_failure_leaves_neither_the_file_nor_a_part_of_it(
 
     monkeypatch.setitem(__import__("halton_meter.cli.export", fromlist=["_"])._WRITERS, "csv", fail)
     result = export("csv", str(folder / "x.csv"))
-    assert (result.exit_code, "No space left" in result.stderr) == (1, True)
+    assert result.exit_code == 1
+    assert f"the disk is full ({folder}). Free some space (df -h {folder})" in result.stderr
     assert list(folder.iterdir()) == []
 
 
@@ -153,3 +156,51 @@ def test_nothing_stored_is_a_failure_that_says_why(home: Path, tmp_path: Path) -
 
 def test_an_unknown_form_is_wrong_usage(home: Path, tmp_path: Path) -> None:
     assert export("xml", str(tmp_path / "x")).exit_code == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_missing_folder_is_named_with_the_command_that_makes_it(
+    home: Path, tmp_path: Path, form: str
+) -> None:
+    keep(home, *EVENTS)
+    target = tmp_path / "no such" / "x"
+    result = export(form, str(target))
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert f"Cannot write {target}: " in result.stderr
+    assert f"mkdir -p '{target.parent}'" in result.stderr
+    assert str(home) not in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("left_bytes", [0, 4096])
+def test_a_full_disk_is_named_with_the_command_that_shows_it(
+    home: Path, tmp_path: Path, form: str, left_bytes: int
+) -> None:
+    keep(home, *(made(f"e{n}", "1.5", endpoint=f"{n:x}" * 40) for n in range(3000)))
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        (folder / "ballast").write_bytes(bytes(65536 - left_bytes))
+        result = export(form, str(folder / "x"))
+        assert [file.name for file in folder.iterdir()] == ["ballast"]
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert f"Cannot write {folder / 'x'}: the disk is full ({folder})" in result.stderr
+    assert f"df -h {folder}" in result.stderr
+
+
+def test_what_is_no_file_is_not_replaced(home: Path) -> None:
+    keep(home, *EVENTS)
+    for more in ([], ["--force"]):
+        result = export("csv", "/dev/full", *more)
+        assert isinstance(result.exception, SystemExit)
+        assert result.exit_code == 1
+        assert "/dev/full" in result.stderr
+    assert Path("/dev/full").is_char_device()

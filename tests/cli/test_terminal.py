@@ -58,6 +58,25 @@ def assert_harmless(text: str) -> None:
         ["pricing", "explain", "--text", "e1"],
         ["reprice", "--dry-run"],
         ["retag", HOSTILE, "other"],
+        ["retag", "--from", HOSTILE, "--to", f"{HOSTILE}2"],
+        ["retag", "--from", HOSTILE, "--to", f"{HOSTILE}2", "--apply"],
+        ["pricing", "explain", HOSTILE],
+        ["pricing", "list", HOSTILE],
+        ["pricing", "list", "--model", HOSTILE],
+        ["pricing", "set", HOSTILE, "--discount", "10%"],
+        ["pricing", "set", HOSTILE, "--discount", HOSTILE],
+        ["pricing", "set", "m", "--rate", f"{HOSTILE}=1"],
+        ["pricing", "set", "m", "--factor", "1", "--from", HOSTILE],
+        ["pricing", "reset", HOSTILE],
+        ["pricing", "refresh", "--file", HOSTILE],
+        ["export", "csv", f"/nowhere/{HOSTILE}"],
+        ["export", HOSTILE, "x"],
+        ["replay", HOSTILE],
+        ["run", "--via", "uprobes", "--java", HOSTILE],
+        ["events", "--since", HOSTILE],
+        ["events", f"--{HOSTILE}"],
+        [HOSTILE],
+        [f"--{HOSTILE}"],
     ],
     ids=" ".join,
 )
@@ -65,3 +84,15 @@ def test_no_command_lets_a_name_write_on_the_terminal(home: Path, command: list[
     done = CliRunner().invoke(main, command)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert_harmless(done.output)
+
+
+def test_a_price_and_a_file_of_such_a_name_are_told_harmlessly(home: Path, tmp_path: Path) -> None:
+    for command in (
+        ["pricing", "set", HOSTILE, "--discount", "10%"],
+        ["pricing", "set", HOSTILE, "--discount", "20%"],
+        ["pricing", "status"],
+        ["pricing", "reset", HOSTILE],
+        ["export", "csv", str(tmp_path / HOSTILE)],
+        ["export", "csv", str(tmp_path / HOSTILE)],
+    ):
+        assert_harmless(CliRunner().invoke(main, command).output)

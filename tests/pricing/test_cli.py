@@ -419,3 +419,24 @@ def test_refresh_refuses_an_overlay_that_changes_a_rule_or_a_row(run, tmp_path):
     added = '\n[[model]]\nid = "new-one"\n[[model.price]]\nfrom = 2026-12-01\ninput = "1"\n'
     path.write_bytes(bundle(overlay__groq=text + added))
     assert "groq new-one: new, input $1" in run("refresh", "--file", str(path)).stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["a\x7fb", "a\x07", "a\x1b[1m", "a\x9b", 'a"\\b', "a\nb", "a\tb\x00"]
+)
+def test_a_name_with_any_character_is_written_so_that_it_is_read_again(run, tmp_path, name):
+    from pricing import overrides
+
+    assert run("set", name, "--discount", "10%").exit_code == 0
+    assert [each.model for each in overrides.read(tmp_path / "home")] == [name]
+    assert run("status").exit_code == 0
+
+
+def test_what_could_not_be_read_again_is_not_written(run, tmp_path, monkeypatch):
+    assert run("set", "m", "--discount", "10%").exit_code == 0
+    file = tmp_path / "home" / "pricing.toml"
+    before = file.read_bytes()
+    assert run("set", "a\udcff", "--discount", "10%").exit_code == 2
+    monkeypatch.setattr("pricing.history.toml_value", lambda value: f'"{value}')
+    assert run("set", "other", "--discount", "10%").exit_code == 2
+    assert file.read_bytes() == before

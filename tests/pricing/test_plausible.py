@@ -203,3 +203,24 @@ def test_the_lines_of_a_batch_are_judged_one_by_one() -> None:
     this = exchange(url, {}, text.encode(), method="GET")
     flagged = [bundled_book().price(event).implausible for event in providers.read(this)]
     assert flagged == [False] * 500 + [True]
+
+
+@pytest.mark.parametrize(
+    ("counts", "model", "cost", "implausible"),
+    [
+        ((0, 0), "openai/gpt-5.5", 9999, True),
+        ((0, 0), "openai/gpt-5.5", "1.01", True),
+        ((0, 0), "openai/gpt-5.5", 1, False),
+        ((0, 0), "openai/gpt-5.5", 0, False),
+        ((10, 10), "deepseek/deepseek-r1:free", 9999, True),
+        ((10, 10), "deepseek/deepseek-r1:free", "0.5", False),
+        ((10, 10), "a-model-without-a-price", 9999, False),
+        ((0, 0), "a-model-without-a-price", 9999, False),
+    ],
+)
+def test_what_comes_to_nothing_costs_a_dollar_at_most(
+    counts: tuple[int, int], model: str, cost: object, implausible: bool
+) -> None:
+    (event,) = priced_of(chat(model, *counts, cost=cost), "openrouter")
+    assert event.implausible == implausible
+    assert event.list_usd == (None if implausible else Decimal(str(cost)))
