@@ -175,6 +175,14 @@ def link_to(keeper: Keeper) -> socket.socket:
     return ours
 
 
+def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
+    """Whether something came in that time (None: waits for it). Of any number of descriptors:
+    who holds a thousand probes gives its children numbers that select() does not take."""
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    return bool(poll.poll(None if wait_s is None else wait_s * 1000))
+
+
 _children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
 
 
@@ -475,8 +483,7 @@ class UprobeSource:
         if self._link is None:
             self._lose_link()
             return
-        ready, _, _ = select.select([self._link], [], [], wait_s)
-        if not ready:
+        if not _is_readable(self._link, wait_s):
             return
         try:
             data = self._link.recv(RECEIVE_BYTES)
@@ -490,8 +497,7 @@ class UprobeSource:
     def _receive_hello(self, wait_s: float) -> None:
         """The helper's first word, which brings the receipt, or why there is no capture."""
         assert self._link is not None
-        ready, _, _ = select.select([self._link], [], [], wait_s)
-        if not ready:
+        if not _is_readable(self._link, wait_s):
             return
         try:
             data, fds, _, _ = socket.recv_fds(self._link, RECEIVE_BYTES, 1)

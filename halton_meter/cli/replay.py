@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from halton_meter.cli.drawing import harmless, harmless_lines
+from halton_meter.cli.drawing import harmless, harmless_lines, shown
 from halton_meter.model import Outcome, PricedEvent, event_json, rfc3339, usd_text
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ IDENTITY_BYTES = 64 << 10
 # turn to be printed came before that.
 HELD_EVENTS_MAX = 10_000
 PRINTED_EVENTS_MAX = 65_536
+NAME_CHARACTERS_MAX = 300  # of a file, in an error
 # Host names named one by one in a message.
 HOSTS_SHOWN = 8
 
@@ -103,7 +104,7 @@ def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
         try:
             named = _named_by(argument)
         except OSError as error:
-            errors.append(f"{argument}: {error.strerror or error}")
+            errors.append(f"{shown(argument, NAME_CHARACTERS_MAX)}: {error.strerror or error}")
             continue
         if not named and Path(argument).is_dir():
             errors.append(f"{argument}: no captures ({', '.join(SUFFIXES[:3])}) in this folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -205,4 +206,17 @@ def test_a_chunk_whose_open_was_lost_is_kept() -> None:
     helper = Helper()
     helper.link.sendall(BATCH[0])
     assert summary(helper.all_events()) == [ASKED, "closed"]
+    helper.source.stop()
+
+
+def test_a_link_may_have_any_number() -> None:
+    """A supervisor that holds a thousand probes hands on descriptors above select()'s 1,023."""
+    helper = Helper(resumable=True)
+    link = helper.source._link
+    assert link is not None
+    high = fcntl.fcntl(link.fileno(), fcntl.F_DUPFD_CLOEXEC, 1500)
+    helper.source._link = socket.socket(fileno=high)
+    link.close()
+    helper.link.sendall(SPOOLED)
+    assert summary(helper.source.read(1)) == [ASKED, ANSWERED, "closed"]
     helper.source.stop()
