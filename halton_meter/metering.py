@@ -491,7 +491,9 @@ class Metering:
         since_start.update(lost["capture_losses"])
         condition = self._condition.as_json()
         gaps = self._gaps.listed() if self._gaps is not None else []
-        bad = not flushing.is_well(condition) or self._restarts > 0 or not self._source.linked
+        # A restart that lost nothing is told, and is no trouble.
+        lost_by_restart = self._restarts > 0 and bool(gaps or +since_start)
+        bad = not flushing.is_well(condition) or lost_by_restart or not self._source.linked
         return {
             "health": "degraded" if bad else "ok",
             "pid": os.getpid(),
