@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from capture import protocol
 from capture.spool import Receipt
-from capture.uprobe import OPEN_BYTES_MAX, Scope, UprobeSource
+from capture.uprobe import KILLED_S_MAX, OPEN_BYTES_MAX, STOP_S_MAX, Scope, UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 
 PID, SSL, OPENED_NS = 4_000_000, 0xABC, 5
@@ -206,3 +207,28 @@ def test_a_chunk_whose_open_was_lost_is_kept() -> None:
     helper.link.sendall(BATCH[0])
     assert summary(helper.all_events()) == [ASKED, "closed"]
     helper.source.stop()
+
+
+class Dying:
+    """A helper that is killed, and whose probes the kernel is still removing."""
+
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+        self.killed = False
+
+    def wait(self, seconds: float) -> None:
+        self.waited_s.append(seconds)
+        raise subprocess.TimeoutExpired("helper", seconds)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_a_helper_that_does_not_end_is_waited_for_no_longer_than_that() -> None:
+    helper, dying = Helper(), Dying()
+    helper.source._helper = dying  # type: ignore[assignment]
+    helper.source.stop()
+    assert dying.killed
+    assert dying.waited_s == [STOP_S_MAX, KILLED_S_MAX]
+    assert helper.source.helper_pid is None
+    helper.link.close()
