@@ -247,11 +247,7 @@ class Attachments:
             file = self.files[before]
             if before == identity or not (file.probes and file.code and file.library):
                 continue
-            try:
-                same = code_digest(fd, file.library) == file.code and not refusal(fd, file.library)
-                if not same or _is_overlay(fd) or _identity(os.fstat(fd)) != identity:
-                    return None
-            except (OSError, ElfError):
+            if not _is_as_it_was(file, fd) or _identity(os.fstat(fd)) != identity:
                 return None
             self._rename(before, identity, file)
             return file
@@ -409,7 +405,7 @@ class Attachments:
         if error:
             file.failure = f"cannot attach: {error.strerror}"
             self.detach(file)
-        elif _identity(os.fstat(fd)) != identity:
+        elif _identity(os.fstat(fd)) != identity and not _is_as_it_was(file, fd):
             file.failure = "it was written to meanwhile"
             self.detach(file)
         elif file.probes:
@@ -619,6 +615,16 @@ def _identity(found: os.stat_result) -> FileId:
 
 def _written(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
+
+
+def _is_as_it_was(file: File, fd: int) -> bool:
+    """Whether the functions are what they were when the file was attached to, and checked."""
+    if not file.library or not file.code or _is_overlay(fd):
+        return False
+    with contextlib.suppress(OSError, ElfError):
+        same = code_digest(fd, file.library) == file.code
+        return same and refusal(fd, file.library) is None
+    return False
 
 
 def _is_overlay(fd: int) -> bool:

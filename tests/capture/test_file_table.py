@@ -207,6 +207,26 @@ def test_a_file_that_was_written_to_elsewhere_is_searched_with_its_probes_on(
     assert file.written == (path.stat().st_size, path.stat().st_mtime_ns)
 
 
+def test_a_change_of_mode_while_it_is_attached_to_keeps_the_probes_too(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_is_overlay", lambda fd: False)
+    path = subject.copy("changing")
+
+    def attach(*given: Any, **named: Any) -> int:
+        path.chmod(0o700 if len(subject.places) % 2 else 0o755)
+        return subject.attach(*given, **named)
+
+    monkeypatch.setattr(loader, "attach_uprobe", attach)
+    subject.look(path)
+    (file,) = subject.files.files.values()
+    probes = list(file.probes)
+    subject.look(path)
+    assert list(subject.files.files) == [identity(path)]
+    assert file.probes == probes != []
+    assert file.failure is None
+
+
 def test_in_a_containers_layers_a_changed_file_is_attached_to_anew(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
