@@ -337,6 +337,9 @@ class Discovery:
             if watched.files & known:
                 self.identities.of(pid)
         self._note_late(known, time.monotonic())
+        files = (self.files.files.get(each) for each in known)
+        if any(file and file.is_linker for file in files):
+            self.sweep_at = 0.0  # what it has mapped for others until now, nobody heard
         if known:
             self._on_change()
 

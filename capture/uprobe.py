@@ -39,6 +39,7 @@ CLOSED_MAX = 4096  # connections remembered after their end: more than a batch o
 # How far back an exchange that is not over may keep the spool from being freed. A longer one would
 # be `gapped` should the reader be killed in it.
 OPEN_BYTES_MAX = SPOOL_BYTES // 4
+STOP_S_MAX, KILLED_S_MAX = 10.0, 10.0  # how long a helper that is told to end is waited for
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 DRAINED_AT_ONCE = 256  # events, of 16 KiB at most
@@ -184,6 +185,14 @@ def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
 
 
 _children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
+
+
+def _has_ended(helper: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it has, within that time: a killed one is there until its last probe is gone."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        helper.wait(seconds)
+        return True
+    return False
 
 
 @dataclass(slots=True)
@@ -371,9 +380,10 @@ class UprobeSource:
             self._receipt.write(self._done, self._open_since)
 
     def stop(self, *, wait: bool = True) -> None:
-        """Tell the helper to end; with `wait`, every probe is gone on return. Safe to call twice.
+        """Tell the helper to end; with `wait`, it has ended on return. Safe to call twice.
 
-        Removing takes the kernel about 0.1 s a probe: a command that is done need not wait.
+        Removing takes the kernel about 0.1 s a probe: a command that is done need not wait, and
+        nobody waits for more than `STOP_S_MAX` and then `KILLED_S_MAX`; the kernel goes on alone.
         """
         if self._link is None:
             return
@@ -386,12 +396,12 @@ class UprobeSource:
             self._receipt.close()
             self._receipt = None
         if self._helper is not None and wait:
-            try:
-                self._helper.wait(10)
-            except subprocess.TimeoutExpired:
+            if _has_ended(self._helper, STOP_S_MAX):
+                _children.remove(self._helper)
+            else:
                 self._helper.kill()
-                self._helper.wait()
-            _children.remove(self._helper)
+                if _has_ended(self._helper, KILLED_S_MAX):
+                    _children.remove(self._helper)
             self._helper = None
 
     @property

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capture import attachments as table
-from capture import finder, loader, searches
-from capture.attachments import Attachments
+from capture import finder, loader, searches, turns
+from capture.attachments import Attachments, File
 from capture.elf import Elf
+from capture.keeper import Hold
 from capture.known_files import KnownFiles
 from capture.libraries import library_from_json
 from capture.name_places import NamePlaces
@@ -126,11 +130,216 @@ def test_probes_of_what_a_file_held_before_are_removed(subject: Subject) -> None
     subject.look(path)
     (before,) = subject.files.files.values()
     assert before.probes
-    path.write_bytes(path.read_bytes() + b"x")
+    change_probed_code(before, path)
     subject.files.look_at(str(path), str(path))
     assert before.probes == []
     subject.until(lambda: not subject.files.searching)
     assert subject.probed() == {"rewritten"}
+
+
+def change_probed_code(file: File, path: Path) -> None:
+    """One byte behind a function's first instructions; its size and the time of writing stay."""
+    assert file.library is not None
+    found = path.stat()
+    with path.open("r+b") as written:
+        written.seek(file.library.functions[0].offset + 40)
+        byte = written.read(1)[0]
+        written.seek(-1, os.SEEK_CUR)
+        written.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(found.st_mtime_ns, found.st_mtime_ns))
+
+
+class Kept(Hold):
+    """A supervisor that only notes names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def keep(self, name: str, about: Any, fds: Sequence[int] = ()) -> None:
+        json.dumps(about)
+        self.names.add(name)
+
+    def drop(self, name: str) -> None:
+        self.names.remove(name)
+
+
+def test_another_change_time_alone_keeps_the_very_same_probes(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever loops chmod on his own libraries keeps the helper busy for everybody."""
+    monkeypatch.setattr(table, "_is_overlay", lambda fd: False)
+    subject.files._hold = hold = Kept()
+    path = subject.copy("changing")
+    subject.look(path)
+    (file,) = subject.files.files.values()
+    probes, made = list(file.probes), len(subject.places)
+    for mode in (0o755, 0o700, 0o750):
+        before = identity(path)
+        while identity(path) == before:  # a clock tick, on some kernels
+            path.chmod(mode)
+        subject.files.look_at(str(path), str(path))
+        assert not subject.files.searching
+    assert list(subject.files.files) == [identity(path)]
+    assert subject.files.files[identity(path)] is file
+    assert file.probes == probes
+    assert len(subject.places) == made
+    assert hold.names == {file.held_as} == {"file:{}:{}:{}".format(*identity(path))}
+    assert not subject.files.knows(before)
+    subject.files.detach(file)
+    assert hold.names == set()
+
+
+def test_a_file_that_was_written_to_elsewhere_is_searched_with_its_probes_on(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_is_overlay", lambda fd: False)
+    path = subject.copy("longer")
+    subject.look(path)
+    (file,) = subject.files.files.values()
+    probes = list(file.probes)
+    path.write_bytes(path.read_bytes() + b"x")
+    subject.files.look_at(str(path), str(path))
+    assert subject.files.searching
+    assert file.probes == probes
+    subject.until(lambda: not subject.files.searching)
+    assert file.probes == probes
+    assert file.written == (path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def test_a_change_of_mode_while_it_is_attached_to_keeps_the_probes_too(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_is_overlay", lambda fd: False)
+    path = subject.copy("changing")
+
+    def attach(*given: Any, **named: Any) -> int:
+        path.chmod(0o700 if len(subject.places) % 2 else 0o755)
+        return subject.attach(*given, **named)
+
+    monkeypatch.setattr(loader, "attach_uprobe", attach)
+    subject.look(path)
+    (file,) = subject.files.files.values()
+    probes = list(file.probes)
+    subject.look(path)
+    assert list(subject.files.files) == [identity(path)]
+    assert file.probes == probes != []
+    assert file.failure is None
+
+
+def test_in_a_containers_layers_a_changed_file_is_attached_to_anew(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same number may lead to another inode there, that of the copy."""
+    monkeypatch.setattr(table, "_is_overlay", lambda fd: True)
+    path = subject.copy("layered")
+    subject.look(path)
+    (before,) = subject.files.files.values()
+    path.chmod(0o700)
+    subject.look(path)
+    assert before.probes == []
+    assert subject.probed() == {"layered"}
+
+
+def test_probes_are_removed_on_another_thread_before_there_are_new_ones(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second probe at the same place would report everything twice."""
+    path = subject.copy("rewritten")
+    subject.look(path)
+    (file,) = subject.files.files.values()
+    probes, threads, may_close = list(file.probes), set(), threading.Event()
+    close = os.close
+
+    def slow_close(fd: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            threads.add(threading.current_thread().name)
+            assert may_close.wait(60)
+        close(fd)
+
+    monkeypatch.setattr(os, "close", slow_close)
+    change_probed_code(file, path)
+    subject.files.look_at(str(path), str(path))
+    others = subject.copy("another")
+    subject.files.look_at(str(others), str(others))
+    subject.until(lambda: subject.probed() == {"another"})
+    assert subject.files.searching
+    assert subject.files._closer.pending == len(probes)
+    may_close.set()
+    subject.until(lambda: subject.probed() == {"another", "rewritten"})
+    assert threads == {"closing"}
+    assert subject.files._closer.closed == len(probes)
+
+
+def test_a_turn_attaches_no_more_than_its_time(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "TURN_S", 0.001)
+    paths = [subject.copy(f"lib{number}") for number in range(4)]
+    for path in paths:
+        subject.files.look_at(str(path), str(path))
+
+    def slow_attach(*given: Any, **named: Any) -> int:
+        time.sleep(0.001)
+        return subject.attach(*given, **named)
+
+    monkeypatch.setattr(loader, "attach_uprobe", slow_attach)
+    counts = [0]
+    deadline = time.monotonic() + 60
+    while counts[-1] < 4:
+        assert time.monotonic() < deadline
+        subject.files.search()
+        counts.append(len(subject.probed()))
+        if counts[-1] < 4:
+            assert subject.files.searching
+            subject.files.wait(0.05)
+    assert all(later - before <= 1 for before, later in pairwise(counts))
+
+
+@as_root
+def test_whose_files_got_many_probes_waits_and_others_do_not(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "PROBES_A_PERIOD_MAX", 24)
+    monkeypatch.setattr(turns, "PERIOD_S", 1e6)
+    for number in range(6):
+        path = subject.copy(f"hers{number}", ALICE)
+        subject.files.look_at(str(path), str(path))
+    subject.until(lambda: len(subject.files._turns) > 0 and not subject.files._searches.busy)
+    hers = subject.probed()
+    assert 0 < len(hers) < 6
+    assert subject.files.over_limit == 6 - len(hers)
+    assert subject.files.due(0.0) > 0.0  # nobody is woken for them at once
+    his = subject.copy("his", BOB)
+    subject.files.look_at(str(his), str(his))
+    subject.until(lambda: "his" in subject.probed())
+    assert subject.probed() == hers | {"his"}
+    subject.files._turns._budgets[ALICE].left = 24.0
+    monkeypatch.setattr(turns, "PERIOD_S", 0.1)
+    subject.until(lambda: len(subject.probed()) == 7)
+
+
+@as_root
+def test_what_waits_for_its_turn_is_bounded(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "FILES_OF_OWNER_MAX", 2)
+    monkeypatch.setattr(turns, "PERIOD_S", 1e6)
+    subject.files._turns.spend(ALICE, 1000)
+    subject.look(subject.copy("roots"))
+    open_before = len(os.listdir("/proc/self/fd"))
+    paths = [subject.copy(f"hers{number}", ALICE) for number in range(4)]
+    for path in paths:
+        subject.files.look_at(str(path), str(path))
+    subject.until(lambda: not subject.files._searches.busy)
+    assert len(subject.files._turns) == 2
+    assert sum(subject.files.knows(identity(path)) for path in paths) == 2
+    for path in paths:  # what waits for files that are gone by now makes room
+        path.write_bytes(b"\x7fELF" + bytes(100))
+        subject.files.look_at(str(path), str(path))
+    subject.until(lambda: not subject.files._searches.busy)
+    assert not subject.files.searching
+    assert len(os.listdir("/proc/self/fd")) <= open_before + 3  # a child of the finder's for her
 
 
 def test_where_there_are_too_many_libraries_those_in_use_stay(

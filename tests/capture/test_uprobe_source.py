@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from capture import protocol
 from capture.spool import Receipt
-from capture.uprobe import OPEN_BYTES_MAX, Scope, UprobeSource
+from capture.uprobe import KILLED_S_MAX, OPEN_BYTES_MAX, STOP_S_MAX, Scope, UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 
 PID, SSL, OPENED_NS = 4_000_000, 0xABC, 5
@@ -220,3 +221,28 @@ def test_a_link_may_have_any_number() -> None:
     helper.link.sendall(SPOOLED)
     assert summary(helper.source.read(1)) == [ASKED, ANSWERED, "closed"]
     helper.source.stop()
+
+
+class Dying:
+    """A helper that is killed, and whose probes the kernel is still removing."""
+
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+        self.killed = False
+
+    def wait(self, seconds: float) -> None:
+        self.waited_s.append(seconds)
+        raise subprocess.TimeoutExpired("helper", seconds)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_a_helper_that_does_not_end_is_waited_for_no_longer_than_that() -> None:
+    helper, dying = Helper(), Dying()
+    helper.source._helper = dying  # type: ignore[assignment]
+    helper.source.stop()
+    assert dying.killed
+    assert dying.waited_s == [STOP_S_MAX, KILLED_S_MAX]
+    assert helper.source.helper_pid is None
+    helper.link.close()
