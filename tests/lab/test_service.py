@@ -240,11 +240,11 @@ def test_usage_at_the_end_of_a_large_exchange(
 ) -> None:
     """A request in one write beyond what is kept of one, and an answer of the same size.
 
-    At 100 MB/s: at the speed of memory a busy machine's ring overflows, which is counted but may
+    At 50 MB/s: at the speed of memory a busy machine's ring overflows, which is counted but may
     cost the usage.
     """
     skip = len(lab.ledger())
-    marker = Scenario(n=3, chunks=megabytes + 1, piece_bytes=1 << 20, delay_ms=10).marker
+    marker = Scenario(n=3, chunks=megabytes + 1, piece_bytes=1 << 20, delay_ms=20).marker
     done = lab.run([python, "-c", LARGE, str(megabytes), marker], user=lab.user)
     assert done.returncode == 0, done.stderr
     (served,) = lab.ledger_of(1, skip)
