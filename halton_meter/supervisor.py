@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from capture.uprobe import Scope
 
 # Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
-BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-HEALTHY_S = 60.0
+BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0, 5.0, 10.0, 30.0)
+HEALTHY_S = 2.0
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
