@@ -427,6 +427,8 @@ class UprobeSource:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._resumable:  # nobody comes after us: what was read is dealt with
+            if self._handed_out:
+                self._done = self._handed_out[-1].end
             self._handed_out.clear()
             self._acknowledge()
         while True:
