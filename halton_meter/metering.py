@@ -16,7 +16,6 @@ import fcntl
 import json
 import math
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -41,6 +40,7 @@ from halton_meter.flushing import (
     Outcome,
 )
 from halton_meter.gaps import Gaps
+from halton_meter.limits import limit_this_process
 from halton_meter.losses import MESSAGES_REFUSED
 from halton_meter.model import PricedEvent, TlsChunk, rfc3339
 from halton_meter.totals import Totals
@@ -658,7 +658,7 @@ def _settle() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_this_process()
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

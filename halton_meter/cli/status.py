@@ -84,7 +84,8 @@ def status_lines(found: dict[str, Any]) -> list[str]:
         *_store_lines(found),
     ]
     if found["restarts"]:
-        lines.append(f"  restarted {count(found['restarts'], 'time')}: see the gaps")
+        where = "see the gaps" if found["gaps"] else "the kernel went on copying meanwhile"
+        lines.append(f"  restarted {count(found['restarts'], 'time')}: {where}")
     lines += _loss_lines(found["losses"], found["gaps"])
     return lines + _coverage_lines(found["coverage"])
 

@@ -123,6 +123,27 @@ def test_status_for_people() -> None:
     ]
 
 
+def test_a_restart_without_a_gap_refers_to_none() -> None:
+    found = {
+        "health": "ok",
+        "uptime_s": 60.0,
+        "probes": 12,
+        "loader": "libbpf",
+        "events": 0,
+        "bytes": 0,
+        "totals": {"list_usd": "0"},
+        "last_event_at": None,
+        "home": "/h",
+        "journal_waiting": 0,
+        "restarts": 2,
+        "store_error": None,
+        "losses": {},
+        "gaps": [],
+        "coverage": [],
+    }
+    assert "  restarted 2 times: the kernel went on copying meanwhile" in status_lines(found)
+
+
 PROXY = {
     "health": "degraded",
     "uptime_s": 90.0,
