@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halton_meter.proxied import service_status
+from halton_meter.live.proxy.run import service_status
 
 ROUNDS = 6
 KEPT, FRESH, STREAMS = 60, 12, 10
@@ -240,8 +240,7 @@ def _best(rounds: list[list[float]]) -> float:
 
 def main() -> None:
     """Print the figures."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from lab.authority import make_authority
+    from tests.support.lab.authority import make_authority
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="halton-bench-")))

@@ -1,6 +1,6 @@
 """The metering process's memory while a million exchanges pass, fed as the root helper feeds it.
 
-The real process (`halton_meter.metering`, with its flushes into DuckDB), the real frames
+The real process (`halton_meter.live.probes.worker`, with its flushes into DuckDB), the real frames
 (`capture.protocol`), no kernel: this file plays the helper, so that no root is needed and the
 million takes minutes. Processes, connections, projects, models and message ids change as on a
 machine with many programs. Aim: under 100 MB resident after all of them, and flat long before.
@@ -21,10 +21,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from capture import processes, protocol
-from capture.spool import Receipt
+from capture import protocol
+from capture.helper.relay.spool import Receipt
+from capture.processes import proc
 from halton_meter import untrusted
-from halton_meter.control import Control
+from halton_meter.live.control import Control
 from halton_meter.model import Process
 
 EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "1000000"))
@@ -77,7 +78,7 @@ def _process(pid: int, ssl: int) -> bytes:
         user="someone",
         parents=((pid - 1, "bash"), (1, "systemd")),
     )
-    about = {"process": processes.to_json(process), "connection": (pid, ssl, 1)}
+    about = {"process": proc.to_json(process), "connection": (pid, ssl, 1)}
     return protocol.encode_message(protocol.PROCESS, about)
 
 
@@ -119,7 +120,13 @@ class _Metering:
         self._job, stdin = socket.socketpair()
         with theirs, stdin:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "halton_meter.metering", str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "halton_meter.live.probes.worker",
+                    str(theirs.fileno()),
+                ],
                 stdin=stdin.fileno(),
                 stdout=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from tests.recorder.packets import TcpFlow, enhanced_packet, pcapng
-from tests.recorder.relay import BEGINNING_NS, contexts
+from tests.support.recorder.packets import TcpFlow, enhanced_packet, pcapng
+from tests.support.recorder.relay import BEGINNING_NS, contexts
 
 SPEED_MB = 40
 MEMORY_MB = int(os.environ.get("HALTON_BENCH_MB", "500"))

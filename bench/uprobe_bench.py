@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capture import uprobe
-from capture.helper import REPORT_S
-from halton_meter.control import Control
-from halton_meter.flushing import FLUSH_AFTER_S
-from halton_meter.metering import Job
+from capture import uprobes
+from capture.helper.main import REPORT_S
+from halton_meter.live.control import Control
+from halton_meter.live.flushing import FLUSH_AFTER_S
+from halton_meter.live.probes.worker import Job
 
 HOST = "api.provider.test"
 FAMILY = "anthropic"
@@ -253,14 +253,14 @@ class _Daemon:
 
     def __init__(self, folder: Path, libssl: str) -> None:
         self.home = folder / "home"
-        link = uprobe.spawn_helper(uprobe.Scope(roots=(os.getpid(),)), [HOST], files=[libssl])
-        self._helper = uprobe._children[-1]
+        link = uprobes.spawn_helper(uprobes.Scope(roots=(os.getpid(),)), [HOST], files=[libssl])
+        self._helper = uprobes._children[-1]
         job = {"home": str(self.home), "service": True, "extra_hosts": {HOST: FAMILY}}
         assert set(job) <= set(Job.__dataclass_fields__)
         self._commands, theirs = socket.socketpair()
         with link, theirs:
             self.metering = subprocess.Popen(
-                [sys.executable, "-P", "-m", "halton_meter.metering", str(link.fileno())],
+                [sys.executable, "-P", "-m", "halton_meter.live.probes.worker", str(link.fileno())],
                 stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 pass_fds=(link.fileno(),),
@@ -366,8 +366,7 @@ def main() -> None:
     if os.geteuid() != 0:
         print("skipped: probes need root (sudo make bench)")
         return
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from lab.authority import make_authority
+    from tests.support.lab.authority import make_authority
 
     with tempfile.TemporaryDirectory(prefix="halton-bench-") as name:
         folder = Path(name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from halton_meter.model import Connection, Direction, Exchange, Source, TlsChunk, TlsClosed
 from halton_meter.wire import formats
-from halton_meter.wire.stream import Conversation, Interest
+from halton_meter.wire.conversation import Conversation, Interest
 
 RECORD_BYTES = 16384
 EVENTS = 4_000

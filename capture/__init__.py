@@ -1,1 +1,1 @@
-"""Sources of plaintext: packet captures (`pcap.py`) and uprobes (`uprobe.py`)."""
+"""Sources of plaintext: packet captures (`pcap.py`) and uprobes (`capture/uprobes.py`)."""

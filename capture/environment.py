@@ -74,7 +74,7 @@ def _missing_capabilities() -> list[str]:
 
 
 def _missing_loaders() -> list[Problem]:
-    from capture import loader
+    from capture.helper import loader
 
     try:
         loader.libbpf_library()

@@ -22,12 +22,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from capture.capfile import CaptureFile, Frame, NotACapture, secrets_in
-from capture.input_files import UNPACK_RATIO_MAX
-from capture.keylog import KeyLog, read_key_log
-from capture.records import Conversations, Findings
-from capture.tcp import Reassembly
-from capture.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
+from capture.packets.capfile import CaptureFile, Frame, NotACapture, secrets_in
+from capture.packets.input_files import UNPACK_RATIO_MAX
+from capture.packets.keylog import KeyLog, read_key_log
+from capture.packets.records import Conversations, Findings
+from capture.packets.tcp import Reassembly
+from capture.packets.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
 from halton_meter.model import TlsChunk, TlsClosed
 
 # Chunks decrypted but not yet taken.
@@ -73,7 +73,7 @@ class PcapSource:
     def items(self) -> Iterator[TlsChunk | TlsClosed]:
         """Plaintext and ends of connections, in order within each connection.
 
-        Raises `capture.tshark.TsharkMissing`. Stopping early ends tshark as well.
+        Raises `capture.packets.tshark.TsharkMissing`. Stopping early ends tshark as well.
         """
         find_tshark()
         private = PrivateKeyLog()

@@ -6,7 +6,7 @@
 One `Meter` holds the open conversations of one run and nothing else. It refuses to know where
 chunks come from (`capture/`), where events go (`store/`) and what the time is: times arrive in
 the data. The local proxy has already decoded HTTP and enters at `exchange`. Read `model.py` for
-the nouns, then `wire/stream.py` and `providers/__init__.py` for the two halves.
+the nouns, then `wire/conversation.py` and `providers/__init__.py` for the two halves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from halton_meter.model import (
     event_id,
     sighting_rank,
 )
-from halton_meter.wire.stream import Conversation, Interest
+from halton_meter.wire.conversation import Conversation, Interest
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -50,9 +50,10 @@ EVICTED_MAX = 65_536
 # The store holds every id on disk; this only keeps one run's own output free of repeats.
 EVENTS_REMEMBERED_MAX = 65_536
 
-# The process in which the local proxy's mitmproxy runs, as its command line names it (`proxied.py`
-# starts it). The proxy meters what goes through it; uprobes would see it speak for its clients.
-PROXY_MODULE = "halton_meter.proxy_worker"
+# The process in which the local proxy's mitmproxy runs, as its command line names it
+# (`proxy/run.py` starts it). The proxy meters what goes through it; uprobes would see it speak for
+# its clients.
+PROXY_MODULE = "halton_meter.live.proxy.worker"
 
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]

@@ -185,7 +185,7 @@ class Request:
     """The request of an exchange. Unknown parts are None (joined too late to see them).
 
     `path` has no query; `query` holds only parameters that are known to carry no secret
-    (see wire/head.py). `headers` are lower-case and only those on the allow-list there:
+    (see wire/headers.py). `headers` are lower-case and only those on the allow-list there:
     credentials never get here.
     """
 

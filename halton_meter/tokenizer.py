@@ -1,10 +1,10 @@
 """Counting tokens with tiktoken, where it is installed and its vocabulary is on this machine.
 
-Estimates only (`providers/estimate.py`): counts that a provider states are never recounted. The
-vocabularies are OpenAI's; other makers' models are counted by the newest of them, which is closer
-than counting characters. tiktoken downloads a vocabulary that it has not: that is refused here,
-because the meter sends nothing; without one, texts are counted by their characters. The folder is
-tiktoken's own: TIKTOKEN_CACHE_DIR.
+Estimates only (`providers/reading/estimate.py`): counts that a provider states are never recounted.
+The vocabularies are OpenAI's; other makers' models are counted by the newest of them, which is
+closer than counting characters. tiktoken downloads a vocabulary that it has not: that is refused
+here, because the meter sends nothing; without one, texts are counted by their characters. The
+folder is tiktoken's own: TIKTOKEN_CACHE_DIR.
 """
 
 from __future__ import annotations

@@ -23,18 +23,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture import helper, libraries, protocol
-from capture.admission import Refused
-from capture.keeper import Hold
-from capture.outlet import Outlet
-from capture.spool import SPOOL_BYTES, Receipt, Spool
-from halton_meter import privileges, proxy_service, supervisor, untrusted
+from capture import protocol
+from capture.functions import libraries
+from capture.helper import main as helper
+from capture.helper.admission import Refused
+from capture.helper.relay.forwarder import Outlet
+from capture.helper.relay.keeper import Hold
+from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
+from halton_meter import privileges, untrusted
 from halton_meter.config import Account, Config, ConfigError
-from halton_meter.control import REQUEST_BYTES_MAX, Answering, Client, Control
-from halton_meter.daemon import _checked
-from halton_meter.flushing import Flusher
-from halton_meter.proxy_worker import Job as WorkerJob
-from halton_meter.totals import Totals
+from halton_meter.live.control import REQUEST_BYTES_MAX, Answering, Client, Control
+from halton_meter.live.flushing import Flusher
+from halton_meter.live.probes import supervisor
+from halton_meter.live.probes.service import _checked
+from halton_meter.live.proxy import service as proxy_service
+from halton_meter.live.proxy.worker import Job as WorkerJob
+from halton_meter.live.totals import Totals
 from halton_meter.untrusted import Lines, parsed
 
 ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/sh")
@@ -597,7 +601,7 @@ def test_what_a_flusher_says_is_bounded(
     (tmp_path / "said").write_bytes(said)
     script.write_text(f"#!/bin/sh\nexec cat {tmp_path / 'said'}\n")
     script.chmod(0o755)
-    monkeypatch.setattr("halton_meter.flushing.sys.executable", str(script))
+    monkeypatch.setattr("halton_meter.live.flushing.sys.executable", str(script))
     flusher = Flusher(tmp_path)
     deadline = time.monotonic() + 30
     while (outcome := flusher.outcome()) is None and time.monotonic() < deadline:

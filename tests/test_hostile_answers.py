@@ -31,7 +31,7 @@ from halton_meter.model import (
 from halton_meter.wire import body as bodies
 from halton_meter.wire import http2, websocket
 from pricing.book import PriceBook
-from tests.providers.exchanges import exchange
+from tests.support.exchanges import exchange
 
 SENT, RECEIVED = Direction.SENT, Direction.RECEIVED
 RECORD_BYTES = 16_384

@@ -188,7 +188,7 @@ def test_of_two_sightings_the_one_that_knows_the_process_stays(
 
 
 def test_what_our_own_proxy_says_upstream_is_nobodys_exchange() -> None:
-    argv = ("/usr/bin/python3", "-P", "-m", "halton_meter.proxy_worker")
+    argv = ("/usr/bin/python3", "-P", "-m", "halton_meter.live.proxy.worker")
     head = b"POST /v1/embeddings HTTP/1.1\r\nhost: api.openai.com\r\ncontent-length: 2\r\n\r\n{}"
     answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER)
     seen = {}

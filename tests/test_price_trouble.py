@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from halton_meter.cli import main
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.status import status_lines
-from halton_meter.flushing import Condition, is_well
-from halton_meter.metering import make_meter
-from halton_meter.proxy_service import ProxyService
-from halton_meter.proxy_worker import Job, Pricing
+from halton_meter.live.flushing import Condition, is_well
+from halton_meter.live.probes.supervisor import Metered, Unavailable
+from halton_meter.live.probes.worker import make_meter
+from halton_meter.live.proxy.service import ProxyService
+from halton_meter.live.proxy.worker import Job, Pricing
 from halton_meter.store import Store
-from halton_meter.supervisor import Metered, Unavailable
-from tests.stand_in import Service, running
+from tests.support.stand_in import Service, running
 
 FIXTURE = Path(__file__).parent.parent / "fixtures"
 WAY_OUT = "halton-meter pricing reset --all"
@@ -130,9 +130,9 @@ def test_a_metering_process_that_ends_at_once_is_told_with_the_next_command(
     def ending(*_: object) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit(3)"]
 
-    monkeypatch.setattr("halton_meter.own_code.python", ending)
+    monkeypatch.setattr("halton_meter.live.own_code.python", ending)
     service = Service(tmp_path)
-    monkeypatch.setattr("capture.uprobe.spawn_helper", service.spawn)
+    monkeypatch.setattr("capture.uprobes.spawn_helper", service.spawn)
     with pytest.raises(Unavailable) as raised:
         service.supervisor.start()
     ((what, mend),) = raised.value.problems

@@ -19,7 +19,7 @@ from halton_meter.dashboard.server import write_csv
 from halton_meter.model import Process
 from halton_meter.spreadsheet import cell, write_rows
 from halton_meter.store import Store
-from tests.store.made import NOON_NS, made
+from tests.support.made import NOON_NS, made
 
 HOSTILE = [
     "=cmd|' /C calc'!A1",

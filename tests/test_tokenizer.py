@@ -10,10 +10,10 @@ import pytest
 
 from halton_meter import providers
 from halton_meter.model import Basis, Certainty, Outcome
-from halton_meter.providers import estimate
+from halton_meter.providers.reading import estimate
 from halton_meter.tokenizer import PART_CHARS, Tokenizer
 from pricing.book import PriceBook
-from tests.providers.exchanges import exchange, sse
+from tests.support.exchanges import exchange, sse
 
 
 class Words:

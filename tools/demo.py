@@ -39,7 +39,7 @@ def live(home: Path) -> int:
         return 0
     environment = {**os.environ, "HALTON_METER_HOME": str(home)}
     return subprocess.run(
-        [sys.executable, "-m", "tests.lab", "demo"], env=environment, check=False, cwd=ROOT
+        [sys.executable, "-m", "tests.support.lab", "demo"], env=environment, check=False, cwd=ROOT
     ).returncode
 
 

@@ -103,7 +103,7 @@ def daemon(
             "say --foreground; to run it in the background: sudo halton-meter start"
         )
     from halton_meter.config import ConfigError
-    from halton_meter.supervisor import Unavailable
+    from halton_meter.live.probes.supervisor import Unavailable
 
     try:
         if via == "proxy":
@@ -123,8 +123,10 @@ def daemon(
 
 
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
-    from halton_meter import config, own_code, supervisor
-    from halton_meter import daemon as root
+    from halton_meter import config
+    from halton_meter.live import own_code
+    from halton_meter.live.probes import service as root
+    from halton_meter.live.probes import supervisor
 
     if not config.is_root():
         raise supervisor.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
@@ -139,8 +141,9 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
 
 
 def _serve_proxy(port: int | None) -> None:
-    from halton_meter import config, proxied
-    from halton_meter.supervisor import Unavailable
+    from halton_meter import config
+    from halton_meter.live.probes.supervisor import Unavailable
+    from halton_meter.live.proxy import run as proxied
 
     try:
         proxied.serve(config.home_folder(), port, say)
@@ -154,7 +157,7 @@ def _keep_proxy(port: int | None) -> int:
     whenever it dies. Clients that come meanwhile wait in the socket's queue.
     """
     from halton_meter import config
-    from proxy_fallback import listening
+    from proxy_fallback.edge import listening
 
     try:
         listener = listening.listen(port or config.load_proxy(config.home_folder()).port)
@@ -174,7 +177,7 @@ def _keep() -> int:
 
 
 def _kept_command() -> list[str]:
-    from halton_meter import own_code
+    from halton_meter.live import own_code
 
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
     return own_code.python("halton_meter", *arguments)

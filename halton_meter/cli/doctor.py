@@ -22,8 +22,8 @@ import click
 from halton_meter.cli.drawing import harmless
 
 if TYPE_CHECKING:
-    from proxy_fallback.ledger import Ledger
-    from proxy_fallback.plan import Machine
+    from proxy_fallback.setup.ledger import Ledger
+    from proxy_fallback.setup.plan import Machine
 
 # A day of heavy use is some 50 MB of events.
 FREE_BYTES_MIN = 500 * 1024 * 1024
@@ -118,8 +118,8 @@ def _apply(machine: Machine, plan: list[str], as_json: bool) -> int:
 
 def diagnose(machine: Machine) -> Iterator[Finding]:
     """Everything, in the order in which one thing rests on another."""
-    from proxy_fallback.changes import ChangeError
-    from proxy_fallback.ledger import Ledger
+    from proxy_fallback.setup.changes import ChangeError
+    from proxy_fallback.setup.ledger import Ledger
 
     yield from _installed()
     yield from _files(machine.home)
@@ -214,7 +214,7 @@ def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:
 
 
 def _authority(machine: Machine, again: str) -> Iterator[Finding]:
-    from proxy_fallback.authority import (
+    from proxy_fallback.setup.authority import (
         RENEW_BEFORE,
         TRUSTED_NAME,
         AuthorityError,
@@ -256,7 +256,7 @@ def _authority(machine: Machine, again: str) -> Iterator[Finding]:
 
 
 def _proxy(machine: Machine, again: str) -> Iterator[Finding]:
-    from halton_meter import proxied
+    from halton_meter.live.proxy import run as proxied
 
     where = f"127.0.0.1:{machine.port}"
     if not machine.healthy():

@@ -19,9 +19,9 @@ import click
 from halton_meter.cli.drawing import harmless_lines
 
 if TYPE_CHECKING:
-    from proxy_fallback.changes import Commands
-    from proxy_fallback.plan import Machine
-    from proxy_fallback.setup import Done
+    from proxy_fallback.setup.changes import Commands
+    from proxy_fallback.setup.plan import Machine
+    from proxy_fallback.setup.steps import Done
 
 EXAMPLES = """
     \b
@@ -64,11 +64,11 @@ def init(
     keep: bool,
 ) -> None:
     """Set up the local proxy for this machine's programs, without root."""
-    from halton_meter.proxied import ask_service
-    from proxy_fallback.changes import ChangeError
-    from proxy_fallback.ledger import Ledger
-    from proxy_fallback.plan import Choice, SetupError
-    from proxy_fallback.setup import describe, take_steps
+    from halton_meter.live.proxy.run import ask_service
+    from proxy_fallback.setup.changes import ChangeError
+    from proxy_fallback.setup.ledger import Ledger
+    from proxy_fallback.setup.plan import Choice, SetupError
+    from proxy_fallback.setup.steps import describe, take_steps
 
     machine = machine_here(platform)
     if keep:
@@ -165,7 +165,7 @@ def _keep_system_proxy(machine: Machine) -> NoReturn:
     """Run the keeper until stopped; the agent or unit of `--full` does."""
     import signal
 
-    from proxy_fallback.system_proxy import Keeper, notifications
+    from proxy_fallback.setup.system_proxy import Keeper, notifications
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     keeper = Keeper(
@@ -202,8 +202,8 @@ def machine_here(platform: str | None = None) -> Machine:
     import proxy_fallback
     from halton_meter import config
     from halton_meter.providers import Registry
-    from proxy_fallback import listening
-    from proxy_fallback.plan import Machine
+    from proxy_fallback.edge import listening
+    from proxy_fallback.setup.plan import Machine
 
     home = config.home_folder()
     try:
@@ -213,7 +213,7 @@ def machine_here(platform: str | None = None) -> Machine:
         fail(str(error))
 
     def metering() -> bool:
-        from halton_meter.proxied import service_status
+        from halton_meter.live.proxy.run import service_status
 
         return (service_status(home) or {}).get("health") in ("ok", "paused")
 
@@ -241,7 +241,7 @@ def machine_here(platform: str | None = None) -> Machine:
 
 
 def _commands(platform: str | None) -> Commands:
-    from proxy_fallback.changes import Commands, Unasked
+    from proxy_fallback.setup.changes import Commands, Unasked
 
     return Commands() if platform in (None, platform_here()) else Unasked()
 

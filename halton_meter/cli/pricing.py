@@ -95,7 +95,7 @@ def explain(
 def _events_in(
     what: str, provider: str | None, model: str | None, at_ns: int | None
 ) -> list[UsageEvent]:
-    from halton_meter.cli.explain import NotExplained, events_of, stated_time
+    from halton_meter.explain.reader import NotExplained, events_of, stated_time
 
     try:
         raw = sys.stdin.buffer.read() if what == _STDIN else Path(what).read_bytes()

@@ -27,7 +27,7 @@ from halton_meter.cli.drawing import harmless, harmless_lines, shown
 from halton_meter.model import Outcome, PricedEvent, event_json, rfc3339, usd_text
 
 if TYPE_CHECKING:
-    from capture.records import Findings
+    from capture.packets.records import Findings
     from halton_meter.store import Store
 
 SUFFIXES = (".pcap", ".pcapng", ".cap", ".pcap.gz", ".pcapng.gz", ".cap.gz")
@@ -116,7 +116,7 @@ def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _named_by(argument: str) -> list[Path]:
     """The files of one argument. Raises OSError for what cannot be looked at, and for a pipe."""
-    from capture.input_files import open_file
+    from capture.packets.input_files import open_file
 
     path = Path(argument)
     if path.is_dir():
@@ -371,7 +371,7 @@ class Replay:
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers import Registry
-        from halton_meter.providers.estimate import count_with
+        from halton_meter.providers.reading.estimate import count_with
         from halton_meter.tokenizer import Tokenizer
         from pricing.book import PriceBook
 
@@ -468,7 +468,7 @@ def _identity(files: Iterable[Path]) -> str:
     Sizes and both ends tell captures apart (times and TLS randoms stand there) without reading a
     large file a second time.
     """
-    from capture.input_files import open_file
+    from capture.packets.input_files import open_file
 
     parts = []
     for file in files:
@@ -527,7 +527,7 @@ def replay(**options: Any) -> None:
 
 
 def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
-    from capture.tshark import TsharkMissing
+    from capture.packets.tshark import TsharkMissing
     from halton_meter.config import ConfigError
     from pricing.rates import PriceError
 

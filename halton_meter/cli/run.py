@@ -20,8 +20,8 @@ from halton_meter.cli.drawing import harmless, harmless_lines
 from halton_meter.cli.words import count, implausible_words
 
 if TYPE_CHECKING:
-    from halton_meter.supervisor import Metered
-    from halton_meter.totals import Line
+    from halton_meter.live.probes.supervisor import Metered
+    from halton_meter.live.totals import Line
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
@@ -78,7 +78,7 @@ def run(
     metered, in which case it was not started.
     """
     from halton_meter.config import ConfigError, invoking_account
-    from halton_meter.supervisor import Unavailable
+    from halton_meter.live.probes.supervisor import Unavailable
 
     if shell == bool(command):
         raise click.UsageError("say what to run, or --shell:  halton-meter run -- claude -p hello")
@@ -109,7 +109,10 @@ def run(
 
 
 def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
-    from halton_meter import config, daemon, own_code, privileges, supervisor
+    from halton_meter import config, privileges
+    from halton_meter.live import own_code
+    from halton_meter.live.probes import service as daemon
+    from halton_meter.live.probes import supervisor
 
     if config.is_root() and (problems := own_code.problems()):
         raise supervisor.Unavailable(problems)
@@ -135,8 +138,8 @@ def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
 
 def _service(home: Path, uid: int) -> Any:
     """The connection to a running service that meters this user, or None."""
-    from halton_meter.control import Control, ServiceAbsent
-    from halton_meter.daemon import covers
+    from halton_meter.live.control import Control, ServiceAbsent
+    from halton_meter.live.probes.service import covers
 
     try:
         control = Control(home, owner=uid)
@@ -159,8 +162,9 @@ def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _through_proxy(command: Sequence[str], java: bool = False) -> tuple[int, Metered]:
-    from halton_meter import config, supervisor
-    from halton_meter.proxied import ProxyUnavailable, meter_command
+    from halton_meter import config
+    from halton_meter.live.probes import supervisor
+    from halton_meter.live.proxy.run import ProxyUnavailable, meter_command
 
     home = config.home_folder()
     hosts, upstream = config.load(home).extra_hosts, config.load_proxy(home).upstream

@@ -171,7 +171,9 @@ def start(
 def _start_probes(
     all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
 ) -> None:
-    from halton_meter import config, daemon, own_code, privileges
+    from halton_meter import config, privileges
+    from halton_meter.live import own_code
+    from halton_meter.live.probes import service as daemon
 
     account = config.invoking_account()
     home = config.home_folder()
@@ -276,7 +278,7 @@ def _wait_for(home: Path, owner: int, process: subprocess.Popen[bytes] | None = 
 
 
 def _status(home: Path, owner: int) -> dict[str, object] | None:
-    from halton_meter.control import Control, ServiceAbsent
+    from halton_meter.live.control import Control, ServiceAbsent
 
     try:
         control = Control(home, owner=owner)
@@ -331,7 +333,7 @@ def _fail_for_disk(
 
 def _installed() -> list[list[str]] | None:
     """The commands that start the service that `init` installed; None when there is none."""
-    from proxy_fallback import service_files
+    from proxy_fallback.setup import service_files
 
     person = Path.home()
     unit = person / ".config/systemd/user" / f"{service_files.UNIT}.service"
@@ -355,7 +357,8 @@ def _user_systemd() -> bool:
 
 
 def _start_proxy() -> None:
-    from halton_meter import config, proxied
+    from halton_meter import config
+    from halton_meter.live.proxy import run as proxied
 
     home = config.home_folder()
     try:
@@ -388,7 +391,7 @@ def _start_proxy() -> None:
 
 
 def _journal() -> str:
-    from proxy_fallback import service_files
+    from proxy_fallback.setup import service_files
 
     if sys.platform == "darwin":
         return f"launchctl print gui/{os.getuid()}/{service_files.LABEL}"
@@ -434,7 +437,7 @@ def _wait_for_proxy(
     home: Path, process: subprocess.Popen[bytes] | None = None
 ) -> dict[str, Any] | None:
     """The status of the proxy once it meters; None when it does not come to that."""
-    from halton_meter import proxied
+    from halton_meter.live.proxy import run as proxied
 
     deadline = time.monotonic() + START_S_MAX
     while time.monotonic() < deadline:
@@ -459,7 +462,7 @@ def _stop_proxy(home: Path) -> bool:
     On a machine that was set up the edge stays and lets everything through: without it, every
     program that was told to use it would lose the network.
     """
-    from halton_meter import proxied
+    from halton_meter.live.proxy import run as proxied
 
     found = proxied.service_status(home)
     if found is None:
@@ -497,7 +500,7 @@ def _answering(addresses: Sequence[str]) -> bool:
 
 
 def _is_set_up(home: Path) -> bool:
-    from proxy_fallback.ledger import LEDGER_NAME
+    from proxy_fallback.setup.ledger import LEDGER_NAME
 
     return (home / LEDGER_NAME).exists()
 
@@ -532,7 +535,7 @@ def stop(via: str) -> None:
 
 def _stop_probes(home: Path, owner: int, stopped: bool) -> None:
     from halton_meter import config
-    from halton_meter.control import Control, ServiceAbsent
+    from halton_meter.live.control import Control, ServiceAbsent
 
     if has_systemd() and UNIT_PATH.exists():
         if not config.is_root():

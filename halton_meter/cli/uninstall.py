@@ -32,10 +32,10 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     """Put back everything that init changed."""
     from halton_meter import config
     from halton_meter.cli.init import fail, in_fish
-    from proxy_fallback.changes import ChangeError, Commands
-    from proxy_fallback.ledger import Ledger
-    from proxy_fallback.setup import undo
-    from proxy_fallback.trust import PROXY_VARIABLES
+    from proxy_fallback.setup.changes import ChangeError, Commands
+    from proxy_fallback.setup.ledger import Ledger
+    from proxy_fallback.setup.steps import undo
+    from proxy_fallback.setup.trust import PROXY_VARIABLES
 
     home = config.home_folder()
     if purge and not yes:

@@ -3,7 +3,7 @@
 One file here a provider (families may share one), each with `PROVIDER = Provider(...)` or
 `PROVIDERS = (...)`. They are imported, in the order of `_MODULES`, when the first host is looked
 up; nothing here knows prices or where the bytes came from. To add a provider: its file, a price
-file, a fixture. How a reader is written: `reading.py`.
+file, a fixture. How a reader is written: `reading/draft.py`.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Match:
 
 _MODULES = (
     "anthropic",
-    "openai",
+    "openai.routes",
     "chatgpt",
-    "gemini",
+    "gemini.routes",
     "vertex",
     "xai",
     "groq",
@@ -213,7 +213,7 @@ class Registry:
         providers = self.of_host(host)
         if not providers:
             return None
-        from halton_meter.providers.shapes import endpoints_of
+        from halton_meter.providers.reading.shapes import endpoints_of
 
         for endpoint in endpoints_of(exchange.response):
             for provider in providers:

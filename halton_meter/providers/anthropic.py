@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.bodies import documents, form
-from halton_meter.providers.errors import error_object
-from halton_meter.providers.estimate import texts_under, tokens_of
-from halton_meter.providers.reading import BILLED, Draft, begin, failed, unanswered
-from halton_meter.providers.values import (
+from halton_meter.providers.reading.bodies import documents, form
+from halton_meter.providers.reading.draft import BILLED, Draft, begin, failed, unanswered
+from halton_meter.providers.reading.errors import error_object
+from halton_meter.providers.reading.estimate import texts_under, tokens_of
+from halton_meter.providers.reading.values import (
     Counts,
     Json,
     as_dict,
@@ -391,7 +391,7 @@ def _completed(exchange: Exchange) -> Iterator[str]:
 
 def read_imitated(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for a call of the endpoint that imitates OpenAI's chat completions."""
-    from halton_meter.providers.openai_text import read_chat  # It imports this file.
+    from halton_meter.providers.openai.text import read_chat  # It imports this file.
 
     yield from read_chat(exchange, route, provider)
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 from halton_meter.model import Exchange, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
-from halton_meter.providers.openai_media import job_routes, media_routes, realtime_route
-from halton_meter.providers.openai_text import read_chat, route, text_routes
-from halton_meter.providers.values import as_name
+from halton_meter.providers.openai.media import job_routes, media_routes, realtime_route
+from halton_meter.providers.openai.text import read_chat, route, text_routes
+from halton_meter.providers.reading.values import as_name
 
 _DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
 

@@ -23,12 +23,12 @@ from halton_meter.providers.anthropic import (
     read_count,
     read_messages,
 )
-from halton_meter.providers.bodies import documents, form
-from halton_meter.providers.estimate import texts_keyed
-from halton_meter.providers.openai_text import route, text_routes
-from halton_meter.providers.openai_usage import usage_tokens
-from halton_meter.providers.reading import Draft, begin, unanswered
-from halton_meter.providers.values import (
+from halton_meter.providers.openai.text import route, text_routes
+from halton_meter.providers.openai.usage import usage_tokens
+from halton_meter.providers.reading.bodies import documents, form
+from halton_meter.providers.reading.draft import Draft, begin, unanswered
+from halton_meter.providers.reading.estimate import texts_keyed
+from halton_meter.providers.reading.values import (
     Counts,
     Json,
     as_dict,

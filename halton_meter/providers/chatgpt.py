@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.openai_responses import read_responses, response_turn_ends
-from halton_meter.providers.openai_text import route
+from halton_meter.providers.openai.responses import read_responses, response_turn_ends
+from halton_meter.providers.openai.text import route
 
 
 def read_plan(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:

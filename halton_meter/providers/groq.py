@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from halton_meter.model import Usage
 from halton_meter.providers import Provider
-from halton_meter.providers.openai_media import job_routes, media_routes
-from halton_meter.providers.openai_text import text_routes
-from halton_meter.providers.openai_usage import Dialect, usage_tokens
-from halton_meter.providers.reading import Draft
-from halton_meter.providers.values import Counts, Json, Verbatim, as_dict, as_name, dicts
+from halton_meter.providers.openai.media import job_routes, media_routes
+from halton_meter.providers.openai.text import text_routes
+from halton_meter.providers.openai.usage import Dialect, usage_tokens
+from halton_meter.providers.reading.draft import Draft
+from halton_meter.providers.reading.values import Counts, Json, Verbatim, as_dict, as_name, dicts
 from halton_meter.wire import formats
 
 TOOLS_MAX = 1000

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.gemini_content import fill_generated
-from halton_meter.providers.openai_text import route
-from halton_meter.providers.openai_usage import Dialect, usage_tokens
-from halton_meter.providers.reading import Draft, unanswered
-from halton_meter.providers.values import Counts, Json, as_id, as_name, verbatim
+from halton_meter.providers.gemini.content import fill_generated
+from halton_meter.providers.openai.text import route
+from halton_meter.providers.openai.usage import Dialect, usage_tokens
+from halton_meter.providers.reading.draft import Draft, unanswered
+from halton_meter.providers.reading.values import Counts, Json, as_id, as_name, verbatim
 from halton_meter.providers.vertex import HOSTS as VERTEX_HOSTS
 from halton_meter.wire import formats
 

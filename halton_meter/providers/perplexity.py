@@ -13,11 +13,11 @@ from functools import partial
 
 from halton_meter.model import Exchange, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.bodies import documents
-from halton_meter.providers.openai_text import fill_chat, read_chat, route, text_routes
-from halton_meter.providers.openai_usage import Dialect
-from halton_meter.providers.reading import Draft, begin, unanswered
-from halton_meter.providers.values import (
+from halton_meter.providers.openai.text import fill_chat, read_chat, route, text_routes
+from halton_meter.providers.openai.usage import Dialect
+from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.draft import Draft, begin, unanswered
+from halton_meter.providers.reading.values import (
     Counts,
     Json,
     Verbatim,

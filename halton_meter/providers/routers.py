@@ -18,13 +18,20 @@ from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.anthropic import message_event, read_messages
 from halton_meter.providers.bedrock import RUNTIME_ROUTES as BEDROCK_ROUTES
-from halton_meter.providers.gemini_content import content_routes
+from halton_meter.providers.gemini.content import content_routes
 from halton_meter.providers.groq import by_model
-from halton_meter.providers.openai_media import media_routes, read_video_job
-from halton_meter.providers.openai_text import chat_event, read_chat, route, text_routes
-from halton_meter.providers.openai_usage import Dialect, cost_of
-from halton_meter.providers.reading import Draft, begin
-from halton_meter.providers.values import Counts, Json, Verbatim, as_amount, as_dict, as_name
+from halton_meter.providers.openai.media import media_routes, read_video_job
+from halton_meter.providers.openai.text import chat_event, read_chat, route, text_routes
+from halton_meter.providers.openai.usage import Dialect, cost_of
+from halton_meter.providers.reading.draft import Draft, begin
+from halton_meter.providers.reading.values import (
+    Counts,
+    Json,
+    Verbatim,
+    as_amount,
+    as_dict,
+    as_name,
+)
 
 
 def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:

@@ -11,13 +11,21 @@ from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.bodies import documents
-from halton_meter.providers.estimate import texts_under
-from halton_meter.providers.openai_media import media_routes
-from halton_meter.providers.openai_text import route, text_routes
-from halton_meter.providers.reading import Draft, begin, failed, unanswered
+from halton_meter.providers.openai.media import media_routes
+from halton_meter.providers.openai.text import route, text_routes
+from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
+from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.values import (
+    Counts,
+    Json,
+    as_amount,
+    as_dict,
+    as_id,
+    as_name,
+    verbatim,
+)
 from halton_meter.providers.routers import CHARGED, read_charged_messages, settle
-from halton_meter.providers.values import Counts, Json, as_amount, as_dict, as_id, as_name, verbatim
 from halton_meter.wire import formats
 
 

@@ -14,17 +14,17 @@ from urllib.parse import unquote
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import message_event, read_count
-from halton_meter.providers.bodies import documents
-from halton_meter.providers.gemini_content import (
+from halton_meter.providers.gemini.content import (
     THINKING_HIDDEN,
     content_routes,
     read_cache_made,
     read_gemini_count,
 )
-from halton_meter.providers.gemini_live import LIVE
-from halton_meter.providers.openai_text import chat_event, route, text_routes
-from halton_meter.providers.reading import begin, unanswered
-from halton_meter.providers.values import Json, as_id, as_name
+from halton_meter.providers.gemini.live import LIVE
+from halton_meter.providers.openai.text import chat_event, route, text_routes
+from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.draft import begin, unanswered
+from halton_meter.providers.reading.values import Json, as_id, as_name
 
 _LOCATION = re.compile(r"/locations/([a-z0-9-]+)/")
 _MODEL = re.compile(r"/models/([^/:]+):")

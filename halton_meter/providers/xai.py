@@ -14,9 +14,8 @@ from functools import partial
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
-from halton_meter.providers.bodies import documents
 from halton_meter.providers.grpc import xai_routes
-from halton_meter.providers.openai_media import (
+from halton_meter.providers.openai.media import (
     fill_batch_answer,
     media_routes,
     read_speech,
@@ -24,10 +23,19 @@ from halton_meter.providers.openai_media import (
     read_video_job,
     realtime_route,
 )
-from halton_meter.providers.openai_text import read_chat, route, text_routes
-from halton_meter.providers.openai_usage import Dialect
-from halton_meter.providers.reading import Draft, begin, failed
-from halton_meter.providers.values import Counts, Json, Verbatim, as_amount, as_dict, as_id, dicts
+from halton_meter.providers.openai.text import read_chat, route, text_routes
+from halton_meter.providers.openai.usage import Dialect
+from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.draft import Draft, begin, failed
+from halton_meter.providers.reading.values import (
+    Counts,
+    Json,
+    Verbatim,
+    as_amount,
+    as_dict,
+    as_id,
+    dicts,
+)
 
 TICKS_PER_USD = Decimal(10) ** 10
 _TOOL_UNITS = {

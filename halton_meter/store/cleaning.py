@@ -1,4 +1,4 @@
-"""Command lines that an earlier version stored, cut to what may be kept (`capture/arguments.py`).
+"""Command lines that an earlier version stored, cut by the rules of `processes/arguments.py`.
 
 Up to schema version 3, and in journal lines without a form, more was kept than identifies a
 program: values joined to an option, words that an unknown option was given, one-word prompts.
@@ -35,7 +35,7 @@ def cleaned_line(line: bytes) -> bytes | None:
 
 def cleaned(argv: Any) -> tuple[str, ...]:
     """`argv` as it stood in a document, cut to what may be kept."""
-    from capture.arguments import without_secrets
+    from capture.processes.arguments import without_secrets
 
     words = argv if isinstance(argv, list) else []
     return without_secrets([word if isinstance(word, str) else "" for word in words])

@@ -1,1 +1,1 @@
-"""Plaintext to exchanges. Start at `stream.py`; nothing here does input or output."""
+"""Plaintext to exchanges. Start at `wire/conversation.py`; nothing here does input or output."""

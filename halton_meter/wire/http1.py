@@ -5,7 +5,8 @@ transaction, a response answers the oldest that has none. Behind a hole that may
 what can no longer be known is said so (`gapped`), never guessed. Answers that are delivered before
 their request wait for it, within bounds.
 
-Read `transaction.py` for what an exchange's outcome means, `stream.py` for who feeds this.
+Read `transaction.py` for what an exchange's outcome means, `wire/conversation.py` for who feeds
+this.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
-from halton_meter.wire.head import host_name, kept_headers, split_target
+from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http1_framing import Fields, Reader, Side, body_framing
 from halton_meter.wire.transaction import SENT, Context, Transaction
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from halton_meter.model import Headers
 from halton_meter.wire import chunked
-from halton_meter.wire.head import kept_headers
+from halton_meter.wire.headers import kept_headers
 from halton_meter.wire.transaction import Context
 
 HEAD_BYTES_MAX = 64 << 10

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
-from halton_meter.wire.head import host_name, kept_headers, split_target
+from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http2_framing import Reader
 from halton_meter.wire.transaction import SENT, Context, Transaction
 from halton_meter.wire.websocket import WebSocket

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from capture import environment, loader
+from capture import environment
 from capture.environment import check_environment
+from capture.helper import loader
 
 LOCKDOWN = "none integrity [confidentiality]\n"
 CAPABILITIES = "Name:\thelper\nCapEff:\t{:016x}\n"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture import loader, protocol
-from capture.admission import host_key
+from capture import protocol
+from capture.helper import loader
+from capture.helper.admission import host_key
 from capture.protocol import FrameBuffer, ProtocolViolation, decode_record
 from halton_meter.untrusted import Lines
 
@@ -176,7 +177,7 @@ def test_a_suffix_ends_in_the_dot() -> None:
 
 @pytest.mark.parametrize("host", ["", "x" * 127, "*."])
 def test_names_that_cannot_be_hosts(host: str) -> None:
-    from capture.admission import Refused
+    from capture.helper.admission import Refused
 
     if host == "*.":
         assert host_key(host)  # "*.": every name below the root; the user asked for it

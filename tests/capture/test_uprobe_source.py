@@ -14,8 +14,8 @@ from collections.abc import Callable
 import pytest
 
 from capture import protocol
-from capture.spool import Receipt
-from capture.uprobe import KILLED_S_MAX, OPEN_BYTES_MAX, STOP_S_MAX, Scope, UprobeSource
+from capture.helper.relay.spool import Receipt
+from capture.uprobes import KILLED_S_MAX, OPEN_BYTES_MAX, STOP_S_MAX, Scope, UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 
 PID, SSL, OPENED_NS = 4_000_000, 0xABC, 5

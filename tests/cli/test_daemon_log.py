@@ -15,13 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from halton_meter import daemon as root
-from halton_meter import proxied, proxy_service
 from halton_meter.cli import daemon, service
-from halton_meter.proxy_worker import Job
+from halton_meter.live.probes import service as root
+from halton_meter.live.probes.supervisor import Metered
+from halton_meter.live.proxy import run as proxied
+from halton_meter.live.proxy import service as proxy_service
+from halton_meter.live.proxy.worker import Job
 from halton_meter.store import errors
-from halton_meter.supervisor import Metered
-from proxy_fallback.listening import listen
+from proxy_fallback.edge.listening import listen
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from halton_meter.cli import main
 from halton_meter.model import TOKEN_NAMES, Outcome, event_json
 from halton_meter.store import Store
-from tests.store.made import HOUR_NS, NOON_NS, made
+from tests.support.made import HOUR_NS, NOON_NS, made
 
 FIELDS = {
     *("id", "at", "provider", "host", "endpoint", "kind", "model", "request_model", "response_id"),

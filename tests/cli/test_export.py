@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from halton_meter.cli import main
 from halton_meter.model import PricedEvent, Tokens, Usage, event_json
 from halton_meter.store import Reader, Store
-from tests.store.made import HOUR_NS, NOON_NS, made
+from tests.support.made import HOUR_NS, NOON_NS, made
 
 FORMS = ["sqlite", "csv", "parquet", "jsonl"]
 

@@ -12,10 +12,10 @@ from click.testing import CliRunner, Result
 from halton_meter.cli import main
 from halton_meter.cli.replay import BestSightings
 from halton_meter.model import Outcome
-from tests.recorder.packets import pcap, write
-from tests.recorder.relay import record
-from tests.recorder.scenarios import every
-from tests.store.made import made
+from tests.support.made import made
+from tests.support.recorder.packets import pcap, write
+from tests.support.recorder.relay import record
+from tests.support.recorder.scenarios import every
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
 PLAIN = FIXTURES / "anthropic_message.pcapng"

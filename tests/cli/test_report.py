@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from halton_meter.cli import drawing, main
 from halton_meter.model import IMPLAUSIBLE, Outcome, PricedEvent
 from halton_meter.store import Store
-from tests.store.made import HOUR_NS, NOON_NS, made
+from tests.support.made import HOUR_NS, NOON_NS, made
 
 DAY_NS = 24 * HOUR_NS
 

@@ -14,7 +14,7 @@ from halton_meter.cli import main
 from halton_meter.model import Basis, PricedEvent, UsageEvent
 from halton_meter.store import Store
 from pricing.book import PriceBook
-from tests.store.made import made
+from tests.support.made import made
 
 
 @pytest.fixture

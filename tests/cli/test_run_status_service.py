@@ -15,9 +15,9 @@ from halton_meter.cli.drawing import harmless
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.service import unit_text
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
-from halton_meter.supervisor import Metered
-from halton_meter.totals import Line, Totals
-from proxy_fallback import service_files
+from halton_meter.live.probes.supervisor import Metered
+from halton_meter.live.totals import Line, Totals
+from proxy_fallback.setup import service_files
 
 
 def totals(**models: Line) -> Totals:

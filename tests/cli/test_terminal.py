@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from halton_meter.cli import main
 from halton_meter.model import Process
 from halton_meter.store import Store
-from tests.store.made import made
+from tests.support.made import made
 
 # Moves the cursor, sets the title, writes the clipboard, turns the text's direction, hides it.
 HOSTILE = "m\x1b[2J\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x9b31m\r\n\u202e\u200bx\x1b[8m"

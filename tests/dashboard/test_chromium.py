@@ -15,7 +15,7 @@ import pytest
 
 from halton_meter.dashboard.server import Dashboard
 from halton_meter.store import Store
-from tests.store.made import HOUR_NS, NOON_NS, made
+from tests.support.made import HOUR_NS, NOON_NS, made
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")

@@ -20,7 +20,7 @@ import pytest
 from halton_meter.dashboard.entrance import CODE_SECONDS, GUESSES_MAX, Entrance, is_ours
 from halton_meter.dashboard.server import REQUESTS_A_PAGE, Dashboard
 from halton_meter.store import Store
-from tests.store.made import HOUR_NS, NOON_NS, made
+from tests.support.made import HOUR_NS, NOON_NS, made
 
 
 @pytest.fixture

@@ -17,17 +17,17 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from capture import capfile, tshark
-from capture.capfile import CaptureFile, NotACapture, secrets_in
-from capture.keylog import KeyLog, read_key_log
-from capture.records import Conversations, Findings
-from capture.tcp import Reassembly
-from capture.tshark import Decryptor, Decryptors
+from capture.packets import capfile, tshark
+from capture.packets.capfile import CaptureFile, NotACapture, secrets_in
+from capture.packets.keylog import KeyLog, read_key_log
+from capture.packets.records import Conversations, Findings
+from capture.packets.tcp import Reassembly
+from capture.packets.tshark import Decryptor, Decryptors
 from halton_meter.model import Direction, TlsChunk, TlsClosed
-from tests.capture import evil
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import INTERESTING, mutated
-from tests.recorder.packets import ACK, FIN, PSH, RST, SYN
+from tests.support import evil
+from tests.support.recorder.packets import ACK, FIN, PSH, RST, SYN
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
 TRIALS_MAX = 2_000  # of keys; a run over captures spends millions

@@ -14,9 +14,9 @@ import struct
 from typing import Any
 
 from capture import protocol
+from capture.helper.relay.spool import Receipt
 from capture.protocol import FrameBuffer, ProtocolViolation
-from capture.spool import Receipt
-from capture.uprobe import Scope, UprobeSource
+from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import TlsChunk
 from halton_meter.untrusted import Lines
 from tests.fuzz import attack as driver

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
-from capture import libraries
-from capture.elf import ElfError
-from capture.placement import refusal
+from capture.functions import libraries
+from capture.functions.elf import ElfError
+from capture.helper.files.placement import refusal
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import mutated
 

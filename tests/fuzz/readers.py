@@ -24,7 +24,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
-from halton_meter.wire.stream import Conversation, Interest
+from halton_meter.wire.conversation import Conversation, Interest
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import ODD_VALUES, mutated, wrong_types
 from tests.fuzz.wire import book, check, talks

@@ -19,7 +19,7 @@ from halton_meter.store.driver import driver as database
 from halton_meter.store.journal import _is_sound, _line, _storable, checked, event_line, loss_line
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import ODD_VALUES, mutated, wrong_types
-from tests.store.made import NOON_NS, made
+from tests.support.made import NOON_NS, made
 
 
 def run(seed: int, seconds: float | None = None, cases: int | None = None, only: int | None = None

@@ -27,8 +27,8 @@ from halton_meter.store.journal import _is_sound, event_line
 from pricing.book import PriceBook
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import INTERESTING, cut, mutated
-from tests.recorder.relay import BEGINNING_NS, Step
-from tests.recorder.scenarios import every
+from tests.support.recorder.relay import BEGINNING_NS, Step
+from tests.support.recorder.scenarios import every
 
 SENT, RECEIVED = Direction.SENT, Direction.RECEIVED
 

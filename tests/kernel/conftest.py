@@ -21,10 +21,9 @@ from typing import Any
 
 import pytest
 
-from capture.uprobe import Scope, UprobeSource
+from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
-
-from .tls_server import TlsServer
+from tests.support.tls_server import TlsServer
 
 PROVIDER = "api.provider.test"
 OTHER = "mail.other.test"
@@ -122,7 +121,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        from lab.authority import make_authority
+        from tests.support.lab.authority import make_authority
 
         make_authority(folder, (PROVIDER, OTHER, "eu.provider.test"))
         self.server = TlsServer(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from capture import loader
+from capture.helper import loader
 
 COMPILERS = [
     path

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from capture import libraries
+from capture.functions import libraries
 from halton_meter.model import Direction
-
-from .conftest import (
+from tests.kernel.conftest import (
     CLIENTS,
     GO_CONNECTIONS,
     PROVIDER,
@@ -23,8 +22,8 @@ from .conftest import (
     gather,
     same_bytes,
 )
-from .test_proof import REQUEST, RESPONSE, Subject, captured, plain
-from .test_uprobes import wait_until
+from tests.kernel.test_proof import REQUEST, RESPONSE, Subject, captured, plain
+from tests.kernel.test_uprobes import wait_until
 
 
 @pytest.mark.parametrize("linker", ["the system's", "a container's"])

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from capture.elf import Elf
-from capture.uprobe import Scope, UprobeSource
-from tests.capture import crafted
-from tests.capture.test_placement import Table, poisoned
-
-from .conftest import CLIENTS, GO_CONNECTIONS, Bench, captured_until_end, same_bytes
-from .test_uprobes import wait_until
+from capture.functions.elf import Elf
+from capture.uprobes import Scope, UprobeSource
+from tests.capture.helper.test_placement import Table, poisoned
+from tests.kernel.conftest import CLIENTS, GO_CONNECTIONS, Bench, captured_until_end, same_bytes
+from tests.kernel.test_uprobes import wait_until
+from tests.support import crafted
 
 ALICE = 3001
 AS_ALICE = ("setpriv", f"--reuid={ALICE}", f"--regid={ALICE}", "--clear-groups")

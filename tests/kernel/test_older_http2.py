@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from capture.elf import Elf
-from capture.uprobe import CoverageState, UprobeSource
+from capture.functions.elf import Elf
+from capture.uprobes import CoverageState, UprobeSource
 from halton_meter.model import Direction
-
-from .conftest import OTHER, PROVIDER, Bench, Client, Seen, gather
-from .test_proof import REQUEST, RESPONSE, Subject, captured
-from .test_uprobes import LOADERS, Wiretap
+from tests.kernel.conftest import OTHER, PROVIDER, Bench, Client, Seen, gather
+from tests.kernel.test_proof import REQUEST, RESPONSE, Subject, captured
+from tests.kernel.test_uprobes import LOADERS, Wiretap
 
 HEAD = bytes([0, 0, 5, 1, 4])
 WINDOW_UPDATE = "000004080000000000" + "00010000"

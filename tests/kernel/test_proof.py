@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from capture.elf import Elf
-from capture.known_files import KnownFiles
-from capture.libraries import Function, Library, Probe
-from capture.uprobe import CoverageState, UprobeSource
+from capture.functions.elf import Elf
+from capture.functions.libraries import Function, Library, Probe
+from capture.helper.files.known_files import KnownFiles
+from capture.uprobes import CoverageState, UprobeSource
 from halton_meter.model import Direction
-
-from .conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather
-from .test_uprobes import wait_until
+from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather
+from tests.kernel.test_uprobes import wait_until
 
 REQUEST, RESPONSE = r"POST /v1 HTTP/1.1\r\nhost: x\r\n\r\n", r"HTTP/1.1 200 OK\r\n\r\n"
 NOISE = "not what TLS carries to a provider"

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from capture import uprobe
-from capture.keeper import Keeper
-from capture.uprobe import Scope, UprobeSource, link_to, spawn_helper
+from capture import uprobes
+from capture.helper.relay.keeper import Keeper
+from capture.uprobes import Scope, UprobeSource, link_to, spawn_helper
 from halton_meter.model import TlsChunk, TlsClosed
-
-from .conftest import CLIENTS, PROVIDER, Bench, Client, gather, same_bytes
+from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, gather, same_bytes
 
 
 class Relay:
@@ -45,7 +44,7 @@ class Relay:
 
     def _spawn(self) -> Any:
         link = spawn_helper(self._scope, [PROVIDER], keeper=self.keeper, **self._options)
-        self.helper = uprobe._children[-1]
+        self.helper = uprobes._children[-1]
         self._attending = threading.Thread(target=self._attend)
         self._attending.start()
         return link
@@ -202,7 +201,7 @@ def test_both_die_at_once(bench: Bench, relay: Relay) -> None:
 
 
 def test_when_the_supervisor_dies_every_probe_is_gone(bench: Bench, relay: Relay) -> None:
-    from .test_uprobes import alive, prog_ids, wait_until
+    from tests.kernel.test_uprobes import alive, prog_ids, wait_until
 
     relay.begin(held(bench, "1", "1", "10", "10"))
     ids = prog_ids(relay.helper.pid)

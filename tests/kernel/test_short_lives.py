@@ -16,13 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from capture import loader
-from capture.arguments import REDACTED
-from capture.libraries import standard_linkers
-from capture.uprobe import UprobeSource
+from capture.functions.libraries import standard_linkers
+from capture.helper import loader
+from capture.processes.arguments import REDACTED
+from capture.uprobes import UprobeSource
 from halton_meter.model import Direction, Process
-
-from .conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather, same_bytes
+from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather, same_bytes
 
 WAYS = ["libbpf", "bcc"]
 

@@ -18,10 +18,9 @@ import pytest
 
 from capture import protocol
 from capture.environment import UprobeUnavailable
-from capture.uprobe import CoverageState, Scope, UprobeSource, spawn_helper
+from capture.uprobes import CoverageState, Scope, UprobeSource, spawn_helper
 from halton_meter.model import Direction
-
-from .conftest import (
+from tests.kernel.conftest import (
     CLIENTS,
     GO_CONNECTIONS,
     OTHER,
@@ -386,9 +385,9 @@ def test_the_helper_dies_with_the_process_that_holds_its_socket(bench: Bench) ->
     link = spawn_helper(Scope(), [PROVIDER], files=[])
     source = UprobeSource([PROVIDER], Scope(), link=link)
     source.start()
-    from capture import uprobe
+    from capture import uprobes
 
-    helper = uprobe._children[-1]
+    helper = uprobes._children[-1]
     link.close()
     assert helper.wait(10) == 0
 
@@ -535,7 +534,7 @@ def test_a_loader_that_does_not_exist_is_refused_by_name(bench: Bench) -> None:
 def test_without_clang_or_object_the_reason_names_both_ways(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from capture import loader
+    from capture.helper import loader
 
     monkeypatch.setattr(loader, "BUILT_OBJECT", tmp_path / "none.o")
     monkeypatch.setattr(loader, "CACHE_DIRECTORY", tmp_path / "cache")
@@ -551,7 +550,9 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As the service meets it: the helper fails, its reader hears why and what would mend it."""
-    from capture import environment, helper, loader
+    from capture import environment
+    from capture.helper import loader
+    from capture.helper import main as helper
 
     def refuse(*_: Any) -> Any:
         raise loader.LoadFailed("libbpf: the kernel refused the program: Operation not permitted")

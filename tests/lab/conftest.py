@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from halton_meter.control import Control, ServiceAbsent
-
-from .client_python import client_python
-from .lab import Lab, User
+from halton_meter.live.control import Control, ServiceAbsent
+from tests.support.lab.client_python import client_python
+from tests.support.lab.lab import Lab, User
 
 HALTON_METER = [sys.executable, "-m", "halton_meter"]
 START_SECONDS_MAX = 30.0
-CLIENTS = Path(__file__).parent / "clients"
+CLIENTS = Path(__file__).parents[1] / "support" / "lab" / "clients"
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from capture.arguments import without_secrets
-
-from .conftest import CLIENTS, HALTON_METER, Bench, Service, assert_metered
-from .lab import Lab
-from .real_clients.results import note
-from .scenario import Scenario
+from capture.processes.arguments import without_secrets
+from tests.lab.conftest import CLIENTS, HALTON_METER, Bench, Service, assert_metered
+from tests.lab.real_clients.results import note
+from tests.support.lab.lab import Lab
+from tests.support.lab.scenario import Scenario
 
 pytestmark = pytest.mark.lab
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import pytest
 
-from halton_meter.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
-from proxy_fallback import authority
-
-from .conftest import HALTON_METER, Service, stored_events, wait_until
-from .lab import Lab
-from .test_clients import anthropic_body
+from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
+from proxy_fallback.setup import authority
+from tests.lab.conftest import HALTON_METER, Service, stored_events, wait_until
+from tests.lab.test_clients import anthropic_body
+from tests.support.lab.lab import Lab
 
 pytestmark = pytest.mark.lab
 

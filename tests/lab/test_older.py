@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import CLIENTS, Service, wait_until
-from .lab import Lab
-from .test_clients import anthropic_body
+from tests.lab.conftest import CLIENTS, Service, wait_until
+from tests.lab.test_clients import anthropic_body
+from tests.support.lab.lab import Lab
 
 pytestmark = pytest.mark.lab
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from .conftest import CLIENTS, HALTON_METER, Service, wait_until
-from .lab import Lab
+from tests.lab.conftest import CLIENTS, HALTON_METER, Service, wait_until
+from tests.support.lab.lab import Lab
 
 pytestmark = pytest.mark.lab
 

@@ -12,13 +12,19 @@ from typing import Any
 
 import pytest
 
-from capture.arguments import without_secrets
-
-from .conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
-from .lab import Lab
-from .real_clients.results import note
-from .scenario import Scenario
-from .test_clients import ALL_MODES, PACKAGES, anthropic_body, curl, said_version, version_of
+from capture.processes.arguments import without_secrets
+from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
+from tests.lab.real_clients.results import note
+from tests.lab.test_clients import (
+    ALL_MODES,
+    PACKAGES,
+    anthropic_body,
+    curl,
+    said_version,
+    version_of,
+)
+from tests.support.lab.lab import Lab
+from tests.support.lab.scenario import Scenario
 
 pytestmark = pytest.mark.lab
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import (
+from tests.lab.conftest import (
     CLIENTS,
     HALTON_METER,
     Service,
@@ -19,9 +19,9 @@ from .conftest import (
     stored_events,
     wait_until,
 )
-from .lab import Lab
-from .scenario import Scenario
-from .test_clients import anthropic_body, curl
+from tests.lab.test_clients import anthropic_body, curl
+from tests.support.lab.lab import Lab
+from tests.support.lab.scenario import Scenario
 
 pytestmark = pytest.mark.lab
 
@@ -253,7 +253,7 @@ def test_a_bad_configuration_stops_it_before_the_command(lab: Lab, home: Path) -
     assert not (home / "ran").exists()
 
 
-@pytest.mark.parametrize("victim", ["halton_meter.metering", "capture.helper"])
+@pytest.mark.parametrize("victim", ["halton_meter.live.probes.worker", "capture.helper.main"])
 def test_when_ours_dies_the_command_goes_on_and_all_of_it_is_metered(
     lab: Lab, home: Path, victim: str
 ) -> None:

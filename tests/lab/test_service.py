@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from .conftest import CLIENTS, HALTON_METER, Service, assert_metered, wait_until
-from .lab import Lab
-from .scenario import Scenario
-from .test_clients import anthropic_body, curl
-from .test_run import child_running
+from tests.lab.conftest import CLIENTS, HALTON_METER, Service, assert_metered, wait_until
+from tests.lab.test_clients import anthropic_body, curl
+from tests.lab.test_run import child_running
+from tests.support.lab.lab import Lab
+from tests.support.lab.scenario import Scenario
 
 pytestmark = pytest.mark.lab
 
@@ -56,7 +56,7 @@ def kill(service: Service, *victims: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-METERING, HELPER = "halton_meter.metering", "capture.helper"
+METERING, HELPER = "halton_meter.live.probes.worker", "capture.helper.main"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import HALTON_METER, wait_until
-from .lab import Lab
-from .machine import Machine, unavailable
-from .test_clients import anthropic_body, curl
+from tests.lab.conftest import HALTON_METER, wait_until
+from tests.lab.test_clients import anthropic_body, curl
+from tests.support.lab.lab import Lab
+from tests.support.lab.machine import Machine, unavailable
 
 pytestmark = pytest.mark.lab
 UNIT = "halton-meter-proxy"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import HALTON_METER, wait_until
-from .lab import Lab
-from .machine import Machine, unavailable
-from .test_clients import anthropic_body, curl
+from tests.lab.conftest import HALTON_METER, wait_until
+from tests.lab.test_clients import anthropic_body, curl
+from tests.support.lab.lab import Lab
+from tests.support.lab.machine import Machine, unavailable
 
 pytestmark = pytest.mark.lab
 
@@ -85,7 +85,7 @@ def test_the_service_meters_survives_a_kill_and_ends(machine: Machine, home: Pat
     assert "running as a systemd service" in as_root(machine, home, "start")
     assert machine.run(["systemctl", "is-enabled", "halton-meter"]).stdout.strip() == "enabled"
     assert status(machine, home)["health"] == "ok"
-    [helper] = machine.run(["pgrep", "-f", "capture.helper"]).stdout.split()
+    [helper] = machine.run(["pgrep", "-f", "capture.helper.main"]).stdout.split()
     assert machine.run(["ps", "-o", "ni=", "-p", helper]).stdout.strip() == "-10"
     client = ask(machine, 1)
     [event] = metered(machine, home, 1)
@@ -103,7 +103,7 @@ def test_the_service_meters_survives_a_kill_and_ends(machine: Machine, home: Pat
     as_root(machine, home, "stop")
     assert main_pid(machine) == 0
     assert machine.run(["systemctl", "is-enabled", "halton-meter"]).stdout.strip() != "enabled"
-    left = machine.run(["pgrep", "-f", "halton_meter|capture.helper"]).stdout.split()
+    left = machine.run(["pgrep", "-f", "halton_meter|capture.helper.main"]).stdout.split()
     assert left == []
 
 

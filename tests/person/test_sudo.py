@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from halton_meter.cli import _COMMANDS
-from tests.person.place import REPOSITORY, Done, Place
-from tests.person.world import (
+from tests.support.person.place import REPOSITORY, Done, Place
+from tests.support.person.world import (
     FOLDERS,
     KINDS,
     PLANTABLE,

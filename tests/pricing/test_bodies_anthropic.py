@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from .bodies import Case, Json, body, costs_as_worked_out, lines, named, sse, usage
+from tests.support.priced_bodies import (
+    Case,
+    Json,
+    body,
+    costs_as_worked_out,
+    lines,
+    named,
+    sse,
+    usage,
+)
 
 # model: input, cache read, output. A write costs 1.25x of input for 5 minutes and 2x for an hour.
 CLAUDE = {

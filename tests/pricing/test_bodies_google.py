@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .bodies import Case, Json, body, costs_as_worked_out, named, sse, usage
+from tests.support.priced_bodies import Case, Json, body, costs_as_worked_out, named, sse, usage
 
 
 def generated(model: str, prompt: int, candidates: int, **more: Any) -> Json:

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from halton_meter.cli.explain import events_of
-
-from .arithmetic import exactly
-from .bodies import (
+from halton_meter.explain.reader import events_of
+from tests.support.arithmetic import exactly
+from tests.support.priced_bodies import (
     Case,
     Json,
     body,

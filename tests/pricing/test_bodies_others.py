@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .bodies import Case, body, chat, costs_as_worked_out, named, usage
+from tests.support.priced_bodies import Case, body, chat, costs_as_worked_out, named, usage
 
 
 def xai() -> Iterator[Case]:

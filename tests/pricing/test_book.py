@@ -71,7 +71,7 @@ def book_with(tmp_path, text):
 
 @pytest.mark.skipif(not FACTS.exists(), reason="the worked vectors are not on this machine")
 def test_worked_vectors_to_the_pico_dollar(book):
-    from halton_meter.cli.explain import events_of
+    from halton_meter.explain.reader import events_of
 
     for vector in json.loads(FACTS.read_text()):
         for document, provider in ((vector["response"], vector["provider"]), (vector, None)):

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter.cli.explain import events_of
+from halton_meter.explain.reader import events_of
 from halton_meter.model import Certainty, Outcome, Source, Tokens, Usage, UsageEvent
 from pricing.book import PriceBook
-
-from .arithmetic import PICO, exactly
+from tests.support.arithmetic import PICO, exactly
 
 CHECKED_AT = "2026-11-23T12:00:00Z"
 

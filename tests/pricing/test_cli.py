@@ -152,7 +152,7 @@ def test_a_time_that_is_none_is_wrong_usage(run):
 
 
 def test_a_stored_event_is_explained_by_its_id_and_an_unpriced_one_is_listed(run, tmp_path):
-    from halton_meter.cli.explain import events_of
+    from halton_meter.explain.reader import events_of
     from halton_meter.store import Store
     from pricing.book import PriceBook
 

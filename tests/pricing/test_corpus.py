@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from halton_meter import providers
-from halton_meter.cli.explain import events_of
+from halton_meter.explain.reader import events_of
 from halton_meter.model import (
     Basis,
     Body,

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from halton_meter.cli.explain import NotExplained, events_of
-
-from . import (
+from halton_meter.explain.reader import NotExplained, events_of
+from tests.pricing import (
     test_bodies_anthropic,
     test_bodies_google,
     test_bodies_openai,
     test_bodies_others,
 )
-from .bodies import CHECKED_NS, Case, bundled_book
+from tests.support.priced_bodies import CHECKED_NS, Case, bundled_book
 
 CASES: list[Case] = [
     *test_bodies_anthropic.CASES,

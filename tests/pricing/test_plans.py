@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from halton_meter.cli.explain import events_of
-
-from .bodies import CHECKED_NS, Json, body, bundled_book, sse
+from halton_meter.explain.reader import events_of
+from tests.support.priced_bodies import CHECKED_NS, Json, body, bundled_book, sse
 
 CLAUDE = body("claude-opus-5-5", {"input_tokens": 1000, "output_tokens": 100})  # 4 / 20
 GPT = {  # 4 / 20

@@ -12,16 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halton_meter import providers
-from halton_meter.cli.explain import NotExplained, events_of
+from halton_meter.explain.reader import NotExplained, events_of
+from halton_meter.live.totals import Totals
 from halton_meter.model import TOKEN_NAMES, Basis, PricedEvent, event_json
 from halton_meter.report import DIMENSIONS, Figures, Question, ask
 from halton_meter.store import Store
-from halton_meter.totals import Totals
 from pricing.plausible import REQUEST_USD_MAX, TOKENS_MAX, UNITS_MAX, UNITS_MAX_BY_NAME
-from tests.providers.exchanges import exchange
-
-from .bodies import CHECKED_NS, bundled_book, chat, usage
-from .test_damaged_bodies import CASES
+from tests.pricing.test_damaged_bodies import CASES
+from tests.support.exchanges import exchange
+from tests.support.priced_bodies import CHECKED_NS, bundled_book, chat, usage
 
 # Any body at all, with numbers that no server would write honestly in place of some of its own.
 ABSURD = st.one_of(

@@ -7,8 +7,7 @@ import pytest
 
 from halton_meter import providers
 from halton_meter.model import Certainty, Outcome
-
-from .exchanges import exchange, read_one, sse
+from tests.support.exchanges import exchange, read_one, sse
 
 URL = "https://api.anthropic.com/v1/messages"
 ASK = {"model": "claude-sonnet-5", "stream": True, "messages": [{"role": "user", "content": "hi"}]}

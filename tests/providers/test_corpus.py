@@ -11,8 +11,14 @@ import pytest
 
 from halton_meter import providers
 from halton_meter.model import UsageEvent
-
-from .exchanges import CORPUS, Direction, converse, http1_bytes, http2_flights, wire_parts
+from tests.support.exchanges import (
+    CORPUS,
+    Direction,
+    converse,
+    http1_bytes,
+    http2_flights,
+    wire_parts,
+)
 
 if not CORPUS.is_dir():
     pytest.skip("no recorded exchanges beside the checkout", allow_module_level=True)

@@ -12,7 +12,7 @@ import pytest
 from halton_meter import providers
 from halton_meter.model import Basis, Certainty, Outcome, Protocol
 from pricing.book import PriceBook
-from tests.providers.exchanges import exchange, sse
+from tests.support.exchanges import exchange, sse
 
 SAID = "hello wor"
 TIMES = 20

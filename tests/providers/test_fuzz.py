@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from halton_meter import providers
 from halton_meter.model import TOKEN_NAMES, Outcome, Protocol
 from halton_meter.providers import _all, compatible
-from halton_meter.providers.values import AMOUNT_MAX, COUNT_MAX, as_amount, verbatim
-
-from .exchanges import exchange, sse
+from halton_meter.providers.reading.values import AMOUNT_MAX, COUNT_MAX, as_amount, verbatim
+from tests.support.exchanges import exchange, sse
 
 # Every distinct reader once: rows that share one differ in nothing but the host.
 SHARED = {name for name, _, _ in compatible._ROWS} - {"perplexity", "avian", "zai"}

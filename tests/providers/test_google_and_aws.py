@@ -12,8 +12,7 @@ import pytest
 from halton_meter import providers
 from halton_meter.model import Exchange, Outcome, Protocol
 from pricing.book import PriceBook
-
-from .exchanges import exchange, read_one, sse
+from tests.support.exchanges import exchange, read_one, sse
 
 WEBSOCKET = Protocol.WEBSOCKET
 GEMINI = "https://generativelanguage.googleapis.com/v1beta/models/gemini-2.5-pro"

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from halton_meter import providers
 from halton_meter.model import Body, Exchange, Outcome, Protocol, Request, Response
 from halton_meter.providers.grpc import fields, messages
-
-from .exchanges import exchange, read_one
+from tests.support.exchanges import exchange, read_one
 
 XAI = "https://api.x.ai/xai_api.Chat/"
 GRPC = [("content-type", "application/grpc")]

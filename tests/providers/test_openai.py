@@ -7,8 +7,7 @@ import pytest
 
 from halton_meter import providers
 from halton_meter.model import Certainty, Outcome, Protocol
-
-from .exchanges import exchange, read_one, sse
+from tests.support.exchanges import exchange, read_one, sse
 
 CHAT = "https://api.openai.com/v1/chat/completions"
 RESPONSES = "https://api.openai.com/v1/responses"

@@ -5,8 +5,7 @@ from decimal import Decimal
 
 from halton_meter import providers
 from halton_meter.model import Outcome
-
-from .exchanges import exchange, read_one, sse
+from tests.support.exchanges import exchange, read_one, sse
 
 
 def test_old_stream_of_cohere_is_lines_with_the_bill_in_the_last() -> None:

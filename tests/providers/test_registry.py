@@ -8,8 +8,7 @@ import pytest
 
 from halton_meter import providers
 from halton_meter.model import Outcome, Request, UsageEvent
-
-from .exchanges import exchange, sse
+from tests.support.exchanges import exchange, sse
 
 CHAT_ANSWER = {
     "id": "chatcmpl-AbCdEfGhIjKlMnOpQrSt",

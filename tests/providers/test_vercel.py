@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from halton_meter.model import Outcome
-
-from .exchanges import exchange, read_one, sse
+from tests.support.exchanges import exchange, read_one, sse
 
 URL = "https://ai-gateway.vercel.sh/v4/ai/"
 HEADERS = [("ai-language-model-id", "anthropic/claude-x"), ("ai-language-model-streaming", "true")]

@@ -30,7 +30,7 @@ from halton_meter.model import (
 from halton_meter.periods import parse_when, period_before
 from halton_meter.report import DIMENSIONS, Question, Report, ask
 from halton_meter.store import Selection, Store
-from tests.store.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
+from tests.support.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 DAY_NS = 24 * HOUR_NS

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from capture.arguments import REDACTED, without_secrets
+from capture.processes.arguments import REDACTED, without_secrets
 from halton_meter.model import PricedEvent, Process
 from halton_meter.store import Flushed, Reader, Store, StoreUnusable, rewriting
 from halton_meter.store.driver import driver
 from halton_meter.store.schema import MIGRATIONS
-from tests.store.made import NOON_NS, made
-from tests.store.older import make_old, old_line, old_loss_line
+from tests.support.made import NOON_NS, made
+from tests.support.older_store import make_old, old_line, old_loss_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "PLANTEDhunter2PLANTED"

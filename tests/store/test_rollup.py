@@ -23,8 +23,8 @@ from halton_meter.store import Reader, Selection, Store, rollup
 from halton_meter.store import store as store_module
 from halton_meter.store.driver import driver
 from halton_meter.store.rollup import DAY_NS, divided
-from tests.store.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 from tests.store.test_trouble import line, process
+from tests.support.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 
 FEW = settings(
     max_examples=5,

@@ -34,8 +34,8 @@ from halton_meter.store import (
 )
 from halton_meter.store.driver import driver
 from halton_meter.store.journal import LINE_BYTES_MAX
-from tests.store.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
-from tests.store.older import make_old
+from tests.support.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
+from tests.support.older_store import make_old
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -28,7 +28,7 @@ from halton_meter.store import (
 from halton_meter.store import journal as journal_module
 from halton_meter.store.database import Database
 from halton_meter.store.home import Home
-from tests.store.made import NOON_NS, made
+from tests.support.made import NOON_NS, made
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +115,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from halton_meter.store import Store
-from tests.store.made import made
+from tests.support.made import made
 store = Store(Path(sys.argv[1]))
 for n in range(100_000):
     batch = [f"{n}-{k}" for k in range(5)]
@@ -308,7 +308,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from halton_meter.store import Store, journal
-from tests.store.made import made
+from tests.support.made import made
 journal.HELD_LINES_MAX = 5
 store = Store(Path(sys.argv[1]))
 store.append([made("first")])

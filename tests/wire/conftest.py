@@ -23,7 +23,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
-from halton_meter.wire.stream import Conversation, Interest
+from halton_meter.wire.conversation import Conversation, Interest
 
 SENT, RECEIVED = Direction.SENT, Direction.RECEIVED
 KEEP = Interest(keep=True)

@@ -30,8 +30,7 @@ from halton_meter.wire.codings import (
     TooLarge,
     decoder,
 )
-
-from .conftest import bytewise, split_by, whole
+from tests.wire.conftest import bytewise, split_by, whole
 
 TEXT = b'{"messages":[' + b",".join(b'{"n":%d}' % n for n in range(3000)) + b'],"usage":{"t":7}}'
 

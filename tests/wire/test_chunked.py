@@ -19,8 +19,7 @@ from halton_meter.wire.body import (
     BodyCollector,
     FramedBody,
 )
-
-from .conftest import RECEIVED, SENT, Script, bytewise, chunks_of, split_by, talk
+from tests.wire.conftest import RECEIVED, SENT, Script, bytewise, chunks_of, split_by, talk
 
 REQUEST = b"POST /v1/messages HTTP/1.1\r\nhost: api.example.com\r\ncontent-length: 2\r\n\r\n{}"
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

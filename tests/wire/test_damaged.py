@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halton_meter.model import Body
-from halton_meter.wire.damaged import surviving_members
+from halton_meter.wire.salvage import surviving_members
 
 ANSWER = {
     "id": "resp_outer",

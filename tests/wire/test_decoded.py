@@ -19,8 +19,8 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
-from halton_meter.wire.decoded import Recorder, Recording
-from halton_meter.wire.stream import Conversation, Interest
+from halton_meter.wire.conversation import Conversation, Interest
+from halton_meter.wire.recording import Recorder, Recording
 
 AT_NS = 1_790_000_000_000_000_000
 MINE = Connection("c", Source.PROXY, peer="api.openai.com")

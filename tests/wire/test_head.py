@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halton_meter.wire.head import host_name, kept_headers, split_target
+from halton_meter.wire.headers import host_name, kept_headers, split_target
 
 
 @pytest.mark.parametrize(

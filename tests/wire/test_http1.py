@@ -6,11 +6,10 @@ import pytest
 
 from halton_meter.model import Outcome, Protocol, header
 from halton_meter.wire import http1
+from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.http1 import PENDING_MAX
 from halton_meter.wire.http1_framing import HEAD_BYTES_MAX
-from halton_meter.wire.stream import Conversation, Interest
-
-from .conftest import (
+from tests.wire.conftest import (
     CONNECTION,
     JOINED,
     RECEIVED,

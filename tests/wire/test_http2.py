@@ -25,11 +25,10 @@ from hyperframe.frame import (
 )
 
 from halton_meter.model import Outcome, Protocol, header
+from halton_meter.wire.conversation import Interest
 from halton_meter.wire.http2 import STREAMS_MAX
 from halton_meter.wire.http2_framing import HEADER_BLOCK_BYTES_MAX, PREFACE
-from halton_meter.wire.stream import Interest
-
-from .conftest import (
+from tests.wire.conftest import (
     CONNECTION,
     JOINED,
     RECEIVED,

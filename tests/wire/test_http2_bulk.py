@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halton_meter.model import Exchange, TlsClosed, header
-from halton_meter.wire import stream as conversations
-from halton_meter.wire.stream import Conversation
-
-from .conftest import (
+from halton_meter.wire import conversation as conversations
+from halton_meter.wire.conversation import Conversation
+from tests.wire.conftest import (
     CONNECTION,
     RECEIVED,
     SENT,
@@ -24,7 +23,7 @@ from .conftest import (
     talk,
     whole,
 )
-from .test_http2 import Pair
+from tests.wire.test_http2 import Pair
 
 Piece = tuple[int, int, bool, bool]  # which stream, how long, padded, whether the client speaks up
 PIECES = st.lists(

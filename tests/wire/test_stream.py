@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halton_meter.model import Exchange, Outcome, TlsChunk, TlsClosed
-from halton_meter.wire import stream
+from halton_meter.wire import conversation as stream
+from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.http2_framing import PREFACE
-from halton_meter.wire.stream import Conversation, Interest
-
-from .conftest import (
+from tests.wire.conftest import (
     CONNECTION,
     JOINED,
     RECEIVED,
@@ -30,9 +29,9 @@ from .conftest import (
     talk,
     whole,
 )
-from .test_http1 import GET, OK, POST, STREAM
-from .test_http2 import one_call, streams_with_usage
-from .test_websocket import DEFLATES, TURNS, Socket, ask
+from tests.wire.test_http1 import GET, OK, POST, STREAM
+from tests.wire.test_http2 import one_call, streams_with_usage
+from tests.wire.test_websocket import DEFLATES, TURNS, Socket, ask
 
 
 def sockets() -> Script:

@@ -19,10 +19,9 @@ from wsproto.extensions import PerMessageDeflate
 
 from halton_meter.model import Outcome, Protocol
 from halton_meter.wire import http1
-from halton_meter.wire.stream import Interest
+from halton_meter.wire.conversation import Interest
 from halton_meter.wire.websocket import CLIENT_MESSAGES_MAX, MESSAGE_BYTES_MAX
-
-from .conftest import (
+from tests.wire.conftest import (
     RECEIVED,
     SENT,
     Script,

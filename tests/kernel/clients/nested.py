@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from capture.uprobe import Scope, UprobeSource
+from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import Direction, TlsChunk
 
 library, host, loader = sys.argv[1:]

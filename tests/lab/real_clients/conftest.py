@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.lab import Lab
-
-from .programs import Program, Unavailable, fetched
+from tests.lab.real_clients.programs import Program, Unavailable, fetched
+from tests.support.lab.lab import Lab
 
 
 @pytest.fixture

@@ -19,12 +19,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from capture.boringssl import Found, find_boringssl
-from lab.conftest import Bench, assert_metered
-from lab.lab import Lab
-
-from .results import note
-from .test_metered import recognised
+from capture.functions.boringssl import Found, find_boringssl
+from tests.lab.conftest import Bench, assert_metered
+from tests.lab.real_clients.results import note
+from tests.lab.real_clients.test_metered import recognised
+from tests.support.lab.lab import Lab
 
 FOLDER = Path("/usr/lib/chromium")
 PAGE = Path(__file__).with_name("fetch.html")

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from lab.conftest import HALTON_METER, Bench, wait_until
-from lab.lab import Lab
-
-from .programs import CODEX, Program
-from .results import note
-from .test_metered import exact, newest_first, recognised
-from .test_proxied import installed_with_all
+from tests.lab.conftest import HALTON_METER, Bench, wait_until
+from tests.lab.real_clients.programs import CODEX, Program
+from tests.lab.real_clients.results import note
+from tests.lab.real_clients.test_metered import exact, newest_first, recognised
+from tests.lab.real_clients.test_proxied import installed_with_all
+from tests.support.lab.lab import Lab
 
 pytestmark = pytest.mark.lab
 

@@ -15,17 +15,16 @@ from typing import NamedTuple
 
 import pytest
 
-from capture.elf import Elf
-from capture.golang import CLOSE, READ, WRITE, Found, ServerName, find_go_tls
-from lab.conftest import Bench
-
-from .programs import TOOLCHAINS, Program, Unavailable, fetched
-from .results import note
-from .test_metered import exact, recognised
+from capture.functions.elf import Elf
+from capture.functions.golang import CLOSE, READ, WRITE, Found, ServerName, find_go_tls
+from tests.lab.conftest import Bench
+from tests.lab.real_clients.programs import TOOLCHAINS, Program, Unavailable, fetched
+from tests.lab.real_clients.results import note
+from tests.lab.real_clients.test_metered import exact, recognised
 
 pytestmark = pytest.mark.lab
 
-CODE = Path(__file__).parents[2] / "capture" / "code"
+CODE = Path(__file__).parents[2] / "support" / "code"
 BUILD_SECONDS_MAX = 600
 WAYS = {
     "plain": ((), {}),

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from lab.conftest import Bench, Observed, assert_metered, wait_until
-from lab.grpc_answers import TICKS_A_TOKEN
-
-from .programs import BUN, CLAUDE, NODE, OPENCODE, Program
-from .results import note
+from tests.lab.conftest import Bench, Observed, assert_metered, wait_until
+from tests.lab.real_clients.programs import BUN, CLAUDE, NODE, OPENCODE, Program
+from tests.lab.real_clients.results import note
+from tests.support.lab.grpc_answers import TICKS_A_TOKEN
 
 pytestmark = pytest.mark.lab
 

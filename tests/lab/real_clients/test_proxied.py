@@ -12,13 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from lab.conftest import CLIENTS
-from lab.lab import Lab
-from lab.test_clients import version_of
-from lab.test_proxied_clients import ProxyBench, assert_proxied
-
-from .programs import BUN, CLAUDE, CODEX, GEMINI, NODE, OPENCODE, Program, Unavailable, fetched
-from .results import note
+from tests.lab.conftest import CLIENTS
+from tests.lab.real_clients.programs import (
+    BUN,
+    CLAUDE,
+    CODEX,
+    GEMINI,
+    NODE,
+    OPENCODE,
+    Program,
+    Unavailable,
+    fetched,
+)
+from tests.lab.real_clients.results import note
+from tests.lab.test_clients import version_of
+from tests.lab.test_proxied_clients import ProxyBench, assert_proxied
+from tests.support.lab.lab import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 

@@ -13,17 +13,16 @@ from typing import Any
 
 import pytest
 
-from capture.boringssl import Found, find_boringssl
-from capture.elf import Elf
-from capture.golang import Found as GoFound
-from capture.golang import find_go_tls
-from capture.known_files import KnownFiles
-from capture.libraries import find_by_structure
-from capture.openssl import Found as OpenSslFound
-from capture.openssl import find_openssl
-from capture.reporters import NotRecognised
-
-from .programs import (
+from capture.functions.boringssl import Found, find_boringssl
+from capture.functions.elf import Elf
+from capture.functions.error_reporters import NotRecognised
+from capture.functions.golang import Found as GoFound
+from capture.functions.golang import find_go_tls
+from capture.functions.libraries import find_by_structure
+from capture.functions.openssl import Found as OpenSslFound
+from capture.functions.openssl import find_openssl
+from capture.helper.files.known_files import KnownFiles
+from tests.lab.real_clients.programs import (
     ARM,
     BUN,
     CHROMIUM,
@@ -40,7 +39,7 @@ from .programs import (
     Unavailable,
     fetched,
 )
-from .results import note
+from tests.lab.real_clients.results import note
 
 pytestmark = pytest.mark.lab
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lab.conftest import HALTON_METER, assert_metered, stored_events
-from lab.lab import Lab
-
-from .programs import BUN, Program
-from .test_metered import script_beside
+from tests.lab.conftest import HALTON_METER, assert_metered, stored_events
+from tests.lab.real_clients.programs import BUN, Program
+from tests.lab.real_clients.test_metered import script_beside
+from tests.support.lab.lab import Lab
 
 pytestmark = pytest.mark.lab
 

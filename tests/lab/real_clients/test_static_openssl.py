@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from lab.conftest import Bench, wait_until
-from lab.lab import Lab
-from lab.test_clients import anthropic_body
-
-from .results import note
-from .test_metered import exact, recognised
+from tests.lab.conftest import Bench, wait_until
+from tests.lab.real_clients.results import note
+from tests.lab.real_clients.test_metered import exact, recognised
+from tests.lab.test_clients import anthropic_body
+from tests.support.lab.lab import Lab
 
 pytestmark = pytest.mark.lab
 
-SOURCE = Path(__file__).parents[2] / "capture" / "code" / "openssl_client.c"
+SOURCE = Path(__file__).parents[2] / "support" / "code" / "openssl_client.c"
 HOST, PATH = "api.anthropic.com", "/v1/messages"
 
 

@@ -1,0 +1,381 @@
+"""Decode one function of x86-64 or aarch64 code: its flow, its calls, the constants it passes.
+
+`boringssl.py` and `golang.py` ask what a function does, not which bytes it has, so that another
+compiler or another version changes nothing for them. This file refuses to guess: a function whose
+stack does not balance at every return, or that runs into bytes that are no code, is None. Capstone
+decodes; it is imported late because only the finder needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from capture.functions.elf import Elf, Segment
+from capture.functions.instruction_sets import X86, Aarch64, Flow, Step
+from capture.functions.references import (
+    CALL,
+    LEA,
+    Opcode,
+    aarch64_branches,
+    aarch64_calls,
+    aarch64_loads,
+    x86_branches,
+    x86_relatives,
+)
+from capture.functions.x86_lengths import may_end_with
+
+FUNCTION_BYTES_MAX = 0x6000
+"""From start to the farthest instruction followed; TLS functions are under 8 KiB."""
+INSTRUCTIONS_MAX = 6000
+CONSTANTS_MAX = 16
+"""Different values remembered for one register; more is "unknown"."""
+PAGE_BYTES = 1 << 14
+PAGES_MAX = 512
+INSTRUCTION_BYTES_MAX = 15
+STEPS_MAX = 1 << 18
+"""Instructions remembered; some 5,000 are looked at in a real program."""
+PIECE_BYTES = 4 << 20
+"""Code is searched this much at a time."""
+BLOCKS_BYTES_MAX = 0x1000
+"""How far from a function's start its blocks may lie that look like functions themselves."""
+
+Constants = Mapping[str, frozenset[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function's reachable instructions by address, from `start`."""
+
+    start: int
+    steps: Mapping[int, Step]
+
+    @property
+    def calls(self) -> Iterator[Step]:
+        """Its call instructions, in address order."""
+        return (self.steps[at] for at in sorted(self.steps) if self.steps[at].flow is Flow.CALL)
+
+    @property
+    def stores(self) -> bool:
+        """True when it writes memory other than its own stack frame."""
+        return any(step.stores for step in self.steps.values())
+
+
+class Code:
+    """The code of an ELF file, decoded on demand and remembered."""
+
+    def __init__(self, elf: Elf) -> None:
+        capstone: Any = import_module("capstone")
+        self.elf = elf
+        self.arm = elf.machine == "aarch64"
+        if self.arm:
+            self._decoder = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
+        else:
+            self._decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+        self._decoder.detail = True
+        self._reader = Aarch64() if self.arm else X86()
+        self._pages: dict[int, bytes] = {}
+        self._steps: dict[int, Step | None] = {}
+
+    def bytes_at(self, address: int, length: int) -> bytes:
+        """Up to `length` bytes of executable code at `address`; fewer at a segment's end."""
+        for segment in self.elf.executables:
+            start = address - segment.address
+            if 0 <= start < segment.size_bytes:
+                return self._cached(segment, start, min(length, segment.size_bytes - start))
+        return b""
+
+    def _cached(self, segment: Segment, start: int, length: int) -> bytes:
+        data = b""
+        for base in range(start - start % PAGE_BYTES, start + length, PAGE_BYTES):
+            key = segment.address + base
+            if key not in self._pages:
+                if len(self._pages) >= PAGES_MAX:
+                    self._pages.clear()
+                size = min(PAGE_BYTES, segment.size_bytes - base)
+                self._pages[key] = self.elf.read(segment.offset + base, size)
+            data += self._pages[key]
+        skip = start % PAGE_BYTES
+        return data[skip : skip + length]
+
+    def step(self, address: int) -> Step | None:
+        """The instruction at `address`, None when there is none."""
+        if address not in self._steps:
+            code = self.bytes_at(address, INSTRUCTION_BYTES_MAX)
+            decoded = next(self._decoder.disasm(code, address, 1), None) if code else None
+            if len(self._steps) >= STEPS_MAX:
+                self._steps.clear()
+            self._steps[address] = None if decoded is None else self._reader.step(decoded)
+        return self._steps[address]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The registers of a C function's first six arguments."""
+        return self._reader.arguments
+
+    def loads_of(self, address: int) -> Iterator[int]:
+        """Addresses of the instructions that put `address` into a register.
+
+        x86-64: `mov reg, imm` and `lea reg, [rip+x]`. aarch64: the `add` behind an `adrp`.
+        """
+        seen: set[int] = set()
+        for at in self._possible_loads(address):
+            step = self.step(at)
+            if at in seen or step is None:
+                continue
+            seen.add(at)
+            if self.arm or address in step.sets.values():
+                yield at
+
+    def _possible_loads(self, address: int) -> Iterator[int]:
+        if self.arm:
+            for segment in self.elf.executables:
+                for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
+                    yield from aarch64_loads(data, base, address)
+            return
+        # A library is compiled with absolute addresses or with relative ones, not with both.
+        absolute = False
+        if address < 1 << 31 and not self.elf.position_independent:
+            for at in self.elf.find(address.to_bytes(4, "little"), self.elf.executables):
+                for opcode_bytes in (1, 2, 3):  # b8+r, 41 b8+r, 48 c7 c0+r before the immediate
+                    step = self.step(at - opcode_bytes)
+                    if step is not None and address in step.sets.values():
+                        absolute = True
+                        yield at - opcode_bytes
+                        break
+        if not absolute:
+            yield from self.relative_references(address, LEA)
+
+    # --- functions ---------------------------------------------------------------------------
+
+    def function(self, start: int, end: int | None = None) -> Function | None:
+        """Follow every path from `start`; None when it cannot be a function's start.
+
+        `end` bounds the function where the unwind table tells it. A jump that leaves the bounds,
+        or that reaches what follows padding with nothing on the stack, is a tail call.
+        """
+        limit = end if end is not None else start + FUNCTION_BYTES_MAX
+        steps: dict[int, Step] = {}
+        depths: dict[int, tuple[int, int | None]] = {}
+        pending: list[tuple[int, int, int | None, bool]] = [(start, 0, None, False)]
+        while pending:
+            address, depth, frame, called = pending.pop()
+            if address in depths:
+                if depths[address][0] != depth:
+                    return None
+                continue
+            if end is not None and address >= end:
+                if called and address == end:
+                    continue  # the function ends with a call that never returns
+                return None
+            step = self.step(address)
+            if called and depth and (step is None or self._begins_behind_a_call(step)):
+                continue  # the call before it never returns
+            if step is None or len(steps) >= INSTRUCTIONS_MAX:
+                return None
+            if called and step.padding and step.flow is Flow.STOP:
+                continue
+            steps[address] = step
+            depths[address] = (depth, frame)
+            if step.flow is Flow.RETURN and depth != 0:
+                return None
+            after = _stack_after(step, depth, frame)
+            if after is None or after[0] > 0:
+                return None
+            depth, frame = after
+            inside = step.target is not None and start <= step.target < limit
+            if step.flow in (Flow.NEXT, Flow.CALL, Flow.BRANCH):
+                pending.append((step.after, depth, frame, step.flow is Flow.CALL))
+            if step.flow in (Flow.BRANCH, Flow.JUMP) and inside and step.target is not None:
+                tail = step.flow is Flow.JUMP and depth == 0 and end is None
+                if not (tail and self._follows_padding(step.target)):
+                    pending.append((step.target, depth, frame, False))
+        return Function(start, steps)
+
+    def every_instruction(self, start: int, end: int) -> Function | None:
+        """All that lies between two bounds which the unwind table tells, also behind jump tables.
+
+        None where not all of it is code. What reaches an instruction behind a jump table is not
+        known: `constants_at_calls` takes nothing for granted there.
+        """
+        if end - start > FUNCTION_BYTES_MAX:
+            return None
+        steps: dict[int, Step] = {}
+        address = start
+        while address < end:
+            step = self.step(address)
+            if step is None:
+                return None
+            steps[address] = step
+            address = step.after
+        return Function(start, steps) if address == end else None
+
+    def _begins_behind_a_call(self, step: Step) -> bool:
+        """Whether another function begins here, or behind the padding that begins here.
+
+        Nops behind a call may as well align a loop of the same function: that one does not go on
+        to build a frame.
+        """
+        following: Step | None = step
+        for _ in range(INSTRUCTION_BYTES_MAX):
+            if following is None or not following.padding:
+                break
+            following = self.step(following.after)
+        if following is None or following.landing or self.arm:
+            return following is not None and (following.landing or following.opens_frame)
+        if following.address % 16:
+            return False
+        if following is not step:
+            return following.stack < 0
+        frame = self.step(step.after)
+        return step.stack == -8 and frame is not None and frame.frame == ("save", 0)
+
+    def _follows_padding(self, address: int) -> bool:
+        if self.arm:
+            step = self.step(address - 4)
+            return step is None or step.padding
+        return self.bytes_at(address - 1, 1) == b"\xcc"
+
+    def function_around(self, address: int) -> Function | None:
+        """The function with the instruction at `address`; None when its start is in doubt.
+
+        The unwind table decides where it covers the address. Elsewhere the start is the nearest
+        address before it at which a function may begin, from which a path leads there, where the
+        stack balances, and to which nothing near by branches.
+        """
+        bounds = self.elf.unwind_range_of(address)
+        if bounds is not None:
+            function = self.function(*bounds)
+            return function if function is not None and address in function.steps else None
+        likely: Function | None = None
+        for start in self._possible_starts(address):
+            if likely is not None and likely.start - start > BLOCKS_BYTES_MAX:
+                break
+            function = self.function(start)
+            if function is None or address not in function.steps:
+                continue
+            if likely is None or likely.start in function.steps:
+                likely = function
+            if likely is function and not self._is_branched_to(start):
+                break
+        return likely
+
+    def _is_branched_to(self, start: int) -> bool:
+        """Whether code near by seems to branch to `start`: then it is a block of a function.
+
+        A compiler that builds the frame late (shrink-wrapping) leaves blocks that balance by
+        themselves. Bytes that only look like a branch lead to a longer search, no more.
+        """
+        base = max(start - BLOCKS_BYTES_MAX, 0)
+        for segment in self.elf.executables:
+            if segment.address <= start < segment.address + segment.size_bytes:
+                base = max(base, segment.address)
+        code = self.bytes_at(base, start - base + BLOCKS_BYTES_MAX)
+        if self.arm:
+            return any(base + at + step == start for at, step in aarch64_branches(code))
+        return any(base + at + distance == start for at, distance in x86_branches(code))
+
+    def _possible_starts(self, address: int) -> Iterator[int]:
+        grain = 4 if self.arm else 16
+        first = address - address % grain
+        for start in range(first, max(first - FUNCTION_BYTES_MAX, 0), -grain):
+            if self._may_begin(start):
+                yield start
+
+    def _may_begin(self, start: int) -> bool:
+        """Padding, or an instruction that goes elsewhere, comes before a function's start."""
+        if self.arm:
+            before = self.step(start - 4)
+            return before is None or before.padding or before.flow not in (Flow.NEXT, Flow.BRANCH)
+        return may_end_with(self.bytes_at(start - 16, 16))
+
+    def callers(self, address: int) -> Iterator[int]:
+        """Addresses of the instructions that call, or jump as a tail call to, `address`."""
+        for at in self.relative_references(address, CALL):
+            step = self.step(at)
+            if step is not None and step.target == address:
+                yield at
+
+    def relative_references(self, target: int, opcode: Opcode) -> Iterator[int]:
+        """Addresses of instructions `opcode` whose distance reaches `target`, nearest first.
+
+        On aarch64 `bl` and `b` to the target. Only the instruction's shape is checked.
+        """
+        for base, data in self._code_from(target):
+            if self.arm:
+                yield from aarch64_calls(data, base, target)
+            else:
+                yield from x86_relatives(data, base, target, opcode)
+
+    def _code_from(self, address: int) -> Iterator[tuple[int, bytes]]:
+        """All code in pieces, nearest to `address` first: callers are mostly near."""
+        pieces = [
+            (segment.address + at, min(PIECE_BYTES, segment.size_bytes - at), segment)
+            for segment in self.elf.executables
+            for at in range(0, segment.size_bytes, PIECE_BYTES)
+        ]
+        for base, size, segment in sorted(pieces, key=lambda piece: abs(piece[0] - address)):
+            end = segment.address + segment.size_bytes
+            yield base, self.elf.read_at(base, min(size + INSTRUCTION_BYTES_MAX, end - base))
+
+    # --- constants ---------------------------------------------------------------------------
+
+    def constants_at_calls(self, function: Function) -> dict[int, Constants]:
+        """For each call in the function, the constants that may be in each register there."""
+        entries = [function.start, *_reached_from_nowhere(function)]
+        states: dict[int, dict[str, frozenset[int]]] = {entry: {} for entry in entries}
+        pending = entries
+        while pending:
+            address = pending.pop()
+            step = function.steps[address]
+            state = self._reader.apply(step, states[address])
+            for following in _successors(step):
+                if following not in function.steps:
+                    continue
+                merged = _merge(states.get(following), state)
+                if merged != states.get(following):
+                    states[following] = merged
+                    pending.append(following)
+        return {step.address: states.get(step.address, {}) for step in function.calls}
+
+
+def _reached_from_nowhere(function: Function) -> Iterator[int]:
+    """Instructions that none of the others goes on to: the targets of jump tables."""
+    reached = {at for step in function.steps.values() for at in _successors(step)}
+    return (at for at in function.steps if at != function.start and at not in reached)
+
+
+def _successors(step: Step) -> Iterator[int]:
+    if step.flow in (Flow.NEXT, Flow.CALL, Flow.BRANCH):
+        yield step.after
+    if step.flow in (Flow.BRANCH, Flow.JUMP) and step.target is not None:
+        yield step.target
+
+
+def _stack_after(step: Step, depth: int, frame: int | None) -> tuple[int, int | None] | None:
+    """(depth, frame pointer's depth) after a step; None when it restores what was not saved."""
+    if step.frame is not None:
+        kind, addend = step.frame
+        if kind == "save":
+            return depth, depth + addend
+        if frame is None:
+            return None
+        return frame + addend, frame
+    return depth + step.stack, frame
+
+
+def _merge(
+    old: dict[str, frozenset[int]] | None, new: dict[str, frozenset[int]]
+) -> dict[str, frozenset[int]]:
+    """Values possible after either path; a register unknown on one path is unknown."""
+    if old is None:
+        return new
+    merged = {}
+    for register, values in old.items():
+        if register in new:
+            union = values | new[register]
+            if len(union) <= CONSTANTS_MAX:
+                merged[register] = union
+    return merged

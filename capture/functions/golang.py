@@ -1,0 +1,378 @@
+"""Find crypto/tls in a Go program, stripped or not: where plaintext enters and leaves.
+
+Go keeps its function table (`.gopclntab`) in every program, because panics and the garbage
+collector need it; `-ldflags "-s -w"` and `strip` leave it. From it come the start and the end of
+`crypto/tls.(*Conn).Read` and `.Write`, and by decoding them every RET. A uretprobe must never be
+used on Go: stacks move, and the return address that the kernel swaps in then crashes the program.
+Probe the start and each RET instead. This file attaches nothing and refuses programs whose table
+it does not know (before Go 1.18, when arguments came on the stack), whose text does not decode, or
+whose functions do not begin as Go functions do.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from capture.functions.elf import Elf, ElfError
+
+READ, WRITE = "crypto/tls.(*Conn).Read", "crypto/tls.(*Conn).Write"
+CLOSE = "crypto/tls.(*Conn).Close"
+
+FUNCTIONS_MAX = 2 << 20
+"""Kubernetes has about 120,000."""
+TABLE_BYTES_MAX = 512 << 20
+FUNCTION_BYTES_MAX = 64 << 10
+RETURNS_MAX = 64
+VERSION_BYTES_MAX = 256
+BUILD_INFO_MAGIC = b"\xff Go buildinf:"
+
+# The table's magic by Go version; its fields have been where they are since 1.18.
+_MAGICS = {0xFFFFFFF0: "1.18", 0xFFFFFFF1: "1.20"}
+_HEADER = struct.Struct("<IBBBBQQQQQQQQ")
+_TEXT_START = 24
+# runtime.moduledata (runtime/symtab.go), the same in 1.26 and 1.27.
+_MODULE_LOWEST, _MODULE_TEXT = 160, 176
+MODULES_MAX = 64
+"""Places that point to the table; one of them is the module's data."""
+
+# How a function that may need more stack begins: comparing the stack pointer to the goroutine's
+# limit. x86-64: cmp rsp,[r14+0x10], or lea r12,[rsp-n]; cmp r12,[r14+0x10].
+# aarch64: ldr x16,[x28,#16].
+BEGINS = {
+    "x86_64": re.compile(
+        rb"(?s)(?:\x4c\x8d(?:\x64\x24.|\xa4\x24....)\x4d\x3b\x66\x10|\x49\x3b\x66\x10)"
+    ),
+    "aarch64": re.compile(rb"\x90\x0b\x40\xf9"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GoFunction:
+    """A Go function: file offsets of its first instruction and of each of its RETs.
+
+    `row` is the file offset of its row in the function table: two numbers, then the next one's.
+    """
+
+    name: str
+    address: int
+    offset: int
+    size_bytes: int
+    returns: tuple[int, ...]
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerName:
+    """Where a connection keeps the host: `*(*(conn + config) + name)` is a pointer, then a length.
+
+    Both are unset while `config` is nil; servers have no name there.
+    """
+
+    config: int
+    name: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """crypto/tls was found.
+
+    Arguments are in registers (ABIInternal): at the start the *Conn, the slice's pointer and its
+    length are in `arguments`; at a RET the count n is in the first of them, the error's type word
+    in the second. On x86-64 R14, on aarch64 X28 is the goroutine, which identifies a call from its
+    start to its RET (threads do not: a goroutine moves between them).
+    """
+
+    read: GoFunction
+    write: GoFunction
+    close: GoFunction | None
+    go_version: str | None
+    server_name: ServerName | None
+    build_id: str | None
+    size_bytes: int
+    machine: str
+
+    @property
+    def arguments(self) -> tuple[str, str, str]:
+        """Registers of the receiver, the buffer and its length."""
+        return ("rax", "rbx", "rcx") if self.machine == "x86_64" else ("x0", "x1", "x2")
+
+    @property
+    def goroutine(self) -> str:
+        """The register that holds the current goroutine."""
+        return "r14" if self.machine == "x86_64" else "x28"
+
+    @property
+    def all_functions(self) -> tuple[GoFunction, ...]:
+        """The two, and the third if it was found."""
+        found = (self.read, self.write)
+        return (*found, self.close) if self.close is not None else found
+
+    @property
+    def functions(self) -> Mapping[str, int]:
+        """Name to file offset of the first instruction."""
+        return MappingProxyType({f.name: f.offset for f in self.all_functions})
+
+    @property
+    def reason(self) -> None:
+        """Nothing is wrong."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class NotRecognised:
+    """Nothing to attach to; `reason` is for people."""
+
+    reason: str
+    build_id: str | None = None
+    go_version: str | None = None
+
+    @property
+    def functions(self) -> Mapping[str, int]:
+        """None of them."""
+        return MappingProxyType({})
+
+
+class _Doubt(Exception):
+    """Why the search gave up; becomes NotRecognised."""
+
+
+def find_go_tls(file: str | Path | int) -> Found | NotRecognised:
+    """Where a Go program's TLS plaintext passes, or why not; never an exception.
+
+    `file` is a path or an open descriptor.
+    """
+    build_id = version = None
+    try:
+        with Elf(file) as elf:
+            build_id = elf.build_id
+            version = go_version(elf)
+            read, write, close = _find(elf, version)
+            return Found(
+                read,
+                write,
+                close,
+                version,
+                _server_name(version),
+                build_id,
+                elf.size_bytes,
+                elf.machine,
+            )
+    except (ElfError, _Doubt) as problem:
+        return NotRecognised(str(problem), build_id, version)
+    except ImportError as error:
+        return NotRecognised(f"no disassembler: {error}", build_id, version)
+
+
+def go_version(elf: Elf) -> str | None:
+    """The toolchain, such as "go1.22.3", from the build information; None when there is none."""
+    section = elf.section(".go.buildinfo")
+    places: Iterator[int] | tuple[int, ...] = (section.address,) if section else ()
+    for at in places or elf.find(BUILD_INFO_MAGIC, (s for s in elf.loads if not s.executable)):
+        try:
+            header = elf.read_at(at, 34)
+            if header[:14] != BUILD_INFO_MAGIC:
+                continue
+            if header[15] & 2:  # the string follows
+                text = elf.read_at(at + 33, min(header[32], 127))
+            else:  # until 1.17: a pointer to a Go string, which is a pointer and a length
+                text = _pointed_at(elf, at + 16)
+        except ElfError:
+            continue
+        if text.startswith((b"go", b"devel")):
+            return text.decode("ascii", "replace").split(" ")[0]
+    return None
+
+
+def _pointed_at(elf: Elf, pointer: int) -> bytes:
+    string = elf.pointer_at(pointer)
+    data = elf.pointer_at(string) if string else None
+    if not string or not data:
+        return b""
+    length = int.from_bytes(elf.read_at(string + 8, 8), "little")
+    return elf.read_at(data, min(length, 127))
+
+
+def _find(elf: Elf, version: str | None) -> tuple[GoFunction, GoFunction, GoFunction | None]:
+    if version is not None and (_minor(version) or 18) < 18:
+        if not any(elf.find(READ.encode() + b"\0")):
+            raise _Doubt(f"the program has no {READ}: it does not use crypto/tls")
+        raise _Doubt(f"{version} passes arguments on the stack; 1.18 is the first one probed")
+    problems = []
+    for table in _tables(elf):
+        try:
+            read, write = table.function(READ), table.function(WRITE)
+            with suppress(_Doubt):  # without it a connection ends with its process
+                return read, write, table.function(CLOSE)
+            return read, write, None
+        except _Doubt as doubt:
+            problems.append(str(doubt))
+    if problems:
+        raise _Doubt(problems[0])
+    raise _Doubt("no Go function table" if version else "not a Go program")
+
+
+def _minor(version: str) -> int | None:
+    match = re.match(r"go1\.(\d+)", version)
+    return int(match[1]) if match else None
+
+
+def _server_name(version: str | None) -> ServerName | None:
+    """Offsets of Conn.config and Config.ServerName by Go version; None for one not checked.
+
+    From crypto/tls/conn.go and common.go: 1.21 put `quic *quicState` before `config`.
+    """
+    minor = _minor(version) if version else None
+    if minor is None or not 18 <= minor <= SERVER_NAME_MINOR_MAX:
+        return None
+    return ServerName(config=72 if minor <= 20 else 80, name=128)
+
+
+SERVER_NAME_MINOR_MAX = 27
+"""Later releases may have moved the fields: the first request's head then tells the host."""
+
+
+# --- the function table -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A pclntab: where its parts are, as addresses."""
+
+    elf: Elf
+    text: int
+    names: tuple[int, int]
+    functions: int
+    count: int
+
+    def function(self, name: str) -> GoFunction:
+        """The one function of that name, its bounds and its returns. Raises _Doubt."""
+        wanted = struct.pack("<i", self._name_offset(name))
+        entries = memoryview(self.elf.read_at(self.functions, 8 * self.count + 4)).cast("I")
+        where = {entries[2 * index + 1]: index for index in range(self.count)}
+        last = max(where)
+        if last > TABLE_BYTES_MAX:
+            raise _Doubt("the function table is larger than any known")
+        records = self.elf.read_at(self.functions, last + 8)
+        rows: list[tuple[int, int, int]] = []
+        at = records.find(wanted)
+        while at >= 0:  # a record is its function's start, then its name: search for the name
+            index = where.get(at - 4, -1)
+            if index >= 0 and struct.unpack_from("<I", records, at - 4)[0] == entries[2 * index]:
+                rows.append((entries[2 * index], entries[2 * index + 2], index))
+            at = records.find(wanted, at + 1)
+        if len(rows) != 1:
+            raise _Doubt(f"{len(rows)} functions are called {name}")
+        return self._checked(name, *rows[0])
+
+    def _name_offset(self, name: str) -> int:
+        start, end = self.names
+        data = self.elf.read_at(start, end - start)
+        needle = b"\0" + name.encode() + b"\0"
+        at = data.find(needle)
+        if at < 0:
+            raise _Doubt(f"the program has no {name}: it does not use crypto/tls")
+        if data.find(needle, at + 1) >= 0:
+            raise _Doubt(f"two names {name}")
+        return at + 1
+
+    def _checked(self, name: str, start: int, end: int, index: int) -> GoFunction:
+        if not 16 <= end - start <= FUNCTION_BYTES_MAX:
+            raise _Doubt(f"{name} is {end - start} bytes long")
+        address = self.text + start
+        offset = self.elf.offset_of(address)
+        row = self.elf.offset_of(self.functions + 8 * index)
+        if offset is None or row is None or not _is_code(self.elf, address):
+            raise _Doubt(f"{name} is not in the program's code")
+        code = self.elf.read_at(address, end - start)
+        if not BEGINS[self.elf.machine].match(code):
+            raise _Doubt(f"{name} does not begin as a Go function does")
+        returns = tuple(offset + at for at in _returns(code, self.elf.machine, name))
+        if not 0 < len(returns) <= RETURNS_MAX:
+            raise _Doubt(f"{name} has {len(returns)} returns")
+        return GoFunction(name, address, offset, len(code), returns, row)
+
+
+def _tables(elf: Elf) -> Iterator[_Table]:
+    """Function tables: in the section of that name, else wherever the magic is followed by one."""
+    sections = [s for s in elf.sections if s.name.endswith(".gopclntab")]
+    if sections:
+        places: Iterator[int] = (s.address for s in sections)
+    else:
+        places = (
+            at
+            for magic in _MAGICS
+            # pc quantum 1 or 4, pointers of 8 bytes
+            for quantum in (b"\x01", b"\x04")
+            for at in elf.find(struct.pack("<I", magic) + b"\0\0" + quantum + b"\x08")
+        )
+    for address in places:
+        table = _table_at(elf, address)
+        if table is not None:
+            yield table
+
+
+def _table_at(elf: Elf, address: int) -> _Table | None:
+    try:
+        header = _HEADER.unpack(elf.read_at(address, _HEADER.size))
+        magic, zero, zero_too, quantum, pointer = header[:5]
+        count, _, _, names, units, _, _, functions = header[5:]
+        if magic not in _MAGICS or zero or zero_too or quantum not in (1, 4) or pointer != 8:
+            return None
+        in_order = 0 < names < units <= functions <= TABLE_BYTES_MAX
+        if not 0 < count <= FUNCTIONS_MAX or not in_order:
+            return None
+        start = _text_start(elf, address, address + functions)
+    except ElfError:
+        return None
+    if start is None:
+        return None
+    return _Table(elf, start, (address + names, address + units), address + functions, count)
+
+
+def _text_start(elf: Elf, table: int, functions: int) -> int | None:
+    """What the table's function addresses count from; None when nothing says it for certain.
+
+    Up to 1.25 the table's header does. Since then only the module's data do, which begin with a
+    pointer to the table, and hold the first function's address, too.
+    """
+    stated = elf.pointer_at(table + _TEXT_START)
+    if stated is not None:
+        return stated if _is_code(elf, stated) else None
+    first = int.from_bytes(elf.read_at(functions, 4), "little")
+    for module in islice(elf.pointers_to(table), MODULES_MAX):
+        with suppress(ElfError):
+            start = elf.pointer_at(module + _MODULE_TEXT)
+            lowest = elf.pointer_at(module + _MODULE_LOWEST)
+            if start is not None and lowest == start + first and _is_code(elf, start):
+                return start
+    return None
+
+
+def _is_code(elf: Elf, address: int) -> bool:
+    return any(0 <= address - s.address < s.size_bytes for s in elf.executables)
+
+
+def _returns(code: bytes, machine: str, name: str) -> list[int]:
+    """Offsets of every RET in the function. Raises _Doubt when some byte does not decode."""
+    capstone: Any = import_module("capstone")
+    if machine == "aarch64":
+        decoder = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
+    else:
+        decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    found, reached = [], 0
+    for at, size, mnemonic, _ in decoder.disasm_lite(code, 0):
+        reached = at + size
+        if mnemonic == "ret":
+            found.append(at)
+    if code[reached:].strip(b"\xcc\x00"):  # padding behind the last instruction
+        raise _Doubt(f"{name} does not decode at +{reached:#x}")
+    return found

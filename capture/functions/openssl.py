@@ -1,0 +1,267 @@
+"""Find SSL_read, SSL_write and their _ex forms in OpenSSL that is linked statically and stripped.
+
+`find_openssl(file)` says where they are, or why it does not know. OpenSSL's functions say their own
+names where they report an error: since 3.0 `ERR_set_debug("ssl/ssl_lib.c", line, "SSL_read")`, in
+1.1.1 `ERR_put_error(20, <the function's number>, reason, "ssl/ssl_lib.c", line)`. The _ex functions
+report nothing, but hand their arguments on to ssl_read_internal and ssl_write_internal, which do.
+Whoever calls those two must be known, each by exactly one candidate, or nothing is attached:
+a caller that is missed would be traffic that is missed. The host comes from ssl3_ctrl, to which
+SSL_ctrl hands it on. Seen: 1.1.1 to 3.6, x86-64 and aarch64, by GCC and clang. As with BoringSSL
+(`boringssl.py`), the last proof, that the first bytes passed are HTTP, is the kernel's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from capture.functions.code import Code, Function
+from capture.functions.elf import Elf, ElfError
+from capture.functions.error_reporters import (
+    PRINTABLE,
+    Doubt,
+    NotRecognised,
+    Place,
+    callers_of,
+    file_names,
+    functions_around,
+    loads_of,
+    place,
+    the_one,
+)
+from capture.functions.instruction_sets import Flow
+
+_SSL_LIB, _S3_LIB = b"ssl/ssl_lib.c", b"ssl/s3_lib.c"
+_LIBRARY_SSL = 20  # ERR_LIB_SSL
+# The numbers of functions in 1.1.1 (sslerr.h); they are part of its interface.
+_NUMBERS = {
+    208: "SSL_write",
+    213: "ssl3_ctrl",
+    223: "SSL_read",
+    523: "ssl_read_internal",
+    524: "ssl_write_internal",
+}
+_INNER = frozenset(("ssl_read_internal", "ssl_write_internal"))
+_FOLDERS = (PRINTABLE, re.compile(rb"[\w.+/-]*\Z"), re.compile(rb"(?:\.\./)*\Z"))
+NAME_BYTES_MAX = 64
+NO_OPENSSL = "no OpenSSL"
+"""Begins the reason where nothing looks like OpenSSL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """OpenSSL was recognised. Without "SSL_ctrl" among the places the host is read in requests."""
+
+    places: tuple[Place, ...]
+    build_id: str | None
+
+    @property
+    def functions(self) -> Mapping[str, int]:
+        """Symbol name to the file offset of its first instruction; ssl3_ctrl goes as SSL_ctrl."""
+        return MappingProxyType({each.name: each.offset for each in self.places})
+
+    @property
+    def reason(self) -> None:
+        """Nothing is wrong."""
+        return None
+
+
+def find_openssl(file: str | Path | int) -> Found | NotRecognised:
+    """Where OpenSSL's functions are in the file, or why not; never an exception.
+
+    `file` is a path or an open descriptor.
+    """
+    build_id = None
+    try:
+        with Elf(file) as elf:
+            build_id = elf.build_id
+            return Found(_places(elf), build_id)
+    except (ElfError, Doubt) as error:
+        return NotRecognised(str(error), build_id)
+    except ImportError as error:
+        return NotRecognised(f"no disassembler: {error}", build_id)
+
+
+def _places(elf: Elf) -> tuple[Place, ...]:
+    code = Code(elf)
+    files, loads = _loads(code, _SSL_LIB)
+    if not loads:
+        raise Doubt(f"{NO_OPENSSL}: nothing refers to ssl/ssl_lib.c")
+    named = {
+        function.start: (function, _own_names(code, function, files))
+        for function in functions_around(code, loads)
+    }
+    if not any(_INNER & names for _, names in named.values()):
+        raise Doubt(f"{NO_OPENSSL}: nothing says that it is ssl_read_internal")
+    places = _reading(code, named) + _writing(code, named)
+    host = _control(code)
+    if host is not None:
+        places.append(host)
+    if len({each.address for each in places}) != len(places):
+        raise Doubt("two functions share one address")
+    return tuple(places)
+
+
+def _loads(code: Code, file: bytes) -> tuple[frozenset[int], list[int]]:
+    """(the addresses of the file's name, the instructions that load one of them).
+
+    What comes before the name without a NUL, a Rust string or a jump table, may look like its
+    folder: nothing loads that.
+    """
+    tried: set[tuple[int, ...]] = set()
+    for folder in _FOLDERS:
+        names = file_names(code.elf, file, folder=folder)
+        if names not in tried and (loads := loads_of(code, names, file.decode())):
+            return frozenset(names), loads
+        tried.add(names)
+    return frozenset(), []
+
+
+_Named = Mapping[int, tuple[Function, frozenset[str]]]
+
+
+def _own_names(code: Code, function: Function, files: frozenset[int]) -> frozenset[str]:
+    """The names, or numbers, that it gives as its own where it reports errors of these files."""
+    names: set[str] = set()
+    for registers in code.constants_at_calls(function).values():
+        first, second, third, fourth = (
+            registers.get(register, frozenset()) for register in code.arguments[:4]
+        )
+        if first & files:  # ERR_set_debug(file, line, function)
+            names.update(text for at in third if (text := _text_at(code.elf, at)))
+        elif first == {_LIBRARY_SSL} and fourth & files:  # ERR_put_error(library, function, …, file
+            names.update(_NUMBERS.get(number, f"function {number}") for number in second)
+    return frozenset(names)
+
+
+def _text_at(elf: Elf, address: int) -> str | None:
+    for segment in elf.loads:
+        left = segment.address + segment.size_bytes - address
+        if 0 < left <= segment.size_bytes and not segment.writable:
+            text, end, _ = elf.read_at(address, min(NAME_BYTES_MAX, left)).partition(b"\0")
+            return text.decode("ascii", "replace") if end else None
+    return None
+
+
+# --- reading and writing ------------------------------------------------------------------------
+
+
+def _reading(code: Code, named: _Named) -> list[Place]:
+    plain, others = _callers(code, named, "SSL_read", "ssl_read_internal")
+    return _at_least_one("SSL_read", plain + [("SSL_read_ex", each[0]) for each in others], code)
+
+
+def _writing(code: Code, named: _Named) -> list[Place]:
+    """As for reading, where 3.3 put flags between the length and where to tell what was written."""
+    internal = _internal(named, "ssl_write_internal").start
+    plain, others = _callers(code, named, "SSL_write", "ssl_write_internal")
+    flags_register = code.arguments[3]
+    without_flags = [each for each in others if each[1]]
+    told = [_constant(code, function, internal, flags_register) for _, function in plain]
+    takes_flags = bool(without_flags) or 0 in told
+    if not takes_flags and not told and others:
+        raise Doubt("whether SSL_write_ex takes flags is not certain")
+    found = list(plain)
+    for function, zero_flags in others:
+        extended = "SSL_write_ex2" if takes_flags and not zero_flags else "SSL_write_ex"
+        found.append((extended, function))
+    return _at_least_one("SSL_write", found, code)
+
+
+def _internal(named: _Named, name: str) -> Function:
+    candidates = [function for function, names in named.values() if name in names]
+    if len(candidates) != 1:
+        raise Doubt(f"{len(candidates)} functions may be {name}")
+    if named[candidates[0].start][1] != {name}:
+        raise Doubt(f"{name} is part of another function")
+    return candidates[0]
+
+
+def _callers(
+    code: Code, named: _Named, plain_name: str, internal_name: str
+) -> tuple[list[tuple[str, Function]], list[tuple[Function, bool]]]:
+    """(the plain function, the functions that hand their arguments on): all that call the inner.
+
+    Of each of the latter: whether it passes 0 as flags. Others that give a name, such as
+    SSL_read_early_data, are met through what they call themselves. Raises Doubt about the rest.
+    """
+    internal = _internal(named, internal_name).start
+    plain: list[tuple[str, Function]] = []
+    others: list[tuple[Function, bool]] = []
+    for function in callers_of(internal, code):
+        names = named.get(function.start, (function, frozenset()))[1]
+        if sum(step.target == internal for step in function.calls) > 1:
+            raise Doubt(f"two functions in one: it calls {internal_name} twice")
+        if names == {plain_name}:
+            plain.append((plain_name, function))
+        elif names:
+            raise Doubt(f"{', '.join(sorted(names))} calls {internal_name} itself")
+        else:
+            others.append((function, _hands_on(code, function, internal)))
+    say_so = {start for start, (_, names) in named.items() if plain_name in names}
+    if say_so != {function.start for _, function in plain}:
+        raise Doubt(f"{len(say_so)} functions may be {plain_name}")
+    return plain, others
+
+
+def _hands_on(code: Code, function: Function, internal: int) -> bool:
+    """Whether it puts 0 between its own arguments. Raises Doubt if it does not hand them on."""
+    first, second, third, fourth, fifth = code.arguments[:5]
+    moved = zero = False
+    step = function.steps[function.start]
+    while step.flow is Flow.NEXT:
+        for register, value in step.sets.items():
+            if register in (first, second, third):
+                raise Doubt("a function without a name changes what it hands on")
+            if register == fifth:
+                moved = value == (fourth, 0) and not zero
+            if register == fourth:
+                zero = value == 0
+                if not zero or not moved:
+                    raise Doubt("a function without a name changes what it hands on")
+        following = function.steps.get(step.after)
+        if following is None:
+            break
+        step = following
+    if step.flow not in (Flow.CALL, Flow.JUMP) or step.target != internal:
+        raise Doubt("a function without a name does not hand its arguments on")
+    return zero
+
+
+def _constant(code: Code, function: Function, internal: int, register: str) -> int | None:
+    """What is in the register where the function calls the inner one; None if not one constant."""
+    for at, registers in code.constants_at_calls(function).items():
+        if function.steps[at].target == internal:
+            values = registers.get(register, frozenset())
+            return next(iter(values)) if len(values) == 1 else None
+    return None
+
+
+def _at_least_one(name: str, found: list[tuple[str, Function]], code: Code) -> list[Place]:
+    if not found:
+        raise Doubt(f"no function may be {name}")
+    return [
+        the_one(each, [function for other, function in found if other == each], code)
+        for each in dict(found)
+    ]
+
+
+# --- the host -----------------------------------------------------------------------------------
+
+
+def _control(code: Code) -> Place | None:
+    """ssl3_ctrl, which is given SSL_ctrl's own arguments; None when it is not certain.
+
+    Most of it lies behind a jump table: only the unwind table tells what belongs to it.
+    """
+    files, loads = _loads(code, _S3_LIB)
+    bounds = {found for at in loads if (found := code.elf.unwind_range_of(at)) is not None}
+    controls = []
+    for start, end in bounds:
+        function = code.every_instruction(start, end)
+        if function and "ssl3_ctrl" in _own_names(code, function, files):
+            controls.append(function)
+    return place("SSL_ctrl", controls[0], code) if len(controls) == 1 else None

@@ -1,0 +1,1 @@
+"""The root helper: attaches probes and forwards what they copy. Start at `main.py`."""

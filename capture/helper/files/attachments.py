@@ -1,0 +1,645 @@
+"""The files that processes in scope run: each looked into once, and probed where it speaks TLS.
+
+Root reads no file of anybody's here: it opens regular files, hands their descriptors to a process
+without privileges (`searches.py`, `finder.py`), and attaches what that one names only after a check
+of its own (`placement.py`), as it does with what is remembered (`known_files.py`). What is known of
+files is bounded: of each owner's files those go first that nobody ran for longest, and what there
+was no room for is counted (`over_limit`). So is time: attaching stops when a turn is over, owners
+take turns (`turns.py`), and removing is left to a thread (`closing.py`). This file decides nothing
+about processes or scope.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import select
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from capture.functions import finder, libraries
+from capture.functions.elf import ElfError
+from capture.helper import loader
+from capture.helper.files.closing import Closer
+from capture.helper.files.known_files import KnownFiles, code_digest
+from capture.helper.files.name_places import NAMING, PLACES_MAX, UNPROVED, NamePlaces
+from capture.helper.files.owners import owner_of
+from capture.helper.files.placement import refusal
+from capture.helper.files.searches import FileId, Haste, Job, Searches
+from capture.helper.files.turns import WAIT_S, Turns
+from capture.helper.relay.keeper import Hold
+
+__all__ = ["Attachments", "File", "FileId", "Haste", "open_regular"]
+
+FILES_MAX = 20_000
+"""Files without TLS that are remembered as such, some 150 bytes each."""
+LIBRARIES_MAX = 2000
+"""Files with TLS, or that wait to be looked into."""
+PROBES_OF_OWNER_MAX, PROBES_OF_ROOT_MAX, PROBES_ALL_MAX = 1024, 4096, 16_384
+"""A probe is a descriptor, a library has a dozen, a Go program some twenty. The system's files and
+those of most containers are root's."""
+DESCRIPTORS_MAX = 32_768
+AHEAD_MAX = 1000
+"""Once so many files were looked at, those that nobody runs are only remembered."""
+USED_S = 2.0
+"""How old the list of files that processes map may be when room is made."""
+TURN_S = 0.02
+"""Of attaching, before processes are looked at again. One file is attached to in one go."""
+CLOSE_S = 30.0
+"""How long `close` waits for probes to be gone."""
+OVERLAY = 0x794C7630
+"""statfs(2): there a change of a file's mode may have the same number lead to another inode."""
+LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
+_libc = ctypes.CDLL(None, use_errno=True)
+NO_INSTRUCTION = "root's check refused the places found"
+
+
+@dataclass(slots=True)
+class File:
+    """A file that has TLS in it, or may: `library` is None while it is `searching`."""
+
+    path: str
+    owner: int = 0
+    library: libraries.Library | None = None
+    probes: list[int] = field(default_factory=list)
+    inode: tuple[int, int] = (0, 0)
+    haste: Haste | None = None  # while it is searched
+    failure: str | None = None
+    doubted: bool = False  # what it passed was no HTTP
+    place: int = 0  # its number, while it is attached to
+    held_as: str = ""  # the supervisor's name for its probes
+    waits: bool = False  # it is to be attached to, in its turn
+    code: str = ""  # a digest of the functions that are probed, as they were then
+    written: tuple[int, int] = (0, 0)  # its size and when it was written to, then
+
+    @property
+    def searching(self) -> bool:
+        """True until the search by structure has answered, and its turn to be attached has come."""
+        return self.haste is not None or self.waits
+
+    @property
+    def is_linker(self) -> bool:
+        """Whether it has no TLS, but tells of the libraries that it maps."""
+        return self.library is not None and self.library.is_linker
+
+
+class Attachments:
+    """See the file's head. `ready` registers finders with the caller's epoll."""
+
+    def __init__(
+        self,
+        programs: Mapping[str, int],
+        known: KnownFiles,
+        names: NamePlaces,
+        epoll: select.epoll | None = None,
+        hold: Hold | None = None,
+    ) -> None:
+        self._programs = programs
+        self._known = known
+        self._names = names
+        self._has_cookies = True
+        self._searches = Searches(epoll)
+        self._turns = Turns(self._probes_of)
+        self._closer = Closer()
+        self._turn_s = 0.0  # spent on attaching since the last turn began
+        # The least recently used first, in both.
+        self.files: dict[FileId, File] = {}
+        self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
+        self._probes: Counter[int] = Counter()  # by owner
+        self._places: dict[int, File] = {}
+        self.used: Callable[[], set[FileId]] = set  # what processes map, as far as we know
+        self._used: set[tuple[int, int]] = set()
+        self._used_at = float("-inf")
+        self._by_inode: dict[tuple[int, int], set[FileId]] = {}
+        self.over_limit = self.forgotten = 0
+        self._hold = hold or Hold()
+        self._adopt()
+
+    # --- what outlives us -----------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Take over the files that a helper before us has attached to."""
+        for name, held in self._hold.take_all("file:"):
+            library = libraries.library_from_json(held.about["library"])
+            if library is None or len(held.fds) != len(library.probes):
+                held.close()  # it died while it attached: attached anew when it is looked at
+                self._hold.drop(name)
+                continue
+            owner, place = int(held.about["owner"]), int(held.about["place"])
+            file = File(held.about["path"], owner, library, held.fds, place=place, held_as=name)
+            file.code = str(held.about.get("code", ""))
+            file.written = tuple(held.about.get("written", (0, 0)))
+            device, inode, changed_ns = map(int, name[5:].split(":"))
+            self._keep((device, inode, changed_ns), file)
+            self._probes[owner] += len(held.fds)
+            if place:
+                self._places[place] = file
+                self._names.adopt(place)
+
+    def _have_held(self, identity: FileId, file: File) -> None:
+        assert file.library is not None
+        file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
+        library = libraries.library_json(file.library)
+        about = {"path": file.path, "owner": file.owner, "library": library, "place": file.place}
+        about |= {"code": file.code, "written": file.written}
+        self._hold.keep(file.held_as, about, file.probes)
+
+    # --- looking --------------------------------------------------------------------------------
+
+    def look_at(self, link: str, path: str, haste: Haste | None = None) -> FileId | None:
+        """The file's identity, once looked at; None when it cannot be opened."""
+        if haste is None:
+            haste = Haste.LIBRARY if ".so" in os.path.basename(path) else Haste.PROGRAM
+        try:
+            found = os.stat(link)
+            identity = _identity(found)
+            if self._is_done_with(identity, haste):
+                return identity
+            fd = open_regular(link)
+        except OSError:
+            return None
+        try:
+            return self.look_into(fd, path, haste)
+        finally:
+            os.close(fd)
+
+    def look_into(self, fd: int, path: str, haste: Haste = Haste.PROGRAM) -> FileId:
+        """The same for an open file, which stays the caller's. Attaches if it is known by now.
+
+        With `Haste.NOBODY` it is attached ahead of its first run: in a process that runs already
+        the kernel may take 150 ms for the first probe, and a short program is over by then.
+        """
+        found = os.fstat(fd)
+        identity = _identity(found)
+        if self._is_done_with(identity, haste) or not stat.S_ISREG(found.st_mode):
+            return identity
+        kept = self._keep_probes(identity, fd)
+        if kept and kept.written == _written(found):
+            return identity
+        if kept is None:
+            self._forget_other_content(identity)
+        file = self.files.get(identity) or File(path, owner_of(found.st_uid))
+        library = self._known.recall(fd)
+        if library is None or refusal(fd, library):
+            kind = finder.INSPECT
+            if os.path.basename(path).startswith(LINKER_PREFIX):
+                kind = finder.LINKER
+            self._ask(Job(identity, fd, file.owner, kind, haste), file)
+        elif haste is not Haste.NOBODY or self._is_worth_it(library):
+            self._keep(identity, file)
+            # A search on its way is not waited for.
+            self._take_library(Job(identity, fd, file.owner, finder.INSPECT, haste), file, library)
+        return identity
+
+    def _ask(self, job: Job, file: File) -> None:
+        """Have the file looked into, by a descriptor of the search's own."""
+        job.fd = os.dup(job.fd)
+        if self._searches.ask(job):
+            self._keep(job.identity, file)
+            file.haste = job.haste
+        else:
+            os.close(job.fd)
+            self.over_limit += 1
+            if file.probes:  # kept until now, of what the file held before
+                self._forget(job.identity)
+
+    def _is_worth_it(self, library: libraries.Library) -> bool:
+        """Whether to attach to what nobody runs yet: Go has many programs, of many probes each."""
+        return library.stack != "Go crypto/tls" and len(self.files) < AHEAD_MAX
+
+    def _is_done_with(self, identity: FileId, haste: Haste) -> bool:
+        if self._without.get(identity[:2]) == identity[2]:
+            self._without[identity[:2]] = self._without.pop(identity[:2])
+            return True
+        file = self.files.get(identity)
+        if file is None:
+            return False
+        self.files[identity] = self.files.pop(identity)
+        if file.waits:
+            self._turns.hurry(file.owner, identity, haste)
+        return file.haste is None or file.haste <= haste or file.haste is Haste.LIBRARY
+
+    def knows(self, identity: FileId) -> bool:
+        """Whether the file was looked into, or will be."""
+        return identity in self.files or self._without.get(identity[:2]) == identity[2]
+
+    def _forget_other_content(self, identity: FileId) -> None:
+        """The file was written to: probes of what it held before would be anywhere in it."""
+        self._without.pop(identity[:2], None)
+        for other in list(self._by_inode.get(identity[:2], ())):
+            if other != identity:
+                self._forget(other)
+
+    def _keep_probes(self, identity: FileId, fd: int) -> File | None:
+        """The file with that identity from now on, if another change time is all there is to it.
+
+        Anyone can change his file's mode as often as he likes; to remove and attach probes each
+        time takes a second. While there are probes the kernel keeps the inode: its number is no
+        other's. What else was written is searched for again, where anything was.
+        """
+        for before in self._by_inode.get(identity[:2], ()):
+            file = self.files[before]
+            if before == identity or not (file.probes and file.code and file.library):
+                continue
+            if not _is_as_it_was(file, fd) or _identity(os.fstat(fd)) != identity:
+                return None
+            self._rename(before, identity, file)
+            return file
+        return None
+
+    def _rename(self, before: FileId, identity: FileId, file: File) -> None:
+        """The same file and probes, by another change time."""
+        self._without.pop(identity[:2], None)
+        self.files[identity] = self.files.pop(before)
+        same = self._by_inode[identity[:2]]
+        same.discard(before)
+        same.add(identity)
+        held_as = file.held_as
+        self._have_held(identity, file)
+        if held_as:
+            self._hold.drop(held_as)
+
+    # --- what is known of files -----------------------------------------------------------------
+
+    def _keep(self, identity: FileId, file: File) -> None:
+        """Remember a file that has TLS in it, or may."""
+        if identity not in self.files:
+            if len(self.files) >= LIBRARIES_MAX and self._evict():
+                self.over_limit += 1
+            self._by_inode.setdefault(identity[:2], set()).add(identity)
+        file.inode = identity[:2]
+        self.files[identity] = file
+
+    def _keep_without(self, identity: FileId) -> None:
+        """Remember that there is no TLS in a file."""
+        self._forget(identity)
+        if len(self._without) >= FILES_MAX:
+            self._without.pop(next(iter(self._without)))
+            self.forgotten += 1
+        self._without[identity[:2]] = identity[2]
+
+    def _forget(self, identity: FileId) -> None:
+        file = self.files.pop(identity, None)
+        if file is None:
+            return
+        file.waits = False
+        self.detach(file)
+        same = self._by_inode[identity[:2]]
+        same.discard(identity)
+        if not same:
+            del self._by_inode[identity[:2]]
+
+    def _evict(self, owner: int | None = None, *, probed: bool = False) -> bool:
+        """Forget the file that nobody ran for longest, of an owner's or of who has most."""
+        if owner is None:
+            counts = Counter(file.owner for file in self.files.values())
+            owner = max(counts, key=lambda each: counts[each], default=0)
+        if time.monotonic() - self._used_at > USED_S:
+            self._used = {identity[:2] for identity in self.used()}
+            self._used_at = time.monotonic()
+        for identity, file in self.files.items():
+            if file.owner != owner or identity[:2] in self._used or file.searching:
+                continue
+            if file.probes or not probed:
+                self._forget(identity)
+                return True
+        return False
+
+    # --- attaching ------------------------------------------------------------------------------
+
+    def attach_linker(self, path: str) -> FileId | None:
+        """Hear of every library that this dynamic linker maps, as soon as it is looked into."""
+        return self.look_at(path, path, Haste.LIBRARY)
+
+    def hears(self, linker: FileId) -> bool:
+        """Whether we hear this dynamic linker, a container's perhaps."""
+        file = self.files.get(linker)
+        return bool(file and file.probes and file.is_linker)
+
+    def doubt(self, place: int) -> str | None:
+        """Remove the probes of the file whose bytes were no HTTP; say which file it was."""
+        file = self._places.get(place)
+        if file is None or file.library is None:
+            return None
+        self.detach(file)
+        file.doubted = True
+        reason = "what its functions passed was not HTTP: they were not recognised"
+        file.library = replace(file.library, probes=(), reason=f"{reason}; {libraries.INSTEAD}")
+        return file.path
+
+    def learned(self, place: int, offset: int) -> None:
+        """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
+        self._names.learned(place, offset)
+
+    def _take_library(self, job: Job, file: File, library: libraries.Library) -> bool:
+        """What is in a file; True unless it has to wait for its turn to be attached to."""
+        file.haste = None
+        if file.probes:
+            if library == file.library:
+                file.written = _written(os.fstat(job.fd))
+                self._have_held(job.identity, file)
+                return True
+            self.detach(file)
+        file.library = library
+        if not library.probes:
+            return True
+        file.waits = True
+        if self._is_time() and not self._turns.waits(file.owner) and self._may(job):
+            self._attach_in_turn(job, file)
+            return True
+        if not self._turns.affords(file.owner, len(library.probes), job.haste):
+            self.over_limit += 1
+        waiting = replace(job, fd=os.dup(job.fd))
+        if not self._turns.put(waiting):
+            os.close(waiting.fd)
+            self.over_limit += 1
+            self._forget(job.identity)  # it is looked at again when it is met again
+        return False
+
+    def _attach_in_turn(self, job: Job, file: File) -> None:
+        began = time.monotonic()
+        self._turns.spend(file.owner, self._probes_of(job) or 0)
+        file.waits = False
+        self._attach(job.identity, file, job.fd)
+        self._turn_s += time.monotonic() - began
+
+    def _is_time(self) -> bool:
+        return self._turn_s < TURN_S
+
+    def _may(self, job: Job) -> bool:
+        """Whether a file may be attached to now: not while probes of it are on their way out."""
+        if self._closer.removing(job.identity[:2]) or (job.owner and self._closer.full):
+            return False
+        return self._turns.affords(job.owner, self._probes_of(job) or 0, job.haste)
+
+    def _probes_of(self, job: Job) -> int | None:
+        """How many probes a file waits for; None when it does not wait any more."""
+        file = self.files.get(job.identity)
+        if file is None or not file.waits or file.library is None:
+            return None
+        return len(file.library.probes)
+
+    def _attach(self, identity: FileId, file: File, fd: int) -> None:
+        """Attach to a file, if the places are where instructions of it begin (`placement.py`)."""
+        assert file.library is not None
+        with contextlib.suppress(OSError, ElfError):
+            file.code, file.written = code_digest(fd, file.library), _written(os.fstat(fd))
+        file.failure = self._refused(file, fd)
+        if file.failure:
+            return
+        cookie = self._cookie(file, fd)
+        if file.library.unproved and not cookie:
+            file.failure = f"more than {PLACES_MAX} programs at once"
+            return
+        error = self._attach_probes(file, fd, cookie)
+        if error and error.errno == errno.EINVAL and not file.library.unproved and file.place:
+            # A kernel without cookies: names are then known by requests alone.
+            self._has_cookies = False
+            error = self._attach_probes(file, fd, 0)
+        if error:
+            file.failure = f"cannot attach: {error.strerror}"
+            self.detach(file)
+        elif _identity(os.fstat(fd)) != identity and not _is_as_it_was(file, fd):
+            file.failure = "it was written to meanwhile"
+            self.detach(file)
+        elif file.probes:
+            self._have_held(identity, file)
+
+    def _refused(self, file: File, fd: int) -> str | None:
+        assert file.library is not None
+        if not self._makes_room(file.owner, len(file.library.probes)):
+            self.over_limit += 1
+            return f"more probes than one owner's files may have; {libraries.INSTEAD}"
+        reason = refusal(fd, file.library)
+        return f"{NO_INSTRUCTION}: {reason}; {libraries.INSTEAD}" if reason else None
+
+    def _makes_room(self, owner: int, count: int) -> bool:
+        """Whether so many probes more are within limits, once files that nobody runs are left."""
+        most = PROBES_OF_OWNER_MAX if owner else PROBES_OF_ROOT_MAX
+        while self._probes[owner] + count > most:
+            if not self._evict(owner, probed=True):
+                return False
+        while self._probes.total() + count > PROBES_ALL_MAX:
+            if not self._evict(max(self._probes, key=lambda each: self._probes[each]), probed=True):
+                return False
+        return True
+
+    def _cookie(self, file: File, fd: int) -> int:
+        """What the probes are told: Go's offsets, or the file's number and whether it is proved."""
+        library = file.library
+        assert library is not None
+        names = any(probe.program in NAMING for probe in library.probes)
+        if not library.unproved and not (names and self._has_cookies):
+            return library.cookie
+        file.place = self._names.number(fd, library)
+        if not file.place:
+            return 0
+        self._places[file.place] = file
+        return file.place | (UNPROVED if library.unproved else 0)
+
+    def _attach_probes(self, file: File, fd: int, cookie: int) -> OSError | None:
+        """All of them, or none."""
+        assert file.library is not None
+        for program, offset, at_return in file.library.probes:
+            try:
+                probe = loader.attach_uprobe(
+                    self._programs[program],
+                    f"/proc/self/fd/{fd}",
+                    offset,
+                    at_return=at_return,
+                    cookie=cookie,
+                )
+            except OSError as error:
+                self._remove_probes(file)
+                return error
+            file.probes.append(probe)
+            self._probes[file.owner] += 1
+        return None
+
+    def detach(self, file: File) -> None:
+        """Remove the file's probes."""
+        self._remove_probes(file)
+        if file.place:
+            del self._places[file.place]
+            self._names.release(file.place)
+            file.place = 0
+
+    def _remove_probes(self, file: File) -> None:
+        if file.held_as:
+            self._hold.drop(file.held_as)
+            file.held_as = ""
+        self._closer.close(file.owner, file.inode, file.probes)
+        self._probes[file.owner] -= len(file.probes)
+        file.probes = []
+
+    def drop_unused(self) -> None:
+        """Detach from files that nobody in scope maps and that no path leads to any more."""
+        used = {identity[:2] for identity in self.used()}
+        for identity, file in list(self.files.items()):
+            if identity[:2] in used or file.searching:
+                continue
+            try:
+                if _identity(os.stat(file.path)) == identity:
+                    continue
+            except OSError:
+                pass
+            self._forget(identity)
+
+    # --- searching ------------------------------------------------------------------------------
+
+    @property
+    def searching(self) -> bool:
+        """True while files are being looked into or attached to, or wait for it."""
+        return self._searches.busy or len(self._turns) > 0
+
+    def due(self, now: float) -> float:
+        """When to call `search` though nothing is readable."""
+        due = self._searches.due(now)
+        if len(self._turns):
+            return now if self._turns.has_ready(self._may) else min(due, now + WAIT_S)
+        return due
+
+    def search(self) -> list[FileId]:
+        """Begin and collect searches, and attach for a turn; what was found out since last time."""
+        self._turn_s = 0.0
+        found: list[FileId] = []
+        for job in self._turns.ready(self._may):
+            try:
+                if (file := self.files.get(job.identity)) is not None:
+                    self._attach_in_turn(job, file)
+                    found.append(job.identity)
+            finally:
+                os.close(job.fd)
+            if not self._is_time():
+                break
+        for job, text in self._searches.answers():
+            try:
+                if self._take(job, text):
+                    found.append(job.identity)
+            finally:
+                os.close(job.fd)
+        return found
+
+    @property
+    def quick_busy(self) -> bool:
+        """True while files' symbols are looked at, or they attached to: it takes milliseconds."""
+        return self._searches.quick_busy or self._turns.has_ready(self._may)
+
+    def wait(self, seconds: float) -> None:
+        """Until there may be something to `search`, no longer than that."""
+        if len(self._turns):
+            seconds = 0.0 if self._turns.has_ready(self._may) else min(seconds, WAIT_S)
+        self._searches.wait(seconds)
+
+    def close(self) -> None:
+        """Remove all probes, and look into nothing any more."""
+        for identity in list(self.files):
+            self._forget(identity)
+        self._turns.close()
+        self._searches.close()
+        self._closer.wait(CLOSE_S)
+
+    def search_now(self, path: str, seconds: float) -> None:
+        """Look at a program that waits to be run, and return when it is attached, or not TLS."""
+        deadline = time.monotonic() + seconds
+        identity = self.look_at(path, os.path.realpath(path))
+        while True:
+            self.search()
+            file = self.files.get(identity) if identity else None
+            left = deadline - time.monotonic()
+            if not file or not file.searching or left <= 0:
+                return  # if it is late, it is attached late, and counted so
+            self.wait(min(left, 0.05))
+
+    def _take(self, job: Job, text: str | None) -> bool:
+        """Make of an answer what it says; False while more is to be found out."""
+        file = self.files.get(job.identity)
+        if file is None or file.haste is None:
+            return False  # searched twice, once in no haste; or written to meanwhile
+        if text is None:
+            if file.haste is job.haste:
+                file.haste = None
+                file.failure = f"the search in it ended without an answer; {libraries.INSTEAD}"
+            return True
+        library = None
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            library = libraries.library_from_json(text)
+        if library is None:
+            return self._nothing_found(job, file)
+        if library.probes and job.kind == finder.SEARCH:
+            self._known.remember(job.fd, library)
+        if file.haste is Haste.NOBODY and library.probes and not self._is_worth_it(library):
+            self._forget(job.identity)  # looked at again, and attached, when it is run
+            return False
+        return self._take_library(job, file, library)
+
+    def _nothing_found(self, job: Job, file: File) -> bool:
+        if file.haste is not job.haste:
+            return False  # another search is on its way, for who cannot wait
+        size = os.fstat(job.fd).st_size
+        if job.kind != finder.SEARCH and size >= libraries.STRUCTURE_FILE_BYTES_MIN:
+            further = replace(job, kind=finder.SEARCH)
+            file.haste = None
+            self._ask(further, file)
+            if file.haste is None:  # too many wait: it is looked at again when it is met again
+                self._forget(job.identity)
+            return False
+        self._keep_without(job.identity)
+        return True
+
+
+def open_regular(path: str) -> int:
+    """A descriptor to read a regular file by. Raises OSError for what is none.
+
+    Whoever owns the path may put a device there at any moment, and root's mere opening of some
+    has effects: what is opened for reading is the very file that was found to be regular.
+    """
+    held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(held).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        os.close(held)
+
+
+def _identity(found: os.stat_result) -> FileId:
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+def _written(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+def _is_as_it_was(file: File, fd: int) -> bool:
+    """Whether the functions are what they were when the file was attached to, and checked."""
+    if not file.library or not file.code or _is_overlay(fd):
+        return False
+    with contextlib.suppress(OSError, ElfError):
+        same = code_digest(fd, file.library) == file.code
+        return same and refusal(fd, file.library) is None
+    return False
+
+
+def _is_overlay(fd: int) -> bool:
+    """Whether a file lies in a container's layers."""
+    about = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(fd, about):
+        return True  # unknown: the file is attached to anew
+    return int.from_bytes(about.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == OVERLAY
+
+
+def allow_descriptors(count: int) -> None:
+    """Have room for a descriptor for each probe and for each file that waits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

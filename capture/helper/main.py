@@ -1,0 +1,645 @@
+"""The root helper: attaches the probes, drains the ring, reads /proc, writes frames to a socket.
+
+Started by `uprobe.spawn_helper`, or by a supervisor with a channel on which it gets what the helper
+before it had (`keeper.py`): then it attaches nothing anew, and carries on where that one was. It
+parses no plaintext: ring records go to the spool and from there to the reader's socket as they
+are. When the reader is slow the spool fills, then the ring, and the kernel counts, stream by
+stream, what no longer fits. A helper with a supervisor outlives its readers and ends with the
+supervisor; one without ends with its reader, and every probe with it. Standard library only; memory
+and start-up time are why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import resource
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from capture import protocol
+from capture.functions import libraries
+from capture.helper import loader
+from capture.helper.admission import Admission, Refused
+from capture.helper.coverage import Coverage, attach_resolver
+from capture.helper.discovery import Discovery
+from capture.helper.family import Family
+from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
+from capture.helper.files.known_files import KnownFiles
+from capture.helper.files.name_places import VALUE, NamePlaces
+from capture.helper.installs import Installs, homes_of
+from capture.helper.mounts import offer_headers, own_mounts, tracing_folder
+from capture.helper.relay.announcements import unannounced
+from capture.helper.relay.forwarder import Outlet
+from capture.helper.relay.keeper import LAYOUT, Hold
+from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
+from capture.processes import proc
+from halton_meter import untrusted
+from halton_meter.model import Process
+
+SEND_BUFFER_BYTES = 4 * 1024 * 1024
+# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU, as both
+# processes find their memory out of the caches each time. Times are taken in the kernel, and what
+# the ring holds outlives us; who waits is only `report`, which has a second.
+PAUSE_S = 1.0
+SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
+PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
+# Commands are few and short. Those of a reader gone bad get no more of our time in a round.
+COMMANDS_BYTES_MAX = 4096
+COMMANDS_S = 0.01
+REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
+WHOSE_MAX = 2048  # some 1 KB each
+SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
+MEMORY_MORE_BYTES = 64 << 20
+NICE = -10  # a process may live 10 ms: be there before it is gone
+
+_SO_SNDBUFFORCE = 32
+_PR_SET_DUMPABLE = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Helper:
+    """The loop; one thread, one epoll."""
+
+    def __init__(self, sock: socket.socket, hold: Hold) -> None:
+        self._sock: socket.socket | None = sock
+        self._hold = hold
+        self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
+        self._commands_refused = 0
+        self._connections: dict[int, set[int]] = {}
+        # Whose the connections are, as the spool has told: those of the latest openers.
+        self._whose: dict[Key, bytes] = {}
+        self._ended: list[bytes] = []  # connections that we have told the end of
+        self._paused = self._stopping = False
+        self._listening: tuple[bool, bool] | None = None
+        self._resume_at = 0.0
+        self._report_at: float | None = None
+        self._notices_lost = 0
+        self._programs_unknown = 0
+        self._keep: list[int] = []
+
+    # --- set-up -------------------------------------------------------------------------------
+
+    def configure(self, command: dict[str, Any]) -> None:
+        """Load, set the scope, attach to what is there. Raises LoadFailed, OSError, Refused."""
+        own_mounts()
+        if command["loader"] == "bcc":
+            offer_headers()
+        self._restricted = bool(command.get("restricted"))
+        ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
+        given = self._given(ring_bytes)
+        self._carries_on = given is not None
+        self._loaded = given or loader.load(command["loader"], ring_bytes)
+        self._use_maps(self._loaded.maps, ring_bytes)
+        self._use_spool(int(command.get("spool_bytes") or SPOOL_BYTES))
+        self._admission = Admission(
+            self._loaded.maps,
+            self._family,
+            command["scope"],
+            restricted=self._restricted,
+            request_bytes_max=command.get("request_bytes_max"),
+        )
+        self._admission.set_hosts(command["hosts"])
+        if given is None:
+            self._keep_loaded(ring_bytes)
+        self._attach_tracepoints()
+        self._discover(command)
+
+    def _given(self, ring_bytes: int) -> loader.Given | None:
+        """What a helper before us has loaded; None when there was none, or one of another kind."""
+        about = self._hold.take("kernel")
+        if about is None:
+            return None
+        if about.about[1:] != [LAYOUT, ring_bytes]:
+            self._hold.begin_anew()
+            return None
+        programs = {name[8:]: held.fds[0] for name, held in self._hold.take_all("program:")}
+        maps = {name[4:]: held.fds[0] for name, held in self._hold.take_all("map:")}
+        return loader.Given(about.about[0], programs, maps)
+
+    def _keep_loaded(self, ring_bytes: int) -> None:
+        for name, fd in self._loaded.programs.items():
+            self._hold.keep(f"program:{name}", True, [fd])
+        for name, fd in self._loaded.maps.items():
+            self._hold.keep(f"map:{name}", True, [fd])
+        # Last: without it what came before is of no use.
+        self._hold.keep("kernel", [self._loaded.name, LAYOUT, ring_bytes])
+
+    def _use_maps(self, maps: dict[str, int], ring_bytes: int) -> None:
+        self._ring = loader.Ring(maps["ring"], ring_bytes)
+        self._process_ring = loader.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
+        self._family = Family(loader.Map(maps["tree"], 4, 4), self._hold)
+        self._stats = loader.Map(maps["stats"], 4, 8)
+        self._connection_map = _connection_map(maps["connections"])
+        self._epoll = select.epoll()
+        for readable in (self._process_ring.fd, self._ring.fd):
+            self._epoll.register(readable, select.EPOLLIN)
+
+    def _use_spool(self, spool_bytes: int) -> None:
+        spool, receipt = self._hold.take("spool"), self._hold.take("receipt")
+        if spool and receipt:
+            self._spool, self._receipt = Spool(spool.fds[0]), Receipt(receipt.fds[0])
+        else:
+            self._spool, self._receipt = Spool.new(spool_bytes), Receipt.new()
+            self._hold.keep("spool", True, [self._spool.fd])
+            self._hold.keep("receipt", True, [self._receipt.fd])
+        self._outlet = Outlet(self._spool, self._receipt, self._ring, self._on_notice)
+        for raw in self._connection_map.all_keys():  # those that a helper before us has announced
+            ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
+            self._connections.setdefault(tgid, set()).add(ssl)
+
+    def _discover(self, command: dict[str, Any]) -> None:
+        directory = command.get("cache_directory")
+        known = KnownFiles(Path(directory) if directory else None)
+        programs, scope = self._loaded.programs, command["scope"]
+        names = self._name_places(directory)
+        self.files = Attachments(programs, known, names, self._epoll, self._hold)
+        self._discovery = Discovery(
+            self._process_ring, self.files, self._admission, self._report_soon, self._name_opener
+        )
+        self._coverage = Coverage(self._discovery, self._family)
+        for pid in () if self._carries_on else scope["roots"]:  # by now others may have their pids
+            self._add_root(int(pid))
+        given = command.get("files")
+        for path in libraries.standard_files() if given is None else given:
+            self.files.look_at(path, path)
+        for path in libraries.standard_linkers():
+            self.files.attach_linker(path)
+        self._attach_kept("resolver", lambda: attach_resolver(programs["on_lookup"]))
+        self._discovery.sweep(time.monotonic())
+        if not self._carries_on:  # else there are probes already, and a reader waits
+            if program := command.get("program"):
+                self.files.search_now(str(program), PROGRAM_S)
+            self._discovery.settle(time.monotonic() + SETTLE_S)
+        if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
+            installs = Installs(homes_of(None if scope["everyone"] else scope["uids"]))
+            self._discovery.search_installs(installs)
+            if installs.fileno() >= 0:
+                self._epoll.register(installs.fileno(), select.EPOLLIN)
+
+    def _name_places(self, directory: str | None) -> NamePlaces:
+        maps = self._loaded.maps
+        return NamePlaces(
+            loader.Map(maps["name_places"], 4, VALUE.size),
+            loader.Map(maps["proofs"], 4, 8),
+            Path(f"{directory}-names") if directory else None,
+        )
+
+    def _attach_kept(self, name: str, attach: Callable[[], int | None]) -> None:
+        """Attach, unless a helper before us has; the probe is held under this name."""
+        if (held := self._hold.take(f"trace:{name}")) is not None:
+            self._keep += held.fds
+        elif (link := attach()) is not None:
+            self._keep.append(link)
+            self._hold.keep(f"trace:{name}", True, [link])
+
+    def _attach_tracepoints(self) -> None:
+        programs = self._loaded.programs
+        events = f"{tracing_folder()}/events/sched"
+
+        def number(event: str) -> int:
+            with open(f"{events}/{event}/id", encoding="ascii") as file:
+                return int(file.read())
+
+        def on_exec() -> int:
+            program = programs.get("on_exec_with_arguments", programs["on_exec"])
+            return loader.attach_tracepoint(program, number("sched_process_exec"))
+
+        def on_fork() -> int:
+            with open(f"{events}/sched_process_fork/format", encoding="ascii") as file:
+                arrays = "char parent_comm[16]" in file.read()
+            program = programs["fork_arrays" if arrays else "fork_locations"]
+            return loader.attach_tracepoint(program, number("sched_process_fork"))
+
+        def on_exit() -> int:
+            return loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
+
+        self._attach_kept("exit", on_exit)
+        self._attach_kept("exec", on_exec)
+        self._attach_kept("fork", on_fork)
+
+    # --- the reader ---------------------------------------------------------------------------
+
+    def connect(self, sock: socket.socket | None) -> None:
+        """Serve this reader from now on, or wait for another one.
+
+        It gets the receipt, to say in it how far it has got.
+        """
+        if self._sock is not None and self._listening is not None:
+            self._epoll.unregister(self._sock)
+        self._sock, self._listening = sock, None
+        self._commands_refused += self._commands.refused
+        self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
+        self._outlet.connect(sock)
+        if sock is None:
+            return
+        _widen(sock)
+        sock.setblocking(True)
+        with contextlib.suppress(OSError):
+            message = protocol.encode_message(protocol.HELLO, {})
+            socket.send_fds(sock, [message], [self._receipt.fd])
+        sock.setblocking(False)
+        self._epoll.register(sock, select.EPOLLIN)
+        self._resume()
+
+    def _begin(self, number: int, position: int) -> None:
+        """A reader says from where on it wants to read."""
+        if self._outlet.begun:
+            raise Refused("read: where to begin is said once on a link")
+        position = self._outlet.place(position)
+        frames: list[bytes] = []
+        for record in unannounced(self._spool, position, self._ring, self._connection_map):
+            frames += self._whose_is(record)
+            frames.append(protocol.encode_open(record))
+        self._outlet.begin(position, number, frames)
+        self.report()
+
+    def _whose_is(self, record: protocol.Record) -> list[bytes]:
+        """Whose a connection is, in a frame; nothing when that is not known."""
+        if (told := self._whose.get(record.key)) is not None:
+            return [told]
+        process = self._discovery.identities.of(
+            record.tgid, at_ns=record.at_ns, born_ns=record.offset
+        )
+        if process is None:
+            return []
+        process = self._family.with_run(process, record.length)
+        about = {"process": proc.to_json(process), "connection": record.key}
+        frame = self._whose[record.key] = protocol.encode_message(protocol.PROCESS, about)
+        if len(self._whose) > WHOSE_MAX:
+            self._whose.pop(next(iter(self._whose)))
+        return [frame]
+
+    def _name_opener(self, record: protocol.Record) -> None:
+        """A connection was opened just now: whose it is goes into the spool at once.
+
+        By when its OPEN comes out of the ring we may be dead, and the process as well.
+        """
+        for frame in self._whose_is(record):
+            self._outlet.put(frame)
+
+    # --- commands -----------------------------------------------------------------------------
+
+    def _add_root(self, pid: int) -> None:
+        """Put a process and what descends from it in scope."""
+        for each in self._family.include(pid):
+            self._discovery.identities.of(each)  # its parents, which its next exec does not tell
+            self._discovery.schedule(each)
+
+    def command(self, command: dict[str, Any]) -> None:
+        """Carry out one command, and answer it. Whoever commands us may have gone bad: nothing that
+        it says ends us, or sends more than an answer back."""
+        number = untrusted.whole_number(command, "id", smallest=-1)
+        what = untrusted.text(command, "do")
+        answer: dict[str, Any] = {"id": number}
+        if not self._outlet.begun and what not in ("read", "stop"):
+            return  # who does not say where it begins hears nothing
+        try:
+            if what == "barrier":
+                self._outlet.put_barrier(number or 0)
+                self._resume()
+                return
+            if what == "read":
+                self._begin(number or 0, untrusted.whole_number(command, "from") or 0)
+                return
+            if what in ("root", "hosts") and self._restricted:
+                raise Refused(f"{what}: whom and what to meter is fixed when the capture starts")
+            if what == "root":
+                self._add_root(_pid(command))
+            elif what == "watch":
+                pid = _pid(command)
+                self._admission.check_owner(pid)
+                self._family.watch(pid)
+            elif what == "hosts":
+                self._admission.set_hosts(command["hosts"])
+            elif what == "report":
+                self._resume()  # who asks how it stands wants to see what is waiting, too
+                self.report()
+            elif what == "stop":
+                self._stopping = True
+            else:
+                raise Refused(f"unknown command {what!r}")
+        except (Refused, OSError) as error:
+            answer["error"] = untrusted.printable(str(error))
+        except Exception as error:
+            self._commands_refused += 1
+            answer["error"] = f"not a command: {type(error).__name__}"
+        self._outlet.put(protocol.encode_message(protocol.REPLY, answer))
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until we are told to stop, or whoever we serve is gone."""
+        if self._hold.fileno() >= 0:
+            self._epoll.register(self._hold.fileno(), select.EPOLLIN)
+        while not self._stopping or self._outlet.waiting:
+            now = time.monotonic()
+            ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
+            if self._hold.fileno() in ready and not self._take_reader():
+                return
+            try:
+                readable = self._sock is not None and self._sock.fileno() in ready
+                if readable or self._commands.waiting:
+                    self._read_commands()
+                self._turn()
+            except (OSError, protocol.ProtocolViolation) as error:
+                if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                    raise
+                self._lose_reader()
+            if self._sock is None and self._hold.fileno() < 0:
+                return
+
+    def _turn(self) -> None:
+        """What is to be done, whatever woke us up."""
+        discovery, outlet = self._discovery, self._outlet
+        discovery.read_processes()
+        if self._fills():
+            self._resume()
+        now = time.monotonic()
+        discovery.run_rescans(now)
+        if now >= self._resume_at or outlet.has_barriers:
+            self._pump(now)
+        elif outlet.waiting:
+            outlet.flush()
+        if self._report_at is not None and now >= self._report_at and not outlet.blocked:
+            self.report()
+        if now >= discovery.sweep_at:
+            discovery.sweep(now)
+        discovery.look_ahead(now)
+        self._watch_ring(now)
+
+    def _take_reader(self) -> bool:
+        """Serve the reader that the supervisor sends; False when it sends none: it is gone."""
+        sock = self._hold.receive_reader()
+        if sock is not None:
+            self.connect(sock)
+        return sock is not None
+
+    def _lose_reader(self) -> None:
+        """The reader is gone. What comes now waits in the spool for the next one."""
+        if self._sock is not None:
+            lost = self._sock
+            self.connect(None)
+            lost.close()
+
+    def _wait_s(self, now: float) -> float:
+        times = [self._discovery.due(now)]
+        if self._commands.waiting and not self._outlet.blocked:
+            return 0.0
+        if self._paused and not self._outlet.blocked:
+            # Even when that time has passed by now: nobody listens to the ring until then.
+            times.append(self._resume_at)
+        if self._report_at is not None:
+            times.append(self._report_at)
+        return max(0.0, min(times) - now)
+
+    def _pump(self, now: float) -> None:
+        moved = self._outlet.pump()
+        if not self._outlet.full:
+            self._drop_ended()
+        if (moved or self._outlet.full) and not self._outlet.blocked:
+            # A record that a thread is still writing holds up all behind it: no wake-up comes then.
+            # Nor does one tell that the reader has made room.
+            is_told = self._loaded.name != "bcc" and not self._fills() and not self._outlet.full
+            self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
+            self._report_soon()
+
+    def _drop_ended(self) -> None:
+        """Take connections out of the kernel's table, as their ends are in the spool by now."""
+        for key in self._ended:
+            self._connection_map.drop(key)
+        self._ended.clear()
+
+    def _fills(self) -> bool:
+        """Whether the ring is past a quarter: when it comes to that the kernel wakes us up."""
+        return self._ring.filled() >= self._ring.size_bytes // 4
+
+    def _resume(self) -> None:
+        """Let nothing wait for company any more."""
+        self._resume_at = 0.0
+
+    def _report_soon(self) -> None:
+        self._report_at = self._report_at or time.monotonic() + REPORT_S
+
+    def _watch_ring(self, now: float) -> None:
+        """Listen to the ring only when we could do something about it."""
+        blocked = self._outlet.blocked and self._sock is not None
+        self._paused = blocked or self._outlet.full or self._resume_at > now
+        listening = (self._paused, blocked)
+        if listening == self._listening:
+            return
+        self._listening = listening
+        self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
+        if self._sock is not None:
+            self._epoll.modify(self._sock, select.EPOLLOUT if blocked else select.EPOLLIN)
+
+    def _read_commands(self) -> None:
+        """Take commands off the socket and carry some out. Raises ConnectionError: it is gone.
+
+        While our own answers wait to go out no more are read, and of many only a few at a time:
+        who asks without end, or without listening, waits.
+        """
+        assert self._sock is not None
+        if not self._commands.waiting and not self._outlet.blocked:
+            data: bytes | None = None
+            with contextlib.suppress(BlockingIOError):
+                data = self._sock.recv(COMMANDS_BYTES_MAX)
+            if data == b"":
+                raise ConnectionResetError("the reader is gone")
+            self._commands.feed(data or b"")
+        until = time.monotonic() + COMMANDS_S
+        while self._commands.waiting and not self._outlet.blocked and time.monotonic() < until:
+            if (command := self._commands.next()) is not None:
+                self.command(command)
+                self._outlet.flush()
+
+    def _on_notice(self, frame: bytes) -> list[bytes]:
+        """An OPEN needs its process told first, an EXIT ends connections that never said so."""
+        record = protocol.decode_record(frame)
+        if record.kind == protocol.OPEN:
+            return self._on_open(record, frame)
+        closed = [
+            self._close(ssl, record.tgid, record.at_ns)
+            for ssl in self._connections.pop(record.tgid, ())
+        ]
+        self._discovery.identities.forget(record.tgid, record.at_ns)
+        return [each for each in closed if each is not None]
+
+    def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
+        self._discovery.read_processes()  # its exec may be news since we last looked
+        process = self._discovery.identities.of(
+            record.tgid, at_ns=record.at_ns, born_ns=record.offset
+        )
+        self._programs_unknown += process is None
+        told = [] if record.key in self._whose else self._whose_is(record)
+        self._connections.setdefault(record.tgid, set()).add(record.ssl)
+        known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
+        self._coverage.metered(self._family.with_run(known, record.length), record.host)
+        # What was put meanwhile tells of its process, perhaps: it has to come before.
+        return [*self._outlet.take_own(), *told, frame]
+
+    def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
+        """The end of a connection that did not tell of it; None when it has."""
+        key = protocol.CONNECTION_KEY.pack(ssl, tgid, 0)
+        value = self._connection_map.get(key)
+        if value is None:
+            return None  # SSL_free has told
+        entry = protocol.CONNECTION.unpack(value)
+        opened, sent, received = entry[:3]
+        body = received.to_bytes(8, "little") + entry[10] + entry[11]
+        size = protocol.RECORD.size + len(body)
+        self._ended.append(key)  # dropped once this is in the spool
+        fields = (size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0)
+        return bytes(protocol.RECORD.pack(*fields) + body)
+
+    # --- reports ------------------------------------------------------------------------------
+
+    def _statistics(self) -> dict[str, int]:
+        values = {}
+        for index, name in enumerate(protocol.STATISTICS):
+            raw = self._stats.get(struct.pack("=I", index))
+            values[name] = int.from_bytes(raw or b"", "little")
+        return values
+
+    def report(self) -> None:
+        """Tell how it fares, as of now."""
+        self._report_at = None
+        statistics = self._statistics()
+        if statistics["notices_lost"] != self._notices_lost and not self._outlet.blocked:
+            self._notices_lost = statistics["notices_lost"]
+            self._close_orphans()
+        statistics["files_over_limit"] = self.files.over_limit
+        statistics["files_forgotten"] = self.files.forgotten
+        attached = [
+            file for file in self.files.files.values() if file.probes and not file.is_linker
+        ]
+        report = {
+            "loader": self._loaded.name,
+            "probes": sum(len(file.probes) for file in attached) + len(self._keep),
+            "libraries": sorted({file.path for file in attached}),
+            "statistics": statistics,
+            "coverage": self._coverage.lines(),
+            "late": self._discovery.late,
+            "programs_unknown": self._programs_unknown,
+            "refused": self._commands.refused + self._commands_refused,
+            "rss_bytes": rss_bytes(),
+        }
+        self._outlet.put(protocol.encode_message(protocol.REPORT, report))
+        self._outlet.flush()
+
+    def _close_orphans(self) -> None:
+        """Connections whose end found the ring full: they stayed in the kernel's table."""
+        now_ns = time.monotonic_ns()
+        for key in self._connection_map.all_keys():
+            ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(key)
+            value = self._connection_map.get(key)
+            if value and (
+                protocol.CONNECTION.unpack(value)[9] or not os.path.exists(f"/proc/{tgid}")
+            ):
+                frame = self._close(ssl, tgid, now_ns)
+                if frame is not None:
+                    self._outlet.put(frame)
+
+
+def _pid(command: dict[str, Any]) -> int:
+    pid = untrusted.whole_number(command, "pid", untrusted.PID_MAX, 1)
+    if pid is None:
+        raise Refused("not a process id")
+    return pid
+
+
+def _connection_map(fd: int) -> loader.Map:
+    return loader.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
+
+
+def rss_bytes() -> int | None:
+    """Our resident memory."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def bound_memory(more_bytes: int) -> None:
+    """Let this process take so much more than it has: the last resort, after all other limits."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as f:
+        now = int(f.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_DATA, (now + more_bytes, resource.RLIM_INFINITY))
+
+
+def first_command(sock: socket.socket) -> dict[str, Any] | None:
+    """What our own starter wants; not a byte is read of what others may say after it."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        there = sock.recv(1 << 16, socket.MSG_PEEK)
+        end = there.find(b"\n") + 1
+        data = sock.recv(end or len(there))
+        if not data or len(line) > protocol.COMMAND_BYTES_MAX:
+            return None
+        line += data
+    return untrusted.parsed(bytes(line))
+
+
+def serve(sock: socket.socket, hold: Hold | None = None) -> None:
+    """Set up as told, by the supervisor or else by the first command; then serve readers."""
+    hold = hold or Hold()
+    command = hold.receive_all() if hold.fileno() >= 0 else first_command(sock)
+    if command is None:
+        return
+    helper = Helper(sock, hold)
+    try:
+        helper.configure(command)
+    except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
+        sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
+        return
+    helper.connect(sock)
+    bound_memory(MEMORY_MORE_BYTES)
+    helper.run()
+
+
+def diagnosis(error: Exception) -> dict[str, Any]:
+    """Why the set-up failed, and what is known to be missing here, with what mends it."""
+    from capture.environment import check_environment
+
+    missing = []
+    if not isinstance(error, Refused):
+        with contextlib.suppress(OSError, ValueError):
+            missing = [[problem.what, problem.command] for problem in check_environment()]
+    return {"what": str(error), "missing": missing}
+
+
+def _widen(sock: socket.socket) -> None:
+    """Give the socket a large buffer, or what the system grants: the ring buffer holds the rest.
+
+    Going past the system's limit asks for CAP_NET_ADMIN, which the hardened service does without.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+
+
+def main() -> None:
+    """Entry point; see the file's head."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--channel", type=int)
+    arguments = parser.parse_args()
+    os.umask(0o077)
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
+    allow_descriptors(DESCRIPTORS_MAX)
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    channel = None if arguments.channel is None else socket.socket(fileno=arguments.channel)
+    serve(socket.socket(fileno=arguments.fd), Hold(channel))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From the kernel's ring to the reader's socket, across deaths of either end."""

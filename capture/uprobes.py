@@ -1,0 +1,795 @@
+"""The unprivileged end of the uprobe capture: starts the root helper and reads plaintext from it.
+
+`UprobeSource` yields `TlsChunk` and `TlsClosed`. It refuses to parse the plaintext, to load BPF
+or to read `/proc`: `helper/main.py` does the last two as root, in another process, and sends frames
+(`protocol.py`) over a socket. What it has dealt with it says in a receipt (`spool.py`), so that
+whoever comes after it begins there; with a supervisor the source goes on when the helper dies, at
+the next helper. Read `probe.bpf.c` for what is copied at all, `libraries.py` for what is attached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from capture import protocol
+from capture.environment import USE_PROXY, Problem, UprobeUnavailable, check_environment
+from capture.helper.relay.keeper import Keeper
+from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt
+from capture.processes import proc
+from halton_meter.model import (
+    Connection,
+    Direction,
+    Process,
+    Source,
+    TlsChunk,
+    TlsClosed,
+)
+
+CLOSED_MAX = 4096  # connections remembered after their end: more than a batch of frames can close
+# How far back an exchange that is not over may keep the spool from being freed. A longer one would
+# be `gapped` should the reader be killed in it.
+OPEN_BYTES_MAX = SPOOL_BYTES // 4
+STOP_S_MAX, KILLED_S_MAX = 10.0, 10.0  # how long a helper that is told to end is waited for
+SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
+RECEIVE_BYTES = 1 << 20
+DRAINED_AT_ONCE = 256  # events, of 16 KiB at most
+HTTPS_PORT = 443
+KNOWN_FILES_DIRECTORY = "/var/cache/halton-meter/tls"
+_DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose plaintext may be copied; the kernel enforces it. The default is nobody's.
+
+    A process is in scope when `everyone` is set, or its uid is in `uids`, or it is one of `roots`
+    or descends from one; and, where `cgroup` (a path under /sys/fs/cgroup) is given, when it is
+    in that cgroup as well. Processes in `excluded`, and their descendants, never are: name the
+    proxy there, so that nothing is seen twice. With `owner`, processes of the trees that have
+    become another user's are out.
+    """
+
+    uids: frozenset[int] = frozenset()
+    roots: tuple[int, ...] = ()
+    everyone: bool = False
+    cgroup: str | None = None
+    excluded: tuple[int, ...] = ()
+    owner: int | None = None
+
+
+class CoverageState(enum.Enum):
+    """What we can say of a process that uses TLS."""
+
+    METERED = "metered"
+    NOT_RECOGNISED = "not_recognised"
+    UNSUPPORTED = "unsupported"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessCoverage:
+    """One line of `status`: a process, the TLS stack found in it, and what to do if unmetered."""
+
+    process: Process
+    host: str | None
+    stack: str
+    library: str | None
+    state: CoverageState
+    advice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
+    `counted` holds every kernel counter (protocol.STATISTICS)."""
+
+    loader: str
+    probes: int
+    libraries: tuple[str, ...] = ()
+    losses: Mapping[str, int] = field(default_factory=dict)
+    events_lost: Mapping[str, int] = field(default_factory=dict)
+    counted: Mapping[str, int] = field(default_factory=dict)
+    rss_bytes: int | None = None
+
+
+# Python's own BLAKE2 serves; through _hashlib the helper would map libcrypto, 4 MB of it resident.
+_HELPER = "import sys; sys.modules['_hashlib'] = None; from capture.helper.main import main; main()"
+
+
+def spawn_helper(
+    scope: Scope,
+    hosts: Iterable[str],
+    *,
+    loader: str = "auto",
+    files: Iterable[str] | None = None,
+    restricted: bool = True,
+    ring_bytes: int | None = None,
+    spool_bytes: int | None = None,
+    request_bytes_max: int | None = None,
+    cache_directory: str | None = KNOWN_FILES_DIRECTORY,
+    program: str | None = None,
+    keeper: Keeper | None = None,
+) -> socket.socket:
+    """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
+
+    A root supervisor calls this, then starts the unprivileged daemon with the socket inherited.
+    Scope and hosts are fixed here: when `restricted`, the other end of the socket cannot change
+    them. `files` are attached to at once, before any process maps them (None: the system's libssl).
+    `ring_bytes` is a power of two. `cache_directory` keeps what was found in programs without
+    symbols; it must be root's alone. `program` is what a root is about to execute: the first answer
+    comes when it was searched. With `keeper`, which holds what this helper makes, it carries on
+    where one before it died, and ends with the keeper; else it ends with the socket.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    configuration = {
+        "scope": {
+            "uids": sorted(scope.uids),
+            "roots": list(scope.roots),
+            "everyone": scope.everyone,
+            "cgroup": scope.cgroup,
+            "excluded": list(scope.excluded),
+            "owner": scope.owner,
+        },
+        "hosts": list(hosts),
+        "loader": loader,
+        "files": None if files is None else list(files),
+        "restricted": restricted,
+        "ring_bytes": ring_bytes,
+        "spool_bytes": spool_bytes,
+        "request_bytes_max": request_bytes_max,
+        "cache_directory": cache_directory,
+        "program": None if program is None else os.path.abspath(program),
+    }
+    argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
+    far = None if keeper is None else keeper.open_channel()
+    with theirs, far or contextlib.nullcontext():
+        helper = subprocess.Popen(
+            argv if far is None else [*argv, "--channel", str(far.fileno())],
+            pass_fds=[theirs.fileno()] if far is None else [theirs.fileno(), far.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # a Ctrl-C meant for the command must not end the capture
+        )
+    _children.append(helper)
+    if keeper is None:
+        ours.sendall(protocol.encode_command(configuration))
+    else:
+        with contextlib.suppress(OSError):  # it died at once: its link and its channel tell
+            keeper.hand_over(configuration)
+    return ours
+
+
+def link_to(keeper: Keeper) -> socket.socket:
+    """Another reader's socket to the helper that runs already. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        keeper.connect(theirs)
+    return ours
+
+
+def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
+    """Whether something came in that time (None: waits for it). Of any number of descriptors:
+    who holds a thousand probes gives its children numbers that select() does not take."""
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    return bool(poll.poll(None if wait_s is None else wait_s * 1000))
+
+
+_children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
+
+
+def _has_ended(helper: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it has, within that time: a killed one is there until its last probe is gone."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        helper.wait(seconds)
+        return True
+    return False
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A connection as its frames come in; `expected` is the next offset by direction, -1 when we
+    were told of it and have heard nothing yet: that may be its beginning or its middle."""
+
+    connection: Connection
+    clock_ns: int
+    expected: list[int]
+    told_at: int | None = None  # where the spool tells of it, until its first chunk is here
+
+    def begin(self, direction: int, offset: int) -> None:
+        """Its first chunk: what comes before the client's first byte was another reader's."""
+        if direction == 0 and offset == 0:
+            self.expected = [0, 0]
+        else:
+            self.connection = replace(self.connection, joined=True)
+            self.expected[direction] = offset
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where in the spool an event stood that was handed out."""
+
+    connection_id: str
+    key: Key
+    start: int
+    end: int
+
+
+class UprobeSource:
+    """Iterate over the plaintext of provider connections in scope.
+
+    `hosts` are exact names or "*.suffix". With `link` (a socket from `spawn_helper`) nothing is
+    started and no privilege is needed; without it `start` spawns the helper, as root, and the
+    other arguments are `spawn_helper`'s. `resumable`: when the helper dies, `resume` is going to be
+    called with a link to the next one. Not thread-safe: one thread reads and commands.
+
+    >>> source = UprobeSource(hosts, Scope(roots=(pid,)))
+    >>> source.start()                      # returns once probes are attached, or UprobeUnavailable
+    >>> for event in source: ...            # TlsChunk | TlsClosed, ends when stopped or helper died
+    """
+
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        scope: Scope,
+        *,
+        loader: str = "auto",
+        link: socket.socket | None = None,
+        files: Iterable[str] | None = None,
+        ring_bytes: int | None = None,
+        request_bytes_max: int | None = None,
+        cache_directory: str | None = KNOWN_FILES_DIRECTORY,
+        program: str | None = None,
+        spool_bytes: int | None = None,
+        resumable: bool = False,
+    ) -> None:
+        self.hosts = tuple(hosts)
+        self.scope = scope
+        self._options: dict[str, Any] = {
+            "loader": loader,
+            "files": files,
+            "ring_bytes": ring_bytes,
+            "request_bytes_max": request_bytes_max,
+            "cache_directory": cache_directory,
+            "program": program,
+            "spool_bytes": spool_bytes,
+        }
+        self._link = link
+        self._resumable = resumable
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._frames = protocol.FrameBuffer()
+        self._events: deque[TlsChunk | TlsClosed] = deque()
+        self._processes: dict[Key, tuple[Process, int]] = {}  # and where the spool tells of it
+        self._streams: dict[tuple[int, int, int], _Stream] = {}
+        self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # What is told twice (a helper dies between sending records and freeing them in the ring) or
+        # late (a read that ends after the close) must not begin a closed connection anew: an
+        # exchange without an id of the provider's would count twice.
+        self._closed: OrderedDict[tuple[int, int, int], None] = OrderedDict()
+        self._closing: dict[tuple[int, int, int], tuple[float, int]] = {}
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._problems: tuple[Problem, ...] = ()
+        self._report: dict[str, Any] = {}
+        self._number = 0
+        self._ended = False
+        # In the spool: where the last frame ended that was taken (None: not in the spool yet), and
+        # what a reader before us had dealt with.
+        self._position: int | None = None
+        self._frame_at = 0
+        self._receipt: Receipt | None = None
+        self._done_before = 0
+        self._open_before: dict[Key, int] = {}
+        self._stale_until = 0
+        # What was handed out and is not dealt with, and since where each open exchange needs it.
+        self._marks: deque[_Mark] = deque()
+        self._handed_out: deque[_Mark] = deque()
+        self._open_since: dict[Key, int] = {}
+        self._done = 0
+        self.lost_between_readers_bytes = 0
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def start(self, timeout_s: float = 30.0) -> None:
+        """Return when every library known so far is attached. Raises UprobeUnavailable."""
+        if self._link is None:
+            if problems := check_environment():
+                raise UprobeUnavailable(tuple(problems))
+            self._link = spawn_helper(self.scope, self.hosts, restricted=False, **self._options)
+            self._helper = _children[-1]
+        self._begin(timeout_s)
+        if not self._report:
+            self.request_report(timeout_s)
+
+    def _begin(self, timeout_s: float) -> None:
+        """Say where we want to read from: where we were, or where a reader before us got to."""
+        deadline = time.monotonic() + timeout_s
+        self._position = None  # until it answers, nothing that comes is the spool's
+        while self._receipt is None:
+            self._check(deadline)
+            self._receive_hello(max(0.0, deadline - time.monotonic()))
+        wanted = self._frame_at
+        if wanted == 0:
+            self._done_before, self._open_before = self._receipt.read()
+            wanted = min([self._done_before, *self._open_before.values()])
+        answer = self._ask({"do": "read", "from": wanted}, timeout_s)
+        if answer["from"] != wanted:
+            self.lost_between_readers_bytes += max(0, answer["from"] - wanted)
+
+    def _take_beginning(self, reply: dict[str, Any]) -> None:
+        """From here on every byte is the spool's."""
+        position, self._stale_until = int(reply["from"]), int(reply["until"])
+        if self._frame_at not in (0, position):  # another spool, or not all of this one
+            for key in list(self._streams):
+                self._close(key, time.monotonic_ns(), clean=False)
+        self._position = self._frame_at = position
+
+    @property
+    def linked(self) -> bool:
+        """Whether there is a helper; while there is none, the kernel's ring takes what comes."""
+        return self._link is not None
+
+    def resume(self, link: socket.socket, timeout_s: float = 30.0) -> None:
+        """Go on at the next helper, where the last one ended. Raises UprobeUnavailable."""
+        self._lose_link()
+        self._link = link
+        self._problems = ()
+        self._begin(timeout_s)
+        self.request_report(timeout_s)
+
+    def processed(self, count: int, is_open: Callable[[str], bool]) -> None:
+        """The next `count` events that were read are dealt with: what came of them is stored.
+
+        `is_open` tells of a connection's id whether an exchange on it is still under way: what was
+        said of that is kept for whoever reads after us.
+        """
+        touched: dict[Key, str] = {}
+        for _ in range(min(count, len(self._handed_out))):
+            mark = self._handed_out.popleft()
+            self._open_since.setdefault(mark.key, mark.start)
+            touched[mark.key] = mark.connection_id
+            self._done = mark.end
+        for key, connection_id in touched.items():
+            if not is_open(connection_id):
+                del self._open_since[key]
+        self._acknowledge()
+
+    def is_repeated(self, index: int) -> bool:
+        """Whether a reader before us has stored what comes of an event, counted from the oldest
+        that is not dealt with: we only read it for what follows on its connection."""
+        return self._handed_out[index].end <= self._done_before
+
+    def _acknowledge(self) -> None:
+        """Have the receipt say how far we are."""
+        if not self._handed_out and not self._events and self._position is not None:
+            self._done = self._position  # what came since is nothing that has to be kept
+        while self._open_since:
+            key, since = next(iter(self._open_since.items()))
+            if self._done - since <= OPEN_BYTES_MAX:
+                break
+            del self._open_since[key]  # what it says next is kept anew
+        if self._receipt is not None:
+            self._receipt.write(self._done, self._open_since)
+
+    def stop(self, *, wait: bool = True) -> None:
+        """Tell the helper to end; with `wait`, it has ended on return. Safe to call twice.
+
+        Removing takes the kernel about 0.1 s a probe: a command that is done need not wait, and
+        nobody waits for more than `STOP_S_MAX` and then `KILLED_S_MAX`; the kernel goes on alone.
+        """
+        if self._link is None:
+            return
+        link, self._link = self._link, None
+        self._end()
+        with contextlib.suppress(OSError):
+            link.sendall(protocol.encode_command({"do": "stop", "id": -1}))
+        link.close()
+        if self._receipt is not None:
+            self._receipt.close()
+            self._receipt = None
+        if self._helper is not None and wait:
+            if _has_ended(self._helper, STOP_S_MAX):
+                _children.remove(self._helper)
+            else:
+                self._helper.kill()
+                if _has_ended(self._helper, KILLED_S_MAX):
+                    _children.remove(self._helper)
+            self._helper = None
+
+    @property
+    def ended(self) -> bool:
+        """True when no more events will come: stopped, or the helper died."""
+        return self._ended and not self._events
+
+    @property
+    def helper_pid(self) -> int | None:
+        """The helper's pid, where we started it."""
+        return self._helper.pid if self._helper else None
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Return the socket, for select or epoll: readable means `read(0)` has something."""
+        return self._link.fileno() if self._link else -1
+
+    def read(self, timeout_s: float | None = None) -> list[TlsChunk | TlsClosed]:
+        """Events available now, waiting up to `timeout_s` (None: for ever) for the first.
+
+        An empty list is a timeout; `ended` tells whether the helper is gone.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._resumable:  # nobody comes after us: what was read is dealt with
+            if self._handed_out:
+                self._done = self._handed_out[-1].end
+            self._handed_out.clear()
+            self._acknowledge()
+        while True:
+            self._close_shut_down()
+            if not self._events and not self._ended:
+                self._receive(self._wait_s(deadline))
+                self._close_shut_down()
+            if self._events or self._ended or self._link is None:
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+        events = list(self._events)
+        self._events.clear()
+        self._handed_out.extend(self._marks)
+        self._marks.clear()
+        if not self._handed_out:
+            self._acknowledge()
+        return events
+
+    def __iter__(self) -> Iterator[TlsChunk | TlsClosed]:
+        """Events until `ended`."""
+        while not self.ended:
+            yield from self.read()
+
+    def drain(
+        self,
+        timeout_s: float = 5.0,
+        take: Callable[[list[TlsChunk | TlsClosed]], None] | None = None,
+    ) -> list[TlsChunk | TlsClosed]:
+        """Everything the kernel has captured up to this call (a barrier through the helper).
+
+        That may be more than the spool holds: `take` is given part after part and deals with it
+        (`processed`), else the spool would stay full. What is left is returned.
+        """
+        events: list[TlsChunk | TlsClosed] = []
+        take = take or events.extend
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(UprobeUnavailable):
+            number = self._send({"do": "barrier"})
+            while number not in self._replies:
+                self._check(deadline)
+                self._receive(max(0.0, deadline - time.monotonic()))
+                if len(self._events) >= DRAINED_AT_ONCE:
+                    take(self.read(0))
+            del self._replies[number]
+        return [*events, *self.read(0)]
+
+    @property
+    def due_at(self) -> float | None:
+        """When (time.monotonic) `read(0)` has something though nothing comes, else None.
+
+        That is what came with the answer to a question, and the end of what was shut down.
+        """
+        return 0.0 if self._events else self._closing_at()
+
+    def _closing_at(self) -> float | None:
+        return min((at for at, _ in self._closing.values()), default=None)
+
+    def _wait_s(self, deadline: float | None) -> float | None:
+        times = [at for at in (self._closing_at(), deadline) if at is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _receive(self, wait_s: float | None) -> None:
+        if self._link is None:
+            self._lose_link()
+            return
+        if not _is_readable(self._link, wait_s):
+            return
+        try:
+            data = self._link.recv(RECEIVE_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._lose_link()
+            return
+        self._take_all(data)
+
+    def _receive_hello(self, wait_s: float) -> None:
+        """The helper's first word, which brings the receipt, or why there is no capture."""
+        assert self._link is not None
+        if not _is_readable(self._link, wait_s):
+            return
+        try:
+            data, fds, _, _ = socket.recv_fds(self._link, RECEIVE_BYTES, 1)
+        except OSError:
+            data, fds = b"", []
+        for fd in fds:
+            self._receipt = Receipt(fd)
+        if not data:
+            self._lose_link()
+            return
+        self._take_all(data)
+
+    def _take_all(self, data: bytes) -> None:
+        for kind, frame in self._frames.feed(data):
+            if self._position is None:
+                self._take(kind, frame)
+                continue
+            self._frame_at = self._position
+            self._position += len(frame)
+            if self._is_news(kind, frame):
+                self._take(kind, frame)
+        if self._position is not None:
+            self._frame_at = self._position
+
+    def _is_news(self, kind: int, frame: bytes) -> bool:
+        """Whether it is for us: not dealt with before us, nor an answer to another reader."""
+        if kind in (protocol.REPLY, protocol.PROBLEM):
+            return self._frame_at >= self._stale_until
+        if self._frame_at >= self._done_before or kind in (protocol.OPEN, protocol.PROCESS):
+            return True
+        if kind not in (protocol.CHUNK, protocol.CLOSE, protocol.SHUTDOWN):
+            return False
+        since = self._open_before.get(protocol.decode_record(frame).key)
+        return since is not None and self._frame_at >= since
+
+    def _lose_link(self) -> None:
+        """The helper is gone. Without a next one that is the end."""
+        if not self._resumable:
+            self._end()
+            return
+        self._frames = protocol.FrameBuffer()  # half a frame comes again, whole
+        if self._receipt is not None:
+            self._receipt.close()
+            self._receipt = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _take(self, kind: int, frame: bytes) -> None:
+        if kind == protocol.CHUNK:
+            self._take_chunk(frame)
+        elif kind == protocol.OPEN:
+            record = protocol.decode_record(frame)
+            if record.key not in self._closed and record.key not in self._streams:
+                told = self._position is None or self._frame_at < self._done_before
+                self._open(record, told=told)
+        elif kind == protocol.CLOSE:
+            self._take_close(protocol.decode_record(frame))
+        elif kind == protocol.SHUTDOWN:
+            record = protocol.decode_record(frame)
+            if record.key in self._streams:
+                self._closing[record.key] = (time.monotonic() + SHUTDOWN_GRACE_S, record.at_ns)
+        elif kind == protocol.PROCESS:
+            about = protocol.decode_message(frame)
+            tgid, ssl, opened_ns = about["connection"]
+            process = proc.from_json(about["process"])
+            self._processes[tgid, ssl, opened_ns] = process, self._frame_at
+        elif kind == protocol.REPORT:
+            self._report = protocol.decode_message(frame)
+            self._forget_processes()
+        elif kind == protocol.REPLY:
+            reply = protocol.decode_message(frame)
+            self._replies[int(reply["id"])] = reply
+            if "from" in reply:
+                self._take_beginning(reply)
+        elif kind == protocol.PROBLEM:
+            found = protocol.decode_message(frame)
+            missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
+            self._problems = (*missing, Problem(str(found["what"]), USE_PROXY))
+
+    def _open(self, record: protocol.Record, *, told: bool = False) -> _Stream:
+        """`told`: another reader has heard its beginning, and who knows how much more of it."""
+        pid, ssl, opened_ns = record.key
+        unknown = Process(pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid)
+        process, told_at = self._processes.pop(record.key, (unknown, self._frame_at))
+        # One clock reading a connection: its times must not go backwards when the clock is set.
+        known = self._streams.get(record.key)
+        latest = self._latest.get((pid, ssl))
+        if latest is not None and latest != record.key and latest in self._streams:
+            self._close(latest, record.at_ns, clean=False)  # its CLOSE was lost
+        self._latest[(pid, ssl)] = record.key
+        stream = _Stream(
+            Connection(
+                id=f"{pid}-{ssl:x}-{opened_ns:x}",
+                source=Source.UPROBES,
+                process=process,
+                peer=record.host or None,
+                joined=bool(record.flags & protocol.FLAG_JOINED),
+            ),
+            known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
+            known.expected if known else ([-1, -1] if told else [0, 0]),
+            None if told else told_at,
+        )
+        self._streams[record.key] = stream
+        return stream
+
+    def _take_chunk(self, frame: bytes) -> None:
+        key, direction, at_ns, offset, length, data = protocol.decode_chunk(frame)
+        stream = self._streams.get(key)
+        if stream is None and key in self._closed:
+            return
+        if stream is None:  # its OPEN was lost
+            stream = self._open(protocol.decode_record(frame))
+        if self._closing:
+            self._closing.pop(key, None)
+        if stream.expected[0] < 0 and stream.expected[1] < 0:
+            stream.begin(direction, offset)
+        stream.expected[direction] = offset + length
+        at_ns += stream.clock_ns
+        self._emit(
+            key,
+            TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns),
+            stream.told_at,
+        )
+        stream.told_at = None
+
+    def _take_close(self, record: protocol.Record) -> None:
+        stream = self._streams.get(record.key)
+        if stream is None:
+            return
+        for direction, total in enumerate((record.offset, record.received)):
+            missing = total - stream.expected[direction]
+            # The last chunks were lost: no later offset would show it.
+            if missing > 0 <= stream.expected[direction]:
+                at_ns = record.at_ns + stream.clock_ns
+                self._emit(
+                    record.key,
+                    TlsChunk(
+                        stream.connection,
+                        _DIRECTIONS[direction],
+                        stream.expected[direction],
+                        b"",
+                        missing,
+                        at_ns,
+                    ),
+                )
+        self._close(record.key, record.at_ns)
+
+    def _close(self, key: tuple[int, int, int], at_ns: int, *, clean: bool = True) -> None:
+        self._closing.pop(key, None)
+        stream = self._streams.pop(key)
+        self._latest.pop(key[:2], None)
+        self._closed[key] = None
+        if len(self._closed) > CLOSED_MAX:
+            self._closed.popitem(last=False)
+        self._emit(key, TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
+
+    def _emit(self, key: Key, event: TlsChunk | TlsClosed, told_at: int | None = None) -> None:
+        """Hand it out. Whoever reads its connection again begins where the spool tells of it."""
+        self._events.append(event)
+        end = self._frame_at if self._position is None else self._position
+        start = self._frame_at if told_at is None else told_at
+        self._marks.append(_Mark(event.connection.id, key, start, end))
+
+    def _close_shut_down(self) -> None:
+        if not self._closing:
+            return
+        now = time.monotonic()
+        for key, (at, at_ns) in list(self._closing.items()):
+            if at <= now:
+                self._close(key, at_ns)
+
+    def _end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        for key in list(self._streams):
+            self._close(key, time.monotonic_ns(), clean=False)
+
+    def _forget_processes(self) -> None:
+        while len(self._processes) > CLOSED_MAX:  # of connections whose OPEN was lost
+            del self._processes[next(iter(self._processes))]
+
+    # --- commands -----------------------------------------------------------------------------
+
+    def add_root(self, pid: int, timeout_s: float = 5.0) -> None:
+        """Add a process, its descendants and all their future children to the scope.
+
+        Returns once the kernel knows it: hold the child before exec, call this, let it go.
+        Raises UprobeUnavailable when the helper refuses or is gone.
+        """
+        self._ask({"do": "root", "pid": pid}, timeout_s)
+
+    def watch(self, pid: int, timeout_s: float = 5.0) -> None:
+        """Name this process among the parents of all that descend from it, orphans included.
+
+        It widens no scope. Returns once the kernel knows it: hold the child before its first fork.
+        Raises UprobeUnavailable.
+        """
+        self._ask({"do": "watch", "pid": pid}, timeout_s)
+
+    def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
+        """Replace the list of hosts; connections already admitted stay so."""
+        self.hosts = tuple(hosts)
+        self._ask({"do": "hosts", "hosts": list(self.hosts)}, timeout_s)
+
+    def request_report(self, timeout_s: float = 5.0) -> None:
+        """Make `coverage` and `status` those of now."""
+        self._ask({"do": "report"}, timeout_s)
+
+    def _ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        return self._await(self._send(command), timeout_s)
+
+    def _send(self, command: dict[str, Any]) -> int:
+        """Put a question; the number under which its answer comes."""
+        self._number += 1
+        if self._link is None:
+            raise UprobeUnavailable((Problem("the capture is stopped", "halton-meter start"),))
+        line = protocol.encode_command({**command, "id": self._number})
+        try:
+            self._link.sendall(line)
+        except OSError:
+            self._lose_link()
+        return self._number
+
+    def _await(self, number: int, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while number not in self._replies:
+            self._check(deadline)
+            self._receive(max(0.0, deadline - time.monotonic()))
+        reply = self._replies.pop(number)
+        if error := reply.get("error"):
+            raise UprobeUnavailable((Problem(str(error), "halton-meter status"),))
+        return reply
+
+    def _check(self, deadline: float) -> None:
+        """Raise UprobeUnavailable when there is nothing to be waited for any longer."""
+        if self._problems:
+            raise UprobeUnavailable(self._problems)
+        gone = self._ended or self._link is None
+        if gone or time.monotonic() >= deadline:
+            what = "the capture helper died" if gone else "the helper did not answer"
+            raise UprobeUnavailable((Problem(what, "halton-meter start"),))
+
+    # --- what it says of itself ---------------------------------------------------------------
+
+    def coverage(self) -> list[ProcessCoverage]:
+        """Processes in scope that use TLS, as of the helper's last report.
+
+        Reports come ten seconds after something happened, none while nothing does; ask for one.
+        """
+        return [
+            ProcessCoverage(
+                process=proc.from_json(line["process"]),
+                host=line["host"],
+                stack=line["stack"],
+                library=line["library"],
+                state=CoverageState(line["state"]),
+                advice=line["advice"],
+            )
+            for line in self._report.get("coverage", ())
+        ]
+
+    def status(self) -> Status:
+        """Loader, probes and losses as of the helper's last report."""
+        report = self._report
+        counted: dict[str, int] = report.get("statistics", {})
+        return Status(
+            loader=report.get("loader", "none"),
+            probes=report.get("probes", 0),
+            libraries=tuple(report.get("libraries", ())),
+            losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES}
+            | {"lost_between_readers_bytes": self.lost_between_readers_bytes},
+            events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES}
+            | {
+                "processes_ahead_of_probes": report.get("late", 0),
+                "programs_unknown": report.get("programs_unknown", 0),
+                "commands_refused": report.get("refused", 0),
+            },
+            counted=counted,
+            rss_bytes=report.get("rss_bytes"),
+        )

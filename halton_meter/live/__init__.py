@@ -1,0 +1,1 @@
+"""Metering while programs run: what `probes/` and `proxy/` share stands here."""

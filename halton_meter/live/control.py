@@ -1,0 +1,297 @@
+"""The control socket's two ends: who listens in the user's folder, and who asks.
+
+One request a line, one answer a line, JSON; what may be asked is the business of who answers
+(`probes/worker.py`, `proxy/run.py`). It is the user's: mode 0600, and the peer is looked at
+besides. Where the folder can hold no socket (a full disk, one that can only be read, a folder that
+is gone), it has a name outside of the file system. Light to import: `status` and `run` do at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import selectors
+import socket
+import stat
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from halton_meter.untrusted import Lines, parsed
+
+SOCKET_NAME = "daemon.sock"
+PROXY_SOCKET_NAME = "proxy.sock"
+REPLY_BYTES_MAX = 4 << 20
+REQUEST_BYTES_MAX = 4096
+CLIENTS_MAX = 64
+SEND_S_MAX = 1.0  # who does not take its answer is dropped: the loop waits for nobody
+
+
+def _short_path(home: Path, fd: int, name: str) -> str:
+    # A Unix socket's path holds 107 bytes; a home may be deeper.
+    path = str(home / name)
+    return path if len(path.encode()) < 100 else f"/proc/self/fd/{fd}/{name}"
+
+
+def listen_at(home: Path, name: str = SOCKET_NAME) -> socket.socket:
+    """The listening control socket in `home`, mode 0600."""
+    path = home / name
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    mask = os.umask(0o177)
+    try:
+        return _listening(_short_path(home, folder, name))
+    finally:
+        os.umask(mask)
+        os.close(folder)
+
+
+def _listening(address: str | bytes) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(address)
+        listener.listen(16)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _name_without_file(home: Path, name: str) -> bytes:
+    """In Linux's abstract namespace; whoever has it is judged by who they are, at both ends."""
+    digest = hashlib.blake2b(os.fsencode(home / name), digest_size=16).hexdigest()
+    return f"\0halton-meter/{digest}".encode()
+
+
+class Listener:
+    """The control socket's listening end, wherever that can be at the moment."""
+
+    def __init__(self, home: Path, name: str = SOCKET_NAME) -> None:
+        self._home = home
+        self._name = name
+        self._file: tuple[int, int] | None = None
+        self.socket: socket.socket | None = None
+
+    def renew(self) -> bool:
+        """Listen again where nobody can reach us any more; whether that made a new socket.
+
+        The folder is preferred, as its mode keeps others out. Without any name we go on unheard.
+        """
+        if self.socket is not None and self._file is not None and self._file == self._found():
+            return False
+        try:
+            made = listen_at(self._home, self._name)
+            self._file = self._found()
+        except OSError:
+            if self.socket is not None and self._file is None:
+                return False
+            self._file = None
+            try:
+                made = _listening(_name_without_file(self._home, self._name))
+            except OSError:
+                return False
+        self.close()
+        self.socket = made
+        return True
+
+    @property
+    def has_file(self) -> bool:
+        """Whether it is a file in the folder, whose mode keeps others out."""
+        return self._file is not None
+
+    def _found(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            found = os.stat(self._home / self._name, follow_symlinks=False)
+            return found.st_dev, found.st_ino
+        return None
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+
+def is_friend(connection: socket.socket, *others: int) -> bool:
+    """Whether the other end is this user, root or one of `others`; a file's mode says so too."""
+    return _peer_uid(connection) in (0, os.getuid(), *others)
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", raw)[1])
+
+
+class Client:
+    """Somebody who asks, at the answering end."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._lines = Lines(REQUEST_BYTES_MAX)
+        self._is_deaf = False
+
+    def requests(self) -> Iterator[dict[str, Any]] | None:
+        """What was asked since; None at the end. Whoever says what is no request is done, too.
+
+        Raises OSError.
+        """
+        data = self.socket.recv(REQUEST_BYTES_MAX)
+        self._lines.feed(data)
+        return self._lines.messages() if data else None
+
+    @property
+    def is_rude(self) -> bool:
+        """Whether it has said what is no request, or does not take its answers."""
+        return bool(self._lines.refused) or self._is_deaf
+
+    def send(self, answer: dict[str, Any]) -> None:
+        """An answer; one who is gone, or did not take the one before, gets none."""
+        if self._is_deaf:
+            return
+        try:
+            self.socket.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            self._is_deaf = True
+
+
+class Answering:
+    """The answering end, in its owner's selector, whose keys' data is called when they are ready.
+
+    `answer` gives the answer to a request, or None when it is sent later; `on_gone` hears of every
+    client's end. `refused` counts requests that were none, or that `answer` stumbled over.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        selector: selectors.BaseSelector,
+        answer: Callable[[Client, dict[str, Any]], dict[str, Any] | None],
+        on_gone: Callable[[Client], None],
+    ) -> None:
+        self._selector = selector
+        self._answer = answer
+        self._on_gone = on_gone
+        self._clients = 0
+        self._listener = Listener(home)
+        self.refused = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """See to it that we can be reached."""
+        before = self._listener.socket
+        fd = before.fileno() if before else -1
+        if self._listener.renew():
+            assert self._listener.socket is not None
+            if before is not None:
+                self._selector.unregister(fd)
+            self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            assert self._listener.socket is not None
+            connection, _ = self._listener.socket.accept()
+            if self._clients >= CLIENTS_MAX or not is_friend(connection):
+                connection.close()
+                return
+            connection.settimeout(SEND_S_MAX)
+            client = Client(connection)
+            self._clients += 1
+            self._selector.register(
+                connection, selectors.EVENT_READ, lambda: self._on_request(client)
+            )
+
+    def _on_request(self, client: Client) -> None:
+        try:
+            requests = client.requests()
+            for request in requests or ():
+                answer = self._answer(client, request)
+                if answer is not None:
+                    client.send(answer)
+            if requests is not None and not client.is_rude:
+                return
+            self.refused += client.is_rude
+        except OSError:
+            pass
+        except Exception:  # whatever was asked, metering goes on
+            self.refused += 1
+        self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        self._selector.unregister(client.socket)
+        self._clients -= 1
+        client.socket.close()
+        self._on_gone(client)
+
+
+class ServiceAbsent(Exception):
+    """Nothing answers on the control socket: the service does not run, or cannot be asked."""
+
+
+class Control:
+    """The client's end of the control socket. Raises ServiceAbsent.
+
+    `owner` is the person whose service root means to speak to: the name may lead to any socket of
+    the machine, and nothing is sent to one that somebody else listens on.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        timeout_s: float = 10.0,
+        name: str = SOCKET_NAME,
+        owner: int | None = None,
+    ) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._connect(home, name)
+            # macOS cannot tell, and has no service of root's that would be asked.
+            known = owner is not None and sys.platform == "linux"
+            if known and _peer_uid(self._socket) != owner:
+                raise PermissionError(f"{home / name} leads to a service of another user")
+        except OSError as error:
+            self._socket.close()
+            raise ServiceAbsent(str(error)) from None
+        self._reader = self._socket.makefile("rb")
+
+    def _connect(self, home: Path, name: str) -> None:
+        owner = os.getuid()
+        try:
+            folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+            owner = os.fstat(folder).st_uid
+            try:
+                self._socket.connect(_short_path(home, folder, name))
+                return
+            finally:
+                os.close(folder)
+        except OSError as error:
+            why = error
+        try:
+            self._socket.connect(_name_without_file(home, name))
+        except OSError:
+            raise why from None
+        if not is_friend(self._socket, owner):
+            raise PermissionError("somebody else answers")
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for "status", "watch" (pid), "finish" or "stop"."""
+        request = json.dumps({"ask": what, **arguments})
+        try:
+            self._socket.sendall(request.encode() + b"\n")
+            reply = parsed(self._reader.readline(REPLY_BYTES_MAX))
+        except OSError as error:
+            raise ServiceAbsent(str(error)) from None
+        if reply is None:
+            raise ServiceAbsent("the service closed the connection")
+        return reply
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._reader.close()
+        self._socket.close()

@@ -1,0 +1,1 @@
+"""Live metering by uprobes: the service, its supervisor and its worker."""

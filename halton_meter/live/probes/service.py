@@ -1,0 +1,219 @@
+"""The composition root: processes, privileges and signals of live metering.
+
+Three processes. This one, the supervisor, is root and does little: it starts the other two, passes
+signals on and restarts what died. The capture helper (`capture/helper/main.py`, root) attaches
+probes and forwards plaintext. The metering process (`probes/worker.py`) reads it as the user,
+prices and stores; all that parses hostile bytes is there. `run` has a fourth, the command itself,
+as the user, held until the probes are in place. When any of ours dies the command never notices.
+
+Read `serve` for the service and `run_command` for one command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import selectors
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halton_meter.config import Account, Config, ConfigError, is_host
+from halton_meter.live.control import Control, ServiceAbsent
+from halton_meter.live.probes.command import Command, Signals, attend
+from halton_meter.live.probes.supervisor import Metered, Plan, Supervisor
+from halton_meter.live.totals import Totals
+from halton_meter.privileges import as_account
+
+
+def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
+    """The person's configuration, read with the person's rights, and the hosts to be watched.
+
+    Raises ConfigError.
+    """
+
+    def read() -> Any:
+        from halton_meter import config
+        from halton_meter.providers import Registry, UnknownFamily
+
+        found = config.load(home)
+        try:
+            hosts = Registry(found.extra_hosts).hosts()
+        except UnknownFamily as error:
+            raise ConfigError(f"{home / 'config.toml'}: {error}") from None
+        return [dataclasses.asdict(found), hosts]
+
+    return _checked(as_account(account, read), account)
+
+
+def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
+    """What the account's process says it has read: a configuration, or ConfigError."""
+    try:
+        table, hosts = said
+        for name in ("openai_compatible_hosts", "users"):
+            table[name] = tuple(str(each) for each in table[name])
+        table["hosts"] = {str(host): str(family) for host, family in table["hosts"].items()}
+        for name in ("all_users", "bodies"):
+            table[name] = table[name] is True
+        table["loader"] = str(table["loader"])
+        return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ConfigError(f"no sound answer came of acting as {account.name}") from None
+
+
+# --- one command --------------------------------------------------------------------------------
+
+
+def run_command(
+    argv: Sequence[str], environment: Mapping[str, str], plan: Plan
+) -> tuple[int, Metered]:
+    """Run one command as the person, metered by probes of its own. Raises Unavailable."""
+    Signals.block()
+    command = Command(argv, plan.account, environment)
+    program = shutil.which(argv[0], path=environment.get("PATH"))
+    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), program=program))
+    try:
+        supervisor.start()
+        signals = Signals()
+    except BaseException:
+        command.abandon()
+        Signals.unblock()
+        raise
+    command.release()
+    code = attend(command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s)
+    return code, supervisor.finish()
+
+
+def run_watched(
+    argv: Sequence[str], environment: Mapping[str, str], account: Account, control: Control
+) -> tuple[int, Metered]:
+    """Run one command that the service meters anyway, and ask the service about it at the end."""
+    Signals.block()
+    command = Command(argv, account, environment)
+    try:
+        control.ask("watch", pid=command.pid)
+        signals = Signals()
+    except BaseException:
+        command.abandon()
+        Signals.unblock()
+        raise
+    command.release()
+    started_ns = time.time_ns()
+    selector = selectors.DefaultSelector()
+    code = attend(command, signals, selector, lambda: None, lambda: None)
+    result = Metered()
+    try:
+        reply = control.ask("finish")
+        result.totals = Totals.of_json(reply.get("totals"))
+        result.coverage = list(reply.get("coverage", ()))
+        result.store_error = reply.get("store_error")
+        result.price_error = reply.get("price_error")
+    except (ServiceAbsent, ValueError):
+        result.gaps.append((started_ns, time.time_ns(), "the service stopped during the run"))
+    return code, result
+
+
+def covers(status: Mapping[str, Any], uid: int) -> bool:
+    """Whether the service that gave this status meters all processes of that user."""
+    scope = status.get("scope") or {}
+    return not scope.get("cgroup") and (bool(scope.get("everyone")) or uid in scope.get("uids", ()))
+
+
+# --- the service --------------------------------------------------------------------------------
+
+
+def serve(plan: Plan, say: Callable[[str], None]) -> None:
+    """Meter until SIGTERM, SIGINT or `stop`; restart what dies. Raises Unavailable at first.
+
+    `say` must not raise for want of disk: what it is told would end the service (`cli/daemon.py`).
+    """
+    Signals.block()
+    signals = Signals()
+    supervisor = Supervisor(plan)
+    supervisor.start()
+    say(f"metering into {plan.home}")
+    ending = False
+
+    def on_signal() -> None:
+        nonlocal ending
+        number, _ = signals.read()
+        ending = ending or number in (signal.SIGTERM, signal.SIGINT)
+
+    supervisor.selector.register(signals, selectors.EVENT_READ, on_signal)
+    while not ending and not supervisor.stop_asked:
+        was_ready = supervisor.ready
+        for key, _ in supervisor.selector.select(supervisor.wait_s):
+            key.data()
+        supervisor.tick()
+        if was_ready != supervisor.ready:
+            say("metering again" if supervisor.ready else "the metering stopped; restarting it")
+    supervisor.selector.unregister(signals)
+    lost = supervisor.finish()
+    say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
+
+
+def service_plan(
+    account: Account,
+    home: Path,
+    *,
+    all_users: bool,
+    users: Iterable[str],
+    cgroup: str | None,
+    say: Callable[[str], None],
+) -> Plan:
+    """What the service meters: whom, root alone decides, and so for others' processes which hosts.
+
+    Root's word is its command line and `config.SYSTEM_CONFIG`. The person's own file adds hosts
+    for the person's own processes. Raises ConfigError.
+    """
+    from halton_meter.config import SYSTEM_CONFIG, load_system
+
+    system = load_system()
+    chosen, hosts = configured(account, home)
+    if chosen.users or chosen.all_users:
+        say(
+            f"not obeyed: users and all_users in {home / 'config.toml'}: root says whom to meter. "
+            f"Use: sudo halton-meter start --user NAME, or {SYSTEM_CONFIG}"
+        )
+    everyone = all_users or system.all_users
+    uids = frozenset(wanted_uids(account, system, users))
+    if everyone or uids != {account.uid}:
+        if chosen.extra_hosts:
+            say(
+                f"not watched: the hosts of {home / 'config.toml'}, as other users are metered, "
+                f"too. Put them into {SYSTEM_CONFIG}"
+            )
+        hosts = _hosts_of(system)
+    else:
+        hosts = tuple(dict.fromkeys((*hosts, *_hosts_of(system)))) if system.extra_hosts else hosts
+    chosen = dataclasses.replace(
+        chosen,
+        openai_compatible_hosts=(*chosen.openai_compatible_hosts, *system.openai_compatible_hosts),
+        hosts={**chosen.hosts, **system.hosts},
+    )
+    return Plan(
+        account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
+    )
+
+
+def _hosts_of(config: Config) -> tuple[str, ...]:
+    from halton_meter.config import SYSTEM_CONFIG
+    from halton_meter.providers import Registry, UnknownFamily
+
+    try:
+        return tuple(host for host in Registry(config.extra_hosts).hosts() if is_host(host))
+    except UnknownFamily as error:
+        raise ConfigError(f"{SYSTEM_CONFIG}: {error}") from None
+
+
+def wanted_uids(account: Account, system: Config, names: Iterable[str]) -> Iterator[int]:
+    """The users whom the service meters. Raises ConfigError for a name that is nobody's."""
+    from halton_meter.config import account_named
+
+    chosen = tuple(names)
+    if not chosen:
+        yield account.uid
+    for name in (*chosen, *system.users):
+        yield account_named(name).uid

@@ -1,0 +1,500 @@
+"""Keeps the two halves of live metering alive: the root helper and the metering process.
+
+The supervisor is root and does little: it starts both, hands the one's socket to the other, hears
+what was metered, and starts again what died. It holds what the helper has made in the kernel
+(`capture/helper/relay/keeper.py`), so that a death of either stops neither the probes nor the other
+half, and nothing that was captured is lost. It reads no plaintext. `probes/service.py` decides what
+is metered and for whom; `probes/worker.py` and `capture/helper/main.py` are the halves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halton_meter import untrusted
+from halton_meter.config import Account, Config, ConfigError
+from halton_meter.live import own_code
+from halton_meter.live.limits import limit_this_process
+from halton_meter.live.losses import MESSAGES_REFUSED, Losses
+from halton_meter.live.probes import worker as metering
+from halton_meter.live.probes.worker import Job
+from halton_meter.live.totals import Totals
+from halton_meter.privileges import as_account
+
+if TYPE_CHECKING:
+    from capture.helper.relay.keeper import Keeper
+    from capture.uprobes import Scope
+
+# Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
+BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0, 5.0, 10.0, 30.0)
+HEALTHY_S = 2.0
+START_S_MAX = 60.0
+FINISH_S_MAX = 20.0
+COMMAND_S_MAX = 1.0
+COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
+LINE_BYTES_MAX = 4 << 20
+# Read at a time: whatever comes, and however fast, signals and children are attended to in between.
+MESSAGES_BYTES_MAX = 16 << 10
+STORING_MAX = 100_000  # the events of one batch, and those whose fate is looked up at the end
+SAID_CHARACTERS_MAX = 1000
+
+
+class Unavailable(Exception):
+    """Live metering cannot start; `problems` are pairs of what is missing and what mends it."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(what for what, _ in problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a supervisor needs to know."""
+
+    account: Account
+    home: Path
+    config: Config
+    hosts: tuple[str, ...]
+    service: bool
+    uids: frozenset[int] = frozenset()
+    roots: tuple[int, ...] = ()
+    everyone: bool = False
+    cgroup: str | None = None
+    program: str | None = None  # what a run is about to start
+
+    def scope(self) -> Scope:
+        """Whose plaintext the kernel may copy."""
+        from capture.uprobes import Scope
+
+        # Our own processes are the person's too; looking into them would only cost.
+        excluded = (os.getpid(),) if self.service else ()
+        # What a person's command does as another user is not that person's to see.
+        owner = None if self.service or self.account.uid == 0 else self.account.uid
+        return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded, owner)
+
+    def job(self, **fields: Any) -> Job:
+        """What the metering process is told."""
+        scope = {"uids": sorted(self.uids), "everyone": self.everyone, "cgroup": self.cgroup}
+        return Job(
+            home=str(self.home),
+            service=self.service,
+            extra_hosts=self.config.extra_hosts,
+            scope=scope,
+            supervisor_pid=os.getpid(),
+            **fields,
+        )
+
+
+# --- the metering process, from outside ---------------------------------------------------------
+
+
+class Worker:
+    """One metering process."""
+
+    def __init__(self, account: Account, job: Job, link: socket.socket) -> None:
+        self._lines = untrusted.Lines(LINE_BYTES_MAX)
+        self._commands, theirs = socket.socketpair()
+        self._commands.settimeout(COMMAND_S_MAX)
+        with theirs:
+            self._process = self._start(account, job, link, theirs)
+        assert self._process.stdout is not None
+        self._tell(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
+        os.set_blocking(self._process.stdout.fileno(), False)
+
+    @staticmethod
+    def _start(
+        account: Account, job: Job, link: socket.socket, commands: socket.socket
+    ) -> subprocess.Popen[bytes]:
+        identity: dict[str, Any] = {}
+        if os.geteuid() == 0 and account.uid != 0:
+            groups = os.getgrouplist(account.name, account.gid)
+            identity = {"user": account.uid, "group": account.gid, "extra_groups": groups}
+        environment = {
+            "HOME": str(account.home),
+            "PATH": os.environ.get("PATH", os.defpath),
+            "LANG": "C.UTF-8",
+            "HALTON_METER_HOME": job.home,
+        }
+        return subprocess.Popen(
+            own_code.python("halton_meter.live.probes.worker", str(link.fileno())),
+            stdin=commands.fileno(),
+            stdout=subprocess.PIPE,
+            pass_fds=(link.fileno(),),
+            cwd="/",
+            env=environment,
+            start_new_session=True,  # a Ctrl-C meant for the command must not end the metering
+            **identity,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The metering process."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Readable when `messages` has some; at its end, when the process died."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def messages(self) -> list[dict[str, Any]] | None:
+        """What it has told since; None once it has ended."""
+        try:
+            data = os.read(self.fileno(), MESSAGES_BYTES_MAX)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        self._lines.feed(data)
+        return list(self._lines.messages())
+
+    def refused(self) -> int:
+        """How many lines that were no messages it has sent since the last call."""
+        count, self._lines.refused = self._lines.refused, 0
+        return count
+
+    def _tell(self, line: bytes, fds: Sequence[int] = ()) -> None:
+        with contextlib.suppress(OSError):  # it is dead, or hangs and will be killed
+            socket.send_fds(self._commands, [line], fds)
+
+    def resume(self, link: socket.socket) -> None:
+        """Have it go on at another helper."""
+        self._tell(b"link\n", [link.fileno()])
+
+    def finish(self) -> None:
+        """Ask it to drain, store and end."""
+        self._tell(b"finish\n")
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit code; killed when it takes longer."""
+        self._commands.close()
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+class Restarts:
+    """When what died is started again: soon, and ever later when it dies again at once."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.due_at: float | None = None
+        self._in_a_row = 0
+
+    def begun(self) -> None:
+        """It runs."""
+        self.started, self.due_at = time.monotonic(), None
+
+    def died(self) -> None:
+        """It does not run any more."""
+        now = time.monotonic()
+        if now - self.started > HEALTHY_S:
+            self._in_a_row = 0
+        self.due_at = now + BACKOFF_S[min(self._in_a_row, len(BACKOFF_S) - 1)]
+        self._in_a_row += 1
+
+    def is_due(self) -> bool:
+        """Whether to start it now."""
+        return self.due_at is not None and time.monotonic() >= self.due_at
+
+
+@dataclass(slots=True)
+class Metered:
+    """What a supervisor knows at the end of a run."""
+
+    totals: Totals = field(default_factory=Totals)
+    losses: dict[str, int] = field(default_factory=dict)
+    coverage: list[dict[str, Any]] = field(default_factory=list)
+    gaps: list[tuple[int, int, str]] = field(default_factory=list)
+    store_error: str | None = None
+    price_error: str | None = None
+
+
+class Supervisor:
+    """Keeps both halves alive; its owner waits on a selector and calls what is ready."""
+
+    def __init__(self, plan: Plan) -> None:
+        from capture.helper.relay.keeper import Keeper
+
+        self._plan = plan
+        self._keeper: Keeper = Keeper()
+        self._helper_restarts = Restarts()
+        self._helper_runs = False
+        self._worker: Worker | None = None
+        self._worker_restarts = Restarts()
+        self._restarts = 0
+        self._died_ns: int | None = None  # when plaintext ceased to be copied, or to be metered
+        self._cause: str | None = None
+        self._started_ns = time.time_ns()
+        self._losses = Losses()
+        self._before = Totals()
+        self._current = Totals()
+        # Of these a metering process said that it stores them, and not yet that it has: it may
+        # have died before, within or after.
+        self._storing: list[str] = []
+        self._uncertain: list[str] = []
+        self._ready = False
+        self._ended = False
+        self.result = Metered()
+        self.selector = selectors.DefaultSelector()
+        self.stop_asked = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether plaintext is being metered at this moment."""
+        return self._ready and self._helper_runs
+
+    def start(self) -> None:
+        """Return once probes are in place. Raises Unavailable.
+
+        A command that is to be run has been forked by now: it keeps the limits that it was given.
+        """
+        limit_this_process()
+        with self._start_helper() as link:
+            self._start_worker(link)
+        deadline = time.monotonic() + START_S_MAX
+        while not self._ready:
+            assert self._worker is not None
+            left_s = deadline - time.monotonic()
+            ready = self.selector.select(left_s) if left_s > 0 else []
+            if not ready:
+                self._worker.wait(0)
+                raise Unavailable([("the capture did not start in time", "try again")])
+            for key, _ in ready:
+                if key.data == self._attend_helper:
+                    key.data()
+                    continue
+                messages = self._worker.messages()
+                if messages is None:
+                    self._worker.wait(1)
+                    raise Unavailable(
+                        [("the metering process ended at once, see above", "halton-meter doctor")]
+                    )
+                for message in messages:
+                    self.take(message)
+                    if "unavailable" in message or "refused" in message:
+                        self._worker.wait(FINISH_S_MAX)
+                        raise Unavailable(_problems(message))
+
+    # --- the helper -----------------------------------------------------------------------------
+
+    def _start_helper(self) -> socket.socket:
+        """Start it; the link for whoever is to read from it."""
+        from capture.uprobes import spawn_helper
+
+        plan = self._plan
+        link = spawn_helper(
+            plan.scope(),
+            plan.hosts,
+            loader=plan.config.loader,
+            program=plan.program,
+            keeper=self._keeper,
+        )
+        self._helper_restarts.begun()
+        self._helper_runs = True
+        self.selector.register(self._keeper, selectors.EVENT_READ, self._attend_helper)
+        return link
+
+    def _attend_helper(self) -> None:
+        """Hold what the helper asks us to, or note its death."""
+        if self._keeper.attend():
+            return
+        self.selector.unregister(self._keeper)
+        self._keeper.close_channel()
+        self._helper_runs = False
+        self._helper_restarts.died()
+        self._note_death("the capture helper died")
+
+    def _restart_helper(self) -> None:
+        with self._start_helper() as link:
+            if self._worker is not None:
+                self._worker.resume(link)
+        self._restarts += 1
+
+    # --- the metering process -------------------------------------------------------------------
+
+    def _start_worker(self, link: socket.socket) -> None:
+        job = self._plan.job(
+            died_at_ns=self._died_ns,
+            cause=self._cause,
+            restarts=self._restarts,
+            continued=self._restarts > 0 and self._keeper.holds_probes,
+            lost_before=self._losses.before,
+            owed=self._losses.owed,
+            gaps=self._losses.gaps,
+        )
+        self._worker, self._ended = Worker(self._plan.account, job, link), False
+        self._worker_restarts.begun()
+        self.selector.register(self._worker, selectors.EVENT_READ, self.attend)
+
+    def _restart_worker(self) -> None:
+        from capture.uprobes import link_to
+
+        self._restarts += 1
+        with link_to(self._keeper) as link:
+            self._start_worker(link)
+
+    def attend(self) -> None:
+        """Take what the metering process told, or its death."""
+        if self._worker is None:
+            return
+        messages = self._worker.messages()
+        for message in messages or ():
+            self.take(message)
+        if refused := self._worker.refused():
+            self._losses.count(MESSAGES_REFUSED, refused)
+        if messages is None:
+            self._bury()
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Hear one message. It comes from who read hostile bytes: it must not end us, whatever."""
+        try:
+            self._take(message)
+        except Exception:
+            self._losses.count(MESSAGES_REFUSED, 1)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        self._losses.take(message)
+        if message.get("ready"):
+            self._ready = True
+            if self._died_ns is not None:
+                gap = (self._died_ns, time.time_ns(), self._cause or "unknown")
+                self.result.gaps.append(gap)
+                self._died_ns = None
+        if message.get("stop"):
+            self.stop_asked = True
+        if "totals" in message:
+            with contextlib.suppress(ValueError):
+                self._current = Totals.of_json(message["totals"])
+                self._storing = []
+        if "storing" in message:
+            self._storing = untrusted.texts(message, "storing", STORING_MAX)
+        if message.get("final"):
+            self._ended = True
+            self._take_final(message)
+
+    def _take_final(self, message: dict[str, Any]) -> None:
+        lines = untrusted.tables(message, "coverage", metering.COVERAGE_SHOWN_MAX)
+        self.result.coverage = [
+            {name: untrusted.text(line, name, SAID_CHARACTERS_MAX) for name in COVERAGE_TEXTS}
+            | {"pid": untrusted.whole_number(line, "pid")}
+            for line in lines
+        ]
+        self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
+        self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
+
+    def _bury(self) -> None:
+        """The metering process died: note when and why, and when the next one is to be started."""
+        assert self._worker is not None
+        self.selector.unregister(self._worker)
+        code = self._worker.wait(1.0)
+        self._worker, self._ready = None, False
+        self._before.merge(self._current)
+        self._current = Totals()
+        self._losses.ended()
+        self._uncertain = (self._uncertain + self._storing)[-STORING_MAX:]
+        self._storing = []
+        self._worker_restarts.died()
+        self._note_death(_cause(code))
+
+    def _note_death(self, cause: str) -> None:
+        """From now on there is a gap, unless the kernel goes on copying for the next to read."""
+        self._cause = cause
+        if not self._keeper.holds_probes:
+            self._died_ns = self._died_ns or time.time_ns()
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long the owner may wait before it calls `tick`."""
+        dues = [self._helper_restarts.due_at, self._worker_restarts.due_at]
+        if not self._helper_runs:
+            dues.pop()  # a metering process needs a helper to read from
+        due = min((each for each in dues if each is not None), default=None)
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def tick(self) -> None:
+        """Restart what is due."""
+        if self._helper_restarts.is_due():
+            self._try(self._restart_helper, self._helper_restarts)
+        if self._worker_restarts.is_due() and self._helper_runs:
+            self._try(self._restart_worker, self._worker_restarts)
+
+    def _try(self, start: Callable[[], None], restarts: Restarts) -> None:
+        try:
+            start()
+        except OSError as error:
+            self._note_death(f"it could not be started: {error.strerror}")
+            restarts.died()
+
+    def finish(self) -> Metered:
+        """Have the rest drained and stored, end both processes, and tell what was metered."""
+        deadline = time.monotonic() + FINISH_S_MAX
+        if self._worker is not None:
+            self._worker.finish()
+        while self._worker is not None and not self._ended and time.monotonic() < deadline:
+            for key, _ in self.selector.select(max(0.0, deadline - time.monotonic())):
+                if key.data in (self.attend, self._attend_helper):
+                    key.data()
+        # The helper has all of it still: to let go of it costs us nothing now, and the kernel
+        # removes the probes behind us.
+        self._keeper.let_go()
+        self._keeper.close_channel()
+        if self._worker is not None:
+            self._worker.wait(1.0)
+        if self._died_ns is not None:
+            self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
+        self._before.merge(self._current)
+        self._losses.ended()
+        self.result.losses = self._losses.total()
+        if self._uncertain:
+            self._before.merge(self._found_in_store())
+        self.result.totals = self._before
+        return self.result
+
+    def _found_in_store(self) -> Totals:
+        """What became of the uncertain ones, read with the person's rights."""
+
+        def read() -> Any:
+            from halton_meter.store import StoreError
+
+            home, ids = self._plan.home, self._uncertain
+            try:
+                return metering.stored_totals(home, ids, self._started_ns).as_json()
+            except StoreError as error:
+                raise ConfigError(str(error)) from None
+
+        try:
+            return Totals.of_json(as_account(self._plan.account, read))
+        except (ConfigError, ValueError) as error:
+            self.result.store_error = self.result.store_error or str(error)
+            return Totals()
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        return f"the metering process was killed by {signal.Signals(-code).name}"
+    return f"the metering process ended with code {code}"
+
+
+def _problems(message: dict[str, Any]) -> list[tuple[str, str]]:
+    refused = untrusted.text(message, "refused", SAID_CHARACTERS_MAX)
+    if refused is not None:
+        return [(refused, "halton-meter status")]
+    found = message.get("unavailable")
+    pairs = [each for each in found if isinstance(each, list)] if isinstance(found, list) else []
+    said = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
+    problems = [(what, mend) for what, mend in (pair for pair in said if len(pair) == 2)]
+    return problems or [("the metering process did not say what is missing", "halton-meter doctor")]

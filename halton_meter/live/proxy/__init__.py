@@ -1,0 +1,1 @@
+"""Live metering by the local proxy: the service and its worker."""

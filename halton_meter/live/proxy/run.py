@@ -1,0 +1,280 @@
+"""The composition root of the local proxy, as `probes/service.py` is for uprobes; it needs no root.
+
+A service (`proxy/service.py`) is run for good by `serve`, as systemd, launchd or our own keeper
+start it, or behind one command by `meter_command`. `service_status` and `ask_service` talk to a
+running one. What a command says past its proxy settings is not seen: uprobes are for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.live.limits import limit_this_process
+from halton_meter.live.probes.worker import prepare_home
+from halton_meter.live.proxy.service import ProxyService
+from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
+from halton_meter.live.totals import Totals
+from proxy_fallback.edge import listening
+
+# A stop lets exchanges under way come to their end for so long.
+DRAIN_S = 5.0
+
+# Signals that a terminal sends to the whole foreground group: the command decides, we wait.
+_PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
+_COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
+
+
+class ProxyUnavailable(Exception):
+    """The proxy could not be started; the text says why, `mend` what to do about it."""
+
+    def __init__(self, text: str, mend: str = "sudo halton-meter run -- CMD") -> None:
+        super().__init__(text)
+        self.mend = mend
+
+
+# --- the service ------------------------------------------------------------------------------
+
+
+def configured(home: Path) -> tuple[Job, int]:
+    """The service's job and its port, as config.toml has them. Raises ConfigError."""
+    from halton_meter import config
+    from halton_meter.providers import UnknownFamily
+
+    chosen, proxy = config.load(home), config.load_proxy(home)
+    try:
+        provider_hosts(chosen.extra_hosts)
+    except UnknownFamily as error:
+        raise config.ConfigError(f"{home / 'config.toml'}: {error}") from None
+    return Job(str(home), True, chosen.extra_hosts, proxy.upstream), proxy.port
+
+
+def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
+    """Run the edge and its worker until SIGTERM, SIGINT or `stop`.
+
+    Listens on the sockets that systemd, launchd or our own keeper hands over: then clients count
+    on us, and a configuration that cannot be read only ends the metering until it is mended. Else
+    on `port`, or config.toml's; raises ConfigError then, and ProxyUnavailable without a socket.
+    """
+    try:
+        sockets = listening.listeners()
+        mend, trouble = None, None
+        job = Job(str(home), True)
+        try:
+            job, own_port = configured(home)
+        except Exception as error:  # a broken installation must not take the network away
+            if not sockets:
+                raise
+            mend, trouble = (lambda: configured(home)[0]), str(error)
+            say(f"{trouble}; traffic goes on unmetered until that is mended")
+        sockets = sockets or [listening.listen(port or own_port)]
+    except listening.EdgeError as error:
+        raise ProxyUnavailable(str(error)) from None
+    with contextlib.suppress(OSError):
+        prepare_home(home)
+    os.umask(0o077)
+    limit_this_process()
+    asyncio.run(_serve(ProxyService(job, os.environ, say, mend, trouble), sockets, say))
+
+
+async def _serve(
+    service: ProxyService, sockets: Sequence[socket.socket], say: Callable[[str], None]
+) -> None:
+    loop = asyncio.get_running_loop()
+    # What asyncio would print may name hosts; that something went wrong is enough.
+    loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.ask_to_stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        await service.start(sockets)
+        say(f"the edge listens on {', '.join(service.addresses)}")
+        await service.stopped()
+    finally:
+        # After a fault of ours, too: a task left over would keep this process, which serves nobody.
+        await service.stop(DRAIN_S)
+    say("stopped")
+
+
+def service_status(home: Path) -> dict[str, Any] | None:
+    """What a running proxy service tells of itself; None when none runs."""
+    return _asked(home, "status")
+
+
+def ask_service(home: Path, what: str) -> bool:
+    """Tell a running service to "stop"; to "pause" (everything is let through, nothing metered) or
+    "resume"; or to "forget" which programs refused our certificate, so that they are tried again.
+    False when none is there.
+    """
+    return _asked(home, what) is not None
+
+
+def _asked(home: Path, what: str) -> dict[str, Any] | None:
+    try:
+        control = Control(home, name=PROXY_SOCKET_NAME)
+        try:
+            return control.ask(what)
+        finally:
+            control.close()
+    except ServiceAbsent:
+        return None
+
+
+# --- one command ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ProxiedRun:
+    """What a metered command did: its exit code (128 + signal), what it used, what was lost."""
+
+    exit_code: int = 0
+    totals: Totals = field(default_factory=Totals)
+    losses: Counter[str] = field(default_factory=Counter)
+    gaps: list[tuple[int, int, str]] = field(default_factory=list)
+    store_error: str | None = None
+    price_error: str | None = None
+
+
+def meter_command(
+    command: Sequence[str],
+    home: Path,
+    environment: Mapping[str, str],
+    extra_hosts: Mapping[str, str],
+    upstream: tuple[str, int] | None = None,
+    java: bool = False,
+) -> ProxiedRun:
+    """Run `command` behind an edge of its own and store what it used.
+
+    `upstream` is the proxy that leads out; without one, that of the environment is kept in use.
+    With `java` its JVMs are told, too. Raises ProxyUnavailable when the proxy cannot start; the
+    command has not been started then.
+    """
+    prepare_home(home)
+    upstream = upstream or environment_proxy(environment)
+    job = Job(str(home), False, dict(extra_hosts), upstream)
+    background = _Background(job, environment)
+    run = ProxiedRun()
+    try:
+        port = background.start()
+        ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
+        with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+            told = _told(environment, port, ca_file, Path(folder), java)
+            run.exit_code = _run(command, told)
+    finally:
+        background.stop(run)
+    return run
+
+
+def _told(
+    environment: Mapping[str, str], port: int, ca_file: Path, folder: Path, java: bool
+) -> dict[str, str]:
+    """A command's environment, with the proxy and trust in it."""
+    from proxy_fallback.mitm.session import bundle, client_environment
+
+    trusted = bundle(ca_file, folder / "ca-bundle.pem", dict(environment))
+    told = client_environment(dict(environment), port, trusted, ca_file)
+    if not java:
+        return told
+    from proxy_fallback.setup import java as java_vm
+    from proxy_fallback.setup.changes import ChangeError
+
+    try:
+        return told | java_vm.for_one_command(environment, port, ca_file, folder)
+    except ChangeError as error:
+        raise ProxyUnavailable(str(error).partition(";")[0], "leave --java out") from None
+
+
+def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """The proxy by which this environment leaves the network, as (host, port), or None.
+
+    An edge of ours is none. Raises ProxyUnavailable for one that wants credentials or is no HTTP
+    proxy: past it the command would reach nothing.
+    """
+    import re
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        value = environment.get(name, "")
+        if not value:
+            continue
+        match = re.fullmatch(r"(?:http://)?([\w.-]+):(\d{1,5})/?", value)
+        if match is None or not 0 < int(match[2]) < 65536:
+            # Its value may hold a password: only the variable is named.
+            raise ProxyUnavailable(
+                f"{name} is set to a proxy that cannot be chained: only http://HOST:PORT, without "
+                "a user name, can"
+            )
+        host, port = match[1], int(match[2])
+        ours = listening.is_loopback(host) or host == "localhost"
+        return None if ours and listening.answers(port) else (host, port)
+    return None
+
+
+class _Background:
+    """A ProxyService in a thread of its own, while the command runs in the foreground."""
+
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        self._job = job
+        self._environment = environment
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda *_: None)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="edge", daemon=True)
+        self._service: ProxyService | None = None
+
+    def start(self) -> int:
+        """Return the edge's port once the worker meters. Raises ProxyUnavailable."""
+        self._thread.start()
+        return asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+
+    async def _start(self) -> int:
+        listener = listening.listen(0)
+        self._service = ProxyService(self._job, self._environment)
+        await self._service.start([listener])
+        problem = await self._service.settled()
+        if problem is not None:
+            raise ProxyUnavailable(f"The local proxy did not start: {problem}. Try again.")
+        return int(listener.getsockname()[1])
+
+    def stop(self, run: ProxiedRun) -> None:
+        """End it, and put what it metered and missed into `run`."""
+        service = self._service
+        if service is not None:
+            asyncio.run_coroutine_threadsafe(service.stop(0.0), self._loop).result()
+            with contextlib.suppress(ValueError):
+                run.totals = Totals.of_json(service.final.get("totals"))
+            run.losses.update(service.losses.total())
+            for causes in service.edge.bypassed.values():
+                for cause, count in causes.items():
+                    run.losses[f"unmetered_{cause}"] += count
+            run.gaps = list(service.gaps)
+            run.store_error = service.final.get("store_error")
+            run.price_error = service.final.get("price_error")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """The command in the foreground, its terminal and signals its own."""
+    # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
+    before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
+    try:
+        child = subprocess.Popen(list(command), env=environment)
+        code = child.wait()
+    except OSError as error:
+        code = _COULD_NOT_START.get(type(error), 126)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code

@@ -1,0 +1,559 @@
+"""The proxy's service: an edge, and the worker that it keeps alive.
+
+The edge (`proxy_fallback/edge/edge.py`) lives in this process and little else does: it accepts what
+clients say. The worker, `proxy/worker.py`, is another process, in which mitmproxy, the pipeline and
+the store live. One that dies or hangs is started again; meanwhile the edge tunnels everything raw,
+and the gap is counted. `proxy/run.py` composes this for the service and for one command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halton_meter import untrusted
+from halton_meter.config import invoking_account
+from halton_meter.live import own_code
+from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
+from halton_meter.live.flushing import is_well
+from halton_meter.live.losses import MESSAGES_REFUSED, Losses
+from halton_meter.live.outages import Gaps
+from halton_meter.live.probes import worker as metering
+from halton_meter.live.probes.supervisor import BACKOFF_S, HEALTHY_S
+from halton_meter.live.proxy.worker import (
+    LINE_BYTES_MAX,
+    Job,
+    job_line,
+    process_of,
+    program_of,
+    provider_hosts,
+)
+from halton_meter.live.totals import Totals
+from halton_meter.model import rfc3339
+from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
+from proxy_fallback.edge.served import served_uids
+
+STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
+
+START_S_MAX = 30.0
+FINISH_S_MAX = 20.0
+TICK_S = 1.0
+# The worker is asked for a sign of life at every tick while clients are connected, else at every
+# QUIET_TICKS-th. After SLOW ticks without one, hosts are tunnelled raw; after HUNG it is killed,
+# which breaks the streams that it still holds. Ticks, not time: they stop when we are suspended.
+QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
+ALIVE_TICKS = 10
+# A configuration that cannot be read is read again so often.
+MEND_S = 5.0
+STATUS_S_MAX = 2.0
+# What is believed of a worker's messages.
+READ_BYTES = 16 << 10
+SAID_CHARACTERS_MAX = 1000
+HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
+
+
+class ProxyService:
+    """An edge and the worker that it keeps alive. Lives in one event loop.
+
+    `environment` is the worker's: what it says of trusted roots is how providers are judged.
+    While `mend` is given and raises, there is `trouble`: everything is let through unmetered.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        environment: Mapping[str, str],
+        say: Callable[[str], None] = lambda text: None,
+        mend: Callable[[], Job] | None = None,
+        trouble: str | None = None,
+    ) -> None:
+        self.job = job
+        self.home = Path(job.home)
+        self._mend = mend
+        self.edge = Edge(
+            () if mend is not None else provider_hosts(job.extra_hosts),
+            job.upstream,
+            lambda end: program_of(process_of(end)),
+            raise_descriptor_limit(),
+            _served(),
+            secrets.token_hex(16),
+        )
+        self.edge.on_bypass = self._on_bypass
+        self.addresses: list[str] = []
+        self.gaps: list[tuple[int, int, str]] = []
+        self.final: dict[str, Any] = {}
+        self.losses = Losses()
+        self._environment = {
+            name: value for name, value in environment.items() if not name.startswith("LISTEN_")
+        }
+        self._say = say
+        self._kept = Gaps(self.home, STATE_NAME, GAPS_NAME) if job.service else None
+        self._started_ns = time.time_ns()
+        self._process: asyncio.subprocess.Process | None = None
+        self._port: int | None = None
+        self._accepted: list[str] | None = None
+        self._state = "starting"
+        self._cause: str | None = trouble
+        self._restarts = 0
+        self._down_ns: int | None = None
+        self._down_cause: str | None = None
+        self._was_ready = False
+        self._bypassed_now = 0
+        self._unreported: Counter[str] = Counter()
+        self._pings_missed = 0
+        self._last_status: dict[str, Any] = {}
+        self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._serial = itertools.count(1)
+        self._stopping = asyncio.Event()
+        self._paused = False
+        self._resumed = asyncio.Event()
+        self._settled = asyncio.Event()  # ready for the first time, or known not to become so
+        self._tasks: list[asyncio.Task[None]] = []
+        self._control: asyncio.Server | None = None
+        self._listener = Listener(self.home, PROXY_SOCKET_NAME)
+        self._owed: Counter[str] = Counter()
+
+    # --- begin and end
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept connections from now on; the worker comes up meanwhile."""
+        self.addresses = ["{}:{}".format(*each.getsockname()[:2]) for each in sockets]
+        await self.edge.serve(sockets)
+        if self._kept is not None:
+            with contextlib.suppress(OSError):  # a full disk is no reason not to serve
+                self._kept.begin(self._started_ns)
+            await self._listen()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
+
+    async def settled(self) -> str | None:
+        """Wait until provider hosts are metered: None then, else why they will not be soon."""
+        try:
+            await asyncio.wait_for(self._settled.wait(), START_S_MAX)
+        except TimeoutError:
+            return "it did not start in time"
+        return None if self._was_ready else self._cause
+
+    def ask_to_stop(self) -> None:
+        """Have `stopped` return."""
+        self._stopping.set()
+
+    async def stopped(self) -> None:
+        """Wait until somebody asks to stop."""
+        await self._stopping.wait()
+
+    async def stop(self, drain_s: float) -> None:
+        """Let exchanges end, store what there is, end the worker."""
+        self._stopping.set()
+        self._resumed.set()
+        await self.edge.stop(drain_s)
+        if self._control is not None:
+            self._control.close()
+            self._listener.close()
+            with contextlib.suppress(OSError):
+                (self.home / PROXY_SOCKET_NAME).unlink()
+        self._report_bypassed()
+        self._send({"finish": True})
+        if self._tasks:
+            # Not cancelled at once: asyncio may wait for ever for a child cancelled at its start.
+            await asyncio.wait({self._tasks[0]}, timeout=FINISH_S_MAX)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            _kill(self._process)
+            await self._process.wait()
+        self.losses.ended()
+        self._close_gap()
+        if self._kept is not None:
+            self._kept.end(time.time_ns(), clean=True)
+
+    # --- the worker
+
+    async def _keep_worker(self) -> None:
+        in_a_row = 0
+        while not self._stopping.is_set():
+            if self._mend is not None:
+                await self._mended(self._mend)
+                continue
+            if self._paused:
+                await self._resumed.wait()
+                in_a_row = 0
+                continue
+            began = time.monotonic()
+            try:
+                code = await self._live()
+                self._cause = self._cause or _cause(code)
+            except OSError as error:
+                self._cause = f"the proxy's worker could not be started: {error.strerror}"
+            finally:
+                self._process = None
+            if self._stopping.is_set():
+                return
+            if self._paused:
+                continue
+            self._down("worker_down", "waiting")
+            self._settled.set()
+            in_a_row = 0 if time.monotonic() - began > HEALTHY_S else in_a_row
+            wait_s = BACKOFF_S[min(in_a_row, len(BACKOFF_S) - 1)]
+            in_a_row += 1
+            self._say(f"{self._cause}; the next in {wait_s:g} s, traffic goes on unmetered")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+            self._restarts += 1
+
+    async def _mended(self, mend: Callable[[], Job]) -> None:
+        """Try to begin as one should; after a failure wait a while."""
+        try:
+            self.job = mend()
+            hosts = provider_hosts(self.job.extra_hosts)
+        except Exception as error:  # whatever it is, traffic goes on meanwhile
+            self._cause = str(error)
+            self._down("not_configured", "waiting")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), MEND_S)
+            return
+        self._mend = None
+        self.edge.hosts, self.edge.upstream = HostSet(hosts), self.job.upstream
+
+    async def _live(self) -> int:
+        """One worker's life; its exit code."""
+        self._state, self._port, self._cause, self._pings_missed = "starting", None, None, 0
+        process = self._process = await asyncio.create_subprocess_exec(
+            *own_code.python("halton_meter.live.proxy.worker"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # What a library may print has no place in the terminal of somebody's command.
+            stderr=None if self.job.service else subprocess.DEVNULL,
+            cwd="/",
+            env=self._environment,
+            limit=READ_BYTES,
+            start_new_session=True,  # a Ctrl-C meant for the command must not end the metering
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            if not self._stopping.is_set():  # else who stops us could not tell it to finish
+                secret = self.edge.worker_secret
+                process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
+                await self._hear(process.stdout)
+                self.losses.ended()
+                self._owed += Counter(self.losses.handed_on())
+                with contextlib.suppress(TimeoutError):
+                    return await asyncio.wait_for(process.wait(), 1.0)
+        finally:
+            _kill(process)  # it has told all that it will, or nobody hears it
+        return await process.wait()
+
+    async def _hear(self, stdout: asyncio.StreamReader) -> None:
+        """Take what a worker tells until its end. It reads hostile bytes, and we hold the network:
+        whatever it tells must not end us."""
+        lines = untrusted.Lines(LINE_BYTES_MAX)
+        with contextlib.suppress(ConnectionError):
+            while data := await stdout.read(READ_BYTES):
+                lines.feed(data)
+                for message in lines.messages():
+                    self.take(message)
+                if lines.refused:
+                    self.losses.count(MESSAGES_REFUSED, lines.refused)
+                    lines.refused = 0
+                await asyncio.sleep(0)  # clients, too, when it never stops
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Hear one message of the worker's."""
+        try:
+            self._take(message)
+        except Exception:
+            self.losses.count(MESSAGES_REFUSED, 1)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "lost" in message:
+            self.losses.take(untrusted.table(message, "lost"))
+        port = untrusted.whole_number(message, "port", 65535, 1)
+        if "ready" in message and port is not None:
+            self._port, self._accepted = port, _hosts(message)
+            if not self._paused:
+                self._up()
+        elif "accepted" in message and self._port is not None:
+            self._accepted = _hosts(message)
+            self.edge.send_to(self._port, self._accepted)
+        if "unavailable" in message:
+            self._cause = untrusted.text(message, "unavailable", SAID_CHARACTERS_MAX)
+        if "pong" in message:
+            self._pings_missed = 0
+            if self._state == "hung" and self._port is not None:
+                self._up()
+        if "refused" in message:
+            host, program, said = message["refused"]
+            program = untrusted.text({"program": program}, "program", SAID_CHARACTERS_MAX)
+            self.edge.refuse(untrusted.printable(host), program, said is True)
+        if "status" in message:
+            self._last_status = status = _status(untrusted.table(message, "status"))
+            reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
+            if reply is not None and not reply.done():
+                reply.set_result(status)
+        if "final" in message:
+            self.final = self._last_status = _status(message)
+            self.losses.take(message)
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        if self._process is None or self._process.stdin is None:
+            return False
+        with contextlib.suppress(OSError, RuntimeError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            return True
+        return False
+
+    def _up(self) -> None:
+        assert self._port is not None
+        again = self._was_ready
+        self._state, self._was_ready = "ready", True
+        self._close_gap()
+        self.edge.send_to(self._port, self._accepted)
+        self._settled.set()
+        self._say("metering again" if again else f"metering into {self.home}")
+
+    def _down(self, code: str, state: str) -> None:
+        self.edge.bypass(code)
+        self._state, self._port = state, self._port if state == "hung" else None
+        if self._down_ns is None:
+            self._down_ns, self._down_cause = time.time_ns(), self._cause
+            self._bypassed_now = 0
+
+    def _close_gap(self) -> None:
+        """Note the time in which provider hosts were not metered."""
+        if self._down_ns is None:
+            return
+        cause = self._down_cause or "the proxy's worker was not there"
+        if self._bypassed_now:
+            cause += f"; {self._bypassed_now} connections to providers went by unmetered"
+        gap = (self._down_ns, time.time_ns(), cause)
+        self._down_ns = None
+        self.gaps.append(gap)
+        if self._kept is not None:
+            with contextlib.suppress(OSError):
+                self._kept.note(*gap)
+
+    def _pause(self) -> None:
+        """Meter no more, and let everything through: what is wanted is no gap."""
+        self._paused, self._state, self._port = True, "stopped", None
+        self._resumed.clear()
+        self.edge.bypass("stopped")
+        self._close_gap()
+        self._send({"finish": True})
+        self._say("metering stopped; traffic goes on unmetered")
+
+    def _resume(self) -> None:
+        """Meter again."""
+        self._paused, self._state = False, "starting"
+        self._resumed.set()
+
+    def _on_bypass(self, host: str, cause: str) -> None:
+        self._bypassed_now += 1
+        self._unreported[f"unmetered_{cause}"] += 1
+
+    def _report_bypassed(self) -> None:
+        """Have what went by unmetered kept in the store."""
+        if self._state != "ready":
+            return
+        if self._unreported and self._send({"losses": self._unreported}):
+            self._unreported = Counter()
+        # What a dead worker owed; from now on the next one tells how much of it is owed still.
+        if self._owed and self._send({"losses": self._owed}):
+            self._owed = Counter()
+
+    # --- time
+
+    async def _tick_on(self) -> None:
+        for tick in itertools.count(1):
+            await asyncio.sleep(TICK_S)
+            try:
+                await self._tick(tick)
+            except Exception:  # a fault of ours: the next tick may do
+                self.edge.counts.update(["loop_errors"])
+
+    async def _tick(self, tick: int) -> None:
+        self._revive_keeping()
+        self._report_bypassed()
+        if self._kept is not None and tick % ALIVE_TICKS == 0:
+            self._kept.alive(time.time_ns())
+            await self._listen()
+        asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
+        if self._state in ("ready", "hung") and asked:
+            self._feel_pulse()
+
+    def _revive_keeping(self) -> None:
+        """Without the task that keeps the worker nothing would ever be metered again."""
+        keeping = self._tasks[0]
+        if not keeping.done() or self._stopping.is_set():
+            return
+        fault = None if keeping.cancelled() else keeping.exception()
+        self._tasks[0] = asyncio.get_running_loop().create_task(self._keep_worker())
+        self.edge.counts.update(["loop_errors"])
+        self._cause = self._cause or f"a fault of ours: {type(fault).__name__}"
+        if not self._paused:
+            self._down("worker_down", "waiting")
+
+    def _feel_pulse(self) -> None:
+        if self._pings_missed >= HUNG_TICKS and self._process is not None:
+            self._cause = "the proxy's worker hung and was killed"
+            _kill(self._process)
+            return
+        if self._pings_missed >= SLOW_TICKS and self._state == "ready":
+            self._cause = "the proxy's worker did not answer"
+            self._down("worker_hung", "hung")
+        self._pings_missed += 1
+        self._send({"ping": next(self._serial)})
+
+    # --- the control socket
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # without it there is no status; traffic matters more
+            if not self._listener.renew() or self._listener.socket is None:
+                return
+            if self._control is not None:
+                self._control.close()
+            listener = self._listener.socket.dup()
+            listener.setblocking(False)
+            self._control = await asyncio.start_unix_server(
+                self._converse, sock=listener, limit=REQUEST_BYTES_MAX
+            )
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            # Outside of the folder, no file's mode keeps others away.
+            friend = self._listener.has_file or is_friend(writer.get_extra_info("socket"))
+            while friend and (line := await reader.readline()):
+                request = untrusted.parsed(line)
+                if request is None:
+                    self.losses.count(MESSAGES_REFUSED, 1)
+                    break
+                answer = await self._answer(request)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (OSError, ValueError):  # it is gone, or its line was too long
+            pass
+        except Exception:  # whatever was asked, traffic goes on
+            self.losses.count(MESSAGES_REFUSED, 1)
+        writer.close()
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        asked = request.get("ask")
+        if asked == "status":
+            return await self.status()
+        if asked == "stop":
+            self.ask_to_stop()
+            return {"stopping": True}
+        if asked == "pause":
+            self._pause()
+            return {"paused": True}
+        if asked == "resume":
+            self._resume()
+            return {"resumed": True}
+        if asked == "forget":
+            self.edge.forget_refusals()
+            return {"forgotten": True}
+        return {"error": "unknown request"}
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that `halton-meter status --json` shows of the proxy."""
+        worker = await self._ask_worker()
+        edge = self.edge
+        bypassed = [
+            {"host": host, "cause": cause, "connections": count}
+            for host, causes in sorted(edge.bypassed.items())
+            for cause, count in causes.most_common()
+        ]
+        usable = self._accepted is None or bool(self._accepted)
+        ok = self._state == "ready" and usable and is_well(worker)
+        health = "ok" if ok else "paused" if self._paused else "degraded"
+        return {
+            "health": health,
+            "source": "proxy",
+            "pid": os.getpid(),
+            "started_at": rfc3339(self._started_ns),
+            "uptime_s": round((time.time_ns() - self._started_ns) / 1e9, 1),
+            "home": str(self.home),
+            "addresses": self.addresses,
+            "upstream": list(self.job.upstream) if self.job.upstream else None,
+            "rss_bytes": metering._rss_bytes(),
+            "connections": len(edge.clients),
+            "counts": {**edge.counts, **worker.get("turned_away", {})},
+            "bypassed": bypassed,
+            "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
+            "certificate_usable": usable,
+            "worker": {
+                "state": self._state,
+                "pid": self._process.pid if self._process is not None else None,
+                "restarts": self._restarts,
+                "trouble": self._cause or self._down_cause if self._state != "ready" else None,
+            },
+            "gaps": self._kept.listed() if self._kept is not None else [],
+            **{name: worker.get(name) for name in _OF_WORKER},
+            "losses": self.losses.total(),
+            "losses_since_restart": worker.get("losses"),
+        }
+
+    async def _ask_worker(self) -> dict[str, Any]:
+        serial = next(self._serial)
+        reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        if self._state == "ready" and self._send({"status": serial}):
+            self._replies[serial] = reply
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(reply, STATUS_S_MAX)
+            self._replies.pop(serial, None)
+        return self._last_status
+
+
+def _served() -> frozenset[int]:
+    """Whose connections are taken: ours, root's and, of a run under sudo, the person's."""
+    return served_uids({invoking_account().uid} if os.geteuid() == 0 else ())
+
+
+_COUNTS = ("events", "journal_waiting", "held")
+_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
+_OF_WORKER = (*_COUNTS, *_TEXTS, "totals", "damaged_databases")
+
+
+def _status(told: dict[str, Any]) -> dict[str, Any]:
+    """What a worker told of itself, as far as it is what it should be."""
+    found: dict[str, Any] = {name: untrusted.whole_number(told, name) for name in _COUNTS}
+    found |= {name: untrusted.text(told, name, SAID_CHARACTERS_MAX) for name in _TEXTS}
+    found["damaged_databases"] = untrusted.texts(told, "damaged_databases", 20, SAID_CHARACTERS_MAX)
+    for name in ("losses", "turned_away"):
+        found[name] = untrusted.counts(told, name)
+    try:
+        found["totals"] = Totals.of_json(told.get("totals")).as_json()
+    except ValueError:
+        found["totals"] = None
+    return found
+
+
+def _hosts(message: dict[str, Any]) -> list[str]:
+    return untrusted.texts(message, "accepted", HOSTS_MAX, HOST_CHARACTERS_MAX)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # Not Process.kill: that may reap the child behind the back of asyncio's own watcher.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        return f"the proxy's worker was killed by {signal.Signals(-code).name}"
+    return f"the proxy's worker ended with code {code}"

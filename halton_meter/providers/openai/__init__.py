@@ -1,0 +1,1 @@
+"""OpenAI, and what others speak of its API. Start at `routes.py`."""

@@ -1,0 +1,189 @@
+"""OpenAI's usage objects as disjoint tokens, in its old words and its new, and in its imitators'.
+
+Peculiar to it: cached and written tokens are inside the input; reasoning, audio and rejected
+predictions inside the output. What differs with a provider that speaks this API is a `Dialect`;
+where its counts do not add up, the total tells what lies outside of what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from halton_meter.model import Tokens
+from halton_meter.providers.reading.draft import Draft
+from halton_meter.providers.reading.values import Counts, Json, Verbatim, as_amount, plus, positive
+
+Finish = Callable[[Draft, Json, Verbatim], None]
+
+
+def nothing(draft: Draft, answer: Json, usage: Verbatim) -> None:
+    """A provider without peculiarities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a provider that speaks this API differs.
+
+    `hides_thinking`: the total proves output tokens that no field names. `reasoning_apart`:
+    without a total, reasoning is outside the completion. `finish` sees the draft at the end, with
+    the answer and its usage (exact decimals).
+    """
+
+    hides_thinking: bool = False
+    reasoning_apart: bool = False
+    finish: Finish = nothing
+
+
+OPENAI = Dialect()
+
+
+# Where cached tokens stand outside the details: DeepSeek, Moonshot, Mistral, and Anthropic's word.
+_CACHED = (
+    "prompt_cache_hit_tokens",
+    "cached_tokens",
+    "num_cached_tokens",
+    "cache_read_input_tokens",
+)
+
+
+def _first_dict(usage: Json, *names: str) -> Json:
+    return next((value for name in names if isinstance(value := usage.get(name), dict)), {})
+
+
+@dataclass(slots=True)
+class _Account:
+    """The counts of one usage object as the provider states them."""
+
+    prompt: int | None
+    completion: int | None
+    total: int | None
+    cached: int | None
+    written: int | None
+    written_12h: int | None
+    reasoning: int | None
+    audio_input: int | None
+    image_input: int | None
+    tools: int | None
+
+
+def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
+    """Make prompt and completion whole by the provider's total; returns output it never named.
+
+    Some providers put reasoning outside the completion (xAI), audio or what tools brought in
+    outside the prompt (Mistral), or caches outside the prompt: the total tells. It is the only
+    witness, so nothing is added unless it fits exactly.
+    """
+    if account.prompt is None and account.completion is None and account.total is not None:
+        account.prompt = account.total  # Voyage: embeddings have nothing but a total.
+        return 0
+    prompt, completion = account.prompt, account.completion
+    reasoning = account.reasoning or 0
+    if account.total is None or prompt is None or completion is None:
+        if completion is not None and (
+            reasoning > completion or (dialect.reasoning_apart and account.total is None)
+        ):
+            account.completion = completion + reasoning
+        return 0
+    gap = account.total - prompt - completion
+    caches = (account.cached or 0) + (account.written or 0)
+    if gap == 0:
+        return 0
+    if gap == reasoning:
+        account.completion = completion + reasoning
+    elif gap in (account.audio_input or 0, account.tools or 0, caches, account.cached or 0):
+        account.prompt = prompt + gap
+    elif gap == reasoning + caches:
+        account.completion, account.prompt = completion + reasoning, prompt + caches
+    elif gap > 0 and dialect.hides_thinking:
+        account.completion = completion + gap
+        return gap
+    else:
+        counts.mismatch = True
+    return 0
+
+
+def _account(of: Callable[..., int | None], usage: Json, came: Json, went: Json) -> _Account:
+    """The counts of a usage object in its old or its new names, and its details' in either."""
+    cached = of(came, "cached_tokens", "cache_read_input_tokens")
+    if cached is None:
+        cached = of(usage, *_CACHED)
+    written = of(came, "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+    if written is None:
+        written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
+    lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
+        usage, "cache_write_tokens_details"
+    )
+    lifetimes = lifetimes or (came if "ttl_12h_tokens" in came else usage)
+    half_day = of(lifetimes, "ttl_12h_tokens")
+    if written is None:
+        written = plus(half_day, of(lifetimes, "ttl_30m_tokens"))
+    reasoning = of(went, "reasoning_tokens")
+    return _Account(
+        prompt=of(usage, "prompt_tokens", "input_tokens"),
+        completion=of(usage, "completion_tokens", "output_tokens"),
+        total=of(usage, "total_tokens"),
+        cached=cached,
+        written=written,
+        written_12h=half_day,
+        reasoning=of(usage, "reasoning_tokens") if reasoning is None else reasoning,
+        audio_input=of(came, "audio_tokens"),
+        image_input=of(came, "image_tokens"),
+        tools=of(usage, "connector_tokens"),
+    )
+
+
+def usage_tokens(
+    counts: Counts, usage: Json, dialect: Dialect = OPENAI
+) -> tuple[Tokens, dict[str, int]]:
+    """The disjoint tokens of a usage object of this API, in its old or its new names."""
+    of = counts.of
+    came = _first_dict(
+        usage,
+        "prompt_tokens_details",
+        "input_tokens_details",
+        "input_token_details",
+        "prompt_token_details",
+    )
+    went = _first_dict(
+        usage, "completion_tokens_details", "output_tokens_details", "output_token_details"
+    )
+    cached_parts = _first_dict(came, "cached_tokens_details") or _first_dict(
+        usage, "cached_tokens_details"
+    )
+    account = _account(of, usage, came, went)
+    unstated = _reconcile(counts, account, dialect)
+    tokens = Tokens(
+        input=counts.rest(account.prompt, account.cached, account.written),
+        cache_read=account.cached,
+        cache_write_12h=account.written_12h,
+        cache_write=counts.rest(account.written, account.written_12h),
+        output=account.completion,
+        reasoning=account.reasoning,
+        audio_input=account.audio_input,
+        audio_output=of(went, "audio_tokens"),
+        image_input=account.image_input,
+        image_output=of(went, "image_tokens"),
+        tool_use_input=account.tools,
+    )
+    details = positive(
+        {
+            "text_input": of(came, "text_tokens"),
+            "video_input": of(came, "video_tokens"),
+            "cached_text_input": of(cached_parts, "text_tokens", "cached_text_tokens"),
+            "cached_audio_input": of(cached_parts, "audio_tokens"),
+            "cached_image_input": of(cached_parts, "image_tokens", "cached_image_tokens"),
+            "text_output": of(went, "text_tokens"),
+            "accepted_prediction": of(went, "accepted_prediction_tokens"),
+            "rejected_prediction": of(went, "rejected_prediction_tokens"),
+            "unstated_output": unstated,
+        }
+    )
+    return tokens, details
+
+
+def cost_of(draft: Draft, answer: Json, usage: Verbatim) -> None:
+    """Take `usage.cost` as what the provider charged (routers and a few hosts state it)."""
+    cost = as_amount(usage.exact.get("cost"))
+    if cost is not None:
+        draft.reported_usd = cost

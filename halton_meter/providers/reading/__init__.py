@@ -1,0 +1,1 @@
+"""What providers' readers share: bodies, errors, values, and the draft of an event."""

@@ -1,0 +1,344 @@
+"""From an exchange to a usage event: identity, errors, times and the words of the vocabulary.
+
+What every provider's file shares is here, so that each of them holds only what is peculiar to it;
+`values.py`, `bodies.py` and `errors.py` read the parts. This file refuses to know prices, and keeps
+no content: what it stores of a body are counts, model names, codes and ids. Read `openai/text.py`
+next for the widest of the readers.
+
+Rules of counting, for every reader (pricing relies on them)
+- `Tokens.input` is uncached input only: cache reads and writes are never inside it.
+- `Tokens.output` holds reasoning, audio and image output; `reasoning`, `audio_output`,
+  `image_output` say how much of it they are. `audio_input`, `image_input` and `tool_use_input`
+  are parts of the input side: of `input`, save what `details` says was cached.
+- Gemini's tool-use prompt tokens are in `input` and in `tool_use_input`, also when grounding makes
+  them free (see `conditions["grounding"]`): the price decides, the count does not.
+- A count that the provider did not send is None. A count that is no count (negative, a string, a
+  bool) is None and flagged "bad_usage". An absurdly large one is kept: the price flags the event
+  "implausible" and no sum takes it in, so every count and unit goes through `Counts` or
+  `as_amount`, and into the event's parts.
+
+`UsageEvent.conditions` (all values are strings; absent means not stated)
+- "service_tier": the response's own word in lower case: "standard", "default", "priority", "flex",
+  "fast", "ultrafast", "scale", "batch", "on_demand", "performance", "auto" (only while pending).
+- "batch": "true" when the batch rate applies.
+- "speed" ("fast", "standard") and "inference_geo" ("us", "global", "not_available"): Anthropic.
+- "traffic_type": Vertex's trafficType, upper case: "ON_DEMAND", "ON_DEMAND_FLEX",
+  "ON_DEMAND_PRIORITY", "PROVISIONED_THROUGHPUT".
+- "region": "us" or "eu" and so on of a regional OpenAI host; AWS's, Azure's or Vertex's location
+  ("us-east-1", "global").
+- "inference_profile": the prefix of a Bedrock model id: "us", "eu", "apac", "global", ….
+- "plan": "claude", "chatgpt", "gemini_code_assist", "zai_coding"; "overage": "true" where the
+  plan's overage paid for it.
+- "grounding": "search", "maps" or "maps,search": Gemini grounded the answer.
+- "web_search": "preview" for OpenAI's web_search_preview tool.
+- "code_execution": "with_web_tools" where a web tool of 2026-02-09 or later makes it free.
+- "image_size", "image_quality": of images made; "video_size": of videos made.
+- "search_context_size" ("low", "medium", "high"): Perplexity, OpenAI's search models.
+- "byok": "true" when the router used the user's own key (OpenRouter, Vercel).
+- "upstream": the provider a router served the call from, where it says so; "upstream_cost_usd":
+  what that provider charged the user's own key, by the router's account.
+- "api": "decisions" for OpenAI's endpoint that decides questions, whose answers are not billed.
+- "cache_ttl_asked": "5m" when the request was seen whole and asks for no longer lifetime, else
+  "1h": for a `cache_write` whose lifetime the response does not state.
+
+`Usage.details` (tokens, each part of a bucket)
+- of `input` + cache reads: "text_input", "video_input", "document_input";
+- of `cache_read`: "cached_text_input", "cached_audio_input", "cached_image_input",
+  "cached_video_input", "cached_document_input";
+- of `output`: "text_output", "video_output", "accepted_prediction", "rejected_prediction",
+  "unstated_output" (the total proves them, no field names them: Gemini's OpenAI endpoint);
+- of nothing: "counted" (the answer of a count endpoint), "estimated_input", "estimated_output"
+  (ours, from the text seen, where the provider sent no usage: price them as "estimated"),
+  "unbilled_cache_read" (cache reads that are reported but outside what is billed: Cohere).
+
+`Usage.units` (counts, or Decimal for seconds)
+- tools: "web_search_requests", "web_search_preview_requests", "web_fetch_requests",
+  "code_execution_requests", "x_search_requests", "file_search_calls", "document_search_calls",
+  "image_generation_calls", "mcp_calls", "containers_1gb", "containers_4gb", "containers_16gb",
+  "containers_64gb", "containers" (size not stated), "live_search_sources";
+- grounding: "grounding_queries" (distinct web queries), "grounding_prompts" (1 where search
+  grounding ran), "maps_grounding_prompts";
+- media: "audio_seconds", "video_seconds", "images", "input_images", "characters", "pages";
+- else: "search_units" (rerank), "classifications", "requests", "compute_seconds",
+  "cache_storage_tokens".
+
+`Usage.label`: "message" unless a part is told apart: "compaction", "advisor", "refusal" (declined
+before any output, and not billed), "image_generation", "compound", "transcription".
+
+`UsageEvent.free`: "error", "count", "moderation", "refusal", "pending", "not_billed".
+
+`UsageEvent.flags`: "bad_usage", "usage_not_sent", "usage_not_final" (the stream ended before its
+last count), "estimated", "pending", "gapped", "aborted", "total_mismatch" (parts do not add up to
+the provider's total), "cache_split_stale" (the 5m/1h split was stated before the write count
+changed), "byok", "error_in_stream", "model_unknown", "head_unknown" (the request's head was never
+seen), "fallback_credit" (Anthropic billed some of the writes as reads, and does not say how many).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from halton_meter.model import (
+    Certainty,
+    Exchange,
+    Outcome,
+    Usage,
+    UsageEvent,
+    event_id,
+    header,
+)
+from halton_meter.providers.reading.bodies import form, request_fields
+from halton_meter.providers.reading.errors import (
+    error_class_of,
+    error_class_of_status,
+    error_code,
+    error_object,
+)
+from halton_meter.providers.reading.estimate import prompt_tokens, tokens_of
+from halton_meter.providers.reading.values import Json, as_id, as_name
+
+if TYPE_CHECKING:
+    from halton_meter.providers import Provider, Route
+
+# Ids shorter than this are not unique (Ollama counts to 999): the body is mixed into the identity.
+RESPONSE_ID_CHARS_MIN = 16
+# How an identity begins that no provider gave; no id has a space.
+_FROM_CONTENT = "from content"
+# What is looked at of a request to tell it from others: a capture may have lost what lies behind.
+IDENTITY_BYTES = 4096
+# Two sources see one request begin some milliseconds apart; a minute's border rarely lies between.
+IDENTITY_NS = 60 * 1_000_000_000
+_REQUEST_ID_HEADERS = (
+    "request-id",
+    "x-request-id",
+    "apim-request-id",
+    "x-amzn-requestid",
+    "x-ms-request-id",
+    "x-goog-request-id",
+    "x-generation-id",
+    "cf-ray",
+)
+
+
+# --- the event ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Draft:
+    """An event being written: a reader fills in what the response says, `event` seals it."""
+
+    exchange: Exchange
+    provider: str
+    endpoint: str
+    kind: str
+    request: Json = field(default_factory=dict)
+    request_model: str | None = None
+    model: str | None = None
+    response_id: str | None = None
+    identity: tuple[str, ...] | None = None
+    streaming: bool = False
+    parts: list[Usage] = field(default_factory=list)
+    conditions: dict[str, str] = field(default_factory=dict)
+    flags: set[str] = field(default_factory=set)
+    certainty: Certainty | None = None
+    free: str | None = None
+    reported_usd: Decimal | None = None
+    raw_usage: str | None = None
+    error_class: str | None = None
+    error_code: str | None = None
+
+    def condition(self, name: str, value: object) -> None:
+        """State a condition where the value is a name; nothing otherwise."""
+        text = as_name(value)
+        if text is not None:
+            self.conditions[name] = text.lower() if name == "service_tier" else text
+
+    def fail(self, document: object, in_stream: bool = False) -> None:
+        """Note the error that a document states (or that only the status states)."""
+        status = self.exchange.response.status
+        by_status = error_class_of_status(status) if status is not None else None
+        if by_status is None and error_object(document) is None:
+            return
+        self.error_class = by_status or error_class_of(document)
+        self.error_code = error_code(document)
+        if in_stream:
+            self.flags.add("error_in_stream")
+
+    def usage_not_sent(self, answered: Iterable[str] = ()) -> None:
+        """Note that the response carries no usage; estimate from the text that was seen."""
+        self.flags.add("usage_not_sent")
+        details: dict[str, int] = {}
+        model = self.model or self.request_model
+        if output := tokens_of(answered, model):
+            guess = prompt_tokens(self.request, model)
+            if guess is not None:
+                details["estimated_input"] = guess
+            details["estimated_output"] = output
+            self.flags.add("estimated")
+            self.certainty = Certainty.ESTIMATED
+        else:
+            self.certainty = Certainty.UNKNOWN
+        self.parts = [Usage(model, details=details)]
+
+    def not_final(self) -> None:
+        """Note that the counts are those of a moment before the end, which was not seen.
+
+        A charge stated beside them is of that moment too, and so not what the provider reports.
+        """
+        self.reported_usd = None
+        self.flags |= {"usage_not_final", "estimated"}
+        self.certainty = Certainty.ESTIMATED
+
+    def pending(self) -> None:
+        """Note that this only started something: its usage will be seen in a later answer."""
+        self.free = "pending"
+        self.flags.add("pending")
+        self.certainty = Certainty.UNKNOWN
+        if self.response_id is not None:
+            self.identity = (self.response_id, "pending")
+
+    def event(self) -> UsageEvent:
+        """The event as it stands."""
+        exchange = self.exchange
+        counted = any(
+            part.units or any(getattr(part.tokens, name) is not None for name in BILLED)
+            for part in self.parts
+        )
+        if self.error_class is not None and not counted and self.free is None:
+            self.free = "error" if exchange.response.status is not None else None
+        if exchange.outcome is not Outcome.COMPLETE:
+            self.flags.add(exchange.outcome.value)
+        known = counted or self.reported_usd is not None or self.free is not None
+        certainty = self.certainty or (Certainty.REPORTED if known else Certainty.UNKNOWN)
+        model = self.model or self.request_model
+        identity = self.identity or self._identity()
+        return UsageEvent(
+            id=event_id(self.provider, *identity),
+            provider=self.provider,
+            host=exchange.request.host or exchange.connection.peer,
+            endpoint=self.endpoint,
+            kind=self.kind,
+            model=model,
+            request_model=self.request_model,
+            response_id=self.response_id,
+            streaming=self.streaming,
+            http_status=exchange.response.status,
+            error_class=self.error_class,
+            outcome=exchange.outcome,
+            source=exchange.connection.source,
+            parts=tuple(self.parts) or (Usage(model),),
+            certainty=certainty,
+            at_ns=exchange.started_ns,
+            ttft_ms=_milliseconds(exchange.started_ns, exchange.first_byte_ns),
+            duration_ms=_milliseconds(exchange.started_ns, exchange.ended_ns),
+            process=exchange.connection.process,
+            id_from_content=identity[0] == _FROM_CONTENT,
+            conditions=self.conditions,
+            free=self.free,
+            reported_usd=self.reported_usd,
+            flags=tuple(sorted(self.flags)),
+            raw_usage=self.raw_usage,
+            provider_error_code=self.error_code,
+        )
+
+    def _identity(self) -> tuple[str, ...]:
+        if self.response_id is not None:
+            if len(self.response_id) >= RESPONSE_ID_CHARS_MIN:
+                return (self.response_id,)
+            return (self.response_id, _digest(self.exchange))
+        for name in _REQUEST_ID_HEADERS:
+            value = header(self.exchange.response.headers, name)
+            if value is not None and len(value) >= RESPONSE_ID_CHARS_MIN and as_id(value):
+                return ("request", value)
+        process = self.exchange.connection.process
+        if process is None:
+            return ("digest", _digest(self.exchange), str(self.exchange.started_ns))
+        return (_FROM_CONTENT, str(process.pid), _content(self.exchange))
+
+
+BILLED = (
+    "input",
+    "cache_read",
+    "cache_write_5m",
+    "cache_write_1h",
+    "cache_write_12h",
+    "cache_write",
+    "output",
+)
+
+
+def _milliseconds(start_ns: int, end_ns: int | None) -> float | None:
+    return None if end_ns is None else round(max(0, end_ns - start_ns) / 1e6, 3)
+
+
+def _digest(exchange: Exchange) -> str:
+    if not exchange.digest:
+        exchange.digest.append(_digested(exchange))
+    return exchange.digest[0]
+
+
+def _digested(exchange: Exchange) -> str:
+    request, response = exchange.request, exchange.response
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (request.host, request.path, str(response.status)):
+        digest.update((part or "").encode("utf-8", "replace") + b"\x1f")
+    for body in (request.body, response.body):
+        for piece in body.pieces:
+            digest.update(piece)
+        digest.update(b"\x1f")
+    return digest.hexdigest()
+
+
+def _content(exchange: Exchange) -> str:
+    """What every live source sees alike of an exchange, though one may lose bytes of it.
+
+    The second in which the server answered is the server's own word where it sends a Date; the
+    response's body is left out, because a source may have seen less of it than another.
+    """
+    request, response = exchange.request, exchange.response
+    date = header(response.headers, "date") or str(exchange.started_ns // IDENTITY_NS)
+    length = header(request.headers, "content-length")
+    # What a client takes for the provider's 502 may be the proxy's, which knows that none came.
+    status = str(response.status) if response.status and response.status < 500 else None
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (request.method, request.host, request.path, length, status, date):
+        digest.update((part or "").encode("utf-8", "replace") + b"\x1f")
+    digest.update(b"".join(request.body.pieces[:1])[:IDENTITY_BYTES])
+    return digest.hexdigest()
+
+
+def begin(
+    exchange: Exchange, route: Route, provider: Provider, wanted: tuple[str, ...] = ()
+) -> Draft:
+    """A draft with what the request and the route already say.
+
+    `wanted` names the form fields to read of a multipart request besides the model.
+    """
+    request = request_fields(exchange, wanted)
+    draft = Draft(exchange, provider.id, route.endpoint, route.kind, request)
+    draft.request_model = as_name(request.get("model"))
+    written = form(exchange.response.headers, exchange.response.body)
+    draft.streaming = request.get("stream") in (True, "true") or written in ("sse", "eventstream")
+    if exchange.request.method is None:
+        draft.flags.add("head_unknown")
+    return draft
+
+
+def failed(exchange: Exchange) -> bool:
+    """Whether the status alone says that nothing was made."""
+    status = exchange.response.status
+    return status is not None and status >= 400
+
+
+def unanswered(draft: Draft) -> bool:
+    """Whether no response was seen at all; the draft then says so."""
+    response = draft.exchange.response
+    if response.status is None and not response.body.pieces:
+        draft.error_class = "network" if draft.exchange.outcome is Outcome.ABORTED else None
+        draft.certainty = Certainty.UNKNOWN
+        return True
+    return False

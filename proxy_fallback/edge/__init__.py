@@ -1,0 +1,1 @@
+"""The fail-open listener that clients connect to. Standard library only."""

@@ -1,0 +1,534 @@
+"""The edge: a tiny proxy on loopback that always lets traffic through.
+
+Clients are pointed at it once and for all. A connection to a provider's host is handed to
+mitmproxy, which meters it; every other host is tunnelled raw and never decrypted. Whatever is
+wrong with mitmproxy (down, slow, hung, crash-looping, not trusted by that client), the provider's
+host is tunnelled raw too: unmetered, and counted by host and cause. Standard library only, one
+thread, no buffer without a limit; it must keep working whatever else dies.
+
+What it refuses: to bind or to serve anything but loopback, to serve another user than its owner and
+root (see served.py), to connect to itself, to look into what it tunnels, to name any host but a
+provider's in what it counts. It cannot mend a stream that
+mitmproxy was decrypting when it died: that breaks, and the next request succeeds. A TLS handshake
+that mitmproxy had not answered yet is said again to the provider itself.
+
+Read `Edge` for the interface, `_Client` for a connection's life. Where it listens is listening.py,
+how bytes pass is tunnel.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from proxy_fallback.edge import client_end
+from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge.listening import (
+    ADDRESS,
+    BACKLOG,
+    HEALTH_PATH,
+    EdgeError,
+    is_loopback,
+    unfit,
+)
+from proxy_fallback.edge.proxy_request import Asked, read_request
+from proxy_fallback.edge.served import Peer, peer_of, served_uids
+from proxy_fallback.edge.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, Answering, End, Worker
+
+HEAD_S_MAX = 60.0
+# What others, who are refused, may hold open: enough to be told so.
+OTHERS_MAX = 64
+OTHERS_HEAD_S_MAX = 5.0
+# How long mitmproxy may take to answer our CONNECT before the host is tried raw, too. It connects
+# to the provider first, which takes some 50 ms.
+WORKER_ANSWER_S_MAX = 1.0
+# After so many failures in a row mitmproxy is not asked again for a while (a circuit breaker).
+WORKER_FAILURES_MAX = 3
+BREAKER_OPEN_S = 5.0
+ORIGIN_CONNECT_S_MAX = 30.0
+HAPPY_EYEBALLS_S = 0.25
+LOOKUP_THREADS = 16
+CONNECTIONS_MAX = 8192
+# Descriptors kept free for all that is no tunnel; a tunnel takes two.
+DESCRIPTORS_SPARE = 64
+BYPASSED_HOSTS_MAX = 256
+REFUSALS_MAX = 512
+
+_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of descriptors to the hard one; how many tunnels that allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS_MAX + DESCRIPTORS_SPARE
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS_MAX
+    return max(1, min(CONNECTIONS_MAX, (soft - DESCRIPTORS_SPARE) // 2))
+
+
+def _is_address(host: str) -> bool:
+    return ":" in host or host.replace(".", "").isdigit()
+
+
+# --- which hosts -----------------------------------------------------------------------------
+
+
+class HostSet:
+    """Exact host names and "*.suffix" ones."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = [name.lower() for name in names]
+        self._exact = frozenset(name for name in names if not name.startswith("*."))
+        self._suffixes = tuple(name[1:] for name in names if name.startswith("*."))
+
+    def __contains__(self, host: object) -> bool:
+        name = str(host).lower().rstrip(".")
+        return name in self._exact or name.endswith(self._suffixes)
+
+
+# --- the edge --------------------------------------------------------------------------------
+
+
+class Edge:
+    """The running edge. Use it from its event loop's thread only.
+
+    `hosts` are the providers'. `upstream` is the proxy by which raw tunnels leave, or None.
+    `program_of` names the program behind a client's socket, or None: asked only for
+    hosts whose certificate some program refused, in a thread of its own. `served` are the users
+    whose connections are taken, `worker_secret` is what mitmproxy knows the edge by.
+
+    Until `send_to` is called provider hosts are tunnelled raw. `counts` has, by cause, what
+    happened since the start; `bypassed` the provider connections that went by unmetered, by host
+    and cause.
+    """
+
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        upstream: tuple[str, int] | None = None,
+        program_of: Callable[[ClientEnd], str | None] = lambda end: None,
+        connections_max: int = CONNECTIONS_MAX,
+        served: frozenset[int] | None = None,
+        worker_secret: str = "",
+    ) -> None:
+        self.hosts = HostSet(hosts)
+        self.accepted = self.hosts
+        self.upstream = upstream
+        self.counts: Counter[str] = Counter()
+        self.bypassed: dict[str, Counter[str]] = {}
+        self.clients: set[_Client] = set()
+        self.connections_max = connections_max
+        self.served = served_uids() if served is None else served
+        self.worker_secret = worker_secret
+        self.others = 0  # connections of users who are refused
+        self._program_of = program_of
+        self._refusals: dict[tuple[str, str | None], int] = {}
+        self._worker_port: int | None = None
+        self._cause = "not_started"
+        self._failures = 0
+        self._open_until = 0.0
+        self._servers: list[asyncio.Server] = []
+        self._own: set[int] = set()
+        self.on_bypass: Callable[[str, str], None] = lambda host, cause: None
+
+    async def serve(self, sockets: Iterable[socket.socket]) -> None:
+        """Begin to accept on these listening sockets; returns at once."""
+        loop = asyncio.get_running_loop()
+        # Names are looked up in threads; a few slow ones must not hold up the others.
+        loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS, "lookup"))
+        for each in sockets:
+            problem = unfit(each)
+            if problem:
+                raise EdgeError(f"the edge listens on loopback only: {problem}")
+            each.setblocking(False)
+            self._own.add(int(each.getsockname()[1]))
+            server = await loop.create_server(lambda: _Client(self), sock=each, backlog=BACKLOG)
+            self._servers.append(server)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Accept no more; close what is still open after `drain_s`."""
+        for server in self._servers:
+            server.close()
+        deadline = time.monotonic() + drain_s
+        while self.clients and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for client in list(self.clients):
+            client.abort()
+
+    # --- told by the supervisor
+
+    def send_to(self, worker_port: int, accepted: Iterable[str] | None = None) -> None:
+        """Provider hosts go to the mitmproxy on this loopback port from now on.
+
+        `accepted` are those for which its certificate will do (None: all); others stay raw.
+        """
+        self._worker_port, self._failures, self._open_until = worker_port, 0, 0.0
+        self.accepted = self.hosts if accepted is None else HostSet(accepted)
+
+    def bypass(self, cause: str) -> None:
+        """Provider hosts are tunnelled raw from now on, for this reason (a snake_case word)."""
+        self._worker_port, self._cause = None, cause
+
+    def refuse(self, host: str, program: str | None, said: bool) -> None:
+        """A program would not have our certificate for a host: let it pass by us next time.
+
+        One that only hung up (`said` is False) is believed the second time: it may have had
+        enough of waiting.
+        """
+        key = (host, program)
+        if key not in self._refusals and len(self._refusals) >= REFUSALS_MAX:
+            self._refusals.pop(next(iter(self._refusals)))
+            self.counts["refusals_over_limit"] += 1
+        self._refusals[key] = self._refusals.get(key, 0) + (2 if said else 1)
+
+    def forget_refusals(self) -> None:
+        """Trust was put right, it may be tried again."""
+        self._refusals.clear()
+
+    def refusals(self) -> list[tuple[str, str | None]]:
+        """The (host, program) pairs tunnelled raw because the program does not trust us."""
+        return [key for key, weight in self._refusals.items() if weight >= 2]
+
+    # --- asked by connections
+
+    def is_own(self, host: str, port: int) -> bool:
+        """Whether this address is the edge's own."""
+        if port not in self._own:
+            return False
+        return is_loopback(host) or host.lower().rstrip(".").endswith("localhost")
+
+    async def route(self, host: str, client: ClientEnd) -> tuple[int | None, str]:
+        """The port of mitmproxy for a provider's host, and "", or None and why not."""
+        if self._worker_port is None:
+            return None, self._cause
+        if self._open_until > time.monotonic():
+            return None, "worker_failing"
+        if host not in self.accepted:
+            return None, "certificate_unusable"
+        if any(refused == host for refused, _ in self._refusals):
+            loop = asyncio.get_running_loop()
+            program = await loop.run_in_executor(None, self._program_of, client)
+            if self._refusals.get((host, program), 0) >= 2:
+                return None, "certificate_refused"
+        return self._worker_port, ""
+
+    def worker_answered(self) -> None:
+        """A connection was taken by mitmproxy."""
+        self._failures = 0
+
+    def worker_failed(self, port: int) -> None:
+        """A connection was not taken; too often in a row, and mitmproxy is left alone a while."""
+        if port != self._worker_port:
+            return
+        self._failures += 1
+        if self._failures >= WORKER_FAILURES_MAX:
+            self._open_until = time.monotonic() + BREAKER_OPEN_S
+            self._failures = WORKER_FAILURES_MAX - 1  # the next failure opens it again at once
+            self.counts["breaker_opened"] += 1
+
+    def count_bypass(self, host: str, cause: str) -> None:
+        """A provider's host is tunnelled raw."""
+        if host not in self.bypassed and len(self.bypassed) >= BYPASSED_HOSTS_MAX:
+            host = "other hosts"
+        self.bypassed.setdefault(host, Counter())[cause] += 1
+        self.counts["bypassed"] += 1
+        self.on_bypass(host, cause)
+
+
+# --- one connection --------------------------------------------------------------------------
+
+
+class _Client(End):
+    """A client's connection: its request's head, where it leads, then a tunnel until both end."""
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__()
+        self._edge = edge
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._end = ClientEnd("", 0, 0)
+        self._wants_tunnel = False
+        self._is_others = False
+
+    # --- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        edge = self._edge
+        edge.clients.add(self)
+        edge.counts["accepted"] += 1
+        peer = transport.get_extra_info("peername")
+        near = transport.get_extra_info("sockname")
+        if peer and near:
+            self._end = ClientEnd(str(peer[0]), int(peer[1]), int(near[1]))
+        if not is_loopback(self._end.address):
+            # Possible from this very machine only; no program of its user has a reason to.
+            self._refuse("refused_not_loopback", None)
+        elif len(edge.clients) > edge.connections_max:
+            self._refuse("refused_over_limit", "503 Service Unavailable")
+        else:
+            self._admit(peer_of(transport.get_extra_info("socket"), edge.served))
+
+    def _admit(self, peer: Peer) -> None:
+        """Wait for what it asks, even if that will be refused: only then it hears why."""
+        edge, wait_s = self._edge, HEAD_S_MAX
+        if peer is Peer.GONE:
+            self._refuse("refused_gone", None)
+            return
+        if peer is Peer.OTHER_USER:
+            self._is_others, wait_s = True, OTHERS_HEAD_S_MAX
+            edge.others += 1
+            if edge.others > OTHERS_MAX:
+                self._refuse("refused_other_user", None)
+                return
+        elif peer is Peer.UNKNOWN:
+            edge.counts["served_unknown_user"] += 1
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(wait_s, self._refuse, "refused_no_request", None)
+
+    def hear(self, data: bytes) -> None:
+        self.early += data
+        if self._task is not None:  # it talks on while we connect: enough is enough
+            if len(self.early) > REPLAY_BYTES_MAX and self.transport is not None:
+                self.transport.pause_reading()
+        elif self._timer is None:  # refused already
+            self.early.clear()
+        elif b"\r\n\r\n" in self.early:
+            self._stop_timer()
+            self._task = asyncio.get_running_loop().create_task(self._go())
+        elif len(self.early) > HEAD_BYTES_MAX:
+            self._stop_timer()
+            self._refuse("refused_head_too_long", "431 Request Header Fields Too Large")
+
+    def data_received(self, data: bytes) -> None:
+        if type(self.other) is Worker:
+            self.other.keep(data)
+        super().data_received(data)
+
+    def eof_received(self) -> bool:
+        # It left before it had asked for anything, or before its tunnel stood. (The end of a plain
+        # request is no farewell: its answer is still wanted.)
+        if self._task is None or (self._wants_tunnel and self.other is None):
+            return False
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._edge.clients.discard(self)
+        self._edge.others -= self._is_others
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, cause: str, status: str | None, detail: str = "") -> None:
+        self._edge.counts[cause] += 1
+        self._answer(status, detail or cause.replace("_", " "))
+
+    def _refuse_loop(self) -> None:
+        self._refuse("refused_loop", "403 Forbidden", "this address is the edge itself")
+
+    def _answer(self, status: str | None, text: str) -> None:
+        """Say this and close; with no status, close at once."""
+        if self.transport is None or self.lost:
+            return
+        if status is None:
+            self.transport.abort()
+            return
+        body = f"halton-meter edge: {text}\n".encode()
+        head = f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+    # --- where it leads
+
+    async def _go(self) -> None:
+        try:
+            head, _, rest = bytes(self.early).partition(b"\r\n\r\n")
+            self.early[:] = rest
+            await self._serve(head)
+        except (OSError, TimeoutError) as error:
+            reason = "it took too long" if isinstance(error, TimeoutError) else str(error)
+            self._refuse("origin_unreachable", "502 Bad Gateway", reason)
+        except Exception as error:  # one connection's trouble must not become the others'
+            self._refuse(f"failed_{type(error).__name__}", "502 Bad Gateway")
+
+    async def _serve(self, head: bytes) -> None:
+        edge = self._edge
+        if head.startswith(f"GET {HEALTH_PATH} ".encode()):
+            self._answer("200 OK", "here")  # to anybody: who wants the port is told who has it
+            return
+        if self._is_others:
+            self._refuse(
+                "refused_other_user",
+                "403 Forbidden",
+                f"this proxy is uid {os.geteuid()}'s and serves no other user",
+            )
+            return
+        asked = read_request(head)
+        if asked is None:
+            self._refuse("refused_no_proxy_request", "400 Bad Request")
+            return
+        self._wants_tunnel = asked.origin_head is None
+        if edge.is_own(asked.host, asked.port):  # not by way of mitmproxy either
+            self._refuse_loop()
+            return
+        far, cause = None, ""
+        if asked.host in edge.hosts:
+            worker_port, cause = await edge.route(asked.host, self._end)
+            if worker_port is not None:
+                far, cause = await self._to_worker(worker_port, asked)
+            if not cause:
+                return
+        far = far or await self._reach(asked)
+        if far is None:
+            self._refuse_loop()
+            return
+        if cause:
+            edge.count_bypass(asked.host, cause)
+        else:
+            edge.counts["tunnelled"] += 1
+        plain = asked.origin_head if edge.upstream is None else asked.absolute_head
+        self._join(far, asked, plain)
+
+    async def _to_worker(self, worker_port: int, asked: Asked) -> tuple[End | None, str]:
+        """Join the client to mitmproxy: (None, "") when that is done, else why it was not.
+
+        mitmproxy connects to the host before it answers. When it takes long, that may be the
+        host's doing, so the host is tried raw beside it, and whoever is there first is taken: an
+        end at the host itself is then given back, too.
+        """
+        edge = self._edge
+        loop = asyncio.get_running_loop()
+
+        def gone(said: bytes) -> None:
+            edge.worker_failed(worker_port)
+            self.early[:0] = said
+            self._task = loop.create_task(self._say_again(asked))
+
+        worker = Worker(gone)
+        asking = loop.create_task(self._ask(worker, worker_port, asked))
+        reaching: asyncio.Task[End | None] | None = None
+        far, cause = None, "worker_slow"
+        try:
+            await asyncio.wait({asking}, timeout=WORKER_ANSWER_S_MAX)
+            if not asking.done():
+                reaching = loop.create_task(self._reach(asked))
+                await asyncio.wait({asking, reaching}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                cause = asking.result()
+            elif reaching is not None:
+                far = reaching.result()
+        finally:
+            asking.cancel()
+            if cause:
+                worker.abort()
+            if reaching is not None and far is None:
+                _give_up(reaching)
+        if cause:
+            # One that declines is alive: the host cannot be reached, as the raw tunnel will tell.
+            if cause != "worker_declined":
+                edge.worker_failed(worker_port)
+            return far, cause
+        edge.worker_answered()
+        edge.counts["metered"] += 1
+        self._join(worker, asked, asked.origin_head)
+        return None, ""
+
+    async def _ask(self, worker: Worker, worker_port: int, asked: Asked) -> str:
+        """Ask mitmproxy for a tunnel; "" when it was given, else the cause."""
+        loop = asyncio.get_running_loop()
+        header = (
+            f"{client_end.HEADER}: {client_end.to_header(self._end)}\r\n"
+            f"Proxy-Authorization: Bearer {self._edge.worker_secret}\r\n"
+        )
+        try:
+            await loop.create_connection(lambda: worker, ADDRESS, worker_port)
+            accepted = await worker.connect(asked.host, asked.port, header)
+        except OSError:
+            return "worker_down"
+        if worker.lost or (worker.ended and not accepted):
+            return "worker_down"
+        return "" if accepted else "worker_declined"
+
+    async def _say_again(self, asked: Asked) -> None:
+        """The worker is gone and has said nothing to the client: begin anew, past it."""
+        self._edge.counts["metered"] -= 1
+        self._edge.count_bypass(asked.host, "worker_died")
+        far = None
+        with contextlib.suppress(OSError, TimeoutError):
+            far = await self._reach(asked)
+        if far is None:
+            self.abort()
+        else:
+            self._tunnel(far)
+
+    async def _reach(self, asked: Asked) -> End | None:
+        """An end at the host itself, or at the upstream proxy; None when it would be ourselves."""
+        edge = self._edge
+        loop = asyncio.get_running_loop()
+        proxy = Answering() if edge.upstream is not None else None
+        far = proxy or End()
+        address = edge.upstream or (asked.host, asked.port)
+        try:
+            async with asyncio.timeout(ORIGIN_CONNECT_S_MAX):
+                # A name may have several addresses, of which the first may be a dead end.
+                delay_s = None if _is_address(address[0]) else HAPPY_EYEBALLS_S
+                await loop.create_connection(lambda: far, *address, happy_eyeballs_delay=delay_s)
+                assert far.transport is not None
+                peer = far.transport.get_extra_info("peername")
+                if peer and edge.is_own(str(peer[0]), int(peer[1])):
+                    far.abort()
+                    return None
+                tunnel = proxy if asked.origin_head is None else None
+                if tunnel is not None and not await tunnel.connect(asked.host, asked.port):
+                    raise ConnectionRefusedError("the upstream proxy refused the tunnel")
+        except BaseException:
+            far.abort()
+            raise
+        return far
+
+    def _join(self, far: End, asked: Asked, plain_head: bytes | None) -> None:
+        """Tell the client that its tunnel stands, or the far end what is asked; then let flow."""
+        assert self.transport is not None
+        if asked.origin_head is None:
+            self.transport.write(_ESTABLISHED)
+        elif plain_head is not None:
+            self.early[:0] = plain_head
+        self._tunnel(far)
+
+    def _tunnel(self, far: End) -> None:
+        if self.lost or self.transport is None:
+            far.abort()
+            return
+        if type(far) is Worker:
+            far.keep(bytes(self.early))
+        self.transport.resume_reading()
+        self.join(far)
+
+
+def _give_up(reaching: asyncio.Task[End | None]) -> None:
+    """Let go of an end that is being reached, or is reached and not wanted."""
+    if not reaching.done():
+        reaching.cancel()
+    elif not reaching.cancelled() and reaching.exception() is None:
+        far = reaching.result()
+        if far is not None:
+            far.abort()

@@ -1,0 +1,1 @@
+"""mitmproxy: decrypts what the edge hands over, and meters it."""

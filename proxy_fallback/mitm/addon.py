@@ -1,0 +1,329 @@
+"""A mitmproxy addon that watches flows and hands them over as exchanges.
+
+It alters nothing, not a header, and never holds a byte back: bodies are streamed through while a
+copy is recorded, WebSocket messages are looked at as they pass. mitmproxy has already decoded HTTP,
+so this source joins at `Exchange`, not at plaintext. It refuses to know what an exchange means and
+which one is wanted: a recording is begun by what is handed in (`Wiring`), because this package sees
+only the model; `halton_meter/wire/recording.py` is what records. A failure in here is counted and
+swallowed: the flow goes on unmetered.
+
+What mitmproxy itself changes, and no addon can prevent: it answers `Expect: 100-continue` and drops
+that header, swallows interim (1xx) responses, cuts chunks anew, writes one space before a field's
+value, has an order of its own for HTTP/2's pseudo-headers, and passes a WebSocket message on when
+it is whole. What would break or pile up traffic is mended: see mitm/patches.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from halton_meter.model import Connection, Exchange, Process, Source
+from halton_meter.model import Protocol as HttpProtocol
+from proxy_fallback.edge import client_end
+from proxy_fallback.edge.client_end import ClientEnd
+
+if TYPE_CHECKING:
+    from mitmproxy import http, tls
+
+# Flows being watched at once; more than any person's tools have open.
+FLOWS_MAX = 4096
+# Lookups of clients' processes at once.
+LOOKUP_THREADS = 4
+_NS = 1_000_000_000
+
+Fields = Iterable[tuple[str, str]]
+
+
+class Recording(Protocol):
+    """One flow being recorded (halton_meter.wire.recording.Recording is one)."""
+
+    def sent(self, data: bytes) -> None:
+        """Bytes of the request's body."""
+
+    def sent_all(self, at_ns: int) -> list[Exchange]:
+        """The request ended."""
+
+    def answered(self, status: int, fields: Fields, at_ns: int) -> None:
+        """The response's head."""
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the response's body."""
+
+    def received_all(self, trailers: Fields, at_ns: int) -> list[Exchange]:
+        """The response ended."""
+
+    def message(self, from_client: bool, data: bytes, at_ns: int) -> list[Exchange]:
+        """A WebSocket message."""
+
+    def end(self, at_ns: int) -> list[Exchange]:
+        """Nothing more will come."""
+
+
+class Begin(Protocol):
+    """Begins a recording (halton_meter.wire.recording.Recorder.begin does)."""
+
+    def __call__(
+        self,
+        connection: Connection,
+        protocol: HttpProtocol,
+        method: str,
+        authority: str | None,
+        target: str,
+        fields: Fields,
+        at_ns: int,
+    ) -> Recording | None:
+        """None when nobody wants the exchange of this request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What the composition root hands in.
+
+    `begin` is told each request's head and gives what records it, or None; `process_of` names the
+    owner of a client's socket; `deliver` takes each finished exchange. `refused` is told
+    when a client (None: unknown) would not have our certificate for a host, or we not the host's:
+    True when that was said, False when somebody merely hung up. `losses` counts what went by
+    unmetered, by cause; whoever records may count there, too.
+    """
+
+    begin: Begin
+    process_of: Callable[[ClientEnd], Process | None]
+    deliver: Callable[[Exchange], None]
+    refused: Callable[[str, Process | None, bool], None] = lambda host, process, said: None
+    losses: Counter[str] = field(default_factory=Counter)
+
+
+class _Watched:
+    """One flow being watched."""
+
+    __slots__ = ("client_id", "flow", "recording")
+
+    def __init__(self, flow: http.HTTPFlow, recording: Recording) -> None:
+        self.flow = flow
+        self.client_id = flow.client_conn.id
+        self.recording = recording
+
+
+def _pairs(headers: http.Headers) -> list[tuple[str, str]]:
+    # `fields` are the raw pairs; mitmproxy's own `items` ships no types.
+    return [
+        (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in headers.fields
+    ]
+
+
+def _ns(seconds: float | None) -> int:
+    return time.time_ns() if seconds is None else int(seconds * _NS)
+
+
+class MeterAddon:
+    """Watches HTTP flows to providers. `losses` counts what went by unmetered, by cause."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._flows: dict[str, _Watched] = {}
+        self._owners: dict[str, Future[Process | None]] = {}
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "owner")
+        self._serial = itertools.count(1)
+        self.losses = wiring.losses
+
+    # --- mitmproxy's hooks; their names are its own ---
+
+    def load(self, loader: object) -> None:
+        """We were added to a proxy that is about to start."""
+        try:
+            from proxy_fallback.mitm import patches
+
+            patches.step_over_interim_responses()
+            patches.hold_http2_senders_back(self._count)
+        except Exception as error:  # nothing that watches may break what is watched
+            self._count(error)
+
+    def http_connect(self, flow: http.HTTPFlow) -> None:
+        """A client wants a tunnel: find out whose it is while it certainly lives."""
+        try:
+            self._find_owner(flow)
+        except Exception as error:  # as above
+            self._failed(flow, error)
+
+    async def tls_failed_client(self, data: tls.TlsData) -> None:
+        """A client would not have our certificate: the edge lets it pass by us next time."""
+        await self._refused(data, data.context.client.sni, "does not trust")
+
+    async def tls_failed_server(self, data: tls.TlsData) -> None:
+        """We would not have a provider's certificate: its client may judge for itself next time."""
+        await self._refused(data, data.context.server.sni, "verify")
+
+    async def _refused(self, data: tls.TlsData, name: str | None, because: str) -> None:
+        try:
+            client, server = data.context.client, data.context.server
+            host = name or (server.address[0] if server.address else "")
+            said = because in (data.conn.error or "")
+            self._wiring.refused(host.lower(), await self._owner(client.id), said)
+        except Exception as error:  # as above
+            self._count(error)
+
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """A request's head: decide, and stream its body past us."""
+        if flow.error is not None:  # it goes nowhere
+            return
+        flow.request.stream = True
+        try:
+            if flow.client_conn.id not in self._owners:  # no CONNECT: a plain HTTP request
+                self._find_owner(flow)
+            self._begin(flow, await self._owner(flow.client_conn.id))
+        except Exception as error:  # as above
+            self._failed(flow, error)
+
+    def request(self, flow: http.HTTPFlow) -> None:
+        """A whole request went by."""
+        self._tell(flow, lambda each: each.sent_all(_ns(flow.request.timestamp_end)))
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """A response's head: stream its body past us."""
+        if flow.response is None:
+            return
+        flow.response.stream = True
+        self._tell(flow, lambda each: self._answered(flow, each))
+
+    def response(self, flow: http.HTTPFlow) -> None:
+        """A whole response went by."""
+        response = flow.response
+        if response is None or flow.websocket is not None:
+            return
+        trailers = _pairs(response.trailers) if response.trailers else []
+        at_ns = _ns(response.timestamp_end)
+        self._tell(flow, lambda each: each.received_all(trailers, at_ns))
+        if response.status_code == 101:  # a protocol that is none of ours
+            self._flows.pop(flow.id, None)
+
+    def websocket_message(self, flow: http.HTTPFlow) -> None:
+        """A message passes: look at it, and let mitmproxy forget those that have passed."""
+        if flow.websocket is None or not flow.websocket.messages:
+            return
+        message = flow.websocket.messages[-1]
+        # mitmproxy keeps every message of a socket; a session may carry gigabytes.
+        del flow.websocket.messages[:-1]
+        at_ns = _ns(message.timestamp)
+        content = message.content
+        self._tell(flow, lambda each: each.message(message.from_client, content, at_ns))
+
+    def websocket_end(self, flow: http.HTTPFlow) -> None:
+        """A WebSocket closed."""
+        self._end(flow, flow.websocket.timestamp_end if flow.websocket is not None else None)
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        """The flow broke off: a side hung up or the server was not reached."""
+        self._end(flow, flow.error.timestamp if flow.error is not None else None)
+
+    def client_disconnected(self, client: object) -> None:
+        """Forget a client's connection, and end what is still open on it."""
+        client_id = str(getattr(client, "id", ""))
+        self._owners.pop(client_id, None)
+        for watched in [each for each in self._flows.values() if each.client_id == client_id]:
+            self._end(watched.flow, None)
+
+    def done(self) -> None:
+        """The proxy shuts down: end whatever is open."""
+        for watched in list(self._flows.values()):
+            self._end(watched.flow, None)
+
+    # --- ours ---
+
+    def _count(self, error: Exception) -> None:
+        self.losses[f"addon_{type(error).__name__}"] += 1
+
+    def _failed(self, flow: http.HTTPFlow, error: Exception) -> None:
+        self._flows.pop(flow.id, None)
+        self._count(error)
+
+    def _find_owner(self, flow: http.HTTPFlow) -> None:
+        client = flow.client_conn
+        end = client_end.from_header(flow.request.headers.get(client_end.HEADER, ""))
+        if end is None:  # it came to us without the edge
+            end = ClientEnd(client.peername[0], client.peername[1], client.sockname[1])
+        # In a thread, as it takes some ms: meanwhile the provider is connected to. Whoever connects
+        # lives at least until its request is let through, which waits for the answer.
+        self._owners[client.id] = self._lookups.submit(self._wiring.process_of, end)
+
+    async def _owner(self, client_id: str) -> Process | None:
+        lookup = self._owners.get(client_id)
+        try:
+            return None if lookup is None else await asyncio.wrap_future(lookup)
+        except Exception as error:  # an exchange of nobody's is better than none
+            self._count(error)
+            return None
+
+    def _begin(self, flow: http.HTTPFlow, owner: Process | None) -> None:
+        if len(self._flows) >= FLOWS_MAX:
+            self.losses["flows_over_limit"] += 1
+            return
+        request = flow.request
+        recording = self._wiring.begin(
+            self._connection(flow, owner),
+            HttpProtocol.HTTP2 if request.is_http2 else HttpProtocol.HTTP1,
+            request.method,
+            request.authority or request.host_header,
+            request.path,
+            _pairs(request.headers),
+            _ns(request.timestamp_start),
+        )
+        if recording is not None:
+            self._flows[flow.id] = _Watched(flow, recording)
+            request.stream = self._tee(flow, recording.sent)
+
+    def _connection(self, flow: http.HTTPFlow, owner: Process | None) -> Connection:
+        client = flow.client_conn
+        return Connection(
+            id=f"proxy/{client.id}/{next(self._serial)}",
+            source=Source.PROXY,
+            process=owner,
+            peer=(client.sni or flow.request.host).lower(),
+            peer_port=flow.request.port,
+        )
+
+    def _answered(self, flow: http.HTTPFlow, recording: Recording) -> list[Exchange]:
+        response = flow.response
+        assert response is not None
+        recording.answered(
+            response.status_code, _pairs(response.headers), _ns(response.timestamp_start)
+        )
+        response.stream = self._tee(flow, recording.received)
+        return []
+
+    def _tee(self, flow: http.HTTPFlow, copy: Callable[[bytes], None]) -> Callable[[bytes], bytes]:
+        """Pass bytes through at once, copied; a copy that fails ends alone."""
+
+        def passed(data: bytes) -> bytes:
+            if data and flow.id in self._flows:
+                try:
+                    copy(data)
+                except Exception as error:  # the client must never notice
+                    self._failed(flow, error)
+            return data
+
+        return passed
+
+    def _tell(self, flow: http.HTTPFlow, told: Callable[[Recording], list[Exchange]]) -> None:
+        """Tell a flow's recording something; what it finished is delivered."""
+        watched = self._flows.get(flow.id)
+        if watched is None:
+            return
+        try:
+            finished = told(watched.recording)
+            if finished and flow.websocket is None:
+                del self._flows[flow.id]
+            for exchange in finished:
+                self._wiring.deliver(exchange)
+        except Exception as error:  # as above
+            self._failed(flow, error)
+
+    def _end(self, flow: http.HTTPFlow, at: float | None) -> None:
+        self._tell(flow, lambda each: each.end(_ns(at)))
+        self._flows.pop(flow.id, None)

@@ -1,0 +1,270 @@
+"""One mitmproxy of our own, in a thread: behind the edge, or for as long as one command runs.
+
+It listens on a loopback port that the system chooses, decrypts only provider hosts and tunnels
+every other host raw. Its CA lives in a folder of the user's, key mode 0600; a single command comes
+to trust it through the variables of `client_environment`. Nothing on the system changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import ssl
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proxy_fallback.mitm.addon import MeterAddon
+    from proxy_fallback.mitm.guard import EdgeOnly
+
+START_SECONDS_MAX = 20.0
+STOP_SECONDS_MAX = 10.0
+# Apps for mitmproxy's local mode, as `init --redirect` gives them to the service.
+REDIRECT_VARIABLE = "HALTON_METER_REDIRECT"
+# Variables by which the runtimes that people use find a proxy and a CA.
+_PROXY_NAMES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+_BUNDLE_NAMES = (
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "CODEX_CA_CERTIFICATE",
+    "GIT_SSL_CAINFO",
+    "AWS_CA_BUNDLE",
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+)
+_NODE_EXTRA = "NODE_EXTRA_CA_CERTS"
+# Teaches Node its environment's proxy: before 24 it knows none, since then not for every agent.
+_NODE_PRELOAD = Path(__file__).parents[1] / "setup" / "node_proxy.cjs"
+# Where systems keep their roots, where Python's own OpenSSL looks elsewhere.
+_SYSTEM_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/cert.pem",
+)
+
+
+class ProxyError(Exception):
+    """The proxy could not be started; the text says why and what to run."""
+
+
+def host_patterns(hosts: Iterable[str]) -> list[str]:
+    """Patterns for mitmproxy's `allow_hosts` for exact names and `*.suffix` names, any port."""
+    patterns = []
+    for host in hosts:
+        name = re.escape(host.removeprefix("*."))
+        patterns.append(rf"^(.+\.)?{name}:\d+$" if host.startswith("*.") else rf"^{name}:\d+$")
+    return patterns
+
+
+class ProxySession:
+    """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust.
+
+    With `guard` only the edge is let in, without one whoever connects.
+    """
+
+    def __init__(
+        self,
+        addon: MeterAddon,
+        hosts: Iterable[str],
+        ca_folder: Path,
+        upstream: tuple[str, int] | None = None,
+        guard: EdgeOnly | None = None,
+    ) -> None:
+        self._addon = addon
+        self._guard = guard
+        self._upstream = upstream
+        self._patterns = host_patterns(hosts)
+        self._folder = ca_folder
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._master: Any = None
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="proxy", daemon=True)
+        self.port = 0
+
+    @property
+    def ca_file(self) -> Path:
+        """The CA's certificate, PEM."""
+        return self._folder / "mitmproxy-ca-cert.pem"
+
+    def start(self) -> None:
+        """Start listening; raises ProxyError when that fails or takes too long."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._thread.start()
+        if not self._ready.wait(START_SECONDS_MAX) or self._failure is not None or not self.port:
+            reason = self._failure or "it did not listen in time"
+            raise ProxyError(f"The local proxy did not start: {reason}. Try the command again.")
+        for key in self._folder.glob("mitmproxy-ca.p*"):
+            key.chmod(0o600)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Have a function called in mitmproxy's own loop: at once, unless that hangs."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(function)
+
+    def stop(self) -> None:
+        """End the proxy; connections still open are closed."""
+        running = self._loop is not None and not self._loop.is_closed()
+        if running and self._loop is not None and self._master is not None:
+            self._loop.call_soon_threadsafe(self._master.shutdown)
+            self._thread.join(STOP_SECONDS_MAX)
+
+    def _serve(self) -> None:
+        previous = os.umask(0o077)
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # told to the caller of start()
+            self._failure = error
+        finally:
+            os.umask(previous)
+            self._ready.set()
+
+    async def _main(self) -> None:
+        from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
+        from mitmproxy.master import Master
+        from mitmproxy.options import Options
+
+        logging.getLogger("mitmproxy").setLevel(logging.CRITICAL)
+        self._loop = asyncio.get_running_loop()
+        settings: dict[str, Any] = {
+            "listen_host": "127.0.0.1",
+            "listen_port": 0,
+            "confdir": str(self._folder),
+            # One pattern: some hundred, tried one by one on every connection, take milliseconds.
+            "allow_hosts": ["|".join(self._patterns)],
+            # Names copied from the provider's certificate (*.googleapis.com) would break the CA's
+            # name constraints; the client is shown the one name that it asked for.
+            "upstream_cert": False,
+        }
+        roots = self._upstream_roots()
+        if roots is not None:
+            settings["ssl_verify_upstream_trusted_ca"] = roots
+        if self._upstream is not None:
+            host, port = self._upstream
+            name = f"[{host}]" if ":" in host else host
+            settings["mode"] = [f"upstream:http://{name}:{port}"]
+        if apps := os.environ.get(REDIRECT_VARIABLE):
+            # macOS: what these apps say past their proxy settings; the rest is as ever without it.
+            settings["mode"] = [*settings.get("mode", ["regular"]), f"local:{apps}"]
+        options = Options(**settings)
+        self._master = Master(options, with_termlog=False)
+        # Only what carries traffic: mitmproxy's thirty others are asked at every event, and some
+        # of them alter flows.
+        carriers = (core.Core, proxyserver.Proxyserver, next_layer.NextLayer, tlsconfig.TlsConfig)
+        self._master.addons.add(*(each() for each in carriers))
+        # Odd headers are the provider's and the client's own business.
+        setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
+        first = () if self._guard is None else (self._guard,)  # before anybody else looks
+        self._master.addons.add(*first, self._addon, _Listening(self))
+        _show_one_name(self._master.addons.get("tlsconfig"))
+        await self._master.run()
+
+    def _upstream_roots(self) -> str | None:
+        """A file of the roots by which providers are judged, as the clients themselves would.
+
+        SSL_CERT_FILE alone where it is set; else the system's roots (a company's own are there)
+        and the public ones; None means the public ones.
+        """
+        named = os.environ.get("SSL_CERT_FILE")
+        if named and os.path.exists(named):
+            return named
+        system = ssl.get_default_verify_paths().cafile
+        if system is None:
+            return None
+        import certifi
+
+        roots = self._folder / "upstream-roots.pem"
+        try:
+            roots.write_bytes(
+                Path(system).read_bytes() + b"\n" + Path(certifi.where()).read_bytes()
+            )
+        except OSError:  # a full disk: the system's own must do
+            return system
+        return str(roots)
+
+    def listening(self, port: int) -> None:
+        """Called once the port is known."""
+        self.port = port
+        self._ready.set()
+
+
+def _show_one_name(tlsconfig: Any) -> None:
+    """Have certificates name what the client asked for (SNI) and nothing else.
+
+    mitmproxy adds the address that it connects to, which the CA's constraints exclude; redirected
+    connections have only an address.
+    """
+    from cryptography import x509
+
+    as_ever = tlsconfig.get_cert
+
+    def get_cert(context: Any) -> Any:
+        sni = context.client.sni
+        if not sni:
+            return as_ever(context)
+        name = sni.encode("idna").decode()
+        return tlsconfig.certstore.get_cert(name, [x509.DNSName(name)], None)
+
+    tlsconfig.get_cert = get_cert
+
+
+class _Listening:
+    """Tells the session its port when mitmproxy runs."""
+
+    def __init__(self, session: ProxySession) -> None:
+        self._session = session
+
+    def running(self) -> None:
+        """Take the port; a hook of mitmproxy's, called when its servers are up."""
+        from mitmproxy import ctx
+
+        addons: Any = ctx.master.addons
+        server = addons.get("proxyserver")
+        for address in server.listen_addrs():
+            self._session.listening(address[1])
+            return
+
+
+def bundle(ca_file: Path, into: Path, environment: dict[str, str]) -> Path:
+    """A PEM bundle of the CA and of all that the client would have trusted without us."""
+    import ssl
+
+    import certifi
+
+    own = [environment[name] for name in (*_BUNDLE_NAMES, _NODE_EXTRA) if environment.get(name)]
+    found = (ssl.get_default_verify_paths().cafile, *_SYSTEM_BUNDLES)
+    system = [file for file in found if file and Path(file).is_file()]
+    if not environment.get("SSL_CERT_FILE"):  # else the client trusts that and nothing more
+        own += [*system[:1], certifi.where()]
+    parts = [ca_file.read_text()]
+    for file in dict.fromkeys(own):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            parts.append(Path(file).read_text())
+    if len(parts) == 1:
+        parts.append(Path(certifi.where()).read_text())
+    into.write_text("\n".join(parts))
+    into.chmod(0o600)
+    return into
+
+
+def client_environment(
+    environment: dict[str, str], port: int, bundle_file: Path, ca_file: Path
+) -> dict[str, str]:
+    """The command's environment, with the proxy and its CA added and nothing else changed."""
+    changed = dict(environment)
+    for name in _PROXY_NAMES:
+        changed[name] = f"http://127.0.0.1:{port}"
+    for name in _BUNDLE_NAMES:
+        changed[name] = str(bundle_file)
+    # Node adds these to the roots it has: only who had some of his own needs more than our CA.
+    changed[_NODE_EXTRA] = str(bundle_file if environment.get(_NODE_EXTRA) else ca_file)
+    changed["NODE_USE_ENV_PROXY"] = "1"
+    preload = str(_NODE_PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
+    required = f'--require "{preload}"' if " " in preload else f"--require={preload}"
+    changed["NODE_OPTIONS"] = f"{environment.get('NODE_OPTIONS', '')} {required}".strip()
+    return changed

@@ -1,0 +1,1 @@
+"""Sets the proxy up on a machine, step by step, and undoes every step."""

@@ -1,0 +1,602 @@
+"""The plan of `init`: its numbered steps for one machine and choice, and why each is there.
+
+The order is that of safety: the proxy listens and answers before anything is told to use it. Both
+platforms are planned by the same code from what `Machine` says, so macOS set-up can be planned, and
+tested on a recorded machine, on Linux. A plan changes nothing; setup/steps.py takes its steps. It
+refuses to replace a proxy that the person uses.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy_fallback.mitm.session import REDIRECT_VARIABLE
+from proxy_fallback.setup import java, service_files, system_proxy, trust
+from proxy_fallback.setup.authority import (
+    CERTIFICATE_NAME,
+    TRUSTED_NAME,
+    Authority,
+    constraint_names,
+    ensure_authority,
+    read_authority,
+)
+from proxy_fallback.setup.changes import (
+    TOLERATED,
+    Argv,
+    BlockAdded,
+    Change,
+    ChangeError,
+    CommandRun,
+    Commands,
+    FileMade,
+    FolderOwned,
+    Unasked,
+    shown,
+    write_whole,
+)
+from proxy_fallback.setup.ledger import Ledger
+
+MODES = ("env-only", "apps", "full")
+CA_FOLDER_NAME = "proxy-ca"
+# Uninstall leaves this file: a terminal that is still open names it, and Node would not start
+# without it. It lets Node go on without the proxy.
+PRELOAD_NAME = "node_proxy.cjs"
+REDIRECTOR = "/Applications/Mitmproxy Redirector.app"
+HEALTHY_S_MAX = 30.0
+HEALTHY_EVERY_S = 0.2
+_SHELLS = ("bash", "zsh", "fish")
+
+
+class SetupError(Exception):
+    """Set-up was refused or failed, and all it did is undone; the text says what to do next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine and the person whose set-up it is.
+
+    `home` is Halton Meter's folder, `user_home` the person's. `witness` is a file that is gone
+    when the package is. `upstream`: the configured proxy that leads out of this network.
+    `healthy` says whether the edge answers, `metering` whether what stands behind it is ready,
+    `port_taken` whether somebody listens on its port.
+    """
+
+    platform: str
+    uid: int
+    user_home: Path
+    home: Path
+    environ: Mapping[str, str]
+    commands: Commands
+    python: str
+    witness: Path
+    port: int
+    hosts: tuple[str, ...]
+    now: datetime.datetime
+    upstream: bool = False
+    healthy: Callable[[], bool] = lambda: True
+    metering: Callable[[], bool] = lambda: True
+    port_taken: Callable[[], bool] = lambda: False
+    sleep: Callable[[float], None] = time.sleep
+
+    @property
+    def ca_folder(self) -> Path:
+        """Where the CA and the bundles are."""
+        return self.home / CA_FOLDER_NAME
+
+    @property
+    def config_home(self) -> Path:
+        """XDG_CONFIG_HOME."""
+        return Path(self.environ.get("XDG_CONFIG_HOME") or self.user_home / ".config")
+
+    @property
+    def proxy_url(self) -> str:
+        """What proxy variables are set to."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the person asked for. `redirect`: apps, by name or process id, "Claude,Cursor"."""
+
+    mode: str = "apps"
+    java: bool = False
+    system_trust: bool = False
+    redirect: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One numbered step. `before` and `after` do what is no change to undo; `acts` tells of it.
+
+    Both say whether they changed anything. `detail` is asked when the step is done.
+    """
+
+    title: str
+    changes: Callable[[], Sequence[Change]] = tuple
+    before: Callable[[Ledger], bool] = lambda ledger: False
+    after: Callable[[Ledger], bool] = lambda ledger: False
+    acts: tuple[str, ...] = ()
+    detail: Callable[[], str] = lambda: ""
+
+
+class Plan:
+    """The steps for one machine and choice. `asking`: they are only to be shown."""
+
+    def __init__(self, machine: Machine, choice: Choice, asking: bool = False) -> None:
+        self._machine = machine
+        self._choice = choice
+        self._asking = asking
+        self._macos = machine.platform == "macos"
+        self._stores = choice.mode != "env-only"
+        self._system: tuple[CommandRun, ...] = ()
+        self.steps = tuple(self._planned())
+
+    def check(self, ledger: Ledger) -> None:
+        """Refuse what would break something, before anything is changed. Raises ChangeError."""
+        m = self._machine
+        if self._choice.mode not in MODES:
+            raise ChangeError(f"unknown mode {self._choice.mode!r}; known are {', '.join(MODES)}")
+        if not m.upstream:
+            self._check_variables()
+        if self._choice.redirect and not self._macos:
+            raise ChangeError(
+                "--redirect is for macOS; on Linux uprobes meter what heeds no proxy settings: "
+                "sudo halton-meter start"
+            )
+        if self._choice.redirect:
+            _check_redirect(self._choice.redirect)
+        options = m.environ.get(java.OPTIONS_NAME, "")
+        if self._choice.java and options and str(m.ca_folder) not in options:
+            raise ChangeError(
+                f"{java.OPTIONS_NAME} is in use already ({options}); leave --java out, and add "
+                "what init --java --dry-run shows by hand"
+            )
+        installed = any(entry.change.key.startswith("service:") for entry in ledger.entries)
+        if not installed and not self._asking and m.port_taken() and not m.healthy():
+            raise ChangeError(
+                f"port {m.port} on 127.0.0.1 is taken by another program\n"
+                f"  see: {'lsof -nP -i' if self._macos else 'ss -ltnp | grep '}:{m.port}"
+                '   or choose another: "port = 8082" under [proxy] in config.toml'
+            )
+        if self._choice.mode == "full":
+            if not self._supervised():
+                raise ChangeError(
+                    "there is no systemd of your own here (systemctl --user) to keep the proxy "
+                    "running and to watch over it,\n  so the system's proxy settings are left "
+                    "alone. Use: halton-meter init --apps"
+                )
+            self._system = tuple(self._system_changes())
+
+    def _check_variables(self) -> None:
+        m = self._machine
+        found = {name: m.environ.get(name, "") for name in ("HTTPS_PROXY", "https_proxy")}
+        if self._macos:
+            said = m.commands.run(("launchctl", "getenv", "HTTPS_PROXY")).out.strip()
+            found["HTTPS_PROXY (launchctl)"] = said
+        for name, value in found.items():
+            if value and value.rstrip("/") != m.proxy_url:
+                # A proxy's address may hold a password.
+                shown_value = value.partition("@")[2] or value
+                raise ChangeError(
+                    f"{name} says that you use another proxy already ({shown_value})\n"
+                    "  if it is the way out of this network, have ours use it: put upstream = "
+                    '"http://HOST:PORT" under [proxy] in config.toml, then init again\n'
+                    f"  else: unset {name.split()[0]}"
+                )
+
+    def _planned(self) -> Iterator[Step]:
+        m = self._machine
+        yield Step(
+            "CA generated",
+            lambda: [FolderOwned(str(m.ca_folder))],
+            after=self._make_authority,
+            acts=(
+                f"make a CA for {len(constraint_names(m.hosts))} provider names only in "
+                f"{m.ca_folder}, key mode 0600",
+                f"write {m.ca_folder / trust.BUNDLE_NAME}: what is trusted now, and the CA",
+            ),
+            detail=self._authority_detail,
+        )
+        yield Step(
+            "CA trusted",
+            self._trust_changes,
+            before=self._before_trust,
+            acts=(f"note in {m.ca_folder / TRUSTED_NAME} which CA is trusted",),
+            detail=self._trust_detail,
+        )
+        yield Step("service installed", self._service_changes, detail=self._service_detail)
+        yield Step(
+            f"daemon healthy at 127.0.0.1:{m.port}",
+            after=self._wait,
+            acts=(f"wait until 127.0.0.1:{m.port} answers, {HEALTHY_S_MAX:.0f} s at most",),
+        )
+        yield Step(
+            "environment set",
+            self._environment_changes,
+            before=self._write_preload,
+            acts=(f"write {m.home / PRELOAD_NAME}, which teaches Node the proxy; it stays",),
+            detail=self._environment_detail,
+        )
+        if self._choice.mode == "full":
+            yield Step(
+                "system proxy set",
+                lambda: [*self._system, *self._keeper_changes()],
+                detail=lambda: f"{len(self._system)} settings, watched for changes",
+            )
+
+    # --- the CA and its trust ---
+
+    def _authority(self) -> Authority | None:
+        return read_authority(self._machine.ca_folder)
+
+    def _make_authority(self, ledger: Ledger) -> bool:
+        m = self._machine
+        authority = ensure_authority(m.ca_folder, m.hosts, m.now)
+        usual = trust.usual_roots(m.commands, m.platform)
+        own = trust.own_roots(m.environ, m.ca_folder)
+        return trust.write_bundles(authority, usual, own)
+
+    def _authority_detail(self) -> str:
+        authority = self._authority()
+        assert authority is not None
+        names = len(authority.names or ())
+        return f"for {names} provider names only, until {authority.not_after:%Y-%m-%d}"
+
+    def _before_trust(self, ledger: Ledger) -> bool:
+        """Take a former CA out of the stores, and note which one goes in."""
+        authority = self._authority()
+        assert authority is not None
+        planned = {change.key for change in self._trust_changes()}
+        stale = [
+            entry.change.key
+            for entry in ledger.entries
+            if entry.change.key.startswith(("keychain:", "nss:", "system-trust:"))
+            and entry.change.key not in planned
+        ]
+        for key in reversed(stale):
+            ledger.undo(key)
+        noted = self._machine.ca_folder / TRUSTED_NAME
+        content = authority.certificate_file.read_bytes()
+        if _content(noted) == content:
+            return bool(stale)
+        write_whole(noted, content, 0o644)
+        return True
+
+    def _trust_changes(self) -> list[Change]:
+        m = self._machine
+        authority = self._authority()
+        changes: list[Change] = []
+        if self._macos and self._stores and not self._choice.system_trust:
+            changes.append(trust.keychain(authority, m.ca_folder, m.user_home))
+        database = m.user_home / ".pki/nssdb"
+        if not self._macos and self._stores and m.commands.has("certutil") and database.is_dir():
+            changes.append(trust.nss(authority, m.ca_folder, m.user_home))
+        if self._choice.system_trust:
+            root = m.uid == 0
+            changes.append(trust.system_trust(authority, m.ca_folder, m.platform, m.commands, root))
+        if self._choice.java:
+            store = m.ca_folder / java.STORE_NAME
+            certificate = m.ca_folder / CERTIFICATE_NAME
+            changes.append(java.copied_store(store, certificate, self._java_store()))
+        return changes
+
+    def _java_store(self) -> str:
+        try:
+            return java.own_store(self._machine.platform, self._machine.commands)
+        except ChangeError:
+            if not isinstance(self._machine.commands, Unasked):
+                raise
+            return "$JAVA_HOME/lib/security/cacerts"  # of a machine that is not here
+
+    def _trust_detail(self) -> str:
+        places = {
+            "keychain": "your login keychain",
+            "nss": "your certificate database (Chromium, Electron)",
+            "system-trust": "the system's store",
+            "java": "a copy of Java's store",
+        }
+        keys = [change.key.partition(":")[0] for change in self._trust_changes()]
+        return "by " + ", ".join(["variables", *(places[key] for key in keys)])
+
+    # --- the service ---
+
+    def _command(self, *arguments: str) -> tuple[str, ...]:
+        return (self._machine.python, "-P", "-m", "halton_meter", *arguments)
+
+    def _service_environment(self) -> dict[str, str]:
+        m = self._machine
+        roots = str(m.ca_folder / trust.ROOTS_NAME)
+        return {"HALTON_METER_HOME": str(m.home), "SSL_CERT_FILE": roots}
+
+    def _pid_file(self) -> Path:
+        return self._machine.home / "proxy.pid"
+
+    def _supervised(self) -> bool:
+        """Whether launchd, or a systemd of this person's own, will start the service again."""
+        if self._macos:
+            return True
+        if not self._machine.commands.has("systemctl"):
+            return False
+        asked = ("systemctl", "--user", "show", "--property=Version")
+        return self._machine.commands.run(asked).code == 0
+
+    def _service_changes(self) -> list[Change]:
+        m = self._machine
+        authority = self._authority()
+        ca = authority.sha256[:16] if authority else "CA"
+        command = self._command("daemon", "--foreground", "--via", "proxy")
+        if self._macos:
+            environment = {**self._service_environment(), "HALTON_METER_CA": ca}
+            if self._choice.redirect:
+                environment[REDIRECT_VARIABLE] = self._choice.redirect
+            log = m.home / "proxy.log"
+            text = service_files.launch_agent(
+                service_files.LABEL, command, environment, log, m.port
+            )
+            return [*self._redirector(), *self._agent(service_files.LABEL, text)]
+        if not self._supervised():
+            return [self._background(command)]
+        unit = service_files.UNIT
+        return self._units(
+            {
+                f"{unit}.socket": service_files.socket_unit(m.port),
+                f"{unit}.service": service_files.service_unit(
+                    "the local proxy", command, self._service_environment(), ca
+                ),
+            },
+            unit,
+        )
+
+    def _redirector(self) -> list[Change]:
+        """What mitmproxy's local mode puts there itself when it first runs."""
+        there = self._machine.commands.run(("test", "-e", REDIRECTOR)).code == 0
+        if not self._choice.redirect or there:
+            return [CommandRun("redirector", run=(), undo=())] if self._choice.redirect else []
+        return [CommandRun("redirector", run=(), undo=((TOLERATED, "rm", "-rf", REDIRECTOR),))]
+
+    def _units(self, texts: Mapping[str, str], unit: str) -> list[Change]:
+        """Unit files, enabled and started; a reload comes before, and last when undone."""
+        control = ("systemctl", "--user")
+        folder = self._machine.config_home / "systemd/user"
+        names = tuple(texts)
+        files = [FileMade(str(folder / name), text) for name, text in texts.items()]
+        start = tuple((*control, "restart", name) for name in names)
+        # Of several names systemctl wants one only; what is first starts the rest.
+        asked = [shown((*control, "is-enabled", "--quiet", name)) for name in names]
+        asked.append(shown((*control, "is-active", "--quiet", names[0])))
+        return [
+            CommandRun(f"reload:{unit}", run=(), undo=((TOLERATED, *control, "daemon-reload"),)),
+            *files,
+            CommandRun(
+                key=f"service:{unit}",
+                # A socket cannot be restarted while its service holds it.
+                run=(
+                    (*control, "daemon-reload"),
+                    (TOLERATED, *control, "stop", *reversed(names)),
+                    (*control, "enable", *names),
+                    *start,
+                ),
+                undo=((*control, "disable", "--now", *reversed(names)),),
+                check=("sh", "-c", " && ".join(asked)),
+            ),
+        ]
+
+    def _agent(self, label: str, text: str) -> list[Change]:
+        """A launchd agent, loaded into the person's graphical session."""
+        m = self._machine
+        file = m.user_home / "Library/LaunchAgents" / f"{label}.plist"
+        target = f"gui/{m.uid}/{label}"
+        # bootout returns before the job is gone, and bootstrap then fails with error 5.
+        there = f"launchctl print {target} >/dev/null 2>&1"
+        wait = ("sh", "-c", f"for n in 1 2 3 4 5 6 7 8 9; do {there} || exit 0; sleep 0.5; done")
+        return [
+            FileMade(str(file), text),
+            CommandRun(
+                key=f"service:{label}",
+                run=(
+                    (TOLERATED, "launchctl", "bootout", target),
+                    (TOLERATED, *wait),
+                    (TOLERATED, "launchctl", "enable", target),
+                    ("launchctl", "bootstrap", f"gui/{m.uid}", str(file)),
+                ),
+                undo=((TOLERATED, "launchctl", "bootout", target), (TOLERATED, *wait)),
+                check=("launchctl", "print", target),
+                check_decides=True,
+            ),
+        ]
+
+    def _background(self, command: Sequence[str]) -> CommandRun:
+        """Where nobody supervises: a process in the background, until the next reboot."""
+        m = self._machine
+        pid, log = self._pid_file(), m.home / "proxy.log"
+        forgotten = [f"--unset={name}" for name in (*trust.PROXY_VARIABLES, "ALL_PROXY")]
+        given = [f"{name}={value}" for name, value in self._service_environment().items()]
+        line = shown(("setsid", "env", *forgotten, *given, *command, "--keep"))
+        quoted = [shown((str(each),)) for each in (log, pid)]
+        alive = f'kill -0 "$(cat {quoted[1]})" 2>/dev/null'
+        start = f"umask 077; {line} >>{quoted[0]} 2>&1 </dev/null & echo $! >{quoted[1]}"
+        stop = f'kill "$(cat {quoted[1]})"; while {alive}; do sleep 0.1; done; rm -f {quoted[1]}'
+        return CommandRun(
+            key="service:background",
+            run=(("sh", "-c", start),),
+            undo=((TOLERATED, "sh", "-c", stop), (TOLERATED, "rm", "-f", str(log))),
+            check=("sh", "-c", alive),
+        )
+
+    def _service_detail(self) -> str:
+        if self._macos:
+            return "by launchd, at every login"
+        if self._supervised():
+            return "by your systemd, at every login"
+        return "in the background; nothing here starts it again after a reboot but init"
+
+    def _wait(self, ledger: Ledger) -> bool:
+        """Whether it had to be waited for."""
+        m = self._machine
+        for times in range(round(HEALTHY_S_MAX / HEALTHY_EVERY_S)):
+            if m.healthy() and m.metering():
+                return times > 0
+            m.sleep(HEALTHY_EVERY_S)
+        log = f"journalctl --user -u {service_files.UNIT} -n 30"
+        if self._macos or not self._supervised():
+            log = f"tail {m.home / 'proxy.log'}"
+        what = "it answers but does not meter" if m.healthy() else "nobody answers"
+        raise SetupError(
+            f"{what} at 127.0.0.1:{m.port} after {HEALTHY_S_MAX:.0f} s\n"
+            "  try: halton-meter daemon --foreground --via proxy   to see why"
+            + ("" if not m.commands.has("journalctl") else f"\n  or: {log}")
+        )
+
+    # --- the environment ---
+
+    def _variables(self) -> dict[str, str]:
+        m = self._machine
+        return trust.variables(m.port, m.ca_folder, m.hosts, self._choice.java)
+
+    def _environment_changes(self) -> list[Change]:
+        m = self._machine
+        wanted = self._variables()
+        script = m.home / "env.sh"
+        terms = trust.Terms(
+            m.witness,
+            m.home / PRELOAD_NAME,
+            None if self._supervised() else self._pid_file(),
+            m.upstream,
+        )
+        changes: list[Change] = [FileMade(str(script), trust.posix_text(wanted, terms))]
+        for file in self._startup_files():
+            changes.append(BlockAdded(str(file), trust.sourcing_lines(script)))
+        if "fish" in self._shells():
+            fish = m.config_home / "fish/conf.d/halton-meter.fish"
+            changes.append(FileMade(str(fish), trust.fish_text(wanted, terms)))
+        if self._choice.mode != "env-only":
+            changes += self._session_changes(wanted)
+        return changes
+
+    def _write_preload(self, ledger: Ledger) -> bool:
+        file = self._machine.home / PRELOAD_NAME
+        content = Path(__file__).with_name(PRELOAD_NAME).read_bytes()
+        if _content(file) == content:
+            return False
+        write_whole(file, content, 0o644)
+        return True
+
+    def _shells(self) -> list[str]:
+        return [each for each in _SHELLS if self._machine.commands.has(each)]
+
+    def _startup_files(self) -> Iterator[Path]:
+        """One file that every interactive and one that every login shell reads."""
+        m = self._machine
+        shells = self._shells()
+        if "bash" in shells:
+            yield m.user_home / ".bashrc"
+            # bash reads the first of these; to make an earlier one would shadow a later one.
+            login = [m.user_home / name for name in (".bash_profile", ".bash_login", ".profile")]
+            missing = ".bash_profile" if self._macos else ".profile"
+            yield next((file for file in login if file.exists()), m.user_home / missing)
+        if "zsh" in shells:
+            yield Path(m.environ.get("ZDOTDIR") or m.user_home) / ".zshenv"
+
+    def _session_changes(self, wanted: Mapping[str, str]) -> list[Change]:
+        """What apps that no shell started are given."""
+        if self._macos:
+            return self._launchctl_changes(wanted)
+        if not self._supervised():
+            return []  # nobody reads it then, and nobody would keep the proxy running
+        m = self._machine
+        file = m.config_home / "environment.d/60-halton-meter.conf"
+        control = ("systemctl", "--user")
+        values = tuple(f"{name}={value}" for name, value in wanted.items())
+        return [
+            FileMade(str(file), trust.environment_d_text(wanted, m.upstream)),
+            CommandRun(
+                key="session-environment",
+                run=((*control, "set-environment", *values),),
+                undo=((TOLERATED, *control, "unset-environment", *wanted),),
+            ),
+        ]
+
+    def _launchctl_changes(self, wanted: Mapping[str, str]) -> list[Change]:
+        m = self._machine
+        script = m.home / "setenv.sh"
+        lines = [f"[ -e {shown((str(m.witness),))} ] || exit 0"]
+        lines += [shown(("launchctl", "setenv", *each)) for each in wanted.items()]
+        undoing: list[Argv] = []
+        for name in wanted:
+            said = m.commands.run(("launchctl", "getenv", name)).out.removesuffix("\n")
+            back: Argv = ("launchctl", "unsetenv", name)
+            undoing.append(("launchctl", "setenv", name, said) if said else back)
+        label = service_files.ENVIRONMENT_LABEL
+        text = service_files.launch_agent(
+            label, ("/bin/sh", str(script)), {}, m.home / "proxy.log", once=True
+        )
+        return [
+            FileMade(str(script), "\n".join(lines) + "\n"),
+            CommandRun(
+                key="session-environment",
+                run=tuple(("launchctl", "setenv", *each) for each in wanted.items()),
+                undo=tuple(undoing),
+            ),
+            *self._agent(label, text),
+        ]
+
+    def _environment_detail(self) -> str:
+        where = ", ".join(self._shells()) or "no shell was found"
+        apps = ""
+        if self._choice.mode != "env-only":
+            apps = (
+                "; apps that you start from now on" if self._macos else "; apps at the next login"
+            )
+            apps = apps if self._supervised() else "; apps only if started from a terminal"
+        return f"{where} (new terminals){apps}"
+
+    # --- the system's proxy ---
+
+    def _system_changes(self) -> list[CommandRun]:
+        m = self._machine
+        if not self._macos:
+            return system_proxy.desktop_changes(m.commands, m.port)
+        try:
+            return system_proxy.network_changes(m.commands, m.port)
+        except system_proxy.ForeignProxy:
+            raise
+        except ChangeError:
+            if not self._asking:
+                raise
+            return system_proxy.unasked_changes(m.port)
+
+    def _keeper_changes(self) -> list[Change]:
+        m = self._machine
+        command = self._command("init", "--keep-system-proxy")
+        environment = {"HALTON_METER_HOME": str(m.home)}
+        if self._macos:
+            label = service_files.KEEPER_LABEL
+            log = m.home / "proxy.log"
+            return self._agent(label, service_files.launch_agent(label, command, environment, log))
+        if not self._supervised():
+            return []
+        unit = service_files.KEEPER_UNIT
+        text = service_files.service_unit("the system's proxy", command, environment)
+        return self._units({f"{unit}.service": text}, unit)
+
+
+def _check_redirect(apps: str) -> None:
+    import mitmproxy_rs
+
+    try:
+        mitmproxy_rs.local.LocalRedirector.describe_spec(apps)
+    except ValueError:
+        raise ChangeError(
+            f"--redirect {apps!r} names no apps; write them like Claude,Cursor (or process ids)"
+        ) from None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

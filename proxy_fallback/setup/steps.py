@@ -1,0 +1,111 @@
+"""`init` and `uninstall`: the plan's steps taken one by one, shown before, undone after.
+
+Each step is a list of changes (changes.py), so that it can be shown before it is made, made once
+however often it is run, and undone. If a step fails everything this run did is undone. A mode that
+needs less than the last one takes the rest away. What the steps are is plan.py's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy_fallback.setup.authority import AuthorityError
+from proxy_fallback.setup.changes import ChangeError, CommandRun
+from proxy_fallback.setup.ledger import Entry, Ledger
+from proxy_fallback.setup.plan import CA_FOLDER_NAME, Choice, Machine, Plan, SetupError, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was taken."""
+
+    number: int
+    of: int
+    title: str
+    detail: str
+    changed: bool
+
+
+def take_steps(
+    machine: Machine, choice: Choice, ledger: Ledger, tell: Callable[[Done], None]
+) -> bool:
+    """Set up; says whether anything changed. Raises SetupError, with all of it undone."""
+    try:
+        plan = Plan(machine, choice)
+        plan.check(ledger)
+    except ChangeError as error:
+        raise SetupError(f"{error}\n  nothing was changed") from None
+    former = ledger.entries
+    title = ""
+    try:
+        ledger.begin()
+        changed, keys = False, set[str]()
+        for number, step in enumerate(plan.steps, 1):
+            title = step.title
+            stepped, planned = _take(step, ledger)
+            keys |= planned
+            changed = changed or stepped
+            tell(Done(number, len(plan.steps), step.title, step.detail(), stepped))
+        for entry in reversed(ledger.entries):
+            if entry.change.key not in keys:
+                ledger.undo(entry.change.key)
+                changed = True
+        ledger.finish(choice.mode)
+        return changed
+    except (ChangeError, AuthorityError, SetupError, OSError, KeyboardInterrupt) as error:
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise SetupError(f"{title}: {said}\n  {_retreat(ledger, former)}") from None
+
+
+def _take(step: Step, ledger: Ledger) -> tuple[bool, set[str]]:
+    changed = files_changed = step.before(ledger)
+    keys = set()
+    for change in step.changes():
+        keys.add(change.key)
+        # A service whose file was changed has to be told.
+        command = isinstance(change, CommandRun)
+        made = ledger.make(change, again=command and files_changed)
+        changed, files_changed = changed or made, files_changed or (made and not command)
+    return step.after(ledger) or changed, keys
+
+
+def _retreat(ledger: Ledger, former: Sequence[Entry]) -> str:
+    try:
+        ledger.put_back(former)
+    except (ChangeError, OSError) as error:
+        return f"not everything could be undone: {error}\n  try: halton-meter uninstall"
+    return "everything that this init did is undone"
+
+
+def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str, list[str]]]:
+    """What `take_steps` would do: each step's title and its commands and file changes.
+
+    It asks the machine, but changes nothing. Raises SetupError when it would be refused.
+    """
+    try:
+        plan = Plan(machine, choice, asking=True)
+        plan.check(ledger)
+        told = []
+        for step in plan.steps:
+            lines = [
+                line
+                for change in step.changes()
+                if not ledger.in_force(change)
+                for line in change.lines()
+            ]
+            told.append((step.title, [*step.acts, *lines]))
+    except ChangeError as error:
+        raise SetupError(str(error)) from None
+    return told
+
+
+def undo(ledger: Ledger, machine_home: Path) -> list[str]:
+    """`uninstall`: undo everything, and remove the CA. Gives notes. Raises ChangeError."""
+    notes = ledger.undo_all()
+    folder = machine_home / CA_FOLDER_NAME
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    return notes

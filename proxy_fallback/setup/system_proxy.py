@@ -1,0 +1,419 @@
+"""The system's proxy settings (`init --full`): set, kept in step with the network, taken away.
+
+macOS has them once a network service, and a dock plugged in later is a new service: `Keeper` hears
+of changes from `scutil` and gives it the setting too. The same keeper takes every setting away when
+the edge has failed its health checks in a row, and gives it back when the edge is well again: no
+app must be sent to a port where nobody answers. GNOME and KDE have one set of settings.
+
+A proxy that the person has set is never replaced, one that they switched off is not set again.
+Written against the outputs of `networksetup`, `scutil`, `gsettings` and `kreadconfig`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from proxy_fallback.setup.changes import TOLERATED, Argv, ChangeError, CommandRun, Commands
+from proxy_fallback.setup.ledger import Ledger
+
+ADDRESS = "127.0.0.1"
+# Keys of every system-proxy change begin so: the keeper's to take away and give back.
+KEY_PREFIX = "system-proxy:"
+SERVICES_MAX = 64
+HEALTH_EVERY_S = 5.0
+# Three failures in a row, 10 to 15 s: longer than a restart takes.
+FAILURES_MAX = 3
+WELL_AGAIN = 2
+# Notifications come in bursts while an interface is set up.
+SETTLE_S = 1.0
+# Should scutil's notifications fail us, the services are listed so often anyway.
+LOOK_EVERY_S = 60.0
+
+_NETWORK_KINDS = ("webproxy", "securewebproxy")
+_NOT_ADMIN = "requires admin privileges"
+
+
+class ForeignProxy(ChangeError):
+    """The person uses another proxy already; the text says where, and what to do."""
+
+
+# --- macOS --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkProxy:
+    """What `networksetup -getwebproxy SERVICE` said."""
+
+    enabled: bool
+    server: str
+    port: int
+    authenticated: bool
+
+
+def network_services(commands: Commands) -> list[str]:
+    """The enabled network services, by name. Raises ChangeError."""
+    ran = commands.run(("networksetup", "-listallnetworkservices"))
+    if ran.code:
+        raise ChangeError(f"networksetup -listallnetworkservices: {ran.said}")
+    # The first line explains the asterisk, which marks a disabled service.
+    lines = [line for line in ran.out.splitlines()[1:] if line.strip()]
+    return [line for line in lines if not line.startswith("*")][:SERVICES_MAX]
+
+
+def network_proxy(commands: Commands, kind: str, service: str) -> NetworkProxy:
+    """A service's setting; `kind` is "webproxy" or "securewebproxy". Raises ChangeError."""
+    ran = commands.run(("networksetup", f"-get{kind}", service))
+    said = dict(re.findall(r"^([A-Za-z ]+): ?(.*)$", ran.out, re.MULTILINE))
+    if ran.code or "Enabled" not in said:
+        raise ChangeError(f"networksetup -get{kind} {service!r}: {ran.said}")
+    port = said.get("Port", "0").strip()
+    return NetworkProxy(
+        enabled=said["Enabled"].strip() == "Yes",
+        server=said.get("Server", "").strip(),
+        port=int(port) if port.isdigit() else 0,
+        authenticated=said.get("Authenticated Proxy Enabled", "0").strip() == "1",
+    )
+
+
+def _as_printed(port: int) -> str:
+    return f"Enabled: Yes\nServer: {ADDRESS}\nPort: {port}\nAuthenticated Proxy Enabled: 0"
+
+
+def network_change(commands: Commands, kind: str, service: str, port: int) -> CommandRun:
+    """The change of one setting of one service. Raises ForeignProxy, ChangeError."""
+    now = network_proxy(commands, kind, service)
+    ours = now.enabled and (now.server, now.port) == (ADDRESS, port)
+    if now.enabled and not ours:
+        raise ForeignProxy(
+            f"network service {service!r} uses the proxy {now.server}:{now.port} already.\n"
+            f"  If it is the way out of this network, put upstream = "
+            f'"http://{now.server}:{now.port}" under [proxy] in config.toml, switch it off in '
+            "System Settings, and init again; or init --apps, which leaves it alone"
+        )
+    # Setting an address switches it on, so the state comes last. networksetup takes no empty
+    # port; what it makes of an empty server differs by release, and does not matter when off.
+    server, number = (now.server, str(now.port)) if now.server else ("", "0")
+    return CommandRun(
+        key=f"{KEY_PREFIX}{kind}:{service}",
+        run=(
+            ("networksetup", f"-set{kind}", service, ADDRESS, str(port)),
+            ("networksetup", f"-set{kind}state", service, "on"),
+        ),
+        undo=(
+            (TOLERATED, "networksetup", f"-set{kind}", service, server, number),
+            ("networksetup", f"-set{kind}state", service, "off"),
+        ),
+        check=("networksetup", f"-get{kind}", service),
+        ours=_as_printed(port),
+    )
+
+
+def network_changes(commands: Commands, port: int) -> list[CommandRun]:
+    """The changes for every enabled network service. Raises ForeignProxy, ChangeError."""
+    return [
+        network_change(commands, kind, service, port)
+        for service in network_services(commands)
+        for kind in _NETWORK_KINDS
+    ]
+
+
+def unasked_changes(port: int) -> list[CommandRun]:
+    """The changes as they are shown where no network service can be asked about."""
+    return [
+        CommandRun(
+            key=f"{KEY_PREFIX}{kind}:SERVICE",
+            run=(
+                ("networksetup", f"-set{kind}", "SERVICE", ADDRESS, str(port)),
+                ("networksetup", f"-set{kind}state", "SERVICE", "on"),
+            ),
+            undo=(),
+        )
+        for kind in _NETWORK_KINDS
+    ]
+
+
+# --- GNOME and KDE ------------------------------------------------------------------------------
+
+_GNOME = "org.gnome.system.proxy"
+
+
+def has_gnome(commands: Commands) -> bool:
+    """Whether GNOME's settings are there (its schemas, not just the tool)."""
+    if not commands.has("gsettings"):
+        return False
+    return _GNOME in commands.run(("gsettings", "list-schemas")).out.split()
+
+
+def gnome_changes(commands: Commands, port: int) -> list[CommandRun]:
+    """The settings, in the order to make them: the mode is last. Raises ForeignProxy."""
+    mode = _gsetting(commands, _GNOME, "mode")
+    host = _gsetting(commands, f"{_GNOME}.https", "host")
+    if mode not in ("'none'", "'manual'") or (mode == "'manual'" and host != f"'{ADDRESS}'"):
+        raise ForeignProxy(
+            f"GNOME's proxy settings are in use (mode {mode}, host {host}).\n"
+            "  If that proxy is the way out of this network, put it as upstream under [proxy] in "
+            f"config.toml, then: gsettings set {_GNOME} mode none   and init again; "
+            "or init --apps, which leaves it alone"
+        )
+    wanted = [
+        (f"{_GNOME}.{scheme}", key, value)
+        for scheme in ("http", "https")
+        for key, value in (("host", f"'{ADDRESS}'"), ("port", str(port)))
+    ]
+    return [_gnome_change(commands, *each) for each in (*wanted, (_GNOME, "mode", "'manual'"))]
+
+
+def _gsetting(commands: Commands, schema: str, key: str) -> str:
+    ran = commands.run(("gsettings", "get", schema, key))
+    if ran.code:
+        raise ChangeError(f"gsettings get {schema} {key}: {ran.said}")
+    return ran.out.strip()
+
+
+def _gnome_change(commands: Commands, schema: str, key: str, value: str) -> CommandRun:
+    before = _gsetting(commands, schema, key)
+    # A setting that was at its default goes back to having none of its own: the memory backend
+    # starts empty, and so tells the default.
+    asked = ("env", "GSETTINGS_BACKEND=memory", "gsettings", "get", schema, key)
+    default = commands.run(asked).out.strip()
+    back: Argv = ("gsettings", "set", schema, key, before)
+    if before in (default, value):
+        back = ("gsettings", "reset", schema, key)
+    return CommandRun(
+        key=f"{KEY_PREFIX}gnome:{schema}:{key}",
+        run=(("gsettings", "set", schema, key, value),),
+        undo=(back,),
+        check=("gsettings", "get", schema, key),
+        ours=value,
+    )
+
+
+def kde_tools(commands: Commands) -> tuple[str, str] | None:
+    """KDE's programs to read and write settings, of Plasma 6 or 5; None without KDE."""
+    for version in ("6", "5"):
+        tools = (f"kreadconfig{version}", f"kwriteconfig{version}")
+        if all(commands.has(each) for each in tools):
+            return tools
+    return None
+
+
+def kde_changes(commands: Commands, tools: tuple[str, str], port: int) -> list[CommandRun]:
+    """The settings, the type last. Raises ForeignProxy."""
+    reader, writer = tools
+    where = ("--file", "kioslaverc", "--group", "Proxy Settings", "--key")
+    url = f"http://{ADDRESS} {port}"
+    kind = commands.run((reader, *where, "ProxyType")).out.strip()
+    if kind not in ("", "0") and commands.run((reader, *where, "httpsProxy")).out.strip() != url:
+        raise ForeignProxy(
+            f"KDE's proxy settings are in use (ProxyType {kind}).\n  Put that proxy as upstream "
+            "under [proxy] in config.toml, choose No Proxy in System Settings, and init again; "
+            "or init --apps, which leaves it alone"
+        )
+    # Running programs read the settings again when told so.
+    signal = "org.kde.KIO.Scheduler.reparseSlaveConfiguration"
+    told = (TOLERATED, "dbus-send", "--type=signal", "/KIO/Scheduler", signal, "string:")
+    changes = []
+    for key, value in (("httpProxy", url), ("httpsProxy", url), ("ProxyType", "1")):
+        before = commands.run((reader, *where, key)).out.strip()
+        back: Argv = (writer, *where, key, before)
+        if before in ("", value):
+            back = (writer, *where, key, "--delete")
+        changes.append(
+            CommandRun(
+                key=f"{KEY_PREFIX}kde:{key}",
+                run=((writer, *where, key, value), told),
+                undo=(back, told),
+                check=(reader, *where, key),
+                ours=value,
+            )
+        )
+    return changes
+
+
+def desktop_changes(commands: Commands, port: int) -> list[CommandRun]:
+    """The changes for whichever of GNOME and KDE are here. Raises ForeignProxy, ChangeError."""
+    tools = kde_tools(commands)
+    changes = gnome_changes(commands, port) if has_gnome(commands) else []
+    changes += kde_changes(commands, tools, port) if tools else []
+    if not changes:
+        raise ChangeError(
+            "no system proxy settings are known here: neither GNOME's (gsettings) nor KDE's "
+            "(kwriteconfig). Use: halton-meter init --apps"
+        )
+    return changes
+
+
+# --- the keeper ---------------------------------------------------------------------------------
+
+
+class Keeper:
+    """Keeps the system's proxy settings in step with the network and with the edge's health.
+
+    `look` is one round; `healthy` says whether the edge answers. Nothing is done unless the last
+    complete set-up was a full one.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        commands: Commands,
+        platform: str,
+        port: int,
+        healthy: Callable[[], bool],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._home = home
+        self._commands = commands
+        self._macos = platform == "macos"
+        self._port = port
+        self._healthy = healthy
+        self._tell = tell
+        self._failures = 0
+        self._successes = 0
+        self._away = False
+        self._told: set[str] = set()
+
+    def look(self, network_changed: bool) -> None:
+        """Check the edge's health; take away, give back, or cover what is new."""
+        if self._healthy():
+            self._successes, self._failures = self._successes + 1, 0
+        else:
+            self._successes, self._failures = 0, self._failures + 1
+        with Ledger.open(self._home, self._commands) as ledger:
+            if ledger.mode != "full" or not ledger.complete:
+                return
+            if self._failures >= FAILURES_MAX and not self._away:
+                self._take_away(ledger)
+            elif self._away and self._successes >= WELL_AGAIN:
+                self._away = False
+                self._tell("the proxy answers again: system proxy set")
+                self._cover(ledger)
+            elif network_changed and not self._away and not self._failures:
+                self._cover(ledger)
+
+    def _take_away(self, ledger: Ledger) -> None:
+        self._away = True
+        self._tell(f"the proxy failed {self._failures} checks: system proxy taken away")
+        try:
+            ledger.undo_all(keep=lambda change: not change.key.startswith(KEY_PREFIX))
+        except ChangeError as error:
+            self._tell(str(error))
+            self._away = False  # what is left is tried again at the next look
+
+    def _cover(self, ledger: Ledger) -> None:
+        """Set what is not in the ledger; what is there and was switched off stays off."""
+        try:
+            names = network_services(self._commands) if self._macos else []
+            if not self._macos:
+                for change in desktop_changes(self._commands, self._port):
+                    self._set(ledger, change.key, partial(_same, change))
+        except ChangeError as error:
+            self._say_once(str(error))
+            return
+        for name in names:
+            for kind in _NETWORK_KINDS:
+                planned = partial(network_change, self._commands, kind, name, self._port)
+                self._set(ledger, f"{KEY_PREFIX}{kind}:{name}", planned)
+
+    def _set(self, ledger: Ledger, key: str, planned: Callable[[], CommandRun]) -> None:
+        if ledger.holds(key):
+            return
+        try:
+            ledger.make(planned())
+        except ChangeError as error:
+            if ledger.holds(key):
+                ledger.undo(key)
+            self._say_once(str(error))
+        else:
+            self._tell(f"set {key.removeprefix(KEY_PREFIX)}")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._told and len(self._told) < SERVICES_MAX:
+            self._told.add(text)
+            self._tell(text)
+
+
+def _same(change: CommandRun) -> CommandRun:
+    return change
+
+
+# What scutil is told: services added or removed, the order changed, a proxy setting changed.
+SCUTIL_WATCH = (
+    "n.add State:/Network/Global/IPv4\n"
+    "n.add Setup:/Network/Global/IPv4\n"
+    "n.add Setup:/Network/Service/[^/]+/Interface pattern\n"
+    "n.watch\n"
+)
+
+
+def notifications(command: Sequence[str] = ("scutil",)) -> Iterator[bool]:
+    """True when the network changed, False when `HEALTH_EVERY_S` went by; for ever.
+
+    A watcher that cannot be started, or that ends, is replaced by looking every `LOOK_EVERY_S`.
+    """
+    watcher = _watcher(command)
+    selector = selectors.DefaultSelector()
+    if watcher is not None and watcher.stdout is not None:
+        selector.register(watcher.stdout, selectors.EVENT_READ)
+    looked_s = time.monotonic()
+    try:
+        yield True
+        while True:
+            changed = False
+            if selector.get_map():
+                if selector.select(HEALTH_EVERY_S):
+                    changed = _drained(selector)
+            else:
+                time.sleep(HEALTH_EVERY_S)
+            now_s = time.monotonic()
+            if changed or now_s - looked_s >= LOOK_EVERY_S:
+                looked_s = now_s
+                yield True
+            else:
+                yield False
+    finally:
+        selector.close()
+        if watcher is not None:
+            watcher.kill()
+            watcher.wait()
+
+
+def _watcher(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
+    try:
+        watcher = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # what a dead one did not take is not tried again at its end
+        )
+    except OSError:
+        return None
+    assert watcher.stdin is not None
+    # It watches for as long as its input is open.
+    with contextlib.suppress(OSError):  # gone already: its output's end will tell
+        watcher.stdin.write(SCUTIL_WATCH.encode())
+    return watcher
+
+
+def _drained(selector: selectors.BaseSelector) -> bool:
+    """Read until it is quiet; whether a key changed."""
+    changed = False
+    while ready := selector.select(SETTLE_S if changed else 0):
+        for key, _ in ready:
+            said = os.read(key.fd, 65536)
+            changed = changed or b"changedKey" in said
+            if not said:
+                selector.unregister(key.fileobj)
+        if not selector.get_map():
+            break
+    return changed

@@ -1,0 +1,201 @@
+"""crypto/tls is found in Go programs however they were linked and stripped.
+
+The programs are built here with the system's Go; the symbols of the plain one are the truth.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import capstone
+import pytest
+
+from capture.functions.elf import Elf
+from capture.functions.golang import READ, WRITE, Found, NotRecognised, ServerName, find_go_tls
+
+SOURCE = Path(__file__).parents[2] / "support" / "code" / "go_client"
+GO = shutil.which("go")
+needs_go = pytest.mark.skipif(GO is None, reason="needs Go")
+
+BUILDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "plain": ((), {}),
+    "stripped": (("-ldflags=-s -w",), {}),
+    "pie": (("-buildmode=pie", "-ldflags=-s -w"), {}),
+    "static": (("-trimpath", "-ldflags=-s -w"), {"CGO_ENABLED": "0"}),
+    "arm": (("-ldflags=-s -w",), {"GOARCH": "arm64", "CGO_ENABLED": "0"}),
+}
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One build of each kind; Go's own cache makes all but the first run quick."""
+    folder = tmp_path_factory.mktemp("go")
+    built = {}
+    for name, (flags, environment) in BUILDS.items():
+        target = folder / name
+        subprocess.run(
+            [str(GO), "build", *flags, "-o", str(target), "."],
+            cwd=SOURCE,
+            env={**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", **environment},
+            check=True,
+            timeout=300,
+        )
+        built[name] = target
+    twice = folder / "strip"
+    subprocess.run(["strip", "-o", str(twice), str(built["stripped"])], check=True)
+    return {**built, "strip": twice}
+
+
+def found_in(path: Path) -> Found:
+    found = find_go_tls(path)
+    assert isinstance(found, Found), found
+    return found
+
+
+@needs_go
+def test_found_where_the_symbols_say(programs: dict[str, Path]) -> None:
+    plain = programs["plain"]
+    found = found_in(plain)
+    with Elf(plain) as elf:
+        symbols = {s.name: s for s in elf.symbols((READ, WRITE))}
+    for function in (found.read, found.write):
+        symbol = symbols[function.name]
+        assert function.address == symbol.address
+        assert function.size_bytes - symbol.size_bytes in range(32)  # padding to the next one
+    assert found_in(programs["stripped"]).functions == found.functions
+    assert found_in(programs["strip"]).functions == found.functions
+
+
+@needs_go
+@pytest.mark.parametrize("name", [*BUILDS, "strip"])
+def test_every_return_and_nothing_else(programs: dict[str, Path], name: str) -> None:
+    found = found_in(programs[name])
+    data = programs[name].read_bytes()
+    arm = found.machine == "aarch64"
+    decoder: Any = capstone.Cs(  # type: ignore[no-untyped-call]
+        capstone.CS_ARCH_ARM64 if arm else capstone.CS_ARCH_X86,
+        capstone.CS_MODE_ARM if arm else capstone.CS_MODE_64,
+    )
+    for function in (found.read, found.write):
+        code = data[function.offset : function.offset + function.size_bytes]
+        instructions = list(decoder.disasm(code, function.offset))
+        assert [i.address for i in instructions if i.mnemonic == "ret"] == list(function.returns)
+        assert len(function.returns) > 3
+        calls = [i for i in instructions if i.mnemonic in ("call", "bl")]
+        assert len(calls) > 5
+
+
+@needs_go
+def test_what_a_probe_needs_to_know_comes_along(programs: dict[str, Path]) -> None:
+    found = found_in(programs["stripped"])
+    version = subprocess.run(
+        [str(GO), "version"], capture_output=True, text=True, check=True
+    ).stdout.split()[2]
+    assert found.go_version == version
+    assert found.arguments == ("rax", "rbx", "rcx")
+    assert found.goroutine == "r14"
+    arm = found_in(programs["arm"])
+    assert (arm.machine, arm.arguments, arm.goroutine) == ("aarch64", ("x0", "x1", "x2"), "x28")
+
+
+@needs_go
+def test_the_server_name_is_where_go_itself_says(programs: dict[str, Path]) -> None:
+    printed = subprocess.run(
+        [str(GO), "run", "."],
+        cwd=SOURCE.parent / "go_offsets",
+        env={**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout.split()
+    config, name = map(int, printed)
+    assert found_in(programs["stripped"]).server_name == ServerName(config, name)
+
+
+@needs_go
+def test_a_go_program_without_tls_says_so() -> None:
+    tool = Path(
+        subprocess.run(
+            [str(GO), "env", "GOTOOLDIR"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "asm",
+    )
+    if not tool.exists():
+        pytest.skip("no Go tool to look at")
+    answer = find_go_tls(tool)
+    assert isinstance(answer, NotRecognised)
+    assert "does not use crypto/tls" in answer.reason
+
+
+def test_a_program_that_is_not_go_says_so() -> None:
+    answer = find_go_tls("/bin/ls")
+    assert isinstance(answer, NotRecognised)
+    assert answer.reason == "not a Go program"
+
+
+@needs_go
+def test_an_altered_function_is_refused(programs: dict[str, Path], tmp_path: Path) -> None:
+    found = found_in(programs["stripped"])
+    data = programs["stripped"].read_bytes()
+    copy = tmp_path / "altered"
+    for at, patch, reason in (
+        (found.read.offset, b"\x90\x90\x90", "does not begin"),
+        (found.write.offset + 40, b"\x06" * 40, "does not decode"),
+    ):
+        copy.write_bytes(data[:at] + patch + data[at + len(patch) :])
+        answer = find_go_tls(copy)
+        assert isinstance(answer, NotRecognised)
+        assert reason in answer.reason
+
+
+@needs_go
+def test_a_table_of_another_time_is_refused(programs: dict[str, Path], tmp_path: Path) -> None:
+    data = bytearray(programs["stripped"].read_bytes())
+    with Elf(programs["stripped"]) as elf:
+        section = elf.section(".gopclntab")
+        assert section is not None
+    struct.pack_into("<I", data, section.offset, 0xFFFFFFFA)  # Go 1.16's
+    (tmp_path / "old").write_bytes(data)
+    answer = find_go_tls(tmp_path / "old")
+    assert isinstance(answer, NotRecognised)
+    assert answer.reason == "no Go function table"
+
+
+@needs_go
+def test_without_section_names_the_table_is_still_found(
+    programs: dict[str, Path], tmp_path: Path
+) -> None:
+    data = bytearray(programs["stripped"].read_bytes())
+    struct.pack_into("<Q", data, 40, 0)
+    struct.pack_into("<HHH", data, 58, 0, 0, 0)
+    (tmp_path / "bare").write_bytes(data)
+    bare, whole = found_in(tmp_path / "bare"), found_in(programs["stripped"])
+    assert bare.functions == whole.functions
+    assert bare.go_version == whole.go_version
+
+
+@needs_go
+def test_damage_never_raises(programs: dict[str, Path], tmp_path: Path) -> None:
+    data = programs["stripped"].read_bytes()
+    with Elf(programs["stripped"]) as elf:
+        table = elf.section(".gopclntab")
+        assert table is not None
+    random_ = random.Random(3)
+    copy = tmp_path / "damaged"
+    for round_ in range(20):
+        damaged = bytearray(data)
+        for _ in range(6):
+            low, high = random_.choice(((0, 0x400), (table.offset, table.offset + 96)))
+            damaged[random_.randrange(low, high)] = random_.randrange(256)
+        size = len(data) if round_ % 2 else random_.randrange(len(data))
+        copy.write_bytes(damaged[:size])
+        answer = find_go_tls(copy)
+        assert isinstance(answer, Found | NotRecognised)
+        assert isinstance(answer, Found) or answer.reason

@@ -1,0 +1,226 @@
+"""Which files have TLS functions, and where: by symbol, whatever the file is called."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from capture.functions import libraries
+from capture.functions.elf import ElfError
+from capture.functions.libraries import (
+    Library,
+    Probe,
+    find_by_structure,
+    inspect,
+    library_from_json,
+    library_json,
+    parse_maps,
+    probe_offset,
+    standard_files,
+)
+
+C_SOURCE = """
+int SSL_read(void *s, void *b, int n) { return n; }
+int SSL_write(void *s, const void *b, int n) { return n; }
+long SSL_ctrl(void *s, int c, long l, void *p) { return 0; }
+int SSL_write_ex_not(void) { return 1; }
+"""
+
+
+def look(path: Path) -> Library | None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return inspect(fd)
+    finally:
+        os.close(fd)
+
+
+def build(folder: Path, source: str, name: str, *flags: str) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (folder / "source.c").write_text(source)
+    target = folder / name
+    subprocess.run([compiler, *flags, "-o", target, folder / "source.c"], check=True)
+    return target
+
+
+def symbol_offset(path: Path, name: str) -> int:
+    """By readelf: the reader under test must not be its own judge."""
+    text = subprocess.run(["readelf", "-sW", path], capture_output=True, text=True, check=True)
+    value = next(
+        int(row.split()[1], 16)
+        for row in text.stdout.splitlines()
+        if row.split()[7:8] == [name] and row.split()[6] != "UND"
+    )
+    headers = subprocess.run(["readelf", "-lW", path], capture_output=True, text=True, check=True)
+    for row in headers.stdout.splitlines():
+        fields = row.split()
+        if fields[:1] == ["LOAD"]:
+            offset, address, size = (int(fields[i], 16) for i in (1, 2, 4))
+            if address <= value < address + size:
+                return value - address + offset
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("libssl.so", ("-shared", "-fPIC")),
+        ("anything.node", ("-shared", "-fPIC", "-fcf-protection=none")),
+        ("guarded.so", ("-shared", "-fPIC", "-fcf-protection=full")),
+    ],
+)
+def test_a_shared_object_by_its_exported_symbols(
+    tmp_path: Path, name: str, flags: tuple[str, ...]
+) -> None:
+    path = build(tmp_path, C_SOURCE, name, *flags)
+    subprocess.run(["strip", path], check=True)
+    library = look(path)
+    assert library
+    code = path.read_bytes()
+    programs = {probe.program: probe for probe in library.probes}
+    assert set(programs) == {"enter_read", "enter_write", "enter_ctrl", "leave_plain"}
+    start = symbol_offset(path, "SSL_read")
+    assert programs["enter_read"].offset == start + probe_offset(code[start : start + 8])
+    assert all(probe.at_return == probe.program.startswith("leave") for probe in library.probes)
+    assert library.stack == "OpenSSL"
+
+
+def test_an_executable_with_local_symbols_only(tmp_path: Path) -> None:
+    source = C_SOURCE.replace("int SSL", "static int SSL") + (
+        "int main(void) { return SSL_read(0, 0, 0) + SSL_write(0, 0, 0) + (int)SSL_ctrl(0, 0, 0, 0)"
+        " + SSL_write_ex_not(); }"
+    )
+    path = build(tmp_path, source, "program", "-O0")
+    library = look(path)
+    assert library
+    assert {"enter_read", "enter_write"} <= {probe.program for probe in library.probes}
+    subprocess.run(["strip", path], check=True)
+    assert look(path) is None
+
+
+def test_a_user_of_the_library_is_not_the_library() -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("no curl")
+    assert look(Path(curl)) is None
+
+
+def test_the_systems_libssl(tmp_path: Path) -> None:
+    for path in standard_files():
+        library = look(Path(path))
+        assert library
+        names = {probe.program for probe in library.probes}
+        assert {"enter_read", "enter_write", "enter_free", "enter_clear", "enter_ctrl"} <= names
+        assert library.build_id
+
+
+@pytest.mark.parametrize("size", [0, 10, 63, 64, 200, 5000])
+def test_a_truncated_file_is_refused_or_has_nothing(tmp_path: Path, size: int) -> None:
+    whole = build(tmp_path, C_SOURCE, "whole.so", "-shared", "-fPIC").read_bytes()
+    path = tmp_path / "cut.so"
+    path.write_bytes(whole[:size])
+    with contextlib.suppress(ElfError):
+        assert look(path) is None
+
+
+def test_a_script_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "script"
+    path.write_text("#!/bin/sh\n" + "SSL_read SSL_write\n" * 100)
+    with pytest.raises(ElfError):
+        look(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "past"),
+    [
+        ("f30f1efa55488900", 4),  # endbr64; push rbp
+        ("f30f1efa41574156", 4),  # endbr64; push r15
+        ("f30f1efa4883ec18", 0),  # endbr64; sub rsp
+        ("4883ec1864488b04", 0),
+        ("5548", 0),
+        ("f30f1efa", 0),
+    ],
+)
+def test_where_past_the_landing_pad(code: str, past: int) -> None:
+    assert probe_offset(bytes.fromhex(code)) == past
+    assert probe_offset(bytes.fromhex(code), "aarch64") == 0
+
+
+def test_a_stack_that_cannot_be_probed_says_what_to_do(tmp_path: Path) -> None:
+    source = C_SOURCE.replace("SSL_", "ssl_") + (
+        'const char *mark = "/registry/src/rustls-0.23.5/src/conn.rs"; char pad[2000000] = {1};'
+    )
+    path = build(tmp_path, source, "codex.so", "-shared", "-fPIC")
+    with path.open("rb") as file:
+        library = find_by_structure(file.fileno())
+    assert library
+    assert (library.stack, library.probes) == ("rustls", ())
+    assert "--via proxy" in (library.reason or "")
+
+
+def test_a_large_file_without_any_marker_is_nothing(tmp_path: Path) -> None:
+    source = "char pad[2000000] = {1};"
+    path = build(tmp_path, source, "plain.so", "-shared", "-fPIC")
+    with path.open("rb") as file:
+        assert find_by_structure(file.fileno()) is None
+
+
+def test_what_a_finder_says_comes_back_equal() -> None:
+    probes = (Probe("enter_go_read", 16), Probe("leave_go_read", 90))
+    library = Library("Go crypto/tls", probes, "00ff", None, 80 << 32 | 128)
+    assert library_from_json(library_json(library)) == library
+    assert library_from_json("null") is None
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        ["leave_go_read", 9, True],  # would crash the program
+        ["leave_plain", 9, False],
+        ["on_exit", 9, False],
+        ["enter_read", -1, False],
+    ],
+)
+def test_a_finder_cannot_have_just_anything_attached(probe: list[object]) -> None:
+    content = json.loads(library_json(Library("x", (), None)))
+    with pytest.raises(ValueError, match="not a probe"):
+        library_from_json(json.dumps({**content, "probes": [probe]}))
+
+
+def test_maps_give_executable_files_once_each() -> None:
+    text = (
+        b"5581aa0000-5581aa1000 r--p 00000000 fd:00 10                         /usr/bin/x y\n"
+        b"5581aa1000-5581aa2000 r-xp 00001000 fd:00 10                         /usr/bin/x y\n"
+        b"5581ab1000-5581ab2000 r-xp 00001000 fd:00 10                         /usr/bin/x y\n"
+        b"7f0000000000-7f0000001000 r-xp 00000000 00:2a 77              /lib/z.so (deleted)\n"
+        b"7f0000002000-7f0000003000 rwxp 00000000 00:00 0 \n"
+        b"00400000-00401000 r-xp 00000000 08:01 5                              /static\n"
+        b"7ffd00000000-7ffd00001000 r-xp 00000000 00:00 0                      [vdso]\n"
+    )
+    found = list(parse_maps(text, 9))
+    assert [(each.inode, each.path) for each in found] == [
+        (10, "/usr/bin/x y"),
+        (77, "/lib/z.so"),
+        (5, "/static"),
+    ]
+    assert found[0].link == "/proc/9/map_files/5581aa1000-5581aa2000"
+    assert found[2].link == "/proc/9/map_files/400000-401000"
+    assert found[0].device == os.makedev(0xFD, 0)
+
+
+def test_our_own_mappings_open_by_their_links() -> None:
+    mappings = list(libraries.executable_mappings(os.getpid()) or ())
+    assert any("python" in each.path for each in mappings)
+    if os.geteuid() == 0:
+        for each in mappings:
+            stat = os.stat(each.link)
+            assert (stat.st_dev, stat.st_ino) == (each.device, each.inode)
+    assert libraries.executable_mappings(2**22 + 1) is None

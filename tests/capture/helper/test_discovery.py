@@ -1,0 +1,84 @@
+"""Following processes, where what happens in the midst of a look decides."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from capture.functions import libraries
+from capture.helper import discovery as discovery_module
+from capture.helper.discovery import Discovery
+
+PID = 4_000_000
+
+
+def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within the look came the news of its next exec, and it had ended by then."""
+    ring: Any = SimpleNamespace(
+        records=lambda: iter(()), skip_discarded=lambda: None, filled=lambda: 0
+    )
+    files: Any = SimpleNamespace(search=list, due=lambda now: math.inf, hears=lambda linker: False)
+    admission: Any = SimpleNamespace()
+    discovery = Discovery(ring, files, admission, lambda: None)
+    discovery.sweep_at = math.inf
+    looked: list[int] = []
+
+    def look(pid: int) -> bool:
+        looked.append(pid)
+        discovery.watched.pop(pid, None)
+        return True
+
+    monkeypatch.setattr(discovery, "_scan", look)
+    discovery.schedule(PID)
+    now = discovery.due(0.0)
+    discovery.run_rescans(now)
+    assert looked == [PID]
+    assert discovery.due(now) > now  # it is looked at again, and found to be gone
+
+
+def test_a_process_that_maps_thousands_of_files_lets_others_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each look takes so much time and no more; the rest of its files come behind others' looks."""
+    ring: Any = SimpleNamespace(records=lambda: iter(()), skip_discarded=lambda: None)
+    looked: list[int] = []
+
+    class Files:
+        files: ClassVar[dict[Any, Any]] = {}
+
+        def look_at(self, link: str, path: str) -> tuple[int, int, int]:
+            clock[0] += 0.001
+            looked.append(clock_pid[0])
+            return (0, len(looked), 0)
+
+        def __getattr__(self, name: str) -> Any:
+            return {"search": list, "knows": lambda identity: True}.get(name, lambda *_: math.inf)
+
+    clock, clock_pid = [1000.0], [0]
+    monkeypatch.setattr(discovery_module.time, "monotonic", lambda: clock[0])
+
+    def mappings(pid: int) -> Any:
+        clock_pid[0] = pid
+        count = 3000 if pid == PID else 3
+        return (libraries.FileMapping(pid, inode, f"/{inode}", "") for inode in range(count))
+
+    monkeypatch.setattr(libraries, "executable_mappings", mappings)
+    admission: Any = SimpleNamespace(in_scope=lambda pid: True)
+    files: Any = Files()
+    discovery = Discovery(ring, files, admission, lambda: None)
+    discovery.sweep_at = math.inf
+    for pid in (PID, PID + 1, PID + 2):
+        discovery.schedule(pid)
+    turns = 0
+    while looked.count(PID + 2) < 3:
+        before = clock[0]
+        discovery.run_rescans(clock[0])
+        assert clock[0] - before < 0.05
+        turns += 1
+    assert turns <= 3
+    assert looked.count(PID) < 40

@@ -1,0 +1,242 @@
+"""`run --via proxy` composed: a real client process, real mitmproxy, real TLS, a real store."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import os
+import pwd
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from halton_meter.live.proxy.run import ProxyUnavailable, environment_proxy, meter_command
+from halton_meter.model import Source
+from halton_meter.store import Store
+from proxy_fallback.edge.edge import Edge
+from proxy_fallback.edge.listening import listen
+
+CLIENT = """
+import json, os, sys, urllib.request
+request = urllib.request.Request(
+    sys.argv[1] + "/v1/chat/completions",
+    data=json.dumps({"model": "gpt-4o-mini", "messages": []}).encode(),
+    headers={"Authorization": "Bearer sk-made-up", "Content-Type": "application/json"},
+)
+with urllib.request.urlopen(request) as answer:
+    print(json.load(answer)["id"])
+sys.exit(int(sys.argv[2]))
+"""
+
+ANSWER = {
+    "id": "chatcmpl-proxied-1",
+    "object": "chat.completion",
+    "model": "gpt-4o-mini-2024-07-18",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}}],
+    "usage": {
+        "prompt_tokens": 1000,
+        "completion_tokens": 200,
+        "total_tokens": 1200,
+        "prompt_tokens_details": {"cached_tokens": 400},
+    },
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps(ANSWER).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: pytest's output is not the server's."""
+
+
+@pytest.fixture
+def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pem = tmp_path / "origin.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", str(pem), "-out", str(tmp_path / "cert.pem"), "-days", "30",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", pem)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    yield f"https://localhost:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "SSL_CERT_FILE": os.environ["SSL_CERT_FILE"],
+    }
+
+
+def test_a_client_behind_the_proxy_is_metered_with_its_pid_and_its_exit_code_is_kept(
+    origin: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", CLIENT, origin, "7"]
+    run = meter_command(
+        command,
+        tmp_path / "home",
+        environment(tmp_path),
+        {origin.removeprefix("https://"): "openai"},
+    )
+    assert run.exit_code == 7
+    assert capfd.readouterr().out == "chatcmpl-proxied-1\n"
+    with Store(tmp_path / "home").reading() as reader:
+        [event] = reader.events()
+    tokens = event.usage.tokens
+    assert (tokens.input, tokens.cache_read, tokens.output) == (600, 400, 200)
+    assert event.usage.source is Source.PROXY
+    if sys.platform == "linux":
+        assert event.usage.process is not None
+        assert event.usage.process.argv[0] == sys.executable
+    assert run.totals.total.requests == 1
+    assert not run.losses
+
+
+def test_its_events_are_in_the_store_and_the_key_is_nowhere(origin: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    meter_command(
+        [sys.executable, "-c", CLIENT, origin, "0"],
+        home,
+        environment(tmp_path),
+        {origin.removeprefix("https://"): "openai"},
+    )
+    listed = subprocess.run(
+        [sys.executable, "-m", "halton_meter", "events", "--json"],
+        env={**os.environ, "HALTON_METER_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [event] = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert event["response_id"] == "chatcmpl-proxied-1"
+    assert event["source"] == "proxy"
+    files = [file for file in home.rglob("*") if file.is_file()]
+    assert files
+    assert not any(b"sk-made-up" in file.read_bytes() for file in files)
+
+
+def test_a_command_that_does_not_exist_is_told_as_a_shell_would(tmp_path: Path) -> None:
+    run = meter_command(["./no-such-program"], tmp_path / "home", {"PATH": "/bin"}, {})
+    assert run.exit_code == 127
+
+
+class Plain(http.server.BaseHTTPRequestHandler):
+    """A model server of one's own, without TLS; it notes the headers that reach it."""
+
+    heads: ClassVar[list[dict[str, str]]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.heads.append({name.lower(): value for name, value in self.headers.items()})
+        body = json.dumps(ANSWER).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_model_server_without_tls_is_metered_and_gets_no_header_of_ours(tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Plain)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    name = f"localhost:{server.server_address[1]}"
+    client = (
+        "import sys, urllib.request as r; q = r.Request(sys.argv[1] + '/v1/chat/completions', "
+        'data=b\'{"model":"gpt-5-mini"}\', headers={"Content-Type": "application/json"}); '
+        "print(len(r.urlopen(q).read()))"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", client, f"http://{name}"]
+    run = meter_command(command, tmp_path / "home", environment, {name: "openai"})
+    server.shutdown()
+    server.server_close()
+    assert run.exit_code == 0
+    assert run.totals.total.requests == 1
+    assert not run.losses
+    [head] = Plain.heads
+    assert "x-halton-meter-client" not in head
+    assert "proxy-connection" not in head
+    assert head["host"] == name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("http://proxy.example.com:3128", ("proxy.example.com", 3128)),
+        ("proxy.example.com:3128/", ("proxy.example.com", 3128)),
+        ("", None),
+    ],
+)
+def test_the_environments_own_proxy_stays_in_use(
+    value: str, expected: tuple[str, int] | None
+) -> None:
+    assert environment_proxy({"HTTPS_PROXY": value}) == expected
+
+
+@pytest.mark.parametrize("value", ["http://user:secret@proxy:1", "socks5://proxy:1", "proxy:99999"])
+def test_a_proxy_that_cannot_be_chained_is_told_without_its_password(value: str) -> None:
+    with pytest.raises(ProxyUnavailable) as refused:
+        environment_proxy({"HTTPS_PROXY": value})
+    assert "HTTPS_PROXY" in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_what_is_metered_leaves_by_the_upstream_proxy_too(origin: str, tmp_path: Path) -> None:
+    company = Edge([])
+    listener = listen(0)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(company.serve([listener]), loop).result(10)
+    run = meter_command(
+        [sys.executable, "-c", CLIENT, origin, "0"],
+        tmp_path / "home",
+        environment(tmp_path),
+        {origin.removeprefix("https://"): "openai"},
+        upstream=("127.0.0.1", listener.getsockname()[1]),
+    )
+    asyncio.run_coroutine_threadsafe(company.stop(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    assert run.exit_code == 0
+    assert run.totals.total.requests == 1
+    assert company.counts["tunnelled"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sudo makes root")
+def test_a_run_under_sudo_serves_the_person_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sudo runs may act as the person, as `sudo -u` does."""
+    from halton_meter.live.proxy import service as proxy_service
+
+    nobody = pwd.getpwnam("nobody").pw_uid
+    monkeypatch.setenv("SUDO_UID", str(nobody))
+    assert {0, nobody} <= proxy_service._served()
+    monkeypatch.delenv("SUDO_UID")
+    assert nobody not in proxy_service._served()

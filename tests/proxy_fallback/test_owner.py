@@ -1,0 +1,158 @@
+"""Finding the process behind a loopback socket, with real sockets and real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from proxy_fallback.edge import client_end
+from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge.owner import owner_pid
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+
+# Connects to a port, from the port given or one of the kernel's choice, and says from which.
+CLIENT = """
+import socket, sys
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if len(sys.argv) > 2:
+    s.bind(("127.0.0.1", int(sys.argv[2])))
+s.connect(("127.0.0.1", int(sys.argv[1])))
+print(s.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def port_of(a_socket: socket.socket) -> int:
+    return int(a_socket.getsockname()[1])
+
+
+BOTH_WAYS = pytest.mark.parametrize("netlink", [True, False], ids=["netlink", "/proc/net/tcp"])
+
+
+@BOTH_WAYS
+def test_a_socket_of_another_process_is_named_by_its_pid(netlink: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(server.getsockname()[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert client.stdout is not None
+            end = ClientEnd("127.0.0.1", int(client.stdout.readline()), port_of(server))
+            assert owner_pid(end, netlink=netlink) == client.pid
+        finally:
+            client.communicate()
+
+
+@BOTH_WAYS
+def test_an_ipv6_socket_is_found_too(netlink: bool) -> None:
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with server, socket.create_connection(server.getsockname()[:2]) as client:
+        end = ClientEnd("::1", port_of(client), port_of(server))
+        assert owner_pid(end, netlink=netlink) == os.getpid()
+
+
+@BOTH_WAYS
+def test_an_ipv6_socket_that_speaks_ipv4_is_found_by_its_ipv4_address(netlink: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        with client:
+            try:
+                client.connect(("::ffff:127.0.0.1", server.getsockname()[1]))
+            except OSError:
+                pytest.skip("this machine has no IPv6")
+            _, (address, port) = server.accept()
+            end = ClientEnd(address, port, port_of(server))
+            assert owner_pid(end, netlink=netlink) == os.getpid()
+
+
+def test_many_connections_of_many_processes_are_told_apart() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        argv = [sys.executable, "-c", CLIENT, str(server.getsockname()[1])]
+        clients = [
+            subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(4)
+        ]
+        mine = [socket.create_connection(server.getsockname()) for _ in range(20)]
+        try:
+            for client in clients:
+                assert client.stdout is not None
+                end = ClientEnd("127.0.0.1", int(client.stdout.readline()), port_of(server))
+                assert owner_pid(end) == client.pid
+            for each in mine:
+                assert owner_pid(ClientEnd(*each.getsockname(), port_of(server))) == os.getpid()
+        finally:
+            for client in clients:
+                client.communicate()
+            for each in mine:
+                each.close()
+
+
+def test_the_servers_end_is_not_taken_for_the_clients() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(server.getsockname()[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        accepted, address = server.accept()
+        with accepted:
+            near, far = port_of(server), address[1]
+            assert owner_pid(ClientEnd("127.0.0.1", far, near)) == client.pid
+            assert owner_pid(ClientEnd("127.0.0.1", near, far)) == os.getpid()
+        client.communicate()
+
+
+@BOTH_WAYS
+def test_a_port_that_nobody_has_is_nobodys(netlink: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = port_of(server)
+    assert owner_pid(ClientEnd("127.0.0.1", port, 8081), netlink=netlink) is None
+
+
+@BOTH_WAYS
+def test_one_port_of_two_processes_is_told_apart_by_where_it_leads(netlink: bool) -> None:
+    """As the kernel may give the edge's connection to mitmproxy the port that a client has, too."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as edge,
+        socket.create_server(("127.0.0.1", 0)) as worker,
+        socket.socket() as ours,
+    ):
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ours.bind(("127.0.0.1", 0))
+        shared = port_of(ours)
+        argv = [sys.executable, "-c", CLIENT, str(port_of(edge)), str(shared)]
+        client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            assert client.stdout is not None
+            assert int(client.stdout.readline()) == shared
+            ours.connect(worker.getsockname())
+            asked = ClientEnd("127.0.0.1", shared, port_of(edge))
+            assert owner_pid(asked, netlink=netlink) == client.pid
+            assert (
+                owner_pid(asked._replace(far_port=port_of(worker)), netlink=netlink) == os.getpid()
+            )
+        finally:
+            client.communicate()
+
+
+def test_the_header_names_the_end_again() -> None:
+    for end in (ClientEnd("127.0.0.1", 45000, 8081), ClientEnd("::1", 1, 65535)):
+        assert client_end.from_header(client_end.to_header(end)) == end
+
+
+@pytest.mark.parametrize("value", ["", "127.0.0.1:45000", "127.0.0.1 45000", "a b c", "a 1 2 3"])
+def test_a_header_that_is_none_names_nobody(value: str) -> None:
+    assert client_end.from_header(value) is None
