@@ -10,7 +10,8 @@ import contextlib
 import os
 import platform
 import sys
-from dataclasses import dataclass
+
+from halton_meter.problem import Problem
 
 KERNEL_MIN = (5, 12)
 LOCKDOWN_FILE = "/sys/kernel/security/lockdown"
@@ -18,19 +19,11 @@ USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
 _CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why uprobes cannot work here: what is missing, and the command (or step) that mends it."""
-
-    what: str
-    command: str
-
-
 class UprobeUnavailable(Exception):
     """The helper could not attach; `problems` says exactly what is missing."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
-        super().__init__("; ".join(f"{p.what} ({p.command})" for p in problems))
+        super().__init__("; ".join(f"{p.what} ({p.fix})" for p in problems))
         self.problems = problems
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capture import protocol
-from capture.environment import USE_PROXY, Problem, UprobeUnavailable, check_environment
+from capture.environment import USE_PROXY, UprobeUnavailable, check_environment
 from capture.helper.relay.keeper import Keeper
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt
 from capture.processes import proc
@@ -35,6 +35,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
+from halton_meter.problem import Problem
 
 CLOSED_MAX = 4096  # connections remembered after their end: more than a batch of frames can close
 # How far back an exchange that is not over may keep the spool from being freed. A longer one would

@@ -21,7 +21,8 @@ from datetime import date, timedelta
 from decimal import Context, Decimal
 from typing import Any
 
-from halton_meter.model import TOKEN_NAMES, rfc3339, usd_text
+from halton_meter.contract import rfc3339, usd_text
+from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import date_of, day_of, day_sql, start_of
 from halton_meter.store import NothingStored, Reader, Selection, Store
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from capture.pcap import PcapSource
+from halton_meter.contract import event_json
 from halton_meter.meter import Meter
-from halton_meter.model import event_json
 from pricing.book import PriceBook
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "pcaps"

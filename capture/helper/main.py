@@ -611,7 +611,7 @@ def diagnosis(error: Exception) -> dict[str, Any]:
     missing = []
     if not isinstance(error, Refused):
         with contextlib.suppress(OSError, ValueError):
-            missing = [[problem.what, problem.command] for problem in check_environment()]
+            missing = [[problem.what, problem.fix] for problem in check_environment()]
     return {"what": str(error), "missing": missing}
 
 

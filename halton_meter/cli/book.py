@@ -52,7 +52,7 @@ def parsed_time(text: str | None) -> int | None:
 
 def rate_text(usd: Decimal, per: int) -> str:
     """A rate without its dollar sign, and what it is for where that is not a million."""
-    from halton_meter.model import usd_text
+    from halton_meter.contract import usd_text
 
     words = {1: "", 1000: " per 1,000", 1_000_000: "", 3600: " an hour", 60: " a minute"}
     return f"{usd_text(usd)}{words.get(per, f' per {per}')}" + (" each" if per == 1 else "")

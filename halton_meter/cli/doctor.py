@@ -300,6 +300,6 @@ def _tools(machine: Machine) -> Iterator[Finding]:
 
     missing = check_environment()
     for problem in missing:
-        yield Finding("probes", None, f"{problem.what} ({problem.command})")
+        yield Finding("probes", None, f"{problem.what} ({problem.fix})")
     if not missing:
         yield Finding("probes", True, "this machine can: sudo halton-meter start")

@@ -16,7 +16,8 @@ import click
 from halton_meter.cli.drawing import aligned, count_text, money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.config import home_folder
-from halton_meter.model import Certainty, Outcome, PricedEvent, event_json
+from halton_meter.contract import event_json
+from halton_meter.model import Certainty, Outcome, PricedEvent
 from halton_meter.store import NothingStored, Store
 
 # What the table shows when nobody says how many; --json shows all.

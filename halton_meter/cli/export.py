@@ -19,7 +19,7 @@ import click
 from halton_meter.cli.drawing import harmless
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.config import home_folder
-from halton_meter.model import event_json
+from halton_meter.contract import event_json
 from halton_meter.store import NothingStored, Reader, Selection, Store
 from halton_meter.store.errors import disk_trouble
 from halton_meter.store.export import write_csv, write_parquet, write_sqlite

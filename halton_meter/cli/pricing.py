@@ -126,7 +126,7 @@ def _stored(event_id: str) -> PricedEvent:
 
 
 def _show(event: PricedEvent, as_json: bool) -> None:
-    from halton_meter.model import event_json
+    from halton_meter.contract import event_json
 
     document = event_json(event)
     usage = event.usage

@@ -25,7 +25,7 @@ _STORED = "events already stored keep their price; see: halton-meter reprice --d
 
 def described(override: Override) -> str:
     """An override in words."""
-    from halton_meter.model import usd_text
+    from halton_meter.contract import usd_text
 
     what = (
         f"{override.model} of {override.provider}" if override.provider != "*" else override.model

@@ -26,7 +26,8 @@ from halton_meter.cli.drawing import (
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.cli.words import implausible_words
 from halton_meter.config import home_folder
-from halton_meter.model import TOKEN_NAMES, usd_text
+from halton_meter.contract import usd_text
+from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import period_before
 from halton_meter.report import (
     DIMENSIONS,

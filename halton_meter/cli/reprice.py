@@ -15,7 +15,7 @@ import click
 from halton_meter.cli.drawing import money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.config import home_folder
-from halton_meter.model import usd_text
+from halton_meter.contract import usd_text
 from halton_meter.store import NothingStored, Repriced, Store
 
 # Models named one by one in words; --json names all.

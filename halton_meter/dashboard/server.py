@@ -23,8 +23,9 @@ from itertools import chain
 from typing import Any, TextIO
 from urllib.parse import parse_qs, urlsplit
 
+from halton_meter.contract import event_json
 from halton_meter.dashboard.entrance import CODE_SECONDS, Entrance, is_ours
-from halton_meter.model import PricedEvent, event_json
+from halton_meter.model import PricedEvent
 from halton_meter.report import DIMENSIONS, Question, ask
 from halton_meter.spreadsheet import write_rows
 from halton_meter.store import NothingStored, Selection, Store, StoreError

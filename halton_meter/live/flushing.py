@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
+from halton_meter.contract import rfc3339
 from halton_meter.live import own_code
-from halton_meter.model import PricedEvent, rfc3339
+from halton_meter.model import PricedEvent
 
 if TYPE_CHECKING:
     from halton_meter.store import Flushed

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from halton_meter.model import rfc3339
+from halton_meter.contract import rfc3339
 from halton_meter.untrusted import parsed, whole_number
 
 GAPS_KEPT = 200

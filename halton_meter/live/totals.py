@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from halton_meter.contract import usd_text
 from halton_meter.model import (
     SIGHTING_RANK_MAX,
     Outcome,
     PricedEvent,
     Tokens,
     sighting_rank,
-    usd_text,
 )
 from halton_meter.untrusted import COUNT_MAX, printable
 

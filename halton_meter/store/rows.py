@@ -11,6 +11,7 @@ from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
+from halton_meter.contract import usd_text
 from halton_meter.model import (
     TOKEN_NAMES,
     Basis,
@@ -24,7 +25,6 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
     sighting_rank,
-    usd_text,
 )
 from halton_meter.store.schema import TEXT, USD, USD_REST
 

@@ -52,7 +52,7 @@ class Machine:
         return fail
 
     def problems(self) -> list[tuple[str, str]]:
-        return [(each.what, each.command) for each in check_environment()]
+        return [(each.what, each.fix) for each in check_environment()]
 
 
 @pytest.fixture

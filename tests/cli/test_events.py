@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main
-from halton_meter.model import TOKEN_NAMES, Outcome, event_json
+from halton_meter.contract import event_json
+from halton_meter.model import TOKEN_NAMES, Outcome
 from halton_meter.store import Store
 from tests.support.made import HOUR_NS, NOON_NS, made
 

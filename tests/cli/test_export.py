@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
-from halton_meter.model import PricedEvent, Tokens, Usage, event_json
+from halton_meter.contract import event_json
+from halton_meter.model import PricedEvent, Tokens, Usage
 from halton_meter.store import Reader, Store
 from tests.support.made import HOUR_NS, NOON_NS, made
 

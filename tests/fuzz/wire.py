@@ -12,6 +12,7 @@ import math
 import random
 from functools import cache
 
+from halton_meter.contract import event_json
 from halton_meter.meter import Meter
 from halton_meter.model import (
     TOKEN_NAMES,
@@ -21,7 +22,6 @@ from halton_meter.model import (
     Source,
     TlsChunk,
     TlsClosed,
-    event_json,
 )
 from halton_meter.store.journal import _is_sound, event_line
 from pricing.book import PriceBook

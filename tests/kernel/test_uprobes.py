@@ -571,7 +571,7 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
             UprobeSource([], Scope(), link=ours).start()
     lockdown_problem, last = refused.value.problems
     assert "confidentiality" in lockdown_problem.what
-    assert "lockdown=integrity" in lockdown_problem.command
+    assert "lockdown=integrity" in lockdown_problem.fix
     assert "Operation not permitted" in last.what
     assert "--via proxy" in last.command
 

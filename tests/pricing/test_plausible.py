@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halton_meter import providers
+from halton_meter.contract import event_json
 from halton_meter.explain.reader import NotExplained, events_of
 from halton_meter.live.totals import Totals
-from halton_meter.model import TOKEN_NAMES, Basis, PricedEvent, event_json
+from halton_meter.model import TOKEN_NAMES, Basis, PricedEvent
 from halton_meter.report import DIMENSIONS, Figures, Question, ask
 from halton_meter.store import Store
 from pricing.plausible import REQUEST_USD_MAX, TOKENS_MAX, UNITS_MAX, UNITS_MAX_BY_NAME

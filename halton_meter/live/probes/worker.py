@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
+from halton_meter.contract import rfc3339
 from halton_meter.live import flushing
 from halton_meter.live.control import SOCKET_NAME, Answering, Client
 from halton_meter.live.flushing import (
@@ -44,7 +45,7 @@ from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Gaps
 from halton_meter.live.totals import Totals
-from halton_meter.model import PricedEvent, TlsChunk, rfc3339
+from halton_meter.model import PricedEvent, TlsChunk
 
 if TYPE_CHECKING:
     from capture.uprobes import ProcessCoverage, Status
@@ -700,7 +701,7 @@ def start(job: Job, link: socket.socket) -> int:
     try:
         source.start()
     except UprobeUnavailable as error:
-        tell({"unavailable": [[problem.what, problem.command] for problem in error.problems]})
+        tell({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
     return Metering(job, source, meter, Store(home), price_error).run()
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.config import invoking_account
+from halton_meter.contract import rfc3339
 from halton_meter.live import own_code
 from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
 from halton_meter.live.flushing import is_well
@@ -42,7 +43,6 @@ from halton_meter.live.proxy.worker import (
     provider_hosts,
 )
 from halton_meter.live.totals import Totals
-from halton_meter.model import rfc3339
 from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
 from proxy_fallback.edge.served import served_uids
 

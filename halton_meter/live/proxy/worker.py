@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
+from halton_meter.contract import rfc3339
 from halton_meter.live import flushing
 from halton_meter.live.flushing import (
     FLUSH_AFTER_S,
@@ -39,7 +40,6 @@ from halton_meter.live.flushing import (
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.probes.worker import make_meter, prepare_home
 from halton_meter.live.totals import Totals
-from halton_meter.model import rfc3339
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
