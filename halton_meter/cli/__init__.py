@@ -131,16 +131,18 @@ class LazyGroup(click.Group):
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """What is wrong is told with what was typed, which may be a file's name from anywhere: nothing
-    in it may speak to the terminal.
-    """
+    """Print click's errors as every other problem: harmlessly, as a file's name may be in them."""
     try:
         yield
-    except click.ClickException as error:
-        from halton_meter.cli.drawing import harmless_lines
+    except click.UsageError as error:
+        from halton_meter.cli.output import plain_usage
 
-        error.message = harmless_lines(error.message)  # type: ignore[misc]  # Final: for subclasses
-        raise
+        raise plain_usage(error) from error
+    except click.ClickException as error:
+        from halton_meter.cli.output import fail
+        from halton_meter.problem import Problem
+
+        fail(Problem(error.format_message(), ""))
 
 
 def _settle(*, needs_root: bool) -> None:

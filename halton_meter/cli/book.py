@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from halton_meter.cli.drawing import harmless_lines
+from halton_meter.cli.output import harmless_lines
 from halton_meter.config import home_folder
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import click
 
-from halton_meter.cli.drawing import harmless_lines
+from halton_meter.cli.output import harmless_lines
 
 # A keeper waits ever longer before it starts again what dies at once, and never gives up: a disk
 # that is full now has room some day. Clients wait in the edge's queue meanwhile, so not for long.

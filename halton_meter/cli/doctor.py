@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from halton_meter.cli.drawing import harmless
+from halton_meter.cli.output import harmless
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.ledger import Ledger

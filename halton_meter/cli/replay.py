@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from halton_meter.cli.drawing import harmless, harmless_lines, shown
+from halton_meter.cli.output import harmless, harmless_lines, shown
 from halton_meter.contract import event_json, rfc3339, usd_text
 from halton_meter.model import Outcome, PricedEvent
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import click
 
-from halton_meter.cli.drawing import (
+from halton_meter.cli.output import (
     aligned,
     bar,
     count_text,
     duration_text,
+    implausible_words,
     money_text,
     shown,
     sparkline,
     styled,
 )
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
-from halton_meter.cli.words import implausible_words
 from halton_meter.config import home_folder
 from halton_meter.contract import usd_text
 from halton_meter.model import TOKEN_NAMES

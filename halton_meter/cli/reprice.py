@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from halton_meter.cli.drawing import money_text, shown
+from halton_meter.cli.output import money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
 from halton_meter.config import home_folder
 from halton_meter.contract import usd_text

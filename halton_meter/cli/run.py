@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.drawing import harmless, harmless_lines
-from halton_meter.cli.words import count, implausible_words
+from halton_meter.cli.output import count, harmless, harmless_lines, implausible_words
 
 if TYPE_CHECKING:
     from halton_meter.live.probes.supervisor import Metered

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.drawing import harmless_lines
+from halton_meter.cli.output import harmless_lines
 
 if TYPE_CHECKING:
     from halton_meter.config import Account

@@ -13,8 +13,7 @@ from typing import Any
 
 import click
 
-from halton_meter.cli.drawing import harmless
-from halton_meter.cli.words import count
+from halton_meter.cli.output import count, harmless
 
 GAPS_SHOWN = 5
 BYPASSED_SHOWN = 10

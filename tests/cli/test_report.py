@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from halton_meter.cli import drawing, main
+from halton_meter.cli import main
 from halton_meter.model import IMPLAUSIBLE, Outcome, PricedEvent
 from halton_meter.store import Store
 from tests.support.made import HOUR_NS, NOON_NS, made
@@ -164,69 +163,6 @@ def test_a_report_does_not_import_what_is_slow_to_import(home: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "LOADED"
-
-
-# --- figures as text -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (None, "-"),
-        (0, "0"),
-        (9999, "9,999"),
-        (12_345, "12.35k"),
-        (999_949, "999.9k"),
-        (999_999, "1M"),
-        (4_560_000, "4.56M"),
-        (10**13, "10T"),
-    ],
-)
-def test_counts(count: int | None, text: str) -> None:
-    assert drawing.count_text(count) == text
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [
-        (None, "unpriced"),
-        ("0", "$0.00"),
-        ("0.001", "<$0.01"),
-        ("0.005", "<$0.01"),
-        ("0.015", "$0.02"),
-        ("1234567.891", "$1,234,567.89"),
-        ("-3.456", "-$3.46"),
-    ],
-)
-def test_money(amount: str | None, text: str) -> None:
-    assert drawing.money_text(None if amount is None else Decimal(amount)) == text
-
-
-@pytest.mark.parametrize(
-    ("share", "text"), [(0.0, "    "), (1.0, "████"), (0.5, "██  "), (1e-9, "▏   "), (7.0, "████")]
-)
-def test_bars(share: float, text: str) -> None:
-    assert drawing.bar(share, 4) == text
-
-
-def test_sparklines_tell_unknown_and_nothing_from_little() -> None:
-    values = [None, Decimal(0), Decimal("0.01"), Decimal(4), Decimal(8)]
-    assert drawing.sparkline(values) == "··▁▅█"
-    assert drawing.sparkline([None, None]) == "··"
-
-
-@pytest.mark.parametrize(
-    ("milliseconds", "text"),
-    [(None, "-"), (340.4, "340 ms"), (3210.0, "3.2 s"), (125_000.0, "2 m 05 s")],
-)
-def test_durations(milliseconds: float | None, text: str) -> None:
-    assert drawing.duration_text(milliseconds) == text
-
-
-def test_a_name_cannot_move_the_cursor_nor_fill_the_screen() -> None:
-    assert drawing.shown("a\x1b[31m\nb") == "a?[31m?b"
-    assert drawing.shown("x" * 100, 10) == "x" * 9 + "…"
-    assert drawing.shown(None) == "-"
 
 
 def test_times_of_a_period_are_local(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

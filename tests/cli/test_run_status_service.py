@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main
-from halton_meter.cli.drawing import harmless
+from halton_meter.cli.output import harmless
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.service import unit_text
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines

@@ -1,0 +1,247 @@
+"""How every command fails and prints: problems, tables, money, counts, durations, times.
+
+A failure is one line, "halton-meter: what happened, with the value", and one indented line, "fix:",
+with the command that solves it. People read local time; JSON, CSV and exports carry UTC
+(`halton_meter.contract.rfc3339`). Names come from traffic: nothing printed here lets one move the
+cursor, colour the screen or turn the direction of the text. CSV is `halton_meter/spreadsheet.py`.
+
+Nothing heavy is imported: `rich` alone costs 60 ms at start-up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import ROUND_HALF_EVEN, Decimal
+from typing import Any, NoReturn
+
+import click
+
+from halton_meter.problem import Problem
+
+UNKNOWN = "-"
+BAR_CELLS = 12
+LINE_CHARACTERS_MAX = 2000
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_STEPS = "▁▂▃▄▅▆▇█"
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+# --- printing and failing -------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print lines for people on stdout."""
+    click.echo(harmless_lines(text))
+
+
+def note(text: str) -> None:
+    """Print something worth knowing on stderr; the command goes on."""
+    click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON object on one line."""
+    click.echo(json.dumps(document, ensure_ascii=False))
+
+
+def problem_text(problem: Problem) -> str:
+    """A problem as people read it. An error whose text names the fix itself has an empty one."""
+    fix = problem.fix.replace("\n", "\n       ")
+    return f"{problem.what}\n  fix: {fix}" if fix else problem.what
+
+
+def complain(*problems: Problem) -> None:
+    """Print problems on stderr; the caller decides how the command ends."""
+    for problem in problems:
+        note(problem_text(problem))
+
+
+def fail(*problems: Problem, as_json: bool = False) -> NoReturn:
+    """End the command with exit code 1, its problems on stderr and, if asked, as JSON on stdout."""
+    if as_json:
+        errors = [{"error": each.what, "fix": each.fix} for each in problems]
+        print_json(errors[0] if len(errors) == 1 else {"errors": errors})
+    complain(*problems)
+    sys.exit(1)
+
+
+def wrong_usage(what: str, fix: str = "") -> NoReturn:
+    """End the command with exit code 2; the fix is the command's help unless a better is known."""
+    raise WrongUsage(what, fix)
+
+
+class WrongUsage(click.UsageError):
+    """Wrong options or arguments, printed as every other problem is."""
+
+    def __init__(self, what: str, fix: str = "", context: click.Context | None = None) -> None:
+        super().__init__(what, context)
+        self._fix = fix
+
+    def show(self, file: Any = None) -> None:
+        """Print it; click ends the process with exit code 2."""
+        complain(Problem(self.format_message(), self._fix or f"{_typed(self.ctx)} --help"))
+
+
+def _typed(context: click.Context | None) -> str:
+    """The command as it is typed, however this process was started."""
+    words: list[str] = []
+    while context is not None and context.parent is not None:
+        words.insert(0, context.info_name or "")
+        context = context.parent
+    return " ".join(("halton-meter", *words))
+
+
+def plain_usage(error: click.UsageError) -> click.UsageError:
+    """An error of click's own, such as an unknown option, as ours."""
+    if isinstance(error, WrongUsage | click.exceptions.NoArgsIsHelpError):
+        return error
+    return WrongUsage(error.format_message(), context=error.ctx)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def shown(text: str | None, width: int = 40) -> str:
+    """A name from outside, made harmless and no wider than `width`."""
+    if text is None or not text:
+        return UNKNOWN
+    clean = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= width else f"{clean[: width - 1]}…"
+
+
+def harmless(line: str) -> str:
+    """A whole line of which parts come from outside, such as a program's path or a model's name."""
+    return shown(line, LINE_CHARACTERS_MAX)
+
+
+def harmless_lines(text: str) -> str:
+    """Several lines of which parts come from outside; they stay as many lines."""
+    return "\n".join(harmless(line) if line else "" for line in text.split("\n"))
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """ "1 request", "2,000 requests"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def count_text(number: int | None) -> str:
+    """A count in four figures: 950, 12.3k, 4.56M; "-" for unknown."""
+    if number is None:
+        return UNKNOWN
+    if abs(number) < 10_000:
+        return f"{number:,}"
+    for size, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if abs(number) >= size:
+            return f"{number / size:.4g}{letter}"
+    return f"{number / 1000:.4g}k" if abs(number) < 999_950 else "1M"
+
+
+def money_text(amount: Decimal | None, places: int = 2) -> str:
+    """Dollars rounded half to even; "unpriced" for unknown. More than nothing is never "$0.00"."""
+    if amount is None:
+        return "unpriced"
+    unit = Decimal(1).scaleb(-places)
+    rounded = amount.quantize(unit, ROUND_HALF_EVEN)
+    if not rounded and amount:
+        return f"<${unit:f}" if amount > 0 else f"-<${unit:f}"
+    return f"-${-rounded:,f}" if rounded < 0 else f"${rounded:,f}"
+
+
+def duration_text(milliseconds: float | None) -> str:
+    """340 ms, 3.2 s, 2 min 05 s, 3 h 05 min, 2 d 03 h; "-" for unknown."""
+    if milliseconds is None:
+        return UNKNOWN
+    if milliseconds < 1000:
+        return f"{milliseconds:.0f} ms"
+    if milliseconds < 120_000:
+        return f"{milliseconds / 1000:.1f} s"
+    minutes, seconds = divmod(round(milliseconds / 1000), 60)
+    if minutes < 120:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def local_time(at_ns: int, *, seconds: bool = False) -> str:
+    """A time of the local zone, e.g. 2026-11-23 09:30; say the zone once beside it."""
+    moment = datetime.fromtimestamp(at_ns // 1_000_000_000)
+    return moment.strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
+
+
+def zone_text(*at_ns: int) -> str:
+    """The local zone's name at these times: "CET", or "CET/CEST" where they lie in both."""
+    moments = (datetime.fromtimestamp(at // 1_000_000_000).astimezone() for at in at_ns)
+    return "/".join(dict.fromkeys(moment.tzname() or "local time" for moment in moments))
+
+
+def implausible_words(number: int) -> str:
+    """What to say of requests with amounts that no request can have, and how to see them."""
+    one = number == 1
+    return (
+        f"{count(number, 'request')} {'states' if one else 'state'} amounts that no request can "
+        f"have; {'it is' if one else 'they are'} in no sum. See: "
+        "halton-meter events --flag implausible"
+    )
+
+
+# --- tables and bars ------------------------------------------------------------------------------
+
+
+def colours() -> bool:
+    """Whether stdout is a terminal that wants colours (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def styled(text: str, style: str) -> str:
+    """`text` in a style, on a terminal only."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if colours() else text
+
+
+def bar(share: float, cells: int = BAR_CELLS) -> str:
+    """A share of 0 to 1 as a bar, exact to an eighth of a cell; more than nothing shows."""
+    eighths = round(max(0.0, min(1.0, share)) * cells * 8)
+    if share > 0:
+        eighths = max(1, eighths)
+    full, part = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[part] if part else "")).ljust(cells)
+
+
+def sparkline(values: Sequence[Decimal | None]) -> str:
+    """One character a value, scaled to the largest; unknown and nothing are a dot."""
+    largest = max((value for value in values if value is not None), default=Decimal(0))
+    if largest <= 0:
+        return "·" * len(values)
+    return "".join(_STEPS[min(7, int(value / largest * 8))] if value else "·" for value in values)
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str]) -> str:
+    """Rows under a header, columns as wide as their widest cell, those in `right` right-aligned."""
+    table = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(_width(row[n]) for row in table) for n in range(len(header))]
+    to_right = [name in frozenset(right) for name in header]
+    lines = []
+    for number, row in enumerate(table):
+        cells = (
+            " " * (width - _width(cell)) + cell
+            if flush_right
+            else cell + " " * (width - _width(cell))
+            for cell, width, flush_right in zip(row, widths, to_right, strict=True)
+        )
+        line = "  ".join(cells).rstrip()
+        lines.append(styled(line, "dim") if number == 0 else line)
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    return len(_ESCAPE.sub("", text))
