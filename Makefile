@@ -23,12 +23,18 @@ TEST_PACKAGES := tshark chromium clang llvm gcc libc6-dev libssl-dev libbpf1 lib
 # setuptools warns at length of what any editable install is.
 QUIETLY := PYTHONWARNINGS=ignore
 
-.PHONY: demo test setup setup-test lint unit kernel lab clients fuzz bench clean
+.PHONY: demo test test-all setup setup-test lint unit kernel lab clients fuzz bench bench-toy clean
 
 demo: setup
 	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
 
-test: setup-test lint unit kernel lab
+# Under 8 minutes on two cores. What takes long is left to test-all: tests marked `slow`, four fifths
+# of each property's examples.
+test: setup-test
+	@$(BIN)/python tools/run_tests.py
+
+test-all: setup-test
+	@$(BIN)/python tools/run_tests.py --all
 
 setup: $(VENV)/.installed
 	@sh tools/system_packages.sh "$(DEMO_COMMANDS)" "$(DEMO_PACKAGES)"
@@ -50,20 +56,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(QUIETLY) $(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@
 
-lint: setup-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-
-unit: setup-test
-	$(BIN)/python -m pytest -m "not kernel and not lab" -n 2
-
-kernel: setup-test
-	$(BIN)/python -m pytest --durations=8 -m "kernel" tests
-
-lab: setup-test
-	$(BIN)/python -m pytest --durations=25 -m "lab and not kernel and not slow" tests
+# One group alone, as `make test` runs it.
+lint unit kernel lab: setup-test
+	@$(BIN)/python tools/run_tests.py $@
 
 # Real binaries of npm and PyPI, all versions (`lab` runs the newest of each): long downloads. What
 # they prove is kept for the README's table of clients.
@@ -80,6 +75,10 @@ fuzz: setup-test
 
 bench: setup-test
 	$(BIN)/python -m bench
+
+# Every benchmark in seconds: whether it still runs is all that this tells.
+bench-toy: setup-test
+	$(BIN)/python -m bench --toy
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
