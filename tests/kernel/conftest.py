@@ -102,7 +102,7 @@ class Client:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
-    def output(self, timeout_s: float = 60) -> bytes:
+    def output(self, timeout_s: float = 120) -> bytes:
         out, _ = self.process.communicate(timeout=timeout_s)
         assert self.process.returncode == 0, out
         return out

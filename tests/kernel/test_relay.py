@@ -201,7 +201,8 @@ def test_both_die_at_once(bench: Bench, relay: Relay) -> None:
 
 
 def test_when_the_supervisor_dies_every_probe_is_gone(bench: Bench, relay: Relay) -> None:
-    from tests.kernel.test_uprobes import alive, prog_ids, wait_until
+    from tests.kernel.test_uprobes import alive, prog_ids
+    from tests.support.waiting import wait_until
 
     relay.begin(held(bench, "1", "1", "10", "10"))
     ids = prog_ids(relay.helper.pid)

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests.kernel.conftest import (
     gather,
     same_bytes,
 )
+from tests.support.waiting import wait_until
 
 LOADERS = ("libbpf", "bcc")
 
@@ -338,13 +338,6 @@ def alive(ids: set[int]) -> set[int]:
     return ids & {each["id"] for each in json.loads(listed.stdout)}
 
 
-def wait_until(condition: Any, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_killing_the_helper_hurts_nobody_and_leaves_nothing(bench: Bench) -> None:
     source = bench.source()
     assert source.helper_pid
@@ -582,7 +575,7 @@ def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
     client = bench.client([go_client], source)
     for each in (client, other):
         assert each.line() == b"up\n"
-    wait_until(lambda: source.request_report() or source.status().libraries, 30)
+    wait_until(lambda: source.request_report() or source.status().libraries)
     other.say()
     assert other.line() == b"done\n"
     client.say()

@@ -23,9 +23,10 @@ import pytest
 
 from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
 from proxy_fallback.setup import authority
-from tests.lab.conftest import HALTON_METER, Service, stored_events, wait_until
+from tests.lab.conftest import HALTON_METER, Service, stored_events
 from tests.lab.test_clients import anthropic_body
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -203,7 +204,7 @@ def test_hung_for_a_moment_only(proxied: Proxied) -> None:
     proxied.wait_for(lambda status: status["worker"]["state"] == "hung")
     proxied.must(1)
     os.kill(worker, signal.SIGCONT)
-    out, err = stream.communicate(timeout=30)
+    out, err = stream.communicate(timeout=120)
     assert stream.returncode == 0, err
     assert b"message_stop" in out
     status = proxied.wait_for(lambda status: status["health"] == "ok")
@@ -484,7 +485,7 @@ def test_both_services_share_a_home_and_count_each_exchange_once(proxied: Proxie
         pids = set()
         for n in range(4):
             client = proxied.lab.popen(proxied.curl(n), user=proxied.lab.user, stdout=-1)
-            client.communicate(timeout=30)
+            client.communicate(timeout=120)
             assert client.returncode == 0
             pids.add(client.pid)
         proxied.wait_for(lambda status: status["events"] == 4)

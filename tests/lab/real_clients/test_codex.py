@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import HALTON_METER, Bench, wait_until
+from tests.lab.conftest import HALTON_METER, Bench
 from tests.lab.real_clients.programs import CODEX, Program
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, newest_first, recognised
 from tests.lab.real_clients.test_proxied import installed_with_all
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 

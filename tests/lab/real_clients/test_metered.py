@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import Bench, Observed, assert_metered, wait_until
+from tests.lab.conftest import Bench, Observed, assert_metered
 from tests.lab.real_clients.programs import BUN, CLAUDE, NODE, OPENCODE, Program
 from tests.lab.real_clients.results import note
 from tests.support.lab.grpc_answers import TICKS_A_TOKEN
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import Bench, wait_until
+from tests.lab.conftest import Bench
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, recognised
 from tests.lab.test_clients import anthropic_body
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
