@@ -8,6 +8,7 @@ real host name is used.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import ssl
@@ -226,12 +227,17 @@ def same_bytes(seen: dict[str, Seen], bench: Bench, host: str = PROVIDER) -> Non
 
 @pytest.fixture(scope="session")
 def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stripped Go program."""
+    """A stripped Go program: built once for all workers of a run, a copy for each."""
     if shutil.which("go") is None:
         pytest.skip("go is not installed")
-    folder = tmp_path_factory.mktemp("go")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "go-client"
+    folder.mkdir(exist_ok=True)
     program = folder / "client"
     environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
     command = ["go", "build", "-ldflags", "-s -w", "-o", program, CLIENTS / "go" / "main.go"]
-    subprocess.run(command, check=True, env=environment)
-    return program
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            subprocess.run(command, check=True, env=environment)
+    return shutil.copy2(program, tmp_path_factory.mktemp("go"))

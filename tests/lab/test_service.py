@@ -19,6 +19,7 @@ from tests.lab.test_clients import anthropic_body, curl
 from tests.lab.test_run import child_running
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
+from tests.support.quick import first, slow
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
@@ -68,8 +69,12 @@ METERING, HELPER = "halton_meter.live.probes.worker", "capture.helper.main"
 
 @pytest.mark.parametrize(
     "victims",
-    [(HELPER,), (METERING,), (HELPER, METERING), ("supervisor", HELPER, METERING)],
-    ids=["helper", "metering", "both", "all"],
+    [
+        slow((HELPER,), id="helper"),
+        slow((METERING,), id="metering"),
+        pytest.param((HELPER, METERING), id="both"),
+        pytest.param(("supervisor", HELPER, METERING), id="all"),
+    ],
 )
 def test_killed_in_the_middle_of_streams(
     lab: Lab, own: Service, python: str, victims: tuple[str, ...]
@@ -117,8 +122,15 @@ def test_killed_in_the_middle_of_streams(
     assert gap["from"] < gap["to"]
 
 
-@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
-@pytest.mark.parametrize("resumed_first", [True, False])
+@pytest.mark.parametrize(
+    ("resumed_first", "version"),
+    [
+        (True, "--http1.1"),
+        slow(True, "--http2"),
+        slow(False, "--http1.1"),
+        (False, "--http2"),
+    ],
+)
 def test_what_the_ring_held_when_the_metering_process_died_is_metered(
     lab: Lab, own: Service, version: str, resumed_first: bool
 ) -> None:
@@ -182,7 +194,7 @@ print(len(answered), set(answered) == {200})
 """
 
 
-@pytest.mark.parametrize("victims", [(HELPER,), (METERING,), (HELPER, METERING)])
+@pytest.mark.parametrize("victims", first([(HELPER, METERING), (HELPER,), (METERING,)]))
 def test_a_hundred_exchanges_a_second_go_on_while_our_processes_are_killed(
     lab: Lab, own: Service, python: str, victims: tuple[str, ...]
 ) -> None:
@@ -238,7 +250,7 @@ assert len(answer) > size, len(answer)
 """
 
 
-@pytest.mark.parametrize("megabytes", [5, 20])
+@pytest.mark.parametrize("megabytes", first([5, 20]))
 def test_usage_at_the_end_of_a_large_exchange(
     lab: Lab, own: Service, python: str, megabytes: int
 ) -> None:

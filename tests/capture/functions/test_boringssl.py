@@ -20,6 +20,7 @@ from capture.functions.boringssl import Found, find_boringssl
 from capture.functions.elf import Elf
 from capture.functions.error_reporters import NotRecognised, prepare
 from tests.support.cost import within
+from tests.support.quick import spread
 
 SOURCE = Path(__file__).parents[2] / "support" / "code" / "boringssl_like.c"
 NAMES = ("SSL_read", "SSL_write", "SSL_set_tlsext_host_name")
@@ -102,9 +103,7 @@ def without_unwind_table(path: Path) -> Path:
     return bare
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "layout", "compiler"), spread(VARIANTS, LAYOUTS, COMPILERS))
 def test_found_where_the_symbols_say(
     tmp_path: Path, compiler: str, layout: str, variant: str
 ) -> None:

@@ -23,6 +23,7 @@ from capture.functions.openssl import Found, find_openssl
 from tests.capture.functions.test_boringssl import COMPILERS, LAYOUTS, strip, without_unwind_table
 from tests.capture.functions.test_boringssl import build as build_from
 from tests.support.cost import within
+from tests.support.quick import spread
 
 CODE = Path(__file__).parents[2] / "support" / "code"
 LIKE, CLIENT = CODE / "openssl_like.c", CODE / "openssl_client.c"
@@ -61,10 +62,10 @@ def truth(path: Path) -> dict[str, int | None]:
         return {SYMBOLS[s.name]: elf.offset_of(s.address) for s in elf.symbols(SYMBOLS)}
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("layout", ["program", "pie"])
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "version", "layout", "compiler"),
+    spread(VARIANTS, VERSIONS, ["program", "pie"], COMPILERS),
+)
 def test_found_where_the_symbols_say(
     tmp_path: Path, compiler: str, layout: str, version: str, variant: str
 ) -> None:

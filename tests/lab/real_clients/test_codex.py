@@ -19,7 +19,7 @@ from tests.lab.real_clients.test_proxied import installed_with_all
 from tests.support.lab.lab import Lab
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 FIRST_WITH_WEBSOCKET = "0.130.0-linux-x64"  # of those tried
 OWN_PROVIDER = (
@@ -63,7 +63,6 @@ def test_https_is_metered_exactly(bench: Bench, program: Program) -> None:
 
 
 @pytest.mark.usefixtures("trusted_by_the_system")
-@pytest.mark.slow
 @pytest.mark.parametrize("authority", ["of-the-system", "by-variable"])
 def test_status_says_what_is_not_seen_and_what_to_do(bench: Bench, authority: str) -> None:
     lab, home = bench.lab, bench.service.home

@@ -50,8 +50,8 @@ def slow(*programs: Program) -> list[Any]:
 
 
 BORINGSSL = [
-    *(*BUN[-3:], *CLAUDE[-3:], *OPENCODE[-1:]),
-    *slow(*BUN[:-3], *CLAUDE[:-3], *OPENCODE[:-1], *OTHER_BUILDS, *ARM),
+    *(BUN[-1], CLAUDE[-1]),
+    *slow(*BUN[:-1], *CLAUDE[:-1], *OPENCODE, *OTHER_BUILDS, *ARM),
     *slow(*GRPC, *CHROMIUM, *WITH_SYMBOLS),
 ]
 CPU_SECONDS_MAX = 2.5
