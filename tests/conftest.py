@@ -1,13 +1,17 @@
 """For all tests: this process stays who it is; variables choose how much runs, in what order.
 
 HALTON_TESTS=quick gives each property fewer examples: `make test` sets it. HALTON_TEST_ORDER=SEED
-shuffles the files, and the tests within each; the seed is printed at the top.
+shuffles the files, and the tests within each; the seed is printed at the top. HALTON_TEST_WHEEL=1
+says that the packages are installed, and refuses any that come from a checkout.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +21,19 @@ from hypothesis import settings
 for _name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
     os.environ.pop(_name, None)
 
+PACKAGES = ("capture", "halton_meter", "pricing", "proxy_fallback")
 QUICK_SHARE, QUICK_EXAMPLES_MIN = 5, 5
 # Where Hypothesis keeps a test's settings. Should the name change, the quick run takes longer.
 _SETTINGS = "_hypothesis_internal_use_settings"
+
+
+def pytest_configure() -> None:
+    if os.environ.get("HALTON_TEST_WHEEL"):
+        installed = Path(sysconfig.get_path("purelib"))
+        for name in PACKAGES:
+            found = importlib.util.find_spec(name)
+            if found is None or not Path(found.origin or "").is_relative_to(installed):
+                raise pytest.UsageError(f"{name} is {found}, not the wheel's in {installed}")
 
 
 def pytest_report_header() -> str | None:

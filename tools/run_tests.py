@@ -1,11 +1,12 @@
 """Run the tests in groups that do not compete: `make test`, `make test-all`.
 
-    python tools/run_tests.py [--all] [--random SEED] [GROUP …]
+    python tools/run_tests.py [--all | --slow] [--random SEED] [GROUP …]
 
 The groups (lint, unit, kernel, lab) run side by side: lint and unit compute, kernel and lab mostly
 wait for programs that they start, so they get the processor first. Each group's output goes to
-.cache/tests/GROUP.log; what failed is shown at the end, above one table. Without --all, tests
-marked `slow` are left out and properties get a fifth of their examples. Exit code: 0 if all
+.cache/tests/GROUP.log; what failed is shown at the end, above one table. Tests marked
+`slow` are left out and properties get a fifth of their examples; with --all everything runs, with
+--slow only what is left out otherwise. Exit code: 0 if all
 groups passed, 1 if one failed, 130 when interrupted.
 """
 
@@ -27,6 +28,7 @@ LOGS = ROOT / ".cache" / "tests"
 PROGRESS_S = 30.0
 FAILURE_LINES_MAX = 300
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+NO_TESTS = 5  # pytest's exit code
 BIN = Path(sys.executable).parent
 
 
@@ -37,6 +39,7 @@ class Group:
     name: str
     commands: list[list[str]]
     niceness: int = 0
+    may_be_empty: bool = False
     process: subprocess.Popen[bytes] | None = None
     exit_codes: list[int] = field(default_factory=list)
     started: float = 0.0
@@ -55,8 +58,9 @@ class Group:
 
     @property
     def failed(self) -> bool:
-        """Whether a command of it failed."""
-        return any(self.exit_codes)
+        """Whether a command of it failed, or ran no test where there must be some."""
+        fine = (0, NO_TESTS) if self.may_be_empty else (0,)
+        return any(code not in fine for code in self.exit_codes)
 
     def start_next(self, environment: dict[str, str]) -> None:
         """Start its next command; the log is emptied before the first."""
@@ -126,9 +130,13 @@ def files_marked(marker: str) -> list[str]:
     return [folder, *(each for each in named if not each.startswith(folder))]
 
 
-def groups(everything: bool) -> list[Group]:
+# What is run: the part of pytest's marker expression, and tests/conftest.py's profile.
+MODES = {"quick": (" and not slow", "quick"), "all": ("", "full"), "slow": (" and slow", "full")}
+
+
+def groups(mode: str) -> list[Group]:
     """All groups."""
-    quick = "" if everything else " and not slow"
+    quick, _ = MODES[mode]
     most = [*PYTEST, "-n", "2", "--ignore=tests/kernel", "--ignore=tests/lab"]
     kernel, lab = files_marked("kernel"), files_marked("lab")
     return [
@@ -210,16 +218,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--all", action="store_true", help="also the slow tests, and all examples")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--all", action="store_const", const="all", dest="mode", default="quick")
+    modes.add_argument("--slow", action="store_const", const="slow", dest="mode")
     parser.add_argument("--random", metavar="SEED", help="shuffle the tests by this seed")
     parser.add_argument("names", nargs="*", metavar="GROUP")
     options = parser.parse_args()
-    known = groups(options.all)
+    known = groups(options.mode)
     if unknown := set(options.names) - {group.name for group in known}:
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(g.name for g in known)}")
     wanted = [group for group in known if not options.names or group.name in options.names]
+    for group in wanted:
+        group.may_be_empty = options.mode == "slow"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment["HALTON_TESTS"] = "full" if options.all else "quick"
+    environment["HALTON_TESTS"] = MODES[options.mode][1]
     if options.random:
         environment["HALTON_TEST_ORDER"] = options.random
     try:
