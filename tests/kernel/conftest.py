@@ -25,6 +25,7 @@ import pytest
 from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 from tests.support.tls_server import TlsServer
+from tests.support.waiting import WAIT_SECONDS_MAX
 
 PROVIDER = "api.provider.test"
 OTHER = "mail.other.test"
@@ -199,6 +200,19 @@ def system_library(name: str) -> Path:
         if f"/{name}.so" in line:
             return Path(line.split(None, 5)[5])
     pytest.skip(f"this Python has no shared {name}")
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The helper may take a minute for an answer: other programs may have the machine."""
+    asks = UprobeSource
+    for method in (asks.start, asks.resume, asks.drain, asks.add_root, asks.watch, asks.set_hosts,
+                   asks.request_report):  # fmt: skip
+        longer = [
+            WAIT_SECONDS_MAX if isinstance(each, float) else each
+            for each in method.__defaults__ or ()
+        ]
+        monkeypatch.setattr(method, "__defaults__", tuple(longer))
 
 
 @pytest.fixture

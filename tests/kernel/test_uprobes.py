@@ -64,13 +64,16 @@ def test_twenty_threads_at_once(bench: Bench) -> None:
 
 
 def test_an_ssl_pointer_used_again_is_another_connection(bench: Bench) -> None:
-    source = bench.source()
-    bench.python("exchanges", "40", "1", "10", "100", source=source).output()
-    seen = gather(source.drain())
-    same_bytes(seen, bench)
-    pointers = {each.split("-")[1] for each in seen}
-    assert len(seen) == 40
-    assert len(pointers) < 40
+    """The allocator decides when that is: there are more connections until it is so."""
+    source, seen = bench.source(), {}
+    for count in range(40, 400, 40):
+        bench.python("exchanges", "40", "1", "10", "100", source=source).output()
+        seen = gather(source.drain(), seen)
+        same_bytes(seen, bench)
+        assert len(seen) == count
+        if len({tuple(each.split("-")[:2]) for each in seen}) < count:  # of one process, that is
+            return
+    pytest.fail("no pointer was used again in 360 connections")
 
 
 def curl(bench: Bench, host: str = PROVIDER, path: str = "bytes/3000") -> list[str]:
@@ -182,7 +185,8 @@ def test_a_sibling_outside_the_tree_is_not_seen(bench: Bench) -> None:
 
 
 def only_process(seen: Any) -> Any:
-    (each,) = seen.values()
+    """Whose bytes these are; the end of an earlier connection may come late."""
+    (each,) = (each for each in seen.values() if any(each.chunks.values()))
     assert each.connection.process
     return each.connection.process
 
@@ -567,7 +571,7 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     assert "confidentiality" in lockdown_problem.what
     assert "lockdown=integrity" in lockdown_problem.fix
     assert "Operation not permitted" in last.what
-    assert "--via proxy" in last.command
+    assert "--via proxy" in last.fix
 
 
 def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
