@@ -86,7 +86,7 @@ class Relay:
 
     def close(self) -> None:
         self.keeper.close_channel()
-        self.helper.wait(20)
+        self.helper.wait(60)
         if self._attending is not None:
             self._attending.join()
         self.keeper.let_go()

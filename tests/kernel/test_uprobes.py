@@ -387,7 +387,7 @@ def test_the_helper_dies_with_the_process_that_holds_its_socket(bench: Bench) ->
 
     helper = uprobes._children[-1]
     link.close()
-    assert helper.wait(10) == 0
+    assert helper.wait(60) == 0
 
 
 def test_who_became_another_user_is_out_of_a_persons_tree(bench: Bench) -> None:

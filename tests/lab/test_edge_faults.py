@@ -95,7 +95,7 @@ class Proxied:
             self.kept = False
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-            assert self._process.wait(40) == 0, self.log.read_text()
+            assert self._process.wait(120) == 0, self.log.read_text()
 
     def curl(self, n: int, *, trusting: bool = True, **options: Any) -> list[str]:
         bundle = self.lab.folder / "ca.pem"
@@ -170,7 +170,7 @@ def test_killed_in_the_middle_of_a_stream(proxied: Proxied) -> None:
     status = proxied.status()
     assert status is not None
     os.kill(status["worker"]["pid"], signal.SIGKILL)
-    assert stream.wait(20) != 0  # what mitmproxy was decrypting breaks, and says so
+    assert stream.wait(120) != 0  # what mitmproxy was decrypting breaks, and says so
     proxied.must(2)
     proxied.wait_for(lambda status: status["health"] == "ok" and status["gaps"])
     proxied.must(1, first=2)

@@ -48,7 +48,7 @@ class Older:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(10) == 0
+        assert self._process.wait(120) == 0
 
 
 Start = Callable[..., Older]

@@ -85,7 +85,7 @@ def test_status_says_what_is_not_seen_and_what_to_do(bench: Bench, authority: st
     line = wait_until(told, "codex in the coverage")
     environment = lab.environment(HALTON_METER_HOME=str(home))
     text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment).stdout
-    assert client.wait(60) == 0
+    assert client.wait(120) == 0
     # It asks for its models over HTTPS: by then there is something that is metered.
     states = {("rustls", "unsupported")}
     if authority == "of-the-system":
