@@ -57,8 +57,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	@touch $@
 
 # One group alone, as `make test` runs it.
-lint unit kernel lab: setup-test
-	@$(BIN)/python tools/run_tests.py $@
+lint: setup-test
+	@$(BIN)/python tools/run_tests.py lint
+
+unit: setup-test
+	@$(BIN)/python tools/run_tests.py unit
+
+kernel: setup-test
+	@$(BIN)/python tools/run_tests.py kernel
+
+lab: setup-test
+	@$(BIN)/python tools/run_tests.py lab
 
 # Real binaries of npm and PyPI, all versions (`lab` runs the newest of each): long downloads. What
 # they prove is kept for the README's table of clients.

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,20 @@ def wheel() -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", FOLDER, source]
     subprocess.run(command, check=True)
     (found,) = FOLDER.glob("*.whl")
+    check_contents(found)
     return found
+
+
+def check_contents(built: Path) -> None:
+    """Refuse a wheel that lacks a file of the packages: data is easily forgotten."""
+    held = set(zipfile.ZipFile(built).namelist())
+    wanted = {name for name in tracked() if name.partition("/")[0] in PACKAGES}
+    if shutil.which("clang"):
+        wanted.add("capture/probe.bpf.o")
+    if missing := sorted(wanted - held):
+        raise SystemExit(
+            f"{built.name} lacks {', '.join(missing)}: see package-data in pyproject.toml"
+        )
 
 
 def tracked() -> list[str]:
