@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".cache" / "tests"
 PROGRESS_S = 30.0
+END_S = 30.0
 FAILURE_LINES_MAX = 300
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 NO_TESTS = 5  # pytest's exit code
@@ -92,9 +93,14 @@ class Group:
             self.start_next(environment)
 
     def stop(self) -> None:
-        """End what runs of it, as Control-C would."""
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGINT)
+        """End what runs of it as Control-C would, and by force if that does not do."""
+        if self.process is None:
+            return
+        os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def counts(self) -> dict[str, int]:
@@ -230,6 +236,8 @@ def main() -> int:
     wanted = [group for group in known if not options.names or group.name in options.names]
     for group in wanted:
         group.may_be_empty = options.mode == "slow"
+    # A shell that starts this in the background has it ignored, and so would every test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["HALTON_TESTS"] = MODES[options.mode][1]
     if options.random:
