@@ -1,13 +1,13 @@
 """Run the tests in groups that do not compete: `make test`, `make test-all`.
 
-    python tools/run_tests.py [--all | --slow] [--random SEED] [GROUP …]
+    python tools/run_tests.py [--all | --slow] [--random SEED] [GROUP …] [-- PYTEST-OPTION …]
 
 The groups (lint, unit, kernel, lab) run side by side: lint and unit compute, kernel and lab mostly
 wait for programs that they start, so they get the processor first. Each group's output goes to
-.cache/tests/GROUP.log; what failed is shown at the end, above one table. Tests marked
-`slow` are left out and properties get a fifth of their examples; with --all everything runs, with
---slow only what is left out otherwise. Exit code: 0 if all
-groups passed, 1 if one failed, 130 when interrupted.
+.cache/tests/GROUP.log; what failed is shown at the end, above one table. Tests marked `slow` are
+left out and properties get a fifth of their examples; with --all everything runs, with --slow only
+what is left out otherwise. Exit code: 0 if all groups passed, 1 if a test failed, 130 when it was
+interrupted before one did.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,15 +140,16 @@ def files_marked(marker: str) -> list[str]:
 MODES = {"quick": (" and not slow", "quick"), "all": ("", "full"), "slow": (" and slow", "full")}
 
 
-def groups(mode: str) -> list[Group]:
-    """All groups."""
+def groups(mode: str, options: Sequence[str] = ()) -> list[Group]:
+    """All groups; `options` are pytest's."""
     quick, _ = MODES[mode]
-    most = [*PYTEST, "-n", "2", "--ignore=tests/kernel", "--ignore=tests/lab"]
+    pytest = [*PYTEST, *options]
+    most = [*pytest, "-n", "2", "--ignore=tests/kernel", "--ignore=tests/lab"]
     kernel, lab = files_marked("kernel"), files_marked("lab")
     return [
-        Group("lab", [[*PYTEST, "-n", "3", "--dist=loadfile", "-m",
+        Group("lab", [[*pytest, "-n", "3", "--dist=loadfile", "-m",
                        f"lab and not kernel{quick}", *lab]]),
-        Group("kernel", [[*PYTEST, "-n", "3", "-m", f"kernel{quick}", *kernel]]),
+        Group("kernel", [[*pytest, "-n", "3", "-m", f"kernel{quick}", *kernel]]),
         Group("lint", [
             [str(BIN / "ruff"), "check", "."],
             [str(BIN / "ruff"), "format", "--check", "."],
@@ -229,8 +230,12 @@ def main() -> int:
     modes.add_argument("--slow", action="store_const", const="slow", dest="mode")
     parser.add_argument("--random", metavar="SEED", help="shuffle the tests by this seed")
     parser.add_argument("names", nargs="*", metavar="GROUP")
-    options = parser.parse_args()
-    known = groups(options.mode)
+    arguments, after = sys.argv[1:], []
+    if "--" in arguments:
+        at = arguments.index("--")
+        arguments, after = arguments[:at], arguments[at + 1 :]
+    options = parser.parse_args(arguments)
+    known = groups(options.mode, after)
     if unknown := set(options.names) - {group.name for group in known}:
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(g.name for g in known)}")
     wanted = [group for group in known if not options.names or group.name in options.names]
@@ -242,12 +247,14 @@ def main() -> int:
     environment["HALTON_TESTS"] = MODES[options.mode][1]
     if options.random:
         environment["HALTON_TEST_ORDER"] = options.random
+    ended = 0
     try:
         run(wanted, environment)
     except KeyboardInterrupt:
-        return 130
+        ended = 130
     show(wanted)
-    return 1 if any(group.failed for group in wanted) else 0
+    failed = any(group.failed or group.counts()["failed"] for group in wanted)
+    return 1 if failed else ended
 
 
 if __name__ == "__main__":
