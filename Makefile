@@ -23,12 +23,18 @@ TEST_PACKAGES := tshark chromium clang llvm gcc libc6-dev libssl-dev libbpf1 lib
 # setuptools warns at length of what any editable install is.
 QUIETLY := PYTHONWARNINGS=ignore
 
-.PHONY: demo test setup setup-test lint unit kernel lab clients fuzz bench clean
+.PHONY: demo test test-all setup setup-test lint unit kernel lab clients fuzz bench bench-toy clean
 
 demo: setup
 	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
 
-test: setup-test lint unit kernel lab
+# Under 8 minutes on two cores. What takes long is left to test-all: tests marked `slow`, four fifths
+# of each property's examples.
+test: setup-test
+	@$(BIN)/python tools/run_tests.py
+
+test-all: setup-test
+	@$(BIN)/python tools/run_tests.py --all
 
 setup: $(VENV)/.installed
 	@sh tools/system_packages.sh "$(DEMO_COMMANDS)" "$(DEMO_PACKAGES)"
@@ -50,23 +56,21 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(QUIETLY) $(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@
 
+# One group alone, as `make test` runs it.
 lint: setup-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@$(BIN)/python tools/run_tests.py lint
 
 unit: setup-test
-	$(BIN)/python -m pytest -m "not kernel and not lab" -n 2
+	@$(BIN)/python tools/run_tests.py unit
 
 kernel: setup-test
-	$(BIN)/python -m pytest --durations=8 -m "kernel" tests
+	@$(BIN)/python tools/run_tests.py kernel
 
 lab: setup-test
-	$(BIN)/python -m pytest --durations=25 -m "lab and not kernel and not slow" tests
+	@$(BIN)/python tools/run_tests.py lab
 
-# Real binaries of npm and PyPI, all versions (`lab` runs the newest of each): long downloads. What
-# they prove is kept for the README's table of clients.
+# Real binaries of npm and PyPI, all versions (`make test` runs the newest Claude Code and Bun): long
+# downloads. What they prove is kept for the README's table of clients.
 clients: setup-test
 	@sh tools/system_packages.sh chromium chromium
 	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients tests/lab/test_older.py
@@ -81,5 +85,10 @@ fuzz: setup-test
 bench: setup-test
 	$(BIN)/python -m bench
 
+# Every benchmark in seconds: whether it still runs is all that this tells.
+bench-toy: setup-test
+	$(BIN)/python -m bench --toy
+
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

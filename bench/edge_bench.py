@@ -19,14 +19,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halton_meter.live.proxy.run import service_status
 
-ROUNDS = 6
-KEPT, FRESH, STREAMS = 60, 12, 10
-LARGE_BYTES = 200 << 20
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is measured: exchanges of each round on a connection kept and on fresh ones."""
+
+    rounds: int = 6
+    kept: int = 60
+    fresh: int = 12
+    streams: int = 10
+    large_bytes: int = 200 << 20
+
+
+TOY = Size(rounds=1, kept=2, fresh=1, streams=1, large_bytes=2 << 20)
 AIM_TUNNEL_US, AIM_METERED_RATIO, AIM_FIRST_BYTE_MS = 150, 1.10, 5
 REQUEST = json.dumps({"model": "gpt-5-mini", "messages": [{"role": "user", "content": "x" * 4000}]})
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200}
@@ -50,9 +61,9 @@ def _answer(serial: int) -> bytes:
     return head % len(body) + body
 
 
-def _origin(folder: str) -> None:
+def _origin(folder: str, large_bytes: int) -> None:
     """Answer chat completions; for a GET send the time, then after a moment the rest: that of
-    `/large` is LARGE_BYTES.
+    `/large` is `large_bytes`.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(Path(folder) / "leaf.pem")
@@ -74,7 +85,7 @@ def _origin(folder: str) -> None:
                     time.sleep(0.02)
                     if head.startswith(b"GET /v1/large"):
                         block = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
-                        for _ in range(LARGE_BYTES >> 20):
+                        for _ in range(large_bytes >> 20):
                             tls.sendall(block)
                     tls.sendall(b"0\r\n\r\n")
                     heard = b""
@@ -92,8 +103,10 @@ def _origin(folder: str) -> None:
 class Way:
     """One way to the origin: directly, or through the proxy on a port."""
 
-    def __init__(self, host: str, port: int, proxy: int | None, trust: list[Path]) -> None:
-        self._host, self._port, self._proxy = host, port, proxy
+    def __init__(
+        self, size: Size, host: str, port: int, proxy: int | None, trust: list[Path]
+    ) -> None:
+        self._size, self._host, self._port, self._proxy = size, host, port, proxy
         self._context = ssl.create_default_context()
         for file in trust:
             self._context.load_verify_locations(file)
@@ -124,7 +137,7 @@ class Way:
         """Microseconds of each exchange on one connection."""
         with self.connect() as tls:
             self.exchange(tls)
-            return [_timed(lambda: self.exchange(tls)) for _ in range(KEPT)]
+            return [_timed(lambda: self.exchange(tls)) for _ in range(self._size.kept)]
 
     def fresh(self) -> list[float]:
         """Microseconds of each exchange on a connection of its own, connecting included."""
@@ -133,13 +146,13 @@ class Way:
             with self.connect() as tls:
                 self.exchange(tls)
 
-        return [_timed(whole) for _ in range(FRESH)]
+        return [_timed(whole) for _ in range(self._size.fresh)]
 
     def first_byte(self) -> list[float]:
         """Microseconds from the origin's sending a stream's first byte to its arrival."""
         found = []
         with self.connect() as tls:
-            for _ in range(STREAMS):
+            for _ in range(self._size.streams):
                 late, heard = self._late(tls, "/stream")
                 found.append(late)
                 while not heard.endswith(b"0\r\n\r\n"):
@@ -147,14 +160,14 @@ class Way:
         return found
 
     def large(self) -> tuple[float, float]:
-        """How late the first byte of LARGE_BYTES is (microseconds), and how many come a second."""
+        """How late a large stream's first byte is (microseconds), and how many come a second."""
         with self.connect() as tls:
             late, heard = self._late(tls, "/v1/large")
             began, came, last = time.perf_counter(), len(heard), heard
             while not last.endswith(b"0\r\n\r\n"):
                 data = tls.recv(1 << 18)
                 came, last = came + len(data), (last + data)[-5:]
-        assert came > LARGE_BYTES
+        assert came > self._size.large_bytes
         return late, came / (time.perf_counter() - began)
 
     def _late(self, tls: ssl.SSLSocket, path: str) -> tuple[float, bytes]:
@@ -238,8 +251,9 @@ def _best(rounds: list[list[float]]) -> float:
     return min(statistics.median(each) for each in rounds)
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Print the figures."""
+    size = TOY if toy else Size()
     from tests.support.lab.authority import make_authority
 
     with contextlib.ExitStack() as stack:
@@ -247,7 +261,8 @@ def main() -> None:
         make_authority(folder, ("localhost",))
         roots, home = folder / "ca.pem", folder / "home"
         server = subprocess.Popen(
-            [sys.executable, "-m", "bench.edge_bench", str(folder)], stdout=subprocess.PIPE
+            [sys.executable, "-m", "bench.edge_bench", str(folder), str(size.large_bytes)],
+            stdout=subprocess.PIPE,
         )
         stack.callback(server.wait)
         stack.callback(server.kill)
@@ -257,28 +272,28 @@ def main() -> None:
         plain = stack.enter_context(_mitmproxy(folder, roots))
         ours, theirs = home / "proxy-ca", folder / "mitm"
         ways = {
-            "directly": Way("localhost", origin, None, [roots]),
-            "edge, tunnelled raw": Way("127.0.0.1", origin, edge, [roots]),
+            "directly": Way(size, "localhost", origin, None, [roots]),
+            "edge, tunnelled raw": Way(size, "127.0.0.1", origin, edge, [roots]),
             "plain mitmproxy": Way(
-                "localhost", origin, plain, [roots, theirs / "mitmproxy-ca-cert.pem"]
+                size, "localhost", origin, plain, [roots, theirs / "mitmproxy-ca-cert.pem"]
             ),
             "edge and mitmproxy, metered": Way(
-                "localhost", origin, edge, [roots, ours / "mitmproxy-ca-cert.pem"]
+                size, "localhost", origin, edge, [roots, ours / "mitmproxy-ca-cert.pem"]
             ),
         }
         for kind, aim in (("kept", "one connection"), ("fresh", "a connection each")):
-            _show(ways, kind, aim)
+            _show(ways, kind, aim, size.rounds)
         _show_first_bytes(ways)
-        _show_large(ways, home)
-        metered = ROUNDS * (KEPT + 1 + FRESH)
+        _show_large(ways, home, size.large_bytes)
+        metered = size.rounds * (size.kept + 1 + size.fresh)
         status = _wait_for(home, lambda status: (status["events"] or 0) >= metered)
         print(f"metered {status['events']} of {metered} exchanges; bypassed {status['bypassed']}")
         print(f"memory of the edge: {status['rss_bytes'] / 1e6:.1f} MB")
 
 
-def _show(ways: dict[str, Way], kind: str, what: str) -> None:
+def _show(ways: dict[str, Way], kind: str, what: str, rounds_max: int) -> None:
     rounds: dict[str, list[list[float]]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
+    for _ in range(rounds_max):
         for name, way in ways.items():
             rounds[name].append(getattr(way, kind)())
     best = {name: _best(each) for name, each in rounds.items()}
@@ -302,12 +317,12 @@ def _show_first_bytes(ways: dict[str, Way]) -> None:
         print(f" (aim <= {AIM_FIRST_BYTE_MS} ms)" if "metered" in name else "")
 
 
-def _show_large(ways: dict[str, Way], home: Path) -> None:
-    """One stream of LARGE_BYTES each; what the edge and its worker then need more of memory."""
+def _show_large(ways: dict[str, Way], home: Path, large_bytes: int) -> None:
+    """One stream of `large_bytes` each; what the edge and its worker then need more of memory."""
     status = _wait_for(home, lambda status: True)
     pids = {"the edge": status["pid"], "its worker": status["worker"]["pid"]}
     before = {name: _memory_mb(pid, "VmRSS") for name, pid in pids.items()}
-    print(f"a stream of {LARGE_BYTES >> 20} MB, its first byte after the origin sent it:")
+    print(f"a stream of {large_bytes >> 20} MB, its first byte after the origin sent it:")
     for name, way in ways.items():
         late, speed = way.large()
         print(f"  {name:<30} {late / 1e3:.2f} ms, then {speed / 1e6:,.0f} MB/s", end="")
@@ -326,4 +341,4 @@ def _memory_mb(pid: int, what: str) -> float:
 
 
 if __name__ == "__main__":
-    _origin(sys.argv[1])
+    _origin(sys.argv[1], int(sys.argv[2]))

@@ -4,7 +4,8 @@ The real process (`halton_meter.live.probes.worker`, with its flushes into DuckD
 (`capture.protocol`), no kernel: this file plays the helper, so that no root is needed and the
 million takes minutes. Processes, connections, projects, models and message ids change as on a
 machine with many programs. Aim: under 100 MB resident after all of them, and flat long before.
-HALTON_BENCH_EVENTS says how many (1,000,000; some six minutes).
+HALTON_BENCH_EVENTS says how many (1,000,000; some six minutes). The last line compares the memory
+at the end with that after the first tenth.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from halton_meter.live.control import Control
 from halton_meter.model import Process
 
 EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "1000000"))
+TOY_EVENTS = 2_000
 HOST = "api.anthropic.com"
 EXCHANGES_A_CONNECTION, CONNECTIONS_A_PROCESS = 20, 5
 MODELS = ("claude-sonnet-4-5", "claude-haiku-4-5", "claude-opus-4-5")
@@ -186,16 +188,18 @@ class _Metering:
         self._process.wait(120)
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Feed, and print the memory at each tenth of the way."""
+    events = TOY_EVENTS if toy else EVENTS
     with tempfile.TemporaryDirectory(prefix="halton-bench-") as name:
         metering = _Metering(Path(name) / "home")
         print(f"at the start: {metering.resident_bytes() / 1e6:.1f} MB")
         started = time.perf_counter()
-        step = max(1, EVENTS // LINES)
+        step = max(1, events // LINES)
+        resident: list[float] = []
         try:
-            for first in range(0, EVENTS, step):
-                count = min(step, EVENTS - first)
+            for first in range(0, events, step):
+                count = min(step, events - first)
                 batch = bytearray()
                 for frame in _frames(first, count):
                     batch += frame
@@ -206,7 +210,9 @@ def main() -> None:
                 found = metering.settled(first + count)
                 rate = (first + count) / (time.perf_counter() - started)
                 now, peak = metering.resident_bytes() / 1e6, metering.peak_bytes() / 1e6
+                resident.append(now)
                 line = f"{found:>9,} events, {rate:,.0f}/s: {now:.1f} MB, peak {peak:.1f} MB"
                 print(f"{line} (aim < {AIM_BYTES / 1e6:.0f})", flush=True)
+            print(f"at the end {resident[-1] / resident[0]:.2f} times the first tenth's")
         finally:
             metering.stop()

@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ from pricing.book import PriceBook
 HOST = "api.anthropic.com"
 RECORD_BYTES = 16_384
 AT_NS = 1_795_424_400_000_000_000
-EXCHANGES = 40
-ROUNDS = 7
+DELTAS, EXCHANGES, JSON_ANSWERS, ROUNDS = 4_000, 40, 1_000, 7
+TOY_DELTAS, TOY_EXCHANGES, TOY_JSON_ANSWERS, TOY_ROUNDS = 100, 2, 4, 1
 
 _REQUEST = (
     f"POST /v1/messages HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: application/json\r\n"
@@ -57,7 +58,7 @@ _MESSAGE = (
 )
 
 
-def sse_events(number: int, deltas: int = 4_000) -> list[bytes]:
+def sse_events(number: int, deltas: int = DELTAS) -> list[bytes]:
     """A streamed answer of so many deltas."""
     start = _MESSAGE % (number, b"", _USAGE % 1)
     events = [b'event: message_start\ndata: {"type":"message_start","message":' + start + b"}\n\n"]
@@ -74,9 +75,9 @@ def sse_events(number: int, deltas: int = 4_000) -> list[bytes]:
     return events
 
 
-def sse_response(number: int) -> bytes:
+def sse_response(number: int, deltas: int = DELTAS) -> bytes:
     """A streamed answer, each of its events a chunk of its own."""
-    events = sse_events(number)
+    events = sse_events(number, deltas)
     body = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
     return head + b"\r\n" + body
@@ -87,7 +88,7 @@ def _frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3) + bytes((kind, flags)) + stream + payload
 
 
-def http2_calls() -> list[tuple[bytes, bytes]]:
+def http2_calls(count: int, deltas: int) -> list[tuple[bytes, bytes]]:
     """Requests and streamed answers of one HTTP/2 connection, each event a DATA frame."""
     from hpack import Encoder
 
@@ -95,11 +96,11 @@ def http2_calls() -> list[tuple[bytes, bytes]]:
     asked = [(":method", "POST"), (":path", "/v1/messages"), (":authority", HOST)]
     answered = [(":status", "200"), ("content-type", "text/event-stream")]
     calls = []
-    for number in range(EXCHANGES):
+    for number in range(count):
         request = _frame(1, 4, number, client.encode(asked))
         request += _frame(0, 1, number, _REQUEST.partition(b"\r\n\r\n")[2])
         response = _frame(1, 4, number, server.encode(answered))
-        response += b"".join(_frame(0, 0, number, event) for event in sse_events(number))
+        response += b"".join(_frame(0, 0, number, event) for event in sse_events(number, deltas))
         calls.append((request, response + _frame(0, 1, number, b"")))
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
     calls[0] = preface + calls[0][0], b"\0\0\0\4\0\0\0\0\0" + calls[0][1]
@@ -258,16 +259,23 @@ def _sums(events: list[PricedEvent]) -> list[Decimal | None]:
     return [event.list_usd for event in events]
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Print MB/s for each kind of answer."""
+    deltas, exchanges, answers, rounds_max = (
+        (TOY_DELTAS, TOY_EXCHANGES, TOY_JSON_ANSWERS, TOY_ROUNDS)
+        if toy
+        else (DELTAS, EXCHANGES, JSON_ANSWERS, ROUNDS)
+    )
+    streamed = http1_calls(partial(sse_response, deltas=deltas), exchanges)
+    framed = http2_calls(exchanges, deltas)
     keep_freed_memory()  # as every process that meters does
     book = PriceBook.load(Path("/nonexistent"))
     for name, calls, cut in (
-        ("SSE", http1_calls(sse_response, EXCHANGES), full_records),
-        ("SSE, a record an event", http1_calls(sse_response, EXCHANGES), record_an_event),
-        ("SSE, HTTP/2", http2_calls(), full_records),
-        ("SSE, HTTP/2, a record an event", http2_calls(), record_a_frame),
-        ("JSON", http1_calls(json_response, 1_000), full_records),
+        ("SSE", streamed, full_records),
+        ("SSE, a record an event", streamed, record_an_event),
+        ("SSE, HTTP/2", framed, full_records),
+        ("SSE, HTTP/2, a record an event", framed, record_a_frame),
+        ("JSON", http1_calls(json_response, answers), full_records),
     ):
         items = chunks_of(calls, cut)
         megabytes = sum(len(response) for _, response in calls) / 1e6
@@ -277,7 +285,7 @@ def main() -> None:
                 _spent(lambda items=items: pipeline(book, items)),  # type: ignore[misc]  # bound per turn
                 _spent(lambda items=items: baseline(book, items)),  # type: ignore[misc]  # likewise
             )
-            for _ in range(ROUNDS)
+            for _ in range(rounds_max)
         ]
         ours, theirs = (megabytes / min(column) for column in zip(*rounds, strict=True))
         print(

@@ -2,15 +2,19 @@
 
 Load is timed in fresh processes, from an imported interpreter to a usable book, and again to the
 first price, which parses one model's section. Times are CPU seconds of the process, the least of
-several runs, because other work on the machine would otherwise be measured too.
+several runs, because other work on the machine would otherwise be measured too. What an event
+takes is also given as a multiple of reading a usage object as JSON, the least that anybody does.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 from halton_meter.model import Certainty, Outcome, Source, Tokens, Usage, UsageEvent
 
@@ -18,7 +22,9 @@ LOAD_MS_AIM = 30.0
 PRICE_US_AIM = 20.0
 _AT_NS = 1_795_440_000 * 10**9
 _EVENTS = 200  # few at a time, and often: what else runs disturbs a long run always
-_REPEATS = 200
+_LOADS, _REPEATS = 5, 200
+_TOY_LOADS, _TOY_REPEATS = 1, 1
+_USAGE = json.dumps({"input_tokens": 12, "cache_read_input_tokens": 80_000, "output_tokens": 420})
 
 _LOAD = """
 import time
@@ -89,12 +95,13 @@ def events() -> dict[str, UsageEvent]:
     }
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Print load and price times beside their aims."""
+    loads_max, repeats = (_TOY_LOADS, _TOY_REPEATS) if toy else (_LOADS, _REPEATS)
     from pricing.book import PriceBook
 
     loads = []
-    for _ in range(5):
+    for _ in range(loads_max):
         done = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, check=True)
         loads.append([float(number) for number in done.stdout.split()])
     load_ms, first_ms = (min(column) for column in zip(*loads, strict=True))
@@ -104,15 +111,26 @@ def main() -> None:
     print(f"price book {book.version}, {sum(map(book.model_count, book.providers())):,} models")
     for name, event in events().items():
         book.price(event)
-        best = min(_seconds(book.price, event) for _ in range(_REPEATS))
-        print(f"{name:<28} {best / _EVENTS * 1e6:6.2f} µs   (aim {PRICE_US_AIM:.0f} µs)")
+        best, parsed = (
+            min(column)
+            for column in zip(
+                *(
+                    (_seconds(book.price, event), _seconds(json.loads, _USAGE))
+                    for _ in range(repeats)
+                ),
+                strict=True,
+            )
+        )
+        print(
+            f"{name:<28} {best / _EVENTS * 1e6:6.2f} µs   (aim {PRICE_US_AIM:.0f} µs)   "
+            f"{best / parsed:.1f} x json.loads of its usage"
+        )
 
 
-def _seconds(price: object, event: UsageEvent) -> float:
-    assert callable(price)
+def _seconds(work: Callable[[Any], object], argument: Any) -> float:
     started = time.process_time()
     for _ in range(_EVENTS):
-        price(event)
+        work(argument)
     return time.process_time() - started
 
 

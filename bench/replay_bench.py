@@ -4,7 +4,7 @@ The captures are real TLS 1.3 (OpenSSL through memory BIOs) in packets of our ma
 answers written a few events at a time, as a provider does, in TLS records of about 1.2 kB. The
 baseline lists four fields of every packet with the same key log, decryption and HTTP included:
 what one would write without this program. Peak memory is our process's own, tshark's apart.
-Set HALTON_BENCH_MB (default 500) for a smaller large capture.
+Set HALTON_BENCH_MB (default 500) for a large capture of another size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests.support.recorder.relay import BEGINNING_NS, contexts
 
 SPEED_MB = 40
 MEMORY_MB = int(os.environ.get("HALTON_BENCH_MB", "500"))
+TOY_MB = 1
 MEMORY_MB_MAX = 200
 HOST = "api.anthropic.com"
 DELTAS = 400
@@ -129,10 +130,11 @@ def _run(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - started, done.stderr
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Print throughputs, their ratio, and the peak memory."""
+    sizes_mb = [TOY_MB, 2 * TOY_MB] if toy else [SPEED_MB, MEMORY_MB]
     with tempfile.TemporaryDirectory(prefix="replay-bench-") as name:
-        (small, large), keylog = make_captures(Path(name), [SPEED_MB, MEMORY_MB])
+        (small, large), keylog = make_captures(Path(name), sizes_mb)
         replay = [sys.executable, "-c", _MEASURED, "replay", "--json", "--keys", str(keylog)]
         fields = ["frame.number", "tcp.stream", "http.host", "tls.record.length"]
         tshark = [

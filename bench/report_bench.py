@@ -35,8 +35,9 @@ from halton_meter.store import Store
 from halton_meter.store.rollup import DAY_NS, DAYS_AT_ONCE_MAX
 
 EVENTS = tuple(map(int, os.environ.get("HALTON_BENCH_EVENTS", "3000000 10000000").split()))
+TOY_EVENTS = 20_000  # some two days, so that there is one to sum up
 SQLITE_EVENTS_MAX = 3_000_000
-RUNS = 5
+RUNS, TOY_RUNS = 5, 1
 SPACING_NS = 8 * 10**9  # a request every 8 seconds, until now
 
 _SQLITE = """
@@ -141,20 +142,20 @@ def show(name: str, taken: tuple[float, float], note: str = "") -> None:
     )
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Print the figures for each number of events."""
-    for events in EVENTS:
+    for events in (TOY_EVENTS,) if toy else EVENTS:
         with tempfile.TemporaryDirectory() as scratch:
-            _measure(Path(scratch), events)
+            _measure(Path(scratch), events, TOY_RUNS if toy else RUNS)
 
 
-def _measure(scratch: Path, events: int) -> None:
+def _measure(scratch: Path, events: int, runs: int) -> None:
     program = [str(Path(sys.executable).with_name("halton-meter"))]
     home = scratch / "home"
     fill(home, events)
     size = Store(home).database_path.stat().st_size
     print(f"{events:,} events, {size / 1e6:,.0f} MB")
-    plain = best([*program, "report"], home)
+    plain = best([*program, "report"], home, runs)
     show("report, cold process", plain, "aim: 0.3 s for 3 million")
     for options in (
         ["--by", "project"],
@@ -162,7 +163,9 @@ def _measure(scratch: Path, events: int) -> None:
         ["--project", "project-7"],
         ["--by", "project,day"],
     ):
-        show(f"report {' '.join(options)}", best([*program, "report", *options], home, 3))
+        show(
+            f"report {' '.join(options)}", best([*program, "report", *options], home, min(runs, 3))
+        )
     if events > SQLITE_EVENTS_MAX:
         return  # the export alone would take minutes
     target = scratch / "spend.sqlite"

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,25 @@ from halton_meter.live.probes.worker import Job
 HOST = "api.provider.test"
 FAMILY = "anthropic"
 REQUEST_BYTES, RESPONSE_BYTES = 4_000, 8_000
-ROUNDS, EXCHANGES = 8, 300
-IDLE_SECONDS, STREAM_SECONDS, RATE_SECONDS = 10, 30, 3
-STREAM_WARM_SECONDS = 10  # what a first stream costs once, imports and patterns, is not measured
 STREAMS, CHUNKS_A_SECOND, CHUNKS_AN_ANSWER = 10, 50, 200
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is measured."""
+
+    rounds: int = 8
+    exchanges: int = 300
+    proxied_exchanges: int = 60
+    quiet_s: float = REPORT_S + 3  # the last word of what was before is said by then
+    idle_s: float = 10
+    stream_s: float = 30
+    stream_warm_s: float = 10  # what a first stream costs once, imports and patterns, is left out
+    rate_s: float = 3
+    rates: tuple[float, ...] = (1000, 2000, 4000, 1e9)
+
+
+TOY = Size(1, 5, 5, quiet_s=0, idle_s=0.2, stream_s=1, stream_warm_s=0.2, rate_s=0.2, rates=(100,))
 EVENTS = int(os.environ.get("HALTON_BENCH_EVENTS", "0"))
 
 
@@ -340,19 +356,20 @@ def _mitmproxy(folder: Path, port: int) -> Iterator[int | None]:
         proxy.wait()
 
 
-def _time_added(folder: Path, probed: Path, plain: Path, port: int) -> dict[str, float]:
+def _time_added(folder: Path, probed: Path, plain: Path, port: int, size: Size) -> dict[str, float]:
     """Rounds of none, uprobes and mitmproxy in turn: what else the machine does hits all three."""
     with _mitmproxy(folder, port) as listen:
         ways = {
-            "none": _spawn("_client", str(port), str(EXCHANGES), libraries=plain),
-            "uprobes": _spawn("_client", str(port), str(EXCHANGES), libraries=probed),
+            "none": _spawn("_client", str(port), str(size.exchanges), libraries=plain),
+            "uprobes": _spawn("_client", str(port), str(size.exchanges), libraries=probed),
         }
         if listen:
-            ways["mitmproxy"] = _spawn("_client", str(listen), "60", libraries=plain)
+            count = str(size.proxied_exchanges)
+            ways["mitmproxy"] = _spawn("_client", str(listen), count, libraries=plain)
         times: dict[str, list[float]] = {way: [] for way in ways}
         for process in ways.values():
             assert _first_line(process) == "ready"
-        for _ in range(ROUNDS):
+        for _ in range(size.rounds):
             for way, process in ways.items():
                 times[way].append(_tell(process))
         for process in ways.values():
@@ -362,7 +379,8 @@ def _time_added(folder: Path, probed: Path, plain: Path, port: int) -> dict[str,
     return {way: min(each) for way, each in times.items()}
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
+    """Print the figures."""
     if os.geteuid() != 0:
         print("skipped: probes need root (sudo make bench)")
         return
@@ -378,15 +396,17 @@ def main() -> None:
         daemon = _Daemon(folder, str(next(probed.glob("libssl*"))))
         print(f"start, {daemon.status()['loader']}: {time.perf_counter() - started:.2f} s")
         try:
-            _measure(daemon, folder, probed, plain, port)
+            _measure(daemon, folder, probed, plain, port, TOY if toy else Size())
         finally:
             daemon.stop()
             server.kill()
             server.wait()
 
 
-def _measure(daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int) -> None:
-    medians = _time_added(folder, probed, plain, port)
+def _measure(
+    daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int, size: Size
+) -> None:
+    medians = _time_added(folder, probed, plain, port, size)
     for way, median in medians.items():
         print(f"exchange of 12 KB, {way}: {median:.0f} µs")
     added = medians["uprobes"] - medians["none"]
@@ -394,15 +414,15 @@ def _measure(daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int
     if "mitmproxy" in medians:
         proxied = medians["mitmproxy"] - medians["none"]
         print(f"added by mitmproxy: {proxied:.0f} µs, {proxied / max(added, 0.1):.0f} times that")
-    time.sleep(REPORT_S + 3)  # the last word of what was before is said by then
+    time.sleep(size.quiet_s)
     watched = _Watched(daemon)
-    time.sleep(IDLE_SECONDS)
+    time.sleep(size.idle_s)
     print(
         "idle: helper {:.3f} %, metering {:.3f} % of a core (aim < 0.1)".format(*watched.percent())
     )
-    _measure_streams(daemon, folder, probed)
-    for wanted in (1000, 2000, 4000, 1e9):
-        if _measure_rate(daemon, folder, probed, wanted, RATE_SECONDS):
+    _measure_streams(daemon, folder, probed, size)
+    for wanted in size.rates:
+        if _measure_rate(daemon, folder, probed, wanted, size.rate_s):
             break
     if EVENTS:
         _measure_rate(daemon, folder, probed, 2000, EVENTS / 2000)
@@ -413,17 +433,17 @@ def _measure(daemon: _Daemon, folder: Path, probed: Path, plain: Path, port: int
     print(f" (aim < 30), metering {found['rss_bytes'] / 1e6:.1f} MB (aim < 100)")
 
 
-def _measure_streams(daemon: _Daemon, folder: Path, probed: Path) -> None:
-    streams = _spawn("_streams", str(folder), str(STREAM_SECONDS), libraries=probed)
+def _measure_streams(daemon: _Daemon, folder: Path, probed: Path, size: Size) -> None:
+    streams = _spawn("_streams", str(folder), str(size.stream_s), libraries=probed)
     assert streams.stdin
     streams.stdin.write("\n")
     streams.stdin.flush()
-    time.sleep(STREAM_WARM_SECONDS)
+    time.sleep(size.stream_warm_s)
     watched = _Watched(daemon)
     chunks = float(_first_line(streams))
     helper, metering = watched.percent()
     print(
-        f"{STREAMS} conversations, {chunks / STREAM_SECONDS:.0f} chunks/s: helper {helper:.2f} %",
+        f"{STREAMS} conversations, {chunks / size.stream_s:.0f} chunks/s: helper {helper:.2f} %",
         end="",
     )
     flush_s = daemon.flush_cpu_s()

@@ -16,15 +16,15 @@ from halton_meter.wire import formats
 from halton_meter.wire.conversation import Conversation, Interest
 
 RECORD_BYTES = 16384
-EVENTS = 4_000
-ROUNDS = 15
+EVENTS, ROUNDS = 4_000, 15
+TOY_EVENTS, TOY_ROUNDS = 50, 1
 CONNECTION = Connection("bench", Source.PCAP, peer="api.example.com")
 KEEP = Interest(keep=True)
 
 Reader = Callable[[Exchange], object]
 
 
-def sse_events() -> list[bytes]:
+def sse_events(count: int) -> list[bytes]:
     """One answer: a start, deltas of 150 to 300 bytes, the usage at its end."""
     start = b'event: message_start\ndata: {"type":"message_start","usage":{"input_tokens":25}}\n\n'
     delta = (
@@ -33,7 +33,7 @@ def sse_events() -> list[bytes]:
         b"\n\n"
     )
     end = b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":15}}\n\n'
-    deltas = [delta % (b"lorem " * (5 + number % 25)) for number in range(EVENTS)]
+    deltas = [delta % (b"lorem " * (5 + number % 25)) for number in range(count)]
     return [start, *deltas, end, b'event: message_stop\ndata: {"type":"message_stop"}\n\n']
 
 
@@ -109,10 +109,12 @@ def seconds(source: list[TlsChunk], read: Reader) -> float:
     return spent
 
 
-def report(name: str, source: list[TlsChunk], read: Reader, baseline: Reader | None) -> None:
+def report(
+    name: str, source: list[TlsChunk], read: Reader, baseline: Reader | None, rounds_max: int
+) -> None:
     """One line: MB/s, and how many times the baseline's; best of rounds that take turns."""
     size = sum(len(chunk.data) for chunk in source)
-    rounds = [(seconds(source, read), seconds(source, baseline or read)) for _ in range(ROUNDS)]
+    rounds = [(seconds(source, read), seconds(source, baseline or read)) for _ in range(rounds_max)]
     ours, naive = (min(column) for column in zip(*rounds, strict=True))
     line = f"{name:34} {size / ours / 1e6:8.0f} MB/s"
     if baseline is not None:
@@ -120,27 +122,30 @@ def report(name: str, source: list[TlsChunk], read: Reader, baseline: Reader | N
     print(line, flush=True)
 
 
-def main() -> None:
+def main(toy: bool = False) -> None:
     """Print one line a case."""
+    count, rounds = (TOY_EVENTS, TOY_ROUNDS) if toy else (EVENTS, ROUNDS)
     request = b"POST /v1/messages HTTP/1.1\r\nhost: api.example.com\r\ncontent-length: 2\r\n\r\n{}"
-    events = sse_events()
+    events = sse_events(count)
     whole = chunked(events)
     pieces = [chunked(events[:1])[: -len(b"0\r\n\r\n")]]
     pieces += [b"%x\r\n%s\r\n" % (len(event), event) for event in events[1:]]
-    report("SSE, HTTP/1.1 chunked, 16 KiB", list(chunks(request, records(whole))), skim, decode_all)
+    full = list(chunks(request, records(whole)))
+    report("SSE, HTTP/1.1 chunked, 16 KiB", full, skim, decode_all, rounds)
     report(
         "SSE, HTTP/1.1, a record an event",
         list(chunks(request, [*pieces, b"0\r\n\r\n"])),
         skim,
         decode_all,
+        rounds,
     )
     sent, received = framed(events)
-    report("SSE, HTTP/2, 16 KiB", list(chunks(sent, records(received))), skim, decode_all)
-    text = json.dumps({"text": "word " * 200_000, "usage": {"input_tokens": 3}}).encode()
+    report("SSE, HTTP/2, 16 KiB", list(chunks(sent, records(received))), skim, decode_all, rounds)
+    text = json.dumps({"text": "word " * 50 * count, "usage": {"input_tokens": 3}}).encode()
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text)
     answer = list(chunks(request, records(head + text)))
-    report("JSON with content-length, decoded", answer, usage_of_json, None)
-    report("JSON with content-length, read", answer, lambda exchange: [True], None)
+    report("JSON with content-length, decoded", answer, usage_of_json, None, rounds)
+    report("JSON with content-length, read", answer, lambda exchange: [True], None, rounds)
 
 
 if __name__ == "__main__":

@@ -422,7 +422,7 @@ def test_nothing_that_its_reader_says_ends_the_helper(raw: bytes, do: str) -> No
         with contextlib.suppress(BlockingIOError):
             view = view[commanded.near.send(view) :]
         assert commanded.turn()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while commanded.helper._commands.waiting and time.monotonic() < deadline:
         assert commanded.turn()
         commanded.replies()
@@ -603,7 +603,7 @@ def test_what_a_flusher_says_is_bounded(
     script.chmod(0o755)
     monkeypatch.setattr("halton_meter.live.flushing.sys.executable", str(script))
     flusher = Flusher(tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while (outcome := flusher.outcome()) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert outcome is not None

@@ -118,7 +118,7 @@ def test_what_keeps_the_worker_is_begun_again_when_it_dies(
 
     async def scenario() -> None:
         await kept.start([listen(0)])
-        await asyncio.wait_for(kept.stopped(), 20)
+        await asyncio.wait_for(kept.stopped(), 60)
         await kept.stop(0.0)
 
     asyncio.run(scenario())

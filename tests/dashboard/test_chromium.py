@@ -101,7 +101,7 @@ def test_the_page_opens_once_and_the_profile_holds_nothing_that_opens_it(
     assert [path for path, content in kept.items() if secret in content] == []
     for address in (url, f"http://{page.authority}{page.entrance.folder}/"):
         with pytest.raises(HTTPError, match="403"):
-            urlopen(address, timeout=10)
+            urlopen(address, timeout=60)
 
 
 def test_no_other_port_is_sent_the_cookie(
@@ -114,6 +114,6 @@ def test_no_other_port_is_sent_the_cookie(
     options = ("--disable-popup-blocking", "--virtual-time-budget=20000")
     assert "asked again" in dom(tmp_path / "profile", opener, *options)
     with pytest.raises(HTTPError, match="403"):  # it was opened: the browser has its cookie
-        urlopen(url, timeout=10)
+        urlopen(url, timeout=60)
     assert {path: cookie for path, cookie in elsewhere.asked.items() if cookie} == {}
     assert {"/later", "/again/"} <= elsewhere.asked.keys()

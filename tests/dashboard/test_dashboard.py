@@ -42,7 +42,7 @@ def page(store: Store) -> Iterator[Dashboard]:
 def get(
     page: Dashboard, path: str, *, cookie: bool = True, host: str | None = None
 ) -> tuple[http.client.HTTPResponse, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", page.server_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", page.server_port, timeout=60)
     headers = {"Host": host or page.authority}
     if cookie:
         headers["Cookie"] = page.entrance.cookie().partition(";")[0]
@@ -140,7 +140,7 @@ def test_another_user_with_the_code_neither_gets_in_nor_spends_it(page: Dashboar
     address = code_of(page)
     script = (
         "import encodings.idna, http.client, os, sys; os.setgid(65534); os.setuid(65534)\n"
-        "asked = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=10)\n"
+        "asked = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=60)\n"
         "asked.request('GET', sys.argv[2]); print(asked.getresponse().status)\n"
     )
     done = subprocess.run(
@@ -264,7 +264,7 @@ def test_enter_prints_another_address_which_alone_opens_the_page(tmp_path: Path)
         assert (urlsplit(second).port, first == second) == (port, False)
         found = []
         for address in (first, second, second):
-            asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            asked = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             asked.request("GET", address[address.index("/?") :])
             found.append(asked.getresponse().status)
         assert found == [403, 303, 403]

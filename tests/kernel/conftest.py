@@ -8,6 +8,7 @@ real host name is used.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import ssl
@@ -24,6 +25,7 @@ import pytest
 from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 from tests.support.tls_server import TlsServer
+from tests.support.waiting import WAIT_SECONDS_MAX
 
 PROVIDER = "api.provider.test"
 OTHER = "mail.other.test"
@@ -102,7 +104,7 @@ class Client:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
-    def output(self, timeout_s: float = 60) -> bytes:
+    def output(self, timeout_s: float = 120) -> bytes:
         out, _ = self.process.communicate(timeout=timeout_s)
         assert self.process.returncode == 0, out
         return out
@@ -200,6 +202,19 @@ def system_library(name: str) -> Path:
     pytest.skip(f"this Python has no shared {name}")
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The helper may take a minute for an answer: other programs may have the machine."""
+    asks = UprobeSource
+    for method in (asks.start, asks.resume, asks.drain, asks.add_root, asks.watch, asks.set_hosts,
+                   asks.request_report):  # fmt: skip
+        longer = [
+            WAIT_SECONDS_MAX if isinstance(each, float) else each
+            for each in method.__defaults__ or ()
+        ]
+        monkeypatch.setattr(method, "__defaults__", tuple(longer))
+
+
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     # Not tmp_path: other users, who are clients here too, cannot enter root's.
@@ -226,12 +241,17 @@ def same_bytes(seen: dict[str, Seen], bench: Bench, host: str = PROVIDER) -> Non
 
 @pytest.fixture(scope="session")
 def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stripped Go program."""
+    """A stripped Go program: built once for all workers of a run, a copy for each."""
     if shutil.which("go") is None:
         pytest.skip("go is not installed")
-    folder = tmp_path_factory.mktemp("go")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "go-client"
+    folder.mkdir(exist_ok=True)
     program = folder / "client"
     environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
     command = ["go", "build", "-ldflags", "-s -w", "-o", program, CLIENTS / "go" / "main.go"]
-    subprocess.run(command, check=True, env=environment)
-    return program
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            subprocess.run(command, check=True, env=environment)
+    return shutil.copy2(program, tmp_path_factory.mktemp("go"))

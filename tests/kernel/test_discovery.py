@@ -23,7 +23,7 @@ from tests.kernel.conftest import (
     same_bytes,
 )
 from tests.kernel.test_proof import REQUEST, RESPONSE, Subject, captured, plain
-from tests.kernel.test_uprobes import wait_until
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize("linker", ["the system's", "a container's"])
@@ -37,7 +37,7 @@ def test_a_library_loaded_by_a_fork_is_found_when_it_is_mapped(bench: Bench, lin
         command.insert(0, theirs)
     client = bench.client([*command, CLIENTS / "loads_in_a_fork.py"], source)
     assert client.line() == b"connected\n"
-    wait_until(lambda: source.request_report() or source.status().libraries, 20)
+    wait_until(lambda: source.request_report() or source.status().libraries)
     client.say()
     assert client.line() == b"done\n"
     (seen,) = gather(source.drain()).values()

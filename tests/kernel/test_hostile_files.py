@@ -18,8 +18,9 @@ from capture.functions.elf import Elf
 from capture.uprobes import Scope, UprobeSource
 from tests.capture.helper.test_placement import Table, poisoned
 from tests.kernel.conftest import CLIENTS, GO_CONNECTIONS, Bench, captured_until_end, same_bytes
-from tests.kernel.test_uprobes import wait_until
 from tests.support import crafted
+from tests.support.quick import first
+from tests.support.waiting import wait_until
 
 ALICE = 3001
 AS_ALICE = ("setpriv", f"--reuid={ALICE}", f"--regid={ALICE}", "--clear-groups")
@@ -37,7 +38,7 @@ def hers(bench: Bench) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["register", "immediate", "distance"])
+@pytest.mark.parametrize("kind", first(["register", "immediate", "distance"]))
 def test_a_poisoned_program_of_one_user_harms_nobody_elses(
     bench: Bench, hers: Path, go_client: Path, kind: str
 ) -> None:
@@ -51,7 +52,7 @@ def test_a_poisoned_program_of_one_user_harms_nobody_elses(
     source = bench.source(files=[], cache_directory=str(memory))
     for _ in range(2):
         hostile = bench.client([*AS_ALICE, poison], source)
-        wait_until(lambda s=source: s.request_report() or str(poison) in s.status().libraries, 30)
+        wait_until(lambda s=source: s.request_report() or str(poison) in s.status().libraries)
         hostile.process.kill()
         for command in ([*AS_ALICE, victim], [victim]):
             client = bench.client(command, source)
@@ -110,7 +111,7 @@ def test_a_flood_of_crafted_files_neither_holds_up_nor_bloats_nor_blinds_the_hel
     waited, rss = [], 0
     for _ in range(ROUNDS):
         before = time.monotonic()
-        flood.request_report(20)
+        flood.request_report()
         waited.append(time.monotonic() - before)
         rss = max(rss, flood._report["rss_bytes"])
         time.sleep(0.05)  # a report every so often, as `status` asks for it
@@ -120,6 +121,4 @@ def test_a_flood_of_crafted_files_neither_holds_up_nor_bloats_nor_blinds_the_hel
     assert max(waited) < 3.0
     assert rss < RSS_BYTES_MAX
     bench.python("exchanges", "3", "1", "10", "100", source=flood).output()
-    wait_until(
-        lambda: flood.request_report(20) or str(bench.libssl) in flood.status().libraries, 30
-    )
+    wait_until(lambda: flood.request_report() or str(bench.libssl) in flood.status().libraries)

@@ -15,7 +15,7 @@ from capture.helper.files.known_files import KnownFiles
 from capture.uprobes import CoverageState, UprobeSource
 from halton_meter.model import Direction
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather
-from tests.kernel.test_uprobes import wait_until
+from tests.support.waiting import wait_until
 
 REQUEST, RESPONSE = r"POST /v1 HTTP/1.1\r\nhost: x\r\n\r\n", r"HTTP/1.1 200 OK\r\n\r\n"
 NOISE = "not what TLS carries to a provider"

@@ -86,7 +86,7 @@ class Relay:
 
     def close(self) -> None:
         self.keeper.close_channel()
-        self.helper.wait(20)
+        self.helper.wait(60)
         if self._attending is not None:
             self._attending.join()
         self.keeper.let_go()
@@ -201,7 +201,8 @@ def test_both_die_at_once(bench: Bench, relay: Relay) -> None:
 
 
 def test_when_the_supervisor_dies_every_probe_is_gone(bench: Bench, relay: Relay) -> None:
-    from tests.kernel.test_uprobes import alive, prog_ids, wait_until
+    from tests.kernel.test_uprobes import alive, prog_ids
+    from tests.support.waiting import wait_until
 
     relay.begin(held(bench, "1", "1", "10", "10"))
     ids = prog_ids(relay.helper.pid)

@@ -22,6 +22,7 @@ from capture.processes.arguments import REDACTED
 from capture.uprobes import UprobeSource
 from halton_meter.model import Direction, Process
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather, same_bytes
+from tests.support.quick import first
 
 WAYS = ["libbpf", "bcc"]
 
@@ -76,7 +77,7 @@ def assert_is_curl(process: Process) -> None:
     assert process.started_ns > 0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", first(WAYS))
 def test_a_client_that_ends_before_the_helper_looks(bench: Bench, way: str) -> None:
     source = bench.source(loader=way)
     argv = curl(bench)
@@ -127,7 +128,7 @@ def test_each_program_of_one_pid_is_told_apart(bench: Bench) -> None:
     assert {process and process.argv[0] for process in told} == {sys.executable, "curl"}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", first(WAYS))
 def test_each_process_that_had_a_number_is_told_apart(bench: Bench, way: str) -> None:
     """Within a second four have the same one; the third runs no program of its own."""
     if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):

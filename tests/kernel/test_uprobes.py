@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from tests.kernel.conftest import (
     gather,
     same_bytes,
 )
+from tests.support.quick import first
+from tests.support.waiting import wait_until
 
 LOADERS = ("libbpf", "bcc")
 
@@ -63,13 +64,16 @@ def test_twenty_threads_at_once(bench: Bench) -> None:
 
 
 def test_an_ssl_pointer_used_again_is_another_connection(bench: Bench) -> None:
-    source = bench.source()
-    bench.python("exchanges", "40", "1", "10", "100", source=source).output()
-    seen = gather(source.drain())
-    same_bytes(seen, bench)
-    pointers = {each.split("-")[1] for each in seen}
-    assert len(seen) == 40
-    assert len(pointers) < 40
+    """The allocator decides when that is: there are more connections until it is so."""
+    source, seen = bench.source(), {}
+    for count in range(40, 400, 40):
+        bench.python("exchanges", "40", "1", "10", "100", source=source).output()
+        seen = gather(source.drain(), seen)
+        same_bytes(seen, bench)
+        assert len(seen) == count
+        if len({tuple(each.split("-")[:2]) for each in seen}) < count:  # of one process, that is
+            return
+    pytest.fail("no pointer was used again in 360 connections")
 
 
 def curl(bench: Bench, host: str = PROVIDER, path: str = "bytes/3000") -> list[str]:
@@ -181,7 +185,8 @@ def test_a_sibling_outside_the_tree_is_not_seen(bench: Bench) -> None:
 
 
 def only_process(seen: Any) -> Any:
-    (each,) = seen.values()
+    """Whose bytes these are; the end of an earlier connection may come late."""
+    (each,) = (each for each in seen.values() if any(each.chunks.values()))
     assert each.connection.process
     return each.connection.process
 
@@ -338,13 +343,6 @@ def alive(ids: set[int]) -> set[int]:
     return ids & {each["id"] for each in json.loads(listed.stdout)}
 
 
-def wait_until(condition: Any, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_killing_the_helper_hurts_nobody_and_leaves_nothing(bench: Bench) -> None:
     source = bench.source()
     assert source.helper_pid
@@ -389,7 +387,7 @@ def test_the_helper_dies_with_the_process_that_holds_its_socket(bench: Bench) ->
 
     helper = uprobes._children[-1]
     link.close()
-    assert helper.wait(10) == 0
+    assert helper.wait(60) == 0
 
 
 def test_who_became_another_user_is_out_of_a_persons_tree(bench: Bench) -> None:
@@ -454,7 +452,7 @@ def test_each_file_is_attached_once(bench: Bench) -> None:
     assert len(source.status().libraries) == 1
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", first(LOADERS))
 def test_http2_older_than_the_probes_is_told_once_and_not_copied(bench: Bench, loader: str) -> None:
     client = bench.python("waits_http2")
     assert client.line() == b"connected\n"
@@ -472,7 +470,7 @@ def test_http2_older_than_the_probes_is_told_once_and_not_copied(bench: Bench, l
     assert "start the program again" in (line.advice or "")
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", first(LOADERS))
 def test_in_a_nested_pid_namespace_processes_have_its_ids(bench: Bench, loader: str) -> None:
     """As in WSL2, whose distributions live in one, and in a container with rights of its own."""
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable]
@@ -573,7 +571,7 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     assert "confidentiality" in lockdown_problem.what
     assert "lockdown=integrity" in lockdown_problem.fix
     assert "Operation not permitted" in last.what
-    assert "--via proxy" in last.command
+    assert "--via proxy" in last.fix
 
 
 def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
@@ -582,7 +580,7 @@ def test_a_stripped_go_program(bench: Bench, go_client: Path) -> None:
     client = bench.client([go_client], source)
     for each in (client, other):
         assert each.line() == b"up\n"
-    wait_until(lambda: source.request_report() or source.status().libraries, 30)
+    wait_until(lambda: source.request_report() or source.status().libraries)
     other.say()
     assert other.line() == b"done\n"
     client.say()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ import pytest
 from halton_meter.live.control import Control, ServiceAbsent
 from tests.support.lab.client_python import client_python
 from tests.support.lab.lab import Lab, User
+from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 HALTON_METER = [sys.executable, "-m", "halton_meter"]
-START_SECONDS_MAX = 30.0
 CLIENTS = Path(__file__).parents[1] / "support" / "lab" / "clients"
 
 
@@ -46,16 +45,6 @@ def project(lab: Lab) -> Path:
     origin = '[remote "origin"]\n\turl = git@git.example.com:team/acme.git\n'
     (folder / ".git" / "config").write_text(origin)
     return folder
-
-
-def wait_until(condition: Any, what: str, seconds: float = START_SECONDS_MAX) -> Any:
-    """The first true value of `condition()`; fails, naming `what`, when it takes too long."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what}: not within {seconds:g} s")
 
 
 class Service:
@@ -104,7 +93,7 @@ class Service:
 
     def settle(self) -> None:
         """Return when all that clients did so far is in the database."""
-        control = Control(self.home, timeout_s=30)
+        control = Control(self.home, timeout_s=WAIT_SECONDS_MAX)
         control.ask("watch", pid=1)
         control.ask("finish")
         control.close()
@@ -118,11 +107,11 @@ class Service:
         """End it as systemd would; its exit code."""
         if self._process.poll() is None:
             self._process.terminate()
-        return int(self._process.wait(30))
+        return int(self._process.wait(WAIT_SECONDS_MAX))
 
     def wait(self) -> int:
         """Its exit code once it has ended by itself."""
-        return int(self._process.wait(30))
+        return int(self._process.wait(WAIT_SECONDS_MAX))
 
     def events(self) -> list[dict[str, Any]]:
         """All events in the store, as `halton-meter events --json` prints them."""
@@ -169,7 +158,7 @@ class Bench:
         self.project = project
         self.python = python
 
-    def observe(self, argv: Sequence[str], seconds: float = 60, **options: Any) -> Observed:
+    def observe(self, argv: Sequence[str], seconds: float = 180, **options: Any) -> Observed:
         """Run a client to its end; what it added to the ledger and to the store.
 
         What the service saw before, of whichever test, is known by then.

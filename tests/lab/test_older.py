@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import CLIENTS, Service, wait_until
+from tests.lab.conftest import CLIENTS, Service
 from tests.lab.test_clients import anthropic_body
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -47,7 +48,7 @@ class Older:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(10) == 0
+        assert self._process.wait(120) == 0
 
 
 Start = Callable[..., Older]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import CLIENTS, HALTON_METER, Service, wait_until
+from tests.lab.conftest import CLIENTS, HALTON_METER, Service
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -41,7 +42,7 @@ class Recording:
     def stop(self) -> None:
         """Return when all packets so far are in the file."""
         self._process.send_signal(signal.SIGINT)
-        said = self._process.communicate(timeout=30)[1]
+        said = self._process.communicate(timeout=120)[1]
         assert self._process.returncode == 0, said
         assert "/0 (" in said, said  # received/dropped
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import HALTON_METER, wait_until
+from tests.lab.conftest import HALTON_METER
 from tests.lab.test_clients import anthropic_body, curl
 from tests.support.lab.lab import Lab
 from tests.support.lab.machine import Machine, unavailable
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 UNIT = "halton-meter-proxy"

@@ -450,7 +450,7 @@ class Running:
         self.code = loop.run()
 
     def control(self) -> Control:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while True:
             try:
                 return Control(self.home)
@@ -464,7 +464,7 @@ class Running:
         return self.join()
 
     def join(self) -> int | None:
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         return self.code
 

@@ -7,7 +7,6 @@ import os
 import pwd
 import socket
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from proxy_fallback.edge import owner, served
 from proxy_fallback.edge.listening import HEALTH_PATH
 from proxy_fallback.edge.served import Peer, peer_of, served_uids
 from tests.proxy_fallback.test_edge import PROVIDER, StandIn, place, run, say, serving
+from tests.support.cost import within
 from tests.support.other_user import UID, OtherUser, needs_root, other_user  # noqa: F401
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is told apart")
@@ -203,7 +203,7 @@ def test_the_owner_and_root_are_served_beside_them(other_user: OtherUser) -> Non
             request = f"CONNECT 127.0.0.1:{here.origin} HTTP/1.1\r\n\r\n".encode()
             assert await say(await here.tunnel(), b"hi") == b"hi"  # we are root
             telling = asyncio.create_task(other_user.tell(here.port, request))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while here.edge.counts["tunnelled"] < 2:
                     await asyncio.sleep(0.005)
             await here.edge.stop()
@@ -231,7 +231,7 @@ def test_another_user_who_leaves_at_once_reaches_nothing_either(
         async with place(origin) as here:
             head = f"POST http://127.0.0.1:{here.origin}/ HTTP/1.1\r\nContent-Length: {size}\r\n"
             other_user.leave(here.port, f"{head}\r\n".encode() + bytes(size))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not here.edge.counts["accepted"]:
                     await asyncio.sleep(0.005)
             await here.empty()
@@ -280,13 +280,9 @@ def test_whose_a_connection_is_takes_no_time_worth_naming() -> None:
     pairs = [connected() for _ in range(200)]
     ends = [(accepted.getpeername(), accepted.getsockname()) for _, accepted in pairs]
     try:
-        best_s = 1.0
-        for _ in range(5):
-            began = time.perf_counter()
+        with within(0.001 * len(ends)):
             for each in ends:
                 assert owner.owner_of(*each) is not None
-            best_s = min(best_s, (time.perf_counter() - began) / len(ends))
-        assert best_s < 0.001, f"{best_s * 1e6:.0f} us a connection"
     finally:
         for client, accepted in pairs:
             client.close()

@@ -29,6 +29,7 @@ from halton_meter.store import journal as journal_module
 from halton_meter.store.database import Database
 from halton_meter.store.home import Home
 from tests.support.made import NOON_NS, made
+from tests.support.quick import first
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +182,7 @@ def test_the_journal_of_a_living_process_is_left_to_it(store: Store) -> None:
 # --- crashes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", first(range(4), 2))
 def test_a_killed_writer_loses_and_doubles_nothing_that_it_had_appended(
     store: Store, seed: int
 ) -> None:
@@ -191,7 +192,9 @@ def test_a_killed_writer_loses_and_doubles_nothing_that_it_had_appended(
     with process(WRITER, store.home) as writer:
         for _ in range(rng.randrange(5, 40)):
             acknowledged += line(writer).split()
-        time.sleep(rng.random() * 0.1)  # anywhere in the loop: every moment must do
+        pause_s = rng.random() * 0.1  # anywhere in the loop: every moment must do
+        print(f"seed {seed}: killed {pause_s:.3f} s after a line")
+        time.sleep(pause_s)
         os.kill(writer.pid, signal.SIGKILL)
         assert writer.stdout is not None
         for rest in writer.stdout.read().splitlines(keepends=True):

@@ -28,19 +28,9 @@ from halton_meter.config import Config, account_named
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.supervisor import Metered, Plan, Supervisor
 from halton_meter.model import Process
+from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 HOST = "api.anthropic.com"
-WAIT_SECONDS_MAX = 60.0
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """The first true value of `condition()`."""
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what}: not within {WAIT_SECONDS_MAX:g} s")
 
 
 def record(kind: int, ssl: int, direction: int, offset: int, data: bytes, length: int) -> bytes:

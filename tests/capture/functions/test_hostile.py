@@ -15,7 +15,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -48,19 +47,13 @@ from tests.capture.functions.test_boringssl import (
     without_unwind_table,
 )
 from tests.capture.functions.test_elf import SMALL, built
+from tests.support.cost import within
 
 pytestmark = pytest.mark.skipif(
     not COMPILERS or os.uname().machine != "x86_64", reason="needs a C compiler for x86-64"
 )
 SECONDS_MAX = 5.0
 Edits = list[tuple[int, int]]
-
-
-@contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    before = time.process_time()
-    yield
-    assert time.process_time() - before < SECONDS_MAX
 
 
 class Subject:
@@ -148,7 +141,7 @@ def test_changed_code_never_moves_a_place(draw: st.DataObject, compiler: str, ba
     )
     at, data = draw.draw(offsets), draw.draw(st.binary(min_size=1, max_size=8))
     edits = [(at + n, byte) for n, byte in enumerate(data)]
-    with changed.edited(edits) as path, in_time():
+    with changed.edited(edits) as path, within(SECONDS_MAX):
         answer = find_boringssl(path)
     if isinstance(answer, Found):
         assert {*answer.functions.items()} <= {*changed.named.items()}
@@ -173,7 +166,7 @@ def test_changed_headers_are_read_or_refused(draw: st.DataObject, compiler: str)
         st.integers(unwind, unwind + unwind_size - 1),
     )
     edits = draw.draw(st.lists(st.tuples(offsets, st.integers(0, 255)), min_size=1, max_size=8))
-    with changed.edited(edits) as path, in_time():
+    with changed.edited(edits) as path, within(SECONDS_MAX):
         assert isinstance(find_boringssl(path), Found | NotRecognised)
         looked_at(path)
         with path.open("rb") as file, contextlib.suppress(ElfError):
@@ -216,7 +209,7 @@ def test_changed_section_headers_do_not_hold_up_root(edits: Edits, which: int) -
         data[at : at + size] = value.to_bytes(8, "little")[:size]
     path = Path(_FOLDER.name) / "sections"
     path.write_bytes(data)
-    with in_time():
+    with within(SECONDS_MAX):
         looked_at(path)
         with Elf(path) as elf:
             assert all(s.offset + s.size_bytes <= len(data) for s in elf.sections if s.type != 8)
@@ -239,7 +232,7 @@ def test_thousands_of_symbol_tables_do_not_hold_up_root(tmp_path: Path, count: i
     path = tmp_path / "tables"
     path.write_bytes(with_sections(count, 4 << 20))
     os.truncate(path, 64 << 20)  # sparse
-    with in_time():
+    with within(SECONDS_MAX):
         assert looked_at(path) is None
 
 
@@ -325,7 +318,7 @@ def test_a_changed_function_table_never_moves_a_place(
         st.integers(table, table + size - 1),
     )
     edits = draw.draw(st.lists(st.tuples(offsets, st.integers(0, 255)), min_size=1, max_size=4))
-    with go_program.edited(edits) as path, in_time():
+    with go_program.edited(edits) as path, within(SECONDS_MAX):
         answer = find_go_tls(path)
     if isinstance(answer, NoGo):
         assert answer.reason

@@ -26,9 +26,9 @@ source = UprobeSource(
     cache_directory=None,
     loader=loader,
 )
-source.start()
+source.start(120)
 client.communicate(b"go\n")
-chunks = [event for event in source.drain() if isinstance(event, TlsChunk)]
+chunks = [event for event in source.drain(60) if isinstance(event, TlsChunk)]
 process = chunks[0].connection.process if chunks else None
 print(
     json.dumps(

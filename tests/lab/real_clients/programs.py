@@ -40,7 +40,7 @@ def _npm(package: str, file: str, *versions: str) -> tuple[Program, ...]:
 
 
 # The oldest comes first. Every version is recognised without change, and each of these runs in the
-# lab; `make test` takes the newest ones.
+# lab; `make test` takes the newest Claude Code and Bun.
 BUN = _npm("@oven/bun-linux-x64", "bin/bun", "1.0.0", "1.1.45", "1.2.0", "1.3.11", "1.4.5")
 CLAUDE = _npm(
     "@anthropic-ai/claude-code-linux-x64",

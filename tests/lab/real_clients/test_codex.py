@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import HALTON_METER, Bench, wait_until
+from tests.lab.conftest import HALTON_METER, Bench
 from tests.lab.real_clients.programs import CODEX, Program
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, newest_first, recognised
 from tests.lab.real_clients.test_proxied import installed_with_all
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 FIRST_WITH_WEBSOCKET = "0.130.0-linux-x64"  # of those tried
 OWN_PROVIDER = (
@@ -62,7 +63,6 @@ def test_https_is_metered_exactly(bench: Bench, program: Program) -> None:
 
 
 @pytest.mark.usefixtures("trusted_by_the_system")
-@pytest.mark.slow
 @pytest.mark.parametrize("authority", ["of-the-system", "by-variable"])
 def test_status_says_what_is_not_seen_and_what_to_do(bench: Bench, authority: str) -> None:
     lab, home = bench.lab, bench.service.home
@@ -85,7 +85,7 @@ def test_status_says_what_is_not_seen_and_what_to_do(bench: Bench, authority: st
     line = wait_until(told, "codex in the coverage")
     environment = lab.environment(HALTON_METER_HOME=str(home))
     text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment).stdout
-    assert client.wait(60) == 0
+    assert client.wait(120) == 0
     # It asks for its models over HTTPS: by then there is something that is metered.
     states = {("rustls", "unsupported")}
     if authority == "of-the-system":

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import Bench, Observed, assert_metered, wait_until
+from tests.lab.conftest import Bench, Observed, assert_metered
 from tests.lab.real_clients.programs import BUN, CLAUDE, NODE, OPENCODE, Program
 from tests.lab.real_clients.results import note
 from tests.support.lab.grpc_answers import TICKS_A_TOKEN
+from tests.support.quick import first
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -32,8 +34,7 @@ GRPC_CLIENT = HERE / "grpc_client.py"
 
 def newest_first(programs: Sequence[Program]) -> list[Any]:
     """All but the newest are for `make clients`."""
-    *older, newest = programs
-    return [newest, *(pytest.param(each, marks=pytest.mark.slow) for each in older)]
+    return first(programs[::-1])
 
 
 def attached(bench: Bench, library: Path | str) -> None:
@@ -91,14 +92,15 @@ def test_a_version_installed_while_the_service_runs_is_metered_at_its_first_exec
         folder /= part
         folder.mkdir(exist_ok=True)
         os.chown(folder, bench.lab.user.uid, bench.lab.user.gid)
-    for program in BUN[-1], BUN[-2]:
+    for release in "1", "2":
+        program = BUN[-1]
         original = installed(program)
         script = script_beside(original)
         # Bytes after the end make it a program that was never seen, as every release is.
         download = folder / ".download"
-        download.write_bytes(original.read_bytes() + str(program).encode())
+        download.write_bytes(original.read_bytes() + release.encode())
         download.chmod(0o755)
-        client = download.rename(folder / program.version)
+        client = download.rename(folder / f"{program.version}.{release}")
         attached(bench, client)
         exact(bench.observe([str(client), str(script), "1", "3"]), 3)
 
@@ -117,6 +119,7 @@ def test_claude_print(bench: Bench, installed: Install, program: Program) -> Non
     note("Claude Code", program.version, STACK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", newest_first(OPENCODE), ids=str)
 def test_opencode_run(bench: Bench, installed: Install, program: Program) -> None:
     opencode = installed(program)
@@ -132,6 +135,7 @@ def test_opencode_run(bench: Bench, installed: Install, program: Program) -> Non
     note("opencode", program.version, STACK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", newest_first(NODE), ids=str)
 @pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
 def test_node_fetch(

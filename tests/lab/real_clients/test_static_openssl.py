@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.lab.conftest import Bench, wait_until
+from tests.lab.conftest import Bench
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, recognised
 from tests.lab.test_clients import anthropic_body
 from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -67,7 +68,7 @@ def test_an_altered_one_runs_on_unmetered_and_status_says_why(bench: Bench, clie
         return next((line for line in lines if line["pid"] == process.pid), None)
 
     line = wait_until(told, "the client in the coverage")
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
     assert (line["stack"], line["state"]) == ("OpenSSL", "not_recognised")
     assert line["library"] == str(altered)
     assert "0 functions may be ssl_read_internal" in line["advice"]

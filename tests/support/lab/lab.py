@@ -24,8 +24,8 @@ from typing import Any
 from tests.support.lab.answers import OTHER_HOSTS, PROVIDER_HOSTS
 from tests.support.lab.authority import make_authority
 
-START_SECONDS_MAX = 30.0
-SETTLE_SECONDS_MAX = 10.0
+START_SECONDS_MAX = 60.0
+SETTLE_SECONDS_MAX = 60.0
 FIRST_UID = 100_000_000
 PIDS_MAX = 4_194_304  # the kernel's PID_MAX_LIMIT
 _labs = itertools.count()
@@ -164,7 +164,7 @@ class Lab:
         self,
         argv: Sequence[str],
         *,
-        timeout_s: float = 60,
+        timeout_s: float = 120,
         input_text: str | None = None,
         **kw: Any,
     ) -> subprocess.CompletedProcess[str]:

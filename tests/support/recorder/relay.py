@@ -190,7 +190,7 @@ def _converse(
     near = tls[0].wrap_socket(
         socket.create_connection(("127.0.0.1", relay.port)), server_hostname=host
     )
-    server_thread.join(10)
+    server_thread.join(60)
     far = accepted[0]
     for step in steps:
         relay.at_ns += step.pause_ms * _MS
@@ -202,5 +202,5 @@ def _converse(
     near.close()
     far.close()
     listener.close()
-    relay.join(10)
+    relay.join(60)
     return relay

@@ -1,0 +1,31 @@
+"""Limits of processor time that hold on a slow or busy machine, too.
+
+Processor time grows when other programs share a core's caches and threads. So a limit is given
+for a quiet core, and stretched by what a fixed loop takes just after the work that is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+LOOP = range(150_000)
+QUIET_LOOP_S = 0.014
+
+
+@contextlib.contextmanager
+def within(quiet_s: float, what: str = "it") -> Iterator[None]:
+    """The block takes no more processor time of this process than `quiet_s` on a quiet core."""
+    began = time.process_time()
+    yield
+    took = time.process_time() - began
+    if took > quiet_s:
+        limit = quiet_s * max(1.0, max(_loop_s() for _ in range(5)) / QUIET_LOOP_S)
+        assert took <= limit, f"{what} took {took:.2f} s of processor time, more than {limit:.2f} s"
+
+
+def _loop_s() -> float:
+    began = time.process_time()
+    sum(i * i % 7 for i in LOOP)
+    return time.process_time() - began
