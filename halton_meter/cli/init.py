@@ -21,7 +21,7 @@ from halton_meter.cli.output import harmless_lines
 if TYPE_CHECKING:
     from proxy_fallback.setup.changes import Commands
     from proxy_fallback.setup.plan import Machine
-    from proxy_fallback.setup.steps import Done
+    from proxy_fallback.setup.steps import StepTaken
 
 EXAMPLES = """
     \b
@@ -85,9 +85,9 @@ def init(
         with Ledger.open(machine.home, machine.commands) as ledger:
             if not ledger.complete and not as_json:
                 click.echo("an earlier init was interrupted: going on from there")
-            steps: list[Done] = []
+            steps: list[StepTaken] = []
 
-            def tell(done: Done) -> None:
+            def tell(done: StepTaken) -> None:
                 steps.append(done)
                 if not as_json:
                     click.echo(_line(done))
@@ -99,13 +99,13 @@ def init(
     _tell_the_end(machine, choice.mode, changed, steps, as_json)
 
 
-def _line(done: Done) -> str:
+def _line(done: StepTaken) -> str:
     detail = f": {done.detail}" if done.detail else ""
     return f"{done.number}/{done.of} ✓ {done.title}{detail}{'' if done.changed else ' (as it was)'}"
 
 
 def _tell_the_end(
-    machine: Machine, mode: str, changed: bool, steps: list[Done], as_json: bool
+    machine: Machine, mode: str, changed: bool, steps: list[StepTaken], as_json: bool
 ) -> None:
     if as_json:
         told = [
@@ -165,10 +165,10 @@ def _keep_system_proxy(machine: Machine) -> NoReturn:
     """Run the keeper until stopped; the agent or unit of `--full` does."""
     import signal
 
-    from proxy_fallback.setup.system_proxy import Keeper, notifications
+    from proxy_fallback.setup.system_proxy import ProxySettingsGuard, notifications
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    keeper = Keeper(
+    keeper = ProxySettingsGuard(
         machine.home,
         machine.commands,
         machine.platform,

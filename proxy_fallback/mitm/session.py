@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from proxy_fallback.mitm.addon import MeterAddon
-    from proxy_fallback.mitm.guard import EdgeOnly
+    from proxy_fallback.mitm.edge_only import EdgeOnly
 
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 10.0
@@ -64,7 +64,7 @@ def host_patterns(hosts: Iterable[str]) -> list[str]:
 class ProxySession:
     """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust.
 
-    With `guard` only the edge is let in, without one whoever connects.
+    With `edge_only` only the edge is let in, without one whoever connects.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class ProxySession:
         hosts: Iterable[str],
         ca_folder: Path,
         upstream: tuple[str, int] | None = None,
-        guard: EdgeOnly | None = None,
+        edge_only: EdgeOnly | None = None,
     ) -> None:
         self._addon = addon
-        self._guard = guard
+        self._edge_only = edge_only
         self._upstream = upstream
         self._patterns = host_patterns(hosts)
         self._folder = ca_folder
@@ -159,7 +159,7 @@ class ProxySession:
         self._master.addons.add(*(each() for each in carriers))
         # Odd headers are the provider's and the client's own business.
         setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
-        first = () if self._guard is None else (self._guard,)  # before anybody else looks
+        first = () if self._edge_only is None else (self._edge_only,)  # before anybody else looks
         self._master.addons.add(*first, self._addon, _Listening(self))
         _show_one_name(self._master.addons.get("tlsconfig"))
         await self._master.run()

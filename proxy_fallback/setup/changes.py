@@ -167,7 +167,7 @@ class FolderOwned:
         return [f"make folder {self.path} (mode 0700)"]
 
 
-Change = FileMade | BlockAdded | CommandRun | FolderOwned
+MachineChange = FileMade | BlockAdded | CommandRun | FolderOwned
 
 
 def shown(argv: Sequence[str]) -> str:

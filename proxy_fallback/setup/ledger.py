@@ -26,12 +26,12 @@ from proxy_fallback.setup.changes import (
     BLOCK_END,
     TOLERATED,
     BlockAdded,
-    Change,
     ChangeError,
     CommandRun,
     Commands,
     FileMade,
     FolderOwned,
+    MachineChange,
     shown,
     write_whole,
 )
@@ -55,7 +55,7 @@ class Entry:
     the newline put between their last line and our block. `made` False: begun, perhaps not done.
     """
 
-    change: Change
+    change: MachineChange
     made: bool = False
     before: bytes | None = None
     mode: int | None = None
@@ -133,14 +133,14 @@ class Ledger:
         """Whether a change of that key was made."""
         return any(each.change.key == key for each in self._book.entries)
 
-    def in_force(self, change: Change) -> bool:
+    def in_force(self, change: MachineChange) -> bool:
         """Whether this very change was made and still is."""
         entry = self._entry(change.key)
         if entry is None or not entry.made:
             return False
         return entry.change == _undone_as(change, entry.change) and self._is(entry.change)
 
-    def make(self, change: Change, again: bool = False) -> bool:
+    def make(self, change: MachineChange, again: bool = False) -> bool:
         """Make a change unless it is in force (or `again`); says whether. Raises ChangeError.
 
         How to undo it is what was known when a change of that key was first made: by now one
@@ -175,7 +175,7 @@ class Ledger:
         self._save()
         return notes
 
-    def undo_all(self, keep: Callable[[Change], bool] = lambda change: False) -> list[str]:
+    def undo_all(self, keep: Callable[[MachineChange], bool] = lambda change: False) -> list[str]:
         """Undo every change, the last one first, but for those to `keep`.
 
         One that fails does not stop the others; it stays in the ledger. Raises ChangeError then.
@@ -211,7 +211,7 @@ class Ledger:
 
     # --- one change ---
 
-    def _observed(self, change: Change) -> Entry:
+    def _observed(self, change: MachineChange) -> Entry:
         if isinstance(change, CommandRun):
             return Entry(change)
         path = Path(change.path)
@@ -230,7 +230,7 @@ class Ledger:
         kept = before if isinstance(change, FileMade) else b""
         return Entry(change, before=kept, mode=mode, glue=glue)
 
-    def _is(self, change: Change) -> bool:
+    def _is(self, change: MachineChange) -> bool:
         if isinstance(change, CommandRun):
             return self._checked(change) is not False
         path = Path(change.path)
@@ -358,7 +358,7 @@ class Ledger:
             ) from None
 
 
-def _undone_as(change: Change, former: Change) -> Change:
+def _undone_as(change: MachineChange, former: MachineChange) -> MachineChange:
     if isinstance(change, CommandRun) and isinstance(former, CommandRun):
         return replace(change, undo=former.undo)
     return change

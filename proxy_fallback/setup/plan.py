@@ -28,12 +28,12 @@ from proxy_fallback.setup.changes import (
     TOLERATED,
     Argv,
     BlockAdded,
-    Change,
     ChangeError,
     CommandRun,
     Commands,
     FileMade,
     FolderOwned,
+    MachineChange,
     Unasked,
     shown,
     write_whole,
@@ -109,21 +109,21 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SetupStep:
     """One numbered step. `before` and `after` do what is no change to undo; `acts` tells of it.
 
     Both say whether they changed anything. `detail` is asked when the step is done.
     """
 
     title: str
-    changes: Callable[[], Sequence[Change]] = tuple
+    changes: Callable[[], Sequence[MachineChange]] = tuple
     before: Callable[[Ledger], bool] = lambda ledger: False
     after: Callable[[Ledger], bool] = lambda ledger: False
     acts: tuple[str, ...] = ()
     detail: Callable[[], str] = lambda: ""
 
 
-class Plan:
+class SetupPlan:
     """The steps for one machine and choice. `asking`: they are only to be shown."""
 
     def __init__(self, machine: Machine, choice: Choice, asking: bool = False) -> None:
@@ -188,9 +188,9 @@ class Plan:
                     f"  else: unset {name.split()[0]}"
                 )
 
-    def _planned(self) -> Iterator[Step]:
+    def _planned(self) -> Iterator[SetupStep]:
         m = self._machine
-        yield Step(
+        yield SetupStep(
             "CA generated",
             lambda: [FolderOwned(str(m.ca_folder))],
             after=self._make_authority,
@@ -201,20 +201,20 @@ class Plan:
             ),
             detail=self._authority_detail,
         )
-        yield Step(
+        yield SetupStep(
             "CA trusted",
             self._trust_changes,
             before=self._before_trust,
             acts=(f"note in {m.ca_folder / TRUSTED_NAME} which CA is trusted",),
             detail=self._trust_detail,
         )
-        yield Step("service installed", self._service_changes, detail=self._service_detail)
-        yield Step(
+        yield SetupStep("service installed", self._service_changes, detail=self._service_detail)
+        yield SetupStep(
             f"daemon healthy at 127.0.0.1:{m.port}",
             after=self._wait,
             acts=(f"wait until 127.0.0.1:{m.port} answers, {HEALTHY_S_MAX:.0f} s at most",),
         )
-        yield Step(
+        yield SetupStep(
             "environment set",
             self._environment_changes,
             before=self._write_preload,
@@ -222,7 +222,7 @@ class Plan:
             detail=self._environment_detail,
         )
         if self._choice.mode == "full":
-            yield Step(
+            yield SetupStep(
                 "system proxy set",
                 lambda: [*self._system, *self._keeper_changes()],
                 detail=lambda: f"{len(self._system)} settings, watched for changes",
@@ -266,10 +266,10 @@ class Plan:
         write_whole(noted, content, 0o644)
         return True
 
-    def _trust_changes(self) -> list[Change]:
+    def _trust_changes(self) -> list[MachineChange]:
         m = self._machine
         authority = self._authority()
-        changes: list[Change] = []
+        changes: list[MachineChange] = []
         if self._macos and self._stores and not self._choice.system_trust:
             changes.append(trust.keychain(authority, m.ca_folder, m.user_home))
         database = m.user_home / ".pki/nssdb"
@@ -324,7 +324,7 @@ class Plan:
         asked = ("systemctl", "--user", "show", "--property=Version")
         return self._machine.commands.run(asked).code == 0
 
-    def _service_changes(self) -> list[Change]:
+    def _service_changes(self) -> list[MachineChange]:
         m = self._machine
         authority = self._authority()
         ca = authority.sha256[:16] if authority else "CA"
@@ -351,14 +351,14 @@ class Plan:
             unit,
         )
 
-    def _redirector(self) -> list[Change]:
+    def _redirector(self) -> list[MachineChange]:
         """What mitmproxy's local mode puts there itself when it first runs."""
         there = self._machine.commands.run(("test", "-e", REDIRECTOR)).code == 0
         if not self._choice.redirect or there:
             return [CommandRun("redirector", run=(), undo=())] if self._choice.redirect else []
         return [CommandRun("redirector", run=(), undo=((TOLERATED, "rm", "-rf", REDIRECTOR),))]
 
-    def _units(self, texts: Mapping[str, str], unit: str) -> list[Change]:
+    def _units(self, texts: Mapping[str, str], unit: str) -> list[MachineChange]:
         """Unit files, enabled and started; a reload comes before, and last when undone."""
         control = ("systemctl", "--user")
         folder = self._machine.config_home / "systemd/user"
@@ -385,7 +385,7 @@ class Plan:
             ),
         ]
 
-    def _agent(self, label: str, text: str) -> list[Change]:
+    def _agent(self, label: str, text: str) -> list[MachineChange]:
         """A launchd agent, loaded into the person's graphical session."""
         m = self._machine
         file = m.user_home / "Library/LaunchAgents" / f"{label}.plist"
@@ -457,7 +457,7 @@ class Plan:
         m = self._machine
         return trust.variables(m.port, m.ca_folder, m.hosts, self._choice.java)
 
-    def _environment_changes(self) -> list[Change]:
+    def _environment_changes(self) -> list[MachineChange]:
         m = self._machine
         wanted = self._variables()
         script = m.home / "env.sh"
@@ -467,7 +467,7 @@ class Plan:
             None if self._supervised() else self._pid_file(),
             m.upstream,
         )
-        changes: list[Change] = [FileMade(str(script), trust.posix_text(wanted, terms))]
+        changes: list[MachineChange] = [FileMade(str(script), trust.posix_text(wanted, terms))]
         for file in self._startup_files():
             changes.append(BlockAdded(str(file), trust.sourcing_lines(script)))
         if "fish" in self._shells():
@@ -501,7 +501,7 @@ class Plan:
         if "zsh" in shells:
             yield Path(m.environ.get("ZDOTDIR") or m.user_home) / ".zshenv"
 
-    def _session_changes(self, wanted: Mapping[str, str]) -> list[Change]:
+    def _session_changes(self, wanted: Mapping[str, str]) -> list[MachineChange]:
         """What apps that no shell started are given."""
         if self._macos:
             return self._launchctl_changes(wanted)
@@ -520,7 +520,7 @@ class Plan:
             ),
         ]
 
-    def _launchctl_changes(self, wanted: Mapping[str, str]) -> list[Change]:
+    def _launchctl_changes(self, wanted: Mapping[str, str]) -> list[MachineChange]:
         m = self._machine
         script = m.home / "setenv.sh"
         lines = [f"[ -e {shown((str(m.witness),))} ] || exit 0"]
@@ -569,7 +569,7 @@ class Plan:
                 raise
             return system_proxy.unasked_changes(m.port)
 
-    def _keeper_changes(self) -> list[Change]:
+    def _keeper_changes(self) -> list[MachineChange]:
         m = self._machine
         command = self._command("init", "--keep-system-proxy")
         environment = {"HALTON_METER_HOME": str(m.home)}

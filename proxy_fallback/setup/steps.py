@@ -15,11 +15,18 @@ from pathlib import Path
 from proxy_fallback.setup.authority import AuthorityError
 from proxy_fallback.setup.changes import ChangeError, CommandRun
 from proxy_fallback.setup.ledger import Entry, Ledger
-from proxy_fallback.setup.plan import CA_FOLDER_NAME, Choice, Machine, Plan, SetupError, Step
+from proxy_fallback.setup.plan import (
+    CA_FOLDER_NAME,
+    Choice,
+    Machine,
+    SetupError,
+    SetupPlan,
+    SetupStep,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class StepTaken:
     """A step that was taken."""
 
     number: int
@@ -30,11 +37,11 @@ class Done:
 
 
 def take_steps(
-    machine: Machine, choice: Choice, ledger: Ledger, tell: Callable[[Done], None]
+    machine: Machine, choice: Choice, ledger: Ledger, tell: Callable[[StepTaken], None]
 ) -> bool:
     """Set up; says whether anything changed. Raises SetupError, with all of it undone."""
     try:
-        plan = Plan(machine, choice)
+        plan = SetupPlan(machine, choice)
         plan.check(ledger)
     except ChangeError as error:
         raise SetupError(f"{error}\n  nothing was changed") from None
@@ -48,7 +55,7 @@ def take_steps(
             stepped, planned = _take(step, ledger)
             keys |= planned
             changed = changed or stepped
-            tell(Done(number, len(plan.steps), step.title, step.detail(), stepped))
+            tell(StepTaken(number, len(plan.steps), step.title, step.detail(), stepped))
         for entry in reversed(ledger.entries):
             if entry.change.key not in keys:
                 ledger.undo(entry.change.key)
@@ -60,7 +67,7 @@ def take_steps(
         raise SetupError(f"{title}: {said}\n  {_retreat(ledger, former)}") from None
 
 
-def _take(step: Step, ledger: Ledger) -> tuple[bool, set[str]]:
+def _take(step: SetupStep, ledger: Ledger) -> tuple[bool, set[str]]:
     changed = files_changed = step.before(ledger)
     keys = set()
     for change in step.changes():
@@ -86,7 +93,7 @@ def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str
     It asks the machine, but changes nothing. Raises SetupError when it would be refused.
     """
     try:
-        plan = Plan(machine, choice, asking=True)
+        plan = SetupPlan(machine, choice, asking=True)
         plan.check(ledger)
         told = []
         for step in plan.steps:

@@ -1,11 +1,11 @@
 """The system's proxy settings (`init --full`): set, kept in step with the network, taken away.
 
-macOS has them once a network service, and a dock plugged in later is a new service: `Keeper` hears
-of changes from `scutil` and gives it the setting too. The same keeper takes every setting away when
-the edge has failed its health checks in a row, and gives it back when the edge is well again: no
-app must be sent to a port where nobody answers. GNOME and KDE have one set of settings.
+macOS has one set for each network service, and a dock that is plugged in later is a new service:
+`ProxySettingsGuard` learns of changes from `scutil` and sets the proxy there too. It removes all
+settings when the edge has failed several health checks in a row, and sets them again once the edge
+answers: no app may be sent to a port where nobody answers. GNOME and KDE have one set of settings.
 
-A proxy that the person has set is never replaced, one that they switched off is not set again.
+A proxy that the user has set is never replaced; one that they switched off is not set again.
 Written against the outputs of `networksetup`, `scutil`, `gsettings` and `kreadconfig`.
 """
 
@@ -255,7 +255,7 @@ def desktop_changes(commands: Commands, port: int) -> list[CommandRun]:
 # --- the keeper ---------------------------------------------------------------------------------
 
 
-class Keeper:
+class ProxySettingsGuard:
     """Keeps the system's proxy settings in step with the network and with the edge's health.
 
     `look` is one round; `healthy` says whether the edge answers. Nothing is done unless the last

@@ -11,11 +11,11 @@ import pytest
 from proxy_fallback.setup import ledger as ledgers
 from proxy_fallback.setup.changes import (
     BlockAdded,
-    Change,
     ChangeError,
     CommandRun,
     FileMade,
     FolderOwned,
+    MachineChange,
     Ran,
 )
 from proxy_fallback.setup.ledger import Ledger
@@ -252,7 +252,7 @@ def test_a_retreat_keeps_what_was_there_before_it(
     assert switch.value == "theirs"
 
 
-def everything(folder: Path) -> list[Change]:
+def everything(folder: Path) -> list[MachineChange]:
     return [
         FolderOwned(str(folder / "owned")),
         FileMade(str(folder / "made/here/x.conf"), "ours"),

@@ -14,9 +14,14 @@ from proxy_fallback.setup.authority import ensure_authority
 from proxy_fallback.setup.changes import ChangeError, Ran
 from proxy_fallback.setup.ledger import Ledger
 from proxy_fallback.setup.plan import Choice, Machine, SetupError
-from proxy_fallback.setup.steps import Done, describe, take_steps, undo
-from proxy_fallback.setup.system_proxy import Keeper, network_proxy, network_services, notifications
-from tests.support.machines import Mac, files, life, machine, said
+from proxy_fallback.setup.steps import StepTaken, describe, take_steps, undo
+from proxy_fallback.setup.system_proxy import (
+    ProxySettingsGuard,
+    network_proxy,
+    network_services,
+    notifications,
+)
+from tests.support.machines import RECORDED, Mac, files, life, machine, said
 
 FULL = Choice("full")
 OURS = (True, "127.0.0.1", 8081, False)
@@ -39,8 +44,8 @@ def here(tmp_path: Path, mac: Mac) -> Machine:
     return machine(tmp_path, mac)
 
 
-def set_up(here: Machine, choice: Choice = FULL) -> tuple[bool, list[Done]]:
-    steps: list[Done] = []
+def set_up(here: Machine, choice: Choice = FULL) -> tuple[bool, list[StepTaken]]:
+    steps: list[StepTaken] = []
     with Ledger.open(here.home, here.commands) as ledger:
         return take_steps(here, choice, ledger, steps.append), steps
 
@@ -337,13 +342,13 @@ class Health:
 
 
 @pytest.fixture
-def kept(here: Machine, mac: Mac) -> tuple[Keeper, Health, list[str]]:
+def kept(here: Machine, mac: Mac) -> tuple[ProxySettingsGuard, Health, list[str]]:
     set_up(here)
     health, told = Health(), list[str]()
-    return Keeper(here.home, mac, "macos", 8081, health, told.append), health, told
+    return ProxySettingsGuard(here.home, mac, "macos", 8081, health, told.append), health, told
 
 
-Kept = tuple[Keeper, Health, list[str]]
+Kept = tuple[ProxySettingsGuard, Health, list[str]]
 
 
 def test_a_dock_that_is_plugged_in_later_is_covered_and_put_back(
@@ -418,7 +423,7 @@ def test_notifications_are_taken_from_what_scutil_prints(
     monkeypatch.setattr(system_proxy, "HEALTH_EVERY_S", 0.05)
     monkeypatch.setattr(system_proxy, "SETTLE_S", 0.01)
     asked, go = tmp_path / "asked", tmp_path / "go"
-    recorded = Path(__file__).parents[1] / "support/recorded/scutil_watch.txt"
+    recorded = RECORDED / "scutil_watch.txt"
     script = (
         f'for n in 1 2 3 4; do read line; echo "$line" >>{asked}; done; '
         f"until [ -e {go} ]; do sleep 0.02; done; cat {recorded}; cat"

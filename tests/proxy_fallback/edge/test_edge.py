@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from proxy_fallback.edge import client_end, listening
+from proxy_fallback.edge import client_socket, listening
 from proxy_fallback.edge import edge as edges
 from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import EdgeError
@@ -115,9 +115,11 @@ def test_a_provider_goes_to_mitmproxy_and_the_client_is_named_to_it() -> None:
             client = await here.tunnel(PROVIDER)
             assert await say(client, b"hi", 10) == b"metered:hi"
             [head] = stand_in.heads
-            end = client_end.ClientEnd(*client[1].get_extra_info("sockname"), here.port)
+            end = client_socket.ClientSocket(*client[1].get_extra_info("sockname"), here.port)
             assert head.startswith(f"CONNECT {PROVIDER}:{here.origin} HTTP/1.1\r\n".encode())
-            assert f"\r\n{client_end.HEADER}: {client_end.to_header(end)}\r\n".encode() in head
+            assert (
+                f"\r\n{client_socket.HEADER}: {client_socket.to_header(end)}\r\n".encode() in head
+            )
             assert here.edge.counts["metered"] == 1
             assert here.edge.bypassed == {}
         worker.close()

@@ -16,7 +16,7 @@ import pytest
 
 from proxy_fallback.edge import listening
 from proxy_fallback.edge.listening import EdgeError
-from tests.proxy_fallback.test_edge import place, run
+from tests.proxy_fallback.edge.test_edge import place, run
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "localhost", ""])
@@ -122,7 +122,7 @@ def test_a_socket_handed_over_that_others_can_reach_is_refused() -> None:
 
 _ACTIVATED = """
 import asyncio, os, signal
-from proxy_fallback.edge import Edge
+from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import listeners
 async def main():
     sockets = listeners()

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from proxy_fallback.edge import client_end
-from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge import client_socket
+from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.edge.owner import owner_pid
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -46,7 +46,7 @@ def test_a_socket_of_another_process_is_named_by_its_pid(netlink: bool) -> None:
         )
         try:
             assert client.stdout is not None
-            end = ClientEnd("127.0.0.1", int(client.stdout.readline()), port_of(server))
+            end = ClientSocket("127.0.0.1", int(client.stdout.readline()), port_of(server))
             assert owner_pid(end, netlink=netlink) == client.pid
         finally:
             client.communicate()
@@ -59,7 +59,7 @@ def test_an_ipv6_socket_is_found_too(netlink: bool) -> None:
     except OSError:
         pytest.skip("this machine has no IPv6 loopback")
     with server, socket.create_connection(server.getsockname()[:2]) as client:
-        end = ClientEnd("::1", port_of(client), port_of(server))
+        end = ClientSocket("::1", port_of(client), port_of(server))
         assert owner_pid(end, netlink=netlink) == os.getpid()
 
 
@@ -73,7 +73,7 @@ def test_an_ipv6_socket_that_speaks_ipv4_is_found_by_its_ipv4_address(netlink: b
             except OSError:
                 pytest.skip("this machine has no IPv6")
             _, (address, port) = server.accept()
-            end = ClientEnd(address, port, port_of(server))
+            end = ClientSocket(address, port, port_of(server))
             assert owner_pid(end, netlink=netlink) == os.getpid()
 
 
@@ -88,10 +88,10 @@ def test_many_connections_of_many_processes_are_told_apart() -> None:
         try:
             for client in clients:
                 assert client.stdout is not None
-                end = ClientEnd("127.0.0.1", int(client.stdout.readline()), port_of(server))
+                end = ClientSocket("127.0.0.1", int(client.stdout.readline()), port_of(server))
                 assert owner_pid(end) == client.pid
             for each in mine:
-                assert owner_pid(ClientEnd(*each.getsockname(), port_of(server))) == os.getpid()
+                assert owner_pid(ClientSocket(*each.getsockname(), port_of(server))) == os.getpid()
         finally:
             for client in clients:
                 client.communicate()
@@ -110,8 +110,8 @@ def test_the_servers_end_is_not_taken_for_the_clients() -> None:
         accepted, address = server.accept()
         with accepted:
             near, far = port_of(server), address[1]
-            assert owner_pid(ClientEnd("127.0.0.1", far, near)) == client.pid
-            assert owner_pid(ClientEnd("127.0.0.1", near, far)) == os.getpid()
+            assert owner_pid(ClientSocket("127.0.0.1", far, near)) == client.pid
+            assert owner_pid(ClientSocket("127.0.0.1", near, far)) == os.getpid()
         client.communicate()
 
 
@@ -119,7 +119,7 @@ def test_the_servers_end_is_not_taken_for_the_clients() -> None:
 def test_a_port_that_nobody_has_is_nobodys(netlink: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = port_of(server)
-    assert owner_pid(ClientEnd("127.0.0.1", port, 8081), netlink=netlink) is None
+    assert owner_pid(ClientSocket("127.0.0.1", port, 8081), netlink=netlink) is None
 
 
 @BOTH_WAYS
@@ -139,7 +139,7 @@ def test_one_port_of_two_processes_is_told_apart_by_where_it_leads(netlink: bool
             assert client.stdout is not None
             assert int(client.stdout.readline()) == shared
             ours.connect(worker.getsockname())
-            asked = ClientEnd("127.0.0.1", shared, port_of(edge))
+            asked = ClientSocket("127.0.0.1", shared, port_of(edge))
             assert owner_pid(asked, netlink=netlink) == client.pid
             assert (
                 owner_pid(asked._replace(far_port=port_of(worker)), netlink=netlink) == os.getpid()
@@ -149,10 +149,10 @@ def test_one_port_of_two_processes_is_told_apart_by_where_it_leads(netlink: bool
 
 
 def test_the_header_names_the_end_again() -> None:
-    for end in (ClientEnd("127.0.0.1", 45000, 8081), ClientEnd("::1", 1, 65535)):
-        assert client_end.from_header(client_end.to_header(end)) == end
+    for end in (ClientSocket("127.0.0.1", 45000, 8081), ClientSocket("::1", 1, 65535)):
+        assert client_socket.from_header(client_socket.to_header(end)) == end
 
 
 @pytest.mark.parametrize("value", ["", "127.0.0.1:45000", "127.0.0.1 45000", "a b c", "a 1 2 3"])
 def test_a_header_that_is_none_names_nobody(value: str) -> None:
-    assert client_end.from_header(value) is None
+    assert client_socket.from_header(value) is None
