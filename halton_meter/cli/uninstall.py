@@ -35,7 +35,7 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     from proxy_fallback.setup.changes import ChangeError, Commands
     from proxy_fallback.setup.ledger import Ledger
     from proxy_fallback.setup.steps import undo
-    from proxy_fallback.setup.trust import PROXY_VARIABLES
+    from proxy_fallback.setup.variables import Holds, SetBy, names
 
     home = config.home_folder()
     if purge and not yes:
@@ -60,8 +60,9 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     click.echo(f"{count} changes undone" if count else "there was nothing to undo")
     if count:
         click.echo("  programs that were started before still look for the proxy: restart them,")
+        proxies = names(Holds.PROXY, set_by=SetBy.INIT)
         unset = "set -e" if in_fish() else "unset"
-        click.echo(f"  or in an open terminal: {unset} {' '.join(PROXY_VARIABLES)}")
+        click.echo(f"  or in an open terminal: {unset} {' '.join(proxies)}")
     if purge:
         click.echo(f"{home} removed")
 

@@ -39,6 +39,7 @@ from proxy_fallback.setup.changes import (
     write_whole,
 )
 from proxy_fallback.setup.ledger import Ledger
+from proxy_fallback.setup.variables import unset_for_service
 
 MODES = ("env-only", "apps", "full")
 CA_FOLDER_NAME = "proxy-ca"
@@ -413,9 +414,9 @@ class SetupPlan:
         """Where nobody supervises: a process in the background, until the next reboot."""
         m = self._machine
         pid, log = self._pid_file(), m.home / "proxy.log"
-        forgotten = [f"--unset={name}" for name in (*trust.PROXY_VARIABLES, "ALL_PROXY")]
+        unset = [f"--unset={name}" for name in unset_for_service()]
         given = [f"{name}={value}" for name, value in self._service_environment().items()]
-        line = shown(("setsid", "env", *forgotten, *given, *command, "--keep"))
+        line = shown(("setsid", "env", *unset, *given, *command, "--keep"))
         quoted = [shown((str(each),)) for each in (log, pid)]
         alive = f'kill -0 "$(cat {quoted[1]})" 2>/dev/null'
         start = f"umask 077; {line} >>{quoted[0]} 2>&1 </dev/null & echo $! >{quoted[1]}"

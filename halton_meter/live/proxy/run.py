@@ -181,7 +181,7 @@ def _told(
     environment: Mapping[str, str], port: int, ca_file: Path, folder: Path, java: bool
 ) -> dict[str, str]:
     """A command's environment, with the proxy and trust in it."""
-    from proxy_fallback.mitm.session import bundle, client_environment
+    from proxy_fallback.setup.one_command import bundle, client_environment
 
     trusted = bundle(ca_file, folder / "ca-bundle.pem", dict(environment))
     told = client_environment(dict(environment), port, trusted, ca_file)

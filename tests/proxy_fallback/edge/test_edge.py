@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -712,3 +714,12 @@ def test_ten_thousand_connections_leave_no_descriptor_behind() -> None:
 
     edges.raise_descriptor_limit()
     asyncio.run(bounded())
+
+
+def test_the_edge_imports_the_standard_library_only() -> None:
+    allowed = sys.stdlib_module_names | {"proxy_fallback"}
+    for file in Path(edges.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in found} <= allowed, file
