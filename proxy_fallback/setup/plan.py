@@ -52,8 +52,8 @@ HEALTHY_EVERY_S = 0.2
 _SHELLS = ("bash", "zsh", "fish")
 
 
-class SetupError(Exception):
-    """Set-up was refused or failed, and all it did is undone; the text says what to do next."""
+class SetupError(ChangeError):
+    """Set-up was refused, or failed and was undone; the problem says why and how to fix it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,53 +140,56 @@ class SetupPlan:
         """Refuse what would break something, before anything is changed. Raises ChangeError."""
         m = self._machine
         if self._choice.mode not in MODES:
-            raise ChangeError(f"unknown mode {self._choice.mode!r}; known are {', '.join(MODES)}")
+            raise ChangeError(
+                f"unknown mode {self._choice.mode!r}", f"use one of {', '.join(MODES)}"
+            )
         if not m.upstream:
             self._check_variables()
         if self._choice.redirect and not self._macos:
             raise ChangeError(
-                "--redirect is for macOS; on Linux uprobes meter what heeds no proxy settings: "
-                "sudo halton-meter start"
+                "--redirect is for macOS; on Linux, uprobes meter apps that ignore proxy settings",
+                "sudo halton-meter start",
             )
         if self._choice.redirect:
             _check_redirect(self._choice.redirect)
         options = m.environ.get(java.OPTIONS_NAME, "")
         if self._choice.java and options and str(m.ca_folder) not in options:
             raise ChangeError(
-                f"{java.OPTIONS_NAME} is in use already ({options}); leave --java out, and add "
-                "what init --java --dry-run shows by hand"
+                f"{java.OPTIONS_NAME} is already in use ({options})",
+                "leave --java out, and add by hand what halton-meter init --java --dry-run shows",
             )
         installed = any(entry.change.key.startswith("service:") for entry in ledger.entries)
         if not installed and not self._asking and m.port_taken() and not m.healthy():
             raise ChangeError(
-                f"port {m.port} on 127.0.0.1 is taken by another program\n"
-                f"  see: {'lsof -nP -i' if self._macos else 'ss -ltnp | grep '}:{m.port}"
-                '   or choose another: "port = 8082" under [proxy] in config.toml'
+                f"another program listens on 127.0.0.1:{m.port}",
+                f"{'lsof -nP -i' if self._macos else 'ss -ltnp | grep '}:{m.port}   to see which;\n"
+                'or choose another port: "port = 8082" under [proxy] in config.toml',
             )
         if self._choice.mode == "full":
             if not self._supervised():
                 raise ChangeError(
-                    "there is no systemd of your own here (systemctl --user) to keep the proxy "
-                    "running and to watch over it,\n  so the system's proxy settings are left "
-                    "alone. Use: halton-meter init --apps"
+                    "systemctl --user does not work here, so nothing would restart the proxy or "
+                    "reset the system's proxy settings when it fails",
+                    "halton-meter init --apps",
                 )
             self._system = tuple(self._system_changes())
 
     def _check_variables(self) -> None:
         m = self._machine
-        found = {name: m.environ.get(name, "") for name in ("HTTPS_PROXY", "https_proxy")}
+        names = ("HTTPS_PROXY", "https_proxy")
+        found = [(name, m.environ.get(name, ""), f"unset {name}") for name in names]
         if self._macos:
-            said = m.commands.run(("launchctl", "getenv", "HTTPS_PROXY")).out.strip()
-            found["HTTPS_PROXY (launchctl)"] = said
-        for name, value in found.items():
+            value = m.commands.run(("launchctl", "getenv", "HTTPS_PROXY")).out.strip()
+            found.append(("launchctl's HTTPS_PROXY", value, "launchctl unsetenv HTTPS_PROXY"))
+        for name, value, unset in found:
             if value and value.rstrip("/") != m.proxy_url:
                 # A proxy's address may hold a password.
                 shown_value = value.partition("@")[2] or value
                 raise ChangeError(
-                    f"{name} says that you use another proxy already ({shown_value})\n"
-                    "  if it is the way out of this network, have ours use it: put upstream = "
-                    '"http://HOST:PORT" under [proxy] in config.toml, then init again\n'
-                    f"  else: unset {name.split()[0]}"
+                    f"{name} is already set to another proxy ({shown_value})",
+                    f"{unset}, then: halton-meter init;\n"
+                    'or, if this network needs it, add upstream = "http://HOST:PORT" under [proxy] '
+                    "in config.toml, then: halton-meter init",
                 )
 
     def _planned(self) -> Iterator[SetupStep]:
@@ -445,11 +448,11 @@ class SetupPlan:
         log = f"journalctl --user -u {service_files.UNIT} -n 30"
         if self._macos or not self._supervised():
             log = f"tail {m.home / 'proxy.log'}"
-        what = "it answers but does not meter" if m.healthy() else "nobody answers"
+        what = "answers but does not meter" if m.healthy() else "does not answer"
         raise SetupError(
-            f"{what} at 127.0.0.1:{m.port} after {HEALTHY_S_MAX:.0f} s\n"
-            "  try: halton-meter daemon --foreground --via proxy   to see why"
-            + ("" if not m.commands.has("journalctl") else f"\n  or: {log}")
+            f"the proxy at 127.0.0.1:{m.port} {what} after {HEALTHY_S_MAX:.0f} s",
+            "halton-meter daemon --foreground --via proxy   to see why"
+            + (f"\nor: {log}" if m.commands.has("journalctl") else ""),
         )
 
     # --- the environment ---
@@ -592,7 +595,8 @@ def _check_redirect(apps: str) -> None:
         mitmproxy_rs.local.LocalRedirector.describe_spec(apps)
     except ValueError:
         raise ChangeError(
-            f"--redirect {apps!r} names no apps; write them like Claude,Cursor (or process ids)"
+            f"--redirect {apps!r} is not a list of apps",
+            "--redirect Claude,Cursor (or process ids)",
         ) from None
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy_fallback.setup.authority import AuthorityError
 from proxy_fallback.setup.changes import ChangeError, CommandRun
 from proxy_fallback.setup.ledger import Entry, Ledger
 from proxy_fallback.setup.plan import (
@@ -44,7 +43,8 @@ def take_steps(
         plan = SetupPlan(machine, choice)
         plan.check(ledger)
     except ChangeError as error:
-        raise SetupError(f"{error}\n  nothing was changed") from None
+        problem = error.problem
+        raise SetupError(f"{problem.what}\n  nothing was changed", problem.fix) from None
     former = ledger.entries
     title = ""
     try:
@@ -62,9 +62,8 @@ def take_steps(
                 changed = True
         ledger.finish(choice.mode)
         return changed
-    except (ChangeError, AuthorityError, SetupError, OSError, KeyboardInterrupt) as error:
-        said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        raise SetupError(f"{title}: {said}\n  {_retreat(ledger, former)}") from None
+    except (ChangeError, OSError, KeyboardInterrupt) as error:
+        raise _undone(f"{title}: ", error, ledger, former) from None
 
 
 def _take(step: SetupStep, ledger: Ledger) -> tuple[bool, set[str]]:
@@ -79,12 +78,22 @@ def _take(step: SetupStep, ledger: Ledger) -> tuple[bool, set[str]]:
     return step.after(ledger) or changed, keys
 
 
-def _retreat(ledger: Ledger, former: Sequence[Entry]) -> str:
+def _undone(
+    title: str, error: BaseException, ledger: Ledger, former: Sequence[Entry]
+) -> SetupError:
+    """Undo what this run did; the error to raise says whether that worked."""
+    what, fix = str(error), "halton-meter init --dry-run   to see every command"
+    if isinstance(error, KeyboardInterrupt):
+        what, fix = "interrupted", "halton-meter init"
+    if isinstance(error, ChangeError):
+        what, fix = error.problem.what, error.problem.fix or fix
     try:
         ledger.put_back(former)
-    except (ChangeError, OSError) as error:
-        return f"not everything could be undone: {error}\n  try: halton-meter uninstall"
-    return "everything that this init did is undone"
+    except (ChangeError, OSError) as trouble:
+        outcome, fix = f"not everything could be undone: {trouble}", "halton-meter uninstall"
+    else:
+        outcome = "everything that this init did is undone"
+    return SetupError(f"{title}{what}\n  {outcome}", fix)
 
 
 def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str, list[str]]]:
@@ -105,7 +114,7 @@ def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str
             ]
             told.append((step.title, [*step.acts, *lines]))
     except ChangeError as error:
-        raise SetupError(str(error)) from None
+        raise SetupError(error.problem.what, error.problem.fix) from None
     return told
 
 

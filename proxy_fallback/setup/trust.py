@@ -297,6 +297,6 @@ def system_trust(
                 check=("test", "-e", anchor),
             )
     raise ChangeError(
-        "this system has neither update-ca-certificates nor update-ca-trust; "
-        "leave --system-trust out: variables are enough for most programs"
+        "this system has neither update-ca-certificates nor update-ca-trust",
+        "leave --system-trust out; variables are enough for most programs",
     )

@@ -500,7 +500,7 @@ def test_what_a_person_trusted_by_variables_is_trusted_still_after_two_inits(
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match="known are env-only, apps, full"):
+    with pytest.raises(SetupError, match="use one of env-only, apps, full"):
         set_up(machine(tmp_path, Desktop("none")), "everything")
 
 
