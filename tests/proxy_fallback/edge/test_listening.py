@@ -146,7 +146,7 @@ def test_it_restarts_without_refusing_a_connection() -> None:
         def clients() -> None:
             while not stop.is_set():
                 try:
-                    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                    with socket.create_connection(("127.0.0.1", port), timeout=600) as client:
                         client.sendall(b"GET /halton-meter/health HTTP/1.1\r\n\r\n")
                         if b"here" in client.makefile("rb").read():
                             served[0] += 1
@@ -188,10 +188,10 @@ def test_it_serves_the_socket_that_systemd_hands_over(tmp_path: Path) -> None:
     try:
         while "Listening" not in (tmp_path / "said").read_text():
             assert process.poll() is None
-        assert listening.answers(port, timeout_s=20)
+        assert listening.answers(port, timeout_s=120)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
         said.close()
 
 
