@@ -193,7 +193,7 @@ class Shelf:
                 texts[(kind, provider)] = raw.decode("utf-8")
             except UnicodeDecodeError:
                 raise PriceError(
-                    f"{path}: no UTF-8 text; run: halton-meter pricing refresh --undo"
+                    f"{path}: not UTF-8 text", "halton-meter pricing refresh --undo"
                 ) from None
         return cls(texts), digest.hexdigest()
 

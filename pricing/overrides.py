@@ -68,9 +68,7 @@ def read(home: Path | None) -> tuple[Override, ...]:
     try:
         return _parsed(path.read_bytes())
     except PriceError as error:
-        raise PriceError(
-            f"{path}: {error}; mend it, or run: halton-meter pricing reset --all"
-        ) from None
+        raise PriceError(f"{path}: {error}", "halton-meter pricing reset --all") from None
 
 
 def _parsed(raw: bytes) -> tuple[Override, ...]:

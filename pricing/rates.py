@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from decimal import Context, Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
+from halton_meter.problem import Problem
+
 # Amounts are exact: no rate times a count reaches 60 digits. Only a division by 3600 or 60 rounds,
 # at 28 digits, beyond any unit of money. Own contexts, so that no caller's can change a price.
 EXACT = Context(prec=60)
@@ -46,7 +48,11 @@ _TIER_KEYS = frozenset({"above", "at_least", "marginal"})
 
 
 class PriceError(ValueError):
-    """A price file or an override that cannot be used; the text says which and why."""
+    """A price file or an override that cannot be used; `problem` says which, why, and the fix."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}; run: {fix}" if fix else what)
+        self.problem = Problem(what, fix)
 
 
 class Rate(NamedTuple):

@@ -119,7 +119,7 @@ def test_doctor_reports_it(home: Path) -> None:
     (home / "pricing.toml").write_text(BROKEN)
     said = CliRunner().invoke(main, ["doctor"]).stdout
     assert f"✗ prices: {home}/pricing.toml: " in said
-    assert f"    {WAY_OUT}\n" in said
+    assert f"    fix: {WAY_OUT}\n" in said
     (home / "pricing.toml").write_text('[[override]]\nmodel = "m"\nfactor = "1"\n')
     assert "✓ prices: " in CliRunner().invoke(main, ["doctor"]).stdout
 

@@ -66,8 +66,10 @@ _COMMANDS: dict[str, _Entry] = {
     "stop": _Entry("halton_meter.cli.service:stop", "Stop the background service.", _for_probes),
     "status": _Entry("halton_meter.cli.status:status", "Health, coverage per process, losses."),
     "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
-    "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose, and mend what is amiss."),
-    "uninstall": _Entry("halton_meter.cli.uninstall:uninstall", "Put back all that init changed."),
+    "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
+    "uninstall": _Entry(
+        "halton_meter.cli.uninstall:uninstall", "Undo everything that init changed."
+    ),
 }
 
 

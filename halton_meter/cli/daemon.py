@@ -148,8 +148,7 @@ def _serve_proxy(port: int | None) -> None:
     try:
         proxied.serve(config.home_folder(), port, say)
     except proxied.ProxyUnavailable as error:
-        what, _, mend = str(error).partition("\n")
-        raise Unavailable([(what, mend.strip().removeprefix("try: "))]) from None
+        raise Unavailable([(str(error), error.mend)]) from None
 
 
 def _keep_proxy(port: int | None) -> int:

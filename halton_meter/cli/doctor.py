@@ -1,13 +1,12 @@
-"""`halton-meter doctor [--fix [--apply]]`: what is in order, what is not, and how to mend it.
+"""`halton-meter doctor [--fix [--apply]]`: what works, what does not, and how to fix it.
 
-It looks and changes nothing; `--fix` shows what it would run, `--fix --apply` runs that. What needs
-root or a decision of yours is told, never run. Exit codes: 0 all is well (or was mended); 1
-something is not; 2 wrong usage.
+It changes nothing by itself; `--fix` shows the commands that fix what fails, `--fix --apply` runs
+them. What needs root or a decision is shown, never run. Exit codes: 0 nothing fails (or all was
+fixed); 1 something fails; 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import stat
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from halton_meter.cli.output import harmless
+from halton_meter.cli.output import complain, print_json, say, wrong_usage
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.ledger import Ledger
@@ -31,93 +31,97 @@ EXAMPLES = """
     \b
     Examples:
       halton-meter doctor                diagnose
-      halton-meter doctor --fix          what would mend it
-      halton-meter doctor --fix --apply  mend it
+      halton-meter doctor --fix          show the commands that fix it
+      halton-meter doctor --fix --apply  fix it
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `ok` None: not in use, which is no fault.
+    """The result of one check. `ok` is None for what is not in use, which is no failure.
 
-    `mend` is the command to run, `automatic` whether `--apply` may run it.
+    `what` was found; `fix` is the command to run, and `automatic` whether `--apply` may run it.
     """
 
-    what: str
+    check: str
     ok: bool | None
-    text: str
-    mend: str = ""
+    what: str
+    fix: str = ""
     automatic: bool = False
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--fix", is_flag=True, help="Show the commands that would mend what is amiss.")
+@click.option("--fix", is_flag=True, help="Show the commands that fix what fails.")
 @click.option("--apply", is_flag=True, help="With --fix: run them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
 def doctor(*, fix: bool, apply: bool, as_json: bool) -> None:
-    """Diagnose, and mend what is not as it should be."""
+    """Diagnose problems and fix them."""
     from halton_meter.cli.init import machine_here
 
     if apply and not fix:
-        raise click.UsageError("--apply goes with --fix")
+        wrong_usage("--apply needs --fix", "halton-meter doctor --fix --apply")
     machine = machine_here()
     findings = list(diagnose(machine))
-    amiss = [each for each in findings if each.ok is False]
-    plan = list(dict.fromkeys(each.mend for each in amiss if each.automatic))
+    failing = [each for each in findings if each.ok is False]
+    plan = list(dict.fromkeys(each.fix for each in failing if each.automatic))
     if as_json:
-        told = {"ok": not amiss, "findings": [asdict(each) for each in findings], "plan": plan}
-        click.echo(json.dumps(told))
+        listed = [asdict(each) for each in findings]
+        print_json({"ok": not failing, "findings": listed, "plan": plan})
     else:
         for line in lines(findings, fix):
-            click.echo(harmless(line))
+            say(line)
     if apply and plan:
         sys.exit(_apply(machine, plan, as_json))
-    sys.exit(1 if amiss else 0)
+    sys.exit(1 if failing else 0)
 
 
 def lines(findings: list[Finding], fix: bool) -> list[str]:
     """The findings for people."""
     marks = {True: "✓", False: "✗", None: "-"}
-    said = []
+    shown = []
     for each in findings:
-        said.append(f"{marks[each.ok]} {each.what}: {each.text}")
-        if each.ok is False and each.mend and not fix:
-            said.append(f"    {each.mend}")
-    if fix:
-        amiss = [each for each in findings if each.ok is False]
-        ours = dict.fromkeys(each.mend for each in amiss if each.automatic)
-        yours = dict.fromkeys(each.mend for each in amiss if each.mend and not each.automatic)
-        said += ["", "would run (--fix --apply does):", *(f"  {each}" for each in ours)] * bool(
-            ours
-        )
-        said += ["", "for you to do:", *(f"  {each}" for each in yours)] * bool(yours)
-        said += ["", "nothing to mend"] * (not amiss)
-    return said
+        shown.append(f"{marks[each.ok]} {each.check}: {each.what}")
+        if each.ok is False and each.fix and not fix:
+            shown.append(f"    fix: {each.fix}")
+    return shown + (_fixes(findings) if fix else [])
+
+
+def _fixes(findings: list[Finding]) -> list[str]:
+    failing = [each for each in findings if each.ok is False]
+    if not failing:
+        return ["", "Nothing to fix."]
+    ours = dict.fromkeys(each.fix for each in failing if each.automatic)
+    yours = dict.fromkeys(each.fix for each in failing if each.fix and not each.automatic)
+    shown = []
+    if ours:
+        shown += ["", "Fixes (run with --fix --apply):", *(f"  {each}" for each in ours)]
+    if yours:
+        shown += ["", "Needs you:", *(f"  {each}" for each in yours)]
+    return shown
 
 
 def _apply(machine: Machine, plan: list[str], as_json: bool) -> int:
-    """Run the plan, then look again."""
+    """Run the plan, then check again."""
     for command in plan:
         words = shlex.split(command)
         if words[0] == "halton-meter":
             words = [sys.executable, "-P", "-m", "halton_meter", *words[1:]]
         ran = machine.commands.run(words)
         if ran.code:
-            click.echo(f"halton-meter: {command}: {ran.said}", err=True)
+            complain(Problem(f"{command}: {ran.said}", "halton-meter doctor"))
             return 1
         if not as_json:
-            click.echo(f"done: {command}")
+            say(f"done: {command}")
     still = [each for each in diagnose(machine) if each.ok is False and each.automatic]
-    for each in still:
-        click.echo(f"halton-meter: still amiss: {each.what}: {each.text}", err=True)
+    complain(*(Problem(f"still failing: {each.check}: {each.what}", each.fix) for each in still))
     return 1 if still else 0
 
 
-# --- what is looked at --------------------------------------------------------------------------
+# --- the checks ---------------------------------------------------------------------------------
 
 
 def diagnose(machine: Machine) -> Iterator[Finding]:
-    """Everything, in the order in which one thing rests on another."""
+    """Every check, in the order in which one depends on another."""
     from proxy_fallback.setup.changes import ChangeError
     from proxy_fallback.setup.ledger import Ledger
 
@@ -127,13 +131,13 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
     try:
         ledger = Ledger(machine.home, machine.commands)
     except ChangeError as error:
-        yield Finding("set-up", False, str(error).partition(";")[0], str(error).rpartition(": ")[2])
+        yield Finding("proxy set-up", False, error.problem.what, error.problem.fix)
         return
     if ledger.entries:
         yield from _set_up(machine, ledger)
     else:
-        text = "not set up (halton-meter init), so only `run` and the service meter"
-        yield Finding("proxy set-up", None, text)
+        what = "not set up; `run` and the service meter without it (set up: halton-meter init)"
+        yield Finding("proxy set-up", None, what)
     yield from _tools(machine)
 
 
@@ -141,13 +145,13 @@ def _installed() -> Iterator[Finding]:
     from halton_meter.cli.init import runs_from_cache
 
     if runs_from_cache():
-        text = f"runs from uv's cache ({sys.prefix}), which may be emptied"
-        yield Finding("installation", False, text, "uv tool install halton-meter")
+        what = f"runs from uv's cache ({sys.prefix}), which uv may empty"
+        yield Finding("installation", False, what, "uv tool install halton-meter")
 
 
 def _files(home: Path) -> Iterator[Finding]:
     if not home.is_dir():
-        yield Finding("data", None, f"{home}: none yet")
+        yield Finding("data folder", None, f"{home} does not exist yet")
         return
     private = ("*.duckdb*", "*.journal*", "*.sqlite*", "config.toml", "changes.json")
     open_ones = [
@@ -158,13 +162,13 @@ def _files(home: Path) -> Iterator[Finding]:
     ]
     listed = " ".join(shlex.quote(str(file)) for file in open_ones)
     if stat.S_IMODE(home.stat().st_mode) & 0o022:
-        yield Finding(
-            "permissions", False, f"others may write in {home}", f"chmod go-w {home}", True
-        )
+        fix = f"chmod go-w {shlex.quote(str(home))}"
+        yield Finding("permissions", False, f"other users can write in {home}", fix, True)
     elif open_ones and stat.S_IMODE(home.stat().st_mode) & 0o055:
-        yield Finding("permissions", False, "others may read files", f"chmod go-rwx {listed}", True)
+        what = f"other users can read files in {home}"
+        yield Finding("permissions", False, what, f"chmod go-rwx {listed}", True)
     else:
-        yield Finding("permissions", True, f"{home} is yours alone")
+        yield Finding("permissions", True, f"only you can read and write {home}")
     room = os.statvfs(home)
     free = room.f_bavail * room.f_frsize
     yield Finding(
@@ -182,13 +186,12 @@ def _prices(home: Path) -> Finding:
     try:
         book = PriceBook.load(home)
     except PriceError as error:
-        what, _, mend = str(error).rpartition("run: ")
-        text = what.partition("; ")[0] or str(error)
-        return Finding("prices", False, f"{text}: bundled prices are used", mend)
+        what = f"{error.problem.what}; bundled prices are used"
+        return Finding("prices", False, what, error.problem.fix)
     except OSError as error:
-        text = f"{error.filename}: {error.strerror}: bundled prices are used"
-        return Finding("prices", False, text, f"ls -l {shlex.quote(str(home))}")
-    own = f", {len(book.overrides)} of your own" if book.overrides else ""
+        what = f"{error.filename}: {error.strerror}; bundled prices are used"
+        return Finding("prices", False, what, f"ls -l {shlex.quote(str(home))}")
+    own = f", {len(book.overrides)} overrides of your own" if book.overrides else ""
     return Finding("prices", True, f"price book {book.version}{own}")
 
 
@@ -198,17 +201,16 @@ def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:
     more = "".join(f" --{each}" for each in ("java", "system-trust") if each in keys)
     again = f"halton-meter init --{mode}{more} --non-interactive"
     if not ledger.complete:
-        yield Finding("proxy set-up", False, "was interrupted", again, True)
+        yield Finding("proxy set-up", False, "init was interrupted", again, True)
     else:
         yield Finding("proxy set-up", True, f"mode {mode}")
     yield from _authority(machine, again)
     gone = [entry.change.key for entry in ledger.entries if not ledger.in_force(entry.change)]
     if gone:
-        yield Finding(
-            "changes", False, "no longer as init left them: " + ", ".join(gone), again, True
-        )
+        what = "changed or missing since init: " + ", ".join(gone)
+        yield Finding("changes", False, what, again, True)
     else:
-        yield Finding("changes", True, f"all {len(ledger.entries)} are in force")
+        yield Finding("changes", True, f"all {len(ledger.entries)} changes of init are in place")
     yield from _proxy(machine, again)
     yield _environment(machine, os.environ)
 
@@ -227,23 +229,23 @@ def _authority(machine: Machine, again: str) -> Iterator[Finding]:
         current = read_authority(folder)
         trusted = read_authority(folder, TRUSTED_NAME)
     except AuthorityError as error:
-        yield Finding("CA", False, str(error).partition(";")[0], again, True)
+        yield Finding("CA", False, error.problem.what, again, True)
         return
     if current is None or trusted is None:
-        yield Finding("CA", False, f"there is none in {folder}", again, True)
+        yield Finding("CA", False, f"no CA in {folder}", again, True)
         return
     if not current.key_file.exists():
-        yield Finding("CA", False, f"{current.key_file} is gone", again, True)
+        yield Finding("CA", False, f"{current.key_file} is missing", again, True)
         return
     if current.key_id != trusted.key_id:
-        text = "its key is not the one that programs trust: nothing is metered"
-        yield Finding("CA", False, text, again, True)
+        what = "programs trust a CA with another key; nothing is metered"
+        yield Finding("CA", False, what, again, True)
         return
     last = min(current.not_after, trusted.not_after)
     until = f"{last:%Y-%m-%d}"
     if not trusted.valid_at(machine.now):
-        text = f"what programs trust expired on {until}: nothing is metered"
-        yield Finding("CA", False, text, again, True)
+        what = f"the CA that programs trust expired on {until}; nothing is metered"
+        yield Finding("CA", False, what, again, True)
     elif last - machine.now < RENEW_BEFORE:
         yield Finding("CA", False, f"expires on {until}", again, True)
     else:
@@ -251,8 +253,8 @@ def _authority(machine: Machine, again: str) -> Iterator[Finding]:
     accepted = set(accepted_hosts(folder, machine.hosts, machine.now))
     missing = [host for host in machine.hosts if host not in accepted]
     if missing and accepted:
-        text = f"does not cover {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else "")
-        yield Finding("CA's hosts", False, text, again, True)
+        what = f"does not cover {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else "")
+        yield Finding("CA's hosts", False, what, again, True)
 
 
 def _proxy(machine: Machine, again: str) -> Iterator[Finding]:
@@ -260,15 +262,15 @@ def _proxy(machine: Machine, again: str) -> Iterator[Finding]:
 
     where = f"127.0.0.1:{machine.port}"
     if not machine.healthy():
-        text = f"nobody answers at {where}"
+        what = f"does not answer at {where}"
         if machine.port_taken():
-            text = f"another program has {where}"
-        yield Finding("proxy", False, text, again, True)
+            what = f"another program listens on {where}"
+        yield Finding("proxy", False, what, again, True)
         return
     status = proxied.service_status(machine.home) or {}
     health = str(status.get("health", "unknown"))
-    text = f"answers at {where}, {health}"
-    yield Finding("proxy", health in ("ok", "paused"), text, "halton-meter status")
+    what = f"answers at {where}, health: {health}"
+    yield Finding("proxy", health in ("ok", "paused"), what, "halton-meter status")
 
 
 def _environment(machine: Machine, environ: Mapping[str, str]) -> Finding:
@@ -286,20 +288,20 @@ def _environment(machine: Machine, environ: Mapping[str, str]) -> Finding:
 
 def _tools(machine: Machine) -> Iterator[Finding]:
     ran = machine.commands.run(("tshark", "--version"))
-    said = ran.out.splitlines()[0] if ran.out else ""
+    version = ran.out.splitlines()[0] if ran.out else ""
     if ran.code == 0:
-        yield Finding("tshark", True, said)
+        yield Finding("tshark", True, version)
     else:
         install = "brew install wireshark" if machine.platform == "macos" else "apt install tshark"
-        text = f"not installed; only `replay` needs it ({install})"
-        yield Finding("tshark", None, text)
+        what = f"not installed; only `replay` needs it ({install})"
+        yield Finding("tshark", None, what)
     if machine.platform == "macos":
-        yield Finding("probes", None, "macOS has no uprobes: the proxy meters instead")
+        yield Finding("uprobes", None, "not on macOS; the proxy meters")
         return
     from capture.environment import check_environment
 
     missing = check_environment()
     for problem in missing:
-        yield Finding("probes", None, f"{problem.what} ({problem.fix})")
+        yield Finding("uprobes", None, f"{problem.what} (fix: {problem.fix})")
     if not missing:
-        yield Finding("probes", True, "this machine can: sudo halton-meter start")
+        yield Finding("uprobes", True, "supported on this machine (start: sudo halton-meter start)")

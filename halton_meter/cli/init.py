@@ -1,13 +1,12 @@
-"""`halton-meter init`: have the local proxy meter what this person's programs say.
+"""`halton-meter init`: set up the local proxy, so that it meters this user's programs.
 
-As yourself, also under sudo. Everything it changes is noted in `changes.json` before it is changed,
-and `halton-meter uninstall` puts it back. Exit codes: 0 set up; 1 not, with everything undone, the
-reason and the next command on stderr; 2 wrong usage.
+It runs as the user, also under sudo. Each change is recorded in `changes.json` before it is made,
+and `halton-meter uninstall` undoes it. Exit codes: 0 set up; 1 failed, with everything undone, the
+reason and the fix on stderr; 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -16,34 +15,35 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.output import harmless_lines
+from halton_meter.cli.output import fail, note, print_json, say, wrong_usage
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.changes import Commands
     from proxy_fallback.setup.plan import Machine
-    from proxy_fallback.setup.steps import Done
+    from proxy_fallback.setup.steps import StepTaken
 
 EXAMPLES = """
     \b
     Examples:
       halton-meter init                  terminals and apps (the same as --apps)
-      halton-meter init --env-only       only what is started from a terminal
-      halton-meter init --full           all that heeds the system's proxy settings, too
-      halton-meter init --dry-run        every command and file change, and none of them made
+      halton-meter init --env-only       only programs that are started from a terminal
+      halton-meter init --full           also every app that follows the system proxy settings
+      halton-meter init --dry-run        show every command and file change, and make none
 """
 
 
 @click.command(epilog=EXAMPLES)
 @click.option("--apps", "mode", flag_value="apps", help="Terminals and apps. This is the default.")
-@click.option("--full", "mode", flag_value="full", help="Also set the system's proxy settings.")
+@click.option("--full", "mode", flag_value="full", help="Also set the system proxy settings.")
 @click.option("--env-only", "mode", flag_value="env-only", help="Terminals only.")
-@click.option("--java", is_flag=True, help="Also for Java: a copy of its trust store with our CA.")
+@click.option("--java", is_flag=True, help="Also for Java: copy its trust store and add our CA.")
 @click.option("--system-trust", is_flag=True, help="Trust the CA for all users (asks for sudo).")
 @click.option(
     "--redirect",
     metavar="APPS",
     default="",
-    help="macOS: also what these apps say past their proxy settings (as in Claude,Cursor). "
+    help="macOS: also capture these apps when they bypass the proxy settings, e.g. Claude,Cursor. "
     "macOS asks once to allow mitmproxy's network extension, in System Settings.",
 )
 @click.option("--non-interactive", is_flag=True, help="Ask nothing (macOS still does).")
@@ -63,18 +63,18 @@ def init(
     platform: str | None,
     keep: bool,
 ) -> None:
-    """Set up the local proxy for this machine's programs, without root."""
+    """Set up the local proxy and point your programs to it, without root."""
     from halton_meter.live.proxy.run import ask_service
     from proxy_fallback.setup.changes import ChangeError
     from proxy_fallback.setup.ledger import Ledger
-    from proxy_fallback.setup.plan import Choice, SetupError
+    from proxy_fallback.setup.plan import Choice
     from proxy_fallback.setup.steps import describe, take_steps
 
     machine = machine_here(platform)
     if keep:
         _keep_system_proxy(machine)
     if machine.platform != platform_here() and not dry_run:
-        raise click.UsageError(f"this is not {platform}; --platform is for --dry-run")
+        wrong_usage(f"this is not {platform}", f"halton-meter init --dry-run --platform {platform}")
     choice = Choice(mode or "apps", java, system_trust, redirect)
     if not (non_interactive or dry_run or as_json) and sys.stdin.isatty():
         _ask(machine, choice.mode)
@@ -84,46 +84,46 @@ def init(
             return
         with Ledger.open(machine.home, machine.commands) as ledger:
             if not ledger.complete and not as_json:
-                click.echo("an earlier init was interrupted: going on from there")
-            steps: list[Done] = []
+                say("An earlier init was interrupted. Continuing from there.")
+            steps: list[StepTaken] = []
 
-            def tell(done: Done) -> None:
+            def tell(done: StepTaken) -> None:
                 steps.append(done)
                 if not as_json:
-                    click.echo(_line(done))
+                    say(_line(done))
 
             changed = take_steps(machine, choice, ledger, tell)
-        ask_service(machine.home, "forget")  # trust was put right, as `status` advises
-    except (SetupError, ChangeError) as error:
-        fail(str(error), as_json)
-    _tell_the_end(machine, choice.mode, changed, steps, as_json)
+        ask_service(machine.home, "forget")  # programs that refused our CA are tried again
+    except ChangeError as error:
+        fail(error.problem, as_json=as_json)
+    _print_result(machine, choice.mode, changed, steps, as_json)
 
 
-def _line(done: Done) -> str:
+def _line(done: StepTaken) -> str:
     detail = f": {done.detail}" if done.detail else ""
-    return f"{done.number}/{done.of} ✓ {done.title}{detail}{'' if done.changed else ' (as it was)'}"
+    return f"{done.number}/{done.of} ✓ {done.title}{detail}{'' if done.changed else ' (unchanged)'}"
 
 
-def _tell_the_end(
-    machine: Machine, mode: str, changed: bool, steps: list[Done], as_json: bool
+def _print_result(
+    machine: Machine, mode: str, changed: bool, steps: list[StepTaken], as_json: bool
 ) -> None:
     if as_json:
-        told = [
+        taken = [
             {"step": each.title, "detail": each.detail, "changed": each.changed} for each in steps
         ]
-        click.echo(json.dumps({"mode": mode, "changed": changed, "steps": told}))
+        print_json({"mode": mode, "changed": changed, "steps": taken})
         return
-    click.echo(f"init complete, mode: {mode}" + ("" if changed else "; nothing changed"))
+    say(f"init complete, mode: {mode}" + ("" if changed else "; nothing changed"))
     if runs_from_cache():
-        click.echo("  this runs from uv's cache, which may be emptied; so that the service lasts:")
-        click.echo("  uv tool install halton-meter && halton-meter init")
+        say("  warning: this runs from uv's cache, which uv may empty; then the service stops.")
+        say("  fix: uv tool install halton-meter && halton-meter init")
     if changed:
-        click.echo(f"  open a new terminal, or in this one: {sourced_here(machine)}")
-        click.echo("  see: halton-meter doctor   take it back: halton-meter uninstall")
+        say(f"  Open a new terminal, or in this one: {sourced_here(machine)}")
+        say("  Check: halton-meter doctor   Undo: halton-meter uninstall")
 
 
 def in_fish() -> bool:
-    """Whether the shell that we were started from is fish, which does not read sh."""
+    """Whether fish started this command; it does not read sh syntax."""
     import psutil
 
     processes: Any = psutil  # it ships no types
@@ -134,7 +134,7 @@ def in_fish() -> bool:
 
 
 def sourced_here(machine: Machine) -> str:
-    """What to type so that an open terminal has the variables, too."""
+    """The command that sets the variables in a terminal that is already open."""
     if in_fish():
         file = machine.config_home / "fish/conf.d/halton-meter.fish"
         return f"source {shlex.quote(str(file))}"
@@ -142,42 +142,42 @@ def sourced_here(machine: Machine) -> str:
 
 
 def _ask(machine: Machine, mode: str) -> None:
-    click.echo(
+    say(
         f"This points {'terminals' if mode == 'env-only' else 'terminals and apps'} to a proxy on "
-        f"127.0.0.1:{machine.port},\nwhich decrypts what goes to {len(machine.hosts)} "
-        "language-model hosts and tunnels everything else untouched.\n"
-        "See all of it first: halton-meter init --dry-run"
+        f"127.0.0.1:{machine.port}.\nThe proxy decrypts traffic to {len(machine.hosts)} "
+        "language-model hosts and tunnels all other traffic unread.\n"
+        "To see every change first: halton-meter init --dry-run"
     )
-    click.confirm("Go on?", default=True, abort=True)
+    click.confirm("Continue?", default=True, abort=True)
 
 
 def _show(steps: list[tuple[str, list[str]]], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"steps": [{"step": title, "does": does} for title, does in steps]}))
+        print_json({"steps": [{"step": title, "does": does} for title, does in steps]})
         return
     for number, (title, does) in enumerate(steps, 1):
-        click.echo(f"{number}. {title}")
-        for line in does or ["nothing: as it is"]:
-            click.echo(f"   {line}")
+        say(f"{number}. {title}")
+        for line in does or ["no change"]:
+            say(f"   {line}")
 
 
 def _keep_system_proxy(machine: Machine) -> NoReturn:
-    """Run the keeper until stopped; the agent or unit of `--full` does."""
+    """Guard the system proxy settings until stopped; the agent or unit of `--full` runs this."""
     import signal
 
-    from proxy_fallback.setup.system_proxy import Keeper, notifications
+    from proxy_fallback.setup.system_proxy import ProxySettingsGuard, notifications
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    keeper = Keeper(
+    guard = ProxySettingsGuard(
         machine.home,
         machine.commands,
         machine.platform,
         machine.port,
         machine.healthy,
-        lambda text: click.echo(f"halton-meter: {text}", err=True),
+        note,
     )
     for network_changed in notifications():
-        keeper.look(network_changed)
+        guard.check(network_changed)
     sys.exit(0)
 
 
@@ -190,12 +190,12 @@ def platform_here() -> str:
 
 
 def runs_from_cache() -> bool:
-    """Whether this is `uvx`: the programs that a service needs may be gone tomorrow."""
+    """Whether `uvx` runs this: its cache, and with it the service's program, may be deleted."""
     return any(part.startswith("archive-v") for part in Path(sys.prefix).parts)
 
 
 def machine_here(platform: str | None = None) -> Machine:
-    """The machine and person that we are on. Another `platform` than ours can only be looked at."""
+    """The machine and user of this process. With another `platform`, only a dry run is possible."""
     import datetime
     import socket
 
@@ -210,7 +210,7 @@ def machine_here(platform: str | None = None) -> Machine:
         hosts = Registry(config.load(home).extra_hosts).hosts()
         proxy = config.load_proxy(home)
     except (config.ConfigError, ValueError) as error:
-        fail(str(error))
+        fail(Problem(str(error), ""))
 
     def metering() -> bool:
         from halton_meter.live.proxy.run import service_status
@@ -244,11 +244,3 @@ def _commands(platform: str | None) -> Commands:
     from proxy_fallback.setup.changes import Commands, Unasked
 
     return Commands() if platform in (None, platform_here()) else Unasked()
-
-
-def fail(text: str, as_json: bool = False, **more: Any) -> NoReturn:
-    """End with code 1, the text on stderr (and as JSON on stdout if asked)."""
-    if as_json:
-        click.echo(json.dumps({"error": text, **more}))
-    click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
-    sys.exit(1)

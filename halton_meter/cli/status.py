@@ -127,7 +127,10 @@ def proxy_lines(found: dict[str, Any]) -> list[str]:
     lines += _turned_away_lines(found.get("counts", {}))
     for each in found["refused"][:BYPASSED_SHOWN]:
         who = each["program"] or "some program"
-        lines.append(f"  {who} does not trust our certificate for {each['host']}: it runs past us")
+        lines.append(
+            f"  {who} does not trust the proxy certificate for {each['host']}; "
+            "its traffic is not metered"
+        )
         lines.append("    halton-meter init, then start that program again")
     return lines + _loss_lines(found["losses"] or {}, found["gaps"])
 

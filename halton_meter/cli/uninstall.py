@@ -1,17 +1,20 @@
-"""`halton-meter uninstall [--purge]`: put back everything that `init` changed.
+"""`halton-meter uninstall [--purge]`: undo everything that `init` changed.
 
-What you changed since stays yours. Metered events stay too, unless `--purge`. Exit codes: 0 done;
-1 something could not be put back (named; run it again), or another failure; 2 wrong usage.
+What the user changed since then stays. Metered events stay too, unless `--purge`. Exit codes:
+0 done; 1 something could not be undone (named; run it again), or another failure; 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import json
+import shlex
 import shutil
 import sys
 from typing import TYPE_CHECKING
 
 import click
+
+from halton_meter.cli.output import count, fail, print_json, say
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +22,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
     \b
     Examples:
-      halton-meter uninstall             everything as before init; your data stays
-      halton-meter uninstall --purge     your data goes too (asks first)
+      halton-meter uninstall             undo init; your data stays
+      halton-meter uninstall --purge     also remove your data (asks first)
 """
 
 
@@ -29,49 +32,56 @@ EXAMPLES = """
 @click.option("--yes", is_flag=True, help="Do not ask before removing data.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
-    """Put back everything that init changed."""
+    """Undo everything that init changed."""
     from halton_meter import config
-    from halton_meter.cli.init import fail, in_fish
+    from halton_meter.cli.init import in_fish
     from proxy_fallback.setup.changes import ChangeError, Commands
     from proxy_fallback.setup.ledger import Ledger
     from proxy_fallback.setup.steps import undo
-    from proxy_fallback.setup.trust import PROXY_VARIABLES
+    from proxy_fallback.setup.variables import Holds, SetBy, names
 
     home = config.home_folder()
     if purge and not yes:
         if not sys.stdin.isatty():
-            fail(f"removing {home} needs a yes\n  try: halton-meter uninstall --purge --yes")
+            fail(
+                Problem(
+                    f"removing {home} needs a confirmation", "halton-meter uninstall --purge --yes"
+                )
+            )
         click.confirm(f"Remove all metered events and settings in {home}?", abort=True)
-    count, notes = 0, list[str]()
+    undone, notes = 0, list[str]()
     if home.is_dir():
         try:
             with Ledger.open(home, Commands()) as ledger:
-                count = len(ledger.entries)
+                undone = len(ledger.entries)
                 notes = undo(ledger, home)
         except (ChangeError, OSError) as error:
-            fail(f"not everything is put back:\n  {error}\n  try: halton-meter uninstall", as_json)
+            problem = Problem(
+                f"not everything could be undone:\n  {error}", "halton-meter uninstall"
+            )
+            fail(problem, as_json=as_json)
     if purge:
         _purge(home)
     if as_json:
-        click.echo(json.dumps({"changes_undone": count, "notes": notes, "purged": purge}))
+        print_json({"changes_undone": undone, "notes": notes, "purged": purge})
         return
-    for note in notes:
-        click.echo(f"  {note}")
-    click.echo(f"{count} changes undone" if count else "there was nothing to undo")
-    if count:
-        click.echo("  programs that were started before still look for the proxy: restart them,")
+    for line in notes:
+        say(f"  {line}")
+    say(f"{count(undone, 'change')} undone" if undone else "nothing to undo")
+    if undone:
+        say("  Programs that are running still use the proxy address: restart them.")
+        proxies = names(Holds.PROXY, set_by=SetBy.INIT)
         unset = "set -e" if in_fish() else "unset"
-        click.echo(f"  or in an open terminal: {unset} {' '.join(PROXY_VARIABLES)}")
+        say(f"  In an open terminal: {unset} {' '.join(proxies)}")
     if purge:
-        click.echo(f"{home} removed")
+        say(f"{home} removed")
 
 
 def _purge(home: Path) -> None:
     """Remove the data, if the folder is one of ours."""
-    from halton_meter.cli.init import fail
-
     if not home.is_dir():
         return
     if home.is_symlink() or home.resolve() in (home.home().resolve(), *home.home().parents):
-        fail(f"{home} is not a folder of Halton Meter's alone: remove it yourself")
+        what = f"{home} is not a folder of Halton Meter's only, so it was not removed"
+        fail(Problem(what, f"remove Halton Meter's files yourself: ls -a {shlex.quote(str(home))}"))
     shutil.rmtree(home)

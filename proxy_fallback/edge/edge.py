@@ -7,7 +7,7 @@ host is tunnelled raw too: unmetered, and counted by host and cause. Standard li
 thread, no buffer without a limit; it must keep working whatever else dies.
 
 What it refuses: to bind or to serve anything but loopback, to serve another user than its owner and
-root (see served.py), to connect to itself, to look into what it tunnels, to name any host but a
+root (see access.py), to connect to itself, to look into what it tunnels, to name any host but a
 provider's in what it counts. It cannot mend a stream that
 mitmproxy was decrypting when it died: that breaks, and the next request succeeds. A TLS handshake
 that mitmproxy had not answered yet is said again to the provider itself.
@@ -28,8 +28,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from proxy_fallback.edge import client_end
-from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge import client_socket
+from proxy_fallback.edge.access import Peer, allowed_uids, peer_of
+from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.edge.listening import (
     ADDRESS,
     BACKLOG,
@@ -38,9 +39,8 @@ from proxy_fallback.edge.listening import (
     is_loopback,
     unfit,
 )
-from proxy_fallback.edge.proxy_request import Asked, read_request
-from proxy_fallback.edge.served import Peer, peer_of, served_uids
-from proxy_fallback.edge.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, Answering, End, Worker
+from proxy_fallback.edge.proxy_request import ProxyRequest, read_request
+from proxy_fallback.edge.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, End, ProxyEnd, WorkerEnd
 
 HEAD_S_MAX = 60.0
 # What others, who are refused, may hold open: enough to be told so.
@@ -107,7 +107,7 @@ class Edge:
 
     `hosts` are the providers'. `upstream` is the proxy by which raw tunnels leave, or None.
     `program_of` names the program behind a client's socket, or None: asked only for
-    hosts whose certificate some program refused, in a thread of its own. `served` are the users
+    hosts whose certificate some program refused, in a thread of its own. `allowed` are the users
     whose connections are taken, `worker_secret` is what mitmproxy knows the edge by.
 
     Until `send_to` is called provider hosts are tunnelled raw. `counts` has, by cause, what
@@ -119,9 +119,9 @@ class Edge:
         self,
         hosts: Iterable[str],
         upstream: tuple[str, int] | None = None,
-        program_of: Callable[[ClientEnd], str | None] = lambda end: None,
+        program_of: Callable[[ClientSocket], str | None] = lambda end: None,
         connections_max: int = CONNECTIONS_MAX,
-        served: frozenset[int] | None = None,
+        allowed: frozenset[int] | None = None,
         worker_secret: str = "",
     ) -> None:
         self.hosts = HostSet(hosts)
@@ -131,7 +131,7 @@ class Edge:
         self.bypassed: dict[str, Counter[str]] = {}
         self.clients: set[_Client] = set()
         self.connections_max = connections_max
-        self.served = served_uids() if served is None else served
+        self.allowed = allowed_uids() if allowed is None else allowed
         self.worker_secret = worker_secret
         self.others = 0  # connections of users who are refused
         self._program_of = program_of
@@ -210,7 +210,7 @@ class Edge:
             return False
         return is_loopback(host) or host.lower().rstrip(".").endswith("localhost")
 
-    async def route(self, host: str, client: ClientEnd) -> tuple[int | None, str]:
+    async def route(self, host: str, client: ClientSocket) -> tuple[int | None, str]:
         """The port of mitmproxy for a provider's host, and "", or None and why not."""
         if self._worker_port is None:
             return None, self._cause
@@ -259,7 +259,7 @@ class _Client(End):
         self._edge = edge
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._end = ClientEnd("", 0, 0)
+        self._end = ClientSocket("", 0, 0)
         self._wants_tunnel = False
         self._is_others = False
 
@@ -273,14 +273,14 @@ class _Client(End):
         peer = transport.get_extra_info("peername")
         near = transport.get_extra_info("sockname")
         if peer and near:
-            self._end = ClientEnd(str(peer[0]), int(peer[1]), int(near[1]))
+            self._end = ClientSocket(str(peer[0]), int(peer[1]), int(near[1]))
         if not is_loopback(self._end.address):
             # Possible from this very machine only; no program of its user has a reason to.
             self._refuse("refused_not_loopback", None)
         elif len(edge.clients) > edge.connections_max:
             self._refuse("refused_over_limit", "503 Service Unavailable")
         else:
-            self._admit(peer_of(transport.get_extra_info("socket"), edge.served))
+            self._admit(peer_of(transport.get_extra_info("socket"), edge.allowed))
 
     def _admit(self, peer: Peer) -> None:
         """Wait for what it asks, even if that will be refused: only then it hears why."""
@@ -314,7 +314,7 @@ class _Client(End):
             self._refuse("refused_head_too_long", "431 Request Header Fields Too Large")
 
     def data_received(self, data: bytes) -> None:
-        if type(self.other) is Worker:
+        if type(self.other) is WorkerEnd:
             self.other.keep(data)
         super().data_received(data)
 
@@ -408,7 +408,7 @@ class _Client(End):
         plain = asked.origin_head if edge.upstream is None else asked.absolute_head
         self._join(far, asked, plain)
 
-    async def _to_worker(self, worker_port: int, asked: Asked) -> tuple[End | None, str]:
+    async def _to_worker(self, worker_port: int, asked: ProxyRequest) -> tuple[End | None, str]:
         """Join the client to mitmproxy: (None, "") when that is done, else why it was not.
 
         mitmproxy connects to the host before it answers. When it takes long, that may be the
@@ -423,7 +423,7 @@ class _Client(End):
             self.early[:0] = said
             self._task = loop.create_task(self._say_again(asked))
 
-        worker = Worker(gone)
+        worker = WorkerEnd(gone)
         asking = loop.create_task(self._ask(worker, worker_port, asked))
         reaching: asyncio.Task[End | None] | None = None
         far, cause = None, "worker_slow"
@@ -452,11 +452,11 @@ class _Client(End):
         self._join(worker, asked, asked.origin_head)
         return None, ""
 
-    async def _ask(self, worker: Worker, worker_port: int, asked: Asked) -> str:
+    async def _ask(self, worker: WorkerEnd, worker_port: int, asked: ProxyRequest) -> str:
         """Ask mitmproxy for a tunnel; "" when it was given, else the cause."""
         loop = asyncio.get_running_loop()
         header = (
-            f"{client_end.HEADER}: {client_end.to_header(self._end)}\r\n"
+            f"{client_socket.HEADER}: {client_socket.to_header(self._end)}\r\n"
             f"Proxy-Authorization: Bearer {self._edge.worker_secret}\r\n"
         )
         try:
@@ -468,7 +468,7 @@ class _Client(End):
             return "worker_down"
         return "" if accepted else "worker_declined"
 
-    async def _say_again(self, asked: Asked) -> None:
+    async def _say_again(self, asked: ProxyRequest) -> None:
         """The worker is gone and has said nothing to the client: begin anew, past it."""
         self._edge.counts["metered"] -= 1
         self._edge.count_bypass(asked.host, "worker_died")
@@ -480,11 +480,11 @@ class _Client(End):
         else:
             self._tunnel(far)
 
-    async def _reach(self, asked: Asked) -> End | None:
+    async def _reach(self, asked: ProxyRequest) -> End | None:
         """An end at the host itself, or at the upstream proxy; None when it would be ourselves."""
         edge = self._edge
         loop = asyncio.get_running_loop()
-        proxy = Answering() if edge.upstream is not None else None
+        proxy = ProxyEnd() if edge.upstream is not None else None
         far = proxy or End()
         address = edge.upstream or (asked.host, asked.port)
         try:
@@ -505,7 +505,7 @@ class _Client(End):
             raise
         return far
 
-    def _join(self, far: End, asked: Asked, plain_head: bytes | None) -> None:
+    def _join(self, far: End, asked: ProxyRequest, plain_head: bytes | None) -> None:
         """Tell the client that its tunnel stands, or the far end what is asked; then let flow."""
         assert self.transport is not None
         if asked.origin_head is None:
@@ -518,7 +518,7 @@ class _Client(End):
         if self.lost or self.transport is None:
             far.abort()
             return
-        if type(far) is Worker:
+        if type(far) is WorkerEnd:
             far.keep(bytes(self.early))
         self.transport.resume_reading()
         self.join(far)

@@ -26,7 +26,12 @@ _HANDED_OVER_MAX = 16
 
 
 class EdgeError(Exception):
-    """The edge cannot listen; the text says why and what to run."""
+    """The edge cannot listen: `what` went wrong and, if known, the `fix`."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
+        self.what = what
+        self.fix = fix
 
 
 def listen(port: int, address: str = ADDRESS) -> socket.socket:
@@ -41,20 +46,20 @@ def listen(port: int, address: str = ADDRESS) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise EdgeError(_port_taken(port, error)) from None
+        raise _port_taken(port, error) from None
     return listener
 
 
-def _port_taken(port: int, error: OSError) -> str:
+def _port_taken(port: int, error: OSError) -> EdgeError:
     if answers(port):
-        return (
-            f"port {port} on 127.0.0.1 is taken by another Halton Meter edge\n"
-            "  try: halton-meter status   (or: halton-meter stop)"
+        return EdgeError(
+            f"port {port} on 127.0.0.1 is taken by another Halton Meter edge",
+            "halton-meter status   (or: halton-meter stop)",
         )
-    return (
-        f"cannot listen on 127.0.0.1:{port}: {error.strerror or error}\n"
-        f"  who has it: {_who_has(port)}\n"
-        f'  or choose another: put "port = {free_port()}" under [proxy] in config.toml'
+    return EdgeError(
+        f"cannot listen on 127.0.0.1:{port}: {error.strerror or error}",
+        f"{_who_has(port)}   to see which program does;\n"
+        f'       or choose another port: "port = {free_port()}" under [proxy] in config.toml',
     )
 
 

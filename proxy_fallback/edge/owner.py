@@ -9,7 +9,7 @@ already gone, or its descriptors are another user's, the answer is None. On macO
 `owner_macos.py`.
 
 The user is a question of its own (`owner_of`): it is asked of every connection, before anything is
-served, and the kernel tells it of any user's socket. Who is served is `served.py`'s to say.
+served, and the kernel tells it of any user's socket. Who is served is `access.py`'s to say.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge.client_socket import ClientSocket
 
 # Processes and descriptors looked at for one answer; a busy machine has some thousand.
 PROCESSES_MAX = 20_000
@@ -73,7 +73,7 @@ def _packed(address: str) -> list[tuple[int, bytes]]:
     return [(socket.AF_INET, packed), (socket.AF_INET6, _MAPPED + packed)]
 
 
-def _ask_kernel(end: ClientEnd) -> Owned | None:
+def _ask_kernel(end: ClientSocket) -> Owned | None:
     """The socket of that end that a process holds; raises OwnerUnknown."""
     for family, packed in _packed(end.address):
         local, far = end.port.to_bytes(2, "big"), end.far_port.to_bytes(2, "big")
@@ -148,7 +148,7 @@ def _hexadecimal(address: str, port: int) -> list[str]:
     return found
 
 
-def _listed(end: ClientEnd, proc: Path) -> Owned | None:
+def _listed(end: ClientSocket, proc: Path) -> Owned | None:
     """The socket by /proc/net/tcp{,6}: slower, where netlink is not to be had.
 
     Raises OwnerUnknown.
@@ -189,10 +189,10 @@ def owner_of(
     with contextlib.suppress(OwnerUnknown):
         found = _ask_kernel_for_one(client, near) if netlink else None
     # A kernel without its module tcp_diag says "no such socket" of all.
-    return found or _listed(ClientEnd(*client, near[1]), proc)
+    return found or _listed(ClientSocket(*client, near[1]), proc)
 
 
-def owner_pid(end: ClientEnd, proc: Path = Path("/proc"), *, netlink: bool = True) -> int | None:
+def owner_pid(end: ClientSocket, proc: Path = Path("/proc"), *, netlink: bool = True) -> int | None:
     """The pid of the process whose socket this is; None if none."""
     try:
         found = _ask_kernel(end) if netlink else _listed(end, proc)

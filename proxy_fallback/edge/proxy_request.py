@@ -8,7 +8,7 @@ a password: nothing of this is logged.
 from __future__ import annotations
 
 
-class Asked:
+class ProxyRequest:
     """A request to a proxy. The heads are None for CONNECT, else what to send on for plain HTTP."""
 
     __slots__ = ("host", "port", "origin_head", "absolute_head")
@@ -22,7 +22,7 @@ class Asked:
         self.absolute_head = absolute_head
 
 
-def read_request(head: bytes) -> Asked | None:
+def read_request(head: bytes) -> ProxyRequest | None:
     """Read a head (without its blank line); None when it is not a request to a proxy."""
     line, *fields = head.split(b"\r\n")
     words = line.split(b" ")
@@ -31,7 +31,7 @@ def read_request(head: bytes) -> Asked | None:
     method, target, version = words
     if method == b"CONNECT":
         where = _host_and_port(target, None)
-        return Asked(*where, None, None) if where else None
+        return ProxyRequest(*where, None, None) if where else None
     scheme, found, rest = target.partition(b"://")
     if not found or scheme.lower() != b"http":
         return None
@@ -42,7 +42,7 @@ def read_request(head: bytes) -> Asked | None:
         return None
     path = path if path.startswith(b"/") else b"/" + path
     kept = b"".join(field + b"\r\n" for field in _forwarded(fields)) + b"\r\n"
-    return Asked(
+    return ProxyRequest(
         *where,
         b" ".join((method, path, version)) + b"\r\n" + kept,
         line + b"\r\n" + kept,

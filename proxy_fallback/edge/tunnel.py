@@ -128,7 +128,7 @@ class End(asyncio.Protocol):
             self.transport.abort()
 
 
-class Answering(End):
+class ProxyEnd(End):
     """A far end that is itself a proxy: its answer to our CONNECT is awaited, then a plain end."""
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class Answering(End):
             self._heard.set_result(None)
 
 
-class Worker(Answering):
+class WorkerEnd(ProxyEnd):
     """The end towards mitmproxy. Until it says its first byte, what the client said is kept; when
     it is gone before that, `on_gone` has it said again, to the provider itself.
     """

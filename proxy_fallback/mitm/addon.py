@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from halton_meter.model import Connection, Exchange, Process, Source
 from halton_meter.model import Protocol as HttpProtocol
-from proxy_fallback.edge import client_end
-from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge import client_socket
+from proxy_fallback.edge.client_socket import ClientSocket
 
 if TYPE_CHECKING:
     from mitmproxy import http, tls
@@ -94,7 +94,7 @@ class Wiring:
     """
 
     begin: Begin
-    process_of: Callable[[ClientEnd], Process | None]
+    process_of: Callable[[ClientSocket], Process | None]
     deliver: Callable[[Exchange], None]
     refused: Callable[[str, Process | None, bool], None] = lambda host, process, said: None
     losses: Counter[str] = field(default_factory=Counter)
@@ -245,9 +245,9 @@ class MeterAddon:
 
     def _find_owner(self, flow: http.HTTPFlow) -> None:
         client = flow.client_conn
-        end = client_end.from_header(flow.request.headers.get(client_end.HEADER, ""))
+        end = client_socket.from_header(flow.request.headers.get(client_socket.HEADER, ""))
         if end is None:  # it came to us without the edge
-            end = ClientEnd(client.peername[0], client.peername[1], client.sockname[1])
+            end = ClientSocket(client.peername[0], client.peername[1], client.sockname[1])
         # In a thread, as it takes some ms: meanwhile the provider is connected to. Whoever connects
         # lives at least until its request is let through, which waits for the answer.
         self._owners[client.id] = self._lookups.submit(self._wiring.process_of, end)

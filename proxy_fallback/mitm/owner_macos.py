@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from halton_meter.model import Process
-from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge.client_socket import ClientSocket
 
 COMMAND_S_MAX = 5.0
 PARENTS_MAX = 16
@@ -82,7 +82,7 @@ def kernel_arguments(pid: int) -> bytes:
         return b""
 
 
-def pid_in_lsof(output: str, end: ClientEnd) -> int | None:
+def pid_in_lsof(output: str, end: ClientSocket) -> int | None:
     """The pid in `lsof -F pn` whose socket this is."""
     host = f"[{end.address}]" if ":" in end.address else end.address
     pid: int | None = None
@@ -148,7 +148,7 @@ def _parents(processes: dict[int, Listed], pid: int) -> tuple[tuple[int, str], .
 
 
 def process_of(
-    end: ClientEnd,
+    end: ClientSocket,
     redacted: Redacted,
     run: Run = run,
     arguments: Arguments = kernel_arguments,

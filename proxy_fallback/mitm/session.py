@@ -1,14 +1,13 @@
 """One mitmproxy of our own, in a thread: behind the edge, or for as long as one command runs.
 
-It listens on a loopback port that the system chooses, decrypts only provider hosts and tunnels
-every other host raw. Its CA lives in a folder of the user's, key mode 0600; a single command comes
-to trust it through the variables of `client_environment`. Nothing on the system changes.
+It listens on a loopback port that the system chooses, decrypts provider hosts only and tunnels
+every other host raw. Its CA lies in a folder of the user's, key mode 0600. It changes nothing on
+the system; setup/ makes clients use and trust it (one_command.py, trust.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -20,32 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from proxy_fallback.mitm.addon import MeterAddon
-    from proxy_fallback.mitm.guard import EdgeOnly
+    from proxy_fallback.mitm.edge_only import EdgeOnly
 
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 10.0
 # Apps for mitmproxy's local mode, as `init --redirect` gives them to the service.
 REDIRECT_VARIABLE = "HALTON_METER_REDIRECT"
-# Variables by which the runtimes that people use find a proxy and a CA.
-_PROXY_NAMES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-_BUNDLE_NAMES = (
-    "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-    "CODEX_CA_CERTIFICATE",
-    "GIT_SSL_CAINFO",
-    "AWS_CA_BUNDLE",
-    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
-)
-_NODE_EXTRA = "NODE_EXTRA_CA_CERTS"
-# Teaches Node its environment's proxy: before 24 it knows none, since then not for every agent.
-_NODE_PRELOAD = Path(__file__).parents[1] / "setup" / "node_proxy.cjs"
-# Where systems keep their roots, where Python's own OpenSSL looks elsewhere.
-_SYSTEM_BUNDLES = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/cert.pem",
-)
 
 
 class ProxyError(Exception):
@@ -64,7 +43,7 @@ def host_patterns(hosts: Iterable[str]) -> list[str]:
 class ProxySession:
     """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust.
 
-    With `guard` only the edge is let in, without one whoever connects.
+    With `edge_only` only the edge is let in, without one whoever connects.
     """
 
     def __init__(
@@ -73,10 +52,10 @@ class ProxySession:
         hosts: Iterable[str],
         ca_folder: Path,
         upstream: tuple[str, int] | None = None,
-        guard: EdgeOnly | None = None,
+        edge_only: EdgeOnly | None = None,
     ) -> None:
         self._addon = addon
-        self._guard = guard
+        self._edge_only = edge_only
         self._upstream = upstream
         self._patterns = host_patterns(hosts)
         self._folder = ca_folder
@@ -159,7 +138,7 @@ class ProxySession:
         self._master.addons.add(*(each() for each in carriers))
         # Odd headers are the provider's and the client's own business.
         setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
-        first = () if self._guard is None else (self._guard,)  # before anybody else looks
+        first = () if self._edge_only is None else (self._edge_only,)  # before anybody else looks
         self._master.addons.add(*first, self._addon, _Listening(self))
         _show_one_name(self._master.addons.get("tlsconfig"))
         await self._master.run()
@@ -228,43 +207,3 @@ class _Listening:
         for address in server.listen_addrs():
             self._session.listening(address[1])
             return
-
-
-def bundle(ca_file: Path, into: Path, environment: dict[str, str]) -> Path:
-    """A PEM bundle of the CA and of all that the client would have trusted without us."""
-    import ssl
-
-    import certifi
-
-    own = [environment[name] for name in (*_BUNDLE_NAMES, _NODE_EXTRA) if environment.get(name)]
-    found = (ssl.get_default_verify_paths().cafile, *_SYSTEM_BUNDLES)
-    system = [file for file in found if file and Path(file).is_file()]
-    if not environment.get("SSL_CERT_FILE"):  # else the client trusts that and nothing more
-        own += [*system[:1], certifi.where()]
-    parts = [ca_file.read_text()]
-    for file in dict.fromkeys(own):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            parts.append(Path(file).read_text())
-    if len(parts) == 1:
-        parts.append(Path(certifi.where()).read_text())
-    into.write_text("\n".join(parts))
-    into.chmod(0o600)
-    return into
-
-
-def client_environment(
-    environment: dict[str, str], port: int, bundle_file: Path, ca_file: Path
-) -> dict[str, str]:
-    """The command's environment, with the proxy and its CA added and nothing else changed."""
-    changed = dict(environment)
-    for name in _PROXY_NAMES:
-        changed[name] = f"http://127.0.0.1:{port}"
-    for name in _BUNDLE_NAMES:
-        changed[name] = str(bundle_file)
-    # Node adds these to the roots it has: only who had some of his own needs more than our CA.
-    changed[_NODE_EXTRA] = str(bundle_file if environment.get(_NODE_EXTRA) else ca_file)
-    changed["NODE_USE_ENV_PROXY"] = "1"
-    preload = str(_NODE_PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
-    required = f'--require "{preload}"' if " " in preload else f"--require={preload}"
-    changed["NODE_OPTIONS"] = f"{environment.get('NODE_OPTIONS', '')} {required}".strip()
-    return changed

@@ -17,12 +17,13 @@ import contextlib
 import datetime
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy_fallback.setup.changes import write_whole
+from proxy_fallback.setup.changes import ChangeError, write_whole
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -45,8 +46,8 @@ TRUSTED_NAME = "trusted-ca-cert.pem"
 ORGANIZATION = "Halton Meter"
 
 
-class AuthorityError(Exception):
-    """The CA cannot be read or written; the text names the file and the next command."""
+class AuthorityError(ChangeError):
+    """The CA cannot be read or written; the problem names the file and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ def constraint_names(hosts: Iterable[str]) -> tuple[str, ...]:
     kept = {name for name in names if not _covered_by_parent(name, names)}
     if len(kept) > HOSTS_MAX:
         raise AuthorityError(
-            f"{len(kept)} provider hosts are more than a certificate can hold ({HOSTS_MAX}); "
-            "remove some from config.toml"
+            f"{len(kept)} provider hosts are more than a certificate can hold ({HOSTS_MAX})",
+            "remove hosts from config.toml",
         )
     return tuple(sorted(kept))
 
@@ -147,8 +148,8 @@ def ensure_authority(folder: Path, hosts: Iterable[str], now: datetime.datetime)
             _make(folder, names, now, None if found is None else _key(folder))
     except OSError as error:
         raise AuthorityError(
-            f"the CA in {folder} cannot be written: {error.strerror or error}; "
-            f"mend it, then: halton-meter init"
+            f"the CA in {folder} cannot be written: {error.strerror or error}",
+            f"ls -ld {shlex.quote(str(folder))}, make it writable, then: halton-meter init",
         ) from None
     made = read_authority(folder)
     assert made is not None
@@ -163,11 +164,14 @@ def read_authority(folder: Path, name: str = CERTIFICATE_NAME) -> Authority | No
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise AuthorityError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise AuthorityError(
+            f"{file} cannot be read: {error.strerror or error}",
+            f"ls -l {shlex.quote(str(file))}, make it readable, then: halton-meter init",
+        ) from None
     try:
         return _described(folder, _certificate(raw))
     except ValueError:
-        raise AuthorityError(f"{file} is no certificate; try: halton-meter init") from None
+        raise AuthorityError(f"{file} is not a certificate", "halton-meter init") from None
 
 
 def accepted_hosts(folder: Path, hosts: Iterable[str], now: datetime.datetime) -> tuple[str, ...]:
@@ -209,7 +213,10 @@ def _read(file: Path) -> bytes:
     with file.open("rb") as opened:
         raw = opened.read(PEM_BYTES_MAX + 1)
     if len(raw) > PEM_BYTES_MAX:
-        raise AuthorityError(f"{file} is larger than {PEM_BYTES_MAX} bytes: no certificate of ours")
+        raise AuthorityError(
+            f"{file} is larger than {PEM_BYTES_MAX} bytes, so it is not our certificate",
+            "halton-meter init",
+        )
     return raw
 
 

@@ -1,8 +1,8 @@
-"""What set-up may change on a person's machine, as data: files, blocks in files, commands.
+"""What set-up may change on a user's machine, as data: files, blocks in files, commands.
 
 A file of ours, a block in a file of theirs, a folder of ours, or commands with the commands that
-undo them. Nothing here makes a change: `Ledger` (ledger.py) does, and notes it first. `Commands` is
-the one place where set-up runs another program, so that a recorded machine can take its place.
+undo them. Nothing here makes a change: `Ledger` (ledger.py) does, and records it first. `Commands`
+is the one place where set-up runs another program, so that tests can replace the machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from halton_meter.problem import Problem
+
 # Some ask for a password in a window of their own.
 COMMAND_S_MAX = 300.0
 SAID_CHARS_MAX = 400
@@ -28,7 +30,11 @@ Argv = tuple[str, ...]
 
 
 class ChangeError(Exception):
-    """A change could not be made; the text says which and why."""
+    """A change could not be made. `problem` says which and why, and how to fix it if known."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}; fix: {fix}" if fix else what)
+        self.problem = Problem(what, fix)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -44,7 +50,7 @@ class Ran:
 
     @property
     def said(self) -> str:
-        """Its last words, short, for an error message."""
+        """What it printed, shortened for an error message."""
         return (self.err.strip() or self.out.strip() or f"exit code {self.code}")[:SAID_CHARS_MAX]
 
 
@@ -66,7 +72,7 @@ class Commands:
         except (FileNotFoundError, PermissionError):
             return Ran(127, "", f"{argv[0]}: not found")
         except subprocess.TimeoutExpired:
-            return Ran(124, "", f"{argv[0]}: no answer in {COMMAND_S_MAX:.0f} s")
+            return Ran(124, "", f"{argv[0]}: did not end within {COMMAND_S_MAX:.0f} s")
         return Ran(done.returncode, done.stdout, done.stderr)
 
     def has(self, program: str) -> bool:
@@ -75,7 +81,7 @@ class Commands:
 
 
 class Unasked(Commands):
-    """A machine that is not here: no command answers, every program may be there."""
+    """A machine that is not here (`init --dry-run --platform`): no command can be run."""
 
     def run(self, argv: Sequence[str]) -> Ran:
         """Refuse."""
@@ -91,7 +97,7 @@ class Unasked(Commands):
 
 @dataclass(frozen=True, slots=True)
 class FileMade:
-    """A file that is ours as a whole."""
+    """A file that is entirely ours."""
 
     path: str
     text: str
@@ -99,17 +105,17 @@ class FileMade:
 
     @property
     def key(self) -> str:
-        """What it changes: there is one change a key."""
+        """What it changes; the ledger holds one change for each key."""
         return f"file:{self.path}"
 
     def lines(self) -> list[str]:
-        """For people: what would be done."""
+        """What would be done, for people."""
         return [f"write {self.path} ({len(self.text.encode())} bytes, mode {self.mode:04o})"]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockAdded:
-    """Lines of ours, between two marks, at the end of a file of theirs."""
+    """Lines of ours, between two markers, at the end of a file of the user's."""
 
     path: str
     text: str
@@ -121,7 +127,7 @@ class BlockAdded:
 
     @property
     def block(self) -> bytes:
-        """The lines with their marks."""
+        """The lines with their markers."""
         return f"{BLOCK_BEGIN}\n{self.text.rstrip()}\n{BLOCK_END}\n".encode()
 
     def lines(self) -> list[str]:
@@ -131,12 +137,11 @@ class BlockAdded:
 
 @dataclass(frozen=True, slots=True)
 class CommandRun:
-    """Commands, and those that undo them.
+    """Commands, and the commands that undo them.
 
-    `check` tells whether it is in force: by `ours`, what the command then prints (stripped), or
-    without `ours` by its exit code. Undoing leaves alone a setting that is not `ours` any more;
-    what is wholly ours is undone as far as it is still there.
-    `check_decides`: a command that failed has still worked if it is in force then (launchctl).
+    `check` is a command that tells whether the change is in force: its output (stripped) equals
+    `ours`, or without `ours` its exit code is 0. A setting that is no longer `ours` is not undone.
+    `check_decides`: a command that failed counts as done if `check` then succeeds (launchctl).
     """
 
     key: str
@@ -153,7 +158,7 @@ class CommandRun:
 
 @dataclass(frozen=True, slots=True)
 class FolderOwned:
-    """A folder whose whole content is ours."""
+    """A folder whose content is entirely ours."""
 
     path: str
 
@@ -167,7 +172,7 @@ class FolderOwned:
         return [f"make folder {self.path} (mode 0700)"]
 
 
-Change = FileMade | BlockAdded | CommandRun | FolderOwned
+MachineChange = FileMade | BlockAdded | CommandRun | FolderOwned
 
 
 def shown(argv: Sequence[str]) -> str:

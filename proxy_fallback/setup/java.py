@@ -1,9 +1,8 @@
-"""Java, which heeds neither proxy variables nor PEM bundles: a trust store and options of its own.
+"""Java, which ignores proxy variables and PEM bundles: a trust store and options of its own.
 
-A JVM reads `JAVA_TOOL_OPTIONS` at its start, and says on its standard error that it did: so nobody
-is given them who did not ask for it (`--java`). What it would have trusted without us stays
-trusted: the store is a copy of Java's own with our CA added. Java does not heed a CA's name
-constraints.
+A JVM reads `JAVA_TOOL_OPTIONS` when it starts and reports that on standard error, so the variable
+is set only for users who pass `--java`. The trust store is a copy of Java's own with our CA added,
+so everything trusted before stays trusted. Java ignores a CA's name constraints.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from proxy_fallback.setup.changes import Argv, ChangeError, CommandRun, Commands
 
 OPTIONS_NAME = "JAVA_TOOL_OPTIONS"
 STORE_NAME = "java-cacerts"
-# Every Java's own store has this one; it guards nothing.
+# The default password of every Java's own store; it protects nothing.
 _PASSWORD = "changeit"  # noqa: S105
 
 
 def options(store: Path, port: int) -> str:
-    """What a JVM is told to use the proxy and to trust it."""
+    """The options that make a JVM use the proxy and trust it."""
     return (
         f"-Djavax.net.ssl.trustStore={store} -Djavax.net.ssl.trustStorePassword={_PASSWORD} "
         f"-Dhttps.proxyHost=127.0.0.1 -Dhttps.proxyPort={port}"
@@ -29,7 +28,7 @@ def options(store: Path, port: int) -> str:
 
 
 def copied_store(store: Path, certificate: Path, source: str) -> CommandRun:
-    """The change that makes `store` of Java's own."""
+    """The change that copies Java's own store to `store` and adds our CA."""
     add = ("keytool", "-importcert", "-noprompt", "-trustcacerts", "-alias", "halton-meter")
     return CommandRun(
         key="java",
@@ -46,24 +45,29 @@ def copied_store(store: Path, certificate: Path, source: str) -> CommandRun:
 def for_one_command(
     environment: Mapping[str, str], port: int, certificate: Path, folder: Path
 ) -> dict[str, str]:
-    """The variable that a command's JVMs are given, their store made in `folder`.
+    """The variable for one command's JVMs; their trust store is made in `folder`.
 
-    Options of the person's own stay; raises ChangeError for such that choose a trust store or a
-    proxy themselves, unless those are what `init --java` chose.
+    The user's own options stay. Raises ChangeError when these already set a trust store or a
+    proxy, unless `init --java` set them.
     """
     own = environment.get(OPTIONS_NAME, "")
     if ("trustStore=" in own or "https.proxyHost=" in own) and STORE_NAME not in own:
-        raise ChangeError(f"{OPTIONS_NAME} chooses a trust store or a proxy already")
+        raise ChangeError(
+            f"{OPTIONS_NAME} already sets a trust store or a proxy", "leave --java out"
+        )
     if any(each.isspace() for each in str(folder)):
-        raise ChangeError(f"{OPTIONS_NAME} cannot name {folder}: it has a space")
+        raise ChangeError(
+            f"{OPTIONS_NAME} cannot hold {folder}, which has a space",
+            "set TMPDIR to a folder without spaces, or leave --java out",
+        )
     commands, platform = Commands(), "macos" if sys.platform == "darwin" else "linux"
     store = folder / STORE_NAME
     source = own_store(platform, commands)
     for argv in copied_store(store, certificate, source).run:
         ran = commands.run(argv)
         if ran.code:
-            raise ChangeError(f"{shown(argv)}: {ran.said}")
-    # Of two options of one name the later counts.
+            raise ChangeError(f"{shown(argv)}: {ran.said}", "leave --java out")
+    # Of two options of one name, the later one wins.
     return {OPTIONS_NAME: f"{own} {options(store, port)}".strip()}
 
 
@@ -76,5 +80,7 @@ def own_store(platform: str, commands: Commands) -> str:
     said = commands.run(asked)
     home = said.out.strip()
     if said.code or home in ("", ".") or not commands.has("keytool"):
-        raise ChangeError("no Java was found (java and keytool); leave --java out")
+        raise ChangeError(
+            "found no Java (neither java nor keytool)", "install a JDK, or leave --java out"
+        )
     return f"{home}/lib/security/cacerts"

@@ -26,12 +26,12 @@ from proxy_fallback.setup.changes import (
     BLOCK_END,
     TOLERATED,
     BlockAdded,
-    Change,
     ChangeError,
     CommandRun,
     Commands,
     FileMade,
     FolderOwned,
+    MachineChange,
     shown,
     write_whole,
 )
@@ -55,7 +55,7 @@ class Entry:
     the newline put between their last line and our block. `made` False: begun, perhaps not done.
     """
 
-    change: Change
+    change: MachineChange
     made: bool = False
     before: bytes | None = None
     mode: int | None = None
@@ -94,7 +94,10 @@ class Ledger:
                 home / f".{LEDGER_NAME}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
         except OSError as error:
-            raise ChangeError(f"{home} cannot be written: {error.strerror or error}") from None
+            raise ChangeError(
+                f"{home} cannot be written: {error.strerror or error}",
+                f"ls -ld {shlex.quote(str(home))}",
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield Ledger(home, commands)
@@ -133,14 +136,14 @@ class Ledger:
         """Whether a change of that key was made."""
         return any(each.change.key == key for each in self._book.entries)
 
-    def in_force(self, change: Change) -> bool:
+    def in_force(self, change: MachineChange) -> bool:
         """Whether this very change was made and still is."""
         entry = self._entry(change.key)
         if entry is None or not entry.made:
             return False
         return entry.change == _undone_as(change, entry.change) and self._is(entry.change)
 
-    def make(self, change: Change, again: bool = False) -> bool:
+    def make(self, change: MachineChange, again: bool = False) -> bool:
         """Make a change unless it is in force (or `again`); says whether. Raises ChangeError.
 
         How to undo it is what was known when a change of that key was first made: by now one
@@ -175,7 +178,7 @@ class Ledger:
         self._save()
         return notes
 
-    def undo_all(self, keep: Callable[[Change], bool] = lambda change: False) -> list[str]:
+    def undo_all(self, keep: Callable[[MachineChange], bool] = lambda change: False) -> list[str]:
         """Undo every change, the last one first, but for those to `keep`.
 
         One that fails does not stop the others; it stays in the ledger. Raises ChangeError then.
@@ -211,7 +214,7 @@ class Ledger:
 
     # --- one change ---
 
-    def _observed(self, change: Change) -> Entry:
+    def _observed(self, change: MachineChange) -> Entry:
         if isinstance(change, CommandRun):
             return Entry(change)
         path = Path(change.path)
@@ -230,7 +233,7 @@ class Ledger:
         kept = before if isinstance(change, FileMade) else b""
         return Entry(change, before=kept, mode=mode, glue=glue)
 
-    def _is(self, change: Change) -> bool:
+    def _is(self, change: MachineChange) -> bool:
         if isinstance(change, CommandRun):
             return self._checked(change) is not False
         path = Path(change.path)
@@ -307,7 +310,7 @@ class Ledger:
     def _command_undone(self, entry: Entry, change: CommandRun) -> list[str]:
         checked = self._checked(change)
         if checked is False and change.ours is not None:
-            return [f"{change.key} is not as set-up left it: not touched"] if entry.made else []
+            return [f"{change.key} was changed since init, so it stays"] if entry.made else []
         for argv in change.undo:
             tolerated = argv[0] == TOLERATED or not entry.made or checked is False
             ran = self._commands.run(argv[1:] if argv[0] == TOLERATED else argv)
@@ -340,7 +343,9 @@ class Ledger:
             write_whole(self._file, json.dumps(saved, indent=1).encode() + b"\n", 0o600)
         except OSError as error:
             raise ChangeError(
-                f"{self._file} cannot be written, so nothing was changed: {error.strerror or error}"
+                f"{self._file} cannot be written, so nothing was changed: "
+                f"{error.strerror or error}",
+                f"ls -l {shlex.quote(str(self._file))}",
             ) from None
 
     def _load(self) -> _Book:
@@ -353,12 +358,12 @@ class Ledger:
             return _Book()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ChangeError(
-                f"{self._file} cannot be read ({error}); it says how to undo set-up. "
-                f"Move it away to begin anew: mv {shlex.quote(str(self._file))} /tmp/"
+                f"{self._file}, which records how to undo init, cannot be read ({error})",
+                f"mv {shlex.quote(str(self._file))} /tmp/",
             ) from None
 
 
-def _undone_as(change: Change, former: Change) -> Change:
+def _undone_as(change: MachineChange, former: MachineChange) -> MachineChange:
     if isinstance(change, CommandRun) and isinstance(former, CommandRun):
         return replace(change, undo=former.undo)
     return change
@@ -403,7 +408,7 @@ def _read(path: Path, bytes_max: int = FILE_BYTES_MAX) -> bytes:
     with path.open("rb") as opened:
         content = opened.read(bytes_max + 1)
     if len(content) > bytes_max:
-        raise ChangeError(f"{path} is larger than {bytes_max} bytes; it was not touched")
+        raise ChangeError(f"{path} is larger than {bytes_max} bytes, so it was not changed")
     return content
 
 
@@ -450,7 +455,7 @@ def _file_undone(path: Path, change: FileMade, entry: Entry) -> list[str]:
         edited = path.with_name(path.name + EDITED_SUFFIX)
         if entry.made:
             write_whole(edited, content, stat.S_IMODE(path.stat().st_mode))
-            notes.append(f"{path} was edited since: your version is in {edited}")
+            notes.append(f"{path} was edited since init; your version is in {edited}")
     if entry.before is not None:
         write_whole(path, entry.before, entry.mode if entry.mode is not None else 0o644)
     elif content is not None:

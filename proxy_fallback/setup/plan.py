@@ -28,17 +28,18 @@ from proxy_fallback.setup.changes import (
     TOLERATED,
     Argv,
     BlockAdded,
-    Change,
     ChangeError,
     CommandRun,
     Commands,
     FileMade,
     FolderOwned,
+    MachineChange,
     Unasked,
     shown,
     write_whole,
 )
 from proxy_fallback.setup.ledger import Ledger
+from proxy_fallback.setup.variables import unset_for_service
 
 MODES = ("env-only", "apps", "full")
 CA_FOLDER_NAME = "proxy-ca"
@@ -51,8 +52,8 @@ HEALTHY_EVERY_S = 0.2
 _SHELLS = ("bash", "zsh", "fish")
 
 
-class SetupError(Exception):
-    """Set-up was refused or failed, and all it did is undone; the text says what to do next."""
+class SetupError(ChangeError):
+    """Set-up was refused, or failed and was undone; the problem says why and how to fix it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +110,21 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SetupStep:
     """One numbered step. `before` and `after` do what is no change to undo; `acts` tells of it.
 
     Both say whether they changed anything. `detail` is asked when the step is done.
     """
 
     title: str
-    changes: Callable[[], Sequence[Change]] = tuple
+    changes: Callable[[], Sequence[MachineChange]] = tuple
     before: Callable[[Ledger], bool] = lambda ledger: False
     after: Callable[[Ledger], bool] = lambda ledger: False
     acts: tuple[str, ...] = ()
     detail: Callable[[], str] = lambda: ""
 
 
-class Plan:
+class SetupPlan:
     """The steps for one machine and choice. `asking`: they are only to be shown."""
 
     def __init__(self, machine: Machine, choice: Choice, asking: bool = False) -> None:
@@ -139,58 +140,61 @@ class Plan:
         """Refuse what would break something, before anything is changed. Raises ChangeError."""
         m = self._machine
         if self._choice.mode not in MODES:
-            raise ChangeError(f"unknown mode {self._choice.mode!r}; known are {', '.join(MODES)}")
+            raise ChangeError(
+                f"unknown mode {self._choice.mode!r}", f"use one of {', '.join(MODES)}"
+            )
         if not m.upstream:
             self._check_variables()
         if self._choice.redirect and not self._macos:
             raise ChangeError(
-                "--redirect is for macOS; on Linux uprobes meter what heeds no proxy settings: "
-                "sudo halton-meter start"
+                "--redirect is for macOS; on Linux, uprobes meter apps that ignore proxy settings",
+                "sudo halton-meter start",
             )
         if self._choice.redirect:
             _check_redirect(self._choice.redirect)
         options = m.environ.get(java.OPTIONS_NAME, "")
         if self._choice.java and options and str(m.ca_folder) not in options:
             raise ChangeError(
-                f"{java.OPTIONS_NAME} is in use already ({options}); leave --java out, and add "
-                "what init --java --dry-run shows by hand"
+                f"{java.OPTIONS_NAME} is already in use ({options})",
+                "leave --java out, and add by hand what halton-meter init --java --dry-run shows",
             )
         installed = any(entry.change.key.startswith("service:") for entry in ledger.entries)
         if not installed and not self._asking and m.port_taken() and not m.healthy():
             raise ChangeError(
-                f"port {m.port} on 127.0.0.1 is taken by another program\n"
-                f"  see: {'lsof -nP -i' if self._macos else 'ss -ltnp | grep '}:{m.port}"
-                '   or choose another: "port = 8082" under [proxy] in config.toml'
+                f"another program listens on 127.0.0.1:{m.port}",
+                f"{'lsof -nP -i' if self._macos else 'ss -ltnp | grep '}:{m.port}   to see which;\n"
+                'or choose another port: "port = 8082" under [proxy] in config.toml',
             )
         if self._choice.mode == "full":
             if not self._supervised():
                 raise ChangeError(
-                    "there is no systemd of your own here (systemctl --user) to keep the proxy "
-                    "running and to watch over it,\n  so the system's proxy settings are left "
-                    "alone. Use: halton-meter init --apps"
+                    "systemctl --user does not work here, so nothing would restart the proxy or "
+                    "reset the system's proxy settings when it fails",
+                    "halton-meter init --apps",
                 )
             self._system = tuple(self._system_changes())
 
     def _check_variables(self) -> None:
         m = self._machine
-        found = {name: m.environ.get(name, "") for name in ("HTTPS_PROXY", "https_proxy")}
+        names = ("HTTPS_PROXY", "https_proxy")
+        found = [(name, m.environ.get(name, ""), f"unset {name}") for name in names]
         if self._macos:
-            said = m.commands.run(("launchctl", "getenv", "HTTPS_PROXY")).out.strip()
-            found["HTTPS_PROXY (launchctl)"] = said
-        for name, value in found.items():
+            value = m.commands.run(("launchctl", "getenv", "HTTPS_PROXY")).out.strip()
+            found.append(("launchctl's HTTPS_PROXY", value, "launchctl unsetenv HTTPS_PROXY"))
+        for name, value, unset in found:
             if value and value.rstrip("/") != m.proxy_url:
                 # A proxy's address may hold a password.
                 shown_value = value.partition("@")[2] or value
                 raise ChangeError(
-                    f"{name} says that you use another proxy already ({shown_value})\n"
-                    "  if it is the way out of this network, have ours use it: put upstream = "
-                    '"http://HOST:PORT" under [proxy] in config.toml, then init again\n'
-                    f"  else: unset {name.split()[0]}"
+                    f"{name} is already set to another proxy ({shown_value})",
+                    f"{unset}, then: halton-meter init;\n"
+                    'or, if this network needs it, add upstream = "http://HOST:PORT" under [proxy] '
+                    "in config.toml, then: halton-meter init",
                 )
 
-    def _planned(self) -> Iterator[Step]:
+    def _planned(self) -> Iterator[SetupStep]:
         m = self._machine
-        yield Step(
+        yield SetupStep(
             "CA generated",
             lambda: [FolderOwned(str(m.ca_folder))],
             after=self._make_authority,
@@ -201,20 +205,20 @@ class Plan:
             ),
             detail=self._authority_detail,
         )
-        yield Step(
+        yield SetupStep(
             "CA trusted",
             self._trust_changes,
             before=self._before_trust,
             acts=(f"note in {m.ca_folder / TRUSTED_NAME} which CA is trusted",),
             detail=self._trust_detail,
         )
-        yield Step("service installed", self._service_changes, detail=self._service_detail)
-        yield Step(
+        yield SetupStep("service installed", self._service_changes, detail=self._service_detail)
+        yield SetupStep(
             f"daemon healthy at 127.0.0.1:{m.port}",
             after=self._wait,
             acts=(f"wait until 127.0.0.1:{m.port} answers, {HEALTHY_S_MAX:.0f} s at most",),
         )
-        yield Step(
+        yield SetupStep(
             "environment set",
             self._environment_changes,
             before=self._write_preload,
@@ -222,7 +226,7 @@ class Plan:
             detail=self._environment_detail,
         )
         if self._choice.mode == "full":
-            yield Step(
+            yield SetupStep(
                 "system proxy set",
                 lambda: [*self._system, *self._keeper_changes()],
                 detail=lambda: f"{len(self._system)} settings, watched for changes",
@@ -266,10 +270,10 @@ class Plan:
         write_whole(noted, content, 0o644)
         return True
 
-    def _trust_changes(self) -> list[Change]:
+    def _trust_changes(self) -> list[MachineChange]:
         m = self._machine
         authority = self._authority()
-        changes: list[Change] = []
+        changes: list[MachineChange] = []
         if self._macos and self._stores and not self._choice.system_trust:
             changes.append(trust.keychain(authority, m.ca_folder, m.user_home))
         database = m.user_home / ".pki/nssdb"
@@ -324,7 +328,7 @@ class Plan:
         asked = ("systemctl", "--user", "show", "--property=Version")
         return self._machine.commands.run(asked).code == 0
 
-    def _service_changes(self) -> list[Change]:
+    def _service_changes(self) -> list[MachineChange]:
         m = self._machine
         authority = self._authority()
         ca = authority.sha256[:16] if authority else "CA"
@@ -351,14 +355,14 @@ class Plan:
             unit,
         )
 
-    def _redirector(self) -> list[Change]:
+    def _redirector(self) -> list[MachineChange]:
         """What mitmproxy's local mode puts there itself when it first runs."""
         there = self._machine.commands.run(("test", "-e", REDIRECTOR)).code == 0
         if not self._choice.redirect or there:
             return [CommandRun("redirector", run=(), undo=())] if self._choice.redirect else []
         return [CommandRun("redirector", run=(), undo=((TOLERATED, "rm", "-rf", REDIRECTOR),))]
 
-    def _units(self, texts: Mapping[str, str], unit: str) -> list[Change]:
+    def _units(self, texts: Mapping[str, str], unit: str) -> list[MachineChange]:
         """Unit files, enabled and started; a reload comes before, and last when undone."""
         control = ("systemctl", "--user")
         folder = self._machine.config_home / "systemd/user"
@@ -385,7 +389,7 @@ class Plan:
             ),
         ]
 
-    def _agent(self, label: str, text: str) -> list[Change]:
+    def _agent(self, label: str, text: str) -> list[MachineChange]:
         """A launchd agent, loaded into the person's graphical session."""
         m = self._machine
         file = m.user_home / "Library/LaunchAgents" / f"{label}.plist"
@@ -413,9 +417,9 @@ class Plan:
         """Where nobody supervises: a process in the background, until the next reboot."""
         m = self._machine
         pid, log = self._pid_file(), m.home / "proxy.log"
-        forgotten = [f"--unset={name}" for name in (*trust.PROXY_VARIABLES, "ALL_PROXY")]
+        unset = [f"--unset={name}" for name in unset_for_service()]
         given = [f"{name}={value}" for name, value in self._service_environment().items()]
-        line = shown(("setsid", "env", *forgotten, *given, *command, "--keep"))
+        line = shown(("setsid", "env", *unset, *given, *command, "--keep"))
         quoted = [shown((str(each),)) for each in (log, pid)]
         alive = f'kill -0 "$(cat {quoted[1]})" 2>/dev/null'
         start = f"umask 077; {line} >>{quoted[0]} 2>&1 </dev/null & echo $! >{quoted[1]}"
@@ -444,11 +448,11 @@ class Plan:
         log = f"journalctl --user -u {service_files.UNIT} -n 30"
         if self._macos or not self._supervised():
             log = f"tail {m.home / 'proxy.log'}"
-        what = "it answers but does not meter" if m.healthy() else "nobody answers"
+        what = "answers but does not meter" if m.healthy() else "does not answer"
         raise SetupError(
-            f"{what} at 127.0.0.1:{m.port} after {HEALTHY_S_MAX:.0f} s\n"
-            "  try: halton-meter daemon --foreground --via proxy   to see why"
-            + ("" if not m.commands.has("journalctl") else f"\n  or: {log}")
+            f"the proxy at 127.0.0.1:{m.port} {what} after {HEALTHY_S_MAX:.0f} s",
+            "halton-meter daemon --foreground --via proxy   to see why"
+            + (f"\nor: {log}" if m.commands.has("journalctl") else ""),
         )
 
     # --- the environment ---
@@ -457,7 +461,7 @@ class Plan:
         m = self._machine
         return trust.variables(m.port, m.ca_folder, m.hosts, self._choice.java)
 
-    def _environment_changes(self) -> list[Change]:
+    def _environment_changes(self) -> list[MachineChange]:
         m = self._machine
         wanted = self._variables()
         script = m.home / "env.sh"
@@ -467,7 +471,7 @@ class Plan:
             None if self._supervised() else self._pid_file(),
             m.upstream,
         )
-        changes: list[Change] = [FileMade(str(script), trust.posix_text(wanted, terms))]
+        changes: list[MachineChange] = [FileMade(str(script), trust.posix_text(wanted, terms))]
         for file in self._startup_files():
             changes.append(BlockAdded(str(file), trust.sourcing_lines(script)))
         if "fish" in self._shells():
@@ -501,7 +505,7 @@ class Plan:
         if "zsh" in shells:
             yield Path(m.environ.get("ZDOTDIR") or m.user_home) / ".zshenv"
 
-    def _session_changes(self, wanted: Mapping[str, str]) -> list[Change]:
+    def _session_changes(self, wanted: Mapping[str, str]) -> list[MachineChange]:
         """What apps that no shell started are given."""
         if self._macos:
             return self._launchctl_changes(wanted)
@@ -520,7 +524,7 @@ class Plan:
             ),
         ]
 
-    def _launchctl_changes(self, wanted: Mapping[str, str]) -> list[Change]:
+    def _launchctl_changes(self, wanted: Mapping[str, str]) -> list[MachineChange]:
         m = self._machine
         script = m.home / "setenv.sh"
         lines = [f"[ -e {shown((str(m.witness),))} ] || exit 0"]
@@ -569,7 +573,7 @@ class Plan:
                 raise
             return system_proxy.unasked_changes(m.port)
 
-    def _keeper_changes(self) -> list[Change]:
+    def _keeper_changes(self) -> list[MachineChange]:
         m = self._machine
         command = self._command("init", "--keep-system-proxy")
         environment = {"HALTON_METER_HOME": str(m.home)}
@@ -591,7 +595,8 @@ def _check_redirect(apps: str) -> None:
         mitmproxy_rs.local.LocalRedirector.describe_spec(apps)
     except ValueError:
         raise ChangeError(
-            f"--redirect {apps!r} names no apps; write them like Claude,Cursor (or process ids)"
+            f"--redirect {apps!r} is not a list of apps",
+            "--redirect Claude,Cursor (or process ids)",
         ) from None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from proxy_fallback.setup.trust import BUNDLE_VARIABLES, PROXY_VARIABLES
+from proxy_fallback.setup.variables import unset_for_service
 
 UNIT = "halton-meter-proxy"
 KEEPER_UNIT = "halton-meter-system-proxy"
@@ -20,7 +20,6 @@ ENVIRONMENT_LABEL = "com.halton-meter.environment"
 # The name under which the edge asks launchd for its socket (launch_activate_socket).
 SOCKET_NAME = "Edge"
 DESCRIPTORS_MAX = 65536
-_FORGOTTEN = (*PROXY_VARIABLES, "ALL_PROXY", "all_proxy", *BUNDLE_VARIABLES, "JAVA_TOOL_OPTIONS")
 
 
 def systemd_word(word: str) -> str:
@@ -68,7 +67,7 @@ StartLimitIntervalSec=0
 Type=exec
 ExecStart={words}
 {variables}
-UnsetEnvironment={" ".join(name for name in _FORGOTTEN if name not in environment)}
+UnsetEnvironment={" ".join(name for name in unset_for_service() if name not in environment)}
 Restart=always
 RestartSec=1
 TimeoutStopSec=20
@@ -102,12 +101,12 @@ def launch_agent(
     """A launchd agent: kept running, or run `once` at login; with a socket on `port` if given."""
     import plistlib
 
-    forgotten = {} if once else dict.fromkeys(_FORGOTTEN, "")
+    emptied = {} if once else dict.fromkeys(unset_for_service(), "")
     agent: dict[str, object] = {
         "Label": label,
         "ProgramArguments": list(command),
         # An agent inherits what `launchctl setenv` said; an empty variable counts as none.
-        "EnvironmentVariables": {**forgotten, **environment},
+        "EnvironmentVariables": {**emptied, **environment},
         "RunAtLoad": True,
         "StandardErrorPath": str(log),
     }

@@ -12,14 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy_fallback.setup.authority import AuthorityError
 from proxy_fallback.setup.changes import ChangeError, CommandRun
 from proxy_fallback.setup.ledger import Entry, Ledger
-from proxy_fallback.setup.plan import CA_FOLDER_NAME, Choice, Machine, Plan, SetupError, Step
+from proxy_fallback.setup.plan import (
+    CA_FOLDER_NAME,
+    Choice,
+    Machine,
+    SetupError,
+    SetupPlan,
+    SetupStep,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class StepTaken:
     """A step that was taken."""
 
     number: int
@@ -30,14 +36,15 @@ class Done:
 
 
 def take_steps(
-    machine: Machine, choice: Choice, ledger: Ledger, tell: Callable[[Done], None]
+    machine: Machine, choice: Choice, ledger: Ledger, tell: Callable[[StepTaken], None]
 ) -> bool:
     """Set up; says whether anything changed. Raises SetupError, with all of it undone."""
     try:
-        plan = Plan(machine, choice)
+        plan = SetupPlan(machine, choice)
         plan.check(ledger)
     except ChangeError as error:
-        raise SetupError(f"{error}\n  nothing was changed") from None
+        problem = error.problem
+        raise SetupError(f"{problem.what}\n  nothing was changed", problem.fix) from None
     former = ledger.entries
     title = ""
     try:
@@ -48,19 +55,18 @@ def take_steps(
             stepped, planned = _take(step, ledger)
             keys |= planned
             changed = changed or stepped
-            tell(Done(number, len(plan.steps), step.title, step.detail(), stepped))
+            tell(StepTaken(number, len(plan.steps), step.title, step.detail(), stepped))
         for entry in reversed(ledger.entries):
             if entry.change.key not in keys:
                 ledger.undo(entry.change.key)
                 changed = True
         ledger.finish(choice.mode)
         return changed
-    except (ChangeError, AuthorityError, SetupError, OSError, KeyboardInterrupt) as error:
-        said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        raise SetupError(f"{title}: {said}\n  {_retreat(ledger, former)}") from None
+    except (ChangeError, OSError, KeyboardInterrupt) as error:
+        raise _undone(f"{title}: ", error, ledger, former) from None
 
 
-def _take(step: Step, ledger: Ledger) -> tuple[bool, set[str]]:
+def _take(step: SetupStep, ledger: Ledger) -> tuple[bool, set[str]]:
     changed = files_changed = step.before(ledger)
     keys = set()
     for change in step.changes():
@@ -72,12 +78,22 @@ def _take(step: Step, ledger: Ledger) -> tuple[bool, set[str]]:
     return step.after(ledger) or changed, keys
 
 
-def _retreat(ledger: Ledger, former: Sequence[Entry]) -> str:
+def _undone(
+    title: str, error: BaseException, ledger: Ledger, former: Sequence[Entry]
+) -> SetupError:
+    """Undo what this run did; the error to raise says whether that worked."""
+    what, fix = str(error), "halton-meter init --dry-run   to see every command"
+    if isinstance(error, KeyboardInterrupt):
+        what, fix = "interrupted", "halton-meter init"
+    if isinstance(error, ChangeError):
+        what, fix = error.problem.what, error.problem.fix or fix
     try:
         ledger.put_back(former)
-    except (ChangeError, OSError) as error:
-        return f"not everything could be undone: {error}\n  try: halton-meter uninstall"
-    return "everything that this init did is undone"
+    except (ChangeError, OSError) as trouble:
+        outcome, fix = f"not everything could be undone: {trouble}", "halton-meter uninstall"
+    else:
+        outcome = "everything that this init did is undone"
+    return SetupError(f"{title}{what}\n  {outcome}", fix)
 
 
 def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str, list[str]]]:
@@ -86,7 +102,7 @@ def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str
     It asks the machine, but changes nothing. Raises SetupError when it would be refused.
     """
     try:
-        plan = Plan(machine, choice, asking=True)
+        plan = SetupPlan(machine, choice, asking=True)
         plan.check(ledger)
         told = []
         for step in plan.steps:
@@ -98,7 +114,7 @@ def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str
             ]
             told.append((step.title, [*step.acts, *lines]))
     except ChangeError as error:
-        raise SetupError(str(error)) from None
+        raise SetupError(error.problem.what, error.problem.fix) from None
     return told
 
 

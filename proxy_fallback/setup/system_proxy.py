@@ -1,11 +1,11 @@
 """The system's proxy settings (`init --full`): set, kept in step with the network, taken away.
 
-macOS has them once a network service, and a dock plugged in later is a new service: `Keeper` hears
-of changes from `scutil` and gives it the setting too. The same keeper takes every setting away when
-the edge has failed its health checks in a row, and gives it back when the edge is well again: no
-app must be sent to a port where nobody answers. GNOME and KDE have one set of settings.
+macOS has one set for each network service, and a dock that is plugged in later is a new service:
+`ProxySettingsGuard` learns of changes from `scutil` and sets the proxy there too. It removes all
+settings when the edge has failed several health checks in a row, and sets them again once the edge
+answers: no app may be sent to a port where nobody answers. GNOME and KDE have one set of settings.
 
-A proxy that the person has set is never replaced, one that they switched off is not set again.
+A proxy that the user has set is never replaced; one that they switched off is not set again.
 Written against the outputs of `networksetup`, `scutil`, `gsettings` and `kreadconfig`.
 """
 
@@ -43,7 +43,7 @@ _NOT_ADMIN = "requires admin privileges"
 
 
 class ForeignProxy(ChangeError):
-    """The person uses another proxy already; the text says where, and what to do."""
+    """The user already uses another proxy; the problem says where."""
 
 
 # --- macOS --------------------------------------------------------------------------------------
@@ -94,10 +94,10 @@ def network_change(commands: Commands, kind: str, service: str, port: int) -> Co
     ours = now.enabled and (now.server, now.port) == (ADDRESS, port)
     if now.enabled and not ours:
         raise ForeignProxy(
-            f"network service {service!r} uses the proxy {now.server}:{now.port} already.\n"
-            f"  If it is the way out of this network, put upstream = "
-            f'"http://{now.server}:{now.port}" under [proxy] in config.toml, switch it off in '
-            "System Settings, and init again; or init --apps, which leaves it alone"
+            f"network service {service!r} already uses the proxy {now.server}:{now.port}",
+            f"halton-meter init --apps, which leaves it as it is;\n"
+            f'or add upstream = "http://{now.server}:{now.port}" under [proxy] in config.toml, '
+            "switch that proxy off in System Settings, and run init --full again",
         )
     # Setting an address switches it on, so the state comes last. networksetup takes no empty
     # port; what it makes of an empty server differs by release, and does not matter when off.
@@ -159,10 +159,10 @@ def gnome_changes(commands: Commands, port: int) -> list[CommandRun]:
     host = _gsetting(commands, f"{_GNOME}.https", "host")
     if mode not in ("'none'", "'manual'") or (mode == "'manual'" and host != f"'{ADDRESS}'"):
         raise ForeignProxy(
-            f"GNOME's proxy settings are in use (mode {mode}, host {host}).\n"
-            "  If that proxy is the way out of this network, put it as upstream under [proxy] in "
-            f"config.toml, then: gsettings set {_GNOME} mode none   and init again; "
-            "or init --apps, which leaves it alone"
+            f"GNOME's proxy settings are in use (mode {mode}, host {host})",
+            "halton-meter init --apps, which leaves them as they are;\n"
+            "or add that proxy as upstream under [proxy] in config.toml, then:\n"
+            f"gsettings set {_GNOME} mode none && halton-meter init --full",
         )
     wanted = [
         (f"{_GNOME}.{scheme}", key, value)
@@ -214,9 +214,10 @@ def kde_changes(commands: Commands, tools: tuple[str, str], port: int) -> list[C
     kind = commands.run((reader, *where, "ProxyType")).out.strip()
     if kind not in ("", "0") and commands.run((reader, *where, "httpsProxy")).out.strip() != url:
         raise ForeignProxy(
-            f"KDE's proxy settings are in use (ProxyType {kind}).\n  Put that proxy as upstream "
-            "under [proxy] in config.toml, choose No Proxy in System Settings, and init again; "
-            "or init --apps, which leaves it alone"
+            f"KDE's proxy settings are in use (ProxyType {kind})",
+            "halton-meter init --apps, which leaves them as they are;\n"
+            "or add that proxy as upstream under [proxy] in config.toml, choose No Proxy in "
+            "System Settings, and run init --full again",
         )
     # Running programs read the settings again when told so.
     signal = "org.kde.KIO.Scheduler.reparseSlaveConfiguration"
@@ -246,8 +247,8 @@ def desktop_changes(commands: Commands, port: int) -> list[CommandRun]:
     changes += kde_changes(commands, tools, port) if tools else []
     if not changes:
         raise ChangeError(
-            "no system proxy settings are known here: neither GNOME's (gsettings) nor KDE's "
-            "(kwriteconfig). Use: halton-meter init --apps"
+            "found no system proxy settings: neither GNOME's (gsettings) nor KDE's (kwriteconfig)",
+            "halton-meter init --apps",
         )
     return changes
 
@@ -255,10 +256,10 @@ def desktop_changes(commands: Commands, port: int) -> list[CommandRun]:
 # --- the keeper ---------------------------------------------------------------------------------
 
 
-class Keeper:
+class ProxySettingsGuard:
     """Keeps the system's proxy settings in step with the network and with the edge's health.
 
-    `look` is one round; `healthy` says whether the edge answers. Nothing is done unless the last
+    `check` is one round; `healthy` says whether the edge answers. Nothing is done unless the last
     complete set-up was a full one.
     """
 
@@ -282,7 +283,7 @@ class Keeper:
         self._away = False
         self._told: set[str] = set()
 
-    def look(self, network_changed: bool) -> None:
+    def check(self, network_changed: bool) -> None:
         """Check the edge's health; take away, give back, or cover what is new."""
         if self._healthy():
             self._successes, self._failures = self._successes + 1, 0

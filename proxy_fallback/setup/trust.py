@@ -24,6 +24,7 @@ from proxy_fallback.setup.changes import (
     Commands,
     write_whole,
 )
+from proxy_fallback.setup.variables import Holds, SetBy, assigned, names, preload_option
 
 BUNDLE_NAME = "ca-bundle.pem"
 # What would be trusted without us: what the proxy itself must use towards the providers.
@@ -34,17 +35,8 @@ NODE_NAME = "node-extra-ca.pem"
 # The world's public roots are 140; companies add a few.
 BUNDLE_BYTES_MAX = 8 * 1024 * 1024
 
-PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
-# Each takes a PEM bundle: OpenSSL and what is built on it, requests, curl, Codex, botocore, gRPC.
-BUNDLE_VARIABLES = (
-    "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-    "CODEX_CA_CERTIFICATE",
-    "AWS_CA_BUNDLE",
-    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
-)
-_LINUX_ROOTS = (
+# Where systems keep their roots as one PEM file.
+SYSTEM_ROOT_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/ca-bundle.pem",
@@ -67,7 +59,7 @@ def own_roots(environ: Mapping[str, str], ca_folder: Path) -> str:
     Once set up, those variables name our bundles; then what they named before is remembered.
     """
     texts, set_up = [], False
-    for name in (*BUNDLE_VARIABLES, "NODE_EXTRA_CA_CERTS"):
+    for name in names(Holds.BUNDLE, Holds.EXTRA_ROOTS, set_by=SetBy.INIT):
         file = Path(environ.get(name, ""))
         if file.name and ca_folder in file.absolute().parents:
             set_up = True
@@ -80,7 +72,7 @@ def usual_roots(commands: Commands, platform: str) -> str:
     """PEM text of the system's roots, and certifi's, which Python's programs would have used."""
     import certifi
 
-    files = [] if platform == "macos" else [Path(each) for each in _LINUX_ROOTS]
+    files = [] if platform == "macos" else [Path(each) for each in SYSTEM_ROOT_FILES]
     texts = [text for text in map(_text, files) if text][:1]
     if platform == "macos":
         found = commands.run(("security", "find-certificate", "-a", "-p", *_MAC_KEYCHAINS))
@@ -130,17 +122,18 @@ def write_bundles(authority: Authority, usual: str, own: str) -> bool:
 
 def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> dict[str, str]:
     """What programs need in their environment to use the proxy and to trust it."""
-    found = dict.fromkeys(PROXY_VARIABLES, f"http://127.0.0.1:{port}")
-    # Not through the proxy: this machine's own servers, unless one of them is to be metered.
+    # This machine's own servers are reached directly, unless one of them is metered.
     local = [each for each in ("localhost", "127.0.0.1", "::1") if each not in hosts]
-    found |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(local))
-    found |= dict.fromkeys(BUNDLE_VARIABLES, str(ca_folder / BUNDLE_NAME))
-    found["NODE_EXTRA_CA_CERTS"] = str(ca_folder / NODE_NAME)
-    # Node heeds proxy variables from version 24 on, if told to.
-    found["NODE_USE_ENV_PROXY"] = "1"
+    values = {
+        Holds.PROXY: f"http://127.0.0.1:{port}",
+        Holds.NO_PROXY: ",".join(local),
+        Holds.BUNDLE: str(ca_folder / BUNDLE_NAME),
+        Holds.EXTRA_ROOTS: str(ca_folder / NODE_NAME),
+        Holds.SWITCH: "1",
+    }
     if java:
-        found[java_vm.OPTIONS_NAME] = java_vm.options(ca_folder / java_vm.STORE_NAME, port)
-    return found
+        values[Holds.JVM_OPTIONS] = java_vm.options(ca_folder / java_vm.STORE_NAME, port)
+    return assigned(SetBy.INIT, values)
 
 
 def _running(pid_file: Path) -> str:
@@ -182,7 +175,7 @@ def posix_text(wanted: Mapping[str, str], terms: Terms) -> str:
     for name, value in wanted.items():
         given = f'"${{{name}:-{value}}}"' if name.lower() == "no_proxy" else shlex.quote(value)
         lines.append(f"  export {name}={given}")
-    preload = shlex.quote(_required(terms.preload))
+    preload = shlex.quote(preload_option(terms.preload))
     lines.append(
         f'  case "${{NODE_OPTIONS:-}}" in *{terms.preload.name}*) ;; '
         f'*) export NODE_OPTIONS="${{NODE_OPTIONS:-}} "{preload};; esac'
@@ -204,18 +197,12 @@ def fish_text(wanted: Mapping[str, str], terms: Terms) -> str:
     for name, value in wanted.items():
         given = f"set -gx {name} {_fish_quoted(value)}"
         lines.append(f"  set -q {name}; or {given}" if name.lower() == "no_proxy" else f"  {given}")
-    preload = _fish_quoted(_required(terms.preload))
+    preload = _fish_quoted(preload_option(terms.preload))
     lines.append(
         f"  string match -q '*{terms.preload.name}*' -- \"$NODE_OPTIONS\"; "
         f'or set -gx NODE_OPTIONS "$NODE_OPTIONS "{preload}'
     )
     return "\n".join([*lines, "end"]) + "\n"
-
-
-def _required(preload: Path) -> str:
-    """NODE_OPTIONS for a preloaded file; a name with a space is quoted as Node reads it."""
-    name = str(preload).replace("\\", "\\\\").replace('"', '\\"')
-    return f'--require "{name}"' if " " in name else f"--require={preload}"
 
 
 def _fish_quoted(word: str) -> str:
@@ -236,7 +223,7 @@ def environment_d_text(wanted: Mapping[str, str], override: bool) -> str:
     """A file for environment.d(5): what graphical sessions and user services start with."""
     lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
     for name, value in wanted.items():
-        kept = name in (*PROXY_VARIABLES, "NO_PROXY", "no_proxy") and not override
+        kept = name in names(Holds.PROXY, Holds.NO_PROXY, set_by=SetBy.INIT) and not override
         quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
         given = f"${{{name}:-{value}}}" if kept else f'"{quoted}"'
         lines.append(f"{name}={given}")
@@ -310,6 +297,6 @@ def system_trust(
                 check=("test", "-e", anchor),
             )
     raise ChangeError(
-        "this system has neither update-ca-certificates nor update-ca-trust; "
-        "leave --system-trust out: variables are enough for most programs"
+        "this system has neither update-ca-certificates nor update-ca-trust",
+        "leave --system-trust out; variables are enough for most programs",
     )

@@ -1,4 +1,4 @@
-"""init, doctor and uninstall as a person types them, in a home folder of their own."""
+"""init, doctor and uninstall as a user types them, in a home directory of their own."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
+from halton_meter.cli import doctor, main
+from halton_meter.cli.init import machine_here
 
 CA = ".halton-meter/proxy-ca"
-# Elsewhere no session is found, so nothing but the home folder is touched.
+# Elsewhere no session is found, so nothing but the home directory is touched.
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="it would set up this Mac")
 
 
-class Person:
-    """A home folder, a free port, and the commands run there."""
+class User:
+    """A home directory, a free port, and the commands run there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.home = folder / "user"
         self.data = self.home / ".halton-meter"
         self.data.mkdir(parents=True, mode=0o700)
@@ -35,14 +39,21 @@ class Person:
             "PATH": os.environ["PATH"],
             "HALTON_METER_HOME": str(self.data),
         }
+        for name in list(os.environ):
+            monkeypatch.delenv(name)
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
 
-    def run(
-        self, *arguments: str, environment: dict[str, str] | None = None, stdin: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **environment: str) -> Result:
+        """A command in this process, its input no terminal."""
+        return CliRunner(env=environment).invoke(main, arguments)
+
+    def start(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command in a process of its own: what it leaves running outlives it."""
         return subprocess.run(
             [sys.executable, "-m", "halton_meter", *arguments],
-            env=environment or self.environment,
-            input=stdin,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
@@ -65,113 +76,139 @@ class Person:
 
 
 @pytest.fixture
-def person(tmp_path: Path) -> Iterator[Person]:
-    made = Person(tmp_path)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[User]:
+    made = User(tmp_path, monkeypatch)
     yield made
     made.run("uninstall")
 
 
-def test_from_init_to_uninstall(person: Person) -> None:
-    before = person.files()
-    done = person.run("init", "--env-only", "--non-interactive")
+def test_from_init_to_uninstall(user: User) -> None:
+    before = user.files()
+    done = user.start("init", "--env-only", "--non-interactive")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     titles = ["CA generated", "CA trusted", "service installed", "daemon healthy at 127.0.0.1:"]
     for number, title in enumerate([*titles, "environment set"], 1):
         assert lines[number - 1].startswith(f"{number}/5 ✓ {title}")
     assert "init complete, mode: env-only" in done.stdout
-    assert (person.home / CA / "mitmproxy-ca.pem").stat().st_mode & 0o777 == 0o600
+    assert (user.home / CA / "mitmproxy-ca.pem").stat().st_mode & 0o777 == 0o600
 
-    again = person.run("init", "--env-only", "--non-interactive")
-    assert "nothing changed" in again.stdout
+    assert "nothing changed" in user.run("init", "--env-only", "--non-interactive").stdout
 
-    shell = person.shell()
-    assert shell["HTTPS_PROXY"] == f"http://127.0.0.1:{person.port}"
-    healthy = person.run("doctor", "--json", environment=shell)
-    told = json.loads(healthy.stdout)
-    assert [each for each in told["findings"] if each["ok"] is False] == []
-    assert healthy.returncode == 0
+    shell = user.shell()
+    assert shell["HTTPS_PROXY"] == f"http://127.0.0.1:{user.port}"
+    healthy = user.run("doctor", "--json", **shell)
+    found = json.loads(healthy.stdout)
+    assert [each for each in found["findings"] if each["ok"] is False] == []
+    assert healthy.exit_code == 0
 
-    (person.home / ".bashrc").write_text("# mine\n" + (person.home / ".bashrc").read_text())
-    gone = person.run("uninstall", "--json")
+    (user.home / ".bashrc").write_text("# mine\n" + (user.home / ".bashrc").read_text())
+    gone = user.start("uninstall", "--json")
     assert gone.returncode == 0, gone.stderr
     assert json.loads(gone.stdout)["notes"] == []
-    assert person.files() == {**before, ".bashrc": b"# mine\n" + before[".bashrc"]}
-    assert not (person.home / CA).exists()
+    assert user.files() == {**before, ".bashrc": b"# mine\n" + before[".bashrc"]}
+    assert not (user.home / CA).exists()
     with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", person.port)) != 0
-    assert "nothing to undo" in person.run("uninstall").stdout
+        assert probe.connect_ex(("127.0.0.1", user.port)) != 0
+    assert "nothing to undo" in user.run("uninstall").stdout
 
 
-def test_doctor_finds_what_was_broken_and_mends_it(person: Person) -> None:
-    assert person.run("init", "--env-only", "--non-interactive").returncode == 0
-    (person.home / ".bashrc").write_text("")
-    (person.data / "config.toml").chmod(0o644)
-    person.data.chmod(0o755)
-    (person.home / CA / "mitmproxy-ca.pem").unlink()
-    plan = person.run("doctor", "--fix")
-    assert plan.returncode == 1
-    assert "halton-meter init --env-only --non-interactive" in plan.stdout
-    assert "chmod go-rwx" in plan.stdout
-    mended = person.run("doctor", "--fix", "--apply")
-    assert mended.returncode == 0, mended.stderr
-    shell = person.shell()
-    assert shell["HTTPS_PROXY"] == f"http://127.0.0.1:{person.port}"
-    assert person.run("doctor", environment=shell).returncode == 0
-    assert (person.data / "config.toml").stat().st_mode & 0o077 == 0
-    assert (person.home / CA / "mitmproxy-ca.pem").exists()
+def test_doctor_finds_what_was_broken_and_fixes_it(user: User) -> None:
+    assert user.start("init", "--env-only", "--non-interactive").returncode == 0
+    (user.home / ".bashrc").write_text("")
+    (user.data / "config.toml").chmod(0o644)
+    user.data.chmod(0o755)
+    (user.home / CA / "mitmproxy-ca.pem").unlink()
+    plan = user.run("doctor", "--fix")
+    assert plan.exit_code == 1
+    fixes = plan.stdout.partition("Fixes (run with --fix --apply):\n")[2].partition("\n\n")[0]
+    assert "  halton-meter init --env-only --non-interactive" in fixes.splitlines()
+    assert "  chmod go-rwx " in fixes
+    assert f"Needs you:\n  . {user.data}/env.sh\n" in plan.stdout
+    fixed = user.run("doctor", "--fix", "--apply")
+    assert fixed.exit_code == 0, fixed.stderr
+    shell = user.shell()
+    assert shell["HTTPS_PROXY"] == f"http://127.0.0.1:{user.port}"
+    assert user.run("doctor", **shell).exit_code == 0
+    assert (user.data / "config.toml").stat().st_mode & 0o077 == 0
+    assert (user.home / CA / "mitmproxy-ca.pem").exists()
 
 
-def test_doctor_before_init_finds_no_fault_in_what_is_not_used(person: Person) -> None:
-    told = json.loads(person.run("doctor", "--json").stdout)
-    assert told["ok"] is True
-    assert {"proxy set-up"} <= {each["what"] for each in told["findings"]}
+def test_doctor_before_init_finds_no_failure_in_what_is_not_used(user: User) -> None:
+    found = json.loads(user.run("doctor", "--json").stdout)
+    assert found["ok"] is True
+    assert {"proxy set-up"} <= {each["check"] for each in found["findings"]}
 
 
-def test_a_dry_run_is_for_either_platform_and_changes_nothing(person: Person) -> None:
-    before = person.files()
+def test_a_fix_that_does_not_help_is_reported_as_still_failing(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = doctor.Finding("CA", False, "no CA; in: it", "true", automatic=True)
+    monkeypatch.setattr(doctor, "diagnose", lambda machine: iter([failing]))
+    done = user.run("doctor", "--fix", "--apply")
+    assert done.exit_code == 1
+    assert done.stderr == "halton-meter: still failing: CA: no CA; in: it\n  fix: true\n"
+
+
+def test_a_ledger_that_cannot_be_read_is_a_finding_with_its_fix(user: User) -> None:
+    (user.data / "changes.json").write_text('{"changes": ["a; b: c"]')
+    (user.data / "changes.json").chmod(0o600)
+    [found] = [each for each in doctor.diagnose(machine_here()) if each.check == "proxy set-up"]
+    assert found.ok is False
+    assert "which records how to undo init, cannot be read" in found.what
+    assert found.fix == f"mv {user.data}/changes.json /tmp/"
+
+
+def test_a_dry_run_is_for_either_platform_and_changes_nothing(user: User) -> None:
+    before = user.files()
     for platform in ("linux", "macos"):
-        java = ["--java"] * (platform == "macos")  # nobody asks that Mac whether it has one
-        done = person.run("init", "--full", *java, "--dry-run", "--json", "--platform", platform)
-        if platform == "linux" and done.returncode:
+        java = ["--java"] * (platform == "macos")  # that Mac is not asked whether it has one
+        done = user.run("init", "--full", *java, "--dry-run", "--json", "--platform", platform)
+        if platform == "linux" and done.exit_code:
             assert "init --apps" in done.stderr, "no desktop here"
             continue
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         does = [line for step in json.loads(done.stdout)["steps"] for line in step["does"]]
         wanted = "launchctl bootstrap" if platform == "macos" else "daemon --foreground"
         assert any(wanted in line for line in does) or platform == "linux"
-    assert person.files() == before
-    assert sorted(os.listdir(person.data)) == ["config.toml"]
+    assert user.files() == before
+    assert sorted(os.listdir(user.data)) == ["config.toml"]
 
 
-def test_another_platforms_set_up_can_only_be_looked_at(person: Person) -> None:
+def test_set_up_of_another_platform_can_only_be_shown(user: User) -> None:
     other = "linux" if sys.platform == "darwin" else "macos"
-    done = person.run("init", "--platform", other, "--non-interactive")
-    assert done.returncode == 2
+    done = user.run("init", "--platform", other, "--non-interactive")
+    assert done.exit_code == 2
     assert "--dry-run" in done.stderr
 
 
-def test_another_proxy_in_the_environment_is_named_with_what_to_do(person: Person) -> None:
-    environment = {**person.environment, "HTTPS_PROXY": "http://proxy.corp.example:3128"}
-    done = person.run("init", "--non-interactive", environment=environment)
-    assert done.returncode == 1
+def test_another_proxy_in_the_environment_is_named_with_the_fix(user: User) -> None:
+    done = user.run("init", "--non-interactive", HTTPS_PROXY="http://proxy.corp.example:3128")
+    assert done.exit_code == 1
     assert "proxy.corp.example:3128" in done.stderr
+    assert "fix: unset HTTPS_PROXY, then: halton-meter init" in done.stderr
     assert "upstream" in done.stderr
-    assert not (person.home / CA).exists()
+    assert not (user.home / CA).exists()
 
 
-def test_purge_removes_the_data_only_with_a_yes(person: Person) -> None:
-    (person.data / "events").write_text("")
-    refused = person.run("uninstall", "--purge", stdin="")
-    assert refused.returncode == 1
+def test_a_failure_gives_what_and_fix_as_json(user: User) -> None:
+    done = user.run("init", "--json", HTTPS_PROXY="http://proxy.corp.example:3128")
+    error = json.loads(done.stdout)
+    assert error["error"].startswith("HTTPS_PROXY is already set to another proxy")
+    assert error["fix"].startswith("unset HTTPS_PROXY")
+
+
+def test_purge_removes_the_data_only_with_a_yes(user: User) -> None:
+    (user.data / "events").write_text("")
+    refused = user.run("uninstall", "--purge")
+    assert refused.exit_code == 1
     assert "--yes" in refused.stderr
-    assert person.data.exists()
-    assert person.run("uninstall", "--purge", "--yes").returncode == 0
-    assert not person.data.exists()
+    assert user.data.exists()
+    assert user.run("uninstall", "--purge", "--yes").exit_code == 0
+    assert not user.data.exists()
 
 
-def test_purge_never_removes_a_home_folder(person: Person) -> None:
-    environment = {**person.environment, "HALTON_METER_HOME": str(person.home)}
-    done = person.run("uninstall", "--purge", "--yes", environment=environment)
-    assert done.returncode == 1
-    assert (person.home / ".bashrc").exists()
+def test_purge_never_removes_a_home_directory(user: User) -> None:
+    done = user.run("uninstall", "--purge", "--yes", HALTON_METER_HOME=str(user.home))
+    assert done.exit_code == 1
+    assert (user.home / ".bashrc").exists()

@@ -173,7 +173,8 @@ def test_status_of_the_proxy_tells_what_went_by_unmetered_and_what_to_do() -> No
         "  not metering, traffic goes through unmetered (waiting: it was killed by SIGKILL)",
         "  its worker was restarted 2 times: see the gaps",
         "  unmetered: api.x.ai 7 connections (worker down)",
-        "  /usr/bin/java does not trust our certificate for api.x.ai: it runs past us",
+        "  /usr/bin/java does not trust the proxy certificate for api.x.ai; "
+        "its traffic is not metered",
         "    halton-meter init, then start that program again",
         "  lost: flows over limit 1",
         "  gap: A to B: C",

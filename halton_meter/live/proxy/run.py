@@ -81,7 +81,7 @@ def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
             say(f"{trouble}; traffic goes on unmetered until that is mended")
         sockets = sockets or [listening.listen(port or own_port)]
     except listening.EdgeError as error:
-        raise ProxyUnavailable(str(error)) from None
+        raise ProxyUnavailable(error.what, error.fix) from None
     with contextlib.suppress(OSError):
         prepare_home(home)
     os.umask(0o077)
@@ -181,7 +181,7 @@ def _told(
     environment: Mapping[str, str], port: int, ca_file: Path, folder: Path, java: bool
 ) -> dict[str, str]:
     """A command's environment, with the proxy and trust in it."""
-    from proxy_fallback.mitm.session import bundle, client_environment
+    from proxy_fallback.setup.one_command import bundle, client_environment
 
     trusted = bundle(ca_file, folder / "ca-bundle.pem", dict(environment))
     told = client_environment(dict(environment), port, trusted, ca_file)
@@ -193,7 +193,7 @@ def _told(
     try:
         return told | java_vm.for_one_command(environment, port, ca_file, folder)
     except ChangeError as error:
-        raise ProxyUnavailable(str(error).partition(";")[0], "leave --java out") from None
+        raise ProxyUnavailable(error.problem.what, error.problem.fix) from None
 
 
 def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:

@@ -43,8 +43,8 @@ from halton_meter.live.proxy.worker import (
     provider_hosts,
 )
 from halton_meter.live.totals import Totals
+from proxy_fallback.edge.access import allowed_uids
 from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
-from proxy_fallback.edge.served import served_uids
 
 STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
 
@@ -520,7 +520,7 @@ class ProxyService:
 
 def _served() -> frozenset[int]:
     """Whose connections are taken: ours, root's and, of a run under sudo, the person's."""
-    return served_uids({invoking_account().uid} if os.geteuid() == 0 else ())
+    return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
 _COUNTS = ("events", "journal_waiting", "held")

@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Process
     from halton_meter.store import Store
-    from proxy_fallback.edge.client_end import ClientEnd
+    from proxy_fallback.edge.client_socket import ClientSocket
     from proxy_fallback.mitm.addon import MeterAddon
-    from proxy_fallback.mitm.guard import EdgeOnly
+    from proxy_fallback.mitm.edge_only import EdgeOnly
 
 # Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
 WAITING_MAX = 10_000
@@ -83,7 +83,7 @@ def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(Registry(dict(extra_hosts)).hosts())
 
 
-def process_of(end: ClientEnd) -> Process | None:
+def process_of(end: ClientSocket) -> Process | None:
     """The process behind a client's socket, or None."""
     if sys.platform == "darwin":
         from capture.processes.arguments import without_secrets
@@ -310,7 +310,7 @@ class Worker:
 
     def run(self) -> int:
         """Meter until told to finish, or until nobody is left to tell."""
-        from proxy_fallback.mitm.guard import EdgeOnly
+        from proxy_fallback.mitm.edge_only import EdgeOnly
         from proxy_fallback.mitm.session import ProxyError, ProxySession
         from proxy_fallback.setup.authority import AuthorityError
 

@@ -32,14 +32,14 @@ _TCP_ESTABLISHED = 1
 class Peer(enum.Enum):
     """What is known of whoever connected."""
 
-    SERVED = "served"
+    ALLOWED = "allowed"
     OTHER_USER = "other_user"
     GONE = "gone"  # closed by its process: whose it was is not told any more
     ABSENT = "absent"
     UNKNOWN = "unknown"
 
 
-def served_uids(more: Iterable[int] = ()) -> frozenset[int]:
+def allowed_uids(more: Iterable[int] = ()) -> frozenset[int]:
     """The users whom a proxy of this process serves, and `more`."""
     found = {os.geteuid(), ROOT, *more}
     if sys.platform != "win32":
@@ -51,7 +51,7 @@ def served_uids(more: Iterable[int] = ()) -> frozenset[int]:
     return frozenset(found)
 
 
-def peer_at(client: tuple[str, int], near: tuple[str, int], served: frozenset[int]) -> Peer:
+def peer_at(client: tuple[str, int], near: tuple[str, int], allowed: frozenset[int]) -> Peer:
     """Who is connected from `client` to `near`, both addresses of this very machine."""
     if sys.platform != "linux":
         return Peer.UNKNOWN
@@ -63,13 +63,13 @@ def peer_at(client: tuple[str, int], near: tuple[str, int], served: frozenset[in
         return Peer.ABSENT
     if not found.inode:
         return Peer.GONE
-    return Peer.SERVED if found.uid in served else Peer.OTHER_USER
+    return Peer.ALLOWED if found.uid in allowed else Peer.OTHER_USER
 
 
-def peer_of(accepted: socket.socket, served: frozenset[int]) -> Peer:
+def peer_of(accepted: socket.socket, allowed: frozenset[int]) -> Peer:
     """Who is at the other end of a connection that was accepted."""
     try:
-        found = peer_at(accepted.getpeername()[:2], accepted.getsockname()[:2], served)
+        found = peer_at(accepted.getpeername()[:2], accepted.getsockname()[:2], allowed)
     except OSError:  # reset before we could look
         return Peer.GONE
     if found is not Peer.ABSENT:

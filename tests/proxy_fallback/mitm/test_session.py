@@ -19,7 +19,7 @@ from halton_meter.model import Exchange, Outcome, Source
 from halton_meter.wire.conversation import Interest
 from halton_meter.wire.recording import Recorder
 from proxy_fallback.mitm.addon import Begin, MeterAddon, Wiring
-from proxy_fallback.mitm.session import ProxySession, client_environment, host_patterns
+from proxy_fallback.mitm.session import ProxySession, host_patterns
 
 
 @pytest.fixture(scope="module")
@@ -210,15 +210,6 @@ def test_suffix_hosts_match_their_subdomains_only() -> None:
     assert not re.search(exact, "api.openai.com.evil.example:443")
     assert re.search(suffix, "mine.openai.azure.com:443")
     assert not re.search(suffix, "evilopenai.azure.com:443")
-
-
-def test_the_command_keeps_its_environment_and_gains_the_proxy(tmp_path: Path) -> None:
-    before = {"PATH": "/bin", "HTTPS_PROXY": "http://other:1"}
-    after = client_environment(before, 4444, tmp_path / "bundle.pem", tmp_path / "ca.pem")
-    assert after["HTTPS_PROXY"] == "http://127.0.0.1:4444"
-    assert after["NODE_EXTRA_CA_CERTS"] == str(tmp_path / "ca.pem")
-    assert after["PATH"] == "/bin"
-    assert before == {"PATH": "/bin", "HTTPS_PROXY": "http://other:1"}
 
 
 def test_a_certificate_names_what_the_client_asked_for_and_nothing_else(

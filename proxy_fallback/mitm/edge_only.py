@@ -1,7 +1,7 @@
 """A mitmproxy addon that lets nobody but the edge in: its port is open to the whole machine.
 
 The edge says with each CONNECT a secret that was made for this run. Who does not is told 403, or
-hung up on. Another user, whom the kernel names (`served.py`), is let go before a byte is read, so
+hung up on. Another user, whom the kernel names (`access.py`), is let go before a byte is read, so
 that not even a TLS handshake of theirs is answered. What macOS' redirector hands over comes past
 the edge, and is let in. It refuses to know what is asked for.
 """
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from proxy_fallback.edge.served import Peer, peer_at, served_uids
+from proxy_fallback.edge.access import Peer, allowed_uids, peer_at
 
 if TYPE_CHECKING:
     from mitmproxy import connection, http
@@ -26,7 +26,7 @@ class EdgeOnly:
 
     def __init__(self, secret: str) -> None:
         self._expected = f"Bearer {secret}".encode()
-        self._served = served_uids()
+        self._allowed = allowed_uids()
         self._let_in: set[str] = set()
         self.turned_away: Counter[str] = Counter()
 
@@ -34,7 +34,7 @@ class EdgeOnly:
         """Somebody connected; mitmproxy's hook, as the others."""
         if client.proxy_mode.type_name not in _REGULAR_MODES:
             self._let_in.add(client.id)
-        elif peer_at(client.peername[:2], client.sockname[:2], self._served) is Peer.OTHER_USER:
+        elif peer_at(client.peername[:2], client.sockname[:2], self._allowed) is Peer.OTHER_USER:
             client.error = "another user"
             self.turned_away["refused_other_user_at_worker"] += 1
 

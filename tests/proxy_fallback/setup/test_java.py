@@ -58,5 +58,5 @@ def test_a_trust_store_or_proxy_that_the_person_chose_stays(tmp_path: Path, own:
 
 def test_without_java_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Commands, "has", lambda self, program: False)
-    with pytest.raises(ChangeError, match="no Java was found"):
+    with pytest.raises(ChangeError, match="found no Java"):
         made(tmp_path)

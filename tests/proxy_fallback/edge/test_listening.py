@@ -16,7 +16,7 @@ import pytest
 
 from proxy_fallback.edge import listening
 from proxy_fallback.edge.listening import EdgeError
-from tests.proxy_fallback.test_edge import place, run
+from tests.proxy_fallback.edge.test_edge import place, run
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "localhost", ""])
@@ -122,7 +122,7 @@ def test_a_socket_handed_over_that_others_can_reach_is_refused() -> None:
 
 _ACTIVATED = """
 import asyncio, os, signal
-from proxy_fallback.edge import Edge
+from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import listeners
 async def main():
     sockets = listeners()
@@ -146,7 +146,7 @@ def test_it_restarts_without_refusing_a_connection() -> None:
         def clients() -> None:
             while not stop.is_set():
                 try:
-                    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+                    with socket.create_connection(("127.0.0.1", port), timeout=600) as client:
                         client.sendall(b"GET /halton-meter/health HTTP/1.1\r\n\r\n")
                         if b"here" in client.makefile("rb").read():
                             served[0] += 1
@@ -188,10 +188,10 @@ def test_it_serves_the_socket_that_systemd_hands_over(tmp_path: Path) -> None:
     try:
         while "Listening" not in (tmp_path / "said").read_text():
             assert process.poll() is None
-        assert listening.answers(port, timeout_s=20)
+        assert listening.answers(port, timeout_s=120)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(120)
         said.close()
 
 

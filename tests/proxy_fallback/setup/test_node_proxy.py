@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy_fallback.mitm.session import client_environment
-from tests.proxy_fallback.test_session import certificate  # noqa: F401 (a fixture)
+from proxy_fallback.setup.one_command import client_environment
+from tests.proxy_fallback.mitm.test_session import certificate  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
 

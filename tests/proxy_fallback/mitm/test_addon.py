@@ -22,7 +22,7 @@ from halton_meter.wire.conversation import Interest
 from halton_meter.wire.recording import Recorder
 from proxy_fallback.mitm.addon import MeterAddon, Wiring
 from proxy_fallback.mitm.session import ProxySession
-from tests.proxy_fallback.test_session import certificate  # noqa: F401 (a fixture)
+from tests.proxy_fallback.mitm.test_session import certificate  # noqa: F401 (a fixture)
 
 Answer = Callable[["Talk"], None]
 WAIT_S_MAX = 60.0

@@ -14,9 +14,14 @@ from proxy_fallback.setup.authority import ensure_authority
 from proxy_fallback.setup.changes import ChangeError, Ran
 from proxy_fallback.setup.ledger import Ledger
 from proxy_fallback.setup.plan import Choice, Machine, SetupError
-from proxy_fallback.setup.steps import Done, describe, take_steps, undo
-from proxy_fallback.setup.system_proxy import Keeper, network_proxy, network_services, notifications
-from tests.support.machines import Mac, files, life, machine, said
+from proxy_fallback.setup.steps import StepTaken, describe, take_steps, undo
+from proxy_fallback.setup.system_proxy import (
+    ProxySettingsGuard,
+    network_proxy,
+    network_services,
+    notifications,
+)
+from tests.support.machines import RECORDED, Mac, files, life, machine, said
 
 FULL = Choice("full")
 OURS = (True, "127.0.0.1", 8081, False)
@@ -39,8 +44,8 @@ def here(tmp_path: Path, mac: Mac) -> Machine:
     return machine(tmp_path, mac)
 
 
-def set_up(here: Machine, choice: Choice = FULL) -> tuple[bool, list[Done]]:
-    steps: list[Done] = []
+def set_up(here: Machine, choice: Choice = FULL) -> tuple[bool, list[StepTaken]]:
+    steps: list[StepTaken] = []
     with Ledger.open(here.home, here.commands) as ledger:
         return take_steps(here, choice, ledger, steps.append), steps
 
@@ -189,7 +194,7 @@ def test_a_daemon_that_never_answers_undoes_all_before_anything_points_to_it(
 ) -> None:
     state, before = mac.snapshot(), left_of_us(tmp_path)
     deaf = replace(here, healthy=lambda: False)
-    with pytest.raises(SetupError, match="nobody answers at"):
+    with pytest.raises(SetupError, match="does not answer after"):
         set_up(deaf)
     assert mac.snapshot() == state
     assert left_of_us(tmp_path) == before
@@ -215,7 +220,9 @@ def test_a_company_proxy_on_one_service_is_neither_replaced_nor_half_way_left(
 ) -> None:
     mac.state.services["iPhone USB"]["securewebproxy"] = (True, "proxy.corp.example", 8080, True)
     state, before = mac.snapshot(), files(tmp_path)
-    with pytest.raises(SetupError, match=r"'iPhone USB' uses the proxy proxy.corp.example:8080"):
+    with pytest.raises(
+        SetupError, match=r"'iPhone USB' already uses the proxy proxy.corp.example:8080"
+    ):
         set_up(here)
     assert mac.snapshot() == state
     assert {n: f for n, f in files(tmp_path).items() if not n.startswith("user/.halt")} == before
@@ -230,9 +237,11 @@ def test_another_proxy_in_use_is_refused_without_its_password_being_shown(
         here = replace(here, environ={"HTTPS_PROXY": url})
     else:
         mac.state.environment["HTTPS_PROXY"] = url
-    with pytest.raises(SetupError, match=r"another proxy already \(proxy.corp.example:3128\)") as e:
+    with pytest.raises(SetupError, match=r"to another proxy \(proxy.corp.example:3128\)") as e:
         set_up(here)
     assert "SECRET" not in str(e.value)
+    unset = "unset HTTPS_PROXY" if where == "environment" else "launchctl unsetenv HTTPS_PROXY"
+    assert e.value.problem.fix.startswith(f"{unset}, then: halton-meter init")
     assert set_up(replace(here, upstream=True))[0]
 
 
@@ -240,7 +249,7 @@ def test_a_port_that_somebody_else_has_is_told_before_anything_changes(
     here: Machine, mac: Mac
 ) -> None:
     taken = replace(here, port_taken=lambda: True, healthy=lambda: False)
-    with pytest.raises(SetupError, match="is taken by another"):
+    with pytest.raises(SetupError, match="another program listens on"):
         set_up(taken)
     assert not any(argv[1] == "bootstrap" for argv in mac.ran)
 
@@ -326,7 +335,7 @@ def test_a_redirector_that_was_there_before_stays(here: Machine, mac: Mac) -> No
     assert not any(argv[0] == "rm" and "-rf" in argv for argv in mac.ran)
 
 
-# --- the keeper of the system proxy ---
+# --- the guard of the system proxy ---
 
 
 class Health:
@@ -337,22 +346,22 @@ class Health:
 
 
 @pytest.fixture
-def kept(here: Machine, mac: Mac) -> tuple[Keeper, Health, list[str]]:
+def kept(here: Machine, mac: Mac) -> tuple[ProxySettingsGuard, Health, list[str]]:
     set_up(here)
     health, told = Health(), list[str]()
-    return Keeper(here.home, mac, "macos", 8081, health, told.append), health, told
+    return ProxySettingsGuard(here.home, mac, "macos", 8081, health, told.append), health, told
 
 
-Kept = tuple[Keeper, Health, list[str]]
+Kept = tuple[ProxySettingsGuard, Health, list[str]]
 
 
 def test_a_dock_that_is_plugged_in_later_is_covered_and_put_back(
     here: Machine, mac: Mac, kept: Kept
 ) -> None:
     mac.plug("Thunderbolt Ethernet Slot 1")
-    kept[0].look(network_changed=False)
+    kept[0].check(network_changed=False)
     assert mac.state.services["Thunderbolt Ethernet Slot 1"]["webproxy"] == NEVER
-    kept[0].look(network_changed=True)
+    kept[0].check(network_changed=True)
     assert mac.state.services["Thunderbolt Ethernet Slot 1"]["securewebproxy"] == OURS
     take_back(here)
     kinds = mac.state.services["Thunderbolt Ethernet Slot 1"]
@@ -366,14 +375,14 @@ def test_a_service_with_a_proxy_of_its_own_is_left_alone_and_told_once(
     mac.plug("Office LAN")
     mac.state.services["Office LAN"]["securewebproxy"] = theirs
     for _ in range(3):
-        kept[0].look(network_changed=True)
+        kept[0].check(network_changed=True)
     assert mac.state.services["Office LAN"]["securewebproxy"] == theirs
     assert sum("proxy.corp.example" in text for text in kept[2]) == 1
 
 
 def test_a_proxy_that_the_person_switched_off_is_not_set_again(mac: Mac, kept: Kept) -> None:
     mac.state.services["Wi-Fi"]["webproxy"] = (False, "127.0.0.1", 8081, False)
-    kept[0].look(network_changed=True)
+    kept[0].check(network_changed=True)
     assert mac.state.services["Wi-Fi"]["webproxy"][0] is False
 
 
@@ -383,14 +392,14 @@ def test_failed_checks_in_a_row_take_the_system_proxy_away_until_it_is_well_agai
     def on() -> bool:
         return any(kind[0] for kinds in mac.state.services.values() for kind in kinds.values())
 
-    keeper, health, told = kept
+    guard, health, told = kept
     for well, expected in (
         *((False, True), (True, True)),  # one failure is nothing yet
         *((False, True), (False, True), (False, False), (False, False)),
         *((True, False), (False, False), (True, False), (True, True)),
     ):
         health.well = well
-        keeper.look(network_changed=False)
+        guard.check(network_changed=False)
         assert on() is expected, told
     assert "system proxy taken away" in told[0]
     assert set_up(here)[0] is False
@@ -399,7 +408,7 @@ def test_failed_checks_in_a_row_take_the_system_proxy_away_until_it_is_well_agai
 def test_a_keeper_that_starts_while_all_is_down_takes_the_proxy_away(mac: Mac, kept: Kept) -> None:
     kept[1].well = False
     for _ in range(system_proxy.FAILURES_MAX):
-        kept[0].look(network_changed=True)
+        kept[0].check(network_changed=True)
     assert not any(k[0] for kinds in mac.state.services.values() for k in kinds.values())
 
 
@@ -408,7 +417,7 @@ def test_the_keeper_does_nothing_where_set_up_was_taken_back(
 ) -> None:
     take_back(here)
     mac.plug("Dock")
-    kept[0].look(network_changed=True)
+    kept[0].check(network_changed=True)
     assert mac.state.services["Dock"]["webproxy"] == NEVER
 
 
@@ -418,7 +427,7 @@ def test_notifications_are_taken_from_what_scutil_prints(
     monkeypatch.setattr(system_proxy, "HEALTH_EVERY_S", 0.05)
     monkeypatch.setattr(system_proxy, "SETTLE_S", 0.01)
     asked, go = tmp_path / "asked", tmp_path / "go"
-    recorded = Path(__file__).parents[1] / "support/recorded/scutil_watch.txt"
+    recorded = RECORDED / "scutil_watch.txt"
     script = (
         f'for n in 1 2 3 4; do read line; echo "$line" >>{asked}; done; '
         f"until [ -e {go} ]; do sleep 0.02; done; cat {recorded}; cat"

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from proxy_fallback.edge import access, owner
 from proxy_fallback.edge import edge as edges
-from proxy_fallback.edge import owner, served
+from proxy_fallback.edge.access import Peer, allowed_uids, peer_of
 from proxy_fallback.edge.listening import HEALTH_PATH
-from proxy_fallback.edge.served import Peer, peer_of, served_uids
-from tests.proxy_fallback.test_edge import PROVIDER, StandIn, place, run, say, serving
+from tests.proxy_fallback.edge.test_edge import PROVIDER, StandIn, place, run, say, serving
 from tests.support.cost import within
 from tests.support.other_user import UID, OtherUser, needs_root, other_user  # noqa: F401
 
@@ -85,7 +85,7 @@ def test_a_reset_is_gone_and_a_half_closed_socket_is_still_its_users(end: str) -
             client.close()
         else:
             client.shutdown(socket.SHUT_WR)
-        expected = Peer.GONE if end == "reset" else Peer.SERVED
+        expected = Peer.GONE if end == "reset" else Peer.ALLOWED
         assert peer_of(accepted, frozenset({os.geteuid()})) is expected
 
 
@@ -112,7 +112,7 @@ def test_a_kernel_that_does_not_tell_refuses_nobody(monkeypatch: pytest.MonkeyPa
 
     client, accepted = connected()
     with client, accepted:
-        monkeypatch.setattr(served, "owner_of", silent)
+        monkeypatch.setattr(access, "owner_of", silent)
         assert peer_of(accepted, frozenset()) is Peer.UNKNOWN
 
 
@@ -122,7 +122,7 @@ def test_an_answer_from_another_network_namespace_refuses_nobody(
     """It knows neither end, and the connection stands."""
     client, accepted = connected()
     with accepted:
-        monkeypatch.setattr(served, "owner_of", lambda *ends: None)
+        monkeypatch.setattr(access, "owner_of", lambda *ends: None)
         assert peer_of(accepted, frozenset()) is Peer.UNKNOWN
         client.close()
         assert peer_of(accepted, frozenset()) is Peer.GONE
@@ -133,7 +133,7 @@ def test_a_kernel_that_lacks_the_module_is_asked_by_proc(monkeypatch: pytest.Mon
     monkeypatch.setattr(owner, "_asked", lambda *about: iter(()))
     client, accepted = connected()
     with client, accepted:
-        assert peer_of(accepted, frozenset({os.geteuid()})) is Peer.SERVED
+        assert peer_of(accepted, frozenset({os.geteuid()})) is Peer.ALLOWED
         assert peer_of(accepted, frozenset()) is Peer.OTHER_USER
 
 
@@ -157,8 +157,8 @@ def test_the_owner_root_and_roots_downloaders_are_served(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(pwd, "getpwnam", getpwnam)
-    assert served_uids() == {1000, 0, 42}
-    assert served_uids({1001}) == {1000, 1001, 0, 42}
+    assert allowed_uids() == {1000, 0, 42}
+    assert allowed_uids({1001}) == {1000, 1001, 0, 42}
 
 
 # --- through the edge ---------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_another_user_is_refused_and_reaches_nothing(
 @needs_root
 def test_the_owner_and_root_are_served_beside_them(other_user: OtherUser) -> None:  # noqa: F811
     async def scene() -> None:
-        async with place(served=frozenset({0, UID})) as here:
+        async with place(allowed=frozenset({0, UID})) as here:
             request = f"CONNECT 127.0.0.1:{here.origin} HTTP/1.1\r\n\r\n".encode()
             assert await say(await here.tunnel(), b"hi") == b"hi"  # we are root
             telling = asyncio.create_task(other_user.tell(here.port, request))

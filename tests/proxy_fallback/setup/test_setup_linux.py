@@ -156,7 +156,7 @@ def test_killed_for_real_between_the_record_and_the_change(tmp_path: Path) -> No
     life(tmp_path)
     tools, reached = tmp_path / "tools", tmp_path / "reached"
     tools.mkdir()
-    stuck = f"#!/bin/sh\ncase $2 in enable) touch {reached}; sleep 60;; esac\nexit 0\n"
+    stuck = f"#!/bin/sh\ncase $2 in enable) touch {reached}; exec sleep 3600;; esac\nexit 0\n"
     (tools / "systemctl").write_text(stuck)
     (tools / "systemctl").chmod(0o755)
     user = tmp_path / "user"
@@ -170,9 +170,7 @@ def test_killed_for_real_between_the_record_and_the_change(tmp_path: Path) -> No
     init = subprocess.Popen(
         [*command, "init", "--non-interactive"], env=environment, start_new_session=True
     )
-    deadline = time.monotonic() + 60
-    while not reached.exists():
-        assert time.monotonic() < deadline
+    while not reached.exists():  # however long: a machine may be busy, and init ends by itself
         assert init.poll() is None
         time.sleep(0.02)
     os.killpg(init.pid, signal.SIGKILL)
@@ -500,7 +498,7 @@ def test_what_a_person_trusted_by_variables_is_trusted_still_after_two_inits(
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match="known are env-only, apps, full"):
+    with pytest.raises(SetupError, match="use one of env-only, apps, full"):
         set_up(machine(tmp_path, Desktop("none")), "everything")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from capture.processes.arguments import REDACTED, without_secrets
-from proxy_fallback.edge.client_end import ClientEnd
+from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.mitm.owner_macos import (
     arguments_in,
     folder_in_lsof,
@@ -16,7 +16,7 @@ from proxy_fallback.mitm.owner_macos import (
     processes_in_ps,
 )
 
-CLIENT = ClientEnd("127.0.0.1", 52341, 8081)
+CLIENT = ClientSocket("127.0.0.1", 52341, 8081)
 # The proxy's end of the connection is listed, too, and other connections to it.
 LSOF = """p812
 f11
@@ -50,14 +50,14 @@ def procargs(argv: list[bytes], environment: list[bytes]) -> bytes:
 
 def test_the_clients_end_is_told_from_the_proxys() -> None:
     assert pid_in_lsof(LSOF, CLIENT) == 4711
-    assert pid_in_lsof(LSOF, ClientEnd("127.0.0.1", 8081, 52341)) == 812
-    assert pid_in_lsof(LSOF_IPV6, ClientEnd("::1", 52341, 8081)) == 4711
+    assert pid_in_lsof(LSOF, ClientSocket("127.0.0.1", 8081, 52341)) == 812
+    assert pid_in_lsof(LSOF_IPV6, ClientSocket("::1", 52341, 8081)) == 4711
 
 
 def test_a_port_that_two_sockets_share_names_the_one_connected_to_the_edge() -> None:
     shared = "p812\nf14\nn127.0.0.1:52341->127.0.0.1:60001\n" + LSOF
     assert pid_in_lsof(shared, CLIENT) == 4711
-    assert pid_in_lsof(shared, ClientEnd("127.0.0.1", 52341, 60001)) == 812
+    assert pid_in_lsof(shared, ClientSocket("127.0.0.1", 52341, 60001)) == 812
 
 
 @pytest.mark.parametrize("output", ["", "p12\n", "n127.0.0.1:52341->1.2.3.4:5\n", "px\nfoo"])

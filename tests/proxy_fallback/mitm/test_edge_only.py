@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from proxy_fallback.mitm.addon import MeterAddon, Wiring
-from proxy_fallback.mitm.guard import EdgeOnly
+from proxy_fallback.mitm.edge_only import EdgeOnly
 from proxy_fallback.mitm.session import ProxySession
 from tests.support.other_user import OtherUser, needs_root, other_user  # noqa: F401
 
@@ -25,11 +25,12 @@ class Place:
     """A guarded mitmproxy, and a server that counts who came."""
 
     def __init__(self, folder: Path) -> None:
-        self.guard = EdgeOnly(SECRET)
+        self.edge_only = EdgeOnly(SECRET)
         self.begun: list[object] = []
         begin = lambda *about: self.begun.append(about)  # noqa: E731
         wiring = Wiring(begin, lambda end: None, lambda exchange: None)
-        self.session = ProxySession(MeterAddon(wiring), ("x.test",), folder, guard=self.guard)
+        addon = MeterAddon(wiring)
+        self.session = ProxySession(addon, ("x.test",), folder, edge_only=self.edge_only)
         self.session.start()
         self.origin = socket.create_server(("127.0.0.1", 0))
         self.origin.setblocking(False)
@@ -67,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def nobody_yet(place: Place) -> None:
-    place.guard.turned_away.clear()
+    place.edge_only.turned_away.clear()
     while place.reached():
         pass
 
@@ -75,7 +76,7 @@ def nobody_yet(place: Place) -> None:
 def test_the_edge_is_let_in(place: Place) -> None:
     assert place.say(place.connect(LET_IN)).startswith(b"HTTP/1.1 200 ")
     assert place.reached()
-    assert not place.guard.turned_away
+    assert not place.edge_only.turned_away
 
 
 @pytest.mark.parametrize("fields", WRONG)
@@ -83,7 +84,7 @@ def test_a_tunnel_without_the_secret_is_refused(place: Place, fields: str) -> No
     answer = place.say(place.connect(fields))
     assert answer.startswith(b"HTTP/1.1 403 "), answer
     assert not place.reached()
-    assert place.guard.turned_away == {"refused_past_the_edge": 1}
+    assert place.edge_only.turned_away == {"refused_past_the_edge": 1}
 
 
 @pytest.mark.parametrize("fields", ["", LET_IN], ids=["plain", "with the secret"])
@@ -94,7 +95,7 @@ def test_a_request_without_a_tunnel_is_hung_up_on_whatever_it_says(
     """The edge asks for none."""
     assert place.say(place.get(fields + body) + ("hello" if body else "")) == b""
     assert not place.reached()
-    assert place.guard.turned_away == {"refused_past_the_edge": 1}
+    assert place.edge_only.turned_away == {"refused_past_the_edge": 1}
     assert place.begun == []  # nor is it metered
 
 
@@ -110,7 +111,7 @@ def test_another_user_hears_nothing_at_all(
     said = {"the secret": place.connect(LET_IN).encode(), "TLS": hello, "nothing": b""}[what]
     assert other_user.tell_now(place.session.port, said) == b""
     assert not place.reached()
-    assert place.guard.turned_away == {"refused_other_user_at_worker": 1}
+    assert place.edge_only.turned_away == {"refused_other_user_at_worker": 1}
 
 
 def test_what_macos_redirects_comes_past_the_edge_and_is_let_in() -> None:

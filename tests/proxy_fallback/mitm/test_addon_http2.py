@@ -20,8 +20,8 @@ import h2.settings
 import pytest
 
 from halton_meter.model import Outcome, Protocol
-from tests.proxy_fallback.test_addon import WAIT_S_MAX, Place, nothing_delivered, place  # noqa: F401
-from tests.proxy_fallback.test_session import certificate  # noqa: F401 (fixtures)
+from tests.proxy_fallback.mitm.test_addon import WAIT_S_MAX, Place, nothing_delivered, place  # noqa: F401
+from tests.proxy_fallback.mitm.test_session import certificate  # noqa: F401 (fixtures)
 
 Fields = list[tuple[bytes, bytes]]
 MB = 1 << 20

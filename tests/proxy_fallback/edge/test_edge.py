@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
-from proxy_fallback.edge import client_end, listening
+from proxy_fallback.edge import client_socket, listening
 from proxy_fallback.edge import edge as edges
 from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import EdgeError
@@ -116,9 +118,11 @@ def test_a_provider_goes_to_mitmproxy_and_the_client_is_named_to_it() -> None:
             client = await here.tunnel(PROVIDER)
             assert await say(client, b"hi", 10) == b"metered:hi"
             [head] = stand_in.heads
-            end = client_end.ClientEnd(*client[1].get_extra_info("sockname"), here.port)
+            end = client_socket.ClientSocket(*client[1].get_extra_info("sockname"), here.port)
             assert head.startswith(f"CONNECT {PROVIDER}:{here.origin} HTTP/1.1\r\n".encode())
-            assert f"\r\n{client_end.HEADER}: {client_end.to_header(end)}\r\n".encode() in head
+            assert (
+                f"\r\n{client_socket.HEADER}: {client_socket.to_header(end)}\r\n".encode() in head
+            )
             assert here.edge.counts["metered"] == 1
             assert here.edge.bypassed == {}
         worker.close()
@@ -712,3 +716,12 @@ def test_thousands_of_connections_leave_no_descriptor_behind(batches: int) -> No
 
     edges.raise_descriptor_limit()
     asyncio.run(bounded())
+
+
+def test_the_edge_imports_the_standard_library_only() -> None:
+    allowed = sys.stdlib_module_names | {"proxy_fallback"}
+    for file in Path(edges.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in found} <= allowed, file

@@ -13,7 +13,7 @@ from typing import NamedTuple
 HEADER = "x-halton-meter-client"
 
 
-class ClientEnd(NamedTuple):
+class ClientSocket(NamedTuple):
     """The address and port of a client's socket, and the port that it is connected to."""
 
     address: str
@@ -21,14 +21,14 @@ class ClientEnd(NamedTuple):
     far_port: int
 
 
-def to_header(end: ClientEnd) -> str:
+def to_header(end: ClientSocket) -> str:
     """The header's value: "127.0.0.1 45000 8081"."""
     return f"{end.address} {end.port} {end.far_port}"
 
 
-def from_header(value: str) -> ClientEnd | None:
+def from_header(value: str) -> ClientSocket | None:
     """The inverse of `to_header`; None for what is not one."""
     match value.split(" "):
         case [address, port, far_port] if port.isdecimal() and far_port.isdecimal():
-            return ClientEnd(address, int(port), int(far_port))
+            return ClientSocket(address, int(port), int(far_port))
     return None
