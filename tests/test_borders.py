@@ -24,11 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture import protocol
-from capture.functions import libraries
+from capture.functions.finder_protocol import library_from_json, library_json
+from capture.functions.library import Library, Probe
+from capture.functions.stacks import PROGRAMS, Stack
 from capture.helper import main as helper
 from capture.helper.admission import Refused
 from capture.helper.relay.forwarder import Outlet
-from capture.helper.relay.keeper import Hold
+from capture.helper.handover import Hold
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from halton_meter import privileges, untrusted
 from halton_meter.config import Account, Config, ConfigError
@@ -465,9 +467,7 @@ def test_no_byte_behind_the_first_command_is_read_with_it() -> None:
 
 # --- finder -> helper -----------------------------------------------------------------------------
 
-LIBRARY = json.loads(
-    libraries.library_json(libraries.Library("x", (libraries.Probe("enter_read", 9),), "id"))
-)
+LIBRARY = json.loads(library_json(Library(Stack.OPENSSL, (Probe("enter_read", 9),), "id")))
 
 
 @given(st.sampled_from(sorted(LIBRARY)), raw_values)
@@ -476,9 +476,9 @@ def test_a_finder_says_a_library_or_nothing(name: str, value: str) -> None:
     fields = ",".join(f'"{n}":{value if n == name else json.dumps(LIBRARY[n])}' for n in LIBRARY)
     for text in (f"{{{fields}}}", value):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            library = libraries.library_from_json(text)
+            library = library_from_json(text)
             if library is not None:
-                assert len(json.dumps(dataclasses.asdict(library))) < 20_000
+                assert len(json.dumps(dataclasses.asdict(library), default=str)) < 20_000
                 assert all(0 <= probe.offset < 2**64 for probe in library.probes)
 
 
@@ -488,8 +488,8 @@ def test_a_finder_says_probes_or_nothing(program: str, offset: str, at_return: s
     told = LIBRARY | {"probes": "PROBES"}
     text = json.dumps(told).replace('"PROBES"', f"[[{program},{offset},{at_return}]]")
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        library = libraries.library_from_json(text)
-        assert library is None or library.probes[0].program in libraries._PROGRAMS
+        library = library_from_json(text)
+        assert library is None or library.probes[0].program in PROGRAMS
 
 
 # --- proxy worker -> proxy service, client -> proxy service ---------------------------------------

@@ -12,8 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from capture import protocol
-from capture.helper import loader
+from capture import bpf, protocol
 from capture.helper.family import EXCLUDED, IN_SCOPE, Family
 
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
@@ -44,9 +43,9 @@ class Admission:
         self._restricted = restricted
         self._family = family
         self._hosts: set[str] = set()
-        self._host_map = loader.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
+        self._host_map = bpf.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
         self._set_settings(request_bytes_max or REQUEST_BYTES_MAX, maps)
-        uids = loader.Map(maps["uids"], 4, 1)
+        uids = bpf.Map(maps["uids"], 4, 1)
         for uid in scope["uids"]:
             uids.set(struct.pack("=I", uid), b"\x01")
         for pid in scope["excluded"]:
@@ -67,7 +66,7 @@ class Admission:
         flags |= _OWNER if owner is not None else 0
         namespace = os.stat("/proc/self/ns/pid")
         nested = namespace.st_ino != _INIT_PID_NAMESPACE
-        loader.Map(maps["settings"], 4, _SETTINGS.size).set(
+        bpf.Map(maps["settings"], 4, _SETTINGS.size).set(
             bytes(4),
             _SETTINGS.pack(
                 flags,

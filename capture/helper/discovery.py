@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from capture import protocol
-from capture.functions import libraries
-from capture.helper import loader
+from capture import bpf, protocol
+from capture.functions.stacks import STACKS, Stack
 from capture.helper.admission import Admission
-from capture.helper.coverage import Lookups, talks_tls
 from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
 from capture.helper.files.searches import FileId, Haste
 from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
+from capture.helper.lookups import Lookups
+from capture.processes.mappings import executable_mappings
+from capture.processes.proc import talks_tls
 
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -41,6 +42,7 @@ SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, 
 SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
+_JAVA = STACKS[Stack.JSSE].library
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class Discovery:
 
     def __init__(
         self,
-        process_ring: loader.Ring,
+        process_ring: bpf.Ring,
         files: Attachments,
         admission: Admission,
         on_change: Callable[[], None],
@@ -130,7 +132,7 @@ class Discovery:
                 self._on_change()
             elif record.kind == protocol.LEARNED:
                 self.files.learned(record.offset, record.length)
-            elif record.kind == protocol.DOUBT:
+            elif record.kind == protocol.NOT_HTTP:
                 self.files.doubt(record.offset)
                 self._on_change()
             elif record.kind == protocol.OPEN:
@@ -278,7 +280,7 @@ class Discovery:
         """Look at files the process has mapped since last time; False when it is gone."""
         if not self._admission.in_scope(pid):
             return False
-        mappings = libraries.executable_mappings(pid)
+        mappings = executable_mappings(pid)
         if mappings is None:
             self.watched.pop(pid, None)
             return False
@@ -293,7 +295,7 @@ class Discovery:
             if time.monotonic() > until:
                 self._schedule_once(pid, SCAN_AGAIN_S)
                 break
-            watched.java = watched.java or mapping.path.endswith("/libjvm.so")
+            watched.java = watched.java or mapping.path.endswith(f"/{_JAVA}")
             self.read_processes()  # libraries can wait, a process may not
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:

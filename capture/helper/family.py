@@ -13,8 +13,8 @@ import dataclasses
 import struct
 from collections import OrderedDict
 
-from capture.helper import loader
-from capture.helper.relay.keeper import Hold
+from capture import bpf
+from capture.helper.handover import Hold
 from capture.processes import proc
 from halton_meter.model import Process
 
@@ -36,7 +36,7 @@ class _Run:
 class Family:
     """The kernel's `tree` map, and what its run numbers stand for."""
 
-    def __init__(self, tree: loader.Map, hold: Hold | None = None) -> None:
+    def __init__(self, tree: bpf.Map, hold: Hold | None = None) -> None:
         self._tree = tree
         self._hold = hold or Hold()
         self._runs: OrderedDict[int, _Run] = OrderedDict()

@@ -1,7 +1,7 @@
 """The root helper: attaches the probes, drains the ring, reads /proc, writes frames to a socket.
 
 Started by `uprobe.spawn_helper`, or by a supervisor with a channel on which it gets what the helper
-before it had (`keeper.py`): then it attaches nothing anew, and carries on where that one was. It
+before it had (`handover.py`): then it attaches nothing anew, and carries on where that one was. It
 parses no plaintext: ring records go to the spool and from there to the reader's socket as they
 are. When the reader is slow the spool fills, then the ring, and the kernel counts, stream by
 stream, what no longer fits. A helper with a supervisor outlives its readers and ends with the
@@ -24,22 +24,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capture import protocol
-from capture.functions import libraries
-from capture.helper import loader
+from capture import bpf, loader, protocol
+from capture.environment import check_environment
 from capture.helper.admission import Admission, Refused
-from capture.helper.coverage import Coverage, attach_resolver
+from capture.helper.coverage import Coverage
 from capture.helper.discovery import Discovery
 from capture.helper.family import Family
 from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_places import VALUE, NamePlaces
 from capture.helper.installs import Installs, homes_of
+from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts, tracing_folder
 from capture.helper.relay.announcements import unannounced
 from capture.helper.relay.forwarder import Outlet
-from capture.helper.relay.keeper import LAYOUT, Hold
+from capture.helper.handover import LAYOUT, Hold
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
+from capture.helper.standard_files import standard_files, standard_linkers
 from capture.processes import proc
 from halton_meter import untrusted
 from halton_meter.model import Process
@@ -134,10 +135,10 @@ class Helper:
         self._hold.keep("kernel", [self._loaded.name, LAYOUT, ring_bytes])
 
     def _use_maps(self, maps: dict[str, int], ring_bytes: int) -> None:
-        self._ring = loader.Ring(maps["ring"], ring_bytes)
-        self._process_ring = loader.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
-        self._family = Family(loader.Map(maps["tree"], 4, 4), self._hold)
-        self._stats = loader.Map(maps["stats"], 4, 8)
+        self._ring = bpf.Ring(maps["ring"], ring_bytes)
+        self._process_ring = bpf.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
+        self._family = Family(bpf.Map(maps["tree"], 4, 4), self._hold)
+        self._stats = bpf.Map(maps["stats"], 4, 8)
         self._connection_map = _connection_map(maps["connections"])
         self._epoll = select.epoll()
         for readable in (self._process_ring.fd, self._ring.fd):
@@ -169,9 +170,9 @@ class Helper:
         for pid in () if self._carries_on else scope["roots"]:  # by now others may have their pids
             self._add_root(int(pid))
         given = command.get("files")
-        for path in libraries.standard_files() if given is None else given:
+        for path in standard_files() if given is None else given:
             self.files.look_at(path, path)
-        for path in libraries.standard_linkers():
+        for path in standard_linkers():
             self.files.attach_linker(path)
         self._attach_kept("resolver", lambda: attach_resolver(programs["on_lookup"]))
         self._discovery.sweep(time.monotonic())
@@ -188,8 +189,8 @@ class Helper:
     def _name_places(self, directory: str | None) -> NamePlaces:
         maps = self._loaded.maps
         return NamePlaces(
-            loader.Map(maps["name_places"], 4, VALUE.size),
-            loader.Map(maps["proofs"], 4, 8),
+            bpf.Map(maps["name_locations"], 4, VALUE.size),
+            bpf.Map(maps["proofs"], 4, 8),
             Path(f"{directory}-names") if directory else None,
         )
 
@@ -211,16 +212,16 @@ class Helper:
 
         def on_exec() -> int:
             program = programs.get("on_exec_with_arguments", programs["on_exec"])
-            return loader.attach_tracepoint(program, number("sched_process_exec"))
+            return bpf.attach_tracepoint(program, number("sched_process_exec"))
 
         def on_fork() -> int:
             with open(f"{events}/sched_process_fork/format", encoding="ascii") as file:
                 arrays = "char parent_comm[16]" in file.read()
             program = programs["fork_arrays" if arrays else "fork_locations"]
-            return loader.attach_tracepoint(program, number("sched_process_fork"))
+            return bpf.attach_tracepoint(program, number("sched_process_fork"))
 
         def on_exit() -> int:
-            return loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
+            return bpf.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
 
         self._attach_kept("exit", on_exit)
         self._attach_kept("exec", on_exec)
@@ -556,8 +557,8 @@ def _pid(command: dict[str, Any]) -> int:
     return pid
 
 
-def _connection_map(fd: int) -> loader.Map:
-    return loader.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
+def _connection_map(fd: int) -> bpf.Map:
+    return bpf.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
 
 
 def rss_bytes() -> int | None:
@@ -606,8 +607,6 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
 
 def diagnosis(error: Exception) -> dict[str, Any]:
     """Why the set-up failed, and what is known to be missing here, with what mends it."""
-    from capture.environment import check_environment
-
     missing = []
     if not isinstance(error, Refused):
         with contextlib.suppress(OSError, ValueError):

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture import protocol
-from capture.helper import loader
+from capture import loader, protocol
 from capture.helper.admission import host_key
 from capture.protocol import FrameBuffer, ProtocolViolation, decode_record
 from halton_meter.untrusted import Lines

@@ -1,12 +1,12 @@
 """The files that processes in scope run: each looked into once, and probed where it speaks TLS.
 
-Root reads no file of anybody's here: it opens regular files, hands their descriptors to a process
-without privileges (`searches.py`, `finder.py`), and attaches what that one names only after a check
-of its own (`placement.py`), as it does with what is remembered (`known_files.py`). What is known of
-files is bounded: of each owner's files those go first that nobody ran for longest, and what there
-was no room for is counted (`over_limit`). So is time: attaching stops when a turn is over, owners
-take turns (`turns.py`), and removing is left to a thread (`closing.py`). This file decides nothing
-about processes or scope.
+Root searches no file here: it opens regular files, hands their descriptors to a process without
+privileges (`searches.py`), and attaches what that process finds, or what is remembered
+(`known_files.py`), only after a check of its own (`placement.py`). The table of files is bounded:
+each owner's files that nobody ran for longest go first, and what found no room is counted
+(`over_limit`). Time is bounded, too: attaching stops when a turn is over, owners take turns
+(`turns.py`), and a thread removes probes (`closing.py`). This file decides nothing about processes
+or scope.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from capture.functions import finder, libraries
+from capture import bpf
 from capture.functions.elf import ElfError
-from capture.helper import loader
+from capture.functions.finder_protocol import (
+    INSPECT,
+    LINKER,
+    SEARCH,
+    STRUCTURE_FILE_BYTES_MIN,
+    library_from_json,
+    library_json,
+)
+from capture.functions.library import Library
+from capture.functions.stacks import INSTEAD, STACKS
 from capture.helper.files.closing import Closer
 from capture.helper.files.known_files import KnownFiles, code_digest
 from capture.helper.files.name_places import NAMING, PLACES_MAX, UNPROVED, NamePlaces
@@ -34,7 +43,7 @@ from capture.helper.files.owners import owner_of
 from capture.helper.files.placement import refusal
 from capture.helper.files.searches import FileId, Haste, Job, Searches
 from capture.helper.files.turns import WAIT_S, Turns
-from capture.helper.relay.keeper import Hold
+from capture.helper.handover import Hold
 
 __all__ = ["Attachments", "File", "FileId", "Haste", "open_regular"]
 
@@ -67,7 +76,7 @@ class File:
 
     path: str
     owner: int = 0
-    library: libraries.Library | None = None
+    library: Library | None = None
     probes: list[int] = field(default_factory=list)
     inode: tuple[int, int] = (0, 0)
     haste: Haste | None = None  # while it is searched
@@ -127,7 +136,7 @@ class Attachments:
     def _adopt(self) -> None:
         """Take over the files that a helper before us has attached to."""
         for name, held in self._hold.take_all("file:"):
-            library = libraries.library_from_json(held.about["library"])
+            library = library_from_json(held.about["library"])
             if library is None or len(held.fds) != len(library.probes):
                 held.close()  # it died while it attached: attached anew when it is looked at
                 self._hold.drop(name)
@@ -146,7 +155,7 @@ class Attachments:
     def _have_held(self, identity: FileId, file: File) -> None:
         assert file.library is not None
         file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
-        library = libraries.library_json(file.library)
+        library = library_json(file.library)
         about = {"path": file.path, "owner": file.owner, "library": library, "place": file.place}
         about |= {"code": file.code, "written": file.written}
         self._hold.keep(file.held_as, about, file.probes)
@@ -188,14 +197,14 @@ class Attachments:
         file = self.files.get(identity) or File(path, owner_of(found.st_uid))
         library = self._known.recall(fd)
         if library is None or refusal(fd, library):
-            kind = finder.INSPECT
+            kind = INSPECT
             if os.path.basename(path).startswith(LINKER_PREFIX):
-                kind = finder.LINKER
+                kind = LINKER
             self._ask(Job(identity, fd, file.owner, kind, haste), file)
         elif haste is not Haste.NOBODY or self._is_worth_it(library):
             self._keep(identity, file)
             # A search on its way is not waited for.
-            self._take_library(Job(identity, fd, file.owner, finder.INSPECT, haste), file, library)
+            self._take_library(Job(identity, fd, file.owner, INSPECT, haste), file, library)
         return identity
 
     def _ask(self, job: Job, file: File) -> None:
@@ -210,9 +219,9 @@ class Attachments:
             if file.probes:  # kept until now, of what the file held before
                 self._forget(job.identity)
 
-    def _is_worth_it(self, library: libraries.Library) -> bool:
-        """Whether to attach to what nobody runs yet: Go has many programs, of many probes each."""
-        return library.stack != "Go crypto/tls" and len(self.files) < AHEAD_MAX
+    def _is_worth_it(self, library: Library) -> bool:
+        """Whether to attach to what nobody runs yet."""
+        return STACKS[library.stack].ahead and len(self.files) < AHEAD_MAX
 
     def _is_done_with(self, identity: FileId, haste: Haste) -> bool:
         if self._without.get(identity[:2]) == identity[2]:
@@ -331,14 +340,14 @@ class Attachments:
         self.detach(file)
         file.doubted = True
         reason = "what its functions passed was not HTTP: they were not recognised"
-        file.library = replace(file.library, probes=(), reason=f"{reason}; {libraries.INSTEAD}")
+        file.library = replace(file.library, probes=(), reason=f"{reason}; {INSTEAD}")
         return file.path
 
     def learned(self, place: int, offset: int) -> None:
         """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
         self._names.learned(place, offset)
 
-    def _take_library(self, job: Job, file: File, library: libraries.Library) -> bool:
+    def _take_library(self, job: Job, file: File, library: Library) -> bool:
         """What is in a file; True unless it has to wait for its turn to be attached to."""
         file.haste = None
         if file.probes:
@@ -416,9 +425,9 @@ class Attachments:
         assert file.library is not None
         if not self._makes_room(file.owner, len(file.library.probes)):
             self.over_limit += 1
-            return f"more probes than one owner's files may have; {libraries.INSTEAD}"
+            return f"more probes than one owner's files may have; {INSTEAD}"
         reason = refusal(fd, file.library)
-        return f"{NO_INSTRUCTION}: {reason}; {libraries.INSTEAD}" if reason else None
+        return f"{NO_INSTRUCTION}: {reason}; {INSTEAD}" if reason else None
 
     def _makes_room(self, owner: int, count: int) -> bool:
         """Whether so many probes more are within limits, once files that nobody runs are left."""
@@ -449,7 +458,7 @@ class Attachments:
         assert file.library is not None
         for program, offset, at_return in file.library.probes:
             try:
-                probe = loader.attach_uprobe(
+                probe = bpf.attach_uprobe(
                     self._programs[program],
                     f"/proc/self/fd/{fd}",
                     offset,
@@ -566,14 +575,14 @@ class Attachments:
         if text is None:
             if file.haste is job.haste:
                 file.haste = None
-                file.failure = f"the search in it ended without an answer; {libraries.INSTEAD}"
+                file.failure = f"the search in it ended without an answer; {INSTEAD}"
             return True
         library = None
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            library = libraries.library_from_json(text)
+            library = library_from_json(text)
         if library is None:
             return self._nothing_found(job, file)
-        if library.probes and job.kind == finder.SEARCH:
+        if library.probes and job.kind == SEARCH:
             self._known.remember(job.fd, library)
         if file.haste is Haste.NOBODY and library.probes and not self._is_worth_it(library):
             self._forget(job.identity)  # looked at again, and attached, when it is run
@@ -584,8 +593,8 @@ class Attachments:
         if file.haste is not job.haste:
             return False  # another search is on its way, for who cannot wait
         size = os.fstat(job.fd).st_size
-        if job.kind != finder.SEARCH and size >= libraries.STRUCTURE_FILE_BYTES_MIN:
-            further = replace(job, kind=finder.SEARCH)
+        if job.kind != SEARCH and size >= STRUCTURE_FILE_BYTES_MIN:
+            further = replace(job, kind=SEARCH)
             file.haste = None
             self._ask(further, file)
             if file.haste is None:  # too many wait: it is looked at again when it is met again

@@ -16,8 +16,8 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from capture.functions import libraries
-from capture.helper import loader
+from capture import bpf
+from capture.functions.library import Library
 from capture.helper.files.known_files import FileMemory, code_digest
 
 PLACES_MAX = 4096
@@ -48,7 +48,7 @@ class NamePlaces:
     """
 
     def __init__(
-        self, places: loader.Map | None, proofs: loader.Map | None, directory: Path | None
+        self, places: bpf.Map | None, proofs: bpf.Map | None, directory: Path | None
     ) -> None:
         self._places = places
         self._proofs = proofs
@@ -56,7 +56,7 @@ class NamePlaces:
         self._builds: dict[int, _Build] = {}
         self._free = list(range(PLACES_MAX - 1, 0, -1))
 
-    def number(self, fd: int, library: libraries.Library) -> int:
+    def number(self, fd: int, library: Library) -> int:
         """A number for a file, its offset set where it is known; 0 when no number is left."""
         if not self._free:
             return 0

@@ -1,6 +1,6 @@
 """Whose files are looked into when, and by which process: root hands out descriptors, no more.
 
-Each owner of files has children of `finder.py` of his own: one that looks at any number of files
+Each owner of files has children of the finder of his own: one that looks at any number of files
 quickly, and a fresh one for each file that a disassembler reads. They have nobody's priority, and
 what an owner's files may cost is limited: so many waiting, and so much CPU. What one owner's files
 take away, he takes from himself alone; nothing here reads a file, and no answer is waited for.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
 
-from capture.functions import finder
+from capture.functions import finder_protocol
 
 WAITING_MAX = 2048
 """Files that wait, each with a descriptor; a desktop's processes map some 1,500 at its start."""
@@ -41,6 +41,8 @@ CPU_BURST_S, CPU_SHARE = 60.0, 0.25
 """What all files of one owner may cost at once, and of one CPU in the long run."""
 OWNERS_MAX = 256
 RESTART_S = 5.0
+FINDER = "capture.functions.finder.process"
+"""Started by name: its modules are never loaded into this process, which is root's."""
 ANSWER_BYTES_MAX = 128 << 10
 
 FileId = tuple[int, int, int]
@@ -72,7 +74,7 @@ class Job:
     @property
     def lane(self) -> int:
         """Where it waits."""
-        return self.haste if self.kind == finder.SEARCH else _QUICK
+        return self.haste if self.kind == finder_protocol.SEARCH else _QUICK
 
 
 @dataclass(slots=True)
@@ -208,7 +210,7 @@ class Searches:
                 child.introduced(text)
                 continue
             self._charge(child.owner, child.cpu_s())
-            if not text or text == finder.LAST:
+            if not text or text == finder_protocol.LAST:
                 yield from self._ended(child, blamed=not text)
                 return
             if child.given:
@@ -310,7 +312,7 @@ class Searches:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "capture.functions.finder", str(theirs.fileno())],
+                [sys.executable, "-I", "-m", FINDER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -345,8 +347,8 @@ class Searches:
 
 def _kind(lane: int) -> bytes:
     if lane == _QUICK:
-        return finder.QUICK
-    return finder.IDLE if lane == Haste.NOBODY else finder.HURRIED
+        return finder_protocol.QUICK
+    return finder_protocol.IDLE if lane == Haste.NOBODY else finder_protocol.HURRIED
 
 
 def _limit_s(child: _Child) -> float:

@@ -12,8 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from capture import protocol
-from capture.helper import loader
+from capture import bpf, protocol
 from capture.helper.relay.spool import Receipt, Spool
 
 BATCH_BYTES_MAX = 1024 * 1024
@@ -29,7 +28,7 @@ class Outlet:
         self,
         spool: Spool,
         receipt: Receipt,
-        ring: loader.Ring,
+        ring: bpf.Ring,
         on_notice: Callable[[bytes], list[bytes]],
     ) -> None:
         self._spool = spool

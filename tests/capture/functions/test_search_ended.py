@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.functions.libraries import STRUCTURE_FILE_BYTES_MIN
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.helper.coverage import unmetered
 from capture.helper.files.attachments import Attachments, FileId, Haste
 from capture.helper.files.known_files import KnownFiles

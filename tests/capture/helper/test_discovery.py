@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from capture.functions import libraries
 from capture.helper import discovery as discovery_module
 from capture.helper.discovery import Discovery
+from capture.processes.mappings import FileMapping
 
 PID = 4_000_000
 
@@ -65,9 +65,9 @@ def test_a_process_that_maps_thousands_of_files_lets_others_pass(
     def mappings(pid: int) -> Any:
         clock_pid[0] = pid
         count = 3000 if pid == PID else 3
-        return (libraries.FileMapping(pid, inode, f"/{inode}", "") for inode in range(count))
+        return (FileMapping(pid, inode, f"/{inode}", "") for inode in range(count))
 
-    monkeypatch.setattr(libraries, "executable_mappings", mappings)
+    monkeypatch.setattr(discovery_module, "executable_mappings", mappings)
     admission: Any = SimpleNamespace(in_scope=lambda pid: True)
     files: Any = Files()
     discovery = Discovery(ring, files, admission, lambda: None)
