@@ -28,10 +28,10 @@ from capture.functions.finder_protocol import library_from_json, library_json
 from capture.functions.library import Library, Probe
 from capture.functions.stacks import PROGRAMS, Stack
 from capture.helper import main as helper
-from capture.helper.admission import Refused
-from capture.helper.relay.forwarder import Outlet
 from capture.helper.handover import Hold
+from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
+from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
 from halton_meter.config import Account, Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, Answering, Client, Control
@@ -368,11 +368,11 @@ class Commanded:
         )
         made._spool, made._receipt, made._ring = Spool.new(SPOOL_BYTES), Receipt.new(), ring
         made._connection_map = SimpleNamespace(all_keys=list)  # type: ignore[assignment]
-        made._outlet = Outlet(made._spool, made._receipt, ring, lambda frame: [])
-        made._outlet.connect(far)
-        made._admission = SimpleNamespace(check_owner=self._check, set_hosts=self._hosts)  # type: ignore[assignment]
-        made._family = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])  # type: ignore[assignment]
-        made.report = lambda: made._outlet.put(  # type: ignore[method-assign]
+        made._forwarder = Forwarder(made._spool, made._receipt, ring, lambda frame: [])
+        made._forwarder.connect(far)
+        made._scope = SimpleNamespace(check_owner=self._check, set_hosts=self._hosts)  # type: ignore[assignment]
+        made._tree = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])  # type: ignore[assignment]
+        made.report = lambda: made._forwarder.put(  # type: ignore[method-assign]
             protocol.encode_message(protocol.REPORT, {"x": "y" * 10_000})
         )
 
@@ -391,7 +391,7 @@ class Commanded:
             self.helper._read_commands()
         except ConnectionError:
             return False
-        self.helper._outlet.flush()
+        self.helper._forwarder.flush()
         return True
 
     def replies(self) -> list[Any]:
@@ -428,7 +428,7 @@ def test_nothing_that_its_reader_says_ends_the_helper(raw: bytes, do: str) -> No
     while commanded.helper._commands.waiting and time.monotonic() < deadline:
         assert commanded.turn()
         commanded.replies()
-    commanded.helper._outlet._barriers.clear()
+    commanded.helper._forwarder._barriers.clear()
     commanded.near.send(protocol.encode_command({"do": "read", "from": 0, "id": 4}))
     commanded.near.send(protocol.encode_command({"do": "watch", "pid": 7, "id": 5}))
     replies: list[Any] = []
@@ -449,8 +449,8 @@ def test_who_asks_without_listening_is_not_read_from_any_more() -> None:
         with contextlib.suppress(BlockingIOError):
             taken += commanded.near.send(flood)
         assert commanded.turn()
-    assert commanded.helper._outlet.waiting
-    assert len(commanded.helper._outlet._own) <= 3
+    assert commanded.helper._forwarder.waiting
+    assert len(commanded.helper._forwarder._own) <= 3
     assert taken < 4 << 20, "the socket's own buffer, and no more"
     held = commanded.helper._commands
     assert sum(map(len, held._waiting)) + len(held._rest) <= 2 * helper.COMMANDS_BYTES_MAX

@@ -12,8 +12,8 @@ from typing import Any
 
 from capture.functions.stacks import INSTEAD, STACKS, Stack
 from capture.helper.discovery import Discovery
-from capture.helper.family import Family
 from capture.helper.files.attachments import File
+from capture.helper.process_tree import ProcessTree
 from capture.processes import proc
 from capture.processes.proc import talks_tls
 from halton_meter.model import Process
@@ -30,9 +30,9 @@ RECENT_MAX = 200  # metered processes remembered after they ended
 class Coverage:
     """What is known of each process that uses TLS: was it metered, and if not, why not."""
 
-    def __init__(self, discovery: Discovery, family: Family) -> None:
+    def __init__(self, discovery: Discovery, tree: ProcessTree) -> None:
         self._discovery = discovery
-        self._family = family
+        self._tree = tree
         self._recent: dict[int, dict[str, Any]] = {}
 
     def lines(self) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ class Coverage:
                 for each in watched.files
                 if (file := files_by_id.get(each)) and not file.is_linker
             ]
-            if any(file.doubted for file in files):  # its connections were opened, then left out
+            if any(file.not_http for file in files):  # its connections were opened, then left out
                 lines = [each for each in lines if each["process"]["pid"] != pid]
             elif pid in self._recent:
                 continue
@@ -58,7 +58,7 @@ class Coverage:
             if line is None and pid in self._discovery.unnamed:
                 line = _unnamed(files, self._discovery.lookups.hosts(pid))
             if line and (process := self._discovery.identities.of(pid)):
-                process = self._family.with_run(process, self._family.run_of(pid))
+                process = self._tree.with_run(process, self._tree.run_of(pid))
                 lines.append({"process": proc.to_json(process), **line})
         return lines
 
@@ -96,7 +96,7 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
     """
     line = _stack_line(java, files)
     if line is not None:
-        told = host or any(file.doubted for file in files) or talks_tls(pid)
+        told = host or any(file.not_http for file in files) or talks_tls(pid)
         return line | {"host": host} if told else None
     if host and not any(file.probes or file.searching for file in files) and talks_tls(pid):
         line = {"stack": UNKNOWN, "library": None, "state": "not_recognised", "host": host}

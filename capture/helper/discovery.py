@@ -3,7 +3,7 @@
 News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened),
 the rest from /proc: looked at when the news say so, a few times while a process starts, and once a
 while for what no news told. Programs that are installed but not running yet are searched ahead,
-one a turn. `attachments.py` knows the files, `admission.py` the scope.
+one a turn. `attachments.py` knows the files, `scope.py` the scope.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from capture import bpf, protocol
 from capture.functions.stacks import STACKS, Stack
-from capture.helper.admission import Admission
 from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
-from capture.helper.files.searches import FileId, Haste
+from capture.helper.files.searches import FileId, SearchPriority
 from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
 from capture.helper.lookups import Lookups
+from capture.helper.scope import EnforcedScope
 from capture.processes.mappings import executable_mappings
 from capture.processes.proc import talks_tls
 
@@ -64,13 +64,13 @@ class Discovery:
         self,
         process_ring: bpf.Ring,
         files: Attachments,
-        admission: Admission,
+        scope: EnforcedScope,
         on_change: Callable[[], None],
         on_open: Callable[[protocol.Record], None] = lambda _: None,
     ) -> None:
         self._process_ring = process_ring
         self.files = files
-        self._admission = admission
+        self._scope = scope
         self._on_change = on_change
         self._on_open = on_open
         self.identities = Identities(self._runs_another)
@@ -133,7 +133,7 @@ class Discovery:
             elif record.kind == protocol.LEARNED:
                 self.files.learned(record.offset, record.length)
             elif record.kind == protocol.NOT_HTTP:
-                self.files.doubt(record.offset)
+                self.files.not_http(record.offset)
                 self._on_change()
             elif record.kind == protocol.OPEN:
                 self.identities.of(
@@ -278,7 +278,7 @@ class Discovery:
 
     def _scan(self, pid: int) -> bool:
         """Look at files the process has mapped since last time; False when it is gone."""
-        if not self._admission.in_scope(pid):
+        if not self._scope.in_scope(pid):
             return False
         mappings = executable_mappings(pid)
         if mappings is None:
@@ -391,7 +391,7 @@ class Discovery:
         except OSError:
             return
         try:
-            self.files.look_into(fd, os.path.realpath(path), Haste.NOBODY)
+            self.files.look_into(fd, os.path.realpath(path), SearchPriority.AHEAD)
         except OSError:
             return
         finally:

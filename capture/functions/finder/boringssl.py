@@ -122,8 +122,8 @@ def _find(elf: Elf) -> Found | NotFound:
         locations = {each.address for each in (read, write, set_host) if each is not None}
         if len(locations) != (2 if set_host is None else 3):
             raise Ambiguous("two functions share one address")
-    except Ambiguous as doubt:
-        return NotFound(str(doubt), elf.build_id)
+    except Ambiguous as problem:
+        return NotFound(str(problem), elf.build_id)
     return Found(read, write, set_host, elf.build_id, elf.size_bytes, elf.machine)
 
 

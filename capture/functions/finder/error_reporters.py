@@ -114,10 +114,10 @@ def loads_of(code: Code, names: Iterable[int], file: str) -> list[int]:
     return found
 
 
-def functions_around(code: Code, places: Iterable[int]) -> list[Routine]:
+def functions_around(code: Code, addresses: Iterable[int]) -> list[Routine]:
     """The functions with these instructions, as far as their bounds are certain."""
     functions: dict[int, Routine] = {}
-    for at in places:
+    for at in addresses:
         function = code.function_around(at)
         if function is not None:
             functions[function.start] = function

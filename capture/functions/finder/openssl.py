@@ -87,14 +87,14 @@ def find_openssl(file: str | Path | int) -> Found | NotFound:
     try:
         with Elf(file) as elf:
             build_id = elf.build_id
-            return Found(_places(elf), build_id)
+            return Found(_locations(elf), build_id)
     except (ElfError, Ambiguous) as error:
         return NotFound(str(error), build_id, absent=isinstance(error, Absent))
     except ImportError as error:
         return NotFound(f"no disassembler: {error}", build_id)
 
 
-def _places(elf: Elf) -> tuple[Location, ...]:
+def _locations(elf: Elf) -> tuple[Location, ...]:
     code = Code(elf)
     files, loads = _loads(code, _SSL_LIB)
     if not loads:

@@ -1,9 +1,9 @@
-"""Whose files are looked into when, and by which process: root hands out descriptors, no more.
+"""Schedules searches in files: which file next, and by which child of the finder.
 
-Each owner of files has children of the finder of his own: one that looks at any number of files
-quickly, and a fresh one for each file that a disassembler reads. They have nobody's priority, and
-what an owner's files may cost is limited: so many waiting, and so much CPU. What one owner's files
-take away, he takes from himself alone; nothing here reads a file, and no answer is waited for.
+Root only hands out descriptors. Each owner of files has children of its own: one that inspects any
+number of files quickly, and a fresh one for each file that a disassembler reads. Every owner has a
+limit of waiting files and of CPU time, so that its files delay only each other. Nothing here reads
+a file, and nothing waits for an answer.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ FileId = tuple[int, int, int]
 """Device, inode, change time: inode numbers are used again."""
 
 
-class Haste(IntEnum):
-    """Who waits for a search. Each kind has a child of its own, so that none waits for another."""
+class SearchPriority(IntEnum):
+    """One child for each priority, so that a background search never delays a running program."""
 
-    PROGRAM = 0
-    LIBRARY = 1
-    NOBODY = 2
+    PROGRAM = 0  # a process runs it
+    LIBRARY = 1  # a process maps it
+    AHEAD = 2  # it is installed; nobody runs it yet
 
 
 _QUICK = -1
-"""The lane of files that are looked at by symbol, beside one for each haste."""
+"""The lane of files that are looked at by symbol, beside one for each priority."""
 
 
 @dataclass(slots=True)
@@ -69,12 +69,12 @@ class Job:
     fd: int
     owner: int
     kind: bytes
-    haste: Haste
+    priority: SearchPriority
 
     @property
     def lane(self) -> int:
         """Where it waits."""
-        return self.haste if self.kind == finder_protocol.SEARCH else _QUICK
+        return self.priority if self.kind == finder_protocol.SEARCH else _QUICK
 
 
 @dataclass(slots=True)
@@ -348,10 +348,10 @@ class Searches:
 def _kind(lane: int) -> bytes:
     if lane == _QUICK:
         return finder_protocol.QUICK
-    return finder_protocol.IDLE if lane == Haste.NOBODY else finder_protocol.HURRIED
+    return finder_protocol.IDLE if lane == SearchPriority.AHEAD else finder_protocol.HURRIED
 
 
 def _limit_s(child: _Child) -> float:
     if not child.given:
         return LEISURE_S
-    return {_QUICK: QUICK_S, Haste.NOBODY: IDLE_S}.get(child.lane, HURRIED_S)
+    return {_QUICK: QUICK_S, SearchPriority.AHEAD: IDLE_S}.get(child.lane, HURRIED_S)

@@ -21,7 +21,7 @@ NOTICE_BYTES_MAX = 256 * 1024
 OWN_FRAMES_MAX = 4096  # answers that wait for room; a reader that asks on and reads nothing
 
 
-class Outlet:
+class Forwarder:
     """The way out. `on_notice` gets each OPEN and EXIT in its place, and returns what to send."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Outlet:
         self._own.clear()
         self.blocked = False
 
-    def place(self, position: int) -> int:
+    def beginning(self, position: int) -> int:
         """Where a reader begins that asks for this position: there, or at the next frame that is
         still here."""
         spool = self._spool
@@ -65,7 +65,7 @@ class Outlet:
     def begin(self, position: int, number: int, frames: Sequence[bytes]) -> None:
         """Send the reader what is in the spool from a position on, and before that these frames.
 
-        It is told the true position, which is where a frame begins: `place` finds it.
+        It is told the true position, which is where a frame begins: `beginning` finds it.
         """
         about = {"id": number, "from": position, "until": self._spool.written}
         self._direct += b"".join(frames) + protocol.encode_message(protocol.REPLY, about)

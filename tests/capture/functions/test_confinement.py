@@ -69,7 +69,7 @@ def test_the_finder_answers_from_within() -> None:
     """Its children are confined before the first file: by nobody's id and by a filter."""
     own = searches.Searches()
     fd = os.open(sys.executable, os.O_RDONLY)
-    job = searches.Job((0, 0, 0), fd, 0, finder_protocol.INSPECT, searches.Haste.PROGRAM)
+    job = searches.Job((0, 0, 0), fd, 0, finder_protocol.INSPECT, searches.SearchPriority.PROGRAM)
     assert own.ask(job)
     answered: list[str | None] = []
     try:

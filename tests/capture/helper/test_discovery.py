@@ -23,8 +23,8 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
         records=lambda: iter(()), skip_discarded=lambda: None, filled=lambda: 0
     )
     files: Any = SimpleNamespace(search=list, due=lambda now: math.inf, hears=lambda linker: False)
-    admission: Any = SimpleNamespace()
-    discovery = Discovery(ring, files, admission, lambda: None)
+    scope: Any = SimpleNamespace()
+    discovery = Discovery(ring, files, scope, lambda: None)
     discovery.sweep_at = math.inf
     looked: list[int] = []
 
@@ -68,9 +68,9 @@ def test_a_process_that_maps_thousands_of_files_lets_others_pass(
         return (FileMapping(pid, inode, f"/{inode}", "") for inode in range(count))
 
     monkeypatch.setattr(discovery_module, "executable_mappings", mappings)
-    admission: Any = SimpleNamespace(in_scope=lambda pid: True)
+    scope: Any = SimpleNamespace(in_scope=lambda pid: True)
     files: Any = Files()
-    discovery = Discovery(ring, files, admission, lambda: None)
+    discovery = Discovery(ring, files, scope, lambda: None)
     discovery.sweep_at = math.inf
     for pid in (PID, PID + 1, PID + 2):
         discovery.schedule(pid)

@@ -24,9 +24,9 @@ from capture.helper.files import attachments as table
 from capture.helper.files import searches, turns
 from capture.helper.files.attachments import Attachments, File
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import NamePlaces
+from capture.helper.files.name_locations import NameLocations
 from capture.helper.files.placement import refusal
-from capture.helper.files.searches import Haste, Job, Searches
+from capture.helper.files.searches import Job, Searches, SearchPriority
 from capture.helper.handover import Hold
 from tests.capture.functions.test_libraries import C_SOURCE, build
 from tests.support import crafted
@@ -54,7 +54,7 @@ class Subject:
         self.folder = folder
         self.library = library
         self.places: list[tuple[int, int]] = []  # inode, offset
-        self.files = Attachments(Programs(), KnownFiles(None), NamePlaces(None, None, None))
+        self.files = Attachments(Programs(), KnownFiles(None), NameLocations(None, None, None))
 
     def attach(self, program: int, path: str, offset: int, **_: object) -> int:
         self.places.append((os.stat(path).st_ino, offset))
@@ -303,6 +303,7 @@ def test_whose_files_got_many_probes_waits_and_others_do_not(
 ) -> None:
     monkeypatch.setattr(turns, "PROBES_A_PERIOD_MAX", 24)
     monkeypatch.setattr(turns, "PERIOD_S", 1e6)
+    monkeypatch.setattr(table, "TURN_S", 1e6)  # on a busy machine they would wait for time, too
     for number in range(6):
         path = subject.copy(f"hers{number}", ALICE)
         subject.files.look_at(str(path), str(path))
@@ -399,7 +400,7 @@ def test_whose_files_wait_in_numbers_lets_others_pass(
 
 
 def job(path: Path, owner: int, kind: bytes = finder_protocol.INSPECT) -> Job:
-    return Job(identity(path), os.open(path, os.O_RDONLY), owner, kind, Haste.PROGRAM)
+    return Job(identity(path), os.open(path, os.O_RDONLY), owner, kind, SearchPriority.PROGRAM)
 
 
 def answered(own: Searches, count: int) -> list[tuple[int, str | None]]:

@@ -27,7 +27,7 @@ from capture.functions.stacks import Stack
 from capture.helper.files import known_files
 from capture.helper.files.attachments import Attachments
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import NamePlaces
+from capture.helper.files.name_locations import NameLocations
 from capture.helper.files.placement import DECODED_BYTES_MAX, refusal
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip, without_unwind_table
 from tests.capture.functions.test_golang import needs_go, programs
@@ -303,7 +303,7 @@ def test_a_file_of_one_person_moves_no_probe_in_a_program_of_roots(
         def __missing__(self, name: str) -> int:
             return 1
 
-    attachments = Attachments(Programs(), known, NamePlaces(None, None, None))
+    attachments = Attachments(Programs(), known, NameLocations(None, None, None))
     try:
         attachments.search_now(str(victim), 60)
     finally:

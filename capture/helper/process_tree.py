@@ -1,4 +1,4 @@
-"""Who descends from whom, by the forks that the kernel saw: a parent's death changes nothing.
+"""The tree of processes, by the forks that the kernel saw: it survives a parent's death.
 
 /proc knows only the parent of now, and `nohup CMD &`, a double fork or a daemon is init's child
 soon. The kernel's `tree` map holds, for each process, whether it is in scope by descent (IN_SCOPE),
@@ -33,7 +33,7 @@ class _Run:
     outer: int
 
 
-class Family:
+class ProcessTree:
     """The kernel's `tree` map, and what its run numbers stand for."""
 
     def __init__(self, tree: bpf.Map, hold: Hold | None = None) -> None:

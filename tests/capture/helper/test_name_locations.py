@@ -17,7 +17,7 @@ from capture.functions.stacks import Stack
 from capture.helper.files import attachments as attaching
 from capture.helper.files.attachments import Attachments
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import KNOWN, PLACES_MAX, UNPROVED, VALUE, NamePlaces
+from capture.helper.files.name_locations import KNOWN, NUMBERS_MAX, UNPROVED, VALUE, NameLocations
 from tests.capture.helper.test_known_files import CODE_AT, elf, same_change_time
 
 LIBRARY = Library(
@@ -50,7 +50,7 @@ class Subject:
     def __init__(self, directory: Path | None) -> None:
         self.map: Any = Map()
         self.proofs: Any = Map()
-        self.places = NamePlaces(self.map, self.proofs, directory)
+        self.places = NameLocations(self.map, self.proofs, directory)
 
     def add(self, program: Path, library: Library = LIBRARY) -> int:
         with program.open("rb") as file:
@@ -146,8 +146,8 @@ def test_without_a_folder_it_lasts_as_long_as_the_process(program: Path) -> None
 
 def test_numbers_are_used_again_without_what_was_proved_of_another(program: Path) -> None:
     subject = Subject(None)
-    numbers = [subject.add(program) for _ in range(PLACES_MAX - 1)]
-    assert sorted(numbers) == list(range(1, PLACES_MAX))
+    numbers = [subject.add(program) for _ in range(NUMBERS_MAX - 1)]
+    assert sorted(numbers) == list(range(1, NUMBERS_MAX))
     assert subject.add(program) == 0
     subject.proofs.content[7] = b"\3" + bytes(7)
     subject.places.release(7)
@@ -181,7 +181,7 @@ def attachments(program: Path, library: Library) -> Attachments:
     with program.open("rb") as file:
         known.remember(file.fileno(), library)
     programs = {"enter_write": 10, "enter_ctrl": 11, "enter_go_write": 12}
-    made = Attachments(programs, known, NamePlaces(None, None, None))
+    made = Attachments(programs, known, NameLocations(None, None, None))
     made.look_at(str(program), str(program))
     return made
 
