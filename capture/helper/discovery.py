@@ -11,7 +11,8 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from capture import bpf, protocol
@@ -82,6 +83,7 @@ class Discovery:
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
         files.used = self._used
+        self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
         self._runs: dict[tuple[int, int], int] = {}
         self._rescans: list[tuple[float, int, int, int]] = []
@@ -114,56 +116,67 @@ class Discovery:
 
     # --- news ---------------------------------------------------------------------------------
 
-    def read_processes(self) -> None:
-        """Take the news of the process ring, which is read at once: a process may not wait."""
-        mapped: set[int] = set()
-        for record in self._news():
-            if record.kind == protocol.EXEC:
-                self._executed(record)
-            elif record.kind == protocol.MAPPED:
-                mapped.add(record.tgid)
-            elif record.kind == protocol.LOOKUP:
-                self.lookups.note(record.tgid, record.host)
-                self.identities.of(record.tgid)
-                self._on_change()
-            elif record.kind == protocol.UNNAMED:
-                self.unnamed.setdefault(record.tgid, set()).add(record.ssl)
-                self.identities.of(record.tgid)
-                self._on_change()
-            elif record.kind == protocol.LEARNED:
-                self.files.learned(record.offset, record.length)
-            elif record.kind == protocol.NOT_HTTP:
-                self.files.not_http(record.offset)
-                self._on_change()
-            elif record.kind == protocol.OPEN:
-                self.identities.of(
-                    record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
-                )
-                self._on_open(record)
-                self._named(record.tgid, record.ssl)
-                if exe := self._executable(record.tgid):
-                    if len(self._talkers) >= TALKERS_MAX:
-                        self._talkers.pop()
-                    self._talkers.add(exe)
-        self._process_ring.skip_discarded()
-        for pid in mapped:
-            self._schedule_once(pid)
+    def take_news(self) -> None:
+        """Empty the process ring. What cannot wait is done: to note who the processes are.
 
-    def _news(self) -> list[protocol.Record]:
-        """What is in the process ring. Of all execs it is noted first which life began when, and
-        where: what is read of a process later is that of the last one.
+        Of all execs it is noted first which program's life began when, and where: what is read of a
+        process later is that of its last program. The rest waits for `act_on_news`, so this may be
+        called at any point.
         """
-        news = []
+        taken = []
         last = None
         for position, raw in self._process_ring.records():
             last = position
             record = protocol.decode_record(bytes(raw))
-            news.append(record)
+            taken.append(record)
             if record.kind == protocol.EXEC:
                 self.identities.executed(record, folder_of(record))
         if last is not None:
             self._process_ring.release(last)
-        return news
+        self._process_ring.skip_discarded()
+        self._news += taken
+        for record in taken:
+            if record.kind == protocol.OPEN:
+                self.identities.of(
+                    record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
+                )
+                self._on_open(record)
+
+    def act_on_news(self) -> None:
+        """Take the news and act on all of it: for the loop alone, never while a scan goes on."""
+        self.take_news()
+        mapped: set[int] = set()
+        while self._news:
+            record = self._news.popleft()
+            if record.kind == protocol.MAPPED:
+                mapped.add(record.tgid)
+            else:
+                self._act_on(record)
+        for pid in mapped:
+            self._schedule_once(pid)
+
+    def _act_on(self, record: protocol.Record) -> None:
+        if record.kind == protocol.EXEC:
+            self._executed(record)
+        elif record.kind == protocol.LOOKUP:
+            self.lookups.note(record.tgid, record.host)
+            self.identities.of(record.tgid)
+            self._on_change()
+        elif record.kind == protocol.UNNAMED:
+            self.unnamed.setdefault(record.tgid, set()).add(record.ssl)
+            self.identities.of(record.tgid)
+            self._on_change()
+        elif record.kind == protocol.LEARNED:
+            self.files.learned(record.offset, record.length)
+        elif record.kind == protocol.NOT_HTTP:
+            self.files.not_http(record.offset)
+            self._on_change()
+        elif record.kind == protocol.OPEN:
+            self._named(record.tgid, record.ssl)
+            if exe := self._executable(record.tgid):
+                if len(self._talkers) >= TALKERS_MAX:
+                    self._talkers.pop()
+                self._talkers.add(exe)
 
     def _runs_another(self, pid: int) -> bool:
         """Whether the process ring tells of an exec of this process."""
@@ -250,10 +263,10 @@ class Discovery:
         """
         until = time.monotonic() + TURN_S
         while self._rescans and self._rescans[0][0] <= now and time.monotonic() < until:
-            self.read_processes()  # who starts meanwhile may be gone before the last is looked at
+            self.act_on_news()  # who starts meanwhile may be gone before the last is looked at
             self._rescan(*heapq.heappop(self._rescans))
         while self._unswept and time.monotonic() < until:
-            self._scan(self._unswept.pop())
+            self._look_at(self._unswept.pop())
             if not self._unswept:
                 self.files.drop_unused()
         if found := self.files.search():
@@ -264,7 +277,7 @@ class Discovery:
             self._mapped.discard(pid)
         elif self._series_of.get(pid) != series:
             return
-        goes_on = self._scan(pid)
+        goes_on = self._look_at(pid)
         watched = self.watched.get(pid)  # None: it ran another program meanwhile and is gone
         heard = watched and watched.linker and self.files.hears(watched.linker)
         last_s = HEARD_RESCAN_S_MAX if heard else RESCAN_S[-1]
@@ -276,8 +289,22 @@ class Discovery:
         else:
             self._series_of.pop(pid, None)
 
-    def _scan(self, pid: int) -> bool:
-        """Look at files the process has mapped since last time; False when it is gone."""
+    def _look_at(self, pid: int) -> bool:
+        """Look at files the process has mapped since last time; False when it is gone.
+
+        News are acted on between two files: libraries can wait, a process may not.
+        """
+        scan = self._scan(pid)
+        while True:
+            try:
+                next(scan)
+            except StopIteration as end:
+                return bool(end.value)
+            self.act_on_news()
+
+    def _scan(self, pid: int) -> Generator[None, None, bool]:
+        """`_look_at`, in steps: it pauses before each file, and ends where the process has run
+        another program meanwhile."""
         if not self._scope.in_scope(pid):
             return False
         mappings = executable_mappings(pid)
@@ -296,7 +323,9 @@ class Discovery:
                 self._schedule_once(pid, SCAN_AGAIN_S)
                 break
             watched.java = watched.java or mapping.path.endswith(f"/{_JAVA}")
-            self.read_processes()  # libraries can wait, a process may not
+            yield
+            if self.watched.get(pid) is not watched:
+                return True
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:
                 identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)

@@ -361,7 +361,7 @@ class Helper:
     def _turn(self) -> None:
         """What is to be done, whatever woke us up."""
         discovery, forwarder = self._discovery, self._forwarder
-        discovery.read_processes()
+        discovery.act_on_news()
         if self._fills():
             self._resume()
         now = time.monotonic()
@@ -475,7 +475,7 @@ class Helper:
         return [each for each in closed if each is not None]
 
     def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
-        self._discovery.read_processes()  # its exec may be news since we last looked
+        self._discovery.take_news()  # its exec may be among them
         process = self._discovery.identities.of(
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
