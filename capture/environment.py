@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 
+from capture import loader
 from halton_meter.problem import Problem
 
 KERNEL_MIN = (5, 12)
@@ -67,8 +68,6 @@ def _missing_capabilities() -> list[str]:
 
 
 def _missing_loaders() -> list[Problem]:
-    from capture.helper import loader
-
     try:
         loader.libbpf_library()
         if loader.built_object() or loader.clang():

@@ -25,7 +25,7 @@ from pathlib import Path
 from capture.packets.capfile import CaptureFile, Frame, NotACapture, secrets_in
 from capture.packets.input_files import UNPACK_RATIO_MAX
 from capture.packets.keylog import KeyLog, read_key_log
-from capture.packets.records import Conversations, Findings
+from capture.packets.records import Findings, TcpConnections
 from capture.packets.tcp import Reassembly
 from capture.packets.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
 from halton_meter.model import TlsChunk, TlsClosed
@@ -63,7 +63,7 @@ class PcapSource:
             READY_MAX
         )
         self._decryptors = Decryptors(self._keys, self._private_path, self._ready.put)
-        self._conversations = Conversations(self.findings, self._keys, self._decryptors, wanted)
+        self._connections = TcpConnections(self.findings, self._keys, self._decryptors, wanted)
         self._reassembly: Reassembly | None = None
         self._stopping = False
         for path in keys:
@@ -178,8 +178,8 @@ class PcapSource:
         if before is not None and 0 <= first.at_ns - before.at_ns <= NEXT_FILE_NS_MAX:
             return
         self._finish_connections()
-        self._conversations.capture_begins()
-        self._reassembly = Reassembly(self._conversations)
+        self._connections.capture_begins()
+        self._reassembly = Reassembly(self._connections)
 
     def _finish_connections(self) -> None:
         reassembly, self._reassembly = self._reassembly, None

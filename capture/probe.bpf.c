@@ -8,8 +8,8 @@
  *  - until then it is the Host of the next HTTP/1 request head. That head, at most HEAD_BYTES_MAX of
  *    it, is read into scratch memory, judged there, and discarded: it is not shown to user space
  *    unless admitted. HTTP/2 stays unknown, hence uncopied: its names are compressed, after the first
- *    request to a number that means something to its two ends alone. It is counted, user space hears
- *    whose connection it is, and it is judged again once the place of its name is known.
+ *    request to a number that only its two ends can read. It is counted, user space learns its process,
+ *    and it is judged again once the location of its name is known.
  *
  * Loss is exact: each direction of a connection has an offset that moves on even when the ring is
  * full or the copy fails; every record carries its offset, its true length and the part captured.
@@ -17,7 +17,7 @@
  * Compiles in two ways from this one text, without kernel or libbpf headers in the second:
  *   bcc (HALTON_BCC defined), or  clang -O2 -g -target bpf -D__TARGET_ARCH_x86 -c probe.bpf.c
  * No kprobes, no CO-RE. Needs Linux 5.12 (ring buffer, bounded loops, variable stack offsets).
- * User space's view of the records and maps is in protocol.py and loader.py.
+ * User space's view of the records is in protocol.py; its names of programs and maps are in loader.py.
  */
 
 #ifndef RING_BYTES
@@ -39,7 +39,7 @@
 #define TREE_MAX 65536
 #define HOSTS_MAX 4096
 #define UIDS_MAX 1024
-#define PLACES_MAX 4096 /* files with a number of their own */
+#define FILES_MAX 4096 /* files with a number of their own */
 #define NAME_SCAN_BYTES 4096 /* of an SSL object: OpenSSL 1.1.1 has it at 1600, 3.0 at 2648, 3.5 at 2592 */
 #define NAME_VOTES_MIN 2 /* connections: one might be chance, memory that another use has left */
 #define NAME_SCANS_MAX 16 /* of one file, without enough votes */
@@ -66,7 +66,7 @@ typedef long long s64;
 #define EEXIST 17
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline, unused))
 
 /* By number: bcc's headers may be older than they are. */
 static void *(*current_task)(void) = (void *)158; /* bpf_get_current_task_btf */
@@ -111,9 +111,9 @@ struct registers {
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_DOUBT = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11 };
 enum direction { SENT = 0, RECEIVED = 1 };
-enum record_flag { FLAG_JOINED = 1, FLAG_CUT = 2 };
+enum record_flag { FLAG_JOINED = 1 };
 
 struct record {
 	u32 size; /* this header and the bytes that follow it: a frame, as it goes over the socket */
@@ -147,7 +147,7 @@ enum statistic {
 	STAT_HTTP2_WITHOUT_NAME,
 	STAT_ADMITTED,
 	STAT_DENIED,
-	STAT_NOT_HTTP, /* connections of places found by structure whose bytes are no HTTP */
+	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
 	STATS,
 };
 
@@ -159,7 +159,7 @@ enum tree_flag { TREE_IN_SCOPE = 1, TREE_EXCLUDED = 2 };
 enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8, SCOPE_OWNER = 16 };
 
 /* The cookie of a file's probes (attachments.py); Go's are other programs, with cookies of their own. */
-enum cookie_part { COOKIE_PLACE = 0xffff, COOKIE_UNPROVED = 0x10000 };
+enum cookie_part { COOKIE_FILE = 0xffff, COOKIE_UNPROVED = 0x10000 };
 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
@@ -229,7 +229,7 @@ struct go_call {
 
 enum name_state { NAME_SOUGHT = 0, NAME_KNOWN = 1, NAME_GIVEN_UP = 2 };
 
-struct name_place {
+struct name_location {
 	u32 offset; /* within an SSL object, of the pointer to the library's copy of the name */
 	u8 state;
 	u8 votes;
@@ -254,27 +254,160 @@ struct host_key {
 	char reversed[HOST_BYTES_MAX]; /* a whole name ends in NUL, a suffix in '.' */
 };
 
+/* How a map is declared, once for both compilers. Each has accessors NAME_get, _set, _add (not if it
+ * is there) and _drop: for bcc they are written out below, as it rewrites method calls only where it
+ * finds them in the text. */
 #ifdef HALTON_BCC
-BPF_ARRAY(settings, struct settings, 1);
-BPF_ARRAY(stats, u64, STATS);
-BPF_ARRAY(blank_connection, struct connection, 1);
-BPF_ARRAY(blank_thread, struct thread, 1);
-BPF_PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
-BPF_TABLE("lru_hash", u32, struct birth, births, THREADS_MAX);
-BPF_ARRAY(proofs, u64, PLACES_MAX);
-BPF_ARRAY(name_places, struct name_place, PLACES_MAX);
-BPF_F_TABLE("hash", struct key, struct connection, connections, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
-BPF_TABLE("lru_hash", struct key, u64, denied, DENIED_MAX);
-BPF_F_TABLE("hash", struct go_key, struct go_call, go_calls, THREADS_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", u64, struct thread, threads, THREADS_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", u32, u32, tree, TREE_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", u32, u8, owners, CONNECTIONS_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", u32, u8, uids, UIDS_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("lpm_trie", struct host_key, u8, hosts, HOSTS_MAX, BPF_F_NO_PREALLOC);
-BPF_RINGBUF_OUTPUT(ring, RING_BYTES / 4096);
-BPF_RINGBUF_OUTPUT(process_ring, PROCESS_RING_BYTES / 4096);
+#define ARRAY(name, value_type, size) BPF_ARRAY(name, value_type, size)
+#define PERCPU_ARRAY(name, value_type, size) BPF_PERCPU_ARRAY(name, value_type, size)
+#define HASH(name, key_type, value_type, size) \
+	BPF_F_TABLE("hash", key_type, value_type, name, size, BPF_F_NO_PREALLOC)
+#define LRU_HASH(name, key_type, value_type, size) BPF_TABLE("lru_hash", key_type, value_type, name, size)
+#define TRIE(name, key_type, value_type, size) \
+	BPF_F_TABLE("lpm_trie", key_type, value_type, name, size, BPF_F_NO_PREALLOC)
+#define RING(name, bytes) BPF_RINGBUF_OUTPUT(name, (bytes) / 4096)
+#else
+struct bpf_pidns_info {
+	u32 pid;
+	u32 tgid;
+};
+static void *(*bpf_map_lookup_elem)(void *, const void *) = (void *)1;
+static long (*bpf_map_update_elem)(void *, const void *, const void *, u64) = (void *)2;
+static long (*bpf_map_delete_elem)(void *, const void *) = (void *)3;
+static u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+static u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
+static u64 (*bpf_get_current_uid_gid)(void) = (void *)15;
+static long (*bpf_get_current_comm)(void *, u32) = (void *)16;
+static long (*bpf_probe_read_user)(void *, u32, const void *) = (void *)112;
+static long (*bpf_probe_read_kernel)(void *, u32, const void *) = (void *)113;
+static long (*bpf_probe_read_user_str)(void *, u32, const void *) = (void *)114;
+static long (*bpf_probe_read_kernel_str)(void *, u32, const void *) = (void *)115;
+static long (*bpf_get_ns_current_pid_tgid)(u64, u64, void *, u32) = (void *)120;
+static u64 (*bpf_get_current_ancestor_cgroup_id)(int) = (void *)123;
+static long (*bpf_ringbuf_output)(void *, void *, u64, u64) = (void *)130;
+static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
+static void (*bpf_ringbuf_submit)(void *, u64) = (void *)132;
+static void (*bpf_ringbuf_discard)(void *, u64) = (void *)133;
+static u64 (*bpf_ringbuf_query)(void *, u64) = (void *)134;
+static u64 (*bpf_get_attach_cookie)(void *) = (void *)174;
 
-/* bcc rewrites these method calls, and only where it finds them written out. */
+#define MAP(name, map_type, key_type, value_type, size, flags) \
+	struct { \
+		int (*type)[map_type]; \
+		key_type *key; \
+		value_type *value; \
+		int (*max_entries)[size]; \
+		int (*map_flags)[flags]; \
+	} name SECTION(".maps"); \
+	INLINE value_type *name##_get(key_type *k) { return bpf_map_lookup_elem(&name, k); } \
+	INLINE long name##_set(key_type *k, value_type *v) { return bpf_map_update_elem(&name, k, v, BPF_ANY); } \
+	INLINE long name##_add(key_type *k, value_type *v) { return bpf_map_update_elem(&name, k, v, BPF_NOEXIST); } \
+	INLINE long name##_drop(key_type *k) { return bpf_map_delete_elem(&name, k); } \
+	struct name##_needs_a_semicolon
+#define NO_PREALLOC 1
+#define HASH(name, key_type, value_type, size) MAP(name, 1, key_type, value_type, size, NO_PREALLOC)
+#define ARRAY(name, value_type, size) MAP(name, 2, u32, value_type, size, 0)
+#define PERCPU_ARRAY(name, value_type, size) MAP(name, 6, u32, value_type, size, 0)
+#define LRU_HASH(name, key_type, value_type, size) MAP(name, 9, key_type, value_type, size, 0)
+#define TRIE(name, key_type, value_type, size) MAP(name, 11, key_type, value_type, size, NO_PREALLOC)
+#define RING(name, bytes) \
+	struct { \
+		int (*type)[27]; \
+		int (*max_entries)[bytes]; \
+	} name SECTION(".maps"); \
+	INLINE void *name##_reserve(u64 size) { return bpf_ringbuf_reserve(&name, size, 0); } \
+	INLINE void name##_submit(void *p) { bpf_ringbuf_submit(p, 0); } \
+	INLINE void name##_discard(void *p) { bpf_ringbuf_discard(p, 0); } \
+	INLINE long name##_output(void *p, u64 size) { return bpf_ringbuf_output(&name, p, size, 0); } \
+	INLINE u64 name##_query(u64 what) { return bpf_ringbuf_query(&name, what); } \
+	struct name##_needs_a_semicolon
+#endif
+
+/* --- what to copy --- */
+
+/* Key: 0. Value: the scope and the limits. User space writes it once, at the start (scope.py); every
+ * program reads it, and does nothing while it is missing. */
+ARRAY(settings, struct settings, 1);
+
+/* Key: a user id in scope. Value: 1. User space writes it at the start (scope.py); `in_scope` reads. */
+HASH(uids, u32, u8, UIDS_MAX);
+
+/* Key: a host name or a suffix, reversed, with its length in bits: the longest prefix matches. Value:
+ * 1. User space writes it (scope.py); `wanted_host` reads. */
+TRIE(hosts, struct host_key, u8, HOSTS_MAX);
+
+/* Which processes descend from whom. Key: a pid of the helper's namespace, or, with TREE_FORKED, of the
+ * first one. Value: tree_flag bits, and above them the number of a run. User space writes those that it
+ * is told of (process_tree.py); `forked` copies the parent's to the child, `executed` moves an entry to
+ * the other key, `on_exit` drops it; `membership` reads. */
+HASH(tree, u32, u32, TREE_MAX);
+
+/* Key: a pid of the first namespace. Value: its parent, and when it was forked. `forked` writes,
+ * `on_exit` drops; `born_ns` and `executed` read. */
+LRU_HASH(births, u32, struct birth, THREADS_MAX);
+
+/* --- connections --- */
+
+/* Connections that are metered. Key: SSL object (Go: *Conn) and process. Value: host, offsets, flags.
+ * `admit` adds, entry and return programs move the offsets on, `close_connection` drops. User space
+ * reads it for connections that it has to end or announce, and drops those of processes that have
+ * exited (helper/main.py). */
+HASH(connections, struct key, struct connection, CONNECTIONS_MAX);
+
+/* Connections that are not, so that each is judged once. Key: as above. Value: a `denied_as`, or Go's
+ * origin (the address of the name that was judged). `deny` and `unnamed_http2` write, `admit` and
+ * `forget` drop; entry programs read. User space does not look at it. */
+LRU_HASH(denied, struct key, u64, DENIED_MAX);
+
+/* Key: a process that has, or had, metered connections. Value: 1. `admit` writes; whoever ends it
+ * (`executed`, `on_exit`) reads, sends an EXIT, and drops it. */
+HASH(owners, u32, u8, CONNECTIONS_MAX);
+
+/* --- calls in progress --- */
+
+/* Key: thread and process id. Value: the calls that the thread is in. `enter` writes, `leave` reads and
+ * frees a frame, `on_exit` drops. */
+HASH(threads, u64, struct thread, THREADS_MAX);
+
+/* Key: goroutine, process and direction. Value: connection and buffer of a call. `enter_go` writes,
+ * `leave_go` reads and drops. */
+HASH(go_calls, struct go_key, struct go_call, THREADS_MAX);
+
+/* --- files (by the number that user space gave, name_locations.py) --- */
+
+/* Functions found by structure must have passed HTTP. Key: a file's number. Value: bit 1 << direction
+ * once that was so. User space clears it when it gives the number; `proved` reads and writes. */
+ARRAY(proofs, u64, FILES_MAX);
+
+/* Where a library keeps a connection's name. Key: a file's number. Value: the offset, how sure it is.
+ * User space writes what it remembers when it gives the number; `learn_name_location` writes what it
+ * learns; `own_name` and `may_be_named` read. */
+ARRAY(name_locations, struct name_location, FILES_MAX);
+
+/* --- scratch --- */
+
+/* Key: 0. Value: zeros, never written: what new entries of `connections` and `threads` are copied from,
+ * as they are too large for the stack. */
+ARRAY(blank_connection, struct connection, 1);
+ARRAY(blank_thread, struct thread, 1);
+
+/* Key: 0. Value: the record that `executed` builds and sends, on this CPU. Nobody else reads it. */
+PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
+
+/* --- to user space --- */
+
+/* Key: a `statistic`. Value: its counter since the start. Every program adds; user space reads it for
+ * its reports. */
+ARRAY(stats, u64, STATS);
+
+/* Plaintext, in order: OPEN, CHUNK, CLOSE, EXIT. Read by relay/forwarder.py, after a pause. */
+RING(ring, RING_BYTES);
+
+/* News of processes, read at once (discovery.py): EXEC, MAPPED, LOOKUP, SHUTDOWN and so on, an OPEN
+ * again. Records that are reserved and discarded serve as scratch memory. */
+RING(process_ring, PROCESS_RING_BYTES);
+
+#ifdef HALTON_BCC
 INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
@@ -285,7 +418,7 @@ INLINE void births_set(u32 *k, struct birth *v) { births.update(k, v); }
 INLINE void births_drop(u32 *k) { births.delete(k); }
 INLINE long process_ring_output(void *p, u64 size) { return process_ring.ringbuf_output(p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
-INLINE struct name_place *name_places_get(u32 *k) { return name_places.lookup(k); }
+INLINE struct name_location *name_locations_get(u32 *k) { return name_locations.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
 INLINE int connections_add(struct key *k, struct connection *v) { return connections.insert(k, v); }
 INLINE void connections_drop(struct key *k) { connections.delete(k); }
@@ -312,102 +445,6 @@ INLINE u64 ring_query(u64 what) { return 0; } /* not in bcc: no nudges, so the r
 INLINE void *process_ring_reserve(u64 size) { return process_ring.ringbuf_reserve(size); }
 INLINE void process_ring_submit(void *p) { process_ring.ringbuf_submit(p, 0); }
 INLINE void process_ring_discard(void *p) { process_ring.ringbuf_discard(p, 0); }
-#else
-struct bpf_pidns_info {
-	u32 pid;
-	u32 tgid;
-};
-static void *(*bpf_map_lookup_elem)(void *, const void *) = (void *)1;
-static long (*bpf_map_update_elem)(void *, const void *, const void *, u64) = (void *)2;
-static long (*bpf_map_delete_elem)(void *, const void *) = (void *)3;
-static u64 (*bpf_ktime_get_ns)(void) = (void *)5;
-static u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
-static u64 (*bpf_get_current_uid_gid)(void) = (void *)15;
-static long (*bpf_get_current_comm)(void *, u32) = (void *)16;
-static long (*bpf_probe_read_user)(void *, u32, const void *) = (void *)112;
-static long (*bpf_probe_read_kernel)(void *, u32, const void *) = (void *)113;
-static long (*bpf_probe_read_user_str)(void *, u32, const void *) = (void *)114;
-static long (*bpf_probe_read_kernel_str)(void *, u32, const void *) = (void *)115;
-static long (*bpf_get_ns_current_pid_tgid)(u64, u64, void *, u32) = (void *)120;
-static u64 (*bpf_get_current_ancestor_cgroup_id)(int) = (void *)123;
-static long (*bpf_ringbuf_output)(void *, void *, u64, u64) = (void *)130;
-static void *(*bpf_ringbuf_reserve)(void *, u64, u64) = (void *)131;
-static void (*bpf_ringbuf_submit)(void *, u64) = (void *)132;
-static void (*bpf_ringbuf_discard)(void *, u64) = (void *)133;
-static u64 (*bpf_ringbuf_query)(void *, u64) = (void *)134;
-static u64 (*bpf_get_attach_cookie)(void *) = (void *)174;
-
-#define NO_PREALLOC 1
-#define MAP(name, map_type, key_type, value_type, size, flags) \
-	struct { \
-		int (*type)[map_type]; \
-		key_type *key; \
-		value_type *value; \
-		int (*max_entries)[size]; \
-		int (*map_flags)[flags]; \
-	} name SECTION(".maps")
-#define RING(name, bytes) \
-	struct { \
-		int (*type)[27]; \
-		int (*max_entries)[bytes]; \
-	} name SECTION(".maps")
-
-MAP(settings, 2, u32, struct settings, 1, 0);
-MAP(stats, 2, u32, u64, STATS, 0);
-MAP(blank_connection, 2, u32, struct connection, 1, 0);
-MAP(blank_thread, 2, u32, struct thread, 1, 0);
-MAP(exec_scratch, 6, u32, struct exec_record, 1, 0);
-MAP(births, 9, u32, struct birth, THREADS_MAX, 0);
-MAP(proofs, 2, u32, u64, PLACES_MAX, 0);
-MAP(name_places, 2, u32, struct name_place, PLACES_MAX, 0);
-MAP(connections, 1, struct key, struct connection, CONNECTIONS_MAX, NO_PREALLOC);
-MAP(denied, 9, struct key, u64, DENIED_MAX, 0);
-MAP(go_calls, 1, struct go_key, struct go_call, THREADS_MAX, NO_PREALLOC);
-MAP(threads, 1, u64, struct thread, THREADS_MAX, NO_PREALLOC);
-MAP(tree, 1, u32, u32, TREE_MAX, NO_PREALLOC);
-MAP(owners, 1, u32, u8, CONNECTIONS_MAX, NO_PREALLOC);
-MAP(uids, 1, u32, u8, UIDS_MAX, NO_PREALLOC);
-MAP(hosts, 11, struct host_key, u8, HOSTS_MAX, NO_PREALLOC);
-RING(ring, RING_BYTES);
-RING(process_ring, PROCESS_RING_BYTES);
-
-INLINE struct settings *settings_get(u32 *k) { return bpf_map_lookup_elem(&settings, k); }
-INLINE u64 *stats_get(u32 *k) { return bpf_map_lookup_elem(&stats, k); }
-INLINE struct connection *blank_connection_get(u32 *k) { return bpf_map_lookup_elem(&blank_connection, k); }
-INLINE struct thread *blank_thread_get(u32 *k) { return bpf_map_lookup_elem(&blank_thread, k); }
-INLINE struct exec_record *exec_scratch_get(u32 *k) { return bpf_map_lookup_elem(&exec_scratch, k); }
-INLINE struct birth *births_get(u32 *k) { return bpf_map_lookup_elem(&births, k); }
-INLINE void births_set(u32 *k, struct birth *v) { bpf_map_update_elem(&births, k, v, BPF_ANY); }
-INLINE void births_drop(u32 *k) { bpf_map_delete_elem(&births, k); }
-INLINE long process_ring_output(void *p, u64 size) { return bpf_ringbuf_output(&process_ring, p, size, 0); }
-INLINE u64 *proofs_get(u32 *k) { return bpf_map_lookup_elem(&proofs, k); }
-INLINE struct name_place *name_places_get(u32 *k) { return bpf_map_lookup_elem(&name_places, k); }
-INLINE struct connection *connections_get(struct key *k) { return bpf_map_lookup_elem(&connections, k); }
-INLINE int connections_add(struct key *k, struct connection *v) { return bpf_map_update_elem(&connections, k, v, BPF_NOEXIST); }
-INLINE void connections_drop(struct key *k) { bpf_map_delete_elem(&connections, k); }
-INLINE u64 *denied_get(struct key *k) { return bpf_map_lookup_elem(&denied, k); }
-INLINE void denied_set(struct key *k, u64 *v) { bpf_map_update_elem(&denied, k, v, BPF_ANY); }
-INLINE void denied_drop(struct key *k) { bpf_map_delete_elem(&denied, k); }
-INLINE struct go_call *go_calls_get(struct go_key *k) { return bpf_map_lookup_elem(&go_calls, k); }
-INLINE int go_calls_set(struct go_key *k, struct go_call *v) { return bpf_map_update_elem(&go_calls, k, v, BPF_ANY); }
-INLINE void go_calls_drop(struct go_key *k) { bpf_map_delete_elem(&go_calls, k); }
-INLINE struct thread *threads_get(u64 *k) { return bpf_map_lookup_elem(&threads, k); }
-INLINE int threads_set(u64 *k, struct thread *v) { return bpf_map_update_elem(&threads, k, v, BPF_ANY); }
-INLINE void threads_drop(u64 *k) { bpf_map_delete_elem(&threads, k); }
-INLINE u32 *tree_get(u32 *k) { return bpf_map_lookup_elem(&tree, k); }
-INLINE void tree_set(u32 *k, u32 *v) { bpf_map_update_elem(&tree, k, v, BPF_ANY); }
-INLINE void tree_drop(u32 *k) { bpf_map_delete_elem(&tree, k); }
-INLINE u8 *owners_get(u32 *k) { return bpf_map_lookup_elem(&owners, k); }
-INLINE void owners_set(u32 *k, u8 *v) { bpf_map_update_elem(&owners, k, v, BPF_ANY); }
-INLINE void owners_drop(u32 *k) { bpf_map_delete_elem(&owners, k); }
-INLINE u8 *uids_get(u32 *k) { return bpf_map_lookup_elem(&uids, k); }
-INLINE u8 *hosts_get(struct host_key *k) { return bpf_map_lookup_elem(&hosts, k); }
-INLINE void *ring_reserve(u64 size) { return bpf_ringbuf_reserve(&ring, size, 0); }
-INLINE void ring_submit(void *p) { bpf_ringbuf_submit(p, 0); }
-INLINE u64 ring_query(u64 what) { return bpf_ringbuf_query(&ring, what); }
-INLINE void *process_ring_reserve(u64 size) { return bpf_ringbuf_reserve(&process_ring, size, 0); }
-INLINE void process_ring_submit(void *p) { bpf_ringbuf_submit(p, 0); }
-INLINE void process_ring_discard(void *p) { bpf_ringbuf_discard(p, 0); }
 #endif
 
 /* ---- who is calling, and are they in scope -------------------------------------------------- */
@@ -434,7 +471,7 @@ INLINE u64 current_ids(struct settings *s)
 }
 
 /* What the current process, by its id in the helper's namespace, is in the tree: flags and the
- * number of a run (family.py). Set by user space under that id, or by a fork under the global one,
+ * number of a run (process_tree.py). Set by user space under that id, or by a fork under the global one,
  * which is all that a fork tells of a child. */
 INLINE u32 membership(u32 tgid)
 {
@@ -642,13 +679,12 @@ INLINE void emit_tail(struct chunk *c, u64 length)
 }
 
 /* A record without data: user space learns of the hole at once, not with the next chunk. */
-INLINE void emit_hole(struct chunk *c, u64 length, u32 flags)
+INLINE void emit_hole(struct chunk *c, u64 length)
 {
 	struct record *r = ring_reserve(sizeof(*r));
 	if (r) {
 		fill(r, KIND_CHUNK, c->key, c->connection, c->now);
 		r->direction = c->direction;
-		r->flags |= flags;
 		r->offset = *c->offset;
 		r->length = length;
 		ring_submit(r);
@@ -702,12 +738,12 @@ INLINE void copy_out(struct chunk *c, u64 total)
 	}
 	if (total > PIECE_BYTES_MAX) {
 		lost(connection, STAT_CALL_TOO_LONG_BYTES, total);
-		emit_hole(c, total, 0);
+		emit_hole(c, total);
 	} else if (total) {
 		emit_tail(c, total);
 	}
 	if (cut)
-		emit_hole(c, cut, FLAG_CUT);
+		emit_hole(c, cut);
 	nudge(filled_before);
 }
 
@@ -829,13 +865,13 @@ INLINE int host_named(u64 ssl, u64 address)
  * write of a connection whose name we saw, the object is searched, word by word, for a pointer to
  * that name. The same offset in NAME_VOTES_MIN connections is known; a known one at which another
  * name stands is given up for good. Words go to registers here and nowhere else: the object leads to
- * the connection's keys. User space keeps what was learned, by build (name_places.py). A search takes
+ * the connection's keys. User space keeps what was learned, by build (name_locations.py). A search takes
  * some 50 us, twice for a build; to look whether the name stands there, at each new connection, 1 us. */
 
-INLINE struct name_place *name_place(u64 cookie)
+INLINE struct name_location *name_location(u64 cookie)
 {
-	u32 number = cookie & COOKIE_PLACE;
-	return number ? name_places_get(&number) : 0;
+	u32 number = cookie & COOKIE_FILE;
+	return number ? name_locations_get(&number) : 0;
 }
 
 /* Reads the name that stands at an offset of an SSL object into `text`, which is all NUL. Its length
@@ -848,8 +884,8 @@ INLINE long name_at(char *text, u64 ssl, u32 offset)
 	return pointer ? bpf_probe_read_user_str(text, HOST_BYTES_MAX, (void *)pointer) : 1;
 }
 
-/* The name that the library itself keeps; 0 when its place is not known, or nothing stands there. */
-INLINE int own_name(struct name *n, u64 ssl, struct name_place *p)
+/* The name that the library itself keeps; 0 when its location is not known, or nothing stands there. */
+INLINE int own_name(struct name *n, u64 ssl, struct name_location *p)
 {
 	if (!p || p->state != NAME_KNOWN)
 		return 0;
@@ -862,7 +898,7 @@ INLINE int own_name(struct name *n, u64 ssl, struct name_place *p)
 /* Is there more to be known of an unnamed connection than when it was judged? */
 INLINE int may_be_named(u64 cookie)
 {
-	struct name_place *p = name_place(cookie);
+	struct name_location *p = name_location(cookie);
 	return p && p->state != NAME_SOUGHT;
 }
 
@@ -906,8 +942,8 @@ INLINE int same_name(u64 ssl, u32 offset, struct connection *c)
 	return !differs;
 }
 
-/* User space is told of a place that is known now (or, with offset 0, no longer believed). */
-INLINE void tell_place(u64 cookie, u32 offset)
+/* Tell user space a location that is known now (or, with offset 0, no longer believed). */
+INLINE void tell_location(u64 cookie, u32 offset)
 {
 	struct record *r = process_ring_reserve(sizeof(*r));
 	if (!r) {
@@ -917,14 +953,14 @@ INLINE void tell_place(u64 cookie, u32 offset)
 	__builtin_memset(r, 0, sizeof(*r));
 	r->size = sizeof(*r);
 	r->kind = KIND_LEARNED;
-	r->offset = cookie & COOKIE_PLACE;
+	r->offset = cookie & COOKIE_FILE;
 	r->length = offset;
 	process_ring_submit(r);
 }
 
-INLINE void count_vote(struct name_place *p, u32 offset, u64 cookie)
+INLINE void count_vote(struct name_location *p, u32 offset, u64 cookie)
 {
-	u32 number = cookie & COOKIE_PLACE;
+	u32 number = cookie & COOKIE_FILE;
 	u64 *proof = proofs_get(&number);
 
 	p->votes = offset == p->offset ? p->votes + 1 : 1;
@@ -935,13 +971,13 @@ INLINE void count_vote(struct name_place *p, u32 offset, u64 cookie)
 	if ((cookie & COOKIE_UNPROVED) && (!proof || (*proof & 3) != 3))
 		return;
 	p->state = NAME_KNOWN;
-	tell_place(cookie, offset);
+	tell_location(cookie, offset);
 }
 
 /* Before the first write of a connection whose name we saw. */
-INLINE void learn_name_place(struct key *key, struct connection *c, u64 cookie)
+INLINE void learn_name_location(struct key *key, struct connection *c, u64 cookie)
 {
-	struct name_place *p = name_place(cookie);
+	struct name_location *p = name_location(cookie);
 	if (!p || p->state == NAME_GIVEN_UP || p->voter == c->opened_ns || !c->host[7])
 		return;
 	p->voter = c->opened_ns;
@@ -954,7 +990,7 @@ INLINE void learn_name_place(struct key *key, struct connection *c, u64 cookie)
 	if (p->state == NAME_KNOWN) {
 		if (same == 0) {
 			p->state = NAME_GIVEN_UP;
-			tell_place(cookie, 0);
+			tell_location(cookie, 0);
 		}
 		return;
 	}
@@ -1045,10 +1081,10 @@ INLINE int begins_http2_request(u64 address, u64 total)
 	return 0;
 }
 
-/* Once a connection: until the place of its name is known it is left alone, if ever. */
+/* Once a connection: it is not copied until the location of its name is known, if ever. */
 INLINE void unnamed_http2(struct key *key, u64 cookie)
 {
-	struct name_place *p = name_place(cookie);
+	struct name_location *p = name_location(cookie);
 	u64 as = p && p->state == NAME_SOUGHT ? UNNAMED_SO_FAR : DENIED;
 	u64 *before = denied_get(key);
 	int told = before != 0;
@@ -1109,7 +1145,7 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total, u64 coo
 		count(STAT_PROCESS_RING_FULL, 1);
 		return 0;
 	}
-	int named = own_name(&h->name, key->ssl, name_place(cookie)) ||
+	int named = own_name(&h->name, key->ssl, name_location(cookie)) ||
 		    (http1 && read_host(h, address, total));
 	if (!named) {
 		if (!http1)
@@ -1125,10 +1161,10 @@ INLINE struct connection *judge(struct key *key, u64 address, u64 total, u64 coo
 
 /* ---- proof ------------------------------------------------------------------------------------
  *
- * Places found by structure (boringssl.py) have a cookie that says so. The first bytes of each of
- * their connections must be HTTP, each way; else nothing of the connection is copied. A place that
- * was never right is doubted, and user space removes its probes. Joined connections are no test: what
- * admitted them was the head of a request. */
+ * Functions found by structure (boringssl.py) have a cookie that says so. The first bytes of each of
+ * their connections must be HTTP, each way; else nothing of the connection is copied. Where functions
+ * of a file never passed HTTP, user space removes its probes. Joined connections are no test: the head
+ * of a request admitted them. */
 
 INLINE int looks_like_http(const char *first, u32 direction)
 {
@@ -1142,7 +1178,7 @@ INLINE int looks_like_http(const char *first, u32 direction)
 INLINE int proved(struct chunk *c, u64 total, u64 cookie)
 {
 	char first[4] = {};
-	u32 number = cookie & COOKIE_PLACE, bit = 1 << (c->direction & 1);
+	u32 number = cookie & COOKIE_FILE, bit = 1 << (c->direction & 1);
 	u64 *proof = proofs_get(&number);
 
 	if (!proof || *c->offset || c->connection->joined || total < sizeof(first) ||
@@ -1157,7 +1193,7 @@ INLINE int proved(struct chunk *c, u64 total, u64 cookie)
 	if (!(*proof & bit)) {
 		struct record *r = process_ring_reserve(sizeof(*r));
 		if (r) {
-			fill(r, KIND_DOUBT, c->key, c->connection, c->now);
+			fill(r, KIND_NOT_HTTP, c->key, c->connection, c->now);
 			r->offset = number;
 			process_ring_submit(r);
 		} else {
@@ -1192,7 +1228,7 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
 		if (denied_as && (*denied_as != UNNAMED_SO_FAR || !may_be_named(bpf_get_attach_cookie(r))))
 			return 0;
 	} else if (direction == SENT && !c->sent && !c->joined) {
-		learn_name_place(&key, c, bpf_get_attach_cookie(r));
+		learn_name_location(&key, c, bpf_get_attach_cookie(r));
 	}
 	struct thread *t = threads_get(&ids);
 	if (!t) {

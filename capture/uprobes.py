@@ -24,7 +24,7 @@ from typing import Any
 
 from capture import protocol
 from capture.environment import USE_PROXY, UprobeUnavailable, check_environment
-from capture.helper.relay.keeper import Keeper
+from capture.helper.handover import Keeper
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt
 from capture.processes import proc
 from halton_meter.model import (

@@ -24,12 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture import protocol
-from capture.functions import libraries
+from capture.functions.finder_protocol import library_from_json, library_json
+from capture.functions.library import Library, Probe
+from capture.functions.stacks import PROGRAMS, Stack
 from capture.helper import main as helper
-from capture.helper.admission import Refused
-from capture.helper.relay.forwarder import Outlet
-from capture.helper.relay.keeper import Hold
+from capture.helper.handover import Hold
+from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
+from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
 from halton_meter.config import Account, Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, Answering, Client, Control
@@ -366,11 +368,11 @@ class Commanded:
         )
         made._spool, made._receipt, made._ring = Spool.new(SPOOL_BYTES), Receipt.new(), ring
         made._connection_map = SimpleNamespace(all_keys=list)  # type: ignore[assignment]
-        made._outlet = Outlet(made._spool, made._receipt, ring, lambda frame: [])
-        made._outlet.connect(far)
-        made._admission = SimpleNamespace(check_owner=self._check, set_hosts=self._hosts)  # type: ignore[assignment]
-        made._family = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])  # type: ignore[assignment]
-        made.report = lambda: made._outlet.put(  # type: ignore[method-assign]
+        made._forwarder = Forwarder(made._spool, made._receipt, ring, lambda frame: [])
+        made._forwarder.connect(far)
+        made._scope = SimpleNamespace(check_owner=self._check, set_hosts=self._hosts)  # type: ignore[assignment]
+        made._tree = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])  # type: ignore[assignment]
+        made.report = lambda: made._forwarder.put(  # type: ignore[method-assign]
             protocol.encode_message(protocol.REPORT, {"x": "y" * 10_000})
         )
 
@@ -389,7 +391,7 @@ class Commanded:
             self.helper._read_commands()
         except ConnectionError:
             return False
-        self.helper._outlet.flush()
+        self.helper._forwarder.flush()
         return True
 
     def replies(self) -> list[Any]:
@@ -426,7 +428,7 @@ def test_nothing_that_its_reader_says_ends_the_helper(raw: bytes, do: str) -> No
     while commanded.helper._commands.waiting and time.monotonic() < deadline:
         assert commanded.turn()
         commanded.replies()
-    commanded.helper._outlet._barriers.clear()
+    commanded.helper._forwarder._barriers.clear()
     commanded.near.send(protocol.encode_command({"do": "read", "from": 0, "id": 4}))
     commanded.near.send(protocol.encode_command({"do": "watch", "pid": 7, "id": 5}))
     replies: list[Any] = []
@@ -447,8 +449,8 @@ def test_who_asks_without_listening_is_not_read_from_any_more() -> None:
         with contextlib.suppress(BlockingIOError):
             taken += commanded.near.send(flood)
         assert commanded.turn()
-    assert commanded.helper._outlet.waiting
-    assert len(commanded.helper._outlet._own) <= 3
+    assert commanded.helper._forwarder.waiting
+    assert len(commanded.helper._forwarder._own) <= 3
     assert taken < 4 << 20, "the socket's own buffer, and no more"
     held = commanded.helper._commands
     assert sum(map(len, held._waiting)) + len(held._rest) <= 2 * helper.COMMANDS_BYTES_MAX
@@ -465,9 +467,7 @@ def test_no_byte_behind_the_first_command_is_read_with_it() -> None:
 
 # --- finder -> helper -----------------------------------------------------------------------------
 
-LIBRARY = json.loads(
-    libraries.library_json(libraries.Library("x", (libraries.Probe("enter_read", 9),), "id"))
-)
+LIBRARY = json.loads(library_json(Library(Stack.OPENSSL, (Probe("enter_read", 9),), "id")))
 
 
 @given(st.sampled_from(sorted(LIBRARY)), raw_values)
@@ -476,9 +476,9 @@ def test_a_finder_says_a_library_or_nothing(name: str, value: str) -> None:
     fields = ",".join(f'"{n}":{value if n == name else json.dumps(LIBRARY[n])}' for n in LIBRARY)
     for text in (f"{{{fields}}}", value):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            library = libraries.library_from_json(text)
+            library = library_from_json(text)
             if library is not None:
-                assert len(json.dumps(dataclasses.asdict(library))) < 20_000
+                assert len(json.dumps(dataclasses.asdict(library), default=str)) < 20_000
                 assert all(0 <= probe.offset < 2**64 for probe in library.probes)
 
 
@@ -488,8 +488,8 @@ def test_a_finder_says_probes_or_nothing(program: str, offset: str, at_return: s
     told = LIBRARY | {"probes": "PROBES"}
     text = json.dumps(told).replace('"PROBES"', f"[[{program},{offset},{at_return}]]")
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        library = libraries.library_from_json(text)
-        assert library is None or library.probes[0].program in libraries._PROGRAMS
+        library = library_from_json(text)
+        assert library is None or library.probes[0].program in PROGRAMS
 
 
 # --- proxy worker -> proxy service, client -> proxy service ---------------------------------------

@@ -3,7 +3,7 @@
 News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened),
 the rest from /proc: looked at when the news say so, a few times while a process starts, and once a
 while for what no news told. Programs that are installed but not running yet are searched ahead,
-one a turn. `attachments.py` knows the files, `admission.py` the scope.
+one a turn. `attachments.py` knows the files, `scope.py` the scope.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from capture import protocol
-from capture.functions import libraries
-from capture.helper import loader
-from capture.helper.admission import Admission
-from capture.helper.coverage import Lookups, talks_tls
+from capture import bpf, protocol
+from capture.functions.stacks import STACKS, Stack
 from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
-from capture.helper.files.searches import FileId, Haste
+from capture.helper.files.searches import FileId, SearchPriority
 from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
+from capture.helper.lookups import Lookups
+from capture.helper.scope import EnforcedScope
+from capture.processes.mappings import executable_mappings
+from capture.processes.proc import talks_tls
 
 # After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
@@ -41,6 +43,7 @@ SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, 
 SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
+_JAVA = STACKS[Stack.JSSE].library
 
 
 @dataclass(slots=True)
@@ -60,15 +63,15 @@ class Discovery:
 
     def __init__(
         self,
-        process_ring: loader.Ring,
+        process_ring: bpf.Ring,
         files: Attachments,
-        admission: Admission,
+        scope: EnforcedScope,
         on_change: Callable[[], None],
         on_open: Callable[[protocol.Record], None] = lambda _: None,
     ) -> None:
         self._process_ring = process_ring
         self.files = files
-        self._admission = admission
+        self._scope = scope
         self._on_change = on_change
         self._on_open = on_open
         self.identities = Identities(self._runs_another)
@@ -80,6 +83,7 @@ class Discovery:
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
         files.used = self._used
+        self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
         self._runs: dict[tuple[int, int], int] = {}
         self._rescans: list[tuple[float, int, int, int]] = []
@@ -112,56 +116,67 @@ class Discovery:
 
     # --- news ---------------------------------------------------------------------------------
 
-    def read_processes(self) -> None:
-        """Take the news of the process ring, which is read at once: a process may not wait."""
-        mapped: set[int] = set()
-        for record in self._news():
-            if record.kind == protocol.EXEC:
-                self._executed(record)
-            elif record.kind == protocol.MAPPED:
-                mapped.add(record.tgid)
-            elif record.kind == protocol.LOOKUP:
-                self.lookups.note(record.tgid, record.host)
-                self.identities.of(record.tgid)
-                self._on_change()
-            elif record.kind == protocol.UNNAMED:
-                self.unnamed.setdefault(record.tgid, set()).add(record.ssl)
-                self.identities.of(record.tgid)
-                self._on_change()
-            elif record.kind == protocol.LEARNED:
-                self.files.learned(record.offset, record.length)
-            elif record.kind == protocol.DOUBT:
-                self.files.doubt(record.offset)
-                self._on_change()
-            elif record.kind == protocol.OPEN:
-                self.identities.of(
-                    record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
-                )
-                self._on_open(record)
-                self._named(record.tgid, record.ssl)
-                if exe := self._executable(record.tgid):
-                    if len(self._talkers) >= TALKERS_MAX:
-                        self._talkers.pop()
-                    self._talkers.add(exe)
-        self._process_ring.skip_discarded()
-        for pid in mapped:
-            self._schedule_once(pid)
+    def take_news(self) -> None:
+        """Empty the process ring. What cannot wait is done: to note who the processes are.
 
-    def _news(self) -> list[protocol.Record]:
-        """What is in the process ring. Of all execs it is noted first which life began when, and
-        where: what is read of a process later is that of the last one.
+        Of all execs it is noted first which program's life began when, and where: what is read of a
+        process later is that of its last program. The rest waits for `act_on_news`, so this may be
+        called at any point.
         """
-        news = []
+        taken = []
         last = None
         for position, raw in self._process_ring.records():
             last = position
             record = protocol.decode_record(bytes(raw))
-            news.append(record)
+            taken.append(record)
             if record.kind == protocol.EXEC:
                 self.identities.executed(record, folder_of(record))
         if last is not None:
             self._process_ring.release(last)
-        return news
+        self._process_ring.skip_discarded()
+        self._news += taken
+        for record in taken:
+            if record.kind == protocol.OPEN:
+                self.identities.of(
+                    record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
+                )
+                self._on_open(record)
+
+    def act_on_news(self) -> None:
+        """Take the news and act on all of it: for the loop alone, never while a scan goes on."""
+        self.take_news()
+        mapped: set[int] = set()
+        while self._news:
+            record = self._news.popleft()
+            if record.kind == protocol.MAPPED:
+                mapped.add(record.tgid)
+            else:
+                self._act_on(record)
+        for pid in mapped:
+            self._schedule_once(pid)
+
+    def _act_on(self, record: protocol.Record) -> None:
+        if record.kind == protocol.EXEC:
+            self._executed(record)
+        elif record.kind == protocol.LOOKUP:
+            self.lookups.note(record.tgid, record.host)
+            self.identities.of(record.tgid)
+            self._on_change()
+        elif record.kind == protocol.UNNAMED:
+            self.unnamed.setdefault(record.tgid, set()).add(record.ssl)
+            self.identities.of(record.tgid)
+            self._on_change()
+        elif record.kind == protocol.LEARNED:
+            self.files.learned(record.offset, record.length)
+        elif record.kind == protocol.NOT_HTTP:
+            self.files.not_http(record.offset)
+            self._on_change()
+        elif record.kind == protocol.OPEN:
+            self._named(record.tgid, record.ssl)
+            if exe := self._executable(record.tgid):
+                if len(self._talkers) >= TALKERS_MAX:
+                    self._talkers.pop()
+                self._talkers.add(exe)
 
     def _runs_another(self, pid: int) -> bool:
         """Whether the process ring tells of an exec of this process."""
@@ -248,10 +263,10 @@ class Discovery:
         """
         until = time.monotonic() + TURN_S
         while self._rescans and self._rescans[0][0] <= now and time.monotonic() < until:
-            self.read_processes()  # who starts meanwhile may be gone before the last is looked at
+            self.act_on_news()  # who starts meanwhile may be gone before the last is looked at
             self._rescan(*heapq.heappop(self._rescans))
         while self._unswept and time.monotonic() < until:
-            self._scan(self._unswept.pop())
+            self._look_at(self._unswept.pop())
             if not self._unswept:
                 self.files.drop_unused()
         if found := self.files.search():
@@ -262,7 +277,7 @@ class Discovery:
             self._mapped.discard(pid)
         elif self._series_of.get(pid) != series:
             return
-        goes_on = self._scan(pid)
+        goes_on = self._look_at(pid)
         watched = self.watched.get(pid)  # None: it ran another program meanwhile and is gone
         heard = watched and watched.linker and self.files.hears(watched.linker)
         last_s = HEARD_RESCAN_S_MAX if heard else RESCAN_S[-1]
@@ -274,11 +289,25 @@ class Discovery:
         else:
             self._series_of.pop(pid, None)
 
-    def _scan(self, pid: int) -> bool:
-        """Look at files the process has mapped since last time; False when it is gone."""
-        if not self._admission.in_scope(pid):
+    def _look_at(self, pid: int) -> bool:
+        """Look at files the process has mapped since last time; False when it is gone.
+
+        News are acted on between two files: libraries can wait, a process may not.
+        """
+        scan = self._scan(pid)
+        while True:
+            try:
+                next(scan)
+            except StopIteration as end:
+                return bool(end.value)
+            self.act_on_news()
+
+    def _scan(self, pid: int) -> Generator[None, None, bool]:
+        """`_look_at`, in steps: it pauses before each file, and ends where the process has run
+        another program meanwhile."""
+        if not self._scope.in_scope(pid):
             return False
-        mappings = libraries.executable_mappings(pid)
+        mappings = executable_mappings(pid)
         if mappings is None:
             self.watched.pop(pid, None)
             return False
@@ -293,8 +322,10 @@ class Discovery:
             if time.monotonic() > until:
                 self._schedule_once(pid, SCAN_AGAIN_S)
                 break
-            watched.java = watched.java or mapping.path.endswith("/libjvm.so")
-            self.read_processes()  # libraries can wait, a process may not
+            watched.java = watched.java or mapping.path.endswith(f"/{_JAVA}")
+            yield
+            if self.watched.get(pid) is not watched:
+                return True
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:
                 identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
@@ -389,7 +420,7 @@ class Discovery:
         except OSError:
             return
         try:
-            self.files.look_into(fd, os.path.realpath(path), Haste.NOBODY)
+            self.files.look_into(fd, os.path.realpath(path), SearchPriority.AHEAD)
         except OSError:
             return
         finally:

@@ -1,7 +1,7 @@
 """The root helper: attaches the probes, drains the ring, reads /proc, writes frames to a socket.
 
 Started by `uprobe.spawn_helper`, or by a supervisor with a channel on which it gets what the helper
-before it had (`keeper.py`): then it attaches nothing anew, and carries on where that one was. It
+before it had (`handover.py`): then it attaches nothing anew, and carries on where that one was. It
 parses no plaintext: ring records go to the spool and from there to the reader's socket as they
 are. When the reader is slow the spool fills, then the ring, and the kernel counts, stream by
 stream, what no longer fits. A helper with a supervisor outlives its readers and ends with the
@@ -24,22 +24,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capture import protocol
-from capture.functions import libraries
-from capture.helper import loader
-from capture.helper.admission import Admission, Refused
-from capture.helper.coverage import Coverage, attach_resolver
+from capture import bpf, loader, protocol
+from capture.environment import check_environment
+from capture.helper.coverage import Coverage
 from capture.helper.discovery import Discovery
-from capture.helper.family import Family
 from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import VALUE, NamePlaces
+from capture.helper.files.name_locations import VALUE, NameLocations
+from capture.helper.handover import LAYOUT, Hold
 from capture.helper.installs import Installs, homes_of
+from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts, tracing_folder
+from capture.helper.process_tree import ProcessTree
 from capture.helper.relay.announcements import unannounced
-from capture.helper.relay.forwarder import Outlet
-from capture.helper.relay.keeper import LAYOUT, Hold
+from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
+from capture.helper.scope import EnforcedScope, Refused
+from capture.helper.standard_files import standard_files, standard_linkers
 from capture.processes import proc
 from halton_meter import untrusted
 from halton_meter.model import Process
@@ -55,7 +56,7 @@ PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be fou
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
 REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
-WHOSE_MAX = 2048  # some 1 KB each
+PROCESS_FRAMES_MAX = 2048  # some 1 KB each
 SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 MEMORY_MORE_BYTES = 64 << 20
 NICE = -10  # a process may live 10 ms: be there before it is gone
@@ -76,7 +77,7 @@ class Helper:
         self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
         # Whose the connections are, as the spool has told: those of the latest openers.
-        self._whose: dict[Key, bytes] = {}
+        self._process_frames: dict[Key, bytes] = {}
         self._ended: list[bytes] = []  # connections that we have told the end of
         self._paused = self._stopping = False
         self._listening: tuple[bool, bool] | None = None
@@ -100,14 +101,14 @@ class Helper:
         self._loaded = given or loader.load(command["loader"], ring_bytes)
         self._use_maps(self._loaded.maps, ring_bytes)
         self._use_spool(int(command.get("spool_bytes") or SPOOL_BYTES))
-        self._admission = Admission(
+        self._scope = EnforcedScope(
             self._loaded.maps,
-            self._family,
+            self._tree,
             command["scope"],
             restricted=self._restricted,
             request_bytes_max=command.get("request_bytes_max"),
         )
-        self._admission.set_hosts(command["hosts"])
+        self._scope.set_hosts(command["hosts"])
         if given is None:
             self._keep_loaded(ring_bytes)
         self._attach_tracepoints()
@@ -134,10 +135,10 @@ class Helper:
         self._hold.keep("kernel", [self._loaded.name, LAYOUT, ring_bytes])
 
     def _use_maps(self, maps: dict[str, int], ring_bytes: int) -> None:
-        self._ring = loader.Ring(maps["ring"], ring_bytes)
-        self._process_ring = loader.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
-        self._family = Family(loader.Map(maps["tree"], 4, 4), self._hold)
-        self._stats = loader.Map(maps["stats"], 4, 8)
+        self._ring = bpf.Ring(maps["ring"], ring_bytes)
+        self._process_ring = bpf.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
+        self._tree = ProcessTree(bpf.Map(maps["tree"], 4, 4), self._hold)
+        self._stats = bpf.Map(maps["stats"], 4, 8)
         self._connection_map = _connection_map(maps["connections"])
         self._epoll = select.epoll()
         for readable in (self._process_ring.fd, self._ring.fd):
@@ -151,7 +152,7 @@ class Helper:
             self._spool, self._receipt = Spool.new(spool_bytes), Receipt.new()
             self._hold.keep("spool", True, [self._spool.fd])
             self._hold.keep("receipt", True, [self._receipt.fd])
-        self._outlet = Outlet(self._spool, self._receipt, self._ring, self._on_notice)
+        self._forwarder = Forwarder(self._spool, self._receipt, self._ring, self._on_notice)
         for raw in self._connection_map.all_keys():  # those that a helper before us has announced
             ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
             self._connections.setdefault(tgid, set()).add(ssl)
@@ -160,18 +161,18 @@ class Helper:
         directory = command.get("cache_directory")
         known = KnownFiles(Path(directory) if directory else None)
         programs, scope = self._loaded.programs, command["scope"]
-        names = self._name_places(directory)
+        names = self._name_locations(directory)
         self.files = Attachments(programs, known, names, self._epoll, self._hold)
         self._discovery = Discovery(
-            self._process_ring, self.files, self._admission, self._report_soon, self._name_opener
+            self._process_ring, self.files, self._scope, self._report_soon, self._name_opener
         )
-        self._coverage = Coverage(self._discovery, self._family)
+        self._coverage = Coverage(self._discovery, self._tree)
         for pid in () if self._carries_on else scope["roots"]:  # by now others may have their pids
             self._add_root(int(pid))
         given = command.get("files")
-        for path in libraries.standard_files() if given is None else given:
+        for path in standard_files() if given is None else given:
             self.files.look_at(path, path)
-        for path in libraries.standard_linkers():
+        for path in standard_linkers():
             self.files.attach_linker(path)
         self._attach_kept("resolver", lambda: attach_resolver(programs["on_lookup"]))
         self._discovery.sweep(time.monotonic())
@@ -185,11 +186,11 @@ class Helper:
             if installs.fileno() >= 0:
                 self._epoll.register(installs.fileno(), select.EPOLLIN)
 
-    def _name_places(self, directory: str | None) -> NamePlaces:
+    def _name_locations(self, directory: str | None) -> NameLocations:
         maps = self._loaded.maps
-        return NamePlaces(
-            loader.Map(maps["name_places"], 4, VALUE.size),
-            loader.Map(maps["proofs"], 4, 8),
+        return NameLocations(
+            bpf.Map(maps["name_locations"], 4, VALUE.size),
+            bpf.Map(maps["proofs"], 4, 8),
             Path(f"{directory}-names") if directory else None,
         )
 
@@ -211,16 +212,16 @@ class Helper:
 
         def on_exec() -> int:
             program = programs.get("on_exec_with_arguments", programs["on_exec"])
-            return loader.attach_tracepoint(program, number("sched_process_exec"))
+            return bpf.attach_tracepoint(program, number("sched_process_exec"))
 
         def on_fork() -> int:
             with open(f"{events}/sched_process_fork/format", encoding="ascii") as file:
                 arrays = "char parent_comm[16]" in file.read()
             program = programs["fork_arrays" if arrays else "fork_locations"]
-            return loader.attach_tracepoint(program, number("sched_process_fork"))
+            return bpf.attach_tracepoint(program, number("sched_process_fork"))
 
         def on_exit() -> int:
-            return loader.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
+            return bpf.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
 
         self._attach_kept("exit", on_exit)
         self._attach_kept("exec", on_exec)
@@ -238,7 +239,7 @@ class Helper:
         self._sock, self._listening = sock, None
         self._commands_refused += self._commands.refused
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
-        self._outlet.connect(sock)
+        self._forwarder.connect(sock)
         if sock is None:
             return
         _widen(sock)
@@ -252,30 +253,30 @@ class Helper:
 
     def _begin(self, number: int, position: int) -> None:
         """A reader says from where on it wants to read."""
-        if self._outlet.begun:
+        if self._forwarder.begun:
             raise Refused("read: where to begin is said once on a link")
-        position = self._outlet.place(position)
+        position = self._forwarder.beginning(position)
         frames: list[bytes] = []
         for record in unannounced(self._spool, position, self._ring, self._connection_map):
-            frames += self._whose_is(record)
+            frames += self._process_frame_of(record)
             frames.append(protocol.encode_open(record))
-        self._outlet.begin(position, number, frames)
+        self._forwarder.begin(position, number, frames)
         self.report()
 
-    def _whose_is(self, record: protocol.Record) -> list[bytes]:
+    def _process_frame_of(self, record: protocol.Record) -> list[bytes]:
         """Whose a connection is, in a frame; nothing when that is not known."""
-        if (told := self._whose.get(record.key)) is not None:
+        if (told := self._process_frames.get(record.key)) is not None:
             return [told]
         process = self._discovery.identities.of(
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
         if process is None:
             return []
-        process = self._family.with_run(process, record.length)
+        process = self._tree.with_run(process, record.length)
         about = {"process": proc.to_json(process), "connection": record.key}
-        frame = self._whose[record.key] = protocol.encode_message(protocol.PROCESS, about)
-        if len(self._whose) > WHOSE_MAX:
-            self._whose.pop(next(iter(self._whose)))
+        frame = self._process_frames[record.key] = protocol.encode_message(protocol.PROCESS, about)
+        if len(self._process_frames) > PROCESS_FRAMES_MAX:
+            self._process_frames.pop(next(iter(self._process_frames)))
         return [frame]
 
     def _name_opener(self, record: protocol.Record) -> None:
@@ -283,14 +284,14 @@ class Helper:
 
         By when its OPEN comes out of the ring we may be dead, and the process as well.
         """
-        for frame in self._whose_is(record):
-            self._outlet.put(frame)
+        for frame in self._process_frame_of(record):
+            self._forwarder.put(frame)
 
     # --- commands -----------------------------------------------------------------------------
 
     def _add_root(self, pid: int) -> None:
         """Put a process and what descends from it in scope."""
-        for each in self._family.include(pid):
+        for each in self._tree.include(pid):
             self._discovery.identities.of(each)  # its parents, which its next exec does not tell
             self._discovery.schedule(each)
 
@@ -300,11 +301,11 @@ class Helper:
         number = untrusted.whole_number(command, "id", smallest=-1)
         what = untrusted.text(command, "do")
         answer: dict[str, Any] = {"id": number}
-        if not self._outlet.begun and what not in ("read", "stop"):
+        if not self._forwarder.begun and what not in ("read", "stop"):
             return  # who does not say where it begins hears nothing
         try:
             if what == "barrier":
-                self._outlet.put_barrier(number or 0)
+                self._forwarder.put_barrier(number or 0)
                 self._resume()
                 return
             if what == "read":
@@ -316,10 +317,10 @@ class Helper:
                 self._add_root(_pid(command))
             elif what == "watch":
                 pid = _pid(command)
-                self._admission.check_owner(pid)
-                self._family.watch(pid)
+                self._scope.check_owner(pid)
+                self._tree.watch(pid)
             elif what == "hosts":
-                self._admission.set_hosts(command["hosts"])
+                self._scope.set_hosts(command["hosts"])
             elif what == "report":
                 self._resume()  # who asks how it stands wants to see what is waiting, too
                 self.report()
@@ -332,7 +333,7 @@ class Helper:
         except Exception as error:
             self._commands_refused += 1
             answer["error"] = f"not a command: {type(error).__name__}"
-        self._outlet.put(protocol.encode_message(protocol.REPLY, answer))
+        self._forwarder.put(protocol.encode_message(protocol.REPLY, answer))
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -340,7 +341,7 @@ class Helper:
         """Until we are told to stop, or whoever we serve is gone."""
         if self._hold.fileno() >= 0:
             self._epoll.register(self._hold.fileno(), select.EPOLLIN)
-        while not self._stopping or self._outlet.waiting:
+        while not self._stopping or self._forwarder.waiting:
             now = time.monotonic()
             ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
             if self._hold.fileno() in ready and not self._take_reader():
@@ -359,17 +360,17 @@ class Helper:
 
     def _turn(self) -> None:
         """What is to be done, whatever woke us up."""
-        discovery, outlet = self._discovery, self._outlet
-        discovery.read_processes()
+        discovery, forwarder = self._discovery, self._forwarder
+        discovery.act_on_news()
         if self._fills():
             self._resume()
         now = time.monotonic()
         discovery.run_rescans(now)
-        if now >= self._resume_at or outlet.has_barriers:
+        if now >= self._resume_at or forwarder.has_barriers:
             self._pump(now)
-        elif outlet.waiting:
-            outlet.flush()
-        if self._report_at is not None and now >= self._report_at and not outlet.blocked:
+        elif forwarder.waiting:
+            forwarder.flush()
+        if self._report_at is not None and now >= self._report_at and not forwarder.blocked:
             self.report()
         if now >= discovery.sweep_at:
             discovery.sweep(now)
@@ -392,9 +393,9 @@ class Helper:
 
     def _wait_s(self, now: float) -> float:
         times = [self._discovery.due(now)]
-        if self._commands.waiting and not self._outlet.blocked:
+        if self._commands.waiting and not self._forwarder.blocked:
             return 0.0
-        if self._paused and not self._outlet.blocked:
+        if self._paused and not self._forwarder.blocked:
             # Even when that time has passed by now: nobody listens to the ring until then.
             times.append(self._resume_at)
         if self._report_at is not None:
@@ -402,13 +403,13 @@ class Helper:
         return max(0.0, min(times) - now)
 
     def _pump(self, now: float) -> None:
-        moved = self._outlet.pump()
-        if not self._outlet.full:
+        moved = self._forwarder.pump()
+        if not self._forwarder.full:
             self._drop_ended()
-        if (moved or self._outlet.full) and not self._outlet.blocked:
+        if (moved or self._forwarder.full) and not self._forwarder.blocked:
             # A record that a thread is still writing holds up all behind it: no wake-up comes then.
             # Nor does one tell that the reader has made room.
-            is_told = self._loaded.name != "bcc" and not self._fills() and not self._outlet.full
+            is_told = self._loaded.name != "bcc" and not self._fills() and not self._forwarder.full
             self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
             self._report_soon()
 
@@ -431,8 +432,8 @@ class Helper:
 
     def _watch_ring(self, now: float) -> None:
         """Listen to the ring only when we could do something about it."""
-        blocked = self._outlet.blocked and self._sock is not None
-        self._paused = blocked or self._outlet.full or self._resume_at > now
+        blocked = self._forwarder.blocked and self._sock is not None
+        self._paused = blocked or self._forwarder.full or self._resume_at > now
         listening = (self._paused, blocked)
         if listening == self._listening:
             return
@@ -448,7 +449,7 @@ class Helper:
         who asks without end, or without listening, waits.
         """
         assert self._sock is not None
-        if not self._commands.waiting and not self._outlet.blocked:
+        if not self._commands.waiting and not self._forwarder.blocked:
             data: bytes | None = None
             with contextlib.suppress(BlockingIOError):
                 data = self._sock.recv(COMMANDS_BYTES_MAX)
@@ -456,10 +457,10 @@ class Helper:
                 raise ConnectionResetError("the reader is gone")
             self._commands.feed(data or b"")
         until = time.monotonic() + COMMANDS_S
-        while self._commands.waiting and not self._outlet.blocked and time.monotonic() < until:
+        while self._commands.waiting and not self._forwarder.blocked and time.monotonic() < until:
             if (command := self._commands.next()) is not None:
                 self.command(command)
-                self._outlet.flush()
+                self._forwarder.flush()
 
     def _on_notice(self, frame: bytes) -> list[bytes]:
         """An OPEN needs its process told first, an EXIT ends connections that never said so."""
@@ -474,17 +475,17 @@ class Helper:
         return [each for each in closed if each is not None]
 
     def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
-        self._discovery.read_processes()  # its exec may be news since we last looked
+        self._discovery.take_news()  # its exec may be among them
         process = self._discovery.identities.of(
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
         self._programs_unknown += process is None
-        told = [] if record.key in self._whose else self._whose_is(record)
+        told = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
-        self._coverage.metered(self._family.with_run(known, record.length), record.host)
+        self._coverage.metered(self._tree.with_run(known, record.length), record.host)
         # What was put meanwhile tells of its process, perhaps: it has to come before.
-        return [*self._outlet.take_own(), *told, frame]
+        return [*self._forwarder.take_own(), *told, frame]
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
         """The end of a connection that did not tell of it; None when it has."""
@@ -513,7 +514,7 @@ class Helper:
         """Tell how it fares, as of now."""
         self._report_at = None
         statistics = self._statistics()
-        if statistics["notices_lost"] != self._notices_lost and not self._outlet.blocked:
+        if statistics["notices_lost"] != self._notices_lost and not self._forwarder.blocked:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
         statistics["files_over_limit"] = self.files.over_limit
@@ -532,8 +533,8 @@ class Helper:
             "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),
         }
-        self._outlet.put(protocol.encode_message(protocol.REPORT, report))
-        self._outlet.flush()
+        self._forwarder.put(protocol.encode_message(protocol.REPORT, report))
+        self._forwarder.flush()
 
     def _close_orphans(self) -> None:
         """Connections whose end found the ring full: they stayed in the kernel's table."""
@@ -546,7 +547,7 @@ class Helper:
             ):
                 frame = self._close(ssl, tgid, now_ns)
                 if frame is not None:
-                    self._outlet.put(frame)
+                    self._forwarder.put(frame)
 
 
 def _pid(command: dict[str, Any]) -> int:
@@ -556,8 +557,8 @@ def _pid(command: dict[str, Any]) -> int:
     return pid
 
 
-def _connection_map(fd: int) -> loader.Map:
-    return loader.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
+def _connection_map(fd: int) -> bpf.Map:
+    return bpf.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
 
 
 def rss_bytes() -> int | None:
@@ -606,8 +607,6 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
 
 def diagnosis(error: Exception) -> dict[str, Any]:
     """Why the set-up failed, and what is known to be missing here, with what mends it."""
-    from capture.environment import check_environment
-
     missing = []
     if not isinstance(error, Refused):
         with contextlib.suppress(OSError, ValueError):

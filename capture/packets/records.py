@@ -1,17 +1,26 @@
 """A capture's TLS connections cut into records: from TCP's bytes to what `tshark.py` decrypts.
 
-`Conversations` is told by `tcp.py` what each connection said, finds out what it is, cuts its TLS
-records, and gives whole ones to a `Decryptor` in their order. After a hole the rest of that
-direction goes round tshark (see `tls.py`): where the next record begins is known from the header
-before the hole, or is hunted for. It refuses to know files and what the plaintext means.
+`tcp.py` hands each connection's bytes and holes to `TcpConnections`. What becomes of them depends
+on the connection's `State`, which its first bytes decide:
+
+    NEW ──> TLS      cut into records; whole ones go to a `Decryptor`, in order
+     │      │
+     │      └──> IGNORED   no keys for it, or not wanted, or seen already
+     ├──> PLAIN    handed out as they are
+     └──> IGNORED
+
+After a hole the rest of that direction bypasses tshark (see `tls.py`): the header before the hole
+tells where the next record begins, or it is searched for. This file refuses to know files, and what
+the plaintext means.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
 from capture.packets import tls
 from capture.packets.keylog import KeyLog
@@ -80,8 +89,25 @@ class Findings:
     unread_links: Counter[int] = field(default_factory=Counter)
 
 
+class State(Enum):
+    """What a connection is; see the file's head."""
+
+    NEW = "new"
+    TLS = "tls"
+    PLAIN = "plain"
+    IGNORED = "ignored"
+
+
+_NEXT: Mapping[State, frozenset[State]] = {
+    State.NEW: frozenset((State.TLS, State.PLAIN, State.IGNORED)),
+    State.TLS: frozenset((State.IGNORED,)),
+    State.PLAIN: frozenset(),
+    State.IGNORED: frozenset(),
+}
+
+
 @dataclass(slots=True, eq=False)
-class _Stream:
+class _RecordStream:
     """One direction of a connection on its way to the decryptor."""
 
     plaintext: Plaintext
@@ -105,15 +131,15 @@ class _Stream:
 
 
 @dataclass(slots=True, eq=False)
-class _Conversation:
-    """A flow's state here: "new" until its first bytes tell what it is."""
+class _TcpConnection:
+    """A flow's state here."""
 
-    mode: str
     connection: Connection
     keys: Keys
     number: int
     server: str
-    streams: dict[bool, _Stream]
+    streams: dict[bool, _RecordStream]
+    state: State = State.NEW
     decryptor: Decryptor | None = None
     held: list[tuple[Half, bytes, int]] = field(default_factory=list)
     held_bytes: int = 0  # their cost
@@ -121,8 +147,13 @@ class _Conversation:
     answered: bytes = b""
     seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
 
+    def become(self, state: State) -> None:
+        """Change the state, by the table."""
+        assert state in _NEXT[self.state], (self.state, state)
+        self.state = state
 
-class Conversations:
+
+class TcpConnections:
     """Every connection of a run's captures (a `capture.packets.tcp.Listener`).
 
     `keys` may grow meanwhile. `wanted` says by server name which connections are worth decrypting
@@ -145,7 +176,19 @@ class Conversations:
         self._hellos: dict[bytes, tuple[int, int]] = {}
         self._holding: OrderedDict[Flow, None] = OrderedDict()  # by when they began
         self._held_bytes = 0
-        self._keeping: OrderedDict[_Stream, tuple[_Conversation, bool]] = OrderedDict()
+        self._on_bytes = {
+            State.NEW: self._read_new,
+            State.TLS: self._read_tls,
+            State.PLAIN: self._read_plain,
+            State.IGNORED: lambda *_: None,
+        }
+        self._on_hole = {
+            State.NEW: self._lose_new,
+            State.TLS: self._lose_tls,
+            State.PLAIN: self._lose_plain,
+            State.IGNORED: lambda *_: None,
+        }
+        self._keeping: OrderedDict[_RecordStream, tuple[_TcpConnection, bool]] = OrderedDict()
         self._kept_bytes = 0
 
     # --- what TCP tells (tcp.Listener) ---------------------------------------------------
@@ -163,121 +206,142 @@ class Conversations:
             flow.joined,
         )
         keys = Keys()
-        streams: dict[bool, _Stream] = {}
+        streams: dict[bool, _RecordStream] = {}
         for half, direction in zip(flow.halves, (Direction.SENT, Direction.RECEIVED), strict=True):
             plaintext = Plaintext(connection, direction)
             keys.halves[direction] = plaintext
-            half.tag = streams[half.sent] = _Stream(plaintext)
-        flow.tag = _Conversation("new", connection, keys, self._numbers, flow.server[0], streams)
+            half.tag = streams[half.sent] = _RecordStream(plaintext)
+        flow.tag = _TcpConnection(connection, keys, self._numbers, flow.server[0], streams)
 
     def received(self, half: Half, data: bytes, at_ns: int) -> None:
         """Contiguous bytes of one direction."""
-        conversation, stream = half.flow.tag, half.tag
-        assert isinstance(conversation, _Conversation)
-        assert isinstance(stream, _Stream)
-        if conversation.mode == "tls":
-            self._records(conversation, stream, half.sent, data, at_ns)
-            self._look_at_buffers(conversation)
-        elif conversation.mode == "plain":
-            self._decryptor_of(conversation).put(Clear(stream.plaintext, data, 0, at_ns))
-        elif conversation.mode == "new":
-            self._hold(conversation, half, data, at_ns)
-            self._take_held(conversation, half.flow)
-            while self._held_bytes > KEPT_BYTES_MAX:
-                oldest = next(iter(self._holding))
-                assert isinstance(oldest.tag, _Conversation)
-                self._take_held(oldest.tag, oldest, wait=False)
+        tcp, stream = half.flow.tag, half.tag
+        assert isinstance(tcp, _TcpConnection)
+        assert isinstance(stream, _RecordStream)
+        self._on_bytes[tcp.state](tcp, stream, half, data, at_ns)
 
-    def _hold(self, conversation: _Conversation, half: Half, data: bytes, at_ns: int) -> None:
-        conversation.held.append((half, data, at_ns))
+    def _read_tls(
+        self, tcp: _TcpConnection, stream: _RecordStream, half: Half, data: bytes, at_ns: int
+    ) -> None:
+        self._records(tcp, stream, half.sent, data, at_ns)
+        self._look_at_buffers(tcp)
+
+    def _read_plain(
+        self, tcp: _TcpConnection, stream: _RecordStream, _: Half, data: bytes, at_ns: int
+    ) -> None:
+        self._decryptor_of(tcp).put(Clear(stream.plaintext, data, 0, at_ns))
+
+    def _read_new(
+        self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
+    ) -> None:
+        self._hold(tcp, half, data, at_ns)
+        self._take_held(tcp, half.flow)
+        while self._held_bytes > KEPT_BYTES_MAX:
+            oldest = next(iter(self._holding))
+            assert isinstance(oldest.tag, _TcpConnection)
+            self._take_held(oldest.tag, oldest, wait=False)
+
+    def _hold(self, tcp: _TcpConnection, half: Half, data: bytes, at_ns: int) -> None:
+        tcp.held.append((half, data, at_ns))
         if half.sent:
-            conversation.asked = (conversation.asked + data[:TELLING_BYTES])[:TELLING_BYTES]
+            tcp.asked = (tcp.asked + data[:TELLING_BYTES])[:TELLING_BYTES]
         else:
-            conversation.answered = (conversation.answered + data[:TELLING_BYTES])[:TELLING_BYTES]
-        conversation.held_bytes += len(data) + HELD_COST_BYTES
+            tcp.answered = (tcp.answered + data[:TELLING_BYTES])[:TELLING_BYTES]
+        tcp.held_bytes += len(data) + HELD_COST_BYTES
         self._held_bytes += len(data) + HELD_COST_BYTES
         self._holding[half.flow] = None
 
-    def _take_held(self, conversation: _Conversation, flow: Flow, wait: bool = True) -> None:
+    def _take_held(self, tcp: _TcpConnection, flow: Flow, wait: bool = True) -> None:
         """Read what was held back once it tells what the connection is, the client's side first."""
-        asked = conversation.asked
-        first = asked or conversation.answered
+        asked = tcp.asked
+        first = asked or tcp.answered
         telling = len(first) >= TELLING_BYTES and (asked or flow.joined)
-        if wait and not telling and conversation.held_bytes < HELD_BYTES_MAX:
+        if wait and not telling and tcp.held_bytes < HELD_BYTES_MAX:
             return
-        held, conversation.held = conversation.held, []
-        self._held_bytes -= conversation.held_bytes
-        conversation.held_bytes = 0
+        held, tcp.held = tcp.held, []
+        self._held_bytes -= tcp.held_bytes
+        tcp.held_bytes = 0
         del self._holding[flow]
-        self._recognise(conversation, flow.halves[0 if asked else 1], first)
+        self._recognise(tcp, flow.halves[0 if asked else 1], first)
         for half, data, at_ns in sorted(held, key=lambda each: not each[0].sent):
             self.received(half, data, at_ns)
 
     def lost(self, half: Half, length: int, at_ns: int) -> None:
         """A hole in one direction."""
-        conversation, stream = half.flow.tag, half.tag
-        assert isinstance(conversation, _Conversation)
-        assert isinstance(stream, _Stream)
-        if conversation.held:
-            self._take_held(conversation, half.flow, wait=False)
-        if conversation.mode == "plain":
-            self._decryptor_of(conversation).put(Clear(stream.plaintext, b"", length, at_ns))
-        elif conversation.mode == "tls":
-            self._divert(conversation, stream, half.sent, length)
-        elif conversation.mode == "new":
-            stream.position += length
-            for each in conversation.streams.values():
-                each.diverted = each.hunting = True
+        tcp, stream = half.flow.tag, half.tag
+        assert isinstance(tcp, _TcpConnection)
+        assert isinstance(stream, _RecordStream)
+        if tcp.held:
+            self._take_held(tcp, half.flow, wait=False)
+        self._on_hole[tcp.state](tcp, stream, half, length, at_ns)
+
+    def _lose_tls(
+        self, tcp: _TcpConnection, stream: _RecordStream, half: Half, length: int, _: int
+    ) -> None:
+        self._divert(tcp, stream, half.sent, length)
+
+    def _lose_plain(
+        self, tcp: _TcpConnection, stream: _RecordStream, _: Half, length: int, at_ns: int
+    ) -> None:
+        self._decryptor_of(tcp).put(Clear(stream.plaintext, b"", length, at_ns))
+
+    @staticmethod
+    def _lose_new(
+        tcp: _TcpConnection, stream: _RecordStream, _: Half, length: int, at_ns: int
+    ) -> None:
+        stream.position += length
+        for each in tcp.streams.values():
+            each.diverted = each.hunting = True
 
     def closed(self, flow: Flow, at_ns: int, clean: bool) -> None:
         """The end of a connection."""
-        conversation = flow.tag
-        assert isinstance(conversation, _Conversation)
-        if conversation.held:
-            self._take_held(conversation, flow, wait=False)
-        for sent, stream in conversation.streams.items():
-            if conversation.mode == "tls" and stream.hunting:
-                self._hunt(conversation, stream, sent, at_ns, final=True)
-        self._flush(conversation)
-        for stream in conversation.streams.values():
-            self._keep(conversation, stream, 0)
-        decryptor = conversation.decryptor
+        tcp = flow.tag
+        assert isinstance(tcp, _TcpConnection)
+        if tcp.held:
+            self._take_held(tcp, flow, wait=False)
+        for sent, stream in tcp.streams.items():
+            if tcp.state is State.TLS and stream.hunting:
+                self._hunt(tcp, stream, sent, at_ns, final=True)
+        self._flush(tcp)
+        for stream in tcp.streams.values():
+            self._keep(tcp, stream, 0)
+        decryptor = tcp.decryptor
         if decryptor is not None:
-            for stream in conversation.streams.values():
+            for stream in tcp.streams.values():
                 if stream.open_hole:
                     end = stream.position + len(stream.buffer)
-                    decryptor.put(Tail(stream.plaintext, conversation.keys, end, at_ns))
-            decryptor.put(TlsClosed(conversation.connection, at_ns, clean))
+                    decryptor.put(Tail(stream.plaintext, tcp.keys, end, at_ns))
+            decryptor.put(TlsClosed(tcp.connection, at_ns, clean))
             self._decryptors.leave(decryptor)
 
     # --- what a connection is -------------------------------------------------------------------
 
-    def _recognise(self, conversation: _Conversation, half: Half, data: bytes) -> None:
+    def _recognise(self, tcp: _TcpConnection, half: Half, data: bytes) -> None:
         if data[:4] in _METHODS:
-            conversation.mode = "plain"
+            tcp.become(State.PLAIN)
             self.findings.plain += 1
         elif len(data) >= 6 and data[0] == tls.HANDSHAKE and data[1] == 3 and data[5] in (1, 2):
-            conversation.mode = "tls"
+            tcp.become(State.TLS)
             if data[5] == 2:  # the ClientHello was not seen
-                self._begin_joined(conversation, half.flow)
-        elif len(self._keys) and (half.flow.joined or conversation.streams[half.sent].hunting):
-            conversation.mode = "tls"
-            self._begin_joined(conversation, half.flow)
+                self._begin_joined(tcp, half.flow)
+        elif len(self._keys) and (half.flow.joined or tcp.streams[half.sent].hunting):
+            tcp.become(State.TLS)
+            self._begin_joined(tcp, half.flow)
         else:
             joined_tls = half.flow.joined and len(data) > 4 and tls.plausible_header(data, 0)
             if joined_tls or half.flow.server[1] == 443:
                 self._no_keys(half.flow.server[0])
-            conversation.mode = "ignored"
+            tcp.become(State.IGNORED)
 
-    def _begin_joined(self, conversation: _Conversation, flow: Flow) -> None:
+    def _begin_joined(self, tcp: _TcpConnection, flow: Flow) -> None:
         """Without a ClientHello there is no name for the keys: boundaries and keys are guessed."""
         self.findings.joined += 1
         if not len(self._keys):
             self._no_keys(flow.server[0])
-            conversation.mode = "ignored"
+            tcp.become(State.IGNORED)
             return
-        self.findings.nameless += conversation.connection.peer is None
-        for stream in conversation.streams.values():
+        self.findings.nameless += tcp.connection.peer is None
+        for stream in tcp.streams.values():
             stream.diverted = stream.hunting = True
             stream.handshake = None
 
@@ -290,37 +354,33 @@ class Conversations:
         """What is seen from here on was recorded apart from what came before."""
         self._hellos.clear()
 
-    def _is_seen_again(self, conversation: _Conversation, random: bytes, at_ns: int) -> bool:
+    def _is_seen_again(self, tcp: _TcpConnection, random: bytes, at_ns: int) -> bool:
         if len(self._hellos) >= HELLOS_MAX:
             self._hellos.clear()
-        number, first_ns = self._hellos.setdefault(random, (conversation.number, at_ns))
-        return number != conversation.number and at_ns - first_ns < SEEN_AGAIN_NS_MAX
+        number, first_ns = self._hellos.setdefault(random, (tcp.number, at_ns))
+        return number != tcp.number and at_ns - first_ns < SEEN_AGAIN_NS_MAX
 
-    def _client_hello(
-        self, conversation: _Conversation, hello: tls.ClientHello, at_ns: int
-    ) -> None:
+    def _client_hello(self, tcp: _TcpConnection, hello: tls.ClientHello, at_ns: int) -> None:
         name = hello.server_name
-        if self._is_seen_again(conversation, hello.random, at_ns):
+        if self._is_seen_again(tcp, hello.random, at_ns):
             self.findings.seen_again += 1
-            self._ignore(conversation)
+            self._ignore(tcp)
             return
-        keys = conversation.keys
+        keys = tcp.keys
         if keys.client_random is None and name is not None:
-            port, joined = conversation.connection.peer_port, conversation.connection.joined
-            conversation.connection = Connection(
-                conversation.connection.id, Source.PCAP, None, name, port, joined
-            )
+            port, joined = tcp.connection.peer_port, tcp.connection.joined
+            tcp.connection = Connection(tcp.connection.id, Source.PCAP, None, name, port, joined)
             for plaintext in keys.halves.values():
-                plaintext.connection = conversation.connection
+                plaintext.connection = tcp.connection
         keys.client_random = hello.random
         if name is not None:
-            self._remember_name(conversation.server, name)
+            self._remember_name(tcp.server, name)
         if hello.random not in self._keys:
-            self._no_keys(name or conversation.server)
-            self._ignore(conversation)
+            self._no_keys(name or tcp.server)
+            self._ignore(tcp)
         elif name is not None and self._wanted is not None and not self._wanted(name):
             self.findings.not_wanted += 1
-            self._ignore(conversation)
+            self._ignore(tcp)
 
     def _remember_name(self, address: str, name: str) -> None:
         """A server's name, for connections to it whose hello was missed; None once ambiguous."""
@@ -330,22 +390,22 @@ class Conversations:
             self._name_of[address] = name
 
     @staticmethod
-    def _ignore(conversation: _Conversation) -> None:
-        conversation.mode = "ignored"
-        for stream in conversation.streams.values():
+    def _ignore(tcp: _TcpConnection) -> None:
+        tcp.become(State.IGNORED)
+        for stream in tcp.streams.values():
             stream.buffer = bytearray()
             stream.batch, stream.batch_bytes = [], 0
             stream.handshake = None
 
     # --- how much is kept -----------------------------------------------------------------------
 
-    def _look_at_buffers(self, conversation: _Conversation) -> None:
+    def _look_at_buffers(self, tcp: _TcpConnection) -> None:
         """Count what a connection keeps of unfinished records; past the limit the oldest goes."""
-        for sent, stream in conversation.streams.items():
+        for sent, stream in tcp.streams.items():
             handshake = len(stream.handshake) if stream.handshake else 0
             kept = len(stream.buffer) + stream.batch_bytes + handshake
             if kept != stream.kept_bytes:
-                self._keep(conversation, stream, kept, sent)
+                self._keep(tcp, stream, kept, sent)
         while self._kept_bytes > KEPT_BYTES_MAX:
             stream, (its, sent) = next(iter(self._keeping.items()))
             self._flush_stream(its, stream, sent)
@@ -356,19 +416,19 @@ class Conversations:
             self._keep(its, stream, 0)
 
     def _keep(
-        self, conversation: _Conversation, stream: _Stream, kept: int, sent: bool = False
+        self, tcp: _TcpConnection, stream: _RecordStream, kept: int, sent: bool = False
     ) -> None:
         self._kept_bytes += kept - stream.kept_bytes
         stream.kept_bytes = kept
         if kept:
-            self._keeping.setdefault(stream, (conversation, sent))
+            self._keeping.setdefault(stream, (tcp, sent))
         else:
             self._keeping.pop(stream, None)
 
     # --- records --------------------------------------------------------------------------------
 
     def _records(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, data: bytes, at_ns: int
+        self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, data: bytes, at_ns: int
     ) -> None:
         if stream.skip:
             passed = min(stream.skip, len(data))
@@ -379,20 +439,20 @@ class Conversations:
                 return
         stream.buffer += data
         if stream.hunting:
-            self._hunt(conversation, stream, sent, at_ns)
+            self._hunt(tcp, stream, sent, at_ns)
         else:
-            self._cut(conversation, stream, sent, at_ns)
+            self._cut(tcp, stream, sent, at_ns)
 
-    def _cut(self, conversation: _Conversation, stream: _Stream, sent: bool, at_ns: int) -> None:
+    def _cut(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, at_ns: int) -> None:
         """Move every whole record from the buffer to the batch."""
         buffer = stream.buffer
         at, size = 0, len(buffer)
         encrypted, ciphered = 0, stream.ciphered
         while at + 5 <= size:
             if not tls.plausible_header(buffer, at):
-                self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
+                self._take(tcp, stream, sent, at, encrypted, ciphered, at_ns)
                 self.findings.losses["tls_garbage"] += 1
-                self._divert(conversation, stream, sent, 0)
+                self._divert(tcp, stream, sent, 0)
                 stream.hunting = True
                 return
             end = at + 5 + (buffer[at + 3] << 8 | buffer[at + 4])
@@ -404,18 +464,18 @@ class Conversations:
             elif kind == tls.APPLICATION or stream.ciphered:
                 encrypted += 1
             elif kind == tls.HANDSHAKE and stream.handshake is not None:
-                self._handshake(conversation, stream, sent, bytes(buffer[at + 5 : end]), at_ns)
-                if conversation.mode == "ignored":
+                self._handshake(tcp, stream, sent, bytes(buffer[at + 5 : end]), at_ns)
+                if tcp.state is State.IGNORED:
                     return
             at = end
             if at >= BATCH_BYTES_MAX:  # segments on loopback hold more than tshark's packet may
-                self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
+                self._take(tcp, stream, sent, at, encrypted, ciphered, at_ns)
                 at, size, encrypted, ciphered = 0, len(buffer), 0, stream.ciphered
         if at:
-            self._take(conversation, stream, sent, at, encrypted, ciphered, at_ns)
+            self._take(tcp, stream, sent, at, encrypted, ciphered, at_ns)
 
     def _handshake(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, body: bytes, at_ns: int
+        self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, body: bytes, at_ns: int
     ) -> None:
         """Look for the hello at the start of a direction, in as many records as it takes."""
         assert stream.handshake is not None
@@ -431,18 +491,18 @@ class Conversations:
             whole = bytes(stream.handshake[:length])
             del stream.handshake[:length]
             if sent and (hello := tls.client_hello(whole)) is not None:
-                self._client_hello(conversation, hello, at_ns)
+                self._client_hello(tcp, hello, at_ns)
                 # A retry request is answered by a second ClientHello with the same random.
                 stream.handshake = bytearray()
                 return
             if not sent and (answer := tls.server_hello(whole)) is not None:
-                conversation.keys.server_hello = answer
+                tcp.keys.server_hello = answer
                 stream.handshake = None
 
     def _take(
         self,
-        conversation: _Conversation,
-        stream: _Stream,
+        tcp: _TcpConnection,
+        stream: _RecordStream,
         sent: bool,
         length: int,
         encrypted: int,
@@ -453,13 +513,13 @@ class Conversations:
         if not length:
             return
         stream.open_hole = False
-        other = conversation.streams[not sent]
+        other = tcp.streams[not sent]
         if other.batch:
-            self._flush_stream(conversation, other, not sent)
+            self._flush_stream(tcp, other, not sent)
         if stream.batch and (
             at_ns - stream.batch_ns > BATCH_NS_MAX or stream.batch_bytes + length > BATCH_BYTES_MAX
         ):
-            self._flush_stream(conversation, stream, sent)
+            self._flush_stream(tcp, stream, sent)
         if not stream.batch:
             stream.batch_ns, stream.batch_position = at_ns, stream.position
             stream.batch_ciphered = ciphered
@@ -469,22 +529,22 @@ class Conversations:
         stream.batch_encrypted += encrypted
         stream.position += length
         if stream.batch_bytes >= BATCH_BYTES_MAX:
-            self._flush_stream(conversation, stream, sent)
+            self._flush_stream(tcp, stream, sent)
 
-    def _flush(self, conversation: _Conversation) -> None:
-        for sent, stream in conversation.streams.items():
-            self._flush_stream(conversation, stream, sent)
+    def _flush(self, tcp: _TcpConnection) -> None:
+        for sent, stream in tcp.streams.items():
+            self._flush_stream(tcp, stream, sent)
 
-    def _flush_stream(self, conversation: _Conversation, stream: _Stream, sent: bool) -> None:
+    def _flush_stream(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool) -> None:
         if not stream.batch:
             return
-        decryptor = self._decryptor_of(conversation)
+        decryptor = self._decryptor_of(tcp)
         if decryptor.is_spent:
             stream.diverted = True
         payload = b"".join(stream.batch)
         records = Records(
             stream.plaintext,
-            conversation.keys,
+            tcp.keys,
             payload,
             stream.batch_position,
             stream.encrypted,
@@ -498,16 +558,14 @@ class Conversations:
         if stream.diverted:
             decryptor.put(records)
             return
-        decryptor.ask(records, _packet(conversation, sent, payload))
-        conversation.seqs[sent] += len(payload)
+        decryptor.ask(records, _packet(tcp, sent, payload))
+        tcp.seqs[sent] += len(payload)
 
     # --- after a hole ---------------------------------------------------------------------------
 
-    def _divert(
-        self, conversation: _Conversation, stream: _Stream, sent: bool, length: int
-    ) -> None:
+    def _divert(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, length: int) -> None:
         """Tshark has lost its place in this direction; go on without it."""
-        self._flush_stream(conversation, stream, sent)
+        self._flush_stream(tcp, stream, sent)
         stream.open_hole = stream.open_hole or length > 0
         if stream.skip > length:
             stream.skip -= length
@@ -525,16 +583,16 @@ class Conversations:
         stream.buffer = bytearray()
         stream.diverted = True
         stream.handshake = None
-        if not all(each.encrypted for each in conversation.streams.values()):
+        if not all(each.encrypted for each in tcp.streams.values()):
             # The handshake itself is incomplete: tshark has no keys for the other side either.
-            other = conversation.streams[not sent]
-            self._flush_stream(conversation, other, not sent)
+            other = tcp.streams[not sent]
+            self._flush_stream(tcp, other, not sent)
             other.diverted = True
 
     def _hunt(
         self,
-        conversation: _Conversation,
-        stream: _Stream,
+        tcp: _TcpConnection,
+        stream: _RecordStream,
         sent: bool,
         at_ns: int,
         final: bool = False,
@@ -552,7 +610,7 @@ class Conversations:
                     stream.position += at
                     del buffer[:at]
                     stream.hunting = False
-                    self._cut(conversation, stream, sent, at_ns)
+                    self._cut(tcp, stream, sent, at_ns)
                     return
                 if end + 5 > len(buffer) and not final:
                     break  # wait for the next header
@@ -564,18 +622,18 @@ class Conversations:
         stream.position += drop
         del buffer[:drop]
 
-    def _decryptor_of(self, conversation: _Conversation) -> Decryptor:
-        if conversation.decryptor is None:
-            conversation.decryptor = self._decryptors.join_newest()
-        return conversation.decryptor
+    def _decryptor_of(self, tcp: _TcpConnection) -> Decryptor:
+        if tcp.decryptor is None:
+            tcp.decryptor = self._decryptors.join_newest()
+        return tcp.decryptor
 
 
 _SERVER = bytes((192, 0, 2, 1))
 
 
-def _packet(conversation: _Conversation, sent: bool, payload: bytes) -> bytes:
+def _packet(tcp: _TcpConnection, sent: bool, payload: bytes) -> bytes:
     """An IPv4 packet for tshark: one made-up client address a connection, everything in order."""
-    client = struct.pack("!I", 0x0A000000 + (conversation.number & 0xFFFFFF))
+    client = struct.pack("!I", 0x0A000000 + (tcp.number & 0xFFFFFF))
     source, target = (client, _SERVER) if sent else (_SERVER, client)
     ports = (40_000, 443) if sent else (443, 40_000)
     return (
@@ -585,8 +643,8 @@ def _packet(conversation: _Conversation, sent: bool, payload: bytes) -> bytes:
         + struct.pack(
             "!HHIIBBHI",
             *ports,
-            conversation.seqs[sent] & 0xFFFFFFFF,
-            conversation.seqs[not sent] & 0xFFFFFFFF,
+            tcp.seqs[sent] & 0xFFFFFFFF,
+            tcp.seqs[not sent] & 0xFFFFFFFF,
             0x50,
             0x18,
             0xFFFF,

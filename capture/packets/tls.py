@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from capture.packets.keylog import KeyLog
 
 RECORD_BYTES_MAX = 16_384 + 2_048  # RFC 5246 6.2.3; TLS 1.3 allows 256 instead of 2,048
-CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE, APPLICATION = 20, 21, 22, 23
+CHANGE_CIPHER_SPEC, HANDSHAKE, APPLICATION = 20, 22, 23
 
 # Record numbers tried ahead of the last one known, after a hole.
 LOST_RECORDS_MAX = 4_096

@@ -6,6 +6,7 @@ empty; `read_process` returns None only when there is no such process any more.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -168,3 +169,21 @@ def from_json(content: dict[str, Any]) -> Process:
             "parents": tuple((int(pid), str(name)) for pid, name in content["parents"]),
         }
     )
+
+
+def talks_tls(pid: int) -> bool:
+    """Has the process an established connection to port 443? To which host, nothing here knows."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                link = os.readlink(f"/proc/{pid}/fd/{name}")
+                if link.startswith("socket:["):
+                    inodes.add(link[8:-1])
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}", encoding="ascii") as f:
+            for row in f:
+                fields = row.split()
+                if fields[3:4] == ["01"] and fields[2].endswith(":01BB") and fields[9] in inodes:
+                    return True
+    return False

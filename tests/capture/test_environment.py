@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from capture import environment
+from capture import environment, loader
 from capture.environment import check_environment
-from capture.helper import loader
 
 LOCKDOWN = "none integrity [confidentiality]\n"
 CAPABILITIES = "Name:\thelper\nCapEff:\t{:016x}\n"

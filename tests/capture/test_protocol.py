@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture import protocol
-from capture.helper import loader
-from capture.helper.admission import host_key
+from capture import loader, protocol
+from capture.helper.scope import host_key
 from capture.protocol import FrameBuffer, ProtocolViolation, decode_record
 from halton_meter.untrusted import Lines
 
@@ -153,11 +152,28 @@ def test_structures_have_the_kernels_size() -> None:
     assert c_size("connection") == protocol.CONNECTION.size
 
 
+KIND = "ARRAY|PERCPU_ARRAY|HASH|LRU_HASH|TRIE|RING"
+MAPS = re.findall(rf"^(?:{KIND})\((\w+), .*\);$", SOURCE, re.M)
+
+
+def test_every_map_says_what_it_holds_who_writes_and_who_reads() -> None:
+    """One comment before it, or before the two that share one."""
+    assert len(MAPS) == 18
+    comments = re.findall(rf"/\*((?:(?!\*/).)*)\*/\n((?:(?:{KIND})\(.*\);\n)+)", SOURCE, re.S)
+    described = {
+        name: comment for comment, lines in comments for name in MAPS if f"({name}," in lines
+    }
+    for name in MAPS:
+        comment = described[name]
+        assert "Read by" in comment or "ead at once" in comment or "Key: " in comment, name
+        assert "ring" in name or ("Value: " in comment and re.search("read|copied", comment)), name
+
+
 def test_every_program_and_map_that_is_loaded_exists() -> None:
     for program in loader.PROGRAMS:
         assert re.search(rf"int {program}\(", SOURCE)
     for name in loader.MAPS:
-        assert re.search(rf"\b(?:MAP|RING)\({name},", SOURCE)
+        assert name in MAPS
 
 
 # --- host names -----------------------------------------------------------------------------------
@@ -177,7 +193,7 @@ def test_a_suffix_ends_in_the_dot() -> None:
 
 @pytest.mark.parametrize("host", ["", "x" * 127, "*."])
 def test_names_that_cannot_be_hosts(host: str) -> None:
-    from capture.helper.admission import Refused
+    from capture.helper.scope import Refused
 
     if host == "*.":
         assert host_key(host)  # "*.": every name below the root; the user asked for it

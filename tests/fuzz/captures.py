@@ -20,7 +20,7 @@ from pathlib import Path
 from capture.packets import capfile, tshark
 from capture.packets.capfile import CaptureFile, NotACapture, secrets_in
 from capture.packets.keylog import KeyLog, read_key_log
-from capture.packets.records import Conversations, Findings
+from capture.packets.records import Findings, TcpConnections
 from capture.packets.tcp import Reassembly
 from capture.packets.tshark import Decryptor, Decryptors
 from halton_meter.model import Direction, TlsChunk, TlsClosed
@@ -156,7 +156,7 @@ def _read(path: Path) -> list[TlsChunk | TlsClosed]:
     items: list[TlsChunk | TlsClosed] = []
     keys, losses = KeyLog(), Counter[str]()
     decryptors = _Without(keys, lambda: path, items.append)
-    conversations = Conversations(Findings(), keys, decryptors, None)
+    conversations = TcpConnections(Findings(), keys, decryptors, None)
     reassembly = Reassembly(conversations)
     file = None
     try:

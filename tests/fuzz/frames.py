@@ -24,7 +24,7 @@ from tests.fuzz.mutate import ODD_VALUES, cut, mutated, wrong_types
 
 KINDS = (
     protocol.OPEN, protocol.CHUNK, protocol.CLOSE, protocol.EXIT, protocol.EXEC, protocol.SHUTDOWN,
-    protocol.MAPPED, protocol.DOUBT, protocol.LOOKUP, protocol.UNNAMED, protocol.LEARNED, 0, 99,
+    protocol.MAPPED, protocol.NOT_HTTP, protocol.LOOKUP, protocol.UNNAMED, protocol.LEARNED, 0, 99,
 )  # fmt: skip
 COMMANDS: tuple[dict[str, Any], ...] = (
     {"do": "root", "pid": 1, "id": 1},

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
-from capture.functions import libraries
 from capture.functions.elf import ElfError
+from capture.functions.finder.search import find_by_structure
+from capture.functions.finder.symbols import find_linker_hook, inspect
+from capture.functions.library import Library
 from capture.helper.files.placement import refusal
+from capture.helper.standard_files import standard_files
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import mutated
 
@@ -37,7 +40,7 @@ def run(seed: int, seconds: float | None = None, cases: int | None = None, only:
 def _originals() -> list[bytes]:
     """Programs and libraries of this machine, TLS libraries and the loader among them."""
     maps = Path("/proc/self/maps").read_text().split()
-    paths = [Path(os.path.realpath(sys.executable)), *map(Path, libraries.standard_files())]
+    paths = [Path(os.path.realpath(sys.executable)), *map(Path, standard_files())]
     paths += [Path(word) for word in maps if "/ld-linux" in word or "_ssl" in word]
     paths += [Path(found) for name in ("true", "curl") if (found := shutil.which(name))]
     wanted = {path.resolve() for path in paths if path.is_file()}
@@ -55,27 +58,27 @@ def _case(dice: random.Random) -> None:
 
 
 @cache
-def _libraries() -> list[libraries.Library]:
+def _libraries() -> list[Library]:
     """What is found in the files as they are: root is told the same of those that were changed."""
     found = []
     for data in _originals():
         with _written(data) as fd:
-            found.append(libraries.inspect(fd) or libraries.find_linker_hook(fd))
+            found.append(inspect(fd) or find_linker_hook(fd))
     return [library for library in found if library is not None]
 
 
-def _checked(library: libraries.Library, fd: int) -> None:
+def _checked(library: Library, fd: int) -> None:
     refusal(fd, library)
 
 
 def _questions(dice: random.Random) -> list[Callable[[int], object]]:
     asked: list[Callable[[int], object]] = [
-        libraries.inspect,
-        libraries.find_linker_hook,
+        inspect,
+        find_linker_hook,
         *(partial(_checked, library) for library in _libraries()),
     ]
     if dice.random() < 0.02:  # takes a second
-        asked.append(libraries.find_by_structure)
+        asked.append(find_by_structure)
     return asked
 
 

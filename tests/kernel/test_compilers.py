@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.helper import loader
+from capture import loader
 
 COMPILERS = [
     path

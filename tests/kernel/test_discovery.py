@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.functions import libraries
+from capture.helper.standard_files import standard_linkers
 from halton_meter.model import Direction
 from tests.kernel.conftest import (
     CLIENTS,
@@ -33,7 +33,7 @@ def test_a_library_loaded_by_a_fork_is_found_when_it_is_mapped(bench: Bench, lin
     command: list[str | Path] = [os.path.realpath(sys.executable)]
     if linker != "the system's":
         theirs = bench.folder / "ld-theirs.so.2"
-        shutil.copy2(libraries.standard_linkers()[0], theirs)
+        shutil.copy2(standard_linkers()[0], theirs)
         command.insert(0, theirs)
     client = bench.client([*command, CLIENTS / "loads_in_a_fork.py"], source)
     assert client.line() == b"connected\n"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from capture.functions.elf import Elf
-from capture.functions.libraries import Function, Library, Probe
+from capture.functions.library import Function, Library, Probe, Proof
+from capture.functions.stacks import Stack
 from capture.helper.files.known_files import KnownFiles
 from capture.uprobes import CoverageState, UprobeSource
 from halton_meter.model import Direction
@@ -52,9 +53,9 @@ class Subject:
             if program != "enter_set_host":
                 probes.append(Probe("leave_plain", offset, at_return=True))
         with self.program.open("rb") as file:
-            starts = {probe.offset: Function(probe.offset, "unwind") for probe in probes}
+            starts = {probe.offset: Function(probe.offset, Proof.UNWIND) for probe in probes}
             library = Library(
-                "BoringSSL",
+                Stack.BORINGSSL,
                 tuple(probes),
                 self.build_id,
                 unproved=True,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from capture import uprobes
-from capture.helper.relay.keeper import Keeper
+from capture.helper.handover import Keeper
 from capture.uprobes import Scope, UprobeSource, link_to, spawn_helper
 from halton_meter.model import TlsChunk, TlsClosed
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, gather, same_bytes

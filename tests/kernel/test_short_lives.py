@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from capture.functions.libraries import standard_linkers
-from capture.helper import loader
+from capture import loader
+from capture.helper.standard_files import standard_linkers
 from capture.processes.arguments import REDACTED
 from capture.uprobes import UprobeSource
 from halton_meter.model import Direction, Process

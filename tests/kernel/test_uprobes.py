@@ -532,7 +532,7 @@ def test_a_loader_that_does_not_exist_is_refused_by_name(bench: Bench) -> None:
 def test_without_clang_or_object_the_reason_names_both_ways(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from capture.helper import loader
+    from capture import loader
 
     monkeypatch.setattr(loader, "BUILT_OBJECT", tmp_path / "none.o")
     monkeypatch.setattr(loader, "CACHE_DIRECTORY", tmp_path / "cache")
@@ -548,8 +548,7 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As the service meets it: the helper fails, its reader hears why and what would mend it."""
-    from capture import environment
-    from capture.helper import loader
+    from capture import environment, loader
     from capture.helper import main as helper
 
     def refuse(*_: Any) -> Any:

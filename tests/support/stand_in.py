@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from capture import protocol
-from capture.helper.relay.keeper import Hold, Keeper
+from capture.helper.handover import Hold, Keeper
 from capture.helper.relay.spool import Receipt
 from capture.processes import proc
 from halton_meter import untrusted

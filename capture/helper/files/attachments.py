@@ -1,12 +1,12 @@
 """The files that processes in scope run: each looked into once, and probed where it speaks TLS.
 
-Root reads no file of anybody's here: it opens regular files, hands their descriptors to a process
-without privileges (`searches.py`, `finder.py`), and attaches what that one names only after a check
-of its own (`placement.py`), as it does with what is remembered (`known_files.py`). What is known of
-files is bounded: of each owner's files those go first that nobody ran for longest, and what there
-was no room for is counted (`over_limit`). So is time: attaching stops when a turn is over, owners
-take turns (`turns.py`), and removing is left to a thread (`closing.py`). This file decides nothing
-about processes or scope.
+Root searches no file here: it opens regular files, hands their descriptors to a process without
+privileges (`searches.py`), and attaches what that process finds, or what is remembered
+(`known_files.py`), only after a check of its own (`placement.py`). The table of files is bounded:
+each owner's files that nobody ran for longest go first, and what found no room is counted
+(`over_limit`). Time is bounded, too: attaching stops when a turn is over, owners take turns
+(`turns.py`), and a thread removes probes (`closing.py`). This file decides nothing about processes
+or scope.
 """
 
 from __future__ import annotations
@@ -24,19 +24,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from capture.functions import finder, libraries
+from capture import bpf
 from capture.functions.elf import ElfError
-from capture.helper import loader
+from capture.functions.finder_protocol import (
+    INSPECT,
+    LINKER,
+    SEARCH,
+    STRUCTURE_FILE_BYTES_MIN,
+    library_from_json,
+    library_json,
+)
+from capture.functions.library import Library
+from capture.functions.stacks import INSTEAD, STACKS
 from capture.helper.files.closing import Closer
 from capture.helper.files.known_files import KnownFiles, code_digest
-from capture.helper.files.name_places import NAMING, PLACES_MAX, UNPROVED, NamePlaces
+from capture.helper.files.name_locations import NAMING, NUMBERS_MAX, UNPROVED, NameLocations
 from capture.helper.files.owners import owner_of
 from capture.helper.files.placement import refusal
-from capture.helper.files.searches import FileId, Haste, Job, Searches
+from capture.helper.files.searches import FileId, Job, Searches, SearchPriority
 from capture.helper.files.turns import WAIT_S, Turns
-from capture.helper.relay.keeper import Hold
+from capture.helper.handover import Hold
 
-__all__ = ["Attachments", "File", "FileId", "Haste", "open_regular"]
+__all__ = ["Attachments", "File", "FileId", "SearchPriority", "open_regular"]
 
 FILES_MAX = 20_000
 """Files without TLS that are remembered as such, some 150 bytes each."""
@@ -67,13 +76,13 @@ class File:
 
     path: str
     owner: int = 0
-    library: libraries.Library | None = None
+    library: Library | None = None
     probes: list[int] = field(default_factory=list)
     inode: tuple[int, int] = (0, 0)
-    haste: Haste | None = None  # while it is searched
+    priority: SearchPriority | None = None  # while it is searched
     failure: str | None = None
-    doubted: bool = False  # what it passed was no HTTP
-    place: int = 0  # its number, while it is attached to
+    not_http: bool = False  # what it passed was no HTTP
+    number: int = 0  # while it is attached to: in its cookie
     held_as: str = ""  # the supervisor's name for its probes
     waits: bool = False  # it is to be attached to, in its turn
     code: str = ""  # a digest of the functions that are probed, as they were then
@@ -82,7 +91,7 @@ class File:
     @property
     def searching(self) -> bool:
         """True until the search by structure has answered, and its turn to be attached has come."""
-        return self.haste is not None or self.waits
+        return self.priority is not None or self.waits
 
     @property
     def is_linker(self) -> bool:
@@ -97,7 +106,7 @@ class Attachments:
         self,
         programs: Mapping[str, int],
         known: KnownFiles,
-        names: NamePlaces,
+        names: NameLocations,
         epoll: select.epoll | None = None,
         hold: Hold | None = None,
     ) -> None:
@@ -113,7 +122,7 @@ class Attachments:
         self.files: dict[FileId, File] = {}
         self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
         self._probes: Counter[int] = Counter()  # by owner
-        self._places: dict[int, File] = {}
+        self._by_number: dict[int, File] = {}
         self.used: Callable[[], set[FileId]] = set  # what processes map, as far as we know
         self._used: set[tuple[int, int]] = set()
         self._used_at = float("-inf")
@@ -127,58 +136,66 @@ class Attachments:
     def _adopt(self) -> None:
         """Take over the files that a helper before us has attached to."""
         for name, held in self._hold.take_all("file:"):
-            library = libraries.library_from_json(held.about["library"])
+            library = library_from_json(held.about["library"])
             if library is None or len(held.fds) != len(library.probes):
                 held.close()  # it died while it attached: attached anew when it is looked at
                 self._hold.drop(name)
                 continue
-            owner, place = int(held.about["owner"]), int(held.about["place"])
-            file = File(held.about["path"], owner, library, held.fds, place=place, held_as=name)
+            owner, number = int(held.about["owner"]), int(held.about["number"])
+            file = File(held.about["path"], owner, library, held.fds, number=number, held_as=name)
             file.code = str(held.about.get("code", ""))
             file.written = tuple(held.about.get("written", (0, 0)))
             device, inode, changed_ns = map(int, name[5:].split(":"))
             self._keep((device, inode, changed_ns), file)
             self._probes[owner] += len(held.fds)
-            if place:
-                self._places[place] = file
-                self._names.adopt(place)
+            if number:
+                self._by_number[number] = file
+                self._names.adopt(number)
 
     def _have_held(self, identity: FileId, file: File) -> None:
         assert file.library is not None
         file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
-        library = libraries.library_json(file.library)
-        about = {"path": file.path, "owner": file.owner, "library": library, "place": file.place}
+        library = library_json(file.library)
+        about = {"path": file.path, "owner": file.owner, "library": library, "number": file.number}
         about |= {"code": file.code, "written": file.written}
         self._hold.keep(file.held_as, about, file.probes)
 
     # --- looking --------------------------------------------------------------------------------
 
-    def look_at(self, link: str, path: str, haste: Haste | None = None) -> FileId | None:
+    def look_at(
+        self, link: str, path: str, priority: SearchPriority | None = None
+    ) -> FileId | None:
         """The file's identity, once looked at; None when it cannot be opened."""
-        if haste is None:
-            haste = Haste.LIBRARY if ".so" in os.path.basename(path) else Haste.PROGRAM
+        if priority is None:
+            priority = (
+                SearchPriority.LIBRARY
+                if ".so" in os.path.basename(path)
+                else SearchPriority.PROGRAM
+            )
         try:
             found = os.stat(link)
             identity = _identity(found)
-            if self._is_done_with(identity, haste):
+            if self._is_done_with(identity, priority):
                 return identity
             fd = open_regular(link)
         except OSError:
             return None
         try:
-            return self.look_into(fd, path, haste)
+            return self.look_into(fd, path, priority)
         finally:
             os.close(fd)
 
-    def look_into(self, fd: int, path: str, haste: Haste = Haste.PROGRAM) -> FileId:
+    def look_into(
+        self, fd: int, path: str, priority: SearchPriority = SearchPriority.PROGRAM
+    ) -> FileId:
         """The same for an open file, which stays the caller's. Attaches if it is known by now.
 
-        With `Haste.NOBODY` it is attached ahead of its first run: in a process that runs already
-        the kernel may take 150 ms for the first probe, and a short program is over by then.
+        With AHEAD it is attached before its first run: in a process that runs already the kernel
+        may take 150 ms for the first probe, and a short program has ended by then.
         """
         found = os.fstat(fd)
         identity = _identity(found)
-        if self._is_done_with(identity, haste) or not stat.S_ISREG(found.st_mode):
+        if self._is_done_with(identity, priority) or not stat.S_ISREG(found.st_mode):
             return identity
         kept = self._keep_probes(identity, fd)
         if kept and kept.written == _written(found):
@@ -188,14 +205,14 @@ class Attachments:
         file = self.files.get(identity) or File(path, owner_of(found.st_uid))
         library = self._known.recall(fd)
         if library is None or refusal(fd, library):
-            kind = finder.INSPECT
+            kind = INSPECT
             if os.path.basename(path).startswith(LINKER_PREFIX):
-                kind = finder.LINKER
-            self._ask(Job(identity, fd, file.owner, kind, haste), file)
-        elif haste is not Haste.NOBODY or self._is_worth_it(library):
+                kind = LINKER
+            self._ask(Job(identity, fd, file.owner, kind, priority), file)
+        elif priority is not SearchPriority.AHEAD or self._is_worth_it(library):
             self._keep(identity, file)
             # A search on its way is not waited for.
-            self._take_library(Job(identity, fd, file.owner, finder.INSPECT, haste), file, library)
+            self._take_library(Job(identity, fd, file.owner, INSPECT, priority), file, library)
         return identity
 
     def _ask(self, job: Job, file: File) -> None:
@@ -203,18 +220,18 @@ class Attachments:
         job.fd = os.dup(job.fd)
         if self._searches.ask(job):
             self._keep(job.identity, file)
-            file.haste = job.haste
+            file.priority = job.priority
         else:
             os.close(job.fd)
             self.over_limit += 1
             if file.probes:  # kept until now, of what the file held before
                 self._forget(job.identity)
 
-    def _is_worth_it(self, library: libraries.Library) -> bool:
-        """Whether to attach to what nobody runs yet: Go has many programs, of many probes each."""
-        return library.stack != "Go crypto/tls" and len(self.files) < AHEAD_MAX
+    def _is_worth_it(self, library: Library) -> bool:
+        """Whether to attach to what nobody runs yet."""
+        return STACKS[library.stack].ahead and len(self.files) < AHEAD_MAX
 
-    def _is_done_with(self, identity: FileId, haste: Haste) -> bool:
+    def _is_done_with(self, identity: FileId, priority: SearchPriority) -> bool:
         if self._without.get(identity[:2]) == identity[2]:
             self._without[identity[:2]] = self._without.pop(identity[:2])
             return True
@@ -223,8 +240,9 @@ class Attachments:
             return False
         self.files[identity] = self.files.pop(identity)
         if file.waits:
-            self._turns.hurry(file.owner, identity, haste)
-        return file.haste is None or file.haste <= haste or file.haste is Haste.LIBRARY
+            self._turns.raise_priority(file.owner, identity, priority)
+        searched = file.priority
+        return searched is None or searched <= priority or searched is SearchPriority.LIBRARY
 
     def knows(self, identity: FileId) -> bool:
         """Whether the file was looked into, or will be."""
@@ -316,31 +334,31 @@ class Attachments:
 
     def attach_linker(self, path: str) -> FileId | None:
         """Hear of every library that this dynamic linker maps, as soon as it is looked into."""
-        return self.look_at(path, path, Haste.LIBRARY)
+        return self.look_at(path, path, SearchPriority.LIBRARY)
 
     def hears(self, linker: FileId) -> bool:
         """Whether we hear this dynamic linker, a container's perhaps."""
         file = self.files.get(linker)
         return bool(file and file.probes and file.is_linker)
 
-    def doubt(self, place: int) -> str | None:
+    def not_http(self, number: int) -> str | None:
         """Remove the probes of the file whose bytes were no HTTP; say which file it was."""
-        file = self._places.get(place)
+        file = self._by_number.get(number)
         if file is None or file.library is None:
             return None
         self.detach(file)
-        file.doubted = True
+        file.not_http = True
         reason = "what its functions passed was not HTTP: they were not recognised"
-        file.library = replace(file.library, probes=(), reason=f"{reason}; {libraries.INSTEAD}")
+        file.library = replace(file.library, probes=(), reason=f"{reason}; {INSTEAD}")
         return file.path
 
-    def learned(self, place: int, offset: int) -> None:
+    def learned(self, number: int, offset: int) -> None:
         """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
-        self._names.learned(place, offset)
+        self._names.learned(number, offset)
 
-    def _take_library(self, job: Job, file: File, library: libraries.Library) -> bool:
+    def _take_library(self, job: Job, file: File, library: Library) -> bool:
         """What is in a file; True unless it has to wait for its turn to be attached to."""
-        file.haste = None
+        file.priority = None
         if file.probes:
             if library == file.library:
                 file.written = _written(os.fstat(job.fd))
@@ -354,7 +372,7 @@ class Attachments:
         if self._is_time() and not self._turns.waits(file.owner) and self._may(job):
             self._attach_in_turn(job, file)
             return True
-        if not self._turns.affords(file.owner, len(library.probes), job.haste):
+        if not self._turns.affords(file.owner, len(library.probes), job.priority):
             self.over_limit += 1
         waiting = replace(job, fd=os.dup(job.fd))
         if not self._turns.put(waiting):
@@ -377,7 +395,7 @@ class Attachments:
         """Whether a file may be attached to now: not while probes of it are on their way out."""
         if self._closer.removing(job.identity[:2]) or (job.owner and self._closer.full):
             return False
-        return self._turns.affords(job.owner, self._probes_of(job) or 0, job.haste)
+        return self._turns.affords(job.owner, self._probes_of(job) or 0, job.priority)
 
     def _probes_of(self, job: Job) -> int | None:
         """How many probes a file waits for; None when it does not wait any more."""
@@ -396,10 +414,10 @@ class Attachments:
             return
         cookie = self._cookie(file, fd)
         if file.library.unproved and not cookie:
-            file.failure = f"more than {PLACES_MAX} programs at once"
+            file.failure = f"more than {NUMBERS_MAX} programs at once"
             return
         error = self._attach_probes(file, fd, cookie)
-        if error and error.errno == errno.EINVAL and not file.library.unproved and file.place:
+        if error and error.errno == errno.EINVAL and not file.library.unproved and file.number:
             # A kernel without cookies: names are then known by requests alone.
             self._has_cookies = False
             error = self._attach_probes(file, fd, 0)
@@ -416,9 +434,9 @@ class Attachments:
         assert file.library is not None
         if not self._makes_room(file.owner, len(file.library.probes)):
             self.over_limit += 1
-            return f"more probes than one owner's files may have; {libraries.INSTEAD}"
+            return f"more probes than one owner's files may have; {INSTEAD}"
         reason = refusal(fd, file.library)
-        return f"{NO_INSTRUCTION}: {reason}; {libraries.INSTEAD}" if reason else None
+        return f"{NO_INSTRUCTION}: {reason}; {INSTEAD}" if reason else None
 
     def _makes_room(self, owner: int, count: int) -> bool:
         """Whether so many probes more are within limits, once files that nobody runs are left."""
@@ -438,18 +456,18 @@ class Attachments:
         names = any(probe.program in NAMING for probe in library.probes)
         if not library.unproved and not (names and self._has_cookies):
             return library.cookie
-        file.place = self._names.number(fd, library)
-        if not file.place:
+        file.number = self._names.number(fd, library)
+        if not file.number:
             return 0
-        self._places[file.place] = file
-        return file.place | (UNPROVED if library.unproved else 0)
+        self._by_number[file.number] = file
+        return file.number | (UNPROVED if library.unproved else 0)
 
     def _attach_probes(self, file: File, fd: int, cookie: int) -> OSError | None:
         """All of them, or none."""
         assert file.library is not None
         for program, offset, at_return in file.library.probes:
             try:
-                probe = loader.attach_uprobe(
+                probe = bpf.attach_uprobe(
                     self._programs[program],
                     f"/proc/self/fd/{fd}",
                     offset,
@@ -466,10 +484,10 @@ class Attachments:
     def detach(self, file: File) -> None:
         """Remove the file's probes."""
         self._remove_probes(file)
-        if file.place:
-            del self._places[file.place]
-            self._names.release(file.place)
-            file.place = 0
+        if file.number:
+            del self._by_number[file.number]
+            self._names.release(file.number)
+            file.number = 0
 
     def _remove_probes(self, file: File) -> None:
         if file.held_as:
@@ -561,34 +579,38 @@ class Attachments:
     def _take(self, job: Job, text: str | None) -> bool:
         """Make of an answer what it says; False while more is to be found out."""
         file = self.files.get(job.identity)
-        if file is None or file.haste is None:
-            return False  # searched twice, once in no haste; or written to meanwhile
+        if file is None or file.priority is None:
+            return False  # searched twice, once in the background; or written to meanwhile
         if text is None:
-            if file.haste is job.haste:
-                file.haste = None
-                file.failure = f"the search in it ended without an answer; {libraries.INSTEAD}"
+            if file.priority is job.priority:
+                file.priority = None
+                file.failure = f"the search in it ended without an answer; {INSTEAD}"
             return True
         library = None
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            library = libraries.library_from_json(text)
+            library = library_from_json(text)
         if library is None:
             return self._nothing_found(job, file)
-        if library.probes and job.kind == finder.SEARCH:
+        if library.probes and job.kind == SEARCH:
             self._known.remember(job.fd, library)
-        if file.haste is Haste.NOBODY and library.probes and not self._is_worth_it(library):
+        if (
+            file.priority is SearchPriority.AHEAD
+            and library.probes
+            and not self._is_worth_it(library)
+        ):
             self._forget(job.identity)  # looked at again, and attached, when it is run
             return False
         return self._take_library(job, file, library)
 
     def _nothing_found(self, job: Job, file: File) -> bool:
-        if file.haste is not job.haste:
+        if file.priority is not job.priority:
             return False  # another search is on its way, for who cannot wait
         size = os.fstat(job.fd).st_size
-        if job.kind != finder.SEARCH and size >= libraries.STRUCTURE_FILE_BYTES_MIN:
-            further = replace(job, kind=finder.SEARCH)
-            file.haste = None
+        if job.kind != SEARCH and size >= STRUCTURE_FILE_BYTES_MIN:
+            further = replace(job, kind=SEARCH)
+            file.priority = None
             self._ask(further, file)
-            if file.haste is None:  # too many wait: it is looked at again when it is met again
+            if file.priority is None:  # too many wait: it is looked at again when it is met again
                 self._forget(job.identity)
             return False
         self._keep_without(job.identity)

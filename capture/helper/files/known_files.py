@@ -20,8 +20,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from capture.functions import libraries
+from capture import functions
 from capture.functions.elf import ElfError
+from capture.functions.finder_protocol import library_from_json, library_json
+from capture.functions.library import Library
 from capture.helper.files.own_folder import OwnFolder, is_ours
 from capture.helper.files.owners import owner_of
 from capture.helper.files.placement import code_of
@@ -33,6 +35,7 @@ OWNERS_MAX = 32
 KNOWN_BYTES_MAX = 32 << 10
 """A Go program has some twenty probes of 60 bytes."""
 IN_MEMORY_MAX = 64
+_FUNCTIONS = Path(functions.__file__).parent
 
 
 class FileMemory:
@@ -114,20 +117,20 @@ class KnownFiles:
         self._memory = FileMemory(directory, bytes_max=KNOWN_BYTES_MAX)
         self._finders = _digest_of_finders()
 
-    def recall(self, fd: int) -> libraries.Library | None:
+    def recall(self, fd: int) -> Library | None:
         """The library in an open file, if it was found before in this very file as it is."""
         try:
             kept = json.loads(self._memory.read(os.fstat(fd)) or "{}")
             if kept.get("finders") != self._finders:
                 return None
-            library = libraries.library_from_json(kept["library"])
+            library = library_from_json(kept["library"])
             if library is None or not library.probes or kept["code"] != code_digest(fd, library):
                 return None
         except (OSError, ElfError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # absent, damaged or of other code: search again
         return library
 
-    def remember(self, fd: int, library: libraries.Library) -> None:
+    def remember(self, fd: int, library: Library) -> None:
         """Keep what a search found; failing to costs only time."""
         if not library.probes:
             return
@@ -135,7 +138,7 @@ class KnownFiles:
             kept: dict[str, Any] = {
                 "finders": self._finders,
                 "code": code_digest(fd, library),
-                "library": libraries.library_json(library),
+                "library": library_json(library),
             }
             self._memory.write(os.fstat(fd), json.dumps(kept))
 
@@ -143,11 +146,11 @@ class KnownFiles:
 def _digest_of_finders() -> str:
     """Finders that changed may find more, or refuse what they found before."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(libraries.__file__).parent.glob("*.py")):
+    for file in sorted(_FUNCTIONS.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def code_digest(fd: int, library: libraries.Library) -> str:
+def code_digest(fd: int, library: Library) -> str:
     """Of the functions' code and of what proves their starts. Raises OSError."""
     return hashlib.blake2b(code_of(fd, library), digest_size=16).hexdigest()

@@ -1,9 +1,9 @@
-"""Root's own check, before each attachment, that the places named are where instructions begin.
+"""Root's own check, before each attachment, that every probe is where an instruction begins.
 
 A probe is a byte that the kernel writes over an instruction, in every process that maps the file:
-written into the middle of one it makes another instruction of it. Who names the places is another
-process (`finder.py`) or a memory (`known_files.py`); this file believes neither. In the very file
-that is about to be probed, `refusal` looks that
+written into the middle of one it makes another instruction of it. The offsets come from the finder
+(`functions/finder`) or from a cache (`known_files.py`); this file believes neither. In the very
+file that is about to be probed, `refusal` checks that
 
 - each function lies in its code, and its start is one that a table of this file names: a symbol of
   the right name, an entry of the unwind table, or, where a file has no such tables, an instruction
@@ -21,24 +21,17 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from capture.functions.elf import UNWIND_ENTRIES_MAX, Elf, ElfError, Section
-from capture.functions.golang import BEGINS
-from capture.functions.libraries import (
-    FUNCTIONS,
-    FUNCTIONS_AT_RETURN,
-    LINKER_FUNCTION,
-    Function,
-    Library,
-    probe_offset,
-)
+from capture.functions.go_functions import BEGINS
+from capture.functions.library import Function, Library, Proof, probe_offset
+from capture.functions.stacks import AT_RETURN, STACKS
 from capture.functions.x86_lengths import INSTRUCTION_BYTES_MAX, boundaries, length_of, may_end_with
 
 DECODED_BYTES_MAX = 64 << 10
 """Of all functions of a file: those of crypto/tls have some 4 KiB."""
-RESOLVER_FUNCTION = "getaddrinfo"
-_NAMES = frozenset((*FUNCTIONS, LINKER_FUNCTION, RESOLVER_FUNCTION))
+_NAMES = frozenset(symbol for row in STACKS.values() for symbol in row.symbols)
 _RET, _ARM_RET = 0xC3, b"\xc0\x03\x5f\xd6"
 _GO = ("enter_go_", "leave_go_")
 _GNU_EH_FRAME, _SYMTAB, _DYNSYM = 0x6474E550, 2, 11
@@ -76,9 +69,9 @@ def _check(elf: Elf, library: Library) -> None:
         if program.startswith("leave_go_"):
             if not any(offset in returns for returns in inner.values()):
                 raise _Misplaced(f"no RET of a known function is at {offset:#x}")
-        elif offset not in starts or go != (starts[offset].proof == "go"):
+        elif offset not in starts or go != (starts[offset].proof is Proof.GO):
             raise _Misplaced(f"no known function starts at {offset:#x}")
-        if at_return != FUNCTIONS_AT_RETURN.get(program, False):
+        if at_return != (program in AT_RETURN):
             raise _Misplaced(f"{program} is at the wrong end of a function")
 
 
@@ -92,8 +85,8 @@ def _address_in_code(elf: Elf, offset: int, size_bytes: int) -> int:
 
 
 def _landing(elf: Elf, function: Function) -> int:
-    """How far behind the start the probe belongs (`libraries.probe_offset`)."""
-    if elf.machine != "x86_64" or function.proof == "go":
+    """How far behind the start the probe belongs (`probe_offset`)."""
+    if elf.machine != "x86_64" or function.proof is Proof.GO:
         return 0
     return probe_offset(elf.read(function.offset, 8))
 
@@ -110,8 +103,7 @@ def _check_start(elf: Elf, function: Function, address: int) -> None:
         first = elf.read(function.offset, min(INSTRUCTION_BYTES_MAX, left))
         if not length_of(first) or first[:1] == b"\xcc":
             raise _Misplaced(f"{address:#x} is no instruction")
-    proved = {"symbol": _is_symbol, "unwind": _is_unwound, "call": _is_called, "go": _is_go}
-    if not proved[function.proof](elf, function, address):
+    if not _PROVED[function.proof](elf, function, address):
         raise _Misplaced(f"nothing in the file says that a function starts at {address:#x}")
 
 
@@ -170,11 +162,19 @@ def _is_called(elf: Elf, function: Function, address: int) -> bool:
 
 
 def _is_go(elf: Elf, function: Function, address: int) -> bool:
-    """Whether its row has its size, and it begins as Go's functions do (`golang.py`)."""
+    """Whether its row has its size, and it begins as Go's functions do (`go_functions.py`)."""
     start, _, end = struct.unpack("<3I", elf.read(function.at, 12))
     code = elf.read(function.offset, min(function.size_bytes, 16))
     begins = BEGINS[elf.machine].match(code) is not None
     return begins and not address % 16 and 0 < function.size_bytes == end - start
+
+
+_PROVED: Mapping[Proof, Callable[[Elf, Function, int], bool]] = {
+    Proof.SYMBOL: _is_symbol,
+    Proof.UNWIND: _is_unwound,
+    Proof.CALL: _is_called,
+    Proof.GO: _is_go,
+}
 
 
 # --- returns ------------------------------------------------------------------------------------

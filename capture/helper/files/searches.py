@@ -1,9 +1,9 @@
-"""Whose files are looked into when, and by which process: root hands out descriptors, no more.
+"""Schedules searches in files: which file next, and by which child of the finder.
 
-Each owner of files has children of `finder.py` of his own: one that looks at any number of files
-quickly, and a fresh one for each file that a disassembler reads. They have nobody's priority, and
-what an owner's files may cost is limited: so many waiting, and so much CPU. What one owner's files
-take away, he takes from himself alone; nothing here reads a file, and no answer is waited for.
+Root only hands out descriptors. Each owner of files has children of its own: one that inspects any
+number of files quickly, and a fresh one for each file that a disassembler reads. Every owner has a
+limit of waiting files and of CPU time, so that its files delay only each other. Nothing here reads
+a file, and nothing waits for an answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
 
-from capture.functions import finder
+from capture.functions import finder_protocol
 
 WAITING_MAX = 2048
 """Files that wait, each with a descriptor; a desktop's processes map some 1,500 at its start."""
@@ -41,22 +41,24 @@ CPU_BURST_S, CPU_SHARE = 60.0, 0.25
 """What all files of one owner may cost at once, and of one CPU in the long run."""
 OWNERS_MAX = 256
 RESTART_S = 5.0
+FINDER = "capture.functions.finder.process"
+"""Started by name: its modules are never loaded into this process, which is root's."""
 ANSWER_BYTES_MAX = 128 << 10
 
 FileId = tuple[int, int, int]
 """Device, inode, change time: inode numbers are used again."""
 
 
-class Haste(IntEnum):
-    """Who waits for a search. Each kind has a child of its own, so that none waits for another."""
+class SearchPriority(IntEnum):
+    """One child for each priority, so that a background search never delays a running program."""
 
-    PROGRAM = 0
-    LIBRARY = 1
-    NOBODY = 2
+    PROGRAM = 0  # a process runs it
+    LIBRARY = 1  # a process maps it
+    AHEAD = 2  # it is installed; nobody runs it yet
 
 
 _QUICK = -1
-"""The lane of files that are looked at by symbol, beside one for each haste."""
+"""The lane of files that are looked at by symbol, beside one for each priority."""
 
 
 @dataclass(slots=True)
@@ -67,12 +69,12 @@ class Job:
     fd: int
     owner: int
     kind: bytes
-    haste: Haste
+    priority: SearchPriority
 
     @property
     def lane(self) -> int:
         """Where it waits."""
-        return self.haste if self.kind == finder.SEARCH else _QUICK
+        return self.priority if self.kind == finder_protocol.SEARCH else _QUICK
 
 
 @dataclass(slots=True)
@@ -208,7 +210,7 @@ class Searches:
                 child.introduced(text)
                 continue
             self._charge(child.owner, child.cpu_s())
-            if not text or text == finder.LAST:
+            if not text or text == finder_protocol.LAST:
                 yield from self._ended(child, blamed=not text)
                 return
             if child.given:
@@ -310,7 +312,7 @@ class Searches:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "capture.functions.finder", str(theirs.fileno())],
+                [sys.executable, "-I", "-m", FINDER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -345,11 +347,11 @@ class Searches:
 
 def _kind(lane: int) -> bytes:
     if lane == _QUICK:
-        return finder.QUICK
-    return finder.IDLE if lane == Haste.NOBODY else finder.HURRIED
+        return finder_protocol.QUICK
+    return finder_protocol.IDLE if lane == SearchPriority.AHEAD else finder_protocol.HURRIED
 
 
 def _limit_s(child: _Child) -> float:
     if not child.given:
         return LEISURE_S
-    return {_QUICK: QUICK_S, Haste.NOBODY: IDLE_S}.get(child.lane, HURRIED_S)
+    return {_QUICK: QUICK_S, SearchPriority.AHEAD: IDLE_S}.get(child.lane, HURRIED_S)

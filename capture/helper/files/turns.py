@@ -1,4 +1,4 @@
-"""Whose file is attached to next: owners take turns, and nobody's takes more than its share.
+"""Chooses the file to attach to next: owners take turns, and none gets more than its share.
 
 A probe costs the kernel little when it is made and 0.1 s when it is removed. So one unprivileged
 owner's files get so many probes a period, however many files he has, or changes; what is past that
@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from capture.helper.files.searches import FileId, Haste, Job
+from capture.helper.files.searches import FileId, Job, SearchPriority
 
 PROBES_A_PERIOD_MAX = 400
 """Made for one owner's files: some thirty libraries, or twenty Go programs."""
@@ -53,12 +53,12 @@ class Turns:
         """Whether files of an owner's are before any other one of his."""
         return owner in self._waiting
 
-    def affords(self, owner: int, count: int, haste: Haste) -> bool:
+    def affords(self, owner: int, count: int, priority: SearchPriority) -> bool:
         """Whether a file may have so many probes now; what nobody runs leaves half to the rest."""
         if owner == 0:
             return True
         left = self._budgets[owner].now() if owner in self._budgets else PROBES_A_PERIOD_MAX
-        if haste is Haste.NOBODY:
+        if priority is SearchPriority.AHEAD:
             left -= PROBES_A_PERIOD_MAX / 2
         return left >= min(count, PROBES_A_PERIOD_MAX / 2)
 
@@ -82,11 +82,11 @@ class Turns:
         self._waiting.setdefault(job.owner, jobs).append(job)
         return True
 
-    def hurry(self, owner: int, identity: FileId, haste: Haste) -> None:
+    def raise_priority(self, owner: int, identity: FileId, priority: SearchPriority) -> None:
         """A file that waits is wanted now."""
         for job in self._waiting.get(owner, ()):
             if job.identity == identity:
-                job.haste = min(job.haste, haste)
+                job.priority = min(job.priority, priority)
 
     def ready(self, may: Callable[[Job], bool]) -> Iterator[Job]:
         """One file of each owner's after the other, as long as there are any that may.
@@ -113,9 +113,11 @@ class Turns:
 
     def _first(self, owner: int, may: Callable[[Job], bool]) -> Job | None:
         """What somebody runs comes first."""
-        jobs = sorted(self._waiting.get(owner, ()), key=lambda job: job.haste is Haste.NOBODY)
+        jobs = sorted(
+            self._waiting.get(owner, ()), key=lambda job: job.priority is SearchPriority.AHEAD
+        )
         for job in jobs:
-            if self.affords(owner, self._count(job) or 0, job.haste) and may(job):
+            if self.affords(owner, self._count(job) or 0, job.priority) and may(job):
                 return job
         return None
 
@@ -135,3 +137,7 @@ class Turns:
             for job in jobs:
                 os.close(job.fd)
         self._waiting = {}
+
+
+def _is_ahead(job: Job) -> bool:
+    return job.priority is SearchPriority.AHEAD

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capture import protocol
-from capture.helper import loader
+from capture import bpf, protocol
 from capture.helper.relay.spool import Key, Spool
 
 NOTICE_BYTES_MAX = 1024  # they are of 200 bytes or so
 
 
 def unannounced(
-    spool: Spool, position: int, ring: loader.Ring, connections: loader.Map
+    spool: Spool, position: int, ring: bpf.Ring, connections: bpf.Map
 ) -> Iterator[protocol.Record]:
     """An OPEN for each connection of which a reader who begins at this position hears none."""
     opened: set[Key] = set()
@@ -45,7 +44,7 @@ def unannounced(
             yield _open(key, record.flags, record.uid, record.comm, record.host)
 
 
-def _notices(spool: Spool, position: int, ring: loader.Ring) -> Iterator[bytes]:
+def _notices(spool: Spool, position: int, ring: bpf.Ring) -> Iterator[bytes]:
     """Each OPEN and CLOSE in the spool from there on, then in the ring."""
     wanted = (protocol.OPEN, protocol.CLOSE)
     for at, kind, size in spool.frames(position):

@@ -12,8 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from capture import protocol
-from capture.helper import loader
+from capture import bpf, protocol
 from capture.helper.relay.spool import Receipt, Spool
 
 BATCH_BYTES_MAX = 1024 * 1024
@@ -22,14 +21,14 @@ NOTICE_BYTES_MAX = 256 * 1024
 OWN_FRAMES_MAX = 4096  # answers that wait for room; a reader that asks on and reads nothing
 
 
-class Outlet:
+class Forwarder:
     """The way out. `on_notice` gets each OPEN and EXIT in its place, and returns what to send."""
 
     def __init__(
         self,
         spool: Spool,
         receipt: Receipt,
-        ring: loader.Ring,
+        ring: bpf.Ring,
         on_notice: Callable[[bytes], list[bytes]],
     ) -> None:
         self._spool = spool
@@ -57,7 +56,7 @@ class Outlet:
         self._own.clear()
         self.blocked = False
 
-    def place(self, position: int) -> int:
+    def beginning(self, position: int) -> int:
         """Where a reader begins that asks for this position: there, or at the next frame that is
         still here."""
         spool = self._spool
@@ -66,7 +65,7 @@ class Outlet:
     def begin(self, position: int, number: int, frames: Sequence[bytes]) -> None:
         """Send the reader what is in the spool from a position on, and before that these frames.
 
-        It is told the true position, which is where a frame begins: `place` finds it.
+        It is told the true position, which is where a frame begins: `beginning` finds it.
         """
         about = {"id": number, "from": position, "until": self._spool.written}
         self._direct += b"".join(frames) + protocol.encode_message(protocol.REPLY, about)

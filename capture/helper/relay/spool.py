@@ -3,7 +3,7 @@
 Frames leave the kernel's ring for the spool, and the spool for the reader's socket. They stay in
 the spool until the reader says, in its `Receipt`, that it has stored what came of them. So a reader
 that is killed loses nothing: the next one reads again from where the first had got to. Both live in
-memory files whose descriptors the supervisor holds (`keeper.py`): they outlive helper and reader.
+memory files whose descriptors the supervisor holds (`handover.py`): they outlive helper and reader.
 
 A position counts the bytes of all frames since the spool was made. The reader is not trusted: a
 false receipt costs it its own frames and nothing else. This file knows nothing of what frames say.

@@ -2,7 +2,7 @@
 
 The supervisor is root and does little: it starts both, hands the one's socket to the other, hears
 what was metered, and starts again what died. It holds what the helper has made in the kernel
-(`capture/helper/relay/keeper.py`), so that a death of either stops neither the probes nor the other
+(`capture/helper/handover.py`), so that a death of either stops neither the probes nor the other
 half, and nothing that was captured is lost. It reads no plaintext. `probes/service.py` decides what
 is metered and for whom; `probes/worker.py` and `capture/helper/main.py` are the halves.
 """
@@ -34,7 +34,7 @@ from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
 if TYPE_CHECKING:
-    from capture.helper.relay.keeper import Keeper
+    from capture.helper.handover import Keeper
     from capture.uprobes import Scope
 
 # Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
@@ -227,7 +227,7 @@ class Supervisor:
     """Keeps both halves alive; its owner waits on a selector and calls what is ready."""
 
     def __init__(self, plan: Plan) -> None:
-        from capture.helper.relay.keeper import Keeper
+        from capture.helper.handover import Keeper
 
         self._plan = plan
         self._keeper: Keeper = Keeper()

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from capture.functions.boringssl import Found, find_boringssl
 from capture.functions.elf import Elf
-from capture.functions.error_reporters import NotRecognised, prepare
+from capture.functions.finder.boringssl import Found, find_boringssl, library
+from capture.functions.finder.not_found import NotFound
+from capture.functions.finder.process import prepare
 from tests.support.cost import within
 from tests.support.quick import spread
 
@@ -113,7 +114,7 @@ def test_found_where_the_symbols_say(
     stripped = strip(subject)
     for each in (stripped, without_unwind_table(stripped)):
         found = find_boringssl(each)
-        if isinstance(found, NotRecognised):
+        if isinstance(found, NotFound):
             # GCC -O1 aligns no function: without the unwind table their starts are not certain.
             # What only a jump table reaches belongs to no function for certain.
             assert (compiler, variant, each != stripped) == ("gcc", "O1", True) or (
@@ -126,18 +127,25 @@ def test_found_where_the_symbols_say(
 
 
 def test_a_probe_may_sit_behind_endbr64_but_never_behind_a_push(tmp_path: Path) -> None:
-    found = find_boringssl(strip(build(tmp_path, "-fcf-protection=full")))
-    assert isinstance(found, Found)
-    code = (tmp_path / "subject-stripped").read_bytes()
-    for place in found.places:
-        assert code[place.offset : place.offset + 4] == b"\xf3\x0f\x1e\xfa"
-        pushes = code[place.offset + 4] in range(0x50, 0x58) or code[place.offset + 4] == 0x41
-        assert place.attach == (4 if pushes else 0)
+    path = strip(build(tmp_path, "-fcf-protection=full"))
+    code = path.read_bytes()
+    for function, probe in entries(path):
+        assert code[function : function + 4] == b"\xf3\x0f\x1e\xfa"
+        pushes = code[function + 4] in range(0x50, 0x58) or code[function + 4] == 0x41
+        assert probe - function == (4 if pushes else 0)
     plain = tmp_path / "plain"
     plain.mkdir()
-    found = find_boringssl(strip(build(plain, "-fcf-protection=none")))
-    assert isinstance(found, Found)
-    assert {place.attach for place in found.places} == {0}
+    path = strip(build(plain, "-fcf-protection=none"))
+    assert {probe - function for function, probe in entries(path)} == {0}
+
+
+def entries(path: Path) -> list[tuple[int, int]]:
+    """Where each function starts, and where the probe at its entry is."""
+    with path.open("rb") as file:
+        found = library(file.fileno())
+    entered = [probe.offset for probe in found.probes if probe.program.startswith("enter")]
+    assert entered
+    return list(zip([each.offset for each in found.functions], entered, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_doubt_is_refused_with_its_reason(
     tmp_path: Path, flags: tuple[str, ...], reason: str
 ) -> None:
     answer = find_boringssl(strip(build(tmp_path, *flags)))
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert reason in answer.reason
     assert answer.build_id
     assert not answer.functions
@@ -168,7 +176,7 @@ def test_a_start_that_nothing_proves_is_refused(tmp_path: Path) -> None:
     """Without an unwind table and without a call, a boundary is only a likely one."""
     subject = without_unwind_table(strip(build(tmp_path, "-DNO_CALLER")))
     answer = find_boringssl(subject)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert "nothing calls it" in answer.reason
 
 
@@ -183,7 +191,7 @@ def test_an_altered_prologue_is_no_function_start(tmp_path: Path) -> None:
             altered[place.offset : place.offset + len(patch)] = patch
             copy = tmp_path / "altered"
             copy.write_bytes(altered)
-            assert isinstance(find_boringssl(copy), NotRecognised), (patch, place.name)
+            assert isinstance(find_boringssl(copy), NotFound), (patch, place.name)
 
 
 def test_altered_reasons_are_refused(tmp_path: Path) -> None:
@@ -196,7 +204,7 @@ def test_altered_reasons_are_refused(tmp_path: Path) -> None:
     code[at + 1] = 112
     subject.write_bytes(code)
     answer = find_boringssl(subject)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason == "0 functions may be SSL_write"
 
 
@@ -209,7 +217,7 @@ def test_openssl_is_left_to_its_symbols() -> None:
     if library is None:
         pytest.skip("this Python has no shared libssl")
     answer = find_boringssl(library)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert "OpenSSL" in answer.reason
 
 
@@ -223,13 +231,13 @@ def test_what_is_no_program_is_said_so(tmp_path: Path, what: str) -> None:
     elif what != "absent":
         path.write_text({"text": "hello", "empty": "", "script": "#!/bin/sh\n"}[what])
     answer = find_boringssl(path)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason
 
 
 def test_a_program_without_tls_is_said_so() -> None:
     answer = find_boringssl("/bin/true")
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason.startswith("no BoringSSL")
 
 
@@ -262,7 +270,7 @@ def test_damage_never_raises_and_never_takes_long(tmp_path: Path) -> None:
         copy.write_bytes(damaged)
         with within(5):
             answer = find_boringssl(copy)
-        assert isinstance(answer, Found | NotRecognised)
+        assert isinstance(answer, Found | NotFound)
 
 
 def test_an_open_descriptor_serves_as_well_as_a_path(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.functions import finder
+from capture.functions import finder_protocol
 from capture.helper.files import searches
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")
@@ -29,7 +29,7 @@ ATTEMPTS = {
 }
 START = """
 import ctypes, mmap, os, socket, sys
-from capture.functions.confinement import confine
+from capture.functions.finder.confinement import confine
 def refused(result):
     if result < 0:
         raise PermissionError
@@ -69,7 +69,7 @@ def test_the_finder_answers_from_within() -> None:
     """Its children are confined before the first file: by nobody's id and by a filter."""
     own = searches.Searches()
     fd = os.open(sys.executable, os.O_RDONLY)
-    job = searches.Job((0, 0, 0), fd, 0, finder.INSPECT, searches.Haste.PROGRAM)
+    job = searches.Job((0, 0, 0), fd, 0, finder_protocol.INSPECT, searches.SearchPriority.PROGRAM)
     assert own.ask(job)
     answered: list[str | None] = []
     try:

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from capture.functions.golang import Found, find_go_tls
-from capture.helper import loader
+from capture import bpf, loader
+from capture.functions.finder.golang import Found, find_go_tls
 from tests.capture.functions.test_golang import SOURCE, needs_go, programs
 
 __all__ = ["programs"]  # the fixture
@@ -65,7 +65,7 @@ class Probes:
         self._object = ctypes.c_void_p(library.bpf_object__open_file(bytes(compiled), None))
         assert library.bpf_object__load(self._object) == 0
         self._library = library
-        self._ring = loader.Ring(
+        self._ring = bpf.Ring(
             library.bpf_object__find_map_fd_by_name(self._object, b"ring"), RING_BYTES
         )
         self._links = []
@@ -77,7 +77,7 @@ class Probes:
     def _attach(self, path: Path, name: str, offset: int) -> None:
         program = self._library.bpf_object__find_program_by_name(self._object, name.encode())
         fd = self._library.bpf_program__fd(ctypes.c_void_p(program))
-        self._links.append(loader.attach_uprobe(fd, str(path), offset, at_return=False))
+        self._links.append(bpf.attach_uprobe(fd, str(path), offset, at_return=False))
 
     def seen(self) -> list[Seen]:
         records = []

@@ -24,20 +24,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from capture.functions.boringssl import Found, find_boringssl
 from capture.functions.elf import Elf, ElfError
-from capture.functions.error_reporters import NotRecognised
-from capture.functions.golang import NotRecognised as NoGo
-from capture.functions.golang import find_go_tls
-from capture.functions.libraries import (
-    PROOFS,
-    STRUCTURE_FILE_BYTES_MIN,
-    Function,
-    Library,
-    Probe,
-    find_by_structure,
-    inspect,
-)
+from capture.functions.finder.boringssl import Found, find_boringssl
+from capture.functions.finder.golang import find_go_tls
+from capture.functions.finder.not_found import NotFound
+from capture.functions.finder.search import find_by_structure
+from capture.functions.finder.symbols import inspect
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
+from capture.functions.library import Function, Library, Probe, Proof
+from capture.functions.stacks import Stack
 from capture.helper.files.placement import refusal
 from tests.capture.functions.test_boringssl import (
     COMPILERS,
@@ -110,7 +105,7 @@ def test_a_jump_into_another_function_is_refused() -> None:
     peek_ends = changed.data.rindex(b"\xeb", read - 32, read)  # jmp back, into its own epilogue
     with changed.edited([(peek_ends + 1, read + 5 - peek_ends - 2)]) as path:
         answer = find_boringssl(path)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason.startswith("two functions share the code")
 
 
@@ -121,7 +116,7 @@ def test_a_function_that_runs_on_into_the_next_is_refused() -> None:
     call = changed.data.rindex(b"\xe8", read - 32, read)  # of memcpy; its jmp back goes, too
     with changed.edited([(call + n, 0) for n in range(2, 6)]) as path:
         answer = find_boringssl(path)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason.endswith("begins is not certain")
 
 
@@ -167,7 +162,7 @@ def test_changed_headers_are_read_or_refused(draw: st.DataObject, compiler: str)
     )
     edits = draw.draw(st.lists(st.tuples(offsets, st.integers(0, 255)), min_size=1, max_size=8))
     with changed.edited(edits) as path, within(SECONDS_MAX):
-        assert isinstance(find_boringssl(path), Found | NotRecognised)
+        assert isinstance(find_boringssl(path), Found | NotFound)
         looked_at(path)
         with path.open("rb") as file, contextlib.suppress(ElfError):
             find_by_structure(file.fileno())
@@ -185,10 +180,12 @@ def looked_at(path: Path) -> Library | None:
 
 
 NAMED = Library(
-    "OpenSSL",
+    Stack.OPENSSL,
     (Probe("enter_read", 0x1000),),
     None,
-    functions=tuple(Function(0x1000, proof, 0x200) for proof in PROOFS[:3]),
+    functions=tuple(
+        Function(0x1000, proof, 0x200) for proof in (Proof.SYMBOL, Proof.UNWIND, Proof.CALL)
+    ),
 )
 
 
@@ -246,7 +243,7 @@ def test_segments_that_overlap_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "overlapping"
     path.write_bytes(data)
     answer = find_boringssl(path)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason == "its segments overlap"
 
 
@@ -265,9 +262,10 @@ def test_a_search_that_takes_too_long_says_so(tmp_path: Path) -> None:
     path = tmp_path / "endless"
     path.write_bytes(endless_code())
     command = (
-        "import sys; from capture import finder; finder.SEARCH_SECONDS_MAX = 0.3; "
+        "import sys; from capture.functions.finder import process as finder; "
+        "from capture.functions.finder_protocol import SEARCH; finder.SEARCH_SECONDS_MAX = 0.3; "
         "finder.prepare(); import signal; signal.signal(signal.SIGPROF, finder._give_up); "
-        "print(finder.answer(finder.SEARCH, int(sys.argv[1])))"
+        "print(finder.answer(SEARCH, int(sys.argv[1])))"
     )
     with path.open("rb") as file:
         done = subprocess.run(
@@ -299,7 +297,7 @@ def go_program(tmp_path_factory: pytest.TempPathFactory) -> Subject:
         timeout=300,
     )
     found = find_go_tls(target)
-    assert not isinstance(found, NoGo)
+    assert not isinstance(found, NotFound)
     return Subject(target, dict(found.functions))
 
 
@@ -320,7 +318,7 @@ def test_a_changed_function_table_never_moves_a_place(
     edits = draw.draw(st.lists(st.tuples(offsets, st.integers(0, 255)), min_size=1, max_size=4))
     with go_program.edited(edits) as path, within(SECONDS_MAX):
         answer = find_go_tls(path)
-    if isinstance(answer, NoGo):
+    if isinstance(answer, NotFound):
         assert answer.reason
     else:
         assert {*answer.functions.items()} <= {*go_program.named.items()}

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from capture.functions import libraries
+from capture import loader
 from capture.functions.elf import ElfError
-from capture.functions.libraries import (
-    Library,
-    Probe,
-    find_by_structure,
-    inspect,
-    library_from_json,
-    library_json,
-    parse_maps,
-    probe_offset,
-    standard_files,
-)
+from capture.functions.finder.search import find_by_structure
+from capture.functions.finder.symbols import inspect
+from capture.functions.finder_protocol import library_from_json, library_json
+from capture.functions.library import Library, Probe, probe_offset
+from capture.functions.stacks import PROGRAMS, STACKS, Stack
+from capture.helper.standard_files import standard_files
+from capture.processes.mappings import executable_mappings, offset_in_file, parse_maps
 
 C_SOURCE = """
 int SSL_read(void *s, void *b, int n) { return n; }
@@ -57,7 +56,7 @@ def symbol_offset(path: Path, name: str) -> int:
     value = next(
         int(row.split()[1], 16)
         for row in text.stdout.splitlines()
-        if row.split()[7:8] == [name] and row.split()[6] != "UND"
+        if row.split()[7:8] and row.split()[7].partition("@")[0] == name and row.split()[6] != "UND"
     )
     headers = subprocess.run(["readelf", "-lW", path], capture_output=True, text=True, check=True)
     for row in headers.stdout.splitlines():
@@ -90,7 +89,7 @@ def test_a_shared_object_by_its_exported_symbols(
     start = symbol_offset(path, "SSL_read")
     assert programs["enter_read"].offset == start + probe_offset(code[start : start + 8])
     assert all(probe.at_return == probe.program.startswith("leave") for probe in library.probes)
-    assert library.stack == "OpenSSL"
+    assert library.stack is Stack.OPENSSL
 
 
 def test_an_executable_with_local_symbols_only(tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def test_a_stack_that_cannot_be_probed_says_what_to_do(tmp_path: Path) -> None:
     with path.open("rb") as file:
         library = find_by_structure(file.fileno())
     assert library
-    assert (library.stack, library.probes) == ("rustls", ())
+    assert (library.stack, library.probes) == (Stack.RUSTLS, ())
     assert "--via proxy" in (library.reason or "")
 
 
@@ -175,7 +174,7 @@ def test_a_large_file_without_any_marker_is_nothing(tmp_path: Path) -> None:
 
 def test_what_a_finder_says_comes_back_equal() -> None:
     probes = (Probe("enter_go_read", 16), Probe("leave_go_read", 90))
-    library = Library("Go crypto/tls", probes, "00ff", None, 80 << 32 | 128)
+    library = Library(Stack.GO, probes, "00ff", None, 80 << 32 | 128)
     assert library_from_json(library_json(library)) == library
     assert library_from_json("null") is None
 
@@ -190,9 +189,40 @@ def test_what_a_finder_says_comes_back_equal() -> None:
     ],
 )
 def test_a_finder_cannot_have_just_anything_attached(probe: list[object]) -> None:
-    content = json.loads(library_json(Library("x", (), None)))
+    content = json.loads(library_json(Library(Stack.OPENSSL, (), None)))
     with pytest.raises(ValueError, match="not a probe"):
         library_from_json(json.dumps({**content, "probes": [probe]}))
+
+
+@pytest.mark.parametrize("field", ["stack", "beside", "proof"])
+def test_a_finder_cannot_name_what_is_in_no_table(field: str) -> None:
+    content = json.loads(library_json(Library(Stack.OPENSSL, (), None)))
+    wrong = {"functions": [[9, "a guess", 0, 0]]} if field == "proof" else {field: "a guess"}
+    with pytest.raises(ValueError, match="a guess"):
+        library_from_json(json.dumps({**content, **wrong}))
+
+
+def test_every_stack_can_be_told_by_something_and_says_what_to_do() -> None:
+    """A row without a marker, symbols or library would never be met; its programs are loaded."""
+    for stack, row in STACKS.items():
+        assert row.marker or row.symbols or row.library, stack
+        probed = bool(row.symbols or row.programs)
+        assert probed or row.advice, stack
+        assert not row.finder or (row.marker and hasattr(import_module(row.finder), "library"))
+    assert set(STACKS) == set(Stack)
+    assert set(PROGRAMS) <= set(loader.PROGRAMS)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/self/maps is Linux's")
+def test_a_function_that_we_map_is_at_its_offset_in_the_file() -> None:
+    function = ctypes.cast(ctypes.CDLL(None).getaddrinfo, ctypes.c_void_p).value
+    assert function
+    found = offset_in_file(function)
+    assert found
+    path, offset = found
+    assert offset == symbol_offset(Path(path), "getaddrinfo")
+    assert Path(path).read_bytes()[offset : offset + 8] == ctypes.string_at(function, 8)
+    assert offset_in_file(1) is None
 
 
 def test_maps_give_executable_files_once_each() -> None:
@@ -217,10 +247,10 @@ def test_maps_give_executable_files_once_each() -> None:
 
 
 def test_our_own_mappings_open_by_their_links() -> None:
-    mappings = list(libraries.executable_mappings(os.getpid()) or ())
+    mappings = list(executable_mappings(os.getpid()) or ())
     assert any("python" in each.path for each in mappings)
     if os.geteuid() == 0:
         for each in mappings:
             stat = os.stat(each.link)
             assert (stat.st_dev, stat.st_ino) == (each.device, each.inode)
-    assert libraries.executable_mappings(2**22 + 1) is None
+    assert executable_mappings(2**22 + 1) is None

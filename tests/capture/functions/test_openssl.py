@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from capture.functions.elf import Elf
-from capture.functions.error_reporters import NotRecognised
-from capture.functions.libraries import Library, find_by_structure, library_from_json, library_json
-from capture.functions.openssl import Found, find_openssl
+from capture.functions.finder.not_found import NotFound
+from capture.functions.finder.openssl import Found, find_openssl
+from capture.functions.finder.search import find_by_structure
+from capture.functions.finder_protocol import library_from_json, library_json
+from capture.functions.library import Library
+from capture.functions.stacks import Stack
 from tests.capture.functions.test_boringssl import COMPILERS, LAYOUTS, strip, without_unwind_table
 from tests.capture.functions.test_boringssl import build as build_from
 from tests.support.cost import within
@@ -85,7 +88,7 @@ def test_without_an_unwind_table_the_host_is_left_to_the_requests(
 ) -> None:
     subject = build(tmp_path, compiler=compiler)
     found = find_openssl(without_unwind_table(strip(subject)))
-    if isinstance(found, NotRecognised):  # GCC aligns nothing there: starts are not certain
+    if isinstance(found, NotFound):  # GCC aligns nothing there: starts are not certain
         assert compiler == "gcc-aarch64"
         return
     expected = truth(subject)
@@ -111,7 +114,7 @@ def test_doubt_is_refused_with_its_reason(
     tmp_path: Path, compiler: str, flags: tuple[str, ...], reason: str
 ) -> None:
     answer = find_openssl(strip(build(tmp_path, *flags, compiler=compiler)))
-    assert isinstance(answer, NotRecognised), answer
+    assert isinstance(answer, NotFound), answer
     assert reason in answer.reason
     assert answer.build_id
     assert not answer.functions
@@ -151,7 +154,7 @@ def test_an_altered_name_is_refused(tmp_path: Path, name: bytes, reason: str) ->
     assert data.count(b"\0" + name) == 1
     subject.write_bytes(data.replace(b"\0" + name, b"\0" + name.replace(b"s", b"z", 1).swapcase()))
     answer = find_openssl(subject)
-    assert isinstance(answer, NotRecognised), answer
+    assert isinstance(answer, NotFound), answer
     assert reason in answer.reason
 
 
@@ -179,7 +182,7 @@ def test_damage_never_raises_and_never_takes_long(tmp_path: Path) -> None:
         copy.write_bytes(damaged[: random_.choice((len(damaged), random_.randrange(len(damaged))))])
         with within(5):
             answer = find_openssl(copy)
-        assert isinstance(answer, Found | NotRecognised)
+        assert isinstance(answer, Found | NotFound)
 
 
 @pytest.mark.parametrize("what", ["absent", "directory", "text", "empty"])
@@ -190,7 +193,7 @@ def test_what_is_no_program_is_said_so(tmp_path: Path, what: str) -> None:
     elif what != "absent":
         path.write_text({"text": "hello", "empty": ""}[what])
     answer = find_openssl(path)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert answer.reason
 
 
@@ -230,7 +233,7 @@ def test_the_systems_openssl_is_found_where_its_symbols_say(static_client: Path)
 def test_it_is_a_library_whose_bytes_must_prove_it(static_client: Path) -> None:
     library = found_in(strip(static_client))
     assert library is not None
-    assert (library.stack, library.unproved, library.reason) == ("OpenSSL", True, None)
+    assert (library.stack, library.unproved, library.reason) == (Stack.OPENSSL, True, None)
     assert library.beside is None
     assert {probe.program for probe in library.probes} >= {
         *("enter_read", "enter_read_ex", "enter_write", "enter_write_ex"),
@@ -245,7 +248,7 @@ def test_what_else_the_file_speaks_tls_with_is_told(static_client: Path) -> None
     both.write_bytes(strip(static_client).read_bytes() + b"rustls-0.23/src/conn.rs")
     library = found_in(both)
     assert library is not None
-    assert (library.stack, library.beside) == ("OpenSSL", "rustls")
+    assert (library.stack, library.beside) == (Stack.OPENSSL, Stack.RUSTLS)
     assert library_from_json(library_json(library)) == library
 
 
@@ -266,6 +269,6 @@ def test_an_altered_openssl_is_not_attached_to_and_says_why(static_client: Path,
     altered.write_bytes(data)
     library = found_in(altered)
     assert library is not None
-    assert (library.stack, library.probes) == ("OpenSSL", ())
+    assert (library.stack, library.probes) == (Stack.OPENSSL, ())
     assert "--via proxy" in str(library.reason)
     assert library.build_id == found.build_id

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from capture.functions.libraries import STRUCTURE_FILE_BYTES_MIN
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.helper.coverage import unmetered
-from capture.helper.files.attachments import Attachments, FileId, Haste
+from capture.helper.files.attachments import Attachments, FileId, SearchPriority
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import NamePlaces
+from capture.helper.files.name_locations import NameLocations
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip
 
 pytestmark = pytest.mark.skipif(
@@ -33,12 +33,12 @@ def searched(attachments: Attachments) -> None:
 def put(attachments: Attachments, path: Path, data: bytes) -> FileId:
     path.write_bytes(data.ljust(STRUCTURE_FILE_BYTES_MIN + 1, b"\0"))
     with path.open("rb") as file:
-        return attachments.look_into(file.fileno(), str(path), Haste.PROGRAM)
+        return attachments.look_into(file.fileno(), str(path), SearchPriority.PROGRAM)
 
 
 def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(tmp_path: Path) -> None:
     subject = strip(build(tmp_path, "-DTWO_WRITERS")).read_bytes()
-    attachments = Attachments({}, KnownFiles(None), NamePlaces(None, None, None))
+    attachments = Attachments({}, KnownFiles(None), NameLocations(None, None, None))
     first = put(attachments, tmp_path / "first", subject)
     second = put(attachments, tmp_path / "second", subject)
     deadline = time.monotonic() + 60

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.helper import loader
+from capture import loader
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has such a cache")
 OTHER_UID = 64_001

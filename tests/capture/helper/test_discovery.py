@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from capture.functions import libraries
+from capture import protocol
 from capture.helper import discovery as discovery_module
 from capture.helper.discovery import Discovery
+from capture.processes.mappings import FileMapping
 
 PID = 4_000_000
 
@@ -23,8 +25,8 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
         records=lambda: iter(()), skip_discarded=lambda: None, filled=lambda: 0
     )
     files: Any = SimpleNamespace(search=list, due=lambda now: math.inf, hears=lambda linker: False)
-    admission: Any = SimpleNamespace()
-    discovery = Discovery(ring, files, admission, lambda: None)
+    scope: Any = SimpleNamespace()
+    discovery = Discovery(ring, files, scope, lambda: None)
     discovery.sweep_at = math.inf
     looked: list[int] = []
 
@@ -33,7 +35,7 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
         discovery.watched.pop(pid, None)
         return True
 
-    monkeypatch.setattr(discovery, "_scan", look)
+    monkeypatch.setattr(discovery, "_look_at", look)
     discovery.schedule(PID)
     now = discovery.due(0.0)
     discovery.run_rescans(now)
@@ -65,12 +67,12 @@ def test_a_process_that_maps_thousands_of_files_lets_others_pass(
     def mappings(pid: int) -> Any:
         clock_pid[0] = pid
         count = 3000 if pid == PID else 3
-        return (libraries.FileMapping(pid, inode, f"/{inode}", "") for inode in range(count))
+        return (FileMapping(pid, inode, f"/{inode}", "") for inode in range(count))
 
-    monkeypatch.setattr(libraries, "executable_mappings", mappings)
-    admission: Any = SimpleNamespace(in_scope=lambda pid: True)
+    monkeypatch.setattr(discovery_module, "executable_mappings", mappings)
+    scope: Any = SimpleNamespace(in_scope=lambda pid: True)
     files: Any = Files()
-    discovery = Discovery(ring, files, admission, lambda: None)
+    discovery = Discovery(ring, files, scope, lambda: None)
     discovery.sweep_at = math.inf
     for pid in (PID, PID + 1, PID + 2):
         discovery.schedule(pid)
@@ -82,3 +84,63 @@ def test_a_process_that_maps_thousands_of_files_lets_others_pass(
         turns += 1
     assert turns <= 3
     assert looked.count(PID) < 40
+
+
+class Ring:
+    """A process ring that holds what a test puts there."""
+
+    def __init__(self) -> None:
+        self.waiting: list[bytes] = []
+
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        yield from enumerate(self.waiting)
+
+    def release(self, _: int) -> None:
+        self.waiting.clear()
+
+    def skip_discarded(self) -> None:
+        pass
+
+    def filled(self) -> int:
+        return len(self.waiting)
+
+
+def exec_of(pid: int) -> bytes:
+    body = bytes(protocol.COMM_BYTES + protocol.PATH_BYTES + protocol.PROJECT_BYTES)
+    fields = (protocol.EXEC, 0, 0, pid, 0, 0, 0, 5, 0, 0, 0)
+    return protocol.RECORD.pack(protocol.RECORD.size + len(body), *fields) + body
+
+
+def test_an_exec_ends_a_scan_and_is_not_acted_on_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of the old program go on to nobody's account, least of all the new one's."""
+    ring: Any = Ring()
+    looked: list[str] = []
+    files: Any = SimpleNamespace(
+        look_at=lambda link, path: looked.append(path), files={}, knows=lambda identity: True
+    )
+    scope: Any = SimpleNamespace(in_scope=lambda pid: True)
+    discovery = Discovery(ring, files, scope, lambda: None)
+    monkeypatch.setattr(
+        discovery_module,
+        "executable_mappings",
+        lambda pid: (FileMapping(pid, inode, f"/{inode}", "") for inode in range(5)),
+    )
+    acted: list[int] = []
+
+    def executed(record: protocol.Record) -> None:
+        acted.append(record.tgid)
+        discovery.watched.pop(record.tgid, None)
+
+    monkeypatch.setattr(discovery, "_executed", executed)
+    scan = discovery._scan(PID)
+    next(scan)
+    ring.waiting = [exec_of(PID)]
+    discovery.take_news()  # as the way out does, at any moment
+    assert (acted, ring.waiting) == ([], [])
+    next(scan)
+    assert looked == ["/0", "/0"]  # by its link, then by its path
+    discovery.act_on_news()
+    assert acted == [PID]
+    with pytest.raises(StopIteration):
+        next(scan)
+    assert looked == ["/0", "/0"]

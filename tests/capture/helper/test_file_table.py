@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from capture.functions import finder
+from capture import bpf
+from capture.functions import finder_protocol
 from capture.functions.elf import Elf
-from capture.functions.libraries import library_from_json
-from capture.helper import loader
+from capture.functions.finder_protocol import library_from_json
 from capture.helper.files import attachments as table
 from capture.helper.files import searches, turns
 from capture.helper.files.attachments import Attachments, File
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import NamePlaces
+from capture.helper.files.name_locations import NameLocations
 from capture.helper.files.placement import refusal
-from capture.helper.files.searches import Haste, Job, Searches
-from capture.helper.relay.keeper import Hold
+from capture.helper.files.searches import Job, Searches, SearchPriority
+from capture.helper.handover import Hold
 from tests.capture.functions.test_libraries import C_SOURCE, build
 from tests.support import crafted
 from tests.support.cost import within
@@ -55,7 +55,7 @@ class Subject:
         self.folder = folder
         self.library = library
         self.places: list[tuple[int, int]] = []  # inode, offset
-        self.files = Attachments(Programs(), KnownFiles(None), NamePlaces(None, None, None))
+        self.files = Attachments(Programs(), KnownFiles(None), NameLocations(None, None, None))
 
     def attach(self, program: int, path: str, offset: int, **_: object) -> int:
         self.places.append((os.stat(path).st_ino, offset))
@@ -92,7 +92,7 @@ class Subject:
 @pytest.fixture
 def subject(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
     made = Subject(tmp_path, library)
-    monkeypatch.setattr(loader, "attach_uprobe", made.attach)
+    monkeypatch.setattr(bpf, "attach_uprobe", made.attach)
     yield made
     made.files.close()
 
@@ -219,7 +219,7 @@ def test_a_change_of_mode_while_it_is_attached_to_keeps_the_probes_too(
         path.chmod(0o700 if len(subject.places) % 2 else 0o755)
         return subject.attach(*given, **named)
 
-    monkeypatch.setattr(loader, "attach_uprobe", attach)
+    monkeypatch.setattr(bpf, "attach_uprobe", attach)
     subject.look(path)
     (file,) = subject.files.files.values()
     probes = list(file.probes)
@@ -285,7 +285,7 @@ def test_a_turn_attaches_no_more_than_its_time(
         time.sleep(0.001)
         return subject.attach(*given, **named)
 
-    monkeypatch.setattr(loader, "attach_uprobe", slow_attach)
+    monkeypatch.setattr(bpf, "attach_uprobe", slow_attach)
     counts = [0]
     deadline = time.monotonic() + 60
     while counts[-1] < 4:
@@ -304,6 +304,7 @@ def test_whose_files_got_many_probes_waits_and_others_do_not(
 ) -> None:
     monkeypatch.setattr(turns, "PROBES_A_PERIOD_MAX", 24)
     monkeypatch.setattr(turns, "PERIOD_S", 1e6)
+    monkeypatch.setattr(table, "TURN_S", 1e6)  # on a busy machine they would wait for time, too
     for number in range(6):
         path = subject.copy(f"hers{number}", ALICE)
         subject.files.look_at(str(path), str(path))
@@ -399,8 +400,8 @@ def test_whose_files_wait_in_numbers_lets_others_pass(
     assert len(waiting) >= 6
 
 
-def job(path: Path, owner: int, kind: bytes = finder.INSPECT) -> Job:
-    return Job(identity(path), os.open(path, os.O_RDONLY), owner, kind, Haste.PROGRAM)
+def job(path: Path, owner: int, kind: bytes = finder_protocol.INSPECT) -> Job:
+    return Job(identity(path), os.open(path, os.O_RDONLY), owner, kind, SearchPriority.PROGRAM)
 
 
 def answered(own: Searches, count: int) -> list[tuple[int, str | None]]:
@@ -494,7 +495,7 @@ def test_root_spends_no_time_on_a_crafted_file(own: Searches, tmp_path: Path, ki
     """Root waits; whatever the child does, and whatever is said of such a file, is soon checked."""
     path = crafted.make(kind, tmp_path / "ld-crafted")
     with within(1.0, "waiting and looking at the clock, in 60 s at most,"):
-        for each in (finder.LINKER, finder.SEARCH):
+        for each in (finder_protocol.LINKER, finder_protocol.SEARCH):
             assert own.ask(job(path, ALICE, each))
         for _, text in answered(own, 2):
             library = library_from_json(text) if text else None

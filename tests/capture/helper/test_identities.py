@@ -289,13 +289,13 @@ class World:
 
     # --- what the helper does
 
-    def read_processes(self) -> None:
+    def act_on_news(self) -> None:
         news, self.processes = self.processes, []
         for record in news:
             self.identities.executed(record)
 
     def look(self) -> None:
-        self.read_processes()
+        self.act_on_news()
         self.identities.of(PID)
 
     def race(self) -> None:
@@ -309,7 +309,7 @@ class World:
             if isinstance(record, int):
                 self.identities.forget(PID, record)
                 continue
-            self.read_processes()
+            self.act_on_news()
             found = self.identities.of(PID, at_ns=record.at_ns, born_ns=record.offset)
             if found is not None:
                 assert found.argv == (program,)

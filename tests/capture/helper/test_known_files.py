@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from capture.functions.libraries import Function, Library, Probe
+from capture.functions.library import Function, Library, Probe, Proof
+from capture.functions.stacks import Stack
 from capture.helper.files import known_files
 from capture.helper.files.known_files import KnownFiles
 
 CODE_AT = 0x1000
 FOUND = Library(
-    "BoringSSL",
+    Stack.BORINGSSL,
     (
         Probe("enter_read", CODE_AT),
         Probe("leave_plain", CODE_AT, at_return=True),
@@ -27,7 +28,10 @@ FOUND = Library(
     ),
     "abcdef01",
     unproved=True,
-    functions=(Function(CODE_AT, "unwind"), Function(CODE_AT + 0x200, "call", CODE_AT + 0x300)),
+    functions=(
+        Function(CODE_AT, Proof.UNWIND),
+        Function(CODE_AT + 0x200, Proof.CALL, CODE_AT + 0x300),
+    ),
 )
 
 
@@ -179,13 +183,13 @@ def test_other_finders_search_again(
     directory: Path, program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remember(directory, program)
-    monkeypatch.setattr(known_files, "_FINDERS", ("libraries.py",))
+    monkeypatch.setattr(known_files, "_FUNCTIONS", program.parent)
     assert recalled(directory, program) is None
 
 
 def test_a_failure_is_not_kept(directory: Path, program: Path) -> None:
     """The next release may know the program."""
-    remember(directory, program, Library("BoringSSL", (), "abcdef01", "not recognised"))
+    remember(directory, program, Library(Stack.BORINGSSL, (), "abcdef01", "not recognised"))
     assert recalled(directory, program) is None
 
 

@@ -16,14 +16,18 @@ from pathlib import Path
 import capstone
 import pytest
 
-from capture.functions import golang, libraries
+from capture import bpf
 from capture.functions.elf import Elf
-from capture.functions.libraries import Function, Library, Probe, library_json
-from capture.helper import loader
+from capture.functions.finder import boringssl, golang
+from capture.functions.finder.search import find_by_structure
+from capture.functions.finder.symbols import inspect
+from capture.functions.finder_protocol import library_from_json, library_json
+from capture.functions.library import Function, Library, Probe, Proof
+from capture.functions.stacks import Stack
 from capture.helper.files import known_files
 from capture.helper.files.attachments import Attachments
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import NamePlaces
+from capture.helper.files.name_locations import NameLocations
 from capture.helper.files.placement import DECODED_BYTES_MAX, refusal
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip, without_unwind_table
 from tests.capture.functions.test_golang import needs_go, programs
@@ -63,13 +67,13 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Libra
         landing = "-fcf-protection=full" if variant else "-fcf-protection=none"
         flags = ("-shared", "-fPIC", "-O1", "-falign-functions=64", landing)
         path = build_library(tmp_path, C_SOURCE, "libssl.so", *flags)
-        return path, found_in(path, libraries.inspect)
+        return path, found_in(path, inspect)
     compiler = next((each for each in COMPILERS if ("aarch64" in each) == bool(variant)), None)
     if compiler is None:
         pytest.skip("no such compiler")
     path = strip(build(tmp_path, "-fpie", "-pie", "-DCHECKED", compiler=compiler))
     path = without_unwind_table(path) if kind == "call" else path
-    library = found_in(path, libraries._boringssl)
+    library = found_in(path, boringssl.library)
     assert {function.proof for function in library.functions} == {kind}
     return path, library
 
@@ -100,7 +104,7 @@ def replace_offset(probe: Probe, by: int) -> Probe:
 def test_what_is_found_belongs_into_the_file(subject: tuple[Path, Library]) -> None:
     path, library = subject
     assert refused(path, library) is None
-    assert libraries.library_from_json(library_json(library)) == library
+    assert library_from_json(library_json(library)) == library
 
 
 @pytest.mark.parametrize("by", [-16, -4, -1, 1, 2, 3, 4, 5, 8, 16, 1 << 20, 1 << 62])
@@ -113,11 +117,11 @@ def test_what_is_moved_does_not(subject: tuple[Path, Library], by: int) -> None:
 def test_a_proof_counts_for_its_own_function_alone(subject: tuple[Path, Library]) -> None:
     path, library = subject
     one, other, *_ = library.functions
-    for proof in ("symbol", "call", "go"):
+    for proof in (Proof.SYMBOL, Proof.CALL, Proof.GO):
         wrong = (one._replace(proof=proof, at=other.at), *library.functions[1:])
         assert refused(path, replace(library, functions=wrong)) is not None
     for at in (0, one.at + 1, one.at - 8, 1 << 40):
-        if one.proof != "unwind":
+        if one.proof is not Proof.UNWIND:
             wrong = (one._replace(at=at), *library.functions[1:])
             assert refused(path, replace(library, functions=wrong)) is not None
 
@@ -137,7 +141,7 @@ def test_the_wrong_end_of_a_function_is_refused(subject: tuple[Path, Library]) -
 @pytest.fixture(params=["stripped", "pie", "arm"])
 def go(request: pytest.FixtureRequest, programs: dict[str, Path]) -> tuple[Path, Library]:
     path = programs[request.param]
-    return path, found_in(path, libraries._go)
+    return path, found_in(path, golang.library)
 
 
 @needs_go
@@ -217,9 +221,9 @@ def test_no_byte_inside_an_instruction_is_taken_for_a_return(
         for at, what, _ in hidden_returns(code):
             if what != kind:
                 continue
-            function = Function(offset, "go", table.at + 8 * row, len(code))
+            function = Function(offset, Proof.GO, table.at + 8 * row, len(code))
             probe = Probe("leave_go_read", offset + at)
-            library = Library("Go crypto/tls", (probe,), None, functions=(function,))
+            library = Library(Stack.GO, (probe,), None, functions=(function,))
             assert refused(path, library) == f"no RET of a known function is at {probe.offset:#x}"
             tried += 1
         if tried >= 20:
@@ -245,7 +249,7 @@ def poisoned(table: Table, kind: str, target: Path) -> int:
             struct.pack_into("<I", data, first + 8, start + at + 1)
             struct.pack_into("<I", data, table.at + table.rows[2 * table.read_row + 1], start)
             target.write_bytes(data)
-            answer = found_in(target, libraries.find_by_structure) if _is_found(target) else None
+            answer = found_in(target, find_by_structure) if _is_found(target) else None
             if answer and any(probe.offset == offset + at for probe in answer.probes):
                 return offset + at
     pytest.skip(f"no function of this Go's has a {kind} to hide a return in")
@@ -264,7 +268,7 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         made.append((os.stat(path).st_ino, offset))
         return os.open("/dev/null", os.O_RDONLY)
 
-    monkeypatch.setattr(loader, "attach_uprobe", attach)
+    monkeypatch.setattr(bpf, "attach_uprobe", attach)
     return made
 
 
@@ -284,7 +288,7 @@ def test_a_file_of_one_person_moves_no_probe_in_a_program_of_roots(
     victim, poison = tmp_path / "tool", tmp_path / "poison"
     victim.write_bytes(programs["stripped"].read_bytes())
     place = poisoned(Table(victim), kind, poison)
-    legitimate = found_in(victim, libraries.find_by_structure)
+    legitimate = found_in(victim, find_by_structure)
     os.chown(poison, ALICE, ALICE)
     directory = tmp_path / "memory"
     if memory == "if it believed":
@@ -293,13 +297,13 @@ def test_a_file_of_one_person_moves_no_probe_in_a_program_of_roots(
         monkeypatch.setattr(known_files, "code_digest", lambda fd, library: "")
     known = KnownFiles(directory)
     with poison.open("rb") as file:
-        known.remember(file.fileno(), found_in(poison, libraries.find_by_structure))
+        known.remember(file.fileno(), found_in(poison, find_by_structure))
 
     class Programs(dict[str, int]):
         def __missing__(self, name: str) -> int:
             return 1
 
-    attachments = Attachments(Programs(), known, NamePlaces(None, None, None))
+    attachments = Attachments(Programs(), known, NameLocations(None, None, None))
     try:
         attachments.search_now(str(victim), 60)
     finally:

@@ -155,13 +155,13 @@ def test_what_connections_hold_back_is_bounded(
         packets.append(evil.segment(1, flags=SYN, client=client))
         packets.append(evil.segment(7, bytes(500), sent=False, client=client))
     held: list[int] = []
-    began = records.Conversations.received
+    began = records.TcpConnections.received
 
-    def received(self: records.Conversations, *arguments: object) -> None:
+    def received(self: records.TcpConnections, *arguments: object) -> None:
         began(self, *arguments)  # type: ignore[arg-type]
         held.append(self._held_bytes)
 
-    monkeypatch.setattr(records.Conversations, "received", received)
+    monkeypatch.setattr(records.TcpConnections, "received", received)
     assert read(write(tmp_path / "a.pcap", evil.pcap_of(packets))).connections == 60
     assert 9_000 < max(held) <= 10_000
 
@@ -176,13 +176,13 @@ def test_unfinished_records_are_bounded_and_those_given_up_counted(
         for number in range(60)
     ]
     kept: list[int] = []
-    began = records.Conversations.received
+    began = records.TcpConnections.received
 
-    def received(self: records.Conversations, *arguments: object) -> None:
+    def received(self: records.TcpConnections, *arguments: object) -> None:
         began(self, *arguments)  # type: ignore[arg-type]
         kept.append(self._kept_bytes)
 
-    monkeypatch.setattr(records.Conversations, "received", received)
+    monkeypatch.setattr(records.TcpConnections, "received", received)
     findings = read(write(tmp_path / "a.pcapng", evil.pcapng_of(packets)))
     assert 9_000 < max(kept) <= 10_000
     assert findings.losses["tls_records_given_up_early"] == 49
@@ -192,13 +192,13 @@ def test_empty_handshake_messages_do_not_pile_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept: list[int] = []
-    began = records.Conversations.received
+    began = records.TcpConnections.received
 
-    def received(self: records.Conversations, *arguments: object) -> None:
+    def received(self: records.TcpConnections, *arguments: object) -> None:
         began(self, *arguments)  # type: ignore[arg-type]
         kept.append(self._kept_bytes)
 
-    monkeypatch.setattr(records.Conversations, "received", received)
+    monkeypatch.setattr(records.TcpConnections, "received", received)
     read(write(tmp_path / "a.pcap", evil.handshakes_of_nothing(50)))
     assert len(kept) > 50
     assert max(kept) < 2 * records.BATCH_BYTES_MAX

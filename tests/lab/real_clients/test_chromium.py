@@ -19,7 +19,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from capture.functions.boringssl import Found, find_boringssl
+from capture.functions.finder.boringssl import Found, find_boringssl
 from tests.lab.conftest import Bench, assert_metered
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import recognised

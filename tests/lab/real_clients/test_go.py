@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from capture.functions.elf import Elf
-from capture.functions.golang import CLOSE, READ, WRITE, Found, ServerName, find_go_tls
+from capture.functions.finder.golang import CLOSE, READ, WRITE, Found, ServerName, find_go_tls
 from tests.lab.conftest import Bench
 from tests.lab.real_clients.programs import TOOLCHAINS, Program, Unavailable, fetched
 from tests.lab.real_clients.results import note

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from capture.functions.boringssl import Found, find_boringssl
 from capture.functions.elf import Elf
-from capture.functions.error_reporters import NotRecognised
-from capture.functions.golang import Found as GoFound
-from capture.functions.golang import find_go_tls
-from capture.functions.libraries import find_by_structure
-from capture.functions.openssl import Found as OpenSslFound
-from capture.functions.openssl import find_openssl
+from capture.functions.finder.boringssl import Found, find_boringssl
+from capture.functions.finder.golang import Found as GoFound
+from capture.functions.finder.golang import find_go_tls
+from capture.functions.finder.not_found import NotFound
+from capture.functions.finder.openssl import Found as OpenSslFound
+from capture.functions.finder.openssl import find_openssl
+from capture.functions.finder.search import find_by_structure
+from capture.functions.stacks import Stack
 from capture.helper.files.known_files import KnownFiles
 from tests.lab.real_clients.programs import (
     ARM,
@@ -76,7 +77,7 @@ def test_boringssl_is_found(program: Program) -> None:
     arm = "aarch64" in str(program) or "arm64" in str(program)
     assert found.machine == ("aarch64" if arm else "x86_64")
     with Elf(path) as elf:
-        for place in found.places:
+        for place in found.locations:
             covering = elf.unwind_range_of(place.address)
             assert covering is None or covering[0] == place.address
             assert begins_a_function(elf.read_at(place.address, 16), arm)
@@ -124,7 +125,7 @@ def test_go_that_passes_arguments_on_the_stack_is_refused(program: Program) -> N
     with path_of(program).open("rb") as file:
         found = find_by_structure(file.fileno())
     assert found is not None
-    assert (found.stack, found.probes) == ("Go crypto/tls", ())
+    assert (found.stack, found.probes) == (Stack.GO, ())
     assert "passes arguments on the stack" in str(found.reason)
     assert "--via proxy" in str(found.reason)
 
@@ -152,17 +153,18 @@ def test_codex_openssl_is_found_and_its_rustls_told_of(program: Program) -> None
     assert isinstance(found, OpenSslFound), found
     assert {"SSL_read", "SSL_read_ex", "SSL_ctrl"} <= set(found.functions)
     with Elf(path) as elf:
-        for place in found.places:
+        for place in found.locations:
             covering = elf.unwind_range_of(place.address)
             assert covering is not None
             assert covering[0] == place.address
             assert begins_a_function(elf.read_at(place.address, 16), arm=False)
-    assert isinstance(find_boringssl(path), NotRecognised)
+    assert isinstance(find_boringssl(path), NotFound)
     assert not isinstance(find_go_tls(path), GoFound)
     with path.open("rb") as file:
         library = find_by_structure(file.fileno())
     assert library is not None
-    assert (library.stack, library.beside, library.unproved) == ("OpenSSL", "rustls", True)
+    assert (library.stack, library.beside) == (Stack.OPENSSL, Stack.RUSTLS)
+    assert library.unproved
     if program in CODEX[2:]:  # the others speak HTTPS by default
         version = program.version.partition("-")[0]
         note("Codex CLI, WebSocket", version, "rustls, stripped", result="not probed")
@@ -173,7 +175,7 @@ def test_node_is_openssl() -> None:
     if node is None:
         pytest.skip("node is not installed")
     answer = find_boringssl(Path(node).resolve())
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
 
 
 @pytest.mark.parametrize("program", [BUN[-1], *slow(GRPC[-2], GRPC[-1])], ids=str)
@@ -183,7 +185,7 @@ def test_a_download_cut_short_is_refused(program: Program, keep: float, tmp_path
     copy = tmp_path / "cut"
     copy.write_bytes(data[: int(len(data) * keep)])
     answer = find_boringssl(copy)
-    assert isinstance(answer, NotRecognised)
+    assert isinstance(answer, NotFound)
     assert "truncated" in answer.reason
 
 
@@ -199,7 +201,7 @@ def test_an_altered_function_is_refused(program: Program, which: str, tmp_path: 
     with copy.open("r+b") as file:
         file.seek(place.offset)
         file.write(b"\x00\x00\x00\x00" if found.machine == "aarch64" else b"\xcc\xcc\xcc\xcc")
-    assert isinstance(find_boringssl(copy), NotRecognised)
+    assert isinstance(find_boringssl(copy), NotFound)
 
 
 def test_what_was_found_once_is_known_at_once(tmp_path: Path) -> None:

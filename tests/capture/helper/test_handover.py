@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from capture.helper.relay.keeper import DESCRIPTORS_A_MESSAGE_MAX, Hold, Keeper
+from capture.helper.handover import DESCRIPTORS_A_MESSAGE_MAX, Hold, Keeper
 
 
 def pipes(count: int) -> list[int]:

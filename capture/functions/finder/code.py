@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import Any
 
 from capture.functions.elf import Elf, Segment
-from capture.functions.instruction_sets import X86, Aarch64, Flow, Step
-from capture.functions.references import (
+from capture.functions.finder.instruction_sets import X86, Aarch64, Flow, Step
+from capture.functions.finder.references import (
     CALL,
     LEA,
     Opcode,
@@ -46,7 +46,7 @@ Constants = Mapping[str, frozenset[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
+class Routine:
     """A function's reachable instructions by address, from `start`."""
 
     start: int
@@ -150,7 +150,7 @@ class Code:
 
     # --- functions ---------------------------------------------------------------------------
 
-    def function(self, start: int, end: int | None = None) -> Function | None:
+    def function(self, start: int, end: int | None = None) -> Routine | None:
         """Follow every path from `start`; None when it cannot be a function's start.
 
         `end` bounds the function where the unwind table tells it. A jump that leaves the bounds,
@@ -192,9 +192,9 @@ class Code:
                 tail = step.flow is Flow.JUMP and depth == 0 and end is None
                 if not (tail and self._follows_padding(step.target)):
                     pending.append((step.target, depth, frame, False))
-        return Function(start, steps)
+        return Routine(start, steps)
 
-    def every_instruction(self, start: int, end: int) -> Function | None:
+    def every_instruction(self, start: int, end: int) -> Routine | None:
         """All that lies between two bounds which the unwind table tells, also behind jump tables.
 
         None where not all of it is code. What reaches an instruction behind a jump table is not
@@ -210,7 +210,7 @@ class Code:
                 return None
             steps[address] = step
             address = step.after
-        return Function(start, steps) if address == end else None
+        return Routine(start, steps) if address == end else None
 
     def _begins_behind_a_call(self, step: Step) -> bool:
         """Whether another function begins here, or behind the padding that begins here.
@@ -238,7 +238,7 @@ class Code:
             return step is None or step.padding
         return self.bytes_at(address - 1, 1) == b"\xcc"
 
-    def function_around(self, address: int) -> Function | None:
+    def function_around(self, address: int) -> Routine | None:
         """The function with the instruction at `address`; None when its start is in doubt.
 
         The unwind table decides where it covers the address. Elsewhere the start is the nearest
@@ -249,7 +249,7 @@ class Code:
         if bounds is not None:
             function = self.function(*bounds)
             return function if function is not None and address in function.steps else None
-        likely: Function | None = None
+        likely: Routine | None = None
         for start in self._possible_starts(address):
             if likely is not None and likely.start - start > BLOCKS_BYTES_MAX:
                 break
@@ -322,7 +322,7 @@ class Code:
 
     # --- constants ---------------------------------------------------------------------------
 
-    def constants_at_calls(self, function: Function) -> dict[int, Constants]:
+    def constants_at_calls(self, function: Routine) -> dict[int, Constants]:
         """For each call in the function, the constants that may be in each register there."""
         entries = [function.start, *_reached_from_nowhere(function)]
         states: dict[int, dict[str, frozenset[int]]] = {entry: {} for entry in entries}
@@ -341,7 +341,7 @@ class Code:
         return {step.address: states.get(step.address, {}) for step in function.calls}
 
 
-def _reached_from_nowhere(function: Function) -> Iterator[int]:
+def _reached_from_nowhere(function: Routine) -> Iterator[int]:
     """Instructions that none of the others goes on to: the targets of jump tables."""
     reached = {at for step in function.steps.values() for at in _successors(step)}
     return (at for at in function.steps if at != function.start and at not in reached)

@@ -1,10 +1,11 @@
-"""The process that looks into files: it may do nothing else, so that no file can make it.
+"""The finder: the process that looks into files, and that can do nothing else.
 
 Started once by the helper (`searches.py`), it has all modules, is nobody, reads no file itself and
-waits. On a word it forks a child, in 3 ms, and hands it a socket; the child confines itself
-(`confinement.py`), says its pid, and answers one file after the other: a descriptor and what is
-asked come in, a line of JSON goes out. A child looks at files of one owner only, and at one file
-only where a disassembler reads it: what one file made of its reader cannot touch another's answer.
+waits. When asked it forks a child, in 3 ms, and hands it a socket; the child confines itself
+(`confinement.py`), sends its pid, and answers one file after the other: a descriptor and a question
+come in, a line of JSON goes out (`finder_protocol.py`). A child looks at files of one owner only,
+and at one file only where a disassembler reads it: a file that takes over its reader changes no
+other file's answer.
 That an answer is true of its file is root's to check (`placement.py`).
 """
 
@@ -20,17 +21,12 @@ import struct
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from capture.functions import confinement, libraries
 from capture.functions.elf import ElfError
-
-INSPECT, LINKER, SEARCH = b"inspect", b"linker", b"search"
-"""What is asked of a file: its TLS functions by symbol, a dynamic linker's hook, all of it."""
-QUICK, HURRIED, IDLE = b"quick", b"hurried", b"idle"
-"""Kinds of children: for files by symbol, for one search, for one search that nobody waits for."""
-LAST = b"last"
-"""Said behind an answer: no further one comes, ask another child."""
+from capture.functions.finder import confinement, search, symbols
+from capture.functions.finder_protocol import IDLE, LAST, LINKER, QUICK, SEARCH, library_json
+from capture.functions.library import Library
+from capture.functions.stacks import STACKS
 
 INSPECT_SECONDS_MAX = 1.0
 """Of CPU, for one file by symbol: 10 ms for Node, 0.2 s for a debug build of Chromium."""
@@ -42,10 +38,7 @@ QUICK_BYTES_MAX = 256 << 20
 SEARCH_BYTES_MAX = 2 << 30
 """Of address space."""
 NICE_IDLE = 19
-
-
-class _TooLong(libraries.SearchTooLong):
-    """Raised by the timer's signal."""
+_DISASSEMBLER = ("capstone", "capstone.x86", "capstone.arm64")
 
 
 def answer(kind: bytes, fd: int) -> str:
@@ -53,21 +46,21 @@ def answer(kind: bytes, fd: int) -> str:
     seconds = SEARCH_SECONDS_MAX if kind == SEARCH else INSPECT_SECONDS_MAX
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        return libraries.library_json(_look(kind, fd))
+        return library_json(_look(kind, fd))
     except (ElfError, OSError, ValueError, ImportError, MemoryError, struct.error):
         return "null"
-    except libraries.SearchTooLong:
+    except search.SearchTooLong:
         return "null"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _look(kind: bytes, fd: int) -> libraries.Library | None:
+def _look(kind: bytes, fd: int) -> Library | None:
     if kind == SEARCH:
-        return libraries.find_by_structure(fd)
-    found = libraries.inspect(fd)
+        return search.find_by_structure(fd)
+    found = symbols.inspect(fd)
     if found is None and kind == LINKER:
-        found = libraries.find_linker_hook(fd)
+        found = symbols.find_linker_hook(fd)
     return found
 
 
@@ -96,20 +89,15 @@ def serve(link: socket.socket, lane: bytes) -> None:
 
 
 def _give_up(*_: object) -> None:
-    raise _TooLong("it took too long")
+    raise search.SearchTooLong("it took too long")
 
 
 def prepare() -> None:
     """Import what children need: a child opens no file by its name any more."""
-    for name in (
-        "capture.functions.golang",
-        "capture.functions.boringssl",
-        "capture.functions.openssl",
-        "capture.functions.error_reporters",
-    ):
+    finders = (row.finder for row in STACKS.values() if row.finder is not None)
+    for name in (*finders, *_DISASSEMBLER):
         with contextlib.suppress(ImportError):
-            module: Any = importlib.import_module(name)
-            getattr(module, "prepare", lambda: None)()
+            importlib.import_module(name)
 
 
 def main(control: socket.socket) -> None:

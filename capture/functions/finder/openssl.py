@@ -14,25 +14,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from capture.functions.code import Code, Function
 from capture.functions.elf import Elf, ElfError
-from capture.functions.error_reporters import (
+from capture.functions.finder import boringssl
+from capture.functions.finder.code import Code, Routine
+from capture.functions.finder.error_reporters import (
     PRINTABLE,
-    Doubt,
-    NotRecognised,
-    Place,
+    Location,
     callers_of,
     file_names,
     functions_around,
+    library_of,
     loads_of,
-    place,
+    located,
     the_one,
 )
-from capture.functions.instruction_sets import Flow
+from capture.functions.finder.instruction_sets import Flow
+from capture.functions.finder.markers import unprobed_in
+from capture.functions.finder.not_found import Absent, Ambiguous, NotFound
+from capture.functions.library import Library
+from capture.functions.stacks import Stack
 
 _SSL_LIB, _S3_LIB = b"ssl/ssl_lib.c", b"ssl/s3_lib.c"
 _LIBRARY_SSL = 20  # ERR_LIB_SSL
@@ -47,29 +51,34 @@ _NUMBERS = {
 _INNER = frozenset(("ssl_read_internal", "ssl_write_internal"))
 _FOLDERS = (PRINTABLE, re.compile(rb"[\w.+/-]*\Z"), re.compile(rb"(?:\.\./)*\Z"))
 NAME_BYTES_MAX = 64
-NO_OPENSSL = "no OpenSSL"
-"""Begins the reason where nothing looks like OpenSSL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """OpenSSL was recognised. Without "SSL_ctrl" among the places the host is read in requests."""
+    """OpenSSL was recognised. Without a location of "SSL_ctrl" the host is read in requests."""
 
-    places: tuple[Place, ...]
+    locations: tuple[Location, ...]
     build_id: str | None
 
     @property
     def functions(self) -> Mapping[str, int]:
         """Symbol name to the file offset of its first instruction; ssl3_ctrl goes as SSL_ctrl."""
-        return MappingProxyType({each.name: each.offset for each in self.places})
-
-    @property
-    def reason(self) -> None:
-        """Nothing is wrong."""
-        return None
+        return MappingProxyType({each.name: each.offset for each in self.locations})
 
 
-def find_openssl(file: str | Path | int) -> Found | NotRecognised:
+def library(fd: int) -> Library:
+    """What to probe of OpenSSL in the file, or why it was not found.
+
+    BoringSSL named its files as OpenSSL does until 2023: where it is not the one, it is the other.
+    """
+    found = find_openssl(fd)
+    if isinstance(found, NotFound) and found.absent:
+        return boringssl.library(fd)
+    # Codex speaks HTTP through OpenSSL and WebSocket through rustls.
+    return replace(library_of(Stack.OPENSSL, fd, found), beside=unprobed_in(fd))
+
+
+def find_openssl(file: str | Path | int) -> Found | NotFound:
     """Where OpenSSL's functions are in the file, or why not; never an exception.
 
     `file` is a path or an open descriptor.
@@ -78,31 +87,31 @@ def find_openssl(file: str | Path | int) -> Found | NotRecognised:
     try:
         with Elf(file) as elf:
             build_id = elf.build_id
-            return Found(_places(elf), build_id)
-    except (ElfError, Doubt) as error:
-        return NotRecognised(str(error), build_id)
+            return Found(_locations(elf), build_id)
+    except (ElfError, Ambiguous) as error:
+        return NotFound(str(error), build_id, absent=isinstance(error, Absent))
     except ImportError as error:
-        return NotRecognised(f"no disassembler: {error}", build_id)
+        return NotFound(f"no disassembler: {error}", build_id)
 
 
-def _places(elf: Elf) -> tuple[Place, ...]:
+def _locations(elf: Elf) -> tuple[Location, ...]:
     code = Code(elf)
     files, loads = _loads(code, _SSL_LIB)
     if not loads:
-        raise Doubt(f"{NO_OPENSSL}: nothing refers to ssl/ssl_lib.c")
+        raise Absent("no OpenSSL: nothing refers to ssl/ssl_lib.c")
     named = {
         function.start: (function, _own_names(code, function, files))
         for function in functions_around(code, loads)
     }
     if not any(_INNER & names for _, names in named.values()):
-        raise Doubt(f"{NO_OPENSSL}: nothing says that it is ssl_read_internal")
-    places = _reading(code, named) + _writing(code, named)
+        raise Absent("no OpenSSL: nothing says that it is ssl_read_internal")
+    locations = _reading(code, named) + _writing(code, named)
     host = _control(code)
     if host is not None:
-        places.append(host)
-    if len({each.address for each in places}) != len(places):
-        raise Doubt("two functions share one address")
-    return tuple(places)
+        locations.append(host)
+    if len({each.address for each in locations}) != len(locations):
+        raise Ambiguous("two functions share one address")
+    return tuple(locations)
 
 
 def _loads(code: Code, file: bytes) -> tuple[frozenset[int], list[int]]:
@@ -120,10 +129,10 @@ def _loads(code: Code, file: bytes) -> tuple[frozenset[int], list[int]]:
     return frozenset(), []
 
 
-_Named = Mapping[int, tuple[Function, frozenset[str]]]
+_Named = Mapping[int, tuple[Routine, frozenset[str]]]
 
 
-def _own_names(code: Code, function: Function, files: frozenset[int]) -> frozenset[str]:
+def _own_names(code: Code, function: Routine, files: frozenset[int]) -> frozenset[str]:
     """The names, or numbers, that it gives as its own where it reports errors of these files."""
     names: set[str] = set()
     for registers in code.constants_at_calls(function).values():
@@ -149,12 +158,12 @@ def _text_at(elf: Elf, address: int) -> str | None:
 # --- reading and writing ------------------------------------------------------------------------
 
 
-def _reading(code: Code, named: _Named) -> list[Place]:
+def _reading(code: Code, named: _Named) -> list[Location]:
     plain, others = _callers(code, named, "SSL_read", "ssl_read_internal")
     return _at_least_one("SSL_read", plain + [("SSL_read_ex", each[0]) for each in others], code)
 
 
-def _writing(code: Code, named: _Named) -> list[Place]:
+def _writing(code: Code, named: _Named) -> list[Location]:
     """As for reading, where 3.3 put flags between the length and where to tell what was written."""
     internal = _internal(named, "ssl_write_internal").start
     plain, others = _callers(code, named, "SSL_write", "ssl_write_internal")
@@ -163,7 +172,7 @@ def _writing(code: Code, named: _Named) -> list[Place]:
     told = [_constant(code, function, internal, flags_register) for _, function in plain]
     takes_flags = bool(without_flags) or 0 in told
     if not takes_flags and not told and others:
-        raise Doubt("whether SSL_write_ex takes flags is not certain")
+        raise Ambiguous("whether SSL_write_ex takes flags is not certain")
     found = list(plain)
     for function, zero_flags in others:
         extended = "SSL_write_ex2" if takes_flags and not zero_flags else "SSL_write_ex"
@@ -171,67 +180,67 @@ def _writing(code: Code, named: _Named) -> list[Place]:
     return _at_least_one("SSL_write", found, code)
 
 
-def _internal(named: _Named, name: str) -> Function:
+def _internal(named: _Named, name: str) -> Routine:
     candidates = [function for function, names in named.values() if name in names]
     if len(candidates) != 1:
-        raise Doubt(f"{len(candidates)} functions may be {name}")
+        raise Ambiguous(f"{len(candidates)} functions may be {name}")
     if named[candidates[0].start][1] != {name}:
-        raise Doubt(f"{name} is part of another function")
+        raise Ambiguous(f"{name} is part of another function")
     return candidates[0]
 
 
 def _callers(
     code: Code, named: _Named, plain_name: str, internal_name: str
-) -> tuple[list[tuple[str, Function]], list[tuple[Function, bool]]]:
+) -> tuple[list[tuple[str, Routine]], list[tuple[Routine, bool]]]:
     """(the plain function, the functions that hand their arguments on): all that call the inner.
 
     Of each of the latter: whether it passes 0 as flags. Others that give a name, such as
-    SSL_read_early_data, are met through what they call themselves. Raises Doubt about the rest.
+    SSL_read_early_data, are met through what they call themselves. Raises Ambiguous about the rest.
     """
     internal = _internal(named, internal_name).start
-    plain: list[tuple[str, Function]] = []
-    others: list[tuple[Function, bool]] = []
+    plain: list[tuple[str, Routine]] = []
+    others: list[tuple[Routine, bool]] = []
     for function in callers_of(internal, code):
         names = named.get(function.start, (function, frozenset()))[1]
         if sum(step.target == internal for step in function.calls) > 1:
-            raise Doubt(f"two functions in one: it calls {internal_name} twice")
+            raise Ambiguous(f"two functions in one: it calls {internal_name} twice")
         if names == {plain_name}:
             plain.append((plain_name, function))
         elif names:
-            raise Doubt(f"{', '.join(sorted(names))} calls {internal_name} itself")
+            raise Ambiguous(f"{', '.join(sorted(names))} calls {internal_name} itself")
         else:
             others.append((function, _hands_on(code, function, internal)))
     say_so = {start for start, (_, names) in named.items() if plain_name in names}
     if say_so != {function.start for _, function in plain}:
-        raise Doubt(f"{len(say_so)} functions may be {plain_name}")
+        raise Ambiguous(f"{len(say_so)} functions may be {plain_name}")
     return plain, others
 
 
-def _hands_on(code: Code, function: Function, internal: int) -> bool:
-    """Whether it puts 0 between its own arguments. Raises Doubt if it does not hand them on."""
+def _hands_on(code: Code, function: Routine, internal: int) -> bool:
+    """Whether it puts 0 between its own arguments. Raises Ambiguous if it does not hand them on."""
     first, second, third, fourth, fifth = code.arguments[:5]
     moved = zero = False
     step = function.steps[function.start]
     while step.flow is Flow.NEXT:
         for register, value in step.sets.items():
             if register in (first, second, third):
-                raise Doubt("a function without a name changes what it hands on")
+                raise Ambiguous("a function without a name changes what it hands on")
             if register == fifth:
                 moved = value == (fourth, 0) and not zero
             if register == fourth:
                 zero = value == 0
                 if not zero or not moved:
-                    raise Doubt("a function without a name changes what it hands on")
+                    raise Ambiguous("a function without a name changes what it hands on")
         following = function.steps.get(step.after)
         if following is None:
             break
         step = following
     if step.flow not in (Flow.CALL, Flow.JUMP) or step.target != internal:
-        raise Doubt("a function without a name does not hand its arguments on")
+        raise Ambiguous("a function without a name does not hand its arguments on")
     return zero
 
 
-def _constant(code: Code, function: Function, internal: int, register: str) -> int | None:
+def _constant(code: Code, function: Routine, internal: int, register: str) -> int | None:
     """What is in the register where the function calls the inner one; None if not one constant."""
     for at, registers in code.constants_at_calls(function).items():
         if function.steps[at].target == internal:
@@ -240,9 +249,9 @@ def _constant(code: Code, function: Function, internal: int, register: str) -> i
     return None
 
 
-def _at_least_one(name: str, found: list[tuple[str, Function]], code: Code) -> list[Place]:
+def _at_least_one(name: str, found: list[tuple[str, Routine]], code: Code) -> list[Location]:
     if not found:
-        raise Doubt(f"no function may be {name}")
+        raise Ambiguous(f"no function may be {name}")
     return [
         the_one(each, [function for other, function in found if other == each], code)
         for each in dict(found)
@@ -252,7 +261,7 @@ def _at_least_one(name: str, found: list[tuple[str, Function]], code: Code) -> l
 # --- the host -----------------------------------------------------------------------------------
 
 
-def _control(code: Code) -> Place | None:
+def _control(code: Code) -> Location | None:
     """ssl3_ctrl, which is given SSL_ctrl's own arguments; None when it is not certain.
 
     Most of it lies behind a jump table: only the unwind table tells what belongs to it.
@@ -264,4 +273,4 @@ def _control(code: Code) -> Place | None:
         function = code.every_instruction(start, end)
         if function and "ssl3_ctrl" in _own_names(code, function, files):
             controls.append(function)
-    return place("SSL_ctrl", controls[0], code) if len(controls) == 1 else None
+    return located("SSL_ctrl", controls[0], code) if len(controls) == 1 else None

@@ -1,22 +1,23 @@
-"""What the searches by structure share: functions known by the C file that they report errors of.
+"""What the searches for OpenSSL and BoringSSL share: functions that report errors of a C file.
 
-OpenSSL and BoringSSL name their source file wherever they report an error, so the string's address
-leads to the functions. `boringssl.py` and `openssl.py` tell them apart. Nothing is guessed here: a
-`Place` has a start that the unwind table or a call proves, anything else raises `Doubt`.
+Both name their source file wherever they report an error, so the string's address leads to the
+functions. `boringssl.py` and `openssl.py` distinguish them. Nothing is guessed here: a `Location`
+has a start that the unwind table or a call proves, anything else raises `Ambiguous`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from types import MappingProxyType
+from typing import Protocol
 
-from capture.functions.code import Code, Function
 from capture.functions.elf import Elf, Segment
-from capture.functions.instruction_sets import Flow
+from capture.functions.finder.code import Code, Routine
+from capture.functions.finder.not_found import Ambiguous, NotFound
+from capture.functions.finder.symbols import probes_at
+from capture.functions.library import Function, Library, Proof
+from capture.functions.stacks import INSTEAD, Stack
 
 PRINTABLE = re.compile(rb"[ -~]*\Z")  # data without a NUL may come before a string
 _NUL = re.compile(rb"\0")
@@ -27,48 +28,46 @@ REFERENCES_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A function in a file. `attach` is how far past the start a uprobe is cheapest and safe.
+class Location:
+    """A function in a file, by the file offset and the virtual address of its start.
 
-    `offset` is the file offset, `address` the virtual address, both of the function's start.
-    `attach` steps over `endbr64` only (the stack is untouched there, so a uretprobe is safe too).
     `called_at` is the file offset of an instruction that calls it, where no unwind table covers it.
     """
 
     name: str
     address: int
     offset: int
-    attach: int
     called_at: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NotRecognised:
-    """Nothing to attach to; `reason` is for people."""
-
-    reason: str
-    build_id: str | None = None
+class Result(Protocol):
+    """What `find_boringssl` and `find_openssl` return when they found the functions."""
 
     @property
-    def functions(self) -> Mapping[str, int]:
-        """None of them."""
-        return MappingProxyType({})
+    def locations(self) -> tuple[Location, ...]:
+        """The functions."""
+        ...
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """None of them."""
-        return ()
+    def build_id(self) -> str | None:
+        """The file's, if it has one."""
+        ...
 
 
-def prepare() -> None:
-    """Import all that a search needs: call it before giving up the right to read our own files."""
-    for name in ("capstone", "capstone.x86", "capstone.arm64"):
-        with suppress(ImportError):
-            import_module(name)
-
-
-class Doubt(Exception):
-    """Why the search gave up; becomes NotRecognised."""
+def library_of(stack: Stack, fd: int, found: Result | NotFound) -> Library:
+    """The result of a search, as root gets it."""
+    if isinstance(found, NotFound):
+        return Library(stack, (), found.build_id, f"{found.reason}; {INSTEAD}")
+    starts = {
+        each.name: Function(each.offset, Proof.UNWIND)
+        if each.called_at is None
+        else Function(each.offset, Proof.CALL, each.called_at)
+        for each in found.locations
+    }
+    with Elf(fd) as elf:
+        probes = probes_at(elf, starts)
+    functions = tuple(starts.values())
+    return Library(stack, probes, found.build_id, unproved=True, functions=functions)
 
 
 def file_names(
@@ -105,30 +104,30 @@ def _folder_bytes(elf: Elf, segment: Segment, at: int, folder: re.Pattern[bytes]
 
 
 def loads_of(code: Code, names: Iterable[int], file: str) -> list[int]:
-    """The instructions that load an address of the file's name. Raises Doubt if they are many."""
+    """The instructions that load an address of the file's name. Raises Ambiguous: too many."""
     found: list[int] = []
     for name in names:
         for at in code.loads_of(name):
             found.append(at)
             if len(found) > REFERENCES_MAX:
-                raise Doubt(f"more than {REFERENCES_MAX} references to {file}")
+                raise Ambiguous(f"more than {REFERENCES_MAX} references to {file}")
     return found
 
 
-def functions_around(code: Code, places: Iterable[int]) -> list[Function]:
+def functions_around(code: Code, addresses: Iterable[int]) -> list[Routine]:
     """The functions with these instructions, as far as their bounds are certain."""
-    functions: dict[int, Function] = {}
-    for at in places:
+    functions: dict[int, Routine] = {}
+    for at in addresses:
         function = code.function_around(at)
         if function is not None:
             functions[function.start] = function
     return whole(functions.values())
 
 
-def whole(functions: Iterable[Function]) -> list[Function]:
-    """Without those that are only blocks of another. Raises Doubt where two share code."""
+def whole(functions: Iterable[Routine]) -> list[Routine]:
+    """Without those that are only blocks of another. Raises Ambiguous where two share code."""
     functions, blocks = list(functions), set()
-    owners: dict[int, Function] = {}
+    owners: dict[int, Routine] = {}
     for function in functions:
         for step in function.steps:
             other = owners.setdefault(step, function)
@@ -139,33 +138,33 @@ def whole(functions: Iterable[Function]) -> list[Function]:
             elif other.start in function.steps:
                 blocks.add(other.start)
             else:
-                raise Doubt(f"two functions share the code at {step:#x}")
+                raise Ambiguous(f"two functions share the code at {step:#x}")
     return [function for function in functions if function.start not in blocks]
 
 
-def callers_of(start: int, code: Code) -> list[Function]:
-    """All functions that call one. Raises Doubt: a caller without bounds may be the one sought."""
-    callers: dict[int, Function] = {}
+def callers_of(start: int, code: Code) -> list[Routine]:
+    """All functions that call one. Raises Ambiguous where a caller's bounds are not certain."""
+    callers: dict[int, Routine] = {}
     for at in code.callers(start):
         function = code.function_around(at)
         if function is None:
-            raise Doubt(f"where the function around {at:#x} begins is not certain")
+            raise Ambiguous(f"where the function around {at:#x} begins is not certain")
         callers[function.start] = function
     return whole(callers.values())
 
 
-def the_one(name: str, candidates: list[Function], code: Code) -> Place:
-    """The only candidate as a place to attach. Raises Doubt."""
+def the_one(name: str, candidates: list[Routine], code: Code) -> Location:
+    """The only candidate as a location to attach to. Raises Ambiguous."""
     if len(candidates) != 1:
-        raise Doubt(f"{len(candidates)} functions may be {name}")
-    found = place(name, candidates[0], code)
+        raise Ambiguous(f"{len(candidates)} functions may be {name}")
+    found = located(name, candidates[0], code)
     if found is None:
-        raise Doubt(f"the start of {name} is not certain: nothing calls it")
+        raise Ambiguous(f"the start of {name} is not certain: nothing calls it")
     return found
 
 
-def place(name: str, function: Function, code: Code) -> Place | None:
-    """The function as a place to attach; None unless its start is proved."""
+def located(name: str, function: Routine, code: Code) -> Location | None:
+    """The function as a location to attach to; None unless its start is proved."""
     start = function.start
     bounds = code.elf.unwind_range_of(start)
     if bounds is not None and bounds[0] != start:
@@ -179,13 +178,4 @@ def place(name: str, function: Function, code: Code) -> Place | None:
     offset = code.elf.offset_of(start)
     if offset is None:
         return None
-    return Place(name, start, offset, _attach(function), called_at)
-
-
-def _attach(function: Function) -> int:
-    first = function.steps[function.start]
-    following = function.steps.get(first.after)
-    # Single-stepping endbr64 costs 4 us a call, emulating the push behind it 0.8 us.
-    if first.landing and first.flow is Flow.NEXT and first.stack == 0 and following is not None:
-        return first.size if following.stack == -8 else 0
-    return 0
+    return Location(name, start, offset, called_at)

@@ -1,7 +1,7 @@
 """Where each TLS library keeps a connection's name: learned by the kernel, kept here.
 
 A connection older than the probes is known by the name that its SSL object points to, at an offset
-that `learn_name_place` in probe.bpf.c has seen right for two connections of the same file. It is
+that `learn_name_location` in probe.bpf.c has seen right for two connections of the same file. It is
 remembered of that one file, also for the next run, as `known_files.py` remembers places: what runs
 from a file of one person's decides nothing about another's. This file reads no process's memory:
 objects like these hold keys.
@@ -16,11 +16,11 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from capture.functions import libraries
-from capture.helper import loader
+from capture import bpf
+from capture.functions.library import Library
 from capture.helper.files.known_files import FileMemory, code_digest
 
-PLACES_MAX = 4096
+NUMBERS_MAX = 4096
 """As in probe.bpf.c; 0 is no number."""
 KEPT_BYTES_MAX = 1024
 OFFSET_MAX = 4096
@@ -28,7 +28,7 @@ OFFSET_MAX = 4096
 NAMING = frozenset(("enter_ctrl", "enter_set_host"))
 UNPROVED = 0x10000  # COOKIE_UNPROVED
 
-# struct name_place: offset, state, votes, scans, an unused byte, voter.
+# struct name_location: offset, state, votes, scans, an unused byte, voter.
 VALUE = struct.Struct("=IBBBBQ")
 _SOUGHT, KNOWN = 0, 1
 
@@ -40,7 +40,7 @@ class _Build(NamedTuple):
     code: str
 
 
-class NamePlaces:
+class NameLocations:
     """Numbers for files that are attached to, and what is known of each.
 
     Without maps (no program is loaded) there are only numbers; without `directory`, or with one
@@ -48,15 +48,15 @@ class NamePlaces:
     """
 
     def __init__(
-        self, places: loader.Map | None, proofs: loader.Map | None, directory: Path | None
+        self, locations: bpf.Map | None, proofs: bpf.Map | None, directory: Path | None
     ) -> None:
-        self._places = places
+        self._locations = locations
         self._proofs = proofs
         self._memory = FileMemory(directory, bytes_max=KEPT_BYTES_MAX)
         self._builds: dict[int, _Build] = {}
-        self._free = list(range(PLACES_MAX - 1, 0, -1))
+        self._free = list(range(NUMBERS_MAX - 1, 0, -1))
 
-    def number(self, fd: int, library: libraries.Library) -> int:
+    def number(self, fd: int, library: Library) -> int:
         """A number for a file, its offset set where it is known; 0 when no number is left."""
         if not self._free:
             return 0
@@ -90,9 +90,9 @@ class NamePlaces:
         key = struct.pack("=I", number)
         if self._proofs:
             self._proofs.set(key, bytes(8))
-        if self._places:
+        if self._locations:
             state = KNOWN if offset else _SOUGHT
-            self._places.set(key, VALUE.pack(offset, state, 0, 0, 0, 0))
+            self._locations.set(key, VALUE.pack(offset, state, 0, 0, 0, 0))
 
     def _read(self, build: _Build) -> int:
         kept = json.loads(self._memory.read(build.found) or "{}")

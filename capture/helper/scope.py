@@ -1,8 +1,9 @@
-"""Whose plaintext the kernel may copy, and of which hosts: its maps `settings`, `uids` and `hosts`.
+"""The scope: which users' processes and which hosts the kernel may copy plaintext of.
 
-The scope and the hosts are set once, when the helper starts, by whoever starts it; a reader that
-is `restricted` cannot change them. `in_scope` in probe.bpf.c enforces both; `in_scope` here is
-the same question asked of a process that is to be looked at. Trees of processes are `family.py`'s.
+It is set when the helper starts, in the maps `settings`, `uids` and `hosts`; a reader that is
+`restricted` cannot change it. `in_scope` in probe.bpf.c enforces it; `in_scope` here answers the
+same question about a process that discovery looks at. `process_tree.py` keeps who descends from
+whom.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from capture import protocol
-from capture.helper import loader
-from capture.helper.family import EXCLUDED, IN_SCOPE, Family
+from capture import bpf, protocol
+from capture.helper.process_tree import EXCLUDED, IN_SCOPE, ProcessTree
 
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
 
@@ -27,14 +27,14 @@ class Refused(Exception):
     """A command that will not be carried out; the text says why."""
 
 
-class Admission:
+class EnforcedScope:
     """The scope and the hosts. When `restricted`, whoever commands us may not name processes of
     users outside the scope."""
 
     def __init__(
         self,
         maps: Mapping[str, int],
-        family: Family,
+        tree: ProcessTree,
         scope: dict[str, Any],
         *,
         restricted: bool,
@@ -42,15 +42,15 @@ class Admission:
     ) -> None:
         self._scope = scope
         self._restricted = restricted
-        self._family = family
+        self._tree = tree
         self._hosts: set[str] = set()
-        self._host_map = loader.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
+        self._host_map = bpf.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
         self._set_settings(request_bytes_max or REQUEST_BYTES_MAX, maps)
-        uids = loader.Map(maps["uids"], 4, 1)
+        uids = bpf.Map(maps["uids"], 4, 1)
         for uid in scope["uids"]:
             uids.set(struct.pack("=I", uid), b"\x01")
         for pid in scope["excluded"]:
-            family.exclude(pid)
+            tree.exclude(pid)
 
     def _set_settings(self, request_bytes_max: int, maps: Mapping[str, int]) -> None:
         scope = self._scope
@@ -67,7 +67,7 @@ class Admission:
         flags |= _OWNER if owner is not None else 0
         namespace = os.stat("/proc/self/ns/pid")
         nested = namespace.st_ino != _INIT_PID_NAMESPACE
-        loader.Map(maps["settings"], 4, _SETTINGS.size).set(
+        bpf.Map(maps["settings"], 4, _SETTINGS.size).set(
             bytes(4),
             _SETTINGS.pack(
                 flags,
@@ -105,7 +105,7 @@ class Admission:
 
     def in_scope(self, pid: int) -> bool:
         """Whether a living process is in scope, its cgroup aside."""
-        flags = self._family.flags(pid)
+        flags = self._tree.flags(pid)
         if flags & EXCLUDED:
             return False
         if self._scope["everyone"]:

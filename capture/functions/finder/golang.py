@@ -23,6 +23,10 @@ from types import MappingProxyType
 from typing import Any
 
 from capture.functions.elf import Elf, ElfError
+from capture.functions.finder.not_found import Absent, Ambiguous, NotFound
+from capture.functions.go_functions import BEGINS
+from capture.functions.library import Function, Library, Probe, Proof
+from capture.functions.stacks import INSTEAD, Stack
 
 READ, WRITE = "crypto/tls.(*Conn).Read", "crypto/tls.(*Conn).Write"
 CLOSE = "crypto/tls.(*Conn).Close"
@@ -32,7 +36,6 @@ FUNCTIONS_MAX = 2 << 20
 TABLE_BYTES_MAX = 512 << 20
 FUNCTION_BYTES_MAX = 64 << 10
 RETURNS_MAX = 64
-VERSION_BYTES_MAX = 256
 BUILD_INFO_MAGIC = b"\xff Go buildinf:"
 
 # The table's magic by Go version; its fields have been where they are since 1.18.
@@ -43,16 +46,6 @@ _TEXT_START = 24
 _MODULE_LOWEST, _MODULE_TEXT = 160, 176
 MODULES_MAX = 64
 """Places that point to the table; one of them is the module's data."""
-
-# How a function that may need more stack begins: comparing the stack pointer to the goroutine's
-# limit. x86-64: cmp rsp,[r14+0x10], or lea r12,[rsp-n]; cmp r12,[r14+0x10].
-# aarch64: ldr x16,[x28,#16].
-BEGINS = {
-    "x86_64": re.compile(
-        rb"(?s)(?:\x4c\x8d(?:\x64\x24.|\xa4\x24....)\x4d\x3b\x66\x10|\x49\x3b\x66\x10)"
-    ),
-    "aarch64": re.compile(rb"\x90\x0b\x40\xf9"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +79,9 @@ class Found:
     """crypto/tls was found.
 
     Arguments are in registers (ABIInternal): at the start the *Conn, the slice's pointer and its
-    length are in `arguments`; at a RET the count n is in the first of them, the error's type word
-    in the second. On x86-64 R14, on aarch64 X28 is the goroutine, which identifies a call from its
-    start to its RET (threads do not: a goroutine moves between them).
+    length are in RAX, RBX and RCX (aarch64: X0, X1, X2); at a RET the count n is in the first of
+    them, the error's type word in the second. R14 (aarch64: X28) is the goroutine, which identifies
+    a call from its start to its RET (threads do not: a goroutine moves between them).
     """
 
     read: GoFunction
@@ -101,16 +94,6 @@ class Found:
     machine: str
 
     @property
-    def arguments(self) -> tuple[str, str, str]:
-        """Registers of the receiver, the buffer and its length."""
-        return ("rax", "rbx", "rcx") if self.machine == "x86_64" else ("x0", "x1", "x2")
-
-    @property
-    def goroutine(self) -> str:
-        """The register that holds the current goroutine."""
-        return "r14" if self.machine == "x86_64" else "x28"
-
-    @property
     def all_functions(self) -> tuple[GoFunction, ...]:
         """The two, and the third if it was found."""
         found = (self.read, self.write)
@@ -121,31 +104,29 @@ class Found:
         """Name to file offset of the first instruction."""
         return MappingProxyType({f.name: f.offset for f in self.all_functions})
 
-    @property
-    def reason(self) -> None:
-        """Nothing is wrong."""
-        return None
+
+def library(fd: int) -> Library | None:
+    """What to probe of crypto/tls in a Go program, or why not; None when it does not use it."""
+    found = find_go_tls(fd)
+    if isinstance(found, NotFound):
+        if found.absent:
+            return None
+        return Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}")
+    probes: list[Probe] = []
+    for function, name in ((found.read, "read"), (found.write, "write")):
+        probes.append(Probe(f"enter_go_{name}", function.offset))
+        probes += [Probe(f"leave_go_{name}", offset) for offset in function.returns]
+    if found.close is not None:
+        probes.append(Probe("enter_go_close", found.close.offset))
+    functions = tuple(
+        Function(each.offset, Proof.GO, each.row, each.size_bytes) for each in found.all_functions
+    )
+    name_at = found.server_name
+    cookie = name_at.config << 32 | name_at.name if name_at else 0
+    return Library(Stack.GO, tuple(probes), found.build_id, cookie=cookie, functions=functions)
 
 
-@dataclass(frozen=True, slots=True)
-class NotRecognised:
-    """Nothing to attach to; `reason` is for people."""
-
-    reason: str
-    build_id: str | None = None
-    go_version: str | None = None
-
-    @property
-    def functions(self) -> Mapping[str, int]:
-        """None of them."""
-        return MappingProxyType({})
-
-
-class _Doubt(Exception):
-    """Why the search gave up; becomes NotRecognised."""
-
-
-def find_go_tls(file: str | Path | int) -> Found | NotRecognised:
+def find_go_tls(file: str | Path | int) -> Found | NotFound:
     """Where a Go program's TLS plaintext passes, or why not; never an exception.
 
     `file` is a path or an open descriptor.
@@ -166,10 +147,11 @@ def find_go_tls(file: str | Path | int) -> Found | NotRecognised:
                 elf.size_bytes,
                 elf.machine,
             )
-    except (ElfError, _Doubt) as problem:
-        return NotRecognised(str(problem), build_id, version)
+    except (ElfError, Ambiguous) as problem:
+        absent = isinstance(problem, Absent)
+        return NotFound(str(problem), build_id, absent, version)
     except ImportError as error:
-        return NotRecognised(f"no disassembler: {error}", build_id, version)
+        return NotFound(f"no disassembler: {error}", build_id, go_version=version)
 
 
 def go_version(elf: Elf) -> str | None:
@@ -204,20 +186,20 @@ def _pointed_at(elf: Elf, pointer: int) -> bytes:
 def _find(elf: Elf, version: str | None) -> tuple[GoFunction, GoFunction, GoFunction | None]:
     if version is not None and (_minor(version) or 18) < 18:
         if not any(elf.find(READ.encode() + b"\0")):
-            raise _Doubt(f"the program has no {READ}: it does not use crypto/tls")
-        raise _Doubt(f"{version} passes arguments on the stack; 1.18 is the first one probed")
+            raise Absent(f"the program has no {READ}: it does not use crypto/tls")
+        raise Ambiguous(f"{version} passes arguments on the stack; 1.18 is the first one probed")
     problems = []
     for table in _tables(elf):
         try:
             read, write = table.function(READ), table.function(WRITE)
-            with suppress(_Doubt):  # without it a connection ends with its process
+            with suppress(Ambiguous):  # without it a connection ends with its process
                 return read, write, table.function(CLOSE)
             return read, write, None
-        except _Doubt as doubt:
-            problems.append(str(doubt))
+        except Ambiguous as problem:
+            problems.append(problem)
     if problems:
-        raise _Doubt(problems[0])
-    raise _Doubt("no Go function table" if version else "not a Go program")
+        raise Ambiguous(problems[0])
+    raise Ambiguous("no Go function table" if version else "not a Go program")
 
 
 def _minor(version: str) -> int | None:
@@ -254,13 +236,13 @@ class _Table:
     count: int
 
     def function(self, name: str) -> GoFunction:
-        """The one function of that name, its bounds and its returns. Raises _Doubt."""
+        """The one function of that name, its bounds and its returns. Raises Ambiguous."""
         wanted = struct.pack("<i", self._name_offset(name))
         entries = memoryview(self.elf.read_at(self.functions, 8 * self.count + 4)).cast("I")
         where = {entries[2 * index + 1]: index for index in range(self.count)}
         last = max(where)
         if last > TABLE_BYTES_MAX:
-            raise _Doubt("the function table is larger than any known")
+            raise Ambiguous("the function table is larger than any known")
         records = self.elf.read_at(self.functions, last + 8)
         rows: list[tuple[int, int, int]] = []
         at = records.find(wanted)
@@ -270,7 +252,7 @@ class _Table:
                 rows.append((entries[2 * index], entries[2 * index + 2], index))
             at = records.find(wanted, at + 1)
         if len(rows) != 1:
-            raise _Doubt(f"{len(rows)} functions are called {name}")
+            raise Ambiguous(f"{len(rows)} functions are called {name}")
         return self._checked(name, *rows[0])
 
     def _name_offset(self, name: str) -> int:
@@ -279,25 +261,25 @@ class _Table:
         needle = b"\0" + name.encode() + b"\0"
         at = data.find(needle)
         if at < 0:
-            raise _Doubt(f"the program has no {name}: it does not use crypto/tls")
+            raise Absent(f"the program has no {name}: it does not use crypto/tls")
         if data.find(needle, at + 1) >= 0:
-            raise _Doubt(f"two names {name}")
+            raise Ambiguous(f"two names {name}")
         return at + 1
 
     def _checked(self, name: str, start: int, end: int, index: int) -> GoFunction:
         if not 16 <= end - start <= FUNCTION_BYTES_MAX:
-            raise _Doubt(f"{name} is {end - start} bytes long")
+            raise Ambiguous(f"{name} is {end - start} bytes long")
         address = self.text + start
         offset = self.elf.offset_of(address)
         row = self.elf.offset_of(self.functions + 8 * index)
         if offset is None or row is None or not _is_code(self.elf, address):
-            raise _Doubt(f"{name} is not in the program's code")
+            raise Ambiguous(f"{name} is not in the program's code")
         code = self.elf.read_at(address, end - start)
         if not BEGINS[self.elf.machine].match(code):
-            raise _Doubt(f"{name} does not begin as a Go function does")
+            raise Ambiguous(f"{name} does not begin as a Go function does")
         returns = tuple(offset + at for at in _returns(code, self.elf.machine, name))
         if not 0 < len(returns) <= RETURNS_MAX:
-            raise _Doubt(f"{name} has {len(returns)} returns")
+            raise Ambiguous(f"{name} has {len(returns)} returns")
         return GoFunction(name, address, offset, len(code), returns, row)
 
 
@@ -362,7 +344,7 @@ def _is_code(elf: Elf, address: int) -> bool:
 
 
 def _returns(code: bytes, machine: str, name: str) -> list[int]:
-    """Offsets of every RET in the function. Raises _Doubt when some byte does not decode."""
+    """Offsets of every RET in the function. Raises Ambiguous when some byte does not decode."""
     capstone: Any = import_module("capstone")
     if machine == "aarch64":
         decoder = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
@@ -374,5 +356,5 @@ def _returns(code: bytes, machine: str, name: str) -> list[int]:
         if mnemonic == "ret":
             found.append(at)
     if code[reached:].strip(b"\xcc\x00"):  # padding behind the last instruction
-        raise _Doubt(f"{name} does not decode at +{reached:#x}")
+        raise Ambiguous(f"{name} does not decode at +{reached:#x}")
     return found

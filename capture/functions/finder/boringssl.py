@@ -18,20 +18,22 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
-from capture.functions.code import Code, Function
 from capture.functions.elf import Elf, ElfError
-from capture.functions.error_reporters import (
-    Doubt,
-    NotRecognised,
-    Place,
+from capture.functions.finder.code import Code, Routine
+from capture.functions.finder.error_reporters import (
+    Location,
     callers_of,
     file_names,
     functions_around,
+    library_of,
     loads_of,
-    place,
+    located,
     the_one,
 )
-from capture.functions.instruction_sets import Flow, Step
+from capture.functions.finder.instruction_sets import Flow, Step
+from capture.functions.finder.not_found import Ambiguous, NotFound
+from capture.functions.library import Library
+from capture.functions.stacks import Stack
 
 READ, WRITE, SET_HOST = "SSL_read", "SSL_write", "SSL_set_tlsext_host_name"
 
@@ -52,15 +54,15 @@ _OPENSSL_ONLY = ("SSL_read_ex", "OPENSSL_version_major")
 class Found:
     """BoringSSL was recognised. `set_host` is None where the build lacks it: read the request."""
 
-    read: Place
-    write: Place
-    set_host: Place | None
+    read: Location
+    write: Location
+    set_host: Location | None
     build_id: str | None
     size_bytes: int
     machine: str
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def locations(self) -> tuple[Location, ...]:
         """All functions found."""
         found = (self.read, self.write)
         return (*found, self.set_host) if self.set_host is not None else found
@@ -68,15 +70,15 @@ class Found:
     @property
     def functions(self) -> Mapping[str, int]:
         """Symbol name to the file offset of its first instruction."""
-        return MappingProxyType({place.name: place.offset for place in self.places})
-
-    @property
-    def reason(self) -> None:
-        """Nothing is wrong."""
-        return None
+        return MappingProxyType({each.name: each.offset for each in self.locations})
 
 
-def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
+def library(fd: int) -> Library:
+    """What to probe of BoringSSL in the file, or why it was not found."""
+    return library_of(Stack.BORINGSSL, fd, find_boringssl(fd))
+
+
+def find_boringssl(file: str | Path | int) -> Found | NotFound:
     """Where BoringSSL's functions are in the file, or why not; never an exception.
 
     `file` is a path or an open descriptor.
@@ -87,9 +89,9 @@ def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
             build_id = elf.build_id
             return _find(elf)
     except ElfError as error:
-        return NotRecognised(str(error), build_id)
+        return NotFound(str(error), build_id)
     except ImportError as error:
-        return NotRecognised(f"no disassembler: {error}", build_id)
+        return NotFound(f"no disassembler: {error}", build_id)
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -99,29 +101,29 @@ def find_boringssl(file: str | Path | int) -> Found | NotRecognised:
 class _Reporter:
     """A function that reports errors of ssl_lib.cc, and the reasons it can give."""
 
-    function: Function
+    function: Routine
     reasons: frozenset[int]
     calls: frozenset[int]
 
 
-def _find(elf: Elf) -> Found | NotRecognised:
+def _find(elf: Elf) -> Found | NotFound:
     try:
         names = file_names(elf, _MARKER, _AFTER_MARKER)
         if not names:
-            return NotRecognised("no BoringSSL: nothing names ssl/ssl_lib.cc", elf.build_id)
+            return NotFound("no BoringSSL: nothing names ssl/ssl_lib.cc", elf.build_id)
         if elf.symbols(_OPENSSL_ONLY):
-            return NotRecognised("OpenSSL, not BoringSSL: its symbols say so", elf.build_id)
+            return NotFound("OpenSSL, not BoringSSL: its symbols say so", elf.build_id)
         code = Code(elf)
         reporters = _reporters(code, names)
         write = the_one(WRITE, _writers(reporters), code)
         read = _find_read([r for r in reporters if r.function.start != write.address], code)
         hosts = _setters_of_the_host(reporters)
-        set_host = place(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
-        places = {each.address for each in (read, write, set_host) if each is not None}
-        if len(places) != (2 if set_host is None else 3):
-            raise Doubt("two functions share one address")
-    except Doubt as doubt:
-        return NotRecognised(str(doubt), elf.build_id)
+        set_host = located(SET_HOST, hosts[0], code) if len(hosts) == 1 else None
+        locations = {each.address for each in (read, write, set_host) if each is not None}
+        if len(locations) != (2 if set_host is None else 3):
+            raise Ambiguous("two functions share one address")
+    except Ambiguous as problem:
+        return NotFound(str(problem), elf.build_id)
     return Found(read, write, set_host, elf.build_id, elf.size_bytes, elf.machine)
 
 
@@ -129,12 +131,12 @@ def _reporters(code: Code, names: tuple[int, ...]) -> list[_Reporter]:
     """Every function that reports an error in ssl_lib.cc and whose bounds are certain."""
     loads = loads_of(code, names, "ssl_lib.cc")
     if not loads:
-        raise Doubt("nothing refers to the ssl_lib.cc string")
+        raise Ambiguous("nothing refers to the ssl_lib.cc string")
     functions = functions_around(code, loads)
     return [_reporter(code, function, frozenset(names)) for function in functions]
 
 
-def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporter:
+def _reporter(code: Code, function: Routine, names: frozenset[int]) -> _Reporter:
     library, *others = code.arguments[:4]
     reasons: set[int] = set()
     for registers in code.constants_at_calls(function).values():
@@ -149,7 +151,7 @@ def _reporter(code: Code, function: Function, names: frozenset[int]) -> _Reporte
     return _Reporter(function, frozenset(reasons), calls)
 
 
-def _writers(reporters: list[_Reporter]) -> list[Function]:
+def _writers(reporters: list[_Reporter]) -> list[Routine]:
     waits = {_HANDSHAKE_FAILURE, _UNINITIALIZED}
     known = waits | _OF_WRITE | {_NOT_TO_BE_CALLED}
     waiting = [r for r in reporters if waits <= r.reasons <= known and _calls_by_table(r.function)]
@@ -157,17 +159,17 @@ def _writers(reporters: list[_Reporter]) -> list[Function]:
     return telling or [r.function for r in waiting if _NOT_TO_BE_CALLED in r.reasons]
 
 
-def _setters_of_the_host(reporters: list[_Reporter]) -> list[Function]:
+def _setters_of_the_host(reporters: list[_Reporter]) -> list[Routine]:
     known = {_INVALID_SERVER_NAME, _NO_MEMORY}
     return [r.function for r in reporters if {_INVALID_SERVER_NAME} <= r.reasons <= known]
 
 
-def _calls_by_table(function: Function) -> bool:
+def _calls_by_table(function: Routine) -> bool:
     """Both ends of the record layer are reached through the connection's method table."""
     return any(step.target is None for step in function.calls)
 
 
-def _find_read(reporters: list[_Reporter], code: Code) -> Place:
+def _find_read(reporters: list[_Reporter], code: Code) -> Location:
     """SSL_read, from the function that waits for application data.
 
     That one (ssl_read_impl) is called by SSL_peek, and by SSL_read if SSL_peek is inlined there.
@@ -177,25 +179,25 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Place:
     core = [r for r in reporters if waits <= r.reasons and not _OF_WRITE & r.reasons]
     core = [r for r in core if _calls_by_table(r.function)]
     if len(core) != 1:
-        raise Doubt(f"{len(core)} functions may be ssl_read_impl")
+        raise Ambiguous(f"{len(core)} functions may be ssl_read_impl")
     if _NOT_TO_BE_CALLED in core[0].reasons:
-        raise Doubt("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
+        raise Ambiguous("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
     start = core[0].function.start
     known = {r.function.start for r in reporters if r.reasons}
     if not all(caller.start in known for caller in callers_of(start, code)):
-        raise Doubt("a function that reports nothing calls ssl_read_impl")
+        raise Ambiguous("a function that reports nothing calls ssl_read_impl")
     candidates = [r for r in reporters if start in r.calls and _NOT_TO_BE_CALLED in r.reasons]
     if any(sum(step.target == start for step in r.function.calls) != 1 for r in candidates):
-        raise Doubt("two functions in one: it calls ssl_read_impl twice")
+        raise Ambiguous("two functions in one: it calls ssl_read_impl twice")
     consuming = [r.function for r in candidates if r.function.stores]
     if not consuming and len(candidates) == 1:
         return the_one(READ, _readers_by(candidates[0].function, code), code)
     if len(consuming) == 1:
         return the_one(READ, consuming, code)
-    raise Doubt(f"{len(candidates)} functions may be SSL_read")
+    raise Ambiguous(f"{len(candidates)} functions may be SSL_read")
 
 
-def _readers_by(peek: Function, code: Code) -> list[Function]:
+def _readers_by(peek: Routine, code: Code) -> list[Routine]:
     """Functions that hand their arguments to SSL_peek before all else, and then consume (GCC)."""
     return [
         function
@@ -204,7 +206,7 @@ def _readers_by(peek: Function, code: Code) -> list[Function]:
     ]
 
 
-def _begins_with(function: Function, callee: int, code: Code) -> bool:
+def _begins_with(function: Routine, callee: int, code: Code) -> bool:
     """Whether it always calls `callee`, with its own first three arguments."""
     step: Step | None = function.steps[function.start]
     while step is not None and step.flow is Flow.NEXT:

@@ -1,4 +1,4 @@
-"""Who descends from whom, by the forks that the kernel saw: a parent's death changes nothing.
+"""The tree of processes, by the forks that the kernel saw: it survives a parent's death.
 
 /proc knows only the parent of now, and `nohup CMD &`, a double fork or a daemon is init's child
 soon. The kernel's `tree` map holds, for each process, whether it is in scope by descent (IN_SCOPE),
@@ -13,8 +13,8 @@ import dataclasses
 import struct
 from collections import OrderedDict
 
-from capture.helper import loader
-from capture.helper.relay.keeper import Hold
+from capture import bpf
+from capture.helper.handover import Hold
 from capture.processes import proc
 from halton_meter.model import Process
 
@@ -33,10 +33,10 @@ class _Run:
     outer: int
 
 
-class Family:
+class ProcessTree:
     """The kernel's `tree` map, and what its run numbers stand for."""
 
-    def __init__(self, tree: loader.Map, hold: Hold | None = None) -> None:
+    def __init__(self, tree: bpf.Map, hold: Hold | None = None) -> None:
         self._tree = tree
         self._hold = hold or Hold()
         self._runs: OrderedDict[int, _Run] = OrderedDict()

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from capture import protocol
-from capture.helper import loader
+from capture import loader, protocol
 
 # A helper of another version, after an upgrade, may lay out records, maps or frames in another way:
 # it begins anew.

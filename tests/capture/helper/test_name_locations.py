@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 
-from capture.functions.libraries import Function, Library, Probe
-from capture.helper import loader
+from capture import bpf
+from capture.functions.library import Function, Library, Probe, Proof
+from capture.functions.stacks import Stack
 from capture.helper.files import attachments as attaching
 from capture.helper.files.attachments import Attachments
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_places import KNOWN, PLACES_MAX, UNPROVED, VALUE, NamePlaces
+from capture.helper.files.name_locations import KNOWN, NUMBERS_MAX, UNPROVED, VALUE, NameLocations
 from tests.capture.helper.test_known_files import CODE_AT, elf, same_change_time
 
 LIBRARY = Library(
-    "OpenSSL",
+    Stack.OPENSSL,
     (Probe("enter_write", CODE_AT), Probe("enter_ctrl", CODE_AT + 0x200)),
     "abcdef01",
-    functions=(Function(CODE_AT, "unwind"), Function(CODE_AT + 0x200, "unwind")),
+    functions=(Function(CODE_AT, Proof.UNWIND), Function(CODE_AT + 0x200, Proof.UNWIND)),
 )
 
 
@@ -49,7 +50,7 @@ class Subject:
     def __init__(self, directory: Path | None) -> None:
         self.map: Any = Map()
         self.proofs: Any = Map()
-        self.places = NamePlaces(self.map, self.proofs, directory)
+        self.places = NameLocations(self.map, self.proofs, directory)
 
     def add(self, program: Path, library: Library = LIBRARY) -> int:
         with program.open("rb") as file:
@@ -145,8 +146,8 @@ def test_without_a_folder_it_lasts_as_long_as_the_process(program: Path) -> None
 
 def test_numbers_are_used_again_without_what_was_proved_of_another(program: Path) -> None:
     subject = Subject(None)
-    numbers = [subject.add(program) for _ in range(PLACES_MAX - 1)]
-    assert sorted(numbers) == list(range(1, PLACES_MAX))
+    numbers = [subject.add(program) for _ in range(NUMBERS_MAX - 1)]
+    assert sorted(numbers) == list(range(1, NUMBERS_MAX))
     assert subject.add(program) == 0
     subject.proofs.content[7] = b"\3" + bytes(7)
     subject.places.release(7)
@@ -170,7 +171,7 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         made.append((program, cookie))
         return os.open("/dev/null", os.O_RDONLY)
 
-    monkeypatch.setattr(loader, "attach_uprobe", attach)
+    monkeypatch.setattr(bpf, "attach_uprobe", attach)
     monkeypatch.setattr(attaching, "refusal", lambda fd, library: None)  # the file has no code
     return made
 
@@ -180,7 +181,7 @@ def attachments(program: Path, library: Library) -> Attachments:
     with program.open("rb") as file:
         known.remember(file.fileno(), library)
     programs = {"enter_write": 10, "enter_ctrl": 11, "enter_go_write": 12}
-    made = Attachments(programs, known, NamePlaces(None, None, None))
+    made = Attachments(programs, known, NameLocations(None, None, None))
     made.look_at(str(program), str(program))
     return made
 
@@ -193,13 +194,13 @@ def test_files_that_name_hosts_have_numbers(program: Path, attached: list[tuple[
 def test_what_was_found_by_structure_says_so(
     program: Path, attached: list[tuple[int, int]]
 ) -> None:
-    library = Library("BoringSSL", LIBRARY.probes[:1], "abcdef01", unproved=True)
+    library = Library(Stack.BORINGSSL, LIBRARY.probes[:1], "abcdef01", unproved=True)
     attachments(program, library)
     assert attached == [(10, UNPROVED | 1)]
 
 
 def test_go_keeps_its_own(program: Path, attached: list[tuple[int, int]]) -> None:
-    go = Library("Go crypto/tls", (Probe("enter_go_write", CODE_AT),), None, cookie=40 << 32 | 8)
+    go = Library(Stack.GO, (Probe("enter_go_write", CODE_AT),), None, cookie=40 << 32 | 8)
     attachments(program, go)
     assert attached == [(12, 40 << 32 | 8)]
 

@@ -1,0 +1,31 @@
+"""Which TLS stacks left a marker in a file without symbols: one pass over the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from capture.functions.stacks import STACKS, Stack
+
+CHUNK_BYTES = 1 << 20
+_MARKERS = {row.marker: stack for stack, row in STACKS.items() if row.marker is not None}
+
+
+def stacks_in(fd: int) -> Iterator[Stack]:
+    """The stacks whose markers are in the file; those that can be probed come first."""
+    last, missing = [], dict(_MARKERS)
+    keep, size = max(map(len, missing)) - 1, os.fstat(fd).st_size
+    for at in range(0, size, CHUNK_BYTES):
+        data = os.pread(fd, CHUNK_BYTES + keep, at)
+        for marker in [marker for marker in missing if marker in data]:
+            stack = missing.pop(marker)
+            if STACKS[stack].finder is None:
+                last.append(stack)
+            else:
+                yield stack
+    yield from last
+
+
+def unprobed_in(fd: int) -> Stack | None:
+    """A stack in the file that cannot be probed; None when there is none."""
+    return next((stack for stack in stacks_in(fd) if STACKS[stack].finder is None), None)

@@ -1,0 +1,52 @@
+"""Finds the TLS stack in a file without symbols: by its marker, then by what its code does.
+
+Each stack has a finder (`stacks.py`), a module with `library(fd)`: the functions to probe, or why
+they were not found, or None where the file does not use the stack after all.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+from capture.functions.elf import FILE_BYTES_MAX, Elf
+from capture.functions.finder.markers import stacks_in
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
+from capture.functions.library import Library
+from capture.functions.stacks import INSTEAD, STACKS, Stack
+
+
+class SearchTooLong(Exception):
+    """A search used up its time; raised by a signal (`process.py`)."""
+
+
+def find_by_structure(fd: int) -> Library | None:
+    """The TLS stack in a file without symbols; None when no marker of one is in it."""
+    if not STRUCTURE_FILE_BYTES_MIN <= os.fstat(fd).st_size <= FILE_BYTES_MAX:
+        return None
+    found = None
+    for stack in stacks_in(fd):
+        try:
+            found = _find(stack, fd)
+        except (MemoryError, SearchTooLong) as end:
+            reason = f"the search in it ended early: {end or 'out of memory'}; {INSTEAD}"
+            found = _without_probes(stack, fd, reason)
+        if found is not None and found.probes:
+            break
+    return found
+
+
+def _find(stack: Stack, fd: int) -> Library | None:
+    """What the stack's finder says; its advice where it has none."""
+    row = STACKS[stack]
+    if row.finder is None:
+        return _without_probes(stack, fd, row.advice)
+    finder: Any = import_module(row.finder)
+    found: Library | None = finder.library(fd)
+    return found
+
+
+def _without_probes(stack: Stack, fd: int, reason: str | None) -> Library:
+    with Elf(fd) as elf:
+        return Library(stack, (), elf.build_id, reason)

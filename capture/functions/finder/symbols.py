@@ -1,0 +1,194 @@
+"""Finds TLS functions by symbol: whatever a file is called, its symbol tables decide.
+
+An ELF file that defines SSL_read and SSL_write (or the _ex pair) in .dynsym or .symtab is a TLS
+library, be it libssl, Node or a static Python. Whoever made a file may have made it to harm its
+reader: only the finder's process runs this. Files without symbols are searched by structure
+(`search.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from capture.functions.elf import SYMBOL_TABLE_BYTES_MAX, Elf, Section
+from capture.functions.library import Function, Library, Probe, Proof, probe_offset
+from capture.functions.stacks import SSL_FUNCTIONS, STACKS, Stack
+
+SYMBOL_HITS_MAX = 100_000
+CHUNK_BYTES = 1 << 20
+CHAIN_MAX = 1000  # symbols that share a bucket of the hash table: some two in real files
+NAMES_MAX = 16  # occurrences of one name among the strings: one or two in real files
+_SHT_SYMTAB, _SHT_DYNSYM, _SHT_GNU_HASH = 2, 11, 0x6FFFFFF6
+_PAIRS = (("SSL_read", "SSL_write"), ("SSL_read_ex", "SSL_write_ex"))
+
+
+class Defined(NamedTuple):
+    """Where a file defines a function: its address, and the file offset of the symbol's row."""
+
+    address: int
+    row: int
+
+
+def inspect(fd: int) -> Library | None:
+    """The TLS functions in an open file, by symbol; None when it has none. Raises ElfError.
+
+    About a millisecond for a shared library, some ten for Node: strings are searched once, symbols
+    only where SSL_read is among the strings. elf.py's own `symbols` reads whole tables.
+    """
+    with Elf(fd) as elf:
+        # What is exported decides: only a file that hides its TLS has it in .symtab alone.
+        for found in _defined(elf, fd, tuple(SSL_FUNCTIONS), b"SSL_"):
+            if any(all(name in found for name in pair) for pair in _PAIRS):
+                stack = Stack.OPENSSL if "SSL_ctrl" in found else Stack.BORINGSSL
+                starts = _starts(elf, found, tuple(SSL_FUNCTIONS))
+                functions = tuple(starts.values())
+                return Library(stack, probes_at(elf, starts), elf.build_id, functions=functions)
+    return None
+
+
+def find_linker_hook(fd: int) -> Library | None:
+    """Where the dynamic linker tells debuggers that it has mapped libraries. Raises ElfError."""
+    ((name, (program, _)),) = STACKS[Stack.LINKER].symbols.items()
+    with Elf(fd) as elf:
+        for found in _defined(elf, fd, (name,), name.encode()):
+            if starts := _starts(elf, found, (name,)):
+                probe = Probe(program, starts[name].offset)
+                return Library(Stack.LINKER, (probe,), None, functions=(starts[name],))
+    return None
+
+
+def _starts(elf: Elf, found: Mapping[str, Defined], names: tuple[str, ...]) -> dict[str, Function]:
+    return {
+        name: Function(offset, Proof.SYMBOL, found[name].row)
+        for name in names
+        if name in found and (offset := elf.offset_of(found[name].address)) is not None
+    }
+
+
+def _defined(
+    elf: Elf, fd: int, names: tuple[str, ...], needle: bytes
+) -> Iterator[dict[str, Defined]]:
+    """What each of the file's symbol tables defines of these names, which all begin so."""
+    for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
+        # A file has one of each; were more looked at, it could keep us busy for long.
+        table = next((section for section in elf.sections if section.type == kind), None)
+        if table is not None and table.link < len(elf.sections):
+            found: dict[str, Defined] = {}
+            for name, defined in _addresses(elf, fd, table, names, needle):
+                if elf.offset_of(defined.address) is not None:
+                    found.setdefault(name, defined)
+            yield found
+
+
+def _exported(elf: Elf, fd: int, names: tuple[str, ...]) -> Iterator[tuple[str, Defined]]:
+    """What the loader would find by the GNU hash table: some microseconds, however large the file.
+
+    Layout: https://flapenguin.me/elf-dt-gnu-hash; the chains are walked no further than CHAIN_MAX.
+    """
+    table = next((section for section in elf.sections if section.type == _SHT_GNU_HASH), None)
+    if table is None or table.link >= len(elf.sections):
+        return
+    symbols = elf.sections[table.link]
+    if symbols.link >= len(elf.sections):
+        return
+    strings = elf.sections[symbols.link]
+    buckets, first, bloom, _ = struct.unpack("<4I", elf.read(table.offset, 16))
+    buckets_at = table.offset + 16 + 8 * bloom
+    for name in names if buckets else ():
+        wanted = 5381
+        for byte in name.encode():
+            wanted = wanted * 33 + byte & 0xFFFFFFFF
+        (index,) = struct.unpack("<I", elf.read(buckets_at + wanted % buckets * 4, 4))
+        for at in range(index, index + CHAIN_MAX) if index >= first else ():
+            (found,) = struct.unpack("<I", elf.read(buckets_at + (buckets + at - first) * 4, 4))
+            if found | 1 == wanted | 1:
+                row = symbols.offset + 24 * at
+                name_at, info, _, section, value, _ = struct.unpack("<IBBHQQ", elf.read(row, 24))
+                text = os.pread(fd, len(name) + 1, strings.offset + name_at)
+                if text == name.encode() + b"\0" and section and value and info & 15 in (2, 10):
+                    yield name, Defined(value, row)
+                    break
+            if found & 1:
+                break
+
+
+def _addresses(
+    elf: Elf, fd: int, table: Section, names: tuple[str, ...], needle: bytes
+) -> Iterator[tuple[str, Defined]]:
+    """The functions that a symbol table defines: its strings are searched first, both in C."""
+    strings = elf.sections[table.link]
+    if max(table.size_bytes, strings.size_bytes) > SYMBOL_TABLE_BYTES_MAX:
+        return
+    if table.type == _SHT_DYNSYM and any(section.type == _SHT_GNU_HASH for section in elf.sections):
+        yield from _exported(elf, fd, names)
+        return
+    seen: dict[str, list[int]] = {}
+    longest = max(map(len, names)) + 1
+    for at, text in _with_context(fd, strings, needle, longest):
+        name = text.partition(b"\0")[0].decode("latin-1")
+        # Wherever it begins: linkers keep names as tails of longer ones.
+        if name in names and len(seen.setdefault(name, [])) < NAMES_MAX:
+            seen[name].append(at)
+    for name, offsets in seen.items():
+        found = next((a for at in offsets if (a := _address(fd, table, at)) is not None), None)
+        if found is not None:
+            yield name, found
+
+
+def _with_context(
+    fd: int, section: Section, needle: bytes, length: int
+) -> Iterator[tuple[int, bytes]]:
+    """Offsets within the section, and the `length` bytes from there on."""
+    for at in range(0, section.size_bytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES + length, section.size_bytes - at)
+        data = os.pread(fd, size, section.offset + at)
+        found = data.find(needle)
+        while 0 <= found < CHUNK_BYTES:
+            yield at + found, data[found : found + length]
+            found = data.find(needle, found + 1)
+
+
+def _occurrences(fd: int, section: Section, needle: bytes) -> Iterator[int]:
+    """Offsets within the section. `pread`: a file truncated under a mapping would kill us."""
+    at, keep = 0, len(needle) - 1
+    while at < section.size_bytes:
+        length = min(CHUNK_BYTES + keep, section.size_bytes - at)
+        data = os.pread(fd, length, section.offset + at)
+        found = data.find(needle)
+        while found >= 0:
+            yield at + found
+            found = data.find(needle, found + 1)
+        if len(data) < length:
+            return
+        at += CHUNK_BYTES
+
+
+def _address(fd: int, table: Section, name_at: int) -> Defined | None:
+    """Where the table defines the function whose name is at that offset of its strings."""
+    for hits, entry in enumerate(_occurrences(fd, table, struct.pack("<I", name_at))):
+        if hits >= SYMBOL_HITS_MAX:
+            break
+        if entry % 24 or entry + 24 > table.size_bytes:
+            continue
+        raw = os.pread(fd, 24, table.offset + entry)
+        if len(raw) < 24:
+            continue
+        _, info, _, index, value, _ = struct.unpack("<IBBHQQ", raw)
+        if index and value and info & 15 in (2, 10):  # defined; FUNC or IFUNC
+            return Defined(value, table.offset + entry)
+    return None
+
+
+def probes_at(elf: Elf, starts: Mapping[str, Function]) -> tuple[Probe, ...]:
+    """The probes of OpenSSL's or BoringSSL's functions, by name."""
+    probes: list[Probe] = []
+    for name, function in starts.items():
+        entry, result = SSL_FUNCTIONS[name]
+        at = function.offset + probe_offset(elf.read(function.offset, 8), elf.machine)
+        probes.append(Probe(entry, at))
+        if result:
+            probes.append(Probe(result, at, at_return=True))
+    return tuple(probes)
