@@ -8,12 +8,11 @@ from types import ModuleType
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Basis, Certainty, Outcome
 from halton_meter.providers.reading import estimate
 from halton_meter.tokenizer import PART_CHARS, Tokenizer
 from pricing.book import PriceBook
-from tests.support.exchanges import exchange, sse
+from tests.support.exchanges import REGISTRY, exchange, sse
 
 
 class Words:
@@ -77,7 +76,7 @@ def test_without_a_tokenizer_four_characters_make_a_token():
 def test_a_tokenizer_counts_the_whole_text_across_its_pieces(installed, counting):
     installed()
     counting(Tokenizer())
-    (event,) = providers.read(cut_off())
+    (event,) = REGISTRY.read(cut_off())
     assert event.parts[0].details == {"estimated_input": 3, "estimated_output": 5}
     assert (event.certainty, event.tokens.output) == (Certainty.ESTIMATED, None)
     assert PriceBook.load().price(event).basis is Basis.ESTIMATED
@@ -88,7 +87,7 @@ def test_without_the_vocabulary_nothing_is_downloaded_and_characters_are_counted
 ):
     installed(vocabulary=False)
     counting(Tokenizer())
-    (event,) = providers.read(cut_off())
+    (event,) = REGISTRY.read(cut_off())
     assert event.parts[0].details == {"estimated_input": 2, "estimated_output": 6}
 
 

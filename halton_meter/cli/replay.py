@@ -371,8 +371,8 @@ class Replay:
         from halton_meter import config
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
-        from halton_meter.providers import Registry
         from halton_meter.providers.reading.estimate import count_with
+        from halton_meter.providers.registry import Registry
         from halton_meter.tokenizer import Tokenizer
         from pricing.book import PriceBook
 
