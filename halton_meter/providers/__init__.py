@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from halton_meter.model import Exchange, UsageEvent
 
 Reader = Callable[[Exchange, "Route", "Provider"], Iterator[UsageEvent]]
+# Tokens of a text for a model; None where it cannot tell.
+Counter = Callable[[str, str | None], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Provider:
     much else besides; a capture file or the proxy still meters them. `host_pattern` is matched
     whole (fullmatch) against names that no provider lists: a region opened after this list was
     written, a private endpoint. Like those hosts, such names are only metered where they turn up.
+    `counter` counts the text of answers that state no usage (None: by characters); the registry sets
+    it.
     """
 
     id: str
@@ -52,3 +56,4 @@ class Provider:
     routes: tuple[Route, ...]
     captured: bool = True
     host_pattern: re.Pattern[str] | None = None
+    counter: Counter | None = None

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import islice
 
 from halton_meter.model import Exchange, Request, UsageEvent
-from halton_meter.providers import Provider, Route
+from halton_meter.providers import Counter, Provider, Route
 from halton_meter.providers.reading.shapes import endpoints_of
 
 # Events of one exchange: a batch of Anthropic's, the largest there are, has 100,000 results.
@@ -101,10 +101,14 @@ class Registry:
 
     `extra_hosts` maps a host ("llm.example.com", "localhost:8080") to a provider's id or to
     "gateway", or to a new id after a colon ("openai:our-vllm") under which its events appear.
+    `counter` counts the tokens of texts whose provider states none; None: by their characters.
     """
 
-    def __init__(self, extra_hosts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, extra_hosts: Mapping[str, str] | None = None, counter: Counter | None = None
+    ) -> None:
         self._extra_hosts = dict(extra_hosts or {})
+        self._counter = counter
         self._exact: dict[str, tuple[Provider, ...]] | None = None
         self._suffixes: dict[str, tuple[Provider, ...]] = {}
         self._patterned: list[tuple[re.Pattern[str], Provider]] = []
@@ -112,7 +116,8 @@ class Registry:
     def _load(self) -> dict[str, tuple[Provider, ...]]:
         if self._exact is None:
             exact: dict[str, tuple[Provider, ...]] = {}
-            for provider in built_in():
+            for known in built_in():
+                provider = known if self._counter is None else replace(known, counter=self._counter)
                 if provider.host_pattern is not None:
                     self._patterned.append((provider.host_pattern, provider))
                 for host in provider.hosts:
@@ -138,7 +143,7 @@ class Registry:
             for provider in built_in():
                 if provider.id == each:
                     mine = _under_any_path(provider, host)
-                    yield replace(mine, id=alias) if alias else mine
+                    yield replace(mine, id=alias or mine.id, counter=self._counter)
 
     def of_host(self, host: str | None) -> tuple[Provider, ...]:
         """The providers that answer on a host (with its port, unless that is 80 or 443)."""

@@ -613,12 +613,10 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
     from halton_meter.attribution import Attribution
     from halton_meter.memory import keep_freed_memory
     from halton_meter.meter import Meter
-    from halton_meter.providers.reading.estimate import count_with
     from halton_meter.providers.registry import Registry
     from halton_meter.tokenizer import Tokenizer
     from pricing.book import PriceBook
 
-    count_with(Tokenizer())
     keep_freed_memory()
     trouble = None
     try:
@@ -629,7 +627,7 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
             trouble += f"; see: ls -l {home}"
         print(f"halton-meter: {trouble}", file=sys.stderr)
         book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts)), trouble
+    return Meter(book.price, Attribution(), Registry(extra_hosts, Tokenizer())), trouble
 
 
 def _is_only_one(home: Path) -> bool:
