@@ -47,8 +47,8 @@ class Provider:
     much else besides; a capture file or the proxy still meters them. `host_pattern` is matched
     whole (fullmatch) against names that no provider lists: a region opened after this list was
     written, a private endpoint. Like those hosts, such names are only metered where they turn up.
-    `counter` counts the text of answers that state no usage (None: by characters); the registry sets
-    it.
+    `counter`, set by the registry, counts the text of answers that state no usage (None: by its
+    characters).
     """
 
     id: str
