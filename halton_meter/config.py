@@ -76,7 +76,7 @@ class Config:
 
     @property
     def extra_hosts(self) -> dict[str, str]:
-        """All hosts of the user's own, as `providers.Registry` takes them."""
+        """All hosts of the user's own, as `registry.Registry` takes them."""
         compatible = dict.fromkeys(self.openai_compatible_hosts, "openai:openai_compatible")
         return {**compatible, **self.hosts}
 

@@ -1,12 +1,12 @@
 """The pipeline: plaintext in, priced usage events out. A newcomer starts here.
 
-    TlsChunk -> wire.stream.Conversation -> Exchange -> providers.read -> UsageEvent
+    TlsChunk -> wire.stream.Conversation -> Exchange -> Registry.read -> UsageEvent
              -> attribute -> price -> PricedEvent
 
 One `Meter` holds the open conversations of one run and nothing else. It refuses to know where
 chunks come from (`capture/`), where events go (`store/`) and what the time is: times arrive in
 the data. The local proxy has already decoded HTTP and enters at `exchange`. Read `model.py` for
-the nouns, then `wire/conversation.py` and `providers/__init__.py` for the two halves.
+the nouns, then `wire/conversation.py` and `providers/registry.py` for the two halves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from halton_meter import providers
 from halton_meter.model import (
     Exchange,
     PricedEvent,
@@ -28,6 +27,7 @@ from halton_meter.model import (
     event_id,
     sighting_rank,
 )
+from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.wire.conversation import Conversation, Interest
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
@@ -71,11 +71,11 @@ class Meter:
         self,
         price: Price,
         attribute: Attribute | None = None,
-        registry: providers.Registry | None = None,
+        registry: Registry | None = None,
     ) -> None:
         self._price = price
         self._attribute = attribute
-        self._registry = registry if registry is not None else providers.Registry()
+        self._registry = registry if registry is not None else Registry()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
         self._rank_by_event: OrderedDict[str, tuple[int, bool]] = OrderedDict()
@@ -216,7 +216,7 @@ class Meter:
         except Exception as error:
             self._losses[f"exchange_unreadable_{type(error).__name__}"] += 1
             return []
-        if len(events) > providers.EVENTS_MAX:
+        if len(events) > EVENTS_MAX:
             self._losses["events_over_limit"] += 1  # how many more there are is not looked at
             events.pop()
         if not events and exchange.request.path is None and exchange.response.body.pieces:

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
+from typing import NamedTuple
 
 
 class Direction(enum.Enum):
@@ -356,8 +357,7 @@ class UsageEvent:
 # --- what it costs ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LineItem:
+class LineItem(NamedTuple):
     """One line of the bill: `quantity` of `what` at `rate_usd` each, exactly `usd` together.
 
     `rate_usd` is per single unit (one token, one request), not per million. `source` and `dated`

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from decimal import Decimal, DecimalException, getcontext, setcontext
 from pathlib import Path
-from typing import Any, cast
 
 from halton_meter.model import (
     IMPLAUSIBLE,
@@ -109,9 +108,16 @@ class PriceBook:
             basis, total = Basis.REPORTED, reported
             flags = [flag for flag in flags if not flag.startswith("unpriced:")]
         unique = tuple(dict.fromkeys(flags)) if flags else ()
-        priced: Any = _PricedDraft(event, total, basis, tuple(items), unique, self.version)
-        priced.__class__ = PricedEvent
-        return cast(PricedEvent, priced)
+        return PricedEvent(
+            event,
+            total,
+            _marginal(event, total),
+            event.reported_usd,
+            basis,
+            tuple(items),
+            unique,
+            self.version,
+        )
 
     def tariff(
         self, provider: str, model: str, conditions: Mapping[str, str], at_ns: int
@@ -253,29 +259,6 @@ class PriceBook:
 
 # Providers whose prices depend on the time of day (DeepSeek's off-peak hours).
 _PROVIDERS_BY_THE_HOUR = frozenset({"deepseek", "azure_openai"})
-
-
-# Filled in as a plain object and then made the frozen type; why, is said in `bill.py`.
-class _PricedDraft:
-    __slots__ = tuple(each.name for each in fields(PricedEvent))
-
-    def __init__(
-        self,
-        usage: UsageEvent,
-        list_usd: Decimal | None,
-        basis: Basis,
-        line_items: tuple[LineItem, ...],
-        flags: tuple[str, ...],
-        price_book: str,
-    ) -> None:
-        self.usage = usage
-        self.list_usd = list_usd
-        self.marginal_usd = _marginal(usage, list_usd)
-        self.reported_usd = usage.reported_usd
-        self.basis = basis
-        self.line_items = line_items
-        self.flags = flags
-        self.price_book = price_book
 
 
 def _moment(at_ns: int) -> dt.datetime:

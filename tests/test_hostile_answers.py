@@ -17,7 +17,6 @@ import brotli
 import pytest
 
 from halton_meter import meter as metering
-from halton_meter import providers
 from halton_meter.meter import Meter
 from halton_meter.model import (
     Connection,
@@ -31,7 +30,7 @@ from halton_meter.model import (
 from halton_meter.wire import body as bodies
 from halton_meter.wire import http2, websocket
 from pricing.book import PriceBook
-from tests.support.exchanges import exchange
+from tests.support.exchanges import REGISTRY, exchange
 
 SENT, RECEIVED = Direction.SENT, Direction.RECEIVED
 RECORD_BYTES = 16_384
@@ -134,7 +133,7 @@ def test_a_hostile_body_costs_by_its_size(name: str, holed: bool) -> None:
         body = made(size)
         pieces = (body[: size // 2], body[size // 2 + 7 :]) if holed else (body,)
         outcome = Outcome.GAPPED if holed else Outcome.COMPLETE
-        providers.read(
+        REGISTRY.read(
             exchange(url, {}, method=method, pieces=pieces, outcome=outcome, complete=not holed)
         )
 
@@ -144,14 +143,14 @@ def test_a_hostile_body_costs_by_its_size(name: str, holed: bool) -> None:
 def test_nesting_deeper_than_any_answer_is_given_up_at_once() -> None:
     def read(depth: int) -> None:
         body = b'{"a":' * depth + b"1" + b"}" * depth
-        providers.read(exchange(XAI, {}, body))
+        REGISTRY.read(exchange(XAI, {}, body))
 
     # A hundred times the depth, and no more brackets counted.
     grows_no_faster_than_its_size(read, 100_000)
     answer = {"id": "chatcmpl-0123456789abcdef", "usage": {"prompt_tokens": 3}, "x": []}
     for _ in range(60):
         answer["x"] = [answer["x"]]
-    (event,) = providers.read(exchange(OPENAI, {}, json.dumps(answer).encode()))
+    (event,) = REGISTRY.read(exchange(OPENAI, {}, json.dumps(answer).encode()))
     assert event.tokens.input == 3
 
 
@@ -159,7 +158,7 @@ def test_a_usage_object_of_many_members_is_looked_at_up_to_what_is_kept() -> Non
     iterations = [{"type": "message", "input_tokens": 1, "output_tokens": 1}] * 50_000
     usage = {"input_tokens": 1, "output_tokens": 1, "iterations": iterations}
     body = json.dumps({"id": "msg_0123456789abcdef", "model": "m", "usage": usage}).encode()
-    (event,) = providers.read(exchange("https://api.anthropic.com/v1/messages", {}, body))
+    (event,) = REGISTRY.read(exchange("https://api.anthropic.com/v1/messages", {}, body))
     assert len(event.parts) == 1000
     assert "total_mismatch" in event.flags
 
@@ -169,13 +168,14 @@ def test_many_answers_with_short_ids_in_one_body_cost_by_its_size() -> None:
     def read(size: int) -> None:
         line = b'{"custom_id":"c","response":{"body":{"id":"a%d","usage":{"prompt_tokens":1}}}}\n'
         body = b"".join(line % number for number in range(size // len(line)))
-        assert len(providers.read(exchange(FILES, {}, body, method="GET"))) == size // len(line)
+        assert len(REGISTRY.read(exchange(FILES, {}, body, method="GET"))) == size // len(line)
 
     grows_no_faster_than_its_size(read, 1 << 18)
 
 
 def test_events_of_one_exchange_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "EVENTS_MAX", 10)
+    monkeypatch.setattr("halton_meter.providers.registry.EVENTS_MAX", 10)
+    monkeypatch.setattr("halton_meter.meter.EVENTS_MAX", 10)
     line = b'{"custom_id":"c%d","response":{"body":{"usage":{"prompt_tokens":1}}}}\n'
     meter = new_meter()
     body = b"".join(line % number for number in range(30))

@@ -29,7 +29,7 @@ from halton_meter.model import (
     TlsClosed,
     UsageEvent,
 )
-from halton_meter.providers import Registry
+from halton_meter.providers.registry import Registry
 from pricing.book import PriceBook
 
 AT_NS = 1_795_424_400_000_000_000

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Basis, Certainty, Outcome
 from halton_meter.providers.reading import estimate
+from halton_meter.providers.registry import Registry
 from halton_meter.tokenizer import PART_CHARS, Tokenizer
 from pricing.book import PriceBook
 from tests.support.exchanges import exchange, sse
@@ -47,13 +47,6 @@ def installed(monkeypatch):
     return install
 
 
-@pytest.fixture
-def counting():
-    """Put a counter in, and take it out again."""
-    yield estimate.count_with
-    estimate.count_with(None)
-
-
 def cut_off():
     chunks = [
         {"id": "chatcmpl-0123456789", "model": "gpt-4o", "choices": [{"delta": {"content": text}}]}
@@ -74,21 +67,17 @@ def test_without_a_tokenizer_four_characters_make_a_token():
     assert estimate.tokens_of([], None) == 0
 
 
-def test_a_tokenizer_counts_the_whole_text_across_its_pieces(installed, counting):
+def test_a_tokenizer_counts_the_whole_text_across_its_pieces(installed):
     installed()
-    counting(Tokenizer())
-    (event,) = providers.read(cut_off())
+    (event,) = Registry(counter=Tokenizer()).read(cut_off())
     assert event.parts[0].details == {"estimated_input": 3, "estimated_output": 5}
     assert (event.certainty, event.tokens.output) == (Certainty.ESTIMATED, None)
     assert PriceBook.load().price(event).basis is Basis.ESTIMATED
 
 
-def test_without_the_vocabulary_nothing_is_downloaded_and_characters_are_counted(
-    installed, counting
-):
+def test_without_the_vocabulary_nothing_is_downloaded_and_characters_are_counted(installed):
     installed(vocabulary=False)
-    counting(Tokenizer())
-    (event,) = providers.read(cut_off())
+    (event,) = Registry(counter=Tokenizer()).read(cut_off())
     assert event.parts[0].details == {"estimated_input": 2, "estimated_output": 6}
 
 
@@ -103,12 +92,11 @@ def test_a_tiktoken_whose_downloads_cannot_be_stopped_is_not_used(installed):
     assert Tokenizer()("some text", "gpt-4o") is None
 
 
-def test_long_texts_are_counted_in_parts_and_past_the_limit_by_length(installed, counting):
+def test_long_texts_are_counted_in_parts_and_past_the_limit_by_length(installed):
     installed()
     assert Tokenizer()("ab " * PART_CHARS, "claude-opus-5-5") >= PART_CHARS
-    counting(lambda text, model: len(text))
     long = estimate.TOKENIZED_CHARS_MAX
-    assert estimate.tokens_of(["x" * (long + 8)], None) == long + 2
+    assert estimate.tokens_of(["x" * (long + 8)], None, lambda text, model: len(text)) == long + 2
 
 
 def test_strings_are_found_escaped_cut_off_and_under_their_keys_only():

@@ -201,7 +201,7 @@ def machine_here(platform: str | None = None) -> Machine:
 
     import proxy_fallback
     from halton_meter import config
-    from halton_meter.providers import Registry
+    from halton_meter.providers.registry import Registry
     from proxy_fallback.edge import listening
     from proxy_fallback.setup.plan import Machine
 

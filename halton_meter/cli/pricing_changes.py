@@ -140,9 +140,9 @@ def _known_dimension(name: str) -> None:
 
 def _providers_named() -> set[str]:
     """The names that events carry as their provider, or a glob may match."""
-    from halton_meter import providers
+    from halton_meter.providers.registry import built_in
 
-    return {each.id for each in providers.known()} | set(open_book().providers())
+    return {each.id for each in built_in()} | set(open_book().providers())
 
 
 @click.command(short_help="Remove overrides.")

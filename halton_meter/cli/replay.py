@@ -371,17 +371,15 @@ class Replay:
         from halton_meter import config
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
-        from halton_meter.providers import Registry
-        from halton_meter.providers.reading.estimate import count_with
+        from halton_meter.providers.registry import Registry
         from halton_meter.tokenizer import Tokenizer
         from pricing.book import PriceBook
 
-        count_with(Tokenizer())
         keep_freed_memory()
         home = config.home_folder()
         extra_hosts = config.load(home).extra_hosts
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
-        self._registry = Registry(extra_hosts)
+        self._registry = Registry(extra_hosts, Tokenizer())
         self._job = job
         self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
         self._progress = Progress(_size_bytes(files), job.quiet)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from halton_meter import providers
 from halton_meter.explain.document import (
     USAGE_KEYS,
     Answer,
@@ -38,11 +37,15 @@ from halton_meter.model import (
     UsageEvent,
     event_id,
 )
+from halton_meter.providers import Provider
+from halton_meter.providers.registry import Registry, built_in
 from pricing.names import canonical_provider
 
 __all__ = ["NotExplained", "events_of", "stated_time"]
 
 Json = dict[str, Any]
+
+_REGISTRY = Registry()
 
 # Stands in a path for a model that nothing names.
 _UNNAMED = "unknown"
@@ -212,7 +215,7 @@ def _guessed_provider(answer: Answer) -> str:
     for pattern, provider in _PROVIDER_OF_MODEL:
         if pattern.search(model):
             return provider
-    if answer.host and (match := providers.find(answer.host, "POST", answer.path or "/")):
+    if answer.host and (match := _REGISTRY.find(answer.host, "POST", answer.path or "/")):
         return match.provider.id
     raise NotExplained(
         "the document does not say whose response it is; "
@@ -324,7 +327,7 @@ def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     """Read the answer by the first of the provider's routes that finds usage in it."""
     document = answer.document or first_object(answer.body) or {}
     model = model_of(document) or _asked_model(answer) or _UNNAMED
-    own = [provider for provider in providers.known() if provider.id == wanted]
+    own = [provider for provider in built_in() if provider.id == wanted]
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
     seen: list[list[UsageEvent]] = []
@@ -352,7 +355,7 @@ def _at(
     place: tuple[str, str, str], answer: Answer, wanted: str, at_ns: int, model: str
 ) -> list[UsageEvent] | None:
     """What the provider reads in the answer if it came from there; None if it has no such route."""
-    match = providers.find(*place)
+    match = _REGISTRY.find(*place)
     if match is None or match.provider.id != wanted:
         return None
     exchange = _exchange(answer, place, at_ns, model)
@@ -360,7 +363,7 @@ def _at(
 
 
 def _by_any_route(
-    answer: Answer, own: list[providers.Provider], at_ns: int, model: str
+    answer: Answer, own: list[Provider], at_ns: int, model: str
 ) -> Iterator[list[UsageEvent]]:
     """What each of the provider's routes would make of the answer, whatever tells them apart."""
     for place in _places(answer, own, [n for n in _PATHS if n not in _FREE_ENDPOINTS], model):
@@ -380,7 +383,7 @@ def _asked_model(answer: Answer) -> str | None:
 
 
 def _places(
-    answer: Answer, own: list[providers.Provider], endpoints: list[str], model: str
+    answer: Answer, own: list[Provider], endpoints: list[str], model: str
 ) -> Iterator[tuple[str, str, str]]:
     """Hosts, methods and paths that the answer may have come from."""
     if answer.host and answer.path:

@@ -2,8 +2,8 @@
 
 Peculiar to it: `input_tokens` leaves both caches out; a stream states usage at its start (with the
 cache split, tier and place) and again at its end (cumulative, without them); `iterations` are what
-is billed when there is more than one, each at its own model. Facts: usage-and-price.md, "R" marks.
-The readers are used by every host that speaks this API (Vertex, Bedrock, Azure, OpenRouter, …).
+is billed when there is more than one, each at its own model. The
+readers serve every host that speaks this API (Vertex, Bedrock, Azure, OpenRouter, …).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
+from halton_meter.providers.openai.text import read_chat
 from halton_meter.providers.reading.bodies import documents, form
-from halton_meter.providers.reading.draft import BILLED, Draft, begin, failed, unanswered
+from halton_meter.providers.reading.counts import read_batch_created, read_count
+from halton_meter.providers.reading.draft import BILLED, Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under, tokens_of
 from halton_meter.providers.reading.values import (
@@ -35,7 +37,7 @@ _OWN_LABELS = ("message", "refusal")  # iterations that the top-level counts hol
 _WEB_TOOL = re.compile(r"web_(?:search|fetch)_(\d{8})")
 # One request runs through some dozens, each of them a call of a model.
 ITERATIONS_MAX = 1000
-# Web tools from this date on make code execution free (3P).
+# Web tools from this date on make code execution free.
 FREE_CODE_EXECUTION_SINCE = "20260209"
 MESSAGES_EVENTS_MAX = 64
 # Where a stream's deltas hold what was answered.
@@ -72,7 +74,7 @@ def message_parts(
 ) -> list[Usage]:
     """What is billed: the one usage, or every iteration at its own model.
 
-    The top-level counts are those of the "message" entries (R); where there are only others, the
+    The top-level counts are those of the "message" entries; where there are only others, the
     top level is billed beside them. `refused` is the message's own stop reason.
     """
     top = message_tokens(counts, usage, stale)
@@ -299,7 +301,7 @@ def begun_only(draft: Draft, start: Json, answered: Iterable[str]) -> None:
     draft.raw_usage = verbatim(b"", b"", begun).text
     draft.not_final()
     begun_output = Counts().of(begun, "output_tokens") or 0
-    guess = max(begun_output, tokens_of(answered, draft.model))
+    guess = max(begun_output, tokens_of(answered, draft.model, draft.counter))
     first = draft.parts[0]
     draft.parts[0] = Usage(first.model, first.tokens, first.units, {"estimated_output": guess})
 
@@ -309,45 +311,7 @@ def _answered(body: Body) -> Iterator[str]:
     return texts_under(body, ANSWER_KEYS)
 
 
-# --- counting, batches, text completions --------------------------------------------------------
-
-
-def read_count(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One free event for a count of tokens, or for text cut into tokens, which counts them too."""
-    draft = begin(exchange, route, provider)
-    if not unanswered(draft):
-        answer: Json = next((value for value, _ in documents(exchange)), {})
-        draft.fail(answer)
-        draft.free = "error" if draft.error_class else "count"
-        counted = _counted(answer)
-        details = {"counted": counted} if counted is not None and not draft.error_class else {}
-        draft.parts = [Usage(draft.request_model, details=details)]
-    yield draft.event()
-
-
-def _counted(answer: Json) -> int | None:
-    stated = Counts().of(answer, "input_tokens", "inputTokens", "totalTokens", "total_tokens")
-    if stated is not None:
-        return stated
-    # Vertex lists the tokens of each text, Cohere and xAI those of the one.
-    texts = dicts(answer.get("tokensInfo")) or [answer]
-    lists = [text.get(name) for text in texts for name in ("tokens", "token_ids")]
-    known = [len(each) for each in lists if isinstance(each, list)]
-    return sum(known) if known else None
-
-
-def read_batch_created(
-    exchange: Exchange, route: Route, provider: Provider
-) -> Iterator[UsageEvent]:
-    """One event for handing in a batch; what its requests use is seen in the results."""
-    draft = begin(exchange, route, provider)
-    if not unanswered(draft):
-        answer: Json = next((value for value, _ in documents(exchange)), {})
-        draft.fail(answer)
-        if draft.error_class is None:
-            draft.response_id = as_id(answer.get("id")) or as_id(answer.get("name"))
-            draft.pending()
-    yield draft.event()
+# --- batches, text completions ------------------------------------------------------------------
 
 
 def read_batch_results(
@@ -362,7 +326,7 @@ def read_batch_results(
         usage = message.get("usage")
         if not isinstance(usage, dict):
             continue
-        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        draft = blank(exchange, route, provider)
         fill_message(draft, message, usage)
         draft.conditions["batch"] = "true"
         draft.raw_usage = verbatim(b"", b"", usage).text
@@ -389,13 +353,6 @@ def _completed(exchange: Exchange) -> Iterator[str]:
     return texts_under(exchange.response.body, (b"completion",))
 
 
-def read_imitated(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-    """One event for a call of the endpoint that imitates OpenAI's chat completions."""
-    from halton_meter.providers.openai.text import read_chat  # It imports this file.
-
-    yield from read_chat(exchange, route, provider)
-
-
 def _path(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
@@ -416,7 +373,7 @@ ROUTES = (
     Route("complete", "chat", _path(r"/v1/complete"), read_text),
 )
 
-_IMITATED = Route("chat_completions", "chat", _path(r"/v1/chat/completions"), read_imitated)
+_IMITATED = Route("chat_completions", "chat", _path(r"/v1/chat/completions"), read_chat)
 PROVIDER = Provider("anthropic", ("api.anthropic.com",), (*ROUTES, _IMITATED))
 
 __all__ = ["MESSAGES", "PROVIDER", "ROUTES", "message_event", "read_messages"]

@@ -16,16 +16,11 @@ from urllib.parse import unquote
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.anthropic import (
-    begun_only,
-    fill_message,
-    overlaid,
-    read_count,
-    read_messages,
-)
+from halton_meter.providers.anthropic import begun_only, fill_message, overlaid, read_messages
 from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.openai.usage import usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
+from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, unanswered
 from halton_meter.providers.reading.estimate import texts_keyed
 from halton_meter.providers.reading.values import (

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_count
 from halton_meter.providers.openai.media import read_transcription
 from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.values import Counts, Json, as_dict, as_id, positive, verbatim

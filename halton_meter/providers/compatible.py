@@ -11,11 +11,12 @@ from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_count, read_messages
+from halton_meter.providers.anthropic import read_messages
 from halton_meter.providers.openai.media import media_routes
 from halton_meter.providers.openai.text import read_chat, route, text_routes
 from halton_meter.providers.openai.usage import Dialect, cost_of, usage_tokens
 from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.values import (

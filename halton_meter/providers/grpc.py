@@ -2,7 +2,7 @@
 
 A message is decoded by field number, without generated code, into the words of the same provider's
 JSON; the readers of that JSON then count it. Numbers are from the SDKs' descriptors: xai-sdk's
-`xai_api` (v6), `google.ai.generativelanguage.v1beta`, `google.cloud.aiplatform.v1` (R). A field
+`xai_api` (v6), `google.ai.generativelanguage.v1beta`, `google.cloud.aiplatform.v1`. A field
 that proto3 leaves out of a usage message is 0.
 """
 
@@ -19,7 +19,7 @@ from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.gemini.content import fill_generated
 from halton_meter.providers.openai.text import route
 from halton_meter.providers.openai.usage import Dialect, usage_tokens
-from halton_meter.providers.reading.draft import Draft, unanswered
+from halton_meter.providers.reading.draft import Draft, blank, unanswered
 from halton_meter.providers.reading.values import Counts, Json, as_id, as_name, verbatim
 from halton_meter.providers.vertex import HOSTS as VERTEX_HOSTS
 from halton_meter.wire import formats
@@ -399,7 +399,7 @@ def _begin(
     exchange: Exchange, route: Route, provider: Provider, model_number: int
 ) -> tuple[Draft, list[Fields]]:
     """A draft with the request's model and the call's error, and the response's messages."""
-    draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+    draft = blank(exchange, route, provider)
     sent = messages(exchange.request.body, header(exchange.request.headers, "grpc-encoding"))
     asked = _text(sent[0], model_number) if sent else None
     draft.request_model = as_name(asked.rpartition("/")[2]) if asked is not None else None

@@ -14,7 +14,6 @@ from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_batch_created
 from halton_meter.providers.openai.media import (
     batch_answers,
     job_routes,
@@ -24,6 +23,7 @@ from halton_meter.providers.openai.media import (
 from halton_meter.providers.openai.text import read_chat, route, text_routes
 from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.counts import read_batch_created
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.values import (
     Counts,

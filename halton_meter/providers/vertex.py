@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.anthropic import message_event, read_count
+from halton_meter.providers.anthropic import message_event
 from halton_meter.providers.gemini.content import (
     THINKING_HIDDEN,
     content_routes,
@@ -23,6 +23,7 @@ from halton_meter.providers.gemini.content import (
 from halton_meter.providers.gemini.live import LIVE
 from halton_meter.providers.openai.text import chat_event, route, text_routes
 from halton_meter.providers.reading.bodies import documents
+from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import begin, unanswered
 from halton_meter.providers.reading.values import Json, as_id, as_name
 

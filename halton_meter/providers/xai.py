@@ -13,7 +13,7 @@ from functools import partial
 
 from halton_meter.model import Exchange, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_batch_created, read_count, read_messages
+from halton_meter.providers.anthropic import read_messages
 from halton_meter.providers.grpc import xai_routes
 from halton_meter.providers.openai.media import (
     fill_batch_answer,
@@ -26,7 +26,8 @@ from halton_meter.providers.openai.media import (
 from halton_meter.providers.openai.text import read_chat, route, text_routes
 from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents
-from halton_meter.providers.reading.draft import Draft, begin, failed
+from halton_meter.providers.reading.counts import read_batch_created, read_count
+from halton_meter.providers.reading.draft import Draft, begin, blank, failed
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -99,7 +100,7 @@ def read_batch_results(
             usage = as_dict(answer).get("usage")
             if not isinstance(usage, dict):
                 continue
-            draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+            draft = blank(exchange, route, provider)
             dialect = RESPONSES if answer.get("object") == "response" else CHAT
             fill_batch_answer(draft, answer, usage, dialect)
             if draft.response_id is None:

@@ -134,7 +134,7 @@ def ensure_authority(folder: Path, hosts: Iterable[str], now: datetime.datetime)
     """The CA in `folder`, made when there is none, renewed when it no longer serves.
 
     It is renewed, with the same key, when it expires within `RENEW_BEFORE` or when `hosts` (as
-    `providers.Registry.hosts` gives them) hold one that it does not permit; made anew, with a new
+    `registry.Registry.hosts` gives them) hold one that it does not permit; made anew, with a new
     key, when it is not ours or cannot be read. `now` is aware. Raises AuthorityError.
     """
     names = constraint_names(hosts)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from halton_meter import providers
 from halton_meter.model import (
     Body,
     Connection,
@@ -24,6 +23,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
+from halton_meter.providers.registry import Registry
 from halton_meter.wire.conversation import Conversation, Interest
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import ODD_VALUES, mutated, wrong_types
@@ -37,8 +37,8 @@ def run(seed: int, seconds: float | None = None, cases: int | None = None, only:
 
 
 @cache
-def _registry() -> providers.Registry:
-    return providers.Registry({"llm.example.com": "openai"})
+def _registry() -> Registry:
+    return Registry({"llm.example.com": "openai"})
 
 
 @cache

@@ -227,7 +227,7 @@ def test_crash_looping(proxied: Proxied) -> None:
 
 
 def test_an_expired_ca_is_never_shown_to_a_client(proxied: Proxied) -> None:
-    from halton_meter.providers import Registry
+    from halton_meter.providers.registry import Registry
 
     folder = proxied.home / "proxy-ca"
     then = datetime.datetime.now(datetime.UTC) - 2 * authority.LIFETIME

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.explain.reader import events_of
 from halton_meter.model import (
     Basis,
@@ -31,6 +30,7 @@ from halton_meter.model import (
     Source,
 )
 from pricing.book import PriceBook
+from tests.support.exchanges import REGISTRY
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus" / "exchanges"
 pytestmark = pytest.mark.skipif(not CORPUS.exists(), reason="no recorded exchanges here")
@@ -98,7 +98,7 @@ def events(path):
         ended_ns=at_ns,
         outcome=Outcome.COMPLETE,
     )
-    return list(providers.read(exchange))
+    return list(REGISTRY.read(exchange))
 
 
 def files():

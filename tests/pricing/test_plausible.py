@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halton_meter import providers
 from halton_meter.contract import event_json
 from halton_meter.explain.reader import NotExplained, events_of
 from halton_meter.live.totals import Totals
@@ -20,7 +19,7 @@ from halton_meter.report import DIMENSIONS, Figures, Question, ask
 from halton_meter.store import Store
 from pricing.plausible import REQUEST_USD_MAX, TOKENS_MAX, UNITS_MAX, UNITS_MAX_BY_NAME
 from tests.pricing.test_damaged_bodies import CASES
-from tests.support.exchanges import exchange
+from tests.support.exchanges import REGISTRY, exchange
 from tests.support.priced_bodies import CHECKED_NS, bundled_book, chat, usage
 
 # Any body at all, with numbers that no server would write honestly in place of some of its own.
@@ -201,7 +200,7 @@ def test_the_lines_of_a_batch_are_judged_one_by_one() -> None:
     text = "".join(json.dumps(line(n, prompt)) + "\n" for n, prompt in enumerate(prompts))
     url = "https://api.openai.com/v1/files/file-1/content"
     this = exchange(url, {}, text.encode(), method="GET")
-    flagged = [bundled_book().price(event).implausible for event in providers.read(this)]
+    flagged = [bundled_book().price(event).implausible for event in REGISTRY.read(this)]
     assert flagged == [False] * 500 + [True]
 
 

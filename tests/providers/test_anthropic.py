@@ -5,9 +5,8 @@ from decimal import Decimal
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Certainty, Outcome
-from tests.support.exchanges import exchange, read_one, sse
+from tests.support.exchanges import REGISTRY, exchange, read_one, sse
 
 URL = "https://api.anthropic.com/v1/messages"
 ASK = {"model": "claude-sonnet-5", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
@@ -219,7 +218,7 @@ def test_web_tools_make_code_execution_free() -> None:
 def test_batch_is_pending_when_made_and_each_result_is_an_event() -> None:
     made = read_one(exchange(URL + "/batches", {}, {"id": "msgbatch_0123456789abcdef"}))
     assert (made.kind, made.free) == ("batch", "pending")
-    assert providers.read(exchange(URL + "/batches/msgbatch_1", method="GET", response={})) == []
+    assert REGISTRY.read(exchange(URL + "/batches/msgbatch_1", method="GET", response={})) == []
     line = {
         "custom_id": "a",
         "result": {

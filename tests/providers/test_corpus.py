@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import UsageEvent
+from halton_meter.providers.registry import Registry
 from tests.support.exchanges import (
     CORPUS,
     Direction,
@@ -26,7 +26,7 @@ if not CORPUS.is_dir():
 CASES = [json.loads(path.read_text()) for path in sorted(CORPUS.glob("*.json"))]
 
 # Hosts of the recordings that only a user's configuration makes a provider's.
-REGISTRY = providers.Registry(
+REGISTRY = Registry(
     {
         "localhost:3000": "gateway",
         "localhost:8787": "gateway",

@@ -9,10 +9,9 @@ import zlib
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Basis, Certainty, Outcome, Protocol
 from pricing.book import PriceBook
-from tests.support.exchanges import exchange, sse
+from tests.support.exchanges import REGISTRY, exchange, sse
 
 SAID = "hello wor"
 TIMES = 20
@@ -141,7 +140,7 @@ def book():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_stream_cut_off_is_estimated_and_flagged(name, book):
-    (event,) = providers.read(CASES[name])
+    (event,) = REGISTRY.read(CASES[name])
     priced = book.price(event)
     assert (event.certainty, priced.basis) == (Certainty.ESTIMATED, Basis.ESTIMATED)
     assert {"aborted", "estimated"} <= set(event.flags)
@@ -178,7 +177,7 @@ RUNNING = [
     ids=["Gemini", "Perplexity"],
 )
 def test_running_counts_and_costs_of_a_stream_cut_off_are_not_taken_for_final_ones(this, book):
-    (event,) = providers.read(this)
+    (event,) = REGISTRY.read(this)
     priced = book.price(event)
     assert {"usage_not_final", "estimated"} <= set(event.flags)
     assert (event.certainty, priced.basis) == (Certainty.ESTIMATED, Basis.ESTIMATED)
@@ -189,6 +188,6 @@ def test_running_counts_and_costs_of_a_stream_cut_off_are_not_taken_for_final_on
 def test_the_last_chunk_with_its_reason_makes_the_counts_final(book):
     chunks = gemini_chunks(counted=True)
     chunks[-1]["candidates"][0]["finishReason"] = "STOP"
-    (event,) = providers.read(cut(GEMINI + "streamGenerateContent?alt=sse", CONTENTS, sse(*chunks)))
+    (event,) = REGISTRY.read(cut(GEMINI + "streamGenerateContent?alt=sse", CONTENTS, sse(*chunks)))
     assert event.certainty is Certainty.REPORTED
     assert book.price(event).basis is Basis.COMPUTED

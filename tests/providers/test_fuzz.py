@@ -7,17 +7,17 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halton_meter import providers
 from halton_meter.model import TOKEN_NAMES, Outcome, Protocol
-from halton_meter.providers import _all, compatible
+from halton_meter.providers import compatible
 from halton_meter.providers.reading.values import AMOUNT_MAX, COUNT_MAX, as_amount, verbatim
-from tests.support.exchanges import exchange, sse
+from halton_meter.providers.registry import built_in
+from tests.support.exchanges import REGISTRY, exchange, sse
 
 # Every distinct reader once: rows that share one differ in nothing but the host.
 SHARED = {name for name, _, _ in compatible._ROWS} - {"perplexity", "avian", "zai"}
 ROUTES = [
     (provider, route, provider.hosts[0].replace("*", "x"))
-    for provider in _all()
+    for provider in built_in()
     if provider.id not in SHARED
     for route in provider.routes
 ]
@@ -155,11 +155,11 @@ def test_every_truncation_and_every_hole_gives_exactly_one_event() -> None:
     for url, body in good_bodies():
         for cut in range(len(body)):
             this = exchange(url, {}, body[:cut], outcome=Outcome.ABORTED, complete=False)
-            assert len(providers.read(this)) == 1, (url, cut)
+            assert len(REGISTRY.read(this)) == 1, (url, cut)
         for start in range(0, len(body), 3):
             pieces = (body[:start], body[start + 9 :])
             this = exchange(url, {}, pieces=pieces, outcome=Outcome.GAPPED, complete=False)
-            assert len(providers.read(this)) == 1, (url, start)
+            assert len(REGISTRY.read(this)) == 1, (url, start)
 
 
 def test_flipped_bytes_never_raise() -> None:
@@ -169,7 +169,7 @@ def test_flipped_bytes_never_raise() -> None:
             mutated = bytearray(body)
             for _ in range(dice.randint(1, 6)):
                 mutated[dice.randrange(len(mutated))] = dice.randrange(256)
-            assert len(providers.read(exchange(url, bytes(mutated), bytes(mutated)))) == 1
+            assert len(REGISTRY.read(exchange(url, bytes(mutated), bytes(mutated)))) == 1
 
 
 def test_amounts_that_are_no_amounts_are_none() -> None:

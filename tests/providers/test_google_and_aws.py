@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Exchange, Outcome, Protocol
 from pricing.book import PriceBook
-from tests.support.exchanges import exchange, read_one, sse
+from tests.support.exchanges import REGISTRY, exchange, read_one, sse
 
 WEBSOCKET = Protocol.WEBSOCKET
 GEMINI = "https://generativelanguage.googleapis.com/v1beta/models/gemini-2.5-pro"
@@ -102,7 +101,7 @@ def test_cache_is_an_event_when_made_and_none_when_read() -> None:
     made = read_one(exchange(url, {"model": "models/gemini-2.5-flash"}, answer))
     assert made.tokens.cache_write == 9602
     assert made.model == "gemini-2.5-flash"
-    assert providers.read(exchange(url + "/abc", None, answer, method="GET")) == []
+    assert REGISTRY.read(exchange(url + "/abc", None, answer, method="GET")) == []
 
 
 def test_batch_of_gemini_is_counted_when_its_answers_are_seen() -> None:
@@ -237,7 +236,7 @@ def test_cache_made_on_vertex_is_written_once() -> None:
     }
     made = read_one(exchange(url, {"model": model}, answer))
     assert (made.kind, made.model, made.tokens.cache_write) == ("cache", "gemini-2.5-flash", 4321)
-    assert providers.read(exchange(f"{url}/2", None, answer, method="GET")) == []
+    assert REGISTRY.read(exchange(f"{url}/2", None, answer, method="GET")) == []
 
 
 # --- the Live API ---
@@ -290,7 +289,7 @@ def test_live_searches_are_counted() -> None:
 
 
 def test_live_usage_stated_twice_is_two_events() -> None:
-    events = providers.read(live([SETUP], [spoken(60, 5), spoken(60, 5)]))
+    events = REGISTRY.read(live([SETUP], [spoken(60, 5), spoken(60, 5)]))
     assert [event.tokens.output for event in events] == [5, 5]
     assert len({event.id for event in events}) == 2
 
@@ -299,11 +298,11 @@ def test_live_turn_without_usage_is_estimated_and_silence_is_nothing() -> None:
     talk = {"serverContent": {"modelTurn": {"parts": [{"text": "eight chars and more"}]}}}
     event = read_one(live([SETUP], [talk], outcome=Outcome.ABORTED))
     assert {"usage_not_sent", "estimated", "aborted"} <= set(event.flags)
-    assert providers.read(live([SETUP], [{"setupComplete": {}}], outcome=Outcome.ABORTED)) == []
+    assert REGISTRY.read(live([SETUP], [{"setupComplete": {}}], outcome=Outcome.ABORTED)) == []
 
 
 def test_live_session_is_wanted_and_its_turns_end_with_usage() -> None:
-    wanted, ends = providers.interest_for(live([], []).request)
+    wanted, ends = REGISTRY.interest_for(live([], []).request)
     assert wanted
     assert ends is not None
     assert ends(json.dumps(spoken(60, 5)).encode())

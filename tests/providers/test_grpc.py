@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halton_meter import providers
 from halton_meter.model import Body, Exchange, Outcome, Protocol, Request, Response
 from halton_meter.providers.grpc import fields, messages
-from tests.support.exchanges import exchange, read_one
+from tests.support.exchanges import REGISTRY, exchange, read_one
 
 XAI = "https://api.x.ai/xai_api.Chat/"
 GRPC = [("content-type", "application/grpc")]
@@ -111,7 +110,7 @@ def test_grpc_status_is_the_error() -> None:
 
 def test_deferred_completion_is_counted_once_it_is_there() -> None:
     url = XAI + "GetDeferredCompletion"
-    assert providers.read(call(url, {1: "x"}, {2: 2})) == []
+    assert REGISTRY.read(call(url, {1: "x"}, {2: 2})) == []
     event = read_one(call(url, {1: "x"}, {2: 1, 1: {1: ID, 6: "grok-4", 9: USAGE}}))
     assert event.tokens.output == 229
 
@@ -178,9 +177,9 @@ def test_an_answer_without_its_heads_is_recognised_by_its_fields(
 
 def test_an_answer_without_its_heads_and_without_usage_is_nobodys() -> None:
     this = call(XAI + "GetCompletion", {2: "grok-4"}, {1: ID, 6: "grok-4", 9: {1: 3}})
-    assert providers.read(headless(this)) == []
+    assert REGISTRY.read(headless(this)) == []
     count = call(GEMINI + "GenerativeService/CountTokens", {1: "models/g"}, {1: 17})
-    assert providers.read(headless(count)) == []
+    assert REGISTRY.read(headless(count)) == []
 
 
 @settings(max_examples=150, deadline=None)
@@ -188,6 +187,6 @@ def test_an_answer_without_its_heads_and_without_usage_is_nobodys() -> None:
 def test_no_bytes_raise(data: bytes) -> None:
     fields(data)
     messages(Body((b"\x01\x00\x00\x00" + bytes([len(data)]) + data,)), "gzip")
-    providers.read(headless(exchange(XAI + "GetCompletion", data, data, headers=GRPC)))
+    REGISTRY.read(headless(exchange(XAI + "GetCompletion", data, data, headers=GRPC)))
     for method in ("GetCompletion", "GetCompletionChunk"):
-        assert len(providers.read(exchange(XAI + method, data, data, headers=GRPC))) == 1
+        assert len(REGISTRY.read(exchange(XAI + method, data, data, headers=GRPC))) == 1

@@ -5,9 +5,8 @@ from decimal import Decimal
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Certainty, Outcome, Protocol
-from tests.support.exchanges import exchange, read_one, sse
+from tests.support.exchanges import REGISTRY, exchange, read_one, sse
 
 CHAT = "https://api.openai.com/v1/chat/completions"
 RESPONSES = "https://api.openai.com/v1/responses"
@@ -95,9 +94,9 @@ def test_background_response_is_pending_then_counted_once_when_read_back() -> No
     assert read_back.id != made.id
     assert read_back.id == read_one(exchange(url, None, done, method="GET")).id
     running = response(status="in_progress", background=True, usage=None)
-    assert providers.read(exchange(url, None, running, method="GET")) == []
+    assert REGISTRY.read(exchange(url, None, running, method="GET")) == []
     stored = response(background=False, usage=USAGE)
-    assert providers.read(exchange(url, None, stored, method="GET")) == []
+    assert REGISTRY.read(exchange(url, None, stored, method="GET")) == []
 
 
 @pytest.mark.parametrize("last", ["response.completed", "response.incomplete", "response.failed"])
@@ -189,7 +188,7 @@ def test_websocket_turn_gives_an_event_for_every_response_that_ended() -> None:
     body = "\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
     url = "https://chatgpt.com/backend-api/codex/responses"
     this = exchange(url, sent, body, method="GET", status=101, protocol=Protocol.WEBSOCKET)
-    events = providers.read(this)
+    events = REGISTRY.read(this)
     assert [event.response_id for event in events] == [f"{RESP}1", f"{RESP}2"]
     assert all(event.conditions["plan"] == "chatgpt" for event in events)
     assert events[0].request_model == "gpt-5-codex"
@@ -197,7 +196,7 @@ def test_websocket_turn_gives_an_event_for_every_response_that_ended() -> None:
 
 
 def test_websocket_turn_ends_at_terminal_events_only() -> None:
-    wanted, ends = providers.interest_for(
+    wanted, ends = REGISTRY.interest_for(
         exchange("https://api.openai.com/v1/responses", method="GET").request
     )
     assert wanted
@@ -239,7 +238,7 @@ def test_realtime_counts_responses_and_transcriptions() -> None:
     body = json.dumps(done) + "\n" + json.dumps(heard)
     url = "wss://api.openai.com/v1/realtime?model=gpt-realtime"
     this = exchange(url, None, body, method="GET", status=101, protocol=Protocol.WEBSOCKET)
-    spoken, transcribed = providers.read(this)
+    spoken, transcribed = REGISTRY.read(this)
     assert (spoken.tokens.input, spoken.tokens.cache_read, spoken.tokens.output) == (136, 64, 100)
     assert spoken.tokens.audio_input == 150
     assert spoken.parts[0].details["cached_audio_input"] == 50
@@ -275,7 +274,7 @@ def test_realtime_of_others_states_its_usage_and_models_elsewhere() -> None:
         ("wss://me.services.ai.azure.com/voice-live/realtime", "azure_ai_foundry"),
     ):
         this = exchange(url, None, body, method="GET", status=101, protocol=Protocol.WEBSOCKET)
-        transcribed, answered = providers.read(this)
+        transcribed, answered = REGISTRY.read(this)
         assert answered.provider == provider
         assert (answered.model, answered.response_id) == ("gpt-realtime", RESP)
         assert (answered.tokens.input, answered.tokens.output) == (30, 40)
@@ -318,7 +317,7 @@ def test_batch_output_gives_an_event_a_line_and_other_files_none() -> None:
     event = read_one(exchange(url, None, body, method="GET"))
     assert event.conditions["batch"] == "true"
     assert event.tokens.output == 4
-    assert providers.read(exchange(url, None, '{"a": 1}\n{"b": 2}', method="GET")) == []
+    assert REGISTRY.read(exchange(url, None, '{"a": 1}\n{"b": 2}', method="GET")) == []
     assert (
         read_one(exchange("https://api.openai.com/v1/batches", {}, {"id": "batch_1"})).free
         == "pending"
@@ -331,7 +330,7 @@ def test_run_of_an_assistant_is_counted_when_first_seen_done() -> None:
     made = read_one(exchange(url, {}, {**run, "status": "queued", "usage": None}))
     assert made.free == "pending"
     poll = f"{url}/{run['id']}"
-    assert providers.read(exchange(poll, None, {**run, "usage": None}, method="GET")) == []
+    assert REGISTRY.read(exchange(poll, None, {**run, "usage": None}, method="GET")) == []
     usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
     done = read_one(exchange(poll, None, {**run, "usage": usage}, method="GET"))
     assert done.tokens.input == 9

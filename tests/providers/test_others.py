@@ -3,9 +3,9 @@
 import json
 from decimal import Decimal
 
-from halton_meter import providers
 from halton_meter.model import Outcome
-from tests.support.exchanges import exchange, read_one, sse
+from halton_meter.providers.registry import Registry
+from tests.support.exchanges import REGISTRY, exchange, read_one, sse
 
 
 def test_old_stream_of_cohere_is_lines_with_the_bill_in_the_last() -> None:
@@ -43,7 +43,7 @@ def test_ollama_streams_lines_and_counts_in_the_last() -> None:
         {"model": "llama3", "done": True, "prompt_eval_count": 26, "eval_count": 298},
     ]
     body = "\n".join(json.dumps(line) for line in lines)
-    registry = providers.Registry({"localhost:11434": "ollama"})
+    registry = Registry({"localhost:11434": "ollama"})
     url = "http://localhost:11434/api/chat"
     (event,) = registry.read(exchange(url, {"model": "llama3"}, body))
     assert (event.tokens.input, event.tokens.output) == (26, 298)
@@ -56,7 +56,7 @@ def test_prediction_of_replicate_is_counted_when_it_is_done() -> None:
     made = read_one(exchange(url, {"input": {}}, started, status=201))
     assert made.free == "pending"
     poll = "https://api.replicate.com/v1/predictions/" + "p" * 26
-    assert providers.read(exchange(poll, None, started, method="GET")) == []
+    assert REGISTRY.read(exchange(poll, None, started, method="GET")) == []
     metrics = {"predict_time": 1.25, "input_token_count": 7, "output_token_count": 8}
     done = {**started, "status": "succeeded", "metrics": metrics}
     event = read_one(exchange(poll, None, done, method="GET"))
@@ -87,7 +87,7 @@ def test_video_of_xai_is_charged_when_it_is_fetched() -> None:
     url = "https://api.x.ai/v1/videos/"
     made = read_one(exchange(url + "generations", {"model": "v"}, {"request_id": "r" * 20}))
     assert made.free == "pending"
-    assert providers.read(exchange(url + "r" * 20, None, {"status": "pending"}, method="GET")) == []
+    assert REGISTRY.read(exchange(url + "r" * 20, None, {"status": "pending"}, method="GET")) == []
     done = {"model": "v", "video": {"duration": 8}, "usage": {"cost_in_usd_ticks": 4_000_000_000}}
     event = read_one(exchange(url + "r" * 20, None, done, method="GET"))
     assert event.reported_usd == Decimal("0.4")
@@ -117,7 +117,7 @@ def test_batch_job_of_mistral_carries_its_answers_inline() -> None:
     url = "https://api.mistral.ai/v1/batch/jobs/0b1c2d3e"
     job = {"id": "0b1c2d3e", "object": "batch", "model": "mistral-small-latest"}
     running = exchange(url, None, {**job, "outputs": None, "status": "RUNNING"}, method="GET")
-    assert providers.read(running) == []
+    assert REGISTRY.read(running) == []
     usage = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
     outputs = [
         {
@@ -130,7 +130,7 @@ def test_batch_job_of_mistral_carries_its_answers_inline() -> None:
         for number in range(2)
     ]
     done = exchange(url, None, {**job, "outputs": outputs, "status": "SUCCESS"}, method="GET")
-    events = providers.read(done)
+    events = REGISTRY.read(done)
     assert [each.tokens.input for each in events] == [20, 20]
     assert {each.conditions["batch"] for each in events} == {"true"}
     assert {each.model for each in events} == {"mistral-small-2506"}
@@ -195,7 +195,7 @@ def test_connectors_of_mistral_bring_tokens_in_beside_the_prompt() -> None:
         assert (event.tokens.output, event.flags) == (55, ())
         assert event.units == {"web_search_requests": 2, "image_generation_calls": 1}
     seen = exchange("https://api.mistral.ai/v1/conversations/conv_1/history", method="GET")
-    assert providers.read(seen) == []
+    assert REGISTRY.read(seen) == []
 
 
 def test_queued_completion_of_perplexity_is_counted_when_it_is_read_back() -> None:
@@ -205,7 +205,7 @@ def test_queued_completion_of_perplexity_is_counted_when_it_is_read_back() -> No
     made = read_one(exchange(url, asked, queued))
     assert (made.free, made.request_model) == ("pending", "sonar-deep-research")
     stored = f"{url}/{queued['id']}"
-    assert providers.read(exchange(stored, None, queued, method="GET")) == []
+    assert REGISTRY.read(exchange(stored, None, queued, method="GET")) == []
     usage = {"prompt_tokens": 9, "completion_tokens": 90, "cost": {"total_cost": 0.41}}
     done = {**queued, "status": "COMPLETED", "response": {"id": "other", "usage": usage}}
     first, again = (read_one(exchange(stored, None, done, method="GET")) for _ in range(2))
@@ -238,7 +238,7 @@ def test_deferred_completion_of_xai_is_pending_until_it_is_fetched() -> None:
     made = read_one(exchange(url + "completions", asked, {"request_id": "d" * 36}))
     assert (made.free, made.request_model) == ("pending", "grok-4")
     stored = url + "deferred-completion/" + "d" * 36
-    assert providers.read(exchange(stored, None, b"", method="GET", status=202)) == []
+    assert REGISTRY.read(exchange(stored, None, b"", method="GET", status=202)) == []
     usage = {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
     answer = {"id": "e" * 36, "model": "grok-4", "choices": [], "usage": usage}
     event = read_one(exchange(stored, None, answer, method="GET"))
@@ -295,7 +295,7 @@ def test_video_of_openrouter_is_charged_when_it_is_done() -> None:
     url = "https://openrouter.ai/api/v1/videos"
     job = {"id": "job-abcdefghijkl", "status": "pending"}
     assert read_one(exchange(url, {"model": "google/veo"}, job, status=202)).free == "pending"
-    assert providers.read(exchange(f"{url}/{job['id']}", None, job, method="GET")) == []
+    assert REGISTRY.read(exchange(f"{url}/{job['id']}", None, job, method="GET")) == []
     done = {**job, "status": "completed", "usage": {"cost": 0.5, "is_byok": False}}
     event = read_one(exchange(f"{url}/{job['id']}", None, done, method="GET"))
     assert (event.reported_usd, event.response_id) == (Decimal("0.5"), "job-abcdefghijkl")

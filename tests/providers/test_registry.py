@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from halton_meter import providers
 from halton_meter.model import Outcome, Request, UsageEvent
-from tests.support.exchanges import exchange, sse
+from halton_meter.providers.registry import Registry, UnknownFamily
+from tests.support.exchanges import REGISTRY, exchange, sse
 
 CHAT_ANSWER = {
     "id": "chatcmpl-AbCdEfGhIjKlMnOpQrSt",
@@ -35,8 +35,8 @@ CHAT_ANSWER = {
 )
 def test_host_or_route_of_no_provider_gives_nothing(url: str) -> None:
     this = exchange(url, {}, CHAT_ANSWER)
-    assert providers.read(this) == []
-    assert providers.interest_for(this.request) == (False, None)
+    assert REGISTRY.read(this) == []
+    assert REGISTRY.interest_for(this.request) == (False, None)
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_host_or_route_of_no_provider_gives_nothing(url: str) -> None:
     ],
 )
 def test_route_is_found(url: str, provider: str, endpoint: str) -> None:
-    match = providers.match_exchange(exchange(url, {}))
+    match = REGISTRY.match_exchange(exchange(url, {}))
     assert match is not None
     assert (match.provider.id, match.route.endpoint) == (provider, endpoint)
 
 
 def test_path_with_odd_characters_is_matched_whole() -> None:
-    assert providers.find("api.openai.com", "POST", "/v1/chat/completions\nX") is None
-    assert providers.find("API.OPENAI.COM", "POST", "/v1/chat/completions") is not None
-    assert providers.find("api.openai.com", "DELETE", "/v1/chat/completions") is None
+    assert REGISTRY.find("api.openai.com", "POST", "/v1/chat/completions\nX") is None
+    assert REGISTRY.find("API.OPENAI.COM", "POST", "/v1/chat/completions") is not None
+    assert REGISTRY.find("api.openai.com", "DELETE", "/v1/chat/completions") is None
 
 
 def test_configured_host_is_read_as_the_family_it_names() -> None:
-    registry = providers.Registry({"localhost:8080": "openai:our-vllm", "llm.corp": "gateway"})
+    registry = Registry({"localhost:8080": "openai:our-vllm", "llm.corp": "gateway"})
     (event,) = registry.read(
         exchange("http://localhost:8080/proxy/v1/chat/completions", {}, CHAT_ANSWER)
     )
@@ -87,15 +87,15 @@ def test_configured_host_is_read_as_the_family_it_names() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1:11434", "litellm:4000", "[::1]:8080", "10.0.0.7"])
 def test_addresses_are_metered_where_they_turn_up_but_not_watched_for(host: str) -> None:
-    registry = providers.Registry({host: "openai:local"})
+    registry = Registry({host: "openai:local"})
     (event,) = registry.read(exchange(f"http://{host}/v1/chat/completions", {}, CHAT_ANSWER))
     assert (event.provider, event.host) == ("local", host)
-    assert set(registry.hosts()) == set(providers.provider_hosts())
+    assert set(registry.hosts()) == set(REGISTRY.hosts())
 
 
 def test_configured_host_of_an_unknown_family_is_named_in_the_error() -> None:
-    registry = providers.Registry({"llm.corp": "nobody"})
-    with pytest.raises(providers.UnknownFamily, match=r"llm\.corp.*nobody"):
+    registry = Registry({"llm.corp": "nobody"})
+    with pytest.raises(UnknownFamily, match=r"llm\.corp.*nobody"):
         registry.hosts()
 
 
@@ -105,51 +105,52 @@ def test_lost_head_is_recognised_by_the_answers_shape() -> None:
     last = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 9}}
     whole = exchange("https://api.anthropic.com/v1/messages", None, sse(start, last))
     lost = replace(whole, request=Request())
-    (event,) = providers.read(lost)
+    (event,) = REGISTRY.read(lost)
     assert event.tokens.output == 9
     assert "head_unknown" in event.flags
-    assert event.id == providers.read(whole)[0].id
+    assert event.id == REGISTRY.read(whole)[0].id
     elsewhere = replace(lost, connection=replace(lost.connection, peer="example.com"))
-    assert providers.read(elsewhere) == []
+    assert REGISTRY.read(elsewhere) == []
     mute = replace(
         lost, response=replace(lost.response, body=replace(lost.response.body, pieces=()))
     )
-    assert providers.read(mute) == []
+    assert REGISTRY.read(mute) == []
 
 
 def test_hosts_to_watch_leave_out_hosts_that_carry_much_else() -> None:
-    hosts = providers.provider_hosts()
+    hosts = REGISTRY.hosts()
     assert "api.anthropic.com" in hosts
     assert "*.openai.azure.com" in hosts
     assert not any("snowflake" in host or host == "*.amazonaws.com" for host in hosts)
-    assert providers.find("me.snowflakecomputing.com", "POST", "/api/v2/cortex/v1/chat/completions")
+    assert REGISTRY.find("me.snowflakecomputing.com", "POST", "/api/v2/cortex/v1/chat/completions")
 
 
 def test_exchange_without_an_id_is_identified_by_its_bytes_and_time() -> None:
     url = "https://api.openai.com/v1/embeddings"
     answer = {"object": "list", "model": "m", "usage": {"prompt_tokens": 2, "total_tokens": 2}}
     one, two = exchange(url, {"input": "a"}, answer), exchange(url, {"input": "b"}, answer)
-    ids = [providers.read(each)[0].id for each in (one, one, two, replace(one, started_ns=5))]
+    ids = [REGISTRY.read(each)[0].id for each in (one, one, two, replace(one, started_ns=5))]
     assert ids[0] == ids[1]
     assert len(set(ids)) == 3
     named = exchange(
         url, {"input": "a"}, answer, headers=[("x-request-id", "req_0123456789abcdef")]
     )
     later = replace(named, started_ns=5)
-    assert providers.read(named)[0].id == providers.read(later)[0].id
+    assert REGISTRY.read(named)[0].id == REGISTRY.read(later)[0].id
 
 
 def test_short_ids_that_repeat_do_not_merge_exchanges() -> None:
     url = "https://ollama.com/v1/chat/completions"
     answer = {**CHAT_ANSWER, "id": "chatcmpl-547"}
     one, two = exchange(url, {"a": 1}, answer), exchange(url, {"a": 2}, answer)
-    assert providers.read(one)[0].id != providers.read(two)[0].id
+    assert REGISTRY.read(one)[0].id != REGISTRY.read(two)[0].id
 
 
 def test_importing_the_package_loads_no_reader() -> None:
     code = (
-        "import sys; import halton_meter.providers as p;"
+        "import sys; import halton_meter.providers.registry;"
         "heavy = [m for m in sys.modules if m.startswith('halton_meter.providers.')"
+        " and not m.endswith(('.registry', '.reading', '.shapes'))"
         " or m in ('orjson', 'halton_meter.wire.formats')];"
         "print(heavy)"
     )
@@ -167,8 +168,8 @@ def test_importing_the_package_loads_no_reader() -> None:
     ],
 )
 def test_region_opened_later_is_known_by_the_form_of_its_name(host: str, provider: str) -> None:
-    assert {each.id for each in providers.default_registry().of_host(host)} == {provider}
-    assert host not in providers.provider_hosts()
+    assert {each.id for each in REGISTRY.of_host(host)} == {provider}
+    assert host not in REGISTRY.hosts()
 
 
 @pytest.mark.parametrize(
@@ -176,12 +177,12 @@ def test_region_opened_later_is_known_by_the_form_of_its_name(host: str, provide
     ["aiplatform.googleapis.com.evil.test", "x.y-aiplatform.googleapis.com", "amazonaws.com"],
 )
 def test_name_that_only_resembles_a_region_is_no_provider(host: str) -> None:
-    assert providers.default_registry().of_host(host) == ()
+    assert REGISTRY.of_host(host) == ()
 
 
 def test_slash_too_many_in_the_base_url_is_the_same_route() -> None:
     url = "https://me.openai.azure.com//openai/deployments/mine/chat/completions"
-    (event,) = providers.read(exchange(url, {}, CHAT_ANSWER))
+    (event,) = REGISTRY.read(exchange(url, {}, CHAT_ANSWER))
     assert (event.endpoint, event.request_model) == ("chat_completions", "mine")
 
 
@@ -200,7 +201,7 @@ def test_slash_too_many_in_the_base_url_is_the_same_route() -> None:
     ],
 )
 def test_gateway_passes_every_makers_api_on(path: str, provider: str) -> None:
-    registry = providers.Registry({"localhost:4000": "gateway"})
+    registry = Registry({"localhost:4000": "gateway"})
     match = registry.find("localhost:4000", "POST", path)
     assert match is not None
     assert match.provider.id == provider
@@ -214,7 +215,7 @@ def headless(host: str, body: bytes) -> list[UsageEvent]:
     this = exchange(f"https://{host}/", None, None, pieces=(body,), complete=False)
     request = replace(this.request, method=None, path=None, host=host)
     response = replace(this.response, status=None)
-    return providers.read(replace(this, request=request, response=response))
+    return REGISTRY.read(replace(this, request=request, response=response))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +328,6 @@ def test_id_of_something_inside_an_answer_is_not_the_answers() -> None:
 )
 def test_usage_behind_a_hole_counts(url: str, start: bytes, end: bytes, wanted: int) -> None:
     this = exchange(url, {}, None, pieces=(start, end), complete=False, outcome=Outcome.GAPPED)
-    (event,) = providers.read(this)
+    (event,) = REGISTRY.read(this)
     assert event.tokens.input == wanted
     assert "gapped" in event.flags

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from halton_meter import providers
 from halton_meter.model import (
     Body,
     Connection,
@@ -24,10 +23,13 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
+from halton_meter.providers.registry import Registry
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.headers import kept_headers, split_target
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus" / "exchanges"
+# The built-in providers alone.
+REGISTRY = Registry()
 START_NS = 1_750_000_000_000_000_000
 
 
@@ -94,7 +96,7 @@ def exchange(
 
 
 def read_one(this: Exchange) -> Any:
-    (event,) = providers.read(this)
+    (event,) = REGISTRY.read(this)
     return event
 
 

@@ -36,7 +36,7 @@ def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
 
     def read() -> Any:
         from halton_meter import config
-        from halton_meter.providers import Registry, UnknownFamily
+        from halton_meter.providers.registry import Registry, UnknownFamily
 
         found = config.load(home)
         try:
@@ -200,7 +200,7 @@ def service_plan(
 
 def _hosts_of(config: Config) -> tuple[str, ...]:
     from halton_meter.config import SYSTEM_CONFIG
-    from halton_meter.providers import Registry, UnknownFamily
+    from halton_meter.providers.registry import Registry, UnknownFamily
 
     try:
         return tuple(host for host in Registry(config.extra_hosts).hosts() if is_host(host))

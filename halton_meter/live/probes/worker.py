@@ -80,7 +80,7 @@ PRICE_ERROR_MAX = 900
 class Job:
     """What one metering process does. `service` is False for a single `run`.
 
-    `extra_hosts` are the user's own, as `providers.Registry` takes them. `died_at_ns` and `cause`
+    `extra_hosts` are the user's own, as `registry.Registry` takes them. `died_at_ns` and `cause`
     tell of the previous process's death, when this one replaces it; with `continued` the kernel
     went on copying meanwhile, and all of it is here to be read. `lost_before` is what those before
     it have lost, `owed` what of that is in no store yet, `gaps` those that no disk took.
@@ -613,12 +613,10 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
     from halton_meter.attribution import Attribution
     from halton_meter.memory import keep_freed_memory
     from halton_meter.meter import Meter
-    from halton_meter.providers import Registry
-    from halton_meter.providers.reading.estimate import count_with
+    from halton_meter.providers.registry import Registry
     from halton_meter.tokenizer import Tokenizer
     from pricing.book import PriceBook
 
-    count_with(Tokenizer())
     keep_freed_memory()
     trouble = None
     try:
@@ -629,7 +627,7 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
             trouble += f"; see: ls -l {home}"
         print(f"halton-meter: {trouble}", file=sys.stderr)
         book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts)), trouble
+    return Meter(book.price, Attribution(), Registry(extra_hosts, Tokenizer())), trouble
 
 
 def _is_only_one(home: Path) -> bool:
@@ -686,7 +684,7 @@ def start(job: Job, link: socket.socket) -> int:
     """Attach to the helper behind `link` and meter."""
     from capture.environment import UprobeUnavailable
     from capture.uprobes import Scope, UprobeSource
-    from halton_meter.providers import Registry
+    from halton_meter.providers.registry import Registry
     from halton_meter.store import Store
 
     home = Path(job.home)

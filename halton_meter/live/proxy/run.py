@@ -51,7 +51,7 @@ class ProxyUnavailable(Exception):
 def configured(home: Path) -> tuple[Job, int]:
     """The service's job and its port, as config.toml has them. Raises ConfigError."""
     from halton_meter import config
-    from halton_meter.providers import UnknownFamily
+    from halton_meter.providers.registry import UnknownFamily
 
     chosen, proxy = config.load(home), config.load_proxy(home)
     try:

@@ -65,7 +65,7 @@ FLUSHER_POLL_S = 0.5
 class Job:
     """What a worker does. `service` is False for a single `run`.
 
-    `extra_hosts` are the user's own, as `providers.Registry` takes them; `upstream` is the proxy
+    `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
     that leads out of this network; `secret` is what the edge says to be let in.
     """
 
@@ -78,7 +78,7 @@ class Job:
 
 def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
     """The hosts that are metered: known providers' and the user's own."""
-    from halton_meter.providers import Registry
+    from halton_meter.providers.registry import Registry
 
     return tuple(Registry(dict(extra_hosts)).hosts())
 
@@ -122,7 +122,7 @@ def program_of(process: Process | None) -> str | None:
 
 def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> MeterAddon:
     """The addon, wired to the pipeline. `told` takes what it has to tell the edge."""
-    from halton_meter.providers import Registry
+    from halton_meter.providers.registry import Registry
     from halton_meter.wire.conversation import Interest
     from halton_meter.wire.recording import Recorder
     from proxy_fallback.mitm.addon import MeterAddon, Wiring

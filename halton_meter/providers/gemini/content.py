@@ -15,12 +15,12 @@ from typing import Any
 
 from halton_meter.model import Exchange, Outcome, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_batch_created, read_count
 from halton_meter.providers.gemini.usage import metadata_tokens
 from halton_meter.providers.openai.text import route
 from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents, form
-from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
+from halton_meter.providers.reading.counts import read_batch_created, read_count
+from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.values import (
@@ -317,7 +317,7 @@ def read_batch(exchange: Exchange, route: Route, provider: Provider) -> Iterator
         inlined = inlined.get("inlinedResponses")
     model = as_name(answer.get("model")) or as_name(as_dict(answer.get("metadata")).get("model"))
     for number, item in enumerate(dicts(inlined)):
-        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        draft = blank(exchange, route, provider)
         yield from _batch_line(draft, item, model, (name, str(number)))
 
 
@@ -327,7 +327,7 @@ def read_batch_file(exchange: Exchange, route: Route, provider: Provider) -> Ite
         return
     for number, line in enumerate(formats.ndjson(exchange.response.body)):
         identity = (exchange.request.path or "", str(number))
-        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        draft = blank(exchange, route, provider)
         yield from _batch_line(draft, as_dict(line), None, identity)
 
 

@@ -14,7 +14,7 @@ from halton_meter.model import Body, Exchange, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.gemini.content import fill_generated, grounding, states_usage
 from halton_meter.providers.openai.text import route
-from halton_meter.providers.reading.draft import Draft
+from halton_meter.providers.reading.draft import Draft, blank
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.values import Json, as_dict, as_name
 from halton_meter.wire import formats
@@ -61,7 +61,7 @@ def read_live(exchange: Exchange, route: Route, provider: Provider) -> Iterator[
 
 
 def _live_draft(turn: Exchange, route: Route, provider: Provider, setup: Json) -> Draft:
-    draft = Draft(turn, provider.id, route.endpoint, route.kind, setup)
+    draft = blank(turn, route, provider, setup)
     model = as_name(setup.get("model"))
     draft.request_model = model.rpartition("/")[2] if model is not None else None
     draft.streaming = True

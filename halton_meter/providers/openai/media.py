@@ -16,12 +16,12 @@ from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_batch_created
 from halton_meter.providers.openai.responses import fill_response
 from halton_meter.providers.openai.text import route
 from halton_meter.providers.openai.usage import OPENAI, Dialect, Finish, nothing, usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
-from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
+from halton_meter.providers.reading.counts import read_batch_created
+from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -343,7 +343,7 @@ def read_realtime(exchange: Exchange, route: Route, provider: Provider) -> Itera
             asked = asked or as_name(session.get("model"))
             heard_by = _transcription_model(session) or heard_by
             continue
-        draft = Draft(exchange, provider.id, route.endpoint, route.kind)
+        draft = blank(exchange, route, provider)
         draft.request_model = asked
         draft.streaming = True
         if name == "response.done":

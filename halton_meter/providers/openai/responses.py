@@ -13,7 +13,7 @@ from halton_meter.model import Body, Exchange, Protocol, Usage, UsageEvent
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.openai.usage import OPENAI, Dialect, usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
-from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
+from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.values import (
@@ -258,7 +258,7 @@ def _websocket_responses(
 
 
 def _turn(exchange: Exchange, route: Route, provider: Provider, request: Json) -> Draft:
-    draft = Draft(exchange, provider.id, route.endpoint, route.kind, request)
+    draft = blank(exchange, route, provider, request)
     draft.request_model = as_name(request.get("model"))
     draft.streaming = True
     return draft

@@ -16,7 +16,6 @@ from typing import Any
 
 from halton_meter.model import Body, Exchange, Outcome, Usage, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.anthropic import read_count
 from halton_meter.providers.openai.responses import (
     read_responses,
     read_stored_response,
@@ -24,6 +23,7 @@ from halton_meter.providers.openai.responses import (
 )
 from halton_meter.providers.openai.usage import OPENAI, Dialect, usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
+from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under

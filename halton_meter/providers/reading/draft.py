@@ -80,7 +80,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 from halton_meter.model import (
     Certainty,
@@ -91,6 +90,7 @@ from halton_meter.model import (
     event_id,
     header,
 )
+from halton_meter.providers import Counter, Provider, Route
 from halton_meter.providers.reading.bodies import form, request_fields
 from halton_meter.providers.reading.errors import (
     error_class_of,
@@ -100,9 +100,6 @@ from halton_meter.providers.reading.errors import (
 )
 from halton_meter.providers.reading.estimate import prompt_tokens, tokens_of
 from halton_meter.providers.reading.values import Json, as_id, as_name
-
-if TYPE_CHECKING:
-    from halton_meter.providers import Provider, Route
 
 # Ids shorter than this are not unique (Ollama counts to 999): the body is mixed into the identity.
 RESPONSE_ID_CHARS_MIN = 16
@@ -150,6 +147,7 @@ class Draft:
     raw_usage: str | None = None
     error_class: str | None = None
     error_code: str | None = None
+    counter: Counter | None = None
 
     def condition(self, name: str, value: object) -> None:
         """State a condition where the value is a name; nothing otherwise."""
@@ -173,8 +171,8 @@ class Draft:
         self.flags.add("usage_not_sent")
         details: dict[str, int] = {}
         model = self.model or self.request_model
-        if output := tokens_of(answered, model):
-            guess = prompt_tokens(self.request, model)
+        if output := tokens_of(answered, model, self.counter):
+            guess = prompt_tokens(self.request, model, self.counter)
             if guess is not None:
                 details["estimated_input"] = guess
             details["estimated_output"] = output
@@ -311,6 +309,15 @@ def _content(exchange: Exchange) -> str:
     return digest.hexdigest()
 
 
+def blank(
+    exchange: Exchange, route: Route, provider: Provider, request: Json | None = None
+) -> Draft:
+    """A draft with what the route says; `request` is the request's JSON object."""
+    draft = Draft(exchange, provider.id, route.endpoint, route.kind, request or {})
+    draft.counter = provider.counter
+    return draft
+
+
 def begin(
     exchange: Exchange, route: Route, provider: Provider, wanted: tuple[str, ...] = ()
 ) -> Draft:
@@ -318,11 +325,13 @@ def begin(
 
     `wanted` names the form fields to read of a multipart request besides the model.
     """
-    request = request_fields(exchange, wanted)
-    draft = Draft(exchange, provider.id, route.endpoint, route.kind, request)
-    draft.request_model = as_name(request.get("model"))
+    draft = blank(exchange, route, provider, request_fields(exchange, wanted))
+    draft.request_model = as_name(draft.request.get("model"))
     written = form(exchange.response.headers, exchange.response.body)
-    draft.streaming = request.get("stream") in (True, "true") or written in ("sse", "eventstream")
+    draft.streaming = draft.request.get("stream") in (True, "true") or written in (
+        "sse",
+        "eventstream",
+    )
     if exchange.request.method is None:
         draft.flags.add("head_unknown")
     return draft

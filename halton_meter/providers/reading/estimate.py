@@ -1,9 +1,9 @@
 """How many tokens a text is, where the provider did not say: an estimate, and flagged as one.
 
 A stream that was cut off, or that was not asked for its usage, states none. What was seen of its
-text is then counted: four characters to a token, or by the tokenizer that the program's start put
-in (`count_with`; see `halton_meter/tokenizer.py`). No text is kept: it is counted and let go. This
-file refuses to know whether an estimate is due; `Draft.usage_not_sent` decides and flags it.
+text is then counted: four characters to a token, or by the tokenizer that the registry was given
+(`halton_meter/tokenizer.py`). No text is kept. This file refuses to know whether an estimate is
+due; `Draft.usage_not_sent` decides and flags it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from halton_meter.model import Body
+from halton_meter.providers import Counter
 
 CHARS_PER_TOKEN = 4
 # Beyond so much text the tokenizer is not asked; the rest is counted by its characters.
@@ -22,28 +23,18 @@ TOKENIZED_CHARS_MAX = 4 << 20
 # Nesting looked into when a request's text is measured.
 DEPTH_MAX = 32
 
-# Tokens of a text for a model; None where it cannot tell.
-Counter = Callable[[str, str | None], int | None]
-
-_counter: Counter | None = None
 _NOT_TEXT = frozenset(
     {"data", "url", "file_data", "image_url", "b64_json", "signature", "encrypted_content"}
 )
 _PROMPT_KEYS = ("messages", "input", "prompt", "system", "tools", "instructions", "contents")
 
 
-def count_with(counter: Counter | None) -> None:
-    """Count by this tokenizer from now on (None: by characters). For the program's start only."""
-    global _counter  # noqa: PLW0603 - readers have no argument to carry it; set once, at start
-    _counter = counter
-
-
-def tokens_of(texts: Iterable[str], model: str | None) -> int:
+def tokens_of(texts: Iterable[str], model: str | None, counter: Counter | None = None) -> int:
     """Tokens that these consecutive texts may be for `model`."""
-    if _counter is None:
+    if counter is None:
         return _by_length(sum(map(len, texts)))
     text = "".join(texts)
-    counted = _counter(text[:TOKENIZED_CHARS_MAX], model)
+    counted = counter(text[:TOKENIZED_CHARS_MAX], model)
     if counted is None:
         return _by_length(len(text))
     return counted + _by_length(max(0, len(text) - TOKENIZED_CHARS_MAX))
@@ -106,7 +97,9 @@ def _unescaped(raw: bytes) -> str:
     return text
 
 
-def prompt_tokens(request: Mapping[str, Any], model: str | None) -> int | None:
+def prompt_tokens(
+    request: Mapping[str, Any], model: str | None, counter: Counter | None = None
+) -> int | None:
     """Tokens that the request's text may be; None when there is none."""
     texts = (text for key in _PROMPT_KEYS for text in texts_in(request.get(key)))
-    return tokens_of(texts, model) or None
+    return tokens_of(texts, model, counter) or None

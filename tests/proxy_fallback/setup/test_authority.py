@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from halton_meter.providers import provider_hosts
+from halton_meter.providers.registry import Registry
 from proxy_fallback.setup import authority
 from proxy_fallback.setup.authority import (
     AuthorityError,
@@ -182,8 +182,9 @@ def test_an_address_is_never_permitted(folder: Path, tmp_path: Path) -> None:
 
 
 def test_every_built_in_provider_host_is_permitted(tmp_path: Path) -> None:
-    made = ensure_authority(tmp_path, provider_hosts(), NOW)
-    assert all(made.permits(host) for host in provider_hosts())
+    hosts = Registry().hosts()
+    made = ensure_authority(tmp_path, hosts, NOW)
+    assert all(made.permits(host) for host in hosts)
     assert not any(made.permits(host) for host in ("amazonaws.com", "googleapis.com", "x.ai", ""))
 
 
