@@ -31,6 +31,7 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "http_status": usage.http_status,
         "error_class": usage.error_class,
         "outcome": usage.outcome.value,
+        "gap": usage.gap,
         "source": usage.source.value,
         "pid": process.pid if process else None,
         "process": process.exe if process else None,

@@ -29,6 +29,7 @@ from halton_meter.model import (
 )
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.wire.conversation import Conversation, Interest
+from halton_meter.wire.gaps import JOINED, REJOINED
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -122,10 +123,10 @@ class Meter:
         if _is_own_proxy(item.connection.process):
             return []
         evicted = self._make_room(item.at_ns)
-        connection = item.connection
+        connection, joined = item.connection, JOINED
         if self._evicted.pop(key, _UNKNOWN) is None:
-            connection = replace(connection, joined=True)
-        conversation = Conversation(connection, self._interest)
+            connection, joined = replace(connection, joined=True), REJOINED
+        conversation = Conversation(connection, self._interest, joined)
         self._conversations[key] = conversation
         self._latest = key
         return evicted + self._events(conversation.receive(item))

@@ -212,7 +212,8 @@ class Exchange:
 
     A WebSocket turn's request body is the client's messages since the last turn, its response
     body the server's, both joined by newlines (NDJSON); the request head is the upgrade's.
-    `first_byte_ns` is the arrival of the response's first byte, None when none came.
+    `first_byte_ns` is the arrival of the response's first byte, None when none came. `gap` says why
+    the exchange is gapped (`wire/gaps.py`), and only then.
     """
 
     id: str
@@ -224,6 +225,7 @@ class Exchange:
     first_byte_ns: int | None
     ended_ns: int
     outcome: Outcome
+    gap: str | None = None
     # A digest of all that was said, once it is made: each of many events may ask for it.
     digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
@@ -297,6 +299,8 @@ class UsageEvent:
     `free` names why nothing is charged ("error", "count", "moderation", "refusal", "pending",
     "not_billed"), None when the usage is billed. `reported_usd` is the provider's own statement.
     `raw_usage` is the provider's usage object, verbatim JSON, without any content.
+    `gap` says why `outcome` is GAPPED ("412 response bytes lost at 10,240"); None for all other
+    outcomes, and for events of versions that did not record it.
     `id_from_content` says that the provider gave no id and that `id` is made of what was said, so
     that an equal call at about the same time has the same; `meter.py` tells those apart.
     """
@@ -329,6 +333,7 @@ class UsageEvent:
     raw_usage: str | None = None
     provider_error_code: str | None = None
     id_from_content: bool = False
+    gap: str | None = None
 
     @property
     def tokens(self) -> Tokens:

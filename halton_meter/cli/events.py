@@ -22,6 +22,7 @@ from halton_meter.store import NothingStored, Store
 
 # What the table shows when nobody says how many; --json shows all.
 TABLE_ROWS = 50
+GAP_CHARACTERS_MAX = 100
 
 
 @click.command(
@@ -92,5 +93,10 @@ def _row(event: PricedEvent) -> tuple[str, ...]:
         count_text(tokens.cache_read),
         count_text(tokens.output),
         "unpriced" if event.list_usd is None else money_text(event.list_usd, 6),
-        ", ".join(shown(note) for note in notes if note),
+        ", ".join([*(shown(note) for note in notes if note), *_gap(usage.gap)]),
     )
+
+
+def _gap(gap: str | None) -> list[str]:
+    """Why the event is incomplete, behind all else that is noted."""
+    return [] if gap is None else [f"incomplete: {shown(gap, GAP_CHARACTERS_MAX)}"]

@@ -162,6 +162,8 @@ def _told(document: dict[str, Any]) -> Iterator[str]:
         plan = document["conditions"].get("plan")
         paid = f", for the plan {plan!r} pays" if plan else ""
         yield f"  added to the bill: ${document['marginal_usd'] or '0'}{paid}"
+    if document["gap"] is not None:
+        yield f"  incomplete: {document['gap']}"
     if noted := [flag for flag in document["flags"] if not _is_unpriced(flag)]:
         yield f"  flags: {', '.join(noted)}"
 

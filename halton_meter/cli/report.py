@@ -310,7 +310,8 @@ def _coverage(answer: Report) -> str:
         if count
     ]
     if damaged:
-        lines.append(f"{' and '.join(damaged)}: figures may be too low.")
+        why = " Why: halton-meter events --flag gapped" if coverage.gapped else ""
+        lines.append(f"{' and '.join(damaged)}: figures may be too low.{why}")
     if coverage.pending:
         lines.append(f"{_requests(coverage.pending)} not answered yet: usage is still to come.")
     if coverage.waiting:

@@ -161,7 +161,7 @@ CREATE TABLE requests (id TEXT NOT NULL, project_id INTEGER REFERENCES projects(
     latency_ms INTEGER, tokens_complete INTEGER NOT NULL, requested_at TEXT NOT NULL,
     status TEXT NOT NULL, error_class TEXT, http_status INTEGER, provider_error_code TEXT,
     host TEXT, endpoint TEXT NOT NULL, process TEXT, user_name TEXT, git_branch TEXT,
-    source TEXT NOT NULL);
+    source TEXT NOT NULL, gap TEXT);
 CREATE TABLE losses (cause TEXT NOT NULL, count INTEGER NOT NULL, at TEXT NOT NULL);
 """
 # Made after the rows: ids are random, and a key kept in order while they come is six times slower.
@@ -221,5 +221,6 @@ _SQLITE_REQUESTS = {
     "user_name": "user_name",
     "git_branch": "git_branch",
     "source": "source",
+    "gap": "gap",
 }
 _NOT_EXPORTED = frozenset({"at_ns", "sighting_rank", "usage_document"})

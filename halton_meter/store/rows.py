@@ -53,6 +53,7 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         "error_class": usage.error_class,
         "provider_error_code": usage.provider_error_code,
         "outcome": usage.outcome.value,
+        "gap": usage.gap,
         "source": usage.source.value,
         "project": usage.project,
         "git_branch": usage.git_branch,
@@ -210,6 +211,7 @@ def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
         flags=tuple(document["flags"]),
         raw_usage=document["raw_usage"],
         provider_error_code=row["provider_error_code"],
+        gap=row["gap"],
     )
 
 

@@ -41,6 +41,7 @@ USAGE_COLUMNS: dict[str, str] = {
     "error_class": TEXT,
     "provider_error_code": TEXT,
     "outcome": TEXT,
+    "gap": TEXT,
     "source": TEXT,
     "pid": "BIGINT",
     "process": TEXT,
@@ -77,7 +78,7 @@ _NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_doc
 
 
 # Columns that migrations add to the tables of the first versions.
-_ADDED = {"implausible", "implausible_requests"}
+_ADDED = {"implausible", "implausible_requests", "gap"}
 
 
 def _defined(columns: Mapping[str, str]) -> str:
@@ -194,6 +195,15 @@ MIGRATIONS: tuple[str, ...] = (
         WHERE {_SPOILS_SUMS});
     UPDATE event SET implausible = true, basis = 'unpriced', {_UNKNOWN},
         price_document = {_NO_PRICE}, revision = revision + 1 WHERE {_SPOILS_SUMS};
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    """,
+    # Why events are gapped; of earlier versions' it is not known.
+    """
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN gap VARCHAR;
     CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
         * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, list_usd_rest, marginal_usd_rest,
             reported_usd_rest)

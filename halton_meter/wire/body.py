@@ -164,6 +164,7 @@ class BodyCollector:
         "_whole_bytes_max",
         "failed_decoding",
         "grew_too_much",
+        "received_bytes",
     )
 
     def __init__(
@@ -191,6 +192,7 @@ class BodyCollector:
         self._piece_spans: list[Spans] = []
         self._takes_chunks = of_events and self._chain is None
         self._kept_bytes = 0
+        self.received_bytes = 0  # chunk lines within spans included
         self._dropped_bytes = 0
         self._lost_bytes: int | None = 0
         self._whole_bytes_max = whole_bytes_max
@@ -218,6 +220,7 @@ class BodyCollector:
 
     def add(self, data: bytes) -> None:
         """Take the next bytes of the body, still content-coded."""
+        self.received_bytes += len(data)
         if self._chain is None:
             self._keep(data)
             return
@@ -252,8 +255,17 @@ class BodyCollector:
         parts.append(run)
         self._run_bytes += size
         self._kept_bytes += size
+        self.received_bytes += size
         if len(parts) > PARTS_MAX or self._kept_bytes > self._whole_bytes_max:
             self._bound()
+
+    @property
+    def offset(self) -> int:
+        """Where in the body, as it was sent, the next byte stands; asked for at the first hole."""
+        run = b"".join(self._run)
+        open_span = () if self._span_start is None else (self._span_start, self._run_bytes)
+        framed = len(run) - len(_unframed(run, (*self._spans, *open_span)))
+        return self.received_bytes - framed
 
     def lose(self, count: int | None) -> None:
         """Note that the capture lost `count` bytes here (None: number unknown)."""
@@ -382,7 +394,9 @@ class BodyCollector:
                 self._pieces[number] = _unframed(self._pieces[number], spans)
                 self._piece_spans[number] = ()
         self._run_bytes = sum(map(len, self._run))
-        self._kept_bytes = self._run_bytes + sum(map(len, self._pieces))
+        kept_bytes = self._run_bytes + sum(map(len, self._pieces))
+        self.received_bytes -= self._kept_bytes - kept_bytes
+        self._kept_bytes = kept_bytes
 
     def _end_piece(self) -> None:
         self._end_span()

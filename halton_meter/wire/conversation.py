@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClosed, header
-from halton_meter.wire.http1 import Http1, finds_http1, may_be_http1
+from halton_meter.wire.gaps import BEGINNING_LOST, JOINED, over_limit
+from halton_meter.wire.http1 import EARLY_BYTES_MAX, Http1, finds_http1, may_be_http1
 from halton_meter.wire.http2 import Http2
 from halton_meter.wire.http2_framing import PREFACE, finds_frames, plausible_frame
 from halton_meter.wire.transaction import NOT_WANTED, SENT, Ask, Context, Interest
@@ -33,15 +34,15 @@ class Conversation:
     """The plaintext of one connection, as it comes; gives exchanges as they finish.
 
     `ask` is called once with each request's head and says whether its exchange is wanted;
-    nothing of the others is kept.
+    nothing of the others is kept. `joined` is why, where the connection was joined.
     """
 
-    def __init__(self, connection: Connection, ask: Ask) -> None:
+    def __init__(self, connection: Connection, ask: Ask, joined: str = JOINED) -> None:
         self.connection = connection
         self._context = Context(connection, ask)
         self._expected_sent = self._expected_received = -1 if connection.joined else 0
         self._engine: Http1 | Http2 | WebSocket | None = None
-        self._midway = connection.joined
+        self._midway = joined if connection.joined else None
         self._undecided: list[tuple[Direction, bytes, int]] = []
         self._undecided_bytes = 0
         self._look_at_bytes = 0
@@ -175,7 +176,7 @@ class Conversation:
             return []
         done: list[Exchange] = []
         if engine is None:
-            self._midway = True
+            self._midway = self._midway or BEGINNING_LOST
             if not self._undecided:
                 return done
             # what was seen before the hole is no start that we know: let it go
@@ -204,7 +205,8 @@ class Conversation:
         sent, lost, received = engine.tunnelled()
         done = websocket.feed(Direction.SENT, sent, at_ns)
         if lost:
-            websocket.hole(Direction.SENT, lost)
+            limit = over_limit("WebSocket bytes before the upgrade's answer", EARLY_BYTES_MAX)
+            websocket.hole(Direction.SENT, lost, limit)
         return done + websocket.feed(Direction.RECEIVED, received, at_ns)
 
     # --- which protocol ---
@@ -245,7 +247,7 @@ class Conversation:
     def _decide(self, engine: Http1 | Http2) -> list[Exchange]:
         self._engine = engine
         if self._midway:
-            engine.join()
+            engine.join(self._midway)
         undecided, self._undecided = self._undecided, []
         done: list[Exchange] = []
         for direction, data, at_ns in undecided:

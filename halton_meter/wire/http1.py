@@ -2,7 +2,7 @@
 
 `http1_framing.py` reads each direction; here is what a message means: a request opens a
 transaction, a response answers the oldest that has none. Behind a hole that may have hidden either,
-what can no longer be known is said so (`gapped`), never guessed. Answers that are delivered before
+what can no longer be known is said so (`gap`), never guessed. Answers that are delivered before
 their request wait for it, within bounds.
 
 Read `transaction.py` for what an exchange's outcome means, `wire/conversation.py` for who feeds
@@ -16,6 +16,16 @@ from collections import deque
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
+from halton_meter.wire.gaps import (
+    MIDWAY,
+    PAIRING_UNSURE,
+    REQUEST_HEAD_LOST,
+    RESPONSE_HEAD_LOST,
+    RESPONSE_LOST,
+    STATUS_LINE_LOST,
+    incomplete,
+    over_limit,
+)
 from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http1_framing import Fields, Reader, Side, body_framing
 from halton_meter.wire.transaction import SENT, Context, Transaction
@@ -85,7 +95,8 @@ class _Sent(Side):
         owner = self._owner
         in_doubt = owner.request_begins()
         transaction = self.now = owner.open(at_ns)
-        transaction.gapped = in_doubt
+        if in_doubt:
+            transaction.gap.note(PAIRING_UNSURE)
         path, query = split_target(match.group(2).decode("latin-1"))
         host = next((value for name, value in fields if name == "host"), None)
         method = match.group(1).decode("latin-1")
@@ -113,13 +124,13 @@ class _Sent(Side):
         if self.now is not None and self.now.request_body is not None:
             self.now.request_body.add(data)
 
-    def lost(self, count: int | None) -> None:
+    def lost(self, count: int | None, most: int | None = None) -> None:
         if self.now is not None:
-            self.now.lose(False, count)
+            self.now.lose(False, count, most)
 
-    def damaged(self) -> None:
+    def damaged(self, part: str, count: int | None) -> None:
         if self.now is not None:
-            self.now.gapped = True
+            self.now.gap.note(incomplete(f"request {part}", count))
 
     def gap(self) -> None:
         self._owner.requests_lost()
@@ -153,9 +164,11 @@ class _Received(Side):
         status = int(match.group(1)) if match is not None else None
         if status is not None and 100 <= status < 200 and status != 101:
             return "interim"
+        joined = self._owner.joined
         transaction = self.now = self._owner.answered(at_ns, match is not None)
         if match is None:
-            transaction.gapped = True
+            lost = STATUS_LINE_LOST if fields else RESPONSE_HEAD_LOST
+            transaction.gap.note(joined or lost)
             if not fields:
                 transaction.open_response(None, (), at_ns)
                 transaction.lose(True, None)
@@ -211,13 +224,13 @@ class _Received(Side):
         assert self.now is not None
         return self.now
 
-    def lost(self, count: int | None) -> None:
+    def lost(self, count: int | None, most: int | None = None) -> None:
         if self.now is not None:
-            self.now.lose(True, count)
+            self.now.lose(True, count, most)
 
-    def damaged(self) -> None:
+    def damaged(self, part: str, count: int | None) -> None:
         if self.now is not None:
-            self.now.gapped = True
+            self.now.gap.note(incomplete(f"response {part}", count))
 
     def gap(self) -> None:
         self._owner.answers_lost()
@@ -246,8 +259,9 @@ class Http1:
         self._early_bytes = 0
         self._early_lost = 0  # bytes of the client's that came behind the held ones, past the limit
         # A request may have been lost, so an answer without one is nobody's; an answer may have
-        # been lost, so the next one need not be the oldest request's.
-        self._requests_lost = self._answers_lost = False
+        # been lost, so the next one need not be the oldest request's. Each is the cause, or None.
+        self._requests_lost: str | None = None
+        self._answers_lost: str | None = None
         self._pipelines = False
         # A lost request whose answer has not been seen: the next answer may be its.
         self._in_doubt = False
@@ -260,9 +274,9 @@ class Http1:
         """Whether a request or its answer is under way, or the beginning of a head is here."""
         return bool(self.pending or self._early_bytes or self._sent.waits or self._received.waits)
 
-    def join(self) -> None:
-        """Begin in the middle: what comes first need be no head."""
-        self._requests_lost = self._answers_lost = True
+    def join(self, cause: str) -> None:
+        """Begin in the middle, of a `MIDWAY` cause: what comes first need be no head."""
+        self._requests_lost = self._answers_lost = cause
         self._sent.state, self._received.state = "resync", "unframed"
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
@@ -336,7 +350,7 @@ class Http1:
             answered.response_done = True
         for transaction in self.pending:
             if self._answers_lost and transaction.first_byte_ns is None:
-                transaction.gapped = True
+                transaction.gap.note(self._answers_lost)
             self._emit(transaction)
         self.pending.clear()
         self._sent_side.now = self._received_side.now = None
@@ -370,8 +384,9 @@ class Http1:
         if wait and self._early_bytes > EARLY_BYTES_MAX and not self._requests_lost:
             self.context.losses["early_over_limit"] += 1
             wait = False
+            self._requests_lost = over_limit("response before its request", EARLY_BYTES_MAX)
         if not wait:
-            self._requests_lost = True
+            self._requests_lost = self._requests_lost or REQUEST_HEAD_LOST
             if self._early[Direction.RECEIVED]:
                 self._sent.head_answered()
         now = self.at_ns
@@ -404,14 +419,14 @@ class Http1:
 
     def may_answer(self) -> bool:
         """A response whose request has not been delivered yet waits for it, within bounds."""
-        return self._requests_lost or any(t.first_byte_ns is None for t in self.pending)
+        return bool(self._requests_lost) or any(t.first_byte_ns is None for t in self.pending)
 
     def request_begins(self) -> bool:
         """A request's head was found: it ends what cannot be framed on the other side.
 
         True when a request before it may have been lost and its answer may still come.
         """
-        self._requests_lost = False
+        self._requests_lost = None
         in_doubt, self._in_doubt = self._in_doubt, False
         answered = self._received_side.now
         if answered is not None and self._received.state == "unframed":
@@ -420,12 +435,17 @@ class Http1:
 
     def requests_lost(self) -> None:
         """A hole on the client's side may have hidden requests."""
-        self._requests_lost = self._in_doubt = True
+        self._requests_lost, self._in_doubt = REQUEST_HEAD_LOST, True
         self._play_early()
 
     def answers_lost(self) -> None:
         """A hole on the server's side may have hidden answers."""
-        self._answers_lost = True
+        self._answers_lost = RESPONSE_LOST
+
+    @property
+    def joined(self) -> str | None:
+        """Why the connection was joined, while no answer has been seen since."""
+        return self._answers_lost if self._answers_lost in MIDWAY else None
 
     def open(self, at_ns: int) -> Transaction:
         """A new transaction, last in line."""
@@ -449,7 +469,8 @@ class Http1:
         if not waiting:
             self._in_doubt = False
             transaction = self.open(at_ns)  # the answer to a request that was never seen
-            transaction.request_done = transaction.gapped = True
+            transaction.request_done = True
+            transaction.gap.note(self._requests_lost or REQUEST_HEAD_LOST)
             return transaction
         if len(waiting) > 1 and not self._answers_lost:
             self._pipelines = True
@@ -457,15 +478,16 @@ class Http1:
             self._guessed = True
             return waiting[0]
         elif self._answers_lost:
-            waiting[-1].gapped |= self._guessed or self._requests_lost
+            if self._guessed or self._requests_lost:
+                waiting[-1].gap.note(PAIRING_UNSURE)
             self._guessed = False
             for transaction in waiting if self._pipelines else waiting[:-1]:
-                transaction.gapped = True
+                transaction.gap.note(PAIRING_UNSURE if self._pipelines else self._answers_lost)
             while len(waiting) > 1 and not self._pipelines:
                 transaction = waiting.pop(0)
                 self.pending.remove(transaction)
                 self._emit(transaction)
-        self._answers_lost = False
+        self._answers_lost = None
         return waiting[0]
 
     def tunnel(self, transaction: Transaction) -> None:

@@ -115,12 +115,12 @@ class Side(ABC):
         raise AssertionError("only a side that is at an event is given its chunks")
 
     @abstractmethod
-    def lost(self, count: int | None) -> None:
-        """A hole in the message's body."""
+    def lost(self, count: int | None, most: int | None = None) -> None:
+        """`count` bytes of the body are lost (None: unknown, `most` at most; framing is broken)."""
 
     @abstractmethod
-    def damaged(self) -> None:
-        """A hole in the head of the message that was just begun."""
+    def damaged(self, part: str, count: int | None) -> None:
+        """`count` bytes (None: unknown) are lost in this part of the message's framing."""
 
     @abstractmethod
     def gap(self) -> None:
@@ -209,14 +209,14 @@ class Reader:
             if self._remaining > 2:
                 self._side.lost(min(count, self._remaining - 2))
             else:
-                self._side.damaged()  # only the line end behind the chunk
+                self._side.damaged("chunk line", count)
             self._remaining -= count
             if not self._remaining:
                 self.state = "chunk_size"
         elif state in ("chunk", "chunk_size", "unframed"):
             if state == "unframed" and held:
                 self._side.body(held)
-            self._side.lost(None)
+            self._side.lost(None, count)
             self._lose_framing("unframed")
         elif state == "eof":
             self._side.lost(count)
@@ -224,7 +224,7 @@ class Reader:
             self._finish()
             self._lose_framing("resync")
         elif state in ("head", "head_rest"):
-            self._hole_in_head(held)
+            self._hole_in_head(held, count)
         elif state == "resync":
             self._lose_framing("resync")
 
@@ -233,11 +233,11 @@ class Reader:
         held, self._buffer = self._buffer, b""
         self._scanned = 0
         if held and self.state == "head":
-            self._hole_in_head(held)
+            self._hole_in_head(held, None)
         else:
             self._buffer = held
 
-    def _hole_in_head(self, held: bytes) -> None:
+    def _hole_in_head(self, held: bytes, count: int | None) -> None:
         """Keep what was read of a head: its first line says what was asked."""
         side = self._side
         if self.state == "head":
@@ -252,7 +252,7 @@ class Reader:
         elif self._in_head:
             side.head_rest(_whole_fields(held, held.find(b"\n") + 1))
         if self._in_head:
-            side.damaged()
+            side.damaged("head", count)
         self._lose_framing("head_rest")
 
     def _lose_framing(self, state: str) -> None:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
+from halton_meter.wire.gaps import MIDWAY, REQUEST_HEAD_LOST, RESPONSE_HEAD_LOST
 from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http2_framing import Reader
 from halton_meter.wire.transaction import SENT, Context, Transaction
@@ -26,7 +27,6 @@ EARLY_EVENTS_MAX = 4096
 EARLY_EVENT_BYTES = 512
 # A server that goes on answering what nobody asked: from then on that is not read at all.
 EARLY_FLOODS_MAX = 4
-UNKNOWN_BYTES = 1 << 62
 _STATUS = re.compile(r"[1-9][0-9]{2}")
 
 
@@ -55,10 +55,10 @@ class Http2:
         """Always: headers refer to those before them, back to the connection's beginning."""
         return True
 
-    def join(self) -> None:
-        """Begin in the middle: frames and header tables before our time are unknown."""
-        self._sent.join()
-        self._received.join()
+    def join(self, cause: str) -> None:
+        """Begin in the middle, of a `MIDWAY` cause: earlier frames and tables are unknown."""
+        self._sent.join(cause)
+        self._received.join(cause)
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
@@ -97,13 +97,13 @@ class Http2:
         """Step over lost bytes of one direction."""
         self._at_ns = at_ns
         (self._sent if direction is SENT else self._received).hole(count)
-        if self._sent.damaged:
+        if self._sent.damage is not None:
             self._play_all_early()
         return self._take()
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
-        if self._received.damaged and not self._sent.damaged:
+        if self._received.damage is not None and self._sent.damage is None:
             self._drop_unasked()
         self._play_all_early()
         self._at_ns = at_ns
@@ -124,10 +124,12 @@ class Http2:
         if websocket is not None:
             self._done += websocket.close(self._at_ns)
         elif transaction is not None:
-            if (self._received.damaged and not transaction.response_done) or (
-                self._sent.damaged and not transaction.request_done
+            for reader, done in (
+                (self._received, transaction.response_done),
+                (self._sent, transaction.request_done),
             ):
-                transaction.gapped = True
+                if reader.damage is not None and not done:
+                    transaction.gap.infer(reader.damage)
             exchange = transaction.finish()
             if exchange is not None:
                 self._done.append(exchange)
@@ -153,7 +155,7 @@ class Http2:
 
     def _waits(self, stream: int, what: _Early) -> bool:
         """Hold an event of the server's side back when its request is still to come."""
-        if stream in self._streams or self._sent.damaged or stream in self._ended:
+        if stream in self._streams or self._sent.damage is not None or stream in self._ended:
             return False
         self._early.setdefault(stream, []).append(what)
         self._early_events += 1
@@ -188,14 +190,14 @@ class Http2:
 
     def _play_early(self, stream: int) -> None:
         now = self._at_ns
-        for what, payload, fields, whole, at_ns in self._early.pop(stream, ()):
+        for what, payload, fields, unread, at_ns in self._early.pop(stream, ()):
             self._at_ns = at_ns
             self._early_events -= 1
             self._early_bytes -= len(payload)
             if what == "data":
                 self.data(False, stream, payload)
             elif what == "head":
-                self.head(False, stream, fields, whole)
+                self.head(False, stream, fields, unread)
             else:
                 self.end(False, stream)
         self._at_ns = now
@@ -206,7 +208,7 @@ class Http2:
         """Body bytes of a stream."""
         transaction = self._streams.get(stream)
         if transaction is None:
-            if not sent and self._waits(stream, ("data", payload, [], True, self._at_ns)):
+            if not sent and self._waits(stream, ("data", payload, [], None, self._at_ns)):
                 return
             transaction = self._transaction(stream)
             if transaction is None:
@@ -223,7 +225,7 @@ class Http2:
                 transaction.request_body.add(payload)
             return
         if transaction.first_byte_ns is None:
-            transaction.gapped = True
+            transaction.gap.note(_lost_with(self._received, RESPONSE_HEAD_LOST))
             transaction.open_response(None, (), self._at_ns)
             transaction.lose(True, None)
         if transaction.response_body is not None:
@@ -231,27 +233,29 @@ class Http2:
         transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
 
     def _headless_request(self, transaction: Transaction) -> None:
-        transaction.gapped = True
+        transaction.gap.note(_lost_with(self._sent, REQUEST_HEAD_LOST))
         transaction.open_request(transaction.request)
         transaction.lose(False, None)
 
-    def head(self, sent: bool, stream: int, fields: list[tuple[str, str]], whole: bool) -> None:
-        """A header block, as far as it could be read: a request's, a response's or trailers."""
-        if not sent and self._waits(stream, ("head", b"", fields, whole, self._at_ns)):
+    def head(
+        self, sent: bool, stream: int, fields: list[tuple[str, str]], unread: str | None
+    ) -> None:
+        """A request's, response's or trailers' header block; `unread` is why not all of it."""
+        if not sent and self._waits(stream, ("head", b"", fields, unread, self._at_ns)):
             return
         transaction = self._transaction(stream)
         if transaction is None:
             return
-        if not whole:
-            transaction.gapped = True
+        if unread is not None:
+            transaction.gap.note(unread)
         pseudo = {name: value for name, value in fields if name.startswith(":")}
         if sent:
             if transaction.interest is None:
-                transaction.open_request(self._request(pseudo, fields), whole)
+                transaction.open_request(self._request(pseudo, fields), unread is None)
                 if stream in self._early:
                     self._play_early(stream)
         elif transaction.first_byte_ns is None:
-            head = (pseudo.get(":status"), kept_headers(fields), whole)
+            head = (pseudo.get(":status"), kept_headers(fields), unread is None)
             self._response_head(transaction, stream, *head)
         else:
             transaction.trailers = kept_headers(fields)
@@ -285,6 +289,8 @@ class Http2:
             status = int(status_text)
         if status is not None and status < 200:
             return
+        if transaction.interest is None:
+            transaction.gap.note(_lost_with(self._sent, REQUEST_HEAD_LOST))
         transaction.open_response(status, headers, self._at_ns, whole)
         upgrade = ("upgrade", "websocket") in transaction.request.headers
         if upgrade and status == 200 and transaction.wanted:
@@ -292,7 +298,7 @@ class Http2:
 
     def end(self, sent: bool, stream: int) -> None:
         """END_STREAM of one side."""
-        if not sent and self._waits(stream, ("end", b"", [], True, self._at_ns)):
+        if not sent and self._waits(stream, ("end", b"", [], None, self._at_ns)):
             return
         transaction = self._streams.get(stream)
         if transaction is None:
@@ -302,7 +308,7 @@ class Http2:
         else:
             transaction.response_done = True
         transaction.ended_ns = max(transaction.ended_ns, self._at_ns)
-        request_over = transaction.request_done or self._sent.damaged
+        request_over = transaction.request_done or self._sent.damage is not None
         if transaction.response_done and request_over:
             self._emit(stream)
 
@@ -312,21 +318,26 @@ class Http2:
             self._streams[stream].ended_ns = self._at_ns
             self._emit(stream)
 
-    def lose(self, sent: bool, stream: int, count: int | None) -> None:
-        """Bytes of one stream's DATA were lost."""
+    def lose(self, sent: bool, stream: int, count: int | None, most: int | None = None) -> None:
+        """`count` bytes of one stream's DATA were lost (None: unknown, `most` at most)."""
         transaction = self._streams.get(stream)
         if stream in self._websockets:
             way = Direction.SENT if sent else Direction.RECEIVED
-            self._websockets[stream].hole(way, UNKNOWN_BYTES if count is None else count)
+            self._websockets[stream].hole(way, count)
         elif transaction is not None:
-            transaction.lose(not sent, count)
+            transaction.lose(not sent, count, most)
 
-    def lose_all(self, sent: bool) -> None:
-        """Framing was lost: any stream that this side has not ended may have lost bytes."""
+    def lose_all(self, sent: bool, most: int | None) -> None:
+        """Framing was lost: any stream that this side has not ended may have lost `most` bytes."""
         for stream, transaction in self._streams.items():
             if not (transaction.request_done if sent else transaction.response_done):
-                self.lose(sent, stream, None)
+                self.lose(sent, stream, None, most)
 
 
-# (what, payload, fields, whether they are whole, when it came)
-_Early = tuple[str, bytes, list[tuple[str, str]], bool, int]
+def _lost_with(reader: Reader, head: str) -> str:
+    """Why a head is not known: lost, unless the connection was joined behind it."""
+    return reader.damage if reader.damage in MIDWAY else head
+
+
+# (what, payload, fields, why not all of them, when it came)
+_Early = tuple[str, bytes, list[tuple[str, str]], str | None, int]

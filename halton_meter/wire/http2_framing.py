@@ -11,6 +11,7 @@ import re
 import struct
 from typing import TYPE_CHECKING
 
+from halton_meter.wire.gaps import frames_lost, headers_not_decodable, over_limit
 from halton_meter.wire.hpack_decoder import HpackDecoder, HpackError
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class Reader:
         "_sizes_stream",
         "_skip",
         "_synced",
-        "damaged",
+        "_table_lost",
+        "damage",
     )
 
     def __init__(self, owner: Http2, sent: bool) -> None:
@@ -118,8 +120,10 @@ class Reader:
         self._sizes: dict[bytes, int] = {}
         self._sizes_stream = 0
         self._losses = owner.context.losses
-        # Frames of this direction were missed: streams may have begun or ended unseen.
-        self.damaged = False
+        # Why frames of this direction were missed: streams may have begun or ended unseen.
+        self.damage: str | None = None
+        # Why entries of HPACK's table may not be known.
+        self._table_lost = ""
         self._hpack = HpackDecoder()
 
     @property
@@ -127,17 +131,21 @@ class Reader:
         """Bytes that wait for those behind them."""
         return len(self._buffer) + (self._block_bytes if self._block is not None else 0)
 
-    def join(self) -> None:
+    def join(self, cause: str) -> None:
         """Begin in the middle."""
         self._synced = False
-        self.damaged = True
-        self._hpack.forget()
+        self.damage = cause
+        self._forget_table(cause)
 
     def _begin(self) -> None:
         """The preface: whatever was thought, this is the connection's beginning."""
         self._synced = True
-        self.damaged = False
+        self.damage = None
         self._hpack = HpackDecoder()
+
+    def _forget_table(self, cause: str) -> None:
+        self._hpack.forget()
+        self._table_lost = cause
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes."""
@@ -218,7 +226,7 @@ class Reader:
         kind, flags, stream = head
         if end - start > FRAME_BYTES_MAX:
             self._losses["garbage"] += 1
-            self._lost_framing()
+            self._lose_framing(over_limit("HTTP/2 frame", FRAME_BYTES_MAX))
             return -1
         if kind == _DATA:
             padding = 0
@@ -260,7 +268,8 @@ class Reader:
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if self._block is not None and kind != _CONTINUATION:
-            self._lose_block()  # RFC 9113 6.10: only CONTINUATION may follow
+            # RFC 9113 6.10: only CONTINUATION may follow
+            self._lose_block(headers_not_decodable("another frame stands between theirs"))
         if kind == _HEADERS:
             self._begin_block(stream, flags, _unpadded(flags, payload))
         elif kind == _PUSH_PROMISE:
@@ -270,7 +279,7 @@ class Reader:
             if self._block is not None:
                 self._more_of_block(flags, payload)
             else:
-                self._hpack.forget()
+                self._forget_table("headers before them lost")
         elif kind == _RST_STREAM:
             self._owner.reset(stream)
 
@@ -286,31 +295,34 @@ class Reader:
         self._block_bytes += len(fragment) + FRAME_HEAD_BYTES  # empty ones cost too
         if self._block_bytes > HEADER_BLOCK_BYTES_MAX:
             self._losses["head_over_limit"] += 1
-            self._lose_block()
+            self._lose_block(over_limit("HTTP/2 headers", HEADER_BLOCK_BYTES_MAX))
         elif flags & _END_HEADERS:
             self._end_block()
 
-    def _lose_block(self) -> None:
+    def _lose_block(self, cause: str) -> None:
         self._block = None
         self._losses["hpack_lost"] += 1
-        self._hpack.forget()
+        self._forget_table("headers before them lost")
         if self._block_stream:
-            self._owner.head(self._sent, self._block_stream, [], False)
+            self._owner.head(self._sent, self._block_stream, [], cause)
 
     def _end_block(self) -> None:
         assert self._block is not None
         block = b"".join(self._block)
         self._block = None
         stream = self._block_stream
+        unread = None
         try:
             fields, whole = self._hpack.decode(block)
+            if not whole:
+                unread = headers_not_decodable(self._table_lost)
         except HpackError:
-            self._hpack.forget()
-            fields, whole = [], False
-        if not whole:
+            self._forget_table("headers before them broken")
+            fields, unread = [], headers_not_decodable("broken")
+        if unread is not None:
             self._losses["hpack_lost"] += 1
         if stream:
-            self._owner.head(self._sent, stream, fields, whole)
+            self._owner.head(self._sent, stream, fields, unread)
             if self._block_flags & _END_STREAM:
                 self._owner.end(self._sent, stream)
 
@@ -325,19 +337,19 @@ class Reader:
             missing -= count
             self._partial_left(stream, flags, missing, min(padding, missing))
         else:
-            self._lost_framing()
+            self._lose_framing(frames_lost("HTTP/2", count), count)
 
-    def _lost_framing(self) -> None:
+    def _lose_framing(self, cause: str, count: int | None = None) -> None:
         self._partial = None
         self._block = None
         self._buffer = b""
         self._skip = 0
         self._synced = False
         self._preface_due = False
-        self.damaged = True
+        self.damage = cause
         self._losses["http2_resync"] += 1
-        self._hpack.forget()
-        self._owner.lose_all(self._sent)
+        self._forget_table(cause)
+        self._owner.lose_all(self._sent, count)
 
     def _find_frame(self, data: bytes) -> int:
         """The first position where a frame begins: another, or the end, follows it."""

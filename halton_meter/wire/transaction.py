@@ -23,13 +23,15 @@ from halton_meter.model import (
     header,
 )
 from halton_meter.wire.body import (
+    DECODED_BYTES_MAX,
     REQUEST_WHOLE_BYTES_MAX,
     RESPONSE_WHOLE_BYTES_MAX,
     SHRUNK_HEAD_BYTES_MAX,
     SHRUNK_TAIL_BYTES_MAX,
     BodyCollector,
 )
-from halton_meter.wire.codings import UNTOLD
+from halton_meter.wire.codings import RATIO_MAX, UNTOLD
+from halton_meter.wire.gaps import REQUEST_HEAD_LOST, BodyHole, Gap, over_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Transaction:
         "asks_tunnel",
         "ended_ns",
         "first_byte_ns",
-        "gapped",
+        "gap",
         "interest",
         "protocol",
         "request",
@@ -128,7 +130,7 @@ class Transaction:
         self.request_done = False
         self.response_done = False
         self.asks_tunnel = False
-        self.gapped = False
+        self.gap = Gap()
         self.started_ns = at_ns
         self.first_byte_ns: int | None = None
         self.ended_ns = at_ns
@@ -146,7 +148,7 @@ class Transaction:
     ) -> None:
         """The response's final head is known, `whole` or in part, or lost (status None)."""
         if self.interest is None:
-            self.gapped = True  # its request was never seen
+            self.gap.infer(REQUEST_HEAD_LOST)
             self.open_request(self.request)
         self.status = status
         self.response_headers = headers
@@ -195,10 +197,13 @@ class Transaction:
                 body.shrink()
                 self._context.losses["bodies_over_budget"] += 1
 
-    def lose(self, response: bool, count: int | None) -> None:
-        """Note a hole in one of its bodies."""
-        self.gapped = True
+    def lose(self, response: bool, count: int | None, most: int | None = None) -> None:
+        """Note that `count` bytes of a body were lost (None: unknown, at `most` that many)."""
         body = self.response_body if response else self.request_body
+        side = "response" if response else "request"
+        offset = body.offset if body is not None and not self.gap else 0
+        seen = body.received_bytes if body is not None else 0
+        self.gap.lose(BodyHole(side, count, most, offset, seen))
         if body is not None:
             body.lose(count)
 
@@ -218,13 +223,14 @@ class Transaction:
             first_byte_ns=self.first_byte_ns,
             ended_ns=self.ended_ns,
             outcome=self._outcome(),
+            gap=self.gap.text,
         )
 
     def _said_all(self) -> bool:
         return self.response_body is not None and self.response_body.ends_with_any(_STREAM_ENDS)
 
     def _outcome(self) -> Outcome:
-        if self.gapped:
+        if self.gap:
             return Outcome.GAPPED
         whole = self.response_done and self.request_done
         return Outcome.COMPLETE if whole else Outcome.ABORTED
@@ -233,7 +239,7 @@ class Transaction:
         request = self.request
         if self.request_body is None:
             return request
-        body = self._body(self.request_body, self.request_done)
+        body = self._body("request", self.request_body, self.request_done)
         return Request(
             request.method, request.host, request.path, request.query, request.headers, body
         )
@@ -241,16 +247,17 @@ class Transaction:
     def _finished_response(self) -> Response:
         body = Body(complete=self.response_done)
         if self.response_body is not None:
-            body = self._body(self.response_body, self.response_done)
+            body = self._body("response", self.response_body, self.response_done)
         return Response(self.status, self.response_headers, body, self.trailers)
 
-    def _body(self, collector: BodyCollector, done: bool) -> Body:
+    def _body(self, side: str, collector: BodyCollector, done: bool) -> Body:
         body = collector.finish(done)
         if collector.failed_decoding:
             self._context.losses["decode_failed"] += 1
         if collector.grew_too_much:
             self._context.losses["decoded_over_limit"] += 1
-            self.gapped = True
+            limit = over_limit(f"decoded {side}", DECODED_BYTES_MAX)
+            self.gap.note(f"{limit}, or {RATIO_MAX} times what was sent")
         if body.dropped_bytes:
             self._context.losses["over_limit_bytes"] += body.dropped_bytes
         return body

@@ -22,6 +22,7 @@ from halton_meter.model import (
     header,
 )
 from halton_meter.wire.codings import RATIO_FROM_BYTES, RATIO_MAX
+from halton_meter.wire.gaps import WEBSOCKET_FRAMES_LOST, Gap, frames_lost, over_limit
 from halton_meter.wire.transaction import Context, Transaction
 
 MESSAGE_BYTES_MAX = 16 << 20
@@ -53,6 +54,15 @@ def _unmask(data: bytes, key: bytes) -> bytes:
     return (int.from_bytes(data, "little") ^ int.from_bytes(stream, "little")).to_bytes(
         size, "little"
     )
+
+
+# What a reader could not read, by the word that counts it.
+_CAUSES = {
+    "garbage": WEBSOCKET_FRAMES_LOST,
+    "message_over_limit": over_limit("WebSocket message", MESSAGE_BYTES_MAX),
+    "decode_failed": "WebSocket message not decodable",
+    "inflate_lost": "WebSocket message refers to lost bytes",
+}
 
 
 class _Reader:
@@ -216,9 +226,11 @@ class _Reader:
         self._skip = 0
         self._synced = False
 
-    def hole(self, count: int) -> None:
+    def hole(self, count: int | None) -> None:
         """Step over lost bytes: within a frame by its length, else to where one seems to begin."""
-        if self._skip >= count:
+        if count is None:
+            self._lose_sync()
+        elif self._skip >= count:
             self._skip -= count
         elif self._synced and self._size >= 2 and self._need - self._size >= count:
             left = self._need - self._size - count
@@ -273,7 +285,9 @@ class WebSocket:
         self._dropped_bytes = 0
         self._turns_unasked = 0
         self._first_ns: int | None = None
-        self._gapped = upgrade.gapped
+        self._gap = Gap()
+        if upgrade.gap.text is not None:
+            self._gap.note(upgrade.gap.text)
 
     @property
     def is_open(self) -> bool:
@@ -288,7 +302,7 @@ class WebSocket:
         messages = reader.feed(data)
         for cause in reader.bad:
             self._context.losses[cause] += 1
-            self._gapped = True
+            self._gap.note(_CAUSES[cause])
         reader.bad.clear()
         done: list[Exchange] = []
         for message in messages:
@@ -304,7 +318,7 @@ class WebSocket:
         if self._turn_ends is None or not self._turn_ends(message):
             return []
         self._turns_unasked += 1
-        known = not self._client_doubt and not self._upgrade.gapped
+        known = not self._client_doubt and not self._upgrade.gap
         if known and self._turns_unasked > TURNS_UNASKED_MAX:
             self._context.losses["turns_over_limit"] += 1
             return []
@@ -322,9 +336,9 @@ class WebSocket:
             self._bound_turn(SHRUNK_TURN_BYTES_MAX)
             self._context.losses["bodies_over_budget"] += 1
 
-    def hole(self, direction: Direction, count: int) -> None:
-        """Bytes of one direction were lost."""
-        self._gapped = True
+    def hole(self, direction: Direction, count: int | None, cause: str | None = None) -> None:
+        """`count` bytes of one direction were lost, None where not even their number is known."""
+        self._gap.note(cause or frames_lost("WebSocket", count))
         if direction is Direction.SENT:
             self._client_doubt = CLIENT_MESSAGES_MAX
         self._readers[direction].hole(count)
@@ -391,19 +405,20 @@ class WebSocket:
                 self._headers,
                 Body(
                     (response,),
-                    outcome is Outcome.COMPLETE and not self._gapped,
+                    outcome is Outcome.COMPLETE and not self._gap,
                     self._dropped_bytes,
-                    None if self._gapped else 0,
+                    None if self._gap else 0,
                 ),
             ),
             started_ns=started_ns,
             first_byte_ns=self._first_ns,
             ended_ns=at_ns,
-            outcome=Outcome.GAPPED if self._gapped else outcome,
+            outcome=Outcome.GAPPED if self._gap else outcome,
+            gap=self._gap.text,
         )
         self._server, self._server_bytes, self._dropped_bytes = [], 0, 0
         self._first_ns = self._client_since_ns = None
-        self._gapped = False
+        self._gap = Gap()
         return exchange
 
 

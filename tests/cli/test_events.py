@@ -46,18 +46,32 @@ def test_json_gives_the_contracts_object_on_every_line(home: Path) -> None:
     assert found[1]["list_usd"] is None
 
 
+GAP = "up to 412 response bytes lost at 10,240, and 12 more gaps"
+
+
 def test_the_table_shows_what_went_wrong_and_hostile_names_harmlessly(home: Path) -> None:
     keep(
         home,
-        made("a", outcome=Outcome.GAPPED, model="evil\x1b[2Jmodel"),
+        made("a", outcome=Outcome.GAPPED, gap=GAP, flags=("gapped",), model="evil\x1b[2Jmodel"),
         made("b", None, error_class="rate_limit", at_ns=NOON_NS + 1),
     )
     result = CliRunner().invoke(main, ["events"])
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
-    assert "gapped" in result.stdout
+    assert f"gapped, incomplete: {GAP}\n" in result.stdout
     assert "unpriced" in result.stdout
     assert "rate_limit" in result.stdout
+
+
+def test_why_a_request_is_incomplete_is_shown_everywhere(home: Path) -> None:
+    keep(home, made("a", outcome=Outcome.GAPPED, gap=GAP, flags=("gapped",)), made("b"))
+    shown = CliRunner().invoke(main, ["events", "--json"]).stdout.splitlines()
+    assert [json.loads(line)["gap"] for line in shown] == [GAP, None]
+    assert GAP in CliRunner().invoke(main, ["pricing", "explain", "--text", "a"]).stdout
+    command = CliRunner().invoke(main, ["report"]).stdout.partition(" Why: halton-meter ")[2]
+    named = CliRunner().invoke(main, command.splitlines()[0].split()).stdout
+    assert GAP in named
+    assert len(named.splitlines()) == 2
 
 
 def test_options_choose_events(home: Path) -> None:

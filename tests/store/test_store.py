@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal, localcontext
@@ -34,6 +35,7 @@ from halton_meter.store import (
 )
 from halton_meter.store.driver import driver
 from halton_meter.store.journal import LINE_BYTES_MAX
+from halton_meter.store.rows import dumps, sum_values, usage_values
 from tests.support.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 from tests.support.older_store import make_old
 
@@ -267,9 +269,34 @@ def test_an_older_database_is_migrated_and_keeps_its_events(tmp_path: Path, vers
             assert found == [(n + 1,) for n in range(len(schema.MIGRATIONS))]
             assert list(reader.events()) == [made()]
             assert reader.rows("SELECT id, list_usd FROM events") == [("e1", Decimal("0.25"))]
-        store.append([made(outcome=Outcome.GAPPED), made("e2")])
+        lost = made("e2", outcome=Outcome.GAPPED, gap="request head lost")
+        store.append([made(outcome=Outcome.GAPPED), lost])
         assert store.flush() == Flushed(stored=1, repeated=1)
-        assert stored(store) == [made(), made("e2")]
+        assert stored(store) == [made(), lost]
+
+
+@pytest.mark.parametrize("form", [b"", b'"form":2,'])
+def test_a_journal_line_from_before_gaps_were_told_is_stored(store: Store, form: bytes) -> None:
+    gapped = made(outcome=Outcome.GAPPED)
+    values = dumps({**usage_values(gapped.usage), **sum_values(gapped)})[1:]
+    rest = form + values.replace(b'"gap":null,', b"")
+    assert len(rest) < len(form + values)
+    store.journal_path.mkdir(parents=True)
+    line = b'{"crc":%d,%s\n' % (zlib.crc32(rest), rest)
+    (store.journal_path / "00000000000000000001-1-a.jsonl").write_bytes(line)
+    assert store.flush() == Flushed(stored=1)
+    assert stored(store) == [gapped]
+
+
+def test_the_better_sighting_brings_its_own_gap(store: Store) -> None:
+    """Of two that know as much the one with a process stays; and whole beats gapped."""
+    first = made(outcome=Outcome.GAPPED, gap="request head lost", process=None)
+    better = made(outcome=Outcome.GAPPED, gap="412 response bytes lost at 10,240")
+    for sighting, stays in ((first, first), (better, better), (first, better), (made(), made())):
+        store.append([sighting])
+        store.flush()
+        assert stored(store) == [stays]
+        assert len(list((store.home / "journal").iterdir())) == 0
 
 
 def test_absurd_rows_of_an_older_database_leave_its_sums(tmp_path: Path) -> None:

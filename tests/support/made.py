@@ -124,6 +124,7 @@ USAGES = st.builds(
     flags=st.lists(WORD, max_size=2).map(tuple),
     raw_usage=MAYBE_TEXT,
     provider_error_code=MAYBE_TEXT,
+    gap=MAYBE_TEXT,
 )
 LINE_ITEMS = st.builds(
     LineItem,

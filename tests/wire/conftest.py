@@ -166,6 +166,7 @@ def check_hole(
             if body.complete:
                 assert body.lost_bytes == 0
                 assert len(body.pieces) <= 1
+        assert (exchange.gap is not None) == (exchange.outcome is Outcome.GAPPED)
         if exchange.outcome is Outcome.COMPLETE:
             assert any(alike(exchange, true) for true in before.exchanges), exchange
     assert len(after.exchanges) <= 2 * len(before.exchanges) + 2

@@ -235,6 +235,7 @@ class Draft:
             duration_ms=_milliseconds(exchange.started_ns, exchange.ended_ns),
             process=exchange.connection.process,
             id_from_content=identity[0] == _FROM_CONTENT,
+            gap=exchange.gap,
             conditions=self.conditions,
             free=self.free,
             reported_usd=self.reported_usd,

@@ -301,6 +301,8 @@ def _hole() -> Scenario:
         "0.00735",
         outcome="gapped",
         streaming=True,
+        # Six chunks with their lines: 129 + 127 + 128 + 125 + 126 + 125 bytes.
+        gap="up to 760 response bytes lost at 6,950",
     )
     talk = Talk(HOST, steps, damage=damage.drop(range(60, 66)))
     return Scenario("anthropic_stream_hole", [talk], [expected])
@@ -351,6 +353,7 @@ def _joined_h2() -> Scenario:
         "claude-haiku-4-5-20251001",
         {"input": 11, "cache_read": 0, "cache_write_5m": 0, "cache_write_1h": 0, "output": 111},
         "0.000566",
+        gap="HTTP/2 headers not decodable (joined in mid-connection)",
     )
     for unknown in ("http_status", "outcome"):
         del expected[unknown]
