@@ -11,7 +11,8 @@ import sys
 
 import httpx
 
-client = httpx.Client(http2=True, timeout=60)
+# By default it gives up a connection that was idle for five seconds, and opens another.
+client = httpx.Client(http2=True, timeout=60, limits=httpx.Limits(keepalive_expiry=None))
 url = f"https://{sys.argv[1]}/v1/messages"
 headers = {"x-api-key": "made-up", "anthropic-version": "2023-06-01"}
 for line in sys.stdin:
