@@ -46,16 +46,16 @@ from halton_meter import untrusted
 from halton_meter.model import Process
 
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU, as both
-# processes find their memory out of the caches each time. Times are taken in the kernel, and what
-# the ring holds outlives us; who waits is only `report`, which has a second.
+# Chunks gather this long, unless the ring fills: wake-ups, not bytes, cost CPU, as both processes
+# find their memory out of the caches each time. Times are taken in the kernel, and what the ring
+# holds outlives us; only `report` waits for it, and has a second.
 PAUSE_S = 1.0
-SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
+SHORT_PAUSE_S = 0.005  # with bcc: there the kernel cannot wake us when the ring fills
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
-# Commands are few and short. Those of a reader gone bad get no more of our time in a round.
+# Commands are few and short. Those of a hostile reader get no more of our time in a round.
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
-REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
+REPORT_S = 10.0  # for readers that do not ask: the last report is what they have if we die
 PROCESS_FRAMES_MAX = 2048  # some 1 KB each
 SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 MEMORY_MORE_BYTES = 64 << 20
@@ -76,9 +76,9 @@ class Helper:
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
-        # Whose the connections are, as the spool has told: those of the latest openers.
+        # The PROCESS frame of each connection, as it is in the spool: those opened last.
         self._process_frames: dict[Key, bytes] = {}
-        self._ended: list[bytes] = []  # connections that we have told the end of
+        self._ended: list[bytes] = []  # connections whose end we have sent
         self._paused = self._stopping = False
         self._listening: tuple[bool, bool] | None = None
         self._resume_at = 0.0
@@ -232,7 +232,7 @@ class Helper:
     def connect(self, sock: socket.socket | None) -> None:
         """Serve this reader from now on, or wait for another one.
 
-        It gets the receipt, to say in it how far it has got.
+        It gets the receipt, to write into it how far it has got.
         """
         if self._sock is not None and self._listening is not None:
             self._epoll.unregister(self._sock)
@@ -252,9 +252,9 @@ class Helper:
         self._resume()
 
     def _begin(self, number: int, position: int) -> None:
-        """A reader says from where on it wants to read."""
+        """A reader chooses the position to read from."""
         if self._forwarder.begun:
-            raise Refused("read: where to begin is said once on a link")
+            raise Refused("read: this link has its position already")
         position = self._forwarder.beginning(position)
         frames: list[bytes] = []
         for record in unannounced(self._spool, position, self._ring, self._connection_map):
@@ -264,9 +264,9 @@ class Helper:
         self.report()
 
     def _process_frame_of(self, record: protocol.Record) -> list[bytes]:
-        """Whose a connection is, in a frame; nothing when that is not known."""
-        if (told := self._process_frames.get(record.key)) is not None:
-            return [told]
+        """The process of a connection, as a frame; nothing when it is not known."""
+        if (known := self._process_frames.get(record.key)) is not None:
+            return [known]
         process = self._discovery.identities.of(
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
@@ -280,7 +280,7 @@ class Helper:
         return [frame]
 
     def _name_opener(self, record: protocol.Record) -> None:
-        """A connection was opened just now: whose it is goes into the spool at once.
+        """A connection was opened just now: its process goes into the spool at once.
 
         By when its OPEN comes out of the ring we may be dead, and the process as well.
         """
@@ -292,17 +292,19 @@ class Helper:
     def _add_root(self, pid: int) -> None:
         """Put a process and what descends from it in scope."""
         for each in self._tree.include(pid):
-            self._discovery.identities.of(each)  # its parents, which its next exec does not tell
+            self._discovery.identities.of(
+                each
+            )  # its parents, which the record of its next exec does not have
             self._discovery.schedule(each)
 
     def command(self, command: dict[str, Any]) -> None:
-        """Carry out one command, and answer it. Whoever commands us may have gone bad: nothing that
-        it says ends us, or sends more than an answer back."""
+        """Carry out one command, and answer it. A hostile reader may send anything: it cannot end
+        us, and gets no more than an answer."""
         number = untrusted.whole_number(command, "id", smallest=-1)
         what = untrusted.text(command, "do")
         answer: dict[str, Any] = {"id": number}
         if not self._forwarder.begun and what not in ("read", "stop"):
-            return  # who does not say where it begins hears nothing
+            return  # a reader that has chosen no position gets nothing
         try:
             if what == "barrier":
                 self._forwarder.put_barrier(number or 0)
@@ -322,7 +324,7 @@ class Helper:
             elif what == "hosts":
                 self._scope.set_hosts(command["hosts"])
             elif what == "report":
-                self._resume()  # who asks how it stands wants to see what is waiting, too
+                self._resume()  # a report covers what is waiting, too
                 self.report()
             elif what == "stop":
                 self._stopping = True
@@ -338,7 +340,7 @@ class Helper:
     # --- the loop -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until we are told to stop, or whoever we serve is gone."""
+        """Until a command stops us, or the reader or supervisor that we serve is gone."""
         if self._hold.fileno() >= 0:
             self._epoll.register(self._hold.fileno(), select.EPOLLIN)
         while not self._stopping or self._forwarder.waiting:
@@ -408,9 +410,9 @@ class Helper:
             self._drop_ended()
         if (moved or self._forwarder.full) and not self._forwarder.blocked:
             # A record that a thread is still writing holds up all behind it: no wake-up comes then.
-            # Nor does one tell that the reader has made room.
-            is_told = self._loaded.name != "bcc" and not self._fills() and not self._forwarder.full
-            self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
+            # Nor does one when the reader has made room.
+            is_woken = self._loaded.name != "bcc" and not self._fills() and not self._forwarder.full
+            self._resume_at = now + (PAUSE_S if is_woken else SHORT_PAUSE_S)
             self._report_soon()
 
     def _drop_ended(self) -> None:
@@ -424,7 +426,7 @@ class Helper:
         return self._ring.filled() >= self._ring.size_bytes // 4
 
     def _resume(self) -> None:
-        """Let nothing wait for company any more."""
+        """End the pause: send what has gathered."""
         self._resume_at = 0.0
 
     def _report_soon(self) -> None:
@@ -463,7 +465,7 @@ class Helper:
                 self._forwarder.flush()
 
     def _on_notice(self, frame: bytes) -> list[bytes]:
-        """An OPEN needs its process told first, an EXIT ends connections that never said so."""
+        """A PROCESS frame goes before an OPEN; an EXIT ends connections that had no CLOSE."""
         record = protocol.decode_record(frame)
         if record.kind == protocol.OPEN:
             return self._on_open(record, frame)
@@ -480,19 +482,19 @@ class Helper:
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
         self._programs_unknown += process is None
-        told = [] if record.key in self._process_frames else self._process_frame_of(record)
+        about = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
         self._coverage.metered(self._tree.with_run(known, record.length), record.host)
-        # What was put meanwhile tells of its process, perhaps: it has to come before.
-        return [*self._forwarder.take_own(), *told, frame]
+        # What was put meanwhile may be its PROCESS frame: it has to come before.
+        return [*self._forwarder.take_own(), *about, frame]
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
-        """The end of a connection that did not tell of it; None when it has."""
+        """A CLOSE for a connection that sent none; None when it did."""
         key = protocol.CONNECTION_KEY.pack(ssl, tgid, 0)
         value = self._connection_map.get(key)
         if value is None:
-            return None  # SSL_free has told
+            return None  # SSL_free has sent it
         entry = protocol.CONNECTION.unpack(value)
         opened, sent, received = entry[:3]
         body = received.to_bytes(8, "little") + entry[10] + entry[11]
@@ -511,7 +513,7 @@ class Helper:
         return values
 
     def report(self) -> None:
-        """Tell how it fares, as of now."""
+        """Send a report of now."""
         self._report_at = None
         statistics = self._statistics()
         if statistics["notices_lost"] != self._notices_lost and not self._forwarder.blocked:
@@ -537,7 +539,7 @@ class Helper:
         self._forwarder.flush()
 
     def _close_orphans(self) -> None:
-        """Connections whose end found the ring full: they stayed in the kernel's table."""
+        """Close the connections whose CLOSE found the ring full: they are in the kernel's table."""
         now_ns = time.monotonic_ns()
         for key in self._connection_map.all_keys():
             ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(key)
@@ -576,7 +578,7 @@ def bound_memory(more_bytes: int) -> None:
 
 
 def first_command(sock: socket.socket) -> dict[str, Any] | None:
-    """What our own starter wants; not a byte is read of what others may say after it."""
+    """The configuration of our own starter; nothing behind it is read."""
     line = bytearray()
     while not line.endswith(b"\n"):
         there = sock.recv(1 << 16, socket.MSG_PEEK)
@@ -589,7 +591,7 @@ def first_command(sock: socket.socket) -> dict[str, Any] | None:
 
 
 def serve(sock: socket.socket, hold: Hold | None = None) -> None:
-    """Set up as told, by the supervisor or else by the first command; then serve readers."""
+    """Set up as the supervisor, or else the first command, configures; then serve readers."""
     hold = hold or Hold()
     command = hold.receive_all() if hold.fileno() >= 0 else first_command(sock)
     if command is None:
@@ -606,7 +608,7 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
 
 
 def diagnosis(error: Exception) -> dict[str, Any]:
-    """Why the set-up failed, and what is known to be missing here, with what mends it."""
+    """Why the set-up failed, and what is missing here, each with its fix."""
     missing = []
     if not isinstance(error, Refused):
         with contextlib.suppress(OSError, ValueError):

@@ -24,12 +24,12 @@ _INIT_PID_NAMESPACE = 0xEFFFFFFC
 
 
 class Refused(Exception):
-    """A command that will not be carried out; the text says why."""
+    """A command that is refused; the text is the reason."""
 
 
 class EnforcedScope:
-    """The scope and the hosts. When `restricted`, whoever commands us may not name processes of
-    users outside the scope."""
+    """The scope and the hosts. When `restricted`, the reader may not name processes of users
+    outside the scope."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class EnforcedScope:
         self._hosts = set(hosts)
 
     def check_owner(self, pid: int) -> None:
-        """Raise Refused unless whoever commands us may name this process."""
+        """Raise Refused unless the reader may name this process."""
         if not self._restricted or self._scope["everyone"]:
             return
         try:
