@@ -22,7 +22,7 @@ OWN_FRAMES_MAX = 4096  # answers that wait for room; a reader that asks on and r
 
 
 class Forwarder:
-    """Moves frames. `on_notice` gets each OPEN and EXIT, in order; it returns the frames to send."""
+    """Moves frames. `on_notice` gets each OPEN and EXIT in order, and returns what to send."""
 
     def __init__(
         self,
