@@ -41,8 +41,8 @@ class EnforcedScope:
         request_bytes_max: int | None = None,
     ) -> None:
         self._scope = scope
-        self._restricted = restricted
-        self._tree = tree
+        self.restricted = restricted
+        self.tree = tree
         self._hosts: set[str] = set()
         self._host_map = bpf.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
         self._set_settings(request_bytes_max or REQUEST_BYTES_MAX, maps)
@@ -94,7 +94,7 @@ class EnforcedScope:
 
     def check_owner(self, pid: int) -> None:
         """Raise Refused unless the reader may name this process."""
-        if not self._restricted or self._scope["everyone"]:
+        if not self.restricted or self._scope["everyone"]:
             return
         try:
             owner = os.stat(f"/proc/{pid}").st_uid
@@ -105,7 +105,7 @@ class EnforcedScope:
 
     def in_scope(self, pid: int) -> bool:
         """Whether a living process is in scope, its cgroup aside."""
-        flags = self._tree.flags(pid)
+        flags = self.tree.flags(pid)
         if flags & EXCLUDED:
             return False
         if self._scope["everyone"]:
