@@ -1,9 +1,10 @@
 """Find SSL_read, SSL_write and their _ex forms in OpenSSL that is linked statically and stripped.
 
 `find_openssl(file)` returns where they are, or why not. OpenSSL's functions give their own names
-where they report an error: since 3.0 `ERR_set_debug("ssl/ssl_lib.c", line, "SSL_read")`, in 1.1.1 `ERR_put_error(20, <the function's number>, reason, "ssl/ssl_lib.c", line)`. The _ex functions
+where they report an error: since 3.0 `ERR_set_debug("ssl/ssl_lib.c", line, "SSL_read")`, in 1.1.1
+`ERR_put_error(20, <the function's number>, reason, "ssl/ssl_lib.c", line)`. The _ex functions
 report nothing, but hand their arguments on to ssl_read_internal and ssl_write_internal, which do.
-Whoever calls those two must be known, each by exactly one candidate, or nothing is attached:
+Every caller of those two must be known, each by exactly one candidate, or nothing is attached:
 a caller that is missed would be traffic that is missed. The host comes from ssl3_ctrl, to which
 SSL_ctrl hands it on. Seen: 1.1.1 to 3.6, x86-64 and aarch64, by GCC and clang. As with BoringSSL
 (`boringssl.py`), the last proof, that the first bytes passed are HTTP, is the kernel's.
