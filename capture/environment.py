@@ -1,7 +1,7 @@
-"""Can uprobes work here? What is missing, each with the command or step that mends it.
+"""Checks whether uprobes can work here: what is missing, each with the command that fixes it.
 
-Asks the system and changes nothing: no program is loaded, so a kernel that refuses the program
-itself is found only when the helper starts. Whoever has a choice goes through the proxy instead.
+Reads the system and changes nothing: no program is loaded, so a kernel that refuses the program
+itself is found only when the helper starts. `run` then falls back to the proxy.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _missing_loaders() -> list[Problem]:
         loader.libbpf_library()
         if loader.built_object() or loader.clang():
             return []
-        mend = "apt install clang   # or install the wheel, which brings the program compiled"
-        libbpf = Problem("the BPF program is not compiled and there is no clang", mend)
+        fix = "apt install clang   # or install the wheel: it contains the compiled program"
+        libbpf = Problem("the BPF program is not compiled and there is no clang", fix)
     except loader.LoadFailed as error:
         libbpf = Problem(str(error), "apt install libbpf1   # Fedora, Arch: libbpf")
     try:

@@ -69,14 +69,14 @@ class Loaded(Protocol):
     maps: dict[str, int]
 
 
-# libbpf prints to stderr unless told; formatting a va_list from ctypes is not worth it. It keeps
+# libbpf prints to stderr by default; formatting a va_list from ctypes is not worth it. It keeps
 # the callback for the whole process, so it must live as long.
 _SILENT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
     lambda *_: 0
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Given:
     """What another process has loaded, by descriptors."""
 
@@ -212,7 +212,7 @@ def clang() -> str | None:
 
 
 def source_digest() -> str:
-    """What tells one version of the program from another."""
+    """A digest of the program's source: another version has another."""
     return hashlib.blake2b(SOURCE.read_bytes(), digest_size=8).hexdigest()
 
 

@@ -2,9 +2,9 @@
 
 `UprobeSource` yields `TlsChunk` and `TlsClosed`. It refuses to parse the plaintext, to load BPF
 or to read `/proc`: `helper/main.py` does the last two as root, in another process, and sends frames
-(`protocol.py`) over a socket. What it has dealt with it says in a receipt (`spool.py`), so that
-whoever comes after it begins there; with a supervisor the source goes on when the helper dies, at
-the next helper. Read `probe.bpf.c` for what is copied at all, `libraries.py` for what is attached.
+(`protocol.py`) over a socket. A receipt (`spool.py`) records how far it has got, so that the next
+reader begins there; with a supervisor the source goes on at the next helper when one dies. Read
+`probe.bpf.c` for what is copied at all, `functions/stacks.py` for what is attached.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ CLOSED_MAX = 4096  # connections remembered after their end: more than a batch o
 # How far back an exchange that is not over may keep the spool from being freed. A longer one would
 # be `gapped` should the reader be killed in it.
 OPEN_BYTES_MAX = SPOOL_BYTES // 4
-STOP_S_MAX, KILLED_S_MAX = 10.0, 10.0  # how long a helper that is told to end is waited for
+STOP_S_MAX, KILLED_S_MAX = 10.0, 10.0  # how long to wait for a helper to end
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 DRAINED_AT_ONCE = 256  # events, of 16 KiB at most
-HTTPS_PORT = 443
 KNOWN_FILES_DIRECTORY = "/var/cache/halton-meter/tls"
 _DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
 
@@ -165,7 +164,7 @@ def spawn_helper(
     if keeper is None:
         ours.sendall(protocol.encode_command(configuration))
     else:
-        with contextlib.suppress(OSError):  # it died at once: its link and its channel tell
+        with contextlib.suppress(OSError):  # it died at once: its link and its channel show that
             keeper.hand_over(configuration)
     return ours
 
@@ -186,7 +185,7 @@ def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
     return bool(poll.poll(None if wait_s is None else wait_s * 1000))
 
 
-_children: list[subprocess.Popen[bytes]] = []  # so that they are waited for
+_children: list[subprocess.Popen[bytes]] = []  # reaped by Popen: they do not become zombies
 
 
 def _has_ended(helper: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -198,14 +197,14 @@ def _has_ended(helper: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 @dataclass(slots=True)
-class _Stream:
-    """A connection as its frames come in; `expected` is the next offset by direction, -1 when we
-    were told of it and have heard nothing yet: that may be its beginning or its middle."""
+class _OpenConnection:
+    """A connection as its frames come in. `expected` is the next offset by direction, -1 until the
+    first chunk of a connection that another reader had before: it may begin in the middle."""
 
     connection: Connection
     clock_ns: int
     expected: list[int]
-    told_at: int | None = None  # where the spool tells of it, until its first chunk is here
+    announced_at: int | None = None  # in the spool, until its first chunk is here
 
     def begin(self, direction: int, offset: int) -> None:
         """Its first chunk: what comes before the client's first byte was another reader's."""
@@ -270,10 +269,10 @@ class UprobeSource:
         self._helper: subprocess.Popen[bytes] | None = None
         self._frames = protocol.FrameBuffer()
         self._events: deque[TlsChunk | TlsClosed] = deque()
-        self._processes: dict[Key, tuple[Process, int]] = {}  # and where the spool tells of it
-        self._streams: dict[tuple[int, int, int], _Stream] = {}
+        self._processes: dict[Key, tuple[Process, int]] = {}  # and where the spool announces it
+        self._streams: dict[tuple[int, int, int], _OpenConnection] = {}
         self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
-        # What is told twice (a helper dies between sending records and freeing them in the ring) or
+        # What comes twice (a helper dies between sending records and freeing them in the ring) or
         # late (a read that ends after the close) must not begin a closed connection anew: an
         # exchange without an id of the provider's would count twice.
         self._closed: OrderedDict[tuple[int, int, int], None] = OrderedDict()
@@ -350,8 +349,8 @@ class UprobeSource:
     def processed(self, count: int, is_open: Callable[[str], bool]) -> None:
         """The next `count` events that were read are dealt with: what came of them is stored.
 
-        `is_open` tells of a connection's id whether an exchange on it is still under way: what was
-        said of that is kept for whoever reads after us.
+        `is_open` answers for a connection's id whether an exchange on it is still under way: the
+        spool keeps the frames of that one for the next reader.
         """
         touched: dict[Key, str] = {}
         for _ in range(min(count, len(self._handed_out))):
@@ -370,14 +369,14 @@ class UprobeSource:
         return self._handed_out[index].end <= self._done_before
 
     def _acknowledge(self) -> None:
-        """Have the receipt say how far we are."""
+        """Write into the receipt how far we are."""
         if not self._handed_out and not self._events and self._position is not None:
             self._done = self._position  # what came since is nothing that has to be kept
         while self._open_since:
             key, since = next(iter(self._open_since.items()))
             if self._done - since <= OPEN_BYTES_MAX:
                 break
-            del self._open_since[key]  # what it says next is kept anew
+            del self._open_since[key]  # kept anew from its next frame on
         if self._receipt is not None:
             self._receipt.write(self._done, self._open_since)
 
@@ -425,7 +424,7 @@ class UprobeSource:
     def read(self, timeout_s: float | None = None) -> list[TlsChunk | TlsClosed]:
         """Events available now, waiting up to `timeout_s` (None: for ever) for the first.
 
-        An empty list is a timeout; `ended` tells whether the helper is gone.
+        An empty list is a timeout; `ended` is set when the helper is gone.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._resumable:  # nobody comes after us: what was read is dealt with
@@ -566,8 +565,8 @@ class UprobeSource:
         elif kind == protocol.OPEN:
             record = protocol.decode_record(frame)
             if record.key not in self._closed and record.key not in self._streams:
-                told = self._position is None or self._frame_at < self._done_before
-                self._open(record, told=told)
+                known_before = self._position is None or self._frame_at < self._done_before
+                self._open(record, known_before=known_before)
         elif kind == protocol.CLOSE:
             self._take_close(protocol.decode_record(frame))
         elif kind == protocol.SHUTDOWN:
@@ -589,21 +588,21 @@ class UprobeSource:
                 self._take_beginning(reply)
         elif kind == protocol.PROBLEM:
             found = protocol.decode_message(frame)
-            missing = tuple(Problem(str(what), str(mend)) for what, mend in found["missing"])
+            missing = tuple(Problem(str(what), str(fix)) for what, fix in found["missing"])
             self._problems = (*missing, Problem(str(found["what"]), USE_PROXY))
 
-    def _open(self, record: protocol.Record, *, told: bool = False) -> _Stream:
-        """`told`: another reader has heard its beginning, and who knows how much more of it."""
+    def _open(self, record: protocol.Record, *, known_before: bool = False) -> _OpenConnection:
+        """`known_before`: another reader had its beginning, and perhaps more of it."""
         pid, ssl, opened_ns = record.key
         unknown = Process(pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid)
-        process, told_at = self._processes.pop(record.key, (unknown, self._frame_at))
+        process, announced_at = self._processes.pop(record.key, (unknown, self._frame_at))
         # One clock reading a connection: its times must not go backwards when the clock is set.
         known = self._streams.get(record.key)
         latest = self._latest.get((pid, ssl))
         if latest is not None and latest != record.key and latest in self._streams:
             self._close(latest, record.at_ns, clean=False)  # its CLOSE was lost
         self._latest[(pid, ssl)] = record.key
-        stream = _Stream(
+        stream = _OpenConnection(
             Connection(
                 id=f"{pid}-{ssl:x}-{opened_ns:x}",
                 source=Source.UPROBES,
@@ -612,8 +611,8 @@ class UprobeSource:
                 joined=bool(record.flags & protocol.FLAG_JOINED),
             ),
             known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
-            known.expected if known else ([-1, -1] if told else [0, 0]),
-            None if told else told_at,
+            known.expected if known else ([-1, -1] if known_before else [0, 0]),
+            None if known_before else announced_at,
         )
         self._streams[record.key] = stream
         return stream
@@ -634,9 +633,9 @@ class UprobeSource:
         self._emit(
             key,
             TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns),
-            stream.told_at,
+            stream.announced_at,
         )
-        stream.told_at = None
+        stream.announced_at = None
 
     def _take_close(self, record: protocol.Record) -> None:
         stream = self._streams.get(record.key)
@@ -669,11 +668,11 @@ class UprobeSource:
             self._closed.popitem(last=False)
         self._emit(key, TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
 
-    def _emit(self, key: Key, event: TlsChunk | TlsClosed, told_at: int | None = None) -> None:
-        """Hand it out. Whoever reads its connection again begins where the spool tells of it."""
+    def _emit(self, key: Key, event: TlsChunk | TlsClosed, announced_at: int | None = None) -> None:
+        """Hand it out, with where a later reader of its connection has to begin in the spool."""
         self._events.append(event)
         end = self._frame_at if self._position is None else self._position
-        start = self._frame_at if told_at is None else told_at
+        start = self._frame_at if announced_at is None else announced_at
         self._marks.append(_Mark(event.connection.id, key, start, end))
 
     def _close_shut_down(self) -> None:
@@ -756,7 +755,7 @@ class UprobeSource:
             what = "the capture helper died" if gone else "the helper did not answer"
             raise UprobeUnavailable((Problem(what, "halton-meter start"),))
 
-    # --- what it says of itself ---------------------------------------------------------------
+    # --- status ------------------------------------------------------------------------------
 
     def coverage(self) -> list[ProcessCoverage]:
         """Processes in scope that use TLS, as of the helper's last report.

@@ -29,7 +29,6 @@ from capture.functions.library import Library, Probe
 from capture.functions.stacks import PROGRAMS, Stack
 from capture.helper import main as helper
 from capture.helper.handover import Hold
-from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
@@ -361,17 +360,23 @@ class Commanded:
         self.near, far = socket.socketpair()
         self.near.setblocking(False)
         far.setblocking(False)
-        self.helper = made = helper.Helper(far, Hold())
-        made._restricted = False
         ring: Any = SimpleNamespace(
             produced=lambda: 0, position=0, records=lambda: iter(()), skip_discarded=lambda: None
         )
-        made._spool, made._receipt, made._ring = Spool.new(SPOOL_BYTES), Receipt.new(), ring
-        made._connection_map = SimpleNamespace(all_keys=list)  # type: ignore[assignment]
-        made._forwarder = Forwarder(made._spool, made._receipt, ring, lambda frame: [])
+        kernel: Any = SimpleNamespace(
+            ring=ring,
+            process_ring=ring,
+            connections=SimpleNamespace(all_keys=list),
+            programs={},
+            maps={"name_locations": -1, "proofs": -1},
+        )
+        tree = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])
+        scope: Any = SimpleNamespace(
+            check_owner=self._check, set_hosts=self._hosts, tree=tree, restricted=False
+        )
+        relay = Spool.new(SPOOL_BYTES), Receipt.new()
+        self.helper = made = helper.Helper(far, Hold(), kernel, relay, scope)
         made._forwarder.connect(far)
-        made._scope = SimpleNamespace(check_owner=self._check, set_hosts=self._hosts)  # type: ignore[assignment]
-        made._tree = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])  # type: ignore[assignment]
         made.report = lambda: made._forwarder.put(  # type: ignore[method-assign]
             protocol.encode_message(protocol.REPORT, {"x": "y" * 10_000})
         )

@@ -1,6 +1,6 @@
 """Read just enough of an ELF file to find functions in it, however large or broken it is.
 
-The TLS finders (`boringssl.py`, `golang.py`, `libraries.py`) ask for segments, sections, symbols,
+The finder (`functions/finder`) and root's check of its results ask for segments, sections, symbols,
 the build id and bytes by address. This file refuses to run, map or write anything: it reads with
 `pread`, because a mapping of a file that a package update truncates meanwhile kills the reader
 with SIGBUS. A file that lies about itself raises `ElfError` and nothing else; memory is bounded by
@@ -43,7 +43,7 @@ _SHN_UNDEF = 0
 
 
 class ElfError(ValueError):
-    """The file is not an ELF file we read, or it contradicts itself; the message says how."""
+    """The file is not an ELF file we read, or it contradicts itself; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A defined symbol: `address` is virtual; `dynamic` says that it is exported."""
+    """A defined symbol: `address` is virtual; `dynamic`: it is exported."""
 
     name: str
     address: int
@@ -186,7 +186,7 @@ class Elf:
     def pointer_at(self, address: int) -> int | None:
         """The address that a pointer holds before the file is moved; None when it holds none.
 
-        In a position-independent file it may be zero there, and only a relocation tells it.
+        In a position-independent file it may be zero there, and only a relocation has it.
         """
         value = int.from_bytes(self.read_at(address, 8), "little")
         if value:
@@ -216,10 +216,10 @@ class Elf:
             if segment.type == _PT_DYNAMIC and segment.size_bytes <= NOTE_BYTES_MAX:
                 try:
                     data = self.read(segment.offset, segment.size_bytes & ~15)
-                    said = dict(struct.iter_unpack("<QQ", data))
-                    size = said.get(_DT_RELASZ, 0)
-                    if _DT_RELA in said and size <= RELOCATION_BYTES_MAX:
-                        return self.read_at(said[_DT_RELA], size)
+                    table = dict(struct.iter_unpack("<QQ", data))
+                    size = table.get(_DT_RELASZ, 0)
+                    if _DT_RELA in table and size <= RELOCATION_BYTES_MAX:
+                        return self.read_at(table[_DT_RELA], size)
                 except ElfError:
                     break
         return b""

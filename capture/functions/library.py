@@ -22,7 +22,7 @@ class Probe(NamedTuple):
 
 
 class Proof(Enum):
-    """What in a file says that a function starts where a search found one."""
+    """What in a file proves that a function starts at an offset."""
 
     SYMBOL = "symbol"  # `Function.at` is the file offset of its row in a symbol table
     UNWIND = "unwind"  # the unwind table has it
@@ -46,7 +46,7 @@ class Function(NamedTuple):
 class Library:
     """A file with a TLS stack in it.
 
-    With no probes it cannot be metered; `reason` then says why. `cookie` is given to the programs.
+    With no probes it cannot be metered; `reason` is why. `cookie` is given to the programs.
     When it is `unproved`, its functions were found by what the code does: bytes must prove them.
     `beside` is another stack in the same file, which is not probed. Each probe is in one of the
     `functions`.

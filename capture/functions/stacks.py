@@ -1,7 +1,7 @@
 """The TLS stacks that we know: ONE row each, for root and for the finder alike.
 
-A row says how a file that holds the stack is recognised, which BPF programs belong at which of its
-functions, which module of the finder looks for them where the file has no symbols, and what a
+A row has what a file with the stack is recognised by, which BPF programs belong at which of its
+functions, which module of the finder searches for them where the file has no symbols, and what a
 person can do where the stack cannot be metered. Root reads this table, so it is data: a finder is
 a name, which only the finder's process imports. To add a stack, add a row (and its finder).
 """
@@ -36,8 +36,8 @@ class Row:
     `symbols` maps a function's symbol to the programs at its entry and at its return (None: only
     the entry matters), `programs` are those attached without a symbol. `marker` is in every file
     that holds the stack without symbols; `finder` is the module that then looks for its functions
-    (None: it is not probed, and `advice` says what to do). `library` is the name of the file that
-    holds it, where that alone tells. `partly_known`: some builds are metered, some not recognised.
+    (None: it is not probed, and `advice` is what to do). `library` is the name of the file that
+    holds it, where that alone is a sure sign. `partly_known`: some builds are not recognised.
     `ahead`: worth probing before anybody runs the file.
     """
 

@@ -1,8 +1,8 @@
-"""How long x86-64 instructions are: so that root itself can tell where one begins.
+"""Lengths of x86-64 instructions, so that root itself can check where one begins.
 
 A disassembler's library is too large and too fragile to run as root on files of anybody's; lengths
 alone take the tables below (Intel SDM volume 2, appendix A). What this file does not know for
-certain has no length, and whoever asked then does without: 3DNow!, XOP, what is invalid in 64-bit
+certain has no length, and the caller then refuses the file: 3DNow!, XOP, what is invalid in 64-bit
 mode, branches with a 16-bit operand (Intel and AMD differ), FP16. It reads bytes and nothing else.
 """
 

@@ -1,9 +1,9 @@
-"""Which processes go unmetered, why, and whether they talk to a provider: lines of `status`.
+"""Which processes are not metered, why, and whether they talk to a provider: lines of `status`.
 
-What is known of a TLS stack that cannot be probed is little: that the process has it, that it has
-a connection to port 443, and, where its names are looked up by the C library, that it asked for a
-provider's address (`on_lookup` in probe.bpf.c tells; the kernel keeps every other name to itself).
-A line names a host only then; otherwise its host is None, which is "not known", not "none".
+Little is known of a TLS stack that cannot be probed: that a process has it, that the process has a
+connection to port 443, and, where the C library resolves its names, that it asked for a provider's
+address (`lookups.py`). A line names a host only then; otherwise its host is None, which means "not
+known", not "none".
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from halton_meter.model import Process
 
 LINES_MAX = 500
 UNNAMED_ADVICE = (
-    "HTTP/2 to a host that was named before the probes came: metered once two new connections have "
-    "shown where its TLS library keeps the name, or start the program again"
+    "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
+    "or wait; it is metered after two new connections"
 )
 UNKNOWN = "unknown"
 RECENT_MAX = 200  # metered processes remembered after they ended
@@ -64,14 +64,14 @@ class Coverage:
 
     def _advice(self, pid: int) -> str | None:
         if pid in self._discovery.unnamed:
-            return f"one of its connections is not metered: {UNNAMED_ADVICE}"
+            return f"partly metered: {UNNAMED_ADVICE}"
         seconds = self._discovery.late_by_pid.get(pid)
         if seconds is None:
             return None
-        return f"probes came {seconds:.1f} s after its start: what it sent before is not metered"
+        return f"probed {seconds:.1f} s after its start: what it sent before that is not metered"
 
     def metered(self, process: Process, host: str) -> None:
-        """Note that a process was metered, whatever becomes of it."""
+        """Note that a process was metered: it stays listed after its end."""
         files_by_id = self._discovery.files.files
         self._recent.pop(process.pid, None)
         if len(self._recent) >= RECENT_MAX:
@@ -90,14 +90,14 @@ class Coverage:
 
 
 def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict[str, Any] | None:
-    """Why a process that maps these files goes unmetered; None when there is nothing to say.
+    """Why a process that maps these files is not metered; None when it is, or uses no TLS.
 
     `host` is what it looked up. Without one it must have a connection to port 443 now.
     """
     line = _stack_line(java, files)
     if line is not None:
-        told = host or any(file.not_http for file in files) or talks_tls(pid)
-        return line | {"host": host} if told else None
+        is_used = host or any(file.not_http for file in files) or talks_tls(pid)
+        return line | {"host": host} if is_used else None
     if host and not any(file.probes or file.searching for file in files) and talks_tls(pid):
         line = {"stack": UNKNOWN, "library": None, "state": "not_recognised", "host": host}
         return line | {"advice": f"its TLS code was not found: {INSTEAD}"}
@@ -138,11 +138,11 @@ def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
 
 
 def _advice_beside(file: File) -> str | None:
-    """What is unseen although the file has probes: what it says through its other stack."""
+    """What is not metered although the file has probes: traffic of its other stack."""
     if not file.library or not file.library.beside or not file.probes:
         return None
     beside = file.library.beside
-    return f"it has {beside.value} as well: {STACKS[beside].advice}"
+    return f"it also uses {beside.value}: {STACKS[beside].advice}"
 
 
 def _stack_of(file: File | None) -> str:

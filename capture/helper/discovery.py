@@ -1,9 +1,9 @@
-"""Which processes in scope run what, so that every TLS library is probed before it is used.
+"""Follows the processes in scope, so that every TLS library is probed before it is used.
 
-News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened),
-the rest from /proc: looked at when the news say so, a few times while a process starts, and once a
-while for what no news told. Programs that are installed but not running yet are searched ahead,
-one a turn. `attachments.py` knows the files, `scope.py` the scope.
+News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened).
+What they map is read from /proc: after news, a few times while a process starts, and in a rare
+sweep for changes that caused no news. Installed programs that nobody runs yet are searched in
+advance, one a turn. `attachments.py` keeps the table of files, `scope.py` the scope.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from capture.helper.scope import EnforcedScope
 from capture.processes.mappings import executable_mappings
 from capture.processes.proc import talks_tls
 
-# After an exec a process maps its libraries bit by bit; when, no event tells without kprobes, …
+# After an exec a process maps its libraries bit by bit, and without kprobes no event reports it, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
-# … unless we hear its dynamic linker: then its beginning is all there is to watch for.
-HEARD_RESCAN_S_MAX = 0.1
+# … unless its dynamic linker is probed: then only its first moments need a look.
+LINKER_RESCAN_S_MAX = 0.1
 MAPPED_S = 0.002
 SWEEP_S = 300.0
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
@@ -54,7 +54,7 @@ class Watched:
     seen: set[tuple[int, int]] = field(default_factory=set)
     files: set[FileId] = field(default_factory=set)
     java: bool = False
-    linker: FileId | None = None  # its dynamic linker, which may tell us what it maps
+    linker: FileId | None = None  # its dynamic linker, which reports mappings once it is probed
 
 
 class Discovery:
@@ -77,7 +77,7 @@ class Discovery:
         self.identities = Identities(self._runs_another)
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
-        # Who speaks HTTP/2 on connections (by their SSL objects) whose host is not known yet.
+        # By pid, HTTP/2 connections (their SSL objects) whose host is not known yet.
         self.unnamed: dict[int, set[int]] = {}
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
@@ -179,7 +179,7 @@ class Discovery:
                 self._talkers.add(exe)
 
     def _runs_another(self, pid: int) -> bool:
-        """Whether the process ring tells of an exec of this process."""
+        """Whether an exec of this process is in the process ring."""
         if not self._process_ring.filled():
             return False
         heads = (protocol.RECORD.unpack_from(raw) for _, raw in self._process_ring.records())
@@ -232,7 +232,7 @@ class Discovery:
         self.schedule(pid)
 
     def _may_be_short(self, exe: tuple[int, int]) -> bool:
-        """Say whether to read at once who this is, lest it exit before its connection is seen.
+        """Whether to read at once who this is, as it may exit before its connection is seen.
 
         Yes for executables that made provider connections, and for those not run often yet: a
         build that starts a thousand compilers must not cost a thousand readings.
@@ -259,7 +259,7 @@ class Discovery:
     def run_rescans(self, now: float) -> None:
         """Look at processes whose time has come, and take what searches have found.
 
-        No longer than a turn: whoever has thousands of processes keeps nobody waiting.
+        No longer than a turn: a user with thousands of processes delays nobody else.
         """
         until = time.monotonic() + TURN_S
         while self._rescans and self._rescans[0][0] <= now and time.monotonic() < until:
@@ -279,8 +279,8 @@ class Discovery:
             return
         goes_on = self._look_at(pid)
         watched = self.watched.get(pid)  # None: it ran another program meanwhile and is gone
-        heard = watched and watched.linker and self.files.hears(watched.linker)
-        last_s = HEARD_RESCAN_S_MAX if heard else RESCAN_S[-1]
+        reports = watched and watched.linker and self.files.is_probed_linker(watched.linker)
+        last_s = LINKER_RESCAN_S_MAX if reports else RESCAN_S[-1]
         if step >= len(RESCAN_S):
             return
         if goes_on and step + 1 < len(RESCAN_S) and RESCAN_S[step + 1] <= last_s:
@@ -362,7 +362,7 @@ class Discovery:
         return {identity for watched in self.watched.values() for identity in watched.files}
 
     def _found(self, found: list[FileId]) -> None:
-        """Some files were looked into: say who maps those with TLS, forget the others."""
+        """Some files were searched: note the processes that map those with TLS, drop the others."""
         known = {each for each in found if each in self.files.files}
         others = set(found) - known
         for pid, watched in self.watched.items():
@@ -372,7 +372,7 @@ class Discovery:
         self._note_late(known, time.monotonic())
         files = (self.files.files.get(each) for each in known)
         if any(file and file.is_linker for file in files):
-            self.sweep_at = 0.0  # what it has mapped for others until now, nobody heard
+            self.sweep_at = 0.0  # what it has mapped for others until now caused no news
         if known:
             self._on_change()
 
@@ -427,7 +427,7 @@ class Discovery:
             os.close(fd)
 
     def sweep(self, now: float) -> None:
-        """All processes, seldom: what no event told us of."""
+        """All processes, seldom: for changes that caused no news."""
         self.sweep_at = now + SWEEP_S
         alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
         for pid in self.watched.keys() - alive:

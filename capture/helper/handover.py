@@ -1,11 +1,13 @@
-"""What outlives the helper: the supervisor holds a descriptor of every kernel object that it made.
+"""Hands a dead helper's kernel objects to the next one: probes, maps, rings, its spool.
+
+The supervisor holds a descriptor of each of them.
 
 While one process holds its descriptor, a probe stays attached and a map keeps what is in it. So a
 helper that dies stops nothing: the kernel goes on copying into the ring, and the next helper is
 handed all of it and carries on. When the supervisor itself dies the last descriptors are closed,
 and the kernel removes every probe.
 
-Both ends speak the same: a message is a name, what there is to know (JSON), and descriptors; one
+Both ends speak the same: a message is a name, what is known of it (JSON), and descriptors; one
 without either takes the name back. `Keeper` is the supervisor's end and believes the helper, which
 is root as it is; `Hold` is the helper's. What the names mean only `helper/main.py` knows.
 """
@@ -39,7 +41,7 @@ class Held:
     fds: list[int] = field(default_factory=list)
 
     def close(self) -> None:
-        """Let go of the descriptors."""
+        """Close the descriptors."""
         for fd in self.fds:
             os.close(fd)
         self.fds = []
@@ -56,7 +58,7 @@ def _send(channel: socket.socket, name: str, about: Any, fds: Sequence[int] = ()
 
 
 def _receive(channel: socket.socket, held: dict[str, Held]) -> tuple[str, Any] | None:
-    """Take one message into `held`; (name, what it says), or None at the end."""
+    """Take one message into `held`; (name, what is known), or None at the end."""
     data, fds, _, _ = socket.recv_fds(channel, MESSAGE_BYTES_MAX, DESCRIPTORS_A_MESSAGE_MAX + 1)
     if not data:
         return None
@@ -154,7 +156,7 @@ class Hold:
         return None
 
     def receive_reader(self) -> socket.socket | None:
-        """The end of a link whose other end is a new reader's; None when the supervisor is gone."""
+        """Our end of a new reader's link; None when the supervisor is gone."""
         assert self._channel is not None
         with contextlib.suppress(OSError):
             if _receive(self._channel, self._given) is not None:

@@ -1,15 +1,14 @@
-"""Who processes are, remembered: what was learned while they lived is all that there will be.
+"""Remembers who processes are: once a process exits, only what is recorded here is available.
 
-/proc tells most (`processes/proc.py`), but only as long as a process lives, and a `curl` may be
-gone before the helper gets a turn. What the kernel copied at the exec (`on_exec` in probe.bpf.c)
-then stands in: arguments, program, user, parent, HALTON_PROJECT. The working directory it cannot
-tell: that is read before all else when an exec is heard of, and is unknown when even that was too
-late.
+/proc has most of it (`processes/proc.py`), but only while a process lives, and a `curl` may exit
+before the helper gets a turn. Then what the kernel copied at the exec (`on_exec` in probe.bpf.c) is
+used: arguments, program, user, parent, HALTON_PROJECT. The kernel does not copy the working
+directory: it is read first of all after the news of an exec, and is unknown if that was too late.
 
 A pid has a life for each program that it ran, and for each process that had its number; the kernel
 may give that again within a second. A connection belongs to the life in whose time it was made, and
-never to one of another process: its OPEN says when its process was forked. Where no life is known
-for that time, the answer is None, not the nearest one.
+never to one of another process: its OPEN has the time when its process was forked. Where no life
+is known for that time, the answer is None, not the nearest one.
 """
 
 from __future__ import annotations
@@ -49,32 +48,32 @@ _NEVER = float("-inf")
 class _Life:
     """One program of a process, from `since_ns` (0: from before we looked) to the next one's.
 
-    `executed` is what the kernel told; None where there was no exec that we heard of.
+    `executed` is the kernel's record; None where no exec was recorded.
     """
 
     since_ns: int = 0
     executed: Record | None = None
     cwd: str | None = None
     process: Process | None = None
-    read_at: float = _NEVER  # when /proc told, by the monotonic clock
+    read_at: float = _NEVER  # when /proc was read, by the monotonic clock
 
     def is_of(self, born_ns: int) -> bool:
         """Whether it is of the process that was forked then."""
-        # When a process began /proc tells by the tick, the one before or after.
+        # /proc has the start of a process in ticks: off by one at most.
         slack_ns = 0 if self.executed else 2 * _tick_ns()
         return self.since_ns >= born_ns - slack_ns
 
     @property
     def argument_bytes(self) -> int:
-        told = len(self.executed.data) if self.executed else 0
-        return told + sum(map(len, self.process.argv if self.process else ()))
+        recorded = len(self.executed.data) if self.executed else 0
+        return recorded + sum(map(len, self.process.argv if self.process else ()))
 
 
 class Identities:
-    """Bounded in number; the pid that was heard of longest ago is forgotten first.
+    """Bounded in number; the pid with the oldest news is forgotten first.
 
-    `has_news` tells whether a process ran another program that we have not heard of yet: what /proc
-    says of it is that one's, then.
+    `has_news` answers whether an exec of a process waits in the ring: what /proc then has of it is
+    the new program's.
     """
 
     def __init__(self, has_news: Callable[[int], bool] = lambda pid: False) -> None:
@@ -91,7 +90,7 @@ class Identities:
     def of(
         self, pid: int, *, fresh: bool = False, at_ns: int | None = None, born_ns: int = 0
     ) -> Process | None:
-        """Who it is, or was at that (monotonic) time; None when nothing told.
+        """Who it is, or was at that (monotonic) time; None when that is not known.
 
         `born_ns` is when the process was forked that had the number then, 0 where it is not known.
         Read anew when what is known is older than IDENTITY_S, or for `fresh`.
@@ -108,7 +107,7 @@ class Identities:
 
     @staticmethod
     def _as_executed(life: _Life, lives: Sequence[_Life]) -> Process:
-        """What the kernel told; of a parent that it does not know, what was known before the exec.
+        """The kernel's record; the parents known before the exec where it has none.
 
         It knows those of processes that were in scope when they were forked.
         """
@@ -130,7 +129,7 @@ class Identities:
             life = _Life(born_ns)
             if lives[-1].since_ns < born_ns:
                 self._add(pid, life)
-            else:  # others have followed: nobody will tell of it any more
+            else:  # others have followed: nothing can be learned of it any more
                 return None
         return life
 
@@ -209,13 +208,13 @@ class Identities:
 
 
 def folder_of(record: Record) -> str | None:
-    """Where the process of an exec is; None when it is gone, whoever has its number by now."""
+    """Working directory of the process of an exec; None when it, or another of its pid, is gone."""
     folder = working_directory(record.tgid)
     return None if folder is None or _began_after(record.tgid, record.at_ns) else folder
 
 
 def process_as_executed(record: Record, cwd: str | None = None) -> Process:
-    """What the kernel told at an exec, for a process that /proc does not know any more.
+    """A process by the kernel's record of its exec, when /proc does not have it any more.
 
     `started_ns` is when it began to run this program.
     """
@@ -242,7 +241,7 @@ def _arguments(raw: bytes, length: int) -> Sequence[str]:
 
 def program_of(path: str) -> str | None:
     """The program that an exec of this path runs, as /proc would name it: of a script, its
-    interpreter. None where the path alone does not tell."""
+    interpreter. None where the path alone does not show it."""
     if not path.startswith("/") or path.startswith(("/dev/fd/", "/proc/")):
         return None
     head = b""

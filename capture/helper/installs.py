@@ -1,7 +1,7 @@
-"""Where clients with a TLS stack of their own are installed, and word when a new one appears.
+"""Lists the installed clients that have a TLS stack of their own, and notices new ones.
 
 Such a program must be searched before its functions are known; done ahead of its first run, that
-run is metered from its first byte. `Installs.candidates` lists files now, inotify tells when to
+run is metered from its first byte. `Installs.candidates` lists files now, inotify shows when to
 list again: nothing is polled. This file opens nothing; names alone decide.
 """
 
@@ -18,7 +18,7 @@ WATCHES_MAX = 512
 CANDIDATES_MAX = 3000
 CANDIDATES_OF_PATTERN_MAX = 300
 FOLDERS_MAX = 5000
-"""Read in one listing: whoever links folders in circles has his own listed no further."""
+"""Read in one listing: folders linked in circles end it for their owner alone."""
 NAMES_A_BREATH = 100
 NAMES_MAX = 5000
 """Names read of one folder; more are not looked at."""
@@ -104,7 +104,7 @@ class Installs:
     def candidates(self) -> Iterator[str | None]:
         """Files there now that may hold a client; watches wherever another may appear.
 
-        None after each folder: whoever may not be long goes on with the listing later.
+        None after each folder: the caller may go on with the listing later.
         """
         found: set[str] = set()
         folders = 0
@@ -158,7 +158,7 @@ class Installs:
     def changed(self) -> bool:
         """True when a name we look for appeared, or its file was written, since the last call."""
         changed = False
-        if self._fd >= 0:  # once a turn, or whoever writes all the time would keep us here
+        if self._fd >= 0:  # once a turn, or a program that writes all the time would keep us here
             try:
                 data = os.read(self._fd, EVENT_BYTES)
             except BlockingIOError:
@@ -199,7 +199,7 @@ def _names(folder: str) -> list[str]:
 def homes_of(uids: Iterable[int] | None) -> list[str]:
     """The home folders of these users, of all people for None, by /etc/passwd.
 
-    Not by the name service: it may ask a network, and whoever captures must not wait.
+    Not by the name service: it may ask a network, and the capture must not wait.
     """
     wanted = None if uids is None else set(uids)
     homes = []

@@ -18,9 +18,7 @@ import os
 import resource
 import select
 import socket
-import struct
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,17 @@ from capture.helper.discovery import Discovery
 from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import VALUE, NameLocations
-from capture.helper.handover import LAYOUT, Hold
+from capture.helper.handover import Hold
 from capture.helper.installs import Installs, homes_of
+from capture.helper.kernel import (
+    Kernel,
+    attach_kept,
+    attach_tracepoints,
+    keep,
+    load_or_inherit,
+)
 from capture.helper.lookups import attach_resolver
-from capture.helper.mounts import offer_headers, own_mounts, tracing_folder
+from capture.helper.mounts import offer_headers, own_mounts
 from capture.helper.process_tree import ProcessTree
 from capture.helper.relay.announcements import unannounced
 from capture.helper.relay.forwarder import Forwarder
@@ -46,16 +51,16 @@ from halton_meter import untrusted
 from halton_meter.model import Process
 
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
-# Chunks wait this long for company, unless the ring fills: wake-ups, not bytes, cost CPU, as both
-# processes find their memory out of the caches each time. Times are taken in the kernel, and what
-# the ring holds outlives us; who waits is only `report`, which has a second.
+# Chunks gather this long, unless the ring fills: wake-ups, not bytes, cost CPU, as both processes
+# find their memory out of the caches each time. Times are taken in the kernel, and what the ring
+# holds outlives us; only `report` waits for it, and has a second.
 PAUSE_S = 1.0
-SHORT_PAUSE_S = 0.005  # where the kernel does not tell us that the ring fills: with bcc it cannot
+SHORT_PAUSE_S = 0.005  # with bcc: there the kernel cannot wake us when the ring fills
 PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
-# Commands are few and short. Those of a reader gone bad get no more of our time in a round.
+# Commands are few and short. Those of a hostile reader get no more of our time in a round.
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
-REPORT_S = 10.0  # whoever wants to know asks; this is what is left to tell should we die
+REPORT_S = 10.0  # for readers that do not ask: the last report is what they have if we die
 PROCESS_FRAMES_MAX = 2048  # some 1 KB each
 SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 MEMORY_MORE_BYTES = 64 << 20
@@ -70,169 +75,78 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Helper:
     """The loop; one thread, one epoll."""
 
-    def __init__(self, sock: socket.socket, hold: Hold) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        hold: Hold,
+        kernel: Kernel,
+        relay: tuple[Spool, Receipt],
+        scope: EnforcedScope,
+        cache: Path | None = None,
+    ) -> None:
         self._sock: socket.socket | None = sock
         self._hold = hold
+        self._kernel = kernel
+        self._scope = scope
+        self._tree = scope.tree
+        self._spool, self._receipt = relay
+        self._forwarder = Forwarder(*relay, kernel.ring, self._on_notice)
+        self._epoll = select.epoll()
+        known, names = KnownFiles(cache), _name_locations(kernel, cache)
+        self.files = Attachments(kernel.programs, known, names, self._epoll, hold)
+        self._discovery = Discovery(
+            kernel.process_ring, self.files, scope, self._report_soon, self._name_opener
+        )
+        self._coverage = Coverage(self._discovery, self._tree)
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
-        # Whose the connections are, as the spool has told: those of the latest openers.
+        # The PROCESS frame of each connection, as it is in the spool: those opened last.
         self._process_frames: dict[Key, bytes] = {}
-        self._ended: list[bytes] = []  # connections that we have told the end of
+        self._ended: list[bytes] = []  # connections whose end we have sent
         self._paused = self._stopping = False
         self._listening: tuple[bool, bool] | None = None
         self._resume_at = 0.0
         self._report_at: float | None = None
         self._notices_lost = 0
         self._programs_unknown = 0
-        self._keep: list[int] = []
+        self._traces: list[int] = []  # probes that belong to no file of anybody's
 
-    # --- set-up -------------------------------------------------------------------------------
-
-    def configure(self, command: dict[str, Any]) -> None:
-        """Load, set the scope, attach to what is there. Raises LoadFailed, OSError, Refused."""
-        own_mounts()
-        if command["loader"] == "bcc":
-            offer_headers()
-        self._restricted = bool(command.get("restricted"))
-        ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
-        given = self._given(ring_bytes)
-        self._carries_on = given is not None
-        self._loaded = given or loader.load(command["loader"], ring_bytes)
-        self._use_maps(self._loaded.maps, ring_bytes)
-        self._use_spool(int(command.get("spool_bytes") or SPOOL_BYTES))
-        self._scope = EnforcedScope(
-            self._loaded.maps,
-            self._tree,
-            command["scope"],
-            restricted=self._restricted,
-            request_bytes_max=command.get("request_bytes_max"),
-        )
-        self._scope.set_hosts(command["hosts"])
-        if given is None:
-            self._keep_loaded(ring_bytes)
-        self._attach_tracepoints()
-        self._discover(command)
-
-    def _given(self, ring_bytes: int) -> loader.Given | None:
-        """What a helper before us has loaded; None when there was none, or one of another kind."""
-        about = self._hold.take("kernel")
-        if about is None:
-            return None
-        if about.about[1:] != [LAYOUT, ring_bytes]:
-            self._hold.begin_anew()
-            return None
-        programs = {name[8:]: held.fds[0] for name, held in self._hold.take_all("program:")}
-        maps = {name[4:]: held.fds[0] for name, held in self._hold.take_all("map:")}
-        return loader.Given(about.about[0], programs, maps)
-
-    def _keep_loaded(self, ring_bytes: int) -> None:
-        for name, fd in self._loaded.programs.items():
-            self._hold.keep(f"program:{name}", True, [fd])
-        for name, fd in self._loaded.maps.items():
-            self._hold.keep(f"map:{name}", True, [fd])
-        # Last: without it what came before is of no use.
-        self._hold.keep("kernel", [self._loaded.name, LAYOUT, ring_bytes])
-
-    def _use_maps(self, maps: dict[str, int], ring_bytes: int) -> None:
-        self._ring = bpf.Ring(maps["ring"], ring_bytes)
-        self._process_ring = bpf.Ring(maps["process_ring"], loader.PROCESS_RING_BYTES)
-        self._tree = ProcessTree(bpf.Map(maps["tree"], 4, 4), self._hold)
-        self._stats = bpf.Map(maps["stats"], 4, 8)
-        self._connection_map = _connection_map(maps["connections"])
-        self._epoll = select.epoll()
-        for readable in (self._process_ring.fd, self._ring.fd):
+    def begin(self, command: dict[str, Any]) -> None:
+        """Attach to what is there. Raises OSError, Refused."""
+        kernel, discovery, scope = self._kernel, self._discovery, command["scope"]
+        self._traces += attach_tracepoints(kernel, self._hold)
+        for readable in (kernel.process_ring.fd, kernel.ring.fd):
             self._epoll.register(readable, select.EPOLLIN)
-
-    def _use_spool(self, spool_bytes: int) -> None:
-        spool, receipt = self._hold.take("spool"), self._hold.take("receipt")
-        if spool and receipt:
-            self._spool, self._receipt = Spool(spool.fds[0]), Receipt(receipt.fds[0])
-        else:
-            self._spool, self._receipt = Spool.new(spool_bytes), Receipt.new()
-            self._hold.keep("spool", True, [self._spool.fd])
-            self._hold.keep("receipt", True, [self._receipt.fd])
-        self._forwarder = Forwarder(self._spool, self._receipt, self._ring, self._on_notice)
-        for raw in self._connection_map.all_keys():  # those that a helper before us has announced
+        for raw in kernel.connections.all_keys():  # those that a helper before us has announced
             ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
             self._connections.setdefault(tgid, set()).add(ssl)
-
-    def _discover(self, command: dict[str, Any]) -> None:
-        directory = command.get("cache_directory")
-        known = KnownFiles(Path(directory) if directory else None)
-        programs, scope = self._loaded.programs, command["scope"]
-        names = self._name_locations(directory)
-        self.files = Attachments(programs, known, names, self._epoll, self._hold)
-        self._discovery = Discovery(
-            self._process_ring, self.files, self._scope, self._report_soon, self._name_opener
-        )
-        self._coverage = Coverage(self._discovery, self._tree)
-        for pid in () if self._carries_on else scope["roots"]:  # by now others may have their pids
+        for pid in () if kernel.inherited else scope["roots"]:  # by now others may have their pids
             self._add_root(int(pid))
         given = command.get("files")
         for path in standard_files() if given is None else given:
             self.files.look_at(path, path)
         for path in standard_linkers():
             self.files.attach_linker(path)
-        self._attach_kept("resolver", lambda: attach_resolver(programs["on_lookup"]))
-        self._discovery.sweep(time.monotonic())
-        if not self._carries_on:  # else there are probes already, and a reader waits
+        resolver = kernel.programs["on_lookup"]
+        self._traces += attach_kept(self._hold, "resolver", lambda: attach_resolver(resolver))
+        discovery.sweep(time.monotonic())
+        if not kernel.inherited:  # else there are probes already, and a reader waits
             if program := command.get("program"):
                 self.files.search_now(str(program), PROGRAM_S)
-            self._discovery.settle(time.monotonic() + SETTLE_S)
-        if scope["uids"] or scope["everyone"]:  # what is only there for one command need not look
+            discovery.settle(time.monotonic() + SETTLE_S)
+        if scope["uids"] or scope["everyone"]:  # a helper for one command need not look
             installs = Installs(homes_of(None if scope["everyone"] else scope["uids"]))
-            self._discovery.search_installs(installs)
+            discovery.search_installs(installs)
             if installs.fileno() >= 0:
                 self._epoll.register(installs.fileno(), select.EPOLLIN)
-
-    def _name_locations(self, directory: str | None) -> NameLocations:
-        maps = self._loaded.maps
-        return NameLocations(
-            bpf.Map(maps["name_locations"], 4, VALUE.size),
-            bpf.Map(maps["proofs"], 4, 8),
-            Path(f"{directory}-names") if directory else None,
-        )
-
-    def _attach_kept(self, name: str, attach: Callable[[], int | None]) -> None:
-        """Attach, unless a helper before us has; the probe is held under this name."""
-        if (held := self._hold.take(f"trace:{name}")) is not None:
-            self._keep += held.fds
-        elif (link := attach()) is not None:
-            self._keep.append(link)
-            self._hold.keep(f"trace:{name}", True, [link])
-
-    def _attach_tracepoints(self) -> None:
-        programs = self._loaded.programs
-        events = f"{tracing_folder()}/events/sched"
-
-        def number(event: str) -> int:
-            with open(f"{events}/{event}/id", encoding="ascii") as file:
-                return int(file.read())
-
-        def on_exec() -> int:
-            program = programs.get("on_exec_with_arguments", programs["on_exec"])
-            return bpf.attach_tracepoint(program, number("sched_process_exec"))
-
-        def on_fork() -> int:
-            with open(f"{events}/sched_process_fork/format", encoding="ascii") as file:
-                arrays = "char parent_comm[16]" in file.read()
-            program = programs["fork_arrays" if arrays else "fork_locations"]
-            return bpf.attach_tracepoint(program, number("sched_process_fork"))
-
-        def on_exit() -> int:
-            return bpf.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
-
-        self._attach_kept("exit", on_exit)
-        self._attach_kept("exec", on_exec)
-        self._attach_kept("fork", on_fork)
 
     # --- the reader ---------------------------------------------------------------------------
 
     def connect(self, sock: socket.socket | None) -> None:
         """Serve this reader from now on, or wait for another one.
 
-        It gets the receipt, to say in it how far it has got.
+        It gets the receipt, to write into it how far it has got.
         """
         if self._sock is not None and self._listening is not None:
             self._epoll.unregister(self._sock)
@@ -252,21 +166,23 @@ class Helper:
         self._resume()
 
     def _begin(self, number: int, position: int) -> None:
-        """A reader says from where on it wants to read."""
+        """A reader chooses the position to read from."""
         if self._forwarder.begun:
-            raise Refused("read: where to begin is said once on a link")
+            raise Refused("read: this link has its position already")
         position = self._forwarder.beginning(position)
         frames: list[bytes] = []
-        for record in unannounced(self._spool, position, self._ring, self._connection_map):
+        for record in unannounced(
+            self._spool, position, self._kernel.ring, self._kernel.connections
+        ):
             frames += self._process_frame_of(record)
             frames.append(protocol.encode_open(record))
         self._forwarder.begin(position, number, frames)
         self.report()
 
     def _process_frame_of(self, record: protocol.Record) -> list[bytes]:
-        """Whose a connection is, in a frame; nothing when that is not known."""
-        if (told := self._process_frames.get(record.key)) is not None:
-            return [told]
+        """The process of a connection, as a frame; nothing when it is not known."""
+        if (known := self._process_frames.get(record.key)) is not None:
+            return [known]
         process = self._discovery.identities.of(
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
@@ -280,7 +196,7 @@ class Helper:
         return [frame]
 
     def _name_opener(self, record: protocol.Record) -> None:
-        """A connection was opened just now: whose it is goes into the spool at once.
+        """A connection was opened just now: its process goes into the spool at once.
 
         By when its OPEN comes out of the ring we may be dead, and the process as well.
         """
@@ -292,17 +208,19 @@ class Helper:
     def _add_root(self, pid: int) -> None:
         """Put a process and what descends from it in scope."""
         for each in self._tree.include(pid):
-            self._discovery.identities.of(each)  # its parents, which its next exec does not tell
+            self._discovery.identities.of(
+                each
+            )  # its parents, which the record of its next exec does not have
             self._discovery.schedule(each)
 
     def command(self, command: dict[str, Any]) -> None:
-        """Carry out one command, and answer it. Whoever commands us may have gone bad: nothing that
-        it says ends us, or sends more than an answer back."""
+        """Carry out one command, and answer it. A hostile reader may send anything: it cannot end
+        us, and gets no more than an answer."""
         number = untrusted.whole_number(command, "id", smallest=-1)
         what = untrusted.text(command, "do")
         answer: dict[str, Any] = {"id": number}
         if not self._forwarder.begun and what not in ("read", "stop"):
-            return  # who does not say where it begins hears nothing
+            return  # a reader that has chosen no position gets nothing
         try:
             if what == "barrier":
                 self._forwarder.put_barrier(number or 0)
@@ -311,7 +229,7 @@ class Helper:
             if what == "read":
                 self._begin(number or 0, untrusted.whole_number(command, "from") or 0)
                 return
-            if what in ("root", "hosts") and self._restricted:
+            if what in ("root", "hosts") and self._scope.restricted:
                 raise Refused(f"{what}: whom and what to meter is fixed when the capture starts")
             if what == "root":
                 self._add_root(_pid(command))
@@ -322,7 +240,7 @@ class Helper:
             elif what == "hosts":
                 self._scope.set_hosts(command["hosts"])
             elif what == "report":
-                self._resume()  # who asks how it stands wants to see what is waiting, too
+                self._resume()  # a report covers what is waiting, too
                 self.report()
             elif what == "stop":
                 self._stopping = True
@@ -338,7 +256,7 @@ class Helper:
     # --- the loop -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until we are told to stop, or whoever we serve is gone."""
+        """Until a command stops us, or the reader or supervisor that we serve is gone."""
         if self._hold.fileno() >= 0:
             self._epoll.register(self._hold.fileno(), select.EPOLLIN)
         while not self._stopping or self._forwarder.waiting:
@@ -408,23 +326,23 @@ class Helper:
             self._drop_ended()
         if (moved or self._forwarder.full) and not self._forwarder.blocked:
             # A record that a thread is still writing holds up all behind it: no wake-up comes then.
-            # Nor does one tell that the reader has made room.
-            is_told = self._loaded.name != "bcc" and not self._fills() and not self._forwarder.full
-            self._resume_at = now + (PAUSE_S if is_told else SHORT_PAUSE_S)
+            # Nor does one when the reader has made room.
+            is_woken = self._kernel.wakes_us and not self._fills() and not self._forwarder.full
+            self._resume_at = now + (PAUSE_S if is_woken else SHORT_PAUSE_S)
             self._report_soon()
 
     def _drop_ended(self) -> None:
         """Take connections out of the kernel's table, as their ends are in the spool by now."""
         for key in self._ended:
-            self._connection_map.drop(key)
+            self._kernel.connections.drop(key)
         self._ended.clear()
 
     def _fills(self) -> bool:
         """Whether the ring is past a quarter: when it comes to that the kernel wakes us up."""
-        return self._ring.filled() >= self._ring.size_bytes // 4
+        return self._kernel.ring.filled() >= self._kernel.ring.size_bytes // 4
 
     def _resume(self) -> None:
-        """Let nothing wait for company any more."""
+        """End the pause: send what has gathered."""
         self._resume_at = 0.0
 
     def _report_soon(self) -> None:
@@ -438,7 +356,7 @@ class Helper:
         if listening == self._listening:
             return
         self._listening = listening
-        self._epoll.modify(self._ring.fd, 0 if self._paused else select.EPOLLIN)
+        self._epoll.modify(self._kernel.ring.fd, 0 if self._paused else select.EPOLLIN)
         if self._sock is not None:
             self._epoll.modify(self._sock, select.EPOLLOUT if blocked else select.EPOLLIN)
 
@@ -463,7 +381,7 @@ class Helper:
                 self._forwarder.flush()
 
     def _on_notice(self, frame: bytes) -> list[bytes]:
-        """An OPEN needs its process told first, an EXIT ends connections that never said so."""
+        """A PROCESS frame goes before an OPEN; an EXIT ends connections that had no CLOSE."""
         record = protocol.decode_record(frame)
         if record.kind == protocol.OPEN:
             return self._on_open(record, frame)
@@ -480,19 +398,19 @@ class Helper:
             record.tgid, at_ns=record.at_ns, born_ns=record.offset
         )
         self._programs_unknown += process is None
-        told = [] if record.key in self._process_frames else self._process_frame_of(record)
+        about = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
         self._coverage.metered(self._tree.with_run(known, record.length), record.host)
-        # What was put meanwhile tells of its process, perhaps: it has to come before.
-        return [*self._forwarder.take_own(), *told, frame]
+        # What was put meanwhile may be its PROCESS frame: it has to come before.
+        return [*self._forwarder.take_own(), *about, frame]
 
     def _close(self, ssl: int, tgid: int, at_ns: int) -> bytes | None:
-        """The end of a connection that did not tell of it; None when it has."""
+        """A CLOSE for a connection that sent none; None when it did."""
         key = protocol.CONNECTION_KEY.pack(ssl, tgid, 0)
-        value = self._connection_map.get(key)
+        value = self._kernel.connections.get(key)
         if value is None:
-            return None  # SSL_free has told
+            return None  # SSL_free has sent it
         entry = protocol.CONNECTION.unpack(value)
         opened, sent, received = entry[:3]
         body = received.to_bytes(8, "little") + entry[10] + entry[11]
@@ -503,17 +421,10 @@ class Helper:
 
     # --- reports ------------------------------------------------------------------------------
 
-    def _statistics(self) -> dict[str, int]:
-        values = {}
-        for index, name in enumerate(protocol.STATISTICS):
-            raw = self._stats.get(struct.pack("=I", index))
-            values[name] = int.from_bytes(raw or b"", "little")
-        return values
-
     def report(self) -> None:
-        """Tell how it fares, as of now."""
+        """Send a report of now."""
         self._report_at = None
-        statistics = self._statistics()
+        statistics = self._kernel.statistics()
         if statistics["notices_lost"] != self._notices_lost and not self._forwarder.blocked:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
@@ -523,8 +434,8 @@ class Helper:
             file for file in self.files.files.values() if file.probes and not file.is_linker
         ]
         report = {
-            "loader": self._loaded.name,
-            "probes": sum(len(file.probes) for file in attached) + len(self._keep),
+            "loader": self._kernel.loaded.name,
+            "probes": sum(len(file.probes) for file in attached) + len(self._traces),
             "libraries": sorted({file.path for file in attached}),
             "statistics": statistics,
             "coverage": self._coverage.lines(),
@@ -537,11 +448,11 @@ class Helper:
         self._forwarder.flush()
 
     def _close_orphans(self) -> None:
-        """Connections whose end found the ring full: they stayed in the kernel's table."""
+        """Close the connections whose CLOSE found the ring full: they are in the kernel's table."""
         now_ns = time.monotonic_ns()
-        for key in self._connection_map.all_keys():
+        for key in self._kernel.connections.all_keys():
             ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(key)
-            value = self._connection_map.get(key)
+            value = self._kernel.connections.get(key)
             if value and (
                 protocol.CONNECTION.unpack(value)[9] or not os.path.exists(f"/proc/{tgid}")
             ):
@@ -557,8 +468,12 @@ def _pid(command: dict[str, Any]) -> int:
     return pid
 
 
-def _connection_map(fd: int) -> bpf.Map:
-    return bpf.Map(fd, protocol.CONNECTION_KEY.size, protocol.CONNECTION.size)
+def _name_locations(kernel: Kernel, cache: Path | None) -> NameLocations:
+    return NameLocations(
+        bpf.Map(kernel.maps["name_locations"], 4, VALUE.size),
+        bpf.Map(kernel.maps["proofs"], 4, 8),
+        Path(f"{cache}-names") if cache else None,
+    )
 
 
 def rss_bytes() -> int | None:
@@ -576,7 +491,7 @@ def bound_memory(more_bytes: int) -> None:
 
 
 def first_command(sock: socket.socket) -> dict[str, Any] | None:
-    """What our own starter wants; not a byte is read of what others may say after it."""
+    """The configuration of our own starter; nothing behind it is read."""
     line = bytearray()
     while not line.endswith(b"\n"):
         there = sock.recv(1 << 16, socket.MSG_PEEK)
@@ -589,14 +504,14 @@ def first_command(sock: socket.socket) -> dict[str, Any] | None:
 
 
 def serve(sock: socket.socket, hold: Hold | None = None) -> None:
-    """Set up as told, by the supervisor or else by the first command; then serve readers."""
+    """Set up as the supervisor, or else the first command, configures; then serve readers."""
     hold = hold or Hold()
     command = hold.receive_all() if hold.fileno() >= 0 else first_command(sock)
     if command is None:
         return
-    helper = Helper(sock, hold)
     try:
-        helper.configure(command)
+        helper = _configured(sock, hold, command)
+        helper.begin(command)
     except (loader.LoadFailed, OSError, Refused, KeyError, TypeError, ValueError) as error:
         sock.sendall(protocol.encode_message(protocol.PROBLEM, diagnosis(error)))
         return
@@ -605,8 +520,41 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
     helper.run()
 
 
+def _configured(sock: socket.socket, hold: Hold, command: dict[str, Any]) -> Helper:
+    """Load, and set the scope. Raises LoadFailed, OSError, Refused."""
+    own_mounts()
+    if command["loader"] == "bcc":
+        offer_headers()
+    ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
+    kernel = load_or_inherit(hold, command["loader"], ring_bytes)
+    relay = _relay(hold, int(command.get("spool_bytes") or SPOOL_BYTES))
+    scope = EnforcedScope(
+        kernel.maps,
+        ProcessTree(bpf.Map(kernel.maps["tree"], 4, 4), hold),
+        command["scope"],
+        restricted=bool(command.get("restricted")),
+        request_bytes_max=command.get("request_bytes_max"),
+    )
+    scope.set_hosts(command["hosts"])
+    if not kernel.inherited:
+        keep(kernel, hold)
+    cache = command.get("cache_directory")
+    return Helper(sock, hold, kernel, relay, scope, Path(cache) if cache else None)
+
+
+def _relay(hold: Hold, spool_bytes: int) -> tuple[Spool, Receipt]:
+    """The spool and its receipt: those of a helper before us, else new ones."""
+    spool, receipt = hold.take("spool"), hold.take("receipt")
+    if spool and receipt:
+        return Spool(spool.fds[0]), Receipt(receipt.fds[0])
+    made = Spool.new(spool_bytes), Receipt.new()
+    hold.keep("spool", True, [made[0].fd])
+    hold.keep("receipt", True, [made[1].fd])
+    return made
+
+
 def diagnosis(error: Exception) -> dict[str, Any]:
-    """Why the set-up failed, and what is known to be missing here, with what mends it."""
+    """Why the set-up failed, and what is missing here, each with its fix."""
     missing = []
     if not isinstance(error, Refused):
         with contextlib.suppress(OSError, ValueError):

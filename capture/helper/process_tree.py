@@ -21,7 +21,7 @@ from halton_meter.model import Process
 IN_SCOPE, EXCLUDED = 1, 2
 FLAG_BITS = 2
 FORKED = 1 << 31  # in a key: the id is one that the kernel saw at a fork, not one given by us
-RUNS_MAX = 4096  # remembered; processes of an older run keep only what /proc says
+RUNS_MAX = 4096  # remembered; processes of an older run keep only the parents that /proc has
 _NUMBERS_MAX = 1 << (32 - FLAG_BITS)
 
 
@@ -34,7 +34,7 @@ class _Run:
 
 
 class ProcessTree:
-    """The kernel's `tree` map, and what its run numbers stand for."""
+    """The kernel's `tree` map, and the runs behind its numbers."""
 
     def __init__(self, tree: bpf.Map, hold: Hold | None = None) -> None:
         self._tree = tree

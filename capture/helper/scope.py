@@ -24,12 +24,12 @@ _INIT_PID_NAMESPACE = 0xEFFFFFFC
 
 
 class Refused(Exception):
-    """A command that will not be carried out; the text says why."""
+    """A command that is refused; the text is the reason."""
 
 
 class EnforcedScope:
-    """The scope and the hosts. When `restricted`, whoever commands us may not name processes of
-    users outside the scope."""
+    """The scope and the hosts. When `restricted`, the reader may not name processes of users
+    outside the scope."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class EnforcedScope:
         request_bytes_max: int | None = None,
     ) -> None:
         self._scope = scope
-        self._restricted = restricted
-        self._tree = tree
+        self.restricted = restricted
+        self.tree = tree
         self._hosts: set[str] = set()
         self._host_map = bpf.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
         self._set_settings(request_bytes_max or REQUEST_BYTES_MAX, maps)
@@ -93,8 +93,8 @@ class EnforcedScope:
         self._hosts = set(hosts)
 
     def check_owner(self, pid: int) -> None:
-        """Raise Refused unless whoever commands us may name this process."""
-        if not self._restricted or self._scope["everyone"]:
+        """Raise Refused unless the reader may name this process."""
+        if not self.restricted or self._scope["everyone"]:
             return
         try:
             owner = os.stat(f"/proc/{pid}").st_uid
@@ -105,7 +105,7 @@ class EnforcedScope:
 
     def in_scope(self, pid: int) -> bool:
         """Whether a living process is in scope, its cgroup aside."""
-        flags = self._tree.flags(pid)
+        flags = self.tree.flags(pid)
         if flags & EXCLUDED:
             return False
         if self._scope["everyone"]:

@@ -53,7 +53,7 @@ _ENHANCED_HEAD = {
 
 
 class NotACapture(Exception):
-    """The file is neither pcap nor pcapng; the message says what it is instead."""
+    """The file is neither pcap nor pcapng; the message names what it is."""
 
 
 _COMPRESSED = {
@@ -86,7 +86,7 @@ class Frame(NamedTuple):
 class CaptureFile(InputFile):
     """One capture file. `position` and `size` (bytes on disk) serve a progress display.
 
-    `ratio_max` bounds what a gzip may unpack to. `stopped` is a clause for a person that says why
+    `ratio_max` bounds what a gzip may unpack to. `stopped` is a clause for a person, why
     reading ended before the file did, or None.
     """
 

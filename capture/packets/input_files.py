@@ -32,9 +32,9 @@ _KINDS = (
 
 
 def open_file(path: Path, *, pipe: bool = False) -> BinaryIO:
-    """Open a file for reading, never waiting. `pipe` says that a pipe will do as well.
+    """Open a file for reading, never waiting. With `pipe` it may be a pipe.
 
-    Raises OSError, whose `strerror` says in words what stands there instead of a file.
+    Raises OSError, whose `strerror` names what is there instead of a file.
     """
     _check_kind(path.stat().st_mode, pipe)  # opening some devices does things
     opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -56,7 +56,7 @@ def _check_kind(mode: int, pipe: bool) -> None:
 class InputFile:
     """A file read front to back, unpacked if it is a gzip. Raises what `open_file` raises.
 
-    `buffer` holds what was read and `at` says how far it was used; whoever reads moves it on.
+    `buffer` holds what was read and `at` says how far it was used; the reader moves it on.
     Reading ends at the file's end, where it is `damaged`, or where it was `refused`: it unpacks
     to more than `ratio_max` times what was read of it. `size` counts bytes on disk.
     """

@@ -66,7 +66,7 @@ class KeyLog:
         """Take every secret in key log `text`; lines that are none are passed over.
 
         `tell` is called with each line that was not known. Returns the number of secrets found,
-        so that 0 tells a file that is no key log; those past `SECRETS_MAX` are `refused`.
+        so that 0 means that the file is no key log; those past `SECRETS_MAX` are `refused`.
         """
         found = 0
         for match in _LINE.finditer(text):
@@ -83,7 +83,7 @@ class KeyLog:
                 self.refused += 1
                 continue
             self._count += 1
-            if number in before:  # the last one said counts
+            if number in before:  # the last one counts
                 known = b"".join(_packed(n, s) for n, s in before.items() if n != number)
             self._secrets[random] = known + _packed(number, secret)
             if tell is not None:
@@ -123,7 +123,7 @@ def _line(number: int, random: bytes, secret: bytes) -> bytes:
 
 
 def read_key_log(path: Path, keys: KeyLog) -> str | None:
-    """Add a key log file's secrets to `keys`; None, or a clause that says what was not read.
+    """Add a key log file's secrets to `keys`; None, or a clause about what was not read.
 
     A pipe is read, too (`--keys <(ssh host cat sslkeys.log)`), for as long as something comes.
     """

@@ -32,12 +32,12 @@ from halton_meter.model import Connection, Direction, Source, TlsClosed
 # only what arrived together may share a packet. An IPv4 packet ends at 64 KiB.
 BATCH_BYTES_MAX = 32 << 10
 BATCH_NS_MAX = 2_000_000
-# Bytes looked at to find a record's start after a hole, and those let go if there is none.
+# Bytes searched for a record's start after a hole; they are dropped if there is none.
 HUNT_BYTES_MAX = 2 * tls.RECORD_BYTES_MAX
-# First bytes held back until they tell what the connection is: a packet of the server's may have
+# First bytes held back until they decide what the connection is: a packet of the server's may have
 # been recorded before the client's that it answers.
 HELD_BYTES_MAX = 64 << 10
-TELLING_BYTES = 6
+DECIDING_BYTES = 6
 # What a piece costs to hold beside its bytes.
 HELD_COST_BYTES = 128
 # What all connections hold back or keep of unfinished records together; past it the one that
@@ -68,7 +68,7 @@ class Findings:
     `without_keys` counts encrypted connections by host name (SNI, or address), `errors` has one
     line for each file that could not be read, `losses` counts by cause what was lost,
     `seen_again` counts connections that another interface's packets had shown already,
-    `handshakes_with_keys` says how many handshakes the key logs and captures hold secrets of,
+    `handshakes_with_keys` is how many handshakes the key logs and captures hold secrets of,
     `unread_links` counts frames by link type (tcpdump.org/linktypes.html) that are not read.
     """
 
@@ -143,7 +143,7 @@ class _TcpConnection:
     decryptor: Decryptor | None = None
     held: list[tuple[Half, bytes, int]] = field(default_factory=list)
     held_bytes: int = 0  # their cost
-    asked: bytes = b""  # the client's first bytes, as far as they tell, and the server's
+    asked: bytes = b""  # the client's first bytes, as many as decide, and the server's
     answered: bytes = b""
     seqs: dict[bool, int] = field(default_factory=lambda: {True: 1, False: 1})
 
@@ -191,7 +191,7 @@ class TcpConnections:
         self._keeping: OrderedDict[_RecordStream, tuple[_TcpConnection, bool]] = OrderedDict()
         self._kept_bytes = 0
 
-    # --- what TCP tells (tcp.Listener) ---------------------------------------------------
+    # --- from TCP (tcp.Listener) ---------------------------------------------------------
 
     def opened(self, flow: Flow) -> None:
         """Start a connection's state."""
@@ -244,19 +244,19 @@ class TcpConnections:
     def _hold(self, tcp: _TcpConnection, half: Half, data: bytes, at_ns: int) -> None:
         tcp.held.append((half, data, at_ns))
         if half.sent:
-            tcp.asked = (tcp.asked + data[:TELLING_BYTES])[:TELLING_BYTES]
+            tcp.asked = (tcp.asked + data[:DECIDING_BYTES])[:DECIDING_BYTES]
         else:
-            tcp.answered = (tcp.answered + data[:TELLING_BYTES])[:TELLING_BYTES]
+            tcp.answered = (tcp.answered + data[:DECIDING_BYTES])[:DECIDING_BYTES]
         tcp.held_bytes += len(data) + HELD_COST_BYTES
         self._held_bytes += len(data) + HELD_COST_BYTES
         self._holding[half.flow] = None
 
     def _take_held(self, tcp: _TcpConnection, flow: Flow, wait: bool = True) -> None:
-        """Read what was held back once it tells what the connection is, the client's side first."""
+        """Read what was held back once it decides the state, the client's side first."""
         asked = tcp.asked
         first = asked or tcp.answered
-        telling = len(first) >= TELLING_BYTES and (asked or flow.joined)
-        if wait and not telling and tcp.held_bytes < HELD_BYTES_MAX:
+        decides = len(first) >= DECIDING_BYTES and (asked or flow.joined)
+        if wait and not decides and tcp.held_bytes < HELD_BYTES_MAX:
             return
         held, tcp.held = tcp.held, []
         self._held_bytes -= tcp.held_bytes

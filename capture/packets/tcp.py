@@ -2,7 +2,7 @@
 
 Repeated and reordered segments are put right, within limits; what stays missing is reported as a
 hole of exact length. Connections seen from their middle work too. This file knows nothing of TLS
-or of files; `pcap.py` implements `Listener` on top of it.
+or of files; `records.py` implements `Listener` on top of it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _RAW = (12, 14, 101, 228, 229)
 _PKTAP = (149, 258)
 _IP = (b"\x08\x00", b"\x86\xdd")
 _PPP_IP = (b"\x00\x21", b"\x00\x57")
-# Link layers told apart in `Reassembly.unread`.
+# Link layers that `Reassembly.unread` counts apart.
 UNREAD_MAX = 16
 _TCP_HEAD = struct.Struct("!HHIIBB")
 
 
 class Listener(Protocol):
-    """Who is told what a flow said. Called in the order of the capture."""
+    """Gets the bytes and holes of every flow, in the order of the capture."""
 
     def opened(self, flow: Flow) -> None:
         """A connection was seen for the first time."""
@@ -121,7 +121,7 @@ class Half:
     next_seq: int | None = None
     first_seq: int | None = None  # of its first packet, where that was no SYN
     acked_seq: int | None = None  # highest acknowledgement of this half, by the other side
-    fin_seq: int | None = None  # where its FIN says that it ends
+    fin_seq: int | None = None  # where it ends, by its FIN
     fin_ns: int = 0
     pending: Pending | None = None
     frames_since_gap: int = 0
@@ -129,7 +129,7 @@ class Half:
 
     @property
     def missing_at_end(self) -> int:
-        """Bytes that its FIN tells of and that were not seen."""
+        """Bytes before its FIN that were not seen."""
         if self.fin_seq is None or self.next_seq is None:
             return 0
         missing = (self.fin_seq - self.next_seq) % _SPACE
@@ -380,7 +380,7 @@ class Reassembly:
         source = int.from_bytes(frame[segment : segment + 2])
         target = int.from_bytes(frame[segment + 2 : segment + 4])
         hello = payload[5:6] if payload[:1] == b"\x16" else b""
-        asks = hello == b"\x01"  # nothing was said before a ClientHello
+        asks = hello == b"\x01"  # nothing comes before a ClientHello
         sent = asks or (hello != b"\x02" and target < source)
         self._new_flow(at_ns, key, addresses, frame, segment, sent, not asks, seq)
         return self._halves[key]

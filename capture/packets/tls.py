@@ -68,8 +68,8 @@ def client_hello(message: bytes) -> ClientHello | None:
         name = None
         for kind, body in _extensions(message, at):
             if kind == 0 and len(body) > 5 and body[2] == 0:
-                said = body[5 : 5 + int.from_bytes(body[3:5])]
-                name = said.decode().lower() if _SERVER_NAME.fullmatch(said) else None
+                name_bytes = body[5 : 5 + int.from_bytes(body[3:5])]
+                name = name_bytes.decode().lower() if _SERVER_NAME.fullmatch(name_bytes) else None
         return ClientHello(random, name) if len(random) == 32 else None
     except IndexError:
         return None

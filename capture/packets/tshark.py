@@ -1,7 +1,7 @@
 """tshark as the decryptor: whole TLS records in, plaintext out, in order, from one process.
 
 tshark is slow per packet and loses its place at the first missing byte, so it is not given the
-capture. It reads a stream that `pcap.py` makes for it: connections already reassembled, several
+capture. It reads a stream that `records.py` makes for it: connections already reassembled, several
 records a packet, one made-up address a connection. Plaintext comes back through tshark's export
 of PDUs, in binary, each with the number of the packet it was in: measured on Wireshark 4.0, that
 is 5 times as fast as `-T fields`, which spends its time on hexadecimal. Where tshark answers
@@ -90,7 +90,7 @@ class Plaintext:
 
 @dataclass(slots=True, eq=False)
 class Keys:
-    """What a connection's hellos told; both directions share it."""
+    """What a connection's hellos hold; both directions share it."""
 
     client_random: bytes | None = None
     server_hello: tls.ServerHello | None = None
@@ -414,13 +414,13 @@ class Decryptor:
         if opener is None and found:
             self._plain(work.half, found, work.at_ns)
             return
-        told = work.half.offset
+        before = work.half.offset
         for record, index, position in encrypted_records(work):
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
             elif record[0] == tls.APPLICATION or not opener.tls13:
                 self._open_one(work, opener, record, index, position)
-        if found and work.half.offset == told:  # early data: under a key of its own
+        if found and work.half.offset == before:  # early data: under a key of its own
             self._plain(work.half, found, work.at_ns)
 
     def _open_one(

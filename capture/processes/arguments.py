@@ -9,7 +9,7 @@ harmless need not be, so nothing stays for its looks alone. These stay:
 - names of options: of `--name=value` the name, of `-xVALUE` two characters;
 - values of a short list of options, such as `--model`, where they look as they must.
 
-All else becomes REDACTED, several in a row one, so that neither length nor number of words tells.
+All else becomes REDACTED, several in a row one, so that neither length nor number of words shows.
 The result depends on the words alone: no file is looked at, as they are other users' files.
 """
 
@@ -184,7 +184,7 @@ class _Words:
         return self._named(argument)
 
     def _named(self, argument: str) -> str:
-        """The word that tells what is run: a script, a package, a task."""
+        """The word that names what is run: a script, a package, a task."""
         takes = self._program.takes
         if takes is Takes.TASK:
             return self._runs(argument, _is_name(argument), OTHER)
@@ -266,7 +266,7 @@ def _is_program(text: str) -> bool:
 
 
 def _script(text: str) -> str | None:
-    """The path of a script, its folder hidden where that tells more than names; None if none."""
+    """The path of a script, its folder hidden unless it is only names; None if none."""
     folder, slash, name = text.rpartition("/")
     stem, dot, extension = name.rpartition(".")
     if not (dot and extension in EXTENSIONS):

@@ -1,6 +1,6 @@
 """Words of command lines that are known to be harmless: data for `arguments.py`, no rules.
 
-A word may stay in a stored command line because it stands here, or because of where it stands in
+A word may stay in a stored command line because it is listed here, or because of its position in
 the command line of a program that is described here. Add a program when its reports would gain by
 it: its subcommands, whose list is closed, or what its first word is.
 """
@@ -253,7 +253,7 @@ VALUES: dict[str, re.Pattern[str]] = {
          "--top-p", "--max-time", "--max-old-space-size"),
         _COUNT,
     ),
-    # What tells the processes of a browser apart.
+    # The kind of a browser's process.
     "--type": re.compile(r"renderer|utility|gpu-process|zygote|ppapi|broker|crashpad-handler"),
     "--utility-sub-type": re.compile(
         r"network\.mojom\.NetworkService|audio\.mojom\.AudioService|"

@@ -80,7 +80,7 @@ def _stat(pid: int) -> tuple[str, int, int] | None:
 
 
 def started_ticks(pid: int) -> int | None:
-    """The start time that tells a process from a later one of the same pid."""
+    """The start time: a later process of the same pid has another."""
     stat = _stat(pid)
     return stat[2] if stat else None
 

@@ -1,8 +1,8 @@
 """Find SSL_read and SSL_write in BoringSSL that is linked statically and stripped.
 
-`find_boringssl(file)` says where they are, or why it does not know. It goes by what the code does:
+`find_boringssl(file)` returns where they are, or why not. It goes by what the code does:
 BoringSSL's functions report errors as `ERR_put_error(16, 0, reason, ".../ssl/ssl_lib.cc", line)`,
-and which reasons a function can report, whom it calls and whether it writes memory tells three
+and the reasons that a function can report, its calls and whether it writes memory distinguish three
 functions from all others, in every build seen: Bun, Claude Code, opencode, gRPC, x86-64 and
 aarch64. This file refuses to guess: exactly one candidate a function, whose start is known by the
 unwind table or by an instruction that calls it, or none at all. It attaches nothing. The last
@@ -42,8 +42,8 @@ _LIBRARY_SSL = 16  # ERR_LIB_SSL
 _NOT_TO_BE_CALLED, _BAD_LENGTH, _SHUT_DOWN, _INVALID_SERVER_NAME = 66, 111, 194, 213
 _HANDSHAKE_FAILURE, _UNINITIALIZED = 215, 226
 _NO_MEMORY = 65  # not reported any more since 2023
-# What only SSL_write says of all that wait for a handshake: since 2023 the first, until 2021 the
-# second, between them neither.
+# What, of all functions that wait for a handshake, only SSL_write reports: since 2023 the first,
+# until 2021 the second, between them neither.
 _OF_WRITE = frozenset((_BAD_LENGTH, _SHUT_DOWN))
 
 _MARKER, _AFTER_MARKER = b"ssl/ssl_lib.c", re.compile(rb"c?\0")
@@ -155,8 +155,8 @@ def _writers(reporters: list[_Reporter]) -> list[Routine]:
     waits = {_HANDSHAKE_FAILURE, _UNINITIALIZED}
     known = waits | _OF_WRITE | {_NOT_TO_BE_CALLED}
     waiting = [r for r in reporters if waits <= r.reasons <= known and _calls_by_table(r.function)]
-    telling = [r.function for r in waiting if r.reasons & _OF_WRITE]
-    return telling or [r.function for r in waiting if _NOT_TO_BE_CALLED in r.reasons]
+    certain = [r.function for r in waiting if r.reasons & _OF_WRITE]
+    return certain or [r.function for r in waiting if _NOT_TO_BE_CALLED in r.reasons]
 
 
 def _setters_of_the_host(reporters: list[_Reporter]) -> list[Routine]:
@@ -181,7 +181,7 @@ def _find_read(reporters: list[_Reporter], code: Code) -> Location:
     if len(core) != 1:
         raise Ambiguous(f"{len(core)} functions may be ssl_read_impl")
     if _NOT_TO_BE_CALLED in core[0].reasons:
-        raise Ambiguous("ssl_read_impl is inlined: SSL_read cannot be told from SSL_peek")
+        raise Ambiguous("ssl_read_impl is inlined: SSL_read and SSL_peek look the same")
     start = core[0].function.start
     known = {r.function.start for r in reporters if r.reasons}
     if not all(caller.start in known for caller in callers_of(start, code)):

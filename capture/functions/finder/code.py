@@ -1,6 +1,6 @@
 """Decode one function of x86-64 or aarch64 code: its flow, its calls, the constants it passes.
 
-`boringssl.py` and `golang.py` ask what a function does, not which bytes it has, so that another
+`boringssl.py` and `openssl.py` ask what a function does, not which bytes it has, so that another
 compiler or another version changes nothing for them. This file refuses to guess: a function whose
 stack does not balance at every return, or that runs into bytes that are no code, is None. Capstone
 decodes; it is imported late because only the finder needs it.
@@ -153,7 +153,7 @@ class Code:
     def function(self, start: int, end: int | None = None) -> Routine | None:
         """Follow every path from `start`; None when it cannot be a function's start.
 
-        `end` bounds the function where the unwind table tells it. A jump that leaves the bounds,
+        `end` bounds the function where the unwind table has it. A jump that leaves the bounds,
         or that reaches what follows padding with nothing on the stack, is a tail call.
         """
         limit = end if end is not None else start + FUNCTION_BYTES_MAX
@@ -195,7 +195,7 @@ class Code:
         return Routine(start, steps)
 
     def every_instruction(self, start: int, end: int) -> Routine | None:
-        """All that lies between two bounds which the unwind table tells, also behind jump tables.
+        """All that lies between two bounds of the unwind table, also behind jump tables.
 
         None where not all of it is code. What reaches an instruction behind a jump table is not
         known: `constants_at_calls` takes nothing for granted there.

@@ -219,7 +219,7 @@ def _server_name(version: str | None) -> ServerName | None:
 
 
 SERVER_NAME_MINOR_MAX = 27
-"""Later releases may have moved the fields: the first request's head then tells the host."""
+"""Later releases may have moved the fields: the first request's head then has the host."""
 
 
 # --- the function table -------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def _table_at(elf: Elf, address: int) -> _Table | None:
 
 
 def _text_start(elf: Elf, table: int, functions: int) -> int | None:
-    """What the table's function addresses count from; None when nothing says it for certain.
+    """What the table's function addresses count from; None when it is not certain.
 
     Up to 1.25 the table's header does. Since then only the module's data do, which begin with a
     pointer to the table, and hold the first function's address, too.

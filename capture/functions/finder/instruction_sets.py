@@ -32,7 +32,7 @@ class Step:
     `sets` maps registers to a constant, to (register, addend), or to None for "something else".
     `stack` is the change of the stack pointer in bytes; `frame` says how the frame pointer and
     the stack pointer depend on each other: ("save", n) is fp = sp + n, ("restore", n) sp = fp + n.
-    `stores` says that it writes memory through a register other than those two.
+    `stores`: it writes memory through a register other than those two.
     """
 
     address: int

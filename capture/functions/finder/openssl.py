@@ -1,10 +1,10 @@
 """Find SSL_read, SSL_write and their _ex forms in OpenSSL that is linked statically and stripped.
 
-`find_openssl(file)` says where they are, or why it does not know. OpenSSL's functions say their own
-names where they report an error: since 3.0 `ERR_set_debug("ssl/ssl_lib.c", line, "SSL_read")`, in
-1.1.1 `ERR_put_error(20, <the function's number>, reason, "ssl/ssl_lib.c", line)`. The _ex functions
+`find_openssl(file)` returns where they are, or why not. OpenSSL's functions give their own names
+where they report an error: since 3.0 `ERR_set_debug("ssl/ssl_lib.c", line, "SSL_read")`, in 1.1.1
+`ERR_put_error(20, <the function's number>, reason, "ssl/ssl_lib.c", line)`. The _ex functions
 report nothing, but hand their arguments on to ssl_read_internal and ssl_write_internal, which do.
-Whoever calls those two must be known, each by exactly one candidate, or nothing is attached:
+Every caller of those two must be known, each by exactly one candidate, or nothing is attached:
 a caller that is missed would be traffic that is missed. The host comes from ssl3_ctrl, to which
 SSL_ctrl hands it on. Seen: 1.1.1 to 3.6, x86-64 and aarch64, by GCC and clang. As with BoringSSL
 (`boringssl.py`), the last proof, that the first bytes passed are HTTP, is the kernel's.
@@ -104,7 +104,7 @@ def _locations(elf: Elf) -> tuple[Location, ...]:
         for function in functions_around(code, loads)
     }
     if not any(_INNER & names for _, names in named.values()):
-        raise Absent("no OpenSSL: nothing says that it is ssl_read_internal")
+        raise Absent("no OpenSSL: no function gives its name as ssl_read_internal")
     locations = _reading(code, named) + _writing(code, named)
     host = _control(code)
     if host is not None:
@@ -169,9 +169,9 @@ def _writing(code: Code, named: _Named) -> list[Location]:
     plain, others = _callers(code, named, "SSL_write", "ssl_write_internal")
     flags_register = code.arguments[3]
     without_flags = [each for each in others if each[1]]
-    told = [_constant(code, function, internal, flags_register) for _, function in plain]
-    takes_flags = bool(without_flags) or 0 in told
-    if not takes_flags and not told and others:
+    flags = [_constant(code, function, internal, flags_register) for _, function in plain]
+    takes_flags = bool(without_flags) or 0 in flags
+    if not takes_flags and not flags and others:
         raise Ambiguous("whether SSL_write_ex takes flags is not certain")
     found = list(plain)
     for function, zero_flags in others:
@@ -264,7 +264,7 @@ def _at_least_one(name: str, found: list[tuple[str, Routine]], code: Code) -> li
 def _control(code: Code) -> Location | None:
     """ssl3_ctrl, which is given SSL_ctrl's own arguments; None when it is not certain.
 
-    Most of it lies behind a jump table: only the unwind table tells what belongs to it.
+    Most of it lies behind a jump table: only the unwind table has its bounds.
     """
     files, loads = _loads(code, _S3_LIB)
     bounds = {found for at in loads if (found := code.elf.unwind_range_of(at)) is not None}

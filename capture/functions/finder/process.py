@@ -118,7 +118,7 @@ def main(control: socket.socket) -> None:
             return
         try:
             child = os.fork()
-        except OSError:  # no more processes: the socket's end says so
+        except OSError:  # no more processes: the helper sees the socket end
             child = -1
         if child:
             os.close(descriptors[0])

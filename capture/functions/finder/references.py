@@ -1,7 +1,7 @@
 """Find what may refer to an address in code that is not decoded: calls, branches, loads of it.
 
 Decoding every instruction of 100 MB takes minutes; a reference's bytes are searched instead, at
-memory speed. What is found only has the shape: whoever asks decodes it (functions/code.py).
+memory speed. What is found only has the shape: the caller decodes it (`code.py`).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def find_by_structure(fd: int) -> Library | None:
 
 
 def _find(stack: Stack, fd: int) -> Library | None:
-    """What the stack's finder says; its advice where it has none."""
+    """The result of the stack's finder; the stack's advice where it has none."""
     row = STACKS[stack]
     if row.finder is None:
         return _without_probes(stack, fd, row.advice)

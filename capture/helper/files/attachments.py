@@ -67,7 +67,7 @@ OVERLAY = 0x794C7630
 """statfs(2): there a change of a file's mode may have the same number lead to another inode."""
 LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
 _libc = ctypes.CDLL(None, use_errno=True)
-NO_INSTRUCTION = "root's check refused the places found"
+NO_INSTRUCTION = "the check by root refused the offsets found"
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class File:
     inode: tuple[int, int] = (0, 0)
     priority: SearchPriority | None = None  # while it is searched
     failure: str | None = None
-    not_http: bool = False  # what it passed was no HTTP
+    not_http: bool = False  # its functions passed other bytes than HTTP
     number: int = 0  # while it is attached to: in its cookie
     held_as: str = ""  # the supervisor's name for its probes
     waits: bool = False  # it is to be attached to, in its turn
@@ -95,7 +95,7 @@ class File:
 
     @property
     def is_linker(self) -> bool:
-        """Whether it has no TLS, but tells of the libraries that it maps."""
+        """Whether it has no TLS, but reports the libraries that it maps."""
         return self.library is not None and self.library.is_linker
 
 
@@ -333,22 +333,22 @@ class Attachments:
     # --- attaching ------------------------------------------------------------------------------
 
     def attach_linker(self, path: str) -> FileId | None:
-        """Hear of every library that this dynamic linker maps, as soon as it is looked into."""
+        """Probe a dynamic linker: every library that it maps is then reported at once."""
         return self.look_at(path, path, SearchPriority.LIBRARY)
 
-    def hears(self, linker: FileId) -> bool:
-        """Whether we hear this dynamic linker, a container's perhaps."""
+    def is_probed_linker(self, linker: FileId) -> bool:
+        """Whether this dynamic linker (a container's perhaps) is probed: its mappings are news."""
         file = self.files.get(linker)
         return bool(file and file.probes and file.is_linker)
 
     def not_http(self, number: int) -> str | None:
-        """Remove the probes of the file whose bytes were no HTTP; say which file it was."""
+        """Remove the probes of the file whose bytes were not HTTP; return its path."""
         file = self._by_number.get(number)
         if file is None or file.library is None:
             return None
         self.detach(file)
         file.not_http = True
-        reason = "what its functions passed was not HTTP: they were not recognised"
+        reason = "the functions found passed no HTTP: they are not its TLS functions"
         file.library = replace(file.library, probes=(), reason=f"{reason}; {INSTEAD}")
         return file.path
 
@@ -405,7 +405,7 @@ class Attachments:
         return len(file.library.probes)
 
     def _attach(self, identity: FileId, file: File, fd: int) -> None:
-        """Attach to a file, if the places are where instructions of it begin (`placement.py`)."""
+        """Attach to a file, if instructions begin at its offsets (`placement.py`)."""
         assert file.library is not None
         with contextlib.suppress(OSError, ElfError):
             file.code, file.written = code_digest(fd, file.library), _written(os.fstat(fd))
@@ -414,7 +414,7 @@ class Attachments:
             return
         cookie = self._cookie(file, fd)
         if file.library.unproved and not cookie:
-            file.failure = f"more than {NUMBERS_MAX} programs at once"
+            file.failure = f"more than {NUMBERS_MAX - 1:,} files are probed already"
             return
         error = self._attach_probes(file, fd, cookie)
         if error and error.errno == errno.EINVAL and not file.library.unproved and file.number:
@@ -425,7 +425,7 @@ class Attachments:
             file.failure = f"cannot attach: {error.strerror}"
             self.detach(file)
         elif _identity(os.fstat(fd)) != identity and not _is_as_it_was(file, fd):
-            file.failure = "it was written to meanwhile"
+            file.failure = "the file changed while it was being probed"
             self.detach(file)
         elif file.probes:
             self._have_held(identity, file)
@@ -434,7 +434,7 @@ class Attachments:
         assert file.library is not None
         if not self._makes_room(file.owner, len(file.library.probes)):
             self.over_limit += 1
-            return f"more probes than one owner's files may have; {INSTEAD}"
+            return f"its owner's files have as many probes as one owner may have; {INSTEAD}"
         reason = refusal(fd, file.library)
         return f"{NO_INSTRUCTION}: {reason}; {INSTEAD}" if reason else None
 
@@ -450,7 +450,7 @@ class Attachments:
         return True
 
     def _cookie(self, file: File, fd: int) -> int:
-        """What the probes are told: Go's offsets, or the file's number and whether it is proved."""
+        """The cookie of a file's probes: Go's offsets, or its number and whether it is proved."""
         library = file.library
         assert library is not None
         names = any(probe.program in NAMING for probe in library.probes)
@@ -577,7 +577,7 @@ class Attachments:
             self.wait(min(left, 0.05))
 
     def _take(self, job: Job, text: str | None) -> bool:
-        """Make of an answer what it says; False while more is to be found out."""
+        """Use an answer; False while the file is searched further."""
         file = self.files.get(job.identity)
         if file is None or file.priority is None:
             return False  # searched twice, once in the background; or written to meanwhile

@@ -1,8 +1,8 @@
 """Removes probes on a thread of its own: closing one keeps the kernel busy for about 0.1 s.
 
 The thread does nothing but `os.close`, which waits in the kernel without Python's lock; owners take
-turns. What is on its way out still fires, so `removing` tells of which inodes: a second probe at
-the same place would report everything twice. Once `full`, nobody's files are attached to but
+turns. A probe that is being removed still fires, so `removing` answers for an inode: a second probe
+at the same offset would report everything twice. Once `full`, nobody's files are attached to but
 root's, so the queue is no longer than that and all the probes there are. A process that ends waits
 for none of this here: the kernel closes what is left.
 """
@@ -23,7 +23,7 @@ CLOSING_MAX = 1024
 STACK_BYTES = 256 << 10
 """The thread's: the helper's memory is bounded, and an ordinary stack has 8 MiB."""
 ELSEWHERE_S = 0.02
-"""Lets the supervisor close its own descriptor first: whose is the last has the kernel's work."""
+"""Lets the supervisor close its own descriptor first: the last one to close does the work."""
 
 
 class Closer:

@@ -4,9 +4,9 @@ A search takes a third of a second; what it found is used at the next exec befor
 first connection. It counts for that one file while nobody has written to it, and for no other: an
 entry is named by device, inode, change time and size, lies in a folder of the file's owner, and
 holds a digest of the functions' code and of the rows of the tables that prove their starts. A copy
-of a program is searched again: whoever may write a file would decide, through a name that he can
-give his file as well, where root probes another's. Only successes are kept. Root's own check of
-the places (`placement.py`) comes after, as for every other answer.
+of a program is searched again: otherwise the owner of a copy would decide where root probes another
+owner's file. Only successes are kept. Root's own check (`placement.py`) follows, as for every other
+answer.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Where each TLS library keeps a connection's name: learned by the kernel, kept here.
+"""Where each TLS library keeps a connection's host name: learned by the kernel, remembered here.
 
-A connection older than the probes is known by the name that its SSL object points to, at an offset
-that `learn_name_location` in probe.bpf.c has seen right for two connections of the same file. It is
-remembered of that one file, also for the next run, as `known_files.py` remembers places: what runs
-from a file of one person's decides nothing about another's. This file reads no process's memory:
-objects like these hold keys.
+The host of a connection older than the probes is read from its SSL object, at an offset that
+`learn_name_location` in probe.bpf.c has confirmed on two connections of the same file. It counts
+for that one file, also in the next run, as in `known_files.py`: no owner's file decides anything
+about another's. This file reads no process's memory: such objects hold keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whose a file is: who may have made it to harm whoever looks into it.
+"""Owners of files: every limit that is shared fairly is shared among these.
 
-Everything that is shared out fairly among people is shared out by this. A person may have
-thousands of other uids, in containers (/etc/subuid): those of one range are one owner.
+An owner may have made a file to harm its reader. A user may have thousands of other uids, in
+containers (/etc/subuid): those of one range are one owner.
 """
 
 from __future__ import annotations

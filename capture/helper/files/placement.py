@@ -43,7 +43,7 @@ class _Misplaced(Exception):
 
 
 def refusal(fd: int, library: Library) -> str | None:
-    """Why the probes of a library do not belong into this open file; None when they do."""
+    """Why the probes of a library do not belong in this open file; None when they do."""
     try:
         with Elf(fd) as elf:
             _check(elf, library)
@@ -104,7 +104,7 @@ def _check_start(elf: Elf, function: Function, address: int) -> None:
         if not length_of(first) or first[:1] == b"\xcc":
             raise _Misplaced(f"{address:#x} is no instruction")
     if not _PROVED[function.proof](elf, function, address):
-        raise _Misplaced(f"nothing in the file says that a function starts at {address:#x}")
+        raise _Misplaced(f"no table of the file has a function at {address:#x}")
 
 
 def _is_symbol(elf: Elf, function: Function, address: int) -> bool:

@@ -35,7 +35,7 @@ AHEAD_MAX = 8
 """Files that a quick child has before it at once."""
 QUICK_S, HURRIED_S, IDLE_S = 10.0, 120.0, 900.0
 """How long one file may take, by the clock: it may lie where reading never ends."""
-LEISURE_S = 30.0
+IDLE_CHILD_S = 30.0
 """A quick child that had nothing to do for so long ends."""
 CPU_BURST_S, CPU_SHARE = 60.0, 0.25
 """What all files of one owner may cost at once, and of one CPU in the long run."""
@@ -95,7 +95,7 @@ class _Child:
         return self.link.fileno()
 
     def introduced(self, text: bytes) -> None:
-        """Its first words, said before it saw a file: who it is."""
+        """Take its first message, sent before it saw a file: its pid."""
         with contextlib.suppress(ValueError, OSError):
             self.pid = int(text)
             self.handle = os.pidfd_open(self.pid)
@@ -172,7 +172,7 @@ class Searches:
         poll.poll(seconds * 1000)
 
     def due(self, now: float) -> float:
-        """When to call `answers` again though no socket tells: nothing may take for ever."""
+        """When to call `answers` again though no socket is readable: every search has a limit."""
         if self._waiting:
             return now + 0.25  # for room, or for an owner's time
         times = [child.since + _limit_s(child) for child in self._children]
@@ -220,7 +220,7 @@ class Searches:
             yield from self._ended(child, blamed=True)
 
     def _ended(self, child: _Child, *, blamed: bool) -> Iterator[tuple[Job, str | None]]:
-        """The file that it was at ended it, unless it said goodbye; the others wait again."""
+        """The file that it was reading ended it, if it is `blamed`; its other files wait again."""
         if self._epoll:
             self._epoll.unregister(child.fileno())
         child.end()
@@ -353,5 +353,5 @@ def _kind(lane: int) -> bytes:
 
 def _limit_s(child: _Child) -> float:
     if not child.given:
-        return LEISURE_S
+        return IDLE_CHILD_S
     return {_QUICK: QUICK_S, SearchPriority.AHEAD: IDLE_S}.get(child.lane, HURRIED_S)

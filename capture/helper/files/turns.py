@@ -39,7 +39,7 @@ class _Budget:
 
 
 class Turns:
-    """See the file's head. `count` says how many probes a job's file gets, None if it is stale."""
+    """See the file's head. `count` gives the number of probes of a job's file, None if stale."""
 
     def __init__(self, count: Callable[[Job], int | None]) -> None:
         self._count = count

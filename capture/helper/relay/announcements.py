@@ -1,8 +1,8 @@
-"""What a reader has to be told first, when it begins to read in the middle.
+"""Announces open connections to a reader that begins in the middle of the spool.
 
-A connection's OPEN names its host and process; a reader that begins behind it would not know whose
-the chunks are. So it is told of every connection that is open now, by the kernel's table, and of
-those whose end is still to be read. How much was said on them before, it sees by the offsets.
+A connection's OPEN names its host and process; a reader that begins after it would not know either.
+So every connection that is open now, by the kernel's table, is announced, and every one that ends
+later in the spool. Its offsets show the reader how much came before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOTICE_BYTES_MAX = 1024  # they are of 200 bytes or so
 def unannounced(
     spool: Spool, position: int, ring: bpf.Ring, connections: bpf.Map
 ) -> Iterator[protocol.Record]:
-    """An OPEN for each connection of which a reader who begins at this position hears none."""
+    """An OPEN for each connection that a reader who begins at this position finds none of."""
     opened: set[Key] = set()
     closed: dict[Key, protocol.Record] = {}
     for frame in _notices(spool, position, ring):
@@ -33,7 +33,7 @@ def unannounced(
         if value is not None:
             ssl, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
             entry = protocol.CONNECTION.unpack(value)
-            if entry[7]:  # one that is not announced yet will be, in its place
+            if entry[7]:  # one that is not announced yet will be, by the kernel
                 flags = protocol.FLAG_JOINED if entry[8] else 0
                 live[tgid, ssl, entry[0]] = flags, entry[6], entry[10], entry[11]
     for key, (flags, uid, comm, host) in live.items():

@@ -16,13 +16,13 @@ from capture import bpf, protocol
 from capture.helper.relay.spool import Receipt, Spool
 
 BATCH_BYTES_MAX = 1024 * 1024
-# What a batch may grow by when a notice is told of in more words: a process with its arguments.
+# What a batch may grow by when a notice needs more frames: a process with its arguments.
 NOTICE_BYTES_MAX = 256 * 1024
 OWN_FRAMES_MAX = 4096  # answers that wait for room; a reader that asks on and reads nothing
 
 
 class Forwarder:
-    """The way out. `on_notice` gets each OPEN and EXIT in its place, and returns what to send."""
+    """Moves frames. `on_notice` gets each OPEN and EXIT in order, and returns what to send."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Forwarder:
         self._done = spool.oldest
         self._sock: socket.socket | None = None
         self._direct = bytearray()
-        self._sent: int | None = None  # None: the reader has not said yet where it begins
+        self._sent: int | None = None  # None: the reader has not chosen yet where it begins
         self.blocked = False
         self.full = False
         if spool.ring_position > ring.position:
@@ -49,7 +49,7 @@ class Forwarder:
     # --- the reader -----------------------------------------------------------------------------
 
     def connect(self, sock: socket.socket | None) -> None:
-        """There is another reader, or none; it hears nothing until `begin`."""
+        """There is another reader, or none; it gets nothing until `begin`."""
         self._sock, self._sent = sock, None
         self._direct.clear()
         self._barriers.clear()
@@ -65,7 +65,7 @@ class Forwarder:
     def begin(self, position: int, number: int, frames: Sequence[bytes]) -> None:
         """Send the reader what is in the spool from a position on, and before that these frames.
 
-        It is told the true position, which is where a frame begins: `beginning` finds it.
+        The answer names the true position, where a frame begins: `beginning` finds it.
         """
         about = {"id": number, "from": position, "until": self._spool.written}
         self._direct += b"".join(frames) + protocol.encode_message(protocol.REPLY, about)
@@ -73,7 +73,7 @@ class Forwarder:
 
     @property
     def begun(self) -> bool:
-        """Whether the reader has said where it begins."""
+        """Whether the reader has chosen where it begins."""
         return self._sent is not None
 
     @property
@@ -107,7 +107,7 @@ class Forwarder:
     # --- moving ---------------------------------------------------------------------------------
 
     def pump(self) -> bool:
-        """Move what the ring holds into the spool and out of it; say if anything was moved."""
+        """Move what the ring holds into the spool and out of it; True if anything was moved."""
         moved = False
         self._write_own()
         while True:
@@ -134,9 +134,9 @@ class Forwarder:
                 self.full = not frames
                 break
             if kind in (protocol.OPEN, protocol.EXIT):
-                told = self._on_notice(bytes(record[:size]))
-                frames += told
-                size = sum(map(len, told))
+                notices = self._on_notice(bytes(record[:size]))
+                frames += notices
+                size = sum(map(len, notices))
             else:
                 frames.append(record[:size])
             room -= size

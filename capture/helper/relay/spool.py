@@ -1,12 +1,12 @@
-"""What the helper sends its reader, kept until the reader has dealt with it.
+"""Keeps the frames for the reader until the reader has stored what came of them.
 
-Frames leave the kernel's ring for the spool, and the spool for the reader's socket. They stay in
-the spool until the reader says, in its `Receipt`, that it has stored what came of them. So a reader
+Frames move from the kernel's ring to the spool, and from there to the reader's socket. They stay in
+the spool until the reader writes into its `Receipt` that it is done with them. So a reader
 that is killed loses nothing: the next one reads again from where the first had got to. Both live in
 memory files whose descriptors the supervisor holds (`handover.py`): they outlive helper and reader.
 
 A position counts the bytes of all frames since the spool was made. The reader is not trusted: a
-false receipt costs it its own frames and nothing else. This file knows nothing of what frames say.
+false receipt costs it its own frames and nothing else. This file does not look into frames.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HEADER = struct.Struct("=QQQ")
 
 
 class Spool:
-    """The helper's side: a header, the places where frames begin, and a circle of frames."""
+    """The helper's side: a header, the positions where frames begin, and a circle of frames."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -105,7 +105,7 @@ class Spool:
         return at
 
     def _noted_before(self, position: int) -> int:
-        """A place at or before this position where a frame begins; behind it where none is left."""
+        """A position at or before this one where a frame begins; behind it where none is left."""
         for stretch in range(position // _STRETCH_BYTES, -1, -1):
             if (stretch + 1) * _STRETCH_BYTES <= self.oldest:
                 break

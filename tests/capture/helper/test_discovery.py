@@ -24,7 +24,9 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
     ring: Any = SimpleNamespace(
         records=lambda: iter(()), skip_discarded=lambda: None, filled=lambda: 0
     )
-    files: Any = SimpleNamespace(search=list, due=lambda now: math.inf, hears=lambda linker: False)
+    files: Any = SimpleNamespace(
+        search=list, due=lambda now: math.inf, is_probed_linker=lambda linker: False
+    )
     scope: Any = SimpleNamespace()
     discovery = Discovery(ring, files, scope, lambda: None)
     discovery.sweep_at = math.inf

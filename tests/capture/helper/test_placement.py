@@ -74,7 +74,7 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Libra
     path = strip(build(tmp_path, "-fpie", "-pie", "-DCHECKED", compiler=compiler))
     path = without_unwind_table(path) if kind == "call" else path
     library = found_in(path, boringssl.library)
-    assert {function.proof for function in library.functions} == {kind}
+    assert {function.proof.value for function in library.functions} == {kind}
     return path, library
 
 
