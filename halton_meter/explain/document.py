@@ -17,6 +17,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
+from halton_meter.providers.reading.shapes import model_of
 from halton_meter.providers.reading.values import as_amount
 from pricing.tariff import UNIT_DIMENSIONS
 
@@ -289,16 +290,6 @@ def _units(document: Json) -> dict[str, Decimal]:
 
 
 # --- values ------------------------------------------------------------------------------------
-
-
-def model_of(document: Json) -> str | None:
-    """The model that a body names, in whichever provider's words."""
-    for holder in (document, document.get("message"), document.get("response")):
-        if isinstance(holder, dict):
-            for key in ("model", "modelVersion", "model_version", "model_id", "modelId"):
-                if isinstance(holder.get(key), str):
-                    return str(holder[key])
-    return None
 
 
 def first_object(body: bytes) -> Json | None:
