@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from halton_meter.providers.reading.shapes import model_of
 from halton_meter.providers.reading.values import as_amount
-from pricing.tariff import UNIT_DIMENSIONS
+from halton_meter.vocabulary import UNITS
 
 Json = dict[str, Any]
 
@@ -283,7 +283,7 @@ def _units(document: Json) -> dict[str, Decimal]:
     for holder in (document, usage, tools if isinstance(tools, dict) else {}):
         for name, value in holder.items():
             unit = _UNIT_SYNONYMS.get(name, name) if holder is document else name
-            amount = as_amount(value) if unit in UNIT_DIMENSIONS else None
+            amount = as_amount(value) if unit in UNITS else None
             if amount is not None:
                 found.setdefault(unit, amount)
     return found
