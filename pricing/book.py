@@ -28,6 +28,7 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
 )
+from halton_meter.vocabulary import PRICED_CONDITIONS, TOKEN_DIMENSIONS
 from pricing import overrides as override_file
 from pricing.bill import Bill
 from pricing.files import Model, PriceFile, Shelf
@@ -36,7 +37,7 @@ from pricing.overrides import Override
 from pricing.plausible import implausible_amounts, is_implausible_usd
 from pricing.rates import EXACT, UNCONFIRMED, Level
 from pricing.rates import rate as rate_of
-from pricing.tariff import PRICED_CONDITIONS, TOKEN_DIMENSIONS, Tariff, tariff_for
+from pricing.tariff import Tariff, tariff_for
 
 _TARIFFS_MAX = 8192  # tariffs kept, a few kB each; beyond it all are dropped and made again
 _NS_PER_MINUTE = 60_000_000_000

@@ -50,6 +50,9 @@ _PRICED_AS: dict[str, tuple[str, ...]] = {
     "sambanova": ("huggingface_sambanova",),
 }
 
+# Price files under a maker's other name, and the provider whose traffic they price.
+READ_AS = {"moonshotai": "moonshot", "voyageai": "voyage", "zhipuai": "zai"}
+
 # Whose rules (tools, tiers, cache writes) hold for a provider's own rows beside its own rules.
 RULES_AS = {"azure_openai": "openai"}
 

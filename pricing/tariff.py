@@ -13,58 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
+from halton_meter.vocabulary import PRICED_CONDITIONS, TOKEN_DIMENSIONS
 from pricing.files import Model, PriceFile, Rule, Shelf
 from pricing.names import RULES_AS, candidates, price_providers
 from pricing.overrides import Override
 from pricing.rates import EXACT, Level, Rate, Row, in_force, matches
 from pricing.rates import rate as rate_of
 
-# Dimensions counted in tokens: what a factor without `on` multiplies.
-TOKEN_DIMENSIONS = frozenset(
-    {
-        "input",
-        "output",
-        "cache_read",
-        "cache_write",
-        "cache_write_5m",
-        "cache_write_1h",
-        "cache_write_12h",
-        "audio_input",
-        "audio_output",
-        "image_input",
-        "image_output",
-        "video_input",
-        "video_output",
-        "text_input",
-        "text_output",
-        "document_input",
-        "tool_use_input",
-        "reasoning",
-        "citation",
-        "cached_audio_input",
-        "cached_image_input",
-        "cached_video_input",
-        "cached_text_input",
-    }
-)
-# What is billed other than by token, as `Usage.units` names it.
-UNIT_DIMENSIONS = frozenset(
-    "web_search_requests web_search_preview_requests web_fetch_requests code_execution_requests "
-    "x_search_requests file_search_calls document_search_calls attachment_search_calls "
-    "image_generation_calls mcp_calls computer_calls live_search_sources containers "
-    "containers_1gb containers_4gb containers_16gb containers_64gb container_hours "
-    "grounding_queries grounding_prompts maps_grounding_prompts audio_seconds video_seconds "
-    "images input_images characters pages annotated_pages search_units classifications requests "
-    "compute_seconds cache_storage_tokens text_messages".split()
-)
-# Conditions that a price may depend on; the others (plan, upstream, …) are not looked at here.
-PRICED_CONDITIONS = frozenset(
-    {
-        "service_tier", "batch", "speed", "inference_geo", "traffic_type", "region",
-        "inference_profile", "image_size", "image_quality", "video_size", "search_context_size",
-        "search_type", "code_execution", "api",
-    }
-)  # fmt: skip
 # Conditions that no tariff may pass over: without a row or a rule for them there is no price.
 _MUST_BE_PRICED = ("service_tier", "batch", "speed")
 _STANDARD_TIERS = frozenset(

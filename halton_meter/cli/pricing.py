@@ -296,7 +296,7 @@ def _listed(
 ) -> Iterator[dict[str, Any]]:
     from fnmatch import fnmatchcase
 
-    from pricing.tariff import TOKEN_DIMENSIONS
+    from halton_meter.vocabulary import TOKEN_DIMENSIONS
 
     for model, tariff in book.models(name, at_ns):
         if pattern and not any(fnmatchcase(n, pattern.lower()) for n in model.names):

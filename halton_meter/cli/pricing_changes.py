@@ -128,10 +128,10 @@ def _known_dimension(name: str) -> None:
     """Refuse a rate that no usage would ever be priced at."""
     from difflib import get_close_matches
 
+    from halton_meter.vocabulary import TOKEN_DIMENSIONS, UNITS
     from pricing.rates import dimension
-    from pricing.tariff import TOKEN_DIMENSIONS, UNIT_DIMENSIONS
 
-    known = TOKEN_DIMENSIONS | UNIT_DIMENSIONS
+    known = TOKEN_DIMENSIONS.union(UNITS)
     if dimension(name)[0] not in known:
         near = get_close_matches(name, sorted(known), 1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -17,8 +17,9 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
+from halton_meter.providers.reading.shapes import model_of
 from halton_meter.providers.reading.values import as_amount
-from pricing.tariff import UNIT_DIMENSIONS
+from halton_meter.vocabulary import UNITS
 
 Json = dict[str, Any]
 
@@ -282,23 +283,13 @@ def _units(document: Json) -> dict[str, Decimal]:
     for holder in (document, usage, tools if isinstance(tools, dict) else {}):
         for name, value in holder.items():
             unit = _UNIT_SYNONYMS.get(name, name) if holder is document else name
-            amount = as_amount(value) if unit in UNIT_DIMENSIONS else None
+            amount = as_amount(value) if unit in UNITS else None
             if amount is not None:
                 found.setdefault(unit, amount)
     return found
 
 
 # --- values ------------------------------------------------------------------------------------
-
-
-def model_of(document: Json) -> str | None:
-    """The model that a body names, in whichever provider's words."""
-    for holder in (document, document.get("message"), document.get("response")):
-        if isinstance(holder, dict):
-            for key in ("model", "modelVersion", "model_version", "model_id", "modelId"):
-                if isinstance(holder.get(key), str):
-                    return str(holder[key])
-    return None
 
 
 def first_object(body: bytes) -> Json | None:

@@ -1,7 +1,8 @@
 """A provider's answer, its host and path unknown, to the usage events that it stands for.
 
-This file finds out what kind of answer a body is, puts it into the exchange that it would have
-been, and lets the provider's own reader read it: the rules of counting live there alone. What a
+This file asks which API a body is an answer of (`reading/shapes.py`), puts it into the exchange
+that it would have been, and lets the provider's own routes read it: the rules of counting live
+there alone, and so do hosts and paths. What a
 document may look like, and what it may state beside the body, is in `explain/document.py`.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from halton_meter.explain.document import (
     USAGE_KEYS,
@@ -20,8 +22,8 @@ from halton_meter.explain.document import (
     answer_of,
     dumped,
     first_object,
-    model_of,
 )
+from halton_meter.explain.paths import example_path
 from halton_meter.model import (
     Body,
     Certainty,
@@ -37,112 +39,22 @@ from halton_meter.model import (
     UsageEvent,
     event_id,
 )
-from halton_meter.providers import Provider
+from halton_meter.providers import Provider, Route
+from halton_meter.providers.reading.shapes import endpoints_like, model_of
 from halton_meter.providers.registry import Registry, built_in
-from pricing.names import canonical_provider
+from pricing.names import READ_AS, canonical_provider
 
 __all__ = ["NotExplained", "events_of", "stated_time"]
 
 Json = dict[str, Any]
 
-_REGISTRY = Registry()
-
 # Stands in a path for a model that nothing names.
 _UNNAMED = "unknown"
-# How a provider's routes are reached, tried in turn against the route's own pattern.
-_PATHS = {
-    "messages": ("/v1/messages", "/anthropic/v1/messages", "/api/v1/messages"),
-    "chat_completions": (
-        "/v1/chat/completions",
-        "/openai/v1/chat/completions",
-        "/api/v1/chat/completions",
-        "/chat/completions",
-        "/inference/v1/chat/completions",
-        "/v1{place}/endpoints/openapi/chat/completions",
-        "/v1beta/openai/chat/completions",
-    ),
-    "responses": (
-        "/v1/responses",
-        "/openai/v1/responses",
-        "/api/v1/responses",
-        "/responses",
-        "/backend-api/codex/responses",
-    ),
-    "completions": ("/v1/completions", "/openai/v1/completions", "/completions"),
-    "embeddings": (
-        "/v1/embeddings",
-        "/openai/v1/embeddings",
-        "/embeddings",
-        "/v1beta/openai/embeddings",
-    ),
-    "images": ("/v1/images/generations", "/openai/v1/images/generations"),
-    "audio_transcriptions": (
-        "/v1/audio/transcriptions",
-        "/openai/v1/audio/transcriptions",
-        "/audio/transcriptions",
-    ),
-    "generateContent": (
-        "/v1{place}/publishers/google/models/{model}:generateContent",
-        "/v1beta/models/{model}:generateContent",
-        "/v1internal:generateContent",
-    ),
-    "streamGenerateContent": (
-        "/v1{place}/publishers/google/models/{model}:streamGenerateContent",
-        "/v1beta/models/{model}:streamGenerateContent",
-        "/v1internal:streamGenerateContent",
-    ),
-    "embedContent": ("/v1beta/models/{model}:embedContent",),
-    "interactions": ("/v1beta/interactions",),
-    "rawPredict": ("/v1{place}/publishers/anthropic/models/{model}:rawPredict",),
-    "converse": ("/model/{model}/converse",),
-    "converse_stream": ("/model/{model}/converse-stream",),
-    "invoke": ("/model/{model}/invoke",),
-    "invoke_stream": ("/model/{model}/invoke-with-response-stream",),
-    "chat": ("/v2/chat", "/v1/chat"),
-    "embed": ("/v2/embed", "/v1/embed"),
-    "rerank": ("/v2/rerank", "/v1/rerank", "/rerank"),
-    "videos": ("/v1/videos", "/v1/videos/generations"),
-    "moderations": ("/v1/moderations",),
-    "count_tokens": ("/v1/messages/count_tokens",),
-    "decisions": ("/v1/decisions",),
-    "responses_input_tokens": ("/v1/responses/input_tokens",),
-    "cachedContents": (
-        "/v1beta/cachedContents",
-        "/v1{place}/cachedContents",
-    ),
-    "countTokens": ("/v1beta/models/{model}:countTokens",),
-    "realtime": ("/v1/realtime",),
-    "responses_socket": ("/v1/responses",),
-    "gemini_batch": ("/v1beta/batches/explained",),
-    "batches_results": ("/v1/batches/explained/results",),
-    "batchEmbedContents": (
-        "/v1{place}/publishers/google/models/{model}:batchEmbedContents",
-        "/v1beta/models/{model}:batchEmbedContents",
-    ),
-    "complete": ("/v1/complete",),
-    "conversations": ("/v1/conversations",),
-}
-# Makers under whose names are prices, and the provider whose traffic is read.
-_READ_AS = {"moonshotai": "moonshot", "voyageai": "voyage", "zhipuai": "zai"}
-_VERTEX_PLACE = re.compile(r"(.+)-aiplatform\.googleapis\.com")
-_MESSAGES = ("messages", "rawPredict", "invoke")
-# Endpoints whose bodies are the messages of a WebSocket.
-_SOCKETS = ("realtime", "responses_socket")
-_FETCHED = (*_SOCKETS, "gemini_batch", "batches_results")
 # Answers of these are free, so a body must look like one: they are never a last guess.
 _FREE_KINDS = ("batch", "count", "moderation")
-_FREE_ENDPOINTS = ("moderations", "count_tokens", "responses_input_tokens", "countTokens")
-_PROVIDER_OF_MODEL = (
-    (re.compile(r"^(claude|anthropic/)"), "anthropic"),
-    (re.compile(r"^(gemini|models/gemini|gemma)"), "gemini"),
-    (re.compile(r"^grok"), "xai"),
-    (re.compile(r"^(gpt-|o[1-9]|text-embedding-|whisper-1|tts-1|dall-e|chatgpt|codex)"), "openai"),
-    (re.compile(r"^(mistral|codestral|ministral|magistral|pixtral)"), "mistral"),
-    (re.compile(r"^deepseek-(chat|reasoner|v)"), "deepseek"),
-    (re.compile(r"^(command|rerank-|embed-)"), "cohere"),
-    (re.compile(r"^sonar"), "perplexity"),
-    (re.compile(r"anthropic\.claude|^amazon\."), "bedrock"),
-)
+# How the messages of a WebSocket begin; such an API may be spoken over HTTP as well.
+_ON_SOCKETS = ("response.", "session.", "conversation.")
+_DATA_LINE = re.compile(rb"(?m)^data:")
 
 
 def stated_time(raw: bytes) -> str | None:
@@ -168,7 +80,7 @@ def events_of(
 
 def _events(answer: Answer, provider: str | None, at_ns: int) -> list[UsageEvent]:
     named = canonical_provider(provider or answer.provider or _guessed_provider(answer))
-    wanted = _READ_AS.get(named, named)
+    wanted = READ_AS.get(named, named)
     if plain := _plain(answer, wanted, at_ns):
         return [plain]
     events = _read(answer, wanted, at_ns)
@@ -209,14 +121,13 @@ def _without_made_up_model(event: UsageEvent) -> UsageEvent:
 
 def _guessed_provider(answer: Answer) -> str:
     document = answer.document or first_object(answer.body)
-    model = (model_of(document or {}) or _asked_model(answer) or "").lower()
     if document and "usageMetadata" in document:
         return "gemini"
-    for pattern, provider in _PROVIDER_OF_MODEL:
-        if pattern.search(model):
-            return provider
-    if answer.host and (match := _REGISTRY.find(answer.host, "POST", answer.path or "/")):
-        return match.provider.id
+    model = model_of(document or {}) or _asked_model(answer) or ""
+    if (maker := _maker(model)) is not None:
+        return maker
+    for provider in _registry().of_host(answer.host):
+        return provider.id
     raise NotExplained(
         "the document does not say whose response it is; "
         "name the provider: halton-meter pricing explain --provider P FILE"
@@ -254,75 +165,6 @@ def _plain(answer: Answer, provider: str, at_ns: int) -> UsageEvent | None:
     )
 
 
-# What tells one API's answers from another's: of each row that holds, its endpoints are tried, the
-# more telling rows first. A test sees the document (of a stream its first event) and its usage.
-_TELLING: tuple[tuple[Callable[[Json, Json], bool], tuple[str, ...]], ...] = (
-    (lambda d, u: _type(d).startswith("response.") and "response" in d, ("responses_socket",)),
-    (lambda d, u: _type(d).startswith("transcript."), ("audio_transcriptions",)),
-    (lambda d, u: _type(d) == "message_start", _MESSAGES),
-    (lambda d, u: _type(d) == "completion", ("complete",)),
-    (lambda d, u: "dest" in d or "inlinedResponses" in _inner(d), ("gemini_batch",)),
-    (lambda d, u: "batch_result" in _first(d.get("results")), ("batches_results",)),
-    (lambda d, u: "embeddings" in d and "usageMetadata" in d, ("batchEmbedContents",)),
-    (lambda d, u: "values" in str(d.get("embedding"))[:64], ("embedContent",)),
-    (lambda d, u: str(d.get("name")).startswith("cachedContents/"), ("cachedContents",)),
-    (lambda d, u: not {"usageMetadata", "modelVersion", "candidates"}.isdisjoint(d),
-     ("generateContent",)),
-    (lambda d, u: d.get("object") == "video" or isinstance(d.get("video"), dict), ("videos",)),
-    (lambda d, u: set(d) == {"input_tokens"}, ("count_tokens",)),
-    (lambda d, u: isinstance(d.get("answers"), list) and "output_tokens" in u, ("decisions",)),
-    (lambda d, u: d.get("object") == "response.input_tokens", ("responses_input_tokens",)),
-    (lambda d, u: "totalTokens" in d, ("countTokens",)),
-    (lambda d, u: "moderation" in str(model_of(d)), ("moderations",)),
-    (lambda d, u: "inputTokens" in u, ("converse",)),
-    (lambda d, u: "results" in d and isinstance(d.get("meta"), dict), ("rerank",)),
-    (lambda d, u: "embeddings" in d and isinstance(d.get("meta"), dict), ("embed",)),
-    (lambda d, u: isinstance(d.get("meta"), dict) or "billed_units" in u, ("chat", "embed")),
-    (lambda d, u: "total_input_tokens" in u or d.get("object") == "interaction",
-     ("interactions",)),
-    (lambda d, u: str(d.get("object")).startswith("conversation."), ("conversations",)),
-    (lambda d, u: d.get("object") == "response" or "output" in d, ("responses",)),
-    (lambda d, u: "prompt_audio_seconds" in u, ("audio_transcriptions",)),
-    (lambda d, u: u.get("type") in ("tokens", "duration") or "duration" in d,
-     ("audio_transcriptions",)),
-    (lambda d, u: not {"choices", "x_groq", "usage_breakdown"}.isdisjoint(d)
-     or str(d.get("object")).startswith("chat.completion"), ("chat_completions",)),
-    (lambda d, u: "embedding" in _first(d.get("data")), ("embeddings",)),
-    (lambda d, u: bool(_first(d.get("data"))), ("images",)),
-    (lambda d, u: "embed" in str(model_of(d)), ("embeddings",)),
-    (lambda d, u: "image" in str(model_of(d)), ("images",)),
-    (lambda d, u: ("input_tokens" in u or _type(d) == "message") and "claude" in str(model_of(d)),
-     _MESSAGES),
-    (lambda d, u: _type(d) == "message" and "usage" in d, _MESSAGES),
-    (lambda d, u: "input_tokens" in u, ("responses", *_MESSAGES)),
-    (lambda d, u: "prompt_tokens" in u, ("chat_completions",)),
-)  # fmt: skip
-
-
-def _type(document: Json) -> str:
-    return str(document.get("type"))
-
-
-def _inner(document: Json) -> Json:
-    inner = document.get("response")
-    return inner if isinstance(inner, dict) else {}
-
-
-def _first(items: object) -> Json:
-    first = items[0] if isinstance(items, list) and items else None
-    return first if isinstance(first, dict) else {}
-
-
-def _endpoints(document: Json, provider: str) -> list[str]:
-    """The routes that a body may be an answer of, the likeliest first."""
-    usage = document.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    found = [name for test, names in _TELLING if test(document, usage) for name in names]
-    if provider == "anthropic" and "input_tokens" in usage:
-        found = [*_MESSAGES, *found]
-    return list(dict.fromkeys(found))
-
-
 def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     """Read the answer by the first of the provider's routes that finds usage in it."""
     document = answer.document or first_object(answer.body) or {}
@@ -331,17 +173,20 @@ def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
     seen: list[list[UsageEvent]] = []
-    likely = _endpoints(document, wanted)
-    if b'"response.done"' in answer.body:  # the events of a voice session
-        likely.insert(0, "realtime")
-    for place in _places(answer, own, likely, model):
-        if (events := _at(place, answer, wanted, at_ns, model)) is None:
-            continue
+    for origin in _likely_origins(answer, document, own, model):
+        events = list(origin.route.read(_exchange(answer, origin, at_ns, model), *origin[:2]))
         if any(_says_something(event) for event in events):
             return events
         seen.append(events)
-    # What tells nothing of itself is an answer of the first route that finds counts in it.
-    for events in _by_any_route(answer, own, at_ns, model):
+    begun = [events for events in seen if any(event.free == "pending" for event in events)]
+    guessed = [events for events in seen if any(_is_estimated(event) for event in events)]
+    if begun and not guessed:
+        return begun[0]
+    # What tells nothing of itself is an answer of the first route that finds counts in it. Messages
+    # come first: a reader of chat completions knows their counts' names, in another sense.
+    others = sorted(_origins(answer, own, model), key=lambda o: o.route.endpoint != "messages")
+    for origin in others:
+        events = list(origin.route.read(_exchange(answer, origin, at_ns, model), *origin[:2]))
         if any(_counts_something(event) for event in events):
             return events
         seen.append(events)
@@ -351,62 +196,130 @@ def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
     return next(iter((*guessed, *failed)), [])
 
 
-def _at(
-    place: tuple[str, str, str], answer: Answer, wanted: str, at_ns: int, model: str
-) -> list[UsageEvent] | None:
-    """What the provider reads in the answer if it came from there; None if it has no such route."""
-    match = _REGISTRY.find(*place)
-    if match is None or match.provider.id != wanted:
-        return None
-    exchange = _exchange(answer, place, at_ns, model)
-    return list(match.route.read(exchange, match.route, match.provider))
-
-
-def _by_any_route(
-    answer: Answer, own: list[Provider], at_ns: int, model: str
-) -> Iterator[list[UsageEvent]]:
-    """What each of the provider's routes would make of the answer, whatever tells them apart."""
-    for place in _places(answer, own, [n for n in _PATHS if n not in _FREE_ENDPOINTS], model):
-        if events := _at(place, answer, own[0].id, at_ns, model):
-            yield events
-    for each in own:
-        for route in each.routes:
-            if route.kind not in _FREE_KINDS:
-                place = (answer.host or each.hosts[0], answer.method, f"/models/{model}:")
-                exchange = _exchange(answer, place, at_ns, model)
-                yield list(route.read(exchange, route, each))
-
-
 def _asked_model(answer: Answer) -> str | None:
     """The model that the request names, where the document holds one."""
     return model_of(first_object(answer.request) or {})
 
 
-def _places(
-    answer: Answer, own: list[Provider], endpoints: list[str], model: str
-) -> Iterator[tuple[str, str, str]]:
-    """Hosts, methods and paths that the answer may have come from."""
+@cache
+def _registry() -> Registry:
+    return Registry()
+
+
+class _Origin(NamedTuple):
+    """Where the answer may have come from: a provider's route, and what was asked of it."""
+
+    route: Route
+    provider: Provider
+    host: str
+    method: str
+    path: str
+    is_socket: bool
+
+
+def _likely_origins(
+    answer: Answer, document: Json, own: list[Provider], model: str
+) -> Iterator[_Origin]:
+    """The origin that the document states, then the routes whose answers look like it."""
     if answer.host and answer.path:
-        yield answer.host, answer.method, answer.path
-    if any(name.startswith("x-codex-") for name, _ in answer.headers):
-        yield "chatgpt.com", "POST", "/backend-api/codex/responses"
-    hosts = [h.replace("*.", "example.") for provider in own for h in provider.hosts[:1]]
-    if answer.host:
-        hosts.insert(0, answer.host)
-    is_stream = answer.document is None
-    for host in hosts:
-        place = _VERTEX_PLACE.fullmatch(host)
-        located = f"/projects/p/locations/{place.group(1)}" if place is not None else ""
-        for endpoint in endpoints:
-            streamed = f"stream{endpoint[0].upper()}{endpoint[1:]}"
-            for name in (streamed, endpoint) if is_stream else (endpoint,):
-                for template in _PATHS.get(name, ()):
-                    path = template.format(model=model.removeprefix("models/"), place=located)
-                    yield host, "GET" if name in _FETCHED else "POST", path
+        match = _registry().find(answer.host, answer.method, answer.path)
+        if match is not None and match.provider.id == own[0].id:
+            is_socket = match.route.turn_ends is not None and answer.method == "GET"
+            stated = (answer.host, answer.method, answer.path, is_socket)
+            yield _Origin(match.route, match.provider, *stated)
+    likely = _endpoints(answer, document, own[0].id)
+    is_messages = _is_messages(answer, document)
+    found = list(_origins(answer, own, model, free=True))
+    for provider in _in_turn(answer, own):
+        for name in likely:
+            fitting = [o for o in found if o.provider is provider and o.route.endpoint == name]
+            # What is free, or speaks over a socket when this does not, is less likely.
+            yield from sorted(
+                fitting,
+                key=lambda o: (
+                    o.route.kind in _FREE_KINDS,
+                    (o.route.turn_ends is not None) != is_messages,
+                ),
+            )
+
+
+def _origins(
+    answer: Answer, own: list[Provider], model: str, *, free: bool = False
+) -> Iterator[_Origin]:
+    """Every route of the provider, with a path that it answers; also `free` ones."""
+    document = answer.document or first_object(answer.body) or {}
+    is_messages = _is_messages(answer, document)
+    for provider in _in_turn(answer, own):
+        host = _host(answer, provider)
+        values = _path_values(provider, host, model)
+        for route in provider.routes:
+            if route.kind in _FREE_KINDS and not free:
+                continue
+            method = "POST" if "POST" in route.methods else "GET"
+            is_socket = route.turn_ends is not None and (method == "GET" or is_messages)
+            path = example_path(route.path, values)
+            yield _Origin(route, provider, host, "GET" if is_socket else method, path, is_socket)
+
+
+def _endpoints(answer: Answer, document: Json, wanted: str) -> list[str]:
+    """The endpoints that a body may be an answer of, the likeliest first."""
+    found = list(endpoints_like(document))
+    if wanted == "anthropic" and "messages" in found:
+        found.insert(0, "messages")
+    if "messages" in found:
+        found.insert(found.index("messages") + 1, "invoke")  # Bedrock passes makers' bodies on
+    if b'"response.done"' in answer.body:  # the events of a voice session
+        found.insert(0, "realtime")
+    if answer.document is None:  # a stream, which may have an endpoint of its own
+        found = [name for each in found for name in (f"stream{each[:1].upper()}{each[1:]}", each)]
+    return list(dict.fromkeys(found))
+
+
+def _is_messages(answer: Answer, document: Json) -> bool:
+    """Whether a body is what a server says over a WebSocket, a message a line."""
+    kind = str(document.get("type"))
+    return kind.startswith(_ON_SOCKETS) and _DATA_LINE.search(answer.body) is None
+
+
+def _in_turn(answer: Answer, own: list[Provider]) -> list[Provider]:
+    """The provider's entries: first the one that the headers tell, then that of the host."""
+    at_host = _registry().of_host(answer.host)
+
+    def told(provider: Provider) -> bool:
+        mark = provider.answer_header
+        return mark is not None and any(name.startswith(mark) for name, _ in answer.headers)
+
+    return sorted(own, key=lambda each: (not told(each), each not in at_host))
+
+
+def _host(answer: Answer, provider: Provider) -> str:
+    if answer.host and provider in _registry().of_host(answer.host):
+        return answer.host
+    return provider.hosts[0].replace("*.", "example.")
+
+
+def _path_values(provider: Provider, host: str, model: str) -> dict[str, str]:
+    """What a path says, by the segment before it."""
+    name = model.removeprefix("models/")
+    values = {"models": name, "model": name, "endpoints": name, "run": name}
+    if (maker := _maker(model)) is not None:
+        values["publishers"] = maker
+    pattern = provider.host_pattern
+    if pattern is not None and (match := pattern.fullmatch(host)) is not None:
+        values |= match.groupdict() | {"projects": "p"}
+    return values
+
+
+def _maker(model: str) -> str | None:
+    """The provider whose own model this is, by its name."""
+    for provider in built_in():
+        if provider.models is not None and provider.models.search(model.lower()):
+            return provider.id
+    return None
 
 
 def _says_something(event: UsageEvent) -> bool:
-    if event.reported_usd is not None or event.free is not None:
+    if event.reported_usd is not None or event.free not in (None, "pending"):
         return True
     return any(
         part.units or part.tokens.input is not None or part.tokens.output is not None
@@ -425,8 +338,7 @@ def _counts_something(event: UsageEvent) -> bool:
     )
 
 
-def _exchange(answer: Answer, place: tuple[str, str, str], at_ns: int, model: str) -> Exchange:
-    host, method, path = place
+def _exchange(answer: Answer, origin: _Origin, at_ns: int, model: str) -> Exchange:
     is_json = answer.body.lstrip()[:1] in (b"{", b"[")
     kind = "application/json" if is_json else "text/event-stream"
     if answer.body.startswith(b"\0"):
@@ -437,7 +349,7 @@ def _exchange(answer: Answer, place: tuple[str, str, str], at_ns: int, model: st
     if not any(name == "content-type" for name, _ in headers):
         headers = (*headers, ("content-type", kind))
     body = answer.body
-    is_socket = method == "GET" and path.endswith(("/realtime", "/responses"))
+    is_socket = origin.is_socket
     if is_socket and answer.document is not None:  # one message, on one line
         body = dumped(answer.document)
     query = (("model", model),) if is_socket and model != _UNNAMED else ()
@@ -445,9 +357,11 @@ def _exchange(answer: Answer, place: tuple[str, str, str], at_ns: int, model: st
     request_headers = (("content-type", "application/json"),)
     return Exchange(
         id="explain",
-        connection=Connection("explain", Source.PCAP, peer=host),
+        connection=Connection("explain", Source.PCAP, peer=origin.host),
         protocol=Protocol.WEBSOCKET if is_socket else Protocol.HTTP1,
-        request=Request(method, host, path, query, request_headers, Body((asked,))),
+        request=Request(
+            origin.method, origin.host, origin.path, query, request_headers, Body((asked,))
+        ),
         response=Response(answer.status, headers, Body((body,))),
         started_ns=at_ns,
         first_byte_ns=None,

@@ -49,6 +49,11 @@ class Provider:
     written, a private endpoint. Like those hosts, such names are only metered where they turn up.
     `counter`, set by the registry, counts the text of answers that state no usage (None: by its
     characters).
+
+    The last two tell whose an answer is that was kept without its host: `models` is searched in the
+    lower-case name of the model, and `answer_header` begins the name of a header that only answers
+    of these hosts have. A named group of `host_pattern` gives the value of the path's segment
+    behind that name ("locations").
     """
 
     id: str
@@ -57,3 +62,5 @@ class Provider:
     captured: bool = True
     host_pattern: re.Pattern[str] | None = None
     counter: Counter | None = None
+    models: re.Pattern[str] | None = None
+    answer_header: str | None = None

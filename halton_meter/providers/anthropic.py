@@ -374,6 +374,11 @@ ROUTES = (
 )
 
 _IMITATED = Route("chat_completions", "chat", _path(r"/v1/chat/completions"), read_chat)
-PROVIDER = Provider("anthropic", ("api.anthropic.com",), (*ROUTES, _IMITATED))
+PROVIDER = Provider(
+    "anthropic",
+    ("api.anthropic.com",),
+    (*ROUTES, _IMITATED),
+    models=re.compile(r"^(?:claude|anthropic/)"),
+)
 
 __all__ = ["MESSAGES", "PROVIDER", "ROUTES", "message_event", "read_messages"]

@@ -418,6 +418,7 @@ PROVIDERS = (
         host_pattern=re.compile(
             r"(?:[^.]+\.)?bedrock-runtime(?:-fips)?\.[^.]+(?:\.vpce)?\.amazonaws\.com(?:\.cn)?"
         ),
+        models=re.compile(r"anthropic\.claude|^amazon\."),
     ),
     Provider(
         "bedrock",

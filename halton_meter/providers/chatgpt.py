@@ -28,4 +28,4 @@ ROUTES = (
         turn_ends=response_turn_ends,
     ),
 )
-PROVIDER = Provider("openai", ("chatgpt.com",), ROUTES)
+PROVIDER = Provider("openai", ("chatgpt.com",), ROUTES, answer_header="x-codex-")

@@ -6,6 +6,7 @@ included); cached tokens are reported but lie outside what is billed; rerank is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
@@ -106,4 +107,5 @@ PROVIDER = Provider(
         route("tokenize", "count", r"/v[12]/tokenize", read_count),
         *text_routes("/compatibility/v1"),
     ),
+    models=re.compile(r"^(?:command|rerank-|embed-)"),
 )

@@ -6,6 +6,7 @@ differs in nothing, add its row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 
@@ -261,6 +262,7 @@ PROVIDERS = (
         "deepseek",
         ("api.deepseek.com",),
         (*text_routes("(?:/v1|/beta)?"), *_anthropic("/anthropic")),
+        models=re.compile(r"^deepseek-(?:chat|reasoner|v)"),
     ),
     *(
         Provider(

@@ -7,6 +7,7 @@ details; a finished batch job can carry its answers inline; OCR is billed by the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -97,4 +98,9 @@ ROUTES = (
     *media_routes("/v1"),
     *job_routes("/v1"),
 )
-PROVIDER = Provider("mistral", ("api.mistral.ai", "codestral.mistral.ai"), ROUTES)
+PROVIDER = Provider(
+    "mistral",
+    ("api.mistral.ai", "codestral.mistral.ai"),
+    ROUTES,
+    models=re.compile(r"^(?:mistral|codestral|ministral|magistral|pixtral)"),
+)

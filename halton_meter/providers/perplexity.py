@@ -6,6 +6,7 @@ search model is billed by the request beside its tokens; a queued completion is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -92,4 +93,4 @@ ROUTES = (
     *text_routes(_ANY, _CHARGED),
     route("embeddings", "embedding", _ANY + "/contextualizedembeddings", _EMBEDDED),
 )
-PROVIDER = Provider("perplexity", ("api.perplexity.ai",), ROUTES)
+PROVIDER = Provider("perplexity", ("api.perplexity.ai",), ROUTES, models=re.compile(r"^sonar"))

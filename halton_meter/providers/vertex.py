@@ -121,5 +121,5 @@ PROVIDER = Provider(
     "vertex",
     HOSTS,
     ROUTES,
-    host_pattern=re.compile(r"[^.]+-aiplatform\.googleapis\.com"),
+    host_pattern=re.compile(r"(?P<locations>[^.]+)-aiplatform\.googleapis\.com"),
 )

@@ -6,6 +6,7 @@ outside the completion in chat completions and inside the output in responses.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -170,4 +171,4 @@ ROUTES = (
 )
 HOSTS = ("api.x.ai", "us-east-1.api.x.ai", "us-west-1.api.x.ai", "eu-west-1.api.x.ai")
 
-PROVIDER = Provider("xai", HOSTS, ROUTES)
+PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"))

@@ -7,6 +7,7 @@ hides thinking. How answers are read: `gemini/content.py`, `gemini/live.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from halton_meter.model import Exchange, Usage, UsageEvent
@@ -129,6 +130,11 @@ ASSIST_ROUTES = (
     route("countTokens", "count", _ASSIST + "countTokens", read_assist_count),
 )
 
-PROVIDER = Provider("gemini", ("generativelanguage.googleapis.com",), (*ROUTES, LIVE))
+PROVIDER = Provider(
+    "gemini",
+    ("generativelanguage.googleapis.com",),
+    (*ROUTES, LIVE),
+    models=re.compile(r"^(?:gemini|models/gemini|gemma)"),
+)
 ASSIST = Provider("gemini", _ASSIST_HOSTS, ASSIST_ROUTES)
 PROVIDERS = (PROVIDER, ASSIST)

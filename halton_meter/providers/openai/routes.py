@@ -50,4 +50,5 @@ ROUTES = tuple(
     )
 )
 HOSTS = ("api.openai.com", *(f"{region}.api.openai.com" for region in _REGIONS))
-PROVIDER = Provider("openai", HOSTS, ROUTES)
+_MODELS = r"^(?:gpt-|o[1-9]|text-embedding-|whisper-1|tts-1|dall-e|chatgpt|codex)"
+PROVIDER = Provider("openai", HOSTS, ROUTES, models=re.compile(_MODELS))
