@@ -130,7 +130,7 @@ def test_an_answer_from_another_network_namespace_refuses_nobody(
 
 def test_a_kernel_that_lacks_the_module_is_asked_by_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says of every socket that there is none."""
-    monkeypatch.setattr(owner, "_asked", lambda *about: iter(()))
+    monkeypatch.setattr(owner, "_answers", lambda *about: iter(()))
     client, accepted = connected()
     with client, accepted:
         assert peer_of(accepted, frozenset({os.geteuid()})) is Peer.ALLOWED
