@@ -26,12 +26,11 @@ _HANDED_OVER_MAX = 16
 
 
 class EdgeError(Exception):
-    """The edge cannot listen: `what` went wrong and, if known, the `fix`."""
+    """The edge cannot listen: `what` says why, `fix` what to run."""
 
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
-        self.what = what
-        self.fix = fix
+    def __init__(self, what: str, fix: str = "halton-meter status") -> None:
+        super().__init__(f"{what}\n  fix: {fix}")
+        self.what, self.fix = what, fix
 
 
 def listen(port: int, address: str = ADDRESS) -> socket.socket:
@@ -46,20 +45,18 @@ def listen(port: int, address: str = ADDRESS) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise _port_taken(port, error) from None
+        raise EdgeError(*_port_taken(port, error)) from None
     return listener
 
 
-def _port_taken(port: int, error: OSError) -> EdgeError:
+def _port_taken(port: int, error: OSError) -> tuple[str, str]:
     if answers(port):
-        return EdgeError(
-            f"port {port} on 127.0.0.1 is taken by another Halton Meter edge",
-            "halton-meter status   (or: halton-meter stop)",
-        )
-    return EdgeError(
+        what = f"port {port} on 127.0.0.1 is taken by another Halton Meter edge"
+        return what, "halton-meter status   (or: halton-meter stop)"
+    return (
         f"cannot listen on 127.0.0.1:{port}: {error.strerror or error}",
-        f"{_who_has(port)}   to see which program does;\n"
-        f'       or choose another port: "port = {free_port()}" under [proxy] in config.toml',
+        f"{_who_has(port)}   # shows which program uses the port\n"
+        f'   or: use another port: put "port = {free_port()}" under [proxy] in config.toml',
     )
 
 

@@ -59,7 +59,7 @@ class Place:
 
     async def empty(self) -> None:
         """Wait until no connection is left."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.edge.clients:
                 await asyncio.sleep(0.005)
 
@@ -84,7 +84,7 @@ async def say(streams: Streams, data: bytes, size: int | None = None) -> bytes:
 
 def run(coroutine: Awaitable[None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(300):
             await coroutine
 
     asyncio.run(bounded())
@@ -702,14 +702,14 @@ def test_ten_thousand_connections_leave_no_descriptor_behind() -> None:
             before = open_descriptors()
             await asyncio.gather(*(some(50, seed) for seed in range(200)))
             await here.empty()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while open_descriptors() > before:
                     await asyncio.sleep(0.01)
             assert here.edge.counts["accepted"] == 10_010
         stand_in_server.close()
 
     async def bounded() -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(900):
             await scene()
 
     edges.raise_descriptor_limit()

@@ -117,7 +117,7 @@ def test_python_accepts_provider_hosts_and_no_other(
 ) -> None:
     context = ssl.create_default_context(cafile=str(folder / "mitmproxy-ca-cert.pem"))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
-    raw = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    raw = socket.create_connection(("127.0.0.1", server.port), timeout=120)
     if permitted(host):
         context.wrap_socket(raw, server_hostname=host).close()
     else:
@@ -134,7 +134,7 @@ def test_curl_accepts_provider_hosts_and_no_other(folder: Path, host: str, serve
         capture_output=True,
         text=True,
         env={"PATH": os.environ["PATH"]},
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert (done.stdout == "ok") is permitted(host)
@@ -157,7 +157,7 @@ def test_node_accepts_provider_hosts_and_no_other(folder: Path, host: str, serve
         capture_output=True,
         text=True,
         env=environment,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert done.stdout.strip() == ("ok" if permitted(host) else "permitted subtree violation")

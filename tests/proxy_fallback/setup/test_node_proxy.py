@@ -115,7 +115,7 @@ def ask(
     del environment["NODE_EXTRA_CA_CERTS"]
     argv = ["node", str(script), str(served.origin.getsockname()[1]), str(size)]
     done = subprocess.run(
-        argv, env=environment, capture_output=True, text=True, timeout=30, check=False
+        argv, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
