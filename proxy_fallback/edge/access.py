@@ -1,14 +1,14 @@
-"""Whom the local proxy serves: its owner, and root. Other users of the machine are turned away.
+"""Who may use the local proxy: its own user, and root. Other users are refused.
 
-Loopback is everybody's, but what the proxy does is done as its owner: a firewall's rules by user,
-and services that trust a user, would take anybody's request for the owner's. The kernel names the
-user of each client's socket (`owner.py`), in some 20 us, before anything is served.
+Every user can connect to loopback, but the proxy connects on as its own user: firewall rules by
+user, and services that trust a user, would take anybody's request for that user's. Before anything
+is served, the kernel names the user of the client's socket (`owner.py`), in some 20 us.
 
-What is not known is told from what is: a user who is another's is refused, and so is a socket that
-its process has closed before it was looked at, as it no longer tells whose it was (nobody waits for
-the answer). Where the kernel does not tell at all, as on macOS, clients are served and counted:
-they must never notice a failure of ours. Users are compared as our own user namespace numbers them;
-one that it does not know is "nobody", and another's. It refuses to know what a client asks for.
+Another user is refused. So is a socket that its process has already closed: the kernel no longer
+names its user, and nobody waits for the answer. Where the kernel names no users at all, as on
+macOS, clients are served and counted: they must never notice a failure of ours. User ids are those
+of our own user namespace; a user that it does not know is "nobody", hence another user. This file
+refuses to know what a client asks for.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from collections.abc import Iterable
 from proxy_fallback.edge.owner import OwnerUnknown, owner_of
 
 ROOT = 0
-# The accounts that package managers started by root download as: apt's and pacman's. They may have
-# been told of the proxy by root, which itself is served.
+# The accounts as which apt and pacman download when root starts them. They inherit root's proxy
+# variables, and root itself is served.
 _DOWNLOADERS = ("_apt", "alpm")
 _TCP_ESTABLISHED = 1
 
 
 class Peer(enum.Enum):
-    """What is known of whoever connected."""
+    """What is known of the user who connected."""
 
     ALLOWED = "allowed"
     OTHER_USER = "other_user"
-    GONE = "gone"  # closed by its process: whose it was is not told any more
+    GONE = "gone"  # closed by its process: the kernel no longer names its user
     ABSENT = "absent"
     UNKNOWN = "unknown"
 
 
 def allowed_uids(more: Iterable[int] = ()) -> frozenset[int]:
-    """The users whom a proxy of this process serves, and `more`."""
+    """The users who may use a proxy of this process, and `more`."""
     found = {os.geteuid(), ROOT, *more}
     if sys.platform != "win32":
         import pwd
@@ -52,7 +52,7 @@ def allowed_uids(more: Iterable[int] = ()) -> frozenset[int]:
 
 
 def peer_at(client: tuple[str, int], near: tuple[str, int], allowed: frozenset[int]) -> Peer:
-    """Who is connected from `client` to `near`, both addresses of this very machine."""
+    """The user connected from `client` to `near`, both addresses of this very machine."""
     if sys.platform != "linux":
         return Peer.UNKNOWN
     try:
@@ -67,18 +67,18 @@ def peer_at(client: tuple[str, int], near: tuple[str, int], allowed: frozenset[i
 
 
 def peer_of(accepted: socket.socket, allowed: frozenset[int]) -> Peer:
-    """Who is at the other end of a connection that was accepted."""
+    """The user at the other end of an accepted connection."""
     try:
         found = peer_at(accepted.getpeername()[:2], accepted.getsockname()[:2], allowed)
     except OSError:  # reset before we could look
         return Peer.GONE
     if found is not Peer.ABSENT:
         return found
-    # Both ends of a connection that stands are known, if not to the network namespace asked.
-    return Peer.UNKNOWN if _stands(accepted) else Peer.GONE
+    # An established connection has both its ends on this machine, if in another namespace.
+    return Peer.UNKNOWN if _is_established(accepted) else Peer.GONE
 
 
-def _stands(accepted: socket.socket) -> bool:
+def _is_established(accepted: socket.socket) -> bool:
     with contextlib.suppress(OSError):
         state = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
         return state == bytes([_TCP_ESTABLISHED])

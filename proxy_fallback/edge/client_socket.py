@@ -1,15 +1,15 @@
-"""A client's end of its connection to us, and the header in which the edge names it to mitmproxy.
+"""A client's socket, and the header in which the edge names it to mitmproxy.
 
-The far port belongs to it: the kernel gives one port to two sockets that connect to different
-places, so that (address, port) alone may name another process's connection, even our own one from
-the edge to mitmproxy.
+The far port is part of it: the kernel may give the same port to two sockets that connect to
+different addresses, so (address, port) alone may name another process's connection, even the edge's
+own to mitmproxy.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Of the edge's CONNECT, which mitmproxy answers itself: it never reaches a provider.
+# A header of the edge's CONNECT, which mitmproxy answers itself: it never reaches a provider.
 HEADER = "x-halton-meter-client"
 
 
@@ -21,9 +21,9 @@ class ClientSocket(NamedTuple):
     far_port: int
 
 
-def to_header(end: ClientSocket) -> str:
+def to_header(client: ClientSocket) -> str:
     """The header's value: "127.0.0.1 45000 8081"."""
-    return f"{end.address} {end.port} {end.far_port}"
+    return f"{client.address} {client.port} {client.far_port}"
 
 
 def from_header(value: str) -> ClientSocket | None:

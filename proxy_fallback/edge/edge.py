@@ -1,19 +1,18 @@
 """The edge: a tiny proxy on loopback that always lets traffic through.
 
-Clients are pointed at it once and for all. A connection to a provider's host is handed to
-mitmproxy, which meters it; every other host is tunnelled raw and never decrypted. Whatever is
-wrong with mitmproxy (down, slow, hung, crash-looping, not trusted by that client), the provider's
-host is tunnelled raw too: unmetered, and counted by host and cause. Standard library only, one
-thread, no buffer without a limit; it must keep working whatever else dies.
+Clients always connect to it. It passes connections to provider hosts to mitmproxy, which meters
+them; it tunnels every other host raw, never decrypted. When mitmproxy fails in any way (down, slow,
+hung, crash-looping, not trusted by that client), the edge tunnels provider hosts raw too,
+unmetered, and counts that by host and cause. Standard library only, one thread, no buffer without
+a limit: it must keep working whatever else dies.
 
-What it refuses: to bind or to serve anything but loopback, to serve another user than its owner and
-root (see access.py), to connect to itself, to look into what it tunnels, to name any host but a
-provider's in what it counts. It cannot mend a stream that
-mitmproxy was decrypting when it died: that breaks, and the next request succeeds. A TLS handshake
-that mitmproxy had not answered yet is said again to the provider itself.
+It refuses to bind or to serve anything but loopback, to serve other users than its own and root
+(access.py), to connect to itself, to look into what it tunnels, and to name hosts other than
+providers' in its counts. A stream that mitmproxy was decrypting when it died breaks, and the next
+request succeeds. A TLS handshake that mitmproxy had not answered is sent to the provider again.
 
-Read `Edge` for the interface, `_Client` for a connection's life. Where it listens is listening.py,
-how bytes pass is tunnel.py.
+Read `Edge` for the interface and `_Client` for a connection's life. listening.py says where it
+listens, tunnel.py how bytes pass.
 """
 
 from __future__ import annotations
@@ -43,20 +42,20 @@ from proxy_fallback.edge.proxy_request import ProxyRequest, read_request
 from proxy_fallback.edge.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, End, ProxyEnd, WorkerEnd
 
 HEAD_S_MAX = 60.0
-# What others, who are refused, may hold open: enough to be told so.
+# Connections that other users may hold open, just long enough to be refused.
 OTHERS_MAX = 64
 OTHERS_HEAD_S_MAX = 5.0
-# How long mitmproxy may take to answer our CONNECT before the host is tried raw, too. It connects
-# to the provider first, which takes some 50 ms.
+# After so long without mitmproxy's answer to our CONNECT, the host is tried raw in parallel.
+# mitmproxy connects to the provider before it answers, which takes some 50 ms.
 WORKER_ANSWER_S_MAX = 1.0
-# After so many failures in a row mitmproxy is not asked again for a while (a circuit breaker).
+# After so many failures in a row mitmproxy is left out for a while (a circuit breaker).
 WORKER_FAILURES_MAX = 3
 BREAKER_OPEN_S = 5.0
 ORIGIN_CONNECT_S_MAX = 30.0
 HAPPY_EYEBALLS_S = 0.25
 LOOKUP_THREADS = 16
 CONNECTIONS_MAX = 8192
-# Descriptors kept free for all that is no tunnel; a tunnel takes two.
+# Descriptors kept free for everything but tunnels; a tunnel takes two.
 DESCRIPTORS_SPARE = 64
 BYPASSED_HOSTS_MAX = 256
 REFUSALS_MAX = 512
@@ -65,7 +64,7 @@ _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of descriptors to the hard one; how many tunnels that allows."""
+    """Raise the soft limit of descriptors to the hard one; returns how many tunnels that allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * CONNECTIONS_MAX + DESCRIPTORS_SPARE
     if hard != resource.RLIM_INFINITY:
@@ -105,21 +104,20 @@ class HostSet:
 class Edge:
     """The running edge. Use it from its event loop's thread only.
 
-    `hosts` are the providers'. `upstream` is the proxy by which raw tunnels leave, or None.
-    `program_of` names the program behind a client's socket, or None: asked only for
-    hosts whose certificate some program refused, in a thread of its own. `allowed` are the users
-    whose connections are taken, `worker_secret` is what mitmproxy knows the edge by.
+    `hosts` are the providers'. `upstream` is the proxy through which raw tunnels leave, or None.
+    `program_of` names the program behind a client's socket, or None; it runs in a thread, and only
+    for hosts whose certificate some program refused. `allowed` are the users whose connections are
+    accepted. `worker_secret` is what the edge identifies itself with to mitmproxy.
 
-    Until `send_to` is called provider hosts are tunnelled raw. `counts` has, by cause, what
-    happened since the start; `bypassed` the provider connections that went by unmetered, by host
-    and cause.
+    Until `send_to` is called, provider hosts are tunnelled raw. `counts` holds what happened since
+    the start, by cause; `bypassed` the unmetered provider connections, by host and cause.
     """
 
     def __init__(
         self,
         hosts: Iterable[str],
         upstream: tuple[str, int] | None = None,
-        program_of: Callable[[ClientSocket], str | None] = lambda end: None,
+        program_of: Callable[[ClientSocket], str | None] = lambda client: None,
         connections_max: int = CONNECTIONS_MAX,
         allowed: frozenset[int] | None = None,
         worker_secret: str = "",
@@ -133,7 +131,7 @@ class Edge:
         self.connections_max = connections_max
         self.allowed = allowed_uids() if allowed is None else allowed
         self.worker_secret = worker_secret
-        self.others = 0  # connections of users who are refused
+        self.others = 0  # open connections of users who are refused
         self._program_of = program_of
         self._refusals: dict[tuple[str, str | None], int] = {}
         self._worker_port: int | None = None
@@ -145,9 +143,9 @@ class Edge:
         self.on_bypass: Callable[[str, str], None] = lambda host, cause: None
 
     async def serve(self, sockets: Iterable[socket.socket]) -> None:
-        """Begin to accept on these listening sockets; returns at once."""
+        """Accept connections on these listening sockets; returns at once."""
         loop = asyncio.get_running_loop()
-        # Names are looked up in threads; a few slow ones must not hold up the others.
+        # Name lookups run in threads; a few slow ones must not delay the others.
         loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS, "lookup"))
         for each in sockets:
             problem = unfit(each)
@@ -159,7 +157,7 @@ class Edge:
             self._servers.append(server)
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Accept no more; close what is still open after `drain_s`."""
+        """Accept no more connections; close those that are still open after `drain_s`."""
         for server in self._servers:
             server.close()
         deadline = time.monotonic() + drain_s
@@ -168,41 +166,41 @@ class Edge:
         for client in list(self.clients):
             client.abort()
 
-    # --- told by the supervisor
+    # --- called by the service
 
     def send_to(self, worker_port: int, accepted: Iterable[str] | None = None) -> None:
-        """Provider hosts go to the mitmproxy on this loopback port from now on.
+        """Send provider hosts to the mitmproxy on this loopback port from now on.
 
-        `accepted` are those for which its certificate will do (None: all); others stay raw.
+        `accepted` are those that its certificate covers (None: all); the others stay raw.
         """
         self._worker_port, self._failures, self._open_until = worker_port, 0, 0.0
         self.accepted = self.hosts if accepted is None else HostSet(accepted)
 
     def bypass(self, cause: str) -> None:
-        """Provider hosts are tunnelled raw from now on, for this reason (a snake_case word)."""
+        """Tunnel provider hosts raw from now on, for this cause (a snake_case word)."""
         self._worker_port, self._cause = None, cause
 
-    def refuse(self, host: str, program: str | None, said: bool) -> None:
-        """A program would not have our certificate for a host: let it pass by us next time.
+    def refuse(self, host: str, program: str | None, explicit: bool) -> None:
+        """A program refused our certificate for a host: tunnel it raw from then on.
 
-        One that only hung up (`said` is False) is believed the second time: it may have had
-        enough of waiting.
+        A program that only hung up (not `explicit`) counts from the second time on: it may just
+        have stopped waiting.
         """
         key = (host, program)
         if key not in self._refusals and len(self._refusals) >= REFUSALS_MAX:
             self._refusals.pop(next(iter(self._refusals)))
             self.counts["refusals_over_limit"] += 1
-        self._refusals[key] = self._refusals.get(key, 0) + (2 if said else 1)
+        self._refusals[key] = self._refusals.get(key, 0) + (2 if explicit else 1)
 
     def forget_refusals(self) -> None:
-        """Trust was put right, it may be tried again."""
+        """Meter these programs again: the user has fixed their trust."""
         self._refusals.clear()
 
     def refusals(self) -> list[tuple[str, str | None]]:
-        """The (host, program) pairs tunnelled raw because the program does not trust us."""
+        """The (host, program) pairs that are raw because the program does not trust our CA."""
         return [key for key, weight in self._refusals.items() if weight >= 2]
 
-    # --- asked by connections
+    # --- called by connections
 
     def is_own(self, host: str, port: int) -> bool:
         """Whether this address is the edge's own."""
@@ -211,7 +209,7 @@ class Edge:
         return is_loopback(host) or host.lower().rstrip(".").endswith("localhost")
 
     async def route(self, host: str, client: ClientSocket) -> tuple[int | None, str]:
-        """The port of mitmproxy for a provider's host, and "", or None and why not."""
+        """(mitmproxy's port, "") for a provider's host, or (None, the cause) to tunnel it raw."""
         if self._worker_port is None:
             return None, self._cause
         if self._open_until > time.monotonic():
@@ -226,11 +224,11 @@ class Edge:
         return self._worker_port, ""
 
     def worker_answered(self) -> None:
-        """A connection was taken by mitmproxy."""
+        """Note that mitmproxy took a connection."""
         self._failures = 0
 
     def worker_failed(self, port: int) -> None:
-        """A connection was not taken; too often in a row, and mitmproxy is left alone a while."""
+        """Note that mitmproxy took none; after several in a row it is left out for a while."""
         if port != self._worker_port:
             return
         self._failures += 1
@@ -240,7 +238,7 @@ class Edge:
             self.counts["breaker_opened"] += 1
 
     def count_bypass(self, host: str, cause: str) -> None:
-        """A provider's host is tunnelled raw."""
+        """Count a provider's host that is tunnelled raw."""
         if host not in self.bypassed and len(self.bypassed) >= BYPASSED_HOSTS_MAX:
             host = "other hosts"
         self.bypassed.setdefault(host, Counter())[cause] += 1
@@ -252,14 +250,14 @@ class Edge:
 
 
 class _Client(End):
-    """A client's connection: its request's head, where it leads, then a tunnel until both end."""
+    """A client's connection: read the request's head, connect to its target, then tunnel."""
 
     def __init__(self, edge: Edge) -> None:
         super().__init__()
         self._edge = edge
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._end = ClientSocket("", 0, 0)
+        self._socket = ClientSocket("", 0, 0)
         self._wants_tunnel = False
         self._is_others = False
 
@@ -273,9 +271,9 @@ class _Client(End):
         peer = transport.get_extra_info("peername")
         near = transport.get_extra_info("sockname")
         if peer and near:
-            self._end = ClientSocket(str(peer[0]), int(peer[1]), int(near[1]))
-        if not is_loopback(self._end.address):
-            # Possible from this very machine only; no program of its user has a reason to.
+            self._socket = ClientSocket(str(peer[0]), int(peer[1]), int(near[1]))
+        if not is_loopback(self._socket.address):
+            # Only this very machine could do that, and no program of its user has a reason to.
             self._refuse("refused_not_loopback", None)
         elif len(edge.clients) > edge.connections_max:
             self._refuse("refused_over_limit", "503 Service Unavailable")
@@ -283,7 +281,7 @@ class _Client(End):
             self._admit(peer_of(transport.get_extra_info("socket"), edge.allowed))
 
     def _admit(self, peer: Peer) -> None:
-        """Wait for what it asks, even if that will be refused: only then it hears why."""
+        """Wait for the request, also of another user: the refusal is the answer to it."""
         edge, wait_s = self._edge, HEAD_S_MAX
         if peer is Peer.GONE:
             self._refuse("refused_gone", None)
@@ -299,9 +297,9 @@ class _Client(End):
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(wait_s, self._refuse, "refused_no_request", None)
 
-    def hear(self, data: bytes) -> None:
+    def receive_early(self, data: bytes) -> None:
         self.early += data
-        if self._task is not None:  # it talks on while we connect: enough is enough
+        if self._task is not None:  # it sends on while we connect
             if len(self.early) > REPLAY_BYTES_MAX and self.transport is not None:
                 self.transport.pause_reading()
         elif self._timer is None:  # refused already
@@ -319,8 +317,8 @@ class _Client(End):
         super().data_received(data)
 
     def eof_received(self) -> bool:
-        # It left before it had asked for anything, or before its tunnel stood. (The end of a plain
-        # request is no farewell: its answer is still wanted.)
+        # It left before it sent a request, or before it had its tunnel. (A client that ends after
+        # a plain request still wants the answer.)
         if self._task is None or (self._wants_tunnel and self.other is None):
             return False
         return super().eof_received()
@@ -346,7 +344,7 @@ class _Client(End):
         self._refuse("refused_loop", "403 Forbidden", "this address is the edge itself")
 
     def _answer(self, status: str | None, text: str) -> None:
-        """Say this and close; with no status, close at once."""
+        """Answer with this text and close; with no status, close without an answer."""
         if self.transport is None or self.lost:
             return
         if status is None:
@@ -357,7 +355,7 @@ class _Client(End):
         self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
         self.transport.close()
 
-    # --- where it leads
+    # --- the request
 
     async def _go(self) -> None:
         try:
@@ -367,70 +365,70 @@ class _Client(End):
         except (OSError, TimeoutError) as error:
             reason = "it took too long" if isinstance(error, TimeoutError) else str(error)
             self._refuse("origin_unreachable", "502 Bad Gateway", reason)
-        except Exception as error:  # one connection's trouble must not become the others'
+        except Exception as error:  # a fault in one connection must not reach the others
             self._refuse(f"failed_{type(error).__name__}", "502 Bad Gateway")
 
     async def _serve(self, head: bytes) -> None:
         edge = self._edge
         if head.startswith(f"GET {HEALTH_PATH} ".encode()):
-            self._answer("200 OK", "here")  # to anybody: who wants the port is told who has it
+            self._answer("200 OK", "here")  # to everybody: tells who has the port
             return
         if self._is_others:
             self._refuse(
                 "refused_other_user",
                 "403 Forbidden",
-                f"this proxy is uid {os.geteuid()}'s and serves no other user",
+                f"this proxy belongs to uid {os.geteuid()} and serves no other user",
             )
             return
-        asked = read_request(head)
-        if asked is None:
+        request = read_request(head)
+        if request is None:
             self._refuse("refused_no_proxy_request", "400 Bad Request")
             return
-        self._wants_tunnel = asked.origin_head is None
-        if edge.is_own(asked.host, asked.port):  # not by way of mitmproxy either
+        self._wants_tunnel = request.origin_head is None
+        if edge.is_own(request.host, request.port):  # nor through mitmproxy
             self._refuse_loop()
             return
         far, cause = None, ""
-        if asked.host in edge.hosts:
-            worker_port, cause = await edge.route(asked.host, self._end)
+        if request.host in edge.hosts:
+            worker_port, cause = await edge.route(request.host, self._socket)
             if worker_port is not None:
-                far, cause = await self._to_worker(worker_port, asked)
+                far, cause = await self._to_worker(worker_port, request)
             if not cause:
                 return
-        far = far or await self._reach(asked)
+        far = far or await self._reach(request)
         if far is None:
             self._refuse_loop()
             return
         if cause:
-            edge.count_bypass(asked.host, cause)
+            edge.count_bypass(request.host, cause)
         else:
             edge.counts["tunnelled"] += 1
-        plain = asked.origin_head if edge.upstream is None else asked.absolute_head
-        self._join(far, asked, plain)
+        plain = request.origin_head if edge.upstream is None else request.absolute_head
+        self._join(far, request, plain)
 
-    async def _to_worker(self, worker_port: int, asked: ProxyRequest) -> tuple[End | None, str]:
-        """Join the client to mitmproxy: (None, "") when that is done, else why it was not.
+    async def _to_worker(self, worker_port: int, request: ProxyRequest) -> tuple[End | None, str]:
+        """Join the client to mitmproxy: (None, "") when that worked, else the cause.
 
-        mitmproxy connects to the host before it answers. When it takes long, that may be the
-        host's doing, so the host is tried raw beside it, and whoever is there first is taken: an
-        end at the host itself is then given back, too.
+        mitmproxy connects to the host before it answers. If it takes long, the host itself may be
+        slow, so the host is also tried raw and the first to answer wins: then the raw end is
+        returned with the cause.
         """
         edge = self._edge
         loop = asyncio.get_running_loop()
 
-        def gone(said: bytes) -> None:
+        def gone(unanswered: bytes) -> None:
             edge.worker_failed(worker_port)
-            self.early[:0] = said
-            self._task = loop.create_task(self._say_again(asked))
+            self.early[:0] = unanswered
+            self._task = loop.create_task(self._retry_raw(request))
 
         worker = WorkerEnd(gone)
-        asking = loop.create_task(self._ask(worker, worker_port, asked))
+        asking = loop.create_task(self._ask(worker, worker_port, request))
         reaching: asyncio.Task[End | None] | None = None
         far, cause = None, "worker_slow"
         try:
             await asyncio.wait({asking}, timeout=WORKER_ANSWER_S_MAX)
             if not asking.done():
-                reaching = loop.create_task(self._reach(asked))
+                reaching = loop.create_task(self._reach(request))
                 await asyncio.wait({asking, reaching}, return_when=asyncio.FIRST_COMPLETED)
             if asking.done():
                 cause = asking.result()
@@ -441,55 +439,55 @@ class _Client(End):
             if cause:
                 worker.abort()
             if reaching is not None and far is None:
-                _give_up(reaching)
+                _abandon(reaching)
         if cause:
-            # One that declines is alive: the host cannot be reached, as the raw tunnel will tell.
+            # A mitmproxy that declines is alive; it cannot reach the host, nor will the raw tunnel.
             if cause != "worker_declined":
                 edge.worker_failed(worker_port)
             return far, cause
         edge.worker_answered()
         edge.counts["metered"] += 1
-        self._join(worker, asked, asked.origin_head)
+        self._join(worker, request, request.origin_head)
         return None, ""
 
-    async def _ask(self, worker: WorkerEnd, worker_port: int, asked: ProxyRequest) -> str:
-        """Ask mitmproxy for a tunnel; "" when it was given, else the cause."""
+    async def _ask(self, worker: WorkerEnd, worker_port: int, request: ProxyRequest) -> str:
+        """Ask mitmproxy for a tunnel; returns "", or the cause when it gives none."""
         loop = asyncio.get_running_loop()
         header = (
-            f"{client_socket.HEADER}: {client_socket.to_header(self._end)}\r\n"
+            f"{client_socket.HEADER}: {client_socket.to_header(self._socket)}\r\n"
             f"Proxy-Authorization: Bearer {self._edge.worker_secret}\r\n"
         )
         try:
             await loop.create_connection(lambda: worker, ADDRESS, worker_port)
-            accepted = await worker.connect(asked.host, asked.port, header)
+            accepted = await worker.connect(request.host, request.port, header)
         except OSError:
             return "worker_down"
         if worker.lost or (worker.ended and not accepted):
             return "worker_down"
         return "" if accepted else "worker_declined"
 
-    async def _say_again(self, asked: ProxyRequest) -> None:
-        """The worker is gone and has said nothing to the client: begin anew, past it."""
+    async def _retry_raw(self, request: ProxyRequest) -> None:
+        """Connect to the host directly: mitmproxy died before it sent the client anything."""
         self._edge.counts["metered"] -= 1
-        self._edge.count_bypass(asked.host, "worker_died")
+        self._edge.count_bypass(request.host, "worker_died")
         far = None
         with contextlib.suppress(OSError, TimeoutError):
-            far = await self._reach(asked)
+            far = await self._reach(request)
         if far is None:
             self.abort()
         else:
             self._tunnel(far)
 
-    async def _reach(self, asked: ProxyRequest) -> End | None:
-        """An end at the host itself, or at the upstream proxy; None when it would be ourselves."""
+    async def _reach(self, request: ProxyRequest) -> End | None:
+        """Connect to the host, or to the upstream proxy; None if the address is the edge's own."""
         edge = self._edge
         loop = asyncio.get_running_loop()
         proxy = ProxyEnd() if edge.upstream is not None else None
         far = proxy or End()
-        address = edge.upstream or (asked.host, asked.port)
+        address = edge.upstream or (request.host, request.port)
         try:
             async with asyncio.timeout(ORIGIN_CONNECT_S_MAX):
-                # A name may have several addresses, of which the first may be a dead end.
+                # A name may have several addresses, and the first may not answer.
                 delay_s = None if _is_address(address[0]) else HAPPY_EYEBALLS_S
                 await loop.create_connection(lambda: far, *address, happy_eyeballs_delay=delay_s)
                 assert far.transport is not None
@@ -497,18 +495,18 @@ class _Client(End):
                 if peer and edge.is_own(str(peer[0]), int(peer[1])):
                     far.abort()
                     return None
-                tunnel = proxy if asked.origin_head is None else None
-                if tunnel is not None and not await tunnel.connect(asked.host, asked.port):
+                tunnel = proxy if request.origin_head is None else None
+                if tunnel is not None and not await tunnel.connect(request.host, request.port):
                     raise ConnectionRefusedError("the upstream proxy refused the tunnel")
         except BaseException:
             far.abort()
             raise
         return far
 
-    def _join(self, far: End, asked: ProxyRequest, plain_head: bytes | None) -> None:
-        """Tell the client that its tunnel stands, or the far end what is asked; then let flow."""
+    def _join(self, far: End, request: ProxyRequest, plain_head: bytes | None) -> None:
+        """Answer the client's CONNECT, or pass a plain request's head on; then join the ends."""
         assert self.transport is not None
-        if asked.origin_head is None:
+        if request.origin_head is None:
             self.transport.write(_ESTABLISHED)
         elif plain_head is not None:
             self.early[:0] = plain_head
@@ -524,8 +522,8 @@ class _Client(End):
         self.join(far)
 
 
-def _give_up(reaching: asyncio.Task[End | None]) -> None:
-    """Let go of an end that is being reached, or is reached and not wanted."""
+def _abandon(reaching: asyncio.Task[End | None]) -> None:
+    """Close an end that is being connected, or that is connected and not needed."""
     if not reaching.done():
         reaching.cancel()
     elif not reaching.cancelled() and reaching.exception() is None:

@@ -1,8 +1,8 @@
-"""Where the edge listens: on loopback and nowhere else, on sockets of its own or handed over.
+"""Where the edge listens: on loopback only, on sockets of its own or handed over.
 
-systemd and launchd listen for a service and hand their sockets over at its start; they stay open
-while it restarts, so that nobody is refused. `spawn_on` does the same where neither is there. It
-knows nothing of what is said on a connection: see edge.py.
+systemd and launchd listen for a service and hand the sockets over when it starts. The sockets stay
+open while the service restarts, so that no client is refused. `spawn_on` does the same without
+either. edge.py serves the connections.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ _HANDED_OVER_MAX = 16
 
 
 class EdgeError(Exception):
-    """The edge cannot listen: `what` went wrong and, if known, the `fix`."""
+    """The edge cannot listen: `what` says why, `fix` what to run."""
 
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
-        self.what = what
-        self.fix = fix
+    def __init__(self, what: str, fix: str = "halton-meter status") -> None:
+        super().__init__(f"{what}\n  fix: {fix}")
+        self.what, self.fix = what, fix
 
 
 def listen(port: int, address: str = ADDRESS) -> socket.socket:
@@ -46,20 +45,18 @@ def listen(port: int, address: str = ADDRESS) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise _port_taken(port, error) from None
+        raise EdgeError(*_port_taken(port, error)) from None
     return listener
 
 
-def _port_taken(port: int, error: OSError) -> EdgeError:
+def _port_taken(port: int, error: OSError) -> tuple[str, str]:
     if answers(port):
-        return EdgeError(
-            f"port {port} on 127.0.0.1 is taken by another Halton Meter edge",
-            "halton-meter status   (or: halton-meter stop)",
-        )
-    return EdgeError(
+        what = f"port {port} on 127.0.0.1 is taken by another Halton Meter edge"
+        return what, "halton-meter status   (or: halton-meter stop)"
+    return (
         f"cannot listen on 127.0.0.1:{port}: {error.strerror or error}",
-        f"{_who_has(port)}   to see which program does;\n"
-        f'       or choose another port: "port = {free_port()}" under [proxy] in config.toml',
+        f"{_who_has(port)}   # shows which program uses the port\n"
+        f'   or: use another port: put "port = {free_port()}" under [proxy] in config.toml',
     )
 
 
@@ -79,7 +76,7 @@ def free_port(after: int = 8082) -> int:
 
 
 def answers(port: int, timeout_s: float = 1.0) -> bool:
-    """Whether an edge answers on this port of 127.0.0.1: what a health check asks."""
+    """Whether an edge answers on this port of 127.0.0.1: the health check."""
     request = f"GET {HEALTH_PATH} HTTP/1.1\r\nHost: {ADDRESS}:{port}\r\n\r\n".encode()
     try:
         with socket.create_connection((ADDRESS, port), timeout_s) as probe:
@@ -102,8 +99,8 @@ def is_loopback(address: str) -> bool:
 def listeners(environ: Mapping[str, str] | None = None, launchd: Any = None) -> list[socket.socket]:
     """Sockets that systemd or launchd listens on for us; empty when neither does.
 
-    They stay open while we restart, so no connection is refused. Raises EdgeError for sockets
-    that are not TCP on loopback.
+    They stay open while the edge restarts, so no connection is refused. Raises EdgeError for
+    sockets that are not TCP on loopback.
     """
     environ = os.environ if environ is None else environ
     found = [socket.socket(fileno=fd) for fd in _systemd_descriptors(environ)]
@@ -112,7 +109,7 @@ def listeners(environ: Mapping[str, str] | None = None, launchd: Any = None) -> 
     for each in found:
         problem = unfit(each)
         if problem:
-            raise EdgeError(f"a socket handed over at start is unfit: {problem}")
+            raise EdgeError(f"cannot use the socket handed over at start: {problem}")
         each.setblocking(False)
         os.set_inheritable(each.fileno(), False)
     return found
@@ -148,15 +145,15 @@ def _launchd_descriptors(library: Any) -> list[int]:
 def spawn_on(listener: socket.socket, command: Sequence[str]) -> int:
     """Start `command` with this socket handed over as systemd does; its pid.
 
-    For a parent that keeps the socket, and starts the edge again when it dies. Call it from a
-    process with one thread only.
+    The parent keeps the socket and restarts the edge when it dies. Call it from a process with
+    one thread only.
     """
     pid = os.fork()
     if pid:
         return pid
     try:
         os.dup2(listener.fileno(), _SYSTEMD_FIRST)
-        os.set_inheritable(_SYSTEMD_FIRST, True)  # dup2 does not see to it when it is the same
+        os.set_inheritable(_SYSTEMD_FIRST, True)  # dup2 of a descriptor to itself does not set it
         environment = {**os.environ, "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
         os.execve(command[0], list(command), environment)  # noqa: S606 - no shell is meant
     finally:
@@ -164,7 +161,7 @@ def spawn_on(listener: socket.socket, command: Sequence[str]) -> int:
 
 
 def unfit(listener: socket.socket) -> str | None:
-    """Why the edge does not serve a socket; None when it does."""
+    """Why the edge cannot use a socket; None when it can."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6):
         return "not a TCP socket"
     if listener.type != socket.SOCK_STREAM:

@@ -1,15 +1,13 @@
-"""Whose a client's socket to the proxy is, at connect time: Linux by netlink and /proc.
+"""The process and the user of a client's socket, at connect time: Linux, by netlink and /proc.
 
-A loopback connection names its client by its end and the port it is connected to. The kernel, asked
-by netlink for that one socket, gives its inode; a process with that inode among its descriptors
-owns it. Asking takes some 50 us whatever else is connected, where reading /proc/net/tcp takes 10 ms
-a thousand sockets; a process that connected lately is looked at first, then the newest ones. It
-refuses to know more about a process than its pid: `capture` reads the rest. When the client is
-already gone, or its descriptors are another user's, the answer is None. On macOS see
-`owner_macos.py`.
+netlink gives the inode of the client's socket; the process with that inode among its descriptors
+owns the socket. That takes some 50 us however many sockets there are; /proc/net/tcp takes 10 ms per
+thousand. Processes that connected lately are searched first, then the newest ones. The answer is
+None when the client is already gone, or when another user owns its descriptors. This file finds the
+pid only: `capture` reads the rest. For macOS see mitm/owner_macos.py.
 
-The user is a question of its own (`owner_of`): it is asked of every connection, before anything is
-served, and the kernel tells it of any user's socket. Who is served is `access.py`'s to say.
+`owner_of` gives the user. It is called for every connection before anything is served, and works
+for sockets of all users. access.py decides who is served.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ from typing import Any, NamedTuple
 
 from proxy_fallback.edge.client_socket import ClientSocket
 
-# Processes and descriptors looked at for one answer; a busy machine has some thousand.
+# Processes and descriptors searched for one answer; a busy machine has some thousand.
 PROCESSES_MAX = 20_000
 DESCRIPTORS_MAX = 65_536
-# Owners remembered, to be looked at first: clients open several connections.
+# Owners to search first: clients open several connections.
 RECENT_MAX = 64
 ANSWER_BYTES_MAX = 1 << 16
 ANSWERS_MAX = 64
@@ -50,11 +48,11 @@ _ASK = struct.Struct("=BBBBI2s2s16s16sI8s")
 _SOCKET = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 
 _recent: OrderedDict[int, None] = OrderedDict()
-_recent_lock = threading.Lock()  # questions are asked in threads
+_recent_lock = threading.Lock()  # lookups run in threads
 
 
 class OwnerUnknown(Exception):
-    """The kernel, or what confines us, does not tell."""
+    """The kernel, or a sandbox around us, does not answer."""
 
 
 class Owned(NamedTuple):
@@ -73,11 +71,11 @@ def _packed(address: str) -> list[tuple[int, bytes]]:
     return [(socket.AF_INET, packed), (socket.AF_INET6, _MAPPED + packed)]
 
 
-def _ask_kernel(end: ClientSocket) -> Owned | None:
-    """The socket of that end that a process holds; raises OwnerUnknown."""
-    for family, packed in _packed(end.address):
-        local, far = end.port.to_bytes(2, "big"), end.far_port.to_bytes(2, "big")
-        for fields in _asked(family, _REQUEST_DUMP, local, far):
+def _ask_kernel(client: ClientSocket) -> Owned | None:
+    """The client's socket if a process holds it; raises OwnerUnknown."""
+    for family, packed in _packed(client.address):
+        local, far = client.port.to_bytes(2, "big"), client.far_port.to_bytes(2, "big")
+        for fields in _answers(family, _REQUEST_DUMP, local, far):
             at = fields[6][: len(packed)]
             if fields[4:6] == (local, far) and at == packed and fields[14]:
                 return Owned(fields[13], fields[14])
@@ -85,21 +83,21 @@ def _ask_kernel(end: ClientSocket) -> Owned | None:
 
 
 def _ask_kernel_for_one(client: tuple[str, int], near: tuple[str, int]) -> Owned | None:
-    """The socket that connects these two, looked up and not searched for; raises OwnerUnknown."""
+    """The socket that connects these two addresses, by direct lookup; raises OwnerUnknown."""
     family, source = _packed(client[0])[0]
     _, destination = _packed(near[0])[0]
     local, far = client[1].to_bytes(2, "big"), near[1].to_bytes(2, "big")
-    for fields in _asked(family, _REQUEST, local, far, source, destination):
-        # Without a connected one the kernel may name one that listens at the client's port.
+    for fields in _answers(family, _REQUEST, local, far, source, destination):
+        # Without a connected socket the kernel may name a listener at the client's port.
         if fields[4:6] == (local, far):
             return Owned(fields[13], fields[14])
     return None
 
 
-def _asked(
+def _answers(
     family: int, how: int, local: bytes, far: bytes, source: bytes = b"", destination: bytes = b""
 ) -> Iterator[tuple[Any, ...]]:
-    """The sockets of which the kernel tells, as fields of inet_diag_msg; raises OwnerUnknown."""
+    """The sockets that the kernel lists, as fields of inet_diag_msg; raises OwnerUnknown."""
     tcp = socket.IPPROTO_TCP
     body = _ASK.pack(
         *(family, tcp, 0, 0, _CONNECTED, local, far, source, destination, 0, _ANY_COOKIE)
@@ -148,14 +146,14 @@ def _hexadecimal(address: str, port: int) -> list[str]:
     return found
 
 
-def _listed(end: ClientSocket, proc: Path) -> Owned | None:
-    """The socket by /proc/net/tcp{,6}: slower, where netlink is not to be had.
+def _listed(client: ClientSocket, proc: Path) -> Owned | None:
+    """The socket by /proc/net/tcp{,6}: slower, where netlink is not available.
 
     Raises OwnerUnknown.
     """
     found: Owned | None = None
-    wanted = _hexadecimal(end.address, end.port)
-    far = f":{end.far_port:04X}"
+    wanted = _hexadecimal(client.address, client.port)
+    far = f":{client.far_port:04X}"
     readable = False
     for table in ("tcp", "tcp6"):
         try:
@@ -167,7 +165,7 @@ def _listed(end: ClientSocket, proc: Path) -> Owned | None:
             fields = line.split()
             if len(fields) < 10 or fields[1] not in wanted or not fields[2].endswith(far):
                 continue
-            if found is None or fields[9] != "0":  # a port may have been another's before
+            if found is None or fields[9] != "0":  # the port may have had an earlier owner
                 found = Owned(int(fields[7]), int(fields[9]))
     if not readable:
         raise OwnerUnknown
@@ -181,24 +179,26 @@ def owner_of(
     *,
     netlink: bool = True,
 ) -> Owned | None:
-    """Whose socket is connected from `client` to `near`; None where the kernel knows of none.
+    """The user and inode of the socket connected from `client` to `near`; None if there is none.
 
-    Once its process has closed it, the user is not the one it was. Raises OwnerUnknown.
+    The user is wrong once the process has closed the socket (inode 0). Raises OwnerUnknown.
     """
     found = None
     with contextlib.suppress(OwnerUnknown):
         found = _ask_kernel_for_one(client, near) if netlink else None
-    # A kernel without its module tcp_diag says "no such socket" of all.
+    # A kernel without the module tcp_diag answers "no such socket" to all.
     return found or _listed(ClientSocket(*client, near[1]), proc)
 
 
-def owner_pid(end: ClientSocket, proc: Path = Path("/proc"), *, netlink: bool = True) -> int | None:
-    """The pid of the process whose socket this is; None if none."""
+def owner_pid(
+    client: ClientSocket, proc: Path = Path("/proc"), *, netlink: bool = True
+) -> int | None:
+    """The pid of the process that owns the client's socket, or None."""
     try:
-        found = _ask_kernel(end) if netlink else _listed(end, proc)
+        found = _ask_kernel(client) if netlink else _listed(client, proc)
     except OwnerUnknown:
         try:
-            found = _listed(end, proc)
+            found = _listed(client, proc)
         except OwnerUnknown:
             return None
     if found is None or not found.inode:
@@ -213,7 +213,7 @@ def owner_pid(end: ClientSocket, proc: Path = Path("/proc"), *, netlink: bool = 
         pids = [int(name) for name in os.listdir(proc) if name.isdigit()][:PROCESSES_MAX]
     except OSError:
         return None
-    # The newest processes first: a client that connects now most often started lately.
+    # Newest first: a client that connects now has most often just started.
     for pid in sorted(pids, reverse=True):
         if pid not in recent and _has(proc, pid, wanted):
             return _remembered(pid)
@@ -230,7 +230,7 @@ def _remembered(pid: int) -> int:
 
 
 def _has(proc: Path, pid: int, wanted: str) -> bool:
-    """Whether a process has the socket among its descriptors, the latest of them first."""
+    """Whether a process has the socket among its descriptors; searches the latest first."""
     folder = f"{proc}/{pid}/fd"
     try:
         names = os.listdir(folder)[:DESCRIPTORS_MAX]

@@ -1,15 +1,15 @@
-"""What a client asks of a proxy: the head of its request, read, and as it is sent on.
+"""A client's request to a proxy: its head, parsed, and as it is forwarded.
 
-CONNECT asks for a tunnel. Plain HTTP names a whole URL; it is sent on in origin form, or in
-absolute form to another proxy, without the fields that are meant for a proxy alone. A URL may hold
-a password: nothing of this is logged.
+CONNECT requests a tunnel. Plain HTTP names a whole URL; it is forwarded in origin form, or in
+absolute form to another proxy, without the fields that are meant for the proxy only. A URL may hold
+a password, so nothing of it is logged.
 """
 
 from __future__ import annotations
 
 
 class ProxyRequest:
-    """A request to a proxy. The heads are None for CONNECT, else what to send on for plain HTTP."""
+    """A request to a proxy. The heads are what to forward for plain HTTP, None for CONNECT."""
 
     __slots__ = ("host", "port", "origin_head", "absolute_head")
 
@@ -23,7 +23,7 @@ class ProxyRequest:
 
 
 def read_request(head: bytes) -> ProxyRequest | None:
-    """Read a head (without its blank line); None when it is not a request to a proxy."""
+    """Parse a head (without its blank line); None when it is not a request to a proxy."""
     line, *fields = head.split(b"\r\n")
     words = line.split(b" ")
     if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
@@ -50,8 +50,8 @@ def read_request(head: bytes) -> ProxyRequest | None:
 
 
 def _forwarded(fields: list[bytes]) -> list[bytes]:
-    """The fields a proxy sends on. One connection carries one request (RFC 9112, 9.6: the server
-    closes after it), because the client's next may be for another host; an upgrade is left alone.
+    """The fields that a proxy forwards. One connection carries one request (RFC 9112, 9.6: the
+    server closes after it), because the next may be for another host; an upgrade stays as it is.
     """
     names = [field.partition(b":")[0].strip().lower() for field in fields]
     dropped = {b"proxy-connection", b"proxy-authorization"}

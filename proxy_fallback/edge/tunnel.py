@@ -1,8 +1,7 @@
-"""A tunnel between two connections: what one end says the other hears, until both have ended.
+"""A tunnel between two connections: bytes from either end are sent to the other, unread.
 
-Bytes pass as they come, in their order, and nothing is looked into. An end whose peer does not
-read holds the other back; either direction may end before the other; a reset on one side is one on
-the other. Which ends are joined is edge.py's to decide.
+An end whose peer does not read pauses the other end. Either direction may end before the other. A
+reset on one side becomes a reset on the other. edge.py decides which ends are joined.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from collections.abc import Callable
 
 # A proxy's answer to our CONNECT, or a client's request: some KB, large cookies some tens.
 HEAD_BYTES_MAX = 64 * 1024
-# What a client says before mitmproxy answers, kept to be said again: a ClientHello is 0.3-2 KB.
+# What a client sends before mitmproxy answers, kept for a second try: a ClientHello is 0.3-2 KB.
 REPLAY_BYTES_MAX = 64 * 1024
-# A tunnel of which one end has said its last, and in which the other has said nothing for so long.
+# A half-closed tunnel is closed after the open direction was idle for so long.
 HALF_CLOSED_IDLE_S_MAX = 3600.0
 _TLS_HANDSHAKE = 0x16
 
 
 class End(asyncio.Protocol):
-    """One end of a tunnel: what it receives, the other end sends; when it waits, so does the other.
+    """One end of a tunnel: it sends what the other end receives, and pauses it when it must wait.
 
-    `other` is None until the tunnel is made; what comes before that is kept in `early`.
+    `other` is None until the ends are joined; bytes that arrive before that are kept in `early`.
     """
 
     def __init__(self) -> None:
@@ -36,37 +35,37 @@ class End(asyncio.Protocol):
         self.lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands."""
+        """Set the socket's options; asyncio's callback, as those below."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        # A peer that vanished without a word is noticed by the kernel; a silent one is left alone.
+        # The kernel notices a peer that vanished; one that is only silent stays connected.
         raw = transport.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # asyncio sees to this itself, but not for sockets accepted on one that was handed over.
+        # asyncio does not set this for sockets accepted on a listener that was handed over.
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came: for the other end, or while there is none for `hear`."""
+        """Pass bytes to the other end, or to `receive_early` while there is none."""
         self.received_bytes += len(data)
         other = self.other
         if other is None:
-            self.hear(data)
+            self.receive_early(data)
         elif other.transport is not None and not other.lost:
             other.transport.write(data)
 
-    def hear(self, data: bytes) -> None:
-        """Take bytes that came before there is a tunnel."""
+    def receive_early(self, data: bytes) -> None:
+        """Keep bytes that arrive before there is a tunnel."""
         self.early += data
 
     def eof_received(self) -> bool:
-        """The peer has said its last; the other direction goes on."""
+        """The peer sends no more; the other direction stays open."""
         self.ended = True
         if self.other is not None:
             self.other.end()
         return True
 
     def end(self) -> None:
-        """Nothing more will be sent to this end."""
+        """Close this end for writing, and both when its peer has ended, too."""
         if self.transport is None or self.lost:
             return
         with contextlib.suppress(OSError, RuntimeError):
@@ -79,7 +78,7 @@ class End(asyncio.Protocol):
             self._watch_half_closed()
 
     def _watch_half_closed(self, before: int = -1) -> None:
-        """Close a tunnel that nobody has used for long since its other end said its last."""
+        """Close a half-closed tunnel if no byte arrived since the last look."""
         if self.lost or self.ended or self.other is None:
             return
         if self.received_bytes == before:
@@ -89,27 +88,27 @@ class End(asyncio.Protocol):
         loop.call_later(HALF_CLOSED_IDLE_S_MAX, self._watch_half_closed, self.received_bytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone, and so is its other end."""
+        """Close the other end, too: after what is left to send, or at once on an error."""
         self.lost = True
         other, self.other = self.other, None
         if other is not None and other.transport is not None and not other.lost:
             if exc is None:
-                other.transport.close()  # after what is still to be sent
+                other.transport.close()  # sends what is left first
             else:
                 other.transport.abort()
 
     def pause_writing(self) -> None:
-        """The peer does not read: the other end waits."""
+        """The peer does not read: pause the other end."""
         if self.other is not None and self.other.transport is not None:
             self.other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """The peer reads again: resume the other end."""
         if self.other is not None and self.other.transport is not None:
             self.other.transport.resume_reading()
 
     def join(self, other: End) -> None:
-        """Make a tunnel of two ends, and pass on what came early."""
+        """Join two ends to a tunnel, and pass on what arrived early."""
         self.other, other.other = other, self
         for mine, theirs in ((self, other), (other, self)):
             if mine.transport is None or theirs.transport is None:
@@ -129,83 +128,85 @@ class End(asyncio.Protocol):
 
 
 class ProxyEnd(End):
-    """A far end that is itself a proxy: its answer to our CONNECT is awaited, then a plain end."""
+    """A far end that is itself a proxy: after its answer to our CONNECT it is a plain end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def connect(self, host: str, port: int, header: str = "") -> bool:
-        """Ask for a tunnel to (host, port); whether it was given."""
+        """Request a tunnel to (host, port); returns whether the proxy granted it."""
         assert self.transport is not None
         name = f"[{host}]" if ":" in host else host
         request = f"CONNECT {name}:{port} HTTP/1.1\r\nHost: {name}:{port}\r\n{header}\r\n"
         self.transport.write(request.encode())
-        await self._heard
+        await self._answered
         head, found, rest = bytes(self.early).partition(b"\r\n\r\n")
         self.early[:] = rest
         status = head.split(b" ", 2)
         return bool(found) and len(status) > 1 and status[1] == b"200"
 
-    def hear(self, data: bytes) -> None:
-        """Take the answer to our CONNECT."""
+    def receive_early(self, data: bytes) -> None:
+        """Collect the answer to our CONNECT."""
         self.early += data
         if b"\r\n\r\n" in self.early or len(self.early) > HEAD_BYTES_MAX:
             self._wake()
 
     def eof_received(self) -> bool:
-        """As for End; no answer will come."""
+        """As for End; the wait for an answer ends."""
         self._wake()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As for End; no answer will come."""
+        """As for End; the wait for an answer ends."""
         self._wake()
         super().connection_lost(exc)
 
     def _wake(self) -> None:
-        if not self._heard.done():
-            self._heard.set_result(None)
+        if not self._answered.done():
+            self._answered.set_result(None)
 
 
 class WorkerEnd(ProxyEnd):
-    """The end towards mitmproxy. Until it says its first byte, what the client said is kept; when
-    it is gone before that, `on_gone` has it said again, to the provider itself.
+    """The end towards mitmproxy.
+
+    What the client sends is kept until mitmproxy sends its first byte. If mitmproxy disappears
+    before that, `on_gone` gets the kept bytes, to send them to the provider directly.
     """
 
     def __init__(self, on_gone: Callable[[bytes], None]) -> None:
         super().__init__()
         self._on_gone = on_gone
-        self._said: bytearray | None = bytearray()
+        self._unanswered: bytearray | None = bytearray()
 
     def keep(self, data: bytes) -> None:
-        """The client says this, and may have no answer yet."""
-        if self._said is not None:
-            self._said += data
-            if len(self._said) > REPLAY_BYTES_MAX:
-                self._said = None
+        """Keep what the client sends while mitmproxy has not answered."""
+        if self._unanswered is not None:
+            self._unanswered += data
+            if len(self._unanswered) > REPLAY_BYTES_MAX:
+                self._unanswered = None
 
     def data_received(self, data: bytes) -> None:
-        """As for End; once it has spoken nothing is said again."""
+        """As for End; after mitmproxy's first byte nothing needs to be kept."""
         if self.other is not None:
-            self._said = None
+            self._unanswered = None
         super().data_received(data)
 
     def eof_received(self) -> bool:
-        """As for End, unless the client is given back."""
-        return not self._given_back() and super().eof_received()
+        """As for End, unless the client is handed back."""
+        return not self._hand_back() and super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As for End; the client may be given back."""
-        self._given_back()
+        """As for End; the client may be handed back."""
+        self._hand_back()
         super().connection_lost(exc)
 
-    def _given_back(self) -> bool:
-        said, client = self._said, self.other
-        self._said = None
-        # Only a TLS handshake may be said twice: a plain request may have been carried out.
-        if client is None or client.lost or client.ended or not said or said[0] != _TLS_HANDSHAKE:
+    def _hand_back(self) -> bool:
+        kept, client = self._unanswered, self.other
+        self._unanswered = None
+        # Only a TLS handshake may be sent twice: a plain request may have been carried out.
+        if client is None or client.lost or client.ended or not kept or kept[0] != _TLS_HANDSHAKE:
             return False
         client.other, self.other = None, None
-        self._on_gone(bytes(said))
+        self._on_gone(bytes(kept))
         return True

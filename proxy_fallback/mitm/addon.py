@@ -1,16 +1,15 @@
-"""A mitmproxy addon that watches flows and hands them over as exchanges.
+"""A mitmproxy addon that watches flows and delivers them as exchanges.
 
-It alters nothing, not a header, and never holds a byte back: bodies are streamed through while a
-copy is recorded, WebSocket messages are looked at as they pass. mitmproxy has already decoded HTTP,
-so this source joins at `Exchange`, not at plaintext. It refuses to know what an exchange means and
-which one is wanted: a recording is begun by what is handed in (`Wiring`), because this package sees
-only the model; `halton_meter/wire/recording.py` is what records. A failure in here is counted and
-swallowed: the flow goes on unmetered.
+It changes nothing, not a header, and delays no byte: bodies stream through while it records a copy,
+and it reads WebSocket messages as they pass. mitmproxy has already decoded HTTP, so this source
+joins at `Exchange`, not at plaintext. It does not know what an exchange means or which ones are
+wanted, because this package sees only the model: the caller passes in what records (`Wiring`;
+`halton_meter/wire/recording.py`). A failure in here is counted, and the flow goes on unmetered.
 
-What mitmproxy itself changes, and no addon can prevent: it answers `Expect: 100-continue` and drops
-that header, swallows interim (1xx) responses, cuts chunks anew, writes one space before a field's
-value, has an order of its own for HTTP/2's pseudo-headers, and passes a WebSocket message on when
-it is whole. What would break or pile up traffic is mended: see mitm/patches.py.
+mitmproxy itself changes some things that no addon can prevent: it answers `Expect: 100-continue`
+and drops that header, swallows interim (1xx) responses, splits chunks differently, writes one space
+before a field's value, orders HTTP/2's pseudo-headers in its own way, and passes a WebSocket
+message on only when it is complete. mitm/patches.py fixes what would break or pile up traffic.
 """
 
 from __future__ import annotations
@@ -84,19 +83,19 @@ class Begin(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What the composition root hands in.
+    """What the composition root passes in.
 
-    `begin` is told each request's head and gives what records it, or None; `process_of` names the
-    owner of a client's socket; `deliver` takes each finished exchange. `refused` is told
-    when a client (None: unknown) would not have our certificate for a host, or we not the host's:
-    True when that was said, False when somebody merely hung up. `losses` counts what went by
-    unmetered, by cause; whoever records may count there, too.
+    `begin` gets each request's head and returns what records it, or None. `process_of` names the
+    owner of a client's socket. `deliver` gets each finished exchange. `refused` is called when a
+    client (None: unknown) refused our certificate for a host, or we refused the host's; its third
+    argument is False when the peer only hung up. `losses` counts what went by unmetered, by cause;
+    the recorder may count there, too.
     """
 
     begin: Begin
     process_of: Callable[[ClientSocket], Process | None]
     deliver: Callable[[Exchange], None]
-    refused: Callable[[str, Process | None, bool], None] = lambda host, process, said: None
+    refused: Callable[[str, Process | None, bool], None] = lambda host, process, explicit: None
     losses: Counter[str] = field(default_factory=Counter)
 
 
@@ -146,31 +145,31 @@ class MeterAddon:
             self._count(error)
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
-        """A client wants a tunnel: find out whose it is while it certainly lives."""
+        """A client requests a tunnel: look up its process while it is certainly alive."""
         try:
             self._find_owner(flow)
         except Exception as error:  # as above
             self._failed(flow, error)
 
     async def tls_failed_client(self, data: tls.TlsData) -> None:
-        """A client would not have our certificate: the edge lets it pass by us next time."""
+        """A client refused our certificate: the edge tunnels it raw next time."""
         await self._refused(data, data.context.client.sni, "does not trust")
 
     async def tls_failed_server(self, data: tls.TlsData) -> None:
-        """We would not have a provider's certificate: its client may judge for itself next time."""
+        """We refused a provider's certificate: next time the client sees it itself."""
         await self._refused(data, data.context.server.sni, "verify")
 
     async def _refused(self, data: tls.TlsData, name: str | None, because: str) -> None:
         try:
             client, server = data.context.client, data.context.server
             host = name or (server.address[0] if server.address else "")
-            said = because in (data.conn.error or "")
-            self._wiring.refused(host.lower(), await self._owner(client.id), said)
+            explicit = because in (data.conn.error or "")  # mitmproxy tells it by this text only
+            self._wiring.refused(host.lower(), await self._owner(client.id), explicit)
         except Exception as error:  # as above
             self._count(error)
 
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """A request's head: decide, and stream its body past us."""
+        """A request's head: decide whether to record, and stream the body through."""
         if flow.error is not None:  # it goes nowhere
             return
         flow.request.stream = True
@@ -182,29 +181,29 @@ class MeterAddon:
             self._failed(flow, error)
 
     def request(self, flow: http.HTTPFlow) -> None:
-        """A whole request went by."""
-        self._tell(flow, lambda each: each.sent_all(_ns(flow.request.timestamp_end)))
+        """A request ended."""
+        self._record(flow, lambda each: each.sent_all(_ns(flow.request.timestamp_end)))
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
-        """A response's head: stream its body past us."""
+        """A response's head: stream the body through."""
         if flow.response is None:
             return
         flow.response.stream = True
-        self._tell(flow, lambda each: self._answered(flow, each))
+        self._record(flow, lambda each: self._answered(flow, each))
 
     def response(self, flow: http.HTTPFlow) -> None:
-        """A whole response went by."""
+        """A response ended."""
         response = flow.response
         if response is None or flow.websocket is not None:
             return
         trailers = _pairs(response.trailers) if response.trailers else []
         at_ns = _ns(response.timestamp_end)
-        self._tell(flow, lambda each: each.received_all(trailers, at_ns))
-        if response.status_code == 101:  # a protocol that is none of ours
+        self._record(flow, lambda each: each.received_all(trailers, at_ns))
+        if response.status_code == 101:  # a protocol that we do not read
             self._flows.pop(flow.id, None)
 
     def websocket_message(self, flow: http.HTTPFlow) -> None:
-        """A message passes: look at it, and let mitmproxy forget those that have passed."""
+        """A message passes: record it, and free the messages before it."""
         if flow.websocket is None or not flow.websocket.messages:
             return
         message = flow.websocket.messages[-1]
@@ -212,14 +211,14 @@ class MeterAddon:
         del flow.websocket.messages[:-1]
         at_ns = _ns(message.timestamp)
         content = message.content
-        self._tell(flow, lambda each: each.message(message.from_client, content, at_ns))
+        self._record(flow, lambda each: each.message(message.from_client, content, at_ns))
 
     def websocket_end(self, flow: http.HTTPFlow) -> None:
         """A WebSocket closed."""
         self._end(flow, flow.websocket.timestamp_end if flow.websocket is not None else None)
 
     def error(self, flow: http.HTTPFlow) -> None:
-        """The flow broke off: a side hung up or the server was not reached."""
+        """The flow failed: a side hung up, or the server could not be reached."""
         self._end(flow, flow.error.timestamp if flow.error is not None else None)
 
     def client_disconnected(self, client: object) -> None:
@@ -230,7 +229,7 @@ class MeterAddon:
             self._end(watched.flow, None)
 
     def done(self) -> None:
-        """The proxy shuts down: end whatever is open."""
+        """The proxy shuts down: end what is open."""
         for watched in list(self._flows.values()):
             self._end(watched.flow, None)
 
@@ -245,18 +244,18 @@ class MeterAddon:
 
     def _find_owner(self, flow: http.HTTPFlow) -> None:
         client = flow.client_conn
-        end = client_socket.from_header(flow.request.headers.get(client_socket.HEADER, ""))
-        if end is None:  # it came to us without the edge
-            end = ClientSocket(client.peername[0], client.peername[1], client.sockname[1])
-        # In a thread, as it takes some ms: meanwhile the provider is connected to. Whoever connects
-        # lives at least until its request is let through, which waits for the answer.
-        self._owners[client.id] = self._lookups.submit(self._wiring.process_of, end)
+        found = client_socket.from_header(flow.request.headers.get(client_socket.HEADER, ""))
+        if found is None:  # it came without the edge
+            found = ClientSocket(client.peername[0], client.peername[1], client.sockname[1])
+        # In a thread, as it takes some ms; meanwhile mitmproxy connects to the provider. The client
+        # lives at least until its request is passed on, which waits for the lookup.
+        self._owners[client.id] = self._lookups.submit(self._wiring.process_of, found)
 
     async def _owner(self, client_id: str) -> Process | None:
         lookup = self._owners.get(client_id)
         try:
             return None if lookup is None else await asyncio.wrap_future(lookup)
-        except Exception as error:  # an exchange of nobody's is better than none
+        except Exception as error:  # an exchange without a process is better than none
             self._count(error)
             return None
 
@@ -298,7 +297,7 @@ class MeterAddon:
         return []
 
     def _tee(self, flow: http.HTTPFlow, copy: Callable[[bytes], None]) -> Callable[[bytes], bytes]:
-        """Pass bytes through at once, copied; a copy that fails ends alone."""
+        """Pass bytes through at once and copy them; a failing copy does not stop them."""
 
         def passed(data: bytes) -> bytes:
             if data and flow.id in self._flows:
@@ -310,13 +309,13 @@ class MeterAddon:
 
         return passed
 
-    def _tell(self, flow: http.HTTPFlow, told: Callable[[Recording], list[Exchange]]) -> None:
-        """Tell a flow's recording something; what it finished is delivered."""
+    def _record(self, flow: http.HTTPFlow, step: Callable[[Recording], list[Exchange]]) -> None:
+        """Take a step of a flow's recording, and deliver the exchanges that it finished."""
         watched = self._flows.get(flow.id)
         if watched is None:
             return
         try:
-            finished = told(watched.recording)
+            finished = step(watched.recording)
             if finished and flow.websocket is None:
                 del self._flows[flow.id]
             for exchange in finished:
@@ -325,5 +324,5 @@ class MeterAddon:
             self._failed(flow, error)
 
     def _end(self, flow: http.HTTPFlow, at: float | None) -> None:
-        self._tell(flow, lambda each: each.end(_ns(at)))
+        self._record(flow, lambda each: each.end(_ns(at)))
         self._flows.pop(flow.id, None)

@@ -1,12 +1,12 @@
-"""Which process owns a client's socket to the proxy, on macOS: by lsof, ps and the kernel's argv.
+"""The process that owns a client's socket, on macOS: by lsof, ps and the kernel's argv.
 
-lsof tells the pid of a connection's end and a process's folder, ps its parents and owner. The
-argument list is read with sysctl(KERN_PROCARGS2), because ps joins arguments with spaces: a prompt
-could not be told from options any more, and must not be kept. Of the environment only
-HALTON_PROJECT is looked at. What a command line may keep is decided by what is handed in
-(`redacted`). All of it costs some 100 ms, so it is called in a thread.
+lsof gives the pid of a connection's end and a process's working directory, ps its parents and user.
+The arguments are read with sysctl(KERN_PROCARGS2), because ps joins them with spaces: then a
+prompt, which must not be stored, looks like options. Of the environment it reads HALTON_PROJECT
+only. The caller decides what of a command line may be stored (`redacted`). It takes some 100 ms, so
+it is called in a thread.
 
-The functions that read outputs are pure, and tested on any system.
+The functions that parse output are pure, and tested on every system.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Redacted = Callable[[Sequence[str]], tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A line of ps. `exe` is a path for what was started by one."""
+    """A line of ps. `exe` is a path if the program was started by path."""
 
     pid: int
     parent: int
@@ -69,7 +69,7 @@ def run(command: Sequence[str]) -> str:
 
 
 def kernel_arguments(pid: int) -> bytes:
-    """What sysctl(KERN_PROCARGS2) gives of a process; b"" when it may not be asked."""
+    """The result of sysctl(KERN_PROCARGS2) for a process; b"" when that is not permitted."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
         name = (ctypes.c_int * 3)(_CTL_KERN, _KERN_PROCARGS2, pid)
@@ -82,14 +82,14 @@ def kernel_arguments(pid: int) -> bytes:
         return b""
 
 
-def pid_in_lsof(output: str, end: ClientSocket) -> int | None:
-    """The pid in `lsof -F pn` whose socket this is."""
-    host = f"[{end.address}]" if ":" in end.address else end.address
+def pid_in_lsof(output: str, client: ClientSocket) -> int | None:
+    """The pid in `lsof -F pn` that owns the client's socket."""
+    host = f"[{client.address}]" if ":" in client.address else client.address
     pid: int | None = None
     for line in output.splitlines():
         if line.startswith("p") and line[1:].isdigit():
             pid = int(line[1:])
-        elif line.startswith(f"n{host}:{end.port}->") and line.endswith(f":{end.far_port}"):
+        elif line.startswith(f"n{host}:{client.port}->") and line.endswith(f":{client.far_port}"):
             return pid
     return None
 
@@ -131,7 +131,7 @@ def arguments_in(raw: bytes) -> tuple[str | None, tuple[str, ...], str | None]:
     project = None
     for variable in words[count:]:
         if not variable:
-            break  # behind the environment lies what is none
+            break  # the environment ends here
         if variable.startswith(b"HALTON_PROJECT="):
             project = variable[15:].decode("utf-8", "replace")[:PROJECT_CHARS_MAX] or None
     arguments = tuple(word.decode("utf-8", "replace") for word in words[:count])
@@ -148,14 +148,14 @@ def _parents(processes: dict[int, Listed], pid: int) -> tuple[tuple[int, str], .
 
 
 def process_of(
-    end: ClientSocket,
+    client: ClientSocket,
     redacted: Redacted,
     run: Run = run,
     arguments: Arguments = kernel_arguments,
 ) -> Process | None:
     """The process behind a client's socket, or None."""
-    connected = ("/usr/sbin/lsof", "-nP", f"-iTCP:{end.port}", "-sTCP:ESTABLISHED", "-Fpn")
-    pid = pid_in_lsof(run(connected), end)
+    connected = ("/usr/sbin/lsof", "-nP", f"-iTCP:{client.port}", "-sTCP:ESTABLISHED", "-Fpn")
+    pid = pid_in_lsof(run(connected), client)
     if pid is None:
         return None
     processes = processes_in_ps(run(_PS))

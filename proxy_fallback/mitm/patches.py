@@ -1,8 +1,8 @@
-"""Mends of mitmproxy, where it would break or pile up what a client without a proxy would not.
+"""Patches of mitmproxy, where it would break or pile up traffic that works without a proxy.
 
-Each names what mitmproxy does and what is done instead; each is made once a process, however often
-it is called, and works on mitmproxy 11 and 12. One that does not fit a later version is left out
-by who calls it (addon.py): the traffic then passes as mitmproxy alone would have it.
+Each says what mitmproxy does and what the patch does instead. A patch is applied once per process,
+however often it is called, and works on mitmproxy 11 and 12. The caller (addon.py) skips a patch
+that does not fit a later version; traffic then passes as mitmproxy alone handles it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mitmproxy.proxy.layers.http._http2 import Http2Client, Http2Connection, Htt
 # An interim response's head, and how much of what a server sends is searched for one.
 _INTERIM = re.compile(rb"\s*HTTP/1\.[01] 1(?!01)\d\d[^\r\n]*\r?\n(?:[^\r\n]+\r?\n)*\r?\n")
 INTERIM_BYTES_MAX = 64 << 10
-# What one side may send of a stream before it is given room for more: 20 MB/s at 200 ms.
+# The flow-control window of a stream: enough for 20 MB/s at 200 ms.
 STREAM_WINDOW_BYTES = 4 << 20
-# What may wait for the other side before the sender is given no more room.
+# Once more than this waits for the other side, the sender's window is not reopened.
 PILED_BYTES_MAX = 1 << 20
 
-Misjudged = Callable[[Exception], None]
+Unexpected = Callable[[Exception], None]
 
 
 def _wrap(owner: type, name: str) -> Any:
-    """The method to be replaced, or None when that was done before."""
+    """The method to replace, or None if it is replaced already."""
     original = getattr(owner, name)
     return None if hasattr(original, "__wrapped__") else original
 
@@ -62,60 +62,60 @@ def step_over_interim_responses() -> None:
 
 
 @dataclass
-class _RoomMade(HttpEvent):
-    """To an HTTP/2 connection: its peer may send so much more on a stream."""
+class _WindowUpdate(HttpEvent):
+    """Tells an HTTP/2 connection to let its peer send `size` more bytes on a stream."""
 
     size: int = 0
 
 
-class _Passage:
-    """The HTTP/2 connections between which a client's streams pass, and the room they owe."""
+class _FlowControl:
+    """The HTTP/2 connections that a client's streams connect, and the window updates held back."""
 
-    def __init__(self, layer: HttpLayer, misjudged: Misjudged) -> None:
+    def __init__(self, layer: HttpLayer, unexpected: Unexpected) -> None:
         self._layer = layer
-        self._misjudged = misjudged
+        self._unexpected = unexpected
         self._ends: dict[Any, Http2Connection] = {}
-        self._owed: Counter[tuple[Http2Connection, int]] = Counter()
+        self._held_back: Counter[tuple[Http2Connection, int]] = Counter()
         self.depth = 0
 
     @classmethod
-    def of(cls, layer: Any, misjudged: Misjudged) -> _Passage:
-        """That of an HttpLayer."""
-        found: _Passage = vars(layer).get("halton_passage") or cls(layer, misjudged)
-        layer.halton_passage = found
+    def of(cls, layer: Any, unexpected: Unexpected) -> _FlowControl:
+        """The one of this HttpLayer, made if need be."""
+        found: _FlowControl = vars(layer).get("halton_flow_control") or cls(layer, unexpected)
+        layer.halton_flow_control = found
         return found
 
     def add(self, end: Http2Connection) -> None:
-        """Have an end give its peer room only as the other side reads."""
+        """Make a connection reopen its peer's windows only as the other side reads."""
         settings = end.h2_conn.local_settings
         settings.initial_window_size = STREAM_WINDOW_BYTES
         settings.acknowledge()
         self._ends[end.conn] = end
-        give_room = end.h2_conn.acknowledge_received_data
+        reopen = end.h2_conn.acknowledge_received_data
 
         def taken(size: int, stream_id: int) -> None:
             if self._is_full(end, stream_id):
-                self._owed[end, stream_id] += size
+                self._held_back[end, stream_id] += size
             else:
-                give_room(size, stream_id)
+                reopen(size, stream_id)
 
         end.h2_conn.acknowledge_received_data = taken
 
-    def payable(self) -> Iterator[tuple[Http2Connection, _RoomMade]]:
-        """Room that may be given now."""
-        for end, stream_id in list(self._owed):
+    def due(self) -> Iterator[tuple[Http2Connection, _WindowUpdate]]:
+        """The window updates that are due now."""
+        for end, stream_id in list(self._held_back):
             if not self._is_full(end, stream_id):
-                yield end, _RoomMade(stream_id, self._owed.pop((end, stream_id)))
+                yield end, _WindowUpdate(stream_id, self._held_back.pop((end, stream_id)))
 
     def _is_full(self, end: Http2Connection, stream_id: int) -> bool:
         try:
             return self._piled(end, stream_id) > PILED_BYTES_MAX
-        except Exception as error:  # what we are wrong about must not stop a stream
-            self._misjudged(error)
+        except Exception as error:  # a mistake of ours must not stop a stream
+            self._unexpected(error)
             return False
 
     def _piled(self, end: Http2Connection, stream_id: int) -> int:
-        """How many bytes that came by this end wait for the other side to read."""
+        """How many bytes that arrived on this connection wait for the other side to read."""
         if isinstance(end, Http2Client):
             towards = self._ends.get(end.context.client)
             number = end.their_stream_id.get(stream_id)
@@ -125,62 +125,62 @@ class _Passage:
             number = None
             if isinstance(towards, Http2Client):
                 queued = towards.stream_queue.get(stream_id, ())
-                if queued:  # it waits for one of the streams that the server allows
+                if queued:  # it waits until the server allows one more stream
                     return sum(len(getattr(event, "data", b"")) for event in queued)
                 number = towards.our_stream_id.get(stream_id)
         if towards is None or number is None:
-            return 0  # HTTP/1: there it is the socket that holds back
+            return 0  # HTTP/1: there the socket itself pauses the sender
         return sum(len(each.data) for each in towards.h2_conn.stream_buffers.get(number, ()))
 
 
-def hold_http2_senders_back(misjudged: Misjudged) -> None:
-    """On HTTP/2 mitmproxy takes whatever one side sends, however slowly the other reads.
+def hold_http2_senders_back(unexpected: Unexpected) -> None:
+    """On HTTP/2 mitmproxy accepts all that one side sends, however slowly the other reads.
 
-    A large upload on a slow line would lie in our memory, and a long answer that its client reads
-    bit by bit. Each stream's sender is given room as the other side takes what came, and streams
-    beside it go on. `misjudged` hears when mitmproxy's buffers are not as we know them: then there
-    is room.
+    A large upload on a slow line would fill our memory, and so would a long answer that its client
+    reads slowly. With the patch, each stream's window reopens as the other side reads; other
+    streams go on. `unexpected` gets the error when mitmproxy's buffers are not as we know them; the
+    window then reopens at once.
     """
     begin, to_child = _wrap(Http2Connection, "__init__"), _wrap(HttpLayer, "event_to_child")
     if begin is None or to_child is None:
         return
 
     @functools.wraps(begin)
-    def begin_in_passage(self: Any, context: Any, conn: Any) -> None:
+    def begin_with_flow_control(self: Any, context: Any, conn: Any) -> None:
         begin(self, context, conn)
         layers = [each for each in context.layers if isinstance(each, HttpLayer)]
         if layers:
-            _Passage.of(layers[-1], misjudged).add(self)
+            _FlowControl.of(layers[-1], unexpected).add(self)
 
     @functools.wraps(to_child)
     def event_to_child(self: Any, child: Any, event: Any) -> Any:
-        if self.context.client.alpn != b"h2":  # most are: nothing to do, and nothing to pay
+        if self.context.client.alpn != b"h2":  # most clients: nothing to do, and no cost
             return to_child(self, child, event)
-        return in_passage(self, child, event)
+        return with_flow_control(self, child, event)
 
-    def in_passage(self: Any, child: Any, event: Any) -> Any:
-        passage = _Passage.of(self, misjudged)
-        passage.depth += 1
+    def with_flow_control(self: Any, child: Any, event: Any) -> Any:
+        flow_control = _FlowControl.of(self, unexpected)
+        flow_control.depth += 1
         try:
             yield from to_child(self, child, event)
         finally:
-            passage.depth -= 1
-        if passage.depth == 0:  # else a connection is in the midst of what it does
-            for end, room in passage.payable():
-                yield from to_child(self, self.connections[end.conn], room)
+            flow_control.depth -= 1
+        if flow_control.depth == 0:  # else a connection is still handling an event
+            for end, update in flow_control.due():
+                yield from to_child(self, self.connections[end.conn], update)
 
     for kind in (Http2Client, Http2Server):
-        _hear_of_room(kind)
-    Http2Connection.__init__ = begin_in_passage  # type: ignore[method-assign]
+        _handle_window_updates(kind)
+    Http2Connection.__init__ = begin_with_flow_control  # type: ignore[method-assign]
     HttpLayer.event_to_child = event_to_child  # type: ignore[method-assign]
 
 
-def _hear_of_room(kind: type[Http2Connection]) -> None:
+def _handle_window_updates(kind: type[Http2Connection]) -> None:
     original: Any = kind._handle_event
 
     @functools.wraps(original)
     def handle_event(self: Any, event: Any) -> Any:
-        if not isinstance(event, _RoomMade):
+        if not isinstance(event, _WindowUpdate):
             yield from original(self, event)
             return
         self.h2_conn.acknowledge_received_data(event.size, event.stream_id)

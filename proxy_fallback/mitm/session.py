@@ -43,7 +43,7 @@ def host_patterns(hosts: Iterable[str]) -> list[str]:
 class ProxySession:
     """A running proxy: it listens on 127.0.0.1 at `port`; `ca_file` is what clients must trust.
 
-    With `edge_only` only the edge is let in, without one whoever connects.
+    With `edge_only` only the edge is admitted, without it every client.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ProxySession:
             key.chmod(0o600)
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Have a function called in mitmproxy's own loop: at once, unless that hangs."""
+        """Call a function in mitmproxy's own loop: at once, unless that hangs."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(function)
 
@@ -114,10 +114,10 @@ class ProxySession:
             "listen_host": "127.0.0.1",
             "listen_port": 0,
             "confdir": str(self._folder),
-            # One pattern: some hundred, tried one by one on every connection, take milliseconds.
+            # One pattern: matching some hundred one by one takes milliseconds per connection.
             "allow_hosts": ["|".join(self._patterns)],
             # Names copied from the provider's certificate (*.googleapis.com) would break the CA's
-            # name constraints; the client is shown the one name that it asked for.
+            # name constraints; the client sees only the name that it requested.
             "upstream_cert": False,
         }
         roots = self._upstream_roots()
@@ -128,26 +128,26 @@ class ProxySession:
             name = f"[{host}]" if ":" in host else host
             settings["mode"] = [f"upstream:http://{name}:{port}"]
         if apps := os.environ.get(REDIRECT_VARIABLE):
-            # macOS: what these apps say past their proxy settings; the rest is as ever without it.
+            # macOS: capture these apps when they bypass their proxy settings.
             settings["mode"] = [*settings.get("mode", ["regular"]), f"local:{apps}"]
         options = Options(**settings)
         self._master = Master(options, with_termlog=False)
-        # Only what carries traffic: mitmproxy's thirty others are asked at every event, and some
-        # of them alter flows.
+        # Only what carries traffic: mitmproxy's thirty other addons run at every event, and some of
+        # them change flows.
         carriers = (core.Core, proxyserver.Proxyserver, next_layer.NextLayer, tlsconfig.TlsConfig)
         self._master.addons.add(*(each() for each in carriers))
-        # Odd headers are the provider's and the client's own business.
+        # Odd headers are for the provider and the client to judge.
         setattr(options, "validate_inbound_headers", False)  # noqa: B010 (defined at run time)
-        first = () if self._edge_only is None else (self._edge_only,)  # before anybody else looks
+        first = () if self._edge_only is None else (self._edge_only,)  # its hooks run first
         self._master.addons.add(*first, self._addon, _Listening(self))
         _show_one_name(self._master.addons.get("tlsconfig"))
         await self._master.run()
 
     def _upstream_roots(self) -> str | None:
-        """A file of the roots by which providers are judged, as the clients themselves would.
+        """The PEM file of roots that providers' certificates are checked against.
 
-        SSL_CERT_FILE alone where it is set; else the system's roots (a company's own are there)
-        and the public ones; None means the public ones.
+        SSL_CERT_FILE alone if it is set, as clients do; else the system's roots (with a company's
+        own) and certifi's. None means mitmproxy's default, certifi's.
         """
         named = os.environ.get("SSL_CERT_FILE")
         if named and os.path.exists(named):
@@ -162,7 +162,7 @@ class ProxySession:
             roots.write_bytes(
                 Path(system).read_bytes() + b"\n" + Path(certifi.where()).read_bytes()
             )
-        except OSError:  # a full disk: the system's own must do
+        except OSError:  # a full disk: use the system's own
             return system
         return str(roots)
 
@@ -173,19 +173,19 @@ class ProxySession:
 
 
 def _show_one_name(tlsconfig: Any) -> None:
-    """Have certificates name what the client asked for (SNI) and nothing else.
+    """Make certificates name the host that the client requested (SNI) and nothing else.
 
     mitmproxy adds the address that it connects to, which the CA's constraints exclude; redirected
     connections have only an address.
     """
     from cryptography import x509
 
-    as_ever = tlsconfig.get_cert
+    original = tlsconfig.get_cert
 
     def get_cert(context: Any) -> Any:
         sni = context.client.sni
         if not sni:
-            return as_ever(context)
+            return original(context)
         name = sni.encode("idna").decode()
         return tlsconfig.certstore.get_cert(name, [x509.DNSName(name)], None)
 
@@ -193,13 +193,13 @@ def _show_one_name(tlsconfig: Any) -> None:
 
 
 class _Listening:
-    """Tells the session its port when mitmproxy runs."""
+    """Gives the session its port once mitmproxy listens."""
 
     def __init__(self, session: ProxySession) -> None:
         self._session = session
 
     def running(self) -> None:
-        """Take the port; a hook of mitmproxy's, called when its servers are up."""
+        """Report the port; a hook of mitmproxy's, called when its servers are up."""
         from mitmproxy import ctx
 
         addons: Any = ctx.master.addons

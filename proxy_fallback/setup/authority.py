@@ -1,14 +1,14 @@
 """The certificate authority of the local proxy: one key, of one user, for provider hosts only.
 
-mitmproxy signs with it (so the files have mitmproxy's names), clients trust it. What a thief of the
-key could do is bounded by the certificate itself: critical name constraints permit the provider
-hosts and exclude every IP address. OpenSSL, Go and rustls honour them on a root (tried); Java does
-not look at a root's constraints (tried); macOS is meant to (not tried). A file is replaced as a
-whole, never edited.
+`init` and the proxy's worker make it (`ensure_authority`). mitmproxy signs with it and names its
+files; clients trust it through variables (variables.py) and trust stores (trust.py). Whoever steals
+the key can impersonate provider hosts only: the certificate has critical name constraints, which
+permit those and exclude every IP address. OpenSSL, Go and rustls enforce them on a root, Java does
+not (both tried); macOS should (not tried). A file is replaced as a whole, never edited.
 
-Renewing keeps the key and the name. A program that trusts the certificate of before therefore
-accepts a leaf signed after, until the old one expires, but only for hosts that the old one permits:
-`accepted_hosts` says which. This file puts the certificate into no trust store: `trust.py` does.
+Renewing keeps the key and the name. A program that trusts the old certificate therefore accepts
+leaves signed later, until the old one expires, but only for the hosts that the old one permits:
+`accepted_hosts` lists them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Apple refuses leaves that outlive 825 days; the root stays well below, and is renewed in time.
 LIFETIME = datetime.timedelta(days=730)
 RENEW_BEFORE = datetime.timedelta(days=60)
-# A clock that was wrong when the CA was made must not make it "not yet valid" later.
+# A clock that was ahead when the CA was made must not make it "not yet valid" later.
 CLOCK_SKEW = datetime.timedelta(days=2)
 # Verifiers bound (names x constraints); Go and webpki stop at 250,000 comparisons.
 HOSTS_MAX = 2048
@@ -41,7 +41,7 @@ PEM_BYTES_MAX = 1024 * 1024
 
 KEY_NAME = "mitmproxy-ca.pem"
 CERTIFICATE_NAME = "mitmproxy-ca-cert.pem"
-# A copy of the certificate as it was put into trust stores: what to take out again.
+# A copy of the certificate that is in trust stores: what uninstall removes from them.
 TRUSTED_NAME = "trusted-ca-cert.pem"
 ORGANIZATION = "Halton Meter"
 
@@ -93,8 +93,8 @@ class Authority:
 def constraint_names(hosts: Iterable[str]) -> tuple[str, ...]:
     """The DNS names to permit for hosts as the registry gives them ("*.x", "h:8080", "h").
 
-    A constraint covers every name below it (RFC 5280, 4.2.1.10), so names below another are left
-    out. IP addresses cannot be metered through the proxy: they are never permitted.
+    A constraint covers every name below it (RFC 5280, 4.2.1.10), so subdomains of a listed name are
+    left out. IP addresses are never permitted: the proxy does not meter them.
     """
     names = set()
     for host in hosts:
@@ -131,18 +131,18 @@ def _is_address(name: str) -> bool:
 
 
 def ensure_authority(folder: Path, hosts: Iterable[str], now: datetime.datetime) -> Authority:
-    """The CA in `folder`, made when there is none, renewed when it no longer serves.
+    """The CA in `folder`; it is made if missing, and renewed if needed.
 
-    It is renewed, with the same key, when it expires within `RENEW_BEFORE` or when `hosts` (as
-    `registry.Registry.hosts` gives them) hold one that it does not permit; made anew, with a new
-    key, when it is not ours or cannot be read. `now` is aware. Raises AuthorityError.
+    It is renewed, with the same key, when it expires within `RENEW_BEFORE` or lacks one of `hosts`
+    (as `registry.Registry.hosts` gives them). It is replaced, with a new key, when it is not ours
+    or cannot be read. `now` has a time zone. Raises AuthorityError.
     """
     names = constraint_names(hosts)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder):
             found = _readable(folder)
-            if found is not None and _serves(found, names, now):
+            if found is not None and _is_usable(found, names, now):
                 found.key_file.chmod(0o600)
                 return found
             _make(folder, names, now, None if found is None else _key(folder))
@@ -175,11 +175,10 @@ def read_authority(folder: Path, name: str = CERTIFICATE_NAME) -> Authority | No
 
 
 def accepted_hosts(folder: Path, hosts: Iterable[str], now: datetime.datetime) -> tuple[str, ...]:
-    """Those of `hosts` for which the proxy may answer without breaking a client that trusts us.
+    """Those of `hosts` that the proxy can decrypt without breaking a client that trusts its CA.
 
-    That takes a CA that is valid now, that permits the host both as it is and as it was put into
-    trust stores, and that has the key it had then. All other hosts must be tunnelled raw; so must
-    everything without a CA.
+    The CA must be valid now and still have the key of the certificate in trust stores, and both
+    certificates must permit the host. All other hosts must be tunnelled raw; without a CA, all.
     """
     try:
         current = read_authority(folder)
@@ -198,7 +197,7 @@ def accepted_hosts(folder: Path, hosts: Iterable[str], now: datetime.datetime) -
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two commands that start at once must not sign with two keys."""
+    """Hold the folder's lock: two commands that start at once must not make two keys."""
     import fcntl
 
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -238,7 +237,7 @@ def _key(folder: Path) -> ec.EllipticCurvePrivateKey | None:
 
 
 def _readable(folder: Path) -> Authority | None:
-    """The CA in the folder when it is whole and ours: both files, one key, constrained."""
+    """The CA in the folder if it is complete and ours: both files, one key, name constraints."""
     try:
         found = read_authority(folder)
         if found is None or found.names is None:
@@ -252,7 +251,7 @@ def _readable(folder: Path) -> Authority | None:
     return found if found.sha256 == _fingerprint(certificate, "sha256") else None
 
 
-def _serves(found: Authority, names: tuple[str, ...], now: datetime.datetime) -> bool:
+def _is_usable(found: Authority, names: tuple[str, ...], now: datetime.datetime) -> bool:
     lasts = found.not_before <= now < found.not_after - RENEW_BEFORE
     return lasts and all(found.permits(name) for name in names)
 
@@ -266,7 +265,7 @@ def _public(certificate: x509.Certificate) -> CertificateIssuerPublicKeyTypes:
 def _fingerprint(certificate: x509.Certificate, algorithm: str) -> str:
     from cryptography.hazmat.primitives import hashes
 
-    # SHA-1 names certificates in macOS's `security`; nothing is secured by it.
+    # macOS's `security` names certificates by SHA-1; nothing relies on its strength.
     chosen = hashes.SHA1() if algorithm == "sha1" else hashes.SHA256()  # noqa: S303 - as above
     return certificate.fingerprint(chosen).hex().upper()
 
@@ -312,7 +311,7 @@ def _make(
     secret = key.private_bytes(
         pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
     )
-    # The key first: a certificate without its key is found to be broken, and made anew.
+    # The key first: a certificate without its key is detected and replaced.
     write_whole(folder / KEY_NAME, secret + certificate, 0o600)
     write_whole(folder / CERTIFICATE_NAME, certificate, 0o644)
 
@@ -327,7 +326,7 @@ def _signed(
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    # The name carries the key's id: two machines' CAs, synced into one keychain, stay apart.
+    # The key's id is in the name: two machines' CAs may be synced into one keychain.
     name = x509.Name(
         [
             x509.NameAttribute(

@@ -1,10 +1,10 @@
-"""The ledger of set-up's changes: each is written down first, made once, and undone exactly.
+"""The ledger of set-up's changes: each is recorded first, made once, and undone exactly.
 
-`changes.json` has every change (changes.py) with what was there before, on disk before it is made;
-so a set-up that is killed at any point can be finished or undone by whoever comes next. Undoing
-gives back the bytes and modes of before. What the person has changed since stays theirs: from an
-edited file only our block goes, a setting that is no longer ours is left alone. It knows neither
-platforms nor what the changes are for: see plan.py.
+`changes.json` holds every change (changes.py) with what was there before, on disk before the change
+is made; so the next init or uninstall can finish or undo a set-up that was killed at any point.
+Undoing restores the bytes and modes of before. What the user has changed since then stays: only our
+block is removed from an edited file, and a setting that is no longer ours stays. The ledger knows
+neither platforms nor the purpose of a change: see plan.py.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ _KINDS: dict[str, type[Any]] = {
 class Entry:
     """A change and what was there before it.
 
-    `before` is the content (None: no file), `mode` its mode, `folders` those made for it, `glue`
-    the newline put between their last line and our block. `made` False: begun, perhaps not done.
+    `before` is the file's content (None: no file), `mode` its mode, `folders` the folders made for
+    it, `glue` the newline added between the user's last line and our block. `made` is False while
+    the change may be incomplete.
     """
 
     change: MachineChange
@@ -65,7 +66,7 @@ class Entry:
 
 @dataclass(slots=True)
 class _Book:
-    """What changes.json holds."""
+    """The content of changes.json."""
 
     mode: str = ""
     complete: bool = False
@@ -73,7 +74,7 @@ class _Book:
 
 
 class Ledger:
-    """The changes made to this machine, in order. One process at a time holds it: see `open`."""
+    """The changes made to this machine, in order. One process at a time may hold it: `open`."""
 
     def __init__(self, home: Path, commands: Commands) -> None:
         self._home = home
@@ -85,7 +86,7 @@ class Ledger:
     @staticmethod
     @contextlib.contextmanager
     def open(home: Path, commands: Commands) -> Iterator[Ledger]:
-        """The ledger, held against a second init or uninstall. Raises ChangeError."""
+        """The ledger, locked against a second init or uninstall. Raises ChangeError."""
         import fcntl
 
         try:
@@ -111,7 +112,7 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        """False when a set-up was begun and not finished."""
+        """False when a set-up was started and not finished."""
         return self._book.complete or not self._book.entries
 
     @property
@@ -120,34 +121,34 @@ class Ledger:
         return tuple(self._book.entries)
 
     def begin(self) -> None:
-        """Note that a set-up runs."""
+        """Record that a set-up has started."""
         self._was_complete = self.complete
         if self._book.entries:
             self._book.complete = False
             self._save()
 
     def finish(self, mode: str) -> None:
-        """Note that it is complete."""
+        """Record that the set-up is complete."""
         if not (self._book.complete and self._book.mode == mode):
             self._book.complete, self._book.mode = True, mode
             self._save()
 
     def holds(self, key: str) -> bool:
-        """Whether a change of that key was made."""
+        """Whether the ledger has a change with this key."""
         return any(each.change.key == key for each in self._book.entries)
 
     def in_force(self, change: MachineChange) -> bool:
-        """Whether this very change was made and still is."""
+        """Whether exactly this change was made and is still in place."""
         entry = self._entry(change.key)
         if entry is None or not entry.made:
             return False
         return entry.change == _undone_as(change, entry.change) and self._is(entry.change)
 
     def make(self, change: MachineChange, again: bool = False) -> bool:
-        """Make a change unless it is in force (or `again`); says whether. Raises ChangeError.
+        """Make a change unless it is in force (or `again`); returns whether. Raises ChangeError.
 
-        How to undo it is what was known when a change of that key was first made: by now one
-        would find only our own values.
+        A change keeps the undo commands of the first one with its key: the machine now shows our
+        own values instead of the user's.
         """
         known = self._entry(change.key)
         if known is not None:
@@ -165,7 +166,7 @@ class Ledger:
         return True
 
     def undo(self, key: str) -> list[str]:
-        """Undo one change; gives notes on what was left alone. Raises ChangeError."""
+        """Undo one change; returns notes on what was left as it is. Raises ChangeError."""
         entry = self._entry(key)
         if entry is None:
             return []
@@ -179,9 +180,10 @@ class Ledger:
         return notes
 
     def undo_all(self, keep: Callable[[MachineChange], bool] = lambda change: False) -> list[str]:
-        """Undo every change, the last one first, but for those to `keep`.
+        """Undo every change, the last one first, except those to `keep`.
 
-        One that fails does not stop the others; it stays in the ledger. Raises ChangeError then.
+        A change that cannot be undone stays in the ledger and does not stop the others; then this
+        raises ChangeError.
         """
         notes: list[str] = []
         failures: list[str] = []
@@ -199,7 +201,7 @@ class Ledger:
         return notes
 
     def put_back(self, before: Sequence[Entry]) -> list[str]:
-        """Undo all that was made since `before` (`entries` of then): a failed set-up's retreat."""
+        """Restore the changes to `before` (earlier `entries`), after a set-up that failed."""
         old = {entry.change.key: entry for entry in before}
         notes = self.undo_all(keep=lambda change: change.key in old)
         for entry in self.entries:
@@ -249,7 +251,7 @@ class Ledger:
         return change.block in content
 
     def _checked(self, change: CommandRun) -> bool | None:
-        """Whether its effect is there; None when there is no way to tell."""
+        """Whether its effect is in place; None if the change has no check."""
         if not change.check:
             return None
         ran = self._commands.run(change.check)
@@ -303,7 +305,7 @@ class Ledger:
         else:
             notes = _block_undone(path, entry)
         for folder in entry.folders:
-            with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+            with contextlib.suppress(OSError):  # not empty: it has other users now
                 Path(folder).rmdir()
         return notes
 
@@ -413,12 +415,12 @@ def _read(path: Path, bytes_max: int = FILE_BYTES_MAX) -> bytes:
 
 
 def _missing_folders(path: Path) -> list[Path]:
-    """Those above `path` that are not there, the innermost first."""
+    """The folders above `path` that do not exist, the innermost first."""
     return [each for each in path.parents if not each.exists()]
 
 
 def _around_block(content: bytes) -> tuple[bytes, bytes] | None:
-    """What is before and after our block; None without one (or with half a one)."""
+    """The bytes before and after our block; None without a (complete) block."""
     begin = content.find(BLOCK_BEGIN.encode())
     end = content.find(BLOCK_END.encode(), begin)
     if begin < 0 or end < 0:

@@ -1,10 +1,10 @@
-// Node before 24 knows no HTTPS_PROXY, and since then only for its global agent: preloaded
-// (NODE_OPTIONS=--require), this teaches it.
+// Makes Node use HTTPS_PROXY when it is preloaded (NODE_OPTIONS=--require): Node before 24 ignores
+// the variable, and later ones use it for the global agent only.
 //
 // Every TLS connection that a program opens itself (fetch, https, http2) goes through the proxy by
-// CONNECT; one over a socket of the program's own is none of our business: it found a proxy by
-// itself. Trust is not touched (NODE_EXTRA_CA_CERTS does that), nor is a byte of what is said. When
-// the proxy cannot be reached or refuses, the connection is made without it: fail open.
+// CONNECT. A connection over the program's own socket stays as it is: the program has found a proxy
+// itself. Trust is unchanged (NODE_EXTRA_CA_CERTS adds the CA), and so is every byte. When the proxy
+// cannot be reached or refuses, the connection is made without it: fail open.
 "use strict";
 const net = require("node:net");
 const stream = require("node:stream");
@@ -37,7 +37,7 @@ function isLocal(host) {
   return host === "localhost" || host === "::1" || /^127\./.test(host);
 }
 
-// What lies between TLS and the proxy's socket: it writes nothing until the tunnel stands.
+// Between TLS and the proxy's socket: it holds writes back until the tunnel is open.
 class Tunnel extends stream.Duplex {
   constructor(proxy, direct) {
     super();
@@ -148,7 +148,7 @@ function install() {
     }
     const called = typeof given.at(-1) === "function" ? [given.at(-1)] : [];
     const socket = connect.call(this, { ...options, socket: tunnel }, ...called);
-    // An idle connection that its pool lets go of must not keep the program alive.
+    // An idle connection that its pool has unref'd must not keep the program alive.
     for (const [name, kept] of [["ref", true], ["unref", false]]) {
       const original = socket[name];
       socket[name] = function () {
@@ -164,5 +164,5 @@ function install() {
 try {
   install();
 } catch {
-  // Whatever is wrong with us is nothing that the program should hear of.
+  // A fault of ours must not reach the program.
 }

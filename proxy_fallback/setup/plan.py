@@ -1,9 +1,9 @@
-"""The plan of `init`: its numbered steps for one machine and choice, and why each is there.
+"""The plan of `init`: its numbered steps for one machine and one choice of options.
 
-The order is that of safety: the proxy listens and answers before anything is told to use it. Both
-platforms are planned by the same code from what `Machine` says, so macOS set-up can be planned, and
-tested on a recorded machine, on Linux. A plan changes nothing; setup/steps.py takes its steps. It
-refuses to replace a proxy that the person uses.
+The order is for safety: the proxy listens and answers before any program is pointed to it. The same
+code plans both platforms from a `Machine`, so macOS set-up can be planned, and tested on a recorded
+machine, on Linux. A plan changes nothing; setup/steps.py takes its steps. It refuses to replace a
+proxy that the user already uses.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from proxy_fallback.setup.variables import unset_for_service
 
 MODES = ("env-only", "apps", "full")
 CA_FOLDER_NAME = "proxy-ca"
-# Uninstall leaves this file: a terminal that is still open names it, and Node would not start
-# without it. It lets Node go on without the proxy.
+# Uninstall leaves this file: open terminals still have it in NODE_OPTIONS, and Node would not start
+# without it. Without a proxy it does nothing.
 PRELOAD_NAME = "node_proxy.cjs"
 REDIRECTOR = "/Applications/Mitmproxy Redirector.app"
 HEALTHY_S_MAX = 30.0
@@ -58,12 +58,12 @@ class SetupError(ChangeError):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine and the person whose set-up it is.
+    """The machine and the user to set up.
 
-    `home` is Halton Meter's folder, `user_home` the person's. `witness` is a file that is gone
-    when the package is. `upstream`: the configured proxy that leads out of this network.
-    `healthy` says whether the edge answers, `metering` whether what stands behind it is ready,
-    `port_taken` whether somebody listens on its port.
+    `home` is Halton Meter's data folder, `user_home` the user's home directory. `witness` is a file
+    of the package: without it, the package was removed. `upstream` is whether config.toml names a
+    proxy that leads out of this network. `healthy` tells whether the edge answers, `metering`
+    whether the worker behind it is ready, `port_taken` whether any program listens on its port.
     """
 
     platform: str
@@ -95,13 +95,13 @@ class Machine:
 
     @property
     def proxy_url(self) -> str:
-        """What proxy variables are set to."""
+        """The value of proxy variables."""
         return f"http://127.0.0.1:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the person asked for. `redirect`: apps, by name or process id, "Claude,Cursor"."""
+    """The options of init. `redirect`: apps, by name or process id, "Claude,Cursor"."""
 
     mode: str = "apps"
     java: bool = False
@@ -111,9 +111,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class SetupStep:
-    """One numbered step. `before` and `after` do what is no change to undo; `acts` tells of it.
+    """One numbered step.
 
-    Both say whether they changed anything. `detail` is asked when the step is done.
+    `before` and `after` do what needs no undo, and return whether they changed anything; `acts`
+    describes that for a dry run. `detail` is called when the step is done.
     """
 
     title: str
@@ -125,19 +126,19 @@ class SetupStep:
 
 
 class SetupPlan:
-    """The steps for one machine and choice. `asking`: they are only to be shown."""
+    """The steps for one machine and choice. `dry_run`: they are only shown."""
 
-    def __init__(self, machine: Machine, choice: Choice, asking: bool = False) -> None:
+    def __init__(self, machine: Machine, choice: Choice, dry_run: bool = False) -> None:
         self._machine = machine
         self._choice = choice
-        self._asking = asking
+        self._dry_run = dry_run
         self._macos = machine.platform == "macos"
         self._stores = choice.mode != "env-only"
         self._system: tuple[CommandRun, ...] = ()
         self.steps = tuple(self._planned())
 
     def check(self, ledger: Ledger) -> None:
-        """Refuse what would break something, before anything is changed. Raises ChangeError."""
+        """Refuse what would break something, before any change. Raises ChangeError."""
         m = self._machine
         if self._choice.mode not in MODES:
             raise ChangeError(
@@ -159,7 +160,7 @@ class SetupPlan:
                 "leave --java out, and add by hand what halton-meter init --java --dry-run shows",
             )
         installed = any(entry.change.key.startswith("service:") for entry in ledger.entries)
-        if not installed and not self._asking and m.port_taken() and not m.healthy():
+        if not installed and not self._dry_run and m.port_taken() and not m.healthy():
             raise ChangeError(
                 f"another program listens on 127.0.0.1:{m.port}",
                 f"{'lsof -nP -i' if self._macos else 'ss -ltnp | grep '}:{m.port}   to see which;\n"
@@ -201,7 +202,7 @@ class SetupPlan:
             acts=(
                 f"make a CA for {len(constraint_names(m.hosts))} provider names only in "
                 f"{m.ca_folder}, key mode 0600",
-                f"write {m.ca_folder / trust.BUNDLE_NAME}: what is trusted now, and the CA",
+                f"write {m.ca_folder / trust.BUNDLE_NAME}: the roots trusted now, and the CA",
             ),
             detail=self._authority_detail,
         )
@@ -209,26 +210,26 @@ class SetupPlan:
             "CA trusted",
             self._trust_changes,
             before=self._before_trust,
-            acts=(f"note in {m.ca_folder / TRUSTED_NAME} which CA is trusted",),
+            acts=(f"write {m.ca_folder / TRUSTED_NAME}: the CA that is in trust stores",),
             detail=self._trust_detail,
         )
         yield SetupStep("service installed", self._service_changes, detail=self._service_detail)
         yield SetupStep(
             f"daemon healthy at 127.0.0.1:{m.port}",
             after=self._wait,
-            acts=(f"wait until 127.0.0.1:{m.port} answers, {HEALTHY_S_MAX:.0f} s at most",),
+            acts=(f"wait until 127.0.0.1:{m.port} answers, at most {HEALTHY_S_MAX:.0f} s",),
         )
         yield SetupStep(
             "environment set",
             self._environment_changes,
             before=self._write_preload,
-            acts=(f"write {m.home / PRELOAD_NAME}, which teaches Node the proxy; it stays",),
+            acts=(f"write {m.home / PRELOAD_NAME}, which makes Node use the proxy; it stays",),
             detail=self._environment_detail,
         )
         if self._choice.mode == "full":
             yield SetupStep(
                 "system proxy set",
-                lambda: [*self._system, *self._keeper_changes()],
+                lambda: [*self._system, *self._guard_changes()],
                 detail=lambda: f"{len(self._system)} settings, watched for changes",
             )
 
@@ -251,7 +252,7 @@ class SetupPlan:
         return f"for {names} provider names only, until {authority.not_after:%Y-%m-%d}"
 
     def _before_trust(self, ledger: Ledger) -> bool:
-        """Take a former CA out of the stores, and note which one goes in."""
+        """Remove an earlier CA from trust stores, and record which one is added."""
         authority = self._authority()
         assert authority is not None
         planned = {change.key for change in self._trust_changes()}
@@ -294,7 +295,7 @@ class SetupPlan:
         except ChangeError:
             if not isinstance(self._machine.commands, Unasked):
                 raise
-            return "$JAVA_HOME/lib/security/cacerts"  # of a machine that is not here
+            return "$JAVA_HOME/lib/security/cacerts"  # a dry run for another machine
 
     def _trust_detail(self) -> str:
         places = {
@@ -320,7 +321,7 @@ class SetupPlan:
         return self._machine.home / "proxy.pid"
 
     def _supervised(self) -> bool:
-        """Whether launchd, or a systemd of this person's own, will start the service again."""
+        """Whether launchd, or systemd --user, restarts the service."""
         if self._macos:
             return True
         if not self._machine.commands.has("systemctl"):
@@ -356,20 +357,20 @@ class SetupPlan:
         )
 
     def _redirector(self) -> list[MachineChange]:
-        """What mitmproxy's local mode puts there itself when it first runs."""
+        """Remove on uninstall what mitmproxy's local mode installs when it first runs."""
         there = self._machine.commands.run(("test", "-e", REDIRECTOR)).code == 0
         if not self._choice.redirect or there:
             return [CommandRun("redirector", run=(), undo=())] if self._choice.redirect else []
         return [CommandRun("redirector", run=(), undo=((TOLERATED, "rm", "-rf", REDIRECTOR),))]
 
     def _units(self, texts: Mapping[str, str], unit: str) -> list[MachineChange]:
-        """Unit files, enabled and started; a reload comes before, and last when undone."""
+        """Unit files, enabled and started. A reload comes first, and last when undone."""
         control = ("systemctl", "--user")
         folder = self._machine.config_home / "systemd/user"
         names = tuple(texts)
         files = [FileMade(str(folder / name), text) for name, text in texts.items()]
         start = tuple((*control, "restart", name) for name in names)
-        # Of several names systemctl wants one only; what is first starts the rest.
+        # With several names, one success is enough for systemctl; the first unit starts the rest.
         asked = [shown((*control, "is-enabled", "--quiet", name)) for name in names]
         asked.append(shown((*control, "is-active", "--quiet", names[0])))
         return [
@@ -390,7 +391,7 @@ class SetupPlan:
         ]
 
     def _agent(self, label: str, text: str) -> list[MachineChange]:
-        """A launchd agent, loaded into the person's graphical session."""
+        """A launchd agent, loaded into the user's graphical session."""
         m = self._machine
         file = m.user_home / "Library/LaunchAgents" / f"{label}.plist"
         target = f"gui/{m.uid}/{label}"
@@ -414,7 +415,7 @@ class SetupPlan:
         ]
 
     def _background(self, command: Sequence[str]) -> CommandRun:
-        """Where nobody supervises: a process in the background, until the next reboot."""
+        """Without a supervisor: a process in the background, until the next reboot."""
         m = self._machine
         pid, log = self._pid_file(), m.home / "proxy.log"
         unset = [f"--unset={name}" for name in unset_for_service()]
@@ -436,10 +437,10 @@ class SetupPlan:
             return "by launchd, at every login"
         if self._supervised():
             return "by your systemd, at every login"
-        return "in the background; nothing here starts it again after a reboot but init"
+        return "in the background; after a reboot only init starts it again"
 
     def _wait(self, ledger: Ledger) -> bool:
-        """Whether it had to be waited for."""
+        """Wait until the proxy meters; returns whether it did not at once."""
         m = self._machine
         for times in range(round(HEALTHY_S_MAX / HEALTHY_EVERY_S)):
             if m.healthy() and m.metering():
@@ -493,12 +494,12 @@ class SetupPlan:
         return [each for each in _SHELLS if self._machine.commands.has(each)]
 
     def _startup_files(self) -> Iterator[Path]:
-        """One file that every interactive and one that every login shell reads."""
+        """For each shell, files that cover interactive and login shells."""
         m = self._machine
         shells = self._shells()
         if "bash" in shells:
             yield m.user_home / ".bashrc"
-            # bash reads the first of these; to make an earlier one would shadow a later one.
+            # bash reads only the first of these; a new earlier one would hide a later one.
             login = [m.user_home / name for name in (".bash_profile", ".bash_login", ".profile")]
             missing = ".bash_profile" if self._macos else ".profile"
             yield next((file for file in login if file.exists()), m.user_home / missing)
@@ -506,11 +507,11 @@ class SetupPlan:
             yield Path(m.environ.get("ZDOTDIR") or m.user_home) / ".zshenv"
 
     def _session_changes(self, wanted: Mapping[str, str]) -> list[MachineChange]:
-        """What apps that no shell started are given."""
+        """Variables for apps that no shell started."""
         if self._macos:
             return self._launchctl_changes(wanted)
         if not self._supervised():
-            return []  # nobody reads it then, and nobody would keep the proxy running
+            return []  # nothing reads the file then, and nothing restarts the proxy
         m = self._machine
         file = m.config_home / "environment.d/60-halton-meter.conf"
         control = ("systemctl", "--user")
@@ -569,21 +570,21 @@ class SetupPlan:
         except system_proxy.ForeignProxy:
             raise
         except ChangeError:
-            if not self._asking:
+            if not self._dry_run:
                 raise
-            return system_proxy.unasked_changes(m.port)
+            return system_proxy.example_changes(m.port)
 
-    def _keeper_changes(self) -> list[MachineChange]:
+    def _guard_changes(self) -> list[MachineChange]:
         m = self._machine
         command = self._command("init", "--keep-system-proxy")
         environment = {"HALTON_METER_HOME": str(m.home)}
         if self._macos:
-            label = service_files.KEEPER_LABEL
+            label = service_files.GUARD_LABEL
             log = m.home / "proxy.log"
             return self._agent(label, service_files.launch_agent(label, command, environment, log))
         if not self._supervised():
             return []
-        unit = service_files.KEEPER_UNIT
+        unit = service_files.GUARD_UNIT
         text = service_files.service_unit("the system's proxy", command, environment)
         return self._units({f"{unit}.service": text}, unit)
 

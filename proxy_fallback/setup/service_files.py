@@ -1,8 +1,8 @@
-"""The texts by which systemd (a user's instance) and launchd keep the edge listening.
+"""The unit files for systemd --user and the agents for launchd that keep the edge listening.
 
-The supervisor holds the listening socket, so that a restart of ours refuses no connection. The
-service gets none of the variables that set-up gives to everybody else: it would proxy to itself.
-Only text is made here; the plan (plan.py) puts it where it belongs.
+systemd and launchd hold the listening socket, so that a restart refuses no connection. The service
+does not get the variables that set-up gives to all other programs: it would proxy to itself. This
+file makes texts only; plan.py decides where they go.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from proxy_fallback.setup.variables import unset_for_service
 
 UNIT = "halton-meter-proxy"
-KEEPER_UNIT = "halton-meter-system-proxy"
+GUARD_UNIT = "halton-meter-system-proxy"
 LABEL = "com.halton-meter.proxy"
-KEEPER_LABEL = "com.halton-meter.system-proxy"
+GUARD_LABEL = "com.halton-meter.system-proxy"
 ENVIRONMENT_LABEL = "com.halton-meter.environment"
 # The name under which the edge asks launchd for its socket (launch_activate_socket).
 SOCKET_NAME = "Edge"
@@ -23,13 +23,13 @@ DESCRIPTORS_MAX = 65536
 
 
 def systemd_word(word: str) -> str:
-    """One word of a unit file: % and $ are systemd's, quotes and backslashes are escaped."""
+    """One word of a unit file, with quotes, backslashes, % and $ escaped."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{escaped}"' if escaped != word or any(c.isspace() for c in word) else word
 
 
 def socket_unit(port: int) -> str:
-    """The socket that is always there."""
+    """The listening socket, which outlives the service."""
     return f"""\
 [Unit]
 Description=Halton Meter: the local proxy's socket
@@ -47,9 +47,9 @@ WantedBy=sockets.target
 def service_unit(
     what: str, command: Sequence[str], environment: Mapping[str, str], ca: str | None = None
 ) -> str:
-    """A service. `ca`: it serves the socket, with the CA of that fingerprint.
+    """A service. With `ca`, a CA's fingerprint, it serves the socket.
 
-    A new CA is a new text, hence a restart.
+    A new CA changes the text, so that set-up restarts the service.
     """
     words = " ".join(systemd_word(word) for word in command)
     variables = "\n".join(
@@ -105,7 +105,7 @@ def launch_agent(
     agent: dict[str, object] = {
         "Label": label,
         "ProgramArguments": list(command),
-        # An agent inherits what `launchctl setenv` said; an empty variable counts as none.
+        # An agent inherits the variables of `launchctl setenv`; an empty one counts as unset.
         "EnvironmentVariables": {**emptied, **environment},
         "RunAtLoad": True,
         "StandardErrorPath": str(log),

@@ -1,8 +1,8 @@
-"""`init` and `uninstall`: the plan's steps taken one by one, shown before, undone after.
+"""`init` and `uninstall`: take the plan's steps one by one, show them, or undo them.
 
-Each step is a list of changes (changes.py), so that it can be shown before it is made, made once
-however often it is run, and undone. If a step fails everything this run did is undone. A mode that
-needs less than the last one takes the rest away. What the steps are is plan.py's.
+Each step is a list of changes (changes.py), so that it can be shown beforehand, made once however
+often init runs, and undone. If a step fails, everything that this run did is undone. Changes of an
+earlier mode that this one does not need are undone, too. plan.py defines the steps.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class StepTaken:
 
 
 def take_steps(
-    machine: Machine, choice: Choice, ledger: Ledger, tell: Callable[[StepTaken], None]
+    machine: Machine, choice: Choice, ledger: Ledger, report: Callable[[StepTaken], None]
 ) -> bool:
-    """Set up; says whether anything changed. Raises SetupError, with all of it undone."""
+    """Set up; returns whether anything changed. Raises SetupError, with everything undone."""
     try:
         plan = SetupPlan(machine, choice)
         plan.check(ledger)
@@ -55,7 +55,7 @@ def take_steps(
             stepped, planned = _take(step, ledger)
             keys |= planned
             changed = changed or stepped
-            tell(StepTaken(number, len(plan.steps), step.title, step.detail(), stepped))
+            report(StepTaken(number, len(plan.steps), step.title, step.detail(), stepped))
         for entry in reversed(ledger.entries):
             if entry.change.key not in keys:
                 ledger.undo(entry.change.key)
@@ -71,7 +71,7 @@ def _take(step: SetupStep, ledger: Ledger) -> tuple[bool, set[str]]:
     keys = set()
     for change in step.changes():
         keys.add(change.key)
-        # A service whose file was changed has to be told.
+        # A service must be restarted after its file has changed.
         command = isinstance(change, CommandRun)
         made = ledger.make(change, again=command and files_changed)
         changed, files_changed = changed or made, files_changed or (made and not command)
@@ -99,12 +99,12 @@ def _undone(
 def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str, list[str]]]:
     """What `take_steps` would do: each step's title and its commands and file changes.
 
-    It asks the machine, but changes nothing. Raises SetupError when it would be refused.
+    It runs commands that read settings, and changes nothing. Raises SetupError if it would refuse.
     """
     try:
-        plan = SetupPlan(machine, choice, asking=True)
+        plan = SetupPlan(machine, choice, dry_run=True)
         plan.check(ledger)
-        told = []
+        shown = []
         for step in plan.steps:
             lines = [
                 line
@@ -112,14 +112,14 @@ def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str
                 if not ledger.in_force(change)
                 for line in change.lines()
             ]
-            told.append((step.title, [*step.acts, *lines]))
+            shown.append((step.title, [*step.acts, *lines]))
     except ChangeError as error:
         raise SetupError(error.problem.what, error.problem.fix) from None
-    return told
+    return shown
 
 
 def undo(ledger: Ledger, machine_home: Path) -> list[str]:
-    """`uninstall`: undo everything, and remove the CA. Gives notes. Raises ChangeError."""
+    """`uninstall`: undo everything, and remove the CA; returns notes. Raises ChangeError."""
     notes = ledger.undo_all()
     folder = machine_home / CA_FOLDER_NAME
     if folder.is_dir() and not folder.is_symlink():

@@ -26,17 +26,17 @@ from proxy_fallback.setup.changes import TOLERATED, Argv, ChangeError, CommandRu
 from proxy_fallback.setup.ledger import Ledger
 
 ADDRESS = "127.0.0.1"
-# Keys of every system-proxy change begin so: the keeper's to take away and give back.
+# The key of every system-proxy change begins so: the guard removes and sets these.
 KEY_PREFIX = "system-proxy:"
 SERVICES_MAX = 64
 HEALTH_EVERY_S = 5.0
-# Three failures in a row, 10 to 15 s: longer than a restart takes.
+# Three failures in a row take 10 to 15 s: longer than a restart.
 FAILURES_MAX = 3
-WELL_AGAIN = 2
-# Notifications come in bursts while an interface is set up.
+SUCCESSES_MIN = 2
+# Notifications arrive in bursts while an interface comes up.
 SETTLE_S = 1.0
-# Should scutil's notifications fail us, the services are listed so often anyway.
-LOOK_EVERY_S = 60.0
+# In case scutil's notifications fail, the services are also listed so often.
+LIST_EVERY_S = 60.0
 
 _NETWORK_KINDS = ("webproxy", "securewebproxy")
 _NOT_ADMIN = "requires admin privileges"
@@ -51,7 +51,7 @@ class ForeignProxy(ChangeError):
 
 @dataclass(frozen=True, slots=True)
 class NetworkProxy:
-    """What `networksetup -getwebproxy SERVICE` said."""
+    """The output of `networksetup -getwebproxy SERVICE`."""
 
     enabled: bool
     server: str
@@ -72,15 +72,15 @@ def network_services(commands: Commands) -> list[str]:
 def network_proxy(commands: Commands, kind: str, service: str) -> NetworkProxy:
     """A service's setting; `kind` is "webproxy" or "securewebproxy". Raises ChangeError."""
     ran = commands.run(("networksetup", f"-get{kind}", service))
-    said = dict(re.findall(r"^([A-Za-z ]+): ?(.*)$", ran.out, re.MULTILINE))
-    if ran.code or "Enabled" not in said:
+    printed = dict(re.findall(r"^([A-Za-z ]+): ?(.*)$", ran.out, re.MULTILINE))
+    if ran.code or "Enabled" not in printed:
         raise ChangeError(f"networksetup -get{kind} {service!r}: {ran.said}")
-    port = said.get("Port", "0").strip()
+    port = printed.get("Port", "0").strip()
     return NetworkProxy(
-        enabled=said["Enabled"].strip() == "Yes",
-        server=said.get("Server", "").strip(),
+        enabled=printed["Enabled"].strip() == "Yes",
+        server=printed.get("Server", "").strip(),
         port=int(port) if port.isdigit() else 0,
-        authenticated=said.get("Authenticated Proxy Enabled", "0").strip() == "1",
+        authenticated=printed.get("Authenticated Proxy Enabled", "0").strip() == "1",
     )
 
 
@@ -99,8 +99,8 @@ def network_change(commands: Commands, kind: str, service: str, port: int) -> Co
             f'or add upstream = "http://{now.server}:{now.port}" under [proxy] in config.toml, '
             "switch that proxy off in System Settings, and run init --full again",
         )
-    # Setting an address switches it on, so the state comes last. networksetup takes no empty
-    # port; what it makes of an empty server differs by release, and does not matter when off.
+    # Setting an address also switches the proxy on, so the state comes last. networksetup accepts
+    # no empty port; an empty server differs by release, and does not matter when off.
     server, number = (now.server, str(now.port)) if now.server else ("", "0")
     return CommandRun(
         key=f"{KEY_PREFIX}{kind}:{service}",
@@ -126,8 +126,8 @@ def network_changes(commands: Commands, port: int) -> list[CommandRun]:
     ]
 
 
-def unasked_changes(port: int) -> list[CommandRun]:
-    """The changes as they are shown where no network service can be asked about."""
+def example_changes(port: int) -> list[CommandRun]:
+    """The changes for a dry run where networksetup cannot be run."""
     return [
         CommandRun(
             key=f"{KEY_PREFIX}{kind}:SERVICE",
@@ -147,14 +147,14 @@ _GNOME = "org.gnome.system.proxy"
 
 
 def has_gnome(commands: Commands) -> bool:
-    """Whether GNOME's settings are there (its schemas, not just the tool)."""
+    """Whether GNOME's settings exist (its schemas, not just the tool)."""
     if not commands.has("gsettings"):
         return False
     return _GNOME in commands.run(("gsettings", "list-schemas")).out.split()
 
 
 def gnome_changes(commands: Commands, port: int) -> list[CommandRun]:
-    """The settings, in the order to make them: the mode is last. Raises ForeignProxy."""
+    """The changes in their order, the mode last. Raises ForeignProxy."""
     mode = _gsetting(commands, _GNOME, "mode")
     host = _gsetting(commands, f"{_GNOME}.https", "host")
     if mode not in ("'none'", "'manual'") or (mode == "'manual'" and host != f"'{ADDRESS}'"):
@@ -181,8 +181,8 @@ def _gsetting(commands: Commands, schema: str, key: str) -> str:
 
 def _gnome_change(commands: Commands, schema: str, key: str, value: str) -> CommandRun:
     before = _gsetting(commands, schema, key)
-    # A setting that was at its default goes back to having none of its own: the memory backend
-    # starts empty, and so tells the default.
+    # A setting that had its default is reset, not set. The memory backend starts empty, so it gives
+    # the default.
     asked = ("env", "GSETTINGS_BACKEND=memory", "gsettings", "get", schema, key)
     default = commands.run(asked).out.strip()
     back: Argv = ("gsettings", "set", schema, key, before)
@@ -207,7 +207,7 @@ def kde_tools(commands: Commands) -> tuple[str, str] | None:
 
 
 def kde_changes(commands: Commands, tools: tuple[str, str], port: int) -> list[CommandRun]:
-    """The settings, the type last. Raises ForeignProxy."""
+    """The changes, the proxy type last. Raises ForeignProxy."""
     reader, writer = tools
     where = ("--file", "kioslaverc", "--group", "Proxy Settings", "--key")
     url = f"http://{ADDRESS} {port}"
@@ -219,9 +219,9 @@ def kde_changes(commands: Commands, tools: tuple[str, str], port: int) -> list[C
             "or add that proxy as upstream under [proxy] in config.toml, choose No Proxy in "
             "System Settings, and run init --full again",
         )
-    # Running programs read the settings again when told so.
+    # On this signal, running programs read the settings again.
     signal = "org.kde.KIO.Scheduler.reparseSlaveConfiguration"
-    told = (TOLERATED, "dbus-send", "--type=signal", "/KIO/Scheduler", signal, "string:")
+    notify = (TOLERATED, "dbus-send", "--type=signal", "/KIO/Scheduler", signal, "string:")
     changes = []
     for key, value in (("httpProxy", url), ("httpsProxy", url), ("ProxyType", "1")):
         before = commands.run((reader, *where, key)).out.strip()
@@ -231,8 +231,8 @@ def kde_changes(commands: Commands, tools: tuple[str, str], port: int) -> list[C
         changes.append(
             CommandRun(
                 key=f"{KEY_PREFIX}kde:{key}",
-                run=((writer, *where, key, value), told),
-                undo=(back, told),
+                run=((writer, *where, key, value), notify),
+                undo=(back, notify),
                 check=(reader, *where, key),
                 ours=value,
             )
@@ -241,7 +241,7 @@ def kde_changes(commands: Commands, tools: tuple[str, str], port: int) -> list[C
 
 
 def desktop_changes(commands: Commands, port: int) -> list[CommandRun]:
-    """The changes for whichever of GNOME and KDE are here. Raises ForeignProxy, ChangeError."""
+    """The changes for those of GNOME and KDE that exist. Raises ForeignProxy, ChangeError."""
     tools = kde_tools(commands)
     changes = gnome_changes(commands, port) if has_gnome(commands) else []
     changes += kde_changes(commands, tools, port) if tools else []
@@ -253,14 +253,14 @@ def desktop_changes(commands: Commands, port: int) -> list[CommandRun]:
     return changes
 
 
-# --- the keeper ---------------------------------------------------------------------------------
+# --- the guard ----------------------------------------------------------------------------------
 
 
 class ProxySettingsGuard:
     """Keeps the system's proxy settings in step with the network and with the edge's health.
 
-    `check` is one round; `healthy` says whether the edge answers. Nothing is done unless the last
-    complete set-up was a full one.
+    `check` is one round; `healthy` tells whether the edge answers, `report` gets lines for the log.
+    It does nothing unless the last complete set-up was `init --full`.
     """
 
     def __init__(
@@ -270,21 +270,21 @@ class ProxySettingsGuard:
         platform: str,
         port: int,
         healthy: Callable[[], bool],
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._home = home
         self._commands = commands
         self._macos = platform == "macos"
         self._port = port
         self._healthy = healthy
-        self._tell = tell
+        self._report = report
         self._failures = 0
         self._successes = 0
-        self._away = False
-        self._told: set[str] = set()
+        self._removed = False
+        self._reported: set[str] = set()
 
     def check(self, network_changed: bool) -> None:
-        """Check the edge's health; take away, give back, or cover what is new."""
+        """Check the edge's health; remove the settings, set them again, or set new services'."""
         if self._healthy():
             self._successes, self._failures = self._successes + 1, 0
         else:
@@ -292,33 +292,33 @@ class ProxySettingsGuard:
         with Ledger.open(self._home, self._commands) as ledger:
             if ledger.mode != "full" or not ledger.complete:
                 return
-            if self._failures >= FAILURES_MAX and not self._away:
-                self._take_away(ledger)
-            elif self._away and self._successes >= WELL_AGAIN:
-                self._away = False
-                self._tell("the proxy answers again: system proxy set")
-                self._cover(ledger)
-            elif network_changed and not self._away and not self._failures:
-                self._cover(ledger)
+            if self._failures >= FAILURES_MAX and not self._removed:
+                self._remove(ledger)
+            elif self._removed and self._successes >= SUCCESSES_MIN:
+                self._removed = False
+                self._report("the proxy answers again: system proxy settings set")
+                self._set_missing(ledger)
+            elif network_changed and not self._removed and not self._failures:
+                self._set_missing(ledger)
 
-    def _take_away(self, ledger: Ledger) -> None:
-        self._away = True
-        self._tell(f"the proxy failed {self._failures} checks: system proxy taken away")
+    def _remove(self, ledger: Ledger) -> None:
+        self._removed = True
+        self._report(f"the proxy failed {self._failures} checks: system proxy settings removed")
         try:
             ledger.undo_all(keep=lambda change: not change.key.startswith(KEY_PREFIX))
         except ChangeError as error:
-            self._tell(str(error))
-            self._away = False  # what is left is tried again at the next look
+            self._report(str(error))
+            self._removed = False  # the rest is removed at the next check
 
-    def _cover(self, ledger: Ledger) -> None:
-        """Set what is not in the ledger; what is there and was switched off stays off."""
+    def _set_missing(self, ledger: Ledger) -> None:
+        """Set what the ledger does not hold; what the user switched off stays off."""
         try:
             names = network_services(self._commands) if self._macos else []
             if not self._macos:
                 for change in desktop_changes(self._commands, self._port):
                     self._set(ledger, change.key, partial(_same, change))
         except ChangeError as error:
-            self._say_once(str(error))
+            self._report_once(str(error))
             return
         for name in names:
             for kind in _NETWORK_KINDS:
@@ -333,21 +333,21 @@ class ProxySettingsGuard:
         except ChangeError as error:
             if ledger.holds(key):
                 ledger.undo(key)
-            self._say_once(str(error))
+            self._report_once(str(error))
         else:
-            self._tell(f"set {key.removeprefix(KEY_PREFIX)}")
+            self._report(f"set {key.removeprefix(KEY_PREFIX)}")
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._told and len(self._told) < SERVICES_MAX:
-            self._told.add(text)
-            self._tell(text)
+    def _report_once(self, text: str) -> None:
+        if text not in self._reported and len(self._reported) < SERVICES_MAX:
+            self._reported.add(text)
+            self._report(text)
 
 
 def _same(change: CommandRun) -> CommandRun:
     return change
 
 
-# What scutil is told: services added or removed, the order changed, a proxy setting changed.
+# scutil's input: watch for services added or removed, their order, and proxy settings.
 SCUTIL_WATCH = (
     "n.add State:/Network/Global/IPv4\n"
     "n.add Setup:/Network/Global/IPv4\n"
@@ -357,15 +357,15 @@ SCUTIL_WATCH = (
 
 
 def notifications(command: Sequence[str] = ("scutil",)) -> Iterator[bool]:
-    """True when the network changed, False when `HEALTH_EVERY_S` went by; for ever.
+    """Yields for ever: True when the network changed, False after each `HEALTH_EVERY_S`.
 
-    A watcher that cannot be started, or that ends, is replaced by looking every `LOOK_EVERY_S`.
+    Without a watcher, or once it has ended, True comes every `LIST_EVERY_S`.
     """
     watcher = _watcher(command)
     selector = selectors.DefaultSelector()
     if watcher is not None and watcher.stdout is not None:
         selector.register(watcher.stdout, selectors.EVENT_READ)
-    looked_s = time.monotonic()
+    listed_s = time.monotonic()
     try:
         yield True
         while True:
@@ -376,8 +376,8 @@ def notifications(command: Sequence[str] = ("scutil",)) -> Iterator[bool]:
             else:
                 time.sleep(HEALTH_EVERY_S)
             now_s = time.monotonic()
-            if changed or now_s - looked_s >= LOOK_EVERY_S:
-                looked_s = now_s
+            if changed or now_s - listed_s >= LIST_EVERY_S:
+                listed_s = now_s
                 yield True
             else:
                 yield False
@@ -395,25 +395,25 @@ def _watcher(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,  # what a dead one did not take is not tried again at its end
+            bufsize=0,  # so that closing does not write again to a dead watcher
         )
     except OSError:
         return None
     assert watcher.stdin is not None
-    # It watches for as long as its input is open.
-    with contextlib.suppress(OSError):  # gone already: its output's end will tell
+    # It watches as long as its input is open.
+    with contextlib.suppress(OSError):  # it has ended: so does its output
         watcher.stdin.write(SCUTIL_WATCH.encode())
     return watcher
 
 
 def _drained(selector: selectors.BaseSelector) -> bool:
-    """Read until it is quiet; whether a key changed."""
+    """Read until no more output comes; returns whether a key changed."""
     changed = False
     while ready := selector.select(SETTLE_S if changed else 0):
         for key, _ in ready:
-            said = os.read(key.fd, 65536)
-            changed = changed or b"changedKey" in said
-            if not said:
+            output = os.read(key.fd, 65536)
+            changed = changed or b"changedKey" in output
+            if not output:
                 selector.unregister(key.fileobj)
         if not selector.get_map():
             break

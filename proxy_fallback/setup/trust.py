@@ -1,9 +1,9 @@
-"""What makes programs trust our CA and use the proxy: bundles, variables, and trust stores.
+"""What makes programs trust our CA and use the proxy for good: bundles, variables, trust stores.
 
-Most programs take a PEM bundle from a variable (`SSL_CERT_FILE` and its kin), which replaces what
-they would have trusted: so a bundle of ours holds all of that, plus our CA. Apps ask a store: the
-login keychain, or NSS's database of the user (Chromium, Electron). Nothing here is system-wide
-unless `system_trust` is called for. It makes no change itself; it says what to change.
+Most programs read a PEM bundle from a variable (variables.py lists them), which replaces the roots
+that they trust; so our bundle holds those roots and our CA. Apps use a store: the login keychain,
+or the user's NSS database (Chromium, Electron). Only `system_trust` affects the whole system. This
+file writes the bundles; for everything else it returns what to change.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from proxy_fallback.setup.changes import (
 from proxy_fallback.setup.variables import Holds, SetBy, assigned, names, preload_option
 
 BUNDLE_NAME = "ca-bundle.pem"
-# What would be trusted without us: what the proxy itself must use towards the providers.
+# The roots without our CA: the proxy itself checks providers' certificates against them.
 ROOTS_NAME = "roots.pem"
-# Certificates of the person's own, from bundles that their variables named before ours did.
+# The user's own certificates, from bundles that the variables named before init.
 OWN_NAME = "own-roots.pem"
 NODE_NAME = "node-extra-ca.pem"
 # The world's public roots are 140; companies add a few.
@@ -54,9 +54,9 @@ _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re
 
 
 def own_roots(environ: Mapping[str, str], ca_folder: Path) -> str:
-    """PEM text of what the person's own variables add to the usual roots.
+    """PEM text of the roots that the user's own variables add to the usual ones.
 
-    Once set up, those variables name our bundles; then what they named before is remembered.
+    After init the variables name our bundles; then the roots come from the copy made at that time.
     """
     texts, set_up = [], False
     for name in names(Holds.BUNDLE, Holds.EXTRA_ROOTS, set_by=SetBy.INIT):
@@ -69,7 +69,7 @@ def own_roots(environ: Mapping[str, str], ca_folder: Path) -> str:
 
 
 def usual_roots(commands: Commands, platform: str) -> str:
-    """PEM text of the system's roots, and certifi's, which Python's programs would have used."""
+    """PEM text of the system's roots, and of certifi's, which Python programs use."""
     import certifi
 
     files = [] if platform == "macos" else [Path(each) for each in SYSTEM_ROOT_FILES]
@@ -93,7 +93,7 @@ def _text(path: Path) -> str:
 
 
 def write_bundles(authority: Authority, usual: str, own: str) -> bool:
-    """Write every bundle into the CA's folder; says whether one changed. Raises ChangeError."""
+    """Write every bundle into the CA's folder; returns whether one changed. Raises ChangeError."""
     import certifi
 
     ours = authority.certificate_file.read_text()
@@ -104,7 +104,7 @@ def write_bundles(authority: Authority, usual: str, own: str) -> bool:
         (OWN_NAME, own),
         (ROOTS_NAME, usual + own),
         (BUNDLE_NAME, usual + own + ours),
-        # Node adds this one to the public roots, which it need not read twice at every start.
+        # Node adds this to its public roots, so it need not read them twice at every start.
         (NODE_NAME, private + ours),
     ):
         file, content = authority.folder / name, _certificates(text).encode()
@@ -121,7 +121,7 @@ def write_bundles(authority: Authority, usual: str, own: str) -> bool:
 
 
 def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> dict[str, str]:
-    """What programs need in their environment to use the proxy and to trust it."""
+    """The variables that make programs use the proxy and trust its CA."""
     # This machine's own servers are reached directly, unless one of them is metered.
     local = [each for each in ("localhost", "127.0.0.1", "::1") if each not in hosts]
     values = {
@@ -137,19 +137,19 @@ def variables(port: int, ca_folder: Path, hosts: Sequence[str], java: bool) -> d
 
 
 def _running(pid_file: Path) -> str:
-    """A condition for sh: the process whose id is in the file is ours."""
+    """A condition for sh: the process in the pid file is ours."""
     file = shlex.quote(str(pid_file))
     return f'grep -qs halton_meter "/proc/$(cat {file} 2>/dev/null)/cmdline"'
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which terms a shell is given the variables.
+    """The conditions under which a shell sets the variables.
 
-    Not when `witness` is gone (the package was removed without uninstall), nor when the process of
-    `pid_file` does not run (given where nobody starts it again), nor when the person uses another
-    proxy, unless `override` says that ours leads to it. `preload` is the file that teaches Node
-    the proxy; it is in no app's environment, because Node does not start without it.
+    It does not when `witness` is missing (the package was removed without uninstall), when the
+    process of `pid_file` does not run (set where nothing restarts it), or when the user uses
+    another proxy, unless `override` says that ours leads to it. `preload` is the file that makes
+    Node use the proxy; apps do not get it, because Node does not start when it is missing.
     """
 
     witness: Path
@@ -211,7 +211,7 @@ def _fish_quoted(word: str) -> str:
 
 
 def sourcing_lines(file: Path) -> str:
-    """What a start-up file gets: if our file is gone, nothing happens."""
+    """The lines for a start-up file; they do nothing when our file is missing."""
     name = shlex.quote(str(file))
     return (
         '# Added by "halton-meter init", taken out by "halton-meter uninstall".\n'
@@ -220,7 +220,7 @@ def sourcing_lines(file: Path) -> str:
 
 
 def environment_d_text(wanted: Mapping[str, str], override: bool) -> str:
-    """A file for environment.d(5): what graphical sessions and user services start with."""
+    """A file for environment.d(5), read by graphical sessions and user services."""
     lines = ["# Written by `halton-meter init`; `halton-meter uninstall` removes it."]
     for name, value in wanted.items():
         kept = name in names(Holds.PROXY, Holds.NO_PROXY, set_by=SetBy.INIT) and not override
@@ -234,7 +234,7 @@ def environment_d_text(wanted: Mapping[str, str], override: bool) -> str:
 
 
 def keychain(authority: Authority | None, folder: Path, user_home: Path) -> CommandRun:
-    """Trust for TLS in the login keychain; macOS asks for the person's password or finger."""
+    """Trust for TLS in the login keychain; macOS asks for the user's password or fingerprint."""
     sha1 = authority.sha1 if authority else "SHA1"
     name = authority.common_name if authority else "Halton Meter CA"
     chain = str(user_home / "Library/Keychains/login.keychain-db")
@@ -267,7 +267,7 @@ def nss(authority: Authority | None, folder: Path, user_home: Path) -> CommandRu
 def system_trust(
     authority: Authority | None, folder: Path, platform: str, commands: Commands, root: bool
 ) -> CommandRun:
-    """Trust for everybody on this machine, through sudo. Raises ChangeError where unknown."""
+    """Trust for all users of this machine, by sudo. Raises ChangeError if unsupported."""
     sudo: Argv = () if root else ("sudo",)
     sha1 = authority.sha1 if authority else "SHA1"
     name = authority.common_name if authority else "Halton Meter CA"
@@ -283,7 +283,7 @@ def system_trust(
             ),
             check=("security", "find-certificate", "-c", name, "-Z", _SYSTEM_KEYCHAIN),
         )
-    # Without --fresh, Debian's leaves links to a certificate that is gone.
+    # Without --fresh, Debian's leaves links to the removed certificate.
     for program, options, anchors, suffix in (
         ("update-ca-certificates", ("--fresh",), "/usr/local/share/ca-certificates", "crt"),
         ("update-ca-trust", (), "/etc/pki/ca-trust/source/anchors", "pem"),

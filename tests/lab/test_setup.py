@@ -139,7 +139,7 @@ def test_what_was_stopped_by_hand_is_found_and_mended(person: Person) -> None:
         person.done("systemctl", "--user", "stop", f"{UNIT}.socket", f"{UNIT}.service")
         found = person.in_new_terminal("bash -lc", [*HALTON_METER, "doctor"])
         assert found.returncode == 1
-        assert "nobody answers at 127.0.0.1:8081" in found.stdout
+        assert "does not answer at 127.0.0.1:8081" in found.stdout
         mended = person.in_new_terminal("bash -lc", [*HALTON_METER, "doctor", "--fix", "--apply"])
         assert mended.returncode == 0, mended.stderr
         answered = person.in_new_terminal("bash -lc", [*curl(), "-d", anthropic_body(31)])

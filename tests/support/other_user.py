@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 UID = 54_321
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 needs_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becoming another user needs root"

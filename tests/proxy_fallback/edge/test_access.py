@@ -130,7 +130,7 @@ def test_an_answer_from_another_network_namespace_refuses_nobody(
 
 def test_a_kernel_that_lacks_the_module_is_asked_by_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says of every socket that there is none."""
-    monkeypatch.setattr(owner, "_asked", lambda *about: iter(()))
+    monkeypatch.setattr(owner, "_answers", lambda *about: iter(()))
     client, accepted = connected()
     with client, accepted:
         assert peer_of(accepted, frozenset({os.geteuid()})) is Peer.ALLOWED
@@ -203,7 +203,7 @@ def test_the_owner_and_root_are_served_beside_them(other_user: OtherUser) -> Non
             request = f"CONNECT 127.0.0.1:{here.origin} HTTP/1.1\r\n\r\n".encode()
             assert await say(await here.tunnel(), b"hi") == b"hi"  # we are root
             telling = asyncio.create_task(other_user.tell(here.port, request))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while here.edge.counts["tunnelled"] < 2:
                     await asyncio.sleep(0.005)
             await here.edge.stop()
@@ -231,7 +231,7 @@ def test_another_user_who_leaves_at_once_reaches_nothing_either(
         async with place(origin) as here:
             head = f"POST http://127.0.0.1:{here.origin}/ HTTP/1.1\r\nContent-Length: {size}\r\n"
             other_user.leave(here.port, f"{head}\r\n".encode() + bytes(size))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while not here.edge.counts["accepted"]:
                     await asyncio.sleep(0.005)
             await here.empty()

@@ -85,7 +85,7 @@ async def say(streams: Streams, data: bytes, size: int | None = None) -> bytes:
 
 def run(coroutine: Awaitable[None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             await coroutine
 
     asyncio.run(bounded())
@@ -711,7 +711,7 @@ def test_thousands_of_connections_leave_no_descriptor_behind(batches: int) -> No
         stand_in_server.close()
 
     async def bounded() -> None:
-        async with asyncio.timeout(600):
+        async with asyncio.timeout(900):
             await scene()
 
     edges.raise_descriptor_limit()

@@ -25,7 +25,7 @@ from proxy_fallback.mitm.session import ProxySession
 from tests.proxy_fallback.mitm.test_session import certificate  # noqa: F401 (a fixture)
 
 Answer = Callable[["Talk"], None]
-WAIT_S_MAX = 60.0
+WAIT_S_MAX = 120.0
 
 
 class Talk:

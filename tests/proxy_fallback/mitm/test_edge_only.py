@@ -73,7 +73,7 @@ def nobody_yet(place: Place) -> None:
         pass
 
 
-def test_the_edge_is_let_in(place: Place) -> None:
+def test_the_edge_is_admitted(place: Place) -> None:
     assert place.say(place.connect(LET_IN)).startswith(b"HTTP/1.1 200 ")
     assert place.reached()
     assert not place.edge_only.turned_away
@@ -114,12 +114,12 @@ def test_another_user_hears_nothing_at_all(
     assert place.edge_only.turned_away == {"refused_other_user_at_worker": 1}
 
 
-def test_what_macos_redirects_comes_past_the_edge_and_is_let_in() -> None:
-    guard = EdgeOnly(SECRET)
+def test_what_macos_redirects_comes_past_the_edge_and_is_admitted() -> None:
+    edge_only = EdgeOnly(SECRET)
     client = SimpleNamespace(id="1", proxy_mode=SimpleNamespace(type_name="local"), error=None)
     flow = SimpleNamespace(client_conn=client, response=None)
-    guard.client_connected(client)  # type: ignore[arg-type]
-    guard.requestheaders(flow)  # type: ignore[arg-type]
+    edge_only.client_connected(client)  # type: ignore[arg-type]
+    edge_only.requestheaders(flow)  # type: ignore[arg-type]
     assert (client.error, flow.response) == (None, None)
-    guard.client_disconnected(client)  # type: ignore[arg-type]
-    assert not guard._let_in
+    edge_only.client_disconnected(client)  # type: ignore[arg-type]
+    assert not edge_only._admitted

@@ -86,7 +86,7 @@ class Origin:
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nrequest-id: r1\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n7\r\nfirst\n\n\r\n"
             )
-            if not self.first_half_seen.wait(60):
+            if not self.first_half_seen.wait(120):
                 return
             tls.sendall(b"8\r\nsecond\n\n\r\n0\r\n\r\n")
 
@@ -129,7 +129,7 @@ def start(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def ask(session: ProxySession, origin: Origin, trust: Path) -> tuple[bytes, bytes]:
     """POST through the proxy; returns (issuer of the certificate seen, whole answer)."""
-    raw = socket.create_connection(("127.0.0.1", session.port), timeout=60)
+    raw = socket.create_connection(("127.0.0.1", session.port), timeout=120)
     raw.sendall(b"CONNECT localhost:%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % origin.port)
     assert b" 200 " in raw.recv(4096)
     context = ssl.create_default_context(cafile=str(trust))
@@ -216,7 +216,7 @@ def test_a_certificate_names_what_the_client_asked_for_and_nothing_else(
     start: Start, origin: Origin
 ) -> None:
     session, _, _ = start(("localhost",))
-    raw = socket.create_connection(("127.0.0.1", session.port), timeout=60)
+    raw = socket.create_connection(("127.0.0.1", session.port), timeout=120)
     # The address is the proxy's destination; the name is only in the client's hello.
     raw.sendall(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n\r\n" % origin.port)
     assert b" 200 " in raw.recv(65536)

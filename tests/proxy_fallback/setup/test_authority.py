@@ -117,7 +117,7 @@ def test_python_accepts_provider_hosts_and_no_other(
 ) -> None:
     context = ssl.create_default_context(cafile=str(folder / "mitmproxy-ca-cert.pem"))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
-    raw = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    raw = socket.create_connection(("127.0.0.1", server.port), timeout=120)
     if permitted(host):
         context.wrap_socket(raw, server_hostname=host).close()
     else:

@@ -194,7 +194,7 @@ def environment_of(shell: list[str], home: Path, **given: str) -> dict[str, str]
         env={"HOME": str(home), "PATH": PATH, "TERM": "dumb", **given},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
@@ -325,7 +325,7 @@ def test_systemd_finds_no_fault_with_the_units(tmp_path: Path) -> None:
         env={"PATH": PATH, "HOME": str(here.user_home), "XDG_RUNTIME_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert "halton-meter" not in done.stderr, done.stderr

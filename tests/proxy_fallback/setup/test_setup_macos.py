@@ -401,7 +401,7 @@ def test_failed_checks_in_a_row_take_the_system_proxy_away_until_it_is_well_agai
         health.well = well
         guard.check(network_changed=False)
         assert on() is expected, told
-    assert "system proxy taken away" in told[0]
+    assert "system proxy settings removed" in told[0]
     assert set_up(here)[0] is False
 
 
@@ -449,7 +449,7 @@ def test_without_notifications_the_network_is_looked_at_from_time_to_time(
     monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(system_proxy, "HEALTH_EVERY_S", 0.01)
-    monkeypatch.setattr(system_proxy, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(system_proxy, "LIST_EVERY_S", 0.05)
     told = notifications(command)
     assert next(told)
     assert any(next(told) for _ in range(200))
