@@ -25,9 +25,9 @@ from halton_meter.model import (
     TlsClosed,
     UsageEvent,
     event_id,
-    sighting_rank,
 )
 from halton_meter.providers.registry import EVENTS_MAX, Registry
+from halton_meter.sightings import BetterSightings
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
 
@@ -79,7 +79,7 @@ class Meter:
         self._registry = registry if registry is not None else Registry()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
-        self._rank_by_event: OrderedDict[str, tuple[int, bool]] = OrderedDict()
+        self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
         self._calls_by_content: OrderedDict[tuple[str, Source], int] = OrderedDict()
         self._losses: Counter[str] = Counter()
         self._evicted: OrderedDict[str, None] = OrderedDict()
@@ -245,14 +245,9 @@ class Meter:
 
     def _is_repeat(self, usage: UsageEvent) -> bool:
         """True for an id already given out, unless this sighting knows more than that one did."""
-        rank = _rank(usage)
-        known = self._rank_by_event.get(usage.id)
-        if known is not None and rank <= known:
-            return True
-        self._rank_by_event[usage.id] = rank
-        if len(self._rank_by_event) > EVENTS_REMEMBERED_MAX:
-            self._rank_by_event.popitem(last=False)
-        return False
+        better = self._sightings.take(usage, None)
+        self._sightings.overflow()
+        return not better
 
 
 # Told apart from None, which an evicted connection has.
@@ -261,8 +256,3 @@ _UNKNOWN = object()
 
 def _is_own_proxy(process: Process | None) -> bool:
     return process is not None and PROXY_MODULE in process.argv[:8]
-
-
-def _rank(usage: UsageEvent) -> tuple[int, bool]:
-    """Of two sightings the higher stays, as in the store: by what is known, then whose it was."""
-    return sighting_rank(usage), usage.process is not None

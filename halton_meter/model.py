@@ -431,21 +431,6 @@ def event_id(provider: str, *identity: str) -> str:
     return digest.hexdigest()
 
 
-# At this rank a sighting knows all that was used.
-SIGHTING_RANK_MAX = 7
-
-
-def sighting_rank(usage: UsageEvent) -> int:
-    """How much one sighting of an exchange knows, from 0: a final answer before a pending one, then
-    whole before cut off, then counts that the provider reported before ours.
-    """
-    return (
-        4 * (usage.free != "pending")
-        + 2 * (usage.outcome is Outcome.COMPLETE)
-        + (usage.certainty is Certainty.REPORTED)
-    )
-
-
 def total_usd(amounts: Iterable[Decimal | None]) -> Decimal | None:
     """The exact sum of the known amounts; None when none is known."""
     known = [amount for amount in amounts if amount is not None]

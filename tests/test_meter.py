@@ -9,8 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halton_meter import meter as metering
+from halton_meter.contract import event_json
 from halton_meter.meter import Meter
 from halton_meter.model import (
     Basis,
@@ -31,6 +34,7 @@ from halton_meter.model import (
 )
 from halton_meter.providers.registry import Registry
 from pricing.book import PriceBook
+from tests.wire.conftest import chunks_of, pierce, split_by
 
 AT_NS = 1_795_424_400_000_000_000
 HOST = "api.anthropic.com"
@@ -158,7 +162,7 @@ def test_sightings_are_remembered_within_a_limit(monkeypatch: pytest.MonkeyPatch
     meter = Meter(book().price)
     for number in range(6):
         assert len(converse(meter, f"c{number}", response(f"msg_{number}"))) == 1
-    assert len(meter._rank_by_event) == 3
+    assert len(meter._sightings) == 3
     assert converse(meter, "again", response("msg_5")) == []
 
 
@@ -260,3 +264,26 @@ def test_losses_of_open_and_closed_conversations_add_up() -> None:
     meter.finish(AT_NS)
     assert open_and_closed
     assert set(open_and_closed) <= set(meter.losses)
+
+
+LOST = st.lists(
+    st.tuples(st.sampled_from(list(Direction)), st.integers(0, 700), st.integers(1, 400)),
+    max_size=3,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LOST, st.booleans(), st.integers(0, 1 << 30))
+def test_an_event_says_why_it_is_incomplete_exactly_when_it_is(
+    holes: list[tuple[Direction, int, int]], joined: bool, seed: int
+) -> None:
+    script = [(Direction.SENT, request()), (Direction.RECEIVED, response())] * 3
+    cut = split_by(random.Random(seed), 100)
+    chunks = chunks_of(script, cut, connection(joined=joined))
+    for hole in holes:
+        chunks = pierce(chunks, *hole)
+    meter = Meter(book().price)
+    events = [event for chunk in chunks for event in meter.receive(chunk)] + meter.finish(AT_NS)
+    for event in events:
+        assert (event.usage.gap is not None) == (event.usage.outcome is Outcome.GAPPED)
+        assert event_json(event)["gap"] == event.usage.gap

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -26,6 +26,7 @@ import click
 from halton_meter.cli.output import harmless, harmless_lines, shown
 from halton_meter.contract import event_json, rfc3339, usd_text
 from halton_meter.model import Outcome, PricedEvent
+from halton_meter.sightings import HeldSightings
 
 if TYPE_CHECKING:
     from capture.packets.records import Findings
@@ -161,46 +162,6 @@ class Progress:
         """Take the line away."""
         if self._shown:
             click.echo("\r" + " " * 60 + "\r", err=True, nl=False)
-
-
-class BestSightings:
-    """Gives one event an id, the best: what was cut off or estimated may be seen whole later on.
-
-    Holds back only events that can be bettered, `HELD_EVENTS_MAX` of them; `late` counts better
-    ones that came after theirs had to go.
-    """
-
-    def __init__(self) -> None:
-        self._held: OrderedDict[str, PricedEvent] = OrderedDict()
-        self._gone: OrderedDict[str, None] = OrderedDict()
-        self.late = 0
-
-    def take(self, event: PricedEvent) -> list[PricedEvent]:
-        """Take an event; return those that need wait no longer."""
-        from halton_meter.model import SIGHTING_RANK_MAX, sighting_rank
-
-        key, rank = event.usage.id, sighting_rank(event.usage)
-        if key in self._gone:
-            self.late += 1
-            return []
-        if rank == SIGHTING_RANK_MAX:
-            self._held.pop(key, None)
-            return [event]
-        known = self._held.get(key)
-        if known is None or rank > sighting_rank(known.usage):
-            self._held[key] = event
-        if len(self._held) <= HELD_EVENTS_MAX:
-            return []
-        oldest, event = self._held.popitem(last=False)
-        self._gone[oldest] = None
-        if len(self._gone) > PRINTED_EVENTS_MAX:
-            self._gone.popitem(last=False)
-        return [event]
-
-    def rest(self) -> list[PricedEvent]:
-        """All that is still held, at the end."""
-        held, self._held = self._held, OrderedDict()
-        return list(held.values())
 
 
 _ROW = "{:<20} {:<12} {:<30} {:>10} {:>10} {:>12}  {}"
@@ -389,7 +350,7 @@ class Replay:
         )
         self._source.findings.errors += errors
         self._output, self._summary = Output(job.as_json, job.quiet), Summary()
-        self._sightings = BestSightings()
+        self._sightings = HeldSightings(HELD_EVENTS_MAX, PRINTED_EVENTS_MAX)
         self._store = _open_store(home) if job.keep else None
         self._waiting: list[PricedEvent] = []
 

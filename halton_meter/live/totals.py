@@ -14,13 +14,8 @@ from decimal import Decimal
 from typing import Any
 
 from halton_meter.contract import usd_text
-from halton_meter.model import (
-    SIGHTING_RANK_MAX,
-    Outcome,
-    PricedEvent,
-    Tokens,
-    sighting_rank,
-)
+from halton_meter.model import Outcome, PricedEvent, Tokens
+from halton_meter.sightings import is_final
 from halton_meter.untrusted import COUNT_MAX, printable
 
 MODELS_MAX = 200
@@ -80,7 +75,7 @@ class Totals:
             self._count(earlier, -1)
         counted = _counted(event)
         self._count(counted)
-        if sighting_rank(usage) < SIGHTING_RANK_MAX:
+        if not is_final(usage):
             self._provisional[usage.id] = counted
             if len(self._provisional) > PROVISIONAL_MAX:
                 self._provisional.pop(next(iter(self._provisional)))

@@ -1,7 +1,7 @@
 """Segments of the journal into the database, one short transaction each.
 
 Event ids are primary keys: a segment that is replayed after a crash adds nothing. Of two sightings
-of one exchange the better stays (`model.sighting_rank`), whichever came first.
+of one exchange the better stays (`sightings.rank`), whichever came first.
 """
 
 # ruff: noqa: S608 (every name put into SQL comes from a constant of schema.py; values are bound)
@@ -114,7 +114,7 @@ def _count_once(connection: DuckDBPyConnection, loss_id: str, cause: str, count:
     )
 
 
-# Of two that know as much of an exchange, the one that knows its process stays.
+# The order of `sightings.BetterSightings`.
 _RANK_BETTER = (
     "(excluded.sighting_rank, excluded.pid IS NOT NULL) > "
     "(event.sighting_rank, event.pid IS NOT NULL)"

@@ -24,8 +24,8 @@ from halton_meter.model import (
     Tokens,
     Usage,
     UsageEvent,
-    sighting_rank,
 )
+from halton_meter.sightings import rank
 from halton_meter.store.schema import TEXT, USD, USD_REST
 
 _INT64_MAX = 2**63 - 1
@@ -61,7 +61,7 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         "free": usage.free,
         "ttft_ms": usage.ttft_ms,
         "duration_ms": usage.duration_ms,
-        "sighting_rank": sighting_rank(usage),
+        "sighting_rank": rank(usage),
         "usage_document": _usage_document(usage),
     }
     if process is not None:

@@ -15,7 +15,8 @@ import re
 from collections import deque
 from collections.abc import Callable
 
-from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
+from halton_meter.model import Direction, Exchange, Headers, Protocol, Request, header
+from halton_meter.wire.engine import Engine, Ignored
 from halton_meter.wire.gaps import (
     MIDWAY,
     PAIRING_UNSURE,
@@ -29,6 +30,7 @@ from halton_meter.wire.gaps import (
 from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http1_framing import Fields, Reader, Side, body_framing
 from halton_meter.wire.transaction import SENT, Context, Transaction
+from halton_meter.wire.websocket import WebSocket
 
 # Requests pipelined without an answer; a client that sends more is not one of ours.
 PENDING_MAX = 256
@@ -244,7 +246,7 @@ class _Received(Side):
             self._owner.settle(transaction)
 
 
-class Http1:
+class Http1(Engine):
     """Both directions of an HTTP/1.x connection, paired."""
 
     def __init__(self, context: Context) -> None:
@@ -291,6 +293,8 @@ class Http1:
                 self._keep_early(direction, rest)
         if self._early_bytes:
             self._play_early()
+        if self.upgraded is not None:
+            return self._take_done() + self._hand_over(self.upgraded)
         if not self._done:
             return []
         return self._take_done()
@@ -318,10 +322,6 @@ class Http1:
         for transaction in self.pending:
             transaction.shrink()
 
-    def drop_tunnelled(self) -> None:
-        """Let go of what was received of a protocol that nobody reads."""
-        self._received.tunnel = b""
-
     def _take_done(self) -> list[Exchange]:
         done, self._done = self._done, []
         return done
@@ -337,7 +337,8 @@ class Http1:
             count, self._early_lost = count + self._early_lost, 0
         (self._sent if direction is SENT else self._received).hole(count)
         self._play_early()
-        return self._take_done()
+        done = self._take_done()
+        return done if self.upgraded is None else done + self._hand_over(self.upgraded)
 
     def close(self, at_ns: int, clean: bool) -> list[Exchange]:
         """The connection ended: everything open becomes an exchange as far as it got."""
@@ -356,13 +357,21 @@ class Http1:
         self._sent_side.now = self._received_side.now = None
         return self._take_done()
 
-    def tunnelled(self) -> tuple[bytes, int, bytes]:
-        """Bytes that followed an upgrade: (sent, how many more were lost, received); taken once."""
-        early = [data for data, _ in self._early[Direction.SENT]]
-        sent, received = b"".join(early), self._received.tunnel
-        self._early[Direction.SENT].clear()
-        self._received.tunnel = b""
-        return sent, self._early_lost, received
+    def _hand_over(self, upgraded: tuple[Transaction, Headers]) -> list[Exchange]:
+        """The connection speaks another protocol from here: WebSocket, or one that nobody reads."""
+        transaction, headers = upgraded
+        asked = header(transaction.request.headers, "upgrade") or header(headers, "upgrade") or ""
+        if transaction.status != 101 or asked.lower() != "websocket":
+            self.context.losses["other_protocol"] += 1
+            self.successor = Ignored()
+            return []
+        websocket = self.successor = WebSocket(self.context, transaction, headers)
+        sent = b"".join(data for data, _ in self._early[Direction.SENT])
+        done = websocket.feed(Direction.SENT, sent, self.at_ns)
+        if self._early_lost:
+            limit = over_limit("WebSocket bytes before the upgrade's answer", EARLY_BYTES_MAX)
+            websocket.lose(Direction.SENT, self._early_lost, limit)
+        return done + websocket.feed(Direction.RECEIVED, self._received.tunnel, self.at_ns)
 
     # --- bytes whose turn has not come ---
 

@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange, Headers, Protocol, Request
+from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import MIDWAY, REQUEST_HEAD_LOST, RESPONSE_HEAD_LOST
 from halton_meter.wire.headers import host_name, kept_headers, split_target
-from halton_meter.wire.http2_framing import Reader
+from halton_meter.wire.http2_framing import Listener, Reader
 from halton_meter.wire.transaction import SENT, Context, Transaction
 from halton_meter.wire.websocket import WebSocket
 
@@ -30,10 +31,8 @@ EARLY_FLOODS_MAX = 4
 _STATUS = re.compile(r"[1-9][0-9]{2}")
 
 
-class Http2:
+class Http2(Engine, Listener):
     """Both directions of an HTTP/2 connection and its open streams."""
-
-    upgraded = None  # the connection itself never becomes another protocol's
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -47,8 +46,8 @@ class Http2:
         self._early_floods = 0
         self._done: list[Exchange] = []
         self._at_ns = 0
-        self._sent = Reader(self, True)
-        self._received = Reader(self, False)
+        self._sent = Reader(self, True, context.losses)
+        self._received = Reader(self, False, context.losses)
 
     @property
     def is_open(self) -> bool:
@@ -202,7 +201,7 @@ class Http2:
                 self.end(False, stream)
         self._at_ns = now
 
-    # --- what the readers tell ---
+    # --- what the readers tell: `Listener` says what each means ---
 
     def data(self, sent: bool, stream: int, payload: bytes) -> None:
         """Body bytes of a stream."""
@@ -323,7 +322,7 @@ class Http2:
         transaction = self._streams.get(stream)
         if stream in self._websockets:
             way = Direction.SENT if sent else Direction.RECEIVED
-            self._websockets[stream].hole(way, count)
+            self._websockets[stream].lose(way, count)
         elif transaction is not None:
             transaction.lose(not sent, count, most)
 

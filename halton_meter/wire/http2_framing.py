@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections import Counter
 
 from halton_meter.wire.gaps import frames_lost, headers_not_decodable, over_limit
 from halton_meter.wire.hpack_decoder import HpackDecoder, HpackError
-
-if TYPE_CHECKING:
-    from halton_meter.wire.http2 import Http2
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -65,6 +63,11 @@ def plausible_frame(data: bytes, at: int = 0) -> bool:
     return _EXACT_BYTES.get(kind, length) == length
 
 
+def begins_with_settings(sent: bool, data: bytes) -> bool:
+    """Whether a server's connection begins here: with SETTINGS (3.4)."""
+    return not sent and data[3] == _SETTINGS and plausible_frame(data)
+
+
 def finds_frames(data: bytes) -> bool:
     """Whether two frames, one behind the other, stand anywhere in `data`."""
     return _first_of_two(data) >= 0
@@ -80,8 +83,42 @@ def _first_of_two(data: bytes) -> int:
     return -1
 
 
+class Listener(ABC):
+    """Who is told what two `Reader`s read; `sent` says whether the client's reader tells it."""
+
+    @abstractmethod
+    def knows(self, stream: int) -> bool:
+        """Whether a stream is open."""
+
+    @abstractmethod
+    def head(
+        self, sent: bool, stream: int, fields: list[tuple[str, str]], unread: str | None
+    ) -> None:
+        """A request's, response's or trailers' header block; `unread` is why not all of it."""
+
+    @abstractmethod
+    def data(self, sent: bool, stream: int, payload: bytes) -> None:
+        """Body bytes of a stream."""
+
+    @abstractmethod
+    def end(self, sent: bool, stream: int) -> None:
+        """END_STREAM of one side."""
+
+    @abstractmethod
+    def reset(self, stream: int) -> None:
+        """RST_STREAM by either side."""
+
+    @abstractmethod
+    def lose(self, sent: bool, stream: int, count: int | None, most: int | None = None) -> None:
+        """`count` bytes of one stream's DATA were lost (None: unknown, `most` at most)."""
+
+    @abstractmethod
+    def lose_all(self, sent: bool, most: int | None) -> None:
+        """Framing was lost: any stream that this side has not ended may have lost `most` bytes."""
+
+
 class Reader:
-    """One direction: cuts frames, decodes header blocks, tells `Http2` what it read."""
+    """One direction: cuts frames, decodes header blocks, tells a `Listener` what it read."""
 
     __slots__ = (
         "_block",
@@ -90,8 +127,8 @@ class Reader:
         "_block_stream",
         "_buffer",
         "_hpack",
+        "_listener",
         "_losses",
-        "_owner",
         "_partial",
         "_preface_due",
         "_sent",
@@ -103,8 +140,8 @@ class Reader:
         "damage",
     )
 
-    def __init__(self, owner: Http2, sent: bool) -> None:
-        self._owner = owner
+    def __init__(self, listener: Listener, sent: bool, losses: Counter[str]) -> None:
+        self._listener = listener
         self._sent = sent
         self._buffer = b""
         self._synced = True
@@ -119,7 +156,7 @@ class Reader:
         # The sizes of the DATA frames of one stream, by their heads.
         self._sizes: dict[bytes, int] = {}
         self._sizes_stream = 0
-        self._losses = owner.context.losses
+        self._losses = losses
         # Why frames of this direction were missed: streams may have begun or ended unseen.
         self.damage: str | None = None
         # Why entries of HPACK's table may not be known.
@@ -209,7 +246,7 @@ class Reader:
             if frame_bytes is None:
                 break
             end = at + frame_bytes
-        self._owner.data(self._sent, stream, b"".join(run))
+        self._listener.data(self._sent, stream, b"".join(run))
         return at
 
     def stream_between_frames(self) -> int:
@@ -257,14 +294,14 @@ class Reader:
         missing -= len(part)
         body = part if missing >= padding else part[: len(part) - (padding - missing)]
         if body:
-            self._owner.data(self._sent, stream, body)
+            self._listener.data(self._sent, stream, body)
         self._partial_left(stream, flags, missing, min(padding, missing))
         return data[len(part) :]
 
     def _partial_left(self, stream: int, flags: int, missing: int, padding: int) -> None:
         self._partial = (stream, flags, missing, padding) if missing else None
         if not missing and flags & _END_STREAM:
-            self._owner.end(self._sent, stream)
+            self._listener.end(self._sent, stream)
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if self._block is not None and kind != _CONTINUATION:
@@ -281,7 +318,7 @@ class Reader:
             else:
                 self._forget_table("headers before them lost")
         elif kind == _RST_STREAM:
-            self._owner.reset(stream)
+            self._listener.reset(stream)
 
     def _begin_block(self, stream: int, flags: int, fragment: bytes) -> None:
         self._block = []
@@ -304,7 +341,7 @@ class Reader:
         self._losses["hpack_lost"] += 1
         self._forget_table("headers before them lost")
         if self._block_stream:
-            self._owner.head(self._sent, self._block_stream, [], cause)
+            self._listener.head(self._sent, self._block_stream, [], cause)
 
     def _end_block(self) -> None:
         assert self._block is not None
@@ -322,9 +359,9 @@ class Reader:
         if unread is not None:
             self._losses["hpack_lost"] += 1
         if stream:
-            self._owner.head(self._sent, stream, fields, unread)
+            self._listener.head(self._sent, stream, fields, unread)
             if self._block_flags & _END_STREAM:
-                self._owner.end(self._sent, stream)
+                self._listener.end(self._sent, stream)
 
     def hole(self, count: int) -> None:
         """Step over lost bytes: inside a frame by length, else framing and HPACK are lost."""
@@ -333,7 +370,7 @@ class Reader:
         elif self._partial is not None and count <= self._partial[2]:
             stream, flags, missing, padding = self._partial
             if missing > padding:
-                self._owner.lose(self._sent, stream, min(count, missing - padding))
+                self._listener.lose(self._sent, stream, min(count, missing - padding))
             missing -= count
             self._partial_left(stream, flags, missing, min(padding, missing))
         else:
@@ -349,7 +386,7 @@ class Reader:
         self.damage = cause
         self._losses["http2_resync"] += 1
         self._forget_table(cause)
-        self._owner.lose_all(self._sent, count)
+        self._listener.lose_all(self._sent, count)
 
     def _find_frame(self, data: bytes) -> int:
         """The first position where a frame begins: another, or the end, follows it."""
@@ -364,7 +401,7 @@ class Reader:
                 return at
             if follows + FRAME_HEAD_BYTES > len(data):
                 stream = int.from_bytes(data[at + 5 : at + 9])
-                if stream and self._owner.knows(stream):
+                if stream and self._listener.knows(stream):
                     self._synced = True
                     return at
                 waiting = at if waiting < 0 else waiting

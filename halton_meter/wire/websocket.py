@@ -22,6 +22,7 @@ from halton_meter.model import (
     header,
 )
 from halton_meter.wire.codings import RATIO_FROM_BYTES, RATIO_MAX
+from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import WEBSOCKET_FRAMES_LOST, Gap, frames_lost, over_limit
 from halton_meter.wire.transaction import Context, Transaction
 
@@ -257,10 +258,8 @@ def _lengths(data: bytes, at: int) -> tuple[int, int]:
     return start + 4 if second & 0x80 else start, length
 
 
-class WebSocket:
+class WebSocket(Engine):
     """One upgraded connection (or HTTP/2 stream), as turns."""
-
-    upgraded = None  # what an upgrade led to
 
     def __init__(self, context: Context, upgrade: Transaction, headers: Headers) -> None:
         self._context = context
@@ -336,17 +335,19 @@ class WebSocket:
             self._bound_turn(SHRUNK_TURN_BYTES_MAX)
             self._context.losses["bodies_over_budget"] += 1
 
-    def hole(self, direction: Direction, count: int | None, cause: str | None = None) -> None:
+    def hole(self, direction: Direction, count: int, at_ns: int) -> list[Exchange]:
+        """Step over lost bytes of one direction; they end no turn."""
+        self.lose(direction, count)
+        return []
+
+    def lose(self, direction: Direction, count: int | None, cause: str | None = None) -> None:
         """`count` bytes of one direction were lost, None where not even their number is known."""
         self._gap.note(cause or frames_lost("WebSocket", count))
         if direction is Direction.SENT:
             self._client_doubt = CLIENT_MESSAGES_MAX
         self._readers[direction].hole(count)
 
-    def goes_on(self) -> None:
-        """Nothing waits: any message may end a turn."""
-
-    def close(self, at_ns: int) -> list[Exchange]:
+    def close(self, at_ns: int, clean: bool = True) -> list[Exchange]:
         """The socket ended; a turn in which the server had spoken is aborted."""
         if not self._server:
             return []

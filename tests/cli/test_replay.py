@@ -10,9 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
-from halton_meter.cli.replay import BestSightings
-from halton_meter.model import Outcome
-from tests.support.made import made
 from tests.support.recorder.packets import pcap, write
 from tests.support.recorder.relay import record
 from tests.support.recorder.scenarios import every
@@ -224,18 +221,3 @@ def test_an_exchange_seen_cut_off_and_then_whole_is_one_line(tmp_path: Path, hom
     assert lesser[0]["id"] in {event["id"] for event in events(call(whole, "--json"))}
     stored = CliRunner().invoke(main, ["events", "--json"])
     assert "aborted" not in stored.stdout
-
-
-def test_few_events_are_held_back_for_a_better_sighting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halton_meter.cli.replay.HELD_EVENTS_MAX", 2)
-    sightings = BestSightings()
-    cut_off = [made(f"e{n}", outcome=Outcome.ABORTED) for n in range(3)]
-    assert sightings.take(cut_off[0]) == []
-    assert sightings.take(cut_off[1]) == []
-    assert sightings.take(cut_off[2]) == [cut_off[0]]
-    assert sightings.take(made("e0")) == []
-    assert sightings.late == 1
-    assert sightings.take(made("e1")) == [made("e1")]
-    assert sightings.take(made("e2", outcome=Outcome.GAPPED)) == []
-    assert sightings.rest() == [cut_off[2]]
-    assert sightings.rest() == []
