@@ -22,7 +22,7 @@ for _name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
     os.environ.pop(_name, None)
 
 PACKAGES = ("capture", "halton_meter", "pricing", "proxy_fallback")
-QUICK_SHARE, QUICK_EXAMPLES_MIN = 5, 5
+QUICK_SHARE, QUICK_EXAMPLES_MIN = 5, 2
 # Where Hypothesis keeps a test's settings. Should the name change, the quick run takes longer.
 _SETTINGS = "_hypothesis_internal_use_settings"
 

@@ -41,6 +41,7 @@ def test_what_is_shown_of_a_failed_group_begins_with_its_failures() -> None:
     assert run_tests.failure("mypy: no\nsuch file\n") == ["mypy: no", "such file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marker", ["kernel", "lab"])
 def test_no_test_of_a_marker_is_outside_its_groups_files(marker: str) -> None:
     """Each group collects its own files only: what pytest finds in all of tests/ must be there."""

@@ -572,6 +572,7 @@ def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Runn
     running.commands.close()
     assert running.join() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["last"]
+    assert json.loads((running.home / "daemon.state").read_text())["clean"] is False
 
 
 class Dead:

@@ -435,7 +435,11 @@ class Metering:
         if self._gaps is not None:
             with contextlib.suppress(OSError):
                 os.unlink(Path(self._job.home) / SOCKET_NAME)
-            self._gaps.end(time.time_ns(), clean=self._exit_code == ENDED)
+            now_ns = time.time_ns()
+            if self._exit_code == ENDED and b"finish" not in self._commands:
+                self._gaps.alive(now_ns)  # the supervisor was killed: nobody asked for this end
+            else:
+                self._gaps.end(now_ns, clean=self._exit_code == ENDED)
         final = {"totals": self._totals.as_json(), **self._lost(), "final": True}
         final |= {"held": self._store.held, "owed": self._store.owed}
         final |= {"coverage": self._coverage(), "store_error": self._condition.last_word()}
