@@ -25,7 +25,12 @@ _FREE_TOOL_TOKENS = rate_of(
     "https://ai.google.dev/gemini-api/docs/pricing",
     note="tool-use tokens are not billed when Google Search or Maps grounded the answer",
 )
-_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
+# One name, two meanings, which files and events have kept since the first version: as a count
+# `cache_write` holds writes whose lifetime the answer does not state; as a rate it is the price of
+# the provider's default lifetime (Anthropic's 5 minutes), with `cache_write_5m` as its other name.
+_UNSTATED_LIFETIME = "cache_write"
+_DEFAULT_LIFETIME_RATE = "cache_write"
+_WRITES = (_UNSTATED_LIFETIME, "cache_write_5m", "cache_write_1h", "cache_write_12h")
 _CACHED_MODALITIES = ("cached_audio_input", "cached_image_input", "cached_video_input")
 # Units that describe what the tokens were: passed over where the same part's tokens are billed.
 _DESCRIPTIVE_UNITS = frozenset(
@@ -40,7 +45,7 @@ class Bill:
 
     __slots__ = (
         "_flags", "_model", "_part", "_prefix", "_tariff",
-        "empty", "items", "missing", "rates", "total", "unstated_write",
+        "assumed_write_rate", "empty", "items", "missing", "rates", "total",
     )  # fmt: skip
 
     def __init__(self, tariff: Tariff, model: str, part: Usage, flags: list[str]) -> None:
@@ -54,7 +59,7 @@ class Bill:
         self.missing: list[str] = []
         self.empty = False
         self.total = _ZERO
-        self.unstated_write = "cache_write"  # the rate of writes whose lifetime is not stated
+        self.assumed_write_rate = _DEFAULT_LIFETIME_RATE  # for writes of an unstated lifetime
 
     def tokens(self, grounded: bool) -> None:
         """Lines for every token: disjoint buckets, then modalities cut out of them."""
@@ -195,11 +200,12 @@ class Bill:
             self._line("cache_read", read, rate)
 
     def _write_rate(self, name: str) -> Rate | None:
+        """The rate of a count of cache writes; None where its lifetime has no price."""
         rates = self.rates
         if name == "cache_write_5m":
-            return rates.get(name) or rates.get("cache_write")
-        if name == "cache_write":  # lifetime not stated: as asked for, else the default's rate
-            return rates.get(self.unstated_write) or rates.get("cache_write_5m")
+            return rates.get(name) or rates.get(_DEFAULT_LIFETIME_RATE)
+        if name == _UNSTATED_LIFETIME:
+            return rates.get(self.assumed_write_rate) or rates.get("cache_write_5m")
         return rates.get(name)
 
     def _output(self, out: int) -> None:

@@ -225,7 +225,7 @@ class PriceBook:
         known = bool(event.parts)
         conditions = event.conditions
         grounded = bool(conditions.get("grounding"))
-        is_hour = conditions.get("cache_ttl_asked") == "1h"
+        asks_for_an_hour = conditions.get("cache_ttl_asked") == "1h"
         for index, part in enumerate(event.parts):
             model = part.model or event.model or event.request_model
             if not model:
@@ -238,8 +238,8 @@ class PriceBook:
                 known = False
                 continue
             bill = Bill(tariff, model, part, flags)
-            if is_hour:
-                bill.unstated_write = "cache_write_1h"
+            if asks_for_an_hour:
+                bill.assumed_write_rate = "cache_write_1h"
             bill.tokens(grounded)
             if part.units or "requests" in bill.rates:
                 bill.units(per_request=index == 0)

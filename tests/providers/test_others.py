@@ -309,3 +309,10 @@ def test_multimodal_embedding_of_voyage_is_counted_by_its_total() -> None:
     }
     event = read_one(exchange("https://api.voyageai.com/v1/multimodalembeddings", {}, answer))
     assert (event.kind, event.tokens.input) == ("embedding", 3576)
+
+
+def test_an_answer_that_is_a_list_of_one_object_is_that_object() -> None:
+    answer = {"id": "chatcmpl-0123456789abcdef", "usage": {"prompt_tokens": 3}}
+    url = "https://api.openai.com/v1/chat/completions"
+    assert read_one(exchange(url, {}, [answer])).tokens.input == 3
+    assert read_one(exchange(url, {}, [answer, answer])).tokens.input is None

@@ -60,7 +60,7 @@ def read_image(
             draft.raw_usage = raw.text
         else:
             raw = Verbatim("", {})
-        made = len(images) or _asked_for(draft, value)
+        made = len(images) or _finished(value)
         draft.model = as_name(value.get("model"))
         for name in ("size", "quality"):
             draft.condition(f"image_{name}", value.get(name) or draft.request.get(name))
@@ -81,11 +81,12 @@ def read_image(
     yield draft.event()
 
 
-def _asked_for(draft: Draft, value: Json) -> int:
+def _finished(value: Json) -> int:
+    """1 for the event that ends a stream of one image, which it names by its type."""
     return 1 if str(value.get("type", "")).endswith(".completed") else 0
 
 
-def _answer(draft: Draft, *finals: str) -> tuple[Json, bytes] | None:
+def _answer(draft: Draft) -> tuple[Json, bytes] | None:
     """The answer that carries the usage; None when it failed or is missing, as the draft says."""
     if unanswered(draft):
         return None

@@ -16,8 +16,8 @@ from typing import Any
 
 from halton_meter.wire import formats
 
-# The largest count that is kept as stated; a larger one is kept as this. That no request can have
-# so many is known where it is priced (`pricing/plausible.py`), whatever the count is of.
+# The largest count that is kept as stated; a larger one is kept as this. Whether a
+# request can have so many is judged where it is priced (`pricing/plausible.py`).
 COUNT_MAX = 10**18
 # A usage object is a few hundred bytes; what is larger is not kept verbatim.
 RAW_USAGE_BYTES_MAX = 64 << 10
@@ -172,13 +172,13 @@ def _object_at(text: bytes, at: int, value: Json) -> Verbatim | None:
     raw = rest[:end]
     if formats.loads(raw.encode()) != value:
         return None
-    return Verbatim(raw, exact) if _harmless(exact) else _written(value)
+    return Verbatim(raw, exact) if _has_short_texts(exact) else _written(value)
 
 
 def _written(value: Json) -> Verbatim:
     room = _Room(RAW_USAGE_BYTES_MAX // 2)  # a value and what parts it from the next: two bytes
-    shorn = _shorn(value, room)
-    text = "{}" if room.left < 0 else json.dumps(shorn, separators=(",", ":"))
+    short = _without_content(value, room)
+    text = "{}" if room.left < 0 else json.dumps(short, separators=(",", ":"))
     return Verbatim(text if len(text) <= RAW_USAGE_BYTES_MAX else "{}", value)
 
 
@@ -189,17 +189,17 @@ class _Room:
     left: int
 
 
-def _harmless(value: object, depth: int = 0) -> bool:
+def _has_short_texts(value: object, depth: int = 0) -> bool:
     if isinstance(value, str):
         return len(value) <= RAW_STRING_CHARS_MAX
     if depth > DEPTH_MAX:
         return False
     if isinstance(value, dict):
-        return all(_harmless(item, depth + 1) for item in value.values())
-    return not isinstance(value, list) or all(_harmless(item, depth + 1) for item in value)
+        return all(_has_short_texts(item, depth + 1) for item in value.values())
+    return not isinstance(value, list) or all(_has_short_texts(item, depth + 1) for item in value)
 
 
-def _shorn(value: object, room: _Room, depth: int = 0) -> object:
+def _without_content(value: object, room: _Room, depth: int = 0) -> object:
     """`value` without long strings and deep nesting, so that no content can hide in it."""
     room.left -= 1
     if room.left < 0:
@@ -207,7 +207,10 @@ def _shorn(value: object, room: _Room, depth: int = 0) -> object:
     if depth > DEPTH_MAX or (isinstance(value, str) and len(value) > RAW_STRING_CHARS_MAX):
         return None
     if isinstance(value, dict):
-        return {str(k)[:NAME_CHARS_MAX]: _shorn(item, room, depth + 1) for k, item in value.items()}
+        return {
+            str(k)[:NAME_CHARS_MAX]: _without_content(item, room, depth + 1)
+            for k, item in value.items()
+        }
     if isinstance(value, list):
-        return [_shorn(item, room, depth + 1) for item in value]
+        return [_without_content(item, room, depth + 1) for item in value]
     return value
