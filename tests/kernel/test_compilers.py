@@ -25,7 +25,7 @@ COMPILERS = [
 LOAD = """
 import sys
 from pathlib import Path
-from capture.helper import loader
+from capture import loader
 loaded = loader._Libbpf(Path(sys.argv[1]), 4096)
 assert set(loaded.programs) == {*loader.PROGRAMS, loader.OPTIONAL}
 assert min(*loaded.programs.values(), *loaded.maps.values()) > 0

@@ -8,7 +8,7 @@ import sys
 # In a process of its own: the fault that this looks for ends it.
 PRINTS_LATER = """
 import gc
-from capture.helper import loader
+from capture import loader
 loaded = loader.load("libbpf")
 del loaded
 gc.collect()
