@@ -28,7 +28,7 @@ from halton_meter.wire.gaps import (
     over_limit,
 )
 from halton_meter.wire.headers import host_name, kept_headers, split_target
-from halton_meter.wire.http1_framing import Fields, Reader, Side, body_framing
+from halton_meter.wire.http1_framing import Fields, Framing, Reader, Side, State, body_framing
 from halton_meter.wire.transaction import SENT, Context, Transaction
 from halton_meter.wire.websocket import WebSocket
 
@@ -78,6 +78,7 @@ class _Sent(Side):
     start = _REQUEST_LINE
     start_behind = _REQUEST_BEHIND
     resync_bytes = RESYNC_SENT_BYTES
+    joined = State.RESYNC
 
     def __init__(self, owner: Http1) -> None:
         self._owner = owner
@@ -91,9 +92,9 @@ class _Sent(Side):
         pending = self._owner.pending
         return not pending or not pending[-1].asks_tunnel or pending[-1].status is not None
 
-    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
+    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> Framing:
         if match is None:
-            return "resync"  # whose body follows is not known, and it may be a head after all
+            return State.RESYNC  # whose body follows is not known, and it may be a head after all
         owner = self._owner
         in_doubt = owner.request_begins()
         transaction = self.now = owner.open(at_ns)
@@ -116,7 +117,7 @@ class _Sent(Side):
         framing = body_framing(fields)
         return 0 if framing is None else framing
 
-    def head_rest(self, fields: Fields) -> str | int | None:
+    def head_rest(self, fields: Fields) -> Framing:
         if self.now is None:
             return None
         self.now.more_request_headers(kept_headers(fields))
@@ -151,6 +152,7 @@ class _Received(Side):
     start = _STATUS_LINE
     start_behind = _STATUS_LINE
     resync_bytes = RESYNC_RECEIVED_BYTES
+    joined = State.UNFRAMED
 
     def __init__(self, owner: Http1) -> None:
         self._owner = owner
@@ -162,10 +164,10 @@ class _Received(Side):
     def may_begin(self) -> bool:
         return self._owner.may_answer()
 
-    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
+    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> Framing:
         status = int(match.group(1)) if match is not None else None
         if status is not None and 100 <= status < 200 and status != 101:
-            return "interim"
+            return State.HEAD
         joined = self._owner.joined
         transaction = self.now = self._owner.answered(at_ns, match is not None)
         if match is None:
@@ -179,15 +181,15 @@ class _Received(Side):
         method = transaction.request.method
         if status == 101 or (method == "CONNECT" and status is not None and status < 300):
             self._owner.tunnel(transaction)
-            return "tunnel"
+            return State.TUNNEL
         if method == "HEAD" or status in (204, 304):
             return 0
         framing = body_framing(fields)
         if framing is None and match is not None:
-            return "eof"
+            return State.TO_THE_END
         return framing
 
-    def head_rest(self, fields: Fields) -> str | int | None:
+    def head_rest(self, fields: Fields) -> Framing:
         transaction = self.now
         if transaction is None:
             return None
@@ -279,7 +281,8 @@ class Http1(Engine):
     def join(self, cause: str) -> None:
         """Begin in the middle, of a `MIDWAY` cause: what comes first need be no head."""
         self._requests_lost = self._answers_lost = cause
-        self._sent.state, self._received.state = "resync", "unframed"
+        self._sent.join()
+        self._received.join()
 
     def feed(self, direction: Direction, data: bytes, at_ns: int) -> list[Exchange]:
         """Take bytes of one direction; return the exchanges they finished."""
@@ -347,7 +350,7 @@ class Http1(Engine):
         self._sent.flush()
         self._received.flush()
         answered = self._received_side.now
-        if answered is not None and self._received.state == "eof" and clean:
+        if answered is not None and self._received.to_the_end and clean:
             answered.response_done = True
         for transaction in self.pending:
             if self._answers_lost and transaction.first_byte_ns is None:
@@ -438,7 +441,7 @@ class Http1(Engine):
         self._requests_lost = None
         in_doubt, self._in_doubt = self._in_doubt, False
         answered = self._received_side.now
-        if answered is not None and self._received.state == "unframed":
+        if answered is not None and self._received.unframed:
             self._received.give_up_body()
         return in_doubt
 
@@ -508,7 +511,7 @@ class Http1(Engine):
         """Emit a transaction once both its sides are done (or the request's end is lost)."""
         if not transaction.response_done or transaction not in self.pending:
             return
-        unframed = transaction is self._sent_side.now and self._sent.state in _END_UNKNOWN
+        unframed = transaction is self._sent_side.now and self._sent.end_unknown
         if transaction.request_done or unframed:
             self.pending.remove(transaction)
             self._emit(transaction)
@@ -521,6 +524,3 @@ class Http1(Engine):
         exchange = transaction.finish()
         if exchange is not None:
             self._done.append(exchange)
-
-
-_END_UNKNOWN = frozenset({"unframed", "head_rest", "resync"})

@@ -5,15 +5,28 @@ middle, step over holes by the length it knows, and find its feet again behind o
 step over. The chunked loop is the hot path of the program: most streams arrive as one small HTTP
 chunk an event.
 
-A `Reader` is in one state, and tells a `Side` what it reads. Behind a hole that took a message's
-framing it is, in this order of knowledge, in "head_rest" (the rest of a head may follow: it is cut
-off first, so that no cookie passes for a body), "unframed" (body bytes, up to the next chunk
-boundary or head) or "resync" (nobody's bytes, up to the next head). It refuses to know what a
-message answers: `http1.py` pairs the two directions.
+A `Reader` is in one `State`, and tells a `Side` what it reads:
+
+    HEAD --+-> LENGTH -----------------------------+-> HEAD
+           +-> CHUNK_LINE <-> CHUNK,  -> TRAILERS -+
+           +-> TO_THE_END  until the connection ends
+           +-> TUNNEL      another protocol follows
+
+A hole within LENGTH, CHUNK or TO_THE_END is stepped over. Any other costs the framing: it leads
+from HEAD (and from past LENGTH's end) to HEAD_REST, from CHUNK_LINE (and from past CHUNK's end) to
+UNFRAMED, from TRAILERS to RESYNC. In this order less and less is known of the bytes:
+
+    HEAD_REST  the rest of a head may follow: cut off first, so that no cookie passes for a body
+    UNFRAMED   a body, up to the next chunk line or head
+    RESYNC     nobody's bytes, up to the next head
+
+`_TABLE` at the end names what reads each state and what steps over a hole in it. This file refuses
+to know what a message answers: `http1.py` pairs the two directions.
 """
 
 from __future__ import annotations
 
+import enum
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -75,12 +88,33 @@ def _may_be_head_rest(lines: list[bytes]) -> bool:
     )
 
 
+class State(enum.Enum):
+    """What the next byte of a direction is part of."""
+
+    HEAD = enum.auto()
+    LENGTH = enum.auto()
+    CHUNK_LINE = enum.auto()
+    CHUNK = enum.auto()
+    TRAILERS = enum.auto()
+    TO_THE_END = enum.auto()
+    TUNNEL = enum.auto()
+    HEAD_REST = enum.auto()
+    UNFRAMED = enum.auto()
+    RESYNC = enum.auto()
+
+
+# What follows a head: a body of so many bytes, a state, or (None) a body without known framing.
+Framing = State | int | None
+
+
 class Side(ABC):
     """What a `Reader` tells of the messages it reads; `Http1` has one for each direction."""
 
     start: re.Pattern[bytes]
     start_behind: re.Pattern[bytes]
     resync_bytes: int
+    # What the first bytes are taken for where a connection is joined in its middle.
+    joined: State
 
     @abstractmethod
     def may_start(self, data: bytes) -> bool:
@@ -91,11 +125,11 @@ class Side(ABC):
         """Whether the next message may be read now; else its bytes are handed back."""
 
     @abstractmethod
-    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> str | int | None:
-        """A head, its first line None if lost. Gives a state, a length, or None: unknown."""
+    def head(self, match: re.Match[bytes] | None, fields: Fields, at_ns: int) -> Framing:
+        """A head, its first line None if lost. HEAD: it is interim, the next one counts."""
 
     @abstractmethod
-    def head_rest(self, fields: Fields) -> str | int | None:
+    def head_rest(self, fields: Fields) -> Framing:
         """The rest of a head that had a hole in it; as `head`."""
 
     @abstractmethod
@@ -142,7 +176,7 @@ class Reader:
         "_remaining",
         "_scanned",
         "_side",
-        "state",
+        "_state",
         "tunnel",
     )
 
@@ -154,13 +188,32 @@ class Reader:
         self._scanned = 0
         self._remaining = 0
         self._in_head = False
-        self.state = "head"
+        self._state = State.HEAD
         self.tunnel = b""
 
     @property
     def in_chunks(self) -> bool:
         """Whether a chunked body is being read."""
-        return self.state in ("chunk_size", "chunk")
+        return self._state in _IN_CHUNKS
+
+    @property
+    def unframed(self) -> bool:
+        """Whether a body is being read that ends where the other side shows it."""
+        return self._state is State.UNFRAMED
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether the body that is being read ends with the connection."""
+        return self._state is State.TO_THE_END
+
+    @property
+    def end_unknown(self) -> bool:
+        """Whether the end of what is being read was lost, or will not be known when it comes."""
+        return self._state in _END_UNKNOWN
+
+    def join(self) -> None:
+        """Begin in the middle: the first bytes need be no head."""
+        self._state = self._side.joined
 
     @property
     def waits(self) -> bool:
@@ -183,82 +236,94 @@ class Reader:
         at = 0
         size = len(data)
         while at < size:
-            state = self.state
-            if state == "head" and not self._side.may_begin():
+            state = self._state
+            if state is State.HEAD and not self._side.may_begin():
                 return data[at:]
-            at = _STEPS[state](self, data, at)
+            at = _TABLE[state][0](self, data, at)
             if at < size or not self._buffer:
                 self._began_ns = at_ns
         return b""
 
     def hole(self, count: int) -> None:
         """Step over `count` lost bytes, or give the framing up until the next head."""
-        state, held = self.state, self._buffer
-        self._buffer = b""
+        held, self._buffer = self._buffer, b""
         self._scanned = 0
-        if state == "length" and count <= self._remaining:
-            self._side.lost(count)
-            self._remaining -= count
-            if not self._remaining:
-                self._finish()
-        elif state == "length":
-            self._side.lost(self._remaining)
+        _TABLE[self._state][1](self, count, held)
+
+    def _hole_in_length(self, count: int, held: bytes) -> None:
+        lost = min(count, self._remaining)
+        self._side.lost(lost)
+        self._remaining -= lost
+        if not self._remaining:
             self._finish()
-            self._lose_framing("head_rest")
-        elif state == "chunk" and count <= self._remaining:
-            if self._remaining > 2:
-                self._side.lost(min(count, self._remaining - 2))
-            else:
-                self._side.damaged("chunk line", count)
-            self._remaining -= count
-            if not self._remaining:
-                self.state = "chunk_size"
-        elif state in ("chunk", "chunk_size", "unframed"):
-            if state == "unframed" and held:
-                self._side.body(held)
-            self._side.lost(None, count)
-            self._lose_framing("unframed")
-        elif state == "eof":
-            self._side.lost(count)
-        elif state == "trailers":
-            self._finish()
-            self._lose_framing("resync")
-        elif state in ("head", "head_rest"):
-            self._hole_in_head(held, count)
-        elif state == "resync":
-            self._lose_framing("resync")
+        if lost < count:
+            self._lose_framing(State.HEAD_REST)
+
+    def _hole_in_chunk(self, count: int, held: bytes) -> None:
+        if count > self._remaining:
+            self._hole_in_framing(count, held)
+            return
+        if self._remaining > 2:
+            self._side.lost(min(count, self._remaining - 2))
+        else:
+            self._side.damaged("chunk line", count)
+        self._remaining -= count
+        if not self._remaining:
+            self._state = State.CHUNK_LINE
+
+    def _hole_in_framing(self, count: int, held: bytes) -> None:
+        self._side.lost(None, count)
+        self._lose_framing(State.UNFRAMED)
+
+    def _hole_in_unframed(self, count: int, held: bytes) -> None:
+        if held:
+            self._side.body(held)
+        self._hole_in_framing(count, held)
+
+    def _hole_to_the_end(self, count: int, held: bytes) -> None:
+        self._side.lost(count)
+
+    def _hole_in_trailers(self, count: int, held: bytes) -> None:
+        self._finish()
+        self._lose_framing(State.RESYNC)
+
+    def _hole_in_resync(self, count: int, held: bytes) -> None:
+        self._lose_framing(State.RESYNC)
+
+    def _hole_in_tunnel(self, count: int, held: bytes) -> None:
+        """It is given to the protocol that follows."""
 
     def head_answered(self) -> None:
         """The other side's answer is here although this head has no end: the rest of it is lost."""
         held, self._buffer = self._buffer, b""
         self._scanned = 0
-        if held and self.state == "head":
-            self._hole_in_head(held, None)
+        if held and self._state is State.HEAD:
+            self._hole_in_head(None, held)
         else:
             self._buffer = held
 
-    def _hole_in_head(self, held: bytes, count: int | None) -> None:
+    def _hole_in_head(self, count: int | None, held: bytes) -> None:
         """Keep what was read of a head: its first line says what was asked."""
         side = self._side
-        if self.state == "head":
+        if self._state is State.HEAD:
             held = held.lstrip(b"\r\n")
             match = side.start.match(held)
             if match is not None:
                 framing = side.head(match, _whole_fields(held, match.end()), self._began_ns)
-                self._in_head = framing != "interim"
-                if framing == "tunnel":
-                    self.state = framing
+                self._in_head = framing is not State.HEAD
+                if framing is State.TUNNEL:
+                    self._state = framing
                     return
         elif self._in_head:
             side.head_rest(_whole_fields(held, held.find(b"\n") + 1))
         if self._in_head:
             side.damaged("head", count)
-        self._lose_framing("head_rest")
+        self._lose_framing(State.HEAD_REST)
 
-    def _lose_framing(self, state: str) -> None:
+    def _lose_framing(self, state: State) -> None:
         """Bytes are lost up to somewhere unknown: whole messages may have gone with them."""
         self._losses["http1_resync"] += 1
-        self.state = state
+        self._state = state
         self._side.gap()
 
     def give_up_body(self) -> None:
@@ -267,10 +332,10 @@ class Reader:
             self._side.body(self._buffer)
             self._buffer = b""
         self._finish()
-        self.state = "head_rest"
+        self._state = State.HEAD_REST
 
     def _finish(self, trailers: Headers = ()) -> None:
-        self.state = "head"
+        self._state = State.HEAD
         self._in_head = False
         self._side.end(trailers)
 
@@ -304,20 +369,20 @@ class Reader:
         self._begin(side.head(match, fields, self._began_ns))
         return end.end()
 
-    def _begin(self, framing: str | int | None) -> None:
+    def _begin(self, framing: Framing) -> None:
         if isinstance(framing, int):
             self._remaining = framing
-            self.state = "length"
+            self._state = State.LENGTH
             if framing == 0:
                 self._finish()
             return
-        self.state = "head" if framing == "interim" else framing or "unframed"
+        self._state = framing or State.UNFRAMED
 
     def _garbage(self, at: int) -> int:
         """What stands here is no head: look for one behind its first byte."""
         self._losses["garbage"] += 1
         self._scanned = 0
-        self.state = "resync"
+        self._state = State.RESYNC
         return at + 1
 
     def _head_rest(self, data: bytes, at: int) -> int:
@@ -326,7 +391,7 @@ class Reader:
             if self._in_head:
                 side.lost(None)
                 self._finish()
-            self.state = "head"
+            self._state = State.HEAD
             return at
         limit = at + HEAD_REST_BYTES_MAX
         seen = at + self._scanned
@@ -354,7 +419,7 @@ class Reader:
         if self._in_head:
             self._in_head = False
             self._side.lost(None)
-            self.state = "unframed"
+            self._state = State.UNFRAMED
         else:
             self._begin(self._side.head(None, [], self._began_ns))
 
@@ -366,7 +431,7 @@ class Reader:
             self._finish()
         return end
 
-    def _chunk_size(self, data: bytes, at: int) -> int:
+    def _chunk_line(self, data: bytes, at: int) -> int:
         """The hot path: every whole chunk in `data`, joined once."""
         size_of_data = len(data)
         side = self._side
@@ -397,7 +462,7 @@ class Reader:
             if size == 0 or end + 2 > size_of_data:
                 self._body_of(parts)
                 self._remaining = size + 2
-                self.state = "chunk" if size else "trailers"
+                self._state = State.CHUNK if size else State.TRAILERS
                 return start
             if data[end : end + 2] != b"\r\n":
                 break
@@ -420,7 +485,7 @@ class Reader:
             return self._hold(data, at)
         self._losses["garbage"] += 1
         self._side.lost(None)
-        self._lose_framing("unframed")
+        self._lose_framing(State.UNFRAMED)
         return at
 
     def _chunk(self, data: bytes, at: int) -> int:
@@ -431,7 +496,7 @@ class Reader:
             self._side.body(data[at:body_end])
         self._remaining -= end - at
         if self._remaining == 0:
-            self.state = "chunk_size"
+            self._state = State.CHUNK_LINE
         return end
 
     def _trailers(self, data: bytes, at: int) -> int:
@@ -452,7 +517,7 @@ class Reader:
         self._finish(kept_headers(_fields(_lines(data[at : end.start()]))))
         return end.end()
 
-    def _eof(self, data: bytes, at: int) -> int:
+    def _to_the_end(self, data: bytes, at: int) -> int:
         self._side.body(data[at:])
         return len(data)
 
@@ -463,7 +528,7 @@ class Reader:
         if chunk is not None and (head is None or chunk.start() < head.start()):
             if chunk.start() > at:
                 self._side.body(data[at : chunk.start()])
-            self.state = "chunk_size"
+            self._state = State.CHUNK_LINE
             return chunk.start() + 2
         if head is not None:
             if head.start() > at:
@@ -479,7 +544,7 @@ class Reader:
         """Look for the next head in bytes that belong to nothing."""
         head = self._side.start_behind.search(data, at)
         if head is not None:
-            self.state = "head"
+            self._state = State.HEAD
             return head.start()
         return self._hold(data, max(at, len(data) - self._side.resync_bytes))
 
@@ -492,36 +557,42 @@ class Reader:
         held, self._buffer = self._buffer, b""
         if not held:
             return
-        if self.state == "head_rest" and not self._in_head and b"\n" not in held.rstrip():
+        if self._state is State.HEAD_REST and not self._in_head and b"\n" not in held.rstrip():
             self._leave_head()
-        if self.state == "unframed":
+        if self._state is State.UNFRAMED:
             self._side.body(held)
-        elif self.state == "head":
+        elif self._state is State.HEAD:
             match = self._side.start.match(held)
             if match is not None:
                 self._side.head(match, _whole_fields(held, match.end()), self._began_ns)
 
 
-_STEPS: dict[str, Callable[[Reader, bytes, int], int]] = {
-    "head": Reader._head,
-    "head_rest": Reader._head_rest,
-    "length": Reader._length,
-    "chunk_size": Reader._chunk_size,
-    "chunk": Reader._chunk,
-    "trailers": Reader._trailers,
-    "eof": Reader._eof,
-    "unframed": Reader._unframed,
-    "resync": Reader._resync,
-    "tunnel": Reader._tunnel,
+_IN_CHUNKS = (State.CHUNK_LINE, State.CHUNK)
+_END_UNKNOWN = (State.UNFRAMED, State.HEAD_REST, State.RESYNC)
+
+_Step = Callable[[Reader, bytes, int], int]
+_Hole = Callable[[Reader, int, bytes], None]
+# What reads each state's bytes, and what steps over so many lost ones, given what was held.
+_TABLE: dict[State, tuple[_Step, _Hole]] = {
+    State.HEAD: (Reader._head, Reader._hole_in_head),
+    State.LENGTH: (Reader._length, Reader._hole_in_length),
+    State.CHUNK_LINE: (Reader._chunk_line, Reader._hole_in_framing),
+    State.CHUNK: (Reader._chunk, Reader._hole_in_chunk),
+    State.TRAILERS: (Reader._trailers, Reader._hole_in_trailers),
+    State.TO_THE_END: (Reader._to_the_end, Reader._hole_to_the_end),
+    State.TUNNEL: (Reader._tunnel, Reader._hole_in_tunnel),
+    State.HEAD_REST: (Reader._head_rest, Reader._hole_in_head),
+    State.UNFRAMED: (Reader._unframed, Reader._hole_in_unframed),
+    State.RESYNC: (Reader._resync, Reader._hole_in_resync),
 }
 
 
-def body_framing(fields: Fields) -> str | int | None:
+def body_framing(fields: Fields) -> Framing:
     """RFC 9112 6.3: how long the body is, None where no field says. Chunked wins over a length."""
     lengths = [value for name, value in fields if name == "content-length"]
     codings = [value for name, value in fields if name == "transfer-encoding"]
     if codings and codings[-1].lower().rpartition(",")[2].strip() == "chunked":
-        return "chunk_size"
+        return State.CHUNK_LINE
     if lengths:
         text = lengths[0].partition(",")[0].strip()
         if text.isascii() and text.isdigit() and len(text) < 19:
