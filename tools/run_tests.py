@@ -61,7 +61,8 @@ class Group:
     def failed(self) -> bool:
         """Whether a command of it failed, or ran no test where there must be some."""
         fine = (0, NO_TESTS) if self.may_be_empty else (0,)
-        return any(code not in fine for code in self.exit_codes)
+        failed = any(code not in fine for code in self.exit_codes)
+        return failed or self.counts()["failed"] > 0
 
     def start_next(self, environment: dict[str, str]) -> None:
         """Start its next command; the log is emptied before the first."""
@@ -92,11 +93,16 @@ class Group:
         if not self.is_done:
             self.start_next(environment)
 
-    def stop(self) -> None:
-        """End what runs of it as Control-C would, and by force if that does not do."""
+    def interrupt(self) -> None:
+        """End what runs of it as Control-C would."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self) -> None:
+        """Return when it has ended; it is killed if that takes long."""
         if self.process is None:
             return
-        os.killpg(self.process.pid, signal.SIGINT)
+        self.wall_s = time.monotonic() - self.started
         try:
             self.process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -179,7 +185,9 @@ def run(wanted: list[Group], environment: dict[str, str]) -> None:
                 print(f"{_clock(started)}  {line}", flush=True)
     finally:
         for group in wanted:
-            group.stop()
+            group.interrupt()
+        for group in wanted:
+            group.wait()
 
 
 def _clock(started: float) -> str:
@@ -253,8 +261,7 @@ def main() -> int:
     except KeyboardInterrupt:
         ended = 130
     show(wanted)
-    failed = any(group.failed or group.counts()["failed"] for group in wanted)
-    return 1 if failed else ended
+    return 1 if any(group.failed for group in wanted) else ended
 
 
 if __name__ == "__main__":
