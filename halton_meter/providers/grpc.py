@@ -420,7 +420,7 @@ def _end(draft: Draft) -> UsageEvent:
     return draft.event()
 
 
-# The same hosts as their JSON; a circle of imports is why these tables stand here.
+# The same hosts as their JSON; the tables stand here because this file imports those readers.
 PROVIDERS = (
     Provider(
         "gemini",
