@@ -424,6 +424,7 @@ class Helper:
     def report(self) -> None:
         """Send a report of now."""
         self._report_at = None
+        self._discovery.act_on_news()  # the way out may have taken some that coverage depends on
         statistics = self._kernel.statistics()
         if statistics["notices_lost"] != self._notices_lost and not self._forwarder.blocked:
             self._notices_lost = statistics["notices_lost"]

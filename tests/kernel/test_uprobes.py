@@ -467,7 +467,7 @@ def test_http2_older_than_the_probes_is_told_once_and_not_copied(bench: Bench, l
     (line,) = source.coverage()
     assert line.process.pid == client.process.pid
     assert line.state is CoverageState.NOT_RECOGNISED
-    assert "start the program again" in (line.advice or "")
+    assert "restart the program" in (line.advice or "")
 
 
 @pytest.mark.parametrize("loader", first(LOADERS))

@@ -153,7 +153,7 @@ def test_an_old_connection_is_counted_then_metered_then_known_at_once(
     assert asks(lab, service, older, 1, 2) == []
     line = line_of(service, older.pid)
     assert line["state"] == "not_recognised"
-    assert "start the program again" in line["advice"]
+    assert "restart the program" in line["advice"]
     assert service.status()["losses"]["http2_without_name"] == 1
 
     for _ in range(2):  # each makes a connection under the probes

@@ -348,7 +348,7 @@ class Attachments:
             return None
         self.detach(file)
         file.not_http = True
-        reason = "the functions found passed no HTTP: they are not its TLS functions"
+        reason = "the functions found passed bytes that are not HTTP"
         file.library = replace(file.library, probes=(), reason=f"{reason}; {INSTEAD}")
         return file.path
 
