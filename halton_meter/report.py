@@ -24,7 +24,7 @@ from typing import Any
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import date_of, day_of, day_sql, start_of
-from halton_meter.store import NothingStored, Reader, Selection, Store
+from halton_meter.store import NothingStored, Reader, Selection, Store, schema
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
 
 PERCENTILE_EVENTS = 500_000
@@ -34,21 +34,7 @@ TREND_DAYS = 7
 # Models listed as unpriced; more are only counted.
 UNPRICED_MODELS_MAX = 20
 
-# What `--by` may name, and the column it groups by. `day` is computed.
-DIMENSIONS: dict[str, str] = {
-    "model": "model",
-    "project": "project",
-    "provider": "provider",
-    "day": "",
-    "process": "process",
-    "kind": "kind",
-    "endpoint": "endpoint",
-    "host": "host",
-    "user": "user_name",
-    "git_branch": "git_branch",
-    "source": "source",
-    "error_class": "error_class",
-}
+DIMENSIONS = schema.DIMENSIONS
 
 # Any dimension's sums add up to the totals; this one's are the fewest.
 _FEWEST_VALUES = "provider"

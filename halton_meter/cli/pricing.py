@@ -22,6 +22,8 @@ from halton_meter.cli.pricing_changes import described, refresh, reset, set_
 from halton_meter.config import home_folder
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from halton_meter.model import PricedEvent, UsageEvent
     from pricing.book import PriceBook
     from pricing.rates import Rate
@@ -85,11 +87,14 @@ def explain(
     at_ns = parsed_time(at)
     book = open_book()
     if what == _STDIN or Path(what).is_file():
-        priced = [book.price(event) for event in _events_in(what, provider, model, at_ns)]
-    else:
-        priced = [_stored(what)]
-    for event in priced:
-        _show(event, as_json)
+        for usage in _events_in(what, provider, model, at_ns):
+            _show(book.price(usage), as_json)
+        return
+    event, earlier = _stored(what)
+    _show(event, as_json)
+    for list_usd, basis, price_book in [] if as_json else earlier:
+        how = "unpriced" if list_usd is None else f"list price ${list_usd:f}, {_BASIS[basis]}"
+        click.echo(harmless(f"  before it was repriced: {how}, price book {price_book}"))
 
 
 def _events_in(
@@ -109,8 +114,8 @@ def _events_in(
         fail(f"{'standard input' if what == _STDIN else what}: {error}")
 
 
-def _stored(event_id: str) -> PricedEvent:
-    """The stored event with the price that is stored, explained line by line."""
+def _stored(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str, str | None]]]:
+    """The stored event with the price that is stored, and the prices that it had before."""
     from halton_meter.store import Selection, Store, StoreError
 
     try:
@@ -119,7 +124,8 @@ def _stored(event_id: str) -> PricedEvent:
             for (at_ns,) in found:
                 for event in reader.events(Selection(from_ns=at_ns, to_ns=at_ns + 1)):
                     if event.usage.id == event_id:
-                        return event
+                        earlier = reader.superseded(event_id)
+                        return event, [(usd, how, book) for _, usd, how, book in earlier]
     except StoreError as error:
         fail(f"{event_id}: no such file, and no stored event: {error}")
     fail(f"{event_id}: no such file or event; see: halton-meter events --json")

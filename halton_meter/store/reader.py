@@ -115,7 +115,10 @@ class Reader:
         return {cause: int(count) for cause, count in rows}
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
-        """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first."""
+        """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first.
+
+        `pricing explain` shows them.
+        """
         rows = self.rows(
             "SELECT revision, price_document, basis, price_book FROM superseded_price "
             "WHERE event_id = ? ORDER BY revision",

@@ -105,20 +105,22 @@ DAY_COUNTS: dict[str, str] = {
     "estimated": "count(*) FILTER (WHERE certainty = 'estimated')",
     "pending": "count(*) FILTER (WHERE free = 'pending')",
 }
-# What events are grouped by, as columns.
-DIMENSION_COLUMNS = (
-    "model",
-    "project",
-    "provider",
-    "process",
-    "kind",
-    "endpoint",
-    "host",
-    "user_name",
-    "git_branch",
-    "source",
-    "error_class",
-)
+# What events are grouped by (`report --by`), and the column of each; a day has none.
+DIMENSIONS: dict[str, str] = {
+    "model": "model",
+    "project": "project",
+    "provider": "provider",
+    "day": "",
+    "process": "process",
+    "kind": "kind",
+    "endpoint": "endpoint",
+    "host": "host",
+    "user": "user_name",
+    "git_branch": "git_branch",
+    "source": "source",
+    "error_class": "error_class",
+}
+DIMENSION_COLUMNS = tuple(column for column in DIMENSIONS.values() if column)
 
 
 def _sum_type(name: str) -> str:

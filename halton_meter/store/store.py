@@ -76,11 +76,6 @@ class Store:
         return self._folder.database
 
     @property
-    def journal_path(self) -> Path:
-        """The directory of journal segments; it need not exist."""
-        return self._folder.journal
-
-    @property
     def held(self) -> int:
         """Events in memory because the disk refused them."""
         return self._journal.held

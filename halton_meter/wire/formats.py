@@ -35,7 +35,6 @@ CROWDED_BYTES_MIN = 1 << 20
 DEPTH_MAX = 128
 # Brackets and strings looked at in a body with holes.
 TOKENS_MAX = 2_000_000
-JSON_ELEMENT_BYTES_MAX = 32 << 20
 FRAME_BYTES_MAX = (16 << 20) - 1
 MULTIPART_PARTS_MAX = 1000
 FIELD_BYTES_MAX = 4096

@@ -102,7 +102,11 @@ class State(enum.Enum):
     UNFRAMED = enum.auto()
     RESYNC = enum.auto()
 
+    # An enum's own, and the class's lookup of a member, each take 0.2 µs in Python 3.11.
+    __hash__ = object.__hash__
 
+
+_HEAD = State.HEAD
 # What follows a head: a body of so many bytes, a state, or (None) a body without known framing.
 Framing = State | int | None
 
@@ -237,7 +241,7 @@ class Reader:
         size = len(data)
         while at < size:
             state = self._state
-            if state is State.HEAD and not self._side.may_begin():
+            if state is _HEAD and not self._side.may_begin():
                 return data[at:]
             at = _TABLE[state][0](self, data, at)
             if at < size or not self._buffer:

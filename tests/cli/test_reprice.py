@@ -73,6 +73,8 @@ def test_repricing_stores_a_revision_once(home: Path) -> None:
     assert "Nothing changes" in run("reprice")
     with Store(home).reading() as reader:
         assert [row[1] for row in reader.superseded("lost")] == [Decimal(5)]
+    told = run("pricing", "explain", "--text", "lost")
+    assert "  before it was repriced: list price $5, computed from the usage, price book" in told
 
 
 def test_only_selected_events_are_repriced(home: Path) -> None:

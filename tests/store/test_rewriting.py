@@ -18,6 +18,7 @@ from capture.processes.arguments import REDACTED, without_secrets
 from halton_meter.model import PricedEvent, Process
 from halton_meter.store import Flushed, Reader, Store, StoreUnusable, rewriting
 from halton_meter.store.driver import driver
+from halton_meter.store.home import JOURNAL_NAME
 from halton_meter.store.schema import MIGRATIONS
 from tests.support.made import NOON_NS, made
 from tests.support.older_store import make_old, old_line, old_loss_line
@@ -97,9 +98,9 @@ def test_journal_lines_of_an_earlier_version_are_cleaned_when_they_are_stored(
     tmp_path: Path,
 ) -> None:
     store = Store(tmp_path)
-    store.journal_path.mkdir(parents=True)
+    (store.home / JOURNAL_NAME).mkdir(parents=True)
     lines = [old_line(told(0)), b"torn\n", old_loss_line("ring_full", 3), old_line(told(1))]
-    (store.journal_path / "00000000000000000001-1-a.jsonl").write_bytes(b"".join(lines))
+    (store.home / JOURNAL_NAME / "00000000000000000001-1-a.jsonl").write_bytes(b"".join(lines))
     store.append([told(3)])
     assert store.flush() == Flushed(stored=3, damaged=1)
     with store.reading() as reader:
@@ -159,6 +160,7 @@ def test_a_kill_while_it_is_copied_costs_nothing(tmp_path: Path, where: str, whe
 _HOLDS = """
 import sys
 from halton_meter.store.driver import driver
+from halton_meter.store.home import JOURNAL_NAME
 held = driver().connect(sys.argv[1] + "/meter.duckdb", read_only=sys.argv[2] == "read")
 print("held", flush=True)
 sys.stdin.read()

@@ -34,6 +34,7 @@ from halton_meter.store import (
     schema,
 )
 from halton_meter.store.driver import driver
+from halton_meter.store.home import JOURNAL_NAME
 from halton_meter.store.journal import LINE_BYTES_MAX
 from halton_meter.store.rows import dumps, sum_values, usage_values
 from tests.support.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
@@ -281,9 +282,9 @@ def test_a_journal_line_from_before_gaps_were_told_is_stored(store: Store, form:
     values = dumps({**usage_values(gapped.usage), **sum_values(gapped)})[1:]
     rest = form + values.replace(b'"gap":null,', b"")
     assert len(rest) < len(form + values)
-    store.journal_path.mkdir(parents=True)
+    (store.home / JOURNAL_NAME).mkdir(parents=True)
     line = b'{"crc":%d,%s\n' % (zlib.crc32(rest), rest)
-    (store.journal_path / "00000000000000000001-1-a.jsonl").write_bytes(line)
+    (store.home / JOURNAL_NAME / "00000000000000000001-1-a.jsonl").write_bytes(line)
     assert store.flush() == Flushed(stored=1)
     assert stored(store) == [gapped]
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,8 @@ from halton_meter.store import (
 )
 from halton_meter.store import journal as journal_module
 from halton_meter.store.database import Database
-from halton_meter.store.home import Home
+from halton_meter.store.driver import driver
+from halton_meter.store.home import JOURNAL_NAME, Home
 from tests.support.made import NOON_NS, made
 from tests.support.quick import first
 
@@ -208,7 +210,7 @@ def test_a_killed_writer_loses_and_doubles_nothing_that_it_had_appended(
 def test_a_segment_replayed_after_its_commit_adds_nothing(store: Store) -> None:
     store.append([made("a"), made("b")])
     store.count_loss("ring_full", 2, NOON_NS)
-    (segment,) = store.journal_path.glob("*.jsonl")
+    (segment,) = (store.home / JOURNAL_NAME).glob("*.jsonl")
     content = segment.read_bytes()
     store.flush()
     segment.write_bytes(content)
@@ -221,19 +223,51 @@ def test_a_segment_replayed_after_its_commit_adds_nothing(store: Store) -> None:
 def test_a_torn_last_line_is_counted_and_the_others_are_kept(store: Store, keep: int) -> None:
     store.append([made("a"), made("b")])
     store.close()
-    (segment,) = store.journal_path.glob("*.jsonl")
+    (segment,) = (store.home / JOURNAL_NAME).glob("*.jsonl")
     first, second = segment.read_bytes().splitlines(keepends=True)
     segment.write_bytes(first + second[:keep])
     assert store.flush() == Flushed(stored=1, damaged=1)
     assert ids(store) == ["a"]
+    assert list((store.home / JOURNAL_NAME).iterdir()) == []  # nor what was made of it meanwhile
     with store.reading() as reader:
         assert reader.losses() == {"journal_damaged": 1}
+
+
+def test_sums_of_days_that_fail_half_way_leave_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(connection: Any, now_ns: int) -> None:
+        connection.execute("INSERT INTO rolled_day VALUES (1)")
+        raise driver().Error("no room")
+
+    monkeypatch.setattr("halton_meter.store.store.roll", half)
+    store.append([made("a")])
+    assert store.flush() == Flushed(stored=1)
+    with store.reading() as reader:
+        assert reader.rows("SELECT * FROM rolled_day") == []
+
+
+def test_a_change_that_fails_half_way_leaves_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.append([made("a", project="misc")])
+    store.flush()
+
+    def fail(connection: Any, days: Any) -> None:
+        connection.execute("UPDATE event SET project = 'half'")
+        raise driver().Error("no room")
+
+    monkeypatch.setattr("halton_meter.store.store.unroll", fail)
+    with pytest.raises(driver().Error):
+        store.retag("misc", "site", NOON_NS, dry_run=False)
+    with store.reading() as reader:
+        assert [event.usage.project for event in reader.events()] == ["misc"]
 
 
 def test_a_line_with_one_flipped_bit_is_counted_and_not_believed(store: Store) -> None:
     store.append([made("a"), made("b"), made("c")])
     store.close()
-    (segment,) = store.journal_path.glob("*.jsonl")
+    (segment,) = (store.home / JOURNAL_NAME).glob("*.jsonl")
     content = bytearray(segment.read_bytes())
     content[content.index(b'"b"') + 60] ^= 1
     segment.write_bytes(content)
@@ -252,7 +286,7 @@ def test_a_line_that_the_database_refuses_does_not_hold_up_the_others(
     store.append([made("d")])
     assert store.flush() == Flushed(stored=3, damaged=1)
     assert ids(store) == ["a", "b", "d"]
-    assert b'"dear"' in (store.journal_path / "refused").read_bytes()
+    assert b'"dear"' in (store.home / JOURNAL_NAME / "refused").read_bytes()
     with store.reading() as reader:
         assert reader.losses() == {"event_refused": 1}
 
@@ -261,10 +295,10 @@ def test_a_journal_is_split_into_segments(store: Store, monkeypatch: pytest.Monk
     monkeypatch.setattr(journal_module, "SEGMENT_BYTES_MAX", 5000)
     for n in range(20):
         store.append([made(str(n))])
-    assert len(list(store.journal_path.glob("*.jsonl"))) > 3
+    assert len(list((store.home / JOURNAL_NAME).glob("*.jsonl"))) > 3
     assert store.waiting() == 20
     assert store.flush() == Flushed(stored=20)
-    assert list(store.journal_path.iterdir()) == []
+    assert list((store.home / JOURNAL_NAME).iterdir()) == []
 
 
 # --- damage --------------------------------------------------------------------------------------

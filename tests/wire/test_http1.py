@@ -526,3 +526,19 @@ def test_connection_identity_is_carried(deliver):
     found = deliver([(SENT, POST), (RECEIVED, OK)]).only
     assert found.connection is CONNECTION
     assert found.id.startswith(CONNECTION.id)
+
+
+def test_each_broken_chunk_line_is_counted_once():
+    broken = chunk(b"a" * 30) + b"no size\r\n" + b"x" * 40 + chunk(EVENTS[0]) + b"0\r\n\r\n"
+    talked = talk(chunks_of([(SENT, POST), (RECEIVED, STREAM_HEAD + broken)], whole))
+    assert (talked.losses["garbage"], talked.losses["http1_resync"]) == (1, 1)
+    assert talked.only.outcome is Outcome.GAPPED
+    assert talked.only.gap == "response framing broken at 30"
+
+
+def test_half_a_head_at_the_end_still_says_what_was_asked():
+    (found,) = talk(chunks_of([(SENT, POST[:60])], whole)).exchanges
+    assert (found.request.method, found.request.path) == ("POST", "/v1/messages")
+    half = OK[: OK.index(b"\r\n\r\n")]
+    answered = talk(chunks_of([(SENT, GET), (RECEIVED, half)], whole)).only
+    assert answered.response.status == 200
