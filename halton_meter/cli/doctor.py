@@ -23,7 +23,7 @@ from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.ledger import Ledger
-    from proxy_fallback.setup.plan import Machine
+    from proxy_fallback.setup.machine import Machine
 
 # A day of heavy use is some 50 MB of events.
 FREE_BYTES_MIN = 500 * 1024 * 1024
