@@ -108,7 +108,7 @@ def _apply(machine: Machine, plan: list[str], as_json: bool) -> int:
             words = [sys.executable, "-P", "-m", "halton_meter", *words[1:]]
         ran = machine.commands.run(words)
         if ran.code:
-            complain(Problem(f"{command}: {ran.said}", "halton-meter doctor"))
+            complain(Problem(f"{command}: {ran.message}", "halton-meter doctor"))
             return 1
         if not as_json:
             say(f"done: {command}")

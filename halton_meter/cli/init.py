@@ -87,12 +87,12 @@ def init(
                 say("An earlier init was interrupted. Continuing from there.")
             steps: list[StepTaken] = []
 
-            def tell(done: StepTaken) -> None:
+            def report(done: StepTaken) -> None:
                 steps.append(done)
                 if not as_json:
                     say(_line(done))
 
-            changed = take_steps(machine, choice, ledger, tell)
+            changed = take_steps(machine, choice, ledger, report)
         ask_service(machine.home, "forget")  # programs that refused our CA are tried again
     except ChangeError as error:
         fail(error.problem, as_json=as_json)

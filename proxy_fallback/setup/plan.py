@@ -402,9 +402,9 @@ class SetupPlan:
         lines += [shown(("launchctl", "setenv", *each)) for each in wanted.items()]
         undoing: list[Argv] = []
         for name in wanted:
-            said = m.commands.run(("launchctl", "getenv", name)).out.removesuffix("\n")
+            before = m.commands.run(("launchctl", "getenv", name)).out.removesuffix("\n")
             back: Argv = ("launchctl", "unsetenv", name)
-            undoing.append(("launchctl", "setenv", name, said) if said else back)
+            undoing.append(("launchctl", "setenv", name, before) if before else back)
         label = service_files.ENVIRONMENT_LABEL
         text = service_files.launch_agent(
             label, ("/bin/sh", str(script)), {}, m.log_file, once=True

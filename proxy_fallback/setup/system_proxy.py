@@ -42,7 +42,7 @@ def network_services(commands: Commands) -> list[str]:
     """The enabled network services, by name. Raises ChangeError."""
     ran = commands.run(("networksetup", "-listallnetworkservices"))
     if ran.code:
-        raise ChangeError(f"networksetup -listallnetworkservices: {ran.said}")
+        raise ChangeError(f"networksetup -listallnetworkservices: {ran.message}")
     # The first line explains the asterisk, which marks a disabled service.
     lines = [line for line in ran.out.splitlines()[1:] if line.strip()]
     return [line for line in lines if not line.startswith("*")][:SERVICES_MAX]
@@ -53,7 +53,7 @@ def network_proxy(commands: Commands, kind: str, service: str) -> NetworkProxy:
     ran = commands.run(("networksetup", f"-get{kind}", service))
     printed = dict(re.findall(r"^([A-Za-z ]+): ?(.*)$", ran.out, re.MULTILINE))
     if ran.code or "Enabled" not in printed:
-        raise ChangeError(f"networksetup -get{kind} {service!r}: {ran.said}")
+        raise ChangeError(f"networksetup -get{kind} {service!r}: {ran.message}")
     port = printed.get("Port", "0").strip()
     return NetworkProxy(
         enabled=printed["Enabled"].strip() == "Yes",
@@ -154,7 +154,7 @@ def gnome_changes(commands: Commands, port: int) -> list[CommandRun]:
 def _gsetting(commands: Commands, schema: str, key: str) -> str:
     ran = commands.run(("gsettings", "get", schema, key))
     if ran.code:
-        raise ChangeError(f"gsettings get {schema} {key}: {ran.said}")
+        raise ChangeError(f"gsettings get {schema} {key}: {ran.message}")
     return ran.out.strip()
 
 
@@ -162,8 +162,8 @@ def _gnome_change(commands: Commands, schema: str, key: str, value: str) -> Comm
     before = _gsetting(commands, schema, key)
     # A setting that had its default is reset, not set. The memory backend starts empty, so it gives
     # the default.
-    asked = ("env", "GSETTINGS_BACKEND=memory", "gsettings", "get", schema, key)
-    default = commands.run(asked).out.strip()
+    memory = ("env", "GSETTINGS_BACKEND=memory", "gsettings", "get", schema, key)
+    default = commands.run(memory).out.strip()
     back: Argv = ("gsettings", "set", schema, key, before)
     if before in (default, value):
         back = ("gsettings", "reset", schema, key)
