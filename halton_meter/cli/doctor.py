@@ -23,7 +23,7 @@ from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.ledger import Ledger
-    from proxy_fallback.setup.plan import Machine
+    from proxy_fallback.setup.machine import Machine
 
 # A day of heavy use is some 50 MB of events.
 FREE_BYTES_MIN = 500 * 1024 * 1024
@@ -108,7 +108,7 @@ def _apply(machine: Machine, plan: list[str], as_json: bool) -> int:
             words = [sys.executable, "-P", "-m", "halton_meter", *words[1:]]
         ran = machine.commands.run(words)
         if ran.code:
-            complain(Problem(f"{command}: {ran.said}", "halton-meter doctor"))
+            complain(Problem(f"{command}: {ran.message}", "halton-meter doctor"))
             return 1
         if not as_json:
             say(f"done: {command}")

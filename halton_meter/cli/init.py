@@ -20,7 +20,7 @@ from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.changes import Commands
-    from proxy_fallback.setup.plan import Machine
+    from proxy_fallback.setup.machine import Machine
     from proxy_fallback.setup.steps import StepTaken
 
 EXAMPLES = """
@@ -87,12 +87,12 @@ def init(
                 say("An earlier init was interrupted. Continuing from there.")
             steps: list[StepTaken] = []
 
-            def tell(done: StepTaken) -> None:
+            def report(done: StepTaken) -> None:
                 steps.append(done)
                 if not as_json:
                     say(_line(done))
 
-            changed = take_steps(machine, choice, ledger, tell)
+            changed = take_steps(machine, choice, ledger, report)
         ask_service(machine.home, "forget")  # programs that refused our CA are tried again
     except ChangeError as error:
         fail(error.problem, as_json=as_json)
@@ -165,7 +165,7 @@ def _keep_system_proxy(machine: Machine) -> NoReturn:
     """Guard the system proxy settings until stopped; the agent or unit of `--full` runs this."""
     import signal
 
-    from proxy_fallback.setup.system_proxy import ProxySettingsGuard, notifications
+    from proxy_fallback.setup.settings_guard import ProxySettingsGuard, notifications
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     guard = ProxySettingsGuard(
@@ -203,7 +203,7 @@ def machine_here(platform: str | None = None) -> Machine:
     from halton_meter import config
     from halton_meter.providers.registry import Registry
     from proxy_fallback.edge import listening
-    from proxy_fallback.setup.plan import Machine
+    from proxy_fallback.setup.machine import Machine
 
     home = config.home_folder()
     try:

@@ -31,7 +31,7 @@ from proxy_fallback.edge.client_socket import ClientSocket
 if TYPE_CHECKING:
     from mitmproxy import http, tls
 
-# Flows being watched at once; more than any person's tools have open.
+# Flows being watched at once; more than one user's tools have open.
 FLOWS_MAX = 4096
 # Lookups of clients' processes at once.
 LOOKUP_THREADS = 4

@@ -28,7 +28,7 @@ REDIRECT_VARIABLE = "HALTON_METER_REDIRECT"
 
 
 class ProxyError(Exception):
-    """The proxy could not be started; the text says why and what to run."""
+    """Mitmproxy could not be started; the text says why."""
 
 
 def host_patterns(hosts: Iterable[str]) -> list[str]:
@@ -76,8 +76,8 @@ class ProxySession:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._thread.start()
         if not self._ready.wait(START_SECONDS_MAX) or self._failure is not None or not self.port:
-            reason = self._failure or "it did not listen in time"
-            raise ProxyError(f"The local proxy did not start: {reason}. Try the command again.")
+            reason = self._failure or f"no port after {START_SECONDS_MAX:.0f} s"
+            raise ProxyError(f"mitmproxy does not listen: {reason}")
         for key in self._folder.glob("mitmproxy-ca.p*"):
             key.chmod(0o600)
 
@@ -97,7 +97,7 @@ class ProxySession:
         previous = os.umask(0o077)
         try:
             asyncio.run(self._main())
-        except BaseException as error:  # told to the caller of start()
+        except BaseException as error:  # start() raises it
             self._failure = error
         finally:
             os.umask(previous)

@@ -49,7 +49,7 @@ class Ran:
     err: str = ""
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         """What it printed, shortened for an error message."""
         return (self.err.strip() or self.out.strip() or f"exit code {self.code}")[:SAID_CHARS_MAX]
 
@@ -85,7 +85,7 @@ class Unasked(Commands):
 
     def run(self, argv: Sequence[str]) -> Ran:
         """Refuse."""
-        return Ran(127, "", f"{argv[0]}: not asked")
+        return Ran(127, "", f"{argv[0]}: not run")
 
     def has(self, program: str) -> bool:
         """Assume what every machine has."""

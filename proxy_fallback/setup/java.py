@@ -66,7 +66,7 @@ def for_one_command(
     for argv in copied_store(store, certificate, source).run:
         ran = commands.run(argv)
         if ran.code:
-            raise ChangeError(f"{shown(argv)}: {ran.said}", "leave --java out")
+            raise ChangeError(f"{shown(argv)}: {ran.message}", "leave --java out")
     # Of two options of one name, the later one wins.
     return {OPTIONS_NAME: f"{own} {options(store, port)}".strip()}
 
@@ -74,12 +74,12 @@ def for_one_command(
 def own_store(platform: str, commands: Commands) -> str:
     """Java's own trust store. Raises ChangeError where there is no Java."""
     found = 'echo "${JAVA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v java)")")")}"'
-    asked: Argv = ("sh", "-c", found)
+    command: Argv = ("sh", "-c", found)
     if platform == "macos":
-        asked = ("/usr/libexec/java_home",)
-    said = commands.run(asked)
-    home = said.out.strip()
-    if said.code or home in ("", ".") or not commands.has("keytool"):
+        command = ("/usr/libexec/java_home",)
+    ran = commands.run(command)
+    home = ran.out.strip()
+    if ran.code or home in ("", ".") or not commands.has("keytool"):
         raise ChangeError(
             "found no Java (neither java nor keytool)", "install a JDK, or leave --java out"
         )

@@ -289,7 +289,7 @@ class Ledger:
             ran = self._commands.run(argv[1:] if tolerated else argv)
             forgiven = tolerated or (change.check_decides and self._checked(change))
             if ran.code and not forgiven:
-                raise ChangeError(f"{shown(argv)}: {ran.said}")
+                raise ChangeError(f"{shown(argv)}: {ran.message}")
 
     def _undone(self, entry: Entry) -> list[str]:
         change = entry.change
@@ -317,7 +317,7 @@ class Ledger:
             tolerated = argv[0] == TOLERATED or not entry.made or checked is False
             ran = self._commands.run(argv[1:] if argv[0] == TOLERATED else argv)
             if ran.code and not tolerated and (checked is None or self._checked(change)):
-                raise ChangeError(f"{shown(argv)}: {ran.said}")
+                raise ChangeError(f"{shown(argv)}: {ran.message}")
         return []
 
     # --- the file ---

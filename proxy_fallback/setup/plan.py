@@ -8,14 +8,12 @@ proxy that the user already uses.
 
 from __future__ import annotations
 
-import datetime
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from proxy_fallback.mitm.session import REDIRECT_VARIABLE
-from proxy_fallback.setup import java, service_files, system_proxy, trust
+from proxy_fallback.setup import java, service_files, services, system_proxy, trust
 from proxy_fallback.setup.authority import (
     CERTIFICATE_NAME,
     TRUSTED_NAME,
@@ -30,7 +28,6 @@ from proxy_fallback.setup.changes import (
     BlockAdded,
     ChangeError,
     CommandRun,
-    Commands,
     FileMade,
     FolderOwned,
     MachineChange,
@@ -39,10 +36,9 @@ from proxy_fallback.setup.changes import (
     write_whole,
 )
 from proxy_fallback.setup.ledger import Ledger
-from proxy_fallback.setup.variables import unset_for_service
+from proxy_fallback.setup.machine import Machine
 
 MODES = ("env-only", "apps", "full")
-CA_FOLDER_NAME = "proxy-ca"
 # Uninstall leaves this file: open terminals still have it in NODE_OPTIONS, and Node would not start
 # without it. Without a proxy it does nothing.
 PRELOAD_NAME = "node_proxy.cjs"
@@ -54,49 +50,6 @@ _SHELLS = ("bash", "zsh", "fish")
 
 class SetupError(ChangeError):
     """Set-up was refused, or failed and was undone; the problem says why and how to fix it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The machine and the user to set up.
-
-    `home` is Halton Meter's data folder, `user_home` the user's home directory. `witness` is a file
-    of the package: without it, the package was removed. `upstream` is whether config.toml names a
-    proxy that leads out of this network. `healthy` tells whether the edge answers, `metering`
-    whether the worker behind it is ready, `port_taken` whether any program listens on its port.
-    """
-
-    platform: str
-    uid: int
-    user_home: Path
-    home: Path
-    environ: Mapping[str, str]
-    commands: Commands
-    python: str
-    witness: Path
-    port: int
-    hosts: tuple[str, ...]
-    now: datetime.datetime
-    upstream: bool = False
-    healthy: Callable[[], bool] = lambda: True
-    metering: Callable[[], bool] = lambda: True
-    port_taken: Callable[[], bool] = lambda: False
-    sleep: Callable[[float], None] = time.sleep
-
-    @property
-    def ca_folder(self) -> Path:
-        """Where the CA and the bundles are."""
-        return self.home / CA_FOLDER_NAME
-
-    @property
-    def config_home(self) -> Path:
-        """XDG_CONFIG_HOME."""
-        return Path(self.environ.get("XDG_CONFIG_HOME") or self.user_home / ".config")
-
-    @property
-    def proxy_url(self) -> str:
-        """The value of proxy variables."""
-        return f"http://127.0.0.1:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +120,7 @@ class SetupPlan:
                 'or choose another port: "port = 8082" under [proxy] in config.toml',
             )
         if self._choice.mode == "full":
-            if not self._supervised():
+            if not self._machine.supervised():
                 raise ChangeError(
                     "systemctl --user does not work here, so nothing would restart the proxy or "
                     "reset the system's proxy settings when it fails",
@@ -309,44 +262,30 @@ class SetupPlan:
 
     # --- the service ---
 
-    def _command(self, *arguments: str) -> tuple[str, ...]:
-        return (self._machine.python, "-P", "-m", "halton_meter", *arguments)
-
     def _service_environment(self) -> dict[str, str]:
         m = self._machine
         roots = str(m.ca_folder / trust.ROOTS_NAME)
         return {"HALTON_METER_HOME": str(m.home), "SSL_CERT_FILE": roots}
 
-    def _pid_file(self) -> Path:
-        return self._machine.home / "proxy.pid"
-
-    def _supervised(self) -> bool:
-        """Whether launchd, or systemd --user, restarts the service."""
-        if self._macos:
-            return True
-        if not self._machine.commands.has("systemctl"):
-            return False
-        asked = ("systemctl", "--user", "show", "--property=Version")
-        return self._machine.commands.run(asked).code == 0
-
     def _service_changes(self) -> list[MachineChange]:
         m = self._machine
         authority = self._authority()
         ca = authority.sha256[:16] if authority else "CA"
-        command = self._command("daemon", "--foreground", "--via", "proxy")
+        command = m.command("daemon", "--foreground", "--via", "proxy")
         if self._macos:
             environment = {**self._service_environment(), "HALTON_METER_CA": ca}
             if self._choice.redirect:
                 environment[REDIRECT_VARIABLE] = self._choice.redirect
-            log = m.home / "proxy.log"
+            log = m.log_file
             text = service_files.launch_agent(
                 service_files.LABEL, command, environment, log, m.port
             )
-            return [*self._redirector(), *self._agent(service_files.LABEL, text)]
-        if not self._supervised():
-            return [self._background(command)]
+            return [*self._redirector(), *services.agent(m, service_files.LABEL, text)]
+        if not self._machine.supervised():
+            return [services.background(m, command, self._service_environment())]
         unit = service_files.UNIT
-        return self._units(
+        return services.units(
+            m,
             {
                 f"{unit}.socket": service_files.socket_unit(m.port),
                 f"{unit}.service": service_files.service_unit(
@@ -363,79 +302,10 @@ class SetupPlan:
             return [CommandRun("redirector", run=(), undo=())] if self._choice.redirect else []
         return [CommandRun("redirector", run=(), undo=((TOLERATED, "rm", "-rf", REDIRECTOR),))]
 
-    def _units(self, texts: Mapping[str, str], unit: str) -> list[MachineChange]:
-        """Unit files, enabled and started. A reload comes first, and last when undone."""
-        control = ("systemctl", "--user")
-        folder = self._machine.config_home / "systemd/user"
-        names = tuple(texts)
-        files = [FileMade(str(folder / name), text) for name, text in texts.items()]
-        start = tuple((*control, "restart", name) for name in names)
-        # With several names, one success is enough for systemctl; the first unit starts the rest.
-        asked = [shown((*control, "is-enabled", "--quiet", name)) for name in names]
-        asked.append(shown((*control, "is-active", "--quiet", names[0])))
-        return [
-            CommandRun(f"reload:{unit}", run=(), undo=((TOLERATED, *control, "daemon-reload"),)),
-            *files,
-            CommandRun(
-                key=f"service:{unit}",
-                # A socket cannot be restarted while its service holds it.
-                run=(
-                    (*control, "daemon-reload"),
-                    (TOLERATED, *control, "stop", *reversed(names)),
-                    (*control, "enable", *names),
-                    *start,
-                ),
-                undo=((*control, "disable", "--now", *reversed(names)),),
-                check=("sh", "-c", " && ".join(asked)),
-            ),
-        ]
-
-    def _agent(self, label: str, text: str) -> list[MachineChange]:
-        """A launchd agent, loaded into the user's graphical session."""
-        m = self._machine
-        file = m.user_home / "Library/LaunchAgents" / f"{label}.plist"
-        target = f"gui/{m.uid}/{label}"
-        # bootout returns before the job is gone, and bootstrap then fails with error 5.
-        there = f"launchctl print {target} >/dev/null 2>&1"
-        wait = ("sh", "-c", f"for n in 1 2 3 4 5 6 7 8 9; do {there} || exit 0; sleep 0.5; done")
-        return [
-            FileMade(str(file), text),
-            CommandRun(
-                key=f"service:{label}",
-                run=(
-                    (TOLERATED, "launchctl", "bootout", target),
-                    (TOLERATED, *wait),
-                    (TOLERATED, "launchctl", "enable", target),
-                    ("launchctl", "bootstrap", f"gui/{m.uid}", str(file)),
-                ),
-                undo=((TOLERATED, "launchctl", "bootout", target), (TOLERATED, *wait)),
-                check=("launchctl", "print", target),
-                check_decides=True,
-            ),
-        ]
-
-    def _background(self, command: Sequence[str]) -> CommandRun:
-        """Without a supervisor: a process in the background, until the next reboot."""
-        m = self._machine
-        pid, log = self._pid_file(), m.home / "proxy.log"
-        unset = [f"--unset={name}" for name in unset_for_service()]
-        given = [f"{name}={value}" for name, value in self._service_environment().items()]
-        line = shown(("setsid", "env", *unset, *given, *command, "--keep"))
-        quoted = [shown((str(each),)) for each in (log, pid)]
-        alive = f'kill -0 "$(cat {quoted[1]})" 2>/dev/null'
-        start = f"umask 077; {line} >>{quoted[0]} 2>&1 </dev/null & echo $! >{quoted[1]}"
-        stop = f'kill "$(cat {quoted[1]})"; while {alive}; do sleep 0.1; done; rm -f {quoted[1]}'
-        return CommandRun(
-            key="service:background",
-            run=(("sh", "-c", start),),
-            undo=((TOLERATED, "sh", "-c", stop), (TOLERATED, "rm", "-f", str(log))),
-            check=("sh", "-c", alive),
-        )
-
     def _service_detail(self) -> str:
         if self._macos:
             return "by launchd, at every login"
-        if self._supervised():
+        if self._machine.supervised():
             return "by your systemd, at every login"
         return "in the background; after a reboot only init starts it again"
 
@@ -447,7 +317,7 @@ class SetupPlan:
                 return times > 0
             m.sleep(HEALTHY_EVERY_S)
         log = f"journalctl --user -u {service_files.UNIT} -n 30"
-        if self._macos or not self._supervised():
+        if self._macos or not self._machine.supervised():
             log = f"tail {m.home / 'proxy.log'}"
         what = "answers but does not meter" if m.healthy() else "does not answer"
         raise SetupError(
@@ -469,7 +339,7 @@ class SetupPlan:
         terms = trust.Terms(
             m.witness,
             m.home / PRELOAD_NAME,
-            None if self._supervised() else self._pid_file(),
+            None if self._machine.supervised() else m.pid_file,
             m.upstream,
         )
         changes: list[MachineChange] = [FileMade(str(script), trust.posix_text(wanted, terms))]
@@ -510,7 +380,7 @@ class SetupPlan:
         """Variables for apps that no shell started."""
         if self._macos:
             return self._launchctl_changes(wanted)
-        if not self._supervised():
+        if not self._machine.supervised():
             return []  # nothing reads the file then, and nothing restarts the proxy
         m = self._machine
         file = m.config_home / "environment.d/60-halton-meter.conf"
@@ -532,12 +402,12 @@ class SetupPlan:
         lines += [shown(("launchctl", "setenv", *each)) for each in wanted.items()]
         undoing: list[Argv] = []
         for name in wanted:
-            said = m.commands.run(("launchctl", "getenv", name)).out.removesuffix("\n")
+            before = m.commands.run(("launchctl", "getenv", name)).out.removesuffix("\n")
             back: Argv = ("launchctl", "unsetenv", name)
-            undoing.append(("launchctl", "setenv", name, said) if said else back)
+            undoing.append(("launchctl", "setenv", name, before) if before else back)
         label = service_files.ENVIRONMENT_LABEL
         text = service_files.launch_agent(
-            label, ("/bin/sh", str(script)), {}, m.home / "proxy.log", once=True
+            label, ("/bin/sh", str(script)), {}, m.log_file, once=True
         )
         return [
             FileMade(str(script), "\n".join(lines) + "\n"),
@@ -546,7 +416,7 @@ class SetupPlan:
                 run=tuple(("launchctl", "setenv", *each) for each in wanted.items()),
                 undo=tuple(undoing),
             ),
-            *self._agent(label, text),
+            *services.agent(m, label, text),
         ]
 
     def _environment_detail(self) -> str:
@@ -556,7 +426,7 @@ class SetupPlan:
             apps = (
                 "; apps that you start from now on" if self._macos else "; apps at the next login"
             )
-            apps = apps if self._supervised() else "; apps only if started from a terminal"
+            apps = apps if self._machine.supervised() else "; apps only if started from a terminal"
         return f"{where} (new terminals){apps}"
 
     # --- the system's proxy ---
@@ -576,17 +446,19 @@ class SetupPlan:
 
     def _guard_changes(self) -> list[MachineChange]:
         m = self._machine
-        command = self._command("init", "--keep-system-proxy")
+        command = m.command("init", "--keep-system-proxy")
         environment = {"HALTON_METER_HOME": str(m.home)}
         if self._macos:
             label = service_files.GUARD_LABEL
-            log = m.home / "proxy.log"
-            return self._agent(label, service_files.launch_agent(label, command, environment, log))
-        if not self._supervised():
+            log = m.log_file
+            return services.agent(
+                m, label, service_files.launch_agent(label, command, environment, log)
+            )
+        if not self._machine.supervised():
             return []
         unit = service_files.GUARD_UNIT
         text = service_files.service_unit("the system's proxy", command, environment)
-        return self._units({f"{unit}.service": text}, unit)
+        return services.units(m, {f"{unit}.service": text}, unit)
 
 
 def _check_redirect(apps: str) -> None:

@@ -14,14 +14,8 @@ from pathlib import Path
 
 from proxy_fallback.setup.changes import ChangeError, CommandRun
 from proxy_fallback.setup.ledger import Entry, Ledger
-from proxy_fallback.setup.plan import (
-    CA_FOLDER_NAME,
-    Choice,
-    Machine,
-    SetupError,
-    SetupPlan,
-    SetupStep,
-)
+from proxy_fallback.setup.machine import CA_FOLDER_NAME, Machine
+from proxy_fallback.setup.plan import Choice, SetupError, SetupPlan, SetupStep
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxy_fallback.setup.changes import Commands, Ran
-from proxy_fallback.setup.plan import Machine
+from proxy_fallback.setup.machine import Machine
 
 RECORDED = Path(__file__).parent / "recorded"
 NOW = datetime.datetime.now(datetime.UTC)

@@ -17,7 +17,8 @@ import pytest
 from proxy_fallback.setup.authority import ensure_authority
 from proxy_fallback.setup.changes import ChangeError, Commands, Ran
 from proxy_fallback.setup.ledger import Ledger
-from proxy_fallback.setup.plan import Choice, Machine, SetupError
+from proxy_fallback.setup.machine import Machine
+from proxy_fallback.setup.plan import Choice, SetupError
 from proxy_fallback.setup.steps import describe, take_steps, undo
 from proxy_fallback.setup.system_proxy import gnome_changes
 from proxy_fallback.setup.trust import variables

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from proxy_fallback.setup import system_proxy
+from proxy_fallback.setup import settings_guard
 from proxy_fallback.setup.authority import ensure_authority
 from proxy_fallback.setup.changes import ChangeError, Ran
 from proxy_fallback.setup.ledger import Ledger
-from proxy_fallback.setup.plan import Choice, Machine, SetupError
+from proxy_fallback.setup.machine import Machine
+from proxy_fallback.setup.plan import Choice, SetupError
+from proxy_fallback.setup.settings_guard import ProxySettingsGuard, notifications
 from proxy_fallback.setup.steps import StepTaken, describe, take_steps, undo
-from proxy_fallback.setup.system_proxy import (
-    ProxySettingsGuard,
-    network_proxy,
-    network_services,
-    notifications,
-)
+from proxy_fallback.setup.system_proxy import network_proxy, network_services
 from tests.support.machines import RECORDED, Mac, files, life, machine, said
 
 FULL = Choice("full")
@@ -407,7 +404,7 @@ def test_failed_checks_in_a_row_take_the_system_proxy_away_until_it_is_well_agai
 
 def test_a_keeper_that_starts_while_all_is_down_takes_the_proxy_away(mac: Mac, kept: Kept) -> None:
     kept[1].well = False
-    for _ in range(system_proxy.FAILURES_MAX):
+    for _ in range(settings_guard.FAILURES_MAX):
         kept[0].check(network_changed=True)
     assert not any(k[0] for kinds in mac.state.services.values() for k in kinds.values())
 
@@ -424,8 +421,8 @@ def test_the_keeper_does_nothing_where_set_up_was_taken_back(
 def test_notifications_are_taken_from_what_scutil_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(system_proxy, "HEALTH_EVERY_S", 0.05)
-    monkeypatch.setattr(system_proxy, "SETTLE_S", 0.01)
+    monkeypatch.setattr(settings_guard, "HEALTH_EVERY_S", 0.05)
+    monkeypatch.setattr(settings_guard, "SETTLE_S", 0.01)
     asked, go = tmp_path / "asked", tmp_path / "go"
     recorded = RECORDED / "scutil_watch.txt"
     script = (
@@ -448,8 +445,8 @@ def test_notifications_are_taken_from_what_scutil_prints(
 def test_without_notifications_the_network_is_looked_at_from_time_to_time(
     monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(system_proxy, "HEALTH_EVERY_S", 0.01)
-    monkeypatch.setattr(system_proxy, "LIST_EVERY_S", 0.05)
+    monkeypatch.setattr(settings_guard, "HEALTH_EVERY_S", 0.01)
+    monkeypatch.setattr(settings_guard, "LIST_EVERY_S", 0.05)
     told = notifications(command)
     assert next(told)
     assert any(next(told) for _ in range(200))
