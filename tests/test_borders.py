@@ -134,7 +134,7 @@ def test_what_is_shown_moves_no_cursor_and_breaks_no_encoding() -> None:
 
 TOTALS = Totals().as_json()
 METERING = ["ready", "stop", "totals", "storing", "final", "losses", "held", "owed", "coverage"]
-METERING += ["store_error", "unavailable", "refused", "loader", "capture_losses"]
+METERING += ["store_error", "unavailable", "refused", "loader", "capture_losses", "outages"]
 
 
 def plan(home: Path) -> supervisor.Plan:
@@ -187,7 +187,8 @@ def test_nothing_that_a_metering_process_says_ends_its_supervisor(raw: bytes) ->
     assert watched._losses.total()["ring_full_bytes"] == 7
     for line in raw.splitlines():
         if (message := parsed(line)) is not None:
-            assert all(isinstance(part, str) for part in supervisor._problems(message)[0])
+            problem = supervisor._problems(message)[0]
+            assert isinstance(problem.what + problem.fix, str)
     losses = watched._losses
     next_job = watched._plan.job(lost_before=losses.before, owed=losses.owed)
     json.dumps(dataclasses.asdict(next_job), allow_nan=False)

@@ -103,7 +103,7 @@ def daemon(
             "say --foreground; to run it in the background: sudo halton-meter start"
         )
     from halton_meter.config import ConfigError
-    from halton_meter.live.probes.supervisor import Unavailable
+    from halton_meter.problem import Unavailable
 
     try:
         if via == "proxy":
@@ -111,8 +111,8 @@ def daemon(
         else:
             _serve(owner, all_users, users, cgroup)
     except Unavailable as error:
-        for what, mend in error.problems:
-            say(f"{what}\n  try: {mend}")
+        for problem in error.problems:
+            say(f"{problem.what}\n  try: {problem.fix}")
         sys.exit(1)
     except ConfigError as error:
         say(str(error))
@@ -125,30 +125,26 @@ def daemon(
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
     from halton_meter import config
     from halton_meter.live import own_code
-    from halton_meter.live.probes import service as root
-    from halton_meter.live.probes import supervisor
+    from halton_meter.live.probes import service
+    from halton_meter.problem import Problem, Unavailable
 
     if not config.is_root():
-        raise supervisor.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
+        raise Unavailable([Problem("attaching probes needs root", "sudo halton-meter start")])
     if problems := own_code.problems():
-        raise supervisor.Unavailable(problems)
+        raise Unavailable(problems)
     account = config.account_named(owner) if owner else config.invoking_account()
     home = config.home_folder(account=account)
-    plan = root.service_plan(
+    plan = service.service_plan(
         account, home, all_users=all_users, users=users, cgroup=cgroup, say=say
     )
-    root.serve(plan, say)
+    service.serve(plan, say)
 
 
 def _serve_proxy(port: int | None) -> None:
     from halton_meter import config
-    from halton_meter.live.probes.supervisor import Unavailable
-    from halton_meter.live.proxy import run as proxied
+    from halton_meter.live.proxy import run
 
-    try:
-        proxied.serve(config.home_folder(), port, say)
-    except proxied.ProxyUnavailable as error:
-        raise Unavailable([(str(error), error.mend)]) from None
+    run.serve(config.home_folder(), port, say)
 
 
 def _keep_proxy(port: int | None) -> int:

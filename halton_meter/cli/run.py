@@ -19,8 +19,9 @@ import click
 from halton_meter.cli.output import count, harmless, harmless_lines, implausible_words
 
 if TYPE_CHECKING:
-    from halton_meter.live.probes.supervisor import Metered
+    from halton_meter.live.result import RunResult
     from halton_meter.live.totals import Line
+    from halton_meter.problem import Problem
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
@@ -77,7 +78,7 @@ def run(
     metered, in which case it was not started.
     """
     from halton_meter.config import ConfigError, invoking_account
-    from halton_meter.live.probes.supervisor import Unavailable
+    from halton_meter.problem import Unavailable
 
     if shell == bool(command):
         raise click.UsageError("say what to run, or --shell:  halton-meter run -- claude -p hello")
@@ -89,38 +90,40 @@ def run(
             click.echo("halton-meter: this shell is metered; its cost is told at its end", err=True)
     try:
         if via == "proxy" or java:
-            code, metered = _through_proxy(command, java)
+            result = _through_proxy(command, java)
         else:
-            code, metered = _through_probes(command, via)
+            result = _through_probes(command, via)
     except Unavailable as error:
-        for what, mend in error.problems:
-            click.echo(harmless_lines(f"halton-meter: {what}\n  try: {mend}"), err=True)
+        for problem in error.problems:
+            text = f"halton-meter: {problem.what}\n  try: {problem.fix}"
+            click.echo(harmless_lines(text), err=True)
         sys.exit(1)
     except ConfigError as error:
         click.echo(harmless_lines(f"halton-meter: {error}"), err=True)
         sys.exit(1)
     if json_summary is not None:
-        _write_summary(json_summary, code, metered)
+        _write_summary(json_summary, result)
     if not quiet:
-        for line in summary_lines(metered):
+        for line in summary_lines(result):
             click.echo(harmless(line), err=True)
-    sys.exit(code)
+    sys.exit(result.exit_code)
 
 
-def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
+def _through_probes(command: Sequence[str], via: str) -> RunResult:
     from halton_meter import config, privileges
     from halton_meter.live import own_code
-    from halton_meter.live.probes import service as daemon
-    from halton_meter.live.probes import supervisor
+    from halton_meter.live.probes import service
+    from halton_meter.live.probes.supervisor import Plan
+    from halton_meter.problem import Unavailable
 
     if config.is_root() and (problems := own_code.problems()):
-        raise supervisor.Unavailable(problems)
+        raise Unavailable(problems)
     account, home = config.invoking_account(), config.home_folder()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
     control = _service(home, account.uid)
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
-        return daemon.run_watched(command, environment, account, control)
+        return service.run_watched(command, environment, account, control)
     if not config.is_root() and via == "auto":
         click.echo(
             "halton-meter: through a local proxy, as there is neither root nor the service "
@@ -129,10 +132,10 @@ def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
         )
         return _through_proxy(command)
     if not config.is_root():
-        raise supervisor.Unavailable(_not_root(command))
-    chosen, hosts = daemon.configured(account, home)
-    plan = supervisor.Plan(account, home, chosen, hosts, service=False)
-    return daemon.run_command(command, environment, plan)
+        raise Unavailable([_not_root(command)])
+    chosen, hosts = service.configured(account, home)
+    plan = Plan(account, home, chosen, hosts, service=False)
+    return service.run_command(command, environment, plan)
 
 
 def _service(home: Path, uid: int) -> Any:
@@ -150,38 +153,33 @@ def _service(home: Path, uid: int) -> Any:
     return None
 
 
-def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
+def _not_root(command: Sequence[str]) -> Problem:
     import shlex
+
+    from halton_meter.problem import Problem
 
     typed = shlex.join(command)
     what = "metering without a proxy needs root or the running service, and there is neither"
     ways = f"sudo halton-meter run -- {typed}\n   or: sudo halton-meter start   (once)"
     ways += f"\n   or: halton-meter run --via proxy -- {typed}"
-    return [(what, ways)]
+    return Problem(what, ways)
 
 
-def _through_proxy(command: Sequence[str], java: bool = False) -> tuple[int, Metered]:
+def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     from halton_meter import config
-    from halton_meter.live.probes import supervisor
-    from halton_meter.live.proxy.run import ProxyUnavailable, meter_command
+    from halton_meter.live.proxy.run import meter_command
 
     home = config.home_folder()
     hosts, upstream = config.load(home).extra_hosts, config.load_proxy(home).upstream
-    try:
-        run = meter_command(command, home, os.environ, hosts, upstream, java)
-    except ProxyUnavailable as error:
-        raise supervisor.Unavailable([(str(error), error.mend)]) from None
-    metered = supervisor.Metered(run.totals, dict(run.losses), gaps=run.gaps)
-    metered.store_error, metered.price_error = run.store_error, run.price_error
-    return run.exit_code, metered
+    return meter_command(command, home, os.environ, hosts, upstream, java)
 
 
 # --- the summary --------------------------------------------------------------------------------
 
 
-def summary_lines(metered: Metered) -> list[str]:
+def summary_lines(result: RunResult) -> list[str]:
     """What is told at the end of a run."""
-    totals = metered.totals
+    totals = result.totals
     total = totals.total
     lines = [
         f"halton-meter: {count(total.requests, 'request')}, "
@@ -194,7 +192,7 @@ def summary_lines(metered: Metered) -> list[str]:
         lines.append(
             f"  and {len(models) - MODELS_SHOWN} more models: halton-meter report --by model"
         )
-    lines += _troubles(metered)
+    lines += _troubles(result)
     return lines
 
 
@@ -215,8 +213,8 @@ def _cost(line: Line) -> str:
     return text + (f" + {line.unpriced:,} unpriced" if line.unpriced else "")
 
 
-def _troubles(metered: Metered) -> list[str]:
-    totals = metered.totals
+def _troubles(result: RunResult) -> list[str]:
+    totals = result.totals
     lines = []
     if totals.gapped or totals.aborted or totals.failed:
         words = (
@@ -227,35 +225,35 @@ def _troubles(metered: Metered) -> list[str]:
         lines.append("  of these " + ", ".join(f"{n:,} {what}" for n, what in words if n))
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
-    for from_ns, to_ns, cause in metered.gaps:
+    for from_ns, to_ns, cause in result.outages:
         lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
-    lines += [f"  lost: {cause} {lost:,}" for cause, lost in metered.losses.items()]
-    if metered.price_error:
-        lines.append(f"  {metered.price_error}")
-    if metered.store_error:
-        lines.append(f"  {metered.store_error}")
-    unseen = [line for line in metered.coverage if line.get("state") != "metered"]
+    lines += [f"  lost: {cause} {lost:,}" for cause, lost in result.losses.items()]
+    if result.price_error:
+        lines.append(f"  {result.price_error}")
+    if result.store_error:
+        lines.append(f"  {result.store_error}")
+    unseen = [line for line in result.coverage if line.get("state") != "metered"]
     for line in unseen[:PROCESSES_SHOWN]:
         host = f" that looked up {line['host']}" if line.get("host") else ", to hosts not known"
         name = line["process"] or line["pid"]
         lines.append(f"  not metered: TLS ({line['stack']}) of {name}{host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
-    partly = [line for line in metered.coverage if line not in unseen and line.get("advice")]
+    partly = [line for line in result.coverage if line not in unseen and line.get("advice")]
     for line in partly[:PROCESSES_SHOWN]:
         name = line["process"] or line["pid"]
         lines += [f"  perhaps not all of {name} is metered:", f"    {line['advice']}"]
     return lines
 
 
-def _write_summary(path: Path, code: int, metered: Metered) -> None:
-    summary = metered.totals.as_json() | {
-        "exit_code": code,
-        "losses": metered.losses,
-        "gaps": [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in metered.gaps],
-        "coverage": metered.coverage,
-        "store_error": metered.store_error,
-        "price_error": metered.price_error,
+def _write_summary(path: Path, result: RunResult) -> None:
+    summary = result.totals.as_json() | {
+        "exit_code": result.exit_code,
+        "losses": result.losses,
+        "gaps": [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages],
+        "coverage": result.coverage,
+        "store_error": result.store_error,
+        "price_error": result.price_error,
     }
     from halton_meter import config, privileges
 

@@ -194,7 +194,7 @@ def _start_probes(
         ways = "sudo halton-meter start\n   or: halton-meter start --via proxy   (no root needed)"
         _fail("starting the service needs root", ways)
     for problem in own_code.problems():
-        _fail(*problem)
+        _fail(problem.what, problem.fix)
     status = _status(home, account.uid)
     if status is not None:
         click.echo(f"already running (pid {status.get('supervisor_pid')})")

@@ -5,7 +5,7 @@ beside us they overwrite our files, and a folder that is earlier on the path hid
 starts anything it is looked whether all four come from one place, also to the processes that root
 starts (which ignore PYTHONPATH and a person's own site folder), and are what pip once wrote there.
 That is against mishaps and other people's packages: who may write to our own folder needs no trick,
-and `changeable_by_others` tells of those. Standard library only, and nothing of ours is imported.
+and `changeable_by_others` finds those. Standard library only, and `Problem`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from halton_meter import __version__
+from halton_meter.problem import Problem
 
 PACKAGES = ("halton_meter", "capture", "proxy_fallback", "pricing")
 # What Python or root's helper runs: modules, and the kernel's program with its source.
@@ -31,24 +32,28 @@ _AWAY = (
 )
 
 
-def problems() -> list[tuple[str, str]]:
-    """Why root should not run this code, each with what to do; nothing where all is well."""
+def problems() -> list[Problem]:
+    """Why root should not run this code; nothing where all is well."""
     place = place_of_ours()
     for name in PACKAGES:
         found = _folder(name, sys.path)
         if found is not None and found != place / name:
-            return [(f"root would run code of {found}, which is not Halton Meter's", _ELSEWHERE)]
+            return [_foreign(found, _ELSEWHERE)]
     for name in PACKAGES:
         found = _folder(name, isolated_path())
         if found is None:
-            what = f"what root starts would not find {place / name}: it ignores PYTHONPATH and ~"
-            return [(what, _AWAY)]
+            what = f"root's processes would not find {place / name}: they ignore PYTHONPATH and ~"
+            return [Problem(what, _AWAY)]
         if found != place / name:
-            return [(f"root would run code of {found}, which is not Halton Meter's", _AWAY)]
+            return [_foreign(found, _AWAY)]
     if (changed := _unlike_its_record(place)) is not None:
-        what = f"root would run {changed}, which is not as Halton Meter's installation left it"
-        return [(what, _AWAY)]
+        what = f"root would run {changed}, which has changed since Halton Meter was installed"
+        return [Problem(what, _AWAY)]
     return []
+
+
+def _foreign(found: Path, fix: str) -> Problem:
+    return Problem(f"root would run code of {found}, which is not Halton Meter's", fix)
 
 
 def python(module: str, *arguments: str) -> list[str]:

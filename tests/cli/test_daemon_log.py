@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from halton_meter.cli import daemon, service
-from halton_meter.live.probes import service as root
-from halton_meter.live.probes.supervisor import Metered
-from halton_meter.live.proxy import run as proxied
+from halton_meter.live.probes import service as probes_service
+from halton_meter.live.proxy import run as proxy_run
 from halton_meter.live.proxy import service as proxy_service
 from halton_meter.live.proxy.worker import Job
+from halton_meter.live.result import RunResult
 from halton_meter.store import errors
 from proxy_fallback.edge.listening import listen
 
@@ -98,7 +98,7 @@ def test_a_full_disk_does_not_change_the_exit_code(tmp_path: Path, keep: tuple[s
 def test_a_fault_of_the_proxys_service_ends_its_process(tmp_path: Path) -> None:
     kept = proxy_service.ProxyService(Job(str(tmp_path), False), dict(os.environ))
     with pytest.raises(OSError, match="No space left"):
-        asyncio.run(proxied._serve(kept, [listen(0)], refuse))
+        asyncio.run(proxy_run._serve(kept, [listen(0)], refuse))
 
 
 def test_what_keeps_the_worker_is_begun_again_when_it_dies(
@@ -142,8 +142,8 @@ class Flickering:
         self.ready = not self.ready
         self.stop_asked = self.ticks == 4
 
-    def finish(self) -> Metered:
-        return Metered()
+    def finish(self) -> RunResult:
+        return RunResult()
 
 
 class NoSignals:
@@ -170,11 +170,11 @@ def test_the_probes_service_goes_on_when_its_log_takes_nothing(
         made.append(Flickering(plan))
         return made[0]
 
-    monkeypatch.setattr(root, "Supervisor", supervisor)
-    monkeypatch.setattr(root, "Signals", NoSignals)
+    monkeypatch.setattr(probes_service, "Supervisor", supervisor)
+    monkeypatch.setattr(probes_service, "Signals", NoSignals)
     with Path("/dev/full").open("wb", buffering=0) as full:
         monkeypatch.setattr("click.echo", lambda text, err: full.write(text.encode()))
-        root.serve(SimpleNamespace(home="/home"), daemon.say)  # type: ignore[arg-type]
+        probes_service.serve(SimpleNamespace(home="/home"), daemon.say)  # type: ignore[arg-type]
     assert made[0].ticks == 4
 
 

@@ -15,7 +15,7 @@ from halton_meter.cli.output import harmless
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.service import unit_text
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
-from halton_meter.live.probes.supervisor import Metered
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Line, Totals
 from proxy_fallback.setup import service_files
 
@@ -33,13 +33,13 @@ def line(requests: int, usd: str, marginal: str | None = None, unpriced: int = 0
 
 
 def test_a_run_of_one_model_is_told_in_one_line() -> None:
-    told = summary_lines(Metered(totals(haiku=line(1, "0.0042"))))
+    told = summary_lines(RunResult(totals(haiku=line(1, "0.0042"))))
     assert told == ["halton-meter: 1 request, 1,200 tokens in, 34 out, $0.0042"]
 
 
 def test_a_run_tells_what_has_no_price_and_what_a_plan_pays() -> None:
     told = summary_lines(
-        Metered(totals(big=line(3, "1.5", marginal="0"), odd=line(2, "0", unpriced=2)))
+        RunResult(totals(big=line(3, "1.5", marginal="0"), odd=line(2, "0", unpriced=2)))
     )
     assert told[0] == (
         "halton-meter: 5 requests, 2,400 tokens in, 68 out, "
@@ -59,11 +59,11 @@ def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
     }
     seen = unseen | {"state": "metered", "advice": None}
     partly = seen | {"process": "/usr/bin/both", "advice": "it has rustls as well"}
-    metered = Metered(
+    metered = RunResult(
         totals(m=line(1, "1")),
         losses={"ring_full_bytes": 1234},
         coverage=[seen, unseen, partly],
-        gaps=[(0, 2_500_000_000, "the capture helper died")],
+        outages=[(0, 2_500_000_000, "the capture helper died")],
     )
     metered.totals.gapped = 1
     assert summary_lines(metered)[1:] == [

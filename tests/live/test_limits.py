@@ -22,13 +22,14 @@ import os, resource
 from halton_meter import config
 from halton_meter.live.probes import service
 from halton_meter.live.limits import limit_this_process
+from halton_meter.live.result import RunResult
 resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))
 class Started(BaseException): pass
 class Supervisor:
     selector = tick = wait_s = None
     def __init__(self, plan): pass
     def start(self): limit_this_process()
-    def finish(self): return None
+    def finish(self): return RunResult()
 def attend(held, *others): return held.reap()
 service.Supervisor, service.attend = Supervisor, attend
 from halton_meter.live.probes.supervisor import Plan

@@ -23,7 +23,8 @@ from typing import Any
 from halton_meter.config import Account, Config, ConfigError, is_host
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
-from halton_meter.live.probes.supervisor import Metered, Plan, Supervisor
+from halton_meter.live.probes.supervisor import Plan, Supervisor
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
@@ -66,9 +67,7 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
 # --- one command --------------------------------------------------------------------------------
 
 
-def run_command(
-    argv: Sequence[str], environment: Mapping[str, str], plan: Plan
-) -> tuple[int, Metered]:
+def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan) -> RunResult:
     """Run one command as the person, metered by probes of its own. Raises Unavailable."""
     Signals.block()
     command = Command(argv, plan.account, environment)
@@ -83,12 +82,14 @@ def run_command(
         raise
     command.release()
     code = attend(command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s)
-    return code, supervisor.finish()
+    result = supervisor.finish()
+    result.exit_code = code
+    return result
 
 
 def run_watched(
     argv: Sequence[str], environment: Mapping[str, str], account: Account, control: Control
-) -> tuple[int, Metered]:
+) -> RunResult:
     """Run one command that the service meters anyway, and ask the service about it at the end."""
     Signals.block()
     command = Command(argv, account, environment)
@@ -102,8 +103,8 @@ def run_watched(
     command.release()
     started_ns = time.time_ns()
     selector = selectors.DefaultSelector()
-    code = attend(command, signals, selector, lambda: None, lambda: None)
-    result = Metered()
+    result = RunResult()
+    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None)
     try:
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
@@ -111,8 +112,8 @@ def run_watched(
         result.store_error = reply.get("store_error")
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
-        result.gaps.append((started_ns, time.time_ns(), "the service stopped during the run"))
-    return code, result
+        result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
+    return result
 
 
 def covers(status: Mapping[str, Any], uid: int) -> bool:

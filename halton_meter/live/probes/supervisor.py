@@ -14,12 +14,11 @@ import dataclasses
 import json
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +27,18 @@ from halton_meter.config import Account, Config, ConfigError
 from halton_meter.live import own_code
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
-from halton_meter.live.probes import worker as metering
-from halton_meter.live.probes.worker import Job
+from halton_meter.live.outages import Downtime
+from halton_meter.live.probes.worker import COVERAGE_SHOWN_MAX, Job, stored_totals
+from halton_meter.live.restarts import Restarts, cause_of_death
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
+from halton_meter.problem import Problem, Unavailable
 
 if TYPE_CHECKING:
     from capture.helper.handover import Keeper
     from capture.uprobes import Scope
 
-# Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
-BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0, 5.0, 10.0, 30.0)
-HEALTHY_S = 2.0
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
@@ -49,14 +48,6 @@ LINE_BYTES_MAX = 4 << 20
 MESSAGES_BYTES_MAX = 16 << 10
 STORING_MAX = 100_000  # the events of one batch, and those whose fate is looked up at the end
 SAID_CHARACTERS_MAX = 1000
-
-
-class Unavailable(Exception):
-    """Live metering cannot start; `problems` are pairs of what is missing and what mends it."""
-
-    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(what for what, _ in problems))
-        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,43 +177,6 @@ class Worker:
             return self._process.wait()
 
 
-class Restarts:
-    """When what died is started again: soon, and ever later when it dies again at once."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.due_at: float | None = None
-        self._in_a_row = 0
-
-    def begun(self) -> None:
-        """It runs."""
-        self.started, self.due_at = time.monotonic(), None
-
-    def died(self) -> None:
-        """It does not run any more."""
-        now = time.monotonic()
-        if now - self.started > HEALTHY_S:
-            self._in_a_row = 0
-        self.due_at = now + BACKOFF_S[min(self._in_a_row, len(BACKOFF_S) - 1)]
-        self._in_a_row += 1
-
-    def is_due(self) -> bool:
-        """Whether to start it now."""
-        return self.due_at is not None and time.monotonic() >= self.due_at
-
-
-@dataclass(slots=True)
-class Metered:
-    """What a supervisor knows at the end of a run."""
-
-    totals: Totals = field(default_factory=Totals)
-    losses: dict[str, int] = field(default_factory=dict)
-    coverage: list[dict[str, Any]] = field(default_factory=list)
-    gaps: list[tuple[int, int, str]] = field(default_factory=list)
-    store_error: str | None = None
-    price_error: str | None = None
-
-
 class Supervisor:
     """Keeps both halves alive; its owner waits on a selector and calls what is ready."""
 
@@ -236,8 +190,7 @@ class Supervisor:
         self._worker: Worker | None = None
         self._worker_restarts = Restarts()
         self._restarts = 0
-        self._died_ns: int | None = None  # when plaintext ceased to be copied, or to be metered
-        self._cause: str | None = None
+        self._downtime = Downtime()  # in which plaintext is neither copied nor metered
         self._started_ns = time.time_ns()
         self._losses = Losses()
         self._before = Totals()
@@ -248,7 +201,7 @@ class Supervisor:
         self._uncertain: list[str] = []
         self._ready = False
         self._ended = False
-        self.result = Metered()
+        self.result = RunResult()
         self.selector = selectors.DefaultSelector()
         self.stop_asked = False
 
@@ -272,7 +225,7 @@ class Supervisor:
             ready = self.selector.select(left_s) if left_s > 0 else []
             if not ready:
                 self._worker.wait(0)
-                raise Unavailable([("the capture did not start in time", "try again")])
+                raise Unavailable([_LATE])
             for key, _ in ready:
                 if key.data == self._attend_helper:
                     key.data()
@@ -280,9 +233,7 @@ class Supervisor:
                 messages = self._worker.messages()
                 if messages is None:
                     self._worker.wait(1)
-                    raise Unavailable(
-                        [("the metering process ended at once, see above", "halton-meter doctor")]
-                    )
+                    raise Unavailable([_ENDED_AT_ONCE])
                 for message in messages:
                     self.take(message)
                     if "unavailable" in message or "refused" in message:
@@ -328,13 +279,13 @@ class Supervisor:
 
     def _start_worker(self, link: socket.socket) -> None:
         job = self._plan.job(
-            died_at_ns=self._died_ns,
-            cause=self._cause,
+            died_at_ns=self._downtime.since_ns,
+            cause=self._downtime.cause,
             restarts=self._restarts,
             continued=self._restarts > 0 and self._keeper.holds_probes,
             lost_before=self._losses.before,
             owed=self._losses.owed,
-            gaps=self._losses.gaps,
+            outages=self._losses.outages,
         )
         self._worker, self._ended = Worker(self._plan.account, job, link), False
         self._worker_restarts.begun()
@@ -370,10 +321,7 @@ class Supervisor:
         self._losses.take(message)
         if message.get("ready"):
             self._ready = True
-            if self._died_ns is not None:
-                gap = (self._died_ns, time.time_ns(), self._cause or "unknown")
-                self.result.gaps.append(gap)
-                self._died_ns = None
+            self._end_downtime()
         if message.get("stop"):
             self.stop_asked = True
         if "totals" in message:
@@ -387,7 +335,7 @@ class Supervisor:
             self._take_final(message)
 
     def _take_final(self, message: dict[str, Any]) -> None:
-        lines = untrusted.tables(message, "coverage", metering.COVERAGE_SHOWN_MAX)
+        lines = untrusted.tables(message, "coverage", COVERAGE_SHOWN_MAX)
         self.result.coverage = [
             {name: untrusted.text(line, name, SAID_CHARACTERS_MAX) for name in COVERAGE_TEXTS}
             | {"pid": untrusted.whole_number(line, "pid")}
@@ -408,13 +356,16 @@ class Supervisor:
         self._uncertain = (self._uncertain + self._storing)[-STORING_MAX:]
         self._storing = []
         self._worker_restarts.died()
-        self._note_death(_cause(code))
+        self._note_death(cause_of_death("the metering process", code))
 
     def _note_death(self, cause: str) -> None:
-        """From now on there is a gap, unless the kernel goes on copying for the next to read."""
-        self._cause = cause
+        """An outage begins, unless the kernel goes on copying for the next one to read."""
         if not self._keeper.holds_probes:
-            self._died_ns = self._died_ns or time.time_ns()
+            self._downtime.begin(cause)
+
+    def _end_downtime(self) -> None:
+        if (outage := self._downtime.end()) is not None:
+            self.result.outages.append(outage)
 
     @property
     def wait_s(self) -> float | None:
@@ -439,7 +390,7 @@ class Supervisor:
             self._note_death(f"it could not be started: {error.strerror}")
             restarts.died()
 
-    def finish(self) -> Metered:
+    def finish(self) -> RunResult:
         """Have the rest drained and stored, end both processes, and tell what was metered."""
         deadline = time.monotonic() + FINISH_S_MAX
         if self._worker is not None:
@@ -454,8 +405,7 @@ class Supervisor:
         self._keeper.close_channel()
         if self._worker is not None:
             self._worker.wait(1.0)
-        if self._died_ns is not None:
-            self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
+        self._end_downtime()
         self._before.merge(self._current)
         self._losses.ended()
         self.result.losses = self._losses.total()
@@ -472,7 +422,7 @@ class Supervisor:
 
             home, ids = self._plan.home, self._uncertain
             try:
-                return metering.stored_totals(home, ids, self._started_ns).as_json()
+                return stored_totals(home, ids, self._started_ns).as_json()
             except StoreError as error:
                 raise ConfigError(str(error)) from None
 
@@ -483,18 +433,16 @@ class Supervisor:
             return Totals()
 
 
-def _cause(code: int) -> str:
-    if code < 0:
-        return f"the metering process was killed by {signal.Signals(-code).name}"
-    return f"the metering process ended with code {code}"
+_LATE = Problem("the capture did not start in time", "halton-meter doctor")
+_ENDED_AT_ONCE = Problem("the metering process ended at once, see above", "halton-meter doctor")
+_UNKNOWN = Problem("the metering process did not say what is missing", "halton-meter doctor")
 
 
-def _problems(message: dict[str, Any]) -> list[tuple[str, str]]:
+def _problems(message: dict[str, Any]) -> list[Problem]:
     refused = untrusted.text(message, "refused", SAID_CHARACTERS_MAX)
     if refused is not None:
-        return [(refused, "halton-meter status")]
+        return [Problem(refused, "halton-meter status")]
     found = message.get("unavailable")
     pairs = [each for each in found if isinstance(each, list)] if isinstance(found, list) else []
-    said = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
-    problems = [(what, mend) for what, mend in (pair for pair in said if len(pair) == 2)]
-    return problems or [("the metering process did not say what is missing", "halton-meter doctor")]
+    texts = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
+    return [Problem(*pair) for pair in texts if len(pair) == 2] or [_UNKNOWN]

@@ -28,22 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
-from halton_meter.contract import rfc3339
-from halton_meter.live import flushing
+from halton_meter.live import status
 from halton_meter.live.control import SOCKET_NAME, Answering, Client
-from halton_meter.live.flushing import (
-    FLUSH_AFTER_S,
-    FLUSH_EVENTS,
-    HELD_RETRY_S,
-    SEAL_AFTER_S,
-    Condition,
-    EventStore,
-    Flusher,
-    Outcome,
-)
+from halton_meter.live.journal_writer import EventStore, JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
-from halton_meter.live.outages import Gaps
+from halton_meter.live.outages import Outages
+from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
 
@@ -70,7 +61,6 @@ CHUNK_OVERHEAD_BYTES = 256
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 DRAIN_S = 5.0
-PRICE_ERROR_MAX = 900
 
 
 # --- what is asked of it, and what it tells -----------------------------------------------------
@@ -83,7 +73,7 @@ class Job:
     `extra_hosts` are the user's own, as `registry.Registry` takes them. `died_at_ns` and `cause`
     tell of the previous process's death, when this one replaces it; with `continued` the kernel
     went on copying meanwhile, and all of it is here to be read. `lost_before` is what those before
-    it have lost, `owed` what of that is in no store yet, `gaps` those that no disk took.
+    it have lost, `owed` what of that is in no store yet, `outages` those that no disk took.
     """
 
     home: str
@@ -96,7 +86,7 @@ class Job:
     continued: bool = False
     lost_before: dict[str, int] = field(default_factory=dict)
     owed: dict[str, int] = field(default_factory=dict)
-    gaps: list[dict[str, str]] = field(default_factory=list)
+    outages: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
 
 
@@ -172,7 +162,7 @@ class Metering:
         self._job = job
         self._source = source
         self._meter = meter
-        self._store = store
+        self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
         self._totals = Totals()
@@ -183,39 +173,28 @@ class Metering:
         self._bytes = 0
         self._started_ns = time.time_ns()
         self._last_event_ns: int | None = None
-        self._unflushed = 0
-        self._seal_due: float | None = None
-        self._flush_due: float | None = None
-        self._flusher: Flusher | None = None
-        self._retry_due: float | None = None  # of what the disk refused
-        self._flush_again = False
-        self._waiting: list[Client] = []  # for the flush that runs now
-        self._waiting_next: list[Client] = []
-        self._sealed_at = 0.0
         self._alive_at = time.monotonic()
-        self._condition = Condition(store, price_error)
         self._told: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
-        self._gaps = Gaps(Path(job.home), unwritten=job.gaps) if job.service else None
+        self._outages = Outages(Path(job.home), unwritten=job.outages) if job.service else None
 
     def run(self) -> int:
         """Meter until told to end; the exit code tells why it ended."""
-        if self._gaps is not None:
+        if self._outages is not None:
             if self._job.continued:
-                self._gaps.alive(self._started_ns)
+                self._outages.alive(self._started_ns)
             else:
-                self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
+                self._outages.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
             home = Path(self._job.home)
             self._answering = Answering(home, self._selector, self._answer, self._forget_run)
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         tell({"ready": True, "loader": self._source.status().loader})
-        for cause, count in self._job.owed.items():
-            self._store.count_loss(cause, count, time.time_ns())
-        self._mind_the_disk()
+        self._journal.count_losses(self._job.owed)
+        self._journal.written()
         self._tell_losses()
         self._take(self._source.read(0))
         while self._exit_code is None:
@@ -276,75 +255,32 @@ class Metering:
         if not self._job.service:
             # If this is killed next, the supervisor looks for these in the store.
             tell({"storing": [event.usage.id for event in events]})
-        self._store.append(events)
-        self._mind_the_disk()
+        self._journal.keep(events)
         for event in events:
             self._totals.add(event)
             for run in self._runs.values():
                 if is_of_tree(event, run.pid):
                     run.totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
-        self._unflushed += len(events)
-        now = time.monotonic()
-        self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
-        self._flush_due = self._flush_due or now + FLUSH_AFTER_S
         if not self._job.service:
             tell({"totals": self._totals.as_json()})
 
-    def _mind_the_disk(self) -> None:
-        """Try again soon to write what the disk refused, and tell how much a kill would lose."""
-        refused = self._store.trouble is not None
-        self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
+    def _on_write(self) -> None:
+        """Put on disk what else it refused, and report how much a kill would lose."""
         if self._answering is not None:
             self._answering.renew()
-        if self._gaps is not None:
-            self._gaps.write()
-        if refused or any(self._told.get(name) for name in ("held", "owed", "gaps")):
+        if self._outages is not None:
+            self._outages.write()
+        waits = any(self._told.get(name) for name in ("held", "owed", "outages"))
+        if waits or self._journal.is_refused:
             self._tell_losses()
 
     def _tell_losses(self) -> None:
-        store, gaps = self._store, self._gaps.unwritten if self._gaps is not None else []
-        state = {**self._lost(), "held": store.held, "owed": store.owed, "gaps": [*gaps]}
+        outages = self._outages.unwritten if self._outages is not None else []
+        state = {**self._lost(), **self._journal.unstored(), "outages": [*outages]}
         if state != self._told:
             self._told = state
             tell(state)
-
-    def _flush(self) -> None:
-        """Have the journal moved into the database, by a process of its own."""
-        if self._flusher is not None:
-            self._flush_again = True
-            return
-        self._unflushed, self._flush_due, self._seal_due = 0, None, None
-        self._flush_again = False
-        self._waiting, self._waiting_next = self._waiting_next, []
-        self._store.close()
-        try:
-            self._flusher = Flusher(Path(self._job.home))
-        except OSError as error:
-            self._after_flush(Outcome(f"the flush could not be started: {error.strerror}"))
-            return
-        self._selector.register(self._flusher.fileno(), selectors.EVENT_READ, self._on_flushed)
-
-    def _on_flushed(self) -> None:
-        assert self._flusher is not None
-        fd = self._flusher.fileno()
-        outcome = self._flusher.outcome()
-        if outcome is not None:
-            self._selector.unregister(fd)
-            self._flusher = None
-            self._after_flush(outcome)
-
-    def _after_flush(self, outcome: Outcome) -> None:
-        # Events that came meanwhile are in a newer segment, which the flusher left alone.
-        wait_s = self._condition.flushed(outcome)
-        if wait_s is not None:
-            self._flush_due = min(self._flush_due or math.inf, time.monotonic() + wait_s)
-        waiting, self._waiting = self._waiting, []
-        for client in waiting:
-            if client in self._runs:
-                client.send(self._watched(self._runs[client]))
-        if self._flush_again or self._waiting_next:
-            self._flush()
 
     def _drain(self) -> None:
         self._work(math.inf)
@@ -366,13 +302,13 @@ class Metering:
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._seal_due, self._flush_due, self._retry_due, self._source.due_at
+        return self._journal.due_at, self._source.due_at
 
     def _wait_s(self) -> float:
         if self._backlog:
             return 0.0
         dues = [due for due in self._dues() if due is not None]
-        if self._gaps is not None:
+        if self._outages is not None:
             dues.append(self._alive_at + ALIVE_IDLE_S)
         return max(0.0, min(dues) - time.monotonic()) if dues else 3600.0
 
@@ -382,19 +318,10 @@ class Metering:
             self._take(self._source.read(0))
         self._work(now + SLICE_S)
         now = time.monotonic()
-        if self._seal_due is not None and now >= self._seal_due:
-            self._seal_due, self._sealed_at = None, now
-            self._store.close()
-        if self._retry_due is not None and now >= self._retry_due:
-            self._store.close()
-            self._mind_the_disk()
-        if self._flush_due is not None and (
-            now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
-        ):
-            self._flush()
-        if self._gaps is not None and now >= self._alive_at + ALIVE_EVERY_S:
+        self._journal.tick(now)
+        if self._outages is not None and now >= self._alive_at + ALIVE_EVERY_S:
             self._alive_at = now
-            self._gaps.alive(time.time_ns())
+            self._outages.alive(time.time_ns())
             self._tell_losses()
             if self._answering is not None:
                 self._answering.renew()
@@ -427,23 +354,20 @@ class Metering:
         self._work(math.inf)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
-        if self._flusher is not None:
-            self._flusher.wait()
-        # Nothing comes any more, so this process may do it itself.
-        self._condition.flushed(flushing.flush(self._store))
-        self._store.close()
-        if self._gaps is not None:
+        self._journal.close()
+        if self._outages is not None:
             with contextlib.suppress(OSError):
                 os.unlink(Path(self._job.home) / SOCKET_NAME)
             now_ns = time.time_ns()
             if self._exit_code == ENDED and b"finish" not in self._commands:
-                self._gaps.alive(now_ns)  # the supervisor was killed: nobody asked for this end
+                self._outages.alive(now_ns)  # the supervisor was killed: nobody asked for this end
             else:
-                self._gaps.end(now_ns, clean=self._exit_code == ENDED)
+                self._outages.end(now_ns, clean=self._exit_code == ENDED)
         final = {"totals": self._totals.as_json(), **self._lost(), "final": True}
-        final |= {"held": self._store.held, "owed": self._store.owed}
-        final |= {"coverage": self._coverage(), "store_error": self._condition.last_word()}
-        tell(final | {"price_error": self._condition.price_error})
+        final |= self._journal.unstored()
+        condition = self._journal.condition
+        final |= {"coverage": self._coverage(), "store_error": condition.last_word()}
+        tell(final | {"price_error": condition.price_error})
 
     # --- the control socket
 
@@ -458,8 +382,7 @@ class Metering:
             return {"watching": pid}
         if asked == "finish" and client in self._runs:
             self._drain()
-            self._waiting_next.append(client)
-            self._flush()
+            self._journal.flush(lambda: self._send_result(client))
             return None
         if asked == "stop":
             tell({"stop": True})
@@ -476,60 +399,69 @@ class Metering:
     def _forget_run(self, client: Client) -> None:
         self._runs.pop(client, None)
 
-    def _watched(self, run: _Run) -> dict[str, Any]:
-        return {
-            "totals": run.totals.as_json(),
-            "coverage": self._coverage(run.pid),
-            "store_error": self._condition.as_json()["store_error"],
-            "price_error": self._condition.price_error,
-        }
+    def _send_result(self, client: Client) -> None:
+        """Answer a client that has watched a run, unless it is gone."""
+        if client not in self._runs:
+            return
+        run, condition = self._runs[client], self._journal.condition
+        client.send(
+            {
+                "totals": run.totals.as_json(),
+                "coverage": self._coverage(run.pid),
+                "store_error": condition.as_json()["store_error"],
+                "price_error": condition.price_error,
+            }
+        )
 
-    # --- what there is to tell
+    # --- status
 
     def status(self) -> dict[str, Any]:
-        """Everything that `halton-meter status --json` shows."""
-        now_ns = time.time_ns()
+        """Everything that `halton-meter status --json` shows of uprobes."""
         self._refresh()
-        helper = self._source.status()
-        lost = self._lost()
-        since_start = Counter(self._job.lost_before)
-        since_start.update(lost["losses"])
-        since_start.update(lost["capture_losses"])
-        condition = self._condition.as_json()
-        gaps = self._gaps.listed() if self._gaps is not None else []
-        # A restart that lost nothing is told, and is no trouble.
-        lost_by_restart = self._restarts > 0 and bool(gaps or +since_start)
-        bad = not flushing.is_well(condition) or lost_by_restart or not self._source.linked
+        helper, lost = self._source.status(), self._lost()
+        losses = Counter(self._job.lost_before)
+        for counts in lost.values():
+            losses.update(counts)
+        outages = self._outages.listed() if self._outages is not None else []
+        metered = status.metered(
+            self._totals, self._last_event_ns, self._journal.condition.as_json()
+        )
+        linked = self._source.linked
+        # A restart that lost nothing is reported, and is no trouble.
+        lossless = not self._restarts or not (outages or +losses)
+        well = status.is_well(metered) and lossless and linked
+        answer = status.status(
+            health=status.OK if well else status.DEGRADED,
+            source="uprobes",
+            supervisor_pid=self._job.supervisor_pid,
+            worker={
+                "state": "ready" if linked else "waiting",
+                "pid": os.getpid(),
+                "restarts": self._restarts,
+                "trouble": None if linked else "the capture helper died",
+            },
+            started_ns=self._started_ns,
+            home=self._job.home,
+            metered=metered,
+            losses=losses,
+            losses_since_restart=lost["losses"],
+            outages=outages,
+        )
         return {
-            "health": "degraded" if bad else "ok",
-            "pid": os.getpid(),
-            "supervisor_pid": self._job.supervisor_pid,
-            "started_at": rfc3339(self._started_ns),
-            "uptime_s": round((now_ns - self._started_ns) / 1e9, 1),
-            "restarts": self._restarts,
-            "home": self._job.home,
+            **answer,
             "scope": self._job.scope,
-            "source": "uprobes",
             "loader": helper.loader,
             "probes": helper.probes,
             "libraries": list(helper.libraries),
             "helper_rss_bytes": helper.rss_bytes,
-            "rss_bytes": _rss_bytes(),
-            "events": self._totals.total.requests,
             "bytes": self._bytes,
-            "totals": self._totals.as_json(),
-            "last_event_at": rfc3339(self._last_event_ns) if self._last_event_ns else None,
-            **condition,
-            "losses": dict(since_start),
-            "losses_since_restart": lost["losses"],
-            "gaps": gaps,
             "coverage": self._coverage(),
         }
 
     def _lost(self) -> dict[str, dict[str, int]]:
         """What this process has lost, and what the capture has since it began."""
         capture = self._source.status()
-        own = {**self._meter.losses, "journal_full": self._store.dropped}
+        own = {**self._meter.losses, "journal_full": self._journal.dropped}
         if self._answering is not None:
             own[MESSAGES_REFUSED] = self._answering.refused
         found = {"losses": own, "capture_losses": {**capture.losses, **capture.events_lost}}
@@ -581,14 +513,6 @@ def tell(message: dict[str, Any]) -> None:
         sys.stdout.flush()
 
 
-def _rss_bytes() -> int | None:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
-
-
 def stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
     """What is in the store of these events, which are no older than `from_ns`."""
     from halton_meter.store import NothingStored, Selection, Store
@@ -602,36 +526,6 @@ def stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
 
 
 # --- start --------------------------------------------------------------------------------------
-
-
-def prepare_home(home: Path) -> None:
-    """Make the folder for state, for its owner alone. Raises OSError."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | None]:
-    """The pipeline with prices, projects and the user's own hosts.
-
-    Also why the person's own prices are not used, and the command to run; None when they are.
-    """
-    from halton_meter.attribution import Attribution
-    from halton_meter.memory import keep_freed_memory
-    from halton_meter.meter import Meter
-    from halton_meter.providers.registry import Registry
-    from halton_meter.tokenizer import Tokenizer
-    from pricing.book import PriceBook
-
-    keep_freed_memory()
-    trouble = None
-    try:
-        book = PriceBook.load(home)
-    except (OSError, ValueError) as error:  # PriceError: to meter at bundled prices beats not to
-        trouble = f"bundled prices are used: {untrusted.printable(str(error), PRICE_ERROR_MAX)}"
-        if isinstance(error, OSError):
-            trouble += f"; see: ls -l {home}"
-        print(f"halton-meter: {trouble}", file=sys.stderr)
-        book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts, Tokenizer())), trouble
 
 
 def _is_only_one(home: Path) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import queue
 import signal
@@ -26,25 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
-from halton_meter.contract import rfc3339
-from halton_meter.live import flushing
-from halton_meter.live.flushing import (
-    FLUSH_AFTER_S,
-    FLUSH_EVENTS,
-    HELD_RETRY_S,
-    SEAL_AFTER_S,
-    Condition,
-    Flusher,
-    Outcome,
-)
+from halton_meter.live import status
+from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.probes.worker import make_meter, prepare_home
+from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Process
-    from halton_meter.store import Store
     from proxy_fallback.edge.client_socket import ClientSocket
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
@@ -58,7 +47,6 @@ SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
 # How often it is looked whether the CA is still valid.
 CA_CHECK_S = 600.0
-FLUSHER_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +139,9 @@ class Pricing:
         from halton_meter.store import Store
 
         self._meter = meter
-        self._home = home
-        self._store: Store = Store(home)
+        self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
         self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
-        self._seal_due: float | None = None
-        self._sealed_at = 0.0
-        self._flush_due: float | None = None
-        self._unflushed = 0
-        self._flusher: Flusher | None = None
-        self._retry_due: float | None = None  # of what the disk refused
-        self._condition = Condition(self._store, price_error)
         self._told = told
         self._told_before: dict[str, Any] = {}
         self.losses: Counter[str] = Counter()
@@ -179,43 +159,32 @@ class Pricing:
         except queue.Full:
             self.losses["exchanges_over_limit"] += 1
 
-    def count_losses(self, losses: Mapping[str, Any]) -> None:
+    def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
-        for cause, count in losses.items():
-            self._store.count_loss(str(cause), int(count), time.time_ns())
+        self._journal.count_losses(losses)
 
     def finish(self) -> dict[str, Any]:
-        """Price what waits, store it, end; returns the last that is to be told."""
+        """Price what waits, store it, end; returns the last report."""
         self._waiting.put(None)
         self._thread.join()
-        if self._flusher is not None:
-            self._flusher.wait()
         self.count_losses({**self.losses, **self._meter.losses})
-        self._condition.flushed(flushing.flush(self._store))
-        self._store.close()
-        return {**self.status(), "store_error": self._condition.last_word()}
+        self._journal.close()
+        return {**self.status(), "store_error": self._journal.condition.last_word()}
 
     def status(self) -> dict[str, Any]:
-        """What there is to tell."""
-        return {
-            "pid": os.getpid(),
-            "events": self.totals.total.requests,
-            "totals": self.totals.as_json(),
-            "last_event_at": rfc3339(self.last_event_ns) if self.last_event_ns else None,
-            **self._condition.as_json(),
-            "owed": self._store.owed,
-            "losses": self._losses(),
-        }
+        """The worker's own part of the service's status, its losses, and what is in no store."""
+        condition = self._journal.condition.as_json()
+        metered = status.metered(self.totals, self.last_event_ns, condition)
+        owed = self._journal.unstored()["owed"]
+        return {"pid": os.getpid(), **metered, "owed": owed, "losses": self._losses()}
 
     def _losses(self) -> dict[str, int]:
-        found = {**self.losses, **self._meter.losses, "journal_full": self._store.dropped}
+        found = {**self.losses, **self._meter.losses, "journal_full": self._journal.dropped}
         return {cause: count for cause, count in found.items() if count}
 
-    def _mind_the_disk(self) -> None:
-        """Try again soon to write what the disk refused, and tell how much a kill would lose."""
-        refused = self._store.trouble is not None
-        self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
-        state = {"losses": self._losses(), "held": self._store.held, "owed": self._store.owed}
+    def _on_write(self) -> None:
+        """Report how much a kill would lose, where that has changed."""
+        state = {"losses": self._losses(), **self._journal.unstored()}
         if state != self._told_before:
             self._told_before = state
             self._told({"lost": state})
@@ -225,7 +194,7 @@ class Pricing:
             try:
                 exchange = self._waiting.get(timeout=self._wait_s())
             except queue.Empty:
-                self._tick()
+                self._journal.tick(time.monotonic())
                 continue
             if exchange is None:
                 return
@@ -233,62 +202,20 @@ class Pricing:
                 self._keep(exchange)
             except Exception as error:  # one exchange's trouble must not become the others'
                 self.losses[f"pricing_{type(error).__name__}"] += 1
-            self._tick()
+            self._journal.tick(time.monotonic())
 
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
         if not events:
             return
-        self._store.append(events)
-        self._mind_the_disk()
+        self._journal.keep(events)
         for event in events:
             self.totals.add(event)
             self.last_event_ns = event.usage.at_ns
-        self._unflushed += len(events)
-        now = time.monotonic()
-        self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
-        self._flush_due = self._flush_due or now + FLUSH_AFTER_S
 
     def _wait_s(self) -> float | None:
-        dues = [self._seal_due, self._flush_due, self._retry_due]
-        if self._flusher is not None:
-            dues.append(time.monotonic() + FLUSHER_POLL_S)
-        known = [due for due in dues if due is not None]
-        return max(0.0, min(known) - time.monotonic()) if known else None
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        if self._seal_due is not None and now >= self._seal_due:
-            self._seal_due, self._sealed_at = None, now
-            self._store.close()  # from now on whoever reads the store takes the events over
-        if self._retry_due is not None and now >= self._retry_due:
-            self._store.close()
-            self._mind_the_disk()
-        due = self._flush_due is not None and now >= self._flush_due
-        if self._flusher is not None:
-            self._attend_flusher(self._flusher)
-        elif due or self._unflushed >= FLUSH_EVENTS:
-            self._flush_aside()
-
-    def _flush_aside(self) -> None:
-        """Have a process of its own move the journal into the database: it takes 0.3 s of CPU."""
-        self._unflushed, self._flush_due, self._seal_due = 0, None, None
-        self._store.close()
-        try:
-            self._flusher = Flusher(self._home)
-        except OSError as error:
-            self._after_flush(Outcome(f"the flush could not be started: {error.strerror}"))
-
-    def _attend_flusher(self, flusher: Flusher) -> None:
-        outcome = flusher.outcome()
-        if outcome is not None:
-            self._flusher = None
-            self._after_flush(outcome)
-
-    def _after_flush(self, outcome: Outcome) -> None:
-        wait_s = self._condition.flushed(outcome)
-        if wait_s is not None:
-            self._flush_due = min(self._flush_due or math.inf, time.monotonic() + wait_s)
+        due_at = self._journal.due_at
+        return None if due_at is None else max(0.0, due_at - time.monotonic())
 
 
 class Worker:
