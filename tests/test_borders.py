@@ -32,7 +32,8 @@ from capture.helper.handover import Hold
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
-from halton_meter.config import Account, Config, ConfigError
+from halton_meter.accounts import Account
+from halton_meter.config import Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, Answering, Client, Control
 from halton_meter.live.flushing import Flusher
 from halton_meter.live.probes import supervisor

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter.config import (
-    Config,
-    ConfigError,
-    ProxyConfig,
-    home_folder,
-    load,
-    load_proxy,
-    parse,
-)
+from halton_meter.accounts import home_folder
+from halton_meter.config import Config, ConfigError, ProxyConfig, load, load_proxy, parse
 
 
 def test_no_file_means_defaults(tmp_path: Path) -> None:

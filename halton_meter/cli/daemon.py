@@ -123,17 +123,17 @@ def daemon(
 
 
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
-    from halton_meter import config
+    from halton_meter import accounts
     from halton_meter.live import own_code
     from halton_meter.live.probes import service
     from halton_meter.problem import Problem, Unavailable
 
-    if not config.is_root():
+    if not accounts.is_root():
         raise Unavailable([Problem("attaching probes needs root", "sudo halton-meter start")])
     if problems := own_code.problems():
         raise Unavailable(problems)
-    account = config.account_named(owner) if owner else config.invoking_account()
-    home = config.home_folder(account=account)
+    account = accounts.account_named(owner) if owner else accounts.invoking_account()
+    home = accounts.home_folder(account=account)
     plan = service.service_plan(
         account, home, all_users=all_users, users=users, cgroup=cgroup, say=say
     )
@@ -141,21 +141,21 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
 
 
 def _serve_proxy(port: int | None) -> None:
-    from halton_meter import config
+    from halton_meter import accounts
     from halton_meter.live.proxy import run
 
-    run.serve(config.home_folder(), port, say)
+    run.serve(accounts.home_folder(), port, say)
 
 
 def _keep_proxy(port: int | None) -> int:
     """Where there is neither systemd nor launchd: hold the socket, and run the edge on it again
     whenever it dies. Clients that come meanwhile wait in the socket's queue.
     """
-    from halton_meter import config
+    from halton_meter import accounts, config
     from proxy_fallback.edge import listening
 
     try:
-        listener = listening.listen(port or config.load_proxy(config.home_folder()).port)
+        listener = listening.listen(port or config.load_proxy(accounts.home_folder()).port)
     except (listening.EdgeError, config.ConfigError) as error:
         say(str(error))
         return 1

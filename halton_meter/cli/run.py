@@ -77,7 +77,8 @@ def run(
     (128 + the signal that ended it); 127 when there is no such command; 1 when it could not be
     metered, in which case it was not started.
     """
-    from halton_meter.config import ConfigError, invoking_account
+    from halton_meter.accounts import invoking_account
+    from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
 
     if shell == bool(command):
@@ -110,28 +111,28 @@ def run(
 
 
 def _through_probes(command: Sequence[str], via: str) -> RunResult:
-    from halton_meter import config, privileges
+    from halton_meter import accounts, privileges
     from halton_meter.live import own_code
     from halton_meter.live.probes import service
     from halton_meter.live.probes.supervisor import Plan
     from halton_meter.problem import Unavailable
 
-    if config.is_root() and (problems := own_code.problems()):
+    if accounts.is_root() and (problems := own_code.problems()):
         raise Unavailable(problems)
-    account, home = config.invoking_account(), config.home_folder()
+    account, home = accounts.invoking_account(), accounts.home_folder()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
     control = _service(home, account.uid)
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
         return service.run_watched(command, environment, account, control)
-    if not config.is_root() and via == "auto":
+    if not accounts.is_root() and via == "auto":
         click.echo(
             "halton-meter: through a local proxy, as there is neither root nor the service "
             "(sudo halton-meter start)",
             err=True,
         )
         return _through_proxy(command)
-    if not config.is_root():
+    if not accounts.is_root():
         raise Unavailable([_not_root(command)])
     chosen, hosts = service.configured(account, home)
     plan = Plan(account, home, chosen, hosts, service=False)
@@ -166,10 +167,10 @@ def _not_root(command: Sequence[str]) -> Problem:
 
 
 def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
-    from halton_meter import config
+    from halton_meter import accounts, config
     from halton_meter.live.proxy.run import meter_command
 
-    home = config.home_folder()
+    home = accounts.home_folder()
     hosts, upstream = config.load(home).extra_hosts, config.load_proxy(home).upstream
     return meter_command(command, home, os.environ, hosts, upstream, java)
 
@@ -255,12 +256,12 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "store_error": result.store_error,
         "price_error": result.price_error,
     }
-    from halton_meter import config, privileges
+    from halton_meter import accounts, config, privileges
 
     try:
         # As the person: root must not write wherever a name given to sudo points.
         privileges.as_account(
-            config.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
+            accounts.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
         )
     except (OSError, config.ConfigError) as error:
         click.echo(harmless(f"halton-meter: {path} cannot be written: {error}"), err=True)

@@ -23,7 +23,7 @@ import click
 from halton_meter.cli.output import harmless_lines
 
 if TYPE_CHECKING:
-    from halton_meter.config import Account
+    from halton_meter.accounts import Account
 
 UNIT_NAME = "halton-meter.service"
 UNIT_PATH = Path("/etc/systemd/system") / UNIT_NAME
@@ -157,10 +157,10 @@ def start(
       sudo halton-meter start            meter this user's programs with probes
       halton-meter start --via proxy     run the local proxy; halton-meter init sets it up for good
     """
-    from halton_meter import config
+    from halton_meter import accounts
 
     if via == "auto":
-        proxied = not config.is_root() and (sys.platform != "linux" or _installed() is not None)
+        proxied = not accounts.is_root() and (sys.platform != "linux" or _installed() is not None)
         via = "proxy" if proxied and not show_unit else "uprobes"
     if via == "proxy":
         _start_proxy()
@@ -171,12 +171,12 @@ def start(
 def _start_probes(
     all_users: bool, users: tuple[str, ...], cgroup: str | None, show_unit: bool
 ) -> None:
-    from halton_meter import config, privileges
+    from halton_meter import accounts, config, privileges
     from halton_meter.live import own_code
     from halton_meter.live.probes import service as daemon
 
-    account = config.invoking_account()
-    home = config.home_folder()
+    account = accounts.invoking_account()
+    home = accounts.home_folder()
     scope = ["--owner", account.name, *(["--all-users"] if all_users else [])]
     for user in users:
         scope += ["--user", user]
@@ -190,7 +190,7 @@ def _start_probes(
     if show_unit:
         click.echo(unit, nl=False)
         return
-    if not config.is_root():
+    if not accounts.is_root():
         ways = "sudo halton-meter start\n   or: halton-meter start --via proxy   (no root needed)"
         _fail("starting the service needs root", ways)
     for problem in own_code.problems():
@@ -357,10 +357,10 @@ def _user_systemd() -> bool:
 
 
 def _start_proxy() -> None:
-    from halton_meter import config
+    from halton_meter import accounts, config
     from halton_meter.live.proxy import run as proxied
 
-    home = config.home_folder()
+    home = accounts.home_folder()
     try:
         config.load_proxy(home)
         home.mkdir(0o700, parents=True, exist_ok=True)
@@ -515,9 +515,9 @@ def stop(via: str) -> None:
       sudo halton-meter stop            stop metering with probes
       halton-meter stop --via proxy     stop metering through the local proxy
     """
-    from halton_meter import config, privileges
+    from halton_meter import accounts, config, privileges
 
-    account, home = config.invoking_account(), config.home_folder()
+    account, home = accounts.invoking_account(), accounts.home_folder()
     try:
         stopped = via != "uprobes" and bool(
             privileges.as_account(account, lambda: _stop_proxy(home))
@@ -528,17 +528,17 @@ def stop(via: str) -> None:
         if not stopped:
             click.echo("it was not running")
         return
-    if stopped and not config.is_root() and _status(home, account.uid) is None:
+    if stopped and not accounts.is_root() and _status(home, account.uid) is None:
         return
     _stop_probes(home, account.uid, stopped)
 
 
 def _stop_probes(home: Path, owner: int, stopped: bool) -> None:
-    from halton_meter import config
+    from halton_meter import accounts
     from halton_meter.live.control import Control, ServiceAbsent
 
     if has_systemd() and UNIT_PATH.exists():
-        if not config.is_root():
+        if not accounts.is_root():
             _fail("stopping the system service needs root", "sudo halton-meter stop")
         done = _systemctl("disable", "--now", UNIT_NAME)
         if done.returncode:

@@ -34,10 +34,10 @@ def status(as_json: bool) -> None:
 
     Exit codes: 0 what runs is healthy; 1 nothing runs, or something is degraded.
     """
-    from halton_meter import config
+    from halton_meter import accounts
     from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
 
-    home = config.home_folder()
+    home = accounts.home_folder()
     try:
         control = Control(home)
         found = control.ask("status")

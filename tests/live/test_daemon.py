@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import pytest
 
 from halton_meter import privileges
-from halton_meter.config import Account, Config, ConfigError, account_named
+from halton_meter.accounts import Account, account_named
+from halton_meter.config import Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import prepare_home

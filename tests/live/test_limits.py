@@ -19,7 +19,7 @@ sys.exit(subprocess.run([sys.executable, "-c", child]).returncode)
 
 COMMAND = """
 import os, resource
-from halton_meter import config
+from halton_meter import accounts
 from halton_meter.live.probes import service
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.result import RunResult
@@ -33,7 +33,7 @@ class Supervisor:
 def attend(held, *others): return held.reap()
 service.Supervisor, service.attend = Supervisor, attend
 from halton_meter.live.probes.supervisor import Plan
-plan = Plan(config.invoking_account(), "/", None, (), service=False)
+plan = Plan(accounts.invoking_account(), "/", None, (), service=False)
 service.run_command(["sh", "-c", "ulimit -Sn; ulimit -Hn"], dict(os.environ), plan)
 """
 

@@ -147,9 +147,9 @@ def test_a_record_of_an_earlier_version_is_not_ours(installed: Installed) -> Non
 
 
 def test_the_daemon_and_a_run_start_nothing_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    from halton_meter import config
+    from halton_meter import accounts
 
-    monkeypatch.setattr(config, "is_root", lambda: True)
+    monkeypatch.setattr(accounts, "is_root", lambda: True)
     monkeypatch.setattr(
         own_code, "problems", lambda: [Problem("root would run code of /evil", "fix it")]
     )

@@ -24,7 +24,8 @@ from capture.helper.handover import Hold, Keeper
 from capture.helper.relay.spool import Receipt
 from capture.processes import proc
 from halton_meter import untrusted
-from halton_meter.config import Config, account_named
+from halton_meter.accounts import account_named
+from halton_meter.config import Config
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.supervisor import Plan, Supervisor
 from halton_meter.live.result import RunResult

@@ -15,7 +15,7 @@ import signal
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
-from halton_meter.config import Account
+from halton_meter.accounts import Account
 from halton_meter.privileges import become
 
 NOT_FOUND, NOT_RUNNABLE = 127, 126

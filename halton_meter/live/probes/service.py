@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halton_meter.config import Account, Config, ConfigError, is_host
+from halton_meter.accounts import Account
+from halton_meter.config import Config, ConfigError, is_host
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.supervisor import Plan, Supervisor
@@ -211,7 +212,7 @@ def _hosts_of(config: Config) -> tuple[str, ...]:
 
 def wanted_uids(account: Account, system: Config, names: Iterable[str]) -> Iterator[int]:
     """The users whom the service meters. Raises ConfigError for a name that is nobody's."""
-    from halton_meter.config import account_named
+    from halton_meter.accounts import account_named
 
     chosen = tuple(names)
     if not chosen:

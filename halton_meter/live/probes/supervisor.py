@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
-from halton_meter.config import Account, Config, ConfigError
+from halton_meter.accounts import Account
+from halton_meter.config import Config, ConfigError
 from halton_meter.live import own_code
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses

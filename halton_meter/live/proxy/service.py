@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter import untrusted
-from halton_meter.config import invoking_account
+from halton_meter.accounts import invoking_account
 from halton_meter.live import own_code
 from halton_meter.live import status as vocabulary
 from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend

@@ -164,7 +164,7 @@ def only_tell_who() -> None:
 
 
 def _tell_who() -> None:
-    from halton_meter.config import home_folder
+    from halton_meter.accounts import home_folder
 
     told = {
         "uids": os.getresuid(),
