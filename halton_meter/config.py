@@ -1,7 +1,7 @@
-"""What the user has chosen: `config.toml` in the data folder.
+"""`config.toml` in the data folder: what the user has chosen.
 
-Everything is optional; a file that says something unknown or wrong is refused with its line, so
-that a misspelt option is never silently off. This file writes nothing and starts nothing.
+Everything is optional. A file that holds something unknown or wrong is refused with its line, so
+that a misspelt setting is never silently off. This file writes nothing and starts nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+if TYPE_CHECKING:
+    pass
+
+HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_BYTES_MAX = 256 * 1024
 SYSTEM_CONFIG = Path("/etc/halton-meter/config.toml")
 HOSTS_MAX = 256
@@ -32,7 +36,7 @@ _LOCAL = r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names file, line and remedy."""
+    """The configuration cannot be used; the message names the file, the line and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +47,13 @@ class Config:
     the provider whose API they speak ("anthropic", "gateway", "openai:our-name"). `users` are the
     accounts whose processes the service meters besides the owner's; `all_users` means everybody:
     both count in root's own file only (`load_system`), as nobody decides for another user.
-    `bodies` would keep requests and responses: off unless asked for. `loader` is "auto", "bcc"
-    or "libbpf".
+    `loader` is "auto", "bcc" or "libbpf".
     """
 
     openai_compatible_hosts: tuple[str, ...] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
     users: tuple[str, ...] = ()
     all_users: bool = False
-    bodies: bool = False
     loader: str = "auto"
 
     @property
@@ -76,11 +78,10 @@ _TYPES: dict[str, type] = {
     "hosts": dict,
     "users": list,
     "all_users": bool,
-    "bodies": bool,
     "loader": str,
 }
-# Tables that other parts read out of the same file.
-_FOREIGN_TABLES = frozenset({"pricing", "proxy", "dashboard", "budgets", "sync", "attribution"})
+# Settings that earlier versions accepted and that never did anything.
+_DEAD = frozenset({"bodies", "pricing", "dashboard", "budgets", "sync", "attribution"})
 
 
 def load(home: Path) -> Config:
@@ -201,11 +202,14 @@ def _names_a_host(host: str) -> bool:
 
 def _check(key: str, value: Any, text: str, name: str) -> None:
     where = f"{name}:{_line_of(key, text)}"
-    if key in _FOREIGN_TABLES and isinstance(value, dict):
-        return
+    if key == "proxy" and isinstance(value, dict):
+        return  # see `load_proxy`
+    if key in _DEAD:
+        name = key if key == "bodies" else f"[{key}]"
+        raise ConfigError(f"{where}: {name} has no effect, and never had; remove it")
     expected = _TYPES.get(key)
     if expected is None:
-        known = ", ".join(sorted(_TYPES))
+        known = ", ".join((*sorted(_TYPES), "[proxy]"))
         raise ConfigError(f"{where}: unknown setting {key!r}; known are {known}")
     if not isinstance(value, expected):
         names = {

@@ -292,6 +292,24 @@ class Control:
         return reply
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._reader.close()
         self._socket.close()
+
+
+def ask_service(
+    home: Path, what: str, *, name: str = SOCKET_NAME, owner: int | None = None
+) -> dict[str, Any] | None:
+    """One answer of a running service; None when none answers.
+
+    Both services know "status" and "stop". The proxy also knows "pause" (it passes everything on
+    and meters nothing), "resume", and "forget" (which programs refused its certificate).
+    """
+    try:
+        control = Control(home, name=name, owner=owner)
+        try:
+            return control.ask(what)
+        finally:
+            control.close()
+    except ServiceAbsent:
+        return None

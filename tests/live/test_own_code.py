@@ -147,6 +147,7 @@ def test_a_record_of_an_earlier_version_is_not_ours(installed: Installed) -> Non
 
 
 def test_the_daemon_and_a_run_start_nothing_then(monkeypatch: pytest.MonkeyPatch) -> None:
+
     from halton_meter import accounts
 
     monkeypatch.setattr(accounts, "is_root", lambda: True)
@@ -157,7 +158,7 @@ def test_the_daemon_and_a_run_start_nothing_then(monkeypatch: pytest.MonkeyPatch
         arguments = [command[0], "--via", "uprobes", *command[1:]]
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 1, (command, done.output)
-        assert "root would run code of /evil\n  try: fix it" in done.output
+        assert "root would run code of /evil\n  fix: fix it" in done.output
 
 
 def test_what_root_starts_is_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,8 +57,7 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
         for name in ("openai_compatible_hosts", "users"):
             table[name] = tuple(str(each) for each in table[name])
         table["hosts"] = {str(host): str(family) for host, family in table["hosts"].items()}
-        for name in ("all_users", "bodies"):
-            table[name] = table[name] is True
+        table["all_users"] = table["all_users"] is True
         table["loader"] = str(table["loader"])
         return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
     except (TypeError, ValueError, KeyError, AttributeError):

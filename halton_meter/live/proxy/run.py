@@ -2,7 +2,7 @@
 
 A service (`proxy/service.py`) is run for good by `serve`, as systemd, launchd or our own keeper
 start it, or behind one command by `meter_command`. `service_status` and `ask_service` talk to a
-running one. What a command says past its proxy settings is not seen: uprobes are for that.
+running one. Traffic that bypasses the proxy settings is not seen: uprobes are for that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.live import control
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import prepare_home
 from halton_meter.live.proxy.service import ProxyService
@@ -102,27 +102,13 @@ async def _serve(
 
 
 def service_status(home: Path) -> dict[str, Any] | None:
-    """What a running proxy service tells of itself; None when none runs."""
-    return _asked(home, "status")
+    """The status of a running proxy service; None when none runs."""
+    return control.ask_service(home, "status", name=control.PROXY_SOCKET_NAME)
 
 
 def ask_service(home: Path, what: str) -> bool:
-    """Tell a running service to "stop"; to "pause" (everything is let through, nothing metered) or
-    "resume"; or to "forget" which programs refused our certificate, so that they are tried again.
-    False when none is there.
-    """
-    return _asked(home, what) is not None
-
-
-def _asked(home: Path, what: str) -> dict[str, Any] | None:
-    try:
-        control = Control(home, name=PROXY_SOCKET_NAME)
-        try:
-            return control.ask(what)
-        finally:
-            control.close()
-    except ServiceAbsent:
-        return None
+    """Ask a running service to do something (see `control.ask_service`); False: none runs."""
+    return control.ask_service(home, what, name=control.PROXY_SOCKET_NAME) is not None
 
 
 # --- one command ------------------------------------------------------------------------------

@@ -187,9 +187,9 @@ def be_ann() -> None:
 
 def be_impatient() -> None:
     """Do not wait long for a service that cannot become healthy."""
-    from halton_meter.cli import service
+    from halton_meter.cli import start
 
-    service.START_S_MAX = 2.0
+    start.START_S_MAX = 2.0
 
 
 def hide_the_program() -> None:
