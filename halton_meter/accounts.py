@@ -28,7 +28,7 @@ NOBODY_UID = 65534
 
 # Named tuples: every command imports this file, and a frozen dataclass takes a millisecond to make.
 class Account(NamedTuple):
-    """Whose processes are metered and whose files are written: the person, not root under sudo."""
+    """A user of this machine: whose processes are metered and whose files are written."""
 
     uid: int
     gid: int
@@ -43,18 +43,18 @@ def is_root() -> bool:
 
 
 def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
-    """The person whose command this is, and whose files it may touch.
+    """The user whose command this is, and whose files it may touch.
 
-    Under sudo, doas or pkexec the one who called it. Where root works without them in a data
-    folder that lies in somebody's hands, that somebody: what stands there may be a trap for root.
-    Else the process's own account. Raises ConfigError for a caller who is nobody here.
+    Under sudo, doas or pkexec the user who called it. Where root works without them in a data
+    folder that another user controls, that user: what stands there may be a trap for root. Else
+    the process's own account. Raises ConfigError for a caller who is no user here.
     """
     environ = os.environ if environ is None else environ
     uid = os.getuid()
     if uid != 0:
         return _account(uid) or _unnamed(uid, os.getgid(), environ.get("HOME", "/"))
-    if (person := caller(environ)) is not None:
-        return person
+    if (called_by := caller(environ)) is not None:
+        return called_by
     holder = _holder(home_folder(environ))
     if holder is None:
         return _account(0) or _unnamed(0, 0, environ.get("HOME", "/"))
@@ -62,7 +62,7 @@ def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
 
 
 def caller(environ: Mapping[str, str]) -> Account | None:
-    """The account that called the tool which made us root; None when there is none but root."""
+    """The account that called the tool which made us root; None when that was root itself."""
     for name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
         if value := environ.get(name):
             break
@@ -76,8 +76,8 @@ def caller(environ: Mapping[str, str]) -> Account | None:
         account = _account(int(value))
     if account is None:
         raise ConfigError(
-            f"{name} is {value!r}, which is no user here. Run it as that user; "
-            f"or as root, for root: env -u {name} halton-meter …"
+            f"{name} is {value!r}, which is no user here",
+            f"run it as that user, or as root for root: env -u {name} halton-meter …",
         )
     return account if account.uid != 0 else None
 
@@ -103,8 +103,8 @@ def _unnamed(uid: int, gid: int, home: str) -> Account:
 
 
 def _holder(folder: Path) -> os.stat_result | None:
-    """Who but root decides where this path leads: the owner of the first folder or link on the
-    way that is not root's. None: only root does.
+    """Who besides root decides where this path leads: the owner of the first folder or link on
+    the way that is not root's. None: only root does.
     """
     reached, ahead = Path("/"), [*reversed(folder.parts[1:])]
     for _ in range(PATH_STEPS_MAX):
@@ -136,12 +136,12 @@ def account_named(name: str) -> Account:
     try:
         return _of_entry(pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name))
     except (KeyError, ValueError, OverflowError):
-        raise ConfigError(f"there is no user {name!r} here; see: getent passwd") from None
+        raise ConfigError(f"there is no user {name!r} here", "getent passwd") from None
 
 
 def home_folder(environ: Mapping[str, str] | None = None, account: Account | None = None) -> Path:
-    """Where state lives, the only answer to that: HALTON_METER_HOME, else `.halton-meter` in the
-    home of `account`; without one, of whoever called sudo: root's own is never meant there.
+    """The data folder, the only answer to where it is: HALTON_METER_HOME, else `.halton-meter` in
+    the home directory of `account`; without one, of the user who called sudo, never root's.
     """
     environ = os.environ if environ is None else environ
     named = environ.get(HOME_VARIABLE)

@@ -36,7 +36,13 @@ _LOCAL = r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names the file, the line and the fix."""
+    """The configuration, or the account, cannot be used: `what` names file and line, `fix` what to
+    do; it is empty where `what` says so.
+    """
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
+        self.what, self.fix = what, fix
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +96,12 @@ def load(home: Path) -> Config:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
+                raise ConfigError(f"{path}: is not a file", f"mv {path} {path}.old")
             raw = file.read(CONFIG_BYTES_MAX + 1)
     except FileNotFoundError:
         return Config()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", f"ls -l {path}") from None
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
     return parse(raw, str(path))
@@ -112,17 +118,17 @@ def load_system(path: Path = SYSTEM_CONFIG) -> Config:
     except FileNotFoundError:
         return Config()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", f"ls -l {path}") from None
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         for each in (folder, found):
             if each.st_uid != 0 or each.st_mode & 0o022:
                 raise ConfigError(
-                    f"{path}: others than root may change it.\n"
-                    f"  try: sudo chown -R root: {path.parent} && sudo chmod -R go-w {path.parent}"
+                    f"{path}: others than root may change it",
+                    f"sudo chown -R root: {path.parent} && sudo chmod -R go-w {path.parent}",
                 )
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
+            raise ConfigError(f"{path}: is not a file", f"mv {path} {path}.old")
         return parse(file.read(CONFIG_BYTES_MAX), str(path))
 
 

@@ -119,7 +119,7 @@ def daemon(
             say(problem_text(problem))
         sys.exit(1)
     except ConfigError as error:
-        say(str(error))
+        say(problem_text(Problem(error.what, error.fix)))
         sys.exit(1)
     except Exception as error:  # a fault of ours; Python says where
         say(f"the service ends: {type(error).__name__}: {error}")

@@ -102,7 +102,7 @@ def run(
     except Unavailable as error:
         fail(*error.problems)
     except ConfigError as error:
-        fail(Problem(str(error), ""))
+        fail(Problem(error.what, error.fix))
     if json_summary is not None:
         _write_summary(json_summary, result)
     if not quiet:

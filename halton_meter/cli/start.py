@@ -125,9 +125,10 @@ def _prepare(account: Account, home: Path) -> None:
     try:
         service.configured(account, home)
         privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
-    except (config.ConfigError, OSError) as error:
-        again = "fix this, then: sudo halton-meter start"
-        fail(Problem(str(error), f"{again}   (data folder: {home})"))
+    except config.ConfigError as error:
+        fail(Problem(error.what, error.fix or f"edit {home / 'config.toml'}, then start again"))
+    except OSError as error:
+        fail(Problem(f"cannot make {home}: {error.strerror}", f"ls -ld {home.parent}"))
 
 
 def _start_unit(text: str, home: Path, owner: int) -> None:
@@ -189,9 +190,10 @@ def _start_proxy() -> None:
     try:
         config.load_proxy(home)
         home.mkdir(0o700, parents=True, exist_ok=True)
-    except (config.ConfigError, OSError) as error:
-        again = "halton-meter start --via proxy"
-        fail(Problem(str(error), f"fix this, then: {again}   (data folder: {home})"))
+    except config.ConfigError as error:
+        fail(Problem(error.what, error.fix or f"edit {home / 'config.toml'}, then start again"))
+    except OSError as error:
+        fail(Problem(f"cannot make {home}: {error.strerror}", f"ls -ld {home.parent}"))
     found = ask_service(home, "status", name=PROXY_SOCKET_NAME)
     if found is None:
         _start_stopped_proxy(home)

@@ -51,7 +51,7 @@ def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
 
 
 def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
-    """What the account's process says it has read: a configuration, or ConfigError."""
+    """The configuration that the account's process says it has read. Raises ConfigError."""
     try:
         table, hosts = said
         for name in ("openai_compatible_hosts", "users"):
@@ -61,7 +61,7 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
         table["loader"] = str(table["loader"])
         return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
     except (TypeError, ValueError, KeyError, AttributeError):
-        raise ConfigError(f"no sound answer came of acting as {account.name}") from None
+        raise ConfigError(f"the process that acts as {account.name} gave no valid answer") from None
 
 
 # --- one command --------------------------------------------------------------------------------
