@@ -37,6 +37,7 @@ from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
+from halton_meter.problem import Unavailable
 
 if TYPE_CHECKING:
     from capture.uprobes import ProcessCoverage, Status
@@ -116,7 +117,7 @@ class PlaintextSource(Protocol):
         """Whether there is a helper at the moment."""
 
     def resume(self, link: socket.socket) -> None:
-        """Go on at the next helper. Raises UprobeUnavailable."""
+        """Go on at the next helper. Raises Unavailable."""
 
     def is_repeated(self, index: int) -> bool:
         """Whether a process before us has stored what comes of the event of that number."""
@@ -294,9 +295,7 @@ class Metering:
 
     def _refresh(self) -> None:
         """Have the helper's report be of now; without a helper the last one stands."""
-        from capture.environment import UprobeUnavailable
-
-        with contextlib.suppress(UprobeUnavailable):
+        with contextlib.suppress(Unavailable):
             self._source.request_report(DRAIN_S)
 
     # --- time
@@ -339,11 +338,9 @@ class Metering:
 
     def _resume(self, link: socket.socket) -> None:
         """There is another helper."""
-        from capture.environment import UprobeUnavailable
-
         if self._reading:
             self._selector.unregister(self._source)
-        with contextlib.suppress(UprobeUnavailable):  # then that one dies, too, and another comes
+        with contextlib.suppress(Unavailable):  # then that one dies, too, and another comes
             self._source.resume(link)
             self._restarts += 1
         self._listen()
@@ -391,9 +388,7 @@ class Metering:
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
-        from capture.environment import UprobeUnavailable
-
-        with contextlib.suppress(UprobeUnavailable):
+        with contextlib.suppress(Unavailable):
             self._source.watch(pid)
 
     def _forget_run(self, client: Client) -> None:
@@ -580,7 +575,6 @@ def main(link_fd: int) -> int:
 
 def start(job: Job, link: socket.socket) -> int:
     """Attach to the helper behind `link` and meter."""
-    from capture.environment import UprobeUnavailable
     from capture.uprobes import Scope, UprobeSource
     from halton_meter.providers.registry import Registry
     from halton_meter.store import Store
@@ -596,7 +590,7 @@ def start(job: Job, link: socket.socket) -> int:
     meter, price_error = make_meter(home, job.extra_hosts)
     try:
         source.start()
-    except UprobeUnavailable as error:
+    except Unavailable as error:
         tell({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
     return Metering(job, source, meter, Store(home), price_error).run()
