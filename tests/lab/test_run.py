@@ -224,7 +224,7 @@ def test_without_root_and_service_auto_goes_through_the_proxy(lab: Lab, home: Pa
     environment = lab.environment(HALTON_METER_HOME=str(home))
     done = lab.run(command, user=lab.user, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "through a local proxy, as there is neither root nor the service" in done.stderr
+    assert "not root and no service running: using a local proxy" in done.stderr
     assert "sudo halton-meter start" in done.stderr
     asked = Scenario(n=6)
     sent = asked.fresh + asked.cached + asked.cache_written
