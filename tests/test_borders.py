@@ -515,7 +515,7 @@ def test_nothing_that_a_worker_says_ends_the_edge(raw: bytes) -> None:
         stream.feed_data(b'{"ready":true,"port":1,"accepted":["api.x.ai"]}\n')
         stream.feed_data(b'{"lost":{"losses":{"a":1},"held":2,"owed":{}}}\n')
         stream.feed_eof()
-        await service._hear(stream)
+        await service._read_messages(stream)
         assert service._state == "ready"
         assert service.losses.total()["a"] == 1
         service._state = "waiting"  # nobody to ask

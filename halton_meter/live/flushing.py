@@ -36,7 +36,7 @@ class Flushable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one flush: why events wait, if they do, and whether only for somebody who reads."""
+    """Of one flush: why events still wait, if so; `busy`: another process reads the database."""
 
     reason: str | None = None
     busy: bool = False
@@ -67,11 +67,11 @@ class Flusher:
         os.set_blocking(self._stdout.fileno(), False)
 
     def fileno(self) -> int:
-        """Readable when it has ended, or said something."""
+        """Readable when it has ended or printed something."""
         return self._stdout.fileno()
 
     def outcome(self) -> Outcome | None:
-        """What came of it; None as long as it runs."""
+        """Its outcome; None as long as it runs."""
         try:
             more = os.read(self.fileno(), SAID_BYTES_MAX)
         except BlockingIOError:
@@ -80,7 +80,7 @@ class Flusher:
         return self.wait() if not more else None
 
     def wait(self) -> Outcome:
-        """What came of it, once it has ended."""
+        """Wait for its end; its outcome."""
         code = self._process.wait()
         os.set_blocking(self.fileno(), True)
         with self._stdout:

@@ -2,10 +2,10 @@
 
 Our packages have names that others have, too (`capture` and `pricing` are on PyPI): installed
 beside us they overwrite our files, and a folder that is earlier on the path hides them. Before root
-starts anything it is looked whether all four come from one place, also to the processes that root
-starts (which ignore PYTHONPATH and a person's own site folder), and are what pip once wrote there.
-That is against mishaps and other people's packages: who may write to our own folder needs no trick,
-and `changeable_by_others` finds those. Standard library only, and `Problem`.
+starts anything, this checks that all four packages come from one folder, also for the processes
+that root starts (they ignore PYTHONPATH and a user's own site folder), and are as pip wrote them.
+That protects from accidents and foreign packages. Who may write to our folder needs no trick:
+`changeable_by_others` finds that. Standard library only, and `Problem`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def _foreign(found: Path, fix: str) -> Problem:
 def python(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours in a process of its own.
 
-    What root starts, and what that starts, is isolated: no variable and no folder of a person's
-    changes what it imports. Others may have us in their own site folder, but no current one counts.
+    What root starts, and what that starts, is isolated: no variable and no folder of a user's
+    changes what it imports. Other users may have us in their own site folder; the current folder
+    never counts.
     """
     isolated = sys.flags.isolated or os.geteuid() == 0
     return [sys.executable, "-I" if isolated else "-P", "-m", module, *arguments]
@@ -127,7 +128,7 @@ def _recorded(record: Path) -> Iterator[tuple[str, str]]:
 
 
 def changeable_by_others() -> Path | None:
-    """What root would run and somebody else could change; None where nobody could."""
+    """A file that root would run and another user could change; None where there is none."""
     seen: set[str] = set()
     for path in _run_as_root():
         for each in (path, *path.parents):
@@ -144,7 +145,7 @@ def changeable_by_others() -> Path | None:
 
 
 def _is_open(found: os.stat_result) -> bool:
-    """Whether others than the owner may write there; in a sticky folder they take nothing away."""
+    """Whether others than the owner may write there; a sticky folder keeps its files safe."""
     return bool(found.st_mode & 0o022) and not (
         stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX
     )

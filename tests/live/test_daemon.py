@@ -159,13 +159,13 @@ def test_a_persons_file_adds_hosts_for_the_person_and_nobody_else(
     plan = planned(tmp_path, said)
     assert (plan.uids, plan.everyone) == ({os.getuid()}, False)
     assert "llm.any.example" in plan.hosts
-    assert "not obeyed: users and all_users" in said[0]
+    assert "ignored: users and all_users" in said[0]
     for asked in ({"all_users": True}, {"users": ("nobody", "root")}):
         said.clear()
         wider = planned(tmp_path, said, **asked)
         assert "llm.any.example" not in wider.hosts
         assert "api.anthropic.com" in wider.hosts
-        assert any("not watched: the hosts of" in line for line in said)
+        assert any("ignored: the hosts in" in line for line in said)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the file is root's")
@@ -432,7 +432,7 @@ class Running:
         self.output = io.StringIO()
         stdin = os.fdopen(theirs.detach())
         monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr(worker, "tell", self._tell)
+        monkeypatch.setattr(worker, "send", self._tell)
         self.told: list[dict[str, Any]] = []
         self.source, self.store = FakeSource(), FakeStore()
         self.home = home

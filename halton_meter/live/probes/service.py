@@ -2,9 +2,9 @@
 
 Three processes. This one, the supervisor, is root and does little: it starts the other two, passes
 signals on and restarts what died. The capture helper (`capture/helper/main.py`, root) attaches
-probes and forwards plaintext. The metering process (`probes/worker.py`) reads it as the user,
-prices and stores; all that parses hostile bytes is there. `run` has a fourth, the command itself,
-as the user, held until the probes are in place. When any of ours dies the command never notices.
+probes and forwards plaintext. The metering worker (`probes/worker.py`) reads it as the user, prices
+and stores it, and parses all hostile bytes. `run` has a fourth process, the command itself, as the
+user, held until the probes are in place. The command never notices when one of ours dies.
 
 Read `serve` for the service and `run_command` for one command.
 """
@@ -31,7 +31,7 @@ from halton_meter.privileges import as_account
 
 
 def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
-    """The person's configuration, read with the person's rights, and the hosts to be watched.
+    """The user's configuration, read with the user's rights, and the hosts to watch.
 
     Raises ConfigError.
     """
@@ -68,7 +68,7 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
 
 
 def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan) -> RunResult:
-    """Run one command as the person, metered by probes of its own. Raises Unavailable."""
+    """Run one command as the user, metered by probes of its own. Raises Unavailable."""
     Signals.block()
     command = Command(argv, plan.account, environment)
     program = shutil.which(argv[0], path=environment.get("PATH"))
@@ -128,7 +128,7 @@ def covers(status: Mapping[str, Any], uid: int) -> bool:
 def serve(plan: Plan, say: Callable[[str], None]) -> None:
     """Meter until SIGTERM, SIGINT or `stop`; restart what dies. Raises Unavailable at first.
 
-    `say` must not raise for want of disk: what it is told would end the service (`cli/daemon.py`).
+    `say` must not raise on a full disk: that would end the service (`cli/daemon.py`).
     """
     Signals.block()
     signals = Signals()
@@ -149,7 +149,7 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
             key.data()
         supervisor.tick()
         if was_ready != supervisor.ready:
-            say("metering again" if supervisor.ready else "the metering stopped; restarting it")
+            say("metering again" if supervisor.ready else "metering stopped; restarting it")
     supervisor.selector.unregister(signals)
     lost = supervisor.finish()
     say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
@@ -164,10 +164,10 @@ def service_plan(
     cgroup: str | None,
     say: Callable[[str], None],
 ) -> Plan:
-    """What the service meters: whom, root alone decides, and so for others' processes which hosts.
+    """Which users and which hosts the service meters. Raises ConfigError.
 
-    Root's word is its command line and `config.SYSTEM_CONFIG`. The person's own file adds hosts
-    for the person's own processes. Raises ConfigError.
+    Root alone chooses the users, and the hosts of other users' processes: on the command line and
+    in `config.SYSTEM_CONFIG`. A user's own file adds hosts for the user's own processes.
     """
     from halton_meter.config import SYSTEM_CONFIG, load_system
 
@@ -175,7 +175,7 @@ def service_plan(
     chosen, hosts = configured(account, home)
     if chosen.users or chosen.all_users:
         say(
-            f"not obeyed: users and all_users in {home / 'config.toml'}: root says whom to meter. "
+            f"ignored: users and all_users in {home / 'config.toml'}; only root chooses users. "
             f"Use: sudo halton-meter start --user NAME, or {SYSTEM_CONFIG}"
         )
     everyone = all_users or system.all_users
@@ -183,8 +183,8 @@ def service_plan(
     if everyone or uids != {account.uid}:
         if chosen.extra_hosts:
             say(
-                f"not watched: the hosts of {home / 'config.toml'}, as other users are metered, "
-                f"too. Put them into {SYSTEM_CONFIG}"
+                f"ignored: the hosts in {home / 'config.toml'}, as other users are metered, too. "
+                f"Put them into {SYSTEM_CONFIG}"
             )
         hosts = _hosts_of(system)
     else:

@@ -1,7 +1,7 @@
-"""Keeps the two halves of live metering alive: the root helper and the metering process.
+"""Keeps the two halves of live metering alive: the root helper and the metering worker.
 
-The supervisor is root and does little: it starts both, hands the one's socket to the other, hears
-what was metered, and starts again what died. It holds what the helper has made in the kernel
+The supervisor is root and does little: it starts both, hands the helper's socket to the worker,
+takes the worker's messages, and restarts what died. It holds the helper's kernel objects
 (`capture/helper/handover.py`), so that a death of either stops neither the probes nor the other
 half, and nothing that was captured is lost. It reads no plaintext. `probes/service.py` decides what
 is metered and for whom; `probes/worker.py` and `capture/helper/main.py` are the halves.
@@ -45,9 +45,9 @@ FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
 COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
 LINE_BYTES_MAX = 4 << 20
-# Read at a time: whatever comes, and however fast, signals and children are attended to in between.
+# Read at a time, so that a worker that never stops writing does not keep us from other events.
 MESSAGES_BYTES_MAX = 16 << 10
-STORING_MAX = 100_000  # the events of one batch, and those whose fate is looked up at the end
+STORING_MAX = 100_000  # events of one batch, or looked up in the store at the end
 SAID_CHARACTERS_MAX = 1000
 
 
@@ -70,14 +70,14 @@ class Plan:
         """Whose plaintext the kernel may copy."""
         from capture.uprobes import Scope
 
-        # Our own processes are the person's too; looking into them would only cost.
+        # Our own processes run as the user, too; attaching to them would only cost.
         excluded = (os.getpid(),) if self.service else ()
-        # What a person's command does as another user is not that person's to see.
+        # What a user's command does as another user must stay hidden from the first.
         owner = None if self.service or self.account.uid == 0 else self.account.uid
         return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded, owner)
 
     def job(self, **fields: Any) -> Job:
-        """What the metering process is told."""
+        """The worker's job."""
         scope = {"uids": sorted(self.uids), "everyone": self.everyone, "cgroup": self.cgroup}
         return Job(
             home=str(self.home),
@@ -89,11 +89,11 @@ class Plan:
         )
 
 
-# --- the metering process, from outside ---------------------------------------------------------
+# --- the metering worker, from outside ----------------------------------------------------------
 
 
 class Worker:
-    """One metering process."""
+    """One metering worker."""
 
     def __init__(self, account: Account, job: Job, link: socket.socket) -> None:
         self._lines = untrusted.Lines(LINE_BYTES_MAX)
@@ -102,7 +102,7 @@ class Worker:
         with theirs:
             self._process = self._start(account, job, link, theirs)
         assert self._process.stdout is not None
-        self._tell(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
+        self._send(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
         os.set_blocking(self._process.stdout.fileno(), False)
 
     @staticmethod
@@ -141,7 +141,7 @@ class Worker:
         return self._process.stdout.fileno()
 
     def messages(self) -> list[dict[str, Any]] | None:
-        """What it has told since; None once it has ended."""
+        """Its new messages; None once it has ended."""
         try:
             data = os.read(self.fileno(), MESSAGES_BYTES_MAX)
         except BlockingIOError:
@@ -156,17 +156,17 @@ class Worker:
         count, self._lines.refused = self._lines.refused, 0
         return count
 
-    def _tell(self, line: bytes, fds: Sequence[int] = ()) -> None:
+    def _send(self, line: bytes, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):  # it is dead, or hangs and will be killed
             socket.send_fds(self._commands, [line], fds)
 
     def resume(self, link: socket.socket) -> None:
-        """Have it go on at another helper."""
-        self._tell(b"link\n", [link.fileno()])
+        """Let it continue at another helper."""
+        self._send(b"link\n", [link.fileno()])
 
     def finish(self) -> None:
         """Ask it to drain, store and end."""
-        self._tell(b"finish\n")
+        self._send(b"finish\n")
 
     def wait(self, timeout_s: float) -> int:
         """Its exit code; killed when it takes longer."""
@@ -196,8 +196,8 @@ class Supervisor:
         self._losses = Losses()
         self._before = Totals()
         self._current = Totals()
-        # Of these a metering process said that it stores them, and not yet that it has: it may
-        # have died before, within or after.
+        # Events that a worker was about to store, and has not yet reported as stored: if it died,
+        # nobody knows without asking the store.
         self._storing: list[str] = []
         self._uncertain: list[str] = []
         self._ready = False
@@ -244,7 +244,7 @@ class Supervisor:
     # --- the helper -----------------------------------------------------------------------------
 
     def _start_helper(self) -> socket.socket:
-        """Start it; the link for whoever is to read from it."""
+        """Start it; the link from which a worker reads."""
         from capture.uprobes import spawn_helper
 
         plan = self._plan
@@ -261,7 +261,7 @@ class Supervisor:
         return link
 
     def _attend_helper(self) -> None:
-        """Hold what the helper asks us to, or note its death."""
+        """Take the kernel objects that the helper hands over, or note its death."""
         if self._keeper.attend():
             return
         self.selector.unregister(self._keeper)
@@ -276,7 +276,7 @@ class Supervisor:
                 self._worker.resume(link)
         self._restarts += 1
 
-    # --- the metering process -------------------------------------------------------------------
+    # --- the metering worker --------------------------------------------------------------------
 
     def _start_worker(self, link: socket.socket) -> None:
         job = self._plan.job(
@@ -300,7 +300,7 @@ class Supervisor:
             self._start_worker(link)
 
     def attend(self) -> None:
-        """Take what the metering process told, or its death."""
+        """Take the worker's messages, or note its end."""
         if self._worker is None:
             return
         messages = self._worker.messages()
@@ -309,10 +309,10 @@ class Supervisor:
         if refused := self._worker.refused():
             self._losses.count(MESSAGES_REFUSED, refused)
         if messages is None:
-            self._bury()
+            self._on_worker_exit()
 
     def take(self, message: dict[str, Any]) -> None:
-        """Hear one message. It comes from who read hostile bytes: it must not end us, whatever."""
+        """Take one message. Its sender reads hostile bytes: no message may end us."""
         try:
             self._take(message)
         except Exception:
@@ -345,8 +345,8 @@ class Supervisor:
         self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
         self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
 
-    def _bury(self) -> None:
-        """The metering process died: note when and why, and when the next one is to be started."""
+    def _on_worker_exit(self) -> None:
+        """The worker ended: note when and why, and when to start the next one."""
         assert self._worker is not None
         self.selector.unregister(self._worker)
         code = self._worker.wait(1.0)
@@ -357,7 +357,7 @@ class Supervisor:
         self._uncertain = (self._uncertain + self._storing)[-STORING_MAX:]
         self._storing = []
         self._worker_restarts.died()
-        self._note_death(cause_of_death("the metering process", code))
+        self._note_death(cause_of_death("the metering worker", code))
 
     def _note_death(self, cause: str) -> None:
         """An outage begins, unless the kernel goes on copying for the next one to read."""
@@ -373,7 +373,7 @@ class Supervisor:
         """How long the owner may wait before it calls `tick`."""
         dues = [self._helper_restarts.due_at, self._worker_restarts.due_at]
         if not self._helper_runs:
-            dues.pop()  # a metering process needs a helper to read from
+            dues.pop()  # a worker needs a helper to read from
         due = min((each for each in dues if each is not None), default=None)
         return None if due is None else max(0.0, due - time.monotonic())
 
@@ -392,7 +392,7 @@ class Supervisor:
             restarts.died()
 
     def finish(self) -> RunResult:
-        """Have the rest drained and stored, end both processes, and tell what was metered."""
+        """Let the worker drain and store the rest, end both processes; returns what was metered."""
         deadline = time.monotonic() + FINISH_S_MAX
         if self._worker is not None:
             self._worker.finish()
@@ -416,7 +416,7 @@ class Supervisor:
         return self.result
 
     def _found_in_store(self) -> Totals:
-        """What became of the uncertain ones, read with the person's rights."""
+        """The uncertain events that are in the store, read with the user's rights."""
 
         def read() -> Any:
             from halton_meter.store import StoreError
@@ -435,8 +435,8 @@ class Supervisor:
 
 
 _LATE = Problem("the capture did not start in time", "halton-meter doctor")
-_ENDED_AT_ONCE = Problem("the metering process ended at once, see above", "halton-meter doctor")
-_UNKNOWN = Problem("the metering process did not say what is missing", "halton-meter doctor")
+_ENDED_AT_ONCE = Problem("the metering worker ended at once, see above", "halton-meter doctor")
+_UNKNOWN = Problem("the metering worker did not say what is missing", "halton-meter doctor")
 
 
 def _problems(message: dict[str, Any]) -> list[Problem]:

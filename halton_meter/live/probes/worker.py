@@ -1,11 +1,11 @@
 """The unprivileged half of live metering: plaintext from a source, priced events into the store.
 
-`python -m halton_meter.live.probes.worker LINK` is started by `supervisor.py` as the user, with the
-socket to the root helper inherited as descriptor LINK and a line of JSON (`Job`) on standard input,
-a socket, on which a new link comes when the helper had to be replaced; what it reports goes to
-standard output, a line of JSON each. When standard input ends, so does it. It also answers on the
-control socket, for `status` and `run`. It starts nothing and has no privilege; everything that
-parses what programs said runs in here. Read `meter.py` for what happens to a chunk.
+`supervisor.py` starts `python -m halton_meter.live.probes.worker LINK` as the user. LINK is the
+inherited descriptor of the socket to the root helper. Standard input is a socket: a line of JSON
+(`Job`) first, a new link when the helper was replaced; at its end the worker ends. Its messages go
+to standard output, one line of JSON each. It also answers `status` and `run` on the control socket.
+It has no privilege and starts only the flusher. Everything that parses captured plaintext runs in
+here. Read `meter.py` for what happens to a chunk.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import TlsClosed
 
-# Exit codes that tell the supervisor why.
+# Exit codes: asked to end; no probes; another service runs.
 ENDED, UNAVAILABLE, REFUSED = 0, 10, 12
 
-# The alive mark's age bounds how far back a gap must be assumed to start after a crash of all. It
-# is renewed with whatever else there is to do, and seldom for its own sake: wake-ups cost some ms.
+# After a crash of everything an outage is taken to start at the last mark of life. It is renewed
+# along with other work, and seldom for its own sake: a wake-up costs some milliseconds.
 ALIVE_EVERY_S = 10.0
 ALIVE_IDLE_S = 60.0
 
-# Plaintext that waits to be metered. While it is metered, slice by slice, what comes is taken out
-# of the kernel's ring; past the limit it is left there, and what overflows is counted there.
+# Plaintext that waits to be metered. Between two slices of metering, more is taken from the helper;
+# above this limit it is left there, and what overflows is counted there.
 BACKLOG_BYTES_MAX = 32 << 20
 SLICE_S = 0.01
 # What a chunk takes in memory besides its bytes.
@@ -64,7 +64,7 @@ COVERAGE_SHOWN_MAX = 500
 DRAIN_S = 5.0
 
 
-# --- what is asked of it, and what it tells -----------------------------------------------------
+# --- the job ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ class Job:
     """What one metering process does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them. `died_at_ns` and `cause`
-    tell of the previous process's death, when this one replaces it; with `continued` the kernel
-    went on copying meanwhile, and all of it is here to be read. `lost_before` is what those before
-    it have lost, `owed` what of that is in no store yet, `outages` those that no disk took.
+    are set when this one replaces one that died; `continued` means that the kernel went on copying
+    meanwhile, so nothing was missed. `lost_before` counts what earlier workers have lost, `owed`
+    what of that is in no store yet; `outages` are those that the disk refused so far.
     """
 
     home: str
@@ -95,7 +95,7 @@ class Job:
 
 
 class PlaintextSource(Protocol):
-    """What a metering process needs of a source: `capture.uprobes.UprobeSource` has it."""
+    """What the worker needs of a source: `capture.uprobes.UprobeSource` has it."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when `read(0)` has something."""
@@ -175,7 +175,7 @@ class Metering:
         self._started_ns = time.time_ns()
         self._last_event_ns: int | None = None
         self._alive_at = time.monotonic()
-        self._told: dict[str, Any] = {}
+        self._sent: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
@@ -183,7 +183,7 @@ class Metering:
         self._outages = Outages(Path(job.home), unwritten=job.outages) if job.service else None
 
     def run(self) -> int:
-        """Meter until told to end; the exit code tells why it ended."""
+        """Meter until asked to end; returns the exit code."""
         if self._outages is not None:
             if self._job.continued:
                 self._outages.alive(self._started_ns)
@@ -193,10 +193,10 @@ class Metering:
             self._answering = Answering(home, self._selector, self._answer, self._forget_run)
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
-        tell({"ready": True, "loader": self._source.status().loader})
+        send({"ready": True, "loader": self._source.status().loader})
         self._journal.count_losses(self._job.owed)
         self._journal.written()
-        self._tell_losses()
+        self._send_losses()
         self._take(self._source.read(0))
         while self._exit_code is None:
             for key, _ in self._selector.select(self._wait_s()):
@@ -254,8 +254,8 @@ class Metering:
         if not events:
             return
         if not self._job.service:
-            # If this is killed next, the supervisor looks for these in the store.
-            tell({"storing": [event.usage.id for event in events]})
+            # If we are killed next, the supervisor looks for these in the store.
+            send({"storing": [event.usage.id for event in events]})
         self._journal.keep(events)
         for event in events:
             self._totals.add(event)
@@ -264,7 +264,7 @@ class Metering:
                     run.totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
         if not self._job.service:
-            tell({"totals": self._totals.as_json()})
+            send({"totals": self._totals.as_json()})
 
     def _on_write(self) -> None:
         """Put on disk what else it refused, and report how much a kill would lose."""
@@ -272,16 +272,16 @@ class Metering:
             self._answering.renew()
         if self._outages is not None:
             self._outages.write()
-        waits = any(self._told.get(name) for name in ("held", "owed", "outages"))
+        waits = any(self._sent.get(name) for name in ("held", "owed", "outages"))
         if waits or self._journal.is_refused:
-            self._tell_losses()
+            self._send_losses()
 
-    def _tell_losses(self) -> None:
+    def _send_losses(self) -> None:
         outages = self._outages.unwritten if self._outages is not None else []
         state = {**self._lost(), **self._journal.unstored(), "outages": [*outages]}
-        if state != self._told:
-            self._told = state
-            tell(state)
+        if state != self._sent:
+            self._sent = state
+            send(state)
 
     def _drain(self) -> None:
         self._work(math.inf)
@@ -321,7 +321,7 @@ class Metering:
         if self._outages is not None and now >= self._alive_at + ALIVE_EVERY_S:
             self._alive_at = now
             self._outages.alive(time.time_ns())
-            self._tell_losses()
+            self._send_losses()
             if self._answering is not None:
                 self._answering.renew()
 
@@ -364,7 +364,7 @@ class Metering:
         final |= self._journal.unstored()
         condition = self._journal.condition
         final |= {"coverage": self._coverage(), "store_error": condition.last_word()}
-        tell(final | {"price_error": condition.price_error})
+        send(final | {"price_error": condition.price_error})
 
     # --- the control socket
 
@@ -382,7 +382,7 @@ class Metering:
             self._journal.flush(lambda: self._send_result(client))
             return None
         if asked == "stop":
-            tell({"stop": True})
+            send({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
 
@@ -501,8 +501,8 @@ def _is_in_tree(pid: int, parents: tuple[tuple[int, str], ...], root: int) -> bo
     return pid == root or any(parent == root for parent, _ in parents)
 
 
-def tell(message: dict[str, Any]) -> None:
-    """One line to the supervisor; its death is noticed elsewhere."""
+def send(message: dict[str, Any]) -> None:
+    """Send one line to the supervisor; its death is noticed elsewhere."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
@@ -545,7 +545,7 @@ _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 def _settle() -> None:
     """Leave nothing of the terminal's or the supervisor's signal handling, nor a way up.
 
-    It holds plaintext, and a link to root: no other process of the person's may look into it or
+    It holds plaintext, and a link to root: no other process of the user's may look into it or
     take it over (ptrace, /proc/PID/mem, /proc/PID/fd), and no core is written.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
@@ -580,10 +580,10 @@ def start(job: Job, link: socket.socket) -> int:
     from halton_meter.store import Store
 
     home = Path(job.home)
-    with contextlib.suppress(OSError):  # a disk that refuses everything is the store's to tell of
+    with contextlib.suppress(OSError):  # the store reports a disk that refuses everything
         prepare_home(home)
     if job.service and not _is_only_one(home):
-        tell({"refused": f"another halton-meter service already writes to {home}"})
+        send({"refused": f"another halton-meter service already writes to {home}"})
         return REFUSED
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
@@ -591,7 +591,7 @@ def start(job: Job, link: socket.socket) -> int:
     try:
         source.start()
     except Unavailable as error:
-        tell({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
+        send({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
     return Metering(job, source, meter, Store(home), price_error).run()
 

@@ -1,7 +1,7 @@
 """The composition root of the local proxy, as `probes/service.py` is for uprobes; it needs no root.
 
-A service (`proxy/service.py`) is run for good by `serve`, as systemd, launchd or our own keeper
-start it, or behind one command by `meter_command`. `service_status` and `ask_service` talk to a
+`serve` runs a service (`proxy/service.py`) for good, under systemd, launchd or our own keeper;
+`meter_command` runs one behind a single command. `service_status` and `ask_service` talk to a
 running one. Traffic that bypasses the proxy settings is not seen: uprobes are for that.
 """
 
@@ -30,10 +30,10 @@ from halton_meter.live.totals import Totals
 from halton_meter.problem import Problem, Unavailable
 from proxy_fallback.edge import listening
 
-# A stop lets exchanges under way come to their end for so long.
+# When stopping, exchanges under way get this long to finish.
 DRAIN_S = 5.0
 
-# Signals that a terminal sends to the whole foreground group: the command decides, we wait.
+# A terminal sends these to its whole foreground group: the command decides, we wait.
 _PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
 _COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
 
@@ -57,9 +57,9 @@ def configured(home: Path) -> tuple[Job, int]:
 def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
     """Run the edge and its worker until SIGTERM, SIGINT or `stop`.
 
-    Listens on the sockets that systemd, launchd or our own keeper hands over: then clients count
-    on us, and a configuration that cannot be read only ends the metering until it is fixed. Else
-    on `port`, or config.toml's; raises ConfigError then, and Unavailable without a socket.
+    Listens on the sockets that systemd, launchd or our own keeper hands over. Clients depend on us
+    then, so an unreadable configuration stops only the metering, until it is fixed. Without such
+    sockets it listens on `port`, or config.toml's, and raises ConfigError, or Unavailable.
     """
     try:
         sockets = listening.listeners()
@@ -86,7 +86,7 @@ async def _serve(
     service: ProxyService, sockets: Sequence[socket.socket], say: Callable[[str], None]
 ) -> None:
     loop = asyncio.get_running_loop()
-    # What asyncio would print may name hosts; that something went wrong is enough.
+    # What asyncio would print may name hosts: count the error only.
     loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.ask_to_stop)
@@ -96,7 +96,7 @@ async def _serve(
         say(f"the edge listens on {', '.join(service.addresses)}")
         await service.stopped()
     finally:
-        # After a fault of ours, too: a task left over would keep this process, which serves nobody.
+        # After a bug of ours, too: a leftover task would keep this process alive, serving nobody.
         await service.stop(DRAIN_S)
     say("stopped")
 
@@ -125,7 +125,7 @@ def meter_command(
     """Run `command` behind an edge of its own and store what it used.
 
     `upstream` is the proxy that leads out; without one, that of the environment is kept in use.
-    With `java` its JVMs are told, too. Raises Unavailable when the proxy cannot start; the
+    With `java` its JVMs are configured, too. Raises Unavailable when the proxy cannot start; the
     command has not been started then.
     """
     prepare_home(home)
@@ -137,14 +137,14 @@ def meter_command(
         port = background.start()
         ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
         with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
-            told = _told(environment, port, ca_file, Path(folder), java)
-            run.exit_code = _run(command, told)
+            proxied = _proxied(environment, port, ca_file, Path(folder), java)
+            run.exit_code = _run(command, proxied)
     finally:
         background.stop(run)
     return run
 
 
-def _told(
+def _proxied(
     environment: Mapping[str, str], port: int, ca_file: Path, folder: Path, java: bool
 ) -> dict[str, str]:
     """A command's environment, with the proxy and trust in it."""

@@ -1,9 +1,9 @@
 """The proxy's service: an edge, and the worker that it keeps alive.
 
-The edge (`proxy_fallback/edge/edge.py`) lives in this process and little else does: it accepts what
-clients say. The worker, `proxy/worker.py`, is another process, in which mitmproxy, the pipeline and
-the store live. One that dies or hangs is started again; meanwhile the edge tunnels everything raw,
-and the gap is counted. `proxy/run.py` composes this for the service and for one command.
+The edge (`proxy_fallback/edge/edge.py`) runs in this process and little else does: it accepts the
+clients' connections. The worker, `proxy/worker.py`, is another process with mitmproxy, the pipeline
+and the store. A worker that dies or hangs is restarted; meanwhile the edge passes everything on
+undecrypted, and the outage is recorded. `proxy/run.py` runs this for the service and one command.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
 START_S_MAX = 30.0
 FINISH_S_MAX = 20.0
 TICK_S = 1.0
-# The worker is asked for a sign of life at every tick while clients are connected, else at every
-# QUIET_TICKS-th. After SLOW ticks without one, hosts are tunnelled raw; after HUNG it is killed,
-# which breaks the streams that it still holds. Ticks, not time: they stop when we are suspended.
+# While clients are connected the worker is pinged each tick, else each QUIET_TICKS-th. After
+# SLOW_TICKS without an answer the edge passes hosts on undecrypted; after HUNG_TICKS the worker is
+# killed, which breaks its open streams. Ticks, not time: they stop when the machine is suspended.
 QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
 ALIVE_TICKS = 10
-# A configuration that cannot be read is read again so often.
+# How often an unreadable configuration is read again.
 CONFIGURE_EVERY_S = 5.0
 STATUS_S_MAX = 2.0
-# What is believed of a worker's messages.
+# Limits of a worker's messages.
 READ_BYTES = 16 << 10
 SAID_CHARACTERS_MAX = 1000
 HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
@@ -64,8 +64,8 @@ HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
 class ProxyService:
     """An edge and the worker that it keeps alive. Lives in one event loop.
 
-    `environment` is the worker's: what it says of trusted roots is how providers are judged.
-    While `configure` is given and raises, there is `trouble`: everything is let through unmetered.
+    `environment` is the worker's; its trusted roots are those that providers are checked against.
+    While `configure` is given and raises, everything passes unmetered, and `trouble` says why.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ProxyService:
         self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
 
     async def settled(self) -> str | None:
-        """Wait until provider hosts are metered: None then, else why they will not be soon."""
+        """Wait until provider hosts are metered, or known not to be soon: None, or the reason."""
         try:
             await asyncio.wait_for(self._settled.wait(), START_S_MAX)
         except TimeoutError:
@@ -145,7 +145,7 @@ class ProxyService:
         return None if self._was_ready else self._cause
 
     def ask_to_stop(self) -> None:
-        """Have `stopped` return."""
+        """Let `stopped` return."""
         self._stopping.set()
 
     async def stopped(self) -> None:
@@ -153,7 +153,7 @@ class ProxyService:
         await self._stopping.wait()
 
     async def stop(self, drain_s: float) -> None:
-        """Let exchanges end, store what there is, end the worker."""
+        """Let exchanges end, store what is left, end the worker."""
         self._stopping.set()
         self._resumed.set()
         await self.edge.stop(drain_s)
@@ -210,11 +210,11 @@ class ProxyService:
             self._restarts.count += 1
 
     async def _begin_configured(self, configure: Callable[[], Job]) -> None:
-        """Try to begin as one should; after a failure wait a while."""
+        """Try to read the configuration; after a failure wait a while."""
         try:
             self.job = configure()
             hosts = provider_hosts(self.job.extra_hosts)
-        except Exception as error:  # whatever it is, traffic goes on meanwhile
+        except Exception as error:  # whatever it is, traffic goes on
             self._cause = str(error)
             self._down("not_configured", "waiting")
             with contextlib.suppress(TimeoutError):
@@ -230,7 +230,7 @@ class ProxyService:
             *own_code.python("halton_meter.live.proxy.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # What a library may print has no place in the terminal of somebody's command.
+            # What a library prints has no place in the terminal of the user's command.
             stderr=None if self.job.service else subprocess.DEVNULL,
             cwd="/",
             env=self._environment,
@@ -240,21 +240,21 @@ class ProxyService:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            if not self._stopping.is_set():  # else who stops us could not tell it to finish
+            if not self._stopping.is_set():  # else nobody would send it "finish"
                 secret = self.edge.worker_secret
                 process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
-                await self._hear(process.stdout)
+                await self._read_messages(process.stdout)
                 self.losses.ended()
                 self._owed += Counter(self.losses.handed_on())
                 with contextlib.suppress(TimeoutError):
                     return await asyncio.wait_for(process.wait(), 1.0)
         finally:
-            _kill(process)  # it has told all that it will, or nobody hears it
+            _kill(process)  # nothing more will be read from it
         return await process.wait()
 
-    async def _hear(self, stdout: asyncio.StreamReader) -> None:
-        """Take what a worker tells until its end. It reads hostile bytes, and we hold the network:
-        whatever it tells must not end us."""
+    async def _read_messages(self, stdout: asyncio.StreamReader) -> None:
+        """Take a worker's messages until its end. It reads hostile bytes, and clients depend on us:
+        no message may end us."""
         lines = untrusted.Lines(LINE_BYTES_MAX)
         with contextlib.suppress(ConnectionError):
             while data := await stdout.read(READ_BYTES):
@@ -264,10 +264,10 @@ class ProxyService:
                 if lines.refused:
                     self.losses.count(MESSAGES_REFUSED, lines.refused)
                     lines.refused = 0
-                await asyncio.sleep(0)  # clients, too, when it never stops
+                await asyncio.sleep(0)  # serve clients, too, even if it never stops writing
 
     def take(self, message: dict[str, Any]) -> None:
-        """Hear one message of the worker's."""
+        """Take one message of the worker's."""
         try:
             self._take(message)
         except Exception:
@@ -327,7 +327,7 @@ class ProxyService:
             self._bypassed_now = 0
 
     def _end_downtime(self) -> None:
-        """Note the time in which provider hosts were not metered."""
+        """Provider hosts are metered again, or nobody expects it any more: keep the outage."""
         outage = self._downtime.end()
         if outage is None:
             return
@@ -340,7 +340,7 @@ class ProxyService:
                 self._kept.note(from_ns, to_ns, cause)
 
     def _pause(self) -> None:
-        """Meter no more, and let everything through: what is wanted is no gap."""
+        """Stop metering and pass everything on. The user asked for it, so it is no outage."""
         self._paused, self._state, self._port = True, "stopped", None
         self._resumed.clear()
         self.edge.bypass("stopped")
@@ -358,12 +358,12 @@ class ProxyService:
         self._unreported[f"unmetered_{cause}"] += 1
 
     def _report_bypassed(self) -> None:
-        """Have what went by unmetered kept in the store."""
+        """Let the worker store the counts of what passed unmetered."""
         if self._state != "ready":
             return
         if self._unreported and self._send({"losses": self._unreported}):
             self._unreported = Counter()
-        # What a dead worker owed; from now on the next one tells how much of it is owed still.
+        # What a dead worker owed; from now on the next one reports what is still owed.
         if self._owed and self._send({"losses": self._owed}):
             self._owed = Counter()
 
@@ -374,7 +374,7 @@ class ProxyService:
             await asyncio.sleep(TICK_S)
             try:
                 await self._tick(tick)
-            except Exception:  # a fault of ours: the next tick may do
+            except Exception:  # a bug of ours: the next tick may succeed
                 self.edge.counts.update(["loop_errors"])
 
     async def _tick(self, tick: int) -> None:
@@ -388,14 +388,14 @@ class ProxyService:
             self._feel_pulse()
 
     def _revive_keeping(self) -> None:
-        """Without the task that keeps the worker nothing would ever be metered again."""
+        """Restart the task that keeps the worker, without which nothing would be metered again."""
         keeping = self._tasks[0]
         if not keeping.done() or self._stopping.is_set():
             return
         fault = None if keeping.cancelled() else keeping.exception()
         self._tasks[0] = asyncio.get_running_loop().create_task(self._keep_worker())
         self.edge.counts.update(["loop_errors"])
-        self._cause = self._cause or f"a fault of ours: {type(fault).__name__}"
+        self._cause = self._cause or f"internal error: {type(fault).__name__}"
         if not self._paused:
             self._down("worker_down", "waiting")
 
@@ -413,7 +413,7 @@ class ProxyService:
     # --- the control socket
 
     async def _listen(self) -> None:
-        with contextlib.suppress(OSError):  # without it there is no status; traffic matters more
+        with contextlib.suppress(OSError):  # no status then, but traffic goes on
             if not self._listener.renew() or self._listener.socket is None:
                 return
             if self._control is not None:
@@ -426,7 +426,7 @@ class ProxyService:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            # Outside of the folder, no file's mode keeps others away.
+            # Outside of the folder, no file mode keeps other users out.
             friend = self._listener.has_file or is_friend(writer.get_extra_info("socket"))
             while friend and (line := await reader.readline()):
                 request = untrusted.parsed(line)
@@ -436,9 +436,9 @@ class ProxyService:
                 answer = await self._answer(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        except (OSError, ValueError):  # it is gone, or its line was too long
+        except (OSError, ValueError):  # the client is gone, or its line was too long
             pass
-        except Exception:  # whatever was asked, traffic goes on
+        except Exception:  # no request may end the service
             self.losses.count(MESSAGES_REFUSED, 1)
         writer.close()
 
@@ -517,7 +517,7 @@ class ProxyService:
 
 
 def _served() -> frozenset[int]:
-    """Whose connections are taken: ours, root's and, of a run under sudo, the person's."""
+    """Users whose connections are accepted: ours, root and, under sudo, the user who called it."""
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
@@ -526,7 +526,7 @@ _TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
 
 
 def _status(told: dict[str, Any]) -> dict[str, Any]:
-    """What a worker told of itself, as far as it is what it should be."""
+    """A worker's status, limited to valid fields."""
     found: dict[str, Any] = {name: untrusted.whole_number(told, name) for name in _COUNTS}
     found |= {name: untrusted.text(told, name, SAID_CHARACTERS_MAX) for name in _TEXTS}
     found["damaged_databases"] = untrusted.texts(told, "damaged_databases", 20, SAID_CHARACTERS_MAX)
@@ -544,7 +544,7 @@ def _hosts(message: dict[str, Any]) -> list[str]:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    # Not Process.kill: that may reap the child behind the back of asyncio's own watcher.
+    # Not Process.kill: it may reap the child before asyncio's own watcher does.
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)

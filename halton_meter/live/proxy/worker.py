@@ -1,10 +1,10 @@
 """The half of the local proxy that decrypts: mitmproxy, the pipeline and the store, one process.
 
-`python -m halton_meter.live.proxy.worker` is started by `proxy/run.py`, as the user, behind the
-edge. It reads lines of JSON on standard input, first a `Job`, and tells lines of JSON on standard
-output. When its input ends, so does it. It may be killed at any moment: the edge then tunnels raw,
-and every event that was told to the store is in the journal. It answers a ping from within
-mitmproxy's own loop, so that a hung one is noticed.
+`proxy/service.py` starts `python -m halton_meter.live.proxy.worker` as the user, behind the edge.
+It reads lines of JSON from standard input, first a `Job`, and writes lines of JSON to standard
+output. It ends when its input ends. It may be killed at any moment: the edge then passes traffic on
+undecrypted, and every event that was kept is in the journal. It answers a ping from within
+mitmproxy's own loop, so that a hung loop is noticed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
-# Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
+# Exchanges that wait to be priced. The proxy never waits: what exceeds this is dropped and counted.
 WAITING_MAX = 10_000
 LINE_BYTES_MAX = 1 << 20
-# How long the pricing thread may keep mitmproxy's waiting at a time: Python's own 5 ms, several
-# times an exchange, would be what a client waits for most.
+# How long the pricing thread may hold Python's lock while mitmproxy waits. With the default 5 ms,
+# several times an exchange, clients would notice.
 SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
-# How often it is looked whether the CA is still valid.
+# How often the CA is checked for validity.
 CA_CHECK_S = 600.0
 
 
@@ -54,7 +54,7 @@ class Job:
     """What a worker does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
-    that leads out of this network; `secret` is what the edge says to be let in.
+    that leads out of this network; `secret` authenticates the edge to the worker.
     """
 
     home: str
@@ -84,15 +84,15 @@ def process_of(end: ClientSocket) -> Process | None:
     asked_ns = time.time_ns()
     pid = owner_pid(end)
     process = None if pid is None else read_process(pid)
-    # It had the socket then: one that began later has but its number.
+    # It had the socket by then: a process that began later only has the same pid.
     return None if process is None or process.started_ns > asked_ns else process
 
 
 def program_of(process: Process | None) -> str | None:
     """What to call the program of a process: its file, and for an interpreter the script too.
 
-    Trust in a CA is a program's own business; a script's is not that of its interpreter. A script
-    whose folder is hidden is told by its name alone.
+    Each program decides which CAs it trusts, and a script decides apart from its interpreter. A
+    script in a hidden folder is named without the folder.
     """
     from capture.processes.arguments import REDACTED
 
@@ -108,8 +108,8 @@ def program_of(process: Process | None) -> str | None:
     return process.exe
 
 
-def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> MeterAddon:
-    """The addon, wired to the pipeline. `told` takes what it has to tell the edge."""
+def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], send: Any) -> MeterAddon:
+    """The addon, wired to the pipeline. `send` takes its messages to the edge."""
     from halton_meter.providers.registry import Registry
     from halton_meter.wire.conversation import Interest
     from halton_meter.wire.recording import Recorder
@@ -119,7 +119,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> M
     recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), pricing.losses)
 
     def refused(host: str, process: Process | None, said: bool) -> None:
-        told({"refused": [host, program_of(process), said]})
+        send({"refused": [host, program_of(process), said]})
 
     return MeterAddon(
         Wiring(recorder.begin, process_of, pricing.put, refused, losses=pricing.losses)
@@ -133,7 +133,7 @@ class Pricing:
         self,
         meter: Meter,
         home: Path,
-        told: Callable[[dict[str, Any]], None],
+        send: Callable[[dict[str, Any]], None],
         price_error: str | None = None,
     ) -> None:
         from halton_meter.store import Store
@@ -142,8 +142,8 @@ class Pricing:
         self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
         self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
-        self._told = told
-        self._told_before: dict[str, Any] = {}
+        self._send = send
+        self._sent: dict[str, Any] = {}
         self.losses: Counter[str] = Counter()
         self.totals = Totals()
         self.last_event_ns: int | None = None
@@ -185,9 +185,9 @@ class Pricing:
     def _on_write(self) -> None:
         """Report how much a kill would lose, where that has changed."""
         state = {"losses": self._losses(), **self._journal.unstored()}
-        if state != self._told_before:
-            self._told_before = state
-            self._told({"lost": state})
+        if state != self._sent:
+            self._sent = state
+            self._send({"lost": state})
 
     def _work(self) -> None:
         while True:
@@ -225,18 +225,18 @@ class Worker:
         self._job = job
         self._home = Path(job.home)
         self._lock = threading.Lock()
-        # What mitmproxy may print must not get among our lines.
+        # What mitmproxy prints must not get between our lines.
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """One line to the process that started us; its death is noticed elsewhere."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one line to the process that started us; its death is noticed elsewhere."""
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._out.write(json.dumps(message) + "\n")
             self._out.flush()
 
     def run(self) -> int:
-        """Meter until told to finish, or until nobody is left to tell."""
+        """Meter until asked to finish, or until our input ends."""
         from proxy_fallback.mitm.edge_only import EdgeOnly
         from proxy_fallback.mitm.session import ProxyError, ProxySession
         from proxy_fallback.setup.authority import AuthorityError
@@ -244,9 +244,9 @@ class Worker:
         with contextlib.suppress(OSError):
             prepare_home(self._home)
         meter, price_error = make_meter(self._home, self._job.extra_hosts)
-        pricing = Pricing(meter, self._home, self.tell, price_error)
+        pricing = Pricing(meter, self._home, self.send, price_error)
         hosts = provider_hosts(self._job.extra_hosts)
-        addon = make_addon(pricing, self._job.extra_hosts, self.tell)
+        addon = make_addon(pricing, self._job.extra_hosts, self.send)
         try:
             accepted = self._accepted(hosts)
             guard = EdgeOnly(self._job.secret)
@@ -254,14 +254,14 @@ class Worker:
             session = ProxySession(addon, hosts, folder, self._job.upstream, guard)
             session.start()
         except (AuthorityError, ProxyError) as error:
-            self.tell({"unavailable": str(error)})
+            self.send({"unavailable": str(error)})
             return 1
         pricing.start()
-        self.tell({"ready": True, "port": session.port, "accepted": accepted})
+        self.send({"ready": True, "port": session.port, "accepted": accepted})
         threading.Thread(target=self._watch_ca, args=(hosts, accepted), daemon=True).start()
         self._obey(session, pricing, guard)
         session.stop()
-        self.tell({"final": True, **pricing.finish()})
+        self.send({"final": True, **pricing.finish()})
         return 0
 
     def _accepted(self, hosts: Iterable[str]) -> list[str]:
@@ -279,10 +279,10 @@ class Worker:
         while True:
             time.sleep(CA_CHECK_S)
             now: list[str] = []
-            with contextlib.suppress(Exception):  # a CA that cannot be read is as good as none
+            with contextlib.suppress(Exception):  # an unreadable CA counts as none
                 now = self._accepted(hosts)
             if now != before:
-                self.tell({"accepted": now})
+                self.send({"accepted": now})
                 before = now
 
     def _obey(self, session: Any, pricing: Pricing, guard: EdgeOnly) -> None:
@@ -290,10 +290,10 @@ class Worker:
             message = untrusted.parsed(line) or {}
             if "ping" in message:
                 serial = message["ping"]
-                session.call_soon(lambda serial=serial: self.tell({"pong": serial}))
+                session.call_soon(lambda serial=serial: self.send({"pong": serial}))
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
-                self.tell({"status": told, "serial": message["status"]})
+                self.send({"status": told, "serial": message["status"]})
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
             if "finish" in message:
@@ -301,7 +301,7 @@ class Worker:
 
 
 def job_line(job: Job) -> bytes:
-    """What a worker wants to read first."""
+    """The first line that a worker reads."""
     return json.dumps(dataclasses.asdict(job)).encode() + b"\n"
 
 
@@ -316,7 +316,7 @@ def main() -> int:
         table["upstream"] = tuple(table["upstream"])
     code = Worker(Job(**table)).run()
     sys.stderr.flush()
-    os._exit(code)  # streams still open need no farewell
+    os._exit(code)  # skip the shutdown of open streams
 
 
 if __name__ == "__main__":
