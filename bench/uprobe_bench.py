@@ -28,7 +28,7 @@ from typing import Any
 from capture import uprobes
 from capture.helper.main import REPORT_S
 from halton_meter.live.control import Control
-from halton_meter.live.flushing import FLUSH_AFTER_S
+from halton_meter.live.journal_writer import FLUSH_AFTER_S
 from halton_meter.live.probes.worker import Job
 
 HOST = "api.provider.test"

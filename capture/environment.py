@@ -20,14 +20,6 @@ USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
 _CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
 
 
-class UprobeUnavailable(Exception):
-    """The helper could not attach; `problems` says exactly what is missing."""
-
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
-        super().__init__("; ".join(f"{p.what} ({p.fix})" for p in problems))
-        self.problems = problems
-
-
 def check_environment() -> list[Problem]:
     """List what keeps uprobes from working here for this user; empty when nothing does.
 

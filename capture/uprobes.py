@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capture import protocol
-from capture.environment import USE_PROXY, UprobeUnavailable, check_environment
+from capture.environment import USE_PROXY, check_environment
 from capture.helper.handover import Keeper
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt
 from capture.processes import proc
@@ -35,7 +35,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
 )
-from halton_meter.problem import Problem
+from halton_meter.problem import Problem, Unavailable
 
 CLOSED_MAX = 4096  # connections remembered after their end: more than a batch of frames can close
 # How far back an exchange that is not over may keep the spool from being freed. A longer one would
@@ -234,7 +234,7 @@ class UprobeSource:
     called with a link to the next one. Not thread-safe: one thread reads and commands.
 
     >>> source = UprobeSource(hosts, Scope(roots=(pid,)))
-    >>> source.start()                      # returns once probes are attached, or UprobeUnavailable
+    >>> source.start()                      # returns once probes are attached, or Unavailable
     >>> for event in source: ...            # TlsChunk | TlsClosed, ends when stopped or helper died
     """
 
@@ -300,10 +300,10 @@ class UprobeSource:
     # --- life ---------------------------------------------------------------------------------
 
     def start(self, timeout_s: float = 30.0) -> None:
-        """Return when every library known so far is attached. Raises UprobeUnavailable."""
+        """Return when every library known so far is attached. Raises Unavailable."""
         if self._link is None:
             if problems := check_environment():
-                raise UprobeUnavailable(tuple(problems))
+                raise Unavailable(tuple(problems))
             self._link = spawn_helper(self.scope, self.hosts, restricted=False, **self._options)
             self._helper = _children[-1]
         self._begin(timeout_s)
@@ -339,7 +339,7 @@ class UprobeSource:
         return self._link is not None
 
     def resume(self, link: socket.socket, timeout_s: float = 30.0) -> None:
-        """Go on at the next helper, where the last one ended. Raises UprobeUnavailable."""
+        """Go on at the next helper, where the last one ended. Raises Unavailable."""
         self._lose_link()
         self._link = link
         self._problems = ()
@@ -467,7 +467,7 @@ class UprobeSource:
         events: list[TlsChunk | TlsClosed] = []
         take = take or events.extend
         deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(UprobeUnavailable):
+        with contextlib.suppress(Unavailable):
             number = self._send({"do": "barrier"})
             while number not in self._replies:
                 self._check(deadline)
@@ -700,7 +700,7 @@ class UprobeSource:
         """Add a process, its descendants and all their future children to the scope.
 
         Returns once the kernel knows it: hold the child before exec, call this, let it go.
-        Raises UprobeUnavailable when the helper refuses or is gone.
+        Raises Unavailable when the helper refuses or is gone.
         """
         self._ask({"do": "root", "pid": pid}, timeout_s)
 
@@ -708,7 +708,7 @@ class UprobeSource:
         """Name this process among the parents of all that descend from it, orphans included.
 
         It widens no scope. Returns once the kernel knows it: hold the child before its first fork.
-        Raises UprobeUnavailable.
+        Raises Unavailable.
         """
         self._ask({"do": "watch", "pid": pid}, timeout_s)
 
@@ -728,7 +728,7 @@ class UprobeSource:
         """Put a question; the number under which its answer comes."""
         self._number += 1
         if self._link is None:
-            raise UprobeUnavailable((Problem("the capture is stopped", "halton-meter start"),))
+            raise Unavailable((Problem("the capture is stopped", "halton-meter start"),))
         line = protocol.encode_command({**command, "id": self._number})
         try:
             self._link.sendall(line)
@@ -743,17 +743,17 @@ class UprobeSource:
             self._receive(max(0.0, deadline - time.monotonic()))
         reply = self._replies.pop(number)
         if error := reply.get("error"):
-            raise UprobeUnavailable((Problem(str(error), "halton-meter status"),))
+            raise Unavailable((Problem(str(error), "halton-meter status"),))
         return reply
 
     def _check(self, deadline: float) -> None:
-        """Raise UprobeUnavailable when there is nothing to be waited for any longer."""
+        """Raise Unavailable when there is nothing to be waited for any longer."""
         if self._problems:
-            raise UprobeUnavailable(self._problems)
+            raise Unavailable(self._problems)
         gone = self._ended or self._link is None
         if gone or time.monotonic() >= deadline:
             what = "the capture helper died" if gone else "the helper did not answer"
-            raise UprobeUnavailable((Problem(what, "halton-meter start"),))
+            raise Unavailable((Problem(what, "halton-meter start"),))
 
     # --- status ------------------------------------------------------------------------------
 

@@ -1,32 +1,27 @@
-"""What the user has chosen: where state lives, whose state it is, and `config.toml` in it.
+"""`config.toml` in the data folder: what the user has chosen.
 
-Everything is optional; a file that says something unknown or wrong is refused with its line, so
-that a misspelt option is never silently off. This file writes nothing and starts nothing.
+Everything is optional. A file that holds something unknown or wrong is refused with its line, so
+that a misspelt setting is never silently off. This file writes nothing and starts nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import pwd
+    pass
 
 HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_BYTES_MAX = 256 * 1024
 SYSTEM_CONFIG = Path("/etc/halton-meter/config.toml")
 HOSTS_MAX = 256
 PROXY_PORT = 8081
-PATH_STEPS_MAX = 512  # of a path with the links in it followed
-# Whose everything is that has no owner in this user namespace, / and /home among it.
-NOBODY_UID = 65534
 
 _HOST_ADVICE = (
     "which is written bare and in lower case: "
@@ -41,18 +36,13 @@ _LOCAL = r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names file, line and remedy."""
+    """The configuration, or the account, cannot be used: `what` names file and line, `fix` what to
+    do; it is empty where `what` says so.
+    """
 
-
-# Named tuples: every command imports this file, and a frozen dataclass takes a millisecond to make.
-class Account(NamedTuple):
-    """Whose processes are metered and whose files are written: the person, not root under sudo."""
-
-    uid: int
-    gid: int
-    name: str
-    home: Path
-    shell: str = "/bin/sh"
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
+        self.what, self.fix = what, fix
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +53,13 @@ class Config:
     the provider whose API they speak ("anthropic", "gateway", "openai:our-name"). `users` are the
     accounts whose processes the service meters besides the owner's; `all_users` means everybody:
     both count in root's own file only (`load_system`), as nobody decides for another user.
-    `bodies` would keep requests and responses: off unless asked for. `loader` is "auto", "bcc"
-    or "libbpf".
+    `loader` is "auto", "bcc" or "libbpf".
     """
 
     openai_compatible_hosts: tuple[str, ...] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
     users: tuple[str, ...] = ()
     all_users: bool = False
-    bodies: bool = False
     loader: str = "auto"
 
     @property
@@ -96,122 +84,10 @@ _TYPES: dict[str, type] = {
     "hosts": dict,
     "users": list,
     "all_users": bool,
-    "bodies": bool,
     "loader": str,
 }
-# Tables that other parts read out of the same file.
-_FOREIGN_TABLES = frozenset({"pricing", "proxy", "dashboard", "budgets", "sync", "attribution"})
-
-
-def invoking_account(environ: Mapping[str, str] | None = None) -> Account:
-    """The person whose command this is, and whose files it may touch.
-
-    Under sudo, doas or pkexec the one who called it. Where root works without them in a data
-    folder that lies in somebody's hands, that somebody: what stands there may be a trap for root.
-    Else the process's own account. Raises ConfigError for a caller who is nobody here.
-    """
-    environ = os.environ if environ is None else environ
-    uid = os.getuid()
-    if uid != 0:
-        return _account(uid) or _unnamed(uid, os.getgid(), environ.get("HOME", "/"))
-    if (person := caller(environ)) is not None:
-        return person
-    holder = _holder(home_folder(environ))
-    if holder is None:
-        return _account(0) or _unnamed(0, 0, environ.get("HOME", "/"))
-    return _account(holder.st_uid) or _unnamed(holder.st_uid, holder.st_gid, "/")
-
-
-def caller(environ: Mapping[str, str]) -> Account | None:
-    """The account that called the tool which made us root; None when there is none but root."""
-    for name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
-        if value := environ.get(name):
-            break
-    else:
-        return None
-    account = None
-    if name == "DOAS_USER":
-        with contextlib.suppress(ConfigError):
-            account = account_named(value)
-    elif value.isascii() and value.isdigit():
-        account = _account(int(value))
-    if account is None:
-        raise ConfigError(
-            f"{name} is {value!r}, which is no user here. Run it as that user; "
-            f"or as root, for root: env -u {name} halton-meter …"
-        )
-    return account if account.uid != 0 else None
-
-
-def _account(uid: int) -> Account | None:
-    import pwd
-
-    try:
-        entry = pwd.getpwuid(uid)
-    except (KeyError, OverflowError):
-        return None
-    return _of_entry(entry)
-
-
-def _of_entry(entry: pwd.struct_passwd) -> Account:
-    home, shell = Path(entry.pw_dir), entry.pw_shell or "/bin/sh"
-    return Account(entry.pw_uid, entry.pw_gid, entry.pw_name, home, shell)
-
-
-def _unnamed(uid: int, gid: int, home: str) -> Account:
-    """An account that has no entry, as in many containers."""
-    return Account(uid, gid, str(uid), Path(home))
-
-
-def _holder(folder: Path) -> os.stat_result | None:
-    """Who but root decides where this path leads: the owner of the first folder or link on the
-    way that is not root's. None: only root does.
-    """
-    reached, ahead = Path("/"), [*reversed(folder.parts[1:])]
-    for _ in range(PATH_STEPS_MAX):
-        if not ahead:
-            break
-        part = ahead.pop()
-        if part == "..":
-            reached = reached.parent
-            continue
-        try:
-            found = os.lstat(reached / part)
-        except OSError:  # the rest is yet to be made
-            break
-        if found.st_uid not in (0, NOBODY_UID):
-            return found
-        if stat.S_ISLNK(found.st_mode):
-            target = Path(os.readlink(reached / part))
-            reached = Path("/") if target.is_absolute() else reached
-            ahead += reversed(target.parts[target.is_absolute() :])
-        else:
-            reached /= part
-    return None
-
-
-def account_named(name: str) -> Account:
-    """The account of that name or numeric id. Raises ConfigError when there is none."""
-    import pwd
-
-    try:
-        return _of_entry(pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name))
-    except (KeyError, ValueError, OverflowError):
-        raise ConfigError(f"there is no user {name!r} here; see: getent passwd") from None
-
-
-def home_folder(environ: Mapping[str, str] | None = None, account: Account | None = None) -> Path:
-    """Where state lives, the only answer to that: HALTON_METER_HOME, else `.halton-meter` in the
-    home of `account`; without one, of whoever called sudo: root's own is never meant there.
-    """
-    environ = os.environ if environ is None else environ
-    named = environ.get(HOME_VARIABLE)
-    if named:
-        return Path(named).expanduser().absolute()
-    if account is None and is_root():
-        account = caller(environ)
-    home = account.home if account is not None else environ.get("HOME") or Path.home()
-    return Path(home) / ".halton-meter"
+# Settings that earlier versions accepted and that never did anything.
+_DEAD = frozenset({"bodies", "pricing", "dashboard", "budgets", "sync", "attribution"})
 
 
 def load(home: Path) -> Config:
@@ -220,12 +96,12 @@ def load(home: Path) -> Config:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
+                raise ConfigError(f"{path}: is not a file", f"mv {path} {path}.old")
             raw = file.read(CONFIG_BYTES_MAX + 1)
     except FileNotFoundError:
         return Config()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", f"ls -l {path}") from None
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
     return parse(raw, str(path))
@@ -242,17 +118,17 @@ def load_system(path: Path = SYSTEM_CONFIG) -> Config:
     except FileNotFoundError:
         return Config()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", f"ls -l {path}") from None
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         for each in (folder, found):
             if each.st_uid != 0 or each.st_mode & 0o022:
                 raise ConfigError(
-                    f"{path}: others than root may change it.\n"
-                    f"  try: sudo chown -R root: {path.parent} && sudo chmod -R go-w {path.parent}"
+                    f"{path}: others than root may change it",
+                    f"sudo chown -R root: {path.parent} && sudo chmod -R go-w {path.parent}",
                 )
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{path}: is not a file. Move it away: mv {path} {path}.old")
+            raise ConfigError(f"{path}: is not a file", f"mv {path} {path}.old")
         return parse(file.read(CONFIG_BYTES_MAX), str(path))
 
 
@@ -332,11 +208,14 @@ def _names_a_host(host: str) -> bool:
 
 def _check(key: str, value: Any, text: str, name: str) -> None:
     where = f"{name}:{_line_of(key, text)}"
-    if key in _FOREIGN_TABLES and isinstance(value, dict):
-        return
+    if key == "proxy" and isinstance(value, dict):
+        return  # see `load_proxy`
+    if key in _DEAD:
+        name = key if key == "bodies" else f"[{key}]"
+        raise ConfigError(f"{where}: {name} has no effect, and never had; remove it")
     expected = _TYPES.get(key)
     if expected is None:
-        known = ", ".join(sorted(_TYPES))
+        known = ", ".join((*sorted(_TYPES), "[proxy]"))
         raise ConfigError(f"{where}: unknown setting {key!r}; known are {known}")
     if not isinstance(value, expected):
         names = {
@@ -386,8 +265,3 @@ def _line_of(key: str, text: str) -> int:
         if pattern.match(line.strip()):
             return number
     return 1
-
-
-def is_root() -> bool:
-    """True when this process may attach probes and change users."""
-    return sys.platform != "win32" and os.geteuid() == 0

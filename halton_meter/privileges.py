@@ -1,9 +1,9 @@
-"""Root and the person: who a command is, whose environment it gets, and acting with their rights.
+"""Root and the user: whom a command acts for, with which environment, and with which rights.
 
-A command that needs no root becomes the person for good before it does anything (`settle`, called
-once for all commands in `cli/__init__.py`). Whatever one that stays root reads or writes on the
-person's behalf is done in a child that has become that person first. So no name in their folders
-can lead root elsewhere. This file starts nothing else.
+A command that needs no root becomes the user for good before it does anything (`settle`, called
+once for all commands in `cli/__init__.py`). A command that stays root reads and writes the user's
+files in a child process that has become the user first. So no link in the user's folders can lead
+root elsewhere. `accounts.py` says who the user is.
 """
 
 from __future__ import annotations
@@ -21,14 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter import untrusted
-from halton_meter.config import (
-    HOME_VARIABLE,
-    Account,
-    ConfigError,
-    caller,
-    home_folder,
-    invoking_account,
-)
+from halton_meter.accounts import HOME_VARIABLE, Account, caller, home_folder, invoking_account
+from halton_meter.config import ConfigError
 
 ENVIRONMENT_BYTES_MAX = 4 << 20
 ANSWER_BYTES_MAX = 4 << 20
@@ -38,11 +32,11 @@ _CALLER_NAMES = ("SUDO_", "DOAS_USER", "PKEXEC_UID")
 
 
 def settle(*, needs_root: bool) -> None:
-    """Decide who the rest of this process is: the person for good, or root where `needs_root`.
+    """Become the user for good, unless the command `needs_root`.
 
-    Also settles where their data is, so that root and person look in the same folder: as the
-    person's own environment has it. Does nothing where we are not root, or where root is the
-    person. Raises ConfigError, with the next command, when it cannot be done.
+    Also settles where the data folder is, so that root and the user look in the same one: as the
+    user's own environment has it. Does nothing where we are not root, or where root is the user.
+    Raises ConfigError when it cannot be done.
     """
     if os.geteuid() != 0:
         return
@@ -52,7 +46,7 @@ def settle(*, needs_root: bool) -> None:
     environment = user_environment(account, os.environ, sudo_environment())
     called = caller(os.environ) is not None
     home = home_folder(environment if called else os.environ)
-    # A service started by systemd is told whose it is; its folder's way may lead through others'.
+    # systemd tells a service whose it is; the path to its data folder may lead through others'.
     if called or not needs_root:
         _refuse_foreign(home, account)
     if not needs_root:
@@ -63,22 +57,22 @@ def settle(*, needs_root: bool) -> None:
 
 
 def _refuse_foreign(home: Path, account: Account) -> None:
-    """Raise ConfigError for a data folder that belongs to a third user, or to root."""
+    """Raise ConfigError for a data folder that belongs to another user, or to root."""
     try:
         owner = home.stat().st_uid
-    except OSError:  # none yet, or none that can be reached: that is told where it is needed
+    except OSError:  # none yet, or unreachable: whoever needs it reports that
         return
     if owner != account.uid:
         become_owner = f"-u '#{owner}'" if owner else "env -u SUDO_UID"
         raise ConfigError(
             f"{home} belongs to uid {owner}, and this command acts as {account.name} "
-            f"(uid {account.uid}).\n"
-            f"  try: sudo {become_owner} {HOME_VARIABLE}={shlex.quote(str(home))} halton-meter …"
+            f"(uid {account.uid})",
+            f"sudo {become_owner} {HOME_VARIABLE}={shlex.quote(str(home))} halton-meter …",
         )
 
 
 def _refuse_unreadable(account: Account) -> None:
-    """Raise ConfigError when we, now the person, cannot read the program that we are."""
+    """Raise ConfigError when the user, whom we are now, cannot read our own program."""
     import click
 
     import halton_meter
@@ -87,19 +81,19 @@ def _refuse_unreadable(account: Account) -> None:
         if not os.access(file, os.R_OK):
             raise ConfigError(
                 f"this command acts as {account.name}, who cannot read {file}: Halton Meter is "
-                "installed where only root can read.\n"
-                "  try: sudo python3 -m venv /opt/halton-meter && "
-                "sudo /opt/halton-meter/bin/pip install halton-meter"
+                "installed where only root can read",
+                "sudo python3 -m venv /opt/halton-meter && "
+                "sudo /opt/halton-meter/bin/pip install halton-meter",
             )
 
 
 def user_environment(
     account: Account, environ: Mapping[str, str], parent: bytes | None
 ) -> dict[str, str]:
-    """The environment that the person's command would have had without sudo.
+    """The environment that the user's command would have had without sudo.
 
-    `parent` is the raw environment of the sudo process (it was started with the person's own), or
-    None when there is none to read: then ours is used, with the identity put right.
+    `parent` is the raw environment of the sudo process (it was started with the user's own), or
+    None when it cannot be read: then ours is used, with the identity corrected.
     """
     base = _parsed_environment(parent) if parent else None
     given = {name: value for name, value in environ.items() if not name.startswith(_CALLER_NAMES)}
@@ -141,7 +135,7 @@ def as_account(account: Account, function: Callable[[], Any]) -> Any:
     """The result of `function`, run in a child with the account's rights; it must be JSON-able.
 
     Raises ConfigError with the child's message when it raised one; ends when the child exits. The
-    result is what a process of the account's says: whoever uses it as root looks at what it is.
+    result comes from a process of the account's: whoever uses it as root checks it first.
     """
     if os.geteuid() != 0 or account.uid == 0:
         return function()
@@ -160,19 +154,24 @@ def as_account(account: Account, function: Callable[[], Any]) -> Any:
     os.close(write_fd)
     raw = _answer(read_fd, pid)
     os.waitpid(pid, 0)
-    said = untrusted.parsed(raw)  # the child was the account's to do with as it likes
+    said = untrusted.parsed(raw)  # the account could do with the child as it liked
     if said is None or not {"result", "problem", "exit"} & set(said):
         raise ConfigError(f"cannot act as {account.name} (uid {account.uid})")
     if "problem" in said:
-        lines = str(said["problem"])[:PROBLEM_CHARACTERS_MAX].split("\n")
-        raise ConfigError("\n".join(untrusted.printable(line, len(line)) for line in lines))
+        raise ConfigError(*(_harmless(said, name) for name in ("problem", "fix")))
     if "exit" in said:
         sys.exit(untrusted.whole_number(said, "exit", 255) or 0)
     return said["result"]
 
 
+def _harmless(said: Mapping[str, Any], name: str) -> str:
+    """A text of the child's, which may have several lines."""
+    lines = str(said.get(name, ""))[:PROBLEM_CHARACTERS_MAX].split("\n")
+    return "\n".join(untrusted.printable(line, len(line)) for line in lines)
+
+
 def _answer(fd: int, pid: int) -> bytes:
-    """What the child says until its end. One that says too much, or nothing for long, is ended."""
+    """What the child writes until its end. It is killed if it writes too much or takes too long."""
     raw, deadline = bytearray(), time.monotonic() + ANSWER_S_MAX
     ready = select.poll()  # select() takes no descriptor above 1,023
     ready.register(fd, select.POLLIN | select.POLLHUP)
@@ -192,12 +191,12 @@ def _answer(fd: int, pid: int) -> bytes:
 def _answer_as(
     account: Account, environment: Mapping[str, str], function: Callable[[], Any]
 ) -> dict[str, Any]:
-    """In the child: the result of `function`, or what came of it instead."""
+    """In the child: the result of `function`, or the problem that it met."""
     try:
         _become_with(account, environment)
         return {"result": function()}
     except ConfigError as error:
-        return {"problem": str(error)}
+        return {"problem": error.what, "fix": error.fix}
     except (ImportError, OSError) as error:
         return {"problem": f"cannot act as {account.name} (uid {account.uid}): {error}"}
     except SystemExit as end:
@@ -224,8 +223,8 @@ def _become_with(account: Account, environment: Mapping[str, str]) -> None:
         become(account)
     except OSError as error:  # as in a user namespace that does not know the account
         raise ConfigError(
-            f"root here cannot become {account.name} (uid {account.uid}): {error.strerror}.\n"
-            f"  try: halton-meter as {account.name}, without sudo"
+            f"root here cannot become {account.name} (uid {account.uid}): {error.strerror}",
+            f"run halton-meter as {account.name}, without sudo",
         ) from None
     os.environ.clear()
     os.environ.update(environment)

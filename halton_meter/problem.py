@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -11,3 +12,11 @@ class Problem:
 
     what: str
     fix: str
+
+
+class Unavailable(Exception):
+    """Metering cannot start; `problems` says why, and what to do about each reason."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{each.what} ({each.fix})" for each in self.problems))

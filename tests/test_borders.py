@@ -32,7 +32,8 @@ from capture.helper.handover import Hold
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
-from halton_meter.config import Account, Config, ConfigError
+from halton_meter.accounts import Account
+from halton_meter.config import Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, Answering, Client, Control
 from halton_meter.live.flushing import Flusher
 from halton_meter.live.probes import supervisor
@@ -134,7 +135,7 @@ def test_what_is_shown_moves_no_cursor_and_breaks_no_encoding() -> None:
 
 TOTALS = Totals().as_json()
 METERING = ["ready", "stop", "totals", "storing", "final", "losses", "held", "owed", "coverage"]
-METERING += ["store_error", "unavailable", "refused", "loader", "capture_losses"]
+METERING += ["store_error", "unavailable", "refused", "loader", "capture_losses", "outages"]
 
 
 def plan(home: Path) -> supervisor.Plan:
@@ -187,7 +188,8 @@ def test_nothing_that_a_metering_process_says_ends_its_supervisor(raw: bytes) ->
     assert watched._losses.total()["ring_full_bytes"] == 7
     for line in raw.splitlines():
         if (message := parsed(line)) is not None:
-            assert all(isinstance(part, str) for part in supervisor._problems(message)[0])
+            problem = supervisor._problems(message)[0]
+            assert isinstance(problem.what + problem.fix, str)
     losses = watched._losses
     next_job = watched._plan.job(lost_before=losses.before, owed=losses.owed)
     json.dumps(dataclasses.asdict(next_job), allow_nan=False)
@@ -513,7 +515,7 @@ def test_nothing_that_a_worker_says_ends_the_edge(raw: bytes) -> None:
         stream.feed_data(b'{"ready":true,"port":1,"accepted":["api.x.ai"]}\n')
         stream.feed_data(b'{"lost":{"losses":{"a":1},"held":2,"owed":{}}}\n')
         stream.feed_eof()
-        await service._hear(stream)
+        await service._read_messages(stream)
         assert service._state == "ready"
         assert service.losses.total()["a"] == 1
         service._state = "waiting"  # nobody to ask

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter.config import (
-    Config,
-    ConfigError,
-    ProxyConfig,
-    home_folder,
-    load,
-    load_proxy,
-    parse,
-)
+from halton_meter.accounts import home_folder
+from halton_meter.config import Config, ConfigError, ProxyConfig, load, load_proxy, parse
 
 
 def test_no_file_means_defaults(tmp_path: Path) -> None:
@@ -26,11 +19,10 @@ def test_everything_that_can_be_said() -> None:
 openai_compatible_hosts = ["llm.example.com", "*.inference.example"]
 users = ["ann"]
 all_users = false
-bodies = false
 loader = "libbpf"
 
-[pricing]
-anything = 1
+[proxy]
+port = 9000
 """
     assert parse(text, "config.toml") == Config(
         openai_compatible_hosts=("llm.example.com", "*.inference.example"),
@@ -43,14 +35,16 @@ anything = 1
     ("text", "message"),
     [
         (b"\n\nall_user = true", r"c\.toml:3: unknown setting 'all_user'"),
-        (b"\nbodies = 1", r"c\.toml:2: bodies must be true or false, not 1"),
+        (b"\nall_users = 1", r"c\.toml:2: all_users must be true or false, not 1"),
+        (b"\nbodies = false", r"c\.toml:2: bodies has no effect, and never had; remove it"),
+        (b"all_users = true\n\n[budgets]\nday = 5", r"c\.toml:3: \[budgets\] has no effect"),
         (b'users = "ann"', r"c\.toml:1: users must be a list"),
         (b'openai_compatible_hosts = ["https://x.example/"]', r"c\.toml:1: .*not a host name"),
         (b'openai_compatible_hosts = ["Llm.Example.com"]', r"lower case"),
         (b"loader = 'magic'", r'loader must be "auto"'),
         (b"a = \n", r"c\.toml: .*line 1"),
         (b"ok = 1\n\xff", r"c\.toml:2: not UTF-8"),
-        (b"pricing = 3", r"unknown setting 'pricing'"),
+        (b"proxy = 3", r"unknown setting 'proxy'"),
     ],
 )
 def test_a_mistake_is_refused_with_its_line(text: bytes, message: str) -> None:

@@ -13,11 +13,13 @@ from click.testing import CliRunner
 from halton_meter.cli import main
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.status import status_lines
-from halton_meter.live.flushing import Condition, is_well
-from halton_meter.live.probes.supervisor import Metered, Unavailable
-from halton_meter.live.probes.worker import make_meter
+from halton_meter.live.journal_writer import Condition
+from halton_meter.live.pipeline import make_meter
 from halton_meter.live.proxy.service import ProxyService
 from halton_meter.live.proxy.worker import Job, Pricing
+from halton_meter.live.result import RunResult
+from halton_meter.live.status import is_well
+from halton_meter.problem import Unavailable
 from halton_meter.store import Store
 from tests.support.stand_in import Service, running
 
@@ -97,7 +99,7 @@ def test_the_proxys_worker_tells_and_the_service_passes_it_on(home: Path) -> Non
 
 
 def test_a_run_tells_that_it_was_priced_otherwise() -> None:
-    assert "  prices!" in summary_lines(Metered(price_error="prices!"))
+    assert "  prices!" in summary_lines(RunResult(price_error="prices!"))
 
 
 def test_prices_in_trouble_are_not_well(home: Path) -> None:
@@ -135,6 +137,6 @@ def test_a_metering_process_that_ends_at_once_is_told_with_the_next_command(
     monkeypatch.setattr("capture.uprobes.spawn_helper", service.spawn)
     with pytest.raises(Unavailable) as raised:
         service.supervisor.start()
-    ((what, mend),) = raised.value.problems
-    assert "ended at once" in what
-    assert mend == "halton-meter doctor"
+    (problem,) = raised.value.problems
+    assert "ended at once" in problem.what
+    assert problem.fix == "halton-meter doctor"

@@ -58,13 +58,15 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
     ),
     "daemon": _Entry(
-        "halton_meter.cli.daemon:daemon", "Run the meter in the foreground.", _for_probes
+        "halton_meter.cli.daemon:daemon", "Run the metering service in the foreground.", _for_probes
     ),
     "start": _Entry(
-        "halton_meter.cli.service:start", "Install and start the background service.", _for_probes
+        "halton_meter.cli.start:start", "Start metering in the background.", _for_probes
     ),
-    "stop": _Entry("halton_meter.cli.service:stop", "Stop the background service.", _for_probes),
-    "status": _Entry("halton_meter.cli.status:status", "Health, coverage per process, losses."),
+    "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
+    "status": _Entry(
+        "halton_meter.cli.status:status", "Show health, coverage per process, losses."
+    ),
     "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
     "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
     "uninstall": _Entry(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.output import harmless_lines
-from halton_meter.config import home_folder
 
 if TYPE_CHECKING:
     from pricing.book import PriceBook

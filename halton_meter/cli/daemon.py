@@ -1,6 +1,7 @@
 """`halton-meter daemon --foreground`: the service itself, as systemd and launchd run it.
 
-With `--via proxy` it is the local proxy: the edge on 127.0.0.1 and its worker, as the user.
+With `--via proxy` it is the local proxy: the edge on 127.0.0.1 and its worker, as the user. The
+hidden `--keep` runs the same command again whenever it dies, where there is no systemd or launchd.
 
 Exit codes: 0 stopped when asked to; 1 could not start (the reason and the next command on
 stderr); 2 wrong usage.
@@ -18,24 +19,33 @@ from typing import Any, TextIO
 
 import click
 
-from halton_meter.cli.output import harmless_lines
+from halton_meter.cli.output import note, problem_text, wrong_usage
+from halton_meter.live.restarts import Restarts, cause_of_death
+from halton_meter.problem import Problem
 
-# A keeper waits ever longer before it starts again what dies at once, and never gives up: a disk
-# that is full now has room some day. Clients wait in the edge's queue meanwhile, so not for long.
+# A keeper never gives up: a disk that is full now has room some day. Clients wait in the edge's
+# queue meanwhile, so it restarts the proxy sooner.
 KEPT_HEALTHY_S = 60.0
-KEPT_WAIT_S_MIN = 0.2
-KEPT_WAIT_S_MAX, EDGE_WAIT_S_MAX = 60.0, 10.0
+KEPT_BACKOFF_S = (0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 60.0)
+EDGE_BACKOFF_S = (*KEPT_BACKOFF_S[:5], 10.0)
 KEPT_LOOK_S = 0.2
+EXAMPLES = """
+    \b
+    Examples:
+      sudo halton-meter daemon --foreground                 uprobes, for your processes
+      sudo halton-meter daemon --foreground --all-users     uprobes, for every user's processes
+      halton-meter daemon --foreground --via proxy          the local proxy, as yourself
+"""
 
 
 def say(text: str) -> None:
-    """One line for the log; a log that takes nothing, as its disk is full, ends no service."""
+    """One line for the log. A full disk, which refuses it, must not end the service."""
     with contextlib.suppress(OSError):
-        click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
+        note(text)
 
 
 class _Log(io.FileIO):
-    """A file that drops what its disk does not take."""
+    """A file that drops what its disk refuses."""
 
     def write(self, data: Any, /) -> int:
         with contextlib.suppress(OSError):
@@ -46,9 +56,9 @@ class _Log(io.FileIO):
 
 
 def log_on(stream: TextIO) -> TextIO:
-    """The same stream, but what its file does not take is dropped and never raises.
+    """The same stream, except that what its file refuses is dropped and never raises.
 
-    Python keeps what could not be written and tries again when it ends: then with exit code 120.
+    Python would keep what could not be written, try again at exit, and end with code 120.
     """
     try:
         log = io.BufferedWriter(_Log(stream.fileno(), "w", closefd=False))
@@ -57,29 +67,24 @@ def log_on(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(log, stream.encoding, "backslashreplace", line_buffering=True)
 
 
-EXAMPLES = """
-    \b
-    Examples:
-      sudo halton-meter daemon --foreground                  with probes, for this user
-      sudo halton-meter daemon --foreground --all-users      … for everybody
-      halton-meter daemon --foreground --via proxy           the local proxy, as yourself
-"""
-
-
 @click.command(epilog=EXAMPLES)
-@click.option("--foreground", is_flag=True, help="Stay in the foreground (what systemd wants).")
-@click.option("--keep", is_flag=True, hidden=True, help="Start again what dies, without systemd.")
+@click.option("--foreground", is_flag=True, help="Run in the foreground; required.")
+@click.option("--keep", is_flag=True, hidden=True, help="Restart what dies, without systemd.")
 @click.option(
     "--via",
     type=click.Choice(["uprobes", "proxy"]),
     default="uprobes",
-    help="Probes on the TLS libraries (needs root), or the local proxy (as yourself).",
+    help="Capture method: uprobes on the TLS libraries (root) or a local proxy (as yourself).",
 )
-@click.option("--port", type=click.IntRange(1, 65535), help="The proxy's port; else config.toml's.")
-@click.option("--owner", hidden=True, help="Whose service this is, where sudo does not tell.")
-@click.option("--all-users", is_flag=True, help="Meter everybody's processes.")
-@click.option("--user", "users", multiple=True, help="Meter this user's processes.")
-@click.option("--cgroup", help="Only processes in this cgroup (a path as in /proc/PID/cgroup).")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="Port of the proxy; default: the one in config.toml, else 8081.",
+)
+@click.option("--owner", hidden=True, help="Whose service this is, where sudo does not say.")
+@click.option("--all-users", is_flag=True, help="Meter every user's processes (uprobes).")
+@click.option("--user", "users", multiple=True, help="Meter this user's processes (uprobes).")
+@click.option("--cgroup", help="Meter this cgroup only; a path as in /proc/PID/cgroup (uprobes).")
 def daemon(
     *,
     foreground: bool,
@@ -91,31 +96,30 @@ def daemon(
     users: tuple[str, ...],
     cgroup: str | None,
 ) -> None:
-    """Run the meter in the foreground, as systemd and launchd do, until Ctrl-C.
+    """Run the metering service in the foreground until Ctrl-C.
 
-    In the background it runs by: sudo halton-meter start
+    This is what systemd and launchd run. To run it in the background: sudo halton-meter start
     """
-    sys.stdout, sys.stderr = log_on(sys.stdout), log_on(sys.stderr)
-    if keep:
-        sys.exit(_keep_proxy(port) if via == "proxy" else _keep())
-    if not foreground:
-        raise click.UsageError(
-            "say --foreground; to run it in the background: sudo halton-meter start"
-        )
     from halton_meter.config import ConfigError
-    from halton_meter.live.probes.supervisor import Unavailable
+    from halton_meter.problem import Unavailable
 
+    if not foreground:
+        way = "add --foreground, or start the service: sudo halton-meter start"
+        wrong_usage("daemon runs in the foreground only", way)
+    sys.stdout, sys.stderr = log_on(sys.stdout), log_on(sys.stderr)
     try:
+        if keep:
+            sys.exit(_keep(via, port))
         if via == "proxy":
             _serve_proxy(port)
         else:
             _serve(owner, all_users, users, cgroup)
     except Unavailable as error:
-        for what, mend in error.problems:
-            say(f"{what}\n  try: {mend}")
+        for problem in error.problems:
+            say(problem_text(problem))
         sys.exit(1)
     except ConfigError as error:
-        say(str(error))
+        say(problem_text(Problem(error.what, error.fix)))
         sys.exit(1)
     except Exception as error:  # a fault of ours; Python says where
         say(f"the service ends: {type(error).__name__}: {error}")
@@ -123,78 +127,69 @@ def daemon(
 
 
 def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: str | None) -> None:
-    from halton_meter import config
+    from halton_meter import accounts
     from halton_meter.live import own_code
-    from halton_meter.live.probes import service as root
-    from halton_meter.live.probes import supervisor
+    from halton_meter.live.probes import service
+    from halton_meter.problem import Unavailable
 
-    if not config.is_root():
-        raise supervisor.Unavailable([("attaching probes needs root", "sudo halton-meter start")])
+    if not accounts.is_root():
+        raise Unavailable([Problem("attaching probes needs root", "sudo halton-meter start")])
     if problems := own_code.problems():
-        raise supervisor.Unavailable(problems)
-    account = config.account_named(owner) if owner else config.invoking_account()
-    home = config.home_folder(account=account)
-    plan = root.service_plan(
+        raise Unavailable(problems)
+    account = accounts.account_named(owner) if owner else accounts.invoking_account()
+    home = accounts.home_folder(account=account)
+    plan = service.service_plan(
         account, home, all_users=all_users, users=users, cgroup=cgroup, say=say
     )
-    root.serve(plan, say)
+    service.serve(plan, say)
 
 
 def _serve_proxy(port: int | None) -> None:
-    from halton_meter import config
-    from halton_meter.live.probes.supervisor import Unavailable
-    from halton_meter.live.proxy import run as proxied
+    from halton_meter import accounts
+    from halton_meter.live.proxy import run
 
-    try:
-        proxied.serve(config.home_folder(), port, say)
-    except proxied.ProxyUnavailable as error:
-        raise Unavailable([(str(error), error.mend)]) from None
+    run.serve(accounts.home_folder(), port, say)
 
 
-def _keep_proxy(port: int | None) -> int:
-    """Where there is neither systemd nor launchd: hold the socket, and run the edge on it again
-    whenever it dies. Clients that come meanwhile wait in the socket's queue.
-    """
-    from halton_meter import config
-    from proxy_fallback.edge import listening
-
-    try:
-        listener = listening.listen(port or config.load_proxy(config.home_folder()).port)
-    except (listening.EdgeError, config.ConfigError) as error:
-        say(str(error))
-        return 1
-    command = _kept_command()
-    return _keep_alive(lambda: listening.spawn_on(listener, command), EDGE_WAIT_S_MAX, final=(0,))
+# --- the keeper -----------------------------------------------------------------------------------
 
 
-def _keep() -> int:
-    """Where there is no systemd: run the daemon, and again when it dies."""
-    command = _kept_command()
-    # One that cannot start at all has said why, and whoever started it waits for that.
-    spawn = lambda: os.posix_spawn(command[0], command, os.environ)  # noqa: E731
-    return _keep_alive(spawn, KEPT_WAIT_S_MAX, final=(0, 1))
-
-
-def _kept_command() -> list[str]:
+def _keep(via: str, port: int | None) -> int:
+    """Without systemd and launchd: run the service, and again whenever it dies; our exit code."""
     from halton_meter.live import own_code
 
     arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
-    return own_code.python("halton_meter", *arguments)
+    command = own_code.python("halton_meter", *arguments)
+    if via == "proxy":
+        return _keep_alive(_proxy_spawner(port, command), EDGE_BACKOFF_S, final=(0,))
+    # One that cannot start at all has said why, and `start` waits for that.
+    spawn = lambda: os.posix_spawn(command[0], command, os.environ)  # noqa: E731
+    return _keep_alive(spawn, KEPT_BACKOFF_S, final=(0, 1))
 
 
-def kept_wait_s(failures: int, wait_s_max: float) -> float:
-    """How long to wait before the next start, after so many failures in a row."""
-    return float(min(KEPT_WAIT_S_MIN * 2 ** min(failures, 16), wait_s_max))
+def _proxy_spawner(port: int | None, command: list[str]) -> Callable[[], int]:
+    """Starts the proxy on a socket that we hold: while it is dead, clients wait in its queue."""
+    from halton_meter import accounts, config
+    from halton_meter.problem import Unavailable
+    from proxy_fallback.edge import listening
+
+    try:
+        listener = listening.listen(port or config.load_proxy(accounts.home_folder()).port)
+    except listening.EdgeError as error:
+        raise Unavailable([Problem(error.what, error.fix)]) from None
+    return lambda: listening.spawn_on(listener, command)
 
 
-def _keep_alive(spawn: Callable[[], int], wait_s_max: float, final: tuple[int, ...]) -> int:
-    """Run what `spawn` starts (it gives the pid) until it ends as asked; our exit code.
+def _keep_alive(
+    spawn: Callable[[], int], backoff_s: tuple[float, ...], final: tuple[int, ...]
+) -> int:
+    """Run what `spawn` starts (it returns the pid) until it ends as asked; our exit code.
 
-    The first one may also end with any code of `final`; later ones are started again but for 0.
+    The first process may also end with any code of `final`; later ones end the keeper only with 0.
     """
     import signal
 
-    child, stopping, failures = 0, False, 0
+    child, stopping, restarts = 0, False, Restarts(backoff_s, KEPT_HEALTHY_S)
 
     def stop(*_: object) -> None:
         nonlocal stopping
@@ -205,24 +200,21 @@ def _keep_alive(spawn: Callable[[], int], wait_s_max: float, final: tuple[int, .
 
     signal.signal(signal.SIGTERM, stop)
     while True:
-        began = time.monotonic()
+        restarts.begun()
         try:
             child = spawn()
             if stopping:
                 stop()
             _, status = os.waitpid(child, 0)
             code, child = os.waitstatus_to_exitcode(status), 0
-            why = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
+            why = cause_of_death("the service", code)
         except OSError as error:
-            code, why = -1, f"could not be started: {error.strerror}"
+            code, why = -1, f"the service could not be started: {error.strerror}"
         if code in final or stopping:
             return max(code, 0)
         final = (0,)
-        failures = 0 if time.monotonic() - began > KEPT_HEALTHY_S else failures + 1
-        wait_s = kept_wait_s(failures, wait_s_max)
-        say(f"the service {why}; it is started again in {wait_s:g} s")
-        due = time.monotonic() + wait_s
-        while (left_s := due - time.monotonic()) > 0:
-            time.sleep(min(left_s, KEPT_LOOK_S))
+        say(f"{why}; restart in {restarts.died():g} s")
+        while not restarts.is_due():
+            time.sleep(min(restarts.left_s(), KEPT_LOOK_S))
             if stopping:
                 return 0

@@ -34,7 +34,7 @@ def dashboard(port: int, open_browser: bool) -> None:
     It listens on 127.0.0.1 only, and answers only the browser that opens the address first. Press
     Enter for another address: for another browser, or when the first one is too old.
     """
-    from halton_meter.config import home_folder
+    from halton_meter.accounts import home_folder
     from halton_meter.dashboard.server import Dashboard
     from halton_meter.store import Store
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.output import aligned, count_text, money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
-from halton_meter.config import home_folder
 from halton_meter.contract import event_json
 from halton_meter.model import Certainty, Outcome, PricedEvent
 from halton_meter.store import NothingStored, Store

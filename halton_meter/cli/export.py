@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.output import harmless
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
-from halton_meter.config import home_folder
 from halton_meter.contract import event_json
 from halton_meter.store import NothingStored, Reader, Selection, Store
 from halton_meter.store.errors import disk_trouble

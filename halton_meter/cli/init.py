@@ -200,12 +200,12 @@ def machine_here(platform: str | None = None) -> Machine:
     import socket
 
     import proxy_fallback
-    from halton_meter import config
+    from halton_meter import accounts, config
     from halton_meter.providers.registry import Registry
     from proxy_fallback.edge import listening
     from proxy_fallback.setup.machine import Machine
 
-    home = config.home_folder()
+    home = accounts.home_folder()
     try:
         hosts = Registry(config.load(home).extra_hosts).hosts()
         proxy = config.load_proxy(home)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.book import fail, open_book, parsed_time, rate_text
 from halton_meter.cli.output import harmless, harmless_lines
 from halton_meter.cli.pricing_changes import described, refresh, reset, set_
-from halton_meter.config import home_folder
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.book import fail, open_book, rate_text
 from halton_meter.cli.output import harmless
-from halton_meter.config import home_folder
 
 if TYPE_CHECKING:
     from pricing.overrides import Override

@@ -329,7 +329,7 @@ class Replay:
 
     def __init__(self, job: Job, files: list[Path], errors: list[str]) -> None:
         from capture.pcap import PcapSource
-        from halton_meter import config
+        from halton_meter import accounts, config
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
@@ -337,7 +337,7 @@ class Replay:
         from pricing.book import PriceBook
 
         keep_freed_memory()
-        home = config.home_folder()
+        home = accounts.home_folder()
         extra_hosts = config.load(home).extra_hosts
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
         self._registry = Registry(extra_hosts, Tokenizer())

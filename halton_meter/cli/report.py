@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.output import (
     aligned,
     bar,
@@ -25,7 +26,6 @@ from halton_meter.cli.output import (
     styled,
 )
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
-from halton_meter.config import home_folder
 from halton_meter.contract import usd_text
 from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import period_before

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.output import money_text, shown
 from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
-from halton_meter.config import home_folder
 from halton_meter.contract import usd_text
 from halton_meter.store import NothingStored, Repriced, Store
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import click
 
+from halton_meter.accounts import home_folder
 from halton_meter.cli.selection import explained, now_ns
-from halton_meter.config import home_folder
 from halton_meter.store import NothingStored, Store
 
 

@@ -1,8 +1,8 @@
-"""`halton-meter run -- CMD…`: one command, metered; what it cost is told on stderr at its end.
+"""`halton-meter run -- CMD…`: meters one command and prints on stderr what it cost.
 
-The command's own output, terminal and exit code are untouched. Exit codes: the command's own
-(128 + the signal that ended it); 127 when there is no such command; 1 when it could not be
-metered, in which case it was not started.
+The command's output, terminal and exit code stay its own. Exit codes: the command's own (128 + the
+signal that ended it); 127 when there is no such command; 1 when it could not be metered, in which
+case it was not started; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.output import count, harmless, harmless_lines, implausible_words
+from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
-    from halton_meter.live.probes.supervisor import Metered
+    from halton_meter.live.result import RunResult
     from halton_meter.live.totals import Line
 
 MODELS_SHOWN = 10
@@ -27,10 +28,10 @@ PROCESSES_SHOWN = 5
 EXAMPLES = """
     \b
     Examples:
-      sudo halton-meter run -- claude -p hello        with probes: nothing to set up
-      halton-meter run -- claude -p hello             no root: the service, else a local proxy
-      halton-meter run --via proxy -- python app.py   through a local proxy in any case
-      halton-meter run --shell                        all that is done in a shell
+      sudo halton-meter run -- claude -p hello        uprobes: nothing to set up
+      halton-meter run -- claude -p hello             the running service, else a local proxy
+      halton-meter run --via proxy -- python app.py   always a local proxy
+      halton-meter run --shell                        everything that you run in a shell
 """
 
 
@@ -42,20 +43,21 @@ EXAMPLES = """
     "--via",
     type=click.Choice(["auto", "uprobes", "proxy"]),
     default="auto",
-    help="How to look: probes on the TLS libraries (needs root, or the service), or a local proxy.",
+    help="Capture method: uprobes on the TLS library (root, or the running service) or a local "
+    "proxy. auto: uprobes where available.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option(
     "--java",
     is_flag=True,
-    help="Tell Java programs of the local proxy, too: uprobes do not see their TLS, and they heed "
-    "no proxy variables. Goes with --via proxy, and means it.",
+    help="Also configure JVMs to use the proxy (implies --via proxy). Java ignores proxy "
+    "variables, and uprobes cannot see its TLS.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing about the run.")
+@click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
     "--json-summary",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the summary to this file as JSON as well.",
+    help="Also write the summary to this file, as JSON.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -67,72 +69,73 @@ def run(
     quiet: bool,
     json_summary: Path | None,
 ) -> NoReturn:
-    """Meter one command and print what it cost at its end, on stderr.
+    """Meter one command and print what it cost.
 
-    Probes see every program, and need sudo or the running service (sudo halton-meter start).
-    Without both, the command runs through a local proxy, as yourself.
+    The summary goes to stderr; output, terminal and exit code stay the command's own. Uprobes need
+    sudo or the running service (sudo halton-meter start). Without both, the command runs through a
+    local proxy, as yourself.
 
-    The command's own output, terminal and exit code are untouched. Exit codes: the command's own
-    (128 + the signal that ended it); 127 when there is no such command; 1 when it could not be
-    metered, in which case it was not started.
+    Exit codes: the command's own (128 + the signal that ended it); 127 when there is no such
+    command; 1 when it could not be metered, in which case it was not started.
     """
-    from halton_meter.config import ConfigError, invoking_account
-    from halton_meter.live.probes.supervisor import Unavailable
+    from halton_meter.accounts import invoking_account
+    from halton_meter.config import ConfigError
+    from halton_meter.problem import Unavailable
 
     if shell == bool(command):
-        raise click.UsageError("say what to run, or --shell:  halton-meter run -- claude -p hello")
+        example = "halton-meter run -- claude -p hello   (or: halton-meter run --shell)"
+        wrong_usage("run needs either a command or --shell", example)
     if java and via == "uprobes":
-        raise click.UsageError("--java goes with --via proxy: uprobes do not see Java's TLS")
+        wrong_usage(
+            "--java does not go with --via uprobes: they cannot see Java's TLS",
+            "use --via proxy --java",
+        )
     if shell:
         command = (os.environ.get("SHELL") or invoking_account().shell,)
         if not quiet:
-            click.echo("halton-meter: this shell is metered; its cost is told at its end", err=True)
+            note("this shell is metered; when it ends, the summary follows")
     try:
         if via == "proxy" or java:
-            code, metered = _through_proxy(command, java)
+            result = _through_proxy(command, java)
         else:
-            code, metered = _through_probes(command, via)
+            result = _through_probes(command, via)
     except Unavailable as error:
-        for what, mend in error.problems:
-            click.echo(harmless_lines(f"halton-meter: {what}\n  try: {mend}"), err=True)
-        sys.exit(1)
+        fail(*error.problems)
     except ConfigError as error:
-        click.echo(harmless_lines(f"halton-meter: {error}"), err=True)
-        sys.exit(1)
+        fail(Problem(error.what, error.fix))
     if json_summary is not None:
-        _write_summary(json_summary, code, metered)
+        _write_summary(json_summary, result)
     if not quiet:
-        for line in summary_lines(metered):
-            click.echo(harmless(line), err=True)
-    sys.exit(code)
+        note("\n".join(summary_lines(result)))
+    sys.exit(result.exit_code)
 
 
-def _through_probes(command: Sequence[str], via: str) -> tuple[int, Metered]:
-    from halton_meter import config, privileges
+def _through_probes(command: Sequence[str], via: str) -> RunResult:
+    from halton_meter import accounts, privileges
     from halton_meter.live import own_code
-    from halton_meter.live.probes import service as daemon
-    from halton_meter.live.probes import supervisor
+    from halton_meter.live.probes import service
+    from halton_meter.live.probes.supervisor import Plan
+    from halton_meter.problem import Unavailable
 
-    if config.is_root() and (problems := own_code.problems()):
-        raise supervisor.Unavailable(problems)
-    account, home = config.invoking_account(), config.home_folder()
+    if accounts.is_root() and (problems := own_code.problems()):
+        raise Unavailable(problems)
+    account, home = accounts.invoking_account(), accounts.home_folder()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
     control = _service(home, account.uid)
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
-        return daemon.run_watched(command, environment, account, control)
-    if not config.is_root() and via == "auto":
-        click.echo(
-            "halton-meter: through a local proxy, as there is neither root nor the service "
-            "(sudo halton-meter start)",
-            err=True,
+        return service.run_watched(command, environment, account, control)
+    if not accounts.is_root() and via == "auto":
+        note(
+            "not root and no service running: using a local proxy "
+            "(for uprobes: sudo halton-meter start)"
         )
         return _through_proxy(command)
-    if not config.is_root():
-        raise supervisor.Unavailable(_not_root(command))
-    chosen, hosts = daemon.configured(account, home)
-    plan = supervisor.Plan(account, home, chosen, hosts, service=False)
-    return daemon.run_command(command, environment, plan)
+    if not accounts.is_root():
+        raise Unavailable([_not_root(command)])
+    chosen, hosts = service.configured(account, home)
+    plan = Plan(account, home, chosen, hosts, service=False)
+    return service.run_command(command, environment, plan)
 
 
 def _service(home: Path, uid: int) -> Any:
@@ -150,51 +153,43 @@ def _service(home: Path, uid: int) -> Any:
     return None
 
 
-def _not_root(command: Sequence[str]) -> list[tuple[str, str]]:
+def _not_root(command: Sequence[str]) -> Problem:
     import shlex
 
     typed = shlex.join(command)
-    what = "metering without a proxy needs root or the running service, and there is neither"
-    ways = f"sudo halton-meter run -- {typed}\n   or: sudo halton-meter start   (once)"
-    ways += f"\n   or: halton-meter run --via proxy -- {typed}"
-    return [(what, ways)]
+    what = "uprobes need root or the running service, and there is neither"
+    ways = f"sudo halton-meter run -- {typed}\nor: sudo halton-meter start   (once)"
+    ways += f"\nor: halton-meter run --via proxy -- {typed}"
+    return Problem(what, ways)
 
 
-def _through_proxy(command: Sequence[str], java: bool = False) -> tuple[int, Metered]:
-    from halton_meter import config
-    from halton_meter.live.probes import supervisor
-    from halton_meter.live.proxy.run import ProxyUnavailable, meter_command
+def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
+    from halton_meter import accounts, config
+    from halton_meter.live.proxy.run import meter_command
 
-    home = config.home_folder()
+    home = accounts.home_folder()
     hosts, upstream = config.load(home).extra_hosts, config.load_proxy(home).upstream
-    try:
-        run = meter_command(command, home, os.environ, hosts, upstream, java)
-    except ProxyUnavailable as error:
-        raise supervisor.Unavailable([(str(error), error.mend)]) from None
-    metered = supervisor.Metered(run.totals, dict(run.losses), gaps=run.gaps)
-    metered.store_error, metered.price_error = run.store_error, run.price_error
-    return run.exit_code, metered
+    return meter_command(command, home, os.environ, hosts, upstream, java)
 
 
 # --- the summary --------------------------------------------------------------------------------
 
 
-def summary_lines(metered: Metered) -> list[str]:
-    """What is told at the end of a run."""
-    totals = metered.totals
+def summary_lines(result: RunResult) -> list[str]:
+    """The summary at the end of a run."""
+    totals = result.totals
     total = totals.total
     lines = [
-        f"halton-meter: {count(total.requests, 'request')}, "
+        f"{count(total.requests, 'request')}, "
         f"{total.input_tokens:,} tokens in, {total.output_tokens:,} out, {_cost(total)}"
     ]
     models = sorted(totals.models.items(), key=lambda item: -item[1].list_usd)
     if len(models) > 1 or total.unpriced:
         lines += [_model_line(name, line) for name, line in models[:MODELS_SHOWN]]
     if len(models) > MODELS_SHOWN:
-        lines.append(
-            f"  and {len(models) - MODELS_SHOWN} more models: halton-meter report --by model"
-        )
-    lines += _troubles(metered)
+        more = count(len(models) - MODELS_SHOWN, "more model")
+        lines.append(f"  and {more}: halton-meter report --by model")
+    lines += _troubles(result)
     return lines
 
 
@@ -206,63 +201,66 @@ def _model_line(name: str, line: Line) -> str:
 
 
 def _cost(line: Line) -> str:
-    """Dollars by list, what is left to pay where that differs, and what has no price."""
-    text = f"${line.list_usd:,.4f}"
-    if line.marginal_usd != line.list_usd:
-        text += f" by list, ${line.marginal_usd:,.4f} to pay"
+    """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    return text + (f" + {line.unpriced:,} unpriced" if line.unpriced else "")
+    text = f"${line.list_usd:,.4f} list price"
+    if line.marginal_usd != line.list_usd:
+        text += f", ${line.marginal_usd:,.4f} billed"
+    return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
 
 
-def _troubles(metered: Metered) -> list[str]:
-    totals = metered.totals
+def _troubles(result: RunResult) -> list[str]:
+    totals = result.totals
     lines = []
     if totals.gapped or totals.aborted or totals.failed:
         words = (
-            (totals.gapped, "with gaps"),
-            (totals.aborted, "cut off"),
+            (totals.gapped, "incomplete (bytes lost)"),
+            (totals.aborted, "interrupted"),
             (totals.failed, "failed"),
         )
-        lines.append("  of these " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+        lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
-    for from_ns, to_ns, cause in metered.gaps:
-        lines.append(f"  not metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
-    lines += [f"  lost: {cause} {lost:,}" for cause, lost in metered.losses.items()]
-    if metered.price_error:
-        lines.append(f"  {metered.price_error}")
-    if metered.store_error:
-        lines.append(f"  {metered.store_error}")
-    unseen = [line for line in metered.coverage if line.get("state") != "metered"]
+    for from_ns, to_ns, cause in result.outages:
+        lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
+    lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in result.losses.items()]
+    if result.price_error:
+        lines.append(f"  {result.price_error}")
+    if result.store_error:
+        lines.append(f"  {result.store_error}")
+    unseen = [line for line in result.coverage if line.get("state") != "metered"]
     for line in unseen[:PROCESSES_SHOWN]:
-        host = f" that looked up {line['host']}" if line.get("host") else ", to hosts not known"
+        host = f"looked up {line['host']}" if line.get("host") else "destination unknown"
         name = line["process"] or line["pid"]
-        lines.append(f"  not metered: TLS ({line['stack']}) of {name}{host}")
+        lines.append(f"  not metered: {name} ({line['stack']}); {host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
-    partly = [line for line in metered.coverage if line not in unseen and line.get("advice")]
+    partly = [line for line in result.coverage if line not in unseen and line.get("advice")]
     for line in partly[:PROCESSES_SHOWN]:
         name = line["process"] or line["pid"]
-        lines += [f"  perhaps not all of {name} is metered:", f"    {line['advice']}"]
+        lines += [f"  {name} may be only partly metered:", f"    {line['advice']}"]
     return lines
 
 
-def _write_summary(path: Path, code: int, metered: Metered) -> None:
-    summary = metered.totals.as_json() | {
-        "exit_code": code,
-        "losses": metered.losses,
-        "gaps": [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in metered.gaps],
-        "coverage": metered.coverage,
-        "store_error": metered.store_error,
-        "price_error": metered.price_error,
+def _write_summary(path: Path, result: RunResult) -> None:
+    outages = [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages]
+    summary = result.totals.as_json() | {
+        "exit_code": result.exit_code,
+        "losses": result.losses,
+        "outages": outages,
+        "gaps": outages,  # their name in earlier versions
+        "coverage": result.coverage,
+        "store_error": result.store_error,
+        "price_error": result.price_error,
     }
-    from halton_meter import config, privileges
+    from halton_meter import accounts, config, privileges
 
     try:
-        # As the person: root must not write wherever a name given to sudo points.
+        # As the user: root must not write wherever a name given to sudo points.
         privileges.as_account(
-            config.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
+            accounts.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
         )
     except (OSError, config.ConfigError) as error:
-        click.echo(harmless(f"halton-meter: {path} cannot be written: {error}"), err=True)
+        what = f"the summary cannot be written to {path}: {error}"
+        complain(Problem(what, f"ls -ld {path.parent}"))

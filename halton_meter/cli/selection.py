@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from halton_meter.config import home_folder
+from halton_meter.accounts import home_folder
 from halton_meter.periods import parse_when
 from halton_meter.store import NothingStored, Selection, StoreError
 

@@ -1,24 +1,22 @@
 """`halton-meter status [--json]`: health, what is metered and what is not, what was lost.
 
-It tells of the probes' service and of the local proxy, whichever runs. Exit codes: 0 what runs is
-healthy; 1 nothing runs, or something is degraded.
+It shows the uprobes service and the local proxy, whichever runs. Exit codes: 0 what runs is
+healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
 
-from halton_meter.cli.output import count, harmless
+from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 
-GAPS_SHOWN = 5
+OUTAGES_SHOWN = 5
 BYPASSED_SHOWN = 10
-
-
 EXAMPLES = """
     \b
     Examples:
@@ -34,59 +32,20 @@ def status(as_json: bool) -> None:
 
     Exit codes: 0 what runs is healthy; 1 nothing runs, or something is degraded.
     """
-    from halton_meter import config
-    from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
+    from halton_meter import accounts
+    from halton_meter.live.control import PROXY_SOCKET_NAME, ask_service
 
-    home = config.home_folder()
-    try:
-        control = Control(home)
-        found = control.ask("status")
-        control.close()
-    except ServiceAbsent:
-        found = {"health": "stopped", "home": str(home)}
-    with contextlib.suppress(ServiceAbsent):
-        control = Control(home, name=PROXY_SOCKET_NAME)
-        found["proxy"] = control.ask("status")
-        control.close()
+    home = accounts.home_folder()
+    found = ask_service(home, "status") or {"health": "stopped", "home": str(home)}
+    if (proxy := ask_service(home, "status", name=PROXY_SOCKET_NAME)) is not None:
+        found["proxy"] = proxy
         found["uprobes_health"] = found["health"]
-        found["health"] = _worse(found["health"], found["proxy"]["health"])
+        found["health"] = _worse(found["health"], proxy["health"])
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(found))  # ASCII: a path may hold bytes that are no text
     else:
-        for line in status_lines(found):
-            click.echo(harmless(line))
+        say("\n".join(status_lines(found)))
     sys.exit(0 if found["health"] == "ok" else 1)
-
-
-def status_lines(found: dict[str, Any]) -> list[str]:
-    """The status for people."""
-    if "proxy" in found:
-        lines = proxy_lines(found["proxy"])
-        if found["uprobes_health"] != "stopped":
-            own = {**found, "health": found["uprobes_health"]}
-            del own["proxy"]
-            lines = status_lines(own) + lines
-        return lines
-    if found["health"] == "stopped":
-        return [
-            f"stopped (state in {found['home']})",
-            "  start it: sudo halton-meter start",
-            "  or the local proxy, without root: halton-meter start --via proxy",
-        ]
-    totals = found["totals"]
-    lines = [
-        f"{found['health']}, up {_duration(found['uptime_s'])}, "
-        f"{found['probes']} probes through {found['loader']}",
-        f"  {count(found['events'], 'event')}{_since_restart(found['restarts'])} from "
-        f"{found['bytes']:,} bytes of plaintext, "
-        f"${totals['list_usd']} by list; last {found['last_event_at'] or 'none yet'}",
-        *_store_lines(found),
-    ]
-    if found["restarts"]:
-        where = "see the gaps" if found["gaps"] else "the kernel went on copying meanwhile"
-        lines.append(f"  restarted {count(found['restarts'], 'time')}: {where}")
-    lines += _loss_lines(found["losses"], found["gaps"])
-    return lines + _coverage_lines(found["coverage"])
 
 
 def _worse(uprobes: str, proxy: str) -> str:
@@ -96,114 +55,157 @@ def _worse(uprobes: str, proxy: str) -> str:
     return uprobes
 
 
-def proxy_lines(found: dict[str, Any]) -> list[str]:
+def status_lines(found: Mapping[str, Any]) -> list[str]:
+    """The status of what runs, for people."""
+    proxy = found.get("proxy")
+    uprobes = {**found, "health": found.get("uprobes_health", found["health"])}
+    lines = [] if uprobes["health"] == "stopped" else uprobes_lines(uprobes)
+    if proxy is not None:
+        lines += proxy_lines(proxy)
+    return lines or [
+        f"stopped (data folder {found['home']})",
+        "  start the service: sudo halton-meter start",
+        "  or the local proxy, without root: halton-meter start --via proxy",
+    ]
+
+
+def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
+    """The uprobes service's status for people."""
+    return [
+        f"uprobes {found['health']}, up {_duration(found)}, "
+        f"{count(found['probes'], 'probe')} attached through {found['loader']}",
+        *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
+        *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
+        *_loss_lines(found),
+        *_coverage_lines(found["coverage"]),
+    ]
+
+
+def proxy_lines(found: Mapping[str, Any]) -> list[str]:
     """The local proxy's status for people."""
     worker = found["worker"]
     lines = [
-        f"proxy {found['health']}, up {_duration(found['uptime_s'])} on "
+        f"proxy {found['health']}, up {_duration(found)} on "
         f"{', '.join(found['addresses'])}; {count(found['connections'], 'connection')} open"
     ]
     if found["totals"] is not None:
-        since = _since_restart(worker["restarts"])
-        lines.append(
-            f"  {count(found['events'], 'event')}{since}, ${found['totals']['list_usd']} by list; "
-            f"last {found['last_event_at'] or 'none yet'}"
-        )
-        lines += _store_lines(found)
+        lines += _metered_lines(found)
     if found["health"] == "paused":
-        lines.append("  metering is stopped, traffic goes through; start it: halton-meter start")
+        lines.append("  metering is stopped, traffic goes on; to meter: halton-meter start")
     elif worker["state"] != "ready":
         why = f": {worker['trouble']}" if worker["trouble"] else ""
-        lines.append(f"  not metering, traffic goes through unmetered ({worker['state']}{why})")
+        lines.append(f"  not metering, traffic goes on unmetered ({worker['state']}{why})")
     if not found["certificate_usable"]:
-        lines.append("  the certificate is expired or not ours: halton-meter init")
-    if worker["restarts"]:
-        times = count(worker["restarts"], "time")
-        lines.append(f"  its worker was restarted {times}: see the gaps")
-    for each in found["bypassed"][:BYPASSED_SHOWN]:
-        cause = each["cause"].replace("_", " ")
-        connections = count(each["connections"], "connection")
-        lines.append(f"  unmetered: {each['host']} {connections} ({cause})")
-    lines += _turned_away_lines(found.get("counts", {}))
-    for each in found["refused"][:BYPASSED_SHOWN]:
-        who = each["program"] or "some program"
-        lines.append(
-            f"  {who} does not trust the proxy certificate for {each['host']}; "
-            "its traffic is not metered"
-        )
-        lines.append("    halton-meter init, then start that program again")
-    return lines + _loss_lines(found["losses"] or {}, found["gaps"])
+        lines.append("  the proxy certificate is expired or not ours: halton-meter init")
+    lines += _restart_lines(found, "no connection to a provider was missed")
+    lines += _bypassed_lines(found)
+    return lines + _loss_lines(found)
 
 
-_TURNED_AWAY = {
-    "refused_other_user": "of other users of this machine: the proxy serves its owner and root",
-    "refused_other_user_at_worker": "of other users of this machine to the proxy's inner port",
-    "refused_past_the_edge": "to the proxy's inner port, which only the proxy itself may use",
-}
-
-
-def _turned_away_lines(counts: dict[str, int]) -> list[str]:
-    return [
-        f"  refused: {count(counts[cause], 'connection')} {words}"
-        for cause, words in _TURNED_AWAY.items()
-        if counts.get(cause)
+def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
+    """What was metered, where its events are, and what is wrong if something is."""
+    since = " since the last restart" if found["restarts"] else ""
+    held = found.get("held") or 0
+    journal = (found["journal_waiting"] or 0) - held
+    waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
+    waiting += f", {held:,} in memory" if held else ""
+    lines = [
+        f"  {count(found['events'], 'request')}{since}{source}, "
+        f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
+        f"  data folder {found['home']}; {waiting}",
     ]
+    if found.get("price_error"):
+        lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
+    if found["store_error"]:
+        lines.append(f"  since {_time(found['store_error_since'])}: {found['store_error']}")
+    for path in found.get("damaged_databases") or ():
+        lines.append(f"  damaged database set aside, its events are missing in reports: {path}")
+        lines.append(f"    once you have looked at it: mv {path} /tmp")
+    return lines
 
 
-def _loss_lines(losses: dict[str, int], gaps: list[dict[str, str]]) -> list[str]:
+def _restart_command(found: Mapping[str, Any]) -> str:
+    if found.get("source") == "proxy":
+        return "halton-meter stop --via proxy && halton-meter start --via proxy"
+    return "sudo halton-meter stop && sudo halton-meter start"
+
+
+def _restart_lines(found: Mapping[str, Any], otherwise: str) -> list[str]:
+    if not found["restarts"]:
+        return []
+    missed = "see the outages" if found["outages"] else otherwise
+    return [f"  restarted {count(found['restarts'], 'time')}: {missed}"]
+
+
+def _loss_lines(found: Mapping[str, Any]) -> list[str]:
+    losses: dict[str, int] = found["losses"] or {}
     lines = [f"  lost: {cause.replace('_', ' ')} {lost:,}" for cause, lost in losses.items()]
-    lines += [f"  gap: {gap['from']} to {gap['to']}: {gap['cause']}" for gap in gaps[-GAPS_SHOWN:]]
-    return lines or ["  nothing lost, no gaps"]
+    for outage in found["outages"][-OUTAGES_SHOWN:]:
+        between = f"{_time(outage['from'])} to {_time(outage['to'])}"
+        lines.append(f"  outage: {between}: {outage['cause']}")
+    return lines or ["  nothing lost, no outages"]
 
 
-def _coverage_lines(coverage: list[dict[str, Any]]) -> list[str]:
+def _duration(found: Mapping[str, Any]) -> str:
+    return duration_text(found["uptime_s"] * 1000)
+
+
+def _time(utc: str | None) -> str:
+    """A stored time as local time; a file of outages may hold anything."""
+    from datetime import datetime
+
+    try:
+        at_ns = int(datetime.fromisoformat(utc or "").timestamp()) * 1_000_000_000
+    except (TypeError, ValueError, OverflowError):
+        return "none yet" if utc is None else "unknown"
+    return f"{local_time(at_ns, seconds=True)} {zone_text(at_ns)}"
+
+
+# --- the processes that uprobes see ---------------------------------------------------------------
+
+
+def _coverage_lines(coverage: Iterable[Mapping[str, Any]]) -> list[str]:
     known = [line for line in coverage if line["host"]]
+    unknown = [line for line in coverage if not line["host"]]
     lines = ["processes that talk to providers:"] if known else []
     for line in sorted(known, key=lambda each: (each["state"] == "metered", each["pid"])):
         lines += _process_lines(line, f" -> {line['host']}")
-    unknown = [line for line in coverage if not line["host"]]
     if unknown:
-        lines.append("processes that talk TLS in a way not metered, to hosts that are not known:")
+        lines.append("not metered, destination unknown:")
     for line in sorted(unknown, key=lambda each: int(each["pid"])):
         lines += _process_lines(line, "")
     return lines
 
 
-def _process_lines(line: dict[str, Any], host: str) -> list[str]:
+def _process_lines(line: Mapping[str, Any], host: str) -> list[str]:
     state = line["state"].replace("_", " ")
     lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
     return lines + ([f"          {line['advice']}"] if line["advice"] else [])
 
 
-def _store_lines(found: dict[str, Any]) -> list[str]:
-    """Where the events are that are not in the database yet, and what is wrong if something is."""
-    held = found.get("held") or 0
-    journal = (found["journal_waiting"] or 0) - held
-    waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
-    waiting += f", {held:,} in memory" if held else ""
-    lines = [f"  state in {found['home']}; {waiting}"]
-    if found.get("price_error"):
-        again = "--via proxy" if found.get("source") == "proxy" else ""
-        sudo = "" if again else "sudo "
-        lines.append(f"  {found['price_error']}")
+# --- what passed the proxy unmetered --------------------------------------------------------------
+
+_TURNED_AWAY = {
+    "refused_other_user": "by other users of this machine; the proxy serves its owner and root",
+    "refused_other_user_at_worker": "by other users of this machine to the proxy's inner port",
+    "refused_past_the_edge": "to the proxy's inner port, which only the proxy itself may use",
+}
+
+
+def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for each in found["bypassed"][:BYPASSED_SHOWN]:
+        connections, cause = count(each["connections"], "connection"), each["cause"]
+        lines.append(f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})")
+    counts = found.get("counts", {})
+    for cause, words in _TURNED_AWAY.items():
+        if counts.get(cause):
+            lines.append(f"  refused: {count(counts[cause], 'connection')} {words}")
+    for each in found["refused"][:BYPASSED_SHOWN]:
+        who = each["program"] or "a program"
         lines.append(
-            f"    then: {sudo}halton-meter stop {again}".rstrip()
-            + f" && {sudo}halton-meter start {again}".rstrip()
+            f"  {who} does not trust the proxy certificate for {each['host']}; "
+            "its traffic is not metered"
         )
-    if found["store_error"]:
-        lines.append(f"  since {found['store_error_since']}: {found['store_error']}")
-    for path in found.get("damaged_databases") or ():
-        lines.append(f"  a damaged database was put aside, reports lack what is in it: {path}")
-        lines.append("    once you have looked at it, move it to another folder")
+        lines.append("    halton-meter init, then restart that program")
     return lines
-
-
-def _since_restart(restarts: int) -> str:
-    return " since the last restart" if restarts else ""
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

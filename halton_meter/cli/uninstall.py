@@ -33,14 +33,14 @@ EXAMPLES = """
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     """Undo everything that init changed."""
-    from halton_meter import config
+    from halton_meter import accounts
     from halton_meter.cli.init import in_fish
     from proxy_fallback.setup.changes import ChangeError, Commands
     from proxy_fallback.setup.ledger import Ledger
     from proxy_fallback.setup.steps import undo
     from proxy_fallback.setup.variables import Holds, SetBy, names
 
-    home = config.home_folder()
+    home = accounts.home_folder()
     if purge and not yes:
         if not sys.stdin.isatty():
             fail(

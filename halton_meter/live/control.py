@@ -1,9 +1,9 @@
-"""The control socket's two ends: who listens in the user's folder, and who asks.
+"""The control socket's two ends: a service listens in the data folder, a command asks.
 
-One request a line, one answer a line, JSON; what may be asked is the business of who answers
-(`probes/worker.py`, `proxy/run.py`). It is the user's: mode 0600, and the peer is looked at
-besides. Where the folder can hold no socket (a full disk, one that can only be read, a folder that
-is gone), it has a name outside of the file system. Light to import: `status` and `run` do at once.
+One request a line, one answer a line, JSON; the answering service decides what can be asked
+(`probes/worker.py`, `proxy/service.py`). The socket is the user's: mode 0600, and the peer's user
+is checked besides. Where the folder can hold no socket (a full or read-only disk, a deleted
+folder), it has a name outside of the file system. Light to import, as `status` and `run` must be.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROXY_SOCKET_NAME = "proxy.sock"
 REPLY_BYTES_MAX = 4 << 20
 REQUEST_BYTES_MAX = 4096
 CLIENTS_MAX = 64
-SEND_S_MAX = 1.0  # who does not take its answer is dropped: the loop waits for nobody
+SEND_S_MAX = 1.0  # a client that does not read its answer is dropped
 
 
 def _short_path(home: Path, fd: int, name: str) -> str:
@@ -64,13 +64,13 @@ def _listening(address: str | bytes) -> socket.socket:
 
 
 def _name_without_file(home: Path, name: str) -> bytes:
-    """In Linux's abstract namespace; whoever has it is judged by who they are, at both ends."""
+    """In Linux's abstract namespace, where anyone may listen: both ends check the peer's user."""
     digest = hashlib.blake2b(os.fsencode(home / name), digest_size=16).hexdigest()
     return f"\0halton-meter/{digest}".encode()
 
 
 class Listener:
-    """The control socket's listening end, wherever that can be at the moment."""
+    """The control socket's listening end, at the best address that works at the moment."""
 
     def __init__(self, home: Path, name: str = SOCKET_NAME) -> None:
         self._home = home
@@ -79,9 +79,10 @@ class Listener:
         self.socket: socket.socket | None = None
 
     def renew(self) -> bool:
-        """Listen again where nobody can reach us any more; whether that made a new socket.
+        """Listen again if the socket's file is gone; whether that made a new socket.
 
-        The folder is preferred, as its mode keeps others out. Without any name we go on unheard.
+        The folder is preferred, as its mode keeps others out. Without any address we go on, and
+        nobody can ask us.
         """
         if self.socket is not None and self._file is not None and self._file == self._found():
             return False
@@ -112,14 +113,14 @@ class Listener:
         return None
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self.socket is not None:
             self.socket.close()
             self.socket = None
 
 
 def is_friend(connection: socket.socket, *others: int) -> bool:
-    """Whether the other end is this user, root or one of `others`; a file's mode says so too."""
+    """Whether the other end is this user, root or one of `others`."""
     return _peer_uid(connection) in (0, os.getuid(), *others)
 
 
@@ -129,7 +130,7 @@ def _peer_uid(connection: socket.socket) -> int:
 
 
 class Client:
-    """Somebody who asks, at the answering end."""
+    """A client, at the answering end."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -137,7 +138,7 @@ class Client:
         self._is_deaf = False
 
     def requests(self) -> Iterator[dict[str, Any]] | None:
-        """What was asked since; None at the end. Whoever says what is no request is done, too.
+        """The new requests; None at the end of the connection.
 
         Raises OSError.
         """
@@ -147,11 +148,11 @@ class Client:
 
     @property
     def is_rude(self) -> bool:
-        """Whether it has said what is no request, or does not take its answers."""
+        """Whether it has sent something that is no request, or does not read its answers."""
         return bool(self._lines.refused) or self._is_deaf
 
     def send(self, answer: dict[str, Any]) -> None:
-        """An answer; one who is gone, or did not take the one before, gets none."""
+        """Send an answer, unless the client is gone or did not read the one before."""
         if self._is_deaf:
             return
         try:
@@ -161,10 +162,10 @@ class Client:
 
 
 class Answering:
-    """The answering end, in its owner's selector, whose keys' data is called when they are ready.
+    """The answering end, in its owner's selector: the owner calls `key.data()` of each ready key.
 
-    `answer` gives the answer to a request, or None when it is sent later; `on_gone` hears of every
-    client's end. `refused` counts requests that were none, or that `answer` stumbled over.
+    `answer` gives the answer to a request, or None when it is sent later; `on_gone` is called at
+    every client's end. `refused` counts invalid requests, and those on which `answer` failed.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Answering:
         self.renew()
 
     def renew(self) -> None:
-        """See to it that we can be reached."""
+        """Listen again if the socket's file is gone."""
         before = self._listener.socket
         fd = before.fileno() if before else -1
         if self._listener.renew():
@@ -218,7 +219,7 @@ class Answering:
             self.refused += client.is_rude
         except OSError:
             pass
-        except Exception:  # whatever was asked, metering goes on
+        except Exception:  # no request may end the metering
             self.refused += 1
         self._drop(client)
 
@@ -230,14 +231,14 @@ class Answering:
 
 
 class ServiceAbsent(Exception):
-    """Nothing answers on the control socket: the service does not run, or cannot be asked."""
+    """Nothing answers on the control socket: the service does not run, or cannot be reached."""
 
 
 class Control:
     """The client's end of the control socket. Raises ServiceAbsent.
 
-    `owner` is the person whose service root means to speak to: the name may lead to any socket of
-    the machine, and nothing is sent to one that somebody else listens on.
+    `owner` is the user whose service root wants to reach. The name may lead to any socket of the
+    machine, and nothing is sent to one on which another user listens.
     """
 
     def __init__(
@@ -251,7 +252,7 @@ class Control:
         self._socket.settimeout(timeout_s)
         try:
             self._connect(home, name)
-            # macOS cannot tell, and has no service of root's that would be asked.
+            # macOS does not say who listens, and root runs no service there.
             known = owner is not None and sys.platform == "linux"
             if known and _peer_uid(self._socket) != owner:
                 raise PermissionError(f"{home / name} leads to a service of another user")
@@ -277,7 +278,7 @@ class Control:
         except OSError:
             raise why from None
         if not is_friend(self._socket, owner):
-            raise PermissionError("somebody else answers")
+            raise PermissionError("another user answers")
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Ask for "status", "watch" (pid), "finish" or "stop"."""
@@ -292,6 +293,24 @@ class Control:
         return reply
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._reader.close()
         self._socket.close()
+
+
+def ask_service(
+    home: Path, what: str, *, name: str = SOCKET_NAME, owner: int | None = None
+) -> dict[str, Any] | None:
+    """One answer of a running service; None when none answers.
+
+    Both services know "status" and "stop". The proxy also knows "pause" (it passes everything on
+    and meters nothing), "resume", and "forget" (which programs refused its certificate).
+    """
+    try:
+        control = Control(home, name=name, owner=owner)
+        try:
+            return control.ask(what)
+        finally:
+            control.close()
+    except ServiceAbsent:
+        return None

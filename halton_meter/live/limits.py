@@ -1,6 +1,6 @@
-"""Limits of our own processes, the same whoever starts them: systemd, launchd or a terminal.
+"""Limits of our own processes, the same under systemd, under launchd and from a terminal.
 
-What a process sets here, those that it starts inherit. It knows nothing of what they do.
+The processes that a process starts inherit them.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import resource
 
-# Each probe is a descriptor of the helper's: some hundred files with a dozen probes each.
+# Each probe takes a descriptor in the helper: some hundred files with a dozen probes each.
 DESCRIPTORS_WANTED = 65_536
 
 
 def limit_this_process() -> None:
-    """Have no core files, which would hold prompts, and as many descriptors as may be.
+    """Write no core files, which would hold prompts; allow as many descriptors as possible.
 
-    Never call it in a process that will run a person's own command: that keeps its limits.
+    Never call it in a process that becomes the user's command: the command keeps its own limits.
     """
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -2,10 +2,10 @@
 
 Our packages have names that others have, too (`capture` and `pricing` are on PyPI): installed
 beside us they overwrite our files, and a folder that is earlier on the path hides them. Before root
-starts anything it is looked whether all four come from one place, also to the processes that root
-starts (which ignore PYTHONPATH and a person's own site folder), and are what pip once wrote there.
-That is against mishaps and other people's packages: who may write to our own folder needs no trick,
-and `changeable_by_others` tells of those. Standard library only, and nothing of ours is imported.
+starts anything, this checks that all four packages come from one folder, also for the processes
+that root starts (they ignore PYTHONPATH and a user's own site folder), and are as pip wrote them.
+That protects from accidents and foreign packages. Who may write to our folder needs no trick:
+`changeable_by_others` finds that. Standard library only, and `Problem`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from halton_meter import __version__
+from halton_meter.problem import Problem
 
 PACKAGES = ("halton_meter", "capture", "proxy_fallback", "pricing")
 # What Python or root's helper runs: modules, and the kernel's program with its source.
@@ -31,31 +32,36 @@ _AWAY = (
 )
 
 
-def problems() -> list[tuple[str, str]]:
-    """Why root should not run this code, each with what to do; nothing where all is well."""
+def problems() -> list[Problem]:
+    """Why root should not run this code; nothing where all is well."""
     place = place_of_ours()
     for name in PACKAGES:
         found = _folder(name, sys.path)
         if found is not None and found != place / name:
-            return [(f"root would run code of {found}, which is not Halton Meter's", _ELSEWHERE)]
+            return [_foreign(found, _ELSEWHERE)]
     for name in PACKAGES:
         found = _folder(name, isolated_path())
         if found is None:
-            what = f"what root starts would not find {place / name}: it ignores PYTHONPATH and ~"
-            return [(what, _AWAY)]
+            what = f"root's processes would not find {place / name}: they ignore PYTHONPATH and ~"
+            return [Problem(what, _AWAY)]
         if found != place / name:
-            return [(f"root would run code of {found}, which is not Halton Meter's", _AWAY)]
+            return [_foreign(found, _AWAY)]
     if (changed := _unlike_its_record(place)) is not None:
-        what = f"root would run {changed}, which is not as Halton Meter's installation left it"
-        return [(what, _AWAY)]
+        what = f"root would run {changed}, which has changed since Halton Meter was installed"
+        return [Problem(what, _AWAY)]
     return []
+
+
+def _foreign(found: Path, fix: str) -> Problem:
+    return Problem(f"root would run code of {found}, which is not Halton Meter's", fix)
 
 
 def python(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours in a process of its own.
 
-    What root starts, and what that starts, is isolated: no variable and no folder of a person's
-    changes what it imports. Others may have us in their own site folder, but no current one counts.
+    What root starts, and what that starts, is isolated: no variable and no folder of a user's
+    changes what it imports. Other users may have us in their own site folder; the current folder
+    never counts.
     """
     isolated = sys.flags.isolated or os.geteuid() == 0
     return [sys.executable, "-I" if isolated else "-P", "-m", module, *arguments]
@@ -122,7 +128,7 @@ def _recorded(record: Path) -> Iterator[tuple[str, str]]:
 
 
 def changeable_by_others() -> Path | None:
-    """What root would run and somebody else could change; None where nobody could."""
+    """A file that root would run and another user could change; None where there is none."""
     seen: set[str] = set()
     for path in _run_as_root():
         for each in (path, *path.parents):
@@ -139,7 +145,7 @@ def changeable_by_others() -> Path | None:
 
 
 def _is_open(found: os.stat_result) -> bool:
-    """Whether others than the owner may write there; in a sticky folder they take nothing away."""
+    """Whether others than the owner may write there; a sticky folder keeps its files safe."""
     return bool(found.st_mode & 0o022) and not (
         stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX
     )

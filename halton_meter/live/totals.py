@@ -1,8 +1,8 @@
 """What a run or the service has metered so far, model by model: sums that `run` and `status` show.
 
-Counts that are not known add nothing, and requests without a price are counted beside the sum,
-never as zero dollars. Totals travel as JSON with exact decimals, from the process that counts to
-those that show. No I/O. What is asked of stored events is `report.py`'s.
+Unknown counts add nothing, and requests without a price are counted beside the sum, never as zero
+dollars. Totals travel as JSON with exact decimals from the worker to the commands that print them.
+No I/O. Sums over stored events are `report.py`'s.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Totals:
 
     @classmethod
     def of_json(cls, table: Any) -> Totals:
-        """The inverse of `as_json`, whoever sent it. Raises ValueError for anything else."""
+        """The inverse of `as_json`, for any input. Raises ValueError for what is no totals."""
         totals = cls()
         try:
             for name, line in itertools.islice(table["models"].items(), MODELS_MAX + 1):
@@ -170,7 +170,7 @@ def _count(found: Any) -> int:
 
 
 def _usd(found: Any) -> Decimal:
-    """An exact amount. One with a vast exponent would take gigabytes as soon as it is written."""
+    """An exact amount. One with a vast exponent would take gigabytes when printed."""
     amount = Decimal(found[:USD_CHARACTERS_MAX])
     exponent = amount.as_tuple().exponent
     if not isinstance(exponent, int) or abs(exponent) > USD_CHARACTERS_MAX:

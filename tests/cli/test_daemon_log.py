@@ -15,12 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from halton_meter.cli import daemon, service
-from halton_meter.live.probes import service as root
-from halton_meter.live.probes.supervisor import Metered
-from halton_meter.live.proxy import run as proxied
+from halton_meter.cli import daemon, start
+from halton_meter.live import restarts
+from halton_meter.live.probes import service as probes_service
+from halton_meter.live.proxy import run as proxy_run
 from halton_meter.live.proxy import service as proxy_service
 from halton_meter.live.proxy.worker import Job
+from halton_meter.live.restarts import Restarts
+from halton_meter.live.result import RunResult
 from halton_meter.store import errors
 from proxy_fallback.edge.listening import listen
 
@@ -98,7 +100,7 @@ def test_a_full_disk_does_not_change_the_exit_code(tmp_path: Path, keep: tuple[s
 def test_a_fault_of_the_proxys_service_ends_its_process(tmp_path: Path) -> None:
     kept = proxy_service.ProxyService(Job(str(tmp_path), False), dict(os.environ))
     with pytest.raises(OSError, match="No space left"):
-        asyncio.run(proxied._serve(kept, [listen(0)], refuse))
+        asyncio.run(proxy_run._serve(kept, [listen(0)], refuse))
 
 
 def test_what_keeps_the_worker_is_begun_again_when_it_dies(
@@ -142,8 +144,8 @@ class Flickering:
         self.ready = not self.ready
         self.stop_asked = self.ticks == 4
 
-    def finish(self) -> Metered:
-        return Metered()
+    def finish(self) -> RunResult:
+        return RunResult()
 
 
 class NoSignals:
@@ -170,11 +172,11 @@ def test_the_probes_service_goes_on_when_its_log_takes_nothing(
         made.append(Flickering(plan))
         return made[0]
 
-    monkeypatch.setattr(root, "Supervisor", supervisor)
-    monkeypatch.setattr(root, "Signals", NoSignals)
+    monkeypatch.setattr(probes_service, "Supervisor", supervisor)
+    monkeypatch.setattr(probes_service, "Signals", NoSignals)
     with Path("/dev/full").open("wb", buffering=0) as full:
         monkeypatch.setattr("click.echo", lambda text, err: full.write(text.encode()))
-        root.serve(SimpleNamespace(home="/home"), daemon.say)  # type: ignore[arg-type]
+        probes_service.serve(SimpleNamespace(home="/home"), daemon.say)  # type: ignore[arg-type]
     assert made[0].ticks == 4
 
 
@@ -182,10 +184,11 @@ def test_the_probes_service_goes_on_when_its_log_takes_nothing(
 
 
 def test_a_keepers_waits_grow_to_their_bound_and_no_further() -> None:
-    waits = [daemon.kept_wait_s(failures, daemon.KEPT_WAIT_S_MAX) for failures in range(10)]
-    assert waits == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 60.0]
-    assert daemon.kept_wait_s(1_000_000, daemon.KEPT_WAIT_S_MAX) == 60.0
-    assert daemon.kept_wait_s(1_000_000, daemon.EDGE_WAIT_S_MAX) == 10.0
+    probes = Restarts(daemon.KEPT_BACKOFF_S, daemon.KEPT_HEALTHY_S)
+    assert [probes.died() for _ in range(9)] == [0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 60.0]
+    edge = Restarts(daemon.EDGE_BACKOFF_S, daemon.KEPT_HEALTHY_S)
+    assert [edge.died() for _ in range(7)] == [0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+    assert probes.died() == 60.0
 
 
 class Clock:
@@ -218,10 +221,11 @@ def kept(monkeypatch: pytest.MonkeyPatch, codes: list[int | None]) -> tuple[int,
         code = ending.pop()
         return pid, -code if code < 0 else code << 8
 
-    monkeypatch.setattr(daemon, "time", Clock())
+    monkeypatch.setattr(daemon, "time", clock := Clock())
+    monkeypatch.setattr(restarts, "time", clock)
     monkeypatch.setattr(daemon, "say", said.append)
     monkeypatch.setattr(os, "waitpid", waited)
-    return daemon._keep_alive(spawn, daemon.KEPT_WAIT_S_MAX, final=(0, 1)), said
+    return daemon._keep_alive(spawn, daemon.KEPT_BACKOFF_S, final=(0, 1)), said
 
 
 def test_a_keeper_never_gives_up_and_says_what_it_waits_for(
@@ -230,9 +234,9 @@ def test_a_keeper_never_gives_up_and_says_what_it_waits_for(
     code, said = kept(monkeypatch, [-9, None, *[1] * 20, 0])
     assert code == 0
     assert len(said) == 22
-    assert said[0] == "the service was killed by signal 9; it is started again in 0.4 s"
+    assert said[0] == "the service was killed by SIGKILL; restart in 0.4 s"
     assert said[1].startswith("the service could not be started: no more processes; ")
-    assert said[-1] == "the service ended with code 1; it is started again in 60 s"
+    assert said[-1] == "the service ended with code 1; restart in 60 s"
 
 
 def test_a_keeper_ends_with_what_could_not_start_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,12 +261,12 @@ def test_start_names_the_full_disk(
 ) -> None:
     monkeypatch.setattr(errors, "tempfile", SimpleNamespace(TemporaryFile=lambda dir: refuse("")))
     with pytest.raises(SystemExit):
-        service._fail_for_disk("the proxy did not become healthy", tmp_path)
+        start._fail_for_disk("the proxy did not become healthy", tmp_path)
     said = capsys.readouterr().err
     assert "did not become healthy: the disk is full" in said
-    assert f"try: df -h {tmp_path}" in said
+    assert f"fix: df -h {tmp_path}" in said
 
 
 def test_start_does_not_blame_a_disk_with_room(tmp_path: Path) -> None:
-    service._fail_for_disk("the proxy did not become healthy", tmp_path)
+    start._fail_for_disk("the proxy did not become healthy", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,11 +15,27 @@ from click.testing import CliRunner
 from halton_meter.cli import main
 from halton_meter.cli.output import harmless
 from halton_meter.cli.run import summary_lines
-from halton_meter.cli.service import unit_text
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
-from halton_meter.live.probes.supervisor import Metered
+from halton_meter.cli.systemd_unit import unit_text
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Line, Totals
 from proxy_fallback.setup import service_files
+
+OUTAGE = {
+    "from": "2026-11-23T09:30:05.000000Z",
+    "to": "2026-11-23T09:31:00.000000Z",
+    "cause": "C",
+}
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """People read local time; here that is UTC."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
 def totals(**models: Line) -> Totals:
@@ -33,23 +51,23 @@ def line(requests: int, usd: str, marginal: str | None = None, unpriced: int = 0
 
 
 def test_a_run_of_one_model_is_told_in_one_line() -> None:
-    told = summary_lines(Metered(totals(haiku=line(1, "0.0042"))))
-    assert told == ["halton-meter: 1 request, 1,200 tokens in, 34 out, $0.0042"]
+    told = summary_lines(RunResult(totals(haiku=line(1, "0.0042"))))
+    assert told == ["1 request, 1,200 tokens in, 34 out, $0.0042 list price"]
 
 
 def test_a_run_tells_what_has_no_price_and_what_a_plan_pays() -> None:
     told = summary_lines(
-        Metered(totals(big=line(3, "1.5", marginal="0"), odd=line(2, "0", unpriced=2)))
+        RunResult(totals(big=line(3, "1.5", marginal="0"), odd=line(2, "0", unpriced=2)))
     )
     assert told[0] == (
-        "halton-meter: 5 requests, 2,400 tokens in, 68 out, "
-        "$1.5000 by list, $0.0000 to pay + 2 unpriced"
+        "5 requests, 2,400 tokens in, 68 out, "
+        "$1.5000 list price, $0.0000 billed; 2 requests unpriced"
     )
-    assert told[1].split()[-1] == "pay"
+    assert told[1].split()[-1] == "billed"
     assert told[2].split() == ["odd", "2", "1,200", "in", "34", "out", "unpriced"]
 
 
-def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
+def test_a_run_shows_outages_losses_and_what_was_not_metered() -> None:
     unseen = {
         "pid": 7,
         "process": "/usr/bin/codex",
@@ -59,20 +77,20 @@ def test_a_run_tells_gaps_losses_and_who_was_not_seen() -> None:
     }
     seen = unseen | {"state": "metered", "advice": None}
     partly = seen | {"process": "/usr/bin/both", "advice": "it has rustls as well"}
-    metered = Metered(
+    metered = RunResult(
         totals(m=line(1, "1")),
         losses={"ring_full_bytes": 1234},
         coverage=[seen, unseen, partly],
-        gaps=[(0, 2_500_000_000, "the capture helper died")],
+        outages=[(0, 2_500_000_000, "the capture helper died")],
     )
     metered.totals.gapped = 1
     assert summary_lines(metered)[1:] == [
-        "  of these 1 with gaps",
-        "  not metered for 2.5 s: the capture helper died",
-        "  lost: ring_full_bytes 1,234",
-        "  not metered: TLS (rustls) of /usr/bin/codex, to hosts not known",
+        "  1 incomplete (bytes lost)",
+        "  outage: nothing metered for 2.5 s: the capture helper died",
+        "  lost: ring full bytes 1,234",
+        "  not metered: /usr/bin/codex (rustls); destination unknown",
         "    use the proxy",
-        "  perhaps not all of /usr/bin/both is metered:",
+        "  /usr/bin/both may be only partly metered:",
         "    it has rustls as well",
     ]
 
@@ -98,7 +116,7 @@ def test_status_for_people() -> None:
         "restarts": 1,
         "store_error": None,
         "losses": {"ring_full_bytes": 7},
-        "gaps": [{"from": "A", "to": "B", "cause": "C"}],
+        "outages": [OUTAGE],
         "coverage": [
             {
                 "pid": 5,
@@ -111,19 +129,19 @@ def test_status_for_people() -> None:
         ],
     }
     assert status_lines(found) == [
-        "degraded, up 2.0 h, 12 probes through libbpf",
-        "  3 events since the last restart from 4,096 bytes of plaintext, $0.5 by list; "
+        "uprobes degraded, up 2 h 00 min, 12 probes attached through libbpf",
+        "  3 requests since the last restart from 4,096 bytes of plaintext, $0.5 list price; "
         "last none yet",
-        "  state in /h; 1 event waits in the journal",
-        "  restarted 1 time: see the gaps",
+        "  data folder /h; 1 event waits in the journal",
+        "  restarted 1 time: see the outages",
         "  lost: ring full bytes 7",
-        "  gap: A to B: C",
+        "  outage: 2026-11-23 09:30:05 UTC to 2026-11-23 09:31:00 UTC: C",
         "processes that talk to providers:",
         "        5 metered         /usr/bin/curl (openssl) -> api.x.ai",
     ]
 
 
-def test_a_restart_without_a_gap_refers_to_none() -> None:
+def test_a_restart_without_an_outage_refers_to_none() -> None:
     found = {
         "health": "ok",
         "uptime_s": 60.0,
@@ -138,10 +156,11 @@ def test_a_restart_without_a_gap_refers_to_none() -> None:
         "restarts": 2,
         "store_error": None,
         "losses": {},
-        "gaps": [],
+        "outages": [],
         "coverage": [],
     }
-    assert "  restarted 2 times: the kernel went on copying meanwhile" in status_lines(found)
+    said = "  restarted 2 times: the kernel kept copying meanwhile, nothing was missed"
+    assert said in status_lines(found)
 
 
 PROXY = {
@@ -156,41 +175,42 @@ PROXY = {
     "journal_waiting": 0,
     "store_error": None,
     "certificate_usable": True,
-    "worker": {"state": "waiting", "restarts": 2, "trouble": "it was killed by SIGKILL"},
+    "restarts": 2,
+    "worker": {"state": "waiting", "trouble": "it was killed by SIGKILL"},
     "bypassed": [{"host": "api.x.ai", "cause": "worker_down", "connections": 7}],
     "refused": [{"host": "api.x.ai", "program": "/usr/bin/java"}],
     "losses": {"flows_over_limit": 1},
-    "gaps": [{"from": "A", "to": "B", "cause": "C"}],
+    "outages": [OUTAGE],
 }
 
 
 def test_status_of_the_proxy_tells_what_went_by_unmetered_and_what_to_do() -> None:
     found = {"health": "degraded", "uprobes_health": "stopped", "home": "/h", "proxy": PROXY}
     assert status_lines(found) == [
-        "proxy degraded, up 1.5 min on 127.0.0.1:8081; 3 connections open",
-        "  12 events since the last restart, $0.5 by list; last none yet",
-        "  state in /h; 0 events wait in the journal",
-        "  not metering, traffic goes through unmetered (waiting: it was killed by SIGKILL)",
-        "  its worker was restarted 2 times: see the gaps",
-        "  unmetered: api.x.ai 7 connections (worker down)",
+        "proxy degraded, up 90.0 s on 127.0.0.1:8081; 3 connections open",
+        "  12 requests since the last restart, $0.5 list price; last none yet",
+        "  data folder /h; 0 events wait in the journal",
+        "  not metering, traffic goes on unmetered (waiting: it was killed by SIGKILL)",
+        "  restarted 2 times: see the outages",
+        "  unmetered: 7 connections to api.x.ai (worker down)",
         "  /usr/bin/java does not trust the proxy certificate for api.x.ai; "
         "its traffic is not metered",
-        "    halton-meter init, then start that program again",
+        "    halton-meter init, then restart that program",
         "  lost: flows over limit 1",
-        "  gap: A to B: C",
+        "  outage: 2026-11-23 09:30:05 UTC to 2026-11-23 09:31:00 UTC: C",
     ]
 
 
 def test_status_of_a_proxy_that_is_well_or_paused_or_lacks_a_certificate() -> None:
-    well = PROXY | {"health": "ok", "bypassed": [], "refused": [], "losses": None, "gaps": []}
-    well |= {"worker": {"state": "ready", "restarts": 0, "trouble": None}}
+    well = PROXY | {"health": "ok", "bypassed": [], "refused": [], "losses": None, "outages": []}
+    well |= {"worker": {"state": "ready", "trouble": None}, "restarts": 0}
     assert len(proxy_lines(well)) == 4
-    assert proxy_lines(well)[-1] == "  nothing lost, no gaps"
-    paused = proxy_lines(well | {"health": "paused", "worker": PROXY["worker"] | {"restarts": 0}})
-    assert "start it: halton-meter start" in paused[3]
+    assert proxy_lines(well)[-1] == "  nothing lost, no outages"
+    paused = proxy_lines(well | {"health": "paused", "worker": PROXY["worker"]})
+    assert "to meter: halton-meter start" in paused[3]
     counts = {"accepted": 9, "refused_other_user": 1, "refused_gone": 2}
     assert proxy_lines(well | {"counts": counts})[3:-1] == [
-        "  refused: 1 connection of other users of this machine: the proxy serves its owner and "
+        "  refused: 1 connection by other users of this machine; the proxy serves its owner and "
         "root",
     ]
     expired = proxy_lines(well | {"certificate_usable": False})
@@ -226,7 +246,7 @@ def test_run_does_not_promise_to_see_java_by_uprobes(tmp_path: Path) -> None:
 
 def test_no_word_can_add_a_setting_to_roots_unit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="control characters"):
-        unit_text(["/bin/true"], tmp_path / "x\nExecStartPre=/bin/evil", tmp_path)
+        unit_text(["/bin/true"], tmp_path / "x\nExecStartPre=/bin/evil")
 
 
 def test_a_programs_path_does_not_speak_to_the_terminal() -> None:
@@ -242,7 +262,7 @@ def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     unit = tmp_path / "halton-meter.service"
     home = tmp_path / 'a home with 100 % $odd "characters"'
     home.mkdir()
-    unit.write_text(unit_text(["/bin/true", "-m", "a b"], home, tmp_path))
+    unit.write_text(unit_text(["/bin/true", "-m", "a b"], home))
     verified = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)],
         capture_output=True,
@@ -266,7 +286,7 @@ LIMITS = ("MemoryMax", "MemorySwapMax", "TasksMax", "LimitNOFILE", "LimitCORE", 
 
 @pytest.mark.parametrize("whose", ["root's", "the person's"])
 def test_units_have_limits_and_leave_no_plaintext_behind(tmp_path: Path, whose: str) -> None:
-    root = unit_text(["/bin/true"], tmp_path, tmp_path)
+    root = unit_text(["/bin/true"], tmp_path)
     text = root if whose == "root's" else service_files.service_unit("x", ["/bin/true"], {})
     settings = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     assert set(LIMITS) <= settings.keys()

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from capture import protocol
-from capture.environment import UprobeUnavailable
 from capture.uprobes import CoverageState, Scope, UprobeSource, spawn_helper
 from halton_meter.model import Direction
+from halton_meter.problem import Unavailable
 from tests.kernel.conftest import (
     CLIENTS,
     GO_CONNECTIONS,
@@ -365,7 +365,7 @@ def test_killing_the_helper_hurts_nobody_and_leaves_nothing(bench: Bench) -> Non
     assert seen.closed
     assert not seen.closed.clean
     wait_until(lambda: not alive(ids))
-    with pytest.raises(UprobeUnavailable, match="died"):
+    with pytest.raises(Unavailable, match="died"):
         source.add_root(os.getpid())
 
 
@@ -409,7 +409,7 @@ def test_an_unprivileged_reader_cannot_widen_what_is_copied(
     link = spawn_helper(Scope(uids=frozenset({os.getuid()})), [PROVIDER], files=[])
     source = UprobeSource([PROVIDER], Scope(), link=link)
     source.start()
-    with pytest.raises(UprobeUnavailable, match="fixed when the capture starts"):
+    with pytest.raises(Unavailable, match="fixed when the capture starts"):
         source._ask(way, 5.0)
     source.stop()
 
@@ -525,7 +525,7 @@ def test_one_file_under_two_identities_gives_each_byte_once(bench: Bench) -> Non
 
 
 def test_a_loader_that_does_not_exist_is_refused_by_name(bench: Bench) -> None:
-    with pytest.raises(UprobeUnavailable, match="no loader 'kprobes'"):
+    with pytest.raises(Unavailable, match="no loader 'kprobes'"):
         bench.source(loader="kprobes")
 
 
@@ -564,7 +564,7 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     ours.sendall(protocol.encode_command({"scope": scope, "hosts": [], "loader": "auto"}))
     with ours, theirs:
         helper.serve(theirs)
-        with pytest.raises(UprobeUnavailable) as refused:
+        with pytest.raises(Unavailable) as refused:
             UprobeSource([], Scope(), link=ours).start()
     lockdown_problem, last = refused.value.problems
     assert "confidentiality" in lockdown_problem.what

@@ -440,7 +440,7 @@ def test_another_user_of_the_machine_is_served_at_neither_port(proxied: Proxied)
     }
     assert found["losses"] == {}
     told = lab.run([*HALTON_METER, "status"], user=lab.user, env=proxied.environment())
-    assert "refused: 2 connections of other users of this machine" in told.stdout
+    assert "refused: 2 connections by other users of this machine" in told.stdout
 
 
 def _memory_kb(pid: int, what: str) -> int:

@@ -59,7 +59,7 @@ def test_output_input_and_exit_code_are_the_commands_own(lab: Lab, home: Path) -
     assert (done.returncode, done.stdout) == (37, "typed\n")
     first, *summary = done.stderr.splitlines()
     assert first == "error"
-    assert summary == ["halton-meter: 0 requests, 0 tokens in, 0 out, $0.0000"]
+    assert summary == ["halton-meter: 0 requests, 0 tokens in, 0 out, $0.0000 list price"]
 
 
 def test_the_command_runs_as_the_person(lab: Lab, home: Path) -> None:
@@ -224,7 +224,7 @@ def test_without_root_and_service_auto_goes_through_the_proxy(lab: Lab, home: Pa
     environment = lab.environment(HALTON_METER_HOME=str(home))
     done = lab.run(command, user=lab.user, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "through a local proxy, as there is neither root nor the service" in done.stderr
+    assert "not root and no service running: using a local proxy" in done.stderr
     assert "sudo halton-meter start" in done.stderr
     asked = Scenario(n=6)
     sent = asked.fresh + asked.cached + asked.cache_written

@@ -22,13 +22,14 @@ from typing import Any, ClassVar
 import pytest
 
 from halton_meter import privileges
-from halton_meter.config import Account, Config, ConfigError, account_named
+from halton_meter.accounts import Account, account_named
+from halton_meter.config import Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
-from halton_meter.live.outages import Gaps
-from halton_meter.live.probes import service as daemon
-from halton_meter.live.probes import supervisor
-from halton_meter.live.probes import worker as metering
+from halton_meter.live.outages import Outages
+from halton_meter.live.pipeline import prepare_home
+from halton_meter.live.probes import service, supervisor, worker
 from halton_meter.live.probes.worker import Job
+from halton_meter.live.restarts import cause_of_death
 from halton_meter.live.totals import MODELS_MAX, Totals
 from halton_meter.model import (
     Basis,
@@ -115,19 +116,19 @@ def test_a_data_folder_named_on_sudos_command_line_is_the_one() -> None:
 
 
 def test_the_service_covers_whom_it_says() -> None:
-    assert daemon.covers({"scope": {"uids": [1000]}}, 1000)
-    assert not daemon.covers({"scope": {"uids": [1000]}}, 1001)
-    assert daemon.covers({"scope": {"everyone": True}}, 1001)
-    assert not daemon.covers({"scope": {"everyone": True, "cgroup": "/x"}}, 1001)
-    assert not daemon.covers({}, 1000)
+    assert service.covers({"scope": {"uids": [1000]}}, 1000)
+    assert not service.covers({"scope": {"uids": [1000]}}, 1001)
+    assert service.covers({"scope": {"everyone": True}}, 1001)
+    assert not service.covers({"scope": {"everyone": True, "cgroup": "/x"}}, 1001)
+    assert not service.covers({}, 1000)
 
 
 def test_wanted_users() -> None:
     me = account_named(str(os.getuid()))
-    assert list(daemon.wanted_uids(me, Config(), ())) == [me.uid]
-    assert set(daemon.wanted_uids(me, Config(users=("root",)), ("root",))) == {0}
+    assert list(service.wanted_uids(me, Config(), ())) == [me.uid]
+    assert set(service.wanted_uids(me, Config(users=("root",)), ("root",))) == {0}
     with pytest.raises(ConfigError, match="no user 'nobody-of-that-name'"):
-        list(daemon.wanted_uids(me, Config(), ("nobody-of-that-name",)))
+        list(service.wanted_uids(me, Config(), ("nobody-of-that-name",)))
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def planned(home: Path, said: list[str], **asked: Any) -> supervisor.Plan:
     me = account_named(str(os.getuid()))
     asked = {"all_users": False, "users": (), "cgroup": None} | asked
-    return daemon.service_plan(me, home, say=said.append, **asked)
+    return service.service_plan(me, home, say=said.append, **asked)
 
 
 def test_a_persons_file_adds_hosts_for_the_person_and_nobody_else(
@@ -158,13 +159,13 @@ def test_a_persons_file_adds_hosts_for_the_person_and_nobody_else(
     plan = planned(tmp_path, said)
     assert (plan.uids, plan.everyone) == ({os.getuid()}, False)
     assert "llm.any.example" in plan.hosts
-    assert "not obeyed: users and all_users" in said[0]
+    assert "ignored: users and all_users" in said[0]
     for asked in ({"all_users": True}, {"users": ("nobody", "root")}):
         said.clear()
         wider = planned(tmp_path, said, **asked)
         assert "llm.any.example" not in wider.hosts
         assert "api.anthropic.com" in wider.hosts
-        assert any("not watched: the hosts of" in line for line in said)
+        assert any("ignored: the hosts in" in line for line in said)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the file is root's")
@@ -196,7 +197,7 @@ def test_root_may_widen_it_in_a_file_of_its_own(tmp_path: Path, system: Path) ->
 def test_configured_hosts_are_watched(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('openai_compatible_hosts = ["llm.example.com"]\n')
     me = account_named(str(os.getuid()))
-    config, hosts = daemon.configured(me, tmp_path)
+    config, hosts = service.configured(me, tmp_path)
     assert config.openai_compatible_hosts == ("llm.example.com",)
     assert {"llm.example.com", "api.anthropic.com"} <= set(hosts)
 
@@ -204,7 +205,7 @@ def test_configured_hosts_are_watched(tmp_path: Path) -> None:
 def test_a_family_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[hosts]\n"llm.example.com" = "nobody"\n')
     with pytest.raises(ConfigError, match="nobody"):
-        daemon.configured(account_named(str(os.getuid())), tmp_path)
+        service.configured(account_named(str(os.getuid())), tmp_path)
 
 
 # --- totals --------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_models_past_the_limit_are_counted_together() -> None:
     assert totals.total.requests == MODELS_MAX + 5
 
 
-# --- gaps ----------------------------------------------------------------------------------------
+# --- outages -------------------------------------------------------------------------------------
 
 SECOND = 1_000_000_000
 
@@ -270,40 +271,40 @@ def job(home: Path, **fields: Any) -> Job:
     return Job(home=str(home), service=True, **fields)
 
 
-def test_a_killed_process_leaves_a_gap_from_its_last_sign_of_life(tmp_path: Path) -> None:
-    gaps = Gaps(tmp_path)
-    gaps.begin(100 * SECOND)
-    assert gaps.listed() == []
-    gaps.alive(160 * SECOND)
-    Gaps(tmp_path).begin(200 * SECOND)
-    (gap,) = Gaps(tmp_path).listed()
-    assert gap["from"] == "1970-01-01T00:02:40.000000Z"
-    assert gap["to"] == "1970-01-01T00:03:20.000000Z"
-    assert gap["cause"] == "the service was killed"
+def test_a_killed_process_leaves_an_outage_from_its_last_sign_of_life(tmp_path: Path) -> None:
+    outages = Outages(tmp_path)
+    outages.begin(100 * SECOND)
+    assert outages.listed() == []
+    outages.alive(160 * SECOND)
+    Outages(tmp_path).begin(200 * SECOND)
+    (outage,) = Outages(tmp_path).listed()
+    assert outage["from"] == "1970-01-01T00:02:40.000000Z"
+    assert outage["to"] == "1970-01-01T00:03:20.000000Z"
+    assert outage["cause"] == "the service was killed"
 
 
 def test_the_supervisor_knows_better_when_it_died(tmp_path: Path) -> None:
-    Gaps(tmp_path).begin(100 * SECOND)
-    Gaps(tmp_path).begin(200 * SECOND, 190 * SECOND, "it was killed by SIGKILL")
-    (gap,) = Gaps(tmp_path).listed()
-    assert gap["from"] == "1970-01-01T00:03:10.000000Z"
-    assert gap["cause"] == "it was killed by SIGKILL"
+    Outages(tmp_path).begin(100 * SECOND)
+    Outages(tmp_path).begin(200 * SECOND, 190 * SECOND, "it was killed by SIGKILL")
+    (outage,) = Outages(tmp_path).listed()
+    assert outage["from"] == "1970-01-01T00:03:10.000000Z"
+    assert outage["cause"] == "it was killed by SIGKILL"
 
 
-def test_a_stop_that_was_asked_for_is_no_gap(tmp_path: Path) -> None:
-    gaps = Gaps(tmp_path)
-    gaps.begin(100 * SECOND)
-    gaps.end(150 * SECOND, clean=True)
-    gaps.begin(900 * SECOND)
-    assert gaps.listed() == []
+def test_a_stop_that_was_asked_for_is_no_outage(tmp_path: Path) -> None:
+    outages = Outages(tmp_path)
+    outages.begin(100 * SECOND)
+    outages.end(150 * SECOND, clean=True)
+    outages.begin(900 * SECOND)
+    assert outages.listed() == []
 
 
 def test_damaged_state_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "daemon.state").write_bytes(b"\0{")
     (tmp_path / "gaps.jsonl").write_bytes(b'{"from": 1}\n\xff\nnot json\n')
-    gaps = Gaps(tmp_path)
-    gaps.begin(SECOND)
-    assert gaps.listed() == [{"from": 1}]
+    outages = Outages(tmp_path)
+    outages.begin(SECOND)
+    assert outages.listed() == [{"from": 1}]
 
 
 # --- the metering loop, on a source of its own ---------------------------------------------------
@@ -431,14 +432,12 @@ class Running:
         self.output = io.StringIO()
         stdin = os.fdopen(theirs.detach())
         monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr(metering, "tell", self._tell)
+        monkeypatch.setattr(worker, "send", self._tell)
         self.told: list[dict[str, Any]] = []
         self.source, self.store = FakeSource(), FakeStore()
         self.home = home
         meter: Any = FakeMeter()
-        loop = metering.Metering(
-            Job(home=str(home), service=service), self.source, meter, self.store
-        )
+        loop = worker.Metering(Job(home=str(home), service=service), self.source, meter, self.store)
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(loop,))
         self._thread.start()
@@ -446,7 +445,7 @@ class Running:
     def _tell(self, message: dict[str, Any]) -> None:
         self.told.append(message)
 
-    def _run(self, loop: metering.Metering) -> None:
+    def _run(self, loop: worker.Metering) -> None:
         self.code = loop.run()
 
     def control(self) -> Control:
@@ -472,7 +471,7 @@ class Running:
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     home = tmp_path / ("deep" * 20) / "home"
-    metering.prepare_home(home)
+    prepare_home(home)
     return Running(home, monkeypatch, service=True)
 
 
@@ -482,7 +481,7 @@ def test_events_are_journalled_counted_and_flushed_at_the_end(running: Running) 
     while control.ask("status")["events"] < 2:
         pass
     control.close()
-    assert running.finish() == metering.ENDED
+    assert running.finish() == worker.ENDED
     assert [e.usage.id for e in running.store.events] == ["a", "b"]
     assert running.store.flushes == 1
     assert running.source.stopped
@@ -501,7 +500,7 @@ def test_what_comes_without_news_is_read_when_it_is_due(running: Running) -> Non
     while control.ask("status")["events"] < 1:
         pass
     control.close()
-    assert running.finish() == metering.ENDED
+    assert running.finish() == worker.ENDED
 
 
 def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
@@ -549,9 +548,9 @@ def test_when_the_helper_dies_it_goes_on_at_the_next_one(running: Running) -> No
     while control.ask("status")["events"] < 2:
         pass
     control.close()
-    assert running.finish() == metering.ENDED
+    assert running.finish() == worker.ENDED
     assert [e.usage.id for e in running.store.events] == ["last", "next"]
-    assert Gaps(running.home).listed() == []
+    assert Outages(running.home).listed() == []
 
 
 def test_what_a_process_before_it_has_stored_is_not_stored_again(running: Running) -> None:
@@ -561,7 +560,7 @@ def test_what_a_process_before_it_has_stored_is_not_stored_again(running: Runnin
     while control.ask("status")["events"] < 1:
         pass
     control.close()
-    assert running.finish() == metering.ENDED
+    assert running.finish() == worker.ENDED
     assert [e.usage.id for e in running.store.events] == ["new"]
     assert running.source.done == 2
 
@@ -570,7 +569,7 @@ def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Runn
     running.control().close()
     running.source.items.append(event("last"))
     running.commands.close()
-    assert running.join() == metering.ENDED
+    assert running.join() == worker.ENDED
     assert [e.usage.id for e in running.store.events] == ["last"]
     assert json.loads((running.home / "daemon.state").read_text())["clean"] is False
 
@@ -621,8 +620,8 @@ def test_what_was_stored_last_before_a_death_is_in_the_summary_and_nothing_else(
     assert result.totals.total.requests == 2
     assert result.totals.total.list_usd == Decimal("1.0")
     assert result.store_error is None
-    (gap,) = result.gaps
-    assert "SIGKILL" in gap[2]
+    (outage,) = result.outages
+    assert "SIGKILL" in outage[2]
 
 
 @pytest.mark.parametrize(
@@ -664,5 +663,5 @@ def test_a_run_says_what_it_stores_before_it_does(
 
 
 def test_causes_are_told_in_words() -> None:
-    assert "SIGKILL" in supervisor._cause(-signal.SIGKILL)
-    assert "code 3" in supervisor._cause(3)
+    assert "SIGKILL" in cause_of_death("it", -signal.SIGKILL)
+    assert "code 3" in cause_of_death("it", 3)

@@ -19,26 +19,28 @@ sys.exit(subprocess.run([sys.executable, "-c", child]).returncode)
 
 COMMAND = """
 import os, resource
-from halton_meter import config, command, daemon
+from halton_meter import accounts
+from halton_meter.live.probes import service
 from halton_meter.live.limits import limit_this_process
+from halton_meter.live.result import RunResult
 resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))
 class Started(BaseException): pass
 class Supervisor:
     selector = tick = wait_s = None
     def __init__(self, plan): pass
     def start(self): limit_this_process()
-    def finish(self): return None
+    def finish(self): return RunResult()
 def attend(held, *others): return held.reap()
-daemon.Supervisor, daemon.attend = Supervisor, attend
+service.Supervisor, service.attend = Supervisor, attend
 from halton_meter.live.probes.supervisor import Plan
-plan = Plan(config.invoking_account(), "/", None, (), service=False)
-daemon.run_command(["sh", "-c", "ulimit -Sn; ulimit -Hn"], dict(os.environ), plan)
+plan = Plan(accounts.invoking_account(), "/", None, (), service=False)
+service.run_command(["sh", "-c", "ulimit -Sn; ulimit -Hn"], dict(os.environ), plan)
 """
 
 SETTLED = """
 import ctypes, re, resource
-from halton_meter import metering
-metering._settle()
+from halton_meter.live.probes import worker
+worker._settle()
 privileges = re.search(r"NoNewPrivs:\\t(.)", open("/proc/thread-self/status").read())[1]
 get_dumpable = 3
 print(ctypes.CDLL(None).prctl(get_dumpable), *resource.getrlimit(resource.RLIMIT_CORE), privileges)

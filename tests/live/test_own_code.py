@@ -18,9 +18,11 @@ from click.testing import CliRunner
 from halton_meter import __version__
 from halton_meter.cli import main
 from halton_meter.live import own_code
+from halton_meter.problem import Problem
 
-SOURCE = Path(own_code.__file__).resolve().parent.parent
-ASK = "import json\nfrom halton_meter import own_code as o\nprint(json.dumps([o.problems()]))"
+SOURCE = Path(own_code.__file__).resolve().parents[2]
+ASK = "import json\nfrom halton_meter.live import own_code as o\n"
+ASK += "print(json.dumps([[[p.what, p.fix] for p in o.problems()]]))"
 # Of the site folders that this Python has, and of an editable install, nothing is left.
 ONLY = """import sys
 sys.path[:] = [each for each in sys.path if "site-packages" not in each] + {path!r}
@@ -97,9 +99,9 @@ def test_a_source_tree_has_no_record_and_is_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (overwrite, "capture/__init__.py, which is not as"),
+        (overwrite, "capture/__init__.py, which has changed since"),
         (uninstall, "would not find"),
-        (change_the_kernels_program, "capture/probe.bpf.c, which is not as"),
+        (change_the_kernels_program, "capture/probe.bpf.c, which has changed since"),
     ],
 )
 def test_another_package_of_the_name_is_refused_and_not_run(
@@ -145,15 +147,18 @@ def test_a_record_of_an_earlier_version_is_not_ours(installed: Installed) -> Non
 
 
 def test_the_daemon_and_a_run_start_nothing_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    from halton_meter import config
 
-    monkeypatch.setattr(config, "is_root", lambda: True)
-    monkeypatch.setattr(own_code, "problems", lambda: [("root would run code of /evil", "mend it")])
+    from halton_meter import accounts
+
+    monkeypatch.setattr(accounts, "is_root", lambda: True)
+    monkeypatch.setattr(
+        own_code, "problems", lambda: [Problem("root would run code of /evil", "fix it")]
+    )
     for command in (["start"], ["daemon", "--foreground"], ["run", "--", "true"]):
         arguments = [command[0], "--via", "uprobes", *command[1:]]
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 1, (command, done.output)
-        assert "root would run code of /evil\n  try: mend it" in done.output
+        assert "root would run code of /evil\n  fix: fix it" in done.output
 
 
 def test_what_root_starts_is_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import ClassVar
 
 import pytest
 
-from halton_meter.live.proxy.run import ProxyUnavailable, environment_proxy, meter_command
+from halton_meter.live.proxy.run import environment_proxy, meter_command
 from halton_meter.model import Source
+from halton_meter.problem import Unavailable
 from halton_meter.store import Store
 from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import listen
@@ -201,7 +202,7 @@ def test_the_environments_own_proxy_stays_in_use(
 
 @pytest.mark.parametrize("value", ["http://user:secret@proxy:1", "socks5://proxy:1", "proxy:99999"])
 def test_a_proxy_that_cannot_be_chained_is_told_without_its_password(value: str) -> None:
-    with pytest.raises(ProxyUnavailable) as refused:
+    with pytest.raises(Unavailable) as refused:
         environment_proxy({"HTTPS_PROXY": value})
     assert "HTTPS_PROXY" in str(refused.value)
     assert "secret" not in str(refused.value)

@@ -24,9 +24,11 @@ from capture.helper.handover import Hold, Keeper
 from capture.helper.relay.spool import Receipt
 from capture.processes import proc
 from halton_meter import untrusted
-from halton_meter.config import Config, account_named
+from halton_meter.accounts import account_named
+from halton_meter.config import Config
 from halton_meter.live.control import Control, ServiceAbsent
-from halton_meter.live.probes.supervisor import Metered, Plan, Supervisor
+from halton_meter.live.probes.supervisor import Plan, Supervisor
+from halton_meter.live.result import RunResult
 from halton_meter.model import Process
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
@@ -124,7 +126,7 @@ class Service:
         me = account_named(str(os.getuid()))
         self.supervisor = Supervisor(Plan(me, home, Config(), (), service=True))
         self._stop_read, self._stop_write = os.pipe()
-        self.result: Metered | None = None
+        self.result: RunResult | None = None
         self.thread = threading.Thread(target=self._run)
 
     def spawn(self, *_: Any, keeper: Keeper, **__: Any) -> socket.socket:
@@ -155,7 +157,7 @@ class Service:
         selector.unregister(self._stop_read)
         self.result = self.supervisor.finish()
 
-    def stop(self) -> Metered:
+    def stop(self) -> RunResult:
         """As systemd would; what the supervisor knows then."""
         os.write(self._stop_write, b"x")
         self.thread.join(WAIT_SECONDS_MAX)

@@ -1,8 +1,8 @@
-"""The command of `run`: forked and held, executed as the person, signalled and waited for.
+"""The command of `run`: forked and held, executed as the user, signalled and waited for.
 
 It is started before the probes are in place, so that it has a pid that they can be scoped to, and
-executed after. Signals sent to us are passed on; those that the terminal sends reach the command
-without our help. Whoever meters is the business of `probes/service.py`.
+executed after. Signals sent to us are passed on; the terminal sends its own to the command
+directly. Who meters it is up to `probes/service.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
-from halton_meter.config import Account
+from halton_meter.accounts import Account
 from halton_meter.privileges import become
 
 NOT_FOUND, NOT_RUNNABLE = 127, 126
@@ -53,7 +53,7 @@ class Signals:
 
     @staticmethod
     def unblock() -> None:
-        """Have them delivered again."""
+        """Let them be delivered again."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
     def fileno(self) -> int:
@@ -112,14 +112,14 @@ class Command:
 def _execute(
     hold: int, argv: Sequence[str], account: Account, environment: Mapping[str, str]
 ) -> None:
-    """In the child: wait to be released, become the person, be the command."""
+    """In the child: wait to be released, become the user, be the command."""
     code = NOT_RUNNABLE
     try:
         if os.read(hold, 1) and argv:
             os.close(hold)
             if os.geteuid() == 0 and account.uid != 0:
                 become(account)
-            # Python ignores these two; what it starts must not.
+            # Python ignores these two; the command must not inherit that.
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             Signals.unblock()

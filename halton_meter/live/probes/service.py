@@ -2,9 +2,9 @@
 
 Three processes. This one, the supervisor, is root and does little: it starts the other two, passes
 signals on and restarts what died. The capture helper (`capture/helper/main.py`, root) attaches
-probes and forwards plaintext. The metering process (`probes/worker.py`) reads it as the user,
-prices and stores; all that parses hostile bytes is there. `run` has a fourth, the command itself,
-as the user, held until the probes are in place. When any of ours dies the command never notices.
+probes and forwards plaintext. The metering worker (`probes/worker.py`) reads it as the user, prices
+and stores it, and parses all hostile bytes. `run` has a fourth process, the command itself, as the
+user, held until the probes are in place. The command never notices when one of ours dies.
 
 Read `serve` for the service and `run_command` for one command.
 """
@@ -20,16 +20,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halton_meter.config import Account, Config, ConfigError, is_host
+from halton_meter.accounts import Account
+from halton_meter.config import Config, ConfigError, is_host
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
-from halton_meter.live.probes.supervisor import Metered, Plan, Supervisor
+from halton_meter.live.probes.supervisor import Plan, Supervisor
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
 
 def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
-    """The person's configuration, read with the person's rights, and the hosts to be watched.
+    """The user's configuration, read with the user's rights, and the hosts to watch.
 
     Raises ConfigError.
     """
@@ -49,27 +51,24 @@ def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
 
 
 def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
-    """What the account's process says it has read: a configuration, or ConfigError."""
+    """The configuration that the account's process says it has read. Raises ConfigError."""
     try:
         table, hosts = said
         for name in ("openai_compatible_hosts", "users"):
             table[name] = tuple(str(each) for each in table[name])
         table["hosts"] = {str(host): str(family) for host, family in table["hosts"].items()}
-        for name in ("all_users", "bodies"):
-            table[name] = table[name] is True
+        table["all_users"] = table["all_users"] is True
         table["loader"] = str(table["loader"])
         return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
     except (TypeError, ValueError, KeyError, AttributeError):
-        raise ConfigError(f"no sound answer came of acting as {account.name}") from None
+        raise ConfigError(f"the process that acts as {account.name} gave no valid answer") from None
 
 
 # --- one command --------------------------------------------------------------------------------
 
 
-def run_command(
-    argv: Sequence[str], environment: Mapping[str, str], plan: Plan
-) -> tuple[int, Metered]:
-    """Run one command as the person, metered by probes of its own. Raises Unavailable."""
+def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan) -> RunResult:
+    """Run one command as the user, metered by probes of its own. Raises Unavailable."""
     Signals.block()
     command = Command(argv, plan.account, environment)
     program = shutil.which(argv[0], path=environment.get("PATH"))
@@ -83,12 +82,14 @@ def run_command(
         raise
     command.release()
     code = attend(command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s)
-    return code, supervisor.finish()
+    result = supervisor.finish()
+    result.exit_code = code
+    return result
 
 
 def run_watched(
     argv: Sequence[str], environment: Mapping[str, str], account: Account, control: Control
-) -> tuple[int, Metered]:
+) -> RunResult:
     """Run one command that the service meters anyway, and ask the service about it at the end."""
     Signals.block()
     command = Command(argv, account, environment)
@@ -102,8 +103,8 @@ def run_watched(
     command.release()
     started_ns = time.time_ns()
     selector = selectors.DefaultSelector()
-    code = attend(command, signals, selector, lambda: None, lambda: None)
-    result = Metered()
+    result = RunResult()
+    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None)
     try:
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
@@ -111,8 +112,8 @@ def run_watched(
         result.store_error = reply.get("store_error")
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
-        result.gaps.append((started_ns, time.time_ns(), "the service stopped during the run"))
-    return code, result
+        result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
+    return result
 
 
 def covers(status: Mapping[str, Any], uid: int) -> bool:
@@ -127,7 +128,7 @@ def covers(status: Mapping[str, Any], uid: int) -> bool:
 def serve(plan: Plan, say: Callable[[str], None]) -> None:
     """Meter until SIGTERM, SIGINT or `stop`; restart what dies. Raises Unavailable at first.
 
-    `say` must not raise for want of disk: what it is told would end the service (`cli/daemon.py`).
+    `say` must not raise on a full disk: that would end the service (`cli/daemon.py`).
     """
     Signals.block()
     signals = Signals()
@@ -148,7 +149,7 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
             key.data()
         supervisor.tick()
         if was_ready != supervisor.ready:
-            say("metering again" if supervisor.ready else "the metering stopped; restarting it")
+            say("metering again" if supervisor.ready else "metering stopped; restarting it")
     supervisor.selector.unregister(signals)
     lost = supervisor.finish()
     say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
@@ -163,10 +164,10 @@ def service_plan(
     cgroup: str | None,
     say: Callable[[str], None],
 ) -> Plan:
-    """What the service meters: whom, root alone decides, and so for others' processes which hosts.
+    """Which users and which hosts the service meters. Raises ConfigError.
 
-    Root's word is its command line and `config.SYSTEM_CONFIG`. The person's own file adds hosts
-    for the person's own processes. Raises ConfigError.
+    Root alone chooses the users, and the hosts of other users' processes: on the command line and
+    in `config.SYSTEM_CONFIG`. A user's own file adds hosts for the user's own processes.
     """
     from halton_meter.config import SYSTEM_CONFIG, load_system
 
@@ -174,7 +175,7 @@ def service_plan(
     chosen, hosts = configured(account, home)
     if chosen.users or chosen.all_users:
         say(
-            f"not obeyed: users and all_users in {home / 'config.toml'}: root says whom to meter. "
+            f"ignored: users and all_users in {home / 'config.toml'}; only root chooses users. "
             f"Use: sudo halton-meter start --user NAME, or {SYSTEM_CONFIG}"
         )
     everyone = all_users or system.all_users
@@ -182,8 +183,8 @@ def service_plan(
     if everyone or uids != {account.uid}:
         if chosen.extra_hosts:
             say(
-                f"not watched: the hosts of {home / 'config.toml'}, as other users are metered, "
-                f"too. Put them into {SYSTEM_CONFIG}"
+                f"ignored: the hosts in {home / 'config.toml'}, as other users are metered, too. "
+                f"Put them into {SYSTEM_CONFIG}"
             )
         hosts = _hosts_of(system)
     else:
@@ -210,7 +211,7 @@ def _hosts_of(config: Config) -> tuple[str, ...]:
 
 def wanted_uids(account: Account, system: Config, names: Iterable[str]) -> Iterator[int]:
     """The users whom the service meters. Raises ConfigError for a name that is nobody's."""
-    from halton_meter.config import account_named
+    from halton_meter.accounts import account_named
 
     chosen = tuple(names)
     if not chosen:

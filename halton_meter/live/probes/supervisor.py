@@ -1,7 +1,7 @@
-"""Keeps the two halves of live metering alive: the root helper and the metering process.
+"""Keeps the two halves of live metering alive: the root helper and the metering worker.
 
-The supervisor is root and does little: it starts both, hands the one's socket to the other, hears
-what was metered, and starts again what died. It holds what the helper has made in the kernel
+The supervisor is root and does little: it starts both, hands the helper's socket to the worker,
+takes the worker's messages, and restarts what died. It holds the helper's kernel objects
 (`capture/helper/handover.py`), so that a death of either stops neither the probes nor the other
 half, and nothing that was captured is lost. It reads no plaintext. `probes/service.py` decides what
 is metered and for whom; `probes/worker.py` and `capture/helper/main.py` are the halves.
@@ -14,49 +14,41 @@ import dataclasses
 import json
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
-from halton_meter.config import Account, Config, ConfigError
+from halton_meter.accounts import Account
+from halton_meter.config import Config, ConfigError
 from halton_meter.live import own_code
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
-from halton_meter.live.probes import worker as metering
-from halton_meter.live.probes.worker import Job
+from halton_meter.live.outages import Downtime
+from halton_meter.live.probes.worker import COVERAGE_SHOWN_MAX, Job, stored_totals
+from halton_meter.live.restarts import Restarts, cause_of_death
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
+from halton_meter.problem import Problem, Unavailable
 
 if TYPE_CHECKING:
     from capture.helper.handover import Keeper
     from capture.uprobes import Scope
 
-# Waits before the n-th restart in a row; a process that held out HEALTHY_S begins anew.
-BACKOFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0, 5.0, 10.0, 30.0)
-HEALTHY_S = 2.0
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
 COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
 LINE_BYTES_MAX = 4 << 20
-# Read at a time: whatever comes, and however fast, signals and children are attended to in between.
+# Read at a time, so that a worker that never stops writing does not keep us from other events.
 MESSAGES_BYTES_MAX = 16 << 10
-STORING_MAX = 100_000  # the events of one batch, and those whose fate is looked up at the end
+STORING_MAX = 100_000  # events of one batch, or looked up in the store at the end
 SAID_CHARACTERS_MAX = 1000
-
-
-class Unavailable(Exception):
-    """Live metering cannot start; `problems` are pairs of what is missing and what mends it."""
-
-    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(what for what, _ in problems))
-        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +70,14 @@ class Plan:
         """Whose plaintext the kernel may copy."""
         from capture.uprobes import Scope
 
-        # Our own processes are the person's too; looking into them would only cost.
+        # Our own processes run as the user, too; attaching to them would only cost.
         excluded = (os.getpid(),) if self.service else ()
-        # What a person's command does as another user is not that person's to see.
+        # What a user's command does as another user must stay hidden from the first.
         owner = None if self.service or self.account.uid == 0 else self.account.uid
         return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded, owner)
 
     def job(self, **fields: Any) -> Job:
-        """What the metering process is told."""
+        """The worker's job."""
         scope = {"uids": sorted(self.uids), "everyone": self.everyone, "cgroup": self.cgroup}
         return Job(
             home=str(self.home),
@@ -97,11 +89,11 @@ class Plan:
         )
 
 
-# --- the metering process, from outside ---------------------------------------------------------
+# --- the metering worker, from outside ----------------------------------------------------------
 
 
 class Worker:
-    """One metering process."""
+    """One metering worker."""
 
     def __init__(self, account: Account, job: Job, link: socket.socket) -> None:
         self._lines = untrusted.Lines(LINE_BYTES_MAX)
@@ -110,7 +102,7 @@ class Worker:
         with theirs:
             self._process = self._start(account, job, link, theirs)
         assert self._process.stdout is not None
-        self._tell(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
+        self._send(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
         os.set_blocking(self._process.stdout.fileno(), False)
 
     @staticmethod
@@ -149,7 +141,7 @@ class Worker:
         return self._process.stdout.fileno()
 
     def messages(self) -> list[dict[str, Any]] | None:
-        """What it has told since; None once it has ended."""
+        """Its new messages; None once it has ended."""
         try:
             data = os.read(self.fileno(), MESSAGES_BYTES_MAX)
         except BlockingIOError:
@@ -164,17 +156,17 @@ class Worker:
         count, self._lines.refused = self._lines.refused, 0
         return count
 
-    def _tell(self, line: bytes, fds: Sequence[int] = ()) -> None:
+    def _send(self, line: bytes, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):  # it is dead, or hangs and will be killed
             socket.send_fds(self._commands, [line], fds)
 
     def resume(self, link: socket.socket) -> None:
-        """Have it go on at another helper."""
-        self._tell(b"link\n", [link.fileno()])
+        """Let it continue at another helper."""
+        self._send(b"link\n", [link.fileno()])
 
     def finish(self) -> None:
         """Ask it to drain, store and end."""
-        self._tell(b"finish\n")
+        self._send(b"finish\n")
 
     def wait(self, timeout_s: float) -> int:
         """Its exit code; killed when it takes longer."""
@@ -184,43 +176,6 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
-
-
-class Restarts:
-    """When what died is started again: soon, and ever later when it dies again at once."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.due_at: float | None = None
-        self._in_a_row = 0
-
-    def begun(self) -> None:
-        """It runs."""
-        self.started, self.due_at = time.monotonic(), None
-
-    def died(self) -> None:
-        """It does not run any more."""
-        now = time.monotonic()
-        if now - self.started > HEALTHY_S:
-            self._in_a_row = 0
-        self.due_at = now + BACKOFF_S[min(self._in_a_row, len(BACKOFF_S) - 1)]
-        self._in_a_row += 1
-
-    def is_due(self) -> bool:
-        """Whether to start it now."""
-        return self.due_at is not None and time.monotonic() >= self.due_at
-
-
-@dataclass(slots=True)
-class Metered:
-    """What a supervisor knows at the end of a run."""
-
-    totals: Totals = field(default_factory=Totals)
-    losses: dict[str, int] = field(default_factory=dict)
-    coverage: list[dict[str, Any]] = field(default_factory=list)
-    gaps: list[tuple[int, int, str]] = field(default_factory=list)
-    store_error: str | None = None
-    price_error: str | None = None
 
 
 class Supervisor:
@@ -236,19 +191,18 @@ class Supervisor:
         self._worker: Worker | None = None
         self._worker_restarts = Restarts()
         self._restarts = 0
-        self._died_ns: int | None = None  # when plaintext ceased to be copied, or to be metered
-        self._cause: str | None = None
+        self._downtime = Downtime()  # in which plaintext is neither copied nor metered
         self._started_ns = time.time_ns()
         self._losses = Losses()
         self._before = Totals()
         self._current = Totals()
-        # Of these a metering process said that it stores them, and not yet that it has: it may
-        # have died before, within or after.
+        # Events that a worker was about to store, and has not yet reported as stored: if it died,
+        # nobody knows without asking the store.
         self._storing: list[str] = []
         self._uncertain: list[str] = []
         self._ready = False
         self._ended = False
-        self.result = Metered()
+        self.result = RunResult()
         self.selector = selectors.DefaultSelector()
         self.stop_asked = False
 
@@ -272,7 +226,7 @@ class Supervisor:
             ready = self.selector.select(left_s) if left_s > 0 else []
             if not ready:
                 self._worker.wait(0)
-                raise Unavailable([("the capture did not start in time", "try again")])
+                raise Unavailable([_LATE])
             for key, _ in ready:
                 if key.data == self._attend_helper:
                     key.data()
@@ -280,9 +234,7 @@ class Supervisor:
                 messages = self._worker.messages()
                 if messages is None:
                     self._worker.wait(1)
-                    raise Unavailable(
-                        [("the metering process ended at once, see above", "halton-meter doctor")]
-                    )
+                    raise Unavailable([_ENDED_AT_ONCE])
                 for message in messages:
                     self.take(message)
                     if "unavailable" in message or "refused" in message:
@@ -292,7 +244,7 @@ class Supervisor:
     # --- the helper -----------------------------------------------------------------------------
 
     def _start_helper(self) -> socket.socket:
-        """Start it; the link for whoever is to read from it."""
+        """Start it; the link from which a worker reads."""
         from capture.uprobes import spawn_helper
 
         plan = self._plan
@@ -309,7 +261,7 @@ class Supervisor:
         return link
 
     def _attend_helper(self) -> None:
-        """Hold what the helper asks us to, or note its death."""
+        """Take the kernel objects that the helper hands over, or note its death."""
         if self._keeper.attend():
             return
         self.selector.unregister(self._keeper)
@@ -324,17 +276,17 @@ class Supervisor:
                 self._worker.resume(link)
         self._restarts += 1
 
-    # --- the metering process -------------------------------------------------------------------
+    # --- the metering worker --------------------------------------------------------------------
 
     def _start_worker(self, link: socket.socket) -> None:
         job = self._plan.job(
-            died_at_ns=self._died_ns,
-            cause=self._cause,
+            died_at_ns=self._downtime.since_ns,
+            cause=self._downtime.cause,
             restarts=self._restarts,
             continued=self._restarts > 0 and self._keeper.holds_probes,
             lost_before=self._losses.before,
             owed=self._losses.owed,
-            gaps=self._losses.gaps,
+            outages=self._losses.outages,
         )
         self._worker, self._ended = Worker(self._plan.account, job, link), False
         self._worker_restarts.begun()
@@ -348,7 +300,7 @@ class Supervisor:
             self._start_worker(link)
 
     def attend(self) -> None:
-        """Take what the metering process told, or its death."""
+        """Take the worker's messages, or note its end."""
         if self._worker is None:
             return
         messages = self._worker.messages()
@@ -357,10 +309,10 @@ class Supervisor:
         if refused := self._worker.refused():
             self._losses.count(MESSAGES_REFUSED, refused)
         if messages is None:
-            self._bury()
+            self._on_worker_exit()
 
     def take(self, message: dict[str, Any]) -> None:
-        """Hear one message. It comes from who read hostile bytes: it must not end us, whatever."""
+        """Take one message. Its sender reads hostile bytes: no message may end us."""
         try:
             self._take(message)
         except Exception:
@@ -370,10 +322,7 @@ class Supervisor:
         self._losses.take(message)
         if message.get("ready"):
             self._ready = True
-            if self._died_ns is not None:
-                gap = (self._died_ns, time.time_ns(), self._cause or "unknown")
-                self.result.gaps.append(gap)
-                self._died_ns = None
+            self._end_downtime()
         if message.get("stop"):
             self.stop_asked = True
         if "totals" in message:
@@ -387,7 +336,7 @@ class Supervisor:
             self._take_final(message)
 
     def _take_final(self, message: dict[str, Any]) -> None:
-        lines = untrusted.tables(message, "coverage", metering.COVERAGE_SHOWN_MAX)
+        lines = untrusted.tables(message, "coverage", COVERAGE_SHOWN_MAX)
         self.result.coverage = [
             {name: untrusted.text(line, name, SAID_CHARACTERS_MAX) for name in COVERAGE_TEXTS}
             | {"pid": untrusted.whole_number(line, "pid")}
@@ -396,8 +345,8 @@ class Supervisor:
         self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
         self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
 
-    def _bury(self) -> None:
-        """The metering process died: note when and why, and when the next one is to be started."""
+    def _on_worker_exit(self) -> None:
+        """The worker ended: note when and why, and when to start the next one."""
         assert self._worker is not None
         self.selector.unregister(self._worker)
         code = self._worker.wait(1.0)
@@ -408,20 +357,23 @@ class Supervisor:
         self._uncertain = (self._uncertain + self._storing)[-STORING_MAX:]
         self._storing = []
         self._worker_restarts.died()
-        self._note_death(_cause(code))
+        self._note_death(cause_of_death("the metering worker", code))
 
     def _note_death(self, cause: str) -> None:
-        """From now on there is a gap, unless the kernel goes on copying for the next to read."""
-        self._cause = cause
+        """An outage begins, unless the kernel goes on copying for the next one to read."""
         if not self._keeper.holds_probes:
-            self._died_ns = self._died_ns or time.time_ns()
+            self._downtime.begin(cause)
+
+    def _end_downtime(self) -> None:
+        if (outage := self._downtime.end()) is not None:
+            self.result.outages.append(outage)
 
     @property
     def wait_s(self) -> float | None:
         """How long the owner may wait before it calls `tick`."""
         dues = [self._helper_restarts.due_at, self._worker_restarts.due_at]
         if not self._helper_runs:
-            dues.pop()  # a metering process needs a helper to read from
+            dues.pop()  # a worker needs a helper to read from
         due = min((each for each in dues if each is not None), default=None)
         return None if due is None else max(0.0, due - time.monotonic())
 
@@ -439,8 +391,8 @@ class Supervisor:
             self._note_death(f"it could not be started: {error.strerror}")
             restarts.died()
 
-    def finish(self) -> Metered:
-        """Have the rest drained and stored, end both processes, and tell what was metered."""
+    def finish(self) -> RunResult:
+        """Let the worker drain and store the rest, end both processes; returns what was metered."""
         deadline = time.monotonic() + FINISH_S_MAX
         if self._worker is not None:
             self._worker.finish()
@@ -454,8 +406,7 @@ class Supervisor:
         self._keeper.close_channel()
         if self._worker is not None:
             self._worker.wait(1.0)
-        if self._died_ns is not None:
-            self.result.gaps.append((self._died_ns, time.time_ns(), self._cause or "unknown"))
+        self._end_downtime()
         self._before.merge(self._current)
         self._losses.ended()
         self.result.losses = self._losses.total()
@@ -465,14 +416,14 @@ class Supervisor:
         return self.result
 
     def _found_in_store(self) -> Totals:
-        """What became of the uncertain ones, read with the person's rights."""
+        """The uncertain events that are in the store, read with the user's rights."""
 
         def read() -> Any:
             from halton_meter.store import StoreError
 
             home, ids = self._plan.home, self._uncertain
             try:
-                return metering.stored_totals(home, ids, self._started_ns).as_json()
+                return stored_totals(home, ids, self._started_ns).as_json()
             except StoreError as error:
                 raise ConfigError(str(error)) from None
 
@@ -483,18 +434,16 @@ class Supervisor:
             return Totals()
 
 
-def _cause(code: int) -> str:
-    if code < 0:
-        return f"the metering process was killed by {signal.Signals(-code).name}"
-    return f"the metering process ended with code {code}"
+_LATE = Problem("the capture did not start in time", "halton-meter doctor")
+_ENDED_AT_ONCE = Problem("the metering worker ended at once, see above", "halton-meter doctor")
+_UNKNOWN = Problem("the metering worker did not say what is missing", "halton-meter doctor")
 
 
-def _problems(message: dict[str, Any]) -> list[tuple[str, str]]:
+def _problems(message: dict[str, Any]) -> list[Problem]:
     refused = untrusted.text(message, "refused", SAID_CHARACTERS_MAX)
     if refused is not None:
-        return [(refused, "halton-meter status")]
+        return [Problem(refused, "halton-meter status")]
     found = message.get("unavailable")
     pairs = [each for each in found if isinstance(each, list)] if isinstance(found, list) else []
-    said = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
-    problems = [(what, mend) for what, mend in (pair for pair in said if len(pair) == 2)]
-    return problems or [("the metering process did not say what is missing", "halton-meter doctor")]
+    texts = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
+    return [Problem(*pair) for pair in texts if len(pair) == 2] or [_UNKNOWN]

@@ -1,11 +1,11 @@
 """The unprivileged half of live metering: plaintext from a source, priced events into the store.
 
-`python -m halton_meter.live.probes.worker LINK` is started by `supervisor.py` as the user, with the
-socket to the root helper inherited as descriptor LINK and a line of JSON (`Job`) on standard input,
-a socket, on which a new link comes when the helper had to be replaced; what it reports goes to
-standard output, a line of JSON each. When standard input ends, so does it. It also answers on the
-control socket, for `status` and `run`. It starts nothing and has no privilege; everything that
-parses what programs said runs in here. Read `meter.py` for what happens to a chunk.
+`supervisor.py` starts `python -m halton_meter.live.probes.worker LINK` as the user. LINK is the
+inherited descriptor of the socket to the root helper. Standard input is a socket: a line of JSON
+(`Job`) first, a new link when the helper was replaced; at its end the worker ends. Its messages go
+to standard output, one line of JSON each. It also answers `status` and `run` on the control socket.
+It has no privilege and starts only the flusher. Everything that parses captured plaintext runs in
+here. Read `meter.py` for what happens to a chunk.
 """
 
 from __future__ import annotations
@@ -28,40 +28,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
-from halton_meter.contract import rfc3339
-from halton_meter.live import flushing
+from halton_meter.live import status
 from halton_meter.live.control import SOCKET_NAME, Answering, Client
-from halton_meter.live.flushing import (
-    FLUSH_AFTER_S,
-    FLUSH_EVENTS,
-    HELD_RETRY_S,
-    SEAL_AFTER_S,
-    Condition,
-    EventStore,
-    Flusher,
-    Outcome,
-)
+from halton_meter.live.journal_writer import EventStore, JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
-from halton_meter.live.outages import Gaps
+from halton_meter.live.outages import Outages
+from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
+from halton_meter.problem import Unavailable
 
 if TYPE_CHECKING:
     from capture.uprobes import ProcessCoverage, Status
     from halton_meter.meter import Meter
     from halton_meter.model import TlsClosed
 
-# Exit codes that tell the supervisor why.
+# Exit codes: asked to end; no probes; another service runs.
 ENDED, UNAVAILABLE, REFUSED = 0, 10, 12
 
-# The alive mark's age bounds how far back a gap must be assumed to start after a crash of all. It
-# is renewed with whatever else there is to do, and seldom for its own sake: wake-ups cost some ms.
+# After a crash of everything an outage is taken to start at the last mark of life. It is renewed
+# along with other work, and seldom for its own sake: a wake-up costs some milliseconds.
 ALIVE_EVERY_S = 10.0
 ALIVE_IDLE_S = 60.0
 
-# Plaintext that waits to be metered. While it is metered, slice by slice, what comes is taken out
-# of the kernel's ring; past the limit it is left there, and what overflows is counted there.
+# Plaintext that waits to be metered. Between two slices of metering, more is taken from the helper;
+# above this limit it is left there, and what overflows is counted there.
 BACKLOG_BYTES_MAX = 32 << 20
 SLICE_S = 0.01
 # What a chunk takes in memory besides its bytes.
@@ -70,10 +62,9 @@ CHUNK_OVERHEAD_BYTES = 256
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 DRAIN_S = 5.0
-PRICE_ERROR_MAX = 900
 
 
-# --- what is asked of it, and what it tells -----------------------------------------------------
+# --- the job ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +72,9 @@ class Job:
     """What one metering process does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them. `died_at_ns` and `cause`
-    tell of the previous process's death, when this one replaces it; with `continued` the kernel
-    went on copying meanwhile, and all of it is here to be read. `lost_before` is what those before
-    it have lost, `owed` what of that is in no store yet, `gaps` those that no disk took.
+    are set when this one replaces one that died; `continued` means that the kernel went on copying
+    meanwhile, so nothing was missed. `lost_before` counts what earlier workers have lost, `owed`
+    what of that is in no store yet; `outages` are those that the disk refused so far.
     """
 
     home: str
@@ -96,7 +87,7 @@ class Job:
     continued: bool = False
     lost_before: dict[str, int] = field(default_factory=dict)
     owed: dict[str, int] = field(default_factory=dict)
-    gaps: list[dict[str, str]] = field(default_factory=list)
+    outages: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
 
 
@@ -104,7 +95,7 @@ class Job:
 
 
 class PlaintextSource(Protocol):
-    """What a metering process needs of a source: `capture.uprobes.UprobeSource` has it."""
+    """What the worker needs of a source: `capture.uprobes.UprobeSource` has it."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when `read(0)` has something."""
@@ -126,7 +117,7 @@ class PlaintextSource(Protocol):
         """Whether there is a helper at the moment."""
 
     def resume(self, link: socket.socket) -> None:
-        """Go on at the next helper. Raises UprobeUnavailable."""
+        """Go on at the next helper. Raises Unavailable."""
 
     def is_repeated(self, index: int) -> bool:
         """Whether a process before us has stored what comes of the event of that number."""
@@ -172,7 +163,7 @@ class Metering:
         self._job = job
         self._source = source
         self._meter = meter
-        self._store = store
+        self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
         self._totals = Totals()
@@ -183,40 +174,29 @@ class Metering:
         self._bytes = 0
         self._started_ns = time.time_ns()
         self._last_event_ns: int | None = None
-        self._unflushed = 0
-        self._seal_due: float | None = None
-        self._flush_due: float | None = None
-        self._flusher: Flusher | None = None
-        self._retry_due: float | None = None  # of what the disk refused
-        self._flush_again = False
-        self._waiting: list[Client] = []  # for the flush that runs now
-        self._waiting_next: list[Client] = []
-        self._sealed_at = 0.0
         self._alive_at = time.monotonic()
-        self._condition = Condition(store, price_error)
-        self._told: dict[str, Any] = {}
+        self._sent: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
-        self._gaps = Gaps(Path(job.home), unwritten=job.gaps) if job.service else None
+        self._outages = Outages(Path(job.home), unwritten=job.outages) if job.service else None
 
     def run(self) -> int:
-        """Meter until told to end; the exit code tells why it ended."""
-        if self._gaps is not None:
+        """Meter until asked to end; returns the exit code."""
+        if self._outages is not None:
             if self._job.continued:
-                self._gaps.alive(self._started_ns)
+                self._outages.alive(self._started_ns)
             else:
-                self._gaps.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
+                self._outages.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
             home = Path(self._job.home)
             self._answering = Answering(home, self._selector, self._answer, self._forget_run)
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
-        tell({"ready": True, "loader": self._source.status().loader})
-        for cause, count in self._job.owed.items():
-            self._store.count_loss(cause, count, time.time_ns())
-        self._mind_the_disk()
-        self._tell_losses()
+        send({"ready": True, "loader": self._source.status().loader})
+        self._journal.count_losses(self._job.owed)
+        self._journal.written()
+        self._send_losses()
         self._take(self._source.read(0))
         while self._exit_code is None:
             for key, _ in self._selector.select(self._wait_s()):
@@ -274,77 +254,34 @@ class Metering:
         if not events:
             return
         if not self._job.service:
-            # If this is killed next, the supervisor looks for these in the store.
-            tell({"storing": [event.usage.id for event in events]})
-        self._store.append(events)
-        self._mind_the_disk()
+            # If we are killed next, the supervisor looks for these in the store.
+            send({"storing": [event.usage.id for event in events]})
+        self._journal.keep(events)
         for event in events:
             self._totals.add(event)
             for run in self._runs.values():
                 if is_of_tree(event, run.pid):
                     run.totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
-        self._unflushed += len(events)
-        now = time.monotonic()
-        self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
-        self._flush_due = self._flush_due or now + FLUSH_AFTER_S
         if not self._job.service:
-            tell({"totals": self._totals.as_json()})
+            send({"totals": self._totals.as_json()})
 
-    def _mind_the_disk(self) -> None:
-        """Try again soon to write what the disk refused, and tell how much a kill would lose."""
-        refused = self._store.trouble is not None
-        self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
+    def _on_write(self) -> None:
+        """Put on disk what else it refused, and report how much a kill would lose."""
         if self._answering is not None:
             self._answering.renew()
-        if self._gaps is not None:
-            self._gaps.write()
-        if refused or any(self._told.get(name) for name in ("held", "owed", "gaps")):
-            self._tell_losses()
+        if self._outages is not None:
+            self._outages.write()
+        waits = any(self._sent.get(name) for name in ("held", "owed", "outages"))
+        if waits or self._journal.is_refused:
+            self._send_losses()
 
-    def _tell_losses(self) -> None:
-        store, gaps = self._store, self._gaps.unwritten if self._gaps is not None else []
-        state = {**self._lost(), "held": store.held, "owed": store.owed, "gaps": [*gaps]}
-        if state != self._told:
-            self._told = state
-            tell(state)
-
-    def _flush(self) -> None:
-        """Have the journal moved into the database, by a process of its own."""
-        if self._flusher is not None:
-            self._flush_again = True
-            return
-        self._unflushed, self._flush_due, self._seal_due = 0, None, None
-        self._flush_again = False
-        self._waiting, self._waiting_next = self._waiting_next, []
-        self._store.close()
-        try:
-            self._flusher = Flusher(Path(self._job.home))
-        except OSError as error:
-            self._after_flush(Outcome(f"the flush could not be started: {error.strerror}"))
-            return
-        self._selector.register(self._flusher.fileno(), selectors.EVENT_READ, self._on_flushed)
-
-    def _on_flushed(self) -> None:
-        assert self._flusher is not None
-        fd = self._flusher.fileno()
-        outcome = self._flusher.outcome()
-        if outcome is not None:
-            self._selector.unregister(fd)
-            self._flusher = None
-            self._after_flush(outcome)
-
-    def _after_flush(self, outcome: Outcome) -> None:
-        # Events that came meanwhile are in a newer segment, which the flusher left alone.
-        wait_s = self._condition.flushed(outcome)
-        if wait_s is not None:
-            self._flush_due = min(self._flush_due or math.inf, time.monotonic() + wait_s)
-        waiting, self._waiting = self._waiting, []
-        for client in waiting:
-            if client in self._runs:
-                client.send(self._watched(self._runs[client]))
-        if self._flush_again or self._waiting_next:
-            self._flush()
+    def _send_losses(self) -> None:
+        outages = self._outages.unwritten if self._outages is not None else []
+        state = {**self._lost(), **self._journal.unstored(), "outages": [*outages]}
+        if state != self._sent:
+            self._sent = state
+            send(state)
 
     def _drain(self) -> None:
         self._work(math.inf)
@@ -358,21 +295,19 @@ class Metering:
 
     def _refresh(self) -> None:
         """Have the helper's report be of now; without a helper the last one stands."""
-        from capture.environment import UprobeUnavailable
-
-        with contextlib.suppress(UprobeUnavailable):
+        with contextlib.suppress(Unavailable):
             self._source.request_report(DRAIN_S)
 
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._seal_due, self._flush_due, self._retry_due, self._source.due_at
+        return self._journal.due_at, self._source.due_at
 
     def _wait_s(self) -> float:
         if self._backlog:
             return 0.0
         dues = [due for due in self._dues() if due is not None]
-        if self._gaps is not None:
+        if self._outages is not None:
             dues.append(self._alive_at + ALIVE_IDLE_S)
         return max(0.0, min(dues) - time.monotonic()) if dues else 3600.0
 
@@ -382,20 +317,11 @@ class Metering:
             self._take(self._source.read(0))
         self._work(now + SLICE_S)
         now = time.monotonic()
-        if self._seal_due is not None and now >= self._seal_due:
-            self._seal_due, self._sealed_at = None, now
-            self._store.close()
-        if self._retry_due is not None and now >= self._retry_due:
-            self._store.close()
-            self._mind_the_disk()
-        if self._flush_due is not None and (
-            now >= self._flush_due or self._unflushed >= FLUSH_EVENTS
-        ):
-            self._flush()
-        if self._gaps is not None and now >= self._alive_at + ALIVE_EVERY_S:
+        self._journal.tick(now)
+        if self._outages is not None and now >= self._alive_at + ALIVE_EVERY_S:
             self._alive_at = now
-            self._gaps.alive(time.time_ns())
-            self._tell_losses()
+            self._outages.alive(time.time_ns())
+            self._send_losses()
             if self._answering is not None:
                 self._answering.renew()
 
@@ -412,11 +338,9 @@ class Metering:
 
     def _resume(self, link: socket.socket) -> None:
         """There is another helper."""
-        from capture.environment import UprobeUnavailable
-
         if self._reading:
             self._selector.unregister(self._source)
-        with contextlib.suppress(UprobeUnavailable):  # then that one dies, too, and another comes
+        with contextlib.suppress(Unavailable):  # then that one dies, too, and another comes
             self._source.resume(link)
             self._restarts += 1
         self._listen()
@@ -427,23 +351,20 @@ class Metering:
         self._work(math.inf)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
-        if self._flusher is not None:
-            self._flusher.wait()
-        # Nothing comes any more, so this process may do it itself.
-        self._condition.flushed(flushing.flush(self._store))
-        self._store.close()
-        if self._gaps is not None:
+        self._journal.close()
+        if self._outages is not None:
             with contextlib.suppress(OSError):
                 os.unlink(Path(self._job.home) / SOCKET_NAME)
             now_ns = time.time_ns()
             if self._exit_code == ENDED and b"finish" not in self._commands:
-                self._gaps.alive(now_ns)  # the supervisor was killed: nobody asked for this end
+                self._outages.alive(now_ns)  # the supervisor was killed: nobody asked for this end
             else:
-                self._gaps.end(now_ns, clean=self._exit_code == ENDED)
+                self._outages.end(now_ns, clean=self._exit_code == ENDED)
         final = {"totals": self._totals.as_json(), **self._lost(), "final": True}
-        final |= {"held": self._store.held, "owed": self._store.owed}
-        final |= {"coverage": self._coverage(), "store_error": self._condition.last_word()}
-        tell(final | {"price_error": self._condition.price_error})
+        final |= self._journal.unstored()
+        condition = self._journal.condition
+        final |= {"coverage": self._coverage(), "store_error": condition.last_word()}
+        send(final | {"price_error": condition.price_error})
 
     # --- the control socket
 
@@ -458,78 +379,84 @@ class Metering:
             return {"watching": pid}
         if asked == "finish" and client in self._runs:
             self._drain()
-            self._waiting_next.append(client)
-            self._flush()
+            self._journal.flush(lambda: self._send_result(client))
             return None
         if asked == "stop":
-            tell({"stop": True})
+            send({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
-        from capture.environment import UprobeUnavailable
-
-        with contextlib.suppress(UprobeUnavailable):
+        with contextlib.suppress(Unavailable):
             self._source.watch(pid)
 
     def _forget_run(self, client: Client) -> None:
         self._runs.pop(client, None)
 
-    def _watched(self, run: _Run) -> dict[str, Any]:
-        return {
-            "totals": run.totals.as_json(),
-            "coverage": self._coverage(run.pid),
-            "store_error": self._condition.as_json()["store_error"],
-            "price_error": self._condition.price_error,
-        }
+    def _send_result(self, client: Client) -> None:
+        """Answer a client that has watched a run, unless it is gone."""
+        if client not in self._runs:
+            return
+        run, condition = self._runs[client], self._journal.condition
+        client.send(
+            {
+                "totals": run.totals.as_json(),
+                "coverage": self._coverage(run.pid),
+                "store_error": condition.as_json()["store_error"],
+                "price_error": condition.price_error,
+            }
+        )
 
-    # --- what there is to tell
+    # --- status
 
     def status(self) -> dict[str, Any]:
-        """Everything that `halton-meter status --json` shows."""
-        now_ns = time.time_ns()
+        """Everything that `halton-meter status --json` shows of uprobes."""
         self._refresh()
-        helper = self._source.status()
-        lost = self._lost()
-        since_start = Counter(self._job.lost_before)
-        since_start.update(lost["losses"])
-        since_start.update(lost["capture_losses"])
-        condition = self._condition.as_json()
-        gaps = self._gaps.listed() if self._gaps is not None else []
-        # A restart that lost nothing is told, and is no trouble.
-        lost_by_restart = self._restarts > 0 and bool(gaps or +since_start)
-        bad = not flushing.is_well(condition) or lost_by_restart or not self._source.linked
+        helper, lost = self._source.status(), self._lost()
+        losses = Counter(self._job.lost_before)
+        for counts in lost.values():
+            losses.update(counts)
+        outages = self._outages.listed() if self._outages is not None else []
+        metered = status.metered(
+            self._totals, self._last_event_ns, self._journal.condition.as_json()
+        )
+        linked = self._source.linked
+        # A restart that lost nothing is reported, and is no trouble.
+        lossless = not self._restarts or not (outages or +losses)
+        well = status.is_well(metered) and lossless and linked
+        answer = status.status(
+            health=status.OK if well else status.DEGRADED,
+            source="uprobes",
+            supervisor_pid=self._job.supervisor_pid,
+            worker={
+                "state": "ready" if linked else "waiting",
+                "pid": os.getpid(),
+                "restarts": self._restarts,
+                "trouble": None if linked else "the capture helper died",
+            },
+            started_ns=self._started_ns,
+            home=self._job.home,
+            metered=metered,
+            losses=losses,
+            losses_since_restart=lost["losses"],
+            outages=outages,
+        )
         return {
-            "health": "degraded" if bad else "ok",
-            "pid": os.getpid(),
-            "supervisor_pid": self._job.supervisor_pid,
-            "started_at": rfc3339(self._started_ns),
-            "uptime_s": round((now_ns - self._started_ns) / 1e9, 1),
-            "restarts": self._restarts,
-            "home": self._job.home,
+            **answer,
             "scope": self._job.scope,
-            "source": "uprobes",
             "loader": helper.loader,
             "probes": helper.probes,
             "libraries": list(helper.libraries),
             "helper_rss_bytes": helper.rss_bytes,
-            "rss_bytes": _rss_bytes(),
-            "events": self._totals.total.requests,
             "bytes": self._bytes,
-            "totals": self._totals.as_json(),
-            "last_event_at": rfc3339(self._last_event_ns) if self._last_event_ns else None,
-            **condition,
-            "losses": dict(since_start),
-            "losses_since_restart": lost["losses"],
-            "gaps": gaps,
             "coverage": self._coverage(),
         }
 
     def _lost(self) -> dict[str, dict[str, int]]:
         """What this process has lost, and what the capture has since it began."""
         capture = self._source.status()
-        own = {**self._meter.losses, "journal_full": self._store.dropped}
+        own = {**self._meter.losses, "journal_full": self._journal.dropped}
         if self._answering is not None:
             own[MESSAGES_REFUSED] = self._answering.refused
         found = {"losses": own, "capture_losses": {**capture.losses, **capture.events_lost}}
@@ -574,19 +501,11 @@ def _is_in_tree(pid: int, parents: tuple[tuple[int, str], ...], root: int) -> bo
     return pid == root or any(parent == root for parent, _ in parents)
 
 
-def tell(message: dict[str, Any]) -> None:
-    """One line to the supervisor; its death is noticed elsewhere."""
+def send(message: dict[str, Any]) -> None:
+    """Send one line to the supervisor; its death is noticed elsewhere."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
-
-
-def _rss_bytes() -> int | None:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
 
 
 def stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
@@ -602,36 +521,6 @@ def stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
 
 
 # --- start --------------------------------------------------------------------------------------
-
-
-def prepare_home(home: Path) -> None:
-    """Make the folder for state, for its owner alone. Raises OSError."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | None]:
-    """The pipeline with prices, projects and the user's own hosts.
-
-    Also why the person's own prices are not used, and the command to run; None when they are.
-    """
-    from halton_meter.attribution import Attribution
-    from halton_meter.memory import keep_freed_memory
-    from halton_meter.meter import Meter
-    from halton_meter.providers.registry import Registry
-    from halton_meter.tokenizer import Tokenizer
-    from pricing.book import PriceBook
-
-    keep_freed_memory()
-    trouble = None
-    try:
-        book = PriceBook.load(home)
-    except (OSError, ValueError) as error:  # PriceError: to meter at bundled prices beats not to
-        trouble = f"bundled prices are used: {untrusted.printable(str(error), PRICE_ERROR_MAX)}"
-        if isinstance(error, OSError):
-            trouble += f"; see: ls -l {home}"
-        print(f"halton-meter: {trouble}", file=sys.stderr)
-        book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts, Tokenizer())), trouble
 
 
 def _is_only_one(home: Path) -> bool:
@@ -656,7 +545,7 @@ _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 def _settle() -> None:
     """Leave nothing of the terminal's or the supervisor's signal handling, nor a way up.
 
-    It holds plaintext, and a link to root: no other process of the person's may look into it or
+    It holds plaintext, and a link to root: no other process of the user's may look into it or
     take it over (ptrace, /proc/PID/mem, /proc/PID/fd), and no core is written.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
@@ -686,24 +575,23 @@ def main(link_fd: int) -> int:
 
 def start(job: Job, link: socket.socket) -> int:
     """Attach to the helper behind `link` and meter."""
-    from capture.environment import UprobeUnavailable
     from capture.uprobes import Scope, UprobeSource
     from halton_meter.providers.registry import Registry
     from halton_meter.store import Store
 
     home = Path(job.home)
-    with contextlib.suppress(OSError):  # a disk that refuses everything is the store's to tell of
+    with contextlib.suppress(OSError):  # the store reports a disk that refuses everything
         prepare_home(home)
     if job.service and not _is_only_one(home):
-        tell({"refused": f"another halton-meter service already writes to {home}"})
+        send({"refused": f"another halton-meter service already writes to {home}"})
         return REFUSED
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
     meter, price_error = make_meter(home, job.extra_hosts)
     try:
         source.start()
-    except UprobeUnavailable as error:
-        tell({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
+    except Unavailable as error:
+        send({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
     return Metering(job, source, meter, Store(home), price_error).run()
 

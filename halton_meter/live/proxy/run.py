@@ -1,8 +1,8 @@
 """The composition root of the local proxy, as `probes/service.py` is for uprobes; it needs no root.
 
-A service (`proxy/service.py`) is run for good by `serve`, as systemd, launchd or our own keeper
-start it, or behind one command by `meter_command`. `service_status` and `ask_service` talk to a
-running one. What a command says past its proxy settings is not seen: uprobes are for that.
+`serve` runs a service (`proxy/service.py`) for good, under systemd, launchd or our own keeper;
+`meter_command` runs one behind a single command. `service_status` and `ask_service` talk to a
+running one. Traffic that bypasses the proxy settings is not seen: uprobes are for that.
 """
 
 from __future__ import annotations
@@ -17,32 +17,25 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halton_meter.live.control import PROXY_SOCKET_NAME, Control, ServiceAbsent
+from halton_meter.live import control
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.probes.worker import prepare_home
+from halton_meter.live.pipeline import prepare_home
 from halton_meter.live.proxy.service import ProxyService
 from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
+from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
+from halton_meter.problem import Problem, Unavailable
 from proxy_fallback.edge import listening
 
-# A stop lets exchanges under way come to their end for so long.
+# When stopping, exchanges under way get this long to finish.
 DRAIN_S = 5.0
 
-# Signals that a terminal sends to the whole foreground group: the command decides, we wait.
+# A terminal sends these to its whole foreground group: the command decides, we wait.
 _PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
 _COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
-
-
-class ProxyUnavailable(Exception):
-    """The proxy could not be started; the text says why, `mend` what to do about it."""
-
-    def __init__(self, text: str, mend: str = "sudo halton-meter run -- CMD") -> None:
-        super().__init__(text)
-        self.mend = mend
 
 
 # --- the service ------------------------------------------------------------------------------
@@ -64,36 +57,36 @@ def configured(home: Path) -> tuple[Job, int]:
 def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
     """Run the edge and its worker until SIGTERM, SIGINT or `stop`.
 
-    Listens on the sockets that systemd, launchd or our own keeper hands over: then clients count
-    on us, and a configuration that cannot be read only ends the metering until it is mended. Else
-    on `port`, or config.toml's; raises ConfigError then, and ProxyUnavailable without a socket.
+    Listens on the sockets that systemd, launchd or our own keeper hands over. Clients depend on us
+    then, so an unreadable configuration stops only the metering, until it is fixed. Without such
+    sockets it listens on `port`, or config.toml's, and raises ConfigError, or Unavailable.
     """
     try:
         sockets = listening.listeners()
-        mend, trouble = None, None
+        configure, trouble = None, None
         job = Job(str(home), True)
         try:
             job, own_port = configured(home)
         except Exception as error:  # a broken installation must not take the network away
             if not sockets:
                 raise
-            mend, trouble = (lambda: configured(home)[0]), str(error)
-            say(f"{trouble}; traffic goes on unmetered until that is mended")
+            configure, trouble = (lambda: configured(home)[0]), str(error)
+            say(f"{trouble}; traffic goes on unmetered until that is fixed")
         sockets = sockets or [listening.listen(port or own_port)]
     except listening.EdgeError as error:
-        raise ProxyUnavailable(error.what, error.fix) from None
+        raise Unavailable([Problem(error.what, error.fix)]) from None
     with contextlib.suppress(OSError):
         prepare_home(home)
     os.umask(0o077)
     limit_this_process()
-    asyncio.run(_serve(ProxyService(job, os.environ, say, mend, trouble), sockets, say))
+    asyncio.run(_serve(ProxyService(job, os.environ, say, configure, trouble), sockets, say))
 
 
 async def _serve(
     service: ProxyService, sockets: Sequence[socket.socket], say: Callable[[str], None]
 ) -> None:
     loop = asyncio.get_running_loop()
-    # What asyncio would print may name hosts; that something went wrong is enough.
+    # What asyncio would print may name hosts: count the error only.
     loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.ask_to_stop)
@@ -103,48 +96,22 @@ async def _serve(
         say(f"the edge listens on {', '.join(service.addresses)}")
         await service.stopped()
     finally:
-        # After a fault of ours, too: a task left over would keep this process, which serves nobody.
+        # After a bug of ours, too: a leftover task would keep this process alive, serving nobody.
         await service.stop(DRAIN_S)
     say("stopped")
 
 
 def service_status(home: Path) -> dict[str, Any] | None:
-    """What a running proxy service tells of itself; None when none runs."""
-    return _asked(home, "status")
+    """The status of a running proxy service; None when none runs."""
+    return control.ask_service(home, "status", name=control.PROXY_SOCKET_NAME)
 
 
 def ask_service(home: Path, what: str) -> bool:
-    """Tell a running service to "stop"; to "pause" (everything is let through, nothing metered) or
-    "resume"; or to "forget" which programs refused our certificate, so that they are tried again.
-    False when none is there.
-    """
-    return _asked(home, what) is not None
-
-
-def _asked(home: Path, what: str) -> dict[str, Any] | None:
-    try:
-        control = Control(home, name=PROXY_SOCKET_NAME)
-        try:
-            return control.ask(what)
-        finally:
-            control.close()
-    except ServiceAbsent:
-        return None
+    """Ask a running service to do something (see `control.ask_service`); False: none runs."""
+    return control.ask_service(home, what, name=control.PROXY_SOCKET_NAME) is not None
 
 
 # --- one command ------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class ProxiedRun:
-    """What a metered command did: its exit code (128 + signal), what it used, what was lost."""
-
-    exit_code: int = 0
-    totals: Totals = field(default_factory=Totals)
-    losses: Counter[str] = field(default_factory=Counter)
-    gaps: list[tuple[int, int, str]] = field(default_factory=list)
-    store_error: str | None = None
-    price_error: str | None = None
 
 
 def meter_command(
@@ -154,30 +121,30 @@ def meter_command(
     extra_hosts: Mapping[str, str],
     upstream: tuple[str, int] | None = None,
     java: bool = False,
-) -> ProxiedRun:
+) -> RunResult:
     """Run `command` behind an edge of its own and store what it used.
 
     `upstream` is the proxy that leads out; without one, that of the environment is kept in use.
-    With `java` its JVMs are told, too. Raises ProxyUnavailable when the proxy cannot start; the
+    With `java` its JVMs are configured, too. Raises Unavailable when the proxy cannot start; the
     command has not been started then.
     """
     prepare_home(home)
     upstream = upstream or environment_proxy(environment)
     job = Job(str(home), False, dict(extra_hosts), upstream)
     background = _Background(job, environment)
-    run = ProxiedRun()
+    run = RunResult()
     try:
         port = background.start()
         ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
         with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
-            told = _told(environment, port, ca_file, Path(folder), java)
-            run.exit_code = _run(command, told)
+            proxied = _proxied(environment, port, ca_file, Path(folder), java)
+            run.exit_code = _run(command, proxied)
     finally:
         background.stop(run)
     return run
 
 
-def _told(
+def _proxied(
     environment: Mapping[str, str], port: int, ca_file: Path, folder: Path, java: bool
 ) -> dict[str, str]:
     """A command's environment, with the proxy and trust in it."""
@@ -193,13 +160,13 @@ def _told(
     try:
         return told | java_vm.for_one_command(environment, port, ca_file, folder)
     except ChangeError as error:
-        raise ProxyUnavailable(error.problem.what, error.problem.fix) from None
+        raise Unavailable([error.problem]) from None
 
 
 def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
     """The proxy by which this environment leaves the network, as (host, port), or None.
 
-    An edge of ours is none. Raises ProxyUnavailable for one that wants credentials or is no HTTP
+    An edge of ours is none. Raises Unavailable for one that wants credentials or is no HTTP
     proxy: past it the command would reach nothing.
     """
     import re
@@ -211,10 +178,9 @@ def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
         match = re.fullmatch(r"(?:http://)?([\w.-]+):(\d{1,5})/?", value)
         if match is None or not 0 < int(match[2]) < 65536:
             # Its value may hold a password: only the variable is named.
-            raise ProxyUnavailable(
-                f"{name} is set to a proxy that cannot be chained: only http://HOST:PORT, without "
-                "a user name, can"
-            )
+            what = f"{name} names a proxy that we cannot go through; http://HOST:PORT works, "
+            what += "without a user name"
+            raise Unavailable([Problem(what, "sudo halton-meter run -- CMD")])
         host, port = match[1], int(match[2])
         ours = listening.is_loopback(host) or host == "localhost"
         return None if ours and listening.answers(port) else (host, port)
@@ -233,7 +199,7 @@ class _Background:
         self._service: ProxyService | None = None
 
     def start(self) -> int:
-        """Return the edge's port once the worker meters. Raises ProxyUnavailable."""
+        """Return the edge's port once the worker meters. Raises Unavailable."""
         self._thread.start()
         return asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
@@ -243,21 +209,22 @@ class _Background:
         await self._service.start([listener])
         problem = await self._service.settled()
         if problem is not None:
-            raise ProxyUnavailable(f"The local proxy did not start: {problem}. Try again.")
+            what = f"the local proxy did not start: {problem}"
+            raise Unavailable([Problem(what, "halton-meter doctor")])
         return int(listener.getsockname()[1])
 
-    def stop(self, run: ProxiedRun) -> None:
+    def stop(self, run: RunResult) -> None:
         """End it, and put what it metered and missed into `run`."""
         service = self._service
         if service is not None:
             asyncio.run_coroutine_threadsafe(service.stop(0.0), self._loop).result()
             with contextlib.suppress(ValueError):
                 run.totals = Totals.of_json(service.final.get("totals"))
-            run.losses.update(service.losses.total())
+            losses = Counter(service.losses.total())
             for causes in service.edge.bypassed.values():
-                for cause, count in causes.items():
-                    run.losses[f"unmetered_{cause}"] += count
-            run.gaps = list(service.gaps)
+                losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
+            run.losses = dict(losses)
+            run.outages = list(service.outages)
             run.store_error = service.final.get("store_error")
             run.price_error = service.final.get("price_error")
         self._loop.call_soon_threadsafe(self._loop.stop)

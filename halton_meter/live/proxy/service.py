@@ -1,9 +1,9 @@
 """The proxy's service: an edge, and the worker that it keeps alive.
 
-The edge (`proxy_fallback/edge/edge.py`) lives in this process and little else does: it accepts what
-clients say. The worker, `proxy/worker.py`, is another process, in which mitmproxy, the pipeline and
-the store live. One that dies or hangs is started again; meanwhile the edge tunnels everything raw,
-and the gap is counted. `proxy/run.py` composes this for the service and for one command.
+The edge (`proxy_fallback/edge/edge.py`) runs in this process and little else does: it accepts the
+clients' connections. The worker, `proxy/worker.py`, is another process with mitmproxy, the pipeline
+and the store. A worker that dies or hangs is restarted; meanwhile the edge passes everything on
+undecrypted, and the outage is recorded. `proxy/run.py` runs this for the service and one command.
 """
 
 from __future__ import annotations
@@ -25,15 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from halton_meter import untrusted
-from halton_meter.config import invoking_account
-from halton_meter.contract import rfc3339
+from halton_meter.accounts import invoking_account
 from halton_meter.live import own_code
+from halton_meter.live import status as vocabulary
 from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
-from halton_meter.live.flushing import is_well
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
-from halton_meter.live.outages import Gaps
-from halton_meter.live.probes import worker as metering
-from halton_meter.live.probes.supervisor import BACKOFF_S, HEALTHY_S
+from halton_meter.live.outages import PROXY_LIST_NAME, PROXY_STATE_NAME, Downtime, Outages
 from halton_meter.live.proxy.worker import (
     LINE_BYTES_MAX,
     Job,
@@ -42,24 +39,23 @@ from halton_meter.live.proxy.worker import (
     program_of,
     provider_hosts,
 )
+from halton_meter.live.restarts import Restarts, cause_of_death
 from halton_meter.live.totals import Totals
 from proxy_fallback.edge.access import allowed_uids
 from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
 
-STATE_NAME, GAPS_NAME = "proxy.state", "proxy-gaps.jsonl"
-
 START_S_MAX = 30.0
 FINISH_S_MAX = 20.0
 TICK_S = 1.0
-# The worker is asked for a sign of life at every tick while clients are connected, else at every
-# QUIET_TICKS-th. After SLOW ticks without one, hosts are tunnelled raw; after HUNG it is killed,
-# which breaks the streams that it still holds. Ticks, not time: they stop when we are suspended.
+# While clients are connected the worker is pinged each tick, else each QUIET_TICKS-th. After
+# SLOW_TICKS without an answer the edge passes hosts on undecrypted; after HUNG_TICKS the worker is
+# killed, which breaks its open streams. Ticks, not time: they stop when the machine is suspended.
 QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
 ALIVE_TICKS = 10
-# A configuration that cannot be read is read again so often.
-MEND_S = 5.0
+# How often an unreadable configuration is read again.
+CONFIGURE_EVERY_S = 5.0
 STATUS_S_MAX = 2.0
-# What is believed of a worker's messages.
+# Limits of a worker's messages.
 READ_BYTES = 16 << 10
 SAID_CHARACTERS_MAX = 1000
 HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
@@ -68,8 +64,8 @@ HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
 class ProxyService:
     """An edge and the worker that it keeps alive. Lives in one event loop.
 
-    `environment` is the worker's: what it says of trusted roots is how providers are judged.
-    While `mend` is given and raises, there is `trouble`: everything is let through unmetered.
+    `environment` is the worker's; its trusted roots are those that providers are checked against.
+    While `configure` is given and raises, everything passes unmetered, and `trouble` says why.
     """
 
     def __init__(
@@ -77,14 +73,14 @@ class ProxyService:
         job: Job,
         environment: Mapping[str, str],
         say: Callable[[str], None] = lambda text: None,
-        mend: Callable[[], Job] | None = None,
+        configure: Callable[[], Job] | None = None,
         trouble: str | None = None,
     ) -> None:
         self.job = job
         self.home = Path(job.home)
-        self._mend = mend
+        self._configure = configure
         self.edge = Edge(
-            () if mend is not None else provider_hosts(job.extra_hosts),
+            () if configure is not None else provider_hosts(job.extra_hosts),
             job.upstream,
             lambda end: program_of(process_of(end)),
             raise_descriptor_limit(),
@@ -93,23 +89,24 @@ class ProxyService:
         )
         self.edge.on_bypass = self._on_bypass
         self.addresses: list[str] = []
-        self.gaps: list[tuple[int, int, str]] = []
+        self.outages: list[tuple[int, int, str]] = []
         self.final: dict[str, Any] = {}
         self.losses = Losses()
         self._environment = {
             name: value for name, value in environment.items() if not name.startswith("LISTEN_")
         }
         self._say = say
-        self._kept = Gaps(self.home, STATE_NAME, GAPS_NAME) if job.service else None
+        self._kept: Outages | None = None
+        if job.service:
+            self._kept = Outages(self.home, PROXY_STATE_NAME, PROXY_LIST_NAME)
         self._started_ns = time.time_ns()
         self._process: asyncio.subprocess.Process | None = None
         self._port: int | None = None
         self._accepted: list[str] | None = None
         self._state = "starting"
         self._cause: str | None = trouble
-        self._restarts = 0
-        self._down_ns: int | None = None
-        self._down_cause: str | None = None
+        self._restarts = Restarts()
+        self._downtime = Downtime()  # in which provider hosts are not metered
         self._was_ready = False
         self._bypassed_now = 0
         self._unreported: Counter[str] = Counter()
@@ -140,7 +137,7 @@ class ProxyService:
         self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
 
     async def settled(self) -> str | None:
-        """Wait until provider hosts are metered: None then, else why they will not be soon."""
+        """Wait until provider hosts are metered, or known not to be soon: None, or the reason."""
         try:
             await asyncio.wait_for(self._settled.wait(), START_S_MAX)
         except TimeoutError:
@@ -148,7 +145,7 @@ class ProxyService:
         return None if self._was_ready else self._cause
 
     def ask_to_stop(self) -> None:
-        """Have `stopped` return."""
+        """Let `stopped` return."""
         self._stopping.set()
 
     async def stopped(self) -> None:
@@ -156,7 +153,7 @@ class ProxyService:
         await self._stopping.wait()
 
     async def stop(self, drain_s: float) -> None:
-        """Let exchanges end, store what there is, end the worker."""
+        """Let exchanges end, store what is left, end the worker."""
         self._stopping.set()
         self._resumed.set()
         await self.edge.stop(drain_s)
@@ -177,28 +174,27 @@ class ProxyService:
             _kill(self._process)
             await self._process.wait()
         self.losses.ended()
-        self._close_gap()
+        self._end_downtime()
         if self._kept is not None:
             self._kept.end(time.time_ns(), clean=True)
 
     # --- the worker
 
     async def _keep_worker(self) -> None:
-        in_a_row = 0
         while not self._stopping.is_set():
-            if self._mend is not None:
-                await self._mended(self._mend)
+            if self._configure is not None:
+                await self._begin_configured(self._configure)
                 continue
             if self._paused:
                 await self._resumed.wait()
-                in_a_row = 0
+                self._restarts.forgive()
                 continue
-            began = time.monotonic()
+            self._restarts.begun()
             try:
                 code = await self._live()
-                self._cause = self._cause or _cause(code)
+                self._cause = self._cause or cause_of_death("the proxy worker", code)
             except OSError as error:
-                self._cause = f"the proxy's worker could not be started: {error.strerror}"
+                self._cause = f"the proxy worker could not be started: {error.strerror}"
             finally:
                 self._process = None
             if self._stopping.is_set():
@@ -207,26 +203,24 @@ class ProxyService:
                 continue
             self._down("worker_down", "waiting")
             self._settled.set()
-            in_a_row = 0 if time.monotonic() - began > HEALTHY_S else in_a_row
-            wait_s = BACKOFF_S[min(in_a_row, len(BACKOFF_S) - 1)]
-            in_a_row += 1
-            self._say(f"{self._cause}; the next in {wait_s:g} s, traffic goes on unmetered")
+            wait_s = self._restarts.died()
+            self._say(f"{self._cause}; restart in {wait_s:g} s, traffic goes on unmetered")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), wait_s)
-            self._restarts += 1
+            self._restarts.count += 1
 
-    async def _mended(self, mend: Callable[[], Job]) -> None:
-        """Try to begin as one should; after a failure wait a while."""
+    async def _begin_configured(self, configure: Callable[[], Job]) -> None:
+        """Try to read the configuration; after a failure wait a while."""
         try:
-            self.job = mend()
+            self.job = configure()
             hosts = provider_hosts(self.job.extra_hosts)
-        except Exception as error:  # whatever it is, traffic goes on meanwhile
+        except Exception as error:  # whatever it is, traffic goes on
             self._cause = str(error)
             self._down("not_configured", "waiting")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), MEND_S)
+                await asyncio.wait_for(self._stopping.wait(), CONFIGURE_EVERY_S)
             return
-        self._mend = None
+        self._configure = None
         self.edge.hosts, self.edge.upstream = HostSet(hosts), self.job.upstream
 
     async def _live(self) -> int:
@@ -236,7 +230,7 @@ class ProxyService:
             *own_code.python("halton_meter.live.proxy.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # What a library may print has no place in the terminal of somebody's command.
+            # What a library prints has no place in the terminal of the user's command.
             stderr=None if self.job.service else subprocess.DEVNULL,
             cwd="/",
             env=self._environment,
@@ -246,21 +240,21 @@ class ProxyService:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            if not self._stopping.is_set():  # else who stops us could not tell it to finish
+            if not self._stopping.is_set():  # else nobody would send it "finish"
                 secret = self.edge.worker_secret
                 process.stdin.write(job_line(dataclasses.replace(self.job, secret=secret)))
-                await self._hear(process.stdout)
+                await self._read_messages(process.stdout)
                 self.losses.ended()
                 self._owed += Counter(self.losses.handed_on())
                 with contextlib.suppress(TimeoutError):
                     return await asyncio.wait_for(process.wait(), 1.0)
         finally:
-            _kill(process)  # it has told all that it will, or nobody hears it
+            _kill(process)  # nothing more will be read from it
         return await process.wait()
 
-    async def _hear(self, stdout: asyncio.StreamReader) -> None:
-        """Take what a worker tells until its end. It reads hostile bytes, and we hold the network:
-        whatever it tells must not end us."""
+    async def _read_messages(self, stdout: asyncio.StreamReader) -> None:
+        """Take a worker's messages until its end. It reads hostile bytes, and clients depend on us:
+        no message may end us."""
         lines = untrusted.Lines(LINE_BYTES_MAX)
         with contextlib.suppress(ConnectionError):
             while data := await stdout.read(READ_BYTES):
@@ -270,10 +264,10 @@ class ProxyService:
                 if lines.refused:
                     self.losses.count(MESSAGES_REFUSED, lines.refused)
                     lines.refused = 0
-                await asyncio.sleep(0)  # clients, too, when it never stops
+                await asyncio.sleep(0)  # serve clients, too, even if it never stops writing
 
     def take(self, message: dict[str, Any]) -> None:
-        """Hear one message of the worker's."""
+        """Take one message of the worker's."""
         try:
             self._take(message)
         except Exception:
@@ -321,7 +315,7 @@ class ProxyService:
         assert self._port is not None
         again = self._was_ready
         self._state, self._was_ready = "ready", True
-        self._close_gap()
+        self._end_downtime()
         self.edge.send_to(self._port, self._accepted)
         self._settled.set()
         self._say("metering again" if again else f"metering into {self.home}")
@@ -329,30 +323,28 @@ class ProxyService:
     def _down(self, code: str, state: str) -> None:
         self.edge.bypass(code)
         self._state, self._port = state, self._port if state == "hung" else None
-        if self._down_ns is None:
-            self._down_ns, self._down_cause = time.time_ns(), self._cause
+        if self._downtime.begin(self._cause or "the proxy worker did not run"):
             self._bypassed_now = 0
 
-    def _close_gap(self) -> None:
-        """Note the time in which provider hosts were not metered."""
-        if self._down_ns is None:
+    def _end_downtime(self) -> None:
+        """Provider hosts are metered again, or nobody expects it any more: keep the outage."""
+        outage = self._downtime.end()
+        if outage is None:
             return
-        cause = self._down_cause or "the proxy's worker was not there"
+        from_ns, to_ns, cause = outage
         if self._bypassed_now:
-            cause += f"; {self._bypassed_now} connections to providers went by unmetered"
-        gap = (self._down_ns, time.time_ns(), cause)
-        self._down_ns = None
-        self.gaps.append(gap)
+            cause += f"; {self._bypassed_now} connections to providers were not metered"
+        self.outages.append((from_ns, to_ns, cause))
         if self._kept is not None:
             with contextlib.suppress(OSError):
-                self._kept.note(*gap)
+                self._kept.note(from_ns, to_ns, cause)
 
     def _pause(self) -> None:
-        """Meter no more, and let everything through: what is wanted is no gap."""
+        """Stop metering and pass everything on. The user asked for it, so it is no outage."""
         self._paused, self._state, self._port = True, "stopped", None
         self._resumed.clear()
         self.edge.bypass("stopped")
-        self._close_gap()
+        self._end_downtime()
         self._send({"finish": True})
         self._say("metering stopped; traffic goes on unmetered")
 
@@ -366,12 +358,12 @@ class ProxyService:
         self._unreported[f"unmetered_{cause}"] += 1
 
     def _report_bypassed(self) -> None:
-        """Have what went by unmetered kept in the store."""
+        """Let the worker store the counts of what passed unmetered."""
         if self._state != "ready":
             return
         if self._unreported and self._send({"losses": self._unreported}):
             self._unreported = Counter()
-        # What a dead worker owed; from now on the next one tells how much of it is owed still.
+        # What a dead worker owed; from now on the next one reports what is still owed.
         if self._owed and self._send({"losses": self._owed}):
             self._owed = Counter()
 
@@ -382,7 +374,7 @@ class ProxyService:
             await asyncio.sleep(TICK_S)
             try:
                 await self._tick(tick)
-            except Exception:  # a fault of ours: the next tick may do
+            except Exception:  # a bug of ours: the next tick may succeed
                 self.edge.counts.update(["loop_errors"])
 
     async def _tick(self, tick: int) -> None:
@@ -396,24 +388,24 @@ class ProxyService:
             self._feel_pulse()
 
     def _revive_keeping(self) -> None:
-        """Without the task that keeps the worker nothing would ever be metered again."""
+        """Restart the task that keeps the worker, without which nothing would be metered again."""
         keeping = self._tasks[0]
         if not keeping.done() or self._stopping.is_set():
             return
         fault = None if keeping.cancelled() else keeping.exception()
         self._tasks[0] = asyncio.get_running_loop().create_task(self._keep_worker())
         self.edge.counts.update(["loop_errors"])
-        self._cause = self._cause or f"a fault of ours: {type(fault).__name__}"
+        self._cause = self._cause or f"internal error: {type(fault).__name__}"
         if not self._paused:
             self._down("worker_down", "waiting")
 
     def _feel_pulse(self) -> None:
         if self._pings_missed >= HUNG_TICKS and self._process is not None:
-            self._cause = "the proxy's worker hung and was killed"
+            self._cause = "the proxy worker hung and was killed"
             _kill(self._process)
             return
         if self._pings_missed >= SLOW_TICKS and self._state == "ready":
-            self._cause = "the proxy's worker did not answer"
+            self._cause = "the proxy worker did not answer"
             self._down("worker_hung", "hung")
         self._pings_missed += 1
         self._send({"ping": next(self._serial)})
@@ -421,7 +413,7 @@ class ProxyService:
     # --- the control socket
 
     async def _listen(self) -> None:
-        with contextlib.suppress(OSError):  # without it there is no status; traffic matters more
+        with contextlib.suppress(OSError):  # no status then, but traffic goes on
             if not self._listener.renew() or self._listener.socket is None:
                 return
             if self._control is not None:
@@ -434,7 +426,7 @@ class ProxyService:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            # Outside of the folder, no file's mode keeps others away.
+            # Outside of the folder, no file mode keeps other users out.
             friend = self._listener.has_file or is_friend(writer.get_extra_info("socket"))
             while friend and (line := await reader.readline()):
                 request = untrusted.parsed(line)
@@ -444,9 +436,9 @@ class ProxyService:
                 answer = await self._answer(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        except (OSError, ValueError):  # it is gone, or its line was too long
+        except (OSError, ValueError):  # the client is gone, or its line was too long
             pass
-        except Exception:  # whatever was asked, traffic goes on
+        except Exception:  # no request may end the service
             self.losses.count(MESSAGES_REFUSED, 1)
         writer.close()
 
@@ -478,33 +470,39 @@ class ProxyService:
             for cause, count in causes.most_common()
         ]
         usable = self._accepted is None or bool(self._accepted)
-        ok = self._state == "ready" and usable and is_well(worker)
-        health = "ok" if ok else "paused" if self._paused else "degraded"
+        metered = vocabulary.Metered(**{name: worker.get(name) for name in vocabulary.METERED})  # type: ignore[typeddict-item]
+        ok = self._state == "ready" and usable and vocabulary.is_well(metered)
+        trouble = self._cause or self._downtime.cause if self._state != "ready" else None
+        answer = vocabulary.status(
+            health=vocabulary.OK
+            if ok
+            else vocabulary.PAUSED
+            if self._paused
+            else vocabulary.DEGRADED,
+            source="proxy",
+            supervisor_pid=os.getpid(),
+            worker={
+                "state": self._state,
+                "pid": self._process.pid if self._process is not None else None,
+                "restarts": self._restarts.count,
+                "trouble": trouble,
+            },
+            started_ns=self._started_ns,
+            home=str(self.home),
+            metered=metered,
+            losses=self.losses.total(),
+            losses_since_restart=worker.get("losses"),
+            outages=self._kept.listed() if self._kept is not None else [],
+        )
         return {
-            "health": health,
-            "source": "proxy",
-            "pid": os.getpid(),
-            "started_at": rfc3339(self._started_ns),
-            "uptime_s": round((time.time_ns() - self._started_ns) / 1e9, 1),
-            "home": str(self.home),
+            **answer,
             "addresses": self.addresses,
             "upstream": list(self.job.upstream) if self.job.upstream else None,
-            "rss_bytes": metering._rss_bytes(),
             "connections": len(edge.clients),
             "counts": {**edge.counts, **worker.get("turned_away", {})},
             "bypassed": bypassed,
             "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
             "certificate_usable": usable,
-            "worker": {
-                "state": self._state,
-                "pid": self._process.pid if self._process is not None else None,
-                "restarts": self._restarts,
-                "trouble": self._cause or self._down_cause if self._state != "ready" else None,
-            },
-            "gaps": self._kept.listed() if self._kept is not None else [],
-            **{name: worker.get(name) for name in _OF_WORKER},
-            "losses": self.losses.total(),
-            "losses_since_restart": worker.get("losses"),
         }
 
     async def _ask_worker(self) -> dict[str, Any]:
@@ -519,17 +517,16 @@ class ProxyService:
 
 
 def _served() -> frozenset[int]:
-    """Whose connections are taken: ours, root's and, of a run under sudo, the person's."""
+    """Users whose connections are accepted: ours, root and, under sudo, the user who called it."""
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
 _COUNTS = ("events", "journal_waiting", "held")
 _TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
-_OF_WORKER = (*_COUNTS, *_TEXTS, "totals", "damaged_databases")
 
 
 def _status(told: dict[str, Any]) -> dict[str, Any]:
-    """What a worker told of itself, as far as it is what it should be."""
+    """A worker's status, limited to valid fields."""
     found: dict[str, Any] = {name: untrusted.whole_number(told, name) for name in _COUNTS}
     found |= {name: untrusted.text(told, name, SAID_CHARACTERS_MAX) for name in _TEXTS}
     found["damaged_databases"] = untrusted.texts(told, "damaged_databases", 20, SAID_CHARACTERS_MAX)
@@ -547,13 +544,7 @@ def _hosts(message: dict[str, Any]) -> list[str]:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    # Not Process.kill: that may reap the child behind the back of asyncio's own watcher.
+    # Not Process.kill: it may reap the child before asyncio's own watcher does.
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-
-
-def _cause(code: int) -> str:
-    if code < 0:
-        return f"the proxy's worker was killed by {signal.Signals(-code).name}"
-    return f"the proxy's worker ended with code {code}"

@@ -1,10 +1,10 @@
 """The half of the local proxy that decrypts: mitmproxy, the pipeline and the store, one process.
 
-`python -m halton_meter.live.proxy.worker` is started by `proxy/run.py`, as the user, behind the
-edge. It reads lines of JSON on standard input, first a `Job`, and tells lines of JSON on standard
-output. When its input ends, so does it. It may be killed at any moment: the edge then tunnels raw,
-and every event that was told to the store is in the journal. It answers a ping from within
-mitmproxy's own loop, so that a hung one is noticed.
+`proxy/service.py` starts `python -m halton_meter.live.proxy.worker` as the user, behind the edge.
+It reads lines of JSON from standard input, first a `Job`, and writes lines of JSON to standard
+output. It ends when its input ends. It may be killed at any moment: the edge then passes traffic on
+undecrypted, and every event that was kept is in the journal. It answers a ping from within
+mitmproxy's own loop, so that a hung loop is noticed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import queue
 import signal
@@ -26,39 +25,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
-from halton_meter.contract import rfc3339
-from halton_meter.live import flushing
-from halton_meter.live.flushing import (
-    FLUSH_AFTER_S,
-    FLUSH_EVENTS,
-    HELD_RETRY_S,
-    SEAL_AFTER_S,
-    Condition,
-    Flusher,
-    Outcome,
-)
+from halton_meter.live import status
+from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.probes.worker import make_meter, prepare_home
+from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Process
-    from halton_meter.store import Store
     from proxy_fallback.edge.client_socket import ClientSocket
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
-# Exchanges that wait to be priced; the proxy never waits for us, what exceeds this is counted.
+# Exchanges that wait to be priced. The proxy never waits: what exceeds this is dropped and counted.
 WAITING_MAX = 10_000
 LINE_BYTES_MAX = 1 << 20
-# How long the pricing thread may keep mitmproxy's waiting at a time: Python's own 5 ms, several
-# times an exchange, would be what a client waits for most.
+# How long the pricing thread may hold Python's lock while mitmproxy waits. With the default 5 ms,
+# several times an exchange, clients would notice.
 SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
-# How often it is looked whether the CA is still valid.
+# How often the CA is checked for validity.
 CA_CHECK_S = 600.0
-FLUSHER_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +54,7 @@ class Job:
     """What a worker does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
-    that leads out of this network; `secret` is what the edge says to be let in.
+    that leads out of this network; `secret` authenticates the edge to the worker.
     """
 
     home: str
@@ -96,15 +84,15 @@ def process_of(end: ClientSocket) -> Process | None:
     asked_ns = time.time_ns()
     pid = owner_pid(end)
     process = None if pid is None else read_process(pid)
-    # It had the socket then: one that began later has but its number.
+    # It had the socket by then: a process that began later only has the same pid.
     return None if process is None or process.started_ns > asked_ns else process
 
 
 def program_of(process: Process | None) -> str | None:
     """What to call the program of a process: its file, and for an interpreter the script too.
 
-    Trust in a CA is a program's own business; a script's is not that of its interpreter. A script
-    whose folder is hidden is told by its name alone.
+    Each program decides which CAs it trusts, and a script decides apart from its interpreter. A
+    script in a hidden folder is named without the folder.
     """
     from capture.processes.arguments import REDACTED
 
@@ -120,8 +108,8 @@ def program_of(process: Process | None) -> str | None:
     return process.exe
 
 
-def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> MeterAddon:
-    """The addon, wired to the pipeline. `told` takes what it has to tell the edge."""
+def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], send: Any) -> MeterAddon:
+    """The addon, wired to the pipeline. `send` takes its messages to the edge."""
     from halton_meter.providers.registry import Registry
     from halton_meter.wire.conversation import Interest
     from halton_meter.wire.recording import Recorder
@@ -131,7 +119,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], told: Any) -> M
     recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), pricing.losses)
 
     def refused(host: str, process: Process | None, said: bool) -> None:
-        told({"refused": [host, program_of(process), said]})
+        send({"refused": [host, program_of(process), said]})
 
     return MeterAddon(
         Wiring(recorder.begin, process_of, pricing.put, refused, losses=pricing.losses)
@@ -145,25 +133,17 @@ class Pricing:
         self,
         meter: Meter,
         home: Path,
-        told: Callable[[dict[str, Any]], None],
+        send: Callable[[dict[str, Any]], None],
         price_error: str | None = None,
     ) -> None:
         from halton_meter.store import Store
 
         self._meter = meter
-        self._home = home
-        self._store: Store = Store(home)
+        self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
         self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
-        self._seal_due: float | None = None
-        self._sealed_at = 0.0
-        self._flush_due: float | None = None
-        self._unflushed = 0
-        self._flusher: Flusher | None = None
-        self._retry_due: float | None = None  # of what the disk refused
-        self._condition = Condition(self._store, price_error)
-        self._told = told
-        self._told_before: dict[str, Any] = {}
+        self._send = send
+        self._sent: dict[str, Any] = {}
         self.losses: Counter[str] = Counter()
         self.totals = Totals()
         self.last_event_ns: int | None = None
@@ -179,53 +159,42 @@ class Pricing:
         except queue.Full:
             self.losses["exchanges_over_limit"] += 1
 
-    def count_losses(self, losses: Mapping[str, Any]) -> None:
+    def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
-        for cause, count in losses.items():
-            self._store.count_loss(str(cause), int(count), time.time_ns())
+        self._journal.count_losses(losses)
 
     def finish(self) -> dict[str, Any]:
-        """Price what waits, store it, end; returns the last that is to be told."""
+        """Price what waits, store it, end; returns the last report."""
         self._waiting.put(None)
         self._thread.join()
-        if self._flusher is not None:
-            self._flusher.wait()
         self.count_losses({**self.losses, **self._meter.losses})
-        self._condition.flushed(flushing.flush(self._store))
-        self._store.close()
-        return {**self.status(), "store_error": self._condition.last_word()}
+        self._journal.close()
+        return {**self.status(), "store_error": self._journal.condition.last_word()}
 
     def status(self) -> dict[str, Any]:
-        """What there is to tell."""
-        return {
-            "pid": os.getpid(),
-            "events": self.totals.total.requests,
-            "totals": self.totals.as_json(),
-            "last_event_at": rfc3339(self.last_event_ns) if self.last_event_ns else None,
-            **self._condition.as_json(),
-            "owed": self._store.owed,
-            "losses": self._losses(),
-        }
+        """The worker's own part of the service's status, its losses, and what is in no store."""
+        condition = self._journal.condition.as_json()
+        metered = status.metered(self.totals, self.last_event_ns, condition)
+        owed = self._journal.unstored()["owed"]
+        return {"pid": os.getpid(), **metered, "owed": owed, "losses": self._losses()}
 
     def _losses(self) -> dict[str, int]:
-        found = {**self.losses, **self._meter.losses, "journal_full": self._store.dropped}
+        found = {**self.losses, **self._meter.losses, "journal_full": self._journal.dropped}
         return {cause: count for cause, count in found.items() if count}
 
-    def _mind_the_disk(self) -> None:
-        """Try again soon to write what the disk refused, and tell how much a kill would lose."""
-        refused = self._store.trouble is not None
-        self._retry_due = time.monotonic() + HELD_RETRY_S if refused else None
-        state = {"losses": self._losses(), "held": self._store.held, "owed": self._store.owed}
-        if state != self._told_before:
-            self._told_before = state
-            self._told({"lost": state})
+    def _on_write(self) -> None:
+        """Report how much a kill would lose, where that has changed."""
+        state = {"losses": self._losses(), **self._journal.unstored()}
+        if state != self._sent:
+            self._sent = state
+            self._send({"lost": state})
 
     def _work(self) -> None:
         while True:
             try:
                 exchange = self._waiting.get(timeout=self._wait_s())
             except queue.Empty:
-                self._tick()
+                self._journal.tick(time.monotonic())
                 continue
             if exchange is None:
                 return
@@ -233,62 +202,20 @@ class Pricing:
                 self._keep(exchange)
             except Exception as error:  # one exchange's trouble must not become the others'
                 self.losses[f"pricing_{type(error).__name__}"] += 1
-            self._tick()
+            self._journal.tick(time.monotonic())
 
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
         if not events:
             return
-        self._store.append(events)
-        self._mind_the_disk()
+        self._journal.keep(events)
         for event in events:
             self.totals.add(event)
             self.last_event_ns = event.usage.at_ns
-        self._unflushed += len(events)
-        now = time.monotonic()
-        self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
-        self._flush_due = self._flush_due or now + FLUSH_AFTER_S
 
     def _wait_s(self) -> float | None:
-        dues = [self._seal_due, self._flush_due, self._retry_due]
-        if self._flusher is not None:
-            dues.append(time.monotonic() + FLUSHER_POLL_S)
-        known = [due for due in dues if due is not None]
-        return max(0.0, min(known) - time.monotonic()) if known else None
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        if self._seal_due is not None and now >= self._seal_due:
-            self._seal_due, self._sealed_at = None, now
-            self._store.close()  # from now on whoever reads the store takes the events over
-        if self._retry_due is not None and now >= self._retry_due:
-            self._store.close()
-            self._mind_the_disk()
-        due = self._flush_due is not None and now >= self._flush_due
-        if self._flusher is not None:
-            self._attend_flusher(self._flusher)
-        elif due or self._unflushed >= FLUSH_EVENTS:
-            self._flush_aside()
-
-    def _flush_aside(self) -> None:
-        """Have a process of its own move the journal into the database: it takes 0.3 s of CPU."""
-        self._unflushed, self._flush_due, self._seal_due = 0, None, None
-        self._store.close()
-        try:
-            self._flusher = Flusher(self._home)
-        except OSError as error:
-            self._after_flush(Outcome(f"the flush could not be started: {error.strerror}"))
-
-    def _attend_flusher(self, flusher: Flusher) -> None:
-        outcome = flusher.outcome()
-        if outcome is not None:
-            self._flusher = None
-            self._after_flush(outcome)
-
-    def _after_flush(self, outcome: Outcome) -> None:
-        wait_s = self._condition.flushed(outcome)
-        if wait_s is not None:
-            self._flush_due = min(self._flush_due or math.inf, time.monotonic() + wait_s)
+        due_at = self._journal.due_at
+        return None if due_at is None else max(0.0, due_at - time.monotonic())
 
 
 class Worker:
@@ -298,18 +225,18 @@ class Worker:
         self._job = job
         self._home = Path(job.home)
         self._lock = threading.Lock()
-        # What mitmproxy may print must not get among our lines.
+        # What mitmproxy prints must not get between our lines.
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """One line to the process that started us; its death is noticed elsewhere."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one line to the process that started us; its death is noticed elsewhere."""
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._out.write(json.dumps(message) + "\n")
             self._out.flush()
 
     def run(self) -> int:
-        """Meter until told to finish, or until nobody is left to tell."""
+        """Meter until asked to finish, or until our input ends."""
         from proxy_fallback.mitm.edge_only import EdgeOnly
         from proxy_fallback.mitm.session import ProxyError, ProxySession
         from proxy_fallback.setup.authority import AuthorityError
@@ -317,9 +244,9 @@ class Worker:
         with contextlib.suppress(OSError):
             prepare_home(self._home)
         meter, price_error = make_meter(self._home, self._job.extra_hosts)
-        pricing = Pricing(meter, self._home, self.tell, price_error)
+        pricing = Pricing(meter, self._home, self.send, price_error)
         hosts = provider_hosts(self._job.extra_hosts)
-        addon = make_addon(pricing, self._job.extra_hosts, self.tell)
+        addon = make_addon(pricing, self._job.extra_hosts, self.send)
         try:
             accepted = self._accepted(hosts)
             guard = EdgeOnly(self._job.secret)
@@ -327,14 +254,14 @@ class Worker:
             session = ProxySession(addon, hosts, folder, self._job.upstream, guard)
             session.start()
         except (AuthorityError, ProxyError) as error:
-            self.tell({"unavailable": str(error)})
+            self.send({"unavailable": str(error)})
             return 1
         pricing.start()
-        self.tell({"ready": True, "port": session.port, "accepted": accepted})
+        self.send({"ready": True, "port": session.port, "accepted": accepted})
         threading.Thread(target=self._watch_ca, args=(hosts, accepted), daemon=True).start()
         self._obey(session, pricing, guard)
         session.stop()
-        self.tell({"final": True, **pricing.finish()})
+        self.send({"final": True, **pricing.finish()})
         return 0
 
     def _accepted(self, hosts: Iterable[str]) -> list[str]:
@@ -352,10 +279,10 @@ class Worker:
         while True:
             time.sleep(CA_CHECK_S)
             now: list[str] = []
-            with contextlib.suppress(Exception):  # a CA that cannot be read is as good as none
+            with contextlib.suppress(Exception):  # an unreadable CA counts as none
                 now = self._accepted(hosts)
             if now != before:
-                self.tell({"accepted": now})
+                self.send({"accepted": now})
                 before = now
 
     def _obey(self, session: Any, pricing: Pricing, guard: EdgeOnly) -> None:
@@ -363,10 +290,10 @@ class Worker:
             message = untrusted.parsed(line) or {}
             if "ping" in message:
                 serial = message["ping"]
-                session.call_soon(lambda serial=serial: self.tell({"pong": serial}))
+                session.call_soon(lambda serial=serial: self.send({"pong": serial}))
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
-                self.tell({"status": told, "serial": message["status"]})
+                self.send({"status": told, "serial": message["status"]})
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
             if "finish" in message:
@@ -374,7 +301,7 @@ class Worker:
 
 
 def job_line(job: Job) -> bytes:
-    """What a worker wants to read first."""
+    """The first line that a worker reads."""
     return json.dumps(dataclasses.asdict(job)).encode() + b"\n"
 
 
@@ -389,7 +316,7 @@ def main() -> int:
         table["upstream"] = tuple(table["upstream"])
     code = Worker(Job(**table)).run()
     sys.stderr.flush()
-    os._exit(code)  # streams still open need no farewell
+    os._exit(code)  # skip the shutdown of open streams
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def only_tell_who() -> None:
 
 
 def _tell_who() -> None:
-    from halton_meter.config import home_folder
+    from halton_meter.accounts import home_folder
 
     told = {
         "uids": os.getresuid(),
@@ -187,9 +187,9 @@ def be_ann() -> None:
 
 def be_impatient() -> None:
     """Do not wait long for a service that cannot become healthy."""
-    from halton_meter.cli import service
+    from halton_meter.cli import start
 
-    service.START_S_MAX = 2.0
+    start.START_S_MAX = 2.0
 
 
 def hide_the_program() -> None:
