@@ -46,8 +46,8 @@ def attach_resolver(program: int) -> int | None:
     """Probe `getaddrinfo` of this machine's C library; None where that is not possible.
 
     Our own process maps that library, so the dynamic linker has resolved the function already: no
-    file needs to be read. Closing the descriptor detaches. Containers have a C library of their
-    own, which is not probed.
+    symbols are read. Closing the descriptor detaches. Containers have a C library of their own,
+    which is not probed.
     """
     function = ctypes.cast(_libc.getaddrinfo, ctypes.c_void_p).value or 0
     try:
@@ -55,7 +55,9 @@ def attach_resolver(program: int) -> int | None:
         if found is None or "/libc.so" not in found[0]:
             return None
         path, offset = found
-        offset += probe_offset(ctypes.string_at(function, 8), os.uname().machine)
+        with open(path, "rb") as file:  # in memory there may be another helper's breakpoint
+            code = os.pread(file.fileno(), 8, offset)
+        offset += probe_offset(code, os.uname().machine)
         return bpf.attach_uprobe(program, path, offset, at_return=False)
     except OSError:
         return None

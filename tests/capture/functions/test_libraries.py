@@ -221,7 +221,6 @@ def test_a_function_that_we_map_is_at_its_offset_in_the_file() -> None:
     assert found
     path, offset = found
     assert offset == symbol_offset(Path(path), "getaddrinfo")
-    assert Path(path).read_bytes()[offset : offset + 8] == ctypes.string_at(function, 8)
     assert offset_in_file(1) is None
 
 
