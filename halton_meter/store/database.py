@@ -144,11 +144,13 @@ class Database:
             for sign in ("set lock", "different configuration", "already open", "already attached")
         ):
             return StoreBusy(
-                f"{path} is in use by another process, and was for all the time we waited. "
-                f"Close it there (see who: fuser -v {path}) and try again."
+                f"Another process keeps {path} locked. Close it there (who: fuser -v {path}), "
+                "then run this command again."
             )
         if "does not exist" in text:
-            return NothingStored(f"{path} was put aside just now. Try again.")
+            return NothingStored(
+                f"{path} was damaged and has just been moved away. Run this command again."
+            )
         if any(sign in text for sign in ("version number", "newer version", "storage version")):
             return DatabaseTooNew(
                 f"{path} was written by a newer DuckDB: {first_line(error)}. "

@@ -80,8 +80,8 @@ def _alone(home: Home, deadline: float) -> Iterator[None]:
 def _wait(home: Home, deadline: float) -> None:
     if time.monotonic() >= deadline:
         raise StoreBusy(
-            f"{home.database} is being brought to this version by another process. "
-            "Wait until it is done, and try again."
+            f"Another process is migrating {home.database} to this version. "
+            "Wait until it is done, then run this command again."
         )
     time.sleep(POLL_SECONDS)
 
@@ -119,8 +119,8 @@ def _copy_of(home: Home) -> Iterator[DuckDBPyConnection | None]:
         yield connection
     except (problem.Error, OSError) as error:
         raise StoreUnusable(
-            f"Cannot bring {home.database} to this version: {first_line(error)}. It is as it was; "
-            f"a copy needs as much room again. See: df -h {home.path}"
+            f"Cannot migrate {home.database}: {first_line(error)}. It is unchanged. "
+            f"A copy needs as much space again; see: df -h {home.path}"
         ) from error
     finally:
         connection.close()

@@ -187,7 +187,8 @@ class Store:
         if not self.database_path.exists():
             waiting = self.waiting()
             raise NothingStored(
-                f"{waiting} events were metered just now and are being written. Try again."
+                f"{waiting} events were metered just now and are being written. "
+                "Run this command again in a second."
                 if waiting
                 else "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
             )

@@ -184,7 +184,7 @@ def test_a_database_in_use_is_cleaned_once_it_is_free(tmp_path: Path, how: str) 
             store.append([told(3)])
             found = store.flush()
             assert (found.stored, found.waiting) == (0, 1)
-            assert "in use by another process" in str(found.reason)
+            assert "Another process keeps" in str(found.reason)
         child.stdin.close()
     assert events_of(tmp_path) == [as_cleaned(told(0)), told(3)]
 
@@ -226,7 +226,7 @@ def test_without_room_for_the_copy_the_old_one_stays_and_events_wait(
         assert (found.stored, found.waiting) == (0, 1)
         assert "No space left on device" in str(found.reason)
         assert "df -h" in str(found.reason)
-        with pytest.raises(StoreUnusable, match="It is as it was"), store.reading():
+        with pytest.raises(StoreUnusable, match="It is unchanged"), store.reading():
             pass
     assert not list(tmp_path.glob("meter.duckdb.*"))
     assert events_of(tmp_path) == [as_cleaned(told(0)), told(3)]

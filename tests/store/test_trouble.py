@@ -92,7 +92,7 @@ def test_a_batch_that_meets_a_lock_waits_in_the_journal(store: Store) -> None:
         met = store.flush()
         assert (met.stored, met.waiting) == (0, 2)
         assert met.reason is not None
-        assert "in use" in met.reason
+        assert "locked" in met.reason
         with pytest.raises(StoreBusy, match="fuser"), store.reading(wait_seconds=0.1):
             pass
         assert locker.stdin is not None
@@ -335,7 +335,7 @@ def test_a_damaged_database_is_named_and_kept_aside(store: Store, damage: object
 
 
 def test_a_database_that_is_put_aside_while_we_open_it_is_none(tmp_path: Path) -> None:
-    with pytest.raises(NothingStored, match="Try again"):
+    with pytest.raises(NothingStored, match="moved away"):
         Database(Home(tmp_path)).open_for_reading(0)
 
 
