@@ -508,7 +508,7 @@ def test_stopped_on_a_machine_that_was_set_up_it_lets_everything_through(proxied
     (proxied.home / "changes.json").write_text("{}")
     run = {"env": proxied.environment(), "user": proxied.lab.user}
     stopped = proxied.lab.run([*HALTON_METER, "stop", "--via", "proxy"], **run)
-    assert "lets everything through" in stopped.stdout
+    assert "passes everything on" in stopped.stdout
     proxied.must(2)
     status = proxied.status()
     assert status is not None

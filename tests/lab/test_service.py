@@ -315,7 +315,7 @@ def test_status_for_people_and_scripts(lab: Lab, own: Service) -> None:
     assert found["loader"] in ("libbpf", "bcc")
     assert found["health"] == "ok"
     text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment)
-    assert text.stdout.startswith("ok, up")
+    assert text.stdout.startswith("uprobes ok, up")
     client.kill()
     client.wait()
 
@@ -358,7 +358,7 @@ def test_a_stack_that_cannot_be_probed_is_told_with_the_host_it_looked_up(
     environment = lab.environment(HALTON_METER_HOME=str(own.home))
     text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment).stdout
     assert "(rustls) -> api.openai.com" in text
-    assert "to hosts that are not known" in text
+    assert "not metered, destination unknown:" in text
     for client in clients:
         client.stdin.close()
         client.wait()
