@@ -1,7 +1,7 @@
-"""Times and days as people mean them: "7d", "today", the period before, the days of a clock.
+"""Times and days as people type them: "7d", "today", the period before, the days of a clock.
 
-Days are those of the local time zone, whatever the database thinks that it is. It reads no clock:
-the caller says what time it is.
+People read and type local time, unless they type an offset or Z; machines get UTC. Days are those
+of the local time zone, not of the database's. It reads no clock: the caller says what time it is.
 """
 
 from __future__ import annotations
@@ -18,27 +18,41 @@ DAYS_MAX = 11_000
 _SECOND_NS = 1_000_000_000
 _DAY_NS = 86_400 * _SECOND_NS
 _DAY_ZERO = date(1970, 1, 1)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}|\d{8}", re.ASCII)
 _AGO = re.compile(r"(\d{1,6})\s*([mhdw])")
 _AGO_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def parse_when(text: str, now_ns: int, end: bool = False) -> int:
-    """A time as people write it, in ns: "7d", "24h", "today", "2026-11-23", RFC 3339.
+    """A time as people type it, in ns: "7d", "24h", "today", "2026-11-23", RFC 3339.
 
     Without an offset it is local time. With `end`, a bare date means the end of that day, so that
-    `--to 2026-11-23` includes the 23rd. Raises ValueError for anything else.
+    `--to 2026-11-23` includes the 23rd. A local time that the clock skips or shows twice is read as
+    if the clock had not changed yet. Raises ValueError for anything else.
     """
     text = text.strip()
     if match := _AGO.fullmatch(text):
         return now_ns - int(match[1]) * _AGO_SECONDS[match[2]] * _SECOND_NS
     if text in ("today", "yesterday"):
-        day = datetime.fromtimestamp(now_ns // _SECOND_NS).date()
-        return start_of(day - timedelta(days=(text == "yesterday")) + timedelta(days=end))
+        return start_of(day_of(now_ns) - timedelta(days=(text == "yesterday") - end))
     if text == "now":
         return now_ns
-    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+    if _DATE.fullmatch(text):
         return start_of(date.fromisoformat(text) + timedelta(days=end))
-    moment = datetime.fromisoformat(text).astimezone(UTC)  # naive: local time
+    moment = datetime.fromisoformat(text).astimezone(UTC)  # without an offset: local time
+    return _ns(moment)
+
+
+def parse_stated(text: str) -> int:
+    """A time that a document states, in ns; without an offset it is UTC, as machines write it.
+
+    Raises ValueError for what is no time.
+    """
+    moment = datetime.fromisoformat(text.strip())
+    return _ns(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+def _ns(moment: datetime) -> int:
     whole = int(moment.replace(microsecond=0).timestamp())
     return whole * _SECOND_NS + moment.microsecond * 1000
 

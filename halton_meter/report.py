@@ -1,6 +1,6 @@
-"""The questions one may ask of stored events: how much, by what, compared with when, how surely.
+"""Questions about stored events: how much, by what, compared with when, how surely.
 
-`ask` answers one `Question` with a `Report`, whose `json` is the public contract's object. This
+`ask` answers one `Question` with a `Report`; `Report.json` is the public contract's object. This
 file knows the table `event` of `store/schema.py`; it refuses to know how the answer is drawn
 (`cli/report.py`) and reads no clock: the caller says what time it is. Over many events, totals and
 groups by one dimension come from the sums of days (`store/rollup.py`), all else from the events.
@@ -115,7 +115,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How far the figures can be trusted: what was cut off, unpriced, unanswered or lost."""
+    """How far the figures can be trusted: interrupted, incomplete, unpriced, unanswered, lost."""
 
     complete: int = 0
     aborted: int = 0
@@ -209,7 +209,7 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def set_price_command(provider: str, model: str | None) -> str | None:
-    """What to run, with USD per million tokens filled in, to give an unpriced model a price.
+    """The command that gives an unpriced model a price; USD stands for dollars per million tokens.
 
     None when the model is not known. Names come from traffic, so they are quoted for the shell.
     """
@@ -440,7 +440,7 @@ def _coverage(
         "free = 'pending'",
     )
     if pending:
-        # What a later answer settled is not pending: both carry the provider's response id.
+        # A later answer with the same response id settles a pending one.
         (pending,) = _counts(
             reader,
             selection,

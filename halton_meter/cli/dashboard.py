@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from halton_meter.cli.output import fail
+from halton_meter.problem import Problem
+
 if TYPE_CHECKING:
     from halton_meter.dashboard.server import Dashboard
 
@@ -22,17 +25,22 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   halton-meter dashboard                 print the page's address and serve it
-  halton-meter dashboard --open          … and open it in the browser
-  halton-meter dashboard --port 9000     at a port of your choice
+  halton-meter dashboard --open          also open it in the web browser
+  halton-meter dashboard --port 9000     on a port of your choice
 """
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: any free port.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Port; default: any free one.",
+)
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the web browser.")
 def dashboard(port: int, open_browser: bool) -> None:
     """Show what was spent on a local web page, until Ctrl-C.
 
-    It listens on 127.0.0.1 only, and answers only the browser that opens the address first. Press
-    Enter for another address: for another browser, or when the first one is too old.
+    It listens on 127.0.0.1 only and serves only the browser that opens the address first. Press
+    Enter for a new address, for example for another browser.
     """
     from halton_meter.accounts import home_folder
     from halton_meter.dashboard.server import Dashboard
@@ -41,14 +49,10 @@ def dashboard(port: int, open_browser: bool) -> None:
     try:
         server = Dashboard(Store(home_folder()), time.time_ns, port)
     except OSError as error:
-        click.echo(
-            f"halton-meter: cannot listen on 127.0.0.1:{port}: {error.strerror}\n"
-            "  try: halton-meter dashboard   (takes any free port)",
-            err=True,
-        )
-        sys.exit(1)
+        what = f"cannot listen on 127.0.0.1:{port}: {error.strerror}"
+        fail(Problem(what, "halton-meter dashboard   (on any free port)"))
     url = server.new_url()
-    click.echo(f"{url}\nIt opens once. Enter: another address. Ctrl-C ends it.")
+    click.echo(f"{url}\nThe address works once. Enter: a new address. Ctrl-C: stop.")
     _offer_more(server)
     if open_browser:
         click.launch(url)
@@ -61,7 +65,7 @@ def dashboard(port: int, open_browser: bool) -> None:
 
 
 def _offer_more(server: Dashboard) -> None:
-    """Print another address each time that Enter is pressed."""
+    """Print a new address each time that Enter is pressed."""
     if not sys.stdin.isatty():
         return
     # A job in the background must not be stopped for reading the terminal; the read fails then.

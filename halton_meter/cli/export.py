@@ -1,4 +1,4 @@
-"""`halton-meter export`: stored events as a file for other tools.
+"""`halton-meter export`: stored requests as a file for other tools.
 
 The file appears whole or not at all. Exit codes: 0 done; 1 nothing stored, or the file exists or
 cannot be written; 2 wrong usage.
@@ -17,9 +17,10 @@ from typing import Any
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.output import harmless
-from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.cli.output import count, fail, say
+from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import event_json
+from halton_meter.problem import Problem
 from halton_meter.store import NothingStored, Reader, Selection, Store
 from halton_meter.store.errors import disk_trouble
 from halton_meter.store.export import write_csv, write_parquet, write_sqlite
@@ -28,12 +29,12 @@ from halton_meter.store.export import write_csv, write_parquet, write_sqlite
 def _write_jsonl(reader: Reader, path: Path, selection: Selection) -> int:
     import orjson
 
-    count = 0
+    written = 0
     with path.open("xb") as file:
         for event in reader.events(selection):
             file.write(orjson.dumps(event_json(event)) + b"\n")
-            count += 1
-    return count
+            written += 1
+    return written
 
 
 _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
@@ -49,7 +50,8 @@ _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
 Examples:
   halton-meter export sqlite spend.sqlite                  tables projects, requests, …
   halton-meter export csv november.csv --from 2026-11-01 --to 2026-11-30
-  halton-meter export parquet all.parquet --force          replace the last one
+  halton-meter export jsonl spend.jsonl --since 7d         as `events --json` prints them
+  halton-meter export parquet all.parquet --force          replace an earlier file
 """
 )
 @click.argument("form", metavar="sqlite|csv|parquet|jsonl", type=click.Choice(list(_WRITERS)))
@@ -57,42 +59,45 @@ Examples:
 @selection_options
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def export(form: str, path: Path, force: bool, **options: Any) -> None:
-    """Write events to SQLite, CSV, Parquet or JSON lines; money exact, times in UTC."""
+    """Write stored requests to a SQLite, CSV, Parquet or JSON lines file.
+
+    Money is exact and times are in UTC. The file appears whole or not at all.
+    """
     selection = read_selection(now_ns(), **options)
     if path.exists() and not force:
-        raise click.ClickException(f"{path} exists. Replace it with --force, or name another.")
+        fail(Problem(f"{path} exists", "add --force to replace it, or name another file"))
     if path.exists() and not path.is_file():
-        raise click.ClickException(f"{path} is no file to be replaced. Name another.")
+        fail(Problem(f"{path} is not a regular file", "name another file"))
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with explained(), Store(home_folder()).reading() as reader, _told_of(path):
-            count = _written(_WRITERS[form], reader, part, selection)
+        with store_problems(), Store(home_folder()).reading() as reader, _disk_problems(path):
+            written = _written(_WRITERS[form], reader, part, selection)
             os.replace(part, path)
     except NothingStored as nothing:
-        raise click.ClickException(str(nothing)) from nothing
+        fail(Problem(str(nothing), ""))
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-    click.echo(harmless(f"{count:,} events in {path}"))
+    say(f"{count(written, 'request')} in {path}")
 
 
 @contextlib.contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """Say of what cannot be written where it was to go: it need not be where the store is."""
+def _disk_problems(path: Path) -> Iterator[None]:
+    """Fail with the folder that cannot be written: it need not be where the store is."""
     try:
         yield
     except OSError as error:
         folder = path.absolute().parent
-        why = disk_trouble(error, folder)
         if error.errno == errno.ENOENT:
-            why = f"there is no folder {folder}. Make it: mkdir -p {shlex.quote(str(folder))}"
-        raise click.ClickException(f"Cannot write {path}: {why}.") from error
+            what = f"cannot write {path}: there is no folder {folder}"
+            fail(Problem(what, f"mkdir -p {shlex.quote(str(folder))}"))
+        fail(Problem(f"cannot write {path}: {disk_trouble(error, folder)}", ""))
 
 
 def _written(
     write: Callable[[Reader, Path, Selection], int], reader: Reader, part: Path, chosen: Selection
 ) -> int:
-    before = os.umask(0o077)  # what was spent on what is nobody else's business
+    before = os.umask(0o077)  # no other user may read what was spent
     try:
         return write(reader, part, chosen)
     finally:

@@ -24,6 +24,8 @@ import click
 from halton_meter.problem import Problem
 
 UNKNOWN = "-"
+# What people read for the contract's outcomes.
+OUTCOMES = {"complete": "", "gapped": "incomplete (bytes lost)", "aborted": "interrupted"}
 BAR_CELLS = 12
 LINE_CHARACTERS_MAX = 2000
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

@@ -1,15 +1,13 @@
-"""`halton-meter pricing`: explain a price, list prices, tell the state of the price book.
+"""`halton-meter pricing`: explain a price, list prices, show the state of the price book.
 
-Thin by rule: `pricing.book` prices and `cli.explain` reads a response. The commands that change
-prices are in `pricing_changes.py`. Exit codes: 0 done; 1 failed (the reason and the next command on
+Thin by rule: `pricing.book` prices and `halton_meter.explain` reads a response. The commands that
+change prices are in `pricing_changes.py`. Exit codes: 0 done; 1 failed (the reason and the fix on
 stderr); 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.book import fail, open_book, parsed_time, rate_text
-from halton_meter.cli.output import harmless, harmless_lines
+from halton_meter.cli.book import open_book, rate_text
+from halton_meter.cli.output import (
+    count,
+    fail,
+    harmless,
+    local_time,
+    note,
+    print_json,
+    say,
+    zone_text,
+)
 from halton_meter.cli.pricing_changes import described, refresh, reset, set_
+from halton_meter.cli.selection import moment, now_ns
+from halton_meter.cli.unpriced import Reason, reason_of, reasons_of
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -29,7 +39,7 @@ if TYPE_CHECKING:
     from pricing.rates import Rate
 
 _STDIN = "-"
-_UNKNOWN_SHOWN = 50
+_UNPRICED_SHOWN = 50
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,29 +62,32 @@ for _changing in (set_, reset, refresh):
 # --- explain ------------------------------------------------------------
 
 
-@pricing.command(short_help="Show how a price comes about, line by line.")
+_AT = "Price as at this time: 2026-11-23, 2026-11-23T09:30 (local time), 2026-11-23T09:30Z, 7d."
+
+
+@pricing.command(short_help="Show how a price is computed, line by line.")
 @click.argument("what", metavar="EVENT_ID|FILE|-")
-@click.option("--provider", help="Whose response it is; told from the body where possible.")
-@click.option("--model", help="The model that was asked for, where the response names none.")
-@click.option("--at", "at", metavar="TIME", help="When the request was made (UTC); default now.")
+@click.option("--provider", metavar="NAME", help="The provider, where the body does not show it.")
+@click.option("--model", metavar="NAME", help="The model, where the body names none.")
+@click.option("--at", "at", metavar="TIME", help=f"{_AT} Default: what the body states, else now.")
 @click.option(
     "--json/--text",
     "as_json",
     default=None,
-    help="One JSON object a line, or lines to read. Default: text on a terminal, else JSON.",
+    help="One JSON object a line, or text. Default: text on a terminal, else JSON.",
 )
 def explain(
     what: str, provider: str | None, model: str | None, at: str | None, as_json: bool | None
 ) -> None:
-    """Show how a price comes about: every line with quantity, rate, amount and source.
+    """Show how a price is computed: every line with quantity, rate, amount and source.
 
-    WHAT is the id of a stored event, a file holding a provider's response body, or "-" for
-    standard input. Prices are those in force at the time of the request. What is printed is the
-    event as `halton-meter events --json` has it; on a terminal, the same to read.
+    WHAT is the id of a stored event, a file with a provider's response body, or "-" for standard
+    input. The prices are those in force at the time of the request. JSON output is the event as
+    `halton-meter events --json` prints it.
 
-    A body may be JSON, SSE or lines of JSON. What it does not say may stand beside its own fields,
-    or around it as {"response": …}: host, headers, region, service_tier, batch, at, audio_seconds,
-    images, web_search_requests, container_hours and the like.
+    The body may be JSON, server-sent events or lines of JSON. Facts that it lacks can be added as
+    extra fields, or wrap it: {"response": …, "host": …}. They are host, headers, region,
+    service_tier, batch, at, audio_seconds, images, web_search_requests, container_hours and others.
 
     \b
     Examples:
@@ -84,7 +97,7 @@ def explain(
     """
     if as_json is None:
         as_json = not sys.stdout.isatty()
-    at_ns = parsed_time(at)
+    at_ns = None if at is None else moment("--at", at, now_ns())
     book = open_book()
     if what == _STDIN or Path(what).is_file():
         for usage in _events_in(what, provider, model, at_ns):
@@ -94,7 +107,7 @@ def explain(
     _show(event, as_json)
     for list_usd, basis, price_book in [] if as_json else earlier:
         how = "unpriced" if list_usd is None else f"list price ${list_usd:f}, {_BASIS[basis]}"
-        click.echo(harmless(f"  before it was repriced: {how}, price book {price_book}"))
+        say(f"  before it was repriced: {how}, price book {price_book}")
 
 
 def _events_in(
@@ -105,13 +118,26 @@ def _events_in(
     try:
         raw = sys.stdin.buffer.read() if what == _STDIN else Path(what).read_bytes()
     except OSError as error:
-        fail(f"{what}: {error.strerror}")
+        fail(Problem(f"{what}: {error.strerror}", f"ls -l {what}"))
     try:
         if at_ns is None:
-            at_ns = parsed_time(stated_time(raw)) or time.time_ns()
+            at_ns = _stated_ns(stated_time(raw)) or now_ns()
         return events_of(raw, provider, at_ns, model)
     except NotExplained as error:
-        fail(f"{'standard input' if what == _STDIN else what}: {error}")
+        name = "standard input" if what == _STDIN else what
+        fail(Problem(f"{name}: {error}", "halton-meter pricing explain --help"))
+
+
+def _stated_ns(text: str | None) -> int | None:
+    from halton_meter.periods import parse_stated
+
+    if text is None:
+        return None
+    try:
+        return parse_stated(text)
+    except (ValueError, OverflowError):
+        what = f'the body states "at": {text!r}, which is not a time'
+        fail(Problem(what, "write it as 2026-11-23T09:30:00Z, or add --at TIME"))
 
 
 def _stored(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str, str | None]]]:
@@ -127,8 +153,8 @@ def _stored(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str,
                         earlier = reader.superseded(event_id)
                         return event, [(usd, how, book) for _, usd, how, book in earlier]
     except StoreError as error:
-        fail(f"{event_id}: no such file, and no stored event: {error}")
-    fail(f"{event_id}: no such file or event; see: halton-meter events --json")
+        fail(Problem(f"{event_id}: no such file, and no stored event: {error}", ""))
+    fail(Problem(f"{event_id}: no such file or stored event", "halton-meter events --json"))
 
 
 def _show(event: PricedEvent, as_json: bool) -> None:
@@ -136,29 +162,30 @@ def _show(event: PricedEvent, as_json: bool) -> None:
 
     document = event_json(event)
     usage = event.usage
-    unpriced = [flag.partition(":")[2] for flag in document["flags"] if _is_unpriced(flag)]
+    reasons = reasons_of(document["flags"])
     if as_json:
-        click.echo(json.dumps(document, ensure_ascii=False))
+        print_json(document)
     else:
-        for line in _told(document):
+        for line in _explained(document, usage.at_ns):
             click.echo(harmless(line))
-        for reason in unpriced:
-            click.echo(harmless(f"  {_why(reason, usage.model)}"))
-    for reason in unpriced[:1]:
-        if command := _set_command(usage.provider, usage.model, reason):
+        for reason in reasons:
+            click.echo(harmless(f"  {reason.words(usage.model)}"))
+    for reason in reasons[:1]:
+        if command := reason.set_command(usage.provider, usage.model):
             click.echo(harmless(f"  set a price: {command}"), err=True)
 
 
-def _told(document: dict[str, Any]) -> Iterator[str]:
-    """The lines of an explained event, for a person."""
-    yield f"{document['provider']} {document['model'] or 'unknown model'}  {document['at']}"
+def _explained(document: dict[str, Any], at_ns: int) -> Iterator[str]:
+    """The lines of an explained event, for people."""
+    at = f"{local_time(at_ns, seconds=True)} {zone_text(at_ns)}"
+    yield f"{document['provider']} {document['model'] or 'unknown model'}  {at}"
     for item in document["line_items"]:
-        yield from _item_told(item, document["model"])
-    if served := [f"{k}={v}" for k, v in document["conditions"].items() if k in _TOLD]:
+        yield from _item_lines(item, document["model"])
+    if served := [f"{k}={v}" for k, v in document["conditions"].items() if k in _SHOWN]:
         yield f"  served under {', '.join(served)}"
     if (stated := document["implausible"]) is not None:
         yield "  unpriced, and in no sum: the answer states amounts that no request can have"
-        yield from _stated_told(stated)
+        yield from _stated_lines(stated)
     elif document["list_usd"] is None:
         yield f"  unpriced, price book {document['price_book']}"
     else:
@@ -166,22 +193,22 @@ def _told(document: dict[str, Any]) -> Iterator[str]:
         yield f"  list price ${document['list_usd']}, {how}, price book {document['price_book']}"
     if document["marginal_usd"] != document["list_usd"]:
         plan = document["conditions"].get("plan")
-        paid = f", for the plan {plan!r} pays" if plan else ""
-        yield f"  added to the bill: ${document['marginal_usd'] or '0'}{paid}"
+        paid = f"; your plan {plan!r} covers the rest" if plan else ""
+        yield f"  billed: ${document['marginal_usd'] or '0'}{paid}"
     if document["gap"] is not None:
         yield f"  incomplete: {document['gap']}"
-    if noted := [flag for flag in document["flags"] if not _is_unpriced(flag)]:
-        yield f"  flags: {', '.join(noted)}"
+    if others := [flag for flag in document["flags"] if reason_of(flag) is None]:
+        yield f"  flags: {', '.join(others)}"
 
 
-def _stated_told(stated: dict[str, Any]) -> Iterator[str]:
+def _stated_lines(stated: dict[str, Any]) -> Iterator[str]:
     for name, amount in {**stated["tokens"], **stated["units"]}.items():
         yield f"  stated: {name.replace('_', ' ')} {amount}"
     if stated["reported_usd"] is not None:
         yield f"  stated: cost ${stated['reported_usd']}"
 
 
-def _item_told(item: dict[str, Any], model: str | None) -> Iterator[str]:
+def _item_lines(item: dict[str, Any], model: str | None) -> Iterator[str]:
     name = item["what"] if item["model"] == model else f"{item['what']} ({item['model']})"
     line = f"  {name:<34} {_grouped(item['quantity']):>14} x ${item['rate']:<14} = ${item['usd']}"
     yield line.rstrip()
@@ -190,52 +217,17 @@ def _item_told(item: dict[str, Any], model: str | None) -> Iterator[str]:
         yield f"      {why}"
 
 
-# Conditions that a person is told of: those that the price may rest on.
-_TOLD = frozenset(
+# Conditions that the price may depend on.
+_SHOWN = frozenset(
     "service_tier batch speed inference_geo traffic_type region inference_profile grounding "
     "image_size image_quality video_size".split()
 )
 _BASIS = {
     "reported": "as the provider states it",
     "computed": "computed from the usage",
-    "estimated": "estimated from what was seen",
+    "estimated": "estimated from the text that was seen",
     "free": "not billed",
 }
-
-
-def _is_unpriced(flag: str) -> bool:
-    return flag.startswith("unpriced:")
-
-
-def _why(reason: str, model: str | None) -> str:
-    """Why there is no price, from what follows "unpriced:" in a flag."""
-    name, _, value = reason.partition("=")
-    if name == "model":
-        if not value:
-            return "no model is named; where you know it: halton-meter pricing explain --model M"
-        return f"the model {value!r} is not in the price book"
-    if name == "usage":
-        return "no usage is stated"
-    if name == "date":
-        return f"{model} had no price on {value}"
-    if value:
-        return f"{model} has no price under {reason}"
-    return f"{model} has no price for {reason}"
-
-
-def _set_command(provider: str, model: str | None, reason: str) -> str | None:
-    """What to run to give the model a price; None where a price would not help."""
-    from halton_meter.model import TOKEN_NAMES
-    from halton_meter.report import set_price_command
-
-    name, _, value = reason.partition("=")
-    if name == "usage" or (name == "model" and not value):
-        return None
-    command = set_price_command(provider, value if name == "model" else model)
-    if command is None or value:
-        return command
-    head, _, _ = command.partition(" --rate ")
-    return f"{head} --rate {name if name in TOKEN_NAMES else f'{name}_each'}=USD"
 
 
 def _grouped(quantity: str) -> str:
@@ -249,19 +241,21 @@ def _grouped(quantity: str) -> str:
 @pricing.command("list", short_help="List the prices in force.")
 @click.argument("provider", required=False)
 @click.option("--model", "pattern", metavar="GLOB", help="Only models of this name or glob.")
-@click.option("--at", "at", metavar="TIME", help="Prices in force then; default now.")
+@click.option("--at", "at", metavar="TIME", help=f"{_AT} Default: now.")
 @click.option(
-    "--unconfirmed", is_flag=True, help="Only what was not read at the vendor's own page, and why."
+    "--unconfirmed",
+    is_flag=True,
+    help="Only prices that were not read at the vendor's own page, with the reason.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def list_(
     provider: str | None, pattern: str | None, at: str | None, unconfirmed: bool, as_json: bool
 ) -> None:
-    """List prices in force: USD per million tokens, or per unit where the name says so.
+    """List the prices in force: USD per million tokens, or per the unit that the name states.
 
-    These are the standard rates, your overrides applied; what a tier, a batch, a region or a tool
-    makes of them, `pricing explain` shows. Without PROVIDER, list the providers and how many
-    models each has.
+    These are the standard rates with your overrides applied; `pricing explain` shows what a tier, a
+    batch, a region or a tool makes of them. Without PROVIDER, list the providers and the number of
+    their models. Prices are dated by days in UTC.
 
     \b
     Examples:
@@ -272,29 +266,41 @@ def list_(
     """
     from pricing.names import canonical_provider
 
+    at_ns = now_ns() if at is None else moment("--at", at, now_ns())
     book = open_book()
+    wanted = None if provider is None else canonical_provider(provider)
+    if wanted is not None and wanted not in book.providers():
+        fail(Problem(f"no prices of {provider!r}", "halton-meter pricing list"))
     if unconfirmed:
-        for name, what, note in book.unconfirmed():
-            if provider is None or name == canonical_provider(provider):
-                doubt = {"provider": name, "models": what, "note": note}
-                _emit(as_json, doubt, f"{name} {what}: {note}")
-        return
-    if provider is None and pattern is None:
+        _list_unconfirmed(book, wanted, as_json)
+    elif wanted is None and pattern is None:
         for name in book.providers():
-            count = book.model_count(name)
-            _emit(as_json, {"provider": name, "models": count}, f"{name:<28} {count:>5} models")
-        return
-    known = book.providers()
-    if provider is not None and canonical_provider(provider) not in known:
-        fail(f"no prices of {provider!r}; see: halton-meter pricing list")
-    wanted = [canonical_provider(provider)] if provider else known
+            models = book.model_count(name)
+            _emit(as_json, {"provider": name, "models": models}, f"{name:<28} {models:>5} models")
+    else:
+        if at is not None and not as_json:
+            say(f"Prices as at {local_time(at_ns)} {zone_text(at_ns)}:")
+        _list_models(book, wanted, pattern, at_ns, as_json)
+
+
+def _list_unconfirmed(book: PriceBook, wanted: str | None, as_json: bool) -> None:
+    for name, models, why in book.unconfirmed():
+        if wanted in (None, name):
+            document = {"provider": name, "models": models, "note": why}
+            _emit(as_json, document, f"{name} {models}: {why}")
+
+
+def _list_models(
+    book: PriceBook, wanted: str | None, pattern: str | None, at_ns: int, as_json: bool
+) -> None:
     found = 0
-    for name in wanted:
-        for document in _listed(book, name, pattern, parsed_time(at) or time.time_ns()):
+    for name in [wanted] if wanted else book.providers():
+        for document in _listed(book, name, pattern, at_ns):
             found += 1
             _emit(as_json, document, _listed_line(document))
     if not found:
-        fail(f"no model is called {pattern!r}; see: halton-meter pricing list {provider or ''}")
+        fix = f"halton-meter pricing list {wanted or ''}".rstrip()
+        fail(Problem(f"no model is called {pattern!r}", fix))
 
 
 def _listed(
@@ -316,11 +322,11 @@ def _listed(
             "provider": name,
             "model": model.id,
             "names": list(model.names),
-            "rates": _rates_told(short),
+            "rates": _rate_texts(short),
             "long_prompts": [
                 {
                     "above_tokens": level.above,
-                    "rates": _rates_told({n: r for n, r in rates.items() if r != short.get(n)}),
+                    "rates": _rate_texts({n: r for n, r in rates.items() if r != short.get(n)}),
                 }
                 for level, rates in zip(tariff.levels[1:], long, strict=True)
             ],
@@ -329,91 +335,99 @@ def _listed(
         }
 
 
-def _rates_told(rates: Mapping[str, Rate]) -> dict[str, str]:
+def _rate_texts(rates: Mapping[str, Rate]) -> dict[str, str]:
     return {name: rate_text(rate.usd, rate.per) for name, rate in rates.items()}
 
 
 def _listed_line(document: dict[str, Any]) -> str:
-    def told(rates: dict[str, str]) -> str:
+    def joined(rates: dict[str, str]) -> str:
         return "  ".join(f"{key} ${value}" for key, value in rates.items())
 
-    line = f"{document['provider']} {document['model']}: {told(document['rates'])}"
+    line = f"{document['provider']} {document['model']}: {joined(document['rates'])}"
     for level in document["long_prompts"]:
-        line += f"\n    prompts over {level['above_tokens']:,} tokens: {told(level['rates'])}"
+        line += f"\n    prompts over {level['above_tokens']:,} tokens: {joined(level['rates'])}"
     return line
 
 
 def _emit(as_json: bool, document: dict[str, Any], line: str) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False) if as_json else harmless_lines(line))
+    if as_json:
+        print_json(document)
+    else:
+        say(line)
 
 
-@pricing.command(short_help="Show the price book, your overrides, models without a price.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@pricing.command(short_help="Show the price book, your overrides, unpriced models.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(as_json: bool) -> None:
-    """Show the price book in use, your overrides, and models seen that have no price.
+    """Show the price book in use, your overrides, and the unpriced models in stored requests.
 
     \b
     Examples:
       halton-meter pricing status
-      halton-meter pricing status --json
+      halton-meter pricing status --json | jq .unpriced
     """
-    document = _status()
+    document, reasons = _status()
     if as_json:
-        click.echo(json.dumps(document, ensure_ascii=False))
+        print_json(document)
         return
-    for line in _status_told(document):
+    for line in _status_lines(document, reasons):
         click.echo(harmless(line))
 
 
-def _status() -> dict[str, Any]:
+def _status() -> tuple[dict[str, Any], list[Reason]]:
+    """The status as printed by --json, and the reason of each of its unpriced models."""
     book = open_book()
-    unknown = _unknown_models()
-    return {
+    unpriced = _unpriced_models()
+    document = {
         "price_book": book.version,
         "refreshed": (home_folder() / "prices").is_dir(),
         "providers": {name: book.model_count(name) for name in book.providers()},
         "unconfirmed": sum(1 for _ in book.unconfirmed()),
         "overrides": [described(override) for override in book.overrides],
-        "stored": unknown is not None,
+        "stored": unpriced is not None,
         "unpriced": [
             {
                 "provider": provider,
                 "model": model,
                 "requests": requests,
-                "why": reason,
-                "set": _set_command(provider, model, reason),
+                "why": str(reason),
+                "set": reason.set_command(provider, model),
             }
-            for provider, model, reason, requests in unknown or ()
+            for provider, model, reason, requests in unpriced or ()
         ],
     }
+    return document, [reason for _, _, reason, _ in unpriced or ()]
 
 
-def _status_told(document: dict[str, Any]) -> Iterator[str]:
-    yield f"price book {document['price_book']}"
+def _status_lines(document: dict[str, Any], reasons: list[Reason]) -> Iterator[str]:
+    yield f"Price book {document['price_book']}"
     if document["refreshed"]:
-        yield "a bundle's prices stand in for the release's: halton-meter pricing refresh --undo"
+        yield (
+            "Prices from an installed bundle are in use. Back to the release's: "
+            "halton-meter pricing refresh --undo"
+        )
     providers = document["providers"]
-    yield f"{sum(providers.values()):,} models of {len(providers)} providers"
+    yield f"{count(sum(providers.values()), 'model')} of {count(len(providers), 'provider')}"
     yield (
-        f"{document['unconfirmed']} prices were not read at the vendor's own page: "
+        f"{count(document['unconfirmed'], 'price')} not read at the vendor's own page: "
         "halton-meter pricing list --unconfirmed"
     )
-    yield from (f"override: {line}" for line in document["overrides"])
+    yield from (f"Override: {line}" for line in document["overrides"])
     if not document["stored"]:
-        yield "no requests are stored yet"
+        yield "No requests are stored yet"
     elif not document["unpriced"]:
-        yield "every model seen has a price"
-    for each in document["unpriced"]:
-        many = "1 request" if each["requests"] == 1 else f"{each['requests']:,} requests"
-        why = _why(each["why"], each["model"])
-        yield f"no price: {each['provider']} {each['model']} ({many}): {why}"
+        yield "Every model in the stored requests has a price"
+    for each, reason in zip(document["unpriced"], reasons, strict=True):
+        requests = count(each["requests"], "request")
+        why = reason.words(each["model"])
+        yield f"Unpriced: {each['provider']} {each['model']} ({requests}): {why}"
         if each["set"]:
             yield f"    {each['set']}"
     if document["unpriced"]:
-        yield "then: halton-meter reprice --dry-run"
+        yield "After setting prices: halton-meter reprice --dry-run"
 
 
-def _unknown_models() -> list[tuple[str, str, str, int]] | None:
+def _unpriced_models() -> list[tuple[str, str, Reason, int]] | None:
     """Provider, model, reason and number of requests of stored events without a price.
 
     None where nothing is stored.
@@ -429,14 +443,14 @@ def _unknown_models() -> list[tuple[str, str, str, int]] | None:
                 "WHERE basis = 'unpriced' AND implausible IS NOT TRUE "
                 "AND coalesce(model, request_model) IS NOT NULL "
                 "GROUP BY ALL ORDER BY 4 DESC, 1, 2, 3 LIMIT ?",
-                [_UNKNOWN_SHOWN],
+                [_UNPRICED_SHOWN],
             )
     except NothingStored:
         return None
     except StoreError as error:
-        click.echo(harmless(f"halton-meter: unpriced models not shown: {error}"), err=True)
+        note(f"unpriced models are not shown: {error}")
         return []
     return [
-        (str(provider), str(model), str(flag or "").partition(":")[2] or "usage", int(count))
-        for provider, model, flag, count in rows
+        (str(provider), str(model), reason_of(str(flag)) or Reason("usage"), int(requests))
+        for provider, model, flag, requests in rows
     ]

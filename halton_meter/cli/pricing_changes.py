@@ -1,7 +1,6 @@
 """Commands that change prices: `pricing set` and `reset` your own, `pricing refresh` the book's.
 
-Stored events keep the price that they have until `reprice`. Nothing goes out on the network but
-`refresh --url`, which says so.
+Stored requests keep their price until `reprice`. Only `refresh --url` uses the network.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.book import fail, open_book, rate_text
-from halton_meter.cli.output import harmless
+from halton_meter.cli.book import open_book, rate_text
+from halton_meter.cli.output import count, fail, note, print_json, say, wrong_usage
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from pricing.overrides import Override
 
 
-_STORED = "events already stored keep their price; see: halton-meter reprice --dry-run"
+_STORED = "Stored requests keep their price. To price them again: halton-meter reprice --dry-run"
 
 
 def described(override: Override) -> str:
@@ -42,16 +42,23 @@ def described(override: Override) -> str:
 
 @click.command("set", short_help="Set your own price for a model.")
 @click.argument("model", metavar="MODEL|GLOB")
-@click.option("--provider", help="Only this provider's model of that name.")
+@click.option("--provider", metavar="NAME", help="Only this provider's model of that name.")
 @click.option(
-    "--from", "since", metavar="DATE", help="In force from this day (UTC); default always."
+    "--from",
+    "since",
+    metavar="DATE",
+    help="In force from this day on, 00:00 UTC like every date in the price book. Default: always.",
 )
 @click.option(
-    "--rate", "rates", multiple=True, metavar="NAME=USD", help="input=3 is USD per million."
+    "--rate",
+    "rates",
+    multiple=True,
+    metavar="NAME=USD",
+    help="A rate, e.g. input=3 for $3 per million input tokens; may be given again.",
 )
-@click.option("--factor", metavar="NUMBER", help="Multiply the book's prices: 0.8.")
-@click.option("--discount", metavar="PERCENT", help="Take off the book's prices: 20%.")
-@click.option("--note", help="Why, for yourself.")
+@click.option("--factor", metavar="NUMBER", help="Multiply the book's prices, e.g. by 0.8.")
+@click.option("--discount", metavar="PERCENT", help="Reduce the book's prices, e.g. by 20%.")
+@click.option("--note", "reason", metavar="TEXT", help="Your reason; it is kept with the override.")
 def set_(
     model: str,
     provider: str | None,
@@ -59,13 +66,13 @@ def set_(
     rates: tuple[str, ...],
     factor: str | None,
     discount: str | None,
-    note: str | None,
+    reason: str | None,
 ) -> None:
     """Set your own price for a model, as rates, a factor or a discount.
 
-    Rates are USD per million tokens; a suffix says otherwise: web_search_requests_k per thousand,
-    images_each per one, audio_hours, audio_minutes. Your rates are final: no tier or batch rule
-    touches them. Stored events keep their price until: halton-meter reprice
+    Rates are USD per million tokens unless the name ends in another unit: web_search_requests_k
+    (per thousand), images_each, audio_hours, audio_minutes. Your rates are final: no tier or batch
+    rule changes them. Stored requests keep their price until you run: halton-meter reprice
 
     \b
     Examples:
@@ -79,9 +86,9 @@ def set_(
     from pricing.rates import PriceError
 
     if sum((bool(rates), factor is not None, discount is not None)) != 1:
-        raise click.UsageError("give one of --rate (as often as needed), --factor or --discount")
+        wrong_usage("give one kind of price: --rate (as often as needed), --factor or --discount")
     table: dict[str, Any] = {"model": model}
-    given = {"provider": provider, "factor": factor, "discount": discount, "note": note}
+    given = {"provider": provider, "factor": factor, "discount": discount, "note": reason}
     table |= {key: value for key, value in given.items() if value is not None}
     if since is not None:
         table["from"] = _day(since)
@@ -95,37 +102,35 @@ def set_(
         kept = [each for each in earlier if (each.model, each.provider, each.start) != key]
         path = file.write(home, (*kept, override))
     except PriceError as error:
-        raise click.UsageError(str(error)) from None
+        wrong_usage(str(error))
     except OSError as error:
-        fail(f"{home_folder()}: {error.strerror}")
-    click.echo(harmless(f"set {described(override)} in {path}"))
+        fail(Problem(f"{home_folder()}: {error.strerror}", f"ls -ld {home_folder()}"))
+    say(f"Set {described(override)} in {path}")
     for replaced in (each for each in earlier if each not in kept):
-        click.echo(harmless(f"in place of {described(replaced)}"))
+        say(f"It replaces {described(replaced)}")
     if not any(fnmatchcase(name, override.provider) for name in _providers_named()):
-        click.echo(
-            f"no traffic is known by the provider {provider!r}; nothing else matches", err=True
-        )
-    click.echo(_STORED)
+        note(f"no provider is called {provider!r}, so the price applies to no request so far")
+    say(_STORED)
 
 
 def _day(text: str) -> dt.date:
     try:
         return dt.date.fromisoformat(text)
     except ValueError:
-        raise click.UsageError(f"--from {text}: write a day as 2026-12-01") from None
+        wrong_usage(f"--from {text!r} is not a day", "write it as 2026-12-01")
 
 
 def _rates(given: tuple[str, ...]) -> dict[str, str]:
     pairs = [rate.partition("=") for rate in given]
     if any(not name or not usd for name, _, usd in pairs):
-        raise click.UsageError("--rate is NAME=USD, such as --rate input=1.5")
+        wrong_usage("a rate is NAME=USD", "write it as --rate input=1.5")
     for name, _, _ in pairs:
         _known_dimension(name)
     return {name: usd for name, _, usd in pairs}
 
 
 def _known_dimension(name: str) -> None:
-    """Refuse a rate that no usage would ever be priced at."""
+    """Refuse a rate that no usage is priced by."""
     from difflib import get_close_matches
 
     from halton_meter.vocabulary import TOKEN_DIMENSIONS, UNITS
@@ -135,11 +140,11 @@ def _known_dimension(name: str) -> None:
     if dimension(name)[0] not in known:
         near = get_close_matches(name, sorted(known), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise click.UsageError(f"--rate {name}: nothing is billed by that name{hint}")
+        wrong_usage(f"--rate {name}: nothing is billed by that name{hint}")
 
 
 def _providers_named() -> set[str]:
-    """The names that events carry as their provider, or a glob may match."""
+    """The names that a request's provider may have."""
     from halton_meter.providers.registry import built_in
 
     return {each.id for each in built_in()} | set(open_book().providers())
@@ -147,33 +152,34 @@ def _providers_named() -> set[str]:
 
 @click.command(short_help="Remove overrides.")
 @click.argument("model", metavar="MODEL|GLOB", required=False)
-@click.option("--provider", help="Only the overrides of this provider.")
-@click.option("--all", "everything", is_flag=True, help="Every override.")
+@click.option("--provider", metavar="NAME", help="Only this provider's overrides.")
+@click.option("--all", "everything", is_flag=True, help="Remove every override.")
 def reset(model: str | None, provider: str | None, everything: bool) -> None:
-    """Remove overrides, written exactly as they were set.
+    """Remove overrides that `pricing set` made. Write MODEL or GLOB as you set it.
 
     \b
     Examples:
-      halton-meter pricing reset 'gpt-5*'
-      halton-meter pricing reset --all
+      halton-meter pricing reset 'gpt-5*'                      all overrides of this glob
+      halton-meter pricing reset 'gpt-5*' --provider openai    only OpenAI's
+      halton-meter pricing reset --all                         all overrides
     """
     from pricing import overrides as file
     from pricing.names import canonical_provider
     from pricing.rates import PriceError
 
     if model is None and not everything:
-        raise click.UsageError("name a model or glob, or say --all")
+        wrong_usage("no model is named", "name a model or glob, or add --all")
     home = home_folder()
     if everything:
         (home / file.FILE_NAME).unlink(missing_ok=True)
-        click.echo("all overrides are gone; the book's prices hold")
-        click.echo(_STORED)
+        say("All overrides removed; the book's prices apply.")
+        say(_STORED)
         return
     assert model is not None
     try:
         overrides = file.read(home)
     except PriceError as error:
-        fail(str(error))
+        fail(Problem(str(error), ""))
     kept = [
         each
         for each in overrides
@@ -181,63 +187,86 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
         or (provider is not None and each.provider != canonical_provider(provider))
     ]
     if len(kept) == len(overrides):
-        fail(f"no override is written {model!r}; see: halton-meter pricing status")
+        fail(Problem(f"there is no override of {model!r}", "halton-meter pricing status"))
     file.write(home, kept)
-    count = len(overrides) - len(kept)
-    click.echo(harmless(f"removed {count} override{'s' if count > 1 else ''} of {model}"))
-    click.echo(_STORED)
+    say(f"Removed {count(len(overrides) - len(kept), 'override')} of {model}")
+    say(_STORED)
 
 
 # --- refresh ------------------------------------------------------------
 
 
-@click.command(short_help="Take newer prices from a bundle that you name.")
+@click.command(short_help="Install newer prices from a bundle.")
 @click.option(
     "--file", "path", type=click.Path(path_type=Path), help="A price bundle on this machine."
 )
-@click.option("--url", help="Fetch the bundle from here (https). The only command that goes out.")
-@click.option("--sha256", metavar="DIGEST", help="The bundle's digest; required with --url.")
+@click.option(
+    "--url", metavar="URL", help="Download the bundle (https only); the only use of the network."
+)
+@click.option("--sha256", metavar="DIGEST", help="The bundle's SHA-256; required with --url.")
 @click.option("--undo", is_flag=True, help="Go back to the bundled prices.")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the changes as one JSON object.")
 def refresh(
-    path: Path | None, url: str | None, sha256: str | None, undo: bool, dry_run: bool
+    path: Path | None, url: str | None, sha256: str | None, undo: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Take newer prices from a bundle (.tar.gz of data/*.toml and overlay/*.toml).
+    """Install newer prices from a bundle (.tar.gz of data/*.toml and overlay/*.toml).
 
-    Opt-in and verified: a URL needs the digest of what it should give, and a bundle that would
-    rewrite a price already recorded is refused. Nothing is ever refreshed by itself.
+    Nothing is refreshed on its own. A download needs the SHA-256 that it must have, and a bundle
+    that would change a recorded price is refused.
 
     \b
     Examples:
-      halton-meter pricing refresh --file prices-2026-12-01.tar.gz
+      halton-meter pricing refresh --file prices-2026-12-01.tar.gz --dry-run
       halton-meter pricing refresh --url https://example.org/prices.tar.gz --sha256 9f86d0…
       halton-meter pricing refresh --undo
     """
-    from pricing import refresh as bundle
+    if sum((path is not None, url is not None, undo)) != 1:
+        wrong_usage("give one of --file, --url or --undo")
+    if url is not None and not sha256:
+        wrong_usage("--url needs the bundle's SHA-256", "add --sha256 DIGEST")
     from pricing.rates import PriceError
 
-    if sum((path is not None, url is not None, undo)) != 1:
-        raise click.UsageError("give one of --file, --url or --undo")
-    home = home_folder()
     try:
         if undo:
-            click.echo("the bundled prices hold" if bundle.undo(home) else "nothing was refreshed")
-            return
-        if url is not None:
-            if not sha256:
-                raise click.UsageError("--url needs --sha256 DIGEST of the bundle")
-            raw = bundle.fetched(url)
+            _undo(as_json)
         else:
-            assert path is not None
-            raw = path.read_bytes()
-        lines = bundle.install(raw, home, sha256, dry_run=dry_run)
+            _install(_bundle(path, url), sha256, dry_run, as_json)
     except PriceError as error:
-        fail(str(error))
+        fail(Problem(str(error), "use another bundle; nothing was changed"))
     except OSError as error:
-        fail(f"{path or url}: {error.strerror or error}")
-    for line in lines:
-        click.echo(harmless(line))
-    if dry_run:
-        click.echo(f"{len(lines)} changes; nothing was changed")
+        where = path or url or home_folder()
+        fail(Problem(f"{where}: {error.strerror or error}", "halton-meter pricing refresh --help"))
+
+
+def _undo(as_json: bool) -> None:
+    from pricing import refresh as bundle
+
+    undone = bundle.undo(home_folder())
+    if as_json:
+        print_json({"undone": undone})
     else:
-        click.echo(f"{len(lines)} changes; price book {open_book().version}")
+        say("Back to the bundled prices." if undone else "The bundled prices are in use already.")
+
+
+def _bundle(path: Path | None, url: str | None) -> bytes:
+    from pricing import refresh as bundle
+
+    if url is not None:
+        return bundle.fetched(url)
+    assert path is not None
+    return path.read_bytes()
+
+
+def _install(raw: bytes, sha256: str | None, dry_run: bool, as_json: bool) -> None:
+    from pricing import refresh as bundle
+
+    changes = bundle.install(raw, home_folder(), sha256, dry_run=dry_run)
+    version = open_book().version
+    if as_json:
+        print_json({"stored": not dry_run, "changes": changes, "price_book": version})
+        return
+    for line in changes:
+        say(line)
+    made = count(len(changes), "change")
+    say(f"{made}; nothing was installed" if dry_run else f"{made}; price book {version}")

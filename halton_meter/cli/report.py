@@ -1,31 +1,37 @@
 """`halton-meter report`: what was spent, by what, compared with when, and how surely.
 
-Draws what `halton_meter.report` answers. Exit codes: 0 done, also when there is nothing to
-report; 1 the store cannot be read; 2 wrong usage.
+Draws what `halton_meter.report` answers. Exit codes: 0 done, also when nothing matches; 1 the store
+cannot be read; 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.losses import losses_in_words
 from halton_meter.cli.output import (
+    OUTCOMES,
     aligned,
     bar,
+    count,
     count_text,
     duration_text,
     implausible_words,
+    local_time,
     money_text,
+    print_json,
     shown,
     sparkline,
     styled,
+    wrong_usage,
+    zone_text,
 )
-from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import usd_text
 from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import period_before
@@ -41,10 +47,10 @@ from halton_meter.report import (
 )
 from halton_meter.store import Selection, Store
 
-# Below this total, cents alone would hide most of it.
+# Below this total, amounts are shown to a hundredth of a cent.
 SMALL_TOTAL_USD = Decimal(10)
 UNPRICED_SHOWN = 5
-LOSSES_SHOWN = 6
+LOSSES_SHOWN = 3
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
 
 
@@ -55,7 +61,9 @@ def _read_by(
     names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
     wrong = [name for name in names if name not in DIMENSIONS]
     if wrong or not names or len(set(names)) < len(names):
-        raise click.BadParameter(f"{text!r}: give some of {', '.join(DIMENSIONS)}, each once.")
+        raise click.BadParameter(
+            f"{text!r}; give one or more of {', '.join(DIMENSIONS)}, each once."
+        )
     return names
 
 
@@ -63,8 +71,8 @@ def _read_by(
     epilog="""\b
 Examples:
   halton-meter report --today                      what today cost, by model
-  halton-meter report --since 7d --by project      the week, by project
-  halton-meter report --since 7d --vs-previous     and the week before
+  halton-meter report --since 7d --by project      the last 7 days, by project
+  halton-meter report --since 7d --vs-previous     compared with the 7 days before
   halton-meter report --by day,model --csv         for a spreadsheet
   halton-meter report --json | jq .totals.list_usd
 """
@@ -77,16 +85,22 @@ Examples:
     show_default="model",
     callback=_read_by,
     metavar="NAME[,NAME]",
-    help=f"Group by: {', '.join(DIMENSIONS)}; several together.",
+    help=f"Group by one or more of: {', '.join(DIMENSIONS)}.",
 )
 @click.option("--vs-previous", is_flag=True, help="Compare with the period of equal length before.")
 @click.option(
     "--percentiles",
     is_flag=True,
-    help=f"95th percentiles also over more than {PERCENTILE_EVENTS:,} events, which takes longer.",
+    help="Compute 95th percentiles also over more than "
+    f"{PERCENTILE_EVENTS:,} requests, which takes longer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The whole answer as one JSON object.")
-@click.option("--csv", "as_csv", is_flag=True, help="The groups as CSV, money exact.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object, times in UTC.",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print the groups as CSV, money exact.")
 def report(
     by: tuple[str, ...],
     vs_previous: bool,
@@ -95,19 +109,20 @@ def report(
     as_csv: bool,
     **options: Any,
 ) -> None:
-    """Show what was spent. Without a period, everything that was ever metered."""
+    """Show what was spent. Without a period, everything that was ever metered.
+
+    Times and days are local, in JSON times are UTC.
+    """
     if as_json and as_csv:
-        raise click.UsageError("--json and --csv exclude each other.")
+        wrong_usage("--json and --csv exclude each other", "give one of them")
     now = now_ns()
     selection = read_selection(now, **options)
     previous = _previous(selection, now) if vs_previous else None
     question = Question(now, selection, by, previous, percentiles or None)
-    with explained():
+    with store_problems():
         answer = ask(Store(home_folder()), question)
     if as_json:
-        import json
-
-        click.echo(json.dumps(answer.json(), ensure_ascii=False))
+        print_json(answer.json())
     elif as_csv:
         click.echo(_csv(answer), nl=False)
     else:
@@ -117,10 +132,10 @@ def report(
 def _previous(selection: Selection, now: int) -> Selection:
     try:
         return period_before(selection, now)
-    except ValueError as error:
-        raise click.UsageError(
-            "--vs-previous needs a beginning: add --today, --since 7d or --from 2026-11-01."
-        ) from error
+    except ValueError:
+        wrong_usage(
+            "--vs-previous needs a beginning", "add --today, --since 7d or --from 2026-11-01"
+        )
 
 
 def _csv(answer: Report) -> str:
@@ -171,10 +186,8 @@ def _drawn(answer: Report, selection: Selection) -> str:
 def _nothing(answer: Report, selection: Selection) -> str:
     if selection == Selection() and not answer.coverage.waiting:
         return "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
-    text = "No events match."
-    if answer.coverage.waiting:
-        text += f" {answer.coverage.waiting} wait in the journal for the database."
-    return f"{text} Everything that is stored: halton-meter report"
+    lines = ["No requests match. All that are stored: halton-meter report", *_waiting(answer)]
+    return "\n".join(lines)
 
 
 def _heading(answer: Report) -> str:
@@ -183,40 +196,36 @@ def _heading(answer: Report) -> str:
 
 
 def _period(from_ns: int | None, to_ns: int | None) -> str:
-    """Local time; whole days are told by their dates, the last of them included."""
+    """Local time with the zone; whole days as their dates, the last of them included."""
     if from_ns is not None and to_ns is not None and _is_midnight(from_ns) and _is_midnight(to_ns):
-        first, last = _local(from_ns)[:10], _local(to_ns - 1)[:10]
+        first, last = local_time(from_ns)[:10], local_time(to_ns - 1)[:10]
         return first if first == last else f"{first} to {last}"
     if from_ns is None:
-        return "until now" if to_ns is None else f"until {_local(to_ns)}"
+        return "until now" if to_ns is None else f"until {local_time(to_ns)} {zone_text(to_ns)}"
     if to_ns is None:
-        return f"since {_local(from_ns)}"
-    return f"{_local(from_ns)} to {_local(to_ns)}"
-
-
-def _local(at_ns: int) -> str:
-    return datetime.fromtimestamp(at_ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M")
+        return f"since {local_time(from_ns)} {zone_text(from_ns)}"
+    return f"{local_time(from_ns)} to {local_time(to_ns)} {zone_text(from_ns, to_ns)}"
 
 
 def _is_midnight(at_ns: int) -> bool:
-    return at_ns % 60_000_000_000 == 0 and _local(at_ns).endswith(" 00:00")
+    return at_ns % 60_000_000_000 == 0 and local_time(at_ns).endswith(" 00:00")
 
 
 def _summary(answer: Report, places: int) -> str:
     totals = answer.totals
-    line = f"{styled(money_text(totals.list_usd, places), 'bold')} at list price"
+    line = f"{styled(money_text(totals.list_usd, places), 'bold')} list price"
     if totals.marginal_usd is not None and totals.marginal_usd != totals.list_usd:
-        line += f" ({money_text(totals.marginal_usd, places)} on top of flat plans)"
+        line += f" ({money_text(totals.marginal_usd, places)} billed beyond your plans)"
     if answer.previous is not None:
         line += f", {_compared(answer.previous, totals, places)}"
-    facts = [_requests(totals.requests), _tokens_line(totals.tokens)]
+    facts = [count(totals.requests, "request"), _tokens_line(totals.tokens)]
     if totals.errors:
-        facts.append(f"{totals.errors:,} errors")
-    if totals.p95_duration_ms is not None:
-        facts.append(f"95 % took at most {duration_text(totals.p95_duration_ms)}")
-    if totals.p95_list_usd is not None:
-        facts.append(f"and cost at most {money_text(totals.p95_list_usd, 4)}")
-    return f"{line}\n{', '.join(fact for fact in facts if fact)}"
+        facts.append(count(totals.errors, "error"))
+    highest = [duration_text(totals.p95_duration_ms)] if totals.p95_duration_ms is not None else []
+    highest += [money_text(totals.p95_list_usd, 4)] if totals.p95_list_usd is not None else []
+    if highest:
+        facts.append(f"p95: {', '.join(highest)}")
+    return f"{line}\n{', '.join(facts)}"
 
 
 def _tokens_line(tokens: dict[str, int | None]) -> str:
@@ -225,7 +234,7 @@ def _tokens_line(tokens: dict[str, int | None]) -> str:
 
 
 def _known(tokens: dict[str, int | None], names: tuple[str, ...]) -> int | None:
-    known = [count for name in names if (count := tokens[name]) is not None]
+    known = [tokens[name] or 0 for name in names if tokens[name] is not None]
     return sum(known) if known else None
 
 
@@ -252,7 +261,7 @@ def _table(answer: Report, places: int) -> str:
     timed = answer.totals.p95_duration_ms is not None
     header = [name.replace("_", " ").upper() for name in answer.by]
     header += ["REQUESTS", "INPUT", "CACHE READ"]
-    header += ["CACHE WRITE"] * cached + ["OUTPUT"] + ["P95"] * timed + ["LIST"]
+    header += ["CACHE WRITE"] * cached + ["OUTPUT"] + ["P95"] * timed + ["LIST PRICE"]
     header += ["BEFORE"] * compared + ["SHARE", "%"]
     rows = [_row(answer.by, group, places, cached, timed, compared) for group in answer.groups]
     right = {*header} - {name.replace("_", " ").upper() for name in answer.by} - {"SHARE"}
@@ -303,45 +312,49 @@ def _coverage(answer: Report) -> str:
     if coverage.implausible_requests:
         lines.append(implausible_words(coverage.implausible_requests))
     if coverage.estimated_requests:
-        lines.append(f"{_requests(coverage.estimated_requests)} with estimated token counts.")
-    damaged = [
-        f"{_requests(count)} {what}"
-        for count, what in ((coverage.aborted, "cut off"), (coverage.gapped, "with gaps"))
-        if count
-    ]
-    if damaged:
-        why = " Why: halton-meter events --flag gapped" if coverage.gapped else ""
-        lines.append(f"{' and '.join(damaged)}: figures may be too low.{why}")
-    if coverage.pending:
-        lines.append(f"{_requests(coverage.pending)} not answered yet: usage is still to come.")
-    if coverage.waiting:
-        lines.append(f"{coverage.waiting:,} events wait in the journal for the database.")
-    if coverage.losses:
-        named = ", ".join(
-            f"{shown(cause).replace('_', ' ')} {count:,}"
-            for cause, count in list(coverage.losses.items())[:LOSSES_SHOWN]
+        lines.append(
+            f"{count(coverage.estimated_requests, 'request')} with estimated token counts."
         )
-        lines.append(f"Lost or given up: {named}.")
+    damaged = {"gapped": coverage.gapped, "aborted": coverage.aborted}
+    if found := [
+        f"{count(number, 'request')} {OUTCOMES[outcome]}"
+        for outcome, number in damaged.items()
+        if number
+    ]:
+        why = " Why: halton-meter events --flag gapped" if coverage.gapped else ""
+        lines.append(f"{', '.join(found)}: figures may be too low.{why}")
+    if coverage.pending:
+        lines.append(f"{count(coverage.pending, 'request')} without an answer yet.")
+    lines += [*_waiting(answer), *_losses(coverage.losses)]
     return "\n".join(styled(line, "yellow") for line in lines)
+
+
+def _waiting(answer: Report) -> list[str]:
+    waiting = answer.coverage.waiting
+    return [f"{count(waiting, 'request')} not in the database yet."] if waiting else []
+
+
+def _losses(losses: dict[str, int]) -> list[str]:
+    if not losses:
+        return []
+    words = [what for what, _ in losses_in_words(losses)]
+    named = ", ".join(words[:LOSSES_SHOWN]) or "internal counters only"
+    return [f"Capture losses: {named}. All: halton-meter report --json | jq .coverage.losses"]
 
 
 def _unpriced(answer: Report) -> list[str]:
     coverage = answer.coverage
     if not coverage.unpriced_requests:
         return []
-    lines = [f"{_requests(coverage.unpriced_requests)} unpriced, not free:"]
+    lines = [f"{count(coverage.unpriced_requests, 'request')} unpriced, not free:"]
     for provider, model, requests in coverage.unpriced_models[:UNPRICED_SHOWN]:
         lines.append(f"  {requests:>7,}  {shown(provider)}  {shown(model, 60)}")
     hidden = len(coverage.unpriced_models) - UNPRICED_SHOWN
     if hidden > 0:
-        lines.append(f"           and {hidden} more models: halton-meter report --json")
+        lines.append(f"           and {count(hidden, 'more model')}: halton-meter report --json")
     commands = (
         set_price_command(provider, model) for provider, model, _ in coverage.unpriced_models
     )
     if command := next((command for command in commands if command), None):
-        lines.append(f"  Price one: {shown(command, 200)}")
+        lines.append(f"  Set a price: {shown(command, 200)}")
     return lines
-
-
-def _requests(count: int) -> str:
-    return "1 request" if count == 1 else f"{count:,} requests"

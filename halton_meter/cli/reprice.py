@@ -1,7 +1,7 @@
-"""`halton-meter reprice`: price stored events again with today's book, as a new revision.
+"""`halton-meter reprice`: price stored requests again with today's price book, as a new revision.
 
-The earlier price is kept (`superseded_price` in the database), so that nothing changes silently.
-Exit codes: 0 done, also when nothing changes; 1 the store cannot be read or written; 2 wrong usage.
+The earlier price is kept (`superseded_price` in the database). Exit codes: 0 done, also when
+nothing changes; 1 the store cannot be read or written; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.output import money_text, shown
-from halton_meter.cli.selection import explained, now_ns, read_selection, selection_options
+from halton_meter.cli.book import open_book
+from halton_meter.cli.output import count, money_text, print_json, say, shown
+from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import usd_text
 from halton_meter.store import NothingStored, Repriced, Store
 
-# Models named one by one in words; --json names all.
+# Models listed one by one for people; --json lists all.
 MODELS_SHOWN = 20
 
 
 @dataclass
 class Change:
-    """What repricing does to one model's events."""
+    """What repricing does to one model's requests."""
 
     provider: str
     model: str | None
@@ -35,7 +36,7 @@ class Change:
     newly_unpriced: int = 0
 
     def add(self, changed: Repriced) -> None:
-        """Count one event."""
+        """Count one request."""
         before, after = changed.before.list_usd, changed.after.list_usd
         self.events += 1
         if before is not None:
@@ -48,7 +49,7 @@ class Change:
     def words(self) -> str:
         """One line for people."""
         line = (
-            f"{shown(self.provider)} {shown(self.model)}: {_counted(self.events)}, "
+            f"{shown(self.provider)} {shown(self.model)}: {count(self.events, 'request')}, "
             f"{money_text(self.before_usd, 4)} -> {money_text(self.after_usd, 4)}"
         )
         if self.newly_priced:
@@ -73,61 +74,51 @@ class Change:
 @click.command(
     epilog="""\b
 Examples:
-  halton-meter reprice --dry-run                   what today's prices would change
-  halton-meter reprice --model my-model            after: halton-meter pricing set …
-  halton-meter reprice --since 30d --json
+  halton-meter reprice --dry-run                   what today's price book would change
+  halton-meter reprice --model my-model            one model, e.g. after: pricing set
+  halton-meter reprice --since 30d --json          the changes, for a script
 """
 )
 @selection_options
-@click.option("--dry-run", is_flag=True, help="Say what would change; store nothing.")
-@click.option("--json", "as_json", is_flag=True, help="The changes as one JSON object.")
+@click.option("--dry-run", is_flag=True, help="Show what would change; store nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the changes as one JSON object.")
 def reprice(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Price stored events again, as a revision: each at the rates in force at its own time."""
-    from pricing.book import PriceBook
-    from pricing.rates import PriceError
+    """Price stored requests again with today's price book.
 
+    Each request gets the price in force at its own time. The earlier price is kept as an earlier
+    revision.
+    """
     now = now_ns()
     selection = read_selection(now, **options)
-    store = Store(home_folder())
-    try:
-        book = PriceBook.load(store.home)
-    except PriceError as error:
-        raise click.ClickException(str(error)) from error
+    book = open_book()
     changes: dict[tuple[str, str | None], Change] = {}
     try:
-        with explained():
-            for changed in store.reprice(book.price, selection, now, dry_run):
+        with store_problems():
+            for changed in Store(home_folder()).reprice(book.price, selection, now, dry_run):
                 usage = changed.before.usage
                 key = (usage.provider, usage.model)
                 changes.setdefault(key, Change(*key)).add(changed)
     except NothingStored as nothing:
         if not as_json:
-            click.echo(str(nothing))
+            say(str(nothing))
             return
     ranked = sorted(changes.values(), key=lambda c: (-c.events, c.provider, c.model or ""))
     if as_json:
-        import json
-
-        answer = {"stored": not dry_run, "changes": [change.json() for change in ranked]}
-        click.echo(json.dumps(answer, ensure_ascii=False))
+        print_json({"stored": not dry_run, "changes": [change.json() for change in ranked]})
     else:
-        click.echo(_told(ranked, dry_run))
+        say(_in_words(ranked, dry_run))
 
 
-def _counted(events: int) -> str:
-    return "1 event" if events == 1 else f"{events:,} events"
-
-
-def _told(changes: list[Change], dry_run: bool) -> str:
+def _in_words(changes: list[Change], dry_run: bool) -> str:
     if not changes:
-        return "Nothing changes: every event is priced as it would be today."
-    count = sum(change.events for change in changes)
-    lines = [f"{_counted(count)} {'would change' if dry_run else 'changed'} price:"]
+        return "Nothing changes: every request has today's price already."
+    requests = count(sum(change.events for change in changes), "request")
+    lines = [f"{requests} {'would change' if dry_run else 'changed'} price:"]
     lines += [f"  {change.words()}" for change in changes[:MODELS_SHOWN]]
     if len(changes) > MODELS_SHOWN:
-        lines.append(f"  and {len(changes) - MODELS_SHOWN} more models: add --json")
+        lines.append(f"  and {count(len(changes) - MODELS_SHOWN, 'more model')}: add --json")
     lines.append(
-        "Nothing was stored. To store it: the same command without --dry-run"
+        "Nothing was stored. To store it, leave --dry-run out."
         if dry_run
         else "The earlier prices are kept as earlier revisions."
     )

@@ -1,4 +1,4 @@
-"""`halton-meter retag`: move history from one project to another; a dry run unless told to.
+"""`halton-meter retag`: move stored requests to another project; only counts without --apply.
 
 Exit codes: 0 done, also when there is nothing to move; 1 the store cannot be read or written;
 2 wrong usage.
@@ -9,33 +9,39 @@ from __future__ import annotations
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.selection import explained, now_ns
+from halton_meter.cli.output import count, print_json, say, wrong_usage
+from halton_meter.cli.selection import now_ns, store_problems
 from halton_meter.store import NothingStored, Store
 
 
 @click.command(
     epilog="""\b
 Examples:
-  halton-meter retag --from misc --to website             how many events would move
+  halton-meter retag --from misc --to website             how many requests would move
   halton-meter retag --from misc --to website --apply     move them
 """
 )
 @click.option("--from", "before", required=True, metavar="PROJECT", help="The project to empty.")
 @click.option("--to", "after", required=True, metavar="PROJECT", help="The project to fill.")
-@click.option("--apply", "apply_", is_flag=True, help="Do it; without this, only count.")
-def retag(before: str, after: str, apply_: bool) -> None:
-    """Move all events of one project to another."""
+@click.option("--apply", "apply_", is_flag=True, help="Move them; without this, only count.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def retag(before: str, after: str, apply_: bool, as_json: bool) -> None:
+    """Move all stored requests of one project to another. Without --apply, only count them."""
     if not after.strip() or before == after:
-        raise click.UsageError("--to must name another project.")
+        wrong_usage("--to must name another project than --from")
+    moved = 0
     try:
-        with explained():
-            count = Store(home_folder()).retag(before, after, now_ns(), dry_run=not apply_)
+        with store_problems():
+            moved = Store(home_folder()).retag(before, after, now_ns(), dry_run=not apply_)
     except NothingStored as nothing:
-        click.echo(str(nothing))
-        return
-    if not count:
-        click.echo(f"No events of project {before!r}. See: halton-meter report --by project")
+        if not as_json:
+            say(str(nothing))
+            return
+    if as_json:
+        print_json({"stored": apply_, "from": before, "to": after, "events": moved})
+    elif not moved:
+        say(f"No requests of project {before!r}. See: halton-meter report --by project")
     elif apply_:
-        click.echo(f"Moved {count:,} events from {before!r} to {after!r}.")
+        say(f"Moved {count(moved, 'request')} from {before!r} to {after!r}.")
     else:
-        click.echo(f"{count:,} events would move from {before!r} to {after!r}. Add --apply.")
+        say(f"{count(moved, 'request')} would move from {before!r} to {after!r}. Add --apply.")

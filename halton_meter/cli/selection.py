@@ -1,6 +1,6 @@
-"""The options that choose events, shared by `events`, `report`, `export` and `reprice`.
+"""The options that choose stored requests, shared by `events`, `report`, `export` and `reprice`.
 
-Wrong values are wrong usage (exit code 2); what the store has to say is a failure (exit code 1).
+Wrong values are wrong usage (exit code 2); a store that cannot be read is a failure (exit code 1).
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ from typing import Any, TypeVar
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.output import fail, wrong_usage
 from halton_meter.periods import parse_when
+from halton_meter.problem import Problem
 from halton_meter.store import NothingStored, Selection, StoreError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--today", is_flag=True, help="Since midnight."),
-    click.option("--since", metavar="WHEN", help="7d, 24h, 30m, 2w, a date or an RFC 3339 time."),
-    click.option("--from", "from_", metavar="WHEN", help="The first moment, as for --since."),
-    click.option("--to", metavar="WHEN", help="The end; a date includes that day."),
+    click.option("--today", is_flag=True, help="Since local midnight."),
+    click.option(
+        "--since",
+        metavar="TIME",
+        help="From TIME on: 7d, 24h, 30m, 2w, today, yesterday, 2026-11-23, 2026-11-23T09:30 "
+        "(local time), 2026-11-23T09:30Z.",
+    ),
+    click.option("--from", "from_", metavar="TIME", help="The same as --since."),
+    click.option(
+        "--to", metavar="TIME", help="Up to TIME, written as for --since; a date includes that day."
+    ),
     click.option("--provider", metavar="NAME", help="Only this provider, e.g. anthropic."),
     click.option("--model", metavar="NAME", help="Only this model, as the provider names it."),
     click.option("--project", metavar="NAME", help="Only this project."),
@@ -53,25 +62,28 @@ def read_selection(
     """The options as a Selection; times without an offset are local."""
     named = [n for n, v in (("--today", today), ("--since", since), ("--from", from_)) if v]
     if len(named) > 1:
-        raise click.UsageError(f"{' and '.join(named)} each set the beginning; give one of them.")
+        wrong_usage(f"{' and '.join(named)} each set the beginning", "give one of them")
     beginning = "today" if today else since or from_
-    from_ns = None if beginning is None else _moment(named[0], beginning, now_ns)
-    to_ns = None if to is None else _moment("--to", to, now_ns, end=True)
+    from_ns = None if beginning is None else moment(named[0], beginning, now_ns)
+    to_ns = None if to is None else moment("--to", to, now_ns, end=True)
     if from_ns is not None and to_ns is not None and from_ns >= to_ns:
-        raise click.UsageError(
-            f"The period ends before it begins: {named[0]} {beginning} --to {to}."
+        wrong_usage(
+            f"the period ends before it begins: {named[0]} {beginning} --to {to}",
+            "swap the two times",
         )
     return Selection(from_ns, to_ns, provider, model, project, flag)
 
 
-def _moment(option: str, text: str, now_ns: int, end: bool = False) -> int:
+def moment(option: str, text: str, now_ns: int, end: bool = False) -> int:
+    """A time given for an option, in ns; wrong usage where it is none."""
     try:
         return parse_when(text, now_ns, end)
-    except (ValueError, OverflowError, OSError) as error:
-        raise click.UsageError(
-            f"{option} {text!r} is no time. Write 7d, 24h, 30m, today, 2026-11-23 or "
-            "2026-11-23T09:30:00Z."
-        ) from error
+    except (ValueError, OverflowError, OSError):
+        wrong_usage(
+            f"{option} {text!r} is not a time",
+            "write 7d, 24h, today, 2026-11-23 or 2026-11-23T09:30 (local time), or "
+            "2026-11-23T09:30Z",
+        )
 
 
 def now_ns() -> int:
@@ -80,18 +92,16 @@ def now_ns() -> int:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say what the store has to say on stderr, and exit with 1."""
+def store_problems() -> Iterator[None]:
+    """Fail with what the store says. That nothing is stored is no failure: each command says it."""
     try:
         yield
     except NothingStored:
-        raise  # no failure: each command has its own way to say so
+        raise
     except StoreError as error:
-        raise click.ClickException(str(error)) from error
+        fail(Problem(str(error), ""))
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise  # `| head` has seen enough: click ends quietly
         named = f"{error.filename}: " if error.filename else ""
-        raise click.ClickException(
-            f"{named}{error.strerror or error}. See: ls -ld {home_folder()}"
-        ) from error
+        fail(Problem(f"{named}{error.strerror or error}", f"ls -ld {home_folder()}"))

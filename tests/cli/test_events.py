@@ -58,7 +58,7 @@ def test_the_table_shows_what_went_wrong_and_hostile_names_harmlessly(home: Path
     result = CliRunner().invoke(main, ["events"])
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
-    assert f"gapped, incomplete: {GAP}\n" in result.stdout
+    assert f"  incomplete: {GAP}\n" in result.stdout
     assert "unpriced" in result.stdout
     assert "rate_limit" in result.stdout
 

@@ -129,7 +129,7 @@ def test_a_file_that_exists_is_replaced_only_when_told_to(
 def test_a_selection_is_exported(home: Path, tmp_path: Path, form: str) -> None:
     keep(home, *EVENTS)
     result = export(form, str(tmp_path / "x"), "--project", "web")
-    assert result.stdout.startswith("1 events")
+    assert result.stdout.startswith("1 request in ")
 
 
 def test_a_failure_leaves_neither_the_file_nor_a_part_of_it(
@@ -168,7 +168,7 @@ def test_a_missing_folder_is_named_with_the_command_that_makes_it(
     result = export(form, str(target))
     assert isinstance(result.exception, SystemExit)
     assert result.exit_code == 1
-    assert f"Cannot write {target}: " in result.stderr
+    assert f"cannot write {target}: " in result.stderr
     assert f"mkdir -p '{target.parent}'" in result.stderr
     assert str(home) not in result.stderr
 
@@ -193,7 +193,7 @@ def test_a_full_disk_is_named_with_the_command_that_shows_it(
         subprocess.run(["umount", "-l", str(folder)], check=False)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
-    assert f"Cannot write {folder / 'x'}: the disk is full ({folder})" in result.stderr
+    assert f"cannot write {folder / 'x'}: the disk is full ({folder})" in result.stderr
     assert f"df -h {folder}" in result.stderr
 
 

@@ -53,7 +53,7 @@ def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     assert "75.0" in text
     assert "unpriced, not free" in text
     assert "halton-meter pricing set brand-new --provider anthropic" in text
-    assert "\n1 request with gaps: figures may be too low." in text
+    assert "\n1 request incomplete (bytes lost): figures may be too low." in text
     assert "\x1b" not in text
 
 
@@ -114,7 +114,7 @@ def test_a_week_is_compared_with_the_week_before(home: Path) -> None:
 def test_a_first_week_has_nothing_to_be_compared_with(home: Path) -> None:
     keep(home, made("a", "3", at_ns=time.time_ns() - DAY_NS))
     text = run("--since", "7d", "--vs-previous")
-    assert "$3.0000 at list price, no requests in the period before\n" in text
+    assert "$3.0000 list price, no requests in the period before\n" in text
 
 
 def test_whole_days_are_told_by_their_dates(home: Path) -> None:
@@ -137,7 +137,7 @@ def test_nothing_stored_and_nothing_found_are_said_kindly(home: Path) -> None:
     assert "Nothing metered yet. Try: halton-meter replay" in run()
     assert json.loads(run("--json"))["totals"]["requests"] == 0
     keep(home, made())
-    assert "No events match" in run("--project", "none")
+    assert "No requests match" in run("--project", "none")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ AFTER = {"same": "1", "dearer": "1", "new": "1", "lost": None}
 
 def test_a_dry_run_tells_and_stores_nothing(home: Path) -> None:
     text = run("reprice", "--dry-run")
-    assert "3 events would change price" in text
+    assert "3 requests would change price" in text
     assert "$0.2500 -> $1.0000" in text
     assert "1 priced for the first time" in text
     assert "1 no longer priced" in text
@@ -68,7 +68,7 @@ def test_a_dry_run_tells_and_stores_nothing(home: Path) -> None:
 
 
 def test_repricing_stores_a_revision_once(home: Path) -> None:
-    assert "3 events changed price" in run("reprice")
+    assert "3 requests changed price" in run("reprice")
     assert prices() == AFTER
     assert "Nothing changes" in run("reprice")
     with Store(home).reading() as reader:
@@ -91,9 +91,11 @@ def test_json_tells_the_change_by_model(home: Path) -> None:
 
 
 def test_retag_counts_first_and_moves_when_told_to(home: Path) -> None:
-    assert "4 events would move" in run("retag", "--from", "web", "--to", "site")
-    assert "Moved 4 events" in run("retag", "--from", "web", "--to", "site", "--apply")
-    assert "No events of project 'web'" in run("retag", "--from", "web", "--to", "site")
+    assert "4 requests would move" in run("retag", "--from", "web", "--to", "site")
+    assert "Moved 4 requests" in run("retag", "--from", "web", "--to", "site", "--apply")
+    assert "No requests of project 'web'" in run("retag", "--from", "web", "--to", "site")
+    counted = json.loads(run("retag", "--from", "site", "--to", "web", "--json"))
+    assert counted == {"stored": False, "from": "site", "to": "web", "events": 4}
     report = json.loads(run("report", "--by", "project", "--json"))
     assert [group["key"] for group in report["groups"]] == ["site"]
 

@@ -336,7 +336,7 @@ def test_explain_says_why_there_is_no_price_and_what_would_set_one(run, body, wh
 def test_explain_asks_for_the_model_that_a_response_does_not_name(run):
     body = json.dumps({"usage": {"inputTokens": 1000, "outputTokens": 100, "totalTokens": 1100}})
     asked = ("explain", "--provider", "bedrock", "--text")
-    assert "no model is named; where you know it" in run(*asked, "-", stdin=body).stdout
+    assert "no model is named; if you know it" in run(*asked, "-", stdin=body).stdout
     named = run(*asked, "--model", "amazon.nova-pro-v1:0", "-", stdin=body)
     assert "list price $0.00112," in named.stdout  # 1000 * 0.80 + 100 * 3.20 a million
 
@@ -387,10 +387,10 @@ def test_set_refuses_a_rate_that_nothing_is_billed_by(run):
 def test_set_again_for_the_same_day_replaces_what_was_set(run):
     run("set", "gpt-4o", "--factor", "2")
     done = run("set", "gpt-4o", "--discount", "10%")
-    assert "in place of gpt-4o: x2" in done.stdout
+    assert "It replaces gpt-4o: x2" in done.stdout
     assert run("set", "gpt-4o", "--factor", "3", "--from", "2026-12-01").exit_code == 0
-    described = [line for line in run("status").stdout.splitlines() if "override" in line]
-    assert described == ["override: gpt-4o: x0.9", "override: gpt-4o: x3 from 2026-12-01"]
+    described = [line for line in run("status").stdout.splitlines() if "Override" in line]
+    assert described == ["Override: gpt-4o: x0.9", "Override: gpt-4o: x3 from 2026-12-01"]
 
 
 def test_set_for_a_provider_nobody_knows_says_so(run):
@@ -400,7 +400,7 @@ def test_set_for_a_provider_nobody_knows_says_so(run):
 
 
 def test_status_of_an_empty_home_claims_nothing_of_models(run):
-    assert "no requests are stored yet" in run("status").stdout
+    assert "No requests are stored yet" in run("status").stdout
 
 
 def test_refresh_refuses_an_overlay_that_changes_a_rule_or_a_row(run, tmp_path):

@@ -1,0 +1,79 @@
+"""Capture losses in words: what was lost, and what to do about it where something can be done.
+
+Counters that only a maintainer can read (places where parsing went on behind missing bytes, and the
+like) are left out here; `--json` has every one by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from halton_meter.cli.output import count
+
+
+class _Loss(NamedTuple):
+    """One counter: its noun, what happened to it, the fix."""
+
+    noun: str
+    what: str
+    fix: str = ""
+
+
+_LOSSES = {
+    # recorded captures
+    "tcp_bytes_missing": _Loss(
+        "TCP byte", "missing", "record with a larger buffer: tcpdump -B 65536"
+    ),
+    "frames_cut_by_snap_length": _Loss(
+        "packet", "recorded in part", "record whole packets: tcpdump -s 0"
+    ),
+    "capture_file_cut_short": _Loss("capture file", "without its end"),
+    "capture_bytes_not_read": _Loss("capture byte", "not read"),
+    "ip_fragments": _Loss("IP fragment", "not reassembled"),
+    "packets_without_a_time": _Loss("packet", "without a time, given the file's"),
+    "packets_with_an_impossible_time": _Loss("packet", "with an impossible time, given the file's"),
+    "tls_records_undecryptable": _Loss(
+        "TLS record", "not decrypted", "give the client's whole key log: --keys sslkeys.log"
+    ),
+    "tls_secret_bytes_not_read": _Loss(
+        "byte", "of TLS secrets not read", "keep the secrets in a file: --keys sslkeys.log"
+    ),
+    "tshark_failed": _Loss("run", "of tshark failed and was replaced", "tshark --version"),
+    "connections_evicted": _Loss("connection", "closed early: too many were open"),
+    # uprobes
+    "ring_full_bytes": _Loss("byte", "lost: the capture buffer was full"),
+    "copy_failed_bytes": _Loss("byte", "that the kernel could not copy"),
+    "call_too_long_bytes": _Loss("byte", "of calls too long to copy whole"),
+    "request_cut_bytes": _Loss("byte", "of long requests not copied"),
+    "connection_table_full": _Loss("connection", "not followed: too many were open"),
+    "thread_table_full": _Loss("call", "not followed: too many threads"),
+    "notices_lost": _Loss("message", "about processes lost"),
+    "process_ring_full": _Loss("message", "about processes lost: the buffer was full"),
+    "heads_without_host": _Loss("request", "without a host"),
+    "http2_without_name": _Loss("HTTP/2 connection", "to an unknown host"),
+    "not_http": _Loss("connection", "that is not HTTP"),
+    "files_over_limit": _Loss("program file", "without probes: too many files"),
+    # metering and the store
+    "answers_not_recognised": _Loss("answer", "not recognised: its request was lost"),
+    "early_dropped": _Loss("answer", "dropped: its request was lost"),
+    "decode_failed": _Loss("body", "that could not be decompressed"),
+    "conversations_evicted": _Loss("connection", "closed early: too many were open"),
+    "conversations_over_budget": _Loss("connection", "closed early: memory limit"),
+    "bodies_over_budget": _Loss("body", "read in part: memory limit"),
+    "events_over_limit": _Loss("request", "dropped: limit reached"),
+    "exchanges_over_limit": _Loss("request", "dropped: the queue was full"),
+    "flows_over_limit": _Loss("request", "not followed: too many at once"),
+    "journal_full": _Loss("request", "not stored: the journal was full"),
+    "unstored_events": _Loss("request", "not stored: the worker ended while the disk was full"),
+}
+_PLURALS = {"body": "bodies"}
+
+
+def losses_in_words(losses: Mapping[str, int]) -> list[tuple[str, str]]:
+    """What was lost and its fix ("" for none), such as ("892 TCP bytes missing", "record …")."""
+    return [
+        (f"{count(losses[cause], loss.noun, _PLURALS.get(loss.noun))} {loss.what}", loss.fix)
+        for cause, loss in _LOSSES.items()
+        if losses.get(cause)
+    ]
