@@ -113,7 +113,7 @@ def test_replay_says_so_and_exits_with_1(home: Path) -> None:
     done = CliRunner().invoke(main, ["replay", str(capture)])
     assert isinstance(done.exception, SystemExit)
     assert done.exit_code == 1
-    assert done.stderr.startswith("Error: ")
+    assert done.stderr.startswith("halton-meter: ")
     assert WAY_OUT in done.stderr
 
 

@@ -31,15 +31,19 @@ _LOSSES = {
     "capture_file_cut_short": _Loss("capture file", "without its end"),
     "capture_bytes_not_read": _Loss("capture byte", "not read"),
     "ip_fragments": _Loss("IP fragment", "not reassembled"),
-    "packets_without_a_time": _Loss("packet", "without a time, given the file's"),
-    "packets_with_an_impossible_time": _Loss("packet", "with an impossible time, given the file's"),
+    "packets_without_a_time": _Loss("packet", "without a time; the file's was used"),
+    "packets_with_an_impossible_time": _Loss(
+        "packet", "with an impossible time; the file's was used"
+    ),
     "tls_records_undecryptable": _Loss(
         "TLS record", "not decrypted", "give the client's whole key log: --keys sslkeys.log"
     ),
     "tls_secret_bytes_not_read": _Loss(
         "byte", "of TLS secrets not read", "keep the secrets in a file: --keys sslkeys.log"
     ),
-    "tshark_failed": _Loss("run", "of tshark failed and was replaced", "tshark --version"),
+    "tshark_failed": _Loss(
+        "run", "of tshark failed; its work was done without it", "tshark --version"
+    ),
     "connections_evicted": _Loss("connection", "closed early: too many were open"),
     # uprobes
     "ring_full_bytes": _Loss("byte", "lost: the capture buffer was full"),

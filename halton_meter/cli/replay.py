@@ -1,8 +1,8 @@
-"""`halton-meter replay`: recorded packet captures to priced events, without a daemon.
+"""`halton-meter replay`: recorded packet captures to priced requests, without a service.
 
 Thin by rule: `capture.pcap` reads, `halton_meter.meter` meters, `halton_meter.store` keeps. This
 file finds the files, prints, and decides the exit code: 0 done; 1 something could not be read
-(the reason and the next command on stderr); 2 wrong usage.
+(the reason and the fix on stderr); 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -23,9 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from halton_meter.cli.output import harmless, harmless_lines, shown
-from halton_meter.contract import event_json, rfc3339, usd_text
+from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.output import (
+    OUTCOMES,
+    complain,
+    count,
+    fail,
+    local_time,
+    money_text,
+    note,
+    say,
+    shown,
+    zone_text,
+)
+from halton_meter.contract import event_json, usd_text
 from halton_meter.model import Outcome, PricedEvent
+from halton_meter.problem import Problem
 from halton_meter.sightings import HeldSightings
 
 if TYPE_CHECKING:
@@ -33,49 +46,33 @@ if TYPE_CHECKING:
     from halton_meter.store import Store
 
 SUFFIXES = (".pcap", ".pcapng", ".cap", ".pcap.gz", ".pcapng.gz", ".cap.gz")
-# Captures below this size are read before a progress line could be looked at.
+# Captures below this size are read too fast for a progress line.
 PROGRESS_BYTES_MIN = 20 << 20
 # Events handed to the store at a time.
 STORE_BATCH = 500
 # How long the database may be busy with another process before events stay in the journal.
 STORE_WAIT_SECONDS = 10.0
-# What is read of each end of a capture to tell it from others.
+# Bytes read at each end of a capture to identify it.
 IDENTITY_BYTES = 64 << 10
-# Events held back because a better sighting of the same exchange may still come, and those whose
-# turn to be printed came before that.
+# Events held back because a better sighting of the same request may still come, and ids of events
+# that had to be printed before one came.
 HELD_EVENTS_MAX = 10_000
 PRINTED_EVENTS_MAX = 65_536
 NAME_CHARACTERS_MAX = 300  # of a file, in an error
-# Host names named one by one in a message.
+# Host names listed in a message.
 HOSTS_SHOWN = 8
 
-# What a person can do about a loss, or what it means.
-_ADVICE = {
-    "answers_not_recognised": "what was asked is lost, and the answer does not tell",
-    "early_dropped": "answers whose requests were lost",
-    "hpack_lost": "heads that refer to what was not recorded",
-    "http1_resync": "places where reading went on behind a hole",
-    "http2_resync": "places where reading went on behind a hole",
-    "ip_fragments": "packets in pieces are not put together",
-    "capture_file_cut_short": "the file's end is missing",
-    "packets_with_an_impossible_time": "they take the file's",
-    "tls_secret_bytes_not_read": "keep the secrets in a key log of their own: --keys sslkeys.log",
-    "frames_cut_by_snap_length": "record whole packets: tcpdump -s 0",
-    "packets_without_a_time": "they take the file's",
-    "tcp_bytes_missing": "the recorder missed packets; give it a larger buffer: tcpdump -B 65536",
-    "tls_records_undecryptable": "their keys are not in the key log, or were renewed in a hole",
-    "tshark_failed": "its work was done without it; see: tshark --version",
-}
 _OWN_HOSTS = (
-    "hosts of your own are metered once config.toml names them: "
+    "To meter hosts of your own, name them in config.toml: "
     'openai_compatible_hosts = ["llm.example.com"]'
 )
+_CAPTURES = "name pcap or pcapng files, a folder that holds some, or a glob pattern"
 _LINKS_READ = "Ethernet, PPPoE, raw IP, loopback, Linux cooked (-i any), macOS's pktap"
 
 
 @dataclass
 class Summary:
-    """What the table's last lines say."""
+    """The sums of the summary."""
 
     events: int = 0
     total_usd: Decimal = Decimal(0)
@@ -86,7 +83,7 @@ class Summary:
     models: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: PricedEvent) -> None:
-        """Count one event."""
+        """Count one request."""
         self.events += 1
         if event.implausible:
             self.implausible += 1
@@ -98,22 +95,24 @@ class Summary:
         self.aborted += event.usage.outcome is Outcome.ABORTED
 
 
-def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The capture files that files, folders and glob patterns name, and an error for each miss."""
+def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[Problem]]:
+    """The capture files that files, folders and glob patterns name, and a problem for each miss."""
     found: dict[Path, None] = {}
-    errors: list[str] = []
+    problems: list[Problem] = []
     for argument in arguments:
         try:
             named = _named_by(argument)
         except OSError as error:
-            errors.append(f"{shown(argument, NAME_CHARACTERS_MAX)}: {error.strerror or error}")
+            what = f"{shown(argument, NAME_CHARACTERS_MAX)}: {error.strerror or error}"
+            problems.append(Problem(what, _CAPTURES))
             continue
         if not named and Path(argument).is_dir():
-            errors.append(f"{argument}: no captures ({', '.join(SUFFIXES[:3])}) in this folder")
+            what = f"{argument}: no captures ({', '.join(SUFFIXES[:3])}) in this folder"
+            problems.append(Problem(what, _CAPTURES))
         elif not named:
-            errors.append(f"{argument}: no such file")
+            problems.append(Problem(f"{argument}: no such file", _CAPTURES))
         found.update(dict.fromkeys(named))
-    return list(found), errors
+    return list(found), problems
 
 
 def _named_by(argument: str) -> list[Path]:
@@ -138,14 +137,14 @@ def _size_bytes(files: Iterable[Path]) -> int:
 
 
 class Progress:
-    """One line on a terminal's stderr that says how far reading has come."""
+    """One line on a terminal's stderr: how much was read."""
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._shown = not quiet and total >= PROGRESS_BYTES_MIN and sys.stderr.isatty()
         self._began = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Say that `done` of `total` bytes were read, a few times a second."""
+        """Show that `done` of `total` bytes were read, a few times a second."""
         now = time.monotonic()
         if not self._shown or now - self._last < 0.25:
             return
@@ -159,49 +158,38 @@ class Progress:
         )
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._shown:
             click.echo("\r" + " " * 60 + "\r", err=True, nl=False)
 
 
-_ROW = "{:<20} {:<12} {:<30} {:>10} {:>10} {:>12}  {}"
+_ROW = "{:<20} {:<14} {:<32} {:>10} {:>10} {:>12}  {}"
+_HEADER = ("PROVIDER", "MODEL", "IN", "OUT", "LIST PRICE", "")
+_CACHE_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
+_SENT = ("input", "cache_read", *_CACHE_WRITES)
 
 
 def _row(event: PricedEvent) -> str:
     usage, tokens = event.usage, event.tokens
-    sent = (
-        tokens.input,
-        tokens.cache_read,
-        tokens.cache_write,
-        tokens.cache_write_5m,
-        tokens.cache_write_1h,
-        tokens.cache_write_12h,
-    )
-    known = [count for count in sent if count is not None]
+    sent = [known for name in _SENT if (known := getattr(tokens, name)) is not None]
     return _ROW.format(
-        rfc3339(usage.at_ns)[:19].replace("T", " "),
-        usage.provider[:12],
-        (usage.model or usage.request_model or usage.endpoint)[:30],
-        f"{sum(known):,}" if known else "-",
+        local_time(usage.at_ns, seconds=True),
+        shown(usage.provider, 14),
+        shown(usage.model or usage.request_model or usage.endpoint, 32),
+        f"{sum(sent):,}" if sent else "-",
         f"{tokens.output:,}" if tokens.output is not None else "-",
-        _usd(event.list_usd),
+        money_text(event.list_usd, 6),
         _remark(event),
     ).rstrip()
 
 
 def _remark(event: PricedEvent) -> str:
     usage = event.usage
-    words = [] if usage.outcome is Outcome.COMPLETE else [usage.outcome.value]
+    words = [OUTCOMES[usage.outcome.value]] if usage.outcome is not Outcome.COMPLETE else []
     if usage.error_class:
         words.append(f"{usage.http_status or ''} {usage.error_class}".strip())
     words += sorted({*usage.flags, *event.flags} - {usage.outcome.value})
     return ", ".join(words)
-
-
-def _usd(amount: Decimal | None) -> str:
-    if amount is None:
-        return "unpriced"
-    return f"${amount:.6f}" if amount else "$0"
 
 
 class Output:
@@ -222,9 +210,9 @@ class Output:
         if self._quiet:
             return
         if not self._began:
-            click.echo(_ROW.format("at (UTC)", "provider", "model", "in", "out", "list price", ""))
+            click.echo(_ROW.format(f"TIME ({zone_text(event.usage.at_ns)})", *_HEADER).rstrip())
             self._began = True
-        click.echo(harmless(_row(event)))
+        say(_row(event))
 
     def summary(self, summary: Summary, findings: Findings, losses: Counter[str]) -> None:
         """Print the last lines of the table."""
@@ -233,82 +221,82 @@ class Output:
             return
         if self._began:
             click.echo()
-        events = f"{summary.events:,} event{'s' * (summary.events != 1)}"
-        files = f"{findings.files} file{'s' * (findings.files != 1)}"
-        click.echo(f"{events} in {files}: ${usd_text(summary.total_usd)} at list prices")
-        if not summary.events and findings.files:
-            click.echo(f"  {_seen(findings)}")
-            if findings.not_wanted:
-                click.echo(f"  {_OWN_HOSTS}")
-        if findings.seen_again:
-            click.echo(f"  {findings.seen_again:,} connections recorded twice were read once")
-        if summary.unpriced:
-            click.echo(
-                f"  {summary.unpriced:,} unpriced: no price is known, they are not in the sum"
-            )
-        if summary.implausible:
-            click.echo(
-                f"  {summary.implausible:,} with amounts that no request can have: they are not "
-                "in the sum"
-            )
-        if summary.gapped or summary.aborted:
-            click.echo(f"  {summary.gapped:,} with gaps, {summary.aborted:,} cut off")
-        if losses:
-            click.echo("  lost or given up:")
-            for cause, count in sorted(losses.items()):
-                advice = f" ({_ADVICE[cause]})" if cause in _ADVICE else ""
-                click.echo(f"    {cause.replace('_', ' ')}: {count:,}{advice}")
+        for line in _summary_lines(summary, findings, losses):
+            say(line)
+
+
+def _summary_lines(summary: Summary, findings: Findings, losses: Counter[str]) -> Iterator[str]:
+    requests, files = count(summary.events, "request"), count(findings.files, "file")
+    yield f"{requests} in {files}: ${usd_text(summary.total_usd)} list price"
+    if not summary.events and findings.files:
+        yield f"  {_seen(findings)}"
+        if findings.not_wanted:
+            yield f"  {_OWN_HOSTS}"
+    if findings.seen_again:
+        yield f"  {count(findings.seen_again, 'connection')} recorded twice, metered once"
+    if summary.unpriced:
+        yield f"  {count(summary.unpriced, 'request')} unpriced, not in the sum"
+    if summary.implausible:
+        yield (
+            f"  {count(summary.implausible, 'request')} with amounts that no request can have, "
+            "not in the sum"
+        )
+    for outcome, number in (("gapped", summary.gapped), ("aborted", summary.aborted)):
+        if number:
+            yield f"  {count(number, 'request')} {OUTCOMES[outcome]}"
+    for what, fix in losses_in_words(losses):
+        yield f"  {what}" + (f" ({fix})" if fix else "")
 
 
 def _seen(findings: Findings) -> str:
-    """What the connections were that gave no event."""
+    """Why the connections gave no request."""
     without = sum(findings.without_keys.values())
     counts = (
         (findings.decrypted, "decrypted"),
         (findings.plain, "unencrypted"),
         (without, "without keys"),
-        (findings.not_wanted, "to hosts that are no provider's"),
-        (findings.nameless, "already under way, to servers whose names the capture does not hold"),
+        (findings.not_wanted, "to hosts of no known provider"),
+        (findings.nameless, "joined mid-connection, server name not in the capture"),
     )
-    said = ", ".join(f"{count:,} {what}" for count, what in counts if count)
-    connections = findings.connections
-    return f"{connections:,} connection{'s' * (connections != 1)} seen" + (said and f": {said}")
+    named = ", ".join(f"{number:,} {what}" for number, what in counts if number)
+    seen = f"{count(findings.connections, 'connection')} seen"
+    return f"{seen}: {named}" if named else seen
 
 
-def _complain(findings: Findings, told: Counter[str], arguments: Sequence[str]) -> None:
-    """Say on stderr what could not be read, why, and what to do."""
+def _problems(
+    findings: Findings, without_keys: Counter[str], arguments: Sequence[str]
+) -> Iterator[Problem]:
+    """What could not be read, why, and what to do."""
     for error in findings.errors:
-        click.echo(harmless_lines(f"Error: {error}"), err=True)
-    if told:
-        count = sum(told.values())
-        hosts = [name for name, _ in told.most_common(HOSTS_SHOWN)]
-        names = harmless(", ".join(hosts)) + (
-            f" and {len(told) - len(hosts)} more" * (len(told) > len(hosts))
+        yield Problem(error, "")
+    if without_keys:
+        yield _keys_missing(findings, without_keys, arguments)
+    for link, packets in findings.unread_links.most_common():
+        what = (
+            f"{count(packets, 'packet')} of link type {link} not read; halton-meter reads "
+            f"{_LINKS_READ}"
         )
-        paths = " ".join(map(shlex.quote, arguments))
-        known = findings.handshakes_with_keys
-        given = (
-            f"; the secrets given are of {known:,} other handshake{'s' * (known != 1)}"
-            if known
-            else ""
-        )
-        click.echo(
-            f"{count} encrypted connection{'s' * (count != 1)} without keys, to {names}{given}.\n"
-            "  To read them, give the key log that the client wrote while they were recorded:\n"
-            f"    halton-meter replay {paths} --keys sslkeys.log\n"
-            "  A client writes one when it is started with SSLKEYLOGFILE=sslkeys.log "
-            "(curl, Python, browsers; Node: --tls-keylog).",
-            err=True,
-        )
-    for link, count in findings.unread_links.most_common():
-        click.echo(
-            f"Error: {count:,} packets of link type {link} are not read, only those of "
-            f"{_LINKS_READ}.\n"
-            "  Record on another interface, where the client runs: tcpdump -i any -w capture.pcap",
-            err=True,
-        )
-    if findings.quic:
-        click.echo(f"{findings.quic} QUIC (HTTP/3) connections are not read.", err=True)
+        fix = "record on another interface, where the client runs: tcpdump -i any -w capture.pcap"
+        yield Problem(what, fix)
+
+
+def _keys_missing(
+    findings: Findings, without_keys: Counter[str], arguments: Sequence[str]
+) -> Problem:
+    hosts = [name for name, _ in without_keys.most_common(HOSTS_SHOWN)]
+    hidden = len(without_keys) - len(hosts)
+    names = ", ".join(hosts) + (f" and {hidden} more" if hidden else "")
+    what = f"{count(sum(without_keys.values()), 'encrypted connection')} without keys, to {names}"
+    if known := findings.handshakes_with_keys:
+        what += f"; the keys given belong to {count(known, 'other handshake')}"
+    paths = " ".join(map(shlex.quote, arguments))
+    return Problem(
+        what,
+        "give the key log that the client wrote during the recording:\n"
+        f"halton-meter replay {paths} --keys sslkeys.log\n"
+        "A client writes one if it is started with SSLKEYLOGFILE=sslkeys.log "
+        "(curl, Python, browsers; Node: --tls-keylog)",
+    )
 
 
 @dataclass(frozen=True)
@@ -327,7 +315,7 @@ class Job:
 class Replay:
     """Runs a job: files to events, events to the output and the store."""
 
-    def __init__(self, job: Job, files: list[Path], errors: list[str]) -> None:
+    def __init__(self, job: Job, files: list[Path], problems: list[Problem]) -> None:
         from capture.pcap import PcapSource
         from halton_meter import accounts, config
         from halton_meter.memory import keep_freed_memory
@@ -348,14 +336,14 @@ class Replay:
         self._source = PcapSource(
             files, job.keys, self._is_wanted, self._progress, job.unpack_ratio
         )
-        self._source.findings.errors += errors
+        self._problems = problems
         self._output, self._summary = Output(job.as_json, job.quiet), Summary()
         self._sightings = HeldSightings(HELD_EVENTS_MAX, PRINTED_EVENTS_MAX)
         self._store = _open_store(home) if job.keep else None
         self._waiting: list[PricedEvent] = []
 
     def run(self) -> bool:
-        """Do it; True when everything that was asked could be read, and kept."""
+        """Do it; True when everything was read and, if asked, stored."""
         for item in self._source.items():
             self._take(self._meter.receive(item))
         findings = self._source.findings
@@ -367,13 +355,17 @@ class Replay:
         kept = self._keep(losses)
         self._output.summary(self._summary, findings, losses)
         without_keys = findings.without_keys
-        told = Counter({n: c for n, c in without_keys.items() if self._is_wanted(n)})
+        named = Counter({n: c for n, c in without_keys.items() if self._is_wanted(n)})
         nothing_read = bool(without_keys) and not findings.decrypted and not findings.plain
-        if nothing_read:
-            told = without_keys
-        _complain(findings, told, self._job.paths)
+        complain(
+            *self._problems,
+            *_problems(findings, without_keys if nothing_read else named, self._job.paths),
+        )
+        if findings.quic:
+            note(f"{count(findings.quic, 'QUIC (HTTP/3) connection')} not read")
         unread = bool(findings.unread_links) and not findings.connections
-        return kept and not findings.errors and not nothing_read and not unread
+        read = not (self._problems or findings.errors or nothing_read or unread)
+        return kept and read
 
     def _is_wanted(self, name: str) -> bool:
         """Whether a server name is a provider's: only those are decrypted."""
@@ -397,36 +389,36 @@ class Replay:
             self._output.event(event)
 
     def _keep(self, losses: Counter[str]) -> bool:
-        """Bring what waits into the database; False when events are neither there nor on disk."""
+        """Move events into the database; False when some are neither there nor in the journal."""
         store = self._store
         if store is None:
             return True
         store.append(self._waiting)
         key = _identity(self._files)
-        for cause, count in losses.items():
-            store.count_loss(cause, count, self._source.findings.last_ns, key)
+        for cause, number in losses.items():
+            store.count_loss(cause, number, self._source.findings.last_ns, key)
         done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
         store.close()
-        if store.trouble:  # in memory alone, and that ends here
-            click.echo(
-                f"Error: not everything could be stored: {store.trouble}.\n"
-                "  Then run this again: what is stored already is not counted twice.",
-                err=True,
+        if store.trouble:  # the rest is in memory only, and this process ends
+            complain(
+                Problem(
+                    f"not everything could be stored: {store.trouble}",
+                    "solve that, then run the same command again; no request is counted twice",
+                )
             )
         elif done.reason:
-            click.echo(
-                f"{done.waiting} events wait in the journal: {done.reason.rstrip('.')}. "
-                "They are added when it is next possible.",
-                err=True,
+            note(
+                f"{count(done.waiting, 'request')} not in the database yet: "
+                f"{done.reason.rstrip('.')}. The next command that reads it adds them."
             )
         return store.trouble is None
 
 
 def _identity(files: Iterable[Path]) -> str:
-    """The same for the same captures wherever they lie: a second replay must not count twice.
+    """The same for the same captures in any folder: a second replay must not count losses twice.
 
-    Sizes and both ends tell captures apart (times and TLS randoms stand there) without reading a
-    large file a second time.
+    Size and both ends identify a capture (they hold times and TLS randoms) without reading a large
+    file a second time.
     """
     from capture.packets.input_files import open_file
 
@@ -454,22 +446,26 @@ def _open_store(home: Path) -> Store:
     "--keys",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="TLS key log (SSLKEYLOGFILE); may be given again. Secrets in a pcapng need none.",
+    help="TLS key log (SSLKEYLOGFILE); may be given again. Not needed for a pcapng with secrets.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--store", "keep", is_flag=True, help="Keep the events, for `report` and `events`.")
-@click.option("--project", metavar="NAME", help="Book the events on this project.")
-@click.option("--quiet", is_flag=True, help="Print the summary only, no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, times in UTC.")
+@click.option(
+    "--store", "keep", is_flag=True, help="Store the requests, for `report` and `events`."
+)
+@click.option("--project", metavar="NAME", help="Count the requests under this project.")
+@click.option("--quiet", is_flag=True, help="Print only the summary, no progress.")
 @click.option(
     "--unpack-ratio",
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
     metavar="N",
-    help="Read of a gzip at most N times its size (64 MB are always read).",
+    help="Unpack a gzip file to at most N times its size (64 MB are always read).",
 )
 def replay(**options: Any) -> None:
     """Meter recorded packet captures: pcap or pcapng files, folders, globs.
+
+    Times are local, with --json in UTC.
 
     \b
     Examples:
@@ -478,29 +474,25 @@ def replay(**options: Any) -> None:
       halton-meter replay 'day-*.pcap' --keys sslkeys.log --store
     """
     job = Job(**options)
-    files, errors = find_captures(job.paths)
+    files, problems = find_captures(job.paths)
     if not files:
-        for error in errors:
-            click.echo(harmless_lines(f"Error: {error}"), err=True)
-        raise SystemExit(1)
-    raise SystemExit(0 if _run(job, files, errors) else 1)
+        fail(*problems)
+    raise SystemExit(0 if _run(job, files, problems) else 1)
 
 
-def _run(job: Job, files: list[Path], errors: list[str]) -> bool:
+def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     from capture.packets.tshark import TsharkMissing
     from halton_meter.config import ConfigError
     from pricing.rates import PriceError
 
     try:
-        return Replay(job, files, errors).run()
-    except (TsharkMissing, ConfigError, PriceError) as problem:
-        click.echo(harmless_lines(f"Error: {problem}"), err=True)
-        return False
+        return Replay(job, files, problems).run()
+    except (TsharkMissing, ConfigError, PriceError) as error:
+        fail(Problem(str(error), ""))
     except BrokenPipeError:
-        # The reader (head, less) has seen enough.
+        # The reader (head, less) has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    except OSError as problem:  # a full disk under the output, the secrets, or the store
-        where = f" ({problem.filename})" if problem.filename else ""
-        click.echo(harmless(f"Error: {problem.strerror or problem}{where}"), err=True)
-        return False
+    except OSError as error:  # a full disk under the output, the secrets, or the store
+        where = f" ({error.filename})" if error.filename else ""
+        fail(Problem(f"{error.strerror or error}{where}", "df -h"))

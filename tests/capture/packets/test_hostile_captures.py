@@ -213,7 +213,7 @@ def test_a_server_name_that_is_none_reaches_no_terminal(tmp_path: Path) -> None:
     record = b"\x16\x03\x01" + struct.pack("!H", len(hello)) + hello
     path = write(tmp_path / "a.pcap", evil.pcap_of([evil.segment(1, record)]))
     result = replay(path)
-    assert "without keys, to 10.0.0.2." in result.stderr
+    assert "without keys, to 10.0.0.2\n" in result.stderr
     assert "\x1b" not in result.output
 
 
@@ -272,8 +272,8 @@ def test_a_gzip_that_unpacks_too_far_is_named_and_read_when_told_to(
     path = write(tmp_path / "far.pcap.gz", evil.packed(_far()))
     result = replay(path, FIXTURE)
     assert result.exit_code == 1
-    assert "1 event in 2 files" in result.stdout  # the other file's
-    assert f"Error: {path}: the last" in result.stderr
+    assert "1 request in 2 files" in result.stdout  # the other file's
+    assert f"halton-meter: {path}: the last" in result.stderr
     assert "more than 100 times its size" in result.stderr
     assert "--unpack-ratio 1000" in result.stderr
     (option,) = [each for each in replay_command.params if each.name == "unpack_ratio"]
@@ -350,7 +350,7 @@ def test_an_impossible_date_does_not_end_the_run(
     assert "claude-sonnet-4-5" in result.stdout
     assert "gpt-4o" in result.stdout
     if "--json" not in arguments:
-        assert "packets with an impossible time: 6 (they take the file's)" in result.stdout
+        assert "6 packets with an impossible time; the file's was used" in result.stdout
 
 
 def plain_call() -> list[bytes]:
@@ -379,16 +379,18 @@ def test_pipes_devices_and_folders_are_named_and_the_rest_is_read(tmp_path: Path
     finally:
         signal.alarm(0)
     assert result.exit_code == 1
-    assert f"Error: {pipe}: is a pipe, not a file; write what comes through it" in result.stderr
-    assert "Error: /dev/zero: is a device, not a file" in result.stderr
-    assert "1 event in 1 file" in result.stdout
+    assert (
+        f"halton-meter: {pipe}: is a pipe, not a file; write what comes through it" in result.stderr
+    )
+    assert "halton-meter: /dev/zero: is a device, not a file" in result.stderr
+    assert "1 request in 1 file" in result.stdout
 
 
 def test_names_that_cannot_be_looked_at_are_named(tmp_path: Path) -> None:
     result = replay("x" * 5_000, FIXTURE)
     assert result.exit_code == 1
     assert "File name too long" in result.stderr
-    assert "1 event in 1 file" in result.stdout
+    assert "1 request in 1 file" in result.stdout
 
 
 def test_a_file_that_is_gone_when_its_turn_comes_is_named(tmp_path: Path) -> None:
@@ -414,7 +416,7 @@ def test_a_fault_in_one_file_leaves_the_others(
     result = replay(path, FIXTURE)
     assert result.exit_code == 1
     assert f"{path}: a fault of Halton Meter ended its reading: KeyError" in result.stderr
-    assert "1 event in 2 files" in result.stdout
+    assert "1 request in 2 files" in result.stdout
 
 
 # --- secrets --------------------------------------------------------------------------------------
@@ -463,8 +465,8 @@ def test_key_logs_without_end_are_read_for_a_while(
     os.truncate(path, 1 << 40)
     result = replay(FIXTURE, "--keys", path)
     assert result.exit_code == 1
-    assert f"Error: {path}: was read for its first 8 MB only" in result.stderr
-    assert "1 event in 1 file" in result.stdout
+    assert f"halton-meter: {path}: was read for its first 8 MB only" in result.stderr
+    assert "1 request in 1 file" in result.stdout
 
 
 def test_a_key_log_may_be_a_pipe_but_not_one_that_is_silent(
@@ -523,6 +525,6 @@ def test_a_tshark_gone_wrong_is_done_without(
     monkeypatch.setattr(tshark, "QUEUED_MAX", 4)
     _fake_tshark(tmp_path, monkeypatch, script)
     result = replay(FIXTURE)
-    assert "1 event in 1 file: $0.002655" in result.stdout  # read by ourselves
+    assert "1 request in 1 file: $0.002655" in result.stdout  # read by ourselves
     if script != "exec cat >/dev/null":  # which ends when its input does, as a tshark should
         assert "tshark failed: 1" in result.stdout
