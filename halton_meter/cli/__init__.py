@@ -1,8 +1,8 @@
-"""The command line: thin click commands, each loaded only when it is called.
+"""The command line: thin click commands, each imported only when it is called.
 
-Here, once for all of them, root becomes the person whose command it is (`privileges.settle`).
-Start-up time is a promise (0.15 s), so this file imports nothing but click: a command's module
-is imported when that command runs or when its own help is asked for.
+Under sudo, root becomes the invoking user here, once for all commands (`privileges.settle`).
+Start-up time is a promise (0.15 s), so this file imports nothing but click: a command's module is
+imported when that command runs or prints its own help.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def _for_probes(given: Mapping[str, Any]) -> bool:
 
 
 class _Entry(NamedTuple):
-    """A command: "module:attribute"; its line for --help, which thus imports no command; and, where
-    it may need root, whether it does with these options. Whatever needs none becomes the person
-    under sudo, `status` and `doctor` as well: they ask the service, and read what all may read.
+    """A command: "module:attribute", and its line in --help, which thus imports no command.
+
+    `needs_root` decides by the options; None: never, so the command runs as the invoking user under
+    sudo. `status` and `doctor` need none: they ask the service.
     """
 
     target: str
@@ -39,21 +40,21 @@ class _Entry(NamedTuple):
 
 _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
-    "events": _Entry("halton_meter.cli.events:events", "List metered events."),
+    "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),
     "export": _Entry(
-        "halton_meter.cli.export:export", "Write events to SQLite, CSV, Parquet or JSON."
+        "halton_meter.cli.export:export", "Write stored requests to a file for other tools."
     ),
     "pricing": _Entry(
         "halton_meter.cli.pricing:pricing", "Show, explain, override or refresh prices."
     ),
     "reprice": _Entry(
-        "halton_meter.cli.reprice:reprice", "Price stored events again, as a revision."
+        "halton_meter.cli.reprice:reprice", "Price stored requests again with today's prices."
     ),
-    "retag": _Entry("halton_meter.cli.retag:retag", "Move history from one project to another."),
+    "retag": _Entry("halton_meter.cli.retag:retag", "Move stored requests to another project."),
     "run": _Entry(
         "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
     ),
@@ -64,9 +65,7 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.start:start", "Start metering in the background.", _for_probes
     ),
     "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
-    "status": _Entry(
-        "halton_meter.cli.status:status", "Show health, coverage per process, losses."
-    ),
+    "status": _Entry("halton_meter.cli.status:status", "Show health, coverage and losses."),
     "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
     "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
     "uninstall": _Entry(
@@ -103,7 +102,7 @@ class LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module_name, _, attribute = _COMMANDS[cmd_name].target.partition(":")
-        gc.disable()  # what an import makes stays: looking for garbage in it costs 5 ms
+        gc.disable()  # nothing that an import makes is garbage; looking for some costs 5 ms
         try:
             command = getattr(importlib.import_module(module_name), attribute)
         finally:
@@ -114,9 +113,9 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; from here on we are whom it is to run as.
+        """Find the command and become the user that it runs as.
 
-        One that never needs root is not even imported by root.
+        Root does not even import a command that never needs root.
         """
         entry = _COMMANDS.get(args[0])
         if entry is not None and entry.needs_root is None:
@@ -158,8 +157,10 @@ def _settle(*, needs_root: bool) -> None:
     try:
         settle(needs_root=needs_root)
     except ConfigError as error:
-        click.echo(f"halton-meter: {error}", err=True)
-        sys.exit(1)
+        from halton_meter.cli.output import fail
+        from halton_meter.problem import Problem
+
+        fail(Problem(str(error), ""))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

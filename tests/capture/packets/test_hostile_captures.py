@@ -527,4 +527,4 @@ def test_a_tshark_gone_wrong_is_done_without(
     result = replay(FIXTURE)
     assert "1 request in 1 file: $0.002655" in result.stdout  # read by ourselves
     if script != "exec cat >/dev/null":  # which ends when its input does, as a tshark should
-        assert "tshark failed: 1" in result.stdout
+        assert "1 run of tshark failed" in result.stdout
