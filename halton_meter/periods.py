@@ -39,8 +39,7 @@ def parse_when(text: str, now_ns: int, end: bool = False) -> int:
         return now_ns
     if _DATE.fullmatch(text):
         return start_of(date.fromisoformat(text) + timedelta(days=end))
-    moment = datetime.fromisoformat(text).astimezone(UTC)  # without an offset: local time
-    return _ns(moment)
+    return _ns(datetime.fromisoformat(text))
 
 
 def parse_stated(text: str) -> int:
@@ -53,6 +52,7 @@ def parse_stated(text: str) -> int:
 
 
 def _ns(moment: datetime) -> int:
+    """Nanoseconds since 1970; a moment without an offset is local time."""
     whole = int(moment.replace(microsecond=0).timestamp())
     return whole * _SECOND_NS + moment.microsecond * 1000
 

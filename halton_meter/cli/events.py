@@ -14,11 +14,11 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.output import (
-    OUTCOMES,
     aligned,
     count_text,
     local_time,
     money_text,
+    outcome_text,
     say,
     shown,
     zone_text,
@@ -30,7 +30,6 @@ from halton_meter.store import NothingStored, Store
 
 # Rows of the table without --limit; --json prints all.
 TABLE_ROWS = 50
-GAP_CHARACTERS_MAX = 100
 
 
 @click.command(
@@ -88,10 +87,10 @@ def _write_table(found: list[PricedEvent], limit: int | None) -> None:
 def _row(event: PricedEvent) -> tuple[str, ...]:
     usage, tokens = event.usage, event.tokens
     notes: list[str | None] = [usage.error_class]
-    notes.append(None if usage.gap else OUTCOMES[usage.outcome.value])
     notes.append(None if usage.free in (None, "error") else usage.free)
     notes.append("implausible" if event.implausible else None)
     notes.append("estimated" if usage.certainty is Certainty.ESTIMATED else None)
+    ended = outcome_text(usage.outcome.value, usage.gap)
     return (
         local_time(usage.at_ns, seconds=True),
         shown(usage.provider),
@@ -101,10 +100,5 @@ def _row(event: PricedEvent) -> tuple[str, ...]:
         count_text(tokens.cache_read),
         count_text(tokens.output),
         money_text(event.list_usd, 6),
-        ", ".join([*(shown(note) for note in notes if note), *_gap(usage.gap)]),
+        ", ".join([*(shown(note) for note in notes if note), *([ended] if ended else [])]),
     )
-
-
-def _gap(gap: str | None) -> list[str]:
-    """Why the request is incomplete, the longest note and thus the last."""
-    return [f"incomplete: {shown(gap, GAP_CHARACTERS_MAX)}"] if gap else []

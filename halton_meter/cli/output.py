@@ -27,6 +27,7 @@ UNKNOWN = "-"
 # What people read for the contract's outcomes.
 OUTCOMES = {"complete": "", "gapped": "incomplete (bytes lost)", "aborted": "interrupted"}
 BAR_CELLS = 12
+GAP_CHARACTERS_MAX = 100
 LINE_CHARACTERS_MAX = 2000
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STEPS = "▁▂▃▄▅▆▇█"
@@ -173,6 +174,11 @@ def duration_text(milliseconds: float | None) -> str:
         return f"{hours} h {minutes:02d} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours:02d} h"
+
+
+def outcome_text(outcome: str, gap: str | None) -> str:
+    """How a request ended, and why it is incomplete where that is known; "" for complete ones."""
+    return f"incomplete: {shown(gap, GAP_CHARACTERS_MAX)}" if gap else OUTCOMES[outcome]
 
 
 def local_time(at_ns: int, *, seconds: bool = False) -> str:

@@ -32,6 +32,7 @@ from halton_meter.cli.output import (
     local_time,
     money_text,
     note,
+    outcome_text,
     say,
     shown,
     zone_text,
@@ -185,7 +186,8 @@ def _row(event: PricedEvent) -> str:
 
 def _remark(event: PricedEvent) -> str:
     usage = event.usage
-    words = [OUTCOMES[usage.outcome.value]] if usage.outcome is not Outcome.COMPLETE else []
+    ended = outcome_text(usage.outcome.value, usage.gap)
+    words = [ended] if ended else []
     if usage.error_class:
         words.append(f"{usage.http_status or ''} {usage.error_class}".strip())
     words += sorted({*usage.flags, *event.flags} - {usage.outcome.value})
