@@ -81,9 +81,9 @@ def explain(
 ) -> None:
     """Show how a price is computed: every line with quantity, rate, amount and source.
 
-    WHAT is the id of a stored event, a file with a provider's response body, or "-" for standard
-    input. The prices are those in force at the time of the request. JSON output is the event as
-    `halton-meter events --json` prints it.
+    The argument is the id of a stored event, a file with a provider's response body, or "-" for
+    standard input. The prices are those in force at the time of the request. JSON output is the
+    event as `halton-meter events --json` prints it.
 
     The body may be JSON, server-sent events or lines of JSON. Facts that it lacks can be added as
     extra fields, or wrap it: {"response": …, "host": …}. They are host, headers, region,
