@@ -1,9 +1,9 @@
-"""Rows for a spreadsheet: CSV in which no name from outside can become a formula or a row.
+"""CSV in which no name from outside can become a formula or a row.
 
-Names of models, programs and projects come from traffic and from other people's processes. Excel,
+Names of models, programs and projects come from traffic and from other users' processes. Excel,
 LibreOffice and Google Sheets run a cell that begins with =, +, - or @ (some after blanks, some in
 their full-width forms too), and end a row at a carriage return. All CSV of this program is written
-here. It knows nothing of what the columns mean.
+here. It knows nothing about the columns.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def cell(value: Any) -> str:
-    """A value as it may stand in a row: text without unprinted characters, and after an apostrophe
-    where it would be a formula; numbers stay numbers, unknown (None) is empty.
+    """A value as a cell: text without unprintable characters, behind an apostrophe where it would
+    be a formula. Numbers stay numbers; unknown (None) is empty.
     """
     if value is None:
         return ""
@@ -27,7 +27,7 @@ def cell(value: Any) -> str:
         return "true" if value else "false"
     if not isinstance(value, str):
         return str(value)
-    # Also marks of direction, zero widths and the BOM, which would hide what a cell begins with.
+    # Direction marks, zero widths and the BOM would hide the first character.
     text = value if value.isprintable() else "".join(filter(str.isprintable, value))
     if _FORMULA.match(text) and not _NUMBER.fullmatch(text):
         return f"'{text}"

@@ -1,9 +1,9 @@
-"""The local web page: the same answers as `report` and `events`, to be looked at.
+"""The local web page: the same answers as `report` and `events`.
 
-`Dashboard(store, clock)` listens on 127.0.0.1 only and answers GET only. What it shows is a
-person's own spending, so other users of the machine and other web pages must not read it: a
-request needs the cookie that the first visit to the page's address gave (`entrance.py`), and names
-this very address as its host, which defeats DNS rebinding. The page loads nothing from elsewhere.
+`Dashboard(store, clock)` listens on 127.0.0.1 only and answers GET only. It shows one user's
+spending, so other users of the machine and other web pages must not read it: a request needs the
+cookie that the first visit to the page's address gave (`entrance.py`), and must name this address
+as its host, which defeats DNS rebinding. The page loads nothing from other servers.
 
 It knows no SQL (`report.py` and `store/` do) and writes nothing.
 """
@@ -56,8 +56,8 @@ _CSV_FIELDS = (
 
 
 NOT_LET_IN = (
-    f"The address of this page opens it once, within {CODE_SECONDS / 60:.0f} minutes. For another "
-    "one press Enter where `halton-meter dashboard` runs, or run it again."
+    f"The address of this page works once, within {CODE_SECONDS / 60:.0f} minutes. For a new one, "
+    "press Enter where `halton-meter dashboard` runs, or run it again."
 )
 
 
@@ -86,7 +86,7 @@ class Dashboard(ThreadingHTTPServer):
         return f"{ADDRESS}:{self.server_port}"
 
     def new_url(self) -> str:
-        """An address that opens the page once; one that was given before opens it no longer."""
+        """An address that opens the page once; earlier ones stop working."""
         return f"http://{self.authority}/?code={self.entrance.new_code()}"
 
 
@@ -153,7 +153,7 @@ class _Page(BaseHTTPRequestHandler):
             elif path == "/requests.csv":
                 self._send_csv(asked)
             else:
-                self._say(HTTPStatus.NOT_FOUND, "There is no such page; the first one is /")
+                self._say(HTTPStatus.NOT_FOUND, "There is no such page. Open /")
         except BadRequest as error:
             self._say(HTTPStatus.BAD_REQUEST, str(error))
         except StoreError as error:
@@ -190,7 +190,7 @@ def selection_of(asked: dict[str, str], now_ns: int) -> Selection:
     """`period` (see PERIODS; days are local, today included), `provider`, `model`, `project`."""
     period = asked.get("period", "30d")
     if period not in PERIODS:
-        raise BadRequest(f"no period {period!r}; there are: {', '.join(PERIODS)}")
+        raise BadRequest(f"{period!r} is not a period. Ask for one of {', '.join(PERIODS)}")
     days = PERIODS[period]
     from_ns = None
     if days is not None:
@@ -204,7 +204,7 @@ def report_json(store: Store, now_ns: int, asked: dict[str, str]) -> dict[str, A
     """The contract's report for `selection_of(asked)`, by the dimension `by`, with `trend`."""
     by = asked.get("by", "model")
     if by not in DIMENSIONS:
-        raise BadRequest(f"cannot group by {by!r}; there are: {', '.join(DIMENSIONS)}")
+        raise BadRequest(f"cannot group by {by!r}. Ask for one of {', '.join(DIMENSIONS)}")
     return ask(store, Question(now_ns, selection_of(asked, now_ns), (by,))).json()
 
 
@@ -232,7 +232,7 @@ def _cursor(text: str | None) -> tuple[int, str] | None:
         return None
     at, _, event = text.partition(".")
     if not (at.isascii() and at.isdigit() and len(at) < 20 and event):
-        raise BadRequest("`before` is what the page before gave as `next`")
+        raise BadRequest("`before` must be the `next` of the page before")
     return int(at), event
 
 

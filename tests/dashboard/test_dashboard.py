@@ -257,7 +257,7 @@ def test_enter_prints_another_address_which_alone_opens_the_page(tmp_path: Path)
     try:
         assert running.stdout
         first = running.stdout.readline().strip()
-        assert "Enter: another address" in running.stdout.readline()
+        assert "Enter: a new address" in running.stdout.readline()
         os.write(terminal, b"\n")
         second = running.stdout.readline().strip()
         port = urlsplit(first).port

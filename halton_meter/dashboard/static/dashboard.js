@@ -86,7 +86,7 @@ function sent(tokens) {
 function totals(figures) {
   $("totals").replaceChildren(
     figure("List price", dollars(figures.list_usd)),
-    figure("Paid on top of plans", dollars(figures.marginal_usd)),
+    figure("Billed", dollars(figures.marginal_usd)),
     figure("Requests", count(figures.requests), figures.errors ? `${count(figures.errors)} errors` : ""),
     figure("Tokens in", count(sent(figures.tokens))),
     figure("Tokens out", count(figures.tokens.output)),
@@ -117,7 +117,7 @@ function groups(report, by) {
   const heads = [[by.replace("_", " ")], ["requests", "number"], ["in", "number"], ["out", "number"], ["list price", "number"], ["share"]];
   const rows = report.groups.map((group) => {
     const made = row([
-      [or(group.key, "not known")],
+      [or(group.key, "unknown")],
       [count(group.requests), "number"],
       [count(sent(group.tokens)), "number"],
       [count(group.tokens.output), "number"],
@@ -144,19 +144,28 @@ function coverage(found) {
       (model.set_price ? ` Set a price: ${model.set_price}` : ""),
   );
   const { aborted, gapped } = found.exchanges;
-  if (aborted) lines.push(`${count(aborted)} requests were cut off.`);
-  if (gapped) lines.push(`${count(gapped)} requests have bytes missing.`);
+  if (aborted) lines.push(`${count(aborted)} requests interrupted: figures may be too low.`);
+  if (gapped) lines.push(`${count(gapped)} requests incomplete (bytes lost): figures may be too low.`);
   if (found.implausible_requests) {
     lines.push(`${count(found.implausible_requests)} requests state amounts that no request can have, and are in no sum.` +
       " See: halton-meter events --flag implausible");
   }
-  if (found.estimated_requests) lines.push(`${count(found.estimated_requests)} requests are estimated.`);
-  if (found.pending) lines.push(`${count(found.pending)} requests still run in the background.`);
-  if (found.waiting) lines.push(`${count(found.waiting)} requests wait to be stored.`);
-  for (const [cause, lost] of Object.entries(found.losses)) lines.push(`${cause.replaceAll("_", " ")}: ${count(lost)}`);
-  if (!lines.length) lines.push("Nothing: every request is whole and priced.");
+  if (found.estimated_requests) lines.push(`${count(found.estimated_requests)} requests with estimated token counts.`);
+  if (found.pending) lines.push(`${count(found.pending)} requests without an answer yet.`);
+  if (found.waiting) lines.push(`${count(found.waiting)} requests not in the database yet.`);
+  if (Object.keys(found.losses).length) lines.push("The capture lost something. What: halton-meter report");
+  if (!lines.length) lines.push("Every request is complete and priced.");
   $("coverage").replaceChildren(...lines.map((line) => element("li", line)));
 }
+
+function note(event) {
+  if (event.implausible) return "implausible";
+  if (event.error_class) return event.error_class;
+  if (event.gap) return `incomplete: ${event.gap}`;
+  return { complete: "", gapped: "incomplete (bytes lost)", aborted: "interrupted" }[event.outcome];
+}
+
+const zone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
 
 async function requests(before) {
   const page = await fetched("api/requests", before ? { before } : {});
@@ -169,11 +178,11 @@ async function requests(before) {
     [count(sent(event.tokens)), "number"],
     [count(event.tokens.output), "number"],
     [dollars(event.list_usd), "number"],
-    [event.implausible ? "implausible" : event.error_class || (event.outcome === "complete" ? "" : event.outcome), "dim"],
+    [note(event), "dim"],
   ]));
   if (before) $("requests").append(...rows);
   else {
-    const heads = [["time"], ["provider"], ["model"], ["project"], ["process"], ["in", "number"], ["out", "number"], ["list price", "number"], [""]];
+    const heads = [[`time (${zone()})`], ["provider"], ["model"], ["project"], ["process"], ["in", "number"], ["out", "number"], ["list price", "number"], [""]];
     $("requests").replaceChildren(row(heads, "th"), ...rows);
   }
   next = page.next;

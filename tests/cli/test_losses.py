@@ -1,0 +1,48 @@
+"""Capture losses in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from halton_meter.cli import main
+from halton_meter.cli.losses import losses_in_words
+from halton_meter.store import Store
+from tests.support.made import NOON_NS, made
+
+
+def test_a_loss_is_a_count_and_its_fix() -> None:
+    assert losses_in_words({"tcp_bytes_missing": 3975, "bodies_over_budget": 2}) == [
+        ("3,975 TCP bytes missing", "record with a larger buffer: tcpdump -B 65536"),
+        ("2 bodies read in part: memory limit", ""),
+    ]
+    assert losses_in_words({"ip_fragments": 1})[0][0] == "1 IP fragment not reassembled"
+
+
+def test_counters_that_say_nothing_to_people_are_left_out() -> None:
+    assert losses_in_words({"holes": 5, "http1_resync": 3, "hpack_lost": 2, "not_http": 0}) == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "named"),
+    [
+        ({"tcp_bytes_missing": 3975, "holes": 5}, "3,975 TCP bytes missing"),
+        ({"holes": 5}, "internal counters only"),
+    ],
+)
+def test_a_report_names_losses_in_words_and_has_every_counter_in_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: dict[str, int], named: str
+) -> None:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    with Store(tmp_path) as store:
+        store.append([made()])
+        for cause, number in losses.items():
+            store.count_loss(cause, number, NOON_NS)
+        store.flush()
+    text = CliRunner().invoke(main, ["report"]).stdout
+    assert f"Capture losses: {named}. All: halton-meter report --json | jq" in text
+    found = json.loads(CliRunner().invoke(main, ["report", "--json"]).stdout)
+    assert found["coverage"]["losses"] == losses
