@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -26,6 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 from halton_meter.contract import event_json
 from halton_meter.dashboard.entrance import CODE_SECONDS, Entrance, is_ours
 from halton_meter.model import PricedEvent
+from halton_meter.periods import day_of, start_of
 from halton_meter.report import DIMENSIONS, Question, ask
 from halton_meter.spreadsheet import write_rows
 from halton_meter.store import NothingStored, Selection, Store, StoreError
@@ -194,9 +195,7 @@ def selection_of(asked: dict[str, str], now_ns: int) -> Selection:
     days = PERIODS[period]
     from_ns = None
     if days is not None:
-        today = datetime.fromtimestamp(now_ns // 1_000_000_000).replace(hour=0, minute=0, second=0)
-        first = today - timedelta(days=max(days - 1, 0))
-        from_ns = int(first.timestamp()) * 1_000_000_000
+        from_ns = start_of(day_of(now_ns) - timedelta(days=max(days - 1, 0)))
     return Selection(from_ns, None, asked.get("provider"), asked.get("model"), asked.get("project"))
 
 
