@@ -160,7 +160,7 @@ def _settle(*, needs_root: bool) -> None:
         from halton_meter.cli.output import fail
         from halton_meter.problem import Problem
 
-        fail(Problem(str(error), ""))
+        fail(Problem(error.what, error.fix))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

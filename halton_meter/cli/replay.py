@@ -489,7 +489,9 @@ def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
 
     try:
         return Replay(job, files, problems).run()
-    except (TsharkMissing, ConfigError, PriceError) as error:
+    except ConfigError as error:
+        fail(Problem(error.what, error.fix))
+    except (TsharkMissing, PriceError) as error:
         fail(Problem(str(error), ""))
     except BrokenPipeError:
         # The reader (head, less) has closed the pipe.

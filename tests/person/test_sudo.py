@@ -68,7 +68,7 @@ CALLS: tuple[tuple[str, ...], ...] = (
     ("uninstall",),
     ("uninstall", "--purge", "--yes"),
 )
-UNTIL = {"dashboard": "Ctrl-C ends it", "daemon": "listens on"}
+UNTIL = {"dashboard": "Ctrl-C: stop", "daemon": "listens on"}
 # The only ones that root stays root for; every other command, also a new one, is the person's.
 ROOTS = {("run", "--json-summary"), ("daemon", "--foreground"), ("start",), ("stop",)}
 
