@@ -125,7 +125,7 @@ def test_functions_that_pass_something_else_are_not_recognised(
     (line,) = client.source.coverage()
     assert line.state is CoverageState.NOT_RECOGNISED
     assert line.library == str(client.program)
-    assert "passed no HTTP" in (line.advice or "")
+    assert "passed bytes that are not HTTP" in (line.advice or "")
     assert str(client.build_id) in (line.advice or "")
     assert client.source.status().events_lost["not_http"] == 1
     # The kernel takes some 0.1 s to remove each; then nothing is probed any more.
