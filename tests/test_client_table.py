@@ -1,4 +1,4 @@
-"""The README's table of clients says what the tests of real clients proved, and nothing else."""
+"""The table of clients in docs/capture.md shows what the tests of real clients proved."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def row(client: str, version: str, way: str = "uprobes", result: str = "exact") 
     return {"client": client, "version": version, "stack": "S", "way": way, "result": result}
 
 
-def test_the_readme_shows_the_committed_results() -> None:
+def test_the_document_shows_the_committed_results() -> None:
     made = tool.table(json.loads(tool.RESULTS.read_text()))
-    text = tool.README.read_text()
+    text = tool.DOCUMENT.read_text()
     assert tool.with_table(text, made) == text, "run: python tools/client_table.py"
 
 
@@ -40,11 +40,11 @@ def test_a_way_tried_with_some_versions_names_them() -> None:
     assert tool.table(rows).splitlines()[2] == "| Bun | 1.9, 1.10 | S | exact |  | exact (1.10) |"
 
 
-def test_what_does_not_work_is_said() -> None:
+def test_what_does_not_work_is_shown() -> None:
     rows = [row("Codex", "1", result="not probed"), row("Codex", "1", "proxy")]
     assert tool.table(rows).splitlines()[2] == "| Codex | 1 | S | not probed |  | exact |"
 
 
-def test_a_readme_without_its_markers_is_an_error() -> None:
+def test_a_document_without_the_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="lacks the markers"):
-        tool.with_table("# Readme\n", "")
+        tool.with_table("# Title\n", "")

@@ -1,10 +1,10 @@
-"""Writes the README's table of clients from what the tests proved.
+"""Writes the table of clients in docs/capture.md from what the tests proved.
 
     make clients                        # runs every client, and keeps the results
-    python tools/client_table.py        # writes the table between its markers in README.md
-    python tools/client_table.py --check  # exit 1 when the README says something else
+    python tools/client_table.py        # writes the table between its markers
+    python tools/client_table.py --check  # exit 1 when the table is out of date
 
-It knows nothing but `tests/lab/real_clients/results.json`: what no test tried stays empty.
+It reads `tests/lab/real_clients/results.json` alone: what no test tried stays empty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "capture.md"
 RESULTS = ROOT / "tests" / "lab" / "real_clients" / "results.json"
 BEGIN, END = "<!-- clients: tools/client_table.py -->", "<!-- /clients -->"
 WAYS = ("uprobes", "key log", "proxy")
@@ -39,7 +39,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _cell(rows: list[Row], way: str, versions: list[str]) -> str:
-    """What came out, with the versions where not all of them were tried that way."""
+    """The results, each with its versions where not all versions were tried that way."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row["way"] == way:
@@ -55,23 +55,23 @@ def _numbers(version: str) -> list[int]:
 
 
 def with_table(text: str, made: str) -> str:
-    """The README with this table. Raises ValueError where the markers are missing."""
+    """The document with this table. Raises ValueError where the markers are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README lacks the markers {BEGIN} and {END}")
+        raise ValueError(f"{DOCUMENT.name} lacks the markers {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
 def main() -> int:
     """Write or check; see the file's head."""
-    text = README.read_text()
+    text = DOCUMENT.read_text()
     wanted = with_table(text, table(json.loads(RESULTS.read_text())))
     if "--check" in sys.argv[1:]:
         if wanted != text:
-            print("README.md: the table of clients is old; run python tools/client_table.py")
+            print("docs/capture.md: the table of clients is old; run: python tools/client_table.py")
         return int(wanted != text)
-    README.write_text(wanted)
+    DOCUMENT.write_text(wanted)
     return 0
 
 
