@@ -64,13 +64,6 @@ def test_every_claim_in_a_document_names_its_test(path: Path) -> None:
     assert (unknown, untested) == ([], [])
 
 
-# Names in comments and docstrings that are no files of this repository.
-EXAMPLES = {
-    "app.py", "agent.py", "evil.py", "script.py", "train.py", "main.py", "server.py", "job.py",
-    "tool.py", "a.py", "b.py", "x.py", "hunter.py",
-}  # fmt: skip
-
-
 def code_files() -> list[str]:
     suffixes = (".py", ".c", ".cjs", ".js", ".toml", ".sh")
     return [
@@ -87,7 +80,7 @@ def test_every_file_that_a_comment_or_docstring_names_exists() -> None:
         f"{file}:{line}: {name}"
         for file in code_files()
         for line, name in docs.files_named_in_code(ROOT / file)
-        if Path(name).name not in EXAMPLES and not docs.exists(name)
+        if not docs.exists(name)
     ]
     assert missing == []
 
@@ -112,14 +105,17 @@ def test_every_place_where_data_waits_has_its_bound_and_its_counter() -> None:
 
 
 @cache
-def is_counted(cause: str) -> bool:
-    """Whether a package has this cause of a loss among its texts."""
-    spelled = re.compile(rf"""["']{cause}["']""")
-    return any(
-        spelled.search((ROOT / file).read_text())
+def product_source() -> str:
+    return "\n".join(
+        (ROOT / file).read_text()
         for file in docs.files()
         if file.endswith(".py") and file.split("/")[0] in docs.PACKAGES
     )
+
+
+def is_counted(cause: str) -> bool:
+    """Whether a package has this cause of a loss among its texts."""
+    return re.search(rf"""["']{cause}["']""", product_source()) is not None
 
 
 def test_the_nouns_and_their_fields_are_the_models() -> None:
@@ -167,12 +163,7 @@ def test_the_table_of_providers_is_the_codes() -> None:
 
 def test_every_line_of_status_in_the_runbook_is_one_that_the_code_prints() -> None:
     """Each begins with words of a text in the packages: what stands before the first …."""
-    source = "\n".join(
-        (ROOT / file).read_text()
-        for file in docs.files()
-        if file.endswith(".py") and file.split("/")[0] in docs.PACKAGES
-    )
-    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # a text may go on in the next line
+    joined = re.sub(r'"\s*\n\s*f?"', "", product_source())  # a text may go on in the next line
     lines = [
         row["You see"].strip("`")
         for rows in docs.tables(text_of("docs/troubleshooting.md"))
@@ -256,6 +247,10 @@ def test_every_dimension_of_reports_is_a_column_that_days_are_summed_by() -> Non
 def test_the_tree_in_contributing_is_the_trees() -> None:
     section = docs.section(text_of("CONTRIBUTING.md"), "Layout")
     drawn = section.partition("```\n")[2].partition("```")[0].splitlines()
-    named = [line.split()[0].rstrip("/") for line in drawn if line.strip()]
-    assert [name for name in named if not docs.exists(name)] == []
-    assert set(docs.PACKAGES) <= {name.split("/")[0] for name in named}
+    named, top = [], ""
+    for line in filter(None, drawn):
+        name = line.split()[0].rstrip("/")
+        top = top if line.startswith(" ") else name
+        named.append(f"{top}/{name}" if line.startswith(" ") else name)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert set(docs.PACKAGES) <= set(named)

@@ -10,9 +10,17 @@ import re
 
 import pytest
 
-from tests.support.documents import ROOT, TEST, amount, claims, constant, functions_of, section
+from tests.support.documents import (
+    ROOT,
+    TEST,
+    amount,
+    claims,
+    constant,
+    functions_of,
+    section,
+    tables,
+)
 from tests.support.documents import constants as constants_of
-from tests.support.documents import tables
 
 TEXT = (ROOT / "docs/security.md").read_text()
 TESTS = sorted(set(TEST.findall(TEXT)))

@@ -1,7 +1,7 @@
 """Writes docs/providers.md, the table of providers and their hosts, from the code.
 
-    python tools/provider_table.py          # writes the file
-    python tools/provider_table.py --check  # exit 1 when the file is out of date
+python tools/provider_table.py          # writes the file
+python tools/provider_table.py --check  # exit 1 when the file is out of date
 """
 
 from __future__ import annotations

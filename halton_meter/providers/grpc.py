@@ -28,7 +28,7 @@ MESSAGE_BYTES_MAX = 64 << 20
 FIELDS_MAX = 200_000
 VARINT_BYTES_MAX = 10
 
-# gRPC's status codes (grpc/grpc statuscodes.md) in the contract's classes.
+# gRPC's status codes (https://grpc.io/docs/guides/status-codes/) in the contract's classes.
 _STATUS_CLASSES = {
     "1": "network",
     "2": "unknown",

@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("capture", "halton_meter", "proxy_fallback", "pricing")
 FOLDERS = (*PACKAGES, "tests", "docs", "tools", "bench", "fixtures")
 SUFFIXES = "py|md|toml|c|cjs|js|css|html|sh|json|jsonl|pcapng"
+# Names in documents, comments and docstrings that are no files of this repository.
+EXAMPLES = frozenset(
+    {"hunter.py", "path/file.py", "_bench.py", "ssl/ssl_lib.c", "ssl_lib.c", "s3_lib.c"}
+)
 _SKIPPED = {".git", ".venv", ".cache", "__pycache__", "build", "dist", "node_modules"}
 
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
@@ -49,23 +53,31 @@ def folders() -> frozenset[str]:
     return frozenset(str(parent) for file in files() for parent in Path(file).parents)
 
 
+@cache
+def _ends() -> frozenset[str]:
+    """What files' paths end with, at a folder."""
+    parts = (file.split("/") for file in files())
+    return frozenset("/".join(each[n:]) for each in parts for n in range(len(each)))
+
+
 def exists(name: str) -> bool:
     """Whether a path is there: from the root, or the end of one. `*` stands for any name."""
     path = name.rstrip("/")
-    if path in folders():
-        return True
-    return any(file == path or fnmatch(file, path) or fnmatch(file, f"*/{path}") for file in files())
+    if "*" in path:
+        return any(fnmatch(end, path) for end in _ends())
+    return path in folders() or path in _ends()
 
 
 def named_files(text: str) -> list[str]:
     """The files and folders that a document names in backquotes or links to."""
     found = []
     for quoted in _QUOTED.findall(text):
-        path = quoted.partition(":")[0]
+        path = quoted.partition(":")[0].replace("NAME", "*")
         top, slash, _ = path.partition("/")
-        if (slash and top in FOLDERS) or re.search(rf"/[\w*-]+\.(?:{SUFFIXES})$", path):
-            found.append(path)
-        elif re.fullmatch(r"[\w-]+(?:\.bpf)?\.(?:py|c|cjs|md)", path) or path == "Makefile":
+        if top in ("", "~") or path in EXAMPLES:
+            continue
+        is_inside = slash and (top in FOLDERS or re.search(rf"\.(?:{SUFFIXES})$", path))
+        if is_inside or re.fullmatch(r"[\w-]+(?:\.bpf)?\.(?:py|c|cjs|md)|Makefile", path):
             found.append(path)
     return found
 
@@ -79,18 +91,22 @@ def files_named_in_code(path: Path) -> Iterator[tuple[int, str]]:
     """(line, file) for each file that a comment or a docstring names."""
     for line, text in _prose(path):
         for found in _CODE_FILE.findall(text):
-            yield line, found
+            if found not in EXAMPLES:
+                yield line, found
 
 
 def _prose(path: Path) -> Iterator[tuple[int, str]]:
     source = path.read_text()
+    if _CODE_FILE.search(source) is None:
+        return
     if path.suffix != ".py":
         yield from _comments_of(source, path.suffix)
         return
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if (docstring := ast.get_docstring(node)) is not None:
-                yield getattr(node, "lineno", 1), docstring
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if (docstring := ast.get_docstring(node)) is not None:
+            yield getattr(node, "lineno", 1), docstring
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
