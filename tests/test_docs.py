@@ -14,6 +14,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -42,14 +43,37 @@ def ids(path: Path) -> str:
 def test_every_file_that_a_document_names_exists(path: Path) -> None:
     text = path.read_text()
     missing = [name for name in docs.named_files(text) if not docs.exists(name)]
-    missing += [link for link in docs.links(text) if not (path.parent / link).exists()]
-    assert missing == []
+    assert missing + docs.broken_links(path) == []
 
 
 @pytest.mark.parametrize("path", docs.documents(), ids=ids)
 def test_every_definition_that_a_document_names_exists(path: Path) -> None:
     found = docs.definitions(path.read_text())
     assert [each for each in found if not docs.is_defined(*each)] == []
+
+
+@pytest.mark.parametrize("path", docs.documents(), ids=ids)
+def test_every_command_that_a_document_names_exists(path: Path) -> None:
+    text = path.read_text()
+    targets = set(re.findall(r"^([\w -]+):", text_of("Makefile"), re.MULTILINE))
+    assert docs.make_targets(text) - {name for names in targets for name in names.split()} == set()
+    for words in docs.command_lines(text):
+        named = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert named <= options_of(words), words
+
+
+def options_of(words: list[str]) -> set[str]:
+    """The options of the command that these words call."""
+    from halton_meter.cli import main
+
+    command: click.Command = main
+    for word in words:
+        if isinstance(command, click.Group) and not word.startswith("-"):
+            found = command.get_command(click.Context(command), word)
+            assert found is not None, words
+            command = found
+    named = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    return named | {"--help", "--version"}
 
 
 @pytest.mark.parametrize("path", docs.documents(), ids=ids)

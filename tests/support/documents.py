@@ -26,7 +26,9 @@ _SKIPPED = {".git", ".venv", ".cache", "__pycache__", "build", "dist", "node_mod
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 _CONSTANT = re.compile(r"`([\w.]+):(\w+)`")
 _DEFINITION = re.compile(r"`((?:\w+/)+\w+\.py):([A-Za-z_][\w.]*)`")
-_LINK = re.compile(r"\]\((?!\w+:|#)([^)#]+)")
+_LINK = re.compile(r"\]\((?!\w+:)([^)#]*)(?:#([^)]+))?\)")
+_MAKE = re.compile(r"`(?:\w+=\S+ )?make ([a-z-]+)")
+_COMMAND = re.compile(r"(?:`|^)(?:sudo )?halton-meter ([^`\n#&|]+)", re.MULTILINE)
 _QUOTED = re.compile(r"`([^`\s]+)`")
 _CODE_FILE = re.compile(r"(?<![\w./*-])((?:[\w.-]+/)*[\w-]+(?:\.bpf)?\.(?:py|c|cjs|md))\b(?!\.|/)")
 _SIZES = {"": 0, "s": 0, "KiB": 10, "MiB": 20, "GiB": 30}
@@ -82,9 +84,30 @@ def named_files(text: str) -> list[str]:
     return found
 
 
-def links(text: str) -> list[str]:
-    """What a document links to, beside the web."""
-    return _LINK.findall(text)
+def broken_links(path: Path) -> list[str]:
+    """Links of a document, the web's aside, that lead to no file, or to no heading of it."""
+    broken = []
+    for file, anchor in _LINK.findall(path.read_text()):
+        target = path.parent / file if file else path
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(f"{file}#{anchor}")
+    return broken
+
+
+def _anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def make_targets(text: str) -> set[str]:
+    """The targets of `make` that a document names in backquotes."""
+    return set(_MAKE.findall(text))
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """What follows `halton-meter` in each command that a document gives."""
+    return [line.partition(" -- ")[0].replace(":", "").split() for line in _COMMAND.findall(text)]
 
 
 def files_named_in_code(path: Path) -> Iterator[tuple[int, str]]:
