@@ -109,6 +109,12 @@ def test_every_file_that_a_comment_or_docstring_names_exists() -> None:
     assert missing == []
 
 
+def test_every_module_that_prose_names_exists() -> None:
+    paths = [*docs.documents(), *(ROOT / file for file in code_files())]
+    found = {ids(path): unknown for path in paths if (unknown := docs.unknown_modules(path))}
+    assert found == {}
+
+
 # --- docs/architecture.md ------------------------------------------------------------------------
 
 

@@ -31,6 +31,9 @@ _MAKE = re.compile(r"`(?:\w+=\S+ )?make ([a-z-]+)")
 _COMMAND = re.compile(r"(?:`|^)(?:sudo )?halton-meter ([^`\n#&|]+)", re.MULTILINE)
 _QUOTED = re.compile(r"`([^`\s]+)`")
 _CODE_FILE = re.compile(r"(?<![\w./*-])((?:[\w.-]+/)*[\w-]+(?:\.bpf)?\.(?:py|c|cjs|md))\b(?!\.|/)")
+_DOTTED = re.compile(
+    rf"(?<![\w./-])((?:{'|'.join(PACKAGES)}|tests|bench)(?:\.\w+)+)(?!\w)(?<!\.md)(?<!\.py)(?<!\.toml)(?<!\.pcapng)"
+)
 _SIZES = {"": 0, "s": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 
 
@@ -118,9 +121,31 @@ def files_named_in_code(path: Path) -> Iterator[tuple[int, str]]:
                 yield line, found
 
 
-def _prose(path: Path) -> Iterator[tuple[int, str]]:
+def unknown_modules(path: Path) -> list[str]:
+    """The dotted names of modules, or of what they define, that prose names and nothing has."""
+    text = path.read_text() if path.suffix == ".md" else " ".join(t for _, t in _prose(path))
+    return [name for name in _DOTTED.findall(text) if not _resolves(name)]
+
+
+def _resolves(name: str) -> bool:
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path, rest = "/".join(parts[:count]), ".".join(parts[count:])
+        for file in (f"{path}.py", f"{path}/__init__.py"):
+            if file in _ends():
+                return not rest or is_defined(file, rest)
+    return False
+
+
+@cache
+def _prose(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of each comment and docstring."""
+    return list(_read_prose(path))
+
+
+def _read_prose(path: Path) -> Iterator[tuple[int, str]]:
     source = path.read_text()
-    if _CODE_FILE.search(source) is None:
+    if _CODE_FILE.search(source) is None and _DOTTED.search(source) is None:
         return
     if path.suffix != ".py":
         yield from _comments_of(source, path.suffix)
@@ -149,8 +174,12 @@ def _comments_of(source: str, suffix: str) -> Iterator[tuple[int, str]]:
 def functions_of(file: str) -> frozenset[str]:
     """The functions that a file defines, at any depth."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    tree = ast.parse((ROOT / file).read_text())
-    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, kinds))
+    return frozenset(node.name for node in ast.walk(_tree(file)) if isinstance(node, kinds))
+
+
+@cache
+def _tree(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text())
 
 
 def definitions(text: str) -> list[tuple[str, str]]:
@@ -160,7 +189,7 @@ def definitions(text: str) -> list[tuple[str, str]]:
 
 def is_defined(file: str, name: str) -> bool:
     """Whether a file defines this class, function, method or name."""
-    body = ast.parse((ROOT / file).read_text()).body
+    body = _tree(file).body
     for part in name.split("."):
         found = next((node for node in body if part in _names(node)), None)
         if found is None:
@@ -172,6 +201,8 @@ def is_defined(file: str, name: str) -> bool:
 def _names(node: ast.stmt) -> set[str]:
     if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return {node.name}
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
     targets = node.targets if isinstance(node, ast.Assign) else []
     targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
     return {target.id for target in targets if isinstance(target, ast.Name)}
