@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from halton_meter import providers
+from halton_meter.providers.registry import built_in
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "providers.md"
 HEAD = """\
@@ -31,7 +31,7 @@ REGIONS_MIN = 8  # hosts of one provider; with more, regions are written as *
 def table() -> str:
     """The whole document."""
     hosts: dict[str, dict[str, bool]] = defaultdict(dict)
-    for provider in providers.known():
+    for provider in built_in():
         for host in provider.hosts:
             hosts[provider.id][host] = provider.captured
     rows = [f"| {name} | {', '.join(_shown(found))} |" for name, found in sorted(hosts.items())]
