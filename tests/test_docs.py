@@ -24,6 +24,7 @@ from halton_meter.report import DIMENSIONS
 from halton_meter.store.schema import DIMENSION_COLUMNS
 from tests.support import documents as docs
 
+pytestmark = pytest.mark.checkout
 ROOT = docs.ROOT
 TOOL = (sys.executable, "tools/provider_table.py")
 
