@@ -571,7 +571,7 @@ INLINE void announce(struct key *key, struct connection *c)
 struct close_record {
 	struct record head;
 	u64 received;
-	char comm[16]; /* once more, for a reader who has not heard its OPEN (remains.py) */
+	char comm[16]; /* once more, for a reader who has not heard its OPEN (announcements.py) */
 	char host[HOST_BYTES_MAX];
 };
 
