@@ -70,6 +70,8 @@ def options_of(words: list[str]) -> set[str]:
 
     command: click.Command = main
     for word in words:
+        if word.isupper():  # a name to be filled in
+            break
         if isinstance(command, click.Group) and not word.startswith("-"):
             found = command.get_command(click.Context(command), word)
             assert found is not None, words

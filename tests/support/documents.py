@@ -109,8 +109,9 @@ def make_targets(text: str) -> set[str]:
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """What follows `halton-meter` in each command that a document gives."""
-    return [line.partition(" -- ")[0].replace(":", "").split() for line in _COMMAND.findall(text)]
+    """What follows `halton-meter` in each command that a document gives, without remarks."""
+    commands = (re.split(r" -- |  |: ", line)[0] for line in _COMMAND.findall(text))
+    return [command.rstrip(":").split() for command in commands]
 
 
 def files_named_in_code(path: Path) -> Iterator[tuple[int, str]]:
@@ -132,7 +133,7 @@ def _resolves(name: str) -> bool:
     for count in range(len(parts), 0, -1):
         path, rest = "/".join(parts[:count]), ".".join(parts[count:])
         for file in (f"{path}.py", f"{path}/__init__.py"):
-            if file in _ends():
+            if (ROOT / file).is_file():
                 return not rest or is_defined(file, rest)
     return False
 
@@ -189,6 +190,8 @@ def definitions(text: str) -> list[tuple[str, str]]:
 
 def is_defined(file: str, name: str) -> bool:
     """Whether a file defines this class, function, method or name."""
+    if not (ROOT / file).is_file():
+        return False
     body = _tree(file).body
     for part in name.split("."):
         found = next((node for node in body if part in _names(node)), None)
