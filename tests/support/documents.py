@@ -134,7 +134,7 @@ def _resolves(name: str) -> bool:
         path, rest = "/".join(parts[:count]), ".".join(parts[count:])
         for file in (f"{path}.py", f"{path}/__init__.py"):
             if (ROOT / file).is_file():
-                return not rest or is_defined(file, rest)
+                return not rest or rest.startswith("__") or is_defined(file, rest)
     return False
 
 
