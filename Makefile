@@ -70,7 +70,7 @@ lab: setup-test
 	@$(BIN)/python tools/run_tests.py lab
 
 # Real binaries of npm and PyPI, all versions (`make test` runs the newest Claude Code and Bun): long
-# downloads. What they prove is kept for the README's table of clients.
+# downloads. What they prove is kept for the table in docs/capture.md.
 clients: setup-test
 	@sh tools/system_packages.sh chromium chromium
 	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients tests/lab/test_older.py

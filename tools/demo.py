@@ -25,7 +25,7 @@ def step(title: str) -> None:
 
 
 def run(arguments: list[str], home: Path) -> int:
-    """Run halton-meter with the demo's own home, showing the command as a person would type it."""
+    """Run halton-meter in the demo's own data folder, and show the command as a user types it."""
     print("$ halton-meter " + " ".join(arguments), flush=True)
     environment = {**os.environ, "HALTON_METER_HOME": str(home)}
     command = [*HALTON_METER, *arguments]

@@ -1,4 +1,4 @@
-"""The clients that tests proved, kept in `results.json`: what the README's table is made from.
+"""The clients that tests proved, kept in `results.json`, of which docs/capture.md has its table.
 
 A test calls `note` as its last line. Nothing is written unless $HALTON_CLIENT_RESULTS is set: to a
 file, or to 1 for the committed one (`make clients` does). A row stands for one client, version and

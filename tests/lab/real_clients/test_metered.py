@@ -1,7 +1,7 @@
 """Programs as their makers ship them, run in the lab under the service: each exchange is exact.
 
 The newest version of each belongs to `make test`, the others to `make clients`. What a test proves
-it notes as its last line, for the README's table.
+it notes as its last line, for the table in docs/capture.md.
 """
 
 from __future__ import annotations
