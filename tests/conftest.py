@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from hypothesis import settings
 # `sudo make test`: a command that a test calls in this process would become the person for good.
 for _name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
     os.environ.pop(_name, None)
+
+# `pytest &` and `nohup pytest` ignore these; every program that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 PACKAGES = ("capture", "halton_meter", "pricing", "proxy_fallback")
 QUICK_SHARE, QUICK_EXAMPLES_MIN = 5, 2

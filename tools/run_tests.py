@@ -249,8 +249,9 @@ def main() -> int:
     wanted = [group for group in known if not options.names or group.name in options.names]
     for group in wanted:
         group.may_be_empty = options.mode == "slow"
-    # A shell that starts this in the background has it ignored, and so would every test.
+    # `make test &` and `nohup make test` ignore these, and every test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["HALTON_TESTS"] = MODES[options.mode][1]
     if options.random:
