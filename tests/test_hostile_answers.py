@@ -6,9 +6,7 @@ test of a limit counts what was kept or given up instead.
 
 from __future__ import annotations
 
-import gc
 import json
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from halton_meter.model import (
 from halton_meter.wire import body as bodies
 from halton_meter.wire import http2, websocket
 from pricing.book import PriceBook
+from tests.support.cost import proportionate
 from tests.support.exchanges import REGISTRY, exchange
 
 SENT, RECEIVED = Direction.SENT, Direction.RECEIVED
@@ -69,21 +68,8 @@ def new_meter() -> Meter:
     return Meter(BOOK.price)
 
 
-def cpu_s(work: Callable[[], object]) -> float:
-    """The least of two runs: what else the machine did is not in it."""
-    took = []
-    for _ in range(2):
-        gc.collect()
-        began = time.process_time()
-        work()
-        took.append(time.process_time() - began)
-    return min(took)
-
-
 def grows_no_faster_than_its_size(work: Callable[[int], object], size: int) -> None:
-    once = max(cpu_s(lambda: work(size)), 0.005)
-    four_times = cpu_s(lambda: work(4 * size))
-    assert four_times <= TIMES_MAX * once, (once, four_times)
+    proportionate(lambda: work(size), lambda: work(4 * size), times_max=TIMES_MAX, least_s=0.005)
 
 
 # --- bodies --------------------------------------------------------------------------------------

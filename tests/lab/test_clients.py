@@ -16,7 +16,7 @@ from tests.lab.conftest import CLIENTS, HALTON_METER, Bench, Service, assert_met
 from tests.lab.real_clients.results import note
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
-from tests.support.quick import first
+from tests.support.quick import first, slow
 
 pytestmark = pytest.mark.lab
 
@@ -29,8 +29,8 @@ ALL_MODES = "sync,stream,async,async-stream"
         ("anthropic", ALL_MODES, 20),
         ("openai", ALL_MODES, 20),
         ("openai-responses", ALL_MODES, 20),
-        ("openai-embeddings", "sync,async", 20),
-        ("groq", ALL_MODES, 20),
+        slow("openai-embeddings", "sync,async", 20),
+        slow("groq", ALL_MODES, 20),
         ("xai", ALL_MODES, 20),
         ("gemini", ALL_MODES, 20),
         ("requests", "sync,stream", 5),

@@ -25,6 +25,7 @@ from tests.lab.test_clients import (
 )
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
+from tests.support.quick import slow
 
 pytestmark = pytest.mark.lab
 
@@ -98,11 +99,11 @@ def assert_proxied(seen: Proxied, program: str) -> None:
     [
         ("anthropic", ALL_MODES),
         ("openai", ALL_MODES),
-        ("openai-responses", ALL_MODES),
-        ("openai-embeddings", "sync,async"),
-        ("groq", ALL_MODES),
+        slow("openai-responses", ALL_MODES),
+        slow("openai-embeddings", "sync,async"),
+        slow("groq", ALL_MODES),
         ("gemini", ALL_MODES),
-        ("requests", "sync,stream"),
+        slow("requests", "sync,stream"),
         ("httpx2", "async,async-stream"),
     ],
 )

@@ -7,9 +7,11 @@ for a quiet core, and stretched by what a fixed loop takes just after the work t
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+TRIES = 4
 LOOP = range(150_000)
 QUIET_LOOP_S = 0.014
 
@@ -23,6 +25,34 @@ def within(quiet_s: float, what: str = "it") -> Iterator[None]:
     if took > quiet_s:
         limit = quiet_s * max(1.0, max(_loop_s() for _ in range(5)) / QUIET_LOOP_S)
         assert took <= limit, f"{what} took {took:.2f} s of processor time, more than {limit:.2f} s"
+
+
+def proportionate(
+    small: Callable[[], object],
+    large: Callable[[], object],
+    *,
+    times_max: float,
+    least_s: float,
+) -> None:
+    """`large` takes at most `times_max` times the processor time of `small`.
+
+    Other programs only ever add time. So the least of several tries counts, and there is a further
+    one only where the last did not suffice. What takes less than `least_s` counts as `least_s`.
+    """
+    once = four_times = float("inf")
+    for _ in range(TRIES):
+        once = min(once, _cost_s(small))
+        four_times = min(four_times, _cost_s(large))
+        if four_times <= times_max * max(once, least_s):
+            return
+    raise AssertionError(f"{once:.3f} s became {four_times:.3f} s, more than {times_max} times")
+
+
+def _cost_s(work: Callable[[], object]) -> float:
+    gc.collect()
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 def _loop_s() -> float:

@@ -10,7 +10,6 @@ import itertools
 import os
 import signal
 import struct
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from capture.pcap import PcapSource
 from halton_meter.cli import main
 from halton_meter.cli.replay import replay as replay_command
 from tests.support import evil
+from tests.support.cost import proportionate
 from tests.support.recorder.packets import SYN, write
 
 RATIO_MAX = 8.0  # of the cost of four times as much; some 4 when all is well, 16 for a square
@@ -66,17 +66,6 @@ def read(path: Path, *keys: Path) -> Findings:
     return source.findings
 
 
-def cost(run: Callable[[], object]) -> float:
-    """CPU seconds, the best of three."""
-
-    def once() -> float:
-        before = time.process_time()
-        run()
-        return time.process_time() - before
-
-    return min(once() for _ in range(3))
-
-
 def replay(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["replay", *map(str, arguments)])
 
@@ -87,8 +76,7 @@ def test_four_times_as_much_costs_four_times_as_much(
 ) -> None:
     monkeypatch.setattr(tshark, "TRIALS_MAX", 50_000)
     small, large = (write(tmp_path / str(n), make(n)) for n in (count, 4 * count))
-    once, four_times = cost(lambda: read(small)), cost(lambda: read(large))
-    assert four_times < RATIO_MAX * max(once, 0.03), (once, four_times)
+    proportionate(lambda: read(small), lambda: read(large), times_max=RATIO_MAX, least_s=0.03)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +86,12 @@ def test_key_logs_cost_what_they_are_long(
     make: Callable[[int], bytes], count: int, tmp_path: Path
 ) -> None:
     small, large = (write(tmp_path / str(n), make(n)) for n in (count, 4 * count))
-    once = cost(lambda: read_key_log(small, KeyLog()))
-    assert cost(lambda: read_key_log(large, KeyLog())) < RATIO_MAX * max(once, 0.03)
+    proportionate(
+        lambda: read_key_log(small, KeyLog()),
+        lambda: read_key_log(large, KeyLog()),
+        times_max=RATIO_MAX,
+        least_s=0.03,
+    )
 
 
 # --- TCP ------------------------------------------------------------------------------------------
