@@ -13,11 +13,11 @@ import jsonschema
 from halton_meter.explain.reader import events_of
 from pricing import overrides
 from pricing.book import PriceBook
-from pricing.files import PriceFile
+from pricing.files import BUNDLED, PriceFile
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "pricing.md").read_text()
-SCHEMA = json.loads((ROOT / "pricing" / "schema.json").read_text())
+SCHEMA = json.loads((BUNDLED / "schema.json").read_text())
 NOVEMBER_24_NS = 1_795_478_400 * 10**9
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from pricing.files import BUNDLED
+
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = json.loads((ROOT / "pricing" / "schema.json").read_text())
+SCHEMA = json.loads((BUNDLED / "schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-FILES = sorted((ROOT / "pricing").glob("*/*.toml"))
+FILES = sorted(BUNDLED.glob("*/*.toml"))
 MODEL = '[[model]]\nid = "m"\n[[model.price]]\ninput = "1"\n'
 
 

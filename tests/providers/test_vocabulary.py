@@ -12,12 +12,14 @@ from halton_meter import vocabulary as words
 from halton_meter.cli import pricing as cli_pricing
 from halton_meter.explain import document
 from halton_meter.model import TOKEN_NAMES, Outcome
+from pricing.files import BUNDLED
 from pricing.rates import dimension
 
 ROOT = Path(__file__).resolve().parents[2]
-READERS = sorted((ROOT / "halton_meter" / "providers").rglob("*.py"))
-PRICING = sorted((ROOT / "pricing").glob("*.py"))
-PRICE_FILES = sorted((ROOT / "pricing").glob("*/*.toml"))
+PROGRAM = Path(words.__file__).parent
+READERS = sorted((PROGRAM / "providers").rglob("*.py"))
+PRICING = sorted(BUNDLED.glob("*.py"))
+PRICE_FILES = sorted(BUNDLED.glob("*/*.toml"))
 # What a row or a rule says besides its rates and conditions.
 HEAD = {"from", "until", "when", "hours", "checked", "source", "note", "evidence", "tiers",
         "replace", "marginal", "above", "at_least", "models", "factor", "on", "always"}  # fmt: skip
@@ -140,7 +142,7 @@ def test_what_a_person_may_state_is_a_word():
 
 
 def test_no_word_stands_twice_and_each_has_its_line():
-    source = (ROOT / "halton_meter" / "vocabulary.py").read_text()
+    source = Path(words.__file__).read_text()
     tables = re.findall(r"Mapping\[str, str\] = \{\n(.*?)\n\}", source, re.S)
     for table in tables:
         names = re.findall(r'^    "(\w+)":', table, re.M)

@@ -25,7 +25,6 @@ from halton_meter.store.driver import driver
 from halton_meter.store.rollup import DAY_NS, divided
 from tests.store.test_trouble import line, process
 from tests.support.made import DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
-from tests.support.quick import first
 
 FEW = settings(
     max_examples=5,
@@ -221,7 +220,8 @@ for n in range(100_000):
 """
 
 
-@pytest.mark.parametrize("seed", first(range(3)))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_a_writer_killed_while_it_sums_leaves_sums_and_events_that_agree(
     store: Store, seed: int
 ) -> None:
