@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 PACKAGES = ("capture", "halton_meter", "pricing", "proxy_fallback")
-QUICK_SHARE, QUICK_EXAMPLES_MIN = 5, 2
+QUICK_SHARE, QUICK_EXAMPLES_MIN = 8, 2
 # Where Hypothesis keeps a test's settings. Should the name change, the quick run takes longer.
 _SETTINGS = "_hypothesis_internal_use_settings"
 

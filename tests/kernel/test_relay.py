@@ -145,7 +145,7 @@ def test_the_next_helper_attaches_nothing_and_names_processes_that_are_gone(
     process = seen.connection.process
     assert process is not None
     assert process.pid == client.process.pid
-    assert process.argv[1:2] == (str(CLIENTS / "exchanges.py"),)
+    assert process.argv[1].endswith("/exchanges.py")
 
 
 def test_what_a_dead_reader_had_not_dealt_with_is_read_again_and_nothing_else(

@@ -31,12 +31,12 @@ ALL_MODES = "sync,stream,async,async-stream"
         ("openai-responses", ALL_MODES, 20),
         slow("openai-embeddings", "sync,async", 20),
         slow("groq", ALL_MODES, 20),
-        ("xai", ALL_MODES, 20),
+        slow("xai", ALL_MODES, 20),
         ("gemini", ALL_MODES, 20),
-        ("requests", "sync,stream", 5),
+        slow("requests", "sync,stream", 5),
         ("aiohttp", "async,async-stream", 20),
         ("aiohttp-websocket", "async", 5),
-        ("httpx2", "async,async-stream", 20),
+        slow("httpx2", "async,async-stream", 20),
     ],
 )
 def test_python_client(bench: Bench, client: str, modes: str, count: int) -> None:

@@ -98,13 +98,13 @@ def assert_proxied(seen: Proxied, program: str) -> None:
     ("client", "modes"),
     [
         ("anthropic", ALL_MODES),
-        ("openai", ALL_MODES),
+        slow("openai", ALL_MODES),
         slow("openai-responses", ALL_MODES),
         slow("openai-embeddings", "sync,async"),
         slow("groq", ALL_MODES),
         ("gemini", ALL_MODES),
         slow("requests", "sync,stream"),
-        ("httpx2", "async,async-stream"),
+        slow("httpx2", "async,async-stream"),
     ],
 )
 def test_python_client(bench: ProxyBench, client: str, modes: str) -> None:

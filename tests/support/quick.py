@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SHARE = 4
+SHARE = 6
 
 
 def slow(*case: Any, id: str | None = None) -> Any:
