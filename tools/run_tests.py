@@ -5,7 +5,7 @@
 The groups (lint, unit, kernel, lab) run side by side: lint and unit compute, kernel and lab mostly
 wait for programs that they start, so they get the processor first. Each group's output goes to
 .cache/tests/GROUP.log; what failed is shown at the end, above one table. Tests marked `slow` are
-left out and properties get an eighth of their examples; with --all everything runs, with --slow only
+left out and properties get fewer examples; with --all everything runs, with --slow only
 what is left out otherwise. Exit code: 0 if all groups passed, 1 if a test failed, 130 when it was
 interrupted before one did.
 """
