@@ -25,6 +25,7 @@ def faults(text: str) -> list[str]:
     return [each.message for each in VALIDATOR.iter_errors(document)]
 
 
+@pytest.mark.checkout  # the script writes into the checkout
 def test_the_schema_is_what_the_vocabulary_makes_it():
     script = ROOT / "tools" / "prices" / "schema.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
