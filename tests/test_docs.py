@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -138,8 +139,9 @@ def test_every_place_where_data_waits_has_its_bound_and_its_counter() -> None:
 
 
 @cache
-def product_source() -> str:
-    return "\n".join(
+def product_sources() -> tuple[str, ...]:
+    """The packages' Python files."""
+    return tuple(
         (ROOT / file).read_text()
         for file in docs.files()
         if file.endswith(".py") and file.split("/")[0] in docs.PACKAGES
@@ -148,7 +150,7 @@ def product_source() -> str:
 
 def is_counted(cause: str) -> bool:
     """Whether a package has this cause of a loss among its texts."""
-    return re.search(rf"""["']{cause}["']""", product_source()) is not None
+    return re.search(rf"""["']{cause}["']""", "\n".join(product_sources())) is not None
 
 
 def test_the_nouns_and_their_fields_are_the_models() -> None:
@@ -196,9 +198,25 @@ def test_the_table_of_providers_is_the_codes() -> None:
 # --- docs/troubleshooting.md ---------------------------------------------------------------------
 
 
+def printed_texts() -> list[str]:
+    """Every text in the packages' code but docstrings; "…" stands for what is filled in."""
+    texts = []
+    for source in product_sources():
+        tree = ast.parse(source)
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
+                 for part in node.values}  # fmt: skip
+        apart = inner | {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and id(node) not in apart:
+                texts.append(str(node.value))
+    return texts
+
+
 def test_every_line_of_status_in_the_runbook_is_one_that_the_code_prints() -> None:
-    """Each begins with words of a text in the packages: what stands before the first …."""
-    joined = re.sub(r'"\s*\n\s*f?"', "", product_source())  # a text may go on in the next line
+    """The words of each stand in one text, in this order; "…" is what a program fills in."""
     lines = [
         row["You see"].strip("`")
         for rows in docs.tables(text_of("docs/troubleshooting.md"))
@@ -206,8 +224,11 @@ def test_every_line_of_status_in_the_runbook_is_one_that_the_code_prints() -> No
         if "You see" in row
     ]
     assert len(lines) >= 20
+    texts = "\0".join(printed_texts())
     unknown = [
-        line for line in lines if not all(part in joined for part in line.split("…") if part)
+        line
+        for line in lines
+        if not re.search("[^\0]*".join(re.escape(part.strip()) for part in line.split("…")), texts)
     ]
     assert unknown == []
 

@@ -90,6 +90,8 @@ def proxy_lines(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["totals"] is not None:
         lines += _metered_lines(found)
+    elif worker["state"] == "ready":
+        lines.append("  what was metered is unknown: the proxy worker has not answered yet")
     if found["health"] == "paused":
         lines.append("  metering is stopped, traffic goes on; to meter: halton-meter start")
     elif worker["state"] != "ready":
@@ -105,10 +107,7 @@ def proxy_lines(found: Mapping[str, Any]) -> list[str]:
 def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     """What was metered, where its events are, and what is wrong if something is."""
     since = " since the last restart" if found["restarts"] else ""
-    held = found.get("held") or 0
-    journal = (found["journal_waiting"] or 0) - held
-    waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
-    waiting += f", {held:,} in memory" if held else ""
+    waiting = _waiting(found["journal_waiting"], found.get("held") or 0)
     lines = [
         f"  {count(found['events'], 'request')}{since}{source}, "
         f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
@@ -122,6 +121,14 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         lines.append(f"  damaged database set aside, its events are missing in reports: {path}")
         lines.append(f"    once you have looked at it: mv {path} /tmp")
     return lines
+
+
+def _waiting(events: int | None, held: int) -> str:
+    if events is None:
+        return "how many events wait in the journal is unknown"
+    journal = events - held
+    waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
+    return waiting + (f", {held:,} in memory" if held else "")
 
 
 def _restart_command(found: Mapping[str, Any]) -> str:

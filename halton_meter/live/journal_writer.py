@@ -269,8 +269,3 @@ class Condition:
             "damaged_databases": [str(path) for path in self._store.damaged_databases],
             "price_error": self.price_error,
         }
-
-
-def is_well(condition: dict[str, Any]) -> bool:
-    """Whether store and prices are, going by what `Condition.as_json` told of them."""
-    return not any(map(condition.get, ("store_error", "damaged_databases", "price_error")))
