@@ -12,10 +12,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, NamedTuple
 
 HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_BYTES_MAX = 256 * 1024

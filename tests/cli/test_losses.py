@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from capture.protocol import EVENT_LOSS_CAUSES, LOSS_CAUSES
 from halton_meter.cli import main
 from halton_meter.cli.losses import losses_in_words
 from halton_meter.store import Store
@@ -20,6 +21,13 @@ def test_a_loss_is_a_count_and_its_fix() -> None:
         ("2 bodies read in part: memory limit", ""),
     ]
     assert losses_in_words({"ip_fragments": 1})[0][0] == "1 IP fragment not reassembled"
+
+
+@pytest.mark.parametrize(
+    "cause", [*LOSS_CAUSES, *EVENT_LOSS_CAUSES, "lost_between_readers_bytes", "decoded_over_limit"]
+)
+def test_what_the_capture_loses_is_said_in_words(cause: str) -> None:
+    assert losses_in_words({cause: 1})
 
 
 def test_counters_that_say_nothing_to_people_are_left_out() -> None:
