@@ -208,9 +208,8 @@ class Helper:
     def _add_root(self, pid: int) -> None:
         """Put a process and what descends from it in scope."""
         for each in self._tree.include(pid):
-            self._discovery.identities.of(
-                each
-            )  # its parents, which the record of its next exec does not have
+            # For its parents: the record of its next exec does not have them.
+            self._discovery.identities.of(each)
             self._discovery.schedule(each)
 
     def command(self, command: dict[str, Any]) -> None:
