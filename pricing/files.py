@@ -27,7 +27,7 @@ _FILE_BYTES_MAX = 8 << 20
 _HEAD_CHARS = 1000
 _COMPILED = re.compile(r"^compiled = (\S+)$", re.M)
 _SECTION = "\n[[model]]\n"
-RULE_KINDS = ("fee", "derive", "factor", "minimum")  # in the order they are applied
+RULE_KINDS = ("default", "fee", "derive", "factor", "minimum")  # in the order they are applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,9 @@ class Rule:
     kind "factor": `rates` is empty, `factor` multiplies the dimensions in `on` (empty: all tokens).
     kind "fee": `rates` price dimensions that the model's rows do not. kind "derive": dimension
     `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit
-    `on[0]` is billed. `always` factors hold beside a row that prices the same condition itself.
+    `on[0]` is billed. kind "default": where a request leaves it out, `conditions` hold, and each
+    of unit `on[1]` is `factor` of unit `on[0]`. `always` factors hold beside a row that prices the
+    same condition itself.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Rule:
     start: dt.date | None
     until: dt.date | None
     note: str
+    conditions: Mapping[str, str]
 
     def concerns(self, names: Iterable[str], day: dt.date) -> bool:
         """True when the rule is for a model of one of these names on `day`."""
@@ -162,6 +165,7 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
         always=bool(table.get("always", False)),
         start=row.start,
         until=row.until,
+        conditions={str(k): str(v) for k, v in table.get("conditions", {}).items()},
         note=noted({"note": ", ".join(f"{k}={v}" for k, v in row.when.items()), **table}) or "",
     )
 

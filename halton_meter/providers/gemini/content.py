@@ -296,8 +296,11 @@ def read_long_running(exchange: Exchange, route: Route, provider: Provider) -> I
             seconds = counts.of(asked, "durationSeconds")
             samples = counts.of(asked, "sampleCount", "numberOfVideos") or 1
             units = {"video_seconds": seconds * samples} if seconds else {}
+            if not units and draft.response_id is not None:
+                units = {"videos": samples}
             draft.condition("video_size", asked.get("resolution"))
             draft.parts = [Usage(draft.request_model, Tokens(), units)]
+            draft.flags |= counts.flags()
     yield draft.event()
 
 

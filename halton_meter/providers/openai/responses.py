@@ -213,8 +213,8 @@ def _container_unit(tools: list[Json]) -> str:
             container = tool.get("container")
             if not isinstance(container, dict):
                 return "containers"
-            size = container.get("memory_limit")
-            return f"containers_{_CONTAINER_SIZES.get(str(size), '1gb')}"
+            size = _CONTAINER_SIZES.get(str(container.get("memory_limit")))
+            return f"containers_{size}" if size is not None else "containers"
     return "containers"
 
 
