@@ -171,4 +171,4 @@ ROUTES = (
 )
 HOSTS = ("api.x.ai", "us-east-1.api.x.ai", "us-west-1.api.x.ai", "eu-west-1.api.x.ai")
 
-PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"))
+PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"), states_cost=True)
