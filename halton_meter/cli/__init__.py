@@ -180,9 +180,8 @@ def _settle(*, needs_root: bool) -> None:
         settle(needs_root=needs_root)
     except ConfigError as error:
         from halton_meter.cli.output import fail
-        from halton_meter.problem import Problem
 
-        fail(Problem(error.what, error.fix))
+        fail(*error.problems)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

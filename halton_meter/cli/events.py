@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import (
     aligned,
     count_text,
@@ -32,13 +33,14 @@ TABLE_ROWS = 50
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter events                              the latest 50 requests
   halton-meter events --since 1h --project api     one project, the last hour
   halton-meter events --flag implausible           requests with impossible amounts
   halton-meter events --today --json | jq .list_usd
-"""
+""",
 )
 @selection_options
 @click.option(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.losses import losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
@@ -448,7 +449,7 @@ def _open_store(home: Path) -> Store:
     return Store(home)
 
 
-@click.command()
+@click.command(cls=Configured)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…")
 @click.option(
     "--keys",
@@ -496,7 +497,7 @@ def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     try:
         return Replay(job, files, problems).run()
     except ConfigError as error:
-        fail(Problem(error.what, error.fix))
+        fail(*error.problems)
     except (TsharkMissing, PriceError) as error:
         fail(Problem(str(error), ""))
     except OSError as error:  # a full disk under the output, the secrets, or the store
