@@ -108,7 +108,7 @@ _VIDEO = partial(read_video_job, finish=settle)
 _PRESET = "/api/v1(?:/presets/[^/]+)?"
 OPENROUTER = Provider(
     "openrouter",
-    ("openrouter.ai",),
+    ("openrouter.ai", "eu.openrouter.ai", "us.openrouter.ai"),
     (
         *text_routes(_PRESET, CHARGED),
         *media_routes("/api/v1", settle),
