@@ -1,4 +1,4 @@
-"""Every host of the vendors' lists of base URLs is a provider's, and its documented paths are read."""
+"""Every host of the vendors' lists of base URLs is a provider's, and its paths are read."""
 
 from __future__ import annotations
 
