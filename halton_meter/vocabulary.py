@@ -162,6 +162,7 @@ FLAGS: Mapping[str, str] = {
     "error_in_stream": "an error came after the answer had begun",
     "model_unknown": "nothing names the model",
     "head_unknown": "the request's head was not seen",
+    "response_id_repeated": "the provider gave another request the same id",
     "fallback_credit": "some writes are billed as reads, the answer does not say how many",
 }
 
