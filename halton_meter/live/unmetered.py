@@ -75,7 +75,7 @@ class Unmetered:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
-    def of_json(cls, told: Mapping[str, Any]) -> Self:
+    def of_json(cls, told: dict[str, Any]) -> Self:
         """The inverse of `as_json`, of what another process says. Raises ValueError."""
         count = untrusted.whole_number(told, "connections")
         cause = untrusted.text(told, "cause", _CHARACTERS_MAX)
