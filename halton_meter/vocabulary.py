@@ -33,13 +33,15 @@ DETAILS: Mapping[str, str] = {
 }
 
 # What a price row may price by the token, and a factor without `on` multiplies: the counts of
-# `model.Tokens`, and details. As a rate, `cache_write` is that of the provider's default lifetime.
+# `model.Tokens`, and details. As a rate, `cache_write` is that of the provider's default lifetime,
+# and `thinking_output` that of all output of an answer that thought (counted as `output`).
 TOKEN_DIMENSIONS = frozenset(
     {
         "input", "output", "cache_read",
         "cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h",
         "audio_input", "audio_output", "image_input", "image_output", "video_input", "video_output",
         "text_input", "text_output", "document_input", "tool_use_input", "reasoning", "citation",
+        "thinking_output",
         "cached_audio_input", "cached_image_input", "cached_video_input", "cached_text_input",
     }
 )  # fmt: skip
@@ -106,6 +108,7 @@ PRICED_CONDITIONS: Mapping[str, str] = {
     "search_context_size": "low, medium or high (Perplexity, OpenAI's search models)",
     "search_type": "pro or fast (Perplexity); only a person states it",
     "code_execution": "with_web_tools where a web tool of 2026-02-09 or later makes it free",
+    "cache_type": "implicit or ephemeral: how the cache that was read was made (Alibaba)",
     "api": "decisions for OpenAI's endpoint that decides questions, whose answers are free",
 }
 # Those that no rate depends on.
@@ -160,6 +163,7 @@ FLAGS: Mapping[str, str] = {
     "error_in_stream": "an error came after the answer had begun",
     "model_unknown": "nothing names the model",
     "head_unknown": "the request's head was not seen",
+    "response_id_repeated": "the provider gave another request the same id",
     "fallback_credit": "some writes are billed as reads, the answer does not say how many",
 }
 
@@ -172,7 +176,8 @@ PRICE_FLAGS: Mapping[str, str] = {
     "bad_reported_cost": "the cost stated is no amount of money",
     "estimated": "priced by our estimate of the tokens",
     "default_assumed": "the request leaves out what the price depends on: its documented default",
-    "cache_read_at_input_rate": "no price for cached input is published",
+    "cache_read_at_input_rate": "cached input at the input rate: no other price is published",
+    "cache_read_rate_unknown": "cached input at the input rate: our data holds no other price",
     "cache_storage_not_priced": "the storage of a cache is billed by the hour, apart",
     "provisioned_throughput": "reserved capacity served it",
 }

@@ -27,7 +27,14 @@ _FILE_BYTES_MAX = 8 << 20
 _HEAD_CHARS = 1000
 _COMPILED = re.compile(r"^compiled = (\S+)$", re.M)
 _SECTION = "\n[[model]]\n"
-RULE_KINDS = ("default", "fee", "derive", "factor", "minimum")  # in the order they are applied
+RULE_KINDS = (
+    "default",
+    "fee",
+    "derive",
+    "factor",
+    "minimum",
+    "no_cached_rate",
+)  # in the order they are applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,9 @@ class Rule:
     kind "fee": `rates` price dimensions that the model's rows do not. kind "derive": dimension
     `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit
     `on[0]` is billed. kind "default": where a request leaves it out, `conditions` hold, and each
-    of unit `on[1]` is `factor` of unit `on[0]`. `always` factors hold beside a row that prices the
-    same condition itself.
+    of unit `on[1]` is `factor` of unit `on[0]`. kind "no_cached_rate": somebody looked, and the
+    provider publishes no price of cached input; `note` names where and when. `always` factors hold
+    beside a row that prices the same condition itself.
     """
 
     kind: str
@@ -155,6 +163,9 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
     fees = {k: v for k, v in table.items() if k not in (_RULE_KEYS - {"from", "source"})}
     row = row_of({k: table[k] for k in ("from", "until", "when") if k in table}, None, where)
     on = table.get("on", ())
+    note = noted({"note": ", ".join(f"{k}={v}" for k, v in row.when.items()), **table}) or ""
+    if kind == "no_cached_rate":
+        note = f"no cached rate is published ({source}, {table.get('checked')}): billed as input"
     return Rule(
         kind=kind,
         models=tuple(str(m).lower() for m in table.get("models", ("*",))),
@@ -166,7 +177,7 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
         start=row.start,
         until=row.until,
         conditions={str(k): str(v) for k, v in table.get("conditions", {}).items()},
-        note=noted({"note": ", ".join(f"{k}={v}" for k, v in row.when.items()), **table}) or "",
+        note=note,
     )
 
 

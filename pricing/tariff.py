@@ -50,6 +50,7 @@ class Tariff:
     assumed: frozenset[str] = frozenset()
     missing: str | None = None
     origin: str | None = None  # "override", "overlay" or "compiled"
+    no_cached_rate: str | None = None  # who publishes no price of cached input, and who looked
 
 
 def context_of(conditions: Mapping[str, str]) -> dict[str, str]:
@@ -111,8 +112,15 @@ def tariff_for(
         )
     minimums = {r.on[0]: r.factor for r in rules if r.kind == "minimum"}
     defaults = {r.on[1]: (r.on[0], r.factor, r.note) for r in rules if r.kind == "default" and r.on}
+    looked = next((rule.note for rule in rules if rule.kind == "no_cached_rate"), None)
     return Tariff(
-        model_id, levels, minimums, defaults, _depending(found, left_out, moment), origin=origin
+        model_id,
+        levels,
+        minimums,
+        defaults,
+        _depending(found, left_out, moment),
+        origin=origin,
+        no_cached_rate=looked,
     )
 
 

@@ -24,6 +24,7 @@ from halton_meter.providers.anthropic import (
     overlaid,
     read_messages,
 )
+from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.openai.usage import usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
@@ -422,11 +423,14 @@ _AWS_REGIONS = (
     *("ap-southeast-4", "ap-southeast-5", "ap-southeast-6", "ap-southeast-7"),
 )
 RUNTIME_HOSTS = tuple(
-    f"bedrock-runtime{fips}.{region}.amazonaws.com"
+    f"bedrock-runtime{fips}.{region}.{domain}"
     for region in _AWS_REGIONS
     for fips in ("", "-fips")
+    for domain in ("amazonaws.com", "api.aws")
 )
 MANTLE_HOSTS = tuple(f"bedrock-mantle.{region}.api.aws" for region in _AWS_REGIONS)
+# Claude Platform on AWS: Anthropic's own API, models and prices, billed by AWS.
+CLAUDE_HOSTS = tuple(f"aws-external-anthropic.{region}.api.aws" for region in _AWS_REGIONS)
 
 PROVIDERS = (
     Provider(
@@ -434,7 +438,8 @@ PROVIDERS = (
         RUNTIME_HOSTS,
         RUNTIME_ROUTES,
         host_pattern=re.compile(
-            r"(?:[^.]+\.)?bedrock-runtime(?:-fips)?\.[^.]+(?:\.vpce)?\.amazonaws\.com(?:\.cn)?"
+            r"(?:[^.]+\.)?bedrock-runtime(?:-fips)?\.[^.]+(?:\.vpce)?"
+            r"\.(?:amazonaws\.com(?:\.cn)?|api\.aws)"
         ),
         models=re.compile(r"anthropic\.claude|^amazon\."),
     ),
@@ -442,6 +447,12 @@ PROVIDERS = (
         "bedrock",
         MANTLE_HOSTS,
         MANTLE_ROUTES,
-        host_pattern=re.compile(r"bedrock-mantle\.[^.]+\.api\.aws"),
+        host_pattern=re.compile(r"(?:[^.]+\.)?bedrock-mantle\.[^.]+(?:\.vpce)?\.api\.aws"),
+    ),
+    Provider(
+        "anthropic",
+        CLAUDE_HOSTS,
+        ANTHROPIC_ROUTES,
+        host_pattern=re.compile(r"(?:[^.]+\.)?aws-external-anthropic\.[^.]+(?:\.vpce)?\.api\.aws"),
     ),
 )

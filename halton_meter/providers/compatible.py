@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
-from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_messages
+from halton_meter.providers import Provider, Reader, Route
+from halton_meter.providers.anthropic import message_event, read_messages
 from halton_meter.providers.openai.media import media_routes
 from halton_meter.providers.openai.text import read_chat, route, text_routes
 from halton_meter.providers.openai.usage import Dialect, cost_of, usage_tokens
@@ -223,9 +224,67 @@ def _anthropic(prefix: str) -> tuple[Route, ...]:
     )
 
 
-def _zai_plan(draft: Draft, answer: Json, usage: Verbatim) -> None:
-    if "/coding/" in (draft.exchange.request.path or ""):
-        draft.conditions["plan"] = "zai_coding"
+# Where a provider's subscriptions are used, by host and path; pay-as-you-go goes elsewhere.
+_PLANS = (
+    ("zai", re.compile(r"[^/]+/.*/coding/.*"), "zai_coding"),
+    ("moonshot", re.compile(r"api\.kimi\.(?:com|ai)/coding/.*"), "kimi_coding"),
+    ("alibaba", re.compile(r"(?:coding|coding-intl|token-plan)\..*"), "alibaba_plan"),
+    ("volcengine", re.compile(r"[^/]+/api/(?:coding|plan)/.*"), "ark_plan"),
+    ("xiaomi", re.compile(r"token-plan-.*"), "xiaomi_plan"),
+    ("tencent", re.compile(r"[^/]+/(?:coding|plan)/.*"), "tencent_plan"),
+    ("stepfun", re.compile(r"[^/]+/step_plan/.*"), "step_plan"),
+    ("opencode", re.compile(r"[^/]+/zen/go/.*"), "opencode_go"),
+)
+
+
+def _with_plan(name: str, read: Reader) -> Reader:
+    """`read`, with the subscription that the host and path of a provider's request belong to."""
+    plans = [(pattern, plan) for provider, pattern, plan in _PLANS if provider == name]
+    if not plans:
+        return read
+
+    def reading(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+        host = exchange.request.host or exchange.connection.peer or ""
+        where = host.lower() + (exchange.request.path or "")
+        plan = next((plan for pattern, plan in plans if pattern.fullmatch(where)), None)
+        for event in read(exchange, route, provider):
+            if plan is None:
+                yield event
+            else:
+                yield replace(event, conditions={**event.conditions, "plan": plan})
+
+    return reading
+
+
+# --- Alibaba: a hit in a cache that the request made costs less than one in its own -------------
+
+_EXPLICIT = "ephemeral"
+
+
+def _cache_type(draft: Draft, answer: Json, usage: Verbatim) -> None:
+    """Tell the two caches apart: an answer names the type of an explicit one only."""
+    tokens = draft.parts[0].tokens if draft.parts else Tokens()
+    if tokens.cache_read or tokens.cache_write:
+        details = as_dict(usage.exact.get("prompt_tokens_details"))
+        details = details or as_dict(usage.exact.get("input_tokens_details"))
+        stated = as_name(details.get("cache_type"))
+        written = tokens.cache_write or as_dict(details.get("cache_creation"))
+        draft.conditions["cache_type"] = stated or (_EXPLICIT if written else "implicit")
+
+
+_ALIBABA = Dialect(finish=_cache_type)
+
+
+def read_alibaba_messages(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for Anthropic's API at Alibaba, where the request says which cache it uses."""
+    draft = begin(exchange, route, provider)
+    message_event(draft)
+    if any(part.tokens.cache_read or part.tokens.cache_write for part in draft.parts):
+        explicit = any(b'"cache_control"' in piece for piece in exchange.request.body.pieces)
+        draft.conditions["cache_type"] = _EXPLICIT if explicit else "implicit"
+    yield draft.event()
 
 
 OLLAMA_ROUTES = (
@@ -251,7 +310,12 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("hyperbolic", ("api.hyperbolic.xyz",), _PLAIN),
     (
         "nebius",
-        ("api.studio.nebius.com", "api.studio.nebius.ai", "api.tokenfactory.nebius.com"),
+        (
+            "api.studio.nebius.com",
+            "api.studio.nebius.ai",
+            "api.tokenfactory.nebius.com",
+            "api.tokenfactory.us-central1.nebius.com",
+        ),
         _PLAIN,
     ),
     ("novita", ("api.novita.ai",), _PLAIN),
@@ -265,16 +329,41 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("ovhcloud", ("oai.endpoints.kepler.ai.cloud.ovh.net",), _PLAIN),
     ("scaleway", ("api.scaleway.ai",), _PLAIN),
     ("siliconflow", ("api.siliconflow.com", "api.siliconflow.cn"), _PLAIN),
-    ("volcengine", ("ark.cn-beijing.volces.com", "ark.ap-southeast.bytepluses.com"), _PLAIN),
-    ("venice", ("api.venice.ai",), _PLAIN),
-    ("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _PLAIN),
-    ("minimax", ("api.minimax.io", "api.minimaxi.com"), _PLAIN),
     (
-        "alibaba",
-        ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"),
+        "volcengine",
+        (
+            "ark.cn-beijing.volces.com",
+            "ark.ap-southeast.bytepluses.com",
+            "ark.eu-west.bytepluses.com",
+        ),
         _PLAIN,
     ),
-    ("zai", ("api.z.ai", "open.bigmodel.cn"), Dialect(finish=_zai_plan)),
+    ("venice", ("api.venice.ai",), _PLAIN),
+    (
+        "moonshot",
+        ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com", "api.kimi.ai"),
+        _PLAIN,
+    ),
+    (
+        "minimax",
+        ("api.minimax.io", "api.minimaxi.com", "api.minimax.chat", "api-uw.minimax.io"),
+        _PLAIN,
+    ),
+    (
+        "alibaba",
+        (
+            "dashscope.aliyuncs.com",
+            "dashscope-intl.aliyuncs.com",
+            "dashscope-us.aliyuncs.com",
+            "cn-hongkong.dashscope.aliyuncs.com",
+            "coding.dashscope.aliyuncs.com",
+            "coding-intl.dashscope.aliyuncs.com",
+            # A workspace's own host, the trial host, those of plans: NAME.REGION.maas….
+            "*.maas.aliyuncs.com",
+        ),
+        _ALIBABA,
+    ),
+    ("zai", ("api.z.ai", "open.bigmodel.cn"), _PLAIN),
     (
         "github_copilot",
         (
@@ -282,10 +371,17 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
             "api.individual.githubcopilot.com",
             "api.business.githubcopilot.com",
             "api.enterprise.githubcopilot.com",
+            "proxy.individual.githubcopilot.com",
+            "proxy.business.githubcopilot.com",
+            "proxy.enterprise.githubcopilot.com",
         ),
         _PLAIN,
     ),
-    ("requesty", ("router.requesty.ai",), _CHARGED),
+    (
+        "requesty",
+        tuple(f"router.{place}requesty.ai" for place in ("", "eu.", "us.", "ap.")),
+        _CHARGED,
+    ),
     ("baidu", ("qianfan.baidubce.com",), _PLAIN),
 )
 
@@ -301,11 +397,36 @@ _RESELLERS_IN_USD = frozenset(
 # Paths that a row's provider has besides OpenAI's.
 _OWN_ROUTES = {
     "writer": (route("chat", "chat", "/v1/chat", read_chat),),
-    "alibaba": (route("services", "chat", "/api/v1/services/.+", read_chat),),
+    "alibaba": (
+        route("services", "chat", "/api/v1/services/.+", partial(read_chat, dialect=_ALIBABA)),
+    ),
     "voyage": (
         route("embeddings", "embedding", "/v1/(?:multimodal|contextualized)embeddings", read_chat),
     ),
 }
+
+
+def compatible(
+    name: str,
+    hosts: tuple[str, ...],
+    dialect: Dialect = _PLAIN,
+    *,
+    captured: bool = True,
+    states_cost: bool = False,
+) -> Provider:
+    """A provider that speaks OpenAI's API, or Anthropic's, under any path of its hosts."""
+    messages = read_alibaba_messages if name == "alibaba" else read_messages
+    routes = (
+        *text_routes(_ANY, dialect),
+        *media_routes(_ANY),
+        route("messages", "chat", _ANY + "/v1/messages", messages),
+        route("count_tokens", "count", _ANY + "/v1/messages/count_tokens", read_count),
+        route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
+        *_OWN_ROUTES.get(name, ()),
+    )
+    planned = tuple(replace(each, read=_with_plan(name, each.read)) for each in routes)
+    return Provider(name, hosts, planned, captured, states_cost=states_cost)
+
 
 PROVIDERS = (
     Provider(
@@ -315,18 +436,7 @@ PROVIDERS = (
         models=re.compile(r"^deepseek-(?:chat|reasoner|v)"),
     ),
     *(
-        Provider(
-            name,
-            hosts,
-            (
-                *text_routes(_ANY, dialect),
-                *media_routes(_ANY),
-                *_anthropic(_ANY),
-                route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
-                *_OWN_ROUTES.get(name, ()),
-            ),
-            states_cost=name in _RESELLERS_IN_USD,
-        )
+        compatible(name, hosts, dialect, states_cost=name in _RESELLERS_IN_USD)
         for name, hosts, dialect in _ROWS
     ),
     Provider("ollama", ("ollama.com",), OLLAMA_ROUTES),

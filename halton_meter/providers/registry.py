@@ -46,6 +46,7 @@ MODULES = (
     "mistral",
     "perplexity",
     "compatible",
+    "listed",
     "grpc",
 )
 

@@ -108,7 +108,7 @@ _VIDEO = partial(read_video_job, finish=settle)
 _PRESET = "/api/v1(?:/presets/[^/]+)?"
 OPENROUTER = Provider(
     "openrouter",
-    ("openrouter.ai",),
+    ("openrouter.ai", "eu.openrouter.ai", "us.openrouter.ai"),
     states_cost=True,
     routes=(
         *text_routes(_PRESET, CHARGED),

@@ -38,6 +38,9 @@ _HEADERS_KEPT = frozenset(
         "x-generation-id",
         "cf-ray",
         "mistral-correlation-id",
+        # What a client sends again with the same request, which is then answered and billed once.
+        "idempotency-key",
+        "x-idempotency-key",
         "x-trace-id",
         # What prices depend on.
         "anthropic-version",

@@ -11,8 +11,9 @@ from pathlib import Path
 from halton_meter import vocabulary as words
 from halton_meter.cli import pricing as cli_pricing
 from halton_meter.explain import document
+from halton_meter.identity import ID_REPEATED
 from halton_meter.model import TOKEN_NAMES, Outcome
-from pricing.files import BUNDLED
+from pricing.files import BUNDLED, RULE_KINDS
 from pricing.rates import dimension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,8 @@ PRICING = sorted(BUNDLED.glob("*.py"))
 PRICE_FILES = sorted(BUNDLED.glob("*/*.toml"))
 # What a row or a rule says besides its rates and conditions.
 HEAD = {"from", "until", "when", "hours", "checked", "source", "note", "evidence", "tiers",
-        "replace", "marginal", "above", "at_least", "models", "factor", "on", "always"}  # fmt: skip
+        "replace", "marginal", "above", "at_least", "models", "factor", "on", "always",
+        "conditions"}  # fmt: skip
 # A word of upstream's file that no answer states: Bedrock's mode of an image model.
 UNREAD_CONDITIONS = {"route"}
 
@@ -88,7 +90,7 @@ def rows() -> Iterator[dict]:
             for row in model.get("price", ()):
                 yield row
                 yield from row.get("tiers", ())
-        for kind in ("fee", "derive", "factor", "minimum"):
+        for kind in RULE_KINDS:
             yield from file.get(kind, ())
 
 
@@ -101,7 +103,7 @@ def test_every_condition_that_a_reader_states_is_a_word_and_every_word_is_stated
 
 def test_every_flag_is_a_word_and_every_word_is_a_flag():
     outcomes = {outcome.value for outcome in Outcome} - {"complete"}
-    read = flagged(READERS) | outcomes | {"bad_usage", "total_mismatch"}
+    read = flagged(READERS) | outcomes | {"bad_usage", "total_mismatch", ID_REPEATED}
     assert read == set(words.FLAGS)
     priced = flagged(PRICING) | {"unpriced", "implausible", "clamped"}
     assert priced == set(words.PRICE_FLAGS)
@@ -131,7 +133,7 @@ def test_price_files_price_words_under_words():
 
 
 def test_dimensions_by_token_are_counts_of_tokens_or_details():
-    assert {*TOKEN_NAMES, *words.DETAILS} >= words.TOKEN_DIMENSIONS
+    assert {*TOKEN_NAMES, *words.DETAILS} >= words.TOKEN_DIMENSIONS - {"thinking_output"}
 
 
 def test_what_a_person_may_state_is_a_word():

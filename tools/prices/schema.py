@@ -44,6 +44,7 @@ def schema() -> dict[str, Any]:
             "derive": _list(_ref("rule"), "on[0] costs `factor` times on[1], where no row has it"),
             "factor": _list(_ref("rule"), "multiplies what `on` names (all tokens without it)"),
             "minimum": _list(_ref("rule"), "at least `factor` of the unit on[0] is billed"),
+            "no_cached_rate": _list(_ref("statement"), "who looked: cached input has no price"),
             "override": _list(_ref("override"), "your own prices: pricing.toml only"),
         },
         "$defs": {
@@ -72,6 +73,7 @@ def schema() -> dict[str, Any]:
                 "factor": _ref("amount"),
                 "on": _list({"type": "string"}, "each of unit on[1] is `factor` of unit on[0]"),
             }),
+            "statement": _table(_rule() | _head() | _when(), required=["source", "checked"]),
             "override": _override(),
             "rates": _table({}, rates=True),
             "amount": {

@@ -106,7 +106,12 @@ ROUTES = (
 )
 
 # Gemini Code Assist (the Gemini CLI signed in with a Google account): plan traffic.
-_ASSIST_HOSTS = ("cloudcode-pa.googleapis.com", "daily-cloudcode-pa.sandbox.googleapis.com")
+_ASSIST_HOSTS = (
+    "cloudcode-pa.googleapis.com",
+    "daily-cloudcode-pa.googleapis.com",
+    "daily-cloudcode-pa.sandbox.googleapis.com",
+    "autopush-cloudcode-pa.sandbox.googleapis.com",
+)
 
 
 def read_assist(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:

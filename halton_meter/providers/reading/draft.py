@@ -44,27 +44,15 @@ from halton_meter.providers.reading.errors import (
     error_object,
 )
 from halton_meter.providers.reading.estimate import prompt_tokens, tokens_of
+from halton_meter.providers.reading.traits import IDENTITY_BYTES, REQUEST_ID_HEADERS, traits_of
 from halton_meter.providers.reading.values import Json, as_id, as_name
 
 # Ids shorter than this are not unique (Ollama counts to 999): the body is mixed into the identity.
 RESPONSE_ID_CHARS_MIN = 16
 # How an identity begins that no provider gave; no id has a space.
 _FROM_CONTENT = "from content"
-# What is looked at of a request to tell it from others: a capture may have lost what lies behind.
-IDENTITY_BYTES = 4096
 # Two sources see one request begin some milliseconds apart; a minute's border rarely lies between.
 IDENTITY_NS = 60 * 1_000_000_000
-_REQUEST_ID_HEADERS = (
-    "request-id",
-    "x-request-id",
-    "apim-request-id",
-    "x-amzn-requestid",
-    "x-ms-request-id",
-    "x-goog-request-id",
-    "x-generation-id",
-    "cf-ray",
-)
-
 
 # --- the event ----------------------------------------------------------------------------------
 
@@ -82,6 +70,10 @@ class Draft:
     model: str | None = None
     response_id: str | None = None
     identity: tuple[str, ...] | None = None
+    # The exchange reads back what its id names, so that the id alone says what it is; of several
+    # answers that are stored together, `line` names this one.
+    by_id: bool = False
+    line: str | None = None
     streaming: bool = False
     parts: list[Usage] = field(default_factory=list)
     conditions: dict[str, str] = field(default_factory=dict)
@@ -162,6 +154,8 @@ class Draft:
         certainty = self.certainty or (Certainty.REPORTED if known else Certainty.UNKNOWN)
         model = self.model or self.request_model
         identity = self.identity or self._identity()
+        all_counted = counted and certainty is Certainty.REPORTED
+        final = all_counted and exchange.outcome is Outcome.COMPLETE
         return UsageEvent(
             id=event_id(self.provider, *identity),
             provider=self.provider,
@@ -190,6 +184,7 @@ class Draft:
             flags=tuple(sorted(self.flags)),
             raw_usage=self.raw_usage,
             provider_error_code=self.error_code,
+            traits=traits_of(exchange, self.parts if final else None, self.line, self.by_id),
         )
 
     def _take_charge(self, counted: bool) -> None:
@@ -207,7 +202,7 @@ class Draft:
             if len(self.response_id) >= RESPONSE_ID_CHARS_MIN:
                 return (self.response_id,)
             return (self.response_id, _digest(self.exchange))
-        for name in _REQUEST_ID_HEADERS:
+        for name in REQUEST_ID_HEADERS:
             value = header(self.exchange.response.headers, name)
             if value is not None and len(value) >= RESPONSE_ID_CHARS_MIN and as_id(value):
                 return ("request", value)
