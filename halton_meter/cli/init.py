@@ -64,6 +64,7 @@ def init(
     keep: bool,
 ) -> None:
     """Set up the local proxy and point your programs to it, without root."""
+    from halton_meter.live.proxy.refusals_file import forget
     from halton_meter.live.proxy.run import ask_service
     from proxy_fallback.setup.changes import ChangeError
     from proxy_fallback.setup.ledger import Ledger
@@ -93,7 +94,8 @@ def init(
                     say(_line(done))
 
             changed = take_steps(machine, choice, ledger, report)
-        ask_service(machine.home, "forget")  # programs that refused our CA are tried again
+        forget(machine.home)  # programs that refused our CA are tried again
+        ask_service(machine.home, "forget")
     except ChangeError as error:
         fail(error.problem, as_json=as_json)
     _print_result(machine, choice.mode, changed, steps, as_json)

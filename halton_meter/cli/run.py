@@ -217,6 +217,8 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
+    from halton_meter.live.unmetered import lines as unmetered_lines
+
     totals = result.totals
     lines = []
     if totals.gapped or totals.aborted or totals.failed:
@@ -230,7 +232,10 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
-    lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in result.losses.items()]
+    # What passed the proxy unmetered has lines of its own below.
+    lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
+    lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
+    lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
     if result.price_error:
         lines.append(f"  {result.price_error}")
     if result.store_error:
@@ -257,6 +262,7 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "outages": outages,
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
+        "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,
     }

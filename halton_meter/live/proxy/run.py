@@ -230,6 +230,7 @@ class _Background:
             for causes in service.edge.bypassed.values():
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
             run.losses = dict(losses)
+            run.unmetered = service.unmetered()
             run.outages = list(service.outages)
             run.store_error = service.final.get("store_error")
             run.price_error = service.final.get("price_error")
