@@ -147,7 +147,7 @@ FREE: Mapping[str, str] = {
 
 # `UsageEvent.flags`: what to know of the counts.
 FLAGS: Mapping[str, str] = {
-    "bad_usage": "a count is no count: negative, a text, too many digits",
+    "bad_usage": "a count is no count: negative, a word, too many digits",
     "usage_not_sent": "the answer states no usage",
     "usage_not_final": "the stream ended before its last count",
     "estimated": "a count is our estimate",
@@ -155,11 +155,14 @@ FLAGS: Mapping[str, str] = {
     "gapped": "bytes of it are missing",
     "aborted": "it ended before the answer did",
     "total_mismatch": "the parts do not add up to the provider's total",
+    "counts_fell": "a later count of a stream is below an earlier one: the larger one counts",
+    "zero_cost_stated": "a gateway states a cost of zero beside counts: our prices count",
     "cache_split_stale": "the split by lifetime was stated before the write count changed",
     "byok": "the user's own key paid",
     "error_in_stream": "an error came after the answer had begun",
     "model_unknown": "nothing names the model",
     "head_unknown": "the request's head was not seen",
+    "response_id_repeated": "the provider gave another request the same id",
     "fallback_credit": "some writes are billed as reads, the answer does not say how many",
 }
 

@@ -7,7 +7,7 @@ differs in nothing, add its row.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -21,6 +21,13 @@ from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.statements import (
+    all_of,
+    counts_tokens,
+    is_count,
+    most_complete,
+    usages_in,
+)
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -53,21 +60,42 @@ def read_ollama(exchange: Exchange, route: Route, provider: Provider) -> Iterato
         last: Json = lines[-1] if lines else {}
         draft.fail(last, in_stream=len(lines) > 1)
         draft.model = as_name(last.get("model"))
-        counts = Counts()
-        tokens = Tokens(
-            input=counts.of(last, "prompt_eval_count"), output=counts.of(last, "eval_count")
-        )
-        if tokens != Tokens():
-            draft.parts = [Usage(draft.model or draft.request_model, tokens)]
-            names = ("prompt_eval_count", "eval_count")
-            kept = {name: last[name] for name in names if name in last}
-            draft.raw_usage = verbatim(b"", b"", kept).text
-            draft.flags |= counts.flags()
+        counted = [line for line in lines if counts_tokens(line)][-_COUNTED_LINES_MAX:]
+        if counted:
+            _fill_whole(draft, _ollama_tokens, counted)
         elif draft.error_class is None:
             draft.usage_not_sent(
                 texts_under(exchange.response.body, (b"response", b"content", b"thinking"))
             )
     yield draft.event()
+
+
+# A server of Ollama's counts in the last line; of what imitates it the last that count matter.
+_COUNTED_LINES_MAX = 64
+
+
+def _ollama_tokens(counts: Counts, line: Json) -> Tokens:
+    """The tokens of a line; what was served from a cache is part of the prompt."""
+    cached = counts.of(line, "prompt_eval_cached_count")
+    return Tokens(
+        input=counts.rest(counts.of(line, "prompt_eval_count"), cached),
+        cache_read=cached,
+        output=counts.of(line, "eval_count"),
+    )
+
+
+def _fill_whole(
+    draft: Draft, read: Callable[[Counts, Json], Tokens], holders: Sequence[Json]
+) -> None:
+    """Fill a draft from objects that count at their top level, the last that has most of it."""
+    counts = Counts()
+    tokens, _, fell = most_complete((read(counts, each), {}) for each in holders)
+    draft.parts = [Usage(draft.model or draft.request_model, tokens)]
+    kept = ({n: v for n, v in each.items() if is_count(n)} for each in holders)
+    draft.raw_usage = all_of(verbatim(b"", b"", each).text for each in kept)
+    draft.flags |= counts.flags()
+    if fell:
+        draft.flags.add("counts_fell")
 
 
 # --- watsonx ------------------------------------------------------------------------------------
@@ -78,22 +106,34 @@ def read_watsonx(exchange: Exchange, route: Route, provider: Provider) -> Iterat
     draft = begin(exchange, route, provider)
     draft.request_model = draft.request_model or as_name(draft.request.get("model_id"))
     if not unanswered(draft):
-        found = list(documents(exchange, 5))
-        draft.fail(found[0][0] if found else None)
-        answer: Json = next((v for v, _ in found if dicts(v.get("results"))), {})
-        draft.model = as_name(answer.get("model_id"))
-        counts = Counts()
-        results = dicts(answer.get("results"))
-        tokens = Tokens(
-            input=plus(*(counts.of(result, "input_token_count") for result in results)),
-            output=plus(*(counts.of(result, "generated_token_count") for result in results)),
-        )
-        if tokens != Tokens():
-            draft.parts = [Usage(draft.model or draft.request_model, tokens)]
-            draft.flags |= counts.flags()
+        found = [value for value, _ in documents(exchange, 5)]
+        draft.fail(found[0] if found else None)
+        # A stream counts its input in the first event alone, its output in each.
+        events = formats.first_events(exchange.response.body, 4) if draft.streaming else ()
+        found += [as_dict(formats.loads(event.data)) for event in events][::-1]
+        answers = [value for value in reversed(found) if _watsonx_counts(value)]
+        draft.model = as_name(next((v["model_id"] for v in found if v.get("model_id")), None))
+        if answers:
+            _fill_whole(draft, _watsonx_tokens, [_watsonx_counts(value) for value in answers])
         elif draft.error_class is None:
             draft.usage_not_sent()
     yield draft.event()
+
+
+def _watsonx_counts(answer: Json) -> Json:
+    """The counts of an answer's results, summed, or of an answer itself (embeddings)."""
+    results = dicts(answer.get("results"))
+    counts = Counts()
+    names = ("input_token_count", "generated_token_count")
+    sums = {name: plus(*(counts.of(each, name) for each in results or [answer])) for name in names}
+    return {name: count for name, count in sums.items() if count is not None}
+
+
+def _watsonx_tokens(counts: Counts, stated: Json) -> Tokens:
+    return Tokens(
+        input=counts.of(stated, "input_token_count"),
+        output=counts.of(stated, "generated_token_count"),
+    )
 
 
 # --- Replicate ----------------------------------------------------------------------------------
@@ -146,12 +186,12 @@ def read_inner(exchange: Exchange, route: Route, provider: Provider) -> Iterator
         draft.fail(found[0][0] if found else None)
         for answer, text in found:
             inner = as_dict(answer.get("result")) or answer
-            usage = inner.get("usage")
-            if isinstance(usage, dict):
+            usage, name = next(usages_in(inner), (None, "usage"))
+            if usage is not None:
                 counts = Counts()
                 tokens, details = usage_tokens(counts, usage)
                 draft.parts = [Usage(draft.request_model, tokens, {}, details)]
-                draft.raw_usage = verbatim(text, b"usage", usage).text
+                draft.raw_usage = verbatim(text, name.encode(), usage).text
                 draft.flags |= counts.flags()
                 break
         else:
@@ -166,14 +206,15 @@ def read_aleph(exchange: Exchange, route: Route, provider: Provider) -> Iterator
     if not unanswered(draft):
         answer, _ = next(documents(exchange), ({}, b""))
         draft.fail(answer)
-        counts = Counts()
-        tokens = Tokens(
-            input=counts.of(answer, "num_tokens_prompt_total"),
-            output=counts.of(answer, "num_tokens_generated"),
-        )
-        draft.parts = [Usage(draft.request_model, tokens)] if tokens != Tokens() else []
-        draft.flags |= counts.flags()
+        _fill_whole(draft, _aleph_tokens, [answer])
     yield draft.event()
+
+
+def _aleph_tokens(counts: Counts, answer: Json) -> Tokens:
+    return Tokens(
+        input=counts.of(answer, "num_tokens_prompt_total"),
+        output=counts.of(answer, "num_tokens_generated"),
+    )
 
 
 def _anthropic(prefix: str) -> tuple[Route, ...]:
@@ -342,6 +383,15 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("baidu", ("qianfan.baidubce.com",), _PLAIN),
 )
 
+# Those that sell others' models and bill in US dollars: a cost that they state is what is paid.
+# The rest make their models or bill in another currency; none of them is known to state a cost.
+_RESELLERS_IN_USD = frozenset(
+    (
+        "together fireworks cerebras avian crusoe nvidia sambanova hyperbolic nebius novita "
+        "deepinfra baseten friendli heroku venice requesty"
+    ).split()
+)
+
 # Paths that a row's provider reads otherwise, and those that it has besides OpenAI's.
 _FIRST_ROUTES = {
     "alibaba": (route("messages", "chat", _ANY + "/v1/messages", read_alibaba_messages),),
@@ -358,13 +408,18 @@ _OWN_ROUTES = {
 
 
 def compatible(
-    name: str, hosts: tuple[str, ...], dialect: Dialect = _PLAIN, *, captured: bool = True
+    name: str,
+    hosts: tuple[str, ...],
+    dialect: Dialect = _PLAIN,
+    *,
+    captured: bool = True,
+    states_cost: bool = False,
 ) -> Provider:
     """A provider that speaks OpenAI's API, or Anthropic's, under any path of its hosts."""
     routes = (*_FIRST_ROUTES.get(name, ()), *_shared(dialect), *_OWN_ROUTES.get(name, ()))
     if any(provider == name for provider, _, _ in _PLANS):
         routes = tuple(replace(each, read=_with_plan(name, each.read)) for each in routes)
-    return Provider(name, hosts, routes, captured)
+    return Provider(name, hosts, routes, captured, states_cost=states_cost)
 
 
 @cache
@@ -385,7 +440,10 @@ PROVIDERS = (
         (*text_routes("(?:/v1|/beta)?"), *_anthropic("/anthropic")),
         models=re.compile(r"^deepseek-(?:chat|reasoner|v)"),
     ),
-    *(compatible(name, hosts, dialect) for name, hosts, dialect in _ROWS),
+    *(
+        compatible(name, hosts, dialect, states_cost=name in _RESELLERS_IN_USD)
+        for name, hosts, dialect in _ROWS
+    ),
     Provider("ollama", ("ollama.com",), OLLAMA_ROUTES),
     Provider(
         "watsonx",
