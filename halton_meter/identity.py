@@ -285,7 +285,6 @@ class Identities:
         self._forget = forget
         self._groups: dict[str, Group] = {}
         self._order: deque[tuple[str, Entry]] = deque()
-        self.told_apart = 0
 
     def __len__(self) -> int:
         return len(self._order)
@@ -300,7 +299,8 @@ class Identities:
         if group is None:
             group = self._groups[usage.id] = Group(usage.id)
         else:
-            entry = group.find(traits, lambda each: _is_another(each, source, seen, traits))
+            asked = traits
+            entry = group.find(traits, lambda each: _is_another(each, source, seen, asked))
             if entry is not None:
                 group.learn(entry, traits)
                 entry.seen[source] = seen
@@ -312,7 +312,6 @@ class Identities:
         self._order.append((usage.id, entry))
         if len(self._order) > self._events_max:
             self._let_go()
-        self.told_apart += entry.event_id != usage.id and not usage.id_from_content
         return _renamed(usage, entry.event_id, traits.nth)
 
     def _let_go(self) -> None:

@@ -27,6 +27,8 @@ REQUEST_ID_HEADERS = (
     "cf-ray",
 )
 _KEY_HEADERS = ("idempotency-key", "x-idempotency-key")
+# Headers of gateways that answer with what they kept, by a value that speaks of a hit.
+_CACHE_HEADERS = ("cf-aig-cache-status", "helicone-cache", "x-cache", "x-portkey-cache-status")
 _LIVE = (Source.UPROBES, Source.PROXY)
 # What is looked at of a request to tell it from others: a capture may have lost what lies behind.
 IDENTITY_BYTES = 4096
@@ -57,8 +59,16 @@ def traits_of(
         live=exchange.connection.source in _LIVE,
         whole=exchange.outcome is Outcome.COMPLETE,
         joined=exchange.request.method is None,
-        by_id=by_id or (exchange.request.method == "GET" and not _in_turns(exchange)),
+        by_id=by_id or _is_read_back(exchange),
     )
+
+
+def _is_read_back(exchange: Exchange) -> bool:
+    """Whether an answer is one that was made before, and is kept under its id."""
+    headers = exchange.response.headers
+    if any("hit" in (header(headers, name) or "").lower() for name in _CACHE_HEADERS):
+        return True
+    return exchange.request.method == "GET" and not _in_turns(exchange)
 
 
 def _in_turns(exchange: Exchange) -> bool:
