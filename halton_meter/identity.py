@@ -22,10 +22,10 @@ from halton_meter.model import Exchange, Source, Traits, UsageEvent, event_id
 # Letters of `Traits.told`.
 HOST, KEY, LINE, USAGE = "h", "k", "l", "u"
 REQUEST_IDS = "01234567"
-_DATE = "d"
+DATE = "d"
 # d: the second in which the server answered; s: the status; p: the request's beginning; q: all of
 # it. Each is the same for every source that saw it.
-_COMPARED = (*REQUEST_IDS, _DATE, "s", "p", "q", KEY)
+_COMPARED = (*REQUEST_IDS, DATE, "s", "p", "q", KEY)
 _VERSION_CHARACTERS = 4  # of USAGE: which version of the program counted
 # A status from here on may be an intermediary's own.
 SERVED = 500
@@ -106,7 +106,7 @@ def _apart(one: Traits, other: Traits, apart_dated_ns: int) -> bool:
     """Whether they are of different times by one clock."""
     if one.live is not other.live or _halves(one, other):
         return False
-    slack = max(APART_NS, apart_dated_ns) if _agree(one, other, _DATE) else APART_NS
+    slack = max(APART_NS, apart_dated_ns) if _agree(one, other, DATE) else APART_NS
     return max(one.started_ns - other.ended_ns, other.started_ns - one.ended_ns) > slack
 
 
