@@ -59,6 +59,8 @@ class Seen:
     connection: str
     exchange: str
     pid: int | None
+    started_ns: int
+    ended_ns: int
     from_content: bool
 
     @classmethod
@@ -69,6 +71,8 @@ class Seen:
             exchange.connection.id,
             exchange.id,
             None if process is None else process.pid,
+            exchange.started_ns,
+            exchange.ended_ns,
             usage.id_from_content,
         )
 
@@ -324,7 +328,7 @@ class Identities:
 
 
 def _is_another(entry: Entry, source: Source, seen: Seen, traits: Traits) -> bool:
-    """Whether one source saw both, of which each is another request of one client."""
+    """Whether one source saw both, as two requests of one client or one after the other."""
     other = entry.seen.get(source)
     if other is None:
         return False
@@ -335,8 +339,10 @@ def _is_another(entry: Entry, source: Source, seen: Seen, traits: Traits) -> boo
         return False
     if _differ(known, traits, HOST) or _agree(known, traits, KEY) or _halves(known, traits):
         return False
-    same_pid = other.pid is not None and other.pid == seen.pid
-    return other.connection == seen.connection or same_pid
+    if other.connection == seen.connection or (other.pid is not None and other.pid == seen.pid):
+        return True
+    # Of one that an intermediary passes on, the times of both connections overlap.
+    return max(seen.started_ns - other.ended_ns, other.started_ns - seen.ended_ns) > 0
 
 
 def _renamed(usage: UsageEvent, name: str, nth: int) -> UsageEvent:

@@ -229,6 +229,25 @@ def test_of_an_older_database_the_times_tell(tmp_path: Path, version_knew: bool)
     assert found[0].usage.id == older[0].usage.id
 
 
+@pytest.mark.parametrize("source", [Source.PCAP, Source.UPROBES])
+def test_equal_calls_of_other_connections_are_apart_if_one_follows_the_other(
+    source: Source,
+) -> None:
+    """Seen twice at once, by an intermediary's two connections, they are one."""
+    first = Call(0).by(source)
+    unknown = [
+        replace(first, id=str(n), connection=Connection(str(n), source, None, HOST))
+        for n in range(2)
+    ]
+    one, other = unknown
+    soon = one.ended_ns + 1000
+    after = replace(other, started_ns=soon, ended_ns=soon + 1000)
+    assert len(metered(one, after)) == 2
+    assert len(united(metered(one, after), metered(one, after))) == 2
+    within = replace(other, started_ns=one.started_ns + 10, ended_ns=one.ended_ns - 10)
+    assert len(metered(one, within)) == 1
+
+
 # --- what an id itself names ---------------------------------------------------------------------
 
 
