@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
 from halton_meter.problem import Problem
 
@@ -228,6 +229,7 @@ def _troubles(result: RunResult) -> list[str]:
             (totals.failed, "failed"),
         )
         lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+    lines += [f"  {each}" for each in sightings_in_words(totals.seen_again, totals.told_apart)]
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:

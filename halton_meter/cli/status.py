@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 
 OUTAGES_SHOWN = 5
@@ -115,6 +116,9 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
         f"  data folder {found['home']}; {waiting}",
     ]
+    totals, repeated = found["totals"], found.get("journal_repeated") or 0
+    again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
+    lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
     if found.get("config_error"):

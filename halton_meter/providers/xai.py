@@ -105,6 +105,7 @@ def read_batch_results(
             draft = blank(exchange, route, provider)
             dialect = RESPONSES if answer.get("object") == "response" else CHAT
             fill_batch_answer(draft, answer, usage, dialect)
+            draft.line = str(item.get("batch_request_id"))
             if draft.response_id is None:
                 named = str(as_id(item.get("batch_request_id")))
                 draft.identity = ("batch", exchange.request.path or "", named)

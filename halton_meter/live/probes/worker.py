@@ -253,6 +253,7 @@ class Metering:
             self._listen()
 
     def _keep(self, events: list[PricedEvent]) -> None:
+        self._totals.seen_again = self._meter.seen_again
         if not events:
             return
         if not self._job.service:
