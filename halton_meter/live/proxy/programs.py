@@ -40,6 +40,7 @@ _LIBRARIES: Mapping[str, str] = {
     "libwolfssl": "wolfSSL",
     "libjvm": "JSSE",
     "libssl": "OpenSSL",
+    "crypto.so": "Erlang ssl",
 }
 _LIBRARY = re.compile("|".join(re.escape(name) for name in _LIBRARIES))
 
@@ -79,6 +80,19 @@ def trust_options(process: Process) -> list[str]:
     return sorted(given & TRUST_OPTIONS)
 
 
+def script_of(process: Process | None) -> Path | None:
+    """The script that an interpreter runs, if its folder is not hidden."""
+    from capture.processes.arguments import REDACTED
+
+    if process is None or not _INTERPRETER.fullmatch(os.path.basename(process.exe or "")):
+        return None
+    words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
+    with contextlib.suppress(OSError, ValueError):
+        if words and (script := Path(process.cwd or "/", words[0])).is_file():
+            return script
+    return None
+
+
 def _file_of(process: Process) -> str:
     from capture.processes.arguments import REDACTED
 
@@ -88,11 +102,8 @@ def _file_of(process: Process) -> str:
     words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
     if words and words[0].startswith(f"{REDACTED}/"):
         return f"{process.exe} {words[0]}"
-    script = Path(process.cwd or "/", words[0]) if words else None
-    with contextlib.suppress(OSError, ValueError):
-        if script is not None and script.is_file():
-            return f"{process.exe} {script}"
-    return process.exe
+    script = script_of(process)
+    return f"{process.exe} {script}" if script is not None else process.exe
 
 
 def tls_libraries(pid: int) -> frozenset[str]:

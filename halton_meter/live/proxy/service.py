@@ -311,6 +311,9 @@ class ProxyService:
     def _take_handshake(self, message: dict[str, Any]) -> None:
         """What the worker says of how a program took our certificate."""
         trust, stopping = self.edge.trust, self._stopping.is_set()
+        if "opened" in message:
+            address, port = message["opened"]
+            self.edge.opened.append((untrusted.printable(address), int(port)))
         if "judged" in message:
             trust.judged(untrusted.printable(message["judged"], HOST_CHARACTERS_MAX))
         for what in ("refused", "left", "trusted", "passed"):
