@@ -8,7 +8,6 @@ real host name is used.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import ssl
@@ -24,6 +23,7 @@ import pytest
 
 from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
+from tests.support.go_programs import GO, go_program
 from tests.support.tls_server import TlsServer
 from tests.support.waiting import WAIT_SECONDS_MAX
 
@@ -241,17 +241,8 @@ def same_bytes(seen: dict[str, Seen], bench: Bench, host: str = PROVIDER) -> Non
 
 @pytest.fixture(scope="session")
 def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stripped Go program: built once for all workers of a run, a copy for each."""
-    if shutil.which("go") is None:
+    """A stripped Go program, a copy for each worker."""
+    if GO is None:
         pytest.skip("go is not installed")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "go-client"
-    folder.mkdir(exist_ok=True)
-    program = folder / "client"
-    environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
-    command = ["go", "build", "-ldflags", "-s -w", "-o", program, CLIENTS / "go" / "main.go"]
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            subprocess.run(command, check=True, env=environment)
+    program = go_program(CLIENTS / "go" / "main.go", ("-ldflags=-s -w",), GO111MODULE="off")
     return shutil.copy2(program, tmp_path_factory.mktemp("go"))

@@ -39,6 +39,8 @@ IDLE_CHILD_S = 30.0
 """A quick child that had nothing to do for so long ends."""
 CPU_BURST_S, CPU_SHARE = 60.0, 0.25
 """What all files of one owner may cost at once, and of one CPU in the long run."""
+RESERVED_S = 30.0
+"""Of that, what files that nobody runs yet leave to those that a process runs."""
 OWNERS_MAX = 256
 RESTART_S = 5.0
 FINDER = "capture.functions.finder.process"
@@ -127,11 +129,11 @@ class _Owner:
     left_s: float = CPU_BURST_S
     at: float = field(default_factory=time.monotonic)
 
-    def has_time(self, now: float) -> bool:
+    def has_time(self, now: float, lane: int) -> bool:
         """Whether another file may be looked into now."""
         self.left_s = min(self.left_s + (now - self.at) * CPU_SHARE, CPU_BURST_S)
         self.at = now
-        return self.left_s > 0
+        return self.left_s > (RESERVED_S if lane == SearchPriority.AHEAD else 0.0)
 
 
 class Searches:
@@ -245,7 +247,7 @@ class Searches:
         for key in list(islice(self._waiting, OWNERS_A_TURN)):
             owner, lane = key
             jobs = self._waiting.pop(key)
-            if owner not in self._owners or self._owners[owner].has_time(now):
+            if owner not in self._owners or self._owners[owner].has_time(now, lane):
                 self._give(self._child_for(owner, lane, now), jobs, now)
             if jobs:
                 self._waiting[key] = jobs  # behind the others

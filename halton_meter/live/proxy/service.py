@@ -57,6 +57,7 @@ QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
 ALIVE_TICKS = 10
 # How often an unreadable configuration is read again.
 CONFIGURE_EVERY_S = 5.0
+REREAD_TICKS = 5
 STATUS_S_MAX = 2.0
 # Limits of a worker's messages.
 READ_BYTES = 16 << 10
@@ -70,6 +71,7 @@ class ProxyService:
 
     `environment` is the worker's; its trusted roots are those that providers are checked against.
     While `configure` is given and raises, everything passes unmetered, and `trouble` says why.
+    `reread` reads the configuration again while the job's has a wrong value.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class ProxyService:
         say: Callable[[str], None] = lambda text: None,
         configure: Callable[[], Job] | None = None,
         trouble: str | None = None,
+        reread: Callable[[], Job] | None = None,
     ) -> None:
         self.job = job
         self.home = Path(job.home)
-        self._configure = configure
+        self._configure, self._reread = configure, reread
         self.edge = Edge(
             () if configure is not None else provider_hosts(job.extra_hosts),
             job.upstream,
@@ -433,6 +436,8 @@ class ProxyService:
         if self._kept is not None and tick % ALIVE_TICKS == 0:
             self._kept.alive(time.time_ns())
             await self._listen()
+        if tick % REREAD_TICKS == 0 and self._state == "ready" and self.job.config_error:
+            self._take_corrected()
         asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
         if self._state in ("ready", "hung") and asked:
             self._feel_pulse()
@@ -448,6 +453,16 @@ class ProxyService:
         self._cause = self._cause or f"internal error: {type(fault).__name__}"
         if not self._paused:
             self._down("worker_down", "waiting")
+
+    def _take_corrected(self) -> None:
+        """Let a worker with the configuration take over once all of its values are right."""
+        job = self._reread() if self._reread is not None else self.job
+        if job.config_error:
+            return
+        self.job = job
+        self.edge.hosts, self.edge.upstream = HostSet(provider_hosts(job.extra_hosts)), job.upstream
+        self._cause = "the configuration was corrected"
+        self._send({"finish": True})
 
     def _feel_pulse(self) -> None:
         if self._pings_missed >= HUNG_TICKS and self._process is not None:
@@ -523,6 +538,7 @@ class ProxyService:
         usable = self._accepted is None or bool(self._accepted)
         metered = vocabulary.Metered(**{name: worker.get(name) for name in vocabulary.METERED})  # type: ignore[typeddict-item]
         ok = self._state == "ready" and usable and vocabulary.is_well(metered)
+        ok = ok and not self.job.config_error
         trouble = self._cause or self._downtime.cause if self._state != "ready" else None
         answer = vocabulary.status(
             health=vocabulary.OK
@@ -547,6 +563,7 @@ class ProxyService:
         )
         return {
             **answer,
+            "config_error": self.job.config_error,
             "addresses": self.addresses,
             "upstream": list(self.job.upstream) if self.job.upstream else None,
             "connections": len(edge.clients),

@@ -55,7 +55,8 @@ class Job:
     """What a worker does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
-    that leads out of this network; `secret` authenticates the edge to the worker.
+    that leads out of this network; `secret` authenticates the edge to the worker. `config_error`
+    has a line for each configured value that is wrong and not used.
     """
 
     home: str
@@ -63,6 +64,7 @@ class Job:
     extra_hosts: dict[str, str] = field(default_factory=dict)
     upstream: tuple[str, int] | None = None
     secret: str = field(default="", repr=False)
+    config_error: str | None = None
 
 
 def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:

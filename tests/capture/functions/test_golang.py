@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -19,9 +18,10 @@ import pytest
 from capture.functions.elf import Elf
 from capture.functions.finder.golang import READ, WRITE, Found, ServerName, find_go_tls
 from capture.functions.finder.not_found import NotFound
+from tests.support.go_programs import CODE, ENVIRONMENT, GO, go_program
+from tests.support.quick import slow
 
-SOURCE = Path(__file__).parents[2] / "support" / "code" / "go_client"
-GO = shutil.which("go")
+SOURCE = CODE / "go_client"
 needs_go = pytest.mark.skipif(GO is None, reason="needs Go")
 
 BUILDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
@@ -33,24 +33,27 @@ BUILDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 }
 
 
+class Programs(dict[str, Path]):
+    """One build of each kind, made when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        if name == "strip":
+            self[name] = self._folder / name
+            command = ["strip", "-o", str(self[name]), str(self["stripped"])]
+            subprocess.run(command, check=True)
+        else:
+            flags, environment = BUILDS[name]
+            self[name] = go_program(SOURCE, flags, **environment)
+        return self[name]
+
+
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One build of each kind; Go's own cache makes all but the first run quick."""
-    folder = tmp_path_factory.mktemp("go")
-    built = {}
-    for name, (flags, environment) in BUILDS.items():
-        target = folder / name
-        subprocess.run(
-            [str(GO), "build", *flags, "-o", str(target), "."],
-            cwd=SOURCE,
-            env={**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", **environment},
-            check=True,
-            timeout=300,
-        )
-        built[name] = target
-    twice = folder / "strip"
-    subprocess.run(["strip", "-o", str(twice), str(built["stripped"])], check=True)
-    return {**built, "strip": twice}
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """All kinds; those that need Go's own packages compiled anew are in slow tests only."""
+    return Programs(tmp_path_factory.mktemp("go"))
 
 
 def found_in(path: Path) -> Found:
@@ -74,11 +77,14 @@ def test_found_where_the_symbols_say(programs: dict[str, Path]) -> None:
 
 
 @needs_go
-@pytest.mark.parametrize("name", [*BUILDS, "strip"])
+@pytest.mark.parametrize(
+    "name", ["plain", "stripped", "strip", *map(slow, ("pie", "static", "arm"))]
+)
 def test_every_return_and_nothing_else(programs: dict[str, Path], name: str) -> None:
     found = found_in(programs[name])
     data = programs[name].read_bytes()
     arm = found.machine == "aarch64"
+    assert arm == (name == "arm")
     decoder: Any = capstone.Cs(  # type: ignore[no-untyped-call]
         capstone.CS_ARCH_ARM64 if arm else capstone.CS_ARCH_X86,
         capstone.CS_MODE_ARM if arm else capstone.CS_MODE_64,
@@ -99,7 +105,6 @@ def test_what_a_probe_needs_to_know_comes_along(programs: dict[str, Path]) -> No
         [str(GO), "version"], capture_output=True, text=True, check=True
     ).stdout.split()[2]
     assert found.go_version == version
-    assert found_in(programs["arm"]).machine == "aarch64"
 
 
 @needs_go
@@ -107,7 +112,7 @@ def test_the_server_name_is_where_go_itself_says(programs: dict[str, Path]) -> N
     printed = subprocess.run(
         [str(GO), "run", "."],
         cwd=SOURCE.parent / "go_offsets",
-        env={**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         check=True,

@@ -21,6 +21,7 @@ import pytest
 from capture import bpf, loader
 from capture.functions.finder.golang import Found, find_go_tls
 from tests.capture.functions.test_golang import SOURCE, needs_go, programs
+from tests.support.quick import slow
 
 __all__ = ["programs"]  # the fixture
 
@@ -104,7 +105,7 @@ def server(tmp_path: Path) -> Any:
     running.close()
 
 
-@pytest.mark.parametrize("name", ["stripped", "pie"])
+@pytest.mark.parametrize("name", ["stripped", slow("pie")])
 def test_plaintext_connection_and_host(
     programs: dict[str, Path], server: Any, tmp_path: Path, name: str
 ) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -43,6 +42,8 @@ from tests.capture.functions.test_boringssl import (
 )
 from tests.capture.functions.test_elf import SMALL, built
 from tests.support.cost import within
+from tests.support.go_programs import CODE, GO
+from tests.support.go_programs import go_program as go_build
 
 pytestmark = pytest.mark.skipif(
     not COMPILERS or os.uname().machine != "x86_64", reason="needs a C compiler for x86-64"
@@ -283,19 +284,11 @@ def test_a_search_that_takes_too_long_says_so(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def go_program(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def go_program() -> Subject:
     """The Go client, stripped."""
-    go = shutil.which("go")
-    if go is None:
+    if GO is None:
         pytest.skip("needs Go")
-    target = tmp_path_factory.mktemp("go") / "client"
-    subprocess.run(
-        [go, "build", "-ldflags=-s -w", "-o", str(target), "."],
-        cwd=Path(__file__).parents[2] / "support" / "code" / "go_client",
-        env={**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"},
-        check=True,
-        timeout=300,
-    )
+    target = go_build(CODE / "go_client", ("-ldflags=-s -w",))
     found = find_go_tls(target)
     assert not isinstance(found, NotFound)
     return Subject(target, dict(found.functions))

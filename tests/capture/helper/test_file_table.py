@@ -437,6 +437,18 @@ def test_who_has_used_up_his_time_waits_and_others_do_not(own: Searches, library
     assert owner == ALICE
 
 
+def test_what_nobody_runs_leaves_time_to_what_is_run(own: Searches, tmp_path: Path) -> None:
+    file = crafted.make("strings", tmp_path / "slow")
+    own._charge(ALICE, searches.CPU_BURST_S - searches.RESERVED_S + 5)
+    ahead, run = (job(file, ALICE, finder_protocol.SEARCH) for _ in range(2))
+    ahead.priority = SearchPriority.AHEAD
+    assert own.ask(ahead)
+    assert own.ask(run)
+    assert answered(own, 1)
+    assert own.busy
+    assert ahead.fd in {each.fd for waiting in own._waiting.values() for each in waiting}
+
+
 def test_what_a_search_takes_is_charged_by_the_kernels_count(own: Searches, tmp_path: Path) -> None:
     slow = crafted.make("strings", tmp_path / "slow")
     assert own.ask(job(slow, ALICE))

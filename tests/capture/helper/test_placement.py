@@ -33,6 +33,7 @@ from tests.capture.functions.test_boringssl import COMPILERS, build, strip, with
 from tests.capture.functions.test_golang import needs_go, programs
 from tests.capture.functions.test_libraries import C_SOURCE
 from tests.capture.functions.test_libraries import build as build_library
+from tests.support.quick import slow
 
 __all__ = ["programs"]  # the fixture
 
@@ -138,7 +139,7 @@ def test_the_wrong_end_of_a_function_is_refused(subject: tuple[Path, Library]) -
 # --- Go -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["stripped", "pie", "arm"])
+@pytest.fixture(params=["stripped", slow("pie"), slow("arm")])
 def go(request: pytest.FixtureRequest, programs: dict[str, Path]) -> tuple[Path, Library]:
     path = programs[request.param]
     return path, found_in(path, golang.library)

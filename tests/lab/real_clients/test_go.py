@@ -21,6 +21,7 @@ from tests.lab.conftest import Bench
 from tests.lab.real_clients.programs import TOOLCHAINS, Program, Unavailable, fetched
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, recognised
+from tests.support.quick import slow
 
 pytestmark = pytest.mark.lab
 
@@ -98,7 +99,7 @@ def metered(bench: Bench, used: Toolchain, way: str, mode: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("mode", [(), ("http2",)], ids=["http1", "http2"])
-@pytest.mark.parametrize("way", ["stripped", "pie"])
+@pytest.mark.parametrize("way", ["stripped", slow("pie")])
 def test_a_go_client_is_metered(bench: Bench, way: str, mode: tuple[str, ...]) -> None:
     metered(bench, toolchain(None), way, mode)
 
