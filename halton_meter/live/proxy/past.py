@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capture.processes.proc import descendants, read_process, started_ticks
-from halton_meter.live.proxy.programs import program_of, script_of, tls_library
+from halton_meter.live.proxy.programs import is_interpreter, program_of, tls_library
 from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.unmetered import Unmetered
 from proxy_fallback.edge.owner import Connected, OwnerUnknown, connected_to
@@ -48,6 +48,7 @@ LOOKUP_S_MAX = 2.0
 
 HOSTS_SHOWN = 3
 _SHELL = re.compile(r"/(sh|bash|dash|zsh|fish|env|timeout|nice|nohup)$")
+_QUIETLY = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a pipe may have its name
 _NAME = re.compile(rb"[a-z0-9][a-z0-9-]*(?:\.[a-z0-9-]+)+", re.IGNORECASE)
 
 
@@ -177,14 +178,8 @@ class Past:
         if exe is None or exe == known.exe:
             return
         known.exe = exe
-        texts = []
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-            texts.append(file.read(ARGUMENTS_BYTES_MAX))
         process = read_process(pid)
-        script = script_of(process)
-        if script is not None:
-            with contextlib.suppress(OSError), open(script, "rb") as file:
-                texts.append(file.read(SCRIPT_BYTES_MAX))
+        texts = list(_texts(pid, exe, process.cwd if process else None))
         program = program_of(process) or exe
         for text in texts:
             for match in _NAME.finditer(text):
@@ -257,6 +252,22 @@ def _children(pid: int) -> Iterator[int]:
                 return
         except OSError:
             continue
+
+
+def _texts(pid: int, exe: str, cwd: str | None) -> Iterator[bytes]:
+    """A process' arguments, and its script. They are searched for names, and not kept."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = file.read(ARGUMENTS_BYTES_MAX)
+    except OSError:
+        return
+    yield arguments
+    words = [word for word in arguments.split(b"\0")[1:] if word and not word.startswith(b"-")]
+    if is_interpreter(exe) and words:
+        with contextlib.suppress(OSError):
+            fd = os.open(os.path.join(os.fsencode(cwd or "/"), words[0]), _QUIETLY)
+            with open(fd, "rb") as file:
+                yield file.read(SCRIPT_BYTES_MAX)
 
 
 def _sockets_of(pid: int) -> Iterator[int]:

@@ -80,30 +80,25 @@ def trust_options(process: Process) -> list[str]:
     return sorted(given & TRUST_OPTIONS)
 
 
-def script_of(process: Process | None) -> Path | None:
-    """The script that an interpreter runs, if its folder is not hidden."""
-    from capture.processes.arguments import REDACTED
-
-    if process is None or not _INTERPRETER.fullmatch(os.path.basename(process.exe or "")):
-        return None
-    words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
-    with contextlib.suppress(OSError, ValueError):
-        if words and (script := Path(process.cwd or "/", words[0])).is_file():
-            return script
-    return None
+def is_interpreter(exe: str) -> bool:
+    """Whether a program runs scripts, so that its first argument may be one."""
+    return _INTERPRETER.fullmatch(os.path.basename(exe)) is not None
 
 
 def _file_of(process: Process) -> str:
     from capture.processes.arguments import REDACTED
 
     assert process.exe is not None
-    if not _INTERPRETER.fullmatch(os.path.basename(process.exe)):
+    if not is_interpreter(process.exe):
         return process.exe
     words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
     if words and words[0].startswith(f"{REDACTED}/"):
         return f"{process.exe} {words[0]}"
-    script = script_of(process)
-    return f"{process.exe} {script}" if script is not None else process.exe
+    script = Path(process.cwd or "/", words[0]) if words else None
+    with contextlib.suppress(OSError, ValueError):
+        if script is not None and script.is_file():
+            return f"{process.exe} {script}"
+    return process.exe
 
 
 def tls_libraries(pid: int) -> frozenset[str]:

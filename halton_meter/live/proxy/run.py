@@ -27,7 +27,7 @@ from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import prepare_home
 from halton_meter.live.proxy.past import Past
 from halton_meter.live.proxy.service import ProxyService
-from halton_meter.live.proxy.worker import CA_FOLDER, Job
+from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.problem import Problem, Unavailable
