@@ -19,8 +19,8 @@ _OWN_SETTINGS: Mapping[str, str] = {
 }
 
 
-def fix_for(cause: str, program: str | None, stack: str | None) -> str:
-    """The next command; "" where there is none."""
+def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool = False) -> str:
+    """The next command; "" where there is none. Programs of a `service` may be older than it."""
     name = (program or "").partition(" ")[0].rpartition("/")[2]
     if cause == "proxy_ignored":
         return _OWN_SETTINGS.get(name, UPROBES)
@@ -29,7 +29,9 @@ def fix_for(cause: str, program: str | None, stack: str | None) -> str:
     if cause == "certificate_refused":
         if stack == "JSSE" or name == "java":
             return JAVA
-        return SYSTEM_TRUST if stack in _NOT_PROBED else UPROBES
+        if stack in _NOT_PROBED:
+            return SYSTEM_TRUST
+        return "halton-meter init, then restart that program" if service else UPROBES
     if cause == "certificate_unusable":
         return "halton-meter init"
     if cause == "stopped":
