@@ -45,6 +45,12 @@ def test_most_connections_come_first_and_the_rest_is_summed() -> None:
     [
         ("proxy_ignored", "/usr/bin/java", "JSSE", "halton-meter run --java -- CMD"),
         ("proxy_ignored", "/usr/bin/php8.2", "OpenSSL", "sudo halton-meter run -- CMD"),
+        (
+            "proxy_ignored",
+            "/x/client",
+            "mbedTLS",
+            "the program's own proxy setting, with the proxy of halton-meter init",
+        ),
         ("certificate_refused", "/usr/bin/java", None, "halton-meter run --java -- CMD"),
         ("certificate_refused", "/x/app", "OpenSSL", "sudo halton-meter run -- CMD"),
         ("certificate_refused", "/usr/bin/wget", "GnuTLS", "halton-meter init --system-trust"),

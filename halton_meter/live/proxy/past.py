@@ -8,20 +8,22 @@ kernel remembers such ends for a minute; its program is then not known. Others a
 
 Which host a connection went to is not in the list, only an address. A host is named if its name is
 in the arguments or the script of the run's programs and it has that address; otherwise by looking
-up all providers' names. Arguments and scripts are searched for host names and not kept.
+up all providers' names. Arguments, scripts and program files are searched for host names and not
+kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+import mmap
 import os
 import re
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ HTTPS = 443
 # A look takes 0.4 ms. While a process of the run is younger than YOUNG_S, connections are new.
 LOOK_EVERY_S, LOOK_SELDOM_S = 0.01, 0.2
 YOUNG_S = 3.0
+# Of a processor, however many processes there are.
+SHARE_MAX = 0.05
 # A connection that no process of the run was seen to hold for so long is another program's.
 FOREIGN_AFTER_S = 0.5
 CONNECTIONS_MAX = 20_000
@@ -43,6 +47,7 @@ PROCESSES_MAX = 4096
 DESCRIPTORS_MAX = 4096
 SCRIPT_BYTES_MAX = 256 << 10
 ARGUMENTS_BYTES_MAX = 256 << 10
+PROGRAM_BYTES_MAX = 32 << 20
 LOOKUP_THREADS = 16
 LOOKUP_S_MAX = 2.0
 
@@ -111,8 +116,11 @@ class Past:
 
     def _watch(self) -> None:
         wait_s = LOOK_EVERY_S
-        while self.readable and not self._over.wait(wait_s):
+        used_s = 0.0
+        while self.readable and not self._over.wait(max(wait_s, used_s / SHARE_MAX)):
+            before_s = time.thread_time()
             self._look()
+            used_s = time.thread_time() - before_s
             young = time.monotonic() - self._youngest_s < YOUNG_S
             wait_s = LOOK_EVERY_S if young else min(LOOK_SELDOM_S, wait_s * 1.2)
 
@@ -205,7 +213,7 @@ class Past:
             addresses = {**_addresses(self._hosts - set(self._named)), **addresses}
         rows: Counter[tuple[str | None, str | None, str]] = Counter()
         for seen in candidates:
-            host = self._host_of(seen.far, addresses)
+            host = self._host_of(seen, addresses)
             if host is not None:
                 program = seen.program or self._only_program_that_names(host)
                 rows[program, seen.stack, host] += 1
@@ -213,12 +221,14 @@ class Past:
             fix = fix_for("proxy_ignored", program, stack)
             yield Unmetered(program, host, count, "proxy_ignored", stack, fix)
 
-    def _host_of(self, far: tuple[str, int], addresses: Mapping[str, list[str]]) -> str | None:
+    def _host_of(self, seen: _Seen, addresses: Mapping[str, list[str]]) -> str | None:
         """The provider's host at an address; None for an address that is no provider's."""
-        names = addresses.get(far[0], [])
-        if far[1] != HTTPS:
-            return names[0] if names else f"{far[0]}:{far[1]}"
+        names = addresses.get(seen.far[0], [])
+        if seen.far[1] != HTTPS:
+            return names[0] if names else f"{seen.far[0]}:{seen.far[1]}"
         named = [name for name in names if name in self._named]
+        if not named and len(names) > 1 and seen.program:
+            named = _names_in_file(seen.program.partition(" ")[0], names)
         return " or ".join(sorted(named or names)[:HOSTS_SHOWN]) or None
 
     def _only_program_that_names(self, host: str) -> str | None:
@@ -268,6 +278,17 @@ def _texts(pid: int, exe: str, cwd: str | None) -> Iterator[bytes]:
             fd = os.open(os.path.join(os.fsencode(cwd or "/"), words[0]), _QUIETLY)
             with open(fd, "rb") as file:
                 yield file.read(SCRIPT_BYTES_MAX)
+
+
+def _names_in_file(path: str, names: Sequence[str]) -> list[str]:
+    """Which of these names a program's file holds; none of a file that is too large."""
+    with contextlib.suppress(OSError, ValueError):
+        fd = os.open(path, _QUIETLY)
+        with open(fd, "rb"):
+            if os.fstat(fd).st_size <= PROGRAM_BYTES_MAX:
+                with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as held:
+                    return [name for name in names if held.find(name.encode()) >= 0]
+    return []
 
 
 def _sockets_of(pid: int) -> Iterator[int]:
