@@ -6,8 +6,6 @@ other exchanges first, so what its meter called the first need not be. An event 
 another exchange gets an id of its own.
 """
 
-# ruff: noqa: S608 (every name put into SQL comes from constants; values are bound)
-
 from __future__ import annotations
 
 from collections.abc import Iterator
