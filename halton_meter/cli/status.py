@@ -211,15 +211,13 @@ _TURNED_AWAY = {
 
 
 def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for each in found["bypassed"][:BYPASSED_SHOWN]:
-        connections, cause = count(each["connections"], "connection"), each["cause"]
-        lines.append(f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})")
+    lines, told = _unmetered_lines(found)
     counts = found.get("counts", {})
     for cause, words in _TURNED_AWAY.items():
         if counts.get(cause):
             lines.append(f"  refused: {count(counts[cause], 'connection')} {words}")
-    for each in found["refused"][:BYPASSED_SHOWN]:
+    untold = [each for each in found["refused"] if (each["host"], each["program"]) not in told]
+    for each in untold[:BYPASSED_SHOWN]:
         who = each["program"] or "a program"
         lines.append(
             f"  {who} does not trust the proxy certificate for {each['host']}; "
@@ -227,3 +225,19 @@ def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
         )
         lines.append("    halton-meter init, then restart that program")
     return lines
+
+
+def _unmetered_lines(found: Mapping[str, Any]) -> tuple[list[str], set[Any]]:
+    """What passed unmetered, and the (host, program) pairs that these lines name."""
+    from halton_meter.live import unmetered
+
+    if "unmetered" not in found:  # a service of an earlier version
+        lines = []
+        for each in found["bypassed"][:BYPASSED_SHOWN]:
+            connections, cause = count(each["connections"], "connection"), each["cause"]
+            said = f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})"
+            lines.append(said)
+        return lines, set()
+    rows = [unmetered.Unmetered.of_json(each) for each in found["unmetered"]]
+    said_lines = [f"  {line}" for line in unmetered.lines(rows, BYPASSED_SHOWN)]
+    return said_lines, {(row.host, row.program) for row in rows}
