@@ -37,6 +37,7 @@ from capture.helper.kernel import (
     attach_tracepoints,
     keep,
     load_or_inherit,
+    socket_tracepoints,
 )
 from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts
@@ -45,6 +46,7 @@ from capture.helper.relay.announcements import unannounced
 from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
 from capture.helper.scope import EnforcedScope, Refused
+from capture.helper.sockets import Sockets
 from capture.helper.standard_files import standard_files, standard_linkers
 from capture.processes import proc
 from halton_meter import untrusted
@@ -95,9 +97,21 @@ class Helper:
         known, names = KnownFiles(cache), _name_locations(kernel, cache)
         self.files = Attachments(kernel.programs, known, names, self._epoll, hold)
         self._discovery = Discovery(
-            kernel.process_ring, self.files, scope, self._report_soon, self._name_opener
+            kernel.process_ring,
+            self.files,
+            scope,
+            self._report_soon,
+            self._name_opener,
+            self._take_socket,
         )
         self._coverage = Coverage(self._discovery, self._tree)
+        self._sockets = Sockets(
+            bpf.Map(kernel.maps["sockets"], 8, protocol.SOCKET.size),
+            self._owner,
+            self._coverage.cause,
+            self._coverage.metered_stack,
+        )
+        self._sockets_seen: dict[str, bool] = {}
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
@@ -116,6 +130,7 @@ class Helper:
         """Attach to what is there. Raises OSError, Refused."""
         kernel, discovery, scope = self._kernel, self._discovery, command["scope"]
         self._traces += attach_tracepoints(kernel, self._hold)
+        self._attach_sockets()
         for readable in (kernel.process_ring.fd, kernel.ring.fd):
             self._epoll.register(readable, select.EPOLLIN)
         for raw in kernel.connections.all_keys():  # those that a helper before us has announced
@@ -130,6 +145,10 @@ class Helper:
             self.files.attach_linker(path)
         resolver = kernel.programs["on_lookup"]
         self._traces += attach_kept(self._hold, "resolver", lambda: attach_resolver(resolver))
+        answer = kernel.programs["on_looked_up"]
+        self._traces += attach_kept(
+            self._hold, "resolved", lambda: attach_resolver(answer, at_return=True)
+        )
         discovery.sweep(time.monotonic())
         if not kernel.inherited:  # else there are probes already, and a reader waits
             if program := command.get("program"):
@@ -140,6 +159,28 @@ class Helper:
             discovery.search_installs(installs)
             if installs.fileno() >= 0:
                 self._epoll.register(installs.fileno(), select.EPOLLIN)
+
+    def _attach_sockets(self) -> None:
+        """Count connections by their sockets, as far as this kernel has the tracepoints."""
+        for name, attach in socket_tracepoints(self._kernel).items():
+            links = attach_kept(self._hold, f"socket:{name}", attach)
+            self._sockets_seen[name] = bool(links)
+            self._traces += links
+        if self._kernel.inherited:
+            self._sockets.resume(self._kernel.connections)
+
+    def _take_socket(self, record: protocol.Record) -> None:
+        self._sockets.take(record)
+
+    def _owner(self, socket: protocol.Socket) -> Process:
+        """Whose connection it is."""
+        process = self._discovery.identities.of(
+            socket.tgid, at_ns=socket.opened_ns, born_ns=socket.born_ns
+        )
+        known = process or Process(
+            pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.uid
+        )
+        return self._tree.with_run(known, socket.run)
 
     # --- the reader ---------------------------------------------------------------------------
 
@@ -429,6 +470,7 @@ class Helper:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
         statistics["files_over_limit"] = self.files.over_limit
+        statistics["socket_table_full"] += self._sockets.overlooked
         statistics["files_forgotten"] = self.files.forgotten
         attached = [
             file for file in self.files.files.values() if file.probes and not file.is_linker
@@ -439,11 +481,15 @@ class Helper:
             "libraries": sorted({file.path for file in attached}),
             "statistics": statistics,
             "coverage": self._coverage.lines(),
+            "open_connections": self._sockets.open_sums(),
+            "sockets_seen": self._sockets_seen,
             "late": self._discovery.late,
             "programs_unknown": self._programs_unknown,
             "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),
         }
+        if sums := self._sockets.take_sums():
+            self._forwarder.put(protocol.encode_message(protocol.CONNECTIONS, sums))
         self._forwarder.put(protocol.encode_message(protocol.REPORT, report))
         self._forwarder.flush()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from halton_meter.coverage import Coverage, Part
 from halton_meter.model import PricedEvent
 from halton_meter.store.rollup import totals_by
 from halton_meter.store.rows import decimal_of, event_from_row, loads
@@ -113,6 +114,21 @@ class Reader:
             parameters,
         )
         return {cause: int(count) for cause, count in rows}
+
+    def coverage(self, selection: Selection = Selection()) -> Coverage:
+        """The connections that were seen in the hours that begin within the selection's time."""
+        tests = ((" >= ?", selection.from_ns), (" < ?", selection.to_ns))
+        used = [(f"hour_ns{test}", value) for test, value in tests if value is not None]
+        found = Coverage()
+        for *names, connections, known_bytes, count in self.rows(
+            "SELECT program, host, stack, cause, sum(connections), sum(bytes), "
+            "count(*) - count(bytes) FROM coverage "
+            f"WHERE {' AND '.join(test for test, _ in used) or 'true'} GROUP BY ALL ORDER BY ALL",
+            [value for _, value in used],
+        ):
+            found.is_known = True
+            found.add(Part(*names), int(connections), None if count else int(known_bytes))
+        return found
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
         """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first.

@@ -1,0 +1,118 @@
+"""Coverage in words: how many of the connections to providers were metered, and the rest.
+
+Each line about the rest names program, TLS stack, host, number and cause, and what to do. It draws
+`halton_meter.coverage`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+from halton_meter.cli.output import count
+from halton_meter.coverage import (
+    OUTSIDE,
+    Count,
+    Coverage,
+    Part,
+    bytes_ratio,
+    connections_ratio,
+)
+
+RESTS_SHOWN = 8
+NOT_SHOWN_BY_KERNEL = (
+    "coverage: unknown, this kernel does not show the connections that programs open "
+    "(Linux 6.3 or newer does)"
+)
+_THROUGH_PROXY = "Use: halton-meter run --via proxy -- {program}"
+_PROBED_NEXT_TIME = "Run it again: its probes are known now"
+
+
+class _Words(NamedTuple):
+    """What a cause means, and what to do about it."""
+
+    what: str
+    fix: str = ""
+
+
+_CAUSES = {
+    "not_probed": _Words("{stack} is not probed", _THROUGH_PROXY),
+    "unknown_library": _Words("its TLS code is not known", _THROUGH_PROXY),
+    "passed_by": _Words("it did not pass its probed TLS code", _THROUGH_PROXY),
+    "searched": _Words("its TLS code was still being searched", "Run it again: a search is kept"),
+    "refused": _Words("its TLS functions were not found beyond doubt", _THROUGH_PROXY),
+    "late": _Words("the probes came after its first request", _PROBED_NEXT_TIME),
+    "older": _Words("opened before metering began", "Restart the program"),
+    "quic": _Words("QUIC (HTTP/3)", "Turn HTTP/3 off in the program"),
+    "ech": _Words("the server name is encrypted (ECH)", _THROUGH_PROXY),
+    "no_name": _Words("no server name given", _THROUGH_PROXY),
+}
+
+
+def coverage_lines(coverage: Coverage | None, shown: int = RESTS_SHOWN) -> list[str]:
+    """The ratio and the rest; nothing where nobody counts."""
+    if coverage is None or coverage.is_known is None:
+        return []
+    if not coverage.is_known and not coverage.parts:
+        return [NOT_SHOWN_BY_KERNEL]
+    rests = list(_rest_lines(coverage))
+    lines = [ratio_line(coverage), *rests[:shown]]
+    if not coverage.is_known:
+        lines.insert(0, NOT_SHOWN_BY_KERNEL)
+    if len(rests) > shown:
+        lines.append(f"  and {len(rests) - shown:,} more: halton-meter report --coverage")
+    return lines
+
+
+def ratio_line(coverage: Coverage) -> str:
+    """How many were metered of how many."""
+    ratio = connections_ratio(coverage)
+    if ratio is None:
+        return "coverage: no connection to a provider was seen"
+    seen, metered = coverage.seen.connections, coverage.metered.connections
+    were = "was" if seen == 1 else "were"
+    text = f"coverage: {metered:,} of {count(seen, 'connection')} to providers {were} metered"
+    if metered == seen:
+        return text
+    of_bytes = bytes_ratio(coverage)
+    more = "" if of_bytes is None else f", {percent(of_bytes)} of bytes"
+    return f"{text} ({percent(ratio)}{more})"
+
+
+def percent(ratio: Fraction) -> str:
+    """With one digit, never rounded up to 100 %."""
+    return f"{int(ratio * 1000) / 10:.1f} %"
+
+
+def _rest_lines(coverage: Coverage) -> Iterator[str]:
+    merged: dict[Part, Count] = {}
+    for part, counted in coverage.rests():  # of one name, whatever folder the program is in
+        named = Part(program_name(part), part.host, part.stack, part.cause)
+        merged.setdefault(named, Count()).add(counted.connections, counted.bytes)
+    for part, counted in merged.items():
+        yield rest_line(part, counted)
+
+
+def rest_line(part: Part, counted: Count) -> str:
+    """One line about what was not metered."""
+    name = program_name(part)
+    connections = count(counted.connections, "connection")
+    host = part.host or "hosts not known"
+    if part.cause in OUTSIDE:
+        return f"  through a proxy on this machine: {name} to {host}, {connections}"
+    words = _CAUSES.get(part.cause or "", _Words((part.cause or "").replace("_", " ")))
+    stack = f" ({part.stack})" if part.stack and part.stack != "unknown" else ""
+    what = words.what.format(stack=part.stack or "its TLS stack")
+    fix = words.fix.format(program=shlex.quote(name))
+    if part.stack == "JSSE":
+        fix = fix.replace("--via proxy", "--via proxy --java")
+    why = f": {what}" if what else ""
+    return f"  not metered: {name}{stack} to {host}, {connections}{why}. {fix}".rstrip(" ")
+
+
+def program_name(part: Part) -> str:
+    """The program's name, without its folder."""
+    return os.path.basename(part.program or "") or "a program"
