@@ -40,6 +40,7 @@ PROGRAMS = (
     "on_exec",
     "on_exit",
     "on_socket_state",
+    "on_socket_destroyed",
     "on_socket_received",
 )
 # Also without these: only kernels since 5.15 that know their own types (BTF) take them.
@@ -151,6 +152,7 @@ class _Bcc:
             "on_exit": module.BPF.RAW_TRACEPOINT,
             "on_socket_sent": module.BPF.RAW_TRACEPOINT,
             "on_socket_received": module.BPF.RAW_TRACEPOINT,
+            "on_socket_destroyed": module.BPF.RAW_TRACEPOINT,
         }
         try:
             self.programs = {

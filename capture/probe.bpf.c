@@ -81,7 +81,6 @@ typedef long long s64;
 #define IPPROTO_TCP 6
 #define MSG_PEEK 2
 #define TCP_SYN_SENT 2
-#define TCP_CLOSE 7
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
@@ -138,7 +137,7 @@ enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SEND
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1 };
 
@@ -454,8 +453,8 @@ HASH(go_calls, struct go_key, struct go_call, THREADS_MAX);
 /* --- sockets --- */
 
 /* TCP connections that processes in scope have opened, and that may lead to a provider. Key: the
- * kernel's socket. Value: whose, where to, how much. `on_socket_state` adds and drops, the programs at
- * sends and receives count. User space reads those that are open (sockets.py). */
+ * kernel's socket. Value: whose, where to, how much. `on_socket_state` adds, `on_socket_destroyed`
+ * drops, the programs at sends and receives count. User space reads those that are open (sockets.py). */
 HASH(sockets, u64, struct tcp_socket, SOCKETS_MAX);
 
 /* UDP sockets that have opened a QUIC connection to a provider. Key: the kernel's socket. Value: the
@@ -2204,7 +2203,7 @@ INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 		host_by_address(t);
 		if (t->host[0]) {
 			t->state = SOCKET_SEEN;
-			tell_socket(KIND_SOCKET, sk, t);
+			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return;
 		}
 	} else if (p.length >= sizeof(head) && !bpf_probe_read_user(head, sizeof(head), (void *)p.base)) {
@@ -2218,7 +2217,7 @@ INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 			t->flags |= SOCKET_FOLLOWED;
 			t->skip = 5 + BIG_ENDIAN_16(head + 3);
 			follow_records(t, &p);
-			tell_socket(KIND_SOCKET, sk, t);
+			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return;
 		}
 		if (*(u32 *)head == 0x4e4e4f43 /* CONN */)
@@ -2254,6 +2253,9 @@ INLINE void socket_opened(struct state_arguments *a)
 	u64 ids = current_ids(s);
 	if (!in_scope(s, ids >> 32))
 		return;
+	struct tcp_socket *before = sockets_get(&sk);
+	if (before && before->state == SOCKET_SEEN) /* disconnected, to be connected again */
+		tell_socket(KIND_SOCKET_ENDED, sk, before);
 	if (sockets_set(&sk, t)) {
 		count(STAT_SOCKET_TABLE_FULL, 1);
 		return;
@@ -2275,22 +2277,24 @@ INLINE void socket_opened(struct state_arguments *a)
 	bpf_get_current_comm(t->comm, sizeof(t->comm));
 }
 
-/* connect() does the first in its own process; who closes is not asked. */
+/* connect() does that in its own process. */
 SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_arguments *a)
 {
-	if (a->protocol != IPPROTO_TCP)
-		return 0;
-	if (a->now == TCP_SYN_SENT) {
+	if (a->protocol == IPPROTO_TCP && a->now == TCP_SYN_SENT)
 		socket_opened(a);
-	} else if (a->now == TCP_CLOSE) {
-		u64 sk = a->sk;
-		struct tcp_socket *t = sockets_get(&sk);
-		if (!t)
-			return 0;
-		if (t->state == SOCKET_SEEN)
-			tell_socket(KIND_SOCKET_ENDED, sk, t);
-		sockets_drop(&sk);
-	}
+	return 0;
+}
+
+/* Its state says "closed" while its process may still read what has come. */
+SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
+{
+	u64 sk = a[0];
+	struct tcp_socket *t = sockets_get(&sk);
+	if (!t)
+		return 0;
+	if (t->state == SOCKET_SEEN)
+		tell_socket(KIND_SOCKET_ENDED, sk, t);
+	sockets_drop(&sk);
 	return 0;
 }
 

@@ -139,7 +139,7 @@ _STATE_LAYOUT = ("__u16 protocol;\toffset:30;", "__u8 daddr_v6[16];\toffset:56;"
 def socket_tracepoints(kernel: Kernel) -> dict[str, Callable[[], int | None]]:
     """How to attach to what shows TCP connections, by name; None where the kernel has it not.
 
-    `state` shows their beginning and end, `sent` the bytes sent and to which host, `received` the
+    `opened` and `ended` show when there are which, `sent` the bytes sent and to which host, `received` the
     other bytes.
     """
     programs = kernel.programs
@@ -160,7 +160,8 @@ def socket_tracepoints(kernel: Kernel) -> dict[str, Callable[[], int | None]]:
         return None
 
     return {
-        "state": on_state,
+        "opened": on_state,
+        "ended": lambda: raw("on_socket_destroyed", "tcp_destroy_sock"),
         "sent": lambda: raw("on_socket_sent", "sock_send_length"),
         "received": lambda: raw("on_socket_received", "sock_recv_length"),
     }

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from capture import loader
 loaded = loader._Libbpf(Path(sys.argv[1]), 4096)
-assert set(loaded.programs) == {*loader.PROGRAMS, loader.OPTIONAL}
+assert set(loaded.programs) == {*loader.PROGRAMS, *loader.OPTIONAL}
 assert min(*loaded.programs.values(), *loaded.maps.values()) > 0
 """
 
