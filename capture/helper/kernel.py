@@ -139,8 +139,8 @@ _STATE_LAYOUT = ("__u16 protocol;\toffset:30;", "__u8 daddr_v6[16];\toffset:56;"
 def socket_tracepoints(kernel: Kernel) -> dict[str, Callable[[], int | None]]:
     """How to attach to what shows TCP connections, by name; None where the kernel has it not.
 
-    `opened` and `ended` show when there are which, `sent` the bytes sent and to which host, `received` the
-    other bytes.
+    `opened` and `ended` show which there are, `sent` their bytes and where they lead to, `received`
+    the other bytes.
     """
     programs = kernel.programs
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import date
 from fractions import Fraction
 from typing import NamedTuple
 
-from halton_meter.cli.output import count
+from halton_meter.cli.output import aligned, count, count_text
 from halton_meter.coverage import (
     OUTSIDE,
     Count,
@@ -111,6 +112,37 @@ def rest_line(part: Part, counted: Count) -> str:
         fix = fix.replace("--via proxy", "--via proxy --java")
     why = f": {what}" if what else ""
     return f"  not metered: {name}{stack} to {host}, {connections}{why}. {fix}".rstrip(" ")
+
+
+def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverage]] = ()) -> str:
+    """Connections by program, host and stack, the days where there are several, and the rest."""
+    if coverage is None:
+        return "Coverage is known for periods alone, not for a model, provider or project."
+    if not coverage.parts:
+        return "No connection to a provider was seen. Uprobes count them: sudo halton-meter start"
+    header = ["PROGRAM", "HOST", "TLS STACK", "SEEN", "METERED", "%", "BYTES", "METERED BYTES"]
+    groups: dict[tuple[str, str, str], Coverage] = {}
+    for part, counted in coverage.parts.items():
+        key = (program_name(part), part.host or "not known", part.stack or "-")
+        groups.setdefault(key, Coverage()).add(part, counted.connections, counted.bytes)
+    rows = [[*key, *_figures(each)] for key, each in sorted(groups.items())]
+    parts = [aligned(header, rows, header[3:])]
+    if len(days) > 1:
+        rows = [[day.isoformat(), *_figures(each)] for day, each in days]
+        parts.append(aligned(["DAY", *header[3:]], rows, header[3:]))
+    parts.append("\n".join(coverage_lines(coverage, len(coverage.parts))))
+    return "\n\n".join(parts)
+
+
+def _figures(coverage: Coverage) -> list[str]:
+    seen, metered, ratio = coverage.seen, coverage.metered, connections_ratio(coverage)
+    return [
+        f"{seen.connections:,}",
+        f"{metered.connections:,}",
+        "-" if ratio is None else f"{int(ratio * 1000) / 10:.1f}",
+        count_text(seen.bytes),
+        count_text(metered.bytes),
+    ]
 
 
 def program_name(part: Part) -> str:

@@ -117,17 +117,24 @@ class Reader:
 
     def coverage(self, selection: Selection = Selection()) -> Coverage:
         """The connections that were seen in the hours that begin within the selection's time."""
+        found = Coverage()
+        for each in self.coverage_by_hour(selection).values():
+            found.merge(each)
+        return found
+
+    def coverage_by_hour(self, selection: Selection = Selection()) -> dict[int, Coverage]:
+        """The same, hour by hour, each by its beginning."""
         tests = ((" >= ?", selection.from_ns), (" < ?", selection.to_ns))
         used = [(f"hour_ns{test}", value) for test, value in tests if value is not None]
-        found = Coverage()
-        for *names, connections, known_bytes, count in self.rows(
-            "SELECT program, host, stack, cause, sum(connections), sum(bytes), "
+        found: dict[int, Coverage] = {}
+        for hour_ns, *names, connections, known_bytes, unknown in self.rows(
+            "SELECT hour_ns, program, host, stack, cause, sum(connections), sum(bytes), "
             "count(*) - count(bytes) FROM coverage "
             f"WHERE {' AND '.join(test for test, _ in used) or 'true'} GROUP BY ALL ORDER BY ALL",
             [value for _, value in used],
         ):
-            found.is_known = True
-            found.add(Part(*names), int(connections), None if count else int(known_bytes))
+            hour = found.setdefault(int(hour_ns), Coverage(is_known=True))
+            hour.add(Part(*names), int(connections), None if unknown else int(known_bytes))
         return found
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
