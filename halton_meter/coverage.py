@@ -21,21 +21,9 @@ PARTS_MAX = 500
 TEXT_CHARACTERS_MAX = 300
 OTHERS = "other programs"
 
-# Why a connection was not metered. Words of this kind are stored.
-PROXY = "proxy"
-CAUSES = (
-    "not_probed",  # its TLS stack has no probes
-    "unknown_library",  # its TLS code was not recognised
-    "passed_by",  # its TLS code was probed, and its traffic passed through other code
-    "searched",  # its TLS functions were still being searched for
-    "refused",  # they were not found beyond doubt
-    "late",  # the probes came after its first request
-    "older",  # it was opened before metering began
-    "quic",
-    "ech",  # its true name is encrypted
-    "no_name",  # it gave no server name, and the address is nobody's that was looked up
-    PROXY,  # it leads to a proxy on this machine, which meters it or not
-)
+# The cause of what leads to a proxy on this machine, which meters it or not. All others, and their
+# words: `live/unmetered.py`.
+PROXY = "through_local_proxy"
 OUTSIDE = frozenset({PROXY})
 
 

@@ -27,10 +27,10 @@ UNNAMED_ADVICE = (
 UNKNOWN = "unknown"
 # Why a connection was not metered, of a process that is known.
 REFUSED, NOT_PROBED, UNKNOWN_LIBRARY, PASSED_BY = (
-    "refused",
-    "not_probed",
-    "unknown_library",
-    "passed_by",
+    "functions_not_found",
+    "stack_not_probed",
+    "stack_unknown",
+    "nothing_passed",
 )
 RECENT_MAX = 200  # metered processes remembered after they ended
 

@@ -28,8 +28,9 @@ ROWS_MAX = 1000  # sums that wait for the next report
 # it. Without a ClientHello, that counts too.
 HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 
-PROXY, QUIC, ECH, NO_NAME, LATE = "proxy", "quic", "ech", "no_name", "late"
-SEARCHED = "searched"
+# Causes, as they are stored and told (live/unmetered.py).
+PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
+LATE, SEARCHED = "probed_late", "no_probes_yet"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 

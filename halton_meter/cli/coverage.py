@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from datetime import date
 from fractions import Fraction
-from typing import NamedTuple
 
 from halton_meter.cli.output import aligned, count, count_text
 from halton_meter.coverage import (
@@ -22,34 +21,19 @@ from halton_meter.coverage import (
     bytes_ratio,
     connections_ratio,
 )
+from halton_meter.live.unmetered import Unmetered
 
 RESTS_SHOWN = 8
 NOT_SHOWN_BY_KERNEL = (
     "coverage: unknown, this kernel does not show the connections that programs open "
     "(Linux 6.3 or newer does)"
 )
-_THROUGH_PROXY = "Use: halton-meter run --via proxy -- {program}"
-_PROBED_NEXT_TIME = "Run it again: its probes are known now"
-
-
-class _Words(NamedTuple):
-    """What a cause means, and what to do about it."""
-
-    what: str
-    fix: str = ""
-
-
-_CAUSES = {
-    "not_probed": _Words("{stack} is not probed", _THROUGH_PROXY),
-    "unknown_library": _Words("its TLS code is not known", _THROUGH_PROXY),
-    "passed_by": _Words("it did not pass its probed TLS code", _THROUGH_PROXY),
-    "searched": _Words("its TLS code was still being searched", "Run it again: a search is kept"),
-    "refused": _Words("its TLS functions were not found beyond doubt", _THROUGH_PROXY),
-    "late": _Words("the probes came after its first request", _PROBED_NEXT_TIME),
-    "older": _Words("opened before metering began", "Restart the program"),
-    "quic": _Words("QUIC (HTTP/3)", "Turn HTTP/3 off in the program"),
-    "ech": _Words("the server name is encrypted (ECH)", _THROUGH_PROXY),
-    "no_name": _Words("no server name given", _THROUGH_PROXY),
+_AGAIN = "Run it again: its probes are known by now."
+_OTHER_FIXES = {
+    "no_probes_yet": "Run it again: a search goes on, and is kept.",
+    "probed_late": _AGAIN,
+    "older_than_probes": "Restart the program.",
+    "quic": "Turn HTTP/3 off in the program.",
 }
 
 
@@ -100,18 +84,16 @@ def _rest_lines(coverage: Coverage) -> Iterator[str]:
 def rest_line(part: Part, counted: Count) -> str:
     """One line about what was not metered."""
     name = program_name(part)
-    connections = count(counted.connections, "connection")
-    host = part.host or "hosts not known"
     if part.cause in OUTSIDE:
-        return f"  through a proxy on this machine: {name} to {host}, {connections}"
-    words = _CAUSES.get(part.cause or "", _Words((part.cause or "").replace("_", " ")))
-    stack = f" ({part.stack})" if part.stack and part.stack != "unknown" else ""
-    what = words.what.format(stack=part.stack or "its TLS stack")
-    fix = words.fix.format(program=shlex.quote(name))
-    if part.stack == "JSSE":
-        fix = fix.replace("--via proxy", "--via proxy --java")
-    why = f": {what}" if what else ""
-    return f"  not metered: {name}{stack} to {host}, {connections}{why}. {fix}".rstrip(" ")
+        connections = count(counted.connections, "connection")
+        return f"  through a proxy on this machine: {name} to {part.host}, {connections}"
+    cause = part.cause or ""
+    otherwise = _OTHER_FIXES.get(cause)
+    option = "--via proxy --java" if part.stack == "JSSE" else "--via proxy"
+    fix = "" if otherwise else f"halton-meter run {option} -- {shlex.quote(name)}"
+    stack = None if part.stack == "unknown" else part.stack
+    row = Unmetered(part.program and name, part.host, counted.connections, cause, stack, fix)
+    return f"  {row.line()}" + (f". {otherwise}" if otherwise else "")
 
 
 def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverage]] = ()) -> str:

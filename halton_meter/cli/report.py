@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.coverage import coverage_lines, coverage_table
 from halton_meter.cli.losses import losses_in_words
 from halton_meter.cli.output import (
@@ -69,6 +70,7 @@ def _read_by(
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter report --today                      what today cost, by model
@@ -77,7 +79,7 @@ Examples:
   halton-meter report --by day,model --csv         for a spreadsheet
   halton-meter report --since 30d --coverage       how much of the traffic was metered
   halton-meter report --json | jq .totals.list_usd
-"""
+""",
 )
 @selection_options
 @click.option(

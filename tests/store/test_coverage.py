@@ -9,8 +9,8 @@ from halton_meter.store import Selection, Store
 
 HOUR_NS = 3_600_000_000_000
 CURL = Part("/usr/bin/curl", "api.openai.com", "OpenSSL", None)
-WGET = Part("/usr/bin/wget", "api.openai.com", "GnuTLS", "not_probed")
-UNSEEN = Part("/usr/bin/old", "api.openai.com", None, "older")
+WGET = Part("/usr/bin/wget", "api.openai.com", "GnuTLS", "stack_not_probed")
+UNSEEN = Part("/usr/bin/old", "api.openai.com", None, "older_than_probes")
 
 
 def test_of_what_one_process_says_of_an_hour_the_last_counts(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from capture.functions.finder.scanning import Buffer
 from capture.functions.stacks import STACKS, Stack
 
 CHUNK_BYTES = 1 << 20
@@ -15,9 +16,10 @@ def stacks_in(fd: int) -> Iterator[Stack]:
     """The stacks whose markers are in the file; those that can be probed come first."""
     last, missing = [], dict(_MARKERS)
     keep, size = max(map(len, missing)) - 1, os.fstat(fd).st_size
+    chunk = Buffer(CHUNK_BYTES + keep)
     for at in range(0, size, CHUNK_BYTES):
-        data = os.pread(fd, CHUNK_BYTES + keep, at)
-        for marker in [marker for marker in missing if marker in data]:
+        chunk.length = os.preadv(fd, [chunk.room(CHUNK_BYTES + keep)], at)
+        for marker in [marker for marker in missing if chunk.find(marker) >= 0]:
             stack = missing.pop(marker)
             if STACKS[stack].finder is None:
                 last.append(stack)
