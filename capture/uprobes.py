@@ -93,7 +93,7 @@ class Connections:
     """Connections of a process to a host, None where that is not known, that sockets have shown.
 
     `cause` is why the probes did not meter them (sockets.py, coverage.py of the helper), None when
-    they did; `bytes` all that passed the sockets, both ways, with TLS around it.
+    they did; `bytes` all that passed the sockets, both ways, with TLS around it; None: not known.
     """
 
     process: Process
@@ -101,7 +101,7 @@ class Connections:
     stack: str | None
     cause: str | None
     connections: int
-    bytes: int
+    bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)

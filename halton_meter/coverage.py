@@ -50,7 +50,7 @@ class Count:
     bytes: int | None = 0
 
     def add(self, connections: int, more_bytes: int | None) -> None:
-        """Add to both."""
+        """Add to both; what is not known stays so."""
         self.connections += connections
         known = self.bytes is not None and more_bytes is not None
         self.bytes = (self.bytes or 0) + (more_bytes or 0) if known else None
@@ -83,15 +83,23 @@ class Coverage:
         return Coverage({part: self.parts[part] for part in changed})
 
     def _sum(self, *, metered_only: bool) -> Count:
-        total = Count()
-        for part, counted in self.parts.items():
-            if part.is_in_ratio and (part.cause is None or not metered_only):
-                total.add(counted.connections, counted.bytes)
-        return total
+        counts = [
+            counted
+            for part, counted in self.parts.items()
+            if part.is_in_ratio and (part.cause is None or not metered_only)
+        ]
+        known = [counted.bytes for counted in counts if counted.bytes is not None]
+        connections = sum(counted.connections for counted in counts)
+        return Count(connections, sum(known) if known or not counts else None)
+
+    @property
+    def has_unknown_bytes(self) -> bool:
+        """Whether there are connections whose bytes are not known, and in no sum of bytes."""
+        return any(c.bytes is None for part, c in self.parts.items() if part.is_in_ratio)
 
     @property
     def seen(self) -> Count:
-        """All connections to providers."""
+        """All connections to providers; `bytes` are of those whose bytes are known."""
         return self._sum(metered_only=False)
 
     @property
@@ -113,6 +121,7 @@ class Coverage:
             "metered": metered.connections,
             "bytes_seen": seen.bytes,
             "bytes_metered": metered.bytes,
+            "has_unknown_bytes": self.has_unknown_bytes,
             "ratio": float(ratio) if (ratio := connections_ratio(self)) is not None else None,
             "parts": [
                 {**dataclasses.asdict(part), **dataclasses.asdict(count)}

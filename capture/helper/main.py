@@ -19,6 +19,7 @@ import resource
 import select
 import socket
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from capture.helper.scope import EnforcedScope, Refused
 from capture.helper.sockets import Sockets
 from capture.helper.standard_files import standard_files, standard_linkers
 from capture.processes import proc
+from capture.processes.sockets import established
 from halton_meter import untrusted
 from halton_meter.model import Process
 
@@ -63,6 +65,7 @@ PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be fou
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
 REPORT_S = 10.0  # for readers that do not ask: the last report is what they have if we die
+OLDER_MAX = 1024  # connections of one process that are older than we are
 PROCESS_FRAMES_MAX = 2048  # some 1 KB each
 SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 MEMORY_MORE_BYTES = 64 << 20
@@ -107,6 +110,7 @@ class Helper:
         self._coverage = Coverage(self._discovery, self._tree)
         self._sockets = Sockets(
             bpf.Map(kernel.maps["sockets"], 8, protocol.SOCKET.size),
+            bpf.Map(kernel.maps["addresses"], 16, protocol.HOST_BYTES_MAX),
             self._owner,
             self._coverage.cause,
             self._coverage.metered_stack,
@@ -151,6 +155,7 @@ class Helper:
         )
         discovery.sweep(time.monotonic())
         if not kernel.inherited:  # else there are probes already, and a reader waits
+            self._note_older()
             if program := command.get("program"):
                 self.files.search_now(str(program), PROGRAM_S)
             discovery.settle(time.monotonic() + SETTLE_S)
@@ -168,6 +173,13 @@ class Helper:
             self._traces += links
         if self._kernel.inherited:
             self._sockets.resume(self._kernel.connections)
+
+    def _note_older(self) -> None:
+        """Connections that processes in scope have had before we came."""
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if self._scope.in_scope(pid):
+                addresses = (address for address, _ in established(pid))
+                self._sockets.note_older(pid, list(islice(addresses, OLDER_MAX)))
 
     def _take_socket(self, record: protocol.Record) -> None:
         self._sockets.take(record)

@@ -10,7 +10,9 @@ read here: the records are of a fixed layout.
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 
 # Causes, as they are stored and told (live/unmetered.py).
 PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
-LATE, SEARCHED = "probed_late", "no_probes_yet"
+LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 
@@ -57,6 +59,7 @@ class _OfProcess:
     open: dict[int, _Seen] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     found: dict[str, int] = field(default_factory=dict)
+    older: list[bytes] = field(default_factory=list)  # far addresses, of what was open before us
 
     def left(self, host: str) -> int:
         """TLS connections to a host that no ended socket carried."""
@@ -79,7 +82,7 @@ class _Sum:
     process: Process
     used_ns: int = 0  # when its last connection sent a request
     connections: int = 0
-    bytes: int = 0
+    bytes: int | None = 0
 
 
 class Sockets:
@@ -89,11 +92,13 @@ class Sockets:
     def __init__(
         self,
         table: bpf.Map,
+        addresses: bpf.Map,
         name: Callable[[Socket], Process],
         cause_of: Callable[[int, int], Cause],
         metered_stack: Callable[[int], str | None],
     ) -> None:
         self._table = table
+        self._addresses = addresses
         self._name = name
         self._cause_of = cause_of
         self._metered_stack = metered_stack
@@ -122,14 +127,33 @@ class Sockets:
         """A record about sockets, or that a TLS connection has sent its first plaintext."""
         socket = record.socket
         if socket is None:
-            used = self._of(record.tgid, record.offset).used
-            used[record.host] = used.get(record.host, 0) + 1
+            self._used(record)
         elif record.kind == protocol.SOCKET_SEEN:
             self.opened(record.ssl, socket)
         elif record.kind == protocol.SOCKET_ENDED:
             self._ended(record.ssl, socket)
         elif record.kind == protocol.QUIC:
             self._add(self._name(socket), socket, Cause(QUIC, None), 0)
+
+    def _used(self, record: protocol.Record) -> None:
+        """A TLS connection has sent plaintext through a probe."""
+        known = self._of(record.tgid, record.offset)
+        if known.older and record.flags & protocol.FLAG_JOINED:
+            mine = (each for each in known.older if self._host_of(each) == record.host)
+            known.older.remove(next(mine, known.older[0]))
+            socket = _unseen(record.tgid, record.offset, record.host)
+            self._add(self._name(socket), socket, None, None)
+        else:
+            known.used[record.host] = known.used.get(record.host, 0) + 1
+
+    def note_older(self, pid: int, addresses: list[bytes]) -> None:
+        """A process has connections that were opened before anybody watched."""
+        if addresses:
+            self._of(pid, 0).older = addresses  # when it was forked nobody knows
+
+    def _host_of(self, address: bytes) -> str | None:
+        name = self._addresses.get(address)
+        return protocol.text(name) if name else None
 
     def opened(self, number: int, socket: Socket) -> None:
         """A connection that leads to a provider, or may: note whose it is while it lives."""
@@ -189,7 +213,7 @@ class Sockets:
         process: Process,
         socket: Socket,
         cause: Cause | None,
-        count: int,
+        count: int | None,
         host: str | None = None,
     ) -> None:
         stack = cause.stack if cause else self._metered_stack(process.pid)
@@ -207,10 +231,14 @@ class Sockets:
         total = self._sums.setdefault(row, _Sum(process))
         total.used_ns = socket.used_ns or socket.opened_ns
         total.connections += 1
-        total.bytes += count
+        total.bytes = None if count is None or total.bytes is None else total.bytes + count
 
     def take_sums(self) -> list[dict[str, Any]]:
         """What has ended since the last call, for the reader; it is forgotten here."""
+        for (pid, born_ns), known in self._processes.items():
+            if known.older and not os.path.exists(f"/proc/{pid}"):
+                self._add_older(pid, born_ns, known)
+                known.older.clear()
         rows = [
             _row_json(self._known_by_now(row, total), total) for row, total in self._sums.items()
         ]
@@ -245,9 +273,18 @@ class Sockets:
                     known.found[host] = known.found.get(host, 0) + 1
                 self._add(each.process, socket, cause, socket.sent + socket.received, host)
             known.found = found
-        rows = self.take_sums()[:OPEN_SHOWN_MAX]
+        for (pid, born_ns), known in self._processes.items():
+            self._add_older(pid, born_ns, known)
+        rows = [_row_json(row, total) for row, total in self._sums.items()][:OPEN_SHOWN_MAX]
         self._sums = kept
         return rows
+
+    def _add_older(self, pid: int, born_ns: int, known: _OfProcess) -> None:
+        """Those of a process's older connections that are known to lead to a provider."""
+        for address in known.older:
+            if host := self._host_of(address):
+                socket = _unseen(pid, born_ns, host)
+                self._add(self._name(socket), socket, Cause(OLDER, None), None)
 
 
 def is_used(socket: Socket) -> bool:
@@ -258,6 +295,15 @@ def is_used(socket: Socket) -> bool:
         return False
     handshake = HANDSHAKE_BYTES_MAX if socket.hello_sent else WITH_HELLO_BYTES_MAX
     return socket.sent - socket.hello_sent > handshake
+
+
+def _unseen(pid: int, born_ns: int, host: str) -> Socket:
+    """A connection that nobody saw being opened."""
+    now_ns = time.monotonic_ns()
+    nothing = protocol.SocketFlag(0)
+    return Socket(
+        now_ns, born_ns, 0, 0, 0, 0, 0, pid, 0, 0, 0, 0, bytes(16), True, nothing, "", host
+    )
 
 
 def is_local(socket: Socket) -> bool:

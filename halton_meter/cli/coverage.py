@@ -63,7 +63,8 @@ def ratio_line(coverage: Coverage) -> str:
     if metered == seen:
         return text
     of_bytes = bytes_ratio(coverage)
-    more = "" if of_bytes is None else f", {percent(of_bytes)} of bytes"
+    known = "known bytes" if coverage.has_unknown_bytes else "bytes"
+    more = "" if of_bytes is None else f", {percent(of_bytes)} of {known}"
     return f"{text} ({percent(ratio)}{more})"
 
 

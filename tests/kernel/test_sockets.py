@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from capture.uprobes import Connections, UprobeSource
-from tests.kernel.conftest import OTHER, PROVIDER, Bench
+from capture.uprobes import Connections, Scope, UprobeSource
+from tests.kernel.conftest import CLIENTS, OTHER, PROVIDER, Bench
 from tests.support.counting_relay import CountingRelay
 from tests.support.waiting import wait_until
 
@@ -63,7 +63,7 @@ class Place:
         self.bench.client(list(command), self.source if in_scope else None, **more).output()
 
     def opens(self, kind: str, count: int, in_scope: bool = True, **environment: str) -> None:
-        script = Path(__file__).with_name("clients") / "opens.py"
+        script = CLIENTS / "opens.py"
         self.run(sys.executable, script, kind, str(count), in_scope=in_scope, **environment)
 
     def truth(self, host: str = PROVIDER) -> Truth:
@@ -93,7 +93,7 @@ class Place:
         for row in rows:
             for sums in (seen, metered) if row.cause is None else (seen,):
                 sums.connections += row.connections
-                sums.bytes += row.bytes
+                sums.bytes += row.bytes or 0
         return seen, metered
 
 
@@ -154,3 +154,32 @@ def test_a_program_with_tls_code_of_its_own_is_counted_and_not_metered(
         (os.path.realpath(shutil.which("wget") or ""), False),
         (os.path.realpath(sys.executable), True),
     }
+
+
+def test_a_connection_older_than_the_probes_is_named_until_it_is_metered(bench: Bench) -> None:
+    relay = CountingRelay(bench.server.port)
+    older = bench.client([sys.executable, CLIENTS / "waits.py"], source=None, PORT=str(relay.port))
+    assert older.line() == b"connected\n"
+    source = bench.source(scope=Scope(roots=(older.process.pid,)))
+    place = Place(bench, relay, source)
+    assert place.counted() == (Truth(), Truth())  # where it leads to nobody knows yet
+    place.opens("plain", 1)
+    place.counted()
+    source.request_report()
+    (row,) = source.open_connections()
+    assert (row.process.pid, row.host, row.cause, row.connections, row.bytes) == (
+        older.process.pid,
+        PROVIDER,
+        "older_than_probes",
+        1,
+        None,
+    )
+    older.say()
+    assert older.line() == b"done\n"
+    source.drain()
+    source.request_report()
+    assert source.open_connections() == []
+    assert [(each.cause, each.connections) for each in source.ended_connections()] == [(None, 1)]
+    assert older.process.stdin is not None
+    older.process.stdin.close()
+    relay.close()

@@ -45,5 +45,6 @@ def test_bytes_that_are_not_known_are_no_zero(tmp_path: Path) -> None:
     with store.reading() as reader:
         found = reader.coverage()
     assert found.parts == counted.parts
-    assert found.seen == Count(2, None)
+    assert found.seen == Count(2, 100)
+    assert found.has_unknown_bytes
     assert found.metered == Count(1, 100)
