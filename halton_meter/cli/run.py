@@ -281,7 +281,11 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  not metered: {name} ({line['stack']}); {host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
-    partly = [line for line in result.coverage if line not in unseen and line.get("advice")]
+    partly = [
+        line
+        for line in result.coverage
+        if line.get("state") == "metered" and line.get("advice") and line["process"] not in counted
+    ]
     for line in partly[:PROCESSES_SHOWN]:
         name = line["process"] or line["pid"]
         lines += [f"  {name} may be only partly metered:", f"    {line['advice']}"]
