@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from capture.functions.stacks import INSTEAD, STACKS, Stack
-from capture.helper.discovery import Discovery
+from capture.helper.discovery import Discovery, Watched
 from capture.helper.files.attachments import File
 from capture.helper.process_tree import ProcessTree
+from capture.helper.sockets import LATE, SEARCHED, Cause
 from capture.processes import proc
 from capture.processes.proc import talks_tls
 from halton_meter.model import Process
@@ -24,7 +25,17 @@ UNNAMED_ADVICE = (
     "or wait; it is metered after two new connections"
 )
 UNKNOWN = "unknown"
+# Why a connection was not metered, of a process that is known.
+REFUSED, NOT_PROBED, UNKNOWN_LIBRARY, PASSED_BY = (
+    "functions_not_found",
+    "stack_not_probed",
+    "stack_unknown",
+    "nothing_passed",
+)
 RECENT_MAX = 200  # metered processes remembered after they ended
+
+
+_NOTHING = Watched(None)
 
 
 class Coverage:
@@ -69,6 +80,33 @@ class Coverage:
         if seconds is None:
             return None
         return f"probed {seconds:.1f} s after its start: what it sent before that is not metered"
+
+    def cause(self, pid: int, at_ns: int) -> Cause:
+        """Why a connection that a process used at that (monotonic) time was not metered."""
+        watched = self._discovery.watched.get(pid)
+        known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
+        files = [file for file in known if file and not file.is_linker]
+        probed_at_ns = max(
+            (self._discovery.probed_at_ns.get(each, 0) for each in (watched or _NOTHING).files),
+            default=0,
+        )
+        probed = next((file for file in files if file.probes), None)
+        if probed and probed_at_ns > at_ns:
+            return Cause(LATE, _stack_of(probed))
+        line = _stack_line(bool(watched and watched.java), files)
+        if line is not None:
+            refused = line["state"] == "not_recognised"
+            return Cause(REFUSED if refused else NOT_PROBED, line["stack"])
+        if searched := next((file for file in files if file.searching), None):
+            return Cause(SEARCHED, searched.library.stack.value if searched.library else UNKNOWN)
+        return Cause(PASSED_BY if probed else UNKNOWN_LIBRARY, UNKNOWN)
+
+    def metered_stack(self, pid: int) -> str | None:
+        """The stack in the first of a process's files that is probed; None when none is known."""
+        watched = self._discovery.watched.get(pid)
+        known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
+        probed = next((file for file in known if file and file.probes and not file.is_linker), None)
+        return _stack_of(probed) if probed else None
 
     def metered(self, process: Process, host: str) -> None:
         """Note that a process was metered: it stays listed after its end."""

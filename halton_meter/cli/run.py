@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.coverage import coverage_lines
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
 from halton_meter.problem import Problem
@@ -247,14 +248,24 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {result.price_error}")
     if result.store_error:
         lines.append(f"  {result.store_error}")
-    unseen = [line for line in result.coverage if line.get("state") != "metered"]
+    lines += [f"  {line}" for line in coverage_lines(result.connections)]
+    counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
+    unseen = [
+        line
+        for line in result.coverage
+        if line.get("state") != "metered" and line["process"] not in counted
+    ]
     for line in unseen[:PROCESSES_SHOWN]:
         host = f"looked up {line['host']}" if line.get("host") else "destination unknown"
         name = line["process"] or line["pid"]
         lines.append(f"  not metered: {name} ({line['stack']}); {host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
-    partly = [line for line in result.coverage if line not in unseen and line.get("advice")]
+    partly = [
+        line
+        for line in result.coverage
+        if line.get("state") == "metered" and line.get("advice") and line["process"] not in counted
+    ]
     for line in partly[:PROCESSES_SHOWN]:
         name = line["process"] or line["pid"]
         lines += [f"  {name} may be only partly metered:", f"    {line['advice']}"]
@@ -270,6 +281,7 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
         "not_followed": result.not_followed,
+        "connections": result.connections and result.connections.as_json(),
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,

@@ -6,6 +6,7 @@ healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,10 @@ from typing import Any
 
 import click
 
+from halton_meter.cli.coverage import coverage_lines
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
+from halton_meter.coverage import Coverage
 
 OUTAGES_SHOWN = 5
 BYPASSED_SHOWN = 10
@@ -80,6 +83,7 @@ def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
         *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
         *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
         *_loss_lines(found),
+        *_connection_lines(found.get("connections")),
         *_coverage_lines(found["coverage"]),
     ]
 
@@ -162,6 +166,13 @@ def _loss_lines(found: Mapping[str, Any]) -> list[str]:
         between = f"{_time(outage['from'])} to {_time(outage['to'])}"
         lines.append(f"  outage: {between}: {outage['cause']}")
     return lines or ["  nothing lost, no outages"]
+
+
+def _connection_lines(connections: Any) -> list[str]:
+    """How many connections to providers were metered since the worker started, and the rest."""
+    with contextlib.suppress(ValueError):  # a service of an earlier version tells nothing of them
+        return [f"  {line}" for line in coverage_lines(Coverage.of_json(connections))]
+    return []
 
 
 def _duration(found: Mapping[str, Any]) -> str:

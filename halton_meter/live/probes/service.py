@@ -23,6 +23,7 @@ from typing import Any
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import LINES_MAX, Config, ConfigError, Loaded, is_host
+from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.supervisor import Plan, Supervisor
@@ -127,6 +128,7 @@ def run_watched(
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
         result.coverage = list(reply.get("coverage", ()))
+        result.connections = Coverage.of_json(reply.get("connections"))
         result.store_error = reply.get("store_error")
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
