@@ -83,6 +83,7 @@ class Discovery:
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
         files.used = self._used
+        self.on_gone: Callable[[int, Watched], None] = lambda pid, watched: None
         self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
         self._runs: dict[tuple[int, int], int] = {}
@@ -271,6 +272,8 @@ class Discovery:
                 self.files.drop_unused()
         if found := self.files.search():
             self._found(found)
+        if attached := self.files.take_attached():
+            self._note_late(attached, time.monotonic())
 
     def _rescan(self, at: float, pid: int, step: int, series: int) -> None:
         if step >= len(RESCAN_S):
@@ -309,7 +312,7 @@ class Discovery:
             return False
         mappings = executable_mappings(pid)
         if mappings is None:
-            self.watched.pop(pid, None)
+            self._drop(pid)
             return False
         watched = self._watch(pid)
         until = time.monotonic() + SCAN_S
@@ -348,6 +351,11 @@ class Discovery:
             self.watched.pop(next(iter(self.watched)))
         return self.watched.setdefault(pid, Watched(None))
 
+    def _drop(self, pid: int) -> None:
+        """Watch a process no longer: it is gone."""
+        if (watched := self.watched.pop(pid, None)) is not None:
+            self.on_gone(pid, watched)
+
     def _see(self, watched: Watched, inode: tuple[int, int]) -> None:
         """Note that a process's file was looked at; when there are too many, of nobody's."""
         self._seen += 1
@@ -369,7 +377,6 @@ class Discovery:
             watched.files -= others
             if watched.files & known:
                 self.identities.of(pid)
-        self._note_late(known, time.monotonic())
         files = (self.files.files.get(each) for each in known)
         if any(file and file.is_linker for file in files):
             self.sweep_at = 0.0  # what it has mapped for others until now caused no news
@@ -431,7 +438,7 @@ class Discovery:
         self.sweep_at = now + SWEEP_S
         alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
         for pid in self.watched.keys() - alive:
-            del self.watched[pid]
+            self._drop(pid)
         for pid in self.unnamed.keys() - alive:
             del self.unnamed[pid]
         for pid in self._series_of.keys() - alive:

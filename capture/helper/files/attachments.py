@@ -129,6 +129,7 @@ class Attachments:
         self._used_at = float("-inf")
         self._by_inode: dict[tuple[int, int], set[FileId]] = {}
         self.over_limit = self.forgotten = 0
+        self._attached: set[FileId] = set()  # since somebody asked
         self._hold = hold or Hold()
         self._adopt()
 
@@ -431,6 +432,12 @@ class Attachments:
             self.detach(file)
         elif file.probes:
             self._have_held(identity, file)
+            self._attached.add(identity)
+
+    def take_attached(self) -> set[FileId]:
+        """The files that got their probes since the last call, whatever they were found by."""
+        attached, self._attached = self._attached & self.files.keys(), set()
+        return attached
 
     def _refused(self, file: File, fd: int) -> str | None:
         assert file.library is not None
