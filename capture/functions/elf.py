@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -175,6 +175,18 @@ class Elf:
             data += more
         return data
 
+    def read_into(self, room: memoryview, offset: int) -> None:
+        """Fill `room` from file offset `offset` on, or ElfError."""
+        done = 0
+        while done < len(room):
+            try:
+                count = os.preadv(self._fd, [room[done:]], offset + done)
+            except (OSError, OverflowError, ValueError) as error:
+                raise ElfError(f"cannot read {len(room)} bytes at {offset}: {error}") from None
+            if not count:
+                raise ElfError("truncated while it was read")
+            done += count
+
     def read_at(self, address: int, length: int) -> bytes:
         """`length` bytes at virtual `address`, or ElfError when the file does not hold them."""
         for segment in self.loads:
@@ -329,17 +341,20 @@ class Elf:
         return list(found.values())
 
     @cached_property
-    def _unwind_table(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(function starts, addresses of their unwind entries) from .eh_frame_hdr, sorted."""
+    def _unwind_table(self) -> tuple[int, Sequence[int], Sequence[int]]:
+        """(address, function starts, their unwind entries) from .eh_frame_hdr, sorted.
+
+        Both count from that address.
+        """
         for segment in self.segments:
             if segment.type == _PT_GNU_EH_FRAME:
                 try:
-                    return self._read_unwind_table(segment)
+                    return segment.address, *self._read_unwind_table(segment)
                 except ElfError:
                     break
-        return (), ()
+        return 0, (), ()
 
-    def _read_unwind_table(self, segment: Segment) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _read_unwind_table(self, segment: Segment) -> tuple[Sequence[int], Sequence[int]]:
         # Linkers write only this form: version 1, 4-byte count, 4-byte pairs from the header.
         if self.read_at(segment.address, 4) != b"\x01\x1b\x03\x3b":
             return (), ()
@@ -347,27 +362,27 @@ class Elf:
         if not 0 < count <= UNWIND_ENTRIES_MAX:
             return (), ()
         table = memoryview(self.read_at(segment.address + 12, 8 * count)).cast("i")
-        starts = tuple(segment.address + value for value in table[::2])
-        entries = tuple(segment.address + value for value in table[1::2])
-        return (starts, entries) if list(starts) == sorted(starts) else ((), ())
+        starts = table[::2].tolist()
+        return (starts, table[1::2]) if starts == sorted(starts) else ((), ())
 
     def unwind_range_of(self, address: int) -> tuple[int, int] | None:
         """(start, end) of the unwind entry that covers `address`; None when none does.
 
         Most of a program may be covered and a library linked into it not (Claude Code).
         """
-        starts, entries = self._unwind_table
-        index = bisect_right(starts, address) - 1
+        base, starts, entries = self._unwind_table
+        index = bisect_right(starts, address - base) - 1
         if index < 0:
             return None
+        first, entry = base + starts[index], base + entries[index]
         try:
-            length, _, start, size = struct.unpack("<IIiI", self.read_at(entries[index], 16))
+            length, _, start, size = struct.unpack("<IIiI", self.read_at(entry, 16))
         except ElfError:
             return None
         # pc-relative 4-byte pointers, the form that agrees with the header's own entry.
-        if length in (0, 0xFFFFFFFF) or entries[index] + 8 + start != starts[index]:
+        if length in (0, 0xFFFFFFFF) or entry + 8 + start != first:
             return None
-        return (starts[index], starts[index] + size) if address < starts[index] + size else None
+        return (first, first + size) if address < first + size else None
 
 
 def _text(strings: bytes, at: int) -> str:

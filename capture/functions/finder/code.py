@@ -8,7 +8,7 @@ decodes; it is imported late because only the finder needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -16,15 +16,15 @@ from typing import Any
 from capture.functions.elf import Elf, Segment
 from capture.functions.finder.instruction_sets import X86, Aarch64, Flow, Step
 from capture.functions.finder.references import (
-    CALL,
     LEA,
-    Opcode,
     aarch64_branches,
     aarch64_calls,
     aarch64_loads,
-    x86_branches,
+    x86_calls,
+    x86_is_branched_to,
     x86_relatives,
 )
+from capture.functions.finder.scanning import Buffer
 from capture.functions.x86_lengths import may_end_with
 
 FUNCTION_BYTES_MAX = 0x6000
@@ -35,10 +35,13 @@ CONSTANTS_MAX = 16
 PAGE_BYTES = 1 << 14
 PAGES_MAX = 512
 INSTRUCTION_BYTES_MAX = 15
+DECODED_AT_ONCE = 8
 STEPS_MAX = 1 << 18
 """Instructions remembered; some 5,000 are looked at in a real program."""
-PIECE_BYTES = 4 << 20
-"""Code is searched this much at a time."""
+PIECE_BYTES = 1 << 20
+"""Code is searched this much at a time: it stays in the processor's cache."""
+REFERENCES_MAX = 4096
+"""References to one address that are listed; 30 to 200 name a file in the builds seen."""
 BLOCKS_BYTES_MAX = 0x1000
 """How far from a function's start its blocks may lie that look like functions themselves."""
 
@@ -78,6 +81,9 @@ class Code:
         self._reader = Aarch64() if self.arm else X86()
         self._pages: dict[int, bytes] = {}
         self._steps: dict[int, Step | None] = {}
+        self._piece = Buffer(PIECE_BYTES + INSTRUCTION_BYTES_MAX)
+        self._loads: dict[int, list[int]] = {}
+        self._callers: dict[int, list[int]] = {}
 
     def bytes_at(self, address: int, length: int) -> bytes:
         """Up to `length` bytes of executable code at `address`; fewer at a segment's end."""
@@ -103,50 +109,72 @@ class Code:
     def step(self, address: int) -> Step | None:
         """The instruction at `address`, None when there is none."""
         if address not in self._steps:
-            code = self.bytes_at(address, INSTRUCTION_BYTES_MAX)
-            decoded = next(self._decoder.disasm(code, address, 1), None) if code else None
             if len(self._steps) >= STEPS_MAX:
                 self._steps.clear()
-            self._steps[address] = None if decoded is None else self._reader.step(decoded)
+            self._decode_from(address)
         return self._steps[address]
+
+    def _decode_from(self, address: int) -> None:
+        """Decode it, and what follows up to where the flow goes elsewhere: it is asked for next."""
+        self._steps[address] = None
+        code = self.bytes_at(address, INSTRUCTION_BYTES_MAX * DECODED_AT_ONCE)
+        decoded = self._decoder.disasm(code, address, DECODED_AT_ONCE) if code else ()
+        for instruction in decoded:
+            step = self._reader.step(instruction)
+            self._steps[step.address] = step
+            ends = step.flow in (Flow.JUMP, Flow.RETURN, Flow.STOP)
+            if ends or self._steps.get(step.after) is not None:
+                return
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """The registers of a C function's first six arguments."""
         return self._reader.arguments
 
-    def loads_of(self, address: int) -> Iterator[int]:
-        """Addresses of the instructions that put `address` into a register.
+    def loads_of(self, addresses: Collection[int]) -> dict[int, list[int]]:
+        """For each address, the instructions that put it into a register: one pass over the code.
 
-        x86-64: `mov reg, imm` and `lea reg, [rip+x]`. aarch64: the `add` behind an `adrp`.
+        x86-64: `mov reg, imm` and `lea reg, [rip+x]`. aarch64: the `add` behind an `adrp`. What was
+        asked for before is remembered. Of each no more than `REFERENCES_MAX` + 1 are listed.
         """
-        seen: set[int] = set()
-        for at in self._possible_loads(address):
-            step = self.step(at)
-            if at in seen or step is None:
-                continue
-            seen.add(at)
-            if self.arm or address in step.sets.values():
-                yield at
+        if missing := set(addresses) - self._loads.keys():
+            found = self._arm_loads(missing) if self.arm else self._x86_loads(missing)
+            self._loads |= {address: sorted(found.get(address, ())) for address in missing}
+        return {address: self._loads[address] for address in addresses}
 
-    def _possible_loads(self, address: int) -> Iterator[int]:
-        if self.arm:
-            for segment in self.elf.executables:
-                for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
-                    yield from aarch64_loads(data, base, address)
-            return
-        # A library is compiled with absolute addresses or with relative ones, not with both.
-        absolute = False
-        if address < 1 << 31 and not self.elf.position_independent:
-            for at in self.elf.find(address.to_bytes(4, "little"), self.elf.executables):
-                for opcode_bytes in (1, 2, 3):  # b8+r, 41 b8+r, 48 c7 c0+r before the immediate
-                    step = self.step(at - opcode_bytes)
-                    if step is not None and address in step.sets.values():
-                        absolute = True
-                        yield at - opcode_bytes
-                        break
-        if not absolute:
-            yield from self.relative_references(address, LEA)
+    def _arm_loads(self, addresses: Collection[int]) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = {}
+        for segment in self.elf.executables:
+            for base, data in self.elf.chunks(segment, INSTRUCTION_BYTES_MAX):
+                for address in addresses:
+                    for at in aarch64_loads(data, base, address):
+                        if self.step(at) is not None:
+                            _note(found, address, at)
+        return found
+
+    def _x86_loads(self, addresses: Collection[int]) -> dict[int, set[int]]:
+        """A library is compiled with absolute addresses or with relative ones, not with both."""
+        absolute: dict[int, set[int]] = {}
+        relative: dict[int, set[int]] = {}
+        for base, piece in self._code_from(min(addresses)):
+            for address in () if self.elf.position_independent else addresses:
+                if address < 1 << 31:
+                    for at in piece.all(address.to_bytes(4, "little")):
+                        if (load := self._load_before(base + at, address)) is not None:
+                            _note(absolute, address, load)
+            for at, address in x86_relatives(piece, base, addresses, LEA):
+                step = self.step(at)
+                if step is not None and address in step.sets.values():
+                    _note(relative, address, at)
+        return relative | absolute
+
+    def _load_before(self, at: int, address: int) -> int | None:
+        """The instruction whose immediate at `at` is the address."""
+        for opcode_bytes in (1, 2, 3):  # b8+r, 41 b8+r, 48 c7 c0+r before the immediate
+            step = self.step(at - opcode_bytes)
+            if step is not None and address in step.sets.values():
+                return at - opcode_bytes
+        return None
 
     # --- functions ---------------------------------------------------------------------------
 
@@ -275,7 +303,7 @@ class Code:
         code = self.bytes_at(base, start - base + BLOCKS_BYTES_MAX)
         if self.arm:
             return any(base + at + step == start for at, step in aarch64_branches(code))
-        return any(base + at + distance == start for at, distance in x86_branches(code))
+        return x86_is_branched_to(code, start - base)
 
     def _possible_starts(self, address: int) -> Iterator[int]:
         grain = 4 if self.arm else 16
@@ -291,34 +319,51 @@ class Code:
             return before is None or before.padding or before.flow not in (Flow.NEXT, Flow.BRANCH)
         return may_end_with(self.bytes_at(start - 16, 16))
 
-    def callers(self, address: int) -> Iterator[int]:
-        """Addresses of the instructions that call, or jump as a tail call to, `address`."""
-        for at in self.relative_references(address, CALL):
-            step = self.step(at)
-            if step is not None and step.target == address:
-                yield at
+    def callers(self, *starts: int) -> dict[int, list[int]]:
+        """For each, the instructions that call it, or jump to it as a tail call: one pass.
 
-    def relative_references(self, target: int, opcode: Opcode) -> Iterator[int]:
-        """Addresses of instructions `opcode` whose distance reaches `target`, nearest first.
-
-        On aarch64 `bl` and `b` to the target. Only the instruction's shape is checked.
+        What was asked for before is remembered.
         """
-        for base, data in self._code_from(target):
-            if self.arm:
-                yield from aarch64_calls(data, base, target)
-            else:
-                yield from x86_relatives(data, base, target, opcode)
+        if missing := set(starts) - self._callers.keys():
+            self._callers |= {start: [] for start in missing}
+            for base, piece in self._code_from(min(missing)):
+                for at, target in self._calls_in(piece, base, missing):
+                    self._callers[target].append(at)
+        return {start: self._callers[start] for start in starts}
 
-    def _code_from(self, address: int) -> Iterator[tuple[int, bytes]]:
-        """All code in pieces, nearest to `address` first: callers are mostly near."""
+    def caller(self, start: int) -> int | None:
+        """One that calls it, near by if there is one."""
+        if start in self._callers:
+            return next(iter(self._callers[start]), None)
+        for base, piece in self._code_from(start):
+            for at, _ in self._calls_in(piece, base, (start,)):
+                return at
+        return None
+
+    def _calls_in(
+        self, piece: Buffer, base: int, starts: Collection[int]
+    ) -> Iterator[tuple[int, int]]:
+        found = (aarch64_calls if self.arm else x86_calls)(piece, base, starts)
+        for at, target in found:
+            step = self.step(at)
+            if step is not None and step.target == target:
+                yield at, target
+
+    def _code_from(self, address: int) -> Iterator[tuple[int, Buffer]]:
+        """All code in pieces, nearest to `address` first: callers are mostly near.
+
+        There is one buffer for all of them.
+        """
         pieces = [
             (segment.address + at, min(PIECE_BYTES, segment.size_bytes - at), segment)
             for segment in self.elf.executables
             for at in range(0, segment.size_bytes, PIECE_BYTES)
         ]
         for base, size, segment in sorted(pieces, key=lambda piece: abs(piece[0] - address)):
-            end = segment.address + segment.size_bytes
-            yield base, self.elf.read_at(base, min(size + INSTRUCTION_BYTES_MAX, end - base))
+            within = base - segment.address
+            length = min(size + INSTRUCTION_BYTES_MAX, segment.size_bytes - within)
+            self.elf.read_into(self._piece.room(length), segment.offset + within)
+            yield base, self._piece
 
     # --- constants ---------------------------------------------------------------------------
 
@@ -339,6 +384,12 @@ class Code:
                     states[following] = merged
                     pending.append(following)
         return {step.address: states.get(step.address, {}) for step in function.calls}
+
+
+def _note(found: dict[int, set[int]], address: int, at: int) -> None:
+    known = found.setdefault(address, set())
+    if len(known) <= REFERENCES_MAX:
+        known.add(at)
 
 
 def _reached_from_nowhere(function: Routine) -> Iterator[int]:

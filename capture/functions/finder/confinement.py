@@ -29,11 +29,13 @@ _CALLS = {
         **{"sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "setitimer": 38},
         **{"sendto": 44, "sendmsg": 46, "recvmsg": 47, "exit": 60, "fcntl": 72, "getpid": 39},
         **{"gettimeofday": 96, "getrusage": 98, "sigaltstack": 131, "futex": 202},
+        **{"preadv": 295, "preadv2": 327},
         **{"clock_gettime": 228, "exit_group": 231, "getrandom": 318, "restart_syscall": 219},
     },
     "aarch64": {
         **{"dup": 23, "fcntl": 25, "close": 57, "lseek": 62, "read": 63, "write": 64, "fstat": 80},
         **{"pread64": 67, "exit": 93, "exit_group": 94, "futex": 98, "setitimer": 103},
+        **{"preadv": 69, "preadv2": 286},
         **{"clock_gettime": 113, "sched_yield": 124, "restart_syscall": 128, "sigaltstack": 132},
         **{"rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139, "getrusage": 165},
         **{"gettimeofday": 169, "getpid": 172, "sendto": 206, "sendmsg": 211, "recvmsg": 212},

@@ -8,13 +8,14 @@ has a start that the unwind table or a call proves, anything else raises `Ambigu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from capture.functions.elf import Elf, Segment
-from capture.functions.finder.code import Code, Routine
+from capture.functions.finder.code import PIECE_BYTES, REFERENCES_MAX, Code, Routine
 from capture.functions.finder.not_found import Ambiguous, NotFound
+from capture.functions.finder.scanning import Buffer
 from capture.functions.finder.symbols import probes_at
 from capture.functions.library import Function, Library, Proof
 from capture.functions.stacks import INSTEAD, Stack
@@ -23,8 +24,6 @@ PRINTABLE = re.compile(rb"[ -~]*\Z")  # data without a NUL may come before a str
 _NUL = re.compile(rb"\0")
 PATH_BYTES_MAX = 512
 """Longest source path before the marker: a build directory."""
-REFERENCES_MAX = 4096
-"""References to a file name: 30 to 200 in the builds seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +79,38 @@ def file_names(
 
     `after` is what may follow the ending, `folder` what before it is a part of the string.
     """
+    return starts_of(elf, endings_of(elf, ending, after), folder)
+
+
+Endings = tuple[tuple[int, Segment], ...]
+
+
+def endings_of(elf: Elf, ending: bytes, after: re.Pattern[bytes] = _NUL) -> Endings:
+    """Where a file's name ends so, in segments that are never written."""
     constant = [segment for segment in elf.loads if not segment.writable]
     # Linkers that keep constants apart from code leave little to search; older ones mix them.
-    found = [*_endings_in(elf, [s for s in constant if not s.executable], ending, after)]
-    found = found or [*_endings_in(elf, [s for s in constant if s.executable], ending, after)]
-    return tuple(at - _folder_bytes(elf, segment, at, folder) for at, segment in found)
+    found = (*_endings_in(elf, [s for s in constant if not s.executable], ending, after),)
+    return found or (*_endings_in(elf, [s for s in constant if s.executable], ending, after),)
+
+
+def starts_of(elf: Elf, endings: Endings, folder: re.Pattern[bytes]) -> tuple[int, ...]:
+    """Where the strings begin, if that is how folders look in them."""
+    return tuple(at - _folder_bytes(elf, segment, at, folder) for at, segment in endings)
 
 
 def _endings_in(
     elf: Elf, segments: list[Segment], ending: bytes, after: re.Pattern[bytes]
 ) -> Iterator[tuple[int, Segment]]:
+    piece = Buffer(PIECE_BYTES + len(ending))
     for segment in segments:
-        for at in elf.find(ending, (segment,)):
-            left = segment.address + segment.size_bytes - at - len(ending)
-            if after.match(elf.read_at(at + len(ending), min(2, left))):
-                yield at, segment
+        for start in range(0, segment.size_bytes, PIECE_BYTES):
+            length = min(PIECE_BYTES + len(ending) - 1, segment.size_bytes - start)
+            elf.read_into(piece.room(length), segment.offset + start)
+            for found in piece.all(ending):
+                at = segment.address + start + found
+                left = segment.address + segment.size_bytes - at - len(ending)
+                if after.match(elf.read_at(at + len(ending), min(2, left))):
+                    yield at, segment
 
 
 def _folder_bytes(elf: Elf, segment: Segment, at: int, folder: re.Pattern[bytes]) -> int:
@@ -103,14 +119,11 @@ def _folder_bytes(elf: Elf, segment: Segment, at: int, folder: re.Pattern[bytes]
     return len(found[0]) if found else 0
 
 
-def loads_of(code: Code, names: Iterable[int], file: str) -> list[int]:
+def loads_of(code: Code, names: Collection[int], file: str) -> list[int]:
     """The instructions that load an address of the file's name. Raises Ambiguous: too many."""
-    found: list[int] = []
-    for name in names:
-        for at in code.loads_of(name):
-            found.append(at)
-            if len(found) > REFERENCES_MAX:
-                raise Ambiguous(f"more than {REFERENCES_MAX} references to {file}")
+    found = [at for loads in code.loads_of(names).values() for at in loads]
+    if len(found) > REFERENCES_MAX:
+        raise Ambiguous(f"more than {REFERENCES_MAX} references to {file}")
     return found
 
 
@@ -145,7 +158,7 @@ def whole(functions: Iterable[Routine]) -> list[Routine]:
 def callers_of(start: int, code: Code) -> list[Routine]:
     """All functions that call one. Raises Ambiguous where a caller's bounds are not certain."""
     callers: dict[int, Routine] = {}
-    for at in code.callers(start):
+    for at in code.callers(start)[start]:
         function = code.function_around(at)
         if function is None:
             raise Ambiguous(f"where the function around {at:#x} begins is not certain")
@@ -171,7 +184,7 @@ def located(name: str, function: Routine, code: Code) -> Location | None:
         return None
     called_at = None
     if bounds is None:
-        caller = next(code.callers(start), None)
+        caller = code.caller(start)
         called_at = None if caller is None else code.elf.offset_of(caller)
         if called_at is None:
             return None

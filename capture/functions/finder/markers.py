@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
+from capture.functions.finder.scanning import Buffer
 from capture.functions.stacks import STACKS, Stack
 
 CHUNK_BYTES = 1 << 20
@@ -38,7 +39,8 @@ def beside_in(fd: int) -> Stack | None:
 def _marked(fd: int, markers: Mapping[bytes, Stack]) -> Iterator[Stack]:
     missing = dict(markers)
     keep, size = max(map(len, missing)) - 1, os.fstat(fd).st_size
+    chunk = Buffer(CHUNK_BYTES + keep)
     for at in range(0, size, CHUNK_BYTES):
-        data = os.pread(fd, CHUNK_BYTES + keep, at)
-        for marker in [marker for marker in missing if marker in data]:
+        chunk.length = os.preadv(fd, [chunk.room(CHUNK_BYTES + keep)], at)
+        for marker in [marker for marker in missing if chunk.find(marker) >= 0]:
             yield missing.pop(marker)

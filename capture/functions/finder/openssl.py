@@ -25,11 +25,12 @@ from capture.functions.finder.error_reporters import (
     PRINTABLE,
     Location,
     callers_of,
-    file_names,
+    endings_of,
     functions_around,
     library_of,
     loads_of,
     located,
+    starts_of,
     the_one,
 )
 from capture.functions.finder.instruction_sets import Flow
@@ -105,6 +106,7 @@ def _locations(elf: Elf) -> tuple[Location, ...]:
     }
     if not any(_INNER & names for _, names in named.values()):
         raise Absent("no OpenSSL: no function gives its name as ssl_read_internal")
+    code.callers(*(_internal(named, name).start for name in sorted(_INNER)))  # in one pass
     locations = _reading(code, named) + _writing(code, named)
     host = _control(code)
     if host is not None:
@@ -118,15 +120,21 @@ def _loads(code: Code, file: bytes) -> tuple[frozenset[int], list[int]]:
     """(the addresses of the file's name, the instructions that load one of them).
 
     What comes before the name without a NUL, a Rust string or a jump table, may look like its
-    folder: nothing loads that.
+    folder: nothing loads that. Both files that are asked for are searched in one pass.
     """
-    tried: set[tuple[int, ...]] = set()
-    for folder in _FOLDERS:
-        names = file_names(code.elf, file, folder=folder)
-        if names not in tried and (loads := loads_of(code, names, file.decode())):
-            return frozenset(names), loads
-        tried.add(names)
+    names = {each: _names(code.elf, each) for each in (_SSL_LIB, _S3_LIB)}
+    if any(names[_SSL_LIB]):
+        code.loads_of({at for ways in names.values() for way in ways for at in way})
+    for way in names[file]:
+        if way and (loads := loads_of(code, way, file.decode())):
+            return frozenset(way), loads
     return frozenset(), []
+
+
+def _names(elf: Elf, file: bytes) -> list[tuple[int, ...]]:
+    """Where the file's name may begin, by each way to tell its folder."""
+    endings = endings_of(elf, file)
+    return [starts_of(elf, endings, folder) for folder in _FOLDERS]
 
 
 _Named = Mapping[int, tuple[Routine, frozenset[str]]]

@@ -8,43 +8,45 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+
+from capture.functions.finder.scanning import Buffer
 
 ADRP_DISTANCE_MAX = 64
 """Instructions between an `adrp` and the `add` that completes it."""
+CLUSTER_BYTES = 0x4000
 
 
-def _is_call(data: bytes, at: int) -> bool:
+def _is_call(data: bytes | bytearray, at: int) -> bool:
     return data[at] in (0xE8, 0xE9)
 
 
-def _is_lea(data: bytes, at: int) -> bool:
+def _is_lea(data: bytes | bytearray, at: int) -> bool:
     """`lea r64, [rip + disp32]`."""
     return data[at + 1] == 0x8D and data[at] in (0x48, 0x4C) and data[at + 2] & 0xC7 == 0x05
 
 
-Opcode = tuple[int, Callable[[bytes, int], bool]]
+Opcode = tuple[int, Callable[[bytearray, int], bool]]
 """How many bytes precede the distance, and whether those at an offset are the opcode."""
 CALL: Opcode = (1, _is_call)
 LEA: Opcode = (3, _is_lea)
-_X86_BRANCH = re.compile(rb"(?s)(?=(?:[\x70-\x7f\xeb](.)|(?:\x0f[\x80-\x8f]|\xe9)(....)))")
+_SHORT_BRANCH = re.compile(rb"(?s)(?=[\x70-\x7f\xeb](.))")
+# No farther than 32 KiB: the distance's high bytes are zeros or ones.
+_NEAR_BRANCH = re.compile(rb"(?s)(?=(?:\x0f[\x80-\x8f]|\xe9)(..(?:\0\0|\xff\xff)))")
+SHORT_BYTES = 130
+"""How far from its target a branch with a distance of one byte may begin."""
 
 
-def x86_branches(code: bytes) -> Iterator[tuple[int, int]]:
-    """(offset of its end, distance from there) of what may be a conditional branch or `jmp`."""
-    for match in _X86_BRANCH.finditer(code):
-        for displacement in _displacements(match):
-            yield match.end(), displacement
-
-
-def _displacements(match: re.Match[bytes]) -> Iterator[int]:
-    """What to add to where the (empty) match ends to get the branch's target."""
-    short, near = match.group(1), match.group(2)
-    if short is not None:
-        yield 2 + int.from_bytes(short, "little", signed=True)
-    if near is not None:
-        length = match.end(2) - match.start()
-        yield length + int.from_bytes(near, "little", signed=True)
+def x86_is_branched_to(code: bytes, target: int) -> bool:
+    """Whether some bytes of code may be a conditional branch or `jmp` to that offset in it."""
+    near_by = range(max(target - SHORT_BYTES, 0), min(target + SHORT_BYTES, len(code)))
+    for match in _SHORT_BRANCH.finditer(code, near_by.start, near_by.stop):
+        if match.end() + 2 + int.from_bytes(match[1], "little", signed=True) == target:
+            return True
+    for match in _NEAR_BRANCH.finditer(code):
+        if match.end(1) + int.from_bytes(match[1], "little", signed=True) == target:
+            return True
+    return False
 
 
 def aarch64_branches(code: bytes) -> Iterator[tuple[int, int]]:
@@ -62,52 +64,80 @@ def aarch64_branches(code: bytes) -> Iterator[tuple[int, int]]:
         yield 4 * index, ((value ^ sign) - sign) * 4
 
 
-def x86_relatives(data: bytes, base: int, target: int, opcode: Opcode) -> Iterator[int]:
-    """Instructions `opcode disp32` that reach `target`, without decoding what lies between.
+def x86_relatives(
+    piece: Buffer, base: int, targets: Collection[int], opcode: Opcode
+) -> Iterator[tuple[int, int]]:
+    """(address, target) of instructions `opcode disp32` that reach one of the targets.
 
-    The distance's two high bytes are the same over 64 KiB of code, so two literal bytes are
-    searched in each, at memory speed; decoding every instruction of 100 MB takes minutes.
+    `base` is the address of the piece of code. What lies between is not decoded: the distance's two
+    high bytes are the same over 64 KiB of code, so two literal bytes are searched in each, at
+    memory speed; decoding every instruction of 100 MB takes minutes.
     """
-    length, matches = opcode
-    for high in range((target - base - len(data)) >> 16, ((target - base) >> 16) + 1):
-        if not -0x8000 <= high < 0x8000:
-            continue
-        tail = (high & 0xFFFF).to_bytes(2, "little")
-        last_end = target - (high << 16) - base  # of the instruction, as an offset in data
-        low, stop = max(last_end - 0x10001, 0), min(last_end, len(data))
-        at = data.find(tail, low, stop)
-        while at >= 0:
-            start = at - 2 - length
-            if start >= 0 and matches(data, start):
-                displacement = int.from_bytes(data[at - 2 : at + 2], "little", signed=True)
-                if base + at + 2 + displacement == target:
-                    yield base + start
-            at = data.find(tail, at + 1, stop)
+    for near in _clusters(targets):
+        first, last = near[0] - base, near[-1] - base
+        for high in range((first - piece.length) >> 16, (last >> 16) + 1):
+            if -0x8000 <= high < 0x8000:
+                # Where instructions end whose distance to one of them begins so.
+                ends = range(max(first - (high << 16) - 0xFFFF, 0), last - (high << 16) + 1)
+                yield from _with_distance(piece, base, (frozenset(near), high), ends, opcode)
 
 
-def aarch64_calls(data: bytes, base: int, target: int) -> Iterator[int]:
-    """Addresses of `bl` and `b` to the target."""
-    words = memoryview(data)[: len(data) & ~3].cast("I")
+def x86_calls(piece: Buffer, base: int, targets: Collection[int]) -> Iterator[tuple[int, int]]:
+    """(address, target) of `call` and `jmp` to one of the targets."""
+    return x86_relatives(piece, base, targets, CALL)
+
+
+def _with_distance(
+    piece: Buffer, base: int, wanted: tuple[frozenset[int], int], ends: range, opcode: Opcode
+) -> Iterator[tuple[int, int]]:
+    (targets, high), (length, matches) = wanted, opcode
+    tail = (high & 0xFFFF).to_bytes(2, "little")
+    for at in piece.all(tail, ends.start - 2, ends.stop - 1):
+        start = at - 2 - length
+        if start >= 0 and matches(piece.data, start):
+            distance = int.from_bytes(piece.data[at - 2 : at + 2], "little", signed=True)
+            if base + at + 2 + distance in targets:
+                yield base + start, base + at + 2 + distance
+
+
+def _clusters(targets: Collection[int]) -> Iterator[list[int]]:
+    """Targets that lie close together are searched as one."""
+    cluster: list[int] = []
+    for target in sorted(set(targets)):
+        if cluster and target - cluster[0] >= CLUSTER_BYTES:
+            yield cluster
+            cluster = []
+        cluster.append(target)
+    if cluster:
+        yield cluster
+
+
+def aarch64_calls(piece: Buffer, base: int, targets: Collection[int]) -> Iterator[tuple[int, int]]:
+    """(address, target) of `bl` and `b` to one of the targets."""
     if base % 4:
         return
+    for target in sorted(set(targets)):
+        for at in _aarch64_calls(piece, base, target):
+            yield base + at, target
+
+
+def _aarch64_calls(piece: Buffer, base: int, target: int) -> Iterator[int]:
     # `bl`/`b` hold a signed 26-bit word distance: it changes by one per instruction, so search
     # 256 KiB at a time for its high bytes.
     window = 1 << 18
-    for low in range(0, len(words) * 4, window):
+    for low in range(0, piece.length & ~3, window):
         for op in (0x94, 0x14):
             high_low = ((target - (base + low + window)) >> 2) & 0x3FFFFFF
             high_high = ((target - (base + low)) >> 2) & 0x3FFFFFF
             for high in {high_low >> 16, high_high >> 16}:
                 tail = bytes((high & 0xFF, op | high >> 8))
-                at = data.find(tail, low, low + window)
-                while at >= 0:
+                for at in piece.all(tail, low, low + window):
                     place = at - 2
                     if place % 4 == 0 and place >= 0:
-                        word = words[place // 4] & 0x3FFFFFF
+                        word = int.from_bytes(piece.data[place : place + 4], "little") & 0x3FFFFFF
                         distance = (word ^ 0x2000000) - 0x2000000
                         if base + place + distance * 4 == target:
-                            yield base + place
-                    at = data.find(tail, at + 1, low + window)
+                            yield place
 
 
 def aarch64_loads(data: bytes, base: int, address: int) -> Iterator[int]:
