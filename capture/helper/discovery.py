@@ -2,8 +2,10 @@
 
 News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened).
 What they map is read from /proc: after news, a few times while a process starts, and in a rare
-sweep for changes that caused no news. Installed programs that nobody runs yet are searched in
-advance, one a turn. `attachments.py` keeps the table of files, `scope.py` the scope.
+sweep for changes that caused no news. A process of a run's own tree whose program is unknown is
+held (`holding.py`) while its file is searched, so that its first request is metered. Installed
+programs that nobody runs yet are searched in advance, one a turn. `attachments.py` keeps the table
+of files, `scope.py` the scope.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from capture import bpf, protocol
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.functions.stacks import STACKS, Stack
 from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
 from capture.helper.files.searches import FileId, SearchPriority
+from capture.helper.holding import Holder
 from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
 from capture.helper.lookups import Lookups
@@ -43,6 +47,8 @@ SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, 
 SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
+HOLD_S = 3.0
+"""How long a process waits for the search in its program's file: it takes some 0.3 s of CPU."""
 _JAVA = STACKS[Stack.JSSE].library
 
 
@@ -82,6 +88,8 @@ class Discovery:
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
+        self._holder = Holder()
+        self._held: dict[int, FileId] = {}  # whose programs' files are searched
         files.used = self._used
         self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
@@ -225,11 +233,27 @@ class Discovery:
             identity = self.files.look_into(fd, os.readlink(f"/proc/self/fd/{fd}"))
             if identity in self.files.files:
                 watched.files.add(identity)
+            if stat.st_size >= STRUCTURE_FILE_BYTES_MIN and self.files.is_searching(identity):
+                self._hold(pid, identity)
         except OSError:
             return
         finally:
             os.close(fd)
         self.schedule(pid)
+
+    def _hold(self, pid: int, identity: FileId) -> None:
+        """Let a process of a run wait until its program was searched, and attached to."""
+        if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
+            self._held[pid] = identity
+            self._holder.hold(pid, HOLD_S)
+            self.files.hurry(identity)
+
+    def release(self, *, everyone: bool = False) -> None:
+        """Let those go on that wait for nothing any more."""
+        for pid, identity in list(self._held.items()):
+            if everyone or not self.files.is_searching(identity):
+                del self._held[pid]
+                self._holder.release(pid)
 
     def _may_be_short(self, exe: tuple[int, int]) -> bool:
         """Whether to read at once who this is, as it may exit before its connection is seen.
@@ -271,6 +295,7 @@ class Discovery:
                 self.files.drop_unused()
         if found := self.files.search():
             self._found(found)
+        self.release()
 
     def _rescan(self, at: float, pid: int, step: int, series: int) -> None:
         if step >= len(RESCAN_S):

@@ -64,7 +64,7 @@ class Plan:
     roots: tuple[int, ...] = ()
     everyone: bool = False
     cgroup: str | None = None
-    program: str | None = None  # what a run is about to start
+    programs: tuple[str, ...] = ()  # what a run is about to start
 
     def scope(self) -> Scope:
         """Whose plaintext the kernel may copy."""
@@ -252,7 +252,7 @@ class Supervisor:
             plan.scope(),
             plan.hosts,
             loader=plan.config.loader,
-            program=plan.program,
+            programs=plan.programs,
             keeper=self._keeper,
         )
         self._helper_restarts.begun()
