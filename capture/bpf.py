@@ -8,12 +8,13 @@ dies, the kernel removes it. This file knows no program and no map by name.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 _NR_BPF = 321 if _X86 else 280
 _NR_PERF_EVENT_OPEN = 298 if _X86 else 241
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _RAW_TRACEPOINT_OPEN = 1, 2, 3, 4, 17
-_LINK_CREATE, _PERF_EVENT = 28, 41
+_PROG_LOAD, _LINK_CREATE, _PERF_EVENT = 5, 28, 41
+_KPROBE = 2
+UPROBE_MULTI = 48
+"""What a program is loaded for that is attached to many places of a file in one call."""
+_MULTI_AT_RETURN = 1
 _PERF_TYPE_TRACEPOINT = 2
 _PERF_FLAG_FD_CLOEXEC = 8
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
@@ -140,6 +145,47 @@ def attach_uprobe(program: int, path: str, offset: int, *, at_return: bool, cook
         return _bpf(_LINK_CREATE, struct.pack("=IIIIQ", program, event, _PERF_EVENT, 0, cookie))
     finally:
         os.close(event)  # the link holds it
+
+
+def attaches_at_once() -> bool:
+    """Whether the kernel attaches one program to many places of a file in one call (since 6.6)."""
+    try:
+        program = _load_nothing()
+    except OSError:
+        return False
+    try:
+        os.close(attach_uprobes(program, "/", [(0, 0)], at_return=False))
+    except OSError as error:
+        return error.errno == errno.EBADF  # it knows the call: a folder is no file to attach to
+    finally:
+        os.close(program)
+    return True
+
+
+def _load_nothing() -> int:
+    """A program that does nothing, to be attached to many places. Raises OSError."""
+    code = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
+    text, license_ = ctypes.create_string_buffer(code), ctypes.create_string_buffer(b"GPL")
+    fields = (_KPROBE, 2, ctypes.addressof(text), ctypes.addressof(license_))
+    nothing = (0, 0, 0, 0, 0, b"", 0, UPROBE_MULTI)  # log, version, flags, name, device
+    return _bpf(_PROG_LOAD, struct.pack("=IIQQIIQII16sII", *fields, *nothing))
+
+
+def attach_uprobes(
+    program: int, path: str, places: Sequence[tuple[int, int]], *, at_return: bool
+) -> int:
+    """Attach to all those file offsets of `path`, each with its cookie, or to none; one descriptor.
+
+    The program must have been loaded for `UPROBE_MULTI`. Raises OSError.
+    """
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    count = len(places)
+    offsets = (ctypes.c_uint64 * count)(*(offset for offset, _ in places))
+    cookies = (ctypes.c_uint64 * count)(*(cookie for _, cookie in places))
+    where = (ctypes.addressof(name), ctypes.addressof(offsets), 0, ctypes.addressof(cookies))
+    flags = _MULTI_AT_RETURN if at_return else 0
+    fields = (program, 0, UPROBE_MULTI, 0, *where, count, flags, 0)
+    return _bpf(_LINK_CREATE, struct.pack("=IIIIQQQQIII", *fields))
 
 
 def attach_tracepoint(program: int, number: int) -> int:

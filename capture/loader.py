@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from capture import bpf
 from capture.functions import stacks
 
 SOURCE = Path(__file__).parent / "probe.bpf.c"
@@ -40,6 +42,10 @@ PROGRAMS = (
 )
 # Also without this one: only kernels since 5.15 that know their own types (BTF) take it.
 OPTIONAL = "on_exec_with_arguments"
+# Where the kernel attaches all of a file's probes at once it runs one of these, which carry on as
+# the program that belongs there; `FILE_PROGRAMS` has each at its number in `stacks.PROGRAMS`.
+AT_ONCE = (AT_ENTRY, AT_RETURN) = ("at_entry", "at_return")
+FILE_PROGRAMS = "file_programs"
 MAPS = (
     "settings",
     "stats",
@@ -88,13 +94,14 @@ class Given:
 class _Libbpf:
     name = "libbpf"
 
-    def __init__(self, object_path: Path, ring_bytes: int) -> None:
+    def __init__(self, object_path: Path, ring_bytes: int, *, at_once: bool) -> None:
+        self._at_once = at_once
         self._library = library = libbpf_library()
         library.libbpf_set_print(_SILENT)
         for function in ("bpf_object__open_file", "bpf_object__find_map_by_name"):
             getattr(library, function).restype = ctypes.c_void_p
         library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
-        wanted = [*PROGRAMS, OPTIONAL]
+        wanted = [*PROGRAMS, OPTIONAL, *(AT_ONCE if at_once else ())]
         if self._load(object_path, ring_bytes):
             wanted.remove(OPTIONAL)
             if error := self._load(object_path, ring_bytes, without=OPTIONAL):
@@ -102,8 +109,12 @@ class _Libbpf:
         self.programs = {name: library.bpf_program__fd(self._program(name)) for name in wanted}
         self.maps = {
             name: library.bpf_object__find_map_fd_by_name(self._handle, name.encode())
-            for name in MAPS
+            for name in (*MAPS, *((FILE_PROGRAMS,) if at_once else ()))
         }
+        if at_once:
+            table = bpf.Map(self.maps[FILE_PROGRAMS], 4, 4)
+            for number, name in enumerate(stacks.PROGRAMS):
+                table.set(struct.pack("=I", number), struct.pack("=i", self.programs[name]))
 
     def _program(self, name: str) -> ctypes.c_void_p:
         found = self._library.bpf_object__find_program_by_name(self._handle, name.encode())
@@ -118,8 +129,10 @@ class _Libbpf:
         self._handle = ctypes.c_void_p(handle)
         ring = library.bpf_object__find_map_by_name(self._handle, b"ring")
         library.bpf_map__set_max_entries(ctypes.c_void_p(ring), ctypes.c_uint(ring_bytes))
-        if without:
-            library.bpf_program__set_autoload(self._program(without), ctypes.c_bool(False))
+        for name in (*((without,) if without else ()), *(() if self._at_once else AT_ONCE)):
+            library.bpf_program__set_autoload(self._program(name), ctypes.c_bool(False))
+        for name in (*stacks.PROGRAMS, *AT_ONCE) if self._at_once else ():
+            library.bpf_program__set_expected_attach_type(self._program(name), bpf.UPROBE_MULTI)
         error = int(library.bpf_object__load(self._handle))
         if error:
             library.bpf_object__close(self._handle)
@@ -249,14 +262,18 @@ def find_object() -> Path:
     return found
 
 
-def load(way: str = "auto", ring_bytes: int = RING_BYTES) -> Loaded:
-    """Load the program `way` ("libbpf", "bcc", or "auto": the first that works)."""
+def load(way: str = "auto", ring_bytes: int = RING_BYTES, *, at_once: bool = True) -> Loaded:
+    """Load the program `way` ("libbpf", "bcc", or "auto": the first that works).
+
+    Its probes are attached one by one with bcc, on kernels before 6.6, and unless `at_once`.
+    """
     if way not in ("auto", "libbpf", "bcc"):
         raise LoadFailed(f"there is no loader {way!r}: use auto, libbpf or bcc")
     reasons = []
     if way in ("auto", "libbpf"):
         try:
-            return _Libbpf(find_object(), ring_bytes)
+            at_once = at_once and bpf.attaches_at_once()
+            return _Libbpf(find_object(), ring_bytes, at_once=at_once)
         except LoadFailed as error:
             reasons.append(f"libbpf: {error}")
     if way in ("auto", "bcc"):

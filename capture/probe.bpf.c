@@ -39,6 +39,7 @@
 #define TREE_MAX 65536
 #define HOSTS_MAX 4096
 #define UIDS_MAX 1024
+#define FILE_PROGRAMS_MAX 256 /* as many as the cookie has numbers for */
 #define FILES_MAX 4096 /* files with a number of their own */
 #define NAME_SCAN_BYTES 4096 /* of an SSL object: OpenSSL 1.1.1 has it at 1600, 3.0 at 2648, 3.5 at 2592 */
 #define NAME_VOTES_MIN 2 /* connections: one might be chance, memory that another use has left */
@@ -158,8 +159,11 @@ enum tree_flag { TREE_IN_SCOPE = 1, TREE_EXCLUDED = 2 };
 #define TREE_FORKED 0x80000000u /* in a key */
 enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGROUP = 8, SCOPE_OWNER = 16 };
 
-/* The cookie of a file's probes (attachments.py); Go's are other programs, with cookies of their own. */
-enum cookie_part { COOKIE_FILE = 0xffff, COOKIE_UNPROVED = 0x10000 };
+/* The cookie of a file's probes (attachments.py); Go's are other programs, with cookies of their own.
+ * Where all probes of a file are attached at once, the uppermost byte is the number of the program that
+ * belongs there (attaching.py), and is nobody else's business. */
+enum cookie_part { COOKIE_FILE = 0xffff, COOKIE_UNPROVED = 0x10000, COOKIE_PROGRAM_BITS = 8 };
+#define OWN_PART(cookie) ((cookie) << COOKIE_PROGRAM_BITS >> COOKIE_PROGRAM_BITS)
 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
@@ -275,6 +279,7 @@ static void *(*bpf_map_lookup_elem)(void *, const void *) = (void *)1;
 static long (*bpf_map_update_elem)(void *, const void *, const void *, u64) = (void *)2;
 static long (*bpf_map_delete_elem)(void *, const void *) = (void *)3;
 static u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+static long (*bpf_tail_call)(void *, void *, u32) = (void *)12;
 static u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
 static u64 (*bpf_get_current_uid_gid)(void) = (void *)15;
 static long (*bpf_get_current_comm)(void *, u32) = (void *)16;
@@ -310,6 +315,13 @@ static u64 (*bpf_get_attach_cookie)(void *) = (void *)174;
 #define PERCPU_ARRAY(name, value_type, size) MAP(name, 6, u32, value_type, size, 0)
 #define LRU_HASH(name, key_type, value_type, size) MAP(name, 9, key_type, value_type, size, 0)
 #define TRIE(name, key_type, value_type, size) MAP(name, 11, key_type, value_type, size, NO_PREALLOC)
+#define PROGRAM_ARRAY(name, size) \
+	struct { \
+		int (*type)[3]; \
+		int (*key_size)[4]; \
+		int (*value_size)[4]; \
+		int (*max_entries)[size]; \
+	} name SECTION(".maps")
 #define RING(name, bytes) \
 	struct { \
 		int (*type)[27]; \
@@ -383,6 +395,12 @@ ARRAY(proofs, u64, FILES_MAX);
  * User space writes what it remembers when it gives the number; `learn_name_location` writes what it
  * learns; `own_name` and `may_be_named` read. */
 ARRAY(name_locations, struct name_location, FILES_MAX);
+
+#ifndef HALTON_BCC
+/* Key: the number of a program that belongs at places of files (stacks.PROGRAMS). Value: the program. User
+ * space writes it once, at the start (loader.py); `carry_on` reads. */
+PROGRAM_ARRAY(file_programs, FILE_PROGRAMS_MAX);
+#endif
 
 /* --- scratch --- */
 
@@ -1350,7 +1368,7 @@ INLINE int enter_go(struct registers *r, u32 direction)
 	struct go_key call_key = {.goroutine = GO_GOROUTINE(r), .tgid = tgid, .direction = direction};
 	struct go_call call = {.connection = key.ssl, .buffer = GO_BUFFER(r)};
 	struct connection *c = connections_get(&key);
-	u64 offsets = bpf_get_attach_cookie(r);
+	u64 offsets = OWN_PART(bpf_get_attach_cookie(r));
 	u64 config = 0, name[2] = {}; /* a Go string: address, length */
 
 	if (offsets &&
@@ -1777,5 +1795,16 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 }
 
 #ifndef HALTON_BCC
+/* ---- all probes of a file at once --------------------------------------------------------------
+ * A kernel since 6.6 attaches one program to any number of places in a file, in one call. It is one of
+ * these two, which carry on as the program whose number the place's cookie has. bcc cannot load them. */
+INLINE int carry_on(struct registers *r)
+{
+	bpf_tail_call(r, &file_programs, bpf_get_attach_cookie(r) >> (64 - COOKIE_PROGRAM_BITS));
+	return 0;
+}
+SECTION("uprobe/at_entry") int at_entry(struct registers *r) { return carry_on(r); }
+SECTION("uprobe/at_return") int at_return(struct registers *r) { return carry_on(r); }
+
 char _license[] SECTION("license") = "GPL";
 #endif

@@ -119,6 +119,7 @@ def spawn_helper(
     cache_directory: str | None = KNOWN_FILES_DIRECTORY,
     programs: Iterable[str] = (),
     keeper: Keeper | None = None,
+    at_once: bool = True,
 ) -> socket.socket:
     """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
 
@@ -127,7 +128,8 @@ def spawn_helper(
     them. `files` are attached to at once, before any process maps them (None: the system's libssl).
     `ring_bytes` is a power of two. `cache_directory` keeps what was found in programs without
     symbols; it must be root's alone. `programs` are what a root may execute: the first answer comes
-    when they were searched. With `keeper`, which holds what this helper makes, it carries on
+    when they were searched. Unless `at_once`, a file's probes are attached one by one, as on
+    kernels before 6.6. With `keeper`, which holds what this helper makes, it carries on
     where one before it died, and ends with the keeper; else it ends with the socket.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -149,6 +151,7 @@ def spawn_helper(
         "request_bytes_max": request_bytes_max,
         "cache_directory": cache_directory,
         "programs": [os.path.abspath(program) for program in programs],
+        "at_once": at_once,
     }
     argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
     far = None if keeper is None else keeper.open_channel()
@@ -251,6 +254,7 @@ class UprobeSource:
         cache_directory: str | None = KNOWN_FILES_DIRECTORY,
         programs: Iterable[str] = (),
         spool_bytes: int | None = None,
+        at_once: bool = True,
         resumable: bool = False,
     ) -> None:
         self.hosts = tuple(hosts)
@@ -263,6 +267,7 @@ class UprobeSource:
             "cache_directory": cache_directory,
             "programs": programs,
             "spool_bytes": spool_bytes,
+            "at_once": at_once,
         }
         self._link = link
         self._resumable = resumable

@@ -142,12 +142,28 @@ def account_named(name: str) -> Account:
 def home_folder(environ: Mapping[str, str] | None = None, account: Account | None = None) -> Path:
     """The data folder, the only answer to where it is: HALTON_METER_HOME, else `.halton-meter` in
     the home directory of `account`; without one, of the user who called sudo, never root's.
+    Raises ConfigError where there is no telling.
     """
     environ = os.environ if environ is None else environ
     named = environ.get(HOME_VARIABLE)
     if named:
-        return Path(named).expanduser().absolute()
+        return _absolute(named)
     if account is None and is_root():
         account = caller(environ)
-    home = account.home if account is not None else environ.get("HOME") or Path.home()
+    try:
+        home = account.home if account is not None else environ.get("HOME") or Path.home()
+    except RuntimeError:
+        what = "HOME is not set, and this user has no home directory; "
+        raise ConfigError(f"{what}set it: export {HOME_VARIABLE}=FOLDER") from None
     return Path(home) / ".halton-meter"
+
+
+def _absolute(named: str) -> Path:
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError:
+        what = f"{HOME_VARIABLE} is {named!r}: there is no user {named[1:].partition('/')[0]!r} "
+        raise ConfigError(f"{what}here; name a folder: export {HOME_VARIABLE}=FOLDER") from None
+    except OSError as error:  # relative to a folder that is gone
+        what = f"{HOME_VARIABLE} is {named!r}, which is relative to the current folder, and that "
+        raise ConfigError(f"{what}cannot be read: {error.strerror}; go to another: cd") from None

@@ -15,16 +15,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from halton_meter.identity import Identities
 from halton_meter.model import (
     Exchange,
     PricedEvent,
     Process,
     Request,
-    Source,
     TlsChunk,
     TlsClosed,
     UsageEvent,
-    event_id,
 )
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings
@@ -50,11 +49,16 @@ EVICTED_MAX = 65_536
 # Event ids remembered to drop a second sighting (the same exchange by uprobes and by the proxy).
 # The store holds every id on disk; this only keeps one run's own output free of repeats.
 EVENTS_REMEMBERED_MAX = 65_536
+# Exchanges remembered to tell others of the same id from them, which the store does again.
+EXCHANGES_REMEMBERED_MAX = 16_384
 
 # The process in which the local proxy's mitmproxy runs, as its command line names it
 # (`proxy/run.py` starts it). The proxy meters what goes through it; uprobes would see it speak for
 # its clients.
 PROXY_MODULE = "halton_meter.live.proxy.worker"
+
+# Keys of `Meter.sightings`.
+SEEN_AGAIN, TOLD_APART = "seen_again", "told_apart"
 
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
@@ -80,7 +84,8 @@ class Meter:
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
         self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
-        self._calls_by_content: OrderedDict[tuple[str, Source], int] = OrderedDict()
+        self._identities = Identities(EXCHANGES_REMEMBERED_MAX, self._sightings.forget)
+        self._seen_again = 0
         self._losses: Counter[str] = Counter()
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
@@ -93,6 +98,14 @@ class Meter:
         for conversation in self._conversations.values():
             losses.update(conversation.losses)
         return losses
+
+    @property
+    def sightings(self) -> Mapping[str, int]:
+        """What was seen more than once, and counted once; and what was told apart from another
+        exchange to which the provider gave the same id, and counted.
+        """
+        counts = {SEEN_AGAIN: self._seen_again, TOLD_APART: self._identities.told_apart}
+        return {name: count for name, count in counts.items() if count}
 
     def is_open(self, connection_id: str) -> bool:
         """Whether an exchange on this connection is under way."""
@@ -204,8 +217,9 @@ class Meter:
         priced: list[PricedEvent] = []
         for exchange in exchanges:
             for read in self._read(exchange):
-                usage = self._told_apart(read) if read.id_from_content else read
+                usage = self._identities.settle(read, exchange)
                 if self._is_repeat(usage):
+                    self._seen_again += 1
                     continue
                 priced.append(self._price(self._attributed(usage)))
         return priced
@@ -229,19 +243,6 @@ class Meter:
             return usage
         project, git_branch = self._attribute(usage.process)
         return replace(usage, project=usage.project or project, git_branch=git_branch)
-
-    def _told_apart(self, usage: UsageEvent) -> UsageEvent:
-        """Equal calls without an id of the provider's, counted: each source counts them alike.
-
-        So the first of them is one event for all sources that saw it, and the second another.
-        """
-        key = (usage.id, usage.source)
-        count = self._calls_by_content.pop(key, 0) + 1
-        self._calls_by_content[key] = count
-        if len(self._calls_by_content) > EVENTS_REMEMBERED_MAX:
-            self._calls_by_content.popitem(last=False)
-        id_ = usage.id if count == 1 else event_id("repeat", usage.id, str(count))
-        return replace(usage, id=id_, id_from_content=False)
 
     def _is_repeat(self, usage: UsageEvent) -> bool:
         """True for an id already given out, unless this sighting knows more than that one did."""

@@ -228,6 +228,8 @@ class Exchange:
     gap: str | None = None
     # A digest of all that was said, once it is made: each of many events may ask for it.
     digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
+    # What tells it from others of one id, likewise (`providers/reading/traits.py`).
+    told: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 # --- what was used ------------------------------------------------------------------------------
@@ -289,6 +291,26 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Traits:
+    """What tells one exchange from others that were given the same id; see `identity.py`.
+
+    `told` are short digests by letter, of what was seen. `live`: the times are this machine's;
+    `whole`: nothing is missing; `joined`: the request's head was not seen; `by_id`: the exchange
+    read back what its id names, so that the id alone says what it is. `nth` counts exchanges that
+    nothing but one source's order tells apart.
+    """
+
+    told: Mapping[str, str]
+    started_ns: int
+    ended_ns: int
+    live: bool
+    whole: bool
+    joined: bool = False
+    by_id: bool = False
+    nth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class UsageEvent:
     """What one exchange used, before pricing.
 
@@ -303,6 +325,8 @@ class UsageEvent:
     outcomes, and for events of versions that did not record it.
     `id_from_content` says that the provider gave no id and that `id` is made of what was said, so
     that an equal call at about the same time has the same; `meter.py` tells those apart.
+    `shared_id` is the id that another exchange has, where this one was told apart from it by its
+    `traits`; None for all others.
     """
 
     id: str
@@ -334,6 +358,8 @@ class UsageEvent:
     provider_error_code: str | None = None
     id_from_content: bool = False
     gap: str | None = None
+    shared_id: str | None = None
+    traits: Traits | None = None
 
     @property
     def tokens(self) -> Tokens:

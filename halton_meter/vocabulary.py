@@ -33,13 +33,15 @@ DETAILS: Mapping[str, str] = {
 }
 
 # What a price row may price by the token, and a factor without `on` multiplies: the counts of
-# `model.Tokens`, and details. As a rate, `cache_write` is that of the provider's default lifetime.
+# `model.Tokens`, and details. As a rate, `cache_write` is that of the provider's default lifetime,
+# and `thinking_output` that of all output of an answer that thought (counted as `output`).
 TOKEN_DIMENSIONS = frozenset(
     {
         "input", "output", "cache_read",
         "cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h",
         "audio_input", "audio_output", "image_input", "image_output", "video_input", "video_output",
         "text_input", "text_output", "document_input", "tool_use_input", "reasoning", "citation",
+        "thinking_output",
         "cached_audio_input", "cached_image_input", "cached_video_input", "cached_text_input",
     }
 )  # fmt: skip
@@ -105,6 +107,7 @@ PRICED_CONDITIONS: Mapping[str, str] = {
     "search_context_size": "low, medium or high (Perplexity, OpenAI's search models)",
     "search_type": "pro or fast (Perplexity); only a person states it",
     "code_execution": "with_web_tools where a web tool of 2026-02-09 or later makes it free",
+    "cache_type": "implicit or ephemeral: how the cache that was read was made (Alibaba)",
     "api": "decisions for OpenAI's endpoint that decides questions, whose answers are free",
 }
 # Those that no rate depends on.
@@ -144,7 +147,7 @@ FREE: Mapping[str, str] = {
 
 # `UsageEvent.flags`: what to know of the counts.
 FLAGS: Mapping[str, str] = {
-    "bad_usage": "a count is no count: negative, a text, too many digits",
+    "bad_usage": "a count is no count: negative, a word, too many digits",
     "usage_not_sent": "the answer states no usage",
     "usage_not_final": "the stream ended before its last count",
     "estimated": "a count is our estimate",
@@ -152,11 +155,14 @@ FLAGS: Mapping[str, str] = {
     "gapped": "bytes of it are missing",
     "aborted": "it ended before the answer did",
     "total_mismatch": "the parts do not add up to the provider's total",
+    "counts_fell": "a later count of a stream is below an earlier one: the larger one counts",
+    "zero_cost_stated": "a gateway states a cost of zero beside counts: our prices count",
     "cache_split_stale": "the split by lifetime was stated before the write count changed",
     "byok": "the user's own key paid",
     "error_in_stream": "an error came after the answer had begun",
     "model_unknown": "nothing names the model",
     "head_unknown": "the request's head was not seen",
+    "response_id_repeated": "the provider gave another request the same id",
     "fallback_credit": "some writes are billed as reads, the answer does not say how many",
 }
 
@@ -168,7 +174,8 @@ PRICE_FLAGS: Mapping[str, str] = {
     "bad_usage": "a count is no count",
     "bad_reported_cost": "the cost stated is no amount of money",
     "estimated": "priced by our estimate of the tokens",
-    "cache_read_at_input_rate": "no price for cached input is published",
+    "cache_read_at_input_rate": "cached input at the input rate: no other price is published",
+    "cache_read_rate_unknown": "cached input at the input rate: our data holds no other price",
     "cache_storage_not_priced": "the storage of a cache is billed by the hour, apart",
     "provisioned_throughput": "reserved capacity served it",
 }

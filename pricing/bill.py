@@ -31,6 +31,8 @@ _FREE_TOOL_TOKENS = rate_of(
 _UNSTATED_LIFETIME = "cache_write"
 _DEFAULT_LIFETIME_RATE = "cache_write"
 _WRITES = (_UNSTATED_LIFETIME, "cache_write_5m", "cache_write_1h", "cache_write_12h")
+# Nobody looked whether the provider gives a discount: at most this, and the flag says so.
+_NO_CACHED_RATE_KNOWN = "no cached rate in our data: billed as input"
 _CACHED_MODALITIES = ("cached_audio_input", "cached_image_input", "cached_video_input")
 # Units that describe what the tokens were: passed over where the same part's tokens are billed.
 _DESCRIPTIVE_UNITS = frozenset(
@@ -94,7 +96,13 @@ class Bill:
         for name, written in writes:
             if written:
                 self._line(name, written, self._write_rate(name))
-        if details or tokens.audio_output or tokens.image_output or "reasoning" in self.rates:
+        if (
+            details
+            or tokens.audio_output
+            or tokens.image_output
+            or "reasoning" in self.rates
+            or "thinking_output" in self.rates
+        ):
             self._output(out)
         elif out:
             self._line("output", out, self.rates.get("output"))
@@ -193,9 +201,9 @@ class Bill:
                 read -= part
         rate = rates.get("cache_read")
         if read and rate is None and "input" in rates:
-            # No discount is published for this model, so a cached token is an input token.
-            rate = rates["input"]._replace(note="no cached rate published: billed as input")
-            self._flags.append("cache_read_at_input_rate")
+            looked = self._tariff.no_cached_rate
+            rate = rates["input"]._replace(note=looked or _NO_CACHED_RATE_KNOWN)
+            self._flags.append("cache_read_at_input_rate" if looked else "cache_read_rate_unknown")
         if read:
             self._line("cache_read", read, rate)
 
@@ -221,7 +229,9 @@ class Bill:
                 self._line(name, part, rates[name])
                 out -= part
         if out:
-            self._line("output", out, rates.get("output"))
+            # Some models cost more, answer and all, where they thought before it.
+            thought = rates.get("thinking_output") if tokens.reasoning else None
+            self._line("output", out, thought or rates.get("output"))
 
     # --- lines ---
 

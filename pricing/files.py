@@ -27,7 +27,13 @@ _FILE_BYTES_MAX = 8 << 20
 _HEAD_CHARS = 1000
 _COMPILED = re.compile(r"^compiled = (\S+)$", re.M)
 _SECTION = "\n[[model]]\n"
-RULE_KINDS = ("fee", "derive", "factor", "minimum")  # in the order they are applied
+RULE_KINDS = (
+    "fee",
+    "derive",
+    "factor",
+    "minimum",
+    "no_cached_rate",
+)  # in the order they are applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,9 @@ class Rule:
     kind "factor": `rates` is empty, `factor` multiplies the dimensions in `on` (empty: all tokens).
     kind "fee": `rates` price dimensions that the model's rows do not. kind "derive": dimension
     `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit
-    `on[0]` is billed. `always` factors hold beside a row that prices the same condition itself.
+    `on[0]` is billed. kind "no_cached_rate": somebody looked, and the provider publishes no price
+    of cached input; `note` names where and when. `always` factors hold beside a row that prices
+    the same condition itself.
     """
 
     kind: str
@@ -152,6 +160,9 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
     fees = {k: v for k, v in table.items() if k not in (_RULE_KEYS - {"from", "source"})}
     row = row_of({k: table[k] for k in ("from", "until", "when") if k in table}, None, where)
     on = table.get("on", ())
+    note = noted({"note": ", ".join(f"{k}={v}" for k, v in row.when.items()), **table}) or ""
+    if kind == "no_cached_rate":
+        note = f"no cached rate is published ({source}, {table.get('checked')}): billed as input"
     return Rule(
         kind=kind,
         models=tuple(str(m).lower() for m in table.get("models", ("*",))),
@@ -162,7 +173,7 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
         always=bool(table.get("always", False)),
         start=row.start,
         until=row.until,
-        note=noted({"note": ", ".join(f"{k}={v}" for k, v in row.when.items()), **table}) or "",
+        note=note,
     )
 
 

@@ -88,14 +88,16 @@ def describe(provider: str, changes: list[Change]) -> Iterator[str]:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def rendered(provider: str, upstream: str, compiled: dt.date, history: History) -> str:
+def rendered(
+    provider: str, upstream: str, compiled: dt.date, history: History, script: str = "compile.py"
+) -> str:
     """The history as the TOML of `pricing/data`; `book.py` relies on its layout.
 
     Every model is a section that starts with a line "[[model]]" and holds its names on one line,
     so that a section can be found without parsing the file, and parsed alone.
     """
     lines = [
-        f"# Prices of {provider}, compiled by tools/prices/compile.py: add to the overlay instead.",
+        f"# Prices of {provider}, compiled by tools/prices/{script}: add to the overlay instead.",
         "# Tokens, characters: USD per million; _k: per thousand; _each: per one; hours: per hour.",
         f'provider = "{provider}"',
         f"upstream = {toml_value(upstream)}",

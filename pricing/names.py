@@ -45,7 +45,8 @@ _PRICED_AS: dict[str, tuple[str, ...]] = {
     ),
     "voyage": ("voyageai",),
     "moonshot": ("moonshotai",),
-    "nebius": ("huggingface_nebius",),
+    "nebius": ("nebius", "huggingface_nebius"),
+    "volcengine": ("volcengine", "byteplus"),
     "hyperbolic": ("huggingface_hyperbolic",),
     "sambanova": ("huggingface_sambanova",),
 }

@@ -46,6 +46,7 @@ class Tariff:
     minimums: Mapping[str, Decimal] = field(default_factory=dict)
     missing: str | None = None
     origin: str | None = None  # "override", "overlay" or "compiled"
+    no_cached_rate: str | None = None  # who publishes no price of cached input, and who looked
 
 
 def context_of(conditions: Mapping[str, str]) -> dict[str, str]:
@@ -103,7 +104,8 @@ def tariff_for(
             Level(level.above, override.applied(level.rates), level.marginal) for level in levels
         )
     minimums = {r.on[0]: r.factor for r in rules if r.kind == "minimum"}
-    return Tariff(model_id, levels, minimums, origin=origin)
+    looked = next((rule.note for rule in rules if rule.kind == "no_cached_rate"), None)
+    return Tariff(model_id, levels, minimums, origin=origin, no_cached_rate=looked)
 
 
 def _override_for(

@@ -52,11 +52,12 @@ class Row:
 
 
 _SSL: Mapping[str, tuple[str, str | None]] = {
-    "SSL_read": ("enter_read", "leave_plain"),
-    "SSL_read_ex": ("enter_read_ex", "leave_ex"),
+    # The order in which they are attached: a client's first bytes are its request.
     "SSL_write": ("enter_write", "leave_plain"),
     "SSL_write_ex": ("enter_write_ex", "leave_ex"),
     "SSL_write_ex2": ("enter_write_ex2", "leave_ex"),
+    "SSL_read": ("enter_read", "leave_plain"),
+    "SSL_read_ex": ("enter_read_ex", "leave_ex"),
     "SSL_ctrl": ("enter_ctrl", None),
     "SSL_set_tlsext_host_name": ("enter_set_host", None),
     "SSL_free": ("enter_free", None),

@@ -23,10 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capture import loader, protocol
+from capture.functions.stacks import PROGRAMS
 
 # A helper of another version, after an upgrade, may lay out records, maps or frames in another way:
 # it begins anew.
-LAYOUT = "|".join((protocol.RECORD.format, protocol.CONNECTION.format, loader.source_digest()))
+LAYOUT = "|".join(
+    (protocol.RECORD.format, protocol.CONNECTION.format, loader.source_digest(), *PROGRAMS)
+)
 MESSAGE_BYTES_MAX = 128 * 1024  # what a socket's buffer is sure to hold
 DESCRIPTORS_A_MESSAGE_MAX = 200  # below SCM_MAX_FD (253)
 ANSWER_S_MAX = 5.0  # a supervisor is never that busy, a helper never that slow to start

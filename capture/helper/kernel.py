@@ -50,13 +50,13 @@ class Kernel:
         return values
 
 
-def load_or_inherit(hold: Hold, way: str, ring_bytes: int) -> Kernel:
+def load_or_inherit(hold: Hold, way: str, ring_bytes: int, *, at_once: bool) -> Kernel:
     """What a helper before us has loaded, else the program loaded now. Raises LoadFailed, OSError.
 
     Once it is set up, `keep` has it held for the next helper.
     """
     given = _given(hold, ring_bytes)
-    loaded = given or loader.load(way, ring_bytes)
+    loaded = given or loader.load(way, ring_bytes, at_once=at_once)
     maps = loaded.maps
     return Kernel(
         loaded=loaded,

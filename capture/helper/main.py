@@ -476,7 +476,7 @@ class Helper:
         ]
         report = {
             "loader": self._kernel.loaded.name,
-            "probes": sum(len(file.probes) for file in attached) + len(self._traces),
+            "probes": sum(file.attached for file in attached) + len(self._traces),
             "libraries": sorted({file.path for file in attached}),
             "statistics": statistics,
             "coverage": self._coverage.lines(),
@@ -570,7 +570,8 @@ def _configured(sock: socket.socket, hold: Hold, command: dict[str, Any]) -> Hel
     if command["loader"] == "bcc":
         offer_headers()
     ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
-    kernel = load_or_inherit(hold, command["loader"], ring_bytes)
+    at_once = command.get("at_once") is not False
+    kernel = load_or_inherit(hold, command["loader"], ring_bytes, at_once=at_once)
     relay = _relay(hold, int(command.get("spool_bytes") or SPOOL_BYTES))
     scope = EnforcedScope(
         kernel.maps,

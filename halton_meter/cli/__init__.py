@@ -1,7 +1,7 @@
 """The command line: thin click commands, each imported only when it is called.
 
 Under sudo, root becomes the invoking user here, once for all commands (`privileges.settle`).
-Start-up time is a promise (0.15 s), so this file imports nothing but click: a command's module is
+Start-up time is a promise (0.15 s), so this file imports little but click: a command's module is
 imported when that command runs or prints its own help.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import click
 
 from halton_meter import __version__
+from halton_meter.cli import streams
 
 
 def _for_probes(given: Mapping[str, Any]) -> bool:
@@ -76,6 +77,27 @@ _COMMANDS: dict[str, _Entry] = {
 
 class LazyGroup(click.Group):
     """A click group whose commands are imported on use."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run a command line, whatever the terminal can show and whoever reads the output."""
+        streams.prepare()
+        try:
+            try:
+                return super().main(*args, **more)
+            finally:
+                streams.finish()
+        except streams.OutputRefused as refused:
+            if streams.reader_left(refused):
+                sys.exit(0)
+            from halton_meter.cli.output import fail
+            from halton_meter.problem import Problem
+
+            fail(
+                Problem(
+                    f"cannot write to standard output: {refused.strerror}",
+                    "df -h   (or write it elsewhere)",
+                )
+            )
 
     def make_context(
         self,
@@ -158,9 +180,8 @@ def _settle(*, needs_root: bool) -> None:
         settle(needs_root=needs_root)
     except ConfigError as error:
         from halton_meter.cli.output import fail
-        from halton_meter.problem import Problem
 
-        fail(Problem(error.what, error.fix))
+        fail(*error.problems)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -119,7 +119,8 @@ def daemon(
             say(problem_text(problem))
         sys.exit(1)
     except ConfigError as error:
-        say(problem_text(Problem(error.what, error.fix)))
+        for problem in error.problems:
+            say(problem_text(problem))
         sys.exit(1)
     except Exception as error:  # a fault of ours; Python says where
         say(f"the service ends: {type(error).__name__}: {error}")
@@ -139,7 +140,13 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
     account = accounts.account_named(owner) if owner else accounts.invoking_account()
     home = accounts.home_folder(account=account)
     plan = service.service_plan(
-        account, home, all_users=all_users, users=users, cgroup=cgroup, say=say
+        account,
+        home,
+        all_users=all_users,
+        users=users,
+        cgroup=cgroup,
+        say=say,
+        goes_on=owner is not None,  # `start` has checked it; later it may be a restart
     )
     service.serve(plan, say)
 
@@ -174,7 +181,7 @@ def _proxy_spawner(port: int | None, command: list[str]) -> Callable[[], int]:
     from proxy_fallback.edge import listening
 
     try:
-        listener = listening.listen(port or config.load_proxy(accounts.home_folder()).port)
+        listener = listening.listen(port or config.load(accounts.home_folder()).proxy.port)
     except listening.EdgeError as error:
         raise Unavailable([Problem(error.what, error.fix)]) from None
     return lambda: listening.spawn_on(listener, command)

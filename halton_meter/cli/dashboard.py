@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import fail
 from halton_meter.problem import Problem
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter dashboard                 print the page's address and serve it
   halton-meter dashboard --open          also open it in the web browser
   halton-meter dashboard --port 9000     on a port of your choice
-"""
+""",
 )
 @click.option(
     "--port",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import complain, print_json, say, wrong_usage
 from halton_meter.problem import Problem
 
@@ -50,7 +51,7 @@ class Finding:
     automatic: bool = False
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(cls=Configured, epilog=EXAMPLES)
 @click.option("--fix", is_flag=True, help="Show the commands that fix what fails.")
 @click.option("--apply", is_flag=True, help="With --fix: run them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")

@@ -6,13 +6,12 @@ also when nothing matches; 1 the store cannot be read; 2 wrong usage.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import (
     aligned,
     count_text,
@@ -21,6 +20,7 @@ from halton_meter.cli.output import (
     outcome_text,
     say,
     shown,
+    write_json_lines,
     zone_text,
 )
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
@@ -33,13 +33,14 @@ TABLE_ROWS = 50
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter events                              the latest 50 requests
   halton-meter events --since 1h --project api     one project, the last hour
   halton-meter events --flag implausible           requests with impossible amounts
   halton-meter events --today --json | jq .list_usd
-"""
+""",
 )
 @selection_options
 @click.option(
@@ -55,19 +56,12 @@ def events(limit: int | None, as_json: bool, **options: Any) -> None:
         with store_problems(), Store(home_folder()).reading() as reader:
             found = reader.events(selection, limit)
             if as_json:
-                _write_json_lines(found)
+                write_json_lines(map(event_json, found))
             else:
                 _write_table(list(found), limit)
     except NothingStored as nothing:
         if not as_json:
             say(str(nothing))
-
-
-def _write_json_lines(found: Iterable[PricedEvent]) -> None:
-    import orjson
-
-    for event in found:
-        sys.stdout.buffer.write(orjson.dumps(event_json(event)) + b"\n")
 
 
 _COLUMNS = ("PROVIDER", "MODEL", "PROJECT", "IN", "CACHED", "OUT", "LIST PRICE", "")

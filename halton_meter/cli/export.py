@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import count, fail, say
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import event_json
@@ -46,13 +47,14 @@ _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter export sqlite spend.sqlite                  tables projects, requests, …
   halton-meter export csv november.csv --from 2026-11-01 --to 2026-11-30
   halton-meter export jsonl spend.jsonl --since 7d         as `events --json` prints them
   halton-meter export parquet all.parquet --force          replace an earlier file
-"""
+""",
 )
 @click.argument("form", metavar="sqlite|csv|parquet|jsonl", type=click.Choice(list(_WRITERS)))
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))

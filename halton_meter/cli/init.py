@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import fail, note, print_json, say, wrong_usage
-from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.changes import Commands
@@ -33,7 +33,7 @@ EXAMPLES = """
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(cls=Configured, epilog=EXAMPLES)
 @click.option("--apps", "mode", flag_value="apps", help="Terminals and apps. This is the default.")
 @click.option("--full", "mode", flag_value="full", help="Also set the system proxy settings.")
 @click.option("--env-only", "mode", flag_value="env-only", help="Terminals only.")
@@ -64,6 +64,7 @@ def init(
     keep: bool,
 ) -> None:
     """Set up the local proxy and point your programs to it, without root."""
+    from halton_meter.live.proxy.refusals_file import forget
     from halton_meter.live.proxy.run import ask_service
     from proxy_fallback.setup.changes import ChangeError
     from proxy_fallback.setup.ledger import Ledger
@@ -93,7 +94,8 @@ def init(
                     say(_line(done))
 
             changed = take_steps(machine, choice, ledger, report)
-        ask_service(machine.home, "forget")  # programs that refused our CA are tried again
+        forget(machine.home)  # programs that refused our CA are tried again
+        ask_service(machine.home, "forget")
     except ChangeError as error:
         fail(error.problem, as_json=as_json)
     _print_result(machine, choice.mode, changed, steps, as_json)
@@ -200,17 +202,15 @@ def machine_here(platform: str | None = None) -> Machine:
     import socket
 
     import proxy_fallback
-    from halton_meter import accounts, config
+    from halton_meter import accounts
+    from halton_meter.config import read
     from halton_meter.providers.registry import Registry
     from proxy_fallback.edge import listening
     from proxy_fallback.setup.machine import Machine
 
     home = accounts.home_folder()
-    try:
-        hosts = Registry(config.load(home).extra_hosts).hosts()
-        proxy = config.load_proxy(home)
-    except (config.ConfigError, ValueError) as error:
-        fail(Problem(str(error), ""))
+    chosen = read(home).config  # the command has said what is wrong in it
+    hosts, proxy = Registry(chosen.extra_hosts).hosts(), chosen.proxy
 
     def metering() -> bool:
         from halton_meter.live.proxy.run import service_status

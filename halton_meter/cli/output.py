@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
+from halton_meter.cli.streams import takes_all
 from halton_meter.problem import Problem
 
 UNKNOWN = "-"
@@ -33,6 +34,8 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STEPS = "▁▂▃▄▅▆▇█"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+# Controls, marks that turn the direction of the text, and what takes no room.
+_UNPRINTABLE = re.compile("[\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 # --- printing and failing -------------------------------------------------------------------------
 
@@ -49,7 +52,32 @@ def note(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """Print one JSON object on one line."""
-    click.echo(json.dumps(document, ensure_ascii=False))
+    click.echo(json_line(document))
+
+
+def write_json_lines(documents: Iterable[Any]) -> None:
+    """Print many JSON objects, one a line."""
+    for document in documents:
+        sys.stdout.write(json_line(document) + "\n")
+
+
+def json_line(document: Any) -> str:
+    """A JSON object on one line. What the terminal lacks, or would act upon, is escaped."""
+    import orjson
+
+    try:
+        text = orjson.dumps(document).decode()
+    except TypeError:  # half a character, as a file's name may hold
+        text = json.dumps(document)
+    if text.isascii() and "\x7f" not in text:
+        return text
+    if not takes_all(sys.stdout):
+        return json.dumps(document)
+    return text if text.isprintable() else _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1] if found[0] != "\x7f" else "\\u007f"
 
 
 def problem_text(problem: Problem) -> str:

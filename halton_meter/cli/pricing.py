@@ -16,6 +16,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import (
     count,
     fail,
@@ -65,7 +66,7 @@ for _changing in (set_, reset, refresh):
 _AT = "Price as at this time: 2026-11-23, 2026-11-23T09:30 (local time), 2026-11-23T09:30Z, 7d."
 
 
-@pricing.command(short_help="Show how a price is computed, line by line.")
+@pricing.command(cls=Configured, short_help="Show how a price is computed, line by line.")
 @click.argument("what", metavar="EVENT_ID|FILE|-")
 @click.option("--provider", metavar="NAME", help="The provider, where the body does not show it.")
 @click.option("--model", metavar="NAME", help="The model, where the body names none.")
@@ -238,7 +239,7 @@ def _grouped(quantity: str) -> str:
 # --- list and status ------------------------------------------------------------
 
 
-@pricing.command("list", short_help="List the prices in force.")
+@pricing.command("list", cls=Configured, short_help="List the prices in force.")
 @click.argument("provider", required=False)
 @click.option("--model", "pattern", metavar="GLOB", help="Only models of this name or glob.")
 @click.option("--at", "at", metavar="TIME", help=f"{_AT} Default: now.")
@@ -356,7 +357,7 @@ def _emit(as_json: bool, document: dict[str, Any], line: str) -> None:
         say(line)
 
 
-@pricing.command(short_help="Show the price book, your overrides, unpriced models.")
+@pricing.command(cls=Configured, short_help="Show the price book, your overrides, unpriced models.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(as_json: bool) -> None:
     """Show the price book in use, your overrides, and the unpriced models in stored requests.

@@ -13,6 +13,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import count, fail, note, print_json, say, wrong_usage
 from halton_meter.problem import Problem
 
@@ -40,7 +41,7 @@ def described(override: Override) -> str:
 # --- set and reset ------------------------------------------------------------
 
 
-@click.command("set", short_help="Set your own price for a model.")
+@click.command("set", cls=Configured, short_help="Set your own price for a model.")
 @click.argument("model", metavar="MODEL|GLOB")
 @click.option("--provider", metavar="NAME", help="Only this provider's model of that name.")
 @click.option(
@@ -150,7 +151,7 @@ def _providers_named() -> set[str]:
     return {each.id for each in built_in()} | set(open_book().providers())
 
 
-@click.command(short_help="Remove overrides.")
+@click.command(cls=Configured, short_help="Remove overrides.")
 @click.argument("model", metavar="MODEL|GLOB", required=False)
 @click.option("--provider", metavar="NAME", help="Only this provider's overrides.")
 @click.option("--all", "everything", is_flag=True, help="Remove every override.")
@@ -196,7 +197,7 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
 # --- refresh ------------------------------------------------------------
 
 
-@click.command(short_help="Install newer prices from a bundle.")
+@click.command(cls=Configured, short_help="Install newer prices from a bundle.")
 @click.option(
     "--file", "path", type=click.Path(path_type=Path), help="A price bundle on this machine."
 )

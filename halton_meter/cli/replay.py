@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.losses import losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
@@ -35,8 +36,10 @@ from halton_meter.cli.output import (
     outcome_text,
     say,
     shown,
+    write_json_lines,
     zone_text,
 )
+from halton_meter.cli.streams import OutputRefused, reader_left
 from halton_meter.contract import event_json, usd_text
 from halton_meter.model import Outcome, PricedEvent
 from halton_meter.problem import Problem
@@ -197,17 +200,21 @@ def _remark(event: PricedEvent) -> str:
 class Output:
     """Prints events; keeps none."""
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
-        self._as_json = as_json
-        self._quiet = quiet
+    def __init__(self, job: Job) -> None:
+        self._as_json, self._quiet, self._goes_on = job.as_json, job.quiet, job.keep
         self._began = False
 
     def event(self, event: PricedEvent) -> None:
-        """Print one event."""
-        if self._as_json:
-            import orjson
+        """Print one event. Once a reader such as `head` has left, storing goes on without it."""
+        try:
+            self._print(event)
+        except OutputRefused as refused:
+            if not (self._goes_on and reader_left(refused)):
+                raise
 
-            sys.stdout.buffer.write(orjson.dumps(event_json(event)) + b"\n")
+    def _print(self, event: PricedEvent) -> None:
+        if self._as_json:
+            write_json_lines([event_json(event)])
             return
         if self._quiet:
             return
@@ -219,7 +226,7 @@ class Output:
     def summary(self, summary: Summary, findings: Findings, losses: Counter[str]) -> None:
         """Print the last lines of the table."""
         if self._as_json:
-            sys.stdout.buffer.flush()
+            sys.stdout.flush()
             return
         if self._began:
             click.echo()
@@ -339,7 +346,7 @@ class Replay:
             files, job.keys, self._is_wanted, self._progress, job.unpack_ratio
         )
         self._problems = problems
-        self._output, self._summary = Output(job.as_json, job.quiet), Summary()
+        self._output, self._summary = Output(job), Summary()
         self._sightings = HeldSightings(HELD_EVENTS_MAX, PRINTED_EVENTS_MAX)
         self._store = _open_store(home) if job.keep else None
         self._waiting: list[PricedEvent] = []
@@ -442,7 +449,7 @@ def _open_store(home: Path) -> Store:
     return Store(home)
 
 
-@click.command()
+@click.command(cls=Configured)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…")
 @click.option(
     "--keys",
@@ -490,13 +497,9 @@ def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     try:
         return Replay(job, files, problems).run()
     except ConfigError as error:
-        fail(Problem(error.what, error.fix))
+        fail(*error.problems)
     except (TsharkMissing, PriceError) as error:
         fail(Problem(str(error), ""))
-    except BrokenPipeError:
-        # The reader (head, less) has closed the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
     except OSError as error:  # a full disk under the output, the secrets, or the store
         where = f" ({error.filename})" if error.filename else ""
         fail(Problem(f"{error.strerror or error}{where}", "df -h"))

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.losses import losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
@@ -68,6 +69,7 @@ def _read_by(
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter report --today                      what today cost, by model
@@ -75,7 +77,7 @@ Examples:
   halton-meter report --since 7d --vs-previous     compared with the 7 days before
   halton-meter report --by day,model --csv         for a spreadsheet
   halton-meter report --json | jq .totals.list_usd
-"""
+""",
 )
 @selection_options
 @click.option(

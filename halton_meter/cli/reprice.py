@@ -14,6 +14,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import count, money_text, print_json, say, shown
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import usd_text
@@ -72,12 +73,13 @@ class Change:
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter reprice --dry-run                   what today's price book would change
   halton-meter reprice --model my-model            one model, e.g. after: pricing set
   halton-meter reprice --since 30d --json          the changes, for a script
-"""
+""",
 )
 @selection_options
 @click.option("--dry-run", is_flag=True, help="Show what would change; store nothing.")

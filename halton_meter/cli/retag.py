@@ -9,17 +9,19 @@ from __future__ import annotations
 import click
 
 from halton_meter.accounts import home_folder
+from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import count, print_json, say, wrong_usage
 from halton_meter.cli.selection import now_ns, store_problems
 from halton_meter.store import NothingStored, Store
 
 
 @click.command(
+    cls=Configured,
     epilog="""\b
 Examples:
   halton-meter retag --from misc --to website             how many requests would move
   halton-meter retag --from misc --to website --apply     move them
-"""
+""",
 )
 @click.option("--from", "before", required=True, metavar="PROJECT", help="The project to empty.")
 @click.option("--to", "after", required=True, metavar="PROJECT", help="The project to fill.")

@@ -95,6 +95,7 @@ def run(
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
     try:
+        _settle_configuration()
         if via == "proxy" or java:
             result = _through_proxy(command, java)
         else:
@@ -102,7 +103,7 @@ def run(
     except Unavailable as error:
         fail(*error.problems)
     except ConfigError as error:
-        fail(Problem(error.what, error.fix))
+        fail(*error.problems)
     if json_summary is not None:
         _write_summary(json_summary, result)
     if not quiet:
@@ -111,7 +112,8 @@ def run(
 
 
 def _through_probes(command: Sequence[str], via: str) -> RunResult:
-    from halton_meter import accounts, privileges
+    from halton_meter import accounts, config, privileges
+    from halton_meter.cli.configured import told
     from halton_meter.live import own_code
     from halton_meter.live.probes import service
     from halton_meter.live.probes.supervisor import Plan
@@ -124,6 +126,7 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     control = _service(home, account.uid)
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
+        told(config.read(home))
         return service.run_watched(command, environment, account, control)
     if not accounts.is_root() and via == "auto":
         note(
@@ -133,8 +136,9 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
         return _through_proxy(command)
     if not accounts.is_root():
         raise Unavailable([_not_root(command)])
-    chosen, hosts = service.configured(account, home)
-    plan = Plan(account, home, chosen, hosts, service=False)
+    found, hosts = service.read_configuration(account, home)
+    told(found)
+    plan = Plan(account, home, found.config, hosts, service=False)
     return service.run_command(command, environment, plan)
 
 
@@ -165,11 +169,40 @@ def _not_root(command: Sequence[str]) -> Problem:
 
 def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     from halton_meter import accounts, config
+    from halton_meter.cli.configured import told
     from halton_meter.live.proxy.run import meter_command
 
     home = accounts.home_folder()
-    hosts, upstream = config.load(home).extra_hosts, config.load_proxy(home).upstream
+    found = config.read(home)
+    told(found)
+    hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
     return meter_command(command, home, os.environ, hosts, upstream, java)
+
+
+def _settle_configuration() -> None:
+    """Whatever the data folder is, the command runs: in a folder of its own if need be."""
+    import atexit
+    import shutil
+    import tempfile
+
+    from halton_meter import accounts
+    from halton_meter.cli.configured import no_folder, told_of_variables
+    from halton_meter.config import ConfigError
+
+    told_of_variables(os.environ)
+    try:
+        what = no_folder(accounts.home_folder())
+    except ConfigError as error:
+        what = error.what
+    if what is None:
+        return
+    note(f"{what}; what this run uses is in its summary only")
+    folder = tempfile.mkdtemp(prefix="halton-meter-")
+    account = accounts.invoking_account()
+    if accounts.is_root():
+        os.chown(folder, account.uid, account.gid)
+    os.environ[accounts.HOME_VARIABLE] = folder
+    atexit.register(shutil.rmtree, folder, True)
 
 
 # --- the summary --------------------------------------------------------------------------------
@@ -211,6 +244,8 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
+    from halton_meter.live.unmetered import lines as unmetered_lines
+
     totals = result.totals
     lines = []
     if totals.gapped or totals.aborted or totals.failed:
@@ -224,7 +259,10 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
-    lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in result.losses.items()]
+    # What passed the proxy unmetered has lines of its own below.
+    lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
+    lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
+    lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
     if result.price_error:
         lines.append(f"  {result.price_error}")
     if result.store_error:
@@ -251,6 +289,7 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "outages": outages,
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
+        "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,
     }

@@ -120,13 +120,17 @@ def _start_probes(
 def _prepare(account: Account, home: Path) -> None:
     """Fail now for what the service would only write into its log."""
     from halton_meter import config, privileges
+    from halton_meter.cli.configured import told
     from halton_meter.live.probes import service
 
     try:
-        service.configured(account, home)
+        of_root = config.read_system()
+        own, _ = service.read_configuration(account, home)
+        if told(config.joined(of_root, own)):
+            sys.exit(1)
         privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
     except config.ConfigError as error:
-        fail(Problem(error.what, error.fix or f"edit {home / 'config.toml'}, then start again"))
+        fail(*error.problems)
     except OSError as error:
         fail(Problem(f"cannot make {home}: {error.strerror}", f"ls -ld {home.parent}"))
 
@@ -183,15 +187,14 @@ def _wait_for(
 
 
 def _start_proxy() -> None:
-    from halton_meter import accounts, config
+    from halton_meter import accounts
+    from halton_meter.cli.configured import require_sound
     from halton_meter.live.control import PROXY_SOCKET_NAME, ask_service
 
+    require_sound()
     home = accounts.home_folder()
     try:
-        config.load_proxy(home)
         home.mkdir(0o700, parents=True, exist_ok=True)
-    except config.ConfigError as error:
-        fail(Problem(error.what, error.fix or f"edit {home / 'config.toml'}, then start again"))
     except OSError as error:
         fail(Problem(f"cannot make {home}: {error.strerror}", f"ls -ld {home.parent}"))
     found = ask_service(home, "status", name=PROXY_SOCKET_NAME)

@@ -33,8 +33,10 @@ def status(as_json: bool) -> None:
     Exit codes: 0 what runs is healthy; 1 nothing runs, or something is degraded.
     """
     from halton_meter import accounts
+    from halton_meter.cli.configured import told_here
     from halton_meter.live.control import PROXY_SOCKET_NAME, ask_service
 
+    wrong = told_here()
     home = accounts.home_folder()
     found = ask_service(home, "status") or {"health": "stopped", "home": str(home)}
     if (proxy := ask_service(home, "status", name=PROXY_SOCKET_NAME)) is not None:
@@ -45,7 +47,7 @@ def status(as_json: bool) -> None:
         click.echo(json.dumps(found))  # ASCII: a path may hold bytes that are no text
     else:
         say("\n".join(status_lines(found)))
-    sys.exit(0 if found["health"] == "ok" else 1)
+    sys.exit(1 if wrong or found["health"] != "ok" else 0)
 
 
 def _worse(uprobes: str, proxy: str) -> str:
@@ -115,6 +117,11 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     ]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
+    if found.get("config_error"):
+        lines += [f"  not used: {line}" for line in found["config_error"].split("\n")]
+        lines.append("    the rest of the configuration is in use")
+        if found.get("source") != "proxy":
+            lines.append(f"    once it is corrected: {_restart_command(found)}")
     if found["store_error"]:
         lines.append(f"  since {_time(found['store_error_since'])}: {found['store_error']}")
     for path in found.get("damaged_databases") or ():

@@ -43,7 +43,7 @@ def stop(via: str) -> None:
             privileges.as_account(account, lambda: _stop_proxy(home))
         )
     except config.ConfigError as error:
-        fail(Problem(error.what, error.fix or "halton-meter stop --via proxy"))
+        fail(*error.problems)
     if via == "proxy":
         if not stopped:
             click.echo("the proxy was not running")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from halton_meter.cli.configured import Tolerant
 from halton_meter.cli.output import count, fail, print_json, say
 from halton_meter.problem import Problem
 
@@ -27,7 +28,7 @@ EXAMPLES = """
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(cls=Tolerant, epilog=EXAMPLES)
 @click.option("--purge", is_flag=True, help="Also remove all data: events, settings, logs.")
 @click.option("--yes", is_flag=True, help="Do not ask before removing data.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")

@@ -6,17 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halton_meter.live.totals import Totals
+from halton_meter.live.unmetered import Unmetered
 
 
 @dataclass(slots=True)
 class RunResult:
     """`losses` are counts by cause, `coverage` the processes that used TLS, `outages` the times
-    without metering as (from_ns, to_ns, cause). `exit_code` is the command's, 128 + its signal.
+    without metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to
+    providers that were not metered. `exit_code` is the command's, 128 + its signal.
     """
 
     totals: Totals = field(default_factory=Totals)
     losses: dict[str, int] = field(default_factory=dict)
     coverage: list[dict[str, Any]] = field(default_factory=list)
+    unmetered: list[Unmetered] = field(default_factory=list)
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None

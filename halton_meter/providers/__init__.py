@@ -48,7 +48,9 @@ class Provider:
     whole (fullmatch) against names that no provider lists: a region opened after this list was
     written, a private endpoint. Like those hosts, such names are only metered where they turn up.
     `counter`, set by the registry, counts the text of answers that state no usage (None: by its
-    characters).
+    characters). `states_cost` says that a cost which an answer of these hosts states is what is
+    paid, in US dollars (`reading/charges.py`): true of gateways, of resellers that bill in dollars
+    and of the user's own hosts, not of a maker, whose answers have no such field.
 
     The last two tell whose an answer is that was kept without its host: `models` is searched in the
     lower-case name of the model, and `answer_header` begins the name of a header that only answers
@@ -62,5 +64,6 @@ class Provider:
     captured: bool = True
     host_pattern: re.Pattern[str] | None = None
     counter: Counter | None = None
+    states_cost: bool = False
     models: re.Pattern[str] | None = None
     answer_header: str | None = None

@@ -11,15 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from halton_meter.model import Body, Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
 from halton_meter.providers.openai.text import read_chat
+from halton_meter.providers.openai.usage import usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
 from halton_meter.providers.reading.counts import read_batch_created, read_count
 from halton_meter.providers.reading.draft import BILLED, Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under, tokens_of
+from halton_meter.providers.reading.statements import (
+    all_of,
+    counts_tokens,
+    prompt_total,
+    usages_in,
+)
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -49,6 +57,8 @@ ANSWER_KEYS = (b"text", b"thinking", b"partial_json")
 
 def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> Tokens:
     """The disjoint tokens of one usage object or iteration."""
+    if not any(name in usage for name in _OWN_COUNTS) and counts_tokens(usage):
+        return usage_tokens(counts, usage)[0]  # a gateway's, in OpenAI's words
     written = counts.of(usage, "cache_creation_input_tokens")
     split = {} if split_stale else as_dict(usage.get("cache_creation"))
     five = counts.of(split, "ephemeral_5m_input_tokens")
@@ -58,7 +68,7 @@ def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> To
         counts.mismatch = True
         five, hour, known = None, None, None
     unsplit = written if known is None else counts.rest(written, known) or None
-    return Tokens(
+    tokens = Tokens(
         input=counts.of(usage, "input_tokens"),
         cache_read=counts.of(usage, "cache_read_input_tokens"),
         cache_write_5m=five,
@@ -67,6 +77,14 @@ def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> To
         output=counts.of(usage, "output_tokens"),
         reasoning=counts.of(as_dict(usage.get("output_tokens_details")), "thinking_tokens"),
     )
+    total = counts.of(usage, "total_tokens")  # which only imitators state
+    plain, whole = (plus(part, tokens.output) for part in (tokens.input, prompt_total(tokens)))
+    if total is not None and total not in (plain, whole):
+        counts.mismatch = True
+    return tokens
+
+
+_OWN_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens")
 
 
 def message_parts(
@@ -140,22 +158,66 @@ def _units(counts: Counts, usage: Json) -> dict[str, int]:
     return {name: count for name in names if (count := counts.of(tools, name))}
 
 
-def overlaid(begun: Json, end: Json) -> tuple[Json, bool]:
-    """A stream's usage, the end's counts over the start's, and whether the start's split is stale.
+# The counts of the input side, which a dialect may restate in other parts: what was read from a
+# cache is input at the start, where the provider learns of it later (Kimi).
+_INPUT_SIDE = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
-    The end is cumulative and leaves out the cache split, tier and place.
+
+class Overlaid(NamedTuple):
+    """A stream's usage, the end's counts over the start's.
+
+    `stale`: the start's cache split is of another count. `fell`: the end states less than before.
     """
-    stated = {name: value for name, value in end.items() if value is not None}
-    written = begun.get("cache_creation_input_tokens")
-    changed = stated.get("cache_creation_input_tokens", written) != written
-    return {**begun, **stated}, changed and "cache_creation" not in stated
+
+    usage: Json
+    stale: bool
+    fell: bool
+
+
+def overlaid(start: Json, *ends: Json) -> Overlaid:
+    """A stream's usage from the message of its start and later usages, each over those before it.
+
+    They are cumulative and leave out the cache split, tier and place. What has less (of all input,
+    cached or not; of output) takes nothing away: gateways end a stream with zeros. The start's
+    output is a beginning that nothing has to exceed, and a refusal's is zero.
+    """
+    begun = as_dict(start.get("usage"))
+    refused = start.get("stop_reason") == "refusal"
+    usage = dict(begun)
+    stale = fell = output_stated = False
+    for end in ends:
+        stated = {name: value for name, value in end.items() if value is not None}
+        whole = {**usage, **stated}
+        if _input_of(whole) < _input_of(usage):
+            fell = True
+            for name in (*_INPUT_SIDE, "cache_creation"):
+                stated.pop(name, None)
+        went, before = _count_of(stated, "output_tokens"), _count_of(usage, "output_tokens")
+        less = went < before and (output_stated or not (went or refused))
+        if "output_tokens" in stated and less:
+            fell = True
+            del stated["output_tokens"]
+        output_stated = output_stated or "output_tokens" in stated
+        written = usage.get("cache_creation_input_tokens")
+        if stated.get("cache_creation_input_tokens", written) != written:
+            stale = "cache_creation" not in stated
+        usage |= stated
+    return Overlaid(usage, stale, fell)
+
+
+def _input_of(usage: Json) -> int:
+    return sum(_count_of(usage, name) for name in _INPUT_SIDE)
+
+
+def _count_of(usage: Json, name: str) -> int:
+    return Counts().of(usage, name) or 0
 
 
 # --- one message, whole or streamed -------------------------------------------------------------
 
 
-def _streamed(body: Body) -> tuple[Json, Json, bytes, bool]:
-    """(message of the start, the deltas overlaid, the text of the last, whether a delta came)."""
+def _streamed(body: Body) -> tuple[Json, list[tuple[Json, bytes]]]:
+    """The message of the start, and the usages that deltas state, each with its text."""
     start: Json = {}
     for event in formats.first_events(body, 3):
         if b'"message_start"' in event.data:
@@ -164,22 +226,27 @@ def _streamed(body: Body) -> tuple[Json, Json, bytes, bool]:
     else:
         for data in formats.sse_data_containing(body, b'"message_start"')[:1]:
             start = as_dict(as_dict(formats.loads(data)).get("message"))
-    end: Json = {}
-    text = b""
-    found = False
+    ends: list[tuple[Json, bytes]] = []
     for data in formats.sse_data_containing(body, b'"message_delta"')[-MESSAGES_EVENTS_MAX:]:
         value = as_dict(formats.loads(data))
         if value.get("type") != "message_delta":
             continue
-        usage = value.get("usage")
-        if isinstance(usage, dict):
-            found = True
-            text = data
-            end = {**end, **{k: v for k, v in usage.items() if v is not None}}
+        ends += [(usage, data) for usage, _ in usages_in(value)][:1]
         reason = as_dict(value.get("delta")).get("stop_reason")
         if reason is not None:
             start = {**start, "stop_reason": reason}
-    return start, end, text, found
+    for event in () if ends else formats.last_events(body, 3):  # an event of a gateway's own
+        value = as_dict(formats.loads(event.data))
+        if value.get("type") != "message_start":
+            ends += [(usage, event.data) for usage, _ in usages_in(value)][:1]
+    return start, ends
+
+
+def fill_overlaid(draft: Draft, start: Json, whole: Overlaid) -> None:
+    """Fill a draft from a stream's start and the usage that it came to."""
+    fill_message(draft, start, whole.usage, whole.stale)
+    if whole.fell:
+        draft.flags.add("counts_fell")
 
 
 def fill_message(draft: Draft, message: Json, usage: Json, stale: bool = False) -> None:
@@ -246,10 +313,10 @@ def message_event(draft: Draft) -> None:
     if message is None:
         _salvaged(draft, body)
         return
-    usage = message.get("usage")
+    usage, name = next(usages_in(message), (message.get("usage"), "usage"))
     if isinstance(usage, dict):
         fill_message(draft, message, usage)
-        draft.raw_usage = verbatim(body.pieces[0], b"usage", usage).text
+        draft.raw_usage = verbatim(body.pieces[0], name.encode(), usage).text
     else:
         draft.model = as_name(message.get("model"))
         draft.response_id = as_id(message.get("id"))
@@ -269,17 +336,17 @@ def _salvaged(draft: Draft, body: Body) -> None:
 
 
 def _streamed_event(draft: Draft, body: Body) -> None:
-    start, end, text, finished = _streamed(body)
+    start, ends = _streamed(body)
     begun = as_dict(start.get("usage"))
     for event in formats.last_events(body, 2):
         value = formats.loads(event.data)
         if error_object(value) is not None:
             draft.fail(value, in_stream=True)
-    if finished:
-        usage, stale = overlaid(begun, end)
-        fill_message(draft, start, usage, stale)
-        raw = verbatim(text, b"usage", end).text
-        draft.raw_usage = raw if not begun else f"[{verbatim(b'', b'', begun).text},{raw}]"
+    if ends:
+        fill_overlaid(draft, start, overlaid(start, *(usage for usage, _ in ends)))
+        raws = [verbatim(b"", b"", begun).text] if begun else []
+        raws += [verbatim(text, b"usage", usage).text for usage, text in ends]
+        draft.raw_usage = all_of(raws)
         if not begun:
             draft.flags.add("gapped")
         return

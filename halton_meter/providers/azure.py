@@ -62,11 +62,15 @@ ROUTES = tuple(
 )
 
 PROVIDERS = (
-    Provider("azure_openai", ("*.openai.azure.com", "*.openai.azure.us"), ROUTES),
+    Provider(
+        "azure_openai", ("*.openai.azure.com", "*.openai.azure.us", "*.openai.azure.cn"), ROUTES
+    ),
     Provider(
         "azure_ai_foundry",
         (
             "*.services.ai.azure.com",
+            "*.services.ai.azure.us",
+            "*.services.ai.azure.cn",
             "*.models.ai.azure.com",
             "*.inference.ai.azure.com",
             "models.inference.ai.azure.com",
@@ -80,5 +84,9 @@ PROVIDERS = (
             ),
         ),
     ),
-    Provider("azure_openai", ("*.cognitiveservices.azure.com",), ROUTES),
+    Provider(
+        "azure_openai",
+        tuple(f"*.cognitiveservices.azure.{cloud}" for cloud in ("com", "us", "cn")),
+        ROUTES,
+    ),
 )

@@ -16,13 +16,22 @@ from urllib.parse import unquote
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Reader, Route
-from halton_meter.providers.anthropic import begun_only, fill_message, overlaid, read_messages
+from halton_meter.providers.anthropic import (
+    MESSAGES_EVENTS_MAX,
+    begun_only,
+    fill_message,
+    fill_overlaid,
+    overlaid,
+    read_messages,
+)
+from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.openai.usage import usage_tokens
 from halton_meter.providers.reading.bodies import documents, form
 from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, unanswered
 from halton_meter.providers.reading.estimate import texts_keyed
+from halton_meter.providers.reading.statements import all_of, prompt_total
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -92,7 +101,7 @@ def converse_tokens(counts: Counts, usage: Json) -> Tokens:
     split = plus(five, hour)
     if split is not None and (written or 0) < split:
         counts.mismatch = written is not None
-    return Tokens(
+    tokens = Tokens(
         input=counts.of(usage, "inputTokens", "inputTokenCount"),
         cache_read=counts.of(usage, "cacheReadInputTokens", "cacheReadInputTokenCount"),
         cache_write_5m=five,
@@ -100,6 +109,11 @@ def converse_tokens(counts: Counts, usage: Json) -> Tokens:
         cache_write=written if split is None else counts.rest(written, split) or None,
         output=counts.of(usage, "outputTokens", "outputTokenCount"),
     )
+    total = counts.of(usage, "totalTokens", "totalTokenCount")
+    plain = plus(tokens.input, tokens.output)
+    if total is not None and total not in (plain, plus(prompt_total(tokens), tokens.output)):
+        counts.mismatch = True
+    return tokens
 
 
 def _fill_converse(draft: Draft, answer: Json, text: bytes) -> None:
@@ -190,14 +204,14 @@ def read_invoke(exchange: Exchange, route: Route, provider: Provider) -> Iterato
 
 def _invoke_events(draft: Draft, events: list[Json]) -> None:
     start: Json = {}
-    end: Json = {}
+    ends: list[Json] = []
     metrics: Json = {}
     final: Json = {}
     for event in events:
         if event.get("type") == "message_start":
             start = as_dict(event.get("message"))
         elif event.get("type") == "message_delta":
-            end = {**end, **as_dict(event.get("usage"))}
+            ends.append(as_dict(event.get("usage")))
             reason = as_dict(event.get("delta")).get("stop_reason")
             start = {**start, "stop_reason": reason} if reason else start
         inner = as_dict(event.get("metadata")).get("usage") or event.get("usage")
@@ -207,16 +221,16 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
     draft.response_id = as_id(next((e["id"] for e in events if e.get("id")), None))
     draft.model = as_name(next((e["model"] for e in events if e.get("model")), None))
     begun = as_dict(start.get("usage"))
-    if begun and not end and not metrics:
+    if begun and not any(ends) and not metrics:
         begun_only(draft, start, texts_keyed(events, _ANSWER_KEYS))
-    elif begun and end:
-        usage, stale = overlaid(begun, end)
-        fill_message(draft, start, usage, stale)
-        draft.raw_usage = verbatim(b"", b"", usage).text
-    elif end:  # the start is lost: of what it says Bedrock's account has the most
-        usage = {**_messages_words(metrics), **end}
-        fill_message(draft, {"id": draft.response_id, "model": draft.model, **start}, usage)
-        draft.raw_usage = verbatim(b"", b"", usage).text
+    elif any(ends):
+        if not begun:  # the start is lost: of what it says Bedrock's account has the most
+            named = {"id": draft.response_id, "model": draft.model}
+            start = {**named, **start, "usage": _messages_words(metrics)}
+        whole = overlaid(start, *ends[-MESSAGES_EVENTS_MAX:])
+        fill_overlaid(draft, start, whole)
+        stated = (begun, *ends[-MESSAGES_EVENTS_MAX:], metrics)
+        draft.raw_usage = all_of(verbatim(b"", b"", each).text for each in stated if each)
     elif final:
         _fill_known(draft, final, b"")
     elif metrics:
@@ -404,11 +418,14 @@ _AWS_REGIONS = (
     *("ap-southeast-4", "ap-southeast-5", "ap-southeast-6", "ap-southeast-7"),
 )
 RUNTIME_HOSTS = tuple(
-    f"bedrock-runtime{fips}.{region}.amazonaws.com"
+    f"bedrock-runtime{fips}.{region}.{domain}"
     for region in _AWS_REGIONS
     for fips in ("", "-fips")
+    for domain in ("amazonaws.com", "api.aws")
 )
 MANTLE_HOSTS = tuple(f"bedrock-mantle.{region}.api.aws" for region in _AWS_REGIONS)
+# Claude Platform on AWS: Anthropic's own API, models and prices, billed by AWS.
+CLAUDE_HOSTS = tuple(f"aws-external-anthropic.{region}.api.aws" for region in _AWS_REGIONS)
 
 PROVIDERS = (
     Provider(
@@ -416,7 +433,8 @@ PROVIDERS = (
         RUNTIME_HOSTS,
         RUNTIME_ROUTES,
         host_pattern=re.compile(
-            r"(?:[^.]+\.)?bedrock-runtime(?:-fips)?\.[^.]+(?:\.vpce)?\.amazonaws\.com(?:\.cn)?"
+            r"(?:[^.]+\.)?bedrock-runtime(?:-fips)?\.[^.]+(?:\.vpce)?"
+            r"\.(?:amazonaws\.com(?:\.cn)?|api\.aws)"
         ),
         models=re.compile(r"anthropic\.claude|^amazon\."),
     ),
@@ -424,6 +442,12 @@ PROVIDERS = (
         "bedrock",
         MANTLE_HOSTS,
         MANTLE_ROUTES,
-        host_pattern=re.compile(r"bedrock-mantle\.[^.]+\.api\.aws"),
+        host_pattern=re.compile(r"(?:[^.]+\.)?bedrock-mantle\.[^.]+(?:\.vpce)?\.api\.aws"),
+    ),
+    Provider(
+        "anthropic",
+        CLAUDE_HOSTS,
+        ANTHROPIC_ROUTES,
+        host_pattern=re.compile(r"(?:[^.]+\.)?aws-external-anthropic\.[^.]+(?:\.vpce)?\.api\.aws"),
     ),
 )

@@ -7,12 +7,13 @@ differs in nothing, add its row.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
-from halton_meter.providers import Provider, Route
-from halton_meter.providers.anthropic import read_messages
+from halton_meter.providers import Provider, Reader, Route
+from halton_meter.providers.anthropic import message_event, read_messages
 from halton_meter.providers.openai.media import media_routes
 from halton_meter.providers.openai.text import read_chat, route, text_routes
 from halton_meter.providers.openai.usage import Dialect, cost_of, usage_tokens
@@ -20,6 +21,13 @@ from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.statements import (
+    all_of,
+    counts_tokens,
+    is_count,
+    most_complete,
+    usages_in,
+)
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -52,21 +60,42 @@ def read_ollama(exchange: Exchange, route: Route, provider: Provider) -> Iterato
         last: Json = lines[-1] if lines else {}
         draft.fail(last, in_stream=len(lines) > 1)
         draft.model = as_name(last.get("model"))
-        counts = Counts()
-        tokens = Tokens(
-            input=counts.of(last, "prompt_eval_count"), output=counts.of(last, "eval_count")
-        )
-        if tokens != Tokens():
-            draft.parts = [Usage(draft.model or draft.request_model, tokens)]
-            names = ("prompt_eval_count", "eval_count")
-            kept = {name: last[name] for name in names if name in last}
-            draft.raw_usage = verbatim(b"", b"", kept).text
-            draft.flags |= counts.flags()
+        counted = [line for line in lines if counts_tokens(line)][-_COUNTED_LINES_MAX:]
+        if counted:
+            _fill_whole(draft, _ollama_tokens, counted)
         elif draft.error_class is None:
             draft.usage_not_sent(
                 texts_under(exchange.response.body, (b"response", b"content", b"thinking"))
             )
     yield draft.event()
+
+
+# A server of Ollama's counts in the last line; of what imitates it the last that count matter.
+_COUNTED_LINES_MAX = 64
+
+
+def _ollama_tokens(counts: Counts, line: Json) -> Tokens:
+    """The tokens of a line; what was served from a cache is part of the prompt."""
+    cached = counts.of(line, "prompt_eval_cached_count")
+    return Tokens(
+        input=counts.rest(counts.of(line, "prompt_eval_count"), cached),
+        cache_read=cached,
+        output=counts.of(line, "eval_count"),
+    )
+
+
+def _fill_whole(
+    draft: Draft, read: Callable[[Counts, Json], Tokens], holders: Sequence[Json]
+) -> None:
+    """Fill a draft from objects that count at their top level, the last that has most of it."""
+    counts = Counts()
+    tokens, _, fell = most_complete((read(counts, each), {}) for each in holders)
+    draft.parts = [Usage(draft.model or draft.request_model, tokens)]
+    kept = ({n: v for n, v in each.items() if is_count(n)} for each in holders)
+    draft.raw_usage = all_of(verbatim(b"", b"", each).text for each in kept)
+    draft.flags |= counts.flags()
+    if fell:
+        draft.flags.add("counts_fell")
 
 
 # --- watsonx ------------------------------------------------------------------------------------
@@ -77,22 +106,34 @@ def read_watsonx(exchange: Exchange, route: Route, provider: Provider) -> Iterat
     draft = begin(exchange, route, provider)
     draft.request_model = draft.request_model or as_name(draft.request.get("model_id"))
     if not unanswered(draft):
-        found = list(documents(exchange, 5))
-        draft.fail(found[0][0] if found else None)
-        answer: Json = next((v for v, _ in found if dicts(v.get("results"))), {})
-        draft.model = as_name(answer.get("model_id"))
-        counts = Counts()
-        results = dicts(answer.get("results"))
-        tokens = Tokens(
-            input=plus(*(counts.of(result, "input_token_count") for result in results)),
-            output=plus(*(counts.of(result, "generated_token_count") for result in results)),
-        )
-        if tokens != Tokens():
-            draft.parts = [Usage(draft.model or draft.request_model, tokens)]
-            draft.flags |= counts.flags()
+        found = [value for value, _ in documents(exchange, 5)]
+        draft.fail(found[0] if found else None)
+        # A stream counts its input in the first event alone, its output in each.
+        events = formats.first_events(exchange.response.body, 4) if draft.streaming else ()
+        found += [as_dict(formats.loads(event.data)) for event in events][::-1]
+        answers = [value for value in reversed(found) if _watsonx_counts(value)]
+        draft.model = as_name(next((v["model_id"] for v in found if v.get("model_id")), None))
+        if answers:
+            _fill_whole(draft, _watsonx_tokens, [_watsonx_counts(value) for value in answers])
         elif draft.error_class is None:
             draft.usage_not_sent()
     yield draft.event()
+
+
+def _watsonx_counts(answer: Json) -> Json:
+    """The counts of an answer's results, summed, or of an answer itself (embeddings)."""
+    results = dicts(answer.get("results"))
+    counts = Counts()
+    names = ("input_token_count", "generated_token_count")
+    sums = {name: plus(*(counts.of(each, name) for each in results or [answer])) for name in names}
+    return {name: count for name, count in sums.items() if count is not None}
+
+
+def _watsonx_tokens(counts: Counts, stated: Json) -> Tokens:
+    return Tokens(
+        input=counts.of(stated, "input_token_count"),
+        output=counts.of(stated, "generated_token_count"),
+    )
 
 
 # --- Replicate ----------------------------------------------------------------------------------
@@ -145,12 +186,12 @@ def read_inner(exchange: Exchange, route: Route, provider: Provider) -> Iterator
         draft.fail(found[0][0] if found else None)
         for answer, text in found:
             inner = as_dict(answer.get("result")) or answer
-            usage = inner.get("usage")
-            if isinstance(usage, dict):
+            usage, name = next(usages_in(inner), (None, "usage"))
+            if usage is not None:
                 counts = Counts()
                 tokens, details = usage_tokens(counts, usage)
                 draft.parts = [Usage(draft.request_model, tokens, {}, details)]
-                draft.raw_usage = verbatim(text, b"usage", usage).text
+                draft.raw_usage = verbatim(text, name.encode(), usage).text
                 draft.flags |= counts.flags()
                 break
         else:
@@ -165,14 +206,15 @@ def read_aleph(exchange: Exchange, route: Route, provider: Provider) -> Iterator
     if not unanswered(draft):
         answer, _ = next(documents(exchange), ({}, b""))
         draft.fail(answer)
-        counts = Counts()
-        tokens = Tokens(
-            input=counts.of(answer, "num_tokens_prompt_total"),
-            output=counts.of(answer, "num_tokens_generated"),
-        )
-        draft.parts = [Usage(draft.request_model, tokens)] if tokens != Tokens() else []
-        draft.flags |= counts.flags()
+        _fill_whole(draft, _aleph_tokens, [answer])
     yield draft.event()
+
+
+def _aleph_tokens(counts: Counts, answer: Json) -> Tokens:
+    return Tokens(
+        input=counts.of(answer, "num_tokens_prompt_total"),
+        output=counts.of(answer, "num_tokens_generated"),
+    )
 
 
 def _anthropic(prefix: str) -> tuple[Route, ...]:
@@ -182,9 +224,67 @@ def _anthropic(prefix: str) -> tuple[Route, ...]:
     )
 
 
-def _zai_plan(draft: Draft, answer: Json, usage: Verbatim) -> None:
-    if "/coding/" in (draft.exchange.request.path or ""):
-        draft.conditions["plan"] = "zai_coding"
+# Where a provider's subscriptions are used, by host and path; pay-as-you-go goes elsewhere.
+_PLANS = (
+    ("zai", re.compile(r"[^/]+/.*/coding/.*"), "zai_coding"),
+    ("moonshot", re.compile(r"api\.kimi\.(?:com|ai)/coding/.*"), "kimi_coding"),
+    ("alibaba", re.compile(r"(?:coding|coding-intl|token-plan)\..*"), "alibaba_plan"),
+    ("volcengine", re.compile(r"[^/]+/api/(?:coding|plan)/.*"), "ark_plan"),
+    ("xiaomi", re.compile(r"token-plan-.*"), "xiaomi_plan"),
+    ("tencent", re.compile(r"[^/]+/(?:coding|plan)/.*"), "tencent_plan"),
+    ("stepfun", re.compile(r"[^/]+/step_plan/.*"), "step_plan"),
+    ("opencode", re.compile(r"[^/]+/zen/go/.*"), "opencode_go"),
+)
+
+
+def _with_plan(name: str, read: Reader) -> Reader:
+    """`read`, with the subscription that the host and path of a provider's request belong to."""
+    plans = [(pattern, plan) for provider, pattern, plan in _PLANS if provider == name]
+    if not plans:
+        return read
+
+    def reading(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
+        host = exchange.request.host or exchange.connection.peer or ""
+        where = host.lower() + (exchange.request.path or "")
+        plan = next((plan for pattern, plan in plans if pattern.fullmatch(where)), None)
+        for event in read(exchange, route, provider):
+            if plan is None:
+                yield event
+            else:
+                yield replace(event, conditions={**event.conditions, "plan": plan})
+
+    return reading
+
+
+# --- Alibaba: a hit in a cache that the request made costs less than one in its own -------------
+
+_EXPLICIT = "ephemeral"
+
+
+def _cache_type(draft: Draft, answer: Json, usage: Verbatim) -> None:
+    """Tell the two caches apart: an answer names the type of an explicit one only."""
+    tokens = draft.parts[0].tokens if draft.parts else Tokens()
+    if tokens.cache_read or tokens.cache_write:
+        details = as_dict(usage.exact.get("prompt_tokens_details"))
+        details = details or as_dict(usage.exact.get("input_tokens_details"))
+        stated = as_name(details.get("cache_type"))
+        written = tokens.cache_write or as_dict(details.get("cache_creation"))
+        draft.conditions["cache_type"] = stated or (_EXPLICIT if written else "implicit")
+
+
+_ALIBABA = Dialect(finish=_cache_type)
+
+
+def read_alibaba_messages(
+    exchange: Exchange, route: Route, provider: Provider
+) -> Iterator[UsageEvent]:
+    """One event for Anthropic's API at Alibaba, where the request says which cache it uses."""
+    draft = begin(exchange, route, provider)
+    message_event(draft)
+    if any(part.tokens.cache_read or part.tokens.cache_write for part in draft.parts):
+        explicit = any(b'"cache_control"' in piece for piece in exchange.request.body.pieces)
+        draft.conditions["cache_type"] = _EXPLICIT if explicit else "implicit"
+    yield draft.event()
 
 
 OLLAMA_ROUTES = (
@@ -210,7 +310,12 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("hyperbolic", ("api.hyperbolic.xyz",), _PLAIN),
     (
         "nebius",
-        ("api.studio.nebius.com", "api.studio.nebius.ai", "api.tokenfactory.nebius.com"),
+        (
+            "api.studio.nebius.com",
+            "api.studio.nebius.ai",
+            "api.tokenfactory.nebius.com",
+            "api.tokenfactory.us-central1.nebius.com",
+        ),
         _PLAIN,
     ),
     ("novita", ("api.novita.ai",), _PLAIN),
@@ -224,16 +329,41 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
     ("ovhcloud", ("oai.endpoints.kepler.ai.cloud.ovh.net",), _PLAIN),
     ("scaleway", ("api.scaleway.ai",), _PLAIN),
     ("siliconflow", ("api.siliconflow.com", "api.siliconflow.cn"), _PLAIN),
-    ("volcengine", ("ark.cn-beijing.volces.com", "ark.ap-southeast.bytepluses.com"), _PLAIN),
-    ("venice", ("api.venice.ai",), _PLAIN),
-    ("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _PLAIN),
-    ("minimax", ("api.minimax.io", "api.minimaxi.com"), _PLAIN),
     (
-        "alibaba",
-        ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"),
+        "volcengine",
+        (
+            "ark.cn-beijing.volces.com",
+            "ark.ap-southeast.bytepluses.com",
+            "ark.eu-west.bytepluses.com",
+        ),
         _PLAIN,
     ),
-    ("zai", ("api.z.ai", "open.bigmodel.cn"), Dialect(finish=_zai_plan)),
+    ("venice", ("api.venice.ai",), _PLAIN),
+    (
+        "moonshot",
+        ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com", "api.kimi.ai"),
+        _PLAIN,
+    ),
+    (
+        "minimax",
+        ("api.minimax.io", "api.minimaxi.com", "api.minimax.chat", "api-uw.minimax.io"),
+        _PLAIN,
+    ),
+    (
+        "alibaba",
+        (
+            "dashscope.aliyuncs.com",
+            "dashscope-intl.aliyuncs.com",
+            "dashscope-us.aliyuncs.com",
+            "cn-hongkong.dashscope.aliyuncs.com",
+            "coding.dashscope.aliyuncs.com",
+            "coding-intl.dashscope.aliyuncs.com",
+            # A workspace's own host, the trial host, those of plans: NAME.REGION.maas….
+            "*.maas.aliyuncs.com",
+        ),
+        _ALIBABA,
+    ),
+    ("zai", ("api.z.ai", "open.bigmodel.cn"), _PLAIN),
     (
         "github_copilot",
         (
@@ -241,21 +371,57 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
             "api.individual.githubcopilot.com",
             "api.business.githubcopilot.com",
             "api.enterprise.githubcopilot.com",
+            "proxy.individual.githubcopilot.com",
+            "proxy.business.githubcopilot.com",
+            "proxy.enterprise.githubcopilot.com",
         ),
         _PLAIN,
     ),
-    ("requesty", ("router.requesty.ai",), _CHARGED),
+    (
+        "requesty",
+        tuple(f"router.{place}requesty.ai" for place in ("", "eu.", "us.", "ap.")),
+        _CHARGED,
+    ),
     ("baidu", ("qianfan.baidubce.com",), _PLAIN),
+)
+
+# Those that sell others' models and bill in US dollars: a cost that they state is what is paid.
+# The rest make their models or bill in another currency; none of them is known to state a cost.
+_RESELLERS_IN_USD = frozenset(
+    (
+        "together fireworks cerebras avian crusoe nvidia sambanova hyperbolic nebius novita "
+        "deepinfra baseten friendli heroku venice requesty"
+    ).split()
 )
 
 # Paths that a row's provider has besides OpenAI's.
 _OWN_ROUTES = {
     "writer": (route("chat", "chat", "/v1/chat", read_chat),),
-    "alibaba": (route("services", "chat", "/api/v1/services/.+", read_chat),),
+    "alibaba": (
+        route("services", "chat", "/api/v1/services/.+", partial(read_chat, dialect=_ALIBABA)),
+    ),
     "voyage": (
         route("embeddings", "embedding", "/v1/(?:multimodal|contextualized)embeddings", read_chat),
     ),
 }
+
+
+def compatible(
+    name: str, hosts: tuple[str, ...], dialect: Dialect = _PLAIN, *, captured: bool = True
+) -> Provider:
+    """A provider that speaks OpenAI's API, or Anthropic's, under any path of its hosts."""
+    messages = read_alibaba_messages if name == "alibaba" else read_messages
+    routes = (
+        *text_routes(_ANY, dialect),
+        *media_routes(_ANY),
+        route("messages", "chat", _ANY + "/v1/messages", messages),
+        route("count_tokens", "count", _ANY + "/v1/messages/count_tokens", read_count),
+        route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
+        *_OWN_ROUTES.get(name, ()),
+    )
+    planned = tuple(replace(each, read=_with_plan(name, each.read)) for each in routes)
+    return Provider(name, hosts, planned, captured, states_cost=name in _RESELLERS_IN_USD)
+
 
 PROVIDERS = (
     Provider(
@@ -264,20 +430,7 @@ PROVIDERS = (
         (*text_routes("(?:/v1|/beta)?"), *_anthropic("/anthropic")),
         models=re.compile(r"^deepseek-(?:chat|reasoner|v)"),
     ),
-    *(
-        Provider(
-            name,
-            hosts,
-            (
-                *text_routes(_ANY, dialect),
-                *media_routes(_ANY),
-                *_anthropic(_ANY),
-                route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
-                *_OWN_ROUTES.get(name, ()),
-            ),
-        )
-        for name, hosts, dialect in _ROWS
-    ),
+    *(compatible(name, hosts, dialect) for name, hosts, dialect in _ROWS),
     Provider("ollama", ("ollama.com",), OLLAMA_ROUTES),
     Provider(
         "watsonx",

@@ -26,6 +26,7 @@ from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.counts import read_batch_created
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
+from halton_meter.providers.reading.places import regional
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -85,7 +86,7 @@ def read_pages(exchange: Exchange, route: Route, provider: Provider) -> Iterator
 
 _PLAIN = Dialect()
 _CONVERSATION = partial(read_chat, dialect=Dialect(finish=_connected))
-ROUTES = (
+_ROUTES = (
     *text_routes("/v1", _PLAIN),
     route("fim_completions", "chat", "/v1/fim/completions", read_chat),
     route("agents_completions", "chat", "/v1/agents/completions", read_chat),
@@ -98,9 +99,10 @@ ROUTES = (
     *media_routes("/v1"),
     *job_routes("/v1"),
 )
+ROUTES = regional(_ROUTES, re.compile(r"api\.(eu|us)\.mistral\.ai"))
 PROVIDER = Provider(
     "mistral",
-    ("api.mistral.ai", "codestral.mistral.ai"),
+    ("api.mistral.ai", "api.eu.mistral.ai", "api.us.mistral.ai", "codestral.mistral.ai"),
     ROUTES,
     models=re.compile(r"^(?:mistral|codestral|ministral|magistral|pixtral)"),
 )

@@ -46,6 +46,7 @@ MODULES = (
     "mistral",
     "perplexity",
     "compatible",
+    "listed",
     "grpc",
 )
 
@@ -143,7 +144,9 @@ class Registry:
             for provider in built_in():
                 if provider.id == each:
                     mine = _under_any_path(provider, host)
-                    yield replace(mine, id=alias or mine.id, counter=self._counter)
+                    yield replace(
+                        mine, id=alias or mine.id, counter=self._counter, states_cost=True
+                    )
 
     def of_host(self, host: str | None) -> tuple[Provider, ...]:
         """The providers that answer on a host (with its port, unless that is 80 or 443)."""

@@ -108,8 +108,9 @@ _VIDEO = partial(read_video_job, finish=settle)
 _PRESET = "/api/v1(?:/presets/[^/]+)?"
 OPENROUTER = Provider(
     "openrouter",
-    ("openrouter.ai",),
-    (
+    ("openrouter.ai", "eu.openrouter.ai", "us.openrouter.ai"),
+    states_cost=True,
+    routes=(
         *text_routes(_PRESET, CHARGED),
         *media_routes("/api/v1", settle),
         route("messages", "chat", _PRESET + "/messages", read_charged_messages),
@@ -121,7 +122,8 @@ OPENROUTER = Provider(
 PORTKEY = Provider(
     "portkey",
     ("api.portkey.ai",),
-    (
+    states_cost=True,
+    routes=(
         route("chat_completions", "chat", "/v1/prompts/[^/]+/completions", read_chat),
         *text_routes("/v1"),
         *media_routes("/v1"),
@@ -131,7 +133,8 @@ PORTKEY = Provider(
 HUGGINGFACE = Provider(
     "huggingface",
     ("router.huggingface.co", "api-inference.huggingface.co"),
-    (
+    states_cost=True,
+    routes=(
         *text_routes(_ANY, Dialect(finish=_name)),
         route("models", "chat", _ANY + "/models/.+", read_hosted_model),
     ),
@@ -145,8 +148,12 @@ _PASSED_ON = (
     *(replace(each, path=re.compile(_ANY + each.path.pattern)) for each in ANTHROPIC_ROUTES),
     *(replace(each, path=re.compile(_ANY + each.path.pattern)) for each in BEDROCK_ROUTES),
 )
-PYDANTIC = Provider("pydantic_gateway", ("gateway.pydantic.dev",), _PASSED_ON)
-CLOUDFLARE = Provider("cloudflare_gateway", ("gateway.ai.cloudflare.com",), _PASSED_ON)
-MIRASCOPE = Provider("mirascope_router", ("mirascope.com",), _PASSED_ON, captured=False)
+PYDANTIC = Provider("pydantic_gateway", ("gateway.pydantic.dev",), _PASSED_ON, states_cost=True)
+CLOUDFLARE = Provider(
+    "cloudflare_gateway", ("gateway.ai.cloudflare.com",), _PASSED_ON, states_cost=True
+)
+MIRASCOPE = Provider(
+    "mirascope_router", ("mirascope.com",), _PASSED_ON, captured=False, states_cost=True
+)
 
 PROVIDERS = (OPENROUTER, PORTKEY, HUGGINGFACE, PYDANTIC, CLOUDFLARE, MIRASCOPE)

@@ -120,4 +120,4 @@ ROUTES = (
     route("speech_model", "audio", _SDK + "/speech-model", read_sdk),
     route("transcription_model", "audio", _SDK + "/transcription-model", read_sdk),
 )
-PROVIDER = Provider("vercel_gateway", ("ai-gateway.vercel.sh",), ROUTES)
+PROVIDER = Provider("vercel_gateway", ("ai-gateway.vercel.sh",), ROUTES, states_cost=True)

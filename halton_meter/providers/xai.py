@@ -29,6 +29,7 @@ from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.counts import read_batch_created, read_count
 from halton_meter.providers.reading.draft import Draft, begin, blank, failed
+from halton_meter.providers.reading.places import regional
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -151,7 +152,7 @@ def _text(prefix: str) -> tuple[Route, ...]:
 
 
 _VIDEO = partial(read_video_job, finish=settle)
-ROUTES = (
+_ROUTES = (
     *_text("/v1"),
     *media_routes("/v1", settle),
     realtime_route("/v1"),
@@ -169,6 +170,8 @@ ROUTES = (
     *xai_routes(CHAT),
     route("batches_results", "chat", "/v1/batches/[^/]+/results", read_batch_results, ("GET",)),
 )
-HOSTS = ("api.x.ai", "us-east-1.api.x.ai", "us-west-1.api.x.ai", "eu-west-1.api.x.ai")
+_REGIONS = ("us", "us-east-1", "us-west-1", "us-west-2", "eu-west-1")
+HOSTS = ("api.x.ai", *(f"{region}.api.x.ai" for region in _REGIONS))
+ROUTES = regional(_ROUTES, re.compile(rf"({'|'.join(_REGIONS)})\.api\.x\.ai"))
 
 PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"))

@@ -223,4 +223,4 @@ _SQLITE_REQUESTS = {
     "source": "source",
     "gap": "gap",
 }
-_NOT_EXPORTED = frozenset({"at_ns", "sighting_rank", "usage_document"})
+_NOT_EXPORTED = frozenset({"at_ns", "sighting_rank", "traits", "usage_document"})

@@ -1,7 +1,8 @@
 """Segments of the journal into the database, one short transaction each.
 
 Event ids are primary keys: a segment that is replayed after a crash adds nothing. Of two sightings
-of one exchange the better stays (`sightings.rank`), whichever came first.
+of one exchange the better stays (`sightings.rank`), whichever came first; which of them are of one
+exchange, where an id occurs again, `settling.py` decides.
 """
 
 # ruff: noqa: S608 (every name put into SQL comes from a constant of schema.py; values are bound)
@@ -21,6 +22,7 @@ from halton_meter.store.journal import checked
 from halton_meter.store.rollup import DAY_NS, unroll
 from halton_meter.store.rows import json_types
 from halton_meter.store.schema import EVENT_COLUMNS, TEXT
+from halton_meter.store.settling import learn, settle
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -126,17 +128,7 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
     types = {**json_types(EVENT_COLUMNS), "loss_cause": TEXT, "loss_count": "BIGINT"}
     spelled = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
     lines = f"read_ndjson('{quoted(source)}', columns = {{{spelled}}})"
-    names = ", ".join(EVENT_COLUMNS)
-    cast = ", ".join(f"CAST({n} AS {t})" if types[n] != t else n for n, t in EVENT_COLUMNS.items())
-    replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
-    days = connection.execute(
-        f"INSERT INTO event ({names}) SELECT {cast} FROM {lines} WHERE loss_cause IS NULL "
-        "QUALIFY row_number() OVER "
-        "(PARTITION BY id ORDER BY sighting_rank DESC, pid IS NOT NULL DESC) = 1 "
-        f"ON CONFLICT (id) DO UPDATE SET {replaced}, earlier_at_ns = event.at_ns "
-        f"WHERE {_RANK_BETTER} RETURNING at_ns // {DAY_NS}, earlier_at_ns // {DAY_NS}"
-    ).fetchall()
-    unroll(connection, (day for both in days for day in both if day is not None))
+    stored = _insert_events(connection, lines, types)
     losses = connection.execute(
         f"SELECT count(*) FROM {lines} WHERE loss_cause IS NOT NULL"
     ).fetchall()
@@ -145,4 +137,41 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
             f"INSERT OR IGNORE INTO loss SELECT id, loss_cause, loss_count, at_ns FROM {lines} "
             "WHERE loss_cause IS NOT NULL"
         )
-    return len(days), int(losses[0][0])
+    return stored, int(losses[0][0])
+
+
+def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, str]) -> int:
+    """Insert the events among `lines` (a table function); return how many are new or better."""
+    names = ", ".join(EVENT_COLUMNS)
+    cast = ", ".join(
+        f"CAST({n} AS {t}) AS {n}" if types[n] != t else n for n, t in EVENT_COLUMNS.items()
+    )
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE arriving AS SELECT row_number() OVER () AS line, {cast} "
+        f"FROM {lines} WHERE loss_cause IS NULL"
+    )
+    # Nearly all: alone with their id, which nothing in the database has.
+    new = connection.execute(
+        f"INSERT INTO event ({names}) SELECT {names} FROM arriving "
+        "QUALIFY count(*) OVER (PARTITION BY coalesce(shared_id, id)) = 1 AND shared_id IS NULL "
+        f"ON CONFLICT DO NOTHING RETURNING at_ns // {DAY_NS}, id"
+    ).fetchall()
+    unroll(connection, (day for day, _ in new))
+    connection.execute("DELETE FROM arriving WHERE id IN (SELECT unnest(?))", [[i for _, i in new]])
+    left = connection.execute("SELECT count(*) FROM arriving").fetchall()
+    stored = len(new)
+    if left[0][0]:
+        settle(connection)
+        replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
+        days = connection.execute(
+            f"INSERT INTO event ({names}) SELECT {names} FROM arriving "
+            "QUALIFY row_number() OVER "
+            "(PARTITION BY id ORDER BY sighting_rank DESC, pid IS NOT NULL DESC, line) = 1 "
+            f"ON CONFLICT (id) DO UPDATE SET {replaced}, earlier_at_ns = event.at_ns "
+            f"WHERE {_RANK_BETTER} RETURNING at_ns // {DAY_NS}, earlier_at_ns // {DAY_NS}"
+        ).fetchall()
+        learn(connection)
+        unroll(connection, (day for both in days for day in both if day is not None))
+        stored += len(days)
+    connection.execute("DROP TABLE arriving")
+    return stored

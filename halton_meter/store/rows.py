@@ -22,6 +22,7 @@ from halton_meter.model import (
     Process,
     Source,
     Tokens,
+    Traits,
     Usage,
     UsageEvent,
 )
@@ -29,6 +30,8 @@ from halton_meter.sightings import rank
 from halton_meter.store.schema import TEXT, USD, USD_REST
 
 _INT64_MAX = 2**63 - 1
+# What may be true of an event's traits, by the letter that says so.
+_MARKS = {"l": "live", "w": "whole", "j": "joined", "i": "by_id"}
 _PICO = Decimal("1e-12")
 _REST = Decimal("1e-37")
 # Wide enough that neither a quantize nor a difference of two prices ever rounds.
@@ -40,6 +43,8 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
     process = usage.process
     values: dict[str, Any] = {
         "id": usage.id,
+        "shared_id": usage.shared_id,
+        "traits": None if usage.traits is None else traits_text(usage.traits),
         "at_ns": usage.at_ns,
         "provider": usage.provider,
         "host": usage.host,
@@ -212,6 +217,30 @@ def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
         raw_usage=document["raw_usage"],
         provider_error_code=row["provider_error_code"],
         gap=row["gap"],
+        shared_id=row["shared_id"],
+        traits=None if row["traits"] is None else traits_of_text(row["traits"]),
+    )
+
+
+def traits_text(traits: Traits) -> str:
+    """Traits as one word after another: times, marks, number, digests."""
+    marks = "".join(mark for mark, name in _MARKS.items() if getattr(traits, name))
+    told = (letter + digest for letter, digest in traits.told.items())
+    lasted_ns = traits.ended_ns - traits.started_ns
+    return " ".join((f"{traits.started_ns}+{lasted_ns}", f"{marks}{traits.nth}", *told))
+
+
+def traits_of_text(text: str) -> Traits:
+    """The inverse of `traits_text`."""
+    times, marks, *told = text.split(" ")
+    started, _, lasted = times.partition("+")
+    number = marks.lstrip("".join(_MARKS))
+    return Traits(
+        {word[0]: word[1:] for word in told},
+        int(started),
+        int(started) + int(lasted),
+        **{name: mark in marks for mark, name in _MARKS.items()},
+        nth=int(number),
     )
 
 

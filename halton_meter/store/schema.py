@@ -25,9 +25,12 @@ USD_REST = "DECIMAL(38,37)"
 
 _TOKEN_COLUMNS = {f"{name}_tokens": "BIGINT" for name in TOKEN_NAMES}
 # Columns that describe what was used. `sighting_rank` orders sightings of one exchange;
+# `traits` and `shared_id` tell exchanges of one id apart (`identity.py`);
 # `usage_document` holds, as JSON, whatever has no column: parts, conditions, flags, process.
 USAGE_COLUMNS: dict[str, str] = {
     "id": TEXT,
+    "shared_id": TEXT,
+    "traits": TEXT,
     "at_ns": "BIGINT",
     "provider": TEXT,
     "host": TEXT,
@@ -78,7 +81,7 @@ _NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_doc
 
 
 # Columns that migrations add to the tables of the first versions.
-_ADDED = {"implausible", "implausible_requests", "gap"}
+_ADDED = {"implausible", "implausible_requests", "gap", "shared_id", "traits"}
 
 
 def _defined(columns: Mapping[str, str]) -> str:
@@ -208,6 +211,17 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE event ADD COLUMN gap VARCHAR;
     CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
         * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    """,
+    # What tells exchanges apart to which a provider gave one id; of earlier events only the times
+    # are known.
+    """
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN shared_id VARCHAR;
+    ALTER TABLE event ADD COLUMN traits VARCHAR;
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, traits, list_usd_rest, marginal_usd_rest,
             reported_usd_rest)
         FROM event;
     """,

@@ -38,6 +38,9 @@ _HEADERS_KEPT = frozenset(
         "x-generation-id",
         "cf-ray",
         "mistral-correlation-id",
+        # What a client sends again with the same request, which is then answered and billed once.
+        "idempotency-key",
+        "x-idempotency-key",
         "x-trace-id",
         # What prices depend on.
         "anthropic-version",
@@ -55,6 +58,10 @@ _HEADERS_KEPT = frozenset(
         "ai-model-id",
     }
 )
+# What a gateway says that the request cost ("x-litellm-response-cost: 0.0123"), and how an amount
+# of money looks: nothing else stands under such a name.
+COST_ENDS_KEPT = ("-cost", "-cost-usd", "-usd-cost", "-price-estimate")
+_MONEY = re.compile(r"(?:US)?\$?\s*[\d.][\d.eE+-]{0,40}\s*(?:[A-Za-z$]{1,8})?")
 _PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")
 _QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
 
@@ -73,7 +80,11 @@ def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
     return tuple(
         (lower, value)
         for name, value in headers
-        if ((lower := name.lower()) in _HEADERS_KEPT or lower.startswith(_PREFIXES_KEPT))
+        if (
+            (lower := name.lower()) in _HEADERS_KEPT
+            or lower.startswith(_PREFIXES_KEPT)
+            or (lower.endswith(COST_ENDS_KEPT) and _MONEY.fullmatch(value.strip()))
+        )
         and len(value) <= HEADER_VALUE_BYTES_MAX
         and not _SECRET.search(value)
     )

@@ -39,6 +39,7 @@ from proxy_fallback.edge.listening import (
     unfit,
 )
 from proxy_fallback.edge.proxy_request import ProxyRequest, read_request
+from proxy_fallback.edge.refusals import Refusals
 from proxy_fallback.edge.tunnel import HEAD_BYTES_MAX, REPLAY_BYTES_MAX, End, ProxyEnd, WorkerEnd
 
 HEAD_S_MAX = 60.0
@@ -58,7 +59,7 @@ CONNECTIONS_MAX = 8192
 # Descriptors kept free for everything but tunnels; a tunnel takes two.
 DESCRIPTORS_SPARE = 64
 BYPASSED_HOSTS_MAX = 256
-REFUSALS_MAX = 512
+BYPASSED_PROGRAMS_MAX = 512
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
@@ -132,8 +133,10 @@ class Edge:
         self.allowed = allowed_uids() if allowed is None else allowed
         self.worker_secret = worker_secret
         self.others = 0  # open connections of users who are refused
+        # The same by (program, host, cause); None: a program that was not looked up.
+        self.unmetered: Counter[tuple[str | None, str, str]] = Counter()
         self._program_of = program_of
-        self._refusals: dict[tuple[str, str | None], int] = {}
+        self.trust = Refusals(self.counts)
         self._worker_port: int | None = None
         self._cause = "not_started"
         self._failures = 0
@@ -181,24 +184,16 @@ class Edge:
         self._worker_port, self._cause = None, cause
 
     def refuse(self, host: str, program: str | None, explicit: bool) -> None:
-        """A program refused our certificate for a host: tunnel it raw from then on.
-
-        A program that only hung up (not `explicit`) counts from the second time on: it may just
-        have stopped waiting.
-        """
-        key = (host, program)
-        if key not in self._refusals and len(self._refusals) >= REFUSALS_MAX:
-            self._refusals.pop(next(iter(self._refusals)))
-            self.counts["refusals_over_limit"] += 1
-        self._refusals[key] = self._refusals.get(key, 0) + (2 if explicit else 1)
+        """See `Refusals.refuse`."""
+        self.trust.refuse(host, program, explicit)
 
     def forget_refusals(self) -> None:
         """Meter these programs again: the user has fixed their trust."""
-        self._refusals.clear()
+        self.trust.forget()
 
     def refusals(self) -> list[tuple[str, str | None]]:
         """The (host, program) pairs that are raw because the program does not trust our CA."""
-        return [key for key, weight in self._refusals.items() if weight >= 2]
+        return self.trust.certain()
 
     # --- called by connections
 
@@ -208,20 +203,25 @@ class Edge:
             return False
         return is_loopback(host) or host.lower().rstrip(".").endswith("localhost")
 
-    async def route(self, host: str, client: ClientSocket) -> tuple[int | None, str]:
-        """(mitmproxy's port, "") for a provider's host, or (None, the cause) to tunnel it raw."""
+    async def route(self, host: str, client: ClientSocket) -> tuple[int | None, str, str | None]:
+        """(mitmproxy's port, "", None) for a provider's host, or to tunnel it raw (None, the cause,
+        the program if it matters).
+        """
         if self._worker_port is None:
-            return None, self._cause
+            return None, self._cause, None
         if self._open_until > time.monotonic():
-            return None, "worker_failing"
+            return None, "worker_failing", None
         if host not in self.accepted:
-            return None, "certificate_unusable"
-        if any(refused == host for refused, _ in self._refusals):
+            return None, "certificate_unusable", None
+        await self.trust.wait_judged(host)
+        if self.trust.is_refused_by_some(host):
             loop = asyncio.get_running_loop()
             program = await loop.run_in_executor(None, self._program_of, client)
-            if self._refusals.get((host, program), 0) >= 2:
-                return None, "certificate_refused"
-        return self._worker_port, ""
+            if self.trust.is_refused(host, program):
+                return None, "certificate_refused", program
+        if self._worker_port is None:  # it went meanwhile
+            return None, self._cause, None
+        return self._worker_port, "", None
 
     def worker_answered(self) -> None:
         """Note that mitmproxy took a connection."""
@@ -237,8 +237,12 @@ class Edge:
             self._failures = WORKER_FAILURES_MAX - 1  # the next failure opens it again at once
             self.counts["breaker_opened"] += 1
 
-    def count_bypass(self, host: str, cause: str) -> None:
+    def count_bypass(self, host: str, cause: str, program: str | None = None) -> None:
         """Count a provider's host that is tunnelled raw."""
+        row = (program, host, cause)
+        if row not in self.unmetered and len(self.unmetered) >= BYPASSED_PROGRAMS_MAX:
+            row = (None, "other hosts", cause)
+        self.unmetered[row] += 1
         if host not in self.bypassed and len(self.bypassed) >= BYPASSED_HOSTS_MAX:
             host = "other hosts"
         self.bypassed.setdefault(host, Counter())[cause] += 1
@@ -260,6 +264,8 @@ class _Client(End):
         self._socket = ClientSocket("", 0, 0)
         self._wants_tunnel = False
         self._is_others = False
+        self._host = ""
+        self._has_left = False
 
     # --- the transport's side
 
@@ -317,6 +323,7 @@ class _Client(End):
         super().data_received(data)
 
     def eof_received(self) -> bool:
+        self._note_departure()
         # It left before it sent a request, or before it had its tunnel. (A client that ends after
         # a plain request still wants the answer.)
         if self._task is None or (self._wants_tunnel and self.other is None):
@@ -324,12 +331,19 @@ class _Client(End):
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._note_departure()
         self._stop_timer()
         self._edge.clients.discard(self)
         self._edge.others -= self._is_others
         if self._task is not None and not self._task.done():
             self._task.cancel()
         super().connection_lost(exc)
+
+    def _note_departure(self) -> None:
+        """Whoever leaves mitmproxy without a request may have refused its certificate."""
+        left, self._has_left = self._has_left, True
+        if not left and type(self.other) is WorkerEnd and self.other.has_answered_only(self):
+            self._edge.trust.unjudged(self._host)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -384,13 +398,13 @@ class _Client(End):
         if request is None:
             self._refuse("refused_no_proxy_request", "400 Bad Request")
             return
-        self._wants_tunnel = request.origin_head is None
+        self._wants_tunnel, self._host = request.origin_head is None, request.host
         if edge.is_own(request.host, request.port):  # nor through mitmproxy
             self._refuse_loop()
             return
-        far, cause = None, ""
+        far, cause, program = None, "", None
         if request.host in edge.hosts:
-            worker_port, cause = await edge.route(request.host, self._socket)
+            worker_port, cause, program = await edge.route(request.host, self._socket)
             if worker_port is not None:
                 far, cause = await self._to_worker(worker_port, request)
             if not cause:
@@ -400,7 +414,7 @@ class _Client(End):
             self._refuse_loop()
             return
         if cause:
-            edge.count_bypass(request.host, cause)
+            edge.count_bypass(request.host, cause, program)
         else:
             edge.counts["tunnelled"] += 1
         plain = request.origin_head if edge.upstream is None else request.absolute_head

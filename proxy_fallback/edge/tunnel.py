@@ -15,6 +15,8 @@ from collections.abc import Callable
 HEAD_BYTES_MAX = 64 * 1024
 # What a client sends before mitmproxy answers, kept for a second try: a ClientHello is 0.3-2 KB.
 REPLAY_BYTES_MAX = 64 * 1024
+# What ends a TLS handshake is below this; few requests are.
+REQUEST_BYTES_MIN = 512
 # A half-closed tunnel is closed after the open direction was idle for so long.
 HALF_CLOSED_IDLE_S_MAX = 3600.0
 _TLS_HANDSHAKE = 0x16
@@ -178,6 +180,7 @@ class WorkerEnd(ProxyEnd):
         super().__init__()
         self._on_gone = on_gone
         self._unanswered: bytearray | None = bytearray()
+        self._asked_bytes: int | None = None  # what the client had sent by mitmproxy's first byte
 
     def keep(self, data: bytes) -> None:
         """Keep what the client sends while mitmproxy has not answered."""
@@ -186,10 +189,17 @@ class WorkerEnd(ProxyEnd):
             if len(self._unanswered) > REPLAY_BYTES_MAX:
                 self._unanswered = None
 
+    def has_answered_only(self, client: End) -> bool:
+        """Whether a client sent no more after mitmproxy's first byte than ends a handshake."""
+        asked_bytes = self._asked_bytes
+        return asked_bytes is not None and client.received_bytes - asked_bytes < REQUEST_BYTES_MIN
+
     def data_received(self, data: bytes) -> None:
         """As for End; after mitmproxy's first byte nothing needs to be kept."""
         if self.other is not None:
             self._unanswered = None
+            if self._asked_bytes is None:
+                self._asked_bytes = self.other.received_bytes
         super().data_received(data)
 
     def eof_received(self) -> bool:

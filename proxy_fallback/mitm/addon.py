@@ -21,21 +21,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 from halton_meter.model import Connection, Exchange, Process, Source
 from halton_meter.model import Protocol as HttpProtocol
 from proxy_fallback.edge import client_socket
 from proxy_fallback.edge.client_socket import ClientSocket
+from proxy_fallback.mitm.handshakes import Handshakes, Taken
 
 if TYPE_CHECKING:
-    from mitmproxy import http, tls
+    from mitmproxy import connection, http, tls
 
 # Flows being watched at once; more than one user's tools have open.
 FLOWS_MAX = 4096
 # Lookups of clients' processes at once.
 LOOKUP_THREADS = 4
 _NS = 1_000_000_000
+_READ_ALERT = 0x4004  # OpenSSL's SSL_CB_READ_ALERT
 
 Fields = Iterable[tuple[str, str]]
 
@@ -88,14 +91,21 @@ class Wiring:
     `begin` gets each request's head and returns what records it, or None. `process_of` names the
     owner of a client's socket. `deliver` gets each finished exchange. `refused` is called when a
     client (None: unknown) refused our certificate for a host, or we refused the host's; its third
-    argument is False when the peer only hung up. `losses` counts what went by unmetered, by cause;
-    the recorder may count there, too.
+    argument is False when the peer only hung up. `trusted` is called when a client sent the first
+    byte of a request, `left` when it went without one (see handshakes.py), `done` when all is said
+    about a client's connection. `untrusting` names the TLS library of a client, by the extensions
+    of its ClientHello, if that library is known not to trust us: its connection is then passed on
+    unread. `losses` counts what went by unmetered, by cause; the recorder may count there, too.
     """
 
     begin: Begin
     process_of: Callable[[ClientSocket], Process | None]
     deliver: Callable[[Exchange], None]
     refused: Callable[[str, Process | None, bool], None] = lambda host, process, explicit: None
+    trusted: Callable[[str, Process | None], None] = lambda host, process: None
+    left: Callable[[str, Process | None, Taken], None] = lambda host, process, how: None
+    done: Callable[[str], None] = lambda host: None
+    untrusting: Callable[[str, Process | None, frozenset[int]], bool] = lambda *_: False
     losses: Counter[str] = field(default_factory=Counter)
 
 
@@ -117,6 +127,12 @@ def _pairs(headers: http.Headers) -> list[tuple[str, str]]:
     ]
 
 
+def _host_of(context: Any, sni: str | None) -> str:
+    """The host that a client named, else the one that it asked the tunnel for."""
+    address = context.server.address
+    return (sni or (address[0] if address else "")).lower()
+
+
 def _ns(seconds: float | None) -> int:
     return time.time_ns() if seconds is None else int(seconds * _NS)
 
@@ -130,6 +146,11 @@ class MeterAddon:
         self._owners: dict[str, Future[Process | None]] = {}
         self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "owner")
         self._serial = itertools.count(1)
+        self._handshakes = Handshakes()
+        self._hosts: dict[str, str] = {}  # of clients that were shown our certificate
+        self._clients: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # by TLS connection
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heard: WeakSet[Any] = WeakSet()  # TLS contexts whose alerts we hear
         self.losses = wiring.losses
 
     # --- mitmproxy's hooks; their names are its own ---
@@ -151,9 +172,43 @@ class MeterAddon:
         except Exception as error:  # as above
             self._failed(flow, error)
 
+    async def tls_clienthello(self, data: tls.ClientHelloData) -> None:
+        """A client begins TLS: pass on unread whom we know not to trust us."""
+        try:
+            client = data.context.client
+            host = _host_of(data.context, data.client_hello.sni)
+            kinds = frozenset(kind for kind, _ in data.client_hello.extensions)
+            owner = await self._owner(client.id)
+            data.ignore_connection = self._wiring.untrusting(host, owner, kinds)
+        except Exception as error:  # as above
+            self._count(error)
+
+    def tls_start_client(self, data: tls.TlsData) -> None:
+        """TLS with a client begins: hear its alerts, of which mitmproxy tells some only."""
+        try:
+            self._hear_alerts(data)
+        except Exception as error:  # as above
+            self._count(error)
+
+    def tls_established_client(self, data: tls.TlsData) -> None:
+        """A client ended the handshake. Whether it trusts us is not known yet."""
+        client = data.context.client
+        self._hosts[client.id] = _host_of(data.context, client.sni)
+        self._handshakes.ended(client.id, time.monotonic())
+
+    async def next_layer(self, data: Any) -> None:  # a NextLayer, which ships no types
+        """A client sent bytes whose protocol mitmproxy decides on: within TLS, it trusts us."""
+        try:
+            client = data.context.client
+            if client.tls_established and data.data_client() and self._handshakes.spoke(client.id):
+                self._wiring.trusted(self._hosts[client.id], await self._owner(client.id))
+        except Exception as error:  # as above
+            self._count(error)
+
     async def tls_failed_client(self, data: tls.TlsData) -> None:
         """A client refused our certificate: the edge tunnels it raw next time."""
         await self._refused(data, data.context.client.sni, "does not trust")
+        self._wiring.done(_host_of(data.context, data.context.client.sni))
 
     async def tls_failed_server(self, data: tls.TlsData) -> None:
         """We refused a provider's certificate: next time the client sees it itself."""
@@ -163,7 +218,10 @@ class MeterAddon:
         try:
             client, server = data.context.client, data.context.server
             host = name or (server.address[0] if server.address else "")
-            explicit = because in (data.conn.error or "")  # mitmproxy tells it by this text only
+            # Of a server mitmproxy tells it by this text only.
+            explicit = because in (data.conn.error or "") or (
+                data.conn is client and self._handshakes.is_refused(client.id)
+            )
             self._wiring.refused(host.lower(), await self._owner(client.id), explicit)
         except Exception as error:  # as above
             self._count(error)
@@ -221,12 +279,15 @@ class MeterAddon:
         """The flow failed: a side hung up, or the server could not be reached."""
         self._end(flow, flow.error.timestamp if flow.error is not None else None)
 
-    def client_disconnected(self, client: object) -> None:
+    async def client_disconnected(self, client: connection.Client) -> None:
         """Forget a client's connection, and end what is still open on it."""
-        client_id = str(getattr(client, "id", ""))
-        self._owners.pop(client_id, None)
-        for watched in [each for each in self._flows.values() if each.client_id == client_id]:
+        for watched in [each for each in self._flows.values() if each.client_id == client.id]:
             self._end(watched.flow, None)
+        try:
+            await self._left(client.id)
+        except Exception as error:  # as above
+            self._count(error)
+        self._owners.pop(client.id, None)
 
     def done(self) -> None:
         """The proxy shuts down: end what is open."""
@@ -241,6 +302,36 @@ class MeterAddon:
     def _failed(self, flow: http.HTTPFlow, error: Exception) -> None:
         self._flows.pop(flow.id, None)
         self._count(error)
+
+    def _hear_alerts(self, data: tls.TlsData) -> None:
+        if data.ssl_conn is None:
+            return
+        self._clients[data.ssl_conn] = data.context.client.id
+        context = data.ssl_conn.get_context()
+        if context not in self._heard:  # mitmproxy has one for many connections
+            self._heard.add(context)
+            context.set_info_callback(self._on_tls_state)
+
+    def _on_tls_state(self, connection: Any, where: int, value: int) -> None:
+        client_id = self._clients.get(connection) if where == _READ_ALERT else None
+        if client_id is None:
+            return
+        self._handshakes.alerted(client_id, value & 0xFF)
+        if client_id in self._hosts and self._handshakes.is_refused(client_id):
+            # Its next attempt may come before it closes this connection.
+            task = asyncio.get_running_loop().create_task(self._left(client_id))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _left(self, client_id: str) -> None:
+        """A client is gone, or will send no request: tell how it took our certificate."""
+        host = self._hosts.pop(client_id, None)
+        how = self._handshakes.left(client_id, time.monotonic())
+        if host is None:
+            return
+        if how is not None:
+            self._wiring.left(host, await self._owner(client_id), how)
+        self._wiring.done(host)
 
     def _find_owner(self, flow: http.HTTPFlow) -> None:
         client = flow.client_conn

@@ -6,6 +6,7 @@ Nothing outside of the command's own environment changes. `init` does the same f
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,33 @@ def bundle(ca_file: Path, into: Path, environment: Mapping[str, str]) -> Path:
     return into
 
 
+def wget_settings(bundle_file: Path, folder: Path, environment: Mapping[str, str]) -> Path:
+    """Write a file of wget's settings: the user's own, and our roots in addition.
+
+    wget with GnuTLS trusts what the file *and* what the folder holds, so that a file of the user's
+    own (here or by `--ca-certificate`) stays in force. With OpenSSL it reads SSL_CERT_FILE, too.
+    """
+    user_home = environment.get("HOME", "")
+    own = environment.get("WGETRC") or (f"{user_home}/.wgetrc" if user_home else "")
+    text = b""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(own):
+            text = Path(own).read_bytes().rstrip(b"\n") + b"\n"
+    settings = {line.partition(b"=")[0].strip().replace(b"-", b"_") for line in text.splitlines()}
+    roots = folder / "wget-roots"
+    roots.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (roots / "ca-bundle.pem").symlink_to(bundle_file)
+    if b"ca_directory" not in settings:
+        text += f"ca_directory = {roots}\n".encode()
+    if b"ca_certificate" not in settings:
+        text += f"ca_certificate = {bundle_file}\n".encode()
+    into = folder / "wgetrc"
+    into.write_bytes(text)
+    into.chmod(0o600)
+    return into
+
+
 def client_environment(
     environment: Mapping[str, str], port: int, bundle_file: Path, ca_file: Path
 ) -> dict[str, str]:
@@ -51,5 +79,6 @@ def client_environment(
         Holds.EXTRA_ROOTS: str(bundle_file if extra else ca_file),
         Holds.SWITCH: "1",
         Holds.NODE_OPTIONS: node_options.strip(),
+        Holds.WGETRC: str(wget_settings(bundle_file, bundle_file.parent, environment)),
     }
     return {**environment, **assigned(SetBy.RUN, values)}

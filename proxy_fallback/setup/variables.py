@@ -25,6 +25,7 @@ class Holds(enum.Enum):
     EXTRA_ROOTS = "a PEM file of roots, in addition to the program's own"
     SWITCH = "1"
     NODE_OPTIONS = "options of Node, to which a preloaded file is added"
+    WGETRC = "a file of wget's settings: the user's own, and the roots to trust"
     JVM_OPTIONS = "options of every JVM, only with --java"
 
 
@@ -68,6 +69,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NODE_USE_ENV_PROXY", Holds.SWITCH, SetBy.BOTH, "Node from 24 on"),
     # In shells only: Node does not start when the preloaded file is gone, and apps cannot test it.
     Variable("NODE_OPTIONS", Holds.NODE_OPTIONS, SetBy.BOTH, "Node"),
+    # RUN only: it replaces ~/.wgetrc, of which one command's copy does not age.
+    Variable("WGETRC", Holds.WGETRC, SetBy.RUN, "wget, whose GnuTLS reads no variable"),
     Variable("JAVA_TOOL_OPTIONS", Holds.JVM_OPTIONS, SetBy.BOTH, "every JVM"),
 )
 

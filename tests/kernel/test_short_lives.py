@@ -243,7 +243,7 @@ def test_a_kernel_that_cannot_copy_arguments_still_loads_all_else() -> None:
     library = loader.libbpf_library()
     assert library is not None
     loaded = loader.load("libbpf")
-    assert set(loaded.programs) == {*loader.PROGRAMS, loader.OPTIONAL}
+    assert {*loader.PROGRAMS, loader.OPTIONAL} <= set(loaded.programs)
     refused: list[str | None] = []
 
     class Refusing(loader._Libbpf):
@@ -253,7 +253,7 @@ def test_a_kernel_that_cannot_copy_arguments_still_loads_all_else() -> None:
             refused.append(without)
             return super()._load(object_path, ring_bytes, without) if without else -22
 
-    loaded = Refusing(loader.find_object(), loader.RING_BYTES)
+    loaded = Refusing(loader.find_object(), loader.RING_BYTES, at_once=False)
     assert refused == [None, loader.OPTIONAL]
     assert set(loaded.programs) == set(loader.PROGRAMS)
     assert all(fd > 2 for fd in (*loaded.programs.values(), *loaded.maps.values()))

@@ -36,9 +36,11 @@ from tests.support.waiting import wait_until
 LOADERS = ("libbpf", "bcc")
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_python_with_blocking_sockets(bench: Bench, loader: str) -> None:
-    source = bench.source(loader=loader)
+@pytest.mark.parametrize(
+    ("loader", "at_once"), [*((each, True) for each in LOADERS), ("libbpf", False)]
+)
+def test_python_with_blocking_sockets(bench: Bench, loader: str, at_once: bool) -> None:
+    source = bench.source(loader=loader, at_once=at_once)
     bench.python("exchanges", "3", "4", "1500", "40000", source=source).output()
     seen = gather(source.drain())
     same_bytes(seen, bench)
@@ -551,7 +553,7 @@ def test_a_kernel_that_refuses_is_told_with_what_is_missing(
     from capture import environment, loader
     from capture.helper import main as helper
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise loader.LoadFailed("libbpf: the kernel refused the program: Operation not permitted")
 
     lockdown = tmp_path / "lockdown"

@@ -341,22 +341,25 @@ def test_a_disk_that_was_full_from_the_start(proxied: Proxied) -> None:
         lab.run(["umount", "-l", str(home)])
 
 
-def test_a_broken_configuration_only_ends_the_metering(proxied: Proxied) -> None:
+def test_a_wrong_value_in_the_configuration_is_left_out(proxied: Proxied) -> None:
     """Where the socket was handed over, clients count on us: systemd would start us for ever."""
     proxied.start_kept()
     proxied.must(1)
     good = (proxied.home / "config.toml").read_text()
-    (proxied.home / "config.toml").write_text(good + "openai_compatible_hosts = 3\n")
+    (proxied.home / "config.toml").write_text("openai_compatible_hosts = 3\n" + good)
     status = proxied.status()
     assert status is not None
     os.kill(status["pid"], signal.SIGKILL)
+    status = proxied.wait_for(
+        lambda status: status["config_error"] and status["worker"]["state"] == "ready"
+    )
+    assert status["health"] == "degraded"
+    assert "config.toml:1: openai_compatible_hosts must be a list" in status["config_error"]
     proxied.must(2, first=1)
-    status = proxied.wait_for(lambda status: status["health"] == "degraded")
-    assert "config.toml" in status["worker"]["trouble"]
     (proxied.home / "config.toml").write_text(good)
     proxied.wait_for(lambda status: status["health"] == "ok")
     proxied.must(1, first=3)
-    assert len(proxied.events()) == 2
+    assert len(proxied.events()) == 4
 
 
 def test_a_port_already_taken_is_told(proxied: Proxied) -> None:

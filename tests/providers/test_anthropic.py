@@ -238,7 +238,7 @@ def test_batch_is_pending_when_made_and_each_result_is_an_event() -> None:
 
 
 def test_counts_that_are_no_counts_are_flagged_not_raised() -> None:
-    usage = {"input_tokens": -4, "output_tokens": "7", "cache_read_input_tokens": True}
+    usage = {"input_tokens": -4, "output_tokens": "7 or so", "cache_read_input_tokens": True}
     answer = {"id": ID, "model": "m", "usage": usage}
     event = read_one(exchange(URL, ASK, answer))
     assert (event.tokens.input, event.tokens.output, event.tokens.cache_read) == (None, None, None)

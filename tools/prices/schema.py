@@ -43,6 +43,7 @@ def schema() -> dict[str, Any]:
             "derive": _list(_ref("rule"), "on[0] costs `factor` times on[1], where no row has it"),
             "factor": _list(_ref("rule"), "multiplies what `on` names (all tokens without it)"),
             "minimum": _list(_ref("rule"), "at least `factor` of the unit on[0] is billed"),
+            "no_cached_rate": _list(_ref("statement"), "who looked: cached input has no price"),
             "override": _list(_ref("override"), "your own prices: pricing.toml only"),
         },
         "$defs": {
@@ -66,6 +67,7 @@ def schema() -> dict[str, Any]:
                 "on": {"anyOf": [{"type": "string"}, _list({"type": "string"}, "dimensions")]},
                 "always": _flag("also beside a row that prices the same condition itself"),
             }, required=["factor"]),
+            "statement": _table(_rule() | _head() | _when(), required=["source", "checked"]),
             "override": _override(),
             "rates": _table({}, rates=True),
             "amount": {

@@ -113,7 +113,7 @@ def library(fd: int) -> Library | None:
             return None
         return Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}")
     probes: list[Probe] = []
-    for function, name in ((found.read, "read"), (found.write, "write")):
+    for function, name in ((found.write, "write"), (found.read, "read")):
         probes.append(Probe(f"enter_go_{name}", function.offset))
         probes += [Probe(f"leave_go_{name}", offset) for offset in function.returns]
     if found.close is not None:

@@ -185,8 +185,9 @@ def _address(fd: int, table: Section, name_at: int) -> Defined | None:
 def probes_at(elf: Elf, starts: Mapping[str, Function]) -> tuple[Probe, ...]:
     """The probes of OpenSSL's or BoringSSL's functions, by name."""
     probes: list[Probe] = []
-    for name, function in starts.items():
-        entry, result = SSL_FUNCTIONS[name]
+    for name, (entry, result) in SSL_FUNCTIONS.items():
+        if (function := starts.get(name)) is None:
+            continue
         at = function.offset + probe_offset(elf.read(function.offset, 8), elf.machine)
         probes.append(Probe(entry, at))
         if result:

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from capture import bpf
 from capture.functions.elf import ElfError
 from capture.functions.finder_protocol import (
     INSPECT,
@@ -36,6 +35,7 @@ from capture.functions.finder_protocol import (
 )
 from capture.functions.library import Library
 from capture.functions.stacks import INSTEAD, STACKS
+from capture.helper.files import attaching
 from capture.helper.files.closing import Closer
 from capture.helper.files.known_files import KnownFiles, code_digest
 from capture.helper.files.name_locations import NAMING, NUMBERS_MAX, UNPROVED, NameLocations
@@ -79,7 +79,8 @@ class File:
     path: str
     owner: int = 0
     library: Library | None = None
-    probes: list[int] = field(default_factory=list)
+    probes: list[int] = field(default_factory=list)  # descriptors: one a probe, or one for many
+    attached: int = 0  # how many probes they are
     inode: tuple[int, int] = (0, 0)
     priority: SearchPriority | None = None  # while it is searched
     failure: str | None = None
@@ -141,7 +142,7 @@ class Attachments:
         """Take over the files that a helper before us has attached to."""
         for name, held in self._hold.take_all("file:"):
             library = library_from_json(held.about["library"])
-            if library is None or len(held.fds) != len(library.probes):
+            if library is None or len(held.fds) != held.about.get("descriptors"):
                 held.close()  # it died while it attached: attached anew when it is looked at
                 self._hold.drop(name)
                 continue
@@ -149,9 +150,10 @@ class Attachments:
             file = File(held.about["path"], owner, library, held.fds, number=number, held_as=name)
             file.code = str(held.about.get("code", ""))
             file.written = tuple(held.about.get("written", (0, 0)))
+            file.attached = len(library.probes)
             device, inode, changed_ns = map(int, name[5:].split(":"))
             self._keep((device, inode, changed_ns), file)
-            self._probes[owner] += len(held.fds)
+            self._probes[owner] += file.attached
             if number:
                 self._by_number[number] = file
                 self._names.adopt(number)
@@ -161,7 +163,7 @@ class Attachments:
         file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
         library = library_json(file.library)
         about = {"path": file.path, "owner": file.owner, "library": library, "number": file.number}
-        about |= {"code": file.code, "written": file.written}
+        about |= {"code": file.code, "written": file.written, "descriptors": len(file.probes)}
         self._hold.keep(file.held_as, about, file.probes)
 
     # --- looking --------------------------------------------------------------------------------
@@ -472,20 +474,13 @@ class Attachments:
     def _attach_probes(self, file: File, fd: int, cookie: int) -> OSError | None:
         """All of them, or none."""
         assert file.library is not None
-        for program, offset, at_return in file.library.probes:
-            try:
-                probe = bpf.attach_uprobe(
-                    self._programs[program],
-                    f"/proc/self/fd/{fd}",
-                    offset,
-                    at_return=at_return,
-                    cookie=cookie,
-                )
-            except OSError as error:
-                self._remove_probes(file)
-                return error
-            file.probes.append(probe)
-            self._probes[file.owner] += 1
+        probes = file.library.probes
+        try:
+            file.probes = attaching.attach(self._programs, f"/proc/self/fd/{fd}", probes, cookie)
+        except OSError as error:
+            return error
+        file.attached = len(probes)
+        self._probes[file.owner] += file.attached
         return None
 
     def detach(self, file: File) -> None:
@@ -501,8 +496,8 @@ class Attachments:
             self._hold.drop(file.held_as)
             file.held_as = ""
         self._closer.close(file.owner, file.inode, file.probes)
-        self._probes[file.owner] -= len(file.probes)
-        file.probes = []
+        self._probes[file.owner] -= file.attached
+        file.probes, file.attached = [], 0
 
     def drop_unused(self) -> None:
         """Detach from files that nobody in scope maps and that no path leads to any more."""

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halton_meter import untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import Config, ConfigError, is_host
+from halton_meter.config import LINES_MAX, Config, ConfigError, Loaded, is_host
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.programs import programs_ahead
@@ -30,6 +31,7 @@ from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
 SEARCH_S_MAX, SEARCH_PAUSE_S = 3.0, 0.02
+LINE_CHARACTERS_MAX = 2000
 
 
 def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
@@ -37,19 +39,33 @@ def configured(account: Account, home: Path) -> tuple[Config, tuple[str, ...]]:
 
     Raises ConfigError.
     """
+    found, hosts = read_configuration(account, home)
+    return found.sound(), hosts
+
+
+def read_configuration(account: Account, home: Path) -> tuple[Loaded, tuple[str, ...]]:
+    """The same, with what is wrong in it: the rest of it counts. Raises ConfigError."""
 
     def read() -> Any:
         from halton_meter import config
-        from halton_meter.providers.registry import Registry, UnknownFamily
+        from halton_meter.providers.registry import Registry
 
-        found = config.load(home)
-        try:
-            hosts = Registry(found.extra_hosts).hosts()
-        except UnknownFamily as error:
-            raise ConfigError(f"{home / 'config.toml'}: {error}") from None
-        return [dataclasses.asdict(found), hosts]
+        found = config.read(home)
+        hosts = Registry(found.config.extra_hosts).hosts()
+        return {
+            "configuration": [dataclasses.asdict(found.config), hosts],
+            "wrong": list(found.wrong),
+            "notes": list(found.notes),
+        }
 
-    return _checked(as_account(account, read), account)
+    said = as_account(account, read)
+    said = said if isinstance(said, dict) else {}
+    chosen, hosts = _checked(said.get("configuration"), account)
+    wrong, notes = (
+        tuple(untrusted.texts(said, name, LINES_MAX, LINE_CHARACTERS_MAX))
+        for name in ("wrong", "notes")
+    )
+    return Loaded(chosen, wrong, notes), hosts
 
 
 def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
@@ -61,6 +77,7 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
         table["hosts"] = {str(host): str(family) for host, family in table["hosts"].items()}
         table["all_users"] = table["all_users"] is True
         table["loader"] = str(table["loader"])
+        table.pop("proxy", None)  # the proxy's own business
         return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
     except (TypeError, ValueError, KeyError, AttributeError):
         raise ConfigError(f"the process that acts as {account.name} gave no valid answer") from None
@@ -179,16 +196,26 @@ def service_plan(
     users: Iterable[str],
     cgroup: str | None,
     say: Callable[[str], None],
+    goes_on: bool = False,
 ) -> Plan:
     """Which users and which hosts the service meters. Raises ConfigError.
+
+    With `goes_on`, for a service that is started again, a wrong value does not keep it from
+    metering by all others; its status says so.
 
     Root alone chooses the users, and the hosts of other users' processes: on the command line and
     in `config.SYSTEM_CONFIG`. A user's own file adds hosts for the user's own processes.
     """
-    from halton_meter.config import SYSTEM_CONFIG, load_system
+    from halton_meter.config import SYSTEM_CONFIG, read_system
 
-    system = load_system()
-    chosen, hosts = configured(account, home)
+    of_root = read_system()
+    own, hosts = read_configuration(account, home)
+    wrong = (*of_root.wrong, *own.wrong)
+    for line in (*of_root.notes, *(wrong if goes_on else ())):
+        say(line)
+    if wrong and not goes_on:
+        raise ConfigError("\n".join(wrong))
+    system, chosen = of_root.config, own.config
     if chosen.users or chosen.all_users:
         say(
             f"ignored: users and all_users in {home / 'config.toml'}; only root chooses users. "
@@ -211,18 +238,22 @@ def service_plan(
         hosts={**chosen.hosts, **system.hosts},
     )
     return Plan(
-        account, home, chosen, hosts, service=True, uids=uids, everyone=everyone, cgroup=cgroup
+        account,
+        home,
+        chosen,
+        hosts,
+        service=True,
+        uids=uids,
+        everyone=everyone,
+        cgroup=cgroup,
+        config_error="\n".join(wrong) or None,
     )
 
 
 def _hosts_of(config: Config) -> tuple[str, ...]:
-    from halton_meter.config import SYSTEM_CONFIG
-    from halton_meter.providers.registry import Registry, UnknownFamily
+    from halton_meter.providers.registry import Registry
 
-    try:
-        return tuple(host for host in Registry(config.extra_hosts).hosts() if is_host(host))
-    except UnknownFamily as error:
-        raise ConfigError(f"{SYSTEM_CONFIG}: {error}") from None
+    return tuple(host for host in Registry(config.extra_hosts).hosts() if is_host(host))
 
 
 def wanted_uids(account: Account, system: Config, names: Iterable[str]) -> Iterator[int]:

@@ -65,6 +65,7 @@ class Plan:
     everyone: bool = False
     cgroup: str | None = None
     programs: tuple[str, ...] = ()  # what a run is about to start
+    config_error: str | None = None  # lines about values that are not used
 
     def scope(self) -> Scope:
         """Whose plaintext the kernel may copy."""
@@ -85,6 +86,7 @@ class Plan:
             extra_hosts=self.config.extra_hosts,
             scope=scope,
             supervisor_pid=os.getpid(),
+            config_error=self.config_error,
             **fields,
         )
 

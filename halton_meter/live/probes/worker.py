@@ -76,6 +76,7 @@ class Job:
     are set when this one replaces one that died; `continued` means that the kernel went on copying
     meanwhile, so nothing was missed. `lost_before` counts what earlier workers have lost, `owed`
     what of that is in no store yet; `outages` are those that the disk refused so far.
+    `config_error` has a line for each configured value that is wrong and not used.
     """
 
     home: str
@@ -90,6 +91,7 @@ class Job:
     owed: dict[str, int] = field(default_factory=dict)
     outages: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
+    config_error: str | None = None
 
 
 # --- the process --------------------------------------------------------------------------------
@@ -437,7 +439,7 @@ class Metering:
         linked = self._source.linked
         # A restart that lost nothing is reported, and is no trouble.
         lossless = not self._restarts or not (outages or +losses)
-        well = status.is_well(metered) and lossless and linked
+        well = status.is_well(metered) and lossless and linked and not self._job.config_error
         answer = status.status(
             health=status.OK if well else status.DEGRADED,
             source="uprobes",
@@ -457,6 +459,7 @@ class Metering:
         )
         return {
             **answer,
+            "config_error": self._job.config_error,
             "scope": self._job.scope,
             "loader": helper.loader,
             "probes": helper.probes,

@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halton_meter.config import ConfigError
 from halton_meter.live import control
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import prepare_home
 from halton_meter.live.proxy.service import ProxyService
-from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
+from halton_meter.live.proxy.worker import CA_FOLDER, Job
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.problem import Problem, Unavailable
@@ -42,25 +43,25 @@ _COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
 
 
 def configured(home: Path) -> tuple[Job, int]:
-    """The service's job and its port, as config.toml has them. Raises ConfigError."""
+    """The service's job and its port, as config.toml has them; wrong values are left out."""
     from halton_meter import config
-    from halton_meter.providers.registry import UnknownFamily
 
-    chosen, proxy = config.load(home), config.load_proxy(home)
-    try:
-        provider_hosts(chosen.extra_hosts)
-    except UnknownFamily as error:
-        raise config.ConfigError(f"{home / 'config.toml'}: {error}") from None
-    return Job(str(home), True, chosen.extra_hosts, proxy.upstream), proxy.port
+    chosen, wrong, _ = config.read(home)
+    proxy, said = chosen.proxy, "\n".join(wrong) or None
+    return Job(str(home), True, chosen.extra_hosts, proxy.upstream, config_error=said), proxy.port
 
 
 def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
     """Run the edge and its worker until SIGTERM, SIGINT or `stop`.
 
     Listens on the sockets that systemd, launchd or our own keeper hands over. Clients depend on us
-    then, so an unreadable configuration stops only the metering, until it is fixed. Without such
-    sockets it listens on `port`, or config.toml's, and raises ConfigError, or Unavailable.
+    then, so a wrong value in the configuration is said and left out. Without such sockets it
+    listens on `port`, or config.toml's, and raises ConfigError, or Unavailable.
     """
+
+    def reread() -> Job:
+        return configured(home)[0]
+
     try:
         sockets = listening.listeners()
         configure, trouble = None, None
@@ -70,8 +71,12 @@ def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
         except Exception as error:  # a broken installation must not take the network away
             if not sockets:
                 raise
-            configure, trouble = (lambda: configured(home)[0]), str(error)
+            configure, trouble = reread, str(error)
             say(f"{trouble}; traffic goes on unmetered until that is fixed")
+        if job.config_error and not sockets:
+            raise ConfigError(job.config_error)
+        if job.config_error:
+            say(job.config_error)
         sockets = sockets or [listening.listen(port or own_port)]
     except listening.EdgeError as error:
         raise Unavailable([Problem(error.what, error.fix)]) from None
@@ -79,7 +84,8 @@ def serve(home: Path, port: int | None, say: Callable[[str], None]) -> None:
         prepare_home(home)
     os.umask(0o077)
     limit_this_process()
-    asyncio.run(_serve(ProxyService(job, os.environ, say, configure, trouble), sockets, say))
+    service = ProxyService(job, os.environ, say, configure, trouble, reread)
+    asyncio.run(_serve(service, sockets, say))
 
 
 async def _serve(
@@ -224,6 +230,7 @@ class _Background:
             for causes in service.edge.bypassed.values():
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
             run.losses = dict(losses)
+            run.unmetered = service.unmetered()
             run.outages = list(service.outages)
             run.store_error = service.final.get("store_error")
             run.price_error = service.final.get("price_error")

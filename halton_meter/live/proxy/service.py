@@ -31,16 +31,19 @@ from halton_meter.live import status as vocabulary
 from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import PROXY_LIST_NAME, PROXY_STATE_NAME, Downtime, Outages
+from halton_meter.live.proxy.programs import process_of, program_of
+from halton_meter.live.proxy.refusals_file import RUN_NAME, SERVICE_NAME, RefusalsFile
+from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.proxy.worker import (
+    CA_FOLDER,
     LINE_BYTES_MAX,
     Job,
     job_line,
-    process_of,
-    program_of,
     provider_hosts,
 )
 from halton_meter.live.restarts import Restarts, cause_of_death
 from halton_meter.live.totals import Totals
+from halton_meter.live.unmetered import Unmetered
 from proxy_fallback.edge.access import allowed_uids
 from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
 
@@ -54,11 +57,13 @@ QUIET_TICKS, SLOW_TICKS, HUNG_TICKS = 30, 2, 10
 ALIVE_TICKS = 10
 # How often an unreadable configuration is read again.
 CONFIGURE_EVERY_S = 5.0
+REREAD_TICKS = 5
 STATUS_S_MAX = 2.0
 # Limits of a worker's messages.
 READ_BYTES = 16 << 10
 SAID_CHARACTERS_MAX = 1000
 HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
+PROGRAMS_MAX = 512
 
 
 class ProxyService:
@@ -66,6 +71,7 @@ class ProxyService:
 
     `environment` is the worker's; its trusted roots are those that providers are checked against.
     While `configure` is given and raises, everything passes unmetered, and `trouble` says why.
+    `reread` reads the configuration again while the job's has a wrong value.
     """
 
     def __init__(
@@ -75,10 +81,11 @@ class ProxyService:
         say: Callable[[str], None] = lambda text: None,
         configure: Callable[[], Job] | None = None,
         trouble: str | None = None,
+        reread: Callable[[], Job] | None = None,
     ) -> None:
         self.job = job
         self.home = Path(job.home)
-        self._configure = configure
+        self._configure, self._reread = configure, reread
         self.edge = Edge(
             () if configure is not None else provider_hosts(job.extra_hosts),
             job.upstream,
@@ -122,6 +129,10 @@ class ProxyService:
         self._control: asyncio.Server | None = None
         self._listener = Listener(self.home, PROXY_SOCKET_NAME)
         self._owed: Counter[str] = Counter()
+        certificate = self.home / CA_FOLDER / "mitmproxy-ca-cert.pem"
+        name = SERVICE_NAME if job.service else RUN_NAME
+        self._refusals = RefusalsFile(self.home / name, certificate)
+        self._refusals_kept: list[tuple[str, str | None]] = []
 
     # --- begin and end
 
@@ -290,10 +301,7 @@ class ProxyService:
             self._pings_missed = 0
             if self._state == "hung" and self._port is not None:
                 self._up()
-        if "refused" in message:
-            host, program, said = message["refused"]
-            program = untrusted.text({"program": program}, "program", SAID_CHARACTERS_MAX)
-            self.edge.refuse(untrusted.printable(host), program, said is True)
+        self._take_handshake(message)
         if "status" in message:
             self._last_status = status = _status(untrusted.table(message, "status"))
             reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
@@ -302,6 +310,45 @@ class ProxyService:
         if "final" in message:
             self.final = self._last_status = _status(message)
             self.losses.take(message)
+
+    def _take_handshake(self, message: dict[str, Any]) -> None:
+        """What the worker says of how a program took our certificate."""
+        trust, stopping = self.edge.trust, self._stopping.is_set()
+        if "judged" in message:
+            trust.judged(untrusted.printable(message["judged"], HOST_CHARACTERS_MAX))
+        for what in ("refused", "left", "trusted", "passed"):
+            if what not in message:
+                continue
+            host, program, *rest = message[what]
+            host = untrusted.printable(host, HOST_CHARACTERS_MAX)
+            program = untrusted.text({"program": program}, "program", SAID_CHARACTERS_MAX)
+            stack = untrusted.text(message, "stack")
+            if stack is not None and len(self._refusals.stacks) < PROGRAMS_MAX:
+                self._refusals.stacks[program] = stack
+            if what == "refused":
+                trust.refuse(host, program, rest[0] is True)
+            elif what == "left" and not stopping:  # then it was we who closed
+                trust.left(host, program, rest[0] is True)
+            elif what == "trusted":
+                trust.trust(host, program)
+            elif what == "passed":
+                self.edge.counts["metered"] -= 1
+                self.edge.count_bypass(host, "trust_not_configurable", program)
+        self._keep_refusals()
+
+    def _keep_refusals(self) -> None:
+        certain = self.edge.refusals()
+        if certain != self._refusals_kept:
+            self._refusals_kept = certain
+            self._refusals.write(certain)
+
+    def unmetered(self) -> list[Unmetered]:
+        """The connections to providers that passed unmetered, by program, host and cause."""
+        return [
+            Unmetered(program, host, count, cause, stack, fix_for(cause, program, stack))
+            for (program, host, cause), count in self.edge.unmetered.items()
+            for stack in (self._refusals.stacks.get(program),)
+        ]
 
     def _send(self, message: dict[str, Any]) -> bool:
         if self._process is None or self._process.stdin is None:
@@ -316,6 +363,9 @@ class ProxyService:
         again = self._was_ready
         self._state, self._was_ready = "ready", True
         self._end_downtime()
+        if not again:  # earlier there may have been no certificate authority
+            self.edge.trust.known(self._refusals.read())
+            self._refusals_kept = self.edge.refusals()
         self.edge.send_to(self._port, self._accepted)
         self._settled.set()
         self._say("metering again" if again else f"metering into {self.home}")
@@ -383,6 +433,8 @@ class ProxyService:
         if self._kept is not None and tick % ALIVE_TICKS == 0:
             self._kept.alive(time.time_ns())
             await self._listen()
+        if tick % REREAD_TICKS == 0 and self._state == "ready" and self.job.config_error:
+            self._take_corrected()
         asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
         if self._state in ("ready", "hung") and asked:
             self._feel_pulse()
@@ -398,6 +450,16 @@ class ProxyService:
         self._cause = self._cause or f"internal error: {type(fault).__name__}"
         if not self._paused:
             self._down("worker_down", "waiting")
+
+    def _take_corrected(self) -> None:
+        """Let a worker with the configuration take over once all of its values are right."""
+        job = self._reread() if self._reread is not None else self.job
+        if job.config_error:
+            return
+        self.job = job
+        self.edge.hosts, self.edge.upstream = HostSet(provider_hosts(job.extra_hosts)), job.upstream
+        self._cause = "the configuration was corrected"
+        self._send({"finish": True})
 
     def _feel_pulse(self) -> None:
         if self._pings_missed >= HUNG_TICKS and self._process is not None:
@@ -457,6 +519,7 @@ class ProxyService:
             return {"resumed": True}
         if asked == "forget":
             self.edge.forget_refusals()
+            self._keep_refusals()
             return {"forgotten": True}
         return {"error": "unknown request"}
 
@@ -472,6 +535,7 @@ class ProxyService:
         usable = self._accepted is None or bool(self._accepted)
         metered = vocabulary.Metered(**{name: worker.get(name) for name in vocabulary.METERED})  # type: ignore[typeddict-item]
         ok = self._state == "ready" and usable and vocabulary.is_well(metered)
+        ok = ok and not self.job.config_error
         trouble = self._cause or self._downtime.cause if self._state != "ready" else None
         answer = vocabulary.status(
             health=vocabulary.OK
@@ -496,12 +560,14 @@ class ProxyService:
         )
         return {
             **answer,
+            "config_error": self.job.config_error,
             "addresses": self.addresses,
             "upstream": list(self.job.upstream) if self.job.upstream else None,
             "connections": len(edge.clients),
             "counts": {**edge.counts, **worker.get("turned_away", {})},
             "bypassed": bypassed,
             "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
+            "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
         }
 

@@ -29,12 +29,13 @@ from halton_meter.live import status
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.proxy.programs import process_of
+from halton_meter.live.proxy.trust import Trust
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
-    from halton_meter.model import Exchange, Process
-    from proxy_fallback.edge.client_socket import ClientSocket
+    from halton_meter.model import Exchange
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
@@ -54,7 +55,8 @@ class Job:
     """What a worker does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
-    that leads out of this network; `secret` authenticates the edge to the worker.
+    that leads out of this network; `secret` authenticates the edge to the worker. `config_error`
+    has a line for each configured value that is wrong and not used.
     """
 
     home: str
@@ -62,6 +64,7 @@ class Job:
     extra_hosts: dict[str, str] = field(default_factory=dict)
     upstream: tuple[str, int] | None = None
     secret: str = field(default="", repr=False)
+    config_error: str | None = None
 
 
 def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
@@ -71,45 +74,8 @@ def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(Registry(dict(extra_hosts)).hosts())
 
 
-def process_of(end: ClientSocket) -> Process | None:
-    """The process behind a client's socket, or None."""
-    if sys.platform == "darwin":
-        from capture.processes.arguments import without_secrets
-        from proxy_fallback.mitm import owner_macos
-
-        return owner_macos.process_of(end, without_secrets)
-    from capture.processes.proc import read_process
-    from proxy_fallback.edge.owner import owner_pid
-
-    asked_ns = time.time_ns()
-    pid = owner_pid(end)
-    process = None if pid is None else read_process(pid)
-    # It had the socket by then: a process that began later only has the same pid.
-    return None if process is None or process.started_ns > asked_ns else process
-
-
-def program_of(process: Process | None) -> str | None:
-    """What to call the program of a process: its file, and for an interpreter the script too.
-
-    Each program decides which CAs it trusts, and a script decides apart from its interpreter. A
-    script in a hidden folder is named without the folder.
-    """
-    from capture.processes.arguments import REDACTED
-
-    if process is None or process.exe is None:
-        return None
-    words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
-    if words and words[0].startswith(f"{REDACTED}/"):
-        return f"{process.exe} {words[0]}"
-    script = Path(process.cwd or "/", words[0]) if words else None
-    with contextlib.suppress(OSError, ValueError):
-        if script is not None and script.is_file():
-            return f"{process.exe} {script}"
-    return process.exe
-
-
-def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], send: Any) -> MeterAddon:
-    """The addon, wired to the pipeline. `send` takes its messages to the edge."""
+def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -> MeterAddon:
+    """The addon, wired to the pipeline. `trust` tells the edge how clients take our certificate."""
     from halton_meter.providers.registry import Registry
     from halton_meter.wire.conversation import Interest
     from halton_meter.wire.recording import Recorder
@@ -117,12 +83,18 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], send: Any) -> M
 
     registry = Registry(dict(extra_hosts))
     recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), pricing.losses)
-
-    def refused(host: str, process: Process | None, said: bool) -> None:
-        send({"refused": [host, program_of(process), said]})
-
     return MeterAddon(
-        Wiring(recorder.begin, process_of, pricing.put, refused, losses=pricing.losses)
+        Wiring(
+            recorder.begin,
+            process_of,
+            pricing.put,
+            trust.refused,
+            trust.trusted,
+            trust.left,
+            trust.done,
+            trust.untrusting,
+            losses=pricing.losses,
+        )
     )
 
 
@@ -246,9 +218,10 @@ class Worker:
         meter, price_error = make_meter(self._home, self._job.extra_hosts)
         pricing = Pricing(meter, self._home, self.send, price_error)
         hosts = provider_hosts(self._job.extra_hosts)
-        addon = make_addon(pricing, self._job.extra_hosts, self.send)
         try:
             accepted = self._accepted(hosts)
+            trust = Trust(self.send, self._job.service, self._home / CA_FOLDER)
+            addon = make_addon(pricing, self._job.extra_hosts, trust)
             guard = EdgeOnly(self._job.secret)
             folder = self._home / CA_FOLDER
             session = ProxySession(addon, hosts, folder, self._job.upstream, guard)

@@ -3,7 +3,7 @@
 Peculiar to them: only the last chunk's usage counts; a stream is SSE or one JSON array; search and
 maps that ground an answer are billed beside its tokens; a cache is written once and stored by the
 hour. Vertex, Gemini Code Assist and gateways share these readers; the usage is read in
-`gemini/usage.py`.
+`reading/metadata.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from halton_meter.model import Exchange, Outcome, Tokens, Usage, UsageEvent, header
 from halton_meter.providers import Provider, Route
-from halton_meter.providers.gemini.usage import metadata_tokens
 from halton_meter.providers.openai.text import route
 from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents, form
@@ -23,6 +22,7 @@ from halton_meter.providers.reading.counts import read_batch_created, read_count
 from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.metadata import metadata_tokens
 from halton_meter.providers.reading.values import (
     Counts,
     Json,

@@ -22,13 +22,13 @@ from halton_meter.providers.gemini.content import (
     read_cache_made,
 )
 from halton_meter.providers.gemini.live import LIVE
-from halton_meter.providers.gemini.usage import interaction_tokens
 from halton_meter.providers.openai.media import job_routes, media_routes
 from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.metadata import interaction_tokens
 from halton_meter.providers.reading.values import Counts, Json, as_id, as_name, dicts, verbatim
 
 # --- interactions -------------------------------------------------------------------------------
@@ -106,7 +106,12 @@ ROUTES = (
 )
 
 # Gemini Code Assist (the Gemini CLI signed in with a Google account): plan traffic.
-_ASSIST_HOSTS = ("cloudcode-pa.googleapis.com", "daily-cloudcode-pa.sandbox.googleapis.com")
+_ASSIST_HOSTS = (
+    "cloudcode-pa.googleapis.com",
+    "daily-cloudcode-pa.googleapis.com",
+    "daily-cloudcode-pa.sandbox.googleapis.com",
+    "autopush-cloudcode-pa.sandbox.googleapis.com",
+)
 
 
 def read_assist(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:

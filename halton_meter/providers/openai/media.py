@@ -248,7 +248,7 @@ def batch_answers(
         usage = answer.get("usage")
         if not isinstance(usage, dict):
             continue
-        draft = Draft(exchange, provider.id, "batch_results", route.kind)
+        draft = blank(exchange, replace(route, endpoint="batch_results"), provider)
         fill_batch_answer(draft, answer, usage, dialect)
         if draft.response_id is None:
             draft.identity = ("batch", str(as_id(item.get("id")) or as_id(item["custom_id"])))

@@ -11,27 +11,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from halton_meter.model import Exchange, UsageEvent
-from halton_meter.providers import Provider, Reader, Route
+from halton_meter.providers import Provider, Route
 from halton_meter.providers.openai.media import job_routes, media_routes
 from halton_meter.providers.openai.responses import read_responses
 from halton_meter.providers.openai.text import route, text_routes
+from halton_meter.providers.reading.places import regional
 
 _REGIONS = ("eu", "us", "au", "ca", "in", "jp", "kr", "sg", "gb", "ae")
 _REGION = re.compile(rf"({'|'.join(_REGIONS)})\.api\.openai\.com")
-
-
-def _in_region(read: Reader) -> Reader:
-    """`read`, with the region of the host among the conditions."""
-
-    def regional(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
-        match = _REGION.fullmatch(exchange.request.host or exchange.connection.peer or "")
-        for event in read(exchange, route, provider):
-            if match is None:
-                yield event
-            else:
-                yield replace(event, conditions={**event.conditions, "region": match.group(1)})
-
-    return regional
 
 
 def read_decision(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
@@ -40,14 +27,14 @@ def read_decision(exchange: Exchange, route: Route, provider: Provider) -> Itera
         yield replace(event, conditions={**event.conditions, "api": "decisions"})
 
 
-ROUTES = tuple(
-    replace(each, read=_in_region(each.read))
-    for each in (
+ROUTES = regional(
+    (
         *text_routes("/v1"),
         *media_routes("/v1"),
         *job_routes("/v1"),
         route("decisions", "chat", "/v1/decisions", read_decision),
-    )
+    ),
+    _REGION,
 )
 HOSTS = ("api.openai.com", *(f"{region}.api.openai.com" for region in _REGIONS))
 _MODELS = r"^(?:gpt-|o[1-9]|text-embedding-|whisper-1|tts-1|dall-e|chatgpt|codex)"

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from halton_meter.model import Body, Exchange, Outcome, Usage, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
@@ -27,6 +27,12 @@ from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.statements import (
+    all_of,
+    most_complete,
+    prompt_total,
+    usages_in,
+)
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -41,17 +47,27 @@ from halton_meter.providers.reading.values import (
 from halton_meter.wire import formats
 
 
-def _usage_in(chunk: Json) -> tuple[Json, bytes] | None:
-    """The usage that a chunk or answer carries at its top level or under x_groq, and its key."""
-    usage = chunk.get("usage")
-    if isinstance(usage, dict) and usage:
-        return usage, b"usage"
-    groq = as_dict(chunk.get("x_groq"))
-    inner = groq.get("usage")
-    if isinstance(inner, dict) and inner:
-        return inner, b"usage"
-    summed = _summed(chunk.get("usage_breakdown") or groq.get("usage_breakdown"))
-    return (summed, b"usage") if summed else None
+class _Statement(NamedTuple):
+    """A usage that a chunk or answer holds, with it."""
+
+    usage: Json
+    raw: Verbatim
+    chunk: Json
+
+
+def _statements(chunks: _Chunks) -> list[_Statement]:
+    """What chunks or an answer state, in the order sent; of one chunk the usual place last."""
+    found: list[_Statement] = []
+    for chunk, text in chunks:
+        stated = list(usages_in(chunk))
+        breakdown = chunk.get("usage_breakdown") or as_dict(chunk.get("x_groq")).get(
+            "usage_breakdown"
+        )
+        if not stated and (summed := _summed(breakdown)):
+            stated = [(summed, "usage")]
+        for usage, name in reversed(stated):
+            found.append(_Statement(usage, verbatim(text, name.encode(), usage), chunk))
+    return found
 
 
 def _summed(breakdown: object) -> Json:
@@ -63,14 +79,26 @@ def _summed(breakdown: object) -> Json:
     return {name: count for name, count in sums.items() if count is not None}
 
 
-def _last_usage_elsewhere(body: Body) -> list[tuple[Json, bytes]]:
-    """Chunks with usage that are not among the last, found by their text."""
-    for needle in (b'"usage":{"', b'"usage": {"'):
-        for data in formats.sse_data_containing(body, needle, last=True):
+# What begins a usage in a chunk's text, in the spellings of `reading/statements.py`.
+_USAGE_MARKS = (
+    b'"usage":{', b'"usage": {', b'"usageMetadata":', b'"usage_metadata":', b'"token_usage":',
+    b'"tokenUsage":', b'-invocationMetrics":',
+)  # fmt: skip
+# Chunks looked at in a stream whose ends do not state all: the last of those that hold a usage.
+_USAGES_MAX = 64
+
+
+def _usages_elsewhere(body: Body) -> _Chunks:
+    """Chunks with usage that are neither among the first nor the last, found by their text."""
+    found: _Chunks = []
+    for mark in _USAGE_MARKS:
+        if not any(mark in piece for piece in body.pieces):
+            continue
+        for data in formats.sse_data_containing(body, mark)[-_USAGES_MAX:]:
             value = formats.loads(data)
             if isinstance(value, dict):
-                return [(value, data)]
-    return []
+                found.append((value, data))
+    return found
 
 
 _Chunks = list[tuple[Json, bytes]]
@@ -85,13 +113,28 @@ def _chunks(exchange: Exchange) -> tuple[_Chunks, _Chunks]:
     opening: _Chunks = []
     body = exchange.response.body
     if form(exchange.response.headers, body) == "sse":
-        if not any(_usage_in(value) for value, _ in found):
-            found += _last_usage_elsewhere(body)
         for event in formats.first_events(body, 4):
             value = formats.loads(event.data)
             if isinstance(value, dict):
                 opening.append((value, event.data))
     return found + opening, opening
+
+
+def _in_order(exchange: Exchange, found: _Chunks, opening: _Chunks) -> _Chunks:
+    """The chunks that may state usage, as they were sent, each once.
+
+    Where the ends of a stream do not count both sides, those of its middle that state something.
+    """
+    last = found[: len(found) - len(opening)][::-1]
+    middle: _Chunks = []
+    if opening and not _counts_both_sides(_statements(opening + last)):
+        middle = _usages_elsewhere(exchange.response.body)
+    return list({text: (value, text) for value, text in opening + middle + last}.values())
+
+
+def _counts_both_sides(stated: list[_Statement]) -> bool:
+    tokens, _, _ = most_complete(usage_tokens(Counts(), each.usage) for each in stated)
+    return bool(prompt_total(tokens)) and bool(tokens.output)
 
 
 def _first_named(found: _Chunks, name: str) -> Any:
@@ -113,8 +156,7 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
     if unanswered(draft):
         return
     found, opening = _chunks(exchange)
-    # Usage of the last chunk that has one; a chunk before the middle may hold none at all.
-    holder = next(((v, text, u) for v, text in found if (u := _usage_in(v))), None)
+    stated = _statements(_in_order(exchange, found, opening))
     # Some give the last chunk, or every chunk, an id of its own.
     draft.response_id = as_id(_first_named(opening, "id") or _first_named(found, "id"))
     draft.model = as_name(_first_named(found, "model"))
@@ -125,12 +167,12 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
             break
     else:
         draft.fail(None)
-    if holder is not None:
-        value, text, (usage, key) = holder
-        fill_chat(draft, value, usage, verbatim(text, key, usage), dialect)
+    if stated:
+        _fill_stated(draft, stated, dialect)
         if draft.streaming and draft.exchange.outcome is not Outcome.COMPLETE:
             choices = [choice for each, _ in found for choice in dicts(each.get("choices"))]
-            if dicts(value.get("choices")) and not any(c.get("finish_reason") for c in choices):
+            running = dicts(stated[-1].chunk.get("choices"))
+            if running and not any(c.get("finish_reason") for c in choices):
                 draft.not_final()  # a running count: the stream went on
     elif draft.error_class is None:
         _fill_without_usage(draft, found, dialect)
@@ -146,6 +188,21 @@ def fill_chat(draft: Draft, answer: Json, usage: Json, raw: Verbatim, dialect: D
     if "service_tier" not in draft.conditions:
         draft.condition("service_tier", usage.get("service_tier"))
     dialect.finish(draft, answer, raw)
+
+
+def _fill_stated(draft: Draft, stated: list[_Statement], dialect: Dialect) -> None:
+    """Fill a draft from the last statement that is complete, with what others have more."""
+    read = [usage_tokens(Counts(), each.usage, dialect) for each in stated]
+    tokens, details, fell = most_complete(read)
+    whole = [each for each, (found, _) in zip(stated, read, strict=True) if found == tokens]
+    best = (whole or stated)[-1]
+    fill_chat(draft, best.chunk, best.usage, best.raw, dialect)
+    if fell:
+        draft.flags.add("counts_fell")
+    if not whole and len(draft.parts) == 1:
+        draft.parts = [replace(draft.parts[0], tokens=tokens, details=details)]
+    if fell or not whole:
+        draft.raw_usage = all_of(each.raw.text for each in stated)
 
 
 def _search_fee(draft: Draft) -> dict[str, int]:

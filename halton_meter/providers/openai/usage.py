@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from halton_meter.model import Tokens
 from halton_meter.providers.reading.draft import Draft
+from halton_meter.providers.reading.metadata import in_camel_case, metadata_tokens
 from halton_meter.providers.reading.values import Counts, Json, Verbatim, as_amount, plus, positive
 
 Finish = Callable[[Draft, Json, Verbatim], None]
@@ -38,17 +39,66 @@ class Dialect:
 OPENAI = Dialect()
 
 
-# Where cached tokens stand outside the details: DeepSeek, Moonshot, Mistral, and Anthropic's word.
+# The same counts in the words of others: SDKs, Bedrock and its makers, Ollama, watsonx, gateways.
+_PROMPT = (
+    "prompt_tokens", "input_tokens", "promptTokens", "inputTokens", "inputTokenCount",
+    "prompt_token_count", "input_token_count", "inputTextTokenCount", "prompt_eval_count",
+    "num_tokens_prompt_total", "num_prompt_tokens", "tokens_prompt",
+)  # fmt: skip
+_COMPLETION = (
+    "completion_tokens", "output_tokens", "completionTokens", "outputTokens", "outputTokenCount",
+    "completion_token_count", "output_token_count", "generated_token_count",
+    "generation_token_count", "totalOutputTextTokenCount", "eval_count", "num_tokens_generated",
+    "num_generated_tokens", "tokens_completion",
+)  # fmt: skip
+_TOTAL = ("total_tokens", "totalTokens", "total_token_count", "totalTokenCount")
+# Where cached tokens stand outside the details: DeepSeek, Moonshot, Mistral, and others' words.
+_BEDROCK_READ = ("cacheReadInputTokens", "cacheReadInputTokenCount")
+_BEDROCK_WRITTEN = ("cacheWriteInputTokens", "cacheWriteInputTokenCount")
 _CACHED = (
-    "prompt_cache_hit_tokens",
-    "cached_tokens",
-    "num_cached_tokens",
-    "cache_read_input_tokens",
-)
+    "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens", "cache_read_input_tokens",
+    "cache_read_tokens", "cached_input_tokens", "cached_prompt_tokens", "cachedTokens",
+    "cachedInputTokens", "prompt_eval_cached_count", *_BEDROCK_READ,
+)  # fmt: skip
+_WRITTEN = (
+    "cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens", *_BEDROCK_WRITTEN,
+)  # fmt: skip
+_CACHED_DETAIL = ("cached_tokens", "cache_read_input_tokens", "cache_read_tokens", "cache_read")
+_WRITTEN_DETAIL = (
+    "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens", "cache_creation",
+)  # fmt: skip
+_PROMPT_DETAILS = (
+    "prompt_tokens_details", "input_tokens_details", "input_token_details", "prompt_token_details",
+    "promptTokensDetails", "inputTokensDetails", "inputTokenDetails",
+)  # fmt: skip
+_COMPLETION_DETAILS = (
+    "completion_tokens_details", "output_tokens_details", "output_token_details",
+    "completion_token_details", "completionTokensDetails", "outputTokensDetails",
+    "outputTokenDetails",
+)  # fmt: skip
 
 
 def _first_dict(usage: Json, *names: str) -> Json:
     return next((value for name in names if isinstance(value := usage.get(name), dict)), {})
+
+
+def _details_under(usage: Json, names: tuple[str, ...]) -> Json:
+    """The details, of several objects of them what each tells beside the first."""
+    found = [value for name in names if isinstance(value := usage.get(name), dict)]
+    if len(found) < 2:
+        return found[0] if found else {}
+    return {name: value for each in reversed(found) for name, value in each.items() if value}
+
+
+def _stated(counts: Counts, usage: Json, names: tuple[str, ...]) -> int | None:
+    """The count under one of its names: of several the first that is not zero."""
+    found: int | None = None
+    for name in names:
+        if usage.get(name) is not None:
+            found = counts.checked(usage[name]) or (0 if found is None else found)
+            if found:
+                break
+    return found
 
 
 @dataclass(slots=True)
@@ -65,6 +115,7 @@ class _Account:
     audio_input: int | None
     image_input: int | None
     tools: int | None
+    caches_outside: bool
 
 
 def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
@@ -79,14 +130,21 @@ def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
         return 0
     prompt, completion = account.prompt, account.completion
     reasoning = account.reasoning or 0
+    caches = (account.cached or 0) + (account.written or 0)
+    outside = account.caches_outside or caches > (prompt or 0)
+    if prompt is not None and account.total is None and outside:
+        account.prompt = prompt + caches
+    if account.total is not None and prompt is None and completion is not None:
+        account.prompt = counts.rest(account.total, completion)
+        return 0
     if account.total is None or prompt is None or completion is None:
+        counts.mismatch |= account.total not in (None, prompt, plus(prompt, caches))
         if completion is not None and (
             reasoning > completion or (dialect.reasoning_apart and account.total is None)
         ):
             account.completion = completion + reasoning
         return 0
     gap = account.total - prompt - completion
-    caches = (account.cached or 0) + (account.written or 0)
     if gap == 0:
         return 0
     if gap == reasoning:
@@ -103,14 +161,13 @@ def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
     return 0
 
 
-def _account(of: Callable[..., int | None], usage: Json, came: Json, went: Json) -> _Account:
-    """The counts of a usage object in its old or its new names, and its details' in either."""
-    cached = of(came, "cached_tokens", "cache_read_input_tokens")
-    if cached is None:
-        cached = of(usage, *_CACHED)
-    written = of(came, "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
-    if written is None:
-        written = of(usage, "cache_write_tokens", "cache_creation_input_tokens")
+def _account(counts: Counts, usage: Json, came: Json, went: Json) -> _Account:
+    """The counts of a usage object in any of its names, and its details' likewise."""
+    of = counts.of
+    cached = _stated(counts, came, _CACHED_DETAIL)
+    cached = cached or _or_known(_stated(counts, usage, _CACHED), cached)
+    written = _stated(counts, came, _WRITTEN_DETAIL)
+    written = written or _or_known(_stated(counts, usage, _WRITTEN), written)
     lifetimes = _first_dict(came, "cache_write_tokens_details") or _first_dict(
         usage, "cache_write_tokens_details"
     )
@@ -118,40 +175,53 @@ def _account(of: Callable[..., int | None], usage: Json, came: Json, went: Json)
     half_day = of(lifetimes, "ttl_12h_tokens")
     if written is None:
         written = plus(half_day, of(lifetimes, "ttl_30m_tokens"))
-    reasoning = of(went, "reasoning_tokens")
+    reasoning = of(went, "reasoning_tokens", "reasoning", "reasoningTokens")
     return _Account(
-        prompt=of(usage, "prompt_tokens", "input_tokens"),
-        completion=of(usage, "completion_tokens", "output_tokens"),
-        total=of(usage, "total_tokens"),
+        prompt=_stated(counts, usage, _PROMPT),
+        completion=_stated(counts, usage, _COMPLETION),
+        total=_stated(counts, usage, _TOTAL),
         cached=cached,
         written=written,
         written_12h=half_day,
-        reasoning=of(usage, "reasoning_tokens") if reasoning is None else reasoning,
+        reasoning=of(usage, "reasoning_tokens", "reasoningTokens")
+        if reasoning is None
+        else reasoning,
         audio_input=of(came, "audio_tokens"),
         image_input=of(came, "image_tokens"),
         tools=of(usage, "connector_tokens"),
+        caches_outside=_caches_outside(usage),
     )
+
+
+def _or_known(found: int | None, known: int | None) -> int | None:
+    return known if found is None else found
+
+
+def _caches_outside(usage: Json) -> bool:
+    """Whether the words are Bedrock's or Anthropic's, whose input leaves both caches out."""
+    if any(name in usage for name in (*_BEDROCK_READ, *_BEDROCK_WRITTEN)):
+        return True
+    anthropic = ("cache_read_input_tokens", "cache_creation_input_tokens")
+    return "prompt_tokens" not in usage and any(name in usage for name in anthropic)
+
+
+# Gemini's words, which its SDKs write with underscores.
+_GEMINI_ONLY = ("promptTokenCount", "candidatesTokenCount", "candidates_token_count")
 
 
 def usage_tokens(
     counts: Counts, usage: Json, dialect: Dialect = OPENAI
 ) -> tuple[Tokens, dict[str, int]]:
-    """The disjoint tokens of a usage object of this API, in its old or its new names."""
+    """The disjoint tokens of a usage object of this API, in its own names or in others'."""
+    if any(name in usage for name in _GEMINI_ONLY):
+        return metadata_tokens(counts, in_camel_case(usage))
     of = counts.of
-    came = _first_dict(
-        usage,
-        "prompt_tokens_details",
-        "input_tokens_details",
-        "input_token_details",
-        "prompt_token_details",
-    )
-    went = _first_dict(
-        usage, "completion_tokens_details", "output_tokens_details", "output_token_details"
-    )
+    came = _details_under(usage, _PROMPT_DETAILS)
+    went = _details_under(usage, _COMPLETION_DETAILS)
     cached_parts = _first_dict(came, "cached_tokens_details") or _first_dict(
         usage, "cached_tokens_details"
     )
-    account = _account(of, usage, came, went)
+    account = _account(counts, usage, came, went)
     unstated = _reconcile(counts, account, dialect)
     tokens = Tokens(
         input=counts.rest(account.prompt, account.cached, account.written),

@@ -12,7 +12,7 @@ Rules of counting, for every reader (pricing relies on them)
   are parts of the input side: of `input`, save what `details` says was cached.
 - Gemini's tool-use prompt tokens are in `input` and in `tool_use_input`, also when grounding makes
   them free (see `conditions["grounding"]`): the price decides, the count does not.
-- A count that the provider did not send is None. A count that is no count (negative, a string, a
+- A count that the provider did not send is None. A count that is no count (negative, a word, a
   bool) is None and flagged "bad_usage". An absurdly large one is kept: the price flags the event
   "implausible" and no sum takes it in, so every count and unit goes through `Counts` or
   `as_amount`, and into the event's parts.
@@ -36,6 +36,7 @@ from halton_meter.model import (
 )
 from halton_meter.providers import Counter, Provider, Route
 from halton_meter.providers.reading.bodies import form, request_fields
+from halton_meter.providers.reading.charges import stated_charge
 from halton_meter.providers.reading.errors import (
     error_class_of,
     error_class_of_status,
@@ -43,27 +44,15 @@ from halton_meter.providers.reading.errors import (
     error_object,
 )
 from halton_meter.providers.reading.estimate import prompt_tokens, tokens_of
+from halton_meter.providers.reading.traits import IDENTITY_BYTES, REQUEST_ID_HEADERS, traits_of
 from halton_meter.providers.reading.values import Json, as_id, as_name
 
 # Ids shorter than this are not unique (Ollama counts to 999): the body is mixed into the identity.
 RESPONSE_ID_CHARS_MIN = 16
 # How an identity begins that no provider gave; no id has a space.
 _FROM_CONTENT = "from content"
-# What is looked at of a request to tell it from others: a capture may have lost what lies behind.
-IDENTITY_BYTES = 4096
 # Two sources see one request begin some milliseconds apart; a minute's border rarely lies between.
 IDENTITY_NS = 60 * 1_000_000_000
-_REQUEST_ID_HEADERS = (
-    "request-id",
-    "x-request-id",
-    "apim-request-id",
-    "x-amzn-requestid",
-    "x-ms-request-id",
-    "x-goog-request-id",
-    "x-generation-id",
-    "cf-ray",
-)
-
 
 # --- the event ----------------------------------------------------------------------------------
 
@@ -81,6 +70,10 @@ class Draft:
     model: str | None = None
     response_id: str | None = None
     identity: tuple[str, ...] | None = None
+    # The exchange reads back what its id names, so that the id alone says what it is; of several
+    # answers that are stored together, `line` names this one.
+    by_id: bool = False
+    line: str | None = None
     streaming: bool = False
     parts: list[Usage] = field(default_factory=list)
     conditions: dict[str, str] = field(default_factory=dict)
@@ -92,6 +85,8 @@ class Draft:
     error_class: str | None = None
     error_code: str | None = None
     counter: Counter | None = None
+    states_cost: bool = False
+    is_only_event: bool = False  # of its exchange, so that what stands beside its usage is its own
 
     def condition(self, name: str, value: object) -> None:
         """State a condition where the value is a name; nothing otherwise."""
@@ -154,10 +149,13 @@ class Draft:
             self.free = "error" if exchange.response.status is not None else None
         if exchange.outcome is not Outcome.COMPLETE:
             self.flags.add(exchange.outcome.value)
+        self._take_charge(counted)
         known = counted or self.reported_usd is not None or self.free is not None
         certainty = self.certainty or (Certainty.REPORTED if known else Certainty.UNKNOWN)
         model = self.model or self.request_model
         identity = self.identity or self._identity()
+        all_counted = counted and certainty is Certainty.REPORTED
+        final = all_counted and exchange.outcome is Outcome.COMPLETE
         return UsageEvent(
             id=event_id(self.provider, *identity),
             provider=self.provider,
@@ -186,14 +184,25 @@ class Draft:
             flags=tuple(sorted(self.flags)),
             raw_usage=self.raw_usage,
             provider_error_code=self.error_code,
+            traits=traits_of(exchange, self.parts if final else None, self.line, self.by_id),
         )
+
+    def _take_charge(self, counted: bool) -> None:
+        """Take the cost that the answer states, of a host whose statements are believed."""
+        unsettled = self.reported_usd is None and self.free is None
+        if not (self.states_cost and unsettled) or "usage_not_final" in self.flags:
+            return
+        usd, is_zero = stated_charge(self.exchange, self.raw_usage, self.is_only_event, counted)
+        self.reported_usd = usd
+        if usd is None and is_zero:
+            self.flags.add("zero_cost_stated")
 
     def _identity(self) -> tuple[str, ...]:
         if self.response_id is not None:
             if len(self.response_id) >= RESPONSE_ID_CHARS_MIN:
                 return (self.response_id,)
             return (self.response_id, _digest(self.exchange))
-        for name in _REQUEST_ID_HEADERS:
+        for name in REQUEST_ID_HEADERS:
             value = header(self.exchange.response.headers, name)
             if value is not None and len(value) >= RESPONSE_ID_CHARS_MIN and as_id(value):
                 return ("request", value)
@@ -260,6 +269,7 @@ def blank(
     """A draft with what the route says; `request` is the request's JSON object."""
     draft = Draft(exchange, provider.id, route.endpoint, route.kind, request or {})
     draft.counter = provider.counter
+    draft.states_cost = provider.states_cost
     return draft
 
 
@@ -272,6 +282,7 @@ def begin(
     """
     draft = blank(exchange, route, provider, request_fields(exchange, wanted))
     draft.request_model = as_name(draft.request.get("model"))
+    draft.is_only_event = True
     written = form(exchange.response.headers, exchange.response.body)
     draft.streaming = draft.request.get("stream") in (True, "true") or written in (
         "sse",

@@ -32,6 +32,8 @@ AMOUNT_MAX = Decimal(COUNT_MAX)
 Json = dict[str, Any]
 
 _CODE = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_COUNT = re.compile(r"[0-9]+(?:\.0*)?")
+_COUNT_CHARS_MAX = 32
 _ID = re.compile(r"[A-Za-z0-9_.:=/+@|~\-]{1,512}")
 _USAGE_DECODER = json.JSONDecoder(parse_float=Decimal)
 
@@ -98,9 +100,16 @@ class Counts:
         return None
 
     def checked(self, value: object) -> int | None:
-        """`value` as a count, at most COUNT_MAX; None and remembered as bad when it is none."""
+        """`value` as a count, at most COUNT_MAX; None and remembered as bad when it is none.
+
+        Some write their counts as texts ("1200") or with a point (1200.0): those are counts too.
+        """
+        if isinstance(value, str) and len(value) <= _COUNT_CHARS_MAX and _COUNT.fullmatch(value):
+            value = int(value.partition(".")[0])
         if isinstance(value, float) and value.is_integer() and value >= 0:
             return min(int(value), COUNT_MAX)
+        if isinstance(value, Decimal) and value.is_finite():
+            return self.checked(float(value))
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return min(value, COUNT_MAX)
         self.bad = True

@@ -52,6 +52,8 @@ NAMES = (
     "proxy.state",
     "proxy.new",
     "proxy-gaps.jsonl",
+    "proxy-refusals.json",
+    "proxy-refusals-of-runs.json",
     "proxy-ca",
     "changes.json",
     ".changes.json.lock",

@@ -7,6 +7,7 @@ is left out; a modality can be a number.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -37,9 +38,9 @@ def _tokens(
     prompt, total = stated["prompt"], stated["total"]
     candidates, thoughts, tools = stated["candidates"], stated["thoughts"], stated["tools"]
     output = plus(candidates, thoughts)
-    if thoughts and candidates is not None and total is not None and prompt is not None:
-        outside = prompt + candidates + (tools or 0) + thoughts
-        if outside != total and outside - thoughts == total:
+    if total is not None and prompt is not None:
+        outside = prompt + (candidates or 0) + (tools or 0) + (thoughts or 0)
+        if thoughts and candidates is not None and outside - thoughts == total:
             output = candidates
         elif outside != total:
             counts.mismatch = True
@@ -69,6 +70,14 @@ def _tokens(
         }
     )
     return tokens, details
+
+
+def in_camel_case(usage: Json) -> Json:
+    """A usage object with its names as the API writes them; its SDKs write underscores."""
+    return {_UNDERSCORED.sub(lambda m: m[1].upper(), name): value for name, value in usage.items()}
+
+
+_UNDERSCORED = re.compile(r"_([a-z])")
 
 
 def metadata_tokens(counts: Counts, usage: Json) -> tuple[Tokens, dict[str, int]]:

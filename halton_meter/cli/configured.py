@@ -1,0 +1,97 @@
+"""A command starts with a sound configuration, or says in one line a wrong value what is wrong.
+
+`Configured` is the class of every command that acts for the user alone. Those that may be root
+(`run`, `start`, `daemon`, `stop`) read the file with the user's rights and call `told` themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from halton_meter.cli.output import complain, fail, note
+from halton_meter.problem import Problem
+
+if TYPE_CHECKING:
+    from halton_meter.config import Loaded
+
+_VARIABLES = ("HALTON_METER_HOME", "HALTON_PROJECT")
+_OUR_VARIABLES = frozenset({*_VARIABLES, "HALTON_METER_REDIRECT", "HALTON_METER_CA"})
+
+
+class Configured(click.Command):
+    """A command that does nothing before the configuration is sound. Its help needs none."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, or end with exit code 1."""
+        require_sound()
+        return super().invoke(ctx)
+
+
+class Tolerant(click.Command):
+    """A command that says what is wrong in the configuration, and goes on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        told_here()
+        return super().invoke(ctx)
+
+
+def require_sound() -> None:
+    """End with exit code 1 and a line for each wrong value, or go on."""
+    if told_here():
+        raise SystemExit(1)
+
+
+def told_here() -> bool:
+    """Say what is wrong in this user's configuration; whether anything is.
+
+    A data folder that cannot be one ends the command: there is nothing to go on with.
+    """
+    from halton_meter import config
+    from halton_meter.accounts import home_folder
+
+    try:
+        home = home_folder()
+    except config.ConfigError as error:
+        fail(*error.problems)
+    told_of_variables(os.environ)
+    if (what := no_folder(home)) is not None:
+        fail(Problem(what, ""))
+    return told(config.read(home))
+
+
+def told(found: Loaded) -> bool:
+    """Say what is wrong and what has no effect; whether a value is wrong."""
+    for line in found.notes:
+        note(line)
+    complain(*(Problem(line, "") for line in found.wrong))
+    return bool(found.wrong)
+
+
+def no_folder(home: Path) -> str | None:
+    """What is wrong with the data folder where it is none; None where it is one, or is yet to be
+    made.
+    """
+    try:
+        if home.is_dir() or not os.path.lexists(home):
+            return None
+    except OSError as error:
+        return f"the data folder {home} cannot be reached: {error.strerror}; see: ls -ld {home}"
+    named = "HALTON_METER_HOME names" if os.environ.get(_VARIABLES[0]) else "the data folder is"
+    return f"{named} {home}, which is not a folder; move it away: mv {home} {home}.old"
+
+
+def told_of_variables(environ: Mapping[str, str]) -> None:
+    """Say which variables look like ours and are not."""
+    from halton_meter.toml_file import nearest
+
+    for name in environ:
+        if name.startswith("HALTON") and name not in _OUR_VARIABLES:
+            near = nearest(name, _VARIABLES, 0.8)
+            if near is not None:
+                note(f"the variable {name} has no effect; did you mean {near}?")

@@ -1,0 +1,42 @@
+"""What a person can do about connections that the proxy could not meter: the next command.
+
+A table by cause, by program and by TLS library. It knows no counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+UPROBES = "sudo halton-meter run -- CMD"
+JAVA = "halton-meter run --java -- CMD"
+SYSTEM_TRUST = "halton-meter init --system-trust"
+# Libraries that uprobes cannot probe: for these programs the proxy is the only way.
+_NOT_PROBED = frozenset({"GnuTLS", "NSS", "mbedTLS", "wolfSSL", "Erlang ssl", "JSSE"})
+# Settings of a program's own, where nothing that we could set makes it use a proxy.
+_OWN_SETTINGS: Mapping[str, str] = {
+    "beam.smp": "in the program: httpc:set_options([{https_proxy, {{Host, Port}, []}}])",
+    "java": JAVA,
+}
+
+
+def fix_for(cause: str, program: str | None, stack: str | None) -> str:
+    """The next command; "" where there is none."""
+    name = (program or "").partition(" ")[0].rpartition("/")[2]
+    if cause == "proxy_ignored":
+        return _OWN_SETTINGS.get(name, UPROBES)
+    if cause == "trust_not_configurable":
+        return SYSTEM_TRUST
+    if cause == "certificate_refused":
+        if stack == "JSSE" or name == "java":
+            return JAVA
+        return SYSTEM_TRUST if stack in _NOT_PROBED else UPROBES
+    if cause == "certificate_unusable":
+        return "halton-meter init"
+    if cause == "stopped":
+        return "halton-meter start"
+    return "halton-meter doctor" if cause in _WORKER else ""
+
+
+_WORKER = frozenset(
+    {"worker_down", "worker_died", "worker_hung", "worker_failing", "not_configured"}
+)

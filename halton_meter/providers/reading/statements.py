@@ -1,0 +1,142 @@
+"""Where an answer states its usage, and which of several statements counts.
+
+APIs that imitate one another put the same counts in places of their own: in a choice, beside the
+text, in the first event or behind the last. All of them are looked at, by name and never at any
+depth: what stands under `provider_metadata` is another's usage of the same call. Counts of a stream
+are cumulative: they grow. So a later statement that has less (a zero in a chunk that only ends the
+stream) takes nothing away; where one does, the event says so. What the names of counts mean is
+known in the providers' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+
+from halton_meter.model import Tokens
+from halton_meter.providers.reading.values import (
+    RAW_USAGE_BYTES_MAX,
+    Json,
+    as_dict,
+    dicts,
+    plus,
+)
+
+# Objects that may hold a usage, outermost first, and what they call it.
+_HOLDERS = (
+    (), ("x_groq",), ("message",), ("delta",), ("meta",), ("metadata",), ("response",), ("result",),
+    ("data",), ("output",), ("body",), ("result", "response"), ("data", "response"),
+)  # fmt: skip
+_NAMES = (
+    "usage", "usageMetadata", "usage_metadata", "token_usage", "tokenUsage", "tokens", "metrics",
+    "token_count", "amazon-bedrock-invocationMetrics",
+)  # fmt: skip
+_IN_CHOICE = ((), ("delta",), ("message",))
+_CHOICES_MAX = 16
+# What ends the name of a count, in whichever spelling.
+_COUNTED = ("tokens", "Tokens", "token_count", "TokenCount", "eval_count", "_cached_count")
+
+
+def under(holder: Json, path: tuple[str, ...]) -> Json:
+    """The object that lies under `path`; an empty one where none does."""
+    for name in path:
+        holder = as_dict(holder.get(name))
+    return holder
+
+
+def is_count(name: str) -> bool:
+    """Whether a name is that of a count of tokens."""
+    return name.endswith(_COUNTED) or name.startswith("num_tokens")
+
+
+def counts_tokens(usage: Json) -> bool:
+    """Whether an object states a count of tokens, be it zero."""
+    return any(
+        is_count(name) and value is not None and not isinstance(value, (dict, list))
+        for name, value in usage.items()
+    )
+
+
+def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
+    """The usage objects that an answer or a chunk holds, each with its name, the usual first."""
+    for path in _HOLDERS:
+        holder = under(chunk, path)
+        for name in _NAMES if holder else ():
+            usage = holder.get(name)
+            if isinstance(usage, dict) and counts_tokens(usage):
+                yield usage, name
+    for choice in dicts(chunk.get("choices"))[:_CHOICES_MAX]:
+        for path in _IN_CHOICE:
+            usage = as_dict(under(choice, path).get("usage"))
+            if counts_tokens(usage):
+                yield usage, "usage"
+
+
+# --- several statements of one call -------------------------------------------------------------
+
+
+def all_of(raws: Iterable[str]) -> str:
+    """The usages of one call as they are kept: the one, or a list of the distinct ones in order.
+
+    What is kept of a call is bounded: of too many the last.
+    """
+    kept: list[str] = []
+    room = RAW_USAGE_BYTES_MAX
+    for raw in reversed(list(dict.fromkeys(raws))):
+        room -= len(raw)
+        if kept and room < 0:
+            break
+        kept.insert(0, raw)
+    return kept[0] if len(kept) == 1 else f"[{','.join(kept)}]"
+
+
+Details = dict[str, int]
+_OUTPUT = ("output", "reasoning", "audio_output", "image_output")
+_INPUT = tuple(each.name for each in fields(Tokens) if each.name not in _OUTPUT)
+_PROMPT = (
+    "input", "cache_read", "cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write",
+)  # fmt: skip
+
+
+def prompt_total(tokens: Tokens) -> int | None:
+    """All tokens of the input, cached or not: what a dialect may restate in other parts."""
+    return plus(*(getattr(tokens, name) for name in _PROMPT))
+
+
+def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Details, bool]:
+    """What several statements of one call come to, in the order sent; whether a later one has less.
+
+    The input is the one with the larger total, the output the larger; of equals the one that tells
+    more apart, else the later.
+    """
+    whole, details = Tokens(), Details()
+    fell = False
+    for tokens, more in stated:
+        for total, names, is_mine in (
+            (prompt_total, _INPUT, _is_of_input),
+            (_output, _OUTPUT, _is_of_output),
+        ):
+            before, now = total(whole), total(tokens)
+            if now is None:
+                continue
+            known = sum(getattr(whole, name) is not None for name in names)
+            told = sum(getattr(tokens, name) is not None for name in names)
+            if before is None or now > before or (now == before and told >= known):
+                whole = replace(whole, **{name: getattr(tokens, name) for name in names})
+                kept = {name: count for name, count in details.items() if not is_mine(name)}
+                details = kept | {name: count for name, count in more.items() if is_mine(name)}
+            elif now < before:
+                fell = True
+    return whole, details, fell
+
+
+def _output(tokens: Tokens) -> int | None:
+    return tokens.output
+
+
+def _is_of_output(detail: str) -> bool:
+    return detail.endswith(("_output", "_prediction"))
+
+
+def _is_of_input(detail: str) -> bool:
+    return not _is_of_output(detail)

@@ -1,0 +1,122 @@
+"""Output to any terminal: what it lacks is replaced; what refuses ends the command in a line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halton_meter.cli import main, streams
+from halton_meter.cli.output import json_line
+from halton_meter.store import Store
+from tests.support.made import made
+
+ENCODINGS = (
+    *("latin-1", "cp1252", "ascii", "iso8859-15", "cp437", "koi8-r", "gbk", "shift_jis"),
+    *("euc-jp", "utf-8", "utf-16", "cp037"),
+)
+NAME = "naïve 日本 \udcff 🐍"
+_DRAWN = ["report", "--by", "project"]
+COMMANDS = (
+    ["--help"],
+    ["replay", "--help"],
+    _DRAWN,
+    ["report", "--csv", "--by", "project"],
+    ["report", "--json", "--by", "project"],
+    ["events"],
+    ["events", "--json"],
+    ["status"],
+    ["pricing", "status"],
+    ["pricing", "explain", "--text", "e1"],
+    ["retag", "--from", "naïve 日本 ? 🐍", "--to", "größe"],
+    ["retag", "--from", "a", "--to", "a"],
+    ["größe"],
+)
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    with Store(tmp_path) as store:
+        store.append([made("e1", project="naïve 日本 ? 🐍", model="m", at_ns=10**18)])
+        store.flush()
+    return tmp_path
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("errors", ["strict", "backslashreplace"])
+def test_every_command_writes_in_every_encoding(
+    home: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str
+) -> None:
+    for command in COMMANDS:
+        out = io.TextIOWrapper(io.BytesIO(), encoding, errors)
+        err = io.TextIOWrapper(io.BytesIO(), encoding, errors)
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as ended:
+            main(command, prog_name="halton-meter")
+        assert ended.value.code in (0, 1, 2), command
+        for stream in (out, err):
+            stream.flush()
+            raw = stream.buffer
+            assert isinstance(raw, io.BytesIO)
+            text = raw.getvalue().decode(encoding)
+            assert "\ufffd" not in text
+            if "--json" in command and text:
+                assert "naïve 日本 ? 🐍" in str(json.loads(text))
+            if encoding == "ascii" and command == ["report"] and stream is out:
+                assert "####" in text
+                assert "na?ve ??" in text
+
+
+def test_half_a_character_is_no_failure() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    out.reconfigure(errors=streams.ERRORS)
+    out.write(NAME)
+    out.flush()
+    assert json.loads(json_line({"a": NAME})) == {"a": NAME}
+
+
+def test_json_moves_no_cursor() -> None:
+    hostile = "\x9b2J\x7f\u202e\u200b\ufeff\x1b[2J日"
+    line = json_line({"a": hostile})
+    assert json.loads(line) == {"a": hostile}
+    assert line.isprintable()
+
+
+def run(home: Path, shell: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HALTON_METER_HOME": str(home), "HM": sys.executable}
+    text = shell.replace("HM", '"$HM" -m halton_meter')
+    return subprocess.run(
+        ["bash", "-c", text], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@needs_dev_full
+def test_a_full_disk_behind_standard_output_is_one_line(home: Path) -> None:
+    for command in ("report", "events --json", "--help"):
+        done = run(home, f"HM {command} >/dev/full")
+        assert done.returncode == 1, done
+        assert done.stderr.splitlines()[0] == (
+            "halton-meter: cannot write to standard output: No space left on device"
+        )
+        assert "Traceback" not in done.stderr
+
+
+@needs_dev_full
+def test_what_standard_error_refuses_is_dropped(home: Path) -> None:
+    done = run(home, "HM retag --from a --to a 2>/dev/full; echo $?; HM report 2>&-; echo $?")
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[0] == "2"
+    assert done.stdout.splitlines()[-1] == "0"
+
+
+def test_closed_output_and_a_reader_that_leaves_are_no_failure(home: Path) -> None:
+    done = run(home, "HM events --json >&-; echo $?; HM pricing list | true; echo ${PIPESTATUS[0]}")
+    assert (done.stdout, done.stderr) == ("0\n0\n", "")
