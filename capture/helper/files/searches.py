@@ -267,7 +267,7 @@ class Searches:
             if not child.pid and text:
                 child.introduced(text)
                 continue
-            self._charge(child, child.cpu_s())
+            self._charge(child.owner, child.lane, child.cpu_s())
             if not text or text == finder_protocol.LAST:
                 yield from self._ended(child, blamed=not text)
                 return
@@ -285,14 +285,14 @@ class Searches:
         self._children.remove(child)
         if blamed and child.given:
             # The kernel counts no more what it took: at most all the time that it had.
-            self._charge(child, time.monotonic() - child.since)
+            self._charge(child.owner, child.lane, time.monotonic() - child.since)
             yield child.given.popleft(), None
         for job in reversed(child.given):
             self._waiting.setdefault((job.owner, job.lane), deque()).appendleft(job)
             self._of_owner[job.owner] += 1
 
-    def _charge(self, child: _Child, seconds: float) -> None:
-        key = child.owner, child.lane in _NOBODYS
+    def _charge(self, owner: int, lane: int, seconds: float) -> None:
+        key = owner, lane in _NOBODYS
         if key not in self._budgets:
             if len(self._budgets) >= OWNERS_MAX:
                 self._budgets.pop(next(iter(self._budgets)))

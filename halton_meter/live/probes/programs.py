@@ -41,6 +41,7 @@ _RECIPES = {
     "just": ("justfile", "Justfile", ".justfile"),
 }
 """Files in the folder of the command that say what these run."""
+_SHELLS = frozenset(("sh", "bash", "dash", "zsh", "ksh", "source", "."))
 _NPM = frozenset(("npm", "npx", "pnpm", "yarn", "bun", "bunx"))
 
 
@@ -92,6 +93,8 @@ class Search:
                 self._words(_shell_words(word), folder, depth + 1)
             elif not word.startswith("-") and not _ASSIGNMENT.match(word):
                 self._word(word, folder, depth)
+                if os.path.basename(before) in _SHELLS:
+                    self._script(folder / word, depth + 1)
             before = word
 
     def _word(self, word: str, folder: Path, depth: int) -> None:
@@ -135,17 +138,15 @@ class Search:
             self._seen.add(path)
             if self._is_large_program(path):
                 self._found[str(path)] = None
-            elif self._starts_with(path, b"#!"):
+            elif _start_of(path, 2) == b"#!":
                 self._script(path, depth + 1)
             self._package_of(path)
 
     def _script(self, path: Path, depth: int) -> None:
         """The interpreter in its first line, and every word that is the name of a program."""
-        try:
-            with path.open("rb") as file:
-                text = file.read(SCRIPT_BYTES_MAX).decode("utf-8", "replace")
-        except OSError:
-            return
+        text = ""
+        with contextlib.suppress(OSError):
+            text = _start_of(path, SCRIPT_BYTES_MAX).decode("utf-8", "replace")
         first, _, rest = text.partition("\n")
         if first.startswith("#!"):
             words = first[2:].split()
@@ -155,21 +156,14 @@ class Search:
         else:
             rest = text
         rest = _OWN_FOLDER.sub(str(path.parent), rest)
-        words = [word for word in dict.fromkeys(_SCRIPT_WORD.findall(rest)) if len(word) > 1]
-        self._words(words, path.parent, depth)
+        # make's @command; not @scope/package.
+        words = (word if "/" in word else word.lstrip("@") for word in _SCRIPT_WORD.findall(rest))
+        self._words([word for word in dict.fromkeys(words) if word], path.parent, depth)
 
     def _is_large_program(self, path: Path) -> bool:
         found = path.stat()
         large = found.st_size >= PROGRAM_BYTES_MIN and stat.S_ISREG(found.st_mode)
-        return large and self._starts_with(path, b"\x7fELF")
-
-    @staticmethod
-    def _starts_with(path: Path, magic: bytes) -> bool:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            return os.read(fd, len(magic)) == magic
-        finally:
-            os.close(fd)
+        return large and _start_of(path, 4) == b"\x7fELF"
 
     # --- npm packages ---------------------------------------------------------------------------
 
@@ -211,11 +205,19 @@ def _may_run(path: Path) -> bool:
     return path.suffix == ".node" or (".so" not in path.name and os.access(path, os.X_OK))
 
 
+def _start_of(path: Path, length: int) -> bytes:
+    """The first bytes of a regular file. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return os.read(fd, length) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
+
+
 def _table(path: Path, name: str) -> dict[str, str]:
     """One of the tables in a package.json; empty where there is none."""
     with contextlib.suppress(OSError):
-        with path.open("rb") as file:
-            content = untrusted.parsed(file.read(SCRIPT_BYTES_MAX))
+        content = untrusted.parsed(_start_of(path, SCRIPT_BYTES_MAX))
         found = content.get(name) if content else None
         if isinstance(found, dict):
             return {str(key): str(value) for key, value in list(found.items())[:WORDS_MAX]}
