@@ -157,8 +157,8 @@ class Search:
             rest = text
         rest = _OWN_FOLDER.sub(str(path.parent), rest)
         # make's @command; not @scope/package.
-        words = (word if "/" in word else word.lstrip("@") for word in _SCRIPT_WORD.findall(rest))
-        self._words([word for word in dict.fromkeys(words) if word], path.parent, depth)
+        plain = (word if "/" in word else word.lstrip("@") for word in _SCRIPT_WORD.findall(rest))
+        self._words([word for word in dict.fromkeys(plain) if word], path.parent, depth)
 
     def _is_large_program(self, path: Path) -> bool:
         found = path.stat()
