@@ -89,7 +89,8 @@ class Discovery:
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
         self._holder = Holder()
-        self._held: dict[int, FileId] = {}  # whose programs' files are searched
+        # Whose programs' files are searched, and until when that is waited for.
+        self._held: dict[int, tuple[FileId, float]] = {}
         files.used = self._used
         self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
@@ -244,16 +245,18 @@ class Discovery:
     def _hold(self, pid: int, identity: FileId) -> None:
         """Let a process of a run wait until its program was searched, and attached to."""
         if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
-            self._held[pid] = identity
+            self._held[pid] = identity, time.monotonic() + HOLD_S
             self._holder.hold(pid, HOLD_S)
             self.files.hurry(identity)
 
     def release(self, *, everyone: bool = False) -> None:
         """Let those go on that wait for nothing any more."""
-        for pid, identity in list(self._held.items()):
-            if everyone or not self.files.is_searching(identity):
+        for pid, (identity, until) in list(self._held.items()):
+            over = everyone or time.monotonic() > until
+            if over or not self.files.is_searching(identity):
                 del self._held[pid]
                 self._holder.release(pid)
+                self.files.calm(identity)
 
     def _may_be_short(self, exe: tuple[int, int]) -> bool:
         """Whether to read at once who this is, as it may exit before its connection is seen.

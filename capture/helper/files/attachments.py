@@ -583,6 +583,10 @@ class Attachments:
         """A process waits for this file's search: it comes before others of its owner's."""
         self._searches.hurry(identity)
 
+    def calm(self, identity: FileId) -> None:
+        """No process waits for it any more."""
+        self._searches.calm(identity)
+
     def is_searching(self, identity: FileId) -> bool:
         """Whether a file is looked into, or waits for it or to be attached to."""
         file = self.files.get(identity)

@@ -40,6 +40,8 @@ IDLE_CHILD_S = 30.0
 CPU_BURST_S, CPU_SHARE = 60.0, 0.25
 """What all files of one owner that are run may cost at once, and of one CPU in the long run; what
 is only installed has as much again, and never takes of it."""
+NICE_URGENT = -5
+"""Of a search for which a process of a run stands still: some seconds at most."""
 OWNERS_MAX = 256
 RESTART_S = 5.0
 FINDER = "capture.functions.finder.process"
@@ -94,6 +96,7 @@ class _Child:
     pid: int = 0
     handle: int = -1  # of the process: a pid may be another's by now
     used_s: float = 0.0
+    is_urgent: bool = False
 
     def fileno(self) -> int:
         """Readable when an answer has come, or the end."""
@@ -197,6 +200,7 @@ class Searches:
         self._waiting: dict[tuple[int, int], deque[Job]] = {}
         self._of_owner: Counter[int] = Counter()  # how many wait
         self._budgets: dict[tuple[int, bool], _Budget] = {}
+        self._urgent: set[FileId] = set()  # processes stand still until these are searched
 
     @property
     def waiting(self) -> int:
@@ -238,11 +242,28 @@ class Searches:
         return True
 
     def hurry(self, identity: FileId) -> None:
-        """Put what waits of this file before what else waits of its owner's."""
+        """A process stands still until this file is searched: it comes first, until `calm`."""
+        self._urgent.add(identity)
         for jobs in self._waiting.values():
             for job in [job for job in jobs if job.identity == identity]:
                 jobs.remove(job)
                 jobs.appendleft(job)
+        for child in self._children:
+            self._set_pace(child)
+
+    def calm(self, identity: FileId) -> None:
+        """Nobody stands still for this file any more."""
+        self._urgent.discard(identity)
+        for child in self._children:
+            self._set_pace(child)
+
+    def _set_pace(self, child: _Child) -> None:
+        """Have a child run before others while it searches what is urgent, and only then."""
+        is_urgent = any(job.identity in self._urgent for job in child.given)
+        if child.handle >= 0 and child.is_urgent != is_urgent:
+            child.is_urgent = is_urgent
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, child.pid, NICE_URGENT if is_urgent else 0)
 
     def answers(self) -> Iterator[tuple[Job, str | None]]:
         """What is known since the last call, None for a file whose search ended without an answer.
@@ -266,6 +287,7 @@ class Searches:
                 text = b""
             if not child.pid and text:
                 child.introduced(text)
+                self._set_pace(child)
                 continue
             self._charge(child.owner, child.lane, child.cpu_s())
             if not text or text == finder_protocol.LAST:
@@ -333,6 +355,7 @@ class Searches:
                 child.since = now
             self._of_owner[jobs[0].owner] -= 1
             child.given.append(jobs.popleft())
+            self._set_pace(child)
 
     def _child_for(self, owner: int, lane: int, now: float) -> _Child | None:
         mine = [each for each in self._children if (each.owner, each.lane) == (owner, lane)]

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from capture.helper.holding import Holder, is_possible
+from capture.helper.holding import is_possible
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 pytestmark = pytest.mark.skipif(
@@ -26,12 +25,45 @@ def count():
 threading.Thread(target=count, daemon=True).start()
 count()
 """
-HOLD_ANOTHER = """
-import sys, time
+HOLDS = """
+import sys
 from capture.helper.holding import Holder
-Holder().hold(int(sys.argv[1]), 600.0)
-time.sleep(600)
+holder = Holder()
+for line in sys.stdin:
+    what, pid, *seconds = line.split()
+    getattr(holder, what)(int(pid), *map(float, seconds))
 """
+"""A process of its own, as the helper is: a tracer that is the parent, too, would see the stops."""
+
+
+class Other:
+    """What holds."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def hold(self, pid: int, seconds: float = 600.0) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"hold {pid} {seconds}\n")
+
+    def release(self, pid: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"release {pid}\n")
+
+    def kill(self) -> None:
+        assert self.process.stdin is not None
+        self.process.kill()
+        self.process.wait(WAIT_SECONDS_MAX)
+        self.process.stdin.close()
+
+
+@pytest.fixture
+def holder() -> Iterator[Other]:
+    made = Other()
+    yield made
+    made.kill()
 
 
 class Counting:
@@ -80,10 +112,9 @@ def counting() -> Iterator[Counting]:
 
 
 def test_it_stands_still_until_it_is_released_and_its_parent_sees_nothing(
-    counting: Counting,
+    counting: Counting, holder: Other
 ) -> None:
-    holder = Holder()
-    holder.hold(counting.pid, 600.0)
+    holder.hold(counting.pid)
     wait_until(lambda: counting.is_held, "all threads to stand still")
     counting.read()
     assert counting.read() == b""
@@ -92,54 +123,50 @@ def test_it_stands_still_until_it_is_released_and_its_parent_sees_nothing(
     wait_until(counting.goes_on, "it to go on")
 
 
-def test_it_goes_on_when_its_time_is_over(counting: Counting) -> None:
-    Holder().hold(counting.pid, 0.05)
-    wait_until(lambda: not counting.is_traced, "its release")
+def test_it_goes_on_when_its_time_is_over(counting: Counting, holder: Other) -> None:
+    holder.hold(counting.pid, 2.0)
+    wait_until(lambda: counting.is_held, "all threads to stand still")
     counting.read()
     wait_until(counting.goes_on, "it to go on")
 
 
-def test_it_goes_on_when_who_holds_it_is_killed(counting: Counting) -> None:
-    other = subprocess.Popen([sys.executable, "-c", HOLD_ANOTHER, str(counting.pid)])
-    try:
-        wait_until(lambda: counting.is_held, "all threads to stand still")
-    finally:
-        other.kill()
-        other.wait(WAIT_SECONDS_MAX)
+def test_it_goes_on_when_who_holds_it_is_killed(counting: Counting, holder: Other) -> None:
+    holder.hold(counting.pid)
+    wait_until(lambda: counting.is_held, "all threads to stand still")
+    holder.kill()
     wait_until(counting.goes_on, "it to go on")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_that_comes_meanwhile_is_not_lost(counting: Counting, number: int) -> None:
-    holder = Holder()
-    holder.hold(counting.pid, 600.0)
+def test_a_signal_that_comes_meanwhile_is_not_lost(
+    counting: Counting, holder: Other, number: int
+) -> None:
+    holder.hold(counting.pid)
     wait_until(lambda: counting.is_held, "all threads to stand still")
     counting.process.send_signal(number)
     if number != signal.SIGKILL:
         assert counting.process.poll() is None
         holder.release(counting.pid)
-    counting.read()
-    assert counting.process.wait(WAIT_SECONDS_MAX) in (-number, 1)  # Python's own Ctrl-C: 1
+    wait_until(lambda: counting.process.poll() is not None or counting.read() is None, "its end")
+    assert counting.process.returncode in (-number, 1)  # Python's own Ctrl-C: 1
 
 
-def test_who_is_traced_already_is_left_alone(counting: Counting) -> None:
+def test_who_is_traced_already_is_left_alone(counting: Counting, holder: Other) -> None:
     """By a debugger, say."""
-    first, second = Holder(), Holder()
-    first.hold(counting.pid, 600.0)
+    second = Other()
+    holder.hold(counting.pid)
     wait_until(lambda: counting.is_held, "all threads to stand still")
-    second.hold(counting.pid, 600.0)
+    second.hold(counting.pid)
     second.release(counting.pid)
-    time.sleep(0)
+    second.kill()
     assert counting.is_held
-    first.release(counting.pid)
+    holder.release(counting.pid)
     wait_until(counting.goes_on, "it to go on")
 
 
-def test_a_process_that_is_gone_is_no_error() -> None:
+def test_a_process_that_is_gone_is_no_error(counting: Counting, holder: Other) -> None:
     gone = subprocess.Popen(["/bin/true"])
     gone.wait()
-    holder = Holder()
-    holder.hold(gone.pid, 600.0)
-    holder.release(gone.pid)
-    assert holder._thread is not None
-    assert holder._thread.is_alive()
+    holder.hold(gone.pid)
+    holder.hold(counting.pid)
+    wait_until(lambda: counting.is_held, "all threads to stand still")
