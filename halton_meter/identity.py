@@ -300,7 +300,8 @@ class Identities:
         if group is None:
             group = self._groups[usage.id] = Group(usage.id)
         else:
-            entry = group.find(traits, lambda each: _is_another(each, source, seen, traits))
+            told = traits
+            entry = group.find(told, lambda each: _is_another(each, source, seen, told))
             if entry is not None:
                 group.learn(entry, traits)
                 entry.seen[source] = seen

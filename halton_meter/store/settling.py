@@ -6,8 +6,6 @@ other exchanges first, so what its meter called the first need not be. An event 
 another exchange gets an id of its own.
 """
 
-# ruff: noqa: S608 (every name put into SQL comes from constants; values are bound)
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -81,9 +79,7 @@ def learn(connection: DuckDBPyConnection) -> None:
     )
 
 
-def _know(
-    connection: DuckDBPyConnection, lines: list[_Line], groups: dict[str, Group]
-) -> None:
+def _know(connection: DuckDBPyConnection, lines: list[_Line], groups: dict[str, Group]) -> None:
     """Read what the database holds of the ids of `lines` that `groups` do not have yet."""
     shared = {each.shared_id for each in lines if each.traits is not None} - groups.keys()
     ids = shared | {each.id for each in lines if each.shared_id in shared}
