@@ -24,6 +24,9 @@ UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
 )
+SEARCHED_ADVICE = (
+    "its TLS library was still being searched; the search goes on: what you run next is metered"
+)
 UNKNOWN = "unknown"
 RECENT_MAX = 200  # metered processes remembered after they ended
 
@@ -122,7 +125,11 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
     if line is not None:
         is_used = host or any(file.not_http for file in files) or talks_tls(pid)
         return line | {"host": host} if is_used else None
-    if host and not any(file.probes or file.searching for file in files) and talks_tls(pid):
+    searched = next((file for file in files if file.searching), None)
+    if searched and (host or talks_tls(pid)):
+        line = {"stack": UNKNOWN, "library": searched.path, "state": "not_recognised"}
+        return line | {"host": host, "advice": SEARCHED_ADVICE}
+    if host and not any(file.probes for file in files) and talks_tls(pid):
         line = {"stack": UNKNOWN, "library": None, "state": "not_recognised", "host": host}
         return line | {"advice": f"its TLS code was not found: {INSTEAD}"}
     return None

@@ -2,8 +2,10 @@
 
 News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened).
 What they map is read from /proc: after news, a few times while a process starts, and in a rare
-sweep for changes that caused no news. Installed programs that nobody runs yet are searched in
-advance, one a turn. `attachments.py` keeps the table of files, `scope.py` the scope.
+sweep for changes that caused no news. A process of a run's own tree whose program is unknown is
+held (`holding.py`) while its file is searched, so that its first request is metered. Installed
+programs that nobody runs yet are searched in advance, one a turn. `attachments.py` keeps the table
+of files, `scope.py` the scope.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from capture import bpf, protocol
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.functions.stacks import STACKS, Stack
 from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
 from capture.helper.files.searches import FileId, SearchPriority
+from capture.helper.holding import Holder
 from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
 from capture.helper.lookups import Lookups
@@ -43,6 +47,8 @@ SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, 
 SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
+HOLD_S = 3.0
+"""How long a process waits for the search in its program's file: it takes some 0.3 s of CPU."""
 _JAVA = STACKS[Stack.JSSE].library
 
 
@@ -82,7 +88,11 @@ class Discovery:
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
         self.sweep_at = 0.0
+        self._holder = Holder()
+        # Whose programs' files are searched, and until when that is waited for.
+        self._held: dict[int, tuple[FileId, float]] = {}
         files.used = self._used
+        files.before_attaching = self._hold_users
         self.on_gone: Callable[[int, Watched], None] = lambda pid, watched: None
         self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
@@ -226,11 +236,42 @@ class Discovery:
             identity = self.files.look_into(fd, os.readlink(f"/proc/self/fd/{fd}"))
             if identity in self.files.files:
                 watched.files.add(identity)
+            if stat.st_size >= STRUCTURE_FILE_BYTES_MIN and self.files.is_searching(identity):
+                self._hold(pid, identity)
         except OSError:
             return
         finally:
             os.close(fd)
         self.schedule(pid)
+
+    def _hold(self, pid: int, identity: FileId) -> None:
+        """Let a process of a run wait until its program was searched, and attached to."""
+        if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
+            self._held[pid] = identity, time.monotonic() + HOLD_S
+            self._holder.hold(pid, HOLD_S)
+            self.files.hurry(identity)
+
+    def _hold_users(self, identity: FileId) -> None:
+        """A library is about to be attached to: let the processes of runs that map it wait.
+
+        The kernel may take 100 ms for it, in which a client whose library was mapped a moment ago
+        sends its first request.
+        """
+        until = time.monotonic() + HOLD_S
+        for pid, watched in self.watched.items():
+            if identity in watched.files and watched.executed is not None and pid not in self._held:
+                if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
+                    self._held[pid] = identity, until
+                    self._holder.hold(pid, HOLD_S)
+
+    def release(self, *, everyone: bool = False) -> None:
+        """Let those go on that wait for nothing any more."""
+        for pid, (identity, until) in list(self._held.items()):
+            over = everyone or time.monotonic() > until
+            if over or not self.files.is_searching(identity):
+                del self._held[pid]
+                self._holder.release(pid)
+                self.files.calm(identity)
 
     def _may_be_short(self, exe: tuple[int, int]) -> bool:
         """Whether to read at once who this is, as it may exit before its connection is seen.
@@ -274,6 +315,7 @@ class Discovery:
             self._found(found)
         if attached := self.files.take_attached():
             self._note_late(attached, time.monotonic())
+        self.release()
 
     def _rescan(self, at: float, pid: int, step: int, series: int) -> None:
         if step >= len(RESCAN_S):
