@@ -10,6 +10,7 @@ of files, `scope.py` the scope.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import time
@@ -27,14 +28,14 @@ from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
 from capture.helper.lookups import Lookups
 from capture.helper.scope import EnforcedScope
-from capture.processes.mappings import executable_mappings
+from capture.processes.mappings import FileMapping, executable_mappings
 from capture.processes.proc import talks_tls
 
 # After an exec a process maps its libraries bit by bit, and without kprobes no event reports it, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 # … unless its dynamic linker is probed: then only its first moments need a look.
 LINKER_RESCAN_S_MAX = 0.1
-MAPPED_S = 0.002
+MAPPED_S = 0.0003
 SWEEP_S = 300.0
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
 LISTING_EVERY_S = 3.0  # however often something changes
@@ -47,6 +48,9 @@ SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, 
 SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
+HELD_LIBRARY_BYTES_MAX = 64 << 20  # a search takes less than 0.2 s
+TLS_NAMES = ("ssl", "tls", "nspr")
+SYSTEM_FOLDERS = ("/lib", "/usr/lib")
 HOLD_S = 3.0
 """How long a process waits for the search in its program's file: it takes some 0.3 s of CPU."""
 _JAVA = STACKS[Stack.JSSE].library
@@ -61,6 +65,22 @@ class Watched:
     files: set[FileId] = field(default_factory=set)
     java: bool = False
     linker: FileId | None = None  # its dynamic linker, which reports mappings once it is probed
+
+
+def _is_worth_waiting_for(mapping: FileMapping) -> bool:
+    """Whether a library that is not known may have TLS in it, and is searched in a moment.
+
+    What the system's packages put beside libc is theirs to share: nothing there hides its TLS.
+    """
+    folder, name = os.path.split(mapping.path)
+    if any(each in name for each in TLS_NAMES):
+        return True
+    if folder.startswith(SYSTEM_FOLDERS) and "-packages/" not in folder:
+        return False
+    with contextlib.suppress(OSError):
+        size = os.stat(mapping.link).st_size
+        return STRUCTURE_FILE_BYTES_MIN <= size <= HELD_LIBRARY_BYTES_MAX
+    return False
 
 
 class Discovery:
@@ -252,17 +272,19 @@ class Discovery:
             self.files.hurry(identity)
 
     def _hold_users(self, identity: FileId) -> None:
-        """A library is about to be attached to: let the processes of runs that map it wait.
+        """A library is about to be attached to, or searched: let processes of runs that map it wait.
 
-        The kernel may take 100 ms for it, in which a client whose library was mapped a moment ago
-        sends its first request.
+        The kernel may take 100 ms to attach, in which a client whose library was mapped a moment
+        ago sends its first request.
         """
         until = time.monotonic() + HOLD_S
         for pid, watched in self.watched.items():
-            if identity in watched.files and watched.executed is not None and pid not in self._held:
-                if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
-                    self._held[pid] = identity, until
-                    self._holder.hold(pid, HOLD_S)
+            if identity not in watched.files or watched.executed is None or pid in self._held:
+                continue
+            if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
+                self._held[pid] = identity, until
+                self._holder.hold(pid, HOLD_S)
+                self.files.hurry(identity)
 
     def release(self, *, everyone: bool = False) -> None:
         """Let those go on that wait for nothing any more."""
@@ -385,6 +407,8 @@ class Discovery:
                 if file.library:
                     self.identities.of(pid)
                     self._on_change()
+                elif _is_worth_waiting_for(mapping):
+                    self._hold_users(identity)
         return True
 
     def _watch(self, pid: int) -> Watched:
