@@ -272,7 +272,7 @@ class Discovery:
             self.files.hurry(identity)
 
     def _hold_users(self, identity: FileId) -> None:
-        """A library is about to be attached to, or searched: let processes of runs that map it wait.
+        """A library is about to be attached to, or searched: processes of runs that map it wait.
 
         The kernel may take 100 ms to attach, in which a client whose library was mapped a moment
         ago sends its first request.

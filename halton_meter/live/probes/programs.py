@@ -22,6 +22,7 @@ from pathlib import Path
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import ConfigError
+from halton_meter.live.probes.libraries import LIBRARIES_MAX, Libraries
 from halton_meter.privileges import as_account
 
 PROGRAMS_MAX = 16
@@ -48,14 +49,18 @@ _NPM = frozenset(("npm", "npx", "pnpm", "yarn", "bun", "bunx"))
 def programs_ahead(
     argv: Sequence[str], environment: Mapping[str, str], account: Account
 ) -> tuple[str, ...]:
-    """The files of programs that the command may run, as the account finds them."""
+    """The files of programs that the command may run, then TLS libraries that these may load."""
 
     def found() -> list[str]:
-        return list(Search(environment, Path.cwd()).programs(argv))
+        search, libraries = Search(environment, Path.cwd()), Libraries(environment)
+        programs = list(search.programs(argv))
+        libraries.look(argv[:WORDS_MAX], search.small, Path.cwd())
+        return [*programs, *libraries.found]
 
     with contextlib.suppress(ConfigError, OSError):
         said = {"programs": as_account(account, found)}
-        return tuple(untrusted.texts(said, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX))
+        most = PROGRAMS_MAX + LIBRARIES_MAX
+        return tuple(untrusted.texts(said, "programs", most, PATH_CHARACTERS_MAX))
     return ()
 
 
@@ -71,6 +76,7 @@ class Search:
         self._path = [*map(Path, path), *near]
         self._npx = Path(home) / ".npm/_npx" if home else None
         self._seen: set[Path] = set()
+        self.small: list[Path] = []  # programs whose TLS is in libraries
         self._found: dict[str, None] = {}
         self._until = time.monotonic() + SECONDS_MAX
 
@@ -138,7 +144,9 @@ class Search:
             self._seen.add(path)
             if self._is_large_program(path):
                 self._found[str(path)] = None
-            elif _start_of(path, 2) == b"#!":
+            elif (start := _start_of(path, 4)) == b"\x7fELF":
+                self.small.append(path)
+            elif start[:2] == b"#!":
                 self._script(path, depth + 1)
             self._package_of(path)
 
