@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -197,19 +197,35 @@ def _coverage_lines(coverage: Iterable[Mapping[str, Any]]) -> list[str]:
     known = [line for line in coverage if line["host"]]
     unknown = [line for line in coverage if not line["host"]]
     lines = ["processes that talk to providers:"] if known else []
-    for line in sorted(known, key=lambda each: (each["state"] == "metered", each["pid"])):
-        lines += _process_lines(line, f" -> {line['host']}")
+    known.sort(key=lambda each: (each["state"] == "metered", each["pid"]))
+    for line, processes in _grouped(known):
+        lines += _process_lines(line, f" -> {line['host']}", processes)
     if unknown:
         lines.append("not metered, destination unknown:")
-    for line in sorted(unknown, key=lambda each: int(each["pid"])):
-        lines += _process_lines(line, "")
+    for line, processes in _grouped(sorted(unknown, key=lambda each: int(each["pid"]))):
+        lines += _process_lines(line, "", processes)
     return lines
 
 
-def _process_lines(line: Mapping[str, Any], host: str) -> list[str]:
+_ALIKE = ("state", "process", "stack", "host", "advice")
+
+
+def _grouped(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """The first line of those that say the same of several processes, and how many they are."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in _ALIKE), []).append(line)
+    for alike in found.values():
+        yield alike[0], len({line["pid"] for line in alike})
+
+
+def _process_lines(line: Mapping[str, Any], host: str, processes: int) -> list[str]:
     state = line["state"].replace("_", " ")
-    lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
-    return lines + ([f"          {line['advice']}"] if line["advice"] else [])
+    more = f", {count(processes, 'process', 'processes')}" if processes > 1 else ""
+    said = f"{state:<15} {line['process'] or '?'} ({line['stack']}){host}{more}"
+    return [f"  {line['pid']:>7} {said}"] + (
+        [f"          {line['advice']}"] if line["advice"] else []
+    )
 
 
 # --- what passed the proxy unmetered --------------------------------------------------------------

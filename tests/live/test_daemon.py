@@ -361,6 +361,9 @@ class FakeSource:
     def watch(self, pid: int, timeout_s: float = 1.0) -> None:
         pass
 
+    def search(self, programs: Any, timeout_s: float = 1.0) -> int:
+        return 0
+
     def request_report(self, timeout_s: float = 1.0) -> None:
         pass
 
