@@ -95,7 +95,6 @@ def run(
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
     try:
-        _settle_configuration()
         if via == "proxy" or java:
             result = _through_proxy(command, java)
         else:
@@ -177,32 +176,6 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     told(found)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
     return meter_command(command, home, os.environ, hosts, upstream, java)
-
-
-def _settle_configuration() -> None:
-    """Whatever the data folder is, the command runs: in a folder of its own if need be."""
-    import atexit
-    import shutil
-    import tempfile
-
-    from halton_meter import accounts
-    from halton_meter.cli.configured import no_folder, told_of_variables
-    from halton_meter.config import ConfigError
-
-    told_of_variables(os.environ)
-    try:
-        what = no_folder(accounts.home_folder())
-    except ConfigError as error:
-        what = error.what
-    if what is None:
-        return
-    note(f"{what}; what this run uses is in its summary only")
-    folder = tempfile.mkdtemp(prefix="halton-meter-")
-    account = accounts.invoking_account()
-    if accounts.is_root():
-        os.chown(folder, account.uid, account.gid)
-    os.environ[accounts.HOME_VARIABLE] = folder
-    atexit.register(shutil.rmtree, folder, True)
 
 
 # --- the summary --------------------------------------------------------------------------------

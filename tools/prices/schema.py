@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from halton_meter.vocabulary import PRICED_CONDITIONS, TOKEN_DIMENSIONS, UNITS  # noqa: E402
 
+_WEEKDAYS = "mon|tue|wed|thu|fri|sat|sun"
 PATH = ROOT / "pricing" / "schema.json"
 DESCRIPTION = (
     "A bare name is USD per million tokens (or characters); _k is per thousand, _each per one, "
@@ -53,6 +54,10 @@ def schema() -> dict[str, Any]:
                     "type": "array", "items": {"type": "string", "pattern": r"^\d\d:\d\d$"},
                     "minItems": 2, "maxItems": 2, "description": "from, until: of the UTC day",
                 },
+                "days": _list(
+                    {"type": "string", "pattern": rf"^({_WEEKDAYS}|\d{{4}}-\d\d-\d\d)$"},
+                    "weekdays and dates (UTC): the only ones on which the row holds",
+                ),
                 "replace": _flag("the compiled rows count no more"),
                 "tiers": _list(_ref("tier"), "rates of long prompts"),
             }, rates=True),

@@ -211,7 +211,7 @@ def service_plan(
     of_root = read_system()
     own, hosts = read_configuration(account, home)
     wrong = (*of_root.wrong, *own.wrong)
-    for line in (*of_root.notes, *(wrong if goes_on else ())):
+    for line in (*of_root.notes, *own.notes, *(wrong if goes_on else ())):
         say(line)
     if wrong and not goes_on:
         raise ConfigError("\n".join(wrong))
