@@ -323,7 +323,9 @@ class Helper:
         """Look into programs that somebody is about to run; how many are searched as yet."""
         paths = untrusted.texts(command, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX)
         found = [
-            self.files.look_at(each, os.path.realpath(each)) for each in paths if each[0] == "/"
+            self.files.look_at(each, os.path.realpath(each))
+            for each in paths
+            if each.startswith("/")
         ]
         return sum(each is not None and self.files.is_searching(each) for each in found)
 
