@@ -27,6 +27,7 @@ _HEAD_KEYS = frozenset(
         "until",
         "when",
         "hours",
+        "days",
         "checked",
         "source",
         "note",
@@ -45,6 +46,7 @@ _SUFFIXES = (
 # How a rate's note begins when its figure was not read at the vendor's own page.
 UNCONFIRMED = "unconfirmed"
 _POWERS_OF_TEN = frozenset({1, 1000, 1_000_000})
+_WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _TIER_KEYS = frozenset({"above", "at_least", "marginal"})
 
 
@@ -138,6 +140,7 @@ class Row:
     until: dt.date | None = None
     when: Mapping[str, str] = field(default_factory=dict)
     hours: tuple[int, int] | None = None  # minutes of the UTC day
+    days: frozenset[str] = frozenset()  # "sat", "2026-10-01": the only ones on which it holds
     replace: bool = False
 
     def all_rates(self) -> Iterator[Rate]:
@@ -149,6 +152,8 @@ class Row:
         """True when the row is in force at `moment` (UTC)."""
         day = moment.date()
         if (self.start and day < self.start) or (self.until and day >= self.until):
+            return False
+        if self.days and not self.days & {_WEEKDAYS[day.weekday()], day.isoformat()}:
             return False
         if self.hours is None:
             return True
@@ -197,6 +202,7 @@ def row_of(table: Mapping[str, Any], source: str | None, where: str) -> Row:
         until=_date(table.get("until"), where),
         when={str(k): str(v) for k, v in table.get("when", {}).items()},
         hours=(_minutes(hours[0]), _minutes(hours[1])) if hours else None,
+        days=frozenset(str(day) for day in table.get("days", ())),
         replace=bool(table.get("replace", False)),
     )
 
@@ -244,5 +250,5 @@ def in_force(rows: Iterable[Row], moment: dt.datetime) -> Row | None:
     return best
 
 
-def _rank(row: Row) -> tuple[dt.date, bool]:
-    return (row.start or dt.date.min, row.hours is not None)
+def _rank(row: Row) -> tuple[dt.date, bool, bool]:
+    return (row.start or dt.date.min, row.hours is not None, bool(row.days))
