@@ -14,6 +14,7 @@ from decimal import Context, Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from halton_meter.problem import Problem
+from halton_meter.toml_file import shown_value
 
 # Amounts are exact: no rate times a count reaches 60 digits. Only a division by 3600 or 60 rounds,
 # at 28 digits, beyond any unit of money. Own contexts, so that no caller's can change a price.
@@ -53,7 +54,7 @@ class PriceError(ValueError):
     """A price file or an override that cannot be used; `problem` says which, why, and the fix."""
 
     def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(f"{what}; run: {fix}" if fix else what)
+        super().__init__(f"{what}; fix: {fix}" if fix else what)
         self.problem = Problem(what, fix)
 
 
@@ -109,10 +110,10 @@ def decimal_of(value: object, where: str) -> Decimal:
     """A finite, non-negative amount, or PriceError naming `where`."""
     try:
         amount = Decimal(str(value))
-    except InvalidOperation:
+    except (InvalidOperation, ValueError):  # or an int of more digits than Python prints
         amount = Decimal(-1)
     if not amount.is_finite() or amount < 0:
-        raise PriceError(f"{where}: {value!r} is no amount of money")
+        raise PriceError(f"{where}: {shown_value(value)} is no amount of money; write it as 0.8")
     return amount
 
 
@@ -221,7 +222,7 @@ def _date(value: object, where: str) -> dt.date | None:
     try:
         return dt.date.fromisoformat(str(value))
     except ValueError:
-        raise PriceError(f"{where}: {value!r} is no date; write YYYY-MM-DD") from None
+        raise PriceError(f"{where}: {shown_value(value)} is no date; write YYYY-MM-DD") from None
 
 
 def matches(when: Mapping[str, str], context: Mapping[str, str]) -> bool:
