@@ -113,7 +113,7 @@ PRICED_CONDITIONS: Mapping[str, str] = {
 }
 # Those that no rate depends on.
 OTHER_CONDITIONS: Mapping[str, str] = {
-    "plan": "the subscription: claude, chatgpt, gemini_code_assist, zai_coding",
+    "plan": "the subscription: claude, chatgpt, gemini_code_assist, zai_coding, kimi_coding, …",
     "overage": '"true" where the plan\'s overage pays for it',
     "grounding": "search, maps or maps,search: what grounded Gemini's answer",
     "web_search": "preview for OpenAI's web_search_preview tool",
@@ -175,9 +175,9 @@ PRICE_FLAGS: Mapping[str, str] = {
     "bad_usage": "a count is no count",
     "bad_reported_cost": "the cost stated is no amount of money",
     "estimated": "priced by our estimate of the tokens",
-    "default_assumed": "the request leaves out what the price depends on: its documented default",
     "cache_read_at_input_rate": "cached input at the input rate: no other price is published",
     "cache_read_rate_unknown": "cached input at the input rate: our data holds no other price",
+    "default_assumed": "the request leaves out what the price depends on: its documented default",
     "cache_storage_not_priced": "the storage of a cache is billed by the hour, apart",
     "provisioned_throughput": "reserved capacity served it",
 }

@@ -41,6 +41,11 @@ _HEADERS_KEPT = frozenset(
         # What a client sends again with the same request, which is then answered and billed once.
         "idempotency-key",
         "x-idempotency-key",
+        # Whether a gateway answers with what it kept, which nobody bills again.
+        "cf-aig-cache-status",
+        "helicone-cache",
+        "x-cache",
+        "x-portkey-cache-status",
         "x-trace-id",
         # What prices depend on.
         "anthropic-version",

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from halton_meter.vocabulary import PRICED_CONDITIONS, TOKEN_DIMENSIONS, UNITS  # noqa: E402
 
+_WEEKDAYS = "mon|tue|wed|thu|fri|sat|sun"
 PATH = ROOT / "pricing" / "schema.json"
 DESCRIPTION = (
     "A bare name is USD per million tokens (or characters); _k is per thousand, _each per one, "
@@ -54,6 +55,10 @@ def schema() -> dict[str, Any]:
                     "type": "array", "items": {"type": "string", "pattern": r"^\d\d:\d\d$"},
                     "minItems": 2, "maxItems": 2, "description": "from, until: of the UTC day",
                 },
+                "days": _list(
+                    {"type": "string", "pattern": rf"^({_WEEKDAYS}|\d{{4}}-\d\d-\d\d)$"},
+                    "weekdays and dates (UTC): the only ones on which the row holds",
+                ),
                 "replace": _flag("the compiled rows count no more"),
                 "tiers": _list(_ref("tier"), "rates of long prompts"),
             }, rates=True),
@@ -68,12 +73,12 @@ def schema() -> dict[str, Any]:
                 "on": {"anyOf": [{"type": "string"}, _list({"type": "string"}, "dimensions")]},
                 "always": _flag("also beside a row that prices the same condition itself"),
             }, required=["factor"]),
+            "statement": _table(_rule() | _head() | _when(), required=["source", "checked"]),
             "default": _table(_rule() | _head() | _when() | {
                 "conditions": _ref("when"),
                 "factor": _ref("amount"),
                 "on": _list({"type": "string"}, "each of unit on[1] is `factor` of unit on[0]"),
             }),
-            "statement": _table(_rule() | _head() | _when(), required=["source", "checked"]),
             "override": _override(),
             "rates": _table({}, rates=True),
             "amount": {

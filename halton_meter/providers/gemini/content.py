@@ -375,6 +375,7 @@ def _batch_line(
     draft.request_model = model.removeprefix("models/") if model is not None else None
     draft.model = as_name(response.get("modelVersion"))
     draft.response_id = as_id(response.get("responseId"))
+    draft.line = identity[1]
     if draft.response_id is None:
         draft.identity = ("batch", *identity)
     fill_generated(draft, as_dict(usage), b"", grounding(draft.exchange, [(response, b"")]))

@@ -252,6 +252,7 @@ def batch_answers(
             continue
         draft = blank(exchange, replace(route, endpoint="batch_results"), provider)
         fill_batch_answer(draft, answer, usage, dialect)
+        draft.line = str(item["custom_id"])
         if draft.response_id is None:
             draft.identity = ("batch", str(as_id(item.get("id")) or as_id(item["custom_id"])))
         yield draft.event()
@@ -283,6 +284,7 @@ def fill_batch_answer(draft: Draft, answer: Json, usage: Json, dialect: Dialect)
 def read_run(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for a run: pending when it is made, and with its usage when that is first seen."""
     draft = begin(exchange, route, provider)
+    draft.by_id = True  # one run, however often it goes on: its usage is of all of it
     made = exchange.request.method != "GET"
     run: Json = {}
     for value, text in _runs(exchange):

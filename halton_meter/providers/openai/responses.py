@@ -161,6 +161,8 @@ def _salvaged_response(draft: Draft, body: Body, dialect: Dialect) -> None:
 def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = OPENAI) -> None:
     """Fill a draft from a response object."""
     draft.response_id = as_id(response.get("id")) or draft.response_id
+    if response.get("background") is True and draft.exchange.request.method is None:
+        draft.by_id = True  # it may have been read back
     draft.model = as_name(response.get("model")) or draft.model
     draft.condition("service_tier", response.get("service_tier"))
     usage = next((usage for usage, _ in usages_in(response)), response.get("usage"))
@@ -303,5 +305,6 @@ def read_stored_response(
     response, text = found
     if response.get("background") is True and isinstance(response.get("usage"), dict):
         draft = begin(exchange, route, provider)
+        draft.by_id = True
         fill_response(draft, response, text, dialect)
         yield draft.event()
