@@ -145,6 +145,13 @@ def shown(text: str | None, width: int = 40) -> str:
     return clean if len(clean) <= width else f"{clean[: width - 1]}…"
 
 
+def name_typed(text: str) -> str:
+    """A name on the command line as UTF-8 text, whatever the locale made of its bytes; what is no
+    text in it is U+FFFD. A `type` of click's.
+    """
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
 def harmless(line: str) -> str:
     """A whole line of which parts come from outside, such as a program's path or a model's name."""
     return shown(line, LINE_CHARACTERS_MAX)
