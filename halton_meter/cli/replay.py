@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.losses import losses_in_words, sightings_in_words
 from halton_meter.cli.output import (
@@ -338,7 +339,6 @@ class Replay:
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
         from halton_meter.tokenizer import Tokenizer
-        from pricing.book import PriceBook
 
         keep_freed_memory()
         home = accounts.home_folder()
@@ -346,7 +346,7 @@ class Replay:
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
         self._registry = Registry(extra_hosts, Tokenizer())
         self._job = job
-        self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
+        self._meter = Meter(open_book().price, registry=self._registry)
         self._progress = Progress(_size_bytes(files), job.quiet)
         self._files = files
         self._source = PcapSource(
@@ -501,13 +501,12 @@ def replay(**options: Any) -> None:
 def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     from capture.packets.tshark import TsharkMissing
     from halton_meter.config import ConfigError
-    from pricing.rates import PriceError
 
     try:
         return Replay(job, files, problems).run()
     except ConfigError as error:
         fail(*error.problems)
-    except (TsharkMissing, PriceError) as error:
+    except TsharkMissing as error:
         fail(Problem(str(error), ""))
     except OSError as error:  # a full disk under the output, the secrets, or the store
         where = f" ({error.filename})" if error.filename else ""

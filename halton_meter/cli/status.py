@@ -6,15 +6,18 @@ healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
+from halton_meter.cli.coverage import coverage_lines
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
+from halton_meter.coverage import Coverage
 
 OUTAGES_SHOWN = 5
 BYPASSED_SHOWN = 10
@@ -80,6 +83,7 @@ def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
         *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
         *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
         *_loss_lines(found),
+        *_connection_lines(found.get("connections")),
         *_coverage_lines(found["coverage"]),
     ]
 
@@ -164,6 +168,13 @@ def _loss_lines(found: Mapping[str, Any]) -> list[str]:
     return lines or ["  nothing lost, no outages"]
 
 
+def _connection_lines(connections: Any) -> list[str]:
+    """How many connections to providers were metered since the worker started, and the rest."""
+    with contextlib.suppress(ValueError):  # a service of an earlier version tells nothing of them
+        return [f"  {line}" for line in coverage_lines(Coverage.of_json(connections))]
+    return []
+
+
 def _duration(found: Mapping[str, Any]) -> str:
     return duration_text(found["uptime_s"] * 1000)
 
@@ -186,19 +197,35 @@ def _coverage_lines(coverage: Iterable[Mapping[str, Any]]) -> list[str]:
     known = [line for line in coverage if line["host"]]
     unknown = [line for line in coverage if not line["host"]]
     lines = ["processes that talk to providers:"] if known else []
-    for line in sorted(known, key=lambda each: (each["state"] == "metered", each["pid"])):
-        lines += _process_lines(line, f" -> {line['host']}")
+    known.sort(key=lambda each: (each["state"] == "metered", each["pid"]))
+    for line, processes in _grouped(known):
+        lines += _process_lines(line, f" -> {line['host']}", processes)
     if unknown:
         lines.append("not metered, destination unknown:")
-    for line in sorted(unknown, key=lambda each: int(each["pid"])):
-        lines += _process_lines(line, "")
+    for line, processes in _grouped(sorted(unknown, key=lambda each: int(each["pid"]))):
+        lines += _process_lines(line, "", processes)
     return lines
 
 
-def _process_lines(line: Mapping[str, Any], host: str) -> list[str]:
+_ALIKE = ("state", "process", "stack", "host", "advice")
+
+
+def _grouped(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """The first line of those that say the same of several processes, and how many they are."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in _ALIKE), []).append(line)
+    for alike in found.values():
+        yield alike[0], len({line["pid"] for line in alike})
+
+
+def _process_lines(line: Mapping[str, Any], host: str, processes: int) -> list[str]:
     state = line["state"].replace("_", " ")
-    lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
-    return lines + ([f"          {line['advice']}"] if line["advice"] else [])
+    more = f", {count(processes, 'process', 'processes')}" if processes > 1 else ""
+    said = f"{state:<15} {line['process'] or '?'} ({line['stack']}){host}{more}"
+    return [f"  {line['pid']:>7} {said}"] + (
+        [f"          {line['advice']}"] if line["advice"] else []
+    )
 
 
 # --- what passed the proxy unmetered --------------------------------------------------------------
@@ -211,15 +238,13 @@ _TURNED_AWAY = {
 
 
 def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for each in found["bypassed"][:BYPASSED_SHOWN]:
-        connections, cause = count(each["connections"], "connection"), each["cause"]
-        lines.append(f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})")
+    lines, told = _unmetered_lines(found)
     counts = found.get("counts", {})
     for cause, words in _TURNED_AWAY.items():
         if counts.get(cause):
             lines.append(f"  refused: {count(counts[cause], 'connection')} {words}")
-    for each in found["refused"][:BYPASSED_SHOWN]:
+    untold = [each for each in found["refused"] if (each["host"], each["program"]) not in told]
+    for each in untold[:BYPASSED_SHOWN]:
         who = each["program"] or "a program"
         lines.append(
             f"  {who} does not trust the proxy certificate for {each['host']}; "
@@ -227,3 +252,19 @@ def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
         )
         lines.append("    halton-meter init, then restart that program")
     return lines
+
+
+def _unmetered_lines(found: Mapping[str, Any]) -> tuple[list[str], set[Any]]:
+    """What passed unmetered, and the (host, program) pairs that these lines name."""
+    from halton_meter.live import unmetered
+
+    if "unmetered" not in found:  # a service of an earlier version
+        lines = []
+        for each in found["bypassed"][:BYPASSED_SHOWN]:
+            connections, cause = count(each["connections"], "connection"), each["cause"]
+            said = f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})"
+            lines.append(said)
+        return lines, set()
+    rows = [unmetered.Unmetered.of_json(each) for each in found["unmetered"]]
+    said_lines = [f"  {line}" for line in unmetered.lines(rows, BYPASSED_SHOWN)]
+    return said_lines, {(row.host, row.program) for row in rows}

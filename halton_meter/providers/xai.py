@@ -175,4 +175,4 @@ _REGIONS = ("us", "us-east-1", "us-west-1", "us-west-2", "eu-west-1")
 HOSTS = ("api.x.ai", *(f"{region}.api.x.ai" for region in _REGIONS))
 ROUTES = regional(_ROUTES, re.compile(rf"({'|'.join(_REGIONS)})\.api\.x\.ai"))
 
-PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"))
+PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"), states_cost=True)

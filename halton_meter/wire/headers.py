@@ -57,6 +57,12 @@ _HEADERS_KEPT = frozenset(
         "openai-version",
         "x-ms-region",
         "x-inference-provider",
+        # Counts of a server whose body states none (text-generation-inference).
+        "x-prompt-tokens",
+        "x-generated-tokens",
+        "x-input-tokens",
+        "x-output-tokens",
+        "x-completion-tokens",
         # What Vercel's SDK asks for, which its request's body leaves out.
         "ai-language-model-id",
         "ai-language-model-streaming",

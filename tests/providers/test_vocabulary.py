@@ -22,8 +22,9 @@ READERS = sorted((PROGRAM / "providers").rglob("*.py"))
 PRICING = sorted(BUNDLED.glob("*.py"))
 PRICE_FILES = sorted(BUNDLED.glob("*/*.toml"))
 # What a row or a rule says besides its rates and conditions.
-HEAD = {"from", "until", "when", "hours", "checked", "source", "note", "evidence", "tiers",
-        "replace", "marginal", "above", "at_least", "models", "factor", "on", "always"}  # fmt: skip
+HEAD = {"from", "until", "when", "hours", "days", "checked", "source", "note", "evidence", "tiers",
+        "replace", "marginal", "above", "at_least", "models", "factor", "on", "always",
+        "conditions"}  # fmt: skip
 # A word of upstream's file that no answer states: Bedrock's mode of an image model.
 UNREAD_CONDITIONS = {"route"}
 

@@ -93,6 +93,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
             trust.left,
             trust.done,
             trust.untrusting,
+            trust.opened,
             losses=pricing.losses,
         )
     )

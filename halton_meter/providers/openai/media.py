@@ -178,7 +178,9 @@ def read_video(exchange: Exchange, route: Route, provider: Provider) -> Iterator
         draft.model = as_name(value.get("model"))
         draft.condition("video_size", value.get("size") or draft.request.get("size"))
         seconds = as_amount(value.get("seconds") or draft.request.get("seconds"))
-        units = {"video_seconds": seconds} if seconds is not None else {}
+        units = {"video_seconds": seconds} if seconds else {}
+        if not units and str(value.get("object")).startswith("video"):
+            units = {"videos": Decimal(1)}
         draft.parts = [Usage(draft.model or draft.request_model, Tokens(), units)]
     yield draft.event()
 
