@@ -89,6 +89,22 @@ class ProcessCoverage:
 
 
 @dataclass(frozen=True, slots=True)
+class Connections:
+    """Connections of a process to a host, None where that is not known, that sockets have shown.
+
+    `cause` is why the probes did not meter them (sockets.py, coverage.py of the helper), None when
+    they did; `bytes` all that passed the sockets, both ways, with TLS around it; None: not known.
+    """
+
+    process: Process
+    host: str | None
+    stack: str | None
+    cause: str | None
+    connections: int
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
     `counted` holds every kernel counter (protocol.STATISTICS)."""
@@ -117,7 +133,7 @@ def spawn_helper(
     spool_bytes: int | None = None,
     request_bytes_max: int | None = None,
     cache_directory: str | None = KNOWN_FILES_DIRECTORY,
-    program: str | None = None,
+    programs: Iterable[str] = (),
     keeper: Keeper | None = None,
     at_once: bool = True,
 ) -> socket.socket:
@@ -127,8 +143,8 @@ def spawn_helper(
     Scope and hosts are fixed here: when `restricted`, the other end of the socket cannot change
     them. `files` are attached to at once, before any process maps them (None: the system's libssl).
     `ring_bytes` is a power of two. `cache_directory` keeps what was found in programs without
-    symbols; it must be root's alone. `program` is what a root is about to execute: the first answer
-    comes when it was searched. Unless `at_once`, a file's probes are attached one by one, as on
+    symbols; it must be root's alone. `programs` are what a root may execute: the first answer comes
+    when they were searched. Unless `at_once`, a file's probes are attached one by one, as on
     kernels before 6.6. With `keeper`, which holds what this helper makes, it carries on
     where one before it died, and ends with the keeper; else it ends with the socket.
     """
@@ -150,7 +166,7 @@ def spawn_helper(
         "spool_bytes": spool_bytes,
         "request_bytes_max": request_bytes_max,
         "cache_directory": cache_directory,
-        "program": None if program is None else os.path.abspath(program),
+        "programs": [os.path.abspath(program) for program in programs],
         "at_once": at_once,
     }
     argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
@@ -228,6 +244,10 @@ class _Mark:
     end: int
 
 
+def _connections(row: dict[str, Any]) -> Connections:
+    return Connections(**{**row, "process": proc.from_json(row["process"])})
+
+
 class UprobeSource:
     """Iterate over the plaintext of provider connections in scope.
 
@@ -252,7 +272,7 @@ class UprobeSource:
         ring_bytes: int | None = None,
         request_bytes_max: int | None = None,
         cache_directory: str | None = KNOWN_FILES_DIRECTORY,
-        program: str | None = None,
+        programs: Iterable[str] = (),
         spool_bytes: int | None = None,
         at_once: bool = True,
         resumable: bool = False,
@@ -265,7 +285,7 @@ class UprobeSource:
             "ring_bytes": ring_bytes,
             "request_bytes_max": request_bytes_max,
             "cache_directory": cache_directory,
-            "program": program,
+            "programs": programs,
             "spool_bytes": spool_bytes,
             "at_once": at_once,
         }
@@ -285,6 +305,7 @@ class UprobeSource:
         self._replies: dict[int, dict[str, Any]] = {}
         self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
+        self._connections: list[Connections] = []
         self._number = 0
         self._ended = False
         # In the spool: where the last frame ended that was taken (None: not in the spool yet), and
@@ -583,6 +604,8 @@ class UprobeSource:
             tgid, ssl, opened_ns = about["connection"]
             process = proc.from_json(about["process"])
             self._processes[tgid, ssl, opened_ns] = process, self._frame_at
+        elif kind == protocol.CONNECTIONS:
+            self._connections += map(_connections, protocol.decode_message(frame))
         elif kind == protocol.REPORT:
             self._report = protocol.decode_message(frame)
             self._forget_processes()
@@ -717,6 +740,14 @@ class UprobeSource:
         """
         self._ask({"do": "watch", "pid": pid}, timeout_s)
 
+    def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
+        """Have programs' files searched, if they are unknown; how many still are. Ask again.
+
+        Raises Unavailable.
+        """
+        answer = self._ask({"do": "search", "programs": list(programs)}, timeout_s)
+        return int(answer["searching"])
+
     def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
         """Replace the list of hosts; connections already admitted stay so."""
         self.hosts = tuple(hosts)
@@ -778,6 +809,20 @@ class UprobeSource:
             )
             for line in self._report.get("coverage", ())
         ]
+
+    def ended_connections(self) -> list[Connections]:
+        """Connections that have ended since the last call, as the kernel's sockets show them."""
+        found, self._connections = self._connections, []
+        return found
+
+    def open_connections(self) -> list[Connections]:
+        """Those that are open, as of the helper's last report; they come again when they end."""
+        return [_connections(each) for each in self._report.get("open_connections", ())]
+
+    def sees_connections(self) -> bool | None:
+        """Whether the kernel shows all connections to providers; None: it was not heard yet."""
+        seen: dict[str, bool] | None = self._report.get("sockets_seen")
+        return None if seen is None else bool(seen) and all(seen.values())
 
     def status(self) -> Status:
         """Loader, probes and losses as of the helper's last report."""

@@ -19,6 +19,7 @@ import resource
 import select
 import socket
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from capture.helper.discovery import Discovery
 from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import VALUE, NameLocations
+from capture.helper.files.searches import Finder
 from capture.helper.handover import Hold
+from capture.helper.holding import is_possible
 from capture.helper.installs import Installs, homes_of
 from capture.helper.kernel import (
     Kernel,
@@ -37,6 +40,7 @@ from capture.helper.kernel import (
     attach_tracepoints,
     keep,
     load_or_inherit,
+    socket_tracepoints,
 )
 from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts
@@ -45,8 +49,10 @@ from capture.helper.relay.announcements import unannounced
 from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
 from capture.helper.scope import EnforcedScope, Refused
+from capture.helper.sockets import Sockets
 from capture.helper.standard_files import standard_files, standard_linkers
 from capture.processes import proc
+from capture.processes.sockets import established
 from halton_meter import untrusted
 from halton_meter.model import Process
 
@@ -56,11 +62,14 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 # holds outlives us; only `report` waits for it, and has a second.
 PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # with bcc: there the kernel cannot wake us when the ring fills
-PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
+PROGRAM_S = 5.0  # how long a run may wait for its programs' functions to be found, once
+PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # that a reader has searched at once
+FINISH_S = 60.0  # how long what a run began to search is searched further, behind it
 # Commands are few and short. Those of a hostile reader get no more of our time in a round.
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
 REPORT_S = 10.0  # for readers that do not ask: the last report is what they have if we die
+OLDER_MAX = 1024  # connections of one process that are older than we are
 PROCESS_FRAMES_MAX = 2048  # some 1 KB each
 SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 MEMORY_MORE_BYTES = 64 << 20
@@ -82,6 +91,7 @@ class Helper:
         kernel: Kernel,
         relay: tuple[Spool, Receipt],
         scope: EnforcedScope,
+        finder: Finder,
         cache: Path | None = None,
     ) -> None:
         self._sock: socket.socket | None = sock
@@ -93,11 +103,24 @@ class Helper:
         self._forwarder = Forwarder(*relay, kernel.ring, self._on_notice)
         self._epoll = select.epoll()
         known, names = KnownFiles(cache), _name_locations(kernel, cache)
-        self.files = Attachments(kernel.programs, known, names, self._epoll, hold)
+        self.files = Attachments(kernel.programs, known, names, self._epoll, hold, finder)
         self._discovery = Discovery(
-            kernel.process_ring, self.files, scope, self._report_soon, self._name_opener
+            kernel.process_ring,
+            self.files,
+            scope,
+            self._report_soon,
+            self._name_opener,
+            self._take_socket,
         )
         self._coverage = Coverage(self._discovery, self._tree)
+        self._sockets = Sockets(
+            bpf.Map(kernel.maps["sockets"], 8, protocol.SOCKET.size),
+            bpf.Map(kernel.maps["addresses"], 16, protocol.HOST_BYTES_MAX),
+            self._owner,
+            self._coverage.cause,
+            self._coverage.metered_stack,
+        )
+        self._sockets_seen: dict[str, bool] = {}
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
@@ -116,6 +139,7 @@ class Helper:
         """Attach to what is there. Raises OSError, Refused."""
         kernel, discovery, scope = self._kernel, self._discovery, command["scope"]
         self._traces += attach_tracepoints(kernel, self._hold)
+        self._attach_sockets()
         for readable in (kernel.process_ring.fd, kernel.ring.fd):
             self._epoll.register(readable, select.EPOLLIN)
         for raw in kernel.connections.all_keys():  # those that a helper before us has announced
@@ -130,16 +154,57 @@ class Helper:
             self.files.attach_linker(path)
         resolver = kernel.programs["on_lookup"]
         self._traces += attach_kept(self._hold, "resolver", lambda: attach_resolver(resolver))
+        answer = kernel.programs["on_looked_up"]
+        self._traces += attach_kept(
+            self._hold, "resolved", lambda: attach_resolver(answer, at_return=True)
+        )
         discovery.sweep(time.monotonic())
         if not kernel.inherited:  # else there are probes already, and a reader waits
-            if program := command.get("program"):
-                self.files.search_now(str(program), PROGRAM_S)
+            self._note_older()
+            self._prepare(command.get("programs") or [])
             discovery.settle(time.monotonic() + SETTLE_S)
         if scope["uids"] or scope["everyone"]:  # a helper for one command need not look
             installs = Installs(homes_of(None if scope["everyone"] else scope["uids"]))
             discovery.search_installs(installs)
             if installs.fileno() >= 0:
                 self._epoll.register(installs.fileno(), select.EPOLLIN)
+
+    def _attach_sockets(self) -> None:
+        """Count connections by their sockets, as far as this kernel has the tracepoints."""
+        for name, attach in socket_tracepoints(self._kernel).items():
+            links = attach_kept(self._hold, f"socket:{name}", attach)
+            self._sockets_seen[name] = bool(links)
+            self._traces += links
+        if self._kernel.inherited:
+            self._sockets.resume(self._kernel.connections)
+
+    def _note_older(self) -> None:
+        """Connections that processes in scope have had before we came."""
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if self._scope.in_scope(pid):
+                addresses = (address for address, _ in established(pid))
+                self._sockets.note_older(pid, list(islice(addresses, OLDER_MAX)))
+
+    def _take_socket(self, record: protocol.Record) -> None:
+        self._sockets.take(record)
+
+    def _owner(self, socket: protocol.Socket) -> Process:
+        """Whose connection it is."""
+        process = self._discovery.identities.of(
+            socket.tgid, at_ns=socket.opened_ns, born_ns=socket.born_ns
+        )
+        known = process or Process(
+            pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.uid
+        )
+        return self._tree.with_run(known, socket.run)
+
+    def _prepare(self, programs: list[str]) -> None:
+        """Search what a command may run before it runs it; where its processes can be held, no more
+        is waited for than what it runs first."""
+        first = programs[:1] if is_possible() else programs
+        self.files.search_now(first, PROGRAM_S)
+        for path in programs[len(first) :]:
+            self.files.look_at(path, os.path.realpath(path))
 
     # --- the reader ---------------------------------------------------------------------------
 
@@ -236,6 +301,8 @@ class Helper:
                 pid = _pid(command)
                 self._scope.check_owner(pid)
                 self._tree.watch(pid)
+            elif what == "search":
+                answer["searching"] = self._search(command)
             elif what == "hosts":
                 self._scope.set_hosts(command["hosts"])
             elif what == "report":
@@ -251,6 +318,16 @@ class Helper:
             self._commands_refused += 1
             answer["error"] = f"not a command: {type(error).__name__}"
         self._forwarder.put(protocol.encode_message(protocol.REPLY, answer))
+
+    def _search(self, command: dict[str, Any]) -> int:
+        """Look into programs that somebody is about to run; how many are searched as yet."""
+        paths = untrusted.texts(command, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX)
+        found = [
+            self.files.look_at(each, os.path.realpath(each))
+            for each in paths
+            if each.startswith("/")
+        ]
+        return sum(each is not None and self.files.is_searching(each) for each in found)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -418,6 +495,25 @@ class Helper:
         fields = (size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0)
         return bytes(protocol.RECORD.pack(*fields) + body)
 
+    def finish_searches(self) -> None:
+        """Behind a run: end the capture, and what was begun to be searched is found and kept.
+
+        Otherwise a program that ends before its search does would never be metered. A service
+        searches again when it starts.
+        """
+        self._discovery.release(everyone=True)
+        if not self._scope.is_for_runs or not self.files.searching:
+            return
+        for fd in self._traces:
+            os.close(fd)
+        # Who waits for the run's output to end must not wait for us.
+        with open(os.devnull, "r+b") as nothing:
+            for standard in (1, 2):
+                os.dup2(nothing.fileno(), standard)
+        with contextlib.suppress(OSError):
+            os.nice(-2 * NICE)
+        self.files.finish(FINISH_S)
+
     # --- reports ------------------------------------------------------------------------------
 
     def report(self) -> None:
@@ -429,6 +525,7 @@ class Helper:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
         statistics["files_over_limit"] = self.files.over_limit
+        statistics["socket_table_full"] += self._sockets.overlooked
         statistics["files_forgotten"] = self.files.forgotten
         attached = [
             file for file in self.files.files.values() if file.probes and not file.is_linker
@@ -439,11 +536,15 @@ class Helper:
             "libraries": sorted({file.path for file in attached}),
             "statistics": statistics,
             "coverage": self._coverage.lines(),
+            "open_connections": self._sockets.open_sums(),
+            "sockets_seen": self._sockets_seen,
             "late": self._discovery.late,
             "programs_unknown": self._programs_unknown,
             "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),
         }
+        if sums := self._sockets.take_sums():
+            self._forwarder.put(protocol.encode_message(protocol.CONNECTIONS, sums))
         self._forwarder.put(protocol.encode_message(protocol.REPORT, report))
         self._forwarder.flush()
 
@@ -518,11 +619,14 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
     helper.connect(sock)
     bound_memory(MEMORY_MORE_BYTES)
     helper.run()
+    helper.finish_searches()
 
 
 def _configured(sock: socket.socket, hold: Hold, command: dict[str, Any]) -> Helper:
     """Load, and set the scope. Raises LoadFailed, OSError, Refused."""
     own_mounts()
+    finder = Finder()
+    finder.start(time.monotonic())  # meanwhile we load
     if command["loader"] == "bcc":
         offer_headers()
     ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
@@ -540,7 +644,7 @@ def _configured(sock: socket.socket, hold: Hold, command: dict[str, Any]) -> Hel
     if not kernel.inherited:
         keep(kernel, hold)
     cache = command.get("cache_directory")
-    return Helper(sock, hold, kernel, relay, scope, Path(cache) if cache else None)
+    return Helper(sock, hold, kernel, relay, scope, finder, Path(cache) if cache else None)
 
 
 def _relay(hold: Hold, spool_bytes: int) -> tuple[Spool, Receipt]:

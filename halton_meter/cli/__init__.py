@@ -140,6 +140,11 @@ class LazyGroup(click.Group):
         Root does not even import a command that never needs root.
         """
         entry = _COMMANDS.get(args[0])
+        if args[0] == "run":
+            from halton_meter.cli.configured import stand_in_folder, told_of_variables
+
+            told_of_variables(os.environ)
+            stand_in_folder()
         if entry is not None and entry.needs_root is None:
             _settle(needs_root=False)
         name, command, rest = super().resolve_command(ctx, args)

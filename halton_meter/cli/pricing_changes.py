@@ -14,7 +14,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, fail, note, print_json, say, wrong_usage
+from halton_meter.cli.output import count, fail, print_json, say, wrong_usage
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ def set_(
       halton-meter pricing set 'gpt-5*' --provider openai --discount 20% --from 2026-12-01
       halton-meter pricing set 'claude-*' --factor 0.85 --note 'framework agreement'
     """
-    from fnmatch import fnmatchcase
-
     from pricing import overrides as file
     from pricing.rates import PriceError
 
@@ -95,11 +93,17 @@ def set_(
         table["from"] = _day(since)
     if rates:
         table["rates"] = _rates(rates)
+    home = home_folder()
     try:
-        override = file.override_of(table, "pricing set")
-        home = home_folder()
+        override = file.override_of(table)
+    except PriceError as error:
+        wrong_usage(str(error))
+    try:
         key = (override.model, override.provider, override.start)
         earlier = file.read(home)
+    except PriceError as error:
+        fail(Problem(str(error), ""))
+    try:
         kept = [each for each in earlier if (each.model, each.provider, each.start) != key]
         path = file.write(home, (*kept, override))
     except PriceError as error:
@@ -109,8 +113,7 @@ def set_(
     say(f"Set {described(override)} in {path}")
     for replaced in (each for each in earlier if each not in kept):
         say(f"It replaces {described(replaced)}")
-    if not any(fnmatchcase(name, override.provider) for name in _providers_named()):
-        note(f"no provider is called {provider!r}, so the price applies to no request so far")
+    open_book()  # says which prices of the user's own apply to nothing
     say(_STORED)
 
 
@@ -125,30 +128,7 @@ def _rates(given: tuple[str, ...]) -> dict[str, str]:
     pairs = [rate.partition("=") for rate in given]
     if any(not name or not usd for name, _, usd in pairs):
         wrong_usage("a rate is NAME=USD", "write it as --rate input=1.5")
-    for name, _, _ in pairs:
-        _known_dimension(name)
     return {name: usd for name, _, usd in pairs}
-
-
-def _known_dimension(name: str) -> None:
-    """Refuse a rate that no usage is priced by."""
-    from difflib import get_close_matches
-
-    from halton_meter.vocabulary import TOKEN_DIMENSIONS, UNITS
-    from pricing.rates import dimension
-
-    known = TOKEN_DIMENSIONS.union(UNITS)
-    if dimension(name)[0] not in known:
-        near = get_close_matches(name, sorted(known), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        wrong_usage(f"--rate {name}: nothing is billed by that name{hint}")
-
-
-def _providers_named() -> set[str]:
-    """The names that a request's provider may have."""
-    from halton_meter.providers.registry import built_in
-
-    return {each.id for each in built_in()} | set(open_book().providers())
 
 
 @click.command(cls=Configured, short_help="Remove overrides.")

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.losses import losses_in_words, sightings_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
     complain,
@@ -41,6 +42,7 @@ from halton_meter.cli.output import (
 )
 from halton_meter.cli.streams import OutputRefused, reader_left
 from halton_meter.contract import event_json, usd_text
+from halton_meter.identity import ID_REPEATED
 from halton_meter.model import Outcome, PricedEvent
 from halton_meter.problem import Problem
 from halton_meter.sightings import HeldSightings
@@ -84,6 +86,9 @@ class Summary:
     implausible: int = 0
     gapped: int = 0
     aborted: int = 0
+    told_apart: int = 0
+    seen_again: int = 0
+    stored_before: int = 0
     models: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: PricedEvent) -> None:
@@ -97,6 +102,7 @@ class Summary:
             self.total_usd += event.list_usd
         self.gapped += event.usage.outcome is Outcome.GAPPED
         self.aborted += event.usage.outcome is Outcome.ABORTED
+        self.told_apart += ID_REPEATED in event.usage.flags
 
 
 def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[Problem]]:
@@ -253,6 +259,8 @@ def _summary_lines(summary: Summary, findings: Findings, losses: Counter[str]) -
     for outcome, number in (("gapped", summary.gapped), ("aborted", summary.aborted)):
         if number:
             yield f"  {count(number, 'request')} {OUTCOMES[outcome]}"
+    seen = sightings_in_words(summary.seen_again, summary.told_apart, summary.stored_before)
+    yield from (f"  {each}" for each in seen)
     for what, fix in losses_in_words(losses):
         yield f"  {what}" + (f" ({fix})" if fix else "")
 
@@ -331,7 +339,6 @@ class Replay:
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
         from halton_meter.tokenizer import Tokenizer
-        from pricing.book import PriceBook
 
         keep_freed_memory()
         home = accounts.home_folder()
@@ -339,7 +346,7 @@ class Replay:
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
         self._registry = Registry(extra_hosts, Tokenizer())
         self._job = job
-        self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
+        self._meter = Meter(open_book().price, registry=self._registry)
         self._progress = Progress(_size_bytes(files), job.quiet)
         self._files = files
         self._source = PcapSource(
@@ -361,6 +368,7 @@ class Replay:
         self._progress.clear()
         losses = findings.losses + Counter(self._meter.losses)
         losses += Counter(better_sightings_not_shown=self._sightings.late)
+        self._summary.seen_again = self._meter.seen_again
         kept = self._keep(losses)
         self._output.summary(self._summary, findings, losses)
         without_keys = findings.without_keys
@@ -407,6 +415,7 @@ class Replay:
         for cause, number in losses.items():
             store.count_loss(cause, number, self._source.findings.last_ns, key)
         done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
+        self._summary.stored_before = done.repeated
         store.close()
         if store.trouble:  # the rest is in memory only, and this process ends
             complain(
@@ -492,13 +501,12 @@ def replay(**options: Any) -> None:
 def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     from capture.packets.tshark import TsharkMissing
     from halton_meter.config import ConfigError
-    from pricing.rates import PriceError
 
     try:
         return Replay(job, files, problems).run()
     except ConfigError as error:
         fail(*error.problems)
-    except (TsharkMissing, PriceError) as error:
+    except TsharkMissing as error:
         fail(Problem(str(error), ""))
     except OSError as error:  # a full disk under the output, the secrets, or the store
         where = f" ({error.filename})" if error.filename else ""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
 from halton_meter.problem import Problem
 
@@ -97,7 +99,6 @@ def run(
             note("this shell is metered; when it ends, the summary follows")
     servers = asked_servers(command, invoking_account().uid)
     try:
-        _settle_configuration()
         if via == "proxy" or java:
             result = _through_proxy(command, java)
         else:
@@ -182,32 +183,6 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     return meter_command(command, home, os.environ, hosts, upstream, java)
 
 
-def _settle_configuration() -> None:
-    """Whatever the data folder is, the command runs: in a folder of its own if need be."""
-    import atexit
-    import shutil
-    import tempfile
-
-    from halton_meter import accounts
-    from halton_meter.cli.configured import no_folder, told_of_variables
-    from halton_meter.config import ConfigError
-
-    told_of_variables(os.environ)
-    try:
-        what = no_folder(accounts.home_folder())
-    except ConfigError as error:
-        what = error.what
-    if what is None:
-        return
-    note(f"{what}; what this run uses is in its summary only")
-    folder = tempfile.mkdtemp(prefix="halton-meter-")
-    account = accounts.invoking_account()
-    if accounts.is_root():
-        os.chown(folder, account.uid, account.gid)
-    os.environ[accounts.HOME_VARIABLE] = folder
-    atexit.register(shutil.rmtree, folder, True)
-
-
 # --- the summary --------------------------------------------------------------------------------
 
 
@@ -259,6 +234,7 @@ def _troubles(result: RunResult) -> list[str]:
             (totals.failed, "failed"),
         )
         lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+    lines += [f"  {each}" for each in sightings_in_words(totals.seen_again, totals.told_apart)]
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:
@@ -272,14 +248,24 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {result.price_error}")
     if result.store_error:
         lines.append(f"  {result.store_error}")
-    unseen = [line for line in result.coverage if line.get("state") != "metered"]
+    lines += [f"  {line}" for line in coverage_lines(result.connections)]
+    counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
+    unseen = [
+        line
+        for line in result.coverage
+        if line.get("state") != "metered" and line["process"] not in counted
+    ]
     for line in unseen[:PROCESSES_SHOWN]:
         host = f"looked up {line['host']}" if line.get("host") else "destination unknown"
         name = line["process"] or line["pid"]
         lines.append(f"  not metered: {name} ({line['stack']}); {host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
-    partly = [line for line in result.coverage if line not in unseen and line.get("advice")]
+    partly = [
+        line
+        for line in result.coverage
+        if line.get("state") == "metered" and line.get("advice") and line["process"] not in counted
+    ]
     for line in partly[:PROCESSES_SHOWN]:
         name = line["process"] or line["pid"]
         lines += [f"  {name} may be only partly metered:", f"    {line['advice']}"]
@@ -295,6 +281,7 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
         "not_followed": result.not_followed,
+        "connections": result.connections and result.connections.as_json(),
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,

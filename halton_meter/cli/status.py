@@ -6,14 +6,18 @@ healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
+from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
+from halton_meter.coverage import Coverage
 
 OUTAGES_SHOWN = 5
 BYPASSED_SHOWN = 10
@@ -79,6 +83,7 @@ def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
         *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
         *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
         *_loss_lines(found),
+        *_connection_lines(found.get("connections")),
         *_coverage_lines(found["coverage"]),
     ]
 
@@ -115,6 +120,9 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
         f"  data folder {found['home']}; {waiting}",
     ]
+    totals, repeated = found["totals"], found.get("journal_repeated") or 0
+    again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
+    lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
     if found.get("config_error"):
@@ -160,6 +168,13 @@ def _loss_lines(found: Mapping[str, Any]) -> list[str]:
     return lines or ["  nothing lost, no outages"]
 
 
+def _connection_lines(connections: Any) -> list[str]:
+    """How many connections to providers were metered since the worker started, and the rest."""
+    with contextlib.suppress(ValueError):  # a service of an earlier version tells nothing of them
+        return [f"  {line}" for line in coverage_lines(Coverage.of_json(connections))]
+    return []
+
+
 def _duration(found: Mapping[str, Any]) -> str:
     return duration_text(found["uptime_s"] * 1000)
 
@@ -182,19 +197,35 @@ def _coverage_lines(coverage: Iterable[Mapping[str, Any]]) -> list[str]:
     known = [line for line in coverage if line["host"]]
     unknown = [line for line in coverage if not line["host"]]
     lines = ["processes that talk to providers:"] if known else []
-    for line in sorted(known, key=lambda each: (each["state"] == "metered", each["pid"])):
-        lines += _process_lines(line, f" -> {line['host']}")
+    known.sort(key=lambda each: (each["state"] == "metered", each["pid"]))
+    for line, processes in _grouped(known):
+        lines += _process_lines(line, f" -> {line['host']}", processes)
     if unknown:
         lines.append("not metered, destination unknown:")
-    for line in sorted(unknown, key=lambda each: int(each["pid"])):
-        lines += _process_lines(line, "")
+    for line, processes in _grouped(sorted(unknown, key=lambda each: int(each["pid"]))):
+        lines += _process_lines(line, "", processes)
     return lines
 
 
-def _process_lines(line: Mapping[str, Any], host: str) -> list[str]:
+_ALIKE = ("state", "process", "stack", "host", "advice")
+
+
+def _grouped(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """The first line of those that say the same of several processes, and how many they are."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in _ALIKE), []).append(line)
+    for alike in found.values():
+        yield alike[0], len({line["pid"] for line in alike})
+
+
+def _process_lines(line: Mapping[str, Any], host: str, processes: int) -> list[str]:
     state = line["state"].replace("_", " ")
-    lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
-    return lines + ([f"          {line['advice']}"] if line["advice"] else [])
+    more = f", {count(processes, 'process', 'processes')}" if processes > 1 else ""
+    said = f"{state:<15} {line['process'] or '?'} ({line['stack']}){host}{more}"
+    return [f"  {line['pid']:>7} {said}"] + (
+        [f"          {line['advice']}"] if line["advice"] else []
+    )
 
 
 # --- what passed the proxy unmetered --------------------------------------------------------------

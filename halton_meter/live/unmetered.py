@@ -24,6 +24,7 @@ CAUSES: Mapping[str, str] = {
     "nothing_passed": "its traffic did not pass the functions that are probed",
     "quic": "QUIC (HTTP/3) is not metered",
     "no_server_name": "it named no server",
+    "ech": "its server name is encrypted (ECH)",
     # the program and the proxy
     "proxy_ignored": "it ignores proxy settings",
     "certificate_refused": "it does not trust the proxy's certificate",

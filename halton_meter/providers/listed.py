@@ -212,8 +212,14 @@ PASSED_ON = (
     Provider("anthropic", ("anthropic.helicone.ai", "anthropic.hconeai.com"), ANTHROPIC_ROUTES),
 )
 
+# Resellers that bill in yuan or in points: a cost that they stated would be no amount of dollars.
+_NOT_IN_USD = frozenset(
+    "dmxapi drun ebcloud kuae_cloud moark modelscope poe qihang qiniu scnet".split()
+)
+
 PROVIDERS = (
-    *(compatible(name, hosts) for name, hosts in (*_MAKERS, *_RESELLERS)),
+    *(compatible(name, hosts) for name, hosts in _MAKERS),
+    *(compatible(name, hosts, states_cost=name not in _NOT_IN_USD) for name, hosts in _RESELLERS),
     *(compatible(name, hosts, captured=False) for name, hosts in _AMONG_ELSE),
     OCI,
     *PASSED_ON,

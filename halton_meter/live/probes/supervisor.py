@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import Config, ConfigError
+from halton_meter.coverage import Coverage
 from halton_meter.live import own_code
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
@@ -64,7 +65,7 @@ class Plan:
     roots: tuple[int, ...] = ()
     everyone: bool = False
     cgroup: str | None = None
-    program: str | None = None  # what a run is about to start
+    programs: tuple[str, ...] = ()  # what a run is about to start
     config_error: str | None = None  # lines about values that are not used
 
     def scope(self) -> Scope:
@@ -254,7 +255,7 @@ class Supervisor:
             plan.scope(),
             plan.hosts,
             loader=plan.config.loader,
-            program=plan.program,
+            programs=plan.programs,
             keeper=self._keeper,
         )
         self._helper_restarts.begun()
@@ -344,6 +345,8 @@ class Supervisor:
             | {"pid": untrusted.whole_number(line, "pid")}
             for line in lines
         ]
+        with contextlib.suppress(ValueError):
+            self.result.connections = Coverage.of_json(message.get("connections"))
         self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
         self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
+from halton_meter.coverage import Coverage, Part
 from halton_meter.live import status
 from halton_meter.live.control import SOCKET_NAME, Answering, Client
 from halton_meter.live.journal_writer import EventStore, JournalWriter
@@ -40,7 +41,7 @@ from halton_meter.model import PricedEvent, TlsChunk
 from halton_meter.problem import Unavailable
 
 if TYPE_CHECKING:
-    from capture.uprobes import ProcessCoverage, Status
+    from capture.uprobes import Connections, ProcessCoverage, Status
     from halton_meter.meter import Meter
     from halton_meter.model import TlsClosed
 
@@ -61,6 +62,7 @@ CHUNK_OVERHEAD_BYTES = 256
 
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
+PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # of what a client is about to run
 DRAIN_S = 5.0
 
 
@@ -133,8 +135,20 @@ class PlaintextSource(Protocol):
     def watch(self, pid: int, timeout_s: float = 5.0) -> None:
         """Name this process among the parents of all that descend from it, orphans included."""
 
+    def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
+        """Have programs' files searched; how many still are. Raises Unavailable."""
+
     def coverage(self) -> list[ProcessCoverage]:
         """The processes in scope that use TLS."""
+
+    def ended_connections(self) -> list[Connections]:
+        """Connections that have ended since the last call."""
+
+    def open_connections(self) -> list[Connections]:
+        """Those that are open; they come again when they end."""
+
+    def sees_connections(self) -> bool | None:
+        """Whether the kernel shows all connections to providers."""
 
     def status(self) -> Status:
         """How the helper fares."""
@@ -149,6 +163,7 @@ class _Run:
 
     pid: int
     totals: Totals = field(default_factory=Totals)
+    connections: Coverage = field(default_factory=Coverage)
 
 
 class Metering:
@@ -169,6 +184,7 @@ class Metering:
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
         self._totals = Totals()
+        self._connections = Coverage()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
         self._backlog_bytes = 0
         self._reading = False
@@ -253,6 +269,7 @@ class Metering:
             self._listen()
 
     def _keep(self, events: list[PricedEvent]) -> None:
+        self._totals.seen_again = self._meter.seen_again
         if not events:
             return
         if not self._job.service:
@@ -300,6 +317,28 @@ class Metering:
         with contextlib.suppress(Unavailable):
             self._source.request_report(DRAIN_S)
 
+    # --- connections, as sockets show them
+
+    def _count_connections(self) -> None:
+        """Sum up those that have ended, for `status`, for runs and for the store."""
+        ended = self._source.ended_connections()
+        for each in ended:
+            _count(self._connections, each)
+            for run in self._runs.values():
+                if _is_in_tree(each.process.pid, each.process.parents, run.pid):
+                    _count(run.connections, each)
+        if ended:
+            self._journal.keep_connections(ended_parts(ended), time.time_ns())
+
+    def _connections_of(self, counted: Coverage, root: int | None = None) -> Coverage:
+        """Those that were counted and those that are open, of a run's processes or of all."""
+        found = Coverage(is_known=self._source.sees_connections())
+        found.merge(Coverage(counted.parts))
+        for each in self._source.open_connections():
+            if root is None or _is_in_tree(each.process.pid, each.process.parents, root):
+                _count(found, each)
+        return found
+
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
@@ -318,6 +357,7 @@ class Metering:
         if self._source.due_at is not None and now >= self._source.due_at:
             self._take(self._source.read(0))
         self._work(now + SLICE_S)
+        self._count_connections()
         now = time.monotonic()
         self._journal.tick(now)
         if self._outages is not None and now >= self._alive_at + ALIVE_EVERY_S:
@@ -351,8 +391,12 @@ class Metering:
         with contextlib.suppress(OSError):
             self._drain()
         self._work(math.inf)
+        self._count_connections()
+        open_now = list(self._source.open_connections())
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
+        if open_now:  # nobody will tell of their end
+            self._journal.keep_connections(ended_parts(open_now), time.time_ns())
         self._journal.close()
         if self._outages is not None:
             with contextlib.suppress(OSError):
@@ -366,6 +410,7 @@ class Metering:
         final |= self._journal.unstored()
         condition = self._journal.condition
         final |= {"coverage": self._coverage(), "store_error": condition.last_word()}
+        final |= {"connections": self._connections_of(self._connections).as_json()}
         send(final | {"price_error": condition.price_error})
 
     # --- the control socket
@@ -379,8 +424,11 @@ class Metering:
             self._runs[client] = _Run(pid)
             self._watch(pid)
             return {"watching": pid}
+        if asked == "search":
+            return {"searching": self._search(request)}
         if asked == "finish" and client in self._runs:
             self._drain()
+            self._count_connections()
             self._journal.flush(lambda: self._send_result(client))
             return None
         if asked == "stop":
@@ -392,6 +440,13 @@ class Metering:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
         with contextlib.suppress(Unavailable):
             self._source.watch(pid)
+
+    def _search(self, request: dict[str, Any]) -> int:
+        """Have what a run may start searched before it starts it; how many files still are."""
+        paths = untrusted.texts(request, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX)
+        with contextlib.suppress(Unavailable):
+            return self._source.search(paths)
+        return 0
 
     def _forget_run(self, client: Client) -> None:
         self._runs.pop(client, None)
@@ -405,6 +460,7 @@ class Metering:
             {
                 "totals": run.totals.as_json(),
                 "coverage": self._coverage(run.pid),
+                "connections": self._connections_of(run.connections, run.pid).as_json(),
                 "store_error": condition.as_json()["store_error"],
                 "price_error": condition.price_error,
             }
@@ -415,6 +471,7 @@ class Metering:
     def status(self) -> dict[str, Any]:
         """Everything that `halton-meter status --json` shows of uprobes."""
         self._refresh()
+        self._count_connections()
         helper, lost = self._source.status(), self._lost()
         losses = Counter(self._job.lost_before)
         for counts in lost.values():
@@ -454,6 +511,7 @@ class Metering:
             "helper_rss_bytes": helper.rss_bytes,
             "bytes": self._bytes,
             "coverage": self._coverage(),
+            "connections": self._connections_of(self._connections).as_json(),
         }
 
     def _lost(self) -> dict[str, dict[str, int]]:
@@ -492,6 +550,22 @@ class Metering:
 def _size(item: TlsChunk | TlsClosed) -> int:
     data = item.data if isinstance(item, TlsChunk) else b""
     return CHUNK_OVERHEAD_BYTES + len(data)
+
+
+def _part(connections: Connections) -> Part:
+    return Part(connections.process.exe, connections.host, connections.stack, connections.cause)
+
+
+def _count(coverage: Coverage, connections: Connections) -> None:
+    coverage.add(_part(connections), connections.connections, connections.bytes)
+
+
+def ended_parts(ended: Iterable[Connections]) -> Coverage:
+    """The sum of connections."""
+    found = Coverage()
+    for each in ended:
+        _count(found, each)
+    return found
 
 
 def is_of_tree(event: PricedEvent, root: int) -> bool:

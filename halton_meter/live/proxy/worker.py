@@ -179,6 +179,7 @@ class Pricing:
 
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
+        self.totals.seen_again = self._meter.seen_again
         if not events:
             return
         self._journal.keep(events)
