@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +19,7 @@ from tests.kernel.conftest import CLIENTS, OTHER, PROVIDER, Bench
 from tests.support.counting_relay import CountingRelay
 from tests.support.waiting import wait_until
 
-# Kinds of clients whose connections are to be counted, and how many of them 1 stands for.
+# Kinds of clients whose connections count, and such that do not.
 USED = (
     "plain",
     "keep_alive",
@@ -106,16 +109,12 @@ def place(bench: Bench) -> Iterator[Place]:
     relay.close()
 
 
-@pytest.mark.parametrize(
-    ("one_kind", "kinds_at"), [pytest.param(3, 1), pytest.param(70, 3, marks=pytest.mark.slow)]
-)
-def test_every_kind_of_connection_is_counted_and_metered(
-    place: Place, one_kind: int, kinds_at: int
-) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(120, marks=pytest.mark.slow)])
+def test_every_kind_of_connection_is_counted_and_metered(place: Place, count: int) -> None:
     for kind in USED:
-        place.opens(kind, one_kind * kinds_at)
+        place.opens(kind, count)
         truth = place.truth()
-        assert truth.connections == one_kind * kinds_at, kind
+        assert truth.connections == count, kind
         seen, metered = place.counted()
         assert seen == truth, kind
         assert metered == truth, kind
@@ -183,3 +182,69 @@ def test_a_connection_older_than_the_probes_is_named_until_it_is_metered(bench: 
     assert older.process.stdin is not None
     older.process.stdin.close()
     relay.close()
+
+
+@pytest.fixture
+def sink() -> Iterator[int]:
+    """The port of a server that takes whatever comes, over TCP and UDP."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+    port = listener.getsockname()[1]
+    datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    datagrams.bind(("127.0.0.1", port))
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    while client.recv(1 << 16):
+                        pass
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    yield port
+    listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    listener.close()
+    datagrams.close()
+
+
+# In this order: where an address leads to is known once somebody has looked it up or named it.
+NO_PROBES = {"stack_unknown", "no_probes_yet"}
+HELLOS: tuple[tuple[str, set[str]], ...] = (
+    ("ech", set()),
+    ("other", set()),
+    ("no_tls", set()),
+    ("quic", set()),
+    ("unnamed", {"no_server_name"}),
+    ("ech lookup", {"ech"}),
+    ("unnamed lookup", NO_PROBES),
+    ("other lookup", set()),
+    ("no_tls lookup", set()),
+    ("damaged lookup", set()),
+    ("quic lookup", {"quic"}),
+    ("quic_connected lookup", {"quic"}),
+    ("quic_message lookup", {"quic"}),
+    ("named", NO_PROBES),
+    ("named_in_capitals", NO_PROBES),
+    ("named_last_of_forty", NO_PROBES),
+    ("with_grease_ech", NO_PROBES),
+    ("later", NO_PROBES),
+)
+
+
+def test_a_hello_is_read_wherever_its_name_stands(bench: Bench, sink: int) -> None:
+    source = bench.source(files=[])
+    hosts = bench.folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost {PROVIDER}\n")
+    script = f'mount --bind {hosts} /etc/hosts; exec "$@"'
+    for arguments, causes in HELLOS:
+        client = [sys.executable, CLIENTS / "says_hello.py", *arguments.split()]
+        within = ["unshare", "-m", "sh", "-c", script, "sh", *client]
+        bench.client(within, source, PORT=str(sink)).output()
+        source.drain()
+        source.request_report()
+        rows = [*source.ended_connections(), *source.open_connections()]
+        assert sum(row.connections for row in rows) == bool(causes), arguments
+        assert {row.cause for row in rows} <= causes, arguments
+        assert {row.host for row in rows} <= {PROVIDER, None}, arguments
