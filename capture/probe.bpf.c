@@ -983,7 +983,7 @@ INLINE void deny(struct key *key, u64 origin)
 }
 
 /* The client names the host it is about to connect to: a new connection, whatever was before. */
-INLINE int host_named(u64 ssl, u64 address)
+INLINE int host_named(u64 ssl, u64 address, u64 length_max)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
@@ -1001,7 +1001,11 @@ INLINE int host_named(u64 ssl, u64 address)
 		return 0; /* its first request head will be judged instead */
 	}
 	__builtin_memset(n->text, 0, sizeof(n->text));
-	long length = bpf_probe_read_user_str(n->text, sizeof(n->text), (void *)address);
+	if (length_max >= sizeof(n->text))
+		length_max = sizeof(n->text) - 1;
+	asm volatile("" : "+r"(length_max));
+	length_max &= HOST_BYTES_MAX - 1;
+	long length = bpf_probe_read_user_str(n->text, length_max + 1, (void *)address);
 	n->length = length > 0 ? length - 1 : 0;
 	if (wanted_host(n))
 		admit(&key, n, 0);
@@ -1618,12 +1622,18 @@ SECTION("uprobe/leave_go_write") int leave_go_write(struct registers *r) { retur
 
 SECTION("uprobe/enter_ctrl") int enter_ctrl(struct registers *r)
 {
-	return (u32)ARG2(r) == 55 /* SSL_CTRL_SET_TLSEXT_HOSTNAME */ ? host_named(ARG1(r), ARG4(r)) : 0;
+	return (u32)ARG2(r) == 55 /* SSL_CTRL_SET_TLSEXT_HOSTNAME */ ? host_named(ARG1(r), ARG4(r), HOST_BYTES_MAX) : 0;
 }
 
 SECTION("uprobe/enter_set_host") int enter_set_host(struct registers *r)
 {
-	return host_named(ARG1(r), ARG2(r));
+	return host_named(ARG1(r), ARG2(r), HOST_BYTES_MAX);
+}
+
+/* gnutls_server_name_set, wolfSSL_UseSNI: object, kind of name, name, its length. */
+SECTION("uprobe/enter_set_sized_host") int enter_set_sized_host(struct registers *r)
+{
+	return host_named(ARG1(r), ARG3(r), ARG4(r));
 }
 
 SECTION("uprobe/enter_free") int enter_free(struct registers *r) { return forget(ARG1(r)); }

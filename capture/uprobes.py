@@ -133,7 +133,7 @@ def spawn_helper(
     spool_bytes: int | None = None,
     request_bytes_max: int | None = None,
     cache_directory: str | None = KNOWN_FILES_DIRECTORY,
-    program: str | None = None,
+    programs: Iterable[str] = (),
     keeper: Keeper | None = None,
     at_once: bool = True,
 ) -> socket.socket:
@@ -143,8 +143,8 @@ def spawn_helper(
     Scope and hosts are fixed here: when `restricted`, the other end of the socket cannot change
     them. `files` are attached to at once, before any process maps them (None: the system's libssl).
     `ring_bytes` is a power of two. `cache_directory` keeps what was found in programs without
-    symbols; it must be root's alone. `program` is what a root is about to execute: the first answer
-    comes when it was searched. Unless `at_once`, a file's probes are attached one by one, as on
+    symbols; it must be root's alone. `programs` are what a root may execute: the first answer comes
+    when they were searched. Unless `at_once`, a file's probes are attached one by one, as on
     kernels before 6.6. With `keeper`, which holds what this helper makes, it carries on
     where one before it died, and ends with the keeper; else it ends with the socket.
     """
@@ -166,7 +166,7 @@ def spawn_helper(
         "spool_bytes": spool_bytes,
         "request_bytes_max": request_bytes_max,
         "cache_directory": cache_directory,
-        "program": None if program is None else os.path.abspath(program),
+        "programs": [os.path.abspath(program) for program in programs],
         "at_once": at_once,
     }
     argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
@@ -272,7 +272,7 @@ class UprobeSource:
         ring_bytes: int | None = None,
         request_bytes_max: int | None = None,
         cache_directory: str | None = KNOWN_FILES_DIRECTORY,
-        program: str | None = None,
+        programs: Iterable[str] = (),
         spool_bytes: int | None = None,
         at_once: bool = True,
         resumable: bool = False,
@@ -285,7 +285,7 @@ class UprobeSource:
             "ring_bytes": ring_bytes,
             "request_bytes_max": request_bytes_max,
             "cache_directory": cache_directory,
-            "program": program,
+            "programs": programs,
             "spool_bytes": spool_bytes,
             "at_once": at_once,
         }
@@ -739,6 +739,14 @@ class UprobeSource:
         Raises Unavailable.
         """
         self._ask({"do": "watch", "pid": pid}, timeout_s)
+
+    def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
+        """Have programs' files searched, if they are unknown; how many still are. Ask again.
+
+        Raises Unavailable.
+        """
+        answer = self._ask({"do": "search", "programs": list(programs)}, timeout_s)
+        return int(answer["searching"])
 
     def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
         """Replace the list of hosts; connections already admitted stay so."""

@@ -22,10 +22,10 @@ from halton_meter.model import Exchange, Source, Traits, UsageEvent, event_id
 # Letters of `Traits.told`.
 HOST, KEY, LINE, USAGE = "h", "k", "l", "u"
 REQUEST_IDS = "01234567"
-_DATE = "d"
+DATE = "d"
 # d: the second in which the server answered; s: the status; p: the request's beginning; q: all of
 # it. Each is the same for every source that saw it.
-_COMPARED = (*REQUEST_IDS, _DATE, "s", "p", "q", KEY)
+_COMPARED = (*REQUEST_IDS, DATE, "s", "p", "q", KEY)
 _VERSION_CHARACTERS = 4  # of USAGE: which version of the program counted
 # A status from here on may be an intermediary's own.
 SERVED = 500
@@ -59,6 +59,8 @@ class Seen:
     connection: str
     exchange: str
     pid: int | None
+    started_ns: int
+    ended_ns: int
     from_content: bool
 
     @classmethod
@@ -69,6 +71,8 @@ class Seen:
             exchange.connection.id,
             exchange.id,
             None if process is None else process.pid,
+            exchange.started_ns,
+            exchange.ended_ns,
             usage.id_from_content,
         )
 
@@ -106,7 +110,7 @@ def _apart(one: Traits, other: Traits, apart_dated_ns: int) -> bool:
     """Whether they are of different times by one clock."""
     if one.live is not other.live or _halves(one, other):
         return False
-    slack = max(APART_NS, apart_dated_ns) if _agree(one, other, _DATE) else APART_NS
+    slack = max(APART_NS, apart_dated_ns) if _agree(one, other, DATE) else APART_NS
     return max(one.started_ns - other.ended_ns, other.started_ns - one.ended_ns) > slack
 
 
@@ -285,7 +289,6 @@ class Identities:
         self._forget = forget
         self._groups: dict[str, Group] = {}
         self._order: deque[tuple[str, Entry]] = deque()
-        self.told_apart = 0
 
     def __len__(self) -> int:
         return len(self._order)
@@ -313,7 +316,6 @@ class Identities:
         self._order.append((usage.id, entry))
         if len(self._order) > self._events_max:
             self._let_go()
-        self.told_apart += entry.event_id != usage.id and not usage.id_from_content
         return _renamed(usage, entry.event_id, traits.nth)
 
     def _let_go(self) -> None:
@@ -326,7 +328,7 @@ class Identities:
 
 
 def _is_another(entry: Entry, source: Source, seen: Seen, traits: Traits) -> bool:
-    """Whether one source saw both, of which each is another request of one client."""
+    """Whether one source saw both, as two requests of one client or one after the other."""
     other = entry.seen.get(source)
     if other is None:
         return False
@@ -337,8 +339,10 @@ def _is_another(entry: Entry, source: Source, seen: Seen, traits: Traits) -> boo
         return False
     if _differ(known, traits, HOST) or _agree(known, traits, KEY) or _halves(known, traits):
         return False
-    same_pid = other.pid is not None and other.pid == seen.pid
-    return other.connection == seen.connection or same_pid
+    if other.connection == seen.connection or (other.pid is not None and other.pid == seen.pid):
+        return True
+    # Of one that an intermediary passes on, the times of both connections overlap.
+    return max(seen.started_ns - other.ended_ns, other.started_ns - seen.ended_ns) > 0
 
 
 def _renamed(usage: UsageEvent, name: str, nth: int) -> UsageEvent:

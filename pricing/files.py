@@ -33,6 +33,7 @@ _SECTION = "\n[[model]]\n"
 SEALS = "checked"
 _WAY_OUT = "correct that, or go back to the bundled prices: halton-meter pricing refresh --undo"
 RULE_KINDS = (
+    "default",
     "fee",
     "derive",
     "factor",
@@ -59,9 +60,10 @@ class Rule:
     kind "factor": `rates` is empty, `factor` multiplies the dimensions in `on` (empty: all tokens).
     kind "fee": `rates` price dimensions that the model's rows do not. kind "derive": dimension
     `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit
-    `on[0]` is billed. kind "no_cached_rate": somebody looked, and the provider publishes no price
-    of cached input; `note` names where and when. `always` factors hold beside a row that prices
-    the same condition itself.
+    `on[0]` is billed. kind "default": where a request leaves it out, `conditions` hold, and each
+    of unit `on[1]` is `factor` of unit `on[0]`. kind "no_cached_rate": somebody looked, and the
+    provider publishes no price of cached input; `note` names where and when. `always` factors hold
+    beside a row that prices the same condition itself.
     """
 
     kind: str
@@ -74,6 +76,7 @@ class Rule:
     start: dt.date | None
     until: dt.date | None
     note: str
+    conditions: Mapping[str, str]
 
     def concerns(self, names: Iterable[str], day: dt.date) -> bool:
         """True when the rule is for a model of one of these names on `day`."""
@@ -179,6 +182,7 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
         always=bool(table.get("always", False)),
         start=row.start,
         until=row.until,
+        conditions={str(k): str(v) for k, v in table.get("conditions", {}).items()},
         note=note,
     )
 

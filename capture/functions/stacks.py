@@ -23,9 +23,19 @@ class Stack(Enum):
 
     OPENSSL = "OpenSSL"
     BORINGSSL = "BoringSSL"
+    GNUTLS = "GnuTLS"
+    NSS = "NSS"
+    MBEDTLS = "mbedTLS"
+    WOLFSSL = "wolfSSL"
+    S2N = "s2n"
+    BTLS = "Mono BTLS"
     GO = "Go crypto/tls"
     RUSTLS = "rustls"
+    BEARSSL = "BearSSL"
+    BOTAN = "Botan"
+    ERLANG = "Erlang ssl"
     JSSE = "JSSE"
+    OTHER = "TLS of a kind not known"
     LINKER = "dynamic linker"
 
 
@@ -34,20 +44,24 @@ class Row:
     """What there is to know about one stack.
 
     `symbols` maps a function's symbol to the programs at its entry and at its return (None: only
-    the entry matters), `programs` are those attached without a symbol. `marker` is in every file
-    that holds the stack without symbols; `finder` is the module that then looks for its functions
-    (None: it is not probed, and `advice` is what to do). `library` is the name of the file that
-    holds it, where that alone is a sure sign. `partly_known`: some builds are not recognised.
-    `ahead`: worth probing before anybody runs the file.
+    the entry matters), `programs` are those attached without a symbol. `needed` are the groups of
+    symbols of which a file that holds the stack defines one. One of the `markers` is in every
+    file that holds the stack without symbols; `finder` is the module that then looks for its
+    functions (None: it is not probed, and `advice` is what to do). `library` is the name of the
+    file that holds it, where that alone is a sure sign. `partly_known`: some builds are not
+    recognised. `beside`: some programs have it beside a stack that is probed. `ahead`: worth
+    probing before anybody runs the file.
     """
 
     symbols: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
-    marker: bytes | None = None
+    needed: tuple[tuple[str, ...], ...] = ()
+    markers: tuple[bytes, ...] = ()
     finder: str | None = None
     advice: str | None = None
     library: str | None = None
     partly_known: bool = False
+    beside: bool = False
     ahead: bool = True
 
 
@@ -65,20 +79,112 @@ _SSL: Mapping[str, tuple[str, str | None]] = {
     "SSL_shutdown": ("enter_shutdown", None),
 }
 
-# Markers are looked for in this order; what is not probed is reported only if nothing else is.
+# Objects, buffers and results of these are passed as OpenSSL's are, so its programs serve.
+_GNUTLS: Mapping[str, tuple[str, str | None]] = {
+    "gnutls_record_send": ("enter_write", "leave_plain"),
+    "gnutls_record_send2": ("enter_write", "leave_plain"),
+    "gnutls_record_recv": ("enter_read", "leave_plain"),
+    "gnutls_record_recv_seq": ("enter_read", "leave_plain"),
+    "gnutls_server_name_set": ("enter_set_sized_host", None),
+    "gnutls_deinit": ("enter_free", None),
+    "gnutls_bye": ("enter_shutdown", None),
+}
+# NSS has a layer of NSPR's files, which have these functions in another library.
+_NSS: Mapping[str, tuple[str, str | None]] = {
+    "PR_Write": ("enter_write", "leave_plain"),
+    "PR_Send": ("enter_write", "leave_plain"),
+    "PR_Read": ("enter_read", "leave_plain"),
+    "PR_Recv": ("enter_read", "leave_plain"),
+    "SSL_SetURL": ("enter_set_host", None),
+    "PR_Close": ("enter_free", None),
+    "PR_Shutdown": ("enter_shutdown", None),
+}
+_MBEDTLS: Mapping[str, tuple[str, str | None]] = {
+    "mbedtls_ssl_write": ("enter_write", "leave_plain"),
+    "mbedtls_ssl_read": ("enter_read", "leave_plain"),
+    "mbedtls_ssl_set_hostname": ("enter_set_host", None),
+    "mbedtls_ssl_free": ("enter_free", None),
+    "mbedtls_ssl_session_reset": ("enter_clear", None),
+    "mbedtls_ssl_close_notify": ("enter_shutdown", None),
+}
+_WOLFSSL: Mapping[str, tuple[str, str | None]] = {
+    "wolfSSL_write": ("enter_write", "leave_plain"),
+    "wolfSSL_send": ("enter_write", "leave_plain"),
+    "wolfSSL_read": ("enter_read", "leave_plain"),
+    "wolfSSL_recv": ("enter_read", "leave_plain"),
+    "wolfSSL_UseSNI": ("enter_set_sized_host", None),
+    "wolfSSL_free": ("enter_free", None),
+    "wolfSSL_clear": ("enter_clear", None),
+    "wolfSSL_shutdown": ("enter_shutdown", None),
+}
+_S2N: Mapping[str, tuple[str, str | None]] = {
+    "s2n_send": ("enter_write", "leave_plain"),
+    "s2n_recv": ("enter_read", "leave_plain"),
+    "s2n_set_server_name": ("enter_set_host", None),
+    "s2n_connection_free": ("enter_free", None),
+    "s2n_connection_wipe": ("enter_clear", None),
+    "s2n_shutdown": ("enter_shutdown", None),
+}
+_BTLS: Mapping[str, tuple[str, str | None]] = {
+    "mono_btls_ssl_write": ("enter_write", "leave_plain"),
+    "mono_btls_ssl_read": ("enter_read", "leave_plain"),
+    "mono_btls_ssl_set_server_name": ("enter_set_host", None),
+    "mono_btls_ssl_destroy": ("enter_free", None),
+    "mono_btls_ssl_shutdown": ("enter_shutdown", None),
+}
+
+
+def _unprobed(name: str) -> str:
+    return f"{name} is not probed; {INSTEAD}"
+
+
+# Symbols are looked for in this order, then markers; what is not probed is reported only if nothing
+# else is.
 STACKS: Mapping[Stack, Row] = {
     Stack.BORINGSSL: Row(
         symbols=_SSL,
-        marker=b"ssl/ssl_lib.cc\0",
+        markers=(b"ssl/ssl_lib.cc\0",),
         finder="capture.functions.finder.boringssl",
         partly_known=True,
     ),
     Stack.OPENSSL: Row(
         symbols=_SSL,
-        marker=b"ssl/ssl_lib.c\0",  # or BoringSSL of 2023 and before
+        needed=(("SSL_write", "SSL_read"), ("SSL_write_ex", "SSL_read_ex")),
+        markers=(b"ssl/ssl_lib.c\0",),  # or BoringSSL of 2023 and before
         finder="capture.functions.finder.openssl",
         partly_known=True,
     ),
+    Stack.GNUTLS: Row(
+        symbols=_GNUTLS,
+        needed=(("gnutls_record_send", "gnutls_record_recv"),),
+        markers=(b"GNUTLS_E_UNEXPECTED_HANDSHAKE_PACKET\0",),
+        advice=_unprobed("GnuTLS that is linked into the program"),
+    ),
+    Stack.NSS: Row(
+        symbols=_NSS,
+        needed=(("PR_Write", "PR_Read"), ("SSL_SetURL",)),
+        markers=(b"SSL_ERROR_NO_CYPHER_OVERLAP\0",),
+        advice=_unprobed("NSS that is linked into the program"),
+    ),
+    Stack.MBEDTLS: Row(
+        symbols=_MBEDTLS,
+        needed=(("mbedtls_ssl_write", "mbedtls_ssl_read"),),
+        markers=(b"mbedtls_ssl_fetch_input\0",),
+        advice=_unprobed("mbedTLS that is linked into the program"),
+    ),
+    Stack.WOLFSSL: Row(
+        symbols=_WOLFSSL,
+        needed=(("wolfSSL_write", "wolfSSL_read"),),
+        markers=(b"handshake layer not ready yet, complete first\0",),
+        advice=_unprobed("wolfSSL that is linked into the program"),
+    ),
+    Stack.S2N: Row(
+        symbols=_S2N,
+        needed=(("s2n_send", "s2n_recv"),),
+        markers=(b"S2N_ERR_T_PROTO\0",),
+        advice=_unprobed("s2n that is linked into the program"),
+    ),
+    Stack.BTLS: Row(symbols=_BTLS, needed=(("mono_btls_ssl_write", "mono_btls_ssl_read"),)),
     Stack.GO: Row(
         programs=(
             "enter_go_read",
@@ -87,12 +193,31 @@ STACKS: Mapping[Stack, Row] = {
             "leave_go_write",
             "enter_go_close",
         ),
-        marker=b"\xff Go buildinf:",
+        markers=(b"\xff Go buildinf:",),
         finder="capture.functions.finder.golang",
         ahead=False,  # a machine has many Go programs, of some twenty probes each
     ),
-    Stack.RUSTLS: Row(marker=b"rustls", advice=f"rustls is not probed; {INSTEAD}"),
-    Stack.JSSE: Row(library="libjvm.so", advice=f"Java's own TLS is not probed; {INSTEAD}"),
+    Stack.RUSTLS: Row(
+        needed=(("rustls_connection_write", "rustls_connection_read"),),
+        markers=(b"rustls",),
+        beside=True,
+        advice=_unprobed("rustls"),
+    ),
+    Stack.BEARSSL: Row(needed=(("br_ssl_engine_sendapp_buf",),), advice=_unprobed("BearSSL")),
+    Stack.BOTAN: Row(markers=(b"N5Botan3TLS6ClientE\0",), advice=_unprobed("Botan")),
+    Stack.ERLANG: Row(
+        needed=(("enif_send", "enif_alloc"),),
+        advice=f"Erlang's own TLS is not probed; {INSTEAD}, and set the client's proxy option",
+    ),
+    Stack.JSSE: Row(
+        library="libjvm.so",
+        markers=(b"sun.security.ssl.SSLSocketImpl\0",),
+        advice=_unprobed("Java's own TLS"),
+    ),
+    # What RFC 5246 and 8446 have every implementation put into its keys.
+    Stack.OTHER: Row(
+        markers=(b"client finished", b"c ap traffic"), advice=f"its TLS is not probed; {INSTEAD}"
+    ),
     Stack.LINKER: Row(symbols={LINKER_FUNCTION: ("on_mapped", None)}),
 }
 
@@ -111,5 +236,7 @@ PROGRAMS: tuple[str, ...] = tuple(
 )
 """Every program that may be attached to a file."""
 
-AT_RETURN = frozenset(program for _, program in _SSL.values() if program)
+AT_RETURN = frozenset(
+    program for row in STACKS.values() for _, program in row.symbols.values() if program
+)
 """Programs of return probes. One in a Go program would crash it: where each belongs is fixed."""

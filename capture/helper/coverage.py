@@ -8,6 +8,7 @@ known", not "none".
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from capture.functions.stacks import INSTEAD, STACKS, Stack
@@ -23,6 +24,9 @@ LINES_MAX = 500
 UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
+)
+SEARCHED_ADVICE = (
+    "its TLS library was still being searched; the search goes on: what you run next is metered"
 )
 UNKNOWN = "unknown"
 # Why a connection was not metered, of a process that is known.
@@ -45,33 +49,57 @@ class Coverage:
         self._discovery = discovery
         self._tree = tree
         self._recent: dict[int, dict[str, Any]] = {}
+        self._ended: dict[int, dict[str, Any]] = {}  # what was not metered of them
+        discovery.on_gone = self._note_ended
 
     def lines(self) -> list[dict[str, Any]]:
         """One line a process, those that were metered first."""
-        files_by_id = self._discovery.files.files
-        lines: list[dict[str, Any]] = [
-            line | {"advice": self._advice(pid) or line["advice"]}
-            for pid, line in self._recent.items()
-        ]
+        lines = [self._metered_line(pid, line) for pid, line in self._recent.items()]
+        lines += [line for pid, line in self._ended.items() if pid not in self._discovery.watched]
         for pid, watched in self._discovery.watched.items():
             if len(lines) >= LINES_MAX:
                 break
-            files = [
-                file
-                for each in watched.files
-                if (file := files_by_id.get(each)) and not file.is_linker
-            ]
+            files = self._files_of(watched)
             if any(file.not_http for file in files):  # its connections were opened, then left out
                 lines = [each for each in lines if each["process"]["pid"] != pid]
             elif pid in self._recent:
                 continue
-            line = unmetered(pid, watched.java, files, self._discovery.lookups.hosts(pid))
-            if line is None and pid in self._discovery.unnamed:
-                line = _unnamed(files, self._discovery.lookups.hosts(pid))
-            if line and (process := self._discovery.identities.of(pid)):
-                process = self._tree.with_run(process, self._tree.run_of(pid))
-                lines.append({"process": proc.to_json(process), **line})
+            if (line := self._unmetered_line(pid, watched)) is not None:
+                lines.append(line)
         return lines
+
+    def _unmetered_line(self, pid: int, watched: Watched) -> dict[str, Any] | None:
+        files, host = self._files_of(watched), self._discovery.lookups.hosts(pid)
+        line = unmetered(pid, watched.java, files, host)
+        if line is None and pid in self._discovery.unnamed:
+            line = _unnamed(files, host)
+        process = self._discovery.identities.of(pid) if line else None
+        if line is None or process is None:
+            return None
+        process = self._tree.with_run(process, self._tree.run_of(pid))
+        return {"process": proc.to_json(process), **line}
+
+    def _note_ended(self, pid: int, watched: Watched) -> None:
+        """Keep what is known of a process that is gone."""
+        line = None if pid in self._recent else self._unmetered_line(pid, watched)
+        if line is not None:
+            self._ended.pop(pid, None)
+            if len(self._ended) >= RECENT_MAX:
+                self._ended.pop(next(iter(self._ended)))
+            self._ended[pid] = line
+
+    def _files_of(self, watched: Watched) -> list[File]:
+        files_by_id = self._discovery.files.files
+        known = (files_by_id.get(each) for each in watched.files)
+        return [file for file in known if file and not file.is_linker]
+
+    def _metered_line(self, pid: int, line: dict[str, Any]) -> dict[str, Any]:
+        """The line of a process that was metered, with what of it is not."""
+        if (watched := self._discovery.watched.get(pid)) is not None:
+            files = self._files_of(watched)
+            # It stays for when the process has ended.
+            line["advice"] = _beside(watched.java, files) or line["advice"]
+        return line | {"advice": self._advice(pid) or line["advice"]}
 
     def _advice(self, pid: int) -> str | None:
         if pid in self._discovery.unnamed:
@@ -110,20 +138,19 @@ class Coverage:
 
     def metered(self, process: Process, host: str) -> None:
         """Note that a process was metered: it stays listed after its end."""
-        files_by_id = self._discovery.files.files
         self._recent.pop(process.pid, None)
         if len(self._recent) >= RECENT_MAX:
             self._recent.pop(next(iter(self._recent)))
         watched = self._discovery.watched.get(process.pid)
-        known = [files_by_id.get(each) for each in (watched.files if watched else ())]
-        file = next((each for each in known if each and each.probes and not each.is_linker), None)
+        files = self._files_of(watched) if watched else []
+        file = next((each for each in files if each.probes), None)
         self._recent[process.pid] = {
             "process": proc.to_json(process),
             "host": host,
             "stack": _stack_of(file),
             "library": file.path if file else None,
             "state": "metered",
-            "advice": _advice_beside(file) if file else None,
+            "advice": _beside(watched.java, files) if watched else None,
         }
 
 
@@ -136,7 +163,11 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
     if line is not None:
         is_used = host or any(file.not_http for file in files) or talks_tls(pid)
         return line | {"host": host} if is_used else None
-    if host and not any(file.probes or file.searching for file in files) and talks_tls(pid):
+    searched = next((file for file in files if file.searching), None)
+    if searched and (host or talks_tls(pid)):
+        line = {"stack": UNKNOWN, "library": searched.path, "state": "not_recognised"}
+        return line | {"host": host, "advice": SEARCHED_ADVICE}
+    if host and not any(file.probes for file in files) and talks_tls(pid):
         line = {"stack": UNKNOWN, "library": None, "state": "not_recognised", "host": host}
         return line | {"advice": f"its TLS code was not found: {INSTEAD}"}
     return None
@@ -154,9 +185,12 @@ def _unnamed(files: list[File], host: str | None) -> dict[str, Any]:
 
 
 def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
+    is_probed = any(file.probes for file in files)
     for file in files:
-        if file.failure or (file.library and not file.library.probes):
-            library = file.library
+        library = file.library
+        if is_probed and library and library.stack is Stack.OTHER:
+            continue  # a part of what is probed, more likely than not
+        if file.failure or (library and not library.probes):
             partly_known = library is not None and STACKS[library.stack].partly_known
             state = "not_recognised" if partly_known else "unsupported"
             advice = file.failure or (library.reason if library else None)
@@ -165,7 +199,7 @@ def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
             stack = library.stack.value if library else UNKNOWN
             return {"stack": stack, "library": file.path, "state": state, "advice": advice}
     for file in files:
-        if file.library and file.library.beside and (advice := _advice_beside(file)):
+        if file.library and file.library.beside and (advice := _beside(java, [file])):
             stack = file.library.beside.value
             state = "unsupported"
             return {"stack": stack, "library": file.path, "state": state, "advice": advice}
@@ -175,12 +209,19 @@ def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
     return None
 
 
-def _advice_beside(file: File) -> str | None:
-    """What is not metered although the file has probes: traffic of its other stack."""
-    if not file.library or not file.library.beside or not file.probes:
-        return None
-    beside = file.library.beside
-    return f"it also uses {beside.value}: {STACKS[beside].advice}"
+def _beside(java: bool, files: list[File]) -> str | None:
+    """What is not metered of a process that is metered: traffic of its other stacks."""
+    for file in files:
+        library = file.library
+        if library is None:
+            continue
+        if library.beside and file.probes:
+            return f"it also uses {library.beside.value}: {STACKS[library.beside].advice}"
+        if not file.probes and library.stack is not Stack.OTHER and not file.not_http:
+            name, reason = os.path.basename(file.path), file.failure or library.reason
+            if reason:
+                return f"it also uses {library.stack.value} ({name}): {reason}"
+    return f"it also uses {Stack.JSSE.value}: {STACKS[Stack.JSSE].advice}" if java else None
 
 
 def _stack_of(file: File | None) -> str:

@@ -2,12 +2,15 @@
 
 News of processes comes from the kernel's process ring (exec, libraries mapped, connections opened).
 What they map is read from /proc: after news, a few times while a process starts, and in a rare
-sweep for changes that caused no news. Installed programs that nobody runs yet are searched in
-advance, one a turn. `attachments.py` keeps the table of files, `scope.py` the scope.
+sweep for changes that caused no news. A process of a run's own tree whose program is unknown is
+held (`holding.py`) while its file is searched, so that its first request is metered. Installed
+programs that nobody runs yet are searched in advance, one a turn. `attachments.py` keeps the table
+of files, `scope.py` the scope.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import time
@@ -16,21 +19,23 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from capture import bpf, protocol
+from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.functions.stacks import STACKS, Stack
 from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
 from capture.helper.files.searches import FileId, SearchPriority
+from capture.helper.holding import Holder
 from capture.helper.identities import Identities, folder_of
 from capture.helper.installs import Installs
 from capture.helper.lookups import Lookups
 from capture.helper.scope import EnforcedScope
-from capture.processes.mappings import executable_mappings
+from capture.processes.mappings import FileMapping, executable_mappings
 from capture.processes.proc import talks_tls
 
 # After an exec a process maps its libraries bit by bit, and without kprobes no event reports it, …
 RESCAN_S = (0.0, 0.003, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 # … unless its dynamic linker is probed: then only its first moments need a look.
 LINKER_RESCAN_S_MAX = 0.1
-MAPPED_S = 0.002
+MAPPED_S = 0.0003
 SWEEP_S = 300.0
 INSTALLS_S = 0.5  # after the start, and after a change: packages come in many files
 LISTING_EVERY_S = 3.0  # however often something changes
@@ -44,6 +49,11 @@ SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
 _OF_SOCKETS = (protocol.SOCKET_SEEN, protocol.SOCKET_ENDED, protocol.USED, protocol.QUIC)
+HELD_LIBRARY_BYTES_MAX = 64 << 20  # a search takes less than 0.2 s
+TLS_NAMES = ("ssl", "tls", "nspr")
+SYSTEM_FOLDERS = ("/lib", "/usr/lib")
+HOLD_S = 3.0
+"""How long a process waits for the search in its program's file: it takes some 0.3 s of CPU."""
 _JAVA = STACKS[Stack.JSSE].library
 
 
@@ -56,6 +66,22 @@ class Watched:
     files: set[FileId] = field(default_factory=set)
     java: bool = False
     linker: FileId | None = None  # its dynamic linker, which reports mappings once it is probed
+
+
+def _is_worth_waiting_for(mapping: FileMapping) -> bool:
+    """Whether a library that is not known may have TLS in it, and is searched in a moment.
+
+    What the system's packages put beside libc is theirs to share: nothing there hides its TLS.
+    """
+    folder, name = os.path.split(mapping.path)
+    if any(each in name for each in TLS_NAMES):
+        return True
+    if folder.startswith(SYSTEM_FOLDERS) and "-packages/" not in folder:
+        return False
+    with contextlib.suppress(OSError):
+        size = os.stat(mapping.link).st_size
+        return STRUCTURE_FILE_BYTES_MIN <= size <= HELD_LIBRARY_BYTES_MAX
+    return False
 
 
 class Discovery:
@@ -87,7 +113,12 @@ class Discovery:
         # Files that got their probes while they ran, as far as we know, and when.
         self.probed_at_ns: dict[FileId, int] = {}
         self.sweep_at = 0.0
+        self._holder = Holder()
+        # Whose programs' files are searched, and until when that is waited for.
+        self._held: dict[int, tuple[FileId, float]] = {}
         files.used = self._used
+        files.before_attaching = self._hold_users
+        self.on_gone: Callable[[int, Watched], None] = lambda pid, watched: None
         self._news: deque[protocol.Record] = deque()  # taken, and not acted on yet
         self._talkers: set[tuple[int, int]] = set()
         self._runs: dict[tuple[int, int], int] = {}
@@ -237,11 +268,44 @@ class Discovery:
             identity = self.files.look_into(fd, os.readlink(f"/proc/self/fd/{fd}"))
             if identity in self.files.files:
                 watched.files.add(identity)
+            if stat.st_size >= STRUCTURE_FILE_BYTES_MIN and self.files.is_searching(identity):
+                self._hold(pid, identity)
         except OSError:
             return
         finally:
             os.close(fd)
         self.schedule(pid)
+
+    def _hold(self, pid: int, identity: FileId) -> None:
+        """Let a process of a run wait until its program was searched, and attached to."""
+        if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
+            self._held[pid] = identity, time.monotonic() + HOLD_S
+            self._holder.hold(pid, HOLD_S)
+            self.files.hurry(identity)
+
+    def _hold_users(self, identity: FileId) -> None:
+        """A library is about to be attached to, or searched: processes of runs that map it wait.
+
+        The kernel may take 100 ms to attach, in which a client whose library was mapped a moment
+        ago sends its first request.
+        """
+        until = time.monotonic() + HOLD_S
+        for pid, watched in self.watched.items():
+            if identity not in watched.files or watched.executed is None or pid in self._held:
+                continue
+            if self._scope.is_of_run(pid) and self._scope.in_scope(pid):
+                self._held[pid] = identity, until
+                self._holder.hold(pid, HOLD_S)
+                self.files.hurry(identity)
+
+    def release(self, *, everyone: bool = False) -> None:
+        """Let those go on that wait for nothing any more."""
+        for pid, (identity, until) in list(self._held.items()):
+            over = everyone or time.monotonic() > until
+            if over or not self.files.is_searching(identity):
+                del self._held[pid]
+                self._holder.release(pid)
+                self.files.calm(identity)
 
     def _may_be_short(self, exe: tuple[int, int]) -> bool:
         """Whether to read at once who this is, as it may exit before its connection is seen.
@@ -283,6 +347,9 @@ class Discovery:
                 self.files.drop_unused()
         if found := self.files.search():
             self._found(found)
+        if attached := self.files.take_attached():
+            self._note_late(attached, time.monotonic())
+        self.release()
 
     def _rescan(self, at: float, pid: int, step: int, series: int) -> None:
         if step >= len(RESCAN_S):
@@ -321,7 +388,7 @@ class Discovery:
             return False
         mappings = executable_mappings(pid)
         if mappings is None:
-            self.watched.pop(pid, None)
+            self._drop(pid)
             return False
         watched = self._watch(pid)
         until = time.monotonic() + SCAN_S
@@ -352,6 +419,8 @@ class Discovery:
                 if file.library:
                     self.identities.of(pid)
                     self._on_change()
+                elif _is_worth_waiting_for(mapping):
+                    self._hold_users(identity)
         return True
 
     def _watch(self, pid: int) -> Watched:
@@ -359,6 +428,11 @@ class Discovery:
         if pid not in self.watched and len(self.watched) >= WATCHED_MAX:
             self.watched.pop(next(iter(self.watched)))
         return self.watched.setdefault(pid, Watched(None))
+
+    def _drop(self, pid: int) -> None:
+        """Watch a process no longer: it is gone."""
+        if (watched := self.watched.pop(pid, None)) is not None:
+            self.on_gone(pid, watched)
 
     def _see(self, watched: Watched, inode: tuple[int, int]) -> None:
         """Note that a process's file was looked at; when there are too many, of nobody's."""
@@ -381,7 +455,6 @@ class Discovery:
             watched.files -= others
             if watched.files & known:
                 self.identities.of(pid)
-        self._note_late(known, time.monotonic())
         files = (self.files.files.get(each) for each in known)
         if any(file and file.is_linker for file in files):
             self.sweep_at = 0.0  # what it has mapped for others until now caused no news
@@ -445,7 +518,7 @@ class Discovery:
         self.sweep_at = now + SWEEP_S
         alive = {int(name) for name in os.listdir("/proc") if name.isdigit()}
         for pid in self.watched.keys() - alive:
-            del self.watched[pid]
+            self._drop(pid)
         for pid in self.unnamed.keys() - alive:
             del self.unnamed[pid]
         for pid in self._series_of.keys() - alive:

@@ -35,6 +35,7 @@ _NPM_FOLDERS = (
     "{home}/.local/share/pnpm/global/*/node_modules",
     "{home}/.bun/install/global/node_modules",
     "{home}/.claude/local/node_modules",
+    "{home}/.npm/_npx/*/node_modules",
     "/usr/local/lib/node_modules",
     "/usr/lib/node_modules",
 )
@@ -47,11 +48,19 @@ _NPM_PACKAGES = (
     "@oven/bun-*/bin/bun*",
     "bun/bin/bun*",
     "bun/node_modules/@oven/bun-*/bin/bun*",
+    "@openai/codex-linux-*/vendor/*/*/codex*",
+    "@openai/codex/vendor/*/*/codex*",
+    "@openai/codex/node_modules/@openai/codex-linux-*/vendor/*/*/codex*",
+    "@github/copilot-linux*/copilot",
+    "@github/copilot/node_modules/@github/copilot-linux*/copilot",
+    "@deno/linux-*/deno",
+    "deno/node_modules/@deno/linux-*/deno",
 )
 _PATTERNS = (
     "{home}/.local/share/claude/versions/*",
     "{home}/.claude/local/claude*",
     "{home}/.bun/bin/*",
+    "{home}/.deno/bin/deno",
     "{home}/.opencode/bin/*",
     "{home}/.local/bin/*",
     "{home}/bin/*",

@@ -30,7 +30,9 @@ from capture.helper.discovery import Discovery
 from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import VALUE, NameLocations
+from capture.helper.files.searches import Finder
 from capture.helper.handover import Hold
+from capture.helper.holding import is_possible
 from capture.helper.installs import Installs, homes_of
 from capture.helper.kernel import (
     Kernel,
@@ -60,7 +62,9 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 # holds outlives us; only `report` waits for it, and has a second.
 PAUSE_S = 1.0
 SHORT_PAUSE_S = 0.005  # with bcc: there the kernel cannot wake us when the ring fills
-PROGRAM_S = 5.0  # how long a run may wait for its program's functions to be found, once
+PROGRAM_S = 5.0  # how long a run may wait for its programs' functions to be found, once
+PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # that a reader has searched at once
+FINISH_S = 60.0  # how long what a run began to search is searched further, behind it
 # Commands are few and short. Those of a hostile reader get no more of our time in a round.
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
@@ -87,6 +91,7 @@ class Helper:
         kernel: Kernel,
         relay: tuple[Spool, Receipt],
         scope: EnforcedScope,
+        finder: Finder,
         cache: Path | None = None,
     ) -> None:
         self._sock: socket.socket | None = sock
@@ -98,7 +103,7 @@ class Helper:
         self._forwarder = Forwarder(*relay, kernel.ring, self._on_notice)
         self._epoll = select.epoll()
         known, names = KnownFiles(cache), _name_locations(kernel, cache)
-        self.files = Attachments(kernel.programs, known, names, self._epoll, hold)
+        self.files = Attachments(kernel.programs, known, names, self._epoll, hold, finder)
         self._discovery = Discovery(
             kernel.process_ring,
             self.files,
@@ -156,8 +161,7 @@ class Helper:
         discovery.sweep(time.monotonic())
         if not kernel.inherited:  # else there are probes already, and a reader waits
             self._note_older()
-            if program := command.get("program"):
-                self.files.search_now(str(program), PROGRAM_S)
+            self._prepare(command.get("programs") or [])
             discovery.settle(time.monotonic() + SETTLE_S)
         if scope["uids"] or scope["everyone"]:  # a helper for one command need not look
             installs = Installs(homes_of(None if scope["everyone"] else scope["uids"]))
@@ -193,6 +197,14 @@ class Helper:
             pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.uid
         )
         return self._tree.with_run(known, socket.run)
+
+    def _prepare(self, programs: list[str]) -> None:
+        """Search what a command may run before it runs it; where its processes can be held, no more
+        is waited for than what it runs first."""
+        first = programs[:1] if is_possible() else programs
+        self.files.search_now(first, PROGRAM_S)
+        for path in programs[len(first) :]:
+            self.files.look_at(path, os.path.realpath(path))
 
     # --- the reader ---------------------------------------------------------------------------
 
@@ -289,6 +301,8 @@ class Helper:
                 pid = _pid(command)
                 self._scope.check_owner(pid)
                 self._tree.watch(pid)
+            elif what == "search":
+                answer["searching"] = self._search(command)
             elif what == "hosts":
                 self._scope.set_hosts(command["hosts"])
             elif what == "report":
@@ -304,6 +318,16 @@ class Helper:
             self._commands_refused += 1
             answer["error"] = f"not a command: {type(error).__name__}"
         self._forwarder.put(protocol.encode_message(protocol.REPLY, answer))
+
+    def _search(self, command: dict[str, Any]) -> int:
+        """Look into programs that somebody is about to run; how many are searched as yet."""
+        paths = untrusted.texts(command, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX)
+        found = [
+            self.files.look_at(each, os.path.realpath(each))
+            for each in paths
+            if each.startswith("/")
+        ]
+        return sum(each is not None and self.files.is_searching(each) for each in found)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -471,6 +495,25 @@ class Helper:
         fields = (size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0)
         return bytes(protocol.RECORD.pack(*fields) + body)
 
+    def finish_searches(self) -> None:
+        """Behind a run: end the capture, and what was begun to be searched is found and kept.
+
+        Otherwise a program that ends before its search does would never be metered. A service
+        searches again when it starts.
+        """
+        self._discovery.release(everyone=True)
+        if not self._scope.is_for_runs or not self.files.searching:
+            return
+        for fd in self._traces:
+            os.close(fd)
+        # Who waits for the run's output to end must not wait for us.
+        with open(os.devnull, "r+b") as nothing:
+            for standard in (1, 2):
+                os.dup2(nothing.fileno(), standard)
+        with contextlib.suppress(OSError):
+            os.nice(-2 * NICE)
+        self.files.finish(FINISH_S)
+
     # --- reports ------------------------------------------------------------------------------
 
     def report(self) -> None:
@@ -576,11 +619,14 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
     helper.connect(sock)
     bound_memory(MEMORY_MORE_BYTES)
     helper.run()
+    helper.finish_searches()
 
 
 def _configured(sock: socket.socket, hold: Hold, command: dict[str, Any]) -> Helper:
     """Load, and set the scope. Raises LoadFailed, OSError, Refused."""
     own_mounts()
+    finder = Finder()
+    finder.start(time.monotonic())  # meanwhile we load
     if command["loader"] == "bcc":
         offer_headers()
     ring_bytes = int(command.get("ring_bytes") or loader.RING_BYTES)
@@ -598,7 +644,7 @@ def _configured(sock: socket.socket, hold: Hold, command: dict[str, Any]) -> Hel
     if not kernel.inherited:
         keep(kernel, hold)
     cache = command.get("cache_directory")
-    return Helper(sock, hold, kernel, relay, scope, Path(cache) if cache else None)
+    return Helper(sock, hold, kernel, relay, scope, finder, Path(cache) if cache else None)
 
 
 def _relay(hold: Hold, spool_bytes: int) -> tuple[Spool, Receipt]:

@@ -103,6 +103,15 @@ class EnforcedScope:
         if owner not in self._scope["uids"]:
             raise Refused(f"process {pid} belongs to another user")
 
+    def is_of_run(self, pid: int) -> bool:
+        """Whether a process belongs to a command that `run` started, for itself or the service."""
+        return self.is_for_runs or self.tree.run_of(pid) > 0
+
+    @property
+    def is_for_runs(self) -> bool:
+        """Whether only processes are in scope that descend from a command."""
+        return not self._scope["uids"] and not self._scope["everyone"]
+
     def in_scope(self, pid: int) -> bool:
         """Whether a living process is in scope, its cgroup aside."""
         flags = self.tree.flags(pid)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _DIRECTORIES = ("/lib64", "/usr/lib64", "/usr/lib", "/usr/local/lib", "/lib")
+_LIBRARIES = (
+    b"libssl.so",
+    b"libgnutls.so",
+    b"libnspr4.so",
+    b"libssl3.so",  # NSS
+    b"libmbedtls.so",
+    b"libwolfssl.so",
+    b"libs2n.so",
+)
 
 
 def standard_linkers() -> list[str]:
@@ -21,16 +31,23 @@ def standard_files() -> list[str]:
     paths: list[str] = []
     with contextlib.suppress(OSError):
         cache = Path("/etc/ld.so.cache").read_bytes()
-        at = cache.find(b"/libssl.so")
-        while at >= 0:
-            start, end = cache.rfind(b"\0", 0, at) + 1, cache.find(b"\0", at)
-            paths.append(os.fsdecode(cache[start:end]))
-            at = cache.find(b"/libssl.so", end)
+        for name in _LIBRARIES:
+            paths += _named(cache, b"/" + name)
     for directory in _DIRECTORIES:
-        paths += map(str, Path(directory).glob("libssl.so*"))
+        for name in _LIBRARIES:
+            paths += map(str, Path(directory).glob(f"{name.decode()}*"))
     for path in paths:
         with contextlib.suppress(OSError):
             real = os.path.realpath(path)
             stat = os.stat(real)
             found.setdefault((stat.st_dev, stat.st_ino), real)
     return list(found.values())
+
+
+def _named(cache: bytes, name: bytes) -> Iterator[str]:
+    """The paths in the linker's cache that have this in them."""
+    at = cache.find(name)
+    while at >= 0:
+        start, end = cache.rfind(b"\0", 0, at) + 1, cache.find(b"\0", at)
+        yield os.fsdecode(cache[start:end])
+        at = cache.find(name, end)

@@ -25,7 +25,7 @@ import click
 
 from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.losses import losses_in_words, sightings_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
     complain,
@@ -42,6 +42,7 @@ from halton_meter.cli.output import (
 )
 from halton_meter.cli.streams import OutputRefused, reader_left
 from halton_meter.contract import event_json, usd_text
+from halton_meter.identity import ID_REPEATED
 from halton_meter.model import Outcome, PricedEvent
 from halton_meter.problem import Problem
 from halton_meter.sightings import HeldSightings
@@ -85,6 +86,9 @@ class Summary:
     implausible: int = 0
     gapped: int = 0
     aborted: int = 0
+    told_apart: int = 0
+    seen_again: int = 0
+    stored_before: int = 0
     models: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: PricedEvent) -> None:
@@ -98,6 +102,7 @@ class Summary:
             self.total_usd += event.list_usd
         self.gapped += event.usage.outcome is Outcome.GAPPED
         self.aborted += event.usage.outcome is Outcome.ABORTED
+        self.told_apart += ID_REPEATED in event.usage.flags
 
 
 def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[Problem]]:
@@ -254,6 +259,8 @@ def _summary_lines(summary: Summary, findings: Findings, losses: Counter[str]) -
     for outcome, number in (("gapped", summary.gapped), ("aborted", summary.aborted)):
         if number:
             yield f"  {count(number, 'request')} {OUTCOMES[outcome]}"
+    seen = sightings_in_words(summary.seen_again, summary.told_apart, summary.stored_before)
+    yield from (f"  {each}" for each in seen)
     for what, fix in losses_in_words(losses):
         yield f"  {what}" + (f" ({fix})" if fix else "")
 
@@ -361,6 +368,7 @@ class Replay:
         self._progress.clear()
         losses = findings.losses + Counter(self._meter.losses)
         losses += Counter(better_sightings_not_shown=self._sightings.late)
+        self._summary.seen_again = self._meter.seen_again
         kept = self._keep(losses)
         self._output.summary(self._summary, findings, losses)
         without_keys = findings.without_keys
@@ -407,6 +415,7 @@ class Replay:
         for cause, number in losses.items():
             store.count_loss(cause, number, self._source.findings.last_ns, key)
         done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
+        self._summary.stored_before = done.repeated
         store.close()
         if store.trouble:  # the rest is in memory only, and this process ends
             complain(

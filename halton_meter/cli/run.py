@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
 from halton_meter.problem import Problem
 
@@ -81,6 +82,7 @@ def run(
     """
     from halton_meter.accounts import invoking_account
     from halton_meter.config import ConfigError
+    from halton_meter.live.servers import asked_servers
     from halton_meter.problem import Unavailable
 
     if shell == bool(command):
@@ -95,6 +97,7 @@ def run(
         command = (os.environ.get("SHELL") or invoking_account().shell,)
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
+    servers = asked_servers(command, invoking_account().uid)
     try:
         if via == "proxy" or java:
             result = _through_proxy(command, java)
@@ -104,6 +107,7 @@ def run(
         fail(*error.problems)
     except ConfigError as error:
         fail(*error.problems)
+    result.not_followed = servers
     if json_summary is not None:
         _write_summary(json_summary, result)
     if not quiet:
@@ -218,6 +222,7 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
+    from halton_meter.live.servers import lines as server_lines
     from halton_meter.live.unmetered import lines as unmetered_lines
 
     totals = result.totals
@@ -229,6 +234,7 @@ def _troubles(result: RunResult) -> list[str]:
             (totals.failed, "failed"),
         )
         lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+    lines += [f"  {each}" for each in sightings_in_words(totals.seen_again, totals.told_apart)]
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:
@@ -236,6 +242,7 @@ def _troubles(result: RunResult) -> list[str]:
     # What passed the proxy unmetered has lines of its own below.
     lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
+    lines += [f"  {line}" for line in server_lines(result.not_followed)]
     lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
     if result.price_error:
         lines.append(f"  {result.price_error}")
@@ -273,6 +280,7 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "outages": outages,
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
+        "not_followed": result.not_followed,
         "connections": result.connections and result.connections.as_json(),
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,

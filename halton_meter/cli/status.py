@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
 from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 from halton_meter.coverage import Coverage
 
@@ -119,6 +120,9 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
         f"  data folder {found['home']}; {waiting}",
     ]
+    totals, repeated = found["totals"], found.get("journal_repeated") or 0
+    again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
+    lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
     if found.get("config_error"):
@@ -193,19 +197,35 @@ def _coverage_lines(coverage: Iterable[Mapping[str, Any]]) -> list[str]:
     known = [line for line in coverage if line["host"]]
     unknown = [line for line in coverage if not line["host"]]
     lines = ["processes that talk to providers:"] if known else []
-    for line in sorted(known, key=lambda each: (each["state"] == "metered", each["pid"])):
-        lines += _process_lines(line, f" -> {line['host']}")
+    known.sort(key=lambda each: (each["state"] == "metered", each["pid"]))
+    for line, processes in _grouped(known):
+        lines += _process_lines(line, f" -> {line['host']}", processes)
     if unknown:
         lines.append("not metered, destination unknown:")
-    for line in sorted(unknown, key=lambda each: int(each["pid"])):
-        lines += _process_lines(line, "")
+    for line, processes in _grouped(sorted(unknown, key=lambda each: int(each["pid"]))):
+        lines += _process_lines(line, "", processes)
     return lines
 
 
-def _process_lines(line: Mapping[str, Any], host: str) -> list[str]:
+_ALIKE = ("state", "process", "stack", "host", "advice")
+
+
+def _grouped(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """The first line of those that say the same of several processes, and how many they are."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in _ALIKE), []).append(line)
+    for alike in found.values():
+        yield alike[0], len({line["pid"] for line in alike})
+
+
+def _process_lines(line: Mapping[str, Any], host: str, processes: int) -> list[str]:
     state = line["state"].replace("_", " ")
-    lines = [f"  {line['pid']:>7} {state:<15} {line['process'] or '?'} ({line['stack']}){host}"]
-    return lines + ([f"          {line['advice']}"] if line["advice"] else [])
+    more = f", {count(processes, 'process', 'processes')}" if processes > 1 else ""
+    said = f"{state:<15} {line['process'] or '?'} ({line['stack']}){host}{more}"
+    return [f"  {line['pid']:>7} {said}"] + (
+        [f"          {line['advice']}"] if line["advice"] else []
+    )
 
 
 # --- what passed the proxy unmetered --------------------------------------------------------------
@@ -218,15 +238,13 @@ _TURNED_AWAY = {
 
 
 def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for each in found["bypassed"][:BYPASSED_SHOWN]:
-        connections, cause = count(each["connections"], "connection"), each["cause"]
-        lines.append(f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})")
+    lines, told = _unmetered_lines(found)
     counts = found.get("counts", {})
     for cause, words in _TURNED_AWAY.items():
         if counts.get(cause):
             lines.append(f"  refused: {count(counts[cause], 'connection')} {words}")
-    for each in found["refused"][:BYPASSED_SHOWN]:
+    untold = [each for each in found["refused"] if (each["host"], each["program"]) not in told]
+    for each in untold[:BYPASSED_SHOWN]:
         who = each["program"] or "a program"
         lines.append(
             f"  {who} does not trust the proxy certificate for {each['host']}; "
@@ -234,3 +252,19 @@ def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
         )
         lines.append("    halton-meter init, then restart that program")
     return lines
+
+
+def _unmetered_lines(found: Mapping[str, Any]) -> tuple[list[str], set[Any]]:
+    """What passed unmetered, and the (host, program) pairs that these lines name."""
+    from halton_meter.live import unmetered
+
+    if "unmetered" not in found:  # a service of an earlier version
+        lines = []
+        for each in found["bypassed"][:BYPASSED_SHOWN]:
+            connections, cause = count(each["connections"], "connection"), each["cause"]
+            said = f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})"
+            lines.append(said)
+        return lines, set()
+    rows = [unmetered.Unmetered.of_json(each) for each in found["unmetered"]]
+    said_lines = [f"  {line}" for line in unmetered.lines(rows, BYPASSED_SHOWN)]
+    return said_lines, {(row.host, row.program) for row in rows}

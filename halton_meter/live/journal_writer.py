@@ -243,10 +243,12 @@ class Condition:
         self._failures = 0
         self._since_ns = 0
         self._busy_since = 0.0
+        self._repeated = 0
 
     def flushed(self, outcome: Outcome) -> float | None:
         """Take note of a flush; how long to wait before the next try, None when it went well."""
         self._outcome = outcome
+        self._repeated += outcome.repeated
         if outcome.reason is None:
             self._failures = 0
             return None
@@ -288,6 +290,7 @@ class Condition:
         return {
             "held": min(self._store.held, waiting),
             "journal_waiting": waiting,
+            "journal_repeated": self._repeated,
             "store_error": error[0] if error else None,
             "store_error_since": rfc3339(error[1]) if error else None,
             "damaged_databases": [str(path) for path in self._store.damaged_databases],

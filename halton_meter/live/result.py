@@ -15,7 +15,8 @@ class RunResult:
     """`losses` are counts by cause, `coverage` the processes that used TLS, `connections` what was
     seen and metered of connections to providers (None: nobody counts), `outages` the times without
     metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to providers that
-    were not metered. `exit_code` is the command's, 128 + its signal.
+    were not metered, `not_followed` the commands that only asked a server outside of the run.
+    `exit_code` is the command's, 128 + its signal.
     """
 
     totals: Totals = field(default_factory=Totals)
@@ -23,6 +24,7 @@ class RunResult:
     coverage: list[dict[str, Any]] = field(default_factory=list)
     connections: Coverage | None = None
     unmetered: list[Unmetered] = field(default_factory=list)
+    not_followed: list[str] = field(default_factory=list)
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None

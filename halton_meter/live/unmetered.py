@@ -92,7 +92,7 @@ class Unmetered:
 
 
 def shown_program(program: str | None) -> str:
-    """A program's name for people: of "/usr/bin/python3 /home/me/bot.py" "python3 bot.py"."""
+    """A program's name for people: each path in it without its folders."""
     if not program:
         return "a program"
     return " ".join(word.rpartition("/")[2] or word for word in program.split(" "))

@@ -105,6 +105,7 @@ def read_batch_results(
             draft = blank(exchange, route, provider)
             dialect = RESPONSES if answer.get("object") == "response" else CHAT
             fill_batch_answer(draft, answer, usage, dialect)
+            draft.line = str(item.get("batch_request_id"))
             if draft.response_id is None:
                 named = str(as_id(item.get("batch_request_id")))
                 draft.identity = ("batch", exchange.request.path or "", named)
@@ -174,4 +175,4 @@ _REGIONS = ("us", "us-east-1", "us-west-1", "us-west-2", "eu-west-1")
 HOSTS = ("api.x.ai", *(f"{region}.api.x.ai" for region in _REGIONS))
 ROUTES = regional(_ROUTES, re.compile(rf"({'|'.join(_REGIONS)})\.api\.x\.ai"))
 
-PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"))
+PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"), states_cost=True)

@@ -95,7 +95,8 @@ class Wiring:
     byte of a request, `left` when it went without one (see handshakes.py), `done` when all is said
     about a client's connection. `untrusting` names the TLS library of a client, by the extensions
     of its ClientHello, if that library is known not to trust us: its connection is then passed on
-    unread. `losses` counts what went by unmetered, by cause; the recorder may count there, too.
+    unread. `opened` gets our end of each connection to a provider. `losses` counts what went by
+    unmetered, by cause; the recorder may count there, too.
     """
 
     begin: Begin
@@ -106,6 +107,7 @@ class Wiring:
     left: Callable[[str, Process | None, Taken], None] = lambda host, process, how: None
     done: Callable[[str], None] = lambda host: None
     untrusting: Callable[[str, Process | None, frozenset[int]], bool] = lambda *_: False
+    opened: Callable[[str, int], None] = lambda address, port: None
     losses: Counter[str] = field(default_factory=Counter)
 
 
@@ -223,6 +225,14 @@ class MeterAddon:
                 data.conn is client and self._handshakes.is_refused(client.id)
             )
             self._wiring.refused(host.lower(), await self._owner(client.id), explicit)
+        except Exception as error:  # as above
+            self._count(error)
+
+    def server_connected(self, data: Any) -> None:  # its class has another name in each version
+        """We connected to a provider: tell the near end, so that nobody takes it for a client's."""
+        try:
+            near = data.server.sockname
+            self._wiring.opened(str(near[0]), int(near[1]))
         except Exception as error:  # as above
             self._count(error)
 

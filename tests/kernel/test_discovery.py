@@ -68,7 +68,7 @@ def test_a_program_that_ended_before_it_was_looked_at_is_probed_for_its_next_run
 
 def test_a_run_starts_when_its_program_has_been_searched(bench: Bench, go_client: Path) -> None:
     """It is probed before its exec, though nothing knew it."""
-    source = bench.source(files=[], program=str(go_client))
+    source = bench.source(files=[], programs=[str(go_client)])
     assert source.status().libraries == (str(go_client),)
     client = bench.client([go_client], source)
     client.say()

@@ -79,7 +79,7 @@ def test_a_go_program_is_still_captured_whole_beside_a_poisoned_copy(
     shutil.copy(go_client, victim)
     poisoned(Table(victim), "register", poison)
     os.chown(poison, ALICE, ALICE)
-    source = bench.source(files=[str(poison)], program=str(victim))
+    source = bench.source(files=[str(poison)], programs=[str(victim)])
     client = bench.client([victim], source)
     client.say()
     seen = captured_until_end(client, source)

@@ -361,6 +361,9 @@ class FakeSource:
     def watch(self, pid: int, timeout_s: float = 1.0) -> None:
         pass
 
+    def search(self, programs: Any, timeout_s: float = 1.0) -> int:
+        return 0
+
     def request_report(self, timeout_s: float = 1.0) -> None:
         pass
 
@@ -396,6 +399,7 @@ class FakeMeter:
 
     def __init__(self) -> None:
         self.losses: dict[str, int] = {}
+        self.seen_again = 0
 
     def receive(self, item: Any) -> list[PricedEvent]:
         return [item]

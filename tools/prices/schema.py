@@ -40,6 +40,7 @@ def schema() -> dict[str, Any]:
             "upstream": {"type": "string", "description": "what the file was compiled from"},
             "compiled": _date("when the file was compiled"),
             "model": _list(_ref("model"), "models and their dated prices"),
+            "default": _list(_ref("default"), "what holds where a request leaves it out"),
             "fee": _list(_ref("fee"), "prices that a model's rows do not hold"),
             "derive": _list(_ref("rule"), "on[0] costs `factor` times on[1], where no row has it"),
             "factor": _list(_ref("rule"), "multiplies what `on` names (all tokens without it)"),
@@ -73,6 +74,11 @@ def schema() -> dict[str, Any]:
                 "always": _flag("also beside a row that prices the same condition itself"),
             }, required=["factor"]),
             "statement": _table(_rule() | _head() | _when(), required=["source", "checked"]),
+            "default": _table(_rule() | _head() | _when() | {
+                "conditions": _ref("when"),
+                "factor": _ref("amount"),
+                "on": _list({"type": "string"}, "each of unit on[1] is `factor` of unit on[0]"),
+            }),
             "override": _override(),
             "rates": _table({}, rates=True),
             "amount": {

@@ -60,8 +60,8 @@ def _look(kind: bytes, fd: int) -> Library | None:
         return search.find_by_structure(fd)
     found = symbols.inspect(fd)
     if found is None and kind == LINKER:
-        found = symbols.find_linker_hook(fd)
-    return found
+        return symbols.find_linker_hook(fd)
+    return search.recognise(fd) if found is None else found
 
 
 def serve(link: socket.socket, lane: bytes) -> None:

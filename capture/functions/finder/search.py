@@ -11,10 +11,13 @@ from importlib import import_module
 from typing import Any
 
 from capture.functions.elf import FILE_BYTES_MAX, Elf
-from capture.functions.finder.markers import stacks_in
+from capture.functions.finder.markers import stacks_in, unprobed_in
 from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.functions.library import Library
 from capture.functions.stacks import INSTEAD, STACKS, Stack
+
+RECOGNISED_FILE_BYTES_MIN = 32 << 10
+"""TLS is larger than that, however small its implementation."""
 
 
 class SearchTooLong(Exception):
@@ -25,7 +28,7 @@ def find_by_structure(fd: int) -> Library | None:
     """The TLS stack in a file without symbols; None when no marker of one is in it."""
     if not STRUCTURE_FILE_BYTES_MIN <= os.fstat(fd).st_size <= FILE_BYTES_MAX:
         return None
-    found = None
+    first = None
     for stack in stacks_in(fd):
         try:
             found = _find(stack, fd)
@@ -33,8 +36,17 @@ def find_by_structure(fd: int) -> Library | None:
             reason = f"the search in it ended early: {end or 'out of memory'}; {INSTEAD}"
             found = _without_probes(stack, fd, reason)
         if found is not None and found.probes:
-            break
-    return found
+            return found
+        first = first or found
+    return first
+
+
+def recognise(fd: int) -> Library | None:
+    """A stack that cannot be probed, by its marker, in a file too small to be searched."""
+    if not RECOGNISED_FILE_BYTES_MIN <= os.fstat(fd).st_size < STRUCTURE_FILE_BYTES_MIN:
+        return None
+    stack = next(unprobed_in(fd), None)
+    return None if stack is None else _find(stack, fd)
 
 
 def _find(stack: Stack, fd: int) -> Library | None:

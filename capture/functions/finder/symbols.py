@@ -1,9 +1,9 @@
 """Finds TLS functions by symbol: whatever a file is called, its symbol tables decide.
 
 An ELF file that defines SSL_read and SSL_write (or the _ex pair) in .dynsym or .symtab is a TLS
-library, be it libssl, Node or a static Python. Whoever made a file may have made it to harm its
-reader: only the finder's process runs this. Files without symbols are searched by structure
-(`search.py`).
+library, be it libssl, Node or a static Python; so is one with another stack's own functions
+(`needed` in `stacks.py`). Whoever made a file may have made it to harm its reader: only the
+finder's process runs this. Files without symbols are searched by structure (`search.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ CHUNK_BYTES = 1 << 20
 CHAIN_MAX = 1000  # symbols that share a bucket of the hash table: some two in real files
 NAMES_MAX = 16  # occurrences of one name among the strings: one or two in real files
 _SHT_SYMTAB, _SHT_DYNSYM, _SHT_GNU_HASH = 2, 11, 0x6FFFFFF6
-_PAIRS = (("SSL_read", "SSL_write"), ("SSL_read_ex", "SSL_write_ex"))
+_BY_SYMBOL = {stack: row for stack, row in STACKS.items() if row.needed}
+_NEEDED = tuple(dict.fromkeys(n for row in _BY_SYMBOL.values() for g in row.needed for n in g))
 
 
 class Defined(NamedTuple):
@@ -40,20 +41,32 @@ def inspect(fd: int) -> Library | None:
     """
     with Elf(fd) as elf:
         # What is exported decides: only a file that hides its TLS has it in .symtab alone.
-        for found in _defined(elf, fd, tuple(SSL_FUNCTIONS), b"SSL_"):
-            if any(all(name in found for name in pair) for pair in _PAIRS):
-                stack = Stack.OPENSSL if "SSL_ctrl" in found else Stack.BORINGSSL
-                starts = _starts(elf, found, tuple(SSL_FUNCTIONS))
-                functions = tuple(starts.values())
-                return Library(stack, probes_at(elf, starts), elf.build_id, functions=functions)
+        for table in _tables(elf):
+            there = _defined(elf, fd, table, _NEEDED)
+            for stack, row in _BY_SYMBOL.items():
+                if any(all(name in there for name in group) for group in row.needed):
+                    return _library(elf, fd, table, stack)
     return None
+
+
+def _library(elf: Elf, fd: int, table: Section, stack: Stack) -> Library:
+    """What to probe of a stack whose functions the table defines, or what to do instead."""
+    row = STACKS[stack]
+    found = _defined(elf, fd, table, tuple(row.symbols))
+    if stack is Stack.OPENSSL and "SSL_ctrl" not in found:
+        stack = Stack.BORINGSSL
+    starts = _starts(elf, found, tuple(row.symbols))
+    probes = probes_at(elf, starts, row.symbols)
+    reason = None if probes else row.advice
+    return Library(stack, probes, elf.build_id, reason, functions=tuple(starts.values()))
 
 
 def find_linker_hook(fd: int) -> Library | None:
     """Where the dynamic linker tells debuggers that it has mapped libraries. Raises ElfError."""
     ((name, (program, _)),) = STACKS[Stack.LINKER].symbols.items()
     with Elf(fd) as elf:
-        for found in _defined(elf, fd, (name,), name.encode()):
+        for table in _tables(elf):
+            found = _defined(elf, fd, table, (name,))
             if starts := _starts(elf, found, (name,)):
                 probe = Probe(program, starts[name].offset)
                 return Library(Stack.LINKER, (probe,), None, functions=(starts[name],))
@@ -68,19 +81,21 @@ def _starts(elf: Elf, found: Mapping[str, Defined], names: tuple[str, ...]) -> d
     }
 
 
-def _defined(
-    elf: Elf, fd: int, names: tuple[str, ...], needle: bytes
-) -> Iterator[dict[str, Defined]]:
-    """What each of the file's symbol tables defines of these names, which all begin so."""
+def _tables(elf: Elf) -> Iterator[Section]:
+    """The file's symbol tables: were more than one of each looked at, it could keep us for long."""
     for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
-        # A file has one of each; were more looked at, it could keep us busy for long.
         table = next((section for section in elf.sections if section.type == kind), None)
         if table is not None and table.link < len(elf.sections):
-            found: dict[str, Defined] = {}
-            for name, defined in _addresses(elf, fd, table, names, needle):
-                if elf.offset_of(defined.address) is not None:
-                    found.setdefault(name, defined)
-            yield found
+            yield table
+
+
+def _defined(elf: Elf, fd: int, table: Section, names: tuple[str, ...]) -> dict[str, Defined]:
+    """What a symbol table defines of these names."""
+    found: dict[str, Defined] = {}
+    for name, defined in _addresses(elf, fd, table, names):
+        if elf.offset_of(defined.address) is not None:
+            found.setdefault(name, defined)
+    return found
 
 
 def _exported(elf: Elf, fd: int, names: tuple[str, ...]) -> Iterator[tuple[str, Defined]]:
@@ -116,7 +131,7 @@ def _exported(elf: Elf, fd: int, names: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _addresses(
-    elf: Elf, fd: int, table: Section, names: tuple[str, ...], needle: bytes
+    elf: Elf, fd: int, table: Section, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Defined]]:
     """The functions that a symbol table defines: its strings are searched first, both in C."""
     strings = elf.sections[table.link]
@@ -126,11 +141,9 @@ def _addresses(
         yield from _exported(elf, fd, names)
         return
     seen: dict[str, list[int]] = {}
-    longest = max(map(len, names)) + 1
-    for at, text in _with_context(fd, strings, needle, longest):
-        name = text.partition(b"\0")[0].decode("latin-1")
+    for at, name in _named(fd, strings, names):
         # Wherever it begins: linkers keep names as tails of longer ones.
-        if name in names and len(seen.setdefault(name, [])) < NAMES_MAX:
+        if len(seen.setdefault(name, [])) < NAMES_MAX:
             seen[name].append(at)
     for name, offsets in seen.items():
         found = next((a for at in offsets if (a := _address(fd, table, at)) is not None), None)
@@ -138,17 +151,18 @@ def _addresses(
             yield name, found
 
 
-def _with_context(
-    fd: int, section: Section, needle: bytes, length: int
-) -> Iterator[tuple[int, bytes]]:
-    """Offsets within the section, and the `length` bytes from there on."""
+def _named(fd: int, section: Section, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Offsets within the strings where one of these names is, up to its end."""
+    longest = max(map(len, names)) + 1
+    wanted = [(name, name.encode() + b"\0") for name in names]
     for at in range(0, section.size_bytes, CHUNK_BYTES):
-        size = min(CHUNK_BYTES + length, section.size_bytes - at)
+        size = min(CHUNK_BYTES + longest, section.size_bytes - at)
         data = os.pread(fd, size, section.offset + at)
-        found = data.find(needle)
-        while 0 <= found < CHUNK_BYTES:
-            yield at + found, data[found : found + length]
-            found = data.find(needle, found + 1)
+        for name, text in wanted:
+            found = data.find(text)
+            while 0 <= found < CHUNK_BYTES:
+                yield at + found, name
+                found = data.find(text, found + 1)
 
 
 def _occurrences(fd: int, section: Section, needle: bytes) -> Iterator[int]:
@@ -182,10 +196,14 @@ def _address(fd: int, table: Section, name_at: int) -> Defined | None:
     return None
 
 
-def probes_at(elf: Elf, starts: Mapping[str, Function]) -> tuple[Probe, ...]:
-    """The probes of OpenSSL's or BoringSSL's functions, by name."""
+def probes_at(
+    elf: Elf,
+    starts: Mapping[str, Function],
+    symbols: Mapping[str, tuple[str, str | None]] = SSL_FUNCTIONS,
+) -> tuple[Probe, ...]:
+    """The probes of a stack's functions, by name: OpenSSL's and BoringSSL's, unless others'."""
     probes: list[Probe] = []
-    for name, (entry, result) in SSL_FUNCTIONS.items():
+    for name, (entry, result) in symbols.items():
         if (function := starts.get(name)) is None:
             continue
         at = function.offset + probe_offset(elf.read(function.offset, 8), elf.machine)

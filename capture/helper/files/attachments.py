@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from capture.functions.elf import ElfError
@@ -41,7 +41,7 @@ from capture.helper.files.known_files import KnownFiles, code_digest
 from capture.helper.files.name_locations import NAMING, NUMBERS_MAX, UNPROVED, NameLocations
 from capture.helper.files.owners import owner_of
 from capture.helper.files.placement import refusal
-from capture.helper.files.searches import FileId, Job, Searches, SearchPriority
+from capture.helper.files.searches import FileId, Finder, Job, Searches, SearchPriority
 from capture.helper.files.turns import WAIT_S, Turns
 from capture.helper.handover import Hold
 
@@ -63,6 +63,8 @@ TURN_S = 0.02
 """Of attaching, before processes are looked at again. One file is attached to in one go."""
 CLOSE_S = 30.0
 """How long `close` waits for probes to be gone."""
+SETTLED_NS = 100_000_000
+"""How long ago a file was last written to, for what was found in it to be remembered."""
 OVERLAY = 0x794C7630
 """statfs(2): there a change of a file's mode may have the same number lead to another inode."""
 LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
@@ -110,12 +112,14 @@ class Attachments:
         names: NameLocations,
         epoll: select.epoll | None = None,
         hold: Hold | None = None,
+        finder: Finder | None = None,
     ) -> None:
         self._programs = programs
         self._known = known
         self._names = names
         self._has_cookies = True
-        self._searches = Searches(epoll)
+        self._finishing = False
+        self._searches = Searches(epoll, finder)
         self._turns = Turns(self._probes_of)
         self._closer = Closer()
         self._turn_s = 0.0  # spent on attaching since the last turn began
@@ -125,10 +129,12 @@ class Attachments:
         self._probes: Counter[int] = Counter()  # by owner
         self._by_number: dict[int, File] = {}
         self.used: Callable[[], set[FileId]] = set  # what processes map, as far as we know
+        self.before_attaching: Callable[[FileId], None] = lambda identity: None
         self._used: set[tuple[int, int]] = set()
         self._used_at = float("-inf")
         self._by_inode: dict[tuple[int, int], set[FileId]] = {}
         self.over_limit = self.forgotten = 0
+        self._attached: set[FileId] = set()  # since somebody asked
         self._hold = hold or Hold()
         self._adopt()
 
@@ -205,6 +211,9 @@ class Attachments:
         if kept is None:
             self._forget_other_content(identity)
         file = self.files.get(identity) or File(path, owner_of(found.st_uid))
+        if identity not in self.files and self._known.is_without(fd):
+            self._keep_without(identity)
+            return identity
         library = self._known.recall(fd)
         if library is None or refusal(fd, library):
             kind = INSPECT
@@ -368,7 +377,7 @@ class Attachments:
                 return True
             self.detach(file)
         file.library = library
-        if not library.probes:
+        if not library.probes or self._finishing:
             return True
         file.waits = True
         if self._is_time() and not self._turns.waits(file.owner) and self._may(job):
@@ -387,6 +396,8 @@ class Attachments:
         began = time.monotonic()
         self._turns.spend(file.owner, self._probes_of(job) or 0)
         file.waits = False
+        if job.priority is not SearchPriority.AHEAD and not file.is_linker:
+            self.before_attaching(job.identity)
         self._attach(job.identity, file, job.fd)
         self._turn_s += time.monotonic() - began
 
@@ -431,6 +442,12 @@ class Attachments:
             self.detach(file)
         elif file.probes:
             self._have_held(identity, file)
+            self._attached.add(identity)
+
+    def take_attached(self) -> set[FileId]:
+        """The files that got their probes since the last call, whatever they were found by."""
+        attached, self._attached = self._attached & self.files.keys(), set()
+        return attached
 
     def _refused(self, file: File, fd: int) -> str | None:
         assert file.library is not None
@@ -559,17 +576,47 @@ class Attachments:
         self._searches.close()
         self._closer.wait(CLOSE_S)
 
-    def search_now(self, path: str, seconds: float) -> None:
-        """Look at a program that waits to be run, and return when it is attached, or not TLS."""
+    def search_now(self, paths: Iterable[str], seconds: float) -> None:
+        """Look at programs that wait to be run, and return when they are attached to, or not TLS.
+
+        What is late is attached to late, and counted so.
+        """
         deadline = time.monotonic() + seconds
-        identity = self.look_at(path, os.path.realpath(path))
-        while True:
+        asked = [self.look_at(path, os.path.realpath(path)) for path in paths]
+        while (left := deadline - time.monotonic()) > 0 and any(
+            each is not None and self.is_searching(each) for each in asked
+        ):
             self.search()
-            file = self.files.get(identity) if identity else None
-            left = deadline - time.monotonic()
-            if not file or not file.searching or left <= 0:
-                return  # if it is late, it is attached late, and counted so
             self.wait(min(left, 0.05))
+
+    def hurry(self, identity: FileId) -> None:
+        """A process waits for this file's search: it comes before others of its owner's."""
+        self._searches.hurry(identity)
+
+    def calm(self, identity: FileId) -> None:
+        """No process waits for it any more."""
+        self._searches.calm(identity)
+
+    def is_searching(self, identity: FileId) -> bool:
+        """Whether a file is looked into, or waits for it or to be attached to."""
+        file = self.files.get(identity)
+        return file is not None and file.searching
+
+    def finish(self, seconds: float) -> None:
+        """Attach to nothing any more, but remember what searches under way find.
+
+        Of files that a process ran: what nobody runs is searched for when there is a reason again.
+        """
+        self._finishing = True
+        for identity, file in list(self.files.items()):
+            if not file.searching:
+                self._forget(identity)
+        self._turns.close()
+        self._searches.drop_ahead()
+        deadline = time.monotonic() + seconds
+        while self._searches.busy and (left := deadline - time.monotonic()) > 0:
+            self.search()
+            self.wait(min(left, 0.2))
 
     def _take(self, job: Job, text: str | None) -> bool:
         """Use an answer; False while the file is searched further."""
@@ -586,7 +633,7 @@ class Attachments:
             library = library_from_json(text)
         if library is None:
             return self._nothing_found(job, file)
-        if library.probes and job.kind == SEARCH:
+        if job.kind == SEARCH and _is_settled(job):
             self._known.remember(job.fd, library)
         if (
             file.priority is SearchPriority.AHEAD
@@ -608,6 +655,8 @@ class Attachments:
             if file.priority is None:  # too many wait: it is looked at again when it is met again
                 self._forget(job.identity)
             return False
+        if job.kind == SEARCH and _is_settled(job):
+            self._known.remember_without(job.fd)
         self._keep_without(job.identity)
         return True
 
@@ -633,6 +682,15 @@ def _identity(found: os.stat_result) -> FileId:
 
 def _written(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
+
+
+def _is_settled(job: Job) -> bool:
+    """Whether what was read is what the file holds now: nobody wrote to it meanwhile.
+
+    The clock of change times may stand still for some milliseconds.
+    """
+    found = os.fstat(job.fd)
+    return _identity(found) == job.identity and time.time_ns() - found.st_ctime_ns > SETTLED_NS
 
 
 def _is_as_it_was(file: File, fd: int) -> bool:

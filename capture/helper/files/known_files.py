@@ -1,11 +1,12 @@
-"""Remembers where the TLS functions of files searched by structure are, across runs.
+"""Remembers what searches by structure found in files, across runs.
 
 A search takes a third of a second; what it found is used at the next exec before the program's
-first connection. It counts for that one file while nobody has written to it, and for no other: an
-entry is named by device, inode, change time and size, lies in a folder of the file's owner, and
-holds a digest of the functions' code and of the rows of the tables that prove their starts. A copy
-of a program is searched again: otherwise the owner of a copy would decide where root probes another
-owner's file. Only successes are kept. Root's own check (`placement.py`) follows, as for every other
+first connection, and what it did not find is not searched for again. It counts for that one file
+while nobody has written to it, and for no other: an entry is named by device, inode, change time
+and size, lies in a folder of the file's owner, and holds a digest of the functions' code and of the
+rows of the tables that prove their starts. A copy of a program is searched again: otherwise the
+owner of a copy would decide where root probes another owner's file. All of it counts for the finder
+as it is: a better one looks again. Root's own check (`placement.py`) follows, as for every other
 answer.
 """
 
@@ -31,6 +32,8 @@ from capture.helper.files.placement import code_of
 ENTRIES_OF_ROOT_MAX = 512
 ENTRIES_MAX = 64
 """Of anybody else."""
+WITHOUT_TIMES = 8
+"""So many times as many files without TLS are remembered: there are more of them."""
 OWNERS_MAX = 32
 KNOWN_BYTES_MAX = 32 << 10
 """A Go program has some twenty probes of 60 bytes."""
@@ -41,9 +44,10 @@ _FUNCTIONS = Path(functions.__file__).parent
 class FileMemory:
     """Texts about single files, a folder an owner; in memory where there is no folder of ours."""
 
-    def __init__(self, directory: Path | None, *, bytes_max: int) -> None:
+    def __init__(self, directory: Path | None, *, bytes_max: int, times: int = 1) -> None:
         self._directory = directory if directory and is_ours(directory) else None
         self._bytes_max = bytes_max
+        self._times = times
         self._folders: dict[int, OwnFolder] = {}
         self._texts: dict[tuple[int, str], str] = {}
         if self._directory is not None:
@@ -62,7 +66,7 @@ class FileMemory:
         if self._directory is not None:
             self._folder(owner).write(name, text)
             return
-        if len(self._texts) >= IN_MEMORY_MAX:
+        if len(self._texts) >= IN_MEMORY_MAX * self._times:
             self._texts.pop(next(iter(self._texts)))
         self._texts[owner, name] = text
 
@@ -78,7 +82,7 @@ class FileMemory:
         if owner not in self._folders:
             if len(self._folders) >= OWNERS_MAX:
                 self._folders.pop(next(iter(self._folders)))
-            most = ENTRIES_MAX if owner else ENTRIES_OF_ROOT_MAX
+            most = self._times * (ENTRIES_MAX if owner else ENTRIES_OF_ROOT_MAX)
             path = self._directory / str(owner)
             if not path.is_dir():
                 _make_room(self._directory)
@@ -115,6 +119,8 @@ class KnownFiles:
 
     def __init__(self, directory: Path | None) -> None:
         self._memory = FileMemory(directory, bytes_max=KNOWN_BYTES_MAX)
+        without = Path(f"{directory}-without") if directory else None
+        self._without = FileMemory(without, bytes_max=KNOWN_BYTES_MAX, times=WITHOUT_TIMES)
         self._finders = _digest_of_finders()
 
     def recall(self, fd: int) -> Library | None:
@@ -124,7 +130,7 @@ class KnownFiles:
             if kept.get("finders") != self._finders:
                 return None
             library = library_from_json(kept["library"])
-            if library is None or not library.probes or kept["code"] != code_digest(fd, library):
+            if library is None or kept["code"] != code_digest(fd, library):
                 return None
         except (OSError, ElfError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # absent, damaged or of other code: search again
@@ -132,8 +138,6 @@ class KnownFiles:
 
     def remember(self, fd: int, library: Library) -> None:
         """Keep what a search found; failing to costs only time."""
-        if not library.probes:
-            return
         with contextlib.suppress(OSError, ElfError, ValueError):
             kept: dict[str, Any] = {
                 "finders": self._finders,
@@ -141,6 +145,17 @@ class KnownFiles:
                 "library": library_json(library),
             }
             self._memory.write(os.fstat(fd), json.dumps(kept))
+
+    def is_without(self, fd: int) -> bool:
+        """Whether a search found no TLS in this very file as it is."""
+        with contextlib.suppress(OSError, ValueError):
+            return self._without.read(os.fstat(fd)) == self._finders
+        return False
+
+    def remember_without(self, fd: int) -> None:
+        """Keep that a search found none."""
+        with contextlib.suppress(OSError, ValueError):
+            self._without.write(os.fstat(fd), self._finders)
 
 
 def _digest_of_finders() -> str:

@@ -38,9 +38,10 @@ QUICK_S, HURRIED_S, IDLE_S = 10.0, 120.0, 900.0
 IDLE_CHILD_S = 30.0
 """A quick child that had nothing to do for so long ends."""
 CPU_BURST_S, CPU_SHARE = 60.0, 0.25
-"""What all files of one owner may cost at once, and of one CPU in the long run."""
-RESERVED_S = 30.0
-"""Of that, what files that nobody runs yet leave to those that a process runs."""
+"""What all files of one owner that are run may cost at once, and of one CPU in the long run; what
+is only installed has as much again, and never takes of it."""
+NICE_URGENT = -5
+"""Of a search for which a process of a run stands still: some seconds at most."""
 OWNERS_MAX = 256
 RESTART_S = 5.0
 FINDER = "capture.functions.finder.process"
@@ -59,8 +60,10 @@ class SearchPriority(IntEnum):
     AHEAD = 2  # it is installed; nobody runs it yet
 
 
-_QUICK = -1
-"""The lane of files that are looked at by symbol, beside one for each priority."""
+_QUICK, _QUICK_AHEAD = -1, -2
+"""The lanes of files that are looked at by symbol, beside one for each priority."""
+_NOBODYS = (SearchPriority.AHEAD, _QUICK_AHEAD)
+"""Lanes of files that nobody runs yet, with CPU time of their own: no process waits for them."""
 
 
 @dataclass(slots=True)
@@ -76,7 +79,9 @@ class Job:
     @property
     def lane(self) -> int:
         """Where it waits."""
-        return self.priority if self.kind == finder_protocol.SEARCH else _QUICK
+        if self.kind == finder_protocol.SEARCH:
+            return self.priority
+        return _QUICK_AHEAD if self.priority is SearchPriority.AHEAD else _QUICK
 
 
 @dataclass(slots=True)
@@ -91,6 +96,7 @@ class _Child:
     pid: int = 0
     handle: int = -1  # of the process: a pid may be another's by now
     used_s: float = 0.0
+    is_urgent: bool = False
 
     def fileno(self) -> int:
         """Readable when an answer has come, or the end."""
@@ -123,31 +129,78 @@ class _Child:
 
 
 @dataclass(slots=True)
-class _Owner:
-    """What is left of an owner's CPU time, as of `at`."""
+class _Budget:
+    """What is left of an owner's CPU time, as of `at`: one for what is run, one for the rest."""
 
     left_s: float = CPU_BURST_S
     at: float = field(default_factory=time.monotonic)
 
-    def has_time(self, now: float, lane: int) -> bool:
+    def has_time(self, now: float) -> bool:
         """Whether another file may be looked into now."""
         self.left_s = min(self.left_s + (now - self.at) * CPU_SHARE, CPU_BURST_S)
         self.at = now
-        return self.left_s > (RESERVED_S if lane == SearchPriority.AHEAD else 0.0)
+        return self.left_s > 0
+
+
+class Finder:
+    """The finder's process. Its start takes a third of a second: `start` it before it is needed."""
+
+    def __init__(self) -> None:
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = float("-inf")
+
+    def fork(self, kind: bytes, link: socket.socket, now: float) -> bool:
+        """Have it fork a child; it is started again where it is gone, though not all the time."""
+        for _ in range(2):
+            if self._control is not None:
+                with contextlib.suppress(OSError):
+                    socket.send_fds(self._control, [kind], [link.fileno()])
+                    return True
+                self.stop()
+            if now - self._started_at < RESTART_S:
+                return False
+            self.start(now)
+        return False
+
+    def start(self, now: float) -> None:
+        """Start it; what it is asked meanwhile waits in its socket."""
+        self._started_at = now
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-m", FINDER, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+            )
+        ours.setblocking(False)
+        self._control = ours
+
+    def stop(self) -> None:
+        """End it, and all its children."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 class Searches:
     """See the file's head. Sockets are registered with the caller's epoll, if there is one."""
 
-    def __init__(self, epoll: select.epoll | None = None) -> None:
+    def __init__(self, epoll: select.epoll | None = None, finder: Finder | None = None) -> None:
         self._epoll = epoll
-        self._control: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started_at = float("-inf")
+        self._finder = finder or Finder()
         self._children: list[_Child] = []
         self._waiting: dict[tuple[int, int], deque[Job]] = {}
         self._of_owner: Counter[int] = Counter()  # how many wait
-        self._owners: dict[int, _Owner] = {}
+        self._budgets: dict[tuple[int, bool], _Budget] = {}
+        self._urgent: set[FileId] = set()  # processes stand still until these are searched
 
     @property
     def waiting(self) -> int:
@@ -188,6 +241,30 @@ class Searches:
         self._of_owner[job.owner] += 1
         return True
 
+    def hurry(self, identity: FileId) -> None:
+        """A process stands still until this file is searched: it comes first, until `calm`."""
+        self._urgent.add(identity)
+        for jobs in self._waiting.values():
+            for job in [job for job in jobs if job.identity == identity]:
+                jobs.remove(job)
+                jobs.appendleft(job)
+        for child in self._children:
+            self._set_pace(child)
+
+    def calm(self, identity: FileId) -> None:
+        """Nobody stands still for this file any more."""
+        self._urgent.discard(identity)
+        for child in self._children:
+            self._set_pace(child)
+
+    def _set_pace(self, child: _Child) -> None:
+        """Have a child run before others while it searches what is urgent, and only then."""
+        is_urgent = any(job.identity in self._urgent for job in child.given)
+        if child.handle >= 0 and child.is_urgent != is_urgent:
+            child.is_urgent = is_urgent
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, child.pid, NICE_URGENT if is_urgent else 0)
+
     def answers(self) -> Iterator[tuple[Job, str | None]]:
         """What is known since the last call, None for a file whose search ended without an answer.
 
@@ -210,8 +287,9 @@ class Searches:
                 text = b""
             if not child.pid and text:
                 child.introduced(text)
+                self._set_pace(child)
                 continue
-            self._charge(child.owner, child.cpu_s())
+            self._charge(child.owner, child.lane, child.cpu_s())
             if not text or text == finder_protocol.LAST:
                 yield from self._ended(child, blamed=not text)
                 return
@@ -229,31 +307,46 @@ class Searches:
         self._children.remove(child)
         if blamed and child.given:
             # The kernel counts no more what it took: at most all the time that it had.
-            self._charge(child.owner, time.monotonic() - child.since)
+            self._charge(child.owner, child.lane, time.monotonic() - child.since)
             yield child.given.popleft(), None
         for job in reversed(child.given):
             self._waiting.setdefault((job.owner, job.lane), deque()).appendleft(job)
             self._of_owner[job.owner] += 1
 
-    def _charge(self, owner: int, seconds: float) -> None:
-        if owner not in self._owners:
-            if len(self._owners) >= OWNERS_MAX:
-                self._owners.pop(next(iter(self._owners)))
-            self._owners[owner] = _Owner()
-        self._owners[owner].left_s -= seconds
+    def _charge(self, owner: int, lane: int, seconds: float) -> None:
+        key = owner, lane in _NOBODYS
+        if key not in self._budgets:
+            if len(self._budgets) >= OWNERS_MAX:
+                self._budgets.pop(next(iter(self._budgets)))
+            self._budgets[key] = _Budget()
+        self._budgets[key].left_s -= seconds
 
     def _begin(self, now: float) -> None:
         """Give what waits to children, an owner after the other."""
         for key in list(islice(self._waiting, OWNERS_A_TURN)):
             owner, lane = key
             jobs = self._waiting.pop(key)
-            if owner not in self._owners or self._owners[owner].has_time(now, lane):
+            budget = self._budgets.get((owner, lane in _NOBODYS))
+            if budget is None or budget.has_time(now):
                 self._give(self._child_for(owner, lane, now), jobs, now)
             if jobs:
                 self._waiting[key] = jobs  # behind the others
 
+    def drop_ahead(self) -> None:
+        """Forget the files that nobody runs yet, those that a child has as well."""
+        for key in [key for key in self._waiting if key[1] in _NOBODYS]:
+            for job in self._waiting.pop(key):
+                self._of_owner[job.owner] -= 1
+                os.close(job.fd)
+        for child in [child for child in self._children if child.lane in _NOBODYS]:
+            for job in child.given:
+                os.close(job.fd)
+            child.given.clear()
+            for _ in self._ended(child, blamed=False):
+                pass
+
     def _give(self, child: _Child | None, jobs: deque[Job], now: float) -> None:
-        while child and jobs and len(child.given) < (AHEAD_MAX if child.lane == _QUICK else 1):
+        while child and jobs and len(child.given) < (AHEAD_MAX if child.lane < 0 else 1):
             try:
                 socket.send_fds(child.link, [jobs[0].kind], [jobs[0].fd])
             except OSError:  # it is about to end, or has its hands full
@@ -262,13 +355,16 @@ class Searches:
                 child.since = now
             self._of_owner[jobs[0].owner] -= 1
             child.given.append(jobs.popleft())
+            self._set_pace(child)
 
     def _child_for(self, owner: int, lane: int, now: float) -> _Child | None:
         mine = [each for each in self._children if (each.owner, each.lane) == (owner, lane)]
         if mine:
-            return mine[0] if lane == _QUICK else None
-        searches = [each.owner for each in self._children if each.lane != _QUICK]
-        if lane != _QUICK and len(searches) >= SEARCHES_MAX and owner in searches:
+            return mine[0] if lane < 0 else None
+        # What is searched ahead takes no running program's place.
+        lanes = [each for each in SearchPriority if each not in _NOBODYS or lane in _NOBODYS]
+        searches = [each.owner for each in self._children if each.lane in lanes]
+        if lane >= 0 and len(searches) >= SEARCHES_MAX and owner in searches:
             return None
         if len(self._children) >= CHILDREN_MAX and not self._dismiss_one():
             return None
@@ -286,7 +382,7 @@ class Searches:
     def _fork(self, owner: int, lane: int, now: float) -> _Child | None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            if not self._tell(_kind(lane), theirs, now):
+            if not self._finder.fork(_kind(lane), theirs, now):
                 ours.close()
                 return None
         ours.setblocking(False)
@@ -295,43 +391,6 @@ class Searches:
         if self._epoll:
             self._epoll.register(child.fileno(), select.EPOLLIN)
         return child
-
-    def _tell(self, kind: bytes, link: socket.socket, now: float) -> bool:
-        """Have the finder fork; started again where it is gone, though not all the time."""
-        for _ in range(2):
-            if self._control is not None:
-                with contextlib.suppress(OSError):
-                    socket.send_fds(self._control, [kind], [link.fileno()])
-                    return True
-                self._stop()
-            if now - self._started_at < RESTART_S:
-                return False
-            self._start(now)
-        return False
-
-    def _start(self, now: float) -> None:
-        self._started_at = now
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", FINDER, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-            )
-        ours.setblocking(False)
-        self._control = ours
-
-    def _stop(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
     def close(self) -> None:
         """End all children; what was asked is not answered any more."""
@@ -344,11 +403,11 @@ class Searches:
                 os.close(job.fd)
         self._children, self._waiting = [], {}
         self._of_owner.clear()
-        self._stop()
+        self._finder.stop()
 
 
 def _kind(lane: int) -> bytes:
-    if lane == _QUICK:
+    if lane < 0:
         return finder_protocol.QUICK
     return finder_protocol.IDLE if lane == SearchPriority.AHEAD else finder_protocol.HURRIED
 
@@ -356,4 +415,6 @@ def _kind(lane: int) -> bytes:
 def _limit_s(child: _Child) -> float:
     if not child.given:
         return IDLE_CHILD_S
-    return {_QUICK: QUICK_S, SearchPriority.AHEAD: IDLE_S}.get(child.lane, HURRIED_S)
+    if child.lane < 0:
+        return QUICK_S
+    return IDLE_S if child.lane == SearchPriority.AHEAD else HURRIED_S

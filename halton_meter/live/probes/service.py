@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import selectors
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,11 +25,13 @@ from halton_meter.config import LINES_MAX, Config, ConfigError, Loaded, is_host
 from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
+from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.probes.supervisor import Plan, Supervisor
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
+SEARCH_S_MAX, SEARCH_PAUSE_S = 3.0, 0.02
 LINE_CHARACTERS_MAX = 2000
 
 
@@ -90,8 +91,8 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan)
     """Run one command as the user, metered by probes of its own. Raises Unavailable."""
     Signals.block()
     command = Command(argv, plan.account, environment)
-    program = shutil.which(argv[0], path=environment.get("PATH"))
-    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), program=program))
+    programs = programs_ahead(argv, environment, plan.account)
+    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), programs=programs))
     try:
         supervisor.start()
         signals = Signals()
@@ -114,6 +115,7 @@ def run_watched(
     command = Command(argv, account, environment)
     try:
         control.ask("watch", pid=command.pid)
+        _search(programs_ahead(argv, environment, account), control)
         signals = Signals()
     except BaseException:
         command.abandon()
@@ -134,6 +136,19 @@ def run_watched(
     except (ServiceAbsent, ValueError):
         result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
     return result
+
+
+def _search(programs: Sequence[str], control: Control) -> None:
+    """Wait a little while the service searches what the command may run."""
+    waiting = list(programs)
+    deadline = time.monotonic() + SEARCH_S_MAX
+    while waiting and time.monotonic() < deadline:
+        # One a request: they are short.
+        waiting = [
+            each for each in waiting if control.ask("search", programs=[each]).get("searching")
+        ]
+        if waiting:
+            time.sleep(SEARCH_PAUSE_S)
 
 
 def covers(status: Mapping[str, Any], uid: int) -> bool:

@@ -65,7 +65,7 @@ class Plan:
     roots: tuple[int, ...] = ()
     everyone: bool = False
     cgroup: str | None = None
-    program: str | None = None  # what a run is about to start
+    programs: tuple[str, ...] = ()  # what a run is about to start
     config_error: str | None = None  # lines about values that are not used
 
     def scope(self) -> Scope:
@@ -255,7 +255,7 @@ class Supervisor:
             plan.scope(),
             plan.hosts,
             loader=plan.config.loader,
-            program=plan.program,
+            programs=plan.programs,
             keeper=self._keeper,
         )
         self._helper_restarts.begun()

@@ -62,6 +62,7 @@ CHUNK_OVERHEAD_BYTES = 256
 
 JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
+PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # of what a client is about to run
 DRAIN_S = 5.0
 
 
@@ -133,6 +134,9 @@ class PlaintextSource(Protocol):
 
     def watch(self, pid: int, timeout_s: float = 5.0) -> None:
         """Name this process among the parents of all that descend from it, orphans included."""
+
+    def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
+        """Have programs' files searched; how many still are. Raises Unavailable."""
 
     def coverage(self) -> list[ProcessCoverage]:
         """The processes in scope that use TLS."""
@@ -265,6 +269,7 @@ class Metering:
             self._listen()
 
     def _keep(self, events: list[PricedEvent]) -> None:
+        self._totals.seen_again = self._meter.seen_again
         if not events:
             return
         if not self._job.service:
@@ -419,6 +424,8 @@ class Metering:
             self._runs[client] = _Run(pid)
             self._watch(pid)
             return {"watching": pid}
+        if asked == "search":
+            return {"searching": self._search(request)}
         if asked == "finish" and client in self._runs:
             self._drain()
             self._count_connections()
@@ -433,6 +440,13 @@ class Metering:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
         with contextlib.suppress(Unavailable):
             self._source.watch(pid)
+
+    def _search(self, request: dict[str, Any]) -> int:
+        """Have what a run may start searched before it starts it; how many files still are."""
+        paths = untrusted.texts(request, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX)
+        with contextlib.suppress(Unavailable):
+            return self._source.search(paths)
+        return 0
 
     def _forget_run(self, client: Client) -> None:
         self._runs.pop(client, None)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from halton_meter.model import Body, Exchange, Outcome, Usage, UsageEvent
+from halton_meter.model import Body, Exchange, Headers, Outcome, Usage, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.openai.responses import (
     read_responses,
@@ -227,7 +227,25 @@ def _fill_without_usage(draft: Draft, found: list[tuple[Json, bytes]], dialect: 
         if form(draft.exchange.response.headers, body) != "sse":
             draft.not_final()  # neither end of the object was seen: it may be a part's
         return
+    counted = _counted_in_headers(draft.exchange.response.headers)
+    if counted:
+        fill_chat(draft, {}, counted, verbatim(b"", b"", counted), dialect)
+        return
     draft.usage_not_sent(texts_under(body, _ANSWER_KEYS))
+
+
+_COUNT_HEADERS = {
+    "x-prompt-tokens": "prompt_tokens",
+    "x-input-tokens": "prompt_tokens",
+    "x-generated-tokens": "completion_tokens",
+    "x-completion-tokens": "completion_tokens",
+    "x-output-tokens": "completion_tokens",
+}
+
+
+def _counted_in_headers(headers: Headers) -> Json:
+    """The usage that headers state, where the body states none."""
+    return {_COUNT_HEADERS[name]: value for name, value in headers if name in _COUNT_HEADERS}
 
 
 # What holds the usage of a part: a search would take it for the whole's.

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 from halton_meter import __version__
-from halton_meter.identity import HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
-from halton_meter.model import Exchange, Outcome, Protocol, Source, Tokens, Traits, Usage, header
+from halton_meter.identity import DATE, HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
+from halton_meter.model import Exchange, Outcome, Protocol, Source, Tokens, Traits, Usage
 
 # Ids that a response's headers may state: the identity of an answer whose body has none.
 REQUEST_ID_HEADERS = (
@@ -26,7 +27,10 @@ REQUEST_ID_HEADERS = (
     "x-generation-id",
     "cf-ray",
 )
+_LETTERS = {**dict(zip(REQUEST_ID_HEADERS, REQUEST_IDS, strict=True)), "date": DATE}
 _KEY_HEADERS = ("idempotency-key", "x-idempotency-key")
+# Headers of gateways that answer with what they kept, by a value that speaks of a hit.
+_CACHE_HEADERS = ("cf-aig-cache-status", "helicone-cache", "x-cache", "x-portkey-cache-status")
 _LIVE = (Source.UPROBES, Source.PROXY)
 # What is looked at of a request to tell it from others: a capture may have lost what lies behind.
 IDENTITY_BYTES = 4096
@@ -57,8 +61,16 @@ def traits_of(
         live=exchange.connection.source in _LIVE,
         whole=exchange.outcome is Outcome.COMPLETE,
         joined=exchange.request.method is None,
-        by_id=by_id or (exchange.request.method == "GET" and not _in_turns(exchange)),
+        by_id=by_id or _is_read_back(exchange),
     )
+
+
+def _is_read_back(exchange: Exchange) -> bool:
+    """Whether an answer is one that was made before, and is kept under its id."""
+    for name, value in exchange.response.headers:
+        if name in _CACHE_HEADERS and "hit" in value.lower():
+            return True
+    return exchange.request.method == "GET" and not _in_turns(exchange)
 
 
 def _in_turns(exchange: Exchange) -> bool:
@@ -68,17 +80,15 @@ def _in_turns(exchange: Exchange) -> bool:
 def _told(exchange: Exchange) -> dict[str, str]:
     request, response = exchange.request, exchange.response
     host = request.host or exchange.connection.peer
-    told = {HOST: _digest(host)} if host is not None else {}
+    told = {HOST: _host(host)} if host is not None else {}
     if _in_turns(exchange):  # the heads are the upgrade's; where a turn ends is seen differently
         return told
-    for name in _KEY_HEADERS:
-        if (value := header(request.headers, name)) is not None:
+    for name, value in reversed(request.headers):  # the first of a name is the one that counts
+        if name in _KEY_HEADERS:
             told[KEY] = _digest(value)
-    for letter, name in zip(REQUEST_IDS, REQUEST_ID_HEADERS, strict=True):
-        if (value := header(response.headers, name)) is not None:
+    for name, value in reversed(response.headers):
+        if (letter := _LETTERS.get(name)) is not None:
             told[letter] = _digest(value)
-    if (date := header(response.headers, "date")) is not None:
-        told["d"] = _digest(date)
     # What a client takes for the provider's 502 may be the proxy's, which knows that none came.
     if response.status is not None and response.status < SERVED:
         told["s"] = str(response.status)
@@ -122,6 +132,11 @@ def _digest(*parts: object) -> str:
         digest.update(part if isinstance(part, bytes) else str(part).encode("utf-8", "replace"))
         digest.update(b"\x1f")
     return digest.hexdigest()
+
+
+@lru_cache(256)
+def _host(name: str) -> str:
+    return _digest(name)
 
 
 # Another version of the program may read another count from the same answer.

@@ -143,9 +143,9 @@ def entries(path: Path) -> list[tuple[int, int]]:
     """Where each function starts, and where the probe at its entry is."""
     with path.open("rb") as file:
         found = library(file.fileno())
-    entered = [probe.offset for probe in found.probes if probe.program.startswith("enter")]
+    entered = sorted(each.offset for each in found.probes if each.program.startswith("enter"))
     assert entered
-    return list(zip([each.offset for each in found.functions], entered, strict=True))
+    return list(zip(sorted(each.offset for each in found.functions), entered, strict=True))
 
 
 @pytest.mark.parametrize(

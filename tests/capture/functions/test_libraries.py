@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from capture import loader
-from capture.functions.elf import ElfError
+from capture.functions.elf import Elf, ElfError
 from capture.functions.finder.search import find_by_structure
 from capture.functions.finder.symbols import inspect
 from capture.functions.finder_protocol import library_from_json, library_json
@@ -112,13 +112,25 @@ def test_a_user_of_the_library_is_not_the_library() -> None:
     assert look(Path(curl)) is None
 
 
-def test_the_systems_libssl(tmp_path: Path) -> None:
+def exports(path: str, name: str) -> bool:
+    with Elf(path) as elf:
+        return bool(elf.symbols([name]))
+
+
+def test_the_systems_tls_libraries(tmp_path: Path) -> None:
     for path in standard_files():
         library = look(Path(path))
         assert library
         names = {probe.program for probe in library.probes}
-        assert {"enter_read", "enter_write", "enter_free", "enter_clear", "enter_ctrl"} <= names
+        assert names == {
+            program
+            for name, pair in STACKS[library.stack].symbols.items()
+            for program in pair
+            if program and exports(path, name)
+        }
         assert library.build_id
+        if library.stack is Stack.OPENSSL:
+            assert {"enter_read", "enter_write", "enter_clear", "enter_ctrl"} <= names
 
 
 @pytest.mark.parametrize("size", [0, 10, 63, 64, 200, 5000])
@@ -205,10 +217,10 @@ def test_a_finder_cannot_name_what_is_in_no_table(field: str) -> None:
 def test_every_stack_can_be_told_by_something_and_says_what_to_do() -> None:
     """A row without a marker, symbols or library would never be met; its programs are loaded."""
     for stack, row in STACKS.items():
-        assert row.marker or row.symbols or row.library, stack
+        assert row.markers or row.symbols or row.needed or row.library, stack
         probed = bool(row.symbols or row.programs)
         assert probed or row.advice, stack
-        assert not row.finder or (row.marker and hasattr(import_module(row.finder), "library"))
+        assert not row.finder or (row.markers and hasattr(import_module(row.finder), "library"))
     assert set(STACKS) == set(Stack)
     assert set(PROGRAMS) <= set(loader.PROGRAMS)
 

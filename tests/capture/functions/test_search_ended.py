@@ -12,10 +12,11 @@ import pytest
 
 from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.helper.coverage import unmetered
-from capture.helper.files.attachments import Attachments, FileId, SearchPriority
+from capture.helper.files.attachments import SETTLED_NS, Attachments, FileId, SearchPriority
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import NameLocations
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip
+from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 pytestmark = pytest.mark.skipif(
     not COMPILERS or sys.platform != "linux", reason="needs a C compiler, on Linux"
@@ -57,3 +58,29 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(tmp_path: Pa
     library = attachments.files[second].library
     assert library is not None
     assert "2 functions may be SSL_write" in str(library.reason)
+
+
+def test_what_was_begun_is_found_and_kept_behind_a_run_and_attached_to_no_more(
+    tmp_path: Path,
+) -> None:
+    """With no programs of the kernel's: to attach to anything would be an error."""
+    cache = tmp_path / "known"
+    attachments = Attachments({}, KnownFiles(cache), NameLocations(None, None, None))
+    subject = strip(build(tmp_path)).read_bytes()
+    with_tls, without = tmp_path / "with", tmp_path / "without"
+    put(attachments, with_tls, subject)
+    put(attachments, without, b"\x7fELF")
+    for path in (with_tls, without):  # its search begins when nobody has written to it of late
+        os.utime(path)
+    wait_until(lambda: time.time_ns() - without.stat().st_ctime_ns > SETTLED_NS, "a change of time")
+    for path in (with_tls, without):
+        attachments.look_at(str(path), str(path))
+    attachments.finish(WAIT_SECONDS_MAX)
+    assert not attachments.searching
+    attachments.close()
+    with with_tls.open("rb") as file:
+        found = KnownFiles(cache).recall(file.fileno())
+        assert found is not None
+        assert found.probes
+    with without.open("rb") as file:
+        assert KnownFiles(cache).is_without(file.fileno())

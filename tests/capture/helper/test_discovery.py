@@ -25,7 +25,10 @@ def test_a_process_that_is_gone_once_it_was_looked_at_harms_nothing(
         records=lambda: iter(()), skip_discarded=lambda: None, filled=lambda: 0
     )
     files: Any = SimpleNamespace(
-        search=list, due=lambda now: math.inf, is_probed_linker=lambda linker: False
+        search=list,
+        take_attached=set,
+        due=lambda now: math.inf,
+        is_probed_linker=lambda linker: False,
     )
     scope: Any = SimpleNamespace()
     discovery = Discovery(ring, files, scope, lambda: None)
@@ -61,7 +64,9 @@ def test_a_process_that_maps_thousands_of_files_lets_others_pass(
             return (0, len(looked), 0)
 
         def __getattr__(self, name: str) -> Any:
-            return {"search": list, "knows": lambda identity: True}.get(name, lambda *_: math.inf)
+            return {"search": list, "take_attached": set, "knows": lambda identity: True}.get(
+                name, lambda *_: math.inf
+            )
 
     clock, clock_pid = [1000.0], [0]
     monkeypatch.setattr(discovery_module.time, "monotonic", lambda: clock[0])

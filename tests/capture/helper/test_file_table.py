@@ -425,21 +425,21 @@ def own() -> Iterator[Searches]:
 
 
 def test_who_has_used_up_his_time_waits_and_others_do_not(own: Searches, library: Path) -> None:
-    own._charge(ALICE, searches.CPU_BURST_S + 5)
+    own._charge(ALICE, searches._QUICK, searches.CPU_BURST_S + 5)
     assert own.ask(job(library, ALICE))
     assert own.ask(job(library, BOB))
     ((owner, text),) = answered(own, 1)
     assert owner == BOB
     assert library_from_json(text or "")
     assert own.busy
-    own._owners[ALICE].left_s = 1.0
+    own._budgets[ALICE, False].left_s = 1.0
     ((owner, _),) = answered(own, 1)
     assert owner == ALICE
 
 
-def test_what_nobody_runs_leaves_time_to_what_is_run(own: Searches, tmp_path: Path) -> None:
+def test_what_nobody_runs_takes_no_time_of_what_is_run(own: Searches, tmp_path: Path) -> None:
     file = crafted.make("strings", tmp_path / "slow")
-    own._charge(ALICE, searches.CPU_BURST_S - searches.RESERVED_S + 5)
+    own._charge(ALICE, SearchPriority.AHEAD, searches.CPU_BURST_S + 5)
     ahead, run = (job(file, ALICE, finder_protocol.SEARCH) for _ in range(2))
     ahead.priority = SearchPriority.AHEAD
     assert own.ask(ahead)
@@ -449,11 +449,39 @@ def test_what_nobody_runs_leaves_time_to_what_is_run(own: Searches, tmp_path: Pa
     assert ahead.fd in {each.fd for waiting in own._waiting.values() for each in waiting}
 
 
+def test_what_a_process_waits_for_comes_before_what_was_asked_for_before(
+    own: Searches, tmp_path: Path
+) -> None:
+    paths = [crafted.make("strings", tmp_path / name) for name in ("first", "second", "third")]
+    jobs = [job(path, ALICE, finder_protocol.SEARCH) for path in paths]
+    for each in jobs:
+        assert own.ask(each)
+    own.hurry(jobs[2].identity)
+    (waiting,) = own._waiting.values()
+    assert [each.identity for each in waiting] == [jobs[at].identity for at in (2, 0, 1)]
+
+
+def test_at_the_end_what_nobody_runs_is_given_up(own: Searches, tmp_path: Path) -> None:
+    file = crafted.make("strings", tmp_path / "slow")
+    ahead = [job(file, ALICE, kind) for kind in (finder_protocol.SEARCH, finder_protocol.INSPECT)]
+    for each in ahead:
+        each.priority = SearchPriority.AHEAD
+        assert own.ask(each)
+    own._begin(time.monotonic())
+    run = job(file, ALICE, finder_protocol.SEARCH)
+    assert own.ask(run)
+    own.drop_ahead()
+    assert own.waiting == 1
+    assert not any(child.given for child in own._children)
+    assert answered(own, 1)
+    assert not own.busy
+
+
 def test_what_a_search_takes_is_charged_by_the_kernels_count(own: Searches, tmp_path: Path) -> None:
     slow = crafted.make("strings", tmp_path / "slow")
     assert own.ask(job(slow, ALICE))
     answered(own, 1)
-    assert own._owners[ALICE].left_s < searches.CPU_BURST_S - 0.1
+    assert own._budgets[ALICE, False].left_s < searches.CPU_BURST_S - 0.1
 
 
 def test_a_file_that_can_never_be_read_holds_up_nothing(
@@ -492,7 +520,7 @@ def test_a_finder_that_is_gone_is_started_again(
     monkeypatch.setattr(searches, "RESTART_S", 0.0)
     assert own.ask(job(library, ALICE))
     answered(own, 1)
-    process: Any = own._process
+    process: Any = own._finder._process
     process.kill()
     process.wait()
     for child in list(own._children):

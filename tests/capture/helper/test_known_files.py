@@ -187,10 +187,35 @@ def test_other_finders_search_again(
     assert recalled(directory, program) is None
 
 
-def test_a_failure_is_not_kept(directory: Path, program: Path) -> None:
+def test_a_failure_is_kept_until_there_is_another_finder(
+    directory: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next release may know the program."""
-    remember(directory, program, Library(Stack.BORINGSSL, (), "abcdef01", "not recognised"))
+    failure = Library(Stack.BORINGSSL, (), "abcdef01", "not recognised")
+    remember(directory, program, failure)
+    assert recalled(directory, program) == failure
+    monkeypatch.setattr(known_files, "_digest_of_finders", lambda: "another")
     assert recalled(directory, program) is None
+
+
+def test_that_a_file_has_no_tls_is_kept_while_it_is_what_it_was(
+    directory: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_without() -> bool:
+        with program.open("rb") as file:
+            return KnownFiles(directory).is_without(file.fileno())
+
+    assert not is_without()
+    with program.open("rb") as file:
+        KnownFiles(directory).remember_without(file.fileno())
+    assert is_without()
+    assert recalled(directory, program) is None
+    with monkeypatch.context() as other:
+        other.setattr(known_files, "_digest_of_finders", lambda: "another")
+        assert not is_without()
+    with program.open("ab") as file:
+        file.write(b"more")
+    assert not is_without()
 
 
 def damaged() -> Iterator[str]:

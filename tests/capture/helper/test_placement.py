@@ -306,7 +306,7 @@ def test_a_file_of_one_person_moves_no_probe_in_a_program_of_roots(
 
     attachments = Attachments(Programs(), known, NameLocations(None, None, None))
     try:
-        attachments.search_now(str(victim), 60)
+        attachments.search_now([str(victim)], 60)
     finally:
         attachments.close()
     mine = {offset for inode, offset in attached if inode == victim.stat().st_ino}

@@ -20,27 +20,38 @@ pytestmark = pytest.mark.lab
 ATTEMPTS = 5
 
 
-def test_a_run_waits_until_its_program_has_been_searched(
-    lab: Lab, installed: Callable[[Program], Path]
+WRAPPERS = {
+    "timeout": ("timeout", "100"),
+    "shell": ("bash", "-c", '"$0" "$@"; true'),
+    "hidden": ("python3", "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"),
+}
+"""What a run sees through, and, last, what it does not: there the program is held at its exec."""
+
+
+@pytest.mark.parametrize("wrapper", ["direct", *WRAPPERS])
+def test_a_program_that_was_never_run_is_metered_from_its_first_request_on(
+    lab: Lab, installed: Callable[[Program], Path], wrapper: str
 ) -> None:
-    """It waits some seconds: where that was not enough for a busy machine, another copy is run."""
+    """It is waited for some seconds: where a busy machine needs more, another copy is run."""
     original = installed(BUN[-1])
     for attempt in range(ATTEMPTS):
-        program = never_run(original, f"{attempt}")
-        home = lab.user.home / f"run-of-bun-{attempt}"
+        program = never_run(original, f"{wrapper}-{attempt}")
+        home = lab.user.home / f"run-of-bun-{wrapper}-{attempt}"
         home.mkdir()
         os.chown(home, lab.user.uid, lab.user.gid)
         skip = len(lab.ledger())
         summary = home / "summary.json"
-        argv = [*HALTON_METER, "run", "--json-summary", str(summary), "--", str(program)]
-        environment = as_sudo(lab, home)
-        done = lab.run([*argv, str(script_beside(original)), "1", "3"], env=environment)
+        words = [*WRAPPERS.get(wrapper, ()), str(program), str(script_beside(original)), "1", "3"]
+        argv = [*HALTON_METER, "run", "--via", "uprobes", "--json-summary", str(summary)]
+        done = lab.run([*argv, "--", *words], env=as_sudo(lab, home))
         assert done.stdout.split() == ["200"] * 3, done.stderr
-        assert json.loads(summary.read_text())
         events = stored_events(lab, home, missing_ok=True)
-        if events:
+        program.unlink()
+        if len(events) == 3:
             assert_metered(lab.ledger()[skip:], events)
+            assert json.loads(summary.read_text())["losses"] == {}
             return
+        assert "metered" in done.stderr, "what is missed is told"
     pytest.fail(f"none of {ATTEMPTS} runs waited long enough")
 
 
