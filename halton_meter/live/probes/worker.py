@@ -329,6 +329,8 @@ class Metering:
                     _count(run.connections, each)
         if ended:
             self._journal.keep_connections(ended_parts(ended), time.time_ns())
+            # On disk: who comes after us need not hear of them again.
+            self._source.processed(0, self._meter.is_open)
 
     def _connections_of(self, counted: Coverage, root: int | None = None) -> Coverage:
         """Those that were counted and those that are open, of a run's processes or of all."""
