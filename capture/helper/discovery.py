@@ -72,15 +72,20 @@ def _is_worth_waiting_for(mapping: FileMapping) -> bool:
 
     What the system's packages put beside libc is theirs to share: nothing there hides its TLS.
     """
-    folder, name = os.path.split(mapping.path)
-    if any(each in name for each in TLS_NAMES):
+    if _is_tls_by_name(mapping):
         return True
+    folder = os.path.dirname(mapping.path)
     if folder.startswith(SYSTEM_FOLDERS) and "-packages/" not in folder:
         return False
     with contextlib.suppress(OSError):
         size = os.stat(mapping.link).st_size
         return STRUCTURE_FILE_BYTES_MIN <= size <= HELD_LIBRARY_BYTES_MAX
     return False
+
+
+def _is_tls_by_name(mapping: FileMapping) -> bool:
+    name = os.path.basename(mapping.path)
+    return any(each in name for each in TLS_NAMES)
 
 
 class Discovery:
@@ -380,7 +385,8 @@ class Discovery:
             return False
         watched = self._watch(pid)
         until = time.monotonic() + SCAN_S
-        for mapping in mappings:
+        # Those that are TLS by their names first: the client goes on meanwhile.
+        for mapping in sorted(mappings, key=lambda each: not _is_tls_by_name(each)):
             inode = mapping.device, mapping.inode
             if inode in watched.seen:
                 continue

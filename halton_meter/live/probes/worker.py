@@ -35,6 +35,7 @@ from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
 from halton_meter.problem import Unavailable
@@ -355,6 +356,7 @@ class Metering:
         with contextlib.suppress(OSError):
             self._drain()
         self._work(math.inf)
+        remember(Path(self._job.home), self._source.status().libraries)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
         self._journal.close()
