@@ -36,6 +36,7 @@ from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
 from halton_meter.problem import Unavailable
@@ -395,6 +396,7 @@ class Metering:
         self._work(math.inf)
         self._count_connections()
         open_now = list(self._source.open_connections())
+        remember(Path(self._job.home), self._source.status().libraries)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
         if open_now:  # nobody will tell of their end
