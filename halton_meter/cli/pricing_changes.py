@@ -6,6 +6,7 @@ Stored requests keep their price until `reprice`. Only `refresh --url` uses the 
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,10 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
 
 @click.command(cls=Configured, short_help="Install newer prices from a bundle.")
 @click.option(
-    "--file", "path", type=click.Path(path_type=Path), help="A price bundle on this machine."
+    "--file",
+    "path",
+    type=click.Path(path_type=Path),
+    help='A price bundle on this machine; "-" is standard input.',
 )
 @click.option(
     "--url", metavar="URL", help="Download the bundle (https only); the only use of the network."
@@ -236,6 +240,8 @@ def _bundle(path: Path | None, url: str | None) -> bytes:
     if url is not None:
         return bundle.fetched(url)
     assert path is not None
+    if str(path) == "-":
+        return sys.stdin.buffer.read(bundle.BUNDLE_BYTES_MAX + 1)
     return path.read_bytes()
 
 
