@@ -142,7 +142,7 @@ class Coverage:
 
     def cause(self, pid: int, at_ns: int) -> Cause:
         """Why a connection that a process used at that (monotonic) time was not metered."""
-        watched = self._discovery.watched.get(pid)
+        watched = self._discovery.watched.get(pid) or self._ended_early.get(pid)
         known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
         files = [file for file in known if file and not file.is_linker]
         probed_at_ns = max(
