@@ -87,6 +87,24 @@ def test_usage_is_read_in_the_place_of_each_dialect(place: str) -> None:
         assert "secret" not in (event.raw_usage or "")
 
 
+def test_of_counts_among_other_fields_nothing_else_is_kept() -> None:
+    answer = {
+        "model": "m",
+        "prompt_tokens": 100,
+        "completion_tokens": "20",
+        "text": "secret",
+        "tokens": ["secret"],
+        "stop_tokens": "secret words",
+        "best_tokens": {"a": "secret"},
+    }
+    event = read(answer)  # fmt: skip
+    assert counted(event) == (100, None, 20)
+    assert json.loads(event.raw_usage or "") == {"prompt_tokens": 100, "completion_tokens": "20"}
+    line = {"model": "m", "done": True, "eval_count": 3, "stop_tokens": "secret words"}
+    event = read_one(exchange("https://ollama.com/api/generate", {"model": "m"}, line))
+    assert event.raw_usage == '{"eval_count":3}'
+
+
 def test_usage_in_an_event_of_its_own_or_in_headers() -> None:
     own = sse(chunk()) + b'event: usage\ndata: {"input_tokens":100,"output_tokens":20}\n\n'
     assert counted(read(own)) == (100, None, 20)
