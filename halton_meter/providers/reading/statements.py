@@ -10,7 +10,7 @@ known in the providers' files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 
 from halton_meter.model import Tokens
@@ -150,6 +150,20 @@ def covers(later: Json, earlier: Json) -> bool:
         elif value != other and value is not None:
             return False
     return True
+
+
+def best_of(usages: Sequence[Json]) -> tuple[int, bool]:
+    """Which of several usages of one API counts, in the order sent; whether a later one has less.
+
+    The last of them, unless all that it states is less than what stood before it, or the same.
+    """
+    best, fell = 0, False
+    for number, usage in enumerate(usages):
+        if number and usage != usages[best] and covers(usages[best], usage):
+            fell = True
+        else:
+            best = number
+    return best, fell
 
 
 def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Details, bool]:
