@@ -113,7 +113,7 @@ PRICED_CONDITIONS: Mapping[str, str] = {
 }
 # Those that no rate depends on.
 OTHER_CONDITIONS: Mapping[str, str] = {
-    "plan": "the subscription: claude, chatgpt, gemini_code_assist, zai_coding",
+    "plan": "the subscription: claude, chatgpt, gemini_code_assist, zai_coding, kimi_coding, …",
     "overage": '"true" where the plan\'s overage pays for it',
     "grounding": "search, maps or maps,search: what grounded Gemini's answer",
     "web_search": "preview for OpenAI's web_search_preview tool",

@@ -11,8 +11,11 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,11 +36,13 @@ from halton_meter.cli.output import (
     fail,
     local_time,
     money_text,
+    name_typed,
     note,
     outcome_text,
     say,
     shown,
     write_json_lines,
+    wrong_usage,
     zone_text,
 )
 from halton_meter.cli.streams import OutputRefused, reader_left
@@ -72,7 +77,11 @@ _OWN_HOSTS = (
     "To meter hosts of your own, name them in config.toml: "
     'openai_compatible_hosts = ["llm.example.com"]'
 )
-_CAPTURES = "name pcap or pcapng files, a folder that holds some, or a glob pattern"
+_STDIN, _STDIN_NAME = "-", "standard input"
+_STDIN_FILE = re.compile(rf"\S*/{_STDIN_NAME}(?=:)")
+_CAPTURES = (
+    "name pcap or pcapng files, a folder that holds some, a glob pattern, or - for standard input"
+)
 _LINKS_READ = "Ethernet, PPPoE, raw IP, loopback, Linux cooked (-i any), macOS's pktap"
 
 
@@ -285,7 +294,7 @@ def _problems(
 ) -> Iterator[Problem]:
     """What could not be read, why, and what to do."""
     for error in findings.errors:
-        yield Problem(error, "")
+        yield Problem(_STDIN_FILE.sub(_STDIN_NAME, error), "")
     if without_keys:
         yield _keys_missing(findings, without_keys, arguments)
     for link, packets in findings.unread_links.most_common():
@@ -470,7 +479,9 @@ def _open_store(home: Path) -> Store:
 @click.option(
     "--store", "keep", is_flag=True, help="Store the requests, for `report` and `events`."
 )
-@click.option("--project", metavar="NAME", help="Count the requests under this project.")
+@click.option(
+    "--project", type=name_typed, metavar="NAME", help="Count the requests under this project."
+)
 @click.option("--quiet", is_flag=True, help="Print only the summary, no progress.")
 @click.option(
     "--unpack-ratio",
@@ -481,7 +492,7 @@ def _open_store(home: Path) -> Store:
     help="Unpack a gzip file to at most N times its size (64 MB are always read).",
 )
 def replay(**options: Any) -> None:
-    """Meter recorded packet captures: pcap or pcapng files, folders, globs.
+    """Meter recorded packet captures: pcap or pcapng files, folders, globs, "-" for standard input.
 
     Times are local, with --json in UTC.
 
@@ -490,12 +501,28 @@ def replay(**options: Any) -> None:
       halton-meter replay capture.pcapng
       halton-meter replay traffic/ --keys sslkeys.log --json
       halton-meter replay 'day-*.pcap' --keys sslkeys.log --store
+      cat capture.pcapng | halton-meter replay -
     """
     job = Job(**options)
-    files, problems = find_captures(job.paths)
-    if not files:
-        fail(*problems)
-    raise SystemExit(0 if _run(job, files, problems) else 1)
+    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+        paths = [_from_stdin(Path(folder)) if each == _STDIN else each for each in job.paths]
+        files, problems = find_captures(paths)
+        if not files:
+            fail(*problems)
+        raise SystemExit(0 if _run(job, files, problems) else 1)
+
+
+def _from_stdin(folder: Path) -> str:
+    """A file with what comes through standard input: a capture is read from both of its ends."""
+    path = folder / _STDIN_NAME
+    try:
+        with path.open("xb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    except FileExistsError:
+        wrong_usage('"-" is standard input, and can be given once')
+    except OSError as error:
+        fail(Problem(f"standard input cannot be kept in {folder}: {error.strerror}", "df -h"))
+    return str(path)
 
 
 def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:

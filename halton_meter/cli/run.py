@@ -18,7 +18,15 @@ import click
 
 from halton_meter.cli.coverage import coverage_lines
 from halton_meter.cli.losses import sightings_in_words
-from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
+from halton_meter.cli.output import (
+    complain,
+    count,
+    fail,
+    implausible_words,
+    note,
+    print_json,
+    wrong_usage,
+)
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -58,8 +66,9 @@ EXAMPLES = """
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
     "--json-summary",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write the summary to this file, as JSON.",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help='Also write the summary to this file, as JSON; "-" is standard output.',
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -69,7 +78,7 @@ def run(
     shell: bool,
     java: bool,
     quiet: bool,
-    json_summary: Path | None,
+    json_summary: str | None,
 ) -> NoReturn:
     """Meter one command and print what it cost.
 
@@ -246,6 +255,8 @@ def _troubles(result: RunResult) -> list[str]:
     lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
     if result.price_error:
         lines.append(f"  {result.price_error}")
+    if result.waited_ms:
+        lines.append(f"  waited {result.waited_ms / 1000:.1f} s for the search in a new program")
     if result.store_error:
         lines.append(f"  {result.store_error}")
     lines += [f"  {line}" for line in coverage_lines(result.connections)]
@@ -272,7 +283,7 @@ def _troubles(result: RunResult) -> list[str]:
     return lines
 
 
-def _write_summary(path: Path, result: RunResult) -> None:
+def _write_summary(named: str, result: RunResult) -> None:
     outages = [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages]
     summary = result.totals.as_json() | {
         "exit_code": result.exit_code,
@@ -287,7 +298,15 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "price_error": result.price_error,
     }
     from halton_meter import accounts, config, privileges
+    from halton_meter.cli.streams import OutputRefused, names_stdout
 
+    if names_stdout(named):
+        try:
+            print_json(summary)
+        except OutputRefused as refused:  # the exit code stays the command's own
+            complain(Problem(f"the summary cannot be written: {refused.strerror}", "df -h"))
+        return
+    path = Path(named)
     try:
         # As the user: root must not write wherever a name given to sudo points.
         privileges.as_account(

@@ -229,6 +229,7 @@ _PLANS = (
     ("zai", re.compile(r"[^/]+/.*/coding/.*"), "zai_coding"),
     ("moonshot", re.compile(r"api\.kimi\.(?:com|ai)/coding/.*"), "kimi_coding"),
     ("alibaba", re.compile(r"(?:coding|coding-intl|token-plan)\..*"), "alibaba_plan"),
+    ("alibaba", re.compile(r"portal\.qwen\.ai/.*"), "qwen_code"),
     ("volcengine", re.compile(r"[^/]+/api/(?:coding|plan)/.*"), "ark_plan"),
     ("xiaomi", re.compile(r"token-plan-.*"), "xiaomi_plan"),
     ("tencent", re.compile(r"[^/]+/(?:coding|plan)/.*"), "tencent_plan"),
@@ -354,6 +355,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
             "dashscope-intl.aliyuncs.com",
             "dashscope-us.aliyuncs.com",
             "cn-hongkong.dashscope.aliyuncs.com",
+            "portal.qwen.ai",
             "coding.dashscope.aliyuncs.com",
             "coding-intl.dashscope.aliyuncs.com",
             # A workspace's own host, the trial host, those of plans: NAME.REGION.maas….

@@ -33,7 +33,7 @@ _NEEDS_NONE = {"stop", "uninstall"}
 _GOES_ON = {"run", "status"}
 LINE = (
     '{home}/config.toml:2: [hosts] "llm.example.com": no provider is called "openia"; '
-    'did you mean "openai"? Known: 302ai, '
+    'did you mean "openai"? Known: openai, anthropic, '
 )
 
 
