@@ -107,7 +107,8 @@ class Connections:
 @dataclass(frozen=True, slots=True)
 class Status:
     """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
-    `counted` holds every kernel counter (protocol.STATISTICS)."""
+    `counted` holds every kernel counter (protocol.STATISTICS). `waits_for_searches`: a search is
+    under way that tells why a process was not metered."""
 
     loader: str
     probes: int
@@ -116,6 +117,7 @@ class Status:
     events_lost: Mapping[str, int] = field(default_factory=dict)
     counted: Mapping[str, int] = field(default_factory=dict)
     rss_bytes: int | None = None
+    waits_for_searches: bool = False
 
 
 # Python's own BLAKE2 serves; through _hashlib the helper would map libcrypto, 4 MB of it resident.
@@ -842,4 +844,5 @@ class UprobeSource:
             },
             counted=counted,
             rss_bytes=report.get("rss_bytes"),
+            waits_for_searches=report.get("waits_for_searches") is True,
         )

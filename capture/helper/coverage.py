@@ -26,9 +26,8 @@ UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
 )
-SEARCHED_ADVICE = (
-    "its TLS library was still being searched; the search goes on: what you run next is metered"
-)
+SEARCHED_ADVICE = "its TLS library was still being searched; the search goes on: run it again"
+FOUND_LATE_ADVICE = "its TLS library was found only after it had ended: run it again"
 UNKNOWN = "unknown"
 # Why a connection was not metered, of a process that is known.
 REFUSED, NOT_PROBED, UNKNOWN_LIBRARY, PASSED_BY = (
@@ -53,12 +52,17 @@ class Coverage:
         self._recent: dict[int, dict[str, Any]] = {}
         self._ended: dict[int, dict[str, Any]] = {}  # what was not metered of them
         self._gone: OrderedDict[int, Watched] = OrderedDict()
+        self._ended_early: dict[int, Watched] = {}  # of those, before the search in a file did
         discovery.on_gone = self._note_ended
 
     def lines(self) -> list[dict[str, Any]]:
         """One line a process, those that were metered first."""
         lines = [self._metered_line(pid, line) for pid, line in self._recent.items()]
-        lines += [line for pid, line in self._ended.items() if pid not in self._discovery.watched]
+        lines += [
+            self._ended_line(pid, line)
+            for pid, line in self._ended.items()
+            if pid not in self._discovery.watched
+        ]
         for pid, watched in self._discovery.watched.items():
             if len(lines) >= LINES_MAX:
                 break
@@ -91,8 +95,35 @@ class Coverage:
         if line is not None:
             self._ended.pop(pid, None)
             if len(self._ended) >= RECENT_MAX:
-                self._ended.pop(next(iter(self._ended)))
+                oldest = next(iter(self._ended))
+                del self._ended[oldest]
+                self._ended_early.pop(oldest, None)
             self._ended[pid] = line
+            if any(file.searching for file in self._files_of(watched)):
+                self._ended_early[pid] = watched
+
+    def _ended_line(self, pid: int, line: dict[str, Any]) -> dict[str, Any]:
+        """What is known by now of a process that ended before the search in its file did."""
+        if (watched := self._ended_early.get(pid)) is None:
+            return line
+        files = self._files_of(watched)
+        if any(file.searching for file in files):
+            return line
+        found = _stack_line(watched.java, files) or {"advice": FOUND_LATE_ADVICE}
+        return line | found
+
+    def waits_for_searches(self) -> bool:
+        """Whether a search is under way that tells why a process was not metered."""
+        lookups = self._discovery.lookups
+        asked = [
+            watched
+            for pid, watched in self._discovery.watched.items()
+            if lookups.hosts(pid) or talks_tls(pid)
+        ]
+        files = (
+            file for each in (*asked, *self._ended_early.values()) for file in self._files_of(each)
+        )
+        return any(file.searching for file in files)
 
     def _files_of(self, watched: Watched) -> list[File]:
         files_by_id = self._discovery.files.files

@@ -539,6 +539,7 @@ class Helper:
             "open_connections": self._sockets.open_sums(),
             "sockets_seen": self._sockets_seen,
             "late": self._discovery.late,
+            "waits_for_searches": self._coverage.waits_for_searches(),
             "programs_unknown": self._programs_unknown,
             "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),

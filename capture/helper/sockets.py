@@ -234,16 +234,17 @@ class Sockets:
         total.bytes = None if count is None or total.bytes is None else total.bytes + count
 
     def take_sums(self) -> list[dict[str, Any]]:
-        """What has ended since the last call, for the reader; it is forgotten here."""
+        """What has ended since the last call, for the reader; it is forgotten here.
+
+        What a search is under way for waits: till then `open_sums` has it.
+        """
         for (pid, born_ns), known in self._processes.items():
             if known.older and not os.path.exists(f"/proc/{pid}"):
                 self._add_older(pid, born_ns, known)
                 known.older.clear()
-        rows = [
-            _row_json(self._known_by_now(row, total), total) for row, total in self._sums.items()
-        ]
-        self._sums.clear()
-        return rows
+        rows = [(self._known_by_now(row, total), row, total) for row, total in self._sums.items()]
+        self._sums = {row: total for now, row, total in rows if now.cause == SEARCHED}
+        return [_row_json(now, total) for now, _, total in rows if now.cause != SEARCHED]
 
     def _known_by_now(self, row: _Row, total: _Sum) -> _Row:
         """A search that was under way when a connection ended may have found what it is."""
@@ -275,9 +276,10 @@ class Sockets:
             known.found = found
         for (pid, born_ns), known in self._processes.items():
             self._add_older(pid, born_ns, known)
-        rows = [_row_json(row, total) for row, total in self._sums.items()][:OPEN_SHOWN_MAX]
+        rows = [*self._sums.items()]
         self._sums = kept
-        return rows
+        rows += [each for each in kept.items() if self._known_by_now(*each).cause == SEARCHED]
+        return [_row_json(row, total) for row, total in rows[:OPEN_SHOWN_MAX]]
 
     def _add_older(self, pid: int, born_ns: int, known: _OfProcess) -> None:
         """Those of a process's older connections that are known to lead to a provider."""

@@ -255,6 +255,8 @@ def _troubles(result: RunResult) -> list[str]:
     lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
     if result.price_error:
         lines.append(f"  {result.price_error}")
+    if result.waited_ms:
+        lines.append(f"  waited {result.waited_ms / 1000:.1f} s for the search in a new program")
     if result.store_error:
         lines.append(f"  {result.store_error}")
     lines += [f"  {line}" for line in coverage_lines(result.connections)]

@@ -389,6 +389,7 @@ class FakeSource:
             losses={"ring": 3, "none": 0},
             events_lost={},
             rss_bytes=None,
+            waits_for_searches=False,
         )
 
     def stop(self) -> None:

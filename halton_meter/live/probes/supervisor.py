@@ -349,6 +349,7 @@ class Supervisor:
             self.result.connections = Coverage.of_json(message.get("connections"))
         self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
         self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
+        self.result.waited_ms = untrusted.whole_number(message, "waited_ms") or 0
 
     def _on_worker_exit(self) -> None:
         """The worker ended: note when and why, and when to start the next one."""

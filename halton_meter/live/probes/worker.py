@@ -36,6 +36,7 @@ from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
 from halton_meter.problem import Unavailable
@@ -64,6 +65,8 @@ JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # of what a client is about to run
 DRAIN_S = 5.0
+SEARCHES_S, SEARCHES_PAUSE_S = 3.0, 0.1
+"""How long the end of a run waits for searches that tell why something was not metered."""
 
 
 # --- the job ------------------------------------------------------------------------------------
@@ -181,6 +184,7 @@ class Metering:
         self._source = source
         self._meter = meter
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
+        self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
         self._totals = Totals()
@@ -393,8 +397,10 @@ class Metering:
         with contextlib.suppress(OSError):
             self._drain()
         self._work(math.inf)
+        self._wait_for_searches()
         self._count_connections()
         open_now = list(self._source.open_connections())
+        remember(Path(self._job.home), self._source.status().libraries)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
         if open_now:  # nobody will tell of their end
@@ -413,7 +419,21 @@ class Metering:
         condition = self._journal.condition
         final |= {"coverage": self._coverage(), "store_error": condition.last_word()}
         final |= {"connections": self._connections_of(self._connections).as_json()}
-        send(final | {"price_error": condition.price_error})
+        send(
+            final | {"price_error": condition.price_error, "waited_ms": int(self._waited_s * 1000)}
+        )
+
+    def _wait_for_searches(self) -> None:
+        """At the end of a run: a little while for what tells why some of it was not metered."""
+        if self._job.service:
+            return
+        began = time.monotonic()
+        with contextlib.suppress(Unavailable):
+            self._source.request_report()
+            while self._source.status().waits_for_searches and self._waited_s < SEARCHES_S:
+                time.sleep(SEARCHES_PAUSE_S)
+                self._source.request_report()
+                self._waited_s = time.monotonic() - began
 
     # --- the control socket
 

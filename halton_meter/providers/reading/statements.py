@@ -31,12 +31,12 @@ _NAMES = (
     "usage", "usageMetadata", "usage_metadata", "token_usage", "tokenUsage", "tokens", "metrics",
     "token_count", "amazon-bedrock-invocationMetrics",
 )  # fmt: skip
+_NAMED = frozenset(_NAMES)
 # Counts that may stand in an answer or a chunk itself, as in an event that states them alone.
 _BARE = (
     "prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "inputTokens",
     "outputTokens", "prompt_token_count", "generation_token_count", "generated_tokens",
 )  # fmt: skip
-_IN_CHOICE = ((), ("delta",), ("message",))
 _CHOICES_MAX = 16
 # What ends the name of a count, in whichever spelling.
 _COUNTED = ("tokens", "Tokens", "token_count", "TokenCount", "eval_count", "_cached_count")
@@ -67,8 +67,10 @@ def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
 
     Where none counts tokens, one that states something else (a cost), or the counts of the chunk.
     """
-    found = list(_counting_in(chunk))
-    yield from found
+    found = False
+    for each in _counting_in(chunk):
+        found = True
+        yield each
     if found:
         return
     usage = chunk.get("usage")
@@ -81,15 +83,19 @@ def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
 
 def _counting_in(chunk: Json) -> Iterator[tuple[Json, str]]:
     for path in _HOLDERS:
+        if path and path[0] not in chunk:
+            continue
         holder = under(chunk, path)
-        for name in _NAMES if holder else ():
+        if _NAMED.isdisjoint(holder):
+            continue
+        for name in _NAMES:
             usage = holder.get(name)
             if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, name
     for choice in dicts(chunk.get("choices"))[:_CHOICES_MAX]:
-        for path in _IN_CHOICE:
-            usage = as_dict(under(choice, path).get("usage"))
-            if counts_tokens(usage):
+        for inner in (choice, choice.get("delta"), choice.get("message")):
+            usage = inner.get("usage") if isinstance(inner, dict) else None
+            if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, "usage"
 
 
@@ -122,6 +128,21 @@ _PROMPT = (
 def prompt_total(tokens: Tokens) -> int | None:
     """All tokens of the input, cached or not: what a dialect may restate in other parts."""
     return plus(*(getattr(tokens, name) for name in _PROMPT))
+
+
+def covers(later: Json, earlier: Json) -> bool:
+    """Whether a usage holds all that another states, and at least as much of it."""
+    for name, value in earlier.items():
+        other = later.get(name)
+        if isinstance(value, dict):
+            if not isinstance(other, dict) or not covers(other, value):
+                return False
+        elif type(value) is int and type(other) is int:
+            if other < value:
+                return False
+        elif value != other and value is not None:
+            return False
+    return True
 
 
 def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Details, bool]:
