@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,13 +36,17 @@ PROCESS_RING_BYTES = 1024 * 1024  # as in probe.bpf.c
 PROGRAMS = (
     *stacks.PROGRAMS,
     "on_lookup",
+    "on_looked_up",
     "fork_arrays",
     "fork_locations",
     "on_exec",
     "on_exit",
+    "on_socket_state",
+    "on_socket_destroyed",
+    "on_socket_received",
 )
-# Also without this one: only kernels since 5.15 that know their own types (BTF) take it.
-OPTIONAL = "on_exec_with_arguments"
+# Also without these: only kernels since 5.15 that know their own types (BTF) take them.
+OPTIONAL = ("on_exec_with_arguments", "on_socket_sent")
 # Where the kernel attaches all of a file's probes at once it runs one of these, which carry on as
 # the program that belongs there; `FILE_PROGRAMS` has each at its number in `stacks.PROGRAMS`.
 AT_ONCE = (AT_ENTRY, AT_RETURN) = ("at_entry", "at_return")
@@ -60,6 +65,8 @@ MAPS = (
     "name_locations",
     "ring",
     "process_ring",
+    "sockets",
+    "addresses",
 )
 
 
@@ -101,9 +108,10 @@ class _Libbpf:
         for function in ("bpf_object__open_file", "bpf_object__find_map_by_name"):
             getattr(library, function).restype = ctypes.c_void_p
         library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
-        wanted = [*PROGRAMS, OPTIONAL, *(AT_ONCE if at_once else ())]
+        always = [*PROGRAMS, *(AT_ONCE if at_once else ())]
+        wanted = [*always, *OPTIONAL]
         if self._load(object_path, ring_bytes):
-            wanted.remove(OPTIONAL)
+            wanted = always
             if error := self._load(object_path, ring_bytes, without=OPTIONAL):
                 raise LoadFailed(f"the kernel refused the program: {os.strerror(-error)}")
         self.programs = {name: library.bpf_program__fd(self._program(name)) for name in wanted}
@@ -120,7 +128,7 @@ class _Libbpf:
         found = self._library.bpf_object__find_program_by_name(self._handle, name.encode())
         return ctypes.c_void_p(found)
 
-    def _load(self, object_path: Path, ring_bytes: int, without: str | None = None) -> int:
+    def _load(self, object_path: Path, ring_bytes: int, without: Sequence[str] = ()) -> int:
         """Open the object and load it; 0, or what the kernel had against it."""
         library = self._library
         handle = library.bpf_object__open_file(os.fsencode(object_path), None)
@@ -129,7 +137,7 @@ class _Libbpf:
         self._handle = ctypes.c_void_p(handle)
         ring = library.bpf_object__find_map_by_name(self._handle, b"ring")
         library.bpf_map__set_max_entries(ctypes.c_void_p(ring), ctypes.c_uint(ring_bytes))
-        for name in (*((without,) if without else ()), *(() if self._at_once else AT_ONCE)):
+        for name in (*without, *(() if self._at_once else AT_ONCE)):
             library.bpf_program__set_autoload(self._program(name), ctypes.c_bool(False))
         for name in (*stacks.PROGRAMS, *AT_ONCE) if self._at_once else ():
             library.bpf_program__set_expected_attach_type(self._program(name), bpf.UPROBE_MULTI)
@@ -153,8 +161,12 @@ class _Bcc:
             "fork_arrays": module.BPF.TRACEPOINT,
             "fork_locations": module.BPF.TRACEPOINT,
             "on_exec": module.BPF.TRACEPOINT,
-            OPTIONAL: module.BPF.TRACEPOINT,
+            "on_exec_with_arguments": module.BPF.TRACEPOINT,
+            "on_socket_state": module.BPF.TRACEPOINT,
             "on_exit": module.BPF.RAW_TRACEPOINT,
+            "on_socket_sent": module.BPF.RAW_TRACEPOINT,
+            "on_socket_received": module.BPF.RAW_TRACEPOINT,
+            "on_socket_destroyed": module.BPF.RAW_TRACEPOINT,
         }
         try:
             self.programs = {
@@ -166,8 +178,9 @@ class _Bcc:
             }
         except Exception as error:
             raise LoadFailed(f"the kernel refused the program: {error}") from error
-        with contextlib.suppress(Exception):
-            self.programs[OPTIONAL] = self._bpf.load_func(OPTIONAL, kinds[OPTIONAL]).fd
+        for name in OPTIONAL:
+            with contextlib.suppress(Exception):
+                self.programs[name] = self._bpf.load_func(name, kinds[name]).fd
 
 
 def libbpf_library() -> ctypes.CDLL:

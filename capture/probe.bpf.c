@@ -49,6 +49,15 @@
 #define LAST_ARGUMENT_BYTES_MAX 256 /* of the last one, where there is no environment behind it */
 #define VARIABLES_MAX 256 /* of an environment, in which HALTON_PROJECT is looked for */
 #define PROJECT_BYTES_MAX 208
+#define SOCKETS_MAX 16384 /* TCP connections of processes in scope that may lead to a provider */
+#define ADDRESSES_MAX 4096 /* of provider hosts */
+#define HELLO_WRITES_MAX 6 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
+#define EXTENSIONS_MAX 48 /* of a ClientHello; browsers send some 20 */
+#define RECORDS_MAX 12 /* TLS records of one write, looked at until the first that holds a request */
+#define ALERT_BYTES_MAX 24 /* of a TLS record: alerts and key updates are no request */
+#define LATE_NS 20000000 /* a connection first seen this long after its first request was probed late */
+#define QUIC_BYTES_MIN 1200 /* of a datagram that opens a QUIC connection (RFC 9000, 14.1) */
+#define ADDRESSES_A_LOOKUP_MAX 8
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -66,6 +75,13 @@ typedef long long s64;
 #define BPF_NOEXIST 1
 #define EEXIST 17
 #endif
+
+/* Of linux/socket.h, in.h and net/tcp_states.h. */
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define MSG_PEEK 2
+#define TCP_SYN_SENT 2
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
@@ -87,6 +103,11 @@ struct registers {
 #define ARG4(r) ((r)->x[3])
 #define ARG5(r) ((r)->x[4])
 #define RESULT(r) ((r)->x[0])
+#define SYSCALL(r) (&(r)->x[8])
+#define CALL_ARG2(r) (&(r)->x[1])
+#define CALL_ARG3(r) (&(r)->x[2])
+#define CALL_ARG5(r) (&(r)->x[4])
+enum system_call { CALL_WRITE = 64, CALL_WRITEV = 66, CALL_SENDTO = 206, CALL_SENDMSG = 211, CALL_SENDMMSG = 269 };
 #define GO_CONNECTION(r) ((r)->x[0])
 #define GO_BUFFER(r) ((r)->x[1])
 #define GO_GOROUTINE(r) ((r)->x[28])
@@ -103,6 +124,11 @@ struct registers {
 #define ARG4(r) ((r)->cx)
 #define ARG5(r) ((r)->r8)
 #define RESULT(r) ((r)->ax)
+#define SYSCALL(r) (&(r)->orig_ax)
+#define CALL_ARG2(r) (&(r)->si)
+#define CALL_ARG3(r) (&(r)->dx)
+#define CALL_ARG5(r) (&(r)->r8)
+enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SENDMSG = 46, CALL_SENDMMSG = 307 };
 #define GO_CONNECTION(r) ((r)->ax)
 #define GO_BUFFER(r) ((r)->bx)
 #define GO_GOROUTINE(r) ((r)->r14)
@@ -112,7 +138,7 @@ struct registers {
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1 };
 
@@ -149,6 +175,7 @@ enum statistic {
 	STAT_ADMITTED,
 	STAT_DENIED,
 	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
+	STAT_SOCKET_TABLE_FULL, /* TCP connections that are not followed, so not counted either */
 	STATS,
 };
 
@@ -203,7 +230,7 @@ struct connection {
 	u8 announced;
 	u8 joined;
 	u8 closed; /* its CLOSE found the ring full: user space sweeps it up */
-	u8 unused;
+	u8 linked; /* the socket that carries it is known */
 	char comm[16];
 	char host[HOST_BYTES_MAX];
 };
@@ -229,6 +256,56 @@ struct go_key {
 struct go_call {
 	u64 connection;
 	u64 buffer;
+};
+
+enum socket_state { SOCKET_NEW = 0, SOCKET_SEEN = 1 };
+enum socket_flag {
+	SOCKET_NO_NAME = 1, /* its ClientHello has no server name */
+	SOCKET_ECH = 2, /* its ClientHello names another host, and has a part that is encrypted */
+	SOCKET_ASKED_PROXY = 4, /* it began with an HTTP CONNECT */
+	SOCKET_BY_ADDRESS = 8, /* its host is known by the address alone */
+	SOCKET_UNREAD = 16, /* what was written could not be read (io_uring, sendfile) */
+	SOCKET_TLS12 = 32,
+	SOCKET_FINISHED = 64, /* the client's part of the handshake is over */
+	SOCKET_LATE = 128, /* the probes saw its TLS connection only after its first request */
+	SOCKET_FOLLOWED = 256, /* its records are known, from the ClientHello on */
+};
+
+/* A TCP connection that a process in scope has opened, by what passes its socket. */
+struct tcp_socket {
+	u64 opened_ns;
+	u64 born_ns; /* of its process */
+	u64 sent;
+	u64 received;
+	u64 hello_sent; /* of `sent`, up to the ClientHello's end */
+	u64 used_ns; /* when the first bytes of an application were sent; 0: none were */
+	u64 linked; /* the SSL object (Go: *Conn) that the probes saw write on it; 0: none */
+	u64 skip; /* bytes up to the next TLS record that the client sends */
+	u32 tgid;
+	u32 uid;
+	u32 run;
+	u16 port;
+	u16 family;
+	u8 address[16]; /* IPv4: the first four */
+	u8 state;
+	u8 writes;
+	u16 flags;
+	u32 unused;
+	char comm[16];
+	char host[HOST_BYTES_MAX];
+};
+
+struct address {
+	u8 bytes[16];
+};
+
+struct host_name {
+	char text[HOST_BYTES_MAX];
+};
+
+struct lookup_call {
+	u64 result; /* where getaddrinfo puts its list */
+	char host[HOST_BYTES_MAX];
 };
 
 enum name_state { NAME_SOUGHT = 0, NAME_KNOWN = 1, NAME_GIVEN_UP = 2 };
@@ -385,6 +462,29 @@ HASH(threads, u64, struct thread, THREADS_MAX);
  * `leave_go` reads and drops. */
 HASH(go_calls, struct go_key, struct go_call, THREADS_MAX);
 
+/* --- sockets --- */
+
+/* TCP connections that processes in scope have opened, and that may lead to a provider. Key: the
+ * kernel's socket. Value: whose, where to, how much. `on_socket_state` adds, `on_socket_destroyed`
+ * drops, the programs at sends and receives count. User space reads those that are open (sockets.py). */
+HASH(sockets, u64, struct tcp_socket, SOCKETS_MAX);
+
+/* UDP sockets that have opened a QUIC connection to a provider. Key: the kernel's socket. Value: the
+ * process. `quic_opened` reads and writes. */
+LRU_HASH(quic_sockets, u64, u32, 1024);
+
+/* The SSL object that a thread writes on, until its socket is known. Key: thread and process id.
+ * `enter` and `enter_go` write, `link_socket` reads, `on_exit` drops. */
+LRU_HASH(writing, u64, u64, 4096);
+
+/* Addresses of provider hosts. Key: an address. Value: the name it was last looked up or connected to
+ * under. `on_looked_up` and `judge_hello` write; `host_by_address` reads. */
+LRU_HASH(addresses, struct address, struct host_name, ADDRESSES_MAX);
+
+/* Calls of getaddrinfo for provider hosts. Key: thread and process id. `on_lookup` writes,
+ * `on_looked_up` reads and drops. */
+LRU_HASH(lookups, u64, struct lookup_call, 1024);
+
 /* --- files (by the number that user space gave, name_locations.py) --- */
 
 /* Functions found by structure must have passed HTTP. Key: a file's number. Value: bit 1 << direction
@@ -408,6 +508,7 @@ PROGRAM_ARRAY(file_programs, FILE_PROGRAMS_MAX);
  * as they are too large for the stack. */
 ARRAY(blank_connection, struct connection, 1);
 ARRAY(blank_thread, struct thread, 1);
+ARRAY(blank_socket, struct tcp_socket, 1);
 
 /* Key: 0. Value: the record that `executed` builds and sends, on this CPU. Nobody else reads it. */
 PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
@@ -430,6 +531,20 @@ INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
+INLINE struct tcp_socket *blank_socket_get(u32 *k) { return blank_socket.lookup(k); }
+INLINE struct tcp_socket *sockets_get(u64 *k) { return sockets.lookup(k); }
+INLINE int sockets_set(u64 *k, struct tcp_socket *v) { return sockets.update(k, v); }
+INLINE void sockets_drop(u64 *k) { sockets.delete(k); }
+INLINE u32 *quic_sockets_get(u64 *k) { return quic_sockets.lookup(k); }
+INLINE void quic_sockets_set(u64 *k, u32 *v) { quic_sockets.update(k, v); }
+INLINE u64 *writing_get(u64 *k) { return writing.lookup(k); }
+INLINE void writing_set(u64 *k, u64 *v) { writing.update(k, v); }
+INLINE void writing_drop(u64 *k) { writing.delete(k); }
+INLINE struct host_name *addresses_get(struct address *k) { return addresses.lookup(k); }
+INLINE void addresses_set(struct address *k, struct host_name *v) { addresses.update(k, v); }
+INLINE struct lookup_call *lookups_get(u64 *k) { return lookups.lookup(k); }
+INLINE void lookups_set(u64 *k, struct lookup_call *v) { lookups.update(k, v); }
+INLINE void lookups_drop(u64 *k) { lookups.delete(k); }
 INLINE struct exec_record *exec_scratch_get(u32 *k) { return exec_scratch.lookup(k); }
 INLINE struct birth *births_get(u32 *k) { return births.lookup(k); }
 INLINE void births_set(u32 *k, struct birth *v) { births.update(k, v); }
@@ -626,6 +741,7 @@ INLINE void begin_again(struct key *key, struct connection *c)
 	c->received = 0;
 	c->burst = 0;
 	c->announced = 0;
+	c->linked = 0;
 }
 
 INLINE void lost(struct connection *c, u32 statistic, u64 bytes)
@@ -722,6 +838,23 @@ INLINE void nudge(u64 filled_before)
 		process_ring_discard(nothing);
 }
 
+/* The first plaintext that a connection sends, in the ring that is read at once: it counts as metered
+ * from now on. */
+INLINE void tell_used(struct key *key, struct connection *c, u64 now)
+{
+	struct open_record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	fill(&r->head, KIND_USED, key, c, now);
+	r->head.size = sizeof(*r);
+	r->head.offset = born_ns();
+	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
+	__builtin_memcpy(r->host, c->host, sizeof(r->host));
+	process_ring_submit(r);
+}
+
 INLINE void copy_out(struct chunk *c, u64 total)
 {
 	u64 filled_before = ring_query(0 /* filled */);
@@ -732,6 +865,8 @@ INLINE void copy_out(struct chunk *c, u64 total)
 
 	if (!connection->announced)
 		announce(c->key, connection);
+	if (c->direction == SENT && !connection->sent)
+		tell_used(c->key, connection, c->now);
 	if (c->direction == SENT) {
 		s = settings_get(&zero);
 		connection->burst += total;
@@ -1252,6 +1387,8 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
 	} else if (direction == SENT && !c->sent && !c->joined) {
 		learn_name_location(&key, c, bpf_get_attach_cookie(r));
 	}
+	if (c && direction == SENT && !c->linked)
+		writing_set(&ids, &key.ssl);
 	struct thread *t = threads_get(&ids);
 	if (!t) {
 		struct thread *blank = blank_thread_get(&zero);
@@ -1367,7 +1504,8 @@ INLINE int enter_go(struct registers *r, u32 direction)
 	struct settings *s = settings_get(&zero);
 	if (!s)
 		return 0;
-	u32 tgid = current_ids(s) >> 32;
+	u64 ids = current_ids(s);
+	u32 tgid = ids >> 32;
 	struct key key = {.ssl = GO_CONNECTION(r), .tgid = tgid};
 	struct go_key call_key = {.goroutine = GO_GOROUTINE(r), .tgid = tgid, .direction = direction};
 	struct go_call call = {.connection = key.ssl, .buffer = GO_BUFFER(r)};
@@ -1418,6 +1556,8 @@ INLINE int enter_go(struct registers *r, u32 direction)
 		if (first == HTTP2_PREFACE)
 			begin_again(&key, c);
 	}
+	if (c && direction == SENT && !c->linked)
+		writing_set(&ids, &key.ssl);
 	if (go_calls_set(&call_key, &call))
 		count(STAT_THREAD_TABLE_FULL, 1);
 	return 0;
@@ -1745,7 +1885,8 @@ SECTION("uprobe/on_lookup") int on_lookup(struct registers *r)
 	struct settings *s = settings_get(&zero);
 	if (!s || !ARG1(r))
 		return 0;
-	u32 tgid = current_ids(s) >> 32;
+	u64 ids = current_ids(s);
+	u32 tgid = ids >> 32;
 	if (!in_scope(s, tgid))
 		return 0;
 	struct name *n = process_ring_reserve(sizeof(*n));
@@ -1757,6 +1898,9 @@ SECTION("uprobe/on_lookup") int on_lookup(struct registers *r)
 	long length = bpf_probe_read_user_str(n->text, sizeof(n->text), (void *)ARG1(r));
 	n->length = length > 0 ? length - 1 : 0;
 	if (wanted_host(n)) {
+		struct lookup_call call = {.result = ARG4(r)};
+		bpf_probe_read_kernel(call.host, sizeof(call.host), n->text);
+		lookups_set(&ids, &call);
 		struct lookup_record *found = process_ring_reserve(sizeof(*found));
 		if (found) {
 			__builtin_memset(&found->head, 0, sizeof(found->head));
@@ -1773,6 +1917,520 @@ SECTION("uprobe/on_lookup") int on_lookup(struct registers *r)
 	return 0;
 }
 
+/* The addresses that it found. A list is read as the C library lays it out (struct addrinfo). */
+struct address_info {
+	u32 flags;
+	u32 family;
+	u64 unused[2];
+	u64 address;
+	u64 name;
+	u64 next;
+};
+SECTION("uprobe/on_looked_up") int on_looked_up(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), at = 0;
+	struct lookup_call *call = lookups_get(&ids);
+	if (!call)
+		return 0;
+	if (!(int)RESULT(r) && !bpf_probe_read_user(&at, sizeof(at), (void *)call->result)) {
+		for (int i = 0; i < ADDRESSES_A_LOOKUP_MAX; i++) {
+			struct address_info info = {};
+			struct address address = {};
+			if (!at || bpf_probe_read_user(&info, sizeof(info), (void *)at))
+				break;
+			/* behind family and port; IPv6: behind the flow as well */
+			if (info.family == AF_INET)
+				bpf_probe_read_user(&address, 4, (void *)(info.address + 4));
+			else if (info.family == AF_INET6)
+				bpf_probe_read_user(&address, 16, (void *)(info.address + 8));
+			addresses_set(&address, (struct host_name *)call->host);
+			at = info.next;
+		}
+	}
+	lookups_drop(&ids);
+	return 0;
+}
+
+/* ---- sockets -----------------------------------------------------------------------------------
+ *
+ * A count of its own of the connections that processes in scope open to providers, whatever TLS code
+ * they use: what the probes have metered is held against it (sockets.py). A connection is followed from
+ * connect() on; the first bytes that it sends are read where the process has them, through the
+ * registers of its system call. Of a ClientHello only the server's name is looked at, here: a
+ * connection to another host is forgotten at once. Of what follows only the heads of TLS records
+ * are looked at, until the first that can hold a request: a connection that was opened in advance and
+ * never used is no miss. */
+
+struct socket_record {
+	struct record head;
+	struct tcp_socket socket;
+};
+
+INLINE void tell_socket(u32 kind, u64 sk, struct tcp_socket *t)
+{
+	struct socket_record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(&r->head, 0, sizeof(r->head));
+	r->head.size = sizeof(*r);
+	r->head.kind = kind;
+	r->head.tgid = t->tgid;
+	r->head.uid = t->uid;
+	r->head.ssl = sk;
+	r->head.opened_ns = t->opened_ns;
+	r->head.at_ns = bpf_ktime_get_ns();
+	r->head.offset = t->born_ns;
+	r->head.length = t->run;
+	__builtin_memcpy(&r->socket, t, sizeof(r->socket));
+	process_ring_submit(r);
+}
+
+INLINE int same_host(u64 *one, u64 *other)
+{
+	u64 differs = 0;
+#pragma unroll
+	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
+		differs |= one[i] ^ other[i];
+	return !differs;
+}
+
+/* Is it the socket of the TLS connection that this thread writes on? */
+INLINE void link_socket(struct tcp_socket *t)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return;
+	u64 ids = current_ids(s);
+	u64 *ssl = writing_get(&ids);
+	if (!ssl)
+		return;
+	struct key key = {.ssl = *ssl, .tgid = ids >> 32};
+	struct connection *c = connections_get(&key);
+	if (!c || c->linked)
+		return;
+	if (!t->host[0])
+		__builtin_memcpy(t->host, c->host, sizeof(t->host));
+	else if (!same_host((u64 *)t->host, (u64 *)c->host))
+		return;
+	c->linked = 1;
+	t->linked = key.ssl;
+	if (t->used_ns && c->opened_ns > t->used_ns + LATE_NS)
+		t->flags |= SOCKET_LATE;
+}
+
+/* What a system call has sent: in one piece, or in several (`count` of them from `vector` on). */
+struct payload {
+	u64 base;
+	u64 length;
+	u64 vector;
+	u64 count;
+	u64 name; /* the address of the receiver's address, if given */
+};
+
+/* 0: it is not known where. It stays there until the call returns, and a process that changes it
+ * meanwhile deceives us about nobody but itself. */
+INLINE int find_payload(struct payload *p, u64 total)
+{
+	struct registers *user = task_registers(current_task());
+	u64 call = 0, header[4] = {};
+
+	if (!user || bpf_probe_read_kernel(&call, sizeof(call), SYSCALL(user)))
+		return 0;
+	bpf_probe_read_kernel(&p->base, sizeof(p->base), CALL_ARG2(user));
+	p->length = total;
+	if (call == CALL_WRITE)
+		return 1;
+	if (call == CALL_SENDTO) {
+		bpf_probe_read_kernel(&p->name, sizeof(p->name), CALL_ARG5(user));
+		return 1;
+	}
+	p->vector = p->base;
+	if (call == CALL_WRITEV) {
+		bpf_probe_read_kernel(&p->count, sizeof(p->count), CALL_ARG3(user));
+	} else if (call == CALL_SENDMSG || call == CALL_SENDMMSG) {
+		/* name, its length, the vector, how many */
+		if (bpf_probe_read_user(header, sizeof(header), (void *)p->base))
+			return 0;
+		p->name = header[0];
+		p->vector = header[2];
+		p->count = header[3];
+	} else {
+		return 0;
+	}
+	u64 piece[2] = {};
+	if (!p->count || bpf_probe_read_user(piece, sizeof(piece), (void *)p->vector))
+		return 0;
+	p->base = piece[0];
+	p->length = piece[1] < total ? piece[1] : total;
+	return 1;
+}
+
+/* Scratch, as `struct head` is. */
+struct hello {
+	struct name name;
+	u32 position;
+	u32 end;
+	u32 name_at;
+	u32 encrypted;
+};
+
+#define BIG_ENDIAN_16(b) ((u32)(b)[0] << 8 | (b)[1])
+
+/* Finds the name and whether there is an encrypted ClientHello, from the extensions on (RFC 8446,
+ * 4.1.2). */
+INLINE void read_extensions(struct hello *h, u64 base)
+{
+	u8 extension[4] = {};
+	for (int i = 0; i < EXTENSIONS_MAX; i++) {
+		u32 at = REREAD(h->position);
+		if (at + sizeof(extension) > REREAD(h->end) ||
+		    bpf_probe_read_user(extension, sizeof(extension), (void *)(base + at)))
+			break;
+		u32 type = BIG_ENDIAN_16(extension);
+		if (type == 0)
+			h->name_at = at + sizeof(extension);
+		if (type == 0xfe0d)
+			h->encrypted = 1;
+		h->position = at + sizeof(extension) + BIG_ENDIAN_16(extension + 2);
+	}
+}
+
+INLINE void read_hello(struct hello *h, u64 base, u64 length)
+{
+	u8 bytes[5] = {};
+	u32 at = 43; /* behind record and handshake heads, version, random */
+
+	__builtin_memset(&h->name.text, 0, sizeof(h->name.text));
+	h->name.length = 0;
+	h->name_at = 0;
+	h->encrypted = 0;
+	h->end = length;
+	if (bpf_probe_read_user(bytes, 1, (void *)(base + at))) /* session */
+		return;
+	at += 1 + bytes[0];
+	if (bpf_probe_read_user(bytes, 2, (void *)(base + at))) /* ciphers */
+		return;
+	at += 2 + BIG_ENDIAN_16(bytes);
+	if (bpf_probe_read_user(bytes, 1, (void *)(base + at))) /* compression */
+		return;
+	h->position = at + 1 + bytes[0] + 2;
+	read_extensions(h, base);
+	at = REREAD(h->name_at);
+	if (!at || bpf_probe_read_user(bytes, sizeof(bytes), (void *)(base + at)) || bytes[2])
+		return;
+	u64 named = BIG_ENDIAN_16(bytes + 3);
+	if (!named || named >= HOST_BYTES_MAX - 1)
+		return;
+	asm volatile("" : "+r"(named));
+	named &= HOST_BYTES_MAX - 1;
+	if (bpf_probe_read_user(h->name.text, named, (void *)(base + at + 5)))
+		return;
+	h->name.length = named;
+}
+
+INLINE void host_by_address(struct tcp_socket *t)
+{
+	struct host_name *known = addresses_get((struct address *)t->address);
+	if (!known || (t->flags & SOCKET_ASKED_PROXY))
+		return;
+	__builtin_memcpy(t->host, known->text, sizeof(t->host));
+	t->flags |= SOCKET_BY_ADDRESS;
+}
+
+/* A connection's ClientHello: 1 where it leads to a provider, or may. */
+INLINE int judge_hello(struct tcp_socket *t, u64 base, u64 length)
+{
+	struct hello *h = process_ring_reserve(sizeof(*h));
+	if (!h) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	read_hello(h, base, length);
+	if (REREAD(h->name_at) == 0) {
+		t->flags |= SOCKET_NO_NAME;
+		host_by_address(t);
+	} else if (wanted_host(&h->name)) {
+		bpf_probe_read_kernel(t->host, sizeof(t->host), h->name.text);
+		if (!(t->flags & SOCKET_ASKED_PROXY))
+			addresses_set((struct address *)t->address, (struct host_name *)t->host);
+	} else if (h->encrypted) {
+		t->flags |= SOCKET_ECH;
+		host_by_address(t);
+	}
+	process_ring_discard(h);
+	return t->host[0] || (t->flags & SOCKET_NO_NAME);
+}
+
+/* What a TLS record that the client sends says of the connection: 1 when it can hold a request. TLS 1.3
+ * sends the end of its handshake as if it were data; before it a client sends no handshake record
+ * but ClientHellos. */
+INLINE int holds_request(struct tcp_socket *t, const u8 *head, u32 length)
+{
+	if (head[0] == 22 && !(head[5] == 1 && length > 100))
+		t->flags |= SOCKET_TLS12;
+	if (head[0] != 23)
+		return 0;
+	if (!(t->flags & (SOCKET_TLS12 | SOCKET_FINISHED))) {
+		t->flags |= SOCKET_FINISHED;
+		return 0;
+	}
+	return length > ALERT_BYTES_MAX;
+}
+
+/* Steps over the heads of the records in what was sent, up to the first that can hold a request. */
+INLINE void follow_records(struct tcp_socket *t, struct payload *p)
+{
+	u64 piece[2] = {}, left = p->length, at = p->base, next = 1;
+	u8 head[6] = {};
+	for (int i = 0; i < RECORDS_MAX; i++) {
+		if (t->skip >= left) {
+			t->skip -= left;
+			if (next >= p->count)
+				return;
+			if (bpf_probe_read_user(piece, sizeof(piece), (void *)(p->vector + 16 * next)))
+				break;
+			at = piece[0];
+			left = piece[1];
+			next += 1;
+			continue;
+		}
+		at += t->skip;
+		left -= t->skip;
+		t->skip = 0;
+		u32 length;
+		if (left < sizeof(head) || bpf_probe_read_user(head, sizeof(head), (void *)at))
+			break;
+		length = BIG_ENDIAN_16(head + 3);
+		if (head[0] < 20 || head[0] > 24 || head[1] != 3)
+			break;
+		if (holds_request(t, head, length)) {
+			t->used_ns = bpf_ktime_get_ns();
+			return;
+		}
+		t->skip = 5 + length;
+	}
+	t->flags &= ~SOCKET_FOLLOWED; /* user space judges by the number of bytes (sockets.py) */
+}
+
+/* A write on a connection of which it is not known yet where it leads. */
+INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
+{
+	struct payload p = {};
+	u8 head[6] __attribute__((aligned(8))) = {};
+
+	t->writes += 1;
+	if (!find_payload(&p, total)) {
+		t->flags |= SOCKET_UNREAD;
+		host_by_address(t);
+		if (t->host[0]) {
+			t->state = SOCKET_SEEN;
+			tell_socket(KIND_SOCKET_SEEN, sk, t);
+			return;
+		}
+	} else if (p.length >= sizeof(head) && !bpf_probe_read_user(head, sizeof(head), (void *)p.base)) {
+		if (head[0] == 22 && head[1] == 3 && head[5] == 1) {
+			if (!judge_hello(t, p.base, p.length)) {
+				sockets_drop(&sk);
+				return;
+			}
+			t->state = SOCKET_SEEN;
+			t->hello_sent = t->sent;
+			t->flags |= SOCKET_FOLLOWED;
+			t->skip = 5 + BIG_ENDIAN_16(head + 3);
+			follow_records(t, &p);
+			tell_socket(KIND_SOCKET_SEEN, sk, t);
+			return;
+		}
+		if (*(u32 *)head == 0x4e4e4f43 /* CONN */)
+			t->flags |= SOCKET_ASKED_PROXY;
+	}
+	if (t->writes >= HELLO_WRITES_MAX)
+		sockets_drop(&sk);
+}
+
+struct state_arguments { /* of sock:inet_sock_set_state since Linux 5.6; user space compares */
+	u64 common;
+	u64 sk;
+	u32 before;
+	u32 now;
+	u16 source_port;
+	u16 port;
+	u16 family;
+	u16 protocol;
+	u8 source[4];
+	u8 address[4];
+	u8 source6[16];
+	u8 address6[16];
+};
+
+INLINE void socket_opened(struct state_arguments *a)
+{
+	u32 zero = 0;
+	u64 sk = a->sk;
+	struct settings *s = settings_get(&zero);
+	struct tcp_socket *t = blank_socket_get(&zero);
+	if (!s || !t)
+		return;
+	u64 ids = current_ids(s);
+	if (!in_scope(s, ids >> 32))
+		return;
+	struct tcp_socket *before = sockets_get(&sk);
+	if (before && before->state == SOCKET_SEEN) /* disconnected, to be connected again */
+		tell_socket(KIND_SOCKET_ENDED, sk, before);
+	if (sockets_set(&sk, t)) {
+		count(STAT_SOCKET_TABLE_FULL, 1);
+		return;
+	}
+	t = sockets_get(&sk);
+	if (!t)
+		return;
+	t->opened_ns = bpf_ktime_get_ns();
+	t->born_ns = born_ns();
+	t->tgid = ids >> 32;
+	t->uid = bpf_get_current_uid_gid();
+	t->run = membership(t->tgid) >> TREE_FLAG_BITS;
+	t->port = a->port;
+	t->family = a->family;
+	if (a->family == AF_INET)
+		__builtin_memcpy(t->address, a->address, sizeof(a->address));
+	else
+		__builtin_memcpy(t->address, a->address6, sizeof(a->address6));
+	bpf_get_current_comm(t->comm, sizeof(t->comm));
+}
+
+/* connect() does that in its own process. */
+SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_arguments *a)
+{
+	if (a->protocol == IPPROTO_TCP && a->now == TCP_SYN_SENT)
+		socket_opened(a);
+	return 0;
+}
+
+/* Its state says "closed" while its process may still read what has come. */
+SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
+{
+	u64 sk = a[0];
+	struct tcp_socket *t = sockets_get(&sk);
+	if (!t)
+		return 0;
+	if (t->state == SOCKET_SEEN)
+		tell_socket(KIND_SOCKET_ENDED, sk, t);
+	sockets_drop(&sk);
+	return 0;
+}
+
+/* A datagram that opens a QUIC connection to an address of a provider. */
+INLINE void quic_opened(u64 sk, u64 total)
+{
+	u32 zero = 0, version = 0;
+	u8 head = 0;
+	u16 to[2] = {};
+	struct payload p = {};
+	struct address address = {};
+	struct settings *s = settings_get(&zero);
+
+	if (!s)
+		return;
+	u32 tgid = current_ids(s) >> 32;
+	u32 *known = quic_sockets_get(&sk);
+	if ((known && *known == tgid) || !in_scope(s, tgid) || !find_payload(&p, total) ||
+	    bpf_probe_read_user(&head, sizeof(head), (void *)p.base) ||
+	    bpf_probe_read_user(&version, sizeof(version), (void *)(p.base + 1)))
+		return;
+	if ((head & 0xc0) != 0xc0 || (version != 0x01000000 && version != 0xcf43336b))
+		return;
+	if (p.name) {
+		bpf_probe_read_user(to, sizeof(to), (void *)p.name); /* family, port */
+		if (to[0] == AF_INET)
+			bpf_probe_read_user(&address, 4, (void *)(p.name + 4));
+		else
+			bpf_probe_read_user(&address, 16, (void *)(p.name + 8));
+	} else { /* a connected socket has it in its first fields */
+		bpf_probe_read_kernel(to, 2, (void *)(sk + 16));
+		if (to[0] == AF_INET)
+			bpf_probe_read_kernel(&address, 4, (void *)sk);
+		else
+			bpf_probe_read_kernel(&address, 16, (void *)(sk + 56));
+	}
+	struct host_name *host = addresses_get(&address);
+	struct tcp_socket *blank = blank_socket_get(&zero);
+	if (!host || !blank)
+		return;
+	quic_sockets_set(&sk, &tgid);
+	struct socket_record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->head.size = sizeof(*r);
+	r->head.kind = KIND_QUIC;
+	r->head.tgid = tgid;
+	r->head.uid = bpf_get_current_uid_gid();
+	r->head.ssl = sk;
+	r->head.at_ns = bpf_ktime_get_ns();
+	r->head.opened_ns = r->head.at_ns;
+	r->head.offset = born_ns();
+	r->head.length = membership(tgid) >> TREE_FLAG_BITS;
+	bpf_get_current_comm(r->socket.comm, sizeof(r->socket.comm));
+	__builtin_memcpy(r->socket.host, host->text, sizeof(r->socket.host));
+	process_ring_submit(r);
+}
+
+struct socket_arguments { /* of sock:sock_send_length and sock_recv_length, since Linux 6.3 */
+	u64 sk;
+	u64 result; /* an int: bytes, or an error */
+	u64 flags;
+};
+
+SECTION("raw_tracepoint/sock_send_length") int on_socket_sent(struct socket_arguments *a)
+{
+	u64 sk = a->sk;
+	int result = a->result;
+	if (result <= 0)
+		return 0;
+	struct tcp_socket *t = sockets_get(&sk);
+	if (!t) {
+		if (result >= QUIC_BYTES_MIN)
+			quic_opened(sk, result);
+		return 0;
+	}
+	t->sent += result;
+	if (t->state == SOCKET_NEW) {
+		judge_socket(sk, t, result);
+		return 0;
+	}
+	if (!t->used_ns && (t->flags & SOCKET_FOLLOWED)) {
+		struct payload p = {};
+		if (find_payload(&p, result))
+			follow_records(t, &p);
+		else
+			t->flags = (t->flags | SOCKET_UNREAD) & ~SOCKET_FOLLOWED;
+	}
+	if (!t->linked)
+		link_socket(t);
+	return 0;
+}
+
+SECTION("raw_tracepoint/sock_recv_length") int on_socket_received(struct socket_arguments *a)
+{
+	u64 sk = a->sk;
+	int result = a->result;
+	if (result <= 0 || (a->flags & MSG_PEEK))
+		return 0;
+	struct tcp_socket *t = sockets_get(&sk);
+	if (t)
+		t->received += result;
+	return 0;
+}
+
 SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 {
 	u32 zero = 0;
@@ -1782,6 +2440,7 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	u64 ids = current_ids(s);
 	u32 tgid = ids >> 32, tid = ids;
 	threads_drop(&ids);
+	writing_drop(&ids);
 	u32 born = bpf_get_current_pid_tgid();
 	births_drop(&born);
 	born |= TREE_FORKED;

@@ -8,6 +8,7 @@ I/O. It refuses frames larger than any that an honest helper sends: `ProtocolVio
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import struct
@@ -21,6 +22,9 @@ RECORD = struct.Struct("=IHBBIIQQQQII")
 # received, burst, lost, origin, uid, announced, joined, closed, an unused byte, comm, host).
 CONNECTION_KEY = struct.Struct("=QII")
 CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
+# `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, tgid, uid, run,
+# port, family, address, state, writes, flags, unused, comm, host.
+SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHI16s128s")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128
@@ -28,7 +32,8 @@ COMM_BYTES = 16
 PATH_BYTES, PROJECT_BYTES = 256, 208
 
 OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, NOT_HTTP, LOOKUP, UNNAMED, LEARNED = range(1, 12)
-PROCESS, REPORT, REPLY, PROBLEM, HELLO = range(16, 21)
+SOCKET_SEEN, SOCKET_ENDED, USED, QUIC = range(12, 16)
+PROCESS, REPORT, REPLY, PROBLEM, HELLO, CONNECTIONS = range(16, 22)
 FLAG_JOINED = 1
 
 # The order of `enum statistic`: counters, all since the helper started.
@@ -49,6 +54,7 @@ STATISTICS = (
     "admitted",
     "denied",
     "not_http",
+    "socket_table_full",
 )
 LOSS_CAUSES = (
     "ring_full_bytes",
@@ -64,8 +70,76 @@ EVENT_LOSS_CAUSES = (
     "heads_without_host",
     "http2_without_name",
     "not_http",
+    "socket_table_full",
     "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
+
+
+class SocketFlag(enum.IntFlag):
+    """`enum socket_flag`, as far as user space asks for it."""
+
+    NO_NAME = 1
+    ECH = 2
+    ASKED_PROXY = 4
+    UNREAD = 16
+    FINISHED = 64
+    LATE = 128
+    FOLLOWED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A TCP connection as the kernel's socket shows it; `family` is AF_INET or AF_INET6.
+
+    `hello_sent` is what of `sent` the ClientHello took, `used_ns` when the first request was sent
+    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none).
+    """
+
+    opened_ns: int
+    born_ns: int
+    sent: int
+    received: int
+    hello_sent: int
+    used_ns: int
+    linked: int
+    tgid: int
+    uid: int
+    run: int
+    port: int
+    family: int
+    address: bytes
+    is_seen: bool
+    flags: SocketFlag
+    comm: str
+    host: str
+
+
+def decode_socket(raw: bytes) -> Socket:
+    """The kernel's `struct tcp_socket`. Raises ProtocolViolation."""
+    if len(raw) < SOCKET.size:
+        raise ProtocolViolation(f"a socket of {len(raw)} bytes")
+    fields = SOCKET.unpack_from(raw)
+    opened, born, sent, received, hello_sent, used, linked, _ = fields[:8]
+    tgid, uid, run, port, family, address, state, _, flags, _, comm, host = fields[8:]
+    return Socket(
+        opened,
+        born,
+        sent,
+        received,
+        hello_sent,
+        used,
+        linked,
+        tgid,
+        uid,
+        run,
+        port,
+        family,
+        address,
+        bool(state),
+        SocketFlag(flags),
+        text(comm),
+        text(host),
+    )
 
 
 class ProtocolViolation(Exception):
@@ -96,6 +170,7 @@ class Record:
     path: str = ""
     project: bytes = b""
     received: int = 0
+    socket: Socket | None = None
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -119,7 +194,9 @@ def decode_record(frame: bytes) -> Record:
     fields = (kind, direction, flags, tgid, uid, ssl, opened, at, offset, length)
     if kind == CHUNK:
         return Record(*fields, data=decode_chunk(frame)[5])
-    if kind == OPEN:
+    if kind in (SOCKET_SEEN, SOCKET_ENDED, QUIC):
+        return Record(*fields, socket=decode_socket(body))
+    if kind in (OPEN, USED):
         return Record(
             *fields, comm=text(body[:COMM_BYTES]), host=text(body[COMM_BYTES:][:HOST_BYTES_MAX])
         )

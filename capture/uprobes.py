@@ -89,9 +89,26 @@ class ProcessCoverage:
 
 
 @dataclass(frozen=True, slots=True)
+class Connections:
+    """Connections of a process to a host, None where that is not known, that sockets have shown.
+
+    `cause` is why the probes did not meter them (sockets.py, coverage.py of the helper), None when
+    they did; `bytes` all that passed the sockets, both ways, with TLS around it; None: not known.
+    """
+
+    process: Process
+    host: str | None
+    stack: str | None
+    cause: str | None
+    connections: int
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
-    `counted` holds every kernel counter (protocol.STATISTICS)."""
+    `counted` holds every kernel counter (protocol.STATISTICS). `waits_for_searches`: a search is
+    under way that tells why a process was not metered."""
 
     loader: str
     probes: int
@@ -100,6 +117,7 @@ class Status:
     events_lost: Mapping[str, int] = field(default_factory=dict)
     counted: Mapping[str, int] = field(default_factory=dict)
     rss_bytes: int | None = None
+    waits_for_searches: bool = False
 
 
 # Python's own BLAKE2 serves; through _hashlib the helper would map libcrypto, 4 MB of it resident.
@@ -228,6 +246,10 @@ class _Mark:
     end: int
 
 
+def _connections(row: dict[str, Any]) -> Connections:
+    return Connections(**{**row, "process": proc.from_json(row["process"])})
+
+
 class UprobeSource:
     """Iterate over the plaintext of provider connections in scope.
 
@@ -285,6 +307,7 @@ class UprobeSource:
         self._replies: dict[int, dict[str, Any]] = {}
         self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
+        self._connections: list[Connections] = []
         self._number = 0
         self._ended = False
         # In the spool: where the last frame ended that was taken (None: not in the spool yet), and
@@ -583,6 +606,8 @@ class UprobeSource:
             tgid, ssl, opened_ns = about["connection"]
             process = proc.from_json(about["process"])
             self._processes[tgid, ssl, opened_ns] = process, self._frame_at
+        elif kind == protocol.CONNECTIONS:
+            self._connections += map(_connections, protocol.decode_message(frame))
         elif kind == protocol.REPORT:
             self._report = protocol.decode_message(frame)
             self._forget_processes()
@@ -787,6 +812,20 @@ class UprobeSource:
             for line in self._report.get("coverage", ())
         ]
 
+    def ended_connections(self) -> list[Connections]:
+        """Connections that have ended since the last call, as the kernel's sockets show them."""
+        found, self._connections = self._connections, []
+        return found
+
+    def open_connections(self) -> list[Connections]:
+        """Those that are open, as of the helper's last report; they come again when they end."""
+        return [_connections(each) for each in self._report.get("open_connections", ())]
+
+    def sees_connections(self) -> bool | None:
+        """Whether the kernel shows all connections to providers; None: it was not heard yet."""
+        seen: dict[str, bool] | None = self._report.get("sockets_seen")
+        return None if seen is None else bool(seen) and all(seen.values())
+
     def status(self) -> Status:
         """Loader, probes and losses as of the helper's last report."""
         report = self._report
@@ -805,4 +844,5 @@ class UprobeSource:
             },
             counted=counted,
             rss_bytes=report.get("rss_bytes"),
+            waits_for_searches=report.get("waits_for_searches") is True,
         )

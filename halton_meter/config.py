@@ -361,7 +361,9 @@ class _Judge:
             meant = None if near is None else f"{near}{colon}{alias}"
             what = f"{where}: no provider is called {shown_value(name)}{_meant(meant)}"
             link = " " if what.endswith("?") else "; "
-            self.refuse(f"{what}{link}Known: {', '.join(known)}", "hosts", host)
+            more = len(known) - len(_APIS)
+            listed = f"Known: {', '.join(_APIS)} and {more} more of docs/providers.md"
+            self.refuse(f"{what}{link}{listed}", "hosts", host)
             return None
         if colon and not _ALIAS.fullmatch(alias):
             what = f"{where}: {shown_value(family)} gives a name of your own that is none; "
@@ -430,6 +432,11 @@ _CHECKS: dict[str, Callable[[_Judge, Any], None]] = {
     "loader": _Judge.loader,
     "proxy": _Judge.proxy,
 }
+# Named first where a provider's name is wrong: those whose APIs others imitate.
+_APIS = (
+    *("openai", "anthropic", "gemini", "vertex", "bedrock", "mistral", "ollama"),
+    "gateway",
+)
 _LOADERS = ("auto", "bcc", "libbpf")
 _PROXY = ("port", "upstream")
 # Settings that earlier versions accepted and that never did anything.

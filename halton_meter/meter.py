@@ -57,9 +57,6 @@ EXCHANGES_REMEMBERED_MAX = 16_384
 # its clients.
 PROXY_MODULE = "halton_meter.live.proxy.worker"
 
-# Keys of `Meter.sightings`.
-SEEN_AGAIN, TOLD_APART = "seen_again", "told_apart"
-
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
 
@@ -85,7 +82,7 @@ class Meter:
         self._latest = ""  # the connection that spoke last, which is the last of them already
         self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
         self._identities = Identities(EXCHANGES_REMEMBERED_MAX, self._sightings.forget)
-        self._seen_again = 0
+        self.seen_again = 0  # sightings of requests that were given out before
         self._losses: Counter[str] = Counter()
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
@@ -98,14 +95,6 @@ class Meter:
         for conversation in self._conversations.values():
             losses.update(conversation.losses)
         return losses
-
-    @property
-    def sightings(self) -> Mapping[str, int]:
-        """What was seen more than once, and counted once; and what was told apart from another
-        exchange to which the provider gave the same id, and counted.
-        """
-        counts = {SEEN_AGAIN: self._seen_again, TOLD_APART: self._identities.told_apart}
-        return {name: count for name, count in counts.items() if count}
 
     def is_open(self, connection_id: str) -> bool:
         """Whether an exchange on this connection is under way."""
@@ -219,7 +208,7 @@ class Meter:
             for read in self._read(exchange):
                 usage = self._identities.settle(read, exchange)
                 if self._is_repeat(usage):
-                    self._seen_again += 1
+                    self.seen_again += 1
                     continue
                 priced.append(self._price(self._attributed(usage)))
         return priced

@@ -22,6 +22,7 @@ from decimal import Context, Decimal
 from typing import Any
 
 from halton_meter.contract import rfc3339, usd_text
+from halton_meter.coverage import Coverage as SeenCoverage
 from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import date_of, day_of, day_sql, start_of
 from halton_meter.store import NothingStored, Reader, Selection, Store, schema
@@ -157,7 +158,8 @@ class Coverage:
 @dataclass(frozen=True, slots=True)
 class Report:
     """The answer. `from_ns` and `to_ns` bound it; without a bound asked for, the first and last
-    event do. `trend` is one (day, figures) for each of the last TREND_DAYS days.
+    event do. `trend` is one (day, figures) for each of the last TREND_DAYS days. `connections` are
+    those to providers that were seen, also day by day; None where none can be told apart.
     """
 
     by: tuple[str, ...]
@@ -167,6 +169,8 @@ class Report:
     groups: tuple[Group, ...] = ()
     coverage: Coverage = field(default_factory=Coverage)
     trend: tuple[tuple[date, Figures], ...] = ()
+    connections: SeenCoverage | None = None
+    connections_by_day: tuple[tuple[date, SeenCoverage], ...] = ()
     previous: Figures | None = None
     previous_from_ns: int | None = None
     previous_to_ns: int | None = None
@@ -189,6 +193,12 @@ class Report:
                 for day, figures in self.trend
             ],
         }
+        if self.connections is not None:
+            answer["connections"] = self.connections.as_json()
+            answer["connections"]["days"] = [
+                {"day": day.isoformat(), **found.as_json()}
+                for day, found in self.connections_by_day
+            ]
         if self.previous is not None:
             assert self.previous_from_ns is not None
             assert self.previous_to_ns is not None
@@ -262,10 +272,22 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
         groups=_ranked(groups, totals, question.by),
         coverage=_coverage(reader, selection, totals, waiting, many),
         trend=_trend(reader, selection, last, question.now_ns),
+        **_connections(reader, selection),
     )
     if question.previous is None:
         return report
     return _compared(reader, report, question.previous, percentiles, many)
+
+
+def _connections(reader: Reader, selection: Selection) -> dict[str, Any]:
+    """The connections that were seen: of a model or a project nobody knows which they are."""
+    if selection != Selection(selection.from_ns, selection.to_ns):
+        return {}
+    total, days = SeenCoverage(), dict[date, SeenCoverage]()
+    for hour_ns, hour in reader.coverage_by_hour(selection).items():
+        total.merge(hour)
+        days.setdefault(day_of(hour_ns), SeenCoverage()).merge(hour)
+    return {"connections": total, "connections_by_day": tuple(sorted(days.items()))}
 
 
 def _span(reader: Reader, selection: Selection) -> tuple[int | None, int | None, int]:

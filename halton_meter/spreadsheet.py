@@ -1,9 +1,10 @@
 """CSV in which no name from outside can become a formula or a row.
 
 Names of models, programs and projects come from traffic and from other users' processes. Excel,
-LibreOffice and Google Sheets run a cell that begins with =, +, - or @ (some after blanks, some in
-their full-width forms too), and end a row at a carriage return. All CSV of this program is written
-here. It knows nothing about the columns.
+LibreOffice and Google Sheets run a cell that begins with =, +, - or @ (some after blanks or quotes,
+some in their full-width forms too), and end a row at a carriage return. Where the list separator is
+a semicolon, as in most of Europe, a cell begins behind each of those, too. All CSV of this program
+is written here. It knows nothing about the columns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠﹢﹣﹦﹫−]")
+_FORMULA = re.compile(r"""(?:^|(?<=;))(?=[\s"']*[=+\-@＝＋－＠﹢﹣﹦﹫−])""")
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 
 
@@ -29,9 +30,7 @@ def cell(value: Any) -> str:
         return str(value)
     # Direction marks, zero widths and the BOM would hide the first character.
     text = value if value.isprintable() else "".join(filter(str.isprintable, value))
-    if _FORMULA.match(text) and not _NUMBER.fullmatch(text):
-        return f"'{text}"
-    return text
+    return text if _NUMBER.fullmatch(text) else _FORMULA.sub("'", text)
 
 
 def write_rows(output: TextIO, rows: Iterable[Iterable[Any]]) -> int:

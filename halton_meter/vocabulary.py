@@ -66,7 +66,7 @@ UNITS: Mapping[str, str] = {
     "view_x_video_calls": "videos on X looked at (xAI)",
     "tool_search_requests": "searches for tools (Anthropic)",
     "live_search_sources": "sources used by xAI's live search",
-    "containers": "sandboxes whose size is not stated",
+    "containers": "sandboxes whose size neither request nor answer states",
     "containers_1gb": "sandboxes of 1 GB",
     "containers_4gb": "sandboxes of 4 GB",
     "containers_16gb": "sandboxes of 16 GB",
@@ -77,6 +77,7 @@ UNITS: Mapping[str, str] = {
     "maps_grounding_prompts": "1 where Google Maps grounded the answer",
     "audio_seconds": "seconds of audio in or out",
     "video_seconds": "seconds of video made",
+    "videos": "videos made whose length neither request nor answer states",
     "images": "images made",
     "input_images": "images read",
     "characters": "characters of text turned into speech",
@@ -112,7 +113,7 @@ PRICED_CONDITIONS: Mapping[str, str] = {
 }
 # Those that no rate depends on.
 OTHER_CONDITIONS: Mapping[str, str] = {
-    "plan": "the subscription: claude, chatgpt, gemini_code_assist, zai_coding",
+    "plan": "the subscription: claude, chatgpt, gemini_code_assist, zai_coding, kimi_coding, …",
     "overage": '"true" where the plan\'s overage pays for it',
     "grounding": "search, maps or maps,search: what grounded Gemini's answer",
     "web_search": "preview for OpenAI's web_search_preview tool",
@@ -176,6 +177,7 @@ PRICE_FLAGS: Mapping[str, str] = {
     "estimated": "priced by our estimate of the tokens",
     "cache_read_at_input_rate": "cached input at the input rate: no other price is published",
     "cache_read_rate_unknown": "cached input at the input rate: our data holds no other price",
+    "default_assumed": "the request leaves out what the price depends on: its documented default",
     "cache_storage_not_priced": "the storage of a cache is billed by the hour, apart",
     "provisioned_throughput": "reserved capacity served it",
 }

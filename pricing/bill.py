@@ -112,11 +112,14 @@ class Bill:
     def units(self, *, per_request: bool) -> None:
         """Lines for what is billed other than by token."""
         rates, units = self.rates, self._part.units
-        for name, quantity in units.items():
+        for stated, quantity in units.items():
             amount = self._quantity(quantity)
-            rate = rates.get(name)
             if not amount:
                 continue
+            name, amount, assumed = self._by_default(stated, amount)
+            rate = rates.get(name)
+            if rate is not None and assumed:
+                rate = rate._replace(note="; ".join(filter(None, (assumed, rate.note))))
             if rate is None and name in _SELDOM_BILLED_UNITS:
                 if name == "cache_storage_tokens":  # billed by the hour, which no response states
                     self._flags.append("cache_storage_not_priced")
@@ -131,6 +134,16 @@ class Bill:
             self._line(name, amount, rate)
         if per_request and "requests" in rates and "requests" not in units:
             self._line("requests", 1, rates["requests"])
+
+    def _by_default(self, name: str, amount: Decimal) -> tuple[str, Decimal, str | None]:
+        """A unit and its amount; where the request left them out, the documented ones, and why."""
+        name_of, factor, note = self._tariff.defaults.get(name, (name, None, None))
+        if factor is None or name_of in self._part.units:
+            return name, amount, None
+        self._flags.append("default_assumed")
+        if factor != 1:
+            self._flags.append("estimated")
+        return name_of, amount * factor, note
 
     # --- tokens ---
 
@@ -241,6 +254,8 @@ class Bill:
         if rate is None:
             self.missing.append(what)
             return
+        if what in self._tariff.assumed:
+            self._flags.append("default_assumed")
         amount = Decimal(quantity)
         usd = rate.each_usd * amount if rate.exact else rate.amount_usd(amount)
         items = self.items

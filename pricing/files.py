@@ -20,6 +20,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from halton_meter import toml_file
+from halton_meter.toml_file import NotToml, nearest, shown_value
 from pricing.rates import PriceError, Rate, Row, decimal_of, noted, rates_of, row_of
 
 BUNDLED = Path(__file__).parent
@@ -27,13 +29,18 @@ _FILE_BYTES_MAX = 8 << 20
 _HEAD_CHARS = 1000
 _COMPILED = re.compile(r"^compiled = (\S+)$", re.M)
 _SECTION = "\n[[model]]\n"
+# Where `refresh` notes which files it has found right, so that they are not read whole each time.
+SEALS = "checked"
+_WAY_OUT = "correct that, or go back to the bundled prices: halton-meter pricing refresh --undo"
 RULE_KINDS = (
+    "default",
     "fee",
     "derive",
     "factor",
     "minimum",
     "no_cached_rate",
 )  # in the order they are applied
+_TABLES = ("provider", "upstream", "compiled", "model", *RULE_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +60,10 @@ class Rule:
     kind "factor": `rates` is empty, `factor` multiplies the dimensions in `on` (empty: all tokens).
     kind "fee": `rates` price dimensions that the model's rows do not. kind "derive": dimension
     `on[0]` costs `factor` times dimension `on[1]`. kind "minimum": at least `factor` of unit
-    `on[0]` is billed. kind "no_cached_rate": somebody looked, and the provider publishes no price
-    of cached input; `note` names where and when. `always` factors hold beside a row that prices
-    the same condition itself.
+    `on[0]` is billed. kind "default": where a request leaves it out, `conditions` hold, and each
+    of unit `on[1]` is `factor` of unit `on[0]`. kind "no_cached_rate": somebody looked, and the
+    provider publishes no price of cached input; `note` names where and when. `always` factors hold
+    beside a row that prices the same condition itself.
     """
 
     kind: str
@@ -68,6 +76,7 @@ class Rule:
     start: dt.date | None
     until: dt.date | None
     note: str
+    conditions: Mapping[str, str]
 
     def concerns(self, names: Iterable[str], day: dt.date) -> bool:
         """True when the rule is for a model of one of these names on `day`."""
@@ -173,8 +182,56 @@ def _rule_of(kind: str, table: Mapping[str, Any], provider: str) -> Rule:
         always=bool(table.get("always", False)),
         start=row.start,
         until=row.until,
+        conditions={str(k): str(v) for k, v in table.get("conditions", {}).items()},
         note=note,
     )
+
+
+def _own_text(path: Path, kind: str, provider: str, raw: bytes) -> str:
+    """The text of a user's price file; what was not installed by `refresh` is read whole first."""
+    seal = path.parent.parent / SEALS / f"{kind}-{path.stem}"
+    if seal.exists() and seal.read_bytes() == sealed(raw):
+        return raw.decode()
+    try:
+        return checked(kind, provider, raw, str(path))
+    except PriceError as error:
+        raise PriceError(str(error), _WAY_OUT) from None
+
+
+def sealed(raw: bytes) -> bytes:
+    """What a seal holds of a file that was found right."""
+    return hashlib.blake2b(raw, digest_size=16).hexdigest().encode()
+
+
+def checked(kind: str, provider: str, raw: bytes, name: str) -> str:
+    """A price file's text once every row of it was read. A PriceError names file and line."""
+    try:
+        document = toml_file.parsed(raw, name)
+    except NotToml as error:
+        raise PriceError(str(error)) from None
+    for table in ("model", *RULE_KINDS):
+        rows = document.table.get(table, [])
+        if not isinstance(rows, list):
+            raise PriceError(f"{document.at(table)}: write it under a line [[{table}]]")
+        for index, row in enumerate(rows):
+            try:
+                _model_of(row, provider) if table == "model" else _rule_of(table, row, provider)
+            except PriceError as error:
+                raise PriceError(f"{document.at(table, index)}: {error}") from None
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                what = "something in it is not what a price file holds; see docs/pricing.md"
+                raise PriceError(f"{document.at(table, index)}: [[{table}]]: {what}") from None
+    for key in document.table:
+        if key not in _TABLES:
+            near = nearest(key, _TABLES)
+            hint = f"; did you mean {near}?" if near else ""
+            raise PriceError(f"{document.at(key)}: unknown setting {shown_value(key)}{hint}")
+    text = raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n")
+    try:
+        PriceFile(provider, text, by_hand=kind == "overlay")
+    except PriceError as error:
+        raise PriceError(f"{name}: {error}") from None
+    return text
 
 
 class Shelf:
@@ -196,16 +253,15 @@ class Shelf:
         texts: dict[tuple[str, str], str] = {}
         for (kind, provider), path in sorted(paths.items()):
             if path.stat().st_size > _FILE_BYTES_MAX:
-                raise PriceError(f"{path}: larger than any price file ({_FILE_BYTES_MAX} bytes)")
+                what = f"{path}: larger than any price file ({_FILE_BYTES_MAX:,} bytes)"
+                raise PriceError(what, _WAY_OUT)
             raw = path.read_bytes()
             digest.update(f"{kind}/{provider}\0{len(raw)}\0".encode())
             digest.update(raw)
-            try:
-                texts[(kind, provider)] = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                raise PriceError(
-                    f"{path}: not UTF-8 text", "halton-meter pricing refresh --undo"
-                ) from None
+            if path.is_relative_to(BUNDLED):
+                texts[(kind, provider)] = raw.decode()
+            else:
+                texts[(kind, provider)] = _own_text(path, kind, provider, raw)
         return cls(texts), digest.hexdigest()
 
     def file(self, kind: str, provider: str) -> PriceFile | None:

@@ -16,7 +16,7 @@ from typing import Any
 History = dict[str, dict[str, Any]]
 Change = tuple[str, str]  # (model, what happened, in words)
 
-_NOT_RATES = frozenset({"from", "when", "hours", "checked", "source", "note", "evidence"})
+_NOT_RATES = frozenset({"from", "when", "hours", "days", "checked", "source", "note", "evidence"})
 # What ends a TOML string or may not stand in one as it is: control characters, C1's for the reader.
 _NOT_PLAIN = re.compile(r'[\x00-\x1f\x7f-\x9f\\"]')
 
@@ -24,7 +24,8 @@ _NOT_PLAIN = re.compile(r'[\x00-\x1f\x7f-\x9f\\"]')
 def row_identity(row: Mapping[str, Any]) -> tuple[str, ...]:
     """What makes two rows rows of the same price."""
     when = ",".join(f"{k}={v}" for k, v in sorted(row.get("when", {}).items()))
-    return (str(row.get("from", "")), when, "-".join(row.get("hours", ())))
+    days = ",".join(map(str, row.get("days", ())))
+    return (str(row.get("from", "")), when, "-".join(row.get("hours", ())), days)
 
 
 def rates_in(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,11 +65,18 @@ _OWN_PREFIXES = {
     "moonshotai": ("moonshotai", "moonshot"),
     "perplexity": ("perplexity",),
 }
+# The last line names those that say that they sell at the makers' prices, or use the user's keys.
 _ROUTERS = frozenset(
-    {"openrouter", "vercel_gateway", "portkey", "requesty", "pydantic_gateway", "heroku"}
-)
+    {
+        "openrouter", "vercel_gateway", "portkey", "requesty", "pydantic_gateway", "heroku",
+        "amp", "braintrust", "factory", "gitlab", "kilo", "opencode", "roocode",
+    }
+)  # fmt: skip
 # Whose names a router may pass on unqualified; names of different makers do not collide.
-_PASSED_ON = ("openai", "anthropic", "gemini", "xai", "mistral", "deepseek", "cohere")
+_PASSED_ON = (
+    "openai", "anthropic", "gemini", "xai", "mistral", "deepseek", "cohere", "zai", "moonshotai",
+    "minimax",
+)  # fmt: skip
 
 _PATH = re.compile(r"^(?:.*[/:])?(?:models|foundation-model|inference-profile)/")
 _REGION = re.compile(r"^(?:us-gov|us|eu|apac|au|jp|ca|sa|global)\.(?=[a-z0-9-]+\.)")

@@ -16,8 +16,6 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import os
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -25,12 +23,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from halton_meter import toml_file
+from halton_meter.toml_file import Document, NotToml, nearest, shown_value
+from halton_meter.vocabulary import TOKEN_DIMENSIONS, UNITS
 from pricing.names import canonical_provider
-from pricing.rates import PriceError, Rate, decimal_of, rates_of, row_of
+from pricing.rates import PriceError, Rate, decimal_of, dimension, rates_of, row_of
 
 FILE_NAME = "pricing.toml"
+_FILE_BYTES_MAX = 8 << 20
 _OVERRIDES_MAX = 10_000
-_HEAD = re.compile(r"\s*\[\[\s*[\"']?override[\"']?\s*\]\]")
+_TABLE = "override"
+_KEYS = ("model", "provider", "from", "rates", "factor", "discount", "note")
+_WAY_OUT = "correct that, or drop all of your own prices: halton-meter pricing reset --all"
 _HUNDRED = Decimal(100)
 
 
@@ -62,32 +66,40 @@ class Override:
 
 def read(home: Path | None) -> tuple[Override, ...]:
     """The overrides of `home`, in the order written; none when there is no file."""
-    path = home / FILE_NAME if home else None
-    if path is None or not path.exists():
-        return ()
     try:
-        return _parsed(path.read_bytes())
-    except PriceError as error:
-        raise PriceError(f"{path}: {error}", "halton-meter pricing reset --all") from None
+        document = None if home is None else toml_file.read(home / FILE_NAME, _FILE_BYTES_MAX)
+    except NotToml as error:
+        raise PriceError(str(error), _WAY_OUT) from None
+    return () if document is None else _overrides(document)
 
 
-def _parsed(raw: bytes) -> tuple[Override, ...]:
-    """The overrides that a file's bytes hold; a PriceError names the line."""
-    try:
-        text = raw.decode("utf-8")
-        tables = tomllib.loads(text).get("override", [])
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise PriceError(f"no UTF-8 text (at line {line})") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number too long for int
-        raise PriceError(str(error)) from None
+def _overrides(document: Document) -> tuple[Override, ...]:
+    """The overrides of a file; a PriceError names the line."""
+    for key in document.table:
+        if key != _TABLE:
+            near = f"; did you mean [[{_TABLE}]]?" if nearest(key, (_TABLE,)) else ""
+            what = f"unknown setting {shown_value(key)}{near or f'; known is [[{_TABLE}]]'}"
+            raise PriceError(f"{document.at(key)}: {what}", _WAY_OUT)
+    tables = document.table.get(_TABLE, [])
     if not isinstance(tables, list) or len(tables) > _OVERRIDES_MAX:
-        raise PriceError(f"[[override]] must be a list of at most {_OVERRIDES_MAX}")
-    heads = [n for n, line in enumerate(text.split("\n"), 1) if _HEAD.match(line)]
-    places = [f"line {n}, override {i}" for i, n in enumerate(heads, 1)]
-    if len(places) != len(tables):  # written as a list of inline tables
-        places = [f"override {i}" for i, _ in enumerate(tables, 1)]
-    return tuple(map(override_of, tables, places))
+        what = f"[[{_TABLE}]] must be a list of at most {_OVERRIDES_MAX}"
+        raise PriceError(f"{document.at(_TABLE)}: {what}", _WAY_OUT)
+    found = []
+    for index, table in enumerate(tables):
+        try:
+            found.append(override_of(table))
+        except WrongOverride as error:
+            where = document.at(_TABLE, index, *error.keys)
+            raise PriceError(f"{where}: override {index + 1}: {error}", _WAY_OUT) from None
+    return tuple(found)
+
+
+class WrongOverride(PriceError):
+    """An override that cannot be used; `keys` lead to what is wrong in it."""
+
+    def __init__(self, what: str, *keys: str) -> None:
+        super().__init__(what)
+        self.keys = keys
 
 
 def digest(overrides: Sequence[Override]) -> str:
@@ -96,42 +108,82 @@ def digest(overrides: Sequence[Override]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def override_of(table: Mapping[str, Any], where: str) -> Override:
-    """An override from its TOML table."""
+def override_of(table: Mapping[str, Any]) -> Override:
+    """An override from its TOML table. Raises WrongOverride."""
     if not isinstance(table, Mapping):
-        raise PriceError(f"{where}: write it under a line [[override]]")
-    model = str(table.get("model", "")).strip().lower()
+        raise WrongOverride(f"write it under a line [[{_TABLE}]]")
+    for key in table:
+        if key not in _KEYS:
+            near = nearest(key, _KEYS)
+            hint = f"did you mean {near}?" if near else f"known are {', '.join(_KEYS)}"
+            raise WrongOverride(f"unknown setting {shown_value(key)}; {hint}", key)
+    model = _text(table, "model").lower()
     if not model:
-        raise PriceError(f"{where}: no model; write a name or a glob such as 'gpt-5*'")
+        raise WrongOverride("no model; write a name or a glob such as 'gpt-5*'", "model")
     given = [key for key in ("rates", "factor", "discount") if key in table]
     if len(given) != 1:
-        raise PriceError(f"{where}: give one of rates, factor or discount")
-    factor = _factor(table, where)
-    head = {"from": table["from"]} if "from" in table else {}
-    rates = {}
-    if factor is None:
-        values = table["rates"]
-        if not isinstance(values, Mapping) or not values:
-            raise PriceError(f'{where}: rates must be a table such as {{ input = "1.0" }}')
-        rates = rates_of({**head, **values, "note": "your override"}, "your override", where)
+        raise WrongOverride("give one of rates, factor or discount", *given[1:2])
+    factor = _factor(table)
     return Override(
         model=model,
-        provider=canonical_provider(str(table.get("provider", "*"))),
-        start=row_of(head, None, where).start,
+        provider=canonical_provider(_text(table, "provider") or "*"),
+        start=_start(table),
         factor=factor,
-        rates=rates,
+        rates=_rates(table) if factor is None else {},
         note=str(table["note"]) if "note" in table else None,
         table=dict(table),
     )
 
 
-def _factor(table: Mapping[str, Any], where: str) -> Decimal | None:
+def _text(table: Mapping[str, Any], key: str) -> str:
+    """A name; "" where there is none."""
+    value = table.get(key, "")
+    if not isinstance(value, str) or (key in table and not value.strip()):
+        raise WrongOverride(f"{key} must be a name in quotes, not {shown_value(value)}", key)
+    return value.strip()
+
+
+def _start(table: Mapping[str, Any]) -> dt.date | None:
+    head = {"from": table["from"]} if "from" in table else {}
+    try:
+        return row_of(head, None, "from").start
+    except PriceError as error:
+        raise WrongOverride(str(error), "from") from None
+
+
+def _rates(table: Mapping[str, Any]) -> dict[str, Rate]:
+    values = table["rates"]
+    if not isinstance(values, Mapping) or not values:
+        raise WrongOverride('rates must be a table such as { input = "1.0" }', "rates")
+    head = {"from": table["from"]} if "from" in table else {}
+    known = TOKEN_DIMENSIONS.union(UNITS)
+    rates: dict[str, Rate] = {}
+    for key, value in values.items():
+        if dimension(key)[0] not in known:
+            near = nearest(key, sorted(known))
+            hint = f"; did you mean {near}?" if near else ""
+            raise WrongOverride(f"{key}: nothing is billed by that name{hint}", "rates", key)
+        _amount(value, f"rates.{key}", "rates", key)
+        rates |= rates_of({**head, key: value, "note": "your override"}, "your override", "")
+    return rates
+
+
+def _amount(value: object, where: str, *keys: str) -> Decimal:
+    try:
+        return decimal_of(value, where)
+    except PriceError as error:
+        raise WrongOverride(str(error), *keys) from None
+
+
+def _factor(table: Mapping[str, Any]) -> Decimal | None:
     if "factor" in table:
-        return decimal_of(table["factor"], f"{where}.factor")
+        return _amount(table["factor"], "factor", "factor")
     if "discount" in table:
-        percent = decimal_of(str(table["discount"]).strip().rstrip("%"), f"{where}.discount")
+        text = str(table["discount"]).strip().rstrip("%")
+        percent = _amount(text, "discount", "discount")
         if percent > _HUNDRED:
-            raise PriceError(f"{where}.discount: {table['discount']} is more than the whole price")
+            what = f"discount: {table['discount']} is more than the whole price"
+            raise WrongOverride(what, "discount")
         return (_HUNDRED - percent) / _HUNDRED
     return None
 
@@ -151,7 +203,10 @@ def write(home: Path, overrides: Sequence[Override]) -> Path:
         raw = ("\n".join(lines) + "\n").encode("utf-8")
     except UnicodeEncodeError:
         raise PriceError("a name that is no UTF-8 text cannot be kept") from None
-    _parsed(raw)
+    try:
+        _overrides(toml_file.parsed(raw, FILE_NAME))
+    except NotToml as error:
+        raise PriceError(str(error)) from None
     home.mkdir(parents=True, exist_ok=True)
     path = home / FILE_NAME
     partial = path.with_suffix(".toml.partial")

@@ -14,6 +14,7 @@ from decimal import Context, Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from halton_meter.problem import Problem
+from halton_meter.toml_file import shown_value
 
 # Amounts are exact: no rate times a count reaches 60 digits. Only a division by 3600 or 60 rounds,
 # at 28 digits, beyond any unit of money. Own contexts, so that no caller's can change a price.
@@ -26,6 +27,7 @@ _HEAD_KEYS = frozenset(
         "until",
         "when",
         "hours",
+        "days",
         "checked",
         "source",
         "note",
@@ -44,6 +46,7 @@ _SUFFIXES = (
 # How a rate's note begins when its figure was not read at the vendor's own page.
 UNCONFIRMED = "unconfirmed"
 _POWERS_OF_TEN = frozenset({1, 1000, 1_000_000})
+_WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _TIER_KEYS = frozenset({"above", "at_least", "marginal"})
 
 
@@ -51,7 +54,7 @@ class PriceError(ValueError):
     """A price file or an override that cannot be used; `problem` says which, why, and the fix."""
 
     def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(f"{what}; run: {fix}" if fix else what)
+        super().__init__(f"{what}; fix: {fix}" if fix else what)
         self.problem = Problem(what, fix)
 
 
@@ -107,10 +110,10 @@ def decimal_of(value: object, where: str) -> Decimal:
     """A finite, non-negative amount, or PriceError naming `where`."""
     try:
         amount = Decimal(str(value))
-    except InvalidOperation:
+    except (InvalidOperation, ValueError):  # or an int of more digits than Python prints
         amount = Decimal(-1)
     if not amount.is_finite() or amount < 0:
-        raise PriceError(f"{where}: {value!r} is no amount of money")
+        raise PriceError(f"{where}: {shown_value(value)} is no amount of money; write it as 0.8")
     return amount
 
 
@@ -137,6 +140,7 @@ class Row:
     until: dt.date | None = None
     when: Mapping[str, str] = field(default_factory=dict)
     hours: tuple[int, int] | None = None  # minutes of the UTC day
+    days: frozenset[str] = frozenset()  # "sat", "2026-10-01": the only ones on which it holds
     replace: bool = False
 
     def all_rates(self) -> Iterator[Rate]:
@@ -148,6 +152,8 @@ class Row:
         """True when the row is in force at `moment` (UTC)."""
         day = moment.date()
         if (self.start and day < self.start) or (self.until and day >= self.until):
+            return False
+        if self.days and not self.days & {_WEEKDAYS[day.weekday()], day.isoformat()}:
             return False
         if self.hours is None:
             return True
@@ -196,6 +202,7 @@ def row_of(table: Mapping[str, Any], source: str | None, where: str) -> Row:
         until=_date(table.get("until"), where),
         when={str(k): str(v) for k, v in table.get("when", {}).items()},
         hours=(_minutes(hours[0]), _minutes(hours[1])) if hours else None,
+        days=frozenset(str(day) for day in table.get("days", ())),
         replace=bool(table.get("replace", False)),
     )
 
@@ -215,7 +222,7 @@ def _date(value: object, where: str) -> dt.date | None:
     try:
         return dt.date.fromisoformat(str(value))
     except ValueError:
-        raise PriceError(f"{where}: {value!r} is no date; write YYYY-MM-DD") from None
+        raise PriceError(f"{where}: {shown_value(value)} is no date; write YYYY-MM-DD") from None
 
 
 def matches(when: Mapping[str, str], context: Mapping[str, str]) -> bool:
@@ -243,5 +250,5 @@ def in_force(rows: Iterable[Row], moment: dt.datetime) -> Row | None:
     return best
 
 
-def _rank(row: Row) -> tuple[dt.date, bool]:
-    return (row.start or dt.date.min, row.hours is not None)
+def _rank(row: Row) -> tuple[dt.date, bool, bool]:
+    return (row.start or dt.date.min, row.hours is not None, bool(row.days))

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pricing.files import BUNDLED, RULE_KINDS, PriceFile
+from pricing.files import BUNDLED, RULE_KINDS, SEALS, checked, sealed
 from pricing.history import History, describe, merged
 from pricing.rates import PriceError
 
@@ -52,8 +52,9 @@ def install(raw: bytes, home: Path, sha256: str | None, *, dry_run: bool = False
     files = _unpacked(raw)
     lines: list[str] = []
     conflicts: list[str] = []
-    for (kind, provider), text in files.items():
-        _check(kind, provider, text)
+    for (kind, provider), written in files.items():
+        text = checked(kind, provider, written.encode(), f"{kind}/{provider}.toml")
+        files[(kind, provider)] = text
         recorded = _recorded(home, kind, provider)
         _, changes, clashes = merged(_history(recorded), _history(text))
         gone = [m for m, what in changes if what.startswith("no longer listed")]
@@ -98,15 +99,6 @@ def _unpacked(raw: bytes) -> dict[tuple[str, str], str]:
     return files
 
 
-def _check(kind: str, provider: str, text: str) -> None:
-    """Parse every row, so that a bad file is refused now and not at the first request."""
-    try:
-        tomllib.loads(text)
-        list(PriceFile(provider, text, by_hand=kind == "overlay").models())
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
-        raise PriceError(f"{kind}/{provider}.toml: {error}") from None
-
-
 def _recorded(home: Path, kind: str, provider: str) -> str:
     for folder in (home / "prices", BUNDLED):
         path = folder / kind / f"{provider}.toml"
@@ -140,6 +132,9 @@ def _write(files: dict[tuple[str, str], str], folder: Path) -> None:
         path = partial / kind / f"{provider}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
+        seal = partial / SEALS / f"{kind}-{provider}"
+        seal.parent.mkdir(exist_ok=True)
+        seal.write_bytes(sealed(text.encode()))
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)

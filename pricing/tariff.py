@@ -44,6 +44,10 @@ class Tariff:
     model: str | None
     levels: tuple[Level, ...] = ()
     minimums: Mapping[str, Decimal] = field(default_factory=dict)
+    # What a request may leave out: (unit, how much of it, why) of each of another unit; and the
+    # dimensions whose price depends on a condition that is assumed.
+    defaults: Mapping[str, tuple[str, Decimal, str]] = field(default_factory=dict)
+    assumed: frozenset[str] = frozenset()
     missing: str | None = None
     origin: str | None = None  # "override", "overlay" or "compiled"
     no_cached_rate: str | None = None  # who publishes no price of cached input, and who looked
@@ -84,16 +88,19 @@ def tariff_for(
             return Tariff(None, missing=f"model={model}")
         return Tariff(model, (Level(0, override.rates),), origin="override")
     model_id = found[0].id
+    concerned = [
+        rule
+        for file in files
+        for rule in file.rules
+        if rule.concerns({model_id.lower(), name}, moment.date())
+    ]
+    left_out = _left_out(concerned, context)
+    context |= left_out
     rows, covered, origin = _rows(found, context, moment)
     if rows is None:
         return Tariff(model_id, missing=f"date={moment.date()}")
     levels = _levels(rows)
-    rules = [
-        rule
-        for file in files
-        for rule in file.rules
-        if rule.concerns({model_id.lower(), name}, moment.date()) and matches(rule.when, context)
-    ]
+    rules = [rule for rule in concerned if matches(rule.when, context)]
     levels, covered = _apply(rules, levels, covered, context)
     for key in _MUST_BE_PRICED:
         if key in context and key not in covered and not (override and override.rates):
@@ -104,8 +111,38 @@ def tariff_for(
             Level(level.above, override.applied(level.rates), level.marginal) for level in levels
         )
     minimums = {r.on[0]: r.factor for r in rules if r.kind == "minimum"}
+    defaults = {r.on[1]: (r.on[0], r.factor, r.note) for r in rules if r.kind == "default" and r.on}
     looked = next((rule.note for rule in rules if rule.kind == "no_cached_rate"), None)
-    return Tariff(model_id, levels, minimums, origin=origin, no_cached_rate=looked)
+    return Tariff(
+        model_id,
+        levels,
+        minimums,
+        defaults,
+        _depending(found, left_out, moment),
+        origin=origin,
+        no_cached_rate=looked,
+    )
+
+
+def _left_out(rules: Iterable[Rule], context: Mapping[str, str]) -> dict[str, str]:
+    """The documented conditions of what a request leaves out, or leaves to the provider."""
+    found: dict[str, str] = {}
+    for rule in rules:
+        if rule.kind == "default" and matches(rule.when, context):
+            for name, value in rule.conditions.items():
+                if context.get(name, "auto") == "auto":
+                    found.setdefault(name, value)
+    return found
+
+
+def _depending(
+    found: Iterable[Model], left_out: Mapping[str, str], moment: dt.datetime
+) -> frozenset[str]:
+    """The dimensions that another value of what was left out would have priced otherwise."""
+    rows = (row for model in found for row in model.rows if row.holds(moment))
+    return frozenset(
+        name for row in rows if not left_out.keys().isdisjoint(row.when) for name in row.rates
+    )
 
 
 def _override_for(

@@ -28,6 +28,7 @@ from capture.functions.finder_protocol import library_from_json, library_json
 from capture.functions.library import Library, Probe
 from capture.functions.stacks import PROGRAMS, Stack
 from capture.helper import main as helper
+from capture.helper.files.searches import Finder
 from capture.helper.handover import Hold
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from capture.helper.scope import Refused
@@ -377,7 +378,7 @@ class Commanded:
             check_owner=self._check, set_hosts=self._hosts, tree=tree, restricted=False
         )
         relay = Spool.new(SPOOL_BYTES), Receipt.new()
-        self.helper = made = helper.Helper(far, Hold(), kernel, relay, scope)
+        self.helper = made = helper.Helper(far, Hold(), kernel, relay, scope, Finder())
         made._forwarder.connect(far)
         made.report = lambda: made._forwarder.put(  # type: ignore[method-assign]
             protocol.encode_message(protocol.REPORT, {"x": "y" * 10_000})
@@ -419,7 +420,7 @@ class Commanded:
 
 @given(
     anything(["id", "do", "pid", "hosts", "from"]),
-    st.sampled_from(["root", "watch", "hosts", "report", "barrier", "read", ""]),
+    st.sampled_from(["root", "watch", "search", "hosts", "report", "barrier", "read", ""]),
 )
 @quick
 def test_nothing_that_its_reader_says_ends_the_helper(raw: bytes, do: str) -> None:

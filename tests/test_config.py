@@ -145,7 +145,7 @@ def test_a_provider_of_another_name(wrong: str, meant: str) -> None:
         parse(f'[hosts]\n"llm.example.com" = "{wrong}"\n'.encode(), "c.toml")
     name = wrong.partition(":")[0]
     said = f'c.toml:2: [hosts] "llm.example.com": no provider is called "{name}"; did you mean '
-    assert str(refused.value).startswith(f'{said}"{meant}"? Known: ai21, ')
+    assert str(refused.value).startswith(f'{said}"{meant}"? Known: openai, anthropic, ')
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_meter_is_made_at_bundled_prices_and_the_trouble_names_file_line_and_c
     (home / "pricing.toml").write_bytes(raw)
     _, trouble = make_meter(home, {})
     assert trouble is not None
-    for words in ("bundled prices are used", f"{home}/pricing.toml", f"line {line}", WAY_OUT):
+    for words in ("bundled prices are used", f"{home}/pricing.toml:{line}: ", WAY_OUT):
         assert words in trouble
     assert f"halton-meter: {trouble}" in capsys.readouterr().err
     (home / "pricing.toml").unlink()
@@ -120,8 +120,8 @@ def test_replay_says_so_and_exits_with_1(home: Path) -> None:
 def test_doctor_reports_it(home: Path) -> None:
     (home / "pricing.toml").write_text(BROKEN)
     said = CliRunner().invoke(main, ["doctor"]).stdout
-    assert f"✗ prices: {home}/pricing.toml: " in said
-    assert f"    fix: {WAY_OUT}\n" in said
+    assert f"✗ prices: {home}/pricing.toml:1: " in said
+    assert f"    fix: correct that, or drop all of your own prices: {WAY_OUT}\n" in said
     (home / "pricing.toml").write_text('[[override]]\nmodel = "m"\nfactor = "1"\n')
     assert "✓ prices: " in CliRunner().invoke(main, ["doctor"]).stdout
 

@@ -15,6 +15,7 @@ from capture.functions.stacks import INSTEAD, STACKS, Stack
 from capture.helper.discovery import Discovery, Watched
 from capture.helper.files.attachments import File
 from capture.helper.process_tree import ProcessTree
+from capture.helper.sockets import LATE, SEARCHED, Cause
 from capture.processes import proc
 from capture.processes.proc import talks_tls
 from halton_meter.model import Process
@@ -24,11 +25,20 @@ UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
 )
-SEARCHED_ADVICE = (
-    "its TLS library was still being searched; the search goes on: what you run next is metered"
-)
+SEARCHED_ADVICE = "its TLS library was still being searched; the search goes on: run it again"
+FOUND_LATE_ADVICE = "its TLS library was found only after it had ended: run it again"
 UNKNOWN = "unknown"
+# Why a connection was not metered, of a process that is known.
+REFUSED, NOT_PROBED, UNKNOWN_LIBRARY, PASSED_BY = (
+    "functions_not_found",
+    "stack_not_probed",
+    "stack_unknown",
+    "nothing_passed",
+)
 RECENT_MAX = 200  # metered processes remembered after they ended
+
+
+_NOTHING = Watched(None)
 
 
 class Coverage:
@@ -39,12 +49,17 @@ class Coverage:
         self._tree = tree
         self._recent: dict[int, dict[str, Any]] = {}
         self._ended: dict[int, dict[str, Any]] = {}  # what was not metered of them
+        self._ended_early: dict[int, Watched] = {}  # of those, before the search in a file did
         discovery.on_gone = self._note_ended
 
     def lines(self) -> list[dict[str, Any]]:
         """One line a process, those that were metered first."""
         lines = [self._metered_line(pid, line) for pid, line in self._recent.items()]
-        lines += [line for pid, line in self._ended.items() if pid not in self._discovery.watched]
+        lines += [
+            self._ended_line(pid, line)
+            for pid, line in self._ended.items()
+            if pid not in self._discovery.watched
+        ]
         for pid, watched in self._discovery.watched.items():
             if len(lines) >= LINES_MAX:
                 break
@@ -74,8 +89,35 @@ class Coverage:
         if line is not None:
             self._ended.pop(pid, None)
             if len(self._ended) >= RECENT_MAX:
-                self._ended.pop(next(iter(self._ended)))
+                oldest = next(iter(self._ended))
+                del self._ended[oldest]
+                self._ended_early.pop(oldest, None)
             self._ended[pid] = line
+            if any(file.searching for file in self._files_of(watched)):
+                self._ended_early[pid] = watched
+
+    def _ended_line(self, pid: int, line: dict[str, Any]) -> dict[str, Any]:
+        """What is known by now of a process that ended before the search in its file did."""
+        if (watched := self._ended_early.get(pid)) is None:
+            return line
+        files = self._files_of(watched)
+        if any(file.searching for file in files):
+            return line
+        found = _stack_line(watched.java, files) or {"advice": FOUND_LATE_ADVICE}
+        return line | found
+
+    def waits_for_searches(self) -> bool:
+        """Whether a search is under way that tells why a process was not metered."""
+        lookups = self._discovery.lookups
+        asked = [
+            watched
+            for pid, watched in self._discovery.watched.items()
+            if lookups.hosts(pid) or talks_tls(pid)
+        ]
+        files = (
+            file for each in (*asked, *self._ended_early.values()) for file in self._files_of(each)
+        )
+        return any(file.searching for file in files)
 
     def _files_of(self, watched: Watched) -> list[File]:
         files_by_id = self._discovery.files.files
@@ -97,6 +139,33 @@ class Coverage:
         if seconds is None:
             return None
         return f"probed {seconds:.1f} s after its start: what it sent before that is not metered"
+
+    def cause(self, pid: int, at_ns: int) -> Cause:
+        """Why a connection that a process used at that (monotonic) time was not metered."""
+        watched = self._discovery.watched.get(pid) or self._ended_early.get(pid)
+        known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
+        files = [file for file in known if file and not file.is_linker]
+        probed_at_ns = max(
+            (self._discovery.probed_at_ns.get(each, 0) for each in (watched or _NOTHING).files),
+            default=0,
+        )
+        probed = next((file for file in files if file.probes), None)
+        if probed and probed_at_ns > at_ns:
+            return Cause(LATE, _stack_of(probed))
+        line = _stack_line(bool(watched and watched.java), files)
+        if line is not None:
+            refused = line["state"] == "not_recognised"
+            return Cause(REFUSED if refused else NOT_PROBED, line["stack"])
+        if searched := next((file for file in files if file.searching), None):
+            return Cause(SEARCHED, searched.library.stack.value if searched.library else UNKNOWN)
+        return Cause(PASSED_BY if probed else UNKNOWN_LIBRARY, UNKNOWN)
+
+    def metered_stack(self, pid: int) -> str | None:
+        """The stack in the first of a process's files that is probed; None when none is known."""
+        watched = self._discovery.watched.get(pid)
+        known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
+        probed = next((file for file in known if file and file.probes and not file.is_linker), None)
+        return _stack_of(probed) if probed else None
 
     def metered(self, process: Process, host: str) -> None:
         """Note that a process was metered: it stays listed after its end."""

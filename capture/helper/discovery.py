@@ -48,6 +48,7 @@ SCAN_S = 0.01  # for one process; who maps more that is new is looked at again, 
 SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
+_OF_SOCKETS = (protocol.SOCKET_SEEN, protocol.SOCKET_ENDED, protocol.USED, protocol.QUIC)
 HELD_LIBRARY_BYTES_MAX = 64 << 20  # a search takes less than 0.2 s
 TLS_NAMES = ("ssl", "tls", "nspr")
 SYSTEM_FOLDERS = ("/lib", "/usr/lib")
@@ -99,12 +100,14 @@ class Discovery:
         scope: EnforcedScope,
         on_change: Callable[[], None],
         on_open: Callable[[protocol.Record], None] = lambda _: None,
+        on_socket: Callable[[protocol.Record], None] = lambda _: None,
     ) -> None:
         self._process_ring = process_ring
         self.files = files
         self._scope = scope
         self._on_change = on_change
         self._on_open = on_open
+        self._on_socket = on_socket
         self.identities = Identities(self._runs_another)
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
@@ -112,6 +115,8 @@ class Discovery:
         self.unnamed: dict[int, set[int]] = {}
         self.late = 0
         self.late_by_pid: dict[int, float] = {}
+        # Files that got their probes while they ran, as far as we know, and when.
+        self.probed_at_ns: dict[FileId, int] = {}
         self.sweep_at = 0.0
         self._holder = Holder()
         # Whose programs' files are searched, and until when that is waited for.
@@ -177,6 +182,8 @@ class Discovery:
                     record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
                 )
                 self._on_open(record)
+            elif record.kind in _OF_SOCKETS:
+                self._on_socket(record)
 
     def act_on_news(self) -> None:
         """Take the news and act on all of it: for the loop alone, never while a scan goes on."""
@@ -201,6 +208,11 @@ class Discovery:
         elif record.kind == protocol.UNNAMED:
             self.unnamed.setdefault(record.tgid, set()).add(record.ssl)
             self.identities.of(record.tgid)
+            self._on_change()
+        elif record.kind == protocol.SOCKET_SEEN:
+            # What it maps tells why it is not metered, if it is not: it may be gone soon.
+            self._schedule_once(record.tgid, 0.0)
+        elif record.kind == protocol.SOCKET_ENDED:
             self._on_change()
         elif record.kind == protocol.LEARNED:
             self.files.learned(record.offset, record.length)
@@ -484,6 +496,8 @@ class Discovery:
         """Count who runs files that got their probes just now, and talked TLS before."""
         files = self.files.files
         probed = {each for each in found if files[each].probes and not files[each].is_linker}
+        for each in probed:
+            self.probed_at_ns.setdefault(each, time.monotonic_ns())
         for pid, watched in self.watched.items():
             if watched.executed is not None and watched.files & probed and talks_tls(pid):
                 self.late += 1
@@ -540,6 +554,8 @@ class Discovery:
             del self.unnamed[pid]
         for pid in self._series_of.keys() - alive:
             del self._series_of[pid]
+        for each in self.probed_at_ns.keys() - self.files.files.keys():
+            del self.probed_at_ns[each]
         self._unswept = sorted(alive - {os.getpid()}, reverse=True)
 
     def settle(self, until: float) -> None:

@@ -6,7 +6,8 @@ after SIGSTOP. And the kernel lets it go by itself the moment we die, however we
 does all of it, as the kernel takes commands about a process from the thread alone that seized it;
 it lets a process go at its deadline, whatever the helper is at. Who must not be held is not known
 here (`discovery.py`). Where the kernel refuses (a debugger has the process already; Yama's
-strictest setting), the process is not held, and goes on.
+strictest setting), the process is not held, and goes on. A thread that waits in one of the few
+calls that a stop would end with EINTR (signal(7)) is left to wait, and stopped when it goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import queue
 import signal
 import threading
@@ -27,6 +29,11 @@ TICK_S = 0.002
 """Between two looks while a process is held."""
 _SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
 _EVENT_STOP = 128
+# epoll_wait and its kin, semop, semtimedop, rt_sigtimedwait, io_getevents, io_pgetevents.
+_ENDED_BY_A_STOP = {
+    "x86_64": frozenset((232, 281, 441, 65, 220, 128, 208, 333)),
+    "aarch64": frozenset((22, 441, 193, 192, 137, 4, 292)),
+}.get(platform.machine(), frozenset())
 _WALL = 0x40000000  # also where the process is a clone with a signal of its own
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -83,8 +90,8 @@ class Holder:
             for tid, each in list(held.items()):
                 if _is_over(tid, each, until[each.pid]):
                     del held[tid]
-            pids = {each.pid for each in held.values()}
-            until = {pid: end for pid, end in until.items() if pid in pids}
+            pids, now = {each.pid for each in held.values()}, time.monotonic()
+            until = {pid: end for pid, end in until.items() if pid in pids or end > now}
 
 
 def _seize_all(pid: int, until: float, held: dict[int, _Held]) -> None:
@@ -93,8 +100,17 @@ def _seize_all(pid: int, until: float, held: dict[int, _Held]) -> None:
         return
     with contextlib.suppress(OSError):
         for tid in map(int, os.listdir(f"/proc/{pid}/task")):
-            if tid not in held and _seize(tid):
+            if tid not in held and not _waits(pid, tid) and _seize(tid):
                 held[tid] = _Held(pid)
+
+
+def _waits(pid: int, tid: int) -> bool:
+    """Whether a thread is blocked in a call that would not go on after a stop."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/syscall", encoding="ascii") as file:
+            return int(file.read().partition(" ")[0]) in _ENDED_BY_A_STOP
+    except (OSError, ValueError):  # it runs, or is gone
+        return False
 
 
 def _seize(tid: int) -> bool:

@@ -6,6 +6,7 @@ one attaches nothing anew, and carries on where that one was.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,3 +131,37 @@ def attach_tracepoints(kernel: Kernel, hold: Hold) -> list[int]:
         *attach_kept(hold, "exec", on_exec),
         *attach_kept(hold, "fork", on_fork),
     ]
+
+
+_STATE_LAYOUT = ("__u16 protocol;\toffset:30;", "__u8 daddr_v6[16];\toffset:56;")
+
+
+def socket_tracepoints(kernel: Kernel) -> dict[str, Callable[[], int | None]]:
+    """How to attach to what shows TCP connections, by name; None where the kernel has it not.
+
+    `opened` and `ended` show which there are, `sent` their bytes and where they lead to, `received`
+    the other bytes.
+    """
+    programs = kernel.programs
+
+    def on_state() -> int | None:
+        folder = f"{tracing_folder()}/events/sock/inet_sock_set_state"
+        with contextlib.suppress(OSError):
+            with open(f"{folder}/format", encoding="ascii") as file:
+                layout = file.read()
+            if all(each in layout for each in _STATE_LAYOUT):
+                with open(f"{folder}/id", encoding="ascii") as file:
+                    return bpf.attach_tracepoint(programs["on_socket_state"], int(file.read()))
+        return None
+
+    def raw(program: str, tracepoint: str) -> int | None:
+        with contextlib.suppress(OSError, KeyError):
+            return bpf.attach_raw_tracepoint(programs[program], tracepoint)
+        return None
+
+    return {
+        "opened": on_state,
+        "ended": lambda: raw("on_socket_destroyed", "tcp_destroy_sock"),
+        "sent": lambda: raw("on_socket_sent", "sock_send_length"),
+        "received": lambda: raw("on_socket_received", "sock_recv_length"),
+    }

@@ -42,8 +42,8 @@ class Lookups:
         return ", ".join(self._hosts[pid]) if self._hosts.get(pid) else None
 
 
-def attach_resolver(program: int) -> int | None:
-    """Probe `getaddrinfo` of this machine's C library; None where that is not possible.
+def attach_resolver(program: int, *, at_return: bool = False) -> int | None:
+    """Probe `getaddrinfo`, or its return, of this machine's C library; None where that fails.
 
     Our own process maps that library, so the dynamic linker has resolved the function already: no
     symbols are read. Closing the descriptor detaches. Containers have a C library of their own,
@@ -57,7 +57,8 @@ def attach_resolver(program: int) -> int | None:
         path, offset = found
         with open(path, "rb") as file:  # in memory there may be another helper's breakpoint
             code = os.pread(file.fileno(), 8, offset)
-        offset += probe_offset(code, os.uname().machine)
-        return bpf.attach_uprobe(program, path, offset, at_return=False)
+        if not at_return:
+            offset += probe_offset(code, os.uname().machine)
+        return bpf.attach_uprobe(program, path, offset, at_return=at_return)
     except OSError:
         return None

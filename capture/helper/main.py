@@ -19,6 +19,7 @@ import resource
 import select
 import socket
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from capture.helper.kernel import (
     attach_tracepoints,
     keep,
     load_or_inherit,
+    socket_tracepoints,
 )
 from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts
@@ -48,8 +50,10 @@ from capture.helper.relay.announcements import unannounced
 from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
 from capture.helper.scope import EnforcedScope, Refused
+from capture.helper.sockets import Sockets
 from capture.helper.standard_files import standard_files, standard_linkers
 from capture.processes import proc
+from capture.processes.sockets import established
 from halton_meter import untrusted
 from halton_meter.model import Process
 
@@ -66,6 +70,7 @@ FINISH_S = 60.0  # how long what a run began to search is searched further, behi
 COMMANDS_BYTES_MAX = 4096
 COMMANDS_S = 0.01
 REPORT_S = 10.0  # for readers that do not ask: the last report is what they have if we die
+OLDER_MAX = 1024  # connections of one process that are older than we are
 PROCESS_FRAMES_MAX = 2048  # some 1 KB each
 SETTLE_S = 5.0  # how long the start waits for what processes map; the rest is attached later
 MEMORY_MORE_BYTES = 64 << 20
@@ -101,9 +106,22 @@ class Helper:
         known, names = KnownFiles(cache), _name_locations(kernel, cache)
         self.files = Attachments(kernel.programs, known, names, self._epoll, hold, finder)
         self._discovery = Discovery(
-            kernel.process_ring, self.files, scope, self._report_soon, self._name_opener
+            kernel.process_ring,
+            self.files,
+            scope,
+            self._report_soon,
+            self._name_opener,
+            self._take_socket,
         )
         self._coverage = Coverage(self._discovery, self._tree)
+        self._sockets = Sockets(
+            bpf.Map(kernel.maps["sockets"], 8, protocol.SOCKET.size),
+            bpf.Map(kernel.maps["addresses"], 16, protocol.HOST_BYTES_MAX),
+            self._owner,
+            self._coverage.cause,
+            self._coverage.metered_stack,
+        )
+        self._sockets_seen: dict[str, bool] = {}
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._commands_refused = 0
         self._connections: dict[int, set[int]] = {}
@@ -122,6 +140,7 @@ class Helper:
         """Attach to what is there. Raises OSError, Refused."""
         kernel, discovery, scope = self._kernel, self._discovery, command["scope"]
         self._traces += attach_tracepoints(kernel, self._hold)
+        self._attach_sockets()
         for readable in (kernel.process_ring.fd, kernel.ring.fd):
             self._epoll.register(readable, select.EPOLLIN)
         for raw in kernel.connections.all_keys():  # those that a helper before us has announced
@@ -138,8 +157,13 @@ class Helper:
             self.files.attach_linker(path)
         resolver = kernel.programs["on_lookup"]
         self._traces += attach_kept(self._hold, "resolver", lambda: attach_resolver(resolver))
+        answer = kernel.programs["on_looked_up"]
+        self._traces += attach_kept(
+            self._hold, "resolved", lambda: attach_resolver(answer, at_return=True)
+        )
         discovery.sweep(time.monotonic())
         if not kernel.inherited:  # else there are probes already, and a reader waits
+            self._note_older()
             self._prepare(command.get("programs") or [])
             discovery.settle(time.monotonic() + SETTLE_S)
         if scope["uids"] or scope["everyone"]:  # a helper for one command need not look
@@ -147,6 +171,35 @@ class Helper:
             discovery.search_installs(installs)
             if installs.fileno() >= 0:
                 self._epoll.register(installs.fileno(), select.EPOLLIN)
+
+    def _attach_sockets(self) -> None:
+        """Count connections by their sockets, as far as this kernel has the tracepoints."""
+        for name, attach in socket_tracepoints(self._kernel).items():
+            links = attach_kept(self._hold, f"socket:{name}", attach)
+            self._sockets_seen[name] = bool(links)
+            self._traces += links
+        if self._kernel.inherited:
+            self._sockets.resume(self._kernel.connections)
+
+    def _note_older(self) -> None:
+        """Connections that processes in scope have had before we came."""
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if self._scope.in_scope(pid):
+                addresses = (address for address, _ in established(pid))
+                self._sockets.note_older(pid, list(islice(addresses, OLDER_MAX)))
+
+    def _take_socket(self, record: protocol.Record) -> None:
+        self._sockets.take(record)
+
+    def _owner(self, socket: protocol.Socket) -> Process:
+        """Whose connection it is."""
+        process = self._discovery.identities.of(
+            socket.tgid, at_ns=socket.opened_ns, born_ns=socket.born_ns
+        )
+        known = process or Process(
+            pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.uid
+        )
+        return self._tree.with_run(known, socket.run)
 
     def _prepare(self, programs: list[str]) -> None:
         """Search what a command may run before it runs it; where its processes can be held, no more
@@ -273,7 +326,9 @@ class Helper:
         """Look into programs that somebody is about to run; how many are searched as yet."""
         paths = untrusted.texts(command, "programs", PROGRAMS_MAX, PATH_CHARACTERS_MAX)
         found = [
-            self.files.look_at(each, os.path.realpath(each)) for each in paths if each[0] == "/"
+            self.files.look_at(each, os.path.realpath(each))
+            for each in paths
+            if each.startswith("/")
         ]
         return sum(each is not None and self.files.is_searching(each) for each in found)
 
@@ -474,6 +529,7 @@ class Helper:
             self._notices_lost = statistics["notices_lost"]
             self._close_orphans()
         statistics["files_over_limit"] = self.files.over_limit
+        statistics["socket_table_full"] += self._sockets.overlooked
         statistics["files_forgotten"] = self.files.forgotten
         attached = [
             file for file in self.files.files.values() if file.probes and not file.is_linker
@@ -484,11 +540,16 @@ class Helper:
             "libraries": sorted({file.path for file in attached}),
             "statistics": statistics,
             "coverage": self._coverage.lines(),
+            "open_connections": self._sockets.open_sums(),
+            "sockets_seen": self._sockets_seen,
             "late": self._discovery.late,
+            "waits_for_searches": self._coverage.waits_for_searches(),
             "programs_unknown": self._programs_unknown,
             "refused": self._commands.refused + self._commands_refused,
             "rss_bytes": rss_bytes(),
         }
+        if sums := self._sockets.take_sums():
+            self._forwarder.put(protocol.encode_message(protocol.CONNECTIONS, sums))
         self._forwarder.put(protocol.encode_message(protocol.REPORT, report))
         self._forwarder.flush()
 

@@ -6,7 +6,6 @@ empty; `read_process` returns None only when there is no such process any more.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from capture.processes.arguments import without_secrets
+from capture.processes.sockets import established
 from halton_meter.model import Process
 
 PARENTS_MAX = 16
@@ -23,6 +23,9 @@ PROJECT_CHARS_MAX = 200
 
 _CONTAINER = re.compile(r"(?:docker|libpod|crio|cri-containerd|containerd)[-/:]([0-9a-f]{12,64})")
 _BARE_CONTAINER = re.compile(r"/(?:docker|kubepods|lxc)[^\n]*?/([0-9a-f]{64})")
+
+
+HTTPS_PORT = 443
 
 
 def _read(path: str, limit: int = 65536) -> bytes | None:
@@ -173,17 +176,4 @@ def from_json(content: dict[str, Any]) -> Process:
 
 def talks_tls(pid: int) -> bool:
     """Has the process an established connection to port 443? To which host, nothing here knows."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                link = os.readlink(f"/proc/{pid}/fd/{name}")
-                if link.startswith("socket:["):
-                    inodes.add(link[8:-1])
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}", encoding="ascii") as f:
-            for row in f:
-                fields = row.split()
-                if fields[3:4] == ["01"] and fields[2].endswith(":01BB") and fields[9] in inodes:
-                    return True
-    return False
+    return any(port == HTTPS_PORT for _, port in established(pid))

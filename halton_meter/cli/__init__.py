@@ -112,7 +112,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _plainly():
+        with _plainly(ctx):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -140,6 +140,11 @@ class LazyGroup(click.Group):
         Root does not even import a command that never needs root.
         """
         entry = _COMMANDS.get(args[0])
+        if args[0] == "run":
+            from halton_meter.cli.configured import stand_in_folder, told_of_variables
+
+            told_of_variables(os.environ)
+            stand_in_folder()
         if entry is not None and entry.needs_root is None:
             _settle(needs_root=False)
         name, command, rest = super().resolve_command(ctx, args)
@@ -155,14 +160,14 @@ class LazyGroup(click.Group):
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def _plainly(context: click.Context | None = None) -> Iterator[None]:
     """Print click's errors as every other problem: harmlessly, as a file's name may be in them."""
     try:
         yield
     except click.UsageError as error:
         from halton_meter.cli.output import plain_usage
 
-        raise plain_usage(error) from error
+        raise plain_usage(error, context.invoked_subcommand if context else None) from error
     except click.ClickException as error:
         from halton_meter.cli.output import fail
         from halton_meter.problem import Problem

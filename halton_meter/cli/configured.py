@@ -74,16 +74,59 @@ def told(found: Loaded) -> bool:
 
 
 def no_folder(home: Path) -> str | None:
-    """What is wrong with the data folder where it is none; None where it is one, or is yet to be
-    made.
+    """What is wrong with the data folder where it can be none; None where it is one, or is yet to
+    be made.
     """
+    named = f"{_VARIABLES[0]} names" if os.environ.get(_VARIABLES[0]) else "the data folder is"
+    other = f"name another folder: export {_VARIABLES[0]}=FOLDER"
     try:
-        if home.is_dir() or not os.path.lexists(home):
+        str(home).encode()
+        found = next(each for each in (home, *home.parents) if _is_there(each))
+        if found.is_dir():
             return None
+    except UnicodeEncodeError:
+        return f"{named} {home}, which is not UTF-8 text; {other}, or: export LC_ALL=C.UTF-8"
     except OSError as error:
-        return f"the data folder {home} cannot be reached: {error.strerror}; see: ls -ld {home}"
-    named = "HALTON_METER_HOME names" if os.environ.get(_VARIABLES[0]) else "the data folder is"
-    return f"{named} {home}, which is not a folder; move it away: mv {home} {home}.old"
+        return f"{named} {home}, which cannot be reached: {error.strerror}; {other}"
+    return f"{named} {home}, and {found} is not a folder; {other}"
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name. Raises OSError where it cannot be known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def stand_in_folder() -> None:
+    """Have `run` go on where the data folder can be none: in a folder of its own, to the end."""
+    import atexit
+    import shutil
+    import tempfile
+
+    from halton_meter import accounts
+    from halton_meter.config import ConfigError
+
+    try:
+        home = accounts.home_folder()
+        what = no_folder(home)
+        if what is None and (not accounts.is_root() or accounts.invoking_account().uid == 0):
+            home.mkdir(0o700, parents=True, exist_ok=True)
+    except ConfigError as error:
+        what = error.what
+    except OSError as error:
+        what = f"the data folder {home} cannot be made: {error.strerror}"
+    if what is None:
+        return
+    note(f"{what}; what this run uses is in its summary only")
+    folder = tempfile.mkdtemp(prefix="halton-meter-")
+    os.environ[accounts.HOME_VARIABLE] = folder
+    if accounts.is_root():
+        account = accounts.invoking_account()
+        os.chown(folder, account.uid, account.gid)
+    atexit.register(shutil.rmtree, folder, True)
 
 
 def told_of_variables(environ: Mapping[str, str]) -> None:

@@ -152,10 +152,13 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
 
 
 def _serve_proxy(port: int | None) -> None:
-    from halton_meter import accounts
+    from halton_meter import accounts, config
     from halton_meter.live.proxy import run
 
-    run.serve(accounts.home_folder(), port, say)
+    home = accounts.home_folder()
+    for line in config.read(home).notes:
+        say(line)
+    run.serve(home, port, say)
 
 
 # --- the keeper -----------------------------------------------------------------------------------

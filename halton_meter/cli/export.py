@@ -1,7 +1,8 @@
-"""`halton-meter export`: stored requests as a file for other tools.
+"""`halton-meter export`: stored requests as a file for other tools, or through a pipe.
 
-The file appears whole or not at all. Exit codes: 0 done; 1 nothing stored, or the file exists or
-cannot be written; 2 wrong usage.
+A file appears whole or not at all. "-" is standard output, and what is there already and no file (a
+pipe, a terminal, /dev/stdout) is written into. Exit codes: 0 done; 1 nothing stored, or the file
+exists or cannot be written; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -20,6 +26,7 @@ from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import count, fail, say
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.streams import names_stdout
 from halton_meter.contract import event_json
 from halton_meter.problem import Problem
 from halton_meter.store import NothingStored, Reader, Selection, Store
@@ -43,7 +50,10 @@ _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
     "csv": write_csv,
     "parquet": write_parquet,
     "jsonl": _write_jsonl,
+    "json": _write_jsonl,
 }
+_BINARY = frozenset({"sqlite", "parquet"})
+_DESCRIPTOR = re.compile(r"(?:/dev/fd|/proc/self/fd)/\d+")
 
 
 @click.command(
@@ -54,33 +64,92 @@ Examples:
   halton-meter export csv november.csv --from 2026-11-01 --to 2026-11-30
   halton-meter export jsonl spend.jsonl --since 7d         as `events --json` prints them
   halton-meter export parquet all.parquet --force          replace an earlier file
+  halton-meter export csv - --today | head                 to standard output
 """,
 )
 @click.argument("form", metavar="sqlite|csv|parquet|jsonl", type=click.Choice(list(_WRITERS)))
-@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("path", type=click.Path(dir_okay=False, allow_dash=True))
 @selection_options
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
-def export(form: str, path: Path, force: bool, **options: Any) -> None:
-    """Write stored requests to a SQLite, CSV, Parquet or JSON lines file.
+def export(form: str, path: str, force: bool, **options: Any) -> None:
+    """Write stored requests to a SQLite, CSV, Parquet or JSON lines file; "-" is standard output.
 
-    Money is exact and times are in UTC. The file appears whole or not at all.
+    Money is exact and times are in UTC. The file appears whole or not at all. In CSV, a name that a
+    spreadsheet would run as a formula has an apostrophe before it.
     """
     selection = read_selection(now_ns(), **options)
+    if (stream := _stream(path)) is not None:
+        _into_stream(form, stream, selection, path)
+    else:
+        _new_file(form, Path(path), selection, force)
+
+
+def _new_file(form: str, path: Path, selection: Selection, force: bool) -> None:
     if path.exists() and not force:
         fail(Problem(f"{path} exists", "add --force to replace it, or name another file"))
-    if path.exists() and not path.is_file():
-        fail(Problem(f"{path} is not a regular file", "name another file"))
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with store_problems(), Store(home_folder()).reading() as reader, _disk_problems(path):
-            written = _written(_WRITERS[form], reader, part, selection)
+        written = _exported(form, part, selection, path)
+        with _disk_problems(path):
             os.replace(part, path)
-    except NothingStored as nothing:
-        fail(Problem(str(nothing), ""))
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
     say(f"{count(written, 'request')} in {path}")
+
+
+def _exported(form: str, part: Path, selection: Selection, path: Path) -> int:
+    """Write a new file; the number of requests. `path` is what the user has named."""
+    try:
+        with store_problems(), Store(home_folder()).reading() as reader, _disk_problems(path):
+            return _written(_WRITERS[form], reader, part, selection)
+    except NothingStored as nothing:
+        fail(Problem(str(nothing), ""))
+
+
+# --- through a pipe -------------------------------------------------------------------------------
+
+
+def _stream(path: str) -> BinaryIO | None:
+    """What to write into where no new file is asked for: standard output, a pipe, a device."""
+    if names_stdout(path):
+        return sys.stdout.buffer
+    try:
+        if _DESCRIPTOR.fullmatch(path):
+            return os.fdopen(os.dup(int(Path(path).name)), "wb")
+        kind = os.stat(path).st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+            return open(path, "wb")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        fail(Problem(f"cannot write into {path}: {error.strerror}", "name another file"))
+    if not stat.S_ISREG(kind):
+        fail(Problem(f"{path} is not a regular file", "name another file"))
+    return None
+
+
+def _into_stream(form: str, stream: BinaryIO, selection: Selection, path: str) -> None:
+    """Write into what is there already, once all of it could be read."""
+    if form in _BINARY and stream.isatty():
+        where = "standard output" if names_stdout(path) else path
+        what = f"{form} is not text, and {where} is a terminal"
+        fail(Problem(what, f"halton-meter export {form} spend.{form}"))
+    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+        part = Path(folder) / "export"
+        _exported(form, part, selection, part)
+        try:
+            with part.open("rb") as whole:
+                shutil.copyfileobj(whole, stream)
+            stream.flush()
+        except BrokenPipeError:  # its reader has seen enough
+            return
+        except OSError as error:
+            fail(Problem(f"cannot write into {path}: {error.strerror}", "df -h"))
+        finally:
+            if stream is not sys.stdout.buffer:
+                with contextlib.suppress(OSError):
+                    stream.close()
 
 
 @contextlib.contextmanager

@@ -76,6 +76,20 @@ _LOSSES = {
 _PLURALS = {"body": "bodies"}
 
 
+def sightings_in_words(seen_again: int, told_apart: int, stored_before: int = 0) -> list[str]:
+    """What was seen more than once, and what was told apart though its id is another's."""
+    lines = []
+    if seen_again:
+        lines.append(f"{count(seen_again, 'sighting')} of requests seen before, not counted again")
+    if stored_before:
+        events = count(stored_before, "event")
+        lines.append(f"{events} stored before, by another source or a second time: counted once")
+    if told_apart:
+        share = "shares" if told_apart == 1 else "share"
+        lines.append(f"{count(told_apart, 'request')} {share} another's response id, each counted")
+    return lines
+
+
 def losses_in_words(losses: Mapping[str, int]) -> list[tuple[str, str]]:
     """What was lost and its fix ("" for none), such as ("892 TCP bytes missing", "record …")."""
     return [

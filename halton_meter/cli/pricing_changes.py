@@ -6,6 +6,7 @@ Stored requests keep their price until `reprice`. Only `refresh --url` uses the 
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, fail, note, print_json, say, wrong_usage
+from halton_meter.cli.output import count, fail, name_typed, print_json, say, wrong_usage
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def described(override: Override) -> str:
 
 
 @click.command("set", cls=Configured, short_help="Set your own price for a model.")
-@click.argument("model", metavar="MODEL|GLOB")
-@click.option("--provider", metavar="NAME", help="Only this provider's model of that name.")
+@click.argument("model", type=name_typed, metavar="MODEL|GLOB")
+@click.option(
+    "--provider", type=name_typed, metavar="NAME", help="Only this provider's model of that name."
+)
 @click.option(
     "--from",
     "since",
@@ -59,7 +62,13 @@ def described(override: Override) -> str:
 )
 @click.option("--factor", metavar="NUMBER", help="Multiply the book's prices, e.g. by 0.8.")
 @click.option("--discount", metavar="PERCENT", help="Reduce the book's prices, e.g. by 20%.")
-@click.option("--note", "reason", metavar="TEXT", help="Your reason; it is kept with the override.")
+@click.option(
+    "--note",
+    "reason",
+    type=name_typed,
+    metavar="TEXT",
+    help="Your reason; it is kept with the override.",
+)
 def set_(
     model: str,
     provider: str | None,
@@ -81,8 +90,6 @@ def set_(
       halton-meter pricing set 'gpt-5*' --provider openai --discount 20% --from 2026-12-01
       halton-meter pricing set 'claude-*' --factor 0.85 --note 'framework agreement'
     """
-    from fnmatch import fnmatchcase
-
     from pricing import overrides as file
     from pricing.rates import PriceError
 
@@ -95,11 +102,17 @@ def set_(
         table["from"] = _day(since)
     if rates:
         table["rates"] = _rates(rates)
+    home = home_folder()
     try:
-        override = file.override_of(table, "pricing set")
-        home = home_folder()
+        override = file.override_of(table)
+    except PriceError as error:
+        wrong_usage(str(error))
+    try:
         key = (override.model, override.provider, override.start)
         earlier = file.read(home)
+    except PriceError as error:
+        fail(Problem(str(error), ""))
+    try:
         kept = [each for each in earlier if (each.model, each.provider, each.start) != key]
         path = file.write(home, (*kept, override))
     except PriceError as error:
@@ -109,8 +122,7 @@ def set_(
     say(f"Set {described(override)} in {path}")
     for replaced in (each for each in earlier if each not in kept):
         say(f"It replaces {described(replaced)}")
-    if not any(fnmatchcase(name, override.provider) for name in _providers_named()):
-        note(f"no provider is called {provider!r}, so the price applies to no request so far")
+    open_book()  # says which prices of the user's own apply to nothing
     say(_STORED)
 
 
@@ -125,35 +137,12 @@ def _rates(given: tuple[str, ...]) -> dict[str, str]:
     pairs = [rate.partition("=") for rate in given]
     if any(not name or not usd for name, _, usd in pairs):
         wrong_usage("a rate is NAME=USD", "write it as --rate input=1.5")
-    for name, _, _ in pairs:
-        _known_dimension(name)
     return {name: usd for name, _, usd in pairs}
 
 
-def _known_dimension(name: str) -> None:
-    """Refuse a rate that no usage is priced by."""
-    from difflib import get_close_matches
-
-    from halton_meter.vocabulary import TOKEN_DIMENSIONS, UNITS
-    from pricing.rates import dimension
-
-    known = TOKEN_DIMENSIONS.union(UNITS)
-    if dimension(name)[0] not in known:
-        near = get_close_matches(name, sorted(known), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        wrong_usage(f"--rate {name}: nothing is billed by that name{hint}")
-
-
-def _providers_named() -> set[str]:
-    """The names that a request's provider may have."""
-    from halton_meter.providers.registry import built_in
-
-    return {each.id for each in built_in()} | set(open_book().providers())
-
-
 @click.command(cls=Configured, short_help="Remove overrides.")
-@click.argument("model", metavar="MODEL|GLOB", required=False)
-@click.option("--provider", metavar="NAME", help="Only this provider's overrides.")
+@click.argument("model", type=name_typed, metavar="MODEL|GLOB", required=False)
+@click.option("--provider", type=name_typed, metavar="NAME", help="Only this provider's overrides.")
 @click.option("--all", "everything", is_flag=True, help="Remove every override.")
 def reset(model: str | None, provider: str | None, everything: bool) -> None:
     """Remove overrides that `pricing set` made. Write MODEL or GLOB as you set it.
@@ -199,7 +188,10 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
 
 @click.command(cls=Configured, short_help="Install newer prices from a bundle.")
 @click.option(
-    "--file", "path", type=click.Path(path_type=Path), help="A price bundle on this machine."
+    "--file",
+    "path",
+    type=click.Path(path_type=Path),
+    help='A price bundle on this machine; "-" is standard input.',
 )
 @click.option(
     "--url", metavar="URL", help="Download the bundle (https only); the only use of the network."
@@ -256,6 +248,8 @@ def _bundle(path: Path | None, url: str | None) -> bytes:
     if url is not None:
         return bundle.fetched(url)
     assert path is not None
+    if str(path) == "-":
+        return sys.stdin.buffer.read(bundle.BUNDLE_BYTES_MAX + 1)
     return path.read_bytes()
 
 

@@ -11,8 +11,11 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.losses import losses_in_words, sightings_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
     complain,
@@ -32,15 +36,18 @@ from halton_meter.cli.output import (
     fail,
     local_time,
     money_text,
+    name_typed,
     note,
     outcome_text,
     say,
     shown,
     write_json_lines,
+    wrong_usage,
     zone_text,
 )
 from halton_meter.cli.streams import OutputRefused, reader_left
 from halton_meter.contract import event_json, usd_text
+from halton_meter.identity import ID_REPEATED
 from halton_meter.model import Outcome, PricedEvent
 from halton_meter.problem import Problem
 from halton_meter.sightings import HeldSightings
@@ -70,7 +77,11 @@ _OWN_HOSTS = (
     "To meter hosts of your own, name them in config.toml: "
     'openai_compatible_hosts = ["llm.example.com"]'
 )
-_CAPTURES = "name pcap or pcapng files, a folder that holds some, or a glob pattern"
+_STDIN, _STDIN_NAME = "-", "standard input"
+_STDIN_FILE = re.compile(rf"\S*/{_STDIN_NAME}(?=:)")
+_CAPTURES = (
+    "name pcap or pcapng files, a folder that holds some, a glob pattern, or - for standard input"
+)
 _LINKS_READ = "Ethernet, PPPoE, raw IP, loopback, Linux cooked (-i any), macOS's pktap"
 
 
@@ -84,6 +95,9 @@ class Summary:
     implausible: int = 0
     gapped: int = 0
     aborted: int = 0
+    told_apart: int = 0
+    seen_again: int = 0
+    stored_before: int = 0
     models: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: PricedEvent) -> None:
@@ -97,6 +111,7 @@ class Summary:
             self.total_usd += event.list_usd
         self.gapped += event.usage.outcome is Outcome.GAPPED
         self.aborted += event.usage.outcome is Outcome.ABORTED
+        self.told_apart += ID_REPEATED in event.usage.flags
 
 
 def find_captures(arguments: Sequence[str]) -> tuple[list[Path], list[Problem]]:
@@ -253,6 +268,8 @@ def _summary_lines(summary: Summary, findings: Findings, losses: Counter[str]) -
     for outcome, number in (("gapped", summary.gapped), ("aborted", summary.aborted)):
         if number:
             yield f"  {count(number, 'request')} {OUTCOMES[outcome]}"
+    seen = sightings_in_words(summary.seen_again, summary.told_apart, summary.stored_before)
+    yield from (f"  {each}" for each in seen)
     for what, fix in losses_in_words(losses):
         yield f"  {what}" + (f" ({fix})" if fix else "")
 
@@ -277,7 +294,7 @@ def _problems(
 ) -> Iterator[Problem]:
     """What could not be read, why, and what to do."""
     for error in findings.errors:
-        yield Problem(error, "")
+        yield Problem(_STDIN_FILE.sub(_STDIN_NAME, error), "")
     if without_keys:
         yield _keys_missing(findings, without_keys, arguments)
     for link, packets in findings.unread_links.most_common():
@@ -331,7 +348,6 @@ class Replay:
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
         from halton_meter.tokenizer import Tokenizer
-        from pricing.book import PriceBook
 
         keep_freed_memory()
         home = accounts.home_folder()
@@ -339,7 +355,7 @@ class Replay:
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
         self._registry = Registry(extra_hosts, Tokenizer())
         self._job = job
-        self._meter = Meter(PriceBook.load(home).price, registry=self._registry)
+        self._meter = Meter(open_book().price, registry=self._registry)
         self._progress = Progress(_size_bytes(files), job.quiet)
         self._files = files
         self._source = PcapSource(
@@ -361,6 +377,7 @@ class Replay:
         self._progress.clear()
         losses = findings.losses + Counter(self._meter.losses)
         losses += Counter(better_sightings_not_shown=self._sightings.late)
+        self._summary.seen_again = self._meter.seen_again
         kept = self._keep(losses)
         self._output.summary(self._summary, findings, losses)
         without_keys = findings.without_keys
@@ -407,6 +424,7 @@ class Replay:
         for cause, number in losses.items():
             store.count_loss(cause, number, self._source.findings.last_ns, key)
         done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
+        self._summary.stored_before = done.repeated
         store.close()
         if store.trouble:  # the rest is in memory only, and this process ends
             complain(
@@ -461,7 +479,9 @@ def _open_store(home: Path) -> Store:
 @click.option(
     "--store", "keep", is_flag=True, help="Store the requests, for `report` and `events`."
 )
-@click.option("--project", metavar="NAME", help="Count the requests under this project.")
+@click.option(
+    "--project", type=name_typed, metavar="NAME", help="Count the requests under this project."
+)
 @click.option("--quiet", is_flag=True, help="Print only the summary, no progress.")
 @click.option(
     "--unpack-ratio",
@@ -472,7 +492,7 @@ def _open_store(home: Path) -> Store:
     help="Unpack a gzip file to at most N times its size (64 MB are always read).",
 )
 def replay(**options: Any) -> None:
-    """Meter recorded packet captures: pcap or pcapng files, folders, globs.
+    """Meter recorded packet captures: pcap or pcapng files, folders, globs, "-" for standard input.
 
     Times are local, with --json in UTC.
 
@@ -481,24 +501,39 @@ def replay(**options: Any) -> None:
       halton-meter replay capture.pcapng
       halton-meter replay traffic/ --keys sslkeys.log --json
       halton-meter replay 'day-*.pcap' --keys sslkeys.log --store
+      cat capture.pcapng | halton-meter replay -
     """
     job = Job(**options)
-    files, problems = find_captures(job.paths)
-    if not files:
-        fail(*problems)
-    raise SystemExit(0 if _run(job, files, problems) else 1)
+    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+        paths = [_from_stdin(Path(folder)) if each == _STDIN else each for each in job.paths]
+        files, problems = find_captures(paths)
+        if not files:
+            fail(*problems)
+        raise SystemExit(0 if _run(job, files, problems) else 1)
+
+
+def _from_stdin(folder: Path) -> str:
+    """A file with what comes through standard input: a capture is read from both of its ends."""
+    path = folder / _STDIN_NAME
+    try:
+        with path.open("xb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    except FileExistsError:
+        wrong_usage('"-" is standard input, and can be given once')
+    except OSError as error:
+        fail(Problem(f"standard input cannot be kept in {folder}: {error.strerror}", "df -h"))
+    return str(path)
 
 
 def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     from capture.packets.tshark import TsharkMissing
     from halton_meter.config import ConfigError
-    from pricing.rates import PriceError
 
     try:
         return Replay(job, files, problems).run()
     except ConfigError as error:
         fail(*error.problems)
-    except (TsharkMissing, PriceError) as error:
+    except TsharkMissing as error:
         fail(Problem(str(error), ""))
     except OSError as error:  # a full disk under the output, the secrets, or the store
         where = f" ({error.filename})" if error.filename else ""

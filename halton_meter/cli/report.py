@@ -14,6 +14,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
+from halton_meter.cli.coverage import coverage_lines, coverage_table
 from halton_meter.cli.losses import losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
@@ -47,6 +48,7 @@ from halton_meter.report import (
     set_price_command,
 )
 from halton_meter.store import Selection, Store
+from halton_meter.store.errors import NOTHING
 
 # Below this total, amounts are shown to a hundredth of a cent.
 SMALL_TOTAL_USD = Decimal(10)
@@ -76,6 +78,7 @@ Examples:
   halton-meter report --since 7d --by project      the last 7 days, by project
   halton-meter report --since 7d --vs-previous     compared with the 7 days before
   halton-meter report --by day,model --csv         for a spreadsheet
+  halton-meter report --since 30d --coverage       how much of the traffic was metered
   halton-meter report --json | jq .totals.list_usd
 """,
 )
@@ -97,6 +100,13 @@ Examples:
     f"{PERCENTILE_EVENTS:,} requests, which takes longer.",
 )
 @click.option(
+    "--coverage",
+    "of_coverage",
+    is_flag=True,
+    help="Show instead how many connections to providers were metered, by program, host and TLS "
+    "stack, and why the others were not.",
+)
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
@@ -107,6 +117,7 @@ def report(
     by: tuple[str, ...],
     vs_previous: bool,
     percentiles: bool,
+    of_coverage: bool,
     as_json: bool,
     as_csv: bool,
     **options: Any,
@@ -117,6 +128,8 @@ def report(
     """
     if as_json and as_csv:
         wrong_usage("--json and --csv exclude each other", "give one of them")
+    if of_coverage and as_csv:
+        wrong_usage("--coverage has no CSV", "use --coverage --json")
     now = now_ns()
     selection = read_selection(now, **options)
     previous = _previous(selection, now) if vs_previous else None
@@ -127,6 +140,8 @@ def report(
         print_json(answer.json())
     elif as_csv:
         click.echo(_csv(answer), nl=False)
+    elif of_coverage:
+        click.echo(coverage_table(answer.connections, answer.connections_by_day))
     else:
         click.echo(_drawn(answer, selection))
 
@@ -181,15 +196,22 @@ def _drawn(answer: Report, selection: Selection) -> str:
         _table(answer, places),
         _trend(answer, places),
         _coverage(answer),
+        _connections(answer),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _nothing(answer: Report, selection: Selection) -> str:
-    if selection == Selection() and not answer.coverage.waiting:
-        return "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+    seen = answer.connections is not None and answer.connections.parts
+    if selection == Selection() and not answer.coverage.waiting and not seen:
+        return NOTHING
     lines = ["No requests match. All that are stored: halton-meter report", *_waiting(answer)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *coverage_lines(answer.connections)])
+
+
+def _connections(answer: Report) -> str:
+    """How many connections to providers were metered, where they were seen."""
+    return "\n".join(coverage_lines(answer.connections))
 
 
 def _heading(answer: Report) -> str:

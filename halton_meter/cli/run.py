@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.output import complain, count, fail, implausible_words, note, wrong_usage
+from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.losses import sightings_in_words
+from halton_meter.cli.output import (
+    complain,
+    count,
+    fail,
+    implausible_words,
+    note,
+    print_json,
+    wrong_usage,
+)
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -56,8 +66,9 @@ EXAMPLES = """
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
     "--json-summary",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write the summary to this file, as JSON.",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help='Also write the summary to this file, as JSON; "-" is standard output.',
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -67,7 +78,7 @@ def run(
     shell: bool,
     java: bool,
     quiet: bool,
-    json_summary: Path | None,
+    json_summary: str | None,
 ) -> NoReturn:
     """Meter one command and print what it cost.
 
@@ -80,6 +91,7 @@ def run(
     """
     from halton_meter.accounts import invoking_account
     from halton_meter.config import ConfigError
+    from halton_meter.live.servers import asked_servers
     from halton_meter.problem import Unavailable
 
     if shell == bool(command):
@@ -94,8 +106,8 @@ def run(
         command = (os.environ.get("SHELL") or invoking_account().shell,)
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
+    servers = asked_servers(command, invoking_account().uid)
     try:
-        _settle_configuration()
         if via == "proxy" or java:
             result = _through_proxy(command, java)
         else:
@@ -104,6 +116,7 @@ def run(
         fail(*error.problems)
     except ConfigError as error:
         fail(*error.problems)
+    result.not_followed = servers
     if json_summary is not None:
         _write_summary(json_summary, result)
     if not quiet:
@@ -179,32 +192,6 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     return meter_command(command, home, os.environ, hosts, upstream, java)
 
 
-def _settle_configuration() -> None:
-    """Whatever the data folder is, the command runs: in a folder of its own if need be."""
-    import atexit
-    import shutil
-    import tempfile
-
-    from halton_meter import accounts
-    from halton_meter.cli.configured import no_folder, told_of_variables
-    from halton_meter.config import ConfigError
-
-    told_of_variables(os.environ)
-    try:
-        what = no_folder(accounts.home_folder())
-    except ConfigError as error:
-        what = error.what
-    if what is None:
-        return
-    note(f"{what}; what this run uses is in its summary only")
-    folder = tempfile.mkdtemp(prefix="halton-meter-")
-    account = accounts.invoking_account()
-    if accounts.is_root():
-        os.chown(folder, account.uid, account.gid)
-    os.environ[accounts.HOME_VARIABLE] = folder
-    atexit.register(shutil.rmtree, folder, True)
-
-
 # --- the summary --------------------------------------------------------------------------------
 
 
@@ -244,6 +231,7 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
+    from halton_meter.live.servers import lines as server_lines
     from halton_meter.live.unmetered import lines as unmetered_lines
 
     totals = result.totals
@@ -255,6 +243,7 @@ def _troubles(result: RunResult) -> list[str]:
             (totals.failed, "failed"),
         )
         lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
+    lines += [f"  {each}" for each in sightings_in_words(totals.seen_again, totals.told_apart)]
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:
@@ -262,26 +251,39 @@ def _troubles(result: RunResult) -> list[str]:
     # What passed the proxy unmetered has lines of its own below.
     lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
+    lines += [f"  {line}" for line in server_lines(result.not_followed)]
     lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
     if result.price_error:
         lines.append(f"  {result.price_error}")
+    if result.waited_ms:
+        lines.append(f"  waited {result.waited_ms / 1000:.1f} s for the search in a new program")
     if result.store_error:
         lines.append(f"  {result.store_error}")
-    unseen = [line for line in result.coverage if line.get("state") != "metered"]
+    lines += [f"  {line}" for line in coverage_lines(result.connections)]
+    counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
+    unseen = [
+        line
+        for line in result.coverage
+        if line.get("state") != "metered" and line["process"] not in counted
+    ]
     for line in unseen[:PROCESSES_SHOWN]:
         host = f"looked up {line['host']}" if line.get("host") else "destination unknown"
         name = line["process"] or line["pid"]
         lines.append(f"  not metered: {name} ({line['stack']}); {host}")
         if line.get("advice"):
             lines.append(f"    {line['advice']}")
-    partly = [line for line in result.coverage if line not in unseen and line.get("advice")]
+    partly = [
+        line
+        for line in result.coverage
+        if line.get("state") == "metered" and line.get("advice") and line["process"] not in counted
+    ]
     for line in partly[:PROCESSES_SHOWN]:
         name = line["process"] or line["pid"]
         lines += [f"  {name} may be only partly metered:", f"    {line['advice']}"]
     return lines
 
 
-def _write_summary(path: Path, result: RunResult) -> None:
+def _write_summary(named: str, result: RunResult) -> None:
     outages = [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages]
     summary = result.totals.as_json() | {
         "exit_code": result.exit_code,
@@ -289,12 +291,22 @@ def _write_summary(path: Path, result: RunResult) -> None:
         "outages": outages,
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
+        "not_followed": result.not_followed,
+        "connections": result.connections and result.connections.as_json(),
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,
     }
     from halton_meter import accounts, config, privileges
+    from halton_meter.cli.streams import OutputRefused, names_stdout
 
+    if names_stdout(named):
+        try:
+            print_json(summary)
+        except OutputRefused as refused:  # the exit code stays the command's own
+            complain(Problem(f"the summary cannot be written: {refused.strerror}", "df -h"))
+        return
+    path = Path(named)
     try:
         # As the user: root must not write wherever a name given to sudo points.
         privileges.as_account(

@@ -6,6 +6,7 @@ healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,10 @@ from typing import Any
 
 import click
 
+from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
+from halton_meter.coverage import Coverage
 
 OUTAGES_SHOWN = 5
 BYPASSED_SHOWN = 10
@@ -79,6 +83,7 @@ def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
         *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
         *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
         *_loss_lines(found),
+        *_connection_lines(found.get("connections")),
         *_coverage_lines(found["coverage"]),
     ]
 
@@ -115,6 +120,9 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
         f"  data folder {found['home']}; {waiting}",
     ]
+    totals, repeated = found["totals"], found.get("journal_repeated") or 0
+    again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
+    lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
     if found.get("config_error"):
@@ -158,6 +166,13 @@ def _loss_lines(found: Mapping[str, Any]) -> list[str]:
         between = f"{_time(outage['from'])} to {_time(outage['to'])}"
         lines.append(f"  outage: {between}: {outage['cause']}")
     return lines or ["  nothing lost, no outages"]
+
+
+def _connection_lines(connections: Any) -> list[str]:
+    """How many connections to providers were metered since the worker started, and the rest."""
+    with contextlib.suppress(ValueError):  # a service of an earlier version tells nothing of them
+        return [f"  {line}" for line in coverage_lines(Coverage.of_json(connections))]
+    return []
 
 
 def _duration(found: Mapping[str, Any]) -> str:
@@ -223,15 +238,13 @@ _TURNED_AWAY = {
 
 
 def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for each in found["bypassed"][:BYPASSED_SHOWN]:
-        connections, cause = count(each["connections"], "connection"), each["cause"]
-        lines.append(f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})")
+    lines, told = _unmetered_lines(found)
     counts = found.get("counts", {})
     for cause, words in _TURNED_AWAY.items():
         if counts.get(cause):
             lines.append(f"  refused: {count(counts[cause], 'connection')} {words}")
-    for each in found["refused"][:BYPASSED_SHOWN]:
+    untold = [each for each in found["refused"] if (each["host"], each["program"]) not in told]
+    for each in untold[:BYPASSED_SHOWN]:
         who = each["program"] or "a program"
         lines.append(
             f"  {who} does not trust the proxy certificate for {each['host']}; "
@@ -239,3 +252,19 @@ def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
         )
         lines.append("    halton-meter init, then restart that program")
     return lines
+
+
+def _unmetered_lines(found: Mapping[str, Any]) -> tuple[list[str], set[Any]]:
+    """What passed unmetered, and the (host, program) pairs that these lines name."""
+    from halton_meter.live import unmetered
+
+    if "unmetered" not in found:  # a service of an earlier version
+        lines = []
+        for each in found["bypassed"][:BYPASSED_SHOWN]:
+            connections, cause = count(each["connections"], "connection"), each["cause"]
+            said = f"  unmetered: {connections} to {each['host']} ({cause.replace('_', ' ')})"
+            lines.append(said)
+        return lines, set()
+    rows = [unmetered.Unmetered.of_json(each) for each in found["unmetered"]]
+    said_lines = [f"  {line}" for line in unmetered.lines(rows, BYPASSED_SHOWN)]
+    return said_lines, {(row.host, row.program) for row in rows}

@@ -106,6 +106,11 @@ def _is_ascii(encoding: str) -> bool:
     return codecs.lookup(encoding).name == "ascii"
 
 
+def names_stdout(path: str) -> bool:
+    """Whether a path that a user gives means standard output; "./-" is a file of that name."""
+    return path in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
 def takes_all(stream: TextIO) -> bool:
     """Whether a stream's encoding has every character."""
     return codecs.lookup(stream.encoding).name.startswith("utf")

@@ -41,6 +41,7 @@ _CONDITIONS = {
     "resolution": "video_size",
     "speed": "speed",
     "inference_geo": "inference_geo",
+    "cache_type": "cache_type",
     "search_context_size": "search_context_size",
 }
 # Fields that say it in the words of a request, where units alone are stated.

@@ -7,6 +7,7 @@ prints a line of JSON when something has to stay in the journal. `journal_writer
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -36,10 +37,13 @@ class Flushable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one flush: why events still wait, if so; `busy`: another process reads the database."""
+    """Of one flush: why events still wait, if so; `busy`: another process reads the database;
+    `repeated`: events that the database had already.
+    """
 
     reason: str | None = None
     busy: bool = False
+    repeated: int = 0
 
 
 def flush(store: Flushable) -> Outcome:
@@ -48,7 +52,9 @@ def flush(store: Flushable) -> Outcome:
         done = store.flush()
     except Exception as error:  # the journal keeps what the database refuses
         return Outcome(str(error) or type(error).__name__)
-    return Outcome(done.reason, done.busy) if done.waiting else Outcome()
+    if not done.waiting:
+        return Outcome(repeated=done.repeated)
+    return Outcome(done.reason, done.busy, done.repeated)
 
 
 class Flusher:
@@ -89,7 +95,8 @@ class Flusher:
         reason = untrusted.text(message, "reason", SAID_CHARACTERS_MAX)
         if reason is None and code:
             reason = f"the flush ended with code {code}"
-        return Outcome(reason, message.get("busy") is True)
+        repeated = untrusted.whole_number(message, "repeated") or 0
+        return Outcome(reason, message.get("busy") is True, repeated)
 
 
 def main(home: Path) -> int:
@@ -99,8 +106,8 @@ def main(home: Path) -> int:
     os.nice(PRIORITY)
     with Store(home) as store:
         outcome = flush(store)
-    if outcome.reason:
-        print(json.dumps({"reason": outcome.reason, "busy": outcome.busy}))
+    if outcome != Outcome():
+        print(json.dumps(dataclasses.asdict(outcome)))
     return 0
 
 

@@ -9,12 +9,14 @@ What the disk refuses waits in memory, and `Condition` says so. The store itself
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter.contract import rfc3339
+from halton_meter.coverage import Coverage
 from halton_meter.live import flushing
 from halton_meter.live.flushing import Flusher, Outcome
 from halton_meter.live.status import StoreCondition
@@ -31,6 +33,8 @@ SEAL_AFTER_S = 0.7
 FLUSH_AFTER_S = 300.0
 FLUSH_EVENTS = 20_000
 FLUSHER_POLL_S = 0.02  # it runs for half a second, and `run` waits for it
+
+HOUR_NS = 3_600_000_000_000
 
 # The waits after a flush that failed; a write to a full disk costs little.
 FLUSH_RETRY_S = (5.0, 10.0, 20.0, 40.0, 60.0)
@@ -72,6 +76,9 @@ class EventStore(Protocol):
     def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
         """Keep a loss for reports."""
 
+    def count_connections(self, counted: Coverage, hour_ns: int, key: str) -> None:
+        """Keep how many connections of an hour were metered, in place of what had this key."""
+
     def flush(self) -> Flushed:
         """Move the journal into the database, as far as its lock allows."""
 
@@ -109,6 +116,10 @@ class JournalWriter:
         # Called after the flush that runs, and after the one that follows it.
         self._after: list[Callable[[], None]] = []
         self._after_next: list[Callable[[], None]] = []
+        # Connections of the hour, all that this process has counted; the key is its own.
+        self._hour_ns = 0
+        self._hour = Coverage()
+        self._key = os.urandom(8).hex()
 
     @property
     def due_at(self) -> float | None:
@@ -140,11 +151,24 @@ class JournalWriter:
         """Put events into the journal, or hold them while the disk refuses them."""
         self._store.append(events)
         self._unflushed += len(events)
+        self._plan()
+        if self._unflushed >= FLUSH_EVENTS:
+            self._flush_due = time.monotonic()
+        self.written()
+
+    def _plan(self) -> None:
+        """Something is in the journal: have it sealed and flushed in time."""
         now = time.monotonic()
         self._seal_due = self._seal_due or max(now, self._sealed_at + SEAL_AFTER_S)
         self._flush_due = self._flush_due or now + FLUSH_AFTER_S
-        if self._unflushed >= FLUSH_EVENTS:
-            self._flush_due = now
+
+    def keep_connections(self, counted: Coverage, at_ns: int) -> None:
+        """Count connections that have ended, in the hour of that time."""
+        hour_ns = at_ns - at_ns % HOUR_NS
+        if hour_ns != self._hour_ns:
+            self._hour_ns, self._hour = hour_ns, Coverage()
+        self._store.count_connections(self._hour.merge(counted), hour_ns, self._key)
+        self._plan()
         self.written()
 
     def written(self) -> None:
@@ -219,10 +243,12 @@ class Condition:
         self._failures = 0
         self._since_ns = 0
         self._busy_since = 0.0
+        self._repeated = 0
 
     def flushed(self, outcome: Outcome) -> float | None:
         """Take note of a flush; how long to wait before the next try, None when it went well."""
         self._outcome = outcome
+        self._repeated += outcome.repeated
         if outcome.reason is None:
             self._failures = 0
             return None
@@ -264,6 +290,7 @@ class Condition:
         return {
             "held": min(self._store.held, waiting),
             "journal_waiting": waiting,
+            "journal_repeated": self._repeated,
             "store_error": error[0] if error else None,
             "store_error_since": rfc3339(error[1]) if error else None,
             "damaged_databases": [str(path) for path in self._store.damaged_databases],

@@ -5,22 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from halton_meter.coverage import Coverage
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
 
 
 @dataclass(slots=True)
 class RunResult:
-    """`losses` are counts by cause, `coverage` the processes that used TLS, `outages` the times
-    without metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to
-    providers that were not metered. `exit_code` is the command's, 128 + its signal.
+    """`losses` are counts by cause, `coverage` the processes that used TLS, `connections` what was
+    seen and metered of connections to providers (None: nobody counts), `outages` the times without
+    metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to providers that
+    were not metered, `not_followed` the commands that only asked a server outside of the run.
+    `waited_ms` is how long its end waited for searches that tell why something was not metered.
+    `exit_code` is the command's, 128 + its signal.
     """
 
     totals: Totals = field(default_factory=Totals)
     losses: dict[str, int] = field(default_factory=dict)
     coverage: list[dict[str, Any]] = field(default_factory=list)
+    connections: Coverage | None = None
     unmetered: list[Unmetered] = field(default_factory=list)
+    not_followed: list[str] = field(default_factory=list)
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None
+    waited_ms: int = 0
     exit_code: int = 0

@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from halton_meter.contract import usd_text
+from halton_meter.identity import ID_REPEATED
 from halton_meter.model import Outcome, PricedEvent, Tokens
 from halton_meter.sightings import is_final
 from halton_meter.untrusted import COUNT_MAX, printable
@@ -53,6 +54,7 @@ class _Counted:
     gapped: bool
     aborted: bool
     failed: bool
+    told_apart: bool
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class Totals:
     gapped: int = 0
     aborted: int = 0
     failed: int = 0
+    seen_again: int = 0  # sightings of requests that were counted before
+    told_apart: int = 0  # requests to which the provider gave another one's id
     # Events of which more may be seen yet, such as a background response that was only queued: the
     # better sighting takes the place of the first, as in the store.
     _provisional: dict[str, _Counted] = field(default_factory=dict, compare=False, repr=False)
@@ -85,6 +89,7 @@ class Totals:
         self.gapped += sign * counted.gapped
         self.aborted += sign * counted.aborted
         self.failed += sign * counted.failed
+        self.told_apart += sign * counted.told_apart
 
     def _add_line(self, model: str, line: Line, sign: int = 1) -> None:
         if model not in self.models and len(self.models) >= MODELS_MAX:
@@ -102,6 +107,8 @@ class Totals:
         self.gapped += other.gapped
         self.aborted += other.aborted
         self.failed += other.failed
+        self.seen_again += other.seen_again
+        self.told_apart += other.told_apart
 
     def as_json(self) -> dict[str, Any]:
         """The totals with exact decimals as text."""
@@ -116,6 +123,8 @@ class Totals:
             "gapped_requests": self.gapped,
             "aborted_requests": self.aborted,
             "failed_requests": self.failed,
+            "seen_again_requests": self.seen_again,
+            "told_apart_requests": self.told_apart,
             "models": {name: _line_json(line) for name, line in self.models.items()},
         }
 
@@ -138,6 +147,8 @@ class Totals:
             totals.gapped = _count(table["gapped_requests"])
             totals.aborted = _count(table["aborted_requests"])
             totals.failed = _count(table["failed_requests"])
+            totals.seen_again = _count(table["seen_again_requests"])
+            totals.told_apart = _count(table["told_apart_requests"])
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not totals: {type(error).__name__}") from None
         return totals
@@ -160,6 +171,7 @@ def _counted(event: PricedEvent) -> _Counted:
         gapped=usage.outcome is Outcome.GAPPED,
         aborted=usage.outcome is Outcome.ABORTED,
         failed=usage.error_class is not None,
+        told_apart=ID_REPEATED in usage.flags,
     )
 
 

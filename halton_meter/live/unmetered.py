@@ -24,6 +24,7 @@ CAUSES: Mapping[str, str] = {
     "nothing_passed": "its traffic did not pass the functions that are probed",
     "quic": "QUIC (HTTP/3) is not metered",
     "no_server_name": "it named no server",
+    "ech": "its server name is encrypted (ECH)",
     # the program and the proxy
     "proxy_ignored": "it ignores proxy settings",
     "certificate_refused": "it does not trust the proxy's certificate",
@@ -91,7 +92,7 @@ class Unmetered:
 
 
 def shown_program(program: str | None) -> str:
-    """A program's name for people: of "/usr/bin/python3 /home/me/bot.py" "python3 bot.py"."""
+    """A program's name for people: each path in it without its folders."""
     if not program:
         return "a program"
     return " ".join(word.rpartition("/")[2] or word for word in program.split(" "))

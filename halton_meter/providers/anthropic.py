@@ -397,6 +397,7 @@ def read_batch_results(
         fill_message(draft, message, usage)
         draft.conditions["batch"] = "true"
         draft.raw_usage = verbatim(b"", b"", usage).text
+        draft.line = str(line.get("custom_id"))
         if draft.response_id is None:
             draft.identity = (exchange.request.path or "", str(as_id(line.get("custom_id"))))
         yield draft.event()

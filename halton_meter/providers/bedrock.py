@@ -354,10 +354,15 @@ def read_async_invoke(exchange: Exchange, route: Route, provider: Provider) -> I
             draft.response_id = as_id(answer.get("invocationArn"))
             asked = as_dict(draft.request.get("modelInput"))
             wanted = as_dict(asked.get("videoGenerationConfig")) or asked
-            seconds = Counts().of(wanted, "durationSeconds")
-            if seconds:
-                draft.condition("video_size", wanted.get("dimension"))
-                draft.parts = [Usage(draft.request_model, Tokens(), {"video_seconds": seconds})]
+            counts = Counts()
+            seconds = counts.of(wanted, "durationSeconds")
+            if seconds is None and isinstance(wanted.get("duration"), str):
+                seconds = counts.checked(wanted["duration"].removesuffix("s"))  # Luma's "5s"
+            draft.condition("video_size", wanted.get("dimension") or wanted.get("resolution"))
+            draft.flags |= counts.flags()
+            if seconds or draft.response_id is not None:
+                units = {"video_seconds": seconds} if seconds else {"videos": 1}
+                draft.parts = [Usage(draft.request_model, Tokens(), units)]
             else:
                 draft.usage_not_sent()
     yield draft.event()

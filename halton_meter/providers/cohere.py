@@ -22,7 +22,7 @@ from halton_meter.wire import formats
 
 
 def _usage_of(answer: Json) -> tuple[Json, bytes] | None:
-    """The object with `billed_units`: v2's usage, a stream's end, or v1's meta."""
+    """The object with `billed_units` (or `tokens` alone): v2's usage, a stream's end, v1's meta."""
     delta = as_dict(answer.get("delta"))
     inner = as_dict(answer.get("response"))
     for holder, name in (
@@ -33,7 +33,7 @@ def _usage_of(answer: Json) -> tuple[Json, bytes] | None:
         (inner, "usage"),
     ):
         found = holder.get(name)
-        if isinstance(found, dict) and isinstance(found.get("billed_units"), dict):
+        if isinstance(found, dict) and (found.get("billed_units") or found.get("tokens")):
             return found, name.encode()
     return None
 
@@ -66,7 +66,8 @@ def read_cohere(exchange: Exchange, route: Route, provider: Provider) -> Iterato
 
 def _fill(draft: Draft, usage: Json) -> None:
     counts = Counts()
-    billed, seen = as_dict(usage.get("billed_units")), as_dict(usage.get("tokens"))
+    seen = as_dict(usage.get("tokens"))
+    billed = as_dict(usage.get("billed_units")) or seen
     cached = counts.of(usage, "cached_tokens")
     tokens = Tokens(
         input=counts.of(billed, "input_tokens"),

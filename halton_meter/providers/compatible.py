@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from halton_meter.model import Exchange, Tokens, Usage, UsageEvent
 from halton_meter.providers import Provider, Reader, Route
@@ -229,6 +229,7 @@ _PLANS = (
     ("zai", re.compile(r"[^/]+/.*/coding/.*"), "zai_coding"),
     ("moonshot", re.compile(r"api\.kimi\.(?:com|ai)/coding/.*"), "kimi_coding"),
     ("alibaba", re.compile(r"(?:coding|coding-intl|token-plan)\..*"), "alibaba_plan"),
+    ("alibaba", re.compile(r"portal\.qwen\.ai/.*"), "qwen_code"),
     ("volcengine", re.compile(r"[^/]+/api/(?:coding|plan)/.*"), "ark_plan"),
     ("xiaomi", re.compile(r"token-plan-.*"), "xiaomi_plan"),
     ("tencent", re.compile(r"[^/]+/(?:coding|plan)/.*"), "tencent_plan"),
@@ -240,8 +241,6 @@ _PLANS = (
 def _with_plan(name: str, read: Reader) -> Reader:
     """`read`, with the subscription that the host and path of a provider's request belong to."""
     plans = [(pattern, plan) for provider, pattern, plan in _PLANS if provider == name]
-    if not plans:
-        return read
 
     def reading(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
         host = exchange.request.host or exchange.connection.peer or ""
@@ -356,6 +355,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], Dialect], ...] = (
             "dashscope-intl.aliyuncs.com",
             "dashscope-us.aliyuncs.com",
             "cn-hongkong.dashscope.aliyuncs.com",
+            "portal.qwen.ai",
             "coding.dashscope.aliyuncs.com",
             "coding-intl.dashscope.aliyuncs.com",
             # A workspace's own host, the trial host, those of plans: NAME.REGION.maas….
@@ -394,7 +394,10 @@ _RESELLERS_IN_USD = frozenset(
     ).split()
 )
 
-# Paths that a row's provider has besides OpenAI's.
+# Paths that a row's provider reads otherwise, and those that it has besides OpenAI's.
+_FIRST_ROUTES = {
+    "alibaba": (route("messages", "chat", _ANY + "/v1/messages", read_alibaba_messages),),
+}
 _OWN_ROUTES = {
     "writer": (route("chat", "chat", "/v1/chat", read_chat),),
     "alibaba": (
@@ -407,20 +410,29 @@ _OWN_ROUTES = {
 
 
 def compatible(
-    name: str, hosts: tuple[str, ...], dialect: Dialect = _PLAIN, *, captured: bool = True
+    name: str,
+    hosts: tuple[str, ...],
+    dialect: Dialect = _PLAIN,
+    *,
+    captured: bool = True,
+    states_cost: bool = False,
 ) -> Provider:
     """A provider that speaks OpenAI's API, or Anthropic's, under any path of its hosts."""
-    messages = read_alibaba_messages if name == "alibaba" else read_messages
-    routes = (
+    routes = (*_FIRST_ROUTES.get(name, ()), *_shared(dialect), *_OWN_ROUTES.get(name, ()))
+    if any(provider == name for provider, _, _ in _PLANS):
+        routes = tuple(replace(each, read=_with_plan(name, each.read)) for each in routes)
+    return Provider(name, hosts, routes, captured, states_cost=states_cost)
+
+
+@cache
+def _shared(dialect: Dialect) -> tuple[Route, ...]:
+    """The routes of all who speak a dialect, made once: there are some two hundred of them."""
+    return (
         *text_routes(_ANY, dialect),
         *media_routes(_ANY),
-        route("messages", "chat", _ANY + "/v1/messages", messages),
-        route("count_tokens", "count", _ANY + "/v1/messages/count_tokens", read_count),
+        *_anthropic(_ANY),
         route("rerank", "rerank", _ANY + "/rerank", partial(read_chat, dialect=dialect)),
-        *_OWN_ROUTES.get(name, ()),
     )
-    planned = tuple(replace(each, read=_with_plan(name, each.read)) for each in routes)
-    return Provider(name, hosts, planned, captured, states_cost=name in _RESELLERS_IN_USD)
 
 
 PROVIDERS = (
@@ -430,7 +442,10 @@ PROVIDERS = (
         (*text_routes("(?:/v1|/beta)?"), *_anthropic("/anthropic")),
         models=re.compile(r"^deepseek-(?:chat|reasoner|v)"),
     ),
-    *(compatible(name, hosts, dialect) for name, hosts, dialect in _ROWS),
+    *(
+        compatible(name, hosts, dialect, states_cost=name in _RESELLERS_IN_USD)
+        for name, hosts, dialect in _ROWS
+    ),
     Provider("ollama", ("ollama.com",), OLLAMA_ROUTES),
     Provider(
         "watsonx",

@@ -228,6 +228,7 @@ def xai_reader(dialect: Dialect, numbers: _Answer, deferred: bool = False) -> Re
         draft, answers = _begin(exchange, route, provider, model_number=2)
         draft.streaming = numbers is _CHUNK
         if deferred:
+            draft.by_id = True
             answers = [inner for answer in answers for inner in _messages(answer, 1)]
             if not answers:
                 return

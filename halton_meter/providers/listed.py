@@ -13,8 +13,10 @@ from dataclasses import replace
 from halton_meter.providers import Provider
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
 from halton_meter.providers.compatible import compatible
+from halton_meter.providers.gemini.content import content_routes
 from halton_meter.providers.openai.routes import ROUTES as OPENAI_ROUTES
 from halton_meter.providers.openai.text import text_routes
+from halton_meter.providers.reading.places import planned
 
 # Makers of models, at their own hosts.
 _MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -31,6 +33,9 @@ _MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("streamlake", ("vanchin.streamlake.ai", "wanqing.streamlakeapi.com")),
     ("longcat", ("api.longcat.chat",)),
     ("iflow", ("apis.iflow.cn",)),
+    ("iflytek", ("spark-api-open.xf-yun.com",)),
+    ("01ai", ("api.lingyiwanwu.com",)),
+    ("baichuan", ("api.baichuan-ai.com",)),
     ("sensenova", ("api.sensenova.cn", "token.sensenova.cn")),
     ("meta", ("api.meta.ai", "api.llama.com")),
     ("amazon_nova", ("api.nova.amazon.com",)),
@@ -63,6 +68,7 @@ _RESELLERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("auriko", ("api.auriko.ai",)),
     ("berget", ("api.berget.ai",)),
     ("blueclaw", ("openai.blueclaw.network",)),
+    ("braintrust", ("api.braintrust.dev",)),
     ("charity_engine", ("api.charityengine.services",)),
     ("charm_hyper", ("hyper.charm.land",)),
     ("chutes", ("llm.chutes.ai",)),
@@ -90,21 +96,25 @@ _RESELLERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("frogbot", ("app.frogbot.ai",)),
     ("galadriel", ("api.galadriel.com",)),
     ("gmicloud", ("api.gmi-serving.com",)),
+    ("glama", ("glama.ai",)),
     ("greenpt", ("api.greenpt.ai",)),
     ("helicone", ("ai-gateway.helicone.ai",)),
     ("hetzner", ("inference.hetzner.com",)),
     ("hostinger", ("router.hostinger.com",)),
     ("hpc_ai", ("api.hpc-ai.com",)),
+    ("huawei", ("*.modelarts-maas.com",)),
     ("impossibl", ("api.impossibl.com",)),
     ("inceptron", ("api.inceptron.io",)),
     ("inference_net", ("inference.net", "api.inference.net")),
     ("inferenceapis", ("api.inferenceapis.com",)),
     ("inferx", ("model.inferx.net",)),
+    ("infini", ("cloud.infini-ai.com",)),
     ("io_net", ("api.intelligence.io.solutions",)),
     ("jalapeno", ("api.jalapeno-cloud.ai",)),
     ("jiekou", ("api.jiekou.ai",)),
     ("kenari", ("kenari.id",)),
     ("kilo", ("api.kilo.ai",)),
+    ("kluster", ("api.kluster.ai",)),
     ("kosmik", ("api.koscompute.com",)),
     ("kuae_cloud", ("coding-plan-endpoint.kuaecloud.net",)),
     ("kyma", ("kymaapi.com",)),
@@ -137,12 +147,15 @@ _RESELLERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pinstripes", ("pinstripes.io",)),
     ("pioneer", ("api.pioneer.ai",)),
     ("poe", ("api.poe.com",)),
+    ("ppio", ("api.ppinfra.com",)),
     ("prism", ("api.prisminference.com",)),
     ("publicai", ("api.publicai.co",)),
     ("qihang", ("api.qhaigc.net",)),
     ("qiniu", ("api.qnaigc.com",)),
+    ("redpill", ("api.redpill.ai",)),
     ("refuseless", ("api.refuseless.com",)),
     ("regolo", ("api.regolo.ai",)),
+    ("roocode", ("api.roocode.com",)),
     ("routing_run", ("ai.routing.sh", "api.routing.run")),
     ("runanywhere", ("inference.runanywhere.ai",)),
     ("runinfra", ("api.runinfra.ai",)),
@@ -154,6 +167,7 @@ _RESELLERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("subconscious", ("api.subconscious.dev",)),
     ("submodel", ("llm.submodel.ai",)),
     ("synthetic", ("api.synthetic.new",)),
+    ("targon", ("api.targon.com",)),
     ("tensormesh", ("serverless.tensormesh.ai",)),
     ("tensorx", ("api.tensorx.ai",)),
     ("the_grid", ("api.thegrid.ai",)),
@@ -206,15 +220,35 @@ OCI = Provider(
         r"(?:[a-z]+\.)?inference\.generativeai\.[^.]+\.oci\.(?:[a-z]+\.)?oraclecloud\.com"
     ),
 )
+# Two coding agents send the makers' own APIs through their maker's host.
+AGENTS = (
+    compatible("amp", ("ampcode.com",)),
+    Provider("amp", ("ampcode.com",), content_routes(r"/api/provider/google/v1[^/]*(?:/[^?:]+)?")),
+    replace(
+        compatible("factory", ("app.factory.ai",)),
+        routes=planned(compatible("factory", ()).routes, "factory"),
+    ),
+)
 # Helicone's older proxies pass one maker's API on at its prices, each under a host of its own.
 PASSED_ON = (
     Provider("openai", ("oai.helicone.ai", "oai.hconeai.com"), OPENAI_ROUTES),
     Provider("anthropic", ("anthropic.helicone.ai", "anthropic.hconeai.com"), ANTHROPIC_ROUTES),
 )
 
+# Resellers that bill in other money (yuan, euros, points): a cost that they stated is no dollars.
+_NOT_IN_USD = frozenset(
+    (
+        "302ai aki_io berget cloudferro cortecs dmxapi drun ebcloud evroc greenpt hetzner "
+        "huawei infini kenari kuae_cloud llmtr moark modelscope neosantara poe ppio qihang "
+        "qiniu regolo scnet stackit zenifra"
+    ).split()
+)
+
 PROVIDERS = (
-    *(compatible(name, hosts) for name, hosts in (*_MAKERS, *_RESELLERS)),
+    *(compatible(name, hosts) for name, hosts in _MAKERS),
+    *(compatible(name, hosts, states_cost=name not in _NOT_IN_USD) for name, hosts in _RESELLERS),
     *(compatible(name, hosts, captured=False) for name, hosts in _AMONG_ELSE),
     OCI,
+    *AGENTS,
     *PASSED_ON,
 )

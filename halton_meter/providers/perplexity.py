@@ -93,4 +93,6 @@ ROUTES = (
     *text_routes(_ANY, _CHARGED),
     route("embeddings", "embedding", _ANY + "/contextualizedembeddings", _EMBEDDED),
 )
-PROVIDER = Provider("perplexity", ("api.perplexity.ai",), ROUTES, models=re.compile(r"^sonar"))
+PROVIDER = Provider(
+    "perplexity", ("api.perplexity.ai",), ROUTES, models=re.compile(r"^sonar"), states_cost=True
+)

@@ -16,6 +16,7 @@ from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.statements import prompt_total
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -23,6 +24,7 @@ from halton_meter.providers.reading.values import (
     as_dict,
     as_id,
     as_name,
+    plus,
     verbatim,
 )
 from halton_meter.providers.routers import CHARGED, read_charged_messages, settle
@@ -31,6 +33,15 @@ from halton_meter.wire import formats
 
 def _sdk_tokens(counts: Counts, usage: Json) -> Tokens:
     """The disjoint tokens of the SDK's usage, in the words of any of its versions."""
+    tokens = _sides(counts, usage)
+    total = counts.of(usage, "totalTokens", "tokens")
+    whole = plus(prompt_total(tokens), tokens.output)
+    if total is not None and total not in (whole, plus(whole, tokens.reasoning)):
+        counts.mismatch = True
+    return tokens
+
+
+def _sides(counts: Counts, usage: Json) -> Tokens:
     of = counts.of
     came, went = usage.get("inputTokens"), usage.get("outputTokens")
     if isinstance(came, dict) or isinstance(went, dict):

@@ -29,7 +29,7 @@ from halton_meter.providers.openai.usage import Dialect
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.counts import read_batch_created, read_count
 from halton_meter.providers.reading.draft import Draft, begin, blank, failed
-from halton_meter.providers.reading.places import regional
+from halton_meter.providers.reading.places import planned, regional
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -105,6 +105,7 @@ def read_batch_results(
             draft = blank(exchange, route, provider)
             dialect = RESPONSES if answer.get("object") == "response" else CHAT
             fill_batch_answer(draft, answer, usage, dialect)
+            draft.line = str(item.get("batch_request_id"))
             if draft.response_id is None:
                 named = str(as_id(item.get("batch_request_id")))
                 draft.identity = ("batch", exchange.request.path or "", named)
@@ -174,4 +175,11 @@ _REGIONS = ("us", "us-east-1", "us-west-1", "us-west-2", "eu-west-1")
 HOSTS = ("api.x.ai", *(f"{region}.api.x.ai" for region in _REGIONS))
 ROUTES = regional(_ROUTES, re.compile(rf"({'|'.join(_REGIONS)})\.api\.x\.ai"))
 
-PROVIDER = Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"))
+# Grok's own coding agent, signed in with an account.
+GROK_BUILD = Provider(
+    "xai", ("cli-chat-proxy.grok.com",), planned(ROUTES, "grok_build"), states_cost=True
+)
+PROVIDERS = (
+    Provider("xai", HOSTS, ROUTES, models=re.compile(r"^grok"), states_cost=True),
+    GROK_BUILD,
+)

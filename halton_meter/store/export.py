@@ -79,6 +79,13 @@ def _copy_tables(reader: Reader, target: sqlite3.Connection, selection: Selectio
         parameters,
     )
     _copy(reader, target, "losses (cause, count, at)", _SQLITE_LOSSES, [])
+    _copy(
+        reader,
+        target,
+        "coverage (hour, program, host, stack, cause, connections, bytes)",
+        _SQLITE_COVERAGE,
+        [],
+    )
     names = ", ".join(_SQLITE_REQUESTS)
     spelled = ", ".join(_SQLITE_REQUESTS.values())
     return _copy(
@@ -163,6 +170,8 @@ CREATE TABLE requests (id TEXT NOT NULL, project_id INTEGER REFERENCES projects(
     host TEXT, endpoint TEXT NOT NULL, process TEXT, user_name TEXT, git_branch TEXT,
     source TEXT NOT NULL, gap TEXT);
 CREATE TABLE losses (cause TEXT NOT NULL, count INTEGER NOT NULL, at TEXT NOT NULL);
+CREATE TABLE coverage (hour TEXT NOT NULL, program TEXT, host TEXT, stack TEXT, cause TEXT,
+    connections INTEGER NOT NULL, bytes INTEGER);
 """
 # Made after the rows: ids are random, and a key kept in order while they come is six times slower.
 SQLITE_INDEXES = """
@@ -186,6 +195,11 @@ _SQLITE_RATES = (
     "FROM event WHERE {where}) ORDER BY ALL"
 )
 _SQLITE_LOSSES = f"SELECT cause, count, {_UTC_TEXT.format('at_ns')} FROM loss ORDER BY at_ns"
+_SQLITE_COVERAGE = (
+    f"SELECT {_UTC_TEXT.format('hour_ns')} AS hour, program, host, stack, cause, "
+    "CAST(sum(connections) AS BIGINT), CAST(sum(bytes) AS BIGINT) FROM coverage "
+    "GROUP BY ALL ORDER BY ALL"
+)
 _SQLITE_REQUESTS = {
     "id": "event.id",
     "project_id": "project.id",

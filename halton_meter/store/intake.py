@@ -116,6 +116,13 @@ def _count_once(connection: DuckDBPyConnection, loss_id: str, cause: str, count:
     )
 
 
+# The columns of a line about connections.
+_SEEN = {
+    "seen_connections": "BIGINT",
+    "seen_bytes": "BIGINT",
+    **dict.fromkeys(("seen_program", "seen_host", "seen_stack", "seen_cause"), TEXT),
+}
+
 # The order of `sightings.BetterSightings`.
 _RANK_BETTER = (
     "(excluded.sighting_rank, excluded.pid IS NOT NULL) > "
@@ -124,20 +131,29 @@ _RANK_BETTER = (
 
 
 def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
-    """Insert events and losses from a file of lines; return (events stored, losses seen)."""
-    types = {**json_types(EVENT_COLUMNS), "loss_cause": TEXT, "loss_count": "BIGINT"}
+    """Insert what a file of lines has; return (events stored, lines that are no events)."""
+    types = {**json_types(EVENT_COLUMNS), "loss_cause": TEXT, "loss_count": "BIGINT", **_SEEN}
     spelled = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
     lines = f"read_ndjson('{quoted(source)}', columns = {{{spelled}}})"
     stored = _insert_events(connection, lines, types)
     losses = connection.execute(
-        f"SELECT count(*) FROM {lines} WHERE loss_cause IS NOT NULL"
+        f"SELECT count(loss_cause), count(seen_connections) FROM {lines}"
     ).fetchall()
+    if losses[0][1]:
+        connection.execute(
+            "INSERT INTO coverage SELECT id, any_value(at_ns), any_value(seen_program), "
+            "any_value(seen_host), any_value(seen_stack), any_value(seen_cause), "
+            f"max(seen_connections), max(seen_bytes) FROM {lines} "
+            "WHERE seen_connections IS NOT NULL GROUP BY id ON CONFLICT (id) DO UPDATE SET "
+            "connections = greatest(connections, excluded.connections), "
+            "bytes = greatest(bytes, excluded.bytes)"
+        )
     if losses[0][0]:
         connection.execute(
             f"INSERT OR IGNORE INTO loss SELECT id, loss_cause, loss_count, at_ns FROM {lines} "
             "WHERE loss_cause IS NOT NULL"
         )
-    return stored, int(losses[0][0])
+    return stored, int(losses[0][0]) + int(losses[0][1])
 
 
 def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, str]) -> int:
@@ -148,7 +164,7 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
     )
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE arriving AS SELECT row_number() OVER () AS line, {cast} "
-        f"FROM {lines} WHERE loss_cause IS NULL"
+        f"FROM {lines} WHERE loss_cause IS NULL AND seen_connections IS NULL"
     )
     # Nearly all: alone with their id, which nothing in the database has.
     new = connection.execute(

@@ -13,6 +13,7 @@ the lines around it are kept. Who moves segments into the database: `intake.py`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import stat
@@ -25,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from halton_meter.coverage import Count, Part
 from halton_meter.model import PricedEvent
 from halton_meter.store.cleaning import LINE_FORM, cleaned_line, is_older
 from halton_meter.store.errors import disk_trouble
@@ -47,6 +49,8 @@ HELD_BYTES_MAX = 32 * 1024 * 1024
 WRITE_LINES_MAX = 256
 # What tells a loss's line from an event's: within an event's texts the quotes are escaped.
 _LOSS_MARK = b',"loss_cause":'
+_COVERAGE_MARK = b',"seen_connections":'
+_MARK_BYTES_MAX = max(len(_LOSS_MARK), len(_COVERAGE_MARK))
 
 
 class Journal:
@@ -139,8 +143,10 @@ class Journal:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 end = b""
                 while block := file.read(1 << 20):
-                    count += block.count(b"\n") - (end + block).count(_LOSS_MARK)
-                    end = block[1 - len(_LOSS_MARK) :]
+                    count += block.count(b"\n")
+                    for mark in (_LOSS_MARK, _COVERAGE_MARK):
+                        count -= (end[1 - len(mark) :] + block).count(mark)
+                    end = block[1 - _MARK_BYTES_MAX :]
         return count
 
     def _write_held(self) -> None:
@@ -310,6 +316,28 @@ def event_line(event: PricedEvent) -> bytes:
 def loss_line(loss_id: str, cause: str, count: int, at_ns: int) -> bytes:
     """One loss as a line; the same `loss_id` again changes nothing."""
     return _line({"id": loss_id, "loss_cause": cause, "loss_count": count, "at_ns": at_ns})
+
+
+def coverage_line(row_id: str, hour_ns: int, part: Part, count: Count) -> bytes:
+    """Connections of one part in one hour as a line; of lines with one id the largest counts."""
+    return _line(
+        {
+            "id": row_id,
+            "at_ns": hour_ns,
+            "seen_connections": count.connections,
+            "seen_bytes": count.bytes,
+            "seen_program": part.program,
+            "seen_host": part.host,
+            "seen_stack": part.stack,
+            "seen_cause": part.cause,
+        }
+    )
+
+
+def coverage_id(key: str, hour_ns: int, part: Part) -> str:
+    """The id of one part of one hour, as one process counts it."""
+    digest = hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()
+    return f"{key}:{hour_ns}:{digest}"
 
 
 def checked(path: Path) -> tuple[int, int, Path]:

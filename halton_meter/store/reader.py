@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from halton_meter.coverage import Coverage, Part
 from halton_meter.model import PricedEvent
 from halton_meter.store.rollup import totals_by
 from halton_meter.store.rows import decimal_of, event_from_row, loads
@@ -113,6 +114,28 @@ class Reader:
             parameters,
         )
         return {cause: int(count) for cause, count in rows}
+
+    def coverage(self, selection: Selection = Selection()) -> Coverage:
+        """The connections that were seen in the hours that begin within the selection's time."""
+        found = Coverage()
+        for each in self.coverage_by_hour(selection).values():
+            found.merge(each)
+        return found
+
+    def coverage_by_hour(self, selection: Selection = Selection()) -> dict[int, Coverage]:
+        """The same, hour by hour, each by its beginning."""
+        tests = ((" >= ?", selection.from_ns), (" < ?", selection.to_ns))
+        used = [(f"hour_ns{test}", value) for test, value in tests if value is not None]
+        found: dict[int, Coverage] = {}
+        for hour_ns, *names, connections, known_bytes, unknown in self.rows(
+            "SELECT hour_ns, program, host, stack, cause, sum(connections), sum(bytes), "
+            "count(*) - count(bytes) FROM coverage "
+            f"WHERE {' AND '.join(test for test, _ in used) or 'true'} GROUP BY ALL ORDER BY ALL",
+            [value for _, value in used],
+        ):
+            hour = found.setdefault(int(hour_ns), Coverage(is_known=True))
+            hour.add(Part(*names), int(connections), None if unknown else int(known_bytes))
+        return found
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
         """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first.

@@ -225,6 +225,11 @@ MIGRATIONS: tuple[str, ...] = (
             reported_usd_rest)
         FROM event;
     """,
+    # Connections to providers that were seen, by hour; those with a cause were not metered.
+    """
+    CREATE TABLE coverage (id VARCHAR PRIMARY KEY, hour_ns BIGINT NOT NULL, program VARCHAR,
+        host VARCHAR, stack VARCHAR, cause VARCHAR, connections BIGINT NOT NULL, bytes BIGINT);
+    """,
 )
 # A database of an earlier version is copied into a new file, see `rewriting.py`.
 REWRITTEN_VERSION = 4

@@ -26,10 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halton_meter.coverage import Coverage
 from halton_meter.model import PricedEvent, UsageEvent
 from halton_meter.store.database import BUSY_WAIT_SECONDS, Database
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import (
+    NOTHING,
     NothingStored,
     StoreBusy,
     StoreUnusable,
@@ -38,7 +40,14 @@ from halton_meter.store.errors import (
 )
 from halton_meter.store.home import Home, private_file
 from halton_meter.store.intake import Flushed, move_segment
-from halton_meter.store.journal import Journal, event_line, is_locked, loss_line
+from halton_meter.store.journal import (
+    Journal,
+    coverage_id,
+    coverage_line,
+    event_line,
+    is_locked,
+    loss_line,
+)
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.rollup import DAY_NS, roll, unroll
 from halton_meter.store.rows import dumps, json_types, same_price, sum_values
@@ -129,6 +138,16 @@ class Store:
             loss_id = f"{key}:{cause}"
             self._journal.count_once(loss_id, loss_line(loss_id, cause, count, at_ns))
 
+    def count_connections(self, counted: Coverage, hour_ns: int, key: str) -> None:
+        """Keep how many connections of an hour were metered.
+
+        `key` names who counts: the same part of an hour again, with more, takes the place of what
+        it said before; so telling it twice adds nothing.
+        """
+        for part, count in counted.parts.items():
+            row_id = coverage_id(key, hour_ns, part)
+            self._journal.count_once(row_id, coverage_line(row_id, hour_ns, part, count))
+
     def flush(self, wait_seconds: float = 0.0) -> Flushed:
         """Move the journal into the database, in one short transaction a segment.
 
@@ -190,7 +209,7 @@ class Store:
                 f"{waiting} events were metered just now and are being written. "
                 "Run this command again in a second."
                 if waiting
-                else "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+                else NOTHING
             )
         connection = self._database.open_for_reading(wait_seconds)
         try:

@@ -41,6 +41,11 @@ _HEADERS_KEPT = frozenset(
         # What a client sends again with the same request, which is then answered and billed once.
         "idempotency-key",
         "x-idempotency-key",
+        # Whether a gateway answers with what it kept, which nobody bills again.
+        "cf-aig-cache-status",
+        "helicone-cache",
+        "x-cache",
+        "x-portkey-cache-status",
         "x-trace-id",
         # What prices depend on.
         "anthropic-version",
@@ -52,6 +57,12 @@ _HEADERS_KEPT = frozenset(
         "openai-version",
         "x-ms-region",
         "x-inference-provider",
+        # Counts of a server whose body states none (text-generation-inference).
+        "x-prompt-tokens",
+        "x-generated-tokens",
+        "x-input-tokens",
+        "x-output-tokens",
+        "x-completion-tokens",
         # What Vercel's SDK asks for, which its request's body leaves out.
         "ai-language-model-id",
         "ai-language-model-streaming",

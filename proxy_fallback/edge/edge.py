@@ -23,7 +23,7 @@ import os
 import resource
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,6 +60,7 @@ CONNECTIONS_MAX = 8192
 DESCRIPTORS_SPARE = 64
 BYPASSED_HOSTS_MAX = 256
 BYPASSED_PROGRAMS_MAX = 512
+OPENED_MAX = 20_000
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
@@ -135,6 +136,8 @@ class Edge:
         self.others = 0  # open connections of users who are refused
         # The same by (program, host, cause); None: a program that was not looked up.
         self.unmetered: Counter[tuple[str | None, str, str]] = Counter()
+        # The near ends of the connections to hosts, the edge's and mitmproxy's.
+        self.opened: deque[tuple[str, int]] = deque(maxlen=OPENED_MAX)
         self._program_of = program_of
         self.trust = Refusals(self.counts)
         self._worker_port: int | None = None
@@ -505,6 +508,9 @@ class _Client(End):
                 delay_s = None if _is_address(address[0]) else HAPPY_EYEBALLS_S
                 await loop.create_connection(lambda: far, *address, happy_eyeballs_delay=delay_s)
                 assert far.transport is not None
+                near = far.transport.get_extra_info("sockname")
+                if near:
+                    edge.opened.append((str(near[0]), int(near[1])))
                 peer = far.transport.get_extra_info("peername")
                 if peer and edge.is_own(str(peer[0]), int(peer[1])):
                     far.abort()

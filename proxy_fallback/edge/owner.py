@@ -40,6 +40,7 @@ _REQUEST, _REQUEST_DUMP = 0x1, 0x1 | 0x300
 _ERROR, _DONE = 2, 3
 # States in which a socket has a peer: ESTABLISHED to CLOSE_WAIT, but for TIME_WAIT and CLOSE.
 _CONNECTED = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8
+_TIME_WAIT = 1 << 6
 _ANY_COOKIE = b"\xff" * 8
 _NO_SUCH_SOCKET = 2  # ENOENT
 _MAPPED, _MAPPED_TEXT = bytes(10) + b"\xff\xff", "::ffff:"  # IPv4 on a dual-stack socket
@@ -95,13 +96,17 @@ def _ask_kernel_for_one(client: tuple[str, int], near: tuple[str, int]) -> Owned
 
 
 def _answers(
-    family: int, how: int, local: bytes, far: bytes, source: bytes = b"", destination: bytes = b""
+    family: int,
+    how: int,
+    local: bytes,
+    far: bytes,
+    source: bytes = b"",
+    destination: bytes = b"",
+    states: int = _CONNECTED,
 ) -> Iterator[tuple[Any, ...]]:
     """The sockets that the kernel lists, as fields of inet_diag_msg; raises OwnerUnknown."""
     tcp = socket.IPPROTO_TCP
-    body = _ASK.pack(
-        *(family, tcp, 0, 0, _CONNECTED, local, far, source, destination, 0, _ANY_COOKIE)
-    )
+    body = _ASK.pack(*(family, tcp, 0, 0, states, local, far, source, destination, 0, _ANY_COOKIE))
     head = _HEAD.pack(_HEAD.size + len(body), _SOCK_DIAG_BY_FAMILY, how, 1, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as link:
@@ -170,6 +175,28 @@ def _listed(client: ClientSocket, proc: Path) -> Owned | None:
     if not readable:
         raise OwnerUnknown
     return found
+
+
+class Connected(NamedTuple):
+    """A connection of this network namespace, and its inode; 0: no process holds it any more."""
+
+    near: tuple[str, int]
+    far: tuple[str, int]
+    inode: int
+
+
+def connected_to(far_port: int) -> Iterator[Connected]:
+    """The connections to a port, also those that ended up to a minute ago. Raises OwnerUnknown."""
+    far = far_port.to_bytes(2, "big")
+    for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        states = _CONNECTED | _TIME_WAIT
+        for fields in _answers(family, _REQUEST_DUMP, bytes(2), far, states=states):
+            near, there = (
+                socket.inet_ntop(family, fields[at][:size]).removeprefix(_MAPPED_TEXT)
+                for at in (6, 7)
+            )
+            near_port = int.from_bytes(fields[4], "big")
+            yield Connected((near, near_port), (there, far_port), fields[14])
 
 
 def owner_of(

@@ -65,6 +65,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("GIT_SSL_CAINFO", Holds.BUNDLE, SetBy.RUN, "git"),
     Variable("AWS_CA_BUNDLE", Holds.BUNDLE, SetBy.BOTH, "botocore, the AWS command line"),
     Variable("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", Holds.BUNDLE, SetBy.BOTH, "gRPC"),
+    Variable("PERL_LWP_SSL_CA_FILE", Holds.BUNDLE, SetBy.BOTH, "Perl's LWP"),
+    Variable("PERL_LWP_ENV_PROXY", Holds.SWITCH, SetBy.BOTH, "Perl's LWP, to read the others"),
     Variable("NODE_EXTRA_CA_CERTS", Holds.EXTRA_ROOTS, SetBy.BOTH, "Node"),
     Variable("NODE_USE_ENV_PROXY", Holds.SWITCH, SetBy.BOTH, "Node from 24 on"),
     # In shells only: Node does not start when the preloaded file is gone, and apps cannot test it.

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,66 @@ def test_what_is_no_file_is_not_replaced(home: Path) -> None:
         assert result.exit_code == 1
         assert "/dev/full" in result.stderr
     assert Path("/dev/full").is_char_device()
+
+
+# --- through a pipe -------------------------------------------------------------------------------
+
+
+def piped(home: Path, shell: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "HALTON_METER_HOME": str(home), "PY": sys.executable}
+    text = shell.replace("HM", '"$PY" -m halton_meter export')
+    return subprocess.run(
+        ["bash", "-c", text], env=environment, cwd=home.parent, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize("form", [*FORMS, "json"])
+def test_a_dash_is_standard_output(home: Path, tmp_path: Path, form: str) -> None:
+    keep(home, *EVENTS)
+    done = export(form, "-")
+    assert done.exit_code == 0, done.output
+    assert export(form, str(tmp_path / "file")).exit_code == 0
+    heads = {"sqlite": b"SQLite format 3\0", "parquet": b"PAR1"}
+    whole = (tmp_path / "file").read_bytes()
+    if form in heads:
+        assert done.stdout_bytes.startswith(heads[form])
+    else:
+        assert done.stdout_bytes == whole
+
+
+def test_pipes_and_devices_are_written_into_and_files_appended_to(home: Path) -> None:
+    keep(home, *EVENTS)
+    done = piped(
+        home,
+        "mkfifo p; (wc -l <p) & HM csv p; wait $!; echo first >o; HM csv /dev/stdout >>o; wc -l <o;"
+        "HM csv >(wc -l) | cat; HM jsonl /dev/fd/3 3>&1 >/dev/null | wc -l; HM csv /dev/null;"
+        "HM jsonl - | head -c1; HM csv ./-; wc -l <./-",
+    )
+    assert done.stderr == b""
+    words = done.stdout.decode().replace("{", " ").split()
+    assert words == ["4", "5", "4", "3", "3", "requests", "in", "-", "4"]
+    assert sorted(each.name for each in home.parent.iterdir()) == ["-", "home", "o", "p"]
+
+
+def test_a_pipe_that_takes_nothing_is_one_line(home: Path) -> None:
+    keep(home, *EVENTS)
+    done = piped(home, "HM csv - >/dev/full; echo $?; HM csv /dev/full; echo $?")
+    assert done.stdout == b"1\n1\n"
+    assert b"cannot write to standard output: No space left on device" in done.stderr
+    assert b"cannot write into /dev/full: No space left on device" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_terminal_gets_no_bytes(home: Path) -> None:
+    keep(home, *EVENTS)
+    ours, theirs = os.openpty()
+    try:
+        done = export("sqlite", f"/dev/fd/{theirs}")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"halton-meter: sqlite is not text, and /dev/fd/{theirs} is a terminal\n"
+        "  fix: halton-meter export sqlite spend.sqlite\n"
+    )

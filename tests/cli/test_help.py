@@ -53,6 +53,7 @@ RESPONSE = {
     "usage": {"input_tokens": 1000, "output_tokens": 100},
 }
 CHAT = {"model": "gpt-4o", "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+CHAT_BYTES = json.dumps(CHAT).encode()
 PRICES = """provider = "our_cloud"
 compiled = 2026-12-01
 
@@ -199,7 +200,8 @@ RUN = list(dict.fromkeys(each.call for each in EXAMPLES if reason_not_to_run(eac
 @pytest.mark.parametrize("call", RUN)
 def test_an_example_works(call: str, place: Path) -> None:
     arguments = shlex.split(call)[1:]
-    done = CliRunner().invoke(main, arguments, input=json.dumps(CHAT))
+    through = (place / "capture.pcapng").read_bytes() if "replay" in arguments else CHAT_BYTES
+    done = CliRunner().invoke(main, arguments, input=through)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     may = (0, 1) if arguments[0] in _MAY_FAIL else (0,)
     assert done.exit_code in may, done.output

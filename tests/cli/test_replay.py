@@ -221,3 +221,14 @@ def test_an_exchange_seen_cut_off_and_then_whole_is_one_line(tmp_path: Path, hom
     assert lesser[0]["id"] in {event["id"] for event in events(call(whole, "--json"))}
     stored = CliRunner().invoke(main, ["events", "--json"])
     assert "aborted" not in stored.stdout
+
+
+def test_a_dash_is_standard_input(tmp_path: Path) -> None:
+    raw = (PLAIN).read_bytes()
+    done = CliRunner().invoke(main, ["replay", "-", "--json"], input=raw)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == call(PLAIN, "--json").stdout
+    done = CliRunner().invoke(main, ["replay", "-"], input=b"no capture")
+    assert done.exit_code == 1
+    assert "halton-meter: standard input: does not start like" in done.stderr
+    assert CliRunner().invoke(main, ["replay", "-", "-"], input=raw).exit_code == 2

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from capture import bpf, loader
 loaded = loader._Libbpf(Path(sys.argv[1]), 4096, at_once=bpf.attaches_at_once())
-assert {*loader.PROGRAMS, loader.OPTIONAL} <= set(loaded.programs)
+assert {*loader.PROGRAMS, *loader.OPTIONAL} <= set(loaded.programs)
 assert min(*loaded.programs.values(), *loaded.maps.values()) > 0
 """
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -243,17 +243,17 @@ def test_a_kernel_that_cannot_copy_arguments_still_loads_all_else() -> None:
     library = loader.libbpf_library()
     assert library is not None
     loaded = loader.load("libbpf")
-    assert {*loader.PROGRAMS, loader.OPTIONAL} <= set(loaded.programs)
-    refused: list[str | None] = []
+    assert {*loader.PROGRAMS, *loader.OPTIONAL} <= set(loaded.programs)
+    refused: list[Sequence[str]] = []
 
     class Refusing(loader._Libbpf):
-        """A kernel that takes the object only without that program."""
+        """A kernel that takes the object only without those programs."""
 
-        def _load(self, object_path: Path, ring_bytes: int, without: str | None = None) -> int:
+        def _load(self, object_path: Path, ring_bytes: int, without: Sequence[str] = ()) -> int:
             refused.append(without)
             return super()._load(object_path, ring_bytes, without) if without else -22
 
     loaded = Refusing(loader.find_object(), loader.RING_BYTES, at_once=False)
-    assert refused == [None, loader.OPTIONAL]
+    assert refused == [(), loader.OPTIONAL]
     assert set(loaded.programs) == set(loader.PROGRAMS)
     assert all(fd > 2 for fd in (*loaded.programs.values(), *loaded.maps.values()))

@@ -178,3 +178,58 @@ def test_hosts_that_are_nobodys_provider_are_not_looked_into(bench: ProxyBench) 
     assert "mitmproxy" not in seen.output
     assert "Halton" not in seen.output
     assert seen.events == []
+
+
+def wget(lab: Lab, n: int, *options: str) -> list[str]:
+    """A wget command to Anthropic's endpoint."""
+    fields = ["--header=x-api-key: made-up", "--header=content-type: application/json"]
+    command = ["wget", "-nv", "-t1", "-O/dev/null", *options, *fields]
+    return [*command, f"--post-data={anthropic_body(n)}", "https://api.anthropic.com/v1/messages"]
+
+
+def test_wget_trusts_us_by_a_copy_of_its_settings(bench: ProxyBench) -> None:
+    """Its GnuTLS reads no variable, and would refuse our certificate after the handshake."""
+    own = bench.lab.user.home / ".wgetrc"
+    own.write_text("header = X-Own: kept\n")
+    seen = bench.observe(["sh", "-c", "; ".join(shlex.join(wget(bench.lab, n)) for n in (1, 2, 3))])
+    own.unlink()
+    assert len(seen.served) == 3
+    assert_proxied(seen, "wget")
+    assert seen.told["unmetered"] == []
+    note("wget", said_version(["wget", "--version"]), "GnuTLS, shared", "proxy")
+
+
+def test_wget_that_reads_no_settings_works_from_the_first_time_and_is_named(
+    bench: ProxyBench,
+) -> None:
+    trust = f"--ca-certificate={bench.lab.folder}/ca.pem"
+    seen = bench.observe(wget(bench.lab, 5, "--no-config", trust))
+    assert len(seen.served) == 1
+    assert seen.events == []
+    [row] = seen.told["unmetered"]
+    assert Path(row["program"].partition(" ")[0]).name == "wget"
+    assert (row["host"], row["connections"]) == ("api.anthropic.com", 1)
+    assert (row["stack"], row["cause"]) == ("GnuTLS", "trust_not_configurable")
+
+
+def test_a_client_that_ignores_the_proxy_is_named(bench: ProxyBench) -> None:
+    """aiohttp reads no environment unless its program says so."""
+    script = bench.project / "past.py"
+    body = anthropic_body(7)
+    script.write_text(
+        "import aiohttp, asyncio\n"
+        "async def main():\n"
+        "    async with aiohttp.ClientSession() as session:\n"
+        "        url = 'https://api.anthropic.com/v1/messages'\n"
+        f"        async with session.post(url, data={body!r}) as answer:\n"
+        "            await answer.read()\n"
+        "asyncio.run(main())\n"
+    )
+    seen = bench.observe([bench.python, str(script)])
+    assert len(seen.served) == 1
+    assert seen.events == []
+    [row] = seen.told["unmetered"]
+    assert row["program"].endswith("past.py")
+    assert (row["host"], row["connections"]) == ("api.anthropic.com", 1)
+    assert (row["stack"], row["cause"]) == ("OpenSSL", "proxy_ignored")
+    assert row["fix"] == "sudo halton-meter run -- CMD"

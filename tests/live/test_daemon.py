@@ -24,6 +24,7 @@ import pytest
 from halton_meter import privileges
 from halton_meter.accounts import Account, account_named
 from halton_meter.config import Config, ConfigError
+from halton_meter.coverage import Coverage
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import prepare_home
@@ -322,6 +323,8 @@ class FakeSource:
         self.due_at: float | None = None
         self.repeated = 0  # how many of the next events a process before this one has stored
         self.done = 0
+        self.ended: list[Any] = []
+        self.open: list[Any] = []
 
     def put(self, *items: Any) -> None:
         self.items += items
@@ -367,6 +370,16 @@ class FakeSource:
     def coverage(self) -> list[Any]:
         return []
 
+    def ended_connections(self) -> list[Any]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def open_connections(self) -> list[Any]:
+        return self.open
+
+    def sees_connections(self) -> bool | None:
+        return True
+
     def status(self) -> Any:
         return SimpleNamespace(
             loader="fake",
@@ -375,6 +388,7 @@ class FakeSource:
             losses={"ring": 3, "none": 0},
             events_lost={},
             rss_bytes=None,
+            waits_for_searches=False,
         )
 
     def stop(self) -> None:
@@ -386,6 +400,7 @@ class FakeMeter:
 
     def __init__(self) -> None:
         self.losses: dict[str, int] = {}
+        self.seen_again = 0
 
     def receive(self, item: Any) -> list[PricedEvent]:
         return [item]
@@ -407,6 +422,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.events: list[PricedEvent] = []
+        self.connections: list[Coverage] = []
         self.flushes = 0
 
     def append(self, events: Iterable[PricedEvent]) -> int:
@@ -419,6 +435,9 @@ class FakeStore:
 
     def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
         pass
+
+    def count_connections(self, counted: Coverage, hour_ns: int, key: str) -> None:
+        self.connections.append(counted)
 
     def waiting(self) -> int:
         return 0

@@ -18,6 +18,7 @@ from typing import ClassVar
 import pytest
 
 from halton_meter.live.proxy.run import environment_proxy, meter_command
+from halton_meter.live.result import RunResult
 from halton_meter.model import Source
 from halton_meter.problem import Unavailable
 from halton_meter.store import Store
@@ -241,3 +242,80 @@ def test_a_run_under_sudo_serves_the_person_too(monkeypatch: pytest.MonkeyPatch)
     assert {0, nobody} <= proxy_service._served()
     monkeypatch.delenv("SUDO_UID")
     assert nobody not in proxy_service._served()
+
+
+# --- what is not metered is named ---------------------------------------------------------------
+
+PAST = """
+import socket, ssl, sys, time
+host, port = sys.argv[1].removeprefix("https://").split(":")
+lax = ssl.create_default_context()
+lax.check_hostname, lax.verify_mode = False, ssl.CERT_NONE
+held = [lax.wrap_socket(socket.create_connection((host, int(port)))) for _ in range(3)]
+time.sleep(1)  # as long as an answer takes; it closes first, which the kernel remembers
+for each in held:
+    each.close()
+"""
+
+REFUSES = """
+import os, socket, ssl, sys
+host, port = sys.argv[1].removeprefix("https://").split(":")
+proxy = os.environ["HTTPS_PROXY"].removeprefix("http://").split(":")
+lax = ssl.create_default_context()
+lax.check_hostname, lax.verify_mode = False, ssl.CERT_NONE
+for attempt in range(5):
+    raw = socket.create_connection((proxy[0], int(proxy[1])))
+    raw.sendall(f"CONNECT {host}:{port} HTTP/1.1\\r\\n\\r\\n".encode())
+    assert b" 200 " in raw.recv(4096)
+    with lax.wrap_socket(raw, server_hostname=host) as tls:
+        if b"mitm" in tls.getpeercert(True) or b"Halton" in tls.getpeercert(True):
+            continue  # as GnuTLS does: the handshake ends, then the certificate is looked at
+        tls.sendall(f"GET / HTTP/1.1\\r\\nHost: {host}\\r\\n\\r\\n".encode())
+        assert tls.recv(100)
+        sys.exit(attempt)
+sys.exit(99)
+"""
+
+
+def metered(home: Path, origin: str, *command: str) -> RunResult:
+    hosts = {origin.removeprefix("https://"): "openai"}
+    return meter_command(command, home / "home", environment(home), hosts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
+def test_a_program_that_ignores_the_proxy_is_named(origin: str, tmp_path: Path) -> None:
+    script = tmp_path / "past.py"
+    script.write_text(PAST)
+    run = metered(tmp_path, origin, "sh", "-c", f"{sys.executable} {script} {origin}; true")
+    assert run.totals.total.requests == 0
+    [row] = run.unmetered
+    assert (row.connections, row.cause) == (3, "proxy_ignored")
+    assert row.program is not None
+    assert row.program.startswith(os.path.realpath(sys.executable))
+    assert row.program.endswith("/past.py")
+    assert row.host is not None
+    assert row.host.startswith("localhost") or row.host.startswith("127.0.0.1")
+    assert row.fix == "sudo halton-meter run -- CMD"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
+def test_what_the_proxy_meters_did_not_go_past_it(origin: str, tmp_path: Path) -> None:
+    run = metered(tmp_path, origin, sys.executable, "-c", CLIENT, origin, "0")
+    assert run.totals.total.requests == 1
+    assert run.unmetered == []
+
+
+def test_who_refuses_after_the_handshake_fails_once_and_never_again(
+    origin: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "refuses.py"
+    script.write_text(REFUSES)
+    first = metered(tmp_path, origin, sys.executable, str(script), origin)
+    assert first.exit_code == 1  # its second attempt
+    again = metered(tmp_path, origin, sys.executable, str(script), origin)
+    assert again.exit_code == 0  # its first
+    for run in (first, again):
+        [row] = run.unmetered
+        assert (row.host, row.connections, row.cause) == ("localhost", 1, "certificate_refused")
+        assert row.program is not None
+        assert row.program.endswith("refuses.py")

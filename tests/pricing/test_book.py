@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import tomllib
 from decimal import Context, Decimal, getcontext, localcontext
 from pathlib import Path
@@ -158,8 +159,8 @@ def test_a_wrong_override_is_a_named_error(tmp_path, text):
 
 def test_overrides_written_are_overrides_read(tmp_path):
     table = {"model": 'odd"name*', "provider": "openai", "from": dt.date(2026, 1, 2)}
-    one = override_file.override_of({**table, "rates": {"images_each": "0.5"}}, "test")
-    two = override_file.override_of({"model": "b", "discount": "5%", "note": "a\\b"}, "test")
+    one = override_file.override_of({**table, "rates": {"images_each": "0.5"}})
+    two = override_file.override_of({"model": "b", "discount": "5%", "note": "a\\b"})
     override_file.write(tmp_path, (one, two))
     assert override_file.read(tmp_path) == (one, two)
 
@@ -360,10 +361,46 @@ def test_the_overlay_names_a_source_for_every_rule():
 def test_a_damaged_refreshed_file_is_a_named_error(tmp_path):
     folder = tmp_path / "prices" / "data"
     folder.mkdir(parents=True)
-    (folder / "openai.toml").write_text('x\n[[model]]\nid = "a"\n')
-    book = PriceBook.load(tmp_path)
-    with pytest.raises(PriceError, match="openai"):
-        book.tariff("openai", "a", {}, 0)
+    for text, said in (
+        ('x\n[[model]]\nid = "a"\n', ":1: this is no TOML"),
+        ('\n[[model]]\nid = "a"\n', "a model's section has no line of names"),
+        ("\n[[model]]\nnames = []\n", r":2: openai \?: a model needs an id"),
+        ('\n[[model]]\nid = "a"\nprice = 3\n', r":2: \[\[model\]\]: something in it is not"),
+        ('\n[[modl]]\nid = "a"\n', ":2: unknown setting .*; did you mean model"),
+        ("fee = 3\n", r":1: write it under a line \[\[fee\]\]"),
+    ):
+        (folder / "openai.toml").write_text(text)
+        with pytest.raises(PriceError, match=f"openai.toml.*{said}.*pricing refresh --undo"):
+            PriceBook.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "modle = 'a'\nfactor = '1'",
+            '2: override 1: unknown setting "modle"; did you mean model?',
+        ),
+        ("model = 'a'\nrates = { inptu = '1' }", "3: .*nothing is billed by that name; .* input?"),
+        ("model = 'a'\n[override.rates]\ninput = 'x'", "4: .*rates.input: .* no amount of money"),
+        ("model = 3\nfactor = '1'", "2: .*model must be a name in quotes, not 3"),
+        ("model = 'a'\nprovider = ''\nfactor = '1'", "3: .*provider must be a name in quotes"),
+        ("model = 'a'\nfrom = 2026\nfactor = '1'", "3: .*from: 2026 is no date; write YYYY-MM-DD"),
+        ("model = 'a'\nfactor = true", "3: .*factor: true is no amount of money"),
+        ("model = 'a'\ndiscount = []", "3: .*discount: .* no amount of money"),
+        ("model = 'a'\nfactor = 1\nfactor = 2", "4: this stands twice"),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_its_place(tmp_path, override, said):
+    with pytest.raises(PriceError) as refused:
+        book_with(tmp_path, f"[[override]]\n{override}\n")
+    assert re.search(rf"pricing\.toml:{said.replace('?', '.')}", str(refused.value)), refused.value
+    assert "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    text = "\ufeff[[override]]\r\nmodel = 'a'\r\nfactor = '0.5'\r\n"
+    assert book_with(tmp_path, text).overrides[0].factor == Decimal("0.5")
 
 
 def test_a_price_is_exact_whatever_the_callers_precision_which_stays_as_it_was(book):

@@ -57,6 +57,10 @@ def test_every_provider_of_the_table_of_compatible_hosts_is_in_the_list() -> Non
         ("https://api.stepfun.ai/step_plan/v1/chat/completions", "step_plan"),
         ("https://opencode.ai/zen/go/v1/chat/completions", "opencode_go"),
         ("https://opencode.ai/zen/v1/chat/completions", None),
+        ("https://portal.qwen.ai/v1/chat/completions", "qwen_code"),
+        ("https://cli-chat-proxy.grok.com/v1/chat/completions", "grok_build"),
+        ("https://app.factory.ai/api/llm/o/v1/chat/completions", "factory"),
+        ("https://ampcode.com/api/provider/openai/v1/chat/completions", None),
     ],
 )
 def test_subscriptions_are_told_from_pay_as_you_go_by_their_place(url: str, plan: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from halton_meter import vocabulary as words
 from halton_meter.cli import pricing as cli_pricing
 from halton_meter.explain import document
+from halton_meter.identity import ID_REPEATED
 from halton_meter.model import TOKEN_NAMES, Outcome
 from pricing.files import BUNDLED, RULE_KINDS
 from pricing.rates import dimension
@@ -21,8 +22,9 @@ READERS = sorted((PROGRAM / "providers").rglob("*.py"))
 PRICING = sorted(BUNDLED.glob("*.py"))
 PRICE_FILES = sorted(BUNDLED.glob("*/*.toml"))
 # What a row or a rule says besides its rates and conditions.
-HEAD = {"from", "until", "when", "hours", "checked", "source", "note", "evidence", "tiers",
-        "replace", "marginal", "above", "at_least", "models", "factor", "on", "always"}  # fmt: skip
+HEAD = {"from", "until", "when", "hours", "days", "checked", "source", "note", "evidence", "tiers",
+        "replace", "marginal", "above", "at_least", "models", "factor", "on", "always",
+        "conditions"}  # fmt: skip
 # A word of upstream's file that no answer states: Bedrock's mode of an image model.
 UNREAD_CONDITIONS = {"route"}
 
@@ -101,7 +103,7 @@ def test_every_condition_that_a_reader_states_is_a_word_and_every_word_is_stated
 
 def test_every_flag_is_a_word_and_every_word_is_a_flag():
     outcomes = {outcome.value for outcome in Outcome} - {"complete"}
-    read = flagged(READERS) | outcomes | {"bad_usage", "total_mismatch"}
+    read = flagged(READERS) | outcomes | {"bad_usage", "total_mismatch", ID_REPEATED}
     assert read == set(words.FLAGS)
     priced = flagged(PRICING) | {"unpriced", "implausible", "clamped"}
     assert priced == set(words.PRICE_FLAGS)

@@ -20,6 +20,7 @@ class Heard:
     host: str | None = None
     received: bytearray = field(default_factory=bytearray)
     sent: bytearray = field(default_factory=bytearray)
+    port: int = 0
 
 
 def pattern(size: int) -> bytes:
@@ -31,6 +32,7 @@ class TlsServer:
     def __init__(self, folder: Path) -> None:
         self.connections: list[Heard] = []
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # else it alerts who is gone
         self._context.load_cert_chain(folder / "leaf.pem")
         self._context.sni_callback = self._on_name
         self._names: dict[int, str | None] = {}
@@ -53,8 +55,9 @@ class TlsServer:
     def _serve(self, raw: socket.socket) -> None:
         with contextlib.suppress(OSError, ssl.SSLError):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw_port = raw.getpeername()[1]
             tls = self._context.wrap_socket(raw, server_side=True)
-            heard = Heard(self._names.get(id(tls)))
+            heard = Heard(self._names.get(id(tls)), port=raw_port)
             self.connections.append(heard)
             with tls:
                 while self._exchange(tls, heard):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from halton_meter.vocabulary import PRICED_CONDITIONS, TOKEN_DIMENSIONS, UNITS  # noqa: E402
 
+_WEEKDAYS = "mon|tue|wed|thu|fri|sat|sun"
 PATH = ROOT / "pricing" / "schema.json"
 DESCRIPTION = (
     "A bare name is USD per million tokens (or characters); _k is per thousand, _each per one, "
@@ -39,6 +40,7 @@ def schema() -> dict[str, Any]:
             "upstream": {"type": "string", "description": "what the file was compiled from"},
             "compiled": _date("when the file was compiled"),
             "model": _list(_ref("model"), "models and their dated prices"),
+            "default": _list(_ref("default"), "what holds where a request leaves it out"),
             "fee": _list(_ref("fee"), "prices that a model's rows do not hold"),
             "derive": _list(_ref("rule"), "on[0] costs `factor` times on[1], where no row has it"),
             "factor": _list(_ref("rule"), "multiplies what `on` names (all tokens without it)"),
@@ -53,6 +55,10 @@ def schema() -> dict[str, Any]:
                     "type": "array", "items": {"type": "string", "pattern": r"^\d\d:\d\d$"},
                     "minItems": 2, "maxItems": 2, "description": "from, until: of the UTC day",
                 },
+                "days": _list(
+                    {"type": "string", "pattern": rf"^({_WEEKDAYS}|\d{{4}}-\d\d-\d\d)$"},
+                    "weekdays and dates (UTC): the only ones on which the row holds",
+                ),
                 "replace": _flag("the compiled rows count no more"),
                 "tiers": _list(_ref("tier"), "rates of long prompts"),
             }, rates=True),
@@ -68,6 +74,11 @@ def schema() -> dict[str, Any]:
                 "always": _flag("also beside a row that prices the same condition itself"),
             }, required=["factor"]),
             "statement": _table(_rule() | _head() | _when(), required=["source", "checked"]),
+            "default": _table(_rule() | _head() | _when() | {
+                "conditions": _ref("when"),
+                "factor": _ref("amount"),
+                "on": _list({"type": "string"}, "each of unit on[1] is `factor` of unit on[0]"),
+            }),
             "override": _override(),
             "rates": _table({}, rates=True),
             "amount": {

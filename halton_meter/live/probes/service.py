@@ -23,6 +23,7 @@ from typing import Any
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import LINES_MAX, Config, ConfigError, Loaded, is_host
+from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.programs import programs_ahead
@@ -131,6 +132,7 @@ def run_watched(
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
         result.coverage = list(reply.get("coverage", ()))
+        result.connections = Coverage.of_json(reply.get("connections"))
         result.store_error = reply.get("store_error")
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
@@ -213,7 +215,7 @@ def service_plan(
     of_root = read_system()
     own, hosts = read_configuration(account, home)
     wrong = (*of_root.wrong, *own.wrong)
-    for line in (*of_root.notes, *(wrong if goes_on else ())):
+    for line in (*of_root.notes, *own.notes, *(wrong if goes_on else ())):
         say(line)
     if wrong and not goes_on:
         raise ConfigError("\n".join(wrong))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import Config, ConfigError
+from halton_meter.coverage import Coverage
 from halton_meter.live import own_code
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
@@ -344,8 +345,11 @@ class Supervisor:
             | {"pid": untrusted.whole_number(line, "pid")}
             for line in lines
         ]
+        with contextlib.suppress(ValueError):
+            self.result.connections = Coverage.of_json(message.get("connections"))
         self.result.store_error = untrusted.text(message, "store_error", SAID_CHARACTERS_MAX)
         self.result.price_error = untrusted.text(message, "price_error", SAID_CHARACTERS_MAX)
+        self.result.waited_ms = untrusted.whole_number(message, "waited_ms") or 0
 
     def _on_worker_exit(self) -> None:
         """The worker ended: note when and why, and when to start the next one."""

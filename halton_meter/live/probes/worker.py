@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
+from halton_meter.coverage import Coverage, Part
 from halton_meter.live import status
 from halton_meter.live.control import SOCKET_NAME, Answering, Client
 from halton_meter.live.journal_writer import EventStore, JournalWriter
@@ -41,7 +42,7 @@ from halton_meter.model import PricedEvent, TlsChunk
 from halton_meter.problem import Unavailable
 
 if TYPE_CHECKING:
-    from capture.uprobes import ProcessCoverage, Status
+    from capture.uprobes import Connections, ProcessCoverage, Status
     from halton_meter.meter import Meter
     from halton_meter.model import TlsClosed
 
@@ -64,6 +65,8 @@ JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # of what a client is about to run
 DRAIN_S = 5.0
+SEARCHES_S, SEARCHES_PAUSE_S = 3.0, 0.1
+"""How long the end of a run waits for searches that tell why something was not metered."""
 
 
 # --- the job ------------------------------------------------------------------------------------
@@ -141,6 +144,15 @@ class PlaintextSource(Protocol):
     def coverage(self) -> list[ProcessCoverage]:
         """The processes in scope that use TLS."""
 
+    def ended_connections(self) -> list[Connections]:
+        """Connections that have ended since the last call."""
+
+    def open_connections(self) -> list[Connections]:
+        """Those that are open; they come again when they end."""
+
+    def sees_connections(self) -> bool | None:
+        """Whether the kernel shows all connections to providers."""
+
     def status(self) -> Status:
         """How the helper fares."""
 
@@ -154,6 +166,7 @@ class _Run:
 
     pid: int
     totals: Totals = field(default_factory=Totals)
+    connections: Coverage = field(default_factory=Coverage)
 
 
 class Metering:
@@ -171,9 +184,11 @@ class Metering:
         self._source = source
         self._meter = meter
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
+        self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
         self._totals = Totals()
+        self._connections = Coverage()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
         self._backlog_bytes = 0
         self._reading = False
@@ -258,6 +273,7 @@ class Metering:
             self._listen()
 
     def _keep(self, events: list[PricedEvent]) -> None:
+        self._totals.seen_again = self._meter.seen_again
         if not events:
             return
         if not self._job.service:
@@ -305,6 +321,30 @@ class Metering:
         with contextlib.suppress(Unavailable):
             self._source.request_report(DRAIN_S)
 
+    # --- connections, as sockets show them
+
+    def _count_connections(self) -> None:
+        """Sum up those that have ended, for `status`, for runs and for the store."""
+        ended = self._source.ended_connections()
+        for each in ended:
+            _count(self._connections, each)
+            for run in self._runs.values():
+                if _is_in_tree(each.process.pid, each.process.parents, run.pid):
+                    _count(run.connections, each)
+        if ended:
+            self._journal.keep_connections(ended_parts(ended), time.time_ns())
+            # On disk: who comes after us need not hear of them again.
+            self._source.processed(0, self._meter.is_open)
+
+    def _connections_of(self, counted: Coverage, root: int | None = None) -> Coverage:
+        """Those that were counted and those that are open, of a run's processes or of all."""
+        found = Coverage(is_known=self._source.sees_connections())
+        found.merge(Coverage(counted.parts))
+        for each in self._source.open_connections():
+            if root is None or _is_in_tree(each.process.pid, each.process.parents, root):
+                _count(found, each)
+        return found
+
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
@@ -323,6 +363,7 @@ class Metering:
         if self._source.due_at is not None and now >= self._source.due_at:
             self._take(self._source.read(0))
         self._work(now + SLICE_S)
+        self._count_connections()
         now = time.monotonic()
         self._journal.tick(now)
         if self._outages is not None and now >= self._alive_at + ALIVE_EVERY_S:
@@ -356,9 +397,14 @@ class Metering:
         with contextlib.suppress(OSError):
             self._drain()
         self._work(math.inf)
+        self._wait_for_searches()
+        self._count_connections()
+        open_now = list(self._source.open_connections())
         remember(Path(self._job.home), self._source.status().libraries)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
+        if open_now:  # nobody will tell of their end
+            self._journal.keep_connections(ended_parts(open_now), time.time_ns())
         self._journal.close()
         if self._outages is not None:
             with contextlib.suppress(OSError):
@@ -372,7 +418,22 @@ class Metering:
         final |= self._journal.unstored()
         condition = self._journal.condition
         final |= {"coverage": self._coverage(), "store_error": condition.last_word()}
-        send(final | {"price_error": condition.price_error})
+        final |= {"connections": self._connections_of(self._connections).as_json()}
+        send(
+            final | {"price_error": condition.price_error, "waited_ms": int(self._waited_s * 1000)}
+        )
+
+    def _wait_for_searches(self) -> None:
+        """At the end of a run: a little while for what tells why some of it was not metered."""
+        if self._job.service:
+            return
+        began = time.monotonic()
+        with contextlib.suppress(Unavailable):
+            self._source.request_report()
+            while self._source.status().waits_for_searches and self._waited_s < SEARCHES_S:
+                time.sleep(SEARCHES_PAUSE_S)
+                self._source.request_report()
+                self._waited_s = time.monotonic() - began
 
     # --- the control socket
 
@@ -389,6 +450,7 @@ class Metering:
             return {"searching": self._search(request)}
         if asked == "finish" and client in self._runs:
             self._drain()
+            self._count_connections()
             self._journal.flush(lambda: self._send_result(client))
             return None
         if asked == "stop":
@@ -420,6 +482,7 @@ class Metering:
             {
                 "totals": run.totals.as_json(),
                 "coverage": self._coverage(run.pid),
+                "connections": self._connections_of(run.connections, run.pid).as_json(),
                 "store_error": condition.as_json()["store_error"],
                 "price_error": condition.price_error,
             }
@@ -430,6 +493,7 @@ class Metering:
     def status(self) -> dict[str, Any]:
         """Everything that `halton-meter status --json` shows of uprobes."""
         self._refresh()
+        self._count_connections()
         helper, lost = self._source.status(), self._lost()
         losses = Counter(self._job.lost_before)
         for counts in lost.values():
@@ -469,6 +533,7 @@ class Metering:
             "helper_rss_bytes": helper.rss_bytes,
             "bytes": self._bytes,
             "coverage": self._coverage(),
+            "connections": self._connections_of(self._connections).as_json(),
         }
 
     def _lost(self) -> dict[str, dict[str, int]]:
@@ -507,6 +572,22 @@ class Metering:
 def _size(item: TlsChunk | TlsClosed) -> int:
     data = item.data if isinstance(item, TlsChunk) else b""
     return CHUNK_OVERHEAD_BYTES + len(data)
+
+
+def _part(connections: Connections) -> Part:
+    return Part(connections.process.exe, connections.host, connections.stack, connections.cause)
+
+
+def _count(coverage: Coverage, connections: Connections) -> None:
+    coverage.add(_part(connections), connections.connections, connections.bytes)
+
+
+def ended_parts(ended: Iterable[Connections]) -> Coverage:
+    """The sum of connections."""
+    found = Coverage()
+    for each in ended:
+        _count(found, each)
+    return found
 
 
 def is_of_tree(event: PricedEvent, root: int) -> bool:

@@ -40,6 +40,7 @@ _LIBRARIES: Mapping[str, str] = {
     "libwolfssl": "wolfSSL",
     "libjvm": "JSSE",
     "libssl": "OpenSSL",
+    "crypto.so": "Erlang ssl",
 }
 _LIBRARY = re.compile("|".join(re.escape(name) for name in _LIBRARIES))
 
@@ -79,11 +80,16 @@ def trust_options(process: Process) -> list[str]:
     return sorted(given & TRUST_OPTIONS)
 
 
+def is_interpreter(exe: str) -> bool:
+    """Whether a program runs scripts, so that its first argument may be one."""
+    return _INTERPRETER.fullmatch(os.path.basename(exe)) is not None
+
+
 def _file_of(process: Process) -> str:
     from capture.processes.arguments import REDACTED
 
     assert process.exe is not None
-    if not _INTERPRETER.fullmatch(os.path.basename(process.exe)):
+    if not is_interpreter(process.exe):
         return process.exe
     words = [word for word in process.argv[1:] if not word.startswith("-") and word != REDACTED]
     if words and words[0].startswith(f"{REDACTED}/"):

@@ -12,6 +12,7 @@ JAVA = "halton-meter run --java -- CMD"
 SYSTEM_TRUST = "halton-meter init --system-trust"
 # Libraries that uprobes cannot probe: for these programs the proxy is the only way.
 _NOT_PROBED = frozenset({"GnuTLS", "NSS", "mbedTLS", "wolfSSL", "Erlang ssl", "JSSE"})
+_ITS_OWN = "the program's own proxy setting, with the proxy of halton-meter init"
 # Settings of a program's own, where nothing that we could set makes it use a proxy.
 _OWN_SETTINGS: Mapping[str, str] = {
     "beam.smp": "in the program: httpc:set_options([{https_proxy, {{Host, Port}, []}}])",
@@ -19,17 +20,19 @@ _OWN_SETTINGS: Mapping[str, str] = {
 }
 
 
-def fix_for(cause: str, program: str | None, stack: str | None) -> str:
-    """The next command; "" where there is none."""
+def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool = False) -> str:
+    """The next command; "" where there is none. Programs of a `service` may be older than it."""
     name = (program or "").partition(" ")[0].rpartition("/")[2]
     if cause == "proxy_ignored":
-        return _OWN_SETTINGS.get(name, UPROBES)
+        return _OWN_SETTINGS.get(name, _ITS_OWN if stack in _NOT_PROBED else UPROBES)
     if cause == "trust_not_configurable":
         return SYSTEM_TRUST
     if cause == "certificate_refused":
         if stack == "JSSE" or name == "java":
             return JAVA
-        return SYSTEM_TRUST if stack in _NOT_PROBED else UPROBES
+        if stack in _NOT_PROBED:
+            return SYSTEM_TRUST
+        return "halton-meter init, then restart that program" if service else UPROBES
     if cause == "certificate_unusable":
         return "halton-meter init"
     if cause == "stopped":

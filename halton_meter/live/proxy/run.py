@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -24,8 +25,9 @@ from halton_meter.config import ConfigError
 from halton_meter.live import control
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import prepare_home
+from halton_meter.live.proxy.past import Past
 from halton_meter.live.proxy.service import ProxyService
-from halton_meter.live.proxy.worker import CA_FOLDER, Job
+from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.problem import Problem, Unavailable
@@ -139,14 +141,21 @@ def meter_command(
     job = Job(str(home), False, dict(extra_hosts), upstream)
     background = _Background(job, environment)
     run = RunResult()
+    past: Past | None = None
+    hosts = provider_hosts(extra_hosts)
     try:
         port = background.start()
         ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
         with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
             proxied = _proxied(environment, port, ca_file, Path(folder), java)
-            run.exit_code = _run(command, proxied)
+            past = Past(hosts, extra_hosts) if sys.platform == "linux" else None
+            run.exit_code = _run(command, proxied, past)
+            if past is not None:
+                past.stop()
     finally:
-        background.stop(run)
+        own = background.stop(run)
+    if past is not None:
+        run.unmetered += past.found(own)
     return run
 
 
@@ -219,8 +228,10 @@ class _Background:
             raise Unavailable([Problem(what, "halton-meter doctor")])
         return int(listener.getsockname()[1])
 
-    def stop(self, run: RunResult) -> None:
-        """End it, and put what it metered and missed into `run`."""
+    def stop(self, run: RunResult) -> list[tuple[str, int]]:
+        """End it, and put what it metered and missed into `run`; the near ends of all its
+        connections to hosts."""
+        own: list[tuple[str, int]] = []
         service = self._service
         if service is not None:
             asyncio.run_coroutine_threadsafe(service.stop(0.0), self._loop).result()
@@ -231,20 +242,24 @@ class _Background:
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
             run.losses = dict(losses)
             run.unmetered = service.unmetered()
+            own = list(service.edge.opened)
             run.outages = list(service.outages)
             run.store_error = service.final.get("store_error")
             run.price_error = service.final.get("price_error")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        return own
 
 
-def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+def _run(command: Sequence[str], environment: dict[str, str], past: Past | None) -> int:
     """The command in the foreground, its terminal and signals its own."""
     # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
     before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
     try:
         child = subprocess.Popen(list(command), env=environment)
+        if past is not None:
+            past.begin(child.pid)
         code = child.wait()
     except OSError as error:
         code = _COULD_NOT_START.get(type(error), 126)

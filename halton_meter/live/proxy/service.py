@@ -314,6 +314,9 @@ class ProxyService:
     def _take_handshake(self, message: dict[str, Any]) -> None:
         """What the worker says of how a program took our certificate."""
         trust, stopping = self.edge.trust, self._stopping.is_set()
+        if "opened" in message:
+            address, port = message["opened"]
+            self.edge.opened.append((untrusted.printable(address), int(port)))
         if "judged" in message:
             trust.judged(untrusted.printable(message["judged"], HOST_CHARACTERS_MAX))
         for what in ("refused", "left", "trusted", "passed"):
@@ -344,11 +347,12 @@ class ProxyService:
 
     def unmetered(self) -> list[Unmetered]:
         """The connections to providers that passed unmetered, by program, host and cause."""
-        return [
-            Unmetered(program, host, count, cause, stack, fix_for(cause, program, stack))
-            for (program, host, cause), count in self.edge.unmetered.items()
-            for stack in (self._refusals.stacks.get(program),)
-        ]
+        rows = []
+        for (program, host, cause), count in self.edge.unmetered.items():
+            stack = self._refusals.stacks.get(program)
+            fix = fix_for(cause, program, stack, service=self.job.service)
+            rows.append(Unmetered(program, host, count, cause, stack, fix))
+        return rows
 
     def _send(self, message: dict[str, Any]) -> bool:
         if self._process is None or self._process.stdin is None:
@@ -587,7 +591,7 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "held")
+_COUNTS = ("events", "journal_waiting", "journal_repeated", "held")
 _TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
 
 

@@ -62,6 +62,10 @@ class Trust:
         """All is said about one client's connection to this host."""
         self._send({"judged": host})
 
+    def opened(self, address: str, port: int) -> None:
+        """We connected to a provider, from here."""
+        self._send({"opened": [address, port]})
+
     def untrusting(self, host: str, process: Process | None, kinds: frozenset[int]) -> bool:
         """Whether a client's TLS library cannot trust us; then this is told to the edge, too."""
         if self._in_system or process is None or process.exe is None:

@@ -93,6 +93,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
             trust.left,
             trust.done,
             trust.untrusting,
+            trust.opened,
             losses=pricing.losses,
         )
     )
@@ -178,6 +179,7 @@ class Pricing:
 
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
+        self.totals.seen_again = self._meter.seen_again
         if not events:
             return
         self._journal.keep(events)

@@ -22,7 +22,8 @@ from halton_meter.providers.reading.counts import read_batch_created, read_count
 from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
-from halton_meter.providers.reading.metadata import metadata_tokens
+from halton_meter.providers.reading.metadata import in_camel_case, metadata_tokens
+from halton_meter.providers.reading.statements import all_of, covers, most_complete
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -44,6 +45,7 @@ _TRAFFIC = {
 }
 _MODEL_IN_PATH = re.compile(r"/(?:models|tunedModels|endpoints)/([^/:]+):")
 QUERIES_MAX = 1000
+USAGES_MAX = 64  # chunks with usage that are looked at where the last ones do not count both sides
 
 # The OpenAI-compatible endpoint leaves thinking out of the completion: only the total has it.
 THINKING_HIDDEN = Dialect(hides_thinking=True)
@@ -56,7 +58,11 @@ def _unwrapped(value: Any) -> Json:
     """A chunk without Code Assist's `response` wrapper."""
     chunk = as_dict(value)
     inner = chunk.get("response")
-    return inner if isinstance(inner, dict) and "candidates" not in chunk else chunk
+    chunk = inner if isinstance(inner, dict) and "candidates" not in chunk else chunk
+    if "usageMetadata" not in chunk and isinstance(chunk.get("usage_metadata"), dict):
+        # As Google's SDKs write it, and gateways that pass their objects on.
+        return {**chunk, "usageMetadata": in_camel_case(chunk["usage_metadata"])}
+    return chunk
 
 
 def _chunks(exchange: Exchange) -> list[tuple[Json, bytes]]:
@@ -66,14 +72,23 @@ def _chunks(exchange: Exchange) -> list[tuple[Json, bytes]]:
     if written == "sse":
         found = [(_unwrapped(formats.loads(e.data)), e.data) for e in formats.last_events(body, 3)]
         found.reverse()
-        if not any("usageMetadata" in value for value, _ in found):
-            datas = formats.sse_data_containing(body, b'"usageMetadata"', last=True)
-            found += [(_unwrapped(formats.loads(data)), data) for data in datas]
+        if not any(_counts_both_sides(value) for value, _ in found):
+            datas = formats.sse_data_containing(body, b'"usageMetadata"')[-USAGES_MAX:]
+            earlier = [(_unwrapped(formats.loads(data)), data) for data in reversed(datas)]
+            found += [each for each in earlier if each[1] not in {text for _, text in found}]
         return found
     if written == "array":
         chunks = [_unwrapped(value) for value in formats.json_array_stream(body)]
         return [(chunk, body.pieces[-1]) for chunk in reversed(chunks)]
     return [(_unwrapped(value), text) for value, text in documents(exchange)]
+
+
+def _counts_both_sides(chunk: Json) -> bool:
+    usage = as_dict(chunk.get("usageMetadata"))
+    return bool(usage.get("promptTokenCount")) and any(
+        usage.get(name)
+        for name in ("candidatesTokenCount", "responseTokenCount", "thoughtsTokenCount")
+    )
 
 
 def begin_gemini(exchange: Exchange, route: Route, provider: Provider) -> Draft:
@@ -108,12 +123,12 @@ def generate_event(draft: Draft) -> None:
     for value, _ in chunks:
         draft.model = draft.model or as_name(value.get("modelVersion"))
         draft.response_id = draft.response_id or as_id(value.get("responseId"))
-    found = next(((v, t) for v, t in chunks if states_usage(v.get("usageMetadata"))), None)
-    if found is None:
+    stated = [(v["usageMetadata"], t) for v, t in chunks if states_usage(v.get("usageMetadata"))]
+    if not stated:
         _generate_without_usage(draft)
         return
-    value, text = found
-    fill_generated(draft, value["usageMetadata"], text, grounding(exchange, chunks))
+    fill_generated(draft, *stated[0], grounding(exchange, chunks))
+    _add_earlier(draft, stated)
     candidates = [each for v, _ in chunks for each in dicts(v.get("candidates"))]
     ended = exchange.outcome is Outcome.COMPLETE or any(c.get("finishReason") for c in candidates)
     if draft.streaming and candidates and not ended:
@@ -121,6 +136,22 @@ def generate_event(draft: Draft) -> None:
     tier = next((t for v, _ in chunks if (t := as_name(v.get("serviceTier")))), None)
     if tier is not None and "service_tier" not in draft.conditions:
         draft.conditions["service_tier"] = _tier_word(tier)
+
+
+def _add_earlier(draft: Draft, stated: list[tuple[Json, bytes]]) -> None:
+    """Add what earlier statements of a stream have more than its last, which comes first here."""
+    last = stated[0][0]
+    stated = [stated[0], *(each for each in stated[1:] if not covers(last, each[0]))]
+    if len(stated) == 1:
+        return
+    read = [metadata_tokens(Counts(), usage) for usage, _ in stated]
+    tokens, details, fell = most_complete(reversed(read))
+    if tokens != read[0][0]:
+        draft.parts = [replace(draft.parts[0], tokens=tokens, details=details)]
+        raws = (verbatim(text, b"usageMetadata", usage).text for usage, text in reversed(stated))
+        draft.raw_usage = all_of(raws)
+    if fell:
+        draft.flags.add("counts_fell")
 
 
 def states_usage(usage: Any) -> bool:
@@ -296,8 +327,11 @@ def read_long_running(exchange: Exchange, route: Route, provider: Provider) -> I
             seconds = counts.of(asked, "durationSeconds")
             samples = counts.of(asked, "sampleCount", "numberOfVideos") or 1
             units = {"video_seconds": seconds * samples} if seconds else {}
+            if not units and draft.response_id is not None:
+                units = {"videos": samples}
             draft.condition("video_size", asked.get("resolution"))
             draft.parts = [Usage(draft.request_model, Tokens(), units)]
+            draft.flags |= counts.flags()
     yield draft.event()
 
 
@@ -341,6 +375,7 @@ def _batch_line(
     draft.request_model = model.removeprefix("models/") if model is not None else None
     draft.model = as_name(response.get("modelVersion"))
     draft.response_id = as_id(response.get("responseId"))
+    draft.line = identity[1]
     if draft.response_id is None:
         draft.identity = ("batch", *identity)
     fill_generated(draft, as_dict(usage), b"", grounding(draft.exchange, [(response, b"")]))

@@ -178,7 +178,9 @@ def read_video(exchange: Exchange, route: Route, provider: Provider) -> Iterator
         draft.model = as_name(value.get("model"))
         draft.condition("video_size", value.get("size") or draft.request.get("size"))
         seconds = as_amount(value.get("seconds") or draft.request.get("seconds"))
-        units = {"video_seconds": seconds} if seconds is not None else {}
+        units = {"video_seconds": seconds} if seconds else {}
+        if not units and str(value.get("object")).startswith("video"):
+            units = {"videos": Decimal(1)}
         draft.parts = [Usage(draft.model or draft.request_model, Tokens(), units)]
     yield draft.event()
 
@@ -250,6 +252,7 @@ def batch_answers(
             continue
         draft = blank(exchange, replace(route, endpoint="batch_results"), provider)
         fill_batch_answer(draft, answer, usage, dialect)
+        draft.line = str(item["custom_id"])
         if draft.response_id is None:
             draft.identity = ("batch", str(as_id(item.get("id")) or as_id(item["custom_id"])))
         yield draft.event()
@@ -281,6 +284,7 @@ def fill_batch_answer(draft: Draft, answer: Json, usage: Json, dialect: Dialect)
 def read_run(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for a run: pending when it is made, and with its usage when that is first seen."""
     draft = begin(exchange, route, provider)
+    draft.by_id = True  # one run, however often it goes on: its usage is of all of it
     made = exchange.request.method != "GET"
     run: Json = {}
     for value, text in _runs(exchange):

@@ -16,6 +16,7 @@ from halton_meter.providers.reading.bodies import documents, form
 from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
+from halton_meter.providers.reading.statements import usages_in
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -47,10 +48,19 @@ _CONTAINER_SIZES = {"1g": "1gb", "4g": "4gb", "16g": "16gb", "64g": "64gb"}
 
 def _terminal_response(body: Body) -> tuple[Json, bytes, Json] | None:
     """(response, its text, event) of the stream's last terminal event."""
+    beside: tuple[Json, bytes] | None = None  # in an event of its own, as gateways send it
     for event in reversed(formats.last_events(body, 3)):
         value = as_dict(formats.loads(event.data))
         if value.get("type") in _TERMINAL and isinstance(value.get("response"), dict):
-            return value["response"], event.data, value
+            response: Json = value["response"]
+            if isinstance(response.get("usage"), dict):
+                return response, event.data, value
+            usage, text = next(
+                ((usage, event.data) for usage, _ in usages_in(value)), beside or (None, event.data)
+            )
+            return (response if usage is None else {**response, "usage": usage}), text, value
+        if beside is None:
+            beside = next(((usage, event.data) for usage, _ in usages_in(value)), None)
     for name in _TERMINAL:
         for quoted in (f'"type":"{name}"', f'"type": "{name}"'):
             for data in formats.sse_data_containing(body, quoted.encode(), last=True):
@@ -108,6 +118,7 @@ def _streamed_response(draft: Draft, body: Body, dialect: Dialect) -> None:
         if error_object(value) is not None:
             draft.fail(value, in_stream=True)
     first: Json = {}
+    stated = _stated_alone(body)
     for event in formats.first_events(body, 2):
         first = first or as_dict(as_dict(formats.loads(event.data)).get("response"))
     draft.response_id = as_id(first.get("id"))
@@ -115,8 +126,19 @@ def _streamed_response(draft: Draft, body: Body, dialect: Dialect) -> None:
     if first.get("background") is True and draft.error_class is None:
         draft.pending()
         return
-    if draft.error_class is None:
+    if stated is not None:
+        usage, text = stated
+        fill_response(draft, {**first, "usage": usage}, text, dialect)
+    elif draft.error_class is None:
         _salvaged_response(draft, body, dialect)
+
+
+def _stated_alone(body: Body) -> tuple[Json, bytes] | None:
+    """A usage that a stream without a terminal event states at its end, and its text."""
+    for event in reversed(formats.last_events(body, 3)):
+        for usage, _ in usages_in(as_dict(formats.loads(event.data))):
+            return usage, event.data
+    return None
 
 
 def _salvaged_response(draft: Draft, body: Body, dialect: Dialect) -> None:
@@ -139,9 +161,11 @@ def _salvaged_response(draft: Draft, body: Body, dialect: Dialect) -> None:
 def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = OPENAI) -> None:
     """Fill a draft from a response object."""
     draft.response_id = as_id(response.get("id")) or draft.response_id
+    if response.get("background") is True and draft.exchange.request.method is None:
+        draft.by_id = True  # it may have been read back
     draft.model = as_name(response.get("model")) or draft.model
     draft.condition("service_tier", response.get("service_tier"))
-    usage = response.get("usage")
+    usage = next((usage for usage, _ in usages_in(response)), response.get("usage"))
     counts = Counts()
     units = _tool_units(draft, response, counts)
     if not isinstance(usage, dict):
@@ -213,8 +237,8 @@ def _container_unit(tools: list[Json]) -> str:
             container = tool.get("container")
             if not isinstance(container, dict):
                 return "containers"
-            size = container.get("memory_limit")
-            return f"containers_{_CONTAINER_SIZES.get(str(size), '1gb')}"
+            size = _CONTAINER_SIZES.get(str(container.get("memory_limit")))
+            return f"containers_{size}" if size is not None else "containers"
     return "containers"
 
 
@@ -281,5 +305,6 @@ def read_stored_response(
     response, text = found
     if response.get("background") is True and isinstance(response.get("usage"), dict):
         draft = begin(exchange, route, provider)
+        draft.by_id = True
         fill_response(draft, response, text, dialect)
         yield draft.event()

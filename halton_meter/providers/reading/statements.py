@@ -31,7 +31,12 @@ _NAMES = (
     "usage", "usageMetadata", "usage_metadata", "token_usage", "tokenUsage", "tokens", "metrics",
     "token_count", "amazon-bedrock-invocationMetrics",
 )  # fmt: skip
-_IN_CHOICE = ((), ("delta",), ("message",))
+_NAMED = frozenset(_NAMES)
+# Counts that may stand in an answer or a chunk itself, as in an event that states them alone.
+_BARE = (
+    "prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "inputTokens",
+    "outputTokens", "prompt_token_count", "generation_token_count", "generated_tokens",
+)  # fmt: skip
 _CHOICES_MAX = 16
 # What ends the name of a count, in whichever spelling.
 _COUNTED = ("tokens", "Tokens", "token_count", "TokenCount", "eval_count", "_cached_count")
@@ -58,17 +63,39 @@ def counts_tokens(usage: Json) -> bool:
 
 
 def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
-    """The usage objects that an answer or a chunk holds, each with its name, the usual first."""
+    """The usage objects that an answer or a chunk holds, each with its name, the usual first.
+
+    Where none counts tokens, one that states something else (a cost), or the counts of the chunk.
+    """
+    found = False
+    for each in _counting_in(chunk):
+        found = True
+        yield each
+    if found:
+        return
+    usage = chunk.get("usage")
+    bare = {name: chunk[name] for name in _BARE if chunk.get(name) is not None}
+    if isinstance(usage, dict) and usage:
+        yield usage, "usage"
+    elif bare:
+        yield {name: value for name, value in chunk.items() if is_count(name)}, ""
+
+
+def _counting_in(chunk: Json) -> Iterator[tuple[Json, str]]:
     for path in _HOLDERS:
+        if path and path[0] not in chunk:
+            continue
         holder = under(chunk, path)
-        for name in _NAMES if holder else ():
+        if _NAMED.isdisjoint(holder):
+            continue
+        for name in _NAMES:
             usage = holder.get(name)
             if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, name
     for choice in dicts(chunk.get("choices"))[:_CHOICES_MAX]:
-        for path in _IN_CHOICE:
-            usage = as_dict(under(choice, path).get("usage"))
-            if counts_tokens(usage):
+        for inner in (choice, choice.get("delta"), choice.get("message")):
+            usage = inner.get("usage") if isinstance(inner, dict) else None
+            if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, "usage"
 
 
@@ -103,15 +130,32 @@ def prompt_total(tokens: Tokens) -> int | None:
     return plus(*(getattr(tokens, name) for name in _PROMPT))
 
 
+def covers(later: Json, earlier: Json) -> bool:
+    """Whether a usage holds all that another states, and at least as much of it."""
+    for name, value in earlier.items():
+        other = later.get(name)
+        if isinstance(value, dict):
+            if not isinstance(other, dict) or not covers(other, value):
+                return False
+        elif type(value) is int and type(other) is int:
+            if other < value:
+                return False
+        elif value != other and value is not None:
+            return False
+    return True
+
+
 def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Details, bool]:
     """What several statements of one call come to, in the order sent; whether a later one has less.
 
     The input is the one with the larger total, the output the larger; of equals the one that tells
-    more apart, else the later.
+    more apart, else the later. What was stated before both sides were known is a guess (Gemini's
+    first chunk) that the first statement of both may undercut.
     """
     whole, details = Tokens(), Details()
-    fell = False
+    fell = both_before = False
     for tokens, more in stated:
+        both = bool(prompt_total(tokens)) and bool(tokens.output)
         for total, names, is_mine in (
             (prompt_total, _INPUT, _is_of_input),
             (_output, _OUTPUT, _is_of_output),
@@ -119,15 +163,19 @@ def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Det
             before, now = total(whole), total(tokens)
             if now is None:
                 continue
-            known = sum(getattr(whole, name) is not None for name in names)
-            told = sum(getattr(tokens, name) is not None for name in names)
-            if before is None or now > before or (now == before and told >= known):
+            less = before is not None and now < before
+            if less and (both_before or not both):
+                fell = True
+            elif less or now != before or _known(tokens, names) >= _known(whole, names):
                 whole = replace(whole, **{name: getattr(tokens, name) for name in names})
                 kept = {name: count for name, count in details.items() if not is_mine(name)}
                 details = kept | {name: count for name, count in more.items() if is_mine(name)}
-            elif now < before:
-                fell = True
+        both_before = both_before or both
     return whole, details, fell
+
+
+def _known(tokens: Tokens, names: Iterable[str]) -> int:
+    return sum(getattr(tokens, name) is not None for name in names)
 
 
 def _output(tokens: Tokens) -> int | None:

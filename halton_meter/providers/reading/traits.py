@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 from halton_meter import __version__
-from halton_meter.identity import HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
-from halton_meter.model import Exchange, Outcome, Protocol, Source, Tokens, Traits, Usage, header
+from halton_meter.identity import CACHED, DATE, HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
+from halton_meter.model import Exchange, Outcome, Protocol, Source, Tokens, Traits, Usage
 
 # Ids that a response's headers may state: the identity of an answer whose body has none.
 REQUEST_ID_HEADERS = (
@@ -26,7 +27,10 @@ REQUEST_ID_HEADERS = (
     "x-generation-id",
     "cf-ray",
 )
+_LETTERS = {**dict(zip(REQUEST_ID_HEADERS, REQUEST_IDS, strict=True)), "date": DATE}
 _KEY_HEADERS = ("idempotency-key", "x-idempotency-key")
+# Headers of gateways that answer with what they kept, by a value that speaks of a hit.
+_CACHE_HEADERS = ("cf-aig-cache-status", "helicone-cache", "x-cache", "x-portkey-cache-status")
 _LIVE = (Source.UPROBES, Source.PROXY)
 # What is looked at of a request to tell it from others: a capture may have lost what lies behind.
 IDENTITY_BYTES = 4096
@@ -68,17 +72,17 @@ def _in_turns(exchange: Exchange) -> bool:
 def _told(exchange: Exchange) -> dict[str, str]:
     request, response = exchange.request, exchange.response
     host = request.host or exchange.connection.peer
-    told = {HOST: _digest(host)} if host is not None else {}
+    told = {HOST: _host(host)} if host is not None else {}
     if _in_turns(exchange):  # the heads are the upgrade's; where a turn ends is seen differently
         return told
-    for name in _KEY_HEADERS:
-        if (value := header(request.headers, name)) is not None:
+    for name, value in reversed(request.headers):  # the first of a name is the one that counts
+        if name in _KEY_HEADERS:
             told[KEY] = _digest(value)
-    for letter, name in zip(REQUEST_IDS, REQUEST_ID_HEADERS, strict=True):
-        if (value := header(response.headers, name)) is not None:
+    for name, value in reversed(response.headers):
+        if (letter := _LETTERS.get(name)) is not None:
             told[letter] = _digest(value)
-    if (date := header(response.headers, "date")) is not None:
-        told["d"] = _digest(date)
+        elif name in _CACHE_HEADERS and "hit" in value.lower():
+            told[CACHED] = ""
     # What a client takes for the provider's 502 may be the proxy's, which knows that none came.
     if response.status is not None and response.status < SERVED:
         told["s"] = str(response.status)
@@ -86,9 +90,12 @@ def _told(exchange: Exchange) -> dict[str, str]:
 
 
 def _asked(exchange: Exchange) -> dict[str, str]:
-    """Of the request's body: its beginning, and all of it with its length."""
+    """Of the request's body: its beginning, and all of it with its length.
+
+    Where bytes were lost, the answer may be paired with another request.
+    """
     body = exchange.request.body
-    if exchange.request.method is None or body.lost_bytes != 0:
+    if exchange.request.method is None or exchange.outcome is Outcome.GAPPED:
         return {}
     first = body.pieces[0] if body.pieces else b""
     told = {}
@@ -122,6 +129,11 @@ def _digest(*parts: object) -> str:
         digest.update(part if isinstance(part, bytes) else str(part).encode("utf-8", "replace"))
         digest.update(b"\x1f")
     return digest.hexdigest()
+
+
+@lru_cache(256)
+def _host(name: str) -> str:
+    return _digest(name)
 
 
 # Another version of the program may read another count from the same answer.

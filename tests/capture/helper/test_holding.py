@@ -170,3 +170,26 @@ def test_a_process_that_is_gone_is_no_error(counting: Counting, holder: Other) -
     holder.hold(gone.pid)
     holder.hold(counting.pid)
     wait_until(lambda: counting.is_held, "all threads to stand still")
+
+
+EPOLL = """
+import ctypes, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+events = ctypes.create_string_buffer(64)
+print("waits", flush=True)
+said = libc.epoll_wait(libc.epoll_create1(0), events, 1, 1500)
+print(said, ctypes.get_errno() if said < 0 else 0, flush=True)
+"""
+
+
+def test_a_wait_that_a_stop_would_end_is_left_to_its_end(holder: Other) -> None:
+    """epoll_wait: not every program expects EINTR of it."""
+    waiting = subprocess.Popen([sys.executable, "-c", EPOLL], stdout=subprocess.PIPE, text=True)
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "waits\n"
+    call = Path(f"/proc/{waiting.pid}/syscall")
+    wait_until(lambda: call.read_text().split()[0] in ("232", "281", "22"), "its wait")
+    holder.hold(waiting.pid, 0.5)
+    assert waiting.stdout.readline() == "0 0\n"
+    assert waiting.wait(WAIT_SECONDS_MAX) == 0
+    waiting.stdout.close()

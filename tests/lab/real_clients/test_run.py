@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import HALTON_METER, assert_metered, stored_events
+from tests.lab.conftest import HALTON_METER, Bench, assert_metered, stored_events
 from tests.lab.real_clients.programs import BUN, Program
 from tests.lab.real_clients.test_metered import script_beside
 from tests.lab.test_run import as_sudo
 from tests.support.lab.lab import Lab
+from tests.support.quick import first
 
 pytestmark = pytest.mark.lab
 
@@ -28,7 +29,7 @@ WRAPPERS = {
 """What a run sees through, and, last, what it does not: there the program is held at its exec."""
 
 
-@pytest.mark.parametrize("wrapper", ["direct", *WRAPPERS])
+@pytest.mark.parametrize("wrapper", first(["hidden", "timeout", "shell", "direct"]))
 def test_a_program_that_was_never_run_is_metered_from_its_first_request_on(
     lab: Lab, installed: Callable[[Program], Path], wrapper: str
 ) -> None:
@@ -52,6 +53,26 @@ def test_a_program_that_was_never_run_is_metered_from_its_first_request_on(
             assert json.loads(summary.read_text())["losses"] == {}
             return
         assert "metered" in done.stderr, "what is missed is told"
+    pytest.fail(f"none of {ATTEMPTS} runs waited long enough")
+
+
+@pytest.mark.slow
+def test_the_service_searches_what_a_run_is_about_to_start(
+    bench: Bench, installed: Callable[[Program], Path]
+) -> None:
+    """Where it may hold nothing, as under systemd, that is what the first request needs."""
+    original = installed(BUN[-1])
+    script = str(script_beside(original))
+    for attempt in range(ATTEMPTS):
+        program = never_run(original, f"service-{attempt}")
+        argv = [*HALTON_METER, "run", "--via", "uprobes", "--", "timeout", "100", str(program)]
+        home = str(bench.service.home)
+        environment = bench.lab.environment(HALTON_METER_HOME=home)
+        seen = bench.observe([*argv, script, "1", "3"], env=environment)
+        program.unlink()
+        if len(seen.events) == 3:
+            assert_metered(seen.served, seen.events)
+            return
     pytest.fail(f"none of {ATTEMPTS} runs waited long enough")
 
 

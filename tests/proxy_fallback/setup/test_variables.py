@@ -36,7 +36,7 @@ def test_init_and_run_set_what_the_table_says(tmp_path: Path) -> None:
 
 def test_only_run_sets_what_is_not_safe_for_every_program_for_good() -> None:
     only_run = {each.name for each in VARIABLES if each.set_by == SetBy.RUN}
-    assert only_run == {"ALL_PROXY", "all_proxy", "GIT_SSL_CAINFO"}
+    assert only_run == {"ALL_PROXY", "all_proxy", "GIT_SSL_CAINFO", "WGETRC"}
 
 
 def test_a_row_that_is_added_reaches_everyone(

@@ -219,6 +219,28 @@ def _errors() -> Scenario:
     return Scenario("anthropic_errors_keepalive", [Talk(HOST, steps)], expected)
 
 
+def _one_id() -> Scenario:
+    """Three answers of one id, as a provider's fault gave them: each was answered and billed."""
+    steps = []
+    expected = []
+    for number, usd in enumerate(("0.003225", "0.006225", "0.009225")):
+        counts = usage(input_tokens=1_000 * (number + 1), output_tokens=15)
+        steps += [
+            request1(HOST, "/v1/messages", ask("claude-sonnet-4-5", n=number), VERSION),
+            *response1(
+                dump(message(41, "claude-sonnet-4-5-20250929", counts)),
+                ("request-id", f"req_01Recorded{number:08d}"),
+            ),
+        ]
+        # 1,000 or 2,000 or 3,000 x $3/M + 15 x $15/M
+        tokens = {"input": 1_000 * (number + 1), "output": 15}
+        none = {"cache_read": 0, "cache_write_5m": 0, "cache_write_1h": 0}
+        flags = ["response_id_repeated"] if number else []
+        one = event("anthropic", "messages", "claude-sonnet-4-5-20250929", tokens | none, usd)
+        expected.append({**one, "response_id": "msg_01Recorded0041", "flags": flags})
+    return Scenario("anthropic_one_id_thrice", [Talk(HOST, steps)], expected)
+
+
 def _count() -> Scenario:
     steps = [
         request1(HOST, "/v1/messages/count_tokens", ask("claude-sonnet-4-5"), VERSION),
@@ -383,6 +405,7 @@ def scenarios() -> list[Scenario]:
         _cache_gzip(),
         _tools(),
         _errors(),
+        _one_id(),
         _count(),
         _plan_tls12(),
         _broken_off(),

@@ -1,0 +1,324 @@
+"""Counts the connections to providers that the kernel's sockets show, and which were metered.
+
+The kernel tells of each TCP connection of a process in scope whose ClientHello names a provider,
+whatever TLS code made it (`sockets` in probe.bpf.c). Here each is held against the TLS connections
+that the probes saw: of a process and a host so many are metered as sent plaintext through a probe.
+Where the thread showed which socket carries which, that decides; else the number does. The rest
+gets a cause. Connections on which no request was sent count nowhere. Nothing that a program sent is
+read here: the records are of a fixed layout.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from capture import bpf, protocol
+from capture.processes import proc
+from capture.protocol import Socket, SocketFlag
+from halton_meter.model import Process
+
+PROCESSES_MAX = 4096  # remembered, those with connections that were seen last
+OPEN_SHOWN_MAX = 500
+ROWS_MAX = 1000  # sums that wait for the next report
+# A handshake takes a client less than this behind its ClientHello; what cannot be read is judged by
+# it. Without a ClientHello, that counts too.
+HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
+
+# Causes, as they are stored and told (live/unmetered.py).
+PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
+LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
+_LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
+
+
+class Cause(NamedTuple):
+    """Why a connection was not metered, in a word, and the TLS stack that it went through."""
+
+    cause: str
+    stack: str | None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A connection that is open, as far as we know."""
+
+    socket: Socket
+    process: Process
+
+
+@dataclass(slots=True)
+class _OfProcess:
+    """What one process has open, by socket; and by host, how many of its TLS connections have sent
+    plaintext through a probe, and how many of those were found among the sockets that ended."""
+
+    open: dict[int, _Seen] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
+    older: list[bytes] = field(default_factory=list)  # far addresses, of what was open before us
+
+    def left(self, host: str) -> int:
+        """TLS connections to a host that no ended socket carried."""
+        return self.used.get(host, 0) - self.found.get(host, 0)
+
+
+class _Row(NamedTuple):
+    """What is summed up apart: connections of one process to one host, with one outcome."""
+
+    pid: int
+    started_ns: int
+    program: str | None
+    host: str | None
+    stack: str | None
+    cause: str | None
+
+
+@dataclass(slots=True)
+class _Sum:
+    process: Process
+    used_ns: int = 0  # when its last connection sent a request
+    connections: int = 0
+    bytes: int | None = 0
+
+
+class Sockets:
+    """`cause_of` answers why a connection of a process, made at that (monotonic) time, was not
+    metered; `name` who a process is; `metered_stack` in which stack its probes are."""
+
+    def __init__(
+        self,
+        table: bpf.Map,
+        addresses: bpf.Map,
+        name: Callable[[Socket], Process],
+        cause_of: Callable[[int, int], Cause],
+        metered_stack: Callable[[int], str | None],
+    ) -> None:
+        self._table = table
+        self._addresses = addresses
+        self._name = name
+        self._cause_of = cause_of
+        self._metered_stack = metered_stack
+        self._processes: OrderedDict[tuple[int, int], _OfProcess] = OrderedDict()
+        self._sums: dict[_Row, _Sum] = {}
+        self.overlooked = 0  # of which there was no room to keep the sum
+
+    def resume(self, connections: bpf.Map) -> None:
+        """Take up what a helper before us has left open in the kernel."""
+        for raw in self._table.all_keys():
+            if (socket := self._now(raw)) and socket.is_seen:
+                self.opened(int.from_bytes(raw, "little"), socket)
+        for raw in connections.all_keys():
+            value = connections.get(raw)
+            entry = protocol.CONNECTION.unpack(value) if value else None
+            if entry and entry[1]:
+                _, tgid, _ = protocol.CONNECTION_KEY.unpack(raw)
+                host = protocol.text(entry[11])
+                for (pid, _), known in self._processes.items():
+                    if pid == tgid:
+                        known.used[host] = known.used.get(host, 0) + 1
+
+    # --- news of the kernel ---------------------------------------------------------------------
+
+    def take(self, record: protocol.Record) -> None:
+        """A record about sockets, or that a TLS connection has sent its first plaintext."""
+        socket = record.socket
+        if socket is None:
+            self._used(record)
+        elif record.kind == protocol.SOCKET_SEEN:
+            self.opened(record.ssl, socket)
+        elif record.kind == protocol.SOCKET_ENDED:
+            self._ended(record.ssl, socket)
+        elif record.kind == protocol.QUIC:
+            self._add(self._name(socket), socket, Cause(QUIC, None), 0)
+
+    def _used(self, record: protocol.Record) -> None:
+        """A TLS connection has sent plaintext through a probe."""
+        known = self._of(record.tgid, record.offset)
+        if known.older and record.flags & protocol.FLAG_JOINED:
+            mine = (each for each in known.older if self._host_of(each) == record.host)
+            known.older.remove(next(mine, known.older[0]))
+            socket = _unseen(record.tgid, record.offset, record.host)
+            self._add(self._name(socket), socket, None, None)
+        else:
+            known.used[record.host] = known.used.get(record.host, 0) + 1
+
+    def note_older(self, pid: int, addresses: list[bytes]) -> None:
+        """A process has connections that were opened before anybody watched."""
+        if addresses:
+            self._of(pid, 0).older = addresses  # when it was forked nobody knows
+
+    def _host_of(self, address: bytes) -> str | None:
+        name = self._addresses.get(address)
+        return protocol.text(name) if name else None
+
+    def opened(self, number: int, socket: Socket) -> None:
+        """A connection that leads to a provider, or may: note whose it is while it lives."""
+        known = self._of(socket.tgid, socket.born_ns)
+        known.open[number] = _Seen(socket, self._name(socket))
+
+    def _ended(self, number: int, socket: Socket) -> None:
+        known = self._of(socket.tgid, socket.born_ns)
+        seen = known.open.pop(number, None)
+        if not is_used(socket):
+            return
+        process = seen.process if seen else self._name(socket)
+        cause, host = self._verdict(known, socket, known.open)
+        if cause is None and host:
+            known.found[host] = known.found.get(host, 0) + 1
+        self._add(process, socket, cause, socket.sent + socket.received, host)
+
+    def _verdict(
+        self, known: _OfProcess, socket: Socket, others: dict[int, _Seen]
+    ) -> tuple[Cause | None, str | None]:
+        """Why it was not metered (None: it was), and to which host it led."""
+        host = socket.host or None
+        if socket.linked:
+            return (Cause(LATE, None) if socket.flags & SocketFlag.LATE else None), host
+        for each in [host] if host else list(known.used):
+            if known.left(each) > self._linked(others, each):
+                return None, each
+        if socket.flags & SocketFlag.ECH:
+            return Cause(ECH, None), host
+        if host is None:
+            return Cause(NO_NAME, None), None
+        if socket.flags & SocketFlag.ASKED_PROXY and is_local(socket):
+            return Cause(PROXY, None), host
+        return self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns), host
+
+    def _linked(self, others: dict[int, _Seen], host: str) -> int:
+        """How many open connections to a host carry a TLS connection for certain."""
+        now = (self._now(struct.pack("=Q", number)) for number in others)
+        return sum(1 for each in now if each and each.linked and each.host == host)
+
+    def _now(self, key: bytes) -> Socket | None:
+        raw = self._table.get(key)
+        return None if raw is None else protocol.decode_socket(raw)
+
+    def _of(self, pid: int, born_ns: int) -> _OfProcess:
+        key = pid, born_ns
+        known = self._processes.setdefault(key, _OfProcess())
+        self._processes.move_to_end(key)
+        if len(self._processes) > PROCESSES_MAX:
+            self._processes.popitem(last=False)
+        return known
+
+    # --- sums -----------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        process: Process,
+        socket: Socket,
+        cause: Cause | None,
+        count: int | None,
+        host: str | None = None,
+    ) -> None:
+        stack = cause.stack if cause else self._metered_stack(process.pid)
+        row = _Row(
+            process.pid,
+            process.started_ns,
+            process.exe,
+            host or socket.host or None,
+            stack,
+            cause.cause if cause else None,
+        )
+        if row not in self._sums and len(self._sums) >= ROWS_MAX:
+            self.overlooked += 1
+            return
+        total = self._sums.setdefault(row, _Sum(process))
+        total.used_ns = socket.used_ns or socket.opened_ns
+        total.connections += 1
+        total.bytes = None if count is None or total.bytes is None else total.bytes + count
+
+    def take_sums(self) -> list[dict[str, Any]]:
+        """What has ended since the last call, for the reader; it is forgotten here.
+
+        What a search is under way for waits: till then `open_sums` has it.
+        """
+        for (pid, born_ns), known in self._processes.items():
+            if known.older and not os.path.exists(f"/proc/{pid}"):
+                self._add_older(pid, born_ns, known)
+                known.older.clear()
+        rows = [(self._known_by_now(row, total), row, total) for row, total in self._sums.items()]
+        self._sums = {row: total for now, row, total in rows if now.cause == SEARCHED}
+        return [_row_json(now, total) for now, _, total in rows if now.cause != SEARCHED]
+
+    def _known_by_now(self, row: _Row, total: _Sum) -> _Row:
+        """A search that was under way when a connection ended may have found what it is."""
+        if row.cause != SEARCHED:
+            return row
+        found = self._cause_of(row.pid, total.used_ns)
+        return row._replace(cause=found.cause, stack=found.stack)
+
+    def open_sums(self) -> list[dict[str, Any]]:
+        """The same of what is open, as things are now; it is summed up again when it has ended."""
+        kept, self._sums = self._sums, {}
+        for known in self._processes.values():
+            open_now = {
+                number: (each, socket)
+                for number, each in known.open.items()
+                if (socket := self._now(struct.pack("=Q", number)))
+                and socket.opened_ns == each.socket.opened_ns
+            }
+            found = dict(known.found)
+            rest = {number: each for number, (each, _) in open_now.items()}
+            for number, (each, socket) in open_now.items():
+                del rest[number]
+                if not is_used(socket):
+                    continue
+                cause, host = self._verdict(known, socket, rest)
+                if cause is None and host:
+                    known.found[host] = known.found.get(host, 0) + 1
+                self._add(each.process, socket, cause, socket.sent + socket.received, host)
+            known.found = found
+        for (pid, born_ns), known in self._processes.items():
+            self._add_older(pid, born_ns, known)
+        rows = [*self._sums.items()]
+        self._sums = kept
+        rows += [each for each in kept.items() if self._known_by_now(*each).cause == SEARCHED]
+        return [_row_json(row, total) for row, total in rows[:OPEN_SHOWN_MAX]]
+
+    def _add_older(self, pid: int, born_ns: int, known: _OfProcess) -> None:
+        """Those of a process's older connections that are known to lead to a provider."""
+        for address in known.older:
+            if host := self._host_of(address):
+                socket = _unseen(pid, born_ns, host)
+                self._add(self._name(socket), socket, Cause(OLDER, None), None)
+
+
+def is_used(socket: Socket) -> bool:
+    """Whether a request was sent on it, as far as its TLS records or its bytes show."""
+    if socket.used_ns or socket.linked:
+        return True
+    if socket.flags & SocketFlag.FOLLOWED:
+        return False
+    handshake = HANDSHAKE_BYTES_MAX if socket.hello_sent else WITH_HELLO_BYTES_MAX
+    return socket.sent - socket.hello_sent > handshake
+
+
+def _unseen(pid: int, born_ns: int, host: str) -> Socket:
+    """A connection that nobody saw being opened."""
+    now_ns = time.monotonic_ns()
+    nothing = protocol.SocketFlag(0)
+    return Socket(
+        now_ns, born_ns, 0, 0, 0, 0, 0, pid, 0, 0, 0, 0, bytes(16), True, nothing, "", host
+    )
+
+
+def is_local(socket: Socket) -> bool:
+    """Whether it leads to this machine."""
+    return socket.address.startswith(_LOOPBACK)
+
+
+def _row_json(row: _Row, total: _Sum) -> dict[str, Any]:
+    return {
+        "process": proc.to_json(total.process),
+        "host": row.host,
+        "stack": row.stack,
+        "cause": row.cause,
+        "connections": total.connections,
+        "bytes": total.bytes,
+    }

@@ -1,0 +1,133 @@
+"""Coverage in words: how many of the connections to providers were metered, and the rest.
+
+Each line about the rest names program, TLS stack, host, number and cause, and what to do. It draws
+`halton_meter.coverage`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from datetime import date
+from fractions import Fraction
+
+from halton_meter.cli.output import aligned, count, count_text
+from halton_meter.coverage import (
+    OUTSIDE,
+    Count,
+    Coverage,
+    Part,
+    bytes_ratio,
+    connections_ratio,
+)
+from halton_meter.live.unmetered import Unmetered
+
+RESTS_SHOWN = 8
+NOT_SHOWN_BY_KERNEL = (
+    "coverage: unknown, this kernel does not show the connections that programs open "
+    "(Linux 6.3 or newer does)"
+)
+_AGAIN = "Run it again: its probes are known by now."
+_OTHER_FIXES = {
+    "no_probes_yet": "Run it again: a search goes on, and is kept.",
+    "probed_late": _AGAIN,
+    "older_than_probes": "Restart the program.",
+    "quic": "Turn HTTP/3 off in the program.",
+}
+
+
+def coverage_lines(coverage: Coverage | None, shown: int = RESTS_SHOWN) -> list[str]:
+    """The ratio and the rest; nothing where nobody counts."""
+    if coverage is None or coverage.is_known is None:
+        return []
+    if not coverage.is_known and not coverage.parts:
+        return [NOT_SHOWN_BY_KERNEL]
+    rests = list(_rest_lines(coverage))
+    lines = [ratio_line(coverage), *rests[:shown]]
+    if not coverage.is_known:
+        lines.insert(0, NOT_SHOWN_BY_KERNEL)
+    if len(rests) > shown:
+        lines.append(f"  and {len(rests) - shown:,} more: halton-meter report --coverage")
+    return lines
+
+
+def ratio_line(coverage: Coverage) -> str:
+    """How many were metered of how many."""
+    ratio = connections_ratio(coverage)
+    if ratio is None:
+        return "coverage: no connection to a provider was seen"
+    seen, metered = coverage.seen.connections, coverage.metered.connections
+    were = "was" if seen == 1 else "were"
+    text = f"coverage: {metered:,} of {count(seen, 'connection')} to providers {were} metered"
+    if metered == seen:
+        return text
+    of_bytes = bytes_ratio(coverage)
+    known = "known bytes" if coverage.has_unknown_bytes else "bytes"
+    more = "" if of_bytes is None else f", {percent(of_bytes)} of {known}"
+    return f"{text} ({percent(ratio)}{more})"
+
+
+def percent(ratio: Fraction) -> str:
+    """With one digit, never rounded up to 100 %."""
+    return f"{int(ratio * 1000) / 10:.1f} %"
+
+
+def _rest_lines(coverage: Coverage) -> Iterator[str]:
+    merged: dict[Part, Count] = {}
+    for part, counted in coverage.rests():  # of one name, whatever folder the program is in
+        named = Part(program_name(part), part.host, part.stack, part.cause)
+        merged.setdefault(named, Count()).add(counted.connections, counted.bytes)
+    for part, counted in merged.items():
+        yield rest_line(part, counted)
+
+
+def rest_line(part: Part, counted: Count) -> str:
+    """One line about what was not metered."""
+    name = program_name(part)
+    if part.cause in OUTSIDE:
+        connections = count(counted.connections, "connection")
+        return f"  through a proxy on this machine: {name} to {part.host}, {connections}"
+    cause = part.cause or ""
+    otherwise = _OTHER_FIXES.get(cause)
+    option = "--via proxy --java" if part.stack == "JSSE" else "--via proxy"
+    fix = "" if otherwise else f"halton-meter run {option} -- {shlex.quote(name)}"
+    stack = None if part.stack == "unknown" else part.stack
+    row = Unmetered(part.program and name, part.host, counted.connections, cause, stack, fix)
+    return f"  {row.line()}" + (f". {otherwise}" if otherwise else "")
+
+
+def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverage]] = ()) -> str:
+    """Connections by program, host and stack, the days where there are several, and the rest."""
+    if coverage is None:
+        return "Coverage is known for periods alone, not for a model, provider or project."
+    if not coverage.parts:
+        return "No connection to a provider was seen. Uprobes count them: sudo halton-meter start"
+    header = ["PROGRAM", "HOST", "TLS STACK", "SEEN", "METERED", "%", "BYTES", "METERED BYTES"]
+    groups: dict[tuple[str, str, str], Coverage] = {}
+    for part, counted in coverage.parts.items():
+        key = (program_name(part), part.host or "not known", part.stack or "-")
+        groups.setdefault(key, Coverage()).add(part, counted.connections, counted.bytes)
+    rows = [[*key, *_figures(each)] for key, each in sorted(groups.items())]
+    parts = [aligned(header, rows, header[3:])]
+    if len(days) > 1:
+        rows = [[day.isoformat(), *_figures(each)] for day, each in days]
+        parts.append(aligned(["DAY", *header[3:]], rows, header[3:]))
+    parts.append("\n".join(coverage_lines(coverage, len(coverage.parts))))
+    return "\n\n".join(parts)
+
+
+def _figures(coverage: Coverage) -> list[str]:
+    seen, metered, ratio = coverage.seen, coverage.metered, connections_ratio(coverage)
+    return [
+        f"{seen.connections:,}",
+        f"{metered.connections:,}",
+        "-" if ratio is None else f"{int(ratio * 1000) / 10:.1f}",
+        count_text(seen.bytes),
+        count_text(metered.bytes),
+    ]
+
+
+def program_name(part: Part) -> str:
+    """The program's name, without its folder."""
+    return os.path.basename(part.program or "") or "a program"

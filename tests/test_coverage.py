@@ -1,0 +1,113 @@
+"""Coverage: sums, JSON from any source, and its words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from halton_meter.cli.coverage import coverage_lines, coverage_table
+from halton_meter.coverage import OTHERS, PARTS_MAX, Count, Coverage, Part
+from halton_meter.live.unmetered import CAUSES
+
+CURL = Part("/usr/bin/curl", "api.openai.com", "OpenSSL", None)
+WGET = Part("/usr/bin/wget", "api.openai.com", "GnuTLS", "stack_not_probed")
+JAVA = Part("/opt/java", "api.anthropic.com", "JSSE", "stack_not_probed")
+PROXIED = Part("/usr/bin/app", "api.openai.com", None, "through_local_proxy")
+UNNAMED = Part("/usr/bin/app", None, None, "no_server_name")
+
+
+def made(*parts: tuple[Part, int, int | None]) -> Coverage:
+    found = Coverage(is_known=True)
+    for part, connections, more_bytes in parts:
+        found.add(part, connections, more_bytes)
+    return found
+
+
+def test_all_metered_is_one_short_line() -> None:
+    assert coverage_lines(made((CURL, 3, 900))) == [
+        "coverage: 3 of 3 connections to providers were metered"
+    ]
+
+
+def test_the_rest_is_named_with_cause_and_fix() -> None:
+    lines = coverage_lines(made((CURL, 41, 9710), (WGET, 2, 200), (JAVA, 1, 90)))
+    assert lines == [
+        "coverage: 41 of 44 connections to providers were metered (93.1 %, 97.1 % of bytes)",
+        "  not metered: wget (GnuTLS) to api.openai.com, 2 connections: "
+        "its TLS library cannot be probed. Use: halton-meter run --via proxy -- wget",
+        "  not metered: java (JSSE) to api.anthropic.com, 1 connection: "
+        "its TLS library cannot be probed. Use: halton-meter run --via proxy --java -- java",
+    ]
+
+
+def test_what_is_not_known_is_not_in_the_ratio() -> None:
+    lines = coverage_lines(made((CURL, 1, None), (PROXIED, 2, 5), (UNNAMED, 1, 5)))
+    assert lines == [
+        "coverage: 1 of 1 connection to providers was metered",
+        "  through a proxy on this machine: app to api.openai.com, 2 connections",
+        "  not metered: app to an unknown host, 1 connection: it named no server. "
+        "Use: halton-meter run --via proxy -- app",
+    ]
+
+
+def test_nothing_seen_is_said_and_so_is_a_kernel_that_shows_nothing() -> None:
+    assert coverage_lines(None) == []
+    assert coverage_lines(Coverage()) == []
+    assert coverage_lines(Coverage(is_known=True)) == [
+        "coverage: no connection to a provider was seen"
+    ]
+    (line,) = coverage_lines(Coverage(is_known=False))
+    assert line.startswith("coverage: unknown, this kernel does not show")
+
+
+@pytest.mark.parametrize("cause", list(CAUSES)[:10])
+def test_every_cause_has_words(cause: str) -> None:
+    (_, line) = coverage_lines(made((Part("/bin/x", "api.openai.com", None, cause), 1, 1)))
+    assert ". " in line
+    assert "_" not in line
+
+
+def test_a_table_by_program_host_and_stack() -> None:
+    assert coverage_table(made((CURL, 1, 100), (WGET, 1, 50))).splitlines()[:3] == [
+        "PROGRAM  HOST            TLS STACK  SEEN  METERED      %  BYTES  METERED BYTES",
+        "curl     api.openai.com  OpenSSL       1        1  100.0    100            100",
+        "wget     api.openai.com  GnuTLS        1        0    0.0     50              0",
+    ]
+
+
+def test_parts_are_bounded() -> None:
+    found = Coverage()
+    for number in range(PARTS_MAX + 5):
+        found.add(Part(f"/bin/{number}", "api.openai.com", "OpenSSL", None), 1, 1)
+    assert len(found.parts) == PARTS_MAX + 1
+    assert found.parts[Part(OTHERS, OTHERS, None, None)] == Count(5, 5)
+    assert found.seen.connections == PARTS_MAX + 5
+
+
+def test_json_there_and_back() -> None:
+    found = made((CURL, 1, 100), (WGET, 1, None), (UNNAMED, 1, 5))
+    assert Coverage.of_json(found.as_json()) == found
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        None,
+        [],
+        {},
+        {"known": True, "parts": 5},
+        {"known": True, "parts": [{}]},
+        {"known": 1, "parts": [["program"]]},
+    ],
+)
+def test_what_is_no_coverage_is_refused_by_name(hostile: Any) -> None:
+    with pytest.raises(ValueError, match="not a coverage"):
+        Coverage.of_json(hostile)
+
+
+def test_texts_of_others_are_printable() -> None:
+    row = {"program": "/bin/\x1b[31mx", "host": "h", "stack": None, "cause": None}
+    table = {"known": True, "parts": [{**row, "connections": 1, "bytes": 1}]}
+    (part,) = Coverage.of_json(table).parts
+    assert "\x1b" not in (part.program or "")
