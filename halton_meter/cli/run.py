@@ -259,7 +259,9 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  waited {result.waited_ms / 1000:.1f} s for the search in a new program")
     if result.store_error:
         lines.append(f"  {result.store_error}")
-    lines += [f"  {line}" for line in coverage_lines(result.connections)]
+    lines += [
+        f"  {line}" for line in coverage_lines(result.connections, requests=totals.total.requests)
+    ]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [
         line
