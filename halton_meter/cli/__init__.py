@@ -178,14 +178,13 @@ def _plainly(context: click.Context | None = None) -> Iterator[None]:
 def _settle(*, needs_root: bool) -> None:
     if sys.platform == "win32" or os.geteuid() != 0:
         return
+    from halton_meter.cli.output import fail  # now: the user may not be able to read it
     from halton_meter.config import ConfigError
     from halton_meter.privileges import settle
 
     try:
         settle(needs_root=needs_root)
     except ConfigError as error:
-        from halton_meter.cli.output import fail
-
         fail(*error.problems)
 
 

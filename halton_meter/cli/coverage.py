@@ -21,7 +21,8 @@ from halton_meter.coverage import (
     bytes_ratio,
     connections_ratio,
 )
-from halton_meter.live.unmetered import Unmetered
+from halton_meter.live.proxy.remedies import fix_for
+from halton_meter.live.unmetered import PROXY_CAUSES, Unmetered
 
 RESTS_SHOWN = 8
 NOT_SHOWN_BY_KERNEL = (
@@ -97,6 +98,8 @@ def rest_line(part: Part, counted: Count) -> str:
     otherwise = _OTHER_FIXES.get(cause)
     option = "--via proxy --java" if part.stack == "JSSE" else "--via proxy"
     fix = "" if otherwise else f"halton-meter run {option} -- {shlex.quote(name)}"
+    if cause in PROXY_CAUSES:  # the proxy itself is no way to meter these
+        fix = fix_for(cause, part.program, part.stack)
     stack = None if part.stack == "unknown" else part.stack
     row = Unmetered(part.program and name, part.host, counted.connections, cause, stack, fix)
     return f"  {row.line()}" + (f". {otherwise}" if otherwise else "")

@@ -93,6 +93,8 @@ def set_(
     from pricing import overrides as file
     from pricing.rates import PriceError
 
+    if "\ufffd" in model + (provider or ""):
+        wrong_usage("a name that is no UTF-8 text cannot be kept")
     if sum((bool(rates), factor is not None, discount is not None)) != 1:
         wrong_usage("give one kind of price: --rate (as often as needed), --factor or --discount")
     table: dict[str, Any] = {"model": model}

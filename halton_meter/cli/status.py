@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.coverage import coverage_lines, ratio_line
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 from halton_meter.coverage import Coverage
@@ -240,6 +240,9 @@ _TURNED_AWAY = {
 
 def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
     lines, told = _unmetered_lines(found)
+    counted = Coverage.of_json(found.get("coverage_of_connections") or Coverage().as_json())
+    if counted.parts:
+        lines.insert(0, f"  {ratio_line(counted)}")
     counts = found.get("counts", {})
     for cause, words in _TURNED_AWAY.items():
         if counts.get(cause):

@@ -121,12 +121,19 @@ def read_watsonx(exchange: Exchange, route: Route, provider: Provider) -> Iterat
 
 
 def _watsonx_counts(answer: Json) -> Json:
-    """The counts of an answer's results, summed, or of an answer itself (embeddings)."""
+    """The counts of an answer's results, summed, or of an answer itself (embeddings).
+
+    The later events of a stream say that their input is 0, which is no count of it.
+    """
     results = dicts(answer.get("results"))
     counts = Counts()
     names = ("input_token_count", "generated_token_count")
     sums = {name: plus(*(counts.of(each, name) for each in results or [answer])) for name in names}
-    return {name: count for name, count in sums.items() if count is not None}
+    return {
+        name: count
+        for name, count in sums.items()
+        if count or (count == 0 and name == "generated_token_count")
+    }
 
 
 def _watsonx_tokens(counts: Counts, stated: Json) -> Tokens:

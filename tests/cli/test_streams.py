@@ -127,8 +127,6 @@ def test_closed_output_and_a_reader_that_leaves_are_no_failure(home: Path) -> No
 def test_a_name_of_bytes_that_are_no_text_is_one_for_every_command(home: Path) -> None:
     typed = os.fsdecode(b"a\xffb")
     for command in (
-        ["pricing", "set", typed, "--discount", "10%"],
-        ["pricing", "reset", typed],
         ["report", "--project", typed],
         ["events", "--model", typed, "--json"],
         ["retag", "--from", "naïve 日本 ? 🐍", "--to", typed, "--apply"],

@@ -72,6 +72,11 @@ def test_what_a_needed_library_has_beside_it(tmp_path: Path) -> None:
         ("usr/lib/x86_64-linux-gnu/libssl.so.3", ["chroot", "{}", "curl"], {}),
         ("lib/python3.12/site-packages/x.libs/libssl-1f2.so.3", ["{}/bin/python"], {}),
         ("lib/libssl.so.3", [], {"CONDA_PREFIX": "{}"}),
+        (
+            "lib/libssl.so.3",
+            ["python", "-c", "load('{}/lib/libssl.so.3')"],
+            {},
+        ),
     ],
 )
 def test_where_else_libraries_lie(

@@ -296,6 +296,17 @@ def test_a_program_that_ignores_the_proxy_is_named(origin: str, tmp_path: Path) 
     assert row.host is not None
     assert row.host.startswith("localhost") or row.host.startswith("127.0.0.1")
     assert row.fix == "sudo halton-meter run -- CMD"
+    assert run.connections is not None
+    assert (run.connections.seen.connections, run.connections.metered.connections) == (3, 0)
+    asked = [sys.executable, "-m", "halton_meter", "report", "--coverage"]
+    told = subprocess.run(
+        asked,
+        env={**os.environ, "HALTON_METER_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "it ignores proxy settings. Use: sudo halton-meter run -- CMD" in told.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
@@ -303,6 +314,8 @@ def test_what_the_proxy_meters_did_not_go_past_it(origin: str, tmp_path: Path) -
     run = metered(tmp_path, origin, sys.executable, "-c", CLIENT, origin, "0")
     assert run.totals.total.requests == 1
     assert run.unmetered == []
+    assert run.connections is not None
+    assert (run.connections.seen.connections, run.connections.metered.connections) == (1, 1)
 
 
 def test_who_refuses_after_the_handshake_fails_once_and_never_again(

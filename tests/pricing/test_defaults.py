@@ -101,6 +101,16 @@ def test_a_sandbox_without_its_memory_has_a_gigabyte(container: Any, assumed: bo
     assert ("default_assumed" in price.flags) == assumed
 
 
+def test_a_stated_cost_assumes_nothing() -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+    answer = {"id": "a" * 24, "model": "sonar", "choices": [], "usage": usage}
+    url = "https://api.perplexity.ai/chat/completions"
+    assert "default_assumed" in priced(url, {"model": "sonar"}, answer).flags
+    usage["cost"] = {"total_cost": 0.00512}  # type: ignore[assignment]
+    stated = priced(url, {"model": "sonar"}, answer)
+    assert (stated.basis, stated.flags) == (Basis.REPORTED, ())
+
+
 def test_every_price_under_a_condition_that_a_request_may_leave_out_has_its_default() -> None:
     """A row for one size or one quality needs the default of those who name none."""
     may_be_left_out = {"image_size", "image_quality", "video_size", "search_context_size"}

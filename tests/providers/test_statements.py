@@ -208,7 +208,7 @@ def test_watsonx_states_its_input_in_the_first_event_alone() -> None:
 
     url = "https://us-south.ml.cloud.ibm.com/ml/v1/text/generation_stream"
     found = read_one(exchange(url, {"model_id": "ibm/granite"}, sse(*map(event, range(20)))))
-    assert (found.tokens.input, found.tokens.output) == (36, 19)
+    assert (found.tokens.input, found.tokens.output, found.flags) == (36, 19, ())
     assert json.loads(found.raw_usage or "")
 
 
@@ -244,6 +244,9 @@ SUMS: list[tuple[str, str, dict[str, Any], int]] = [
     (CONVERSE, "usage", {"inputTokens": 5, "outputTokens": 6, "totalTokens": 11}, 11),
     (CONVERSE, "usage", {"inputTokens": 5, "cacheReadInputTokens": 40, "outputTokens": 6,
                          "totalTokens": 51}, 51),
+    ("https://api.deepseek.com/chat/completions", "usage",
+     {"prompt_tokens": 10, "prompt_cache_hit_tokens": 3, "prompt_cache_miss_tokens": 7,
+      "completion_tokens": 20, "total_tokens": 30}, 30),
     (MESSAGES, "usage", {"input_tokens": 5, "output_tokens": 6, "total_tokens": 11}, 11),
     (SDK, "usage", {"inputTokens": 5, "outputTokens": 6, "totalTokens": 11}, 11),
 ]  # fmt: skip

@@ -220,11 +220,6 @@ def service_plan(
     if wrong and not goes_on:
         raise ConfigError("\n".join(wrong))
     system, chosen = of_root.config, own.config
-    if chosen.users or chosen.all_users:
-        say(
-            f"ignored: users and all_users in {home / 'config.toml'}; only root chooses users. "
-            f"Use: sudo halton-meter start --user NAME, or {SYSTEM_CONFIG}"
-        )
     everyone = all_users or system.all_users
     uids = frozenset(wanted_uids(account, system, users))
     if everyone or uids != {account.uid}:

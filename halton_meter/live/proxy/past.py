@@ -107,6 +107,11 @@ class Past:
             self._thread.join()
         self._look()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `stop` was called."""
+        return self._over.is_set()
+
     def found(self, own: Iterable[tuple[str, int]]) -> list[Unmetered]:
         """What went past the proxy; `own` are the near ends of the proxy's own connections."""
         self._own = set(own)
