@@ -38,9 +38,14 @@ _OTHER_FIXES = {
 }
 
 
-def coverage_lines(coverage: Coverage | None, shown: int = RESTS_SHOWN) -> list[str]:
-    """The ratio and the rest; nothing where nobody counts."""
+def coverage_lines(
+    coverage: Coverage | None, shown: int = RESTS_SHOWN, requests: int = 0
+) -> list[str]:
+    """The ratio and the rest; nothing where nobody counts, or where `requests` were metered on
+    connections that no socket shows (TLS within the TLS of a proxy)."""
     if coverage is None or coverage.is_known is None:
+        return []
+    if requests and coverage.is_known and not coverage.parts:
         return []
     if not coverage.is_known and not coverage.parts:
         return [NOT_SHOWN_BY_KERNEL]

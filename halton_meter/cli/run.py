@@ -261,7 +261,7 @@ def _troubles(result: RunResult) -> list[str]:
     if result.store_error:
         lines.append(f"  {result.store_error}")
     # Of a proxied run the rest is said already.
-    coverage = coverage_lines(result.connections)
+    coverage = coverage_lines(result.connections, requests=totals.total.requests)
     lines += [f"  {line}" for line in (coverage[:1] if said else coverage)]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [
