@@ -16,6 +16,7 @@ from halton_meter.problem import Problem
 
 KERNEL_MIN = (5, 12)
 LOCKDOWN_FILE = "/sys/kernel/security/lockdown"
+TRACEPOINTS = ("inet_sock_set_state", "tcp_destroy_sock", "sock_send_length", "sock_recv_length")
 USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
 _CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
 
@@ -48,6 +49,16 @@ def check_environment() -> list[Problem]:
             command = "boot with lockdown=integrity, or disable Secure Boot; or " + USE_PROXY
             problems.append(Problem(what, command))
     return problems + _missing_loaders()
+
+
+def missing_tracepoints() -> tuple[str, ...]:
+    """The tracepoints that this kernel lacks to count connections at their sockets.
+
+    The kernel's own type information names those that it has. Raises OSError where there is none.
+    """
+    with open("/sys/kernel/btf/vmlinux", "rb") as file:
+        known = file.read()
+    return tuple(name for name in TRACEPOINTS if b"\0btf_trace_%s\0" % name.encode() not in known)
 
 
 def _missing_capabilities() -> list[str]:

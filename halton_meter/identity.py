@@ -20,12 +20,13 @@ from dataclasses import dataclass, field, replace
 from halton_meter.model import Exchange, Source, Traits, UsageEvent, event_id
 
 # Letters of `Traits.told`.
-HOST, KEY, LINE, USAGE = "h", "k", "l", "u"
+HOST, KEY, LINE, USAGE, CACHED = "h", "k", "l", "u", "c"
 REQUEST_IDS = "01234567"
 DATE = "d"
 # d: the second in which the server answered; s: the status; p: the request's beginning; q: all of
 # it. Each is the same for every source that saw it.
-_COMPARED = (*REQUEST_IDS, DATE, "s", "p", "q", KEY)
+_ASKED = ("p", "q")
+_COMPARED = (*REQUEST_IDS, DATE, "s", *_ASKED, KEY)
 _VERSION_CHARACTERS = 4  # of USAGE: which version of the program counted
 # A status from here on may be an intermediary's own.
 SERVED = 500
@@ -81,9 +82,10 @@ def contradict(one: Traits, other: Traits, apart_dated_ns: int = APART_DATED_NS)
     """Whether two sightings of one id cannot be of one exchange; equal `nth` assumed."""
     if one.by_id or other.by_id:  # what the id names is read back, at any time
         return _differ(one, other, LINE)
-    if _differ(one, other, HOST) or _agree(one, other, KEY):
-        # A gateway rewrites what it passes on; a request that is sent again is billed once.
-        return _usage_differs(one, other) or (_differ(one, other, HOST) and _apart(one, other, 0))
+    if _differ(one, other, HOST):  # a gateway rewrites what it passes on, within its own times
+        return _usage_differs(one, other) or _apart(one, other, 0)
+    if _is_sent_again(one, other):
+        return _usage_differs(one, other) or any(_differ(one, other, each) for each in _ASKED)
     if any(_differ(one, other, letter) for letter in _COMPARED) or _usage_differs(one, other):
         return True
     return _apart(one, other, apart_dated_ns)
@@ -92,6 +94,11 @@ def contradict(one: Traits, other: Traits, apart_dated_ns: int = APART_DATED_NS)
 def _differ(one: Traits, other: Traits, letter: str) -> bool:
     mine, its = one.told.get(letter), other.told.get(letter)
     return mine is not None and its is not None and mine != its
+
+
+def _is_sent_again(one: Traits, other: Traits) -> bool:
+    """Whether a second answer to one request would be the first one's, kept, and billed once."""
+    return _agree(one, other, KEY) or CACHED in one.told or CACHED in other.told
 
 
 def _agree(one: Traits, other: Traits, letter: str) -> bool:
@@ -121,8 +128,9 @@ def _halves(one: Traits, other: Traits) -> bool:
 
 def more_telling(one: Traits, other: Traits) -> Traits:
     """Of two sightings of one exchange the traits that contradict others the more surely."""
-    if one.by_id is not other.by_id:
-        return other if one.by_id else one
+    again, again_too = (each.by_id or CACHED in each.told for each in (one, other))
+    if again is not again_too:
+        return other if again else one
     return other if len(other.told) > len(one.told) else one
 
 
@@ -337,7 +345,7 @@ def _is_another(entry: Entry, source: Source, seen: Seen, traits: Traits) -> boo
     known = entry.traits
     if other.exchange == seen.exchange or known.by_id or traits.by_id:
         return False
-    if _differ(known, traits, HOST) or _agree(known, traits, KEY) or _halves(known, traits):
+    if _differ(known, traits, HOST) or _is_sent_again(known, traits) or _halves(known, traits):
         return False
     if other.connection == seen.connection or (other.pid is not None and other.pid == seen.pid):
         return True

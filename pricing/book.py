@@ -107,7 +107,7 @@ class PriceBook:
         if reported is not None:
             items = _reconciled(items, total, reported, event)
             basis, total = Basis.REPORTED, reported
-            flags = [flag for flag in flags if not flag.startswith("unpriced:")]
+            flags = [flag for flag in flags if not flag.startswith(_OF_OUR_PRICE)]
         unique = tuple(dict.fromkeys(flags)) if flags else ()
         return PricedEvent(
             event,
@@ -258,6 +258,8 @@ class PriceBook:
         return items, flags, total if known else None
 
 
+# What is said of a price that we compute, not of one that the provider states.
+_OF_OUR_PRICE = ("unpriced:", "default_assumed")
 # Providers whose prices depend on the time of day (DeepSeek's off-peak hours).
 _PROVIDERS_BY_THE_HOUR = frozenset({"deepseek", "azure_openai"})
 

@@ -111,8 +111,8 @@ def tariff_for(
             Level(level.above, override.applied(level.rates), level.marginal) for level in levels
         )
     minimums = {r.on[0]: r.factor for r in rules if r.kind == "minimum"}
-    looked = next((rule.note for rule in rules if rule.kind == "no_cached_rate"), None)
     defaults = {r.on[1]: (r.on[0], r.factor, r.note) for r in rules if r.kind == "default" and r.on}
+    looked = next((rule.note for rule in rules if rule.kind == "no_cached_rate"), None)
     return Tariff(
         model_id,
         levels,

@@ -371,7 +371,7 @@ class Commanded:
             process_ring=ring,
             connections=SimpleNamespace(all_keys=list),
             programs={},
-            maps={"name_locations": -1, "proofs": -1},
+            maps={"name_locations": -1, "proofs": -1, "sockets": -1, "addresses": -1},
         )
         tree = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])
         scope: Any = SimpleNamespace(

@@ -33,6 +33,7 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.providers.registry import Registry
+from halton_meter.wire.gaps import PAIRING_UNSURE
 from pricing.book import PriceBook
 from tests.wire.conftest import chunks_of, pierce, split_by
 
@@ -178,6 +179,16 @@ def test_conversations_are_bounded_and_the_oldest_is_closed(
     assert [event.usage.outcome for event in events] == [Outcome.ABORTED]
     assert meter.losses["conversations_evicted"] == 1
     assert set(meter._conversations) == {"a", "c", "d"}
+
+
+def test_an_answer_behind_a_lost_one_may_be_another_requests() -> None:
+    """The next request may have been lost with it, of which nothing tells."""
+    meter = Meter(book().price)
+    lost = response("msg_01AbCdEfGhIjKlMnOpQr")
+    say(meter, Direction.SENT, request())
+    (event,) = say(meter, Direction.RECEIVED, response("msg_01StUvWxYzAbCdEfGhIj"), len(lost))
+    assert event.usage.gap == PAIRING_UNSURE
+    assert event.usage.tokens.output == 20
 
 
 def test_the_end_of_the_capture_closes_what_is_open() -> None:

@@ -85,6 +85,7 @@ def united(*journals: Iterable[PricedEvent]) -> list[str]:
         assert usage.traits is not None
         traits = traits_of_text(traits_text(usage.traits))
         assert traits == usage.traits
+        assert traits is not None
         if (entry := group.find(traits)) is None:
             group.add(Entry(group.new_id(traits), traits))
         else:
@@ -263,12 +264,15 @@ def test_a_request_sent_again_with_its_key_is_billed_once() -> None:
 
 @pytest.mark.parametrize("header", ["cf-aig-cache-status", "helicone-cache", "x-cache"])
 def test_what_a_gateway_kept_is_not_billed_again(header: str) -> None:
+    """Unless it says so of another request's answer, too."""
     first, again = (Call(n, frozenset({"date", "request-id"})).by(Source.PROXY) for n in (0, 1))
     headers = (*again.response.headers, (header, "HIT"))
     kept = replace(again, response=replace(again.response, headers=headers))
     assert len(metered(first, kept)) == 1
     assert len(united(metered(first), metered(kept))) == 1
     assert len(united(metered(kept), metered(first))) == 1
+    asked = replace(kept.request, body=Body((b'{"model":"claude-opus-4-8","n":9}',)))
+    assert len(metered(first, replace(kept, request=asked))) == 2
 
 
 def test_a_gateway_on_this_machine_that_passes_an_answer_on_adds_nothing() -> None:
@@ -364,6 +368,15 @@ def test_turns_of_one_websocket_with_one_id_are_as_many_as_they_are() -> None:
         )
     assert len(metered(*turns)) == 4
     assert len(united(metered(*turns[:2]), metered(*turns), metered(*turns[1:]))) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", " ", "x", "1+2", "1+2 l", "1+ l1 h", "1+2 lw" + "1" * 30, "\u0663+2 l1 h", "1+2 1 "],
+)
+def test_traits_of_anothers_making_are_none(text: str | None) -> None:
+    found = traits_of_text(text)
+    assert found is None or found.nth == 1
 
 
 # --- bounds --------------------------------------------------------------------------------------

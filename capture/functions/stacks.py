@@ -30,6 +30,7 @@ class Stack(Enum):
     S2N = "s2n"
     BTLS = "Mono BTLS"
     GO = "Go crypto/tls"
+    GO_FORK = "a fork of Go crypto/tls"
     RUSTLS = "rustls"
     BEARSSL = "BearSSL"
     BOTAN = "Botan"
@@ -197,6 +198,8 @@ STACKS: Mapping[Stack, Row] = {
         finder="capture.functions.finder.golang",
         ahead=False,  # a machine has many Go programs, of some twenty probes each
     ),
+    # utls and its like: only Go's finder tells them, by the package that has the functions.
+    Stack.GO_FORK: Row(advice=_unprobed("a fork of Go's crypto/tls")),
     Stack.RUSTLS: Row(
         needed=(("rustls_connection_write", "rustls_connection_read"),),
         markers=(b"rustls",),

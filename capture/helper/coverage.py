@@ -9,6 +9,7 @@ known", not "none".
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from typing import Any
 
 from capture.functions.stacks import INSTEAD, STACKS, Stack
@@ -35,6 +36,7 @@ REFUSED, NOT_PROBED, UNKNOWN_LIBRARY, PASSED_BY = (
     "stack_unknown",
     "nothing_passed",
 )
+GONE_MAX = 1000  # processes that have ended, of which connections may end yet
 RECENT_MAX = 200  # metered processes remembered after they ended
 
 
@@ -49,6 +51,7 @@ class Coverage:
         self._tree = tree
         self._recent: dict[int, dict[str, Any]] = {}
         self._ended: dict[int, dict[str, Any]] = {}  # what was not metered of them
+        self._gone: OrderedDict[int, Watched] = OrderedDict()
         self._ended_early: dict[int, Watched] = {}  # of those, before the search in a file did
         discovery.on_gone = self._note_ended
 
@@ -85,6 +88,9 @@ class Coverage:
 
     def _note_ended(self, pid: int, watched: Watched) -> None:
         """Keep what is known of a process that is gone."""
+        self._gone[pid] = watched
+        if len(self._gone) > GONE_MAX:
+            self._gone.popitem(last=False)
         line = None if pid in self._recent else self._unmetered_line(pid, watched)
         if line is not None:
             self._ended.pop(pid, None)
@@ -142,18 +148,18 @@ class Coverage:
 
     def cause(self, pid: int, at_ns: int) -> Cause:
         """Why a connection that a process used at that (monotonic) time was not metered."""
-        watched = self._discovery.watched.get(pid) or self._ended_early.get(pid)
-        known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
-        files = [file for file in known if file and not file.is_linker]
+        watched = self._watched(pid)
+        files = self._files_of(watched)
         probed_at_ns = max(
-            (self._discovery.probed_at_ns.get(each, 0) for each in (watched or _NOTHING).files),
-            default=0,
+            (self._discovery.probed_at_ns.get(each, 0) for each in watched.files), default=0
         )
         probed = next((file for file in files if file.probes), None)
-        if probed and probed_at_ns > at_ns:
+        # A program that has two stacks was not metered for one reason or the other.
+        is_one = probed and probed.library and not probed.library.beside
+        if is_one and probed_at_ns > at_ns:
             return Cause(LATE, _stack_of(probed))
-        line = _stack_line(bool(watched and watched.java), files)
-        if line is not None:
+        line = _stack_line(watched.java, files)
+        if line is not None and line["stack"] != Stack.OTHER.value:
             refused = line["state"] == "not_recognised"
             return Cause(REFUSED if refused else NOT_PROBED, line["stack"])
         if searched := next((file for file in files if file.searching), None):
@@ -162,10 +168,12 @@ class Coverage:
 
     def metered_stack(self, pid: int) -> str | None:
         """The stack in the first of a process's files that is probed; None when none is known."""
-        watched = self._discovery.watched.get(pid)
-        known = (self._discovery.files.files.get(each) for each in (watched or _NOTHING).files)
-        probed = next((file for file in known if file and file.probes and not file.is_linker), None)
-        return _stack_of(probed) if probed else None
+        probed = (file for file in self._files_of(self._watched(pid)) if file.probes)
+        return _stack_of(first) if (first := next(probed, None)) else None
+
+    def _watched(self, pid: int) -> Watched:
+        """What is known of a process, or was when it ended."""
+        return self._discovery.watched.get(pid) or self._gone.get(pid) or _NOTHING
 
     def metered(self, process: Process, host: str) -> None:
         """Note that a process was metered: it stays listed after its end."""

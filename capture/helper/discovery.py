@@ -73,15 +73,20 @@ def _is_worth_waiting_for(mapping: FileMapping) -> bool:
 
     What the system's packages put beside libc is theirs to share: nothing there hides its TLS.
     """
-    folder, name = os.path.split(mapping.path)
-    if any(each in name for each in TLS_NAMES):
+    if _is_tls_by_name(mapping):
         return True
+    folder = os.path.dirname(mapping.path)
     if folder.startswith(SYSTEM_FOLDERS) and "-packages/" not in folder:
         return False
     with contextlib.suppress(OSError):
         size = os.stat(mapping.link).st_size
         return STRUCTURE_FILE_BYTES_MIN <= size <= HELD_LIBRARY_BYTES_MAX
     return False
+
+
+def _is_tls_by_name(mapping: FileMapping) -> bool:
+    name = os.path.basename(mapping.path)
+    return any(each in name for each in TLS_NAMES)
 
 
 class Discovery:
@@ -298,6 +303,27 @@ class Discovery:
                 self._holder.hold(pid, HOLD_S)
                 self.files.hurry(identity)
 
+    def _hold_at_once(self, pid: int, mapping: FileMapping) -> bool:
+        """Stop a process of a run before its TLS library is looked into: that may take us long."""
+        if pid in self._held or not _is_tls_by_name(mapping):
+            return False
+        if self.watched[pid].executed is None or self.files.knows_inode(
+            (mapping.device, mapping.inode)
+        ):
+            return False
+        if not (self._scope.is_of_run(pid) and self._scope.in_scope(pid)):
+            return False
+        self._holder.hold(pid, HOLD_S)
+        return True
+
+    def _wait_for(self, pid: int, identity: FileId | None) -> None:
+        """Let a process that was stopped go on once its library is attached to, or now."""
+        if identity is not None and self.files.is_searching(identity):
+            self._held[pid] = identity, time.monotonic() + HOLD_S
+            self.files.hurry(identity)
+        elif pid not in self._held:
+            self._holder.release(pid)
+
     def release(self, *, everyone: bool = False) -> None:
         """Let those go on that wait for nothing any more."""
         for pid, (identity, until) in list(self._held.items()):
@@ -392,7 +418,8 @@ class Discovery:
             return False
         watched = self._watch(pid)
         until = time.monotonic() + SCAN_S
-        for mapping in mappings:
+        # Those that are TLS by their names first: the client goes on meanwhile.
+        for mapping in sorted(mappings, key=lambda each: not _is_tls_by_name(each)):
             inode = mapping.device, mapping.inode
             if inode in watched.seen:
                 continue
@@ -402,12 +429,16 @@ class Discovery:
                 self._schedule_once(pid, SCAN_AGAIN_S)
                 break
             watched.java = watched.java or mapping.path.endswith(f"/{_JAVA}")
+            held = self._hold_at_once(pid, mapping)
             yield
             if self.watched.get(pid) is not watched:
+                self._wait_for(pid, None)
                 return True
             identity = self.files.look_at(mapping.link, mapping.path)
             if identity is None:
                 identity = self.files.look_at(f"/proc/{pid}/root{mapping.path}", mapping.path)
+            if held:
+                self._wait_for(pid, identity)
             if identity and not self.files.knows(identity):  # there was no room for it
                 self._schedule_once(pid, NO_ROOM_S)
                 break

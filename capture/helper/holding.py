@@ -22,6 +22,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+from capture.helper.promptness import HOLDER, be_prompt
+
 HELD_MAX = 64
 TICK_S = 0.002
 """Between two looks while a process is held."""
@@ -75,6 +77,7 @@ class Holder:
     # --- in the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        be_prompt(HOLDER)
         held: dict[int, _Held] = {}  # by thread
         until: dict[int, float] = {}  # by process
         while True:

@@ -45,6 +45,7 @@ from capture.helper.kernel import (
 from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts
 from capture.helper.process_tree import ProcessTree
+from capture.helper.promptness import HELPER, be_ordinary, be_prompt
 from capture.helper.relay.announcements import unannounced
 from capture.helper.relay.forwarder import Forwarder
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt, Spool
@@ -147,6 +148,8 @@ class Helper:
             self._connections.setdefault(tgid, set()).add(ssl)
         for pid in () if kernel.inherited else scope["roots"]:  # by now others may have their pids
             self._add_root(int(pid))
+        if self._scope.is_for_runs:
+            be_prompt(HELPER)
         given = command.get("files")
         for path in standard_files() if given is None else given:
             self.files.look_at(path, path)
@@ -510,6 +513,7 @@ class Helper:
         with open(os.devnull, "r+b") as nothing:
             for standard in (1, 2):
                 os.dup2(nothing.fileno(), standard)
+        be_ordinary()
         with contextlib.suppress(OSError):
             os.nice(-2 * NICE)
         self.files.finish(FINISH_S)

@@ -112,7 +112,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _plainly():
+        with _plainly(ctx):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -160,14 +160,14 @@ class LazyGroup(click.Group):
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def _plainly(context: click.Context | None = None) -> Iterator[None]:
     """Print click's errors as every other problem: harmlessly, as a file's name may be in them."""
     try:
         yield
     except click.UsageError as error:
         from halton_meter.cli.output import plain_usage
 
-        raise plain_usage(error) from error
+        raise plain_usage(error, context.invoked_subcommand if context else None) from error
     except click.ClickException as error:
         from halton_meter.cli.output import fail
         from halton_meter.problem import Problem
@@ -178,14 +178,13 @@ def _plainly() -> Iterator[None]:
 def _settle(*, needs_root: bool) -> None:
     if sys.platform == "win32" or os.geteuid() != 0:
         return
+    from halton_meter.cli.output import fail  # now: the user may not be able to read it
     from halton_meter.config import ConfigError
     from halton_meter.privileges import settle
 
     try:
         settle(needs_root=needs_root)
     except ConfigError as error:
-        from halton_meter.cli.output import fail
-
         fail(*error.problems)
 
 

@@ -108,6 +108,7 @@ def stand_in_folder() -> None:
 
     from halton_meter import accounts
     from halton_meter.config import ConfigError
+    from halton_meter.privileges import as_account
 
     try:
         home = accounts.home_folder()
@@ -123,10 +124,11 @@ def stand_in_folder() -> None:
     note(f"{what}; what this run uses is in its summary only")
     folder = tempfile.mkdtemp(prefix="halton-meter-")
     os.environ[accounts.HOME_VARIABLE] = folder
+    account = accounts.invoking_account()
     if accounts.is_root():
-        account = accounts.invoking_account()
         os.chown(folder, account.uid, account.gid)
-    atexit.register(shutil.rmtree, folder, True)
+    # As the user, whose folder it is now.
+    atexit.register(as_account, account, lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def told_of_variables(environ: Mapping[str, str]) -> None:

@@ -21,7 +21,8 @@ from halton_meter.coverage import (
     bytes_ratio,
     connections_ratio,
 )
-from halton_meter.live.unmetered import Unmetered
+from halton_meter.live.proxy.remedies import fix_for
+from halton_meter.live.unmetered import PROXY_CAUSES, Unmetered
 
 RESTS_SHOWN = 8
 NOT_SHOWN_BY_KERNEL = (
@@ -37,9 +38,14 @@ _OTHER_FIXES = {
 }
 
 
-def coverage_lines(coverage: Coverage | None, shown: int = RESTS_SHOWN) -> list[str]:
-    """The ratio and the rest; nothing where nobody counts."""
+def coverage_lines(
+    coverage: Coverage | None, shown: int = RESTS_SHOWN, requests: int = 0
+) -> list[str]:
+    """The ratio and the rest; nothing where nobody counts, or where `requests` were metered on
+    connections that no socket shows (TLS within the TLS of a proxy)."""
     if coverage is None or coverage.is_known is None:
+        return []
+    if requests and coverage.is_known and not coverage.parts:
         return []
     if not coverage.is_known and not coverage.parts:
         return [NOT_SHOWN_BY_KERNEL]
@@ -92,6 +98,8 @@ def rest_line(part: Part, counted: Count) -> str:
     otherwise = _OTHER_FIXES.get(cause)
     option = "--via proxy --java" if part.stack == "JSSE" else "--via proxy"
     fix = "" if otherwise else f"halton-meter run {option} -- {shlex.quote(name)}"
+    if cause in PROXY_CAUSES:  # the proxy itself is no way to meter these
+        fix = fix_for(cause, part.program, part.stack)
     stack = None if part.stack == "unknown" else part.stack
     row = Unmetered(part.program and name, part.host, counted.connections, cause, stack, fix)
     return f"  {row.line()}" + (f". {otherwise}" if otherwise else "")

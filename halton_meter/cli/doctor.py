@@ -306,3 +306,17 @@ def _tools(machine: Machine) -> Iterator[Finding]:
         yield Finding("uprobes", None, f"{problem.what} (fix: {problem.fix})")
     if not missing:
         yield Finding("uprobes", True, "supported on this machine (start: sudo halton-meter start)")
+    yield _coverage()
+
+
+def _coverage() -> Finding:
+    """Whether the kernel shows the connections that the share of metered traffic is taken of."""
+    from capture.environment import missing_tracepoints
+
+    try:
+        lacking = ", ".join(missing_tracepoints())
+    except OSError:
+        lacking = "type information (CONFIG_DEBUG_INFO_BTF)"
+    if lacking:
+        return Finding("coverage", None, f"unknown with uprobes: the kernel lacks {lacking}")
+    return Finding("coverage", True, "uprobes count every connection to a provider")

@@ -127,11 +127,16 @@ def _typed(context: click.Context | None) -> str:
     return " ".join(("halton-meter", *words))
 
 
-def plain_usage(error: click.UsageError) -> click.UsageError:
-    """An error of click's own, such as an unknown option, as ours."""
+def plain_usage(error: click.UsageError, command: str | None = None) -> click.UsageError:
+    """An error of click's own, such as an unknown option, as ours: one line, and `command`'s help
+    where click does not say whose option it is.
+    """
     if isinstance(error, WrongUsage | click.exceptions.NoArgsIsHelpError):
         return error
-    return WrongUsage(error.format_message(), context=error.ctx)
+    what = " ".join(error.format_message().split())
+    what = what.replace("is not a valid integer range.", "is not a whole number.")
+    fix = f"halton-meter {command} --help" if command and error.ctx is None else ""
+    return WrongUsage(what, fix, error.ctx)
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -143,6 +148,13 @@ def shown(text: str | None, width: int = 40) -> str:
         return UNKNOWN
     clean = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= width else f"{clean[: width - 1]}…"
+
+
+def name_typed(text: str) -> str:
+    """A name on the command line as UTF-8 text, whatever the locale made of its bytes; what is no
+    text in it is U+FFFD. A `type` of click's.
+    """
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def harmless(line: str) -> str:

@@ -22,6 +22,7 @@ from halton_meter.cli.output import (
     fail,
     harmless,
     local_time,
+    name_typed,
     note,
     print_json,
     say,
@@ -104,7 +105,7 @@ def explain(
         for usage in _events_in(what, provider, model, at_ns):
             _show(book.price(usage), as_json)
         return
-    event, earlier = _stored(what)
+    event, earlier = _stored(name_typed(what))
     _show(event, as_json)
     for list_usd, basis, price_book in [] if as_json else earlier:
         how = "unpriced" if list_usd is None else f"list price ${list_usd:f}, {_BASIS[basis]}"

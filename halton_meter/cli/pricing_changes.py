@@ -15,7 +15,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, fail, print_json, say, wrong_usage
+from halton_meter.cli.output import count, fail, name_typed, print_json, say, wrong_usage
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def described(override: Override) -> str:
 
 
 @click.command("set", cls=Configured, short_help="Set your own price for a model.")
-@click.argument("model", metavar="MODEL|GLOB")
-@click.option("--provider", metavar="NAME", help="Only this provider's model of that name.")
+@click.argument("model", type=name_typed, metavar="MODEL|GLOB")
+@click.option(
+    "--provider", type=name_typed, metavar="NAME", help="Only this provider's model of that name."
+)
 @click.option(
     "--from",
     "since",
@@ -60,7 +62,13 @@ def described(override: Override) -> str:
 )
 @click.option("--factor", metavar="NUMBER", help="Multiply the book's prices, e.g. by 0.8.")
 @click.option("--discount", metavar="PERCENT", help="Reduce the book's prices, e.g. by 20%.")
-@click.option("--note", "reason", metavar="TEXT", help="Your reason; it is kept with the override.")
+@click.option(
+    "--note",
+    "reason",
+    type=name_typed,
+    metavar="TEXT",
+    help="Your reason; it is kept with the override.",
+)
 def set_(
     model: str,
     provider: str | None,
@@ -85,6 +93,8 @@ def set_(
     from pricing import overrides as file
     from pricing.rates import PriceError
 
+    if "\ufffd" in model + (provider or ""):
+        wrong_usage("a name that is no UTF-8 text cannot be kept")
     if sum((bool(rates), factor is not None, discount is not None)) != 1:
         wrong_usage("give one kind of price: --rate (as often as needed), --factor or --discount")
     table: dict[str, Any] = {"model": model}
@@ -133,8 +143,8 @@ def _rates(given: tuple[str, ...]) -> dict[str, str]:
 
 
 @click.command(cls=Configured, short_help="Remove overrides.")
-@click.argument("model", metavar="MODEL|GLOB", required=False)
-@click.option("--provider", metavar="NAME", help="Only this provider's overrides.")
+@click.argument("model", type=name_typed, metavar="MODEL|GLOB", required=False)
+@click.option("--provider", type=name_typed, metavar="NAME", help="Only this provider's overrides.")
 @click.option("--all", "everything", is_flag=True, help="Remove every override.")
 def reset(model: str | None, provider: str | None, everything: bool) -> None:
     """Remove overrides that `pricing set` made. Write MODEL or GLOB as you set it.

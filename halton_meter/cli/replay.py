@@ -36,6 +36,7 @@ from halton_meter.cli.output import (
     fail,
     local_time,
     money_text,
+    name_typed,
     note,
     outcome_text,
     say,
@@ -478,7 +479,9 @@ def _open_store(home: Path) -> Store:
 @click.option(
     "--store", "keep", is_flag=True, help="Store the requests, for `report` and `events`."
 )
-@click.option("--project", metavar="NAME", help="Count the requests under this project.")
+@click.option(
+    "--project", type=name_typed, metavar="NAME", help="Count the requests under this project."
+)
 @click.option("--quiet", is_flag=True, help="Print only the summary, no progress.")
 @click.option(
     "--unpack-ratio",

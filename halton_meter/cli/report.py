@@ -48,6 +48,7 @@ from halton_meter.report import (
     set_price_command,
 )
 from halton_meter.store import Selection, Store
+from halton_meter.store.errors import NOTHING
 
 # Below this total, amounts are shown to a hundredth of a cent.
 SMALL_TOTAL_USD = Decimal(10)
@@ -203,7 +204,7 @@ def _drawn(answer: Report, selection: Selection) -> str:
 def _nothing(answer: Report, selection: Selection) -> str:
     seen = answer.connections is not None and answer.connections.parts
     if selection == Selection() and not answer.coverage.waiting and not seen:
-        return "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+        return NOTHING
     lines = ["No requests match. All that are stored: halton-meter report", *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
 

@@ -10,7 +10,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, print_json, say, wrong_usage
+from halton_meter.cli.output import count, name_typed, print_json, say, wrong_usage
 from halton_meter.cli.selection import now_ns, store_problems
 from halton_meter.store import NothingStored, Store
 
@@ -23,8 +23,17 @@ Examples:
   halton-meter retag --from misc --to website --apply     move them
 """,
 )
-@click.option("--from", "before", required=True, metavar="PROJECT", help="The project to empty.")
-@click.option("--to", "after", required=True, metavar="PROJECT", help="The project to fill.")
+@click.option(
+    "--from",
+    "before",
+    required=True,
+    type=name_typed,
+    metavar="PROJECT",
+    help="The project to empty.",
+)
+@click.option(
+    "--to", "after", required=True, type=name_typed, metavar="PROJECT", help="The project to fill."
+)
 @click.option("--apply", "apply_", is_flag=True, help="Move them; without this, only count.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def retag(before: str, after: str, apply_: bool, as_json: bool) -> None:

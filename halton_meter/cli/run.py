@@ -252,14 +252,17 @@ def _troubles(result: RunResult) -> list[str]:
     lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
-    lines += [f"  {line}" for line in unmetered_lines(result.unmetered, PROCESSES_SHOWN)]
+    said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
+    lines += [f"  {line}" for line in said]
     if result.price_error:
         lines.append(f"  {result.price_error}")
     if result.waited_ms:
         lines.append(f"  waited {result.waited_ms / 1000:.1f} s for the search in a new program")
     if result.store_error:
         lines.append(f"  {result.store_error}")
-    lines += [f"  {line}" for line in coverage_lines(result.connections)]
+    # Of a proxied run the rest is said already.
+    coverage = coverage_lines(result.connections, requests=totals.total.requests)
+    lines += [f"  {line}" for line in (coverage[:1] if said else coverage)]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [
         line

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.output import fail, wrong_usage
+from halton_meter.cli.output import fail, name_typed, wrong_usage
 from halton_meter.periods import parse_when
 from halton_meter.problem import Problem
 from halton_meter.store import NothingStored, Selection, StoreError
@@ -33,10 +33,22 @@ _OPTIONS = (
     click.option(
         "--to", metavar="TIME", help="Up to TIME, written as for --since; a date includes that day."
     ),
-    click.option("--provider", metavar="NAME", help="Only this provider, e.g. anthropic."),
-    click.option("--model", metavar="NAME", help="Only this model, as the provider names it."),
-    click.option("--project", metavar="NAME", help="Only this project."),
-    click.option("--flag", metavar="WORD", help="Only requests with this flag, e.g. implausible."),
+    click.option(
+        "--provider", type=name_typed, metavar="NAME", help="Only this provider, e.g. anthropic."
+    ),
+    click.option(
+        "--model",
+        type=name_typed,
+        metavar="NAME",
+        help="Only this model, as the provider names it.",
+    ),
+    click.option("--project", type=name_typed, metavar="NAME", help="Only this project."),
+    click.option(
+        "--flag",
+        type=name_typed,
+        metavar="WORD",
+        help="Only requests with this flag, e.g. implausible.",
+    ),
 )
 
 

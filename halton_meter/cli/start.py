@@ -104,7 +104,7 @@ def _start_probes(
     if status is not None:
         click.echo(f"already running (pid {status.get('supervisor_pid')})")
         return
-    _prepare(account, home)
+    _prepare(account, home, users)
     if (changeable := own_code.changeable_by_others()) is not None:
         note(
             f"warning: root will execute {changeable}, which non-root users can modify. Safer:\n"
@@ -117,7 +117,7 @@ def _start_probes(
         _start_kept(command, account, home)
 
 
-def _prepare(account: Account, home: Path) -> None:
+def _prepare(account: Account, home: Path, users: Sequence[str]) -> None:
     """Fail now for what the service would only write into its log."""
     from halton_meter import config, privileges
     from halton_meter.cli.configured import told
@@ -128,6 +128,8 @@ def _prepare(account: Account, home: Path) -> None:
         own, _ = service.read_configuration(account, home)
         if told(config.joined(of_root, own)):
             sys.exit(1)
+        for _ in service.wanted_uids(account, of_root.config, users):
+            pass  # each is somebody, or this raises
         privileges.as_account(account, lambda: home.mkdir(0o700, parents=True, exist_ok=True))
     except config.ConfigError as error:
         fail(*error.problems)

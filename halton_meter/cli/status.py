@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.coverage import coverage_lines, ratio_line
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 from halton_meter.coverage import Coverage
@@ -83,7 +83,7 @@ def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
         *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
         *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
         *_loss_lines(found),
-        *_connection_lines(found.get("connections")),
+        *_connection_lines(found.get("connections"), found["events"] or 0),
         *_coverage_lines(found["coverage"]),
     ]
 
@@ -168,10 +168,11 @@ def _loss_lines(found: Mapping[str, Any]) -> list[str]:
     return lines or ["  nothing lost, no outages"]
 
 
-def _connection_lines(connections: Any) -> list[str]:
+def _connection_lines(connections: Any, requests: int) -> list[str]:
     """How many connections to providers were metered since the worker started, and the rest."""
     with contextlib.suppress(ValueError):  # a service of an earlier version tells nothing of them
-        return [f"  {line}" for line in coverage_lines(Coverage.of_json(connections))]
+        coverage = Coverage.of_json(connections)
+        return [f"  {line}" for line in coverage_lines(coverage, requests=requests)]
     return []
 
 
@@ -239,6 +240,9 @@ _TURNED_AWAY = {
 
 def _bypassed_lines(found: Mapping[str, Any]) -> list[str]:
     lines, told = _unmetered_lines(found)
+    counted = Coverage.of_json(found.get("coverage_of_connections") or Coverage().as_json())
+    if counted.parts:
+        lines.insert(0, f"  {ratio_line(counted)}")
     counts = found.get("counts", {})
     for cause, words in _TURNED_AWAY.items():
         if counts.get(cause):

@@ -13,8 +13,7 @@ from typing import Any, Self
 from halton_meter import untrusted
 
 # Cause -> what it is called in a line. A cause's name is part of JSON: names stay.
-CAUSES: Mapping[str, str] = {
-    # the program's TLS and the probes
+_OF_PROBES: Mapping[str, str] = {
     "no_probes_yet": "its TLS functions were still being searched for",
     "probed_late": "the probes came after the connection",
     "older_than_probes": "the connection is older than the probes",
@@ -25,7 +24,9 @@ CAUSES: Mapping[str, str] = {
     "quic": "QUIC (HTTP/3) is not metered",
     "no_server_name": "it named no server",
     "ech": "its server name is encrypted (ECH)",
-    # the program and the proxy
+}
+# The same, of what the proxy saw or ought to have seen.
+_OF_PROXY: Mapping[str, str] = {
     "proxy_ignored": "it ignores proxy settings",
     "certificate_refused": "it does not trust the proxy's certificate",
     "trust_not_configurable": "its TLS library reads no setting by which it could trust the proxy",
@@ -39,10 +40,9 @@ CAUSES: Mapping[str, str] = {
     "not_started": "the proxy worker had not started yet",
     "not_configured": "the configuration could not be read",
     "stopped": "metering was stopped",
-    # neither
-    "outside_the_run": "the program was started by a server that is not part of this run",
 }
-ROWS_MAX = 500
+PROXY_CAUSES = frozenset(_OF_PROXY)
+CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_PROXY}
 _CHARACTERS_MAX = 1000
 
 

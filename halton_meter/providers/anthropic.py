@@ -67,6 +67,8 @@ def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> To
     if known is not None and written is not None and known > written:
         counts.mismatch = True
         five, hour, known = None, None, None
+    if known is not None and written is not None and known != written:
+        counts.mismatch = True
     unsplit = written if known is None else counts.rest(written, known) or None
     tokens = Tokens(
         input=counts.of(usage, "input_tokens"),

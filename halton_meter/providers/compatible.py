@@ -23,8 +23,8 @@ from halton_meter.providers.reading.draft import Draft, begin, failed, unanswere
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.statements import (
     all_of,
+    counts_among,
     counts_tokens,
-    is_count,
     most_complete,
     usages_in,
 )
@@ -91,8 +91,8 @@ def _fill_whole(
     counts = Counts()
     tokens, _, fell = most_complete((read(counts, each), {}) for each in holders)
     draft.parts = [Usage(draft.model or draft.request_model, tokens)]
-    kept = ({n: v for n, v in each.items() if is_count(n)} for each in holders)
-    draft.raw_usage = all_of(verbatim(b"", b"", each).text for each in kept)
+    kept = (verbatim(b"", b"", counts_among(each)).text for each in holders)
+    draft.raw_usage = all_of(kept)
     draft.flags |= counts.flags()
     if fell:
         draft.flags.add("counts_fell")
@@ -121,12 +121,19 @@ def read_watsonx(exchange: Exchange, route: Route, provider: Provider) -> Iterat
 
 
 def _watsonx_counts(answer: Json) -> Json:
-    """The counts of an answer's results, summed, or of an answer itself (embeddings)."""
+    """The counts of an answer's results, summed, or of an answer itself (embeddings).
+
+    The later events of a stream say that their input is 0, which is no count of it.
+    """
     results = dicts(answer.get("results"))
     counts = Counts()
     names = ("input_token_count", "generated_token_count")
     sums = {name: plus(*(counts.of(each, name) for each in results or [answer])) for name in names}
-    return {name: count for name, count in sums.items() if count is not None}
+    return {
+        name: count
+        for name, count in sums.items()
+        if count or (count == 0 and name == "generated_token_count")
+    }
 
 
 def _watsonx_tokens(counts: Counts, stated: Json) -> Tokens:

@@ -235,10 +235,12 @@ PASSED_ON = (
     Provider("anthropic", ("anthropic.helicone.ai", "anthropic.hconeai.com"), ANTHROPIC_ROUTES),
 )
 
-# Resellers that bill in yuan or in points: a cost that they stated would be no amount of dollars.
+# Resellers that bill in other money (yuan, euros, points): a cost that they stated is no dollars.
 _NOT_IN_USD = frozenset(
     (
-        "dmxapi drun ebcloud huawei infini kuae_cloud moark modelscope poe ppio qihang qiniu scnet"
+        "302ai aki_io berget cloudferro cortecs dmxapi drun ebcloud evroc greenpt hetzner "
+        "huawei infini kenari kuae_cloud llmtr moark modelscope neosantara poe ppio qihang "
+        "qiniu regolo scnet stackit zenifra"
     ).split()
 )
 

@@ -19,6 +19,12 @@ class StoreError(Exception):
     """Something about the store that a person must know; the text says what to do next."""
 
 
+NOTHING = (
+    "Nothing metered yet. Try: halton-meter run -- CMD   "
+    "(or: halton-meter replay CAPTURE.pcapng --store)"
+)
+
+
 class NothingStored(StoreError):
     """There is no database yet, and no event waits for one."""
 

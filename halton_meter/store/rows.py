@@ -31,6 +31,7 @@ from halton_meter.store.schema import TEXT, USD, USD_REST
 
 _INT64_MAX = 2**63 - 1
 # What may be true of an event's traits, by the letter that says so.
+_DIGITS_MAX = 20
 _MARKS = {"l": "live", "w": "whole", "j": "joined", "i": "by_id"}
 _PICO = Decimal("1e-12")
 _REST = Decimal("1e-37")
@@ -218,7 +219,7 @@ def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
         provider_error_code=row["provider_error_code"],
         gap=row["gap"],
         shared_id=row["shared_id"],
-        traits=None if row["traits"] is None else traits_of_text(row["traits"]),
+        traits=traits_of_text(row["traits"]),
     )
 
 
@@ -230,13 +231,17 @@ def traits_text(traits: Traits) -> str:
     return " ".join((f"{traits.started_ns}+{lasted_ns}", f"{marks}{traits.nth}", *told))
 
 
-def traits_of_text(text: str) -> Traits:
-    """The inverse of `traits_text`."""
-    times, marks, *told = text.split(" ")
+def traits_of_text(text: str | None) -> Traits | None:
+    """The inverse of `traits_text`; None for none, and for a text of another's making."""
+    times, marks, *told = *(text or "").split(" "), ""
     started, _, lasted = times.partition("+")
     number = marks.lstrip("".join(_MARKS))
+    if not all(each.isascii() and each.isdigit() for each in (started, lasted, number)):
+        return None
+    if max(map(len, (started, lasted, number))) > _DIGITS_MAX:
+        return None
     return Traits(
-        {word[0]: word[1:] for word in told},
+        {word[0]: word[1:] for word in told if word},
         int(started),
         int(started) + int(lasted),
         **{name: mark in marks for mark, name in _MARKS.items()},

@@ -93,8 +93,7 @@ def _know(connection: DuckDBPyConnection, lines: list[_Line], groups: dict[str, 
         groups[shared_id] = Group(shared_id)
     for event_id, shared_id, traits, *rest in found:
         group = groups[shared_id if shared_id in shared else first_of[event_id]]
-        known = _older_traits(*rest) if traits is None else traits_of_text(traits)
-        group.add(Entry(event_id, known))
+        group.add(Entry(event_id, traits_of_text(traits) or _older_traits(*rest)))
 
 
 def _older_traits(at_ns: int, duration_ms: float | None, source: str, outcome: str) -> Traits:
@@ -104,9 +103,10 @@ def _older_traits(at_ns: int, duration_ms: float | None, source: str, outcome: s
 
 
 def _settled(line: _Line, groups: dict[str, Group]) -> _Settled:
-    if line.traits is None:
+    traits = traits_of_text(line.traits)
+    if traits is None:
         return _Settled(line.line, line.id, None, None)
-    traits, group = traits_of_text(line.traits), groups[line.shared_id]
+    group = groups[line.shared_id]
     entry = group.find(traits)
     if entry is None:
         entry = Entry(group.new_id(traits, from_content=not line.named), traits)

@@ -31,6 +31,7 @@ from halton_meter.model import PricedEvent, UsageEvent
 from halton_meter.store.database import BUSY_WAIT_SECONDS, Database
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import (
+    NOTHING,
     NothingStored,
     StoreBusy,
     StoreUnusable,
@@ -208,7 +209,7 @@ class Store:
                 f"{waiting} events were metered just now and are being written. "
                 "Run this command again in a second."
                 if waiting
-                else "Nothing metered yet. Try: halton-meter replay CAPTURE.pcapng --store"
+                else NOTHING
             )
         connection = self._database.open_for_reading(wait_seconds)
         try:

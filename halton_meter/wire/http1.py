@@ -266,6 +266,9 @@ class Http1(Engine):
         # been lost, so the next one need not be the oldest request's. Each is the cause, or None.
         self._requests_lost: str | None = None
         self._answers_lost: str | None = None
+        # The only request that waited for its answer when answers may have been lost: the next
+        # answer is another's if a request was lost as well, of which nothing tells before the next.
+        self._lost_of: Transaction | None = None
         self._pipelines = False
         # A lost request whose answer has not been seen: the next answer may be its.
         self._in_doubt = False
@@ -453,6 +456,8 @@ class Http1(Engine):
     def answers_lost(self) -> None:
         """A hole on the server's side may have hidden answers."""
         self._answers_lost = RESPONSE_LOST
+        only = self.pending[0] if len(self.pending) == 1 else None
+        self._lost_of = only if only is not None and only.first_byte_ns is None else None
 
     @property
     def joined(self) -> str | None:
@@ -490,7 +495,7 @@ class Http1(Engine):
             self._guessed = True
             return waiting[0]
         elif self._answers_lost:
-            if self._guessed or self._requests_lost:
+            if self._guessed or self._requests_lost or waiting[-1] is self._lost_of:
                 waiting[-1].gap.note(PAIRING_UNSURE)
             self._guessed = False
             for transaction in waiting if self._pipelines else waiting[:-1]:
@@ -499,7 +504,7 @@ class Http1(Engine):
                 transaction = waiting.pop(0)
                 self.pending.remove(transaction)
                 self._emit(transaction)
-        self._answers_lost = None
+        self._answers_lost = self._lost_of = None
         return waiting[0]
 
     def tunnel(self, transaction: Transaction) -> None:

@@ -146,7 +146,7 @@ class Edge:
         self._open_until = 0.0
         self._servers: list[asyncio.Server] = []
         self._own: set[int] = set()
-        self.on_bypass: Callable[[str, str], None] = lambda host, cause: None
+        self.on_bypass: Callable[[str, str, str | None], None] = lambda host, cause, program: None
 
     async def serve(self, sockets: Iterable[socket.socket]) -> None:
         """Accept connections on these listening sockets; returns at once."""
@@ -242,6 +242,7 @@ class Edge:
 
     def count_bypass(self, host: str, cause: str, program: str | None = None) -> None:
         """Count a provider's host that is tunnelled raw."""
+        self.on_bypass(host, cause, program)
         row = (program, host, cause)
         if row not in self.unmetered and len(self.unmetered) >= BYPASSED_PROGRAMS_MAX:
             row = (None, "other hosts", cause)
@@ -250,7 +251,6 @@ class Edge:
             host = "other hosts"
         self.bypassed.setdefault(host, Counter())[cause] += 1
         self.counts["bypassed"] += 1
-        self.on_bypass(host, cause)
 
 
 # --- one connection --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -186,9 +186,11 @@ class MeterAddon:
             self._count(error)
 
     def tls_start_client(self, data: tls.TlsData) -> None:
-        """TLS with a client begins: hear its alerts, of which mitmproxy tells some only."""
+        """TLS with a client begins: hear its alerts and its first byte, of which mitmproxy has no
+        hook."""
         try:
             self._hear_alerts(data)
+            self._hear_first_byte(data.context)
         except Exception as error:  # as above
             self._count(error)
 
@@ -197,15 +199,6 @@ class MeterAddon:
         client = data.context.client
         self._hosts[client.id] = _host_of(data.context, client.sni)
         self._handshakes.ended(client.id, time.monotonic())
-
-    async def next_layer(self, data: Any) -> None:  # a NextLayer, which ships no types
-        """A client sent bytes whose protocol mitmproxy decides on: within TLS, it trusts us."""
-        try:
-            client = data.context.client
-            if client.tls_established and data.data_client() and self._handshakes.spoke(client.id):
-                self._wiring.trusted(self._hosts[client.id], await self._owner(client.id))
-        except Exception as error:  # as above
-            self._count(error)
 
     async def tls_failed_client(self, data: tls.TlsData) -> None:
         """A client refused our certificate: the edge tunnels it raw next time."""
@@ -329,9 +322,35 @@ class MeterAddon:
         self._handshakes.alerted(client_id, value & 0xFF)
         if client_id in self._hosts and self._handshakes.is_refused(client_id):
             # Its next attempt may come before it closes this connection.
-            task = asyncio.get_running_loop().create_task(self._left(client_id))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin_task(self._left(client_id))
+
+    def _hear_first_byte(self, context: Any) -> None:
+        """Let the client's TLS layer tell us of its first byte.
+
+        mitmproxy's own hook `next_layer` misses it where an HTTP/2 server speaks first.
+        """
+        from mitmproxy.proxy.events import DataReceived
+
+        layer, client = context.layers[-1], context.client
+        pass_on = layer.event_to_child
+
+        def event_to_child(event: Any) -> Any:
+            if isinstance(event, DataReceived) and event.connection is client and event.data:
+                if vars(layer).get("event_to_child") is event_to_child:
+                    del layer.event_to_child
+                if self._handshakes.spoke(client.id):
+                    self._begin_task(self._trusted(client.id, self._hosts[client.id]))
+            return pass_on(event)
+
+        layer.event_to_child = event_to_child
+
+    async def _trusted(self, client_id: str, host: str) -> None:
+        self._wiring.trusted(host, await self._owner(client_id))
+
+    def _begin_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _left(self, client_id: str) -> None:
         """A client is gone, or will send no request: tell how it took our certificate."""

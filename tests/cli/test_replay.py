@@ -62,6 +62,15 @@ def test_gaps_and_losses_are_shown() -> None:
     assert "resync" not in result.stdout
 
 
+def test_what_shares_an_id_and_what_was_stored_before_is_said() -> None:
+    capture = FIXTURES / "anthropic_one_id_thrice.pcapng"
+    shared = "  2 requests share another's response id, each counted\n"
+    total = "3 requests in 1 file: $0.018675 list price\n"
+    assert call(capture, "--quiet", "--store").stdout == total + shared
+    before = "  3 events stored before, by another source or a second time: counted once\n"
+    assert call(capture, "--quiet", "--store").stdout == total + before + shared
+
+
 def test_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("one.pcapng", "deep/two.pcapng", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

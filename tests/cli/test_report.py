@@ -134,7 +134,7 @@ def test_dimensions_may_be_named_together_or_one_by_one(home: Path) -> None:
 
 
 def test_nothing_stored_and_nothing_found_are_said_kindly(home: Path) -> None:
-    assert "Nothing metered yet. Try: halton-meter replay" in run()
+    assert "Nothing metered yet. Try: halton-meter run" in run()
     assert json.loads(run("--json"))["totals"]["requests"] == 0
     keep(home, made())
     assert "No requests match" in run("--project", "none")

@@ -257,6 +257,17 @@ def test_a_programs_path_does_not_speak_to_the_terminal() -> None:
     assert "/tmp/?]0;owned?x (OpenSSL) -> api.openai.com" in said
 
 
+def test_lines_that_say_the_same_are_one() -> None:
+    told = {"process": "/usr/bin/curl", "stack": "OpenSSL", "state": "metered", "advice": None}
+    lines = [{**told, "pid": pid, "host": "api.openai.com"} for pid in range(5, 76)]
+    lines.append({**told, "pid": 9, "host": "api.x.ai"})
+    assert _coverage_lines(lines) == [
+        "processes that talk to providers:",
+        "        5 metered         /usr/bin/curl (OpenSSL) -> api.openai.com, 71 processes",
+        "        9 metered         /usr/bin/curl (OpenSSL) -> api.x.ai",
+    ]
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     unit = tmp_path / "halton-meter.service"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from halton_meter.cli import main, streams
 from halton_meter.cli.output import json_line
@@ -121,3 +122,21 @@ def test_what_standard_error_refuses_is_dropped(home: Path) -> None:
 def test_closed_output_and_a_reader_that_leaves_are_no_failure(home: Path) -> None:
     done = run(home, "HM events --json >&-; echo $?; HM pricing list | true; echo ${PIPESTATUS[0]}")
     assert (done.stdout, done.stderr) == ("0\n0\n", "")
+
+
+def test_a_name_of_bytes_that_are_no_text_is_one_for_every_command(home: Path) -> None:
+    typed = os.fsdecode(b"a\xffb")
+    for command in (
+        ["report", "--project", typed],
+        ["events", "--model", typed, "--json"],
+        ["retag", "--from", "naïve 日本 ? 🐍", "--to", typed, "--apply"],
+        ["retag", "--from", typed, "--to", "b"],
+        ["export", "csv", "-", "--project", typed],
+        ["reprice", "--model", typed, "--dry-run"],
+    ):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, (command, done.output)
+    assert (
+        "1 request would move from 'a\ufffdb'"
+        in CliRunner().invoke(main, ["retag", "--from", typed, "--to", "b"]).output
+    )

@@ -254,3 +254,35 @@ def test_a_reader_that_reads_nothing_costs_counted_bytes_and_no_memory(
     assert captured + sum(status.losses.values()) == len(heard.received) + len(heard.sent)
     assert status.rss_bytes is not None
     assert status.rss_bytes < 40 << 20
+
+
+def test_connections_are_counted_once_though_helpers_die(relay: Relay, bench: Bench) -> None:
+    """One is open all the while, others are opened while there is no helper at all."""
+    command = [sys.executable, CLIENTS / "waits.py"]
+    open_all_the_while = Client(command, bench.environment())
+    bench._clients.append(open_all_the_while)
+    others = held(bench, "3", "1", "100", "100")
+    relay.begin(open_all_the_while, others)
+    open_all_the_while.go()
+    assert open_all_the_while.line() == b"connected\n"
+    open_all_the_while.say()
+    assert open_all_the_while.line() == b"done\n"
+    relay.read()
+    relay.kill_helper()
+    others.go()
+    others.output()
+    relay.next_helper()
+    relay.read()
+    relay.reader.request_report()
+    assert [(each.cause, each.connections) for each in relay.reader.open_connections()] == [
+        (None, 1)
+    ]
+    assert open_all_the_while.process.stdin is not None
+    open_all_the_while.process.stdin.close()
+    open_all_the_while.process.wait()
+    relay.read()
+    relay.reader.request_report()
+    ended = relay.reader.ended_connections()
+    assert {each.cause for each in ended} == {None}
+    assert sum(each.connections for each in ended) == 4
+    assert relay.reader.open_connections() == []

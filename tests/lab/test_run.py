@@ -59,7 +59,10 @@ def test_output_input_and_exit_code_are_the_commands_own(lab: Lab, home: Path) -
     assert (done.returncode, done.stdout) == (37, "typed\n")
     first, *summary = done.stderr.splitlines()
     assert first == "error"
-    assert summary == ["halton-meter: 0 requests, 0 tokens in, 0 out, $0.0000 list price"]
+    assert summary == [
+        "halton-meter: 0 requests, 0 tokens in, 0 out, $0.0000 list price",
+        "  coverage: no connection to a provider was seen",
+    ]
 
 
 def test_the_command_runs_as_the_person(lab: Lab, home: Path) -> None:

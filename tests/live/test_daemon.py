@@ -21,10 +21,11 @@ from typing import Any, ClassVar
 
 import pytest
 
+from capture.uprobes import Connections
 from halton_meter import privileges
 from halton_meter.accounts import Account, account_named
 from halton_meter.config import Config, ConfigError
-from halton_meter.coverage import Coverage
+from halton_meter.coverage import Count, Coverage, Part
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import prepare_home
@@ -160,7 +161,7 @@ def test_a_persons_file_adds_hosts_for_the_person_and_nobody_else(
     plan = planned(tmp_path, said)
     assert (plan.uids, plan.everyone) == ({os.getuid()}, False)
     assert "llm.any.example" in plan.hosts
-    assert "ignored: users and all_users" in said[0]
+    assert ["users has no effect here" in said[0], "all_users has no" in said[1]] == [True, True]
     for asked in ({"all_users": True}, {"users": ("nobody", "root")}):
         said.clear()
         wider = planned(tmp_path, said, **asked)
@@ -538,6 +539,36 @@ def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
     assert control.ask("nonsense") == {"error": "unknown request"}
     control.close()
     running.finish()
+
+
+def seen(pid: int, cause: str | None, *, parent: int = 1) -> Connections:
+    process = Process(pid, 1, exe="/bin/x", parents=((parent, "sh"), (1, "init")))
+    return Connections(process, "api.openai.com", "OpenSSL", cause, 1, 100)
+
+
+def test_connections_are_told_of_a_run_and_of_all_and_kept(running: Running) -> None:
+    """Those that are open are in every answer, and kept when the worker ends."""
+    control = running.control()
+    control.ask("watch", pid=50)
+    running.source.ended = [seen(51, None, parent=50), seen(60, "stack_not_probed")]
+    running.source.open = [seen(52, "probed_late", parent=50), seen(61, None)]
+    running.source.put()
+    run = Coverage.of_json(control.ask("finish")["connections"])
+    assert {part.cause: count for part, count in run.parts.items()} == {
+        None: Count(1, 100),
+        "probed_late": Count(1, 100),
+    }
+    everything = control.ask("status")["connections"]
+    assert (everything["seen"], everything["metered"], everything["known"]) == (4, 2, True)
+    control.close()
+    running.finish()
+    assert running.told[-1]["connections"] == everything
+    kept = Coverage()
+    for each in running.store.connections:
+        kept.merge(Coverage(each.parts))
+    # What the journal has of an hour is all of it so far: the second takes the first's place.
+    assert kept.parts[Part("/bin/x", "api.openai.com", "OpenSSL", "probed_late")] == Count(1, 100)
+    assert running.store.connections[-1].metered == Count(2, 200)
 
 
 def test_the_control_socket_is_the_owners_alone_and_outlives_garbage(running: Running) -> None:

@@ -305,14 +305,6 @@ def test_refresh_goes_out_over_https_only(run):
     assert "https only" in done.stderr
 
 
-# --- help ---
-
-
-@pytest.mark.parametrize("name", sorted(pricing.commands))
-def test_every_command_has_help_with_examples(run, name):
-    assert "Examples:" in run(name, "--help").stdout
-
-
 @pytest.mark.parametrize(
     ("body", "why", "command"),
     [

@@ -26,10 +26,13 @@ from capture.functions.elf import Elf, ElfError
 from capture.functions.finder.not_found import Absent, Ambiguous, NotFound
 from capture.functions.go_functions import BEGINS
 from capture.functions.library import Function, Library, Probe, Proof
-from capture.functions.stacks import INSTEAD, Stack
+from capture.functions.stacks import INSTEAD, STACKS, Stack
 
 READ, WRITE = "crypto/tls.(*Conn).Read", "crypto/tls.(*Conn).Write"
 CLOSE = "crypto/tls.(*Conn).Close"
+
+_HANDSHAKE = re.compile(rb"\0([\w./%~+-]{1,200})\.\(\*Conn\)\.clientHandshake\0")
+"""What every fork of crypto/tls has, under its own package."""
 
 FUNCTIONS_MAX = 2 << 20
 """Kubernetes has about 120,000."""
@@ -107,8 +110,12 @@ class Found:
 
 def library(fd: int) -> Library | None:
     """What to probe of crypto/tls in a Go program, or why not; None when it does not use it."""
-    found = find_go_tls(fd)
+    found, fork = find_go_tls(fd), fork_in(fd)
+    beside = None if fork is None else Stack.GO_FORK
     if isinstance(found, NotFound):
+        if found.absent and fork is not None:
+            advice = STACKS[Stack.GO_FORK].advice
+            return Library(Stack.GO_FORK, (), found.build_id, f"{fork}: {advice}")
         if found.absent:
             return None
         return Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}")
@@ -123,7 +130,29 @@ def library(fd: int) -> Library | None:
     )
     name_at = found.server_name
     cookie = name_at.config << 32 | name_at.name if name_at else 0
-    return Library(Stack.GO, tuple(probes), found.build_id, cookie=cookie, functions=functions)
+    return Library(
+        Stack.GO,
+        tuple(probes),
+        found.build_id,
+        cookie=cookie,
+        beside=beside,
+        functions=functions,
+    )
+
+
+def fork_in(fd: int) -> str | None:
+    """The package of a fork of crypto/tls in a Go program; None when there is none.
+
+    A fork of it for QUIC is none: it passes no plaintext.
+    """
+    with suppress(ElfError), Elf(fd) as elf:
+        for table in _tables(elf):
+            start, end = table.names
+            for match in _HANDSHAKE.finditer(elf.read_at(start, end - start)):
+                package = match[1].decode("ascii")
+                if package != "crypto/tls" and "qtls" not in package:
+                    return package
+    return None
 
 
 def find_go_tls(file: str | Path | int) -> Found | NotFound:

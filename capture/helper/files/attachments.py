@@ -259,6 +259,10 @@ class Attachments:
         """Whether the file was looked into, or will be."""
         return identity in self.files or self._without.get(identity[:2]) == identity[2]
 
+    def knows_inode(self, inode: tuple[int, int]) -> bool:
+        """The same by device and inode, whatever was written to it since."""
+        return inode in self._by_inode or inode in self._without
+
     def _forget_other_content(self, identity: FileId) -> None:
         """The file was written to: probes of what it held before would be anywhere in it."""
         self._without.pop(identity[:2], None)

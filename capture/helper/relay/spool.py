@@ -148,12 +148,16 @@ class Spool:
     def _free(self, done: int) -> None:
         """Give back the memory of what nobody needs any more, piece by piece."""
         while done - self._freed >= FREED_BYTES + _STRETCH_BYTES:
-            start = self._freed % self.size_bytes
-            count = min(FREED_BYTES, self.size_bytes - start)
-            self._freed += count
+            first = self._freed
+            self._freed += min(FREED_BYTES, self.size_bytes - first % self.size_bytes)
             self._note(self.written, self.ring_position)
+            # Where the circle has come round already there are newer frames.
+            first = max(first, self.written - self.size_bytes)
+            if first >= self._freed:
+                continue
             hole = _PUNCH_HOLE | _KEEP_SIZE
-            offset, length = ctypes.c_int64(self._data + start), ctypes.c_int64(count)
+            offset = ctypes.c_int64(self._data + first % self.size_bytes)
+            length = ctypes.c_int64(self._freed - first)
             _libc.fallocate(self.fd, hole, offset, length)  # refused: it is written over later
 
     def _note(self, written: int, ring_position: int) -> None:

@@ -27,6 +27,9 @@ NAME_BYTES_MAX = 4096
 _PT_DYNAMIC = 2
 _DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_RPATH, _DT_RUNPATH = 0, 1, 5, 15, 29
 _TLS = re.compile(r"lib(ssl|gnutls|nspr4|ssl3|mbedtls|wolfssl|s2n)[-.\w]*\.so[.\d]*")
+_SET = re.compile(r"LD_LIBRARY_PATH=[\"']?([^\s\"';&|$]+)")
+"""In a shell's command, or one of `env`."""
+_NAMED = re.compile(rf"([\w./@+~-]*/{_TLS.pattern.replace('(', '(?:', 1)})")
 _BESIDE = ("", "lib", "_internal", "../lib")
 _OF_SYSTEM = ("lib", "lib64", "usr/lib", "usr/lib64", "usr/local/lib")
 _WHEELS = ("lib/python3*/site-packages/*.libs", "lib/python3*/lib-dynload")
@@ -48,6 +51,11 @@ class Libraries:
 
     def look(self, words: Sequence[str], programs: Iterable[Path], folder: Path) -> None:
         """Fill `found`, for programs by their resolved paths and the words that named them."""
+        said = "\n".join(words)
+        for found in _SET.findall(said):
+            self._listed += [Path(each) for each in found.split(":") if each]
+        for path in _NAMED.findall(said):
+            self._in(folder / os.path.dirname(path))
         for each in self._listed:
             self._in(folder / each)
         for program in programs:

@@ -23,6 +23,7 @@ from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import ConfigError
 from halton_meter.live.probes.libraries import LIBRARIES_MAX, Libraries
+from halton_meter.live.probes.remembered import remembered
 from halton_meter.privileges import as_account
 
 PROGRAMS_MAX = 16
@@ -47,15 +48,20 @@ _NPM = frozenset(("npm", "npx", "pnpm", "yarn", "bun", "bunx"))
 
 
 def programs_ahead(
-    argv: Sequence[str], environment: Mapping[str, str], account: Account
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    account: Account,
+    home: Path | None = None,
 ) -> tuple[str, ...]:
-    """The files of programs that the command may run, then TLS libraries that these may load."""
+    """The files of programs that the command may run, then TLS libraries that these may load, or
+    that programs metered into `home` have loaded before."""
 
     def found() -> list[str]:
         search, libraries = Search(environment, Path.cwd()), Libraries(environment)
         programs = list(search.programs(argv))
         libraries.look(argv[:WORDS_MAX], search.small, Path.cwd())
-        return [*programs, *libraries.found]
+        before = remembered(home) if home else []
+        return [*programs, *dict.fromkeys([*libraries.found, *before])]
 
     with contextlib.suppress(ConfigError, OSError):
         said = {"programs": as_account(account, found)}

@@ -11,6 +11,7 @@ Read `serve` for the service and `run_command` for one command.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import selectors
 import signal
@@ -26,6 +27,7 @@ from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.programs import programs_ahead
+from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_MAX, remembered
 from halton_meter.live.probes.supervisor import Plan, Supervisor
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
@@ -91,7 +93,7 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan)
     """Run one command as the user, metered by probes of its own. Raises Unavailable."""
     Signals.block()
     command = Command(argv, plan.account, environment)
-    programs = programs_ahead(argv, environment, plan.account)
+    programs = programs_ahead(argv, environment, plan.account, plan.home)
     supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), programs=programs))
     try:
         supervisor.start()
@@ -218,11 +220,6 @@ def service_plan(
     if wrong and not goes_on:
         raise ConfigError("\n".join(wrong))
     system, chosen = of_root.config, own.config
-    if chosen.users or chosen.all_users:
-        say(
-            f"ignored: users and all_users in {home / 'config.toml'}; only root chooses users. "
-            f"Use: sudo halton-meter start --user NAME, or {SYSTEM_CONFIG}"
-        )
     everyone = all_users or system.all_users
     uids = frozenset(wanted_uids(account, system, users))
     if everyone or uids != {account.uid}:
@@ -248,8 +245,16 @@ def service_plan(
         uids=uids,
         everyone=everyone,
         cgroup=cgroup,
+        programs=_remembered(account, home),
         config_error="\n".join(wrong) or None,
     )
+
+
+def _remembered(account: Account, home: Path) -> tuple[str, ...]:
+    with contextlib.suppress(ConfigError, OSError):
+        said = {"libraries": as_account(account, lambda: remembered(home))}
+        return tuple(untrusted.texts(said, "libraries", LIBRARIES_MAX, PATH_CHARACTERS_MAX))
+    return ()
 
 
 def _hosts_of(config: Config) -> tuple[str, ...]:

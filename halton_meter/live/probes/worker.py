@@ -36,6 +36,7 @@ from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, TlsChunk
 from halton_meter.problem import Unavailable
@@ -332,6 +333,8 @@ class Metering:
                     _count(run.connections, each)
         if ended:
             self._journal.keep_connections(ended_parts(ended), time.time_ns())
+            # On disk: who comes after us need not hear of them again.
+            self._source.processed(0, self._meter.is_open)
 
     def _connections_of(self, counted: Coverage, root: int | None = None) -> Coverage:
         """Those that were counted and those that are open, of a run's processes or of all."""
@@ -397,6 +400,7 @@ class Metering:
         self._wait_for_searches()
         self._count_connections()
         open_now = list(self._source.open_connections())
+        remember(Path(self._job.home), self._source.status().libraries)
         self._source.stop()
         self._keep(self._meter.finish(time.time_ns()))
         if open_now:  # nobody will tell of their end

@@ -153,9 +153,7 @@ def meter_command(
             if past is not None:
                 past.stop()
     finally:
-        own = background.stop(run)
-    if past is not None:
-        run.unmetered += past.found(own)
+        background.stop(run, past)
     return run
 
 
@@ -228,28 +226,34 @@ class _Background:
             raise Unavailable([Problem(what, "halton-meter doctor")])
         return int(listener.getsockname()[1])
 
-    def stop(self, run: RunResult) -> list[tuple[str, int]]:
-        """End it, and put what it metered and missed into `run`; the near ends of all its
-        connections to hosts."""
-        own: list[tuple[str, int]] = []
+    def stop(self, run: RunResult, past: Past | None) -> None:
+        """End it, and put what it metered and missed into `run`."""
         service = self._service
         if service is not None:
-            asyncio.run_coroutine_threadsafe(service.stop(0.0), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._stop(service, run, past), self._loop).result()
             with contextlib.suppress(ValueError):
                 run.totals = Totals.of_json(service.final.get("totals"))
             losses = Counter(service.losses.total())
             for causes in service.edge.bypassed.values():
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
             run.losses = dict(losses)
-            run.unmetered = service.unmetered()
-            own = list(service.edge.opened)
+            run.unmetered += service.unmetered()
+            run.connections = service.connections
             run.outages = list(service.outages)
             run.store_error = service.final.get("store_error")
             run.price_error = service.final.get("price_error")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        return own
+
+    async def _stop(self, service: ProxyService, run: RunResult, past: Past | None) -> None:
+        if past is not None and past.is_over:
+            run.unmetered = await asyncio.to_thread(past.found, list(service.edge.opened))
+        # The service for uprobes counts, and meters, what goes past the proxy.
+        if not (Path(self._job.home) / control.SOCKET_NAME).exists():
+            for row in run.unmetered:
+                service.count_connections(row.program, row.host or "", row.cause, row.connections)
+        await service.stop(0.0)
 
 
 def _run(command: Sequence[str], environment: dict[str, str], past: Past | None) -> int:

@@ -26,6 +26,7 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import invoking_account
+from halton_meter.coverage import Coverage, Part
 from halton_meter.live import own_code
 from halton_meter.live import status as vocabulary
 from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
@@ -132,6 +133,9 @@ class ProxyService:
         certificate = self.home / CA_FOLDER / "mitmproxy-ca-cert.pem"
         name = SERVICE_NAME if job.service else RUN_NAME
         self._refusals = RefusalsFile(self.home / name, certificate)
+        # Connections to providers that clients used: all, and those that no worker has stored.
+        self.connections = Coverage(is_known=True)
+        self._unreported_connections = Coverage()
         self._refusals_kept: list[tuple[str, str | None]] = []
 
     # --- begin and end
@@ -334,6 +338,7 @@ class ProxyService:
                 trust.left(host, program, rest[0] is True)
             elif what == "trusted":
                 trust.trust(host, program)
+                self.count_connections(program, host, None)
             elif what == "passed":
                 self.edge.counts["metered"] -= 1
                 self.edge.count_bypass(host, "trust_not_configurable", program)
@@ -407,14 +412,26 @@ class ProxyService:
         self._paused, self._state = False, "starting"
         self._resumed.set()
 
-    def _on_bypass(self, host: str, cause: str) -> None:
+    def _on_bypass(self, host: str, cause: str, program: str | None) -> None:
         self._bypassed_now += 1
+        self.count_connections(program, host, cause)
         self._unreported[f"unmetered_{cause}"] += 1
 
+    def count_connections(
+        self, program: str | None, host: str, cause: str | None, connections: int = 1
+    ) -> None:
+        """Count connections to a provider, for coverage; `cause` is None for metered ones."""
+        part = Part(program, host, self._refusals.stacks.get(program), cause)
+        for counted in (self.connections, self._unreported_connections):
+            counted.add(part, connections, None)
+
     def _report_bypassed(self) -> None:
-        """Let the worker store the counts of what passed unmetered."""
+        """Let the worker store the counts of what passed unmetered, and of what was metered."""
         if self._state != "ready":
             return
+        counted = self._unreported_connections
+        if counted.parts and self._send({"connections": counted.as_json()}):
+            self._unreported_connections = Coverage()
         if self._unreported and self._send({"losses": self._unreported}):
             self._unreported = Counter()
         # What a dead worker owed; from now on the next one reports what is still owed.
@@ -571,6 +588,7 @@ class ProxyService:
             "counts": {**edge.counts, **worker.get("turned_away", {})},
             "bypassed": bypassed,
             "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
+            "coverage_of_connections": self.connections.as_json(),
             "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
         }

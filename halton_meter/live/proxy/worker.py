@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
+from halton_meter.coverage import Coverage
 from halton_meter.live import status
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
@@ -113,7 +114,7 @@ class Pricing:
 
         self._meter = meter
         self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
-        self._waiting: queue.Queue[Exchange | None] = queue.Queue(WAITING_MAX)
+        self._waiting: queue.Queue[Exchange | Coverage | None] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
         self._sent: dict[str, Any] = {}
@@ -131,6 +132,10 @@ class Pricing:
             self._waiting.put_nowait(exchange)
         except queue.Full:
             self.losses["exchanges_over_limit"] += 1
+
+    def count_connections(self, counted: Coverage) -> None:
+        """Keep how many connections were metered, of those that have begun since the last time."""
+        self._waiting.put(counted)
 
     def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
@@ -172,7 +177,10 @@ class Pricing:
             if exchange is None:
                 return
             try:
-                self._keep(exchange)
+                if isinstance(exchange, Coverage):
+                    self._journal.keep_connections(exchange, time.time_ns())
+                else:
+                    self._keep(exchange)
             except Exception as error:  # one exchange's trouble must not become the others'
                 self.losses[f"pricing_{type(error).__name__}"] += 1
             self._journal.tick(time.monotonic())
@@ -269,6 +277,9 @@ class Worker:
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
                 self.send({"status": told, "serial": message["status"]})
+            if "connections" in message:
+                with contextlib.suppress(ValueError):
+                    pricing.count_connections(Coverage.of_json(message["connections"]))
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
             if "finish" in message:

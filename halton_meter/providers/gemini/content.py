@@ -23,7 +23,7 @@ from halton_meter.providers.reading.draft import Draft, begin, blank, failed, un
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.metadata import in_camel_case, metadata_tokens
-from halton_meter.providers.reading.statements import all_of, most_complete, prompt_total
+from halton_meter.providers.reading.statements import all_of, covers, most_complete
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -84,8 +84,11 @@ def _chunks(exchange: Exchange) -> list[tuple[Json, bytes]]:
 
 
 def _counts_both_sides(chunk: Json) -> bool:
-    tokens, _ = metadata_tokens(Counts(), as_dict(chunk.get("usageMetadata")))
-    return bool(prompt_total(tokens)) and bool(tokens.output)
+    usage = as_dict(chunk.get("usageMetadata"))
+    return bool(usage.get("promptTokenCount")) and any(
+        usage.get(name)
+        for name in ("candidatesTokenCount", "responseTokenCount", "thoughtsTokenCount")
+    )
 
 
 def begin_gemini(exchange: Exchange, route: Route, provider: Provider) -> Draft:
@@ -137,6 +140,10 @@ def generate_event(draft: Draft) -> None:
 
 def _add_earlier(draft: Draft, stated: list[tuple[Json, bytes]]) -> None:
     """Add what earlier statements of a stream have more than its last, which comes first here."""
+    last = stated[0][0]
+    stated = [stated[0], *(each for each in stated[1:] if not covers(last, each[0]))]
+    if len(stated) == 1:
+        return
     read = [metadata_tokens(Counts(), usage) for usage, _ in stated]
     tokens, details, fell = most_complete(reversed(read))
     if tokens != read[0][0]:

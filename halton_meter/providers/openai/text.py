@@ -29,6 +29,7 @@ from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.statements import (
     all_of,
+    covers,
     most_complete,
     prompt_total,
     usages_in,
@@ -51,8 +52,13 @@ class _Statement(NamedTuple):
     """A usage that a chunk or answer holds, with it."""
 
     usage: Json
-    raw: Verbatim
+    name: str
+    text: bytes
     chunk: Json
+
+    def raw(self) -> Verbatim:
+        """The usage as its provider wrote it."""
+        return verbatim(self.text, self.name.encode(), self.usage)
 
 
 def _statements(chunks: _Chunks) -> list[_Statement]:
@@ -66,8 +72,9 @@ def _statements(chunks: _Chunks) -> list[_Statement]:
         if not stated and (summed := _summed(breakdown)):
             stated = [(summed, "usage")]
         for usage, name in reversed(stated):
-            found.append(_Statement(usage, verbatim(text, name.encode(), usage), chunk))
-    return found
+            found.append(_Statement(usage, name, text, chunk))
+    # What the last of them holds and has at least as much of needs no second look.
+    return [each for each in found[:-1] if not covers(found[-1].usage, each.usage)] + found[-1:]
 
 
 def _summed(breakdown: object) -> Json:
@@ -120,19 +127,30 @@ def _chunks(exchange: Exchange) -> tuple[_Chunks, _Chunks]:
     return found + opening, opening
 
 
-def _in_order(exchange: Exchange, found: _Chunks, opening: _Chunks) -> _Chunks:
-    """The chunks that may state usage, as they were sent, each once.
+def _stated_in(exchange: Exchange, found: _Chunks, opening: _Chunks) -> list[_Statement]:
+    """The usages that the chunks state, as they were sent.
 
     Where the ends of a stream do not count both sides, those of its middle that state something.
     """
     last = found[: len(found) - len(opening)][::-1]
-    middle: _Chunks = []
-    if opening and not _counts_both_sides(_statements(opening + last)):
+    stated = _statements(_each_once(opening + last))
+    if opening and not _counts_both_sides(stated):
         middle = _usages_elsewhere(exchange.response.body)
-    return list({text: (value, text) for value, text in opening + middle + last}.values())
+        stated = _statements(_each_once(opening + middle + last))
+    return stated
+
+
+def _each_once(chunks: _Chunks) -> _Chunks:
+    return list({text: (value, text) for value, text in chunks}.values())
 
 
 def _counts_both_sides(stated: list[_Statement]) -> bool:
+    if (
+        stated
+        and stated[-1].usage.get("prompt_tokens")
+        and stated[-1].usage.get("completion_tokens")
+    ):
+        return True
     tokens, _, _ = most_complete(usage_tokens(Counts(), each.usage) for each in stated)
     return bool(prompt_total(tokens)) and bool(tokens.output)
 
@@ -156,7 +174,7 @@ def chat_event(draft: Draft, dialect: Dialect = OPENAI) -> None:
     if unanswered(draft):
         return
     found, opening = _chunks(exchange)
-    stated = _statements(_in_order(exchange, found, opening))
+    stated = _stated_in(exchange, found, opening)
     # Some give the last chunk, or every chunk, an id of its own.
     draft.response_id = as_id(_first_named(opening, "id") or _first_named(found, "id"))
     draft.model = as_name(_first_named(found, "model"))
@@ -192,17 +210,20 @@ def fill_chat(draft: Draft, answer: Json, usage: Json, raw: Verbatim, dialect: D
 
 def _fill_stated(draft: Draft, stated: list[_Statement], dialect: Dialect) -> None:
     """Fill a draft from the last statement that is complete, with what others have more."""
+    if len(stated) == 1:
+        fill_chat(draft, stated[0].chunk, stated[0].usage, stated[0].raw(), dialect)
+        return
     read = [usage_tokens(Counts(), each.usage, dialect) for each in stated]
     tokens, details, fell = most_complete(read)
     whole = [each for each, (found, _) in zip(stated, read, strict=True) if found == tokens]
     best = (whole or stated)[-1]
-    fill_chat(draft, best.chunk, best.usage, best.raw, dialect)
+    fill_chat(draft, best.chunk, best.usage, best.raw(), dialect)
     if fell:
         draft.flags.add("counts_fell")
     if not whole and len(draft.parts) == 1:
         draft.parts = [replace(draft.parts[0], tokens=tokens, details=details)]
     if fell or not whole:
-        draft.raw_usage = all_of(each.raw.text for each in stated)
+        draft.raw_usage = all_of(each.raw().text for each in stated)
 
 
 def _search_fee(draft: Draft) -> dict[str, int]:

@@ -222,6 +222,9 @@ def usage_tokens(
         usage, "cached_tokens_details"
     )
     account = _account(counts, usage, came, went)
+    missed = of(usage, "prompt_cache_miss_tokens")  # DeepSeek's other part of the prompt
+    if missed is not None and plus(account.cached, missed) != account.prompt:
+        counts.mismatch = True
     unstated = _reconcile(counts, account, dialect)
     tokens = Tokens(
         input=counts.rest(account.prompt, account.cached, account.written),

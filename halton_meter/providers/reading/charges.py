@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from halton_meter.model import Exchange, Headers
+from halton_meter.model import Body, Exchange, Headers
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.statements import under, usages_in
 from halton_meter.providers.reading.values import Json, as_amount, as_dict
@@ -50,8 +50,11 @@ _TEXT = re.compile(
 )
 _TEXT_CHARS_MAX = 64
 _KEYS_MAX = 64
-# Answers that do not name a cost are not looked through.
-_TOLD = re.compile(rb'(?i)"[a-z_]*(?:cost|usd|price|pricing)[a-z_]*"\s*:')
+# Answers that do not name a cost are not looked through: not even cut into events, where the end of
+# a stream (or all of an object) has no such word.
+_WORDS = (b"ost", b"usd", b"pric")
+_STREAM_END_BYTES = 16 << 10
+_TOLD = re.compile(rb'(?i)"[a-z_]{0,40}(?:cost|usd|price|pricing)[a-z_]{0,40}"\s*:')
 
 
 def as_usd(value: object) -> Decimal | None:
@@ -160,13 +163,18 @@ def _charges(exchange: Exchange, raw_usage: str | None, is_only_event: bool) -> 
                 yield usd
     if not is_only_event:
         return
-    for _, text in documents(exchange, 5):
+    for _, text in documents(exchange, 5) if _names_a_cost(exchange.response.body) else ():
         if _TOLD.search(text) and (usd := charge_beside(as_dict(_exactly(text)))) is not None:
             yield usd
     response = exchange.response
     for headers in (response.trailers, response.headers):
         if (usd := charge_in_headers(headers)) is not None:
             yield usd
+
+
+def _names_a_cost(body: Body) -> bool:
+    pieces = (p if p[:1] == b"{" else p[-_STREAM_END_BYTES:] for p in body.pieces)
+    return any(word in piece for piece in pieces for word in _WORDS)
 
 
 def _exactly(text: bytes | str) -> Any:

@@ -10,7 +10,7 @@ known in the providers' files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 
 from halton_meter.model import Tokens
@@ -31,12 +31,12 @@ _NAMES = (
     "usage", "usageMetadata", "usage_metadata", "token_usage", "tokenUsage", "tokens", "metrics",
     "token_count", "amazon-bedrock-invocationMetrics",
 )  # fmt: skip
+_NAMED = frozenset(_NAMES)
 # Counts that may stand in an answer or a chunk itself, as in an event that states them alone.
 _BARE = (
     "prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "inputTokens",
     "outputTokens", "prompt_token_count", "generation_token_count", "generated_tokens",
 )  # fmt: skip
-_IN_CHOICE = ((), ("delta",), ("message",))
 _CHOICES_MAX = 16
 # What ends the name of a count, in whichever spelling.
 _COUNTED = ("tokens", "Tokens", "token_count", "TokenCount", "eval_count", "_cached_count")
@@ -49,15 +49,23 @@ def under(holder: Json, path: tuple[str, ...]) -> Json:
     return holder
 
 
-def is_count(name: str) -> bool:
-    """Whether a name is that of a count of tokens."""
+def counts_among(holder: Json) -> Json:
+    """The counts of tokens that stand among an answer's other fields, and nothing else of it."""
+    return {n: v for n, v in holder.items() if _is_count(n) and not _may_be_content(v)}
+
+
+def _may_be_content(value: object) -> bool:
+    return isinstance(value, dict | list) or (isinstance(value, str) and not value.isdigit())
+
+
+def _is_count(name: str) -> bool:
     return name.endswith(_COUNTED) or name.startswith("num_tokens")
 
 
 def counts_tokens(usage: Json) -> bool:
     """Whether an object states a count of tokens, be it zero."""
     return any(
-        is_count(name) and value is not None and not isinstance(value, (dict, list))
+        _is_count(name) and value is not None and not isinstance(value, (dict, list))
         for name, value in usage.items()
     )
 
@@ -67,29 +75,34 @@ def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
 
     Where none counts tokens, one that states something else (a cost), or the counts of the chunk.
     """
-    found = list(_counting_in(chunk))
-    yield from found
+    found = False
+    for each in _counting_in(chunk):
+        found = True
+        yield each
     if found:
         return
     usage = chunk.get("usage")
-    bare = {name: chunk[name] for name in _BARE if chunk.get(name) is not None}
     if isinstance(usage, dict) and usage:
         yield usage, "usage"
-    elif bare:
-        yield {name: value for name, value in chunk.items() if is_count(name)}, ""
+    elif any(chunk.get(name) is not None for name in _BARE) and (bare := counts_among(chunk)):
+        yield bare, ""
 
 
 def _counting_in(chunk: Json) -> Iterator[tuple[Json, str]]:
     for path in _HOLDERS:
+        if path and path[0] not in chunk:
+            continue
         holder = under(chunk, path)
-        for name in _NAMES if holder else ():
+        if _NAMED.isdisjoint(holder):
+            continue
+        for name in _NAMES:
             usage = holder.get(name)
             if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, name
     for choice in dicts(chunk.get("choices"))[:_CHOICES_MAX]:
-        for path in _IN_CHOICE:
-            usage = as_dict(under(choice, path).get("usage"))
-            if counts_tokens(usage):
+        for inner in (choice, choice.get("delta"), choice.get("message")):
+            usage = inner.get("usage") if isinstance(inner, dict) else None
+            if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, "usage"
 
 
@@ -122,6 +135,35 @@ _PROMPT = (
 def prompt_total(tokens: Tokens) -> int | None:
     """All tokens of the input, cached or not: what a dialect may restate in other parts."""
     return plus(*(getattr(tokens, name) for name in _PROMPT))
+
+
+def covers(later: Json, earlier: Json) -> bool:
+    """Whether a usage holds all that another states, and at least as much of it."""
+    for name, value in earlier.items():
+        other = later.get(name)
+        if isinstance(value, dict):
+            if not isinstance(other, dict) or not covers(other, value):
+                return False
+        elif type(value) is int and type(other) is int:
+            if other < value:
+                return False
+        elif value != other and value is not None:
+            return False
+    return True
+
+
+def best_of(usages: Sequence[Json]) -> tuple[int, bool]:
+    """Which of several usages of one API counts, in the order sent; whether a later one has less.
+
+    The last of them, unless all that it states is less than what stood before it, or the same.
+    """
+    best, fell = 0, False
+    for number, usage in enumerate(usages):
+        if number and usage != usages[best] and covers(usages[best], usage):
+            fell = True
+        else:
+            best = number
+    return best, fell
 
 
 def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Details, bool]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from halton_meter import __version__
-from halton_meter.identity import DATE, HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
+from halton_meter.identity import CACHED, DATE, HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
 from halton_meter.model import Exchange, Outcome, Protocol, Source, Tokens, Traits, Usage
 
 # Ids that a response's headers may state: the identity of an answer whose body has none.
@@ -61,16 +61,8 @@ def traits_of(
         live=exchange.connection.source in _LIVE,
         whole=exchange.outcome is Outcome.COMPLETE,
         joined=exchange.request.method is None,
-        by_id=by_id or _is_read_back(exchange),
+        by_id=by_id or (exchange.request.method == "GET" and not _in_turns(exchange)),
     )
-
-
-def _is_read_back(exchange: Exchange) -> bool:
-    """Whether an answer is one that was made before, and is kept under its id."""
-    for name, value in exchange.response.headers:
-        if name in _CACHE_HEADERS and "hit" in value.lower():
-            return True
-    return exchange.request.method == "GET" and not _in_turns(exchange)
 
 
 def _in_turns(exchange: Exchange) -> bool:
@@ -89,6 +81,8 @@ def _told(exchange: Exchange) -> dict[str, str]:
     for name, value in reversed(response.headers):
         if (letter := _LETTERS.get(name)) is not None:
             told[letter] = _digest(value)
+        elif name in _CACHE_HEADERS and "hit" in value.lower():
+            told[CACHED] = ""
     # What a client takes for the provider's 502 may be the proxy's, which knows that none came.
     if response.status is not None and response.status < SERVED:
         told["s"] = str(response.status)
@@ -96,9 +90,12 @@ def _told(exchange: Exchange) -> dict[str, str]:
 
 
 def _asked(exchange: Exchange) -> dict[str, str]:
-    """Of the request's body: its beginning, and all of it with its length."""
+    """Of the request's body: its beginning, and all of it with its length.
+
+    Where bytes were lost, the answer may be paired with another request.
+    """
     body = exchange.request.body
-    if exchange.request.method is None or body.lost_bytes != 0:
+    if exchange.request.method is None or exchange.outcome is Outcome.GAPPED:
         return {}
     first = body.pieces[0] if body.pieces else b""
     told = {}

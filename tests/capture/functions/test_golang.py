@@ -16,8 +16,9 @@ import capstone
 import pytest
 
 from capture.functions.elf import Elf
-from capture.functions.finder.golang import READ, WRITE, Found, ServerName, find_go_tls
+from capture.functions.finder.golang import READ, WRITE, Found, ServerName, find_go_tls, library
 from capture.functions.finder.not_found import NotFound
+from capture.functions.stacks import Stack
 from tests.support.go_programs import CODE, ENVIRONMENT, GO, go_program
 from tests.support.quick import slow
 
@@ -202,3 +203,25 @@ def test_damage_never_raises(programs: dict[str, Path], tmp_path: Path) -> None:
         answer = find_go_tls(copy)
         assert isinstance(answer, Found | NotFound)
         assert isinstance(answer, Found) or answer.reason
+
+
+@needs_go
+def test_a_fork_of_gos_own_tls_is_told_beside_it(programs: dict[str, Path], tmp_path: Path) -> None:
+    """utls and its like have the handshake of crypto/tls under a package of their own."""
+    with programs["stripped"].open("rb") as file:
+        own = library(file.fileno())
+    assert own is not None
+    assert (own.stack, own.beside) == (Stack.GO, None)
+    code = programs["stripped"].read_bytes()
+    name = b"\0crypto/tls.(*Conn).clientHandshake\0"
+    assert code.count(name) == 1
+    forked = tmp_path / "forked"
+    forked.write_bytes(code.replace(name, name.replace(b"crypto/tls", b"a.org/utls")))
+    with forked.open("rb") as file:
+        found = library(file.fileno())
+    assert found is not None
+    assert (found.stack, found.beside, found.probes) == (Stack.GO, Stack.GO_FORK, own.probes)
+    quic = tmp_path / "quic"
+    quic.write_bytes(code.replace(name, name.replace(b"crypto/tls", b"a.org/qtls")))
+    with quic.open("rb") as file:
+        assert library(file.fileno()) == own

@@ -16,7 +16,7 @@ import pytest
 
 from capture import loader
 from capture.functions.elf import Elf, ElfError
-from capture.functions.finder.search import find_by_structure
+from capture.functions.finder.search import find_by_structure, recognise
 from capture.functions.finder.symbols import inspect
 from capture.functions.finder_protocol import library_from_json, library_json
 from capture.functions.library import Library, Probe, probe_offset
@@ -217,7 +217,8 @@ def test_a_finder_cannot_name_what_is_in_no_table(field: str) -> None:
 def test_every_stack_can_be_told_by_something_and_says_what_to_do() -> None:
     """A row without a marker, symbols or library would never be met; its programs are loaded."""
     for stack, row in STACKS.items():
-        assert row.markers or row.symbols or row.needed or row.library, stack
+        told = row.markers or row.symbols or row.needed or row.library
+        assert told or stack is Stack.GO_FORK, stack  # its finder is Go's
         probed = bool(row.symbols or row.programs)
         assert probed or row.advice, stack
         assert not row.finder or (row.markers and hasattr(import_module(row.finder), "library"))
@@ -265,3 +266,32 @@ def test_our_own_mappings_open_by_their_links() -> None:
             stat = os.stat(each.link)
             assert (stat.st_dev, stat.st_ino) == (each.device, each.inode)
     assert executable_mappings(2**22 + 1) is None
+
+
+@pytest.mark.parametrize(
+    "stack", [stack for stack, row in STACKS.items() if row.markers and row.finder is None]
+)
+def test_a_small_program_is_recognised_by_its_marker(tmp_path: Path, stack: Stack) -> None:
+    source = tmp_path / "source.c"
+    strings = "".join(
+        f'"{marker.rstrip(chr(0).encode()).decode()}", ' for marker in STACKS[stack].markers[:1]
+    )
+    source.write_text(
+        f"const char *const there[] = {{{strings}}}; char room[40000] = {{1}};"
+        "int main(void) { return there[0] == room; }"
+    )
+    program = tmp_path / "program"
+    compiler = shutil.which("gcc") or pytest.skip("no C compiler")
+    subprocess.run([compiler, "-s", "-o", program, source], check=True)
+    with program.open("rb") as file:
+        found = recognise(file.fileno())
+    assert found is not None
+    assert (found.stack, found.probes, found.reason) == (stack, (), STACKS[stack].advice)
+
+
+def test_what_only_uses_tls_is_not_recognised() -> None:
+    for name in ("curl", "wget", "openssl", "git"):
+        path = shutil.which(name)
+        if path is not None:
+            with open(path, "rb") as file:
+                assert recognise(file.fileno()) is None, name

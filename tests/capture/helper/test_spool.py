@@ -137,3 +137,24 @@ def test_a_reader_cannot_take_the_receipt_from_under_the_helper() -> None:
     assert receipt.floor == 0
     os.close(theirs)
     receipt.close()
+
+
+def test_memory_that_is_given_back_late_takes_no_newer_frame_with_it() -> None:
+    """It is given back in pieces: the circle may have come round to the first by then."""
+    spool = Spool.new(3 * FREED_BYTES)
+    tenth = FREED_BYTES // 10
+    written = bytearray()
+
+    def append(tenths: int, done: int) -> None:
+        for _ in range(tenths):
+            frame = bytes([len(written) // tenth % 255 + 1]) * tenth
+            assert spool.room(done) >= tenth
+            spool.append([frame], 0, done)
+            written.extend(frame)
+
+    append(29, 0)
+    append(8, 9 * tenth)  # around the end, while nothing was given back
+    append(1, 20 * tenth)
+    start = spool.oldest
+    assert spool.read(start, spool.size_bytes) == written[start:]
+    os.close(spool.fd)

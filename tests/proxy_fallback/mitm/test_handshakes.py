@@ -23,6 +23,8 @@ from proxy_fallback.mitm.session import ProxySession
 from tests.proxy_fallback.mitm.test_session import certificate as certificate
 from tests.support.waiting import wait_until
 
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+
 
 class Place:
     """A proxy, an origin behind it, and what the proxy told of its clients."""
@@ -30,6 +32,7 @@ class Place:
     def __init__(self, certificate: Path, folder: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
+        context.set_alpn_protocols(["h2", "http/1.1"])
         self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -70,7 +73,11 @@ class Place:
 
     def _answer(self, raw: socket.socket) -> None:
         with contextlib.suppress(OSError), self._context.wrap_socket(raw, server_side=True) as tls:
-            if tls.recv(65536):
+            if tls.selected_alpn_protocol() == "h2":
+                tls.sendall(SETTINGS)  # a server may speak first
+                while tls.recv(65536):
+                    pass
+            elif tls.recv(65536):
                 tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
                 tls.recv(65536)
 
@@ -109,12 +116,15 @@ VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 versions = pytest.mark.parametrize("version", VERSIONS, ids=["tls12", "tls13"])
 
 
-def hello(raw: socket.socket, version: ssl.TLSVersion, trust: Path | None = None) -> ssl.SSLSocket:
+def hello(
+    raw: socket.socket, version: ssl.TLSVersion, trust: Path | None = None, *protocols: str
+) -> ssl.SSLSocket:
     """TLS as a client that checks nothing during the handshake, or trusts `trust` only."""
     context = ssl.create_default_context(cafile=str(trust) if trust else None)
     if trust is None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(protocols or ["http/1.1"])
     context.minimum_version = context.maximum_version = version
     return context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=True)
 
@@ -188,6 +198,24 @@ def test_a_byte_of_a_request_proves_trust(
 ) -> None:
     tls = hello(place.tunnel(), version)
     tls.sendall(said)
+    wait_until(lambda: ("trusted", "localhost") in place.told, "trust")
+    tls.close()
+    assert ended(place) == [("trusted", "localhost")]
+
+
+@versions
+@pytest.mark.parametrize("used", [True, False])
+def test_the_preface_of_http_2_proves_trust_also_where_the_server_spoke_first(
+    place: Place, version: ssl.TLSVersion, used: bool
+) -> None:
+    tls = hello(place.tunnel(), version, None, "h2")
+    assert tls.selected_alpn_protocol() == "h2"
+    assert tls.recv(9)
+    if not used:
+        tls.close()
+        assert ended(place) == [(Taken.LEFT_PROMPTLY, "localhost")]
+        return
+    tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
     wait_until(lambda: ("trusted", "localhost") in place.told, "trust")
     tls.close()
     assert ended(place) == [("trusted", "localhost")]

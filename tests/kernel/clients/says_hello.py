@@ -1,0 +1,76 @@
+"""KIND [lookup]: sends a ClientHello of its own making, the end of a handshake, and a request.
+
+With `lookup` the C library is asked for HOST's address before. What answers is no TLS server.
+"""
+
+import os
+import socket
+import sys
+
+HOST, PORT = os.environ["HOST"].encode(), int(os.environ["PORT"])
+
+
+def record(kind: int, content: bytes) -> bytes:
+    return bytes((kind, 3, 3)) + len(content).to_bytes(2, "big") + content
+
+
+def extension(number: int, content: bytes) -> bytes:
+    return number.to_bytes(2, "big") + len(content).to_bytes(2, "big") + content
+
+
+def name(host: bytes) -> bytes:
+    entry = b"\0" + len(host).to_bytes(2, "big") + host
+    return extension(0, len(entry).to_bytes(2, "big") + entry)
+
+
+def hello(*extensions: bytes) -> bytes:
+    tail = b"".join(extensions)
+    body = b"\3\3" + bytes(32) + b"\x20" + bytes(32) + b"\0\2\x13\1" + b"\1\0"
+    body += len(tail).to_bytes(2, "big") + tail
+    return record(22, b"\1" + len(body).to_bytes(3, "big") + body)
+
+
+OTHERS = [extension(10, bytes(8)), extension(16, bytes(14)), extension(51, bytes(1250))]
+ECH = extension(0xFE0D, bytes(200))
+HELLOS = {
+    "named": hello(*OTHERS, name(HOST)),
+    "named_in_capitals": hello(name(HOST.upper()), *OTHERS),
+    "named_last_of_forty": hello(*[extension(0x1A1A + n, b"xy") for n in range(39)], name(HOST)),
+    "with_grease_ech": hello(*OTHERS, ECH, name(HOST)),
+    "ech": hello(name(b"outer.name.test"), ECH, *OTHERS),
+    "unnamed": hello(*OTHERS),
+    "other": hello(name(b"mail.other.test"), *OTHERS),
+    "damaged": hello(name(HOST))[:60] + b"\xff" * 200,
+    "no_tls": b"\x16\x03 is not TLS at all" + bytes(300),
+    "later": b"\5\1\0",  # as SOCKS begins
+}
+REQUEST = record(20, b"\1") + record(23, bytes(53)) + record(23, bytes(400))
+
+
+def over_tcp(kind: str) -> None:
+    with socket.create_connection(("127.0.0.1", PORT)) as sock:
+        sock.sendall(HELLOS[kind])
+        if kind == "later":
+            sock.sendall(b"\5\1\0\1" + bytes(6))
+            sock.sendmsg([HELLOS["named"]])
+        pieces = [REQUEST[:6], REQUEST[6:64], REQUEST[64:]]  # as a writev of several records
+        sock.sendmsg(pieces)
+
+
+def over_udp(kind: str) -> None:
+    initial = b"\xc3\0\0\0\1" + bytes(1195)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        if kind == "quic_connected":
+            sock.connect(("127.0.0.1", PORT))
+            sock.send(initial)
+        elif kind == "quic_message":
+            sock.sendmsg([initial], [], 0, ("127.0.0.1", PORT))
+        else:
+            sock.sendto(initial, ("127.0.0.1", PORT))
+        for _ in range(3):
+            sock.sendto(initial, ("127.0.0.1", PORT))
+
+
+if "lookup" in sys.argv:
+    socket.getaddrinfo(HOST.decode(), PORT)
+(over_udp if sys.argv[1].startswith("quic") else over_tcp)(sys.argv[1])

@@ -1,0 +1,96 @@
+"""What was not metered is said, with program, host and fix: by `run`, `status` and `report`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.conftest import HALTON_METER, Service
+from tests.lab.test_run import as_sudo
+from tests.support.lab.lab import Lab
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.lab
+
+HOST = "api.openai.com"
+MODELS = f"https://{HOST}/v1/models"
+
+
+def both(lab: Lab) -> str:
+    """One connection by TLS code that nobody knows, and one by curl."""
+    script = Path(__file__).parents[1] / "kernel" / "clients" / "says_hello.py"
+    strange = shlex.join([sys.executable, "-S", str(script), "named"])
+    return f"HOST={HOST} PORT=443 {strange}; curl -sS -o /dev/null {MODELS}"
+
+
+def test_run_names_what_it_did_not_meter_and_keeps_it(lab: Lab, tmp_path: Path) -> None:
+    home = lab.user.home / "covered"
+    home.mkdir()
+    os.chown(home, lab.user.uid, lab.user.gid)
+    environment = as_sudo(lab, home)
+    summary = home / "summary.json"
+    command = [*HALTON_METER, "run", "--json-summary", str(summary), "--", "sh", "-c", both(lab)]
+    done = lab.run(command, env=environment)
+    assert done.returncode == 0, done.stderr
+    line, *rest = [
+        each for each in done.stderr.splitlines() if "coverage:" in each or "not m" in each
+    ]
+    assert line.strip().startswith(
+        "coverage: 1 of 2 connections to providers were metered (50.0 %, "
+    )
+    (named,) = rest
+    assert named.strip().startswith("not metered: python")
+    assert f" to {HOST}, 1 connection: " in named
+    found = json.loads(summary.read_text())["connections"]
+    assert (found["known"], found["seen"], found["metered"]) == (True, 2, 1)
+
+    environment = lab.environment(HALTON_METER_HOME=str(home))
+    report = lab.run([*HALTON_METER, "report"], env=environment, user=lab.user)
+    assert "coverage: 1 of 2 connections to providers were metered" in report.stdout
+    table = lab.run([*HALTON_METER, "report", "--coverage"], env=environment, user=lab.user).stdout
+    programs = [row.split()[:2] for row in table.splitlines()[1:3]]
+    assert programs == [["curl", HOST], [os.path.basename(os.path.realpath(sys.executable)), HOST]]
+
+
+def connections(service: Service) -> dict[str, Any]:
+    found: dict[str, Any] = (service.status() or {}).get("connections", {})
+    return found
+
+
+def unmetered(found: dict[str, Any]) -> int:
+    return sum(part["connections"] for part in found.get("parts", ()) if part["cause"])
+
+
+def test_status_counts_programs_that_have_ended(service: Service) -> None:
+    before = connections(service)
+    service.lab.run(["sh", "-c", both(service.lab)], user=service.lab.user)
+    wait_until(lambda: unmetered(connections(service)) == unmetered(before) + 1, "it")
+    environment = service.lab.environment(HALTON_METER_HOME=str(service.home))
+    status = service.lab.run([*HALTON_METER, "status"], env=environment, user=service.lab.user)
+    assert f"to {HOST}, " in status.stdout
+    assert "coverage: " in status.stdout
+
+
+def test_a_killed_worker_loses_no_more_than_a_report(lab: Lab, tmp_path: Path) -> None:
+    own = Service(lab, lab.user.home / "killed-worker")
+    try:
+        lab.run(["sh", "-c", both(lab)], user=lab.user)
+        wait_until(lambda: connections(own).get("seen") == 2, "the first two")
+        worker = (own.status() or {})["worker"]["pid"]
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: (own.status() or {}).get("restarts"), "the restart")
+        lab.run(["sh", "-c", both(lab)], user=lab.user)
+        wait_until(lambda: connections(own).get("seen") == 2, "the next two")
+    finally:
+        own.stop()
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+    command = [*HALTON_METER, "report", "--json"]
+    report = json.loads(lab.run(command, env=environment, user=lab.user).stdout)
+    assert (report["connections"]["seen"], report["connections"]["metered"]) == (4, 2)
