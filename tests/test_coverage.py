@@ -55,7 +55,7 @@ def test_nothing_seen_is_said_and_so_is_a_kernel_that_shows_nothing() -> None:
     assert coverage_lines(None) == []
     assert coverage_lines(Coverage()) == []
     assert coverage_lines(Coverage(is_known=True)) == [
-        "coverage: no connection to a provider was seen"
+        "coverage: no connection to a provider carried a request"
     ]
     assert coverage_lines(Coverage(is_known=True), requests=1) == []
     (line,) = coverage_lines(Coverage(is_known=False))

@@ -62,7 +62,7 @@ def ratio_line(coverage: Coverage) -> str:
     """How many were metered of how many."""
     ratio = connections_ratio(coverage)
     if ratio is None:
-        return "coverage: no connection to a provider was seen"
+        return "coverage: no connection to a provider carried a request"
     seen, metered = coverage.seen.connections, coverage.metered.connections
     were = "was" if seen == 1 else "were"
     text = f"coverage: {metered:,} of {count(seen, 'connection')} to providers {were} metered"
@@ -110,7 +110,7 @@ def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverag
     if coverage is None:
         return "Coverage is known for periods alone, not for a model, provider or project."
     if not coverage.parts:
-        return "No connection to a provider was seen. Uprobes count them: sudo halton-meter start"
+        return "No connection was counted. Uprobes count them: sudo halton-meter start"
     header = ["PROGRAM", "HOST", "TLS STACK", "SEEN", "METERED", "%", "BYTES", "METERED BYTES"]
     groups: dict[tuple[str, str, str], Coverage] = {}
     for part, counted in coverage.parts.items():

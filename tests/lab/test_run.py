@@ -61,7 +61,7 @@ def test_output_input_and_exit_code_are_the_commands_own(lab: Lab, home: Path) -
     assert first == "error"
     assert summary == [
         "halton-meter: 0 requests, 0 tokens in, 0 out, $0.0000 list price",
-        "  coverage: no connection to a provider was seen",
+        "  coverage: no connection to a provider carried a request",
     ]
 
 
