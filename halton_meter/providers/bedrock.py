@@ -31,7 +31,7 @@ from halton_meter.providers.reading.bodies import documents, form
 from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, unanswered
 from halton_meter.providers.reading.estimate import texts_keyed
-from halton_meter.providers.reading.statements import all_of, prompt_total
+from halton_meter.providers.reading.statements import all_of, best_of, prompt_total
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -147,16 +147,21 @@ def read_converse(exchange: Exchange, route: Route, provider: Provider) -> Itera
 
 def _converse_stream(draft: Draft) -> None:
     answered: list[str] = []
+    stated: list[tuple[Json, bytes]] = []
     for frame in formats.event_stream(draft.exchange.response.body):
         _exception(draft, frame)
         kind = frame.headers.get(":event-type")
         if kind == "metadata":
             value = as_dict(formats.loads(frame.payload))
             if isinstance(value.get("usage"), dict):
-                _fill_converse(draft, value, frame.payload)
+                stated.append((value, frame.payload))
         elif kind == "contentBlockDelta":
             answered += texts_keyed(formats.loads(frame.payload), _ANSWER_KEYS)
-    if not draft.parts and draft.error_class is None:
+    if stated:
+        best, fell = best_of([value["usage"] for value, _ in stated])
+        _fill_converse(draft, *stated[best])
+        draft.flags |= {"counts_fell"} if fell else set()
+    elif draft.error_class is None:
         draft.usage_not_sent(answered)
 
 
@@ -206,7 +211,7 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
     start: Json = {}
     ends: list[Json] = []
     metrics: Json = {}
-    final: Json = {}
+    finals: list[Json] = []
     for event in events:
         if event.get("type") == "message_start":
             start = as_dict(event.get("message"))
@@ -216,8 +221,11 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
             start = {**start, "stop_reason": reason} if reason else start
         inner = as_dict(event.get("metadata")).get("usage") or event.get("usage")
         if isinstance(inner, dict) and event.get("type") not in ("message_start", "message_delta"):
-            final = inner
+            finals.append(inner)
         metrics = as_dict(event.get("amazon-bedrock-invocationMetrics")) or metrics
+    best, fell = best_of(finals)
+    final: Json = finals[best] if finals else {}
+    draft.flags |= {"counts_fell"} if fell else set()
     draft.response_id = as_id(next((e["id"] for e in events if e.get("id")), None))
     draft.model = as_name(next((e["model"] for e in events if e.get("model")), None))
     begun = as_dict(start.get("usage"))

@@ -23,8 +23,8 @@ from halton_meter.providers.reading.draft import Draft, begin, failed, unanswere
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.statements import (
     all_of,
+    counts_among,
     counts_tokens,
-    is_count,
     most_complete,
     usages_in,
 )
@@ -91,8 +91,8 @@ def _fill_whole(
     counts = Counts()
     tokens, _, fell = most_complete((read(counts, each), {}) for each in holders)
     draft.parts = [Usage(draft.model or draft.request_model, tokens)]
-    kept = ({n: v for n, v in each.items() if is_count(n)} for each in holders)
-    draft.raw_usage = all_of(verbatim(b"", b"", each).text for each in kept)
+    kept = (verbatim(b"", b"", counts_among(each)).text for each in holders)
+    draft.raw_usage = all_of(kept)
     draft.flags |= counts.flags()
     if fell:
         draft.flags.add("counts_fell")

@@ -16,7 +16,7 @@ from halton_meter.providers.openai.text import route, text_routes
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
-from halton_meter.providers.reading.statements import prompt_total
+from halton_meter.providers.reading.statements import best_of, prompt_total
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -86,12 +86,14 @@ def _fill_sdk(draft: Draft, found: list[tuple[Json, bytes]]) -> None:
         named += [as_dict(formats.loads(event.data)) for event in events]
     draft.response_id = as_id(next((v["id"] for v in named if v.get("modelId")), None))
     draft.model = as_name(next((v["modelId"] for v in named if v.get("modelId")), None))
-    held = next(((v, t) for v, t in found if isinstance(v.get("usage"), dict)), None)
+    stated = [each for each in reversed(found) if isinstance(each[0].get("usage"), dict)]
     made = next((len(v["images"]) for v, _ in found if isinstance(v.get("images"), list)), 0)
     units = {"images": made} if made else {}
     model = draft.model or draft.request_model
-    if held is not None:
-        value, text = held
+    if stated:
+        best, fell = best_of([value["usage"] for value, _ in stated])
+        value, text = stated[best]
+        draft.flags |= {"counts_fell"} if fell else set()
         counts = Counts()
         draft.parts = [Usage(model, _sdk_tokens(counts, value["usage"]), units)]
         draft.raw_usage = verbatim(text, b"usage", value["usage"]).text

@@ -47,7 +47,7 @@ def test_its_files_are_read_and_keep_to_the_schema(tmp_path):
     prices, own = blocks("toml")
     file = PriceFile("anthropic", prices, by_hand=True)
     assert [model.id for model in file.models()] == ["claude-opus-5-5"]
-    assert [rule.kind for rule in file.rules] == ["factor"]
+    assert [rule.kind for rule in file.rules] == ["default", "factor"]
     (tmp_path / overrides.FILE_NAME).write_text(own)
     (override,) = overrides.read(tmp_path)
     assert override.factor == Decimal("0.8")

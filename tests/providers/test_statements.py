@@ -11,6 +11,7 @@ from halton_meter.model import Tokens, UsageEvent
 from halton_meter.providers.reading.statements import all_of, most_complete
 from halton_meter.providers.reading.values import RAW_USAGE_BYTES_MAX
 from halton_meter.providers.registry import Registry
+from tests.providers.test_google_and_aws import frame
 from tests.support.exchanges import exchange, read_one, sse
 
 REGISTRY = Registry({"llm.example.com": "openai:ours", "gateway.example.com": "gateway"})
@@ -85,6 +86,24 @@ def test_usage_is_read_in_the_place_of_each_dialect(place: str) -> None:
         assert counted(event) == (100, None, 20), body
         assert event.flags == ()
         assert "secret" not in (event.raw_usage or "")
+
+
+def test_of_counts_among_other_fields_nothing_else_is_kept() -> None:
+    answer = {
+        "model": "m",
+        "prompt_tokens": 100,
+        "completion_tokens": "20",
+        "text": "secret",
+        "tokens": ["secret"],
+        "stop_tokens": "secret words",
+        "best_tokens": {"a": "secret"},
+    }
+    event = read(answer)  # fmt: skip
+    assert counted(event) == (100, None, 20)
+    assert json.loads(event.raw_usage or "") == {"prompt_tokens": 100, "completion_tokens": "20"}
+    line = {"model": "m", "done": True, "eval_count": 3, "stop_tokens": "secret words"}
+    event = read_one(exchange("https://ollama.com/api/generate", {"model": "m"}, line))
+    assert event.raw_usage == '{"eval_count":3}'
 
 
 def test_usage_in_an_event_of_its_own_or_in_headers() -> None:
@@ -185,6 +204,22 @@ def test_gemini_keeps_what_an_earlier_chunk_counted() -> None:
     parts = [{"candidates": [{}], "usageMetadata": usage} for usage in (whole, {**whole})]
     parts[1]["usageMetadata"] = {"promptTokenCount": 0, "totalTokenCount": 0}
     event = read_one(exchange(url + ":streamGenerateContent?alt=sse", {}, sse(*parts)))
+    assert (counted(event), event.flags) == ((100, None, 20), ("counts_fell",))
+
+
+def test_other_streams_keep_what_an_earlier_event_counted() -> None:
+    whole, less = ({"inputTokens": n, "outputTokens": m} for n, m in ((100, 20), (0, 0)))
+    events = [{"type": "finish", "usage": usage} for usage in (whole, less)]
+    event = read_one(exchange(SDK, {}, sse(*events)))
+    assert (counted(event), event.flags) == ((100, None, 20), ("counts_fell",))
+    interactions = "https://generativelanguage.googleapis.com/v1beta/interactions"
+    usages = [{"total_input_tokens": n, "total_output_tokens": n // 5} for n in (100, 0)]
+    body = sse(*({"interaction": {"id": "a" * 24, "usage": usage}} for usage in usages))
+    event = read_one(exchange(interactions, {"model": "gemini-2.5-pro"}, body))
+    assert (counted(event), event.flags) == ((100, None, 20), ("counts_fell",))
+    frames = b"".join(frame({"usage": usage}, event_type="metadata") for usage in (whole, less))
+    header = [("content-type", "application/vnd.amazon.eventstream")]
+    event = read_one(exchange(CONVERSE + "-stream", {}, frames, headers=header))
     assert (counted(event), event.flags) == ((100, None, 20), ("counts_fell",))
 
 

@@ -40,6 +40,8 @@ STEPS_MAX = 1 << 18
 """Instructions remembered; some 5,000 are looked at in a real program."""
 PIECE_BYTES = 1 << 20
 """Code is searched this much at a time: it stays in the processor's cache."""
+NEAR_BYTES = 16 << 20
+"""How far apart the code of one library's files may lie in a program: OpenSSL has 1 MB of it."""
 REFERENCES_MAX = 4096
 """References to one address that are listed; 30 to 200 name a file in the builds seen."""
 BLOCKS_BYTES_MAX = 0x1000
@@ -131,14 +133,17 @@ class Code:
         """The registers of a C function's first six arguments."""
         return self._reader.arguments
 
-    def loads_of(self, addresses: Collection[int]) -> dict[int, list[int]]:
-        """For each address, the instructions that put it into a register: one pass over the code.
+    def loads_of(
+        self, addresses: Collection[int], around: int | None = None
+    ) -> dict[int, list[int]]:
+        """For each address, the instructions that put it into a register: one pass over the code,
+        or over what lies less than NEAR_BYTES `around` an address.
 
         x86-64: `mov reg, imm` and `lea reg, [rip+x]`. aarch64: the `add` behind an `adrp`. What was
         asked for before is remembered. Of each no more than `REFERENCES_MAX` + 1 are listed.
         """
         if missing := set(addresses) - self._loads.keys():
-            found = self._arm_loads(missing) if self.arm else self._x86_loads(missing)
+            found = self._arm_loads(missing) if self.arm else self._x86_loads(missing, around)
             self._loads |= {address: sorted(found.get(address, ())) for address in missing}
         return {address: self._loads[address] for address in addresses}
 
@@ -152,11 +157,11 @@ class Code:
                             _note(found, address, at)
         return found
 
-    def _x86_loads(self, addresses: Collection[int]) -> dict[int, set[int]]:
+    def _x86_loads(self, addresses: Collection[int], around: int | None) -> dict[int, set[int]]:
         """A library is compiled with absolute addresses or with relative ones, not with both."""
         absolute: dict[int, set[int]] = {}
         relative: dict[int, set[int]] = {}
-        for base, piece in self._code_from(min(addresses)):
+        for base, piece in self._code_from(around or min(addresses), near=around is not None):
             for address in () if self.elf.position_independent else addresses:
                 if address < 1 << 31:
                     for at in piece.all(address.to_bytes(4, "little")):
@@ -349,7 +354,7 @@ class Code:
             if step is not None and step.target == target:
                 yield at, target
 
-    def _code_from(self, address: int) -> Iterator[tuple[int, Buffer]]:
+    def _code_from(self, address: int, *, near: bool = False) -> Iterator[tuple[int, Buffer]]:
         """All code in pieces, nearest to `address` first: callers are mostly near.
 
         There is one buffer for all of them.
@@ -358,6 +363,7 @@ class Code:
             (segment.address + at, min(PIECE_BYTES, segment.size_bytes - at), segment)
             for segment in self.elf.executables
             for at in range(0, segment.size_bytes, PIECE_BYTES)
+            if not near or abs(segment.address + at - address) < NEAR_BYTES
         ]
         for base, size, segment in sorted(pieces, key=lambda piece: abs(piece[0] - address)):
             within = base - segment.address

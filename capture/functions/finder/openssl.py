@@ -108,7 +108,7 @@ def _locations(elf: Elf) -> tuple[Location, ...]:
         raise Absent("no OpenSSL: no function gives its name as ssl_read_internal")
     code.callers(*(_internal(named, name).start for name in sorted(_INNER)))  # in one pass
     locations = _reading(code, named) + _writing(code, named)
-    host = _control(code)
+    host = _control(code, locations[0].address)
     if host is not None:
         locations.append(host)
     if len({each.address for each in locations}) != len(locations):
@@ -116,25 +116,20 @@ def _locations(elf: Elf) -> tuple[Location, ...]:
     return tuple(locations)
 
 
-def _loads(code: Code, file: bytes) -> tuple[frozenset[int], list[int]]:
+def _loads(code: Code, file: bytes, around: int | None = None) -> tuple[frozenset[int], list[int]]:
     """(the addresses of the file's name, the instructions that load one of them).
 
     What comes before the name without a NUL, a Rust string or a jump table, may look like its
-    folder: nothing loads that. Both files that are asked for are searched in one pass.
+    folder: nothing loads that. All ways to tell its folder are searched in one pass.
     """
-    names = {each: _names(code.elf, each) for each in (_SSL_LIB, _S3_LIB)}
-    if any(names[_SSL_LIB]):
-        code.loads_of({at for ways in names.values() for way in ways for at in way})
-    for way in names[file]:
+    endings = endings_of(code.elf, file)
+    ways = [starts_of(code.elf, endings, folder) for folder in _FOLDERS]
+    if endings:
+        code.loads_of({at for way in ways for at in way}, around)
+    for way in ways:
         if way and (loads := loads_of(code, way, file.decode())):
             return frozenset(way), loads
     return frozenset(), []
-
-
-def _names(elf: Elf, file: bytes) -> list[tuple[int, ...]]:
-    """Where the file's name may begin, by each way to tell its folder."""
-    endings = endings_of(elf, file)
-    return [starts_of(elf, endings, folder) for folder in _FOLDERS]
 
 
 _Named = Mapping[int, tuple[Routine, frozenset[str]]]
@@ -269,12 +264,13 @@ def _at_least_one(name: str, found: list[tuple[str, Routine]], code: Code) -> li
 # --- the host -----------------------------------------------------------------------------------
 
 
-def _control(code: Code) -> Location | None:
+def _control(code: Code, around: int) -> Location | None:
     """ssl3_ctrl, which is given SSL_ctrl's own arguments; None when it is not certain.
 
-    Most of it lies behind a jump table: only the unwind table has its bounds.
+    Most of it lies behind a jump table: only the unwind table has its bounds. It is searched near
+    the library's other functions: where it lies far off, the host is read in requests.
     """
-    files, loads = _loads(code, _S3_LIB)
+    files, loads = _loads(code, _S3_LIB, around)
     bounds = {found for at in loads if (found := code.elf.unwind_range_of(at)) is not None}
     controls = []
     for start, end in bounds:

@@ -586,12 +586,15 @@ class Attachments:
         What is late is attached to late, and counted so.
         """
         deadline = time.monotonic() + seconds
-        asked = [self.look_at(path, os.path.realpath(path)) for path in paths]
-        while (left := deadline - time.monotonic()) > 0 and any(
-            each is not None and self.is_searching(each) for each in asked
-        ):
+        looked_at = (self.look_at(path, os.path.realpath(path)) for path in paths)
+        asked = [identity for identity in looked_at if identity is not None]
+        for identity in reversed(asked):
+            self.hurry(identity)
+        while (left := deadline - time.monotonic()) > 0 and any(map(self.is_searching, asked)):
             self.search()
             self.wait(min(left, 0.05))
+        for identity in asked:
+            self.calm(identity)
 
     def hurry(self, identity: FileId) -> None:
         """A process waits for this file's search: it comes before others of its owner's."""

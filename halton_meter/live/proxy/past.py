@@ -231,7 +231,8 @@ class Past:
         names = addresses.get(seen.far[0], [])
         if seen.far[1] != HTTPS:
             return names[0] if names else f"{seen.far[0]}:{seen.far[1]}"
-        named = [name for name in names if name in self._named]
+        own = [name for name in names if seen.program in self._named.get(name, ())]
+        named = own or [name for name in names if name in self._named]
         if not named and len(names) > 1 and seen.program:
             named = _names_in_file(seen.program.partition(" ")[0], names)
         return " or ".join(sorted(named or names)[:HOSTS_SHOWN]) or None

@@ -29,6 +29,7 @@ from halton_meter.providers.reading.counts import read_count
 from halton_meter.providers.reading.draft import Draft, begin, failed, unanswered
 from halton_meter.providers.reading.estimate import texts_under
 from halton_meter.providers.reading.metadata import interaction_tokens
+from halton_meter.providers.reading.statements import best_of
 from halton_meter.providers.reading.values import Counts, Json, as_id, as_name, dicts, verbatim
 
 # --- interactions -------------------------------------------------------------------------------
@@ -49,7 +50,9 @@ def read_interaction(exchange: Exchange, route: Route, provider: Provider) -> It
     draft = begin_gemini(exchange, route, provider)
     made = exchange.request.method != "GET"
     found = _interactions(exchange)
-    held = next(((v, t) for v, t in found if isinstance(v.get("usage"), dict)), None)
+    stated = [each for each in reversed(found) if isinstance(each[0].get("usage"), dict)]
+    best, fell = best_of([value["usage"] for value, _ in stated])
+    held = stated[best] if stated else None
     first: Json = found[0][0] if found else {}
     if not made and (held is None or not (first.get("background") or first.get("agent"))):
         return
@@ -59,6 +62,7 @@ def read_interaction(exchange: Exchange, route: Route, provider: Provider) -> It
         draft.model = as_name(next((v["model"] for v, _ in found if v.get("model")), None))
         if held is not None:
             _fill_interaction(draft, *held)
+            draft.flags |= {"counts_fell"} if fell else set()
         elif draft.error_class is None and first.get("status") in ("in_progress", "queued"):
             draft.pending()
         elif draft.error_class is None:

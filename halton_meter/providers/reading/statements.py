@@ -10,7 +10,7 @@ known in the providers' files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 
 from halton_meter.model import Tokens
@@ -49,15 +49,23 @@ def under(holder: Json, path: tuple[str, ...]) -> Json:
     return holder
 
 
-def is_count(name: str) -> bool:
-    """Whether a name is that of a count of tokens."""
+def counts_among(holder: Json) -> Json:
+    """The counts of tokens that stand among an answer's other fields, and nothing else of it."""
+    return {n: v for n, v in holder.items() if _is_count(n) and not _may_be_content(v)}
+
+
+def _may_be_content(value: object) -> bool:
+    return isinstance(value, dict | list) or (isinstance(value, str) and not value.isdigit())
+
+
+def _is_count(name: str) -> bool:
     return name.endswith(_COUNTED) or name.startswith("num_tokens")
 
 
 def counts_tokens(usage: Json) -> bool:
     """Whether an object states a count of tokens, be it zero."""
     return any(
-        is_count(name) and value is not None and not isinstance(value, (dict, list))
+        _is_count(name) and value is not None and not isinstance(value, (dict, list))
         for name, value in usage.items()
     )
 
@@ -74,11 +82,10 @@ def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
     if found:
         return
     usage = chunk.get("usage")
-    bare = {name: chunk[name] for name in _BARE if chunk.get(name) is not None}
     if isinstance(usage, dict) and usage:
         yield usage, "usage"
-    elif bare:
-        yield {name: value for name, value in chunk.items() if is_count(name)}, ""
+    elif any(chunk.get(name) is not None for name in _BARE) and (bare := counts_among(chunk)):
+        yield bare, ""
 
 
 def _counting_in(chunk: Json) -> Iterator[tuple[Json, str]]:
@@ -143,6 +150,20 @@ def covers(later: Json, earlier: Json) -> bool:
         elif value != other and value is not None:
             return False
     return True
+
+
+def best_of(usages: Sequence[Json]) -> tuple[int, bool]:
+    """Which of several usages of one API counts, in the order sent; whether a later one has less.
+
+    The last of them, unless all that it states is less than what stood before it, or the same.
+    """
+    best, fell = 0, False
+    for number, usage in enumerate(usages):
+        if number and usage != usages[best] and covers(usages[best], usage):
+            fell = True
+        else:
+            best = number
+    return best, fell
 
 
 def most_complete(stated: Iterable[tuple[Tokens, Details]]) -> tuple[Tokens, Details, bool]:

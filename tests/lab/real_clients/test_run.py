@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from capture.helper.files.known_files import file_name
+from capture.uprobes import KNOWN_FILES_DIRECTORY
 from tests.lab.conftest import HALTON_METER, Bench, assert_metered, stored_events
 from tests.lab.real_clients.programs import BUN, Program
 from tests.lab.real_clients.test_metered import script_beside
 from tests.lab.test_run import as_sudo
 from tests.support.lab.lab import Lab
 from tests.support.quick import first
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -54,6 +57,24 @@ def test_a_program_that_was_never_run_is_metered_from_its_first_request_on(
             return
         assert "metered" in done.stderr, "what is missed is told"
     pytest.fail(f"none of {ATTEMPTS} runs waited long enough")
+
+
+@pytest.mark.slow
+def test_a_search_is_finished_and_kept_behind_its_run(
+    lab: Lab, installed: Callable[[Program], Path]
+) -> None:
+    """Of a program that is killed as soon as it has begun."""
+    program = never_run(installed(BUN[-1]), "killed")
+    home = lab.user.home / "run-of-killed"
+    home.mkdir()
+    os.chown(home, lab.user.uid, lab.user.gid)
+    kill = "import subprocess, sys; it = subprocess.Popen(sys.argv[1:]); it.kill(); it.wait()"
+    argv = [*HALTON_METER, "run", "--via", "uprobes", "--", "python3", "-c", kill, str(program)]
+    done = lab.run(argv, env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    kept = f"{KNOWN_FILES_DIRECTORY}/0/{file_name(program.stat())}"
+    wait_until(lambda: lab.run(["test", "-e", kept]).returncode == 0, "what the search found")
+    program.unlink()
 
 
 @pytest.mark.slow
