@@ -211,7 +211,7 @@ class Discovery:
             self._on_change()
         elif record.kind == protocol.SOCKET_SEEN:
             # What it maps tells why it is not metered, if it is not: it may be gone soon.
-            self._schedule_once(record.tgid, 0.0)
+            self._schedule_once(record.tgid)
         elif record.kind == protocol.SOCKET_ENDED:
             self._on_change()
         elif record.kind == protocol.LEARNED:

@@ -363,6 +363,7 @@ class Helper:
             self._resume()
         now = time.monotonic()
         discovery.run_rescans(now)
+        self._sockets.name_new()
         if now >= self._resume_at or forwarder.has_barriers:
             self._pump(now)
         elif forwarder.waiting:

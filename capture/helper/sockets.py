@@ -48,7 +48,7 @@ class _Seen:
     """A connection that is open, as far as we know."""
 
     socket: Socket
-    process: Process
+    process: Process | None = None  # until there is time to ask
 
 
 @dataclass(slots=True)
@@ -104,6 +104,7 @@ class Sockets:
         self._metered_stack = metered_stack
         self._processes: OrderedDict[tuple[int, int], _OfProcess] = OrderedDict()
         self._sums: dict[_Row, _Sum] = {}
+        self._nameless: list[_Seen] = []
         self.overlooked = 0  # of which there was no room to keep the sum
 
     def resume(self, connections: bpf.Map) -> None:
@@ -156,16 +157,23 @@ class Sockets:
         return protocol.text(name) if name else None
 
     def opened(self, number: int, socket: Socket) -> None:
-        """A connection that leads to a provider, or may: note whose it is while it lives."""
-        known = self._of(socket.tgid, socket.born_ns)
-        known.open[number] = _Seen(socket, self._name(socket))
+        """A connection that leads to a provider, or may."""
+        seen = self._of(socket.tgid, socket.born_ns).open[number] = _Seen(socket)
+        self._nameless.append(seen)
+
+    def name_new(self) -> None:
+        """Note whose the new connections are, while their processes live. It takes a millisecond
+        each: what the processes have mapped is probed before."""
+        for seen in self._nameless:
+            seen.process = self._name(seen.socket)
+        self._nameless.clear()
 
     def _ended(self, number: int, socket: Socket) -> None:
         known = self._of(socket.tgid, socket.born_ns)
         seen = known.open.pop(number, None)
         if not is_used(socket):
             return
-        process = seen.process if seen else self._name(socket)
+        process = (seen and seen.process) or self._name(socket)
         cause, host = self._verdict(known, socket, known.open)
         if cause is None and host:
             known.found[host] = known.found.get(host, 0) + 1
@@ -272,7 +280,13 @@ class Sockets:
                 cause, host = self._verdict(known, socket, rest)
                 if cause is None and host:
                     known.found[host] = known.found.get(host, 0) + 1
-                self._add(each.process, socket, cause, socket.sent + socket.received, host)
+                self._add(
+                    each.process or self._name(socket),
+                    socket,
+                    cause,
+                    socket.sent + socket.received,
+                    host,
+                )
             known.found = found
         for (pid, born_ns), known in self._processes.items():
             self._add_older(pid, born_ns, known)
