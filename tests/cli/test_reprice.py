@@ -22,6 +22,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with three events, and a book that charges 1 USD for all but the model "mystery"."""
 
     class Book:
+        overrides: tuple[()] = ()
+
         def price(self, usage: UsageEvent) -> PricedEvent:
             if usage.model == "mystery":
                 return replace(made(usd=None), usage=usage, price_book="book-2")

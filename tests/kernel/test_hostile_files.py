@@ -117,7 +117,7 @@ def test_a_flood_of_crafted_files_neither_holds_up_nor_bloats_nor_blinds_the_hel
         time.sleep(0.05)  # a report every so often, as `status` asks for it
     print(f"answers: median {sorted(waited)[ROUNDS // 2] * 1e3:.1f} ms, "
           f"longest {max(waited) * 1e3:.1f} ms; rss {rss / 1e6:.1f} MB")  # fmt: skip
-    assert sorted(waited)[ROUNDS // 2] < 0.25
+    assert sorted(waited)[ROUNDS // 2] < 1.0
     assert max(waited) < 3.0
     assert rss < RSS_BYTES_MAX
     bench.python("exchanges", "3", "1", "10", "100", source=flood).output()

@@ -249,12 +249,13 @@ def test_a_root_without_its_capabilities_is_told_which(lab: Lab, home: Path) -> 
     assert not (home / "ran").exists()
 
 
-def test_a_bad_configuration_stops_it_before_the_command(lab: Lab, home: Path) -> None:
+def test_a_bad_configuration_is_said_and_the_command_runs(lab: Lab, home: Path) -> None:
     (home / "config.toml").write_text("\nall_user = true\n")
     done = run(lab, home, "touch", str(home / "ran"))
-    assert done.returncode == 1
-    assert "config.toml:2: unknown setting 'all_user'" in done.stderr
-    assert not (home / "ran").exists()
+    assert done.returncode == 0
+    assert "config.toml:2: unknown setting" in done.stderr
+    assert "all_users" in done.stderr
+    assert (home / "ran").exists()
 
 
 @pytest.mark.parametrize("victim", ["halton_meter.live.probes.worker", "capture.helper.main"])

@@ -33,7 +33,8 @@ class Supervisor:
 def attend(held, *others): return held.reap()
 service.Supervisor, service.attend = Supervisor, attend
 from halton_meter.live.probes.supervisor import Plan
-plan = Plan(accounts.invoking_account(), "/", None, (), service=False)
+from pathlib import Path
+plan = Plan(accounts.invoking_account(), Path("/"), None, (), service=False)
 service.run_command(["sh", "-c", "ulimit -Sn; ulimit -Hn"], dict(os.environ), plan)
 """
 
