@@ -270,5 +270,7 @@ def _unmetered_lines(found: Mapping[str, Any]) -> tuple[list[str], set[Any]]:
             lines.append(said)
         return lines, set()
     rows = [unmetered.Unmetered.of_json(each) for each in found["unmetered"]]
+    rows.sort(key=lambda row: -row.connections)
     said_lines = [f"  {line}" for line in unmetered.lines(rows, BYPASSED_SHOWN)]
-    return said_lines, {(row.host, row.program) for row in rows}
+    shown = [row for row in rows[:BYPASSED_SHOWN] if row.cause == "certificate_refused"]
+    return said_lines, {(row.host, row.program) for row in shown}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ REPLAY_BYTES_MAX = 64 * 1024
 REQUEST_BYTES_MIN = 512
 # A half-closed tunnel is closed after the open direction was idle for so long.
 HALF_CLOSED_IDLE_S_MAX = 3600.0
+UNREAD_BYTES_MAX = 64 * 1024
 _TLS_HANDSHAKE = 0x16
 
 
@@ -92,12 +94,26 @@ class End(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Close the other end, too: after what is left to send, or at once on an error."""
         self.lost = True
+        unread = self._unread() if exc is not None and self.other is not None else b""
+        if unread:
+            self.data_received(unread)
         other, self.other = self.other, None
         if other is not None and other.transport is not None and not other.lost:
-            if exc is None:
+            if exc is None or unread:
                 other.transport.close()  # sends what is left first
             else:
                 other.transport.abort()
+
+    def _unread(self) -> bytes:
+        """What the peer sent before it broke off, if our write noticed that before our read.
+
+        A client that refuses a certificate says so and resets; its last word must arrive.
+        """
+        if self.transport is None:
+            return b""
+        with contextlib.suppress(OSError):
+            return os.read(self.transport.get_extra_info("socket").fileno(), UNREAD_BYTES_MAX)
+        return b""
 
     def pause_writing(self) -> None:
         """The peer does not read: pause the other end."""

@@ -28,6 +28,7 @@ from halton_meter.model import Connection, Exchange, Process, Source
 from halton_meter.model import Protocol as HttpProtocol
 from proxy_fallback.edge import client_socket
 from proxy_fallback.edge.client_socket import ClientSocket
+from proxy_fallback.edge.pulse import Pulse
 from proxy_fallback.mitm.handshakes import Handshakes, Taken
 
 if TYPE_CHECKING:
@@ -153,6 +154,9 @@ class MeterAddon:
         self._clients: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # by TLS connection
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard: WeakSet[Any] = WeakSet()  # TLS contexts whose alerts we hear
+        self._shown_at: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # by client
+        self._pulse = Pulse()
+        self._is_ending = False
         self.losses = wiring.losses
 
     # --- mitmproxy's hooks; their names are its own ---
@@ -166,6 +170,10 @@ class MeterAddon:
             patches.hold_http2_senders_back(self._count)
         except Exception as error:  # nothing that watches may break what is watched
             self._count(error)
+
+    def running(self) -> None:
+        """The proxy has started."""
+        self._pulse.start()
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         """A client requests a tunnel: look up its process while it is certainly alive."""
@@ -189,6 +197,7 @@ class MeterAddon:
         """TLS with a client begins: hear its alerts and its first byte, of which mitmproxy has no
         hook."""
         try:
+            self._shown_at[data.context.client] = time.monotonic()
             self._hear_alerts(data)
             self._hear_first_byte(data.context)
         except Exception as error:  # as above
@@ -217,7 +226,9 @@ class MeterAddon:
             explicit = because in (data.conn.error or "") or (
                 data.conn is client and self._handshakes.is_refused(client.id)
             )
-            self._wiring.refused(host.lower(), await self._owner(client.id), explicit)
+            # A server that hangs up, or a client that we let down, tells nothing of the client.
+            if explicit or (data.conn is client and not self._let_down(client)):
+                self._wiring.refused(host.lower(), await self._owner(client.id), explicit)
         except Exception as error:  # as above
             self._count(error)
 
@@ -287,6 +298,8 @@ class MeterAddon:
         for watched in [each for each in self._flows.values() if each.client_id == client.id]:
             self._end(watched.flow, None)
         try:
+            if self._let_down(client):
+                self._handshakes.broken_off(client.id)
             await self._left(client.id)
         except Exception as error:  # as above
             self._count(error)
@@ -298,6 +311,16 @@ class MeterAddon:
             self._end(watched.flow, None)
 
     # --- ours ---
+
+    def will_end(self) -> None:
+        """The proxy is about to shut down: it is we who close what is open."""
+        self._is_ending = True
+
+    def _let_down(self, client: connection.Client) -> bool:
+        """Whether a client may have gone because of us, without having been shown a certificate in
+        time."""
+        shown_at = self._shown_at.get(client)
+        return self._is_ending or shown_at is None or self._pulse.stood_still_since(shown_at)
 
     def _count(self, error: Exception) -> None:
         self.losses[f"addon_{type(error).__name__}"] += 1
@@ -325,24 +348,32 @@ class MeterAddon:
             self._begin_task(self._left(client_id))
 
     def _hear_first_byte(self, context: Any) -> None:
-        """Let the client's TLS layer tell us of its first byte.
+        """Let the client's TLS layer tell us of its first byte, and of our closing before that.
 
         mitmproxy's own hook `next_layer` misses it where an HTTP/2 server speaks first.
         """
+        from mitmproxy.connection import ConnectionState
+        from mitmproxy.proxy.commands import CloseConnection
         from mitmproxy.proxy.events import DataReceived
 
         layer, client = context.layers[-1], context.client
-        pass_on = layer.event_to_child
+        pass_on, carry_out = layer.event_to_child, layer._handle_command
+
+        def handle_command(command: Any) -> Any:
+            ours = isinstance(command, CloseConnection) and command.connection is client
+            if ours and client.state & ConnectionState.CAN_READ:  # it has not left yet
+                self._handshakes.broken_off(client.id)
+            return carry_out(command)
 
         def event_to_child(event: Any) -> Any:
             if isinstance(event, DataReceived) and event.connection is client and event.data:
                 if vars(layer).get("event_to_child") is event_to_child:
-                    del layer.event_to_child
+                    del layer.event_to_child, layer._handle_command
                 if self._handshakes.spoke(client.id):
                     self._begin_task(self._trusted(client.id, self._hosts[client.id]))
             return pass_on(event)
 
-        layer.event_to_child = event_to_child
+        layer.event_to_child, layer._handle_command = event_to_child, handle_command
 
     async def _trusted(self, client_id: str, host: str) -> None:
         self._wiring.trusted(host, await self._owner(client_id))

@@ -11,6 +11,8 @@ server's end of it. So a handshake alone proves nothing. The rule:
 - Who leaves later, within CHECKING_S_MAX, may have: some ask a server about the certificate first.
 - Who leaves later than that has not: no check takes so long. Pools close connections that they
   opened ahead after minutes.
+- Whose connection ends because of us (we closed it, we end, we stood still, we had shown no
+  certificate yet) has told nothing by that, but for an alert.
 
 What follows from how a program took it on several connections is the edge's (`Edge.left`). This
 file knows no sockets and no mitmproxy.
@@ -65,6 +67,10 @@ class Handshakes:
     def is_refused(self, client_id: str) -> bool:
         """Whether its alert was about the certificate."""
         return self._alerts.get(client_id) in _ABOUT_CERTIFICATES
+
+    def broken_off(self, client_id: str) -> None:
+        """We closed a client's connection, or let it wait: how it leaves tells nothing."""
+        self._ended_at.pop(client_id, None)
 
     def left(self, client_id: str, at_s: float) -> Taken | None:
         """A client is gone: how it took our certificate. None: it spoke, or had none of us."""

@@ -90,6 +90,7 @@ class ProxySession:
         """End the proxy; connections still open are closed."""
         running = self._loop is not None and not self._loop.is_closed()
         if running and self._loop is not None and self._master is not None:
+            self._loop.call_soon_threadsafe(self._addon.will_end)
             self._loop.call_soon_threadsafe(self._master.shutdown)
             self._thread.join(STOP_SECONDS_MAX)
 

@@ -47,6 +47,7 @@ from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
 from proxy_fallback.edge.access import allowed_uids
 from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
+from proxy_fallback.edge.pulse import Pulse
 
 START_S_MAX = 30.0
 FINISH_S_MAX = 20.0
@@ -60,6 +61,8 @@ ALIVE_TICKS = 10
 CONFIGURE_EVERY_S = 5.0
 REREAD_TICKS = 5
 STATUS_S_MAX = 2.0
+# After a standstill of ours, what clients did meanwhile is told within so long.
+UNSETTLED_S = 3.0
 # Limits of a worker's messages.
 READ_BYTES = 16 << 10
 SAID_CHARACTERS_MAX = 1000
@@ -123,6 +126,7 @@ class ProxyService:
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._serial = itertools.count(1)
         self._stopping = asyncio.Event()
+        self._pulse = Pulse()
         self._paused = False
         self._resumed = asyncio.Event()
         self._settled = asyncio.Event()  # ready for the first time, or known not to become so
@@ -148,6 +152,7 @@ class ProxyService:
             with contextlib.suppress(OSError):  # a full disk is no reason not to serve
                 self._kept.begin(self._started_ns)
             await self._listen()
+        self._pulse.start()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
 
@@ -317,7 +322,7 @@ class ProxyService:
 
     def _take_handshake(self, message: dict[str, Any]) -> None:
         """What the worker says of how a program took our certificate."""
-        trust, stopping = self.edge.trust, self._stopping.is_set()
+        trust = self.edge.trust
         if "opened" in message:
             address, port = message["opened"]
             self.edge.opened.append((untrusted.printable(address), int(port)))
@@ -333,9 +338,11 @@ class ProxyService:
             if stack is not None and len(self._refusals.stacks) < PROGRAMS_MAX:
                 self._refusals.stacks[program] = stack
             if what == "refused":
-                trust.refuse(host, program, rest[0] is True)
-            elif what == "left" and not stopping:  # then it was we who closed
-                trust.left(host, program, rest[0] is True)
+                if rest[0] is True or not self._lets_down():
+                    trust.refuse(host, program, rest[0] is True)
+            elif what == "left":
+                if not self._lets_down():
+                    trust.left(host, program, rest[0] is True)
             elif what == "trusted":
                 trust.trust(host, program)
                 self.count_connections(program, host, None)
@@ -343,6 +350,11 @@ class ProxyService:
                 self.edge.counts["metered"] -= 1
                 self.edge.count_bypass(host, "trust_not_configurable", program)
         self._keep_refusals()
+
+    def _lets_down(self) -> bool:
+        """Whether clients may leave because of us: we close, or we or the worker stood still."""
+        still = self._pulse.stood_still_since(time.monotonic() - UNSETTLED_S)
+        return self._stopping.is_set() or self._state != "ready" or still
 
     def _keep_refusals(self) -> None:
         certain = self.edge.refusals()

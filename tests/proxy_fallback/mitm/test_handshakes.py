@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import ctypes.util
@@ -12,9 +13,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mitmproxy.connection import Client, Server
 
 from proxy_fallback.mitm import handshakes
 from proxy_fallback.mitm.addon import MeterAddon, Wiring
@@ -239,6 +242,67 @@ def test_attempts_at_the_same_time_are_each_told(place: Place) -> None:
     assert ended(place, 8) == [(Taken.LEFT_PROMPTLY, "localhost")] * 8
 
 
+# --- what ends because of us ----------------------------------------------------------------------
+
+
+@versions
+def test_who_leaves_one_that_stood_still_has_refused_nothing(
+    place: Place, version: ssl.TLSVersion, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.session._addon._pulse, "stood_still_since", lambda at_s: True)
+    hello(place.tunnel(), version).close()
+    assert ended(place) == []
+    with pytest.raises(ssl.SSLCertVerificationError):
+        hello(place.tunnel(), version, certificate)
+    assert ended(place, 2) == [("refused", "localhost", True)]  # it said so
+
+
+@pytest.mark.parametrize(
+    ("side", "error", "told"),
+    [
+        pytest.param("client", "connection closed", [], id="gone before it saw a certificate"),
+        pytest.param("server", "connection closed", [], id="the provider hung up"),
+        pytest.param("server", "certificate verify failed", [True], id="we refused the provider"),
+        pytest.param("client", "The client does not trust the", [True], id="the client said so"),
+    ],
+)
+def test_a_handshake_that_failed_because_of_us_or_the_provider_is_no_refusal(
+    side: str, error: str, told: list[bool]
+) -> None:
+    refused: list[bool] = []
+    addon = MeterAddon(
+        Wiring(
+            lambda *request: None,
+            lambda client: None,
+            lambda exchange: None,
+            lambda host, process, said: refused.append(said),
+        )
+    )
+    client, server = (
+        Client(peername=("127.0.0.1", 1), sockname=("127.0.0.1", 2)),
+        Server(address=("api", 443)),
+    )
+    data: Any = SimpleNamespace(
+        context=SimpleNamespace(client=client, server=server),
+        conn=client if side == "client" else server,
+    )
+    data.conn.error = error
+    failed = addon.tls_failed_client if side == "client" else addon.tls_failed_server
+    asyncio.run(failed(data))
+    assert refused == told
+    assert not addon.losses
+
+
+def test_whose_connection_we_closed_has_refused_nothing() -> None:
+    seen = Handshakes()
+    seen.ended("client", 0.0)
+    seen.broken_off("client")
+    assert seen.left("client", 1.0) is None
+
+
+# --- whom we know -----------------------------------------------------------------------------
+
+
 def test_whom_we_know_not_to_trust_us_is_passed_on_unread(
     place: Place,
     certificate: Path,
@@ -296,3 +360,21 @@ def test_what_is_remembered_of_handshakes_has_a_limit() -> None:
     assert seen.left("0", 1.0) is None
     assert seen.left(str(handshakes.WAITING_MAX), 1.0) is Taken.LEFT_PROMPTLY
     assert not seen.spoke("unknown")
+
+
+# Last: mitmproxy's newest session in a process replaces what it shares with earlier ones.
+@versions
+def test_who_is_left_by_a_proxy_that_ends_has_refused_nothing(
+    certificate: Path, tmp_path: Path, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    place = Place(certificate, tmp_path)
+    try:
+        opened = [hello(place.tunnel(), version) for _ in range(3)]
+        begun = place.tunnel()
+        begun.sendall(b"\x16\x03\x01")
+    finally:
+        place.close()
+    for each in (*opened, begun):
+        each.close()
+    assert [each for each in place.told if each[0] != "done"] == []
