@@ -244,9 +244,9 @@ class Group:
             known = entry.traits
             if other is not None and other(entry):
                 continue
-            if contradict(known, traits, dated_ns):
-                continue
             if other is None and known.nth != traits.nth and known.told == traits.told:
+                continue
+            if contradict(known, traits, dated_ns):
                 continue
             common = sum(known.told.get(letter) == told for letter, told in traits.told.items())
             order = (-common, abs(known.started_ns - traits.started_ns))
