@@ -252,6 +252,7 @@ def _troubles(result: RunResult) -> list[str]:
     lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
+    lines += _still_running_lines(result.still_running)
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
     lines += [f"  {line}" for line in said]
     if result.price_error:
@@ -286,6 +287,21 @@ def _troubles(result: RunResult) -> list[str]:
     return lines
 
 
+def _still_running_lines(programs: Sequence[str]) -> list[str]:
+    """What of the command goes on without being metered."""
+    if not programs:
+        return []
+    many = len(programs) > 1
+    named = list(dict.fromkeys(programs))
+    shown = ", ".join(named[:PROCESSES_SHOWN])
+    if len(named) > PROCESSES_SHOWN:
+        shown += f" and {len(named) - PROCESSES_SHOWN:,} more"
+    processes = count(len(programs), "process", "processes")
+    verbs = "run and are" if many else "runs and is"
+    what = f"  {processes} of the command still {verbs} no longer metered: {shown}."
+    return [f"{what} Use: sudo halton-meter start"]
+
+
 def _write_summary(named: str, result: RunResult) -> None:
     outages = [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages]
     summary = result.totals.as_json() | {
@@ -295,6 +311,7 @@ def _write_summary(named: str, result: RunResult) -> None:
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
         "not_followed": result.not_followed,
+        "still_running": result.still_running,
         "connections": result.connections and result.connections.as_json(),
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
