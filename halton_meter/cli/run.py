@@ -7,7 +7,6 @@ case it was not started; 2 wrong usage.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,14 +18,13 @@ import click
 from halton_meter.cli.coverage import coverage_lines
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import (
-    complain,
     count,
     fail,
     implausible_words,
     note,
-    print_json,
     wrong_usage,
 )
+from halton_meter.cli.summary_file import refusal, write_summary
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -102,6 +100,8 @@ def run(
             "--java does not go with --via uprobes: they cannot see Java's TLS",
             "use --via proxy --java",
         )
+    if json_summary is not None and (refused := refusal(json_summary)) is not None:
+        wrong_usage(*refused)
     if shell:
         command = (os.environ.get("SHELL") or invoking_account().shell,)
         if not quiet:
@@ -118,7 +118,7 @@ def run(
         fail(*error.problems)
     result.not_followed = servers
     if json_summary is not None:
-        _write_summary(json_summary, result)
+        write_summary(json_summary, _as_json(result))
     if not quiet:
         note("\n".join(summary_lines(result)))
     sys.exit(result.exit_code)
@@ -302,9 +302,10 @@ def _still_running_lines(programs: Sequence[str]) -> list[str]:
     return [f"{what} Use: sudo halton-meter start"]
 
 
-def _write_summary(named: str, result: RunResult) -> None:
+def _as_json(result: RunResult) -> dict[str, Any]:
+    """The summary as JSON."""
     outages = [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages]
-    summary = result.totals.as_json() | {
+    return result.totals.as_json() | {
         "exit_code": result.exit_code,
         "losses": result.losses,
         "outages": outages,
@@ -317,21 +318,3 @@ def _write_summary(named: str, result: RunResult) -> None:
         "store_error": result.store_error,
         "price_error": result.price_error,
     }
-    from halton_meter import accounts, config, privileges
-    from halton_meter.cli.streams import OutputRefused, names_stdout
-
-    if names_stdout(named):
-        try:
-            print_json(summary)
-        except OutputRefused as refused:  # the exit code stays the command's own
-            complain(Problem(f"the summary cannot be written: {refused.strerror}", "df -h"))
-        return
-    path = Path(named)
-    try:
-        # As the user: root must not write wherever a name given to sudo points.
-        privileges.as_account(
-            accounts.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
-        )
-    except (OSError, config.ConfigError) as error:
-        what = f"the summary cannot be written to {path}: {error}"
-        complain(Problem(what, f"ls -ld {path.parent}"))
