@@ -15,7 +15,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.coverage import coverage_lines, coverage_table
-from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
     aligned,
@@ -359,7 +359,7 @@ def _waiting(answer: Report) -> list[str]:
 
 
 def _losses(losses: dict[str, int]) -> list[str]:
-    if not losses:
+    if not any(map(is_capture_loss, losses)):
         return []
     words = [what for what, _ in losses_in_words(losses)]
     named = ", ".join(words[:LOSSES_SHOWN]) or "internal counters only"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from halton_meter.cli.coverage import coverage_lines
-from halton_meter.cli.losses import sightings_in_words
+from halton_meter.cli.losses import is_capture_loss, sightings_in_words
 from halton_meter.cli.output import (
     count,
     fail,
@@ -249,7 +249,7 @@ def _troubles(result: RunResult) -> list[str]:
     for from_ns, to_ns, cause in result.outages:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
-    lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
+    lost = {cause: n for cause, n in result.losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
     lines += _still_running_lines(result.still_running)
