@@ -15,6 +15,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.coverage import coverage_lines, coverage_table
+from halton_meter.cli.held import with_held
 from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
@@ -204,7 +205,7 @@ def _drawn(answer: Report, selection: Selection) -> str:
 def _nothing(answer: Report, selection: Selection) -> str:
     seen = answer.connections is not None and answer.connections.parts
     if selection == Selection() and not answer.coverage.waiting and not seen:
-        return NOTHING
+        return with_held(NOTHING)
     lines = ["No requests match. All that are stored: halton-meter report", *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
 
