@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
+GOES_ON = "this run goes on without it"
 EXAMPLES = """
     \b
     Examples:
@@ -139,7 +140,7 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     control = _service(home, account.uid)
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
-        told(config.read(home))
+        told(config.read(home), GOES_ON)
         return service.run_watched(command, environment, account, control)
     if not accounts.is_root() and via == "auto":
         note(
@@ -150,7 +151,7 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     if not accounts.is_root():
         raise Unavailable([_not_root(command)])
     found, hosts = service.read_configuration(account, home)
-    told(found)
+    told(found, GOES_ON)
     plan = Plan(account, home, found.config, hosts, service=False)
     return service.run_command(command, environment, plan)
 
@@ -187,7 +188,7 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
 
     home = accounts.home_folder()
     found = config.read(home)
-    told(found)
+    told(found, GOES_ON)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
     return meter_command(command, home, os.environ, hosts, upstream, java)
 

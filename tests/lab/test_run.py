@@ -266,6 +266,9 @@ def test_a_bad_configuration_is_said_and_the_command_runs(lab: Lab, home: Path) 
     done = run(lab, home, "touch", str(home / "ran"))
     assert done.returncode == 0
     assert "config.toml:2: unknown setting" in done.stderr
+    (home / "config.toml").write_text("loader = 3\n")
+    again = run(lab, home, "true")
+    assert "not 3; this run goes on without it" in again.stderr
     assert "all_users" in done.stderr
     assert (home / "ran").exists()
 
