@@ -198,6 +198,18 @@ def link_to(keeper: Keeper) -> socket.socket:
     return ours
 
 
+def still_running(keeper: Keeper) -> list[str]:
+    """The programs of the trees' processes that have not ended; the kernel still follows them."""
+    from capture.helper.process_tree import living
+
+    tree = keeper.descriptor("map:tree")
+    if tree is None:
+        return []
+    with contextlib.suppress(OSError):
+        return sorted(filter(None, map(proc.name_of, living(tree))))
+    return []
+
+
 def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
     """Whether something came in that time (None: waits for it). Of any number of descriptors:
     who holds a thousand probes gives its children numbers that select() does not take."""

@@ -308,7 +308,8 @@ class _Judge:
         if len(near := _host_like(host) or "") > 0:
             self.refuse(f'{what} as requests name it; did you mean "{near}"?', *keys)
         else:
-            self.refuse(f"{what}; {_HOST_EXAMPLES}", *keys)
+            why = _why_no_host(host)
+            self.refuse(f"{what}{f': {why}' if why else ''}; {_HOST_EXAMPLES}", *keys)
         return None
 
     # --- [hosts]
@@ -324,8 +325,9 @@ class _Judge:
             if isinstance(family, dict) and family:
                 self._unquoted(host, family)
                 continue
-            name, spoken = self._host(host, "hosts", host), self._family(host, family)
-            if name and spoken:
+            # One line for one entry: of a wrong provider first.
+            spoken = self._family(host, family)
+            if spoken and (name := self._host(host, "hosts", host)):
                 found[name] = spoken
         if len(value) > HOSTS_MAX:
             what = f"[hosts] holds {len(value):,} entries; only the first {HOSTS_MAX} are used"
@@ -405,6 +407,10 @@ class _Judge:
 
     def _upstream(self, text: Any, own_port: int) -> tuple[str, int] | None:
         match = _UPSTREAM.fullmatch(text) if isinstance(text, str) else None
+        if isinstance(text, str) and _SOCKS.match(text):
+            what = "[proxy] upstream: SOCKS is not supported; name an HTTP proxy, such as"
+            self.refuse(f'{what} "http://proxy.example.com:3128"', "proxy", "upstream")
+            return None
         if match is None or not 0 < int(match[2]) <= 65535:
             what = '[proxy] upstream must be like "http://proxy.example.com:3128"'
             named = isinstance(text, str) and "@" in text
@@ -442,6 +448,7 @@ _PROXY = ("port", "upstream")
 # Settings that earlier versions accepted and that never did anything.
 _DEAD = frozenset({"bodies", "pricing", "dashboard", "budgets", "sync", "attribution"})
 _UPSTREAM = re.compile(r"http://([^\s/:@\[\]]+|\[[0-9a-fA-F:]+\]):(\d{1,5})/?", re.ASCII)
+_SOCKS = re.compile(r"\s*socks\d?[ah]?:", re.ASCII | re.IGNORECASE)
 _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:11434"'
 
 
@@ -490,6 +497,21 @@ def _names_a_host(host: str) -> bool:
     if _DIGITS.fullmatch(name):
         return _is_address(name)
     return is_host(name) or re.fullmatch(_LOCAL, name) is not None
+
+
+def _why_no_host(host: str) -> str | None:
+    """What of it no host name has; None where that is not one thing."""
+    name, port = _split(host.lower())
+    if port is not None and not 0 < port <= 65535:
+        return f"there is no port {port}"
+    if not name.startswith("[") and (other := re.search(r"[^a-z0-9.*_:-]", name)):
+        return f"it has {'a space' if other[0] == ' ' else shown_value(other[0])} in it"
+    if _DIGITS.fullmatch(name):
+        return "there is no such address"
+    *before, last = name.split(".")
+    if before and len(last) == 1:
+        return f'no domain is as short as its last part, "{last}"'
+    return None
 
 
 def _split(host: str) -> tuple[str, int | None]:

@@ -62,13 +62,22 @@ def _refuse_foreign(home: Path, account: Account) -> None:
         owner = home.stat().st_uid
     except OSError:  # none yet, or unreachable: whoever needs it reports that
         return
-    if owner != account.uid:
+    if owner == account.uid:
+        return
+    what = f"{home} belongs to uid {owner}, and this command acts as {account.name} "
+    what += f"(uid {account.uid})"
+    by_place = owner == 0 and invoking_account({HOME_VARIABLE: str(home)}).uid != 0
+    if not by_place:
         become_owner = f"-u '#{owner}'" if owner else "env -u SUDO_UID"
-        raise ConfigError(
-            f"{home} belongs to uid {owner}, and this command acts as {account.name} "
-            f"(uid {account.uid})",
-            f"sudo {become_owner} {HOME_VARIABLE}={shlex.quote(str(home))} halton-meter …",
-        )
+        command = f"{HOME_VARIABLE}={shlex.quote(str(home))} halton-meter …"
+        raise ConfigError(what, f"sudo {become_owner} {command}")
+    # Without sudo, too, it would be so: see `invoking_account`.
+    what += f": a folder or link of {account.name}'s leads there"
+    other = f"{HOME_VARIABLE}=/var/lib/halton-meter halton-meter …"
+    if os.path.realpath(home) != str(home):  # root must not give away where a user's link leads
+        raise ConfigError(what, f"use another folder: {other}")
+    give = f"sudo chown -Rh {account.uid}:{account.gid} {shlex.quote(str(home))}"
+    raise ConfigError(what, f"{give}, or use another folder: {other}")
 
 
 def _refuse_unreadable(account: Account) -> None:

@@ -115,6 +115,16 @@ port = 9000
             '2: [proxy] upstream "http://127.0.0.1:8081" is this proxy itself; name the one that '
             "leads out of your network, or remove the line",
         ),
+        (
+            '[proxy]\nupstream = "socks5://user:pa55word@proxy:1080"',
+            "2: [proxy] upstream: SOCKS is not supported; name an HTTP proxy, such as "
+            '"http://proxy.example.com:3128"',
+        ),
+        (
+            '[hosts]\n"a.b" = "openai"',
+            '2: [hosts] "a.b" is not a host name: no domain is as short as its last part, "b"; '
+            'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:11434"',
+        ),
         ("a = \n", "1: this is no TOML: invalid value: a ="),
         ('[hosts]\n"a.b" = openai', '2: text stands in quotes; did you mean "openai"?'),
         ("[proxy]\n\n[proxy]", "3: this stands twice; write it once: [proxy]"),
@@ -388,8 +398,13 @@ def test_addresses_and_names_of_the_local_network_are_hosts(host: str) -> None:
     "host", ["a b", "1.2.3:x", "-", "[::1", "a:b:1", "*", "*.com", "1.2.3.999"]
 )
 def test_what_no_request_names_is_refused(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not a host name; write it as"):
+    with pytest.raises(ConfigError, match=r"is not a host name(: .*)?; write it as"):
         parse(f'openai_compatible_hosts = ["{host}"]'.encode(), "c.toml")
+
+
+def test_an_entry_that_is_wrong_twice_is_one_line() -> None:
+    (line,) = read_text(b'[hosts]\n"a.b" = "olama"', "c.toml").wrong
+    assert 'no provider is called "olama"; did you mean "ollama"?' in line
 
 
 def test_where_state_lives(tmp_path: Path) -> None:

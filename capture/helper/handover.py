@@ -124,6 +124,11 @@ class Keeper:
         """Whether the kernel goes on copying while there is no helper."""
         return any(held.fds for held in self._held.values())
 
+    def descriptor(self, name: str) -> int | None:
+        """The first descriptor held under this name; None where there is none. It stays ours."""
+        held = self._held.get(name)
+        return held.fds[0] if held is not None and held.fds else None
+
     def close_channel(self) -> None:
         """The helper ends when this does, or has ended."""
         if self._channel is not None:

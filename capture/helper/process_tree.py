@@ -33,6 +33,12 @@ class _Run:
     outer: int
 
 
+def living(tree_fd: int) -> list[int]:
+    """The processes that are in scope by descent and have not ended, by a descriptor of `tree`."""
+    tree = ProcessTree(bpf.Map(tree_fd, 4, 4))
+    return [pid for pid in proc.all_pids() if tree.flags(pid) & IN_SCOPE]
+
+
 class ProcessTree:
     """The kernel's `tree` map, and the runs behind its numbers."""
 

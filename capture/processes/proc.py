@@ -144,12 +144,25 @@ def read_process(pid: int) -> Process | None:
     )
 
 
+def all_pids() -> list[int]:
+    """Every process, as of now."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def name_of(pid: int) -> str | None:
+    """The name of a process's program; None when it is gone."""
+    if (exe := _link(f"/proc/{pid}/exe")) is not None:
+        return os.path.basename(exe)
+    stat = _stat(pid)
+    return stat[0] if stat else None
+
+
 def descendants(root: int) -> list[int]:
     """`root` and every process below it, as of now."""
     children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit() and (stat := _stat(int(name))):
-            children.setdefault(stat[1], []).append(int(name))
+    for each in all_pids():
+        if stat := _stat(each):
+            children.setdefault(stat[1], []).append(each)
     found, queue = [], [root]
     while queue:
         pid = queue.pop()

@@ -65,11 +65,15 @@ def told_here() -> bool:
     return told(config.read(home))
 
 
-def told(found: Loaded) -> bool:
-    """Say what is wrong and what has no effect; whether a value is wrong."""
+def told(found: Loaded, after: str = "") -> bool:
+    """Say what is wrong, and `after` it what follows, and what has no effect; whether a value is
+    wrong."""
     for line in found.notes:
         note(line)
-    complain(*(Problem(line, "") for line in found.wrong))
+    for line in found.wrong:
+        ends = line.endswith(("?", "."))
+        then = f" {after[0].upper()}{after[1:]}." if ends and after else after and f"; {after}"
+        complain(Problem(f"{line}{then}", ""))
     return bool(found.wrong)
 
 

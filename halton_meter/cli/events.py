@@ -12,6 +12,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
+from halton_meter.cli.held import with_held
 from halton_meter.cli.output import (
     aligned,
     count_text,
@@ -61,7 +62,7 @@ def events(limit: int | None, as_json: bool, **options: Any) -> None:
                 _write_table(list(found), limit)
     except NothingStored as nothing:
         if not as_json:
-            say(str(nothing))
+            say(with_held(str(nothing)))
 
 
 _COLUMNS = ("PROVIDER", "MODEL", "PROJECT", "IN", "CACHED", "OUT", "LIST PRICE", "")

@@ -91,6 +91,11 @@ def sightings_in_words(seen_again: int, told_apart: int, stored_before: int = 0)
     return lines
 
 
+def is_capture_loss(cause: str) -> bool:
+    """Whether a counter is of what was lost; connections past the proxy are coverage's to say."""
+    return not cause.startswith("unmetered_")
+
+
 def losses_in_words(losses: Mapping[str, int]) -> list[tuple[str, str]]:
     """What was lost and its fix ("" for none), such as ("892 TCP bytes missing", "record …")."""
     return [

@@ -15,7 +15,8 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.coverage import coverage_lines, coverage_table
-from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.held import with_held
+from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
     aligned,
@@ -204,7 +205,7 @@ def _drawn(answer: Report, selection: Selection) -> str:
 def _nothing(answer: Report, selection: Selection) -> str:
     seen = answer.connections is not None and answer.connections.parts
     if selection == Selection() and not answer.coverage.waiting and not seen:
-        return NOTHING
+        return with_held(NOTHING)
     lines = ["No requests match. All that are stored: halton-meter report", *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
 
@@ -359,7 +360,7 @@ def _waiting(answer: Report) -> list[str]:
 
 
 def _losses(losses: dict[str, int]) -> list[str]:
-    if not losses:
+    if not any(map(is_capture_loss, losses)):
         return []
     words = [what for what, _ in losses_in_words(losses)]
     named = ", ".join(words[:LOSSES_SHOWN]) or "internal counters only"

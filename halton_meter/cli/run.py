@@ -7,7 +7,6 @@ case it was not started; 2 wrong usage.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,16 +16,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from halton_meter.cli.coverage import coverage_lines
-from halton_meter.cli.losses import sightings_in_words
+from halton_meter.cli.losses import is_capture_loss, sightings_in_words
 from halton_meter.cli.output import (
-    complain,
     count,
     fail,
     implausible_words,
     note,
-    print_json,
     wrong_usage,
 )
+from halton_meter.cli.summary_file import refusal, write_summary
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
+GOES_ON = "this run goes on without it"
 EXAMPLES = """
     \b
     Examples:
@@ -102,6 +101,8 @@ def run(
             "--java does not go with --via uprobes: they cannot see Java's TLS",
             "use --via proxy --java",
         )
+    if json_summary is not None and (refused := refusal(json_summary)) is not None:
+        wrong_usage(*refused)
     if shell:
         command = (os.environ.get("SHELL") or invoking_account().shell,)
         if not quiet:
@@ -118,7 +119,7 @@ def run(
         fail(*error.problems)
     result.not_followed = servers
     if json_summary is not None:
-        _write_summary(json_summary, result)
+        write_summary(json_summary, _as_json(result))
     if not quiet:
         note("\n".join(summary_lines(result)))
     sys.exit(result.exit_code)
@@ -139,7 +140,7 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     control = _service(home, account.uid)
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
-        told(config.read(home))
+        told(config.read(home), GOES_ON)
         return service.run_watched(command, environment, account, control)
     if not accounts.is_root() and via == "auto":
         note(
@@ -150,7 +151,7 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     if not accounts.is_root():
         raise Unavailable([_not_root(command)])
     found, hosts = service.read_configuration(account, home)
-    told(found)
+    told(found, GOES_ON)
     plan = Plan(account, home, found.config, hosts, service=False)
     return service.run_command(command, environment, plan)
 
@@ -187,7 +188,7 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
 
     home = accounts.home_folder()
     found = config.read(home)
-    told(found)
+    told(found, GOES_ON)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
     return meter_command(command, home, os.environ, hosts, upstream, java)
 
@@ -249,9 +250,10 @@ def _troubles(result: RunResult) -> list[str]:
     for from_ns, to_ns, cause in result.outages:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
-    lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
+    lost = {cause: n for cause, n in result.losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
+    lines += _still_running_lines(result.still_running)
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
     lines += [f"  {line}" for line in said]
     if result.price_error:
@@ -286,35 +288,34 @@ def _troubles(result: RunResult) -> list[str]:
     return lines
 
 
-def _write_summary(named: str, result: RunResult) -> None:
+def _still_running_lines(programs: Sequence[str]) -> list[str]:
+    """What of the command goes on without being metered."""
+    if not programs:
+        return []
+    many = len(programs) > 1
+    named = list(dict.fromkeys(programs))
+    shown = ", ".join(named[:PROCESSES_SHOWN])
+    if len(named) > PROCESSES_SHOWN:
+        shown += f" and {len(named) - PROCESSES_SHOWN:,} more"
+    processes = count(len(programs), "process", "processes")
+    verbs = "run and are" if many else "runs and is"
+    what = f"  {processes} of the command still {verbs} no longer metered: {shown}."
+    return [f"{what} Use: sudo halton-meter start"]
+
+
+def _as_json(result: RunResult) -> dict[str, Any]:
+    """The summary as JSON."""
     outages = [{"from_ns": a, "to_ns": b, "cause": cause} for a, b, cause in result.outages]
-    summary = result.totals.as_json() | {
+    return result.totals.as_json() | {
         "exit_code": result.exit_code,
         "losses": result.losses,
         "outages": outages,
         "gaps": outages,  # their name in earlier versions
         "coverage": result.coverage,
         "not_followed": result.not_followed,
+        "still_running": result.still_running,
         "connections": result.connections and result.connections.as_json(),
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,
     }
-    from halton_meter import accounts, config, privileges
-    from halton_meter.cli.streams import OutputRefused, names_stdout
-
-    if names_stdout(named):
-        try:
-            print_json(summary)
-        except OutputRefused as refused:  # the exit code stays the command's own
-            complain(Problem(f"the summary cannot be written: {refused.strerror}", "df -h"))
-        return
-    path = Path(named)
-    try:
-        # As the user: root must not write wherever a name given to sudo points.
-        privileges.as_account(
-            accounts.invoking_account(), lambda: path.write_text(json.dumps(summary) + "\n")
-        )
-    except (OSError, config.ConfigError) as error:
-        what = f"the summary cannot be written to {path}: {error}"
-        complain(Problem(what, f"ls -ld {path.parent}"))

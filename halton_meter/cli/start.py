@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -135,6 +136,10 @@ def _prepare(account: Account, home: Path, users: Sequence[str]) -> None:
         fail(*error.problems)
     except OSError as error:
         fail(Problem(f"cannot make {home}: {error.strerror}", f"ls -ld {home.parent}"))
+    if not privileges.as_account(account, lambda: os.access(home, os.W_OK | os.X_OK)):
+        what = f"{account.name} may not write in {home}, so nothing could be stored"
+        give = f"sudo chown {account.uid}:{account.gid} {shlex.quote(str(home))}"
+        fail(Problem(what, f"{give} && chmod u+rwx {shlex.quote(str(home))}"))
 
 
 def _start_unit(text: str, home: Path, owner: int) -> None:

@@ -176,6 +176,10 @@ class JournalWriter:
         self._retry_due = time.monotonic() + HELD_RETRY_S if self.is_refused else None
         self._on_write()
 
+    def try_disk(self) -> None:
+        """Find out whether the disk would take events, before there are any."""
+        self.condition.try_disk(self._home)
+
     def tick(self, now: float) -> None:
         """Do what is due."""
         if self._seal_due is not None and now >= self._seal_due:
@@ -244,6 +248,24 @@ class Condition:
         self._since_ns = 0
         self._busy_since = 0.0
         self._repeated = 0
+        self._tried: tuple[Path, int] | None = None  # what refused a try, and since when
+
+    def try_disk(self, home: Path) -> None:
+        """Try whether the disk would take events; where it refuses, that is an error until it does
+        not. Call it before there are events: later the store knows."""
+        self._tried = (home, time.time_ns())
+
+    def _refusal(self) -> tuple[str, int] | None:
+        from halton_meter.store.errors import refusal
+
+        if self._tried is None:
+            return None
+        home, since_ns = self._tried
+        if (why := refusal(home)) is None:
+            self._tried = None
+            return None
+        what = "nothing can be stored: what is metered will wait in memory, and is lost at the end"
+        return f"{what}: {why}", since_ns
 
     def flushed(self, outcome: Outcome) -> float | None:
         """Take note of a flush; how long to wait before the next try, None when it went well."""
@@ -267,7 +289,7 @@ class Condition:
             what = what if held else "a count of losses waits in memory"
             return f"{what}: {trouble}; metering goes on by itself.", store.trouble_since_ns or 0
         if outcome.reason is None:
-            return None
+            return self._refusal()
         if outcome.busy and time.monotonic() - self._busy_since < BUSY_S_MAX:
             return None
         text = (

@@ -16,6 +16,7 @@ class RunResult:
     seen and metered of connections to providers (None: nobody counts), `outages` the times without
     metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to providers that
     were not metered, `not_followed` the commands that only asked a server outside of the run.
+    `still_running` are the programs of processes that outlived the command and its metering.
     `waited_ms` is how long its end waited for searches that tell why something was not metered.
     `exit_code` is the command's, 128 + its signal.
     """
@@ -26,6 +27,7 @@ class RunResult:
     connections: Coverage | None = None
     unmetered: list[Unmetered] = field(default_factory=list)
     not_followed: list[str] = field(default_factory=list)
+    still_running: list[str] = field(default_factory=list)
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None

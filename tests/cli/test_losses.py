@@ -54,3 +54,14 @@ def test_a_report_names_losses_in_words_and_has_every_counter_in_json(
     assert f"Capture losses: {named}. All: halton-meter report --json | jq" in text
     found = json.loads(CliRunner().invoke(main, ["report", "--json"]).stdout)
     assert found["coverage"]["losses"] == losses
+
+
+def test_a_report_of_connections_past_the_proxy_speaks_of_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    with Store(tmp_path) as store:
+        store.append([made()])
+        store.count_loss("unmetered_stopped", 2, NOON_NS)
+        store.flush()
+    assert "Capture losses" not in CliRunner().invoke(main, ["report"]).stdout

@@ -16,6 +16,7 @@ from halton_meter.cli import main
 from halton_meter.cli.output import harmless
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
+from halton_meter.cli.summary_file import write_summary
 from halton_meter.cli.systemd_unit import unit_text
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Line, Totals
@@ -235,6 +236,34 @@ def test_run_wants_a_command_or_a_shell(tmp_path: Path) -> None:
         done = CliRunner().invoke(main, arguments, env={"HALTON_METER_HOME": str(tmp_path)})
         assert done.exit_code == 2
         assert "--shell" in done.output
+
+
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("none/x.json", "there is no folder {}/none"),
+        ("file/x.json", "{}/file is not a folder"),
+    ],
+)
+def test_a_summary_that_cannot_be_written_keeps_the_command_from_starting(
+    tmp_path: Path, named: str, why: str
+) -> None:
+    (tmp_path / "file").touch()
+    ran = tmp_path / "ran"
+    arguments = ["run", "--json-summary", str(tmp_path / named), "--", "touch", str(ran)]
+    done = CliRunner().invoke(main, arguments, env={"HALTON_METER_HOME": str(tmp_path / "home")})
+    assert done.exit_code == 2
+    path = tmp_path / named
+    assert f"the summary cannot be written to {path}: {why.format(tmp_path)}" in done.output
+    assert not ran.exists()
+
+
+def test_a_summary_that_fails_at_the_end_says_so_in_plain_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_summary(f"{tmp_path}/gone/x.json", {})
+    said = f"the summary cannot be written to {tmp_path}/gone/x.json: no such file or directory\n"
+    assert said in capsys.readouterr().err
 
 
 def test_run_does_not_promise_to_see_java_by_uprobes(tmp_path: Path) -> None:

@@ -213,6 +213,18 @@ def test_a_child_that_became_a_daemon_is_of_the_run(
     assert "halton-meter: 1 request," in done.stderr
 
 
+def test_what_outlives_the_command_is_named(lab: Lab, home: Path) -> None:
+    """The subshell runs no program of its own: the kernel knows it by its fork alone."""
+    summary = home / "summary.json"
+    script = "(sleep 20; :) >/dev/null 2>&1 & exit 3"
+    options = ("--json-summary", str(summary))
+    done = run(lab, home, "bash", "-c", script, options=options)
+    assert done.returncode == 3
+    said = "2 processes of the command still run and are no longer metered: bash, sleep. "
+    assert f"{said}Use: sudo halton-meter start" in done.stderr
+    assert json.loads(summary.read_text())["still_running"] == ["bash", "sleep"]
+
+
 def test_without_root_and_service_uprobes_say_what_to_do(lab: Lab, home: Path) -> None:
     command = [*HALTON_METER, "run", "--via", "uprobes", "--", "touch", str(home / "ran")]
     environment = lab.environment(HALTON_METER_HOME=str(home))
@@ -254,6 +266,9 @@ def test_a_bad_configuration_is_said_and_the_command_runs(lab: Lab, home: Path) 
     done = run(lab, home, "touch", str(home / "ran"))
     assert done.returncode == 0
     assert "config.toml:2: unknown setting" in done.stderr
+    (home / "config.toml").write_text("loader = 3\n")
+    again = run(lab, home, "true")
+    assert "not 3; this run goes on without it" in again.stderr
     assert "all_users" in done.stderr
     assert (home / "ran").exists()
 

@@ -148,3 +148,15 @@ def test_restarts_in_a_row_wait_ever_longer_and_a_healthy_life_begins_a_new_row(
 )
 def test_the_cause_of_a_death(code: int, cause: str) -> None:
     assert cause_of_death("it", code) == cause
+
+
+def test_a_folder_that_takes_nothing_is_said_before_the_first_event(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    journal = JournalWriter(Store(home), home)
+    journal.try_disk()
+    said = journal.condition.as_json()
+    assert said["store_error"] is not None
+    assert "nothing can be stored" in said["store_error"]
+    assert said["store_error_since"] is not None
+    home.mkdir()
+    assert journal.condition.as_json()["store_error"] is None

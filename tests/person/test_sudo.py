@@ -227,6 +227,20 @@ def test_a_link_on_the_way_makes_it_the_links_owner(place: Place, way: str) -> N
     assert theirs(place) == before
     assert done.code == 1
     assert "belongs to uid 0, and this command acts as ann" in done.err
+    assert "a folder or link of ann's leads there" in done.err
+    assert "use another folder: HALTON_METER_HOME=" in done.err
+    assert "chown" not in done.err, "root would give away where the link leads"
+
+
+def test_root_in_its_own_folder_within_a_users_is_told_why_and_a_way(place: Place) -> None:
+    data = place.ann.home / "data"
+    data.mkdir()
+    done = place.run("report", env=place.under_sudo(SUDO_UID=None, HALTON_METER_HOME=str(data)))
+    data.rmdir()
+    assert done.code == 1
+    assert "this command acts as ann" in done.err
+    assert "a folder or link of ann's leads there" in done.err
+    assert f"sudo chown -Rh {place.ann.uid}:" in done.err
 
 
 @pytest.mark.parametrize("call", CALLS, ids=" ".join)

@@ -172,6 +172,10 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
     supervisor = Supervisor(plan)
     supervisor.start()
     say(f"metering into {plan.home}")
+    with contextlib.suppress(ConfigError):
+        if why := as_account(plan.account, lambda: _disk_refusal(plan.home)):
+            said = untrusted.printable(str(why), LINE_CHARACTERS_MAX)
+            say(f"nothing can be stored, what is metered will wait in memory: {said}")
     ending = False
 
     def on_signal() -> None:
@@ -190,6 +194,12 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
     supervisor.selector.unregister(signals)
     lost = supervisor.finish()
     say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
+
+
+def _disk_refusal(home: Path) -> str | None:
+    from halton_meter.store.errors import refusal
+
+    return refusal(home)
 
 
 def service_plan(

@@ -406,6 +406,8 @@ class Supervisor:
             for key, _ in self.selector.select(max(0.0, deadline - time.monotonic())):
                 if key.data in (self.attend, self._attend_helper):
                     key.data()
+        if not self._plan.service:
+            self.result.still_running = self._still_running()
         # The helper has all of it still: to let go of it costs us nothing now, and the kernel
         # removes the probes behind us.
         self._keeper.let_go()
@@ -420,6 +422,13 @@ class Supervisor:
             self._before.merge(self._found_in_store())
         self.result.totals = self._before
         return self.result
+
+    def _still_running(self) -> list[str]:
+        """What of the command outlives it and its metering, by program."""
+        from capture.uprobes import still_running
+
+        names = still_running(self._keeper)
+        return [untrusted.printable(name, SAID_CHARACTERS_MAX) for name in names]
 
     def _found_in_store(self) -> Totals:
         """The uncertain events that are in the store, read with the user's rights."""

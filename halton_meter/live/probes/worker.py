@@ -207,6 +207,7 @@ class Metering:
     def run(self) -> int:
         """Meter until asked to end; returns the exit code."""
         if self._outages is not None:
+            self._journal.try_disk()
             if self._job.continued:
                 self._outages.alive(self._started_ns)
             else:

@@ -126,6 +126,10 @@ class Pricing:
         """Begin."""
         self._thread.start()
 
+    def try_disk(self) -> None:
+        """Have `status` say at once where the disk takes nothing."""
+        self._journal.try_disk()
+
     def put(self, exchange: Exchange) -> None:
         """Take an exchange from the proxy's thread; never blocks."""
         try:
@@ -239,6 +243,8 @@ class Worker:
         except (AuthorityError, ProxyError) as error:
             self.send({"unavailable": str(error)})
             return 1
+        if self._job.service:
+            pricing.try_disk()
         pricing.start()
         self.send({"ready": True, "port": session.port, "accepted": accepted})
         threading.Thread(target=self._watch_ca, args=(hosts, accepted), daemon=True).start()
