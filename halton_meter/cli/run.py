@@ -1,8 +1,8 @@
 """`halton-meter run -- CMD…`: meters one command and prints on stderr what it cost.
 
 The command's output, terminal and exit code stay its own. Exit codes: the command's own (128 + the
-signal that ended it); 127 when there is no such command; 1 when it could not be metered, in which
-case it was not started; 2 wrong usage.
+signal that ended it); 127 when there is no such command; 126 when it cannot be run; 1 when it could
+not be metered, in which case it was not started; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def run(
     local proxy, as yourself.
 
     Exit codes: the command's own (128 + the signal that ended it); 127 when there is no such
-    command; 1 when it could not be metered, in which case it was not started.
+    command; 126 when it cannot be run; 1 when it could not be metered, in which case it was not
+    started.
     """
     from halton_meter.accounts import invoking_account
     from halton_meter.config import ConfigError
