@@ -28,7 +28,8 @@ _OF_PROBES: Mapping[str, str] = {
 # The same, of what the proxy saw or ought to have seen.
 _OF_PROXY: Mapping[str, str] = {
     "proxy_ignored": "it ignores proxy settings",
-    "certificate_refused": "it does not trust the proxy's certificate",
+    "certificate_refused_now": "it refused the proxy's certificate; its next try passes unread",
+    "certificate_refused": "it refused the proxy's certificate earlier, so it passes unread",
     "trust_not_configurable": "its TLS library reads no setting by which it could trust the proxy",
     "certificate_unusable": "the proxy's certificate does not cover this host",
     "worker_down": "the proxy worker did not run",

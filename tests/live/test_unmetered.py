@@ -117,7 +117,7 @@ def test_refusals_are_kept_for_one_authority_and_some_days(
     again = RefusalsFile(path, authority)
     assert again.read() == [("api.x.ai", "/usr/bin/wget")]
     assert again.stacks == {"/usr/bin/wget": "GnuTLS"}
-    monkeypatch.setattr(refusals_file, "KEPT_S", 0)
+    monkeypatch.setattr(refusals_file, "KEPT_OF_RUNS_S", 0)
     assert RefusalsFile(path, authority).read() == []
     monkeypatch.undo()
     authority.write_text("two")
