@@ -268,7 +268,7 @@ def _run(
     try:
         child = subprocess.Popen(list(command), env=environment)
         if past is not None:
-            past.begin(child.pid)
+            past.begin(child.pid, command)
         code = child.wait()
     except OSError as error:
         code, words = not_started(command[0], error)
