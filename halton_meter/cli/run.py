@@ -27,6 +27,7 @@ from halton_meter.cli.output import (
     print_json,
     wrong_usage,
 )
+from halton_meter.coverage import connections_ratio
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -263,6 +264,9 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {result.store_error}")
     # Of a proxied run the rest is said already.
     coverage = coverage_lines(result.connections, requests=totals.total.requests)
+    if result.unseen_ms and result.connections and connections_ratio(result.connections) is None:
+        shorter = f"one shorter than {result.unseen_ms:,} ms may have been missed"
+        coverage = [f"coverage: no connection past the proxy was seen; {shorter}"]
     lines += [f"  {line}" for line in (coverage[:1] if said else coverage)]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [
@@ -297,6 +301,7 @@ def _write_summary(named: str, result: RunResult) -> None:
         "coverage": result.coverage,
         "not_followed": result.not_followed,
         "connections": result.connections and result.connections.as_json(),
+        "unseen_ms": result.unseen_ms,
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,

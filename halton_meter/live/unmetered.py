@@ -44,6 +44,8 @@ _OF_PROXY: Mapping[str, str] = {
 }
 PROXY_CAUSES = frozenset(_OF_PROXY)
 CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_PROXY}
+# Found by looking again and again: there may be more.
+_AT_LEAST = frozenset({"proxy_ignored"})
 _CHARACTERS_MAX = 1000
 
 
@@ -66,10 +68,11 @@ class Unmetered:
         """ "not metered: wget (GnuTLS) to api.openai.com, 3 connections: CAUSE. Use: FIX"."""
         name = shown_program(self.program)
         who = f"{name} ({self.stack})" if self.stack else name
+        least = "at least " if self.cause in _AT_LEAST else ""
         noun = "connection" if self.connections == 1 else "connections"
         where = self.host or "an unknown host"
         cause = CAUSES.get(self.cause, self.cause.replace("_", " "))
-        said = f"not metered: {who} to {where}, {self.connections:,} {noun}: {cause}"
+        said = f"not metered: {who} to {where}, {least}{self.connections:,} {noun}: {cause}"
         return f"{said}. Use: {self.fix}" if self.fix else said
 
     def as_json(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import pytest
 
+from halton_meter.cli.run import summary_lines
 from halton_meter.live.proxy.run import environment_proxy, meter_command
 from halton_meter.live.result import RunResult
 from halton_meter.model import Source
@@ -156,7 +157,7 @@ def test_a_command_that_cannot_run_is_told_as_a_shell_would(
     run = meter_command([name], tmp_path / "home", {"PATH": "/bin"}, {})
     assert run.exit_code == code
     assert capfd.readouterr().err == f"halton-meter: {words}\n"
-    assert run.connections is None  # nothing ran: there is nothing to cover
+    assert (run.connections, run.unseen_ms) == (None, None)  # nothing ran: nothing to cover
 
 
 class Plain(http.server.BaseHTTPRequestHandler):
@@ -354,3 +355,15 @@ def test_one_odd_environment_says_nothing_about_a_program(origin: str, tmp_path:
     usual = metered(tmp_path, origin, *odd[3:])
     assert (usual.exit_code, usual.totals.total.requests) == (0, 1)
     assert usual.unmetered == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
+def test_a_run_without_connections_says_which_it_cannot_have_seen(tmp_path: Path) -> None:
+    run = meter_command(["sleep", "0.3"], tmp_path / "home", {"PATH": os.environ["PATH"]}, {})
+    assert run.unseen_ms is not None
+    assert run.unseen_ms >= 10
+    [line] = [line for line in summary_lines(run) if "coverage" in line]
+    assert line == (
+        "  coverage: no connection past the proxy was seen; "
+        f"one shorter than {run.unseen_ms:,} ms may have been missed"
+    )

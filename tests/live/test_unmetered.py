@@ -22,7 +22,7 @@ from halton_meter.live.unmetered import CAUSES, Unmetered, lines
 def test_a_row_is_one_line_with_who_where_why_and_what_to_do() -> None:
     row = Unmetered("/usr/bin/wget", "api.openai.com", 3, "proxy_ignored", "GnuTLS", "run it so")
     assert row.line() == (
-        "not metered: wget (GnuTLS) to api.openai.com, 3 connections: "
+        "not metered: wget (GnuTLS) to api.openai.com, at least 3 connections: "
         "it ignores proxy settings. Use: run it so"
     )
     assert Unmetered(None, None, 1, "new_cause").line() == (

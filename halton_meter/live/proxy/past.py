@@ -97,10 +97,13 @@ class Past:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.readable = True
+        self._looked_s = 0.0
+        self.longest_s = 0.0  # between two looks, while the run's processes ran
         self._look(first=True)
 
     def begin(self, pid: int, command: Sequence[str]) -> None:
         """Watch this process and all below it, in a thread. `command` are the run's arguments."""
+        self._looked_s = time.monotonic()
         for word in command:
             self._asked.update(self._providers_in(os.fsencode(word)))
         for name in self._asked:
@@ -142,6 +145,9 @@ class Past:
         now = time.monotonic()
         self._meet_children()
         listed: list[Connected] = []
+        if self._looked_s:
+            self.longest_s = max(self.longest_s, time.monotonic() - self._looked_s)
+            self._looked_s = time.monotonic()
         try:
             for port in self._ports:
                 listed += connected_to(port)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -153,10 +154,11 @@ def meter_command(
             run.exit_code, ran = _run(command, proxied, past)
             if past is not None:
                 past.stop()
+                run.unseen_ms = math.ceil(past.longest_s * 1000) if past.readable else None
     finally:
         background.stop(run, past)
     if not ran:
-        run.connections = None  # there is nothing to cover
+        run.connections = run.unseen_ms = None  # there is nothing to cover
     return run
 
 
