@@ -1,8 +1,8 @@
 """`halton-meter run -- CMD…`: meters one command and prints on stderr what it cost.
 
 The command's output, terminal and exit code stay its own. Exit codes: the command's own (128 + the
-signal that ended it); 127 when there is no such command; 1 when it could not be metered, in which
-case it was not started; 2 wrong usage.
+signal that ended it); 127 when there is no such command; 126 when it cannot be run; 1 when it could
+not be metered, in which case it was not started; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from halton_meter.cli.output import (
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
+from halton_meter.coverage import connections_ratio
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def run(
     local proxy, as yourself.
 
     Exit codes: the command's own (128 + the signal that ended it); 127 when there is no such
-    command; 1 when it could not be metered, in which case it was not started.
+    command; 126 when it cannot be run; 1 when it could not be metered, in which case it was not
+    started.
     """
     from halton_meter.accounts import invoking_account
     from halton_meter.config import ConfigError
@@ -264,6 +266,9 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {result.store_error}")
     # Of a proxied run the rest is said already.
     coverage = coverage_lines(result.connections, requests=totals.total.requests)
+    if result.unseen_ms and result.connections and connections_ratio(result.connections) is None:
+        shorter = f"one shorter than {result.unseen_ms:,} ms may have been missed"
+        coverage = [f"coverage: no connection past the proxy was seen; {shorter}"]
     lines += [f"  {line}" for line in (coverage[:1] if said else coverage)]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [
@@ -315,6 +320,7 @@ def _as_json(result: RunResult) -> dict[str, Any]:
         "not_followed": result.not_followed,
         "still_running": result.still_running,
         "connections": result.connections and result.connections.as_json(),
+        "unseen_ms": result.unseen_ms,
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,
         "price_error": result.price_error,

@@ -17,8 +17,9 @@ class RunResult:
     metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to providers that
     were not metered, `not_followed` the commands that only asked a server outside of the run.
     `still_running` are the programs of processes that outlived the command and its metering.
-    `waited_ms` is how long its end waited for searches that tell why something was not metered.
-    `exit_code` is the command's, 128 + its signal.
+    `unseen_ms`: a connection past the proxy that was shorter may not have been seen (None: nobody
+    looked that way). `waited_ms` is how long its end waited for searches that tell why something
+    was not metered. `exit_code` is the command's, 128 + its signal.
     """
 
     totals: Totals = field(default_factory=Totals)
@@ -31,5 +32,6 @@ class RunResult:
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None
+    unseen_ms: int | None = None
     waited_ms: int = 0
     exit_code: int = 0

@@ -28,7 +28,8 @@ _OF_PROBES: Mapping[str, str] = {
 # The same, of what the proxy saw or ought to have seen.
 _OF_PROXY: Mapping[str, str] = {
     "proxy_ignored": "it ignores proxy settings",
-    "certificate_refused": "it does not trust the proxy's certificate",
+    "certificate_refused_now": "it refused the proxy's certificate; its next try passes unread",
+    "certificate_refused": "it refused the proxy's certificate earlier, so it passes unread",
     "trust_not_configurable": "its TLS library reads no setting by which it could trust the proxy",
     "certificate_unusable": "the proxy's certificate does not cover this host",
     "worker_down": "the proxy worker did not run",
@@ -43,6 +44,8 @@ _OF_PROXY: Mapping[str, str] = {
 }
 PROXY_CAUSES = frozenset(_OF_PROXY)
 CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_PROXY}
+# Found by looking again and again: there may be more.
+_AT_LEAST = frozenset({"proxy_ignored"})
 _CHARACTERS_MAX = 1000
 
 
@@ -65,10 +68,11 @@ class Unmetered:
         """ "not metered: wget (GnuTLS) to api.openai.com, 3 connections: CAUSE. Use: FIX"."""
         name = shown_program(self.program)
         who = f"{name} ({self.stack})" if self.stack else name
+        least = "at least " if self.cause in _AT_LEAST else ""
         noun = "connection" if self.connections == 1 else "connections"
         where = self.host or "an unknown host"
         cause = CAUSES.get(self.cause, self.cause.replace("_", " "))
-        said = f"not metered: {who} to {where}, {self.connections:,} {noun}: {cause}"
+        said = f"not metered: {who} to {where}, {least}{self.connections:,} {noun}: {cause}"
         return f"{said}. Use: {self.fix}" if self.fix else said
 
     def as_json(self) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def test_wget_that_reads_no_settings_works_from_the_first_time_and_is_named(
 def test_a_client_that_ignores_the_proxy_is_named(bench: ProxyBench) -> None:
     """aiohttp reads no environment unless its program says so."""
     script = bench.project / "past.py"
-    body = anthropic_body(7)
+    body = anthropic_body(7, chunks=40, delay_ms=20)  # seen while it lasts, as real answers are
     script.write_text(
         "import aiohttp, asyncio\n"
         "async def main():\n"

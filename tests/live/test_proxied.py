@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import pytest
 
+from halton_meter.cli.run import summary_lines
 from halton_meter.live.proxy.run import environment_proxy, meter_command
 from halton_meter.live.result import RunResult
 from halton_meter.model import Source
@@ -143,9 +144,20 @@ def test_its_events_are_in_the_store_and_the_key_is_nowhere(origin: str, tmp_pat
     assert not any(b"sk-made-up" in file.read_bytes() for file in files)
 
 
-def test_a_command_that_does_not_exist_is_told_as_a_shell_would(tmp_path: Path) -> None:
-    run = meter_command(["./no-such-program"], tmp_path / "home", {"PATH": "/bin"}, {})
-    assert run.exit_code == 127
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("./no-such-program", 127, "./no-such-program: command not found"),
+        ("/bin", 126, "cannot run /bin: Permission denied"),
+    ],
+)
+def test_a_command_that_cannot_run_is_told_as_a_shell_would(
+    name: str, code: int, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = meter_command([name], tmp_path / "home", {"PATH": "/bin"}, {})
+    assert run.exit_code == code
+    assert capfd.readouterr().err == f"halton-meter: {words}\n"
+    assert (run.connections, run.unseen_ms) == (None, None)  # nothing ran: nothing to cover
 
 
 class Plain(http.server.BaseHTTPRequestHandler):
@@ -321,8 +333,37 @@ def test_who_refuses_after_the_handshake_fails_once_and_never_again(
     assert first.exit_code == 1  # its second attempt
     again = metered(tmp_path, origin, sys.executable, str(script), origin)
     assert again.exit_code == 0  # its first
+    [now] = [row for row in first.unmetered if row.cause == "certificate_refused_now"]
+    assert (now.host, now.connections, now.fix) == ("localhost", 1, "sudo halton-meter run -- CMD")
+    assert "it refused the proxy's certificate; its next try passes unread" in now.line()
     for run in (first, again):
-        [row] = run.unmetered
+        [row] = [row for row in run.unmetered if row != now]
         assert (row.host, row.connections, row.cause) == ("localhost", 1, "certificate_refused")
         assert row.program is not None
         assert row.program.endswith("refuses.py")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads environments as Linux shows them")
+def test_one_odd_environment_says_nothing_about_a_program(origin: str, tmp_path: Path) -> None:
+    odd = ["env", "-u", "SSL_CERT_FILE", sys.executable, "-c", CLIENT, origin, "0"]
+    first = metered(tmp_path, origin, *odd)
+    assert first.exit_code == 1
+    [row] = first.unmetered
+    assert row.cause == "certificate_refused_now"
+    assert row.program is not None
+    assert row.program.endswith(" without our SSL_CERT_FILE")
+    usual = metered(tmp_path, origin, *odd[3:])
+    assert (usual.exit_code, usual.totals.total.requests) == (0, 1)
+    assert usual.unmetered == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
+def test_a_run_without_connections_says_which_it_cannot_have_seen(tmp_path: Path) -> None:
+    run = meter_command(["sleep", "0.3"], tmp_path / "home", {"PATH": os.environ["PATH"]}, {})
+    assert run.unseen_ms is not None
+    assert run.unseen_ms >= 10
+    [line] = [line for line in summary_lines(run) if "coverage" in line]
+    assert line == (
+        "  coverage: no connection past the proxy was seen; "
+        f"one shorter than {run.unseen_ms:,} ms may have been missed"
+    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from halton_meter.live.proxy import refusals_file
+from halton_meter.live.proxy import past, refusals_file
 from halton_meter.live.proxy.refusals_file import RUN_NAME, RefusalsFile, forget
 from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.servers import asked_servers
@@ -20,7 +22,7 @@ from halton_meter.live.unmetered import CAUSES, Unmetered, lines
 def test_a_row_is_one_line_with_who_where_why_and_what_to_do() -> None:
     row = Unmetered("/usr/bin/wget", "api.openai.com", 3, "proxy_ignored", "GnuTLS", "run it so")
     assert row.line() == (
-        "not metered: wget (GnuTLS) to api.openai.com, 3 connections: "
+        "not metered: wget (GnuTLS) to api.openai.com, at least 3 connections: "
         "it ignores proxy settings. Use: run it so"
     )
     assert Unmetered(None, None, 1, "new_cause").line() == (
@@ -117,7 +119,7 @@ def test_refusals_are_kept_for_one_authority_and_some_days(
     again = RefusalsFile(path, authority)
     assert again.read() == [("api.x.ai", "/usr/bin/wget")]
     assert again.stacks == {"/usr/bin/wget": "GnuTLS"}
-    monkeypatch.setattr(refusals_file, "KEPT_S", 0)
+    monkeypatch.setattr(refusals_file, "KEPT_OF_RUNS_S", 0)
     assert RefusalsFile(path, authority).read() == []
     monkeypatch.undo()
     authority.write_text("two")
@@ -141,3 +143,25 @@ def test_a_refusal_from_the_future_is_none(tmp_path: Path) -> None:
     row = {"host": "api.x.ai", "program": "/x", "since": int(time.time()) + 1000}
     path.write_text(json.dumps({"authority": None, "refusals": [row]}))
     assert RefusalsFile(path, tmp_path / "none").read() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
+@pytest.mark.parametrize(
+    ("command", "host"),
+    [
+        (["curl", "https://api.groq.com/x"], "api.groq.com"),
+        (["sh", "-c", "curl api.groq.com/x"], "api.groq.com"),
+        (["python", "app.py"], "api.groq.com or api.openai.com"),
+    ],
+)
+def test_of_hosts_that_share_an_address_the_runs_own_arguments_name_one(
+    command: list[str], host: str
+) -> None:
+    names = ["api.openai.com", "api.groq.com"]
+    watch = past.Past(names, {})
+    with subprocess.Popen(["sleep", "60"]) as process:
+        watch.begin(process.pid, command)
+        process.kill()
+    watch.stop()
+    seen = past._Seen(("192.0.2.1", past.HTTPS), 0.0, "/usr/bin/curl")
+    assert watch._host_of(seen, {"192.0.2.1": names}) == host

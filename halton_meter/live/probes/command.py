@@ -16,9 +16,8 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 
 from halton_meter.accounts import Account
+from halton_meter.live.not_started import NOT_RUNNABLE, not_started
 from halton_meter.privileges import become
-
-NOT_FOUND, NOT_RUNNABLE = 127, 126
 
 _SIGINFO_BYTES = 128
 _SI_KERNEL = 0x80
@@ -124,11 +123,9 @@ def _execute(
                 signal.signal(number, signal.SIG_DFL)
             Signals.unblock()
             os.execvpe(argv[0], list(argv), dict(environment))  # noqa: S606 (what `run` is for)
-    except FileNotFoundError:
-        code = NOT_FOUND
-        os.write(2, f"halton-meter: {argv[0]}: command not found\n".encode())
     except OSError as error:
-        os.write(2, f"halton-meter: cannot run {argv[0]}: {error.strerror}\n".encode())
+        code, words = not_started(argv[0], error)
+        os.write(2, f"halton-meter: {words}\n".encode())
     finally:
         os._exit(code)
 

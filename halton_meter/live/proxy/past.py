@@ -70,11 +70,15 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Process:
-    """A process of the run; `exe` changes when it becomes another program."""
+    """A process of the run; `exe` changes when it becomes another program.
+
+    `program` is its name while it had its arguments: one that ends loses them first.
+    """
 
     started: int | None
     since_s: float
     exe: str | None = None
+    program: str | None = None
 
 
 class Past:
@@ -87,15 +91,23 @@ class Past:
         self._seen: dict[tuple[tuple[str, int], tuple[str, int]], _Seen] = {}
         self._processes: dict[int, _Process] = {}
         self._named: dict[str, set[str]] = {}  # providers' hosts -> the run's programs that name it
+        self._asked: set[str] = set()  # those that the run's own arguments name
         self._own: set[tuple[str, int]] = set()  # our own ends of the proxy's connections
         self._youngest_s = 0.0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.readable = True
+        self._looked_s = 0.0
+        self.longest_s = 0.0  # between two looks, while the run's processes ran
         self._look(first=True)
 
-    def begin(self, pid: int) -> None:
-        """Watch this process and all below it, in a thread."""
+    def begin(self, pid: int, command: Sequence[str]) -> None:
+        """Watch this process and all below it, in a thread. `command` are the run's arguments."""
+        self._looked_s = time.monotonic()
+        for word in command:
+            self._asked.update(self._providers_in(os.fsencode(word)))
+        for name in self._asked:
+            self._named.setdefault(name, set())
         self._meet(pid)
         self._thread = threading.Thread(target=self._watch, name="past", daemon=True)
         self._thread.start()
@@ -133,6 +145,9 @@ class Past:
         now = time.monotonic()
         self._meet_children()
         listed: list[Connected] = []
+        if self._looked_s:
+            self.longest_s = max(self.longest_s, time.monotonic() - self._looked_s)
+            self._looked_s = time.monotonic()
         try:
             for port in self._ports:
                 listed += connected_to(port)
@@ -156,7 +171,9 @@ class Past:
                 seen = new.pop(inode, None)
                 if seen is not None:
                     process = read_process(pid)
-                    seen.ours, seen.program = True, program_of(process)
+                    known = self._processes[pid].program
+                    whole = process is not None and process.argv
+                    seen.ours, seen.program = True, program_of(process) if whole else known
                     seen.stack = tls_library(pid)
             if not new:
                 return
@@ -193,11 +210,15 @@ class Past:
         known.exe = exe
         process = read_process(pid)
         texts = list(_texts(pid, exe, process.cwd if process else None))
-        program = program_of(process) or exe
+        program = known.program = program_of(process) or exe
         for text in texts:
-            for match in _NAME.finditer(text):
-                if self._is_provider(name := match[0].decode().lower()):
-                    self._named.setdefault(name, set()).add(program)
+            for name in self._providers_in(text):
+                self._named.setdefault(name, set()).add(program)
+
+    def _providers_in(self, text: bytes) -> Iterator[str]:
+        for match in _NAME.finditer(text):
+            if self._is_provider(name := match[0].decode().lower()):
+                yield name
 
     def _is_provider(self, name: str) -> bool:
         return name in self._hosts or (bool(self._suffixes) and name.endswith(self._suffixes))
@@ -233,6 +254,7 @@ class Past:
             return names[0] if names else f"{seen.far[0]}:{seen.far[1]}"
         own = [name for name in names if seen.program in self._named.get(name, ())]
         named = own or [name for name in names if name in self._named]
+        named = [name for name in named if name in self._asked] or named
         if not named and len(names) > 1 and seen.program:
             named = _names_in_file(seen.program.partition(" ")[0], names)
         return " or ".join(sorted(named or names)[:HOSTS_SHOWN]) or None

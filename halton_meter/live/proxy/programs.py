@@ -1,7 +1,7 @@
 """The programs behind the proxy's clients: process, name, TLS library.
 
-Read from the kernel and from /proc as the user, so what another user runs is not known. Nothing of
-an environment is looked at, but HALTON_PROJECT.
+Read from the kernel and from /proc as the user, so what another user runs is not known. Of an
+environment HALTON_PROJECT is looked at, and whether the variables that say what to trust are ours.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from proxy_fallback.setup.variables import Holds, SetBy, names
 
 if TYPE_CHECKING:
     from halton_meter.model import Process
@@ -28,6 +30,14 @@ TRUST_OPTIONS = frozenset(
         *("--cert", "--verify", "--use-openssl-ca", "--use-bundled-ca"),  # HTTPie, Node
     }
 )
+# The start of the name of the folder in which a run's own files are.
+RUN_FOLDER = "halton-meter-"
+CERTIFICATE = "mitmproxy-ca-cert.pem"
+_TRUST_VARIABLES = names(Holds.BUNDLE, Holds.EXTRA_ROOTS, Holds.WGETRC, set_by=SetBy.RUN)
+_ENVIRONMENT_BYTES_MAX = 1 << 20
+_REMEMBERED_MAX = 1024
+# (pid, start in ns since 1970) -> the variables about trust that are not ours; None: not known.
+_strange: dict[tuple[int, int], Sequence[str] | None] = {}
 _INTERPRETER = re.compile(
     r"(python|pypy|node|nodejs|bun|deno|ruby|perl|php|lua|luajit|julia|java|mono|Rscript|tclsh"
     r"|sh|bash|dash|zsh|fish)[\d.]*"
@@ -59,7 +69,10 @@ def process_of(end: ClientSocket) -> Process | None:
     pid = owner_pid(end)
     process = None if pid is None else read_process(pid)
     # It had the socket by then: a process that began later only has the same pid.
-    return None if process is None or process.started_ns > asked_ns else process
+    if process is None or process.started_ns > asked_ns:
+        return None
+    _remember_environment(process)
+    return process
 
 
 def program_of(process: Process | None) -> str | None:
@@ -72,6 +85,52 @@ def program_of(process: Process | None) -> str | None:
     if process is None or process.exe is None:
         return None
     return " ".join([_file_of(process), *trust_options(process)])
+
+
+def client_of(process: Process | None, in_run: bool) -> str | None:
+    """`program_of`; in a run also which of our variables about trust the process does not have.
+
+    A refusal says something about programs that were told the same, and about no others. Values are
+    left out: a program that names another file each time would be another one each time, and fail.
+    """
+    program = program_of(process)
+    if program is None or process is None or not in_run:
+        return program
+    strange = _strange.get((process.pid, process.started_ns), ())
+    if strange is None:
+        return None
+    if not strange:
+        return program
+    all_of_them = len(strange) == len(_TRUST_VARIABLES)
+    return f"{program} without our {'trust variables' if all_of_them else ', '.join(strange)}"
+
+
+def _remember_environment(process: Process) -> None:
+    """Note which variables about trust a process does not have as `run` sets them.
+
+    A process that refuses our certificate is gone before that is told.
+    """
+    if len(_strange) >= _REMEMBERED_MAX:
+        _strange.pop(next(iter(_strange)), None)
+    _strange[process.pid, process.started_ns] = _without(process.pid)
+
+
+def _without(pid: int) -> list[str] | None:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            lines = file.read(_ENVIRONMENT_BYTES_MAX).split(b"\0")
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if not file.read(1):  # it has just ended, and shows nothing any more
+                return None
+    except OSError:
+        return None
+    pairs = (line.partition(b"=") for line in lines)
+    values = {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    return [name for name in _TRUST_VARIABLES if not _is_ours(values.get(name, ""))]
+
+
+def _is_ours(value: str) -> bool:
+    return os.path.basename(value) == CERTIFICATE or f"/{RUN_FOLDER}" in value
 
 
 def trust_options(process: Process) -> list[str]:

@@ -1,9 +1,10 @@
 """The programs that refused the proxy's certificate, kept between runs: one small file.
 
 Without it a program that trusts nobody but its own roots would fail once in every run. An entry is
-forgotten after KEPT_S, by `init`, and when the certificate authority is another one. The service
-and runs keep files of their own, as they tell programs different things. Host names are providers',
-programs are paths; nothing else is kept.
+forgotten after KEPT_S, of runs after KEPT_OF_RUNS_S, by `init`, and when the certificate authority
+is another one. The service and runs keep files of their own, as they tell programs different
+things. Host names are providers', programs are paths, with names of options and variables; nothing
+else is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from halton_meter import untrusted
 from halton_meter.store.home import private_file
 
 SERVICE_NAME, RUN_NAME = "proxy-refusals.json", "proxy-refusals-of-runs.json"
-KEPT_S = 7 * 86400
+KEPT_S, KEPT_OF_RUNS_S = 7 * 86400, 86400
 FILE_BYTES_MAX = 1 << 20
 ROWS_MAX = 512
 _CHARACTERS_MAX = 1000
@@ -48,11 +49,12 @@ class RefusalsFile:
         if told is None or told.get("authority") != self._authority():
             return []
         now = time.time()
+        kept_s = KEPT_OF_RUNS_S if self._path.name == RUN_NAME else KEPT_S
         for each in untrusted.tables(told, "refusals", ROWS_MAX):
             host = untrusted.text(each, "host", 255)
             program = untrusted.text(each, "program", _CHARACTERS_MAX)
             since = untrusted.whole_number(each, "since")
-            if host and program and since is not None and now - KEPT_S < since <= now:
+            if host and program and since is not None and now - kept_s < since <= now:
                 self._since[host, program] = since
                 if stack := untrusted.text(each, "stack"):
                     self.stacks[program] = stack

@@ -27,7 +27,7 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
         return _OWN_SETTINGS.get(name, _ITS_OWN if stack in _NOT_PROBED else UPROBES)
     if cause == "trust_not_configurable":
         return SYSTEM_TRUST
-    if cause == "certificate_refused":
+    if cause in ("certificate_refused", "certificate_refused_now"):
         if stack == "JSSE" or name == "java":
             return JAVA
         if stack in _NOT_PROBED:

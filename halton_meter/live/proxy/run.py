@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -24,8 +25,10 @@ from typing import Any
 from halton_meter.config import ConfigError
 from halton_meter.live import control
 from halton_meter.live.limits import limit_this_process
+from halton_meter.live.not_started import not_started
 from halton_meter.live.pipeline import prepare_home
 from halton_meter.live.proxy.past import Past
+from halton_meter.live.proxy.programs import CERTIFICATE, RUN_FOLDER
 from halton_meter.live.proxy.service import ProxyService
 from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
 from halton_meter.live.result import RunResult
@@ -38,7 +41,6 @@ DRAIN_S = 5.0
 
 # A terminal sends these to its whole foreground group: the command decides, we wait.
 _PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
-_COULD_NOT_START = {FileNotFoundError: 127, PermissionError: 126}
 
 
 # --- the service ------------------------------------------------------------------------------
@@ -145,15 +147,18 @@ def meter_command(
     hosts = provider_hosts(extra_hosts)
     try:
         port = background.start()
-        ca_file = home / CA_FOLDER / "mitmproxy-ca-cert.pem"
-        with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+        ca_file = home / CA_FOLDER / CERTIFICATE
+        with tempfile.TemporaryDirectory(prefix=RUN_FOLDER) as folder:
             proxied = _proxied(environment, port, ca_file, Path(folder), java)
             past = Past(hosts, extra_hosts) if sys.platform == "linux" else None
-            run.exit_code = _run(command, proxied, past)
+            run.exit_code, ran = _run(command, proxied, past)
             if past is not None:
                 past.stop()
+                run.unseen_ms = math.ceil(past.longest_s * 1000) if past.readable else None
     finally:
         background.stop(run, past)
+    if not ran:
+        run.connections = run.unseen_ms = None  # there is nothing to cover
     return run
 
 
@@ -256,18 +261,22 @@ class _Background:
         await service.stop(0.0)
 
 
-def _run(command: Sequence[str], environment: dict[str, str], past: Past | None) -> int:
-    """The command in the foreground, its terminal and signals its own."""
+def _run(
+    command: Sequence[str], environment: dict[str, str], past: Past | None
+) -> tuple[int, bool]:
+    """The command in the foreground, its terminal and signals its own: (exit code, it ran)."""
     # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
     before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
     try:
         child = subprocess.Popen(list(command), env=environment)
         if past is not None:
-            past.begin(child.pid)
+            past.begin(child.pid, command)
         code = child.wait()
     except OSError as error:
-        code = _COULD_NOT_START.get(type(error), 126)
+        code, words = not_started(command[0], error)
+        os.write(2, f"halton-meter: {words}\n".encode())
+        return code, False
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 - code if code < 0 else code
+    return (128 - code if code < 0 else code), True

@@ -32,7 +32,7 @@ from halton_meter.live import status as vocabulary
 from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import PROXY_LIST_NAME, PROXY_STATE_NAME, Downtime, Outages
-from halton_meter.live.proxy.programs import process_of, program_of
+from halton_meter.live.proxy.programs import CERTIFICATE, client_of, process_of
 from halton_meter.live.proxy.refusals_file import RUN_NAME, SERVICE_NAME, RefusalsFile
 from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.proxy.worker import (
@@ -93,7 +93,7 @@ class ProxyService:
         self.edge = Edge(
             () if configure is not None else provider_hosts(job.extra_hosts),
             job.upstream,
-            lambda end: program_of(process_of(end)),
+            lambda end: client_of(process_of(end), not job.service),
             raise_descriptor_limit(),
             _served(),
             secrets.token_hex(16),
@@ -134,12 +134,14 @@ class ProxyService:
         self._control: asyncio.Server | None = None
         self._listener = Listener(self.home, PROXY_SOCKET_NAME)
         self._owed: Counter[str] = Counter()
-        certificate = self.home / CA_FOLDER / "mitmproxy-ca-cert.pem"
+        certificate = self.home / CA_FOLDER / CERTIFICATE
         name = SERVICE_NAME if job.service else RUN_NAME
         self._refusals = RefusalsFile(self.home / name, certificate)
         # Connections to providers that clients used: all, and those that no worker has stored.
         self.connections = Coverage(is_known=True)
         self._unreported_connections = Coverage()
+        # Connections that ended because their program refused our certificate, by (program, host).
+        self._refused: Counter[tuple[str | None, str]] = Counter()
         self._refusals_kept: list[tuple[str, str | None]] = []
 
     # --- begin and end
@@ -340,16 +342,24 @@ class ProxyService:
             if what == "refused":
                 if rest[0] is True or not self._lets_down():
                     trust.refuse(host, program, rest[0] is True)
-            elif what == "left":
-                if not self._lets_down():
-                    trust.left(host, program, rest[0] is True)
+            elif what == "left" and not self._lets_down():
+                trust.left(host, program, rest[0] is True)
             elif what == "trusted":
                 trust.trust(host, program)
                 self.count_connections(program, host, None)
             elif what == "passed":
                 self.edge.counts["metered"] -= 1
                 self.edge.count_bypass(host, "trust_not_configurable", program)
+            if what in ("refused", "left"):
+                self._count_refused(host, program)
         self._keep_refusals()
+
+    def _count_refused(self, host: str, program: str | None) -> None:
+        """Count an attempt that failed because of our certificate, for those who read the end."""
+        key = (program, host)
+        known = key in self._refused or len(self._refused) < PROGRAMS_MAX
+        if known and self.edge.trust.is_refused(host, program):
+            self._refused[key] += 1
 
     def _lets_down(self) -> bool:
         """Whether clients may leave because of us: we close, or we or the worker stood still."""
@@ -365,7 +375,8 @@ class ProxyService:
     def unmetered(self) -> list[Unmetered]:
         """The connections to providers that passed unmetered, by program, host and cause."""
         rows = []
-        for (program, host, cause), count in self.edge.unmetered.items():
+        refused = {(*key, "certificate_refused_now"): n for key, n in self._refused.items()}
+        for (program, host, cause), count in (refused | self.edge.unmetered).items():
             stack = self._refusals.stacks.get(program)
             fix = fix_for(cause, program, stack, service=self.job.service)
             rows.append(Unmetered(program, host, count, cause, stack, fix))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.live.proxy.programs import (
-    program_of,
+    CERTIFICATE,
+    client_of,
     tls_libraries,
     tls_library,
     trust_options,
@@ -40,8 +41,9 @@ class Trust:
 
     def __init__(self, send: Callable[[dict[str, Any]], None], service: bool, ca: Path) -> None:
         self._send = send
+        self._in_run = not service
         self._follow = _FOLLOW_ALWAYS if service else _FOLLOW_IN_RUN
-        self._in_system = _is_in_system(ca / "mitmproxy-ca-cert.pem")
+        self._in_system = _is_in_system(ca / CERTIFICATE)
 
     def refused(self, host: str, process: Process | None, said: bool) -> None:
         """A client refused our certificate, or hung up on it during the handshake."""
@@ -56,7 +58,7 @@ class Trust:
 
     def trusted(self, host: str, process: Process | None) -> None:
         """A client began a request."""
-        self._send({"trusted": [host, program_of(process)]})
+        self._send({"trusted": [host, client_of(process, self._in_run)]})
 
     def done(self, host: str) -> None:
         """All is said about one client's connection to this host."""
@@ -76,12 +78,12 @@ class Trust:
         alone = libraries == {"GnuTLS"}
         if "GnuTLS" not in libraries or not (alone or _RECORD_SIZE_LIMIT in kinds):
             return False
-        self._send({"passed": [host, program_of(process)], "stack": "GnuTLS"})
+        self._send({"passed": [host, client_of(process, self._in_run)], "stack": "GnuTLS"})
         return True
 
     def _tell(self, what: str, host: str, process: Process | None, certain: bool) -> None:
         library = tls_library(process.pid) if process is not None else None
-        self._send({what: [host, program_of(process), certain], "stack": library})
+        self._send({what: [host, client_of(process, self._in_run), certain], "stack": library})
 
 
 def _is_told_otherwise(process: Process) -> bool:
