@@ -24,6 +24,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
     UsageEvent,
+    is_own_proxy,
 )
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings
@@ -51,11 +52,6 @@ EVICTED_MAX = 65_536
 EVENTS_REMEMBERED_MAX = 65_536
 # Exchanges remembered to tell others of the same id from them, which the store does again.
 EXCHANGES_REMEMBERED_MAX = 16_384
-
-# The process in which the local proxy's mitmproxy runs, as its command line names it
-# (`proxy/run.py` starts it). The proxy meters what goes through it; uprobes would see it speak for
-# its clients.
-PROXY_MODULE = "halton_meter.live.proxy.worker"
 
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
@@ -122,7 +118,7 @@ class Meter:
                 self._latest = key
             exchanges = conversation.receive(item)
             return self._events(exchanges) if exchanges else []
-        if _is_own_proxy(item.connection.process):
+        if is_own_proxy(item.connection.process):
             return []
         evicted = self._make_room(item.at_ns)
         connection, joined = item.connection, JOINED
@@ -242,7 +238,3 @@ class Meter:
 
 # Told apart from None, which an evicted connection has.
 _UNKNOWN = object()
-
-
-def _is_own_proxy(process: Process | None) -> bool:
-    return process is not None and PROXY_MODULE in process.argv[:8]

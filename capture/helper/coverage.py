@@ -19,7 +19,7 @@ from capture.helper.process_tree import ProcessTree
 from capture.helper.sockets import LATE, SEARCHED, Cause
 from capture.processes import proc
 from capture.processes.proc import talks_tls
-from halton_meter.model import Process
+from halton_meter.model import Process, is_own_proxy
 
 LINES_MAX = 500
 UNNAMED_ADVICE = (
@@ -81,7 +81,7 @@ class Coverage:
         if line is None and pid in self._discovery.unnamed:
             line = _unnamed(files, host)
         process = self._discovery.identities.of(pid) if line else None
-        if line is None or process is None:
+        if line is None or process is None or is_own_proxy(process):
             return None
         process = self._tree.with_run(process, self._tree.run_of(pid))
         return {"process": proc.to_json(process), **line}
@@ -176,7 +176,10 @@ class Coverage:
         return self._discovery.watched.get(pid) or self._gone.get(pid) or _NOTHING
 
     def metered(self, process: Process, host: str) -> None:
-        """Note that a process was metered: it stays listed after its end."""
+        """Note that a process was metered: it stays listed after its end. Our own proxy is not
+        listed: its clients are."""
+        if is_own_proxy(process):
+            return
         self._recent.pop(process.pid, None)
         if len(self._recent) >= RECENT_MAX:
             self._recent.pop(next(iter(self._recent)))

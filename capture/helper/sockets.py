@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 from capture import bpf, protocol
 from capture.processes import proc
+from capture.processes.sockets import listening
 from capture.protocol import Socket, SocketFlag
-from halton_meter.model import Process
+from halton_meter.model import Process, is_own_proxy
 
 PROCESSES_MAX = 4096  # remembered, those with connections that were seen last
 OPEN_SHOWN_MAX = 500
 ROWS_MAX = 1000  # sums that wait for the next report
+OWN_PROXIES_MAX = 64  # local proxies of ours remembered
 # A handshake takes a client less than this behind its ClientHello; what cannot be read is judged by
 # it. Without a ClientHello, that counts too.
 HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
@@ -105,6 +107,8 @@ class Sockets:
         self._processes: OrderedDict[tuple[int, int], _OfProcess] = OrderedDict()
         self._sums: dict[_Row, _Sum] = {}
         self._nameless: list[_Seen] = []
+        # Our own local proxies: the process that clients speak to (pid, start in ns), its ports.
+        self._own_proxies: OrderedDict[tuple[int, int], frozenset[int]] = OrderedDict()
         self.overlooked = 0  # of which there was no room to keep the sum
 
     def resume(self, connections: bpf.Map) -> None:
@@ -166,7 +170,24 @@ class Sockets:
         each: what the processes have mapped is probed before."""
         for seen in self._nameless:
             seen.process = self._name(seen.socket)
+            self._note_own_proxy(seen.process)
         self._nameless.clear()
+
+    def _note_own_proxy(self, process: Process) -> None:
+        """Remember where clients reach our local proxy, of which this may be the worker."""
+        if not is_own_proxy(process) or not process.parents:
+            return
+        edge = proc.read_process(process.parents[0][0])
+        if edge and (ports := frozenset(listening(edge.pid))):
+            self._own_proxies[edge.pid, edge.started_ns] = ports
+            if len(self._own_proxies) > OWN_PROXIES_MAX:
+                self._own_proxies.popitem(last=False)
+
+    def _leads_to_own_proxy(self, socket: Socket) -> bool:
+        """Whether our local proxy counts this connection itself."""
+        if not socket.flags & SocketFlag.ASKED_PROXY or not is_local(socket):
+            return False
+        return any(socket.port in ports for ports in self._own_proxies.values())
 
     def _ended(self, number: int, socket: Socket) -> None:
         known = self._of(socket.tgid, socket.born_ns)
@@ -224,6 +245,12 @@ class Sockets:
         count: int | None,
         host: str | None = None,
     ) -> None:
+        """Count a connection. Our own proxy's are its clients', and counted there; those that lead
+        to it stand beside the ratio."""
+        if is_own_proxy(process) or (process.pid, process.started_ns) in self._own_proxies:
+            return
+        if self._leads_to_own_proxy(socket):
+            cause = Cause(PROXY, self._metered_stack(process.pid))
         stack = cause.stack if cause else self._metered_stack(process.pid)
         row = _Row(
             process.pid,

@@ -94,3 +94,25 @@ def test_a_killed_worker_loses_no_more_than_a_report(lab: Lab, tmp_path: Path) -
     command = [*HALTON_METER, "report", "--json"]
     report = json.loads(lab.run(command, env=environment, user=lab.user).stdout)
     assert (report["connections"]["seen"], report["connections"]["metered"]) == (4, 2)
+
+
+def test_a_proxied_run_beside_the_service_counts_each_connection_once(lab: Lab) -> None:
+    """The run's own proxy counts them; what it opens itself is nobody's."""
+    own = Service(lab, lab.user.home / "beside")
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+    try:
+        client = "; ".join([f"curl -sS -o /dev/null {MODELS}"] * 3)
+        command = [*HALTON_METER, "run", "--via", "proxy", "--", "sh", "-c", client]
+        done = lab.run(command, env=environment, user=lab.user)
+        assert done.returncode == 0, done.stderr
+        assert "coverage: 3 of 3 connections" in done.stderr
+        wait_until(lambda: unmetered(connections(own)) == 3, "the three that led to the proxy")
+        found = own.status() or {}
+    finally:
+        own.stop()
+    parts = {(Path(part["program"]).name, part["cause"]) for part in found["connections"]["parts"]}
+    assert parts == {("curl", "through_local_proxy")}
+    assert {Path(line["process"]).name for line in found["coverage"]} <= {"curl"}
+    command = [*HALTON_METER, "report", "--json"]
+    report = json.loads(lab.run(command, env=environment, user=lab.user).stdout)
+    assert (report["connections"]["seen"], report["connections"]["metered"]) == (3, 3)
