@@ -46,8 +46,8 @@ def test_what_is_not_known_is_not_in_the_ratio() -> None:
     assert lines == [
         "coverage: 1 of 1 connection to providers was metered",
         "  through a proxy on this machine: app to api.openai.com, 2 connections",
-        "  not metered: app to an unknown host, 1 connection: it named no server. "
-        "Use: halton-meter run --via proxy -- app",
+        "  not metered: app to an unknown host, 1 connection: it named no server (SNI). "
+        "Have it connect by the host's name, not by an address.",
     ]
 
 

@@ -35,6 +35,7 @@ HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 # Causes, as they are stored and told (live/unmetered.py).
 PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
 LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
+PASSED_BY = "nothing_passed"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 
@@ -61,6 +62,7 @@ class _OfProcess:
     open: dict[int, _Seen] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     found: dict[str, int] = field(default_factory=dict)
+    nameless: bool = False  # whether one that we saw being opened named no server
     older: list[bytes] = field(default_factory=list)  # far addresses, of what was open before us
 
     def left(self, host: str) -> int:
@@ -162,7 +164,9 @@ class Sockets:
 
     def opened(self, number: int, socket: Socket) -> None:
         """A connection that leads to a provider, or may."""
-        seen = self._of(socket.tgid, socket.born_ns).open[number] = _Seen(socket)
+        known = self._of(socket.tgid, socket.born_ns)
+        known.nameless = known.nameless or bool(socket.flags & SocketFlag.NO_NAME)
+        seen = known.open[number] = _Seen(socket)
         self._nameless.append(seen)
 
     def name_new(self) -> None:
@@ -216,7 +220,14 @@ class Sockets:
             return Cause(NO_NAME, None), None
         if socket.flags & SocketFlag.ASKED_PROXY and is_local(socket):
             return Cause(PROXY, None), host
-        return self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns), host
+        cause = self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns)
+        if cause.cause == PASSED_BY and socket.flags & SocketFlag.NO_NAME:
+            return Cause(NO_NAME, cause.stack), host  # its host is known by the address alone
+        return cause, host
+
+    def named_no_server(self, pid: int) -> bool:
+        """Whether a connection that a process opened under the probes named no server."""
+        return any(known.nameless for (each, _), known in self._processes.items() if each == pid)
 
     def _linked(self, others: dict[int, _Seen], host: str) -> int:
         """How many open connections to a host carry a TLS connection for certain."""

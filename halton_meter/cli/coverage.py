@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from fractions import Fraction
 
@@ -25,6 +25,8 @@ from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.unmetered import PROXY_CAUSES, Unmetered
 
 RESTS_SHOWN = 8
+# Losses that are connections, which coverage names where it is known.
+_NAMED_HERE = {"http2_without_name": frozenset({"no_server_name", "older_than_probes"})}
 NOT_SHOWN_BY_KERNEL = (
     "coverage: unknown, this kernel does not show the connections that programs open "
     "(Linux 6.3 or newer does)"
@@ -34,6 +36,7 @@ _OTHER_FIXES = {
     "no_probes_yet": "Run it again: a search goes on, and is kept.",
     "probed_late": _AGAIN,
     "older_than_probes": "Restart the program.",
+    "no_server_name": "Have it connect by the host's name, not by an address.",
     "quic": "Turn HTTP/3 off in the program.",
 }
 
@@ -56,6 +59,16 @@ def coverage_lines(
     if len(rests) > shown:
         lines.append(f"  and {len(rests) - shown:,} more: halton-meter report --coverage")
     return lines
+
+
+def losses_beside(losses: Mapping[str, int], coverage: Coverage | None) -> dict[str, int]:
+    """The losses that no line about coverage names with program and cause."""
+    named = {part.cause for part, _ in coverage.rests()} if coverage else set()
+    return {
+        cause: lost
+        for cause, lost in losses.items()
+        if not named & _NAMED_HERE.get(cause, frozenset())
+    }
 
 
 def ratio_line(coverage: Coverage) -> str:

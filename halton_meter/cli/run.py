@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.coverage import coverage_lines
+from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import sightings_in_words
 from halton_meter.cli.output import (
     complain,
@@ -249,7 +249,8 @@ def _troubles(result: RunResult) -> list[str]:
     for from_ns, to_ns, cause in result.outages:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
-    lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
+    losses = losses_beside(result.losses, result.connections)
+    lost = {cause: n for cause, n in losses.items() if not cause.startswith("unmetered_")}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)

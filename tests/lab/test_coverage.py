@@ -116,3 +116,21 @@ def test_a_proxied_run_beside_the_service_counts_each_connection_once(lab: Lab) 
     command = [*HALTON_METER, "report", "--json"]
     report = json.loads(lab.run(command, env=environment, user=lab.user).stdout)
     assert (report["connections"]["seen"], report["connections"]["metered"]) == (3, 3)
+
+
+def test_http2_without_a_server_name_is_told_in_one_way(lab: Lab) -> None:
+    address = lab.run(["getent", "hosts", HOST]).stdout.split()[0]
+    own = Service(lab, lab.user.home / "nameless")
+    try:
+        asked = f"https://{address if '.' in address else f'[{address}]'}/v1/models"
+        curl = ["curl", "-sSk", "--http2", "-o", "/dev/null", "-H", f"Host: {HOST}", asked]
+        done = lab.run(curl, user=lab.user)
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: unmetered(connections(own)) == 1, "it")
+        environment = lab.environment(HALTON_METER_HOME=str(own.home))
+        status = lab.run([*HALTON_METER, "status"], env=environment, user=lab.user).stdout
+    finally:
+        own.stop()
+    assert "1 connection: it named no server (SNI). " in status
+    assert "lost:" not in status
+    assert "older than" not in status
