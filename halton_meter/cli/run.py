@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
+_NOT_RUN = (126, 127)  # exit codes of a command that never ran
 EXAMPLES = """
     \b
     Examples:
@@ -263,6 +264,8 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  {result.store_error}")
     # Of a proxied run the rest is said already.
     coverage = coverage_lines(result.connections, requests=totals.total.requests)
+    if result.exit_code in _NOT_RUN and not (result.connections and result.connections.parts):
+        coverage = []
     lines += [f"  {line}" for line in (coverage[:1] if said else coverage)]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [
