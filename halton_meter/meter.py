@@ -79,6 +79,7 @@ class Meter:
         self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
         self._identities = Identities(EXCHANGES_REMEMBERED_MAX, self._sightings.forget)
         self.seen_again = 0  # sightings of requests that were given out before
+        self.other_calls = 0  # to providers that are no model requests, such as for their models
         self._losses: Counter[str] = Counter()
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
@@ -142,6 +143,8 @@ class Meter:
 
     def _interest(self, request: Request) -> Interest:
         keep, turn_ends = self._registry.interest_for(request)
+        if not keep and self._registry.of_host(request.host):
+            self.other_calls += 1
         return Interest(keep, turn_ends)
 
     def _make_room(self, at_ns: int) -> list[PricedEvent]:

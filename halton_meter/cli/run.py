@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from halton_meter.cli.coverage import coverage_lines, losses_beside
-from halton_meter.cli.losses import sightings_in_words
+from halton_meter.cli.losses import other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import (
     complain,
     count,
@@ -245,6 +245,8 @@ def _troubles(result: RunResult) -> list[str]:
         )
         lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
     lines += [f"  {each}" for each in sightings_in_words(totals.seen_again, totals.told_apart)]
+    calls = other_calls_in_words(totals.total.requests, totals.other_calls)
+    lines += [f"  {each}" for each in calls]
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from halton_meter.cli.coverage import coverage_lines, losses_beside, ratio_line
-from halton_meter.cli.losses import sightings_in_words
+from halton_meter.cli.losses import other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 from halton_meter.coverage import Coverage
 
@@ -123,6 +123,8 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     totals, repeated = found["totals"], found.get("journal_repeated") or 0
     again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
     lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
+    calls = other_calls_in_words(found["events"] or 0, totals.get("other_calls", 0))
+    lines += [f"  {each}" for each in calls]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
     if found.get("config_error"):

@@ -50,6 +50,7 @@ def test_run_names_what_it_did_not_meter_and_keeps_it(lab: Lab, tmp_path: Path) 
     assert f" to {HOST}, 1 connection: " in named
     found = json.loads(summary.read_text())["connections"]
     assert (found["known"], found["seen"], found["metered"]) == (True, 2, 1)
+    assert "\n  1 call that is no model request, not counted\n" in done.stderr
 
     environment = lab.environment(HALTON_METER_HOME=str(home))
     report = lab.run([*HALTON_METER, "report"], env=environment, user=lab.user)
@@ -75,6 +76,7 @@ def test_status_counts_programs_that_have_ended(service: Service) -> None:
     environment = service.lab.environment(HALTON_METER_HOME=str(service.home))
     status = service.lab.run([*HALTON_METER, "status"], env=environment, user=service.lab.user)
     assert f"to {HOST}, " in status.stdout
+    assert (service.status() or {})["totals"]["other_calls"]
     assert "coverage: " in status.stdout
 
 
@@ -106,6 +108,7 @@ def test_a_proxied_run_beside_the_service_counts_each_connection_once(lab: Lab) 
         done = lab.run(command, env=environment, user=lab.user)
         assert done.returncode == 0, done.stderr
         assert "coverage: 3 of 3 connections" in done.stderr
+        assert "\n  3 calls that are no model request, not counted\n" in done.stderr
         wait_until(lambda: unmetered(connections(own)) == 3, "the three that led to the proxy")
         found = own.status() or {}
     finally:
