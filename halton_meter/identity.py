@@ -80,13 +80,19 @@ class Seen:
 
 def contradict(one: Traits, other: Traits, apart_dated_ns: int = APART_DATED_NS) -> bool:
     """Whether two sightings of one id cannot be of one exchange; equal `nth` assumed."""
+    if one.told == other.told:  # the same as below, and what most that are compared are
+        again = one.by_id or other.by_id or KEY in one.told or CACHED in one.told
+        return not again and _apart(one, other, apart_dated_ns)
     if one.by_id or other.by_id:  # what the id names is read back, at any time
         return _differ(one, other, LINE)
     if _differ(one, other, HOST):  # a gateway rewrites what it passes on, within its own times
         return _usage_differs(one, other) or _apart(one, other, 0)
     if _is_sent_again(one, other):
         return _usage_differs(one, other) or any(_differ(one, other, each) for each in _ASKED)
-    if any(_differ(one, other, letter) for letter in _COMPARED) or _usage_differs(one, other):
+    for letter in _COMPARED:
+        if _differ(one, other, letter):
+            return True
+    if _usage_differs(one, other):
         return True
     return _apart(one, other, apart_dated_ns)
 
@@ -236,12 +242,11 @@ class Group:
         best: Entry | None = None
         for entry in self._near(traits):
             known = entry.traits
+            if other is not None and other(entry):
+                continue
             if contradict(known, traits, dated_ns):
                 continue
-            if other is not None:
-                if other(entry):
-                    continue
-            elif known.nth != traits.nth and known.told == traits.told:
+            if other is None and known.nth != traits.nth and known.told == traits.told:
                 continue
             common = sum(known.told.get(letter) == told for letter, told in traits.told.items())
             order = (-common, abs(known.started_ns - traits.started_ns))

@@ -294,7 +294,7 @@ def test_a_full_disk(proxied: Proxied) -> None:
         proxied.must(1, first=5)
         proxied.wait_for(lambda status: not status["store_error"] and status["events"] == 6)
         lines = [
-            json.loads(line.partition(" ")[2] or line)
+            json.loads(line[line.index("{") :])
             for file in (inside / "journal").glob("*.jsonl")
             for line in file.read_text().splitlines()
             if "response_id" in line

@@ -102,7 +102,7 @@ def assert_proxied(seen: Proxied, program: str) -> None:
         slow("openai-responses", ALL_MODES),
         slow("openai-embeddings", "sync,async"),
         slow("groq", ALL_MODES),
-        ("gemini", ALL_MODES),
+        slow("gemini", ALL_MODES),
         slow("requests", "sync,stream"),
         slow("httpx2", "async,async-stream"),
     ],

@@ -72,7 +72,7 @@ METERING, HELPER = "halton_meter.live.probes.worker", "capture.helper.main"
     [
         slow((HELPER,), id="helper"),
         slow((METERING,), id="metering"),
-        pytest.param((HELPER, METERING), id="both"),
+        slow((HELPER, METERING), id="both"),
         pytest.param(("supervisor", HELPER, METERING), id="all"),
     ],
 )

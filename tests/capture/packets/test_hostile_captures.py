@@ -70,7 +70,13 @@ def replay(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["replay", *map(str, arguments)])
 
 
-@pytest.mark.parametrize(("make", "count"), CAPTURES, ids=[make.__name__ for make, _ in CAPTURES])
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        pytest.param(make, count, id=make.__name__, marks=[pytest.mark.slow] if number % 3 else [])
+        for number, (make, count) in enumerate(CAPTURES)
+    ],
+)
 def test_four_times_as_much_costs_four_times_as_much(
     make: Callable[[int], bytes], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
