@@ -24,6 +24,7 @@ from halton_meter.model import (
     TlsChunk,
     TlsClosed,
     UsageEvent,
+    is_own_proxy,
 )
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings
@@ -52,11 +53,6 @@ EVENTS_REMEMBERED_MAX = 65_536
 # Exchanges remembered to tell others of the same id from them, which the store does again.
 EXCHANGES_REMEMBERED_MAX = 16_384
 
-# The process in which the local proxy's mitmproxy runs, as its command line names it
-# (`proxy/run.py` starts it). The proxy meters what goes through it; uprobes would see it speak for
-# its clients.
-PROXY_MODULE = "halton_meter.live.proxy.worker"
-
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
 
@@ -83,6 +79,7 @@ class Meter:
         self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
         self._identities = Identities(EXCHANGES_REMEMBERED_MAX, self._sightings.forget)
         self.seen_again = 0  # sightings of requests that were given out before
+        self.other_calls = 0  # to providers that are no model requests, such as for their models
         self._losses: Counter[str] = Counter()
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
@@ -122,7 +119,7 @@ class Meter:
                 self._latest = key
             exchanges = conversation.receive(item)
             return self._events(exchanges) if exchanges else []
-        if _is_own_proxy(item.connection.process):
+        if is_own_proxy(item.connection.process):
             return []
         evicted = self._make_room(item.at_ns)
         connection, joined = item.connection, JOINED
@@ -146,6 +143,8 @@ class Meter:
 
     def _interest(self, request: Request) -> Interest:
         keep, turn_ends = self._registry.interest_for(request)
+        if not keep and self._registry.of_host(request.host):
+            self.other_calls += 1
         return Interest(keep, turn_ends)
 
     def _make_room(self, at_ns: int) -> list[PricedEvent]:
@@ -242,7 +241,3 @@ class Meter:
 
 # Told apart from None, which an evicted connection has.
 _UNKNOWN = object()
-
-
-def _is_own_proxy(process: Process | None) -> bool:
-    return process is not None and PROXY_MODULE in process.argv[:8]

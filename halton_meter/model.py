@@ -91,6 +91,17 @@ class Process:
     project_hint: str | None = None
 
 
+# The process in which the local proxy's mitmproxy runs, as its command line names it
+# (`proxy/service.py` starts it). The proxy meters what goes through it; uprobes would see it speak
+# for its clients.
+PROXY_MODULE = "halton_meter.live.proxy.worker"
+
+
+def is_own_proxy(process: Process | None) -> bool:
+    """Whether this is our local proxy's worker, as its command line says."""
+    return process is not None and PROXY_MODULE in process.argv[:8]
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """One TLS connection. `id` is opaque, minted by the source, new for every reuse of an SSL*.

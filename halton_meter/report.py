@@ -252,6 +252,7 @@ def ask(store: Store, question: Question) -> Report:
             question.selection.to_ns,
             Figures(),
             coverage=Coverage(waiting=store.waiting()),
+            connections=SeenCoverage() if _is_period(question.selection) else None,
         )
 
 
@@ -279,9 +280,13 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     return _compared(reader, report, question.previous, percentiles, many)
 
 
+def _is_period(selection: Selection) -> bool:
+    return selection == Selection(selection.from_ns, selection.to_ns)
+
+
 def _connections(reader: Reader, selection: Selection) -> dict[str, Any]:
     """The connections that were seen: of a model or a project nobody knows which they are."""
-    if selection != Selection(selection.from_ns, selection.to_ns):
+    if not _is_period(selection):
         return {}
     total, days = SeenCoverage(), dict[date, SeenCoverage]()
     for hour_ns, hour in reader.coverage_by_hour(selection).items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from halton_meter.cli.coverage import coverage_lines, coverage_table
+from halton_meter.cli.coverage import coverage_lines, coverage_table, percent
 from halton_meter.coverage import OTHERS, PARTS_MAX, Count, Coverage, Part
 from halton_meter.live.unmetered import CAUSES
 
@@ -33,7 +34,7 @@ def test_all_metered_is_one_short_line() -> None:
 def test_the_rest_is_named_with_cause_and_fix() -> None:
     lines = coverage_lines(made((CURL, 41, 9710), (WGET, 2, 200), (JAVA, 1, 90)))
     assert lines == [
-        "coverage: 41 of 44 connections to providers were metered (93.1 %, 97.1 % of bytes)",
+        "coverage: 41 of 44 connections to providers were metered (93.2 %, 97.1 % of bytes)",
         "  not metered: wget (GnuTLS) to api.openai.com, 2 connections: "
         "its TLS library cannot be probed. Use: halton-meter run --via proxy -- wget",
         "  not metered: java (JSSE) to api.anthropic.com, 1 connection: "
@@ -46,8 +47,8 @@ def test_what_is_not_known_is_not_in_the_ratio() -> None:
     assert lines == [
         "coverage: 1 of 1 connection to providers was metered",
         "  through a proxy on this machine: app to api.openai.com, 2 connections",
-        "  not metered: app to an unknown host, 1 connection: it named no server. "
-        "Use: halton-meter run --via proxy -- app",
+        "  not metered: app to an unknown host, 1 connection: it named no server (SNI). "
+        "Have it connect by the host's name, not by an address.",
     ]
 
 
@@ -75,6 +76,27 @@ def test_a_table_by_program_host_and_stack() -> None:
         "curl     api.openai.com  OpenSSL       1        1  100.0    100            100",
         "wget     api.openai.com  GnuTLS        1        0    0.0     50              0",
     ]
+
+
+def test_what_stands_beside_the_ratio_has_its_number_in_the_table() -> None:
+    (_, row, *_) = coverage_table(made((PROXIED, 3, 50))).splitlines()
+    assert row.split() == ["app", "api.openai.com", "-", "3", "-", "-", "50", "-"]
+
+
+@pytest.mark.parametrize(
+    ("metered", "seen", "text"),
+    [(2, 3, "66.7 %"), (1999, 2000, "99.9 %"), (1, 3000, "0.1 %"), (0, 3, "0.0 %")],
+)
+def test_a_ratio_is_rounded_to_the_nearest_but_never_to_all_or_none(
+    metered: int, seen: int, text: str
+) -> None:
+    assert percent(Fraction(metered, seen)) == text
+
+
+def test_a_table_of_nothing_says_what_to_do_next() -> None:
+    assert coverage_table(Coverage()).endswith("sudo halton-meter start")
+    assert coverage_table(Coverage(), is_all=False).endswith("halton-meter report --coverage")
+    assert "not for a model" in coverage_table(None)
 
 
 def test_parts_are_bounded() -> None:

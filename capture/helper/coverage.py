@@ -10,32 +10,32 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from capture.functions.stacks import INSTEAD, STACKS, Stack
 from capture.helper.discovery import Discovery, Watched
 from capture.helper.files.attachments import File
 from capture.helper.process_tree import ProcessTree
-from capture.helper.sockets import LATE, SEARCHED, Cause
+from capture.helper.sockets import LATE, PASSED_BY, SEARCHED, Cause
 from capture.processes import proc
 from capture.processes.proc import talks_tls
-from halton_meter.model import Process
+from halton_meter.model import Process, is_own_proxy
 
 LINES_MAX = 500
 UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
 )
+NAMELESS_ADVICE = (
+    "an HTTP/2 connection named no server (SNI): have it connect by the host's name, not by an "
+    "address"
+)
 SEARCHED_ADVICE = "its TLS library was still being searched; the search goes on: run it again"
 FOUND_LATE_ADVICE = "its TLS library was found only after it had ended: run it again"
 UNKNOWN = "unknown"
 # Why a connection was not metered, of a process that is known.
-REFUSED, NOT_PROBED, UNKNOWN_LIBRARY, PASSED_BY = (
-    "functions_not_found",
-    "stack_not_probed",
-    "stack_unknown",
-    "nothing_passed",
-)
+REFUSED, NOT_PROBED, UNKNOWN_LIBRARY = "functions_not_found", "stack_not_probed", "stack_unknown"
 GONE_MAX = 1000  # processes that have ended, of which connections may end yet
 RECENT_MAX = 200  # metered processes remembered after they ended
 
@@ -53,6 +53,8 @@ class Coverage:
         self._ended: dict[int, dict[str, Any]] = {}  # what was not metered of them
         self._gone: OrderedDict[int, Watched] = OrderedDict()
         self._ended_early: dict[int, Watched] = {}  # of those, before the search in a file did
+        # Whether a connection that a process opened under the probes named no server.
+        self.named_no_server: Callable[[int], bool] = lambda pid: False
         discovery.on_gone = self._note_ended
 
     def lines(self) -> list[dict[str, Any]]:
@@ -79,9 +81,9 @@ class Coverage:
         files, host = self._files_of(watched), self._discovery.lookups.hosts(pid)
         line = unmetered(pid, watched.java, files, host)
         if line is None and pid in self._discovery.unnamed:
-            line = _unnamed(files, host)
+            line = _unnamed(files, host, self._unnamed_advice(pid))
         process = self._discovery.identities.of(pid) if line else None
-        if line is None or process is None:
+        if line is None or process is None or is_own_proxy(process):
             return None
         process = self._tree.with_run(process, self._tree.run_of(pid))
         return {"process": proc.to_json(process), **line}
@@ -140,11 +142,14 @@ class Coverage:
 
     def _advice(self, pid: int) -> str | None:
         if pid in self._discovery.unnamed:
-            return f"partly metered: {UNNAMED_ADVICE}"
+            return f"partly metered: {self._unnamed_advice(pid)}"
         seconds = self._discovery.late_by_pid.get(pid)
         if seconds is None:
             return None
         return f"probed {seconds:.1f} s after its start: what it sent before that is not metered"
+
+    def _unnamed_advice(self, pid: int) -> str:
+        return NAMELESS_ADVICE if self.named_no_server(pid) else UNNAMED_ADVICE
 
     def cause(self, pid: int, at_ns: int) -> Cause:
         """Why a connection that a process used at that (monotonic) time was not metered."""
@@ -176,7 +181,10 @@ class Coverage:
         return self._discovery.watched.get(pid) or self._gone.get(pid) or _NOTHING
 
     def metered(self, process: Process, host: str) -> None:
-        """Note that a process was metered: it stays listed after its end."""
+        """Note that a process was metered: it stays listed after its end. Our own proxy is not
+        listed: its clients are."""
+        if is_own_proxy(process):
+            return
         self._recent.pop(process.pid, None)
         if len(self._recent) >= RECENT_MAX:
             self._recent.pop(next(iter(self._recent)))
@@ -212,14 +220,14 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
     return None
 
 
-def _unnamed(files: list[File], host: str | None) -> dict[str, Any]:
+def _unnamed(files: list[File], host: str | None, advice: str) -> dict[str, Any]:
     probed = next((file for file in files if file.probes), None)
     return {
         "stack": _stack_of(probed),
         "library": probed.path if probed else None,
         "state": "not_recognised",
         "host": host,
-        "advice": UNNAMED_ADVICE,
+        "advice": advice,
     }
 
 

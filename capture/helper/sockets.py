@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 from capture import bpf, protocol
 from capture.processes import proc
+from capture.processes.sockets import listening
 from capture.protocol import Socket, SocketFlag
-from halton_meter.model import Process
+from halton_meter.model import Process, is_own_proxy
 
 PROCESSES_MAX = 4096  # remembered, those with connections that were seen last
 OPEN_SHOWN_MAX = 500
 ROWS_MAX = 1000  # sums that wait for the next report
+OWN_PROXIES_MAX = 64  # local proxies of ours remembered
 # A handshake takes a client less than this behind its ClientHello; what cannot be read is judged by
 # it. Without a ClientHello, that counts too.
 HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
@@ -33,6 +35,7 @@ HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 # Causes, as they are stored and told (live/unmetered.py).
 PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
 LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
+PASSED_BY = "nothing_passed"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 
@@ -59,6 +62,7 @@ class _OfProcess:
     open: dict[int, _Seen] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     found: dict[str, int] = field(default_factory=dict)
+    nameless: bool = False  # whether one that we saw being opened named no server
     older: list[bytes] = field(default_factory=list)  # far addresses, of what was open before us
 
     def left(self, host: str) -> int:
@@ -105,6 +109,8 @@ class Sockets:
         self._processes: OrderedDict[tuple[int, int], _OfProcess] = OrderedDict()
         self._sums: dict[_Row, _Sum] = {}
         self._nameless: list[_Seen] = []
+        # Our own local proxies: the process that clients speak to (pid, start in ns), its ports.
+        self._own_proxies: OrderedDict[tuple[int, int], frozenset[int]] = OrderedDict()
         self.overlooked = 0  # of which there was no room to keep the sum
 
     def resume(self, connections: bpf.Map) -> None:
@@ -158,7 +164,9 @@ class Sockets:
 
     def opened(self, number: int, socket: Socket) -> None:
         """A connection that leads to a provider, or may."""
-        seen = self._of(socket.tgid, socket.born_ns).open[number] = _Seen(socket)
+        known = self._of(socket.tgid, socket.born_ns)
+        known.nameless = known.nameless or bool(socket.flags & SocketFlag.NO_NAME)
+        seen = known.open[number] = _Seen(socket)
         self._nameless.append(seen)
 
     def name_new(self) -> None:
@@ -166,7 +174,24 @@ class Sockets:
         each: what the processes have mapped is probed before."""
         for seen in self._nameless:
             seen.process = self._name(seen.socket)
+            self._note_own_proxy(seen.process)
         self._nameless.clear()
+
+    def _note_own_proxy(self, process: Process) -> None:
+        """Remember where clients reach our local proxy, of which this may be the worker."""
+        if not is_own_proxy(process) or not process.parents:
+            return
+        edge = proc.read_process(process.parents[0][0])
+        if edge and (ports := frozenset(listening(edge.pid))):
+            self._own_proxies[edge.pid, edge.started_ns] = ports
+            if len(self._own_proxies) > OWN_PROXIES_MAX:
+                self._own_proxies.popitem(last=False)
+
+    def _leads_to_own_proxy(self, socket: Socket) -> bool:
+        """Whether our local proxy counts this connection itself."""
+        if not socket.flags & SocketFlag.ASKED_PROXY or not is_local(socket):
+            return False
+        return any(socket.port in ports for ports in self._own_proxies.values())
 
     def _ended(self, number: int, socket: Socket) -> None:
         known = self._of(socket.tgid, socket.born_ns)
@@ -195,7 +220,14 @@ class Sockets:
             return Cause(NO_NAME, None), None
         if socket.flags & SocketFlag.ASKED_PROXY and is_local(socket):
             return Cause(PROXY, None), host
-        return self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns), host
+        cause = self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns)
+        if cause.cause == PASSED_BY and socket.flags & SocketFlag.NO_NAME:
+            return Cause(NO_NAME, cause.stack), host  # its host is known by the address alone
+        return cause, host
+
+    def named_no_server(self, pid: int) -> bool:
+        """Whether a connection that a process opened under the probes named no server."""
+        return any(known.nameless for (each, _), known in self._processes.items() if each == pid)
 
     def _linked(self, others: dict[int, _Seen], host: str) -> int:
         """How many open connections to a host carry a TLS connection for certain."""
@@ -224,6 +256,12 @@ class Sockets:
         count: int | None,
         host: str | None = None,
     ) -> None:
+        """Count a connection. Our own proxy's are its clients', and counted there; those that lead
+        to it stand beside the ratio."""
+        if is_own_proxy(process) or (process.pid, process.started_ns) in self._own_proxies:
+            return
+        if self._leads_to_own_proxy(socket):
+            cause = Cause(PROXY, self._metered_stack(process.pid))
         stack = cause.stack if cause else self._metered_stack(process.pid)
         row = _Row(
             process.pid,

@@ -1,4 +1,4 @@
-"""Which TCP connections a process has open, by /proc: of those that are older than the probes."""
+"""The TCP sockets of a process, by /proc: what it had open before the probes, where it listens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 
 ROWS_MAX = 50_000  # of one table
+_ESTABLISHED, _LISTENS = "01", "0A"
 
 
 def established(pid: int) -> Iterator[tuple[bytes, int]]:
@@ -16,14 +17,26 @@ def established(pid: int) -> Iterator[tuple[bytes, int]]:
 
     Those that it has accepted are among them.
     """
+    for fields in _rows(pid, _ESTABLISHED):
+        address, _, port = fields[2].partition(":")
+        yield _address(address), int(port, 16)
+
+
+def listening(pid: int) -> Iterator[int]:
+    """The ports that a process listens on."""
+    for fields in _rows(pid, _LISTENS):
+        yield int(fields[1].rpartition(":")[2], 16)
+
+
+def _rows(pid: int, state: str) -> Iterator[list[str]]:
+    """The fields of each TCP socket of a process that is in this state."""
     inodes = _socket_inodes(pid)
     for table in ("tcp", "tcp6") if inodes else ():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}", encoding="ascii") as f:
             for row in itertools.islice(f, ROWS_MAX):
                 fields = row.split()
-                if fields[3:4] == ["01"] and fields[9] in inodes:
-                    address, _, port = fields[2].partition(":")
-                    yield _address(address), int(port, 16)
+                if fields[3:4] == [state] and fields[9] in inodes:
+                    yield fields
 
 
 def _socket_inodes(pid: int) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from fractions import Fraction
 
@@ -25,6 +25,8 @@ from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.unmetered import PROXY_CAUSES, Unmetered
 
 RESTS_SHOWN = 8
+# Losses that are connections, which coverage names where it is known.
+_NAMED_HERE = {"http2_without_name": frozenset({"no_server_name", "older_than_probes"})}
 NOT_SHOWN_BY_KERNEL = (
     "coverage: unknown, this kernel does not show the connections that programs open "
     "(Linux 6.3 or newer does)"
@@ -34,6 +36,7 @@ _OTHER_FIXES = {
     "no_probes_yet": "Run it again: a search goes on, and is kept.",
     "probed_late": _AGAIN,
     "older_than_probes": "Restart the program.",
+    "no_server_name": "Have it connect by the host's name, not by an address.",
     "quic": "Turn HTTP/3 off in the program.",
 }
 
@@ -58,6 +61,16 @@ def coverage_lines(
     return lines
 
 
+def losses_beside(losses: Mapping[str, int], coverage: Coverage | None) -> dict[str, int]:
+    """The losses that no line about coverage names with program and cause."""
+    named = {part.cause for part, _ in coverage.rests()} if coverage else set()
+    return {
+        cause: lost
+        for cause, lost in losses.items()
+        if not named & _NAMED_HERE.get(cause, frozenset())
+    }
+
+
 def ratio_line(coverage: Coverage) -> str:
     """How many were metered of how many."""
     ratio = connections_ratio(coverage)
@@ -75,8 +88,16 @@ def ratio_line(coverage: Coverage) -> str:
 
 
 def percent(ratio: Fraction) -> str:
-    """With one digit, never rounded up to 100 %."""
-    return f"{int(ratio * 1000) / 10:.1f} %"
+    """With one digit, such as "97.4 %"."""
+    return f"{_percent(ratio)} %"
+
+
+def _percent(ratio: Fraction) -> str:
+    """Rounded to the nearest, yet less than all is never 100.0, nor more than none 0.0."""
+    tenths = round(ratio * 1000)
+    if 0 < ratio < 1:
+        tenths = min(max(tenths, 1), 999)
+    return f"{tenths / 10:.1f}"
 
 
 def _rest_lines(coverage: Coverage) -> Iterator[str]:
@@ -105,12 +126,26 @@ def rest_line(part: Part, counted: Count) -> str:
     return f"  {row.line()}" + (f". {otherwise}" if otherwise else "")
 
 
-def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverage]] = ()) -> str:
-    """Connections by program, host and stack, the days where there are several, and the rest."""
+def coverage_table(
+    coverage: Coverage | None,
+    days: Sequence[tuple[date, Coverage]] = (),
+    *,
+    is_all: bool = True,
+) -> str:
+    """Connections by program, host and stack, the days where there are several, and the rest.
+
+    `is_all` is False for a period; without connections the next command is another one then.
+    """
     if coverage is None:
-        return "Coverage is known for periods alone, not for a model, provider or project."
+        return (
+            "Coverage is known for periods alone, not for a model, provider or project: "
+            "halton-meter report --coverage"
+        )
     if not coverage.parts:
-        return "No connection was counted. Uprobes count them: sudo halton-meter start"
+        then = "Uprobes count them: sudo halton-meter start"
+        if not is_all:
+            then = "All that were: halton-meter report --coverage"
+        return f"No connection was counted. {then}"
     header = ["PROGRAM", "HOST", "TLS STACK", "SEEN", "METERED", "%", "BYTES", "METERED BYTES"]
     groups: dict[tuple[str, str, str], Coverage] = {}
     for part, counted in coverage.parts.items():
@@ -118,8 +153,8 @@ def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverag
         groups.setdefault(key, Coverage()).add(part, counted.connections, counted.bytes)
     rows = [[*key, *_figures(each)] for key, each in sorted(groups.items())]
     parts = [aligned(header, rows, header[3:])]
-    if len(days) > 1:
-        rows = [[day.isoformat(), *_figures(each)] for day, each in days]
+    rows = [[day.isoformat(), *_figures(each)] for day, each in days if each.seen.connections]
+    if len(rows) > 1:
         parts.append(aligned(["DAY", *header[3:]], rows, header[3:]))
     parts.append("\n".join(coverage_lines(coverage, len(coverage.parts))))
     return "\n\n".join(parts)
@@ -127,10 +162,15 @@ def coverage_table(coverage: Coverage | None, days: Sequence[tuple[date, Coverag
 
 def _figures(coverage: Coverage) -> list[str]:
     seen, metered, ratio = coverage.seen, coverage.metered, connections_ratio(coverage)
+    if ratio is None:  # all of them stand beside the ratio
+        beside = Count()
+        for counted in coverage.parts.values():
+            beside.add(counted.connections, counted.bytes)
+        return [f"{beside.connections:,}", "-", "-", count_text(beside.bytes), "-"]
     return [
         f"{seen.connections:,}",
         f"{metered.connections:,}",
-        "-" if ratio is None else f"{int(ratio * 1000) / 10:.1f}",
+        _percent(ratio),
         count_text(seen.bytes),
         count_text(metered.bytes),
     ]

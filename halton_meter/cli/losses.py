@@ -96,6 +96,14 @@ def is_capture_loss(cause: str) -> bool:
     return not cause.startswith("unmetered_")
 
 
+def other_calls_in_words(requests: int, other_calls: int) -> list[str]:
+    """That a provider was asked, where no request says so."""
+    if requests or not other_calls:
+        return []
+    are = "call that is" if other_calls == 1 else "calls that are"
+    return [f"{other_calls:,} {are} no model request, not counted"]
+
+
 def losses_in_words(losses: Mapping[str, int]) -> list[tuple[str, str]]:
     """What was lost and its fix ("" for none), such as ("892 TCP bytes missing", "record …")."""
     return [

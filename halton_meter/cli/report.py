@@ -142,7 +142,8 @@ def report(
     elif as_csv:
         click.echo(_csv(answer), nl=False)
     elif of_coverage:
-        click.echo(coverage_table(answer.connections, answer.connections_by_day))
+        days, is_all = answer.connections_by_day, selection == Selection()
+        click.echo(coverage_table(answer.connections, days, is_all=is_all))
     else:
         click.echo(_drawn(answer, selection))
 

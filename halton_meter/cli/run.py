@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.coverage import coverage_lines
-from halton_meter.cli.losses import is_capture_loss, sightings_in_words
+from halton_meter.cli.coverage import coverage_lines, losses_beside
+from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import (
     count,
     fail,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
+_NOT_RUN = (126, 127)  # exit codes of a command that never ran
 EXAMPLES = """
     \b
     Examples:
@@ -247,12 +248,15 @@ def _troubles(result: RunResult) -> list[str]:
         )
         lines.append("  " + ", ".join(f"{n:,} {what}" for n, what in words if n))
     lines += [f"  {each}" for each in sightings_in_words(totals.seen_again, totals.told_apart)]
+    calls = other_calls_in_words(totals.total.requests, totals.other_calls)
+    lines += [f"  {each}" for each in calls]
     if totals.total.implausible:
         lines.append(f"  {implausible_words(totals.total.implausible)}")
     for from_ns, to_ns, cause in result.outages:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
-    lost = {cause: n for cause, n in result.losses.items() if is_capture_loss(cause)}
+    losses = losses_beside(result.losses, result.connections)
+    lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
     lines += _still_running_lines(result.still_running)
@@ -269,6 +273,8 @@ def _troubles(result: RunResult) -> list[str]:
     if result.unseen_ms and result.connections and connections_ratio(result.connections) is None:
         shorter = f"one shorter than {result.unseen_ms:,} ms may have been missed"
         coverage = [f"coverage: no connection past the proxy was seen; {shorter}"]
+    if result.exit_code in _NOT_RUN and not (result.connections and result.connections.parts):
+        coverage = []
     lines += [f"  {line}" for line in (coverage[:1] if said else coverage)]
     counted = {part.program for part, _ in result.connections.rests()} if result.connections else ()
     unseen = [

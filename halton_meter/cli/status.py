@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from halton_meter.cli.coverage import coverage_lines, ratio_line
-from halton_meter.cli.losses import sightings_in_words
+from halton_meter.cli.coverage import coverage_lines, losses_beside, ratio_line
+from halton_meter.cli.losses import other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
 from halton_meter.coverage import Coverage
 
@@ -83,7 +83,7 @@ def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
         *_metered_lines(found, f" from {found['bytes']:,} bytes of plaintext"),
         *_restart_lines(found, "the kernel kept copying meanwhile, nothing was missed"),
         *_loss_lines(found),
-        *_connection_lines(found.get("connections"), found["events"] or 0),
+        *_connection_lines(_connections(found), found["events"] or 0),
         *_coverage_lines(found["coverage"]),
     ]
 
@@ -123,6 +123,8 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     totals, repeated = found["totals"], found.get("journal_repeated") or 0
     again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
     lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
+    calls = other_calls_in_words(found["events"] or 0, totals.get("other_calls", 0))
+    lines += [f"  {each}" for each in calls]
     if found.get("price_error"):
         lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
     if found.get("config_error"):
@@ -161,6 +163,7 @@ def _restart_lines(found: Mapping[str, Any], otherwise: str) -> list[str]:
 
 def _loss_lines(found: Mapping[str, Any]) -> list[str]:
     losses: dict[str, int] = found["losses"] or {}
+    losses = losses_beside(losses, _connections(found))
     lines = [f"  lost: {cause.replace('_', ' ')} {lost:,}" for cause, lost in losses.items()]
     for outage in found["outages"][-OUTAGES_SHOWN:]:
         between = f"{_time(outage['from'])} to {_time(outage['to'])}"
@@ -168,12 +171,16 @@ def _loss_lines(found: Mapping[str, Any]) -> list[str]:
     return lines or ["  nothing lost, no outages"]
 
 
-def _connection_lines(connections: Any, requests: int) -> list[str]:
-    """How many connections to providers were metered since the worker started, and the rest."""
-    with contextlib.suppress(ValueError):  # a service of an earlier version tells nothing of them
-        coverage = Coverage.of_json(connections)
-        return [f"  {line}" for line in coverage_lines(coverage, requests=requests)]
-    return []
+def _connections(found: Mapping[str, Any]) -> Coverage | None:
+    """What was counted since the worker started; a service of an earlier version tells nothing."""
+    with contextlib.suppress(ValueError):
+        return Coverage.of_json(found.get("connections"))
+    return None
+
+
+def _connection_lines(coverage: Coverage | None, requests: int) -> list[str]:
+    """How many connections to providers were metered, and the rest."""
+    return [f"  {line}" for line in coverage_lines(coverage, requests=requests)]
 
 
 def _duration(found: Mapping[str, Any]) -> str:

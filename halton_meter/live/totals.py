@@ -68,6 +68,7 @@ class Totals:
     failed: int = 0
     seen_again: int = 0  # sightings of requests that were counted before
     told_apart: int = 0  # requests to which the provider gave another one's id
+    other_calls: int = 0  # to providers that are no model requests
     # Events of which more may be seen yet, such as a background response that was only queued: the
     # better sighting takes the place of the first, as in the store.
     _provisional: dict[str, _Counted] = field(default_factory=dict, compare=False, repr=False)
@@ -109,6 +110,7 @@ class Totals:
         self.failed += other.failed
         self.seen_again += other.seen_again
         self.told_apart += other.told_apart
+        self.other_calls += other.other_calls
 
     def as_json(self) -> dict[str, Any]:
         """The totals with exact decimals as text."""
@@ -125,6 +127,7 @@ class Totals:
             "failed_requests": self.failed,
             "seen_again_requests": self.seen_again,
             "told_apart_requests": self.told_apart,
+            "other_calls": self.other_calls,
             "models": {name: _line_json(line) for name, line in self.models.items()},
         }
 
@@ -149,6 +152,7 @@ class Totals:
             totals.failed = _count(table["failed_requests"])
             totals.seen_again = _count(table["seen_again_requests"])
             totals.told_apart = _count(table["told_apart_requests"])
+            totals.other_calls = _count(table.get("other_calls", 0))  # new
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not totals: {type(error).__name__}") from None
         return totals

@@ -22,7 +22,7 @@ _OF_PROBES: Mapping[str, str] = {
     "functions_not_found": "its TLS functions were not found",
     "nothing_passed": "its traffic did not pass the functions that are probed",
     "quic": "QUIC (HTTP/3) is not metered",
-    "no_server_name": "it named no server",
+    "no_server_name": "it named no server (SNI)",
     "ech": "its server name is encrypted (ECH)",
 }
 # The same, of what the proxy saw or ought to have seen.

@@ -74,6 +74,12 @@ def test_requests_with_absurd_amounts_are_named_with_the_command_that_shows_them
     assert [json.loads(line)["id"] for line in listed.stdout.splitlines()] == ["b"]
 
 
+def test_coverage_of_nothing_says_what_to_do_next(home: Path) -> None:
+    assert run("--coverage").endswith("was counted. Uprobes count them: sudo halton-meter start\n")
+    said = "No connection was counted. All that were: halton-meter report --coverage\n"
+    assert run("--coverage", "--since", "1h") == said
+
+
 def test_a_small_total_is_not_rounded_to_nothing(home: Path) -> None:
     keep(home, made("a", "0.0003"), made("b", "0.00000001", model="tiny"))
     text = run()

@@ -18,6 +18,7 @@ from halton_meter.cli.run import summary_lines
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
 from halton_meter.cli.summary_file import write_summary
 from halton_meter.cli.systemd_unit import unit_text
+from halton_meter.coverage import Coverage
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Line, Totals
 from proxy_fallback.setup import service_files
@@ -94,6 +95,13 @@ def test_a_run_shows_outages_losses_and_what_was_not_metered() -> None:
         "  /usr/bin/both may be only partly metered:",
         "    it has rustls as well",
     ]
+
+
+def test_a_command_that_never_ran_has_no_line_about_coverage() -> None:
+    nothing = Coverage(is_known=True)
+    assert len(summary_lines(RunResult(connections=nothing, exit_code=127))) == 1
+    (_, said) = summary_lines(RunResult(connections=nothing, exit_code=1))
+    assert said == "  coverage: no connection to a provider carried a request"
 
 
 def test_status_without_a_service(tmp_path: Path) -> None:

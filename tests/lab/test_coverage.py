@@ -50,6 +50,7 @@ def test_run_names_what_it_did_not_meter_and_keeps_it(lab: Lab, tmp_path: Path) 
     assert f" to {HOST}, 1 connection: " in named
     found = json.loads(summary.read_text())["connections"]
     assert (found["known"], found["seen"], found["metered"]) == (True, 2, 1)
+    assert "\n  1 call that is no model request, not counted\n" in done.stderr
 
     environment = lab.environment(HALTON_METER_HOME=str(home))
     report = lab.run([*HALTON_METER, "report"], env=environment, user=lab.user)
@@ -75,6 +76,7 @@ def test_status_counts_programs_that_have_ended(service: Service) -> None:
     environment = service.lab.environment(HALTON_METER_HOME=str(service.home))
     status = service.lab.run([*HALTON_METER, "status"], env=environment, user=service.lab.user)
     assert f"to {HOST}, " in status.stdout
+    assert (service.status() or {})["totals"]["other_calls"]
     assert "coverage: " in status.stdout
 
 
@@ -94,3 +96,44 @@ def test_a_killed_worker_loses_no_more_than_a_report(lab: Lab, tmp_path: Path) -
     command = [*HALTON_METER, "report", "--json"]
     report = json.loads(lab.run(command, env=environment, user=lab.user).stdout)
     assert (report["connections"]["seen"], report["connections"]["metered"]) == (4, 2)
+
+
+def test_a_proxied_run_beside_the_service_counts_each_connection_once(lab: Lab) -> None:
+    """The run's own proxy counts them; what it opens itself is nobody's."""
+    own = Service(lab, lab.user.home / "beside")
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+    try:
+        client = "; ".join([f"curl -sS -o /dev/null {MODELS}"] * 3)
+        command = [*HALTON_METER, "run", "--via", "proxy", "--", "sh", "-c", client]
+        done = lab.run(command, env=environment, user=lab.user)
+        assert done.returncode == 0, done.stderr
+        assert "coverage: 3 of 3 connections" in done.stderr
+        assert "\n  3 calls that are no model request, not counted\n" in done.stderr
+        wait_until(lambda: unmetered(connections(own)) == 3, "the three that led to the proxy")
+        found = own.status() or {}
+    finally:
+        own.stop()
+    parts = {(Path(part["program"]).name, part["cause"]) for part in found["connections"]["parts"]}
+    assert parts == {("curl", "through_local_proxy")}
+    assert {Path(line["process"]).name for line in found["coverage"]} <= {"curl"}
+    command = [*HALTON_METER, "report", "--json"]
+    report = json.loads(lab.run(command, env=environment, user=lab.user).stdout)
+    assert (report["connections"]["seen"], report["connections"]["metered"]) == (3, 3)
+
+
+def test_http2_without_a_server_name_is_told_in_one_way(lab: Lab) -> None:
+    address = lab.run(["getent", "hosts", HOST]).stdout.split()[0]
+    own = Service(lab, lab.user.home / "nameless")
+    try:
+        asked = f"https://{address if '.' in address else f'[{address}]'}/v1/models"
+        curl = ["curl", "-sSk", "--http2", "-o", "/dev/null", "-H", f"Host: {HOST}", asked]
+        done = lab.run(curl, user=lab.user)
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: unmetered(connections(own)) == 1, "it")
+        environment = lab.environment(HALTON_METER_HOME=str(own.home))
+        status = lab.run([*HALTON_METER, "status"], env=environment, user=lab.user).stdout
+    finally:
+        own.stop()
+    assert "1 connection: it named no server (SNI). " in status
+    assert "lost:" not in status
+    assert "older than" not in status

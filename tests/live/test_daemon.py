@@ -401,7 +401,7 @@ class FakeMeter:
 
     def __init__(self) -> None:
         self.losses: dict[str, int] = {}
-        self.seen_again = 0
+        self.seen_again = self.other_calls = 0
 
     def receive(self, item: Any) -> list[PricedEvent]:
         return [item]

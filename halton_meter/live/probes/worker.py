@@ -38,7 +38,7 @@ from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
-from halton_meter.model import PricedEvent, TlsChunk
+from halton_meter.model import PricedEvent, Process, TlsChunk
 from halton_meter.problem import Unavailable
 
 if TYPE_CHECKING:
@@ -261,7 +261,10 @@ class Metering:
             size = _size(item)
             self._backlog_bytes -= size
             self._bytes += size - CHUNK_OVERHEAD_BYTES
+            calls = self._meter.other_calls
             made = self._meter.receive(item)
+            if self._meter.other_calls > calls:
+                self._count_calls(item.connection.process, self._meter.other_calls - calls)
             if made and not self._source.is_repeated(count):
                 events += made
             count += 1
@@ -272,6 +275,13 @@ class Metering:
             self._source.processed(count, self._meter.is_open)
         if not self._reading and self._backlog_bytes <= BACKLOG_BYTES_MAX // 2:
             self._listen()
+
+    def _count_calls(self, process: Process | None, calls: int) -> None:
+        """Count calls that are no model requests, also for the runs that the process is of."""
+        self._totals.other_calls += calls
+        for run in self._runs.values():
+            if process and _is_in_tree(process.pid, process.parents, run.pid):
+                run.totals.other_calls += calls
 
     def _keep(self, events: list[PricedEvent]) -> None:
         self._totals.seen_again = self._meter.seen_again

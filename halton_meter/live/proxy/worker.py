@@ -36,7 +36,7 @@ from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
-    from halton_meter.model import Exchange
+    from halton_meter.model import Exchange, Request
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
@@ -83,7 +83,14 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
     from proxy_fallback.mitm.addon import MeterAddon, Wiring
 
     registry = Registry(dict(extra_hosts))
-    recorder = Recorder(lambda request: Interest(*registry.interest_for(request)), pricing.losses)
+
+    def interest(request: Request) -> Interest:
+        keep, turn_ends = registry.interest_for(request)
+        if not keep and registry.of_host(request.host):
+            pricing.totals.other_calls += 1
+        return Interest(keep, turn_ends)
+
+    recorder = Recorder(interest, pricing.losses)
     return MeterAddon(
         Wiring(
             recorder.begin,

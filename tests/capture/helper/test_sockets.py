@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from socket import create_server
 from typing import Any
 
 import pytest
@@ -219,3 +221,33 @@ def test_sums_are_bounded_and_what_is_over_is_counted(place: Place) -> None:
         place.ends(1, socket(tgid=number + 1))
     assert len(place.sums()) == ROWS_MAX
     assert place.sockets.overlooked == 3
+
+
+def test_what_our_own_proxy_opens_counts_nowhere_and_what_leads_to_it_beside_the_ratio(
+    place: Place,
+) -> None:
+    """This process is the edge: it listens, and a worker of ours is its child."""
+    worker = ("python", "-m", "halton_meter.live.proxy.worker")
+    parents = ((os.getpid(), "python"),)
+    name: Any = lambda made: (  # noqa: E731
+        Process(pid=made.tgid, started_ns=0, argv=worker, parents=parents)
+        if made.tgid == 78
+        else Process(pid=made.tgid, started_ns=0)
+    )
+    place.sockets._name = name
+    with create_server(("127.0.0.1", 0)) as edge, create_server(("127.0.0.1", 0)) as strangers:
+        ports = (edge.getsockname()[1], strangers.getsockname()[1])
+        flags = FOLLOWED | SocketFlag.ASKED_PROXY
+        clients = [socket(port=port, address=LOCAL, flags=flags, linked=99) for port in ports]
+        strangers.close()
+        for number, client in enumerate(clients):
+            place.opens(number, client)
+            place.uses()
+        place.opens(9, socket(tgid=78))
+        place.uses(pid=78)
+        place.sockets.name_new()
+        assert (HOST, "OpenSSL", "through_local_proxy", 1) in place.open()
+        place.ends(9, socket(tgid=78))
+        for number, client in enumerate(clients):
+            place.ends(number, client)
+    assert place.sums() == [(HOST, "OpenSSL", "through_local_proxy", 1), (*METERED, 1)]
