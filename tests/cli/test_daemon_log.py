@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from halton_meter.accounts import invoking_account
 from halton_meter.cli import daemon, start
 from halton_meter.live import restarts
 from halton_meter.live.probes import service as probes_service
@@ -164,7 +166,7 @@ class NoSignals:
 
 @needs_dev_full
 def test_the_probes_service_goes_on_when_its_log_takes_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Flickering] = []
 
@@ -176,7 +178,8 @@ def test_the_probes_service_goes_on_when_its_log_takes_nothing(
     monkeypatch.setattr(probes_service, "Signals", NoSignals)
     with Path("/dev/full").open("wb", buffering=0) as full:
         monkeypatch.setattr("click.echo", lambda text, err: full.write(text.encode()))
-        probes_service.serve(SimpleNamespace(home="/home"), daemon.say)  # type: ignore[arg-type]
+        plan: Any = SimpleNamespace(home=tmp_path, account=invoking_account())
+        probes_service.serve(plan, daemon.say)
     assert made[0].ticks == 4
 
 
