@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,7 +22,9 @@ from halton_meter.cli.output import (
     count,
     fail,
     implausible_words,
+    money_text,
     note,
+    shown,
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
@@ -30,8 +33,9 @@ from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from halton_meter.live.result import RunResult
-    from halton_meter.live.totals import Line
+    from halton_meter.live.totals import Line, Totals
 
+CENT = Decimal("0.01")
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
@@ -203,18 +207,30 @@ def summary_lines(result: RunResult) -> list[str]:
     """The summary at the end of a run."""
     totals = result.totals
     total = totals.total
-    lines = [
-        f"{count(total.requests, 'request')}, "
-        f"{total.input_tokens:,} tokens in, {total.output_tokens:,} out, {_cost(total)}"
-    ]
+    lines = [f"{count(total.requests, 'request')}, {_tokens(total)}, {_cost(total)}"]
     models = sorted(totals.models.items(), key=lambda item: -item[1].list_usd)
+    if total.estimated or (total.unknown and not total.unpriced):
+        flag = "estimated" if total.estimated else "usage_not_sent"
+        lines.append(f"  which and why: halton-meter events --flag {flag}")
     if len(models) > 1 or total.unpriced:
         lines += [_model_line(name, line) for name, line in models[:MODELS_SHOWN]]
     if len(models) > MODELS_SHOWN:
         more = count(len(models) - MODELS_SHOWN, "more model")
         lines.append(f"  and {more}: halton-meter report --by model")
+    lines += _set_price(totals)
     lines += _troubles(result)
     return lines
+
+
+def _set_price(totals: Totals) -> list[str]:
+    """The command that gives the first model without a price one, as `report` has it."""
+    if not totals.without_price:
+        return []
+    from halton_meter.report import set_price_command
+
+    commands = (set_price_command(where, model) for model, where in totals.without_price.items())
+    command = next((command for command in commands if command), None)
+    return [f"  Set a price: {shown(command, 200)}"] if command else []
 
 
 def _model_line(name: str, line: Line) -> str:
@@ -224,13 +240,29 @@ def _model_line(name: str, line: Line) -> str:
     )
 
 
+def _tokens(line: Line) -> str:
+    """The tokens that are known, and of how many requests they are not."""
+    if line.unknown == line.requests and line.requests:
+        return "tokens not known"
+    known = f"{line.input_tokens:,} tokens in, {line.output_tokens:,} out"
+    return known + (f" (of {count(line.unknown, 'request')} not known)" if line.unknown else "")
+
+
+def _usd(amount: Decimal) -> str:
+    """With four decimals, below a cent with six, as `events` has them."""
+    return money_text(amount, 6 if 0 < abs(amount) < CENT else 4)
+
+
 def _cost(line: Line) -> str:
     """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    text = f"${line.list_usd:,.4f} list price"
+    text = f"{_usd(line.list_usd)} list price"
+    if line.estimated:
+        every = line.estimated == line.requests
+        text += " (estimated)" if every else f" ({count(line.estimated, 'request')} estimated)"
     if line.marginal_usd != line.list_usd:
-        text += f", ${line.marginal_usd:,.4f} billed"
+        text += f", {_usd(line.marginal_usd)} billed"
     return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
 
 

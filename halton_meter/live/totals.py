@@ -15,7 +15,7 @@ from typing import Any
 
 from halton_meter.contract import usd_text
 from halton_meter.identity import ID_REPEATED
-from halton_meter.model import Outcome, PricedEvent, Tokens
+from halton_meter.model import Basis, Certainty, Outcome, PricedEvent, Tokens
 from halton_meter.sightings import is_final
 from halton_meter.untrusted import COUNT_MAX, printable
 
@@ -28,7 +28,8 @@ PROVISIONAL_MAX = 1000  # events of which a better sighting may still come
 @dataclass(slots=True)
 class Line:
     """What one model used: known counts only; `unpriced` and `implausible` requests stand beside
-    the sum, each of them in one of the two.
+    the sum, each of them in one of the two. `unknown` are requests of which no token is known,
+    `estimated` those whose price is an estimate.
     """
 
     requests: int = 0
@@ -38,6 +39,8 @@ class Line:
     marginal_usd: Decimal = Decimal(0)
     unpriced: int = 0
     implausible: int = 0
+    unknown: int = 0
+    estimated: int = 0
 
     def add(self, other: Line, sign: int = 1) -> None:
         """Add another line to this one, or with -1 take it away."""
@@ -67,6 +70,8 @@ class Totals:
     aborted: int = 0
     failed: int = 0
     seen_again: int = 0  # sightings of requests that were counted before
+    # Models that a price would help, and a provider of each.
+    without_price: dict[str, str] = field(default_factory=dict)
     told_apart: int = 0  # requests to which the provider gave another one's id
     other_calls: int = 0  # to providers that are no model requests
     # Events of which more may be seen yet, such as a background response that was only queued: the
@@ -80,10 +85,17 @@ class Totals:
             self._count(earlier, -1)
         counted = _counted(event)
         self._count(counted)
+        model = usage.model or usage.request_model
+        if model and counted.line.unpriced and any(map(_wants_price, event.flags)):
+            self._want_price(model, usage.provider)
         if not is_final(usage):
             self._provisional[usage.id] = counted
             if len(self._provisional) > PROVISIONAL_MAX:
                 self._provisional.pop(next(iter(self._provisional)))
+
+    def _want_price(self, model: str, provider: str) -> None:
+        if len(self.without_price) < MODELS_MAX:
+            self.without_price.setdefault(model, provider)
 
     def _count(self, counted: _Counted, sign: int = 1) -> None:
         self._add_line(counted.model, counted.line, sign)
@@ -105,6 +117,8 @@ class Totals:
         """Add what another process counted."""
         for model, line in other.models.items():
             self._add_line(model, line)
+        for model, provider in other.without_price.items():
+            self._want_price(model, provider)
         self.gapped += other.gapped
         self.aborted += other.aborted
         self.failed += other.failed
@@ -128,6 +142,7 @@ class Totals:
             "seen_again_requests": self.seen_again,
             "told_apart_requests": self.told_apart,
             "other_calls": self.other_calls,
+            "without_price": dict(self.without_price),
             "models": {name: _line_json(line) for name, line in self.models.items()},
         }
 
@@ -145,8 +160,13 @@ class Totals:
                     marginal_usd=_usd(line["marginal_usd"]),
                     unpriced=_count(line["unpriced"]),
                     implausible=_count(line["implausible"]),
+                    unknown=_count(line.get("unknown", 0)),
+                    estimated=_count(line.get("estimated", 0)),
                 )
                 totals._add_line(printable(name, MODEL_CHARACTERS_MAX), counted)
+            wanted = table.get("without_price", {})
+            for model, provider in itertools.islice(wanted.items(), MODELS_MAX):
+                totals._want_price(*(printable(x, MODEL_CHARACTERS_MAX) for x in (model, provider)))
             totals.gapped = _count(table["gapped_requests"])
             totals.aborted = _count(table["aborted_requests"])
             totals.failed = _count(table["failed_requests"])
@@ -168,6 +188,12 @@ def _counted(event: PricedEvent) -> _Counted:
         marginal_usd=event.marginal_usd or Decimal(0),
         unpriced=int(event.list_usd is None and not event.implausible),
         implausible=int(event.implausible),
+        unknown=int(
+            usage.free is None
+            and usage.certainty is not Certainty.REPORTED
+            and not any(_known(event.tokens))
+        ),
+        estimated=int(event.list_usd is not None and event.basis is Basis.ESTIMATED),
     )
     return _Counted(
         usage.model or usage.request_model or "unknown model",
@@ -201,15 +227,25 @@ def _line_json(line: Line) -> dict[str, Any]:
     }
 
 
+def _wants_price(flag: str) -> bool:
+    """Whether a flag says that a price is missing, and not what is to be priced."""
+    return flag.startswith("unpriced:") and flag != "unpriced:usage"
+
+
+def _known(tokens: Tokens) -> list[bool]:
+    return [count is not None for count in (*_inputs(tokens), tokens.output)]
+
+
 def _sent(tokens: Tokens) -> int:
-    return sum(
-        count or 0
-        for count in (
-            tokens.input,
-            tokens.cache_read,
-            tokens.cache_write,
-            tokens.cache_write_5m,
-            tokens.cache_write_1h,
-            tokens.cache_write_12h,
-        )
+    return sum(count or 0 for count in _inputs(tokens))
+
+
+def _inputs(tokens: Tokens) -> tuple[int | None, ...]:
+    return (
+        tokens.input,
+        tokens.cache_read,
+        tokens.cache_write,
+        tokens.cache_write_5m,
+        tokens.cache_write_1h,
+        tokens.cache_write_12h,
     )

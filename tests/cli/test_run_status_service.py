@@ -54,7 +54,33 @@ def line(requests: int, usd: str, marginal: str | None = None, unpriced: int = 0
 
 def test_a_run_of_one_model_is_told_in_one_line() -> None:
     told = summary_lines(RunResult(totals(haiku=line(1, "0.0042"))))
-    assert told == ["1 request, 1,200 tokens in, 34 out, $0.0042 list price"]
+    assert told == ["1 request, 1,200 tokens in, 34 out, $0.004200 list price"]
+
+
+def test_a_run_does_not_take_unknown_tokens_for_none() -> None:
+    guessed = Line(1, list_usd=Decimal("0.000024"), marginal_usd=Decimal("0.000024"))
+    guessed.unknown = guessed.estimated = 1
+    made = totals(haiku=guessed)
+    made.aborted = 1
+    assert summary_lines(RunResult(made)) == [
+        "1 request, tokens not known, $0.000024 list price (estimated)",
+        "  which and why: halton-meter events --flag estimated",
+        "  1 interrupted",
+    ]
+    both = summary_lines(RunResult(totals(haiku=guessed, big=line(3, "1.5"))))
+    assert both[0] == (
+        "4 requests, 1,200 tokens in, 34 out (of 1 request not known), "
+        "$1.5000 list price (1 request estimated)"
+    )
+    assert Totals.of_json(made.as_json()) == made
+
+
+def test_a_run_names_the_command_that_sets_a_price() -> None:
+    made = totals(odd=line(1, "0", unpriced=1))
+    made.without_price["odd"] = "openai"
+    again = Totals.of_json(made.as_json())
+    said = "  Set a price: halton-meter pricing set odd --provider openai --rate input=USD"
+    assert any(each.startswith(said) for each in summary_lines(RunResult(again)))
 
 
 def test_a_run_tells_what_has_no_price_and_what_a_plan_pays() -> None:
