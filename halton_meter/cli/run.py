@@ -233,6 +233,7 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
+    from halton_meter.live.proxy.left_running import lines as left_running_lines
     from halton_meter.live.servers import lines as server_lines
     from halton_meter.live.unmetered import lines as unmetered_lines
 
@@ -254,6 +255,7 @@ def _troubles(result: RunResult) -> list[str]:
     lost = {cause: n for cause, n in result.losses.items() if not cause.startswith("unmetered_")}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
+    lines += [f"  {line}" for line in left_running_lines(result.left_running)]
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
     lines += [f"  {line}" for line in said]
     if result.price_error:
@@ -301,6 +303,7 @@ def _write_summary(named: str, result: RunResult) -> None:
         "coverage": result.coverage,
         "not_followed": result.not_followed,
         "connections": result.connections and result.connections.as_json(),
+        "left_running": result.left_running,
         "unseen_ms": result.unseen_ms,
         "unmetered": [each.as_json() for each in result.unmetered],
         "store_error": result.store_error,

@@ -16,6 +16,7 @@ class RunResult:
     seen and metered of connections to providers (None: nobody counts), `outages` the times without
     metering as (from_ns, to_ns, cause), `unmetered` what is known of connections to providers that
     were not metered, `not_followed` the commands that only asked a server outside of the run.
+    `left_running` are the programs of processes that still ran when the run's proxy ended.
     `unseen_ms`: a connection past the proxy that was shorter may not have been seen (None: nobody
     looked that way). `waited_ms` is how long its end waited for searches that tell why something
     was not metered. `exit_code` is the command's, 128 + its signal.
@@ -30,6 +31,7 @@ class RunResult:
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None
+    left_running: list[str] = field(default_factory=list)
     unseen_ms: int | None = None
     waited_ms: int = 0
     exit_code: int = 0
