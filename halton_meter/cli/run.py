@@ -267,6 +267,7 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
+    from halton_meter.live.proxy.left_running import lines as left_running_lines
     from halton_meter.live.servers import lines as server_lines
     from halton_meter.live.unmetered import lines as unmetered_lines
 
@@ -291,7 +292,10 @@ def _troubles(result: RunResult) -> list[str]:
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
-    lines += _still_running_lines(result.still_running)
+    if result.unseen_ms is None:
+        lines += _still_running_lines(result.still_running)
+    else:
+        lines += [f"  {line}" for line in left_running_lines(result.still_running)]
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
     lines += [f"  {line}" for line in said]
     if result.price_error:

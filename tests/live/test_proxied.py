@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pwd
+import signal
 import ssl
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import ClassVar
 import pytest
 
 from halton_meter.cli.run import summary_lines
+from halton_meter.live.proxy import left_running
 from halton_meter.live.proxy.run import environment_proxy, meter_command
 from halton_meter.live.result import RunResult
 from halton_meter.model import Source
@@ -366,4 +368,32 @@ def test_a_run_without_connections_says_which_it_cannot_have_seen(tmp_path: Path
     assert line == (
         "  coverage: no connection past the proxy was seen; "
         f"one shorter than {run.unseen_ms:,} ms may have been missed"
+    )
+
+
+LATER = "({}; exec {} -c '{}' {} 0 >{}) & exit 3"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads environments as Linux shows them")
+def test_what_the_command_leaves_running_keeps_the_proxy(origin: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = LATER.format("sleep 0.3", sys.executable, CLIENT, origin, out)
+    run = metered(tmp_path, origin, "sh", "-c", script)
+    assert (run.exit_code, run.totals.total.requests) == (3, 1)
+    assert out.read_text() == "chatcmpl-proxied-1\n"
+    assert run.still_running == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads environments as Linux shows them")
+def test_what_still_runs_at_the_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_running, "WAIT_S_MAX", 0.0)
+    pid_file = tmp_path / "pid"
+    command = ["sh", "-c", f"sleep 60 & echo $! >{pid_file}"]
+    run = meter_command(command, tmp_path / "home", {"PATH": os.environ["PATH"]}, {})
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    assert len(run.still_running) == 1
+    assert "  1 process of the command still runs without the proxy" in "\n".join(
+        summary_lines(run)
     )

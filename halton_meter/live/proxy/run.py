@@ -27,6 +27,7 @@ from halton_meter.live import control
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.not_started import not_started
 from halton_meter.live.pipeline import prepare_home
+from halton_meter.live.proxy import left_running
 from halton_meter.live.proxy.past import Past
 from halton_meter.live.proxy.programs import CERTIFICATE, RUN_FOLDER
 from halton_meter.live.proxy.service import ProxyService
@@ -152,6 +153,7 @@ def meter_command(
             proxied = _proxied(environment, port, ca_file, Path(folder), java)
             past = Past(hosts, extra_hosts) if sys.platform == "linux" else None
             run.exit_code, ran = _run(command, proxied, past)
+            run.still_running = left_running.wait_for(port)
             if past is not None:
                 past.stop()
                 run.unseen_ms = math.ceil(past.longest_s * 1000) if past.readable else None
