@@ -100,7 +100,7 @@ class CaptureFile(InputFile):
         self._magic = self.buffer[:4]
         if self._magic not in _PCAP_MAGIC and self._magic != b"\x0a\x0d\x0d\x0a":
             self.close()
-            raise NotACapture(f"{path}: {_what_it_is(self._magic, self.zipped, path)}")
+            raise NotACapture(f"{path} {_what_it_is(self._magic, self.zipped, path)}")
 
     def frames(self) -> Iterator[Frame]:
         """Every frame in the file's order."""

@@ -28,7 +28,7 @@ _LOSSES = {
     "frames_cut_by_snap_length": _Loss(
         "packet", "recorded in part", "record whole packets: tcpdump -s 0"
     ),
-    "capture_file_cut_short": _Loss("capture file", "without its end"),
+    "capture_file_cut_short": _Loss("capture file", "cut short: the end is missing"),
     "capture_bytes_not_read": _Loss("capture byte", "not read"),
     "ip_fragments": _Loss("IP fragment", "not reassembled"),
     "packets_without_a_time": _Loss("packet", "without a time; the file's was used"),

@@ -78,7 +78,7 @@ _OWN_HOSTS = (
     'openai_compatible_hosts = ["llm.example.com"]'
 )
 _STDIN, _STDIN_NAME = "-", "standard input"
-_STDIN_FILE = re.compile(rf"\S*/{_STDIN_NAME}(?=:)")
+_STDIN_FILE = re.compile(rf"\S*/{_STDIN_NAME}(?=:| )")
 _CAPTURES = (
     "name pcap or pcapng files, a folder that holds some, a glob pattern, or - for standard input"
 )

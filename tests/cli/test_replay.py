@@ -86,7 +86,7 @@ def test_a_file_that_is_no_capture_fails_and_the_others_are_read(tmp_path: Path)
     result = call(text, PLAIN, "--json")
     assert result.exit_code == 1
     assert len(events(result)) == 1
-    assert f"halton-meter: {text}: does not start like a pcap or pcapng file" in result.stderr
+    assert f"halton-meter: {text} does not start like a pcap or pcapng file" in result.stderr
 
 
 def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
@@ -239,5 +239,5 @@ def test_a_dash_is_standard_input(tmp_path: Path) -> None:
     assert done.stdout == call(PLAIN, "--json").stdout
     done = CliRunner().invoke(main, ["replay", "-"], input=b"no capture")
     assert done.exit_code == 1
-    assert "halton-meter: standard input: does not start like" in done.stderr
+    assert "halton-meter: standard input does not start like" in done.stderr
     assert CliRunner().invoke(main, ["replay", "-", "-"], input=raw).exit_code == 2

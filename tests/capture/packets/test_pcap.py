@@ -288,7 +288,7 @@ def test_a_gzip_that_breaks_off_gives_what_it_has(share: float, tmp_path: Path) 
     assert len(heard) > len(BODY) * share / 2
     assert findings.losses["capture_file_cut_short"] == 1
     _, findings = read(write(tmp_path / "capture.gz", packed[:15]))
-    assert findings.errors == [f"{tmp_path / 'capture.gz'}: holds nothing that gzip can unpack"]
+    assert findings.errors == [f"{tmp_path / 'capture.gz'} holds nothing that gzip can unpack"]
 
 
 def test_packets_without_a_time_take_the_files(tmp_path: Path) -> None:
@@ -324,8 +324,8 @@ def test_several_files_one_of_them_no_capture(tmp_path: Path) -> None:
     items, findings = read(text, good, empty)
     assert whole(items, Direction.RECEIVED) == BODY
     assert findings.errors == [
-        f"{text}: does not start like a pcap or pcapng file",
-        f"{empty}: is empty",
+        f"{text} does not start like a pcap or pcapng file",
+        f"{empty} is empty",
     ]
     assert findings.files == 1
 
