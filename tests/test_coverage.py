@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from halton_meter.cli.coverage import coverage_lines, coverage_table, percent
+from halton_meter.cli.coverage import coverage_lines, coverage_table, losses_beside, percent
 from halton_meter.coverage import OTHERS, PARTS_MAX, Count, Coverage, Part
 from halton_meter.live.unmetered import CAUSES
 
@@ -134,3 +134,10 @@ def test_texts_of_others_are_printable() -> None:
     table = {"known": True, "parts": [{**row, "connections": 1, "bytes": 1}]}
     (part,) = Coverage.of_json(table).parts
     assert "\x1b" not in (part.program or "")
+
+
+def test_a_loss_that_a_line_names_is_not_told_twice() -> None:
+    losses = {"http2_without_name": 1, "ring_full": 2}
+    assert losses_beside(losses, made((UNNAMED, 1, 5))) == {"ring_full": 2}
+    assert losses_beside(losses, made((WGET, 1, 5))) == losses
+    assert losses_beside(losses, None) == losses

@@ -14,7 +14,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.coverage import coverage_lines, coverage_table
+from halton_meter.cli.coverage import coverage_lines, coverage_table, losses_beside
 from halton_meter.cli.held import with_held
 from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
@@ -351,7 +351,7 @@ def _coverage(answer: Report) -> str:
         lines.append(f"{', '.join(found)}: figures may be too low.{why}")
     if coverage.pending:
         lines.append(f"{count(coverage.pending, 'request')} without an answer yet.")
-    lines += [*_waiting(answer), *_losses(coverage.losses)]
+    lines += [*_waiting(answer), *_losses(losses_beside(coverage.losses, answer.connections))]
     return "\n".join(styled(line, "yellow") for line in lines)
 
 
