@@ -104,6 +104,7 @@ def flood(bench: Bench, hers: Path) -> UprobeSource:
     return source
 
 
+@pytest.mark.slow
 def test_a_flood_of_crafted_files_neither_holds_up_nor_bloats_nor_blinds_the_helper(
     bench: Bench, flood: UprobeSource
 ) -> None:

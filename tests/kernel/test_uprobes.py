@@ -31,14 +31,14 @@ from tests.kernel.conftest import (
     gather,
     same_bytes,
 )
-from tests.support.quick import first
+from tests.support.quick import first, slow
 from tests.support.waiting import wait_until
 
 LOADERS = ("libbpf", "bcc")
 
 
 @pytest.mark.parametrize(
-    ("loader", "at_once"), [*((each, True) for each in LOADERS), ("libbpf", False)]
+    ("loader", "at_once"), [("libbpf", True), slow("bcc", True), ("libbpf", False)]
 )
 def test_python_with_blocking_sockets(bench: Bench, loader: str, at_once: bool) -> None:
     source = bench.source(loader=loader, at_once=at_once)
@@ -262,6 +262,7 @@ def test_a_connection_older_than_the_probes_is_known_by_its_next_head(bench: Ben
     assert source.status().counted["heads_judged"] == 2
 
 
+@pytest.mark.slow
 def test_an_overflowing_ring_loses_nothing_silently(bench: Bench) -> None:
     """Nobody reads while 60 MB pass: the socket fills, then the ring, then bytes are lost."""
     source = bench.source(ring_bytes=65536)

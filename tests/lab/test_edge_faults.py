@@ -453,6 +453,7 @@ def _memory_kb(pid: int, what: str) -> int:
     raise AssertionError(what)
 
 
+@pytest.mark.slow
 def test_two_hundred_megabytes_stream_through_flat_memory(proxied: Proxied) -> None:
     proxied.start()
     proxied.must(1)

@@ -22,7 +22,7 @@ HOSTS = {
     "xai-sdk": "api.x.ai",
     "gemini": "generativelanguage.googleapis.com",
 }
-ALSO = ("node", "gemini")  # by another way into a library that is tried already
+ALSO = ("node", "gemini", "xai-sdk")  # by another way into a library that is tried already
 LIBRARIES = {"httpx": "libssl", "node": "node", "xai-sdk": "cygrpc", "gemini": "cygrpc"}
 
 

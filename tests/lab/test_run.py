@@ -21,6 +21,7 @@ from tests.lab.conftest import (
 from tests.lab.test_clients import anthropic_body, curl
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
+from tests.support.quick import slow
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
@@ -273,7 +274,7 @@ def test_a_bad_configuration_is_said_and_the_command_runs(lab: Lab, home: Path) 
     assert (home / "ran").exists()
 
 
-@pytest.mark.parametrize("victim", ["halton_meter.live.probes.worker", "capture.helper.main"])
+@pytest.mark.parametrize("victim", ["capture.helper.main", slow("halton_meter.live.probes.worker")])
 def test_when_ours_dies_the_command_goes_on_and_all_of_it_is_metered(
     lab: Lab, home: Path, victim: str
 ) -> None:

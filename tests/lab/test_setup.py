@@ -186,6 +186,7 @@ def test_system_wide_trust_is_put_back_to_the_byte(person: Person) -> None:
     assert machine.run(listed).stdout == before
 
 
+@pytest.mark.slow
 def test_the_desktops_proxy_is_taken_away_while_nobody_answers(person: Person) -> None:
     user = person.machine.lab.user
     bus = {"DBUS_SESSION_BUS_ADDRESS": f"unix:path=/run/user/{user.uid}/bus"}

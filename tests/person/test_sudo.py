@@ -320,7 +320,7 @@ TRAPPED = [call for call in CALLS if call[0] not in ("init", "uninstall") or "--
     ("database", "kind"),
     [
         ("a trap", "symlink"),
-        ("a trap", "folder link"),
+        slow("a trap", "folder link"),
         ("whole", "hard link"),
         slow("a trap", "dangling"),
         slow("a trap", "hard link"),
@@ -485,7 +485,8 @@ def test_the_service_of_root_leaves_only_files_of_the_persons(probed: Place) -> 
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kind", first([kind for kind in KINDS if kind != "pipe"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pipe"])
 def test_no_probing_command_is_led_to_a_foreign_file(
     probed: Place, template: Path, kind: str
 ) -> None:

@@ -182,6 +182,7 @@ def _as_was(usage: object) -> PricedEvent:
     return replace(made(), usage=usage, list_usd=amount, marginal_usd=amount, basis=Basis.COMPUTED)
 
 
+@pytest.mark.slow
 def test_retagged_events_are_in_the_sums_of_their_new_project(store: Store) -> None:
     keep(store, on_day(0, "a", project="misc"), on_day(3, "b"), on_day(6, "c", project="misc"))
     assert store.retag("misc", "web", NOW_NS, dry_run=False) == 2
