@@ -230,6 +230,8 @@ def test_a_client_that_ignores_the_proxy_is_named(bench: ProxyBench) -> None:
     assert seen.events == []
     [row] = seen.told["unmetered"]
     assert row["program"].endswith("past.py")
-    assert (row["host"], row["connections"]) == ("api.anthropic.com", 1)
+    # The lab's hosts share an address; the script says which it was, if it was read in time.
+    assert "api.anthropic.com" in row["host"].split(" or ")
+    assert row["connections"] == 1
     assert (row["stack"], row["cause"]) == ("OpenSSL", "proxy_ignored")
     assert row["fix"] == "sudo halton-meter run -- CMD"
