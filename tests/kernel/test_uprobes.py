@@ -187,6 +187,15 @@ def test_a_sibling_outside_the_tree_is_not_seen(bench: Bench) -> None:
     assert process.argv[1].endswith("exchanges.py")
 
 
+# Users of single tests, whose scope is by user: no two tests that run side by side see each other.
+ORPHAN_UID, EXCLUDED_UID = 4245, 4246
+
+
+def as_user(uid: int) -> list[str]:
+    """What runs a command as a user without a name."""
+    return ["setpriv", "--reuid", str(uid), "--clear-groups", "--"]
+
+
 def only_process(seen: Any) -> Any:
     """Whose bytes these are; the end of an earlier connection may come late."""
     (each,) = (each for each in seen.values() if any(each.chunks.values()))
@@ -202,8 +211,9 @@ def test_an_orphan_is_of_the_tree_it_was_forked_in(bench: Bench) -> None:
 
 def test_an_orphan_names_the_run_it_was_forked_in(bench: Bench) -> None:
     """And the run around that one; another process of the same user names neither."""
-    source = bench.source(scope=Scope(everyone=True))
-    client = Client([sys.executable, CLIENTS / "daemonises.py"], bench.environment())
+    source = bench.source(scope=Scope(uids=frozenset({ORPHAN_UID})))
+    user = as_user(ORPHAN_UID)
+    client = Client([*user, "/usr/bin/python3", CLIENTS / "daemonises.py"], bench.environment())
     source.watch(os.getpid())
     source.watch(client.process.pid)
     client.go()
@@ -211,7 +221,7 @@ def test_an_orphan_names_the_run_it_was_forked_in(bench: Bench) -> None:
     daemons = gather(source.drain())
     parents = [pid for pid, _ in only_process(daemons).parents]
     assert parents[-2:] == [client.process.pid, os.getpid()]
-    bench.python("exchanges", "1", "1", "1", "1").output()
+    bench.client([*user, *curl(bench)]).output()
     later = gather(source.drain())
     process = only_process({name: each for name, each in later.items() if name not in daemons})
     assert client.process.pid not in [pid for pid, _ in process.parents]
@@ -228,9 +238,8 @@ def test_a_run_widens_no_scope(bench: Bench) -> None:
 
 def test_scope_by_user(bench: Bench) -> None:
     source = bench.source(scope=Scope(uids=frozenset({4244})))
-    uid = ["setpriv", "--reuid", "4244", "--clear-groups", "--"]
     bench.client(curl(bench), HALTON_PROJECT="mine").output()
-    bench.client([*uid, *curl(bench, path="bytes/77")], HALTON_PROJECT="theirs").output()
+    bench.client([*as_user(4244), *curl(bench, path="bytes/77")], HALTON_PROJECT="theirs").output()
     seen = gather(source.drain())
     assert [each.connection.process.uid for each in seen.values() if each.connection.process] == [
         4244
@@ -238,8 +247,10 @@ def test_scope_by_user(bench: Bench) -> None:
 
 
 def test_an_excluded_process_is_not_seen_twice(bench: Bench) -> None:
-    source = bench.source(scope=Scope(everyone=True, excluded=(os.getpid(),)))
-    bench.python("exchanges", "1", "1", "1", "1").output()  # a child of ours: excluded too
+    source = bench.source(scope=Scope(uids=frozenset({EXCLUDED_UID}), excluded=(os.getpid(),)))
+    command = [*as_user(EXCLUDED_UID), *curl(bench)]
+    bench.client(command).output()  # a child of ours: excluded too
+    assert bench.server.heard_by(PROVIDER)
     assert not source.drain()
 
 
