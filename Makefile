@@ -28,7 +28,7 @@ QUIETLY := PYTHONWARNINGS=ignore
 demo: setup
 	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
 
-# Some 9 minutes on two quiet cores. What takes long is left to test-all: tests marked `slow`, seven eighths
+# Some 7 minutes on two quiet cores. What takes long is left to test-all: tests marked `slow`, seven eighths
 # of each property's examples.
 test: setup-test
 	@$(BIN)/python tools/run_tests.py
