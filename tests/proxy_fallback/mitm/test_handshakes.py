@@ -95,11 +95,12 @@ class Place:
         self._listener.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def shared(
     certificate: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Place]:
+    """Anew for each test: mitmproxy's newest session in a process replaces what others share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(certificate))
         place = Place(certificate, tmp_path_factory.mktemp("ca"))
@@ -362,7 +363,6 @@ def test_what_is_remembered_of_handshakes_has_a_limit() -> None:
     assert not seen.spoke("unknown")
 
 
-# Last: mitmproxy's newest session in a process replaces what it shares with earlier ones.
 @versions
 def test_who_is_left_by_a_proxy_that_ends_has_refused_nothing(
     certificate: Path, tmp_path: Path, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
