@@ -207,7 +207,10 @@ def _nothing(answer: Report, selection: Selection) -> str:
     seen = answer.connections is not None and answer.connections.parts
     if selection == Selection() and not answer.coverage.waiting and not seen:
         return with_held(NOTHING)
-    lines = ["No requests match. All that are stored: halton-meter report", *_waiting(answer)]
+    first = "No request was metered"
+    if selection != Selection():
+        first = "No requests match. All that are stored: halton-meter report"
+    lines = [first, *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
 
 

@@ -208,6 +208,8 @@ def summary_lines(result: RunResult) -> list[str]:
     totals = result.totals
     total = totals.total
     lines = [f"{count(total.requests, 'request')}, {_tokens(total)}, {_cost(total)}"]
+    if not total.requests and _is_more_than_metered(result):
+        lines = ["no request was metered; what the command spent is not known"]
     models = sorted(totals.models.items(), key=lambda item: -item[1].list_usd)
     if total.estimated or (total.unknown and not total.unpriced):
         flag = "estimated" if total.estimated else "usage_not_sent"
@@ -220,6 +222,13 @@ def summary_lines(result: RunResult) -> list[str]:
     lines += _set_price(totals)
     lines += _troubles(result)
     return lines
+
+
+def _is_more_than_metered(result: RunResult) -> bool:
+    """Whether a provider was asked, or may have been, past all that was metered."""
+    seen = result.connections
+    missed = seen is not None and seen.metered.connections < seen.seen.connections
+    return bool(missed or result.unmetered or result.outages or result.still_running)
 
 
 def _set_price(totals: Totals) -> list[str]:
@@ -267,7 +276,6 @@ def _cost(line: Line) -> str:
 
 
 def _troubles(result: RunResult) -> list[str]:
-    from halton_meter.live.proxy.left_running import lines as left_running_lines
     from halton_meter.live.servers import lines as server_lines
     from halton_meter.live.unmetered import lines as unmetered_lines
 
@@ -292,10 +300,7 @@ def _troubles(result: RunResult) -> list[str]:
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
-    if result.unseen_ms is None:
-        lines += _still_running_lines(result.still_running)
-    else:
-        lines += [f"  {line}" for line in left_running_lines(result.still_running)]
+    lines += _still_running_lines(result)
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
     lines += [f"  {line}" for line in said]
     if result.price_error:
@@ -335,19 +340,23 @@ def _troubles(result: RunResult) -> list[str]:
     return lines
 
 
-def _still_running_lines(programs: Sequence[str]) -> list[str]:
-    """What of the command goes on without being metered."""
+def _still_running_lines(result: RunResult) -> list[str]:
+    """What of the command goes on without being metered, or without the proxy that it was told."""
+    programs = result.still_running
     if not programs:
         return []
-    many = len(programs) > 1
     named = list(dict.fromkeys(programs))
-    shown = ", ".join(named[:PROCESSES_SHOWN])
+    names = ", ".join(named[:PROCESSES_SHOWN])
     if len(named) > PROCESSES_SHOWN:
-        shown += f" and {len(named) - PROCESSES_SHOWN:,} more"
-    processes = count(len(programs), "process", "processes")
-    verbs = "run and are" if many else "runs and is"
-    what = f"  {processes} of the command still {verbs} no longer metered: {shown}."
-    return [f"{what} Use: sudo halton-meter start"]
+        names += f" and {len(named) - PROCESSES_SHOWN:,} more"
+    many = len(programs) > 1
+    what = f"  {count(len(programs), 'process', 'processes')} of the command still"
+    if result.unseen_ms is None:
+        verbs = "run and are" if many else "runs and is"
+        return [f"{what} {verbs} no longer metered: {names}. Use: sudo halton-meter start"]
+    verb = "run" if many else "runs"
+    why = "without the proxy, which ended with this run"
+    return [f"{what} {verb} {why}: {names}. Use: let the command wait for what it starts"]
 
 
 def _as_json(result: RunResult) -> dict[str, Any]:

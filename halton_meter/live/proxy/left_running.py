@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
 
 WAIT_S_MAX = 2.0
 _LOOK_EVERY_S = 0.05
@@ -40,19 +39,3 @@ def users_of(port: int) -> list[str]:
             if told in file.read(_ENVIRONMENT_BYTES_MAX):
                 names.append(os.path.basename(os.readlink(f"/proc/{pid}/exe")))
     return sorted(names)
-
-
-def lines(names: Sequence[str]) -> list[str]:
-    """What is said of processes that still run: nothing, or one line."""
-    if not names:
-        return []
-    n = len(names)
-    who = (
-        f"{n:,} processes of the command still run"
-        if n > 1
-        else "1 process of the command still runs"
-    )
-    return [
-        f"{who} without the proxy, which ended with this run: "
-        f"{', '.join(sorted(set(names))[:5])}. Use: let the command wait for what it starts"
-    ]
