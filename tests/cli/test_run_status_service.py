@@ -18,7 +18,7 @@ from halton_meter.cli.run import summary_lines
 from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
 from halton_meter.cli.summary_file import write_summary
 from halton_meter.cli.systemd_unit import unit_text
-from halton_meter.coverage import Coverage
+from halton_meter.coverage import Coverage, Part
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Line, Totals
 from proxy_fallback.setup import service_files
@@ -121,6 +121,23 @@ def test_a_run_shows_outages_losses_and_what_was_not_metered() -> None:
         "  /usr/bin/both may be only partly metered:",
         "    it has rustls as well",
     ]
+
+
+def test_what_was_asked_past_the_meter_is_not_told_as_nothing_spent() -> None:
+    missed = Coverage(is_known=True)
+    missed.add(Part("/usr/bin/app", "api.openai.com", "rustls", "not_probed"), 1, 900)
+    unknown = "no request was metered; what the command spent is not known"
+    outage = (0, 1_000_000_000, "the worker was killed")
+    for result in (
+        RunResult(connections=missed),
+        RunResult(outages=[outage]),
+        RunResult(still_running=["sleep"]),
+    ):
+        assert summary_lines(result)[0] == unknown
+    seen = Coverage(is_known=True)
+    seen.add(Part("/usr/bin/app", "api.openai.com", "OpenSSL", None), 1, 900)
+    nothing = "0 requests, 0 tokens in, 0 out, $0.0000 list price"
+    assert summary_lines(RunResult(connections=seen))[0] == nothing
 
 
 def test_a_command_that_never_ran_has_no_line_about_coverage() -> None:

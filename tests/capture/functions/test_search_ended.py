@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from capture.helper.coverage import unmetered
 from capture.helper.files.attachments import SETTLED_NS, Attachments, FileId, SearchPriority
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import NameLocations
+from capture.helper.files.searches import Searches
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
@@ -37,17 +40,30 @@ def put(attachments: Attachments, path: Path, data: bytes) -> FileId:
         return attachments.look_into(file.fileno(), str(path), SearchPriority.PROGRAM)
 
 
-def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(tmp_path: Path) -> None:
+def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = strip(build(tmp_path, "-DTWO_WRITERS")).read_bytes()
     attachments = Attachments({}, KnownFiles(None), NameLocations(None, None, None))
     first = put(attachments, tmp_path / "first", subject)
     second = put(attachments, tmp_path / "second", subject)
+    searching: list[Any] = []
+    give = Searches._give
+
+    def give_to_one_that_stands_still(own: Searches, child: Any, *jobs: Any) -> None:
+        """The search that is to be killed has its file, and has not begun."""
+        if child is not None and child.lane >= 0 and not searching:
+            select.select([child], [], [], 60)
+            child.introduced(child.link.recv(100))
+            os.kill(child.pid, signal.SIGSTOP)
+            searching.append(child)
+        give(own, child, *jobs)
+
+    monkeypatch.setattr(Searches, "_give", give_to_one_that_stands_still)
     deadline = time.monotonic() + 60
-    while not (searching := [each for each in attachments._searches._children if each.lane >= 0]):
+    while not searching:
         attachments.search()
         assert time.monotonic() < deadline
-    while not searching[0].pid:
-        attachments.search()
     assert [job.identity for job in searching[0].given] == [first]
     os.kill(searching[0].pid, signal.SIGKILL)
     searched(attachments)

