@@ -23,6 +23,7 @@ from halton_meter.wire.recording import Recorder
 from proxy_fallback.mitm.addon import MeterAddon, Wiring
 from proxy_fallback.mitm.session import ProxySession
 from tests.proxy_fallback.mitm.test_session import certificate  # noqa: F401 (a fixture)
+from tests.support.accepting import answer_each
 
 Answer = Callable[["Talk"], None]
 WAIT_S_MAX = 120.0
@@ -59,15 +60,7 @@ class Origin:
         self._answer = answer
         self.port = self._listener.getsockname()[1]
         self.talks: list[Talk] = []
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._talk, args=(raw,), daemon=True).start()
+        answer_each(self._listener, self._talk)
 
     def _talk(self, raw: socket.socket) -> None:
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # it sends when it says so

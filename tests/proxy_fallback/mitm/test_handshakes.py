@@ -9,7 +9,6 @@ import ctypes.util
 import socket
 import ssl
 import struct
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from proxy_fallback.mitm.addon import MeterAddon, Wiring
 from proxy_fallback.mitm.handshakes import Handshakes, Taken
 from proxy_fallback.mitm.session import ProxySession
 from tests.proxy_fallback.mitm.test_session import certificate as certificate
+from tests.support.accepting import answer_each
 from tests.support.waiting import wait_until
 
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
@@ -39,7 +39,7 @@ class Place:
         self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
+        answer_each(self._listener, self._answer)
         self.told: list[tuple[Any, ...]] = []
         self.untrusting = False
         self.kinds: frozenset[int] = frozenset()
@@ -65,14 +65,6 @@ class Place:
     def _judge(self, host: str, process: object, kinds: frozenset[int]) -> bool:
         self.kinds = kinds
         return self.untrusting
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(raw,), daemon=True).start()
 
     def _answer(self, raw: socket.socket) -> None:
         with contextlib.suppress(OSError), self._context.wrap_socket(raw, server_side=True) as tls:

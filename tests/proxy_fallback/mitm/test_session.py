@@ -20,6 +20,7 @@ from halton_meter.wire.conversation import Interest
 from halton_meter.wire.recording import Recorder
 from proxy_fallback.mitm.addon import Begin, MeterAddon, Wiring
 from proxy_fallback.mitm.session import ProxySession, host_patterns
+from tests.support.accepting import answer_each
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,7 @@ class Origin:
         self.port = self._listener.getsockname()[1]
         self.first_half_seen = threading.Event()
         self.heads: list[bytes] = []
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(raw,), daemon=True).start()
+        answer_each(self._listener, self._answer)
 
     def _answer(self, raw: socket.socket) -> None:
         with self._context.wrap_socket(raw, server_side=True) as tls:
