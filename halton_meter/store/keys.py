@@ -48,7 +48,7 @@ def account_key(home: Path, owner: tuple[int, int] | None = None) -> bytes | Non
 def _made(home: Home) -> bytes | None:
     home.make_directories()
     path = home.path / NAME
-    if path.exists() and known_account_key(home.path) is None:
+    if os.path.lexists(path) and known_account_key(home.path) is None:
         path.unlink()  # half a key, by a full disk: no hash was made with it
     part = home.path / f".{NAME}.{os.getpid()}-{os.urandom(4).hex()}"
     try:
