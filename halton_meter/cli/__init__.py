@@ -43,6 +43,7 @@ _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
+    "session": _Entry("halton_meter.cli.session:session", "List sessions, and show how one went."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),

@@ -41,6 +41,8 @@ CALLS: tuple[tuple[str, ...], ...] = (
     ("replay", str(CAPTURE), "--store", "--quiet"),
     ("events", "--json"),
     ("report",),
+    ("session", "list"),
+    ("session", "show", "latest"),
     ("dashboard",),
     *(("export", form, f"out.{form}", "--force") for form in ("sqlite", "csv", "parquet", "jsonl")),
     ("pricing", "status"),
