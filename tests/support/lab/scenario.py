@@ -31,6 +31,8 @@ class Scenario:
     cut: int = 0
     # What the answer's id is made of, where it must be the same again.
     serial: str = ""
+    # The type of a sub-agent that the client is asked to start, once, before the answer.
+    agent: str = ""
 
     @property
     def marker(self) -> str:
@@ -38,7 +40,7 @@ class Scenario:
         return (
             f"lab[n={self.n}&chunks={self.chunks}&delay_ms={self.delay_ms:g}"
             f"&piece_bytes={self.piece_bytes}&status={self.status}"
-            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}]"
+            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}&agent={self.agent}]"
         )
 
     @property
@@ -82,4 +84,5 @@ def scenario_of(body: bytes) -> Scenario:
         coding=asked.get("coding", ""),
         cut=int(asked.get("cut", 0)),
         serial=asked.get("serial", ""),
+        agent=asked.get("agent", ""),
     )
