@@ -264,11 +264,7 @@ def files_with(word: str) -> set[str]:
 EXAMPLES_OF = [
     ("Add a provider", "cohere", {"pricing/overlay/bedrock.toml"}),
     ("Add a TLS library", "leave_go_read", set()),
-    (
-        "Add an event field",
-        "git_branch",
-        {"halton_meter/cli/report.py", "halton_meter/sessions.py"},
-    ),
+    ("Add an event field", "git_branch", {"halton_meter/cli/report.py"}),
     ("Add a client that names its session", "x-opencode-session-id", set()),
     ("Add a report dimension", "error_class", None),
     ("Add a command", "retag", {"halton_meter/store/store.py", "halton_meter/store/schema.py"}),
