@@ -58,6 +58,13 @@
 #define LATE_NS 20000000 /* a connection first seen this long after its first request was probed late */
 #define QUIC_BYTES_MIN 1200 /* of a datagram that opens a QUIC connection (RFC 9000, 14.1) */
 #define ADDRESSES_A_LOOKUP_MAX 8
+#define RUSTLS_PIECES_MAX 64 /* of one record that is sent: hyper hands over so many at once */
+#define RUSTLS_SCAN_BYTES 2048 /* of a connection: 0.23 has its state at 904 */
+#define RUSTLS_STATES_MAX 8 /* places in a connection where its state may be */
+#define RUSTLS_STATE_BYTES 512 /* of a state, in which the name is looked for: 0.23 has it at 16 */
+#define RUSTLS_SCANS_MAX 64 /* of one file, without enough votes: a thread's next write may be another's */
+#define RUSTLS_MISSES_MAX 3 /* connections of one file of which a record passed no probe */
+#define RUSTLS_NAME_BYTES_MIN 4 /* "a.io" */
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -138,7 +145,7 @@ enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SEND
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15, KIND_RECORDS_MISSED = 22 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1 };
 
@@ -176,6 +183,7 @@ enum statistic {
 	STAT_DENIED,
 	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
 	STAT_SOCKET_TABLE_FULL, /* TCP connections that are not followed, so not counted either */
+	STAT_RECORDS_MISSED, /* rustls connections whose records did not follow on each other */
 	STATS,
 };
 
@@ -191,6 +199,10 @@ enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGR
  * belongs there (attaching.py), and is nobody else's business. */
 enum cookie_part { COOKIE_FILE = 0xffff, COOKIE_UNPROVED = 0x10000, COOKIE_PROGRAM_BITS = 8 };
 #define OWN_PART(cookie) ((cookie) << COOKIE_PROGRAM_BITS >> COOKIE_PROGRAM_BITS)
+
+/* The same of rustls' probes (rustls_layer.py). Registers are numbered as the words of `struct
+ * registers`; `REST` is the Ok tag of a result, or where the layer is from its register on, in words. */
+enum rustls_cookie_shift { RUSTLS_LAYER = 17, RUSTLS_OBJECT = 22, RUSTLS_OFFSET = 27, RUSTLS_COUNTED = 43, RUSTLS_REST = 44 };
 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
@@ -258,6 +270,48 @@ struct go_call {
 	u64 buffer;
 };
 
+/* What is known of a rustls connection: what its next record must be to be its next. */
+enum rustls_state {
+	RUSTLS_NEW, /* seen from its first record on, not judged yet */
+	RUSTLS_JOINED, /* the same, but its first records were missed */
+	RUSTLS_ADMITTED,
+	RUSTLS_DENIED,
+	RUSTLS_UNNAMED, /* HTTP/2; judged again once the location of its name is known */
+};
+
+struct rustls {
+	u64 id; /* its key in `connections`: no address, and given once */
+	u64 decrypter;
+	u64 next_sent; /* numbers of records */
+	u64 next_received;
+	u8 state;
+	u8 sent_update; /* the last record was a KeyUpdate: another encrypter may follow */
+	u8 received_update;
+	u8 tls12; /* the handshake's last record had the key of what follows */
+	u32 early; /* data bytes received before any was sent */
+};
+
+/* A part of rustls' RecordLayer, from its encrypter on. */
+struct rustls_layer {
+	u64 encrypter;
+	u64 encrypter_table;
+	u64 decrypter;
+	u64 decrypter_table;
+	u64 sent_max;
+	u64 sent; /* records with this key */
+	u64 received;
+};
+
+struct rustls_call { /* a record that a thread decrypts */
+	u64 encrypter; /* 0: none that is wanted */
+	u64 id;
+};
+
+struct rustls_sender { /* what a thread has encrypted last */
+	u64 layer;
+	u64 cookie;
+};
+
 enum socket_state { SOCKET_NEW = 0, SOCKET_SEEN = 1 };
 enum socket_flag {
 	SOCKET_NO_NAME = 1, /* its ClientHello has no server name */
@@ -308,10 +362,16 @@ struct lookup_call {
 	char host[HOST_BYTES_MAX];
 };
 
-enum name_state { NAME_SOUGHT = 0, NAME_KNOWN = 1, NAME_GIVEN_UP = 2 };
+enum name_state {
+	NAME_SOUGHT = 0,
+	NAME_KNOWN = 1,
+	NAME_GIVEN_UP = 2,
+	NAME_ASSUMED = 3, /* of this version of rustls: one connection has to show that it is true */
+};
 
 struct name_location {
-	u32 offset; /* within an SSL object, of the pointer to the library's copy of the name */
+	u32 offset; /* within an SSL object, of the pointer to the library's copy of the name; of rustls,
+		     * within a connection, of the pointer to its state << 16 | within that, of the name */
 	u8 state;
 	u8 votes;
 	u8 scans;
@@ -462,6 +522,25 @@ HASH(threads, u64, struct thread, THREADS_MAX);
  * `leave_go` reads and drops. */
 HASH(go_calls, struct go_key, struct go_call, THREADS_MAX);
 
+/* --- rustls --- */
+
+/* Its connections of processes in scope. Key: the encrypter and the process. Value: what the next record
+ * must be. `enter_rustls_send` adds, it and the programs at a receive move it on. */
+LRU_HASH(rustls_connections, struct key, struct rustls, DENIED_MAX);
+
+/* Connections that get another encrypter after a KeyUpdate. Key: the decrypter, and once more the address
+ * of the layer, and the process. Value: the encrypter before. `rustls_await_update` writes; `rustls_updated` reads
+ * and drops. */
+LRU_HASH(rustls_updates, struct key, u64, 1024);
+
+/* Key: thread and process id. Value: the record that it decrypts. `enter_rustls_receive` writes,
+ * `leave_rustls_receive` reads, `on_exit` drops. */
+HASH(rustls_calls, u64, struct rustls_call, THREADS_MAX);
+
+/* Key: thread and process id. Value: the connection that it has encrypted for, until it writes to a socket.
+ * `enter_rustls_send` writes while it is not known where names are, `learn_by_socket` reads and drops. */
+LRU_HASH(rustls_senders, u64, struct rustls_sender, 1024);
+
 /* --- sockets --- */
 
 /* TCP connections that processes in scope have opened, and that may lead to a provider. Key: the
@@ -551,6 +630,18 @@ INLINE void births_set(u32 *k, struct birth *v) { births.update(k, v); }
 INLINE void births_drop(u32 *k) { births.delete(k); }
 INLINE long process_ring_output(void *p, u64 size) { return process_ring.ringbuf_output(p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
+INLINE struct rustls *rustls_connections_get(struct key *k) { return rustls_connections.lookup(k); }
+INLINE int rustls_connections_set(struct key *k, struct rustls *v) { return rustls_connections.update(k, v); }
+INLINE void rustls_connections_drop(struct key *k) { rustls_connections.delete(k); }
+INLINE u64 *rustls_updates_get(struct key *k) { return rustls_updates.lookup(k); }
+INLINE void rustls_updates_set(struct key *k, u64 *v) { rustls_updates.update(k, v); }
+INLINE void rustls_updates_drop(struct key *k) { rustls_updates.delete(k); }
+INLINE struct rustls_call *rustls_calls_get(u64 *k) { return rustls_calls.lookup(k); }
+INLINE int rustls_calls_set(u64 *k, struct rustls_call *v) { return rustls_calls.update(k, v); }
+INLINE void rustls_calls_drop(u64 *k) { rustls_calls.delete(k); }
+INLINE struct rustls_sender *rustls_senders_get(u64 *k) { return rustls_senders.lookup(k); }
+INLINE void rustls_senders_set(u64 *k, struct rustls_sender *v) { rustls_senders.update(k, v); }
+INLINE void rustls_senders_drop(u64 *k) { rustls_senders.delete(k); }
 INLINE struct name_location *name_locations_get(u32 *k) { return name_locations.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
 INLINE int connections_add(struct key *k, struct connection *v) { return connections.insert(k, v); }
@@ -855,31 +946,37 @@ INLINE void tell_used(struct key *key, struct connection *c, u64 now)
 	process_ring_submit(r);
 }
 
+/* Before a call's bytes are copied: how many, at their end, are too many for one request. */
+INLINE u64 begin_copy(struct chunk *c, u64 total)
+{
+	struct connection *connection = c->connection;
+	u32 zero = 0;
+
+	if (!connection->announced)
+		announce(c->key, connection);
+	if (c->direction != SENT) {
+		connection->burst = 0;
+		return 0;
+	}
+	if (!connection->sent)
+		tell_used(c->key, connection, c->now);
+	struct settings *s = settings_get(&zero);
+	connection->burst += total;
+	if (!s || connection->burst <= s->request_bytes_max)
+		return 0;
+	u64 cut = connection->burst - s->request_bytes_max;
+	return cut > total ? total : cut;
+}
+
 INLINE void copy_out(struct chunk *c, u64 total)
 {
 	u64 filled_before = ring_query(0 /* filled */);
 	struct connection *connection = c->connection;
-	struct settings *s;
-	u32 zero = 0;
-	u64 cut = 0;
+	u64 cut = begin_copy(c, total);
 
-	if (!connection->announced)
-		announce(c->key, connection);
-	if (c->direction == SENT && !connection->sent)
-		tell_used(c->key, connection, c->now);
-	if (c->direction == SENT) {
-		s = settings_get(&zero);
-		connection->burst += total;
-		if (s && connection->burst > s->request_bytes_max) {
-			cut = connection->burst - s->request_bytes_max;
-			if (cut > total)
-				cut = total;
-			total -= cut; /* one write may hold head and all: the head is needed */
-			count(STAT_REQUEST_CUT_BYTES, cut);
-		}
-	} else {
-		connection->burst = 0;
-	}
+	total -= cut; /* one write may hold head and all: the head is needed */
+	if (cut)
+		count(STAT_REQUEST_CUT_BYTES, cut);
 	for (int i = 0; i < PIECES_MAX; i++) {
 		if (total <= PIECE_BYTES_MAX)
 			break;
@@ -1618,6 +1715,688 @@ SECTION("uprobe/enter_go_write") int enter_go_write(struct registers *r) { retur
 SECTION("uprobe/leave_go_read") int leave_go_read(struct registers *r) { return leave_go(r, RECEIVED); }
 SECTION("uprobe/leave_go_write") int leave_go_write(struct registers *r) { return leave_go(r, SENT); }
 
+/* ---- rustls ----------------------------------------------------------------------------------
+ *
+ * rustls encrypts and decrypts each record by a call through a box. The probes are in the middle of
+ * functions: just before these calls, and behind the one that decrypts (rustls_layer.py has the layouts).
+ * A connection moves in memory, its boxes do not: it is known by its encrypter. Boxes are used again by
+ * other connections, often at once. So a record belongs to a known connection only if both boxes and both
+ * counters are what they must be after the record before; else the connection has ended for us, and what
+ * comes is judged anew. After a KeyUpdate, and only then, another box may follow, whose counter is 0.
+ *
+ * The host is the name that rustls was asked to connect to. TLS 1.3 keeps it in the object that handles
+ * traffic, two pointers away from the boxes, which is in its place while data is sent. Where that is in a
+ * build we learn as with other libraries ("where the library keeps the name"), from the first connection:
+ * by the Host of a request, or by the server name that the same thread sends on its socket after the
+ * handshake's last record. Of known versions it is assumed, and has to be shown once all the same. */
+
+enum rustls_content { RUSTLS_ALERT = 1, RUSTLS_HANDSHAKE = 2, RUSTLS_DATA = 3 };
+#define RUSTLS_ENCRYPTER 0x10 /* in what the cookie leads to */
+#define RUSTLS_ID (1ULL << 63) /* in a connection's key: no address has it */
+#define RUSTLS_KEY_UPDATE 24
+#define FIRST_MISS 0x100 /* in a file's proof: above its bits connections with a missed record are counted */
+
+struct rustls_message {
+	u64 words[4]; /* 0, address, length: one piece; else pieces, how many, from where, to where */
+	u8 content;
+	u8 unused[7];
+};
+
+struct rustls_result {
+	u8 tag;
+	u8 unused[7];
+	u64 address;
+	u64 length;
+	u8 content;
+	u8 unused_too[7];
+};
+
+INLINE s64 signed_bits(u64 word, u32 from, u32 bits)
+{
+	return (s64)(word << (64 - from - bits)) >> (64 - bits);
+}
+
+INLINE u64 register_at(struct registers *r, u64 number)
+{
+	u64 value = 0;
+	bpf_probe_read_kernel(&value, sizeof(value), (char *)r + 8 * (number & 31));
+	return value;
+}
+
+INLINE u64 rustls_base(struct registers *r, u64 cookie)
+{
+	return register_at(r, cookie >> RUSTLS_LAYER) + 8 * signed_bits(cookie, RUSTLS_REST, 12);
+}
+
+INLINE u64 rustls_object(struct registers *r, u64 cookie)
+{
+	return register_at(r, cookie >> RUSTLS_OBJECT) + signed_bits(cookie, RUSTLS_OFFSET, 16);
+}
+
+/* --- which connection --- */
+
+/* A new connection's record passed no probe: what was found in this file is not all there is. */
+INLINE void tell_missed(struct connection *c, u64 cookie)
+{
+	u32 number = cookie & COOKIE_FILE;
+	u64 *proof = proofs_get(&number);
+
+	count(STAT_RECORDS_MISSED, 1);
+	if (!proof || c->joined)
+		return;
+	*proof += FIRST_MISS;
+	if (*proof / FIRST_MISS != RUSTLS_MISSES_MAX)
+		return;
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		*proof -= FIRST_MISS;
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_RECORDS_MISSED;
+	r->offset = number;
+	process_ring_submit(r);
+}
+
+/* `sent`: the number of the record that is sent now, or next. With 0 the box is another connection's. */
+INLINE void rustls_end(struct key *key, struct rustls *known, u64 sent, u64 cookie)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
+	rustls_connections_drop(key);
+	if (!c)
+		return;
+	if (sent)
+		tell_missed(c, cookie);
+	close_connection(&id, c);
+}
+
+/* Is this the record after the last one? */
+INLINE int rustls_follows(struct rustls *known, struct rustls_layer *layer, u64 sent)
+{
+	if (sent != known->next_sent)
+		return 0;
+	if (known->state != RUSTLS_ADMITTED)
+		return 1;
+	if (known->received_update && !layer->received) {
+		known->received_update = 0;
+		known->decrypter = layer->decrypter;
+		known->next_received = 0;
+	}
+	return layer->decrypter == known->decrypter && layer->received == known->next_received;
+}
+
+/* The connection that sent a KeyUpdate, by its decrypter; or by where it is, if that changed as well. */
+INLINE struct rustls *rustls_updated(struct key *key, struct rustls_layer *layer, u64 base)
+{
+	struct key by_decrypter = {.ssl = layer->decrypter, .tgid = key->tgid};
+	struct key by_base = {.ssl = base, .tgid = key->tgid};
+	u64 *id = rustls_updates_get(&by_decrypter);
+
+	if (!id)
+		id = rustls_updates_get(&by_base);
+	if (!id)
+		return 0;
+	struct key old = {.ssl = *id, .tgid = key->tgid};
+	rustls_updates_drop(&by_decrypter);
+	rustls_updates_drop(&by_base);
+	struct rustls *known = rustls_connections_get(&old);
+	if (!known)
+		return 0;
+	struct rustls moved = *known;
+	rustls_connections_drop(&old);
+	if (rustls_connections_set(key, &moved))
+		return 0;
+	return rustls_connections_get(key);
+}
+
+/* A KeyUpdate is sent: what comes next is encrypted by another box, and this one may be anybody's. */
+INLINE void rustls_await_update(struct key *key, struct rustls *known, u64 base)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct key by_decrypter = {.ssl = known->decrypter, .tgid = key->tgid};
+	struct key by_base = {.ssl = base, .tgid = key->tgid};
+	struct rustls moved = *known;
+
+	moved.next_sent = 0;
+	rustls_connections_drop(key);
+	rustls_connections_set(&id, &moved);
+	rustls_updates_set(&by_decrypter, &id.ssl);
+	rustls_updates_set(&by_base, &id.ssl);
+}
+
+/* The connection of a record; a new entry for one that is not known. 0: it is not in scope. */
+INLINE struct rustls *rustls_of(struct settings *s, struct key *key, struct rustls_layer *layer, u64 base, u64 sent, u64 cookie)
+{
+	struct rustls *known = rustls_connections_get(key);
+
+	if (known && rustls_follows(known, layer, sent))
+		return known;
+	if (known)
+		rustls_end(key, known, sent, cookie);
+	known = rustls_updated(key, layer, base);
+	if (known && rustls_follows(known, layer, sent))
+		return known;
+	if (known)
+		rustls_end(key, known, sent, cookie);
+	if (!in_scope(s, key->tgid))
+		return 0;
+	struct rustls fresh = {
+		.id = (bpf_ktime_get_ns() << 20 ^ key->ssl) | RUSTLS_ID,
+		.next_sent = sent,
+		.state = sent ? RUSTLS_JOINED : RUSTLS_NEW,
+	};
+	if (rustls_connections_set(key, &fresh)) {
+		count(STAT_CONNECTION_TABLE_FULL, 1);
+		return 0;
+	}
+	return rustls_connections_get(key);
+}
+
+/* --- which host --- */
+
+/* Reads the name that stands there; 0: none does. */
+INLINE int rustls_name_at(struct name *n, u64 base, u32 offset)
+{
+	u64 state[2] = {}, table[3] = {}, name[2] = {}; /* a vtable: drop, size, alignment */
+	u64 at = offset & 0xffff;
+
+	n->length = 0;
+	if (bpf_probe_read_user(state, sizeof(state), (void *)(base + (offset >> 16))) || !state[0] ||
+	    (state[0] & 7) || bpf_probe_read_user(table, sizeof(table), (void *)state[1]) ||
+	    table[2] != 8 || table[1] < at + sizeof(name) ||
+	    bpf_probe_read_user(name, sizeof(name), (void *)(state[0] + at)))
+		return 0;
+	u64 length = name[1];
+	if (length < RUSTLS_NAME_BYTES_MIN || length >= HOST_BYTES_MAX - 1)
+		return 0;
+	__builtin_memset(n->text, 0, sizeof(n->text));
+	asm volatile("" : "+r"(length));
+	length &= HOST_BYTES_MAX - 1;
+	if (bpf_probe_read_user(n->text, length, (void *)name[0]))
+		return 0;
+	n->length = length;
+	return 1;
+}
+
+/* The name that rustls keeps, once its location is known: nothing but a host's name. */
+INLINE int rustls_name(struct name *n, u64 base, struct name_location *p)
+{
+	if (!p || p->state != NAME_KNOWN || !rustls_name_at(n, base, p->offset))
+		return 0;
+	for (u32 i = 0; i < HOST_BYTES_MAX; i++) {
+		u32 c = (u8)n->text[i];
+		if (!c) {
+			n->position = i;
+			break;
+		}
+		if (c - '-' > '.' - '-' && c - '0' > 9 && (c | 32) - 'a' > 25 && c != '_')
+			return 0;
+	}
+	return REREAD(n->position) == REREAD(n->length);
+}
+
+INLINE int same_rustls_name(struct name *n, u64 base, u32 offset, u64 *host)
+{
+	u64 differs = 0;
+
+	if (!offset || !rustls_name_at(n, base, offset))
+		return 0;
+#pragma unroll
+	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
+		differs |= FOLDED(((u64 *)n->text)[i], host[i]);
+	return !differs;
+}
+
+struct rustls_scan {
+	struct name name;
+	u32 states;
+	u32 found;
+	u32 state[RUSTLS_STATES_MAX];
+};
+
+/* Where a pointer to an object with a vtable stands: the state may be that. */
+INLINE void find_states(struct rustls_scan *scan, u64 base)
+{
+	scan->states = 0;
+	for (u32 at = 0; at < RUSTLS_SCAN_BYTES; at += 8) {
+		u64 object[2] = {}, table[3] = {};
+		u32 next = REREAD(scan->states);
+		if (next >= RUSTLS_STATES_MAX ||
+		    bpf_probe_read_user(object, sizeof(object), (void *)(base + at)))
+			break;
+		if ((object[0] & 7) || (object[1] & 7) || object[0] >> 16 == 0 || object[1] >> 16 == 0 ||
+		    bpf_probe_read_user(table, sizeof(table), (void *)object[1]))
+			continue;
+		if (table[2] != 8 || table[1] < 32 || table[1] > 8192)
+			continue;
+		scan->state[next & (RUSTLS_STATES_MAX - 1)] = at;
+		scan->states = next + 1;
+	}
+}
+
+/* Where, in one of them, the address of a text stands that begins like the name. */
+INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
+{
+	find_states(scan, base);
+	scan->found = 0;
+	for (u32 i = 0; i < RUSTLS_STATES_MAX; i++) {
+		if (i >= REREAD(scan->states))
+			break;
+		u32 state = scan->state[i];
+		u64 object = 0;
+		if (bpf_probe_read_user(&object, sizeof(object), (void *)(base + state)))
+			break;
+		for (u32 at = 0; at < RUSTLS_STATE_BYTES; at += 8) {
+			u64 name[2] = {}, text = 0;
+			if (bpf_probe_read_user(name, sizeof(name), (void *)(object + at)))
+				break;
+			if (name[1] < 8 || name[1] >= HOST_BYTES_MAX || name[0] >> 16 == 0)
+				continue;
+			bpf_probe_read_user(&text, sizeof(text), (void *)name[0]);
+			if (!FOLDED(text, beginning)) {
+				scan->found = state << 16 | at;
+				break;
+			}
+		}
+		if (REREAD(scan->found))
+			break;
+	}
+}
+
+/* Does the connection keep the name that it is known to have, and where? One is enough: address, length
+ * and text in an object behind a vtable are no chance. Where it is known, each new connection shows that
+ * it is still true; a few in a row that do not, and it is no longer believed. */
+INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
+{
+	struct name_location *p = name_location(cookie);
+	if (!p || p->state == NAME_GIVEN_UP || p->voter == voter || !host[7])
+		return;
+	struct rustls_scan *scan = process_ring_reserve(sizeof(*scan));
+	if (!scan) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	u32 offset = p->offset;
+	int same = same_rustls_name(&scan->name, base, offset, (u64 *)host);
+	if (!same && p->state != NAME_KNOWN) {
+		find_rustls_name(scan, base, *(u64 *)host);
+		offset = REREAD(scan->found);
+		same = same_rustls_name(&scan->name, base, offset, (u64 *)host);
+	}
+	process_ring_discard(scan);
+	p->voter = voter;
+	if (same) {
+		p->scans = 0;
+		p->offset = offset;
+		if (p->state != NAME_KNOWN) {
+			p->state = NAME_KNOWN;
+			tell_location(cookie, offset);
+		}
+		return;
+	}
+	p->scans += 1;
+	if (p->state == NAME_KNOWN && p->scans >= NAME_SCANS_MAX) {
+		p->state = NAME_GIVEN_UP;
+		tell_location(cookie, 0);
+	} else if (p->scans >= RUSTLS_SCANS_MAX) {
+		p->state = NAME_GIVEN_UP;
+	}
+}
+
+/* A thread has written to the socket of a provider's connection: by its name, which the ClientHello told,
+ * what it has encrypted before may be recognised. */
+INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
+{
+	struct rustls_sender *sender = rustls_senders_get(&ids);
+	if (!sender)
+		return;
+	u64 base = sender->layer, cookie = sender->cookie;
+	rustls_senders_drop(&ids);
+	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
+		learn_rustls_name(base, t->host, t->opened_ns, cookie);
+}
+
+/* HTTP/2 of a name that is not known yet. */
+INLINE void rustls_unnamed(struct key *id, struct rustls *known)
+{
+	if (known->state == RUSTLS_UNNAMED)
+		return;
+	known->state = RUSTLS_UNNAMED;
+	count(STAT_HTTP2_WITHOUT_NAME, 1);
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_UNNAMED;
+	r->tgid = id->tgid;
+	r->ssl = id->ssl;
+	process_ring_submit(r);
+}
+
+/* What was received before the first request: no more than a server's settings. */
+INLINE void rustls_early(struct key *id, struct connection *c, u64 bytes)
+{
+	struct chunk chunk = {
+		.key = id,
+		.connection = c,
+		.offset = &c->received,
+		.now = bpf_ktime_get_ns(),
+		.direction = RECEIVED,
+	};
+	lost(c, STAT_COPY_FAILED_BYTES, bytes);
+	emit_hole(&chunk, bytes);
+}
+
+/* The first data that is sent on a connection, or as long as nothing told its host. */
+INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64 base, u64 address, u64 length, u64 cookie)
+{
+	struct name_location *p = name_location(cookie);
+	struct connection *c = 0;
+	char first[16] __attribute__((aligned(8))) = {};
+
+	if (length >= sizeof(first))
+		bpf_probe_read_user(first, sizeof(first), (void *)address);
+	int http1 = starts_a_request(first), joined = known->state != RUSTLS_NEW, by_request = 0;
+	struct head *h = process_ring_reserve(sizeof(*h));
+	if (!h) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	int named = rustls_name(&h->name, base, p);
+	if (!named && http1)
+		named = by_request = read_host(h, address, length);
+	if (named) {
+		if (wanted_host(&h->name)) {
+			c = admit(id, &h->name, joined);
+		} else {
+			known->state = RUSTLS_DENIED;
+			count(STAT_DENIED, 1);
+		}
+	} else if (!http1 && (*(u64 *)first == HTTP2_PREFACE || begins_http2_request(address, length))) {
+		rustls_unnamed(id, known);
+	} else if (known->state == RUSTLS_NEW) {
+		known->state = RUSTLS_JOINED;
+	}
+	process_ring_discard(h);
+	if (c) {
+		known->state = RUSTLS_ADMITTED;
+		if (by_request && !known->tls12)
+			learn_rustls_name(base, c->host, c->opened_ns, cookie);
+		if (!joined && known->early)
+			rustls_early(id, c, known->early);
+	}
+	return c;
+}
+
+/* --- records --- */
+
+/* Reads of a page that is not there fail: of the program's own constants it may be none before it was
+ * encrypted. HTTP/2's first bytes are such a constant, and always the same. */
+INLINE void emit_piece(struct chunk *c, u64 length)
+{
+	char byte = 0;
+	if (*c->offset || c->direction != SENT || length != 24 ||
+	    !bpf_probe_read_user(&byte, 1, (void *)c->address)) {
+		emit_tail(c, length);
+		return;
+	}
+	struct {
+		struct record head;
+		char data[24];
+	} *r = ring_reserve(sizeof(*r));
+	if (r) {
+		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now);
+		r->head.size = sizeof(*r);
+		r->head.length = r->head.captured = sizeof(r->data);
+		__builtin_memcpy(r->data, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", sizeof(r->data));
+		count(STAT_CHUNKS, 1);
+		ring_submit(r);
+	} else {
+		count(STAT_RING_FULL_RECORDS, 1);
+		lost(c->connection, STAT_RING_FULL_BYTES, length);
+	}
+	*c->offset += length;
+}
+
+/* One record that is sent, whole or, past a request's limit, not at all. */
+INLINE void copy_message(struct chunk *c, struct rustls_message *m, u64 total)
+{
+	u64 filled_before = ring_query(0 /* filled */);
+	u64 skip = m->words[2], left = total;
+
+	if (begin_copy(c, total)) {
+		count(STAT_REQUEST_CUT_BYTES, total);
+		emit_hole(c, total);
+		return;
+	}
+	if (!m->words[0]) {
+		emit_piece(c, total);
+		left = 0;
+	}
+	for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) {
+		u64 piece[2] = {}; /* address, length */
+		if (!left || i >= m->words[1] ||
+		    bpf_probe_read_user(piece, sizeof(piece), (void *)(m->words[0] + 16 * i)))
+			break;
+		if (skip >= piece[1]) {
+			skip -= piece[1];
+			continue;
+		}
+		u64 length = piece[1] - skip;
+		if (length > left)
+			length = left;
+		c->address = piece[0] + skip;
+		skip = 0;
+		left -= length;
+		emit_piece(c, length);
+	}
+	if (left) {
+		lost(c->connection, STAT_CALL_TOO_LONG_BYTES, left);
+		emit_hole(c, left);
+	}
+	nudge(filled_before);
+}
+
+INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustls_layer *layer, u64 base, struct rustls_message *m, u64 cookie)
+{
+	u64 piece[2] = {m->words[1], m->words[2]}, total = m->words[2];
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = 0;
+
+	if (m->words[0]) {
+		total = m->words[3] - m->words[2];
+		bpf_probe_read_user(piece, sizeof(piece), (void *)m->words[0]);
+		if (m->words[2])
+			piece[1] = 0; /* no beginning of anything */
+	}
+	if (!total || total > PIECE_BYTES_MAX)
+		return;
+	if (known->state == RUSTLS_ADMITTED) {
+		c = connections_get(&id);
+		if (!c)
+			known->state = RUSTLS_DENIED; /* its socket has ended */
+	} else {
+		c = rustls_judge(&id, known, base, piece[0], piece[1], cookie);
+		known->decrypter = layer->decrypter;
+		known->next_received = layer->received;
+	}
+	if (!c)
+		return;
+	struct chunk chunk = {
+		.key = &id,
+		.connection = c,
+		.offset = &c->sent,
+		.address = piece[0],
+		.now = bpf_ktime_get_ns(),
+		.direction = SENT,
+	};
+	if (!proved(&chunk, total, cookie)) {
+		known->state = RUSTLS_DENIED;
+		return;
+	}
+	if (!c->linked) {
+		u64 ids = 0;
+		u32 zero = 0;
+		struct settings *s = settings_get(&zero);
+		if (s) {
+			ids = current_ids(s);
+			writing_set(&ids, &id.ssl);
+		}
+	}
+	copy_message(&chunk, m, total);
+}
+
+/* Of an alert nothing is read: whatever it says, the client is about to end. */
+INLINE void rustls_sent_alert(struct key *key, struct rustls *known)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
+	if (!c)
+		return;
+	if (!c->linked) { /* nothing else will tell of its end */
+		close_connection(&id, c);
+		rustls_connections_drop(key);
+		return;
+	}
+	struct record *record = ring_reserve(sizeof(*record));
+	if (!record)
+		return;
+	fill(record, KIND_SHUTDOWN, &id, c, bpf_ktime_get_ns());
+	ring_submit(record);
+}
+
+SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
+	u64 base = rustls_base(r, cookie);
+	struct rustls_layer layer = {};
+	if (bpf_probe_read_user(&layer, sizeof(layer), (void *)(base + RUSTLS_ENCRYPTER)))
+		return 0;
+	u64 sent = layer.sent - (cookie >> RUSTLS_COUNTED & 1);
+	struct key key = {.ssl = layer.encrypter, .tgid = ids >> 32};
+	struct rustls *known = rustls_of(s, &key, &layer, base, sent, cookie);
+	if (!known)
+		return 0;
+	known->next_sent = sent + 1;
+	if (known->state == RUSTLS_DENIED)
+		return 0;
+	struct rustls_message m = {};
+	if (bpf_probe_read_user(&m, sizeof(m), (void *)rustls_object(r, cookie)))
+		return 0;
+	if (m.content == RUSTLS_ALERT) {
+		rustls_sent_alert(&key, known);
+		return 0;
+	}
+	struct name_location *p = name_location(cookie);
+	if (p && p->state != NAME_GIVEN_UP && (p->state != NAME_KNOWN || m.content == RUSTLS_HANDSHAKE)) {
+		struct rustls_sender sender = {.layer = base, .cookie = cookie};
+		rustls_senders_set(&ids, &sender);
+	}
+	if (m.content == RUSTLS_DATA) {
+		rustls_sent_data(&key, known, &layer, base, &m, cookie);
+	} else if (m.content == RUSTLS_HANDSHAKE) {
+		u8 type = 0;
+		known->tls12 = 1; /* if data follows with the same key */
+		if (known->state == RUSTLS_ADMITTED && !m.words[0] &&
+		    !bpf_probe_read_user(&type, 1, (void *)m.words[1]) && type == RUSTLS_KEY_UPDATE)
+			rustls_await_update(&key, known, base);
+	}
+	return 0;
+}
+
+SECTION("uprobe/enter_rustls_receive") int enter_rustls_receive(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
+	u64 base = rustls_base(r, cookie);
+	struct rustls_layer layer = {};
+	struct rustls_call *call = rustls_calls_get(&ids);
+	if (call)
+		call->encrypter = 0;
+	if (bpf_probe_read_user(&layer, sizeof(layer), (void *)(base + RUSTLS_ENCRYPTER)))
+		return 0;
+	struct key key = {.ssl = layer.encrypter, .tgid = ids >> 32};
+	struct rustls *known = rustls_of(s, &key, &layer, base, layer.sent, cookie);
+	if (!known || (known->state != RUSTLS_ADMITTED && known->state != RUSTLS_NEW))
+		return 0;
+	struct rustls_call begun = {.encrypter = layer.encrypter, .id = known->id};
+	if (call)
+		*call = begun;
+	else if (rustls_calls_set(&ids, &begun))
+		count(STAT_THREAD_TABLE_FULL, 1);
+	return 0;
+}
+
+SECTION("uprobe/leave_rustls_receive") int leave_rustls_receive(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
+	struct rustls_call *call = rustls_calls_get(&ids);
+	if (!call || !call->encrypter)
+		return 0;
+	struct key key = {.ssl = call->encrypter, .tgid = ids >> 32};
+	u64 called = call->id;
+	call->encrypter = 0;
+	struct rustls *known = rustls_connections_get(&key);
+	struct rustls_result result = {};
+	if (!known || known->id != called ||
+	    bpf_probe_read_user(&result, sizeof(result), (void *)rustls_object(r, cookie)) ||
+	    result.tag != (cookie >> RUSTLS_REST & 0xff) || result.length > PIECE_BYTES_MAX)
+		return 0;
+	known->next_received += 1;
+	if (known->state == RUSTLS_NEW) {
+		if (result.content == RUSTLS_DATA)
+			known->early += result.length;
+		return 0;
+	}
+	struct key id = {.ssl = known->id, .tgid = key.tgid};
+	struct connection *c = connections_get(&id);
+	if (!c) {
+		known->state = RUSTLS_DENIED; /* its socket has ended */
+	} else if (result.content == RUSTLS_ALERT) {
+		close_connection(&id, c);
+		rustls_connections_drop(&key);
+	} else if (result.content == RUSTLS_HANDSHAKE) {
+		u8 type = 0;
+		bpf_probe_read_user(&type, 1, (void *)result.address);
+		known->received_update = type == RUSTLS_KEY_UPDATE;
+	} else if (result.content == RUSTLS_DATA && result.length) {
+		struct chunk chunk = {
+			.key = &id,
+			.connection = c,
+			.offset = &c->received,
+			.address = result.address,
+			.now = bpf_ktime_get_ns(),
+			.direction = RECEIVED,
+		};
+		u64 filled_before = ring_query(0 /* filled */);
+		if (!proved(&chunk, result.length, cookie)) {
+			known->state = RUSTLS_DENIED;
+			return 0;
+		}
+		begin_copy(&chunk, result.length);
+		emit_tail(&chunk, result.length);
+		nudge(filled_before);
+	}
+	return 0;
+}
+
 /* ---- names and ends -------------------------------------------------------------------------- */
 
 SECTION("uprobe/enter_ctrl") int enter_ctrl(struct registers *r)
@@ -2009,6 +2788,7 @@ INLINE void link_socket(struct tcp_socket *t)
 		return;
 	u64 ids = current_ids(s);
 	u64 *ssl = writing_get(&ids);
+	learn_by_socket(ids, t);
 	if (!ssl)
 		return;
 	struct key key = {.ssl = *ssl, .tgid = ids >> 32};
@@ -2320,6 +3100,12 @@ SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
 	struct tcp_socket *t = sockets_get(&sk);
 	if (!t)
 		return 0;
+	if (t->linked & RUSTLS_ID) { /* rustls frees a connection where nobody sees it */
+		struct key key = {.ssl = t->linked, .tgid = t->tgid};
+		struct connection *c = connections_get(&key);
+		if (c)
+			close_connection(&key, c);
+	}
 	if (t->state == SOCKET_SEEN)
 		tell_socket(KIND_SOCKET_ENDED, sk, t);
 	sockets_drop(&sk);
@@ -2440,6 +3226,7 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	u64 ids = current_ids(s);
 	u32 tgid = ids >> 32, tid = ids;
 	threads_drop(&ids);
+	rustls_calls_drop(&ids);
 	writing_drop(&ids);
 	u32 born = bpf_get_current_pid_tgid();
 	births_drop(&born);
