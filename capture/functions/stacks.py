@@ -202,9 +202,10 @@ STACKS: Mapping[Stack, Row] = {
     Stack.GO_FORK: Row(advice=_unprobed("a fork of Go's crypto/tls")),
     Stack.RUSTLS: Row(
         needed=(("rustls_connection_write", "rustls_connection_read"),),
+        programs=("enter_rustls_send", "enter_rustls_receive", "leave_rustls_receive"),
         markers=(b"rustls",),
-        beside=True,
-        advice=_unprobed("rustls"),
+        finder="capture.functions.finder.rustls",
+        advice=_unprobed("this build of rustls"),
     ),
     Stack.BEARSSL: Row(needed=(("br_ssl_engine_sendapp_buf",),), advice=_unprobed("BearSSL")),
     Stack.BOTAN: Row(markers=(b"N5Botan3TLS6ClientE\0",), advice=_unprobed("Botan")),
