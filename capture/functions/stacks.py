@@ -50,8 +50,7 @@ class Row:
     file that holds the stack without symbols; `finder` is the module that then looks for its
     functions (None: it is not probed, and `advice` is what to do). `library` is the name of the
     file that holds it, where that alone is a sure sign. `partly_known`: some builds are not
-    recognised. `beside`: some programs have it beside a stack that is probed. `ahead`: worth
-    probing before anybody runs the file.
+    recognised. `ahead`: worth probing before anybody runs the file.
     """
 
     symbols: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
@@ -62,7 +61,6 @@ class Row:
     advice: str | None = None
     library: str | None = None
     partly_known: bool = False
-    beside: bool = False
     ahead: bool = True
 
 
