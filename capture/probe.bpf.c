@@ -62,7 +62,7 @@
 #define RUSTLS_SCAN_BYTES 2048 /* of a connection: 0.23 has its state at 904 */
 #define RUSTLS_STATES_MAX 8 /* places in a connection where its state may be */
 #define RUSTLS_STATE_BYTES 512 /* of a state, in which the name is looked for: 0.23 has it at 16 */
-#define RUSTLS_SCANS_MAX 64 /* of one file, without enough votes: a thread's next write may be another's */
+#define RUSTLS_SCANS_MAX 32 /* in a row that found no name: a thread's next write may be another connection's */
 #define RUSTLS_MISSES_MAX 3 /* connections of one file of which a record passed no probe */
 #define RUSTLS_NAME_BYTES_MIN 4 /* "a.io" */
 
@@ -272,12 +272,13 @@ struct go_call {
 
 /* What is known of a rustls connection: what its next record must be to be its next. */
 enum rustls_state {
-	RUSTLS_NEW, /* seen from its first record on, not judged yet */
-	RUSTLS_JOINED, /* the same, but its first records were missed */
-	RUSTLS_ADMITTED,
-	RUSTLS_DENIED,
-	RUSTLS_UNNAMED, /* HTTP/2; judged again once the location of its name is known */
+	RUSTLS_NEW = 0, /* seen from its first record on, not judged yet */
+	RUSTLS_JOINED = 1, /* the same, but its first records were missed */
+	RUSTLS_ADMITTED = 2,
+	RUSTLS_UNNAMED = 3, /* HTTP/2; judged again once the location of its name is known */
+	RUSTLS_DENIED = 4,
 };
+#define RUSTLS_MISSED_BEGINNING 1 /* of the states before a connection is judged */
 
 struct rustls {
 	u64 id; /* its key in `connections`: no address, and given once */
@@ -287,8 +288,10 @@ struct rustls {
 	u8 state;
 	u8 sent_update; /* the last record was a KeyUpdate: another encrypter may follow */
 	u8 received_update;
-	u8 tls12; /* the handshake's last record had the key of what follows */
+	u8 tls12; /* the handshake's last record had the key of what follows: no name is kept */
 	u32 early; /* data bytes received before any was sent */
+	u8 by_request; /* its host was told by a request: it may show where rustls keeps it */
+	u8 unused[7];
 };
 
 /* A part of rustls' RecordLayer, from its encrypter on. */
@@ -583,11 +586,12 @@ PROGRAM_ARRAY(file_programs, FILE_PROGRAMS_MAX);
 
 /* --- scratch --- */
 
-/* Key: 0. Value: zeros, never written: what new entries of `connections` and `threads` are copied from,
- * as they are too large for the stack. */
+/* Key: 0. Value: zeros, never written: what new entries of `connections`, `threads` and so on are copied
+ * from, as they are too large for the stack. */
 ARRAY(blank_connection, struct connection, 1);
 ARRAY(blank_thread, struct thread, 1);
 ARRAY(blank_socket, struct tcp_socket, 1);
+ARRAY(blank_rustls, struct rustls, 1);
 
 /* Key: 0. Value: the record that `executed` builds and sends, on this CPU. Nobody else reads it. */
 PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
@@ -610,6 +614,7 @@ INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
+INLINE struct rustls *blank_rustls_get(u32 *k) { return blank_rustls.lookup(k); }
 INLINE struct tcp_socket *blank_socket_get(u32 *k) { return blank_socket.lookup(k); }
 INLINE struct tcp_socket *sockets_get(u64 *k) { return sockets.lookup(k); }
 INLINE int sockets_set(u64 *k, struct tcp_socket *v) { return sockets.update(k, v); }
@@ -1016,6 +1021,7 @@ struct head {
 };
 
 #define REREAD(x) (*(volatile u32 *)&(x))
+#define REREAD_64(x) (*(volatile u64 *)&(x))
 
 /* Is the name on the list? Lower-cases it in place. */
 INLINE int wanted_host(struct name *n)
@@ -1736,10 +1742,18 @@ enum rustls_content { RUSTLS_ALERT = 1, RUSTLS_HANDSHAKE = 2, RUSTLS_DATA = 3 };
 #define RUSTLS_KEY_UPDATE 24
 #define FIRST_MISS 0x100 /* in a file's proof: above its bits connections with a missed record are counted */
 
-struct rustls_message {
-	u64 words[4]; /* 0, address, length: one piece; else pieces, how many, from where, to where */
+struct rustls_message { /* 0, address, length, where it is one piece: that is made to look like this */
+	u64 pieces; /* address and length of each */
+	u64 count;
+	u64 from; /* in all of them, one behind the other */
+	u64 to;
 	u8 content;
 	u8 unused[7];
+};
+
+struct piece {
+	u64 address;
+	u64 length;
 };
 
 struct rustls_result {
@@ -1845,11 +1859,9 @@ INLINE struct rustls *rustls_updated(struct key *key, struct rustls_layer *layer
 	struct rustls *known = rustls_connections_get(&old);
 	if (!known)
 		return 0;
-	struct rustls moved = *known;
+	long failed = rustls_connections_set(key, known);
 	rustls_connections_drop(&old);
-	if (rustls_connections_set(key, &moved))
-		return 0;
-	return rustls_connections_get(key);
+	return failed ? 0 : rustls_connections_get(key);
 }
 
 /* A KeyUpdate is sent: what comes next is encrypted by another box, and this one may be anybody's. */
@@ -1858,11 +1870,10 @@ INLINE void rustls_await_update(struct key *key, struct rustls *known, u64 base)
 	struct key id = {.ssl = known->id, .tgid = key->tgid};
 	struct key by_decrypter = {.ssl = known->decrypter, .tgid = key->tgid};
 	struct key by_base = {.ssl = base, .tgid = key->tgid};
-	struct rustls moved = *known;
 
-	moved.next_sent = 0;
+	known->next_sent = 0;
+	rustls_connections_set(&id, known);
 	rustls_connections_drop(key);
-	rustls_connections_set(&id, &moved);
 	rustls_updates_set(&by_decrypter, &id.ssl);
 	rustls_updates_set(&by_base, &id.ssl);
 }
@@ -1883,16 +1894,20 @@ INLINE struct rustls *rustls_of(struct settings *s, struct key *key, struct rust
 		rustls_end(key, known, sent, cookie);
 	if (!in_scope(s, key->tgid))
 		return 0;
-	struct rustls fresh = {
-		.id = (bpf_ktime_get_ns() << 20 ^ key->ssl) | RUSTLS_ID,
-		.next_sent = sent,
-		.state = sent ? RUSTLS_JOINED : RUSTLS_NEW,
-	};
-	if (rustls_connections_set(key, &fresh)) {
+	u32 zero = 0;
+	struct rustls *blank = blank_rustls_get(&zero);
+	if (!blank || rustls_connections_set(key, blank)) {
 		count(STAT_CONNECTION_TABLE_FULL, 1);
 		return 0;
 	}
-	return rustls_connections_get(key);
+	known = rustls_connections_get(key);
+	if (!known)
+		return 0;
+	known->id = (bpf_ktime_get_ns() << 20 ^ key->ssl) | RUSTLS_ID;
+	known->next_sent = sent;
+	if (sent)
+		known->state = RUSTLS_JOINED;
+	return known;
 }
 
 /* --- which host --- */
@@ -1900,7 +1915,7 @@ INLINE struct rustls *rustls_of(struct settings *s, struct key *key, struct rust
 /* Reads the name that stands there; 0: none does. */
 INLINE int rustls_name_at(struct name *n, u64 base, u32 offset)
 {
-	u64 state[2] = {}, table[3] = {}, name[2] = {}; /* a vtable: drop, size, alignment */
+	u64 state[2], table[3], name[2]; /* a vtable: drop, size, alignment */
 	u64 at = offset & 0xffff;
 
 	n->length = 0;
@@ -1921,21 +1936,26 @@ INLINE int rustls_name_at(struct name *n, u64 base, u32 offset)
 	return 1;
 }
 
-/* The name that rustls keeps, once its location is known: nothing but a host's name. */
-INLINE int rustls_name(struct name *n, u64 base, struct name_location *p)
+/* Whether it can be a host's name: letters, digits, "-", "." and "_". */
+INLINE void check_name(struct name *n)
 {
-	if (!p || p->state != NAME_KNOWN || !rustls_name_at(n, base, p->offset))
-		return 0;
 	for (u32 i = 0; i < HOST_BYTES_MAX; i++) {
-		u32 c = (u8)n->text[i];
-		if (!c) {
-			n->position = i;
+		u32 c = (u8)n->text[i], letter = (c | 32) - 'a';
+		if (i >= REREAD(n->length))
+			break;
+		if (letter > 25 && c - '-' > '9' - '-' && c != '_') {
+			n->length = 0;
 			break;
 		}
-		if (c - '-' > '.' - '-' && c - '0' > 9 && (c | 32) - 'a' > 25 && c != '_')
-			return 0;
 	}
-	return REREAD(n->position) == REREAD(n->length);
+}
+
+/* The name that rustls keeps, once its location is known: of no length where there is none. */
+INLINE void rustls_name(struct name *n, u64 base, struct name_location *p)
+{
+	n->length = 0;
+	if (p && p->state == NAME_KNOWN && rustls_name_at(n, base, p->offset))
+		check_name(n);
 }
 
 INLINE int same_rustls_name(struct name *n, u64 base, u32 offset, u64 *host)
@@ -1944,9 +1964,10 @@ INLINE int same_rustls_name(struct name *n, u64 base, u32 offset, u64 *host)
 
 	if (!offset || !rustls_name_at(n, base, offset))
 		return 0;
-#pragma unroll
-	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
+	for (u32 i = 0; i < HOST_BYTES_MAX / 8; i++) {
 		differs |= FOLDED(((u64 *)n->text)[i], host[i]);
+		asm volatile("" : "+r"(differs)); /* sixteen at once would not fit on the stack */
+	}
 	return !differs;
 }
 
@@ -1962,7 +1983,7 @@ INLINE void find_states(struct rustls_scan *scan, u64 base)
 {
 	scan->states = 0;
 	for (u32 at = 0; at < RUSTLS_SCAN_BYTES; at += 8) {
-		u64 object[2] = {}, table[3] = {};
+		u64 object[2], table[3];
 		u32 next = REREAD(scan->states);
 		if (next >= RUSTLS_STATES_MAX ||
 		    bpf_probe_read_user(object, sizeof(object), (void *)(base + at)))
@@ -1990,7 +2011,7 @@ INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
 		if (bpf_probe_read_user(&object, sizeof(object), (void *)(base + state)))
 			break;
 		for (u32 at = 0; at < RUSTLS_STATE_BYTES; at += 8) {
-			u64 name[2] = {}, text = 0;
+			u64 name[2], text;
 			if (bpf_probe_read_user(name, sizeof(name), (void *)(object + at)))
 				break;
 			if (name[1] < 8 || name[1] >= HOST_BYTES_MAX || name[0] >> 16 == 0)
@@ -2008,26 +2029,26 @@ INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
 
 /* Does the connection keep the name that it is known to have, and where? One is enough: address, length
  * and text in an object behind a vtable are no chance. Where it is known, each new connection shows that
- * it is still true; a few in a row that do not, and it is no longer believed. */
+ * it is still true; several in a row that do not, and it is no longer believed. */
 INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
 {
-	struct name_location *p = name_location(cookie);
+	u32 number = cookie & COOKIE_FILE;
+	struct name_location *p = name_locations_get(&number);
 	if (!p || p->state == NAME_GIVEN_UP || p->voter == voter || !host[7])
 		return;
+	p->voter = voter;
 	struct rustls_scan *scan = process_ring_reserve(sizeof(*scan));
 	if (!scan) {
 		count(STAT_PROCESS_RING_FULL, 1);
 		return;
 	}
-	u32 offset = p->offset;
-	int same = same_rustls_name(&scan->name, base, offset, (u64 *)host);
-	if (!same && p->state != NAME_KNOWN) {
+	scan->found = p->offset;
+	if (p->state == NAME_SOUGHT)
 		find_rustls_name(scan, base, *(u64 *)host);
-		offset = REREAD(scan->found);
-		same = same_rustls_name(&scan->name, base, offset, (u64 *)host);
-	}
+	u32 offset = REREAD(scan->found);
+	int same = same_rustls_name(&scan->name, base, offset, (u64 *)host);
 	process_ring_discard(scan);
-	p->voter = voter;
+	p->scans += 1;
 	if (same) {
 		p->scans = 0;
 		p->offset = offset;
@@ -2035,13 +2056,11 @@ INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
 			p->state = NAME_KNOWN;
 			tell_location(cookie, offset);
 		}
-		return;
-	}
-	p->scans += 1;
-	if (p->state == NAME_KNOWN && p->scans >= NAME_SCANS_MAX) {
-		p->state = NAME_GIVEN_UP;
-		tell_location(cookie, 0);
+	} else if (p->state == NAME_ASSUMED) {
+		p->state = NAME_SOUGHT;
 	} else if (p->scans >= RUSTLS_SCANS_MAX) {
+		if (p->state == NAME_KNOWN)
+			tell_location(cookie, 0);
 		p->state = NAME_GIVEN_UP;
 	}
 }
@@ -2057,6 +2076,15 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 	rustls_senders_drop(&ids);
 	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
 		learn_rustls_name(base, t->host, t->opened_ns, cookie);
+}
+
+INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u64 cookie)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = connections_get(&id);
+	known->by_request = 0;
+	if (c && !known->tls12)
+		learn_rustls_name(base, c->host, c->opened_ns, cookie);
 }
 
 /* HTTP/2 of a name that is not known yet. */
@@ -2094,31 +2122,32 @@ INLINE void rustls_early(struct key *id, struct connection *c, u64 bytes)
 }
 
 /* The first data that is sent on a connection, or as long as nothing told its host. */
-INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64 base, u64 address, u64 length, u64 cookie)
+INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64 base, struct piece *piece, u64 cookie)
 {
-	struct name_location *p = name_location(cookie);
+	u32 number = cookie & COOKIE_FILE;
+	struct name_location *p = name_locations_get(&number);
 	struct connection *c = 0;
-	char first[16] __attribute__((aligned(8))) = {};
+	char first[16] __attribute__((aligned(8)));
 
-	if (length >= sizeof(first))
-		bpf_probe_read_user(first, sizeof(first), (void *)address);
-	int http1 = starts_a_request(first), joined = known->state != RUSTLS_NEW, by_request = 0;
+	/* Zeros where they cannot be read. What follows a shorter piece does no harm. */
+	bpf_probe_read_user(first, sizeof(first), (void *)piece->address);
+	int http1 = starts_a_request(first), joined = known->state & RUSTLS_MISSED_BEGINNING;
 	struct head *h = process_ring_reserve(sizeof(*h));
 	if (!h) {
 		count(STAT_PROCESS_RING_FULL, 1);
 		return 0;
 	}
-	int named = rustls_name(&h->name, base, p);
-	if (!named && http1)
-		named = by_request = read_host(h, address, length);
-	if (named) {
+	rustls_name(&h->name, base, p);
+	if (REREAD(h->name.length) == 0 && http1)
+		known->by_request = read_host(h, piece->address, REREAD_64(piece->length));
+	if (REREAD(h->name.length)) {
 		if (wanted_host(&h->name)) {
 			c = admit(id, &h->name, joined);
 		} else {
 			known->state = RUSTLS_DENIED;
 			count(STAT_DENIED, 1);
 		}
-	} else if (!http1 && (*(u64 *)first == HTTP2_PREFACE || begins_http2_request(address, length))) {
+	} else if (!http1 && (*(u64 *)first == HTTP2_PREFACE || begins_http2_request(piece->address, REREAD_64(piece->length)))) {
 		rustls_unnamed(id, known);
 	} else if (known->state == RUSTLS_NEW) {
 		known->state = RUSTLS_JOINED;
@@ -2126,8 +2155,6 @@ INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64
 	process_ring_discard(h);
 	if (c) {
 		known->state = RUSTLS_ADMITTED;
-		if (by_request && !known->tls12)
-			learn_rustls_name(base, c->host, c->opened_ns, cookie);
 		if (!joined && known->early)
 			rustls_early(id, c, known->early);
 	}
@@ -2136,93 +2163,107 @@ INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64
 
 /* --- records --- */
 
-/* Reads of a page that is not there fail: of the program's own constants it may be none before it was
- * encrypted. HTTP/2's first bytes are such a constant, and always the same. */
-INLINE void emit_piece(struct chunk *c, u64 length)
+/* Reads of a page that is not there fail, as of a constant of the program's that was not used before.
+ * HTTP/2's first bytes are such a constant, and always the same. */
+#define HTTP2_BEGINNING "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+#define HTTP2_BEGINNING_BYTES (sizeof(HTTP2_BEGINNING) - 1)
+
+INLINE int read_piece(struct chunk *c, char *into, u64 at, u64 length, u64 address)
 {
-	char byte = 0;
-	if (*c->offset || c->direction != SENT || length != 24 ||
-	    !bpf_probe_read_user(&byte, 1, (void *)c->address)) {
-		emit_tail(c, length);
-		return;
-	}
-	struct {
-		struct record head;
-		char data[24];
-	} *r = ring_reserve(sizeof(*r));
-	if (r) {
-		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now);
-		r->head.size = sizeof(*r);
-		r->head.length = r->head.captured = sizeof(r->data);
-		__builtin_memcpy(r->data, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", sizeof(r->data));
-		count(STAT_CHUNKS, 1);
-		ring_submit(r);
-	} else {
-		count(STAT_RING_FULL_RECORDS, 1);
-		lost(c->connection, STAT_RING_FULL_BYTES, length);
-	}
-	*c->offset += length;
+	if (!bpf_probe_read_user(into, length, (void *)address))
+		return 1;
+	if (*c->offset || at || length != HTTP2_BEGINNING_BYTES)
+		return 0;
+	__builtin_memcpy(into, HTTP2_BEGINNING, HTTP2_BEGINNING_BYTES);
+	return 1;
 }
+
+/* A record that is sent, of one piece or several. What follows a piece that cannot be read is a hole. The
+ * verifier wants room for two pieces of the largest size. */
+#define GATHER(room) \
+	do { \
+		struct { \
+			struct record head; \
+			char data[2 * room]; \
+		} *r = ring_reserve(sizeof(*r)); \
+		if (!r) { \
+			count(STAT_RING_FULL_RECORDS, 1); \
+			lost(c->connection, STAT_RING_FULL_BYTES, total); \
+			break; \
+		} \
+		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now); \
+		r->head.direction = SENT; \
+		r->head.offset = *c->offset; \
+		r->head.length = total; \
+		u64 at = 0, skip = m->from; \
+		for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) { \
+			struct piece piece; \
+			if (at >= total || at >= room || i >= m->count || \
+			    bpf_probe_read_user(&piece, sizeof(piece), (void *)(m->pieces + 16 * i))) \
+				break; \
+			if (skip >= piece.length) { \
+				skip -= piece.length; \
+				continue; \
+			} \
+			u64 wanted = piece.length - skip; \
+			if (wanted > total - at) \
+				wanted = total - at; \
+			asm volatile("" : "+r"(wanted)); /* as in EMIT */ \
+			if (wanted > room || !read_piece(c, r->data + at, at, wanted, piece.address + skip)) \
+				break; \
+			skip = 0; \
+			at += wanted; \
+		} \
+		if (at > total) \
+			at = total; \
+		if (at < total) \
+			lost(c->connection, STAT_COPY_FAILED_BYTES, total - at); \
+		r->head.captured = at; \
+		r->head.size = sizeof(r->head) + at; \
+		count(STAT_CHUNKS, 1); \
+		ring_submit(r); \
+	} while (0)
 
 /* One record that is sent, whole or, past a request's limit, not at all. */
 INLINE void copy_message(struct chunk *c, struct rustls_message *m, u64 total)
 {
 	u64 filled_before = ring_query(0 /* filled */);
-	u64 skip = m->words[2], left = total;
 
 	if (begin_copy(c, total)) {
 		count(STAT_REQUEST_CUT_BYTES, total);
 		emit_hole(c, total);
 		return;
 	}
-	if (!m->words[0]) {
-		emit_piece(c, total);
-		left = 0;
-	}
-	for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) {
-		u64 piece[2] = {}; /* address, length */
-		if (!left || i >= m->words[1] ||
-		    bpf_probe_read_user(piece, sizeof(piece), (void *)(m->words[0] + 16 * i)))
-			break;
-		if (skip >= piece[1]) {
-			skip -= piece[1];
-			continue;
-		}
-		u64 length = piece[1] - skip;
-		if (length > left)
-			length = left;
-		c->address = piece[0] + skip;
-		skip = 0;
-		left -= length;
-		emit_piece(c, length);
-	}
-	if (left) {
-		lost(c->connection, STAT_CALL_TOO_LONG_BYTES, left);
-		emit_hole(c, left);
+	if (m->count > 1 || (!*c->offset && total == HTTP2_BEGINNING_BYTES)) {
+		if (total <= 1024)
+			GATHER(1024);
+		else
+			GATHER(PIECE_BYTES_MAX);
+		*c->offset += total;
+	} else {
+		emit_tail(c, total);
 	}
 	nudge(filled_before);
 }
 
 INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustls_layer *layer, u64 base, struct rustls_message *m, u64 cookie)
 {
-	u64 piece[2] = {m->words[1], m->words[2]}, total = m->words[2];
+	struct piece piece;
+	u64 total = m->to - m->from;
 	struct key id = {.ssl = known->id, .tgid = key->tgid};
 	struct connection *c = 0;
 
-	if (m->words[0]) {
-		total = m->words[3] - m->words[2];
-		bpf_probe_read_user(piece, sizeof(piece), (void *)m->words[0]);
-		if (m->words[2])
-			piece[1] = 0; /* no beginning of anything */
-	}
-	if (!total || total > PIECE_BYTES_MAX)
+	if (!total || total > PIECE_BYTES_MAX ||
+	    bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces))
 		return;
+	if (m->from)
+		piece.length = 0; /* no beginning of anything */
 	if (known->state == RUSTLS_ADMITTED) {
 		c = connections_get(&id);
 		if (!c)
 			known->state = RUSTLS_DENIED; /* its socket has ended */
 	} else {
-		c = rustls_judge(&id, known, base, piece[0], piece[1], cookie);
+		c = rustls_judge(&id, known, base, &piece, cookie);
 		known->decrypter = layer->decrypter;
 		known->next_received = layer->received;
 	}
@@ -2232,7 +2273,7 @@ INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustl
 		.key = &id,
 		.connection = c,
 		.offset = &c->sent,
-		.address = piece[0],
+		.address = piece.address,
 		.now = bpf_ktime_get_ns(),
 		.direction = SENT,
 	};
@@ -2279,7 +2320,7 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 		return 0;
 	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
 	u64 base = rustls_base(r, cookie);
-	struct rustls_layer layer = {};
+	struct rustls_layer layer;
 	if (bpf_probe_read_user(&layer, sizeof(layer), (void *)(base + RUSTLS_ENCRYPTER)))
 		return 0;
 	u64 sent = layer.sent - (cookie >> RUSTLS_COUNTED & 1);
@@ -2290,25 +2331,35 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 	known->next_sent = sent + 1;
 	if (known->state == RUSTLS_DENIED)
 		return 0;
-	struct rustls_message m = {};
-	if (bpf_probe_read_user(&m, sizeof(m), (void *)rustls_object(r, cookie)))
+	struct rustls_message m;
+	u64 message = rustls_object(r, cookie);
+	if (bpf_probe_read_user(&m, sizeof(m), (void *)message))
 		return 0;
+	if (!m.pieces) { /* by way of memory: the verifier would follow both forms through all that comes */
+		u64 alike[4] = {message + 8, 1, 0, m.from};
+		bpf_probe_read_kernel(&m, sizeof(alike), alike);
+	}
 	if (m.content == RUSTLS_ALERT) {
 		rustls_sent_alert(&key, known);
 		return 0;
 	}
-	struct name_location *p = name_location(cookie);
+	u32 number = cookie & COOKIE_FILE;
+	struct name_location *p = name_locations_get(&number);
 	if (p && p->state != NAME_GIVEN_UP && (p->state != NAME_KNOWN || m.content == RUSTLS_HANDSHAKE)) {
 		struct rustls_sender sender = {.layer = base, .cookie = cookie};
 		rustls_senders_set(&ids, &sender);
 	}
 	if (m.content == RUSTLS_DATA) {
 		rustls_sent_data(&key, known, &layer, base, &m, cookie);
+		if (known->by_request)
+			learn_by_request(&key, known, base, cookie);
 	} else if (m.content == RUSTLS_HANDSHAKE) {
 		u8 type = 0;
 		known->tls12 = 1; /* if data follows with the same key */
-		if (known->state == RUSTLS_ADMITTED && !m.words[0] &&
-		    !bpf_probe_read_user(&type, 1, (void *)m.words[1]) && type == RUSTLS_KEY_UPDATE)
+		struct piece piece;
+		if (known->state == RUSTLS_ADMITTED && m.count == 1 &&
+		    !bpf_probe_read_user(&piece, sizeof(piece), (void *)m.pieces) &&
+		    !bpf_probe_read_user(&type, 1, (void *)piece.address) && type == RUSTLS_KEY_UPDATE)
 			rustls_await_update(&key, known, base);
 	}
 	return 0;
@@ -2322,7 +2373,7 @@ SECTION("uprobe/enter_rustls_receive") int enter_rustls_receive(struct registers
 		return 0;
 	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
 	u64 base = rustls_base(r, cookie);
-	struct rustls_layer layer = {};
+	struct rustls_layer layer;
 	struct rustls_call *call = rustls_calls_get(&ids);
 	if (call)
 		call->encrypter = 0;
@@ -2354,7 +2405,7 @@ SECTION("uprobe/leave_rustls_receive") int leave_rustls_receive(struct registers
 	u64 called = call->id;
 	call->encrypter = 0;
 	struct rustls *known = rustls_connections_get(&key);
-	struct rustls_result result = {};
+	struct rustls_result result;
 	if (!known || known->id != called ||
 	    bpf_probe_read_user(&result, sizeof(result), (void *)rustls_object(r, cookie)) ||
 	    result.tag != (cookie >> RUSTLS_REST & 0xff) || result.length > PIECE_BYTES_MAX)
