@@ -317,7 +317,7 @@ class Aarch64Effects:
         effects: list[Effect] = []
         for place, register in enumerate(registers):
             where = at + place * size
-            wide = size == 8 and i.reg_name(register)[0] == "x"
+            wide = size == 8 and arm_wide(i.reg_name(register))[0] == "x"
             if is_store:
                 effects.append(
                     Store(base, where, size, self._stored(i, register) if wide else None)
@@ -343,7 +343,9 @@ class Aarch64Effects:
         return Register(self._register(i, register))
 
     def _size(self, i: Any, register: int) -> int:
-        return {"x": 8, "w": 4, "q": 16, "d": 8, "s": 4, "h": 2, "b": 1}[i.reg_name(register)[0]]
+        name = i.reg_name(register)
+        letter = name[0] if name[0] == "w" else arm_wide(name)[0]
+        return {"x": 8, "w": 4, "q": 16, "d": 8, "s": 4, "h": 2, "b": 1}[letter]
 
     def _unknown(self, i: Any) -> tuple[Effect, ...]:
         _, written = i.regs_access()

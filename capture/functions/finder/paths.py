@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 
 from capture.functions.elf import ElfError
 from capture.functions.finder.code import Code, Line
-from capture.functions.finder.effects import Aarch64Effects, Effect, X86Effects
+from capture.functions.finder.effects import Aarch64Effects, Abi, Effect, Put, Register, X86Effects
 from capture.functions.finder.instruction_sets import Flow
 
 TABLE_ENTRIES_MAX = 4096
+SOUGHT_MAX = 2000
+"""Instructions and registers that are looked at for where one register was set."""
 _DIRECT = re.compile(r"(?:.*, )?#?(0x[0-9a-f]+)")
 _ADDRESS_LOADED = re.compile(r"(\w+), \[rip ([+-]) (0x[0-9a-f]+)\]")
 _X86_ENDS = frozenset(("ret", "ud2", "int3", "hlt"))
@@ -89,6 +91,47 @@ class Paths:
         found = (*self._sources.get(address, ()), *((number - 1,) if falls else ()))
         return found or None
 
+    def frame_address(self, number: int, register: str, abi: Abi) -> int | None:
+        """What a register is ahead of the stack pointer before an instruction, on every way there.
+
+        None where one way has it from elsewhere, or the stack pointer moves.
+        """
+        found: set[int] = set()
+        pending = [(number, register)]
+        seen: set[tuple[int, str]] = set()
+        while pending and len(seen) < SOUGHT_MAX:
+            number, register = pending.pop()
+            if (number, register) in seen:
+                continue
+            seen.add((number, register))
+            before = self.predecessors(number)
+            if before is None:
+                return None
+            for each in before:
+                source = self._source_of(each, register, abi)
+                if source is None or source.name is None:
+                    return None
+                if source.name == abi.stack:
+                    found.add(source.plus)
+                elif source.plus:
+                    return None
+                else:
+                    pending.append((each, source.name))
+        return found.pop() if len(found) == 1 and not pending else None
+
+    def _source_of(self, number: int, register: str, abi: Abi) -> Register | None:
+        """What a register is behind an instruction, by registers before it."""
+        if self.flow(number) is Flow.CALL and register in abi.volatile:
+            return None
+        source: Register | None = Register(register)
+        for effect in self.effects(number):
+            if isinstance(effect, Put):
+                if effect.register == abi.stack:
+                    return None
+                if effect.register == register:
+                    source = effect.source if isinstance(effect.source, Register) else None
+        return source
+
     @cached_property
     def _sources(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = defaultdict(list)
@@ -108,14 +151,15 @@ class Paths:
         )
         if not computed or self._code.arm:
             return frozenset()
-        targets: set[int] = set()
+        tables: set[int] = set()
         for address, size, name, operands in self.lines:
             if name == "lea" and (match := _ADDRESS_LOADED.fullmatch(operands)):
                 distance = int(match[3], 16) * (-1 if match[2] == "-" else 1)
-                targets.update(self._table(address + size + distance))
-        return frozenset(targets)
+                tables.add(address + size + distance)
+        return frozenset(target for table in tables for target in self._table(table, tables))
 
-    def _table(self, table: int) -> Iterator[int]:
+    def _table(self, table: int, others: Collection[int]) -> Iterator[int]:
+        """The targets of a table: how long it is nobody says, so until one is no instruction."""
         segments = (s for s in self._code.elf.loads if not s.executable)
         segment = next((s for s in segments if 0 <= table - s.address < s.size_bytes), None)
         if segment is None or table % 4:
@@ -125,10 +169,11 @@ class Paths:
             entries = struct.iter_unpack("<i", self._code.elf.read_at(table, size))
         except ElfError:
             return
-        for (distance,) in entries:
-            if table + distance not in self:
+        for number, (distance,) in enumerate(entries):
+            target = table + distance
+            if target not in self.index or (number and table + 4 * number in others):
                 return
-            yield table + distance
+            yield target
 
 
 def _arm_flow(name: str) -> Flow:

@@ -9,6 +9,8 @@ Location. Programs built with `-Zlocation-detail=none`, or whose panics abort at
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from capture.functions.elf import Elf, ElfError
@@ -35,16 +37,23 @@ def locations_in(elf: Elf, ending: bytes) -> list[PanicLocation]:
     Of more than TEXTS_MAX texts or LOCATIONS_MAX Locations the rest is left out.
     """
     found: list[PanicLocation] = []
-    texts = [segment for segment in elf.loads if not segment.executable]
-    for number, at in enumerate(elf.find(ending, texts)):
-        if number == TEXTS_MAX:
-            break
+    for at in islice(texts_with(elf, ending), TEXTS_MAX):
         end = at + len(ending)
         for where, start in elf.pointers_between(end - PATH_BYTES_MAX, at + 1):
             location = _location(elf, where, start, end)
             if location is not None and len(found) < LOCATIONS_MAX:
                 found.append(location)
     return sorted(set(found))
+
+
+def texts_with(elf: Elf, text: bytes) -> Iterator[int]:
+    """Where a text is among the constants: some linkers keep them with the code."""
+    constants = [segment for segment in elf.loads if not segment.executable]
+    if (first := next(elf.find(text, constants), None)) is not None:
+        yield first
+        yield from (at for at in elf.find(text, constants) if at != first)
+    else:
+        yield from elf.find(text, elf.executables)
 
 
 def _location(elf: Elf, where: int, start: int, end: int) -> PanicLocation | None:

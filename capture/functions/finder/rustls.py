@@ -27,7 +27,7 @@ from capture.functions.finder.effects import AARCH64, X86, Aarch64Effects, X86Ef
 from capture.functions.finder.instruction_sets import Flow
 from capture.functions.finder.not_found import Ambiguous, NotFound
 from capture.functions.finder.paths import Paths
-from capture.functions.finder.rust_panics import PanicLocation, by_folder, locations_in
+from capture.functions.finder.rust_panics import PanicLocation, by_folder, locations_in, texts_with
 from capture.functions.finder.rustls_sites import (
     RECEIVE_NUMBER,
     SEND_NUMBER,
@@ -50,8 +50,8 @@ from capture.functions.stacks import INSTEAD, STACKS, Stack
 
 _RECORD_LAYER, _CONN = b"/src/record_layer.rs", b"/src/conn.rs"
 _VERSION = re.compile(r"rustls-(\d+\.\d+\.\d+[\w.+-]*)$")
-_LABEL = b"c ap traffic"
-"""In every implementation of TLS 1.3 (RFC 8446, section 7.1)."""
+_MARKER, _LABEL = b"rustls", b"c ap traffic"
+"""The second is in every implementation of TLS 1.3 (RFC 8446, section 7.1)."""
 DECRYPTER = 0x10
 """How far behind the encrypter the decrypter's box is, in the layer."""
 OUTER_BYTES_MAX = 0x10
@@ -70,6 +70,28 @@ _MAY_CALL = {
     "x86_64": re.compile(rb"\xff[\x50-\x57]\x18|\x8b[\x40-\x7f]\x18"),
     "aarch64": re.compile(rb"[\x0c-\x0f]\x40\xf9"),
 }
+
+
+def _arm_builds_frame(word: int) -> bool:
+    """`sub sp, sp, #n`, `stp x, x, [sp, #-n]!`, `str x30, [sp, #-n]!`, `paciasp`."""
+    return (
+        word & 0xFF8003FF == 0xD10003FF
+        or word & 0xFFE003E0 == 0xA9A003E0
+        or word & 0xFFF00FFF == 0xF8100FFE
+        or word == 0xD503233F
+    )
+
+
+def _arm_goes_elsewhere(word: int) -> bool:
+    """`ret`, `b`, `br`, `brk`, `udf`."""
+    return (
+        word in (0xD65F03C0, 0)
+        or word & 0xFC000000 == 0x14000000
+        or word & 0xFFFFFC1F == 0xD61F0000
+        or word & 0xFFE0001F == 0xD4200000
+    )
+
+
 _RELATIVE = re.compile(r"\[rip ([+-]) (0x[0-9a-f]+)\]")
 _ARM_PAGE = re.compile(r"(x\d+), #(0x[0-9a-f]+)")
 _ARM_ADD = re.compile(r"x\d+, (x\d+), #(0x[0-9a-f]+)")
@@ -139,7 +161,7 @@ def _find(elf: Elf) -> Iterator[Found | NotFound]:
     layers = by_folder(locations_in(elf, _RECORD_LAYER), _RECORD_LAYER)
     conns = by_folder(locations_in(elf, _CONN), _CONN)
     if not layers:
-        speaks = any(elf.find(_LABEL, (s for s in elf.loads if not s.executable)))
+        speaks = any(texts_with(elf, _MARKER)) and any(texts_with(elf, _LABEL))
         reason = "rustls without the source locations of its panics"
         yield NotFound(reason, elf.build_id, absent=not speaks)
         return
@@ -239,20 +261,28 @@ class _Search:
         return self._paths[bounds]
 
     def _between_paddings(self, address: int) -> tuple[int, int] | None:
-        """From one aligned start behind padding to the next: some functions, in order."""
-        if self.code.arm:
-            return None
+        """From one likely start of a function to the next: some functions, in order."""
         base = address - FUNCTION_BYTES_MAX // 2
         for segment in self.elf.executables:
             if segment.address <= address < segment.address + segment.size_bytes:
-                base = max(base, segment.address)
-                near = self.code.bytes_at(base, FUNCTION_BYTES_MAX)
-                ends = (base + match.end() for match in _PADDING.finditer(near))
-                starts = [at for at in ends if at % 16 == 0]
+                base = max(base & ~15, segment.address)
+                starts = self._likely_starts(base, self.code.bytes_at(base, FUNCTION_BYTES_MAX))
                 before = max((at for at in starts if at <= address), default=None)
                 after = min((at for at in starts if at > address), default=None)
                 return None if before is None or after is None else (before, after)
         return None
+
+    def _likely_starts(self, base: int, code: bytes) -> list[int]:
+        """Behind padding; on aarch64, where a frame is built behind what goes elsewhere."""
+        if not self.code.arm:
+            ends = (base + match.end() for match in _PADDING.finditer(code))
+            return [at for at in ends if at % 16 == 0]
+        words = memoryview(code[: len(code) & ~3]).cast("I")
+        return [
+            base + 4 * number
+            for number in range(1, len(words))
+            if _arm_builds_frame(words[number]) and _arm_goes_elsewhere(words[number - 1])
+        ]
 
     def _mentioned(self, paths: Paths) -> set[int]:
         """The functions that a function calls, or whose addresses it loads, maybe to call them."""

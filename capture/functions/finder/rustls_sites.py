@@ -297,6 +297,16 @@ class _Look:
             return self._site(None, ok_tag)
         return self._site(ReceivePlace(*before, *after), ok_tag)
 
+    def _result_in(self, state: State) -> Pointer | None:
+        """Where the result is, from a register that `decrypt` leaves as it is."""
+        if (found := _pointer(state, self.shape.result)) is not None:
+            return found
+        at = self.paths.frame_address(self.call, self.abi.result, self.abi)
+        stack = state.register(self.abi.stack)
+        if at is None or stack != self.states[-1].register(self.abi.stack):
+            return None
+        return Pointer(self.abi.numbers[self.abi.stack], at)
+
     def _before(self) -> tuple[int, Kind, Pointer] | None:
         """The nearest branch of the chain, else a load, else the call."""
         for kind in (Kind.BRANCH, Kind.LOAD, Kind.CALL):
@@ -324,7 +334,7 @@ class _Look:
                 break
             flow = self.paths.flow(number)
             if flow is Flow.BRANCH:
-                if (result := _pointer(state, self.shape.result)) is not None:
+                if (result := self._result_in(state)) is not None:
                     return self.paths.lines[number][0], Kind.BRANCH, result
                 break
             stored = _stores(self.paths.effects(number), state)
@@ -337,7 +347,7 @@ class _Look:
             state.apply(self.paths.effects(number))
         if self.paths.predecessors(self.call + 1) != (self.call,):
             return None
-        result = _pointer(returned, self.shape.result)
+        result = self._result_in(returned)
         return None if result is None else (self.paths.lines[self.call + 1][0], Kind.AFTER, result)
 
     def _ok_tag(self) -> int | None:

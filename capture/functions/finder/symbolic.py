@@ -65,6 +65,8 @@ class State:
 
     def register(self, name: str) -> Value:
         """What a register holds."""
+        if name not in self._registers:  # such as aarch64's zero
+            self._registers[name] = self._new()
         return self._registers[name]
 
     def memory(self, place: Place, size: int = 8) -> Value:
