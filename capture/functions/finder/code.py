@@ -48,6 +48,8 @@ BLOCKS_BYTES_MAX = 0x1000
 """How far from a function's start its blocks may lie that look like functions themselves."""
 
 Constants = Mapping[str, frozenset[int]]
+Line = tuple[int, int, str, str]
+"""An instruction: address, size, mnemonic, operands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Code:
             self._decoder = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
         else:
             self._decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+        self._plain_decoder = capstone.Cs(self._decoder.arch, self._decoder.mode)
         self._decoder.detail = True
         self._reader = Aarch64() if self.arm else X86()
         self._pages: dict[int, bytes] = {}
@@ -127,6 +130,20 @@ class Code:
             ends = step.flow in (Flow.JUMP, Flow.RETURN, Flow.STOP)
             if ends or self._steps.get(step.after) is not None:
                 return
+
+    def listing(self, start: int, end: int) -> list[Line] | None:
+        """All instructions from an address to another, as text; None where not all is code.
+
+        Twenty times as quick as `step`, of each byte once.
+        """
+        lines = list(self._plain_decoder.disasm_lite(self.bytes_at(start, end - start), start))
+        whole = lines and lines[-1][0] + lines[-1][1] == end
+        return lines if whole else None
+
+    def instruction(self, address: int) -> Any:
+        """The instruction at an address as the disassembler has it, with all details."""
+        code = self.bytes_at(address, INSTRUCTION_BYTES_MAX)
+        return next(self._decoder.disasm(code, address, 1), None)
 
     @property
     def arguments(self) -> tuple[str, ...]:
