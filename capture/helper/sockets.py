@@ -91,7 +91,8 @@ class _Sum:
 
 class Sockets:
     """`cause_of` answers why a connection of a process, made at that (monotonic) time, was not
-    metered; `name` who a process is; `metered_stack` in which stack its probes are."""
+    metered; `name` who a process is; `metered_stack` in which stack the probes are that saw a
+    connection of a process (0: not known which)."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class Sockets:
         addresses: bpf.Map,
         name: Callable[[Socket], Process],
         cause_of: Callable[[int, int], Cause],
-        metered_stack: Callable[[int], str | None],
+        metered_stack: Callable[[int, int], str | None],
     ) -> None:
         self._table = table
         self._addresses = addresses
@@ -261,8 +262,8 @@ class Sockets:
         if is_own_proxy(process) or (process.pid, process.started_ns) in self._own_proxies:
             return
         if self._leads_to_own_proxy(socket):
-            cause = Cause(PROXY, self._metered_stack(process.pid))
-        stack = cause.stack if cause else self._metered_stack(process.pid)
+            cause = Cause(PROXY, self._metered_stack(process.pid, socket.linked))
+        stack = cause.stack if cause else self._metered_stack(process.pid, socket.linked)
         row = _Row(
             process.pid,
             process.started_ns,
