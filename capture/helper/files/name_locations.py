@@ -112,14 +112,16 @@ class NameLocations:
 
     def _kept(self, build: _Build) -> dict[str, Any]:
         """By a library's code, what is remembered of the file: it may have several."""
-        kept = json.loads(self._memory.read(build.found) or "{}")
+        kept = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            kept = json.loads(self._memory.read(build.found) or "{}")
         names = kept.get("names") if isinstance(kept, dict) else None
         return names if isinstance(names, dict) else {}
 
     def _keep(self, build: _Build, offset: int) -> None:
-        names = self._kept(build) | {build.code: offset}
-        if not offset:
-            del names[build.code]
+        names = {code: at for code, at in self._kept(build).items() if code != build.code}
+        if offset:
+            names[build.code] = offset
         if names:
             self._memory.write(build.found, json.dumps({"names": names}))
         else:
