@@ -6,9 +6,10 @@ whose panics name `record_layer.rs` (there is `encrypt`) and `conn.rs` (there `d
 or it is in a function that is called or loaded there). The way does not depend on symbols, on the
 compiler's version, or on who encrypts (aws-lc, ring). Known to hold for 0.23.16 to 0.23.46.
 
-This file refuses to guess. A rustls is refused, with a reason, unless one offset serves all sites,
-every function with panics of `record_layer.rs` has as many sites as it has ways to panic, every
-function with panics of `conn.rs` has or reaches a `decrypt`, and each site has a place for a probe.
+This file refuses to guess. A rustls is refused, with a reason, unless one layout serves all sites,
+every function with panics of `record_layer.rs` has as many sites as it has ways to panic, of the
+functions with one panic of `conn.rs` all have or reach a `decrypt` or none does, and each site has
+a place for a probe.
 The last proof, records that count up one by one and bytes that are HTTP, is the kernel's.
 """
 
@@ -18,6 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +56,6 @@ _MARKER, _LABEL = b"rustls", b"c ap traffic"
 """The second is in every implementation of TLS 1.3 (RFC 8446, section 7.1)."""
 DECRYPTER = 0x10
 """How far behind the encrypter the decrypter's box is, in the layer."""
-OUTER_BYTES_MAX = 0x10
-"""How far inside another struct the layer may lie: 8 bytes in `enum Connection` (impit)."""
 CALLEE_BYTES_MAX = 0x800
 """The function with `decrypt`, where it is not inlined: some 600 bytes."""
 FUNCTION_BYTES_MAX = 0x20000
@@ -210,24 +210,28 @@ class _Search:
         self, version: str | None, panics: list[PanicLocation], conn: list[PanicLocation]
     ) -> Found:
         """The record layer of one copy of rustls. Raises Ambiguous."""
-        layers, roots = self._functions_with(panics), self._functions_with(conn)
+        layers = self._functions_with(panics)
+        roots = {each.address: list(self._functions_with([each])) for each in conn}
         if not layers:
             raise Ambiguous("nothing refers to the panics of record_layer.rs")
-        if not roots:
+        if not any(roots.values()):
             raise Ambiguous("nothing refers to panics of conn.rs")
         locations = [each.address for each in panics]
         found: dict[int, _Located] = {}
-        for paths in dict.fromkeys((*layers, *roots)):
+        everything = dict.fromkeys(chain(layers, *roots.values()))
+        for paths in everything:
             for site in sites_in(paths, self.abi, locations):
                 found[site.call] = _Located(site, paths)
-        reached = {root: self._mentioned(root) for root in roots}
+        reached = {root: self._mentioned(root) for root in chain(*roots.values())}
         for start in sorted(set().union(*reached.values())):
             if (callee := self._callee(start)) is not None:
                 for site in sites_in(callee, self.abi, locations):
                     found.setdefault(site.call, _Located(site, callee))
         sites = sorted(found.values(), key=lambda each: each.site.call)
         encrypter = _checked(sites)
-        _check_complete(sites, layers, reached)
+        _check_complete(sites, layers)
+        for functions in roots.values():
+            _check_alike(sites, {root: reached[root] for root in functions})
         return self._found(version, encrypter, sites)
 
     # --- functions ----------------------------------------------------------------------------
@@ -407,13 +411,14 @@ class _Located(NamedTuple):
 
 def _checked(sites: list[_Located]) -> int:
     """The one offset of the encrypter. Raises Ambiguous where sites disagree."""
-    sends = {each.site.box for each in sites if each.site.sends}
+    sends = {each.site.box for each in sites if each.site.sends and not each.site.in_frame}
     receives = {each.site.box for each in sites if not each.site.sends}
     if not sends or not receives:
         raise Ambiguous(f"no call of {'decrypt' if sends else 'encrypt'} was recognised")
-    encrypters = {*sends, *(each - DECRYPTER for each in receives)}
-    first = min(encrypters)
-    if not encrypters <= set(range(first, first + OUTER_BYTES_MAX, 8)):
+    # The layer may lie in another struct, or in a frame: then all of it is elsewhere.
+    first = min(sends)
+    apart = {each - first for each in sends} | {each - first - DECRYPTER for each in receives}
+    if first < 0 or 0 not in apart or any(each % 8 for each in apart):
         offsets = ", ".join(f"{each:#x}" for each in sorted(sends | receives))
         raise Ambiguous(f"the boxes are at offsets that do not belong together: {offsets}")
     if len(sites) > SITES_MAX:
@@ -427,22 +432,31 @@ def _checked(sites: list[_Located]) -> int:
     return first
 
 
-def _check_complete(
-    sites: list[_Located], layers: Mapping[Paths, int], reached: Mapping[Paths, set[int]]
-) -> None:
-    """Raises Ambiguous where a function should have had a site, or one more."""
+def _check_complete(sites: list[_Located], layers: Mapping[Paths, int]) -> None:
+    """Raises Ambiguous where a function with panics of record_layer.rs should have more sites."""
     for paths, panics in layers.items():
         count = sum(each.paths is paths for each in sites)
         if count < panics:
-            raise Ambiguous(
-                f"{count} of {panics} calls were recognised in the function at {paths.start:#x}"
-            )
+            where = f"in the function at {paths.start:#x}"
+            raise Ambiguous(f"{count} of {panics} calls were recognised {where}")
+
+
+def _check_alike(sites: list[_Located], reached: Mapping[Paths, set[int]]) -> None:
+    """Raises Ambiguous where some functions with one panic of conn.rs reach `decrypt`, some not.
+
+    They are one function, compiled for some types. Another panic's may have no part in it.
+    """
     receives = [each for each in sites if not each.site.sends]
-    for root, starts in reached.items():
-        if any(each.paths is root for each in receives):
-            continue
-        if not any(_is_in(each, start) for each in receives for start in starts):
-            raise Ambiguous(f"the function at {root.start:#x} has panics of conn.rs but no decrypt")
+    without = [
+        root
+        for root, starts in reached.items()
+        if not any(
+            each.paths is root or any(_is_in(each, start) for start in starts) for each in receives
+        )
+    ]
+    if without and len(without) < len(reached):
+        where = f"{len(without)} of {len(reached)} functions with one panic of conn.rs"
+        raise Ambiguous(f"no decrypt was recognised in {where}")
 
 
 def _is_in(located: _Located, start: int) -> bool:
