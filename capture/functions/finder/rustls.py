@@ -61,6 +61,7 @@ CALLEE_BYTES_MAX = 0x800
 FUNCTION_BYTES_MAX = 0x20000
 """Of the functions with panics of conn.rs: 21 KB in uv."""
 FUNCTIONS_MAX = 512
+STARTS_MAX = 4
 SERVER_NAME = ServerName(state=0x388, name=0x10)
 """The same in 0.23.35 to 0.23.46 and in a fork, with both providers (rustc 1.91 to 1.100)."""
 SERVER_NAME_SINCE = (0, 23, 35)
@@ -210,19 +211,20 @@ class _Search:
         self, version: str | None, panics: list[PanicLocation], conn: list[PanicLocation]
     ) -> Found:
         """The record layer of one copy of rustls. Raises Ambiguous."""
-        layers = self._functions_with(panics)
-        roots = {each.address: list(self._functions_with([each])) for each in conn}
+        layers, _ = self._functions_with(panics, sure=True)
+        conns = [self._functions_with([each], sure=False) for each in conn]
+        roots = [list(functions) for functions, _ in conns]
         if not layers:
             raise Ambiguous("nothing refers to the panics of record_layer.rs")
-        if not any(roots.values()):
+        if not any(roots):
             raise Ambiguous("nothing refers to panics of conn.rs")
         locations = [each.address for each in panics]
         found: dict[int, _Located] = {}
-        everything = dict.fromkeys(chain(layers, *roots.values()))
+        everything = dict.fromkeys(chain(layers, *roots))
         for paths in everything:
             for site in sites_in(paths, self.abi, locations):
                 found[site.call] = _Located(site, paths)
-        reached = {root: self._mentioned(root) for root in chain(*roots.values())}
+        reached = {root: self._mentioned(root) for root in chain(*roots)}
         for start in sorted(set().union(*reached.values())):
             if (callee := self._callee(start)) is not None:
                 for site in sites_in(callee, self.abi, locations):
@@ -230,14 +232,20 @@ class _Search:
         sites = sorted(found.values(), key=lambda each: each.site.call)
         encrypter = _checked(sites)
         _check_complete(sites, layers)
-        for functions in roots.values():
-            _check_alike(sites, {root: reached[root] for root in functions})
+        for functions, unknown in conns:
+            _check_alike(sites, {root: reached[root] for root in functions}, unknown)
         return self._found(version, encrypter, sites)
 
     # --- functions ----------------------------------------------------------------------------
 
-    def _functions_with(self, locations: list[PanicLocation]) -> dict[Paths, int]:
-        """The functions with these panics, and in how many places at most each has one of them."""
+    def _functions_with(
+        self, locations: list[PanicLocation], *, sure: bool
+    ) -> tuple[dict[Paths, int], int]:
+        """The functions with these panics, and in how many places at most each has one of them.
+
+        Also how many places are in no function that is certain: none if they must be `sure`.
+        """
+        unknown = 0
         counts: dict[Paths, Counter[int]] = defaultdict(Counter)
         for location in locations:
             loads = self.code.loads_of([location.address])[location.address]
@@ -245,13 +253,15 @@ class _Search:
                 raise Ambiguous(f"more than {REFERENCES_MAX} references to one panic")
             for at in loads:
                 paths = self._around(at)
-                if paths is None:
+                if paths is None and sure:
                     raise Ambiguous(f"where the function around {at:#x} begins is not certain")
-                if at in paths.index:
+                if paths is None:
+                    unknown += 1
+                elif at in paths.index:
                     counts[paths][location.address] += 1
         if len(counts) > FUNCTIONS_MAX:
             raise Ambiguous(f"more than {FUNCTIONS_MAX} functions may panic there")
-        return {paths: max(count.values()) for paths, count in counts.items()}
+        return {paths: max(count.values()) for paths, count in counts.items()}, unknown
 
     def _around(self, address: int) -> Paths | None:
         """The function around an address, by the unwind table, or what lies between paddings."""
@@ -375,26 +385,32 @@ class _Search:
     def _function(self, paths: Paths, sites: list[_Located]) -> Function:
         """The function, as far as it has probes, and what proves its start. Raises Ambiguous."""
         places = [each.site.place for each in sites if each.paths is paths]
-        last = max(
-            each.after if isinstance(each, ReceivePlace) else each.address
-            for each in places
-            if each
-        )
+        probed = [each.address for each in places if each is not None]
+        last = max(probed + [each.after for each in places if isinstance(each, ReceivePlace)])
         end = last + paths.lines[paths.index[last]][1]
         if self.elf.unwind_range_of(paths.start) is not None:
             return Function(self._offset(paths.start), Proof.UNWIND, 0, end - paths.start)
-        first = min(each.address for each in places if each)
-        starts = [at for at in paths.index if at % 16 == 0 and at <= first]
-        callers = self.code.callers(*starts)
-        called = [start for start in starts if callers[start]]
-        if not called:
-            raise Ambiguous(
-                f"the start of the function before {first:#x} is not certain: nothing calls it"
+        start, called_at = self._called_start(paths, min(probed))
+        return Function(self._offset(start), Proof.CALL, self._offset(called_at), end - start)
+
+    def _called_start(self, paths: Paths, first: int) -> tuple[int, int]:
+        """The nearest function that begins before an address and is called, and where it is."""
+        numbers = [number for number, line in enumerate(paths.lines) if line[0] <= first]
+        if self.code.arm:  # each one is sought for itself: there are few
+            ends = (Flow.JUMP, Flow.STOP)
+            near = [paths.lines[n][0] for n in numbers if not n or paths.flow(n - 1) in ends]
+            sought = ((start, self.code.caller(start)) for start in near[: -STARTS_MAX - 1 : -1])
+            called = next(((start, at) for start, at in sought if at is not None), None)
+        else:
+            near = [paths.lines[n][0] for n in numbers if paths.lines[n][0] % 16 == 0]
+            callers = self.code.callers(*near)
+            called = max(
+                ((start, callers[start][0]) for start in near if callers[start]), default=None
             )
-        start = max(called)
-        return Function(
-            self._offset(start), Proof.CALL, self._offset(callers[start][0]), end - start
-        )
+        if called is None:
+            reason = "is not certain: nothing calls it"
+            raise Ambiguous(f"the start of the function before {first:#x} {reason}")
+        return called
 
 
 def _moved(layer: Pointer, displacement: int) -> Pointer:
@@ -441,10 +457,11 @@ def _check_complete(sites: list[_Located], layers: Mapping[Paths, int]) -> None:
             raise Ambiguous(f"{count} of {panics} calls were recognised {where}")
 
 
-def _check_alike(sites: list[_Located], reached: Mapping[Paths, set[int]]) -> None:
+def _check_alike(sites: list[_Located], reached: Mapping[Paths, set[int]], unknown: int) -> None:
     """Raises Ambiguous where some functions with one panic of conn.rs reach `decrypt`, some not.
 
     They are one function, compiled for some types. Another panic's may have no part in it.
+    `unknown`: so many more may have that panic.
     """
     receives = [each for each in sites if not each.site.sends]
     without = [
@@ -454,8 +471,9 @@ def _check_alike(sites: list[_Located], reached: Mapping[Paths, set[int]]) -> No
             each.paths is root or any(_is_in(each, start) for start in starts) for each in receives
         )
     ]
-    if without and len(without) < len(reached):
-        where = f"{len(without)} of {len(reached)} functions with one panic of conn.rs"
+    missing = len(without) + unknown
+    if missing and len(without) < len(reached):
+        where = f"{missing} of {len(reached) + unknown} functions with one panic of conn.rs"
         raise Ambiguous(f"no decrypt was recognised in {where}")
 
 
