@@ -52,10 +52,10 @@ class Store(NamedTuple):
 
 
 class Compare(NamedTuple):
-    """A value is compared to a constant, and the flags set: nothing else changes them after it."""
+    """A value is compared to another, and the flags are set."""
 
     source: Register | Memory
-    constant: int
+    other: Source
 
 
 class Call(NamedTuple):
@@ -182,15 +182,12 @@ class X86Effects:
         source = self._source(i, left)
         if left.type == self._x86.X86_OP_REG and left.size < 8:
             source = Register(self._register(i, left.reg))
-        if name == "cmp" and right.type == self._x86.X86_OP_IMM and source is not None:
-            return (Compare(source, right.imm),)
-        if (
-            name == "test"
-            and left.type == right.type == self._x86.X86_OP_REG
-            and source is not None
-        ):
-            return (Compare(source, 0),) if left.reg == right.reg else ()
-        return ()
+        if source is None:
+            return ()
+        if name == "cmp":
+            return (Compare(source, self._source(i, right)),)
+        same = left.type == right.type == self._x86.X86_OP_REG and left.reg == right.reg
+        return (Compare(source, Register(None, 0)),) if same else ()
 
     def _unknown(self, i: Any, operands: Any) -> tuple[Effect, ...]:
         effects: list[Effect] = []
@@ -289,10 +286,15 @@ class Aarch64Effects:
         )
 
     def _compared(self, i: Any, name: str, operands: Any) -> tuple[Effect, ...]:
-        if name != "cmp" or operands[1].type != self._arm.ARM64_OP_IMM:
+        left, right = operands[:2]
+        if name != "cmp":
             return ()
-        shift = operands[1].shift.value if operands[1].shift.type else 0
-        return (Compare(Register(self._register(i, operands[0].reg)), operands[1].imm << shift),)
+        other: Source = None
+        if right.type == self._arm.ARM64_OP_IMM:
+            other = Register(None, right.imm << (right.shift.value if right.shift.type else 0))
+        elif right.type == self._arm.ARM64_OP_REG and not right.shift.type:
+            other = Register(self._register(i, right.reg))
+        return (Compare(Register(self._register(i, left.reg)), other),)
 
     def _transferred(
         self, i: Any, name: str, operands: Any, *, is_store: bool

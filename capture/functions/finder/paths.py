@@ -19,12 +19,14 @@ from capture.functions.finder.effects import Aarch64Effects, Abi, Effect, Put, R
 from capture.functions.finder.instruction_sets import Flow
 
 TABLE_ENTRIES_MAX = 4096
+OUTLINED_MAX = 16
 SOUGHT_MAX = 2000
 """Instructions and registers that are looked at for where one register was set."""
 _DIRECT = re.compile(r"(?:.*, )?#?(0x[0-9a-f]+)")
 _ADDRESS_LOADED = re.compile(r"(\w+), \[rip ([+-]) (0x[0-9a-f]+)\]")
 _X86_ENDS = frozenset(("ret", "ud2", "int3", "hlt"))
 _ARM_ENDS = frozenset(("ret", "retaa", "retab", "brk", "udf", "hlt"))
+_ARM_KEPT = frozenset(("sp", "x29", "x30"))
 _ARM_BRANCHES = frozenset(("cbz", "cbnz", "tbz", "tbnz"))
 
 
@@ -37,6 +39,7 @@ class Paths:
         self.index = {line[0]: number for number, line in enumerate(lines)}
         self._code, self._reader = code, reader
         self._effects: dict[int, tuple[Effect, ...]] = {}
+        self._outlines: dict[int | None, tuple[Effect, ...]] = {}
 
     def __contains__(self, address: int) -> bool:
         return self.start <= address < self.end
@@ -53,7 +56,8 @@ class Paths:
         """What an instruction, by its number, does to the flow."""
         name = self.lines[number][2]
         if self._code.arm:
-            return _arm_flow(name)
+            flow = _arm_flow(name)
+            return Flow.NEXT if flow is Flow.CALL and self._outlined(number) else flow
         if name[0] == "j" or name.startswith(("loop", "notrack jmp")):
             return Flow.JUMP if name.endswith("jmp") else Flow.BRANCH
         if name == "call":
@@ -68,9 +72,39 @@ class Paths:
     def effects(self, number: int) -> tuple[Effect, ...]:
         """What it does to registers and memory."""
         if number not in self._effects:
-            instruction = self._code.instruction(self.lines[number][0])
-            self._effects[number] = self._reader.of(instruction) if instruction else ()
+            address = self.lines[number][0]
+            self._effects[number] = self._outlined(number) or self._effects_at(address)
         return self._effects[number]
+
+    def _effects_at(self, address: int) -> tuple[Effect, ...]:
+        instruction = self._code.instruction(address)
+        return self._reader.of(instruction) if instruction else ()
+
+    def _outlined(self, number: int) -> tuple[Effect, ...]:
+        """What is done by a call of a few instructions that do nothing but return; else nothing.
+
+        Where size matters LLVM has functions for what often comes in a row on aarch64 (Deno).
+        """
+        if not self._code.arm or self.lines[number][2] != "bl":
+            return ()
+        target = self.target(number)
+        if target not in self._outlines:
+            self._outlines[target] = self._straight(target) if target is not None else ()
+        return self._outlines[target]
+
+    def _straight(self, start: int) -> tuple[Effect, ...]:
+        effects: list[Effect] = []
+        code = self._code.bytes_at(start, 4 * OUTLINED_MAX)
+        for address, _, name, _ in self._code.lines_in(code, start):
+            if name == "ret":
+                return tuple(effects)
+            if _arm_flow(name) is not Flow.NEXT:
+                return ()
+            done = self._effects_at(address)
+            if any(isinstance(each, Put) and each.register in _ARM_KEPT for each in done):
+                return ()
+            effects += done
+        return ()
 
     def successors(self, number: int) -> Iterator[int]:
         """The instructions that may follow, by number; what leaves the function is left out."""
@@ -87,9 +121,15 @@ class Paths:
         address = self.lines[number][0]
         if address in self._table_targets or not number:
             return None
-        falls = self.flow(number - 1) in (Flow.NEXT, Flow.CALL, Flow.BRANCH)
-        found = (*self._sources.get(address, ()), *((number - 1,) if falls else ()))
+        found = (*self._sources.get(address, ()), *((number - 1,) if self._falls(number) else ()))
         return found or None
+
+    def _falls(self, number: int) -> bool:
+        """Whether the flow comes from the instruction before; what only aligns is not run."""
+        before = number - 1
+        while self.lines[before][2] == "nop" and before and not self._is_target(before):
+            before -= 1
+        return self.flow(before) in (Flow.NEXT, Flow.CALL, Flow.BRANCH)
 
     def frame_address(self, number: int, register: str, abi: Abi) -> int | None:
         """What a register is ahead of the stack pointer before an instruction, on every way there.
@@ -131,6 +171,10 @@ class Paths:
                 if effect.register == register:
                     source = effect.source if isinstance(effect.source, Register) else None
         return source
+
+    def _is_target(self, number: int) -> bool:
+        address = self.lines[number][0]
+        return address in self._sources or address in self._table_targets
 
     @cached_property
     def _sources(self) -> dict[int, list[int]]:

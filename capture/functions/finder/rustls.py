@@ -6,9 +6,10 @@ whose panics name `record_layer.rs` (there is `encrypt`) and `conn.rs` (there `d
 or it is in a function that is called or loaded there). The way does not depend on symbols, on the
 compiler's version, or on who encrypts (aws-lc, ring). Known to hold for 0.23.16 to 0.23.46.
 
-This file refuses to guess. A rustls is refused, with a reason, unless one offset serves all sites,
-every function with panics of `record_layer.rs` has as many sites as it has ways to panic, every
-function with panics of `conn.rs` has or reaches a `decrypt`, and each site has a place for a probe.
+This file refuses to guess. A rustls is refused, with a reason, unless one layout serves all sites,
+every function with panics of `record_layer.rs` has as many sites as it has ways to panic, of the
+functions with one panic of `conn.rs` all have or reach a `decrypt` or none does, and each site has
+a place for a probe.
 The last proof, records that count up one by one and bytes that are HTTP, is the kernel's.
 """
 
@@ -18,6 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +56,12 @@ _MARKER, _LABEL = b"rustls", b"c ap traffic"
 """The second is in every implementation of TLS 1.3 (RFC 8446, section 7.1)."""
 DECRYPTER = 0x10
 """How far behind the encrypter the decrypter's box is, in the layer."""
-OUTER_BYTES_MAX = 0x10
-"""How far inside another struct the layer may lie: 8 bytes in `enum Connection` (impit)."""
 CALLEE_BYTES_MAX = 0x800
 """The function with `decrypt`, where it is not inlined: some 600 bytes."""
 FUNCTION_BYTES_MAX = 0x20000
 """Of the functions with panics of conn.rs: 21 KB in uv."""
 FUNCTIONS_MAX = 512
+STARTS_MAX = 4
 SERVER_NAME = ServerName(state=0x388, name=0x10)
 """The same in 0.23.35 to 0.23.46 and in a fork, with both providers (rustc 1.91 to 1.100)."""
 SERVER_NAME_SINCE = (0, 23, 35)
@@ -210,30 +211,41 @@ class _Search:
         self, version: str | None, panics: list[PanicLocation], conn: list[PanicLocation]
     ) -> Found:
         """The record layer of one copy of rustls. Raises Ambiguous."""
-        layers, roots = self._functions_with(panics), self._functions_with(conn)
+        layers, _ = self._functions_with(panics, sure=True)
+        conns = [self._functions_with([each], sure=False) for each in conn]
+        roots = [list(functions) for functions, _ in conns]
         if not layers:
             raise Ambiguous("nothing refers to the panics of record_layer.rs")
-        if not roots:
+        if not any(roots):
             raise Ambiguous("nothing refers to panics of conn.rs")
         locations = [each.address for each in panics]
         found: dict[int, _Located] = {}
-        for paths in dict.fromkeys((*layers, *roots)):
+        everything = dict.fromkeys(chain(layers, *roots))
+        for paths in everything:
             for site in sites_in(paths, self.abi, locations):
                 found[site.call] = _Located(site, paths)
-        reached = {root: self._mentioned(root) for root in roots}
+        reached = {root: self._mentioned(root) for root in chain(*roots)}
         for start in sorted(set().union(*reached.values())):
             if (callee := self._callee(start)) is not None:
                 for site in sites_in(callee, self.abi, locations):
                     found.setdefault(site.call, _Located(site, callee))
         sites = sorted(found.values(), key=lambda each: each.site.call)
         encrypter = _checked(sites)
-        _check_complete(sites, layers, reached)
+        _check_complete(sites, layers)
+        for functions, unknown in conns:
+            _check_alike(sites, {root: reached[root] for root in functions}, unknown)
         return self._found(version, encrypter, sites)
 
     # --- functions ----------------------------------------------------------------------------
 
-    def _functions_with(self, locations: list[PanicLocation]) -> dict[Paths, int]:
-        """The functions with these panics, and in how many places at most each has one of them."""
+    def _functions_with(
+        self, locations: list[PanicLocation], *, sure: bool
+    ) -> tuple[dict[Paths, int], int]:
+        """The functions with these panics, and in how many places at most each has one of them.
+
+        Also how many places are in no function that is certain: none if they must be `sure`.
+        """
+        unknown = 0
         counts: dict[Paths, Counter[int]] = defaultdict(Counter)
         for location in locations:
             loads = self.code.loads_of([location.address])[location.address]
@@ -241,13 +253,15 @@ class _Search:
                 raise Ambiguous(f"more than {REFERENCES_MAX} references to one panic")
             for at in loads:
                 paths = self._around(at)
-                if paths is None:
+                if paths is None and sure:
                     raise Ambiguous(f"where the function around {at:#x} begins is not certain")
-                if at in paths.index:
+                if paths is None:
+                    unknown += 1
+                elif at in paths.index:
                     counts[paths][location.address] += 1
         if len(counts) > FUNCTIONS_MAX:
             raise Ambiguous(f"more than {FUNCTIONS_MAX} functions may panic there")
-        return {paths: max(count.values()) for paths, count in counts.items()}
+        return {paths: max(count.values()) for paths, count in counts.items()}, unknown
 
     def _around(self, address: int) -> Paths | None:
         """The function around an address, by the unwind table, or what lies between paddings."""
@@ -371,26 +385,32 @@ class _Search:
     def _function(self, paths: Paths, sites: list[_Located]) -> Function:
         """The function, as far as it has probes, and what proves its start. Raises Ambiguous."""
         places = [each.site.place for each in sites if each.paths is paths]
-        last = max(
-            each.after if isinstance(each, ReceivePlace) else each.address
-            for each in places
-            if each
-        )
+        probed = [each.address for each in places if each is not None]
+        last = max(probed + [each.after for each in places if isinstance(each, ReceivePlace)])
         end = last + paths.lines[paths.index[last]][1]
         if self.elf.unwind_range_of(paths.start) is not None:
             return Function(self._offset(paths.start), Proof.UNWIND, 0, end - paths.start)
-        first = min(each.address for each in places if each)
-        starts = [at for at in paths.index if at % 16 == 0 and at <= first]
-        callers = self.code.callers(*starts)
-        called = [start for start in starts if callers[start]]
-        if not called:
-            raise Ambiguous(
-                f"the start of the function before {first:#x} is not certain: nothing calls it"
+        start, called_at = self._called_start(paths, min(probed))
+        return Function(self._offset(start), Proof.CALL, self._offset(called_at), end - start)
+
+    def _called_start(self, paths: Paths, first: int) -> tuple[int, int]:
+        """The nearest function that begins before an address and is called, and where it is."""
+        numbers = [number for number, line in enumerate(paths.lines) if line[0] <= first]
+        if self.code.arm:  # each one is sought for itself: there are few
+            ends = (Flow.JUMP, Flow.STOP)
+            near = [paths.lines[n][0] for n in numbers if not n or paths.flow(n - 1) in ends]
+            sought = ((start, self.code.caller(start)) for start in near[: -STARTS_MAX - 1 : -1])
+            called = next(((start, at) for start, at in sought if at is not None), None)
+        else:
+            near = [paths.lines[n][0] for n in numbers if paths.lines[n][0] % 16 == 0]
+            callers = self.code.callers(*near)
+            called = max(
+                ((start, callers[start][0]) for start in near if callers[start]), default=None
             )
-        start = max(called)
-        return Function(
-            self._offset(start), Proof.CALL, self._offset(callers[start][0]), end - start
-        )
+        if called is None:
+            reason = "is not certain: nothing calls it"
+            raise Ambiguous(f"the start of the function before {first:#x} {reason}")
+        return called
 
 
 def _moved(layer: Pointer, displacement: int) -> Pointer:
@@ -407,13 +427,14 @@ class _Located(NamedTuple):
 
 def _checked(sites: list[_Located]) -> int:
     """The one offset of the encrypter. Raises Ambiguous where sites disagree."""
-    sends = {each.site.box for each in sites if each.site.sends}
+    sends = {each.site.box for each in sites if each.site.sends and not each.site.in_frame}
     receives = {each.site.box for each in sites if not each.site.sends}
     if not sends or not receives:
         raise Ambiguous(f"no call of {'decrypt' if sends else 'encrypt'} was recognised")
-    encrypters = {*sends, *(each - DECRYPTER for each in receives)}
-    first = min(encrypters)
-    if not encrypters <= set(range(first, first + OUTER_BYTES_MAX, 8)):
+    # The layer may lie in another struct, or in a frame: then all of it is elsewhere.
+    first = min(sends)
+    apart = {each - first for each in sends} | {each - first - DECRYPTER for each in receives}
+    if first < 0 or 0 not in apart or any(each % 8 for each in apart):
         offsets = ", ".join(f"{each:#x}" for each in sorted(sends | receives))
         raise Ambiguous(f"the boxes are at offsets that do not belong together: {offsets}")
     if len(sites) > SITES_MAX:
@@ -427,22 +448,33 @@ def _checked(sites: list[_Located]) -> int:
     return first
 
 
-def _check_complete(
-    sites: list[_Located], layers: Mapping[Paths, int], reached: Mapping[Paths, set[int]]
-) -> None:
-    """Raises Ambiguous where a function should have had a site, or one more."""
+def _check_complete(sites: list[_Located], layers: Mapping[Paths, int]) -> None:
+    """Raises Ambiguous where a function with panics of record_layer.rs should have more sites."""
     for paths, panics in layers.items():
         count = sum(each.paths is paths for each in sites)
         if count < panics:
-            raise Ambiguous(
-                f"{count} of {panics} calls were recognised in the function at {paths.start:#x}"
-            )
+            where = f"in the function at {paths.start:#x}"
+            raise Ambiguous(f"{count} of {panics} calls were recognised {where}")
+
+
+def _check_alike(sites: list[_Located], reached: Mapping[Paths, set[int]], unknown: int) -> None:
+    """Raises Ambiguous where some functions with one panic of conn.rs reach `decrypt`, some not.
+
+    They are one function, compiled for some types. Another panic's may have no part in it.
+    `unknown`: so many more may have that panic.
+    """
     receives = [each for each in sites if not each.site.sends]
-    for root, starts in reached.items():
-        if any(each.paths is root for each in receives):
-            continue
-        if not any(_is_in(each, start) for each in receives for start in starts):
-            raise Ambiguous(f"the function at {root.start:#x} has panics of conn.rs but no decrypt")
+    without = [
+        root
+        for root, starts in reached.items()
+        if not any(
+            each.paths is root or any(_is_in(each, start) for start in starts) for each in receives
+        )
+    ]
+    missing = len(without) + unknown
+    if missing and len(without) < len(reached):
+        where = f"{missing} of {len(reached) + unknown} functions with one panic of conn.rs"
+        raise Ambiguous(f"no decrypt was recognised in {where}")
 
 
 def _is_in(located: _Located, start: int) -> bool:

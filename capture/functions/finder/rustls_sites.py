@@ -3,7 +3,7 @@
 Both calls have one shape, in terms of a base B that one register holds:
 
     encrypt(result, [B + e], message, seq)    with [B + e + 0x28] := seq + 1 before it
-    decrypt(result, [B + d], message, seq)    with seq = [B + d + 0x20], and := seq + 1 after it
+    decrypt(result, [B + d], message, seq)    with [B + d + 0x20] := seq + 1 after it
 
 each through slot 3 of the vtable at [B + e + 8] or [B + d + 8] (behind drop, size and alignment).
 What is said of registers holds on every path to the call (`symbolic.py`, `paths.py`); a probe's
@@ -74,12 +74,14 @@ class ReceivePlace:
 class Site:
     """One of the two calls. `box` is the offset of its pointer; `place` None: none is certain.
 
-    `ok_tag`, of `decrypt`, is what byte 0 of the result is where the record's number is counted.
+    `ok_tag`, of `decrypt`, is byte 0 of the result where the record's number is counted; None: it
+    is not certain. `in_frame`: the layer lies in the frame of the function.
     """
 
     call: int
     sends: bool
     box: int
+    in_frame: bool
     place: SendPlace | ReceivePlace | None
     ok_tag: int | None = None
 
@@ -111,7 +113,9 @@ def sites_in(paths: Paths, abi: Abi, panics: Collection[int]) -> Iterator[Site]:
             if shape is None:
                 continue
             look = _Look(paths, abi, frozenset(panics), number, chain, states, shape)
-            yield look.send() if shape.sends else look.receive()
+            site = look.send() if shape.sends else look.receive()
+            if site is not None:
+                yield site
 
 
 def _may_be(paths: Paths, number: int, abi: Abi) -> bool:
@@ -158,7 +162,7 @@ def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     if box_at is None or slot is None or slot.at != SLOT:
         return None
     vtable_at = state.read_from(Value(slot.root))
-    if vtable_at != Place(box_at.root, box_at.at + 8) or not 0 <= box_at.at <= DISPLACEMENT_MAX:
+    if vtable_at != Place(box_at.root, box_at.at + 8) or abs(box_at.at) > DISPLACEMENT_MAX:
         return None
     number_value = state.register(abi.sequence)
     if number_value.root == CONSTANT:
@@ -167,11 +171,13 @@ def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     send_at = Place(box_at.root, box_at.at + SEND_NUMBER)
     receive_at = Place(box_at.root, box_at.at + RECEIVE_NUMBER)
     sends = state.known(send_at) == following
-    receives = (
-        state.read_from(number_value) == receive_at and state.known(receive_at) == number_value
-    )
-    if sends == receives:
-        return None
+    # It may be in a register, or in the frame, since the record before.
+    number_at = state.read_from(number_value)
+    if number_at is not None and not state.is_in_frame(number_at):
+        if number_at != (send_at if sends else receive_at):
+            return None
+        if not sends and state.known(receive_at) != number_value:
+            return None
     message, result = state.register(abi.message), state.register(abi.result)
     return _Shape(sends, Value(box_at.root), box_at.at, number_value, message, result)
 
@@ -205,7 +211,8 @@ class _Look:
 
     def _site(self, place: SendPlace | ReceivePlace | None, ok_tag: int | None = None) -> Site:
         call = self.paths.lines[self.call][0]
-        return Site(call, self.shape.sends, self.shape.box, place, ok_tag)
+        in_frame = self.states[-1].is_in_frame(Place(*self.shape.layer))
+        return Site(call, self.shape.sends, self.shape.box, in_frame, place, ok_tag)
 
     # --- encrypt ----------------------------------------------------------------------------
 
@@ -247,7 +254,7 @@ class _Look:
                 return None
         layer = _pointer(before, shape.layer)
         message = _pointer(before, shape.message)
-        if layer is None or layer.displacement or message is None:
+        if layer is None or message is None:
             return None
         following = shape.number._replace(plus=shape.number.plus + 1)
         counted = before.known(shape.number_place) == following
@@ -274,7 +281,7 @@ class _Look:
                 place = before.place(effect.source.base, effect.source.at)
                 at = place.at - self.shape.box
                 if place.root == self.shape.layer.root and at in (0, 8):
-                    return before.register(effect.source.base) == self.shape.layer
+                    return True
         return False
 
     def _stores_from(self, position: int) -> list[tuple[Place | None, int]]:
@@ -289,9 +296,11 @@ class _Look:
 
     # --- decrypt ----------------------------------------------------------------------------
 
-    def receive(self) -> Site:
-        """The call of `decrypt`."""
-        ok_tag = self._ok_tag()
+    def receive(self) -> Site | None:
+        """The call of `decrypt`; None where no number is counted behind it."""
+        counted, ok_tag = self._ok_tag()
+        if not counted:
+            return None
         before, after = self._before(), self._after()
         if before is None or after is None:
             return self._site(None, ok_tag)
@@ -320,7 +329,7 @@ class _Look:
                     Kind.CALL: number == self.call,
                 }[kind]
                 layer = _pointer(before, self.shape.layer) if fits else None
-                if layer is not None and not layer.displacement:
+                if layer is not None:
                     return self.paths.lines[number][0], kind, layer
         return None
 
@@ -350,8 +359,8 @@ class _Look:
         result = self._result_in(returned)
         return None if result is None else (self.paths.lines[self.call + 1][0], Kind.AFTER, result)
 
-    def _ok_tag(self) -> int | None:
-        """What byte 0 of the result is where the record's number is counted; None if unsure.
+    def _ok_tag(self) -> tuple[bool, int | None]:
+        """Whether the record's number is counted, and what byte 0 of the result is there.
 
         The way there is the shortest: longer ones lead to the next record.
         """
@@ -363,11 +372,10 @@ class _Look:
             number, state = ways.popleft()
             tag, compared = tags[number]
             if self._counts(number, state):
-                return tag
+                return True, tag
             for effect in self.paths.effects(number):
                 if isinstance(effect, Compare):
-                    is_tag = self._is_tag(state, effect)
-                    compared = effect.constant & TAG_MAX if is_tag else None
+                    compared = self._tag(state, effect)
             if self.paths.flow(number) in (Flow.CALL, Flow.STOP):
                 continue
             state = state.copy()
@@ -379,17 +387,21 @@ class _Look:
                 equal = name in (("jne", "b.ne") if following == number + 1 else ("je", "b.eq"))
                 tags[following] = compared if equal and compared is not None else tag, compared
                 ways.append((following, state))
-        return None
+        return False, None
 
-    def _is_tag(self, state: State, compare: Compare) -> bool:
-        """Whether the first byte of the result is compared: it may be addressed otherwise."""
-        if isinstance(compare.source, Memory) and compare.source.size != 1:
-            return False
+    def _tag(self, state: State, compare: Compare) -> int | None:
+        """What the first byte of the result is compared to: it may be addressed otherwise.
+
+        Older compilers have 8 bytes there, numbers that no length is.
+        """
+        other = state.value(compare.other)
         place = state.read_from(state.value(compare.source))
-        if place is None:
-            return False
+        if place is None or other.root != CONSTANT:
+            return None
         result = Place(*self.shape.result)
-        return place == result or (state.is_in_frame(place) and not state.is_in_frame(result))
+        if place == result or (state.is_in_frame(place) and not state.is_in_frame(result)):
+            return other.plus & TAG_MAX
+        return None
 
     def _counts(self, number: int, state: State) -> bool:
         """Whether an instruction stores the record's number plus one into the layer."""
