@@ -33,6 +33,7 @@
 #define NESTED_STACK_BYTES 2048 /* an inner call's frame lies at most this far below its caller's */
 #define HTTP2_FRAMES_MAX 6 /* of one write, looked at for the one that begins a request */
 #define HTTP2_PREFACE 0x5448202a20495250ULL /* "PRI * HT" */
+#define HTTP2_PREFACE_BYTES 24
 #define CONNECTIONS_MAX 16384
 #define DENIED_MAX 32768
 #define THREADS_MAX 32768
@@ -2163,23 +2164,33 @@ INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64
 
 /* --- records --- */
 
-/* Reads of a page that is not there fail, as of a constant of the program's that was not used before.
- * HTTP/2's first bytes are such a constant, and always the same. */
-#define HTTP2_BEGINNING "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-#define HTTP2_BEGINNING_BYTES (sizeof(HTTP2_BEGINNING) - 1)
-
-INLINE int read_piece(struct chunk *c, char *into, u64 at, u64 length, u64 address)
+/* HTTP/2's first bytes are a constant of the program's, on a page that may not be there yet, of which
+ * reads fail; and always the same. */
+INLINE void emit_http2_preface(struct chunk *c)
 {
-	if (!bpf_probe_read_user(into, length, (void *)address))
-		return 1;
-	if (*c->offset || at || length != HTTP2_BEGINNING_BYTES)
-		return 0;
-	__builtin_memcpy(into, HTTP2_BEGINNING, HTTP2_BEGINNING_BYTES);
-	return 1;
+	struct {
+		struct record head;
+		u64 data[HTTP2_PREFACE_BYTES / 8];
+	} *r = ring_reserve(sizeof(*r));
+
+	if (r) {
+		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now);
+		r->head.size = sizeof(*r);
+		r->head.length = r->head.captured = HTTP2_PREFACE_BYTES;
+		r->data[0] = HTTP2_PREFACE;
+		r->data[1] = 0x0a0d302e322f5054ULL; /* "TP/2.0\r\n" */
+		r->data[2] = 0x0a0d0a0d4d530a0dULL; /* "\r\nSM\r\n\r\n" */
+		count(STAT_CHUNKS, 1);
+		ring_submit(r);
+	} else {
+		count(STAT_RING_FULL_RECORDS, 1);
+		lost(c->connection, STAT_RING_FULL_BYTES, HTTP2_PREFACE_BYTES);
+	}
+	*c->offset += HTTP2_PREFACE_BYTES;
 }
 
-/* A record that is sent, of one piece or several. What follows a piece that cannot be read is a hole. The
- * verifier wants room for two pieces of the largest size. */
+/* A record of several pieces, in one. What follows a piece that cannot be read is a hole. The verifier
+ * wants room for two pieces of the largest size. */
 #define GATHER(room) \
 	do { \
 		struct { \
@@ -2209,7 +2220,8 @@ INLINE int read_piece(struct chunk *c, char *into, u64 at, u64 length, u64 addre
 			if (wanted > total - at) \
 				wanted = total - at; \
 			asm volatile("" : "+r"(wanted)); /* as in EMIT */ \
-			if (wanted > room || !read_piece(c, r->data + at, at, wanted, piece.address + skip)) \
+			if (wanted > room || \
+			    bpf_probe_read_user(r->data + at, wanted, (void *)(piece.address + skip))) \
 				break; \
 			skip = 0; \
 			at += wanted; \
@@ -2225,23 +2237,30 @@ INLINE int read_piece(struct chunk *c, char *into, u64 at, u64 length, u64 addre
 	} while (0)
 
 /* One record that is sent, whole or, past a request's limit, not at all. */
-INLINE void copy_message(struct chunk *c, struct rustls_message *m, u64 total)
+INLINE void copy_message(struct chunk *c, struct rustls_message *m, struct piece *first, u64 total)
 {
 	u64 filled_before = ring_query(0 /* filled */);
+	char byte;
 
 	if (begin_copy(c, total)) {
 		count(STAT_REQUEST_CUT_BYTES, total);
 		emit_hole(c, total);
 		return;
 	}
-	if (m->count > 1 || (!*c->offset && total == HTTP2_BEGINNING_BYTES)) {
+	if (!*c->offset && first->length == HTTP2_PREFACE_BYTES &&
+	    bpf_probe_read_user(&byte, 1, (void *)first->address)) {
+		emit_http2_preface(c);
+		m->from += HTTP2_PREFACE_BYTES;
+		total -= HTTP2_PREFACE_BYTES;
+	}
+	if (m->count == 1 && total) {
+		emit_tail(c, total);
+	} else if (total) {
 		if (total <= 1024)
 			GATHER(1024);
 		else
 			GATHER(PIECE_BYTES_MAX);
 		*c->offset += total;
-	} else {
-		emit_tail(c, total);
 	}
 	nudge(filled_before);
 }
@@ -2290,7 +2309,7 @@ INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustl
 			writing_set(&ids, &id.ssl);
 		}
 	}
-	copy_message(&chunk, m, total);
+	copy_message(&chunk, m, &piece, total);
 }
 
 /* Of an alert nothing is read: whatever it says, the client is about to end. */
