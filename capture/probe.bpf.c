@@ -312,8 +312,9 @@ struct rustls_call { /* a record that a thread decrypts */
 };
 
 struct rustls_sender { /* what a thread has encrypted last */
-	u64 layer;
+	u64 base;
 	u64 cookie;
+	u64 unnamed; /* HTTP/2 of a name that is not known: its id */
 };
 
 enum socket_state { SOCKET_NEW = 0, SOCKET_SEEN = 1 };
@@ -327,6 +328,7 @@ enum socket_flag {
 	SOCKET_FINISHED = 64, /* the client's part of the handshake is over */
 	SOCKET_LATE = 128, /* the probes saw its TLS connection only after its first request */
 	SOCKET_FOLLOWED = 256, /* its records are known, from the ClientHello on */
+	SOCKET_UNNAMED = 512, /* its TLS connection passes the probes, which find no name of its host */
 };
 
 /* A TCP connection that a process in scope has opened, by what passes its socket. */
@@ -542,7 +544,7 @@ LRU_HASH(rustls_updates, struct key, u64, 1024);
 HASH(rustls_calls, u64, struct rustls_call, THREADS_MAX);
 
 /* Key: thread and process id. Value: the connection that it has encrypted for, until it writes to a socket.
- * `enter_rustls_send` writes while it is not known where names are, `learn_by_socket` reads and drops. */
+ * `enter_rustls_send` writes where the socket's name is of use, `learn_by_socket` reads and drops. */
 LRU_HASH(rustls_senders, u64, struct rustls_sender, 1024);
 
 /* --- sockets --- */
@@ -2066,6 +2068,26 @@ INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
 	}
 }
 
+/* HTTP/2 of a name that is not known, on a socket that leads to a provider. */
+INLINE void tell_rustls_unnamed(u64 id, struct tcp_socket *t)
+{
+	if (t->flags & SOCKET_UNNAMED)
+		return;
+	t->flags |= SOCKET_UNNAMED;
+	count(STAT_HTTP2_WITHOUT_NAME, 1);
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_UNNAMED;
+	r->tgid = t->tgid;
+	r->ssl = id;
+	process_ring_submit(r);
+}
+
 /* A thread has written to the socket of a provider's connection: by its name, which the ClientHello told,
  * what it has encrypted before may be recognised. */
 INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
@@ -2073,8 +2095,10 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 	struct rustls_sender *sender = rustls_senders_get(&ids);
 	if (!sender)
 		return;
-	u64 base = sender->layer, cookie = sender->cookie;
+	u64 base = sender->base, cookie = sender->cookie, unnamed = sender->unnamed;
 	rustls_senders_drop(&ids);
+	if (unnamed)
+		tell_rustls_unnamed(unnamed, t);
 	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
 		learn_rustls_name(base, t->host, t->opened_ns, cookie);
 }
@@ -2086,26 +2110,6 @@ INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u6
 	known->by_request = 0;
 	if (c && !known->tls12)
 		learn_rustls_name(base, c->host, c->opened_ns, cookie);
-}
-
-/* HTTP/2 of a name that is not known yet. */
-INLINE void rustls_unnamed(struct key *id, struct rustls *known)
-{
-	if (known->state == RUSTLS_UNNAMED)
-		return;
-	known->state = RUSTLS_UNNAMED;
-	count(STAT_HTTP2_WITHOUT_NAME, 1);
-	struct record *r = process_ring_reserve(sizeof(*r));
-	if (!r) {
-		count(STAT_PROCESS_RING_FULL, 1);
-		return;
-	}
-	__builtin_memset(r, 0, sizeof(*r));
-	r->size = sizeof(*r);
-	r->kind = KIND_UNNAMED;
-	r->tgid = id->tgid;
-	r->ssl = id->ssl;
-	process_ring_submit(r);
 }
 
 /* What was received before the first request: no more than a server's settings. */
@@ -2122,43 +2126,79 @@ INLINE void rustls_early(struct key *id, struct connection *c, u64 bytes)
 	emit_hole(&chunk, bytes);
 }
 
-/* The first data that is sent on a connection, or as long as nothing told its host. */
-INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, u64 base, struct piece *piece, u64 cookie)
+/* The connection, by a name that is told: 0 unless it is wanted. */
+INLINE struct connection *rustls_named(struct key *id, struct rustls *known, struct name *n)
 {
-	u32 number = cookie & COOKIE_FILE;
-	struct name_location *p = name_locations_get(&number);
+	if (wanted_host(n))
+		return admit(id, n, known->state & RUSTLS_MISSED_BEGINNING);
+	known->state = RUSTLS_DENIED;
+	count(STAT_DENIED, 1);
+	return 0;
+}
+
+/* By the name that rustls keeps. */
+INLINE struct connection *rustls_judge_name(struct key *id, struct rustls *known, u64 base, struct name_location *p)
+{
+	struct connection *c = 0;
+	struct name *n = process_ring_reserve(sizeof(*n));
+
+	if (!n) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	rustls_name(n, base, p);
+	if (REREAD(n->length))
+		c = rustls_named(id, known, n);
+	process_ring_discard(n);
+	return c;
+}
+
+/* By what is sent, where rustls keeps no name, or it is not known where. */
+INLINE struct connection *rustls_judge_request(struct key *id, struct rustls *known, struct piece *piece)
+{
 	struct connection *c = 0;
 	char first[16] __attribute__((aligned(8)));
 
 	/* Zeros where they cannot be read. What follows a shorter piece does no harm. */
 	bpf_probe_read_user(first, sizeof(first), (void *)piece->address);
-	int http1 = starts_a_request(first), joined = known->state & RUSTLS_MISSED_BEGINNING;
-	struct head *h = process_ring_reserve(sizeof(*h));
-	if (!h) {
-		count(STAT_PROCESS_RING_FULL, 1);
-		return 0;
-	}
-	rustls_name(&h->name, base, p);
-	if (REREAD(h->name.length) == 0 && http1)
-		known->by_request = read_host(h, piece->address, REREAD_64(piece->length));
-	if (REREAD(h->name.length)) {
-		if (wanted_host(&h->name)) {
-			c = admit(id, &h->name, joined);
-		} else {
-			known->state = RUSTLS_DENIED;
-			count(STAT_DENIED, 1);
+	if (starts_a_request(first)) {
+		struct head *h = process_ring_reserve(sizeof(*h));
+		if (!h) {
+			count(STAT_PROCESS_RING_FULL, 1);
+			return 0;
 		}
-	} else if (!http1 && (*(u64 *)first == HTTP2_PREFACE || begins_http2_request(piece->address, REREAD_64(piece->length)))) {
-		rustls_unnamed(id, known);
-	} else if (known->state == RUSTLS_NEW) {
+		if (read_host(h, piece->address, REREAD_64(piece->length)))
+			c = rustls_named(id, known, &h->name);
+		process_ring_discard(h);
+	} else if (*(u64 *)first == HTTP2_PREFACE ||
+		   begins_http2_request(piece->address, REREAD_64(piece->length))) {
+		known->state = RUSTLS_UNNAMED;
+	}
+	if (c)
+		known->by_request = 1;
+	else if (known->state == RUSTLS_NEW)
 		known->state = RUSTLS_JOINED;
-	}
-	process_ring_discard(h);
-	if (c) {
-		known->state = RUSTLS_ADMITTED;
-		if (!joined && known->early)
-			rustls_early(id, c, known->early);
-	}
+	return c;
+}
+
+/* The first data that is sent on a connection, or as long as nothing told its host. */
+INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, struct rustls_layer *layer, u64 base, struct piece *piece, u64 cookie)
+{
+	u32 number = cookie & COOKIE_FILE, early = known->state == RUSTLS_NEW ? known->early : 0;
+	struct name_location *p = name_locations_get(&number);
+	struct connection *c = 0;
+
+	if (p && p->state == NAME_KNOWN)
+		c = rustls_judge_name(id, known, base, p);
+	if (!c && known->state != RUSTLS_DENIED)
+		c = rustls_judge_request(id, known, piece);
+	if (!c)
+		return 0;
+	known->state = RUSTLS_ADMITTED;
+	known->decrypter = layer->decrypter;
+	known->next_received = layer->received;
+	if (early)
+		rustls_early(id, c, early);
 	return c;
 }
 
@@ -2189,7 +2229,50 @@ INLINE void emit_http2_preface(struct chunk *c)
 	*c->offset += HTTP2_PREFACE_BYTES;
 }
 
-/* A record of several pieces, in one. What follows a piece that cannot be read is a hole. The verifier
+/* Steps over the pieces that other records had, to the one in which this record begins. */
+INLINE void find_first_piece(struct rustls_message *m)
+{
+	u64 from = m->from, passed = 0, counted = 0;
+
+	for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) {
+		struct piece piece;
+		if (i >= m->count || bpf_probe_read_user(&piece, sizeof(piece), (void *)(m->pieces + 16 * i)))
+			break;
+		if (from < piece.length)
+			break;
+		from -= piece.length;
+		passed = i + 1;
+	}
+	/* Read back, the verifier forgets which turn ended the loop. */
+	bpf_probe_read_kernel(&counted, sizeof(counted), &passed);
+	m->from = from;
+	m->pieces += 16 * counted;
+	m->count = counted < m->count ? m->count - counted : 0;
+}
+
+/* Copies what is left of the first piece, as far as it belongs to the record. How much is missing then. */
+INLINE u64 copy_piece(struct chunk *c, struct rustls_message *m, u64 left)
+{
+	struct piece piece;
+	u64 length, wanted;
+
+	if (!m->count || bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces))
+		return left;
+	wanted = piece.length > m->from ? piece.length - m->from : 0;
+	if (wanted > left)
+		wanted = left;
+	c->address = piece.address + m->from;
+	m->pieces += 16;
+	m->count -= 1;
+	m->from = 0;
+	/* By way of memory: of a number in a register the verifier would follow every class of sizes. */
+	bpf_probe_read_kernel(&length, sizeof(length), &wanted);
+	if (length)
+		emit_tail(c, length);
+	return left - length;
+}
+
+/* The pieces that are left, in one. What follows a piece that cannot be read is a hole. The verifier
  * wants room for two pieces of the largest size. */
 #define GATHER(room) \
 	do { \
@@ -2206,24 +2289,18 @@ INLINE void emit_http2_preface(struct chunk *c)
 		r->head.direction = SENT; \
 		r->head.offset = *c->offset; \
 		r->head.length = total; \
-		u64 at = 0, skip = m->from; \
+		u64 at = 0; \
 		for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) { \
 			struct piece piece; \
 			if (at >= total || at >= room || i >= m->count || \
 			    bpf_probe_read_user(&piece, sizeof(piece), (void *)(m->pieces + 16 * i))) \
 				break; \
-			if (skip >= piece.length) { \
-				skip -= piece.length; \
-				continue; \
-			} \
-			u64 wanted = piece.length - skip; \
+			u64 wanted = piece.length; \
 			if (wanted > total - at) \
 				wanted = total - at; \
 			asm volatile("" : "+r"(wanted)); /* as in EMIT */ \
-			if (wanted > room || \
-			    bpf_probe_read_user(r->data + at, wanted, (void *)(piece.address + skip))) \
+			if (wanted > room || bpf_probe_read_user(r->data + at, wanted, (void *)piece.address)) \
 				break; \
-			skip = 0; \
 			at += wanted; \
 		} \
 		if (at > total) \
@@ -2235,6 +2312,23 @@ INLINE void emit_http2_preface(struct chunk *c)
 		count(STAT_CHUNKS, 1); \
 		ring_submit(r); \
 	} while (0)
+
+/* A record is a part of what the program has given in several pieces. It seldom has more than two. */
+INLINE void copy_pieces(struct chunk *c, struct rustls_message *m, u64 total)
+{
+	find_first_piece(m);
+	total = copy_piece(c, m, total);
+	if (!total)
+		return;
+	total = copy_piece(c, m, total);
+	if (!total)
+		return;
+	if (total <= 1024)
+		GATHER(1024);
+	else
+		GATHER(PIECE_BYTES_MAX);
+	*c->offset += total;
+}
 
 /* One record that is sent, whole or, past a request's limit, not at all. */
 INLINE void copy_message(struct chunk *c, struct rustls_message *m, struct piece *first, u64 total)
@@ -2253,15 +2347,8 @@ INLINE void copy_message(struct chunk *c, struct rustls_message *m, struct piece
 		m->from += HTTP2_PREFACE_BYTES;
 		total -= HTTP2_PREFACE_BYTES;
 	}
-	if (m->count == 1 && total) {
-		emit_tail(c, total);
-	} else if (total) {
-		if (total <= 1024)
-			GATHER(1024);
-		else
-			GATHER(PIECE_BYTES_MAX);
-		*c->offset += total;
-	}
+	if (total)
+		copy_pieces(c, m, total);
 	nudge(filled_before);
 }
 
@@ -2282,9 +2369,7 @@ INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustl
 		if (!c)
 			known->state = RUSTLS_DENIED; /* its socket has ended */
 	} else {
-		c = rustls_judge(&id, known, base, &piece, cookie);
-		known->decrypter = layer->decrypter;
-		known->next_received = layer->received;
+		c = rustls_judge(&id, known, layer, base, &piece, cookie);
 	}
 	if (!c)
 		return;
@@ -2364,12 +2449,16 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 	}
 	u32 number = cookie & COOKIE_FILE;
 	struct name_location *p = name_locations_get(&number);
-	if (p && p->state != NAME_GIVEN_UP && (p->state != NAME_KNOWN || m.content == RUSTLS_HANDSHAKE)) {
-		struct rustls_sender sender = {.layer = base, .cookie = cookie};
+	if (m.content == RUSTLS_DATA)
+		rustls_sent_data(&key, known, &layer, base, &m, cookie);
+	int of_use = p && p->state != NAME_GIVEN_UP && (p->state != NAME_KNOWN || m.content == RUSTLS_HANDSHAKE);
+	if (of_use || known->state == RUSTLS_UNNAMED) {
+		struct rustls_sender sender = {.base = base, .cookie = cookie};
+		if (known->state == RUSTLS_UNNAMED)
+			sender.unnamed = known->id;
 		rustls_senders_set(&ids, &sender);
 	}
 	if (m.content == RUSTLS_DATA) {
-		rustls_sent_data(&key, known, &layer, base, &m, cookie);
 		if (known->by_request)
 			learn_by_request(&key, known, base, cookie);
 	} else if (m.content == RUSTLS_HANDSHAKE) {

@@ -90,6 +90,7 @@ class SocketFlag(enum.IntFlag):
     FINISHED = 64
     LATE = 128
     FOLLOWED = 256
+    UNNAMED = 512
 
 
 @dataclass(frozen=True, slots=True)

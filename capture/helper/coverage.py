@@ -28,6 +28,10 @@ UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
 )
+NOT_TOLD_ADVICE = (
+    "an HTTP/2 connection through rustls does not tell its host (over TLS 1.2 it never does): "
+    f"{INSTEAD}"
+)
 NAMELESS_ADVICE = (
     "an HTTP/2 connection named no server (SNI): have it connect by the host's name, not by an "
     "address"
@@ -151,6 +155,8 @@ class Coverage:
         return f"probed {seconds:.1f} s after its start: what it sent before that is not metered"
 
     def _unnamed_advice(self, pid: int) -> str:
+        if any(each & RUSTLS_ID for each in self._discovery.unnamed.get(pid, ())):
+            return NOT_TOLD_ADVICE
         return NAMELESS_ADVICE if self.named_no_server(pid) else UNNAMED_ADVICE
 
     def cause(self, pid: int, at_ns: int) -> Cause:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from capture import bpf, protocol
+from capture.functions.stacks import Stack
 from capture.processes import proc
 from capture.processes.sockets import listening
 from capture.protocol import Socket, SocketFlag
@@ -35,7 +36,7 @@ HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 # Causes, as they are stored and told (live/unmetered.py).
 PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
 LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
-PASSED_BY = "nothing_passed"
+PASSED_BY, NOT_TOLD = "nothing_passed", "host_not_told"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 
@@ -215,6 +216,8 @@ class Sockets:
         for each in [host] if host else list(known.used):
             if known.left(each) > self._linked(others, each):
                 return None, each
+        if socket.flags & SocketFlag.UNNAMED:
+            return Cause(NOT_TOLD, Stack.RUSTLS.value), host
         if socket.flags & SocketFlag.ECH:
             return Cause(ECH, None), host
         if host is None:

@@ -16,8 +16,8 @@ from capture.functions.library import Function, Library, Probe, Proof
 from capture.functions.stacks import Stack
 from capture.helper.files import attachments as attaching
 from capture.helper.files.attachments import Attachments
-from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.cookies import UNPROVED
+from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import KNOWN, NUMBERS_MAX, VALUE, NameLocations
 from tests.capture.helper.test_known_files import CODE_AT, elf, same_change_time
 

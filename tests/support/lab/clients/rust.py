@@ -1,4 +1,4 @@
-"""`rust.py LIBRARY THREADS CONNECTIONS REQUESTS [http1|http2] [HOST…]`: exchanges through rustls.
+"""`rust.py LIBRARY THREADS CONNECTIONS REQUESTS [http1|http2] [HOST…] [chunks=4…]`: through rustls.
 
 Each thread makes CONNECTIONS clients, one after the other and each with a connection of its own,
 on which it makes REQUESTS requests; hosts take turns. LIBRARY is a package that has a rustls of its
@@ -20,6 +20,7 @@ library, threads, connections, requests = sys.argv[1], *map(int, sys.argv[2:5])
 words = sys.argv[5:]
 waits = words[-1:] == ["wait"]
 version = next((word for word in words if word.startswith("http")), "http1")
+scenario = "&".join(word for word in words if "=" in word) or "chunks=4"
 hosts = [word for word in words if "." in word] or ["api.openai.com"]
 AUTHORITY = os.environ.get("SSL_CERT_FILE", "")
 ids: list[str] = []
@@ -36,11 +37,14 @@ class Asker:
             builder = client.SyncClientBuilder()
             with open(AUTHORITY, "rb") as file:
                 builder = builder.add_root_certificate_pem(file.read())
-            self.client = (builder.http1_only() if version == "http1" else builder).build()
+            only = builder.http1_only if version == "http1" else builder.http2_prior_knowledge
+            self.client = only().build()
         elif library == "impit":
-            self.client = module.Client(verify=False)
+            browser = {"http2": "chrome"}.get(version)
+            self.client = module.Client(verify=False, browser=browser)
         elif library == "httpr":
-            self.client = module.Client(ca_cert_file=AUTHORITY, http1_only=version == "http1")
+            only = {f"{version}_only": True}
+            self.client = module.Client(ca_cert_file=AUTHORITY, **only)
         else:
             self.client = module.Client(ca_cert_file=AUTHORITY)
 
@@ -50,11 +54,12 @@ class Asker:
             "model": "gpt-5-mini",
             "stream": n % 2 == 1,
             "stream_options": {"include_usage": True},
-            "messages": [{"role": "user", "content": f"say lab[n={n}&chunks=4] " + "x" * 40 * n}],
+            "messages": [{"role": "user", "content": f"say lab[n={n}&{scenario}] " + "x" * 40 * n}],
         }
         if not asked["stream"]:
             del asked["stream_options"]
         url, headers = f"https://{host}/v1/chat/completions", {"authorization": "Bearer made-up"}
+        headers["accept-encoding"] = "identity"
         if self.name == "pyreqwest":
             sent = self.client.post(url).headers(headers).body_json(asked).build().send()
             return str(sent.text())
