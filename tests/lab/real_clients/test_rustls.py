@@ -101,14 +101,14 @@ def probed(lab: Lab, source: UprobeSource, python: str, program: Program) -> Pac
     found = package(lab, program)
     wait = [python, "-c", f"import {program.package}, sys; sys.stdin.read()"]
     holds = lab.popen(wait, user=lab.user, env=found.environment(), stdin=-1)
-
-    def is_probed() -> bool:
-        source.request_report()
-        return str(found.library) in source.status().libraries
-
-    wait_until(is_probed, "its probes")
+    wait_until(lambda: is_probed(source, found), "its probes")
     holds.communicate()
     return found
+
+
+def is_probed(source: UprobeSource, found: Package) -> bool:
+    source.request_report()
+    return str(found.library) in source.status().libraries
 
 
 @pytest.mark.parametrize(
