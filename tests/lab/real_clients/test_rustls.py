@@ -13,21 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RequestReceived
 
 from capture.uprobes import Scope, UprobeSource
 from halton_meter.model import Direction
 from tests.kernel.conftest import Seen, gather
-from tests.lab.conftest import Bench, Service, assert_metered
+from tests.lab.conftest import CLIENTS, Bench, Service, assert_metered
 from tests.lab.real_clients.programs import Program
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.rust_packages import (
     HTTPR,
     IMPIT,
+    PRIMP,
     PYREQWEST,
     Package,
     package,
 )
-from tests.lab.real_clients.test_metered import attached, exact
+from tests.lab.real_clients.test_metered import (
+    Install,
+    attached,
+    exact,
+    recognised,
+    script_beside,
+)
 from tests.lab.test_service import HELPER, METERING, is_seen, kill
 from tests.support.lab.lab import Lab
 from tests.support.quick import slow
@@ -60,6 +70,7 @@ def known(bench: Bench, program: Program) -> Package:
         slow(PYREQWEST, "http1"),
         slow(PYREQWEST, "http2"),
         slow(IMPIT, "http2"),
+        slow(PRIMP, "http2"),  # it has two rustls
     ],
     ids=str,
 )
@@ -73,6 +84,51 @@ def test_a_package_with_rustls_is_metered_exactly(
         version
     }
     note(program.package, program.version, STACK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
+def test_deno_fetch(bench: Bench, installed: Install, mode: tuple[str, ...]) -> None:
+    deno = installed(DENO)
+    recognised(bench, deno)
+    folder = bench.lab.folder / "ca.pem"
+    environment = bench.lab.environment(DENO_CERT=str(folder), DENO_NO_UPDATE_CHECK="1")
+    command = [str(deno), "run", "--allow-all", str(script_beside(deno)), "1", "6", *mode]
+    seen = bench.observe(command, env=environment)
+    exact(seen, 6)
+    note("Deno", DENO.version, STACK)
+
+
+@pytest.mark.slow
+def test_impit_in_node(bench: Bench, installed: Install) -> None:
+    """A native module of Node's, which has an OpenSSL of its own."""
+    library = installed(IMPIT_NODE)
+    script = library.with_name("impit.cjs")
+    script.write_bytes((CLIENTS / "impit.cjs").read_bytes())
+    command = ["node", str(script), str(library)]
+    recognised(bench, library, *command, "0")
+    exact(bench.observe([*command, "4"]), 4)
+    note("impit for Node", IMPIT_NODE.version, STACK)
+
+
+@pytest.mark.slow
+def test_uv_is_followed(lab: Lab, source: UprobeSource, installed: Install, tmp_path: Path) -> None:
+    """It speaks to no provider by itself; here the index that it is given is one."""
+    uv = installed(UV)
+    name, index = "no-such-package", "https://api.openai.com/simple"
+    target = str(lab.user.home / "packages")
+    asks = [str(uv), "pip", "install", "--target", target, "--index-url", index, name]
+    lab.run([str(uv), "--version"], user=lab.user)
+    wait_until(lambda: is_probed(source, uv), "its probes")
+    client = lab.popen(asks, user=lab.user, stdout=-3, stderr=-3)
+    (seen,) = until_its_end(client, source).values()
+    server = H2Connection(H2Configuration(client_side=False))
+    heard = server.receive_data(seen.data(Direction.SENT))
+    (request,) = (event for event in heard if isinstance(event, RequestReceived))
+    assert (b":path", f"/simple/{name}/".encode()) in request.headers
+    assert seen.data(Direction.RECEIVED)
+    assert not seen.connection.joined
+    note("uv", UV.version, STACK)
 
 
 # --- what the kernel lets through ---------------------------------------------------------------
@@ -101,14 +157,14 @@ def probed(lab: Lab, source: UprobeSource, python: str, program: Program) -> Pac
     found = package(lab, program)
     wait = [python, "-c", f"import {program.package}, sys; sys.stdin.read()"]
     holds = lab.popen(wait, user=lab.user, env=found.environment(), stdin=-1)
-    wait_until(lambda: is_probed(source, found), "its probes")
+    wait_until(lambda: is_probed(source, found.library), "its probes")
     holds.communicate()
     return found
 
 
-def is_probed(source: UprobeSource, found: Package) -> bool:
+def is_probed(source: UprobeSource, library: Path) -> bool:
     source.request_report()
-    return str(found.library) in source.status().libraries
+    return str(library) in source.status().libraries
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_the_same_records_with_the_same_bytes(
     asked = found.asks(python, 1, 1, "6", version, "chunks=40", "piece_bytes=900", "wait")
     pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "text": True}
     client = lab.popen(asked, user=lab.user, env=found.environment(), **pipes)
-    wait_until(lambda: is_probed(source, found), "its probes")
+    wait_until(lambda: is_probed(source, found.library), "its probes")
     witness = Witness(tmp_path, found.library, client.pid)
     client.stdin.write("\n" * 6)
     client.stdin.close()

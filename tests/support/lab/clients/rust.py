@@ -45,8 +45,8 @@ class Asker:
         elif library == "httpr":
             only = {f"{version}_only": True}
             self.client = module.Client(ca_cert_file=AUTHORITY, **only)
-        else:
-            self.client = module.Client(ca_cert_file=AUTHORITY)
+        else:  # primp: by itself it resolves no names of /etc/hosts
+            self.client = module.Client(ca_cert_file=AUTHORITY, dns_resolver="system")
 
     def ask(self, host: str, n: int) -> str:
         """The text of an answer."""
