@@ -42,6 +42,14 @@ class Put(NamedTuple):
     source: Source
 
 
+class Insert(NamedTuple):
+    """Some bits of a register get a value, the others stay."""
+
+    register: str
+    mask: int
+    bits: int
+
+
 class Store(NamedTuple):
     """Memory gets a value; `base` None: at an address that is not known."""
 
@@ -52,7 +60,7 @@ class Store(NamedTuple):
 
 
 class Compare(NamedTuple):
-    """A value is compared to another, and the flags are set."""
+    """A value is compared to another, and the flags are set: equal or not."""
 
     source: Register | Memory
     other: Source
@@ -64,7 +72,7 @@ class Call(NamedTuple):
     callee: Source
 
 
-Effect = Put | Store | Compare | Call
+Effect = Put | Insert | Store | Compare | Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,12 @@ class X86Effects:
             return Put(into, Memory("rsp", 0)), Put("rsp", Register("rsp", 8))
         if name in ("cmp", "test"):
             return self._compared(i, name, operands)
+        if name in ("inc", "dec") and operands[0].size == 1:
+            source = self._source(i, operands[0])
+            if operands[0].type == self._x86.X86_OP_REG:
+                source = Register(self._register(i, operands[0].reg))
+            zero = Register(None, -1 if name == "inc" else 1)
+            return (*((Compare(source, zero),) if source else ()), *self._unknown(i, operands))
         if len(operands) in (1, 2) and operands[0].size == 8 and name in _CHANGES:
             return self._changed(i, name, operands)
         if name in ("mov", "movzx", "movabs", "lea") and len(operands) == 2:
@@ -262,6 +276,10 @@ class Aarch64Effects:
             return self._transferred(i, name, operands, is_store=stores is not None)
         if name in ("mov", "add", "sub", "adr", "adrp", "movz"):
             return self._set(i, name, operands)
+        if name == "movk":
+            shift = operands[1].shift.value if operands[1].shift.type else 0
+            into = self._register(i, operands[0].reg)
+            return (Insert(into, 0xFFFF << shift, operands[1].imm << shift),)
         return self._unknown(i)
 
     def _set(self, i: Any, name: str, operands: Any) -> tuple[Effect, ...]:

@@ -15,7 +15,15 @@ from functools import cached_property
 
 from capture.functions.elf import ElfError
 from capture.functions.finder.code import Code, Line
-from capture.functions.finder.effects import Aarch64Effects, Abi, Effect, Put, Register, X86Effects
+from capture.functions.finder.effects import (
+    Aarch64Effects,
+    Abi,
+    Effect,
+    Insert,
+    Put,
+    Register,
+    X86Effects,
+)
 from capture.functions.finder.instruction_sets import Flow
 
 TABLE_ENTRIES_MAX = 4096
@@ -101,7 +109,7 @@ class Paths:
             if _arm_flow(name) is not Flow.NEXT:
                 return ()
             done = self._effects_at(address)
-            if any(isinstance(each, Put) and each.register in _ARM_KEPT for each in done):
+            if any(isinstance(each, Put | Insert) and each.register in _ARM_KEPT for each in done):
                 return ()
             effects += done
         return ()

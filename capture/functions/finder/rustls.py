@@ -49,6 +49,7 @@ from capture.functions.rustls_layer import (
     ServerName,
 )
 from capture.functions.stacks import INSTEAD, STACKS, Stack
+from capture.functions.x86_lengths import may_end_with
 
 _RECORD_LAYER, _CONN = b"/src/record_layer.rs", b"/src/conn.rs"
 _VERSION = re.compile(r"rustls-(\d+\.\d+\.\d+[\w.+-]*)$")
@@ -162,7 +163,8 @@ def _find(elf: Elf) -> Iterator[Found | NotFound]:
     layers = by_folder(locations_in(elf, _RECORD_LAYER), _RECORD_LAYER)
     conns = by_folder(locations_in(elf, _CONN), _CONN)
     if not layers:
-        speaks = any(texts_with(elf, _MARKER)) and any(texts_with(elf, _LABEL))
+        speaks = any(texts_with(elf, _CONN)) or any(texts_with(elf, _LABEL))
+        speaks = speaks and any(texts_with(elf, _MARKER))
         reason = "rustls without the source locations of its panics"
         yield NotFound(reason, elf.build_id, absent=not speaks)
         return
@@ -395,14 +397,15 @@ class _Search:
 
     def _called_start(self, paths: Paths, first: int) -> tuple[int, int]:
         """The nearest function that begins before an address and is called, and where it is."""
-        numbers = [number for number, line in enumerate(paths.lines) if line[0] <= first]
         if self.code.arm:  # each one is sought for itself: there are few
+            numbers = [number for number, line in enumerate(paths.lines) if line[0] <= first]
             ends = (Flow.JUMP, Flow.STOP)
             near = [paths.lines[n][0] for n in numbers if not n or paths.flow(n - 1) in ends]
             sought = ((start, self.code.caller(start)) for start in near[: -STARTS_MAX - 1 : -1])
             called = next(((start, at) for start, at in sought if at is not None), None)
         else:
-            near = [paths.lines[n][0] for n in numbers if paths.lines[n][0] % 16 == 0]
+            aligned = (line[0] for line in paths.lines if not line[0] % 16 and line[0] <= first)
+            near = [at for at in aligned if may_end_with(self.code.bytes_at(at - 16, 16))]
             callers = self.code.callers(*near)
             called = max(
                 ((start, callers[start][0]) for start in near if callers[start]), default=None

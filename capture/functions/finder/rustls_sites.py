@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from capture.functions.finder.effects import (
+    X86,
     Abi,
     Call,
     Compare,
@@ -366,27 +367,36 @@ class _Look:
         """
         state = self.states[-1].copy()
         state.apply(self.paths.effects(self.call))
-        ways = deque([(self.call + 1, state)])
-        tags: dict[int, tuple[int | None, int | None]] = {self.call + 1: (None, None)}
-        while ways and len(tags) < AFTER_MAX:
-            number, state = ways.popleft()
-            tag, compared = tags[number]
+        ways: deque[tuple[int, State, int | None, int | None]] = deque()
+        ways.append((self.call + 1, state, None, None))
+        seen: set[tuple[int, int | None]] = set()
+        while ways and len(seen) < AFTER_MAX:
+            number, state, tag, compared = ways.popleft()
+            if (number, tag) in seen:
+                continue
+            seen.add((number, tag))
             if self._counts(number, state):
                 return True, tag
-            for effect in self.paths.effects(number):
-                if isinstance(effect, Compare):
-                    compared = self._tag(state, effect)
-            if self.paths.flow(number) in (Flow.CALL, Flow.STOP):
-                continue
-            state = state.copy()
-            state.apply(self.paths.effects(number))
             name = self.paths.lines[number][2]
+            flow = self.paths.flow(number)
+            if flow in (Flow.CALL, Flow.STOP):
+                continue
+            effects = self.paths.effects(number)
+            if compares := [each for each in effects if isinstance(each, Compare)]:
+                compared = self._tag(state, compares[-1])
+            elif _changes_flags(name, flow, self.abi):
+                compared = None
+            state = state.copy()
+            state.apply(effects)
             for following in self.paths.successors(number):
-                if following in tags:
+                equal = _EQUAL.get(name)
+                if equal is None or compared is None:
+                    ways.append((following, state, tag, compared))
                     continue
-                equal = name in (("jne", "b.ne") if following == number + 1 else ("je", "b.eq"))
-                tags[following] = compared if equal and compared is not None else tag, compared
-                ways.append((following, state))
+                if following == number + 1:
+                    equal = not equal
+                if tag is None or equal is (tag == compared):  # else no way leads there
+                    ways.append((following, state, compared if equal else tag, compared))
         return False, None
 
     def _tag(self, state: State, compare: Compare) -> int | None:
@@ -457,6 +467,19 @@ def _ways(
             return []
         pending += [(_Way([*way.numbers, number], state, stores), each) for each in following]
     return found
+
+
+_EQUAL = {"je": True, "b.eq": True, "jne": False, "b.ne": False}
+_LEAVES_FLAGS = ("mov", "lea", "push", "pop", "set", "cmov", "vmov", "nop")
+
+
+def _changes_flags(name: str, flow: Flow, abi: Abi) -> bool:
+    """Whether an instruction other than a comparison may change what was compared."""
+    if flow is not Flow.NEXT:
+        return False
+    if abi is X86:
+        return not name.startswith(_LEAVES_FLAGS)
+    return name.endswith("s") or name.startswith("cc")
 
 
 def _panics(effects: tuple[Effect, ...], after: State, panics: frozenset[int]) -> bool:

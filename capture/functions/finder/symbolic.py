@@ -15,6 +15,7 @@ from capture.functions.finder.effects import (
     Abi,
     Call,
     Effect,
+    Insert,
     Put,
     Register,
     Source,
@@ -111,10 +112,20 @@ class State:
         for effect in effects:
             if isinstance(effect, Put):
                 self._registers[effect.register] = self.value(effect.source)
+            elif isinstance(effect, Insert):
+                self._insert(effect)
             elif isinstance(effect, Store):
                 self._store(effect)
             elif isinstance(effect, Call):
                 self._call()
+
+    def _insert(self, insert: Insert) -> None:
+        value = self.register(insert.register)
+        if value.root == CONSTANT:
+            value = Value(CONSTANT, value.plus & ~insert.mask | insert.bits)
+        else:
+            value = self._new()
+        self._registers[insert.register] = value
 
     def _store(self, store: Store) -> None:
         if store.base is None:
