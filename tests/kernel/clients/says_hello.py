@@ -45,8 +45,8 @@ HELLOS = {
     "later": b"\5\1\0",  # as SOCKS begins
 }
 REQUEST = record(20, b"\1") + record(23, bytes(53)) + record(23, bytes(400))
-# Where a ClientHello is cut: into the pieces of one call (of Erlang's the first is empty and the second
-# has the heads), or into calls.
+# Where a ClientHello is cut: into the pieces of one call (of Erlang's the first is empty, the
+# second has the heads), or into calls.
 SCATTERED = {"scattered": (0, 9), "scattered_in_the_name": (3, -20, -8)}
 IN_CALLS = {"in_calls": (3, 40), "head_first": (5,), "byte_by_byte_at_first": (1, 2, 3, 4, 5, 6)}
 CUT = SCATTERED | IN_CALLS
