@@ -1,7 +1,7 @@
 """The clients of `clients.toml`: how each is installed, and what its script finds.
 
-`apt` packages are installed by whoever runs the tests (`make clients`), Python's and npm's once into
-the cache of `programs.py`. `test_table.py` runs them.
+`apt` packages are installed by whoever runs the tests (`make clients`), those of pip and npm once
+into the cache of `programs.py`. `test_table.py` runs them.
 """
 
 from __future__ import annotations

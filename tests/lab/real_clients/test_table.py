@@ -1,4 +1,4 @@
-"""Every client of `clients.toml`, by uprobes and by the proxy: exact, or named with host and fix."""
+"""Every client of `clients.toml`, by uprobes and by the proxy: exact, or named with its fix."""
 
 from __future__ import annotations
 
