@@ -54,6 +54,7 @@
 #define HELLO_WRITES_MAX 12 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
 #define HELLO_BYTES_MAX 4096 /* of a ClientHello: with keys that outlive quantum computers some 1,800 */
 #define HELLO_PIECES_MAX 8 /* of one write that holds a ClientHello, or its beginning */
+#define HELLO_RANDOM_AT 11 /* behind the heads of record and handshake, and the version */
 #define EXTENSIONS_MAX 48 /* of a ClientHello; browsers send some 20 */
 #define RECORDS_MAX 12 /* TLS records of one write, looked at until the first that holds a request */
 #define ALERT_BYTES_MAX 24 /* of a TLS record: alerts and key updates are no request */
@@ -292,7 +293,7 @@ struct tcp_socket {
 	u8 state;
 	u8 writes;
 	u16 flags;
-	u32 unused;
+	u32 hello; /* of its ClientHello's random bytes the first four: who passes it on has the same */
 	char comm[16];
 	char host[HOST_BYTES_MAX];
 };
@@ -2185,6 +2186,8 @@ INLINE int judge_hello(struct tcp_socket *t, const u8 *hello, u32 length)
 		return 0;
 	}
 	read_hello(h, hello, length);
+	if (length >= HELLO_RANDOM_AT + sizeof(t->hello))
+		bpf_probe_read_kernel(&t->hello, sizeof(t->hello), hello + HELLO_RANDOM_AT);
 	if (REREAD(h->name_at) == 0) {
 		t->flags |= SOCKET_NO_NAME;
 		host_by_address(t);
