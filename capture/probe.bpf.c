@@ -179,6 +179,7 @@ enum statistic {
 	STAT_DENIED,
 	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
 	STAT_SOCKET_TABLE_FULL, /* TCP connections that are not followed, so not counted either */
+	STAT_RAN_AS_ANOTHER_USER, /* programs that a run's processes became as another user */
 	STATS,
 };
 
@@ -1825,8 +1826,11 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
 	end_connections(tgid);
-	if (!in_scope(s, tgid))
+	if (!in_scope(s, tgid)) {
+		if ((membership(tgid) & (TREE_IN_SCOPE | TREE_EXCLUDED)) == TREE_IN_SCOPE)
+			count(STAT_RAN_AS_ANOTHER_USER, 1);
 		return 0;
+	}
 	if (s->pid_namespace) { /* user space cannot look it up by the id of its fork */
 		u32 member = membership(tgid);
 		if (member)

@@ -55,6 +55,7 @@ STATISTICS = (
     "denied",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
 )
 LOSS_CAUSES = (
     "ring_full_bytes",
@@ -71,6 +72,7 @@ EVENT_LOSS_CAUSES = (
     "http2_without_name",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
     "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
 
