@@ -163,16 +163,19 @@ class _Metering:
         self._connections.add(Part(program, connection.peer, "key log", None), 1, None)
 
     def _miss(self, connection: Connection, host: str) -> None:
-        """A connection to a provider that no keys came for: ours, if its process is."""
+        """A connection to a provider that no keys came for.
+
+        It counts unless it is known to be another program's: who had ended when we looked for the
+        process may well have been of the command.
+        """
         process = connection.process
-        if process is None or self._root is None:
-            return
-        tree = {self._root, *descendants(self._root)}
-        if process.pid not in tree and not tree & {pid for pid, _ in process.parents}:
-            return
-        key = process.exe, host
+        if process is not None and self._root is not None:
+            tree = {self._root, *descendants(self._root)}
+            if process.pid not in tree and not tree & {pid for pid, _ in process.parents}:
+                return
+        key = process.exe if process else None, host
         self._missed[key] = self._missed.get(key, 0) + 1
-        self._connections.add(Part(process.exe, host, None, "no_keys"), 1, None)
+        self._connections.add(Part(key[0], host, None, "no_keys"), 1, None)
 
     def _owner(self, client: tuple[str, int], server: tuple[str, int]) -> Process | None:
         pid = owner_pid(ClientSocket(*client, server[1]))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from capture.packets import capfile, input_files, keylog, records, tcp, tshark
+from capture.packets import capfile, input_files, keylog, opening, records, tcp, tshark
 from capture.packets.capfile import CaptureFile, secrets_in
 from capture.packets.input_files import InputFile
 from capture.packets.keylog import KeyLog, read_key_log
