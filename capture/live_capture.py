@@ -47,9 +47,10 @@ class LiveCapture:
     """A source of plaintext; see the file's head.
 
     `link` is a socket to a sniffer, `keys` are key log files or folders of them. `wanted` says by
-    server name which connections are metered, `owner` finds a connection's process by its
-    (client, server) addresses. `missing` is told of wanted connections that got no keys, with the
-    host. `findings` and `losses` count.
+    server name which connections are metered. `owner` finds a connection's process by its client
+    and server addresses, and is told whether the connection is known to be wanted. `missing` is
+    told of wanted connections that got no keys, with the host. `findings` and `losses` count.
+    `clock` gives the time of packets, in ns.
     """
 
     def __init__(
@@ -57,13 +58,15 @@ class LiveCapture:
         link: socket.socket,
         keys: Iterable[Path],
         wanted: Callable[[str], bool],
-        owner: Callable[[tuple[str, int], tuple[str, int]], Process | None],
+        owner: Callable[[tuple[str, int], tuple[str, int], bool], Process | None],
         missing: Callable[[Connection, str], None],
+        clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.findings = Findings()
         self.losses: Counter[str] = Counter()
         self._link = link
         self._missing = missing
+        self._clock = clock
         self._buffer = bytearray()
         self._ready: deque[TlsChunk | TlsClosed] = deque()
         self._keys = KeyLog()
@@ -71,7 +74,7 @@ class LiveCapture:
         self._reader = AwaitingKeys(self._keys, self._ready.append, self._without_keys)
         live = Live(
             Source.KEYLOG,
-            lambda flow: owner(flow.client, flow.server),
+            lambda flow, wanted: owner(flow.client, flow.server, wanted),
             lambda *_: None,  # connections that are older than the capture
             self._pass_by,
         )
@@ -92,7 +95,7 @@ class LiveCapture:
         self._connections.flush()
         if self._key_files.poll():
             self._reader.keys_came()
-        self._reader.expire(time.time_ns())
+        self._reader.expire(self._clock())
         found = list(self._ready)
         self._ready.clear()
         return found

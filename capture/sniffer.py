@@ -27,7 +27,7 @@ from capture.unprivileged import end_with_parent, give_up_privileges
 
 PACKET, DROPPED, READY, FAILED = range(1, 5)
 HEAD = struct.Struct("=BIQ")
-"""A message: kind, bytes behind this head, time in ns (PACKET) or count (DROPPED, FAILED: errno)."""
+"""A message: kind, bytes behind this head, then a time in ns, a count, or an errno (FAILED)."""
 
 RECEIVE_BUFFER_BYTES = 64 << 20
 PACKET_BYTES_MAX = 65_600  # IPv4's longest, with what offloading makes of it

@@ -136,13 +136,14 @@ class Readers(Protocol):
 class Live:
     """What is different where packets are seen as they pass.
 
-    `owner` finds the process of a new connection. Keys follow the hello; `without_keys` is told of
+    `owner` finds the process of a new connection; it may search for longer once it is known that
+    the connection is wanted. Keys follow the hello; `without_keys` is told of
     connections that began before and have none, with the host. `passed_by` is told how many bytes
     of a server, by address, are not read.
     """
 
     source: Source
-    owner: Callable[[Flow], Process | None]
+    owner: Callable[[Flow, bool], Process | None]
     without_keys: Callable[[Connection, str], None]
     passed_by: Callable[[str, int], None]
 
@@ -180,6 +181,7 @@ class _TcpConnection:
     number: int
     server: str
     streams: dict[bool, _RecordStream]
+    flow: Flow
     state: State = State.NEW
     reader: Reader | None = None
     held: list[tuple[Half, bytes, int]] = field(default_factory=list)
@@ -245,7 +247,7 @@ class TcpConnections:
         connection = Connection(
             flow.id,
             live.source if live else Source.PCAP,
-            live.owner(flow) if live and not flow.joined else None,
+            live.owner(flow, False) if live and not flow.joined else None,
             self._name_of.get(flow.server[0]),
             flow.server[1],
             flow.joined,
@@ -256,7 +258,7 @@ class TcpConnections:
             plaintext = Plaintext(connection, direction)
             keys.halves[direction] = plaintext
             half.tag = streams[half.sent] = _RecordStream(plaintext)
-        flow.tag = _TcpConnection(connection, keys, self._numbers, flow.server[0], streams)
+        flow.tag = _TcpConnection(connection, keys, self._numbers, flow.server[0], streams, flow)
 
     def received(self, half: Half, data: bytes, at_ns: int) -> None:
         """Contiguous bytes of one direction."""
@@ -422,9 +424,7 @@ class TcpConnections:
             return
         keys = tcp.keys
         if keys.client_random is None and name is not None:
-            tcp.connection = replace(tcp.connection, peer=name)
-            for plaintext in keys.halves.values():
-                plaintext.connection = tcp.connection
+            self._name(tcp, name)
         keys.client_random = hello.random
         if name is not None:
             self._remember_name(tcp.server, name)
@@ -434,6 +434,15 @@ class TcpConnections:
         elif name is not None and self._wanted is not None and not self._wanted(name):
             self.findings.not_wanted += 1
             self._ignore(tcp)
+
+    def _name(self, tcp: _TcpConnection, host: str) -> None:
+        process, live = tcp.connection.process, self._live
+        wanted = self._wanted is None or self._wanted(host)
+        if live is not None and process is None and wanted and not tcp.flow.joined:
+            process = live.owner(tcp.flow, True)
+        tcp.connection = replace(tcp.connection, peer=host, process=process)
+        for plaintext in tcp.keys.halves.values():
+            plaintext.connection = tcp.connection
 
     def _remember_name(self, address: str, name: str) -> None:
         """A server's name, for connections to it whose hello was missed; None once ambiguous."""

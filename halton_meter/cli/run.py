@@ -59,8 +59,9 @@ EXAMPLES = """
     "--via",
     type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),
     default="auto",
-    help="Capture method: uprobes on the TLS library (root, or the running service), a local proxy, "
-    "or packets with the TLS keys that the command writes (root). auto: uprobes where available.",
+    help="Capture method: uprobes on the TLS library (root, or the running service), a local "
+    "proxy, or packets with the TLS keys that the command writes (root). auto: uprobes where "
+    "available.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option(

@@ -16,28 +16,28 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capture.live_capture import LiveCapture, start_sniffer
-from capture.processes.proc import descendants, read_process
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import own_code
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
+from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.not_started import not_started
 from halton_meter.live.pipeline import make_meter, prepare_home
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
-from proxy_fallback.edge.client_socket import ClientSocket
-from proxy_fallback.edge.owner import owner_pid
+from halton_meter.model import TlsClosed
 
 if TYPE_CHECKING:
     import socket
 
     from halton_meter.meter import Meter
-    from halton_meter.model import Connection, PricedEvent, Process, TlsChunk, TlsClosed
+    from halton_meter.model import Connection, PricedEvent, TlsChunk
 
 HTTPS = 443
 FOLDER = "halton-meter-keys-"
@@ -90,15 +90,16 @@ class _Metering:
         self._meter, self._price_error = make_meter(home, dict(extra_hosts))
         self._journal = JournalWriter(Store(home), home, self._price_error)
         self._totals = Totals()
+        self._owners = Owners()
         registry = Registry(dict(extra_hosts))
         self._source = LiveCapture(
-            link, [keys], lambda host: bool(registry.of_host(host)), self._owner, self._miss
+            link, [keys], lambda host: bool(registry.of_host(host)), self._owners.find, self._miss
         )
-        self._root: int | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metering", daemon=True)
         self._connections = Coverage(is_known=True)
         self._counted: set[str] = set()
+        self._guessed: dict[str, Connection] = {}
         self._missed: dict[tuple[str | None, str], int] = {}
 
     def start(self) -> None:
@@ -107,7 +108,7 @@ class _Metering:
 
     def began(self, pid: int) -> None:
         """The command runs as this process."""
-        self._root = pid
+        self._owners.began(pid)
 
     def finish(self, result: RunResult) -> None:
         """Meter what is left and put what came of it into `result`."""
@@ -143,9 +144,24 @@ class _Metering:
 
     def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
         for item in items:
-            self._count(item.connection)
-            self._keep(self._meter.receive(item))
+            found = self._attributed(item)
+            self._count(found.connection)
+            self._keep(self._meter.receive(found))
+            if isinstance(item, TlsClosed):
+                self._counted.discard(item.connection.id)
+                self._guessed.pop(item.connection.id, None)
         self._totals.other_calls = self._meter.other_calls
+
+    def _attributed(self, item: TlsChunk | TlsClosed) -> TlsChunk | TlsClosed:
+        """With a process, as every connection whose keys we have is the command's."""
+        connection = item.connection
+        if connection.process is not None:
+            return item
+        known = self._guessed.get(connection.id)
+        if known is None:
+            known = replace(connection, process=self._owners.likely())
+            self._guessed[connection.id] = known
+        return replace(item, connection=known)
 
     def _keep(self, events: list[PricedEvent]) -> None:
         self._totals.seen_again = self._meter.seen_again
@@ -156,6 +172,7 @@ class _Metering:
             self._totals.add(event)
 
     def _count(self, connection: Connection) -> None:
+        """Count a connection once."""
         if connection.id in self._counted:
             return
         self._counted.add(connection.id)
@@ -169,17 +186,11 @@ class _Metering:
         process may well have been of the command.
         """
         process = connection.process
-        if process is not None and self._root is not None:
-            tree = {self._root, *descendants(self._root)}
-            if process.pid not in tree and not tree & {pid for pid, _ in process.parents}:
-                return
+        if process is not None and not self._owners.is_of_command(process):
+            return
         key = process.exe if process else None, host
         self._missed[key] = self._missed.get(key, 0) + 1
         self._connections.add(Part(key[0], host, None, "no_keys"), 1, None)
-
-    def _owner(self, client: tuple[str, int], server: tuple[str, int]) -> Process | None:
-        pid = owner_pid(ClientSocket(*client, server[1]))
-        return None if pid is None else read_process(pid)
 
 
 def _run(
