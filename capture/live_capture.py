@@ -27,10 +27,11 @@ from pathlib import Path
 
 from capture import sniffer
 from capture.packets.awaiting import AwaitingKeys
+from capture.packets.keeping import Keeping
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
 from capture.packets.records import Findings, Live, TcpConnections
-from capture.packets.tcp import Reassembly
+from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
 from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
 
@@ -50,7 +51,7 @@ class LiveCapture:
     server name which connections are metered. `owner` finds a connection's process by its client
     and server addresses, and is told whether the connection is known to be wanted. `missing` is
     told of wanted connections that got no keys, with the host. `findings` and `losses` count.
-    `clock` gives the time of packets, in ns.
+    `clock` gives the time of packets, in ns. `keeping` records what is read.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LiveCapture:
         owner: Callable[[tuple[str, int], tuple[str, int], bool], Process | None],
         missing: Callable[[Connection, str], None],
         clock: Callable[[], int] = time.time_ns,
+        keeping: Keeping | None = None,
     ) -> None:
         self.findings = Findings()
         self.losses: Counter[str] = Counter()
@@ -71,10 +73,14 @@ class LiveCapture:
         self._ready: deque[TlsChunk | TlsClosed] = deque()
         self._keys = KeyLog()
         self._key_files = KeyFiles(keys, self._keys)
-        self._reader = AwaitingKeys(self._keys, self._ready.append, self._without_keys)
+        self._keeping = keeping
+        # By connection, of those that may be kept: addresses and ports, client random.
+        self._hellos: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._reader = AwaitingKeys(self._keys, self._give, self._without_keys)
         live = Live(
             Source.KEYLOG,
             lambda flow, wanted: owner(flow.client, flow.server, wanted),
+            self._hello,
             lambda *_: None,  # connections that are older than the capture
             self._pass_by,
         )
@@ -140,11 +146,27 @@ class LiveCapture:
                 break
             if kind == sniffer.PACKET:
                 packet = bytes(buffer[at + head.size : end])
+                if self._keeping is not None:
+                    self._keeping.packet(number, packet)
                 self._reassembly.feed(number, _RAW_IP, packet, length)
             elif kind == sniffer.DROPPED:
                 self.losses["packets_dropped"] += number
             at = end
         del buffer[:at]
+
+    def _hello(self, flow: Flow, random: bytes) -> None:
+        if self._keeping is None:
+            return
+        self._hellos[flow.id] = flow.keys[0], random
+        if len(self._hellos) > FLOWS_MAX:
+            self._hellos.popitem(last=False)
+
+    def _give(self, item: TlsChunk | TlsClosed) -> None:
+        self._ready.append(item)
+        hello = self._hellos.pop(item.connection.id, None)
+        if hello is not None and self._keeping is not None and isinstance(item, TlsChunk):
+            key, random = hello
+            self._keeping.keep(key, self._keys.lines_of(random))
 
     def _without_keys(self, connection: Connection) -> None:
         self._missing(connection, connection.peer or "")

@@ -137,13 +137,14 @@ class Live:
     """What is different where packets are seen as they pass.
 
     `owner` finds the process of a new connection; it may search for longer once it is known that
-    the connection is wanted. Keys follow the hello; `without_keys` is told of
-    connections that began before and have none, with the host. `passed_by` is told how many bytes
-    of a server, by address, are not read.
+    the connection is wanted. `hello` is told the random of a connection's ClientHello; keys follow.
+    `without_keys` is told of connections that began before and have none, with the host.
+    `passed_by` is told how many bytes of a server, by address, are not read.
     """
 
     source: Source
     owner: Callable[[Flow, bool], Process | None]
+    hello: Callable[[Flow, bytes], None]
     without_keys: Callable[[Connection, str], None]
     passed_by: Callable[[str, int], None]
 
@@ -426,6 +427,8 @@ class TcpConnections:
         if keys.client_random is None and name is not None:
             self._name(tcp, name)
         keys.client_random = hello.random
+        if self._live is not None:
+            self._live.hello(tcp.flow, hello.random)
         if name is not None:
             self._remember_name(tcp.server, name)
         if self._live is None and hello.random not in self._keys:

@@ -121,7 +121,7 @@ def run(
         if via == "proxy" or java:
             result = _through_proxy(command, java)
         elif via == "keylog":
-            result = _through_key_log(command)
+            result = through_key_log(command)
         else:
             result = _through_probes(command, via)
     except Unavailable as error:
@@ -204,11 +204,14 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     return meter_command(command, home, os.environ, hosts, upstream, java)
 
 
-def _through_key_log(command: Sequence[str]) -> RunResult:
+def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
+    """Run a command metered by its packets; `record` is a new file for them. Raises Unavailable."""
+    from capture.packets.keeping import CaptureWriter, Keeping
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
     from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
+    from halton_meter.live.result import Recorded
     from halton_meter.problem import Unavailable
 
     if accounts.is_root() and (problems := own_code.problems()):
@@ -219,7 +222,16 @@ def _through_key_log(command: Sequence[str]) -> RunResult:
     privileges.settle(needs_root=False)  # what captures is there already
     found = config.read(home)
     told(found, GOES_ON)
-    return meter_command(command, home, environment, found.config.extra_hosts, link)
+    hosts = found.config.extra_hosts
+    if record is None:
+        return meter_command(command, home, environment, hosts, link)
+    keeping = Keeping(CaptureWriter(record))
+    try:
+        result = meter_command(command, home, environment, hosts, link, keeping)
+    finally:
+        keeping.close()
+    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    return result
 
 
 # --- the summary --------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from capture import sniffer
 from capture.live_capture import LiveCapture
 from capture.packets import awaiting
+from capture.packets.keeping import CaptureWriter, Keeping
+from capture.pcap import PcapSource
 from halton_meter.model import Connection, Direction, Process, TlsChunk, TlsClosed
 from tests.capture.packets.test_pcap import BODY, HOST, REQUEST, recording, whole
 from tests.support.recorder import damage
@@ -32,7 +34,7 @@ def message(packet: Packet) -> bytes:
 class Bench:
     """A live capture at a link of the test's own, with a key file and a clock of its own."""
 
-    def __init__(self, keys: Path) -> None:
+    def __init__(self, keys: Path, keeping: Keeping | None = None) -> None:
         self.keys = keys
         self.link, its = socket.socketpair()
         self.now_ns = 0
@@ -45,6 +47,7 @@ class Bench:
             lambda client, server, wanted: CLIENT,
             lambda connection, host: self.missed.append((connection, host)),
             lambda: self.now_ns,
+            keeping,
         )
 
     def send(self, data: bytes) -> None:
@@ -213,6 +216,74 @@ def test_the_sniffer_s_end_is_noticed(bench: Bench) -> None:
     bench.link.shutdown(socket.SHUT_WR)
     bench.items += bench.source.read()
     assert bench.source.ended
+
+
+# --- keeping ---
+
+
+@pytest.mark.parametrize("when", ["keys first", "keys last"])
+def test_what_is_kept_replays_without_a_key_log(tmp_path: Path, when: str) -> None:
+    given = recording()
+    path = tmp_path / "kept.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    if when == "keys first":
+        bench.keys.write_text(given.secrets)
+    bench.play(given.packets)
+    bench.keys.write_text(given.secrets)
+    bench.finish()
+    keeping.close()
+    exact(bench)
+    assert (keeping.connections, keeping.packets) == (1, len(given.packets))
+    source = PcapSource([path])
+    again = list(source.items())
+    assert whole(again, Direction.SENT) == REQUEST * 2
+    assert whole(again, Direction.RECEIVED) == BODY
+    assert source.findings.losses == {}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_connections_without_keys_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "kept.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    empty = len(path.read_bytes())
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.play(recording().packets)
+    bench.finish()
+    keeping.close()
+    assert (keeping.connections, keeping.packets) == (0, 0)
+    assert path.stat().st_size - empty < 64  # the head alone
+
+
+def test_what_waits_to_be_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capture.packets.keeping.CONNECTION_BYTES_MAX", 20_000)
+    keeping = Keeping(CaptureWriter(tmp_path / "kept.pcapng"))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.play(recording().packets)
+    bench.finish()
+    assert keeping.forgotten > 0
+    assert keeping._waiting_bytes <= 20_000
+
+
+def test_a_full_disk_is_told_and_metering_goes_on(tmp_path: Path) -> None:
+    writer = CaptureWriter(tmp_path / "kept.pcapng")
+    writer._file.close()
+    writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 (the writer closes it)
+    keeping = Keeping(writer)
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.keys.write_text(recording().secrets)
+    bench.play(recording().packets)
+    bench.finish()
+    keeping.close()
+    exact(bench)
+    assert keeping.error == "No space left on device"
+
+
+def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "kept.pcapng").write_text("mine")
+    with pytest.raises(FileExistsError):
+        CaptureWriter(tmp_path / "kept.pcapng")
+    assert (tmp_path / "kept.pcapng").read_text() == "mine"
 
 
 # --- the filter -----------------------------------------------------------------------------------

@@ -119,3 +119,21 @@ def test_without_the_right_to_capture_the_command_is_not_started(lab: Lab, home:
     assert "to capture packets needs root" in done.stderr
     assert "sudo halton-meter run --via keylog" in done.stderr
     assert not (home / "ran").exists()
+
+
+def test_a_recording_holds_the_command_s_provider_connections_and_replays(
+    lab: Lab, home: Path
+) -> None:
+    skip = len(lab.ledger())
+    file = home / "recorded.pcapng"
+    script = f"{shlex.join(curl(1))}; {shlex.join(curl(2, '--http2'))}"
+    command = [*HALTON_METER, "record", str(file), "--", "sh", "-c", script]
+    done = lab.run(command, env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert "recorded: 2 connections" in done.stderr
+    assert file.stat().st_uid == lab.user.uid
+    replay = [*HALTON_METER, "replay", "--json", str(file)]
+    said = lab.run(replay, user=lab.user, env=as_sudo(lab, home))
+    assert said.returncode == 0, said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert_metered(lab.ledger()[skip:], events, "pcap")

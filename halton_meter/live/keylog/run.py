@@ -36,6 +36,7 @@ from halton_meter.model import TlsClosed
 if TYPE_CHECKING:
     import socket
 
+    from capture.packets.keeping import Keeping
     from halton_meter.meter import Meter
     from halton_meter.model import Connection, PricedEvent, TlsChunk
 
@@ -60,13 +61,17 @@ def meter_command(
     environment: Mapping[str, str],
     extra_hosts: Mapping[str, str],
     link: socket.socket,
+    keeping: Keeping | None = None,
 ) -> RunResult:
-    """Run `command` as the user whom we are and meter it; `link` is a sniffer's. Raises OSError."""
+    """Run `command` as the user whom we are and meter it; `link` is a sniffer's. Raises OSError.
+
+    `keeping` records what is metered.
+    """
     prepare_home(home)
     result = RunResult()
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         proxied, keys = told.environment(environment, Path(folder) / "keys.log")
-        metering = _Metering(link, keys, home, extra_hosts)
+        metering = _Metering(link, keys, home, extra_hosts, keeping)
         metering.start()
         try:
             result.exit_code, ran = _run(command, proxied, metering.began)
@@ -81,7 +86,12 @@ class _Metering:
     """The metering thread: packets in, events into the store."""
 
     def __init__(
-        self, link: socket.socket, keys: Path, home: Path, extra_hosts: Mapping[str, str]
+        self,
+        link: socket.socket,
+        keys: Path,
+        home: Path,
+        extra_hosts: Mapping[str, str],
+        keeping: Keeping | None,
     ) -> None:
         from halton_meter.providers.registry import Registry
         from halton_meter.store import Store
@@ -93,7 +103,12 @@ class _Metering:
         self._owners = Owners()
         registry = Registry(dict(extra_hosts))
         self._source = LiveCapture(
-            link, [keys], lambda host: bool(registry.of_host(host)), self._owners.find, self._miss
+            link,
+            [keys],
+            lambda host: bool(registry.of_host(host)),
+            self._owners.find,
+            self._miss,
+            keeping=keeping,
         )
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metering", daemon=True)
