@@ -11,15 +11,18 @@ from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
-from halton_meter.contract import usd_text
+from halton_meter.contract import caller_json, usd_text
 from halton_meter.model import (
+    CALLER_NAMES,
     TOKEN_NAMES,
     Basis,
+    Caller,
     Certainty,
     LineItem,
     Outcome,
     PricedEvent,
     Process,
+    SessionSource,
     Source,
     Tokens,
     Traits,
@@ -63,6 +66,7 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         "source": usage.source.value,
         "project": usage.project,
         "git_branch": usage.git_branch,
+        **caller_json(usage.caller),
         "certainty": usage.certainty.value,
         "free": usage.free,
         "ttft_ms": usage.ttft_ms,
@@ -112,6 +116,7 @@ def _process_document(process: Process) -> dict[str, Any]:
         "parents": process.parents,
         "container": process.container,
         "project_hint": process.project_hint,
+        "root": process.root,
     }
 
 
@@ -220,7 +225,15 @@ def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
         gap=row["gap"],
         shared_id=row["shared_id"],
         traits=traits_of_text(row["traits"]),
+        caller=caller_of_row(row),
     )
+
+
+def caller_of_row(row: Mapping[str, Any]) -> Caller:
+    """Who asked, by the columns of that."""
+    values = {name: row[name] for name in CALLER_NAMES}
+    source = values.pop("session_source")
+    return Caller(session_source=None if source is None else SessionSource(source), **values)
 
 
 def traits_text(traits: Traits) -> str:
@@ -276,6 +289,7 @@ def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | 
         parents=tuple((pid, name) for pid, name in document["parents"]),
         container=document["container"],
         project_hint=document["project_hint"],
+        root=document.get("root"),  # versions before sessions have none
     )
 
 
