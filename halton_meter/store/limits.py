@@ -50,8 +50,7 @@ class Stored:
 
 def limits_of(usage: UsageEvent) -> Iterator[Stored]:
     """The limits that an event's response stated."""
-    plan = usage.conditions.get("plan")
-    account = getattr(getattr(usage, "caller", None), "account", None)  # XXX after merge
+    plan, account = usage.conditions.get("plan"), usage.caller.account
     for reading in usage.limits:
         yield Stored(usage.provider, plan, account, usage.id, reading)
 
