@@ -59,7 +59,7 @@ def prompt_text(
     if not is_metering:
         return "not metered" if found else ""
     plain = _Paint(False)
-    parts = [money(number(table(found, "day"), "usd") if _is_today(found, now) else 0.0)]
+    parts = [_sum_text(_day(found, now))]
     account = _account(found, {})
     window = table(account, "windows", "5h") or next(iter(_windows(account)), ("", {}))[1]
     if window and (number(window, "resets_at") or 0) > now:
@@ -101,13 +101,16 @@ def _session_part(said: dict[str, object], session: dict[str, object], paint: _P
     return line
 
 
-def _is_today(found: dict[str, object], now: float) -> bool:
-    return table(found, "day").get("date") == time.strftime("%Y-%m-%d", time.localtime(now))
+def _day(found: dict[str, object], now: float) -> dict[str, object]:
+    """The sums of today; of a new day nothing was metered yet."""
+    day = table(found, "day")
+    if day.get("date") == time.strftime("%Y-%m-%d", time.localtime(now)):
+        return day
+    return {"usd": "0"}
 
 
 def _today_part(found: dict[str, object], now: float) -> str:
-    day = table(found, "day") if _is_today(found, now) else {"usd": "0"}
-    return f"{_sum_text(day)} today"
+    return f"{_sum_text(_day(found, now))} today"
 
 
 def _budget_part(

@@ -313,7 +313,7 @@ def event_lines(event: PricedEvent, limits: Iterable[dict[str, Any]] = ()) -> by
     return b"".join((event_line(event), *map(_line, limits)))
 
 
-def _event_line(event: PricedEvent) -> bytes:
+def event_line(event: PricedEvent) -> bytes:
     """One event as a line; without its raw usage object where the line would be too long."""
     values = {**usage_values(event.usage), **sum_values(event)}
     line = _line(values)

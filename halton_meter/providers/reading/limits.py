@@ -82,7 +82,7 @@ def limits_of(exchange: Exchange, model: str | None = None) -> Limits:
     websocket = exchange.protocol is Protocol.WEBSOCKET
     # The head of a WebSocket is that of its upgrade, however old: there, events tell.
     headers = () if websocket else exchange.response.headers
-    named = [pair for pair in headers if _is_of_limits(pair[0])]
+    named = tuple(pair for pair in headers if _is_of_limits(pair[0]))
     refused = exchange.response.status == _REFUSED
     events = list(_events(exchange))
     if not (named or refused or events):
