@@ -72,9 +72,7 @@ Examples:
 @click.option(
     "--since", metavar="TIME", help=f"With --history: from TIME on. Default: {HISTORY_SINCE}."
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object; with --history one a line."
-)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --history one a line.")
 def plan(
     at: str | None,
     provider: str | None,
@@ -154,8 +152,7 @@ def _overage_lines(account: Account, at_ns: int) -> Iterator[str]:
     since = account.overage_from_ns
     if since is not None and (windows or account.overage_usd):
         parts = [
-            f"{money_text(account.overage_usd)} billed beyond the plan since "
-            f"{clock(since, at_ns)}"
+            f"{money_text(account.overage_usd)} billed beyond the plan since {clock(since, at_ns)}"
         ]
         for window in windows:
             reading = window.reading

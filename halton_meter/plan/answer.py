@@ -1,10 +1,8 @@
-"""The question behind `plan`: each account's limits as they stand, where they head, whose use it was.
+"""The question behind `plan`: each account's limits as they stand, their pace, whose use it was.
 
 `ask` answers from one consistent view of the store. It reads no clock: the caller says what time it
 is, so that a past hour can be asked about. Knows the tables `limit_reading` and `event`.
 """
-
-# ruff: noqa: S608 (every name put into SQL comes from a constant of this file; values are bound)
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from halton_meter.plan.windows import Period, Point
@@ -122,7 +123,7 @@ def spans(found: Period) -> list[Span]:
     times = [point.at_ns for point in plateaus(found)]
     if found.begins_ns is not None:
         times.insert(0, found.begins_ns)
-    return [Span(a, b) for a, b in zip(times, times[1:], strict=False)]
+    return [Span(a, b) for a, b in pairwise(times)]
 
 
 def shares(found: Period, work: Mapping[int, Sequence[Work]]) -> list[Share]:
@@ -162,7 +163,7 @@ def _slices(readings: Sequence[Fraction], unit: Fraction) -> Iterable[tuple[Frac
     cuts = {reading + side for reading in readings for side in (-half, half)}
     cuts |= {readings[0], readings[-1], Fraction(0)}
     ordered = sorted(cuts)
-    return [(a, b) for a, b in zip(ordered, ordered[1:], strict=False)]
+    return list(pairwise(ordered))
 
 
 class _When(NamedTuple):

@@ -27,10 +27,10 @@ def is_quick(words: list[str]) -> bool:
 def main(what: str) -> None:
     """Print the line of `statusline` or `prompt`."""
     try:
-        said = answer(what, _piped() if what == "statusline" else b"", time.time())
+        said = answer(what, piped() if what == "statusline" else b"", time.time())
     except Exception:
         said = TRY if what == "statusline" else ""
-    try:
+    try:  # noqa: SIM105 (importing contextlib takes a millisecond of the thirty)
         os.write(1, said.encode("utf-8", "replace") + b"\n")
     except OSError:
         pass
@@ -50,7 +50,7 @@ def answer(what: str, piped: bytes, now: float) -> str:
     )
 
 
-def _piped() -> bytes:
+def piped() -> bytes:
     """Standard input to its end, but no longer than it has something to say."""
     try:
         if os.isatty(0):

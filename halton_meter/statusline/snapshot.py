@@ -111,7 +111,12 @@ def text(value: object, name: str) -> str | None:
 def is_alive(found: dict[str, object]) -> bool:
     """Whether one of those who keep the snapshot still runs."""
     for pid, started in list(table(found, "writers").items())[:64]:
-        if pid.isascii() and pid.isdigit() and 0 < int(pid[:9]) and started == start_of(int(pid[:9])):
+        if (
+            pid.isascii()
+            and pid.isdigit()
+            and int(pid[:9]) > 0
+            and started == start_of(int(pid[:9]))
+        ):
             return True
     return False
 

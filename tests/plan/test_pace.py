@@ -47,7 +47,8 @@ def test_a_steady_use_reaches_100_percent_35_minutes_before_the_reset() -> None:
     assert found.full_ns is not None
     assert (found.full_ns - START) / MIN == pytest.approx(159 + 40 / 23 * 60)
     assert found.at_reset == pytest.approx(0.60 + 0.23 * 141 / 60)
-    assert found.earliest_ns is not None and found.latest_ns is not None
+    assert found.earliest_ns is not None
+    assert found.latest_ns is not None
     assert (found.earliest_ns - START) / MIN == pytest.approx(159 + 40 / 24 * 60)
     assert (found.latest_ns - START) / MIN == pytest.approx(159 + 40 / 22 * 60)
 

@@ -8,9 +8,9 @@
     retry-after, and a 429 with or without it                          a refusal
 
 Windows are taken by their pattern and not from a list: providers add some. Every value is checked:
-what no server in its right mind sends is refused and counted, never believed. Where the names come
-from: Claude Code 2.1.332 (shipped client), openai/codex `codex-api/src/rate_limits.rs`, the vendors'
-pages on rate limits. Nothing here knows accounts, prices or time but what the exchange brings.
+what no server in its right mind sends is refused and counted, never believed. Names are those of
+Claude Code 2.1.332 (shipped client), of openai/codex (`codex-api/src/rate_limits.rs`) and of the
+vendors' pages on rate limits. Nothing here knows accounts or prices, or reads a clock.
 """
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ def _http_date_s(text: str) -> int | None:
 
 
 def _moment_ns(text: str, at_ns: int, clock_ns: int) -> int | None:
-    """A time as servers write one: Unix seconds or milliseconds, RFC 3339, a date, "6m0s", "7.5"."""
+    """A time as servers write one: Unix seconds or milliseconds, RFC 3339, a date, "6m0s"."""
     if _NUMBER.fullmatch(text):
         number = Decimal(text)
         if number < 10**8:
