@@ -13,6 +13,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import (
+    BAR_CELLS,
     aligned,
     bar,
     count,
@@ -92,7 +93,7 @@ def plan(
     store = Store(home_folder())
     if history:
         from_ns = moment("--since", since or HISTORY_SINCE, at_ns)
-        _history(store, from_ns, at_ns, as_json, provider, account)
+        _history(store, from_ns, at_ns + 1, as_json, provider, account)
         return
     with store_problems():
         found = ask(store, at_ns)
@@ -132,16 +133,12 @@ def _plan_lines(account: Account, at_ns: int) -> Iterator[str]:
     width = max(len(label(each.reading)) for each in windows)
     for window in windows:
         used = window.used
-        shown_bar = bar(float(used)) if used is not None else " " * 12
+        shown_bar = bar(float(used)) if used is not None else " " * BAR_CELLS
         figure = percent(float(used)) if used is not None else "?"
-        said = resets(window, at_ns)
-        line = f"  {shown(label(window.reading)):<{width}}  {shown_bar}  {figure:>5}  {said}"
-        yield line.rstrip()
-        if window.pace is not None and window.pace.ratio >= 1 and not window.is_over:
-            said = f"pace {window.pace.ratio:.1f}x; {heading(window, at_ns)}"
-        else:
-            said = heading(window, at_ns)
-        if said:
+        pace = "" if window.pace is None else f"pace {window.pace.ratio:.1f}x"
+        said = f"{pace:<9}  {resets(window, at_ns)}"
+        yield f"  {shown(label(window.reading)):<{width}}  {shown_bar}  {figure:>5}  {said}".rstrip()
+        if said := heading(window, at_ns):
             yield f"  {'':<{width}}  {said}"
         if window.reading.status not in (None, "allowed"):
             yield f"  {'':<{width}}  the provider says: {shown(window.reading.status)}"

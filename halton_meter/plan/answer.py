@@ -170,7 +170,7 @@ def ask(store: Store, now_ns: int, *, with_shares: bool = True) -> Plan:
 def read(reader: Reader, now_ns: int, *, with_shares: bool = True) -> Plan:
     """The same from an open database."""
     latest: dict[tuple[str, str | None, str | None], list[Stored]] = {}
-    for stored in reader.latest_limits(now_ns - SEEN_NS, now_ns):
+    for stored in reader.latest_limits(now_ns - SEEN_NS, now_ns + 1):
         latest.setdefault((stored.provider, stored.plan, stored.account), []).append(stored)
     accounts = [_account(reader, *key, found, now_ns, with_shares) for key, found in latest.items()]
     known = [account for account in accounts if account.windows]
@@ -250,7 +250,7 @@ def _series(
         return {}
     from_ns = min([now_ns - SEEN_NS] if unbounded else begins) - 3600 * SECOND_NS
     found: dict[str, list[LimitReading]] = {}
-    for stored in reader.limits(from_ns, now_ns, LimitKind.PLAN, (provider, plan, account)):
+    for stored in reader.limits(from_ns, now_ns + 1, LimitKind.PLAN, (provider, plan, account)):
         found.setdefault(stored.reading.window, []).append(stored.reading)
     return found
 
@@ -265,7 +265,14 @@ def _shares(
         work: dict[int, list[Work]] = {}
         for row in rows:
             work.setdefault(row.span, []).append(
-                Work(row.keys[index], row.requests, row.ended, row.usd, row.busy_ns)
+                Work(
+                    row.keys[index],
+                    row.requests,
+                    row.requests_usd,
+                    row.ended,
+                    row.usd,
+                    row.busy_ns,
+                )
             )
         result[name] = tuple(shares(found, work))
     return result

@@ -9,8 +9,8 @@ The estimate within the range divides a slice by the list price of what ended in
 
 Use that nobody metered (another machine, the web) shows as `ELSEWHERE` where no request explains
 it: nothing ran at all, or for minutes nothing ran and the window rose several times as much as the
-prices of what did account for. Otherwise it counts as the use of whoever was at work: no reading
-tells it apart.
+prices of what did account for (those of the window's other rises say how much that is). Otherwise
+it counts as the use of whoever was at work: no reading tells it apart.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class Span(NamedTuple):
 class Work:
     """What one user of the window did in one span.
 
-    Requests that were under way in it, those that ended in it, their list price, and for how long
-    they ran within the span together.
+    Requests that were under way in it and their list price, those that ended in it and theirs, and
+    for how long all ran within the span together.
     """
 
     key: Key
     requests: int
+    requests_usd: Decimal
     ended: int
     usd: Decimal
     busy_ns: int
@@ -138,7 +139,10 @@ def shares(found: Period, work: Mapping[int, Sequence[Work]]) -> list[Share]:
             zip(spans(found), readings, readings[1:], strict=False)
         )
     ]
-    _unexplained(steps, unit, knows_start=found.begins_ns is not None)
+    if (a_share := _usd_a_share(steps, unit)) is not None or found.begins_ns is not None:
+        readings, steps = _with_elsewhere(
+            readings, steps, unit, a_share, knows_start=found.begins_ns is not None
+        )
     result: dict[Any, Share] = {}
     for bottom, top in _slices(readings, unit):
         when = _when(readings, unit, (bottom + top) / 2)
@@ -205,26 +209,51 @@ def _estimate(result: dict[Any, Share], steps: Sequence[_Step], width: Fraction)
             return
 
 
-def _unexplained(steps: Sequence[_Step], unit: Fraction, *, knows_start: bool) -> None:
-    """Find the steps that use elsewhere may explain."""
-    usd = rise = Fraction(0)
-    for step in steps:
-        if step.work and not _is_idle(step):
-            usd += sum(Fraction(work.usd) for work in step.work)
-            rise += step.rise
-    a_share = usd / rise if rise >= KNOWN_UNITS * unit and usd else None
+def _usd_a_share(steps: Sequence[_Step], unit: Fraction) -> Fraction | None:
+    """What a whole window costs at list price; None where too little is known to say.
+
+    Best by rises without a pause; else by all but the first, of which nobody knows what was in it.
+    """
+    for known in ([step for step in steps if not _is_idle(step)], steps[1:]):
+        rise = sum((step.rise for step in known if step.work), Fraction(0))
+        usd = sum((Fraction(work.usd) for step in known for work in step.work), Fraction(0))
+        if usd and rise >= KNOWN_UNITS * unit:
+            return usd / rise
+    return None
+
+
+def _with_elsewhere(
+    readings: list[Fraction],
+    steps: list[_Step],
+    unit: Fraction,
+    a_share: Fraction | None,
+    *,
+    knows_start: bool,
+) -> tuple[list[Fraction], list[_Step]]:
+    """The steps with those cut in two that nothing here explains: what is beyond all that the
+    requests in them may have used is of elsewhere, the rest may be.
+    """
+    marks, result = readings[:1], list[_Step]()
     for number, step in enumerate(steps):
-        if not step.work or not step.rise or not _is_idle(step):
-            continue
-        known = sum((Fraction(work.usd) for work in step.work), Fraction(0))
+        after = readings[number + 1]
         first = number == 0 and knows_start
-        if a_share is None:
-            if first:
+        if step.work and step.rise and _is_idle(step):
+            known = sum((Fraction(work.usd) for work in step.work), Fraction(0))
+            if a_share is None and first:
                 step.elsewhere = Fraction(0) if known else Fraction(1)
-            continue
-        expected = known / a_share
-        if first or (step.rise >= 2 * unit and step.rise > UNEXPLAINED * expected + unit):
-            step.elsewhere = max(step.rise - expected, Fraction(0)) * a_share
+            elif a_share is not None:
+                priced = sum((Fraction(work.requests_usd) for work in step.work), Fraction(0))
+                most = UNEXPLAINED * priced / a_share + unit
+                if first or step.rise > max(most, 2 * unit):
+                    expected = known / a_share
+                    theirs = min(step.rise, most)
+                    step.elsewhere = max(theirs - expected, Fraction(0)) * a_share
+                    if theirs < step.rise:
+                        marks.append(after - theirs)
+                        result.append(_Step(step.span, step.rise - theirs))
+        marks.append(after)
+        result.append(step)
+    return marks, result
 
 
 def _is_idle(step: _Step) -> bool:

@@ -229,6 +229,7 @@ class SpanWork(NamedTuple):
     span: int
     keys: tuple[Any, ...]
     requests: int
+    requests_usd: Decimal
     ended: int
     usd: Decimal
     busy_ns: int
@@ -266,7 +267,7 @@ def work_in_spans(
         "AS end_ns, coalesce(list_usd, 0) AS usd FROM event "
         f"WHERE provider = ? AND account IS NOT DISTINCT FROM ? AND {same_plan} AND ({_USES}) "
         "AND at_ns >= ? AND at_ns <= ?) "
-        f"SELECT number, count(*), count(*) FILTER (WHERE end_ns <= to_ns), "
+        "SELECT number, count(*), sum(usd), count(*) FILTER (WHERE end_ns <= to_ns), "
         "coalesce(sum(usd) FILTER (WHERE end_ns <= to_ns), 0), "
         f"sum(least(end_ns, to_ns) - greatest(at_ns, from_ns)), {names} "
         "FROM used JOIN span ON at_ns <= to_ns AND end_ns > from_ns "
@@ -274,8 +275,8 @@ def work_in_spans(
         parameters,
     ).fetchall()
     return [
-        SpanWork(int(number), tuple(keys), int(count), int(ended), Decimal(usd), int(busy))
-        for number, count, ended, usd, busy, *keys in rows
+        SpanWork(int(number), tuple(keys), int(n), Decimal(n_usd), int(ended), Decimal(usd), int(b))
+        for number, n, n_usd, ended, usd, b, *keys in rows
     ]
 
 

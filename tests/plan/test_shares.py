@@ -35,17 +35,18 @@ def worked(found: Period, requests: list[Request]) -> dict[int, list[Work]]:
     """What `Reader.work_in_spans` finds, by arithmetic of its own."""
     work = defaultdict(list)
     for number, span in enumerate(spans(found)):
-        by_key: dict[str, list[Any]] = defaultdict(lambda: [0, 0, Decimal(0), 0])
+        by_key: dict[str, list[Any]] = defaultdict(lambda: [0, Decimal(0), 0, Decimal(0), 0])
         for who, begun, ended, usd in requests:
             from_ns, to_ns = int(begun * MIN), int(ended * MIN)
             if from_ns > span.to_ns or to_ns <= span.from_ns:
                 continue
             row = by_key[who]
             row[0] += 1
-            row[3] += min(to_ns, span.to_ns) - max(from_ns, span.from_ns)
+            row[1] += Decimal(str(usd))
+            row[4] += min(to_ns, span.to_ns) - max(from_ns, span.from_ns)
             if to_ns <= span.to_ns:
-                row[1] += 1
-                row[2] += Decimal(str(usd))
+                row[2] += 1
+                row[3] += Decimal(str(usd))
         work[number] = [Work(who, *row) for who, row in by_key.items()]
     return work
 
@@ -93,7 +94,7 @@ def test_two_at_once_are_told_apart_by_price_and_only_estimated() -> None:
 def test_what_was_used_before_the_first_request_is_nobodys_here() -> None:
     """The window is two hours old when the first request finds 30 % of it used."""
     found = day([(121, "0.30"), (130, "0.34")], [("web", 120, 122, 1.0), ("web", 129, 131, 1.0)])
-    assert found[ELSEWHERE][:2] == (0, 31)
+    assert found[ELSEWHERE][1] == 31
     assert found["web"][0] == 3
     # The half percent about 30 may be either's; the estimate divides it.
     assert abs(found[ELSEWHERE][2] - 30) <= Fraction(1, 2)
@@ -115,10 +116,12 @@ def test_a_rise_in_a_pause_that_prices_do_not_explain_may_be_of_elsewhere() -> N
     morning = [("web", 10 * n, 10 * n + 9, 1.0) for n in range(5)]
     readings = [(0, "0.00"), (11, "0.02"), (21, "0.04"), (31, "0.06"), (41, "0.08")]
     found = day([*readings, (101, "0.28")], [*morning, ("web", 100, 102, 1.0)])
-    assert found[ELSEWHERE][:2] == (0, 21)
-    # Of the last 20 %, $1 accounts for 2.
-    assert abs(found[ELSEWHERE][2] - 18) <= Fraction(1, 2)
-    assert found["web"][0] <= 10 <= found["web"][1]
+    # Of the last 20 %, the request that ended, $1, accounts for 2, and so does the one that is
+    # under way: three times as much, and 1 %, is theirs at most.
+    assert abs(found[ELSEWHERE][2] - 18) <= 1
+    assert abs(found[ELSEWHERE][0] - (20 - 13)) <= 1
+    assert found[ELSEWHERE][1] == 21
+    assert found["web"][0] <= 10 <= found["web"][1] <= 8 + 13 + 2
 
 
 def test_a_rise_in_a_pause_that_prices_explain_is_of_who_was_at_work() -> None:
