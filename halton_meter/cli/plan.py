@@ -136,8 +136,8 @@ def _plan_lines(account: Account, at_ns: int) -> Iterator[str]:
         shown_bar = bar(float(used)) if used is not None else " " * BAR_CELLS
         figure = percent(float(used)) if used is not None else "?"
         pace = "" if window.pace is None else f"pace {window.pace.ratio:.1f}x"
-        said = f"{pace:<9}  {resets(window, at_ns)}"
-        yield f"  {shown(label(window.reading)):<{width}}  {shown_bar}  {figure:>5}  {said}".rstrip()
+        said = f"{shown_bar}  {figure:>5}  {pace:<9}  {resets(window, at_ns)}"
+        yield f"  {shown(label(window.reading)):<{width}}  {said}".rstrip()
         if said := heading(window, at_ns):
             yield f"  {'':<{width}}  {said}"
         if window.reading.status not in (None, "allowed"):

@@ -42,8 +42,7 @@ def session_line(
     session = table(found, "sessions", session_id) if isinstance(session_id, str) else {}
     paint = _Paint(colours)
     if not is_metering:
-        parts = [paint("alarm", NOT_METERED), START]
-        return SEPARATOR.join(parts + _window_parts(said, {}, {}, now, paint))
+        return SEPARATOR.join([NOT_METERED, START, *_window_parts(said, {}, {}, now, paint)])
     parts = [_session_part(said, session, paint)]
     parts.append(_today_part(found, now))
     parts.append(_budget_part(budgets, session_id, text(session, "project"), now, paint))
