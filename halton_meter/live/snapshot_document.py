@@ -28,7 +28,7 @@ WINDOWS_MAX = 16
 POINTS_MAX = 60
 # Events that may not be in the database yet, with what each of them added. Of more, the oldest are
 # forgotten: they stay in the sums until these are taken from the database.
-PENDING_MAX = 500
+PENDING_MAX = 200
 WRITERS_MAX = 16
 SECOND_NS = 1_000_000_000
 # How long a prompt cache lives after each request that wrote or read it.
