@@ -162,12 +162,12 @@ def ask(store: Store, now_ns: int, *, with_shares: bool = True) -> Plan:
     """
     try:
         with store.reading() as reader:
-            return read(reader, now_ns, with_shares=with_shares)
+            return read_plan(reader, now_ns, with_shares=with_shares)
     except NothingStored:
         return Plan(now_ns)
 
 
-def read(reader: Reader, now_ns: int, *, with_shares: bool = True) -> Plan:
+def read_plan(reader: Reader, now_ns: int, *, with_shares: bool = True) -> Plan:
     """The same from an open database."""
     latest: dict[tuple[str, str | None, str | None], list[Stored]] = {}
     for stored in reader.latest_limits(now_ns - SEEN_NS, now_ns + 1):

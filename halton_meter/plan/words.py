@@ -98,6 +98,17 @@ def heading(window: Window, now_ns: int) -> str:
     return f"at this pace {percent(pace.at_reset)} when it resets"
 
 
+def in_short(window: Window, now_ns: int) -> str:
+    """ "62 % of the 5-hour window used, until 16:15"."""
+    at_ns = window.reading.resets_ns
+    if window.is_over or window.used is None:
+        return f"{label(window.reading)}: not known since it reset"
+    until = "" if at_ns is None else f", until {clock(at_ns, now_ns)}"
+    full = window.pace.full_ns if window.pace is not None else None
+    heads = "" if full is None else f" (full at {clock(full, now_ns)})"
+    return f"{percent(float(window.used))} of the {label(window.reading)} used{heads}{until}"
+
+
 def rate_text(reading: LimitReading) -> str:
     """ "149,984 of 150,000 left"."""
     left = "?" if reading.remaining is None else f"{int(reading.remaining):,}"

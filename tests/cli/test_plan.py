@@ -15,25 +15,12 @@ from halton_meter.cli import main
 from halton_meter.model import Caller, LimitKind, LimitReading, PricedEvent, Process
 from halton_meter.store import Store
 from halton_meter.store.limits import KEPT_DAYS, LimitLines
+from tests.support.limits import FIVE, SEVEN, plan_limits
 from tests.support.made import HOUR_NS, NOON_NS, made
 
 S = 1_000_000_000
 MIN = 60 * S
-WEEK_NS = 7 * 24 * HOUR_NS
-# The five-hour window began at noon, the seven-day window two days before.
-FIVE, SEVEN = NOON_NS + 5 * HOUR_NS, NOON_NS + 5 * 24 * HOUR_NS
 ACCOUNT = "acc1acc1acc1acc1"
-
-
-def plan_limits(
-    at_ns: int, five: str, seven: str, resets: tuple[int, int] = (FIVE, SEVEN)
-) -> tuple[LimitReading, ...]:
-    unit = Decimal("0.01")
-    said = (("5h", five, resets[0], 18_000), ("7d", seven, resets[1], 604_800))
-    return tuple(
-        LimitReading(window, LimitKind.PLAN, at_ns, Decimal(used), unit, reset, length, "allowed")
-        for window, used, reset, length in said
-    )
 
 
 def request(
@@ -274,6 +261,25 @@ def test_history_lists_what_was_kept(home: Path) -> None:
     assert [each["used"] for each in five] == [0.0, 0.07, 0.14, 0.2, 0.2, 0.25, 0.37, 0.5]
     assert "5h" in run("--history", "--at", AT, "--since", "2026-03-10")
     assert "No readings" in run("--history", "--at", "2020-01-01")
+
+
+def test_a_report_says_what_is_left_now(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halton_meter.cli import report
+
+    keep(home, *DAY)
+    monkeypatch.setattr(report, "now_ns", lambda: NOON_NS + 160 * MIN)
+    said = CliRunner().invoke(main, ["report"], catch_exceptions=False).output
+    assert (
+        "Claude plan, account acc1ac: 50 % of the 5-hour window used (full at 16:40), until 17:00; "
+        "47 % of the 7-day window used (full at Wed 10:51), until Sun 12:00\n"
+        "Who used it: halton-meter plan\n"
+    ) in said
+    answer = json.loads(CliRunner().invoke(main, ["report", "--json"]).output)
+    assert [window["used"] for window in answer["limits"][0]["windows"]] == ["0.5", "0.47"]
+    for over in (["--to", "2026-03-10T13:00"], ["--model", "claude-opus-5-5"]):
+        assert "limits" not in json.loads(
+            CliRunner().invoke(main, ["report", "--json", *over]).output
+        )
 
 
 def test_nothing_stored_and_no_limit_seen_are_said(home: Path) -> None:
