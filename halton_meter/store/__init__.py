@@ -18,6 +18,7 @@ from halton_meter.store.errors import (
     StoreUnusable,
 )
 from halton_meter.store.intake import Flushed
+from halton_meter.store.keys import account_key, known_account_key
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.store import Repriced, Store
 
@@ -33,4 +34,6 @@ __all__ = [
     "StoreBusy",
     "StoreError",
     "StoreUnusable",
+    "account_key",
+    "known_account_key",
 ]
