@@ -43,6 +43,13 @@ _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
+    "plan": _Entry(
+        "halton_meter.cli.plan:plan", "Show each account's limits, and who used how much."
+    ),
+    "statusline": _Entry(
+        "halton_meter.cli.statusline:statusline", "Show what a session spends in Claude Code."
+    ),
+    "prompt": _Entry("halton_meter.cli.prompt:prompt", "Print a short text for a shell's prompt."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),

@@ -29,7 +29,7 @@ _ARGUMENTS = {
     "daemon": ["--foreground", "--via", "proxy"],
 }
 # What stops or removes something needs no configuration.
-_NEEDS_NONE = {"stop", "uninstall"}
+_NEEDS_NONE = {"stop", "uninstall", "statusline install", "statusline uninstall", "prompt"}
 _GOES_ON = {"run", "status"}
 LINE = (
     '{home}/config.toml:2: [hosts] "llm.example.com": no provider is called "openia"; '
