@@ -36,6 +36,9 @@ _NAMES = (
     "provider host endpoint kind model request_model http_status source pid process user project "
     "git_branch list_usd marginal_usd basis ttft_ms"
 ).split()
+# Kinds of calls whose text says what they may cost; of an image or a minute of speech it does not.
+_BILLED_BY_TEXT = ("chat", "embedding", "rerank")
+_FREE = {"count": "count", "moderation": "moderation"}
 _NUMBERS = ("pid", "http_status")
 
 
@@ -183,7 +186,9 @@ def _in_flight(
     failed = usage.http_status is not None and usage.http_status >= 400
     if failed or usage.free not in (None, "error"):
         return usage, prompt
-    usage = replace(usage, error_class=None, free=None)
+    usage = replace(usage, error_class=None, free=_FREE.get(usage.kind))
+    if usage.kind not in _BILLED_BY_TEXT:
+        return usage, prompt
     part = usage.parts[0]
     known = any(getattr(part.tokens, name) is not None for name in TOKEN_NAMES)
     if known or "estimated_input" in part.details or part.units:
