@@ -43,6 +43,8 @@ class Selection:
     model: str | None = None
     project: str | None = None
     flag: str | None = None
+    session: str | None = None
+    git_branch: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
         """The SQL condition over `event`'s columns, and its parameters."""
@@ -53,6 +55,8 @@ class Selection:
             ("model = ?", self.model),
             ("project = ?", self.project),
             (_HAS_FLAG, self.flag),
+            ("session_id = ?", self.session),
+            ("git_branch = ?", self.git_branch),
         ]
         used = [(test, value) for test, value in tests if value is not None]
         return " AND ".join(test for test, _ in used) or "true", [value for _, value in used]

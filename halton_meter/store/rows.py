@@ -11,15 +11,18 @@ from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
-from halton_meter.contract import usd_text
+from halton_meter.contract import caller_json, usd_text
 from halton_meter.model import (
+    CALLER_NAMES,
     TOKEN_NAMES,
     Basis,
+    Caller,
     Certainty,
     LineItem,
     Outcome,
     PricedEvent,
     Process,
+    SessionSource,
     Source,
     Tokens,
     Traits,
@@ -63,6 +66,7 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         "source": usage.source.value,
         "project": usage.project,
         "git_branch": usage.git_branch,
+        **caller_json(usage.caller),
         "certainty": usage.certainty.value,
         "free": usage.free,
         "ttft_ms": usage.ttft_ms,
@@ -225,7 +229,14 @@ def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
         gap=row["gap"],
         shared_id=row["shared_id"],
         traits=traits_of_text(row["traits"]),
+        caller=_caller(row),
     )
+
+
+def _caller(row: dict[str, Any]) -> Caller:
+    values = {name: row[name] for name in CALLER_NAMES}
+    source = values.pop("session_source")
+    return Caller(session_source=None if source is None else SessionSource(source), **values)
 
 
 def traits_text(traits: Traits) -> str:
