@@ -50,6 +50,7 @@ _END_NS = "at_ns + coalesce(CAST(duration_ms * 1000000 AS BIGINT), 0)"
 _NAMES = ", ".join(EVENT_COLUMNS)
 
 Row = dict[str, Any]
+_NO_EVENT = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def ended_ns(event: PricedEvent) -> int:
@@ -71,14 +72,14 @@ class Follower:
     def __init__(
         self,
         home: Path,
-        selection: Selection = Selection(),
+        selection: Selection | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         folder = Home(home)
         self._journal = _JournalFiles(folder.journal)
         self._database = Database(folder)
         self._path = folder.database
-        self._selection = selection
+        self._selection = selection or Selection()
         self._clock = clock
         self._known = _Known()
         self._looked_at: _Version | None = None  # the database as it was when we looked
@@ -94,20 +95,23 @@ class Follower:
         """
         # The journal first: what a flush moves meanwhile is met twice, and not missed.
         found = _Latest(latest)
-        for row in self._journal.rows():
-            if self._known.is_new(row) and self._selection.matches(row):
-                found.add(row)
-        for row in self._stored(latest):
-            if self._known.is_new(row):
+        for rows in (self._journal.rows, lambda: self._stored(latest)):
+            for row in self._chosen(rows()):
                 found.add(row)
         return list(_events(found.rows()))
 
     def more(self) -> list[PricedEvent]:
         """Those that have ended since the last call, in the order in which they did."""
-        rows = [row for row in self._journal.rows() if self._known.is_new(row)]
-        rows += self._new_in_database()
-        chosen = [row for row in rows if self._selection.matches(row)]
-        return sorted(_events(chosen), key=ended_ns)
+        rows = [*self._chosen(self._journal.rows()), *self._new_in_database()]
+        return sorted(_events(rows), key=ended_ns)
+
+    def _chosen(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Those that are new and of the selection."""
+        for row in rows:
+            # What its checksum proves and no version of ours has written is no event.
+            with contextlib.suppress(*_NO_EVENT):
+                if self._known.is_new(row) and self._selection.matches(row):
+                    yield row
 
     def close(self) -> None:
         """Let go of the journal's files."""
@@ -187,7 +191,7 @@ class Follower:
             rows = [dict(zip(names, values, strict=True)) for values in found]
             new = [row["id"] for row in rows if self._known.is_new(row, keeps_id=True)]
             self._last_row = last
-            return _rows(connection, "id", new)
+            return [row for row in _rows(connection, "id", new) if self._selection.matches(row)]
 
     def _open(self, wait_seconds: float) -> Any:
         if not self._path.exists():
@@ -212,8 +216,7 @@ def _last_row(connection: Any) -> int:
 
 def _events(rows: Iterable[Row]) -> Iterator[PricedEvent]:
     for row in rows:
-        # A line that its checksum proves, and that no version of ours has written, is no event.
-        with contextlib.suppress(KeyError, TypeError, ValueError, ArithmeticError):
+        with contextlib.suppress(*_NO_EVENT):
             yield event_from_row(row)
 
 
@@ -226,11 +229,10 @@ class _Latest:
         self._heap: list[tuple[int, int, Row]] = []
 
     def add(self, row: Row) -> None:
-        with contextlib.suppress(TypeError):
-            entry = (_ended_ns(row["at_ns"], row["duration_ms"]), next(self._serial), row)
-            heapq.heappush(self._heap, entry)
-            if len(self._heap) > self._most:
-                heapq.heappop(self._heap)
+        entry = (_ended_ns(row["at_ns"], row["duration_ms"]), next(self._serial), row)
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > self._most:
+            heapq.heappop(self._heap)
 
     def rows(self) -> list[Row]:
         """In the order in which they ended."""
@@ -290,23 +292,28 @@ class _JournalFiles:
     def rows(self) -> Iterator[Row]:
         """The events that have come since the last call."""
         names = self._names()
-        for name in names:
-            if name not in self._open and name not in self._done:
-                with contextlib.suppress(OSError):
-                    self._open[name] = _File(_opened(self._folder / name))
-        self._done.intersection_update(names)
         listed = set(names)
-        for name, file in list(self._open.items()):
-            with contextlib.suppress(OSError):
-                for line in file.lines():
-                    if (row := row_of_line(line)) is not None:
-                        yield row
+        self._done &= listed
+        for name in list(self._open):
+            yield from self._rows_of(name)
             if name not in listed:  # it was moved into the database, and read to its end
                 self._let_go(name)
-        while len(self._open) > OPEN_MAX:
-            oldest = next(iter(self._open))
-            self._let_go(oldest)
-            self._done.add(oldest)
+        for name in names:
+            if name in self._open or name in self._done:
+                continue
+            with contextlib.suppress(OSError):
+                self._open[name] = _File(_opened(self._folder / name))
+                yield from self._rows_of(name)
+            if len(self._open) > OPEN_MAX:
+                oldest = next(iter(self._open))
+                self._let_go(oldest)
+                self._done.add(oldest)
+
+    def _rows_of(self, name: str) -> Iterator[Row]:
+        with contextlib.suppress(OSError):
+            for line in self._open[name].lines():
+                if (row := row_of_line(line)) is not None:
+                    yield row
 
     def _names(self) -> list[str]:
         with contextlib.suppress(OSError):

@@ -321,7 +321,10 @@ def row_of_line(line: bytes) -> dict[str, Any] | None:
     storable = _storable(line)
     if storable is None or _LOSS_MARK in storable or _COVERAGE_MARK in storable:
         return None
-    found = loads(storable.decode())
+    try:
+        found = loads(storable.decode())
+    except ValueError:
+        return None
     return dict.fromkeys(EVENT_COLUMNS) | found if isinstance(found, dict) else None
 
 

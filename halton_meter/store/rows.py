@@ -176,14 +176,14 @@ def _split_usd(amount: Decimal | None) -> tuple[str | None, str | None]:
     return format(whole, "f"), format(rest.quantize(_REST, context=_EXACT), "f") if rest else None
 
 
-def _document(found: Any) -> Any:
+def document_of(found: Any) -> Any:
     """What a document column holds: text in the database, the value itself in a journal line."""
     return loads(found) if isinstance(found, str) else found
 
 
 def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
     """The event that `usage_values` and `price_values` made a row of."""
-    document = _document(row["price_document"])
+    document = document_of(row["price_document"])
     return PricedEvent(
         usage=_usage_from_row(row),
         list_usd=decimal_of(document["list_usd"]),
@@ -197,7 +197,7 @@ def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
 
 
 def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
-    document = _document(row["usage_document"])
+    document = document_of(row["usage_document"])
     return UsageEvent(
         id=row["id"],
         provider=row["provider"],
@@ -233,7 +233,7 @@ def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
     )
 
 
-def _caller(row: dict[str, Any]) -> Caller:
+def _caller(row: Mapping[str, Any]) -> Caller:
     values = {name: row[name] for name in CALLER_NAMES}
     source = values.pop("session_source")
     return Caller(session_source=None if source is None else SessionSource(source), **values)
