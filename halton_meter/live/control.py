@@ -332,6 +332,23 @@ class Control:
         self._socket.close()
 
 
+def answering(home: Path) -> list[str]:
+    """The sockets behind which somebody meters now: services and single runs."""
+    return [
+        name
+        for name in (SOCKET_NAME, PROXY_SOCKET_NAME, *run_sockets(home))
+        if _answers(home, name)
+    ]
+
+
+def _answers(home: Path, name: str) -> bool:
+    try:
+        Control(home, name=name).close()
+    except ServiceAbsent:
+        return False
+    return True
+
+
 def ask_service(
     home: Path,
     what: str,

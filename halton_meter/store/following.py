@@ -88,14 +88,15 @@ class Follower:
         self._changed_at: float | None = None
         self.trouble: str | None = None
 
-    def begin(self, latest: int) -> list[PricedEvent]:
-        """The last `latest` requests that ended, in that order; `more` goes on from here.
+    def begin(self, latest: int, goes_on: bool = True) -> list[PricedEvent]:
+        """The last `latest` requests that ended, in that order; `more` goes on from here, unless it
+        is said that nobody will call it.
 
         Raises StoreBusy, DatabaseDamaged or DatabaseTooNew. Nothing stored is an empty list.
         """
         # The journal first: what a flush moves meanwhile is met twice, and not missed.
         found = _Latest(latest)
-        for rows in (self._journal.rows, lambda: self._stored(latest)):
+        for rows in (self._journal.rows, lambda: self._stored(latest, goes_on)):
             for row in self._chosen(rows()):
                 found.add(row)
         return list(_events(found.rows()))
@@ -119,7 +120,7 @@ class Follower:
 
     # --- the database
 
-    def _stored(self, latest: int) -> list[Row]:
+    def _stored(self, latest: int, goes_on: bool) -> list[Row]:
         """The last rows of the selection; those that may be met again are known from here on."""
         now_ns, version = time.time_ns(), _version_of(self._path)
         where, parameters = self._selection.where()
@@ -133,6 +134,8 @@ class Follower:
                 parameters,
             ).fetchall()
             rows = _rows(connection, "rowid", [number for (number,) in chosen])
+            if not goes_on:
+                return rows
             recent = connection.execute(
                 "SELECT id, shared_id, traits, response_id FROM event "
                 f"WHERE {_END_NS} >= ? ORDER BY rowid DESC LIMIT {KNOWN_MAX}",
