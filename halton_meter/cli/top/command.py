@@ -57,7 +57,10 @@ def _live(feed: Feed) -> None:
     from halton_meter.cli.top import terminal
     from halton_meter.cli.top.screen import Top
 
-    why = terminal.run(Top(feed))
+    app = Top(feed)
+    why = terminal.run(app)
+    if why is None and app.return_code:  # textual has said what failed
+        sys.exit(1)
     if why is not None:
         fail(Problem(f"top has failed: {why}", "halton-meter top --once   (or: halton-meter tail)"))
 

@@ -244,7 +244,11 @@ class Group:
 
 SORTS: dict[str, Callable[[Group], tuple[Any, ...]]] = {
     "cost": lambda group: (group.total.usd or Decimal(0), group.total.requests),
-    "rate": lambda group: (group.minute.usd or Decimal(0), group.minute.requests),
+    "rate": lambda group: (
+        group.minute.usd or Decimal(0),
+        group.minute.requests,
+        group.total.usd or Decimal(0),
+    ),
     "requests": lambda group: (group.total.requests,),
     "output": lambda group: (group.total.output or 0,),
     "latest": lambda group: (group.flying.requests > 0, group.latest_ns),
