@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.lab.conftest import HALTON_METER, Bench
-from tests.lab.real_clients.results import note
 from tests.lab.test_clients import anthropic_body, curl
 from tests.lab.test_run import as_sudo, home
 from tests.support.lab.lab import Lab
@@ -107,9 +105,7 @@ def test_a_stream_is_in_flight_with_what_it_has_used_so_far_and_then_an_event(
         assert later[0]["elapsed_ms"] > first["elapsed_ms"]
         assert later[0]["ttft_ms"] == first["ttft_ms"]
         assert client.wait(60) == 0
-        ended_at = time.monotonic()
         wait_until(lambda: len(following.read()) > 1, "the event")
-        note("tail", version, f"{time.monotonic() - ended_at:.2f} s from its end to its line")
         event = following.lines[-1]
         assert (event["pid"], event["outcome"]) == (client.pid, "complete")
         assert event["tokens"]["output"] == scenario.output
