@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from halton_meter.identity import Identities
 from halton_meter.model import (
+    Caller,
     Exchange,
     PricedEvent,
     Process,
@@ -27,7 +28,7 @@ from halton_meter.model import (
     is_own_proxy,
 )
 from halton_meter.providers.registry import EVENTS_MAX, Registry
-from halton_meter.sightings import BetterSightings
+from halton_meter.sightings import BetterSightings, merged
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
 from halton_meter.wire.so_far import ExchangeSoFar
@@ -78,7 +79,8 @@ class Meter:
         self._quick_registry = self._registry.without_counter()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
-        self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
+        self._sightings: BetterSightings[Caller] = BetterSightings(EVENTS_REMEMBERED_MAX)
+        self._told_again: list[PricedEvent] = []
         self._identities = Identities(EXCHANGES_REMEMBERED_MAX, self._sightings.forget)
         self.seen_again = 0  # sightings of requests that were given out before
         self.other_calls = 0  # to providers that are no model requests, such as for their models
@@ -227,11 +229,32 @@ class Meter:
         for exchange in exchanges:
             for read in self._read(exchange):
                 usage = self._identities.settle(read, exchange)
-                if self._is_repeat(usage):
-                    self.seen_again += 1
+                known = self._sightings.best(usage.id)
+                better = self._sightings.take(usage, usage.caller)
+                if known is not None:
+                    usage = self._with_caller(usage, known, better)
+                self._sightings.overflow()
+                if better:
+                    priced.append(self._price(self._attributed(usage)))
                     continue
-                priced.append(self._price(self._attributed(usage)))
+                self.seen_again += 1
+                if usage.caller != known:
+                    self._told_again.append(self._price(self._attributed(usage)))
         return priced
+
+    def _with_caller(self, usage: UsageEvent, known: Caller, better: bool) -> UsageEvent:
+        """The sighting with what is known of who asked, of this one and of that before."""
+        caller = merged(usage.caller, known) if better else merged(known, usage.caller)
+        self._sightings.keep(usage.id, caller)
+        return replace(usage, caller=caller)
+
+    def told_again(self) -> list[PricedEvent]:
+        """Further sightings of events that were given out, which say more of who asked.
+
+        For the store alone, which puts both together; to count them would be to count twice.
+        """
+        told, self._told_again = self._told_again, []
+        return told
 
     def _read(self, exchange: Exchange) -> list[UsageEvent]:
         """Read one exchange; a reader's own bug costs that exchange, not the run."""
@@ -252,12 +275,6 @@ class Meter:
             return usage
         project, git_branch = self._attribute(usage.process)
         return replace(usage, project=usage.project or project, git_branch=git_branch)
-
-    def _is_repeat(self, usage: UsageEvent) -> bool:
-        """True for an id already given out, unless this sighting knows more than that one did."""
-        better = self._sightings.take(usage, None)
-        self._sightings.overflow()
-        return not better
 
 
 # Told apart from None, which an evicted connection has.

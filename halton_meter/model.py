@@ -76,7 +76,8 @@ class Process:
     """A process as it was when its connection was first seen.
 
     `parents` runs from the direct parent upward as (pid, executable name). `project_hint` is the
-    value of HALTON_PROJECT in its environment; no other variable is ever read out of it.
+    value of HALTON_PROJECT in its environment; no other variable is ever read out of it. `root`
+    names the process at the root of its tree, by pid and start: no other process has the same.
     """
 
     pid: int
@@ -89,6 +90,7 @@ class Process:
     parents: tuple[tuple[int, str], ...] = ()
     container: str | None = None
     project_hint: str | None = None
+    root: str | None = None
 
 
 # The process in which the local proxy's mitmproxy runs, as its command line names it
@@ -241,6 +243,8 @@ class Exchange:
     digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
     # What tells it from others of one id, likewise (`providers/reading/traits.py`).
     told: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    # Who asked, once it is read (`providers/reading/caller.py`).
+    callers: list[Caller] = field(default_factory=list, init=False, compare=False, repr=False)
 
 
 # --- what was used ------------------------------------------------------------------------------

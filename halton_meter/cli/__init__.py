@@ -63,6 +63,11 @@ _COMMANDS: dict[str, _Entry] = {
     "run": _Entry(
         "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
     ),
+    "record": _Entry(
+        "halton_meter.cli.record:record",
+        "Record one command's provider connections in a file.",
+        _for_probes,
+    ),
     "daemon": _Entry(
         "halton_meter.cli.daemon:daemon", "Run the metering service in the foreground.", _for_probes
     ),

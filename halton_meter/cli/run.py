@@ -44,6 +44,7 @@ EXAMPLES = """
       sudo halton-meter run -- claude -p hello        uprobes: nothing to set up
       halton-meter run -- claude -p hello             the running service, else a local proxy
       halton-meter run --via proxy -- python app.py   always a local proxy
+      sudo halton-meter run --via keylog -- curl …    packets and the command's TLS key log
       halton-meter run --shell                        everything that you run in a shell
 """
 
@@ -54,10 +55,11 @@ EXAMPLES = """
 )
 @click.option(
     "--via",
-    type=click.Choice(["auto", "uprobes", "proxy"]),
+    type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),
     default="auto",
-    help="Capture method: uprobes on the TLS library (root, or the running service) or a local "
-    "proxy. auto: uprobes where available.",
+    help="Capture method: uprobes on the TLS library (root, or the running service), a local "
+    "proxy, or packets with the TLS keys that the command writes (root). auto: uprobes where "
+    "available.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option(
@@ -101,9 +103,9 @@ def run(
     if shell == bool(command):
         example = "halton-meter run -- claude -p hello   (or: halton-meter run --shell)"
         wrong_usage("run needs either a command or --shell", example)
-    if java and via == "uprobes":
+    if java and via in ("uprobes", "keylog"):
         wrong_usage(
-            "--java does not go with --via uprobes: they cannot see Java's TLS",
+            f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
         )
     if json_summary is not None and (refused := refusal(json_summary)) is not None:
@@ -116,6 +118,8 @@ def run(
     try:
         if via == "proxy" or java:
             result = _through_proxy(command, java)
+        elif via == "keylog":
+            result = through_key_log(command)
         else:
             result = _through_probes(command, via)
     except Unavailable as error:
@@ -196,6 +200,36 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     told(found, GOES_ON)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
     return meter_command(command, home, os.environ, hosts, upstream, java)
+
+
+def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
+    """Run a command metered by its packets; `record` is a new file for them. Raises Unavailable."""
+    from capture.packets.keeping import CaptureWriter, Keeping
+    from halton_meter import accounts, config, privileges
+    from halton_meter.cli.configured import told
+    from halton_meter.live import own_code
+    from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
+    from halton_meter.live.result import Recorded
+    from halton_meter.problem import Unavailable
+
+    if accounts.is_root() and (problems := own_code.problems()):
+        raise Unavailable(problems)
+    account, home = accounts.invoking_account(), accounts.home_folder()
+    environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
+    link = start_capture([HTTPS])
+    privileges.settle(needs_root=False)  # what captures is there already
+    found = config.read(home)
+    told(found, GOES_ON)
+    hosts = found.config.extra_hosts
+    if record is None:
+        return meter_command(command, home, environment, hosts, link)
+    keeping = Keeping(CaptureWriter(record))
+    try:
+        result = meter_command(command, home, environment, hosts, link, keeping)
+    finally:
+        keeping.close()
+    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    return result
 
 
 # --- the summary --------------------------------------------------------------------------------

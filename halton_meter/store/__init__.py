@@ -19,6 +19,7 @@ from halton_meter.store.errors import (
 )
 from halton_meter.store.following import Follower
 from halton_meter.store.intake import Flushed
+from halton_meter.store.keys import account_key, known_account_key
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.store import Repriced, Store
 
@@ -35,4 +36,6 @@ __all__ = [
     "StoreBusy",
     "StoreError",
     "StoreUnusable",
+    "account_key",
+    "known_account_key",
 ]

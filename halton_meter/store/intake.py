@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halton_meter.store.callers import callers_said, keep_callers
 from halton_meter.store.driver import driver, quoted
 from halton_meter.store.home import private_file, private_log
 from halton_meter.store.journal import checked
@@ -178,6 +179,7 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
     stored = len(new)
     if left[0][0]:
         settle(connection)
+        said = callers_said(connection)
         replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
         days = connection.execute(
             f"INSERT INTO event ({names}) SELECT {names} FROM arriving "
@@ -186,8 +188,9 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
             f"ON CONFLICT (id) DO UPDATE SET {replaced}, earlier_at_ns = event.at_ns "
             f"WHERE {_RANK_BETTER} RETURNING at_ns // {DAY_NS}, earlier_at_ns // {DAY_NS}"
         ).fetchall()
-        learn(connection)
-        unroll(connection, (day for both in days for day in both if day is not None))
         stored += len(days)
+        learn(connection)
+        days += [(day, None) for day in keep_callers(connection, said)]
+        unroll(connection, (day for both in days for day in both if day is not None))
     connection.execute("DROP TABLE arriving")
     return stored

@@ -116,6 +116,7 @@ def _process_document(process: Process) -> dict[str, Any]:
         "parents": process.parents,
         "container": process.container,
         "project_hint": process.project_hint,
+        "root": process.root,
     }
 
 
@@ -229,11 +230,12 @@ def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
         gap=row["gap"],
         shared_id=row["shared_id"],
         traits=traits_of_text(row["traits"]),
-        caller=_caller(row),
+        caller=caller_of_row(row),
     )
 
 
-def _caller(row: Mapping[str, Any]) -> Caller:
+def caller_of_row(row: Mapping[str, Any]) -> Caller:
+    """Who asked, by the columns of that."""
     values = {name: row[name] for name in CALLER_NAMES}
     source = values.pop("session_source")
     return Caller(session_source=None if source is None else SessionSource(source), **values)
@@ -292,6 +294,7 @@ def _process(row: Mapping[str, Any], document: dict[str, Any] | None) -> Process
         parents=tuple((pid, name) for pid, name in document["parents"]),
         container=document["container"],
         project_hint=document["project_hint"],
+        root=document.get("root"),  # versions before sessions have none
     )
 
 

@@ -31,6 +31,7 @@ _DIALECT = {
 }
 # Examples that are not run here, by their first words, and why.
 _NOT_RUN = {
+    "record": "captures packets: tests/lab/test_key_log.py",
     "run": "starts a metered program: root, the service or a proxy",
     "daemon": "runs until it is stopped",
     "start": "starts a service",

@@ -224,6 +224,11 @@ HELLOS: tuple[tuple[str, set[str]], ...] = (
     ("named_last_of_forty", NO_PROBES),
     ("with_grease_ech", NO_PROBES),
     ("later", NO_PROBES),
+    ("scattered", NO_PROBES),
+    ("scattered_in_the_name", NO_PROBES),
+    ("in_calls", NO_PROBES),
+    ("head_first", NO_PROBES),
+    ("byte_by_byte_at_first", NO_PROBES),
 )
 
 

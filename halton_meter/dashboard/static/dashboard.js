@@ -158,6 +158,12 @@ function coverage(found) {
   $("coverage").replaceChildren(...lines.map((line) => element("li", line)));
 }
 
+function connections(said) {
+  const lines = said === null ? ["Coverage is known for periods alone, not for a model, provider or project."]
+    : said.length ? said : ["No connection was counted. Uprobes count them: sudo halton-meter start"];
+  $("connections").replaceChildren(...lines.map((line) => element("li", line.trim())));
+}
+
 function note(event) {
   if (event.implausible) return "implausible";
   if (event.error_class) return event.error_class;
@@ -201,6 +207,7 @@ async function show() {
     trend(days.groups);
     groups(report, by);
     coverage(report.coverage);
+    connections(report.coverage_said);
     await requests(null);
     $("problem").textContent = "";
   } catch (error) {

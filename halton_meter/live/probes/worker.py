@@ -299,6 +299,8 @@ class Metering:
 
     def _keep(self, events: list[PricedEvent]) -> None:
         self._totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
         if not events:
             return
         if not self._job.service:

@@ -222,6 +222,8 @@ class Pricing:
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
         self.totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
         if not events:
             return
         self._journal.keep(events)
