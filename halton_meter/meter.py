@@ -27,6 +27,7 @@ from halton_meter.model import (
     UsageEvent,
     is_own_proxy,
 )
+from halton_meter.providers.reading.limits import limits_of
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings, merged
 from halton_meter.wire.conversation import Conversation, Interest
@@ -227,7 +228,7 @@ class Meter:
     def _events(self, exchanges: Iterable[Exchange]) -> list[PricedEvent]:
         priced: list[PricedEvent] = []
         for exchange in exchanges:
-            for read in self._read(exchange):
+            for read in self._with_limits(self._read(exchange), exchange):
                 usage = self._identities.settle(read, exchange)
                 known = self._sightings.best(usage.id)
                 better = self._sightings.take(usage, usage.caller)
@@ -268,6 +269,21 @@ class Meter:
             events.pop()
         if not events and exchange.request.path is None and exchange.response.body.pieces:
             self._losses["answers_not_recognised"] += 1  # a call's, perhaps: nobody can tell
+        return events
+
+    def _with_limits(self, events: list[UsageEvent], exchange: Exchange) -> list[UsageEvent]:
+        """The events of an exchange, the first with what the response says of limits."""
+        if not events:
+            return events
+        try:
+            limits = limits_of(exchange, events[0].model)
+        except Exception as error:
+            self._losses[f"limits_unreadable_{type(error).__name__}"] += 1
+            return events
+        if limits.refused:
+            self._losses["limit_values_refused"] += limits.refused
+        if limits.readings:
+            events[0] = replace(events[0], limits=limits.readings)
         return events
 
     def _attributed(self, usage: UsageEvent) -> UsageEvent:

@@ -47,6 +47,13 @@ _COMMANDS: dict[str, _Entry] = {
     ),
     "tail": _Entry("halton_meter.cli.tail:tail", "Print requests as they end."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
+    "plan": _Entry(
+        "halton_meter.cli.plan:plan", "Show each account's limits, and who used how much."
+    ),
+    "statusline": _Entry(
+        "halton_meter.cli.statusline:statusline", "Show what a session spends in Claude Code."
+    ),
+    "prompt": _Entry("halton_meter.cli.prompt:prompt", "Print a short text for a shell's prompt."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),

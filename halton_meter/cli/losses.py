@@ -70,6 +70,7 @@ _LOSSES = {
     "bodies_over_budget": _Loss("body", "read in part: memory limit"),
     "events_over_limit": _Loss("request", "dropped: limit reached"),
     "exchanges_over_limit": _Loss("request", "dropped: the queue was full"),
+    "limit_values_refused": _Loss("value", "in limit headers ignored: no server means it"),
     "flows_over_limit": _Loss("request", "not followed: too many at once"),
     "journal_full": _Loss("request", "not stored: the journal was full"),
     "unstored_events": _Loss("request", "not stored: the worker ended while the disk was full"),

@@ -30,7 +30,7 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.sightings import rank
-from halton_meter.store.schema import TEXT, USD, USD_REST
+from halton_meter.store.schema import TEXT
 
 _INT64_MAX = 2**63 - 1
 # What may be true of an event's traits, by the letter that says so.
@@ -318,9 +318,8 @@ def same_price(before: PricedEvent, after: PricedEvent) -> bool:
 
 def json_types(columns: Mapping[str, str]) -> dict[str, str]:
     """Types to read a line's fields with: decimals travel as text, documents as JSON."""
-    kinds = {USD: TEXT, USD_REST: TEXT}
     return {
-        name: "JSON" if name.endswith("_document") else kinds.get(kind, kind)
+        name: "JSON" if name.endswith("_document") else TEXT if kind.startswith("DECIMAL") else kind
         for name, kind in columns.items()
     }
 

@@ -79,6 +79,28 @@ PRICE_COLUMNS: dict[str, str] = {
 }
 # All that a revision replaces: which counts are believed is found out as an event is priced.
 REVISED_COLUMNS = {**_TOKEN_COLUMNS, **PRICE_COLUMNS}
+# What responses said of limits (`model.LimitReading`), and of whose. `plan` is the subscription's
+# name, NULL for an API key; `event_id` is the event of the response.
+SHARE = "DECIMAL(9,6)"
+LIMIT_COLUMNS: dict[str, str] = {
+    "id": TEXT,
+    "at_ns": "BIGINT",
+    "event_id": TEXT,
+    "provider": TEXT,
+    "plan": TEXT,
+    "account": TEXT,
+    "limit_window": TEXT,
+    "limit_kind": TEXT,
+    "limit_used": SHARE,
+    "limit_unit": SHARE,
+    "limit_resets_ns": "BIGINT",
+    "limit_length_s": "BIGINT",
+    "limit_status": TEXT,
+    "limit_count": "DECIMAL(22,6)",
+    "limit_left": "DECIMAL(22,6)",
+    "model": TEXT,
+    "limit_detail": TEXT,
+}
 EVENT_COLUMNS = {**USAGE_COLUMNS, **PRICE_COLUMNS}
 _NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_document"}
 
@@ -272,6 +294,11 @@ MIGRATIONS: tuple[str, ...] = (
         FROM event;
     DELETE FROM day_total;
     DELETE FROM rolled_day;
+    """,
+    # What responses say of plan windows and rates, over time.
+    f"""
+    CREATE TABLE limit_reading ({", ".join(f"{n} {t}" for n, t in LIMIT_COLUMNS.items())},
+        PRIMARY KEY (id));
     """,
 )
 # A database of an earlier version is copied into a new file, see `rewriting.py`.

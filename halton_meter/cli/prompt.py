@@ -1,0 +1,31 @@
+"""`halton-meter prompt`: today's cost and the plan's window, short enough for a shell's prompt.
+
+Without options it never gets here: `entry.py` answers first, without click. Exit code: 0.
+"""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+EXAMPLES = r"""
+    \b
+    Examples:
+      halton-meter prompt                               $3.10 5h 62%
+      PS1='$(halton-meter prompt) \w \$ '               bash: in ~/.bashrc
+      precmd() { RPROMPT=$(halton-meter prompt) }       zsh: in ~/.zshrc
+      function fish_right_prompt; halton-meter prompt; end
+"""
+
+
+@click.command(epilog=EXAMPLES)
+def prompt() -> None:
+    """Print a short text for a shell's prompt: what today cost, and the plan's window.
+
+    It takes some 30 ms. Nothing is printed before something was metered; "not metered" while no
+    service runs.
+    """
+    from halton_meter.statusline import quick
+
+    click.echo(quick.answer("prompt", b"", time.time()))
