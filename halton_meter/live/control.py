@@ -223,7 +223,8 @@ class Answering:
             self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
 
     def remove(self) -> None:
-        """Remove the socket's file, at the end."""
+        """Listen no more, and remove the socket's file, at the end."""
+        self._listener.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 

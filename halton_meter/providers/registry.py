@@ -121,7 +121,9 @@ class Registry:
 
     def without_counter(self) -> Registry:
         """The same providers, for who counts texts by their characters."""
-        return self if self._counter is None else Registry(self._extra_hosts)
+        if self._counter is None:
+            return self
+        return Registry(self._extra_hosts, account_key=self._account_key)
 
     def _load(self) -> dict[str, tuple[Provider, ...]]:
         if self._exact is None:

@@ -6,6 +6,7 @@ harmless here (`cli/output.py:shown`); "~" stands before what is an estimate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from decimal import Decimal
 from typing import Generic, TypeVar
 
 from halton_meter.cli.output import UNKNOWN, count, count_text, duration_text, money_text, shown
-from halton_meter.cli.top.feed import Budget, Meters
+from halton_meter.cli.top.feed import Budget, Meters, Plan, Window
 from halton_meter.cli.top.figures import Asked, Count, Done, Flight, Group, total
 
 # From so many cells on there is room for all columns.
@@ -247,9 +248,34 @@ def bar_text(part: float, cells: int = 10) -> str:
 def budget_text(budget: Budget) -> str:
     """A budget's name, how much of it is spent, and whether a cap holds."""
     least = "at least " if budget.at_least else ""
-    spent = f"{least}${budget.spent_usd} of ${budget.limit_usd}"
-    text = f"{shown(budget.name)} {bar_text(budget.part)} {budget.part:.0%}, {spent}"
+    part = float(budget.spent_usd / budget.limit_usd)
+    spent = f"{least}{money_text(budget.spent_usd)} of {money_text(budget.limit_usd)}"
+    text = f"budget {shown(budget.name)} {bar_text(part)} {part:.0%}, {spent}"
     return f"{text}, stopped: halton-meter budget resume" if budget.stopped else text
+
+
+def plan_text(plan: Plan, several: bool) -> str:
+    """A plan's windows: how much of each is used, when it resets, and when it will be full."""
+    name = f"plan {plan.name}"
+    if several and plan.account:
+        name += f" {plan.account[:4]}"
+    return f"{name} {'; '.join(map(_window_text, plan.windows))}"
+
+
+def _window_text(window: Window) -> str:
+    text = f"{window.name} {bar_text(window.used, 5)} {window.used:.0%}"
+    if window.full_at is not None and (window.resets_at or math.inf) > window.full_at:
+        return f"{text} full {_when(window.full_at)}, resets {_when(window.resets_at)}"
+    return f"{text} resets {_when(window.resets_at)}"
+
+
+def _when(at_s: float | None) -> str:
+    """A time of day, with the weekday where it is another day; "-" for unknown."""
+    if at_s is None:
+        return UNKNOWN
+    moment = datetime.fromtimestamp(at_s)
+    is_today = moment.date() == datetime.now().date()
+    return f"{moment:%H:%M}" if is_today else f"{moment:%a %H:%M}"
 
 
 def empty_flight_text(meters: Meters, wanted: str) -> list[str]:

@@ -16,7 +16,7 @@ from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import fail, print_json, say, styled
 from halton_meter.cli.top import cells
-from halton_meter.cli.top.feed import Feed, Update
+from halton_meter.cli.top.feed import Feed, Plan, Update
 from halton_meter.cli.top.figures import MINUTE_NS, PERIODS, Board, Count, Flight, total
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.periods import day_of, start_of
@@ -82,6 +82,8 @@ def _print(board: Board, update: Update) -> None:
     today = board.since(start_of(day_of(update.at_ns)))
     say(f"{cells.meters_text(update.meters)}; {cells.today_text(total(today), _is_partly(board))}")
     say(cells.rates_text(total(board.since(update.at_ns - MINUTE_NS)), total(board.flights)))
+    for plan in update.plans:
+        say(cells.plan_text(plan, len(update.plans) > 1))
     for budget in update.budgets:
         say(cells.budget_text(budget))
     if update.trouble:
@@ -144,17 +146,38 @@ def _as_json(board: Board, update: Update) -> dict[str, Any]:
             for group in groups
         ],
         "period_seconds": PERIODS["hour"] // 10**9,
+        "plans": [_plan_json(plan) for plan in update.plans],
         "budgets": [
             {
                 "name": each.name,
-                "spent_usd": each.spent_usd,
-                "limit_usd": each.limit_usd,
+                "spent_usd": usd_text(each.spent_usd),
+                "limit_usd": usd_text(each.limit_usd),
                 "stopped": each.stopped,
             }
             for each in update.budgets
         ],
         "trouble": update.trouble,
     }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "plan": plan.name,
+        "account": plan.account,
+        "windows": [
+            {
+                "name": each.name,
+                "used": each.used,
+                "resets_at": _time_json(each.resets_at),
+                "full_at": _time_json(each.full_at),
+            }
+            for each in plan.windows
+        ],
+    }
+
+
+def _time_json(at_s: float | None) -> str | None:
+    return None if at_s is None else rfc3339(int(at_s * 1_000_000_000))
 
 
 def _flight_json(flight: Flight) -> dict[str, Any]:

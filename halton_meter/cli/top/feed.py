@@ -1,17 +1,18 @@
 """What `top` reads, once a second: whoever meters, the store, and the files of those who keep sums.
 
 It only looks on: requests in flight are asked for on the control sockets, ended ones are followed
-(`store/following.py`), budgets are read from their file. Nothing here may fail for what another
-process said or left behind: what cannot be read is `trouble`, and the rest goes on. It knows no
-terminal; `screen.py` calls it from a thread of its own.
+(`store/following.py`), windows and budgets are read from the files of those who keep them. Nothing
+here may fail for what another process said or left behind: what cannot be read is `trouble`, and
+the rest goes on. It knows no terminal; `screen.py` calls it from a thread of its own.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.cli.top.figures import DONE_MAX, Flight
@@ -19,6 +20,15 @@ from halton_meter.live import control
 from halton_meter.live.in_flight import rows_of
 from halton_meter.live.totals import usd_of
 from halton_meter.model import PricedEvent
+from halton_meter.statusline.snapshot import (
+    BUDGETS_NAME,
+    number,
+    read,
+    rows,
+    snapshot,
+    table,
+    text,
+)
 from halton_meter.store import Follower, StoreError
 from halton_meter.store.reader import Selection
 
@@ -28,10 +38,10 @@ ANSWER_S_MAX = 1.5
 SAME_REQUEST_NS = 1_000_000_000
 # Requests of one session that are shown.
 HISTORY_MAX = 500
-BUDGETS_NAME = "budget-status.json"
-BUDGETS_BYTES_MAX = 1 << 20
-BUDGETS_MAX = 50
+BUDGETS_MAX = 20
+PLANS_MAX, WINDOWS_MAX, WINDOWS_READ_MAX = 4, 4, 32
 NAME_CHARACTERS_MAX = 40
+MOMENT_S_MAX = 4_102_444_800  # the year 2100
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +60,37 @@ class Meters:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What is spent of a budget; `stopped`: a cap holds. The amounts are of now."""
+    """What is spent of a budget, of now; `stopped`: a cap holds; `at_least`: some of it is
+    unpriced.
+    """
 
     name: str
-    spent_usd: str
-    limit_usd: str
-    part: float
+    spent_usd: Decimal
+    limit_usd: Decimal
     stopped: bool
     at_least: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window of a plan: which part is used (1: all), when it resets, and when it will be full at
+    its pace; Unix seconds, None where that is not known or will not be.
+    """
+
+    name: str
+    used: float
+    length_s: float
+    resets_at: float | None
+    full_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An account of a plan (its keyed hash) and its windows, the shortest first."""
+
+    name: str
+    account: str | None
+    windows: tuple[Window, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +104,7 @@ class Update:
     flights: tuple[Flight, ...]
     more: int
     meters: Meters
+    plans: tuple[Plan, ...]
     budgets: tuple[Budget, ...]
     trouble: str | None = None
 
@@ -87,9 +121,8 @@ class Feed:
         """What there is now; the first one has the latest requests that have ended."""
         flights, more, meters = self._in_flight()
         events = self._ended()
-        return Update(
-            time.time_ns(), events, flights, more, meters, budgets_of(self._home), self._trouble
-        )
+        plans, budgets = plans_of(self._home), budgets_of(self._home)
+        return Update(time.time_ns(), events, flights, more, meters, plans, budgets, self._trouble)
 
     def close(self) -> None:
         """Let go of files."""
@@ -132,9 +165,9 @@ class Feed:
             else:
                 runs += 1
             older += "rows" not in answer
-            rows, beside = rows_of(answer)
+            found, beside = rows_of(answer)
             more += beside
-            flights += unseen(flights, [Flight.of(row) for row in rows])
+            flights += unseen(flights, [Flight.of(row) for row in found])
         return tuple(flights), more, Meters(tuple(services), runs, older)
 
 
@@ -162,33 +195,57 @@ def _is_same(one: Flight, other: Flight) -> bool:
 
 def budgets_of(home: Path) -> tuple[Budget, ...]:
     """The budgets whose state stands in the data folder; none where there is no sound file."""
-    try:
-        with (home / BUDGETS_NAME).open("rb") as file:
-            found = untrusted.parsed(file.read(BUDGETS_BYTES_MAX)) or {}
-    except OSError:
-        return ()
     now_s = time.time()
-    listed = untrusted.tables(found, "budgets", BUDGETS_MAX)
-    read = (_budget(each) for each in listed if not _is_over(each, now_s))
-    return tuple(budget for budget in read if budget is not None)
+    listed = rows(read(str(home / BUDGETS_NAME)), "budgets")[:BUDGETS_MAX]
+    found = (_budget(each) for each in listed if (number(each, "ends_at") or now_s + 1) > now_s)
+    return tuple(budget for budget in found if budget is not None)
 
 
-def _is_over(found: dict[str, Any], now_s: float) -> bool:
-    ends = found.get("ends_at")
-    return isinstance(ends, (int, float)) and ends <= now_s
-
-
-def _budget(found: dict[str, Any]) -> Budget | None:
-    name = untrusted.text(found, "name", NAME_CHARACTERS_MAX)
+def _budget(found: dict[str, object]) -> Budget | None:
+    name, whose = text(found, "name"), text(found, "of")
     spent, limit = usd_of(found.get("spent_usd")), usd_of(found.get("limit_usd"))
     if name is None or spent is None or limit is None or limit <= 0:
         return None
-    whose = untrusted.text(found, "of", NAME_CHARACTERS_MAX)
     return Budget(
         f"{name} ({whose})" if whose else name,
-        f"{spent:,.2f}",
-        f"{limit:,.2f}",
-        float(spent / limit),
+        spent,
+        limit,
         found.get("stopped") is True,
         found.get("at_least") is True,
     )
+
+
+def plans_of(home: Path) -> tuple[Plan, ...]:
+    """The plans whose windows stand in the snapshot, those heard of last first."""
+    found = sorted(
+        rows(snapshot(str(home)), "accounts"), key=lambda each: -(number(each, "at") or 0)
+    )
+    plans = (_plan(each) for each in found[:PLANS_MAX])
+    return tuple(plan for plan in plans if plan.windows)
+
+
+def _plan(found: dict[str, object]) -> Plan:
+    windows = []
+    for name, window in list(table(found, "windows").items())[:WINDOWS_READ_MAX]:
+        used, resets_at = number(window, "used"), _moment(window, "resets_at")
+        if used is None or (resets_at or math.inf) <= time.time():
+            continue
+        length_s = number(window, "length_s") or math.inf
+        windows.append(
+            Window(
+                untrusted.printable(name, NAME_CHARACTERS_MAX),
+                used,
+                length_s,
+                resets_at,
+                _moment(window, "full_at"),
+            )
+        )
+    windows.sort(key=lambda window: (window.length_s, window.name))
+    provider = text(found, "plan") or text(found, "provider") or "plan"
+    return Plan(provider, text(found, "account"), tuple(windows[:WINDOWS_MAX]))
+
+
+def _moment(found: object, name: str) -> float | None:
+    """A time that a calendar has; None for any other number."""
+    at_s = number(found, name)
+    return at_s if at_s is not None and at_s < MOMENT_S_MAX else None

@@ -508,6 +508,7 @@ class Top(App[str]):
             f"{clock}  {cells.meters_text(update.meters)}   "
             f"{cells.today_text(total(today), partly)}{held}",
             cells.rates_text(total(minute), total(flying)),
+            *(cells.plan_text(each, len(update.plans) > 1) for each in update.plans),
             *(cells.budget_text(each) for each in update.budgets),
             *([f"trouble: {shown(update.trouble, 300)}"] if update.trouble else []),
         ]

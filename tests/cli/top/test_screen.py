@@ -14,9 +14,11 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import OptionList
 
-from halton_meter.cli.top.feed import BUDGETS_NAME, Feed
+from halton_meter.cli.top.feed import Feed
 from halton_meter.cli.top.screen import ROWS_MAX, Details, Help, Table, Top
 from halton_meter.model import PricedEvent, Process
+from halton_meter.statusline.snapshot import BUDGETS_NAME
+from halton_meter.statusline.snapshot import NAME as SNAPSHOT_NAME
 from halton_meter.store import Store
 from tests.live.test_in_flight import (
     BEGUN,
@@ -283,6 +285,38 @@ def test_budgets_stand_above_and_say_when_a_cap_holds(home: Path) -> None:
         assert "day [" not in seen.text()
 
     show(home, act)
+
+
+def test_plan_windows_stand_above_with_when_they_will_be_full(home: Path) -> None:
+    now_s = time.time()
+    windows = {
+        "7d": {"used": 0.17, "length_s": 604800, "resets_at": now_s + 3 * 86400},
+        "5h": {"used": 0.62, "length_s": 18000, "resets_at": now_s + 60, "full_at": now_s + 30},
+        "over": {"used": 0.99, "length_s": 1, "resets_at": now_s - 5},
+        "odd": {"used": "x"},
+        "far": {"used": 0.5, "length_s": 10**7, "resets_at": 1e12, "full_at": -1},
+    }
+    accounts = [
+        {"plan": "claude", "account": "9c", "at": now_s, "windows": windows},
+        {"plan": HOSTILE, "account": 5, "windows": []},
+        7,
+    ]
+    snapshot = {"version": 1, "accounts": accounts}
+    (home / SNAPSHOT_NAME).write_text(json.dumps(snapshot))
+
+    def clock(at_s: float) -> str:
+        return time.strftime("%H:%M", time.localtime(at_s))
+
+    async def act(seen: Seen) -> None:
+        await seen.look()
+        [line] = [each for each in seen.text().splitlines() if each.startswith("plan")]
+        assert line.startswith(
+            f"plan claude 5h [###..] 62% full {clock(now_s + 30)}, resets {clock(now_s + 60)}; "
+            "7d [#....] 17% resets "
+        )
+        assert line.endswith("; far [##...] 50% resets -")
+
+    show(home, act, LARGE)
 
 
 def test_names_from_traffic_are_text_and_no_markup(tmp_path: Path) -> None:
