@@ -23,7 +23,7 @@ RECORD = struct.Struct("=IHBBIIQQQQII")
 CONNECTION_KEY = struct.Struct("=QII")
 CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
 # `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, tgid, uid, run,
-# port, family, address, state, writes, flags, unused, comm, host.
+# port, family, address, state, writes, flags, hello, comm, host.
 SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHI16s128s")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
@@ -58,6 +58,7 @@ STATISTICS = (
     "denied",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
     "records_missed",
 )
 LOSS_CAUSES = (
@@ -75,6 +76,7 @@ EVENT_LOSS_CAUSES = (
     "http2_without_name",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
     "records_missed",
     "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
@@ -98,7 +100,8 @@ class Socket:
     """A TCP connection as the kernel's socket shows it; `family` is AF_INET or AF_INET6.
 
     `hello_sent` is what of `sent` the ClientHello took, `used_ns` when the first request was sent
-    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none).
+    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none). `hello`
+    is a part of the ClientHello's random bytes (0: none was read).
     """
 
     opened_ns: int
@@ -118,6 +121,7 @@ class Socket:
     flags: SocketFlag
     comm: str
     host: str
+    hello: int = 0
 
 
 def decode_socket(raw: bytes) -> Socket:
@@ -126,7 +130,7 @@ def decode_socket(raw: bytes) -> Socket:
         raise ProtocolViolation(f"a socket of {len(raw)} bytes")
     fields = SOCKET.unpack_from(raw)
     opened, born, sent, received, hello_sent, used, linked, _ = fields[:8]
-    tgid, uid, run, port, family, address, state, _, flags, _, comm, host = fields[8:]
+    tgid, uid, run, port, family, address, state, _, flags, hello, comm, host = fields[8:]
     return Socket(
         opened,
         born,
@@ -145,6 +149,7 @@ def decode_socket(raw: bytes) -> Socket:
         SocketFlag(flags),
         text(comm),
         text(host),
+        hello,
     )
 
 

@@ -36,7 +36,7 @@ from halton_meter.cli.output import (
 )
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import usd_text
-from halton_meter.model import TOKEN_NAMES
+from halton_meter.model import TOKEN_NAMES, LimitKind
 from halton_meter.periods import period_before
 from halton_meter.report import (
     DIMENSIONS,
@@ -195,6 +195,7 @@ def _drawn(answer: Report, selection: Selection) -> str:
     parts = [
         _heading(answer),
         _summary(answer, places),
+        _limits(answer),
         _table(answer, places),
         _trend(answer, places),
         _coverage(answer),
@@ -255,6 +256,22 @@ def _summary(answer: Report, places: int) -> str:
     if highest:
         facts.append(f"p95: {', '.join(highest)}")
     return f"{line}\n{', '.join(facts)}"
+
+
+def _limits(answer: Report) -> str:
+    """What is used of each plan's windows, one line a plan."""
+    if answer.limits is None:
+        return ""
+    from halton_meter.plan.words import in_short, title
+
+    lines = []
+    for account in answer.limits.accounts:
+        windows = "; ".join(
+            in_short(window, answer.limits.at_ns) for window in account.of(LimitKind.PLAN)
+        )
+        if windows:
+            lines.append(f"{title(account)}: {windows}")
+    return "\n".join([*lines, "Who used it: halton-meter plan"]) if lines else ""
 
 
 def _tokens_line(tokens: dict[str, int | None]) -> str:

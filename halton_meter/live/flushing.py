@@ -101,11 +101,13 @@ class Flusher:
 
 def main(home: Path) -> int:
     """The process's whole life."""
+    from halton_meter.live.snapshot_writer import settle
     from halton_meter.store import Store
 
     os.nice(PRIORITY)
     with Store(home) as store:
         outcome = flush(store)
+        settle(home, store)
     if outcome != Outcome():
         print(json.dumps(dataclasses.asdict(outcome)))
     return 0

@@ -31,6 +31,7 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
     from halton_meter.memory import keep_freed_memory
     from halton_meter.meter import Meter
     from halton_meter.providers.registry import Registry
+    from halton_meter.store import account_key
     from halton_meter.tokenizer import Tokenizer
     from pricing.book import PriceBook
 
@@ -45,4 +46,5 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
             trouble += f"; see: ls -l {home}"
         print(f"halton-meter: {trouble}", file=sys.stderr)
         book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts, Tokenizer())), trouble
+    registry = Registry(extra_hosts, Tokenizer(), account_key(home))
+    return Meter(book.price, Attribution(), registry), trouble

@@ -42,7 +42,7 @@ pytestmark = [
 CODE = Path(__file__).parents[2] / "support" / "code" / "aead_witness.bpf.c"
 RING_BYTES = 1 << 24
 LIBRARY_CIPHER = 30
-# By the reasons with which each reports errors (cipher/aead.c).
+# By the reasons with which each reports errors, in its AEAD code.
 REASONS = {"seal": {103, 115, 117}, "open": {101, 103, 115}}
 APPLICATION_DATA = 23
 
