@@ -32,6 +32,7 @@ from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings, merged
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
+from halton_meter.wire.so_far import ExchangeSoFar
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -76,6 +77,7 @@ class Meter:
         self._price = price
         self._attribute = attribute
         self._registry = registry if registry is not None else Registry()
+        self._quick_registry = self._registry.without_counter()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
         self._sightings: BetterSightings[Caller] = BetterSightings(EVENTS_REMEMBERED_MAX)
@@ -132,6 +134,25 @@ class Meter:
         self._conversations[key] = conversation
         self._latest = key
         return evicted + self._events(conversation.receive(item))
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each request that goes on."""
+        return [each for one in self._conversations.values() for each in one.under_way()]
+
+    def glimpse(self, exchange: Exchange) -> UsageEvent | None:
+        """What an exchange would have used if it had ended now; nothing is remembered of it.
+
+        None where that is no event. Texts are counted by their characters, which is quick.
+        """
+        try:
+            found = self._quick_registry.read(exchange)
+        except Exception:  # a reader's bug; that of the whole exchange will be counted
+            return None
+        return self._attributed(found[0]) if found else None
+
+    def price(self, usage: UsageEvent) -> PricedEvent:
+        """What this costs, for who looks at requests that go on."""
+        return self._price(usage)
 
     def exchange(self, exchange: Exchange) -> list[PricedEvent]:
         """Take an exchange that is already decoded (the proxy's); return its events."""

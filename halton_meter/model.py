@@ -552,6 +552,11 @@ class PricedEvent:
         return {} if self.implausible else self.usage.units
 
 
+def client_of(client: str | None, exe: str | None) -> str | None:
+    """Who asked, in one short name: the client's own, else that of its program's file."""
+    return client or (None if exe is None else exe.rpartition("/")[2] or None)
+
+
 # --- identity ----------------------------------------------------------------------------------
 
 

@@ -42,6 +42,10 @@ class _Entry(NamedTuple):
 _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
+    "top": _Entry(
+        "halton_meter.cli.top.command:top", "Show what is metered now, live in the terminal."
+    ),
+    "tail": _Entry("halton_meter.cli.tail:tail", "Print requests as they end."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
     "plan": _Entry(
         "halton_meter.cli.plan:plan", "Show each account's limits, and who used how much."

@@ -177,9 +177,14 @@ def _split_usd(amount: Decimal | None) -> tuple[str | None, str | None]:
     return format(whole, "f"), format(rest.quantize(_REST, context=_EXACT), "f") if rest else None
 
 
-def event_from_row(row: dict[str, Any]) -> PricedEvent:
+def document_of(found: Any) -> Any:
+    """What a document column holds: text in the database, the value itself in a journal line."""
+    return loads(found) if isinstance(found, str) else found
+
+
+def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
     """The event that `usage_values` and `price_values` made a row of."""
-    document = loads(row["price_document"])
+    document = document_of(row["price_document"])
     return PricedEvent(
         usage=_usage_from_row(row),
         list_usd=decimal_of(document["list_usd"]),
@@ -192,8 +197,8 @@ def event_from_row(row: dict[str, Any]) -> PricedEvent:
     )
 
 
-def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
-    document = loads(row["usage_document"])
+def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
+    document = document_of(row["usage_document"])
     return UsageEvent(
         id=row["id"],
         provider=row["provider"],
@@ -275,7 +280,7 @@ def _part(document: dict[str, Any]) -> Usage:
     )
 
 
-def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | None:
+def _process(row: Mapping[str, Any], document: dict[str, Any] | None) -> Process | None:
     if document is None:
         return None
     return Process(

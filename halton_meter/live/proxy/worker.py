@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from halton_meter import untrusted
 from halton_meter.coverage import Coverage
 from halton_meter.live import status
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import make_meter, prepare_home
@@ -37,6 +38,7 @@ from halton_meter.live.totals import Totals
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Request
+    from halton_meter.wire.so_far import ExchangeSoFar
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
@@ -49,6 +51,14 @@ SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
 # How often the CA is checked for validity.
 CA_CHECK_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of the exchanges that go on, to be read and priced; `then` gets the rows."""
+
+    under_way: list[ExchangeSoFar]
+    then: Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +101,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
         return Interest(keep, turn_ends)
 
     recorder = Recorder(interest, pricing.losses)
+    pricing.under_way = recorder.under_way
     return MeterAddon(
         Wiring(
             recorder.begin,
@@ -121,7 +132,9 @@ class Pricing:
 
         self._meter = meter
         self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
-        self._waiting: queue.Queue[Exchange | Coverage | None] = queue.Queue(WAITING_MAX)
+        self._in_flight = InFlight(meter)
+        self.under_way: Callable[[], list[ExchangeSoFar]] = list
+        self._waiting: queue.Queue[Exchange | Coverage | Look | None] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
         self._sent: dict[str, Any] = {}
@@ -143,6 +156,14 @@ class Pricing:
             self._waiting.put_nowait(exchange)
         except queue.Full:
             self.losses["exchanges_over_limit"] += 1
+
+    def look(self, then: Callable[[dict[str, Any]], None]) -> None:
+        """Have `then` told what is in flight; called in the proxy's thread, which reads none of it.
+
+        Where too many exchanges wait that have ended, there is no answer.
+        """
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(Look(self.under_way(), then))
 
     def count_connections(self, counted: Coverage) -> None:
         """Keep how many connections were metered, of those that have begun since the last time."""
@@ -190,6 +211,8 @@ class Pricing:
             try:
                 if isinstance(exchange, Coverage):
                     self._journal.keep_connections(exchange, time.time_ns())
+                elif isinstance(exchange, Look):
+                    exchange.then(self._in_flight.answer(exchange.under_way, time.time_ns()))
                 else:
                     self._keep(exchange)
             except Exception as error:  # one exchange's trouble must not become the others'
@@ -292,6 +315,8 @@ class Worker:
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
                 self.send({"status": told, "serial": message["status"]})
+            if "in_flight" in message:
+                self._look(session, pricing, message["in_flight"])
             if "connections" in message:
                 with contextlib.suppress(ValueError):
                     pricing.count_connections(Coverage.of_json(message["connections"]))
@@ -299,6 +324,12 @@ class Worker:
                 pricing.count_losses(untrusted.counts(message, "losses"))
             if "finish" in message:
                 return
+
+    def _look(self, session: Any, pricing: Pricing, serial: Any) -> None:
+        def tell(rows: dict[str, Any]) -> None:
+            self.send({"in_flight": rows, "serial": serial})
+
+        session.call_soon(lambda: pricing.look(tell))
 
 
 def job_line(job: Job) -> bytes:
