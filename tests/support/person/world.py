@@ -60,6 +60,8 @@ NAMES = (
     ".changes.json.*",
     "env.sh",
     ".env.sh.*",
+    "account.key",
+    ".account.key.*",
     "snapshot.json",
     "snapshot.json.new",
     "snapshot.lock",
