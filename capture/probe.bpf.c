@@ -54,6 +54,7 @@
 #define HELLO_WRITES_MAX 12 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
 #define HELLO_BYTES_MAX 4096 /* of a ClientHello: with keys that outlive quantum computers some 1,800 */
 #define HELLO_PIECES_MAX 8 /* of one write that holds a ClientHello, or its beginning */
+#define HELLO_RANDOM_AT 11 /* behind the heads of record and handshake, and the version */
 #define EXTENSIONS_MAX 48 /* of a ClientHello; browsers send some 20 */
 #define RECORDS_MAX 12 /* TLS records of one write, looked at until the first that holds a request */
 #define ALERT_BYTES_MAX 24 /* of a TLS record: alerts and key updates are no request */
@@ -178,6 +179,7 @@ enum statistic {
 	STAT_DENIED,
 	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
 	STAT_SOCKET_TABLE_FULL, /* TCP connections that are not followed, so not counted either */
+	STAT_RAN_AS_ANOTHER_USER, /* programs that a run's processes became as another user */
 	STATS,
 };
 
@@ -292,7 +294,7 @@ struct tcp_socket {
 	u8 state;
 	u8 writes;
 	u16 flags;
-	u32 unused;
+	u32 hello; /* of its ClientHello's random bytes the first four: who passes it on has the same */
 	char comm[16];
 	char host[HOST_BYTES_MAX];
 };
@@ -1824,8 +1826,11 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
 	end_connections(tgid);
-	if (!in_scope(s, tgid))
+	if (!in_scope(s, tgid)) {
+		if ((membership(tgid) & (TREE_IN_SCOPE | TREE_EXCLUDED)) == TREE_IN_SCOPE)
+			count(STAT_RAN_AS_ANOTHER_USER, 1);
 		return 0;
+	}
 	if (s->pid_namespace) { /* user space cannot look it up by the id of its fork */
 		u32 member = membership(tgid);
 		if (member)
@@ -2185,6 +2190,8 @@ INLINE int judge_hello(struct tcp_socket *t, const u8 *hello, u32 length)
 		return 0;
 	}
 	read_hello(h, hello, length);
+	if (length >= HELLO_RANDOM_AT + sizeof(t->hello))
+		bpf_probe_read_kernel(&t->hello, sizeof(t->hello), hello + HELLO_RANDOM_AT);
 	if (REREAD(h->name_at) == 0) {
 		t->flags |= SOCKET_NO_NAME;
 		host_by_address(t);

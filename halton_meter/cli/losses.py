@@ -53,6 +53,11 @@ _LOSSES = {
     "request_cut_bytes": _Loss("byte", "of long requests not copied"),
     "connection_table_full": _Loss("connection", "not followed: too many were open"),
     "socket_table_full": _Loss("connection", "left out of coverage: too many at once"),
+    "ran_as_another_user": _Loss(
+        "program",
+        "of a run ran as another user, not metered",
+        "sudo halton-meter start --user NAME",
+    ),
     "thread_table_full": _Loss("call", "not followed: too many threads"),
     "notices_lost": _Loss("message", "about processes lost"),
     "process_ring_full": _Loss("message", "about processes lost: the buffer was full"),

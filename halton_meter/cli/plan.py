@@ -67,7 +67,10 @@ Examples:
 @click.option("--at", metavar="TIME", help="As of this time: 2h, yesterday, 2026-11-23T15:00.")
 @click.option("--provider", type=name_typed, metavar="NAME", help="Only this provider.")
 @click.option(
-    "--account", type=name_typed, metavar="HASH", help="Only accounts whose hash begins so."
+    "--account",
+    type=name_typed,
+    metavar="HASH",
+    help="Only the accounts with a hash that begins so.",
 )
 @click.option("--history", is_flag=True, help="List the readings instead, oldest first.")
 @click.option(
@@ -84,10 +87,10 @@ def plan(
 ) -> None:
     """Show each account's limits: used, reset, pace, and who used how much.
 
-    The figures are those that providers state in their responses. A share of a window is told by
-    the change between two responses of one account, so it is a range where rounding to 1 % leaves
-    one; the estimate in it goes by list price. Use of the account elsewhere, which nobody metered,
-    counts as the use of whoever was at work, unless nothing was.
+    The figures are those that providers state in their responses. The share of a project, session
+    or process follows from the change between two responses of one account, so it is a range where
+    rounding to 1 % leaves one; the estimate in it goes by list price. Use of the account elsewhere
+    shows as such where no metered request explains it.
     """
     at_ns = now_ns() if at is None else moment("--at", at, now_ns())
     store = Store(home_folder())

@@ -9,13 +9,17 @@ import time
 
 import click
 
-EXAMPLES = r"""
+EXAMPLES = """
     \b
     Examples:
-      halton-meter prompt                               $3.10 5h 62%
-      PS1='$(halton-meter prompt) \w \$ '               bash: in ~/.bashrc
-      precmd() { RPROMPT=$(halton-meter prompt) }       zsh: in ~/.zshrc
-      function fish_right_prompt; halton-meter prompt; end
+      halton-meter prompt                            $3.10 5h 62%
+      halton-meter prompt | tr -d '$'                3.10 5h 62%
+
+    \b
+    In your shell's start-up file:
+      PS1='$(halton-meter prompt) \\w \\$ '                       (bash)
+      setopt prompt_subst; RPROMPT='$(halton-meter prompt)'     (zsh)
+      function fish_right_prompt; halton-meter prompt; end      (fish)
 """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -260,7 +260,24 @@ def _is_more_than_metered(result: RunResult) -> bool:
     """Whether a provider was asked, or may have been, past all that was metered."""
     seen = result.connections
     missed = seen is not None and seen.metered.connections < seen.seen.connections
-    return bool(missed or result.unmetered or result.outages or result.still_running)
+    others = any(result.losses.get(cause) for cause in _OTHER_USERS)
+    return bool(missed or result.unmetered or result.outages or result.still_running or others)
+
+
+_REFUSED_OTHERS = "of another user's program refused by the proxy, which serves you and root alone"
+# Losses of a run, in words of its own: what a command did as another user.
+_OTHER_USERS = {
+    "ran_as_another_user": ("program", "of the command ran as another user: not metered"),
+    "refused_other_user": ("connection", _REFUSED_OTHERS),
+}
+
+
+def _other_users_lines(losses: Mapping[str, int]) -> list[str]:
+    return [
+        f"{count(losses[cause], noun)} {what}. Use: sudo halton-meter start --user NAME"
+        for cause, (noun, what) in _OTHER_USERS.items()
+        if losses.get(cause)
+    ]
 
 
 def _set_price(totals: Totals) -> list[str]:
@@ -324,6 +341,8 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
     losses = losses_beside(result.losses, result.connections)
+    lines += [f"  {line}" for line in _other_users_lines(losses)]
+    losses = {cause: n for cause, n in losses.items() if cause not in _OTHER_USERS}
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]

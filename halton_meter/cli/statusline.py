@@ -29,7 +29,7 @@ EXAMPLES = """
     \b
     Examples:
       halton-meter statusline install      show it in Claude Code
-      halton-meter statusline uninstall    put back what was there before
+      halton-meter statusline uninstall    restore what was there before
       echo '{"session_id": "6f1e…"}' | halton-meter statusline
 """
 
@@ -40,7 +40,7 @@ def statusline(context: click.Context) -> None:
     """Print one line about a session, from the JSON that Claude Code pipes in.
 
     It shows what was metered of the session and of today, a budget, the plan's windows and when
-    they reset, and until when the prompt cache lives. "≠ client" says that Claude Code's own
+    they reset, and until when the prompt cache lives. "≠ client" means that Claude Code's own
     estimate differs from what was metered. It takes some 30 ms and always ends with exit code 0.
     """
     if context.invoked_subcommand is None:
@@ -49,18 +49,19 @@ def statusline(context: click.Context) -> None:
         click.echo(quick.answer("statusline", quick.piped(), time.time()))
 
 
-@statusline.command()
+@statusline.command(
+    epilog="""\b
+Examples:
+  halton-meter statusline install            in ~/.claude/settings.json
+  halton-meter statusline install --json     the same, for a script
+"""
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 def install(as_json: bool) -> None:
     """Show the line in Claude Code: set statusLine in its settings.
 
     The settings are ~/.claude/settings.json, or that of $CLAUDE_CONFIG_DIR. All else in them stays
     byte for byte; a status line that was there before is kept, and comes back with `uninstall`.
-
-    \b
-    Examples:
-      halton-meter statusline install
-      CLAUDE_CONFIG_DIR=~/.claude-work halton-meter statusline install
     """
     from halton_meter.statusline.settings import status_line, with_status_line
 
@@ -85,17 +86,18 @@ def install(as_json: bool) -> None:
     _done(as_json, path, f"status line set{note}", {"changed": True, "replaced": record["before"]})
 
 
-@statusline.command()
+@statusline.command(
+    epilog="""\b
+Examples:
+  halton-meter statusline uninstall
+  halton-meter statusline uninstall --json     for a script
+"""
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 def uninstall(as_json: bool) -> None:
-    """Put Claude Code's settings back as they were.
+    """Restore Claude Code's settings as they were before.
 
     A status line that you have set yourself since then stays.
-
-    \b
-    Examples:
-      halton-meter statusline uninstall
-      halton-meter statusline uninstall --json
     """
     path = _settings_path()
     done = remove(path)

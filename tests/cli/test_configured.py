@@ -29,8 +29,8 @@ _ARGUMENTS = {
     "daemon": ["--foreground", "--via", "proxy"],
 }
 # What stops or removes something needs no configuration.
-_NEEDS_NONE = {"stop", "uninstall"}
-_GOES_ON = {"run", "status"}
+_NEEDS_NONE = {"stop", "uninstall", "statusline install", "statusline uninstall", "prompt"}
+_GOES_ON = {"run", "record", "status"}
 LINE = (
     '{home}/config.toml:2: [hosts] "llm.example.com": no provider is called "openia"; '
     'did you mean "openai"? Known: openai, anthropic, '

@@ -40,6 +40,8 @@ _NOT_RUN = {
     "tail -f": "runs until it is stopped",
     "init": "changes this user's settings (--dry-run is run)",
     "uninstall": "changes this user's settings",
+    "statusline install": "changes this user's settings",
+    "statusline uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
 }

@@ -60,6 +60,11 @@ NAMES = (
     ".changes.json.*",
     "env.sh",
     ".env.sh.*",
+    "snapshot.json",
+    "snapshot.json.new",
+    "snapshot.lock",
+    "statusline.json",
+    ".statusline.json.*",
     "proxy-ca/*",
 )
 PLANTABLE = tuple(name for name in NAMES if "*" not in name)
