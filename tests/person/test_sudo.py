@@ -41,6 +41,7 @@ CALLS: tuple[tuple[str, ...], ...] = (
     ("replay", str(CAPTURE), "--store", "--quiet"),
     ("events", "--json"),
     ("tail", "--json"),
+    ("top", "--json"),
     ("report",),
     ("dashboard",),
     *(("export", form, f"out.{form}", "--force") for form in ("sqlite", "csv", "parquet", "jsonl")),
