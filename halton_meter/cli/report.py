@@ -56,13 +56,16 @@ SMALL_TOTAL_USD = Decimal(10)
 UNPRICED_SHOWN = 5
 LOSSES_SHOWN = 3
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
+# Dimensions by a shorter name.
+_SHORT = {"branch": "git_branch"}
 
 
 def _read_by(
     _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
 ) -> tuple[str, ...]:
     text = ",".join(given)
-    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    typed = (name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    names = tuple(_SHORT.get(name, name) for name in typed)
     wrong = [name for name in names if name not in DIMENSIONS]
     if wrong or not names or len(set(names)) < len(names):
         raise click.BadParameter(
@@ -78,6 +81,8 @@ Examples:
   halton-meter report --today                      what today cost, by model
   halton-meter report --since 7d --by project      the last 7 days, by project
   halton-meter report --since 7d --vs-previous     compared with the 7 days before
+  halton-meter report --by session,agent --today   what each session and its agents cost
+  halton-meter report --branch                     what the branch cost that you are on
   halton-meter report --by day,model --csv         for a spreadsheet
   halton-meter report --since 30d --coverage       how much of the traffic was metered
   halton-meter report --json | jq .totals.list_usd

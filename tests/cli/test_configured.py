@@ -20,6 +20,7 @@ _ARGUMENTS = {
     "replay": ["capture.pcapng"],
     "export": ["csv", "out.csv"],
     "retag": ["--from", "a", "--to", "b"],
+    "session show": ["latest"],
     "pricing explain": ["e1"],
     "pricing set": ["m", "--discount", "10%"],
     "pricing reset": ["--all"],

@@ -43,6 +43,8 @@ CALLS: tuple[tuple[str, ...], ...] = (
     ("tail", "--json"),
     ("top", "--json"),
     ("report",),
+    ("session", "list"),
+    ("session", "show", "latest"),
     ("dashboard",),
     *(("export", form, f"out.{form}", "--force") for form in ("sqlite", "csv", "parquet", "jsonl")),
     ("pricing", "status"),
