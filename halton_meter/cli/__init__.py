@@ -27,11 +27,17 @@ def _for_probes(given: Mapping[str, Any]) -> bool:
     return on_linux and given.get("via") != "proxy" and not given.get("java")
 
 
+def _for_reload(given: Mapping[str, Any]) -> bool:
+    """Which hosts uprobes watch is root's to say, so root alone has them read again."""
+    return sys.platform == "linux" and given.get("subcommand") == "reload"
+
+
 class _Entry(NamedTuple):
     """A command: "module:attribute", and its line in --help, which thus imports no command.
 
-    `needs_root` decides by the options; None: never, so the command runs as the invoking user under
-    sudo. `status` and `doctor` need none: they ask the service.
+    `needs_root` decides by the options, and for a group by its "subcommand"; None: never, so the
+    command runs as the invoking user under sudo. `status` and `doctor` need none: they ask the
+    service.
     """
 
     target: str
@@ -56,6 +62,9 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.reprice:reprice", "Price stored requests again with today's prices."
     ),
     "retag": _Entry("halton_meter.cli.retag:retag", "Move stored requests to another project."),
+    "config": _Entry(
+        "halton_meter.cli.config:config", "Show, change and check your settings.", _for_reload
+    ),
     "run": _Entry(
         "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
     ),
@@ -150,7 +159,9 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if entry is not None and entry.needs_root is not None and command is not None:
             given = command.make_context(name, [*rest], parent=ctx, resilient_parsing=True)
-            _settle(needs_root=entry.needs_root(given.params))
+            inner = {"subcommand": rest[0] if rest else None}
+            chosen = inner if isinstance(command, click.Group) else given.params
+            _settle(needs_root=entry.needs_root(chosen))
         return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -303,8 +303,9 @@ def ask_service(
 ) -> dict[str, Any] | None:
     """One answer of a running service; None when none answers.
 
-    Both services know "status" and "stop". The proxy also knows "pause" (it passes everything on
-    and meters nothing), "resume", and "forget" (which programs refused its certificate).
+    Both services know "status", "stop" and "reload" (the user's rules and prices). The proxy also
+    knows "pause" (it passes everything on and meters nothing), "resume", and "forget" (which
+    programs refused its certificate).
     """
     try:
         control = Control(home, name=name, owner=owner)
