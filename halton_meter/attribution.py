@@ -142,6 +142,8 @@ class Attribution:
     def __init__(self, files: Files | None = None, rules: ProjectRules = NO_RULES) -> None:
         self._files: Files = LocalFiles() if files is None else files
         self._rules = rules
+        # What ~ means in rules: they are this user's, also for other users' processes.
+        self._own_home = self._files.home_of(os.getuid())
         self._known: OrderedDict[Process, _Place] = OrderedDict()
 
     def __call__(self, process: Process) -> tuple[str | None, str | None]:
@@ -160,12 +162,19 @@ class Attribution:
         self._rules = rules
         self._known.clear()
 
-    def by_rules(self, process: Process) -> str | None:
-        """The project that the rules name for this process; None where none of them does."""
-        if process.container is not None:
-            return self._rules.of_process(process.exe, process.argv)
-        cwd, home = _folder(process.cwd), self._files.home_of(process.uid)
-        return self._ruled(process, cwd, home)
+    def by_rules(self, process: Process, project: str | None) -> str | None:
+        """The project of an event that is stored with `project`, by the rules as they are now.
+
+        It stays where no rule matches, and where HALTON_PROJECT or a `.haltonrc` names it; then
+        only an alias counts. Of the process, only what is stored is known; folders are read anew.
+        """
+        cwd, ruled = _folder(process.cwd), None
+        if process.container is not None and not process.project_hint:
+            ruled = self._rules.of_process(process.exe, process.argv)
+        elif not process.project_hint and not (cwd and self._rc(cwd)):
+            ruled = self._ruled(process, cwd)
+        found = ruled or project
+        return self._rules.renamed(found) if found is not None else None
 
     def _place(self, process: Process) -> _Place:
         place = self._found(process)
@@ -182,7 +191,7 @@ class Attribution:
         project = (
             hint
             or (cwd and self._rc(cwd))
-            or (self._ruled(process, cwd, home) if self._rules else None)
+            or (self._ruled(process, cwd) if self._rules else None)
             or (cwd and self._workspace(cwd, home))
             or (git and git.project)
             or self._from_parents(process, home)
@@ -191,11 +200,11 @@ class Attribution:
         )
         return _Place(project, git.head_path if git else None)
 
-    def _ruled(self, process: Process, cwd: str | None, home: str | None) -> str | None:
+    def _ruled(self, process: Process, cwd: str | None) -> str | None:
         """By the folder, as the most exact; then by the repository, then by the program."""
         rules = self._rules
         return (
-            (rules.of_path(cwd, home) if cwd is not None else None)
+            (rules.of_path(cwd, self._own_home) if cwd is not None else None)
             or (rules.of_remote(self._remote(cwd)) if cwd and rules.read_remotes else None)
             or rules.of_process(process.exe, process.argv)
         )
@@ -276,7 +285,11 @@ class Attribution:
             cwd = _folder(self._files.cwd_of(pid, process.started_ns)) if pid > 1 else None
             if cwd is None or cwd == _folder(process.cwd):
                 continue
-            name = self._rc(cwd) or self._rules.of_path(cwd, home) or self._workspace(cwd, home)
+            name = (
+                self._rc(cwd)
+                or self._rules.of_path(cwd, self._own_home)
+                or self._workspace(cwd, home)
+            )
             git = self._repository(cwd, home)
             if name or git:
                 return name or (git.project if git else None)

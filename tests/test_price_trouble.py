@@ -75,7 +75,7 @@ def test_the_service_meters_and_its_status_says_what_to_do(
         said = "\n".join(status_lines(found))
         assert f"{home}/pricing.toml" in said
         assert WAY_OUT in said
-        assert "then: sudo halton-meter stop && sudo halton-meter start" in said
+        assert "then: halton-meter config reload" in said
         assert WAY_OUT in service.flush()["price_error"]
         assert WAY_OUT in (service.stop().price_error or "")
 

@@ -62,6 +62,10 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.reprice:reprice", "Price stored requests again with today's prices."
     ),
     "retag": _Entry("halton_meter.cli.retag:retag", "Move stored requests to another project."),
+    "purge": _Entry("halton_meter.cli.purge:purge", "Delete old requests."),
+    "project": _Entry(
+        "halton_meter.cli.project:project", "Show projects, and the rules of what belongs to each."
+    ),
     "config": _Entry(
         "halton_meter.cli.config:config", "Show, change and check your settings.", _for_reload
     ),

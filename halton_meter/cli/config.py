@@ -202,7 +202,7 @@ def set_(key: str, values: tuple[str, ...], how: str | None) -> None:
     """Change a setting; comments stay, and a wrong value is refused.
 
     A service that runs uses the change at once. Other hosts are read by the uprobes service only
-    when root says so: sudo halton-meter config reload
+    for root: sudo halton-meter config reload
     """
     home, keys = _home(), config_file.keys_of(key)
 
@@ -288,7 +288,9 @@ def unset(key: str) -> None:
 # --- path, edit, check, reload --------------------------------------------------------------------
 
 _SYSTEM = click.option(
-    "--system", is_flag=True, help=f"Root's own file, {SYSTEM_CONFIG}, which says who is metered."
+    "--system",
+    is_flag=True,
+    help=f"Root's own file, {SYSTEM_CONFIG}, which decides who is metered.",
 )
 
 
@@ -296,7 +298,7 @@ _SYSTEM = click.option(
     epilog="""\b
 Examples:
   halton-meter config path
-  cp "$(halton-meter config path)" backup.toml
+  halton-meter config path --system
 """
 )
 @_SYSTEM
@@ -385,6 +387,8 @@ def _editor() -> list[str]:
     for name in ("VISUAL", "EDITOR"):
         if words := shlex.split(os.environ.get(name, "")):
             return words
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        fail(Problem("there is no terminal to edit in", "halton-meter config set KEY VALUE"))
     for name in ("editor", "nano", "vi"):
         if shutil.which(name):
             return [name]
@@ -395,7 +399,7 @@ def _editor() -> list[str]:
     epilog="""\b
 Examples:
   halton-meter config check
-  halton-meter config check config.toml.new && mv config.toml.new config.toml
+  halton-meter config check config.toml.new
   sudo halton-meter config check --system
 """
 )

@@ -18,16 +18,20 @@ from halton_meter.store.errors import (
     StoreUnusable,
 )
 from halton_meter.store.intake import Flushed
+from halton_meter.store.purging import Older, Purged
 from halton_meter.store.reader import Reader, Selection
-from halton_meter.store.store import Repriced, Store
+from halton_meter.store.store import Repriced, Retagged, Store
 
 __all__ = [
     "DatabaseDamaged",
     "DatabaseTooNew",
     "Flushed",
     "NothingStored",
+    "Older",
+    "Purged",
     "Reader",
     "Repriced",
+    "Retagged",
     "Selection",
     "Store",
     "StoreBusy",

@@ -20,6 +20,11 @@ _ARGUMENTS = {
     "replay": ["capture.pcapng"],
     "export": ["csv", "out.csv"],
     "retag": ["--from", "a", "--to", "b"],
+    "purge": ["--before", "9000d"],
+    "project show": ["a"],
+    "project set": ["a", "--path", "/a"],
+    "project alias": ["a", "b"],
+    "project remove": ["a"],
     "pricing explain": ["e1"],
     "pricing set": ["m", "--discount", "10%"],
     "pricing reset": ["--all"],
@@ -28,7 +33,8 @@ _ARGUMENTS = {
     "start": ["--via", "proxy"],
     "daemon": ["--foreground", "--via", "proxy"],
 }
-# What stops or removes something needs no configuration.
+# What stops or removes something needs no configuration; what shows and corrects it (`config`)
+# goes on whatever it says.
 _NEEDS_NONE = {"stop", "uninstall"}
 _GOES_ON = {"run", "status"}
 LINE = (
@@ -44,7 +50,7 @@ def commands() -> Iterator[list[str]]:
         several = command.commands if isinstance(command, click.Group) else [""]
         for each in several:
             words = f"{name} {each}".strip()
-            if words not in _NEEDS_NONE | _GOES_ON:
+            if name != "config" and words not in _NEEDS_NONE | _GOES_ON:
                 yield [*words.split(), *_ARGUMENTS.get(words, [])]
 
 

@@ -40,6 +40,9 @@ _NOT_RUN = {
     "uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
+    "config edit": "opens an editor",
+    "config reload": "speaks to a service",
+    "config check --system": "root's own file",
 }
 # Exit code 1 says that something is wrong with this machine, which is no fault of the example.
 _MAY_FAIL = ("doctor", "status")
@@ -179,8 +182,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.append([made(event_id), made("b", None, model="my-model", project="misc")])
         store.append([made("c", project="api", at_ns=time.time_ns())])
         store.flush()
-    setting = ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"]
-    assert CliRunner().invoke(main, setting).exit_code == 0
+    for setting in (
+        ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"],
+        ["project", "set", "acme", "--path", "~/work/acme"],
+        ["project", "set", "my app", "--path", "~/app"],
+        ["project", "alias", "acme-old", "acme"],
+    ):
+        assert CliRunner().invoke(main, setting).exit_code == 0
+    (tmp_path / "config.toml.new").touch()
     return tmp_path
 
 

@@ -216,6 +216,7 @@ class Metering:
         """Meter until asked to end; returns the exit code."""
         if self._outages is not None:
             self._journal.try_disk()
+            self._journal.expire_daily()
             if self._job.continued:
                 self._outages.alive(self._started_ns)
             else:

@@ -654,7 +654,7 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "journal_repeated", "held")
+_COUNTS = ("events", "journal_waiting", "journal_repeated", "expired", "held")
 _TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
 
 

@@ -136,8 +136,9 @@ class Pricing:
         self._thread.start()
 
     def try_disk(self) -> None:
-        """Have `status` say at once where the disk takes nothing."""
+        """For a service: have `status` say at once where the disk takes nothing."""
         self._journal.try_disk()
+        self._journal.expire_daily()
 
     def put(self, exchange: Exchange) -> None:
         """Take an exchange from the proxy's thread; never blocks."""
