@@ -13,12 +13,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from halton_meter import __version__
 from halton_meter.cli import streams
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 def _for_probes(given: Mapping[str, Any]) -> bool:
@@ -30,6 +33,13 @@ def _for_probes(given: Mapping[str, Any]) -> bool:
 def _for_reload(given: Mapping[str, Any]) -> bool:
     """Which hosts uprobes watch is root's to say, so root alone has them read again."""
     return sys.platform == "linux" and given.get("subcommand") == "reload"
+
+
+def _for_journal(given: Mapping[str, Any]) -> bool:
+    """The system service's log is in the system's journal, which root may read."""
+    from halton_meter.cli.logs import from_journal
+
+    return from_journal(given.get("via"))
 
 
 class _Entry(NamedTuple):
@@ -81,10 +91,16 @@ _COMMANDS: dict[str, _Entry] = {
     "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
     "status": _Entry("halton_meter.cli.status:status", "Show health, coverage and losses."),
     "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
+    "logs": _Entry("halton_meter.cli.logs:logs", "Show the service's log.", _for_journal),
     "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
     "uninstall": _Entry(
         "halton_meter.cli.uninstall:uninstall", "Undo everything that init changed."
     ),
+    "completion": _Entry(
+        "halton_meter.cli.completion:completion", "Print the script for your shell's Tab key."
+    ),
+    "man": _Entry("halton_meter.cli.man:man", "Show or install manual pages."),
+    "version": _Entry("halton_meter.cli.version:version", "Show the version, and what it runs on."),
 }
 
 
@@ -145,6 +161,17 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name from the table, importing none of them."""
+        from click.shell_completion import CompletionItem
+
+        named = [
+            CompletionItem(name, help=entry.line)
+            for name, entry in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -152,6 +179,8 @@ class LazyGroup(click.Group):
 
         Root does not even import a command that never needs root.
         """
+        if ctx.resilient_parsing:  # somebody pressed Tab
+            return super().resolve_command(ctx, args)
         entry = _COMMANDS.get(args[0])
         if args[0] == "run":
             from halton_meter.cli.configured import stand_in_folder, told_of_variables

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -42,9 +43,19 @@ EXAMPLES = """
 
 
 def say(text: str) -> None:
-    """One line for the log. A full disk, which refuses it, must not end the service."""
+    """One line for the log, with its time where that is a file: systemd's journal has its own.
+
+    A full disk, which refuses it, must not end the service.
+    """
+    at = f"{time.strftime('%Y-%m-%d %H:%M:%S')} " if _is_file(sys.stderr) else ""
     with contextlib.suppress(OSError):
-        note(text)
+        note(text, at)
+
+
+def _is_file(stream: TextIO) -> bool:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or no file
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    return False
 
 
 class _Log(io.FileIO):

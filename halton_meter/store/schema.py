@@ -247,12 +247,12 @@ def migrate_in_place(connection: DuckDBPyConnection) -> None:
 
 def needs_rewriting(connection: DuckDBPyConnection) -> bool:
     """Whether it was written before REWRITTEN_VERSION, and is not empty."""
-    return 0 < _version(connection) < REWRITTEN_VERSION
+    return 0 < version_of(connection) < REWRITTEN_VERSION
 
 
 def _migrate(connection: DuckDBPyConnection, newest: int) -> None:
     """Bring the tables to that version, whole or not at all; raises DatabaseTooNew."""
-    version = _version(connection)
+    version = version_of(connection)
     if version > len(MIGRATIONS):
         raise DatabaseTooNew(
             f"The database has schema version {version}, this program knows {len(MIGRATIONS)}. "
@@ -274,10 +274,10 @@ def _migrate(connection: DuckDBPyConnection, newest: int) -> None:
 
 def is_newest(connection: DuckDBPyConnection) -> bool:
     """Whether the tables are those of this program."""
-    return _version(connection) == len(MIGRATIONS)
+    return version_of(connection) == len(MIGRATIONS)
 
 
-def _version(connection: DuckDBPyConnection) -> int:
+def version_of(connection: DuckDBPyConnection) -> int:
     """The schema's version, 0 for a database without tables."""
     try:  # asking the catalogue whether the table exists takes longer than all of a small report
         latest = connection.execute("SELECT max(version) FROM schema_version").fetchall()

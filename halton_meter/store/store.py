@@ -125,6 +125,10 @@ class Store:
         """The DuckDB file; it need not exist."""
         return self._folder.database
 
+    def schema_version(self) -> int:
+        """The version of the database as it is. Raises StoreError."""
+        return self._database.schema_version()
+
     @property
     def held(self) -> int:
         """Events in memory because the disk refused them."""

@@ -40,6 +40,8 @@ _NOT_RUN = {
     "uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
+    "logs": "there is no log",
+    "man --install": "writes to the home directory",
     "config edit": "opens an editor",
     "config reload": "speaks to a service",
     "config check --system": "root's own file",
