@@ -51,7 +51,10 @@
 #define PROJECT_BYTES_MAX 208
 #define SOCKETS_MAX 16384 /* TCP connections of processes in scope that may lead to a provider */
 #define ADDRESSES_MAX 4096 /* of provider hosts */
-#define HELLO_WRITES_MAX 6 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
+#define HELLO_WRITES_MAX 12 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
+#define HELLO_BYTES_MAX 4096 /* of a ClientHello: with keys that outlive quantum computers some 1,800 */
+#define HELLO_PIECES_MAX 8 /* of one write that holds a ClientHello, or its beginning */
+#define HELLO_RANDOM_AT 11 /* behind the heads of record and handshake, and the version */
 #define EXTENSIONS_MAX 48 /* of a ClientHello; browsers send some 20 */
 #define RECORDS_MAX 12 /* TLS records of one write, looked at until the first that holds a request */
 #define ALERT_BYTES_MAX 24 /* of a TLS record: alerts and key updates are no request */
@@ -176,6 +179,7 @@ enum statistic {
 	STAT_DENIED,
 	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
 	STAT_SOCKET_TABLE_FULL, /* TCP connections that are not followed, so not counted either */
+	STAT_RAN_AS_ANOTHER_USER, /* programs that a run's processes became as another user */
 	STATS,
 };
 
@@ -290,9 +294,21 @@ struct tcp_socket {
 	u8 state;
 	u8 writes;
 	u16 flags;
-	u32 unused;
+	u32 hello; /* of its ClientHello's random bytes the first four: who passes it on has the same */
 	char comm[16];
 	char host[HOST_BYTES_MAX];
+};
+
+/* What a connection has sent of its ClientHello. */
+struct hello_bytes {
+	u32 length;
+	u8 bytes[HELLO_BYTES_MAX];
+};
+
+/* The same while it is put together: the verifier wants room for a whole piece behind the last one. */
+struct hello_room {
+	struct hello_bytes hello;
+	u8 beyond[HELLO_BYTES_MAX];
 };
 
 struct address {
@@ -481,6 +497,10 @@ LRU_HASH(writing, u64, u64, 4096);
  * under. `on_looked_up` and `judge_hello` write; `host_by_address` reads. */
 LRU_HASH(addresses, struct address, struct host_name, ADDRESSES_MAX);
 
+/* ClientHellos that came in several writes, up to the last. Key: the kernel's socket. `judge_socket`
+ * writes, reads and drops. */
+LRU_HASH(hellos, u64, struct hello_bytes, 64);
+
 /* Calls of getaddrinfo for provider hosts. Key: thread and process id. `on_lookup` writes,
  * `on_looked_up` reads and drops. */
 LRU_HASH(lookups, u64, struct lookup_call, 1024);
@@ -512,6 +532,9 @@ ARRAY(blank_socket, struct tcp_socket, 1);
 
 /* Key: 0. Value: the record that `executed` builds and sends, on this CPU. Nobody else reads it. */
 PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
+
+/* Key: 0. Value: the ClientHello that `judge_socket` puts together and reads, on this CPU. */
+PERCPU_ARRAY(hello_scratch, struct hello_room, 1);
 
 /* --- to user space --- */
 
@@ -546,6 +569,10 @@ INLINE struct lookup_call *lookups_get(u64 *k) { return lookups.lookup(k); }
 INLINE void lookups_set(u64 *k, struct lookup_call *v) { lookups.update(k, v); }
 INLINE void lookups_drop(u64 *k) { lookups.delete(k); }
 INLINE struct exec_record *exec_scratch_get(u32 *k) { return exec_scratch.lookup(k); }
+INLINE struct hello_room *hello_scratch_get(u32 *k) { return hello_scratch.lookup(k); }
+INLINE struct hello_bytes *hellos_get(u64 *k) { return hellos.lookup(k); }
+INLINE void hellos_set(u64 *k, struct hello_bytes *v) { hellos.update(k, v); }
+INLINE void hellos_drop(u64 *k) { hellos.delete(k); }
 INLINE struct birth *births_get(u32 *k) { return births.lookup(k); }
 INLINE void births_set(u32 *k, struct birth *v) { births.update(k, v); }
 INLINE void births_drop(u32 *k) { births.delete(k); }
@@ -1799,8 +1826,11 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
 	end_connections(tgid);
-	if (!in_scope(s, tgid))
+	if (!in_scope(s, tgid)) {
+		if ((membership(tgid) & (TREE_IN_SCOPE | TREE_EXCLUDED)) == TREE_IN_SCOPE)
+			count(STAT_RAN_AS_ANOTHER_USER, 1);
 		return 0;
+	}
 	if (s->pid_namespace) { /* user space cannot look it up by the id of its fork */
 		u32 member = membership(tgid);
 		if (member)
@@ -2083,15 +2113,22 @@ struct hello {
 
 #define BIG_ENDIAN_16(b) ((u32)(b)[0] << 8 | (b)[1])
 
+/* Bytes of the ClientHello, which lies in memory of ours; 0 where it does not reach that far. */
+INLINE int hello_at(struct hello *h, const u8 *hello, u32 at, u8 *bytes, u32 length)
+{
+	if (at + length > REREAD(h->end))
+		return 0;
+	return !bpf_probe_read_kernel(bytes, length, hello + at);
+}
+
 /* Finds the name and whether there is an encrypted ClientHello, from the extensions on (RFC 8446,
  * 4.1.2). */
-INLINE void read_extensions(struct hello *h, u64 base)
+INLINE void read_extensions(struct hello *h, const u8 *hello)
 {
 	u8 extension[4] = {};
 	for (int i = 0; i < EXTENSIONS_MAX; i++) {
 		u32 at = REREAD(h->position);
-		if (at + sizeof(extension) > REREAD(h->end) ||
-		    bpf_probe_read_user(extension, sizeof(extension), (void *)(base + at)))
+		if (!hello_at(h, hello, at, extension, sizeof(extension)))
 			break;
 		u32 type = BIG_ENDIAN_16(extension);
 		if (type == 0)
@@ -2102,7 +2139,7 @@ INLINE void read_extensions(struct hello *h, u64 base)
 	}
 }
 
-INLINE void read_hello(struct hello *h, u64 base, u64 length)
+INLINE void read_hello(struct hello *h, const u8 *hello, u32 length)
 {
 	u8 bytes[5] = {};
 	u32 at = 43; /* behind record and handshake heads, version, random */
@@ -2112,25 +2149,25 @@ INLINE void read_hello(struct hello *h, u64 base, u64 length)
 	h->name_at = 0;
 	h->encrypted = 0;
 	h->end = length;
-	if (bpf_probe_read_user(bytes, 1, (void *)(base + at))) /* session */
+	if (!hello_at(h, hello, at, bytes, 1)) /* session */
 		return;
 	at += 1 + bytes[0];
-	if (bpf_probe_read_user(bytes, 2, (void *)(base + at))) /* ciphers */
+	if (!hello_at(h, hello, at, bytes, 2)) /* ciphers */
 		return;
 	at += 2 + BIG_ENDIAN_16(bytes);
-	if (bpf_probe_read_user(bytes, 1, (void *)(base + at))) /* compression */
+	if (!hello_at(h, hello, at, bytes, 1)) /* compression */
 		return;
 	h->position = at + 1 + bytes[0] + 2;
-	read_extensions(h, base);
+	read_extensions(h, hello);
 	at = REREAD(h->name_at);
-	if (!at || bpf_probe_read_user(bytes, sizeof(bytes), (void *)(base + at)) || bytes[2])
+	if (!at || !hello_at(h, hello, at, bytes, sizeof(bytes)) || bytes[2])
 		return;
 	u64 named = BIG_ENDIAN_16(bytes + 3);
-	if (!named || named >= HOST_BYTES_MAX - 1)
+	if (!named || named >= HOST_BYTES_MAX - 1 || at + 5 + named > REREAD(h->end))
 		return;
 	asm volatile("" : "+r"(named));
 	named &= HOST_BYTES_MAX - 1;
-	if (bpf_probe_read_user(h->name.text, named, (void *)(base + at + 5)))
+	if (bpf_probe_read_kernel(h->name.text, named, hello + at + 5))
 		return;
 	h->name.length = named;
 }
@@ -2145,14 +2182,16 @@ INLINE void host_by_address(struct tcp_socket *t)
 }
 
 /* A connection's ClientHello: 1 where it leads to a provider, or may. */
-INLINE int judge_hello(struct tcp_socket *t, u64 base, u64 length)
+INLINE int judge_hello(struct tcp_socket *t, const u8 *hello, u32 length)
 {
 	struct hello *h = process_ring_reserve(sizeof(*h));
 	if (!h) {
 		count(STAT_PROCESS_RING_FULL, 1);
 		return 0;
 	}
-	read_hello(h, base, length);
+	read_hello(h, hello, length);
+	if (length >= HELLO_RANDOM_AT + sizeof(t->hello))
+		bpf_probe_read_kernel(&t->hello, sizeof(t->hello), hello + HELLO_RANDOM_AT);
 	if (REREAD(h->name_at) == 0) {
 		t->flags |= SOCKET_NO_NAME;
 		host_by_address(t);
@@ -2184,11 +2223,36 @@ INLINE int holds_request(struct tcp_socket *t, const u8 *head, u32 length)
 	return length > ALERT_BYTES_MAX;
 }
 
+#define RECORD_HEAD_BYTES 6 /* its kind, version and length, and the first byte of its content */
+
+/* The head of a TLS record at `at`, which `left` bytes of this piece hold, the rest the next one. */
+INLINE int record_head(struct payload *p, u64 at, u64 left, u64 next, u8 *head)
+{
+	u64 first = 0, rest = 0, piece[2] = {};
+	u32 here = left < RECORD_HEAD_BYTES ? left : RECORD_HEAD_BYTES;
+
+	if (!here || bpf_probe_read_user(&first, here, (void *)at))
+		return 0;
+	if (here < RECORD_HEAD_BYTES && next < p->count) {
+		if (bpf_probe_read_user(piece, sizeof(piece), (void *)(p->vector + 16 * next)))
+			return 0;
+		u32 there = RECORD_HEAD_BYTES - here;
+		if (piece[1] < there)
+			there = piece[1];
+		if (there && bpf_probe_read_user(&rest, there & 7, (void *)piece[0]))
+			return 0;
+		first |= rest << (8 * here);
+		here += there;
+	}
+	*(u64 *)head = first;
+	return here >= RECORD_HEAD_BYTES - 1; /* of a head that is sent alone no content is known */
+}
+
 /* Steps over the heads of the records in what was sent, up to the first that can hold a request. */
 INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 {
 	u64 piece[2] = {}, left = p->length, at = p->base, next = 1;
-	u8 head[6] = {};
+	u8 head[8] __attribute__((aligned(8))) = {};
 	for (int i = 0; i < RECORDS_MAX; i++) {
 		if (t->skip >= left) {
 			t->skip -= left;
@@ -2205,7 +2269,7 @@ INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 		left -= t->skip;
 		t->skip = 0;
 		u32 length;
-		if (left < sizeof(head) || bpf_probe_read_user(head, sizeof(head), (void *)at))
+		if (!record_head(p, at, left, next, head))
 			break;
 		length = BIG_ENDIAN_16(head + 3);
 		if (head[0] < 20 || head[0] > 24 || head[1] != 3)
@@ -2219,11 +2283,41 @@ INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 	t->flags &= ~SOCKET_FOLLOWED; /* user space judges by the number of bytes (sockets.py) */
 }
 
+/* Put what was sent behind what the connection has sent of its ClientHello. */
+INLINE void gather_hello(struct hello_room *room, struct payload *p, u64 total)
+{
+	u64 at = p->base, left = p->length, next = 1, piece[2] = {};
+	for (int i = 0; i < HELLO_PIECES_MAX; i++) {
+		u32 have = REREAD(room->hello.length);
+		if (have >= HELLO_BYTES_MAX)
+			break;
+		u64 more = left < total ? left : total;
+		if (more >= HELLO_BYTES_MAX)
+			more = HELLO_BYTES_MAX - 1;
+		asm volatile("" : "+r"(more));
+		more &= HELLO_BYTES_MAX - 1;
+		if (more && bpf_probe_read_user(room->hello.bytes + (have & (HELLO_BYTES_MAX - 1)), more, (void *)at))
+			break;
+		have += more;
+		room->hello.length = have < HELLO_BYTES_MAX ? have : HELLO_BYTES_MAX;
+		total -= more;
+		if (!total || next >= p->count ||
+		    bpf_probe_read_user(piece, sizeof(piece), (void *)(p->vector + 16 * next)))
+			break;
+		at = piece[0];
+		left = piece[1];
+		next += 1;
+	}
+}
+
 /* A write on a connection of which it is not known yet where it leads. */
 INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 {
 	struct payload p = {};
-	u8 head[6] __attribute__((aligned(8))) = {};
+	u32 zero = 0, before = 0;
+	struct hello_room *room = hello_scratch_get(&zero);
+	if (!room)
+		return;
 
 	t->writes += 1;
 	if (!find_payload(&p, total)) {
@@ -2234,21 +2328,35 @@ INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return;
 		}
-	} else if (p.length >= sizeof(head) && !bpf_probe_read_user(head, sizeof(head), (void *)p.base)) {
-		if (head[0] == 22 && head[1] == 3 && head[5] == 1) {
-			if (!judge_hello(t, p.base, p.length)) {
+	} else {
+		const u8 *head = room->hello.bytes;
+		struct hello_bytes *begun = hellos_get(&sk);
+		room->hello.length = 0;
+		if (begun && !bpf_probe_read_kernel(&room->hello, sizeof(room->hello), begun)) {
+			before = REREAD(room->hello.length);
+			hellos_drop(&sk);
+		}
+		gather_hello(room, &p, total);
+		u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
+		u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
+		if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
+			hellos_set(&sk, &room->hello);
+			return;
+		}
+		if (may_be) {
+			if (!judge_hello(t, head, have)) {
 				sockets_drop(&sk);
 				return;
 			}
 			t->state = SOCKET_SEEN;
 			t->hello_sent = t->sent;
 			t->flags |= SOCKET_FOLLOWED;
-			t->skip = 5 + BIG_ENDIAN_16(head + 3);
+			t->skip = whole > before ? whole - before : 0;
 			follow_records(t, &p);
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return;
 		}
-		if (*(u32 *)head == 0x4e4e4f43 /* CONN */)
+		if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
 			t->flags |= SOCKET_ASKED_PROXY;
 	}
 	if (t->writes >= HELLO_WRITES_MAX)

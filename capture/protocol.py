@@ -23,7 +23,7 @@ RECORD = struct.Struct("=IHBBIIQQQQII")
 CONNECTION_KEY = struct.Struct("=QII")
 CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
 # `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, tgid, uid, run,
-# port, family, address, state, writes, flags, unused, comm, host.
+# port, family, address, state, writes, flags, hello, comm, host.
 SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHI16s128s")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
@@ -55,6 +55,7 @@ STATISTICS = (
     "denied",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
 )
 LOSS_CAUSES = (
     "ring_full_bytes",
@@ -71,6 +72,7 @@ EVENT_LOSS_CAUSES = (
     "http2_without_name",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
     "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
 
@@ -92,7 +94,8 @@ class Socket:
     """A TCP connection as the kernel's socket shows it; `family` is AF_INET or AF_INET6.
 
     `hello_sent` is what of `sent` the ClientHello took, `used_ns` when the first request was sent
-    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none).
+    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none). `hello`
+    is a part of the ClientHello's random bytes (0: none was read).
     """
 
     opened_ns: int
@@ -112,6 +115,7 @@ class Socket:
     flags: SocketFlag
     comm: str
     host: str
+    hello: int = 0
 
 
 def decode_socket(raw: bytes) -> Socket:
@@ -120,7 +124,7 @@ def decode_socket(raw: bytes) -> Socket:
         raise ProtocolViolation(f"a socket of {len(raw)} bytes")
     fields = SOCKET.unpack_from(raw)
     opened, born, sent, received, hello_sent, used, linked, _ = fields[:8]
-    tgid, uid, run, port, family, address, state, _, flags, _, comm, host = fields[8:]
+    tgid, uid, run, port, family, address, state, _, flags, hello, comm, host = fields[8:]
     return Socket(
         opened,
         born,
@@ -139,6 +143,7 @@ def decode_socket(raw: bytes) -> Socket:
         SocketFlag(flags),
         text(comm),
         text(host),
+        hello,
     )
 
 

@@ -25,6 +25,7 @@ from halton_meter.contract import rfc3339, usd_text
 from halton_meter.coverage import Coverage as SeenCoverage
 from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import date_of, day_of, day_sql, start_of, time_sql
+from halton_meter.plan.answer import Plan, read_plan
 from halton_meter.store import NothingStored, Reader, Selection, Store, schema
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
 
@@ -188,7 +189,8 @@ class Coverage:
 class Report:
     """The answer. `from_ns` and `to_ns` bound it; without a bound asked for, the first and last
     event do. `trend` is one (day, figures) for each of the last TREND_DAYS days. `connections` are
-    those to providers that were seen, also day by day; None where none can be told apart.
+    those to providers that were seen, also day by day; None where none can be told apart. `limits`
+    are those of the accounts as they stand, without shares; None for a period that is over.
     """
 
     by: tuple[str, ...]
@@ -203,6 +205,7 @@ class Report:
     previous: Figures | None = None
     previous_from_ns: int | None = None
     previous_to_ns: int | None = None
+    limits: Plan | None = None
 
     def json(self) -> dict[str, Any]:
         """The object that `report --json` prints."""
@@ -228,6 +231,8 @@ class Report:
                 {"day": day.isoformat(), **found.as_json()}
                 for day, found in self.connections_by_day
             ]
+        if self.limits is not None:
+            answer["limits"] = self.limits.json()["accounts"]
         if self.previous is not None:
             assert self.previous_from_ns is not None
             assert self.previous_to_ns is not None
@@ -302,11 +307,21 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
         groups=_ranked(groups, totals, question.by),
         coverage=_coverage(reader, selection, totals, waiting, many),
         trend=_trend(reader, selection, last, question.now_ns),
+        limits=_limits(reader, question),
         **_connections(reader, selection),
     )
     if question.previous is None:
         return report
     return _compared(reader, report, question.previous, percentiles, many)
+
+
+def _limits(reader: Reader, question: Question) -> Plan | None:
+    """What is left now: of all that is metered, not of a model or of a time that is over."""
+    selection = question.selection
+    if selection != Selection(selection.from_ns):
+        return None
+    found = read_plan(reader, question.now_ns, with_shares=False)
+    return found if found.accounts else None
 
 
 def _is_period(selection: Selection) -> bool:

@@ -27,6 +27,7 @@ from halton_meter.model import Process, is_own_proxy
 PROCESSES_MAX = 4096  # remembered, those with connections that were seen last
 OPEN_SHOWN_MAX = 500
 ROWS_MAX = 1000  # sums that wait for the next report
+ORIGINS_MAX = 4096  # ClientHellos remembered
 OWN_PROXIES_MAX = 64  # local proxies of ours remembered
 # A handshake takes a client less than this behind its ClientHello; what cannot be read is judged by
 # it. Without a ClientHello, that counts too.
@@ -111,6 +112,8 @@ class Sockets:
         self._nameless: list[_Seen] = []
         # Our own local proxies: the process that clients speak to (pid, start in ns), its ports.
         self._own_proxies: OrderedDict[tuple[int, int], frozenset[int]] = OrderedDict()
+        # By its random bytes, the connection on which a ClientHello was first sent, and its socket.
+        self._origins: OrderedDict[int, tuple[int, Socket]] = OrderedDict()
         self.overlooked = 0  # of which there was no room to keep the sum
 
     def resume(self, connections: bpf.Map) -> None:
@@ -168,6 +171,10 @@ class Sockets:
         known.nameless = known.nameless or bool(socket.flags & SocketFlag.NO_NAME)
         seen = known.open[number] = _Seen(socket)
         self._nameless.append(seen)
+        if socket.hello and socket.hello not in self._origins:
+            self._origins[socket.hello] = number, socket
+            if len(self._origins) > ORIGINS_MAX:
+                self._origins.popitem(last=False)
 
     def name_new(self) -> None:
         """Note whose the new connections are, while their processes live. It takes a millisecond
@@ -195,14 +202,33 @@ class Sockets:
 
     def _ended(self, number: int, socket: Socket) -> None:
         known = self._of(socket.tgid, socket.born_ns)
+        if self._origins.get(socket.hello, (0, socket))[1].opened_ns == socket.opened_ns:
+            self._origins[socket.hello] = number, socket  # it is known by now whether it is metered
         seen = known.open.pop(number, None)
-        if not is_used(socket):
+        if not is_used(socket) or self._passes_on(socket):
             return
         process = (seen and seen.process) or self._name(socket)
         cause, host = self._verdict(known, socket, known.open)
         if cause is None and host:
             known.found[host] = known.found.get(host, 0) + 1
         self._add(process, socket, cause, socket.sent + socket.received, host)
+
+    def _passes_on(self, socket: Socket) -> bool:
+        """Whether this only carries on what came from another connection, which is counted.
+
+        A relay or proxy on this machine sends its client's ClientHello. Where that client asked a
+        proxy and was not metered, it stands beside the ratio, so this one counts.
+        """
+        number, origin = self._origins.get(socket.hello, (0, socket))
+        if not socket.hello or socket.linked or origin.opened_ns == socket.opened_ns:
+            return False
+        now = self._now(struct.pack("=Q", number))
+        if now is not None and now.opened_ns == origin.opened_ns and now.linked:
+            self._origins[socket.hello] = number, now
+            return True
+        return bool(origin.linked) or not (
+            origin.flags & SocketFlag.ASKED_PROXY and is_local(origin)
+        )
 
     def _verdict(
         self, known: _OfProcess, socket: Socket, others: dict[int, _Seen]
@@ -313,7 +339,7 @@ class Sockets:
             rest = {number: each for number, (each, _) in open_now.items()}
             for number, (each, socket) in open_now.items():
                 del rest[number]
-                if not is_used(socket):
+                if not is_used(socket) or self._passes_on(socket):
                     continue
                 cause, host = self._verdict(known, socket, rest)
                 if cause is None and host:

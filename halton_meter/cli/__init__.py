@@ -58,7 +58,18 @@ class _Entry(NamedTuple):
 _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
+    "top": _Entry(
+        "halton_meter.cli.top.command:top", "Show what is metered now, live in the terminal."
+    ),
+    "tail": _Entry("halton_meter.cli.tail:tail", "Print requests as they end."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
+    "plan": _Entry(
+        "halton_meter.cli.plan:plan", "Show each account's limits, and who used how much."
+    ),
+    "statusline": _Entry(
+        "halton_meter.cli.statusline:statusline", "Show what a session spends in Claude Code."
+    ),
+    "prompt": _Entry("halton_meter.cli.prompt:prompt", "Print a short text for a shell's prompt."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),
@@ -81,6 +92,11 @@ _COMMANDS: dict[str, _Entry] = {
     ),
     "run": _Entry(
         "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
+    ),
+    "record": _Entry(
+        "halton_meter.cli.record:record",
+        "Record one command's provider connections in a file.",
+        _for_probes,
     ),
     "daemon": _Entry(
         "halton_meter.cli.daemon:daemon", "Run the metering service in the foreground.", _for_probes

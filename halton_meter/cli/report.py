@@ -39,7 +39,7 @@ from halton_meter.cli.output import (
 )
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import usd_text
-from halton_meter.model import TOKEN_NAMES
+from halton_meter.model import TOKEN_NAMES, LimitKind
 from halton_meter.periods import period_before
 from halton_meter.report import (
     DIMENSIONS,
@@ -267,6 +267,7 @@ def _drawn(answer: Report, selection: Selection) -> str:
     parts = [
         _heading(answer),
         _summary(answer, places),
+        _limits(answer),
         _table(answer, places),
         _trend(answer, places),
         _coverage(answer),
@@ -334,7 +335,7 @@ def _cache(totals: Figures, places: int) -> list[str]:
     """What came from a cache, and what that saved."""
     if not totals.cache_hit_rate:
         return []
-    line = f"cache: {totals.cache_hit_rate * 100:.1f} % of input tokens"
+    line = f"{totals.cache_hit_rate * 100:.1f} % of input tokens came from the cache"
     saved, unknown = totals.cache_saved_usd, totals.cache_unknown_requests
     if saved is not None:
         amount = money_text(abs(saved), places)
@@ -349,6 +350,22 @@ def _first_token(totals: Figures) -> list[str]:
         return []
     median, p95 = (duration_text(each) for each in (totals.median_ttft_ms, totals.p95_ttft_ms))
     return [f"first token: median {median}, p95 {p95}"]
+
+
+def _limits(answer: Report) -> str:
+    """What is used of each plan's windows, one line a plan."""
+    if answer.limits is None:
+        return ""
+    from halton_meter.plan.words import in_short, title
+
+    lines = []
+    for account in answer.limits.accounts:
+        windows = "; ".join(
+            in_short(window, answer.limits.at_ns) for window in account.of(LimitKind.PLAN)
+        )
+        if windows:
+            lines.append(f"{title(account)}: {windows}")
+    return "\n".join([*lines, "Who used it: halton-meter plan"]) if lines else ""
 
 
 def _tokens_line(tokens: dict[str, int | None]) -> str:

@@ -36,6 +36,7 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
     """Undo everything that init changed."""
     from halton_meter import accounts
     from halton_meter.cli.init import in_fish
+    from halton_meter.cli.statusline import remove_all
     from proxy_fallback.setup.changes import ChangeError, Commands
     from proxy_fallback.setup.ledger import Ledger
     from proxy_fallback.setup.steps import undo
@@ -61,6 +62,9 @@ def uninstall(*, purge: bool, yes: bool, as_json: bool) -> None:
                 f"not everything could be undone:\n  {error}", "halton-meter uninstall"
             )
             fail(problem, as_json=as_json)
+        lines = remove_all()
+        undone += len(lines)
+        notes += lines
     if purge:
         _purge(home)
     if as_json:

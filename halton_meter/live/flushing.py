@@ -115,11 +115,13 @@ class Flusher:
 
 def main(home: Path) -> int:
     """The process's whole life."""
+    from halton_meter.live.snapshot_writer import settle
     from halton_meter.store import Store
 
     os.nice(PRIORITY)
     with Store(home) as store:
         outcome = flush(store, keep_from_ns(home, time.time_ns()))
+        settle(home, store)
     if outcome != Outcome():
         print(json.dumps(dataclasses.asdict(outcome)))
     return 0

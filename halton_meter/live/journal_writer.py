@@ -19,6 +19,7 @@ from halton_meter.contract import rfc3339
 from halton_meter.coverage import Coverage
 from halton_meter.live import flushing
 from halton_meter.live.flushing import Flusher, Outcome
+from halton_meter.live.snapshot_writer import SnapshotWriter
 from halton_meter.live.status import StoreCondition
 from halton_meter.model import PricedEvent
 
@@ -108,6 +109,7 @@ class JournalWriter:
         self._store = store
         self._home = home
         self._on_write = on_write
+        self._snapshot = SnapshotWriter(home)
         self._unflushed = 0
         self._sealed_at = 0.0
         self._seal_due: float | None = None
@@ -128,7 +130,7 @@ class JournalWriter:
     def due_at(self) -> float | None:
         """When `tick` has something to do; None: not before more events are kept."""
         flush_due = self._next_flush() if self._flusher is None else self._poll_due
-        dues = (self._seal_due, self._retry_due, flush_due)
+        dues = (self._seal_due, self._retry_due, flush_due, self._snapshot.due_at)
         return min((due for due in dues if due is not None), default=None)
 
     @property
@@ -153,6 +155,7 @@ class JournalWriter:
     def keep(self, events: Sequence[PricedEvent]) -> None:
         """Put events into the journal, or hold them while the disk refuses them."""
         self._store.append(events)
+        self._snapshot.add(events)
         self._unflushed += len(events)
         self._plan()
         if self._unflushed >= FLUSH_EVENTS:
@@ -191,6 +194,7 @@ class JournalWriter:
         if self._retry_due is not None and now >= self._retry_due:
             self._store.close()
             self.written()
+        self._snapshot.tick(now)
         if self._flusher is not None:
             self._look_at_flusher(self._flusher, now)
         elif (due := self._next_flush()) is not None and now >= due:
@@ -218,6 +222,7 @@ class JournalWriter:
             self._flusher.wait()
         self.condition.flushed(flushing.flush(self._store))
         self._store.close()
+        self._snapshot.end()
 
     def _start_flusher(self) -> None:
         self._unflushed, self._flush_due, self._seal_due = 0, None, None

@@ -39,14 +39,15 @@ class Pipeline:
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
+        from halton_meter.store import account_key
         from halton_meter.tokenizer import Tokenizer
 
         keep_freed_memory()
         self._home = home
         self._attribution = Attribution(rules=read(home).config.project_rules)
-        self._tokenizer = Tokenizer()
+        self._tokenizer, self._account_key = Tokenizer(), account_key(home)
         book, self.price_error = _prices(home)
-        registry = Registry(dict(extra_hosts), self._tokenizer)
+        registry = Registry(dict(extra_hosts), self._tokenizer, self._account_key)
         self.meter: Meter = Meter(book.price, self._attribution, registry)
 
     def reload(self) -> Loaded:
@@ -66,7 +67,8 @@ class Pipeline:
         """Know these hosts of the user's own instead."""
         from halton_meter.providers.registry import Registry
 
-        self.meter.use(registry=Registry(dict(extra_hosts), self._tokenizer))
+        registry = Registry(dict(extra_hosts), self._tokenizer, self._account_key)
+        self.meter.use(registry=registry)
 
 
 def _prices(home: Path) -> tuple[PriceBook, str | None]:

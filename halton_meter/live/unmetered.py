@@ -25,6 +25,9 @@ _OF_PROBES: Mapping[str, str] = {
     "no_server_name": "it named no server (SNI)",
     "ech": "its server name is encrypted (ECH)",
 }
+_OF_KEY_LOG: Mapping[str, str] = {
+    "no_keys": "it wrote no TLS keys",
+}
 # The same, of what the proxy saw or ought to have seen.
 _OF_PROXY: Mapping[str, str] = {
     "proxy_ignored": "it ignores proxy settings",
@@ -43,7 +46,7 @@ _OF_PROXY: Mapping[str, str] = {
     "stopped": "metering was stopped",
 }
 PROXY_CAUSES = frozenset(_OF_PROXY)
-CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_PROXY}
+CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_KEY_LOG, **_OF_PROXY}
 # Found by looking again and again: there may be more.
 _AT_LEAST = frozenset({"proxy_ignored"})
 _CHARACTERS_MAX = 1000

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 # The tables whose rows have a time, and the column that holds it.
-TIMED = {"event": "at_ns", "loss": "at_ns", "coverage": "hour_ns", "retagging": "at_ns"}
+TIMED = {
+    **dict.fromkeys(("event", "loss", "retagging", "limit_reading"), "at_ns"),
+    "coverage": "hour_ns",
+}
 # What a flush deletes at once of what has expired; of the first time there may be years.
 DAYS_AT_ONCE_MAX = 31
 PROJECTS_MAX = 5

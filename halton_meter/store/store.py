@@ -46,10 +46,11 @@ from halton_meter.store.journal import (
     Journal,
     coverage_id,
     coverage_line,
-    event_line,
+    event_lines,
     is_locked,
     loss_line,
 )
+from halton_meter.store.limits import LimitLines, trim_limits
 from halton_meter.store.purging import Older, Purged, delete, expire, older
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.rollup import DAY_NS, roll, unroll
@@ -118,6 +119,7 @@ class Store:
         self._folder = Home(self.home, owner)
         self._journal = Journal(self._folder)
         self._database = Database(self._folder)
+        self._limit_lines = LimitLines()
         self._flush_lock = threading.Lock()
 
     @property
@@ -167,7 +169,9 @@ class Store:
         Never raises for want of disk: `trouble` then says what is wrong, `held` and `dropped`
         how much is at stake. Held events are written before newer ones, as soon as it works.
         """
-        return self._journal.write([event_line(event) for event in events])
+        return self._journal.write(
+            [event_lines(event, self._limit_lines.of(event)) for event in events]
+        )
 
     def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
         """Keep a loss for `status` and reports; `cause` is a snake_case word.
@@ -450,10 +454,11 @@ def _expire(connection: DuckDBPyConnection, keep_from_ns: int) -> int:
 
 
 def _roll(connection: DuckDBPyConnection) -> None:
-    """Keep the sums of days up to date; without them, reports are only slower."""
+    """Keep the sums of days up to date, and readings of limits few; without that, all is slower."""
     connection.execute("BEGIN")
     try:
         roll(connection, time.time_ns())
+        trim_limits(connection)
         connection.execute("COMMIT")
     except driver().Error:
         with contextlib.suppress(driver().Error):

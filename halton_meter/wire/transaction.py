@@ -32,6 +32,7 @@ from halton_meter.wire.body import (
 )
 from halton_meter.wire.codings import RATIO_MAX, UNTOLD
 from halton_meter.wire.gaps import REQUEST_HEAD_LOST, BodyHole, Gap, over_limit
+from halton_meter.wire.so_far import BodySoFar, ExchangeSoFar
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,12 @@ def _response_body(headers: Headers, whole: bool = True) -> BodyCollector:
 def _coding(headers: Headers, whole: bool) -> str | None:
     """A body's content coding; of a head that was read in part, what it is may not be known."""
     return header(headers, "content-encoding") or (None if whole else UNTOLD)
+
+
+def _body_so_far(collector: BodyCollector | None) -> BodySoFar:
+    if collector is None:
+        return BodySoFar.of_text(b"", 0)
+    return BodySoFar(collector.so_far(), collector.received_bytes)
 
 
 class Transaction:
@@ -206,6 +213,25 @@ class Transaction:
         self.gap.lose(BodyHole(side, count, most, offset, seen))
         if body is not None:
             body.lose(count)
+
+    def so_far(self) -> ExchangeSoFar | None:
+        """What was seen of it, or None where nobody wants it; it goes on as if nobody had asked."""
+        if not self.wanted:
+            return None
+        sent, received = map(_body_so_far, (self.request_body, self.response_body))
+        return ExchangeSoFar(
+            connection=self._context.connection,
+            protocol=self.protocol,
+            request=self.request,
+            status=self.status,
+            headers=self.response_headers,
+            started_ns=self.started_ns,
+            first_byte_ns=self.first_byte_ns,
+            said_all=self.request_done,
+            sent=sent,
+            received=received,
+            gap=self.gap.text,
+        )
 
     def finish(self) -> Exchange | None:
         """The exchange, or None where nobody wants it or nothing of it was seen."""

@@ -35,8 +35,11 @@ _ARGUMENTS = {
 }
 # What stops or removes something needs no configuration; what shows and corrects it (`config`)
 # goes on whatever it says.
-_NEEDS_NONE = {"stop", "uninstall", "logs", "completion", "man", "version", "doctor"}
-_GOES_ON = {"run", "status"}
+_NEEDS_NONE = {
+    *("stop", "uninstall", "statusline install", "statusline uninstall", "prompt"),
+    *("logs", "completion", "man", "version", "doctor"),
+}
+_GOES_ON = {"run", "record", "status"}
 LINE = (
     '{home}/config.toml:2: [hosts] "llm.example.com": no provider is called "openia"; '
     'did you mean "openai"? Known: openai, anthropic, '

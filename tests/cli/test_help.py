@@ -31,13 +31,17 @@ _DIALECT = {
 }
 # Examples that are not run here, by their first words, and why.
 _NOT_RUN = {
+    "record": "captures packets: tests/lab/test_key_log.py",
     "run": "starts a metered program: root, the service or a proxy",
     "daemon": "runs until it is stopped",
     "start": "starts a service",
     "stop": "would stop a service of this machine",
     "dashboard": "runs until it is stopped",
+    "tail -f": "runs until it is stopped",
     "init": "changes this user's settings (--dry-run is run)",
     "uninstall": "changes this user's settings",
+    "statusline install": "changes this user's settings",
+    "statusline uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
     "logs": "there is no log",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from halton_meter.live.control import Control, ServiceAbsent
+from tests.lab.real_clients.programs import cache_folder
 from tests.support.lab.client_python import client_python
 from tests.support.lab.lab import Lab, User
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
@@ -32,7 +33,9 @@ def lab(python: str) -> Iterator[Lab]:
     """One lab for the whole session; skipped, aloud, where namespaces cannot be made."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("the lab needs root on Linux: sudo make lab")
-    with Lab([Path(python).parent.parent]) as made:
+    programs = cache_folder()
+    programs.mkdir(parents=True, exist_ok=True)
+    with Lab([Path(python).parent.parent, programs]) as made:
         yield made
 
 

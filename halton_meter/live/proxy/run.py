@@ -243,6 +243,8 @@ class _Background:
             losses = Counter(service.losses.total())
             for causes in service.edge.bypassed.values():
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
+            if refused := service.edge.counts["refused_other_user"]:
+                losses["refused_other_user"] = refused
             run.losses = dict(losses)
             run.unmetered += service.unmetered()
             run.connections = service.connections

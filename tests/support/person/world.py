@@ -61,6 +61,11 @@ NAMES = (
     ".config.toml.*",
     "env.sh",
     ".env.sh.*",
+    "snapshot.json",
+    "snapshot.json.new",
+    "snapshot.lock",
+    "statusline.json",
+    ".statusline.json.*",
     "proxy-ca/*",
 )
 PLANTABLE = tuple(name for name in NAMES if "*" not in name)
