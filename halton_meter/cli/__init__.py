@@ -35,6 +35,20 @@ def _for_reload(given: Mapping[str, Any]) -> bool:
     return sys.platform == "linux" and given.get("subcommand") == "reload"
 
 
+def _for_init(given: Mapping[str, Any]) -> bool:
+    """Installing the uprobes service needs root; the proxy, and what only shows, does not."""
+    of_proxy = ("mode", "no_shell_rc", "java", "system_trust", "redirect", "keep", "platform")
+    on_linux = sys.platform == "linux" and given.get("via") != "proxy"
+    return on_linux and not any(given.get(name) for name in of_proxy)
+
+
+def _for_uninstall(_given: Mapping[str, Any]) -> bool:
+    """Removing the uprobes service needs root; all else is undone as the user."""
+    from halton_meter.cli.systemd_unit import UNIT_PATH
+
+    return sys.platform == "linux" and UNIT_PATH.exists()
+
+
 def _for_journal(given: Mapping[str, Any]) -> bool:
     """The system service's log is in the system's journal, which root may read."""
     from halton_meter.cli.logs import from_journal
@@ -106,11 +120,13 @@ _COMMANDS: dict[str, _Entry] = {
     ),
     "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
     "status": _Entry("halton_meter.cli.status:status", "Show health, coverage and losses."),
-    "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
+    "init": _Entry("halton_meter.cli.init:init", "Set metering up, by one command.", _for_init),
     "logs": _Entry("halton_meter.cli.logs:logs", "Show the service's log.", _for_journal),
     "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
     "uninstall": _Entry(
-        "halton_meter.cli.uninstall:uninstall", "Undo everything that init changed."
+        "halton_meter.cli.uninstall:uninstall",
+        "Undo everything that init changed.",
+        _for_uninstall,
     ),
     "completion": _Entry(
         "halton_meter.cli.completion:completion", "Print the script for your shell's Tab key."

@@ -169,7 +169,7 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
 
 
 def _installed() -> Iterator[Finding]:
-    from halton_meter.cli.init import runs_from_cache
+    from halton_meter.cli.init_uprobes import runs_from_cache
 
     if runs_from_cache():
         what = f"runs from uv's cache ({sys.prefix}), which uv may empty"
@@ -303,6 +303,7 @@ def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:
     mode = ledger.mode or "apps"
     keys = {entry.change.key.partition(":")[0] for entry in ledger.entries}
     more = "".join(f" --{each}" for each in ("java", "system-trust") if each in keys)
+    more += "" if "block" in keys else " --no-shell-rc"
     again = f"halton-meter init --{mode}{more} --non-interactive"
     if not ledger.complete:
         yield Finding("proxy set-up", False, "init was interrupted", again, True)

@@ -92,7 +92,7 @@ def _public(text: str) -> str:
 
 
 def _how() -> str:
-    from halton_meter.cli.init import runs_from_cache
+    from halton_meter.cli.init_uprobes import runs_from_cache
 
     prefix = Path(sys.prefix)
     if runs_from_cache():

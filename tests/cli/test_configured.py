@@ -29,7 +29,7 @@ _ARGUMENTS = {
     "pricing set": ["m", "--discount", "10%"],
     "pricing reset": ["--all"],
     "pricing refresh": ["--undo"],
-    "init": ["--non-interactive"],
+    "init": ["--via", "proxy", "--non-interactive"],
     "start": ["--via", "proxy"],
     "daemon": ["--foreground", "--via", "proxy"],
 }

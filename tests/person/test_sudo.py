@@ -99,6 +99,7 @@ ROOTS = {
     ("start",),
     ("stop",),
     ("config", "reload"),
+    ("init", "--dry-run"),
 }
 
 
