@@ -22,6 +22,9 @@ from hypothesis import HealthCheck, settings
 for _name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
     os.environ.pop(_name, None)
 
+# Nor may a test that forgets to name a folder change the settings of whoever runs it.
+os.environ["CLAUDE_CONFIG_DIR"] = "/nowhere/that/a/test/may/write"
+
 # `pytest &` and `nohup pytest` ignore these; every program that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,10 +18,10 @@ import click
 from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import (
+    cost_text,
     count,
     fail,
     implausible_words,
-    money_text,
     note,
     shown,
     wrong_usage,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from halton_meter.live.result import RunResult
     from halton_meter.live.totals import Line, Totals
 
-CENT = Decimal("0.01")
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
@@ -308,21 +306,16 @@ def _tokens(line: Line) -> str:
     return known + (f" (of {count(line.unknown, 'request')} not known)" if line.unknown else "")
 
 
-def _usd(amount: Decimal) -> str:
-    """With four decimals, below a cent with six, as `events` has them."""
-    return money_text(amount, 6 if 0 < abs(amount) < CENT else 4)
-
-
 def _cost(line: Line) -> str:
     """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    text = f"{_usd(line.list_usd)} list price"
+    text = f"{cost_text(line.list_usd)} list price"
     if line.estimated:
         every = line.estimated == line.requests
         text += " (estimated)" if every else f" ({count(line.estimated, 'request')} estimated)"
     if line.marginal_usd != line.list_usd:
-        text += f", {_usd(line.marginal_usd)} billed"
+        text += f", {cost_text(line.marginal_usd)} billed"
     return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
 
 

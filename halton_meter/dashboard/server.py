@@ -28,6 +28,7 @@ from halton_meter.coverage import Coverage
 from halton_meter.dashboard.entrance import CODE_SECONDS, Entrance, is_ours
 from halton_meter.model import PricedEvent
 from halton_meter.periods import day_of, start_of
+from halton_meter.plan.answer import ask as ask_plan
 from halton_meter.report import DIMENSIONS, Question, ask
 from halton_meter.spreadsheet import write_rows
 from halton_meter.store import NothingStored, Selection, Store, StoreError
@@ -160,6 +161,8 @@ class _Page(BaseHTTPRequestHandler):
                 self._send_json(report_json(server.store, server.clock(), asked, server.words))
             elif path == "/api/requests":
                 self._send_json(requests_json(self.server.store, self.server.clock(), asked))
+            elif path == "/api/plan":
+                self._send_json(ask_plan(self.server.store, self.server.clock()).json())
             elif path == "/requests.csv":
                 self._send_csv(asked)
             else:

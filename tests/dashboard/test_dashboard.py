@@ -22,6 +22,7 @@ from halton_meter.coverage import Coverage, Part
 from halton_meter.dashboard.entrance import CODE_SECONDS, GUESSES_MAX, Entrance, is_ours
 from halton_meter.dashboard.server import REQUESTS_A_PAGE, Dashboard
 from halton_meter.store import Store
+from tests.support.limits import plan_limits
 from tests.support.made import HOUR_NS, NOON_NS, made
 
 
@@ -156,7 +157,7 @@ def test_another_user_with_the_code_neither_gets_in_nor_spends_it(page: Dashboar
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/api/report", "/api/requests", "/requests.csv", "/?code=guess"]
+    "path", ["/", "/api/report", "/api/plan", "/api/requests", "/requests.csv", "/?code=guess"]
 )
 def test_without_the_cookie_nothing_is_shown(page: Dashboard, store: Store, path: str) -> None:
     keep(store, 1)
@@ -190,6 +191,15 @@ def test_the_report_is_the_contract_s(page: Dashboard, store: Store) -> None:
     assert answer.status == 200
     assert [(group["key"], group["requests"]) for group in report["groups"]] == [("web", 3)]
     assert report["totals"]["list_usd"] == "0.75"
+
+
+def test_the_plans_windows_are_those_of_the_command(page: Dashboard, store: Store) -> None:
+    assert json.loads(get(page, "/api/plan")[1])["accounts"] == []
+    limits = plan_limits(NOON_NS, "0.37", "0.40")
+    store.append([made("e1", conditions={"plan": "claude"}, limits=limits)])
+    store.flush()
+    (account,) = json.loads(get(page, "/api/plan")[1])["accounts"]
+    assert [(w["window"], w["used"]) for w in account["windows"]] == [("5h", "0.37"), ("7d", "0.4")]
 
 
 def test_a_period_leaves_out_what_was_before(page: Dashboard, store: Store) -> None:

@@ -9,7 +9,7 @@ connections whose keys are in that file are read, so no other program's.
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import signal
 import subprocess
 import tempfile
@@ -18,16 +18,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from capture.live_capture import LiveCapture, start_sniffer
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import own_code
+from halton_meter.live.control import (
+    Answering,
+    Client,
+    remove_dead_run_sockets,
+    run_socket_name,
+)
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.not_started import not_started
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
@@ -37,7 +44,6 @@ if TYPE_CHECKING:
     import socket
 
     from capture.packets.keeping import Keeping
-    from halton_meter.meter import Meter
     from halton_meter.model import Connection, PricedEvent, TlsChunk
 
 HTTPS = 443
@@ -96,11 +102,17 @@ class _Metering:
         from halton_meter.providers.registry import Registry
         from halton_meter.store import Store
 
-        self._meter: Meter
-        self._meter, self._price_error = make_meter(home, dict(extra_hosts))
+        pipeline = Pipeline(home, extra_hosts)
+        self._meter, self._price_error = pipeline.meter, pipeline.price_error
         self._journal = JournalWriter(Store(home), home, self._price_error)
         self._totals = Totals()
         self._owners = Owners()
+        self._in_flight = InFlight(self._meter)
+        self._selector = selectors.DefaultSelector()
+        remove_dead_run_sockets(home)
+        self._answering = Answering(
+            home, self._selector, self._answer, lambda client: None, run_socket_name()
+        )
         registry = Registry(dict(extra_hosts))
         self._source = LiveCapture(
             link,
@@ -134,6 +146,7 @@ class _Metering:
         self._journal.keep_connections(self._connections, time.time_ns())
         self._journal.count_losses({**self._source.losses, **self._meter.losses})
         self._journal.close()
+        self._answering.remove()
         result.totals = self._totals
         result.losses = {**self._source.losses, **self._meter.losses}
         result.connections = self._connections
@@ -148,14 +161,22 @@ class _Metering:
 
     def _work(self) -> None:
         until: float | None = None
+        self._selector.register(self._source, selectors.EVENT_READ, lambda: None)
         while until is None or time.monotonic() < until:
-            select.select([self._source], [], [], LOOK_EVERY_S)
+            for key, _ in self._selector.select(LOOK_EVERY_S):
+                key.data()
             self._take(self._source.read())
             self._journal.tick(time.monotonic())
             if self._source.ended:
                 return
             if until is None and self._over.is_set():
                 until = time.monotonic() + SETTLE_S
+
+    def _answer(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        """What `top` asks; who started the run needs no socket."""
+        if request.get("ask") == "in_flight":
+            return self._in_flight.answer(self._meter.under_way(), time.time_ns())
+        return {"error": "unknown request"}
 
     def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
         for item in items:

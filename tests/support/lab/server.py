@@ -30,7 +30,13 @@ import wsproto.events
 import zstandard
 from wsproto.extensions import PerMessageDeflate
 
-from tests.support.lab.answers import Answer, answer, responses_entry, responses_turn
+from tests.support.lab.answers import (
+    Answer,
+    answer,
+    limit_event,
+    responses_entry,
+    responses_turn,
+)
 from tests.support.lab.scenario import scenario_of
 
 BODY_BYTES_MAX = 64 << 20
@@ -367,7 +373,8 @@ async def _turn(
     scenario = scenario_of(heard.encode())
     model = str(asked.get("model") or asked.get("response", {}).get("model"))
     serial = f"lab{scenario.serial}" if scenario.serial else ledger.serial()
-    for event in responses_turn(model, scenario, serial):
+    limits = limit_event(scenario)
+    for event in [*([limits] if limits else []), *responses_turn(model, scenario, serial)]:
         writer.write(socket.send(wsproto.events.TextMessage(json.dumps(event))))
         await writer.drain()
         if scenario.delay_ms:
