@@ -426,6 +426,11 @@ def _filled(reader: Reader) -> dict[str, bool]:
     return {name: (name,) in found for name in columns}
 
 
+def totals_of(reader: Reader, selection: Selection) -> Figures:
+    """The sums over all events of a selection, without percentiles."""
+    return _total(reader, selection, _grouped(reader, selection, (), False, True), False)
+
+
 def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: bool) -> Figures:
     """The sum of the groups, which are disjoint; only percentiles need another look."""
     total = Figures()

@@ -18,7 +18,7 @@ from typing import Any
 
 from halton_meter.contract import event_json, rfc3339, usd_text
 from halton_meter.model import TOKEN_NAMES, Caller, PricedEvent, Tokens, total_usd
-from halton_meter.report import Figures, figures_of, sums_of
+from halton_meter.report import Figures, figures_of, sums_of, totals_of
 from halton_meter.store import Reader, Selection
 from halton_meter.store.schema import DAY_SUMS
 
@@ -27,10 +27,11 @@ CANDIDATES_MAX = 10
 # A shortened id has as many characters at least.
 SHORT_CHARS_MIN = 8
 LATEST = "latest"
+# What orders them, and how.
 ORDERS = {
-    "time": "last_ns DESC",
-    "cost": "usd DESC NULLS LAST, last_ns DESC",
-    "requests": "requests DESC, last_ns DESC",
+    "time": ("max(at_ns)", "key DESC"),
+    "cost": ("sum(list_usd)", "key DESC NULLS LAST"),
+    "requests": ("count(*)", "key DESC"),
 }
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
 _CONTEXT = ("input", "cache_read", *_CACHE_WRITES)
@@ -99,27 +100,30 @@ def sessions_of(
 ) -> Sessions:
     """The sessions with requests in a selection, ordered by one of ORDERS, up to `limit`."""
     where, parameters = selection.where()
+    key, rank = ORDERS[order]
     ids = reader.rows(
-        "SELECT session_id, max(at_ns) AS last_ns, sum(list_usd) AS usd, count(*) AS requests, "
-        f"count(*) OVER () FROM event WHERE session_id IS NOT NULL AND {where} GROUP BY 1 "
-        f"ORDER BY {ORDERS[order]}, session_id" + ("" if limit is None else f" LIMIT {int(limit)}"),
+        f"SELECT session_id, min(at_ns), count(*) OVER (), {key} AS key FROM event "
+        f"WHERE session_id IS NOT NULL AND {where} GROUP BY 1 "
+        f"ORDER BY {rank}, max(at_ns) DESC, session_id"
+        + ("" if limit is None else f" LIMIT {int(limit)}"),
         parameters,
     )
-    totals = {
-        is_named: figures_of(row)
-        for is_named, *row in reader.rows(
-            f"SELECT session_id IS NOT NULL, {', '.join(sums_of(reader))} FROM event "
-            f"WHERE {where} GROUP BY 1",
-            parameters,
-        )
-    }
-    without = totals.get(False, Figures())
-    found = _described(reader, selection, [row[0] for row in ids]) if ids else {}
+    found: dict[str, Session] = {}
+    if ids:
+        # The bound in time spares reading parts of the file that hold nothing of them.
+        first_ns = min(row[1] for row in ids)
+        found = _described(reader, selection, [row[0] for row in ids], int(first_ns))
     return Sessions(
         tuple(found[row[0]] for row in ids),
-        int(ids[0][-1]) if ids else 0,
-        without,
-        without + totals.get(True, Figures()),
+        int(ids[0][2]) if ids else 0,
+        figures_of(
+            reader.rows(
+                f"SELECT {', '.join(sums_of(reader))} FROM event "
+                f"WHERE session_id IS NULL AND {where}",
+                parameters,
+            )[0]
+        ),
+        totals_of(reader, selection),
     )
 
 
@@ -136,12 +140,15 @@ _DESCRIBED = (
 )
 
 
-def _described(reader: Reader, selection: Selection, ids: Sequence[str]) -> dict[str, Session]:
+def _described(
+    reader: Reader, selection: Selection, ids: Sequence[str], first_ns: int
+) -> dict[str, Session]:
     where, parameters = selection.where()
     picked = ", ".join(("session_id", *_DESCRIBED, *DAY_SUMS.values()))
     rows = reader.rows(
-        f"SELECT {picked} FROM event WHERE {where} AND session_id IN (SELECT unnest(?)) GROUP BY 1",
-        [*parameters, list(ids)],
+        f"SELECT {picked} FROM event WHERE {where} AND at_ns >= ? "
+        "AND session_id IN (SELECT unnest(?)) GROUP BY 1",
+        [*parameters, first_ns, list(ids)],
     )
     return {row[0]: _session(row) for row in rows}
 
@@ -187,7 +194,8 @@ def shortened(reader: Reader, ids: Iterable[str]) -> dict[str, str]:
     """Each id as far as it takes to tell it from all that are stored."""
     wanted = list(ids)
     rows = reader.rows(
-        "SELECT DISTINCT session_id FROM event WHERE left(session_id, ?) IN (SELECT unnest(?))",
+        "SELECT session_id FROM (SELECT DISTINCT session_id FROM event) "
+        "WHERE left(session_id, ?) IN (SELECT unnest(?))",
         [SHORT_CHARS_MIN, [name[:SHORT_CHARS_MIN] for name in wanted]],
     )
     known = sorted({*wanted, *(name for (name,) in rows)})
@@ -283,8 +291,9 @@ class Course:
 
 def course_of(reader: Reader, session_id: str) -> Course:
     """How a session went; there must be requests of it."""
-    found = _described(reader, Selection(session=session_id), [session_id])[session_id]
-    # The bounds in time spare reading parts of the file that hold nothing of it.
+    own = Selection(session=session_id)
+    first_ns = reader.rows("SELECT min(at_ns) FROM event WHERE session_id = ?", [session_id])
+    found = _described(reader, own, [session_id], int(first_ns[0][0]))[session_id]
     within = Selection(found.began_ns, found.ended_ns + 1, session=session_id)
     events = list(reader.events(within))
     labels = _labels(events)

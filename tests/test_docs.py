@@ -272,8 +272,13 @@ EXAMPLES_OF = [
     (
         "Add an event field",
         "git_branch",
-        {"halton_meter/cli/project.py", "halton_meter/live/in_flight.py"},
+        {
+            "halton_meter/cli/project.py",
+            "halton_meter/live/in_flight.py",
+            "halton_meter/cli/report.py",
+        },
     ),
+    ("Add a client that names its session", "x-opencode-session-id", set()),
     ("Add a report dimension", "error_class", None),
     (
         "Add a command",
