@@ -31,6 +31,7 @@ def main(toy: bool = False) -> None:
             [program, "--version"],
             [program, "report"],
             [program, "events", "--limit", "10"],
+            [program, "tail"],
         ):
             name = " ".join([Path(command[0]).name, *command[1:]])
             taken = best(command, home, runs)

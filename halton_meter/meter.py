@@ -90,6 +90,11 @@ class Meter:
         self._received_bytes = 0  # since what is held was added up
         self._add_up_at_bytes = HELD_BYTES_MAX // HELD_PER_RECEIVED
 
+    def use(self, price: Price | None = None, registry: Registry | None = None) -> None:
+        """Price by another book, or know other hosts, from the next request on."""
+        self._price = price if price is not None else self._price
+        self._registry = registry if registry is not None else self._registry
+
     @property
     def losses(self) -> Mapping[str, int]:
         """What was lost or given up, by cause, over the whole run; causes are snake_case words."""

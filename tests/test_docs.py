@@ -264,9 +264,21 @@ def files_with(word: str) -> set[str]:
 EXAMPLES_OF = [
     ("Add a provider", "cohere", {"pricing/overlay/bedrock.toml"}),
     ("Add a TLS library", "leave_go_read", set()),
-    ("Add an event field", "git_branch", set()),
+    (
+        "Add an event field",
+        "git_branch",
+        {"halton_meter/cli/project.py", "halton_meter/live/in_flight.py"},
+    ),
     ("Add a report dimension", "error_class", None),
-    ("Add a command", "retag", {"halton_meter/store/store.py", "halton_meter/store/schema.py"}),
+    (
+        "Add a command",
+        "retag",
+        {
+            "halton_meter/store/store.py",
+            "halton_meter/store/schema.py",
+            "halton_meter/cli/project.py",
+        },
+    ),
 ]
 
 

@@ -360,9 +360,9 @@ def ask_service(
 ) -> dict[str, Any] | None:
     """One answer of a running service; None when none answers.
 
-    Both services know "status", "in_flight" and "stop"; a single run knows "in_flight" alone. The
-    proxy also knows "pause" (it passes everything on and meters nothing), "resume", and "forget"
-    (which programs refused its certificate).
+    Both services know "status", "in_flight", "reload" (the user's rules and prices) and "stop"; a
+    single run knows "in_flight" alone. The proxy also knows "pause" (it passes everything on and
+    meters nothing), "resume", and "forget" (which programs refused its certificate).
     """
     try:
         control = Control(home, timeout_s, name, owner)

@@ -101,6 +101,10 @@ class Service:
         control.ask("finish")
         control.close()
 
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text()
+
     @property
     def pid(self) -> int:
         """The supervisor's process id."""
@@ -140,6 +144,17 @@ def service(lab: Lab) -> Iterator[Service]:
     running = Service(lab, lab.user.home / ".halton-meter")
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture
+def own(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of this test's own, with a home of its own."""
+    folder = lab.user.home / tmp_path_factory.mktemp("own").name
+    folder.mkdir()
+    os.chown(folder, lab.user.uid, lab.user.gid)
+    running = Service(lab, folder / "state")
+    yield running
+    running.stop()
 
 
 @dataclass

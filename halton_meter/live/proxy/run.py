@@ -101,7 +101,7 @@ async def _serve(
     loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.ask_to_stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
     try:
         await service.start(sockets)
         say(f"the edge listens on {', '.join(service.addresses)}")

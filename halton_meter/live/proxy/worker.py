@@ -30,13 +30,12 @@ from halton_meter.live import status
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.proxy.programs import process_of
 from halton_meter.live.proxy.trust import Trust
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
-    from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Request
     from halton_meter.wire.so_far import ExchangeSoFar
     from proxy_fallback.mitm.addon import MeterAddon
@@ -118,23 +117,28 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
     )
 
 
+class Reload:
+    """Stands among the exchanges that wait where what prices them is to be read again."""
+
+
 class Pricing:
     """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
 
     def __init__(
         self,
-        meter: Meter,
+        pipeline: Pipeline,
         home: Path,
         send: Callable[[dict[str, Any]], None],
-        price_error: str | None = None,
     ) -> None:
         from halton_meter.store import Store
 
-        self._meter = meter
-        self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
-        self._in_flight = InFlight(meter)
+        self._pipeline, self._meter = pipeline, pipeline.meter
+        self._journal = JournalWriter(Store(home), home, pipeline.price_error, self._on_write)
+        self._in_flight = InFlight(pipeline.meter)
         self.under_way: Callable[[], list[ExchangeSoFar]] = list
-        self._waiting: queue.Queue[Exchange | Coverage | Look | None] = queue.Queue(WAITING_MAX)
+        self._waiting: queue.Queue[Exchange | Coverage | Look | Reload | None] = queue.Queue(
+            WAITING_MAX
+        )
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
         self._sent: dict[str, Any] = {}
@@ -147,8 +151,9 @@ class Pricing:
         self._thread.start()
 
     def try_disk(self) -> None:
-        """Have `status` say at once where the disk takes nothing."""
+        """For a service: have `status` say at once where the disk takes nothing."""
         self._journal.try_disk()
+        self._journal.expire_daily()
 
     def put(self, exchange: Exchange) -> None:
         """Take an exchange from the proxy's thread; never blocks."""
@@ -168,6 +173,10 @@ class Pricing:
     def count_connections(self, counted: Coverage) -> None:
         """Keep how many connections were metered, of those that have begun since the last time."""
         self._waiting.put(counted)
+
+    def reload(self) -> None:
+        """Read rules and prices again, for exchanges that are put from now on."""
+        self._waiting.put(Reload())
 
     def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
@@ -209,7 +218,10 @@ class Pricing:
             if exchange is None:
                 return
             try:
-                if isinstance(exchange, Coverage):
+                if isinstance(exchange, Reload):
+                    self._pipeline.reload()
+                    self._journal.condition.price_error = self._pipeline.price_error
+                elif isinstance(exchange, Coverage):
                     self._journal.keep_connections(exchange, time.time_ns())
                 elif isinstance(exchange, Look):
                     exchange.then(self._in_flight.answer(exchange.under_way, time.time_ns()))
@@ -261,8 +273,7 @@ class Worker:
 
         with contextlib.suppress(OSError):
             prepare_home(self._home)
-        meter, price_error = make_meter(self._home, self._job.extra_hosts)
-        pricing = Pricing(meter, self._home, self.send, price_error)
+        pricing = Pricing(Pipeline(self._home, self._job.extra_hosts), self._home, self.send)
         hosts = provider_hosts(self._job.extra_hosts)
         try:
             accepted = self._accepted(hosts)
@@ -322,6 +333,8 @@ class Worker:
                     pricing.count_connections(Coverage.of_json(message["connections"]))
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
+            if "reload" in message:
+                pricing.reload()
             if "finish" in message:
                 return
 

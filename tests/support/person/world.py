@@ -58,6 +58,7 @@ NAMES = (
     "changes.json",
     ".changes.json.lock",
     ".changes.json.*",
+    ".config.toml.*",
     "env.sh",
     ".env.sh.*",
     "account.key",
