@@ -53,6 +53,11 @@ class Paths:
         return self.start <= address < self.end
 
     @cached_property
+    def is_whole(self) -> bool:
+        """Whether each jump in it leads to an instruction, or out of it."""
+        return all(at in self.index or at not in self for at in self._sources)
+
+    @cached_property
     def frame_pointer(self) -> str | None:
         """The register that points into the frame all along, if the functions keep one."""
         if self._code.arm:

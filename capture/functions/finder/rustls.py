@@ -273,7 +273,7 @@ class _Search:
         if bounds not in self._paths:
             lines = self.code.listing(*bounds)
             paths = Paths(self.code, lines, self._reader) if lines else None
-            self._paths[bounds] = paths
+            self._paths[bounds] = paths if paths and paths.is_whole else None
         return self._paths[bounds]
 
     def _between_paddings(self, address: int) -> tuple[int, int] | None:

@@ -89,12 +89,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What makes a call one of the two, at the call: see the file's head."""
+    """What makes a call one of the two, at the call: see the file's head.
+
+    `is_read`: the number is certainly the layer's own.
+    """
 
     sends: bool
     layer: Value
     box: int
     number: Value
+    is_read: bool
     message: Value
     result: Value
 
@@ -172,15 +176,14 @@ def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     send_at = Place(box_at.root, box_at.at + SEND_NUMBER)
     receive_at = Place(box_at.root, box_at.at + RECEIVE_NUMBER)
     sends = state.known(send_at) == following
-    # It may be in a register, or in the frame, since the record before.
     number_at = state.read_from(number_value)
-    if number_at is not None and not state.is_in_frame(number_at):
-        if number_at != (send_at if sends else receive_at):
-            return None
-        if not sends and state.known(receive_at) != number_value:
-            return None
+    is_read = number_at == (send_at if sends else receive_at)
+    if not sends:
+        is_read = is_read and state.known(receive_at) == number_value
+        if not is_read and (number_at is None or not state.is_in_frame(number_at)):
+            return None  # it may be in the frame since the record before
     message, result = state.register(abi.message), state.register(abi.result)
-    return _Shape(sends, Value(box_at.root), box_at.at, number_value, message, result)
+    return _Shape(sends, Value(box_at.root), box_at.at, number_value, is_read, message, result)
 
 
 def _read_from(state: State, callee: Register | Memory | None) -> Place | None:
@@ -220,13 +223,10 @@ class _Look:
     def _branches_before(self) -> Iterator[SendPlace]:
         for number in range(self.call - 1, max(self.call - BACK_MAX, -1), -1):
             if self.paths.flow(number) is Flow.BRANCH:
-                known = self._state_at(number)
-                state = known or State(self.abi, self.paths.frame_pointer)
-                if (place := self._from_branch(number, state)) is not None:
+                before = State(self.abi, self.paths.frame_pointer)
+                before = _states(self.paths, _chain(self.paths, number), before)[-1]
+                if (place := self._from_branch(number, before)) is not None:
                     yield place
-
-    def _state_at(self, number: int) -> State | None:
-        return self.states[self.chain.index(number)] if number in self.chain else None
 
     def _from_branch(self, branch: int, before: State) -> SendPlace | None:
         """A probe on a branch, if each way from there is the call's or a panic's."""
@@ -259,6 +259,8 @@ class _Look:
             return None
         following = shape.number._replace(plus=shape.number.plus + 1)
         counted = before.known(shape.number_place) == following
+        if not (counted or shape.is_read):
+            return None
         return SendPlace(self.paths.lines[number][0], kind, layer, message, counted)
 
     def _chained(self) -> Iterator[SendPlace]:
