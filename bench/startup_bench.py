@@ -31,6 +31,7 @@ def main(toy: bool = False) -> None:
             [program, "--version"],
             [program, "report"],
             [program, "events", "--limit", "10"],
+            [program, "tail"],
             [program, "session", "list"],
             [program, "session", "show", "latest"],
         ):

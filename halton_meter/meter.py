@@ -27,10 +27,12 @@ from halton_meter.model import (
     UsageEvent,
     is_own_proxy,
 )
+from halton_meter.providers.reading.limits import limits_of
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings, merged
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
+from halton_meter.wire.so_far import ExchangeSoFar
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -75,6 +77,7 @@ class Meter:
         self._price = price
         self._attribute = attribute
         self._registry = registry if registry is not None else Registry()
+        self._quick_registry = self._registry.without_counter()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
         self._sightings: BetterSightings[Caller] = BetterSightings(EVENTS_REMEMBERED_MAX)
@@ -86,6 +89,11 @@ class Meter:
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
         self._add_up_at_bytes = HELD_BYTES_MAX // HELD_PER_RECEIVED
+
+    def use(self, price: Price | None = None, registry: Registry | None = None) -> None:
+        """Price by another book, or know other hosts, from the next request on."""
+        self._price = price if price is not None else self._price
+        self._registry = registry if registry is not None else self._registry
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -131,6 +139,25 @@ class Meter:
         self._conversations[key] = conversation
         self._latest = key
         return evicted + self._events(conversation.receive(item))
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each request that goes on."""
+        return [each for one in self._conversations.values() for each in one.under_way()]
+
+    def glimpse(self, exchange: Exchange) -> UsageEvent | None:
+        """What an exchange would have used if it had ended now; nothing is remembered of it.
+
+        None where that is no event. Texts are counted by their characters, which is quick.
+        """
+        try:
+            found = self._quick_registry.read(exchange)
+        except Exception:  # a reader's bug; that of the whole exchange will be counted
+            return None
+        return self._attributed(found[0]) if found else None
+
+    def price(self, usage: UsageEvent) -> PricedEvent:
+        """What this costs, for who looks at requests that go on."""
+        return self._price(usage)
 
     def exchange(self, exchange: Exchange) -> list[PricedEvent]:
         """Take an exchange that is already decoded (the proxy's); return its events."""
@@ -206,7 +233,7 @@ class Meter:
     def _events(self, exchanges: Iterable[Exchange]) -> list[PricedEvent]:
         priced: list[PricedEvent] = []
         for exchange in exchanges:
-            for read in self._read(exchange):
+            for read in self._with_limits(self._read(exchange), exchange):
                 usage = self._identities.settle(read, exchange)
                 known = self._sightings.best(usage.id)
                 better = self._sightings.take(usage, usage.caller)
@@ -247,6 +274,21 @@ class Meter:
             events.pop()
         if not events and exchange.request.path is None and exchange.response.body.pieces:
             self._losses["answers_not_recognised"] += 1  # a call's, perhaps: nobody can tell
+        return events
+
+    def _with_limits(self, events: list[UsageEvent], exchange: Exchange) -> list[UsageEvent]:
+        """The events of an exchange, the first with what the response says of limits."""
+        if not events:
+            return events
+        try:
+            limits = limits_of(exchange, events[0].model)
+        except Exception as error:
+            self._losses[f"limits_unreadable_{type(error).__name__}"] += 1
+            return events
+        if limits.refused:
+            self._losses["limit_values_refused"] += limits.refused
+        if limits.readings:
+            events[0] = replace(events[0], limits=limits.readings)
         return events
 
     def _attributed(self, usage: UsageEvent) -> UsageEvent:

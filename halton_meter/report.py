@@ -25,7 +25,8 @@ from typing import Any
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.coverage import Coverage as SeenCoverage
 from halton_meter.model import TOKEN_NAMES
-from halton_meter.periods import date_of, day_of, day_sql, start_of
+from halton_meter.periods import date_of, day_of, day_sql, start_of, time_sql
+from halton_meter.plan.answer import Plan, read_plan
 from halton_meter.store import NothingStored, Reader, Selection, Store, schema
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
 
@@ -37,11 +38,19 @@ TREND_DAYS = 7
 UNPRICED_MODELS_MAX = 20
 
 DIMENSIONS = schema.DIMENSIONS
+# Those that are stretches of time; groups of them are in order.
+TIMES = ("hour", "day", "week", "month")
 
 # Any dimension's sums add up to the totals; this one's are the fewest.
 _FEWEST_VALUES = "provider"
 _EXACT = Context(prec=200)
-_PERCENTILES = ("quantile_disc(duration_ms, 0.95)", "quantile_disc(list_usd, 0.95)")
+_PERCENTILES = {
+    "p95_duration_ms": "quantile_disc(duration_ms, 0.95)",
+    "p95_list_usd": "quantile_disc(list_usd, 0.95)",
+    "median_ttft_ms": "quantile_disc(ttft_ms, 0.5)",
+    "p95_ttft_ms": "quantile_disc(ttft_ms, 0.95)",
+}
+_CACHE_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
 
 # --- what is asked -------------------------------------------------------------------------------
 
@@ -66,6 +75,8 @@ class Figures:
     """Sums over a set of events; None where no event had that figure.
 
     Of `implausible_requests` only their number is in the sums (`pricing/plausible.py`).
+    `cache_saved_usd` is how much more the list price were without any cache, of all requests but
+    `cache_unknown_requests`. `ttft_ms` is the time from a request's end to its answer's first byte.
     """
 
     requests: int = 0
@@ -76,8 +87,22 @@ class Figures:
     unpriced_requests: int = 0
     implausible_requests: int = 0
     errors: int = 0
+    cache_saved_usd: Decimal | None = None
+    cache_unknown_requests: int = 0
     p95_duration_ms: float | None = None
     p95_list_usd: Decimal | None = None
+    median_ttft_ms: float | None = None
+    p95_ttft_ms: float | None = None
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """The share of all input tokens that came from a cache, 0 to 1; None: none could."""
+        read = self.tokens["cache_read"]
+        if read is None:
+            return None
+        others = (self.tokens[name] or 0 for name in ("input", *_CACHE_WRITES))
+        sent = read + sum(others)
+        return read / sent if sent else None
 
     def __add__(self, other: Figures) -> Figures:
         """The sums over both, which have no event in common; percentiles are lost."""
@@ -90,6 +115,8 @@ class Figures:
             unpriced_requests=self.unpriced_requests + other.unpriced_requests,
             implausible_requests=self.implausible_requests + other.implausible_requests,
             errors=self.errors + other.errors,
+            cache_saved_usd=_add_usd(self.cache_saved_usd, other.cache_saved_usd),
+            cache_unknown_requests=self.cache_unknown_requests + other.cache_unknown_requests,
         )
 
     def json(self) -> dict[str, Any]:
@@ -103,8 +130,13 @@ class Figures:
             "unpriced_requests": self.unpriced_requests,
             "implausible_requests": self.implausible_requests,
             "errors": self.errors,
+            "cache_hit_rate": None if (rate := self.cache_hit_rate) is None else round(rate, 6),
+            "cache_saved_usd": usd_text(self.cache_saved_usd),
+            "cache_unknown_requests": self.cache_unknown_requests,
             "p95_duration_ms": self.p95_duration_ms,
             "p95_list_usd": usd_text(self.p95_list_usd),
+            "median_ttft_ms": self.median_ttft_ms,
+            "p95_ttft_ms": self.p95_ttft_ms,
         }
 
 
@@ -173,7 +205,8 @@ class Coverage:
 class Report:
     """The answer. `from_ns` and `to_ns` bound it; without a bound asked for, the first and last
     event do. `trend` is one (day, figures) for each of the last TREND_DAYS days. `connections` are
-    those to providers that were seen, also day by day; None where none can be told apart.
+    those to providers that were seen, also day by day; None where none can be told apart. `limits`
+    are those of the accounts as they stand, without shares; None for a period that is over.
     """
 
     by: tuple[str, ...]
@@ -188,6 +221,7 @@ class Report:
     previous: Figures | None = None
     previous_from_ns: int | None = None
     previous_to_ns: int | None = None
+    limits: Plan | None = None
 
     def json(self) -> dict[str, Any]:
         """The object that `report --json` prints."""
@@ -213,6 +247,8 @@ class Report:
                 {"day": day.isoformat(), **found.as_json()}
                 for day, found in self.connections_by_day
             ]
+        if self.limits is not None:
+            answer["limits"] = self.limits.json()["accounts"]
         if self.previous is not None:
             assert self.previous_from_ns is not None
             assert self.previous_to_ns is not None
@@ -287,11 +323,21 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
         groups=_ranked(groups, totals, question.by),
         coverage=_coverage(reader, selection, totals, waiting, many),
         trend=_trend(reader, selection, last, question.now_ns),
+        limits=_limits(reader, question),
         **_connections(reader, selection),
     )
     if question.previous is None:
         return report
     return _compared(reader, report, question.previous, percentiles, many)
+
+
+def _limits(reader: Reader, question: Question) -> Plan | None:
+    """What is left now: of all that is metered, not of a model or of a time that is over."""
+    selection = question.selection
+    if selection != Selection(selection.from_ns):
+        return None
+    found = read_plan(reader, question.now_ns, with_shares=False)
+    return found if found.accounts else None
 
 
 def _is_period(selection: Selection) -> bool:
@@ -329,7 +375,7 @@ def _grouped(
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
     sums = sums_of(reader) if many else DAY_SUMS.values()
-    picked = ", ".join([*keys, *sums, *(_PERCENTILES if percentiles else ())])
+    picked = ", ".join([*keys, *sums, *(_PERCENTILES.values() if percentiles else ())])
     sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
     return _groups_of(reader.rows(sql, parameters), by)
 
@@ -351,9 +397,13 @@ def _groups_of(rows: list[tuple[Any, ...]], by: tuple[str, ...]) -> _Groups:
 
 
 def _key_text(name: str, key: Any) -> str | None:
-    """A group's key as it is shown; days are grouped by number, which is quicker than by text."""
-    if name == "day":
+    """A group's key as it is shown; times are grouped by number, which is quicker than by text."""
+    if name in ("day", "week"):
         return date_of(key).isoformat()
+    if name == "hour":
+        return f"{date_of(key // 24).isoformat()} {key % 24:02d}:00"
+    if name == "month":
+        return f"{(key - 1) // 12}-{(key - 1) % 12 + 1:02d}"
     return None if key is None else str(key)
 
 
@@ -389,14 +439,15 @@ def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: b
     if not percentiles:
         return total
     where, parameters = selection.where()
-    row = reader.rows(f"SELECT {', '.join(_PERCENTILES)} FROM event WHERE {where}", parameters)[0]
-    return replace(total, p95_duration_ms=row[0], p95_list_usd=row[1])
+    picked = ", ".join(_PERCENTILES.values())
+    row = reader.rows(f"SELECT {picked} FROM event WHERE {where}", parameters)[0]
+    return replace(total, **dict(zip(_PERCENTILES, row, strict=True)))
 
 
 def figures_of(row: Sequence[Any]) -> Figures:
     """The figures in a row of the sums of `DAY_SUMS`, and of percentiles if they follow."""
     values = dict(zip(DAY_SUMS, row, strict=False))
-    percentiles = row[len(DAY_SUMS) :]
+    percentiles = dict(zip(_PERCENTILES, row[len(DAY_SUMS) :], strict=False))
     return Figures(
         requests=int(values["requests"]),
         tokens={name: _whole(values[f"{name}_tokens"]) for name in TOKEN_NAMES},
@@ -406,8 +457,9 @@ def figures_of(row: Sequence[Any]) -> Figures:
         unpriced_requests=int(values["unpriced_requests"]),
         implausible_requests=int(values["implausible_requests"]),
         errors=int(values["errors"]),
-        p95_duration_ms=percentiles[0] if percentiles else None,
-        p95_list_usd=percentiles[1] if percentiles else None,
+        cache_saved_usd=values["cache_saved_usd"],
+        cache_unknown_requests=int(values["cache_unknown_requests"] or 0),
+        **percentiles,
     )
 
 
@@ -429,7 +481,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _ranked(groups: _Groups, totals: Figures, by: tuple[str, ...]) -> tuple[Group, ...]:
-    """Days in order; all else by what it costs, the unpriced by number of requests after them."""
+    """Times in order; all else by what it costs, the unpriced by number of requests after them."""
     ranked = [
         Group(dict(zip(by, key, strict=True)), figures, _share(figures, totals))
         for key, figures in groups.items()
@@ -438,9 +490,9 @@ def _ranked(groups: _Groups, totals: Figures, by: tuple[str, ...]) -> tuple[Grou
 
     def rank(group: Group) -> tuple[Any, ...]:
         cost = group.figures.list_usd
-        day = group.keys["day"] or "" if by[0] == "day" else ""
+        at = group.keys[by[0]] or "" if by[0] in TIMES else ""
         names = tuple((name is not None, name or "") for name in group.keys.values())
-        return (day, cost is None, -(cost or 0), -group.figures.requests, names)
+        return (at, cost is None, -(cost or 0), -group.figures.requests, names)
 
     return tuple(sorted(ranked, key=rank))
 
@@ -462,7 +514,7 @@ def _compared(
     )
     return replace(
         report,
-        groups=report.groups if "day" in report.by else compared,
+        groups=report.groups if set(TIMES) & set(report.by) else compared,
         previous=_total(reader, previous, groups, percentiles),
         previous_from_ns=previous.from_ns,
         previous_to_ns=previous.to_ns,
@@ -568,7 +620,7 @@ def _trend(
 
 
 def _key_sql(reader: Reader, name: str, selection: Selection) -> str:
-    if name != "day":
+    if name not in TIMES:
         return DIMENSIONS[name]
     first, last, _ = _span(reader, selection)
-    return day_sql(first or 0, last or 0)
+    return time_sql(name, first or 0, last or 0)

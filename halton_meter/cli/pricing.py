@@ -115,6 +115,7 @@ def explain(
 def _events_in(
     what: str, provider: str | None, model: str | None, at_ns: int | None
 ) -> list[UsageEvent]:
+    from halton_meter.config import load as load_config
     from halton_meter.explain.reader import NotExplained, events_of, stated_time
 
     try:
@@ -124,7 +125,7 @@ def _events_in(
     try:
         if at_ns is None:
             at_ns = _stated_ns(stated_time(raw)) or now_ns()
-        return events_of(raw, provider, at_ns, model)
+        return events_of(raw, provider, at_ns, model, load_config(home_folder()).extra_hosts)
     except NotExplained as error:
         name = "standard input" if what == _STDIN else what
         fail(Problem(f"{name}: {error}", "halton-meter pricing explain --help"))

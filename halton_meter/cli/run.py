@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from decimal import Decimal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,10 +18,10 @@ import click
 from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import (
+    cost_text,
     count,
     fail,
     implausible_words,
-    money_text,
     note,
     shown,
     wrong_usage,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from halton_meter.live.result import RunResult
     from halton_meter.live.totals import Line, Totals
 
-CENT = Decimal("0.01")
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
@@ -46,6 +44,7 @@ EXAMPLES = """
       sudo halton-meter run -- claude -p hello        uprobes: nothing to set up
       halton-meter run -- claude -p hello             the running service, else a local proxy
       halton-meter run --via proxy -- python app.py   always a local proxy
+      sudo halton-meter run --via keylog -- curl …    packets and the command's TLS key log
       halton-meter run --shell                        everything that you run in a shell
 """
 
@@ -56,10 +55,11 @@ EXAMPLES = """
 )
 @click.option(
     "--via",
-    type=click.Choice(["auto", "uprobes", "proxy"]),
+    type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),
     default="auto",
-    help="Capture method: uprobes on the TLS library (root, or the running service) or a local "
-    "proxy. auto: uprobes where available.",
+    help="Capture method: uprobes on the TLS library (root, or the running service), a local "
+    "proxy, or packets with the TLS keys that the command writes (root). auto: uprobes where "
+    "available.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option(
@@ -103,9 +103,9 @@ def run(
     if shell == bool(command):
         example = "halton-meter run -- claude -p hello   (or: halton-meter run --shell)"
         wrong_usage("run needs either a command or --shell", example)
-    if java and via == "uprobes":
+    if java and via in ("uprobes", "keylog"):
         wrong_usage(
-            "--java does not go with --via uprobes: they cannot see Java's TLS",
+            f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
         )
     if json_summary is not None and (refused := refusal(json_summary)) is not None:
@@ -118,6 +118,8 @@ def run(
     try:
         if via == "proxy" or java:
             result = _through_proxy(command, java)
+        elif via == "keylog":
+            result = through_key_log(command)
         else:
             result = _through_probes(command, via)
     except Unavailable as error:
@@ -200,6 +202,36 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     return meter_command(command, home, os.environ, hosts, upstream, java)
 
 
+def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
+    """Run a command metered by its packets; `record` is a new file for them. Raises Unavailable."""
+    from capture.packets.keeping import CaptureWriter, Keeping
+    from halton_meter import accounts, config, privileges
+    from halton_meter.cli.configured import told
+    from halton_meter.live import own_code
+    from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
+    from halton_meter.live.result import Recorded
+    from halton_meter.problem import Unavailable
+
+    if accounts.is_root() and (problems := own_code.problems()):
+        raise Unavailable(problems)
+    account, home = accounts.invoking_account(), accounts.home_folder()
+    environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
+    link = start_capture([HTTPS])
+    privileges.settle(needs_root=False)  # what captures is there already
+    found = config.read(home)
+    told(found, GOES_ON)
+    hosts = found.config.extra_hosts
+    if record is None:
+        return meter_command(command, home, environment, hosts, link)
+    keeping = Keeping(CaptureWriter(record))
+    try:
+        result = meter_command(command, home, environment, hosts, link, keeping)
+    finally:
+        keeping.close()
+    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    return result
+
+
 # --- the summary --------------------------------------------------------------------------------
 
 
@@ -228,7 +260,24 @@ def _is_more_than_metered(result: RunResult) -> bool:
     """Whether a provider was asked, or may have been, past all that was metered."""
     seen = result.connections
     missed = seen is not None and seen.metered.connections < seen.seen.connections
-    return bool(missed or result.unmetered or result.outages or result.still_running)
+    others = any(result.losses.get(cause) for cause in _OTHER_USERS)
+    return bool(missed or result.unmetered or result.outages or result.still_running or others)
+
+
+_REFUSED_OTHERS = "of another user's program refused by the proxy, which serves you and root alone"
+# Losses of a run, in words of its own: what a command did as another user.
+_OTHER_USERS = {
+    "ran_as_another_user": ("program", "of the command ran as another user: not metered"),
+    "refused_other_user": ("connection", _REFUSED_OTHERS),
+}
+
+
+def _other_users_lines(losses: Mapping[str, int]) -> list[str]:
+    return [
+        f"{count(losses[cause], noun)} {what}. Use: sudo halton-meter start --user NAME"
+        for cause, (noun, what) in _OTHER_USERS.items()
+        if losses.get(cause)
+    ]
 
 
 def _set_price(totals: Totals) -> list[str]:
@@ -257,21 +306,16 @@ def _tokens(line: Line) -> str:
     return known + (f" (of {count(line.unknown, 'request')} not known)" if line.unknown else "")
 
 
-def _usd(amount: Decimal) -> str:
-    """With four decimals, below a cent with six, as `events` has them."""
-    return money_text(amount, 6 if 0 < abs(amount) < CENT else 4)
-
-
 def _cost(line: Line) -> str:
     """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    text = f"{_usd(line.list_usd)} list price"
+    text = f"{cost_text(line.list_usd)} list price"
     if line.estimated:
         every = line.estimated == line.requests
         text += " (estimated)" if every else f" ({count(line.estimated, 'request')} estimated)"
     if line.marginal_usd != line.list_usd:
-        text += f", {_usd(line.marginal_usd)} billed"
+        text += f", {cost_text(line.marginal_usd)} billed"
     return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
 
 
@@ -297,6 +341,8 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
     losses = losses_beside(result.losses, result.connections)
+    lines += [f"  {line}" for line in _other_users_lines(losses)]
+    losses = {cause: n for cause, n in losses.items() if cause not in _OTHER_USERS}
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]

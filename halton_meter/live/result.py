@@ -10,6 +10,15 @@ from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What `record` wrote; `error` is why it stopped before the end, None when it did not."""
+
+    connections: int
+    packets: int
+    error: str | None
+
+
 @dataclass(slots=True)
 class RunResult:
     """`losses` are counts by cause, `coverage` the processes that used TLS, `connections` what was
@@ -19,7 +28,8 @@ class RunResult:
     `still_running` are the programs of processes that outlived the command and its metering.
     `unseen_ms`: a connection past the proxy that was shorter may not have been seen (None: nobody
     looked that way). `waited_ms` is how long its end waited for searches that tell why something
-    was not metered. `exit_code` is the command's, 128 + its signal.
+    was not metered. `recorded` is of `record` alone. `exit_code` is the command's, 128 + its
+    signal.
     """
 
     totals: Totals = field(default_factory=Totals)
@@ -34,4 +44,5 @@ class RunResult:
     price_error: str | None = None
     unseen_ms: int | None = None
     waited_ms: int = 0
+    recorded: Recorded | None = None
     exit_code: int = 0

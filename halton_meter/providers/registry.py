@@ -119,6 +119,12 @@ class Registry:
         self._suffixes: dict[str, tuple[Provider, ...]] = {}
         self._patterned: list[tuple[re.Pattern[str], Provider]] = []
 
+    def without_counter(self) -> Registry:
+        """The same providers, for who counts texts by their characters."""
+        if self._counter is None:
+            return self
+        return Registry(self._extra_hosts, account_key=self._account_key)
+
     def _load(self) -> dict[str, tuple[Provider, ...]]:
         if self._exact is None:
             exact: dict[str, tuple[Provider, ...]] = {}

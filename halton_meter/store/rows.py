@@ -30,7 +30,7 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.sightings import rank
-from halton_meter.store.schema import TEXT, USD, USD_REST
+from halton_meter.store.schema import TEXT
 
 _INT64_MAX = 2**63 - 1
 # What may be true of an event's traits, by the letter that says so.
@@ -146,10 +146,12 @@ def price_values(event: PricedEvent) -> dict[str, Any]:
     }
     for name in ("list_usd", "marginal_usd", "reported_usd"):
         values[name], values[f"{name}_rest"] = _split_usd(getattr(event, name))
+    values["cache_saved_usd"], _ = _split_usd(event.cache_saved_usd)
     values["price_document"] = {
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),
+        "cache_saved_usd": usd_text(event.cache_saved_usd),
         "flags": event.flags,
         "line_items": [
             {
@@ -177,9 +179,14 @@ def _split_usd(amount: Decimal | None) -> tuple[str | None, str | None]:
     return format(whole, "f"), format(rest.quantize(_REST, context=_EXACT), "f") if rest else None
 
 
-def event_from_row(row: dict[str, Any]) -> PricedEvent:
+def document_of(found: Any) -> Any:
+    """What a document column holds: text in the database, the value itself in a journal line."""
+    return loads(found) if isinstance(found, str) else found
+
+
+def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
     """The event that `usage_values` and `price_values` made a row of."""
-    document = loads(row["price_document"])
+    document = document_of(row["price_document"])
     return PricedEvent(
         usage=_usage_from_row(row),
         list_usd=decimal_of(document["list_usd"]),
@@ -189,11 +196,13 @@ def event_from_row(row: dict[str, Any]) -> PricedEvent:
         line_items=tuple(_line_item(item) for item in document["line_items"]),
         flags=tuple(document["flags"]),
         price_book=row["price_book"],
+        # What an earlier version stored has none.
+        cache_saved_usd=decimal_of(document.get("cache_saved_usd")),
     )
 
 
-def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
-    document = loads(row["usage_document"])
+def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
+    document = document_of(row["usage_document"])
     return UsageEvent(
         id=row["id"],
         provider=row["provider"],
@@ -275,7 +284,7 @@ def _part(document: dict[str, Any]) -> Usage:
     )
 
 
-def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | None:
+def _process(row: Mapping[str, Any], document: dict[str, Any] | None) -> Process | None:
     if document is None:
         return None
     return Process(
@@ -313,9 +322,8 @@ def same_price(before: PricedEvent, after: PricedEvent) -> bool:
 
 def json_types(columns: Mapping[str, str]) -> dict[str, str]:
     """Types to read a line's fields with: decimals travel as text, documents as JSON."""
-    kinds = {USD: TEXT, USD_REST: TEXT}
     return {
-        name: "JSON" if name.endswith("_document") else kinds.get(kind, kind)
+        name: "JSON" if name.endswith("_document") else TEXT if kind.startswith("DECIMAL") else kind
         for name, kind in columns.items()
     }
 

@@ -103,7 +103,18 @@ _HEADERS_KEPT = frozenset(
 # of money looks: nothing else stands under such a name.
 COST_ENDS_KEPT = ("-cost", "-cost-usd", "-usd-cost", "-price-estimate")
 _MONEY = re.compile(r"(?:US)?\$?\s*[\d.][\d.eE+-]{0,40}\s*(?:[A-Za-z$]{1,8})?")
-_PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")
+_PREFIXES_KEPT = (
+    "anthropic-ratelimit-",
+    "anthropic-priority-",
+    "x-codex-",
+    "x-amzn-bedrock-",
+    "x-ratelimit-",
+)
+# The windows of a ChatGPT plan's other limits stand behind the limit's own name.
+_PLAN_WINDOW = re.compile(
+    r"x-[a-z0-9_-]{1,40}-(?:primary|secondary)-"
+    r"(?:used-percent|window-minutes|reset-at|reset-after-seconds)"
+)
 _QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
 
 # What keys and tokens of the providers look like, wherever they should turn up.
@@ -126,6 +137,7 @@ def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
         if (
             (lower := name.lower()) in _HEADERS_KEPT
             or lower.startswith(_PREFIXES_KEPT)
+            or _PLAN_WINDOW.fullmatch(lower)
             or (lower.endswith(COST_ENDS_KEPT) and _MONEY.fullmatch(value.strip()))
         )
         and len(value) <= _LONGER.get(lower, HEADER_VALUE_BYTES_MAX)

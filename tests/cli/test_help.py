@@ -32,15 +32,24 @@ _DIALECT = {
 }
 # Examples that are not run here, by their first words, and why.
 _NOT_RUN = {
+    "record": "captures packets: tests/lab/test_key_log.py",
     "run": "starts a metered program: root, the service or a proxy",
     "daemon": "runs until it is stopped",
     "start": "starts a service",
     "stop": "would stop a service of this machine",
     "dashboard": "runs until it is stopped",
+    "tail -f": "runs until it is stopped",
     "init": "changes this user's settings (--dry-run is run)",
     "uninstall": "changes this user's settings",
+    "statusline install": "changes this user's settings",
+    "statusline uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
+    "logs": "there is no log",
+    "man --install": "writes to the home directory",
+    "config edit": "opens an editor",
+    "config reload": "speaks to a service",
+    "config check --system": "root's own file",
 }
 # Exit code 1 says that something is wrong with this machine, which is no fault of the example.
 _MAY_FAIL = ("doctor", "status")
@@ -183,8 +192,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.append([made("c", project="api", at_ns=time.time_ns())])
         store.append([made("d", caller=replace(ASKED, session_id="01a226f5-c3ff-75a3-b4e4-0505"))])
         store.flush()
-    setting = ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"]
-    assert CliRunner().invoke(main, setting).exit_code == 0
+    for setting in (
+        ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"],
+        ["project", "set", "acme", "--path", "~/work/acme"],
+        ["project", "set", "my app", "--path", "~/app"],
+        ["project", "alias", "acme-old", "acme"],
+    ):
+        assert CliRunner().invoke(main, setting).exit_code == 0
+    (tmp_path / "config.toml.new").touch()
     return tmp_path
 
 

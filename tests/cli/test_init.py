@@ -120,7 +120,7 @@ def test_doctor_finds_what_was_broken_and_fixes_it(user: User) -> None:
     user.data.chmod(0o755)
     (user.home / CA / "mitmproxy-ca.pem").unlink()
     plan = user.run("doctor", "--fix")
-    assert plan.exit_code == 1
+    assert plan.exit_code == 3, "without a CA, nothing is metered"
     fixes = plan.stdout.partition("Fixes (run with --fix --apply):\n")[2].partition("\n\n")[0]
     assert "  halton-meter init --env-only --non-interactive" in fixes.splitlines()
     assert "  chmod go-rwx " in fixes

@@ -28,14 +28,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
+from halton_meter.config import SYSTEM_CONFIG
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import status
-from halton_meter.live.control import SOCKET_NAME, Answering, Client
+from halton_meter.live.control import (
+    SOCKET_NAME,
+    Answering,
+    Client,
+    remove_dead_run_sockets,
+    run_socket_name,
+)
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import EventStore, JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, Process, TlsChunk
@@ -80,7 +88,8 @@ class Job:
     are set when this one replaces one that died; `continued` means that the kernel went on copying
     meanwhile, so nothing was missed. `lost_before` counts what earlier workers have lost, `owed`
     what of that is in no store yet; `outages` are those that the disk refused so far.
-    `config_error` has a line for each configured value that is wrong and not used.
+    `config_error` has a line for each configured value that is wrong and not used; `own_hosts` are
+    those of `extra_hosts` that the user's own file names.
     """
 
     home: str
@@ -96,6 +105,7 @@ class Job:
     outages: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
     config_error: str | None = None
+    own_hosts: dict[str, str] = field(default_factory=dict)
 
 
 # --- the process --------------------------------------------------------------------------------
@@ -179,10 +189,15 @@ class Metering:
         meter: Meter,
         store: EventStore,
         price_error: str | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._job = job
         self._source = source
         self._meter = meter
+        self._pipeline = pipeline
+        self._config_error = job.config_error
+        self._own_hosts = job.own_hosts
+        self._in_flight = InFlight(meter)
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
         self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
@@ -200,6 +215,7 @@ class Metering:
         self._sent: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
+        self._asked_to_end = False
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
         self._outages = Outages(Path(job.home), unwritten=job.outages) if job.service else None
@@ -208,12 +224,12 @@ class Metering:
         """Meter until asked to end; returns the exit code."""
         if self._outages is not None:
             self._journal.try_disk()
+            self._journal.expire_daily()
             if self._job.continued:
                 self._outages.alive(self._started_ns)
             else:
                 self._outages.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
-            home = Path(self._job.home)
-            self._answering = Answering(home, self._selector, self._answer, self._forget_run)
+        self._open_control()
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         send({"ready": True, "loader": self._source.status().loader})
@@ -227,6 +243,13 @@ class Metering:
             self._tick()
         self._close()
         return self._exit_code
+
+    def _open_control(self) -> None:
+        home, name, answer = Path(self._job.home), SOCKET_NAME, self._answer
+        if not self._job.service:
+            remove_dead_run_sockets(home)
+            name, answer = run_socket_name(), self._answer_of_run
+        self._answering = Answering(home, self._selector, answer, self._forget_run, name)
 
     # --- plaintext and events
 
@@ -393,9 +416,49 @@ class Metering:
         self._commands += data
         for fd in fds:
             self._resume(socket.socket(fileno=fd))
-        if not data or b"finish" in self._commands:
+        *lines, rest = self._commands.split(b"\n")
+        self._commands = rest
+        for line in lines:
+            what, _, argument = line.partition(b" ")
+            self._asked_to_end |= what == b"finish"
+            if what == b"reload":
+                self._take_configuration(json.loads(argument))
+        if not data or self._asked_to_end:
             # An end without "finish" is the supervisor's death: what was captured is still kept.
             self._exit_code = ENDED
+
+    def _take_configuration(self, told: dict[str, Any]) -> None:
+        """Root has read the configuration again: other hosts are watched."""
+        if self._pipeline is None:
+            return
+        self._pipeline.use_hosts(told["extra_hosts"])
+        self._own_hosts = told["own_hosts"]
+        self._reload()
+        self._config_error = told["config_error"]
+
+    def _reload(self) -> dict[str, Any]:
+        """Use the user's rules and prices as they are now, and what the client is to be told.
+
+        Hosts are not taken from here: which of them are watched is root's to say.
+        """
+        if self._pipeline is None:
+            return {"error": "a run reads the configuration once"}
+        found = self._pipeline.reload()
+        self._journal.condition.price_error = self._pipeline.price_error
+        of_root = [
+            line
+            for line in (self._config_error or "").split("\n")
+            if line.startswith(str(SYSTEM_CONFIG))
+        ]
+        self._config_error = "\n".join((*of_root, *found.wrong)) or None
+        hosts = found.config.extra_hosts
+        return {
+            "reloaded": True,
+            "wrong": [*found.wrong],
+            "notes": [*found.notes],
+            "price_error": self._pipeline.price_error,
+            "hosts_differ": hosts != self._own_hosts,
+        }
 
     def _resume(self, link: socket.socket) -> None:
         """There is another helper."""
@@ -419,11 +482,11 @@ class Metering:
         if open_now:  # nobody will tell of their end
             self._journal.keep_connections(ended_parts(open_now), time.time_ns())
         self._journal.close()
+        if self._answering is not None:
+            self._answering.remove()
         if self._outages is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(Path(self._job.home) / SOCKET_NAME)
             now_ns = time.time_ns()
-            if self._exit_code == ENDED and b"finish" not in self._commands:
+            if self._exit_code == ENDED and not self._asked_to_end:
                 self._outages.alive(now_ns)  # the supervisor was killed: nobody asked for this end
             else:
                 self._outages.end(now_ns, clean=self._exit_code == ENDED)
@@ -455,6 +518,8 @@ class Metering:
         asked, pid = request.get("ask"), untrusted.whole_number(request, "pid", untrusted.PID_MAX)
         if asked == "status":
             return self.status()
+        if asked == "in_flight":
+            return self._what_is_in_flight()
         if asked == "watch" and pid is not None:
             self._runs[client] = _Run(pid)
             self._watch(pid)
@@ -466,10 +531,20 @@ class Metering:
             self._count_connections()
             self._journal.flush(lambda: self._send_result(client))
             return None
+        if asked == "reload":
+            return self._reload()
         if asked == "stop":
             send({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
+
+    def _answer_of_run(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of a process that meters one run; who started it asks by its own ways."""
+        asked = request.get("ask") == "in_flight"
+        return self._what_is_in_flight() if asked else {"error": "unknown request"}
+
+    def _what_is_in_flight(self) -> dict[str, Any]:
+        return self._in_flight.answer(self._meter.under_way(), time.time_ns())
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
@@ -518,7 +593,7 @@ class Metering:
         linked = self._source.linked
         # A restart that lost nothing is reported, and is no trouble.
         lossless = not self._restarts or not (outages or +losses)
-        well = status.is_well(metered) and lossless and linked and not self._job.config_error
+        well = status.is_well(metered) and lossless and linked and not self._config_error
         answer = status.status(
             health=status.OK if well else status.DEGRADED,
             source="uprobes",
@@ -538,7 +613,7 @@ class Metering:
         )
         return {
             **answer,
-            "config_error": self._job.config_error,
+            "config_error": self._config_error,
             "scope": self._job.scope,
             "loader": helper.loader,
             "probes": helper.probes,
@@ -699,13 +774,14 @@ def start(job: Job, link: socket.socket) -> int:
         return REFUSED
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
-    meter, price_error = make_meter(home, job.extra_hosts)
+    pipeline = Pipeline(home, job.extra_hosts)
     try:
         source.start()
     except Unavailable as error:
         send({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
-    return Metering(job, source, meter, Store(home), price_error).run()
+    store = Store(home)
+    return Metering(job, source, pipeline.meter, store, pipeline.price_error, pipeline).run()
 
 
 if __name__ == "__main__":

@@ -27,16 +27,17 @@ from typing import TYPE_CHECKING, Any
 from halton_meter import untrusted
 from halton_meter.coverage import Coverage
 from halton_meter.live import status
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.proxy.programs import process_of
 from halton_meter.live.proxy.trust import Trust
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
-    from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Request
+    from halton_meter.wire.so_far import ExchangeSoFar
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
@@ -49,6 +50,14 @@ SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
 # How often the CA is checked for validity.
 CA_CHECK_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of the exchanges that go on, to be read and priced; `then` gets the rows."""
+
+    under_way: list[ExchangeSoFar]
+    then: Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
         return Interest(keep, turn_ends)
 
     recorder = Recorder(interest, pricing.losses)
+    pricing.under_way = recorder.under_way
     return MeterAddon(
         Wiring(
             recorder.begin,
@@ -107,21 +117,28 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
     )
 
 
+class Reload:
+    """Stands among the exchanges that wait where what prices them is to be read again."""
+
+
 class Pricing:
     """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
 
     def __init__(
         self,
-        meter: Meter,
+        pipeline: Pipeline,
         home: Path,
         send: Callable[[dict[str, Any]], None],
-        price_error: str | None = None,
     ) -> None:
         from halton_meter.store import Store
 
-        self._meter = meter
-        self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
-        self._waiting: queue.Queue[Exchange | Coverage | None] = queue.Queue(WAITING_MAX)
+        self._pipeline, self._meter = pipeline, pipeline.meter
+        self._journal = JournalWriter(Store(home), home, pipeline.price_error, self._on_write)
+        self._in_flight = InFlight(pipeline.meter)
+        self.under_way: Callable[[], list[ExchangeSoFar]] = list
+        self._waiting: queue.Queue[Exchange | Coverage | Look | Reload | None] = queue.Queue(
+            WAITING_MAX
+        )
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
         self._sent: dict[str, Any] = {}
@@ -134,8 +151,9 @@ class Pricing:
         self._thread.start()
 
     def try_disk(self) -> None:
-        """Have `status` say at once where the disk takes nothing."""
+        """For a service: have `status` say at once where the disk takes nothing."""
         self._journal.try_disk()
+        self._journal.expire_daily()
 
     def put(self, exchange: Exchange) -> None:
         """Take an exchange from the proxy's thread; never blocks."""
@@ -144,9 +162,21 @@ class Pricing:
         except queue.Full:
             self.losses["exchanges_over_limit"] += 1
 
+    def look(self, then: Callable[[dict[str, Any]], None]) -> None:
+        """Have `then` told what is in flight; called in the proxy's thread, which reads none of it.
+
+        Where too many exchanges wait that have ended, there is no answer.
+        """
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(Look(self.under_way(), then))
+
     def count_connections(self, counted: Coverage) -> None:
         """Keep how many connections were metered, of those that have begun since the last time."""
         self._waiting.put(counted)
+
+    def reload(self) -> None:
+        """Read rules and prices again, for exchanges that are put from now on."""
+        self._waiting.put(Reload())
 
     def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
@@ -188,8 +218,13 @@ class Pricing:
             if exchange is None:
                 return
             try:
-                if isinstance(exchange, Coverage):
+                if isinstance(exchange, Reload):
+                    self._pipeline.reload()
+                    self._journal.condition.price_error = self._pipeline.price_error
+                elif isinstance(exchange, Coverage):
                     self._journal.keep_connections(exchange, time.time_ns())
+                elif isinstance(exchange, Look):
+                    exchange.then(self._in_flight.answer(exchange.under_way, time.time_ns()))
                 else:
                     self._keep(exchange)
             except Exception as error:  # one exchange's trouble must not become the others'
@@ -238,8 +273,7 @@ class Worker:
 
         with contextlib.suppress(OSError):
             prepare_home(self._home)
-        meter, price_error = make_meter(self._home, self._job.extra_hosts)
-        pricing = Pricing(meter, self._home, self.send, price_error)
+        pricing = Pricing(Pipeline(self._home, self._job.extra_hosts), self._home, self.send)
         hosts = provider_hosts(self._job.extra_hosts)
         try:
             accepted = self._accepted(hosts)
@@ -292,13 +326,23 @@ class Worker:
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
                 self.send({"status": told, "serial": message["status"]})
+            if "in_flight" in message:
+                self._look(session, pricing, message["in_flight"])
             if "connections" in message:
                 with contextlib.suppress(ValueError):
                     pricing.count_connections(Coverage.of_json(message["connections"]))
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
+            if "reload" in message:
+                pricing.reload()
             if "finish" in message:
                 return
+
+    def _look(self, session: Any, pricing: Pricing, serial: Any) -> None:
+        def tell(rows: dict[str, Any]) -> None:
+            self.send({"in_flight": rows, "serial": serial})
+
+        session.call_soon(lambda: pricing.look(tell))
 
 
 def job_line(job: Job) -> bytes:

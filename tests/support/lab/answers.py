@@ -57,7 +57,7 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
     if provider is None:
         return _plain(200, {"noise": "x" * scenario.piece_bytes})
     if scenario.status != 200:
-        return _error(provider, scenario, path)
+        return replace(_error(provider, scenario, path), headers=limit_headers(host, scenario))
     if called := grpc_answer(path, body, scenario, serial):
         messages, streaming, entry = called
         return Answer(
@@ -75,7 +75,8 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
         return _plain(404, {"error": {"message": f"no such route: {path}"}})
     serial = f"lab{scenario.serial}" if scenario.serial else serial
     made: Answer = build(_Call(provider, host, path, query, asked, scenario, serial))
-    return replace(made, coding=scenario.coding, cut=scenario.cut)
+    headers = (*made.headers, *limit_headers(host, scenario))
+    return replace(made, coding=scenario.coding, cut=scenario.cut, headers=headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,60 @@ def _error(provider: str, scenario: Scenario, path: str) -> Answer:
     else:
         value = {"error": {"message": message, "type": "server_error", "code": None}}
     return _plain(scenario.status, value, {"provider": provider, "error": scenario.status})
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def limit_headers(host: str, scenario: Scenario) -> tuple[tuple[str, str], ...]:
+    """What a provider says of the account's plan, in its own headers."""
+    s = scenario
+    if s.five < 0:
+        return ()
+    if host == "chatgpt.com":
+        windows = (
+            ("primary", s.five, 300, s.five_resets),
+            ("secondary", s.seven, 10080, s.seven_resets),
+        )
+        return tuple(
+            (f"x-codex-{name}-{what}", str(value))
+            for name, used, minutes, resets in windows
+            for what, value in (
+                ("used-percent", used),
+                ("window-minutes", minutes),
+                ("reset-at", resets),
+            )
+        )
+    if host != "api.anthropic.com":
+        return ()
+    start = "anthropic-ratelimit-unified"
+    said = [(f"{start}-status", "allowed"), (f"{start}-representative-claim", "five_hour")]
+    for name, used, resets in (("5h", s.five, s.five_resets), ("7d", s.seven, s.seven_resets)):
+        said += [
+            (f"{start}-{name}-utilization", f"{used / 100:g}"),
+            (f"{start}-{name}-reset", str(resets)),
+            (f"{start}-{name}-status", "allowed"),
+        ]
+    return tuple(said)
+
+
+def limit_event(scenario: Scenario) -> dict[str, Any] | None:
+    """The same as an event of a WebSocket."""
+    s = scenario
+    if s.five < 0:
+        return None
+    return {
+        "type": "codex.rate_limits",
+        "plan_type": "pro",
+        "rate_limits": {
+            "primary": {"used_percent": s.five, "window_minutes": 300, "reset_at": s.five_resets},
+            "secondary": {
+                "used_percent": s.seven,
+                "window_minutes": 10080,
+                "reset_at": s.seven_resets,
+            },
+        },
+    }
 
 
 # --- Anthropic ----------------------------------------------------------------------------------

@@ -30,7 +30,13 @@ import wsproto.events
 import zstandard
 from wsproto.extensions import PerMessageDeflate
 
-from tests.support.lab.answers import Answer, answer, responses_entry, responses_turn
+from tests.support.lab.answers import (
+    Answer,
+    answer,
+    limit_event,
+    responses_entry,
+    responses_turn,
+)
 from tests.support.lab.scenario import scenario_of
 
 BODY_BYTES_MAX = 64 << 20
@@ -130,9 +136,12 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[str, str, dict[str, 
     except asyncio.IncompleteReadError:
         return None
     lines = raw.decode("latin-1").split("\r\n")
-    method, target, _ = lines[0].split(" ", 2)
+    method, target, version = lines[0].split(" ", 2)
     pairs = (line.partition(":") for line in lines[1:] if line)
-    return method, target, {name.strip().lower(): value.strip() for name, _, value in pairs}
+    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    if version == "HTTP/1.0":
+        headers.setdefault("connection", "close")
+    return method, target, headers
 
 
 async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
@@ -364,7 +373,8 @@ async def _turn(
     scenario = scenario_of(heard.encode())
     model = str(asked.get("model") or asked.get("response", {}).get("model"))
     serial = f"lab{scenario.serial}" if scenario.serial else ledger.serial()
-    for event in responses_turn(model, scenario, serial):
+    limits = limit_event(scenario)
+    for event in [*([limits] if limits else []), *responses_turn(model, scenario, serial)]:
         writer.write(socket.send(wsproto.events.TextMessage(json.dumps(event))))
         await writer.drain()
         if scenario.delay_ms:

@@ -58,8 +58,16 @@ NAMES = (
     "changes.json",
     ".changes.json.lock",
     ".changes.json.*",
+    ".config.toml.*",
     "env.sh",
     ".env.sh.*",
+    "account.key",
+    ".account.key.*",
+    "snapshot.json",
+    "snapshot.json.new",
+    "snapshot.lock",
+    "statusline.json",
+    ".statusline.json.*",
     "proxy-ca/*",
 )
 PLANTABLE = tuple(name for name in NAMES if "*" not in name)
