@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halton_meter import toml_file
+from halton_meter import budget_settings, toml_file
+from halton_meter.budget import Budget
 from halton_meter.problem import Problem
 from halton_meter.toml_file import Document, NotToml, nearest, parsed, shown_value
 
@@ -72,7 +73,7 @@ class Config:
     the provider whose API they speak ("anthropic", "gateway", "openai:our-name"). `users` are the
     accounts whose processes the service meters besides the owner's; `all_users` means everybody:
     both count in root's own file only (`load_system`), as nobody decides for another user.
-    `loader` is "auto", "bcc" or "libbpf".
+    `loader` is "auto", "bcc" or "libbpf". `budgets` are the sound ones of `[budgets]`.
     """
 
     openai_compatible_hosts: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Config:
     all_users: bool = False
     loader: str = "auto"
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    budgets: tuple[Budget, ...] = ()
 
     @property
     def extra_hosts(self) -> dict[str, str]:
@@ -374,6 +376,19 @@ class _Judge:
             return None
         return family
 
+    # --- [budgets]
+
+    def budgets(self, value: Any) -> None:
+        """Limits in dollars, and what follows at them."""
+        self.right["budgets"] = budget_settings.budgets(self, value, self._provider_names)
+
+    def _provider_names(self) -> tuple[str, ...]:
+        """Those that ship with the program, and those that the user has named."""
+        own = self._document.table.get("hosts")
+        named = own.values() if isinstance(own, dict) else ()
+        aliases = [each.partition(":")[2] for each in named if isinstance(each, str)]
+        return (*_families(), "openai_compatible", *filter(None, aliases))
+
     # --- [proxy]
 
     def proxy(self, value: Any) -> None:
@@ -437,6 +452,7 @@ _CHECKS: dict[str, Callable[[_Judge, Any], None]] = {
     "all_users": lambda judge, value: judge.flag("all_users", value),
     "loader": _Judge.loader,
     "proxy": _Judge.proxy,
+    "budgets": _Judge.budgets,
 }
 # Named first where a provider's name is wrong: those whose APIs others imitate.
 _APIS = (
@@ -446,7 +462,7 @@ _APIS = (
 _LOADERS = ("auto", "bcc", "libbpf")
 _PROXY = ("port", "upstream")
 # Settings that earlier versions accepted and that never did anything.
-_DEAD = frozenset({"bodies", "pricing", "dashboard", "budgets", "sync", "attribution"})
+_DEAD = frozenset({"bodies", "pricing", "dashboard", "sync", "attribution"})
 _UPSTREAM = re.compile(r"http://([^\s/:@\[\]]+|\[[0-9a-fA-F:]+\]):(\d{1,5})/?", re.ASCII)
 _SOCKS = re.compile(r"\s*socks\d?[ah]?:", re.ASCII | re.IGNORECASE)
 _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:11434"'
@@ -454,7 +470,7 @@ _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:
 
 def _named(key: str) -> str:
     """A setting as it is written: a table in brackets."""
-    return f"[{key}]" if key in ("hosts", "proxy") else key
+    return f"[{key}]" if key in ("hosts", "proxy", "budgets") else key
 
 
 def _meant(near: str | None) -> str:

@@ -6,6 +6,7 @@ The pipeline itself is `halton_meter.meter`. Knows neither source.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from halton_meter import untrusted
 
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
+    from halton_meter.model import Exchange
+    from halton_meter.wire.transaction import OnRequest
 
 PRICE_ERROR_CHARACTERS_MAX = 900
 
@@ -22,8 +25,13 @@ def prepare_home(home: Path) -> None:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | None]:
-    """The pipeline with prices, projects and the user's own hosts.
+def make_meter(
+    home: Path,
+    extra_hosts: dict[str, str],
+    on_request: OnRequest | None = None,
+    on_answer: Callable[[Exchange], None] | None = None,
+) -> tuple[Meter, str | None]:
+    """The pipeline with prices, projects and the user's own hosts; see `Meter` for what it tells.
 
     Also why the user's own prices are not used, and the command to run; None when they are.
     """
@@ -45,4 +53,5 @@ def make_meter(home: Path, extra_hosts: dict[str, str]) -> tuple[Meter, str | No
             trouble += f"; see: ls -l {home}"
         print(f"halton-meter: {trouble}", file=sys.stderr)
         book = PriceBook.load()
-    return Meter(book.price, Attribution(), Registry(extra_hosts, Tokenizer())), trouble
+    registry = Registry(extra_hosts, Tokenizer())
+    return Meter(book.price, Attribution(), registry, on_request, on_answer), trouble

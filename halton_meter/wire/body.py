@@ -263,8 +263,7 @@ class BodyCollector:
     def offset(self) -> int:
         """Where in the body, as it was sent, the next byte stands; asked for at the first hole."""
         run = b"".join(self._run)
-        open_span = () if self._span_start is None else (self._span_start, self._run_bytes)
-        framed = len(run) - len(_unframed(run, (*self._spans, *open_span)))
+        framed = len(run) - len(_unframed(run, (*self._spans, *self._open_span())))
         return self.received_bytes - framed
 
     def lose(self, count: int | None) -> None:
@@ -296,6 +295,20 @@ class BodyCollector:
             return Body(pieces, whole, self._dropped_bytes, self._lost_bytes)
         spans = tuple(self._piece_spans)
         return FramedBody(pieces, spans, whole, self._dropped_bytes, self._lost_bytes)
+
+    def so_far(self) -> Body:
+        """What was kept up to now; more may come. Of a coded body, what could be decoded."""
+        if self._chain is not None:
+            self._decode()
+        spans = [*self._piece_spans, (*self._spans, *self._open_span())]
+        texts = [*self._pieces, b"".join(self._run)]
+        pieces = [_unframed(*each) for each in zip(texts, spans, strict=True)]
+        pieces[-1] += b"".join(self._staged)
+        found = (each for each in (*(self._head or ()), *pieces) if each)
+        return Body(tuple(found), False, self._dropped_bytes, self._lost_bytes)
+
+    def _open_span(self) -> Spans:
+        return () if self._span_start is None else (self._span_start, self._run_bytes)
 
     def ends_with_any(self, needles: Iterable[bytes]) -> bool:
         """True when one of `needles` stands in the last bytes seen."""

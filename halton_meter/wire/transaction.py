@@ -46,6 +46,8 @@ class Interest:
 
 
 Ask = Callable[[Request], Interest]
+# Called once the request of a wanted exchange is whole, with what gives the exchange so far.
+OnRequest = Callable[[Callable[[], Exchange]], None]
 NOT_WANTED = Interest(False)
 
 # Compared with once a chunk and more: an enum class's own lookup takes 0.1 µs in Python 3.11, a
@@ -70,11 +72,14 @@ _STREAM_ENDS = (
 class Context:
     """What every transaction of one connection shares: its identity, its questions, its losses."""
 
-    __slots__ = ("ask", "connection", "losses", "ordinal")
+    __slots__ = ("ask", "connection", "losses", "on_request", "ordinal")
 
-    def __init__(self, connection: Connection, ask: Ask) -> None:
+    def __init__(
+        self, connection: Connection, ask: Ask, on_request: OnRequest | None = None
+    ) -> None:
         self.connection = connection
         self.ask = ask
+        self.on_request = on_request
         self.losses: Counter[str] = Counter()
         self.ordinal = 0
 
@@ -174,6 +179,30 @@ class Transaction:
         if self.first_byte_ns is None:
             self.first_byte_ns = at_ns
         self.ended_ns = max(self.ended_ns, at_ns)
+
+    def end_request(self) -> None:
+        """The request's end was seen: tell who wants to know before there is an answer."""
+        self.request_done = True
+        on_request = self._context.on_request
+        if on_request is not None and self.wanted and not self.response_done:
+            on_request(self.so_far)
+
+    def so_far(self) -> Exchange:
+        """The request as it was seen up to now, without an answer; the exchange goes on."""
+        request, body = self.request, self.request_body
+        if body is not None:
+            request = replace(request, body=body.so_far())
+        return Exchange(
+            id=f"{self._context.connection.id}/so-far",
+            connection=self._context.connection,
+            protocol=self.protocol,
+            request=request,
+            response=Response(),
+            started_ns=self.started_ns,
+            first_byte_ns=None,
+            ended_ns=self.ended_ns,
+            outcome=Outcome.ABORTED,
+        )
 
     @property
     def wanted(self) -> bool:

@@ -99,6 +99,7 @@ class ProxyService:
             secrets.token_hex(16),
         )
         self.edge.on_bypass = self._on_bypass
+        self.on_limit: Callable[[dict[str, Any]], object] | None = None  # that refuses a request
         self.addresses: list[str] = []
         self.outages: list[tuple[int, int, str]] = []
         self.final: dict[str, Any] = {}
@@ -306,6 +307,8 @@ class ProxyService:
         elif "accepted" in message and self._port is not None:
             self._accepted = _hosts(message)
             self.edge.send_to(self._port, self._accepted)
+        if "limit_reached" in message and self.on_limit is not None:
+            self.on_limit(message)
         if "unavailable" in message:
             self._cause = untrusted.text(message, "unavailable", SAID_CHARACTERS_MAX)
         if "pong" in message:
@@ -614,6 +617,7 @@ class ProxyService:
             "coverage_of_connections": self.connections.as_json(),
             "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
+            "refused_at_limit": worker.get("refused_at_limit") or 0,
         }
 
     async def _ask_worker(self) -> dict[str, Any]:
@@ -632,7 +636,7 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "journal_repeated", "held")
+_COUNTS = ("events", "journal_waiting", "journal_repeated", "held", "refused_at_limit")
 _TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
 
 
