@@ -34,6 +34,7 @@ from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
+from halton_meter.wire.so_far import ExchangeSoFar
 from halton_meter.wire.transaction import OnRequest
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
@@ -87,6 +88,7 @@ class Meter:
         self._price = price
         self._attribute = attribute
         self._registry = registry if registry is not None else Registry()
+        self._quick_registry = self._registry.without_counter()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
         self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
@@ -143,6 +145,25 @@ class Meter:
         self._latest = key
         return evicted + self._events(conversation.receive(item))
 
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each request that goes on."""
+        return [each for one in self._conversations.values() for each in one.under_way()]
+
+    def glimpse(self, exchange: Exchange) -> UsageEvent | None:
+        """What an exchange would have used if it had ended now; nothing is remembered of it.
+
+        None where that is no event. Texts are counted by their characters, which is quick.
+        """
+        try:
+            found = self._quick_registry.read(exchange)
+        except Exception:  # a reader's bug; that of the whole exchange will be counted
+            return None
+        return self._attributed(found[0]) if found else None
+
+    def price(self, usage: UsageEvent) -> PricedEvent:
+        """What this costs, for who looks at requests that go on."""
+        return self._price(usage)
+
     def exchange(self, exchange: Exchange) -> list[PricedEvent]:
         """Take an exchange that is already decoded (the proxy's); return its events."""
         return self._events((exchange,))
@@ -153,10 +174,7 @@ class Meter:
         None for one that is no provider's, or of a kind that costs nothing. It is no event, and
         counts nowhere.
         """
-        try:
-            read = next(iter(self._registry.read(exchange)), None)
-        except Exception:  # as in `_read`; what it was is counted there, at the exchange's end
-            return None
+        read = self.glimpse(exchange)
         if read is None or read.kind in FREE_KINDS:
             return None
         size = sum(map(len, exchange.request.body.pieces)) + exchange.request.body.dropped_bytes
@@ -169,7 +187,7 @@ class Meter:
             error_class=None,
             free=None,
         )
-        return self._price(self._attributed(usage))
+        return self._price(usage)
 
     def finish(self, at_ns: int) -> list[PricedEvent]:
         """End of the capture: close every open conversation as cut off at `at_ns`."""

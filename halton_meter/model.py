@@ -321,6 +321,55 @@ class Traits:
     nth: int = 1
 
 
+class SessionSource(enum.Enum):
+    """What a session id was made of; the values are the contract's `session_source`.
+
+    CLIENT: the client named it in its request. PROCESS: the client named none, and it stands for
+    the process at the root of the client's tree.
+    """
+
+    CLIENT = "client"
+    PROCESS = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asked, as the request says: untrusted, bounded in length and characters.
+
+    `session_id` is one run or conversation of a client; `turn_id` one thing that its user asked
+    for. `agent` is what a person would call who asked within the session ("main", "Explore",
+    "/root"), `agent_id` and `parent_agent_id` the client's ids of it, and `request_class` the
+    client's word for the kind of request ("main", "subagent", "compaction", "auxiliary", "turn").
+    `retry_count` is 0 at the first try. `account` is a keyed hash of what names the provider's
+    account, never that itself. Whatever the request does not say is None.
+    """
+
+    session_id: str | None = None
+    session_source: SessionSource | None = None
+    turn_id: str | None = None
+    agent: str | None = None
+    agent_id: str | None = None
+    parent_agent_id: str | None = None
+    request_class: str | None = None
+    client: str | None = None
+    client_version: str | None = None
+    retry_count: int | None = None
+    account: str | None = None
+
+
+# Of two sightings of one exchange, what each knows of the session stands or falls together.
+SESSION_NAMES = (
+    "session_id",
+    "session_source",
+    "turn_id",
+    "agent",
+    "agent_id",
+    "parent_agent_id",
+    "request_class",
+)
+CALLER_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Caller))
+
+
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
     """What one exchange used, before pricing.
@@ -371,6 +420,7 @@ class UsageEvent:
     gap: str | None = None
     shared_id: str | None = None
     traits: Traits | None = None
+    caller: Caller = Caller()
 
     @property
     def tokens(self) -> Tokens:
@@ -451,6 +501,11 @@ class PricedEvent:
     def units(self) -> dict[str, int | Decimal]:
         """The units that may be summed: none where they are implausible."""
         return {} if self.implausible else self.usage.units
+
+
+def client_of(client: str | None, exe: str | None) -> str | None:
+    """Who asked, in one short name: the client's own, else that of its program's file."""
+    return client or (None if exe is None else exe.rpartition("/")[2] or None)
 
 
 # --- identity ----------------------------------------------------------------------------------

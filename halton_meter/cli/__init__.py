@@ -42,6 +42,7 @@ class _Entry(NamedTuple):
 _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
+    "tail": _Entry("halton_meter.cli.tail:tail", "Print requests as they end."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."

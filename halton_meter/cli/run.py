@@ -21,10 +21,10 @@ from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
 from halton_meter.cli.money import Dollars
 from halton_meter.cli.output import (
+    cost_text,
     count,
     fail,
     implausible_words,
-    money_text,
     note,
     shown,
     wrong_usage,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from halton_meter.live.result import RunResult
     from halton_meter.live.totals import Line, Totals
 
-CENT = Decimal("0.01")
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
@@ -260,9 +259,9 @@ def _limit_lines(result: RunResult) -> list[str]:
         )
     over = ""
     if spent_usd > limit_usd:
-        over = f", {_usd(spent_usd - limit_usd)} over it by what was under way"
+        over = f", {cost_text(spent_usd - limit_usd)} over it by what was under way"
     at_least = "at least " if held["at_least"] else ""
-    return [f"  limit of {_usd(limit_usd)}: {did} at {at_least}{_usd(spent_usd)}{over}"]
+    return [f"  limit of {cost_text(limit_usd)}: {did} at {at_least}{cost_text(spent_usd)}{over}"]
 
 
 def _is_more_than_metered(result: RunResult) -> bool:
@@ -298,21 +297,16 @@ def _tokens(line: Line) -> str:
     return known + (f" (of {count(line.unknown, 'request')} not known)" if line.unknown else "")
 
 
-def _usd(amount: Decimal) -> str:
-    """With four decimals, below a cent with six, as `events` has them."""
-    return money_text(amount, 6 if 0 < abs(amount) < CENT else 4)
-
-
 def _cost(line: Line) -> str:
     """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    text = f"{_usd(line.list_usd)} list price"
+    text = f"{cost_text(line.list_usd)} list price"
     if line.estimated:
         every = line.estimated == line.requests
         text += " (estimated)" if every else f" ({count(line.estimated, 'request')} estimated)"
     if line.marginal_usd != line.list_usd:
-        text += f", {_usd(line.marginal_usd)} billed"
+        text += f", {cost_text(line.marginal_usd)} billed"
     return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
 
 

@@ -44,6 +44,12 @@ _OPTIONS = (
     ),
     click.option("--project", type=name_typed, metavar="NAME", help="Only this project."),
     click.option(
+        "--client",
+        type=name_typed,
+        metavar="NAME",
+        help="Only this client, e.g. claude-cli; of one that has no name, its program's.",
+    ),
+    click.option(
         "--flag",
         type=name_typed,
         metavar="WORD",
@@ -69,6 +75,7 @@ def read_selection(
     provider: str | None,
     model: str | None,
     project: str | None,
+    client: str | None,
     flag: str | None,
 ) -> Selection:
     """The options as a Selection; times without an offset are local."""
@@ -83,7 +90,7 @@ def read_selection(
             f"the period ends before it begins: {named[0]} {beginning} --to {to}",
             "swap the two times",
         )
-    return Selection(from_ns, to_ns, provider, model, project, flag)
+    return Selection(from_ns, to_ns, provider, model, project, flag, client=client)
 
 
 def moment(option: str, text: str, now_ns: int, end: bool = False) -> int:

@@ -114,6 +114,10 @@ class Registry:
         self._suffixes: dict[str, tuple[Provider, ...]] = {}
         self._patterned: list[tuple[re.Pattern[str], Provider]] = []
 
+    def without_counter(self) -> Registry:
+        """The same providers, for who counts texts by their characters."""
+        return self if self._counter is None else Registry(self._extra_hosts)
+
     def _load(self) -> dict[str, tuple[Provider, ...]]:
         if self._exact is None:
             exact: dict[str, tuple[Provider, ...]] = {}

@@ -28,7 +28,6 @@ def of_usage(usage: UsageEvent) -> Spent:
 
 def _spent(usage: UsageEvent, list_usd: Decimal | None, billed_usd: Decimal | None) -> Spent:
     process = usage.process
-    caller = getattr(usage, "caller", None)
     return Spent(
         id=usage.id,
         at_ns=usage.at_ns,
@@ -38,8 +37,8 @@ def _spent(usage: UsageEvent, list_usd: Decimal | None, billed_usd: Decimal | No
         model=usage.model or usage.request_model,
         project=usage.project,
         process=process.exe if process is not None else None,
-        account=getattr(caller, "account", None),
-        session=getattr(caller, "session_id", None),
+        account=usage.caller.account,
+        session=usage.caller.session_id,
     )
 
 

@@ -21,7 +21,6 @@ from halton_meter.spending.forecast import WEEKS
 from halton_meter.spending.sums import BUCKETS_MAX, EXACT, Amount, Baseline, Sums
 from halton_meter.spending.windows import Windows
 from halton_meter.store import NothingStored, Reader, Store
-from halton_meter.store.schema import EVENT_COLUMNS
 
 SESSION_DAYS = 60
 """A session's sum reaches back so far."""
@@ -31,9 +30,8 @@ _COLUMNS = {
     "model": "coalesce(model, request_model)",
     "project": "project",
     "process": "process",
-    "account": "account" if "account" in EVENT_COLUMNS else "NULL",
+    "account": "account",
 }
-_SESSION = "session_id" if "session_id" in EVENT_COLUMNS else "NULL"
 _SUMS = ", ".join(
     f"count(*) FILTER ({name} IS NULL), sum({name}), sum({name}_rest)"
     for name in ("list_usd", "marginal_usd")
@@ -138,8 +136,8 @@ def _by_session(reader: Reader, now_ns: int) -> Iterable[tuple[Spent, _Found]]:
     first_ns = start_of(day_of(now_ns) - timedelta(days=SESSION_DAYS))
     names = ", ".join(_COLUMNS.values())
     rows = reader.rows(
-        f"SELECT {_SESSION}, {names}, count(*), {_SUMS} FROM event "
-        f"WHERE at_ns >= ? AND {_SESSION} IS NOT NULL GROUP BY ALL ORDER BY max(at_ns) DESC",
+        f"SELECT session_id, {names}, count(*), {_SUMS} FROM event "
+        f"WHERE at_ns >= ? AND session_id IS NOT NULL GROUP BY ALL ORDER BY max(at_ns) DESC",
         [first_ns],
     )
     for session, *rest in rows:

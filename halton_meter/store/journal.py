@@ -31,7 +31,8 @@ from halton_meter.model import PricedEvent
 from halton_meter.store.cleaning import LINE_FORM, cleaned_line, is_older
 from halton_meter.store.errors import disk_trouble
 from halton_meter.store.home import Home, private_file
-from halton_meter.store.rows import dumps, sum_values, usage_values
+from halton_meter.store.rows import dumps, loads, sum_values, usage_values
+from halton_meter.store.schema import EVENT_COLUMNS
 
 SEGMENT_SUFFIX = ".jsonl"
 # A segment this large is sealed and the next begun: it bounds one transaction (and its memory)
@@ -311,6 +312,20 @@ def event_line(event: PricedEvent) -> bytes:
         slim = replace(event.usage, raw_usage=None, flags=(*event.usage.flags, "raw_usage_dropped"))
         line = _line({**usage_values(slim), **sum_values(event)})
     return line
+
+
+def row_of_line(line: bytes) -> dict[str, Any] | None:
+    """The row of an event's line, for `event_from_row`; None for a damaged line, and for those of
+    losses and coverage.
+    """
+    storable = _storable(line)
+    if storable is None or _LOSS_MARK in storable or _COVERAGE_MARK in storable:
+        return None
+    try:
+        found = loads(storable.decode())
+    except ValueError:
+        return None
+    return dict.fromkeys(EVENT_COLUMNS) | found if isinstance(found, dict) else None
 
 
 def loss_line(loss_id: str, cause: str, count: int, at_ns: int) -> bytes:

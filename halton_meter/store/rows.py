@@ -11,15 +11,18 @@ from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
-from halton_meter.contract import usd_text
+from halton_meter.contract import caller_json, usd_text
 from halton_meter.model import (
+    CALLER_NAMES,
     TOKEN_NAMES,
     Basis,
+    Caller,
     Certainty,
     LineItem,
     Outcome,
     PricedEvent,
     Process,
+    SessionSource,
     Source,
     Tokens,
     Traits,
@@ -63,6 +66,7 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         "source": usage.source.value,
         "project": usage.project,
         "git_branch": usage.git_branch,
+        **caller_json(usage.caller),
         "certainty": usage.certainty.value,
         "free": usage.free,
         "ttft_ms": usage.ttft_ms,
@@ -172,9 +176,14 @@ def _split_usd(amount: Decimal | None) -> tuple[str | None, str | None]:
     return format(whole, "f"), format(rest.quantize(_REST, context=_EXACT), "f") if rest else None
 
 
-def event_from_row(row: dict[str, Any]) -> PricedEvent:
+def document_of(found: Any) -> Any:
+    """What a document column holds: text in the database, the value itself in a journal line."""
+    return loads(found) if isinstance(found, str) else found
+
+
+def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
     """The event that `usage_values` and `price_values` made a row of."""
-    document = loads(row["price_document"])
+    document = document_of(row["price_document"])
     return PricedEvent(
         usage=_usage_from_row(row),
         list_usd=decimal_of(document["list_usd"]),
@@ -187,8 +196,8 @@ def event_from_row(row: dict[str, Any]) -> PricedEvent:
     )
 
 
-def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
-    document = loads(row["usage_document"])
+def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
+    document = document_of(row["usage_document"])
     return UsageEvent(
         id=row["id"],
         provider=row["provider"],
@@ -220,7 +229,14 @@ def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
         gap=row["gap"],
         shared_id=row["shared_id"],
         traits=traits_of_text(row["traits"]),
+        caller=_caller(row),
     )
+
+
+def _caller(row: Mapping[str, Any]) -> Caller:
+    values = {name: row[name] for name in CALLER_NAMES}
+    source = values.pop("session_source")
+    return Caller(session_source=None if source is None else SessionSource(source), **values)
 
 
 def traits_text(traits: Traits) -> str:
@@ -262,7 +278,7 @@ def _part(document: dict[str, Any]) -> Usage:
     )
 
 
-def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | None:
+def _process(row: Mapping[str, Any], document: dict[str, Any] | None) -> Process | None:
     if document is None:
         return None
     return Process(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from halton_meter.model import TOKEN_NAMES
+from halton_meter.model import CALLER_NAMES, TOKEN_NAMES
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import DatabaseTooNew
 
@@ -24,6 +24,8 @@ USD = "DECIMAL(38,12)"
 USD_REST = "DECIMAL(38,37)"
 
 _TOKEN_COLUMNS = {f"{name}_tokens": "BIGINT" for name in TOKEN_NAMES}
+# Who asked, in the columns of the same names as `Caller`'s fields.
+CALLER_COLUMNS = {**dict.fromkeys(CALLER_NAMES, TEXT), "retry_count": "BIGINT"}
 # Columns that describe what was used. `sighting_rank` orders sightings of one exchange;
 # `traits` and `shared_id` tell exchanges of one id apart (`identity.py`);
 # `usage_document` holds, as JSON, whatever has no column: parts, conditions, flags, process.
@@ -52,6 +54,7 @@ USAGE_COLUMNS: dict[str, str] = {
     "user_name": TEXT,
     "project": TEXT,
     "git_branch": TEXT,
+    **CALLER_COLUMNS,
     **_TOKEN_COLUMNS,
     "certainty": TEXT,
     "free": TEXT,
@@ -81,7 +84,14 @@ _NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_doc
 
 
 # Columns that migrations add to the tables of the first versions.
-_ADDED = {"implausible", "implausible_requests", "gap", "shared_id", "traits"}
+_ADDED = {
+    "implausible",
+    "implausible_requests",
+    "gap",
+    "shared_id",
+    "traits",
+    *CALLER_COLUMNS,
+}
 
 
 def _defined(columns: Mapping[str, str]) -> str:
@@ -122,8 +132,20 @@ DIMENSIONS: dict[str, str] = {
     "git_branch": "git_branch",
     "source": "source",
     "error_class": "error_class",
+    "session": "session_id",
+    "turn": "turn_id",
+    "agent": "agent",
+    "request_class": "request_class",
+    "client": "client",
+    "client_version": "client_version",
+    "account": "account",
 }
-DIMENSION_COLUMNS = tuple(column for column in DIMENSIONS.values() if column)
+# Those of which a day has about as many values as events: their sums would save nothing.
+_MANY_VALUED = {"session_id", "turn_id"}
+# The columns by which days are summed.
+DIMENSION_COLUMNS = tuple(
+    column for column in DIMENSIONS.values() if column and column not in _MANY_VALUED
+)
 
 
 def _sum_type(name: str) -> str:
@@ -229,6 +251,27 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE coverage (id VARCHAR PRIMARY KEY, hour_ns BIGINT NOT NULL, program VARCHAR,
         host VARCHAR, stack VARCHAR, cause VARCHAR, connections BIGINT NOT NULL, bytes BIGINT);
+    """,
+    # Who asked: of earlier events it is not known. The days are summed anew, by client as well.
+    """
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN session_id VARCHAR;
+    ALTER TABLE event ADD COLUMN session_source VARCHAR;
+    ALTER TABLE event ADD COLUMN turn_id VARCHAR;
+    ALTER TABLE event ADD COLUMN agent VARCHAR;
+    ALTER TABLE event ADD COLUMN agent_id VARCHAR;
+    ALTER TABLE event ADD COLUMN parent_agent_id VARCHAR;
+    ALTER TABLE event ADD COLUMN request_class VARCHAR;
+    ALTER TABLE event ADD COLUMN client VARCHAR;
+    ALTER TABLE event ADD COLUMN client_version VARCHAR;
+    ALTER TABLE event ADD COLUMN retry_count BIGINT;
+    ALTER TABLE event ADD COLUMN account VARCHAR;
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, traits, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    DELETE FROM day_total;
+    DELETE FROM rolled_day;
     """,
 )
 # A database of an earlier version is copied into a new file, see `rewriting.py`.

@@ -14,6 +14,7 @@ from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClo
 from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import JOINED
 from halton_meter.wire.recognition import Undecided
+from halton_meter.wire.so_far import ExchangeSoFar
 from halton_meter.wire.transaction import (
     NOT_WANTED,
     SENT,
@@ -55,6 +56,7 @@ class Conversation:
         self._wait_until = 0
         self._waiting: list[bytes] = []
         self._waiting_ns = 0
+        self._ended: list[Exchange] = []  # as somebody looked, for who reads next
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -64,12 +66,21 @@ class Conversation:
     @property
     def is_open(self) -> bool:
         """Whether an exchange is under way: what was said of it would be missed."""
-        return bool(self._waiting) or self._engine.is_open
+        return bool(self._waiting or self._ended) or self._engine.is_open
 
     @property
     def held_bytes(self) -> int:
         """The memory that its open exchanges take, more or less."""
         return sum(map(len, self._waiting)) + self._engine.held_bytes
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each exchange that is wanted and goes on.
+
+        What waits is read now rather than together with what comes, which gives the same.
+        """
+        ended = self._read_waiting()
+        self._ended = ended
+        return self._engine.under_way()
 
     def shrink(self) -> None:
         """Keep of its open bodies only what usage needs: others need the room."""
@@ -113,11 +124,12 @@ class Conversation:
 
     def _read_waiting(self) -> list[Exchange]:
         """Read what waited as of when the last of it came."""
+        done, self._ended = self._ended, []
         if not self._waiting:
-            return []
+            return done
         data = b"".join(self._waiting)
         self._waiting.clear()
-        done = self._feed(Direction.RECEIVED, data, self._waiting_ns)
+        done += self._feed(Direction.RECEIVED, data, self._waiting_ns)
         self._let_wait()
         return done
 

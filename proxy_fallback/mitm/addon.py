@@ -68,11 +68,10 @@ class Recording(Protocol):
     def end(self, at_ns: int) -> list[Exchange]:
         """Nothing more will come."""
 
-    def so_far(self) -> Exchange:
-        """The request as it was seen up to now."""
-
-    def asked(self, data: bytes, at_ns: int) -> Exchange | None:
-        """The turn that a client's message would begin; None: this is no WebSocket."""
+    def asked(self, data: bytes | None, at_ns: int) -> Exchange | None:
+        """The exchange with the request alone: as it was seen up to now, or, with `data`, the turn
+        that this message of the client's would begin. None where it is neither.
+        """
 
 
 class Answer(Protocol):
@@ -476,7 +475,8 @@ class MeterAddon:
         try:
             watched.recording.sent(flow.request.raw_content or b"")
             assert self._wiring.gate is not None
-            answer = await self._wiring.gate.judge(watched.recording.so_far())
+            exchange = watched.recording.asked(None, time.time_ns())
+            answer = None if exchange is None else await self._wiring.gate.judge(exchange)
             if answer is None:
                 return False
             from mitmproxy import http as mitm_http

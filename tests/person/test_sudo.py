@@ -40,6 +40,7 @@ CAPTURE = REPOSITORY / "fixtures" / "pcaps" / "anthropic_count_tokens.pcapng"
 CALLS: tuple[tuple[str, ...], ...] = (
     ("replay", str(CAPTURE), "--store", "--quiet"),
     ("events", "--json"),
+    ("tail", "--json"),
     ("report",),
     ("dashboard",),
     *(("export", form, f"out.{form}", "--force") for form in ("sqlite", "csv", "parquet", "jsonl")),

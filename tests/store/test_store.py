@@ -319,8 +319,9 @@ def test_absurd_rows_of_an_older_database_leave_its_sums(tmp_path: Path) -> None
             ("absurd", True, None, None, None, "unpriced"),
             ("e1", None, Decimal("0.25"), 100, 20, "computed"),
         ]
-        assert reader.rows("SELECT day FROM rolled_day") == [(day - 1,)]
-        assert reader.rows("SELECT day, implausible_requests FROM day_total") == [(day - 1, 0)]
+        # A later version sums the days anew.
+        assert reader.rows("SELECT day FROM rolled_day") == []
+        assert reader.rows("SELECT day, implausible_requests FROM day_total") == []
         (found,) = reader.events(Selection(flag="implausible"))
         assert found.implausible
         assert found.usage == absurd.usage  # what was stated is kept

@@ -33,6 +33,7 @@ from halton_meter.model import Exchange, PricedEvent, Process
 from halton_meter.spending.spent import amount, of_event
 from halton_meter.spending.stops import STOPPED, ProcessId
 from halton_meter.spending.sums import Amount
+from halton_meter.wire.so_far import ExchangeSoFar
 
 SAY_AFTER_S = 0.3  # a shell takes its terminal back first, and sets its modes
 TELL_AGAIN_S = 2.0
@@ -123,11 +124,11 @@ class Holding:
 
     # --- what the pipeline tells
 
-    def on_request(self, make: Callable[[], Exchange]) -> None:
+    def on_request(self, so_far: ExchangeSoFar) -> None:
         """A request was sent whole."""
         if not self.is_active:
             return
-        exchange = make()
+        exchange, _ = so_far.exchange(so_far.started_ns)
         priced = self.preview(exchange)
         if priced is not None:
             self._fresh.append(self.flights.begin(exchange, priced))

@@ -31,7 +31,14 @@ from halton_meter import untrusted
 from halton_meter.budget import STOP
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import status
-from halton_meter.live.control import SOCKET_NAME, Answering, Client
+from halton_meter.live.control import (
+    SOCKET_NAME,
+    Answering,
+    Client,
+    remove_dead_run_sockets,
+    run_socket_name,
+)
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import EventStore, JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
@@ -193,11 +200,12 @@ class Metering:
         holding: Holding | None = None,
     ) -> None:
         self._holding = holding or Holding(Path(job.home), is_run=not job.service)
-        self._holding.preview, self._holding.refresh = meter.preview, self._refresh_sums
+        self._holding.refresh = self._refresh_sums
         self._pause_ms = LEISURE_MS
         self._job = job
         self._source = source
         self._meter = meter
+        self._in_flight = InFlight(meter)
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
         self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
@@ -227,8 +235,7 @@ class Metering:
                 self._outages.alive(self._started_ns)
             else:
                 self._outages.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
-            home = Path(self._job.home)
-            self._answering = Answering(home, self._selector, self._answer, self._forget_run)
+        self._open_control()
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         self._watch_own_run()
@@ -245,6 +252,13 @@ class Metering:
             self._tick()
         self._close()
         return self._exit_code
+
+    def _open_control(self) -> None:
+        home, name, answer = Path(self._job.home), SOCKET_NAME, self._answer
+        if not self._job.service:
+            remove_dead_run_sockets(home)
+            name, answer = run_socket_name(), self._answer_of_run
+        self._answering = Answering(home, self._selector, answer, self._forget_run, name)
 
     # --- plaintext and events
 
@@ -468,9 +482,9 @@ class Metering:
             self._journal.keep_connections(ended_parts(open_now), time.time_ns())
         self._journal.close()
         self._holding.close()
+        if self._answering is not None:
+            self._answering.remove()
         if self._outages is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(Path(self._job.home) / SOCKET_NAME)
             now_ns = time.time_ns()
             if self._exit_code == ENDED and b"finish" not in self._commands:
                 self._outages.alive(now_ns)  # the supervisor was killed: nobody asked for this end
@@ -504,6 +518,8 @@ class Metering:
         asked, pid = request.get("ask"), untrusted.whole_number(request, "pid", untrusted.PID_MAX)
         if asked == "status":
             return self.status()
+        if asked == "in_flight":
+            return self._what_is_in_flight()
         if asked == "watch" and pid is not None:
             self._runs[client] = _Run(pid)
             self._watch(pid)
@@ -528,6 +544,14 @@ class Metering:
             send({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
+
+    def _answer_of_run(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of a process that meters one run; who started it asks by its own ways."""
+        asked = request.get("ask") == "in_flight"
+        return self._what_is_in_flight() if asked else {"error": "unknown request"}
+
+    def _what_is_in_flight(self) -> dict[str, Any]:
+        return self._in_flight.answer(self._meter.under_way(), time.time_ns())
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
@@ -761,6 +785,7 @@ def start(job: Job, link: socket.socket) -> int:
     # The pipeline is imported while the helper attaches.
     holding = Holding(home, is_run=not job.service)
     meter, price_error = make_meter(home, job.extra_hosts, holding.on_request, holding.on_answer)
+    holding.preview = meter.preview
     try:
         source.start()
     except Unavailable as error:

@@ -25,6 +25,7 @@ from halton_meter.providers.refusal import Refusal, of_message, refusal
 from halton_meter.providers.registry import Registry
 from halton_meter.spending.spent import amount, of_event
 from halton_meter.spending.stops import REFUSED, ProcessId
+from halton_meter.wire.so_far import ExchangeSoFar
 
 UNKNOWN_S_MAX, UNKNOWN_PAUSE_S = 3.0, 0.05
 """At the start: how long a request waits for the sums of budgets that hold."""
@@ -106,11 +107,10 @@ class Gate:
         # A queue that is full: nothing that watches may break what is watched.
         return await future if self.submit(do) else None
 
-    def begun(self, make: Callable[[], Exchange]) -> None:
+    def begun(self, so_far: ExchangeSoFar) -> None:
         """A request was sent on whole."""
         if self.is_on:
-            exchange = make()
-            self.submit(lambda: self._begun(exchange))
+            self.submit(lambda: self._begun(so_far.exchange(time.time_ns())[0]))
 
     # --- in the pricing thread
 

@@ -28,6 +28,7 @@ from halton_meter import untrusted
 from halton_meter.budget import STOP
 from halton_meter.coverage import Coverage
 from halton_meter.live import status
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import make_meter, prepare_home
@@ -38,6 +39,7 @@ from halton_meter.live.totals import Totals
 if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Request
+    from halton_meter.wire.so_far import ExchangeSoFar
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
@@ -50,6 +52,14 @@ SWITCH_S = 0.0002
 CA_FOLDER = "proxy-ca"
 # How often the CA is checked for validity.
 CA_CHECK_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of the exchanges that go on, to be read and priced; `then` gets the rows."""
+
+    under_way: list[ExchangeSoFar]
+    then: Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,7 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
         return Interest(keep, turn_ends)
 
     recorder = Recorder(interest, pricing.losses, pricing.gate.begun)
+    pricing.under_way = recorder.under_way
     return MeterAddon(
         Wiring(
             recorder.begin,
@@ -138,7 +149,9 @@ class Pricing:
         self._meter = meter
         self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
         self.gate.refresh = lambda: self._journal.flush(lambda: None)
-        self._waiting: queue.Queue[Exchange | Coverage | Callable[[], None] | None]
+        self._in_flight = InFlight(meter)
+        self.under_way: Callable[[], list[ExchangeSoFar]] = list
+        self._waiting: queue.Queue[Exchange | Coverage | Look | Callable[[], None] | None]
         self._waiting = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
@@ -169,6 +182,14 @@ class Pricing:
         except queue.Full:
             return False
         return True
+
+    def look(self, then: Callable[[dict[str, Any]], None]) -> None:
+        """Have `then` told what is in flight; called in the proxy's thread, which reads none of it.
+
+        Where too many exchanges wait that have ended, there is no answer.
+        """
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(Look(self.under_way(), then))
 
     def count_connections(self, counted: Coverage) -> None:
         """Keep how many connections were metered, of those that have begun since the last time."""
@@ -219,6 +240,8 @@ class Pricing:
             try:
                 if isinstance(exchange, Coverage):
                     self._journal.keep_connections(exchange, time.time_ns())
+                elif isinstance(exchange, Look):
+                    exchange.then(self._in_flight.answer(exchange.under_way, time.time_ns()))
                 elif callable(exchange):
                     exchange()
                 else:
@@ -327,6 +350,8 @@ class Worker:
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
                 self.send({"status": told, "serial": message["status"]})
+            if "in_flight" in message:
+                self._look(session, pricing, message["in_flight"])
             if "connections" in message:
                 with contextlib.suppress(ValueError):
                     pricing.count_connections(Coverage.of_json(message["connections"]))
@@ -334,6 +359,12 @@ class Worker:
                 pricing.count_losses(untrusted.counts(message, "losses"))
             if "finish" in message:
                 return
+
+    def _look(self, session: Any, pricing: Pricing, serial: Any) -> None:
+        def tell(rows: dict[str, Any]) -> None:
+            self.send({"in_flight": rows, "serial": serial})
+
+        session.call_soon(lambda: pricing.look(tell))
 
 
 def job_line(job: Job) -> bytes:
