@@ -31,7 +31,9 @@ def change(home: Path, edit: Callable[[str], str]) -> None:
         return
     raw = fresh.encode()
     if len(raw) > CONFIG_BYTES_MAX:
-        raise ConfigError(f"{path} would be larger than {CONFIG_BYTES_MAX:,} bytes", f"ls -l {path}")
+        raise ConfigError(
+            f"{path} would be larger than {CONFIG_BYTES_MAX:,} bytes", f"ls -l {path}"
+        )
     if wrong := read_text(raw, str(path)).wrong:
         raise ConfigError("\n".join(wrong))
     home.mkdir(mode=0o700, parents=True, exist_ok=True)

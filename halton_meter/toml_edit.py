@@ -32,7 +32,7 @@ def changed(text: str, path: Sequence[str], value: Any) -> str:
     if isinstance(value, Mapping):
         if last not in table:
             table.add(last, tomlkit.table())
-        inner = table[last]
+        inner: Any = table[last]
         if not isinstance(inner, Mapping):
             raise ValueError(f"{'.'.join(path)} is no table")
         for key, each in value.items():

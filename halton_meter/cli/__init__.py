@@ -67,6 +67,9 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.start:start", "Start metering in the background.", _for_probes
     ),
     "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
+    "budget": _Entry(
+        "halton_meter.cli.budget:budget", "Set limits in dollars, and see what is left of them."
+    ),
     "status": _Entry("halton_meter.cli.status:status", "Show health, coverage and losses."),
     "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
     "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
