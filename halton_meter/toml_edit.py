@@ -6,7 +6,7 @@ work; it is imported when something is changed. This file knows no key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 
@@ -33,7 +33,7 @@ def changed(text: str, path: Sequence[str], value: Any) -> str:
         if last not in table:
             table.add(last, tomlkit.table())
         inner: Any = table[last]
-        if not isinstance(inner, Mapping):
+        if not isinstance(inner, MutableMapping):
             raise ValueError(f"{'.'.join(path)} is no table")
         for key, each in value.items():
             inner[key] = each

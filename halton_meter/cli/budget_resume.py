@@ -77,9 +77,7 @@ def _allowed(
     """What to say, and the file with what is allowed from now on."""
     lines = []
     for stop in chosen:
-        budget = budgets.get(stop.budget or "")
-        usual = budget.usd if budget is not None else stop.limit_usd
-        more = more_usd or usual
+        more = more_usd or stop.usd
         if stop.key:
             # On top of what was spent: else what is far over would stop at once.
             beyond = max(Decimal(0), stop.spent_usd - stop.limit_usd)

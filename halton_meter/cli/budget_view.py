@@ -20,6 +20,7 @@ from halton_meter.cli.output import (
     styled,
 )
 from halton_meter.contract import rfc3339, usd_text
+from halton_meter.live.caps import dollars
 
 if TYPE_CHECKING:
     from halton_meter.spending.firing import Fired
@@ -151,7 +152,7 @@ def _stop_lines(stop: Stop) -> Iterator[str]:
     processes = f" ({count(len(stop.processes), 'process', 'processes')})" if stop.processes else ""
     yield (
         f"{shown(stop.program)}{processes} {did} since {local_time(stop.since_ns)}: "
-        f"{at_least}{money_text(stop.spent_usd)} of {money_text(stop.limit_usd)} spent"
+        f"{at_least}{dollars(stop.spent_usd)} of {dollars(stop.limit_usd)} spent"
     )
     yield f"  go on: halton-meter budget resume {stop.id}"
 

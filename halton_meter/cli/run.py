@@ -259,8 +259,10 @@ def _limit_lines(result: RunResult) -> list[str]:
         )
     over = ""
     if spent_usd > limit_usd:
-        over = f", {cost_text(spent_usd - limit_usd)} over it by what was under way"
+        over = f", {cost_text(spent_usd - limit_usd)} over it"
     at_least = "at least " if held["at_least"] else ""
+    if held["in_flight"] and not result.refused:
+        over += f"; {count(held['in_flight'], 'request')} under way"
     return [f"  limit of {cost_text(limit_usd)}: {did} at {at_least}{cost_text(spent_usd)}{over}"]
 
 

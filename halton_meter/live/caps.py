@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import NamedTuple
 
 from halton_meter.budget import RUN, STOP, Bucket, Budget, Spent
 from halton_meter.model import Exchange, PricedEvent, Process
@@ -23,6 +24,7 @@ FLIGHTS_MAX = 4096
 MODELS_MAX = 200
 ANSWERS_MAX = 20  # of one model, whose mean is the estimate
 CENT = Decimal("0.01")
+_ROUGH = Decimal("0.0001")  # an estimate has no more places
 
 
 def dollars(usd: Decimal) -> str:
@@ -35,17 +37,21 @@ def dollars(usd: Decimal) -> str:
 @dataclass(frozen=True, slots=True)
 class Over:
     """A limit that is reached. `id` is what `budget resume` takes; `key` what it is an allowance
-    for. `at_least`: some requests have no price. `in_flight_usd` is what is under way."""
+    for; `usd` is the limit without what was allowed on top. `at_least`: some have no price.
+    `in_flight_usd` is what the `in_flight` requests under way may cost.
+    """
 
     id: str
     limit_usd: Decimal
     spent_usd: Decimal
+    usd: Decimal
     holds: str = STOP
     budget: Budget | None = None
     key: str = ""
     each: str = ""
     at_least: bool = False
     in_flight_usd: Decimal = Decimal(0)
+    in_flight: int = 0
 
     @property
     def text(self) -> str:
@@ -58,9 +64,20 @@ class Over:
         said += f" of its limit of {dollars(self.limit_usd)}"
         if self.budget is not None and self.budget.per != "session":
             said += f" a {self.budget.per}"
-        if self.spent_usd < self.limit_usd and self.in_flight_usd:
-            said += f", and some {dollars(self.in_flight_usd)} are under way"
+        if self.in_flight:
+            many = f"{self.in_flight:,} requests are" if self.in_flight > 1 else "1 request is"
+            said += f"; {many} under way, for some {dollars(self.in_flight_usd.quantize(_ROUGH))}"
         return said
+
+
+class Flying(NamedTuple):
+    """Requests that are under way, and what they may cost."""
+
+    requests: int = 0
+    usd: Decimal = Decimal(0)
+
+
+NOTHING = Flying()
 
 
 class Cap:
@@ -91,18 +108,20 @@ class Cap:
         """Count an event of the run, once however often it is seen."""
         self._sums.add(of_event(event))
 
-    def over(self, in_flight_usd: Decimal = Decimal(0)) -> Over | None:
+    def over(self, flying: Flying = NOTHING) -> Over | None:
         """Whether it is reached, with what is under way."""
         amount = self.amount
-        if amount.usd + in_flight_usd < self.limit_usd:
+        if amount.usd + flying.usd < self.limit_usd:
             return None
         return Over(
             self.id,
             self.limit_usd,
             amount.usd,
+            self.usd,
             self.holds,
             at_least=amount.at_least,
-            in_flight_usd=in_flight_usd,
+            in_flight_usd=flying.usd,
+            in_flight=flying.requests,
         )
 
     def allow(self, usd: Decimal) -> None:
@@ -173,7 +192,7 @@ class Flights:
             return EXACT.divide(sum(answered, Decimal(0)), Decimal(len(answered)))
         return flight.guess_usd or Decimal(0)
 
-    def usd(self, counts: Callable[[Flight], bool], but: Flight | None = None) -> Decimal:
-        """What those under way that count may cost, but for one of them."""
-        found = (each for each in self if each is not but and counts(each))
-        return sum(map(self.estimate, found), Decimal(0))
+    def flying(self, counts: Callable[[Flight], bool], but: Flight | None = None) -> Flying:
+        """Those under way that count, but for one of them."""
+        found = [each for each in self if each is not but and counts(each)]
+        return Flying(len(found), sum(map(self.estimate, found), Decimal(0)))

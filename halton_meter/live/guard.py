@@ -22,7 +22,8 @@ from pathlib import Path
 from halton_meter import config
 from halton_meter.budget import Bucket, Budget, Spent
 from halton_meter.live.acting import Actor
-from halton_meter.live.caps import Flight, Flights, Over
+from halton_meter.live.caps import NOTHING, Flight, Flights, Flying, Over
+from halton_meter.live.stopping import is_alive
 from halton_meter.model import PricedEvent
 from halton_meter.spending import firing, ledger, status_file, stops
 from halton_meter.spending.firing import Fired
@@ -238,7 +239,7 @@ class Guard:
             for budget in self._sums.budgets:
                 if not budget.holds or not self._sums.is_known(budget):
                     continue
-                more = self.flights.usd(partial(_is_covered, budget))
+                more = self.flights.flying(partial(_is_covered, budget)).usd
                 for window, each, amount in self._sums.current(budget, now_ns):
                     key = stops.key_of(budget, window.key, each)
                     if amount.usd + more >= budget.usd + held.more.get(key, Decimal(0)):
@@ -257,20 +258,29 @@ class Guard:
             key = stops.key_of(budget, window.key, each)
             limit_usd = budget.usd + held.more.get(key, Decimal(0))
             flying = partial(_is_alike, budget, each)
-            more = self.flights.usd(flying, but) if under_way else Decimal(0)
-            if amount.usd + more >= limit_usd:
+            more = self.flights.flying(flying, but) if under_way else NOTHING
+            if amount.usd + more.usd >= limit_usd:
                 return Over(
                     budget.name,
                     limit_usd,
                     amount.usd,
+                    budget.usd,
                     budget.holds,
                     budget,
                     key,
                     each,
                     amount.at_least,
-                    more,
+                    more.usd,
+                    more.requests,
                 )
         return None
+
+    def flying(self, over: Over) -> Flying:
+        """What is under way and counts for a budget that is over."""
+        with self._lock:
+            if over.budget is None:
+                return NOTHING
+            return self.flights.flying(partial(_is_alike, over.budget, over.each))
 
     def is_near(self) -> bool:
         """Whether a budget that holds may be spent soon: within four requests as dear as any."""
@@ -311,6 +321,7 @@ class Guard:
             stop = Stop(
                 id=name,
                 budget=None if over.budget is None else over.budget.name,
+                usd=over.usd,
                 limit_usd=over.limit_usd,
                 spent_usd=over.spent_usd,
                 at_least=over.at_least,
@@ -324,7 +335,7 @@ class Guard:
             if earlier is not None and earlier.processes == stop.processes:
                 return
             self._own[name] = stop
-            self._change(lambda held: held.with_stop(stop))
+            self._change(lambda held: held.with_stop(stop, is_alive))
             self._dues.stops = time.monotonic() + STOPS_EVERY_S
             self._plan_status(time.monotonic())
 

@@ -55,10 +55,11 @@ class HeldCommand:
         name = untrusted.text(message, "limit_reached") or ""
         facts = {
             key: untrusted.text(message, key, TEXT_CHARACTERS_MAX)
-            for key in ("text", "holds", "limit_usd", "spent_usd")
+            for key in ("text", "holds", "limit_usd", "spent_usd", "in_flight_usd")
         }
-        at_least = message.get("at_least") is True
-        self.last = {"name": name, **facts, "at_least": at_least, "times": times + 1}
+        flying = untrusted.whole_number(message, "in_flight") or 0
+        more = {"at_least": message.get("at_least") is True, "in_flight": flying}
+        self.last = {"name": name, **facts, **more, "times": times + 1}
 
     def _hold(self, name: str, message: dict[str, Any]) -> None:
         self.note(message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -34,12 +34,14 @@ ProcessId = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Stop:
     """Something that is held: `how` is "stopped" (its processes are) or "refused" (its requests
-    are). `id` is what `budget resume` takes: "run-4711" or a budget's name. `by` holds it.
-    `more_usd` is what `budget resume` allows on top; None: it was not asked yet.
+    are). `id` is what `budget resume` takes: "run-4711" or a budget's name. `usd` is the limit,
+    `limit_usd` with what was allowed on top. `by` holds it. `more_usd` is what `budget resume`
+    allows further; None: it was not asked yet.
     """
 
     id: str
     budget: str | None
+    usd: Decimal
     limit_usd: Decimal
     spent_usd: Decimal
     at_least: bool
@@ -59,9 +61,17 @@ class Held:
     stops: tuple[Stop, ...] = ()
     more: Mapping[str, Decimal] = field(default_factory=dict)
 
-    def with_stop(self, stop: Stop) -> Held:
-        """With this stop, in place of one of the same id and holder."""
-        others = [each for each in self.stops if (each.id, each.by) != (stop.id, stop.by)]
+    def with_stop(self, stop: Stop, is_alive: Callable[[ProcessId], bool] = bool) -> Held:
+        """With this stop, in place of one of the same id and holder; what a holder that is not
+        there any more had stopped under this id is this one's now.
+        """
+        others, processes = [], dict.fromkeys(stop.processes)
+        for each in self.stops:
+            if each.id != stop.id or (each.by != stop.by and is_alive(each.by)):
+                others.append(each)
+            elif each.by != stop.by:
+                processes |= dict.fromkeys(each.processes)
+        stop = replace(stop, processes=tuple(processes))
         return replace(self, stops=(*others, stop)[-STOPS_MAX:])
 
     def without(self, *gone: Stop) -> Held:
@@ -114,6 +124,7 @@ def _stop(table: dict[str, Any]) -> Stop:
     return Stop(
         id=texts["id"],
         budget=budget,
+        usd=amount(table["usd"]) or Decimal(0),
         limit_usd=amount(table["limit_usd"]) or Decimal(0),
         spent_usd=amount(table["spent_usd"]) or Decimal(0),
         at_least=table["at_least"] is True,
@@ -143,7 +154,7 @@ def write(folder: Path, held: Held) -> None:
 
 
 def _as_json(stop: Stop) -> dict[str, Any]:
-    money = ("limit_usd", "spent_usd", "more_usd")
+    money = ("usd", "limit_usd", "spent_usd", "more_usd")
     return asdict(stop) | {name: usd_text(getattr(stop, name)) for name in money}
 
 

@@ -472,12 +472,14 @@ class MeterAddon:
 
     async def _is_refused(self, flow: http.HTTPFlow, watched: _Watched) -> bool:
         """Answer a request that was held back, where a limit refuses it; whether it does."""
+        del self._flows[flow.id]  # no provider has heard of it, should the client leave now
         try:
             watched.recording.sent(flow.request.raw_content or b"")
             assert self._wiring.gate is not None
             exchange = watched.recording.asked(None, time.time_ns())
             answer = None if exchange is None else await self._wiring.gate.judge(exchange)
             if answer is None:
+                self._flows[flow.id] = watched
                 return False
             from mitmproxy import http as mitm_http
 
@@ -485,9 +487,9 @@ class MeterAddon:
                 answer.status, answer.body, mitm_http.Headers(_raw(answer.headers))
             )
         except Exception as error:  # as above
+            self._flows[flow.id] = watched
             self._count(error)
             return False
-        self._flows.pop(flow.id, None)  # no provider heard of it
         self._refused_flows.add(flow.id)
         return True
 

@@ -9,17 +9,18 @@ lets it go on; who watches a run is asked first, as the terminal has to be given
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from halton_meter.budget import END, STOP
 from halton_meter.contract import usd_text
-from halton_meter.live.caps import Cap, Flight, Flights, Over
+from halton_meter.live.caps import NOTHING, Cap, Flight, Flights, Over
 from halton_meter.live.guard import Guard
 from halton_meter.live.held import END_S
 from halton_meter.live.stopping import (
@@ -35,9 +36,10 @@ from halton_meter.spending.stops import STOPPED, ProcessId
 from halton_meter.spending.sums import Amount
 from halton_meter.wire.so_far import ExchangeSoFar
 
+SETTLES_S = 0.05  # until it is known what else was under way when it was stopped
 SAY_AFTER_S = 0.3  # a shell takes its terminal back first, and sets its modes
 TELL_AGAIN_S = 2.0
-HURRY_MS, LEISURE_MS = 2, 1000  # how long plaintext may gather, near a limit and else
+HURRY_MS, LEISURE_MS = 1, 1000  # how long plaintext may gather, near a limit and else
 
 Tell = Callable[[dict[str, Any]], None]
 Preview = Callable[[Exchange], PricedEvent | None]
@@ -72,7 +74,7 @@ class _Stopped:
     run: Run | None = None
     kill_at: float | None = None
     told_at: float = float("-inf")
-    say: list[tuple[float, int, str]] = field(default_factory=list)  # when, on whose terminal, what
+    say: list[tuple[float, str, int]] = field(default_factory=list)  # when, of which program
     asked: bool = False  # who watches the run was told that it may go on
 
 
@@ -139,21 +141,21 @@ class Holding:
 
     def keep(self, events: Sequence[PricedEvent]) -> None:
         """Count events; stop who went over a limit by them, or asks on beyond it."""
+        for event in events:
+            process = event.usage.process
+            for run in self._runs.values():
+                if run.cap is not None and run.has(process):
+                    run.cap.add(event)
+            # First of all: the client may ask again within a millisecond.
+            if (over := self._over_run(process, None)) is not None:
+                self._stop(over, process, event.usage.at_ns)
         if events:
             self.guard.keep(events)
-        for event in events:
-            for run in self._runs.values():
-                if run.cap is not None and run.has(event.usage.process):
-                    run.cap.add(event)
         if not self.is_active:
             self._fresh.clear()
             return
         for event in events:
-            spent = of_event(event)
-            over = self._over_run(event.usage.process, None) or self.guard.over(
-                spent, under_way=False
-            )
-            if over is not None:
+            if (over := self.guard.over(of_event(event), under_way=False)) is not None:
                 self._stop(over, event.usage.process, event.usage.at_ns)
         flying = {id(each) for each in self.flights}
         fresh, self._fresh = self._fresh, []
@@ -170,9 +172,7 @@ class Holding:
         for run in self._runs.values():
             if run.cap is None or not run.has(process):
                 continue
-            more = Decimal(0)
-            if but is not None:
-                more = self.flights.usd(run.flies, but)
+            more = NOTHING if but is None else self.flights.flying(run.flies, but)
             if (over := run.cap.over(more)) is not None:
                 return over
         return None
@@ -198,22 +198,23 @@ class Holding:
             stopped.stopper.close()
             return
         self._stopped[name] = stopped
-        stopped.over = over
         program = os.path.basename(process.exe or "") or str(process.pid)
         self.guard.hold(name, over, STOPPED, program, stopped.stopper.processes)
         now = time.monotonic()
         if fresh or now >= stopped.told_at + TELL_AGAIN_S:  # somebody had continued it
-            stopped.told_at = now
-            self._tell(name, stopped, program, process.pid)
+            stopped.told_at, after_s = now, SETTLES_S if run is not None else SAY_AFTER_S
+            stopped.say.append((now + after_s, program, process.pid))
         if over.holds == END and stopped.kill_at is None:
             stopped.stopper.end()
             stopped.kill_at = time.monotonic() + END_S
 
     def _tell(self, name: str, stopped: _Stopped, program: str, pid: int) -> None:
-        over = stopped.over
-        if stopped.run is not None:
+        run = stopped.run
+        flying = self.guard.flying(stopped.over) if run is None else self.flights.flying(run.flies)
+        over = replace(stopped.over, in_flight=flying.requests, in_flight_usd=flying.usd)
+        if run is not None:
             stopped.asked = False
-            stopped.run.tell(
+            run.tell(
                 {
                     "limit_reached": name,
                     "text": over.text,
@@ -221,6 +222,8 @@ class Holding:
                     "limit_usd": usd_text(over.limit_usd),
                     "spent_usd": usd_text(over.spent_usd),
                     "at_least": over.at_least,
+                    "in_flight": over.in_flight,
+                    "in_flight_usd": usd_text(over.in_flight_usd),
                 }
             )
             return
@@ -228,7 +231,7 @@ class Holding:
         text = f"halton-meter: {over.text}. {program} (pid {pid}) {did}."
         if over.holds == STOP:
             text += f"\r\n  go on: halton-meter budget resume {name}   (then: fg)"
-        stopped.say.append((time.monotonic() + SAY_AFTER_S, pid, text))
+        say_on_terminal(pid, text)
 
     def go_on(self, key: Hashable) -> None:
         """Who watches a run has given its terminal back: let it continue."""
@@ -258,7 +261,7 @@ class Holding:
         dues = [self.guard.due_at]
         for stopped in self._stopped.values():
             dues.append(stopped.kill_at)
-            dues += [at for at, _, _ in stopped.say]
+            dues += [each[0] for each in stopped.say]
         return min((due for due in dues if due is not None), default=None)
 
     def tick(self, now: float) -> None:
@@ -275,14 +278,19 @@ class Holding:
                     stopped.run.cap.allow(stop.more_usd or Decimal(0))
                 stopped.asked = True
                 stopped.run.tell({"limit_lifted": stop.id})
+        self.say(now)
         for name, stopped in list(self._stopped.items()):
-            for each in [each for each in stopped.say if each[0] <= now]:
-                stopped.say.remove(each)
-                say_on_terminal(each[1], each[2])
             if stopped.kill_at is not None and now >= stopped.kill_at:
                 stopped.stopper.kill()
                 del self._stopped[name]
                 self.guard.let_go(name)
+
+    def say(self, until: float = math.inf) -> None:
+        """Tell what is due by then; a run that ends is told all of it."""
+        for name, stopped in self._stopped.items():
+            for each in [each for each in stopped.say if each[0] <= until]:
+                stopped.say.remove(each)
+                self._tell(name, stopped, *each[1:])
 
     def close(self) -> None:
         """The end of the metering: a run's command has ended; what a service has stopped stays."""

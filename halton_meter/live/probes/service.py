@@ -152,7 +152,6 @@ def run_watched(
 
     selector.register(control, selectors.EVENT_READ, on_news)
     result.exit_code = attend(command, signals, selector, lambda: None, lambda: None, held)
-    result.held = held.last
     try:
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
@@ -162,6 +161,7 @@ def run_watched(
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
         result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
+    result.held = held.last
     return result
 
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
+PROMPT_NICE = -10
 COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
 LINE_BYTES_MAX = 4 << 20
 # Read at a time, so that a worker that never stops writing does not keep us from other events.
@@ -112,6 +113,9 @@ class Worker:
             self._process = self._start(account, job, link, theirs)
         assert self._process.stdout is not None
         self._send(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
+        if job.max_usd is not None:  # who is over a limit is stopped within milliseconds
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, PROMPT_NICE)
         os.set_blocking(self._process.stdout.fileno(), False)
 
     @staticmethod

@@ -302,8 +302,8 @@ class Metering:
             count += 1
             if time.monotonic() >= until:
                 break
-        self._keep(events)
         self._holding.keep(events)
+        self._keep(events)
         self._set_pace()
         if count:
             self._source.processed(count, self._meter.is_open)
@@ -472,6 +472,7 @@ class Metering:
         with contextlib.suppress(OSError):
             self._drain()
         self._work(math.inf)
+        self._holding.say()
         self._wait_for_searches()
         self._count_connections()
         open_now = list(self._source.open_connections())
@@ -538,6 +539,7 @@ class Metering:
         if asked == "finish" and client in self._runs:
             self._drain()
             self._count_connections()
+            self._holding.say()
             self._journal.flush(lambda: self._send_result(client))
             return None
         if asked == "stop":

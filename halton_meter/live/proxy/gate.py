@@ -130,7 +130,7 @@ class Gate:
     def _over_cap(self) -> Over | None:
         if self._cap is None:
             return None
-        return self._cap.over(self.flights.usd(lambda each: True))
+        return self._cap.over(self.flights.flying(lambda each: True))
 
     def _is_shut(self) -> bool:
         return self._over_cap() is not None or self.guard.is_any_over()
