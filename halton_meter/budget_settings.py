@@ -159,7 +159,11 @@ class _Reading:
                 )
                 self.judge.refuse(f"[budgets] {what}", "budgets", self.name)
                 return None
-            self.refuse(f"must be a table with {_EXAMPLE}, not {shown_value(table)}")
+            what = f"must be a table, not {shown_value(table)}"
+            if isinstance(table, int | float) and not isinstance(table, bool):
+                line = f"the line [budgets.{self.name}] and below it usd = {shown_value(table)}"
+                what += f"; did you mean {line}?"
+            self.refuse(what)
             return None
         if not NAME.fullmatch(self.name):
             what = "is no name for a budget: letters, digits, _ . and - make one, 40 at most"

@@ -107,11 +107,11 @@ class Ledger:
 
     def _exchange(self, folder: Path) -> None:
         self._read(folder)
-        for each in self._held:
-            self.sums.add(each)
         if self._fd is None:
             self._open(folder, os.O_CREAT)
         assert self._fd is not None
+        for each in self._held:
+            self.sums.add(each)
         if not self._held or self._offset + len(self._rest) > FILE_BYTES_MAX:
             self._held.clear()
             return

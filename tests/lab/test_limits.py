@@ -1,4 +1,4 @@
-"""Limits that hold: a runaway client is stopped, or refused, at the answer that crosses the line."""
+"""Limits that hold: a runaway client is stopped, or refused, at the answer that crosses it."""
 
 from __future__ import annotations
 
@@ -286,8 +286,12 @@ def test_the_service_stops_who_goes_over_a_budget_and_nobody_else(
         try:
             wait_until(lambda: state_of(spender.pid) == "T", "the next stop")
         except AssertionError:
-            import shutil; shutil.rmtree("/tmp/bl/dbg", ignore_errors=True); shutil.copytree(home, "/tmp/bl/dbg")
-            print(budget(lab, own.home, "status", "--json").stdout); print(state_of(spender.pid), own.status())
+            import shutil
+
+            shutil.rmtree("/tmp/bl/dbg", ignore_errors=True)
+            shutil.copytree(home, "/tmp/bl/dbg")
+            print(budget(lab, own.home, "status", "--json").stdout)
+            print(state_of(spender.pid), own.status())
             raise
         assert state_of(other.pid) in "RS"
         lines = {path.name: path.read_text().splitlines() for path in fired.iterdir()}

@@ -1,4 +1,4 @@
-"""A client that asks again as soon as it is answered, until it is refused: `runaway.py [TIMES [MS]]`.
+"""Asks again as soon as it is answered, until it is refused: runaway.py [TIMES [MS]].
 
 Standard library only: nothing lies between an answer and the next request. It goes through the
 proxy that HTTPS_PROXY names. Each answer is a line; a refusal is the last one.
