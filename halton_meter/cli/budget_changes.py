@@ -162,7 +162,7 @@ def _write(home: Path, edit: Any) -> None:
 
 def _tell(home: Path, name: str) -> None:
     """Say what the budget is now, and what it has spent so far."""
-    from halton_meter.cli.budget import configured, sums_of
+    from halton_meter.cli.budget_sums import configured, sums_of
     from halton_meter.cli.budget_view import described_line, left_line
     from halton_meter.spending import status_file
 
@@ -187,7 +187,7 @@ def remove(names: tuple[str, ...]) -> None:
       halton-meter budget remove daily
       halton-meter budget remove website models
     """
-    from halton_meter.cli.budget import configured
+    from halton_meter.cli.budget_sums import configured
     from halton_meter.toml_edit import removed
 
     home, _ = configured(names)

@@ -91,9 +91,15 @@ class Holding:
         self._fresh: list[Flight] = []
         self._stopped: dict[str, _Stopped] = {}
         self._near = False
+        self._refused: str | None = None
 
     def _refresh(self) -> None:
         self.refresh()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why a budget is not kept, or does not hold; None where all do."""
+        return self.guard.trouble or self._refused
 
     # --- runs
 
@@ -194,11 +200,15 @@ class Holding:
         elif spender is not None:
             roots = job_of(spender)
         fresh = stopped.stopper.stop(roots)
+        program = os.path.basename(process.exe or "") or str(process.pid)
+        if stopped.stopper.refused:
+            whose = process.user or f"uid {process.uid}"
+            why = f"{program} (pid {process.pid}) belongs to {whose} and could not be stopped"
+            self._refused = f"{over.text}, and {why}"
         if not stopped.stopper.processes:
             stopped.stopper.close()
             return
         self._stopped[name] = stopped
-        program = os.path.basename(process.exe or "") or str(process.pid)
         self.guard.hold(name, over, STOPPED, program, stopped.stopper.processes)
         now = time.monotonic()
         if fresh or now >= stopped.told_at + TELL_AGAIN_S:  # somebody had continued it

@@ -605,6 +605,7 @@ class Metering:
         # A restart that lost nothing is reported, and is no trouble.
         lossless = not self._restarts or not (outages or +losses)
         well = status.is_well(metered) and lossless and linked and not self._job.config_error
+        well = well and self._holding.trouble is None
         answer = status.status(
             health=status.OK if well else status.DEGRADED,
             source="uprobes",
@@ -625,6 +626,7 @@ class Metering:
         return {
             **answer,
             "config_error": self._job.config_error,
+            "budget_error": self._holding.trouble,
             "scope": self._job.scope,
             "loader": helper.loader,
             "probes": helper.probes,

@@ -638,6 +638,7 @@ class ProxyService:
             "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
             "refused_at_limit": worker.get("refused_at_limit") or 0,
+            "budget_error": worker.get("budget_error"),
         }
 
     async def _ask_worker(self, what: str) -> dict[str, Any] | None:
@@ -658,7 +659,7 @@ def _served() -> frozenset[int]:
 
 
 _COUNTS = ("events", "journal_waiting", "journal_repeated", "held", "refused_at_limit")
-_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
+_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error", "budget_error")
 
 
 def _status(told: dict[str, Any]) -> dict[str, Any]:

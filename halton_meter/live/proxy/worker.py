@@ -214,6 +214,7 @@ class Pricing:
         metered = status.metered(self.totals, self.last_event_ns, condition)
         owed = self._journal.unstored()["owed"]
         more = {"owed": owed, "losses": self._losses(), "refused_at_limit": self.gate.refused}
+        more["budget_error"] = self.gate.guard.trouble
         return {"pid": os.getpid(), **metered, **more}
 
     def _losses(self) -> dict[str, int]:
