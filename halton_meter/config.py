@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halton_meter import toml_file
+from halton_meter import budget_settings, toml_file
+from halton_meter.budget import Budget
 from halton_meter.problem import Problem
 from halton_meter.project_rules import ProjectRule, ProjectRules, read_rules
 from halton_meter.toml_file import Document, NotToml, nearest, parsed, shown_value
@@ -75,7 +76,8 @@ class Config:
     accounts whose processes the service meters besides the owner's; `all_users` means everybody:
     both count in root's own file only (`load_system`), as nobody decides for another user.
     `loader` is "auto", "bcc" or "libbpf". `projects` are rules for which project a process works
-    for; after `retention_days` days events are deleted (None: never).
+    for; after `retention_days` days events are deleted (None: never). `budgets` are the sound ones
+    of `[budgets]`.
     """
 
     openai_compatible_hosts: tuple[str, ...] = ()
@@ -86,6 +88,7 @@ class Config:
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     projects: tuple[ProjectRule, ...] = ()
     retention_days: int | None = None
+    budgets: tuple[Budget, ...] = ()
 
     @property
     def project_rules(self) -> ProjectRules:
@@ -420,6 +423,19 @@ class _Judge:
             return None
         return family
 
+    # --- [budgets]
+
+    def budgets(self, value: Any) -> None:
+        """Limits in dollars, and what follows at them."""
+        self.right["budgets"] = budget_settings.budgets(self, value, self._provider_names)
+
+    def _provider_names(self) -> tuple[str, ...]:
+        """Those that ship with the program, and those that the user has named."""
+        own = self._document.table.get("hosts")
+        named = own.values() if isinstance(own, dict) else ()
+        aliases = [each.partition(":")[2] for each in named if isinstance(each, str)]
+        return (*_families(), "openai_compatible", *filter(None, aliases))
+
     # --- [proxy]
 
     def proxy(self, value: Any) -> None:
@@ -485,6 +501,7 @@ _CHECKS: dict[str, Callable[[_Judge, Any], None]] = {
     "proxy": _Judge.proxy,
     "projects": _Judge.projects,
     "retention_days": _Judge.retention,
+    "budgets": _Judge.budgets,
 }
 # Named first where a provider's name is wrong: those whose APIs others imitate.
 _APIS = (
@@ -494,7 +511,7 @@ _APIS = (
 _LOADERS = ("auto", "bcc", "libbpf")
 _PROXY = ("port", "upstream")
 # Settings that earlier versions accepted and that never did anything.
-_DEAD = frozenset({"pricing", "dashboard", "budgets", "sync", "attribution"})
+_DEAD = frozenset({"pricing", "dashboard", "sync", "attribution"})
 _UPSTREAM = re.compile(r"http://([^\s/:@\[\]]+|\[[0-9a-fA-F:]+\]):(\d{1,5})/?", re.ASCII)
 _SOCKS = re.compile(r"\s*socks\d?[ah]?:", re.ASCII | re.IGNORECASE)
 _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:11434"'
@@ -502,7 +519,7 @@ _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:
 
 def _named(key: str) -> str:
     """A setting as it is written: a table in brackets."""
-    return f"[{key}]" if key in ("hosts", "proxy", "projects") else key
+    return f"[{key}]" if key in ("hosts", "proxy", "projects", "budgets") else key
 
 
 def _meant(near: str | None) -> str:

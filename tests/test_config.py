@@ -186,10 +186,6 @@ def test_a_provider_of_another_name(wrong: str, meant: str) -> None:
             "remove it",
         ),
         (
-            "all_users = true\n\n[budgets]\nday = 5",
-            "3: budgets has no effect, and never had; remove it",
-        ),
-        (
             'users = ["ann"]',
             "1: users has no effect here; only root chooses users: put it into "
             "/etc/halton-meter/config.toml",

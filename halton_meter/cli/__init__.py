@@ -120,6 +120,9 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.start:start", "Start metering in the background.", _for_probes
     ),
     "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
+    "budget": _Entry(
+        "halton_meter.cli.budget:budget", "Set limits in dollars, and see what is left of them."
+    ),
     "status": _Entry("halton_meter.cli.status:status", "Show health, coverage and losses."),
     "init": _Entry("halton_meter.cli.init:init", "Set metering up, by one command.", _for_init),
     "logs": _Entry("halton_meter.cli.logs:logs", "Show the service's log.", _for_journal),

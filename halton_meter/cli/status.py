@@ -135,6 +135,13 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         lines.append("    the rest of the configuration is in use")
         if found.get("source") != "proxy":
             lines.append("    once it is corrected: sudo halton-meter config reload")
+    if found.get("budget_error"):
+        lines += [f"  {found['budget_error']}", "    see: halton-meter budget status"]
+    if refused := found.get("refused_at_limit"):
+        were = "was" if refused == 1 else "were"
+        lines.append(
+            f"  {count(refused, 'request')} {were} refused at a limit: halton-meter budget status"
+        )
     if found["store_error"]:
         lines.append(f"  since {_time(found['store_error_since'])}: {found['store_error']}")
     for path in found.get("damaged_databases") or ():

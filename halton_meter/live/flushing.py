@@ -7,6 +7,7 @@ prints a line of JSON when something has to stay in the journal. `journal_writer
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -113,6 +114,20 @@ class Flusher:
         return Outcome(reason, message.get("busy") is True, repeated, expired)
 
 
+def refresh_budgets(home: Path) -> None:
+    """Make the sums of budgets those of the database; where that fails, the next flush does."""
+    from halton_meter import config
+
+    budgets = config.read(home).config.budgets
+    if not budgets:
+        return
+    from halton_meter.spending import standing
+    from halton_meter.store import StoreError
+
+    with contextlib.suppress(OSError, StoreError):
+        standing.refresh(home, budgets, time.time_ns())
+
+
 def main(home: Path) -> int:
     """The process's whole life."""
     from halton_meter.live.snapshot_writer import settle
@@ -122,6 +137,7 @@ def main(home: Path) -> int:
     with Store(home) as store:
         outcome = flush(store, keep_from_ns(home, time.time_ns()))
         settle(home, store)
+    refresh_budgets(home)
     if outcome != Outcome():
         print(json.dumps(dataclasses.asdict(outcome)))
     return 0

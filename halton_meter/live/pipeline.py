@@ -7,7 +7,7 @@ what a user may change while it runs: the project rules, the price overrides.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from halton_meter import untrusted
 if TYPE_CHECKING:
     from halton_meter.config import Loaded
     from halton_meter.meter import Meter
+    from halton_meter.model import Exchange
+    from halton_meter.wire.transaction import OnRequest
     from pricing.book import PriceBook
 
 PRICE_ERROR_CHARACTERS_MAX = 900
@@ -30,10 +32,16 @@ class Pipeline:
     """The pipeline with prices, projects and the user's own hosts.
 
     `price_error` says why the user's own prices are not used, and the command to run; None when
-    they are.
+    they are. `on_request` and `on_answer` are the `Meter`'s.
     """
 
-    def __init__(self, home: Path, extra_hosts: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        home: Path,
+        extra_hosts: Mapping[str, str],
+        on_request: OnRequest | None = None,
+        on_answer: Callable[[Exchange], None] | None = None,
+    ) -> None:
         from halton_meter.attribution import Attribution
         from halton_meter.config import read
         from halton_meter.memory import keep_freed_memory
@@ -48,7 +56,7 @@ class Pipeline:
         self._tokenizer, self._account_key = Tokenizer(), account_key(home)
         book, self.price_error = _prices(home)
         registry = Registry(dict(extra_hosts), self._tokenizer, self._account_key)
-        self.meter: Meter = Meter(book.price, self._attribution, registry)
+        self.meter: Meter = Meter(book.price, self._attribution, registry, on_request, on_answer)
 
     def reload(self) -> Loaded:
         """Read rules and prices again, for requests from now on; what is to be said of config.toml.

@@ -26,11 +26,12 @@ from halton_meter.accounts import Account
 from halton_meter.config import LINES_MAX, SYSTEM_CONFIG, Config, ConfigError, Loaded, is_host
 from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent, ask_service
+from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_MAX, remembered
 from halton_meter.live.probes.supervisor import Plan, Supervisor
-from halton_meter.live.result import RunResult
+from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
@@ -57,7 +58,10 @@ def read_configuration(account: Account, home: Path) -> tuple[Loaded, tuple[str,
         found = config.read(home)
         hosts = Registry(found.config.extra_hosts).hosts()
         return {
-            "configuration": [dataclasses.asdict(found.config), hosts],
+            "configuration": [
+                dataclasses.asdict(dataclasses.replace(found.config, budgets=())),
+                hosts,
+            ],
             "wrong": list(found.wrong),
             "notes": list(found.notes),
         }
@@ -95,9 +99,12 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
 def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan) -> RunResult:
     """Run one command as the user, metered by probes of its own. Raises Unavailable."""
     Signals.block()
+    held = HeldCommand()
+    held.begin()
     command = Command(argv, plan.account, environment)
     programs = programs_ahead(argv, environment, plan.account, plan.home)
-    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), programs=programs))
+    plan = dataclasses.replace(plan, roots=(command.pid,), programs=programs)
+    supervisor = Supervisor(plan, held)
     try:
         supervisor.start()
         signals = Signals()
@@ -106,20 +113,30 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan)
         Signals.unblock()
         raise
     command.release()
-    code = attend(command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s)
+    code = attend(
+        command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s, held
+    )
     result = supervisor.finish()
-    result.exit_code = code
+    result.exit_code, result.held = code, held.last
     return result
 
 
 def run_watched(
-    argv: Sequence[str], environment: Mapping[str, str], account: Account, control: Control
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    account: Account,
+    control: Control,
+    limit: RunLimit = NO_LIMIT,
 ) -> RunResult:
     """Run one command that the service meters anyway, and ask the service about it at the end."""
     Signals.block()
+    held = HeldCommand(control.tell)
+    held.begin()
+    control.on_news = held.take
     command = Command(argv, account, environment)
     try:
-        control.ask("watch", pid=command.pid)
+        watched = {"max_usd": limit.max_usd, "at_limit": limit.at_limit} if limit.max_usd else {}
+        control.ask("watch", pid=command.pid, **watched)
         _search(programs_ahead(argv, environment, account), control)
         signals = Signals()
     except BaseException:
@@ -130,7 +147,13 @@ def run_watched(
     started_ns = time.time_ns()
     selector = selectors.DefaultSelector()
     result = RunResult()
-    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None)
+
+    def on_news() -> None:
+        if not control.take_news():  # the service is gone; what it stopped stays so
+            selector.unregister(control)
+
+    selector.register(control, selectors.EVENT_READ, on_news)
+    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None, held)
     try:
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
@@ -140,6 +163,7 @@ def run_watched(
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
         result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
+    result.held = held.last
     return result
 
 

@@ -107,6 +107,7 @@ class ProxyService:
             secrets.token_hex(16),
         )
         self.edge.on_bypass = self._on_bypass
+        self.on_limit: Callable[[dict[str, Any]], object] | None = None  # that refuses a request
         self.addresses: list[str] = []
         self.outages: list[tuple[int, int, str]] = []
         self.final: dict[str, Any] = {}
@@ -317,6 +318,8 @@ class ProxyService:
         elif "accepted" in message and self._port is not None:
             self._accepted = _hosts(message)
             self.edge.send_to(self._port, self._accepted)
+        if "limit_reached" in message and self.on_limit is not None:
+            self.on_limit(message)
         if "unavailable" in message:
             self._cause = untrusted.text(message, "unavailable", SAID_CHARACTERS_MAX)
         if "pong" in message:
@@ -656,6 +659,8 @@ class ProxyService:
             "coverage_of_connections": self.connections.as_json(),
             "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
+            "refused_at_limit": worker.get("refused_at_limit") or 0,
+            "budget_error": worker.get("budget_error"),
         }
 
     async def _ask_worker(self, what: str) -> dict[str, Any] | None:
@@ -675,8 +680,15 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "journal_repeated", "expired", "held")
-_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
+_COUNTS = (
+    "events",
+    "journal_waiting",
+    "journal_repeated",
+    "expired",
+    "held",
+    "refused_at_limit",
+)
+_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error", "budget_error")
 
 
 def _status(told: dict[str, Any]) -> dict[str, Any]:
