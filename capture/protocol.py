@@ -33,8 +33,11 @@ PATH_BYTES, PROJECT_BYTES = 256, 208
 
 OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, NOT_HTTP, LOOKUP, UNNAMED, LEARNED = range(1, 12)
 SOCKET_SEEN, SOCKET_ENDED, USED, QUIC = range(12, 16)
+RECORDS_MISSED = 22
 PROCESS, REPORT, REPLY, PROBLEM, HELLO, CONNECTIONS = range(16, 22)
 FLAG_JOINED = 1
+RUSTLS_ID = 1 << 63
+"""Set in what stands for the SSL object of a rustls connection: it has none."""
 
 # The order of `enum statistic`: counters, all since the helper started.
 STATISTICS = (
@@ -56,6 +59,7 @@ STATISTICS = (
     "not_http",
     "socket_table_full",
     "ran_as_another_user",
+    "records_missed",
 )
 LOSS_CAUSES = (
     "ring_full_bytes",
@@ -73,6 +77,7 @@ EVENT_LOSS_CAUSES = (
     "not_http",
     "socket_table_full",
     "ran_as_another_user",
+    "records_missed",
     "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
 
@@ -87,6 +92,7 @@ class SocketFlag(enum.IntFlag):
     FINISHED = 64
     LATE = 128
     FOLLOWED = 256
+    UNNAMED = 512
 
 
 @dataclass(frozen=True, slots=True)

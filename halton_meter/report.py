@@ -16,6 +16,7 @@ out (None) unless asked for: over 3 million they take longer than everything els
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from decimal import Context, Decimal
@@ -102,6 +103,21 @@ class Figures:
         others = (self.tokens[name] or 0 for name in ("input", *_CACHE_WRITES))
         sent = read + sum(others)
         return read / sent if sent else None
+
+    def __add__(self, other: Figures) -> Figures:
+        """The sums over both, which have no event in common; percentiles are lost."""
+        return Figures(
+            requests=self.requests + other.requests,
+            tokens={name: _add(self.tokens[name], other.tokens[name]) for name in TOKEN_NAMES},
+            list_usd=_add_usd(self.list_usd, other.list_usd),
+            marginal_usd=_add_usd(self.marginal_usd, other.marginal_usd),
+            reported_usd=_add_usd(self.reported_usd, other.reported_usd),
+            unpriced_requests=self.unpriced_requests + other.unpriced_requests,
+            implausible_requests=self.implausible_requests + other.implausible_requests,
+            errors=self.errors + other.errors,
+            cache_saved_usd=_add_usd(self.cache_saved_usd, other.cache_saved_usd),
+            cache_unknown_requests=self.cache_unknown_requests + other.cache_unknown_requests,
+        )
 
     def json(self) -> dict[str, Any]:
         """The contract's names; money as text."""
@@ -368,8 +384,7 @@ def _grouped(
     where, parameters = selection.where()
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
-    filled = _filled(reader) if many else {}
-    sums = [sql if filled.get(name, True) else "NULL" for name, sql in DAY_SUMS.items()]
+    sums = sums_of(reader) if many else DAY_SUMS.values()
     picked = ", ".join([*keys, *sums, *(_PERCENTILES.values() if percentiles else ())])
     sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
     return _groups_of(reader.rows(sql, parameters), by)
@@ -388,7 +403,7 @@ def _from_days(reader: Reader, selection: Selection, by: tuple[str, ...]) -> _Gr
 
 
 def _groups_of(rows: list[tuple[Any, ...]], by: tuple[str, ...]) -> _Groups:
-    return {tuple(map(_key_text, by, row[: len(by)])): _figures(row[len(by) :]) for row in rows}
+    return {tuple(map(_key_text, by, row[: len(by)])): figures_of(row[len(by) :]) for row in rows}
 
 
 def _key_text(name: str, key: Any) -> str | None:
@@ -402,6 +417,14 @@ def _key_text(name: str, key: Any) -> str | None:
     return None if key is None else str(key)
 
 
+def sums_of(reader: Reader) -> list[str]:
+    """The SQL of each sum, in the order that `figures_of` reads; columns without any value are
+    not summed.
+    """
+    filled = _filled(reader)
+    return [sql if filled.get(name, True) else "NULL" for name, sql in DAY_SUMS.items()]
+
+
 def _filled(reader: Reader) -> dict[str, bool]:
     """Whether any event at all has a value in a column that is summed, by column."""
     columns = [name for name, sql in DAY_SUMS.items() if sql == f"sum({name})"]
@@ -413,11 +436,16 @@ def _filled(reader: Reader) -> dict[str, bool]:
     return {name: (name,) in found for name in columns}
 
 
+def totals_of(reader: Reader, selection: Selection) -> Figures:
+    """The sums over all events of a selection, without percentiles."""
+    return _total(reader, selection, _grouped(reader, selection, (), False, True), False)
+
+
 def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: bool) -> Figures:
     """The sum of the groups, which are disjoint; only percentiles need another look."""
     total = Figures()
     for figures in groups.values():
-        total = _plus(total, figures)
+        total += figures
     if not percentiles:
         return total
     where, parameters = selection.where()
@@ -426,36 +454,22 @@ def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: b
     return replace(total, **dict(zip(_PERCENTILES, row, strict=True)))
 
 
-def _figures(row: tuple[Any, ...]) -> Figures:
+def figures_of(row: Sequence[Any]) -> Figures:
+    """The figures in a row of the sums of `DAY_SUMS`, and of percentiles if they follow."""
     values = dict(zip(DAY_SUMS, row, strict=False))
     percentiles = dict(zip(_PERCENTILES, row[len(DAY_SUMS) :], strict=False))
     return Figures(
         requests=int(values["requests"]),
         tokens={name: _whole(values[f"{name}_tokens"]) for name in TOKEN_NAMES},
-        list_usd=_money(values["list_usd"], values["list_usd_rest"]),
-        marginal_usd=_money(values["marginal_usd"], values["marginal_usd_rest"]),
-        reported_usd=_money(values["reported_usd"], values["reported_usd_rest"]),
+        list_usd=money_of(values["list_usd"], values["list_usd_rest"]),
+        marginal_usd=money_of(values["marginal_usd"], values["marginal_usd_rest"]),
+        reported_usd=money_of(values["reported_usd"], values["reported_usd_rest"]),
         unpriced_requests=int(values["unpriced_requests"]),
         implausible_requests=int(values["implausible_requests"]),
         errors=int(values["errors"]),
         cache_saved_usd=values["cache_saved_usd"],
         cache_unknown_requests=int(values["cache_unknown_requests"] or 0),
         **percentiles,
-    )
-
-
-def _plus(a: Figures, b: Figures) -> Figures:
-    return Figures(
-        requests=a.requests + b.requests,
-        tokens={name: _add(a.tokens[name], b.tokens[name]) for name in TOKEN_NAMES},
-        list_usd=_add_usd(a.list_usd, b.list_usd),
-        marginal_usd=_add_usd(a.marginal_usd, b.marginal_usd),
-        reported_usd=_add_usd(a.reported_usd, b.reported_usd),
-        unpriced_requests=a.unpriced_requests + b.unpriced_requests,
-        implausible_requests=a.implausible_requests + b.implausible_requests,
-        errors=a.errors + b.errors,
-        cache_saved_usd=_add_usd(a.cache_saved_usd, b.cache_saved_usd),
-        cache_unknown_requests=a.cache_unknown_requests + b.cache_unknown_requests,
     )
 
 
@@ -467,7 +481,8 @@ def _add_usd(a: Decimal | None, b: Decimal | None) -> Decimal | None:
     return b if a is None else a if b is None else _EXACT.add(a, b)
 
 
-def _money(whole: Decimal | None, rest: Decimal | None) -> Decimal | None:
+def money_of(whole: Decimal | None, rest: Decimal | None) -> Decimal | None:
+    """An exact amount by its two columns."""
     return None if whole is None else _EXACT.add(whole, rest or Decimal(0))
 
 
@@ -604,7 +619,7 @@ def _trend(
     window = replace(selection, from_ns=start_of(days[0]), to_ns=end_ns)
     where, parameters = window.where()
     found = {
-        date_of(row[0]): Figures(requests=int(row[1]), list_usd=_money(row[2], row[3]))
+        date_of(row[0]): Figures(requests=int(row[1]), list_usd=money_of(row[2], row[3]))
         for row in reader.rows(
             f"SELECT {day_sql(start_of(days[0]), end_ns)}, count(*), sum(list_usd), "
             f"sum(list_usd_rest) FROM event WHERE {where} GROUP BY 1",

@@ -484,7 +484,7 @@ class Helper:
         about = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
-        self._coverage.metered(self._tree.with_run(known, record.length), record.host)
+        self._coverage.metered(self._tree.with_run(known, record.length), record.host, record.ssl)
         # What was put meanwhile may be its PROCESS frame: it has to come before.
         return [*self._forwarder.take_own(), *about, frame]
 

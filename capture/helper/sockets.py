@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from capture import bpf, protocol
+from capture.functions.stacks import Stack
 from capture.processes import proc
 from capture.processes.sockets import listening
 from capture.protocol import Socket, SocketFlag
@@ -36,7 +37,7 @@ HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 # Causes, as they are stored and told (live/unmetered.py).
 PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
 LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
-PASSED_BY = "nothing_passed"
+PASSED_BY, NOT_TOLD = "nothing_passed", "host_not_told"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 
@@ -92,7 +93,8 @@ class _Sum:
 
 class Sockets:
     """`cause_of` answers why a connection of a process, made at that (monotonic) time, was not
-    metered; `name` who a process is; `metered_stack` in which stack its probes are."""
+    metered; `name` who a process is; `metered_stack` in which stack the probes are that saw a
+    connection of a process (0: not known which)."""
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class Sockets:
         addresses: bpf.Map,
         name: Callable[[Socket], Process],
         cause_of: Callable[[int, int], Cause],
-        metered_stack: Callable[[int], str | None],
+        metered_stack: Callable[[int, int], str | None],
     ) -> None:
         self._table = table
         self._addresses = addresses
@@ -240,6 +242,8 @@ class Sockets:
         for each in [host] if host else list(known.used):
             if known.left(each) > self._linked(others, each):
                 return None, each
+        if socket.flags & SocketFlag.UNNAMED:
+            return Cause(NOT_TOLD, Stack.RUSTLS.value), host
         if socket.flags & SocketFlag.ECH:
             return Cause(ECH, None), host
         if host is None:
@@ -287,8 +291,8 @@ class Sockets:
         if is_own_proxy(process) or (process.pid, process.started_ns) in self._own_proxies:
             return
         if self._leads_to_own_proxy(socket):
-            cause = Cause(PROXY, self._metered_stack(process.pid))
-        stack = cause.stack if cause else self._metered_stack(process.pid)
+            cause = Cause(PROXY, self._metered_stack(process.pid, socket.linked))
+        stack = cause.stack if cause else self._metered_stack(process.pid, socket.linked)
         row = _Row(
             process.pid,
             process.started_ns,

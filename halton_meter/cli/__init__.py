@@ -84,6 +84,7 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.statusline:statusline", "Show what a session spends in Claude Code."
     ),
     "prompt": _Entry("halton_meter.cli.prompt:prompt", "Print a short text for a shell's prompt."),
+    "session": _Entry("halton_meter.cli.session:session", "List sessions, and show how one went."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),

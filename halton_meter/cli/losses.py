@@ -58,6 +58,7 @@ _LOSSES = {
         "of a run ran as another user, not metered",
         "sudo halton-meter start --user NAME",
     ),
+    "records_missed": _Loss("connection", "taken up anew: some of its TLS records were not seen"),
     "thread_table_full": _Loss("call", "not followed: too many threads"),
     "notices_lost": _Loss("message", "about processes lost"),
     "process_ring_full": _Loss("message", "about processes lost: the buffer was full"),

@@ -63,13 +63,16 @@ LOSSES_SHOWN = 3
 # From this width on, a table has a column for the cache and for the first token as well.
 WIDE_COLUMNS = 120
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
+# Dimensions by a shorter name.
+_SHORT = {"branch": "git_branch"}
 
 
 def _read_by(
     _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
 ) -> tuple[str, ...]:
     text = ",".join(given)
-    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    typed = (name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    names = tuple(_SHORT.get(name, name) for name in typed)
     wrong = [name for name in names if name not in DIMENSIONS]
     if wrong or not names or len(set(names)) < len(names):
         raise click.BadParameter(
@@ -84,6 +87,8 @@ def _read_by(
 Examples:
   halton-meter report --today                      what today cost, by model
   halton-meter report --since 7d --by project      the last 7 days, by project
+  halton-meter report --by session,agent --today   what each session and its agents cost
+  halton-meter report --branch                     what the branch cost that you are on
   halton-meter report --week --vs-previous         compared with last week until this hour
   halton-meter report --month --plot               the days of this month as bars
   halton-meter report --since 48h --plot --by model

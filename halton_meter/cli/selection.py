@@ -21,6 +21,9 @@ from halton_meter.store import NothingStored, Selection, StoreError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+# What --branch without a name stands for: no branch is called so.
+HERE = ".."
+
 
 def _use_zone(context: click.Context, _option: click.Parameter, name: str | None) -> None:
     if name is None or context.resilient_parsing:
@@ -63,6 +66,20 @@ _OPTIONS = (
         help="Only this client, e.g. claude-cli; of one that has no name, its program's.",
     ),
     click.option(
+        "--session",
+        type=name_typed,
+        metavar="ID",
+        help="Only this session, by its whole id: halton-meter session list --json.",
+    ),
+    click.option(
+        "--branch",
+        type=name_typed,
+        is_flag=False,
+        flag_value=HERE,
+        metavar="[NAME]",
+        help="Only this git branch; without NAME, the branch and project of the current folder.",
+    ),
+    click.option(
         "--flag",
         type=name_typed,
         metavar="WORD",
@@ -100,6 +117,8 @@ def read_selection(
     model: str | None,
     project: str | None,
     client: str | None,
+    session: str | None,
+    branch: str | None,
     flag: str | None,
 ) -> Selection:
     """The options as a Selection; times without an offset are local."""
@@ -116,7 +135,28 @@ def read_selection(
             f"the period ends before it begins: {named[0]} {beginning} --to {to}",
             "swap the two times",
         )
-    return Selection(from_ns, to_ns, provider, model, project, flag, client=client)
+    if branch == HERE:
+        here, branch = _branch_here()
+        project = project or here
+    return Selection(from_ns, to_ns, provider, model, project, flag, session, branch, client=client)
+
+
+def _branch_here() -> tuple[str | None, str]:
+    """The project and the git branch of the current folder."""
+    import os
+
+    from halton_meter.attribution import Attribution
+    from halton_meter.model import Process
+
+    hint = os.environ.get("HALTON_PROJECT")
+    here = Process(os.getpid(), 0, cwd=os.getcwd(), uid=os.getuid(), project_hint=hint)
+    project, branch = Attribution()(here)
+    if branch is None:
+        wrong_usage(
+            f"{os.getcwd()} is on no git branch",
+            "name one, as in: halton-meter report --branch main",
+        )
+    return project, branch
 
 
 def moment(option: str, text: str, now_ns: int, end: bool = False) -> int:

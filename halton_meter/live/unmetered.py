@@ -20,6 +20,7 @@ _OF_PROBES: Mapping[str, str] = {
     "stack_not_probed": "its TLS library cannot be probed",
     "stack_unknown": "its TLS library is not known",
     "functions_not_found": "its TLS functions were not found",
+    "host_not_told": "its TLS library did not tell the host of an HTTP/2 connection",
     "nothing_passed": "its traffic did not pass the functions that are probed",
     "quic": "QUIC (HTTP/3) is not metered",
     "no_server_name": "it named no server (SNI)",

@@ -20,6 +20,7 @@ _ARGUMENTS = {
     "replay": ["capture.pcapng"],
     "export": ["csv", "out.csv"],
     "retag": ["--from", "a", "--to", "b"],
+    "session show": ["latest"],
     "purge": ["--before", "9000d"],
     "project show": ["a"],
     "project set": ["a", "--path", "/a"],

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 
 from halton_meter.cli import _COMMANDS, main
 from halton_meter.store import Store
-from tests.support.made import made
+from tests.support.made import ASKED, made
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
 # Commands whose help is not as these tests want it. The list is to stay empty.
@@ -176,6 +177,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "traffic").mkdir()
     for name in ("capture.pcapng", "traffic/one.pcapng", "day-1.pcap"):
         shutil.copy(FIXTURES / "anthropic_message.pcapng", tmp_path / name)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
     (tmp_path / "all.parquet").touch()
     (tmp_path / "sslkeys.log").write_text(f"CLIENT_RANDOM {'ab' * 32} {'cd' * 48}\n")
     (tmp_path / "response.json").write_text(json.dumps(RESPONSE))
@@ -187,6 +190,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         event_id = "3f6c0a9d1b2e4f508192a3b4c5d6e7f8"
         store.append([made(event_id), made("b", None, model="my-model", project="misc")])
         store.append([made("c", project="api", at_ns=time.time_ns())])
+        store.append([made("d", caller=replace(ASKED, session_id="01a226f5-c3ff-75a3-b4e4-0505"))])
         store.flush()
     for setting in (
         ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"],

@@ -146,6 +146,17 @@ def service(lab: Lab) -> Iterator[Service]:
     assert running.stop() == 0
 
 
+@pytest.fixture
+def own(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of this test's own, with a home of its own."""
+    folder = lab.user.home / tmp_path_factory.mktemp("own").name
+    folder.mkdir()
+    os.chown(folder, lab.user.uid, lab.user.gid)
+    running = Service(lab, folder / "state")
+    yield running
+    running.stop()
+
+
 @dataclass
 class Observed:
     """What one client did: its process, its ledger and its events."""

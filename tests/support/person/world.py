@@ -61,6 +61,8 @@ NAMES = (
     ".config.toml.*",
     "env.sh",
     ".env.sh.*",
+    "account.key",
+    ".account.key.*",
     "snapshot.json",
     "snapshot.json.new",
     "snapshot.lock",
