@@ -306,6 +306,16 @@ def ask(store: Store, question: Question) -> Report:
         )
 
 
+def stored_period(store: Store, selection: Selection) -> tuple[int | None, int | None]:
+    """When the first and the last of these events were; None without any."""
+    try:
+        with store.reading() as reader:
+            first, last, _ = _span(reader, selection)
+            return first, last
+    except NothingStored:
+        return None, None
+
+
 def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     selection = question.selection
     first, last, count = _span(reader, selection)

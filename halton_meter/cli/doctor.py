@@ -279,11 +279,11 @@ def _service(home: Path) -> Iterator[Finding]:
     """The uprobes service, where there is one."""
     if sys.platform != "linux":
         return
-    from halton_meter.cli.systemd_unit import UNIT_PATH
+    from halton_meter.cli.systemd_unit import is_installed
 
     found = _asked(home)
     if not found:
-        if UNIT_PATH.exists():
+        if is_installed(home):
             fix = "sudo halton-meter start   (why: sudo halton-meter logs)"
             yield Finding("uprobes service", False, "does not run", fix, breaks=True)
         else:

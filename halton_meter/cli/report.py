@@ -51,6 +51,7 @@ from halton_meter.report import (
     Report,
     ask,
     set_price_command,
+    stored_period,
 )
 from halton_meter.store import Selection, Store
 from halton_meter.store.errors import NOTHING
@@ -204,15 +205,14 @@ def _plot(now: int, selection: Selection, by: tuple[str, ...], previous: Selecti
 
 
 def _unit(store: Store, selection: Selection, now: int) -> str:
-    """The unit that suits the period; of one without bounds, the time from the first request on."""
+    """The unit that suits the period; of one without a beginning, what is stored of it."""
     from halton_meter.cli import chart
 
     from_ns, to_ns = selection.from_ns, selection.to_ns or now
-    if from_ns is None or selection.to_ns is None:
-        whole = ask(store, Question(now, selection, ()))
-        from_ns = whole.from_ns if from_ns is None else from_ns
-        to_ns = selection.to_ns or whole.to_ns or now
-    return chart.unit_for(from_ns or 0, to_ns)
+    if from_ns is None:
+        first, last = stored_period(store, selection)
+        from_ns, to_ns = first or now, selection.to_ns or last or now
+    return chart.unit_for(from_ns, to_ns)
 
 
 def _places(answer: Report) -> int:

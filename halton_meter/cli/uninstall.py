@@ -66,7 +66,7 @@ def uninstall(*, graceful: bool, purge: bool, yes: bool, as_json: bool) -> None:
         print_json({"changes_undone": undone, "notes": notes, "purged": purge})
     else:
         _say_done(home, undone, notes, purge)
-    if _service_stays():
+    if _service_stays(home):
         note("the uprobes service stays\n  fix: sudo halton-meter uninstall")
         sys.exit(1)
 
@@ -127,11 +127,11 @@ def _say_done(home: Path, undone: int, notes: list[str], purge: bool) -> None:
 # --- the uprobes service --------------------------------------------------------------------------
 
 
-def _service_stays() -> bool:
+def _service_stays(home: Path) -> bool:
     from halton_meter import accounts
-    from halton_meter.cli.systemd_unit import UNIT_PATH
+    from halton_meter.cli.systemd_unit import is_installed
 
-    return sys.platform == "linux" and UNIT_PATH.exists() and not accounts.is_root()
+    return sys.platform == "linux" and is_installed(home) and not accounts.is_root()
 
 
 def _without_service(home: Path, graceful: bool, as_json: bool) -> str | None:
@@ -143,14 +143,15 @@ def _without_service(home: Path, graceful: bool, as_json: bool) -> str | None:
     if sys.platform != "linux" or not accounts.is_root():
         return None
     owner = accounts.invoking_account().uid
-    unit, runs = systemd_unit.UNIT_PATH, ask_service(home, "status", owner=owner) is not None
-    if not unit.exists() and not runs:
+    unit, is_unit = systemd_unit.UNIT_PATH, systemd_unit.is_installed(home)
+    runs = ask_service(home, "status", owner=owner) is not None
+    if not is_unit and not runs:
         return None
     if graceful and runs:
         from halton_meter.cli.quiet import wait_for_uprobes
 
         wait_for_uprobes(home, owner, silent=as_json)
-    if not unit.exists():
+    if not is_unit:
         ask_service(home, "stop", owner=owner)
         return "the uprobes service is stopped"
     for arguments in (("disable", "--now", systemd_unit.UNIT_NAME), ("daemon-reload",)):

@@ -99,9 +99,12 @@ def test_an_installed_service_that_does_not_run_breaks(
 ) -> None:
     from halton_meter.cli import systemd_unit
 
-    (tmp_path / "unit").touch()
+    unit = systemd_unit.unit_text(["halton-meter"], home)
+    (tmp_path / "unit").write_text(unit)
     monkeypatch.setattr(systemd_unit, "UNIT_PATH", tmp_path / "unit")
     assert "sudo halton-meter logs" in run(3).stdout
+    (tmp_path / "unit").write_text(systemd_unit.unit_text(["halton-meter"], tmp_path / "other"))
+    assert "- uprobes service: does not run" in run(0).stdout, "another user's is no matter"
 
 
 BREAKS: Callable[[bool], Finding] = lambda ok: Finding("x", ok, "", breaks=True)  # noqa: E731

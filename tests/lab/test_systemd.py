@@ -132,7 +132,6 @@ def test_one_command_from_nothing_to_a_metered_request_and_back(
     ask(machine, 5)
     metered(machine, home, 1)
     assert "already running" in as_root(machine, home, "init", "--non-interactive")
-    assert "metering into" in as_root(machine, home, "logs")
     assert as_root(machine, home, "doctor").startswith("healthy\n")
 
     alone = machine.run([*HALTON_METER, "uninstall"], machine.lab.user, HALTON_METER_HOME=str(home))
