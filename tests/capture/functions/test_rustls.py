@@ -155,6 +155,17 @@ def test_what_names_no_source_is_refused_if_it_speaks_tls(tmp_path: Path) -> Non
     assert "without the source locations of its panics" in answer.reason
 
 
+def test_the_next_release_is_refused_by_name(tmp_path: Path) -> None:
+    flags = (
+        '-DFOLDER="/root/.cargo/registry/src/index-0/rustls-0.24.0-dev.1"',
+        '-DRECORD_LAYER="/src/crypto/cipher/record_layer.rs"',
+    )
+    (answer,) = find_rustls(build_rustls(tmp_path, *flags, compiler=AVAILABLE[0]))
+    assert isinstance(answer, NotFound)
+    assert not answer.absent
+    assert answer.reason.startswith("rustls 0.24.0-dev.1: its record layer has another shape")
+
+
 def test_a_program_without_rustls_is_said_so() -> None:
     (answer,) = find_rustls("/bin/true")
     assert isinstance(answer, NotFound)
