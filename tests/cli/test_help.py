@@ -41,6 +41,7 @@ _NOT_RUN = {
     "uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
+    "budget resume run-4711": "needs a run that was stopped",
 }
 # Exit code 1 says that something is wrong with this machine, which is no fault of the example.
 _MAY_FAIL = ("doctor", "status")
@@ -182,6 +183,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.flush()
     setting = ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"]
     assert CliRunner().invoke(main, setting).exit_code == 0
+    for name in ("daily", "website", "models"):
+        done = CliRunner().invoke(main, ["budget", "set", name, "900"])
+        assert done.exit_code == 0, done.output
     return tmp_path
 
 
