@@ -76,7 +76,8 @@ class Process:
     """A process as it was when its connection was first seen.
 
     `parents` runs from the direct parent upward as (pid, executable name). `project_hint` is the
-    value of HALTON_PROJECT in its environment; no other variable is ever read out of it.
+    value of HALTON_PROJECT in its environment; no other variable is ever read out of it. `root`
+    names the process at the root of its tree, by pid and start: no other process has the same.
     """
 
     pid: int
@@ -89,6 +90,7 @@ class Process:
     parents: tuple[tuple[int, str], ...] = ()
     container: str | None = None
     project_hint: str | None = None
+    root: str | None = None
 
 
 # The process in which the local proxy's mitmproxy runs, as its command line names it
@@ -241,6 +243,8 @@ class Exchange:
     digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
     # What tells it from others of one id, likewise (`providers/reading/traits.py`).
     told: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    # Who asked, once it is read (`providers/reading/caller.py`).
+    callers: list[Caller] = field(default_factory=list, init=False, compare=False, repr=False)
 
 
 # --- what was used ------------------------------------------------------------------------------
@@ -370,6 +374,49 @@ SESSION_NAMES = (
 CALLER_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Caller))
 
 
+class LimitKind(enum.Enum):
+    """What a provider limits; the values are `plan --json`'s `kind`.
+
+    PLAN: a window of a subscription, of which a share is used. RATE: an API key's requests or
+    tokens, of which so many are left. OVERAGE: use beyond the plan, which is billed. CREDITS: a
+    balance. OVERALL: what a plan says of all its windows together. REFUSAL: a request was refused
+    for a limit, or the provider said how long to wait.
+    """
+
+    PLAN = "plan"
+    RATE = "rate"
+    OVERAGE = "overage"
+    CREDITS = "credits"
+    OVERALL = "overall"
+    REFUSAL = "refusal"
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReading:
+    """What one response says of one of its account's limits, at the moment of its head.
+
+    `window` is the provider's own name of the limit ("5h", "7d", "codex primary", "tokens").
+    `used` is a share of it, 0 to 1 and more where it is exceeded, as exact as `unit` (0.01 where
+    the provider rounds to 1 %). `resets_ns` is in this machine's time, also where the server's
+    clock differs. `length_s` is how long the window lasts. `limit` and `remaining` are counts (of
+    CREDITS an amount); `model` is given where each model has a limit of its own. `status` and
+    `detail` are words of the provider's. What was not stated is None.
+    """
+
+    window: str
+    kind: LimitKind
+    at_ns: int
+    used: Decimal | None = None
+    unit: Decimal | None = None
+    resets_ns: int | None = None
+    length_s: int | None = None
+    status: str | None = None
+    limit: Decimal | None = None
+    remaining: Decimal | None = None
+    model: str | None = None
+    detail: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
     """What one exchange used, before pricing.
@@ -386,7 +433,8 @@ class UsageEvent:
     `id_from_content` says that the provider gave no id and that `id` is made of what was said, so
     that an equal call at about the same time has the same; `meter.py` tells those apart.
     `shared_id` is the id that another exchange has, where this one was told apart from it by its
-    `traits`; None for all others.
+    `traits`; None for all others. `limits` are what the response says of its account's limits; they
+    are stored beside the event, not in it.
     """
 
     id: str
@@ -421,6 +469,7 @@ class UsageEvent:
     shared_id: str | None = None
     traits: Traits | None = None
     caller: Caller = Caller()
+    limits: tuple[LimitReading, ...] = field(default=(), compare=False)
 
     @property
     def tokens(self) -> Tokens:
@@ -486,6 +535,9 @@ class PricedEvent:
     line_items: tuple[LineItem, ...] = ()
     flags: tuple[str, ...] = ()
     price_book: str | None = None
+    # How much more this would cost by list had nothing been cached; less than 0 where writes cost
+    # more than reads saved. None where nothing was, or it is not known.
+    cache_saved_usd: Decimal | None = None
 
     @property
     def implausible(self) -> bool:

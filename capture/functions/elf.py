@@ -38,6 +38,7 @@ _SHT_SYMTAB, _SHT_NOBITS, _SHT_DYNSYM = 2, 8, 11
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 _RELATIVE = {"x86_64": 8, "aarch64": 1027}  # the relocation "load address + addend"
 _DT_RELA, _DT_RELASZ = 7, 8
+_RELOCATION = struct.Struct("<QQQ")
 _SYMBOL_BYTES = 24
 _SHN_UNDEF = 0
 
@@ -204,12 +205,25 @@ class Elf:
         if value:
             return value
         wanted = struct.pack("<QQ", address, _RELATIVE[self.machine])
-        at = self._relocations.find(wanted)
-        while at >= 0 and at % 24:
-            at = self._relocations.find(wanted, at + 1)
+        at = self._sorted_relocation(wanted)
+        if at is None:
+            at = self._relocations.find(wanted)
+            while at >= 0 and at % 24:
+                at = self._relocations.find(wanted, at + 1)
         if at < 0:
             return None
         return int.from_bytes(self._relocations[at + 16 : at + 24], "little")
+
+    def _sorted_relocation(self, wanted: bytes) -> int | None:
+        """Where a relocation is, if the table is sorted by address, as linkers mostly leave it."""
+        low, high = 0, len(self._relocations) // 24
+        (address,) = struct.unpack_from("<Q", wanted)
+        while low < high:
+            middle = (low + high) // 2
+            (where,) = struct.unpack_from("<Q", self._relocations, 24 * middle)
+            low, high = (middle + 1, high) if where < address else (low, middle)
+        at = 24 * low
+        return at if self._relocations[at : at + 16] == wanted else None
 
     def pointers_to(self, address: int) -> Iterator[int]:
         """Where the file holds this address, in memory that is written or relocated."""
@@ -220,6 +234,27 @@ class Elf:
             if at % 24 == 8:
                 yield int.from_bytes(self._relocations[at - 8 : at], "little")
             at = self._relocations.find(wanted, at + 1)
+
+    def pointers_between(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """(where, address) of what the file holds of addresses from `first` up to `end`.
+
+        Only where pointers are aligned. They share their upper six bytes, which are searched.
+        """
+        fixed = not self.position_independent
+        segments = [s for s in self.loads if not s.executable and (fixed or s.writable)]
+        for high in range(first >> 16, (end - 1 >> 16) + 1):
+            upper = struct.pack("<Q", high)[:6]
+            for segment in segments:
+                for base, data in self.chunks(segment, 8):
+                    for at in _aligned(data, upper, -base % 8):
+                        (value,) = struct.unpack_from("<Q", data, at)
+                        if first <= value < end:
+                            yield base + at, value
+            for at in _aligned(self._relocations, upper, 0):
+                if at % _RELOCATION.size == 16:
+                    where, kind, value = _RELOCATION.unpack_from(self._relocations, at - 16)
+                    if kind == _RELATIVE[self.machine] and first <= value < end:
+                        yield where, value
 
     @cached_property
     def _relocations(self) -> bytes:
@@ -383,6 +418,15 @@ class Elf:
         if length in (0, 0xFFFFFFFF) or entry + 8 + start != first:
             return None
         return (first, first + size) if address < first + size else None
+
+
+def _aligned(data: bytes, upper: bytes, first: int) -> Iterator[int]:
+    """Offsets of 8-byte words, one of which is at `first`, that have these upper six bytes."""
+    at = data.find(upper)
+    while at >= 0:
+        if at >= 2 and (at - 2 - first) % 8 == 0:
+            yield at - 2
+        at = data.find(upper, at + 1)
 
 
 def _text(strings: bytes, at: int) -> str:

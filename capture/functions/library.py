@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from capture.functions.rustls_layer import RecordLayer
 from capture.functions.stacks import Stack
 
 
@@ -49,7 +50,9 @@ class Library:
     With no probes it cannot be metered; `reason` is why. `cookie` is given to the programs.
     When it is `unproved`, its functions were found by what the code does: bytes must prove them.
     `beside` is another stack in the same file, which is not probed. Each probe is in one of the
-    `functions`.
+    `functions`. `layer` is what rustls' probes must be told. `others` are more libraries in the
+    same file, each with probes or a reason of its own, and with no others: another stack, or rustls
+    once more.
     """
 
     stack: Stack
@@ -60,6 +63,8 @@ class Library:
     unproved: bool = False
     beside: Stack | None = None
     functions: tuple[Function, ...] = ()
+    layer: RecordLayer | None = None
+    others: tuple[Library, ...] = ()
 
     @property
     def is_linker(self) -> bool:

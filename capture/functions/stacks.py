@@ -50,8 +50,7 @@ class Row:
     file that holds the stack without symbols; `finder` is the module that then looks for its
     functions (None: it is not probed, and `advice` is what to do). `library` is the name of the
     file that holds it, where that alone is a sure sign. `partly_known`: some builds are not
-    recognised. `beside`: some programs have it beside a stack that is probed. `ahead`: worth
-    probing before anybody runs the file.
+    recognised. `ahead`: worth probing before anybody runs the file.
     """
 
     symbols: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
@@ -62,7 +61,6 @@ class Row:
     advice: str | None = None
     library: str | None = None
     partly_known: bool = False
-    beside: bool = False
     ahead: bool = True
 
 
@@ -202,9 +200,10 @@ STACKS: Mapping[Stack, Row] = {
     Stack.GO_FORK: Row(advice=_unprobed("a fork of Go's crypto/tls")),
     Stack.RUSTLS: Row(
         needed=(("rustls_connection_write", "rustls_connection_read"),),
+        programs=("enter_rustls_send", "enter_rustls_receive", "leave_rustls_receive"),
         markers=(b"rustls",),
-        beside=True,
-        advice=_unprobed("rustls"),
+        finder="capture.functions.finder.rustls",
+        advice=_unprobed("this build of rustls"),
     ),
     Stack.BEARSSL: Row(needed=(("br_ssl_engine_sendapp_buf",),), advice=_unprobed("BearSSL")),
     Stack.BOTAN: Row(markers=(b"N5Botan3TLS6ClientE\0",), advice=_unprobed("Botan")),

@@ -355,7 +355,7 @@ class Helper:
         while not self._stopping or self._forwarder.waiting:
             now = time.monotonic()
             ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
-            if self._hold.fileno() in ready and not self._take_reader():
+            if self._hold.fileno() in ready and not self._take_order():
                 return
             try:
                 readable = self._sock is not None and self._sock.fileno() in ready
@@ -389,12 +389,14 @@ class Helper:
         discovery.look_ahead(now)
         self._watch_ring(now)
 
-    def _take_reader(self) -> bool:
-        """Serve the reader that the supervisor sends; False when it sends none: it is gone."""
-        sock = self._hold.receive_reader()
-        if sock is not None:
-            self.connect(sock)
-        return sock is not None
+    def _take_order(self) -> bool:
+        """Serve the reader, or copy of the hosts, that the supervisor sends; False: it is gone."""
+        order = self._hold.receive_order()
+        if isinstance(order, list):
+            self._scope.set_hosts(order)
+        elif order is not None:
+            self.connect(order)
+        return order is not None
 
     def _lose_reader(self) -> None:
         """The reader is gone. What comes now waits in the spool for the next one."""
@@ -495,7 +497,7 @@ class Helper:
         about = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
-        self._coverage.metered(self._tree.with_run(known, record.length), record.host)
+        self._coverage.metered(self._tree.with_run(known, record.length), record.host, record.ssl)
         # What was put meanwhile may be its PROCESS frame: it has to come before.
         return [*self._forwarder.take_own(), *about, frame]
 

@@ -203,9 +203,9 @@ def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_js
 def resume(names: tuple[str, ...], more_usd: Decimal | None, everything: bool) -> None:
     """Let go on what was stopped, or is refused, at a limit.
 
-    NAME is a budget, or the name that a stopped run printed: run-4711. Without one: what is stopped,
-    where that is one thing. It stops again once --more is spent on top of what was. What is allowed for a
-    budget ends with its period.
+    NAME is a budget, or the name that a stopped run printed: run-4711. Without one: what is
+    stopped, where that is one thing. It stops again once --more is spent on top of what was. What
+    is allowed for a budget ends with its period.
 
     \b
     Examples:

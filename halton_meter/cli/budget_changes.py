@@ -64,8 +64,8 @@ def _percentages(_: click.Context, __: click.Parameter, value: str | None) -> li
     "--action",
     multiple=True,
     type=click.Choice(ACTIONS),
-    help="What to do. notify: a desktop notification at each threshold (default); stop: hold at the "
-    "limit whatever goes on, until `budget resume`; end: end it; none. May be given again.",
+    help="What to do. notify: a desktop notification at each threshold (default); stop: hold at "
+    "the limit whatever goes on, until `budget resume`; end: end it; none. May be given again.",
 )
 @click.option(
     "--command",

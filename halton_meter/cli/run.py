@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,6 +49,7 @@ EXAMPLES = """
       sudo halton-meter run -- claude -p hello        uprobes: nothing to set up
       halton-meter run -- claude -p hello             the running service, else a local proxy
       halton-meter run --via proxy -- python app.py   always a local proxy
+      sudo halton-meter run --via keylog -- curl …    packets and the command's TLS key log
       halton-meter run --max-usd 2 -- claude          stop it at two dollars
       halton-meter run --shell                        everything that you run in a shell
 """
@@ -60,10 +61,11 @@ EXAMPLES = """
 )
 @click.option(
     "--via",
-    type=click.Choice(["auto", "uprobes", "proxy"]),
+    type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),
     default="auto",
-    help="Capture method: uprobes on the TLS library (root, or the running service) or a local "
-    "proxy. auto: uprobes where available.",
+    help="Capture method: uprobes on the TLS library (root, or the running service), a local "
+    "proxy, or packets with the TLS keys that the command writes (root). auto: uprobes where "
+    "available.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option(
@@ -123,10 +125,15 @@ def run(
     if shell == bool(command):
         example = "halton-meter run -- claude -p hello   (or: halton-meter run --shell)"
         wrong_usage("run needs either a command or --shell", example)
-    if java and via == "uprobes":
+    if java and via in ("uprobes", "keylog"):
         wrong_usage(
-            "--java does not go with --via uprobes: they cannot see Java's TLS",
+            f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
+        )
+    if via == "keylog" and max_usd is not None:
+        wrong_usage(
+            "--max-usd does not go with --via keylog, which stops nothing",
+            "use --via uprobes or proxy",
         )
     if json_summary is not None and (refused := refusal(json_summary)) is not None:
         wrong_usage(*refused)
@@ -139,6 +146,8 @@ def run(
     try:
         if via == "proxy" or java:
             result = _through_proxy(command, limit, java)
+        elif via == "keylog":
+            result = through_key_log(command)
         else:
             result = _through_probes(command, via, limit)
     except Unavailable as error:
@@ -221,6 +230,36 @@ def _through_proxy(command: Sequence[str], limit: RunLimit, java: bool = False) 
     return meter_command(command, home, os.environ, hosts, upstream, java, limit)
 
 
+def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
+    """Run a command metered by its packets; `record` is a new file for them. Raises Unavailable."""
+    from capture.packets.keeping import CaptureWriter, Keeping
+    from halton_meter import accounts, config, privileges
+    from halton_meter.cli.configured import told
+    from halton_meter.live import own_code
+    from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
+    from halton_meter.live.result import Recorded
+    from halton_meter.problem import Unavailable
+
+    if accounts.is_root() and (problems := own_code.problems()):
+        raise Unavailable(problems)
+    account, home = accounts.invoking_account(), accounts.home_folder()
+    environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
+    link = start_capture([HTTPS])
+    privileges.settle(needs_root=False)  # what captures is there already
+    found = config.read(home)
+    told(found, GOES_ON)
+    hosts = found.config.extra_hosts
+    if record is None:
+        return meter_command(command, home, environment, hosts, link)
+    keeping = Keeping(CaptureWriter(record))
+    try:
+        result = meter_command(command, home, environment, hosts, link, keeping)
+    finally:
+        keeping.close()
+    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    return result
+
+
 # --- the summary --------------------------------------------------------------------------------
 
 
@@ -270,7 +309,24 @@ def _is_more_than_metered(result: RunResult) -> bool:
     """Whether a provider was asked, or may have been, past all that was metered."""
     seen = result.connections
     missed = seen is not None and seen.metered.connections < seen.seen.connections
-    return bool(missed or result.unmetered or result.outages or result.still_running)
+    others = any(result.losses.get(cause) for cause in _OTHER_USERS)
+    return bool(missed or result.unmetered or result.outages or result.still_running or others)
+
+
+_REFUSED_OTHERS = "of another user's program refused by the proxy, which serves you and root alone"
+# Losses of a run, in words of its own: what a command did as another user.
+_OTHER_USERS = {
+    "ran_as_another_user": ("program", "of the command ran as another user: not metered"),
+    "refused_other_user": ("connection", _REFUSED_OTHERS),
+}
+
+
+def _other_users_lines(losses: Mapping[str, int]) -> list[str]:
+    return [
+        f"{count(losses[cause], noun)} {what}. Use: sudo halton-meter start --user NAME"
+        for cause, (noun, what) in _OTHER_USERS.items()
+        if losses.get(cause)
+    ]
 
 
 def _set_price(totals: Totals) -> list[str]:
@@ -334,6 +390,8 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
     losses = losses_beside(result.losses, result.connections)
+    lines += [f"  {line}" for line in _other_users_lines(losses)]
+    losses = {cause: n for cause, n in losses.items() if cause not in _OTHER_USERS}
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]

@@ -223,7 +223,8 @@ class Answering:
             self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
 
     def remove(self) -> None:
-        """Remove the socket's file, at the end."""
+        """Listen no more, and remove the socket's file, at the end."""
+        self._listener.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 
@@ -397,9 +398,9 @@ def ask_service(
 ) -> dict[str, Any] | None:
     """One answer of a running service; None when none answers.
 
-    Both services know "status", "in_flight" and "stop"; a single run knows "in_flight" alone. The
-    proxy also knows "pause" (it passes everything on and meters nothing), "resume", and "forget"
-    (which programs refused its certificate).
+    Both services know "status", "in_flight", "reload" (the user's rules and prices) and "stop"; a
+    single run knows "in_flight" alone. The proxy also knows "pause" (it passes everything on and
+    meters nothing), "resume", and "forget" (which programs refused its certificate).
     """
     try:
         control = Control(home, timeout_s, name, owner)

@@ -34,7 +34,7 @@ TEXT_CHARACTERS_MAX = 300
 # What of an event's JSON is in a row too, under the same names.
 _NAMES = (
     "provider host endpoint kind model request_model http_status source pid process user project "
-    "git_branch list_usd marginal_usd basis ttft_ms"
+    "git_branch session_id turn_id agent client client_version list_usd marginal_usd basis ttft_ms"
 ).split()
 # Kinds of calls whose text says what they may cost; of an image or a minute of speech it does not.
 _BILLED_BY_TEXT = ("chat", "embedding", "rerank")

@@ -21,7 +21,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ WRITE_LINES_MAX = 256
 # What tells a loss's line from an event's: within an event's texts the quotes are escaped.
 _LOSS_MARK = b',"loss_cause":'
 _COVERAGE_MARK = b',"seen_connections":'
-_MARK_BYTES_MAX = max(len(_LOSS_MARK), len(_COVERAGE_MARK))
+_LIMIT_MARK = b',"limit_window":'
+_MARKS = (_LOSS_MARK, _COVERAGE_MARK, _LIMIT_MARK)
+_MARK_BYTES_MAX = max(map(len, _MARKS))
 
 
 class Journal:
@@ -145,7 +147,7 @@ class Journal:
                 end = b""
                 while block := file.read(1 << 20):
                     count += block.count(b"\n")
-                    for mark in (_LOSS_MARK, _COVERAGE_MARK):
+                    for mark in _MARKS:
                         count -= (end[1 - len(mark) :] + block).count(mark)
                     end = block[1 - _MARK_BYTES_MAX :]
         return count
@@ -302,6 +304,14 @@ def _is_sound(line: bytes) -> bool:
     if not comma or not head.startswith(b'{"crc":') or not head[7:].isdigit():
         return False
     return zlib.crc32(rest) == int(head[7:])
+
+
+def event_lines(event: PricedEvent, limits: Iterable[dict[str, Any]] = ()) -> bytes:
+    """An event's line, and a line for each row of `limits` that came with it.
+
+    They stand or fall together: what is held while the disk refuses is counted in events.
+    """
+    return b"".join((event_line(event), *map(_line, limits)))
 
 
 def event_line(event: PricedEvent) -> bytes:

@@ -30,7 +30,7 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.sightings import rank
-from halton_meter.store.schema import TEXT, USD, USD_REST
+from halton_meter.store.schema import TEXT
 
 _INT64_MAX = 2**63 - 1
 # What may be true of an event's traits, by the letter that says so.
@@ -116,6 +116,7 @@ def _process_document(process: Process) -> dict[str, Any]:
         "parents": process.parents,
         "container": process.container,
         "project_hint": process.project_hint,
+        "root": process.root,
     }
 
 
@@ -145,10 +146,12 @@ def price_values(event: PricedEvent) -> dict[str, Any]:
     }
     for name in ("list_usd", "marginal_usd", "reported_usd"):
         values[name], values[f"{name}_rest"] = _split_usd(getattr(event, name))
+    values["cache_saved_usd"], _ = _split_usd(event.cache_saved_usd)
     values["price_document"] = {
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),
+        "cache_saved_usd": usd_text(event.cache_saved_usd),
         "flags": event.flags,
         "line_items": [
             {
@@ -193,6 +196,8 @@ def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
         line_items=tuple(_line_item(item) for item in document["line_items"]),
         flags=tuple(document["flags"]),
         price_book=row["price_book"],
+        # What an earlier version stored has none.
+        cache_saved_usd=decimal_of(document.get("cache_saved_usd")),
     )
 
 
@@ -229,11 +234,12 @@ def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
         gap=row["gap"],
         shared_id=row["shared_id"],
         traits=traits_of_text(row["traits"]),
-        caller=_caller(row),
+        caller=caller_of_row(row),
     )
 
 
-def _caller(row: Mapping[str, Any]) -> Caller:
+def caller_of_row(row: Mapping[str, Any]) -> Caller:
+    """Who asked, by the columns of that."""
     values = {name: row[name] for name in CALLER_NAMES}
     source = values.pop("session_source")
     return Caller(session_source=None if source is None else SessionSource(source), **values)
@@ -292,6 +298,7 @@ def _process(row: Mapping[str, Any], document: dict[str, Any] | None) -> Process
         parents=tuple((pid, name) for pid, name in document["parents"]),
         container=document["container"],
         project_hint=document["project_hint"],
+        root=document.get("root"),  # versions before sessions have none
     )
 
 
@@ -315,9 +322,8 @@ def same_price(before: PricedEvent, after: PricedEvent) -> bool:
 
 def json_types(columns: Mapping[str, str]) -> dict[str, str]:
     """Types to read a line's fields with: decimals travel as text, documents as JSON."""
-    kinds = {USD: TEXT, USD_REST: TEXT}
     return {
-        name: "JSON" if name.endswith("_document") else kinds.get(kind, kind)
+        name: "JSON" if name.endswith("_document") else TEXT if kind.startswith("DECIMAL") else kind
         for name, kind in columns.items()
     }
 

@@ -345,6 +345,13 @@ class BodyCollector:
         end = b"".join(reversed(parts))[-END_BYTES:]
         return any(needle in end for needle in needles)
 
+    def ends_by_coding(self) -> bool:
+        """True when its content coding says that this was all of it."""
+        if self._chain is not None:
+            self._decode()
+        coded = self._chain is not None and not self._failed and bool(self._decoded_bytes)
+        return coded and self._chain is not None and self._chain.ended()
+
     # --- content coding ---
 
     def _decode(self) -> None:

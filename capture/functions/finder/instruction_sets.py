@@ -70,7 +70,7 @@ class X86:
 
     def _register(self, number: int, name: str) -> str:
         if number not in self._wide:
-            self._wide[number] = _wide_name(name)
+            self._wide[number] = x86_wide(name)
         return self._wide[number]
 
     def step(self, i: Any) -> Step:
@@ -258,7 +258,7 @@ class Aarch64:
         arm = self._arm
         o = i.operands
         if len(o) >= 2 and o[0].type == arm.ARM64_OP_REG:
-            into = _wide_arm(i.reg_name(o[0].reg))
+            into = arm_wide(i.reg_name(o[0].reg))
             mask = 0xFFFFFFFF if i.reg_name(o[0].reg).startswith("w") else 0xFFFFFFFFFFFFFFFF
             if name in ("mov", "movz", "adr", "adrp") and o[1].type == arm.ARM64_OP_IMM:
                 shift = o[1].shift.value if o[1].shift.type else 0
@@ -266,13 +266,13 @@ class Aarch64:
             if name == "mov" and o[1].type == arm.ARM64_OP_REG:
                 if o[1].reg in (arm.ARM64_REG_WZR, arm.ARM64_REG_XZR):
                     return {into: 0}
-                return {into: (_wide_arm(i.reg_name(o[1].reg)), 0)}
+                return {into: (arm_wide(i.reg_name(o[1].reg)), 0)}
             if name in ("add", "sub") and len(o) == 3 and o[2].type == arm.ARM64_OP_IMM:
                 shift = o[2].shift.value if o[2].shift.type else 0
                 amount = (o[2].imm << shift) * (-1 if name == "sub" else 1)
-                return {into: (_wide_arm(i.reg_name(o[1].reg)), amount)}
+                return {into: (arm_wide(i.reg_name(o[1].reg)), amount)}
         _, written = i.regs_access()
-        return {_wide_arm(i.reg_name(r)): None for r in written}
+        return {arm_wide(i.reg_name(r)): None for r in written}
 
     def apply(self, step: Step, state: dict[str, frozenset[int]]) -> dict[str, frozenset[int]]:
         """What registers may hold after a step, of what they might before it."""
@@ -296,7 +296,7 @@ def _apply(
     return after
 
 
-def _wide_name(name: str) -> str:
+def x86_wide(name: str) -> str:
     """The 64-bit name of any part of an x86 register."""
     if re.fullmatch(r"r\d+[dwb]", name):
         return name[:-1]
@@ -309,7 +309,8 @@ def _wide_name(name: str) -> str:
     return name
 
 
-def _wide_arm(name: str) -> str:
+def arm_wide(name: str) -> str:
+    """The 64-bit name of any part of an aarch64 register."""
     return (
         "x" + name[1:]
         if re.fullmatch(r"w\d+", name)

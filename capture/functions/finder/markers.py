@@ -11,7 +11,8 @@ from capture.functions.stacks import STACKS, Stack
 CHUNK_BYTES = 1 << 20
 _PROBED = {m: stack for stack, row in STACKS.items() if row.finder for m in row.markers}
 _OTHERS = {m: stack for stack, row in STACKS.items() if not row.finder for m in row.markers}
-_BESIDE = {m: stack for m, stack in _OTHERS.items() if STACKS[stack].beside}
+PROBED = frozenset(_PROBED.values())
+"""The stacks that a finder looks for."""
 
 
 def stacks_in(fd: int) -> Iterator[Stack]:
@@ -29,11 +30,6 @@ def unprobed_in(fd: int) -> Iterator[Stack]:
         found.add(stack)
     if Stack.OTHER in found:
         yield Stack.OTHER
-
-
-def beside_in(fd: int) -> Stack | None:
-    """What a program has beside a stack that is probed; None when there is nothing."""
-    return next(_marked(fd, _BESIDE), None)
 
 
 def _marked(fd: int, markers: Mapping[bytes, Stack]) -> Iterator[Stack]:

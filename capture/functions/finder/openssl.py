@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,7 +34,6 @@ from capture.functions.finder.error_reporters import (
     the_one,
 )
 from capture.functions.finder.instruction_sets import Flow
-from capture.functions.finder.markers import beside_in
 from capture.functions.finder.not_found import Absent, Ambiguous, NotFound
 from capture.functions.library import Library
 from capture.functions.stacks import Stack
@@ -76,7 +75,7 @@ def library(fd: int) -> Library:
     if isinstance(found, NotFound) and found.absent:
         return boringssl.library(fd)
     # Codex speaks HTTP through OpenSSL and WebSocket through rustls.
-    return replace(library_of(Stack.OPENSSL, fd, found), beside=beside_in(fd))
+    return library_of(Stack.OPENSSL, fd, found)
 
 
 def find_openssl(file: str | Path | int) -> Found | NotFound:

@@ -7,8 +7,8 @@ memory speed. What is found only has the shape: the caller decodes it (`code.py`
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 
 from capture.functions.finder.scanning import Buffer
 
@@ -140,26 +140,66 @@ def _aarch64_calls(piece: Buffer, base: int, target: int) -> Iterator[int]:
                             yield place
 
 
-def aarch64_loads(data: bytes, base: int, address: int) -> Iterator[int]:
-    """`add xd, xn, #low` whose xn the nearest `adrp` before it set to the address's page."""
-    low = address & 0xFFF
-    # 91 | imm12 | Rn | Rd: the immediate fixes byte 2 and six bits of byte 1.
-    tail = bytes((low >> 6, 0x91))
-    at = data.find(tail) - 2
-    while at >= -1:
-        if at >= 0 and (base + at) % 4 == 0 and data[at + 1] >> 2 == low & 0x3F:
-            register = struct.unpack_from("<I", data, at)[0] >> 5 & 0x1F
-            if _page_before(data, base, at, register) == address & ~0xFFF:
-                yield base + at
-        at = data.find(tail, at + 3) - 2
+def aarch64_adds(
+    piece: Buffer, base: int, addresses: Collection[int]
+) -> Iterator[tuple[int, int, int]]:
+    """(place, address, xn's number) of `add xd, xn, #low` that may complete one of the addresses.
+
+    91 | imm12 | Rn | Rd: the immediate fixes byte 2 and six bits of byte 1. Seven of eight such
+    instructions are about fields of structs: there is no `adrp` before them.
+    """
+    by_low: dict[int, list[int]] = {address & 0xFFF: [] for address in addresses}
+    for address in addresses:
+        by_low[address & 0xFFF].append(address)
+    for upper in sorted({low >> 6 for low in by_low}):
+        for match in _adds(upper, frozenset(by_low)).finditer(piece.data, 0, piece.length):
+            at = match.start() - 2
+            if at < 0 or (base + at) % 4:
+                continue
+            word = int.from_bytes(piece.data[at : at + 4], "little")
+            for address in by_low.get(word >> 10 & 0xFFF, ()):
+                register = word >> 5 & 0x1F
+                if _follows_adrp(piece.data, base, at, address, register):
+                    yield base + at, address, register
 
 
-def _page_before(data: bytes, base: int, at: int, register: int) -> int | None:
-    """The page that the nearest `adrp` before offset `at` puts into the register."""
-    for back in range(at - 4, max(at - 4 * ADRP_DISTANCE_MAX, -1), -4):
-        (word,) = struct.unpack_from("<I", data, back)
+@cache
+def _adds(upper: int, lows: frozenset[int]) -> re.Pattern[bytes]:
+    """Bytes 2 and 3 of an `add` with one of these immediates, if byte 1 before them fits.
+
+    What a pattern begins with is searched at the speed of the C library.
+    """
+    literal = re.escape(bytes((upper, 0x91)))
+    seconds = {(low & 0x3F) << 2 | high for low in lows if low >> 6 == upper for high in range(4)}
+    choice = b"|".join(re.escape(bytes((each,))) for each in sorted(seconds))
+    return re.compile(literal + b"(?<=(?:" + choice + b")" + literal + b")", re.DOTALL)
+
+
+def _follows_adrp(data: bytearray, base: int, at: int, address: int, register: int) -> bool:
+    """Whether an `adrp` of the address's page comes before, or what comes before is not there."""
+    first = at - 4 * ADRP_DISTANCE_MAX
+    pages = {base + first & ~0xFFF, base + at & ~0xFFF}
+    words = (_adrp(page, address, register) for page in pages)
+    return first < 0 or any(data.rfind(word, first, at) >= 0 for word in words)
+
+
+def _adrp(page: int, address: int, register: int) -> bytes:
+    """`adrp` of an address's page into a register, at some place in another page."""
+    distance = (address >> 12) - (page >> 12)
+    word = 0x90000000 | (distance & 3) << 29 | (distance >> 2 & 0x7FFFF) << 5 | register
+    return word.to_bytes(4, "little")
+
+
+def aarch64_page(code: bytes, end: int, register: int) -> int | None:
+    """The page that the nearest `adrp` before address `end` puts into a register.
+
+    `code` is what lies before it, no more than ADRP_DISTANCE_MAX instructions are looked at.
+    """
+    words = memoryview(code).cast("I")
+    for back in range(1, min(len(words), ADRP_DISTANCE_MAX) + 1):
+        word = words[-back]
         if word & 0x9F00001F == 0x90000000 | register:
             pages: int = (word >> 5 & 0x7FFFF) << 2 | word >> 29 & 3
             pages = (pages ^ 0x100000) - 0x100000
-            return ((base + back) & ~0xFFF) + (pages << 12)
+            return (end - 4 * back & ~0xFFF) + (pages << 12)
     return None

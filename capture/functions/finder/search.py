@@ -7,12 +7,13 @@ they were not found, or None where the file does not use the stack after all.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from capture.functions.elf import FILE_BYTES_MAX, Elf
-from capture.functions.finder.markers import stacks_in, unprobed_in
-from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
+from capture.functions.finder.markers import PROBED, stacks_in, unprobed_in
+from capture.functions.finder_protocol import OTHERS_MAX, STRUCTURE_FILE_BYTES_MIN
 from capture.functions.library import Library
 from capture.functions.stacks import INSTEAD, STACKS, Stack
 
@@ -25,20 +26,40 @@ class SearchTooLong(Exception):
 
 
 def find_by_structure(fd: int) -> Library | None:
-    """The TLS stack in a file without symbols; None when no marker of one is in it."""
+    """The TLS stacks in a file without symbols; None when no marker of one is in it."""
     if not STRUCTURE_FILE_BYTES_MIN <= os.fstat(fd).st_size <= FILE_BYTES_MAX:
         return None
-    first = None
+    found: list[Library] = []
     for stack in stacks_in(fd):
-        try:
-            found = _find(stack, fd)
-        except (MemoryError, SearchTooLong) as end:
-            reason = f"the search in it ended early: {end or 'out of memory'}; {INSTEAD}"
-            found = _without_probes(stack, fd, reason)
-        if found is not None and found.probes:
-            return found
-        first = first or found
-    return first
+        first = next((each for each in found if each.stack is not Stack.RUSTLS), None)
+        if stack is not Stack.RUSTLS and first is not None and first.probes:
+            continue  # one library may have the markers of two stacks: whoever finds it has it
+        if stack not in PROBED and found:
+            break
+        if (library := _found(stack, fd)) is not None:
+            found += (replace(library, others=()), *library.others)
+    return _together(found)
+
+
+def _together(found: list[Library]) -> Library | None:
+    """The first that can be probed, with the others: rustls as often as it is there, one besides.
+
+    Of those that cannot, a stack beside rustls is named once.
+    """
+    rustls = [each for each in found if each.stack is Stack.RUSTLS]
+    besides = sorted(
+        (each for each in found if each.stack is not Stack.RUSTLS), key=lambda each: not each.probes
+    )[:1]
+    first, *others = sorted((*besides, *rustls), key=lambda each: not each.probes) or (None,)
+    return None if first is None else replace(first, others=tuple(others[:OTHERS_MAX]))
+
+
+def _found(stack: Stack, fd: int) -> Library | None:
+    try:
+        return _find(stack, fd)
+    except (MemoryError, SearchTooLong) as end:
+        reason = f"the search in it ended early: {end or 'out of memory'}; {INSTEAD}"
+        return _without_probes(stack, fd, reason)
 
 
 def recognise(fd: int) -> Library | None:

@@ -10,7 +10,8 @@ file that is about to be probed, `refusal` checks that
   that calls exactly that address, behind the end of another function; a Go function has its row
   in the function table and begins as Go functions do;
 - each probe is at its function's start (behind `endbr64`), or, in a Go function, at a RET that
-  begins where the instructions before it end, counted from the function's start.
+  begins where the instructions before it end, counted from the function's start; rustls' are in
+  the middle of functions, counted from there as well (`sites.py`).
 
 Why root decodes itself, and asks no second process: lengths of instructions are a table and a loop
 (`x86_lengths.py`), which cannot be misled into anything but a refusal; a disassembler can. All is
@@ -28,9 +29,10 @@ from capture.functions.go_functions import BEGINS
 from capture.functions.library import Function, Library, Proof, probe_offset
 from capture.functions.stacks import AT_RETURN, STACKS
 from capture.functions.x86_lengths import INSTRUCTION_BYTES_MAX, boundaries, length_of, may_end_with
+from capture.helper.files.sites import SITE_PROGRAMS, Misplaced, check_sites
 
 DECODED_BYTES_MAX = 64 << 10
-"""Of all functions of a file: those of crypto/tls have some 4 KiB."""
+"""Of all functions of a library: those of crypto/tls have some 4 KiB, rustls' up to 18."""
 _NAMES = frozenset(symbol for row in STACKS.values() for symbol in row.symbols)
 _RET, _ARM_RET = 0xC3, b"\xc0\x03\x5f\xd6"
 _GO = ("enter_go_", "leave_go_")
@@ -38,16 +40,12 @@ _GNU_EH_FRAME, _SYMTAB, _DYNSYM = 0x6474E550, 2, 11
 _SYMBOL = struct.Struct("<IBBHQQ")
 
 
-class _Misplaced(Exception):
-    """What does not fit; the text is for people."""
-
-
 def refusal(fd: int, library: Library) -> str | None:
     """Why the probes of a library do not belong in this open file; None when they do."""
     try:
         with Elf(fd) as elf:
             _check(elf, library)
-    except (ElfError, OSError, struct.error, _Misplaced) as problem:
+    except (ElfError, OSError, struct.error, Misplaced) as problem:
         return str(problem)
     return None
 
@@ -55,24 +53,27 @@ def refusal(fd: int, library: Library) -> str | None:
 def _check(elf: Elf, library: Library) -> None:
     decoded = sum(function.size_bytes for function in library.functions)
     if decoded > DECODED_BYTES_MAX or any(each.size_bytes < 0 for each in library.functions):
-        raise _Misplaced(f"functions of {decoded} bytes")
+        raise Misplaced(f"functions of {decoded} bytes")
     inner: dict[int, frozenset[int]] = {}
     starts: dict[int, Function] = {}
     for function in library.functions:
         address = _address_in_code(elf, function.offset, max(function.size_bytes, 1))
         _check_start(elf, function, address)
         starts[function.offset + _landing(elf, function)] = function
-        if function.size_bytes:
+        if function.size_bytes and library.layer is None:
             inner[function.offset] = _returns(elf, function)
+    if library.layer is not None or any(each[0] in SITE_PROGRAMS for each in library.probes):
+        check_sites(elf, library)
+        return
     for program, offset, at_return in library.probes:
         go = program.startswith(_GO)
         if program.startswith("leave_go_"):
             if not any(offset in returns for returns in inner.values()):
-                raise _Misplaced(f"no RET of a known function is at {offset:#x}")
+                raise Misplaced(f"no RET of a known function is at {offset:#x}")
         elif offset not in starts or go != (starts[offset].proof is Proof.GO):
-            raise _Misplaced(f"no known function starts at {offset:#x}")
+            raise Misplaced(f"no known function starts at {offset:#x}")
         if at_return != (program in AT_RETURN):
-            raise _Misplaced(f"{program} is at the wrong end of a function")
+            raise Misplaced(f"{program} is at the wrong end of a function")
 
 
 def _address_in_code(elf: Elf, offset: int, size_bytes: int) -> int:
@@ -81,7 +82,7 @@ def _address_in_code(elf: Elf, offset: int, size_bytes: int) -> int:
         into = offset - segment.offset
         if into >= 0 and into + size_bytes <= segment.size_bytes:
             return segment.address + into
-    raise _Misplaced(f"{offset:#x} is not in the program's code")
+    raise Misplaced(f"{offset:#x} is not in the program's code")
 
 
 def _landing(elf: Elf, function: Function) -> int:
@@ -97,14 +98,14 @@ def _landing(elf: Elf, function: Function) -> int:
 def _check_start(elf: Elf, function: Function, address: int) -> None:
     if elf.machine == "aarch64":
         if function.offset % 4 or address % 4:
-            raise _Misplaced(f"{address:#x} is no instruction")
+            raise Misplaced(f"{address:#x} is no instruction")
     else:
         left = elf.size_bytes - function.offset
         first = elf.read(function.offset, min(INSTRUCTION_BYTES_MAX, left))
         if not length_of(first) or first[:1] == b"\xcc":
-            raise _Misplaced(f"{address:#x} is no instruction")
+            raise Misplaced(f"{address:#x} is no instruction")
     if not _PROVED[function.proof](elf, function, address):
-        raise _Misplaced(f"no table of the file has a function at {address:#x}")
+        raise Misplaced(f"no table of the file has a function at {address:#x}")
 
 
 def _is_symbol(elf: Elf, function: Function, address: int) -> bool:
@@ -189,7 +190,7 @@ def _returns(elf: Elf, function: Function) -> frozenset[int]:
     starts = list(boundaries(code))
     last = starts[-1] + length_of(code, starts[-1]) if starts else 0
     if code[last:].strip(b"\xcc\x00"):  # padding behind the last instruction
-        raise _Misplaced(f"the function at {function.offset:#x} does not decode at +{last:#x}")
+        raise Misplaced(f"the function at {function.offset:#x} does not decode at +{last:#x}")
     return frozenset(function.offset + at for at in starts if code[at] == _RET)
 
 

@@ -17,8 +17,8 @@ import selectors
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ class Plan:
     programs: tuple[str, ...] = ()  # what a run is about to start
     limit: RunLimit = NO_LIMIT  # of a run
     config_error: str | None = None  # lines about values that are not used
+    own_hosts: Mapping[str, str] = field(default_factory=dict)  # those of the user's own file
 
     def scope(self) -> Scope:
         """Whose plaintext the kernel may copy."""
@@ -92,6 +93,7 @@ class Plan:
             scope=scope,
             supervisor_pid=os.getpid(),
             config_error=self.config_error,
+            own_hosts=dict(self.own_hosts),
             run_pid=self.roots[0] if self.roots else None,
             max_usd=self.limit.max_usd,
             at_limit=self.limit.at_limit,
@@ -176,6 +178,12 @@ class Worker:
     def resume(self, link: socket.socket) -> None:
         """Let it continue at another helper."""
         self._send(b"link\n", [link.fileno()])
+
+    def reload(self, job: Job) -> None:
+        """Let it use the hosts of this job, and read again what the user may have changed."""
+        hosts = {"extra_hosts": job.extra_hosts, "own_hosts": job.own_hosts}
+        told = {**hosts, "config_error": job.config_error}
+        self._send(b"reload " + json.dumps(told).encode() + b"\n")
 
     def tell(self, what: str) -> None:
         """Ask it to "continue", or to "end", what it has stopped of a run."""
@@ -425,6 +433,24 @@ class Supervisor:
         except OSError as error:
             self._note_death(f"it could not be started: {error.strerror}")
             restarts.died()
+
+    def reload(self, plan: Plan) -> None:
+        """Meter by another configuration from now on; whose processes are metered stays the same.
+
+        Nothing is restarted, and no request is missed.
+        """
+        self._plan = dataclasses.replace(
+            self._plan,
+            config=plan.config,
+            hosts=plan.hosts,
+            own_hosts=plan.own_hosts,
+            config_error=plan.config_error,
+        )
+        if self._helper_runs:
+            with contextlib.suppress(OSError):  # it is about to be found dead: the next one knows
+                self._keeper.set_hosts(self._plan.hosts)
+        if self._worker is not None:
+            self._worker.reload(self._plan.job())
 
     def finish(self) -> RunResult:
         """Let the worker drain and store the rest, end both processes; returns what was metered."""

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
 from halton_meter.budget import STOP
+from halton_meter.config import SYSTEM_CONFIG
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import status
 from halton_meter.live.control import (
@@ -43,7 +44,7 @@ from halton_meter.live.journal_writer import EventStore, JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.probes.holding import LEISURE_MS, Holding, cap_of
 from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
@@ -89,9 +90,10 @@ class Job:
     are set when this one replaces one that died; `continued` means that the kernel went on copying
     meanwhile, so nothing was missed. `lost_before` counts what earlier workers have lost, `owed`
     what of that is in no store yet; `outages` are those that the disk refused so far.
-    `config_error` has a line for each configured value that is wrong and not used. `run_pid` is the
-    command of a `run`, `max_usd` what it may spend, `at_limit` what follows, and `spent_before`
-    what an earlier worker has counted: "usd", "requests", "unpriced".
+    `config_error` has a line for each configured value that is wrong and not used; `own_hosts` are
+    those of `extra_hosts` that the user's own file names. `run_pid` is the command of a `run`,
+    `max_usd` what it may spend, `at_limit` what follows, and `spent_before` what an earlier worker
+    has counted: "usd", "requests", "unpriced".
     """
 
     home: str
@@ -107,6 +109,7 @@ class Job:
     outages: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
     config_error: str | None = None
+    own_hosts: dict[str, str] = field(default_factory=dict)
     run_pid: int | None = None
     max_usd: str | None = None
     at_limit: str = STOP
@@ -197,6 +200,7 @@ class Metering:
         meter: Meter,
         store: EventStore,
         price_error: str | None = None,
+        pipeline: Pipeline | None = None,
         holding: Holding | None = None,
     ) -> None:
         self._holding = holding or Holding(Path(job.home), is_run=not job.service)
@@ -205,6 +209,9 @@ class Metering:
         self._job = job
         self._source = source
         self._meter = meter
+        self._pipeline = pipeline
+        self._config_error = job.config_error
+        self._own_hosts = job.own_hosts
         self._in_flight = InFlight(meter)
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
         self._waited_s = 0.0  # for searches, at the end
@@ -223,6 +230,7 @@ class Metering:
         self._sent: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
+        self._asked_to_end = False
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
         self._outages = Outages(Path(job.home), unwritten=job.outages) if job.service else None
@@ -231,6 +239,7 @@ class Metering:
         """Meter until asked to end; returns the exit code."""
         if self._outages is not None:
             self._journal.try_disk()
+            self._journal.expire_daily()
             if self._job.continued:
                 self._outages.alive(self._started_ns)
             else:
@@ -319,6 +328,8 @@ class Metering:
 
     def _keep(self, events: list[PricedEvent]) -> None:
         self._totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
         if not events:
             return
         if not self._job.service:
@@ -447,16 +458,53 @@ class Metering:
         self._commands += data
         for fd in fds:
             self._resume(socket.socket(fileno=fd))
-        *lines, rest = bytes(self._commands).split(b"\n")
-        if b"continue" in lines:
-            self._holding.go_on(None)
-        if b"end" in lines:
-            self._holding.end(None)
-        if b"finish" not in lines:
-            self._commands = bytearray(rest)
-        if not data or b"finish" in self._commands:
+        *lines, rest = self._commands.split(b"\n")
+        self._commands = rest
+        for line in lines:
+            what, _, argument = line.partition(b" ")
+            self._asked_to_end |= what == b"finish"
+            if what == b"reload":
+                self._take_configuration(json.loads(argument))
+            elif what == b"continue":
+                self._holding.go_on(None)
+            elif what == b"end":
+                self._holding.end(None)
+        if not data or self._asked_to_end:
             # An end without "finish" is the supervisor's death: what was captured is still kept.
             self._exit_code = ENDED
+
+    def _take_configuration(self, told: dict[str, Any]) -> None:
+        """Root has read the configuration again: other hosts are watched."""
+        if self._pipeline is None:
+            return
+        self._pipeline.use_hosts(told["extra_hosts"])
+        self._own_hosts = told["own_hosts"]
+        self._reload()
+        self._config_error = told["config_error"]
+
+    def _reload(self) -> dict[str, Any]:
+        """Use the user's rules and prices as they are now, and what the client is to be told.
+
+        Hosts are not taken from here: which of them are watched is root's to say.
+        """
+        if self._pipeline is None:
+            return {"error": "a run reads the configuration once"}
+        found = self._pipeline.reload()
+        self._journal.condition.price_error = self._pipeline.price_error
+        of_root = [
+            line
+            for line in (self._config_error or "").split("\n")
+            if line.startswith(str(SYSTEM_CONFIG))
+        ]
+        self._config_error = "\n".join((*of_root, *found.wrong)) or None
+        hosts = found.config.extra_hosts
+        return {
+            "reloaded": True,
+            "wrong": [*found.wrong],
+            "notes": [*found.notes],
+            "price_error": self._pipeline.price_error,
+            "hosts_differ": hosts != self._own_hosts,
+        }
 
     def _resume(self, link: socket.socket) -> None:
         """There is another helper."""
@@ -487,7 +535,7 @@ class Metering:
             self._answering.remove()
         if self._outages is not None:
             now_ns = time.time_ns()
-            if self._exit_code == ENDED and b"finish" not in self._commands:
+            if self._exit_code == ENDED and not self._asked_to_end:
                 self._outages.alive(now_ns)  # the supervisor was killed: nobody asked for this end
             else:
                 self._outages.end(now_ns, clean=self._exit_code == ENDED)
@@ -542,6 +590,8 @@ class Metering:
             self._holding.say()
             self._journal.flush(lambda: self._send_result(client))
             return None
+        if asked == "reload":
+            return self._reload()
         if asked == "stop":
             send({"stop": True})
             return {"stopping": True}
@@ -604,7 +654,7 @@ class Metering:
         linked = self._source.linked
         # A restart that lost nothing is reported, and is no trouble.
         lossless = not self._restarts or not (outages or +losses)
-        well = status.is_well(metered) and lossless and linked and not self._job.config_error
+        well = status.is_well(metered) and lossless and linked and not self._config_error
         well = well and self._holding.trouble is None
         answer = status.status(
             health=status.OK if well else status.DEGRADED,
@@ -625,7 +675,7 @@ class Metering:
         )
         return {
             **answer,
-            "config_error": self._job.config_error,
+            "config_error": self._config_error,
             "budget_error": self._holding.trouble,
             "scope": self._job.scope,
             "loader": helper.loader,
@@ -788,14 +838,16 @@ def start(job: Job, link: socket.socket) -> int:
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
     holding = Holding(home, is_run=not job.service)
-    meter, price_error = make_meter(home, job.extra_hosts, holding.on_request, holding.on_answer)
-    holding.preview = meter.preview
+    pipeline = Pipeline(home, job.extra_hosts, holding.on_request, holding.on_answer)
+    holding.preview = pipeline.meter.preview
     try:
         source.start()
     except Unavailable as error:
         send({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
-    return Metering(job, source, meter, Store(home), price_error, holding).run()
+    store = Store(home)
+    meter, trouble = pipeline.meter, pipeline.price_error
+    return Metering(job, source, meter, store, trouble, pipeline, holding).run()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ async def _serve(
     loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.ask_to_stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
     try:
         await service.start(sockets)
         say(f"the edge listens on {', '.join(service.addresses)}")
@@ -265,6 +265,8 @@ class _Background:
             losses = Counter(service.losses.total())
             for causes in service.edge.bypassed.values():
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
+            if refused := service.edge.counts["refused_other_user"]:
+                losses["refused_other_user"] = refused
             run.losses = dict(losses)
             run.unmetered += service.unmetered()
             run.connections = service.connections

@@ -480,6 +480,26 @@ class ProxyService:
         if self._owed and self._send({"losses": self._owed}):
             self._owed = Counter()
 
+    def reload(self) -> dict[str, Any]:
+        """Have the worker use the user's rules and prices as they are now.
+
+        Other hosts need other certificates, and so another worker: that is left to `init`.
+        """
+        from halton_meter import config
+
+        found = config.read(self.home)
+        proxy = found.config.proxy
+        differ = found.config.extra_hosts != dict(self.job.extra_hosts)
+        error = "\n".join(found.wrong) or None
+        self.job = dataclasses.replace(self.job, config_error=error)
+        self._send({"reload": True})
+        return {
+            "reloaded": True,
+            "wrong": [*found.wrong],
+            "notes": [*found.notes],
+            "hosts_differ": differ or proxy.upstream != self.job.upstream,
+        }
+
     # --- time
 
     async def _tick_on(self) -> None:
@@ -584,6 +604,8 @@ class ProxyService:
         if asked == "resume":
             self._resume()
             return {"resumed": True}
+        if asked == "reload":
+            return self.reload()
         if asked == "forget":
             self.edge.forget_refusals()
             self._keep_refusals()
@@ -658,7 +680,14 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "journal_repeated", "held", "refused_at_limit")
+_COUNTS = (
+    "events",
+    "journal_waiting",
+    "journal_repeated",
+    "expired",
+    "held",
+    "refused_at_limit",
+)
 _TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error", "budget_error")
 
 

@@ -31,13 +31,12 @@ from halton_meter.live import status
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.proxy.programs import process_of
 from halton_meter.live.proxy.trust import Trust
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
-    from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Request
     from halton_meter.wire.so_far import ExchangeSoFar
     from proxy_fallback.mitm.addon import MeterAddon
@@ -124,15 +123,18 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
     )
 
 
+class Reload:
+    """Stands among the exchanges that wait where what prices them is to be read again."""
+
+
 class Pricing:
     """Prices and stores exchanges in a thread, so that the proxy's loop never waits for a disk."""
 
     def __init__(
         self,
-        meter: Meter,
+        pipeline: Pipeline,
         home: Path,
         send: Callable[[dict[str, Any]], None],
-        price_error: str | None = None,
         job: Job | None = None,
     ) -> None:
         from halton_meter.live.proxy.gate import Gate
@@ -142,17 +144,18 @@ class Pricing:
 
         registry = Registry(job.extra_hosts if job else {})
         self.gate = Gate(home, identity(os.getpid()), registry, send)
-        self.gate.submit, self.gate.preview = self._submit, meter.preview
+        self.gate.submit, self.gate.preview = self._submit, pipeline.meter.preview
         if job is not None:
             self.gate.limit(job.max_usd, job.at_limit, job.run)
 
-        self._meter = meter
-        self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
+        self._pipeline, self._meter = pipeline, pipeline.meter
+        self._journal = JournalWriter(Store(home), home, pipeline.price_error, self._on_write)
         self.gate.refresh = lambda: self._journal.flush(lambda: None)
-        self._in_flight = InFlight(meter)
+        self._in_flight = InFlight(pipeline.meter)
         self.under_way: Callable[[], list[ExchangeSoFar]] = list
-        self._waiting: queue.Queue[Exchange | Coverage | Look | Callable[[], None] | None]
-        self._waiting = queue.Queue(WAITING_MAX)
+        self._waiting: queue.Queue[
+            Exchange | Coverage | Look | Reload | Callable[[], None] | None
+        ] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
         self._sent: dict[str, Any] = {}
@@ -165,8 +168,9 @@ class Pricing:
         self._thread.start()
 
     def try_disk(self) -> None:
-        """Have `status` say at once where the disk takes nothing."""
+        """For a service: have `status` say at once where the disk takes nothing."""
         self._journal.try_disk()
+        self._journal.expire_daily()
 
     def put(self, exchange: Exchange) -> None:
         """Take an exchange from the proxy's thread; never blocks."""
@@ -194,6 +198,10 @@ class Pricing:
     def count_connections(self, counted: Coverage) -> None:
         """Keep how many connections were metered, of those that have begun since the last time."""
         self._waiting.put(counted)
+
+    def reload(self) -> None:
+        """Read rules and prices again, for exchanges that are put from now on."""
+        self._waiting.put(Reload())
 
     def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
@@ -239,7 +247,10 @@ class Pricing:
             if exchange is None:
                 return
             try:
-                if isinstance(exchange, Coverage):
+                if isinstance(exchange, Reload):
+                    self._pipeline.reload()
+                    self._journal.condition.price_error = self._pipeline.price_error
+                elif isinstance(exchange, Coverage):
                     self._journal.keep_connections(exchange, time.time_ns())
                 elif isinstance(exchange, Look):
                     exchange.then(self._in_flight.answer(exchange.under_way, time.time_ns()))
@@ -259,6 +270,8 @@ class Pricing:
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
         self.totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
         self.gate.keep(exchange, events)
         if not events:
             return
@@ -297,8 +310,8 @@ class Worker:
 
         with contextlib.suppress(OSError):
             prepare_home(self._home)
-        meter, price_error = make_meter(self._home, self._job.extra_hosts)
-        pricing = Pricing(meter, self._home, self.send, price_error, self._job)
+        pipeline = Pipeline(self._home, self._job.extra_hosts)
+        pricing = Pricing(pipeline, self._home, self.send, self._job)
         hosts = provider_hosts(self._job.extra_hosts)
         try:
             accepted = self._accepted(hosts)
@@ -358,6 +371,8 @@ class Worker:
                     pricing.count_connections(Coverage.of_json(message["connections"]))
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
+            if "reload" in message:
+                pricing.reload()
             if "finish" in message:
                 return
 

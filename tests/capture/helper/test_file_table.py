@@ -547,7 +547,7 @@ def test_root_spends_no_time_on_a_crafted_file(own: Searches, tmp_path: Path, ki
 
 
 NAMED = """{"stack": "OpenSSL", "probes": [["enter_read", 4096, false]], "build_id": null,
-"reason": null, "cookie": 0, "unproved": false, "beside": null,
+"reason": null, "cookie": 0, "unproved": false, "beside": null, "layer": null, "others": [],
 "functions": [[4096, "symbol", 1048576, 0], [4096, "unwind", 0, 0], [4096, "call", 8192, 0],
 [4096, "go", 4096, 4096]]}"""
 
