@@ -75,15 +75,16 @@ def list_(as_json: bool) -> None:
         say(list_table(budgets) if budgets else NONE_YET)
 
 
-_NAMES = click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]...")
+_NAMES = click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]")
 
 
 @budget.command(cls=Configured, short_help="Show what budgets have spent, and what is stopped.")
 @_NAMES
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(names: tuple[str, ...], as_json: bool) -> None:
-    """Show what budgets have spent, their forecast, which thresholds they passed and what came of
-    that, and what is stopped at a limit.
+    """Show what budgets have spent, and what is stopped at a limit.
+
+    Also which thresholds were passed, and whether their actions worked.
 
     The forecast is what the period will have cost by its end, going by the same weekdays of the
     last four weeks. "At least": some requests have no price.
@@ -139,7 +140,7 @@ def _publish(home: Path, sums: Any, at_ns: int, holding: set[str]) -> None:
 # --- check ----------------------------------------------------------------------------------------
 
 
-@budget.command(cls=Configured, short_help="Tell scripts whether a budget is over its limit.")
+@budget.command(cls=Configured, short_help="Check in a script whether a budget is over its limit.")
 @_NAMES
 @click.option(
     "--at",
@@ -155,15 +156,15 @@ def _publish(home: Path, sums: Any, at_ns: int, holding: set[str]) -> None:
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_json: bool) -> None:
-    """Tell scripts by the exit code whether a budget is over its limit.
+    """Check by the exit code whether a budget is over its limit.
 
     Exit codes: 0 every budget is under; 1 at least one is over; 2 wrong usage; 3 not known, as the
     store cannot be read, or, with --strict, as requests without a price may be over.
 
     \b
     Examples:
-      halton-meter budget check && claude -p "go on"
-      halton-meter budget check website --at 80 --quiet
+      halton-meter budget check || echo "over budget"
+      halton-meter budget check website --at 80
     """
     from halton_meter.spending import status_file
 
@@ -190,7 +191,7 @@ def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_js
 
 
 @budget.command(cls=Configured, short_help="Let go on what was stopped at a limit.")
-@click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]...")
+@click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]")
 @click.option(
     "--more",
     "more_usd",
@@ -202,9 +203,9 @@ def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_js
 def resume(names: tuple[str, ...], more_usd: Decimal | None, everything: bool) -> None:
     """Let go on what was stopped, or is refused, at a limit.
 
-    NAME is a budget, or what a stopped run said: run-4711. Without one: what is stopped, where that
-    is one thing. It stops again once --more is spent on top of what was. What is allowed for a
-    budget ends with its period.
+    NAME is a budget, or the name that a stopped run printed: run-4711. Without one: what is
+    stopped, where that is one thing. It stops again once --more is spent on top of what was. What
+    is allowed for a budget ends with its period.
 
     \b
     Examples:

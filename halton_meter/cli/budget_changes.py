@@ -64,8 +64,8 @@ def _percentages(_: click.Context, __: click.Parameter, value: str | None) -> li
     "--action",
     multiple=True,
     type=click.Choice(ACTIONS),
-    help="What to do: notify tells the desktop at each threshold (default); stop holds who goes on "
-    "at the limit, until `budget resume`; end ends it; none. May be given again.",
+    help="What to do. notify: a desktop notification at each threshold (default); stop: hold at "
+    "the limit whatever goes on, until `budget resume`; end: end it; none. May be given again.",
 )
 @click.option(
     "--command",
@@ -76,7 +76,7 @@ def _percentages(_: click.Context, __: click.Parameter, value: str | None) -> li
 @click.option(
     "--webhook",
     metavar="URL",
-    help="POST the same facts there as JSON. Only the host that you name hears of it.",
+    help="POST the same facts there as JSON. Nothing is sent to any other host.",
 )
 @click.option(
     "--counts",

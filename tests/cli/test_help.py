@@ -45,6 +45,7 @@ _NOT_RUN = {
     "statusline uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
+    "budget resume run-4711": "needs a run that was stopped",
     "logs": "there is no log",
     "man --install": "writes to the home directory",
     "config edit": "opens an editor",
@@ -197,6 +198,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["project", "set", "acme", "--path", "~/work/acme"],
         ["project", "set", "my app", "--path", "~/app"],
         ["project", "alias", "acme-old", "acme"],
+        *(["budget", "set", name, "900"] for name in ("daily", "website", "models")),
     ):
         assert CliRunner().invoke(main, setting).exit_code == 0
     (tmp_path / "config.toml.new").touch()
