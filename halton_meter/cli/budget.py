@@ -75,7 +75,7 @@ def list_(as_json: bool) -> None:
         say(list_table(budgets) if budgets else NONE_YET)
 
 
-_NAMES = click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]")
+_NAMES = click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]...")
 
 
 @budget.command(cls=Configured, short_help="Show what budgets have spent, and what is stopped.")
@@ -191,7 +191,7 @@ def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_js
 
 
 @budget.command(cls=Configured, short_help="Let go on what was stopped at a limit.")
-@click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]")
+@click.argument("names", nargs=-1, type=name_typed, metavar="[NAME]...")
 @click.option(
     "--more",
     "more_usd",
