@@ -136,7 +136,7 @@ class Trial:
         self._answer(result, self._tags.pop(0) if self._tags else self.ok, length)
 
     def _is_probed(self) -> bool:
-        """Whether a function with sites calls; a call that the search does not know is unseen."""
+        """Whether a function with sites calls; of others the search knows nothing."""
         return any(self.emulator.return_address() in each for each in self._probed)
 
     def _answer(self, result: int, tag: int, length: int) -> None:

@@ -161,6 +161,8 @@ def _states(paths: Paths, chain: list[int], state: State) -> list[State]:
 def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     """What a call is, by what is known before it; None when it is neither of the two."""
     abi = state.abi
+    if not state.is_in_frame(state.place(abi.stack, 0)):
+        return None  # something strange was done to the stack pointer
     callee = next((e.callee for e in paths.effects(number) if isinstance(e, Call)), None)
     box_at = state.read_from(state.register(abi.box))
     slot = _read_from(state, callee)
@@ -180,10 +182,27 @@ def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     is_read = number_at == (send_at if sends else receive_at)
     if not sends:
         is_read = is_read and state.known(receive_at) == number_value
-        if not is_read and (number_at is None or not state.is_in_frame(number_at)):
-            return None  # it may be in the frame since the record before
+        if not is_read and not _is_kept(paths, state, number_at, receive_at.at):
+            return None
     message, result = state.register(abi.message), state.register(abi.result)
     return _Shape(sends, Value(box_at.root), box_at.at, number_value, is_read, message, result)
+
+
+def _is_kept(paths: Paths, state: State, place: Place | None, number_at: int) -> bool:
+    """Whether the number was read into the frame before the first record, to be kept there."""
+    abi = state.abi
+    if place is None or not state.is_in_frame(place):
+        return False
+    at = place.at - state.register(abi.stack).plus
+    return any(
+        paths.may_be_loaded(number, effect.source.name, number_at, abi)
+        for number in paths.stores_to_frame(at)
+        for effect in paths.effects(number)
+        if isinstance(effect, Store)
+        and (effect.base, effect.at) == (abi.stack, at)
+        and isinstance(effect.source, Register)
+        and effect.source.name is not None
+    )
 
 
 def _read_from(state: State, callee: Register | Memory | None) -> Place | None:

@@ -86,9 +86,10 @@ def test_each_call_is_announced_as_it_is_given(
 def test_probes_are_where_the_kernel_need_not_step(
     tmp_path: Path, compiler: str, variant: str
 ) -> None:
+    """But for a send whose number was read before two ways met: it is seen a little later."""
     layer = found_in(build_rustls(tmp_path, *VARIANTS[variant], compiler=compiler)).layer
-    kinds = {each.kind for each in (*layer.sends, *layer.receives, *layer.received)}
-    assert kinds == {Kind.BRANCH}
+    kinds = [each.kind for each in (*layer.sends, *layer.receives, *layer.received)]
+    assert len([kind for kind in kinds if kind is not Kind.BRANCH]) <= 1
 
 
 @pytest.mark.parametrize(
@@ -147,15 +148,22 @@ def test_a_fork_is_found_by_any_path(
 
 
 def test_what_names_no_source_is_refused_if_it_speaks_tls(tmp_path: Path) -> None:
-    path = build_rustls(tmp_path, "-DNO_NAMES", compiler=AVAILABLE[0])
-    (answer,) = find_rustls(path)
+    """Its symbols have the word, its constants a label of TLS 1.3."""
+    (answer,) = find_rustls(build_rustls(tmp_path, "-DNO_NAMES", compiler=AVAILABLE[0]))
     assert isinstance(answer, NotFound)
-    assert answer.absent  # nothing in it is called rustls
-    with path.open("ab") as file:
-        file.write(b"rustls")
-    (answer,) = find_rustls(path)
+    assert not answer.absent
+    assert "without the source locations of its panics" in answer.reason
+
+
+def test_the_next_release_is_refused_by_name(tmp_path: Path) -> None:
+    flags = (
+        '-DFOLDER="/root/.cargo/registry/src/index-0/rustls-0.24.0-dev.1"',
+        '-DRECORD_LAYER="/src/crypto/cipher/record_layer.rs"',
+    )
+    (answer,) = find_rustls(build_rustls(tmp_path, *flags, compiler=AVAILABLE[0]))
     assert isinstance(answer, NotFound)
-    assert answer.absent  # what is not loaded does not count
+    assert not answer.absent
+    assert answer.reason.startswith("rustls 0.24.0-dev.1: its record layer has another shape")
 
 
 def test_a_program_without_rustls_is_said_so() -> None:
