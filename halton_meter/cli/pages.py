@@ -85,7 +85,7 @@ def _usage(words: str, command: click.Command) -> str:
 
 
 def _argument(argument: click.Argument) -> str:
-    name = (argument.metavar or (argument.name or "").upper()).strip("[]")
+    name = (argument.metavar or (argument.name or "").upper()).removesuffix("...").strip("[]")
     repeated = "" if argument.nargs == 1 or name.endswith("…") else "…"
     return f"{name}{repeated}" if argument.required else f"[{name}]{repeated}"
 
