@@ -11,11 +11,12 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.budget import ACTIONS, COUNTS, DIMENSIONS, PERIODS
+from halton_meter.cli.config_file import change, put
+from halton_meter.cli.config_file import remove as remove_setting
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.money import Dollars
-from halton_meter.cli.output import fail, name_typed, note, say, wrong_usage
+from halton_meter.cli.output import name_typed, note, say, wrong_usage
 from halton_meter.cli.selection import now_ns
-from halton_meter.problem import Problem
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -110,7 +111,12 @@ def set_(name: str, usd: Decimal | None, **options: Any) -> None:
     if not values:
         wrong_usage("nothing to change", f"halton-meter budget set {name} 20")
     home = home_folder()
-    _write(home, lambda text: _edited(text, name, values))
+
+    def applied(document: Any) -> None:
+        for key, value in values.items():
+            put(document, ("budgets", name, key), value)
+
+    change(home, applied)
     _tell(home, name)
 
 
@@ -132,32 +138,6 @@ def _names() -> list[str]:
     from halton_meter import config
 
     return [each.name for each in config.read(home_folder()).config.budgets]
-
-
-def _edited(text: str, name: str, values: dict[str, Any]) -> str:
-    from halton_meter.toml_edit import changed
-
-    return changed(text, ("budgets", name), values)
-
-
-def _write(home: Path, edit: Any) -> None:
-    """Write the configuration, or end the command and say why not."""
-    from halton_meter import config_file
-    from halton_meter.config import ConfigError
-
-    try:
-        config_file.change(home, edit)
-    except ConfigError as error:
-        fail(*error.problems)
-    except OSError as error:
-        fail(Problem(f"{home}/config.toml: {error.strerror}", f"ls -ld {home}"))
-    except ValueError as error:
-        fail(
-            Problem(
-                f"{home}/config.toml cannot be edited: {error}",
-                f"${{EDITOR:-vi}} {home}/config.toml",
-            )
-        )
 
 
 def _tell(home: Path, name: str) -> None:
@@ -188,15 +168,13 @@ def remove(names: tuple[str, ...]) -> None:
       halton-meter budget remove website models
     """
     from halton_meter.cli.budget_sums import configured
-    from halton_meter.toml_edit import removed
 
     home, _ = configured(names)
 
-    def edited(text: str) -> str:
+    def removed(document: Any) -> None:
         for name in names:
-            text = removed(text, ("budgets", name))
-        return text
+            remove_setting(document, ("budgets", name))
 
-    _write(home, edited)
+    change(home, removed)
     for name in names:
         say(f"Removed budget {name}.")

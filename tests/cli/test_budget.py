@@ -90,7 +90,7 @@ def test_wrong_usage_changes_nothing(home: Path, words: tuple[str, ...], said: s
 
 def test_what_would_be_refused_when_read_is_not_written(home: Path) -> None:
     done = budget("set", "web", "5", "--per", "session", "--each", "model")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert 'each = "model" does not go with per = "session"' in done.output
     assert not (home / "config.toml").exists()
 
