@@ -33,6 +33,7 @@ NAMES = (
     "journal/*.half-*",
     "reprice-*.ndjson",
     "config.toml",
+    "run-*.sock",
     "budget-status.json",
     "budget-status.json.*",
     "budgets",
