@@ -115,14 +115,16 @@ class Emulator:
             self._problem = problem
             cpu.emu_stop()
 
+    def return_address(self) -> int:
+        """Where a call that is taken returns to."""
+        return self.register(30) if self.arm else self.number(self.register(4))
+
     def _return(self) -> None:
+        to = self.return_address()
         if self.arm:
-            to = self.register(30)
             self._cpu.reg_write(arm64_const.UC_ARM64_REG_PC, to)
         else:
-            stack = self.register(4)
-            to = self.number(stack)
-            self._cpu.reg_write(x86_const.UC_X86_REG_RSP, stack + 8)
+            self._cpu.reg_write(x86_const.UC_X86_REG_RSP, self.register(4) + 8)
             self._cpu.reg_write(x86_const.UC_X86_REG_RIP, to)
 
     def call(self, address: int, *arguments: int) -> None:

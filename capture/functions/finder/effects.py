@@ -142,6 +142,8 @@ class X86Effects:
             each in i.groups for each in self._jumps
         ):
             return ()
+        if name in _MOVES_STACK or (name in ("push", "pop") and operands[0].size != 8):
+            return Put("rsp", None), Put("rbp", None), *self._unknown(i, operands)
         if name == "push":
             return Put("rsp", Register("rsp", -8)), Store("rsp", 0, 8, self._source(i, operands[0]))
         if name == "pop":
@@ -244,10 +246,11 @@ class X86Effects:
 
     def _register(self, i: Any, number: int) -> str:
         if number not in self._wide:
-            self._wide[number] = x86_wide(i.reg_name(number))
+            self._wide[number] = x86_wide(i.reg_name(number) or "")
         return self._wide[number]
 
 
+_MOVES_STACK = frozenset(("enter", "leave", "pushfq", "popfq", "pushf", "popf"))
 _CHANGES = frozenset(("inc", "dec", "add", "sub"))
 _READERS = frozenset(
     ("bt", "ucomiss", "ucomisd", "comiss", "comisd", "vptest", "ptest", "prefetcht0")
@@ -373,7 +376,7 @@ class Aarch64Effects:
         return tuple(Put(register, None) for register in sorted(names & AARCH64.numbers.keys()))
 
     def _register(self, i: Any, number: int) -> str:
-        return arm_wide(i.reg_name(number))
+        return arm_wide(i.reg_name(number) or "")
 
 
 _LOADS, _STORES = re.compile(r"ld|prfm"), re.compile(r"st|cas|swp")

@@ -20,6 +20,7 @@ from capture.functions.finder.effects import (
     Abi,
     Effect,
     Insert,
+    Memory,
     Put,
     Register,
     X86Effects,
@@ -51,6 +52,11 @@ class Paths:
 
     def __contains__(self, address: int) -> bool:
         return self.start <= address < self.end
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether each jump in it leads to an instruction, or out of it."""
+        return all(at in self.index or at not in self for at in self._sources)
 
     @cached_property
     def frame_pointer(self) -> str | None:
@@ -139,6 +145,13 @@ class Paths:
             before -= 1
         return self.flow(before) in (Flow.NEXT, Flow.CALL, Flow.BRANCH)
 
+    def stores_to_frame(self, at: int) -> Iterator[int]:
+        """The instructions, by number, that may store 64 bits at the stack pointer plus `at`."""
+        into = re.compile(rf"(?:.*, )?(?:qword ptr )?\[[rs]s?p(?:, #| \+ ){at:#x}\](?:, .*)?")
+        for number, (_, _, name, operands) in enumerate(self.lines):
+            if name in ("mov", "str", "stp", "stur") and into.fullmatch(operands):
+                yield number
+
     def frame_address(self, number: int, register: str, abi: Abi) -> int | None:
         """What a register is ahead of the stack pointer before an instruction, on every way there.
 
@@ -166,6 +179,26 @@ class Paths:
                 else:
                     pending.append((each, source.name))
         return found.pop() if len(found) == 1 and not pending else None
+
+    def may_be_loaded(self, number: int, register: str, at: int, abi: Abi) -> bool:
+        """Whether on some way there a register was loaded from a struct's field at that offset."""
+        pending = [(number, register)]
+        seen: set[tuple[int, str]] = set()
+        while pending and len(seen) < SOUGHT_MAX:
+            number, register = pending.pop()
+            if (number, register) in seen:
+                continue
+            seen.add((number, register))
+            for each in self.predecessors(number) or ():
+                for effect in self.effects(each):
+                    if isinstance(effect, Put) and effect.register == register:
+                        loaded = effect.source
+                        if isinstance(loaded, Memory) and (loaded.at, loaded.plus) == (at, 0):
+                            return loaded.base != abi.stack
+                source = self._source_of(each, register, abi)
+                if source is not None and source.name is not None and not source.plus:
+                    pending.append((each, source.name))
+        return False
 
     def _source_of(self, number: int, register: str, abi: Abi) -> Register | None:
         """What a register is behind an instruction, by registers before it."""

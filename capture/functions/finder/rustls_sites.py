@@ -89,12 +89,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What makes a call one of the two, at the call: see the file's head."""
+    """What makes a call one of the two, at the call: see the file's head.
+
+    `is_read`: the number is certainly the layer's own.
+    """
 
     sends: bool
     layer: Value
     box: int
     number: Value
+    is_read: bool
     message: Value
     result: Value
 
@@ -157,6 +161,8 @@ def _states(paths: Paths, chain: list[int], state: State) -> list[State]:
 def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     """What a call is, by what is known before it; None when it is neither of the two."""
     abi = state.abi
+    if not state.is_in_frame(state.place(abi.stack, 0)):
+        return None  # something strange was done to the stack pointer
     callee = next((e.callee for e in paths.effects(number) if isinstance(e, Call)), None)
     box_at = state.read_from(state.register(abi.box))
     slot = _read_from(state, callee)
@@ -172,15 +178,31 @@ def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
     send_at = Place(box_at.root, box_at.at + SEND_NUMBER)
     receive_at = Place(box_at.root, box_at.at + RECEIVE_NUMBER)
     sends = state.known(send_at) == following
-    # It may be in a register, or in the frame, since the record before.
     number_at = state.read_from(number_value)
-    if number_at is not None and not state.is_in_frame(number_at):
-        if number_at != (send_at if sends else receive_at):
-            return None
-        if not sends and state.known(receive_at) != number_value:
+    is_read = number_at == (send_at if sends else receive_at)
+    if not sends:
+        is_read = is_read and state.known(receive_at) == number_value
+        if not is_read and not _is_kept(paths, state, number_at, receive_at.at):
             return None
     message, result = state.register(abi.message), state.register(abi.result)
-    return _Shape(sends, Value(box_at.root), box_at.at, number_value, message, result)
+    return _Shape(sends, Value(box_at.root), box_at.at, number_value, is_read, message, result)
+
+
+def _is_kept(paths: Paths, state: State, place: Place | None, number_at: int) -> bool:
+    """Whether the number was read into the frame before the first record, to be kept there."""
+    abi = state.abi
+    if place is None or not state.is_in_frame(place):
+        return False
+    at = place.at - state.register(abi.stack).plus
+    return any(
+        paths.may_be_loaded(number, effect.source.name, number_at, abi)
+        for number in paths.stores_to_frame(at)
+        for effect in paths.effects(number)
+        if isinstance(effect, Store)
+        and (effect.base, effect.at) == (abi.stack, at)
+        and isinstance(effect.source, Register)
+        and effect.source.name is not None
+    )
 
 
 def _read_from(state: State, callee: Register | Memory | None) -> Place | None:
@@ -220,13 +242,10 @@ class _Look:
     def _branches_before(self) -> Iterator[SendPlace]:
         for number in range(self.call - 1, max(self.call - BACK_MAX, -1), -1):
             if self.paths.flow(number) is Flow.BRANCH:
-                known = self._state_at(number)
-                state = known or State(self.abi, self.paths.frame_pointer)
-                if (place := self._from_branch(number, state)) is not None:
+                before = State(self.abi, self.paths.frame_pointer)
+                before = _states(self.paths, _chain(self.paths, number), before)[-1]
+                if (place := self._from_branch(number, before)) is not None:
                     yield place
-
-    def _state_at(self, number: int) -> State | None:
-        return self.states[self.chain.index(number)] if number in self.chain else None
 
     def _from_branch(self, branch: int, before: State) -> SendPlace | None:
         """A probe on a branch, if each way from there is the call's or a panic's."""
@@ -259,6 +278,8 @@ class _Look:
             return None
         following = shape.number._replace(plus=shape.number.plus + 1)
         counted = before.known(shape.number_place) == following
+        if not (counted or shape.is_read):
+            return None
         return SendPlace(self.paths.lines[number][0], kind, layer, message, counted)
 
     def _chained(self) -> Iterator[SendPlace]:

@@ -85,7 +85,7 @@ def _is_x86(kind: Kind, code: bytes, at: int) -> bool:
     if kind is Kind.BRANCH:
         return first & 0xF0 == 0x70 or (first == 0x0F and second & 0xF0 == 0x80)
     if kind is Kind.LOAD:  # mov r64, [r64 + distance]
-        return first & 0xF8 == 0x48 and second == 0x8B and third >> 6 in (1, 2) and third & 7 != 5
+        return first & 0xF8 == 0x48 and second == 0x8B and third >> 6 in (1, 2)
     if first & 0xF0 == 0x40:
         first, second = second, third
     return first == 0xFF and second >> 3 & 7 == 2

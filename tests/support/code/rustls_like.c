@@ -79,11 +79,14 @@ INSIDE void note(u64 what) { panicked += what; }
 
 /* One copy of the crate: everything below, with another name. */
 #define CRATE(folder, of)                                                                          \
-    static const struct location of##_refused = AT(folder, "/src/record_layer.rs", 112, 9);        \
-    static const struct location of##_failed = AT(folder, "/src/record_layer.rs", 117, 14);        \
+    static const struct location of##_refused = AT(folder, RECORD_LAYER, 112, 9);                  \
+    static const struct location of##_failed = AT(folder, RECORD_LAYER, 117, 14);                  \
     static const struct location of##_conn = AT(folder, CONN, 988, 57);                            \
     ENCRYPT(of) DECRYPT(of) SENDS(of) CONNECTION(of, 1) CONNECTION(of, 2)
 
+#ifndef RECORD_LAYER
+#define RECORD_LAYER "/src/record_layer.rs"
+#endif
 #ifdef NO_CONN
 #define CONN "/src/other.rs"
 #else
