@@ -47,6 +47,7 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),
+        "cache_saved_usd": usd_text(event.cache_saved_usd),
         "basis": event.basis.value,
         "certainty": usage.certainty.value,
         "flags": sorted({*usage.flags, *event.flags}),

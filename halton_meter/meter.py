@@ -18,21 +18,26 @@ from dataclasses import replace
 from halton_meter.identity import Identities
 from halton_meter.model import (
     Caller,
+    Certainty,
     Exchange,
     PricedEvent,
     Process,
     Request,
     TlsChunk,
     TlsClosed,
+    Tokens,
+    Usage,
     UsageEvent,
     is_own_proxy,
 )
 from halton_meter.providers.reading.limits import limits_of
+from halton_meter.providers.refusal import FREE_KINDS
 from halton_meter.providers.registry import EVENTS_MAX, Registry
 from halton_meter.sightings import BetterSightings, merged
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
 from halton_meter.wire.so_far import ExchangeSoFar
+from halton_meter.wire.transaction import OnRequest
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -56,6 +61,10 @@ EVENTS_REMEMBERED_MAX = 65_536
 # Exchanges remembered to tell others of the same id from them, which the store does again.
 EXCHANGES_REMEMBERED_MAX = 16_384
 
+# What is taken of a request that has no answer yet: so many of its bytes are a token, and so many
+# tokens are the answer.
+PREVIEW_BYTES_A_TOKEN, PREVIEW_OUTPUT_TOKENS = 4, 500
+
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
 
@@ -65,7 +74,8 @@ class Meter:
 
     `price` prices one event (`PriceBook.price`). `attribute` names a process's project and git
     branch; without it events carry neither. `registry` knows the providers, the user's own hosts
-    included; None means those that ship with the program.
+    included; None means those that ship with the program. `on_request` is told of each wanted
+    request once it is whole, `on_answer` of each exchange that ended, before its events are given.
     """
 
     def __init__(
@@ -73,7 +83,10 @@ class Meter:
         price: Price,
         attribute: Attribute | None = None,
         registry: Registry | None = None,
+        on_request: OnRequest | None = None,
+        on_answer: Callable[[Exchange], None] | None = None,
     ) -> None:
+        self._on_request, self._on_answer = on_request, on_answer
         self._price = price
         self._attribute = attribute
         self._registry = registry if registry is not None else Registry()
@@ -89,6 +102,11 @@ class Meter:
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
         self._add_up_at_bytes = HELD_BYTES_MAX // HELD_PER_RECEIVED
+
+    def use(self, price: Price | None = None, registry: Registry | None = None) -> None:
+        """Price by another book, or know other hosts, from the next request on."""
+        self._price = price if price is not None else self._price
+        self._registry = registry if registry is not None else self._registry
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -130,7 +148,7 @@ class Meter:
         connection, joined = item.connection, JOINED
         if self._evicted.pop(key, _UNKNOWN) is None:
             connection, joined = replace(connection, joined=True), REJOINED
-        conversation = Conversation(connection, self._interest, joined)
+        conversation = Conversation(connection, self._interest, joined, self._on_request)
         self._conversations[key] = conversation
         self._latest = key
         return evicted + self._events(conversation.receive(item))
@@ -157,6 +175,27 @@ class Meter:
     def exchange(self, exchange: Exchange) -> list[PricedEvent]:
         """Take an exchange that is already decoded (the proxy's); return its events."""
         return self._events((exchange,))
+
+    def preview(self, exchange: Exchange) -> PricedEvent | None:
+        """What an exchange that has no answer yet may cost: an estimate by its request's length.
+
+        None for one that is no provider's, or of a kind that costs nothing. It is no event, and
+        counts nowhere.
+        """
+        read = self.glimpse(exchange)
+        if read is None or read.kind in FREE_KINDS:
+            return None
+        size = sum(map(len, exchange.request.body.pieces)) + exchange.request.body.dropped_bytes
+        tokens = Tokens(input=size // PREVIEW_BYTES_A_TOKEN, output=PREVIEW_OUTPUT_TOKENS)
+        model = read.model or read.request_model
+        usage = replace(
+            read,
+            parts=(Usage(model, tokens),),
+            certainty=Certainty.ESTIMATED,
+            error_class=None,
+            free=None,
+        )
+        return self._price(usage)
 
     def finish(self, at_ns: int) -> list[PricedEvent]:
         """End of the capture: close every open conversation as cut off at `at_ns`."""
@@ -228,6 +267,8 @@ class Meter:
     def _events(self, exchanges: Iterable[Exchange]) -> list[PricedEvent]:
         priced: list[PricedEvent] = []
         for exchange in exchanges:
+            if self._on_answer is not None:
+                self._on_answer(exchange)
             for read in self._with_limits(self._read(exchange), exchange):
                 usage = self._identities.settle(read, exchange)
                 known = self._sightings.best(usage.id)

@@ -535,6 +535,9 @@ class PricedEvent:
     line_items: tuple[LineItem, ...] = ()
     flags: tuple[str, ...] = ()
     price_book: str | None = None
+    # How much more this would cost by list had nothing been cached; less than 0 where writes cost
+    # more than reads saved. None where nothing was, or it is not known.
+    cache_saved_usd: Decimal | None = None
 
     @property
     def implausible(self) -> bool:

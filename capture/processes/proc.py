@@ -206,7 +206,8 @@ def from_json(content: dict[str, Any]) -> Process:
     """The inverse of `to_json`. Raises KeyError or TypeError on what is not one."""
     return Process(
         **{
-            **{name: content[name] for name in Process.__slots__},
+            **{name: content[name] for name in Process.__slots__ if name != "root"},
+            "root": content.get("root"),  # a helper of the version before has none
             "argv": tuple(content["argv"]),
             "parents": tuple((int(pid), str(name)) for pid, name in content["parents"]),
         }

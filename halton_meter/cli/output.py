@@ -46,9 +46,9 @@ def say(text: str) -> None:
     click.echo(harmless_lines(text))
 
 
-def note(text: str) -> None:
-    """Print something worth knowing on stderr; the command goes on."""
-    click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
+def note(text: str, at: str = "") -> None:
+    """Print something worth knowing on stderr; the command goes on. `at` stands before the line."""
+    click.echo(harmless_lines(f"{at}halton-meter: {text}"), err=True)
 
 
 def print_json(document: Any) -> None:

@@ -110,9 +110,10 @@ def plan(
         say("\n\n".join("\n".join(_account_lines(each, at_ns)) for each in accounts))
 
 
-def _is_asked(found: Any, provider: str | None, account: str | None) -> bool:
+def _is_asked(found: Account | Stored, provider: str | None, account: str | None) -> bool:
+    names = (found.account or "", *(found.also if isinstance(found, Account) else ()))
     return (provider is None or found.provider == provider) and (
-        account is None or (found.account or "").startswith(account)
+        account is None or any(name.startswith(account) for name in names)
     )
 
 

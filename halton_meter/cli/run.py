@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.budget import END, STOP
 from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
+from halton_meter.cli.money import Dollars
 from halton_meter.cli.output import (
     cost_text,
     count,
@@ -27,7 +30,9 @@ from halton_meter.cli.output import (
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
+from halton_meter.contract import usd_text
 from halton_meter.coverage import connections_ratio
+from halton_meter.live.result import RunLimit
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -45,6 +50,7 @@ EXAMPLES = """
       halton-meter run -- claude -p hello             the running service, else a local proxy
       halton-meter run --via proxy -- python app.py   always a local proxy
       sudo halton-meter run --via keylog -- curl …    packets and the command's TLS key log
+      halton-meter run --max-usd 2 -- claude          stop it at two dollars
       halton-meter run --shell                        everything that you run in a shell
 """
 
@@ -68,6 +74,20 @@ EXAMPLES = """
     help="Also configure JVMs to use the proxy (implies --via proxy). Java ignores proxy "
     "variables, and uprobes cannot see its TLS.",
 )
+@click.option(
+    "--max-usd",
+    type=Dollars(),
+    metavar="USD",
+    help="Stop the command once it has spent so much, at list price: at the answer that crosses "
+    "the limit. Through the proxy its next request is refused instead.",
+)
+@click.option(
+    "--at-limit",
+    type=click.Choice([STOP, END]),
+    default=STOP,
+    help="What follows at the limit. stop: the command waits for `halton-meter budget resume`, or "
+    "for Ctrl-C; end: it is ended.",
+)
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
     "--json-summary",
@@ -82,6 +102,8 @@ def run(
     via: str,
     shell: bool,
     java: bool,
+    max_usd: Decimal | None,
+    at_limit: str,
     quiet: bool,
     json_summary: str | None,
 ) -> NoReturn:
@@ -108,6 +130,11 @@ def run(
             f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
         )
+    if via == "keylog" and max_usd is not None:
+        wrong_usage(
+            "--max-usd does not go with --via keylog, which stops nothing",
+            "use --via uprobes or proxy",
+        )
     if json_summary is not None and (refused := refusal(json_summary)) is not None:
         wrong_usage(*refused)
     if shell:
@@ -115,13 +142,14 @@ def run(
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
     servers = asked_servers(command, invoking_account().uid)
+    limit = RunLimit(usd_text(max_usd), at_limit)
     try:
         if via == "proxy" or java:
-            result = _through_proxy(command, java)
+            result = _through_proxy(command, limit, java)
         elif via == "keylog":
             result = through_key_log(command)
         else:
-            result = _through_probes(command, via)
+            result = _through_probes(command, via, limit)
     except Unavailable as error:
         fail(*error.problems)
     except ConfigError as error:
@@ -134,7 +162,7 @@ def run(
     sys.exit(result.exit_code)
 
 
-def _through_probes(command: Sequence[str], via: str) -> RunResult:
+def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunResult:
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
@@ -150,18 +178,18 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
         told(config.read(home), GOES_ON)
-        return service.run_watched(command, environment, account, control)
+        return service.run_watched(command, environment, account, control, limit)
     if not accounts.is_root() and via == "auto":
         note(
             "not root and no service running: using a local proxy "
             "(for uprobes: sudo halton-meter start)"
         )
-        return _through_proxy(command)
+        return _through_proxy(command, limit)
     if not accounts.is_root():
         raise Unavailable([_not_root(command)])
     found, hosts = service.read_configuration(account, home)
     told(found, GOES_ON)
-    plan = Plan(account, home, found.config, hosts, service=False)
+    plan = Plan(account, home, found.config, hosts, service=False, limit=limit)
     return service.run_command(command, environment, plan)
 
 
@@ -190,7 +218,7 @@ def _not_root(command: Sequence[str]) -> Problem:
     return Problem(what, ways)
 
 
-def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
+def _through_proxy(command: Sequence[str], limit: RunLimit, java: bool = False) -> RunResult:
     from halton_meter import accounts, config
     from halton_meter.cli.configured import told
     from halton_meter.live.proxy.run import meter_command
@@ -199,7 +227,7 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     found = config.read(home)
     told(found, GOES_ON)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
-    return meter_command(command, home, os.environ, hosts, upstream, java)
+    return meter_command(command, home, os.environ, hosts, upstream, java, limit)
 
 
 def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
@@ -252,8 +280,29 @@ def summary_lines(result: RunResult) -> list[str]:
         more = count(len(models) - MODELS_SHOWN, "more model")
         lines.append(f"  and {more}: halton-meter report --by model")
     lines += _set_price(totals)
+    lines += _limit_lines(result)
     lines += _troubles(result)
     return lines
+
+
+def _limit_lines(result: RunResult) -> list[str]:
+    """That a limit held the command, and how far it got over it."""
+    held = result.held
+    if held is None:
+        return []
+    limit_usd, spent_usd = Decimal(held["limit_usd"] or 0), Decimal(held["spent_usd"] or 0)
+    did = "it ended" if held["holds"] == END else "it stopped"
+    if result.refused:
+        did = (
+            f"{count(result.refused, 'request')} {'was' if result.refused == 1 else 'were'} refused"
+        )
+    over = ""
+    if spent_usd > limit_usd:
+        over = f", {cost_text(spent_usd - limit_usd)} over it"
+    at_least = "at least " if held["at_least"] else ""
+    if held["in_flight"] and not result.refused:
+        over += f"; {count(held['in_flight'], 'request')} under way"
+    return [f"  limit of {cost_text(limit_usd)}: {did} at {at_least}{cost_text(spent_usd)}{over}"]
 
 
 def _is_more_than_metered(result: RunResult) -> bool:
@@ -419,6 +468,8 @@ def _as_json(result: RunResult) -> dict[str, Any]:
         "connections": result.connections and result.connections.as_json(),
         "unseen_ms": result.unseen_ms,
         "unmetered": [each.as_json() for each in result.unmetered],
+        "limit": result.held,
+        "refused_requests": result.refused,
         "store_error": result.store_error,
         "price_error": result.price_error,
     }

@@ -181,10 +181,12 @@ def _is_ours(value: str, record: dict[str, Any] | None) -> bool:
 
 
 def _settings_path() -> Path:
+    """Where Claude Code looks: $CLAUDE_CONFIG_DIR, else .claude in $HOME."""
     from halton_meter.accounts import invoking_account
 
     named = os.environ.get("CLAUDE_CONFIG_DIR")
-    folder = Path(named).expanduser() if named else invoking_account().home / ".claude"
+    home = os.environ.get("HOME") or str(invoking_account().home)
+    folder = Path(named).expanduser() if named else Path(home) / ".claude"
     return folder.absolute() / "settings.json"
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halton_meter.untrusted import Lines, parsed
+from halton_meter.untrusted import Lines
 
 SOCKET_NAME = "daemon.sock"
 PROXY_SOCKET_NAME = "proxy.sock"
@@ -294,7 +294,8 @@ class Control:
         except OSError as error:
             self._socket.close()
             raise ServiceAbsent(str(error)) from None
-        self._reader = self._socket.makefile("rb")
+        self._lines = Lines(REPLY_BYTES_MAX)
+        self.on_news: Callable[[dict[str, Any]], object] = lambda message: None
 
     def _connect(self, home: Path, name: str) -> None:
         owner = os.getuid()
@@ -315,22 +316,59 @@ class Control:
         if not is_friend(self._socket, owner):
             raise PermissionError("another user answers")
 
+    def fileno(self) -> int:
+        """Readable when `take_news` has something."""
+        return self._socket.fileno()
+
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Ask for "status", "in_flight", "watch" (pid), "finish" or "stop"."""
-        request = json.dumps({"ask": what, **arguments})
         try:
-            self._socket.sendall(request.encode() + b"\n")
-            reply = parsed(self._reader.readline(REPLY_BYTES_MAX))
+            self._send(what, **arguments)
+            while True:
+                while self._lines.waiting:
+                    reply = self._lines.next()
+                    if reply is None:
+                        raise ServiceAbsent("the service gave no answer")
+                    if not _is_news(reply):
+                        return reply
+                    self.on_news(reply)
+                data = self._socket.recv(1 << 16)
+                if not data:
+                    raise ServiceAbsent("the service closed the connection")
+                self._lines.feed(data)
         except OSError as error:
             raise ServiceAbsent(str(error)) from None
-        if reply is None:
-            raise ServiceAbsent("the service closed the connection")
-        return reply
+
+    def tell(self, what: str, **arguments: Any) -> None:
+        """The same, where nothing comes of the answer; nor of a service that is gone."""
+        with contextlib.suppress(OSError):
+            self._send(what, **arguments)
+
+    def _send(self, what: str, **arguments: Any) -> None:
+        self._socket.sendall(json.dumps({"ask": what, **arguments}).encode() + b"\n")
+
+    def take_news(self) -> bool:
+        """Give `on_news` what the service said unasked; False when the service is gone."""
+        try:
+            data = self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._lines.feed(data)
+        for message in list(self._lines.messages()):
+            if _is_news(message):
+                self.on_news(message)
+        return bool(data)
 
     def close(self) -> None:
         """Close the connection."""
-        self._reader.close()
         self._socket.close()
+
+
+def _is_news(message: dict[str, Any]) -> bool:
+    """Whether a service said it unasked: a limit holds a run, or lets it go on."""
+    return "limit_reached" in message or "limit_lifted" in message
 
 
 def answering(home: Path) -> list[str]:
@@ -360,9 +398,9 @@ def ask_service(
 ) -> dict[str, Any] | None:
     """One answer of a running service; None when none answers.
 
-    Both services know "status", "in_flight" and "stop"; a single run knows "in_flight" alone. The
-    proxy also knows "pause" (it passes everything on and meters nothing), "resume", and "forget"
-    (which programs refused its certificate).
+    Both services know "status", "in_flight", "reload" (the user's rules and prices) and "stop"; a
+    single run knows "in_flight" alone. The proxy also knows "pause" (it passes everything on and
+    meters nothing), "resume", and "forget" (which programs refused its certificate).
     """
     try:
         control = Control(home, timeout_s, name, owner)

@@ -33,6 +33,8 @@ SEAL_AFTER_S = 0.7
 # 0.4 s of CPU, mostly its start: one every half minute would cost as much as all else.
 FLUSH_AFTER_S = 300.0
 FLUSH_EVENTS = 20_000
+# What has expired is deleted by a flush, so there is one where nothing comes, too.
+EXPIRE_AFTER_S = 86_400.0
 FLUSHER_POLL_S = 0.02  # it runs for half a second, and `run` waits for it
 
 HOUR_NS = 3_600_000_000_000
@@ -80,7 +82,7 @@ class EventStore(Protocol):
     def count_connections(self, counted: Coverage, hour_ns: int, key: str) -> None:
         """Keep how many connections of an hour were metered, in place of what had this key."""
 
-    def flush(self) -> Flushed:
+    def flush(self, *, keep_from_ns: int | None = None) -> Flushed:
         """Move the journal into the database, as far as its lock allows."""
 
     def waiting(self) -> int:
@@ -112,6 +114,7 @@ class JournalWriter:
         self._sealed_at = 0.0
         self._seal_due: float | None = None
         self._flush_due: float | None = None
+        self._expire_due: float | None = None
         self._retry_due: float | None = None  # of what the disk refused
         self._flusher: Flusher | None = None
         self._poll_due = 0.0  # when to look whether the flusher has ended
@@ -126,7 +129,7 @@ class JournalWriter:
     @property
     def due_at(self) -> float | None:
         """When `tick` has something to do; None: not before more events are kept."""
-        flush_due = self._flush_due if self._flusher is None else self._poll_due
+        flush_due = self._next_flush() if self._flusher is None else self._poll_due
         dues = (self._seal_due, self._retry_due, flush_due, self._snapshot.due_at)
         return min((due for due in dues if due is not None), default=None)
 
@@ -194,8 +197,16 @@ class JournalWriter:
         self._snapshot.tick(now)
         if self._flusher is not None:
             self._look_at_flusher(self._flusher, now)
-        elif self._flush_due is not None and now >= self._flush_due:
+        elif (due := self._next_flush()) is not None and now >= due:
             self._start_flusher()
+
+    def expire_daily(self) -> None:
+        """Flush once a day, whatever comes: a flush deletes what has expired."""
+        self._expire_due = time.monotonic() + EXPIRE_AFTER_S
+
+    def _next_flush(self) -> float | None:
+        dues = [due for due in (self._flush_due, self._expire_due) if due is not None]
+        return min(dues, default=None)
 
     def flush(self, then: Callable[[], None]) -> None:
         """Have all that is in the journal now moved into the database, then call `then`."""
@@ -215,6 +226,8 @@ class JournalWriter:
 
     def _start_flusher(self) -> None:
         self._unflushed, self._flush_due, self._seal_due = 0, None, None
+        if self._expire_due is not None:
+            self.expire_daily()
         self._after, self._after_next = self._after_next, []
         self._store.close()
         try:
@@ -252,7 +265,7 @@ class Condition:
         self._failures = 0
         self._since_ns = 0
         self._busy_since = 0.0
-        self._repeated = 0
+        self._repeated = self._expired = 0
         self._tried: tuple[Path, int] | None = None  # what refused a try, and since when
 
     def try_disk(self, home: Path) -> None:
@@ -276,6 +289,7 @@ class Condition:
         """Take note of a flush; how long to wait before the next try, None when it went well."""
         self._outcome = outcome
         self._repeated += outcome.repeated
+        self._expired += outcome.expired
         if outcome.reason is None:
             self._failures = 0
             return None
@@ -318,6 +332,7 @@ class Condition:
             "held": min(self._store.held, waiting),
             "journal_waiting": waiting,
             "journal_repeated": self._repeated,
+            "expired": self._expired,
             "store_error": error[0] if error else None,
             "store_error_since": rfc3339(error[1]) if error else None,
             "damaged_databases": [str(path) for path in self._store.damaged_databases],

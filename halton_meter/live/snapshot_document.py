@@ -125,7 +125,9 @@ def _tell_session(document: Document, name: str, event: PricedEvent) -> None:
         del document["sessions"][beyond]
     session["at"] = max(usage.at_ns / SECOND_NS, number(session, "at") or 0)
     session["project"] = usage.project or text(session, "project")
-    session["account"] = usage.caller.account or text(session, "account")
+    # Requests without a user's name have the name of who is billed, and no windows.
+    if usage.limits or not text(session, "account"):
+        session["account"] = usage.caller.account or text(session, "account")
     if usage.caller.agent not in _MAIN_AGENTS or usage.provider != "anthropic":
         return
     tokens = usage.tokens

@@ -17,14 +17,16 @@ from halton_meter.model import LimitKind, LimitReading
 from halton_meter.periods import day_of, start_of
 from halton_meter.plan.pace import Pace, pace
 from halton_meter.plan.shares import ELSEWHERE, Share, Work, shares, spans
-from halton_meter.plan.windows import SECOND_NS, Period, period
+from halton_meter.plan.windows import SAME_PERIOD_NS, SECOND_NS, Period, period
 from halton_meter.store import NothingStored, Reader, Store
-from halton_meter.store.limits import Stored
+from halton_meter.store.limits import Stored, Whose
 
 # An account that was silent for longer is not shown.
 SEEN_NS = 31 * 86_400 * SECOND_NS
 # Limits of an API key, and refusals, are of interest for so long.
 RATE_NS = 86_400 * SECOND_NS
+# Readings just before a period, in which answers of the period before may still come.
+BEFORE_NS = 3600 * SECOND_NS
 # What is shown of an account's rates: each model has some.
 RATES_MAX = 40
 # By what a window's use is told apart, and the columns of table `event`.
@@ -80,7 +82,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """An account and its limits. `account` is a keyed hash, None where no request named one.
+    """An account and its limits. `account` is a keyed hash, None where no request named one;
+    `also` are other hashes of the same: of who is billed, where a request names no user.
 
     `overage_usd` is what its requests were billed beyond the plan since the month began (local
     time), None where there is no plan.
@@ -90,6 +93,7 @@ class Account:
     plan: str | None
     account: str | None
     windows: tuple[Window, ...]
+    also: tuple[str, ...] = ()
     overage_usd: Decimal | None = None
     overage_from_ns: int | None = None
 
@@ -109,6 +113,7 @@ class Account:
             "provider": self.provider,
             "plan": self.plan,
             "account": self.account,
+            "also_known_as": list(self.also),
             "as_of": rfc3339(self.as_of_ns),
             "overage_usd": usd_text(self.overage_usd),
             "overage_since": None if since is None else rfc3339(since),
@@ -172,23 +177,69 @@ def read_plan(reader: Reader, now_ns: int, *, with_shares: bool = True) -> Plan:
     latest: dict[tuple[str, str | None, str | None], list[Stored]] = {}
     for stored in reader.latest_limits(now_ns - SEEN_NS, now_ns + 1):
         latest.setdefault((stored.provider, stored.plan, stored.account), []).append(stored)
-    accounts = [_account(reader, *key, found, now_ns, with_shares) for key, found in latest.items()]
+    accounts = [
+        _account(reader, whose, found, now_ns, with_shares) for whose, found in _named_once(latest)
+    ]
     known = [account for account in accounts if account.windows]
     known.sort(key=lambda each: (each.plan is None, -each.as_of_ns, each.account or ""))
     return Plan(now_ns, tuple(known))
 
 
+def _named_once(
+    latest: Mapping[tuple[str, str | None, str | None], list[Stored]],
+) -> list[tuple[Whose, list[LimitReading]]]:
+    """Each account with its last readings, under all the names that requests gave it.
+
+    Some requests name the user, some only who is billed, and some, of which bytes were lost,
+    nobody: they are of one account where two windows of its plan reset at the same moments.
+    """
+    found: list[tuple[Whose, list[LimitReading]]] = []
+    # Those that are named come first, so that what is nameless is theirs.
+    for (provider, plan, account), stored in sorted(
+        latest.items(), key=lambda each: (each[0][2] is None, each[0][2] or "")
+    ):
+        readings = [each.reading for each in stored]
+        for index, (whose, known) in enumerate(found):
+            same_plan = plan is not None and (whose.provider, whose.plan) == (provider, plan)
+            if same_plan and _reset_together(known, readings):
+                names = Whose(provider, plan, (*whose.accounts, account))
+                found[index] = (names, _last_of(known + readings))
+                break
+        else:
+            found.append((Whose(provider, plan, (account,)), readings))
+    return found
+
+
+def _reset_together(one: Iterable[LimitReading], other: Iterable[LimitReading]) -> bool:
+    """Whether two windows or more of a plan, and all that both know, are in one period."""
+    mine, theirs = (
+        {
+            each.window: each
+            for each in readings
+            if each.kind is LimitKind.PLAN and each.resets_ns is not None
+        }
+        for readings in (one, other)
+    )
+    both = mine.keys() & theirs.keys()
+    apart = (abs((mine[n].resets_ns or 0) - (theirs[n].resets_ns or 0)) for n in both)
+    return len(both) >= 2 and all(ns <= SAME_PERIOD_NS for ns in apart)
+
+
+def _last_of(readings: Iterable[LimitReading]) -> list[LimitReading]:
+    last: dict[tuple[str, str | None], LimitReading] = {}
+    for each in sorted(readings, key=lambda reading: (reading.at_ns, reading.used or 0)):
+        last[each.window, each.model] = each
+    return list(last.values())
+
+
 def _account(
     reader: Reader,
-    provider: str,
-    plan: str | None,
-    account: str | None,
-    latest: Sequence[Stored],
+    whose: Whose,
+    readings: Sequence[LimitReading],
     now_ns: int,
     with_shares: bool,
 ) -> Account:
-    readings = [stored.reading for stored in latest]
-    series = _series(reader, provider, plan, account, readings, now_ns)
+    series = _series(reader, whose, readings, now_ns)
     windows = []
     for current in sorted(readings, key=_order):
         if current.kind in (LimitKind.RATE, LimitKind.REFUSAL) and current.at_ns < now_ns - RATE_NS:
@@ -200,18 +251,18 @@ def _account(
         if found is None:
             windows.append(Window(current, is_over))
             continue
-        used_by: dict[str, tuple[Share, ...]] = {}
-        if with_shares:
-            used_by = _shares(reader, provider, plan, account, found)
+        used_by = _shares(reader, whose, found) if with_shares else {}
         windows.append(Window(current, is_over, pace(found, now_ns), found, used_by))
     rates = [each for each in windows if each.reading.kind is LimitKind.RATE]
     beyond = {id(each) for each in rates[RATES_MAX:]}
     kept = tuple(each for each in windows if id(each) not in beyond)
-    if plan is None:
-        return Account(provider, plan, account, kept)
+    name, *others = whose.accounts
+    also = tuple(other for other in others if other is not None)
+    if whose.plan is None:
+        return Account(whose.provider, None, name, kept, also)
     from_ns = start_of(day_of(now_ns).replace(day=1))
-    usd = reader.billed_usd(provider, account, from_ns, now_ns)
-    return Account(provider, plan, account, kept, usd, from_ns)
+    usd = reader.billed_usd(whose, from_ns, now_ns + 1)
+    return Account(whose.provider, whose.plan, name, kept, also, usd, from_ns)
 
 
 _KINDS = (
@@ -232,34 +283,29 @@ def _order(reading: LimitReading) -> tuple[Any, ...]:
 
 
 def _series(
-    reader: Reader,
-    provider: str,
-    plan: str | None,
-    account: str | None,
-    latest: Iterable[LimitReading],
-    now_ns: int,
+    reader: Reader, whose: Whose, latest: Iterable[LimitReading], now_ns: int
 ) -> dict[str, list[LimitReading]]:
     """The readings of the plan's windows in their current periods, and some from before."""
+    plans = [each for each in latest if each.kind is LimitKind.PLAN and each.used is not None]
     begins = [
-        each.resets_ns - each.length_s * SECOND_NS
-        for each in latest
-        if each.kind is LimitKind.PLAN and each.resets_ns is not None and each.length_s is not None
+        now_ns - SEEN_NS
+        if each.resets_ns is None or each.length_s is None
+        else each.resets_ns - each.length_s * SECOND_NS
+        for each in plans
     ]
-    unbounded = any(each.kind is LimitKind.PLAN and each.length_s is None for each in latest)
-    if not begins and not unbounded:
-        return {}
-    from_ns = min([now_ns - SEEN_NS] if unbounded else begins) - 3600 * SECOND_NS
     found: dict[str, list[LimitReading]] = {}
-    for stored in reader.limits(from_ns, now_ns + 1, LimitKind.PLAN, (provider, plan, account)):
-        found.setdefault(stored.reading.window, []).append(stored.reading)
+    if begins:
+        for stored in reader.plan_readings(whose, min(begins) - BEFORE_NS, now_ns + 1):
+            found.setdefault(stored.reading.window, []).append(stored.reading)
+    # The last one is the one that is shown, also where the one before said the same.
+    for each in plans:
+        if each not in (listed := found.setdefault(each.window, [])):
+            listed.append(each)
     return found
 
 
-def _shares(
-    reader: Reader, provider: str, plan: str | None, account: str | None, found: Period
-) -> dict[str, tuple[Share, ...]]:
-    times = spans(found)
-    rows = reader.work_in_spans((provider, plan, account), times, list(USED_BY.values()))
+def _shares(reader: Reader, whose: Whose, found: Period) -> dict[str, tuple[Share, ...]]:
+    rows = reader.work_in_spans(whose, spans(found), list(USED_BY.values()))
     result = {}
     for index, name in enumerate(USED_BY):
         work: dict[int, list[Work]] = {}

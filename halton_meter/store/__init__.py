@@ -20,8 +20,9 @@ from halton_meter.store.errors import (
 from halton_meter.store.following import Follower
 from halton_meter.store.intake import Flushed
 from halton_meter.store.keys import account_key, known_account_key
+from halton_meter.store.purging import Older, Purged
 from halton_meter.store.reader import Reader, Selection
-from halton_meter.store.store import Repriced, Store
+from halton_meter.store.store import Repriced, Retagged, Store
 
 __all__ = [
     "DatabaseDamaged",
@@ -29,8 +30,11 @@ __all__ = [
     "Flushed",
     "Follower",
     "NothingStored",
+    "Older",
+    "Purged",
     "Reader",
     "Repriced",
+    "Retagged",
     "Selection",
     "Store",
     "StoreBusy",

@@ -183,7 +183,8 @@ CREATE INDEX requests_by_project ON requests (project_id, requested_at);
 """
 _UTC_TEXT = "strftime(make_timestamp_ns({}), '%Y-%m-%dT%H:%M:%S.%fZ')"
 _EXACT = {
-    name: f"price_document->>'$.{name}'" for name in ("list_usd", "marginal_usd", "reported_usd")
+    name: f"price_document->>'$.{name}'"
+    for name in ("list_usd", "marginal_usd", "reported_usd", "cache_saved_usd")
 }
 _SQLITE_PROJECTS = (
     "SELECT row_number() OVER (ORDER BY name) AS id, name FROM "

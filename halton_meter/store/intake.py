@@ -35,7 +35,8 @@ class Flushed:
     """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
     journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
     only such as another process still writes, which moves them itself. `busy`: what they wait for
-    is another process's end with the database, which is no trouble unless it lasts.
+    is another process's end with the database, which is no trouble unless it lasts. `expired`:
+    events that were deleted as they were older than is to be kept.
     """
 
     stored: int = 0
@@ -44,6 +45,7 @@ class Flushed:
     damaged: int = 0
     reason: str | None = None
     busy: bool = False
+    expired: int = 0
 
     def __add__(self, other: Flushed) -> Flushed:
         """Both together; what waits, and why, is as `other` found it."""
@@ -54,6 +56,7 @@ class Flushed:
             self.damaged + other.damaged,
             other.reason,
             other.busy,
+            self.expired + other.expired,
         )
 
 

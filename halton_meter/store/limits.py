@@ -172,26 +172,38 @@ def trim_limits(connection: DuckDBPyConnection) -> None:
         connection.execute("DELETE FROM limit_reading WHERE at_ns < ?", [before])
 
 
-Whose = tuple[str, str | None, str | None]
-"""A provider, a plan, an account."""
+@dataclass(frozen=True, slots=True)
+class Whose:
+    """Whose limits: of a provider, a plan (None: API keys), and one account or several names of it;
+    None among them: requests that named no account.
+    """
+
+    provider: str
+    plan: str | None
+    accounts: tuple[str | None, ...]
+
+    def where(self) -> tuple[str, list[Any]]:
+        """The SQL condition over the columns `provider` and `account`, and its parameters."""
+        names = [account for account in self.accounts if account is not None]
+        named = "account IN (SELECT unnest(?::VARCHAR[]))"
+        return (
+            f"provider = ? AND ({named} OR (account IS NULL AND ?))",
+            [self.provider, names, None in self.accounts],
+        )
 
 
 def stored_limits(
-    connection: DuckDBPyConnection,
-    from_ns: int | None = None,
-    to_ns: int | None = None,
-    kind: LimitKind | None = None,
-    whose: Whose | None = None,
+    connection: DuckDBPyConnection, from_ns: int | None = None, to_ns: int | None = None
 ) -> Iterator[Stored]:
     """Readings from `from_ns` up to and without `to_ns`, oldest first."""
-    tests: list[tuple[str, Any]] = [("at_ns >= ?", from_ns), ("at_ns < ?", to_ns)]
-    tests.append(("limit_kind = ?", None if kind is None else kind.value))
+    tests = [("at_ns >= ?", from_ns), ("at_ns < ?", to_ns)]
     used = [(test, value) for test, value in tests if value is not None]
-    if whose is not None:
-        names = ("provider", "plan", "account")
-        used += [(f"{n} IS NOT DISTINCT FROM ?", v) for n, v in zip(names, whose, strict=True)]
     where = " AND ".join(test for test, _ in used) or "true"
-    return _read(connection, f"WHERE {where} ORDER BY at_ns, id", [value for _, value in used])
+    return _read(
+        connection,
+        f"FROM limit_reading WHERE {where} ORDER BY at_ns, id",
+        [value for _, value in used],
+    )
 
 
 def latest_limits(connection: DuckDBPyConnection, from_ns: int, to_ns: int) -> Iterator[Stored]:
@@ -199,20 +211,43 @@ def latest_limits(connection: DuckDBPyConnection, from_ns: int, to_ns: int) -> I
 
     An answer that comes late says the reset of the period before: it is passed over.
     """
+    keys = "provider, plan, account, limit_window, model"
+    same = " AND ".join(f"l.{key} IS NOT DISTINCT FROM k.{key}" for key in keys.split(", "))
+    fresh = "limit_resets_ns IS NULL OR limit_resets_ns > at_ns OR limit_kind = 'refusal'"
     return _read(
         connection,
-        "WHERE at_ns >= ? AND at_ns < ? QUALIFY row_number() OVER ("
-        "PARTITION BY provider, plan, account, limit_window, model ORDER BY "
-        "(limit_resets_ns IS NULL OR limit_resets_ns > at_ns OR limit_kind = 'refusal') DESC, "
-        "at_ns DESC, limit_used DESC NULLS LAST, id) = 1 ORDER BY at_ns, id",
+        f"FROM (SELECT {keys}, coalesce(max(at_ns) FILTER (WHERE {fresh}), max(at_ns)) AS latest "
+        f"FROM limit_reading WHERE at_ns >= ? AND at_ns < ? GROUP BY ALL) k "
+        f"JOIN limit_reading l ON l.at_ns = k.latest AND {same} "
+        f"QUALIFY row_number() OVER (PARTITION BY {', '.join(f'l.{k}' for k in keys.split(', '))} "
+        "ORDER BY l.limit_used DESC NULLS LAST, l.id) = 1 ORDER BY l.at_ns, l.id",
         [from_ns, to_ns],
+        "l.",
     )
 
 
-def _read(connection: DuckDBPyConnection, rest: str, parameters: list[Any]) -> Iterator[Stored]:
-    cursor = connection.execute(
-        f"SELECT {', '.join(LIMIT_COLUMNS)} FROM limit_reading {rest}", parameters
+def plan_readings(
+    connection: DuckDBPyConnection, whose: Whose, from_ns: int, to_ns: int
+) -> Iterator[Stored]:
+    """Readings of a plan's windows in that time, without those between two equal ones."""
+    where, parameters = whose.where()
+    said = "(limit_used, limit_resets_ns)"
+    return _read(
+        connection,
+        f"FROM limit_reading WHERE {where} AND plan IS NOT DISTINCT FROM ? "
+        f"AND limit_kind = '{LimitKind.PLAN.value}' AND at_ns >= ? AND at_ns < ? "
+        "WINDOW each AS (PARTITION BY limit_window ORDER BY at_ns, id) "
+        f"QUALIFY {said} IS DISTINCT FROM lag({said}) OVER each "
+        f"OR {said} IS DISTINCT FROM lead({said}) OVER each ORDER BY at_ns, id",
+        [*parameters, whose.plan, from_ns, to_ns],
     )
+
+
+def _read(
+    connection: DuckDBPyConnection, rest: str, parameters: list[Any], prefix: str = ""
+) -> Iterator[Stored]:
+    names = ", ".join(f"{prefix}{name}" for name in LIMIT_COLUMNS)
+    cursor = connection.execute(f"SELECT {names} {rest}", parameters)
     while rows := cursor.fetchmany(2000):
         for row in rows:
             yield _stored(dict(zip(LIMIT_COLUMNS, row, strict=True)))
@@ -253,26 +288,28 @@ def work_in_spans(
     """
     if not spans:
         return []
-    provider, plan, account = whose
+    where, parameters = whose.where()
     names = ", ".join(columns)
-    # An account's hash tells its plan; requests that name no account are told apart by theirs.
-    same_plan = "true" if account is not None else f"{_PLAN_OF} IS NOT DISTINCT FROM ?"
-    parameters: list[Any] = [list(range(len(spans))), *map(list, zip(*spans, strict=True))]
-    parameters += [provider, account, *([] if account is not None else [plan])]
-    parameters += [spans[0][0] - _DAY_NS, spans[-1][1]]  # no request takes a day
     rows = connection.execute(
         "WITH span AS (SELECT unnest(?::BIGINT[]) AS number, unnest(?::BIGINT[]) AS from_ns, "
         "unnest(?::BIGINT[]) AS to_ns), "
         f"used AS (SELECT {names}, at_ns, at_ns + CAST(coalesce(duration_ms, 0) * 1e6 AS BIGINT) "
         "AS end_ns, coalesce(list_usd, 0) AS usd FROM event "
-        f"WHERE provider = ? AND account IS NOT DISTINCT FROM ? AND {same_plan} AND ({_USES}) "
-        "AND at_ns >= ? AND at_ns <= ?) "
+        f"WHERE at_ns >= ? AND at_ns <= ? AND ({_USES}) AND {where} "
+        f"AND {_PLAN_OF} IS NOT DISTINCT FROM ?) "
         "SELECT number, count(*), sum(usd), count(*) FILTER (WHERE end_ns <= to_ns), "
         "coalesce(sum(usd) FILTER (WHERE end_ns <= to_ns), 0), "
         f"sum(least(end_ns, to_ns) - greatest(at_ns, from_ns)), {names} "
         "FROM used JOIN span ON at_ns <= to_ns AND end_ns > from_ns "
         "GROUP BY ALL ORDER BY ALL",
-        parameters,
+        [
+            list(range(len(spans))),
+            *map(list, zip(*spans, strict=True)),
+            spans[0][0] - _DAY_NS,  # no request takes a day
+            spans[-1][1],
+            *parameters,
+            whose.plan,
+        ],
     ).fetchall()
     return [
         SpanWork(int(number), tuple(keys), int(n), Decimal(n_usd), int(ended), Decimal(usd), int(b))
@@ -281,14 +318,14 @@ def work_in_spans(
 
 
 def billed_usd(
-    connection: DuckDBPyConnection, provider: str, account: str | None, from_ns: int, to_ns: int
+    connection: DuckDBPyConnection, whose: Whose, from_ns: int, to_ns: int
 ) -> Decimal | None:
     """What an account's requests under a plan were billed beyond it; None where none was priced."""
-    same_plan = "true" if account is not None else f"{_PLAN_OF} IS NOT NULL"
+    where, parameters = whose.where()
     rows = connection.execute(
-        "SELECT sum(marginal_usd) FROM event WHERE provider = ? AND account IS NOT DISTINCT FROM ? "
-        f"AND at_ns >= ? AND at_ns < ? AND {same_plan}",
-        [provider, account, from_ns, to_ns],
+        "SELECT sum(marginal_usd) FROM event WHERE at_ns >= ? AND at_ns < ? "
+        f"AND {where} AND (marginal_usd = 0 OR {_PLAN_OF} IS NOT DISTINCT FROM ?)",
+        [from_ns, to_ns, *parameters, whose.plan],
     ).fetchall()
     return None if rows[0][0] is None else Decimal(rows[0][0])
 

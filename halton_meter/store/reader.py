@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.coverage import Coverage, Part
-from halton_meter.model import LimitKind, PricedEvent, client_of
+from halton_meter.model import PricedEvent, client_of
 from halton_meter.store import limits
 from halton_meter.store.limits import SpanWork, Stored, Whose
 from halton_meter.store.rollup import totals_by
@@ -169,19 +169,17 @@ class Reader:
             hour.add(Part(*names), int(connections), None if unknown else int(known_bytes))
         return found
 
-    def limits(
-        self,
-        from_ns: int | None = None,
-        to_ns: int | None = None,
-        kind: LimitKind | None = None,
-        whose: Whose | None = None,
-    ) -> Iterator[Stored]:
+    def limits(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Stored]:
         """What responses said of limits from `from_ns` up to and without `to_ns`, oldest first."""
-        return limits.stored_limits(self.connection, from_ns, to_ns, kind, whose)
+        return limits.stored_limits(self.connection, from_ns, to_ns)
 
     def latest_limits(self, from_ns: int, to_ns: int) -> Iterator[Stored]:
         """The last reading of each window of each account in that time."""
         return limits.latest_limits(self.connection, from_ns, to_ns)
+
+    def plan_readings(self, whose: Whose, from_ns: int, to_ns: int) -> Iterator[Stored]:
+        """Readings of a plan's windows in that time, without those between two equal ones."""
+        return limits.plan_readings(self.connection, whose, from_ns, to_ns)
 
     def work_in_spans(
         self, whose: Whose, spans: Sequence[tuple[int, int]], columns: Sequence[str]
@@ -189,11 +187,9 @@ class Reader:
         """Whose requests of an account were under way in each of `spans`."""
         return limits.work_in_spans(self.connection, whose, spans, columns)
 
-    def billed_usd(
-        self, provider: str, account: str | None, from_ns: int, to_ns: int
-    ) -> Decimal | None:
+    def billed_usd(self, whose: Whose, from_ns: int, to_ns: int) -> Decimal | None:
         """What an account's requests under a plan were billed beyond it."""
-        return limits.billed_usd(self.connection, provider, account, from_ns, to_ns)
+        return limits.billed_usd(self.connection, whose, from_ns, to_ns)
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
         """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first.

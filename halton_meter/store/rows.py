@@ -146,10 +146,12 @@ def price_values(event: PricedEvent) -> dict[str, Any]:
     }
     for name in ("list_usd", "marginal_usd", "reported_usd"):
         values[name], values[f"{name}_rest"] = _split_usd(getattr(event, name))
+    values["cache_saved_usd"], _ = _split_usd(event.cache_saved_usd)
     values["price_document"] = {
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),
+        "cache_saved_usd": usd_text(event.cache_saved_usd),
         "flags": event.flags,
         "line_items": [
             {
@@ -194,6 +196,8 @@ def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
         line_items=tuple(_line_item(item) for item in document["line_items"]),
         flags=tuple(document["flags"]),
         price_book=row["price_book"],
+        # What an earlier version stored has none.
+        cache_saved_usd=decimal_of(document.get("cache_saved_usd")),
     )
 
 

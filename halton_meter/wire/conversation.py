@@ -15,7 +15,14 @@ from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import JOINED
 from halton_meter.wire.recognition import Undecided
 from halton_meter.wire.so_far import ExchangeSoFar
-from halton_meter.wire.transaction import NOT_WANTED, SENT, Ask, Context, Interest
+from halton_meter.wire.transaction import (
+    NOT_WANTED,
+    SENT,
+    Ask,
+    Context,
+    Interest,
+    OnRequest,
+)
 
 # What an answer goes on with is read together once so many bytes of it have come, or its end may
 # have: what reading a delivery costs by itself is more than what its bytes do.
@@ -28,12 +35,19 @@ class Conversation:
     """The plaintext of one connection, as it comes; gives exchanges as they finish.
 
     `ask` is called once with each request's head and says whether its exchange is wanted;
-    nothing of the others is kept. `joined` is why, where the connection was joined.
+    nothing of the others is kept. `joined` is why, where the connection was joined. `on_request` is
+    told of each wanted request once it is whole.
     """
 
-    def __init__(self, connection: Connection, ask: Ask, joined: str = JOINED) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        ask: Ask,
+        joined: str = JOINED,
+        on_request: OnRequest | None = None,
+    ) -> None:
         self.connection = connection
-        self._context = Context(connection, ask)
+        self._context = Context(connection, ask, on_request)
         self._expected_sent = self._expected_received = -1 if connection.joined else 0
         self._engine: Engine = Undecided(self._context, joined if connection.joined else None)
         # Deliveries of the server's that wait to be read together: those of which the engine says

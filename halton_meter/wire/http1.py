@@ -142,7 +142,7 @@ class _Sent(Side):
     def end(self, trailers: Headers) -> None:
         transaction, self.now = self.now, None
         if transaction is not None:
-            transaction.request_done = True
+            transaction.end_request()
             transaction.ended_ns = max(transaction.ended_ns, self._owner.at_ns)
             self._owner.settle(transaction)
 

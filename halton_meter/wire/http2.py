@@ -314,7 +314,7 @@ class Http2(Engine, Listener):
         if transaction is None:
             return
         if sent:
-            transaction.request_done = True
+            transaction.end_request()
         else:
             transaction.response_done = True
         transaction.ended_ns = max(transaction.ended_ns, self._at_ns)

@@ -381,7 +381,8 @@ class WebSocket(Engine):
 
     def _said_by_client(self, message: bytes, at_ns: int) -> None:
         self._turns_unasked = 0
-        if self._client_since_ns is None:
+        begins = self._client_since_ns is None
+        if begins:
             self._client_since_ns = at_ns
         self._client_doubt = max(0, self._client_doubt - 1)
         if self._opening is None:
@@ -392,6 +393,24 @@ class WebSocket(Engine):
         self._client_bytes += len(message)
         while self._client_bytes > CLIENT_BYTES_MAX and len(self._client) > 1:
             self._client_bytes -= len(self._client.popleft()[0])
+        if begins and self._wanted and self._context.on_request is not None:
+            self._context.on_request(self.asked(message, at_ns))
+
+    def asked(self, message: bytes, at_ns: int) -> ExchangeSoFar:
+        """A turn of which the client has said this, and the server nothing yet."""
+        opening = (self._opening,) if self._opening and self._opening != message else ()
+        said = _lines([*opening, message])
+        return ExchangeSoFar(
+            connection=self._context.connection,
+            protocol=Protocol.WEBSOCKET,
+            request=replace(self._upgrade.request, body=Body()),
+            status=self._upgrade.status,
+            headers=self._headers,
+            started_ns=at_ns,
+            first_byte_ns=None,
+            said_all=True,
+            sent=BodySoFar.of_text(said, len(said)),
+        )
 
     def _said_by_server(self, message: bytes, at_ns: int) -> None:
         if self._first_ns is None:

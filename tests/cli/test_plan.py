@@ -243,7 +243,8 @@ def test_an_api_keys_rates(home: Path) -> None:
 def test_accounts_are_told_apart_and_chosen(home: Path) -> None:
     other = request("o1", 10, "0.90", "0.80")
     caller = Caller(session_id="o", account="other")
-    other = replace(other, usage=replace(other.usage, caller=caller))
+    limits = plan_limits(other.usage.at_ns, "0.90", "0.80", (FIVE - HOUR_NS, SEVEN - HOUR_NS))
+    other = replace(other, usage=replace(other.usage, caller=caller, limits=limits))
     keep(home, *DAY, other)
     used = {
         account["account"]: account["windows"][0]["used"]
@@ -252,6 +253,25 @@ def test_accounts_are_told_apart_and_chosen(home: Path) -> None:
     assert used == {ACCOUNT: "0.5", "other": "0.9"}
     assert len(asked("--at", AT, "--account", "oth")["accounts"]) == 1
     assert asked("--at", AT, "--provider", "openai")["accounts"] == []
+
+
+def test_an_account_of_several_names_is_one_where_its_windows_reset_together(home: Path) -> None:
+    """A request that names who is billed, and one of which the bytes that name anyone were lost."""
+    other = request("o1", 165, "0.52", "0.47", "web", "session-1")
+    nameless = request("o2", 170, "0.55", "0.48", "web", "session-1")
+    for name, event in (("billed", other), (None, nameless)):
+        caller = replace(event.usage.caller, account=name)
+        keep(home, replace(event, usage=replace(event.usage, caller=caller)))
+    keep(home, *DAY)
+    (account,) = asked("--at", "2026-03-10T15:00:00Z")["accounts"]
+    assert (account["account"], account["also_known_as"]) == (ACCOUNT, ["billed"])
+    five = account["windows"][0]
+    assert five["used"] == "0.55"
+    shares = {each["key"]: each["used_estimate"] for each in five["used_by"]["project"]}
+    assert shares["web"] == pytest.approx(0.25, abs=0.02)
+    assert asked("--at", AT, "--account", "bil")["accounts"] == []  # of later
+    later = asked("--at", "2026-03-10T15:00:00Z", "--account", "bil")["accounts"]
+    assert [each["account"] for each in later] == [ACCOUNT]
 
 
 def test_history_lists_what_was_kept(home: Path) -> None:

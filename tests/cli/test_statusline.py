@@ -93,6 +93,16 @@ def test_without_settings_a_file_is_made_and_goes_again(settings: Path) -> None:
     assert not settings.exists()
 
 
+def test_the_settings_are_where_claude_code_looks(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CLAUDE_CONFIG_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "ada"))
+    done = json.loads(run("install", "--json").output)
+    assert done["settings"] == str(tmp_path / "ada" / ".claude" / "settings.json")
+    assert not settings.exists()
+
+
 def test_a_link_to_settings_stays_a_link(settings: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "dotfiles.json"
     elsewhere.write_text(SETTINGS)

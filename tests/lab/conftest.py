@@ -101,6 +101,10 @@ class Service:
         control.ask("finish")
         control.close()
 
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text()
+
     @property
     def pid(self) -> int:
         """The supervisor's process id."""

@@ -223,7 +223,10 @@ def test_what_is_damaged_or_no_segment_is_passed_over(
     assert looker.all() == []
 
 
-def test_more_segments_than_are_kept_open(tmp_path: Path, looker: Looker) -> None:
+def test_more_segments_than_are_kept_open(
+    tmp_path: Path, looker: Looker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "OPEN_MAX", 4)
     looker.begin()
     for number in range(3 * following.OPEN_MAX):
         with Store(tmp_path) as store:
@@ -354,7 +357,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(STEPS)
 def test_in_any_order_each_is_told_once(steps: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
@@ -386,7 +389,7 @@ def test_in_any_order_each_is_told_once(steps: list[str]) -> None:
     assert sorted(told) == sorted(written)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(DISTINCT_EVENTS)
 def test_any_event_comes_equal_out_of_the_journal_and_the_database(
     events: list[PricedEvent],

@@ -170,5 +170,6 @@ EVENTS = st.builds(
     line_items=st.lists(LINE_ITEMS, max_size=3).map(tuple),
     flags=st.lists(WORD, max_size=2).map(tuple),
     price_book=MAYBE_TEXT,
+    cache_saved_usd=st.none() | AMOUNT | AMOUNT.map(lambda usd: -usd),
 )
 DISTINCT_EVENTS = st.lists(EVENTS, max_size=8, unique_by=lambda event: event.usage.id)

@@ -3,7 +3,9 @@
 // models and projects come from traffic.
 
 const PERIODS = ["today", "7d", "30d", "90d", "all"];
-const DIMENSIONS = ["model", "project", "provider", "process", "kind", "git_branch", "error_class"];
+const DIMENSIONS = [
+  "model", "project", "provider", "process", "client", "agent", "kind", "git_branch", "error_class",
+];
 const FILTERS = ["project", "provider", "model"];
 const REFRESH_MS = 15000;
 

@@ -34,7 +34,7 @@ from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.not_started import not_started
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     import socket
 
     from capture.packets.keeping import Keeping
-    from halton_meter.meter import Meter
     from halton_meter.model import Connection, PricedEvent, TlsChunk
 
 HTTPS = 443
@@ -103,8 +102,8 @@ class _Metering:
         from halton_meter.providers.registry import Registry
         from halton_meter.store import Store
 
-        self._meter: Meter
-        self._meter, self._price_error = make_meter(home, dict(extra_hosts))
+        pipeline = Pipeline(home, extra_hosts)
+        self._meter, self._price_error = pipeline.meter, pipeline.price_error
         self._journal = JournalWriter(Store(home), home, self._price_error)
         self._totals = Totals()
         self._owners = Owners()

@@ -107,6 +107,7 @@ class ProxyService:
             secrets.token_hex(16),
         )
         self.edge.on_bypass = self._on_bypass
+        self.on_limit: Callable[[dict[str, Any]], object] | None = None  # that refuses a request
         self.addresses: list[str] = []
         self.outages: list[tuple[int, int, str]] = []
         self.final: dict[str, Any] = {}
@@ -317,6 +318,8 @@ class ProxyService:
         elif "accepted" in message and self._port is not None:
             self._accepted = _hosts(message)
             self.edge.send_to(self._port, self._accepted)
+        if "limit_reached" in message and self.on_limit is not None:
+            self.on_limit(message)
         if "unavailable" in message:
             self._cause = untrusted.text(message, "unavailable", SAID_CHARACTERS_MAX)
         if "pong" in message:
@@ -477,6 +480,26 @@ class ProxyService:
         if self._owed and self._send({"losses": self._owed}):
             self._owed = Counter()
 
+    def reload(self) -> dict[str, Any]:
+        """Have the worker use the user's rules and prices as they are now.
+
+        Other hosts need other certificates, and so another worker: that is left to `init`.
+        """
+        from halton_meter import config
+
+        found = config.read(self.home)
+        proxy = found.config.proxy
+        differ = found.config.extra_hosts != dict(self.job.extra_hosts)
+        error = "\n".join(found.wrong) or None
+        self.job = dataclasses.replace(self.job, config_error=error)
+        self._send({"reload": True})
+        return {
+            "reloaded": True,
+            "wrong": [*found.wrong],
+            "notes": [*found.notes],
+            "hosts_differ": differ or proxy.upstream != self.job.upstream,
+        }
+
     # --- time
 
     async def _tick_on(self) -> None:
@@ -581,6 +604,8 @@ class ProxyService:
         if asked == "resume":
             self._resume()
             return {"resumed": True}
+        if asked == "reload":
+            return self.reload()
         if asked == "forget":
             self.edge.forget_refusals()
             self._keep_refusals()
@@ -634,6 +659,8 @@ class ProxyService:
             "coverage_of_connections": self.connections.as_json(),
             "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
+            "refused_at_limit": worker.get("refused_at_limit") or 0,
+            "budget_error": worker.get("budget_error"),
         }
 
     async def _ask_worker(self, what: str) -> dict[str, Any] | None:
@@ -653,8 +680,15 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "journal_repeated", "held")
-_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
+_COUNTS = (
+    "events",
+    "journal_waiting",
+    "journal_repeated",
+    "expired",
+    "held",
+    "refused_at_limit",
+)
+_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error", "budget_error")
 
 
 def _status(told: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from halton_meter.model import Body, Caller, Exchange, Headers, Protocol, SessionSource, header
+from halton_meter.model import Body, Caller, Exchange, Headers, Protocol, SessionSource
 from halton_meter.providers.reading.bodies import REQUEST_PARSE_BYTES_MAX
 from halton_meter.providers.reading.values import Json, as_dict
 from halton_meter.wire import formats
@@ -38,17 +38,22 @@ _ACCOUNT_CHARS_MAX = 512
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a request says: its headers, and its body's JSON object (of a turn: its message's)."""
+    """What a request says: its headers, and its body's JSON object (of a turn: its message's).
 
-    request: Headers
-    response: Headers
+    Of headers of one name the first counts.
+    """
+
+    request: Mapping[str, str]
+    response: Mapping[str, str]
     body: Json
     in_turns: bool
 
     def header(self, *names: str) -> str | None:
         """The first of the request's headers of these names that is there."""
-        found = (header(self.request, name) for name in names)
-        return next((value for value in found if value), None)
+        for name in names:
+            if value := self.request.get(name):
+                return value
+        return None
 
 
 def caller_of(exchange: Exchange, body: Json, account_key: bytes | None) -> Caller:
@@ -63,8 +68,8 @@ def caller_of(exchange: Exchange, body: Json, account_key: bytes | None) -> Call
 
 def _caller(exchange: Exchange, body: Json, account_key: bytes | None) -> Caller:
     said = Said(
-        exchange.request.headers,
-        exchange.response.headers,
+        _by_name(exchange.request.headers),
+        _by_name(exchange.response.headers),
         body if _is_parsed(exchange.request.body) else {**_salvaged(exchange.request.body), **body},
         exchange.protocol is Protocol.WEBSOCKET,
     )
@@ -84,6 +89,10 @@ def _caller(exchange: Exchange, body: Json, account_key: bytes | None) -> Caller
             found, session_id=f"pid-{process.root}", session_source=SessionSource.PROCESS
         )
     return found
+
+
+def _by_name(headers: Headers) -> Mapping[str, str]:
+    return dict(reversed(headers))
 
 
 def _is_parsed(body: Body) -> bool:
@@ -313,7 +322,7 @@ def _account(said: Said, key: bytes | None) -> str | None:
     named = (
         _claude_user(said.body).get("account_uuid"),
         said.header("chatgpt-account-id"),
-        *(header(said.response, name) for name in _ACCOUNTS),
+        *map(said.response.get, _ACCOUNTS),
         said.header(*_ACCOUNTS_ASKED),
     )
     account = next((each for each in named if isinstance(each, str) and each), None)

@@ -25,6 +25,7 @@ from typing import Any
 from halton_meter.model import Body, Exchange, Headers, LimitKind, LimitReading, Protocol, header
 from halton_meter.providers.reading.values import as_dict
 from halton_meter.wire import formats
+from halton_meter.wire.body import FramedBody
 
 # A response names some twelve limits; what is beyond this is refused.
 READINGS_MAX = 32
@@ -112,7 +113,9 @@ def _is_of_limits(name: str) -> bool:
 def _events(exchange: Exchange) -> Iterator[dict[str, Any]]:
     """The `codex.rate_limits` events of a stream, the last ones."""
     body = exchange.response.body
-    if not any(_RATE_LIMITS.search(piece) for piece in body.pieces):
+    # To unframe a body takes longer than all else: hardly one has such an event.
+    texts = body.texts if isinstance(body, FramedBody) else body.pieces
+    if not any(_RATE_LIMITS.search(text) for text in texts):
         return
     for line in list(_lines(exchange, body))[-EVENTS_MAX:]:
         value = as_dict(formats.loads(line))

@@ -21,6 +21,7 @@ import pytest
 
 from halton_meter.store import Store
 from tests.support.made import made
+from tests.support.quick import first, slow
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 _MODE = re.compile(rb"\x1b\[\?([0-9;]+)([hl])")
@@ -130,7 +131,9 @@ def shown(home: Path, opened: list[Terminal], argv: list[str] = TOP) -> Terminal
     return terminal
 
 
-@pytest.mark.parametrize("keys", [b"q", b"\x03", b"\x1bOP?q\x03"], ids=["q", "Ctrl-C", "others"])
+@pytest.mark.parametrize(
+    "keys", [b"q", slow(b"\x03", id="Ctrl-C"), slow(b"\x1bOP?q\x03", id="others")]
+)
 def test_ended_by_a_key(home: Path, opened: list[Terminal], keys: bytes) -> None:
     terminal = shown(home, opened)
     terminal.type(keys)
@@ -139,7 +142,7 @@ def test_ended_by_a_key(home: Path, opened: list[Terminal], keys: bytes) -> None
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT], ids=lambda n: n.name
+    "number", [signal.SIGTERM, signal.SIGHUP, slow(signal.SIGINT), slow(signal.SIGQUIT)]
 )
 def test_ended_by_a_signal(home: Path, opened: list[Terminal], number: signal.Signals) -> None:
     terminal = shown(home, opened)
@@ -168,7 +171,7 @@ _FAILS = {
 }
 
 
-@pytest.mark.parametrize("what", _FAILS)
+@pytest.mark.parametrize("what", first(list(_FAILS), 2))
 def test_ended_by_a_failure(home: Path, opened: list[Terminal], what: str) -> None:
     code = (
         "from halton_meter.cli.top import cells, feed, screen\n"

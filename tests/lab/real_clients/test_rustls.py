@@ -45,7 +45,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
-STACK = "rustls, stripped"
+STACK = "rustls"
 OTHER = "api.example.com"
 DENO = Program("npm", "@deno/linux-x64-glibc", "2.9.6", "deno")
 IMPIT_NODE = Program("npm", "impit-linux-x64-gnu", "0.14.5", "impit-node*.node")

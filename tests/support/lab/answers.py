@@ -263,56 +263,59 @@ def _messages(call: _Call) -> Answer:
         "output_tokens": s.output,
         "service_tier": "standard",
     }
+    tool = _sub_agent(call)
     message = {
         "id": id_,
         "type": "message",
         "role": "assistant",
         "model": call.model,
-        "content": [{"type": "text", "text": "".join(call.texts())}],
-        "stop_reason": "end_turn",
+        "content": [tool or {"type": "text", "text": "".join(call.texts())}],
+        "stop_reason": "tool_use" if tool else "end_turn",
         "stop_sequence": None,
         "usage": usage,
     }
     if not call.stream:
         return _plain(200, message, served)
     start = message | {"content": [], "stop_reason": None, "usage": usage | {"output_tokens": 1}}
-    block = {
-        "type": "content_block_start",
-        "index": 0,
-        "content_block": {"type": "text", "text": ""},
-    }
-    events = [
-        _data({"type": "message_start", "message": start}, "message_start"),
-        _data(block, "content_block_start"),
-        _data({"type": "ping"}, "ping"),
-        *(
-            _data(
-                {
-                    "type": "content_block_delta",
-                    "index": 0,
-                    "delta": {"type": "text_delta", "text": text},
-                },
-                "content_block_delta",
-            )
-            for text in call.texts()
-        ),
-        _data({"type": "content_block_stop", "index": 0}, "content_block_stop"),
-        _data(
-            {
-                "type": "message_delta",
-                "delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                "usage": {
-                    "input_tokens": s.fresh,
-                    "cache_creation_input_tokens": s.cache_written,
-                    "cache_read_input_tokens": s.cached,
-                    "output_tokens": s.output,
-                },
+    if tool:
+        block = tool | {"input": {}}
+        deltas = [{"type": "input_json_delta", "partial_json": json.dumps(tool["input"])}]
+    else:
+        block = {"type": "text", "text": ""}
+        deltas = [{"type": "text_delta", "text": text} for text in call.texts()]
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": start},
+        {"type": "content_block_start", "index": 0, "content_block": block},
+        {"type": "ping"},
+        *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": message["stop_reason"], "stop_sequence": None},
+            "usage": {
+                "input_tokens": s.fresh,
+                "cache_creation_input_tokens": s.cache_written,
+                "cache_read_input_tokens": s.cached,
+                "output_tokens": s.output,
             },
-            "message_delta",
-        ),
-        _data({"type": "message_stop"}, "message_stop"),
+        },
+        {"type": "message_stop"},
     ]
-    return _sse(call, events, served)
+    return _sse(call, [_data(event, event["type"]) for event in events], served)
+
+
+def _sub_agent(call: _Call) -> dict[str, Any] | None:
+    """A call of Claude Code's tool that starts a sub-agent; None once there is its result."""
+    names = {tool.get("name") for tool in call.asked.get("tools") or ()}
+    name = next((each for each in ("Agent", "Task") if each in names), None)
+    if (
+        not call.scenario.agent
+        or name is None
+        or "tool_result" in json.dumps(call.asked["messages"])
+    ):
+        return None
+    asked = {"description": "look", "prompt": "say lab[n=2]", "subagent_type": call.scenario.agent}
+    return {"type": "tool_use", "id": f"toolu_{call.serial}", "name": name, "input": asked}
 
 
 # --- OpenAI's shapes: OpenAI, Groq, xAI ---------------------------------------------------------

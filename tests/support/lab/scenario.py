@@ -37,6 +37,8 @@ class Scenario:
     seven: int = 0
     five_resets: int = 0
     seven_resets: int = 0
+    # The type of a sub-agent that the client is asked to start, once, before the answer.
+    agent: str = ""
 
     @property
     def marker(self) -> str:
@@ -44,7 +46,7 @@ class Scenario:
         return (
             f"lab[n={self.n}&chunks={self.chunks}&delay_ms={self.delay_ms:g}"
             f"&piece_bytes={self.piece_bytes}&status={self.status}"
-            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}"
+            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}&agent={self.agent}"
             f"&five={self.five}&seven={self.seven}"
             f"&five_resets={self.five_resets}&seven_resets={self.seven_resets}]"
         )
@@ -94,4 +96,5 @@ def scenario_of(body: bytes) -> Scenario:
         seven=int(asked.get("seven", 0)),
         five_resets=int(asked.get("five_resets", 0)),
         seven_resets=int(asked.get("seven_resets", 0)),
+        agent=asked.get("agent", ""),
     )
