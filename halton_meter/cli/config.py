@@ -145,7 +145,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         if len(value) == 2 and isinstance(value[1], int):
             return f"http://{value[0]}:{value[1]}"
-        return list(value)
+        # Of projects and budgets, which have commands of their own, the names.
+        return [getattr(each, "name", each) for each in value]
     return value
 
 

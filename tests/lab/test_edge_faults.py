@@ -302,14 +302,16 @@ def test_a_full_disk(proxied: Proxied) -> None:
         assert len(lines) == 6
         _fill(inside / "ballast")
         proxied.must(2, first=6)
-        status = proxied.wait_for(lambda status: status["held"] == 2)
+        # What is written anew, the snapshot, may leave room for one.
+        status = proxied.wait_for(lambda status: status["events"] == 8 and status["held"])
+        held = status["held"]
         os.kill(status["worker"]["pid"], signal.SIGKILL)
         status = proxied.wait_for(lambda status: status["worker"]["restarts"] == 1)
-        assert status["losses"]["unstored_events"] == 2
+        assert status["losses"]["unstored_events"] == held
         (inside / "ballast").unlink()
         proxied.wait_for(lambda status: status["worker"]["state"] == "ready")
         proxied.stop()
-        assert len(stored_events(lab, outside)) == 6
+        assert len(stored_events(lab, outside)) == 8 - held
     finally:
         proxied.home = outside
         proxied.stop()

@@ -22,7 +22,10 @@ CALLS = 25
 # What may differ in any case: who saw it, and when.
 OWN = ("source", "at", "ttft_ms", "duration_ms")
 # What a capture cannot know.
-OF_THE_PROCESS = ("pid", "process", "argv", "cwd", "user", "project", "git_branch")
+OF_THE_PROCESS = (
+    *("pid", "process", "argv", "cwd", "user", "project", "git_branch"),
+    *("session_id", "session_source"),  # where the client names none
+)
 # What differs because the conversation was held a second time.
 WITHOUT_AN_ID = 5  # embeddings, a transcription, errors
 OF_THE_RUN = ("id", "response_id", "pid")

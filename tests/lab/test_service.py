@@ -320,9 +320,9 @@ sys.stdin.read()
 def test_a_stack_that_cannot_be_probed_is_told_with_the_host_it_looked_up(
     lab: Lab, own: Service, python: str
 ) -> None:
-    """Two processes with rustls in them: of one a provider is known, of the other nothing."""
-    library = lab.user.home / "librustls.so"
-    source = 'char name[2000000] = "rustls"; int marked(void) { return name[9]; }'
+    """Two processes with Botan in them: of one a provider is known, of the other nothing."""
+    library = lab.user.home / "libbotan.so"
+    source = 'char name[2000000] = "N5Botan3TLS6ClientE"; int marked(void) { return name[9]; }'
     build = ["clang", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
     assert lab.run(build, input_text=source).returncode == 0
     library.chmod(0o755)
@@ -337,17 +337,17 @@ def test_a_stack_that_cannot_be_probed_is_told_with_the_host_it_looked_up(
     def seen() -> Any:
         lines = {line["pid"]: line for line in (own.status() or {}).get("coverage", ())}
         # Until the search in the library has ended, its stack is not known.
-        found = all(pid in lines and lines[pid]["stack"] == "rustls" for pid in pids)
+        found = all(pid in lines and lines[pid]["stack"] == "Botan" for pid in pids)
         return lines if found else None
 
-    lines = wait_until(seen, "both processes in the coverage, as rustls")
+    lines = wait_until(seen, "both processes in the coverage, as Botan")
     provider, other = (lines[pid] for pid in pids)
     assert provider["state"] == "unsupported"
     assert provider["host"] == "api.openai.com"
     assert other["host"] is None
     environment = lab.environment(HALTON_METER_HOME=str(own.home))
     text = lab.run([*HALTON_METER, "status"], user=lab.user, env=environment).stdout
-    assert "(rustls) -> api.openai.com" in text
+    assert "(Botan) -> api.openai.com" in text
     assert "not metered, destination unknown:" in text
     for client in clients:
         client.stdin.close()
