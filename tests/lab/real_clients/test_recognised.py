@@ -39,7 +39,6 @@ from tests.lab.real_clients.programs import (
     Unavailable,
     fetched,
 )
-from tests.lab.real_clients.results import note
 from tests.support.cost import within
 
 pytestmark = pytest.mark.lab
@@ -145,7 +144,7 @@ def test_openssl_is_found_where_its_makers_symbols_say(program: Program) -> None
 
 
 @pytest.mark.parametrize("program", slow(*CODEX), ids=str)
-def test_codex_openssl_is_found_and_its_rustls_told_of(program: Program) -> None:
+def test_codex_openssl_is_found_and_its_rustls_for_itself(program: Program) -> None:
     path = path_of(program)
     find_openssl(path)  # the file comes from the disk once
     with within(CPU_SECONDS_MAX):
@@ -163,11 +162,11 @@ def test_codex_openssl_is_found_and_its_rustls_told_of(program: Program) -> None
     with path.open("rb") as file:
         library = find_by_structure(file.fileno())
     assert library is not None
-    assert (library.stack, library.beside) == (Stack.OPENSSL, Stack.RUSTLS)
+    assert library.stack is Stack.OPENSSL
     assert library.unproved
+    assert [each.stack for each in library.others] == [Stack.RUSTLS]
     if program in CODEX[2:]:  # the others speak HTTPS by default
-        version = program.version.partition("-")[0]
-        note("Codex CLI, WebSocket", version, "rustls, stripped", result="not probed")
+        assert library.others[0].probes, library.others[0].reason
 
 
 def test_node_is_openssl() -> None:
