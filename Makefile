@@ -23,6 +23,11 @@ TEST_PACKAGES := tshark chromium clang llvm gcc libc6-dev libssl-dev libbpf1 lib
 # setuptools warns at length of what any editable install is.
 QUIETLY := PYTHONWARNINGS=ignore
 
+# Of the table of clients (tests/lab/real_clients/clients.toml).
+CLIENT_COMMANDS := erl gnutls-cli http lua5.4 ncat php pypy3 ruby socat tclsh haproxy stunnel perl
+CLIENT_PACKAGES := erlang-base erlang-inets erlang-ssl gnutls-bin httpie lua5.4 lua-sec ncat php-cli php-curl \
+	pypy3 python3-pycurl ruby socat tcl tcl-tls haproxy stunnel4 liblwp-protocol-https-perl
+
 .PHONY: demo test test-all setup setup-test lint unit kernel lab clients fuzz bench bench-toy clean
 
 demo: setup
@@ -73,6 +78,7 @@ lab: setup-test
 # downloads. What they prove is kept for the table in docs/capture.md.
 clients: setup-test
 	@sh tools/system_packages.sh chromium chromium
+	@sh tools/system_packages.sh "$(CLIENT_COMMANDS)" "$(CLIENT_PACKAGES)"
 	HALTON_CLIENT_RESULTS=1 $(BIN)/python -m pytest -m "lab" tests/lab/real_clients tests/lab/test_older.py
 	$(BIN)/python tools/client_table.py
 

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from tests.support.recorder.packets import TcpFlow, enhanced_packet, pcapng
+from tests.support.recorder.packets import Packet, TcpFlow, enhanced_packet, pcapng
 from tests.support.recorder.relay import BEGINNING_NS, contexts
 
 SPEED_MB = 40
@@ -30,6 +31,7 @@ HOST = "api.anthropic.com"
 DELTAS = 400
 _WRITE_BYTES = 1_200
 _MS = 1_000_000
+_TURN_NS = 10_000 * _MS
 
 
 def _answer() -> list[bytes]:
@@ -78,6 +80,21 @@ def _converse(
     flow.close(at_ns + _MS)
 
 
+def conversations(size_mb: int) -> tuple[list[Packet], str]:
+    """So much of different conversations, one after the other, and their secrets."""
+    packets: list[Packet] = []
+    with tempfile.TemporaryDirectory() as folder:
+        keylog = Path(folder) / "keys.log"
+        tls, answer, at_ns, size = contexts(str(keylog)), _answer(), BEGINNING_NS, 0
+        while size < size_mb * 1_000_000:
+            flow = TcpFlow((f"10.1.0.{len(packets) % 250 + 1}", 40_000 + len(packets) % 20_000))
+            _converse(flow, tls, at_ns, answer)
+            packets += flow.packets
+            at_ns = packets[-1].at_ns + _MS
+            size += sum(len(packet.frame) for packet in flow.packets)
+        return packets, keylog.read_text()
+
+
 def make_captures(folder: Path, sizes_mb: list[int]) -> tuple[list[Path], Path]:
     """Captures of these sizes and the key log for all of them.
 
@@ -87,11 +104,11 @@ def make_captures(folder: Path, sizes_mb: list[int]) -> tuple[list[Path], Path]:
     keylog = folder / "keys.log"
     tls = contexts(str(keylog))
     answer = _answer()
-    pattern = []
+    pattern: list[list[Packet]] = []
     for number in range(12):
         flow = TcpFlow((f"10.1.0.{number + 1}", 40_000))
         _converse(flow, tls, BEGINNING_NS, answer)
-        pattern.append(b"".join(map(enhanced_packet, flow.packets)))
+        pattern.append(flow.packets)
     paths = []
     for size in sizes_mb:
         path = folder / f"capture-{size}.pcapng"
@@ -102,12 +119,16 @@ def make_captures(folder: Path, sizes_mb: list[int]) -> tuple[list[Path], Path]:
     return paths, keylog
 
 
-def _fill(file: IO[bytes], pattern: list[bytes], size: int) -> None:
+def _fill(file: IO[bytes], pattern: list[list[Packet]], size: int) -> None:
+    """Each turn is later than the one before: a hello seen twice at once is read once."""
     turn = 0
     while file.tell() < size:
-        for number, blocks in enumerate(pattern):
-            address = bytes((10, 1, 0, number + 1))
-            file.write(blocks.replace(address, bytes((10, 1, 1 + turn % 250, number + 1))))
+        for number, packets in enumerate(pattern):
+            old, new = bytes((10, 1, 0, number + 1)), bytes((10, 1, 1 + turn % 250, number + 1))
+            for packet in packets:
+                later = packet.at_ns + turn * _TURN_NS
+                moved = replace(packet, at_ns=later, frame=packet.frame.replace(old, new))
+                file.write(enhanced_packet(moved))
         turn += 1
 
 

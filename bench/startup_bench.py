@@ -1,8 +1,8 @@
 """How long a person waits before the program does anything: cold processes, a small store.
 
-`--version` and `report` are the promise (0.15 s). Under load, wall-clock time says little, so the
-processor time is printed beside it. `python -X importtime -m halton_meter report` shows where it
-goes.
+`--version`, `report` and `session` are the promise (0.15 s). Under load, wall-clock time says
+little, so the processor time is printed beside it. `python -X importtime -m halton_meter report`
+shows where it goes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def main(toy: bool = False) -> None:
             [program, "--version"],
             [program, "report"],
             [program, "events", "--limit", "10"],
+            [program, "tail"],
+            [program, "session", "list"],
+            [program, "session", "show", "latest"],
         ):
             name = " ".join([Path(command[0]).name, *command[1:]])
             taken = best(command, home, runs)

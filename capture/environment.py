@@ -18,6 +18,7 @@ KERNEL_MIN = (5, 12)
 LOCKDOWN_FILE = "/sys/kernel/security/lockdown"
 TRACEPOINTS = ("inet_sock_set_state", "tcp_destroy_sock", "sock_send_length", "sock_recv_length")
 USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"
+NEEDS_ROOT = "attaching probes needs root"
 _CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21}
 
 
@@ -35,7 +36,7 @@ def check_environment() -> list[Problem]:
         what = f"Linux {platform.release()} is older than {KERNEL_MIN[0]}.{KERNEL_MIN[1]}"
         problems.append(Problem(what, USE_PROXY))
     if os.geteuid() != 0:
-        problems.append(Problem("attaching probes needs root", "sudo halton-meter start"))
+        problems.append(Problem(NEEDS_ROOT, "sudo halton-meter start"))
     elif missing := _missing_capabilities():
         grant = " ".join(f"--cap-add {name}" for name in missing)
         what = f"this root lacks {', '.join(missing)} (a container?)"

@@ -33,6 +33,7 @@
 #define NESTED_STACK_BYTES 2048 /* an inner call's frame lies at most this far below its caller's */
 #define HTTP2_FRAMES_MAX 6 /* of one write, looked at for the one that begins a request */
 #define HTTP2_PREFACE 0x5448202a20495250ULL /* "PRI * HT" */
+#define HTTP2_PREFACE_BYTES 24
 #define CONNECTIONS_MAX 16384
 #define DENIED_MAX 32768
 #define THREADS_MAX 32768
@@ -51,13 +52,23 @@
 #define PROJECT_BYTES_MAX 208
 #define SOCKETS_MAX 16384 /* TCP connections of processes in scope that may lead to a provider */
 #define ADDRESSES_MAX 4096 /* of provider hosts */
-#define HELLO_WRITES_MAX 6 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
+#define HELLO_WRITES_MAX 12 /* of a connection, in which its ClientHello is looked for: behind a proxy's greeting */
+#define HELLO_BYTES_MAX 4096 /* of a ClientHello: with keys that outlive quantum computers some 1,800 */
+#define HELLO_PIECES_MAX 8 /* of one write that holds a ClientHello, or its beginning */
+#define HELLO_RANDOM_AT 11 /* behind the heads of record and handshake, and the version */
 #define EXTENSIONS_MAX 48 /* of a ClientHello; browsers send some 20 */
 #define RECORDS_MAX 12 /* TLS records of one write, looked at until the first that holds a request */
 #define ALERT_BYTES_MAX 24 /* of a TLS record: alerts and key updates are no request */
 #define LATE_NS 20000000 /* a connection first seen this long after its first request was probed late */
 #define QUIC_BYTES_MIN 1200 /* of a datagram that opens a QUIC connection (RFC 9000, 14.1) */
 #define ADDRESSES_A_LOOKUP_MAX 8
+#define RUSTLS_PIECES_MAX 64 /* of one record that is sent: hyper hands over so many at once */
+#define RUSTLS_SCAN_BYTES 2048 /* of a connection: 0.23 has its state at 904 */
+#define RUSTLS_STATES_MAX 8 /* places in a connection where its state may be */
+#define RUSTLS_STATE_BYTES 512 /* of a state, in which the name is looked for: 0.23 has it at 16 */
+#define RUSTLS_SCANS_MAX 32 /* in a row that found no name: a thread's next write may be another connection's */
+#define RUSTLS_MISSES_MAX 3 /* connections of one file of which a record passed no probe */
+#define RUSTLS_NAME_BYTES_MIN 4 /* "a.io" */
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -138,7 +149,7 @@ enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SEND
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15, KIND_RECORDS_MISSED = 22 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1 };
 
@@ -176,6 +187,8 @@ enum statistic {
 	STAT_DENIED,
 	STAT_NOT_HTTP, /* connections of functions found by structure whose bytes are not HTTP */
 	STAT_SOCKET_TABLE_FULL, /* TCP connections that are not followed, so not counted either */
+	STAT_RAN_AS_ANOTHER_USER, /* programs that a run's processes became as another user */
+	STAT_RECORDS_MISSED, /* rustls connections whose records did not follow on each other */
 	STATS,
 };
 
@@ -191,6 +204,10 @@ enum scope_flag { SCOPE_EVERYONE = 1, SCOPE_UIDS = 2, SCOPE_TREES = 4, SCOPE_CGR
  * belongs there (attaching.py), and is nobody else's business. */
 enum cookie_part { COOKIE_FILE = 0xffff, COOKIE_UNPROVED = 0x10000, COOKIE_PROGRAM_BITS = 8 };
 #define OWN_PART(cookie) ((cookie) << COOKIE_PROGRAM_BITS >> COOKIE_PROGRAM_BITS)
+
+/* The same of rustls' probes (rustls_layer.py). Registers are numbered as the words of `struct
+ * registers`; `REST` is the Ok tag of a result, or where the layer is from its register on, in words. */
+enum rustls_cookie_shift { RUSTLS_LAYER = 17, RUSTLS_OBJECT = 22, RUSTLS_OFFSET = 27, RUSTLS_COUNTED = 43, RUSTLS_REST = 44 };
 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
@@ -258,6 +275,52 @@ struct go_call {
 	u64 buffer;
 };
 
+/* What is known of a rustls connection: what its next record must be to be its next. */
+enum rustls_state {
+	RUSTLS_NEW = 0, /* seen from its first record on, not judged yet */
+	RUSTLS_JOINED = 1, /* the same, but its first records were missed */
+	RUSTLS_ADMITTED = 2,
+	RUSTLS_UNNAMED = 3, /* HTTP/2; judged again once the location of its name is known */
+	RUSTLS_DENIED = 4,
+};
+#define RUSTLS_MISSED_BEGINNING 1 /* of the states before a connection is judged */
+
+struct rustls {
+	u64 id; /* its key in `connections`: no address, and given once */
+	u64 decrypter;
+	u64 next_sent; /* numbers of records */
+	u64 next_received;
+	u8 state;
+	u8 sent_update; /* the last record was a KeyUpdate: another encrypter may follow */
+	u8 received_update;
+	u8 tls12; /* the handshake's last record had the key of what follows: no name is kept */
+	u32 early; /* data bytes received before any was sent */
+	u8 by_request; /* its host was told by a request: it may show where rustls keeps it */
+	u8 unused[7];
+};
+
+/* A part of rustls' RecordLayer, from its encrypter on. */
+struct rustls_layer {
+	u64 encrypter;
+	u64 encrypter_table;
+	u64 decrypter;
+	u64 decrypter_table;
+	u64 sent_max;
+	u64 sent; /* records with this key */
+	u64 received;
+};
+
+struct rustls_call { /* a record that a thread decrypts */
+	u64 encrypter; /* 0: none that is wanted */
+	u64 id;
+};
+
+struct rustls_sender { /* what a thread has encrypted last */
+	u64 base;
+	u64 cookie;
+	u64 unnamed; /* HTTP/2 of a name that is not known: its id */
+};
+
 enum socket_state { SOCKET_NEW = 0, SOCKET_SEEN = 1 };
 enum socket_flag {
 	SOCKET_NO_NAME = 1, /* its ClientHello has no server name */
@@ -269,6 +332,7 @@ enum socket_flag {
 	SOCKET_FINISHED = 64, /* the client's part of the handshake is over */
 	SOCKET_LATE = 128, /* the probes saw its TLS connection only after its first request */
 	SOCKET_FOLLOWED = 256, /* its records are known, from the ClientHello on */
+	SOCKET_UNNAMED = 512, /* its TLS connection passes the probes, which find no name of its host */
 };
 
 /* A TCP connection that a process in scope has opened, by what passes its socket. */
@@ -290,9 +354,21 @@ struct tcp_socket {
 	u8 state;
 	u8 writes;
 	u16 flags;
-	u32 unused;
+	u32 hello; /* of its ClientHello's random bytes the first four: who passes it on has the same */
 	char comm[16];
 	char host[HOST_BYTES_MAX];
+};
+
+/* What a connection has sent of its ClientHello. */
+struct hello_bytes {
+	u32 length;
+	u8 bytes[HELLO_BYTES_MAX];
+};
+
+/* The same while it is put together: the verifier wants room for a whole piece behind the last one. */
+struct hello_room {
+	struct hello_bytes hello;
+	u8 beyond[HELLO_BYTES_MAX];
 };
 
 struct address {
@@ -308,10 +384,16 @@ struct lookup_call {
 	char host[HOST_BYTES_MAX];
 };
 
-enum name_state { NAME_SOUGHT = 0, NAME_KNOWN = 1, NAME_GIVEN_UP = 2 };
+enum name_state {
+	NAME_SOUGHT = 0,
+	NAME_KNOWN = 1,
+	NAME_GIVEN_UP = 2,
+	NAME_ASSUMED = 3, /* of this version of rustls: one connection has to show that it is true */
+};
 
 struct name_location {
-	u32 offset; /* within an SSL object, of the pointer to the library's copy of the name */
+	u32 offset; /* within an SSL object, of the pointer to the library's copy of the name; of rustls,
+		     * within a connection, of the pointer to its state << 16 | within that, of the name */
 	u8 state;
 	u8 votes;
 	u8 scans;
@@ -462,6 +544,25 @@ HASH(threads, u64, struct thread, THREADS_MAX);
  * `leave_go` reads and drops. */
 HASH(go_calls, struct go_key, struct go_call, THREADS_MAX);
 
+/* --- rustls --- */
+
+/* Its connections of processes in scope. Key: the encrypter and the process. Value: what the next record
+ * must be. `enter_rustls_send` adds, it and the programs at a receive move it on. */
+LRU_HASH(rustls_connections, struct key, struct rustls, DENIED_MAX);
+
+/* Connections that get another encrypter after a KeyUpdate. Key: the decrypter, and once more the address
+ * of the layer, and the process. Value: the encrypter before. `rustls_await_update` writes; `rustls_updated` reads
+ * and drops. */
+LRU_HASH(rustls_updates, struct key, u64, 1024);
+
+/* Key: thread and process id. Value: the record that it decrypts. `enter_rustls_receive` writes,
+ * `leave_rustls_receive` reads, `on_exit` drops. */
+HASH(rustls_calls, u64, struct rustls_call, THREADS_MAX);
+
+/* Key: thread and process id. Value: the connection that it has encrypted for, until it writes to a socket.
+ * `enter_rustls_send` writes where the socket's name is of use, `learn_by_socket` reads and drops. */
+LRU_HASH(rustls_senders, u64, struct rustls_sender, 1024);
+
 /* --- sockets --- */
 
 /* TCP connections that processes in scope have opened, and that may lead to a provider. Key: the
@@ -480,6 +581,10 @@ LRU_HASH(writing, u64, u64, 4096);
 /* Addresses of provider hosts. Key: an address. Value: the name it was last looked up or connected to
  * under. `on_looked_up` and `judge_hello` write; `host_by_address` reads. */
 LRU_HASH(addresses, struct address, struct host_name, ADDRESSES_MAX);
+
+/* ClientHellos that came in several writes, up to the last. Key: the kernel's socket. `judge_socket`
+ * writes, reads and drops. */
+LRU_HASH(hellos, u64, struct hello_bytes, 64);
 
 /* Calls of getaddrinfo for provider hosts. Key: thread and process id. `on_lookup` writes,
  * `on_looked_up` reads and drops. */
@@ -504,14 +609,18 @@ PROGRAM_ARRAY(file_programs, FILE_PROGRAMS_MAX);
 
 /* --- scratch --- */
 
-/* Key: 0. Value: zeros, never written: what new entries of `connections` and `threads` are copied from,
- * as they are too large for the stack. */
+/* Key: 0. Value: zeros, never written: what new entries of `connections`, `threads` and so on are copied
+ * from, as they are too large for the stack. */
 ARRAY(blank_connection, struct connection, 1);
 ARRAY(blank_thread, struct thread, 1);
 ARRAY(blank_socket, struct tcp_socket, 1);
+ARRAY(blank_rustls, struct rustls, 1);
 
 /* Key: 0. Value: the record that `executed` builds and sends, on this CPU. Nobody else reads it. */
 PERCPU_ARRAY(exec_scratch, struct exec_record, 1);
+
+/* Key: 0. Value: the ClientHello that `judge_socket` puts together and reads, on this CPU. */
+PERCPU_ARRAY(hello_scratch, struct hello_room, 1);
 
 /* --- to user space --- */
 
@@ -531,6 +640,7 @@ INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
+INLINE struct rustls *blank_rustls_get(u32 *k) { return blank_rustls.lookup(k); }
 INLINE struct tcp_socket *blank_socket_get(u32 *k) { return blank_socket.lookup(k); }
 INLINE struct tcp_socket *sockets_get(u64 *k) { return sockets.lookup(k); }
 INLINE int sockets_set(u64 *k, struct tcp_socket *v) { return sockets.update(k, v); }
@@ -546,11 +656,27 @@ INLINE struct lookup_call *lookups_get(u64 *k) { return lookups.lookup(k); }
 INLINE void lookups_set(u64 *k, struct lookup_call *v) { lookups.update(k, v); }
 INLINE void lookups_drop(u64 *k) { lookups.delete(k); }
 INLINE struct exec_record *exec_scratch_get(u32 *k) { return exec_scratch.lookup(k); }
+INLINE struct hello_room *hello_scratch_get(u32 *k) { return hello_scratch.lookup(k); }
+INLINE struct hello_bytes *hellos_get(u64 *k) { return hellos.lookup(k); }
+INLINE void hellos_set(u64 *k, struct hello_bytes *v) { hellos.update(k, v); }
+INLINE void hellos_drop(u64 *k) { hellos.delete(k); }
 INLINE struct birth *births_get(u32 *k) { return births.lookup(k); }
 INLINE void births_set(u32 *k, struct birth *v) { births.update(k, v); }
 INLINE void births_drop(u32 *k) { births.delete(k); }
 INLINE long process_ring_output(void *p, u64 size) { return process_ring.ringbuf_output(p, size, 0); }
 INLINE u64 *proofs_get(u32 *k) { return proofs.lookup(k); }
+INLINE struct rustls *rustls_connections_get(struct key *k) { return rustls_connections.lookup(k); }
+INLINE int rustls_connections_set(struct key *k, struct rustls *v) { return rustls_connections.update(k, v); }
+INLINE void rustls_connections_drop(struct key *k) { rustls_connections.delete(k); }
+INLINE u64 *rustls_updates_get(struct key *k) { return rustls_updates.lookup(k); }
+INLINE void rustls_updates_set(struct key *k, u64 *v) { rustls_updates.update(k, v); }
+INLINE void rustls_updates_drop(struct key *k) { rustls_updates.delete(k); }
+INLINE struct rustls_call *rustls_calls_get(u64 *k) { return rustls_calls.lookup(k); }
+INLINE int rustls_calls_set(u64 *k, struct rustls_call *v) { return rustls_calls.update(k, v); }
+INLINE void rustls_calls_drop(u64 *k) { rustls_calls.delete(k); }
+INLINE struct rustls_sender *rustls_senders_get(u64 *k) { return rustls_senders.lookup(k); }
+INLINE void rustls_senders_set(u64 *k, struct rustls_sender *v) { rustls_senders.update(k, v); }
+INLINE void rustls_senders_drop(u64 *k) { rustls_senders.delete(k); }
 INLINE struct name_location *name_locations_get(u32 *k) { return name_locations.lookup(k); }
 INLINE struct connection *connections_get(struct key *k) { return connections.lookup(k); }
 INLINE int connections_add(struct key *k, struct connection *v) { return connections.insert(k, v); }
@@ -855,31 +981,37 @@ INLINE void tell_used(struct key *key, struct connection *c, u64 now)
 	process_ring_submit(r);
 }
 
+/* Before a call's bytes are copied: how many, at their end, are too many for one request. */
+INLINE u64 begin_copy(struct chunk *c, u64 total)
+{
+	struct connection *connection = c->connection;
+	u32 zero = 0;
+
+	if (!connection->announced)
+		announce(c->key, connection);
+	if (c->direction != SENT) {
+		connection->burst = 0;
+		return 0;
+	}
+	if (!connection->sent)
+		tell_used(c->key, connection, c->now);
+	struct settings *s = settings_get(&zero);
+	connection->burst += total;
+	if (!s || connection->burst <= s->request_bytes_max)
+		return 0;
+	u64 cut = connection->burst - s->request_bytes_max;
+	return cut > total ? total : cut;
+}
+
 INLINE void copy_out(struct chunk *c, u64 total)
 {
 	u64 filled_before = ring_query(0 /* filled */);
 	struct connection *connection = c->connection;
-	struct settings *s;
-	u32 zero = 0;
-	u64 cut = 0;
+	u64 cut = begin_copy(c, total);
 
-	if (!connection->announced)
-		announce(c->key, connection);
-	if (c->direction == SENT && !connection->sent)
-		tell_used(c->key, connection, c->now);
-	if (c->direction == SENT) {
-		s = settings_get(&zero);
-		connection->burst += total;
-		if (s && connection->burst > s->request_bytes_max) {
-			cut = connection->burst - s->request_bytes_max;
-			if (cut > total)
-				cut = total;
-			total -= cut; /* one write may hold head and all: the head is needed */
-			count(STAT_REQUEST_CUT_BYTES, cut);
-		}
-	} else {
-		connection->burst = 0;
-	}
+	total -= cut; /* one write may hold head and all: the head is needed */
+	if (cut)
+		count(STAT_REQUEST_CUT_BYTES, cut);
 	for (int i = 0; i < PIECES_MAX; i++) {
 		if (total <= PIECE_BYTES_MAX)
 			break;
@@ -919,6 +1051,7 @@ struct head {
 };
 
 #define REREAD(x) (*(volatile u32 *)&(x))
+#define REREAD_64(x) (*(volatile u64 *)&(x))
 
 /* Is the name on the list? Lower-cases it in place. */
 INLINE int wanted_host(struct name *n)
@@ -1618,6 +1751,838 @@ SECTION("uprobe/enter_go_write") int enter_go_write(struct registers *r) { retur
 SECTION("uprobe/leave_go_read") int leave_go_read(struct registers *r) { return leave_go(r, RECEIVED); }
 SECTION("uprobe/leave_go_write") int leave_go_write(struct registers *r) { return leave_go(r, SENT); }
 
+/* ---- rustls ----------------------------------------------------------------------------------
+ *
+ * rustls encrypts and decrypts each record by a call through a box. The probes are in the middle of
+ * functions: just before these calls, and behind the one that decrypts (rustls_layer.py has the layouts).
+ * A connection moves in memory, its boxes do not: it is known by its encrypter. Boxes are used again by
+ * other connections, often at once. So a record belongs to a known connection only if both boxes and both
+ * counters are what they must be after the record before; else the connection has ended for us, and what
+ * comes is judged anew. After a KeyUpdate, and only then, another box may follow, whose counter is 0.
+ *
+ * The host is the name that rustls was asked to connect to. TLS 1.3 keeps it in the object that handles
+ * traffic, two pointers away from the boxes, which is in its place while data is sent. Where that is in a
+ * build we learn as with other libraries ("where the library keeps the name"), from the first connection:
+ * by the Host of a request, or by the server name that the same thread sends on its socket after the
+ * handshake's last record. Of known versions it is assumed, and has to be shown once all the same. */
+
+enum rustls_content { RUSTLS_ALERT = 1, RUSTLS_HANDSHAKE = 2, RUSTLS_DATA = 3 };
+#define RUSTLS_ENCRYPTER 0x10 /* in what the cookie leads to */
+#define RUSTLS_ID (1ULL << 63) /* in a connection's key: no address has it */
+#define RUSTLS_KEY_UPDATE 24
+#define FIRST_MISS 0x100 /* in a file's proof: above its bits connections with a missed record are counted */
+
+struct rustls_message { /* 0, address, length, where it is one piece: that is made to look like this */
+	u64 pieces; /* address and length of each */
+	u64 count;
+	u64 from; /* in all of them, one behind the other */
+	u64 to;
+	u8 content;
+	u8 unused[7];
+};
+
+struct piece {
+	u64 address;
+	u64 length;
+};
+
+struct rustls_result {
+	u8 tag;
+	u8 unused[7];
+	u64 address;
+	u64 length;
+	u8 content;
+	u8 unused_too[7];
+};
+
+INLINE s64 signed_bits(u64 word, u32 from, u32 bits)
+{
+	return (s64)(word << (64 - from - bits)) >> (64 - bits);
+}
+
+INLINE u64 register_at(struct registers *r, u64 number)
+{
+	u64 value = 0;
+	bpf_probe_read_kernel(&value, sizeof(value), (char *)r + 8 * (number & 31));
+	return value;
+}
+
+INLINE u64 rustls_base(struct registers *r, u64 cookie)
+{
+	return register_at(r, cookie >> RUSTLS_LAYER) + 8 * signed_bits(cookie, RUSTLS_REST, 12);
+}
+
+INLINE u64 rustls_object(struct registers *r, u64 cookie)
+{
+	return register_at(r, cookie >> RUSTLS_OBJECT) + signed_bits(cookie, RUSTLS_OFFSET, 16);
+}
+
+/* --- which connection --- */
+
+/* A new connection's record passed no probe: what was found in this file is not all there is. */
+INLINE void tell_missed(struct connection *c, u64 cookie)
+{
+	u32 number = cookie & COOKIE_FILE;
+	u64 *proof = proofs_get(&number);
+
+	count(STAT_RECORDS_MISSED, 1);
+	if (!proof || c->joined)
+		return;
+	*proof += FIRST_MISS;
+	if (*proof / FIRST_MISS != RUSTLS_MISSES_MAX)
+		return;
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		*proof -= FIRST_MISS;
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_RECORDS_MISSED;
+	r->offset = number;
+	process_ring_submit(r);
+}
+
+/* `sent`: the number of the record that is sent now, or next. With 0 the box is another connection's. */
+INLINE void rustls_end(struct key *key, struct rustls *known, u64 sent, u64 cookie)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
+	rustls_connections_drop(key);
+	if (!c)
+		return;
+	if (sent)
+		tell_missed(c, cookie);
+	close_connection(&id, c);
+}
+
+/* Is this the record after the last one? */
+INLINE int rustls_follows(struct rustls *known, struct rustls_layer *layer, u64 sent)
+{
+	if (sent != known->next_sent)
+		return 0;
+	if (known->state != RUSTLS_ADMITTED)
+		return 1;
+	if (known->received_update && !layer->received) {
+		known->received_update = 0;
+		known->decrypter = layer->decrypter;
+		known->next_received = 0;
+	}
+	return layer->decrypter == known->decrypter && layer->received == known->next_received;
+}
+
+/* The connection that sent a KeyUpdate, by its decrypter; or by where it is, if that changed as well. */
+INLINE struct rustls *rustls_updated(struct key *key, struct rustls_layer *layer, u64 base)
+{
+	struct key by_decrypter = {.ssl = layer->decrypter, .tgid = key->tgid};
+	struct key by_base = {.ssl = base, .tgid = key->tgid};
+	u64 *id = rustls_updates_get(&by_decrypter);
+
+	if (!id)
+		id = rustls_updates_get(&by_base);
+	if (!id)
+		return 0;
+	struct key old = {.ssl = *id, .tgid = key->tgid};
+	rustls_updates_drop(&by_decrypter);
+	rustls_updates_drop(&by_base);
+	struct rustls *known = rustls_connections_get(&old);
+	if (!known)
+		return 0;
+	long failed = rustls_connections_set(key, known);
+	rustls_connections_drop(&old);
+	return failed ? 0 : rustls_connections_get(key);
+}
+
+/* A KeyUpdate is sent: what comes next is encrypted by another box, and this one may be anybody's. */
+INLINE void rustls_await_update(struct key *key, struct rustls *known, u64 base)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct key by_decrypter = {.ssl = known->decrypter, .tgid = key->tgid};
+	struct key by_base = {.ssl = base, .tgid = key->tgid};
+
+	known->next_sent = 0;
+	rustls_connections_set(&id, known);
+	rustls_connections_drop(key);
+	rustls_updates_set(&by_decrypter, &id.ssl);
+	rustls_updates_set(&by_base, &id.ssl);
+}
+
+/* The connection of a record; a new entry for one that is not known. 0: it is not in scope. */
+INLINE struct rustls *rustls_of(struct settings *s, struct key *key, struct rustls_layer *layer, u64 base, u64 sent, u64 cookie)
+{
+	struct rustls *known = rustls_connections_get(key);
+
+	if (known && rustls_follows(known, layer, sent))
+		return known;
+	if (known)
+		rustls_end(key, known, sent, cookie);
+	known = rustls_updated(key, layer, base);
+	if (known && rustls_follows(known, layer, sent))
+		return known;
+	if (known)
+		rustls_end(key, known, sent, cookie);
+	if (!in_scope(s, key->tgid))
+		return 0;
+	u32 zero = 0;
+	struct rustls *blank = blank_rustls_get(&zero);
+	if (!blank || rustls_connections_set(key, blank)) {
+		count(STAT_CONNECTION_TABLE_FULL, 1);
+		return 0;
+	}
+	known = rustls_connections_get(key);
+	if (!known)
+		return 0;
+	known->id = (bpf_ktime_get_ns() << 20 ^ key->ssl) | RUSTLS_ID;
+	known->next_sent = sent;
+	if (sent)
+		known->state = RUSTLS_JOINED;
+	return known;
+}
+
+/* --- which host --- */
+
+/* Reads the name that stands there; 0: none does. */
+INLINE int rustls_name_at(struct name *n, u64 base, u32 offset)
+{
+	u64 state[2], table[3], name[2]; /* a vtable: drop, size, alignment */
+	u64 at = offset & 0xffff;
+
+	n->length = 0;
+	if (bpf_probe_read_user(state, sizeof(state), (void *)(base + (offset >> 16))) || !state[0] ||
+	    (state[0] & 7) || bpf_probe_read_user(table, sizeof(table), (void *)state[1]) ||
+	    table[2] != 8 || table[1] < at + sizeof(name) ||
+	    bpf_probe_read_user(name, sizeof(name), (void *)(state[0] + at)))
+		return 0;
+	u64 length = name[1];
+	if (length < RUSTLS_NAME_BYTES_MIN || length >= HOST_BYTES_MAX - 1)
+		return 0;
+	__builtin_memset(n->text, 0, sizeof(n->text));
+	asm volatile("" : "+r"(length));
+	length &= HOST_BYTES_MAX - 1;
+	if (bpf_probe_read_user(n->text, length, (void *)name[0]))
+		return 0;
+	n->length = length;
+	return 1;
+}
+
+/* Whether it can be a host's name: letters, digits, "-", "." and "_". */
+INLINE void check_name(struct name *n)
+{
+	for (u32 i = 0; i < HOST_BYTES_MAX; i++) {
+		u32 c = (u8)n->text[i], letter = (c | 32) - 'a';
+		if (i >= REREAD(n->length))
+			break;
+		if (letter > 25 && c - '-' > '9' - '-' && c != '_') {
+			n->length = 0;
+			break;
+		}
+	}
+}
+
+/* The name that rustls keeps, once its location is known: of no length where there is none. */
+INLINE void rustls_name(struct name *n, u64 base, struct name_location *p)
+{
+	n->length = 0;
+	if (p && p->state == NAME_KNOWN && rustls_name_at(n, base, p->offset))
+		check_name(n);
+}
+
+INLINE int same_rustls_name(struct name *n, u64 base, u32 offset, u64 *host)
+{
+	u64 differs = 0;
+
+	if (!offset || !rustls_name_at(n, base, offset))
+		return 0;
+	for (u32 i = 0; i < HOST_BYTES_MAX / 8; i++) {
+		differs |= FOLDED(((u64 *)n->text)[i], host[i]);
+		asm volatile("" : "+r"(differs)); /* sixteen at once would not fit on the stack */
+	}
+	return !differs;
+}
+
+struct rustls_scan {
+	struct name name;
+	u32 states;
+	u32 found;
+	u32 state[RUSTLS_STATES_MAX];
+};
+
+/* Where a pointer to an object with a vtable stands: the state may be that. */
+INLINE void find_states(struct rustls_scan *scan, u64 base)
+{
+	scan->states = 0;
+	for (u32 at = 0; at < RUSTLS_SCAN_BYTES; at += 8) {
+		u64 object[2], table[3];
+		u32 next = REREAD(scan->states);
+		if (next >= RUSTLS_STATES_MAX ||
+		    bpf_probe_read_user(object, sizeof(object), (void *)(base + at)))
+			break;
+		if ((object[0] & 7) || (object[1] & 7) || object[0] >> 16 == 0 || object[1] >> 16 == 0 ||
+		    bpf_probe_read_user(table, sizeof(table), (void *)object[1]))
+			continue;
+		if (table[2] != 8 || table[1] < 32 || table[1] > 8192)
+			continue;
+		scan->state[next & (RUSTLS_STATES_MAX - 1)] = at;
+		scan->states = next + 1;
+	}
+}
+
+/* Where, in one of them, the address of a text stands that begins like the name. */
+INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
+{
+	find_states(scan, base);
+	scan->found = 0;
+	for (u32 i = 0; i < RUSTLS_STATES_MAX; i++) {
+		if (i >= REREAD(scan->states))
+			break;
+		u32 state = scan->state[i];
+		u64 object = 0;
+		if (bpf_probe_read_user(&object, sizeof(object), (void *)(base + state)))
+			break;
+		for (u32 at = 0; at < RUSTLS_STATE_BYTES; at += 8) {
+			u64 name[2], text;
+			if (bpf_probe_read_user(name, sizeof(name), (void *)(object + at)))
+				break;
+			if (name[1] < 8 || name[1] >= HOST_BYTES_MAX || name[0] >> 16 == 0)
+				continue;
+			bpf_probe_read_user(&text, sizeof(text), (void *)name[0]);
+			if (!FOLDED(text, beginning)) {
+				scan->found = state << 16 | at;
+				break;
+			}
+		}
+		if (REREAD(scan->found))
+			break;
+	}
+}
+
+/* Does the connection keep the name that it is known to have, and where? One is enough: address, length
+ * and text in an object behind a vtable are no chance. Where it is known, each new connection shows that
+ * it is still true; several in a row that do not, and it is no longer believed. */
+INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
+{
+	u32 number = cookie & COOKIE_FILE;
+	struct name_location *p = name_locations_get(&number);
+	if (!p || p->state == NAME_GIVEN_UP || p->voter == voter || !host[7])
+		return;
+	p->voter = voter;
+	struct rustls_scan *scan = process_ring_reserve(sizeof(*scan));
+	if (!scan) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	scan->found = p->offset;
+	if (p->state == NAME_SOUGHT)
+		find_rustls_name(scan, base, *(u64 *)host);
+	u32 offset = REREAD(scan->found);
+	int same = same_rustls_name(&scan->name, base, offset, (u64 *)host);
+	process_ring_discard(scan);
+	p->scans += 1;
+	if (same) {
+		p->scans = 0;
+		p->offset = offset;
+		if (p->state != NAME_KNOWN) {
+			p->state = NAME_KNOWN;
+			tell_location(cookie, offset);
+		}
+	} else if (p->state == NAME_ASSUMED) {
+		p->state = NAME_SOUGHT;
+	} else if (p->scans >= RUSTLS_SCANS_MAX) {
+		if (p->state == NAME_KNOWN)
+			tell_location(cookie, 0);
+		p->state = NAME_GIVEN_UP;
+	}
+}
+
+/* HTTP/2 of a name that is not known, on a socket that leads to a provider. */
+INLINE void tell_rustls_unnamed(u64 id, struct tcp_socket *t)
+{
+	if (t->flags & SOCKET_UNNAMED)
+		return;
+	t->flags |= SOCKET_UNNAMED;
+	count(STAT_HTTP2_WITHOUT_NAME, 1);
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	__builtin_memset(r, 0, sizeof(*r));
+	r->size = sizeof(*r);
+	r->kind = KIND_UNNAMED;
+	r->tgid = t->tgid;
+	r->ssl = id;
+	process_ring_submit(r);
+}
+
+/* A thread has written to the socket of a provider's connection: by its name, which the ClientHello told,
+ * what it has encrypted before may be recognised. */
+INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
+{
+	struct rustls_sender *sender = rustls_senders_get(&ids);
+	if (!sender)
+		return;
+	u64 base = sender->base, cookie = sender->cookie, unnamed = sender->unnamed;
+	rustls_senders_drop(&ids);
+	if (unnamed)
+		tell_rustls_unnamed(unnamed, t);
+	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
+		learn_rustls_name(base, t->host, t->opened_ns, cookie);
+}
+
+INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u64 cookie)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = connections_get(&id);
+	known->by_request = 0;
+	if (c && !known->tls12)
+		learn_rustls_name(base, c->host, c->opened_ns, cookie);
+}
+
+/* What was received before the first request: no more than a server's settings. */
+INLINE void rustls_early(struct key *id, struct connection *c, u64 bytes)
+{
+	struct chunk chunk = {
+		.key = id,
+		.connection = c,
+		.offset = &c->received,
+		.now = bpf_ktime_get_ns(),
+		.direction = RECEIVED,
+	};
+	lost(c, STAT_COPY_FAILED_BYTES, bytes);
+	emit_hole(&chunk, bytes);
+}
+
+/* The connection, by a name that is told: 0 unless it is wanted. */
+INLINE struct connection *rustls_named(struct key *id, struct rustls *known, struct name *n)
+{
+	if (wanted_host(n))
+		return admit(id, n, known->state & RUSTLS_MISSED_BEGINNING);
+	known->state = RUSTLS_DENIED;
+	count(STAT_DENIED, 1);
+	return 0;
+}
+
+/* By the name that rustls keeps. */
+INLINE struct connection *rustls_judge_name(struct key *id, struct rustls *known, u64 base, struct name_location *p)
+{
+	struct connection *c = 0;
+	struct name *n = process_ring_reserve(sizeof(*n));
+
+	if (!n) {
+		count(STAT_PROCESS_RING_FULL, 1);
+		return 0;
+	}
+	rustls_name(n, base, p);
+	if (REREAD(n->length))
+		c = rustls_named(id, known, n);
+	process_ring_discard(n);
+	return c;
+}
+
+/* By what is sent, where rustls keeps no name, or it is not known where. */
+INLINE struct connection *rustls_judge_request(struct key *id, struct rustls *known, struct piece *piece)
+{
+	struct connection *c = 0;
+	char first[16] __attribute__((aligned(8)));
+
+	/* Zeros where they cannot be read. What follows a shorter piece does no harm. */
+	bpf_probe_read_user(first, sizeof(first), (void *)piece->address);
+	if (starts_a_request(first)) {
+		struct head *h = process_ring_reserve(sizeof(*h));
+		if (!h) {
+			count(STAT_PROCESS_RING_FULL, 1);
+			return 0;
+		}
+		if (read_host(h, piece->address, REREAD_64(piece->length)))
+			c = rustls_named(id, known, &h->name);
+		process_ring_discard(h);
+	} else if (*(u64 *)first == HTTP2_PREFACE ||
+		   begins_http2_request(piece->address, REREAD_64(piece->length))) {
+		known->state = RUSTLS_UNNAMED;
+	}
+	if (c)
+		known->by_request = 1;
+	else if (known->state == RUSTLS_NEW)
+		known->state = RUSTLS_JOINED;
+	return c;
+}
+
+/* The first data that is sent on a connection, or as long as nothing told its host. */
+INLINE struct connection *rustls_judge(struct key *id, struct rustls *known, struct rustls_layer *layer, u64 base, struct piece *piece, u64 cookie)
+{
+	u32 number = cookie & COOKIE_FILE, early = known->state == RUSTLS_NEW ? known->early : 0;
+	struct name_location *p = name_locations_get(&number);
+	struct connection *c = 0;
+
+	if (p && p->state == NAME_KNOWN)
+		c = rustls_judge_name(id, known, base, p);
+	if (!c && known->state != RUSTLS_DENIED)
+		c = rustls_judge_request(id, known, piece);
+	if (!c)
+		return 0;
+	known->state = RUSTLS_ADMITTED;
+	known->decrypter = layer->decrypter;
+	known->next_received = layer->received;
+	if (early)
+		rustls_early(id, c, early);
+	return c;
+}
+
+/* --- records --- */
+
+/* HTTP/2's first bytes are a constant of the program's, on a page that may not be there yet, of which
+ * reads fail; and always the same. */
+INLINE void emit_http2_preface(struct chunk *c)
+{
+	struct {
+		struct record head;
+		u64 data[HTTP2_PREFACE_BYTES / 8];
+	} *r = ring_reserve(sizeof(*r));
+
+	if (r) {
+		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now);
+		r->head.size = sizeof(*r);
+		r->head.length = r->head.captured = HTTP2_PREFACE_BYTES;
+		r->data[0] = HTTP2_PREFACE;
+		r->data[1] = 0x0a0d302e322f5054ULL; /* "TP/2.0\r\n" */
+		r->data[2] = 0x0a0d0a0d4d530a0dULL; /* "\r\nSM\r\n\r\n" */
+		count(STAT_CHUNKS, 1);
+		ring_submit(r);
+	} else {
+		count(STAT_RING_FULL_RECORDS, 1);
+		lost(c->connection, STAT_RING_FULL_BYTES, HTTP2_PREFACE_BYTES);
+	}
+	*c->offset += HTTP2_PREFACE_BYTES;
+}
+
+/* Steps over the pieces that other records had, to the one in which this record begins. */
+INLINE void find_first_piece(struct rustls_message *m)
+{
+	u64 from = m->from, passed = 0, counted = 0;
+
+	for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) {
+		struct piece piece;
+		if (i >= m->count || bpf_probe_read_user(&piece, sizeof(piece), (void *)(m->pieces + 16 * i)))
+			break;
+		if (from < piece.length)
+			break;
+		from -= piece.length;
+		passed = i + 1;
+	}
+	/* Read back, the verifier forgets which turn ended the loop. */
+	bpf_probe_read_kernel(&counted, sizeof(counted), &passed);
+	m->from = from;
+	m->pieces += 16 * counted;
+	m->count = counted < m->count ? m->count - counted : 0;
+}
+
+/* Copies what is left of the first piece, as far as it belongs to the record. How much is missing then. */
+INLINE u64 copy_piece(struct chunk *c, struct rustls_message *m, u64 left)
+{
+	struct piece piece;
+	u64 length, wanted;
+
+	if (!m->count || bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces))
+		return left;
+	wanted = piece.length > m->from ? piece.length - m->from : 0;
+	if (wanted > left)
+		wanted = left;
+	c->address = piece.address + m->from;
+	m->pieces += 16;
+	m->count -= 1;
+	m->from = 0;
+	/* By way of memory: of a number in a register the verifier would follow every class of sizes. */
+	bpf_probe_read_kernel(&length, sizeof(length), &wanted);
+	if (length)
+		emit_tail(c, length);
+	return left - length;
+}
+
+/* The pieces that are left, in one. What follows a piece that cannot be read is a hole. The verifier
+ * wants room for two pieces of the largest size. */
+#define GATHER(room) \
+	do { \
+		struct { \
+			struct record head; \
+			char data[2 * room]; \
+		} *r = ring_reserve(sizeof(*r)); \
+		if (!r) { \
+			count(STAT_RING_FULL_RECORDS, 1); \
+			lost(c->connection, STAT_RING_FULL_BYTES, total); \
+			break; \
+		} \
+		fill(&r->head, KIND_CHUNK, c->key, c->connection, c->now); \
+		r->head.direction = SENT; \
+		r->head.offset = *c->offset; \
+		r->head.length = total; \
+		u64 at = 0; \
+		for (u32 i = 0; i < RUSTLS_PIECES_MAX; i++) { \
+			struct piece piece; \
+			if (at >= total || at >= room || i >= m->count || \
+			    bpf_probe_read_user(&piece, sizeof(piece), (void *)(m->pieces + 16 * i))) \
+				break; \
+			u64 wanted = piece.length; \
+			if (wanted > total - at) \
+				wanted = total - at; \
+			asm volatile("" : "+r"(wanted)); /* as in EMIT */ \
+			if (wanted > room || bpf_probe_read_user(r->data + at, wanted, (void *)piece.address)) \
+				break; \
+			at += wanted; \
+		} \
+		if (at > total) \
+			at = total; \
+		if (at < total) \
+			lost(c->connection, STAT_COPY_FAILED_BYTES, total - at); \
+		r->head.captured = at; \
+		r->head.size = sizeof(r->head) + at; \
+		count(STAT_CHUNKS, 1); \
+		ring_submit(r); \
+	} while (0)
+
+/* A record is a part of what the program has given in several pieces. It seldom has more than two. */
+INLINE void copy_pieces(struct chunk *c, struct rustls_message *m, u64 total)
+{
+	find_first_piece(m);
+	total = copy_piece(c, m, total);
+	if (!total)
+		return;
+	total = copy_piece(c, m, total);
+	if (!total)
+		return;
+	if (total <= 1024)
+		GATHER(1024);
+	else
+		GATHER(PIECE_BYTES_MAX);
+	*c->offset += total;
+}
+
+/* One record that is sent, whole or, past a request's limit, not at all. */
+INLINE void copy_message(struct chunk *c, struct rustls_message *m, struct piece *first, u64 total)
+{
+	u64 filled_before = ring_query(0 /* filled */);
+	char byte;
+
+	if (begin_copy(c, total)) {
+		count(STAT_REQUEST_CUT_BYTES, total);
+		emit_hole(c, total);
+		return;
+	}
+	if (!*c->offset && first->length == HTTP2_PREFACE_BYTES &&
+	    bpf_probe_read_user(&byte, 1, (void *)first->address)) {
+		emit_http2_preface(c);
+		m->from += HTTP2_PREFACE_BYTES;
+		total -= HTTP2_PREFACE_BYTES;
+	}
+	if (total)
+		copy_pieces(c, m, total);
+	nudge(filled_before);
+}
+
+INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustls_layer *layer, u64 base, struct rustls_message *m, u64 cookie)
+{
+	struct piece piece;
+	u64 total = m->to - m->from;
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = 0;
+
+	if (!total || total > PIECE_BYTES_MAX ||
+	    bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces))
+		return;
+	if (m->from)
+		piece.length = 0; /* no beginning of anything */
+	if (known->state == RUSTLS_ADMITTED) {
+		c = connections_get(&id);
+		if (!c)
+			known->state = RUSTLS_DENIED; /* its socket has ended */
+	} else {
+		c = rustls_judge(&id, known, layer, base, &piece, cookie);
+	}
+	if (!c)
+		return;
+	struct chunk chunk = {
+		.key = &id,
+		.connection = c,
+		.offset = &c->sent,
+		.address = piece.address,
+		.now = bpf_ktime_get_ns(),
+		.direction = SENT,
+	};
+	if (!proved(&chunk, total, cookie)) {
+		known->state = RUSTLS_DENIED;
+		return;
+	}
+	if (!c->linked) {
+		u64 ids = 0;
+		u32 zero = 0;
+		struct settings *s = settings_get(&zero);
+		if (s) {
+			ids = current_ids(s);
+			writing_set(&ids, &id.ssl);
+		}
+	}
+	copy_message(&chunk, m, &piece, total);
+}
+
+/* Of an alert nothing is read: whatever it says, the client is about to end. */
+INLINE void rustls_sent_alert(struct key *key, struct rustls *known)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
+	if (!c)
+		return;
+	if (!c->linked) { /* nothing else will tell of its end */
+		close_connection(&id, c);
+		rustls_connections_drop(key);
+		return;
+	}
+	struct record *record = ring_reserve(sizeof(*record));
+	if (!record)
+		return;
+	fill(record, KIND_SHUTDOWN, &id, c, bpf_ktime_get_ns());
+	ring_submit(record);
+}
+
+SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
+	u64 base = rustls_base(r, cookie);
+	struct rustls_layer layer;
+	if (bpf_probe_read_user(&layer, sizeof(layer), (void *)(base + RUSTLS_ENCRYPTER)))
+		return 0;
+	u64 sent = layer.sent - (cookie >> RUSTLS_COUNTED & 1);
+	struct key key = {.ssl = layer.encrypter, .tgid = ids >> 32};
+	struct rustls *known = rustls_of(s, &key, &layer, base, sent, cookie);
+	if (!known)
+		return 0;
+	known->next_sent = sent + 1;
+	if (known->state == RUSTLS_DENIED)
+		return 0;
+	struct rustls_message m;
+	u64 message = rustls_object(r, cookie);
+	if (bpf_probe_read_user(&m, sizeof(m), (void *)message))
+		return 0;
+	if (!m.pieces) { /* by way of memory: the verifier would follow both forms through all that comes */
+		u64 alike[4] = {message + 8, 1, 0, m.from};
+		bpf_probe_read_kernel(&m, sizeof(alike), alike);
+	}
+	if (m.content == RUSTLS_ALERT) {
+		rustls_sent_alert(&key, known);
+		return 0;
+	}
+	u32 number = cookie & COOKIE_FILE;
+	struct name_location *p = name_locations_get(&number);
+	if (m.content == RUSTLS_DATA)
+		rustls_sent_data(&key, known, &layer, base, &m, cookie);
+	int of_use = p && p->state != NAME_GIVEN_UP && (p->state != NAME_KNOWN || m.content == RUSTLS_HANDSHAKE);
+	if (of_use || known->state == RUSTLS_UNNAMED) {
+		struct rustls_sender sender = {.base = base, .cookie = cookie};
+		if (known->state == RUSTLS_UNNAMED)
+			sender.unnamed = known->id;
+		rustls_senders_set(&ids, &sender);
+	}
+	if (m.content == RUSTLS_DATA) {
+		if (known->by_request)
+			learn_by_request(&key, known, base, cookie);
+	} else if (m.content == RUSTLS_HANDSHAKE) {
+		u8 type = 0;
+		known->tls12 = 1; /* if data follows with the same key */
+		struct piece piece;
+		if (known->state == RUSTLS_ADMITTED && m.count == 1 &&
+		    !bpf_probe_read_user(&piece, sizeof(piece), (void *)m.pieces) &&
+		    !bpf_probe_read_user(&type, 1, (void *)piece.address) && type == RUSTLS_KEY_UPDATE)
+			rustls_await_update(&key, known, base);
+	}
+	return 0;
+}
+
+SECTION("uprobe/enter_rustls_receive") int enter_rustls_receive(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
+	u64 base = rustls_base(r, cookie);
+	struct rustls_layer layer;
+	struct rustls_call *call = rustls_calls_get(&ids);
+	if (call)
+		call->encrypter = 0;
+	if (bpf_probe_read_user(&layer, sizeof(layer), (void *)(base + RUSTLS_ENCRYPTER)))
+		return 0;
+	struct key key = {.ssl = layer.encrypter, .tgid = ids >> 32};
+	struct rustls *known = rustls_of(s, &key, &layer, base, layer.sent, cookie);
+	if (!known || (known->state != RUSTLS_ADMITTED && known->state != RUSTLS_NEW))
+		return 0;
+	struct rustls_call begun = {.encrypter = layer.encrypter, .id = known->id};
+	if (call)
+		*call = begun;
+	else if (rustls_calls_set(&ids, &begun))
+		count(STAT_THREAD_TABLE_FULL, 1);
+	return 0;
+}
+
+SECTION("uprobe/leave_rustls_receive") int leave_rustls_receive(struct registers *r)
+{
+	u32 zero = 0;
+	struct settings *s = settings_get(&zero);
+	if (!s)
+		return 0;
+	u64 ids = current_ids(s), cookie = OWN_PART(bpf_get_attach_cookie(r));
+	struct rustls_call *call = rustls_calls_get(&ids);
+	if (!call || !call->encrypter)
+		return 0;
+	struct key key = {.ssl = call->encrypter, .tgid = ids >> 32};
+	u64 called = call->id;
+	call->encrypter = 0;
+	struct rustls *known = rustls_connections_get(&key);
+	struct rustls_result result;
+	if (!known || known->id != called ||
+	    bpf_probe_read_user(&result, sizeof(result), (void *)rustls_object(r, cookie)) ||
+	    result.tag != (cookie >> RUSTLS_REST & 0xff) || result.length > PIECE_BYTES_MAX)
+		return 0;
+	known->next_received += 1;
+	if (known->state == RUSTLS_NEW) {
+		if (result.content == RUSTLS_DATA)
+			known->early += result.length;
+		return 0;
+	}
+	struct key id = {.ssl = known->id, .tgid = key.tgid};
+	struct connection *c = connections_get(&id);
+	if (!c) {
+		known->state = RUSTLS_DENIED; /* its socket has ended */
+	} else if (result.content == RUSTLS_ALERT) {
+		close_connection(&id, c);
+		rustls_connections_drop(&key);
+	} else if (result.content == RUSTLS_HANDSHAKE) {
+		u8 type = 0;
+		bpf_probe_read_user(&type, 1, (void *)result.address);
+		known->received_update = type == RUSTLS_KEY_UPDATE;
+	} else if (result.content == RUSTLS_DATA && result.length) {
+		struct chunk chunk = {
+			.key = &id,
+			.connection = c,
+			.offset = &c->received,
+			.address = result.address,
+			.now = bpf_ktime_get_ns(),
+			.direction = RECEIVED,
+		};
+		u64 filled_before = ring_query(0 /* filled */);
+		if (!proved(&chunk, result.length, cookie)) {
+			known->state = RUSTLS_DENIED;
+			return 0;
+		}
+		begin_copy(&chunk, result.length);
+		emit_tail(&chunk, result.length);
+		nudge(filled_before);
+	}
+	return 0;
+}
+
 /* ---- names and ends -------------------------------------------------------------------------- */
 
 SECTION("uprobe/enter_ctrl") int enter_ctrl(struct registers *r)
@@ -1799,8 +2764,11 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
 	end_connections(tgid);
-	if (!in_scope(s, tgid))
+	if (!in_scope(s, tgid)) {
+		if ((membership(tgid) & (TREE_IN_SCOPE | TREE_EXCLUDED)) == TREE_IN_SCOPE)
+			count(STAT_RAN_AS_ANOTHER_USER, 1);
 		return 0;
+	}
 	if (s->pid_namespace) { /* user space cannot look it up by the id of its fork */
 		u32 member = membership(tgid);
 		if (member)
@@ -2009,6 +2977,7 @@ INLINE void link_socket(struct tcp_socket *t)
 		return;
 	u64 ids = current_ids(s);
 	u64 *ssl = writing_get(&ids);
+	learn_by_socket(ids, t);
 	if (!ssl)
 		return;
 	struct key key = {.ssl = *ssl, .tgid = ids >> 32};
@@ -2083,15 +3052,22 @@ struct hello {
 
 #define BIG_ENDIAN_16(b) ((u32)(b)[0] << 8 | (b)[1])
 
+/* Bytes of the ClientHello, which lies in memory of ours; 0 where it does not reach that far. */
+INLINE int hello_at(struct hello *h, const u8 *hello, u32 at, u8 *bytes, u32 length)
+{
+	if (at + length > REREAD(h->end))
+		return 0;
+	return !bpf_probe_read_kernel(bytes, length, hello + at);
+}
+
 /* Finds the name and whether there is an encrypted ClientHello, from the extensions on (RFC 8446,
  * 4.1.2). */
-INLINE void read_extensions(struct hello *h, u64 base)
+INLINE void read_extensions(struct hello *h, const u8 *hello)
 {
 	u8 extension[4] = {};
 	for (int i = 0; i < EXTENSIONS_MAX; i++) {
 		u32 at = REREAD(h->position);
-		if (at + sizeof(extension) > REREAD(h->end) ||
-		    bpf_probe_read_user(extension, sizeof(extension), (void *)(base + at)))
+		if (!hello_at(h, hello, at, extension, sizeof(extension)))
 			break;
 		u32 type = BIG_ENDIAN_16(extension);
 		if (type == 0)
@@ -2102,7 +3078,7 @@ INLINE void read_extensions(struct hello *h, u64 base)
 	}
 }
 
-INLINE void read_hello(struct hello *h, u64 base, u64 length)
+INLINE void read_hello(struct hello *h, const u8 *hello, u32 length)
 {
 	u8 bytes[5] = {};
 	u32 at = 43; /* behind record and handshake heads, version, random */
@@ -2112,25 +3088,25 @@ INLINE void read_hello(struct hello *h, u64 base, u64 length)
 	h->name_at = 0;
 	h->encrypted = 0;
 	h->end = length;
-	if (bpf_probe_read_user(bytes, 1, (void *)(base + at))) /* session */
+	if (!hello_at(h, hello, at, bytes, 1)) /* session */
 		return;
 	at += 1 + bytes[0];
-	if (bpf_probe_read_user(bytes, 2, (void *)(base + at))) /* ciphers */
+	if (!hello_at(h, hello, at, bytes, 2)) /* ciphers */
 		return;
 	at += 2 + BIG_ENDIAN_16(bytes);
-	if (bpf_probe_read_user(bytes, 1, (void *)(base + at))) /* compression */
+	if (!hello_at(h, hello, at, bytes, 1)) /* compression */
 		return;
 	h->position = at + 1 + bytes[0] + 2;
-	read_extensions(h, base);
+	read_extensions(h, hello);
 	at = REREAD(h->name_at);
-	if (!at || bpf_probe_read_user(bytes, sizeof(bytes), (void *)(base + at)) || bytes[2])
+	if (!at || !hello_at(h, hello, at, bytes, sizeof(bytes)) || bytes[2])
 		return;
 	u64 named = BIG_ENDIAN_16(bytes + 3);
-	if (!named || named >= HOST_BYTES_MAX - 1)
+	if (!named || named >= HOST_BYTES_MAX - 1 || at + 5 + named > REREAD(h->end))
 		return;
 	asm volatile("" : "+r"(named));
 	named &= HOST_BYTES_MAX - 1;
-	if (bpf_probe_read_user(h->name.text, named, (void *)(base + at + 5)))
+	if (bpf_probe_read_kernel(h->name.text, named, hello + at + 5))
 		return;
 	h->name.length = named;
 }
@@ -2145,14 +3121,16 @@ INLINE void host_by_address(struct tcp_socket *t)
 }
 
 /* A connection's ClientHello: 1 where it leads to a provider, or may. */
-INLINE int judge_hello(struct tcp_socket *t, u64 base, u64 length)
+INLINE int judge_hello(struct tcp_socket *t, const u8 *hello, u32 length)
 {
 	struct hello *h = process_ring_reserve(sizeof(*h));
 	if (!h) {
 		count(STAT_PROCESS_RING_FULL, 1);
 		return 0;
 	}
-	read_hello(h, base, length);
+	read_hello(h, hello, length);
+	if (length >= HELLO_RANDOM_AT + sizeof(t->hello))
+		bpf_probe_read_kernel(&t->hello, sizeof(t->hello), hello + HELLO_RANDOM_AT);
 	if (REREAD(h->name_at) == 0) {
 		t->flags |= SOCKET_NO_NAME;
 		host_by_address(t);
@@ -2184,11 +3162,36 @@ INLINE int holds_request(struct tcp_socket *t, const u8 *head, u32 length)
 	return length > ALERT_BYTES_MAX;
 }
 
+#define RECORD_HEAD_BYTES 6 /* its kind, version and length, and the first byte of its content */
+
+/* The head of a TLS record at `at`, which `left` bytes of this piece hold, the rest the next one. */
+INLINE int record_head(struct payload *p, u64 at, u64 left, u64 next, u8 *head)
+{
+	u64 first = 0, rest = 0, piece[2] = {};
+	u32 here = left < RECORD_HEAD_BYTES ? left : RECORD_HEAD_BYTES;
+
+	if (!here || bpf_probe_read_user(&first, here, (void *)at))
+		return 0;
+	if (here < RECORD_HEAD_BYTES && next < p->count) {
+		if (bpf_probe_read_user(piece, sizeof(piece), (void *)(p->vector + 16 * next)))
+			return 0;
+		u32 there = RECORD_HEAD_BYTES - here;
+		if (piece[1] < there)
+			there = piece[1];
+		if (there && bpf_probe_read_user(&rest, there & 7, (void *)piece[0]))
+			return 0;
+		first |= rest << (8 * here);
+		here += there;
+	}
+	*(u64 *)head = first;
+	return here >= RECORD_HEAD_BYTES - 1; /* of a head that is sent alone no content is known */
+}
+
 /* Steps over the heads of the records in what was sent, up to the first that can hold a request. */
 INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 {
 	u64 piece[2] = {}, left = p->length, at = p->base, next = 1;
-	u8 head[6] = {};
+	u8 head[8] __attribute__((aligned(8))) = {};
 	for (int i = 0; i < RECORDS_MAX; i++) {
 		if (t->skip >= left) {
 			t->skip -= left;
@@ -2205,7 +3208,7 @@ INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 		left -= t->skip;
 		t->skip = 0;
 		u32 length;
-		if (left < sizeof(head) || bpf_probe_read_user(head, sizeof(head), (void *)at))
+		if (!record_head(p, at, left, next, head))
 			break;
 		length = BIG_ENDIAN_16(head + 3);
 		if (head[0] < 20 || head[0] > 24 || head[1] != 3)
@@ -2219,11 +3222,41 @@ INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 	t->flags &= ~SOCKET_FOLLOWED; /* user space judges by the number of bytes (sockets.py) */
 }
 
+/* Put what was sent behind what the connection has sent of its ClientHello. */
+INLINE void gather_hello(struct hello_room *room, struct payload *p, u64 total)
+{
+	u64 at = p->base, left = p->length, next = 1, piece[2] = {};
+	for (int i = 0; i < HELLO_PIECES_MAX; i++) {
+		u32 have = REREAD(room->hello.length);
+		if (have >= HELLO_BYTES_MAX)
+			break;
+		u64 more = left < total ? left : total;
+		if (more >= HELLO_BYTES_MAX)
+			more = HELLO_BYTES_MAX - 1;
+		asm volatile("" : "+r"(more));
+		more &= HELLO_BYTES_MAX - 1;
+		if (more && bpf_probe_read_user(room->hello.bytes + (have & (HELLO_BYTES_MAX - 1)), more, (void *)at))
+			break;
+		have += more;
+		room->hello.length = have < HELLO_BYTES_MAX ? have : HELLO_BYTES_MAX;
+		total -= more;
+		if (!total || next >= p->count ||
+		    bpf_probe_read_user(piece, sizeof(piece), (void *)(p->vector + 16 * next)))
+			break;
+		at = piece[0];
+		left = piece[1];
+		next += 1;
+	}
+}
+
 /* A write on a connection of which it is not known yet where it leads. */
 INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 {
 	struct payload p = {};
-	u8 head[6] __attribute__((aligned(8))) = {};
+	u32 zero = 0, before = 0;
+	struct hello_room *room = hello_scratch_get(&zero);
+	if (!room)
+		return;
 
 	t->writes += 1;
 	if (!find_payload(&p, total)) {
@@ -2234,21 +3267,35 @@ INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return;
 		}
-	} else if (p.length >= sizeof(head) && !bpf_probe_read_user(head, sizeof(head), (void *)p.base)) {
-		if (head[0] == 22 && head[1] == 3 && head[5] == 1) {
-			if (!judge_hello(t, p.base, p.length)) {
+	} else {
+		const u8 *head = room->hello.bytes;
+		struct hello_bytes *begun = hellos_get(&sk);
+		room->hello.length = 0;
+		if (begun && !bpf_probe_read_kernel(&room->hello, sizeof(room->hello), begun)) {
+			before = REREAD(room->hello.length);
+			hellos_drop(&sk);
+		}
+		gather_hello(room, &p, total);
+		u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
+		u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
+		if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
+			hellos_set(&sk, &room->hello);
+			return;
+		}
+		if (may_be) {
+			if (!judge_hello(t, head, have)) {
 				sockets_drop(&sk);
 				return;
 			}
 			t->state = SOCKET_SEEN;
 			t->hello_sent = t->sent;
 			t->flags |= SOCKET_FOLLOWED;
-			t->skip = 5 + BIG_ENDIAN_16(head + 3);
+			t->skip = whole > before ? whole - before : 0;
 			follow_records(t, &p);
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return;
 		}
-		if (*(u32 *)head == 0x4e4e4f43 /* CONN */)
+		if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
 			t->flags |= SOCKET_ASKED_PROXY;
 	}
 	if (t->writes >= HELLO_WRITES_MAX)
@@ -2320,6 +3367,12 @@ SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
 	struct tcp_socket *t = sockets_get(&sk);
 	if (!t)
 		return 0;
+	if (t->linked & RUSTLS_ID) { /* rustls frees a connection where nobody sees it */
+		struct key key = {.ssl = t->linked, .tgid = t->tgid};
+		struct connection *c = connections_get(&key);
+		if (c)
+			close_connection(&key, c);
+	}
 	if (t->state == SOCKET_SEEN)
 		tell_socket(KIND_SOCKET_ENDED, sk, t);
 	sockets_drop(&sk);
@@ -2440,6 +3493,7 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	u64 ids = current_ids(s);
 	u32 tgid = ids >> 32, tid = ids;
 	threads_drop(&ids);
+	rustls_calls_drop(&ids);
 	writing_drop(&ids);
 	u32 born = bpf_get_current_pid_tgid();
 	births_drop(&born);

@@ -23,7 +23,7 @@ RECORD = struct.Struct("=IHBBIIQQQQII")
 CONNECTION_KEY = struct.Struct("=QII")
 CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
 # `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, tgid, uid, run,
-# port, family, address, state, writes, flags, unused, comm, host.
+# port, family, address, state, writes, flags, hello, comm, host.
 SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHI16s128s")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
@@ -33,8 +33,11 @@ PATH_BYTES, PROJECT_BYTES = 256, 208
 
 OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, NOT_HTTP, LOOKUP, UNNAMED, LEARNED = range(1, 12)
 SOCKET_SEEN, SOCKET_ENDED, USED, QUIC = range(12, 16)
+RECORDS_MISSED = 22
 PROCESS, REPORT, REPLY, PROBLEM, HELLO, CONNECTIONS = range(16, 22)
 FLAG_JOINED = 1
+RUSTLS_ID = 1 << 63
+"""Set in what stands for the SSL object of a rustls connection: it has none."""
 
 # The order of `enum statistic`: counters, all since the helper started.
 STATISTICS = (
@@ -55,6 +58,8 @@ STATISTICS = (
     "denied",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
+    "records_missed",
 )
 LOSS_CAUSES = (
     "ring_full_bytes",
@@ -71,6 +76,8 @@ EVENT_LOSS_CAUSES = (
     "http2_without_name",
     "not_http",
     "socket_table_full",
+    "ran_as_another_user",
+    "records_missed",
     "files_over_limit",  # the helper's own count: there was no room for a file or its probes
 )
 
@@ -85,6 +92,7 @@ class SocketFlag(enum.IntFlag):
     FINISHED = 64
     LATE = 128
     FOLLOWED = 256
+    UNNAMED = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,8 @@ class Socket:
     """A TCP connection as the kernel's socket shows it; `family` is AF_INET or AF_INET6.
 
     `hello_sent` is what of `sent` the ClientHello took, `used_ns` when the first request was sent
-    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none).
+    (0: none was seen), `linked` the SSL object that the probes saw write on it (0: none). `hello`
+    is a part of the ClientHello's random bytes (0: none was read).
     """
 
     opened_ns: int
@@ -112,6 +121,7 @@ class Socket:
     flags: SocketFlag
     comm: str
     host: str
+    hello: int = 0
 
 
 def decode_socket(raw: bytes) -> Socket:
@@ -120,7 +130,7 @@ def decode_socket(raw: bytes) -> Socket:
         raise ProtocolViolation(f"a socket of {len(raw)} bytes")
     fields = SOCKET.unpack_from(raw)
     opened, born, sent, received, hello_sent, used, linked, _ = fields[:8]
-    tgid, uid, run, port, family, address, state, _, flags, _, comm, host = fields[8:]
+    tgid, uid, run, port, family, address, state, _, flags, hello, comm, host = fields[8:]
     return Socket(
         opened,
         born,
@@ -139,6 +149,7 @@ def decode_socket(raw: bytes) -> Socket:
         SocketFlag(flags),
         text(comm),
         text(host),
+        hello,
     )
 
 

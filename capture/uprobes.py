@@ -762,6 +762,13 @@ class UprobeSource:
         answer = self._ask({"do": "search", "programs": list(programs)}, timeout_s)
         return int(answer["searching"])
 
+    def pace(self, pause_ms: int, timeout_s: float = 5.0) -> None:
+        """Let plaintext gather for so long (1 to 1,000 ms) before it comes; 1,000 is usual.
+
+        Raises Unavailable.
+        """
+        self._ask({"do": "pace", "ms": pause_ms}, timeout_s)
+
     def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
         """Replace the list of hosts; connections already admitted stay so."""
         self.hosts = tuple(hosts)

@@ -1,5 +1,5 @@
 """`python -m halton_meter`."""
 
-from halton_meter.cli import main
+from halton_meter.entry import main
 
-main(prog_name="halton-meter")
+main()

@@ -1,8 +1,10 @@
-"""Which project a process works for: the first of eight signs that is there.
+"""Which project a process works for: the first of nine signs that is there.
 
-The order is the product's promise: HALTON_PROJECT, `.haltonrc` in a parent folder, the IDE's
-workspace, the git repository, the parent processes, the folder's name, `misc`; a process in a
-container is `docker:NAME` unless its HALTON_PROJECT says otherwise. Nothing is executed, git least
+The order is the product's promise: HALTON_PROJECT, `.haltonrc` in a parent folder, the user's rules
+(`[projects]` of config.toml: by folder, by git's remote, by program), the IDE's workspace, the git
+repository, the parent processes, the folder's name, `misc`; a process in a container is
+`docker:NAME` unless its HALTON_PROJECT or a rule for its program says otherwise. What has an alias
+in the rules goes by the name that they give. Nothing is executed, git least
 of all: a repository's configuration can name commands. Every file read is bounded, must be a
 regular file, and is read with the rights of whoever runs this.
 """
@@ -19,6 +21,7 @@ from pathlib import PurePosixPath
 from typing import Protocol
 
 from halton_meter.model import Process
+from halton_meter.project_rules import NO_RULES, ProjectRules
 
 DEFAULT_PROJECT = "misc"
 
@@ -117,6 +120,15 @@ class LocalFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class _Git:
+    """A repository: its folder, its git folder, and the git folder that its worktrees share."""
+
+    folder: str
+    git: str
+    common: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Place:
     """What a folder says: the project, and the HEAD file that tells the branch."""
 
@@ -127,8 +139,11 @@ class _Place:
 class Attribution:
     """Names projects, remembering each process's answer; only its branch is looked up anew."""
 
-    def __init__(self, files: Files | None = None) -> None:
+    def __init__(self, files: Files | None = None, rules: ProjectRules = NO_RULES) -> None:
         self._files: Files = LocalFiles() if files is None else files
+        self._rules = rules
+        # What ~ means in rules: they are this user's, also for other users' processes.
+        self._own_home = self._files.home_of(os.getuid())
         self._known: OrderedDict[Process, _Place] = OrderedDict()
 
     def __call__(self, process: Process) -> tuple[str | None, str | None]:
@@ -142,22 +157,57 @@ class Attribution:
                 self._known.popitem(last=False)
         return place.project, self._branch(place.head_path)
 
+    def use_rules(self, rules: ProjectRules) -> None:
+        """Decide by other rules from now on."""
+        self._rules = rules
+        self._known.clear()
+
+    def by_rules(self, process: Process, project: str | None) -> str | None:
+        """The project of an event that is stored with `project`, by the rules as they are now.
+
+        It stays where no rule matches, and where HALTON_PROJECT or a `.haltonrc` names it; then
+        only an alias counts. Of the process, only what is stored is known; folders are read anew.
+        """
+        cwd, ruled = _folder(process.cwd), None
+        if process.container is not None and not process.project_hint:
+            ruled = self._rules.of_process(process.exe, process.argv)
+        elif not process.project_hint and not (cwd and self._rc(cwd)):
+            ruled = self._ruled(process, cwd)
+        found = ruled or project
+        return self._rules.renamed(found) if found is not None else None
+
     def _place(self, process: Process) -> _Place:
+        place = self._found(process)
+        return _Place(self._rules.renamed(place.project or DEFAULT_PROJECT), place.head_path)
+
+    def _found(self, process: Process) -> _Place:
         hint = clean_name(process.project_hint)
         if process.container is not None:
-            return _Place(hint or f"docker:{_container_name(process.container)}", None)
+            ruled = self._rules.of_process(process.exe, process.argv) if self._rules else None
+            return _Place(hint or ruled or f"docker:{_container_name(process.container)}", None)
         cwd = _folder(process.cwd)
         home = self._files.home_of(process.uid)
         git = self._repository(cwd, home) if cwd else None
         project = (
             hint
-            or (cwd and (self._rc(cwd) or self._workspace(cwd, home)))
+            or (cwd and self._rc(cwd))
+            or (self._ruled(process, cwd) if self._rules else None)
+            or (cwd and self._workspace(cwd, home))
             or (git and git.project)
             or self._from_parents(process, home)
             or (cwd and _folder_name(cwd, home))
             or DEFAULT_PROJECT
         )
         return _Place(project, git.head_path if git else None)
+
+    def _ruled(self, process: Process, cwd: str | None) -> str | None:
+        """By the folder, as the most exact; then by the repository, then by the program."""
+        rules = self._rules
+        return (
+            (rules.of_path(cwd, self._own_home) if cwd is not None else None)
+            or (rules.of_remote(self._remote(cwd)) if cwd and rules.read_remotes else None)
+            or rules.of_process(process.exe, process.argv)
+        )
 
     def _rc(self, cwd: str) -> str | None:
         for folder in _upward(cwd):
@@ -187,6 +237,19 @@ class Attribution:
         return None
 
     def _repository(self, cwd: str, home: str | None) -> _Place | None:
+        found = self._git_of(cwd)
+        if found is None or found.folder == home:
+            return None  # dotfiles under version control do not make home a project
+        url = self._origin(found.common)
+        name = _name_in(url) if url else None
+        return _Place(name or _repository_folder(found.common, found.folder), f"{found.git}/HEAD")
+
+    def _remote(self, cwd: str) -> str | None:
+        """The address of the remote "origin" of the repository that a folder is in."""
+        found = self._git_of(cwd)
+        return self._origin(found.common) if found is not None else None
+
+    def _git_of(self, cwd: str) -> _Git | None:
         for folder in _upward(cwd):
             dot_git = f"{folder}/.git"
             git: str | None
@@ -197,12 +260,8 @@ class Attribution:
                 common = self._common_git(git or "")
             else:
                 continue
-            if not git or self._files.read(f"{git}/HEAD") is None:
-                continue
-            if folder == home:
-                return None  # dotfiles under version control do not make home a project
-            name = self._origin_name(common) or _repository_folder(common, folder)
-            return _Place(name, f"{git}/HEAD")
+            if git and self._files.read(f"{git}/HEAD") is not None:
+                return _Git(folder, git, common)
         return None
 
     def _common_git(self, git: str) -> str:
@@ -211,15 +270,14 @@ class Attribution:
         text = _first_line(raw) if raw is not None else None
         return os.path.normpath(os.path.join(git, text)) if text else git
 
-    def _origin_name(self, git: str) -> str | None:
+    def _origin(self, git: str) -> str | None:
         raw = self._files.read(f"{git}/config")
         section = ""
         for line in map(str.strip, (raw or b"").decode(errors="replace").splitlines()):
             if line.startswith("["):
                 section = line
             elif section == '[remote "origin"]' and line.replace(" ", "").startswith("url="):
-                url = line.partition("=")[2].strip().rstrip("/")
-                return clean_name(re.split(r"[/:]", url)[-1].removesuffix(".git"))
+                return line.partition("=")[2].strip().rstrip("/")
         return None
 
     def _from_parents(self, process: Process, home: str | None) -> str | None:
@@ -227,7 +285,11 @@ class Attribution:
             cwd = _folder(self._files.cwd_of(pid, process.started_ns)) if pid > 1 else None
             if cwd is None or cwd == _folder(process.cwd):
                 continue
-            name = self._rc(cwd) or self._workspace(cwd, home)
+            name = (
+                self._rc(cwd)
+                or self._rules.of_path(cwd, self._own_home)
+                or self._workspace(cwd, home)
+            )
             git = self._repository(cwd, home)
             if name or git:
                 return name or (git.project if git else None)
@@ -245,6 +307,11 @@ def clean_name(name: str | None) -> str | None:
         return None
     text = "".join(c for c in name[: NAME_CHARACTERS_MAX * 4] if c.isprintable()).strip()
     return text[:NAME_CHARACTERS_MAX].strip() or None
+
+
+def _name_in(url: str) -> str | None:
+    """The repository's name in a remote's address."""
+    return clean_name(re.split(r"[/:]", url)[-1].removesuffix(".git"))
 
 
 def _folder(path: str | None) -> str | None:

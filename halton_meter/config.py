@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halton_meter import toml_file
+from halton_meter import budget_settings, toml_file
+from halton_meter.budget import Budget
 from halton_meter.problem import Problem
+from halton_meter.project_rules import ProjectRule, ProjectRules, read_rules
 from halton_meter.toml_file import Document, NotToml, nearest, parsed, shown_value
 
 HOME_VARIABLE = "HALTON_METER_HOME"
@@ -25,6 +27,7 @@ CONFIG_BYTES_MAX = 256 * 1024
 SYSTEM_CONFIG = Path("/etc/halton-meter/config.toml")
 HOSTS_MAX = 256
 PROXY_PORT = 8081
+RETENTION_DAYS_MAX = 36_500
 LINES_MAX = 10  # of wrong values, and of what has no effect, each
 
 # A host name, or "*." and one: what the kernel's list can hold.
@@ -72,7 +75,9 @@ class Config:
     the provider whose API they speak ("anthropic", "gateway", "openai:our-name"). `users` are the
     accounts whose processes the service meters besides the owner's; `all_users` means everybody:
     both count in root's own file only (`load_system`), as nobody decides for another user.
-    `loader` is "auto", "bcc" or "libbpf".
+    `loader` is "auto", "bcc" or "libbpf". `projects` are rules for which project a process works
+    for; after `retention_days` days events are deleted (None: never). `budgets` are the sound ones
+    of `[budgets]`.
     """
 
     openai_compatible_hosts: tuple[str, ...] = ()
@@ -81,6 +86,14 @@ class Config:
     all_users: bool = False
     loader: str = "auto"
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    projects: tuple[ProjectRule, ...] = ()
+    retention_days: int | None = None
+    budgets: tuple[Budget, ...] = ()
+
+    @property
+    def project_rules(self) -> ProjectRules:
+        """The rules, to be asked."""
+        return ProjectRules(self.projects)
 
     @property
     def extra_hosts(self) -> dict[str, str]:
@@ -118,6 +131,11 @@ def read(home: Path) -> Loaded:
 def load(home: Path) -> Config:
     """Read `config.toml` in `home`; without one, the defaults. Raises ConfigError."""
     return read(home).sound()
+
+
+def judged(document: Document) -> Loaded:
+    """What a user's file says that was read already."""
+    return _judged(document, of_system=False)
 
 
 def parse(raw: bytes, name: str) -> Config:
@@ -188,6 +206,7 @@ def _judged(document: Document, *, of_system: bool) -> Loaded:
             judge.unknown(key)
     if of_system:
         judge.accounts()
+        judge.users_only()
     else:
         judge.root_only()
     return Loaded(Config(**judge.right), _bounded(judge.wrong), _bounded(judge.notes))
@@ -224,6 +243,10 @@ class _Judge:
         if key in _DEAD:
             self.note(f"{key} has no effect, and never had; remove it", key)
             return
+        if key == "bodies":
+            what = "prompts and answers are never kept, whatever it says"
+            self.note(f"bodies has no effect: {what}; remove it", key)
+            return
         if key in _PROXY:
             hint = f"; did you mean it under [proxy]? Then write {key} below that line"
         elif near := nearest(key, _CHECKS):
@@ -240,6 +263,12 @@ class _Judge:
             if self.right.get(key):
                 what = f"{key} has no effect here; only root chooses users: put it into"
                 self.note(f"{what} {SYSTEM_CONFIG}", key)
+
+    def users_only(self) -> None:
+        """What is kept, and under which names, is each user's own choice."""
+        for key in ("projects", "retention_days"):
+            if self.right.pop(key, None):
+                self.note(f"{key} has no effect here; put it into ~/.halton-meter/config.toml", key)
 
     def accounts(self) -> None:
         """Refuse accounts that this machine does not have."""
@@ -312,6 +341,26 @@ class _Judge:
             self.refuse(f"{what}{f': {why}' if why else ''}; {_HOST_EXAMPLES}", *keys)
         return None
 
+    def retention(self, value: Any) -> None:
+        """A number of days."""
+        if type(value) is int and 1 <= value <= RETENTION_DAYS_MAX:
+            self.right["retention_days"] = value
+            return
+        what = f"retention_days must be a number from 1 to {RETENTION_DAYS_MAX:,}, "
+        what += f"not {shown_value(value)}"
+        digits = re.fullmatch(r"\s*(\d{1,5})(?:\.0)?\s*d?(?:ays?)?\s*", str(value), re.ASCII)
+        near = int(digits[1]) if digits and not isinstance(value, bool) else 0
+        if 1 <= near <= RETENTION_DAYS_MAX:
+            self.refuse(f"{what}; did you mean {near}?", "retention_days")
+        else:
+            self.refuse(f"{what}; to keep everything, remove the line", "retention_days")
+
+    # --- [projects]
+
+    def projects(self, value: Any) -> None:
+        """Which project folders, repositories and programs belong to."""
+        self.right["projects"] = read_rules(value, self.refuse, self.note)
+
     # --- [hosts]
 
     def hosts(self, value: Any) -> None:
@@ -373,6 +422,19 @@ class _Judge:
             self.refuse(f'{what}: write "{name}" or "{name}:our-name"', "hosts", host)
             return None
         return family
+
+    # --- [budgets]
+
+    def budgets(self, value: Any) -> None:
+        """Limits in dollars, and what follows at them."""
+        self.right["budgets"] = budget_settings.budgets(self, value, self._provider_names)
+
+    def _provider_names(self) -> tuple[str, ...]:
+        """Those that ship with the program, and those that the user has named."""
+        own = self._document.table.get("hosts")
+        named = own.values() if isinstance(own, dict) else ()
+        aliases = [each.partition(":")[2] for each in named if isinstance(each, str)]
+        return (*_families(), "openai_compatible", *filter(None, aliases))
 
     # --- [proxy]
 
@@ -437,6 +499,9 @@ _CHECKS: dict[str, Callable[[_Judge, Any], None]] = {
     "all_users": lambda judge, value: judge.flag("all_users", value),
     "loader": _Judge.loader,
     "proxy": _Judge.proxy,
+    "projects": _Judge.projects,
+    "retention_days": _Judge.retention,
+    "budgets": _Judge.budgets,
 }
 # Named first where a provider's name is wrong: those whose APIs others imitate.
 _APIS = (
@@ -446,7 +511,7 @@ _APIS = (
 _LOADERS = ("auto", "bcc", "libbpf")
 _PROXY = ("port", "upstream")
 # Settings that earlier versions accepted and that never did anything.
-_DEAD = frozenset({"bodies", "pricing", "dashboard", "budgets", "sync", "attribution"})
+_DEAD = frozenset({"pricing", "dashboard", "sync", "attribution"})
 _UPSTREAM = re.compile(r"http://([^\s/:@\[\]]+|\[[0-9a-fA-F:]+\]):(\d{1,5})/?", re.ASCII)
 _SOCKS = re.compile(r"\s*socks\d?[ah]?:", re.ASCII | re.IGNORECASE)
 _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:11434"'
@@ -454,7 +519,7 @@ _HOST_EXAMPLES = 'write it as "llm.example.com", "llm.local:8080" or "127.0.0.1:
 
 def _named(key: str) -> str:
     """A setting as it is written: a table in brackets."""
-    return f"[{key}]" if key in ("hosts", "proxy") else key
+    return f"[{key}]" if key in ("hosts", "proxy", "projects", "budgets") else key
 
 
 def _meant(near: str | None) -> str:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from halton_meter.model import TOKEN_NAMES, LineItem, PricedEvent, UsageEvent
+from halton_meter.model import CALLER_NAMES, TOKEN_NAMES, Caller, LineItem, PricedEvent, UsageEvent
 
 
 def event_json(event: PricedEvent) -> dict[str, Any]:
@@ -40,12 +40,14 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "user": process.user if process else None,
         "project": usage.project,
         "git_branch": usage.git_branch,
+        **caller_json(usage.caller),
         "tokens": {name: getattr(tokens, name) for name in TOKEN_NAMES},
         "units": {name: _number(quantity) for name, quantity in event.units.items()},
         "counted_tokens": usage.counted_tokens,
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),
+        "cache_saved_usd": usd_text(event.cache_saved_usd),
         "basis": event.basis.value,
         "certainty": usage.certainty.value,
         "flags": sorted({*usage.flags, *event.flags}),
@@ -56,6 +58,13 @@ def event_json(event: PricedEvent) -> dict[str, Any]:
         "ttft_ms": usage.ttft_ms,
         "duration_ms": usage.duration_ms,
     }
+
+
+def caller_json(caller: Caller) -> dict[str, Any]:
+    """Who asked: session, turn, agent, client, tries and account; null where it is not known."""
+    values = {name: getattr(caller, name) for name in CALLER_NAMES}
+    source = caller.session_source
+    return {**values, "session_source": source.value if source else None}
 
 
 def _stated_json(usage: UsageEvent) -> dict[str, Any]:

@@ -17,19 +17,27 @@ from dataclasses import replace
 
 from halton_meter.identity import Identities
 from halton_meter.model import (
+    Caller,
+    Certainty,
     Exchange,
     PricedEvent,
     Process,
     Request,
     TlsChunk,
     TlsClosed,
+    Tokens,
+    Usage,
     UsageEvent,
     is_own_proxy,
 )
+from halton_meter.providers.reading.limits import limits_of
+from halton_meter.providers.refusal import FREE_KINDS
 from halton_meter.providers.registry import EVENTS_MAX, Registry
-from halton_meter.sightings import BetterSightings
+from halton_meter.sightings import BetterSightings, merged
 from halton_meter.wire.conversation import Conversation, Interest
 from halton_meter.wire.gaps import JOINED, REJOINED
+from halton_meter.wire.so_far import ExchangeSoFar
+from halton_meter.wire.transaction import OnRequest
 
 # Open conversations kept at once. A busy workstation has some dozens; past the limit the one
 # silent for longest is closed as cut off, and counted.
@@ -53,6 +61,10 @@ EVENTS_REMEMBERED_MAX = 65_536
 # Exchanges remembered to tell others of the same id from them, which the store does again.
 EXCHANGES_REMEMBERED_MAX = 16_384
 
+# What is taken of a request that has no answer yet: so many of its bytes are a token, and so many
+# tokens are the answer.
+PREVIEW_BYTES_A_TOKEN, PREVIEW_OUTPUT_TOKENS = 4, 500
+
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
 
@@ -62,7 +74,8 @@ class Meter:
 
     `price` prices one event (`PriceBook.price`). `attribute` names a process's project and git
     branch; without it events carry neither. `registry` knows the providers, the user's own hosts
-    included; None means those that ship with the program.
+    included; None means those that ship with the program. `on_request` is told of each wanted
+    request once it is whole, `on_answer` of each exchange that ended, before its events are given.
     """
 
     def __init__(
@@ -70,13 +83,18 @@ class Meter:
         price: Price,
         attribute: Attribute | None = None,
         registry: Registry | None = None,
+        on_request: OnRequest | None = None,
+        on_answer: Callable[[Exchange], None] | None = None,
     ) -> None:
+        self._on_request, self._on_answer = on_request, on_answer
         self._price = price
         self._attribute = attribute
         self._registry = registry if registry is not None else Registry()
+        self._quick_registry = self._registry.without_counter()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._latest = ""  # the connection that spoke last, which is the last of them already
-        self._sightings: BetterSightings[None] = BetterSightings(EVENTS_REMEMBERED_MAX)
+        self._sightings: BetterSightings[Caller] = BetterSightings(EVENTS_REMEMBERED_MAX)
+        self._told_again: list[PricedEvent] = []
         self._identities = Identities(EXCHANGES_REMEMBERED_MAX, self._sightings.forget)
         self.seen_again = 0  # sightings of requests that were given out before
         self.other_calls = 0  # to providers that are no model requests, such as for their models
@@ -84,6 +102,11 @@ class Meter:
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._received_bytes = 0  # since what is held was added up
         self._add_up_at_bytes = HELD_BYTES_MAX // HELD_PER_RECEIVED
+
+    def use(self, price: Price | None = None, registry: Registry | None = None) -> None:
+        """Price by another book, or know other hosts, from the next request on."""
+        self._price = price if price is not None else self._price
+        self._registry = registry if registry is not None else self._registry
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -125,14 +148,54 @@ class Meter:
         connection, joined = item.connection, JOINED
         if self._evicted.pop(key, _UNKNOWN) is None:
             connection, joined = replace(connection, joined=True), REJOINED
-        conversation = Conversation(connection, self._interest, joined)
+        conversation = Conversation(connection, self._interest, joined, self._on_request)
         self._conversations[key] = conversation
         self._latest = key
         return evicted + self._events(conversation.receive(item))
 
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each request that goes on."""
+        return [each for one in self._conversations.values() for each in one.under_way()]
+
+    def glimpse(self, exchange: Exchange) -> UsageEvent | None:
+        """What an exchange would have used if it had ended now; nothing is remembered of it.
+
+        None where that is no event. Texts are counted by their characters, which is quick.
+        """
+        try:
+            found = self._quick_registry.read(exchange)
+        except Exception:  # a reader's bug; that of the whole exchange will be counted
+            return None
+        return self._attributed(found[0]) if found else None
+
+    def price(self, usage: UsageEvent) -> PricedEvent:
+        """What this costs, for who looks at requests that go on."""
+        return self._price(usage)
+
     def exchange(self, exchange: Exchange) -> list[PricedEvent]:
         """Take an exchange that is already decoded (the proxy's); return its events."""
         return self._events((exchange,))
+
+    def preview(self, exchange: Exchange) -> PricedEvent | None:
+        """What an exchange that has no answer yet may cost: an estimate by its request's length.
+
+        None for one that is no provider's, or of a kind that costs nothing. It is no event, and
+        counts nowhere.
+        """
+        read = self.glimpse(exchange)
+        if read is None or read.kind in FREE_KINDS:
+            return None
+        size = sum(map(len, exchange.request.body.pieces)) + exchange.request.body.dropped_bytes
+        tokens = Tokens(input=size // PREVIEW_BYTES_A_TOKEN, output=PREVIEW_OUTPUT_TOKENS)
+        model = read.model or read.request_model
+        usage = replace(
+            read,
+            parts=(Usage(model, tokens),),
+            certainty=Certainty.ESTIMATED,
+            error_class=None,
+            free=None,
+        )
+        return self._price(usage)
 
     def finish(self, at_ns: int) -> list[PricedEvent]:
         """End of the capture: close every open conversation as cut off at `at_ns`."""
@@ -204,13 +267,36 @@ class Meter:
     def _events(self, exchanges: Iterable[Exchange]) -> list[PricedEvent]:
         priced: list[PricedEvent] = []
         for exchange in exchanges:
-            for read in self._read(exchange):
+            if self._on_answer is not None:
+                self._on_answer(exchange)
+            for read in self._with_limits(self._read(exchange), exchange):
                 usage = self._identities.settle(read, exchange)
-                if self._is_repeat(usage):
-                    self.seen_again += 1
+                known = self._sightings.best(usage.id)
+                better = self._sightings.take(usage, usage.caller)
+                if known is not None:
+                    usage = self._with_caller(usage, known, better)
+                self._sightings.overflow()
+                if better:
+                    priced.append(self._price(self._attributed(usage)))
                     continue
-                priced.append(self._price(self._attributed(usage)))
+                self.seen_again += 1
+                if usage.caller != known:
+                    self._told_again.append(self._price(self._attributed(usage)))
         return priced
+
+    def _with_caller(self, usage: UsageEvent, known: Caller, better: bool) -> UsageEvent:
+        """The sighting with what is known of who asked, of this one and of that before."""
+        caller = merged(usage.caller, known) if better else merged(known, usage.caller)
+        self._sightings.keep(usage.id, caller)
+        return replace(usage, caller=caller)
+
+    def told_again(self) -> list[PricedEvent]:
+        """Further sightings of events that were given out, which say more of who asked.
+
+        For the store alone, which puts both together; to count them would be to count twice.
+        """
+        told, self._told_again = self._told_again, []
+        return told
 
     def _read(self, exchange: Exchange) -> list[UsageEvent]:
         """Read one exchange; a reader's own bug costs that exchange, not the run."""
@@ -226,17 +312,26 @@ class Meter:
             self._losses["answers_not_recognised"] += 1  # a call's, perhaps: nobody can tell
         return events
 
+    def _with_limits(self, events: list[UsageEvent], exchange: Exchange) -> list[UsageEvent]:
+        """The events of an exchange, the first with what the response says of limits."""
+        if not events:
+            return events
+        try:
+            limits = limits_of(exchange, events[0].model)
+        except Exception as error:
+            self._losses[f"limits_unreadable_{type(error).__name__}"] += 1
+            return events
+        if limits.refused:
+            self._losses["limit_values_refused"] += limits.refused
+        if limits.readings:
+            events[0] = replace(events[0], limits=limits.readings)
+        return events
+
     def _attributed(self, usage: UsageEvent) -> UsageEvent:
         if self._attribute is None or usage.process is None:
             return usage
         project, git_branch = self._attribute(usage.process)
         return replace(usage, project=usage.project or project, git_branch=git_branch)
-
-    def _is_repeat(self, usage: UsageEvent) -> bool:
-        """True for an id already given out, unless this sighting knows more than that one did."""
-        better = self._sightings.take(usage, None)
-        self._sightings.overflow()
-        return not better
 
 
 # Told apart from None, which an evicted connection has.

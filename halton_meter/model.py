@@ -76,7 +76,8 @@ class Process:
     """A process as it was when its connection was first seen.
 
     `parents` runs from the direct parent upward as (pid, executable name). `project_hint` is the
-    value of HALTON_PROJECT in its environment; no other variable is ever read out of it.
+    value of HALTON_PROJECT in its environment; no other variable is ever read out of it. `root`
+    names the process at the root of its tree, by pid and start: no other process has the same.
     """
 
     pid: int
@@ -89,6 +90,7 @@ class Process:
     parents: tuple[tuple[int, str], ...] = ()
     container: str | None = None
     project_hint: str | None = None
+    root: str | None = None
 
 
 # The process in which the local proxy's mitmproxy runs, as its command line names it
@@ -241,6 +243,8 @@ class Exchange:
     digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
     # What tells it from others of one id, likewise (`providers/reading/traits.py`).
     told: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    # Who asked, once it is read (`providers/reading/caller.py`).
+    callers: list[Caller] = field(default_factory=list, init=False, compare=False, repr=False)
 
 
 # --- what was used ------------------------------------------------------------------------------
@@ -321,6 +325,98 @@ class Traits:
     nth: int = 1
 
 
+class SessionSource(enum.Enum):
+    """What a session id was made of; the values are the contract's `session_source`.
+
+    CLIENT: the client named it in its request. PROCESS: the client named none, and it stands for
+    the process at the root of the client's tree.
+    """
+
+    CLIENT = "client"
+    PROCESS = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asked, as the request says: untrusted, bounded in length and characters.
+
+    `session_id` is one run or conversation of a client; `turn_id` one thing that its user asked
+    for. `agent` is what a person would call who asked within the session ("main", "Explore",
+    "/root"), `agent_id` and `parent_agent_id` the client's ids of it, and `request_class` the
+    client's word for the kind of request ("main", "subagent", "compaction", "auxiliary", "turn").
+    `retry_count` is 0 at the first try. `account` is a keyed hash of what names the provider's
+    account, never that itself. Whatever the request does not say is None.
+    """
+
+    session_id: str | None = None
+    session_source: SessionSource | None = None
+    turn_id: str | None = None
+    agent: str | None = None
+    agent_id: str | None = None
+    parent_agent_id: str | None = None
+    request_class: str | None = None
+    client: str | None = None
+    client_version: str | None = None
+    retry_count: int | None = None
+    account: str | None = None
+
+
+# Of two sightings of one exchange, what each knows of the session stands or falls together.
+SESSION_NAMES = (
+    "session_id",
+    "session_source",
+    "turn_id",
+    "agent",
+    "agent_id",
+    "parent_agent_id",
+    "request_class",
+)
+CALLER_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Caller))
+
+
+class LimitKind(enum.Enum):
+    """What a provider limits; the values are `plan --json`'s `kind`.
+
+    PLAN: a window of a subscription, of which a share is used. RATE: an API key's requests or
+    tokens, of which so many are left. OVERAGE: use beyond the plan, which is billed. CREDITS: a
+    balance. OVERALL: what a plan says of all its windows together. REFUSAL: a request was refused
+    for a limit, or the provider said how long to wait.
+    """
+
+    PLAN = "plan"
+    RATE = "rate"
+    OVERAGE = "overage"
+    CREDITS = "credits"
+    OVERALL = "overall"
+    REFUSAL = "refusal"
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReading:
+    """What one response says of one of its account's limits, at the moment of its head.
+
+    `window` is the provider's own name of the limit ("5h", "7d", "codex primary", "tokens").
+    `used` is a share of it, 0 to 1 and more where it is exceeded, as exact as `unit` (0.01 where
+    the provider rounds to 1 %). `resets_ns` is in this machine's time, also where the server's
+    clock differs. `length_s` is how long the window lasts. `limit` and `remaining` are counts (of
+    CREDITS an amount); `model` is given where each model has a limit of its own. `status` and
+    `detail` are words of the provider's. What was not stated is None.
+    """
+
+    window: str
+    kind: LimitKind
+    at_ns: int
+    used: Decimal | None = None
+    unit: Decimal | None = None
+    resets_ns: int | None = None
+    length_s: int | None = None
+    status: str | None = None
+    limit: Decimal | None = None
+    remaining: Decimal | None = None
+    model: str | None = None
+    detail: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
     """What one exchange used, before pricing.
@@ -337,7 +433,8 @@ class UsageEvent:
     `id_from_content` says that the provider gave no id and that `id` is made of what was said, so
     that an equal call at about the same time has the same; `meter.py` tells those apart.
     `shared_id` is the id that another exchange has, where this one was told apart from it by its
-    `traits`; None for all others.
+    `traits`; None for all others. `limits` are what the response says of its account's limits; they
+    are stored beside the event, not in it.
     """
 
     id: str
@@ -371,6 +468,8 @@ class UsageEvent:
     gap: str | None = None
     shared_id: str | None = None
     traits: Traits | None = None
+    caller: Caller = Caller()
+    limits: tuple[LimitReading, ...] = field(default=(), compare=False)
 
     @property
     def tokens(self) -> Tokens:
@@ -436,6 +535,9 @@ class PricedEvent:
     line_items: tuple[LineItem, ...] = ()
     flags: tuple[str, ...] = ()
     price_book: str | None = None
+    # How much more this would cost by list had nothing been cached; less than 0 where writes cost
+    # more than reads saved. None where nothing was, or it is not known.
+    cache_saved_usd: Decimal | None = None
 
     @property
     def implausible(self) -> bool:
@@ -451,6 +553,11 @@ class PricedEvent:
     def units(self) -> dict[str, int | Decimal]:
         """The units that may be summed: none where they are implausible."""
         return {} if self.implausible else self.usage.units
+
+
+def client_of(client: str | None, exe: str | None) -> str | None:
+    """Who asked, in one short name: the client's own, else that of its program's file."""
+    return client or (None if exe is None else exe.rpartition("/")[2] or None)
 
 
 # --- identity ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ out (None) unless asked for: over 3 million they take longer than everything els
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from decimal import Context, Decimal
@@ -24,7 +25,8 @@ from typing import Any
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.coverage import Coverage as SeenCoverage
 from halton_meter.model import TOKEN_NAMES
-from halton_meter.periods import date_of, day_of, day_sql, start_of
+from halton_meter.periods import date_of, day_of, day_sql, start_of, time_sql
+from halton_meter.plan.answer import Plan, read_plan
 from halton_meter.store import NothingStored, Reader, Selection, Store, schema
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
 
@@ -36,11 +38,19 @@ TREND_DAYS = 7
 UNPRICED_MODELS_MAX = 20
 
 DIMENSIONS = schema.DIMENSIONS
+# Those that are stretches of time; groups of them are in order.
+TIMES = ("hour", "day", "week", "month")
 
 # Any dimension's sums add up to the totals; this one's are the fewest.
 _FEWEST_VALUES = "provider"
 _EXACT = Context(prec=200)
-_PERCENTILES = ("quantile_disc(duration_ms, 0.95)", "quantile_disc(list_usd, 0.95)")
+_PERCENTILES = {
+    "p95_duration_ms": "quantile_disc(duration_ms, 0.95)",
+    "p95_list_usd": "quantile_disc(list_usd, 0.95)",
+    "median_ttft_ms": "quantile_disc(ttft_ms, 0.5)",
+    "p95_ttft_ms": "quantile_disc(ttft_ms, 0.95)",
+}
+_CACHE_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
 
 # --- what is asked -------------------------------------------------------------------------------
 
@@ -65,6 +75,8 @@ class Figures:
     """Sums over a set of events; None where no event had that figure.
 
     Of `implausible_requests` only their number is in the sums (`pricing/plausible.py`).
+    `cache_saved_usd` is how much more the list price were without any cache, of all requests but
+    `cache_unknown_requests`. `ttft_ms` is the time from a request's end to its answer's first byte.
     """
 
     requests: int = 0
@@ -75,8 +87,37 @@ class Figures:
     unpriced_requests: int = 0
     implausible_requests: int = 0
     errors: int = 0
+    cache_saved_usd: Decimal | None = None
+    cache_unknown_requests: int = 0
     p95_duration_ms: float | None = None
     p95_list_usd: Decimal | None = None
+    median_ttft_ms: float | None = None
+    p95_ttft_ms: float | None = None
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """The share of all input tokens that came from a cache, 0 to 1; None: none could."""
+        read = self.tokens["cache_read"]
+        if read is None:
+            return None
+        others = (self.tokens[name] or 0 for name in ("input", *_CACHE_WRITES))
+        sent = read + sum(others)
+        return read / sent if sent else None
+
+    def __add__(self, other: Figures) -> Figures:
+        """The sums over both, which have no event in common; percentiles are lost."""
+        return Figures(
+            requests=self.requests + other.requests,
+            tokens={name: _add(self.tokens[name], other.tokens[name]) for name in TOKEN_NAMES},
+            list_usd=_add_usd(self.list_usd, other.list_usd),
+            marginal_usd=_add_usd(self.marginal_usd, other.marginal_usd),
+            reported_usd=_add_usd(self.reported_usd, other.reported_usd),
+            unpriced_requests=self.unpriced_requests + other.unpriced_requests,
+            implausible_requests=self.implausible_requests + other.implausible_requests,
+            errors=self.errors + other.errors,
+            cache_saved_usd=_add_usd(self.cache_saved_usd, other.cache_saved_usd),
+            cache_unknown_requests=self.cache_unknown_requests + other.cache_unknown_requests,
+        )
 
     def json(self) -> dict[str, Any]:
         """The contract's names; money as text."""
@@ -89,8 +130,13 @@ class Figures:
             "unpriced_requests": self.unpriced_requests,
             "implausible_requests": self.implausible_requests,
             "errors": self.errors,
+            "cache_hit_rate": None if (rate := self.cache_hit_rate) is None else round(rate, 6),
+            "cache_saved_usd": usd_text(self.cache_saved_usd),
+            "cache_unknown_requests": self.cache_unknown_requests,
             "p95_duration_ms": self.p95_duration_ms,
             "p95_list_usd": usd_text(self.p95_list_usd),
+            "median_ttft_ms": self.median_ttft_ms,
+            "p95_ttft_ms": self.p95_ttft_ms,
         }
 
 
@@ -159,7 +205,8 @@ class Coverage:
 class Report:
     """The answer. `from_ns` and `to_ns` bound it; without a bound asked for, the first and last
     event do. `trend` is one (day, figures) for each of the last TREND_DAYS days. `connections` are
-    those to providers that were seen, also day by day; None where none can be told apart.
+    those to providers that were seen, also day by day; None where none can be told apart. `limits`
+    are those of the accounts as they stand, without shares; None for a period that is over.
     """
 
     by: tuple[str, ...]
@@ -174,6 +221,7 @@ class Report:
     previous: Figures | None = None
     previous_from_ns: int | None = None
     previous_to_ns: int | None = None
+    limits: Plan | None = None
 
     def json(self) -> dict[str, Any]:
         """The object that `report --json` prints."""
@@ -199,6 +247,8 @@ class Report:
                 {"day": day.isoformat(), **found.as_json()}
                 for day, found in self.connections_by_day
             ]
+        if self.limits is not None:
+            answer["limits"] = self.limits.json()["accounts"]
         if self.previous is not None:
             assert self.previous_from_ns is not None
             assert self.previous_to_ns is not None
@@ -256,6 +306,16 @@ def ask(store: Store, question: Question) -> Report:
         )
 
 
+def stored_period(store: Store, selection: Selection) -> tuple[int | None, int | None]:
+    """When the first and the last of these events were; None without any."""
+    try:
+        with store.reading() as reader:
+            first, last, _ = _span(reader, selection)
+            return first, last
+    except NothingStored:
+        return None, None
+
+
 def _answer(reader: Reader, question: Question, waiting: int) -> Report:
     selection = question.selection
     first, last, count = _span(reader, selection)
@@ -273,11 +333,21 @@ def _answer(reader: Reader, question: Question, waiting: int) -> Report:
         groups=_ranked(groups, totals, question.by),
         coverage=_coverage(reader, selection, totals, waiting, many),
         trend=_trend(reader, selection, last, question.now_ns),
+        limits=_limits(reader, question),
         **_connections(reader, selection),
     )
     if question.previous is None:
         return report
     return _compared(reader, report, question.previous, percentiles, many)
+
+
+def _limits(reader: Reader, question: Question) -> Plan | None:
+    """What is left now: of all that is metered, not of a model or of a time that is over."""
+    selection = question.selection
+    if selection != Selection(selection.from_ns):
+        return None
+    found = read_plan(reader, question.now_ns, with_shares=False)
+    return found if found.accounts else None
 
 
 def _is_period(selection: Selection) -> bool:
@@ -314,9 +384,8 @@ def _grouped(
     where, parameters = selection.where()
     keys = [_key_sql(reader, name, selection) for name in by]
     grouping = ", ".join(str(n + 1) for n in range(len(keys)))
-    filled = _filled(reader) if many else {}
-    sums = [sql if filled.get(name, True) else "NULL" for name, sql in DAY_SUMS.items()]
-    picked = ", ".join([*keys, *sums, *(_PERCENTILES if percentiles else ())])
+    sums = sums_of(reader) if many else DAY_SUMS.values()
+    picked = ", ".join([*keys, *sums, *(_PERCENTILES.values() if percentiles else ())])
     sql = f"SELECT {picked} FROM event WHERE {where}" + (f" GROUP BY {grouping}" if keys else "")
     return _groups_of(reader.rows(sql, parameters), by)
 
@@ -334,14 +403,26 @@ def _from_days(reader: Reader, selection: Selection, by: tuple[str, ...]) -> _Gr
 
 
 def _groups_of(rows: list[tuple[Any, ...]], by: tuple[str, ...]) -> _Groups:
-    return {tuple(map(_key_text, by, row[: len(by)])): _figures(row[len(by) :]) for row in rows}
+    return {tuple(map(_key_text, by, row[: len(by)])): figures_of(row[len(by) :]) for row in rows}
 
 
 def _key_text(name: str, key: Any) -> str | None:
-    """A group's key as it is shown; days are grouped by number, which is quicker than by text."""
-    if name == "day":
+    """A group's key as it is shown; times are grouped by number, which is quicker than by text."""
+    if name in ("day", "week"):
         return date_of(key).isoformat()
+    if name == "hour":
+        return f"{date_of(key // 24).isoformat()} {key % 24:02d}:00"
+    if name == "month":
+        return f"{(key - 1) // 12}-{(key - 1) % 12 + 1:02d}"
     return None if key is None else str(key)
+
+
+def sums_of(reader: Reader) -> list[str]:
+    """The SQL of each sum, in the order that `figures_of` reads; columns without any value are
+    not summed.
+    """
+    filled = _filled(reader)
+    return [sql if filled.get(name, True) else "NULL" for name, sql in DAY_SUMS.items()]
 
 
 def _filled(reader: Reader) -> dict[str, bool]:
@@ -355,45 +436,40 @@ def _filled(reader: Reader) -> dict[str, bool]:
     return {name: (name,) in found for name in columns}
 
 
+def totals_of(reader: Reader, selection: Selection) -> Figures:
+    """The sums over all events of a selection, without percentiles."""
+    return _total(reader, selection, _grouped(reader, selection, (), False, True), False)
+
+
 def _total(reader: Reader, selection: Selection, groups: _Groups, percentiles: bool) -> Figures:
     """The sum of the groups, which are disjoint; only percentiles need another look."""
     total = Figures()
     for figures in groups.values():
-        total = _plus(total, figures)
+        total += figures
     if not percentiles:
         return total
     where, parameters = selection.where()
-    row = reader.rows(f"SELECT {', '.join(_PERCENTILES)} FROM event WHERE {where}", parameters)[0]
-    return replace(total, p95_duration_ms=row[0], p95_list_usd=row[1])
+    picked = ", ".join(_PERCENTILES.values())
+    row = reader.rows(f"SELECT {picked} FROM event WHERE {where}", parameters)[0]
+    return replace(total, **dict(zip(_PERCENTILES, row, strict=True)))
 
 
-def _figures(row: tuple[Any, ...]) -> Figures:
+def figures_of(row: Sequence[Any]) -> Figures:
+    """The figures in a row of the sums of `DAY_SUMS`, and of percentiles if they follow."""
     values = dict(zip(DAY_SUMS, row, strict=False))
-    percentiles = row[len(DAY_SUMS) :]
+    percentiles = dict(zip(_PERCENTILES, row[len(DAY_SUMS) :], strict=False))
     return Figures(
         requests=int(values["requests"]),
         tokens={name: _whole(values[f"{name}_tokens"]) for name in TOKEN_NAMES},
-        list_usd=_money(values["list_usd"], values["list_usd_rest"]),
-        marginal_usd=_money(values["marginal_usd"], values["marginal_usd_rest"]),
-        reported_usd=_money(values["reported_usd"], values["reported_usd_rest"]),
+        list_usd=money_of(values["list_usd"], values["list_usd_rest"]),
+        marginal_usd=money_of(values["marginal_usd"], values["marginal_usd_rest"]),
+        reported_usd=money_of(values["reported_usd"], values["reported_usd_rest"]),
         unpriced_requests=int(values["unpriced_requests"]),
         implausible_requests=int(values["implausible_requests"]),
         errors=int(values["errors"]),
-        p95_duration_ms=percentiles[0] if percentiles else None,
-        p95_list_usd=percentiles[1] if percentiles else None,
-    )
-
-
-def _plus(a: Figures, b: Figures) -> Figures:
-    return Figures(
-        requests=a.requests + b.requests,
-        tokens={name: _add(a.tokens[name], b.tokens[name]) for name in TOKEN_NAMES},
-        list_usd=_add_usd(a.list_usd, b.list_usd),
-        marginal_usd=_add_usd(a.marginal_usd, b.marginal_usd),
-        reported_usd=_add_usd(a.reported_usd, b.reported_usd),
-        unpriced_requests=a.unpriced_requests + b.unpriced_requests,
-        implausible_requests=a.implausible_requests + b.implausible_requests,
-        errors=a.errors + b.errors,
+        cache_saved_usd=values["cache_saved_usd"],
+        cache_unknown_requests=int(values["cache_unknown_requests"] or 0),
+        **percentiles,
     )
 
 
@@ -405,7 +481,8 @@ def _add_usd(a: Decimal | None, b: Decimal | None) -> Decimal | None:
     return b if a is None else a if b is None else _EXACT.add(a, b)
 
 
-def _money(whole: Decimal | None, rest: Decimal | None) -> Decimal | None:
+def money_of(whole: Decimal | None, rest: Decimal | None) -> Decimal | None:
+    """An exact amount by its two columns."""
     return None if whole is None else _EXACT.add(whole, rest or Decimal(0))
 
 
@@ -414,7 +491,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _ranked(groups: _Groups, totals: Figures, by: tuple[str, ...]) -> tuple[Group, ...]:
-    """Days in order; all else by what it costs, the unpriced by number of requests after them."""
+    """Times in order; all else by what it costs, the unpriced by number of requests after them."""
     ranked = [
         Group(dict(zip(by, key, strict=True)), figures, _share(figures, totals))
         for key, figures in groups.items()
@@ -423,9 +500,9 @@ def _ranked(groups: _Groups, totals: Figures, by: tuple[str, ...]) -> tuple[Grou
 
     def rank(group: Group) -> tuple[Any, ...]:
         cost = group.figures.list_usd
-        day = group.keys["day"] or "" if by[0] == "day" else ""
+        at = group.keys[by[0]] or "" if by[0] in TIMES else ""
         names = tuple((name is not None, name or "") for name in group.keys.values())
-        return (day, cost is None, -(cost or 0), -group.figures.requests, names)
+        return (at, cost is None, -(cost or 0), -group.figures.requests, names)
 
     return tuple(sorted(ranked, key=rank))
 
@@ -447,7 +524,7 @@ def _compared(
     )
     return replace(
         report,
-        groups=report.groups if "day" in report.by else compared,
+        groups=report.groups if set(TIMES) & set(report.by) else compared,
         previous=_total(reader, previous, groups, percentiles),
         previous_from_ns=previous.from_ns,
         previous_to_ns=previous.to_ns,
@@ -542,7 +619,7 @@ def _trend(
     window = replace(selection, from_ns=start_of(days[0]), to_ns=end_ns)
     where, parameters = window.where()
     found = {
-        date_of(row[0]): Figures(requests=int(row[1]), list_usd=_money(row[2], row[3]))
+        date_of(row[0]): Figures(requests=int(row[1]), list_usd=money_of(row[2], row[3]))
         for row in reader.rows(
             f"SELECT {day_sql(start_of(days[0]), end_ns)}, count(*), sum(list_usd), "
             f"sum(list_usd_rest) FROM event WHERE {where} GROUP BY 1",
@@ -553,7 +630,7 @@ def _trend(
 
 
 def _key_sql(reader: Reader, name: str, selection: Selection) -> str:
-    if name != "day":
+    if name not in TIMES:
         return DIMENSIONS[name]
     first, last, _ = _span(reader, selection)
-    return day_sql(first or 0, last or 0)
+    return time_sql(name, first or 0, last or 0)

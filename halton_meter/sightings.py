@@ -8,9 +8,19 @@ both asks here. The store keeps `rank` in a column and compares it in SQL (`stor
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Generic, TypeVar
 
-from halton_meter.model import Certainty, Outcome, PricedEvent, UsageEvent
+from halton_meter.model import (
+    CALLER_NAMES,
+    SESSION_NAMES,
+    Caller,
+    Certainty,
+    Outcome,
+    PricedEvent,
+    SessionSource,
+    UsageEvent,
+)
 
 # At this rank a sighting knows all that was used.
 RANK_MAX = 7
@@ -34,6 +44,39 @@ def is_final(usage: UsageEvent) -> bool:
     return rank(usage) == RANK_MAX
 
 
+def merged(caller: Caller, other: Caller) -> Caller:
+    """What two sightings of one request say of who asked, the better sighting's given first.
+
+    A gateway that passes a request on may drop what the client said, or have a session of its own.
+    So the session that a client names stays before the one that stands for a process, and with it
+    all that belongs to it; what is still unknown then, the other sighting may know.
+    """
+    first, second = caller, other
+    if _naming(second) > _naming(first):
+        first, second = second, first
+    known = {name: getattr(caller, name) for name in CALLER_NAMES}
+    known |= {name: getattr(first, name) for name in SESSION_NAMES}
+    same_session = first.session_id is None or first.session_id == second.session_id
+    for name in CALLER_NAMES:
+        if known[name] is None and (same_session or name not in SESSION_NAMES):
+            known[name] = getattr(second if name in SESSION_NAMES else other, name)
+    return Caller(**known)
+
+
+def _naming(caller: Caller) -> int:
+    if caller.session_id is None:
+        return 0
+    return 2 if caller.session_source is SessionSource.CLIENT else 1
+
+
+def with_caller(event: PricedEvent, other: Caller) -> PricedEvent:
+    """The event with what another, lesser sighting of it says of who asked."""
+    caller = merged(event.usage.caller, other)
+    if caller == event.usage.caller:
+        return event
+    return replace(event, usage=replace(event.usage, caller=caller))
+
+
 class BetterSightings(Generic[Kept]):
     """The best sighting so far of each of the latest events, and what is kept of it.
 
@@ -55,6 +98,16 @@ class BetterSightings(Generic[Kept]):
             return False
         self._best[usage.id] = (order, kept)
         return True
+
+    def best(self, event_id: str) -> Kept | None:
+        """What is kept of the best sighting of an event; None for one that is not known."""
+        known = self._best.get(event_id)
+        return None if known is None else known[1]
+
+    def keep(self, event_id: str, kept: Kept) -> None:
+        """Keep something else of an event that is known."""
+        order, _ = self._best[event_id]
+        self._best[event_id] = (order, kept)
 
     def forget(self, event_id: str) -> None:
         """Keep nothing of an event any longer."""
@@ -92,10 +145,15 @@ class HeldSightings:
         if usage.id in self._gone:
             self.late += 1
             return []
+        known = self._held.best(usage.id)
         if is_final(usage):
             self._held.forget(usage.id)
-            return [event]
-        self._held.take(usage, event)
+            return [event if known is None else with_caller(event, known.usage.caller)]
+        if not self._held.take(usage, event):
+            assert known is not None
+            self._held.keep(usage.id, with_caller(known, usage.caller))
+        elif known is not None:
+            self._held.keep(usage.id, with_caller(event, known.usage.caller))
         oldest = self._held.overflow()
         if oldest is None:
             return []

@@ -47,7 +47,7 @@ class Bill:
 
     __slots__ = (
         "_flags", "_model", "_part", "_prefix", "_tariff",
-        "assumed_write_rate", "empty", "items", "missing", "rates", "total",
+        "assumed_write_rate", "empty", "items", "missing", "rates", "saved", "total",
     )  # fmt: skip
 
     def __init__(self, tariff: Tariff, model: str, part: Usage, flags: list[str]) -> None:
@@ -61,6 +61,7 @@ class Bill:
         self.missing: list[str] = []
         self.empty = False
         self.total = _ZERO
+        self.saved: Decimal | None = None  # by the cache, against the price of plain input
         self.assumed_write_rate = _DEFAULT_LIFETIME_RATE  # for writes of an unstated lifetime
 
     def tokens(self, grounded: bool) -> None:
@@ -88,6 +89,7 @@ class Bill:
             self._input(fresh, grounded)
         elif fresh:
             self._line("input", fresh, self.rates.get("input"))
+        cached_from = len(self.items)
         if read:
             if details or "cache_read" not in self.rates:
                 self._read(read)
@@ -96,6 +98,8 @@ class Bill:
         for name, written in writes:
             if written:
                 self._line(name, written, self._write_rate(name))
+        if len(self.items) > cached_from:
+            self._save(self.items[cached_from:])
         if (
             details
             or tokens.audio_output
@@ -245,6 +249,21 @@ class Bill:
             # Some models cost more, answer and all, where they thought before it.
             thought = rates.get("thinking_output") if tokens.reasoning else None
             self._line("output", out, thought or rates.get("output"))
+
+    def _save(self, cached: list[LineItem]) -> None:
+        """What these lines would cost more as input that nobody cached; unknown without its rate.
+
+        Cached audio, images and video are left out: their plain rates are another matter.
+        """
+        plain = self.rates.get("input")
+        if plain is None:
+            return
+        saved = _ZERO
+        for item in cached:
+            if item.what.removeprefix(self._prefix).startswith("cache"):
+                usual = plain.each_usd * item.quantity
+                saved += (usual if plain.exact else plain.amount_usd(item.quantity)) - item.usd
+        self.saved = saved
 
     # --- lines ---
 

@@ -87,9 +87,9 @@ class PriceBook:
                 return self._implausible(event, beyond)
             if event.free is not None:
                 return self._free(event)
-            items, flags, total = self._computed(event)
+            items, flags, total, saved = self._computed(event)
         except (DecimalException, TypeError, ValueError, AttributeError, OverflowError):
-            items, flags, total = [], ["bad_usage", "unpriced:usage"], None
+            items, flags, total, saved = [], ["bad_usage", "unpriced:usage"], None, None
         finally:
             setcontext(theirs)
         basis = Basis.COMPUTED
@@ -118,6 +118,7 @@ class PriceBook:
             tuple(items),
             unique,
             self.version,
+            saved,
         )
 
     def tariff(
@@ -218,7 +219,11 @@ class PriceBook:
         flags = (IMPLAUSIBLE, *(f"{IMPLAUSIBLE}:{name}" for name in beyond))
         return PricedEvent(event, None, None, None, Basis.UNPRICED, (), flags, self.version)
 
-    def _computed(self, event: UsageEvent) -> tuple[list[LineItem], list[str], Decimal | None]:
+    def _computed(
+        self, event: UsageEvent
+    ) -> tuple[list[LineItem], list[str], Decimal | None, Decimal | None]:
+        """The lines of all parts, flags, their sum, and what caching saved of it."""
+        saved: Decimal | None = None
         items: list[LineItem] = []
         flags: list[str] = []
         total = _ZERO
@@ -251,11 +256,13 @@ class PriceBook:
                 flags += [f"unpriced:{name}" for name in bill.missing]
             items += bill.items
             total = total + bill.total if index else bill.total
+            if bill.saved is not None:
+                saved = bill.saved if saved is None else saved + bill.saved
         if not event.parts:
             flags.append("unpriced:usage")
         if conditions.get("traffic_type") == "PROVISIONED_THROUGHPUT":
             flags.append("provisioned_throughput")
-        return items, flags, total if known else None
+        return items, flags, total if known else None, saved if known else None
 
 
 # What is said of a price that we compute, not of one that the provider states.

@@ -16,17 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # `sudo make test`: a command that a test calls in this process would become the person for good.
 for _name in ("SUDO_UID", "PKEXEC_UID", "DOAS_USER"):
     os.environ.pop(_name, None)
+
+# Nor may a test that forgets to name a folder change the settings of whoever runs it.
+os.environ["CLAUDE_CONFIG_DIR"] = "/nowhere/that/a/test/may/write"
 
 # `pytest &` and `nohup pytest` ignore these; every program that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# A busy machine generates slowly, too: that is no fault of a test's.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 PACKAGES = ("capture", "halton_meter", "pricing", "proxy_fallback")
 QUICK_SHARE, QUICK_EXAMPLES_MIN = 8, 2

@@ -277,7 +277,7 @@ def test_nothing_that_a_client_asks_ends_who_is_asked(served: Served, raw: bytes
     honest = Control(served.home, timeout_s=5)
     honest._socket.sendall(b'{"ask":"status"}\n')
     served.turn()
-    assert b'"asked": true' in honest._reader.readline()
+    assert b'"asked": true' in honest._socket.makefile("rb").readline()
     honest.close()
     served.turn()
     assert served.answering._clients == 0
@@ -321,7 +321,7 @@ def test_a_handler_that_stumbles_is_counted_and_its_client_dropped(served: Serve
     control = Control(served.home, timeout_s=5)
     control._socket.sendall(b'{"ask":"watch","pid":"x"}\n')
     served.turn()
-    assert control._reader.readline() == b""
+    assert control._socket.makefile("rb").readline() == b""
     assert served.answering.refused == before + 1
 
 
@@ -349,7 +349,7 @@ def test_outside_of_the_folder_another_user_is_nobody(tmp_path: Path) -> None:
     ours = Control(home, timeout_s=5)
     ours._socket.sendall(b'{"ask":"status"}\n')
     served.turn()
-    assert b"ok" in ours._reader.readline()
+    assert b"ok" in ours._socket.makefile("rb").readline()
     ours.close()
 
 

@@ -180,10 +180,10 @@ def test_a_provider_of_another_name(wrong: str, meant: str) -> None:
             "[proxy]\nprot = 9000",
             '2: unknown setting [proxy] "prot" has no effect; did you mean "port"?',
         ),
-        ("\nbodies = false", "2: bodies has no effect, and never had; remove it"),
         (
-            "all_users = true\n\n[budgets]\nday = 5",
-            "3: budgets has no effect, and never had; remove it",
+            "\nbodies = false",
+            "2: bodies has no effect: prompts and answers are never kept, whatever it says; "
+            "remove it",
         ),
         (
             'users = ["ann"]',

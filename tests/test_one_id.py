@@ -27,6 +27,7 @@ from halton_meter.model import (
     Protocol,
     Request,
     Response,
+    SessionSource,
     Source,
 )
 from halton_meter.providers.registry import Registry
@@ -297,6 +298,38 @@ def test_a_gateway_on_this_machine_that_passes_an_answer_on_adds_nothing() -> No
     for calls, count in ((inner, outer), 1), ((outer, inner), 1), ((inner, later), 2):
         meter = Meter(unpriced, registry=Registry({"llm.example.com": "anthropic"}))
         assert len([event for each in calls for event in meter.exchange(each)]) == count
+
+
+@pytest.mark.parametrize("first", ["gateway", "client"])
+def test_a_gateway_that_drops_the_session_does_not_hide_it(tmp_path: Path, first: str) -> None:
+    """The client names its session to the gateway, which does not pass it on to the provider."""
+    gateway = replace(CLIENT, pid=1, root="1-aa")
+    inner = Call(0, frozenset(WAYS)).by(Source.UPROBES)
+    inner = replace(
+        inner,
+        connection=replace(inner.connection, process=gateway),
+        request=replace(inner.request, headers=(("user-agent", "litellm/1.80.0"),)),
+    )
+    words = (("user-agent", "claude-cli/2.1.332"), ("x-claude-code-session-id", "s-1"))
+    outer = replace(
+        inner,
+        id="other",
+        connection=Connection("other", Source.UPROBES, CLIENT, "llm.example.com"),
+        request=replace(inner.request, host="llm.example.com", headers=words),
+        started_ns=inner.started_ns - 1000,
+        ended_ns=inner.ended_ns + 1000,
+    )
+    meter = Meter(unpriced, registry=Registry({"llm.example.com": "anthropic"}))
+    calls = (inner, outer) if first == "gateway" else (outer, inner)
+    events = [event for each in calls for event in meter.exchange(each)]
+    assert (len(events), meter.seen_again) == (1, 1)  # counted once, by who counts
+    again = meter.told_again()
+    assert len(again) == (first == "gateway")
+    assert meter.told_again() == []
+    (kept,) = stored(tmp_path, events, again)
+    caller = kept.usage.caller
+    assert (caller.session_id, caller.session_source) == ("s-1", SessionSource.CLIENT)
+    assert caller.client == ("litellm" if first == "gateway" else "claude-cli")
 
 
 def openai(method: str, path: str, number: int, answer: Any, **headers: str) -> Exchange:

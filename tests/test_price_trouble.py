@@ -14,7 +14,7 @@ from halton_meter.cli import main
 from halton_meter.cli.run import summary_lines
 from halton_meter.cli.status import status_lines
 from halton_meter.live.journal_writer import Condition
-from halton_meter.live.pipeline import make_meter
+from halton_meter.live.pipeline import Pipeline
 from halton_meter.live.proxy.service import ProxyService
 from halton_meter.live.proxy.worker import Job, Pricing
 from halton_meter.live.result import RunResult
@@ -49,19 +49,19 @@ def test_a_meter_is_made_at_bundled_prices_and_the_trouble_names_file_line_and_c
     home: Path, raw: bytes, line: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "pricing.toml").write_bytes(raw)
-    _, trouble = make_meter(home, {})
+    trouble = Pipeline(home, {}).price_error
     assert trouble is not None
     for words in ("bundled prices are used", f"{home}/pricing.toml:{line}: ", WAY_OUT):
         assert words in trouble
     assert f"halton-meter: {trouble}" in capsys.readouterr().err
     (home / "pricing.toml").unlink()
-    assert make_meter(home, {})[1] is None
+    assert Pipeline(home, {}).price_error is None
 
 
 @pytest.mark.parametrize("text", ["override = [3]", "override = 3", "x = " + "[" * 5000])
 def test_what_is_valid_or_deep_and_still_no_override_is_no_crash(home: Path, text: str) -> None:
     (home / "pricing.toml").write_text(text)
-    assert WAY_OUT in (make_meter(home, {})[1] or "")
+    assert WAY_OUT in (Pipeline(home, {}).price_error or "")
 
 
 def test_the_service_meters_and_its_status_says_what_to_do(
@@ -75,15 +75,16 @@ def test_the_service_meters_and_its_status_says_what_to_do(
         said = "\n".join(status_lines(found))
         assert f"{home}/pricing.toml" in said
         assert WAY_OUT in said
-        assert "then: sudo halton-meter stop && sudo halton-meter start" in said
+        assert "then: halton-meter config reload" in said
         assert WAY_OUT in service.flush()["price_error"]
         assert WAY_OUT in (service.stop().price_error or "")
 
 
 def test_the_proxys_worker_tells_and_the_service_passes_it_on(home: Path) -> None:
     (home / "pricing.toml").write_text(BROKEN)
-    meter, trouble = make_meter(home, {})
-    pricing = Pricing(meter, home, lambda _: None, trouble)
+    pipeline = Pipeline(home, {})
+    trouble = pipeline.price_error
+    pricing = Pricing(pipeline, home, lambda _: None)
     pricing.start()
     told = pricing.finish()
     assert told["price_error"] == trouble

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from halton_meter.cli import main
 from halton_meter.dashboard.server import write_csv
-from halton_meter.model import Process
+from halton_meter.model import Caller, Process, SessionSource
 from halton_meter.spreadsheet import cell, write_rows
 from halton_meter.store import Store
 from tests.support.made import NOON_NS, made
@@ -118,6 +118,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
             response_id=name,
             at_ns=NOON_NS + number,
             process=Process(1, 2, f"/x/{name}" if number % 2 else name, (name,), name, 1, name),
+            caller=Caller(name, SessionSource.CLIENT, *[name] * 7, account=name),
         )
         for number, name in enumerate(HOSTILE)
     )
@@ -135,7 +136,9 @@ def test_export_csv(store: Store, tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("by", ["model", "process", "project", "git_branch", "host,endpoint,user"])
+@pytest.mark.parametrize(
+    "by", ["model", "process", "project", "git_branch", "session,agent", "host,endpoint,user"]
+)
 def test_report_csv(store: Store, by: str) -> None:
     done = CliRunner().invoke(main, ["report", "--csv", "--by", by])
     assert done.exit_code == 0, done.output

@@ -1,23 +1,23 @@
-"""Writes docs/cli.md from the commands' own help.
+"""Writes what the commands' own help says: docs/cli.md, and the manual page man/halton-meter.1.
 
-    python tools/cli_reference.py           # writes docs/cli.md
-    python tools/cli_reference.py --check   # exit 1 when it is not current
+    python tools/cli_reference.py           # writes both
+    python tools/cli_reference.py --check   # exit 1 when one is not current
 
-It reads click's commands, not their printed help, so that click's version changes nothing.
+`halton_meter/cli/pages.py` reads the commands and draws them.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import click
-
+from halton_meter import __version__
 from halton_meter.cli import main as halton_meter
+from halton_meter.cli.pages import NAME, manual_page, markdown, pages
 
-REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "cli.md"
+MANUAL = ROOT / "man" / "halton-meter.1"
 HEAD = """\
 # Commands
 
@@ -33,85 +33,39 @@ HEAD = """\
 
 
 def reference() -> str:
-    """The whole file."""
+    """The whole of docs/cli.md."""
     parts = [HEAD]
-    for words, command in commands("halton-meter", halton_meter):
-        level = "##" if words.count(" ") < 2 else "###"
-        parts.append(f"{level} {words}\n\n" + "\n\n".join(_section(words, command)) + "\n")
+    for page in pages(NAME, halton_meter):
+        level = "##" if page.words.count(" ") < 2 else "###"
+        parts.append(f"{level} {page.words}\n\n{markdown(page)}\n")
     return "\n".join(parts)
 
 
-def commands(words: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    """The command as it is typed, then those in it."""
-    yield words, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None
-            yield from commands(f"{words} {name}", inner)
-
-
-def _section(words: str, command: click.Command) -> Iterator[str]:
-    yield f"    {_usage(words, command)}"
-    paragraphs = [*_paragraphs(command.help), *_paragraphs(command.epilog)]
-    yield from (each for each in paragraphs if not each.startswith("```"))
-    options = [each for each in command.params if isinstance(each, click.Option)]
-    if lines := [_option_line(each) for each in options if not each.hidden]:
-        yield "\n".join(lines)
-    yield from (each for each in paragraphs if each.startswith("```"))
-
-
-def _usage(words: str, command: click.Command) -> str:
-    arguments = [_argument(each) for each in command.params if isinstance(each, click.Argument)]
-    if isinstance(command, click.Group):
-        arguments = ["COMMAND"]
-    return " ".join((words, "[OPTIONS]", *arguments))
-
-
-def _argument(argument: click.Argument) -> str:
-    name = argument.metavar or (argument.name or "").upper()
-    repeated = "" if argument.nargs == 1 or name.endswith("…") else "…"
-    return f"{name}{repeated}" if argument.required else f"[{name}]{repeated}"
-
-
-def _option_line(option: click.Option) -> str:
-    names = ", ".join((*option.opts, *option.secondary_opts))
-    value = "" if option.is_flag else f" {_value(option)}"
-    shown = option.show_default
-    default = f" Default: {shown if isinstance(shown, str) else option.default}." if shown else ""
-    return f"- `{names}{value}`: {option.help}{default}"
-
-
-def _value(option: click.Option) -> str:
-    if option.metavar:
-        return option.metavar
-    if isinstance(option.type, click.Choice):
-        return "|".join(option.type.choices)
-    return {"integer range": "N", "path": "PATH"}.get(option.type.name, option.type.name.upper())
-
-
-def _paragraphs(text: str | None) -> Iterator[str]:
-    """Paragraphs of a help text; one that click must not wrap (\\b), the examples, as code."""
-    for paragraph in inspect.cleandoc(text or "").split("\n\n"):
-        kept = inspect.cleandoc(paragraph.removeprefix("\b").strip("\n"))
-        if kept.startswith("Examples:"):
-            lines = inspect.cleandoc("\n" + kept.partition("\n")[2])
-            yield f"```sh\n{lines}\n```"
-        elif kept:
-            yield " ".join(kept.split())
+def manual() -> str:
+    """The manual page with all commands in it, as the wheel ships it."""
+    first, *others = pages(NAME, halton_meter)
+    # Without a date, which would make every build another.
+    return manual_page(first._replace(commands=()), __version__, "", others)
 
 
 def main() -> int:
-    """Write the file, or check it."""
-    made = reference()
-    if "--check" not in sys.argv[1:]:
-        REFERENCE.write_text(made)
-        return 0
-    if REFERENCE.read_text() == made:
-        return 0
-    print(f"{REFERENCE} is not current: python tools/cli_reference.py", file=sys.stderr)
-    return 1
+    """Write the files, or check them."""
+    stale = [(path, made) for path, made in _made() if _text(path) != made]
+    for path, made in stale:
+        if "--check" in sys.argv[1:]:
+            print(f"{path} is not current: python tools/cli_reference.py", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(made)
+    return int(bool(stale) and "--check" in sys.argv[1:])
+
+
+def _made() -> tuple[tuple[Path, str], ...]:
+    return (REFERENCE, reference()), (MANUAL, manual())
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -20,12 +20,17 @@ from capture.helper.process_tree import ProcessTree
 from capture.helper.sockets import LATE, PASSED_BY, SEARCHED, Cause
 from capture.processes import proc
 from capture.processes.proc import talks_tls
+from capture.protocol import RUSTLS_ID
 from halton_meter.model import Process, is_own_proxy
 
 LINES_MAX = 500
 UNNAMED_ADVICE = (
     "an HTTP/2 connection is older than the probes, and its host is unknown: restart the program, "
     "or wait; it is metered after two new connections"
+)
+NOT_TOLD_ADVICE = (
+    "an HTTP/2 connection through rustls does not tell its host (over TLS 1.2 it never does): "
+    f"{INSTEAD}"
 )
 NAMELESS_ADVICE = (
     "an HTTP/2 connection named no server (SNI): have it connect by the host's name, not by an "
@@ -41,6 +46,7 @@ RECENT_MAX = 200  # metered processes remembered after they ended
 
 
 _NOTHING = Watched(None)
+_FORGOTTEN = (Stack.OPENSSL,)
 
 
 class Coverage:
@@ -69,7 +75,7 @@ class Coverage:
             if len(lines) >= LINES_MAX:
                 break
             files = self._files_of(watched)
-            if any(file.not_http for file in files):  # its connections were opened, then left out
+            if any(map(_was_not_http, files)):  # its connections were opened, then left out
                 lines = [each for each in lines if each["process"]["pid"] != pid]
             elif pid in self._recent:
                 continue
@@ -149,6 +155,8 @@ class Coverage:
         return f"probed {seconds:.1f} s after its start: what it sent before that is not metered"
 
     def _unnamed_advice(self, pid: int) -> str:
+        if any(each & RUSTLS_ID for each in self._discovery.unnamed.get(pid, ())):
+            return NOT_TOLD_ADVICE
         return NAMELESS_ADVICE if self.named_no_server(pid) else UNNAMED_ADVICE
 
     def cause(self, pid: int, at_ns: int) -> Cause:
@@ -160,7 +168,7 @@ class Coverage:
         )
         probed = next((file for file in files if file.probes), None)
         # A program that has two stacks was not metered for one reason or the other.
-        is_one = probed and probed.library and not probed.library.beside
+        is_one = probed and all(each.probes for each in probed.libraries) and not _unprobed(probed)
         if is_one and probed_at_ns > at_ns:
             return Cause(LATE, _stack_of(probed))
         line = _stack_line(watched.java, files)
@@ -171,8 +179,11 @@ class Coverage:
             return Cause(SEARCHED, searched.library.stack.value if searched.library else UNKNOWN)
         return Cause(PASSED_BY if probed else UNKNOWN_LIBRARY, UNKNOWN)
 
-    def metered_stack(self, pid: int) -> str | None:
-        """The stack in the first of a process's files that is probed; None when none is known."""
+    def metered_stack(self, pid: int, connection: int = 0) -> str | None:
+        """The stack of a metered connection (what stands for its SSL object): the first that is
+        probed in a process's files, where the connection is not known; None when none is known."""
+        if connection & RUSTLS_ID:
+            return Stack.RUSTLS.value
         probed = (file for file in self._files_of(self._watched(pid)) if file.probes)
         return _stack_of(first) if (first := next(probed, None)) else None
 
@@ -180,9 +191,9 @@ class Coverage:
         """What is known of a process, or was when it ended."""
         return self._discovery.watched.get(pid) or self._gone.get(pid) or _NOTHING
 
-    def metered(self, process: Process, host: str) -> None:
-        """Note that a process was metered: it stays listed after its end. Our own proxy is not
-        listed: its clients are."""
+    def metered(self, process: Process, host: str, connection: int) -> None:
+        """Note that a process was metered, on a connection (what stands for its SSL object): it
+        stays listed after its end. Our own proxy is not listed: its clients are."""
         if is_own_proxy(process):
             return
         self._recent.pop(process.pid, None)
@@ -190,11 +201,13 @@ class Coverage:
             self._recent.pop(next(iter(self._recent)))
         watched = self._discovery.watched.get(process.pid)
         files = self._files_of(watched) if watched else []
-        file = next((each for each in files if each.probes), None)
+        wanted = Stack.RUSTLS if connection & RUSTLS_ID else None
+        of_stack = (each for each in files if wanted in _probed_stacks(each))
+        file = next(of_stack, next((each for each in files if each.probes), None))
         self._recent[process.pid] = {
             "process": proc.to_json(process),
             "host": host,
-            "stack": _stack_of(file),
+            "stack": wanted.value if wanted else _stack_of(file),
             "library": file.path if file else None,
             "state": "metered",
             "advice": _beside(watched.java, files) if watched else None,
@@ -208,7 +221,7 @@ def unmetered(pid: int, java: bool, files: list[File], host: str | None) -> dict
     """
     line = _stack_line(java, files)
     if line is not None:
-        is_used = host or any(file.not_http for file in files) or talks_tls(pid)
+        is_used = host or any(map(_was_not_http, files)) or talks_tls(pid)
         return line | {"host": host} if is_used else None
     searched = next((file for file in files if file.searching), None)
     if searched and (host or talks_tls(pid)):
@@ -234,21 +247,23 @@ def _unnamed(files: list[File], host: str | None, advice: str) -> dict[str, Any]
 def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
     is_probed = any(file.probes for file in files)
     for file in files:
-        library = file.library
-        if is_probed and library and library.stack is Stack.OTHER:
-            continue  # a part of what is probed, more likely than not
-        if file.failure or (library and not library.probes):
-            partly_known = library is not None and STACKS[library.stack].partly_known
-            state = "not_recognised" if partly_known else "unsupported"
-            advice = file.failure or (library.reason if library else None)
-            if library and library.build_id:
-                advice = f"{advice} (build id {library.build_id})"
-            stack = library.stack.value if library else UNKNOWN
-            return {"stack": stack, "library": file.path, "state": state, "advice": advice}
+        if file.failure and not file.libraries:
+            stack, state = UNKNOWN, "unsupported"
+            return {"stack": stack, "library": file.path, "state": state, "advice": file.failure}
+        for each in file.libraries:
+            library, reason = each.library, file.failure or each.failure
+            if is_probed and library.stack is Stack.OTHER:
+                continue  # a part of what is probed, more likely than not
+            if reason or not library.probes:
+                state = "not_recognised" if STACKS[library.stack].partly_known else "unsupported"
+                advice = reason or library.reason
+                if library.build_id:
+                    advice = f"{advice} (build id {library.build_id})"
+                stack = library.stack.value
+                return {"stack": stack, "library": file.path, "state": state, "advice": advice}
     for file in files:
-        if file.library and file.library.beside and (advice := _beside(java, [file])):
-            stack = file.library.beside.value
-            state = "unsupported"
+        if (beside := _unprobed(file)) and (advice := _beside(java, [file])):
+            stack, state = beside.value, "unsupported"
             return {"stack": stack, "library": file.path, "state": state, "advice": advice}
     if java:
         advice, state = STACKS[Stack.JSSE].advice, "unsupported"
@@ -259,18 +274,31 @@ def _stack_line(java: bool, files: list[File]) -> dict[str, Any] | None:
 def _beside(java: bool, files: list[File]) -> str | None:
     """What is not metered of a process that is metered: traffic of its other stacks."""
     for file in files:
-        library = file.library
-        if library is None:
-            continue
-        if library.beside and file.probes:
-            return f"it also uses {library.beside.value}: {STACKS[library.beside].advice}"
-        if not file.probes and library.stack is not Stack.OTHER and not file.not_http:
-            name, reason = os.path.basename(file.path), file.failure or library.reason
-            if reason:
-                return f"it also uses {library.stack.value} ({name}): {reason}"
+        if (beside := _unprobed(file)) and file.probes:
+            return f"it also uses {beside.value}: {STACKS[beside].advice}"
+        for each in file.libraries:
+            stack, reason = each.library.stack, file.failure or each.reason
+            if not each.probes and stack is not Stack.OTHER and not each.not_http and reason:
+                return f"it also uses {stack.value} ({os.path.basename(file.path)}): {reason}"
     return f"it also uses {Stack.JSSE.value}: {STACKS[Stack.JSSE].advice}" if java else None
 
 
 def _stack_of(file: File | None) -> str:
     """The stack in a file that is probed; where the file is forgotten, the usual one."""
-    return (file.library.stack if file and file.library else Stack.OPENSSL).value
+    return (_probed_stacks(file) if file else [*_FORGOTTEN])[0].value
+
+
+def _probed_stacks(file: File) -> list[Stack]:
+    """The stacks in a file that are probed; where none is, those that it has."""
+    probed = [each.library.stack for each in file.libraries if each.probes]
+    return probed or [each.library.stack for each in file.libraries] or [*_FORGOTTEN]
+
+
+def _unprobed(file: File) -> Stack | None:
+    """A stack beside one that is probed, in the same library: only its name is known."""
+    return next((each.library.beside for each in file.libraries if each.library.beside), None)
+
+
+def _was_not_http(file: File) -> bool:
+    """Whether functions found in it passed what they cannot have."""
+    return any(each.not_http for each in file.libraries)

@@ -219,6 +219,9 @@ class Discovery:
         elif record.kind == protocol.NOT_HTTP:
             self.files.not_http(record.offset)
             self._on_change()
+        elif record.kind == protocol.RECORDS_MISSED:
+            self.files.records_missed(record.offset)
+            self._on_change()
         elif record.kind == protocol.OPEN:
             self._named(record.tgid, record.ssl)
             if exe := self._executable(record.tgid):

@@ -34,6 +34,7 @@ MESSAGE_BYTES_MAX = 128 * 1024  # what a socket's buffer is sure to hold
 DESCRIPTORS_A_MESSAGE_MAX = 200  # below SCM_MAX_FD (253)
 ANSWER_S_MAX = 5.0  # a supervisor is never that busy, a helper never that slow to start
 READER, CONFIGURE, BEGIN_ANEW = "reader", "configure", "begin anew"
+HOSTS = "hosts"
 
 
 @dataclass(slots=True)
@@ -104,6 +105,11 @@ class Keeper:
         assert self._channel is not None
         _send(self._channel, READER, True, [link.fileno()])
 
+    def set_hosts(self, hosts: Sequence[str]) -> None:
+        """Have the helper copy plaintext of these hosts from now on. Raises OSError."""
+        assert self._channel is not None
+        _send(self._channel, HOSTS, list(hosts))
+
     def fileno(self) -> int:
         """Readable when the helper has something to be held, or has ended."""
         return self._channel.fileno() if self._channel else -1
@@ -163,12 +169,15 @@ class Hold:
                 return found if isinstance(found, dict) else None
         return None
 
-    def receive_reader(self) -> socket.socket | None:
-        """Our end of a new reader's link; None when the supervisor is gone."""
+    def receive_order(self) -> socket.socket | list[str] | None:
+        """Our end of a new reader's link, or the hosts to copy plaintext of from now on; None when
+        the supervisor is gone."""
         assert self._channel is not None
         with contextlib.suppress(OSError):
-            if _receive(self._channel, self._given) is not None:
-                held = self._given.pop(READER)
+            if (message := _receive(self._channel, self._given)) is not None:
+                held = self._given.pop(message[0])
+                if message[0] == HOSTS:
+                    return list(held.about)
                 return socket.socket(fileno=held.fds[0])
         return None
 
@@ -201,5 +210,5 @@ class Hold:
                 _send(self._channel, name, about, fds)
 
     def fileno(self) -> int:
-        """Readable when there is another reader, or the supervisor has ended."""
+        """Readable when there is another reader or order, or the supervisor has ended."""
         return self._channel.fileno() if self._channel else -1

@@ -26,10 +26,12 @@ from capture.processes.proc import (
     parents_of,
     project_in,
     read_process,
+    root_name,
     started_ticks,
     user_name,
     working_directory,
 )
+from capture.processes.roots import Ancestor
 from capture.protocol import Record
 from halton_meter.model import Process
 
@@ -158,6 +160,9 @@ class Identities:
             life.read_at = now
             if pid not in self._lives:
                 self._add(pid, life)
+        if life.process is not None and life.process.root is not None:
+            # As it was first seen: a parent that has ended since is no other session.
+            process = replace(process, root=life.process.root)
         life.process = process
         self._added(sum(map(len, process.argv)))
 
@@ -219,16 +224,23 @@ def process_as_executed(record: Record, cwd: str | None = None) -> Process:
     `started_ns` is when it began to run this program.
     """
     uid = record.uid
+    exe = program_of(record.path) or record.comm or None
+    arguments = _arguments(record.data, record.length)
+    parents = _parents(record)
+    # Its own start is not known any more: that of its program is as good a name.
+    parent = parents[0][0] if parents else 0
+    own = Ancestor(record.tgid, record.at_ns // _tick_ns(), parent, exe, arguments)
     return Process(
         pid=record.tgid,
         started_ns=time.time_ns() - time.monotonic_ns() + record.at_ns,
-        exe=program_of(record.path) or record.comm or None,
-        argv=without_secrets(_arguments(record.data, record.length)),
+        exe=exe,
+        argv=without_secrets(arguments),
         cwd=cwd,
         uid=uid,
         user=user_name(uid),
-        parents=_parents(record),
+        parents=parents,
         project_hint=project_in(record.project),
+        root=root_name(own),
     )
 
 

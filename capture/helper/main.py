@@ -62,6 +62,7 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 # find their memory out of the caches each time. Times are taken in the kernel, and what the ring
 # holds outlives us; only `report` waits for it, and has a second.
 PAUSE_S = 1.0
+PAUSE_MS_MAX = 1000  # a reader that must hear of things at once asks for less (`pace`)
 SHORT_PAUSE_S = 0.005  # with bcc: there the kernel cannot wake us when the ring fills
 PROGRAM_S = 5.0  # how long a run may wait for its programs' functions to be found, once
 PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # that a reader has searched at once
@@ -132,6 +133,7 @@ class Helper:
         self._paused = self._stopping = False
         self._listening: tuple[bool, bool] | None = None
         self._resume_at = 0.0
+        self._pause_s = PAUSE_S
         self._report_at: float | None = None
         self._notices_lost = 0
         self._programs_unknown = 0
@@ -223,6 +225,7 @@ class Helper:
         self._commands_refused += self._commands.refused
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._forwarder.connect(sock)
+        self._pause_s = PAUSE_S
         if sock is None:
             return
         _widen(sock)
@@ -305,6 +308,8 @@ class Helper:
                 pid = _pid(command)
                 self._scope.check_owner(pid)
                 self._tree.watch(pid)
+            elif what == "pace":
+                self._set_pace(command)
             elif what == "search":
                 answer["searching"] = self._search(command)
             elif what == "hosts":
@@ -322,6 +327,14 @@ class Helper:
             self._commands_refused += 1
             answer["error"] = f"not a command: {type(error).__name__}"
         self._forwarder.put(protocol.encode_message(protocol.REPLY, answer))
+
+    def _set_pace(self, command: dict[str, Any]) -> None:
+        """How long chunks may gather from now on."""
+        pause_ms = untrusted.whole_number(command, "ms", PAUSE_MS_MAX, 1)
+        if pause_ms is None:
+            raise Refused(f"pace: a whole number of milliseconds from 1 to {PAUSE_MS_MAX}")
+        self._pause_s = pause_ms / 1000
+        self._resume()
 
     def _search(self, command: dict[str, Any]) -> int:
         """Look into programs that somebody is about to run; how many are searched as yet."""
@@ -342,7 +355,7 @@ class Helper:
         while not self._stopping or self._forwarder.waiting:
             now = time.monotonic()
             ready = {fd for fd, _ in self._epoll.poll(self._wait_s(now))}
-            if self._hold.fileno() in ready and not self._take_reader():
+            if self._hold.fileno() in ready and not self._take_order():
                 return
             try:
                 readable = self._sock is not None and self._sock.fileno() in ready
@@ -376,12 +389,14 @@ class Helper:
         discovery.look_ahead(now)
         self._watch_ring(now)
 
-    def _take_reader(self) -> bool:
-        """Serve the reader that the supervisor sends; False when it sends none: it is gone."""
-        sock = self._hold.receive_reader()
-        if sock is not None:
-            self.connect(sock)
-        return sock is not None
+    def _take_order(self) -> bool:
+        """Serve the reader, or copy of the hosts, that the supervisor sends; False: it is gone."""
+        order = self._hold.receive_order()
+        if isinstance(order, list):
+            self._scope.set_hosts(order)
+        elif order is not None:
+            self.connect(order)
+        return order is not None
 
     def _lose_reader(self) -> None:
         """The reader is gone. What comes now waits in the spool for the next one."""
@@ -409,7 +424,7 @@ class Helper:
             # A record that a thread is still writing holds up all behind it: no wake-up comes then.
             # Nor does one when the reader has made room.
             is_woken = self._kernel.wakes_us and not self._fills() and not self._forwarder.full
-            self._resume_at = now + (PAUSE_S if is_woken else SHORT_PAUSE_S)
+            self._resume_at = now + (self._pause_s if is_woken else SHORT_PAUSE_S)
             self._report_soon()
 
     def _drop_ended(self) -> None:
@@ -482,7 +497,7 @@ class Helper:
         about = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)
         known = process or Process(pid=record.tgid, started_ns=0, exe=record.comm, uid=record.uid)
-        self._coverage.metered(self._tree.with_run(known, record.length), record.host)
+        self._coverage.metered(self._tree.with_run(known, record.length), record.host, record.ssl)
         # What was put meanwhile may be its PROCESS frame: it has to come before.
         return [*self._forwarder.take_own(), *about, frame]
 

@@ -43,7 +43,6 @@ class EnforcedScope:
         self._scope = scope
         self.restricted = restricted
         self.tree = tree
-        self._hosts: set[str] = set()
         self._host_map = bpf.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)
         self._set_settings(request_bytes_max or REQUEST_BYTES_MAX, maps)
         uids = bpf.Map(maps["uids"], 4, 1)
@@ -83,14 +82,13 @@ class EnforcedScope:
         )
 
     def set_hosts(self, hosts: Iterable[str]) -> None:
-        """Replace the allow-list."""
+        """Replace the allow-list, also one that a helper before us has left."""
         wanted = {host_key(host) for host in hosts}
-        have = {host_key(host) for host in self._hosts}
+        have = set(self._host_map.all_keys())
         for key in wanted - have:
             self._host_map.set(key, b"\x01")
         for key in have - wanted:
             self._host_map.drop(key)
-        self._hosts = set(hosts)
 
     def check_owner(self, pid: int) -> None:
         """Raise Refused unless the reader may name this process."""

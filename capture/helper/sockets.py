@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from capture import bpf, protocol
+from capture.functions.stacks import Stack
 from capture.processes import proc
 from capture.processes.sockets import listening
 from capture.protocol import Socket, SocketFlag
@@ -27,6 +28,7 @@ from halton_meter.model import Process, is_own_proxy
 PROCESSES_MAX = 4096  # remembered, those with connections that were seen last
 OPEN_SHOWN_MAX = 500
 ROWS_MAX = 1000  # sums that wait for the next report
+ORIGINS_MAX = 4096  # ClientHellos remembered
 OWN_PROXIES_MAX = 64  # local proxies of ours remembered
 # A handshake takes a client less than this behind its ClientHello; what cannot be read is judged by
 # it. Without a ClientHello, that counts too.
@@ -35,7 +37,7 @@ HANDSHAKE_BYTES_MAX, WITH_HELLO_BYTES_MAX = 500, 3000
 # Causes, as they are stored and told (live/unmetered.py).
 PROXY, QUIC, ECH, NO_NAME = "through_local_proxy", "quic", "ech", "no_server_name"
 LATE, SEARCHED, OLDER = "probed_late", "no_probes_yet", "older_than_probes"
-PASSED_BY = "nothing_passed"
+PASSED_BY, NOT_TOLD = "nothing_passed", "host_not_told"
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01", bytes(10) + b"\xff\xff\x7f")
 
 
@@ -91,7 +93,8 @@ class _Sum:
 
 class Sockets:
     """`cause_of` answers why a connection of a process, made at that (monotonic) time, was not
-    metered; `name` who a process is; `metered_stack` in which stack its probes are."""
+    metered; `name` who a process is; `metered_stack` in which stack the probes are that saw a
+    connection of a process (0: not known which)."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class Sockets:
         addresses: bpf.Map,
         name: Callable[[Socket], Process],
         cause_of: Callable[[int, int], Cause],
-        metered_stack: Callable[[int], str | None],
+        metered_stack: Callable[[int, int], str | None],
     ) -> None:
         self._table = table
         self._addresses = addresses
@@ -111,6 +114,8 @@ class Sockets:
         self._nameless: list[_Seen] = []
         # Our own local proxies: the process that clients speak to (pid, start in ns), its ports.
         self._own_proxies: OrderedDict[tuple[int, int], frozenset[int]] = OrderedDict()
+        # By its random bytes, the connection on which a ClientHello was first sent, and its socket.
+        self._origins: OrderedDict[int, tuple[int, Socket]] = OrderedDict()
         self.overlooked = 0  # of which there was no room to keep the sum
 
     def resume(self, connections: bpf.Map) -> None:
@@ -168,6 +173,10 @@ class Sockets:
         known.nameless = known.nameless or bool(socket.flags & SocketFlag.NO_NAME)
         seen = known.open[number] = _Seen(socket)
         self._nameless.append(seen)
+        if socket.hello and socket.hello not in self._origins:
+            self._origins[socket.hello] = number, socket
+            if len(self._origins) > ORIGINS_MAX:
+                self._origins.popitem(last=False)
 
     def name_new(self) -> None:
         """Note whose the new connections are, while their processes live. It takes a millisecond
@@ -195,14 +204,33 @@ class Sockets:
 
     def _ended(self, number: int, socket: Socket) -> None:
         known = self._of(socket.tgid, socket.born_ns)
+        if self._origins.get(socket.hello, (0, socket))[1].opened_ns == socket.opened_ns:
+            self._origins[socket.hello] = number, socket  # it is known by now whether it is metered
         seen = known.open.pop(number, None)
-        if not is_used(socket):
+        if not is_used(socket) or self._passes_on(socket):
             return
         process = (seen and seen.process) or self._name(socket)
         cause, host = self._verdict(known, socket, known.open)
         if cause is None and host:
             known.found[host] = known.found.get(host, 0) + 1
         self._add(process, socket, cause, socket.sent + socket.received, host)
+
+    def _passes_on(self, socket: Socket) -> bool:
+        """Whether this only carries on what came from another connection, which is counted.
+
+        A relay or proxy on this machine sends its client's ClientHello. Where that client asked a
+        proxy and was not metered, it stands beside the ratio, so this one counts.
+        """
+        number, origin = self._origins.get(socket.hello, (0, socket))
+        if not socket.hello or socket.linked or origin.opened_ns == socket.opened_ns:
+            return False
+        now = self._now(struct.pack("=Q", number))
+        if now is not None and now.opened_ns == origin.opened_ns and now.linked:
+            self._origins[socket.hello] = number, now
+            return True
+        return bool(origin.linked) or not (
+            origin.flags & SocketFlag.ASKED_PROXY and is_local(origin)
+        )
 
     def _verdict(
         self, known: _OfProcess, socket: Socket, others: dict[int, _Seen]
@@ -214,6 +242,8 @@ class Sockets:
         for each in [host] if host else list(known.used):
             if known.left(each) > self._linked(others, each):
                 return None, each
+        if socket.flags & SocketFlag.UNNAMED:
+            return Cause(NOT_TOLD, Stack.RUSTLS.value), host
         if socket.flags & SocketFlag.ECH:
             return Cause(ECH, None), host
         if host is None:
@@ -261,8 +291,8 @@ class Sockets:
         if is_own_proxy(process) or (process.pid, process.started_ns) in self._own_proxies:
             return
         if self._leads_to_own_proxy(socket):
-            cause = Cause(PROXY, self._metered_stack(process.pid))
-        stack = cause.stack if cause else self._metered_stack(process.pid)
+            cause = Cause(PROXY, self._metered_stack(process.pid, socket.linked))
+        stack = cause.stack if cause else self._metered_stack(process.pid, socket.linked)
         row = _Row(
             process.pid,
             process.started_ns,
@@ -313,7 +343,7 @@ class Sockets:
             rest = {number: each for number, (each, _) in open_now.items()}
             for number, (each, socket) in open_now.items():
                 del rest[number]
-                if not is_used(socket):
+                if not is_used(socket) or self._passes_on(socket):
                     continue
                 cause, host = self._verdict(known, socket, rest)
                 if cause is None and host:

@@ -99,6 +99,11 @@ class KeyLog:
         """The client randoms known, newest last."""
         return iter(self._secrets)
 
+    def lines_of(self, client_random: bytes) -> bytes:
+        """One handshake's secrets in key log format."""
+        secrets = _secrets_of(self._secrets.get(client_random, b""))
+        return b"".join(_line(number, client_random, secret) for number, secret in secrets)
+
     def lines(self) -> Iterator[bytes]:
         """Everything in key log format, for a private file."""
         for random, secrets in self._secrets.items():

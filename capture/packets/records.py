@@ -1,17 +1,18 @@
-"""A capture's TLS connections cut into records: from TCP's bytes to what `tshark.py` decrypts.
+"""TLS connections cut into records: from TCP's bytes to what is decrypted.
 
 `tcp.py` hands each connection's bytes and holes to `TcpConnections`. What becomes of them depends
 on the connection's `State`, which its first bytes decide:
 
-    NEW ──> TLS      cut into records; whole ones go to a `Decryptor`, in order
+    NEW ──> TLS      cut into records; whole ones go to a `Reader`, in order
      │      │
      │      └──> IGNORED   no keys for it, or not wanted, or seen already
      ├──> PLAIN    handed out as they are
      └──> IGNORED
 
-After a hole the rest of that direction bypasses tshark (see `tls.py`): the header before the hole
-tells where the next record begins, or it is searched for. This file refuses to know files, and what
-the plaintext means.
+Recorded connections are decrypted by tshark (`tshark.py`), those of a live capture by ourselves
+(`awaiting.py`). After a hole the rest of that direction bypasses tshark (see `tls.py`): the header
+before the hole tells where the next record begins, or it is searched for. This file refuses to know
+files, and what the plaintext means.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from __future__ import annotations
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Protocol
 
 from capture.packets import tls
 from capture.packets.keylog import KeyLog
+from capture.packets.opening import Clear, Keys, Plaintext, Records, Tail, Work
 from capture.packets.tcp import Flow, Half
-from capture.packets.tshark import Clear, Decryptor, Decryptors, Keys, Plaintext, Records, Tail
-from halton_meter.model import Connection, Direction, Source, TlsClosed
+from halton_meter.model import Connection, Direction, Process, Source, TlsClosed
 
 # Whole records collected before tshark is asked, and for how long: a chunk carries one time, so
 # only what arrived together may share a packet. An IPv4 packet ends at 64 KiB.
@@ -106,9 +108,50 @@ _NEXT: Mapping[State, frozenset[State]] = {
 }
 
 
+class Reader(Protocol):
+    """Who decrypts a connection's records."""
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it takes no more through `ask`."""
+
+    def ask(self, records: Records, packet: bytes) -> None:
+        """Take records, also as an IP packet."""
+
+    def put(self, work: Work) -> None:
+        """Take what needs no packet."""
+
+
+class Readers(Protocol):
+    """Who has a reader for each connection."""
+
+    def join_newest(self) -> Reader:
+        """The one for a new connection, which must `leave` it."""
+
+    def leave(self, reader: Reader) -> None:
+        """A connection has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What is different where packets are seen as they pass.
+
+    `owner` finds the process of a new connection; it may search for longer once it is known that
+    the connection is wanted. `hello` is told the random of a connection's ClientHello; keys follow.
+    `without_keys` is told of connections that began before and have none, with the host.
+    `passed_by` is told how many bytes of a server, by address, are not read.
+    """
+
+    source: Source
+    owner: Callable[[Flow, bool], Process | None]
+    hello: Callable[[Flow, bytes], None]
+    without_keys: Callable[[Connection, str], None]
+    passed_by: Callable[[str, int], None]
+
+
 @dataclass(slots=True, eq=False)
 class _RecordStream:
-    """One direction of a connection on its way to the decryptor."""
+    """One direction of a connection on its way to its reader."""
 
     plaintext: Plaintext
     buffer: bytearray = field(default_factory=bytearray)
@@ -139,8 +182,9 @@ class _TcpConnection:
     number: int
     server: str
     streams: dict[bool, _RecordStream]
+    flow: Flow
     state: State = State.NEW
-    decryptor: Decryptor | None = None
+    reader: Reader | None = None
     held: list[tuple[Half, bytes, int]] = field(default_factory=list)
     held_bytes: int = 0  # their cost
     asked: bytes = b""  # the client's first bytes, as many as decide, and the server's
@@ -164,13 +208,16 @@ class TcpConnections:
         self,
         findings: Findings,
         keys: KeyLog,
-        decryptors: Decryptors,
+        readers: Readers,
         wanted: Callable[[str], bool] | None,
+        live: Live | None = None,
     ) -> None:
         self.findings = findings
         self._keys = keys
-        self._decryptors = decryptors
+        self._readers = readers
         self._wanted = wanted
+        self._live = live
+        self._batching: dict[_TcpConnection, None] = {}  # those that have a batch
         self._numbers = 0
         self._name_of: dict[str, str | None] = {}
         self._hellos: dict[bytes, tuple[int, int]] = {}
@@ -180,7 +227,7 @@ class TcpConnections:
             State.NEW: self._read_new,
             State.TLS: self._read_tls,
             State.PLAIN: self._read_plain,
-            State.IGNORED: lambda *_: None,
+            State.IGNORED: self._pass_by,
         }
         self._on_hole = {
             State.NEW: self._lose_new,
@@ -197,10 +244,11 @@ class TcpConnections:
         """Start a connection's state."""
         self.findings.connections += 1
         self._numbers += 1
+        live = self._live
         connection = Connection(
             flow.id,
-            Source.PCAP,
-            None,
+            live.source if live else Source.PCAP,
+            live.owner(flow, False) if live and not flow.joined else None,
             self._name_of.get(flow.server[0]),
             flow.server[1],
             flow.joined,
@@ -211,7 +259,7 @@ class TcpConnections:
             plaintext = Plaintext(connection, direction)
             keys.halves[direction] = plaintext
             half.tag = streams[half.sent] = _RecordStream(plaintext)
-        flow.tag = _TcpConnection(connection, keys, self._numbers, flow.server[0], streams)
+        flow.tag = _TcpConnection(connection, keys, self._numbers, flow.server[0], streams, flow)
 
     def received(self, half: Half, data: bytes, at_ns: int) -> None:
         """Contiguous bytes of one direction."""
@@ -229,7 +277,13 @@ class TcpConnections:
     def _read_plain(
         self, tcp: _TcpConnection, stream: _RecordStream, _: Half, data: bytes, at_ns: int
     ) -> None:
-        self._decryptor_of(tcp).put(Clear(stream.plaintext, data, 0, at_ns))
+        self._reader_of(tcp).put(Clear(stream.plaintext, data, 0, at_ns))
+
+    def _pass_by(
+        self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
+    ) -> None:
+        if self._live is not None and not half.sent:
+            self._live.passed_by(tcp.server, len(data))
 
     def _read_new(
         self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
@@ -283,7 +337,7 @@ class TcpConnections:
     def _lose_plain(
         self, tcp: _TcpConnection, stream: _RecordStream, _: Half, length: int, at_ns: int
     ) -> None:
-        self._decryptor_of(tcp).put(Clear(stream.plaintext, b"", length, at_ns))
+        self._reader_of(tcp).put(Clear(stream.plaintext, b"", length, at_ns))
 
     @staticmethod
     def _lose_new(
@@ -305,14 +359,15 @@ class TcpConnections:
         self._flush(tcp)
         for stream in tcp.streams.values():
             self._keep(tcp, stream, 0)
-        decryptor = tcp.decryptor
-        if decryptor is not None:
+        self._batching.pop(tcp, None)
+        reader = tcp.reader
+        if reader is not None:
             for stream in tcp.streams.values():
                 if stream.open_hole:
                     end = stream.position + len(stream.buffer)
-                    decryptor.put(Tail(stream.plaintext, tcp.keys, end, at_ns))
-            decryptor.put(TlsClosed(tcp.connection, at_ns, clean))
-            self._decryptors.leave(decryptor)
+                    reader.put(Tail(stream.plaintext, tcp.keys, end, at_ns))
+            reader.put(TlsClosed(tcp.connection, at_ns, clean))
+            self._readers.leave(reader)
 
     # --- what a connection is -------------------------------------------------------------------
 
@@ -330,14 +385,14 @@ class TcpConnections:
         else:
             joined_tls = half.flow.joined and len(data) > 4 and tls.plausible_header(data, 0)
             if joined_tls or half.flow.server[1] == 443:
-                self._no_keys(half.flow.server[0])
+                self._no_keys(tcp, half.flow.server[0])
             tcp.become(State.IGNORED)
 
     def _begin_joined(self, tcp: _TcpConnection, flow: Flow) -> None:
         """Without a ClientHello there is no name for the keys: boundaries and keys are guessed."""
         self.findings.joined += 1
         if not len(self._keys):
-            self._no_keys(flow.server[0])
+            self._no_keys(tcp, flow.server[0])
             tcp.become(State.IGNORED)
             return
         self.findings.nameless += tcp.connection.peer is None
@@ -345,7 +400,9 @@ class TcpConnections:
             stream.diverted = stream.hunting = True
             stream.handshake = None
 
-    def _no_keys(self, host: str) -> None:
+    def _no_keys(self, tcp: _TcpConnection, host: str) -> None:
+        if self._live is not None:
+            self._live.without_keys(tcp.connection, host)
         if host not in self.findings.without_keys and len(self.findings.without_keys) >= HOSTS_MAX:
             host = "others"
         self.findings.without_keys[host] += 1
@@ -368,19 +425,27 @@ class TcpConnections:
             return
         keys = tcp.keys
         if keys.client_random is None and name is not None:
-            port, joined = tcp.connection.peer_port, tcp.connection.joined
-            tcp.connection = Connection(tcp.connection.id, Source.PCAP, None, name, port, joined)
-            for plaintext in keys.halves.values():
-                plaintext.connection = tcp.connection
+            self._name(tcp, name)
         keys.client_random = hello.random
+        if self._live is not None:
+            self._live.hello(tcp.flow, hello.random)
         if name is not None:
             self._remember_name(tcp.server, name)
-        if hello.random not in self._keys:
-            self._no_keys(name or tcp.server)
+        if self._live is None and hello.random not in self._keys:
+            self._no_keys(tcp, name or tcp.server)
             self._ignore(tcp)
         elif name is not None and self._wanted is not None and not self._wanted(name):
             self.findings.not_wanted += 1
             self._ignore(tcp)
+
+    def _name(self, tcp: _TcpConnection, host: str) -> None:
+        process, live = tcp.connection.process, self._live
+        wanted = self._wanted is None or self._wanted(host)
+        if live is not None and process is None and wanted and not tcp.flow.joined:
+            process = live.owner(tcp.flow, True)
+        tcp.connection = replace(tcp.connection, peer=host, process=process)
+        for plaintext in tcp.keys.halves.values():
+            plaintext.connection = tcp.connection
 
     def _remember_name(self, address: str, name: str) -> None:
         """A server's name, for connections to it whose hello was missed; None once ambiguous."""
@@ -523,6 +588,7 @@ class TcpConnections:
         if not stream.batch:
             stream.batch_ns, stream.batch_position = at_ns, stream.position
             stream.batch_ciphered = ciphered
+            self._batching[tcp] = None
         stream.batch.append(bytes(stream.buffer[:length]))
         del stream.buffer[:length]
         stream.batch_bytes += length
@@ -531,6 +597,12 @@ class TcpConnections:
         if stream.batch_bytes >= BATCH_BYTES_MAX:
             self._flush_stream(tcp, stream, sent)
 
+    def flush(self) -> None:
+        """Hand on what waits for more to be decrypted with it: nothing may come for a while."""
+        for tcp in list(self._batching):
+            self._flush(tcp)
+        self._batching.clear()
+
     def _flush(self, tcp: _TcpConnection) -> None:
         for sent, stream in tcp.streams.items():
             self._flush_stream(tcp, stream, sent)
@@ -538,9 +610,9 @@ class TcpConnections:
     def _flush_stream(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool) -> None:
         if not stream.batch:
             return
-        decryptor = self._decryptor_of(tcp)
-        if decryptor.is_spent:
-            stream.diverted = True
+        reader = self._reader_of(tcp)
+        whole = not stream.diverted
+        asked = whole and not reader.is_spent
         payload = b"".join(stream.batch)
         records = Records(
             stream.plaintext,
@@ -551,14 +623,15 @@ class TcpConnections:
             stream.batch_encrypted,
             stream.batch_ciphered,
             stream.batch_ns,
-            not stream.diverted,
+            asked,
+            whole,
         )
         stream.encrypted += stream.batch_encrypted
         stream.batch, stream.batch_bytes, stream.batch_encrypted = [], 0, 0
-        if stream.diverted:
-            decryptor.put(records)
+        if not asked:
+            reader.put(records)
             return
-        decryptor.ask(records, _packet(tcp, sent, payload))
+        reader.ask(records, _packet(tcp, sent, payload))
         tcp.seqs[sent] += len(payload)
 
     # --- after a hole ---------------------------------------------------------------------------
@@ -622,10 +695,10 @@ class TcpConnections:
         stream.position += drop
         del buffer[:drop]
 
-    def _decryptor_of(self, tcp: _TcpConnection) -> Decryptor:
-        if tcp.decryptor is None:
-            tcp.decryptor = self._decryptors.join_newest()
-        return tcp.decryptor
+    def _reader_of(self, tcp: _TcpConnection) -> Reader:
+        if tcp.reader is None:
+            tcp.reader = self._readers.join_newest()
+        return tcp.reader
 
 
 _SERVER = bytes((192, 0, 2, 1))

@@ -6,9 +6,9 @@ records a packet, one made-up address a connection. Plaintext comes back through
 of PDUs, in binary, each with the number of the packet it was in: measured on Wireshark 4.0, that
 is 5 times as fast as `-T fields`, which spends its time on hexadecimal. Where tshark answers
 nothing although a packet holds application data, or was not asked because records are missing,
-`tls.Opener` takes over.
+`opening.py` takes over.
 
-The thread of a `Decryptor` owns all of its plaintext state; the feeding thread only queues.
+The thread of a `Decryptor` owns its `Opening`; the feeding thread only queues.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from capture.packets import tls
 from capture.packets.keylog import KeyLog
-from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
+from capture.packets.opening import Opening, Records, Work
+from halton_meter.model import TlsChunk, TlsClosed
 
 # Work queued for one decryptor; each is at most one packet of 64 KiB.
 QUEUED_MAX = 512
@@ -46,13 +45,6 @@ _WATCH_SECONDS = 1.0
 OUTPUT_RATIO_MAX = 8
 OUTPUT_BYTES_FREE = 16 << 20
 PDU_BYTES_MAX = 1 << 20
-# Trial decryptions that one decryptor spends in vain: on connections joined in their middle, and
-# behind holes on records that no number fits.
-TRIALS_MAX = 4_000_000
-# A look through the key log for secrets to try, and a key made of one, in trials of that cost.
-_HANDSHAKES_PER_TRIAL, _TRIALS_PER_KEY = 8, 16
-# A record kept to find out how many handshake records preceded the first data.
-SAMPLE_BYTES_MAX = 4_096
 
 
 def _filler() -> bytes:
@@ -73,71 +65,7 @@ class TsharkMissing(Exception):
     """tshark is not installed."""
 
 
-@dataclass(slots=True, eq=False)
-class Plaintext:
-    """One direction of a connection as the decryptor's thread sees it."""
-
-    connection: Connection
-    direction: Direction
-    offset: int = 0
-    end_position: int | None = None  # of the last record dealt with, in the TCP stream
-    end_index: int = 0  # encrypted records up to there
-    base: int | None = None  # record number = index + base, once proven
-    sample: tuple[bytes, int] | None = None
-    opener: tls.Opener | None = None
-    asked_opener: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Keys:
-    """What a connection's hellos hold; both directions share it."""
-
-    client_random: bytes | None = None
-    server_hello: tls.ServerHello | None = None
-    claimed: bytes | None = None  # by trial: the handshake that a joined connection belongs to
-    halves: dict[Direction, Plaintext] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Records:
-    """Whole records of one direction; `index` counts its encrypted records before these."""
-
-    half: Plaintext
-    keys: Keys
-    payload: bytes
-    position: int
-    index: int
-    encrypted: int
-    ciphered: bool  # a ChangeCipherSpec came before
-    at_ns: int
-    asked: bool  # tshark is given them
-    frame: int = 0  # the number of the packet they are in, when asked
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """Bytes of a connection that was never encrypted."""
-
-    half: Plaintext
-    data: bytes
-    lost: int
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """The end of a direction whose last bytes are missing, at `position` of the TCP stream."""
-
-    half: Plaintext
-    keys: Keys
-    position: int
-    at_ns: int
-
-
-_Work = Records | Clear | Tail | TlsClosed | None
-
-# An alert's plaintext: what a hole at the very end may have held instead of data.
-_ALERT_BYTES = 2
+_Work = Work | None  # None: no more
 
 
 class Decryptor:
@@ -146,20 +74,15 @@ class Decryptor:
     def __init__(
         self, keys: KeyLog, keylog_path: Path, give: Callable[[TlsChunk | TlsClosed], None]
     ) -> None:
-        self._keys = keys
         self._keylog_path = keylog_path
-        self._give = give
         self._work: deque[_Work] = deque()
         self._changed = threading.Condition()
         self._frames = 0
         self._pdu: tuple[int, bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._failed = False
-        self._trials_left = TRIALS_MAX
-        self._claimed: set[bytes] = set()
-        self.losses: Counter[str] = Counter()
-        self.decrypted = 0  # connections of which something was read
-        self._being_read: set[str] = set()
+        self._opening = Opening(keys, give)
+        self.losses = self._opening.losses
         self.fed_bytes = 0
         self._told_bytes = 0
         self.open_connections = 0
@@ -182,7 +105,7 @@ class Decryptor:
         self._put(records)
         self._write(packet)
 
-    def put(self, work: Records | Clear | Tail | TlsClosed) -> None:
+    def put(self, work: Work) -> None:
         """Queue what needs no tshark, in its place between what does."""
         self._put(work)
 
@@ -206,6 +129,11 @@ class Decryptor:
         with self._waiting():
             self._thread.join()
         self.kill()
+
+    @property
+    def decrypted(self) -> int:
+        """Connections of which something was read."""
+        return self._opening.decrypted
 
     def kill(self) -> None:
         """End tshark, by its process id, if it is still there."""
@@ -295,21 +223,10 @@ class Decryptor:
     def _run(self) -> None:
         while (work := self._take()) is not None:
             try:
-                self._do(work)
+                frame = work.frame if isinstance(work, Records) and work.asked else None
+                self._opening.do(work, b"" if frame is None else self._answer(frame))
             except Exception as error:  # a bug of ours costs these records, not the run
                 self.losses[f"tls_records_unreadable_{type(error).__name__}"] += 1
-
-    def _do(self, work: Records | Clear | Tail | TlsClosed) -> None:
-        if isinstance(work, TlsClosed):
-            self._being_read.discard(work.connection.id)
-            self._give(work)
-        elif isinstance(work, Records):
-            self._records(work)
-        elif isinstance(work, Tail):
-            self._tail(work)
-        else:
-            work.half.offset += work.lost
-            self._plain(work.half, work.data, work.at_ns)
 
     def _take(self) -> _Work:
         with self._changed:
@@ -349,171 +266,6 @@ class Decryptor:
             return _NO_FRAME, b""
         return pdu
 
-    def _records(self, work: Records) -> None:
-        half = work.half
-        data = self._answer(work.frame) if work.asked else b""
-        if not data or self._is_short(work, len(data)):
-            if work.encrypted:
-                self._open(work, data)
-            return
-        if half.sample is None:
-            half.sample = _sample(work)
-        opener = self._opener(work.half, work.keys)
-        missing = work.index - half.end_index
-        if opener is not None and opener.overhead is not None:
-            half.offset += self._gap(half, work.position, missing * opener.overhead)
-        self._handled(half, work.position + len(work.payload), work.index + work.encrypted)
-        self._plain(half, data, work.at_ns)
-
-    def _tail(self, work: Tail) -> None:
-        """Say that the end is missing; how long it was is known but for the number of records."""
-        opener, half = self._opener(work.half, work.keys), work.half
-        overhead = (opener.overhead if opener else None) or 22
-        lost = self._gap(half, work.position, overhead)
-        if lost > _ALERT_BYTES:
-            self._give(
-                TlsChunk(half.connection, half.direction, half.offset, b"", lost, work.at_ns)
-            )
-            half.offset += lost
-
-    def _is_short(self, work: Records, length: int) -> bool:
-        """Whether tshark gave less than the records hold: one of them is spoilt, or no data."""
-        opener = self._opener(work.half, work.keys)
-        if opener is None or opener.overhead is None:
-            return False
-        return length != len(work.payload) - work.encrypted * opener.overhead
-
-    @staticmethod
-    def _gap(half: Plaintext, position: int, overhead: int) -> int:
-        """Plaintext bytes between the last record dealt with and the one at `position`."""
-        if half.end_position is None or position <= half.end_position:
-            return 0
-        return max(0, position - half.end_position - overhead)
-
-    @staticmethod
-    def _handled(half: Plaintext, position: int, index: int) -> None:
-        half.end_position, half.end_index = position, index
-
-    def _plain(self, half: Plaintext, data: bytes, at_ns: int) -> None:
-        if not data:
-            return
-        if half.connection.id not in self._being_read:
-            self._being_read.add(half.connection.id)
-            self.decrypted += 1
-        self._give(TlsChunk(half.connection, half.direction, half.offset, data, len(data), at_ns))
-        half.offset += len(data)
-
-    # --- without tshark ------------------------------------------------------------------------
-
-    def _open(self, work: Records, found: bytes) -> None:
-        """Decrypt records one by one, holes before and between them included.
-
-        `found` is what tshark made of them, for suites that only it can decrypt.
-        """
-        opener = self._opener(work.half, work.keys)
-        if opener is None and found:
-            self._plain(work.half, found, work.at_ns)
-            return
-        before = work.half.offset
-        for record, index, position in encrypted_records(work):
-            if opener is None or opener.hopeless:
-                self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
-            elif record[0] == tls.APPLICATION or not opener.tls13:
-                self._open_one(work, opener, record, index, position)
-        if found and work.half.offset == before:  # early data: under a key of its own
-            self._plain(work.half, found, work.at_ns)
-
-    def _open_one(
-        self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
-    ) -> None:
-        half = work.half
-        numbers = self._numbers(work, opener, index, position, len(record))
-        opened = opener.open(record, numbers)
-        if opened is None:
-            self._trials_left -= len(numbers)
-            # Handshake records under other keys come first; they hold no data.
-            if record[0] != tls.APPLICATION and work.asked and half.end_position is not None:
-                # A second handshake, under keys that only tshark follows: no data is missing.
-                self._handled(half, position + len(record), index + 1)
-            before_data = half.base is None and half.sample is None
-            if not before_data or index >= tls.HANDSHAKE_RECORDS_MAX:
-                self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
-            return
-        kind, plain, number = opened
-        self._claim(work, opener)
-        key = opener.key
-        assert key is not None
-        missing = 0 if half.base is None else number - (half.end_index + half.base)
-        half.offset += self._gap(half, position, missing * key.overhead)
-        half.base = number - index
-        self._handled(half, position + len(record), index + 1)
-        if kind == tls.APPLICATION:
-            self._plain(half, plain, work.at_ns)
-        elif kind == tls.HANDSHAKE and plain[:1] == b"\x18" and key.tls13:  # KeyUpdate
-            opener.advance()
-            half.base = -(index + 1)
-
-    def _numbers(
-        self, work: Records, opener: tls.Opener, index: int, position: int, size: int
-    ) -> range:
-        """Which record numbers to try."""
-        half, keys = work.half, work.keys
-        if half.base is None and half.sample is not None:
-            self._calibrate(half, opener)
-        if half.base is not None:
-            known = index + half.base
-            gap = position - (half.end_position or 0)
-            ahead = min(gap // 22, tls.LOST_RECORDS_MAX) if self._trials_left > 0 else 0
-            return range(known, known + 1 + ahead)
-        if self._trials_left <= 0:
-            return range(0)
-        if keys.client_random is not None or keys.claimed is not None:
-            joined = keys.client_random is None
-            ahead = tls.TRIAL_RECORDS_MAX if joined else tls.LOST_RECORDS_MAX
-            # Where nothing is missing these may be handshake records or tickets.
-            return range(
-                max(0, index - tls.HANDSHAKE_RECORDS_MAX), index + 1 + (0 if work.asked else ahead)
-            )
-        cost = len(opener) * tls.TRIAL_RECORDS_MAX
-        if opener.key is None and (size > tls.TRIAL_BYTES_MAX or cost > self._trials_left):
-            return range(0)
-        self._trials_left -= cost if opener.key is None else 0
-        return range(tls.TRIAL_RECORDS_MAX)
-
-    def _opener(self, half: Plaintext, keys: Keys) -> tls.Opener | None:
-        sent = half.direction is Direction.SENT
-        random = keys.client_random or keys.claimed
-        if half.opener is None and random is not None and not half.asked_opener:
-            half.opener = tls.opener(self._keys, random, keys.server_hello, sent=sent)
-            half.asked_opener = keys.server_hello is not None
-        elif half.opener is None and random is None and not half.asked_opener:
-            half.asked_opener = True
-            if self._trials_left > 0:
-                half.opener = tls.trial_opener(self._keys, self._claimed, sent=sent)
-                self._trials_left -= len(self._keys) // _HANDSHAKES_PER_TRIAL
-                self._trials_left -= len(half.opener) * _TRIALS_PER_KEY
-        return half.opener
-
-    def _claim(self, work: Records, opener: tls.Opener) -> None:
-        """A joined connection's secret is known: the other direction need not be searched."""
-        keys = work.keys
-        if keys.client_random is not None or keys.claimed is not None or opener.secret is None:
-            return
-        keys.claimed = opener.random_of.get(opener.secret)
-        if keys.claimed is not None:
-            self._claimed.add(keys.claimed)
-            for half in keys.halves.values():
-                if half.opener is not opener:
-                    half.opener, half.asked_opener = None, False
-
-    @staticmethod
-    def _calibrate(half: Plaintext, opener: tls.Opener) -> None:
-        """Find out how many encrypted records were handshake, by a record that tshark read."""
-        assert half.sample is not None
-        record, index = half.sample
-        opened = opener.open(record, range(max(0, index - tls.HANDSHAKE_RECORDS_MAX), index + 1))
-        half.base = opened[2] - index if opened else None
-
 
 class Decryptors:
     """The decryptors of a run: a new one begins once the newest has had its share of bytes."""
@@ -543,12 +295,13 @@ class Decryptors:
         decryptor.open_connections += 1
         return decryptor
 
-    def leave(self, decryptor: Decryptor) -> None:
+    def leave(self, reader: object) -> None:
         """A connection has ended. The last one ends a decryptor that has had its share."""
-        decryptor.open_connections -= 1
-        if not decryptor.open_connections and decryptor is not self._live[-1]:
-            self._live.remove(decryptor)
-            decryptor.finish()
+        assert isinstance(reader, Decryptor)
+        reader.open_connections -= 1
+        if not reader.open_connections and reader is not self._live[-1]:
+            self._live.remove(reader)
+            reader.finish()
 
     def join(self) -> Iterator[Decryptor]:
         """Wait until everything was given out; the decryptors, each when it is done."""
@@ -562,37 +315,6 @@ class Decryptors:
         """End every tshark that is still there."""
         for decryptor in self._all:
             decryptor.kill()
-
-
-def _sample(work: Records) -> tuple[bytes, int] | None:
-    """The first small application record of a packet, with its index."""
-    for record, index, _ in encrypted_records(work):
-        if record[0] == tls.APPLICATION and len(record) <= SAMPLE_BYTES_MAX:
-            return record, index
-    return None
-
-
-def encrypted_records(work: Records) -> Iterator[tuple[bytes, int, int]]:
-    """The encrypted records of `work`, each with its index and position."""
-    index, position, ciphered = work.index, work.position, work.ciphered
-    for record in records_of(work.payload):
-        if record[0] == tls.CHANGE_CIPHER_SPEC:
-            ciphered = True
-        elif record[0] == tls.APPLICATION or ciphered:
-            yield record, index, position
-            index += 1
-        position += len(record)
-
-
-def records_of(payload: bytes) -> list[bytes]:
-    """Cut whole records apart."""
-    found: list[bytes] = []
-    at = 0
-    while at + 5 <= len(payload):
-        end = at + 5 + (payload[at + 3] << 8 | payload[at + 4])
-        found.append(payload[at:end])
-        at = end
-    return found
 
 
 _PACKET_BLOCK = 6

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from capture.processes.arguments import without_secrets
+from capture.processes.roots import Ancestor, name_of_root, root_of
 from capture.processes.sockets import established
 from halton_meter.model import Process
 
@@ -52,6 +53,12 @@ def _link(path: str) -> str | None:
 def _boot_ns() -> int:
     """When the machine started. Taken once: the same process must get the same start time."""
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+@lru_cache(maxsize=1)
+def _boot_id() -> str:
+    """A name for the time since the machine was started, which no other start has."""
+    return (_read("/proc/sys/kernel/random/boot_id") or b"").decode("ascii", "replace").strip()
 
 
 @lru_cache(maxsize=256)
@@ -101,6 +108,24 @@ def parents_of(pid: int) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
+def _arguments(pid: int) -> list[str]:
+    raw = _read(f"/proc/{pid}/cmdline", ARGV_BYTES_MAX) or b""
+    return [part.decode("utf-8", "replace") for part in raw.split(b"\0")[:-1]]
+
+
+def _ancestor(pid: int) -> Ancestor | None:
+    stat = _stat(pid)
+    if stat is None:
+        return None
+    return Ancestor(pid, stat[2], stat[1], _link(f"/proc/{pid}/exe"), _arguments(pid))
+
+
+def root_name(process: Ancestor) -> str:
+    """The name of the root of a process's tree; `start` is in clock ticks since boot."""
+    root = root_of(process, _ancestor)
+    return name_of_root(root.pid, root.start, _boot_id())
+
+
 def container_of(cgroup: str) -> str | None:
     """The container's id (12 characters) in the text of /proc/PID/cgroup, or None."""
     match = _CONTAINER.search(cgroup) or _BARE_CONTAINER.search(cgroup)
@@ -125,7 +150,7 @@ def read_process(pid: int) -> Process | None:
     cgroup = _read(f"/proc/{pid}/cgroup") or b""
     environment = _read(f"/proc/{pid}/environ", ENVIRONMENT_BYTES_MAX) or b""
     # Last: who has arguments still had all of the above, a process that exits loses them first.
-    argv = _read(f"/proc/{pid}/cmdline", ARGV_BYTES_MAX) or b""
+    argv = _arguments(pid)
     try:
         uid: int | None = os.stat(f"/proc/{pid}").st_uid
     except OSError:
@@ -134,13 +159,14 @@ def read_process(pid: int) -> Process | None:
         pid=pid,
         started_ns=_boot_ns() + stat[2] * (1_000_000_000 // os.sysconf("SC_CLK_TCK")),
         exe=exe,
-        argv=without_secrets([part.decode("utf-8", "replace") for part in argv.split(b"\0")[:-1]]),
+        argv=without_secrets(argv),
         cwd=cwd,
         uid=uid,
         user=user_name(uid) if uid is not None else None,
         parents=parents_of(stat[1]),
         container=container_of(cgroup.decode("ascii", "replace")),
         project_hint=project_in(environment),
+        root=root_name(Ancestor(pid, stat[2], stat[1], exe, argv)),
     )
 
 
@@ -180,7 +206,8 @@ def from_json(content: dict[str, Any]) -> Process:
     """The inverse of `to_json`. Raises KeyError or TypeError on what is not one."""
     return Process(
         **{
-            **{name: content[name] for name in Process.__slots__},
+            **{name: content[name] for name in Process.__slots__ if name != "root"},
+            "root": content.get("root"),  # a helper of the version before has none
             "argv": tuple(content["argv"]),
             "parents": tuple((int(pid), str(name)) for pid, name in content["parents"]),
         }

@@ -13,12 +13,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from halton_meter import __version__
 from halton_meter.cli import streams
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 def _for_probes(given: Mapping[str, Any]) -> bool:
@@ -27,11 +30,38 @@ def _for_probes(given: Mapping[str, Any]) -> bool:
     return on_linux and given.get("via") != "proxy" and not given.get("java")
 
 
+def _for_reload(given: Mapping[str, Any]) -> bool:
+    """Which hosts uprobes watch is root's to say, so root alone has them read again."""
+    return sys.platform == "linux" and given.get("subcommand") == "reload"
+
+
+def _for_init(given: Mapping[str, Any]) -> bool:
+    """Installing the uprobes service needs root; the proxy, and what only shows, does not."""
+    of_proxy = ("mode", "no_shell_rc", "java", "system_trust", "redirect", "keep", "platform")
+    on_linux = sys.platform == "linux" and given.get("via") != "proxy"
+    return on_linux and not any(given.get(name) for name in of_proxy)
+
+
+def _for_uninstall(_given: Mapping[str, Any]) -> bool:
+    """Removing the uprobes service needs root; all else is undone as the user."""
+    from halton_meter.cli.systemd_unit import UNIT_PATH
+
+    return sys.platform == "linux" and UNIT_PATH.exists()
+
+
+def _for_journal(given: Mapping[str, Any]) -> bool:
+    """The system service's log is in the system's journal, which root may read."""
+    from halton_meter.cli.logs import from_journal
+
+    return from_journal(given.get("via"))
+
+
 class _Entry(NamedTuple):
     """A command: "module:attribute", and its line in --help, which thus imports no command.
 
-    `needs_root` decides by the options; None: never, so the command runs as the invoking user under
-    sudo. `status` and `doctor` need none: they ask the service.
+    `needs_root` decides by the options, and for a group by its "subcommand"; None: never, so the
+    command runs as the invoking user under sudo. `status` and `doctor` need none: they ask the
+    service.
     """
 
     target: str
@@ -42,7 +72,19 @@ class _Entry(NamedTuple):
 _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
+    "top": _Entry(
+        "halton_meter.cli.top.command:top", "Show what is metered now, live in the terminal."
+    ),
+    "tail": _Entry("halton_meter.cli.tail:tail", "Print requests as they end."),
     "report": _Entry("halton_meter.cli.report:report", "Show what was spent."),
+    "plan": _Entry(
+        "halton_meter.cli.plan:plan", "Show each account's limits, and who used how much."
+    ),
+    "statusline": _Entry(
+        "halton_meter.cli.statusline:statusline", "Show what a session spends in Claude Code."
+    ),
+    "prompt": _Entry("halton_meter.cli.prompt:prompt", "Print a short text for a shell's prompt."),
+    "session": _Entry("halton_meter.cli.session:session", "List sessions, and show how one went."),
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),
@@ -56,8 +98,20 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.reprice:reprice", "Price stored requests again with today's prices."
     ),
     "retag": _Entry("halton_meter.cli.retag:retag", "Move stored requests to another project."),
+    "purge": _Entry("halton_meter.cli.purge:purge", "Delete old requests."),
+    "project": _Entry(
+        "halton_meter.cli.project:project", "Show projects, and the rules of what belongs to each."
+    ),
+    "config": _Entry(
+        "halton_meter.cli.config:config", "Show, change and check your settings.", _for_reload
+    ),
     "run": _Entry(
         "halton_meter.cli.run:run", "Meter one command and print what it cost.", _for_probes
+    ),
+    "record": _Entry(
+        "halton_meter.cli.record:record",
+        "Record one command's provider connections in a file.",
+        _for_probes,
     ),
     "daemon": _Entry(
         "halton_meter.cli.daemon:daemon", "Run the metering service in the foreground.", _for_probes
@@ -66,12 +120,23 @@ _COMMANDS: dict[str, _Entry] = {
         "halton_meter.cli.start:start", "Start metering in the background.", _for_probes
     ),
     "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
+    "budget": _Entry(
+        "halton_meter.cli.budget:budget", "Set limits in dollars, and see what is left of them."
+    ),
     "status": _Entry("halton_meter.cli.status:status", "Show health, coverage and losses."),
-    "init": _Entry("halton_meter.cli.init:init", "Set up the local proxy for your programs."),
+    "init": _Entry("halton_meter.cli.init:init", "Set metering up, by one command.", _for_init),
+    "logs": _Entry("halton_meter.cli.logs:logs", "Show the service's log.", _for_journal),
     "doctor": _Entry("halton_meter.cli.doctor:doctor", "Diagnose problems and fix them."),
     "uninstall": _Entry(
-        "halton_meter.cli.uninstall:uninstall", "Undo everything that init changed."
+        "halton_meter.cli.uninstall:uninstall",
+        "Undo everything that init changed.",
+        _for_uninstall,
     ),
+    "completion": _Entry(
+        "halton_meter.cli.completion:completion", "Print the script for your shell's Tab key."
+    ),
+    "man": _Entry("halton_meter.cli.man:man", "Show or install manual pages."),
+    "version": _Entry("halton_meter.cli.version:version", "Show the version, and what it runs on."),
 }
 
 
@@ -132,6 +197,17 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name from the table, importing none of them."""
+        from click.shell_completion import CompletionItem
+
+        named = [
+            CompletionItem(name, help=entry.line)
+            for name, entry in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -139,6 +215,8 @@ class LazyGroup(click.Group):
 
         Root does not even import a command that never needs root.
         """
+        if ctx.resilient_parsing:  # somebody pressed Tab
+            return super().resolve_command(ctx, args)
         entry = _COMMANDS.get(args[0])
         if args[0] == "run":
             from halton_meter.cli.configured import stand_in_folder, told_of_variables
@@ -150,7 +228,9 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if entry is not None and entry.needs_root is not None and command is not None:
             given = command.make_context(name, [*rest], parent=ctx, resilient_parsing=True)
-            _settle(needs_root=entry.needs_root(given.params))
+            inner = {"subcommand": rest[0] if rest else None}
+            chosen = inner if isinstance(command, click.Group) else given.params
+            _settle(needs_root=entry.needs_root(chosen))
         return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -26,7 +26,9 @@ from halton_meter.live.unmetered import PROXY_CAUSES, Unmetered
 
 RESTS_SHOWN = 8
 # Losses that are connections, which coverage names where it is known.
-_NAMED_HERE = {"http2_without_name": frozenset({"no_server_name", "older_than_probes"})}
+_NAMED_HERE = {
+    "http2_without_name": frozenset({"no_server_name", "older_than_probes", "host_not_told"})
+}
 NOT_SHOWN_BY_KERNEL = (
     "coverage: unknown, this kernel does not show the connections that programs open "
     "(Linux 6.3 or newer does)"

@@ -12,16 +12,20 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from halton_meter.cli.output import note, problem_text, wrong_usage
 from halton_meter.live.restarts import Restarts, cause_of_death
 from halton_meter.problem import Problem
+
+if TYPE_CHECKING:
+    from halton_meter.live.probes.supervisor import Plan
 
 # A keeper never gives up: a disk that is full now has room some day. Clients wait in the edge's
 # queue meanwhile, so it restarts the proxy sooner.
@@ -39,9 +43,19 @@ EXAMPLES = """
 
 
 def say(text: str) -> None:
-    """One line for the log. A full disk, which refuses it, must not end the service."""
+    """One line for the log, with its time where that is a file: systemd's journal has its own.
+
+    A full disk, which refuses it, must not end the service.
+    """
+    at = f"{time.strftime('%Y-%m-%d %H:%M:%S')} " if _is_file(sys.stderr) else ""
     with contextlib.suppress(OSError):
-        note(text)
+        note(text, at)
+
+
+def _is_file(stream: TextIO) -> bool:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or no file
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    return False
 
 
 class _Log(io.FileIO):
@@ -139,16 +153,20 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
         raise Unavailable(problems)
     account = accounts.account_named(owner) if owner else accounts.invoking_account()
     home = accounts.home_folder(account=account)
-    plan = service.service_plan(
-        account,
-        home,
-        all_users=all_users,
-        users=users,
-        cgroup=cgroup,
-        say=say,
-        goes_on=owner is not None,  # `start` has checked it; later it may be a restart
-    )
-    service.serve(plan, say)
+
+    def planned(goes_on: bool) -> Plan:
+        return service.service_plan(
+            account,
+            home,
+            all_users=all_users,
+            users=users,
+            cgroup=cgroup,
+            say=say,
+            goes_on=goes_on,
+        )
+
+    # `start` has checked the configuration; with an owner named, it may be a restart.
+    service.serve(planned(owner is not None), say, lambda: planned(True))
 
 
 def _serve_proxy(port: int | None) -> None:

@@ -19,6 +19,7 @@ from halton_meter.cli.output import fail
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
+    from halton_meter.coverage import Coverage
     from halton_meter.dashboard.server import Dashboard
 
 
@@ -49,7 +50,7 @@ def dashboard(port: int, open_browser: bool) -> None:
     from halton_meter.store import Store
 
     try:
-        server = Dashboard(Store(home_folder()), time.time_ns, port)
+        server = Dashboard(Store(home_folder()), time.time_ns, port, _said)
     except OSError as error:
         what = f"cannot listen on 127.0.0.1:{port}: {error.strerror}"
         fail(Problem(what, "halton-meter dashboard   (on any free port)"))
@@ -64,6 +65,13 @@ def dashboard(port: int, open_browser: bool) -> None:
         click.echo()
     finally:
         server.server_close()
+
+
+def _said(found: Coverage) -> list[str]:
+    """What `report` says of the connections that were seen; nothing where none was."""
+    from halton_meter.cli.coverage import coverage_lines
+
+    return coverage_lines(found) if found.parts else []
 
 
 def _offer_more(server: Dashboard) -> None:

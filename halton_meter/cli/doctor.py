@@ -1,8 +1,9 @@
 """`halton-meter doctor [--fix [--apply]]`: what works, what does not, and how to fix it.
 
-It changes nothing by itself; `--fix` shows the commands that fix what fails, `--fix --apply` runs
-them. What needs root or a decision is shown, never run. Exit codes: 0 nothing fails (or all was
-fixed); 1 something fails; 2 wrong usage.
+Its first line is one word: healthy (nothing fails), degraded (something does, and what is to be
+metered is), broken (something is not metered, or not stored). It changes nothing by itself; `--fix`
+shows the commands that fix what fails, `--fix --apply` runs them. What needs root or a decision is
+shown, never run. Exit codes: 0 healthy (or all was fixed); 1 degraded; 3 broken; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import complain, print_json, say, wrong_usage
+from halton_meter.cli.output import complain, count, print_json, say, styled, wrong_usage
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 # A day of heavy use is some 50 MB of events.
 FREE_BYTES_MIN = 500 * 1024 * 1024
+HEALTHY, DEGRADED, BROKEN = "healthy", "degraded", "broken"
+EXIT_CODES = {HEALTHY: 0, DEGRADED: 1, BROKEN: 3}
 EXAMPLES = """
     \b
     Examples:
       halton-meter doctor                diagnose
       halton-meter doctor --fix          show the commands that fix it
       halton-meter doctor --fix --apply  fix it
+      halton-meter doctor --json | jq -r .health
 """
 
 
@@ -42,6 +45,7 @@ class Finding:
     """The result of one check. `ok` is None for what is not in use, which is no failure.
 
     `what` was found; `fix` is the command to run, and `automatic` whether `--apply` may run it.
+    Where `breaks`, what is to be metered is not, or is not stored, as long as this fails.
     """
 
     check: str
@@ -49,14 +53,21 @@ class Finding:
     what: str
     fix: str = ""
     automatic: bool = False
+    breaks: bool = False
 
 
-@click.command(cls=Configured, epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES)
 @click.option("--fix", is_flag=True, help="Show the commands that fix what fails.")
 @click.option("--apply", is_flag=True, help="With --fix: run them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
 def doctor(*, fix: bool, apply: bool, as_json: bool) -> None:
-    """Diagnose problems and fix them."""
+    """Diagnose problems and fix them.
+
+    The first line is one word: healthy, degraded (something fails, and what is to be metered is) or
+    broken (something is not metered, or not stored).
+
+    Exit codes: 0 healthy, or all was fixed; 1 degraded; 3 broken.
+    """
     from halton_meter.cli.init import machine_here
 
     if apply and not fix:
@@ -65,15 +76,25 @@ def doctor(*, fix: bool, apply: bool, as_json: bool) -> None:
     findings = list(diagnose(machine))
     failing = [each for each in findings if each.ok is False]
     plan = list(dict.fromkeys(each.fix for each in failing if each.automatic))
+    word = health(findings)
     if as_json:
         listed = [asdict(each) for each in findings]
-        print_json({"ok": not failing, "findings": listed, "plan": plan})
+        print_json({"health": word, "ok": not failing, "findings": listed, "plan": plan})
     else:
+        say(styled(word, {HEALTHY: "green", DEGRADED: "yellow"}.get(word, "red")))
         for line in lines(findings, fix):
             say(line)
     if apply and plan:
         sys.exit(_apply(machine, plan, as_json))
-    sys.exit(1 if failing else 0)
+    sys.exit(EXIT_CODES[word])
+
+
+def health(findings: list[Finding]) -> str:
+    """One word for all findings."""
+    failing = [each for each in findings if each.ok is False]
+    if any(each.breaks for each in failing):
+        return BROKEN
+    return DEGRADED if failing else HEALTHY
 
 
 def lines(findings: list[Finding], fix: bool) -> list[str]:
@@ -127,15 +148,20 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
     from proxy_fallback.setup.ledger import Ledger
 
     yield from _installed()
+    yield from _settings(machine.home)
     yield from _files(machine.home)
     yield _prices(machine.home)
+    yield from _service(machine.home)
     try:
         ledger = Ledger(machine.home, machine.commands)
     except ChangeError as error:
         yield Finding("proxy set-up", False, error.problem.what, error.problem.fix)
         return
     if ledger.entries:
-        yield from _set_up(machine, ledger)
+        # Where uprobes meter, what the proxy misses is metered all the same.
+        probed = _asked(machine.home).get("health") == "ok"
+        for each in _set_up(machine, ledger):
+            yield replace(each, breaks=each.breaks and not (probed and each.check == "CA"))
     else:
         what = "not set up; `run` and the service meter without it (set up: halton-meter init)"
         yield Finding("proxy set-up", None, what)
@@ -143,11 +169,31 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
 
 
 def _installed() -> Iterator[Finding]:
-    from halton_meter.cli.init import runs_from_cache
+    from halton_meter.cli.init_uprobes import runs_from_cache
 
     if runs_from_cache():
         what = f"runs from uv's cache ({sys.prefix}), which uv may empty"
         yield Finding("installation", False, what, "uv tool install halton-meter")
+
+
+def _settings(home: Path) -> Iterator[Finding]:
+    from halton_meter import config
+    from halton_meter.cli.configured import no_folder
+
+    if (what := no_folder(home)) is not None:
+        yield Finding("data folder", False, what, breaks=True)
+        return
+    found = config.read(home)
+    if found.wrong:
+        what = f"not used: {'; '.join(found.wrong)}"
+        yield Finding("settings", False, what, "halton-meter config edit")
+    else:
+        path = home / config.CONFIG_NAME
+        what = f"every value in {path} is right" if path.exists() else "the defaults"
+        without = (
+            f"; {count(len(found.notes), 'setting')} without effect: halton-meter config check"
+        )
+        yield Finding("settings", True, what + without * bool(found.notes))
 
 
 def _files(home: Path) -> Iterator[Finding]:
@@ -170,14 +216,40 @@ def _files(home: Path) -> Iterator[Finding]:
         yield Finding("permissions", False, what, f"chmod go-rwx {listed}", True)
     else:
         yield Finding("permissions", True, f"only you can read and write {home}")
+    yield _room(home)
+    yield from _database(home)
+
+
+def _room(home: Path) -> Finding:
+    from halton_meter.store.errors import refusal
+
     room = os.statvfs(home)
     free = room.f_bavail * room.f_frsize
-    yield Finding(
-        "disk space",
-        free >= FREE_BYTES_MIN,
-        f"{free // 1024**2:,} MB free for {home}",
-        f"du -h {shlex.quote(str(home))}",
-    )
+    fix = f"du -h {shlex.quote(str(home))}"
+    if (why := refusal(home)) is not None:
+        return Finding("disk space", False, f"nothing can be stored: {why}", fix, breaks=True)
+    what = f"{free // 1024**2:,} MB free for {home}"
+    return Finding("disk space", free >= FREE_BYTES_MIN, what, fix)
+
+
+def _database(home: Path) -> Iterator[Finding]:
+    from halton_meter.store import DatabaseDamaged, DatabaseTooNew, Store, StoreError
+
+    store = Store(home)
+    if not store.database_path.exists():
+        return
+    try:
+        with store.reading(0.5):
+            pass
+    except (DatabaseDamaged, DatabaseTooNew) as error:
+        yield Finding("database", False, str(error), breaks=True)
+    except StoreError as error:  # somebody has it at the moment
+        yield Finding("database", None, str(error))
+    else:
+        yield Finding("database", True, f"{store.database_path} can be read")
+    for path in store.damaged_databases:
+        what = f"a damaged one was put aside, its events are missing in reports: {path}"
+        yield Finding("database", False, what, f"mv {shlex.quote(str(path))} /tmp")
 
 
 def _prices(home: Path) -> Finding:
@@ -196,10 +268,42 @@ def _prices(home: Path) -> Finding:
     return Finding("prices", True, f"price book {book.version}{own}")
 
 
+def _asked(home: Path) -> Mapping[str, Any]:
+    """What the uprobes service says; nothing where none answers."""
+    from halton_meter.live.control import ask_service
+
+    return ask_service(home, "status") or {}
+
+
+def _service(home: Path) -> Iterator[Finding]:
+    """The uprobes service, where there is one."""
+    if sys.platform != "linux":
+        return
+    from halton_meter.cli.systemd_unit import is_installed
+
+    found = _asked(home)
+    if not found:
+        if is_installed(home):
+            fix = "sudo halton-meter start   (why: sudo halton-meter logs)"
+            yield Finding("uprobes service", False, "does not run", fix, breaks=True)
+        else:
+            yield Finding("uprobes service", None, "does not run (start: sudo halton-meter start)")
+    elif found["health"] == "ok":
+        yield Finding(
+            "uprobes service", True, f"meters, {count(found['probes'], 'probe')} attached"
+        )
+    else:
+        why = found.get("store_error") or found.get("price_error") or found.get("config_error")
+        unstored = bool(found.get("store_error"))
+        what = f"{found['health']}{f': {why}' if why else ''}"
+        yield Finding("uprobes service", False, what, "halton-meter status", breaks=unstored)
+
+
 def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:
     mode = ledger.mode or "apps"
     keys = {entry.change.key.partition(":")[0] for entry in ledger.entries}
     more = "".join(f" --{each}" for each in ("java", "system-trust") if each in keys)
+    more += "" if "block" in keys else " --no-shell-rc"
     again = f"halton-meter init --{mode}{more} --non-interactive"
     if not ledger.complete:
         yield Finding("proxy set-up", False, "init was interrupted", again, True)
@@ -230,23 +334,24 @@ def _authority(machine: Machine, again: str) -> Iterator[Finding]:
         current = read_authority(folder)
         trusted = read_authority(folder, TRUSTED_NAME)
     except AuthorityError as error:
-        yield Finding("CA", False, error.problem.what, again, True)
+        yield Finding("CA", False, error.problem.what, again, True, breaks=True)
         return
     if current is None or trusted is None:
-        yield Finding("CA", False, f"no CA in {folder}", again, True)
+        yield Finding("CA", False, f"no CA in {folder}", again, True, breaks=True)
         return
     if not current.key_file.exists():
-        yield Finding("CA", False, f"{current.key_file} is missing", again, True)
+        what = f"{current.key_file} is missing"
+        yield Finding("CA", False, what, again, True, breaks=True)
         return
     if current.key_id != trusted.key_id:
         what = "programs trust a CA with another key; nothing is metered"
-        yield Finding("CA", False, what, again, True)
+        yield Finding("CA", False, what, again, True, breaks=True)
         return
     last = min(current.not_after, trusted.not_after)
     until = f"{last:%Y-%m-%d}"
     if not trusted.valid_at(machine.now):
         what = f"the CA that programs trust expired on {until}; nothing is metered"
-        yield Finding("CA", False, what, again, True)
+        yield Finding("CA", False, what, again, True, breaks=True)
     elif last - machine.now < RENEW_BEFORE:
         yield Finding("CA", False, f"expires on {until}", again, True)
     else:
@@ -266,12 +371,13 @@ def _proxy(machine: Machine, again: str) -> Iterator[Finding]:
         what = f"does not answer at {where}"
         if machine.port_taken():
             what = f"another program listens on {where}"
-        yield Finding("proxy", False, what, again, True)
+        yield Finding("proxy", False, what, again, True, breaks=True)
         return
     status = proxied.service_status(machine.home) or {}
     health = str(status.get("health", "unknown"))
     what = f"answers at {where}, health: {health}"
-    yield Finding("proxy", health in ("ok", "paused"), what, "halton-meter status")
+    well = health in ("ok", "paused")
+    yield Finding("proxy", well, what, "halton-meter status", breaks=not well)
 
 
 def _environment(machine: Machine, environ: Mapping[str, str]) -> Finding:

@@ -66,6 +66,9 @@ def events(limit: int | None, as_json: bool, **options: Any) -> None:
 
 
 _COLUMNS = ("PROVIDER", "MODEL", "PROJECT", "IN", "CACHED", "OUT", "LIST PRICE", "")
+# Behind the project, where a request has them; of an id the beginning, which `session show` takes.
+_WHO = ("SESSION", "AGENT")
+_SESSION_CHARACTERS = 13
 _RIGHT = frozenset({"IN", "CACHED", "OUT", "LIST PRICE"})
 
 
@@ -74,19 +77,30 @@ def _write_table(found: list[PricedEvent], limit: int | None) -> None:
         say("No requests match. Widen the period: halton-meter events --since 30d")
         return
     zone = zone_text(found[0].usage.at_ns, found[-1].usage.at_ns)
-    click.echo(aligned((f"TIME ({zone})", *_COLUMNS), [_row(event) for event in found], _RIGHT))
+    header: list[str] = [f"TIME ({zone})", *_COLUMNS]
+    rows = [_row(event) for event in found]
+    if any(event.usage.caller.session_id for event in found):
+        at = header.index("PROJECT") + 1
+        header[at:at] = _WHO
+        for row, event in zip(rows, found, strict=True):
+            caller = event.usage.caller
+            row[at:at] = [
+                shown((caller.session_id or "")[:_SESSION_CHARACTERS]),
+                shown(caller.agent, 16),
+            ]
+    click.echo(aligned(header, rows, _RIGHT))
     if len(found) == limit:
         say(f"The latest {limit}. More: --limit N, or --json for all.")
 
 
-def _row(event: PricedEvent) -> tuple[str, ...]:
+def _row(event: PricedEvent) -> list[str]:
     usage, tokens = event.usage, event.tokens
     notes: list[str | None] = [usage.error_class]
     notes.append(None if usage.free in (None, "error") else usage.free)
     notes.append("implausible" if event.implausible else None)
     notes.append("estimated" if usage.certainty is Certainty.ESTIMATED else None)
     ended = outcome_text(usage.outcome.value, usage.gap)
-    return (
+    return [
         local_time(usage.at_ns, seconds=True),
         shown(usage.provider),
         shown(usage.model),
@@ -96,4 +110,4 @@ def _row(event: PricedEvent) -> tuple[str, ...]:
         count_text(tokens.output),
         money_text(event.list_usd, 6),
         ", ".join([*(shown(note) for note in notes if note), *([ended] if ended else [])]),
-    )
+    ]

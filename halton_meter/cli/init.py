@@ -1,8 +1,9 @@
-"""`halton-meter init`: set up the local proxy, so that it meters this user's programs.
+"""`halton-meter init`: set metering up for this user's programs, by uprobes or the local proxy.
 
-It runs as the user, also under sudo. Each change is recorded in `changes.json` before it is made,
-and `halton-meter uninstall` undoes it. Exit codes: 0 set up; 1 failed, with everything undone, the
-reason and the fix on stderr; 2 wrong usage.
+On Linux uprobes come first (`init_uprobes.py`): as root at once, else by sudo if the user agrees.
+The proxy is set up as the user, also under sudo. Each of its changes is recorded in `changes.json`
+before it is made, and `halton-meter uninstall` undoes it. Exit codes: 0 set up; 1 failed, with
+everything undone, the reason and the fix on stderr; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -15,28 +16,46 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from halton_meter.cli.configured import Configured
+from halton_meter.cli.configured import require_sound
 from halton_meter.cli.output import fail, note, print_json, say, wrong_usage
+from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.changes import Commands
     from proxy_fallback.setup.machine import Machine
+    from proxy_fallback.setup.plan import Choice
     from proxy_fallback.setup.steps import StepTaken
 
 EXAMPLES = """
     \b
     Examples:
-      halton-meter init                  terminals and apps (the same as --apps)
+      sudo halton-meter init             Linux: meter all programs of yours by uprobes
+      halton-meter init                  the same, asking first; macOS: by the local proxy
+      halton-meter init --via proxy      by the local proxy, without root
       halton-meter init --env-only       only programs that are started from a terminal
       halton-meter init --full           also every app that follows the system proxy settings
       halton-meter init --dry-run        show every command and file change, and make none
 """
 
 
-@click.command(cls=Configured, epilog=EXAMPLES)
-@click.option("--apps", "mode", flag_value="apps", help="Terminals and apps. This is the default.")
-@click.option("--full", "mode", flag_value="full", help="Also set the system proxy settings.")
-@click.option("--env-only", "mode", flag_value="env-only", help="Terminals only.")
+@click.command(epilog=EXAMPLES)
+@click.option(
+    "--via",
+    type=click.Choice(["auto", "uprobes", "proxy"]),
+    default="auto",
+    help="Capture method. auto: uprobes on Linux where root may attach them, else the proxy, which "
+    "the options below choose as well.",
+)
+@click.option(
+    "--apps", "mode", flag_value="apps", help="Proxy: terminals and apps. The proxy's default."
+)
+@click.option("--full", "mode", flag_value="full", help="Proxy: also set the system's settings.")
+@click.option("--env-only", "mode", flag_value="env-only", help="Proxy: terminals only.")
+@click.option(
+    "--no-shell-rc",
+    is_flag=True,
+    help="Proxy: leave the start-up files of shells alone; print the line to add instead.",
+)
 @click.option("--java", is_flag=True, help="Also for Java: copy its trust store and add our CA.")
 @click.option("--system-trust", is_flag=True, help="Trust the CA for all users (asks for sudo).")
 @click.option(
@@ -53,7 +72,9 @@ EXAMPLES = """
 @click.option("--keep-system-proxy", "keep", is_flag=True, hidden=True)
 def init(
     *,
+    via: str,
     mode: str | None,
+    no_shell_rc: bool,
     java: bool,
     system_trust: bool,
     redirect: str,
@@ -63,12 +84,96 @@ def init(
     platform: str | None,
     keep: bool,
 ) -> None:
-    """Set up the local proxy and point your programs to it, without root."""
+    """Set metering up for all your programs, and name what that changes before it does.
+
+    On Linux with root, a service meters them by uprobes: nothing else changes. Without root a
+    local proxy does, and your terminals and apps are pointed to it.
+    """
+    from proxy_fallback.setup.plan import Choice
+
+    proxied = bool(mode or java or system_trust or redirect or no_shell_rc or platform or keep)
+    if via == "uprobes" and proxied:
+        wrong_usage("these options are the proxy's; uprobes need none", "leave --via uprobes out")
+    interactive = not (non_interactive or dry_run or as_json) and sys.stdin.isatty()
+    if sys.platform == "linux" and via != "proxy" and not proxied:
+        _by_uprobes(via, interactive, dry_run, as_json)
+    become_the_user()
+    require_sound()
+    _by_proxy(
+        Choice(mode or "apps", java, system_trust, redirect, not no_shell_rc),
+        interactive,
+        dry_run,
+        as_json,
+        platform,
+        keep,
+    )
+
+
+def _by_uprobes(via: str, interactive: bool, dry_run: bool, as_json: bool) -> None:
+    """Set the uprobes service up and end the command; return where the proxy is to be instead."""
+    from halton_meter import accounts
+    from halton_meter.cli import init_uprobes
+    from proxy_fallback.setup.ledger import LEDGER_NAME
+
+    if via == "auto" and (accounts.home_folder() / LEDGER_NAME).exists():
+        return  # set up already: `init` again renews it
+    missing = init_uprobes.obstacles()
+    if missing and via == "uprobes":
+        fail(*missing, as_json=as_json)
+    if missing:
+        if interactive or accounts.is_root():
+            note(f"uprobes cannot be used here: {missing[0].what}. The local proxy can.")
+        return
+    if dry_run and (via == "uprobes" or accounts.is_root()):
+        _show(init_uprobes.steps(), as_json)
+        sys.exit(0)
+    if accounts.is_root():
+        init_uprobes.set_up(ask=interactive, as_json=as_json)
+        sys.exit(0)
+    _by_sudo(via, interactive, dry_run)
+
+
+def _by_sudo(via: str, interactive: bool, dry_run: bool) -> None:
+    """The same without root: through sudo, where the user wants that."""
+    from halton_meter.cli import init_uprobes
+
+    tool = init_uprobes.become_root()
+    if via == "uprobes" and tool is None:
+        fail(Problem("uprobes need root, and there is neither sudo nor doas", "su -c …"))
+    if via == "auto" and (tool is None or not interactive):
+        if not dry_run:
+            note("with root, uprobes need no proxy: sudo halton-meter init")
+        return
+    if via == "auto" and not init_uprobes.offered(machine_here().port):
+        return
+    assert tool is not None
+    if init_uprobes.runs_from_cache():
+        init_uprobes.install_for_good(sys.argv[2:], ask=interactive)
+    init_uprobes.through_root(tool, ask=interactive)
+
+
+def become_the_user() -> None:
+    """Under sudo, what is set up for a user is set up by that user."""
+    from halton_meter import config, privileges
+
+    try:
+        privileges.settle(needs_root=False)
+    except config.ConfigError as error:
+        fail(*error.problems)
+
+
+def _by_proxy(
+    choice: Choice,
+    interactive: bool,
+    dry_run: bool,
+    as_json: bool,
+    platform: str | None,
+    keep: bool,
+) -> None:
     from halton_meter.live.proxy.refusals_file import forget
     from halton_meter.live.proxy.run import ask_service
     from proxy_fallback.setup.changes import ChangeError
     from proxy_fallback.setup.ledger import Ledger
-    from proxy_fallback.setup.plan import Choice
     from proxy_fallback.setup.steps import describe, take_steps
 
     machine = machine_here(platform)
@@ -76,8 +181,7 @@ def init(
         _keep_system_proxy(machine)
     if machine.platform != platform_here() and not dry_run:
         wrong_usage(f"this is not {platform}", f"halton-meter init --dry-run --platform {platform}")
-    choice = Choice(mode or "apps", java, system_trust, redirect)
-    if not (non_interactive or dry_run or as_json) and sys.stdin.isatty():
+    if interactive:
         _ask(machine, choice.mode)
     try:
         if dry_run:
@@ -98,7 +202,7 @@ def init(
         ask_service(machine.home, "forget")
     except ChangeError as error:
         fail(error.problem, as_json=as_json)
-    _print_result(machine, choice.mode, changed, steps, as_json)
+    _print_result(machine, choice, changed, steps, as_json)
 
 
 def _line(done: StepTaken) -> str:
@@ -107,8 +211,11 @@ def _line(done: StepTaken) -> str:
 
 
 def _print_result(
-    machine: Machine, mode: str, changed: bool, steps: list[StepTaken], as_json: bool
+    machine: Machine, choice: Choice, changed: bool, steps: list[StepTaken], as_json: bool
 ) -> None:
+    from halton_meter.cli import init_uprobes
+
+    mode = choice.mode
     if as_json:
         taken = [
             {"step": each.title, "detail": each.detail, "changed": each.changed} for each in steps
@@ -116,11 +223,12 @@ def _print_result(
         print_json({"mode": mode, "changed": changed, "steps": taken})
         return
     say(f"init complete, mode: {mode}" + ("" if changed else "; nothing changed"))
-    if runs_from_cache():
+    if init_uprobes.runs_from_cache():
         say("  warning: this runs from uv's cache, which uv may empty; then the service stops.")
         say("  fix: uv tool install halton-meter && halton-meter init")
     if changed:
-        say(f"  Open a new terminal, or in this one: {sourced_here(machine)}")
+        where = "Open a new terminal, or in this one" if choice.shell_rc else "In each terminal"
+        say(f"  {where}: {sourced_here(machine)}")
         say("  Check: halton-meter doctor   Undo: halton-meter uninstall")
 
 
@@ -189,11 +297,6 @@ def _keep_system_proxy(machine: Machine) -> NoReturn:
 def platform_here() -> str:
     """The platform's name as set-up knows it."""
     return "macos" if sys.platform == "darwin" else "linux"
-
-
-def runs_from_cache() -> bool:
-    """Whether `uvx` runs this: its cache, and with it the service's program, may be deleted."""
-    return any(part.startswith("archive-v") for part in Path(sys.prefix).parts)
 
 
 def machine_here(platform: str | None = None) -> Machine:

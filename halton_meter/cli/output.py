@@ -28,6 +28,7 @@ UNKNOWN = "-"
 # What people read for the contract's outcomes.
 OUTCOMES = {"complete": "", "gapped": "incomplete (bytes lost)", "aborted": "interrupted"}
 BAR_CELLS = 12
+CENT = Decimal("0.01")
 GAP_CHARACTERS_MAX = 100
 LINE_CHARACTERS_MAX = 2000
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -45,9 +46,9 @@ def say(text: str) -> None:
     click.echo(harmless_lines(text))
 
 
-def note(text: str) -> None:
-    """Print something worth knowing on stderr; the command goes on."""
-    click.echo(harmless_lines(f"halton-meter: {text}"), err=True)
+def note(text: str, at: str = "") -> None:
+    """Print something worth knowing on stderr; the command goes on. `at` stands before the line."""
+    click.echo(harmless_lines(f"{at}halton-meter: {text}"), err=True)
 
 
 def print_json(document: Any) -> None:
@@ -198,6 +199,11 @@ def money_text(amount: Decimal | None, places: int = 2) -> str:
     return f"-${-rounded:,f}" if rounded < 0 else f"${rounded:,f}"
 
 
+def cost_text(amount: Decimal | None) -> str:
+    """Dollars with four decimals, below a cent with six; "unpriced" for unknown."""
+    return money_text(amount, 6 if amount is not None and 0 < abs(amount) < CENT else 4)
+
+
 def duration_text(milliseconds: float | None) -> str:
     """340 ms, 3.2 s, 2 min 05 s, 3 h 05 min, 2 d 03 h; "-" for unknown."""
     if milliseconds is None:
@@ -289,6 +295,18 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterabl
         line = "  ".join(cells).rstrip()
         lines.append(styled(line, "dim") if number == 0 else line)
     return "\n".join(lines)
+
+
+def aligned_line(
+    cells: Iterable[str], widths: Iterable[tuple[int, bool]], between: str = "  "
+) -> str:
+    """Cells in columns of fixed width (True: right-aligned), cut to them; those beyond follow."""
+    left = iter(cells)
+    fitted = [
+        f"{shown(cell, width):>{width}}" if right else f"{shown(cell, width):<{width}}"
+        for (width, right), cell in zip(widths, left, strict=False)
+    ]
+    return between.join([*fitted, *left]).rstrip()
 
 
 def _width(text: str) -> int:

@@ -115,6 +115,7 @@ def explain(
 def _events_in(
     what: str, provider: str | None, model: str | None, at_ns: int | None
 ) -> list[UsageEvent]:
+    from halton_meter.config import load as load_config
     from halton_meter.explain.reader import NotExplained, events_of, stated_time
 
     try:
@@ -124,7 +125,7 @@ def _events_in(
     try:
         if at_ns is None:
             at_ns = _stated_ns(stated_time(raw)) or now_ns()
-        return events_of(raw, provider, at_ns, model)
+        return events_of(raw, provider, at_ns, model, load_config(home_folder()).extra_hosts)
     except NotExplained as error:
         name = "standard input" if what == _STDIN else what
         fail(Problem(f"{name}: {error}", "halton-meter pricing explain --help"))
@@ -181,6 +182,8 @@ def _explained(document: dict[str, Any], at_ns: int) -> Iterator[str]:
     """The lines of an explained event, for people."""
     at = f"{local_time(at_ns, seconds=True)} {zone_text(at_ns)}"
     yield f"{document['provider']} {document['model'] or 'unknown model'}  {at}"
+    if asked := _asked(document):
+        yield f"  asked by {', '.join(asked)}"
     for item in document["line_items"]:
         yield from _item_lines(item, document["model"])
     if served := [f"{k}={v}" for k, v in document["conditions"].items() if k in _SHOWN]:
@@ -201,6 +204,28 @@ def _explained(document: dict[str, Any], at_ns: int) -> Iterator[str]:
         yield f"  incomplete: {document['gap']}"
     if others := [flag for flag in document["flags"] if reason_of(flag) is None]:
         yield f"  flags: {', '.join(others)}"
+
+
+_ASKED = {
+    "session_id": "session",
+    "turn_id": "turn",
+    "agent": "agent",
+    "agent_id": "agent id",
+    "request_class": "class",
+    "account": "account",
+}
+
+
+def _asked(document: dict[str, Any]) -> list[str]:
+    """Who asked, as far as it is known."""
+    client = " ".join(filter(None, (document["client"], document["client_version"])))
+    known = [client or "an unnamed client"]
+    for name, word in _ASKED.items():
+        if document[name] is not None:
+            known.append(f"{word} {document[name]}")
+    if document["retry_count"]:
+        known.append(f"try {document['retry_count'] + 1}")
+    return known if client or len(known) > 1 else []
 
 
 def _stated_lines(stated: dict[str, Any]) -> Iterator[str]:

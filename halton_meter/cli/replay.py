@@ -347,13 +347,16 @@ class Replay:
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
+        from halton_meter.store import account_key, known_account_key
         from halton_meter.tokenizer import Tokenizer
 
         keep_freed_memory()
         home = accounts.home_folder()
         extra_hosts = config.load(home).extra_hosts
         self._extra_names = {host.rpartition(":")[0] or host for host in extra_hosts}
-        self._registry = Registry(extra_hosts, Tokenizer())
+        # Who keeps nothing makes no key either: accounts are then unknown.
+        key = account_key(home) if job.keep else known_account_key(home)
+        self._registry = Registry(extra_hosts, Tokenizer(), key)
         self._job = job
         self._meter = Meter(open_book().price, registry=self._registry)
         self._progress = Progress(_size_bytes(files), job.quiet)
@@ -403,11 +406,16 @@ class Replay:
             if self._job.project is not None:
                 booked = replace(event, usage=replace(event.usage, project=self._job.project))
             self._print(self._sightings.take(booked))
-            if self._store is not None:
-                self._waiting.append(booked)
-                if len(self._waiting) >= STORE_BATCH:
-                    self._store.append(self._waiting)
-                    self._waiting.clear()
+            self._store_later(booked)
+        for event in self._meter.told_again():
+            self._store_later(event)
+
+    def _store_later(self, event: PricedEvent) -> None:
+        if self._store is not None:
+            self._waiting.append(event)
+            if len(self._waiting) >= STORE_BATCH:
+                self._store.append(self._waiting)
+                self._waiting.clear()
 
     def _print(self, events: Iterable[PricedEvent]) -> None:
         for event in events:

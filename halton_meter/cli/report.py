@@ -7,10 +7,13 @@ cannot be read; 2 wrong usage.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
@@ -36,17 +39,19 @@ from halton_meter.cli.output import (
 )
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import usd_text
-from halton_meter.model import TOKEN_NAMES
+from halton_meter.model import TOKEN_NAMES, LimitKind
 from halton_meter.periods import period_before
 from halton_meter.report import (
     DIMENSIONS,
     PERCENTILE_EVENTS,
+    TIMES,
     Figures,
     Group,
     Question,
     Report,
     ask,
     set_price_command,
+    stored_period,
 )
 from halton_meter.store import Selection, Store
 from halton_meter.store.errors import NOTHING
@@ -55,14 +60,19 @@ from halton_meter.store.errors import NOTHING
 SMALL_TOTAL_USD = Decimal(10)
 UNPRICED_SHOWN = 5
 LOSSES_SHOWN = 3
+# From this width on, a table has a column for the cache and for the first token as well.
+WIDE_COLUMNS = 120
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
+# Dimensions by a shorter name.
+_SHORT = {"branch": "git_branch"}
 
 
 def _read_by(
     _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
 ) -> tuple[str, ...]:
     text = ",".join(given)
-    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    typed = (name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    names = tuple(_SHORT.get(name, name) for name in typed)
     wrong = [name for name in names if name not in DIMENSIONS]
     if wrong or not names or len(set(names)) < len(names):
         raise click.BadParameter(
@@ -77,7 +87,11 @@ def _read_by(
 Examples:
   halton-meter report --today                      what today cost, by model
   halton-meter report --since 7d --by project      the last 7 days, by project
-  halton-meter report --since 7d --vs-previous     compared with the 7 days before
+  halton-meter report --by session,agent --today   what each session and its agents cost
+  halton-meter report --branch                     what the branch cost that you are on
+  halton-meter report --week --vs-previous         compared with last week until this hour
+  halton-meter report --month --plot               the days of this month as bars
+  halton-meter report --since 48h --plot --by model
   halton-meter report --by day,model --csv         for a spreadsheet
   halton-meter report --since 30d --coverage       how much of the traffic was metered
   halton-meter report --json | jq .totals.list_usd
@@ -93,7 +107,18 @@ Examples:
     metavar="NAME[,NAME]",
     help=f"Group by one or more of: {', '.join(DIMENSIONS)}.",
 )
-@click.option("--vs-previous", is_flag=True, help="Compare with the period of equal length before.")
+@click.option(
+    "--vs-previous",
+    is_flag=True,
+    help="Compare with the period of equal length before; with --week and --month, with the same "
+    "part of the one before.",
+)
+@click.option(
+    "--plot",
+    is_flag=True,
+    help="Draw what was spent over time as bars, instead of the table; with --by NAME, what of it "
+    "each NAME was.",
+)
 @click.option(
     "--percentiles",
     is_flag=True,
@@ -117,6 +142,7 @@ Examples:
 def report(
     by: tuple[str, ...],
     vs_previous: bool,
+    plot: bool,
     percentiles: bool,
     of_coverage: bool,
     as_json: bool,
@@ -132,8 +158,15 @@ def report(
     if of_coverage and as_csv:
         wrong_usage("--coverage has no CSV", "use --coverage --json")
     now = now_ns()
+    unit = "week" if options["week"] else "month" if options["month"] else None
     selection = read_selection(now, **options)
-    previous = _previous(selection, now) if vs_previous else None
+    previous = _previous(selection, now, unit) if vs_previous else None
+    if plot:
+        if as_json or as_csv or of_coverage:
+            other = "--json" if as_json else "--csv" if as_csv else "--coverage"
+            wrong_usage(f"--plot and {other} exclude each other", "give one of them")
+        _plot(now, selection, by, previous)
+        return
     question = Question(now, selection, by, previous, percentiles or None)
     with store_problems():
         answer = ask(Store(home_folder()), question)
@@ -148,12 +181,51 @@ def report(
         click.echo(_drawn(answer, selection))
 
 
-def _previous(selection: Selection, now: int) -> Selection:
+def _plot(now: int, selection: Selection, by: tuple[str, ...], previous: Selection | None) -> None:
+    """The same, with bars over time in place of the table."""
+    from halton_meter.cli import chart
+
+    context = click.get_current_context()
+    is_default = context.get_parameter_source("by") is ParameterSource.DEFAULT
+    further = () if is_default else tuple(name for name in by if name not in TIMES)
+    if len(further) > 1:
+        wrong_usage("--plot draws one --by at a time", f"--by {further[0]}")
+    times = [name for name in by if name in TIMES]
+    store = Store(home_folder())
+    with store_problems():
+        unit = times[0] if times else _unit(store, selection, now)
+        answer = ask(store, Question(now, selection, (unit, *further), previous))
+    if not answer.totals.requests:
+        click.echo(_nothing(answer, selection))
+        return
+    places = _places(answer)
+    columns = shutil.get_terminal_size().columns
+    parts = [_heading(answer), _summary(answer, places), chart.chart(answer, columns, places)]
+    click.echo("\n\n".join([*parts, *filter(None, (_coverage(answer),))]))
+
+
+def _unit(store: Store, selection: Selection, now: int) -> str:
+    """The unit that suits the period; of one without a beginning, what is stored of it."""
+    from halton_meter.cli import chart
+
+    from_ns, to_ns = selection.from_ns, selection.to_ns or now
+    if from_ns is None:
+        first, last = stored_period(store, selection)
+        from_ns, to_ns = first or now, selection.to_ns or last or now
+    return chart.unit_for(from_ns, to_ns)
+
+
+def _places(answer: Report) -> int:
+    return 2 if (answer.totals.list_usd or 0) >= SMALL_TOTAL_USD else 4
+
+
+def _previous(selection: Selection, now: int, unit: str | None) -> Selection:
     try:
-        return period_before(selection, now)
+        return period_before(selection, now, unit)
     except ValueError:
         wrong_usage(
-            "--vs-previous needs a beginning", "add --today, --since 7d or --from 2026-11-01"
+            "--vs-previous needs a beginning",
+            "add --today, --week, --since 7d or --from 2026-11-01",
         )
 
 
@@ -166,7 +238,8 @@ def _csv(answer: Report) -> str:
     money = ["list_usd", "marginal_usd", "reported_usd", "p95_list_usd"]
     tokens = [f"{name}_tokens" for name in TOKEN_NAMES]
     head = [*answer.by, *counts, *tokens, *money, "p95_duration_ms", "share"]
-    rows: list[list[Any]] = [[*head, "implausible_requests"]]
+    added = ["cache_hit_rate", "cache_saved_usd", "median_ttft_ms", "p95_ttft_ms"]
+    rows: list[list[Any]] = [[*head, "implausible_requests", *added]]
     for group in answer.groups:
         figures = group.figures
         rows.append(
@@ -178,6 +251,10 @@ def _csv(answer: Report) -> str:
                 figures.p95_duration_ms,
                 group.share,
                 figures.implausible_requests,
+                figures.cache_hit_rate,
+                usd_text(figures.cache_saved_usd),
+                figures.median_ttft_ms,
+                figures.p95_ttft_ms,
             ]
         )
     output = io.StringIO()
@@ -191,10 +268,11 @@ def _csv(answer: Report) -> str:
 def _drawn(answer: Report, selection: Selection) -> str:
     if not answer.totals.requests:
         return _nothing(answer, selection)
-    places = 2 if (answer.totals.list_usd or 0) >= SMALL_TOTAL_USD else 4
+    places = _places(answer)
     parts = [
         _heading(answer),
         _summary(answer, places),
+        _limits(answer),
         _table(answer, places),
         _trend(answer, places),
         _coverage(answer),
@@ -254,7 +332,45 @@ def _summary(answer: Report, places: int) -> str:
     highest += [money_text(totals.p95_list_usd, 4)] if totals.p95_list_usd is not None else []
     if highest:
         facts.append(f"p95: {', '.join(highest)}")
-    return f"{line}\n{', '.join(facts)}"
+    more = [*_cache(totals, places), *_first_token(totals)]
+    return "\n".join([line, ", ".join(facts), *(["; ".join(more)] if more else [])])
+
+
+def _cache(totals: Figures, places: int) -> list[str]:
+    """What came from a cache, and what that saved."""
+    if not totals.cache_hit_rate:
+        return []
+    line = f"{totals.cache_hit_rate * 100:.1f} % of input tokens came from the cache"
+    saved, unknown = totals.cache_saved_usd, totals.cache_unknown_requests
+    if saved is not None:
+        amount = money_text(abs(saved), places)
+        line += f", which saved {amount}" if saved >= 0 else f", which cost {amount} more"
+    if unknown:
+        line += f" (unknown of {count(unknown, 'earlier request')}: halton-meter reprice)"
+    return [line]
+
+
+def _first_token(totals: Figures) -> list[str]:
+    if totals.median_ttft_ms is None:
+        return []
+    median, p95 = (duration_text(each) for each in (totals.median_ttft_ms, totals.p95_ttft_ms))
+    return [f"first token: median {median}, p95 {p95}"]
+
+
+def _limits(answer: Report) -> str:
+    """What is used of each plan's windows, one line a plan."""
+    if answer.limits is None:
+        return ""
+    from halton_meter.plan.words import in_short, title
+
+    lines = []
+    for account in answer.limits.accounts:
+        windows = "; ".join(
+            in_short(window, answer.limits.at_ns) for window in account.of(LimitKind.PLAN)
+        )
+        if windows:
+            lines.append(f"{title(account)}: {windows}")
+    return "\n".join([*lines, "Who used it: halton-meter plan"]) if lines else ""
 
 
 def _tokens_line(tokens: dict[str, int | None]) -> str:
@@ -289,28 +405,43 @@ def _table(answer: Report, places: int) -> str:
     compared = any(group.previous is not None for group in answer.groups)
     timed = answer.totals.p95_duration_ms is not None
     header = [name.replace("_", " ").upper() for name in answer.by]
+    wide = sys.stdout.isatty() and shutil.get_terminal_size().columns >= WIDE_COLUMNS
     header += ["REQUESTS", "INPUT", "CACHE READ"]
-    header += ["CACHE WRITE"] * cached + ["OUTPUT"] + ["P95"] * timed + ["LIST PRICE"]
+    header += ["CACHE WRITE"] * cached + ["CACHED %"] * wide + ["OUTPUT"]
+    header += ["FIRST TOKEN"] * wide + ["P95"] * timed + ["LIST PRICE"]
     header += ["BEFORE"] * compared + ["SHARE", "%"]
-    rows = [_row(answer.by, group, places, cached, timed, compared) for group in answer.groups]
+    shape = _Shape(places, cached, timed, compared, wide)
+    rows = [_row(answer.by, group, shape) for group in answer.groups]
     right = {*header} - {name.replace("_", " ").upper() for name in answer.by} - {"SHARE"}
     return aligned(header, rows, right)
 
 
-def _row(
-    by: tuple[str, ...], group: Group, places: int, cached: bool, timed: bool, compared: bool
-) -> list[str]:
+class _Shape(NamedTuple):
+    """Which columns a table has, and how exact its amounts are."""
+
+    places: int
+    cached: bool
+    timed: bool
+    compared: bool
+    wide: bool
+
+
+def _row(by: tuple[str, ...], group: Group, shape: _Shape) -> list[str]:
     figures, tokens = group.figures, group.figures.tokens
     row = [_name(dimension, group.keys[dimension]) for dimension in by]
     row += [f"{figures.requests:,}", count_text(tokens["input"]), count_text(tokens["cache_read"])]
-    row += [count_text(_known(tokens, _CACHE_WRITES))] * cached
+    row += [count_text(_known(tokens, _CACHE_WRITES))] * shape.cached
+    hits = figures.cache_hit_rate
+    row += ["-" if hits is None else f"{hits * 100:.0f}"] * shape.wide
     row.append(count_text(tokens["output"]))
-    row += [duration_text(figures.p95_duration_ms)] * timed
-    price = money_text(figures.list_usd, places)
+    row += [duration_text(figures.median_ttft_ms)] * shape.wide
+    row += [duration_text(figures.p95_duration_ms)] * shape.timed
+    price = money_text(figures.list_usd, shape.places)
     row.append(styled(price, "yellow") if figures.list_usd is None else price)
-    if compared:
+    if shape.compared:
         before = group.previous
-        row.append(money_text(before.list_usd, places) if before and before.requests else "-")
+        cost = money_text(before.list_usd, shape.places) if before and before.requests else "-"
+        row.append(cost)
     share = group.share
     row.append("" if share is None else styled(bar(share), "cyan"))
     row.append("" if share is None else f"{share * 100:.1f}")

@@ -9,33 +9,36 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter.budget import END, STOP
 from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
+from halton_meter.cli.money import Dollars
 from halton_meter.cli.output import (
+    cost_text,
     count,
     fail,
     implausible_words,
-    money_text,
     note,
     shown,
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
+from halton_meter.contract import usd_text
 from halton_meter.coverage import connections_ratio
+from halton_meter.live.result import RunLimit
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
     from halton_meter.live.result import RunResult
     from halton_meter.live.totals import Line, Totals
 
-CENT = Decimal("0.01")
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
@@ -46,6 +49,8 @@ EXAMPLES = """
       sudo halton-meter run -- claude -p hello        uprobes: nothing to set up
       halton-meter run -- claude -p hello             the running service, else a local proxy
       halton-meter run --via proxy -- python app.py   always a local proxy
+      sudo halton-meter run --via keylog -- curl …    packets and the command's TLS key log
+      halton-meter run --max-usd 2 -- claude          stop it at two dollars
       halton-meter run --shell                        everything that you run in a shell
 """
 
@@ -56,10 +61,11 @@ EXAMPLES = """
 )
 @click.option(
     "--via",
-    type=click.Choice(["auto", "uprobes", "proxy"]),
+    type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),
     default="auto",
-    help="Capture method: uprobes on the TLS library (root, or the running service) or a local "
-    "proxy. auto: uprobes where available.",
+    help="Capture method: uprobes on the TLS library (root, or the running service), a local "
+    "proxy, or packets with the TLS keys that the command writes (root). auto: uprobes where "
+    "available.",
 )
 @click.option("--shell", is_flag=True, help="Run your shell, metered, instead of a command.")
 @click.option(
@@ -67,6 +73,20 @@ EXAMPLES = """
     is_flag=True,
     help="Also configure JVMs to use the proxy (implies --via proxy). Java ignores proxy "
     "variables, and uprobes cannot see its TLS.",
+)
+@click.option(
+    "--max-usd",
+    type=Dollars(),
+    metavar="USD",
+    help="Stop the command once it has spent so much, at list price: at the answer that crosses "
+    "the limit. Through the proxy its next request is refused instead.",
+)
+@click.option(
+    "--at-limit",
+    type=click.Choice([STOP, END]),
+    default=STOP,
+    help="What follows at the limit. stop: the command waits for `halton-meter budget resume`, or "
+    "for Ctrl-C; end: it is ended.",
 )
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
@@ -82,6 +102,8 @@ def run(
     via: str,
     shell: bool,
     java: bool,
+    max_usd: Decimal | None,
+    at_limit: str,
     quiet: bool,
     json_summary: str | None,
 ) -> NoReturn:
@@ -103,10 +125,15 @@ def run(
     if shell == bool(command):
         example = "halton-meter run -- claude -p hello   (or: halton-meter run --shell)"
         wrong_usage("run needs either a command or --shell", example)
-    if java and via == "uprobes":
+    if java and via in ("uprobes", "keylog"):
         wrong_usage(
-            "--java does not go with --via uprobes: they cannot see Java's TLS",
+            f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
+        )
+    if via == "keylog" and max_usd is not None:
+        wrong_usage(
+            "--max-usd does not go with --via keylog, which stops nothing",
+            "use --via uprobes or proxy",
         )
     if json_summary is not None and (refused := refusal(json_summary)) is not None:
         wrong_usage(*refused)
@@ -115,11 +142,14 @@ def run(
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
     servers = asked_servers(command, invoking_account().uid)
+    limit = RunLimit(usd_text(max_usd), at_limit)
     try:
         if via == "proxy" or java:
-            result = _through_proxy(command, java)
+            result = _through_proxy(command, limit, java)
+        elif via == "keylog":
+            result = through_key_log(command)
         else:
-            result = _through_probes(command, via)
+            result = _through_probes(command, via, limit)
     except Unavailable as error:
         fail(*error.problems)
     except ConfigError as error:
@@ -132,7 +162,7 @@ def run(
     sys.exit(result.exit_code)
 
 
-def _through_probes(command: Sequence[str], via: str) -> RunResult:
+def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunResult:
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
@@ -148,18 +178,18 @@ def _through_probes(command: Sequence[str], via: str) -> RunResult:
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
         told(config.read(home), GOES_ON)
-        return service.run_watched(command, environment, account, control)
+        return service.run_watched(command, environment, account, control, limit)
     if not accounts.is_root() and via == "auto":
         note(
             "not root and no service running: using a local proxy "
             "(for uprobes: sudo halton-meter start)"
         )
-        return _through_proxy(command)
+        return _through_proxy(command, limit)
     if not accounts.is_root():
         raise Unavailable([_not_root(command)])
     found, hosts = service.read_configuration(account, home)
     told(found, GOES_ON)
-    plan = Plan(account, home, found.config, hosts, service=False)
+    plan = Plan(account, home, found.config, hosts, service=False, limit=limit)
     return service.run_command(command, environment, plan)
 
 
@@ -188,7 +218,7 @@ def _not_root(command: Sequence[str]) -> Problem:
     return Problem(what, ways)
 
 
-def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
+def _through_proxy(command: Sequence[str], limit: RunLimit, java: bool = False) -> RunResult:
     from halton_meter import accounts, config
     from halton_meter.cli.configured import told
     from halton_meter.live.proxy.run import meter_command
@@ -197,7 +227,37 @@ def _through_proxy(command: Sequence[str], java: bool = False) -> RunResult:
     found = config.read(home)
     told(found, GOES_ON)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
-    return meter_command(command, home, os.environ, hosts, upstream, java)
+    return meter_command(command, home, os.environ, hosts, upstream, java, limit)
+
+
+def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
+    """Run a command metered by its packets; `record` is a new file for them. Raises Unavailable."""
+    from capture.packets.keeping import CaptureWriter, Keeping
+    from halton_meter import accounts, config, privileges
+    from halton_meter.cli.configured import told
+    from halton_meter.live import own_code
+    from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
+    from halton_meter.live.result import Recorded
+    from halton_meter.problem import Unavailable
+
+    if accounts.is_root() and (problems := own_code.problems()):
+        raise Unavailable(problems)
+    account, home = accounts.invoking_account(), accounts.home_folder()
+    environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
+    link = start_capture([HTTPS])
+    privileges.settle(needs_root=False)  # what captures is there already
+    found = config.read(home)
+    told(found, GOES_ON)
+    hosts = found.config.extra_hosts
+    if record is None:
+        return meter_command(command, home, environment, hosts, link)
+    keeping = Keeping(CaptureWriter(record))
+    try:
+        result = meter_command(command, home, environment, hosts, link, keeping)
+    finally:
+        keeping.close()
+    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    return result
 
 
 # --- the summary --------------------------------------------------------------------------------
@@ -220,15 +280,53 @@ def summary_lines(result: RunResult) -> list[str]:
         more = count(len(models) - MODELS_SHOWN, "more model")
         lines.append(f"  and {more}: halton-meter report --by model")
     lines += _set_price(totals)
+    lines += _limit_lines(result)
     lines += _troubles(result)
     return lines
+
+
+def _limit_lines(result: RunResult) -> list[str]:
+    """That a limit held the command, and how far it got over it."""
+    held = result.held
+    if held is None:
+        return []
+    limit_usd, spent_usd = Decimal(held["limit_usd"] or 0), Decimal(held["spent_usd"] or 0)
+    did = "it ended" if held["holds"] == END else "it stopped"
+    if result.refused:
+        did = (
+            f"{count(result.refused, 'request')} {'was' if result.refused == 1 else 'were'} refused"
+        )
+    over = ""
+    if spent_usd > limit_usd:
+        over = f", {cost_text(spent_usd - limit_usd)} over it"
+    at_least = "at least " if held["at_least"] else ""
+    if held["in_flight"] and not result.refused:
+        over += f"; {count(held['in_flight'], 'request')} under way"
+    return [f"  limit of {cost_text(limit_usd)}: {did} at {at_least}{cost_text(spent_usd)}{over}"]
 
 
 def _is_more_than_metered(result: RunResult) -> bool:
     """Whether a provider was asked, or may have been, past all that was metered."""
     seen = result.connections
     missed = seen is not None and seen.metered.connections < seen.seen.connections
-    return bool(missed or result.unmetered or result.outages or result.still_running)
+    others = any(result.losses.get(cause) for cause in _OTHER_USERS)
+    return bool(missed or result.unmetered or result.outages or result.still_running or others)
+
+
+_REFUSED_OTHERS = "of another user's program refused by the proxy, which serves you and root alone"
+# Losses of a run, in words of its own: what a command did as another user.
+_OTHER_USERS = {
+    "ran_as_another_user": ("program", "of the command ran as another user: not metered"),
+    "refused_other_user": ("connection", _REFUSED_OTHERS),
+}
+
+
+def _other_users_lines(losses: Mapping[str, int]) -> list[str]:
+    return [
+        f"{count(losses[cause], noun)} {what}. Use: sudo halton-meter start --user NAME"
+        for cause, (noun, what) in _OTHER_USERS.items()
+        if losses.get(cause)
+    ]
 
 
 def _set_price(totals: Totals) -> list[str]:
@@ -257,21 +355,16 @@ def _tokens(line: Line) -> str:
     return known + (f" (of {count(line.unknown, 'request')} not known)" if line.unknown else "")
 
 
-def _usd(amount: Decimal) -> str:
-    """With four decimals, below a cent with six, as `events` has them."""
-    return money_text(amount, 6 if 0 < abs(amount) < CENT else 4)
-
-
 def _cost(line: Line) -> str:
     """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    text = f"{_usd(line.list_usd)} list price"
+    text = f"{cost_text(line.list_usd)} list price"
     if line.estimated:
         every = line.estimated == line.requests
         text += " (estimated)" if every else f" ({count(line.estimated, 'request')} estimated)"
     if line.marginal_usd != line.list_usd:
-        text += f", {_usd(line.marginal_usd)} billed"
+        text += f", {cost_text(line.marginal_usd)} billed"
     return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
 
 
@@ -297,6 +390,8 @@ def _troubles(result: RunResult) -> list[str]:
         lines.append(f"  outage: nothing metered for {(to_ns - from_ns) / 1e9:.1f} s: {cause}")
     # What passed the proxy unmetered has lines of its own below.
     losses = losses_beside(result.losses, result.connections)
+    lines += [f"  {line}" for line in _other_users_lines(losses)]
+    losses = {cause: n for cause, n in losses.items() if cause not in _OTHER_USERS}
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
     lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
@@ -373,6 +468,8 @@ def _as_json(result: RunResult) -> dict[str, Any]:
         "connections": result.connections and result.connections.as_json(),
         "unseen_ms": result.unseen_ms,
         "unmetered": [each.as_json() for each in result.unmetered],
+        "limit": result.held,
+        "refused_requests": result.refused,
         "store_error": result.store_error,
         "price_error": result.price_error,
     }

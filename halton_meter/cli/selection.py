@@ -15,19 +15,35 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.output import fail, name_typed, wrong_usage
-from halton_meter.periods import parse_when
+from halton_meter.periods import parse_when, use_zone
 from halton_meter.problem import Problem
 from halton_meter.store import NothingStored, Selection, StoreError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+# What --branch without a name stands for: no branch is called so.
+HERE = ".."
+
+
+def _use_zone(context: click.Context, _option: click.Parameter, name: str | None) -> None:
+    if name is None or context.resilient_parsing:
+        return
+    try:
+        context.call_on_close(use_zone(name))
+    except ValueError:
+        what = f"--tz {name!r} is no time zone that this machine knows"
+        wrong_usage(what, "write UTC, Europe/Berlin or +02:00")
+
+
 _OPTIONS = (
     click.option("--today", is_flag=True, help="Since local midnight."),
+    click.option("--week", is_flag=True, help="Since Monday, local midnight."),
+    click.option("--month", is_flag=True, help="Since the first of this month, local midnight."),
     click.option(
         "--since",
         metavar="TIME",
-        help="From TIME on: 7d, 24h, 30m, 2w, today, yesterday, 2026-11-23, 2026-11-23T09:30 "
-        "(local time), 2026-11-23T09:30Z.",
+        help="From TIME on: 7d or 7 (days), 24h, 30m, 2w, today, yesterday, week, month, "
+        "2026-11-23, 2026-11-23T09:30 (local time), 2026-11-23T09:30Z.",
     ),
     click.option("--from", "from_", metavar="TIME", help="The same as --since."),
     click.option(
@@ -44,10 +60,39 @@ _OPTIONS = (
     ),
     click.option("--project", type=name_typed, metavar="NAME", help="Only this project."),
     click.option(
+        "--client",
+        type=name_typed,
+        metavar="NAME",
+        help="Only this client, e.g. claude-cli; of one that has no name, its program's.",
+    ),
+    click.option(
+        "--session",
+        type=name_typed,
+        metavar="ID",
+        help="Only this session, by its whole id: halton-meter session list --json.",
+    ),
+    click.option(
+        "--branch",
+        type=name_typed,
+        is_flag=False,
+        flag_value=HERE,
+        metavar="[NAME]",
+        help="Only this git branch; without NAME, the branch and project of the current folder.",
+    ),
+    click.option(
         "--flag",
         type=name_typed,
         metavar="WORD",
         help="Only requests with this flag, e.g. implausible.",
+    ),
+    click.option(
+        "--tz",
+        metavar="ZONE",
+        is_eager=True,
+        expose_value=False,
+        callback=_use_zone,
+        help="Read and show times, and count days, in this time zone: UTC, Europe/Berlin, +02:00. "
+        "Default: the system's.",
     ),
 )
 
@@ -63,19 +108,26 @@ def read_selection(
     now_ns: int,
     *,
     today: bool,
+    week: bool,
+    month: bool,
     since: str | None,
     from_: str | None,
     to: str | None,
     provider: str | None,
     model: str | None,
     project: str | None,
+    client: str | None,
+    session: str | None,
+    branch: str | None,
     flag: str | None,
 ) -> Selection:
     """The options as a Selection; times without an offset are local."""
-    named = [n for n, v in (("--today", today), ("--since", since), ("--from", from_)) if v]
+    words = {"--today": today, "--week": week, "--month": month}
+    named = [n for n, v in {**words, "--since": since, "--from": from_}.items() if v]
     if len(named) > 1:
         wrong_usage(f"{' and '.join(named)} each set the beginning", "give one of them")
-    beginning = "today" if today else since or from_
+    chosen = next((name.removeprefix("--") for name, is_set in words.items() if is_set), None)
+    beginning = chosen or since or from_
     from_ns = None if beginning is None else moment(named[0], beginning, now_ns)
     to_ns = None if to is None else moment("--to", to, now_ns, end=True)
     if from_ns is not None and to_ns is not None and from_ns >= to_ns:
@@ -83,7 +135,28 @@ def read_selection(
             f"the period ends before it begins: {named[0]} {beginning} --to {to}",
             "swap the two times",
         )
-    return Selection(from_ns, to_ns, provider, model, project, flag)
+    if branch == HERE:
+        here, branch = _branch_here()
+        project = project or here
+    return Selection(from_ns, to_ns, provider, model, project, flag, session, branch, client=client)
+
+
+def _branch_here() -> tuple[str | None, str]:
+    """The project and the git branch of the current folder."""
+    import os
+
+    from halton_meter.attribution import Attribution
+    from halton_meter.model import Process
+
+    hint = os.environ.get("HALTON_PROJECT")
+    here = Process(os.getpid(), 0, cwd=os.getcwd(), uid=os.getuid(), project_hint=hint)
+    project, branch = Attribution()(here)
+    if branch is None:
+        wrong_usage(
+            f"{os.getcwd()} is on no git branch",
+            "name one, as in: halton-meter report --branch main",
+        )
+    return project, branch
 
 
 def moment(option: str, text: str, now_ns: int, end: bool = False) -> int:
@@ -93,7 +166,7 @@ def moment(option: str, text: str, now_ns: int, end: bool = False) -> int:
     except (ValueError, OverflowError, OSError):
         wrong_usage(
             f"{option} {text!r} is not a time",
-            "write 7d, 24h, today, 2026-11-23 or 2026-11-23T09:30 (local time), or "
+            "write 7d, 24h, today, week, month, 2026-11-23 or 2026-11-23T09:30 (local time), or "
             "2026-11-23T09:30Z",
         )
 

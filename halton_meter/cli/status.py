@@ -123,15 +123,25 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     totals, repeated = found["totals"], found.get("journal_repeated") or 0
     again, apart = (totals.get(f"{name}_requests", 0) for name in ("seen_again", "told_apart"))
     lines += [f"  {each}" for each in sightings_in_words(again, apart, repeated)]
+    if expired := found.get("expired"):
+        old = "older than your retention_days"
+        lines.append(f"  {count(expired, 'request')} {old} deleted since the last start")
     calls = other_calls_in_words(found["events"] or 0, totals.get("other_calls", 0))
     lines += [f"  {each}" for each in calls]
     if found.get("price_error"):
-        lines += [f"  {found['price_error']}", f"    then: {_restart_command(found)}"]
+        lines += [f"  {found['price_error']}", "    then: halton-meter config reload"]
     if found.get("config_error"):
         lines += [f"  not used: {line}" for line in found["config_error"].split("\n")]
         lines.append("    the rest of the configuration is in use")
         if found.get("source") != "proxy":
-            lines.append(f"    once it is corrected: {_restart_command(found)}")
+            lines.append("    once it is corrected: sudo halton-meter config reload")
+    if found.get("budget_error"):
+        lines += [f"  {found['budget_error']}", "    see: halton-meter budget status"]
+    if refused := found.get("refused_at_limit"):
+        were = "was" if refused == 1 else "were"
+        lines.append(
+            f"  {count(refused, 'request')} {were} refused at a limit: halton-meter budget status"
+        )
     if found["store_error"]:
         lines.append(f"  since {_time(found['store_error_since'])}: {found['store_error']}")
     for path in found.get("damaged_databases") or ():
@@ -146,12 +156,6 @@ def _waiting(events: int | None, held: int) -> str:
     journal = events - held
     waiting = f"{count(journal, 'event')} wait{'s' if journal == 1 else ''} in the journal"
     return waiting + (f", {held:,} in memory" if held else "")
-
-
-def _restart_command(found: Mapping[str, Any]) -> str:
-    if found.get("source") == "proxy":
-        return "halton-meter stop --via proxy && halton-meter start --via proxy"
-    return "sudo halton-meter stop && sudo halton-meter start"
 
 
 def _restart_lines(found: Mapping[str, Any], otherwise: str) -> list[str]:

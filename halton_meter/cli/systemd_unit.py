@@ -108,6 +108,14 @@ def _quoted(word: str) -> str:
     return f'"{escaped}"' if escaped != word or any(c.isspace() for c in word) else word
 
 
+def is_installed(home: Path) -> bool:
+    """Whether the unit is there, and stores in this data folder: another one is another user's."""
+    try:
+        return _quoted(f"HALTON_METER_HOME={home}") in UNIT_PATH.read_text()
+    except (OSError, ValueError):
+        return False
+
+
 def has_systemd() -> bool:
     """Whether systemd runs this machine."""
     return Path("/run/systemd/system").is_dir()

@@ -24,9 +24,11 @@ from typing import Any, TextIO
 from urllib.parse import parse_qs, urlsplit
 
 from halton_meter.contract import event_json
+from halton_meter.coverage import Coverage
 from halton_meter.dashboard.entrance import CODE_SECONDS, Entrance, is_ours
 from halton_meter.model import PricedEvent
 from halton_meter.periods import day_of, start_of
+from halton_meter.plan.answer import ask as ask_plan
 from halton_meter.report import DIMENSIONS, Question, ask
 from halton_meter.spreadsheet import write_rows
 from halton_meter.store import NothingStored, Selection, Store, StoreError
@@ -62,6 +64,9 @@ NOT_LET_IN = (
 )
 
 
+Words = Callable[[Coverage], list[str]]
+
+
 class BadRequest(Exception):
     """The address asks for something that does not exist; the text says what may be asked."""
 
@@ -69,15 +74,19 @@ class BadRequest(Exception):
 class Dashboard(ThreadingHTTPServer):
     """The listening server; `new_url` is an address to open. Raises OSError for a port in use.
 
-    `clock` gives the time in ns since 1970, for periods that end now.
+    `clock` gives the time in ns since 1970, for periods that end now. `words` says in lines how
+    much of what was seen was metered, as `report` does.
     """
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, store: Store, clock: Callable[[], int], port: int = 0) -> None:
+    def __init__(
+        self, store: Store, clock: Callable[[], int], port: int = 0, words: Words = lambda _: []
+    ) -> None:
         self.store = store
         self.clock = clock
+        self.words = words
         self.entrance = Entrance()
         super().__init__((ADDRESS, port), _Page)
 
@@ -148,9 +157,12 @@ class _Page(BaseHTTPRequestHandler):
                 name, kind = _STATIC[path]
                 self._send(HTTPStatus.OK, kind, _static(name))
             elif path == "/api/report":
-                self._send_json(report_json(self.server.store, self.server.clock(), asked))
+                server = self.server
+                self._send_json(report_json(server.store, server.clock(), asked, server.words))
             elif path == "/api/requests":
                 self._send_json(requests_json(self.server.store, self.server.clock(), asked))
+            elif path == "/api/plan":
+                self._send_json(ask_plan(self.server.store, self.server.clock()).json())
             elif path == "/requests.csv":
                 self._send_csv(asked)
             else:
@@ -199,12 +211,18 @@ def selection_of(asked: dict[str, str], now_ns: int) -> Selection:
     return Selection(from_ns, None, asked.get("provider"), asked.get("model"), asked.get("project"))
 
 
-def report_json(store: Store, now_ns: int, asked: dict[str, str]) -> dict[str, Any]:
-    """The contract's report for `selection_of(asked)`, by the dimension `by`, with `trend`."""
+def report_json(store: Store, now_ns: int, asked: dict[str, str], words: Words) -> dict[str, Any]:
+    """The contract's report for `selection_of(asked)`, by the dimension `by`, with `trend`.
+
+    `coverage_said`: what `words` says of its connections; null where those are not known, as for
+    one model.
+    """
     by = asked.get("by", "model")
     if by not in DIMENSIONS:
         raise BadRequest(f"cannot group by {by!r}. Ask for one of {', '.join(DIMENSIONS)}")
-    return ask(store, Question(now_ns, selection_of(asked, now_ns), (by,))).json()
+    answer = ask(store, Question(now_ns, selection_of(asked, now_ns), (by,)))
+    said = None if answer.connections is None else words(answer.connections)
+    return {**answer.json(), "coverage_said": said}
 
 
 def requests_json(store: Store, now_ns: int, asked: dict[str, str]) -> dict[str, Any]:

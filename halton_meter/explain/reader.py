@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -63,27 +63,36 @@ def stated_time(raw: bytes) -> str | None:
 
 
 def events_of(
-    raw: bytes, provider: str | None, at_ns: int, model: str | None = None
+    raw: bytes,
+    provider: str | None,
+    at_ns: int,
+    model: str | None = None,
+    extra_hosts: Mapping[str, str] | None = None,
 ) -> list[UsageEvent]:
     """The usage events of a document; NotExplained when it holds none.
 
     `model` is what was asked for, where neither the document nor the request in it names one.
+    `extra_hosts` are those of the user's configuration, as Registry has them.
     """
     answer = answer_of(raw)
     if model is not None and _asked_model(answer) is None:
         answer = replace(answer, request=dumped({"model": model}))
     try:
-        return _events(answer, provider, at_ns)
+        return _events(
+            answer, provider, at_ns, Registry(extra_hosts) if extra_hosts else _registry()
+        )
     except RecursionError:
         raise NotExplained("the document is nested deeper than any answer") from None
 
 
-def _events(answer: Answer, provider: str | None, at_ns: int) -> list[UsageEvent]:
-    named = canonical_provider(provider or answer.provider or _guessed_provider(answer))
+def _events(
+    answer: Answer, provider: str | None, at_ns: int, registry: Registry
+) -> list[UsageEvent]:
+    named = canonical_provider(provider or answer.provider or _guessed_provider(answer, registry))
     wanted = READ_AS.get(named, named)
     if plain := _plain(answer, wanted, at_ns):
         return [plain]
-    events = _read(answer, wanted, at_ns)
+    events = _read(answer, wanted, at_ns, registry)
     if not events:
         raise NotExplained(
             f"this is no response of {wanted} that carries usage; "
@@ -119,14 +128,19 @@ def _without_made_up_model(event: UsageEvent) -> UsageEvent:
     return replace(event, model=model, request_model=None, parts=parts)
 
 
-def _guessed_provider(answer: Answer) -> str:
+def _guessed_provider(answer: Answer, registry: Registry) -> str:
     document = answer.document or first_object(answer.body)
     if document and "usageMetadata" in document:
         return "gemini"
     model = model_of(document or {}) or _asked_model(answer) or ""
-    if (maker := _maker(model)) is not None:
+    maker = _maker(model)
+    # A host of the user's own says it, whatever the model; a gateway answers for several providers.
+    own = list(dict.fromkeys(p.id for p in registry.of_host(answer.host) if p not in built_in()))
+    if own:
+        return maker if maker in own else "openai" if "openai" in own else own[0]
+    if maker is not None:
         return maker
-    for provider in _registry().of_host(answer.host):
+    for provider in registry.of_host(answer.host):
         return provider.id
     raise NotExplained(
         "the document does not say whose response it is; "
@@ -165,15 +179,16 @@ def _plain(answer: Answer, provider: str, at_ns: int) -> UsageEvent | None:
     )
 
 
-def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
+def _read(answer: Answer, wanted: str, at_ns: int, registry: Registry) -> list[UsageEvent]:
     """Read the answer by the first of the provider's routes that finds usage in it."""
     document = answer.document or first_object(answer.body) or {}
     model = model_of(document) or _asked_model(answer) or _UNNAMED
-    own = [provider for provider in built_in() if provider.id == wanted]
+    own = [provider for provider in registry.of_host(answer.host) if provider.id == wanted]
+    own += [each for each in built_in() if each.id == wanted and each not in own]
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
     seen: list[list[UsageEvent]] = []
-    for origin in _likely_origins(answer, document, own, model):
+    for origin in _likely_origins(answer, document, own, model, registry):
         events = list(origin.route.read(_exchange(answer, origin, at_ns, model), *origin[:2]))
         if any(_says_something(event) for event in events):
             return events
@@ -184,7 +199,9 @@ def _read(answer: Answer, wanted: str, at_ns: int) -> list[UsageEvent]:
         return begun[0]
     # What tells nothing of itself is an answer of the first route that finds counts in it. Messages
     # come first: a reader of chat completions knows their counts' names, in another sense.
-    others = sorted(_origins(answer, own, model), key=lambda o: o.route.endpoint != "messages")
+    others = sorted(
+        _origins(answer, own, model, registry), key=lambda o: o.route.endpoint != "messages"
+    )
     for origin in others:
         events = list(origin.route.read(_exchange(answer, origin, at_ns, model), *origin[:2]))
         if any(_counts_something(event) for event in events):
@@ -218,19 +235,19 @@ class _Origin(NamedTuple):
 
 
 def _likely_origins(
-    answer: Answer, document: Json, own: list[Provider], model: str
+    answer: Answer, document: Json, own: list[Provider], model: str, registry: Registry
 ) -> Iterator[_Origin]:
     """The origin that the document states, then the routes whose answers look like it."""
     if answer.host and answer.path:
-        match = _registry().find(answer.host, answer.method, answer.path)
+        match = registry.find(answer.host, answer.method, answer.path)
         if match is not None and match.provider.id == own[0].id:
             is_socket = match.route.turn_ends is not None and answer.method == "GET"
             stated = (answer.host, answer.method, answer.path, is_socket)
             yield _Origin(match.route, match.provider, *stated)
     likely = _endpoints(answer, document, own[0].id)
     is_messages = _is_messages(answer, document)
-    found = list(_origins(answer, own, model, free=True))
-    for provider in _in_turn(answer, own):
+    found = list(_origins(answer, own, model, registry, free=True))
+    for provider in _in_turn(answer, own, registry):
         for name in likely:
             fitting = [o for o in found if o.provider is provider and o.route.endpoint == name]
             # What is free, or speaks over a socket when this does not, is less likely.
@@ -244,13 +261,13 @@ def _likely_origins(
 
 
 def _origins(
-    answer: Answer, own: list[Provider], model: str, *, free: bool = False
+    answer: Answer, own: list[Provider], model: str, registry: Registry, *, free: bool = False
 ) -> Iterator[_Origin]:
     """Every route of the provider, with a path that it answers; also `free` ones."""
     document = answer.document or first_object(answer.body) or {}
     is_messages = _is_messages(answer, document)
-    for provider in _in_turn(answer, own):
-        host = _host(answer, provider)
+    for provider in _in_turn(answer, own, registry):
+        host = _host(answer, provider, registry)
         values = _path_values(provider, host, model)
         for route in provider.routes:
             if route.kind in _FREE_KINDS and not free:
@@ -281,9 +298,9 @@ def _is_messages(answer: Answer, document: Json) -> bool:
     return kind.startswith(_ON_SOCKETS) and _DATA_LINE.search(answer.body) is None
 
 
-def _in_turn(answer: Answer, own: list[Provider]) -> list[Provider]:
+def _in_turn(answer: Answer, own: list[Provider], registry: Registry) -> list[Provider]:
     """The provider's entries: first the one that the headers tell, then that of the host."""
-    at_host = _registry().of_host(answer.host)
+    at_host = registry.of_host(answer.host)
 
     def told(provider: Provider) -> bool:
         mark = provider.answer_header
@@ -292,8 +309,8 @@ def _in_turn(answer: Answer, own: list[Provider]) -> list[Provider]:
     return sorted(own, key=lambda each: (not told(each), each not in at_host))
 
 
-def _host(answer: Answer, provider: Provider) -> str:
-    if answer.host and provider in _registry().of_host(answer.host):
+def _host(answer: Answer, provider: Provider, registry: Registry) -> str:
+    if answer.host and provider in registry.of_host(answer.host):
         return answer.host
     return provider.hosts[0].replace("*.", "example.")
 

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import selectors
 import socket
 import stat
@@ -21,14 +22,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from halton_meter.untrusted import Lines, parsed
+from halton_meter.untrusted import Lines
 
 SOCKET_NAME = "daemon.sock"
 PROXY_SOCKET_NAME = "proxy.sock"
+# Of each single `run` that meters by itself, with the pid of the process that answers.
+_RUN_SOCKET = re.compile(r"run-(\d{1,7})\.sock")
 REPLY_BYTES_MAX = 4 << 20
 REQUEST_BYTES_MAX = 4096
 CLIENTS_MAX = 64
 SEND_S_MAX = 1.0  # a client that does not read its answer is dropped
+
+
+def run_socket_name() -> str:
+    """The name of this process's socket, where it meters a single `run`."""
+    return f"run-{os.getpid()}.sock"
+
+
+def run_sockets(home: Path) -> list[str]:
+    """The sockets of single runs, of which some may have ended without removing theirs."""
+    with contextlib.suppress(OSError):
+        return sorted(name for name in os.listdir(home) if _RUN_SOCKET.fullmatch(name))
+    return []
+
+
+def remove_dead_run_sockets(home: Path) -> None:
+    """Remove the sockets of runs that were killed."""
+    for name in run_sockets(home):
+        found = _RUN_SOCKET.fullmatch(name)
+        assert found is not None
+        with contextlib.suppress(OSError):
+            try:
+                os.kill(int(found[1]), 0)
+            except ProcessLookupError:
+                os.unlink(home / name)
 
 
 def _short_path(home: Path, fd: int, name: str) -> str:
@@ -174,12 +201,14 @@ class Answering:
         selector: selectors.BaseSelector,
         answer: Callable[[Client, dict[str, Any]], dict[str, Any] | None],
         on_gone: Callable[[Client], None],
+        name: str = SOCKET_NAME,
     ) -> None:
         self._selector = selector
         self._answer = answer
         self._on_gone = on_gone
         self._clients = 0
-        self._listener = Listener(home)
+        self._listener = Listener(home, name)
+        self._path = home / name
         self.refused = 0
         self.renew()
 
@@ -192,6 +221,12 @@ class Answering:
             if before is not None:
                 self._selector.unregister(fd)
             self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
+
+    def remove(self) -> None:
+        """Listen no more, and remove the socket's file, at the end."""
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -259,7 +294,8 @@ class Control:
         except OSError as error:
             self._socket.close()
             raise ServiceAbsent(str(error)) from None
-        self._reader = self._socket.makefile("rb")
+        self._lines = Lines(REPLY_BYTES_MAX)
+        self.on_news: Callable[[dict[str, Any]], object] = lambda message: None
 
     def _connect(self, home: Path, name: str) -> None:
         owner = os.getuid()
@@ -280,34 +316,94 @@ class Control:
         if not is_friend(self._socket, owner):
             raise PermissionError("another user answers")
 
+    def fileno(self) -> int:
+        """Readable when `take_news` has something."""
+        return self._socket.fileno()
+
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for "status", "watch" (pid), "finish" or "stop"."""
-        request = json.dumps({"ask": what, **arguments})
+        """Ask for "status", "in_flight", "watch" (pid), "finish" or "stop"."""
         try:
-            self._socket.sendall(request.encode() + b"\n")
-            reply = parsed(self._reader.readline(REPLY_BYTES_MAX))
+            self._send(what, **arguments)
+            while True:
+                while self._lines.waiting:
+                    reply = self._lines.next()
+                    if reply is None:
+                        raise ServiceAbsent("the service gave no answer")
+                    if not _is_news(reply):
+                        return reply
+                    self.on_news(reply)
+                data = self._socket.recv(1 << 16)
+                if not data:
+                    raise ServiceAbsent("the service closed the connection")
+                self._lines.feed(data)
         except OSError as error:
             raise ServiceAbsent(str(error)) from None
-        if reply is None:
-            raise ServiceAbsent("the service closed the connection")
-        return reply
+
+    def tell(self, what: str, **arguments: Any) -> None:
+        """The same, where nothing comes of the answer; nor of a service that is gone."""
+        with contextlib.suppress(OSError):
+            self._send(what, **arguments)
+
+    def _send(self, what: str, **arguments: Any) -> None:
+        self._socket.sendall(json.dumps({"ask": what, **arguments}).encode() + b"\n")
+
+    def take_news(self) -> bool:
+        """Give `on_news` what the service said unasked; False when the service is gone."""
+        try:
+            data = self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._lines.feed(data)
+        for message in list(self._lines.messages()):
+            if _is_news(message):
+                self.on_news(message)
+        return bool(data)
 
     def close(self) -> None:
         """Close the connection."""
-        self._reader.close()
         self._socket.close()
 
 
+def _is_news(message: dict[str, Any]) -> bool:
+    """Whether a service said it unasked: a limit holds a run, or lets it go on."""
+    return "limit_reached" in message or "limit_lifted" in message
+
+
+def answering(home: Path) -> list[str]:
+    """The sockets behind which somebody meters now: services and single runs."""
+    return [
+        name
+        for name in (SOCKET_NAME, PROXY_SOCKET_NAME, *run_sockets(home))
+        if _answers(home, name)
+    ]
+
+
+def _answers(home: Path, name: str) -> bool:
+    try:
+        Control(home, name=name).close()
+    except ServiceAbsent:
+        return False
+    return True
+
+
 def ask_service(
-    home: Path, what: str, *, name: str = SOCKET_NAME, owner: int | None = None
+    home: Path,
+    what: str,
+    *,
+    name: str = SOCKET_NAME,
+    owner: int | None = None,
+    timeout_s: float = 10.0,
 ) -> dict[str, Any] | None:
     """One answer of a running service; None when none answers.
 
-    Both services know "status" and "stop". The proxy also knows "pause" (it passes everything on
-    and meters nothing), "resume", and "forget" (which programs refused its certificate).
+    Both services know "status", "in_flight", "reload" (the user's rules and prices) and "stop"; a
+    single run knows "in_flight" alone. The proxy also knows "pause" (it passes everything on and
+    meters nothing), "resume", and "forget" (which programs refused its certificate).
     """
     try:
-        control = Control(home, name=name, owner=owner)
+        control = Control(home, timeout_s, name, owner)
         try:
             return control.ask(what)
         finally:

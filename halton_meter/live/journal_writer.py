@@ -19,6 +19,7 @@ from halton_meter.contract import rfc3339
 from halton_meter.coverage import Coverage
 from halton_meter.live import flushing
 from halton_meter.live.flushing import Flusher, Outcome
+from halton_meter.live.snapshot_writer import SnapshotWriter
 from halton_meter.live.status import StoreCondition
 from halton_meter.model import PricedEvent
 
@@ -32,6 +33,8 @@ SEAL_AFTER_S = 0.7
 # 0.4 s of CPU, mostly its start: one every half minute would cost as much as all else.
 FLUSH_AFTER_S = 300.0
 FLUSH_EVENTS = 20_000
+# What has expired is deleted by a flush, so there is one where nothing comes, too.
+EXPIRE_AFTER_S = 86_400.0
 FLUSHER_POLL_S = 0.02  # it runs for half a second, and `run` waits for it
 
 HOUR_NS = 3_600_000_000_000
@@ -79,7 +82,7 @@ class EventStore(Protocol):
     def count_connections(self, counted: Coverage, hour_ns: int, key: str) -> None:
         """Keep how many connections of an hour were metered, in place of what had this key."""
 
-    def flush(self) -> Flushed:
+    def flush(self, *, keep_from_ns: int | None = None) -> Flushed:
         """Move the journal into the database, as far as its lock allows."""
 
     def waiting(self) -> int:
@@ -106,10 +109,12 @@ class JournalWriter:
         self._store = store
         self._home = home
         self._on_write = on_write
+        self._snapshot = SnapshotWriter(home)
         self._unflushed = 0
         self._sealed_at = 0.0
         self._seal_due: float | None = None
         self._flush_due: float | None = None
+        self._expire_due: float | None = None
         self._retry_due: float | None = None  # of what the disk refused
         self._flusher: Flusher | None = None
         self._poll_due = 0.0  # when to look whether the flusher has ended
@@ -124,8 +129,8 @@ class JournalWriter:
     @property
     def due_at(self) -> float | None:
         """When `tick` has something to do; None: not before more events are kept."""
-        flush_due = self._flush_due if self._flusher is None else self._poll_due
-        dues = (self._seal_due, self._retry_due, flush_due)
+        flush_due = self._next_flush() if self._flusher is None else self._poll_due
+        dues = (self._seal_due, self._retry_due, flush_due, self._snapshot.due_at)
         return min((due for due in dues if due is not None), default=None)
 
     @property
@@ -150,6 +155,7 @@ class JournalWriter:
     def keep(self, events: Sequence[PricedEvent]) -> None:
         """Put events into the journal, or hold them while the disk refuses them."""
         self._store.append(events)
+        self._snapshot.add(events)
         self._unflushed += len(events)
         self._plan()
         if self._unflushed >= FLUSH_EVENTS:
@@ -188,10 +194,19 @@ class JournalWriter:
         if self._retry_due is not None and now >= self._retry_due:
             self._store.close()
             self.written()
+        self._snapshot.tick(now)
         if self._flusher is not None:
             self._look_at_flusher(self._flusher, now)
-        elif self._flush_due is not None and now >= self._flush_due:
+        elif (due := self._next_flush()) is not None and now >= due:
             self._start_flusher()
+
+    def expire_daily(self) -> None:
+        """Flush once a day, whatever comes: a flush deletes what has expired."""
+        self._expire_due = time.monotonic() + EXPIRE_AFTER_S
+
+    def _next_flush(self) -> float | None:
+        dues = [due for due in (self._flush_due, self._expire_due) if due is not None]
+        return min(dues, default=None)
 
     def flush(self, then: Callable[[], None]) -> None:
         """Have all that is in the journal now moved into the database, then call `then`."""
@@ -207,9 +222,12 @@ class JournalWriter:
             self._flusher.wait()
         self.condition.flushed(flushing.flush(self._store))
         self._store.close()
+        self._snapshot.end()
 
     def _start_flusher(self) -> None:
         self._unflushed, self._flush_due, self._seal_due = 0, None, None
+        if self._expire_due is not None:
+            self.expire_daily()
         self._after, self._after_next = self._after_next, []
         self._store.close()
         try:
@@ -247,7 +265,7 @@ class Condition:
         self._failures = 0
         self._since_ns = 0
         self._busy_since = 0.0
-        self._repeated = 0
+        self._repeated = self._expired = 0
         self._tried: tuple[Path, int] | None = None  # what refused a try, and since when
 
     def try_disk(self, home: Path) -> None:
@@ -271,6 +289,7 @@ class Condition:
         """Take note of a flush; how long to wait before the next try, None when it went well."""
         self._outcome = outcome
         self._repeated += outcome.repeated
+        self._expired += outcome.expired
         if outcome.reason is None:
             self._failures = 0
             return None
@@ -313,6 +332,7 @@ class Condition:
             "held": min(self._store.held, waiting),
             "journal_waiting": waiting,
             "journal_repeated": self._repeated,
+            "expired": self._expired,
             "store_error": error[0] if error else None,
             "store_error_since": rfc3339(error[1]) if error else None,
             "damaged_databases": [str(path) for path in self._store.damaged_databases],

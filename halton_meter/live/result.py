@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from halton_meter.budget import STOP
 from halton_meter.coverage import Coverage
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What `record` wrote; `error` is why it stopped before the end, None when it did not."""
+
+    connections: int
+    packets: int
+    error: str | None
+
+
+class RunLimit(NamedTuple):
+    """What a run may spend, an exact decimal as text (None: no limit), and what follows there."""
+
+    max_usd: str | None = None
+    at_limit: str = STOP
+
+
+NO_LIMIT = RunLimit()
 
 
 @dataclass(slots=True)
@@ -19,7 +39,9 @@ class RunResult:
     `still_running` are the programs of processes that outlived the command and its metering.
     `unseen_ms`: a connection past the proxy that was shorter may not have been seen (None: nobody
     looked that way). `waited_ms` is how long its end waited for searches that tell why something
-    was not metered. `exit_code` is the command's, 128 + its signal.
+    was not metered. `recorded` is of `record` alone. `held` is what was said when a limit held the
+    command last (`live/held.py`), `refused` how many requests were refused there. `exit_code` is
+    the command's, 128 + its signal.
     """
 
     totals: Totals = field(default_factory=Totals)
@@ -34,4 +56,7 @@ class RunResult:
     price_error: str | None = None
     unseen_ms: int | None = None
     waited_ms: int = 0
+    recorded: Recorded | None = None
+    held: dict[str, Any] | None = None
+    refused: int = 0
     exit_code: int = 0

@@ -29,7 +29,8 @@ class WorkerStatus(TypedDict):
 class StoreCondition(TypedDict):
     """Where a worker's events are, and what is wrong if something is.
 
-    `journal_repeated` events were in the database already, seen by another source or a second time.
+    `journal_repeated` events were in the database already, seen by another source or a second time;
+    `expired` ones were deleted, as the user's `retention_days` has it.
     Of the `journal_waiting` events that are not in the database, `held` are not on disk either.
     `store_error` is None for what passes by itself in a moment.
     """
@@ -37,6 +38,7 @@ class StoreCondition(TypedDict):
     held: int | None
     journal_waiting: int | None
     journal_repeated: int | None
+    expired: int | None
     store_error: str | None
     store_error_since: str | None
     damaged_databases: list[str]

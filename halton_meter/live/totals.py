@@ -211,6 +211,14 @@ def _count(found: Any) -> int:
     return int(found)
 
 
+def usd_of(found: Any) -> Decimal | None:
+    """An amount that another process gave as text; None for none, and for what is no amount."""
+    try:
+        return _usd(found)
+    except (ValueError, TypeError, ArithmeticError):
+        return None
+
+
 def _usd(found: Any) -> Decimal:
     """An exact amount. One with a vast exponent would take gigabytes when printed."""
     amount = Decimal(found[:USD_CHARACTERS_MAX])

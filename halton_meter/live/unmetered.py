@@ -20,10 +20,14 @@ _OF_PROBES: Mapping[str, str] = {
     "stack_not_probed": "its TLS library cannot be probed",
     "stack_unknown": "its TLS library is not known",
     "functions_not_found": "its TLS functions were not found",
+    "host_not_told": "its TLS library did not tell the host of an HTTP/2 connection",
     "nothing_passed": "its traffic did not pass the functions that are probed",
     "quic": "QUIC (HTTP/3) is not metered",
     "no_server_name": "it named no server (SNI)",
     "ech": "its server name is encrypted (ECH)",
+}
+_OF_KEY_LOG: Mapping[str, str] = {
+    "no_keys": "it wrote no TLS keys",
 }
 # The same, of what the proxy saw or ought to have seen.
 _OF_PROXY: Mapping[str, str] = {
@@ -43,7 +47,7 @@ _OF_PROXY: Mapping[str, str] = {
     "stopped": "metering was stopped",
 }
 PROXY_CAUSES = frozenset(_OF_PROXY)
-CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_PROXY}
+CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_KEY_LOG, **_OF_PROXY}
 # Found by looking again and again: there may be more.
 _AT_LEAST = frozenset({"proxy_ignored"})
 _CHARACTERS_MAX = 1000

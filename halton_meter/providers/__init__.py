@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from halton_meter.model import Exchange, UsageEvent
 
@@ -48,9 +48,10 @@ class Provider:
     whole (fullmatch) against names that no provider lists: a region opened after this list was
     written, a private endpoint. Like those hosts, such names are only metered where they turn up.
     `counter`, set by the registry, counts the text of answers that state no usage (None: by its
-    characters). `states_cost` says that a cost which an answer of these hosts states is what is
-    paid, in US dollars (`reading/charges.py`): true of gateways, of resellers that bill in dollars
-    and of the user's own hosts, not of a maker, whose answers have no such field.
+    characters); `account_key`, likewise, is the key of the hashes by which accounts are known.
+    `states_cost` says that a cost which an answer of these hosts states is what is paid, in US
+    dollars (`reading/charges.py`): true of gateways, of resellers that bill in dollars and of the
+    user's own hosts, not of a maker, whose answers have no such field.
 
     The last two tell whose an answer is that was kept without its host: `models` is searched in the
     lower-case name of the model, and `answer_header` begins the name of a header that only answers
@@ -64,6 +65,7 @@ class Provider:
     captured: bool = True
     host_pattern: re.Pattern[str] | None = None
     counter: Counter | None = None
+    account_key: bytes | None = field(default=None, repr=False)
     states_cost: bool = False
     models: re.Pattern[str] | None = None
     answer_header: str | None = None

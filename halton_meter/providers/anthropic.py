@@ -9,7 +9,7 @@ readers serve every host that speaks this API (Vertex, Bedrock, Azure, OpenRoute
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -207,6 +207,32 @@ def overlaid(start: Json, *ends: Json) -> Overlaid:
     return Overlaid(usage, stale, fell)
 
 
+def completed(start: Json, ends: Sequence[Json], beside: Iterable[Json]) -> Overlaid:
+    """`overlaid`; where that leaves a side without tokens, what stands beside says how many.
+
+    Bedrock's metrics at the end of a stream, and events of gateways' own, in whichever words.
+    """
+    whole = overlaid(start, *ends)
+    if ends and _input_of(whole.usage) and _count_of(whole.usage, "output_tokens"):
+        return whole
+    more = [stated for usage in beside if any((stated := _in_own_words(usage)).values())]
+    return overlaid(start, *ends, *more) if more else whole
+
+
+def _in_own_words(usage: Json) -> Json:
+    """A usage in Anthropic's words, whatever words it has."""
+    if any(name in usage for name in _OWN_COUNTS):
+        return usage
+    tokens, _ = usage_tokens(Counts(), usage)
+    counts = {
+        "input_tokens": tokens.input,
+        "cache_read_input_tokens": tokens.cache_read,
+        "cache_creation_input_tokens": tokens.cache_write,
+        "output_tokens": tokens.output,
+    }
+    return {name: count for name, count in counts.items() if count is not None}
+
+
 def _input_of(usage: Json) -> int:
     return sum(_count_of(usage, name) for name in _INPUT_SIDE)
 
@@ -218,16 +244,32 @@ def _count_of(usage: Json, name: str) -> int:
 # --- one message, whole or streamed -------------------------------------------------------------
 
 
+def _begun(data: bytes) -> Json:
+    """The message of a stream's first event, with the usage that stands in it or beside it."""
+    event = as_dict(formats.loads(data))
+    message = as_dict(event.get("message"))
+    usage = next((usage for usage, _ in usages_in(event)), None)
+    return message if usage is None or message.get("usage") else {**message, "usage": usage}
+
+
+def _beside(body: Body) -> Iterator[tuple[Json, bytes]]:
+    """Usages at a stream's end that are no delta's: in the stop's event, or one of a gateway's."""
+    for event in reversed(list(formats.last_events(body, 3))):
+        value = as_dict(formats.loads(event.data))
+        if value.get("type") not in ("message_start", "message_delta"):
+            yield from ((usage, event.data) for usage, _ in usages_in(value))
+
+
 def _streamed(body: Body) -> tuple[Json, list[tuple[Json, bytes]]]:
     """The message of the start, and the usages that deltas state, each with its text."""
     start: Json = {}
     for event in formats.first_events(body, 3):
         if b'"message_start"' in event.data:
-            start = as_dict(as_dict(formats.loads(event.data)).get("message"))
+            start = _begun(event.data)
             break
     else:
         for data in formats.sse_data_containing(body, b'"message_start"')[:1]:
-            start = as_dict(as_dict(formats.loads(data)).get("message"))
+            start = _begun(data)
     ends: list[tuple[Json, bytes]] = []
     for data in formats.sse_data_containing(body, b'"message_delta"')[-MESSAGES_EVENTS_MAX:]:
         value = as_dict(formats.loads(data))
@@ -237,10 +279,6 @@ def _streamed(body: Body) -> tuple[Json, list[tuple[Json, bytes]]]:
         reason = as_dict(value.get("delta")).get("stop_reason")
         if reason is not None:
             start = {**start, "stop_reason": reason}
-    for event in () if ends else formats.last_events(body, 3):  # an event of a gateway's own
-        value = as_dict(formats.loads(event.data))
-        if value.get("type") != "message_start":
-            ends += [(usage, event.data) for usage, _ in usages_in(value)][:1]
     return start, ends
 
 
@@ -344,12 +382,14 @@ def _streamed_event(draft: Draft, body: Body) -> None:
         value = formats.loads(event.data)
         if error_object(value) is not None:
             draft.fail(value, in_stream=True)
-    if ends:
-        fill_overlaid(draft, start, overlaid(start, *(usage for usage, _ in ends)))
+    beside = list(_beside(body))
+    if ends or beside:
+        stated = [usage for usage, _ in ends]
+        fill_overlaid(draft, start, completed(start, stated, (usage for usage, _ in beside)))
         raws = [verbatim(b"", b"", begun).text] if begun else []
-        raws += [verbatim(text, b"usage", usage).text for usage, text in ends]
+        raws += [verbatim(text, b"usage", usage).text for usage, text in (*ends, *beside)]
         draft.raw_usage = all_of(raws)
-        if not begun:
+        if start.keys() <= {"stop_reason"}:  # its first event is lost
             draft.flags.add("gapped")
         return
     if not begun:

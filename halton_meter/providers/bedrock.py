@@ -19,9 +19,9 @@ from halton_meter.providers import Provider, Reader, Route
 from halton_meter.providers.anthropic import (
     MESSAGES_EVENTS_MAX,
     begun_only,
+    completed,
     fill_message,
     fill_overlaid,
-    overlaid,
     read_messages,
 )
 from halton_meter.providers.anthropic import ROUTES as ANTHROPIC_ROUTES
@@ -235,7 +235,7 @@ def _invoke_events(draft: Draft, events: list[Json]) -> None:
         if not begun:  # the start is lost: of what it says Bedrock's account has the most
             named = {"id": draft.response_id, "model": draft.model}
             start = {**named, **start, "usage": _messages_words(metrics)}
-        whole = overlaid(start, *ends[-MESSAGES_EVENTS_MAX:])
+        whole = completed(start, ends[-MESSAGES_EVENTS_MAX:], (metrics,))
         fill_overlaid(draft, start, whole)
         stated = (begun, *ends[-MESSAGES_EVENTS_MAX:], metrics)
         draft.raw_usage = all_of(verbatim(b"", b"", each).text for each in stated if each)

@@ -38,6 +38,12 @@ def _usage_of(answer: Json) -> tuple[Json, bytes] | None:
     return None
 
 
+def _counts_any(usage: Json) -> bool:
+    """Whether a usage counts anything but zeros."""
+    held = (as_dict(usage.get(name)) for name in ("billed_units", "tokens"))
+    return any(count for each in held for count in each.values())
+
+
 def read_cohere(exchange: Exchange, route: Route, provider: Provider) -> Iterator[UsageEvent]:
     """One event for chat, embed or rerank, v1 or v2."""
     draft = begin(exchange, route, provider)
@@ -46,21 +52,21 @@ def read_cohere(exchange: Exchange, route: Route, provider: Provider) -> Iterato
         draft.fail(
             found[0][0] if found else None, in_stream=draft.streaming and not failed(exchange)
         )
-        for event in formats.first_events(exchange.response.body, 1) if draft.streaming else ():
+        for event in formats.first_events(exchange.response.body, 3) if draft.streaming else ():
             found.append((as_dict(formats.loads(event.data)), event.data))
         names = ("id", "generation_id", "response_id")
         answers = [v for v, _ in found] + [as_dict(v.get("response")) for v, _ in found]
         ids = (answer.get(name) for answer in answers for name in names)
         draft.response_id = as_id(next((each for each in ids if each), None))
-        for value, text in found:
-            usage = _usage_of(value)
-            if usage is not None:
-                _fill(draft, usage[0])
-                draft.raw_usage = verbatim(text, usage[1], usage[0]).text
-                break
-        else:
-            if draft.error_class is None:
-                draft.usage_not_sent(texts_under(exchange.response.body, (b"text", b"thinking")))
+        stated = [(*each, text) for value, text in found if (each := _usage_of(value))]
+        counting = [each for each in stated if _counts_any(each[0])]
+        for usage, name, text in (counting or stated)[:1]:
+            _fill(draft, usage)
+            draft.raw_usage = verbatim(text, name, usage).text
+            if usage is not stated[0][0]:
+                draft.flags.add("counts_fell")
+        if not stated and draft.error_class is None:
+            draft.usage_not_sent(texts_under(exchange.response.body, (b"text", b"thinking")))
     yield draft.event()
 
 

@@ -103,22 +103,33 @@ class Registry:
     `extra_hosts` maps a host ("llm.example.com", "localhost:8080") to a provider's id or to
     "gateway", or to a new id after a colon ("openai:our-vllm") under which its events appear.
     `counter` counts the tokens of texts whose provider states none; None: by their characters.
+    `account_key` is the key of the hashes by which accounts are known; None: they stay unknown.
     """
 
     def __init__(
-        self, extra_hosts: Mapping[str, str] | None = None, counter: Counter | None = None
+        self,
+        extra_hosts: Mapping[str, str] | None = None,
+        counter: Counter | None = None,
+        account_key: bytes | None = None,
     ) -> None:
         self._extra_hosts = dict(extra_hosts or {})
         self._counter = counter
+        self._account_key = account_key
         self._exact: dict[str, tuple[Provider, ...]] | None = None
         self._suffixes: dict[str, tuple[Provider, ...]] = {}
         self._patterned: list[tuple[re.Pattern[str], Provider]] = []
+
+    def without_counter(self) -> Registry:
+        """The same providers, for who counts texts by their characters."""
+        if self._counter is None:
+            return self
+        return Registry(self._extra_hosts, account_key=self._account_key)
 
     def _load(self) -> dict[str, tuple[Provider, ...]]:
         if self._exact is None:
             exact: dict[str, tuple[Provider, ...]] = {}
             for known in built_in():
-                provider = known if self._counter is None else replace(known, counter=self._counter)
+                provider = replace(known, counter=self._counter, account_key=self._account_key)
                 if provider.host_pattern is not None:
                     self._patterned.append((provider.host_pattern, provider))
                 for host in provider.hosts:
@@ -145,7 +156,11 @@ class Registry:
                 if provider.id == each:
                     mine = _under_any_path(provider, host)
                     yield replace(
-                        mine, id=alias or mine.id, counter=self._counter, states_cost=True
+                        mine,
+                        id=alias or mine.id,
+                        counter=self._counter,
+                        account_key=self._account_key,
+                        states_cost=True,
                     )
 
     def of_host(self, host: str | None) -> tuple[Provider, ...]:

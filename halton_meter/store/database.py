@@ -25,8 +25,8 @@ from halton_meter.store.errors import (
     first_line,
 )
 from halton_meter.store.home import DATABASE_NAME, Home
-from halton_meter.store.rewriting import rewrite
-from halton_meter.store.schema import is_newest, migrate, needs_rewriting
+from halton_meter.store.rewriting import compact, rewrite
+from halton_meter.store.schema import is_newest, migrate, needs_rewriting, version_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -85,6 +85,25 @@ class Database:
         finally:
             connection.close()
             self._home.own_database()
+
+    def compact(self) -> None:
+        """Copy the file without its free blocks. Raises StoreBusy, StoreUnusable."""
+        compact(self._home, self._open, BUSY_WAIT_SECONDS)
+        self._home.own_database()
+
+    def schema_version(self) -> int:
+        """The file's version as it is; it is not migrated. Raises what opening it raises."""
+        with contextlib.closing(self._connect(self._path, True, 0)) as connection:
+            return version_of(connection)
+
+    def size_bytes(self) -> int:
+        """The file and its log on disk; 0 where there is none."""
+        log = self._path.with_name(f"{DATABASE_NAME}.wal")
+        found = 0
+        for path in (self._path, log):
+            with contextlib.suppress(OSError):
+                found += path.stat().st_size
+        return found
 
     def _open(self, wait_seconds: float) -> DuckDBPyConnection:
         try:

@@ -23,7 +23,7 @@ from halton_meter.store.driver import driver, quoted
 from halton_meter.store.errors import first_line
 from halton_meter.store.home import private_file
 from halton_meter.store.reader import Reader, Selection
-from halton_meter.store.schema import USAGE_COLUMNS
+from halton_meter.store.schema import CALLER_COLUMNS, USAGE_COLUMNS
 
 if TYPE_CHECKING:
     import sqlite3
@@ -168,7 +168,9 @@ CREATE TABLE requests (id TEXT NOT NULL, project_id INTEGER REFERENCES projects(
     latency_ms INTEGER, tokens_complete INTEGER NOT NULL, requested_at TEXT NOT NULL,
     status TEXT NOT NULL, error_class TEXT, http_status INTEGER, provider_error_code TEXT,
     host TEXT, endpoint TEXT NOT NULL, process TEXT, user_name TEXT, git_branch TEXT,
-    source TEXT NOT NULL, gap TEXT);
+    source TEXT NOT NULL, gap TEXT, session_id TEXT, session_source TEXT, turn_id TEXT,
+    agent TEXT, agent_id TEXT, parent_agent_id TEXT, request_class TEXT,
+    client TEXT, client_version TEXT, retry_count INTEGER, account TEXT);
 CREATE TABLE losses (cause TEXT NOT NULL, count INTEGER NOT NULL, at TEXT NOT NULL);
 CREATE TABLE coverage (hour TEXT NOT NULL, program TEXT, host TEXT, stack TEXT, cause TEXT,
     connections INTEGER NOT NULL, bytes INTEGER);
@@ -181,7 +183,8 @@ CREATE INDEX requests_by_project ON requests (project_id, requested_at);
 """
 _UTC_TEXT = "strftime(make_timestamp_ns({}), '%Y-%m-%dT%H:%M:%S.%fZ')"
 _EXACT = {
-    name: f"price_document->>'$.{name}'" for name in ("list_usd", "marginal_usd", "reported_usd")
+    name: f"price_document->>'$.{name}'"
+    for name in ("list_usd", "marginal_usd", "reported_usd", "cache_saved_usd")
 }
 _SQLITE_PROJECTS = (
     "SELECT row_number() OVER (ORDER BY name) AS id, name FROM "
@@ -236,5 +239,6 @@ _SQLITE_REQUESTS = {
     "git_branch": "git_branch",
     "source": "source",
     "gap": "gap",
+    **{name: name for name in CALLER_COLUMNS},
 }
 _NOT_EXPORTED = frozenset({"at_ns", "sighting_rank", "traits", "usage_document"})

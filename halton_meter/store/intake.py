@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halton_meter.store.callers import callers_said, keep_callers
 from halton_meter.store.driver import driver, quoted
 from halton_meter.store.home import private_file, private_log
 from halton_meter.store.journal import checked
+from halton_meter.store.limits import insert_limits, line_types
 from halton_meter.store.rollup import DAY_NS, unroll
 from halton_meter.store.rows import json_types
 from halton_meter.store.schema import EVENT_COLUMNS, TEXT
@@ -33,7 +35,8 @@ class Flushed:
     """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
     journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
     only such as another process still writes, which moves them itself. `busy`: what they wait for
-    is another process's end with the database, which is no trouble unless it lasts.
+    is another process's end with the database, which is no trouble unless it lasts. `expired`:
+    events that were deleted as they were older than is to be kept.
     """
 
     stored: int = 0
@@ -42,6 +45,7 @@ class Flushed:
     damaged: int = 0
     reason: str | None = None
     busy: bool = False
+    expired: int = 0
 
     def __add__(self, other: Flushed) -> Flushed:
         """Both together; what waits, and why, is as `other` found it."""
@@ -52,6 +56,7 @@ class Flushed:
             self.damaged + other.damaged,
             other.reason,
             other.busy,
+            self.expired + other.expired,
         )
 
 
@@ -132,12 +137,13 @@ _RANK_BETTER = (
 
 def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
     """Insert what a file of lines has; return (events stored, lines that are no events)."""
-    types = {**json_types(EVENT_COLUMNS), "loss_cause": TEXT, "loss_count": "BIGINT", **_SEEN}
+    types = {**json_types(EVENT_COLUMNS), **line_types()}
+    types |= {"loss_cause": TEXT, "loss_count": "BIGINT", **_SEEN}
     spelled = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
     lines = f"read_ndjson('{quoted(source)}', columns = {{{spelled}}})"
     stored = _insert_events(connection, lines, types)
     losses = connection.execute(
-        f"SELECT count(loss_cause), count(seen_connections) FROM {lines}"
+        f"SELECT count(loss_cause), count(seen_connections), count(limit_window) FROM {lines}"
     ).fetchall()
     if losses[0][1]:
         connection.execute(
@@ -153,7 +159,9 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
             f"INSERT OR IGNORE INTO loss SELECT id, loss_cause, loss_count, at_ns FROM {lines} "
             "WHERE loss_cause IS NOT NULL"
         )
-    return stored, int(losses[0][0]) + int(losses[0][1])
+    if losses[0][2]:
+        insert_limits(connection, lines)
+    return stored, sum(map(int, losses[0]))
 
 
 def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, str]) -> int:
@@ -164,7 +172,8 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
     )
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE arriving AS SELECT row_number() OVER () AS line, {cast} "
-        f"FROM {lines} WHERE loss_cause IS NULL AND seen_connections IS NULL"
+        f"FROM {lines} "
+        "WHERE loss_cause IS NULL AND seen_connections IS NULL AND limit_window IS NULL"
     )
     # Nearly all: alone with their id, which nothing in the database has.
     new = connection.execute(
@@ -178,6 +187,7 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
     stored = len(new)
     if left[0][0]:
         settle(connection)
+        said = callers_said(connection)
         replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
         days = connection.execute(
             f"INSERT INTO event ({names}) SELECT {names} FROM arriving "
@@ -186,8 +196,9 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
             f"ON CONFLICT (id) DO UPDATE SET {replaced}, earlier_at_ns = event.at_ns "
             f"WHERE {_RANK_BETTER} RETURNING at_ns // {DAY_NS}, earlier_at_ns // {DAY_NS}"
         ).fetchall()
-        learn(connection)
-        unroll(connection, (day for both in days for day in both if day is not None))
         stored += len(days)
+        learn(connection)
+        days += [(day, None) for day in keep_callers(connection, said)]
+        unroll(connection, (day for both in days for day in both if day is not None))
     connection.execute("DROP TABLE arriving")
     return stored

@@ -21,7 +21,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from halton_meter.model import PricedEvent
 from halton_meter.store.cleaning import LINE_FORM, cleaned_line, is_older
 from halton_meter.store.errors import disk_trouble
 from halton_meter.store.home import Home, private_file
-from halton_meter.store.rows import dumps, sum_values, usage_values
+from halton_meter.store.rows import dumps, loads, sum_values, usage_values
+from halton_meter.store.schema import EVENT_COLUMNS
 
 SEGMENT_SUFFIX = ".jsonl"
 # A segment this large is sealed and the next begun: it bounds one transaction (and its memory)
@@ -50,7 +51,9 @@ WRITE_LINES_MAX = 256
 # What tells a loss's line from an event's: within an event's texts the quotes are escaped.
 _LOSS_MARK = b',"loss_cause":'
 _COVERAGE_MARK = b',"seen_connections":'
-_MARK_BYTES_MAX = max(len(_LOSS_MARK), len(_COVERAGE_MARK))
+_LIMIT_MARK = b',"limit_window":'
+_MARKS = (_LOSS_MARK, _COVERAGE_MARK, _LIMIT_MARK)
+_MARK_BYTES_MAX = max(map(len, _MARKS))
 
 
 class Journal:
@@ -144,7 +147,7 @@ class Journal:
                 end = b""
                 while block := file.read(1 << 20):
                     count += block.count(b"\n")
-                    for mark in (_LOSS_MARK, _COVERAGE_MARK):
+                    for mark in _MARKS:
                         count -= (end[1 - len(mark) :] + block).count(mark)
                     end = block[1 - _MARK_BYTES_MAX :]
         return count
@@ -303,6 +306,14 @@ def _is_sound(line: bytes) -> bool:
     return zlib.crc32(rest) == int(head[7:])
 
 
+def event_lines(event: PricedEvent, limits: Iterable[dict[str, Any]] = ()) -> bytes:
+    """An event's line, and a line for each row of `limits` that came with it.
+
+    They stand or fall together: what is held while the disk refuses is counted in events.
+    """
+    return b"".join((event_line(event), *map(_line, limits)))
+
+
 def event_line(event: PricedEvent) -> bytes:
     """One event as a line; without its raw usage object where the line would be too long."""
     values = {**usage_values(event.usage), **sum_values(event)}
@@ -311,6 +322,20 @@ def event_line(event: PricedEvent) -> bytes:
         slim = replace(event.usage, raw_usage=None, flags=(*event.usage.flags, "raw_usage_dropped"))
         line = _line({**usage_values(slim), **sum_values(event)})
     return line
+
+
+def row_of_line(line: bytes) -> dict[str, Any] | None:
+    """The row of an event's line, for `event_from_row`; None for a damaged line, and for those of
+    losses and coverage.
+    """
+    storable = _storable(line)
+    if storable is None or _LOSS_MARK in storable or _COVERAGE_MARK in storable:
+        return None
+    try:
+        found = loads(storable.decode())
+    except ValueError:
+        return None
+    return dict.fromkeys(EVENT_COLUMNS) | found if isinstance(found, dict) else None
 
 
 def loss_line(loss_id: str, cause: str, count: int, at_ns: int) -> bytes:

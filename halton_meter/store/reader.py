@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.coverage import Coverage, Part
-from halton_meter.model import PricedEvent
+from halton_meter.model import PricedEvent, client_of
+from halton_meter.store import limits
+from halton_meter.store.limits import SpanWork, Stored, Whose
 from halton_meter.store.rollup import totals_by
-from halton_meter.store.rows import decimal_of, event_from_row, loads
+from halton_meter.store.rows import decimal_of, document_of, event_from_row, loads
 from halton_meter.store.schema import EVENT_COLUMNS
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ _HAS_FLAG = (
 class Selection:
     """Which events: `from_ns` inclusive, `to_ns` exclusive, the rest exact; None means any.
 
-    `flag` is one of an event's `flags`.
+    `flag` is one of an event's `flags`. `client` is the client's name, or where it names none that
+    of its program's file (`client_of`).
     """
 
     from_ns: int | None = None
@@ -43,6 +46,9 @@ class Selection:
     model: str | None = None
     project: str | None = None
     flag: str | None = None
+    session: str | None = None
+    git_branch: str | None = None
+    client: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
         """The SQL condition over `event`'s columns, and its parameters."""
@@ -53,9 +59,35 @@ class Selection:
             ("model = ?", self.model),
             ("project = ?", self.project),
             (_HAS_FLAG, self.flag),
+            ("session_id = ?", self.session),
+            ("git_branch = ?", self.git_branch),
+            ("coalesce(client, parse_filename(process)) = ?", self.client),
         ]
         used = [(test, value) for test, value in tests if value is not None]
         return " AND ".join(test for test, _ in used) or "true", [value for _, value in used]
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of `event`, as a journal line has it or the database, is one of these."""
+        at_ns: int = row["at_ns"]
+        tests: list[tuple[object, object]] = [
+            (self.provider, row["provider"]),
+            (self.model, row["model"]),
+            (self.project, row["project"]),
+            (self.session, row["session_id"]),
+            (self.git_branch, row["git_branch"]),
+            (self.client, client_of(row["client"], row["process"])),
+        ]
+        return (
+            (self.from_ns is None or at_ns >= self.from_ns)
+            and (self.to_ns is None or at_ns < self.to_ns)
+            and all(wanted is None or wanted == found for wanted, found in tests)
+            and (self.flag is None or self.flag in _flags_of(row))
+        )
+
+
+def _flags_of(row: Mapping[str, Any]) -> list[str]:
+    documents = (document_of(row[name]) for name in ("usage_document", "price_document"))
+    return [flag for document in documents for flag in document["flags"]]
 
 
 class Reader:
@@ -136,6 +168,28 @@ class Reader:
             hour = found.setdefault(int(hour_ns), Coverage(is_known=True))
             hour.add(Part(*names), int(connections), None if unknown else int(known_bytes))
         return found
+
+    def limits(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Stored]:
+        """What responses said of limits from `from_ns` up to and without `to_ns`, oldest first."""
+        return limits.stored_limits(self.connection, from_ns, to_ns)
+
+    def latest_limits(self, from_ns: int, to_ns: int) -> Iterator[Stored]:
+        """The last reading of each window of each account in that time."""
+        return limits.latest_limits(self.connection, from_ns, to_ns)
+
+    def plan_readings(self, whose: Whose, from_ns: int, to_ns: int) -> Iterator[Stored]:
+        """Readings of a plan's windows in that time, without those between two equal ones."""
+        return limits.plan_readings(self.connection, whose, from_ns, to_ns)
+
+    def work_in_spans(
+        self, whose: Whose, spans: Sequence[tuple[int, int]], columns: Sequence[str]
+    ) -> list[SpanWork]:
+        """Whose requests of an account were under way in each of `spans`."""
+        return limits.work_in_spans(self.connection, whose, spans, columns)
+
+    def billed_usd(self, whose: Whose, from_ns: int, to_ns: int) -> Decimal | None:
+        """What an account's requests under a plan were billed beyond it."""
+        return limits.billed_usd(self.connection, whose, from_ns, to_ns)
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:
         """Earlier prices of one event: (revision, list_usd, basis, price book), oldest first.

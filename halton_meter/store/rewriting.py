@@ -1,4 +1,4 @@
-"""An older database, copied into a new file without what may not be kept.
+"""A database, copied into a new file without what may not be kept, or without what was deleted.
 
 Changed in place, the old text would stay in blocks of the file that are free. So all tables are
 copied, a piece at a time, into a new file that gets the database's name when it is whole. Until
@@ -53,7 +53,25 @@ def rewrite(home: Home, open_old: Open, wait_seconds: float) -> None:
             with _copy_of(home) as copy:
                 if copy is not None:
                     _clean_refused(home.journal / "refused")
-                    _copy_tables(copy, _unfinished(home))
+                    _copy_tables(copy, _unfinished(home), cleaning=True)
+                    _finish(home, copy)
+                    return
+            _wait(home, deadline)
+
+
+def compact(home: Home, open_old: Open, wait_seconds: float) -> None:
+    """Copy the database without its free blocks, so that nothing of what was deleted stays.
+
+    Raises StoreBusy and StoreUnusable as `rewrite` does; the database is as it was then.
+    """
+    deadline = time.monotonic() + wait_seconds
+    with _alone(home, deadline):
+        while True:
+            with contextlib.closing(open_old(max(0.0, deadline - time.monotonic()))) as old:
+                old.execute("FORCE CHECKPOINT")
+            with _copy_of(home) as copy:
+                if copy is not None:
+                    _copy_tables(copy, _unfinished(home), cleaning=False)
                     _finish(home, copy)
                     return
             _wait(home, deadline)
@@ -64,7 +82,8 @@ def _alone(home: Home, deadline: float) -> Iterator[None]:
     """Of several processes, let one do it. The lock goes with the process that has it."""
     import fcntl
 
-    fd = os.open(home.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Not the data folder itself: a service that runs has that one locked.
+    fd = os.open(home.journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while True:
             try:
@@ -80,7 +99,7 @@ def _alone(home: Home, deadline: float) -> Iterator[None]:
 def _wait(home: Home, deadline: float) -> None:
     if time.monotonic() >= deadline:
         raise StoreBusy(
-            f"Another process is migrating {home.database} to this version. "
+            f"Another process is migrating or copying {home.database}. "
             "Wait until it is done, then run this command again."
         )
     time.sleep(POLL_SECONDS)
@@ -128,18 +147,20 @@ def _copy_of(home: Home) -> Iterator[DuckDBPyConnection | None]:
         _log(unfinished).unlink(missing_ok=True)
 
 
-def _copy_tables(connection: DuckDBPyConnection, unfinished: Path) -> None:
-    """All tables, a person's own too."""
+def _copy_tables(connection: DuckDBPyConnection, unfinished: Path, *, cleaning: bool) -> None:
+    """All tables, a person's own too; with `cleaning`, events without what may not be kept."""
     connection.execute("COPY FROM DATABASE old TO new (SCHEMA)")
     found = connection.execute(
         "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'old'"
     ).fetchall()
     for schema, table in found:
         if (schema, table) == ("main", "event"):
-            _copy_events(connection, unfinished)
+            _copy_events(connection, unfinished, cleaning)
         else:
             name = ".".join('"' + part.replace('"', '""') + '"' for part in (schema, table))
             connection.execute(f"INSERT INTO new.{name} SELECT * FROM old.{name}")
+    if not cleaning:
+        return
     connection.execute(
         "INSERT INTO new.schema_version (version) SELECT unnest(range(max(version) + 1, ?)) "
         "FROM old.schema_version",
@@ -154,7 +175,7 @@ _CLEAN = (
 )
 
 
-def _copy_events(connection: DuckDBPyConnection, unfinished: Path) -> None:
+def _copy_events(connection: DuckDBPyConnection, unfinished: Path, cleaning: bool) -> None:
     rows = connection.execute("SELECT max(rowid) + 1 FROM old.event").fetchall()[0][0] or 0
     for number, first in enumerate(range(0, rows, ROWS_AT_ONCE)):
         if number and number % PIECES_BEFORE_REOPENING == 0:
@@ -162,6 +183,9 @@ def _copy_events(connection: DuckDBPyConnection, unfinished: Path) -> None:
             connection.execute("DETACH new")
             connection.execute(f"ATTACH '{quoted(unfinished)}' AS new")
         piece = f"rowid >= {first} AND rowid < {first + ROWS_AT_ONCE}"
+        if not cleaning:
+            connection.execute(f"INSERT INTO new.event SELECT * FROM old.event WHERE {piece}")
+            continue
         found = connection.execute(
             f"SELECT DISTINCT CAST({_ARGV} AS VARCHAR) FROM old.event WHERE {piece}"
         ).fetchall()

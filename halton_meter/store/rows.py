@@ -11,15 +11,18 @@ from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
-from halton_meter.contract import usd_text
+from halton_meter.contract import caller_json, usd_text
 from halton_meter.model import (
+    CALLER_NAMES,
     TOKEN_NAMES,
     Basis,
+    Caller,
     Certainty,
     LineItem,
     Outcome,
     PricedEvent,
     Process,
+    SessionSource,
     Source,
     Tokens,
     Traits,
@@ -27,7 +30,7 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.sightings import rank
-from halton_meter.store.schema import TEXT, USD, USD_REST
+from halton_meter.store.schema import TEXT
 
 _INT64_MAX = 2**63 - 1
 # What may be true of an event's traits, by the letter that says so.
@@ -63,6 +66,7 @@ def usage_values(usage: UsageEvent) -> dict[str, Any]:
         "source": usage.source.value,
         "project": usage.project,
         "git_branch": usage.git_branch,
+        **caller_json(usage.caller),
         "certainty": usage.certainty.value,
         "free": usage.free,
         "ttft_ms": usage.ttft_ms,
@@ -112,6 +116,7 @@ def _process_document(process: Process) -> dict[str, Any]:
         "parents": process.parents,
         "container": process.container,
         "project_hint": process.project_hint,
+        "root": process.root,
     }
 
 
@@ -141,10 +146,12 @@ def price_values(event: PricedEvent) -> dict[str, Any]:
     }
     for name in ("list_usd", "marginal_usd", "reported_usd"):
         values[name], values[f"{name}_rest"] = _split_usd(getattr(event, name))
+    values["cache_saved_usd"], _ = _split_usd(event.cache_saved_usd)
     values["price_document"] = {
         "list_usd": usd_text(event.list_usd),
         "marginal_usd": usd_text(event.marginal_usd),
         "reported_usd": usd_text(event.reported_usd),
+        "cache_saved_usd": usd_text(event.cache_saved_usd),
         "flags": event.flags,
         "line_items": [
             {
@@ -172,9 +179,14 @@ def _split_usd(amount: Decimal | None) -> tuple[str | None, str | None]:
     return format(whole, "f"), format(rest.quantize(_REST, context=_EXACT), "f") if rest else None
 
 
-def event_from_row(row: dict[str, Any]) -> PricedEvent:
+def document_of(found: Any) -> Any:
+    """What a document column holds: text in the database, the value itself in a journal line."""
+    return loads(found) if isinstance(found, str) else found
+
+
+def event_from_row(row: Mapping[str, Any]) -> PricedEvent:
     """The event that `usage_values` and `price_values` made a row of."""
-    document = loads(row["price_document"])
+    document = document_of(row["price_document"])
     return PricedEvent(
         usage=_usage_from_row(row),
         list_usd=decimal_of(document["list_usd"]),
@@ -184,11 +196,13 @@ def event_from_row(row: dict[str, Any]) -> PricedEvent:
         line_items=tuple(_line_item(item) for item in document["line_items"]),
         flags=tuple(document["flags"]),
         price_book=row["price_book"],
+        # What an earlier version stored has none.
+        cache_saved_usd=decimal_of(document.get("cache_saved_usd")),
     )
 
 
-def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
-    document = loads(row["usage_document"])
+def _usage_from_row(row: Mapping[str, Any]) -> UsageEvent:
+    document = document_of(row["usage_document"])
     return UsageEvent(
         id=row["id"],
         provider=row["provider"],
@@ -220,7 +234,15 @@ def _usage_from_row(row: dict[str, Any]) -> UsageEvent:
         gap=row["gap"],
         shared_id=row["shared_id"],
         traits=traits_of_text(row["traits"]),
+        caller=caller_of_row(row),
     )
+
+
+def caller_of_row(row: Mapping[str, Any]) -> Caller:
+    """Who asked, by the columns of that."""
+    values = {name: row[name] for name in CALLER_NAMES}
+    source = values.pop("session_source")
+    return Caller(session_source=None if source is None else SessionSource(source), **values)
 
 
 def traits_text(traits: Traits) -> str:
@@ -262,7 +284,7 @@ def _part(document: dict[str, Any]) -> Usage:
     )
 
 
-def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | None:
+def _process(row: Mapping[str, Any], document: dict[str, Any] | None) -> Process | None:
     if document is None:
         return None
     return Process(
@@ -276,6 +298,7 @@ def _process(row: dict[str, Any], document: dict[str, Any] | None) -> Process | 
         parents=tuple((pid, name) for pid, name in document["parents"]),
         container=document["container"],
         project_hint=document["project_hint"],
+        root=document.get("root"),  # versions before sessions have none
     )
 
 
@@ -299,9 +322,8 @@ def same_price(before: PricedEvent, after: PricedEvent) -> bool:
 
 def json_types(columns: Mapping[str, str]) -> dict[str, str]:
     """Types to read a line's fields with: decimals travel as text, documents as JSON."""
-    kinds = {USD: TEXT, USD_REST: TEXT}
     return {
-        name: "JSON" if name.endswith("_document") else kinds.get(kind, kind)
+        name: "JSON" if name.endswith("_document") else TEXT if kind.startswith("DECIMAL") else kind
         for name, kind in columns.items()
     }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from halton_meter.model import TOKEN_NAMES
+from halton_meter.model import CALLER_NAMES, TOKEN_NAMES
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import DatabaseTooNew
 
@@ -24,6 +24,8 @@ USD = "DECIMAL(38,12)"
 USD_REST = "DECIMAL(38,37)"
 
 _TOKEN_COLUMNS = {f"{name}_tokens": "BIGINT" for name in TOKEN_NAMES}
+# Who asked, in the columns of the same names as `Caller`'s fields.
+CALLER_COLUMNS = {**dict.fromkeys(CALLER_NAMES, TEXT), "retry_count": "BIGINT"}
 # Columns that describe what was used. `sighting_rank` orders sightings of one exchange;
 # `traits` and `shared_id` tell exchanges of one id apart (`identity.py`);
 # `usage_document` holds, as JSON, whatever has no column: parts, conditions, flags, process.
@@ -52,6 +54,7 @@ USAGE_COLUMNS: dict[str, str] = {
     "user_name": TEXT,
     "project": TEXT,
     "git_branch": TEXT,
+    **CALLER_COLUMNS,
     **_TOKEN_COLUMNS,
     "certainty": TEXT,
     "free": TEXT,
@@ -61,7 +64,8 @@ USAGE_COLUMNS: dict[str, str] = {
     "usage_document": TEXT,
 }
 # Columns of a price, which a revision replaces. `implausible`: an amount was stated that no request
-# can have, so neither price nor counts are known.
+# can have, so neither price nor counts are known. `cache_saved_usd` is rounded down to a
+# pico-dollar.
 PRICE_COLUMNS: dict[str, str] = {
     "list_usd": USD,
     "list_usd_rest": USD_REST,
@@ -73,15 +77,42 @@ PRICE_COLUMNS: dict[str, str] = {
     "price_book": TEXT,
     "price_document": TEXT,
     "implausible": "BOOLEAN",
+    "cache_saved_usd": USD,
 }
 # All that a revision replaces: which counts are believed is found out as an event is priced.
 REVISED_COLUMNS = {**_TOKEN_COLUMNS, **PRICE_COLUMNS}
+# What responses said of limits (`model.LimitReading`), and of whose. `plan` is the subscription's
+# name, NULL for an API key; `event_id` is the event of the response.
+SHARE = "DECIMAL(9,6)"
+LIMIT_COLUMNS: dict[str, str] = {
+    "id": TEXT,
+    "at_ns": "BIGINT",
+    "event_id": TEXT,
+    "provider": TEXT,
+    "plan": TEXT,
+    "account": TEXT,
+    "limit_window": TEXT,
+    "limit_kind": TEXT,
+    "limit_used": SHARE,
+    "limit_unit": SHARE,
+    "limit_resets_ns": "BIGINT",
+    "limit_length_s": "BIGINT",
+    "limit_status": TEXT,
+    "limit_count": "DECIMAL(22,6)",
+    "limit_left": "DECIMAL(22,6)",
+    "model": TEXT,
+    "limit_detail": TEXT,
+}
 EVENT_COLUMNS = {**USAGE_COLUMNS, **PRICE_COLUMNS}
 _NOT_NULL = {"id", "at_ns", "provider", "outcome", "source", "basis", "usage_document"}
 
 
 # Columns that migrations add to the tables of the first versions.
-_ADDED = {"implausible", "implausible_requests", "gap", "shared_id", "traits"}
+_ADDED = {
+    *("implausible", "implausible_requests", "gap", "shared_id", "traits"),
+    *("cache_saved_usd", "cache_unknown_requests"),
+    *CALLER_COLUMNS,
+}
 
 
 def _defined(columns: Mapping[str, str]) -> str:
@@ -101,6 +132,10 @@ DAY_SUMS: dict[str, str] = {
     "unpriced_requests": "count(*) FILTER (WHERE basis = 'unpriced' AND implausible IS NOT TRUE)",
     "implausible_requests": "count(*) FILTER (WHERE implausible)",
     "errors": "count(error_class)",
+    "cache_saved_usd": "sum(cache_saved_usd)",
+    # Requests that read a cache, of which it is not known what that saved.
+    "cache_unknown_requests": "count(*) FILTER (WHERE cache_read_tokens > 0 AND "
+    "cache_saved_usd IS NULL AND basis NOT IN ('unpriced', 'free'))",
 }
 DAY_COUNTS: dict[str, str] = {
     "aborted": "count(*) FILTER (WHERE outcome = 'aborted')",
@@ -108,12 +143,15 @@ DAY_COUNTS: dict[str, str] = {
     "estimated": "count(*) FILTER (WHERE certainty = 'estimated')",
     "pending": "count(*) FILTER (WHERE free = 'pending')",
 }
-# What events are grouped by (`report --by`), and the column of each; a day has none.
+# What events are grouped by (`report --by`), and the column of each; times have none.
 DIMENSIONS: dict[str, str] = {
     "model": "model",
     "project": "project",
     "provider": "provider",
+    "hour": "",
     "day": "",
+    "week": "",
+    "month": "",
     "process": "process",
     "kind": "kind",
     "endpoint": "endpoint",
@@ -122,8 +160,20 @@ DIMENSIONS: dict[str, str] = {
     "git_branch": "git_branch",
     "source": "source",
     "error_class": "error_class",
+    "session": "session_id",
+    "turn": "turn_id",
+    "agent": "agent",
+    "request_class": "request_class",
+    "client": "client",
+    "client_version": "client_version",
+    "account": "account",
 }
-DIMENSION_COLUMNS = tuple(column for column in DIMENSIONS.values() if column)
+# Those of which a day has about as many values as events: their sums would save nothing.
+_MANY_VALUED = {"session_id", "turn_id"}
+# The columns by which days are summed.
+DIMENSION_COLUMNS = tuple(
+    column for column in DIMENSIONS.values() if column and column not in _MANY_VALUED
+)
 
 
 def _sum_type(name: str) -> str:
@@ -140,7 +190,7 @@ _DAY_COLUMNS = _defined({name: _sum_type(name) for name in (*DAY_SUMS, *DAY_COUN
 _SPOILS_SUMS = " OR ".join(
     [*(f"{n} > 100000000" for n in _TOKEN_COLUMNS), "list_usd > 10000", "reported_usd > 10000"]
 )
-_PRICES_THEN = ", ".join(name for name in PRICE_COLUMNS if name != "implausible")
+_PRICES_THEN = ", ".join(name for name in PRICE_COLUMNS if name not in _ADDED)
 _NO_PRICE = (
     "json_object('list_usd', NULL, 'marginal_usd', NULL, 'reported_usd', NULL, 'flags', "
     "list_append(from_json(json_extract(price_document, '$.flags'), '[\"VARCHAR\"]'), "
@@ -149,7 +199,7 @@ _NO_PRICE = (
 _UNKNOWN = ", ".join(
     f"{name} = NULL"
     for name in REVISED_COLUMNS
-    if name in _TOKEN_COLUMNS or name.endswith(("_usd", "_usd_rest"))
+    if name not in _ADDED and (name in _TOKEN_COLUMNS or name.endswith(("_usd", "_usd_rest")))
 )
 
 # Ordered; entry N brings a database of version N to version N + 1. Never edit one that shipped.
@@ -230,6 +280,47 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE coverage (id VARCHAR PRIMARY KEY, hour_ns BIGINT NOT NULL, program VARCHAR,
         host VARCHAR, stack VARCHAR, cause VARCHAR, connections BIGINT NOT NULL, bytes BIGINT);
     """,
+    # Who asked: of earlier events it is not known. The days are summed anew, by client as well.
+    """
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN session_id VARCHAR;
+    ALTER TABLE event ADD COLUMN session_source VARCHAR;
+    ALTER TABLE event ADD COLUMN turn_id VARCHAR;
+    ALTER TABLE event ADD COLUMN agent VARCHAR;
+    ALTER TABLE event ADD COLUMN agent_id VARCHAR;
+    ALTER TABLE event ADD COLUMN parent_agent_id VARCHAR;
+    ALTER TABLE event ADD COLUMN request_class VARCHAR;
+    ALTER TABLE event ADD COLUMN client VARCHAR;
+    ALTER TABLE event ADD COLUMN client_version VARCHAR;
+    ALTER TABLE event ADD COLUMN retry_count BIGINT;
+    ALTER TABLE event ADD COLUMN account VARCHAR;
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, traits, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    DELETE FROM day_total;
+    DELETE FROM rolled_day;
+    """,
+    # What responses say of plan windows and rates, over time.
+    f"""
+    CREATE TABLE limit_reading ({", ".join(f"{n} {t}" for n, t in LIMIT_COLUMNS.items())},
+        PRIMARY KEY (id));
+    """,
+    # What caching saved; of events priced before it is not known, until `reprice`. Days are summed
+    # anew.
+    """
+    DROP VIEW events;
+    ALTER TABLE event ADD COLUMN cache_saved_usd DECIMAL(38,12);
+    ALTER TABLE superseded_price ADD COLUMN cache_saved_usd DECIMAL(38,12);
+    ALTER TABLE day_total ADD COLUMN cache_saved_usd DECIMAL(38,12);
+    ALTER TABLE day_total ADD COLUMN cache_unknown_requests BIGINT DEFAULT 0;
+    DELETE FROM day_total;
+    DELETE FROM rolled_day;
+    CREATE VIEW events AS SELECT make_timestamp_ns(at_ns) AS started_at,
+        * EXCLUDE (at_ns, earlier_at_ns, sighting_rank, traits, list_usd_rest, marginal_usd_rest,
+            reported_usd_rest)
+        FROM event;
+    """,
 )
 # A database of an earlier version is copied into a new file, see `rewriting.py`.
 REWRITTEN_VERSION = 4
@@ -247,12 +338,12 @@ def migrate_in_place(connection: DuckDBPyConnection) -> None:
 
 def needs_rewriting(connection: DuckDBPyConnection) -> bool:
     """Whether it was written before REWRITTEN_VERSION, and is not empty."""
-    return 0 < _version(connection) < REWRITTEN_VERSION
+    return 0 < version_of(connection) < REWRITTEN_VERSION
 
 
 def _migrate(connection: DuckDBPyConnection, newest: int) -> None:
     """Bring the tables to that version, whole or not at all; raises DatabaseTooNew."""
-    version = _version(connection)
+    version = version_of(connection)
     if version > len(MIGRATIONS):
         raise DatabaseTooNew(
             f"The database has schema version {version}, this program knows {len(MIGRATIONS)}. "
@@ -274,10 +365,10 @@ def _migrate(connection: DuckDBPyConnection, newest: int) -> None:
 
 def is_newest(connection: DuckDBPyConnection) -> bool:
     """Whether the tables are those of this program."""
-    return _version(connection) == len(MIGRATIONS)
+    return version_of(connection) == len(MIGRATIONS)
 
 
-def _version(connection: DuckDBPyConnection) -> int:
+def version_of(connection: DuckDBPyConnection) -> int:
     """The schema's version, 0 for a database without tables."""
     try:  # asking the catalogue whether the table exists takes longer than all of a small report
         latest = connection.execute("SELECT max(version) FROM schema_version").fetchall()

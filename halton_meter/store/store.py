@@ -21,19 +21,21 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halton_meter.coverage import Coverage
-from halton_meter.model import PricedEvent, UsageEvent
+from halton_meter.model import PricedEvent, Process, UsageEvent
 from halton_meter.store.database import BUSY_WAIT_SECONDS, Database
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import (
     NOTHING,
     NothingStored,
     StoreBusy,
+    StoreError,
     StoreUnusable,
     disk_trouble,
     first_line,
@@ -44,10 +46,12 @@ from halton_meter.store.journal import (
     Journal,
     coverage_id,
     coverage_line,
-    event_line,
+    event_lines,
     is_locked,
     loss_line,
 )
+from halton_meter.store.limits import LimitLines, trim_limits
+from halton_meter.store.purging import Older, Purged, delete, expire, older
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.rollup import DAY_NS, roll, unroll
 from halton_meter.store.rows import dumps, json_types, same_price, sum_values
@@ -55,6 +59,44 @@ from halton_meter.store.schema import PRICE_COLUMNS, REVISED_COLUMNS
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+
+# What tells one kind of process from another, of what is stored: its project, and what rules ask
+# for (`project_rules.py`).
+_OF_PROCESS = "usage_document->>'$.process."
+KIND = (
+    "event.project",
+    "event.cwd",
+    "event.process",
+    f"{_OF_PROCESS}uid'",
+    f"{_OF_PROCESS}container'",
+    f"{_OF_PROCESS}project_hint'",
+    f"{_OF_PROCESS}argv[0]'",
+    f"{_OF_PROCESS}argv[1]'",
+)
+
+
+def _process_of(kind: tuple[Any, ...]) -> Process:
+    _, cwd, exe, uid, container, hint, *argv, _ = kind
+    return Process(
+        pid=0,
+        started_ns=0,
+        exe=exe,
+        argv=tuple(word for word in argv if word is not None),
+        cwd=cwd,
+        uid=int(uid) if uid is not None else None,
+        container=container,
+        project_hint=hint,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Retagged:
+    """How many events moved from one project to another."""
+
+    before: str | None
+    after: str
+    events: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +119,17 @@ class Store:
         self._folder = Home(self.home, owner)
         self._journal = Journal(self._folder)
         self._database = Database(self._folder)
+        self._limit_lines = LimitLines()
         self._flush_lock = threading.Lock()
 
     @property
     def database_path(self) -> Path:
         """The DuckDB file; it need not exist."""
         return self._folder.database
+
+    def schema_version(self) -> int:
+        """The version of the database as it is. Raises StoreError."""
+        return self._database.schema_version()
 
     @property
     def held(self) -> int:
@@ -122,7 +169,9 @@ class Store:
         Never raises for want of disk: `trouble` then says what is wrong, `held` and `dropped`
         how much is at stake. Held events are written before newer ones, as soon as it works.
         """
-        return self._journal.write([event_line(event) for event in events])
+        return self._journal.write(
+            [event_lines(event, self._limit_lines.of(event)) for event in events]
+        )
 
     def count_loss(self, cause: str, count: int, at_ns: int, key: str | None = None) -> None:
         """Keep a loss for `status` and reports; `cause` is a snake_case word.
@@ -148,8 +197,10 @@ class Store:
             row_id = coverage_id(key, hour_ns, part)
             self._journal.count_once(row_id, coverage_line(row_id, hour_ns, part, count))
 
-    def flush(self, wait_seconds: float = 0.0) -> Flushed:
+    def flush(self, wait_seconds: float = 0.0, keep_from_ns: int | None = None) -> Flushed:
         """Move the journal into the database, in one short transaction a segment.
+
+        With `keep_from_ns`, delete events of days before it, too; of many, those of a month a call.
 
         A database that others keep locked for `wait_seconds`, or that has no room, is not an
         error: the events wait in the journal. Raises DatabaseDamaged after having put a damaged
@@ -157,7 +208,8 @@ class Store:
         """
         with self._flush_lock:
             self._journal.write()
-            if not self._journal.segments():
+            has_expiry = keep_from_ns is not None and self.database_path.exists()
+            if not self._journal.segments() and not has_expiry:
                 return Flushed(waiting=self.held, reason=self.trouble)
             try:
                 connection = self._database.open_for_writing(wait_seconds)
@@ -170,6 +222,8 @@ class Store:
             done = Flushed()
             try:
                 done = self._move_segments(connection)
+                if keep_from_ns is not None:
+                    done = replace(done, expired=_expire(connection, keep_from_ns))
                 _roll(connection)
             finally:
                 with contextlib.suppress(driver().Error):  # a full disk fails again on close
@@ -248,6 +302,73 @@ class Store:
         finally:
             spool.unlink(missing_ok=True)
 
+    def purge(self, before_ns: int, dry_run: bool = True) -> tuple[Older, Purged]:
+        """Delete all that is older, and give its space back to the disk; what it was.
+
+        Raises what `reading` raises. That the file cannot be made smaller is no error: what was to
+        be deleted is, and `Purged.trouble` has the reason.
+        """
+        self.flush()
+        with self.reading() as reader:
+            found = older(reader, before_ns)
+        if dry_run:
+            return found, Purged()
+        size = self._database.size_bytes()
+        with self._database.writing() as connection:
+            events = delete(connection, before_ns)
+        trouble = None
+        try:
+            self._database.compact()
+        except StoreError as error:
+            trouble = str(error)
+        return found, Purged(events, size, self._database.size_bytes(), trouble)
+
+    def retag_each(
+        self, decide: Callable[[Process, str | None], str | None], at_ns: int, dry_run: bool = True
+    ) -> list[Retagged]:
+        """Move events to the project that `decide` names for their process; which moves there are.
+
+        It is asked once for each kind of process, with the project that its events have; None
+        leaves them there.
+        """
+        with self.reading() as reader:
+            kinds = reader.rows(
+                f"SELECT {', '.join(KIND)}, count(*) FROM event GROUP BY ALL ORDER BY ALL"
+            )
+        moves = [
+            (kind, after)
+            for kind in kinds
+            if (after := decide(_process_of(kind), kind[0])) not in (None, kind[0])
+        ]
+        summed = Counter[tuple[str | None, str]]()
+        for kind, after in moves:
+            assert after is not None
+            summed[kind[0], after] += int(kind[-1])
+        if moves and not dry_run:
+            self._move([(*kind[:-1], after) for kind, after in moves], at_ns)
+        return [Retagged(*pair, events) for pair, events in summed.most_common()]
+
+    def _move(self, moves: list[tuple[Any, ...]], at_ns: int) -> None:
+        names = [f"k{number}" for number in range(len(KIND))]
+        same = " AND ".join(
+            f"m.{name} IS NOT DISTINCT FROM {sql}" for name, sql in zip(names, KIND, strict=True)
+        )
+        with self._database.writing() as connection:
+            columns = ", ".join(f"{name} VARCHAR" for name in names)
+            connection.execute(f"CREATE TEMP TABLE moves ({columns}, moved_to VARCHAR)")
+            marks = ", ".join("?" * (len(KIND) + 1))
+            connection.executemany(f"INSERT INTO moves VALUES ({marks})", moves)
+            days = connection.execute(
+                f"SELECT DISTINCT at_ns // {DAY_NS} FROM event JOIN moves m ON {same}"
+            ).fetchall()
+            unroll(connection, (day for (day,) in days))
+            connection.execute(
+                "INSERT INTO retagging SELECT ?, event.project, m.moved_to, count(*) "
+                f"FROM event JOIN moves m ON {same} GROUP BY event.project, m.moved_to",
+                [at_ns],
+            )
+            connection.execute(f"UPDATE event SET project = m.moved_to FROM moves m WHERE {same}")
+
     def retag(self, before: str | None, after: str, at_ns: int, dry_run: bool = True) -> int:
         """Move all events of one project to another; return how many there are to move."""
         with self.reading() as reader:
@@ -325,11 +446,19 @@ class Store:
             )
 
 
+def _expire(connection: DuckDBPyConnection, keep_from_ns: int) -> int:
+    """Delete what is older; what cannot be deleted now can be at the next flush."""
+    with contextlib.suppress(driver().Error):
+        return expire(connection, keep_from_ns)
+    return 0
+
+
 def _roll(connection: DuckDBPyConnection) -> None:
-    """Keep the sums of days up to date; without them, reports are only slower."""
+    """Keep the sums of days up to date, and readings of limits few; without that, all is slower."""
     connection.execute("BEGIN")
     try:
         roll(connection, time.time_ns())
+        trim_limits(connection)
         connection.execute("COMMIT")
     except driver().Error:
         with contextlib.suppress(driver().Error):

@@ -8,7 +8,7 @@ not become gigabytes (`codings.py`). It refuses to know what a body means; `form
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from halton_meter.model import Body
 from halton_meter.wire import chunked
@@ -82,7 +82,7 @@ class FramedBody(Body):
         """The pieces, unframed when first asked for."""
         found = self._pieces
         if found is None:
-            found = tuple(map(_unframed, self.texts, self.spans))
+            found = tuple(map(unframed, self.texts, self.spans))
             object.__setattr__(self, "_pieces", found)
         return found
 
@@ -113,7 +113,7 @@ def _values(body: Body) -> tuple[Any, ...]:
     return body.pieces, body.complete, body.dropped_bytes, body.lost_bytes
 
 
-def _unframed(text: bytes, spans: Spans) -> bytes:
+def unframed(text: bytes, spans: Spans) -> bytes:
     """A piece without the chunk lines that its `spans` hold."""
     parts: list[bytes] = []
     at = 0
@@ -123,10 +123,27 @@ def _unframed(text: bytes, spans: Spans) -> bytes:
     return b"".join((*parts, text[at:]))
 
 
-def _between(text: bytes, spans: Spans) -> bytes:
+def between(text: bytes, spans: Spans) -> bytes:
     """What of a piece its `spans` do not hold."""
     pairs = zip((0, *spans[1::2]), (*spans[::2], len(text)), strict=True)
     return b"".join([text[start:end] for start, end in pairs])
+
+
+class Kept(NamedTuple):
+    """What a collector holds of its body at a moment; nothing of it is copied.
+
+    `pieces` each have the `spans` within which chunk lines lie; the last piece goes on. Each is
+    whole or in parts. `coded` are bytes whose content `coding` is yet to be taken off; the coding
+    is None where there is none, or where it cannot be. `received_bytes` are as they came, chunk
+    lines within spans included; `decoded_bytes` those that a coding has given.
+    """
+
+    pieces: tuple[tuple[bytes | memoryview, ...], ...]
+    spans: tuple[Spans, ...]
+    coded: tuple[bytes, ...]
+    coding: str | None
+    received_bytes: int
+    decoded_bytes: int
 
 
 class BodyCollector:
@@ -144,6 +161,7 @@ class BodyCollector:
         "_coded",
         "_coded_bytes",
         "_coded_first",
+        "_coding",
         "_decoded_bytes",
         "_dropped_bytes",
         "_failed",
@@ -171,6 +189,7 @@ class BodyCollector:
         self, content_encoding: str | None, whole_bytes_max: int, of_events: bool = False
     ) -> None:
         self._chain = decoder(content_encoding) if content_encoding else None
+        self._coding = content_encoding
         self._untold = content_encoding == UNTOLD
         self._coded: list[bytes] = []
         self._coded_bytes = 0
@@ -264,7 +283,7 @@ class BodyCollector:
         """Where in the body, as it was sent, the next byte stands; asked for at the first hole."""
         run = b"".join(self._run)
         open_span = () if self._span_start is None else (self._span_start, self._run_bytes)
-        framed = len(run) - len(_unframed(run, (*self._spans, *open_span)))
+        framed = len(run) - len(unframed(run, (*self._spans, *open_span)))
         return self.received_bytes - framed
 
     def lose(self, count: int | None) -> None:
@@ -297,6 +316,20 @@ class BodyCollector:
         spans = tuple(self._piece_spans)
         return FramedBody(pieces, spans, whole, self._dropped_bytes, self._lost_bytes)
 
+    def so_far(self) -> Kept:
+        """What it holds now; the collector goes on as if nobody had asked."""
+        open_span = () if self._span_start is None else (self._span_start, self._run_bytes)
+        whole = ((piece,) for piece in (*(self._head or ()), *self._pieces))
+        before = ((),) * len(self._head or ())
+        return Kept(
+            (*whole, (*self._staged, *self._run)),
+            (*before, *self._piece_spans, (*self._spans, *open_span)),
+            tuple(self._coded),
+            None if self._chain is None or self._failed else self._coding,
+            self.received_bytes,
+            self._decoded_bytes,
+        )
+
     def ends_with_any(self, needles: Iterable[bytes]) -> bool:
         """True when one of `needles` stands in the last bytes seen."""
         if self._chain is not None:
@@ -311,6 +344,13 @@ class BodyCollector:
                 break
         end = b"".join(reversed(parts))[-END_BYTES:]
         return any(needle in end for needle in needles)
+
+    def ends_by_coding(self) -> bool:
+        """True when its content coding says that this was all of it."""
+        if self._chain is not None:
+            self._decode()
+        coded = self._chain is not None and not self._failed and bool(self._decoded_bytes)
+        return coded and self._chain is not None and self._chain.ended()
 
     # --- content coding ---
 
@@ -387,11 +427,11 @@ class BodyCollector:
         self._takes_chunks = False
         self._end_span()
         if self._spans:
-            self._run[:] = [_unframed(b"".join(self._run), tuple(self._spans))]
+            self._run[:] = [unframed(b"".join(self._run), tuple(self._spans))]
             self._spans.clear()
         for number, spans in enumerate(self._piece_spans):
             if spans:
-                self._pieces[number] = _unframed(self._pieces[number], spans)
+                self._pieces[number] = unframed(self._pieces[number], spans)
                 self._piece_spans[number] = ()
         self._run_bytes = sum(map(len, self._run))
         kept_bytes = self._run_bytes + sum(map(len, self._pieces))
@@ -407,10 +447,10 @@ class BodyCollector:
         self._spans.clear()
         if not piece:
             return
-        if spans and b"\r" in _between(piece, spans):
+        if spans and b"\r" in between(piece, spans):
             # Lines that end in CRLF would have to be found in all of it.
             self._kept_bytes -= len(piece)
-            piece, spans = _unframed(piece, spans), ()
+            piece, spans = unframed(piece, spans), ()
             self._kept_bytes += len(piece)
         self._pieces.append(piece)
         self._piece_spans.append(spans)
@@ -418,7 +458,7 @@ class BodyCollector:
             gone = self._pieces.pop(PIECES_MAX // 2)
             gone_spans = self._piece_spans.pop(PIECES_MAX // 2)
             self._kept_bytes -= len(gone)
-            self._dropped_bytes += len(_unframed(gone, gone_spans))
+            self._dropped_bytes += len(unframed(gone, gone_spans))
 
     def _let_go(self) -> None:
         """Over the limit: keep the first bytes and the last, let the middle go."""

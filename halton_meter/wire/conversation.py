@@ -14,7 +14,15 @@ from halton_meter.model import Connection, Direction, Exchange, TlsChunk, TlsClo
 from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import JOINED
 from halton_meter.wire.recognition import Undecided
-from halton_meter.wire.transaction import NOT_WANTED, SENT, Ask, Context, Interest
+from halton_meter.wire.so_far import ExchangeSoFar
+from halton_meter.wire.transaction import (
+    NOT_WANTED,
+    SENT,
+    Ask,
+    Context,
+    Interest,
+    OnRequest,
+)
 
 # What an answer goes on with is read together once so many bytes of it have come, or its end may
 # have: what reading a delivery costs by itself is more than what its bytes do.
@@ -27,12 +35,19 @@ class Conversation:
     """The plaintext of one connection, as it comes; gives exchanges as they finish.
 
     `ask` is called once with each request's head and says whether its exchange is wanted;
-    nothing of the others is kept. `joined` is why, where the connection was joined.
+    nothing of the others is kept. `joined` is why, where the connection was joined. `on_request` is
+    told of each wanted request once it is whole.
     """
 
-    def __init__(self, connection: Connection, ask: Ask, joined: str = JOINED) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        ask: Ask,
+        joined: str = JOINED,
+        on_request: OnRequest | None = None,
+    ) -> None:
         self.connection = connection
-        self._context = Context(connection, ask)
+        self._context = Context(connection, ask, on_request)
         self._expected_sent = self._expected_received = -1 if connection.joined else 0
         self._engine: Engine = Undecided(self._context, joined if connection.joined else None)
         # Deliveries of the server's that wait to be read together: those of which the engine says
@@ -41,6 +56,7 @@ class Conversation:
         self._wait_until = 0
         self._waiting: list[bytes] = []
         self._waiting_ns = 0
+        self._ended: list[Exchange] = []  # as somebody looked, for who reads next
 
     @property
     def losses(self) -> Mapping[str, int]:
@@ -50,12 +66,21 @@ class Conversation:
     @property
     def is_open(self) -> bool:
         """Whether an exchange is under way: what was said of it would be missed."""
-        return bool(self._waiting) or self._engine.is_open
+        return bool(self._waiting or self._ended) or self._engine.is_open
 
     @property
     def held_bytes(self) -> int:
         """The memory that its open exchanges take, more or less."""
         return sum(map(len, self._waiting)) + self._engine.held_bytes
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each exchange that is wanted and goes on.
+
+        What waits is read now rather than together with what comes, which gives the same.
+        """
+        ended = self._read_waiting()
+        self._ended = ended
+        return self._engine.under_way()
 
     def shrink(self) -> None:
         """Keep of its open bodies only what usage needs: others need the room."""
@@ -99,11 +124,12 @@ class Conversation:
 
     def _read_waiting(self) -> list[Exchange]:
         """Read what waited as of when the last of it came."""
+        done, self._ended = self._ended, []
         if not self._waiting:
-            return []
+            return done
         data = b"".join(self._waiting)
         self._waiting.clear()
-        done = self._feed(Direction.RECEIVED, data, self._waiting_ns)
+        done += self._feed(Direction.RECEIVED, data, self._waiting_ns)
         self._let_wait()
         return done
 

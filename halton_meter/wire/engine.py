@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from halton_meter.model import Direction, Exchange
+from halton_meter.wire.so_far import ExchangeSoFar
 
 
 class Engine(ABC):
@@ -45,6 +46,10 @@ class Engine(ABC):
         None where none may: then each delivery is read as it comes.
         """
         return None
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each exchange that is wanted and goes on; nothing changes by it."""
+        return []
 
     @abstractmethod
     def shrink(self) -> None:

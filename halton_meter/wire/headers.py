@@ -67,13 +67,54 @@ _HEADERS_KEPT = frozenset(
         "ai-language-model-id",
         "ai-language-model-streaming",
         "ai-model-id",
+        # Who asks: session, turn and agent of a client, how often it tried.
+        "x-claude-code-session-id",
+        "x-claude-code-prompt-id",
+        "x-claude-code-request-class",
+        "x-claude-1p-request-class",
+        "x-claude-code-agent-id",
+        "x-claude-code-parent-agent-id",
+        "x-claude-code-agent-type",
+        "session-id",
+        "session_id",
+        "thread-id",
+        "thread_id",
+        "conversation_id",
+        "x-openai-subagent",
+        "x-opencode-session-id",
+        "x-opencode-session",
+        "x-opencode-parent-session-id",
+        "x-opencode-request",
+        "x-session-id",
+        "x-session-affinity",
+        "x-parent-session-id",
+        "helicone-session-id",
+        "x-litellm-session-id",
+        "x-stainless-retry-count",
+        "amz-sdk-request",
+        # Whose account it is: of these only a keyed hash goes further (`reading/caller.py`).
+        "chatgpt-account-id",
+        "anthropic-organization-id",
+        "openai-organization",
+        "x-goog-user-project",
     }
 )
 # What a gateway says that the request cost ("x-litellm-response-cost: 0.0123"), and how an amount
 # of money looks: nothing else stands under such a name.
 COST_ENDS_KEPT = ("-cost", "-cost-usd", "-usd-cost", "-price-estimate")
 _MONEY = re.compile(r"(?:US)?\$?\s*[\d.][\d.eE+-]{0,40}\s*(?:[A-Za-z$]{1,8})?")
-_PREFIXES_KEPT = ("anthropic-ratelimit-unified-", "x-codex-", "x-amzn-bedrock-", "x-ratelimit-")
+_PREFIXES_KEPT = (
+    "anthropic-ratelimit-",
+    "anthropic-priority-",
+    "x-codex-",
+    "x-amzn-bedrock-",
+    "x-ratelimit-",
+)
+# The windows of a ChatGPT plan's other limits stand behind the limit's own name.
+_PLAN_WINDOW = re.compile(
+    r"x-[a-z0-9_-]{1,40}-(?:primary|secondary)-"
+    r"(?:used-percent|window-minutes|reset-at|reset-after-seconds)"
+)
 _QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
 
 # What keys and tokens of the providers look like, wherever they should turn up.
@@ -84,6 +125,8 @@ _SECRET = re.compile(
 
 # A value longer than this is no header that usage or price depends on.
 HEADER_VALUE_BYTES_MAX = 1024
+# But for one, in which Codex says in JSON who asks, with some more about its workspace.
+_LONGER = {"x-codex-turn-metadata": 16 << 10}
 
 
 def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
@@ -94,11 +137,17 @@ def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
         if (
             (lower := name.lower()) in _HEADERS_KEPT
             or lower.startswith(_PREFIXES_KEPT)
+            or _PLAN_WINDOW.fullmatch(lower)
             or (lower.endswith(COST_ENDS_KEPT) and _MONEY.fullmatch(value.strip()))
         )
-        and len(value) <= HEADER_VALUE_BYTES_MAX
+        and len(value) <= _LONGER.get(lower, HEADER_VALUE_BYTES_MAX)
         and not _SECRET.search(value)
     )
+
+
+def is_secret(text: str) -> bool:
+    """Whether a text holds what looks like a provider's key or token."""
+    return _SECRET.search(text) is not None
 
 
 def split_target(target: str) -> tuple[str, Headers]:

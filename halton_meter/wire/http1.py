@@ -29,6 +29,7 @@ from halton_meter.wire.gaps import (
 )
 from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http1_framing import Fields, Framing, Reader, Side, State, body_framing
+from halton_meter.wire.so_far import ExchangeSoFar
 from halton_meter.wire.transaction import SENT, Context, Transaction
 from halton_meter.wire.websocket import WebSocket
 
@@ -141,7 +142,7 @@ class _Sent(Side):
     def end(self, trailers: Headers) -> None:
         transaction, self.now = self.now, None
         if transaction is not None:
-            transaction.request_done = True
+            transaction.end_request()
             transaction.ended_ns = max(transaction.ended_ns, self._owner.at_ns)
             self._owner.settle(transaction)
 
@@ -322,6 +323,11 @@ class Http1(Engine):
         """The memory that it takes, more or less."""
         readers = self._sent.held_bytes + self._received.held_bytes
         return self._early_bytes + readers + sum(each.held_bytes for each in self.pending)
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each exchange that goes on."""
+        found = (transaction.so_far() for transaction in self.pending)
+        return [each for each in found if each is not None]
 
     def shrink(self) -> None:
         """Keep only what usage needs: others need the room."""

@@ -17,6 +17,7 @@ from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import MIDWAY, REQUEST_HEAD_LOST, RESPONSE_HEAD_LOST
 from halton_meter.wire.headers import host_name, kept_headers, split_target
 from halton_meter.wire.http2_framing import Listener, Reader
+from halton_meter.wire.so_far import ExchangeSoFar
 from halton_meter.wire.transaction import SENT, Context, Transaction
 from halton_meter.wire.websocket import WebSocket
 
@@ -84,6 +85,16 @@ class Http2(Engine, Listener):
         held += self._sent.held_bytes + self._received.held_bytes
         held += sum(each.held_bytes for each in self._streams.values())
         return held + sum(each.held_bytes for each in self._websockets.values())
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each exchange that goes on."""
+        found: list[ExchangeSoFar | None] = []
+        for stream, transaction in self._streams.items():
+            if stream in self._websockets:
+                found += self._websockets[stream].under_way()
+            else:
+                found.append(transaction.so_far())
+        return [each for each in found if each is not None]
 
     def shrink(self) -> None:
         """Keep only what usage needs: others need the room."""
@@ -303,7 +314,7 @@ class Http2(Engine, Listener):
         if transaction is None:
             return
         if sent:
-            transaction.request_done = True
+            transaction.end_request()
         else:
             transaction.response_done = True
         transaction.ended_ns = max(transaction.ended_ns, self._at_ns)

@@ -9,12 +9,14 @@ It refuses to know who decoded: times, heads and bytes are handed in.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 
 from halton_meter.model import Connection, Direction, Exchange, Protocol, Request, header
 from halton_meter.wire.headers import host_name, kept_headers, split_target
-from halton_meter.wire.transaction import Ask, Context, Transaction
+from halton_meter.wire.so_far import ExchangeSoFar
+from halton_meter.wire.transaction import Ask, Context, OnRequest, Transaction
 from halton_meter.wire.websocket import WebSocket
 
 Fields = Iterable[tuple[str, str]]
@@ -23,9 +25,16 @@ Fields = Iterable[tuple[str, str]]
 class Recorder:
     """Begins a recording for each request; counts what was lost in `losses`, by cause."""
 
-    def __init__(self, ask: Ask, losses: Counter[str] | None = None) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        losses: Counter[str] | None = None,
+        on_request: OnRequest | None = None,
+    ) -> None:
         self._ask = ask
+        self._on_request = on_request
         self._serial = itertools.count(1)
+        self._open: weakref.WeakSet[Recording] = weakref.WeakSet()
         self.losses = losses if losses is not None else Counter()
 
     def begin(
@@ -39,7 +48,7 @@ class Recorder:
         at_ns: int,
     ) -> Recording | None:
         """A request's head came by; None when nobody wants its exchange."""
-        context = Context(connection, self._ask)
+        context = Context(connection, self._ask, self._on_request)
         context.losses = self.losses
         context.ordinal = next(self._serial)
         path, query = split_target(target)
@@ -53,7 +62,15 @@ class Recorder:
                 headers=kept_headers(fields),
             )
         )
-        return Recording(context, transaction) if transaction.wanted else None
+        if not transaction.wanted:
+            return None
+        recording = Recording(context, transaction)
+        self._open.add(recording)
+        return recording
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of each exchange that goes on; asked in the thread that records."""
+        return [each for recording in list(self._open) for each in recording.under_way()]
 
 
 class Recording:
@@ -75,8 +92,18 @@ class Recording:
 
     def sent_all(self, at_ns: int) -> list[Exchange]:
         """The request ended."""
-        self._transaction.request_done = True
+        self._transaction.end_request()
         return self._settled(at_ns)
+
+    def asked(self, data: bytes | None, at_ns: int) -> Exchange | None:
+        """The exchange with the request alone: as it was seen up to now, or, with `data`, the turn
+        that this message of the client's would begin. None where it is neither.
+        """
+        if data is None:
+            found = self._transaction.so_far()
+        else:
+            found = None if self._websocket is None else self._websocket.asked(data, at_ns)
+        return None if found is None else found.exchange(at_ns)[0]
 
     def answered(self, status: int, fields: Fields, at_ns: int) -> None:
         """The response's final head; that of an upgrade opens a WebSocket."""
@@ -120,6 +147,15 @@ class Recording:
         self._transaction.ended_ns = max(self._transaction.ended_ns, at_ns)
         exchange = self._transaction.finish()
         return [] if exchange is None else [exchange]
+
+    def under_way(self) -> list[ExchangeSoFar]:
+        """What was seen of the flow's exchange that goes on."""
+        if self._ended:
+            return []
+        if self._websocket is not None:
+            return self._websocket.under_way()
+        found = self._transaction.so_far()
+        return [] if found is None else [found]
 
     def _settled(self, at_ns: int) -> list[Exchange]:
         whole = self._transaction.request_done and self._transaction.response_done

@@ -32,6 +32,7 @@ from halton_meter.wire.body import (
 )
 from halton_meter.wire.codings import RATIO_MAX, UNTOLD
 from halton_meter.wire.gaps import REQUEST_HEAD_LOST, BodyHole, Gap, over_limit
+from halton_meter.wire.so_far import BodySoFar, ExchangeSoFar
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Interest:
 
 
 Ask = Callable[[Request], Interest]
+# Called once the request of a wanted exchange is whole, before there is an answer.
+OnRequest = Callable[[ExchangeSoFar], None]
 NOT_WANTED = Interest(False)
 
 # Compared with once a chunk and more: an enum class's own lookup takes 0.1 µs in Python 3.11, a
@@ -70,11 +73,14 @@ _STREAM_ENDS = (
 class Context:
     """What every transaction of one connection shares: its identity, its questions, its losses."""
 
-    __slots__ = ("ask", "connection", "losses", "ordinal")
+    __slots__ = ("ask", "connection", "losses", "on_request", "ordinal")
 
-    def __init__(self, connection: Connection, ask: Ask) -> None:
+    def __init__(
+        self, connection: Connection, ask: Ask, on_request: OnRequest | None = None
+    ) -> None:
         self.connection = connection
         self.ask = ask
+        self.on_request = on_request
         self.losses: Counter[str] = Counter()
         self.ordinal = 0
 
@@ -93,6 +99,12 @@ def _response_body(headers: Headers, whole: bool = True) -> BodyCollector:
 def _coding(headers: Headers, whole: bool) -> str | None:
     """A body's content coding; of a head that was read in part, what it is may not be known."""
     return header(headers, "content-encoding") or (None if whole else UNTOLD)
+
+
+def _body_so_far(collector: BodyCollector | None) -> BodySoFar:
+    if collector is None:
+        return BodySoFar.of_text(b"", 0)
+    return BodySoFar(collector.so_far(), collector.received_bytes)
 
 
 class Transaction:
@@ -175,6 +187,15 @@ class Transaction:
             self.first_byte_ns = at_ns
         self.ended_ns = max(self.ended_ns, at_ns)
 
+    def end_request(self) -> None:
+        """The request's end was seen: tell who wants to know before there is an answer."""
+        self.request_done = True
+        on_request = self._context.on_request
+        if on_request is None or self.response_done:
+            return
+        if (so_far := self.so_far()) is not None:
+            on_request(so_far)
+
     @property
     def wanted(self) -> bool:
         """Whether its bodies are kept and an exchange will come of it."""
@@ -207,11 +228,30 @@ class Transaction:
         if body is not None:
             body.lose(count)
 
+    def so_far(self) -> ExchangeSoFar | None:
+        """What was seen of it, or None where nobody wants it; it goes on as if nobody had asked."""
+        if not self.wanted:
+            return None
+        sent, received = map(_body_so_far, (self.request_body, self.response_body))
+        return ExchangeSoFar(
+            connection=self._context.connection,
+            protocol=self.protocol,
+            request=self.request,
+            status=self.status,
+            headers=self.response_headers,
+            started_ns=self.started_ns,
+            first_byte_ns=self.first_byte_ns,
+            said_all=self.request_done,
+            sent=sent,
+            received=received,
+            gap=self.gap.text,
+        )
+
     def finish(self) -> Exchange | None:
         """The exchange, or None where nobody wants it or nothing of it was seen."""
         if not self.wanted:
             return None
-        if not self.response_done and self._said_all():
+        if not self.response_done and (self._said_all() or self._is_all_there()):
             self.response_done = True
         return Exchange(
             id=self._context.next_id(),
@@ -228,6 +268,15 @@ class Transaction:
 
     def _said_all(self) -> bool:
         return self.response_body is not None and self.response_body.ends_with_any(_STREAM_ENDS)
+
+    def _is_all_there(self) -> bool:
+        """Whether the response's length, or its content coding, says that nothing follows, though
+        what ends it in HTTP never came: Deno resets its stream as soon as it knows that."""
+        stated = header(self.response_headers, "content-length")
+        body = self.response_body
+        if body is None or self.gap:
+            return False
+        return body.ends_by_coding() or stated == str(body.received_bytes)
 
     def _outcome(self) -> Outcome:
         if self.gap:

@@ -24,6 +24,7 @@ from halton_meter.model import (
 from halton_meter.wire.codings import RATIO_FROM_BYTES, RATIO_MAX
 from halton_meter.wire.engine import Engine
 from halton_meter.wire.gaps import WEBSOCKET_FRAMES_LOST, Gap, frames_lost, over_limit
+from halton_meter.wire.so_far import LOOKED_AT_BYTES_MAX, BodySoFar, ExchangeSoFar
 from halton_meter.wire.transaction import Context, Transaction
 
 MESSAGE_BYTES_MAX = 16 << 20
@@ -329,6 +330,31 @@ class WebSocket(Engine):
         waiting = sum(reader.held_bytes for reader in self._readers.values())
         return waiting + self._server_bytes + self._client_bytes
 
+    def under_way(self) -> list[ExchangeSoFar]:
+        """The turn that goes on: the client has spoken, and nothing has ended it since.
+
+        What a server says unasked behind the end of a turn is none.
+        """
+        if not self._wanted or self._client_since_ns is None:
+            return []
+        said, answered = self._said().pieces[0], _first_lines(self._server)
+        answered_bytes = sum(map(len, self._server)) + max(0, len(self._server) - 1)
+        return [
+            ExchangeSoFar(
+                connection=self._context.connection,
+                protocol=Protocol.WEBSOCKET,
+                request=replace(self._upgrade.request, body=Body()),
+                status=self._upgrade.status,
+                headers=self._headers,
+                started_ns=self._client_since_ns,
+                first_byte_ns=self._first_ns,
+                said_all=True,
+                sent=BodySoFar.of_text(said, len(said)),
+                received=BodySoFar.of_text(answered, answered_bytes + self._dropped_bytes),
+                gap=self._gap.text,
+            )
+        ]
+
     def shrink(self) -> None:
         """Keep little of the turn: others need the room."""
         if self._server_bytes > SHRUNK_TURN_BYTES_MAX:
@@ -355,7 +381,8 @@ class WebSocket(Engine):
 
     def _said_by_client(self, message: bytes, at_ns: int) -> None:
         self._turns_unasked = 0
-        if self._client_since_ns is None:
+        begins = self._client_since_ns is None
+        if begins:
             self._client_since_ns = at_ns
         self._client_doubt = max(0, self._client_doubt - 1)
         if self._opening is None:
@@ -366,6 +393,24 @@ class WebSocket(Engine):
         self._client_bytes += len(message)
         while self._client_bytes > CLIENT_BYTES_MAX and len(self._client) > 1:
             self._client_bytes -= len(self._client.popleft()[0])
+        if begins and self._wanted and self._context.on_request is not None:
+            self._context.on_request(self.asked(message, at_ns))
+
+    def asked(self, message: bytes, at_ns: int) -> ExchangeSoFar:
+        """A turn of which the client has said this, and the server nothing yet."""
+        opening = (self._opening,) if self._opening and self._opening != message else ()
+        said = _lines([*opening, message])
+        return ExchangeSoFar(
+            connection=self._context.connection,
+            protocol=Protocol.WEBSOCKET,
+            request=replace(self._upgrade.request, body=Body()),
+            status=self._upgrade.status,
+            headers=self._headers,
+            started_ns=at_ns,
+            first_byte_ns=None,
+            said_all=True,
+            sent=BodySoFar.of_text(said, len(said)),
+        )
 
     def _said_by_server(self, message: bytes, at_ns: int) -> None:
         if self._first_ns is None:
@@ -421,6 +466,15 @@ class WebSocket(Engine):
         self._first_ns = self._client_since_ns = None
         self._gap = Gap()
         return exchange
+
+
+def _first_lines(messages: list[bytes]) -> bytes:
+    """The first messages, one a line, as many as are looked at."""
+    taken, room = 0, LOOKED_AT_BYTES_MAX
+    while taken < len(messages) and room > 0:
+        room -= len(messages[taken])
+        taken += 1
+    return _lines(messages[:taken])
 
 
 def _lines(messages: list[bytes]) -> bytes:

@@ -68,6 +68,44 @@ class Recording(Protocol):
     def end(self, at_ns: int) -> list[Exchange]:
         """Nothing more will come."""
 
+    def asked(self, data: bytes | None, at_ns: int) -> Exchange | None:
+        """The exchange with the request alone: as it was seen up to now, or, with `data`, the turn
+        that this message of the client's would begin. None where it is neither.
+        """
+
+
+class Answer(Protocol):
+    """What a request is refused with (halton_meter.providers.refusal.Refusal is one)."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Names and values."""
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+
+
+class Gate(Protocol):
+    """Refuses requests at a limit of the user's (halton_meter.live.proxy.gate.Gate is one)."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything may be refused at all; else nothing waits for an answer."""
+
+    async def is_shut(self) -> bool:
+        """Whether a limit is reached, so that requests are judged."""
+
+    async def judge(self, exchange: Exchange) -> Answer | None:
+        """What a request that is whole is refused with; None: it may go on."""
+
+    async def judge_message(self, exchange: Exchange) -> bytes | None:
+        """The same for a WebSocket's turn: the message to answer it with."""
+
 
 class Begin(Protocol):
     """Begins a recording (halton_meter.wire.recording.Recorder.begin does)."""
@@ -97,7 +135,7 @@ class Wiring:
     about a client's connection. `untrusting` names the TLS library of a client, by the extensions
     of its ClientHello, if that library is known not to trust us: its connection is then passed on
     unread. `opened` gets our end of each connection to a provider. `losses` counts what went by
-    unmetered, by cause; the recorder may count there, too.
+    unmetered, by cause; the recorder may count there, too. `gate` refuses requests at a limit.
     """
 
     begin: Begin
@@ -110,17 +148,19 @@ class Wiring:
     untrusting: Callable[[str, Process | None, frozenset[int]], bool] = lambda *_: False
     opened: Callable[[str, int], None] = lambda address, port: None
     losses: Counter[str] = field(default_factory=Counter)
+    gate: Gate | None = None
 
 
 class _Watched:
     """One flow being watched."""
 
-    __slots__ = ("client_id", "flow", "recording")
+    __slots__ = ("client_id", "flow", "recording", "waits")
 
     def __init__(self, flow: http.HTTPFlow, recording: Recording) -> None:
         self.flow = flow
         self.client_id = flow.client_conn.id
         self.recording = recording
+        self.waits = False  # for its end, as a limit is reached: it may be refused
 
 
 def _pairs(headers: http.Headers) -> list[tuple[str, str]]:
@@ -128,6 +168,10 @@ def _pairs(headers: http.Headers) -> list[tuple[str, str]]:
     return [
         (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in headers.fields
     ]
+
+
+def _raw(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers]
 
 
 def _host_of(context: Any, sni: str | None) -> str:
@@ -146,6 +190,7 @@ class MeterAddon:
     def __init__(self, wiring: Wiring) -> None:
         self._wiring = wiring
         self._flows: dict[str, _Watched] = {}
+        self._refused_flows: set[str] = set()  # until their answer is on its way
         self._owners: dict[str, Future[Process | None]] = {}
         self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "owner")
         self._serial = itertools.count(1)
@@ -248,17 +293,22 @@ class MeterAddon:
         try:
             if flow.client_conn.id not in self._owners:  # no CONNECT: a plain HTTP request
                 self._find_owner(flow)
-            self._begin(flow, await self._owner(flow.client_conn.id))
+            gate = self._wiring.gate
+            is_shut = gate is not None and gate.is_on and await gate.is_shut()
+            self._begin(flow, await self._owner(flow.client_conn.id), is_shut)
         except Exception as error:  # as above
             self._failed(flow, error)
 
-    def request(self, flow: http.HTTPFlow) -> None:
+    async def request(self, flow: http.HTTPFlow) -> None:
         """A request ended."""
+        watched = self._flows.get(flow.id)
+        if watched is not None and watched.waits and await self._is_refused(flow, watched):
+            return
         self._record(flow, lambda each: each.sent_all(_ns(flow.request.timestamp_end)))
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """A response's head: stream the body through."""
-        if flow.response is None:
+        if flow.response is None or flow.id in self._refused_flows:
             return
         flow.response.stream = True
         self._record(flow, lambda each: self._answered(flow, each))
@@ -266,6 +316,7 @@ class MeterAddon:
     def response(self, flow: http.HTTPFlow) -> None:
         """A response ended."""
         response = flow.response
+        self._refused_flows.discard(flow.id)
         if response is None or flow.websocket is not None:
             return
         trailers = _pairs(response.trailers) if response.trailers else []
@@ -274,15 +325,24 @@ class MeterAddon:
         if response.status_code == 101:  # a protocol that we do not read
             self._flows.pop(flow.id, None)
 
-    def websocket_message(self, flow: http.HTTPFlow) -> None:
+    async def websocket_message(self, flow: http.HTTPFlow) -> None:
         """A message passes: record it, and free the messages before it."""
         if flow.websocket is None or not flow.websocket.messages:
             return
-        message = flow.websocket.messages[-1]
+        message: Any = flow.websocket.messages[-1]  # it ships no types
         # mitmproxy keeps every message of a socket; a session may carry gigabytes.
         del flow.websocket.messages[:-1]
         at_ns = _ns(message.timestamp)
         content = message.content
+        if message.from_client and not message.injected:
+            try:
+                if await self._is_turn_refused(flow, content, at_ns):
+                    message.drop()
+                    return
+            except Exception as error:  # as above
+                self._count(error)
+        if message.injected:
+            return
         self._record(flow, lambda each: each.message(message.from_client, content, at_ns))
 
     def websocket_end(self, flow: http.HTTPFlow) -> None:
@@ -410,7 +470,44 @@ class MeterAddon:
             self._count(error)
             return None
 
-    def _begin(self, flow: http.HTTPFlow, owner: Process | None) -> None:
+    async def _is_refused(self, flow: http.HTTPFlow, watched: _Watched) -> bool:
+        """Answer a request that was held back, where a limit refuses it; whether it does."""
+        del self._flows[flow.id]  # no provider has heard of it, should the client leave now
+        try:
+            watched.recording.sent(flow.request.raw_content or b"")
+            assert self._wiring.gate is not None
+            exchange = watched.recording.asked(None, time.time_ns())
+            answer = None if exchange is None else await self._wiring.gate.judge(exchange)
+            if answer is None:
+                self._flows[flow.id] = watched
+                return False
+            from mitmproxy import http as mitm_http
+
+            flow.response = mitm_http.Response.make(
+                answer.status, answer.body, mitm_http.Headers(_raw(answer.headers))
+            )
+        except Exception as error:  # as above
+            self._flows[flow.id] = watched
+            self._count(error)
+            return False
+        self._refused_flows.add(flow.id)
+        return True
+
+    async def _is_turn_refused(self, flow: http.HTTPFlow, content: bytes, at_ns: int) -> bool:
+        """The same for a message that begins a turn of a WebSocket."""
+        gate, watched = self._wiring.gate, self._flows.get(flow.id)
+        if gate is None or watched is None or not gate.is_on or not await gate.is_shut():
+            return False
+        exchange = watched.recording.asked(content, at_ns)
+        answer = None if exchange is None else await gate.judge_message(exchange)
+        if answer is None:
+            return False
+        from mitmproxy import ctx
+
+        ctx.master.commands.call("inject.websocket", flow, True, answer, True)
+        return True
+
+    def _begin(self, flow: http.HTTPFlow, owner: Process | None, is_shut: bool = False) -> None:
         if len(self._flows) >= FLOWS_MAX:
             self.losses["flows_over_limit"] += 1
             return
@@ -425,8 +522,9 @@ class MeterAddon:
             _ns(request.timestamp_start),
         )
         if recording is not None:
-            self._flows[flow.id] = _Watched(flow, recording)
-            request.stream = self._tee(flow, recording.sent)
+            self._flows[flow.id] = watched = _Watched(flow, recording)
+            watched.waits = is_shut
+            request.stream = False if is_shut else self._tee(flow, recording.sent)
 
     def _connection(self, flow: http.HTTPFlow, owner: Process | None) -> Connection:
         client = flow.client_conn

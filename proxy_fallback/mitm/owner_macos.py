@@ -38,6 +38,10 @@ _PS_LINE = re.compile(
 Run = Callable[[Sequence[str]], str]
 Arguments = Callable[[int], bytes]
 Redacted = Callable[[Sequence[str]], tuple[str, ...]]
+# A process as far as its tree is concerned: pid, start, parent, executable, arguments.
+Told = tuple[int, int, int, str | None, Sequence[str]]
+# The name of the root of a process's tree, by what another process is told to be.
+Root = Callable[[Told, Callable[[int], Told | None]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ def _parents(processes: dict[int, Listed], pid: int) -> tuple[tuple[int, str], .
 def process_of(
     client: ClientSocket,
     redacted: Redacted,
+    root: Root,
     run: Run = run,
     arguments: Arguments = kernel_arguments,
 ) -> Process | None:
@@ -162,6 +167,13 @@ def process_of(
     listed = processes.get(pid)
     if listed is None:
         return None
+
+    def told(pid: int) -> Told | None:
+        each = processes.get(pid)
+        if each is None:
+            return None
+        return pid, each.started_ns, each.parent, each.exe, arguments_in(arguments(pid))[1]
+
     exe, argv, project = arguments_in(arguments(pid))
     folder = run(("/usr/sbin/lsof", "-a", "-p", str(pid), "-d", "cwd", "-Fn"))
     return Process(
@@ -174,4 +186,5 @@ def process_of(
         user=listed.user,
         parents=_parents(processes, listed.parent),
         project_hint=project,
+        root=root((pid, listed.started_ns, listed.parent, listed.exe, argv), told),
     )

@@ -54,12 +54,14 @@ class SetupError(ChangeError):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The options of init. `redirect`: apps, by name or process id, "Claude,Cursor"."""
+    """The options of init. `redirect`: apps, by name or process id, "Claude,Cursor". Without
+    `shell_rc` no file of a shell's is changed."""
 
     mode: str = "apps"
     java: bool = False
     system_trust: bool = False
     redirect: str = ""
+    shell_rc: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +347,7 @@ class SetupPlan:
         changes: list[MachineChange] = [FileMade(str(script), trust.posix_text(wanted, terms))]
         for file in self._startup_files():
             changes.append(BlockAdded(str(file), trust.sourcing_lines(script)))
-        if "fish" in self._shells():
+        if "fish" in self._shells() and self._choice.shell_rc:
             fish = m.config_home / "fish/conf.d/halton-meter.fish"
             changes.append(FileMade(str(fish), trust.fish_text(wanted, terms)))
         if self._choice.mode != "env-only":
@@ -366,7 +368,7 @@ class SetupPlan:
     def _startup_files(self) -> Iterator[Path]:
         """For each shell, files that cover interactive and login shells."""
         m = self._machine
-        shells = self._shells()
+        shells = self._shells() if self._choice.shell_rc else ()
         if "bash" in shells:
             yield m.user_home / ".bashrc"
             # bash reads only the first of these; a new earlier one would hide a later one.
@@ -421,6 +423,8 @@ class SetupPlan:
 
     def _environment_detail(self) -> str:
         where = ", ".join(self._shells()) or "no shell was found"
+        if not self._choice.shell_rc:
+            return f"in {self._machine.home / 'env.sh'}; no shell's file was changed"
         apps = ""
         if self._choice.mode != "env-only":
             apps = (

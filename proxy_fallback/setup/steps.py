@@ -12,10 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxy_fallback.setup import service_files
 from proxy_fallback.setup.changes import ChangeError, CommandRun
 from proxy_fallback.setup.ledger import Entry, Ledger
 from proxy_fallback.setup.machine import CA_FOLDER_NAME, Machine
 from proxy_fallback.setup.plan import Choice, SetupError, SetupPlan, SetupStep
+
+# What a ledger calls the proxy's own service, on each platform.
+PROXY_KEYS = frozenset(
+    f"service:{name}" for name in (service_files.UNIT, service_files.LABEL, "background")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,18 @@ def describe(machine: Machine, choice: Choice, ledger: Ledger) -> list[tuple[str
     except ChangeError as error:
         raise SetupError(error.problem.what, error.problem.fix) from None
     return shown
+
+
+def undo_but_the_proxy(ledger: Ledger) -> list[str]:
+    """Undo what points programs to the proxy; what those that run need stays; returns notes.
+
+    That is the proxy's service and all that was set up before it, such as the trust in its CA.
+    Raises ChangeError.
+    """
+    keys = [entry.change.key for entry in ledger.entries]
+    last = max((at for at, key in enumerate(keys) if key in PROXY_KEYS), default=-1)
+    needed = frozenset(keys[: last + 1])
+    return ledger.undo_all(keep=lambda change: change.key in needed)
 
 
 def undo(ledger: Ledger, machine_home: Path) -> list[str]:

@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +65,18 @@ def test_what_is_said_is_written_at_once_where_there_is_room(
         monkeypatch.setattr(sys, "stderr", daemon.log_on(log))
         daemon.say("metering into \N{BLACK STAR}")
         said = (tmp_path / "log").read_text(encoding=log.encoding)
-    assert said == "halton-meter: metering into \N{BLACK STAR}\n"
+    at, text = said[:20], said[20:]
+    assert time.strptime(at, "%Y-%m-%d %H:%M:%S ")
+    assert text == "halton-meter: metering into \N{BLACK STAR}\n"
+
+
+def test_what_is_said_to_no_file_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    with open(write, "w") as pipe, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "stderr", daemon.log_on(pipe))
+        daemon.say("metering")
+    with open(read) as pipe:
+        assert pipe.read() == "halton-meter: metering\n"
 
 
 @pytest.mark.parametrize("stream", [None, SimpleNamespace()])

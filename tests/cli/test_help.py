@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 
 from halton_meter.cli import _COMMANDS, main
 from halton_meter.store import Store
-from tests.support.made import made
+from tests.support.made import ASKED, made
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
 # Commands whose help is not as these tests want it. The list is to stay empty.
@@ -31,15 +32,25 @@ _DIALECT = {
 }
 # Examples that are not run here, by their first words, and why.
 _NOT_RUN = {
+    "record": "captures packets: tests/lab/test_key_log.py",
     "run": "starts a metered program: root, the service or a proxy",
     "daemon": "runs until it is stopped",
     "start": "starts a service",
     "stop": "would stop a service of this machine",
     "dashboard": "runs until it is stopped",
+    "tail -f": "runs until it is stopped",
     "init": "changes this user's settings (--dry-run is run)",
     "uninstall": "changes this user's settings",
+    "statusline install": "changes this user's settings",
+    "statusline uninstall": "changes this user's settings",
     "doctor --fix --apply": "runs commands",
     "pricing refresh --url": "network",
+    "budget resume run-4711": "needs a run that was stopped",
+    "logs": "there is no log",
+    "man --install": "writes to the home directory",
+    "config edit": "opens an editor",
+    "config reload": "speaks to a service",
+    "config check --system": "root's own file",
 }
 # Exit code 1 says that something is wrong with this machine, which is no fault of the example.
 _MAY_FAIL = ("doctor", "status")
@@ -167,6 +178,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "traffic").mkdir()
     for name in ("capture.pcapng", "traffic/one.pcapng", "day-1.pcap"):
         shutil.copy(FIXTURES / "anthropic_message.pcapng", tmp_path / name)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
     (tmp_path / "all.parquet").touch()
     (tmp_path / "sslkeys.log").write_text(f"CLIENT_RANDOM {'ab' * 32} {'cd' * 48}\n")
     (tmp_path / "response.json").write_text(json.dumps(RESPONSE))
@@ -178,9 +191,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         event_id = "3f6c0a9d1b2e4f508192a3b4c5d6e7f8"
         store.append([made(event_id), made("b", None, model="my-model", project="misc")])
         store.append([made("c", project="api", at_ns=time.time_ns())])
+        store.append([made("d", caller=replace(ASKED, session_id="01a226f5-c3ff-75a3-b4e4-0505"))])
         store.flush()
-    setting = ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"]
-    assert CliRunner().invoke(main, setting).exit_code == 0
+    for setting in (
+        ["pricing", "set", "gpt-5*", "--provider", "openai", "--discount", "5%"],
+        ["project", "set", "acme", "--path", "~/work/acme"],
+        ["project", "set", "my app", "--path", "~/app"],
+        ["project", "alias", "acme-old", "acme"],
+        *(["budget", "set", name, "900"] for name in ("daily", "website", "models")),
+    ):
+        assert CliRunner().invoke(main, setting).exit_code == 0
+    (tmp_path / "config.toml.new").touch()
     return tmp_path
 
 

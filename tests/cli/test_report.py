@@ -153,7 +153,7 @@ def test_wrong_usage_exits_with_2(home: Path, options: list[str]) -> None:
     assert CliRunner().invoke(main, ["report", *options]).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["events", "report", "export", "reprice", "retag"])
+@pytest.mark.parametrize("command", ["events", "report", "export", "reprice", "retag", "session"])
 def test_every_command_shows_examples(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0

@@ -132,12 +132,35 @@ def test_what_was_asked_past_the_meter_is_not_told_as_nothing_spent() -> None:
         RunResult(connections=missed),
         RunResult(outages=[outage]),
         RunResult(still_running=["sleep"]),
+        RunResult(losses={"ran_as_another_user": 1}),
+        RunResult(losses={"refused_other_user": 2}),
     ):
         assert summary_lines(result)[0] == unknown
     seen = Coverage(is_known=True)
     seen.add(Part("/usr/bin/app", "api.openai.com", "OpenSSL", None), 1, 900)
     nothing = "0 requests, 0 tokens in, 0 out, $0.0000 list price"
     assert summary_lines(RunResult(connections=seen))[0] == nothing
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (
+            {"ran_as_another_user": 1},
+            "  1 program of the command ran as another user: not metered. "
+            "Use: sudo halton-meter start --user NAME",
+        ),
+        (
+            {"refused_other_user": 2},
+            "  2 connections of another user's program refused by the proxy, which serves you and "
+            "root alone. Use: sudo halton-meter start --user NAME",
+        ),
+    ],
+)
+def test_what_a_command_did_as_another_user_is_said(losses: dict[str, int], said: str) -> None:
+    lines = summary_lines(RunResult(losses=losses))
+    assert said in lines
+    assert not any("lost:" in line for line in lines)
 
 
 def test_a_command_that_never_ran_has_no_line_about_coverage() -> None:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main
-from halton_meter.model import Process
+from halton_meter.model import Caller, Process, SessionSource
 from halton_meter.store import Store
 from tests.support.made import made
 
@@ -33,6 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             host=HOSTILE,
             endpoint=HOSTILE,
             process=who,
+            caller=Caller(HOSTILE, SessionSource.CLIENT, *[HOSTILE] * 7, account=HOSTILE),
             flags=(f"unpriced:{HOSTILE}",),
         )
         store.append([event])
@@ -54,6 +55,12 @@ def assert_harmless(text: str) -> None:
         ["report"],
         *(["report", "--by", name] for name in ("project", "process", "git_branch", "user")),
         ["report", "--by", "host,endpoint,error_class"],
+        ["report", "--by", "session,agent,client,client_version,turn,account"],
+        ["session", "list"],
+        ["session", "show", "latest"],
+        ["session", "show", HOSTILE],
+        ["events", "--session", HOSTILE],
+        ["report", "--branch", HOSTILE],
         ["pricing", "status"],
         ["pricing", "explain", "--text", "e1"],
         ["reprice", "--dry-run"],

@@ -15,6 +15,7 @@ import pytest
 
 from halton_meter.dashboard.server import Dashboard
 from halton_meter.store import Store
+from tests.support.limits import plan_limits
 from tests.support.made import HOUR_NS, NOON_NS, made
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -59,7 +60,8 @@ class _Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[tuple[Dashboard, Elsewhere]]:
     store = Store(tmp_path / "home")
-    store.append([made(project="atlas")])
+    limits = plan_limits(NOON_NS, "0.37", "0.40")
+    store.append([made(project="atlas", conditions={"plan": "claude"}, limits=limits)])
     store.flush()
     both = Dashboard(store, lambda: NOON_NS + HOUR_NS), Elsewhere()
     threads = [threading.Thread(target=each.serve_forever, args=(0.01,)) for each in both]
@@ -94,6 +96,9 @@ def test_the_page_opens_once_and_the_profile_holds_nothing_that_opens_it(
     url, profile = page.new_url(), tmp_path / "profile"
     shown = dom(profile, url, "--virtual-time-budget=5000")
     assert "atlas" in shown
+    assert "Claude plan" in shown
+    assert "5-hour window" in shown
+    assert "37 %" in shown
     assert "code=" not in shown
     assert "works once" in dom(profile, url)
     secret = page.entrance.cookie().partition("=")[2].partition(";")[0].encode()

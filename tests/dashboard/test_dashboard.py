@@ -17,9 +17,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from halton_meter.cli.coverage import coverage_lines
+from halton_meter.coverage import Coverage, Part
 from halton_meter.dashboard.entrance import CODE_SECONDS, GUESSES_MAX, Entrance, is_ours
 from halton_meter.dashboard.server import REQUESTS_A_PAGE, Dashboard
 from halton_meter.store import Store
+from tests.support.limits import plan_limits
 from tests.support.made import HOUR_NS, NOON_NS, made
 
 
@@ -30,7 +33,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def page(store: Store) -> Iterator[Dashboard]:
-    server = Dashboard(store, lambda: NOON_NS + HOUR_NS)
+    server = Dashboard(store, lambda: NOON_NS + HOUR_NS, 0, coverage_lines)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -154,7 +157,7 @@ def test_another_user_with_the_code_neither_gets_in_nor_spends_it(page: Dashboar
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/api/report", "/api/requests", "/requests.csv", "/?code=guess"]
+    "path", ["/", "/api/report", "/api/plan", "/api/requests", "/requests.csv", "/?code=guess"]
 )
 def test_without_the_cookie_nothing_is_shown(page: Dashboard, store: Store, path: str) -> None:
     keep(store, 1)
@@ -188,6 +191,15 @@ def test_the_report_is_the_contract_s(page: Dashboard, store: Store) -> None:
     assert answer.status == 200
     assert [(group["key"], group["requests"]) for group in report["groups"]] == [("web", 3)]
     assert report["totals"]["list_usd"] == "0.75"
+
+
+def test_the_plans_windows_are_those_of_the_command(page: Dashboard, store: Store) -> None:
+    assert json.loads(get(page, "/api/plan")[1])["accounts"] == []
+    limits = plan_limits(NOON_NS, "0.37", "0.40")
+    store.append([made("e1", conditions={"plan": "claude"}, limits=limits)])
+    store.flush()
+    (account,) = json.loads(get(page, "/api/plan")[1])["accounts"]
+    assert [(w["window"], w["used"]) for w in account["windows"]] == [("5h", "0.37"), ("7d", "0.4")]
 
 
 def test_a_period_leaves_out_what_was_before(page: Dashboard, store: Store) -> None:
@@ -273,3 +285,23 @@ def test_enter_prints_another_address_which_alone_opens_the_page(tmp_path: Path)
         running.communicate()
         os.close(terminal)
         os.close(far)
+
+
+def test_the_report_says_what_was_not_metered_in_the_words_of_the_command(
+    page: Dashboard, store: Store
+) -> None:
+    keep(store, 1)
+    seen = Coverage()
+    seen.add(Part("/usr/bin/curl", "api.openai.com", "OpenSSL", None), 3, 300)
+    seen.add(Part("/x/beam.smp", "api.openai.com", "Erlang ssl", "stack_not_probed"), 1, 100)
+    store.count_connections(seen, NOON_NS - NOON_NS % HOUR_NS, "a meter")
+    store.flush()
+    said = json.loads(get(page, "/api/report?period=7d")[1])["coverage_said"]
+    assert said[0] == (
+        "coverage: 3 of 4 connections to providers were metered (75.0 %, 75.0 % of bytes)"
+    )
+    assert said[1].strip().startswith("not metered: beam.smp (Erlang ssl) to api.openai.com, 1 ")
+    # Of a model nobody knows which connections they are.
+    one = json.loads(get(page, "/api/report?period=7d&model=claude-haiku-4-5")[1])
+    assert one["coverage_said"] is None
+    assert '<ul id="connections">' in get(page, "/")[1]

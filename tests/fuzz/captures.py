@@ -148,7 +148,8 @@ class _Without(Decryptors):
     def join_newest(self) -> Decryptor:
         decryptor = super().join_newest()
         decryptor.is_spent = True
-        decryptor._trials_left = min(decryptor._trials_left, TRIALS_MAX)
+        opening = decryptor._opening
+        opening._trials_left = min(opening._trials_left, TRIALS_MAX)
         return decryptor
 
 

@@ -145,7 +145,8 @@ def test_what_was_learned_is_known_after_a_restart(bench: Bench) -> None:
     teach(bench, source)
     source.stop()
     (kept,) = (bench.folder / "known-names").glob("*/*")
-    assert 0 < json.loads(kept.read_text())["name_at"] < 4096
+    (offset,) = json.loads(kept.read_text())["names"].values()
+    assert 0 < offset < 4096
     assert kept.stat().st_mode & 0o777 == 0o600
     source = bench.source(cache_directory=str(folder))
     source.add_root(client.process.pid)

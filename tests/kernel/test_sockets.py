@@ -35,6 +35,7 @@ USED = (
     "small",
     "half_closed",
     "through_a_proxy",
+    "relayed",
     "killed",
 )
 UNUSED = ("unused", "unused_and_shut_down", "unused_tls12", "silent")
@@ -157,6 +158,15 @@ def test_what_carries_no_request_or_goes_elsewhere_is_not_counted(place: Place) 
     assert place.counted() == (Truth(), Truth())
 
 
+def test_what_a_proxy_in_scope_passes_on_is_counted_once(place: Place) -> None:
+    """With the client's own connection, whose greeting of the proxy is among its bytes."""
+    place.opens("through_a_proxy_in_scope", 3)
+    truth = place.truth()
+    seen, metered = place.counted()
+    assert (seen.connections, metered.connections) == (truth.connections, 3) == (3, 3)
+    assert seen.bytes == metered.bytes > truth.bytes
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_program_with_tls_code_of_its_own_is_counted_and_not_metered(
     place: Place, sink: int, count: int
@@ -224,6 +234,11 @@ HELLOS: tuple[tuple[str, set[str]], ...] = (
     ("named_last_of_forty", NO_PROBES),
     ("with_grease_ech", NO_PROBES),
     ("later", NO_PROBES),
+    ("scattered", NO_PROBES),
+    ("scattered_in_the_name", NO_PROBES),
+    ("in_calls", NO_PROBES),
+    ("head_first", NO_PROBES),
+    ("byte_by_byte_at_first", NO_PROBES),
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from halton_meter.live.control import Control, ServiceAbsent
+from tests.lab.real_clients.programs import cache_folder
 from tests.support.lab.client_python import client_python
 from tests.support.lab.lab import Lab, User
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
@@ -32,7 +33,9 @@ def lab(python: str) -> Iterator[Lab]:
     """One lab for the whole session; skipped, aloud, where namespaces cannot be made."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("the lab needs root on Linux: sudo make lab")
-    with Lab([Path(python).parent.parent]) as made:
+    programs = cache_folder()
+    programs.mkdir(parents=True, exist_ok=True)
+    with Lab([Path(python).parent.parent, programs]) as made:
         yield made
 
 
@@ -98,6 +101,10 @@ class Service:
         control.ask("finish")
         control.close()
 
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text()
+
     @property
     def pid(self) -> int:
         """The supervisor's process id."""
@@ -137,6 +144,17 @@ def service(lab: Lab) -> Iterator[Service]:
     running = Service(lab, lab.user.home / ".halton-meter")
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture
+def own(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of this test's own, with a home of its own."""
+    folder = lab.user.home / tmp_path_factory.mktemp("own").name
+    folder.mkdir()
+    os.chown(folder, lab.user.uid, lab.user.gid)
+    running = Service(lab, folder / "state")
+    yield running
+    running.stop()
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,8 @@ def test_what_it_cost(lab: Lab, home: Path, python: str, project: Path) -> None:
     sent = sum(e["tokens"]["input"] + e["tokens"]["cache_read"] for e in served)
     assert told["input_tokens"] == sent
     assert told["output_tokens"] == sum(e["tokens"]["output"] for e in served)
-    assert told["losses"] == {}
+    # A busy machine may probe a process late; what passed before was nothing, as counted above.
+    assert told["losses"].keys() <= {"processes_ahead_of_probes"}
     assert "halton-meter: 20 requests" in done.stderr
     assert {event["project"] for event in events} == {"acme"}
 
@@ -224,6 +226,29 @@ def test_what_outlives_the_command_is_named(lab: Lab, home: Path) -> None:
     said = "2 processes of the command still run and are no longer metered: bash, sleep. "
     assert f"{said}Use: sudo halton-meter start" in done.stderr
     assert json.loads(summary.read_text())["still_running"] == ["bash", "sleep"]
+
+
+@pytest.mark.parametrize("via", ["uprobes", "proxy"])
+def test_what_the_command_does_as_another_user_is_said(lab: Lab, home: Path, via: str) -> None:
+    """As under sudo: the kernel tells nothing of it, and the proxy serves its owner alone."""
+    become = lab.folder / "become"
+    shutil.copy("/usr/bin/setpriv", become)
+    become.chmod(0o4755)
+    argv = [str(become), f"--reuid={lab.other.uid}", f"--regid={lab.other.gid}", "--clear-groups"]
+    argv += ["env", f"CURL_CA_BUNDLE={lab.folder}/ca.pem", *curl(), "-d", anthropic_body(6)]
+    options = ["--via", via]
+    if via == "uprobes":
+        done = run(lab, home, *argv, options=options)
+        assert done.returncode == 0, done.stderr
+        said = "2 programs of the command ran as another user: not metered."  # env and curl
+    else:
+        environment = lab.environment(HALTON_METER_HOME=str(home))
+        command = [*HALTON_METER, "run", *options, "--", *argv]
+        done = lab.run(command, user=lab.user, env=environment)
+        said = "1 connection of another user's program refused by the proxy"
+    assert "no request was metered; what the command spent is not known" in done.stderr
+    assert said in done.stderr
+    assert "Use: sudo halton-meter start --user NAME" in done.stderr
 
 
 def test_without_root_and_service_uprobes_say_what_to_do(lab: Lab, home: Path) -> None:

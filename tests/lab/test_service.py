@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,6 @@ from tests.support.quick import first, slow
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
-
-
-@pytest.fixture
-def own(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service of this test's own, with a home of its own."""
-    folder = lab.user.home / tmp_path_factory.mktemp("own").name
-    folder.mkdir()
-    os.chown(folder, lab.user.uid, lab.user.gid)
-    running = Service(lab, folder / "state")
-    yield running
-    running.stop()
 
 
 def ask(lab: Lab, n: int) -> None:

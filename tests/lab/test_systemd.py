@@ -118,3 +118,27 @@ def test_a_command_is_metered_by_the_service_without_root(machine: Machine, home
         assert len(metered(machine, home, 1)) == 1
     finally:
         as_root(machine, home, "stop")
+
+
+def test_one_command_from_nothing_to_a_metered_request_and_back(
+    machine: Machine, home: Path
+) -> None:
+    shown = as_root(machine, home, "init", "--dry-run")
+    assert "write /etc/systemd/system/halton-meter.service" in shown
+    assert machine.run(["ls", "/etc/systemd/system/halton-meter.service"]).returncode != 0
+    said = as_root(machine, home, "init", "--non-interactive")
+    assert "init complete: every program of" in said
+    assert "halton-meter report --today" in said
+    ask(machine, 5)
+    metered(machine, home, 1)
+    assert "already running" in as_root(machine, home, "init", "--non-interactive")
+    assert as_root(machine, home, "doctor").startswith("healthy\n")
+
+    alone = machine.run([*HALTON_METER, "uninstall"], machine.lab.user, HALTON_METER_HOME=str(home))
+    assert (alone.returncode, "sudo halton-meter uninstall" in alone.stderr) == (1, True)
+    said = as_root(machine, home, "uninstall", "--graceful")
+    assert "the uprobes service is stopped, and /etc/systemd/system/halton-meter.service" in said
+    assert main_pid(machine) == 0
+    assert machine.run(["ls", "/etc/systemd/system/halton-meter.service"]).returncode != 0
+    assert len(as_user(machine, home, "events", "--json").splitlines()) == 1, "the data stays"
+    assert "nothing to undo" in as_root(machine, home, "uninstall")

@@ -412,6 +412,9 @@ class FakeMeter:
     def finish(self, at_ns: int) -> list[PricedEvent]:
         return []
 
+    def told_again(self) -> list[PricedEvent]:
+        return []
+
 
 class FakeStore:
     """Remembers what was journalled."""

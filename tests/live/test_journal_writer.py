@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halton_meter.live import journal_writer, restarts
+from halton_meter.live import journal_writer, restarts, snapshot_writer
 from halton_meter.live.flushing import Outcome
 from halton_meter.live.journal_writer import (
     FLUSH_AFTER_S,
@@ -56,6 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(journal_writer, "time", clock)
     monkeypatch.setattr(restarts, "time", clock)
+    monkeypatch.setattr(snapshot_writer, "time", clock)
     monkeypatch.setattr(journal_writer, "Flusher", SlowFlusher)
     SlowFlusher.started, SlowFlusher.outcomes = 0, []
     return clock

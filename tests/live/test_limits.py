@@ -27,7 +27,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))
 class Started(BaseException): pass
 class Supervisor:
     selector = tick = wait_s = None
-    def __init__(self, plan): pass
+    def __init__(self, plan, held): pass
     def start(self): limit_this_process()
     def finish(self): return RunResult()
 def attend(held, *others): return held.reap()

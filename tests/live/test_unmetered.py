@@ -47,25 +47,40 @@ def test_most_connections_come_first_and_the_rest_is_summed() -> None:
     [
         ("proxy_ignored", "/usr/bin/java", "JSSE", "halton-meter run --java -- CMD"),
         ("proxy_ignored", "/usr/bin/php8.2", "OpenSSL", "sudo halton-meter run -- CMD"),
+        ("proxy_ignored", "/x/client", "mbedTLS", "sudo halton-meter run -- CMD"),
         (
             "proxy_ignored",
             "/x/client",
-            "mbedTLS",
+            "Erlang ssl",
             "the program's own proxy setting, with the proxy of halton-meter init",
         ),
         ("certificate_refused", "/usr/bin/java", None, "halton-meter run --java -- CMD"),
         ("certificate_refused", "/x/app", "OpenSSL", "sudo halton-meter run -- CMD"),
-        ("certificate_refused", "/usr/bin/wget", "GnuTLS", "halton-meter init --system-trust"),
-        ("trust_not_configurable", "/x", "GnuTLS", "halton-meter init --system-trust"),
+        ("certificate_refused", "/usr/bin/wget", "GnuTLS", "sudo halton-meter run -- CMD"),
+        ("trust_not_configurable", "/x", "GnuTLS", "sudo halton-meter run -- CMD"),
+        ("trust_not_configurable", "/x", "Erlang ssl", "halton-meter init --system-trust"),
         ("worker_died", None, None, "halton-meter doctor"),
         ("worker_slow", None, None, ""),
     ],
 )
 def test_the_fix_that_is_known_is_said(
-    cause: str, program: str | None, stack: str | None, fix: str
+    cause: str,
+    program: str | None,
+    stack: str | None,
+    fix: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
     assert cause in CAUSES
     assert fix_for(cause, program, stack) == fix
+
+
+def test_where_there_are_no_uprobes_the_system_has_to_trust(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for cause in ("certificate_refused", "trust_not_configurable"):
+        assert fix_for(cause, "/x", "GnuTLS") == "halton-meter init --system-trust"
 
 
 # --- commands that only ask a server ------------------------------------------------------------

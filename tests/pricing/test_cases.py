@@ -1,7 +1,8 @@
 """Every dimension of a bill, worked by hand from the vendors' price pages.
 
 A case's `sum` is the arithmetic with the vendor's own figures (M is a million, K a thousand); the
-test evaluates it exactly and asks the book for the same amount to the pico-dollar.
+test evaluates it exactly and asks the book for the same amount to the pico-dollar. `saved` is how
+much more it would be had nothing been cached.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from halton_meter.model import Certainty, Outcome, Source, Tokens, Usage, UsageE
 from pricing.book import PriceBook
 from tests.support.arithmetic import PICO, exactly
 
+CACHED = ("cache_read", *(f"cache_write{each}" for each in ("", "_5m", "_1h", "_12h")))
 CHECKED_AT = "2026-11-23T12:00:00Z"
 
 
@@ -103,6 +105,11 @@ def test_a_price_worked_by_hand_is_the_books_price(case, book):
     assert abs(Fraction(event.marginal_usd) - marginal) < PICO
     if "flag" in case:
         assert case["flag"] in event.flags
+    if "saved" in case:
+        assert event.cache_saved_usd is not None
+        assert abs(Fraction(event.cache_saved_usd) - exactly(case["saved"])) < PICO
+    elif not any(case.get("tokens", {}).get(name) for name in CACHED) and "also" not in case:
+        assert event.cache_saved_usd is None or "response" in case
 
 
 @pytest.mark.parametrize("case", CASES)

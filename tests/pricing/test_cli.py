@@ -99,6 +99,27 @@ def test_explain_standard_input_for_a_person(run):
     assert "https://" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("host", "model", "provider", "usd"),
+    [
+        ("llm.example.com", "our-model", "openai_compatible", "0.0123"),
+        ("llm.example.com", "claude-opus-5-5", "openai_compatible", "0.0123"),
+        ("gateway.example.com", "gpt-5-mini", "openai", "0.0123"),
+        ("gateway.example.com", "our-model", "openai", "0.0123"),
+    ],
+)
+def test_explain_knows_the_hosts_of_the_users_own(run, tmp_path, host, model, provider, usd):
+    home = tmp_path / "home"
+    home.mkdir()
+    text = 'openai_compatible_hosts = ["llm.example.com"]\n[hosts]\n'
+    (home / "config.toml").write_text(f'{text}"gateway.example.com" = "gateway"\n')
+    usage = {"prompt_tokens": 1000, "completion_tokens": 100, "cost": 0.0123}
+    answer = {"object": "chat.completion", "model": model, "choices": [], "usage": usage}
+    done = run("explain", "--json", "-", stdin=json.dumps({"host": host, "response": answer}))
+    event = json.loads(done.stdout)
+    assert (event["provider"], event["host"], event["reported_usd"]) == (provider, host, usd)
+
+
 def test_explain_takes_the_time_of_the_request_into_account(run):
     body = json.dumps({**RESPONSE, "model": "claude-sonnet-4-6",
                        "usage": {"input_tokens": 300_000, "output_tokens": 0}})  # fmt: skip

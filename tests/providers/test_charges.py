@@ -46,6 +46,15 @@ def priced(answer: Any, url: str = ROOT + "chat/completions", **more: Any) -> Pr
         used(cost={"amount": "0.0123", "currency": "USD"}),
         used(cost_details={"total_cost": 0.0123}),
         used(total_price="0.0123", prompt_price="0.01", currency="USD"),
+        used(cost={"value": "0.0123", "currency": "USD"}),
+        *(used(**{name: 0.0123}) for name in (
+            "usd", "amount_usd", "price_usd", "charged_usd", "charge", "billed_cost")),
+        *(used(**{name: {"total_cost": 0.0123}}) for name in ("billing", "cost_breakdown")),
+        *(body(**{name: {"total": 0.0123}}) for name in ("costs", "cost_info", "pricing")),
+        body(billing={"amount": 0.0123, "currency": "USD"}),
+        body(usage_cost=0.0123),
+        body(x_gateway={"cost": "0.0123"}),
+        body(choices=[{"cost": 0.0123}]),
         body(cost=0.0123),
         body(costDollars={"total": 0.0123}),
         body(_hidden_params={"response_cost": 0.0123}),
@@ -130,7 +139,8 @@ def test_other_money_and_parts_of_a_cost_are_no_statement(answer: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     ["x-litellm-response-cost-original", "x-litellm-key-spend", "x-input-cost", "x-max-cost",
-     "cf-aig-custom-cost", "x-litellm-response-cost-discount-amount"],
+     "cf-aig-custom-cost", "x-litellm-response-cost-discount-amount", "x-weekly-cost",
+     "x-ratelimit-remaining-cost", "x-balance-cost-usd", "x-quota-cost", "x-average-cost"],
 )  # fmt: skip
 def test_headers_that_state_something_else_are_passed_over(name: str) -> None:
     assert priced(body(), headers=[(name, "0.02")]).reported_usd is None

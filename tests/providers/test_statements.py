@@ -67,9 +67,19 @@ PLACES = {
         **{"amazon-bedrock-invocationMetrics": {"inputTokenCount": 100, "outputTokenCount": 20}}
     ),
     "the chunk itself": {"prompt_tokens": 100, "completion_tokens": 20},
+    "a name of nobody's": chunk(x_anybody={"usage": USAGE}),
+    "statistics": chunk(stats={"input_tokens": 100, "output_tokens": 20, "tokens_per_second": 9}),
+    "an event's value": {"event": "usage", "value": USAGE},
+    "deep": chunk(extra={"billing": {"usage": USAGE}}),
+    "a list": chunk(choices=[], usage=[USAGE]),
+    "llama.cpp's timings": chunk(timings={"prompt_n": 100, "predicted_n": 20}),
     "texts": chunk(usage={"prompt_tokens": "100", "completion_tokens": "20.0"}),
     "only a total and one side": chunk(usage={"completion_tokens": 20, "total_tokens": 120}),
 }
+
+
+# Not looked for in the middle of a stream.
+NOT_AMID = ("data", "result", "statistics", "an event's value", "a list", "llama.cpp's timings")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -78,7 +88,7 @@ def test_usage_is_read_in_the_place_of_each_dialect(place: str) -> None:
     for body in (
         sse(chunk(), last, "[DONE]"),
         sse(last, *[chunk()] * 12, "[DONE]"),
-        sse(*[chunk()] * 9, PLACES["usage"] if place in ("data", "result") else last, *[chunk()])
+        sse(*[chunk()] * 9, PLACES["usage"] if place in NOT_AMID else last, *[chunk()])
         + b"event: done\ndata: {}\n\n",
         "\n".join(map(json.dumps, (chunk(), last))) + "\n",
     ):
@@ -147,6 +157,15 @@ def test_of_equal_statements_the_one_that_tells_more_apart_counts() -> None:
     assert counted(read(sse(chunk(usage=split), chunk(choices=[], usage=USAGE)))) == (20, 80, 20)
 
 
+def test_content_is_no_usage_whatever_it_looks_like() -> None:
+    """Where no usage is stated, one that somebody wrote or echoed is none."""
+    for name in ("content", "tool_calls", "arguments", "input", "error", "prompt", "logprobs"):
+        event = read({"model": "m", "choices": [], name: {"anything": USAGE}})
+        assert counted(event) == (None, None, None), name
+    both = {"prompt_tokens": 100, "completion_token_limit": 20}
+    assert counted(read({"model": "m", "choices": [], "limits": both})) == (None, None, None)
+
+
 def test_a_usage_under_provider_metadata_is_anothers() -> None:
     inner = {"gateway": {"usage": {"prompt_tokens": 9}}, "usage": {"prompt_tokens": 9}}
     assert "usage_not_sent" in read(sse(chunk(provider_metadata=inner))).flags
@@ -189,6 +208,42 @@ def test_a_delta_of_messages_that_has_less_input_in_all_wipes_nothing() -> None:
     event = message({"output_tokens": 25}, {"input_tokens": 0, "output_tokens": 0}, begun=begun)
     assert (counted(event), event.flags) == ((1500, None, 25), ("counts_fell",))
     assert json.loads(event.raw_usage or "")[1] == {"output_tokens": 25}
+
+
+METRICS = {"inputTokenCount": 1500, "outputTokenCount": 25}
+
+
+@pytest.mark.parametrize(
+    ("begun", "deltas", "behind"),
+    [
+        ({"input_tokens": 0, "output_tokens": 0}, [{"output_tokens": 0}],
+         {"type": "message_stop", "amazon-bedrock-invocationMetrics": METRICS}),
+        (None, [], {"type": "message_stop",
+                    "message": {"usage": {"input_tokens": 1500, "output_tokens": 25}}}),
+        ({"input_tokens": 1500, "output_tokens": 1}, [],
+         {"type": "content_block_stop", "usage": {"output_tokens": 25}}),
+        (None, [], {"type": "usage", "usage": {"prompt_tokens": 1500, "completion_tokens": 25}}),
+    ],
+)  # fmt: skip
+def test_messages_whose_counts_stand_beside_the_deltas(
+    begun: dict[str, int] | None, deltas: list[dict[str, int]], behind: dict[str, Any]
+) -> None:
+    """Zeros in the usual places do not make such a call free, nor is anything lost."""
+    start: dict[str, Any] = {"id": "msg_" + "a" * 24, "type": "message", "model": "claude-x"}
+    start |= {} if begun is None else {"usage": begun}
+    ends = [{"type": "message_delta", "delta": {}, "usage": usage} for usage in deltas]
+    body = sse({"type": "message_start", "message": start}, *ends, behind)
+    event = read(body, url="https://gateway.example.com/v1/messages")
+    assert (counted(event), event.flags) == ((1500, None, 25), ())
+    assert "1500" in (event.raw_usage or "")
+
+
+def test_the_usage_beside_a_message_that_begins() -> None:
+    start = {"id": "msg_" + "a" * 24, "type": "message", "model": "claude-x"}
+    begun = {"type": "message_start", "message": start, "usage": {"input_tokens": 1500}}
+    end = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 25}}
+    event = read(sse(begun, end), url="https://gateway.example.com/v1/messages")
+    assert (counted(event), event.flags) == ((1500, None, 25), ())
 
 
 def test_a_delta_may_restate_input_as_read_from_a_cache() -> None:
@@ -234,6 +289,50 @@ def test_responses_find_usage_beside_the_response_and_in_an_event_behind() -> No
         sse({"type": "response.created", "response": response}, {"usage": usage}),
     ):
         assert counted(read(body, url=url)) == (100, None, 20), body
+
+
+def test_responses_that_end_with_zeros_or_nothing_keep_what_was_counted() -> None:
+    url = "https://llm.example.com/v1/responses"
+    usage = {"input_tokens": 100, "output_tokens": 20, "total_tokens": 120}
+    zero = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    response = {"id": "resp_" + "a" * 24, "object": "response", "model": "m"}
+    begun = {"type": "response.in_progress", "response": {**response, "usage": usage}}
+    for last, flags in ((zero, ("counts_fell",)), (None, ())):
+        done = {"type": "response.completed", "response": {**response, "usage": last}}
+        event = read(sse(begun, *[{"type": "x", "delta": "y"}] * 9, done), url=url)
+        assert (counted(event), event.flags) == ((100, None, 20), flags)
+
+
+def test_a_last_event_of_cohere_with_zeros_wipes_nothing() -> None:
+    def stated(count: int) -> dict[str, Any]:
+        return {"usage": {"billed_units": {"input_tokens": count, "output_tokens": count // 5}}}
+
+    begun = {"type": "message-start", "id": "a" * 24, "delta": stated(100)}
+    end = {"type": "message-end", "delta": {"finish_reason": "COMPLETE", **stated(0)}}
+    text = {"type": "content-delta", "delta": {"message": {"content": {"text": "x"}}}}
+    url = "https://api.cohere.com/v2/chat"
+    event = read_one(exchange(url, {"model": "command-a-03-2025"}, sse(begun, *[text] * 9, end)))
+    assert (counted(event), event.flags) == ((100, None, 20), ("counts_fell",))
+
+
+def test_a_candidate_of_gemini_that_has_the_usage() -> None:
+    url = "https://gateway.example.com/v1beta/models/gemini-2.5-pro:generateContent"
+    usage = {"promptTokenCount": 100, "candidatesTokenCount": 20, "totalTokenCount": 120}
+    event = read({"candidates": [{"usageMetadata": usage}]}, {}, url)
+    assert (counted(event), event.flags) == ((100, None, 20), ())
+
+
+def test_a_prompt_that_only_its_two_parts_tell() -> None:
+    usage = {"prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 36, "completion_tokens": 5}
+    event = read({"model": "m", "usage": usage})
+    assert (counted(event), event.flags) == ((36, 64, 5), ())
+
+
+def test_reasoning_above_the_completion_is_flagged() -> None:
+    went = {"reasoning_tokens": 80}
+    usage = {"prompt_tokens": 100, "completion_tokens": 50, "completion_tokens_details": went}
+    event = read({"model": "m", "usage": usage})
+    assert (event.tokens.output, event.flags) == (130, ("total_mismatch",))
 
 
 def test_watsonx_states_its_input_in_the_first_event_alone() -> None:

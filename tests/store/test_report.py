@@ -282,7 +282,7 @@ def test_times_as_people_write_them(text: str, end: bool, expected: str) -> None
     assert parse_when(text, NOON_NS, end) == moment(expected)
 
 
-@pytest.mark.parametrize("text", ["", "soon", "7", "7y", "2026-13-01", "-3d"])
+@pytest.mark.parametrize("text", ["", "soon", "7y", "2026-13-01", "-3d"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         parse_when(text, NOON_NS)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halton_meter.model import (
+    CALLER_NAMES,
     IMPLAUSIBLE,
     Basis,
     Certainty,
@@ -25,6 +26,7 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
 )
+from halton_meter.report import Question, ask
 from halton_meter.store import (
     DatabaseTooNew,
     Flushed,
@@ -37,7 +39,7 @@ from halton_meter.store.driver import driver
 from halton_meter.store.home import JOURNAL_NAME
 from halton_meter.store.journal import LINE_BYTES_MAX
 from halton_meter.store.rows import dumps, sum_values, usage_values
-from tests.support.made import AMOUNT, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
+from tests.support.made import AMOUNT, ASKED, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 from tests.support.older_store import make_old
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -276,6 +278,36 @@ def test_an_older_database_is_migrated_and_keeps_its_events(tmp_path: Path, vers
         assert stored(store) == [made(), lost]
 
 
+def test_days_of_an_older_database_are_summed_anew_by_client(tmp_path: Path) -> None:
+    make_old(tmp_path, len(schema.MIGRATIONS) - 1, [made()])
+    day = NOON_NS // (86_400 * 10**9)
+    with contextlib.closing(driver().connect(str(tmp_path / "meter.duckdb"))) as old:
+        old.execute("INSERT INTO rolled_day VALUES (?)", [day])
+        old.execute("INSERT INTO day_total (day, dimension, requests) VALUES (?, 'host', 1)", [day])
+    with Store(tmp_path) as store:
+        store.append([made("e2", caller=ASKED)])
+        store.flush()
+        report = ask(store, Question(NOON_NS, by=("client",)))
+        assert {group.key: group.figures.requests for group in report.groups} == {
+            None: 1,
+            "claude-cli": 1,
+        }
+        with store.reading() as reader:
+            assert reader.rows("SELECT count(*) FROM rolled_day") == [(0,)]
+
+
+def test_a_journal_line_from_before_sessions_is_stored(store: Store) -> None:
+    values = {**usage_values(made().usage), **sum_values(made())}
+    older = {name: value for name, value in values.items() if name not in CALLER_NAMES}
+    del older["usage_document"]["process"]["root"]
+    rest = b'"form":2,' + dumps(older)[1:]
+    (store.home / JOURNAL_NAME).mkdir(parents=True)
+    line = b'{"crc":%d,%s\n' % (zlib.crc32(rest), rest)
+    (store.home / JOURNAL_NAME / "00000000000000000001-1-a.jsonl").write_bytes(line)
+    assert store.flush() == Flushed(stored=1)
+    assert stored(store) == [made()]
+
+
 @pytest.mark.parametrize("form", [b"", b'"form":2,'])
 def test_a_journal_line_from_before_gaps_were_told_is_stored(store: Store, form: bytes) -> None:
     gapped = made(outcome=Outcome.GAPPED)
@@ -319,8 +351,9 @@ def test_absurd_rows_of_an_older_database_leave_its_sums(tmp_path: Path) -> None
             ("absurd", True, None, None, None, "unpriced"),
             ("e1", None, Decimal("0.25"), 100, 20, "computed"),
         ]
-        assert reader.rows("SELECT day FROM rolled_day") == [(day - 1,)]
-        assert reader.rows("SELECT day, implausible_requests FROM day_total") == [(day - 1, 0)]
+        # A later version sums the days anew.
+        assert reader.rows("SELECT day FROM rolled_day") == []
+        assert reader.rows("SELECT day, implausible_requests FROM day_total") == []
         (found,) = reader.events(Selection(flag="implausible"))
         assert found.implausible
         assert found.usage == absurd.usage  # what was stated is kept

@@ -9,13 +9,16 @@ from typing import Any
 from hypothesis import strategies as st
 
 from halton_meter.model import (
+    CALLER_NAMES,
     TOKEN_NAMES,
     Basis,
+    Caller,
     Certainty,
     LineItem,
     Outcome,
     PricedEvent,
     Process,
+    SessionSource,
     Source,
     Tokens,
     Usage,
@@ -48,6 +51,19 @@ _USAGE = UsageEvent(
     process=Process(4711, NOON_NS, "/usr/bin/claude", ("claude", "-p"), "/src/web", 1000, "ada"),
     project="web",
     git_branch="main",
+)
+
+# Who asked, as Claude Code says it.
+ASKED = Caller(
+    session_id="0199-a",
+    session_source=SessionSource.CLIENT,
+    turn_id="turn-1",
+    agent="main",
+    request_class="main",
+    client="claude-cli",
+    client_version="2.1.332",
+    retry_count=0,
+    account="00ff00ff00ff00ff",
 )
 
 
@@ -95,6 +111,12 @@ PROCESSES = st.builds(
     container=MAYBE_TEXT,
     project_hint=MAYBE_TEXT,
 )
+CALLERS = st.builds(
+    Caller,
+    session_source=st.none() | st.sampled_from(SessionSource),
+    retry_count=st.none() | COUNT,
+    **{name: MAYBE_TEXT for name in CALLER_NAMES if name not in ("session_source", "retry_count")},
+)
 USAGES = st.builds(
     UsageEvent,
     id=st.uuids().map(lambda u: u.hex),
@@ -125,6 +147,7 @@ USAGES = st.builds(
     raw_usage=MAYBE_TEXT,
     provider_error_code=MAYBE_TEXT,
     gap=MAYBE_TEXT,
+    caller=CALLERS,
 )
 LINE_ITEMS = st.builds(
     LineItem,
@@ -147,5 +170,6 @@ EVENTS = st.builds(
     line_items=st.lists(LINE_ITEMS, max_size=3).map(tuple),
     flags=st.lists(WORD, max_size=2).map(tuple),
     price_book=MAYBE_TEXT,
+    cache_saved_usd=st.none() | AMOUNT | AMOUNT.map(lambda usd: -usd),
 )
 DISTINCT_EVENTS = st.lists(EVENTS, max_size=8, unique_by=lambda event: event.usage.id)

@@ -19,8 +19,8 @@ from halton_meter.wire.headers import host_name, kept_headers, split_target
         "Set-Cookie",
         "sec-websocket-protocol",
         "x-amz-security-token",
-        "openai-organization",
-        "chatgpt-account-id",
+        "x-openai-actor-authorization",
+        "x-claude-gateway-user-email",
         "x-anything-else",
     ],
 )

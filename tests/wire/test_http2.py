@@ -238,6 +238,36 @@ def test_a_stream_reset_by_the_client(deliver):
     assert found[0].response.body.joined() == b"".join(EVENTS[:3])
 
 
+@pytest.mark.parametrize(("missing", "outcome"), [(0, "complete"), (1, "aborted")])
+def test_a_client_that_resets_a_stream_once_it_has_all_that_was_stated(deliver, missing, outcome):
+    pair = Pair()
+    stream = pair.ask("/v1/messages")
+    head = [(":status", "200"), ("content-length", str(10 + missing))]
+    pair.server.send_headers(stream, head)
+    pair.server.send_data(stream, b"0123456789")
+    pair.flush()
+    pair.client.reset_stream(stream)
+    pair.flush()
+    found = deliver(pair.script).only
+    assert found.outcome is Outcome(outcome)
+    assert found.response.body.joined() == b"0123456789"
+
+
+@pytest.mark.parametrize(("missing", "outcome"), [(0, "complete"), (1, "aborted")])
+def test_a_client_that_resets_a_stream_once_its_coding_has_ended(deliver, missing, outcome):
+    pair = Pair()
+    stream = pair.ask("/v1/messages")
+    pair.server.send_headers(stream, [(":status", "200"), ("content-encoding", "gzip")])
+    coded = gzip.compress(b"0123456789")
+    pair.server.send_data(stream, coded[: len(coded) - missing])
+    pair.flush()
+    pair.client.reset_stream(stream)
+    pair.flush()
+    found = deliver(pair.script).only
+    assert found.outcome is Outcome(outcome)
+    assert found.response.body.joined() == b"0123456789"
+
+
 def test_a_request_that_nobody_answers(deliver):
     pair = Pair()
     pair.ask("/v1/messages")

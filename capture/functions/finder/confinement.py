@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import platform
 import resource
 import struct
 
-NOBODY = 65534
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+from capture.unprivileged import give_up_privileges
+
+_PR_SET_SECCOMP = 22
 _SECCOMP_FILTER = 2
-_SIGKILL = 9
 
 # Numbers from asm/unistd_64.h and asm-generic/unistd.h.
 _CALLS = {
@@ -66,21 +65,6 @@ def confine(*, cpu_seconds: int, memory_bytes: int) -> bool:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     return _filter_calls(_program(platform.machine()))
-
-
-def give_up_privileges() -> None:
-    """Become nobody for good (where we are root), whom no other process of nobody's can trace."""
-    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-def end_with_parent() -> None:
-    """Be killed when the process that started us ends. To be called after a change of user."""
-    _libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
 
 
 def _statement(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -27,6 +27,7 @@ from capture.functions.finder import confinement, search, symbols
 from capture.functions.finder_protocol import IDLE, LAST, LINKER, QUICK, SEARCH, library_json
 from capture.functions.library import Library
 from capture.functions.stacks import STACKS
+from capture.unprivileged import end_with_parent, give_up_privileges
 
 INSPECT_SECONDS_MAX = 1.0
 """Of CPU, for one file by symbol: 10 ms for Node, 0.2 s for a debug build of Chromium."""
@@ -109,8 +110,8 @@ def main(control: socket.socket) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     with contextlib.suppress(OSError, ValueError):  # the helper's own are for the helper
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    confinement.give_up_privileges()
-    confinement.end_with_parent()
+    give_up_privileges()
+    end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         lane, descriptors, _, _ = socket.recv_fds(control, 16, 1)
@@ -124,7 +125,7 @@ def main(control: socket.socket) -> None:
             os.close(descriptors[0])
             continue
         control.close()
-        confinement.end_with_parent()
+        end_with_parent()
         with socket.socket(fileno=descriptors[0]) as link, contextlib.suppress(OSError):
             serve(link, lane)
         os._exit(0)

@@ -19,21 +19,22 @@ from capture.functions.library import Probe
 from capture.functions.stacks import PROGRAMS
 
 PROGRAM_SHIFT = 56  # 64 - COOKIE_PROGRAM_BITS
+_OWN_PART = (1 << PROGRAM_SHIFT) - 1
 _NUMBERS = {name: number for number, name in enumerate(PROGRAMS)}
 
 
 def attach(
-    programs: Mapping[str, int], path: str, probes: Sequence[Probe], cookie: int
+    programs: Mapping[str, int], path: str, probes: Sequence[tuple[Probe, int]]
 ) -> list[int]:
-    """Attach all probes of a file, or none; descriptors to hold. Raises OSError.
+    """Attach these probes of a file, each with its cookie, or none; descriptors to hold.
 
-    EINVAL: this kernel has no cookies (before 5.15).
+    Raises OSError; EINVAL: this kernel has no cookies (before 5.15).
     """
     if loader.AT_ENTRY in programs:
-        return _attach_at_once(programs, path, probes, cookie)
+        return _attach_at_once(programs, path, probes)
     held: list[int] = []
     try:
-        for program, offset, at_return in probes:
+        for (program, offset, at_return), cookie in probes:
             held.append(
                 bpf.attach_uprobe(
                     programs[program], path, offset, at_return=at_return, cookie=cookie
@@ -46,15 +47,14 @@ def attach(
 
 
 def _attach_at_once(
-    programs: Mapping[str, int], path: str, probes: Sequence[Probe], cookie: int
+    programs: Mapping[str, int], path: str, probes: Sequence[tuple[Probe, int]]
 ) -> list[int]:
     """At ends first: a call is noted at its start, so that both or neither are seen."""
     held: list[int] = []
-    own = cookie & ((1 << PROGRAM_SHIFT) - 1)
     for program, at_return in ((loader.AT_RETURN, True), (loader.AT_ENTRY, False)):
         places = [
-            (probe.offset, own | _NUMBERS[probe.program] << PROGRAM_SHIFT)
-            for probe in probes
+            (probe.offset, cookie & _OWN_PART | _NUMBERS[probe.program] << PROGRAM_SHIFT)
+            for probe, cookie in probes
             if probe.at_return is at_return
         ]
         if not places:

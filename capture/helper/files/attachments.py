@@ -15,13 +15,14 @@ import contextlib
 import ctypes
 import errno
 import os
+import platform
 import resource
 import select
 import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from capture.functions.elf import ElfError
@@ -31,16 +32,22 @@ from capture.functions.finder_protocol import (
     SEARCH,
     STRUCTURE_FILE_BYTES_MIN,
     library_from_json,
-    library_json,
 )
 from capture.functions.library import Library
 from capture.functions.stacks import INSTEAD, STACKS
 from capture.helper.files import attaching
 from capture.helper.files.closing import Closer
+from capture.helper.files.cookies import UNPROVED, Unfit, cookies
 from capture.helper.files.known_files import KnownFiles, code_digest
-from capture.helper.files.name_locations import NAMING, NUMBERS_MAX, UNPROVED, NameLocations
+from capture.helper.files.name_locations import NAMING, NUMBERS_MAX, NameLocations
 from capture.helper.files.owners import owner_of
 from capture.helper.files.placement import refusal
+from capture.helper.files.probed_library import (
+    ProbedLibrary,
+    libraries_from_json,
+    libraries_in,
+    libraries_json,
+)
 from capture.helper.files.searches import FileId, Finder, Job, Searches, SearchPriority
 from capture.helper.files.turns import WAIT_S, Turns
 from capture.helper.handover import Hold
@@ -78,18 +85,21 @@ class File:
 
     path: str
     owner: int = 0
-    library: Library | None = None
-    probes: list[int] = field(default_factory=list)  # descriptors: one a probe, or one for many
-    attached: int = 0  # how many probes they are
+    library: Library | None = None  # the first of those that were found, with the others
+    libraries: list[ProbedLibrary] = field(default_factory=list)
+    attached: int = 0  # how many probes it has
     inode: tuple[int, int] = (0, 0)
     priority: SearchPriority | None = None  # while it is searched
-    failure: str | None = None
-    not_http: bool = False  # its functions passed other bytes than HTTP
-    number: int = 0  # while it is attached to: in its cookie
+    failure: str | None = None  # why nothing of it is probed
     held_as: str = ""  # the supervisor's name for its probes
     waits: bool = False  # it is to be attached to, in its turn
     code: str = ""  # a digest of the functions that are probed, as they were then
     written: tuple[int, int] = (0, 0)  # its size and when it was written to, then
+
+    @property
+    def probes(self) -> list[int]:
+        """Descriptors of all its probes."""
+        return [probe for probed in self.libraries for probe in probed.probes]
 
     @property
     def searching(self) -> bool:
@@ -127,7 +137,7 @@ class Attachments:
         self.files: dict[FileId, File] = {}
         self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
         self._probes: Counter[int] = Counter()  # by owner
-        self._by_number: dict[int, File] = {}
+        self._by_number: dict[int, tuple[File, ProbedLibrary]] = {}
         self.used: Callable[[], set[FileId]] = set  # what processes map, as far as we know
         self.before_attaching: Callable[[FileId], None] = lambda identity: None
         self._used: set[tuple[int, int]] = set()
@@ -143,29 +153,31 @@ class Attachments:
     def _adopt(self) -> None:
         """Take over the files that a helper before us has attached to."""
         for name, held in self._hold.take_all("file:"):
-            library = library_from_json(held.about["library"])
-            if library is None or len(held.fds) != held.about.get("descriptors"):
+            libraries = libraries_from_json(held.about["libraries"], held.fds)
+            if not libraries:
                 held.close()  # it died while it attached: attached anew when it is looked at
                 self._hold.drop(name)
                 continue
-            owner, number = int(held.about["owner"]), int(held.about["number"])
-            file = File(held.about["path"], owner, library, held.fds, number=number, held_as=name)
+            owner, library = int(held.about["owner"]), _together(libraries)
+            file = File(held.about["path"], owner, library, libraries, held_as=name)
             file.code = str(held.about.get("code", ""))
             file.written = tuple(held.about.get("written", (0, 0)))
-            file.attached = len(library.probes)
-            device, inode, changed_ns = map(int, name[5:].split(":"))
-            self._keep((device, inode, changed_ns), file)
+            file.attached = sum(len(probed.library.probes) for probed in libraries if probed.probes)
+            self._keep(_held_identity(name), file)
             self._probes[owner] += file.attached
-            if number:
-                self._by_number[number] = file
-                self._names.adopt(number)
+            for probed in libraries:
+                if probed.number:
+                    self._by_number[probed.number] = file, probed
+                    self._names.adopt(probed.number)
 
     def _have_held(self, identity: FileId, file: File) -> None:
-        assert file.library is not None
         file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
-        library = library_json(file.library)
-        about = {"path": file.path, "owner": file.owner, "library": library, "number": file.number}
-        about |= {"code": file.code, "written": file.written, "descriptors": len(file.probes)}
+        about = {
+            "path": file.path,
+            "owner": file.owner,
+            "libraries": libraries_json(file.libraries),
+        }
+        about |= {"code": file.code, "written": file.written}
         self._hold.keep(file.held_as, about, file.probes)
 
     # --- looking --------------------------------------------------------------------------------
@@ -215,7 +227,7 @@ class Attachments:
             self._keep_without(identity)
             return identity
         library = self._known.recall(fd)
-        if library is None or refusal(fd, library):
+        if library is None or _are_refused(fd, library):
             kind = INSPECT
             if os.path.basename(path).startswith(LINKER_PREFIX):
                 kind = LINKER
@@ -356,16 +368,22 @@ class Attachments:
         file = self.files.get(linker)
         return bool(file and file.probes and file.is_linker)
 
-    def not_http(self, number: int) -> str | None:
-        """Remove the probes of the file whose bytes were not HTTP; return its path."""
-        file = self._by_number.get(number)
-        if file is None or file.library is None:
-            return None
-        self.detach(file)
-        file.not_http = True
-        reason = "the functions found passed bytes that are not HTTP"
-        file.library = replace(file.library, probes=(), reason=f"{reason}; {INSTEAD}")
-        return file.path
+    def not_http(self, number: int) -> None:
+        """Remove the probes of the library whose bytes were not HTTP."""
+        self._give_up(number, "the functions found passed bytes that are not HTTP")
+
+    def records_missed(self, number: int) -> None:
+        """Remove the probes of a rustls of which records passed elsewhere."""
+        self._give_up(number, "records passed beside the functions found")
+
+    def _give_up(self, number: int, reason: str) -> None:
+        file, probed = self._by_number.get(number, (None, None))
+        if file is None or probed is None:
+            return
+        self._remove_probes(file, [probed])
+        probed.not_http = True
+        probed.give_up(reason)
+        file.library = _together(file.libraries)
 
     def learned(self, number: int, offset: int) -> None:
         """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
@@ -380,14 +398,14 @@ class Attachments:
                 self._have_held(job.identity, file)
                 return True
             self.detach(file)
-        file.library = library
+        file.library, file.libraries = library, libraries_in(library)
         if not library.probes or self._finishing:
             return True
         file.waits = True
         if self._is_time() and not self._turns.waits(file.owner) and self._may(job):
             self._attach_in_turn(job, file)
             return True
-        if not self._turns.affords(file.owner, len(library.probes), job.priority):
+        if not self._turns.affords(file.owner, _probes_in(library), job.priority):
             self.over_limit += 1
         waiting = replace(job, fd=os.dup(job.fd))
         if not self._turns.put(waiting):
@@ -419,47 +437,59 @@ class Attachments:
         file = self.files.get(job.identity)
         if file is None or not file.waits or file.library is None:
             return None
-        return len(file.library.probes)
+        return _probes_in(file.library)
 
     def _attach(self, identity: FileId, file: File, fd: int) -> None:
         """Attach to a file, if instructions begin at its offsets (`placement.py`)."""
         assert file.library is not None
         with contextlib.suppress(OSError, ElfError):
             file.code, file.written = code_digest(fd, file.library), _written(os.fstat(fd))
-        file.failure = self._refused(file, fd)
-        if file.failure:
+        file.failure = None
+        if not self._makes_room(file.owner, _probes_in(file.library)):
+            self.over_limit += 1
+            file.failure = f"its owner's files have as many probes as one owner may have; {INSTEAD}"
             return
-        cookie = self._cookie(file, fd)
-        if file.library.unproved and not cookie:
-            file.failure = f"more than {NUMBERS_MAX - 1:,} files are probed already"
-            return
-        error = self._attach_probes(file, fd, cookie)
-        if error and error.errno == errno.EINVAL and not file.library.unproved and file.number:
-            # A kernel without cookies: names are then known by requests alone.
-            self._has_cookies = False
-            error = self._attach_probes(file, fd, 0)
-        if error:
-            file.failure = f"cannot attach: {error.strerror}"
-            self.detach(file)
-        elif _identity(os.fstat(fd)) != identity and not _is_as_it_was(file, fd):
+        for probed in file.libraries:
+            if probed.library.probes:
+                probed.failure = self._attach_library(file, probed, fd)
+        if file.probes and _identity(os.fstat(fd)) != identity and not _is_as_it_was(file, fd):
             file.failure = "the file changed while it was being probed"
             self.detach(file)
         elif file.probes:
             self._have_held(identity, file)
             self._attached.add(identity)
 
+    def _attach_library(self, file: File, probed: ProbedLibrary, fd: int) -> str | None:
+        """Attach to one library of a file; why not."""
+        reason = refusal(fd, probed.library)
+        if reason:
+            return f"{NO_INSTRUCTION}: {reason}; {INSTEAD}"
+        cookie = self._cookie(file, probed, fd)
+        if probed.library.unproved and not cookie:
+            return f"more than {NUMBERS_MAX - 1:,} files are probed already"
+        try:
+            error = self._attach_probes(file, probed, fd, cookie)
+            if (
+                error
+                and error.errno == errno.EINVAL
+                and not probed.library.unproved
+                and probed.number
+            ):
+                # A kernel without cookies: names are then known by requests alone.
+                self._has_cookies = False
+                error = self._attach_probes(file, probed, fd, 0)
+        except Unfit as unfit:
+            self._release(probed)
+            return f"what its probes need cannot be told to them ({unfit}); {INSTEAD}"
+        if error:
+            self._release(probed)
+            return f"cannot attach: {error.strerror}"
+        return None
+
     def take_attached(self) -> set[FileId]:
         """The files that got their probes since the last call, whatever they were found by."""
         attached, self._attached = self._attached & self.files.keys(), set()
         return attached
-
-    def _refused(self, file: File, fd: int) -> str | None:
-        assert file.library is not None
-        if not self._makes_room(file.owner, len(file.library.probes)):
-            self.over_limit += 1
-            return f"its owner's files have as many probes as one owner may have; {INSTEAD}"
-        reason = refusal(fd, file.library)
-        return f"{NO_INSTRUCTION}: {reason}; {INSTEAD}" if reason else None
 
     def _makes_room(self, owner: int, count: int) -> bool:
         """Whether so many probes more are within limits, once files that nobody runs are left."""
@@ -472,46 +502,56 @@ class Attachments:
                 return False
         return True
 
-    def _cookie(self, file: File, fd: int) -> int:
-        """The cookie of a file's probes: Go's offsets, or its number and whether it is proved."""
-        library = file.library
-        assert library is not None
+    def _cookie(self, file: File, probed: ProbedLibrary, fd: int) -> int:
+        """The cookie of a library's probes: Go's offsets, or its number, and if it is proved."""
+        library = probed.library
         names = any(probe.program in NAMING for probe in library.probes)
         if not library.unproved and not (names and self._has_cookies):
             return library.cookie
-        file.number = self._names.number(fd, library)
-        if not file.number:
+        probed.number = self._names.number(fd, library)
+        if not probed.number:
             return 0
-        self._by_number[file.number] = file
-        return file.number | (UNPROVED if library.unproved else 0)
+        self._by_number[probed.number] = file, probed
+        return probed.number | (UNPROVED if library.unproved else 0)
 
-    def _attach_probes(self, file: File, fd: int, cookie: int) -> OSError | None:
-        """All of them, or none."""
-        assert file.library is not None
-        probes = file.library.probes
+    def _attach_probes(
+        self, file: File, probed: ProbedLibrary, fd: int, cookie: int
+    ) -> OSError | None:
+        """All of them, or none. Raises Unfit."""
+        probes = list(cookies(probed.library, cookie, platform.machine()))
         try:
-            file.probes = attaching.attach(self._programs, f"/proc/self/fd/{fd}", probes, cookie)
+            probed.probes = attaching.attach(self._programs, f"/proc/self/fd/{fd}", probes)
         except OSError as error:
             return error
-        file.attached = len(probes)
-        self._probes[file.owner] += file.attached
+        file.attached += len(probes)
+        self._probes[file.owner] += len(probes)
         return None
 
     def detach(self, file: File) -> None:
         """Remove the file's probes."""
-        self._remove_probes(file)
-        if file.number:
-            del self._by_number[file.number]
-            self._names.release(file.number)
-            file.number = 0
+        self._remove_probes(file, file.libraries)
 
-    def _remove_probes(self, file: File) -> None:
-        if file.held_as:
-            self._hold.drop(file.held_as)
-            file.held_as = ""
-        self._closer.close(file.owner, file.inode, file.probes)
-        self._probes[file.owner] -= file.attached
-        file.probes, file.attached = [], 0
+    def _remove_probes(self, file: File, libraries: Sequence[ProbedLibrary]) -> None:
+        """Remove those of some of its libraries."""
+        held_as, file.held_as = file.held_as, ""
+        if held_as:
+            self._hold.drop(held_as)
+        for probed in libraries:
+            if probed.probes:
+                self._closer.close(file.owner, file.inode, probed.probes)
+                self._probes[file.owner] -= len(probed.library.probes)
+                file.attached -= len(probed.library.probes)
+                probed.probes = []
+            self._release(probed)
+        if file.probes and held_as:
+            self._have_held(_held_identity(held_as), file)
+
+    def _release(self, probed: ProbedLibrary) -> None:
+        """Give the library's number back."""
+        if probed.number:
+            del self._by_number[probed.number]
+            self._names.release(probed.number)
+            probed.number = 0
 
     def drop_unused(self) -> None:
         """Detach from files that nobody in scope maps and that no path leads to any more."""
@@ -683,6 +723,12 @@ def open_regular(path: str) -> int:
         os.close(held)
 
 
+def _held_identity(name: str) -> FileId:
+    """The file that the supervisor holds the probes of by this name."""
+    device, inode, changed_ns = map(int, name[5:].split(":"))
+    return device, inode, changed_ns
+
+
 def _identity(found: os.stat_result) -> FileId:
     return found.st_dev, found.st_ino, found.st_ctime_ns
 
@@ -705,9 +751,24 @@ def _is_as_it_was(file: File, fd: int) -> bool:
     if not file.library or not file.code or _is_overlay(fd):
         return False
     with contextlib.suppress(OSError, ElfError):
-        same = code_digest(fd, file.library) == file.code
-        return same and refusal(fd, file.library) is None
+        return code_digest(fd, file.library) == file.code and not _are_refused(fd, file.library)
     return False
+
+
+def _are_refused(fd: int, library: Library) -> bool:
+    """Whether root's check refuses what was found, in any library of the file."""
+    return any(refusal(fd, each) for each in (library, *library.others))
+
+
+def _probes_in(library: Library) -> int:
+    """How many probes a file gets."""
+    return sum(len(each.probes) for each in (library, *library.others))
+
+
+def _together(libraries: Sequence[ProbedLibrary]) -> Library:
+    """The inverse of `libraries_in`."""
+    first, *others = (probed.library for probed in libraries)
+    return replace(first, others=tuple(others))
 
 
 def _is_overlay(fd: int) -> bool:

@@ -167,5 +167,8 @@ def _digest_of_finders() -> str:
 
 
 def code_digest(fd: int, library: Library) -> str:
-    """Of the functions' code and of what proves their starts. Raises OSError."""
-    return hashlib.blake2b(code_of(fd, library), digest_size=16).hexdigest()
+    """Of the functions' code and of what proves their starts, also of others. Raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    for each in (library, *library.others):
+        digest.update(code_of(fd, each))
+    return digest.hexdigest()

@@ -1,9 +1,10 @@
 """Where each TLS library keeps a connection's host name: learned by the kernel, remembered here.
 
 The host of a connection older than the probes is read from its SSL object, at an offset that
-`learn_name_location` in probe.bpf.c has confirmed on two connections of the same file. It counts
-for that one file, also in the next run, as in `known_files.py`: no owner's file decides anything
-about another's. This file reads no process's memory: such objects hold keys.
+`learn_name_location` in probe.bpf.c has confirmed on two connections of the same file; that of
+every rustls connection is read where `learn_rustls_name` found it. It counts for that one file,
+also in the next run, as in `known_files.py`: no owner's file decides anything about another's. This
+file reads no process's memory: such objects hold keys.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from capture import bpf
 from capture.functions.library import Library
+from capture.helper.files.cookies import assumed_name
 from capture.helper.files.known_files import FileMemory, code_digest
 
 NUMBERS_MAX = 4096
@@ -24,12 +26,13 @@ NUMBERS_MAX = 4096
 KEPT_BYTES_MAX = 1024
 OFFSET_MAX = 4096
 """NAME_SCAN_BYTES of probe.bpf.c."""
+RUSTLS_OFFSETS_MAX = (2048, 512)
+"""RUSTLS_SCAN_BYTES and RUSTLS_STATE_BYTES."""
 NAMING = frozenset(("enter_ctrl", "enter_set_host"))
-UNPROVED = 0x10000  # COOKIE_UNPROVED
 
 # struct name_location: offset, state, votes, scans, an unused byte, voter.
 VALUE = struct.Struct("=IBBBBQ")
-_SOUGHT, KNOWN = 0, 1
+_SOUGHT, KNOWN, ASSUMED = 0, 1, 3
 
 
 class _Build(NamedTuple):
@@ -37,6 +40,7 @@ class _Build(NamedTuple):
 
     found: os.stat_result
     code: str
+    is_rustls: bool
 
 
 class NameLocations:
@@ -56,15 +60,17 @@ class NameLocations:
         self._free = list(range(NUMBERS_MAX - 1, 0, -1))
 
     def number(self, fd: int, library: Library) -> int:
-        """A number for a file, its offset set where it is known; 0 when no number is left."""
+        """A number for a library in a file, its offset set where it is known; 0: none is left."""
         if not self._free:
             return 0
         number = self._free.pop()
         offset = 0
+        assumed = 0 if library.layer is None else assumed_name(library.layer)
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            build = self._builds[number] = _Build(os.fstat(fd), code_digest(fd, library))
+            build = _Build(os.fstat(fd), code_digest(fd, library), library.layer is not None)
+            self._builds[number] = build
             offset = self._read(build)
-        self._set(number, offset)
+        self._set(number, offset or assumed, KNOWN if offset else ASSUMED)
         return number
 
     def adopt(self, number: int) -> None:
@@ -85,23 +91,38 @@ class NameLocations:
         with contextlib.suppress(OSError, ValueError):
             self._keep(build, offset)
 
-    def _set(self, number: int, offset: int) -> None:
+    def _set(self, number: int, offset: int, state: int) -> None:
         key = struct.pack("=I", number)
         if self._proofs:
             self._proofs.set(key, bytes(8))
         if self._locations:
-            state = KNOWN if offset else _SOUGHT
+            state = state if offset else _SOUGHT
             self._locations.set(key, VALUE.pack(offset, state, 0, 0, 0, 0))
 
     def _read(self, build: _Build) -> int:
-        kept = json.loads(self._memory.read(build.found) or "{}")
-        if not isinstance(kept, dict) or kept.get("code") != build.code:
+        offset = self._kept(build).get(build.code)
+        if not isinstance(offset, int) or offset <= 0:
             return 0
-        offset = kept.get("name_at")
-        return offset if isinstance(offset, int) and 0 < offset < OFFSET_MAX else 0
+        if build.is_rustls:
+            state, name = offset >> 16, offset & 0xFFFF
+            inside = state < RUSTLS_OFFSETS_MAX[0] and name < RUSTLS_OFFSETS_MAX[1]
+        else:
+            inside = offset < OFFSET_MAX
+        return offset if inside else 0
+
+    def _kept(self, build: _Build) -> dict[str, Any]:
+        """By a library's code, what is remembered of the file: it may have several."""
+        kept = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            kept = json.loads(self._memory.read(build.found) or "{}")
+        names = kept.get("names") if isinstance(kept, dict) else None
+        return names if isinstance(names, dict) else {}
 
     def _keep(self, build: _Build, offset: int) -> None:
+        names = {code: at for code, at in self._kept(build).items() if code != build.code}
         if offset:
-            self._memory.write(build.found, json.dumps({"code": build.code, "name_at": offset}))
+            names[build.code] = offset
+        if names:
+            self._memory.write(build.found, json.dumps({"names": names}))
         else:
             self._memory.drop(build.found)

@@ -3,7 +3,9 @@
 // models and projects come from traffic.
 
 const PERIODS = ["today", "7d", "30d", "90d", "all"];
-const DIMENSIONS = ["model", "project", "provider", "process", "kind", "git_branch", "error_class"];
+const DIMENSIONS = [
+  "model", "project", "provider", "process", "client", "agent", "kind", "git_branch", "error_class",
+];
 const FILTERS = ["project", "provider", "model"];
 const REFRESH_MS = 15000;
 
@@ -158,11 +160,88 @@ function coverage(found) {
   $("coverage").replaceChildren(...lines.map((line) => element("li", line)));
 }
 
+function connections(said) {
+  const lines = said === null ? ["Coverage is known for periods alone, not for a model, provider or project."]
+    : said.length ? said : ["No connection was counted. Uprobes count them: sudo halton-meter start"];
+  $("connections").replaceChildren(...lines.map((line) => element("li", line.trim())));
+}
+
 function note(event) {
   if (event.implausible) return "implausible";
   if (event.error_class) return event.error_class;
   if (event.gap) return `incomplete: ${event.gap}`;
   return { complete: "", gapped: "incomplete (bytes lost)", aborted: "interrupted" }[event.outcome];
+}
+
+const percent = (part) => (part > 0 && part < 0.005 ? "< 1 %" : `${Math.round(100 * part)} %`);
+
+const time = (text) => {
+  const at = new Date(text);
+  const sameDay = at.toDateString() === new Date().toDateString();
+  const clock = { hour: "2-digit", minute: "2-digit" };
+  return sameDay ? at.toLocaleTimeString([], clock) : at.toLocaleString([], { weekday: "short", day: "numeric", month: "short", ...clock });
+};
+
+const PLANS = { claude: "Claude plan", chatgpt: "ChatGPT plan" };
+
+function windowNote(found) {
+  if (found.has_reset) return `reset ${time(found.resets_at)}; no response since has said how much is used`;
+  const notes = [];
+  if (found.pace) {
+    notes.push(`pace ${found.pace.ratio.toFixed(1)}x`);
+    if (found.pace.full_at) notes.push(`100 % at ${time(found.pace.full_at)}`);
+    else notes.push(`${percent(found.pace.used_at_reset)} when it resets`);
+  }
+  if (found.resets_at) notes.push(`resets ${time(found.resets_at)}`);
+  return notes.join(", ");
+}
+
+function windowUsers(found) {
+  const users = or(found.used_by.project, []).filter((share) => share.used_max > 0).slice(0, 5);
+  return users.map((share) => {
+    const who = share.elsewhere ? "elsewhere" : or(share.key, "unknown");
+    const least = Math.floor(100 * share.used_min + 1e-6);
+    const most = Math.ceil(100 * share.used_max - 1e-6);
+    return `${who} ${percent(share.used_estimate)}` + (least < most ? ` (${least}-${most})` : "");
+  }).join(", ");
+}
+
+function windowRow(found) {
+  const used = found.used === null ? null : Number(found.used);
+  const gauge = element("td", null, "share");
+  const bar = element("div", null, used >= 0.95 ? "bar alarm" : "bar");
+  bar.style.width = `${used === null ? 0 : Math.min(100, 100 * used)}%`;
+  gauge.append(bar);
+  const made = row([[found.label]]);
+  made.append(gauge);
+  const cells = [[used === null ? "?" : percent(used), "number"], [windowNote(found)], [windowUsers(found), "dim"]];
+  for (const [text, className] of cells) made.append(element("td", text, className));
+  return made;
+}
+
+function rateRow(found) {
+  const left = found.has_reset ? "all" : count(found.remaining);
+  const of = found.limit === null ? "" : ` of ${count(found.limit)}`;
+  return row([[`${found.label} ${or(found.model, "")}`], [""], [`${left}${of}`, "number"], ["left"], [""]]);
+}
+
+function plan(found) {
+  const shown = found.accounts.flatMap((account) => {
+    const name = account.plan ? or(PLANS[account.plan], account.plan) : `${account.provider} API key`;
+    const title = account.account ? `${name}, account ${account.account.slice(0, 6)}` : name;
+    const rows = account.windows.flatMap((window) => {
+      if (window.kind === "plan" && window.last_used !== null) return [windowRow(window)];
+      return window.kind === "rate" ? [rateRow(window)] : [];
+    });
+    if (!rows.length) return [];
+    const table = element("table");
+    table.append(...rows);
+    const parts = [element("h3", title), table];
+    if (Number(account.overage_usd)) parts.push(element("p", `${dollars(account.overage_usd)} billed beyond the plan this month`));
+    return parts;
+  });
+  $("plan").replaceChildren(...shown);
+  $("plan-section").hidden = !shown.length;
 }
 
 const zone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
@@ -196,11 +275,15 @@ async function show() {
   choices("dimensions", "by", DIMENSIONS, "model");
   filters();
   try {
-    const [report, days] = await Promise.all([fetched("api/report", { by }), fetched("api/report", { by: "day" })]);
+    const [report, days, limits] = await Promise.all([
+      fetched("api/report", { by }), fetched("api/report", { by: "day" }), fetched("api/plan", {}),
+    ]);
     totals(report.totals);
+    plan(limits);
     trend(days.groups);
     groups(report, by);
     coverage(report.coverage);
+    connections(report.coverage_said);
     await requests(null);
     $("problem").textContent = "";
   } catch (error) {

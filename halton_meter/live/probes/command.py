@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 
 from halton_meter.accounts import Account
+from halton_meter.live.held import HeldCommand
 from halton_meter.live.not_started import NOT_RUNNABLE, not_started
 from halton_meter.privileges import become
 
@@ -136,8 +137,12 @@ def attend(
     selector: selectors.BaseSelector,
     tick: Callable[[], None],
     wait_s: Callable[[], float | None],
+    held: HeldCommand,
 ) -> int:
-    """Wait for the command's end; meanwhile pass signals on and do what else is ready."""
+    """Wait for the command's end; meanwhile pass signals on and do what else is ready.
+
+    While the command is stopped at a limit, `held` deals with signals.
+    """
     ended = False
 
     def on_end() -> None:
@@ -146,7 +151,9 @@ def attend(
 
     def on_signal() -> None:
         number, by_terminal = signals.read()
-        if not by_terminal:  # the terminal's went to the command, too: it is in our group
+        if (
+            not held.on_signal(number) and not by_terminal
+        ):  # the terminal's went to the command, too: it is in our group
             command.signal(number)
 
     selector.register(command.pidfd, selectors.EVENT_READ, on_end)
@@ -157,4 +164,5 @@ def attend(
         tick()
     selector.unregister(command.pidfd)
     selector.unregister(signals)
+    held.end()
     return command.reap()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import selectors
 import signal
 import time
@@ -22,14 +23,15 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import LINES_MAX, Config, ConfigError, Loaded, is_host
+from halton_meter.config import LINES_MAX, SYSTEM_CONFIG, Config, ConfigError, Loaded, is_host
 from halton_meter.coverage import Coverage
-from halton_meter.live.control import Control, ServiceAbsent
+from halton_meter.live.control import Control, ServiceAbsent, ask_service
+from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_MAX, remembered
 from halton_meter.live.probes.supervisor import Plan, Supervisor
-from halton_meter.live.result import RunResult
+from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
@@ -56,7 +58,10 @@ def read_configuration(account: Account, home: Path) -> tuple[Loaded, tuple[str,
         found = config.read(home)
         hosts = Registry(found.config.extra_hosts).hosts()
         return {
-            "configuration": [dataclasses.asdict(found.config), hosts],
+            "configuration": [
+                dataclasses.asdict(dataclasses.replace(found.config, budgets=())),
+                hosts,
+            ],
             "wrong": list(found.wrong),
             "notes": list(found.notes),
         }
@@ -75,13 +80,15 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
     """The configuration that the account's process says it has read. Raises ConfigError."""
     try:
         table, hosts = said
-        for name in ("openai_compatible_hosts", "users"):
-            table[name] = tuple(str(each) for each in table[name])
-        table["hosts"] = {str(host): str(family) for host, family in table["hosts"].items()}
-        table["all_users"] = table["all_users"] is True
-        table["loader"] = str(table["loader"])
-        table.pop("proxy", None)  # the proxy's own business
-        return Config(**table), tuple(str(host) for host in hosts if is_host(str(host)))
+        # All else is the business of processes that read it as the user.
+        chosen = Config(
+            tuple(str(each) for each in table["openai_compatible_hosts"]),
+            {str(host): str(family) for host, family in table["hosts"].items()},
+            tuple(str(each) for each in table["users"]),
+            table["all_users"] is True,
+            str(table["loader"]),
+        )
+        return chosen, tuple(str(host) for host in hosts if is_host(str(host)))
     except (TypeError, ValueError, KeyError, AttributeError):
         raise ConfigError(f"the process that acts as {account.name} gave no valid answer") from None
 
@@ -92,9 +99,12 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
 def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan) -> RunResult:
     """Run one command as the user, metered by probes of its own. Raises Unavailable."""
     Signals.block()
+    held = HeldCommand()
+    held.begin()
     command = Command(argv, plan.account, environment)
     programs = programs_ahead(argv, environment, plan.account, plan.home)
-    supervisor = Supervisor(dataclasses.replace(plan, roots=(command.pid,), programs=programs))
+    plan = dataclasses.replace(plan, roots=(command.pid,), programs=programs)
+    supervisor = Supervisor(plan, held)
     try:
         supervisor.start()
         signals = Signals()
@@ -103,20 +113,30 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan)
         Signals.unblock()
         raise
     command.release()
-    code = attend(command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s)
+    code = attend(
+        command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s, held
+    )
     result = supervisor.finish()
-    result.exit_code = code
+    result.exit_code, result.held = code, held.last
     return result
 
 
 def run_watched(
-    argv: Sequence[str], environment: Mapping[str, str], account: Account, control: Control
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    account: Account,
+    control: Control,
+    limit: RunLimit = NO_LIMIT,
 ) -> RunResult:
     """Run one command that the service meters anyway, and ask the service about it at the end."""
     Signals.block()
+    held = HeldCommand(control.tell)
+    held.begin()
+    control.on_news = held.take
     command = Command(argv, account, environment)
     try:
-        control.ask("watch", pid=command.pid)
+        watched = {"max_usd": limit.max_usd, "at_limit": limit.at_limit} if limit.max_usd else {}
+        control.ask("watch", pid=command.pid, **watched)
         _search(programs_ahead(argv, environment, account), control)
         signals = Signals()
     except BaseException:
@@ -127,7 +147,13 @@ def run_watched(
     started_ns = time.time_ns()
     selector = selectors.DefaultSelector()
     result = RunResult()
-    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None)
+
+    def on_news() -> None:
+        if not control.take_news():  # the service is gone; what it stopped stays so
+            selector.unregister(control)
+
+    selector.register(control, selectors.EVENT_READ, on_news)
+    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None, held)
     try:
         reply = control.ask("finish")
         result.totals = Totals.of_json(reply.get("totals"))
@@ -137,6 +163,7 @@ def run_watched(
         result.price_error = reply.get("price_error")
     except (ServiceAbsent, ValueError):
         result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
+    result.held = held.last
     return result
 
 
@@ -162,10 +189,13 @@ def covers(status: Mapping[str, Any], uid: int) -> bool:
 # --- the service --------------------------------------------------------------------------------
 
 
-def serve(plan: Plan, say: Callable[[str], None]) -> None:
+def serve(
+    plan: Plan, say: Callable[[str], None], plan_again: Callable[[], Plan] | None = None
+) -> None:
     """Meter until SIGTERM, SIGINT or `stop`; restart what dies. Raises Unavailable at first.
 
-    `say` must not raise on a full disk: that would end the service (`cli/daemon.py`).
+    At SIGHUP the configuration is read again by `plan_again`; without it, nothing happens. `say`
+    must not raise on a full disk: that would end the service (`cli/daemon.py`).
     """
     Signals.block()
     signals = Signals()
@@ -180,8 +210,10 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
 
     def on_signal() -> None:
         nonlocal ending
-        number, _ = signals.read()
+        number, by_terminal = signals.read()
         ending = ending or number in (signal.SIGTERM, signal.SIGINT)
+        if number == signal.SIGHUP and not by_terminal and plan_again is not None:
+            _reload(supervisor, plan, plan_again, say)
 
     supervisor.selector.register(signals, selectors.EVENT_READ, on_signal)
     while not ending and not supervisor.stop_asked:
@@ -194,6 +226,50 @@ def serve(plan: Plan, say: Callable[[str], None]) -> None:
     supervisor.selector.unregister(signals)
     lost = supervisor.finish()
     say(f"stopped; {lost.store_error}" if lost.store_error else "stopped")
+
+
+def _reload(
+    supervisor: Supervisor,
+    first: Plan,
+    plan_again: Callable[[], Plan],
+    say: Callable[[str], None],
+) -> None:
+    """Read the configuration again, with the user's rights where it is the user's."""
+    try:
+        plan = plan_again()
+    except ConfigError as error:
+        what = " ".join(error.what.split("\n"))
+        say(f"the configuration could not be read again, nothing has changed: {what}")
+        return
+    if (plan.uids, plan.everyone) != (first.uids, first.everyone):
+        say(f"whom {SYSTEM_CONFIG} names to be metered counts from the next start on")
+    supervisor.reload(plan)
+    say(f"the configuration was read again; {len(plan.hosts)} hosts are watched")
+
+
+def supervisor_of(home: Path, owner: int) -> int | None:
+    """The process id of the supervisor of that user's service; None where none runs.
+
+    The user's own process names it, so it counts only if it is a process of root's that runs our
+    daemon.
+    """
+    status = ask_service(home, "status", owner=owner) or {}
+    pid = untrusted.whole_number(status, "supervisor_pid", untrusted.PID_MAX, 2)
+    return pid if pid is not None and _is_daemon(pid) else None
+
+
+def _is_daemon(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        of_root = os.stat(f"/proc/{pid}").st_uid == 0
+        return of_root and b"halton_meter" in words and b"daemon" in words
+    return False
+
+
+def signal_reload(pid: int) -> None:
+    """Have a supervisor read its configuration again."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGHUP)
 
 
 def _disk_refusal(home: Path) -> str | None:
@@ -220,7 +296,7 @@ def service_plan(
     Root alone chooses the users, and the hosts of other users' processes: on the command line and
     in `config.SYSTEM_CONFIG`. A user's own file adds hosts for the user's own processes.
     """
-    from halton_meter.config import SYSTEM_CONFIG, read_system
+    from halton_meter.config import read_system
 
     of_root = read_system()
     own, hosts = read_configuration(account, home)
@@ -241,6 +317,7 @@ def service_plan(
         hosts = _hosts_of(system)
     else:
         hosts = tuple(dict.fromkeys((*hosts, *_hosts_of(system)))) if system.extra_hosts else hosts
+    own_hosts = chosen.extra_hosts
     chosen = dataclasses.replace(
         chosen,
         openai_compatible_hosts=(*chosen.openai_compatible_hosts, *system.openai_compatible_hosts),
@@ -257,6 +334,7 @@ def service_plan(
         cgroup=cgroup,
         programs=_remembered(account, home),
         config_error="\n".join(wrong) or None,
+        own_hosts=own_hosts,
     )
 
 

@@ -17,22 +17,24 @@ import selectors
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import Config, ConfigError
+from halton_meter.contract import usd_text
 from halton_meter.coverage import Coverage
 from halton_meter.live import own_code
+from halton_meter.live.held import HeldCommand
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import Downtime
 from halton_meter.live.probes.worker import COVERAGE_SHOWN_MAX, Job, stored_totals
 from halton_meter.live.restarts import Restarts, cause_of_death
-from halton_meter.live.result import RunResult
+from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 from halton_meter.problem import Problem, Unavailable
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
+PROMPT_NICE = -10
 COVERAGE_TEXTS = ("process", "user", "host", "stack", "library", "state", "advice")
 LINE_BYTES_MAX = 4 << 20
 # Read at a time, so that a worker that never stops writing does not keep us from other events.
@@ -66,7 +69,9 @@ class Plan:
     everyone: bool = False
     cgroup: str | None = None
     programs: tuple[str, ...] = ()  # what a run is about to start
+    limit: RunLimit = NO_LIMIT  # of a run
     config_error: str | None = None  # lines about values that are not used
+    own_hosts: Mapping[str, str] = field(default_factory=dict)  # those of the user's own file
 
     def scope(self) -> Scope:
         """Whose plaintext the kernel may copy."""
@@ -88,6 +93,10 @@ class Plan:
             scope=scope,
             supervisor_pid=os.getpid(),
             config_error=self.config_error,
+            own_hosts=dict(self.own_hosts),
+            run_pid=self.roots[0] if self.roots else None,
+            max_usd=self.limit.max_usd,
+            at_limit=self.limit.at_limit,
             **fields,
         )
 
@@ -106,6 +115,9 @@ class Worker:
             self._process = self._start(account, job, link, theirs)
         assert self._process.stdout is not None
         self._send(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
+        if job.max_usd is not None:  # who is over a limit is stopped within milliseconds
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, PROMPT_NICE)
         os.set_blocking(self._process.stdout.fileno(), False)
 
     @staticmethod
@@ -167,6 +179,16 @@ class Worker:
         """Let it continue at another helper."""
         self._send(b"link\n", [link.fileno()])
 
+    def reload(self, job: Job) -> None:
+        """Let it use the hosts of this job, and read again what the user may have changed."""
+        hosts = {"extra_hosts": job.extra_hosts, "own_hosts": job.own_hosts}
+        told = {**hosts, "config_error": job.config_error}
+        self._send(b"reload " + json.dumps(told).encode() + b"\n")
+
+    def tell(self, what: str) -> None:
+        """Ask it to "continue", or to "end", what it has stopped of a run."""
+        self._send(what.encode() + b"\n")
+
     def finish(self) -> None:
         """Ask it to drain, store and end."""
         self._send(b"finish\n")
@@ -184,10 +206,12 @@ class Worker:
 class Supervisor:
     """Keeps both halves alive; its owner waits on a selector and calls what is ready."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, held: HeldCommand | None = None) -> None:
         from capture.helper.handover import Keeper
 
         self._plan = plan
+        self._held = held or HeldCommand()
+        self._held.ask = self._tell_worker
         self._keeper: Keeper = Keeper()
         self._helper_restarts = Restarts()
         self._helper_runs = False
@@ -290,10 +314,21 @@ class Supervisor:
             lost_before=self._losses.before,
             owed=self._losses.owed,
             outages=self._losses.outages,
+            spent_before=self._spent(),
         )
         self._worker, self._ended = Worker(self._plan.account, job, link), False
         self._worker_restarts.begun()
         self.selector.register(self._worker, selectors.EVENT_READ, self.attend)
+
+    def _spent(self) -> dict[str, Any]:
+        """What workers before this one have counted, for a run's limit."""
+        line = self._before.total
+        unpriced = line.unpriced + line.implausible
+        return {"usd": usd_text(line.list_usd), "requests": line.requests, "unpriced": unpriced}
+
+    def _tell_worker(self, what: str) -> None:
+        if self._worker is not None:
+            self._worker.tell(what)
 
     def _restart_worker(self) -> None:
         from capture.uprobes import link_to
@@ -323,6 +358,8 @@ class Supervisor:
 
     def _take(self, message: dict[str, Any]) -> None:
         self._losses.take(message)
+        if not self._plan.service:
+            self._held.take(message)
         if message.get("ready"):
             self._ready = True
             self._end_downtime()
@@ -396,6 +433,24 @@ class Supervisor:
         except OSError as error:
             self._note_death(f"it could not be started: {error.strerror}")
             restarts.died()
+
+    def reload(self, plan: Plan) -> None:
+        """Meter by another configuration from now on; whose processes are metered stays the same.
+
+        Nothing is restarted, and no request is missed.
+        """
+        self._plan = dataclasses.replace(
+            self._plan,
+            config=plan.config,
+            hosts=plan.hosts,
+            own_hosts=plan.own_hosts,
+            config_error=plan.config_error,
+        )
+        if self._helper_runs:
+            with contextlib.suppress(OSError):  # it is about to be found dead: the next one knows
+                self._keeper.set_hosts(self._plan.hosts)
+        if self._worker is not None:
+            self._worker.reload(self._plan.job())
 
     def finish(self) -> RunResult:
         """Let the worker drain and store the rest, end both processes; returns what was metered."""

@@ -28,14 +28,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halton_meter import untrusted
+from halton_meter.budget import STOP
+from halton_meter.config import SYSTEM_CONFIG
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import status
-from halton_meter.live.control import SOCKET_NAME, Answering, Client
+from halton_meter.live.control import (
+    SOCKET_NAME,
+    Answering,
+    Client,
+    remove_dead_run_sockets,
+    run_socket_name,
+)
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import EventStore, JournalWriter
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
+from halton_meter.live.probes.holding import LEISURE_MS, Holding, cap_of
 from halton_meter.live.probes.remembered import remember
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, Process, TlsChunk
@@ -80,7 +90,10 @@ class Job:
     are set when this one replaces one that died; `continued` means that the kernel went on copying
     meanwhile, so nothing was missed. `lost_before` counts what earlier workers have lost, `owed`
     what of that is in no store yet; `outages` are those that the disk refused so far.
-    `config_error` has a line for each configured value that is wrong and not used.
+    `config_error` has a line for each configured value that is wrong and not used; `own_hosts` are
+    those of `extra_hosts` that the user's own file names. `run_pid` is the command of a `run`,
+    `max_usd` what it may spend, `at_limit` what follows, and `spent_before` what an earlier worker
+    has counted: "usd", "requests", "unpriced".
     """
 
     home: str
@@ -96,6 +109,11 @@ class Job:
     outages: list[dict[str, str]] = field(default_factory=list)
     supervisor_pid: int | None = None
     config_error: str | None = None
+    own_hosts: dict[str, str] = field(default_factory=dict)
+    run_pid: int | None = None
+    max_usd: str | None = None
+    at_limit: str = STOP
+    spent_before: dict[str, Any] = field(default_factory=dict)
 
 
 # --- the process --------------------------------------------------------------------------------
@@ -141,6 +159,9 @@ class PlaintextSource(Protocol):
     def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
         """Have programs' files searched; how many still are. Raises Unavailable."""
 
+    def pace(self, pause_ms: int, timeout_s: float = 5.0) -> None:
+        """Let plaintext gather for so long before it comes. Raises Unavailable."""
+
     def coverage(self) -> list[ProcessCoverage]:
         """The processes in scope that use TLS."""
 
@@ -179,10 +200,19 @@ class Metering:
         meter: Meter,
         store: EventStore,
         price_error: str | None = None,
+        pipeline: Pipeline | None = None,
+        holding: Holding | None = None,
     ) -> None:
+        self._holding = holding or Holding(Path(job.home), is_run=not job.service)
+        self._holding.refresh = self._refresh_sums
+        self._pause_ms = LEISURE_MS
         self._job = job
         self._source = source
         self._meter = meter
+        self._pipeline = pipeline
+        self._config_error = job.config_error
+        self._own_hosts = job.own_hosts
+        self._in_flight = InFlight(meter)
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
         self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
@@ -200,6 +230,7 @@ class Metering:
         self._sent: dict[str, Any] = {}
         self._answering: Answering | None = None
         self._commands = bytearray()
+        self._asked_to_end = False
         self._stdin = socket.socket(fileno=os.dup(sys.stdin.fileno()))
         self._exit_code: int | None = None
         self._outages = Outages(Path(job.home), unwritten=job.outages) if job.service else None
@@ -208,14 +239,17 @@ class Metering:
         """Meter until asked to end; returns the exit code."""
         if self._outages is not None:
             self._journal.try_disk()
+            self._journal.expire_daily()
             if self._job.continued:
                 self._outages.alive(self._started_ns)
             else:
                 self._outages.begin(self._started_ns, self._job.died_at_ns, self._job.cause)
-            home = Path(self._job.home)
-            self._answering = Answering(home, self._selector, self._answer, self._forget_run)
+        self._open_control()
         self._listen()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
+        self._watch_own_run()
+        self._holding.guard.look()
+        self._set_pace()
         send({"ready": True, "loader": self._source.status().loader})
         self._journal.count_losses(self._job.owed)
         self._journal.written()
@@ -227,6 +261,13 @@ class Metering:
             self._tick()
         self._close()
         return self._exit_code
+
+    def _open_control(self) -> None:
+        home, name, answer = Path(self._job.home), SOCKET_NAME, self._answer
+        if not self._job.service:
+            remove_dead_run_sockets(home)
+            name, answer = run_socket_name(), self._answer_of_run
+        self._answering = Answering(home, self._selector, answer, self._forget_run, name)
 
     # --- plaintext and events
 
@@ -270,7 +311,9 @@ class Metering:
             count += 1
             if time.monotonic() >= until:
                 break
+        self._holding.keep(events)
         self._keep(events)
+        self._set_pace()
         if count:
             self._source.processed(count, self._meter.is_open)
         if not self._reading and self._backlog_bytes <= BACKLOG_BYTES_MAX // 2:
@@ -285,6 +328,8 @@ class Metering:
 
     def _keep(self, events: list[PricedEvent]) -> None:
         self._totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
         if not events:
             return
         if not self._job.service:
@@ -299,6 +344,27 @@ class Metering:
         self._last_event_ns = events[-1].usage.at_ns
         if not self._job.service:
             send({"totals": self._totals.as_json()})
+
+    # --- limits
+
+    def _watch_own_run(self) -> None:
+        """Hold the command of a single run at its limit, and at the budgets."""
+        job = self._job
+        if job.run_pid is not None:
+            name = f"run-{job.run_pid}"
+            cap = cap_of(name, job.max_usd, job.at_limit, job.spent_before)
+            self._holding.watch(None, job.run_pid, send, cap)
+
+    def _set_pace(self) -> None:
+        """Hear of plaintext sooner near a limit: what is over it is then stopped at once."""
+        if self._pause_ms != self._holding.pause_ms and self._source.linked:
+            with contextlib.suppress(Unavailable):  # a helper that dies: the next one is asked
+                self._source.pace(self._holding.pause_ms)
+                self._pause_ms = self._holding.pause_ms
+
+    def _refresh_sums(self) -> None:
+        """Have the database asked what budgets have spent, in the process that flushes."""
+        self._journal.flush(lambda: None)
 
     def _on_write(self) -> None:
         """Put on disk what else it refused, and report how much a kill would lose."""
@@ -359,7 +425,7 @@ class Metering:
     # --- time
 
     def _dues(self) -> tuple[float | None, ...]:
-        return self._journal.due_at, self._source.due_at
+        return self._journal.due_at, self._source.due_at, self._holding.due_at
 
     def _wait_s(self) -> float:
         if self._backlog:
@@ -377,6 +443,7 @@ class Metering:
         self._count_connections()
         now = time.monotonic()
         self._journal.tick(now)
+        self._holding.tick(now)
         if self._outages is not None and now >= self._alive_at + ALIVE_EVERY_S:
             self._alive_at = now
             self._outages.alive(time.time_ns())
@@ -391,9 +458,53 @@ class Metering:
         self._commands += data
         for fd in fds:
             self._resume(socket.socket(fileno=fd))
-        if not data or b"finish" in self._commands:
+        *lines, rest = self._commands.split(b"\n")
+        self._commands = rest
+        for line in lines:
+            what, _, argument = line.partition(b" ")
+            self._asked_to_end |= what == b"finish"
+            if what == b"reload":
+                self._take_configuration(json.loads(argument))
+            elif what == b"continue":
+                self._holding.go_on(None)
+            elif what == b"end":
+                self._holding.end(None)
+        if not data or self._asked_to_end:
             # An end without "finish" is the supervisor's death: what was captured is still kept.
             self._exit_code = ENDED
+
+    def _take_configuration(self, told: dict[str, Any]) -> None:
+        """Root has read the configuration again: other hosts are watched."""
+        if self._pipeline is None:
+            return
+        self._pipeline.use_hosts(told["extra_hosts"])
+        self._own_hosts = told["own_hosts"]
+        self._reload()
+        self._config_error = told["config_error"]
+
+    def _reload(self) -> dict[str, Any]:
+        """Use the user's rules and prices as they are now, and what the client is to be told.
+
+        Hosts are not taken from here: which of them are watched is root's to say.
+        """
+        if self._pipeline is None:
+            return {"error": "a run reads the configuration once"}
+        found = self._pipeline.reload()
+        self._journal.condition.price_error = self._pipeline.price_error
+        of_root = [
+            line
+            for line in (self._config_error or "").split("\n")
+            if line.startswith(str(SYSTEM_CONFIG))
+        ]
+        self._config_error = "\n".join((*of_root, *found.wrong)) or None
+        hosts = found.config.extra_hosts
+        return {
+            "reloaded": True,
+            "wrong": [*found.wrong],
+            "notes": [*found.notes],
+            "price_error": self._pipeline.price_error,
+            "hosts_differ": hosts != self._own_hosts,
+        }
 
     def _resume(self, link: socket.socket) -> None:
         """There is another helper."""
@@ -402,12 +513,14 @@ class Metering:
         with contextlib.suppress(Unavailable):  # then that one dies, too, and another comes
             self._source.resume(link)
             self._restarts += 1
+            self._pause_ms = LEISURE_MS  # a new helper's
         self._listen()
 
     def _close(self) -> None:
         with contextlib.suppress(OSError):
             self._drain()
         self._work(math.inf)
+        self._holding.say()
         self._wait_for_searches()
         self._count_connections()
         open_now = list(self._source.open_connections())
@@ -417,11 +530,12 @@ class Metering:
         if open_now:  # nobody will tell of their end
             self._journal.keep_connections(ended_parts(open_now), time.time_ns())
         self._journal.close()
+        self._holding.close()
+        if self._answering is not None:
+            self._answering.remove()
         if self._outages is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(Path(self._job.home) / SOCKET_NAME)
             now_ns = time.time_ns()
-            if self._exit_code == ENDED and b"finish" not in self._commands:
+            if self._exit_code == ENDED and not self._asked_to_end:
                 self._outages.alive(now_ns)  # the supervisor was killed: nobody asked for this end
             else:
                 self._outages.end(now_ns, clean=self._exit_code == ENDED)
@@ -453,21 +567,43 @@ class Metering:
         asked, pid = request.get("ask"), untrusted.whole_number(request, "pid", untrusted.PID_MAX)
         if asked == "status":
             return self.status()
+        if asked == "in_flight":
+            return self._what_is_in_flight()
         if asked == "watch" and pid is not None:
             self._runs[client] = _Run(pid)
             self._watch(pid)
+            cap = cap_of(f"run-{pid}", request.get("max_usd"), request.get("at_limit"), {})
+            self._holding.watch(client, pid, client.send, cap)
+            self._set_pace()
             return {"watching": pid}
+        if asked == "continue":
+            self._holding.go_on(client)
+            return None
+        if asked == "end":
+            self._holding.end(client)
+            return None
         if asked == "search":
             return {"searching": self._search(request)}
         if asked == "finish" and client in self._runs:
             self._drain()
             self._count_connections()
+            self._holding.say()
             self._journal.flush(lambda: self._send_result(client))
             return None
+        if asked == "reload":
+            return self._reload()
         if asked == "stop":
             send({"stop": True})
             return {"stopping": True}
         return {"error": "unknown request"}
+
+    def _answer_of_run(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of a process that meters one run; who started it asks by its own ways."""
+        asked = request.get("ask") == "in_flight"
+        return self._what_is_in_flight() if asked else {"error": "unknown request"}
+
+    def _what_is_in_flight(self) -> dict[str, Any]:
+        return self._in_flight.answer(self._meter.under_way(), time.time_ns())
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
@@ -483,6 +619,8 @@ class Metering:
 
     def _forget_run(self, client: Client) -> None:
         self._runs.pop(client, None)
+        self._holding.forget(client)
+        self._set_pace()
 
     def _send_result(self, client: Client) -> None:
         """Answer a client that has watched a run, unless it is gone."""
@@ -516,7 +654,8 @@ class Metering:
         linked = self._source.linked
         # A restart that lost nothing is reported, and is no trouble.
         lossless = not self._restarts or not (outages or +losses)
-        well = status.is_well(metered) and lossless and linked and not self._job.config_error
+        well = status.is_well(metered) and lossless and linked and not self._config_error
+        well = well and self._holding.trouble is None
         answer = status.status(
             health=status.OK if well else status.DEGRADED,
             source="uprobes",
@@ -536,7 +675,8 @@ class Metering:
         )
         return {
             **answer,
-            "config_error": self._job.config_error,
+            "config_error": self._config_error,
+            "budget_error": self._holding.trouble,
             "scope": self._job.scope,
             "loader": helper.loader,
             "probes": helper.probes,
@@ -697,13 +837,17 @@ def start(job: Job, link: socket.socket) -> int:
         return REFUSED
     source = UprobeSource(Registry(job.extra_hosts).hosts(), Scope(), link=link, resumable=True)
     # The pipeline is imported while the helper attaches.
-    meter, price_error = make_meter(home, job.extra_hosts)
+    holding = Holding(home, is_run=not job.service)
+    pipeline = Pipeline(home, job.extra_hosts, holding.on_request, holding.on_answer)
+    holding.preview = pipeline.meter.preview
     try:
         source.start()
     except Unavailable as error:
         send({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
-    return Metering(job, source, meter, Store(home), price_error).run()
+    store = Store(home)
+    meter, trouble = pipeline.meter, pipeline.price_error
+    return Metering(job, source, meter, store, trouble, pipeline, holding).run()
 
 
 if __name__ == "__main__":

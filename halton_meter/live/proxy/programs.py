@@ -59,9 +59,10 @@ def process_of(end: ClientSocket) -> Process | None:
     """The process behind a client's socket, or None."""
     if sys.platform == "darwin":
         from capture.processes.arguments import without_secrets
+        from capture.processes.roots import root_name_by
         from proxy_fallback.mitm import owner_macos
 
-        return owner_macos.process_of(end, without_secrets)
+        return owner_macos.process_of(end, without_secrets, root_name_by)
     from capture.processes.proc import read_process
     from proxy_fallback.edge.owner import owner_pid
 

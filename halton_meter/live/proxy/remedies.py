@@ -5,13 +5,16 @@ A table by cause, by program and by TLS library. It knows no counts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 UPROBES = "sudo halton-meter run -- CMD"
 JAVA = "halton-meter run --java -- CMD"
 SYSTEM_TRUST = "halton-meter init --system-trust"
 # Libraries that uprobes cannot probe: for these programs the proxy is the only way.
-_NOT_PROBED = frozenset({"GnuTLS", "NSS", "mbedTLS", "wolfSSL", "Erlang ssl", "JSSE"})
+_NOT_PROBED = frozenset({"Erlang ssl", "JSSE"})
+# Those that read no setting of ours by which a program could trust the proxy.
+_DEAF = frozenset({"GnuTLS", "NSS", "mbedTLS", "wolfSSL", "Erlang ssl"})
 _ITS_OWN = "the program's own proxy setting, with the proxy of halton-meter init"
 # Settings of a program's own, where nothing that we could set makes it use a proxy.
 _OWN_SETTINGS: Mapping[str, str] = {
@@ -25,13 +28,14 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
     name = (program or "").partition(" ")[0].rpartition("/")[2]
     if cause == "proxy_ignored":
         return _OWN_SETTINGS.get(name, _ITS_OWN if stack in _NOT_PROBED else UPROBES)
+    has_uprobes = sys.platform == "linux" and stack not in _NOT_PROBED
     if cause == "trust_not_configurable":
-        return SYSTEM_TRUST
+        return UPROBES if has_uprobes else SYSTEM_TRUST
     if cause in ("certificate_refused", "certificate_refused_now"):
         if stack == "JSSE" or name == "java":
             return JAVA
-        if stack in _NOT_PROBED:
-            return SYSTEM_TRUST
+        if stack in _DEAF:
+            return UPROBES if has_uprobes else SYSTEM_TRUST
         return "halton-meter init, then restart that program" if service else UPROBES
     if cause == "certificate_unusable":
         return "halton-meter init"

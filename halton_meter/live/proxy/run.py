@@ -22,8 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halton_meter import untrusted
+from halton_meter.budget import END
 from halton_meter.config import ConfigError
 from halton_meter.live import control
+from halton_meter.live.held import END_S, HeldCommand
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.not_started import not_started
 from halton_meter.live.pipeline import prepare_home
@@ -32,7 +35,7 @@ from halton_meter.live.proxy.past import Past
 from halton_meter.live.proxy.programs import CERTIFICATE, RUN_FOLDER
 from halton_meter.live.proxy.service import ProxyService
 from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
-from halton_meter.live.result import RunResult
+from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.problem import Problem, Unavailable
 from proxy_fallback.edge import listening
@@ -101,7 +104,7 @@ async def _serve(
     loop.set_exception_handler(lambda *_: service.edge.counts.update(["loop_errors"]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.ask_to_stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
     try:
         await service.start(sockets)
         say(f"the edge listens on {', '.join(service.addresses)}")
@@ -132,6 +135,7 @@ def meter_command(
     extra_hosts: Mapping[str, str],
     upstream: tuple[str, int] | None = None,
     java: bool = False,
+    limit: RunLimit = NO_LIMIT,
 ) -> RunResult:
     """Run `command` behind an edge of its own and store what it used.
 
@@ -141,8 +145,18 @@ def meter_command(
     """
     prepare_home(home)
     upstream = upstream or environment_proxy(environment)
-    job = Job(str(home), False, dict(extra_hosts), upstream)
-    background = _Background(job, environment)
+    name = f"run-{os.getpid()}"
+    job = Job(
+        str(home),
+        False,
+        dict(extra_hosts),
+        upstream,
+        max_usd=limit.max_usd,
+        at_limit=limit.at_limit,
+        run=name,
+    )
+    child = _Child()
+    background = _Background(job, environment, child.take)
     run = RunResult()
     past: Past | None = None
     hosts = provider_hosts(extra_hosts)
@@ -152,13 +166,14 @@ def meter_command(
         with tempfile.TemporaryDirectory(prefix=RUN_FOLDER) as folder:
             proxied = _proxied(environment, port, ca_file, Path(folder), java)
             past = Past(hosts, extra_hosts) if sys.platform == "linux" else None
-            run.exit_code, ran = _run(command, proxied, past)
+            run.exit_code, ran = _run(command, proxied, past, child)
             run.still_running = left_running.wait_for(port)
             if past is not None:
                 past.stop()
                 run.unseen_ms = math.ceil(past.longest_s * 1000) if past.readable else None
     finally:
         background.stop(run, past)
+        run.held, run.refused = child.held.last, child.refused
     if not ran:
         run.connections = run.unseen_ms = None  # there is nothing to cover
     return run
@@ -210,8 +225,14 @@ def environment_proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
 class _Background:
     """A ProxyService in a thread of its own, while the command runs in the foreground."""
 
-    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        environment: Mapping[str, str],
+        on_limit: Callable[[dict[str, Any]], object],
+    ) -> None:
         self._job = job
+        self._on_limit = on_limit
         self._environment = environment
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda *_: None)
@@ -226,6 +247,7 @@ class _Background:
     async def _start(self) -> int:
         listener = listening.listen(0)
         self._service = ProxyService(self._job, self._environment)
+        self._service.on_limit = self._on_limit
         await self._service.start([listener])
         problem = await self._service.settled()
         if problem is not None:
@@ -243,6 +265,8 @@ class _Background:
             losses = Counter(service.losses.total())
             for causes in service.edge.bypassed.values():
                 losses.update({f"unmetered_{cause}": count for cause, count in causes.items()})
+            if refused := service.edge.counts["refused_other_user"]:
+                losses["refused_other_user"] = refused
             run.losses = dict(losses)
             run.unmetered += service.unmetered()
             run.connections = service.connections
@@ -263,14 +287,41 @@ class _Background:
         await service.stop(0.0)
 
 
+class _Child:
+    """The command as a limit sees it: its requests are refused, and it is ended where asked."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.held = HeldCommand()
+        self.refused = 0
+        self._ending = False
+
+    def take(self, message: dict[str, Any]) -> None:
+        """A request was refused. The client shows why; the summary says so again."""
+        self.refused = untrusted.whole_number(message, "refused_at_limit") or self.refused
+        self.held.note(message)
+        if message.get("holds") == END and not self._ending and self.process is not None:
+            self._ending = True
+            threading.Thread(target=self._end, args=(self.process,), daemon=True).start()
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        os.write(2, b"halton-meter: ending the command, as its limit is reached\n")
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
+            return
+        process.kill()
+
+
 def _run(
-    command: Sequence[str], environment: dict[str, str], past: Past | None
+    command: Sequence[str], environment: dict[str, str], past: Past | None, watched: _Child
 ) -> tuple[int, bool]:
     """The command in the foreground, its terminal and signals its own: (exit code, it ran)."""
     # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
     before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
     try:
-        child = subprocess.Popen(list(command), env=environment)
+        child = watched.process = subprocess.Popen(list(command), env=environment)
         if past is not None:
             past.begin(child.pid, command)
         code = child.wait()

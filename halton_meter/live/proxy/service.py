@@ -29,7 +29,15 @@ from halton_meter.accounts import invoking_account
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live import own_code
 from halton_meter.live import status as vocabulary
-from halton_meter.live.control import PROXY_SOCKET_NAME, REQUEST_BYTES_MAX, Listener, is_friend
+from halton_meter.live.control import (
+    PROXY_SOCKET_NAME,
+    REQUEST_BYTES_MAX,
+    Listener,
+    is_friend,
+    remove_dead_run_sockets,
+    run_socket_name,
+)
+from halton_meter.live.in_flight import rows_of
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import PROXY_LIST_NAME, PROXY_STATE_NAME, Downtime, Outages
 from halton_meter.live.proxy.programs import CERTIFICATE, client_of, process_of
@@ -99,6 +107,7 @@ class ProxyService:
             secrets.token_hex(16),
         )
         self.edge.on_bypass = self._on_bypass
+        self.on_limit: Callable[[dict[str, Any]], object] | None = None  # that refuses a request
         self.addresses: list[str] = []
         self.outages: list[tuple[int, int, str]] = []
         self.final: dict[str, Any] = {}
@@ -132,7 +141,8 @@ class ProxyService:
         self._settled = asyncio.Event()  # ready for the first time, or known not to become so
         self._tasks: list[asyncio.Task[None]] = []
         self._control: asyncio.Server | None = None
-        self._listener = Listener(self.home, PROXY_SOCKET_NAME)
+        self._socket_name = PROXY_SOCKET_NAME if job.service else run_socket_name()
+        self._listener = Listener(self.home, self._socket_name)
         self._owed: Counter[str] = Counter()
         certificate = self.home / CA_FOLDER / CERTIFICATE
         name = SERVICE_NAME if job.service else RUN_NAME
@@ -153,7 +163,9 @@ class ProxyService:
         if self._kept is not None:
             with contextlib.suppress(OSError):  # a full disk is no reason not to serve
                 self._kept.begin(self._started_ns)
-            await self._listen()
+        else:
+            remove_dead_run_sockets(self.home)
+        await self._listen()
         self._pulse.start()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
@@ -183,7 +195,7 @@ class ProxyService:
             self._control.close()
             self._listener.close()
             with contextlib.suppress(OSError):
-                (self.home / PROXY_SOCKET_NAME).unlink()
+                (self.home / self._socket_name).unlink()
         self._report_bypassed()
         self._send({"finish": True})
         if self._tasks:
@@ -306,6 +318,8 @@ class ProxyService:
         elif "accepted" in message and self._port is not None:
             self._accepted = _hosts(message)
             self.edge.send_to(self._port, self._accepted)
+        if "limit_reached" in message and self.on_limit is not None:
+            self.on_limit(message)
         if "unavailable" in message:
             self._cause = untrusted.text(message, "unavailable", SAID_CHARACTERS_MAX)
         if "pong" in message:
@@ -318,6 +332,11 @@ class ProxyService:
             reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
             if reply is not None and not reply.done():
                 reply.set_result(status)
+        if "in_flight" in message:
+            reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
+            if reply is not None and not reply.done():
+                rows, more = rows_of(untrusted.table(message, "in_flight"))
+                reply.set_result({"rows": rows, "more": more})
         if "final" in message:
             self.final = self._last_status = _status(message)
             self.losses.take(message)
@@ -461,6 +480,26 @@ class ProxyService:
         if self._owed and self._send({"losses": self._owed}):
             self._owed = Counter()
 
+    def reload(self) -> dict[str, Any]:
+        """Have the worker use the user's rules and prices as they are now.
+
+        Other hosts need other certificates, and so another worker: that is left to `init`.
+        """
+        from halton_meter import config
+
+        found = config.read(self.home)
+        proxy = found.config.proxy
+        differ = found.config.extra_hosts != dict(self.job.extra_hosts)
+        error = "\n".join(found.wrong) or None
+        self.job = dataclasses.replace(self.job, config_error=error)
+        self._send({"reload": True})
+        return {
+            "reloaded": True,
+            "wrong": [*found.wrong],
+            "notes": [*found.notes],
+            "hosts_differ": differ or proxy.upstream != self.job.upstream,
+        }
+
     # --- time
 
     async def _tick_on(self) -> None:
@@ -550,6 +589,10 @@ class ProxyService:
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         asked = request.get("ask")
+        if asked == "in_flight":
+            return await self._ask_worker("in_flight") or {"rows": [], "more": 0}
+        if not self.job.service:
+            return {"error": "unknown request"}
         if asked == "status":
             return await self.status()
         if asked == "stop":
@@ -561,6 +604,8 @@ class ProxyService:
         if asked == "resume":
             self._resume()
             return {"resumed": True}
+        if asked == "reload":
+            return self.reload()
         if asked == "forget":
             self.edge.forget_refusals()
             self._keep_refusals()
@@ -569,7 +614,7 @@ class ProxyService:
 
     async def status(self) -> dict[str, Any]:
         """Everything that `halton-meter status --json` shows of the proxy."""
-        worker = await self._ask_worker()
+        worker = await self._ask_worker("status") or self._last_status
         edge = self.edge
         bypassed = [
             {"host": host, "cause": cause, "connections": count}
@@ -614,17 +659,20 @@ class ProxyService:
             "coverage_of_connections": self.connections.as_json(),
             "unmetered": [each.as_json() for each in self.unmetered()],
             "certificate_usable": usable,
+            "refused_at_limit": worker.get("refused_at_limit") or 0,
+            "budget_error": worker.get("budget_error"),
         }
 
-    async def _ask_worker(self) -> dict[str, Any]:
+    async def _ask_worker(self, what: str) -> dict[str, Any] | None:
+        """The worker's answer; None where it gives none in time."""
         serial = next(self._serial)
         reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        if self._state == "ready" and self._send({"status": serial}):
+        if self._state == "ready" and self._send({what: serial}):
             self._replies[serial] = reply
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(reply, STATUS_S_MAX)
             self._replies.pop(serial, None)
-        return self._last_status
+        return None
 
 
 def _served() -> frozenset[int]:
@@ -632,8 +680,15 @@ def _served() -> frozenset[int]:
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
 
 
-_COUNTS = ("events", "journal_waiting", "journal_repeated", "held")
-_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error")
+_COUNTS = (
+    "events",
+    "journal_waiting",
+    "journal_repeated",
+    "expired",
+    "held",
+    "refused_at_limit",
+)
+_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error", "budget_error")
 
 
 def _status(told: dict[str, Any]) -> dict[str, Any]:

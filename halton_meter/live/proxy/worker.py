@@ -25,18 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
+from halton_meter.budget import STOP
 from halton_meter.coverage import Coverage
 from halton_meter.live import status
+from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.pipeline import make_meter, prepare_home
+from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.proxy.programs import process_of
 from halton_meter.live.proxy.trust import Trust
 from halton_meter.live.totals import Totals
 
 if TYPE_CHECKING:
-    from halton_meter.meter import Meter
     from halton_meter.model import Exchange, Request
+    from halton_meter.wire.so_far import ExchangeSoFar
     from proxy_fallback.mitm.addon import MeterAddon
     from proxy_fallback.mitm.edge_only import EdgeOnly
 
@@ -52,12 +54,21 @@ CA_CHECK_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of the exchanges that go on, to be read and priced; `then` gets the rows."""
+
+    under_way: list[ExchangeSoFar]
+    then: Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What a worker does. `service` is False for a single `run`.
 
     `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
     that leads out of this network; `secret` authenticates the edge to the worker. `config_error`
-    has a line for each configured value that is wrong and not used.
+    has a line for each configured value that is wrong and not used. `max_usd` is what a single run
+    may spend, `at_limit` what follows, `run` its name for `budget resume`.
     """
 
     home: str
@@ -66,6 +77,9 @@ class Job:
     upstream: tuple[str, int] | None = None
     secret: str = field(default="", repr=False)
     config_error: str | None = None
+    max_usd: str | None = None
+    at_limit: str = STOP
+    run: str = ""
 
 
 def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
@@ -90,7 +104,8 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
             pricing.totals.other_calls += 1
         return Interest(keep, turn_ends)
 
-    recorder = Recorder(interest, pricing.losses)
+    recorder = Recorder(interest, pricing.losses, pricing.gate.begun)
+    pricing.under_way = recorder.under_way
     return MeterAddon(
         Wiring(
             recorder.begin,
@@ -103,8 +118,13 @@ def make_addon(pricing: Pricing, extra_hosts: Mapping[str, str], trust: Trust) -
             trust.untrusting,
             trust.opened,
             losses=pricing.losses,
+            gate=pricing.gate,
         )
     )
+
+
+class Reload:
+    """Stands among the exchanges that wait where what prices them is to be read again."""
 
 
 class Pricing:
@@ -112,16 +132,30 @@ class Pricing:
 
     def __init__(
         self,
-        meter: Meter,
+        pipeline: Pipeline,
         home: Path,
         send: Callable[[dict[str, Any]], None],
-        price_error: str | None = None,
+        job: Job | None = None,
     ) -> None:
+        from halton_meter.live.proxy.gate import Gate
+        from halton_meter.live.stopping import identity
+        from halton_meter.providers.registry import Registry
         from halton_meter.store import Store
 
-        self._meter = meter
-        self._journal = JournalWriter(Store(home), home, price_error, self._on_write)
-        self._waiting: queue.Queue[Exchange | Coverage | None] = queue.Queue(WAITING_MAX)
+        registry = Registry(job.extra_hosts if job else {})
+        self.gate = Gate(home, identity(os.getpid()), registry, send)
+        self.gate.submit, self.gate.preview = self._submit, pipeline.meter.preview
+        if job is not None:
+            self.gate.limit(job.max_usd, job.at_limit, job.run)
+
+        self._pipeline, self._meter = pipeline, pipeline.meter
+        self._journal = JournalWriter(Store(home), home, pipeline.price_error, self._on_write)
+        self.gate.refresh = lambda: self._journal.flush(lambda: None)
+        self._in_flight = InFlight(pipeline.meter)
+        self.under_way: Callable[[], list[ExchangeSoFar]] = list
+        self._waiting: queue.Queue[
+            Exchange | Coverage | Look | Reload | Callable[[], None] | None
+        ] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
         self._send = send
         self._sent: dict[str, Any] = {}
@@ -134,8 +168,9 @@ class Pricing:
         self._thread.start()
 
     def try_disk(self) -> None:
-        """Have `status` say at once where the disk takes nothing."""
+        """For a service: have `status` say at once where the disk takes nothing."""
         self._journal.try_disk()
+        self._journal.expire_daily()
 
     def put(self, exchange: Exchange) -> None:
         """Take an exchange from the proxy's thread; never blocks."""
@@ -144,9 +179,29 @@ class Pricing:
         except queue.Full:
             self.losses["exchanges_over_limit"] += 1
 
+    def _submit(self, work: Callable[[], None]) -> bool:
+        """Have the thread do something behind all that waits; False: there is no room."""
+        try:
+            self._waiting.put_nowait(work)
+        except queue.Full:
+            return False
+        return True
+
+    def look(self, then: Callable[[dict[str, Any]], None]) -> None:
+        """Have `then` told what is in flight; called in the proxy's thread, which reads none of it.
+
+        Where too many exchanges wait that have ended, there is no answer.
+        """
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(Look(self.under_way(), then))
+
     def count_connections(self, counted: Coverage) -> None:
         """Keep how many connections were metered, of those that have begun since the last time."""
         self._waiting.put(counted)
+
+    def reload(self) -> None:
+        """Read rules and prices again, for exchanges that are put from now on."""
+        self._waiting.put(Reload())
 
     def count_losses(self, losses: Mapping[str, int]) -> None:
         """Keep losses that others counted."""
@@ -158,6 +213,7 @@ class Pricing:
         self._thread.join()
         self.count_losses({**self.losses, **self._meter.losses})
         self._journal.close()
+        self.gate.close()
         return {**self.status(), "store_error": self._journal.condition.last_word()}
 
     def status(self) -> dict[str, Any]:
@@ -165,7 +221,9 @@ class Pricing:
         condition = self._journal.condition.as_json()
         metered = status.metered(self.totals, self.last_event_ns, condition)
         owed = self._journal.unstored()["owed"]
-        return {"pid": os.getpid(), **metered, "owed": owed, "losses": self._losses()}
+        more = {"owed": owed, "losses": self._losses(), "refused_at_limit": self.gate.refused}
+        more["budget_error"] = self.gate.guard.trouble
+        return {"pid": os.getpid(), **metered, **more}
 
     def _losses(self) -> dict[str, int]:
         found = {**self.losses, **self._meter.losses, "journal_full": self._journal.dropped}
@@ -179,26 +237,42 @@ class Pricing:
             self._send({"lost": state})
 
     def _work(self) -> None:
+        self.gate.guard.look()
         while True:
             try:
                 exchange = self._waiting.get(timeout=self._wait_s())
             except queue.Empty:
-                self._journal.tick(time.monotonic())
+                self._tick()
                 continue
             if exchange is None:
                 return
             try:
-                if isinstance(exchange, Coverage):
+                if isinstance(exchange, Reload):
+                    self._pipeline.reload()
+                    self._journal.condition.price_error = self._pipeline.price_error
+                elif isinstance(exchange, Coverage):
                     self._journal.keep_connections(exchange, time.time_ns())
+                elif isinstance(exchange, Look):
+                    exchange.then(self._in_flight.answer(exchange.under_way, time.time_ns()))
+                elif callable(exchange):
+                    exchange()
                 else:
                     self._keep(exchange)
             except Exception as error:  # one exchange's trouble must not become the others'
                 self.losses[f"pricing_{type(error).__name__}"] += 1
-            self._journal.tick(time.monotonic())
+            self._tick()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._journal.tick(now)
+        self.gate.tick(now)
 
     def _keep(self, exchange: Exchange) -> None:
         events = self._meter.exchange(exchange)
         self.totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
+        self.gate.keep(exchange, events)
         if not events:
             return
         self._journal.keep(events)
@@ -207,8 +281,8 @@ class Pricing:
             self.last_event_ns = event.usage.at_ns
 
     def _wait_s(self) -> float | None:
-        due_at = self._journal.due_at
-        return None if due_at is None else max(0.0, due_at - time.monotonic())
+        dues = [due for due in (self._journal.due_at, self.gate.due_at) if due is not None]
+        return max(0.0, min(dues) - time.monotonic()) if dues else None
 
 
 class Worker:
@@ -236,8 +310,8 @@ class Worker:
 
         with contextlib.suppress(OSError):
             prepare_home(self._home)
-        meter, price_error = make_meter(self._home, self._job.extra_hosts)
-        pricing = Pricing(meter, self._home, self.send, price_error)
+        pipeline = Pipeline(self._home, self._job.extra_hosts)
+        pricing = Pricing(pipeline, self._home, self.send, self._job)
         hosts = provider_hosts(self._job.extra_hosts)
         try:
             accepted = self._accepted(hosts)
@@ -290,13 +364,23 @@ class Worker:
             if "status" in message:
                 told = {**pricing.status(), "turned_away": dict(guard.turned_away)}
                 self.send({"status": told, "serial": message["status"]})
+            if "in_flight" in message:
+                self._look(session, pricing, message["in_flight"])
             if "connections" in message:
                 with contextlib.suppress(ValueError):
                     pricing.count_connections(Coverage.of_json(message["connections"]))
             if "losses" in message:
                 pricing.count_losses(untrusted.counts(message, "losses"))
+            if "reload" in message:
+                pricing.reload()
             if "finish" in message:
                 return
+
+    def _look(self, session: Any, pricing: Pricing, serial: Any) -> None:
+        def tell(rows: dict[str, Any]) -> None:
+            self.send({"in_flight": rows, "serial": serial})
+
+        session.call_soon(lambda: pricing.look(tell))
 
 
 def job_line(job: Job) -> bytes:

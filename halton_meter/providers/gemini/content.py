@@ -59,9 +59,14 @@ def _unwrapped(value: Any) -> Json:
     chunk = as_dict(value)
     inner = chunk.get("response")
     chunk = inner if isinstance(inner, dict) and "candidates" not in chunk else chunk
-    if "usageMetadata" not in chunk and isinstance(chunk.get("usage_metadata"), dict):
+    if "usageMetadata" in chunk:
+        return chunk
+    for holder in (chunk, *dicts(chunk.get("candidates"))):  # gateways put it there, too
+        if isinstance(holder.get("usageMetadata"), dict):
+            return {**chunk, "usageMetadata": holder["usageMetadata"]}
         # As Google's SDKs write it, and gateways that pass their objects on.
-        return {**chunk, "usageMetadata": in_camel_case(chunk["usage_metadata"])}
+        if isinstance(holder.get("usage_metadata"), dict):
+            return {**chunk, "usageMetadata": in_camel_case(holder["usage_metadata"])}
     return chunk
 
 

@@ -16,7 +16,7 @@ from halton_meter.providers.reading.bodies import documents, form
 from halton_meter.providers.reading.draft import Draft, begin, blank, failed, unanswered
 from halton_meter.providers.reading.errors import error_object
 from halton_meter.providers.reading.estimate import texts_under
-from halton_meter.providers.reading.statements import usages_in
+from halton_meter.providers.reading.statements import prompt_total, usages_in
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -111,6 +111,11 @@ def _streamed_response(draft: Draft, body: Body, dialect: Dialect) -> None:
         response, text, _ = terminal
         if error_object(response) is not None:
             draft.fail(response, in_stream=True)
+        if not _counts_any(response.get("usage")) and (before := _stated_before(body)):
+            usage, text = before
+            if response.get("usage") is not None:
+                draft.flags.add("counts_fell")
+            response = {**response, "usage": usage}
         fill_response(draft, response, text, dialect)
         return
     for event in reversed(formats.last_events(body, 2)):
@@ -131,6 +136,20 @@ def _streamed_response(draft: Draft, body: Body, dialect: Dialect) -> None:
         fill_response(draft, {**first, "usage": usage}, text, dialect)
     elif draft.error_class is None:
         _salvaged_response(draft, body, dialect)
+
+
+def _counts_any(usage: object) -> bool:
+    tokens, _ = usage_tokens(Counts(), as_dict(usage))
+    return bool(prompt_total(tokens) or tokens.output)
+
+
+def _stated_before(body: Body) -> tuple[Json, bytes] | None:
+    """A usage that counts tokens, of an event before a stream's end, and its text."""
+    for event in (*reversed(formats.last_events(body, 3)), *formats.first_events(body, 3)):
+        for usage, _ in usages_in(as_dict(formats.loads(event.data))):
+            if _counts_any(usage):
+                return usage, event.data
+    return None
 
 
 def _stated_alone(body: Body) -> tuple[Json, bytes] | None:

@@ -143,6 +143,7 @@ def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
             reasoning > completion or (dialect.reasoning_apart and account.total is None)
         ):
             account.completion = completion + reasoning
+            counts.mismatch |= not dialect.reasoning_apart  # by whose words it is inside
         return 0
     gap = account.total - prompt - completion
     if gap == 0:
@@ -223,7 +224,9 @@ def usage_tokens(
     )
     account = _account(counts, usage, came, went)
     missed = of(usage, "prompt_cache_miss_tokens")  # DeepSeek's other part of the prompt
-    if missed is not None and plus(account.cached, missed) != account.prompt:
+    if missed is not None and account.prompt is None:
+        account.prompt = plus(account.cached, missed)
+    elif missed is not None and plus(account.cached, missed) != account.prompt:
         counts.mismatch = True
     unstated = _reconcile(counts, account, dialect)
     tokens = Tokens(

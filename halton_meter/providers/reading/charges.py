@@ -18,7 +18,7 @@ from typing import Any
 from halton_meter.model import Body, Exchange, Headers
 from halton_meter.providers.reading.bodies import documents
 from halton_meter.providers.reading.statements import under, usages_in
-from halton_meter.providers.reading.values import Json, as_amount, as_dict
+from halton_meter.providers.reading.values import Json, as_amount, as_dict, dicts
 from halton_meter.wire.headers import COST_ENDS_KEPT
 
 # Names of the whole cost, without their underscores and capitals, and how many of what they count
@@ -27,11 +27,15 @@ _WHOLE_COST = {
     "totalcostusd": 1, "costusdtotal": 1, "totalcost": 1, "costusd": 1, "costinusd": 1,
     "usdcost": 1, "usdspent": 1, "costdollars": 1, "responsecost": 1, "cost": 1,
     "costinusdticks": 10**10, "estimatedcostusd": 1, "estimatedcost": 1, "requestcostusd": 1,
-    "totalprice": 1, "requestcost": 1, "costdetails": 1,
+    "totalprice": 1, "requestcost": 1, "costdetails": 1, "usagecost": 1, "billedcost": 1,
+    "chargedusd": 1, "chargeusd": 1, "priceusd": 1, "amountusd": 1, "usd": 1, "charged": 1,
+    "charge": 1, "costs": 1, "costbreakdown": 1, "costinfo": 1, "billing": 1,
     "costincents": 100, "costcents": 100, "totalcostcents": 100, "costmicrousd": 10**6,
 }  # fmt: skip
 # The whole inside an object of costs: {"total_cost": …}, {"amount": …, "currency": "USD"}.
-_WHOLE_OF_PARTS = ("totalcost", "total", "totalusd", "costusd", "usd", "amountusd", "amount")
+_WHOLE_OF_PARTS = (
+    "totalcost", "total", "totalusd", "costusd", "cost", "usd", "amountusd", "amount", "value",
+)  # fmt: skip
 _CURRENCIES = ("currency", "costcurrency", "currencycode", "unit", "costunit")
 _USD = frozenset({"usd", "us$", "$", "dollar", "dollars", "us dollar", "us dollars"})
 # Where it stands beside the usage, by the gateways that put it there.
@@ -40,9 +44,10 @@ _BESIDE = (
     ("_hidden_params",),  # LiteLLM
     ("meta",), ("meta", "usage"),  # AI/ML API
     ("metadata",), ("billing",), ("gateway",), ("extra_fields",),
-    ("x_nanogpt_pricing",),
+    ("x_nanogpt_pricing",), ("pricing",),
     ("providerMetadata", "gateway"), ("provider_metadata", "gateway"),  # Vercel
 )  # fmt: skip
+_PRICES = (("x_nanogpt_pricing",), ("pricing",))
 _TEXT = re.compile(
     r"(?P<mark>US\$|\$|USD)?\s*(?P<amount>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)"
     r"\s*(?:USD|US\$|\$|(?:US )?dollars?)?",
@@ -52,9 +57,11 @@ _TEXT_CHARS_MAX = 64
 _KEYS_MAX = 64
 # Answers that do not name a cost are not looked through: not even cut into events, where the end of
 # a stream (or all of an object) has no such word.
-_WORDS = (b"ost", b"usd", b"pric")
+_WORDS = (b"ost", b"usd", b"USD", b"pric", b"harge", b"illing")
 _STREAM_END_BYTES = 16 << 10
-_TOLD = re.compile(rb'(?i)"[a-z_]{0,40}(?:cost|usd|price|pricing)[a-z_]{0,40}"\s*:')
+_TOLD = re.compile(
+    rb'(?i)"[a-z_]{0,40}(?:cost|usd|price|pricing|charged?|billing)[a-z_]{0,40}"\s*:'
+)
 
 
 def as_usd(value: object) -> Decimal | None:
@@ -104,13 +111,15 @@ def charge_beside(answer: Json) -> Decimal | None:
     for usage, _ in usages_in(answer):
         if (usd := charge_in(usage)) is not None:
             return usd
-    for path in _BESIDE:
+    gateways = ((name,) for name in list(answer)[:_KEYS_MAX] if name.startswith("x_"))
+    for path in (*_BESIDE, *gateways):
         holder = under(answer, path)
         if (usd := charge_in(holder)) is not None:
             return usd
-        if path == ("x_nanogpt_pricing",) and (usd := _whole(holder)) is not None:
+        if path in _PRICES and (usd := _whole(holder)) is not None:
             return usd
-    return None
+    choices = (charge_in(choice) for choice in dicts(answer.get("choices"))[:1])
+    return next((usd for usd in choices if usd is not None), None)
 
 
 # --- headers ------------------------------------------------------------------------------------
@@ -120,7 +129,8 @@ _OF_A_PART = frozenset(
     (
         "input output prompt completion cached cache custom discount margin original upstream max "
         "budget limit saved savings before after key team user daily monthly session cumulative "
-        "avoided"
+        "avoided remaining ratelimit balance credit credits quota weekly hourly yearly average avg "
+        "running lifetime unit per"
     ).split()
 )
 

@@ -36,6 +36,7 @@ from halton_meter.model import (
 )
 from halton_meter.providers import Counter, Provider, Route
 from halton_meter.providers.reading.bodies import form, request_fields
+from halton_meter.providers.reading.caller import caller_of
 from halton_meter.providers.reading.charges import stated_charge
 from halton_meter.providers.reading.errors import (
     error_class_of,
@@ -85,6 +86,7 @@ class Draft:
     error_class: str | None = None
     error_code: str | None = None
     counter: Counter | None = None
+    account_key: bytes | None = field(default=None, repr=False)
     states_cost: bool = False
     is_only_event: bool = False  # of its exchange, so that what stands beside its usage is its own
 
@@ -185,6 +187,7 @@ class Draft:
             raw_usage=self.raw_usage,
             provider_error_code=self.error_code,
             traits=traits_of(exchange, self.parts if final else None, self.line, self.by_id),
+            caller=caller_of(exchange, self.request, self.account_key),
         )
 
     def _take_charge(self, counted: bool) -> None:
@@ -269,6 +272,7 @@ def blank(
     """A draft with what the route says; `request` is the request's JSON object."""
     draft = Draft(exchange, provider.id, route.endpoint, route.kind, request or {})
     draft.counter = provider.counter
+    draft.account_key = provider.account_key
     draft.states_cost = provider.states_cost
     return draft
 

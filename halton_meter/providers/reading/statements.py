@@ -82,10 +82,12 @@ def usages_in(chunk: Json) -> Iterator[tuple[Json, str]]:
     if found:
         return
     usage = chunk.get("usage")
-    if isinstance(usage, dict) and usage:
-        yield usage, "usage"
-    elif any(chunk.get(name) is not None for name in _BARE) and (bare := counts_among(chunk)):
+    if any(chunk.get(name) is not None for name in _BARE) and (bare := counts_among(chunk)):
         yield bare, ""
+    elif (elsewhere := _elsewhere_in(chunk)) is not None:
+        yield elsewhere
+    elif isinstance(usage, dict) and usage:
+        yield usage, "usage"
 
 
 def _counting_in(chunk: Json) -> Iterator[tuple[Json, str]]:
@@ -104,6 +106,67 @@ def _counting_in(chunk: Json) -> Iterator[tuple[Json, str]]:
             usage = inner.get("usage") if isinstance(inner, dict) else None
             if isinstance(usage, dict) and counts_tokens(usage):
                 yield usage, "usage"
+
+
+# Names below which an answer has content, or what somebody else counted of the same call.
+_NO_USAGE_BELOW = frozenset(
+    (
+        "content text arguments input inputs parts tool_calls tools function reasoning thinking "
+        "logprobs error request prompt messages embedding provider_metadata providerMetadata"
+    ).split()
+)
+_DEEP_MAX, _LOOKED_AT_MAX = 4, 64
+_LLAMA_CPP = {
+    "prompt_n": "prompt_tokens",
+    "cache_n": "cached_tokens",
+    "predicted_n": "completion_tokens",
+}
+
+
+def _elsewhere_in(chunk: Json) -> tuple[Json, str] | None:
+    """An object that counts both sides of a call, under a name or in a place that no list has.
+
+    Only where nothing is stated in the usual places: that a usage was not sent is said of no answer
+    that has one.
+    """
+    level: list[tuple[str, object]] = list(chunk.items())
+    for _ in range(_DEEP_MAX):
+        below: list[tuple[str, object]] = []
+        for name, value in level[:_LOOKED_AT_MAX]:
+            if name in _NO_USAGE_BELOW:
+                continue
+            if isinstance(value, list):
+                below += [(name, each) for each in value[:_CHOICES_MAX]]
+            elif isinstance(value, dict):
+                if _counts_both(value):
+                    return value, name
+                if name == "timings" and (counted := _of_llama_cpp(value)):
+                    return counted, ""
+                below += value.items()
+        level = below
+    return None
+
+
+def _counts_both(usage: Json) -> bool:
+    counted = [
+        name.lower() for name, value in usage.items() if _is_number(value) and _is_count(name)
+    ]
+    came = any("prompt" in name or "input" in name for name in counted)
+    return came and any(
+        word in name for name in counted for word in ("completion", "output", "generat", "predict")
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _of_llama_cpp(timings: Json) -> Json:
+    """What llama.cpp's server says of an answer whose usage nobody asked for."""
+    counted = {ours: timings[name] for name, ours in _LLAMA_CPP.items() if name in timings}
+    if "prompt_tokens" in counted and isinstance(counted.get("cached_tokens"), int):
+        counted["prompt_tokens"] += counted["cached_tokens"]  # its prompt is what was not cached
+    return counted
 
 
 # --- several statements of one call -------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_the_end_of_either_is_told() -> None:
     keeper = Keeper()
     hold = hold_of(keeper)
     keeper.close_channel()
-    assert hold.receive_reader() is None
+    assert hold.receive_order() is None
     hold.keep("x", 1)  # nobody hears it
     far = keeper.open_channel()
     far.close()
@@ -100,10 +100,17 @@ def test_a_reader_is_handed_on() -> None:
     ours, theirs = socket.socketpair()
     keeper.connect(theirs)
     theirs.close()
-    link = hold.receive_reader()
-    assert link is not None
+    link = hold.receive_order()
+    assert isinstance(link, socket.socket)
     ours.send(b"x")
     assert link.recv(9) == b"x"
+
+
+def test_hosts_are_handed_on() -> None:
+    keeper = Keeper()
+    hold = hold_of(keeper)
+    keeper.set_hosts(["api.example.com", "*.example.org"])
+    assert hold.receive_order() == ["api.example.com", "*.example.org"]
 
 
 def test_without_a_supervisor_nothing_is_held_and_nothing_given() -> None:

@@ -16,8 +16,9 @@ from capture.functions.library import Function, Library, Probe, Proof
 from capture.functions.stacks import Stack
 from capture.helper.files import attachments as attaching
 from capture.helper.files.attachments import Attachments
+from capture.helper.files.cookies import UNPROVED
 from capture.helper.files.known_files import KnownFiles
-from capture.helper.files.name_locations import KNOWN, NUMBERS_MAX, UNPROVED, VALUE, NameLocations
+from capture.helper.files.name_locations import KNOWN, NUMBERS_MAX, VALUE, NameLocations
 from tests.capture.helper.test_known_files import CODE_AT, elf, same_change_time
 
 LIBRARY = Library(
@@ -119,14 +120,15 @@ def test_what_was_given_up_is_forgotten(directory: Path, program: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kept", ["", "{", "[]", "{}", '{"code": 1}', "offset", "beyond", "negative", "text"]
+    "kept", ["", "{", "[]", "{}", '{"names": 1}', "offset", "beyond", "negative", "text"]
 )
 def test_what_is_damaged_is_not_believed(directory: Path, program: Path, kept: str) -> None:
     learn(directory, program)
     file = entry(directory)
     content = json.loads(file.read_text())
     wrong: dict[str, Any] = {"offset": 0, "beyond": 4096, "negative": -8, "text": "8"}
-    file.write_text(json.dumps({**content, "name_at": wrong[kept]}) if kept in wrong else kept)
+    names = {"names": {code: wrong.get(kept) for code in content["names"]}}
+    file.write_text(json.dumps(names) if kept in wrong else kept)
     assert Subject(directory).known(program) == 0
 
 

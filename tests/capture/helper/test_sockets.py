@@ -75,7 +75,7 @@ class Place:
             addresses,
             lambda made: Process(pid=made.tgid, started_ns=0, exe=f"/bin/{made.tgid}"),
             lambda pid, at_ns: Cause("stack_not_probed", "rustls"),
-            lambda pid: "OpenSSL",
+            lambda pid, connection: "rustls" if connection & protocol.RUSTLS_ID else "OpenSSL",
         )
 
     def opens(self, number: int, made: Socket) -> None:

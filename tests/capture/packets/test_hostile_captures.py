@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from capture.packets import capfile, input_files, keylog, records, tcp, tshark
+from capture.packets import capfile, input_files, keylog, opening, records, tcp, tshark
 from capture.packets.capfile import CaptureFile, secrets_in
 from capture.packets.input_files import InputFile
 from capture.packets.keylog import KeyLog, read_key_log
@@ -80,7 +80,7 @@ def replay(*arguments: str | Path) -> Result:
 def test_four_times_as_much_costs_four_times_as_much(
     make: Callable[[int], bytes], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tshark, "TRIALS_MAX", 50_000)
+    monkeypatch.setattr(opening, "TRIALS_MAX", 50_000)
     small, large = (write(tmp_path / str(n), make(n)) for n in (count, 4 * count))
     proportionate(lambda: read(small), lambda: read(large), times_max=RATIO_MAX, least_s=0.03)
 

@@ -211,6 +211,48 @@ def through_a_proxy(count: int) -> None:
             exchange(tls)
 
 
+def relay(asked: bool) -> int:
+    """The port of a child that passes one connection on to the server, behind a CONNECT or not."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    if os.fork():
+        port: int = listener.getsockname()[1]
+        listener.close()
+        return port
+    near, _ = listener.accept()
+    if asked:
+        while not near.recv(1 << 16).endswith(b"\r\n\r\n"):
+            pass
+        near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    far = dial()
+    pairs = {near: far, far: near}
+    while pairs:
+        for ready in select.select(list(pairs), [], [])[0]:
+            data = ready.recv(1 << 16)
+            if data:
+                pairs[ready].sendall(data)
+            else:
+                pairs.pop(ready).shutdown(socket.SHUT_WR)
+    os._exit(0)
+
+
+def relayed(count: int) -> None:
+    for _ in range(count):
+        raw = socket.create_connection(("127.0.0.1", relay(asked=False)))
+        with wrapped(raw) as tls:
+            exchange(tls)
+        os.wait()
+
+
+def through_a_proxy_in_scope(count: int) -> None:
+    for _ in range(count):
+        raw = socket.create_connection(("127.0.0.1", relay(asked=True)))
+        raw.sendall(f"CONNECT {HOST}:443 HTTP/1.1\r\nHost: {HOST}:443\r\n\r\n".encode())
+        raw.recv(1 << 16)
+        with wrapped(raw) as tls:
+            exchange(tls)
+        os.wait()
+
+
 def killed(count: int) -> None:
     for _ in range(count):
         child = os.fork()

@@ -45,16 +45,35 @@ HELLOS = {
     "later": b"\5\1\0",  # as SOCKS begins
 }
 REQUEST = record(20, b"\1") + record(23, bytes(53)) + record(23, bytes(400))
+# Where a ClientHello is cut: into the pieces of one call (of Erlang's the first is empty, the
+# second has the heads), or into calls.
+SCATTERED = {"scattered": (0, 9), "scattered_in_the_name": (3, -20, -8)}
+IN_CALLS = {"in_calls": (3, 40), "head_first": (5,), "byte_by_byte_at_first": (1, 2, 3, 4, 5, 6)}
+CUT = SCATTERED | IN_CALLS
+
+
+def cut(text: bytes, places: tuple[int, ...]) -> list[bytes]:
+    ends = [*places, len(text)]
+    return [text[begin:end] for begin, end in zip([0, *places], ends, strict=True)]
 
 
 def over_tcp(kind: str) -> None:
     with socket.create_connection(("127.0.0.1", PORT)) as sock:
-        sock.sendall(HELLOS[kind])
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        hello = cut(HELLOS["named" if kind in CUT else kind], CUT.get(kind, ()))
+        if kind in IN_CALLS:
+            for piece in hello:
+                sock.sendall(piece)
+        else:
+            sock.sendmsg(hello)
         if kind == "later":
             sock.sendall(b"\5\1\0\1" + bytes(6))
             sock.sendmsg([HELLOS["named"]])
-        pieces = [REQUEST[:6], REQUEST[6:64], REQUEST[64:]]  # as a writev of several records
-        sock.sendmsg(pieces)
+        if kind in SCATTERED:
+            sock.sendmsg(cut(REQUEST[:64], (0, 8, 11)))
+            sock.sendmsg(cut(REQUEST[64:], (0, 5)))
+        else:
+            sock.sendmsg(cut(REQUEST, (6, 64)))  # as a writev of several records
 
 
 def over_udp(kind: str) -> None:

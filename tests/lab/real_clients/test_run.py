@@ -53,7 +53,8 @@ def test_a_program_that_was_never_run_is_metered_from_its_first_request_on(
         program.unlink()
         if len(events) == 3:
             assert_metered(lab.ledger()[skip:], events)
-            assert json.loads(summary.read_text())["losses"] == {}
+            losses = json.loads(summary.read_text())["losses"]
+            assert losses.keys() <= {"processes_ahead_of_probes"}  # late, yet before the first byte
             return
         assert "metered" in done.stderr, "what is missed is told"
     pytest.fail(f"none of {ATTEMPTS} runs waited long enough")

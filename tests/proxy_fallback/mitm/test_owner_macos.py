@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from capture.processes.arguments import REDACTED, without_secrets
+from capture.processes.roots import name_of_root, root_name_by
 from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.mitm.owner_macos import (
     arguments_in,
@@ -100,6 +101,7 @@ def test_all_of_it_gives_the_process_without_what_was_said() -> None:
     found = process_of(
         CLIENT,
         without_secrets,
+        root_name_by,
         answers,
         lambda pid: procargs(ARGV, ENVIRONMENT) if pid == 4711 else b"",
     )
@@ -109,10 +111,12 @@ def test_all_of_it_gives_the_process_without_what_was_said() -> None:
     assert found.cwd == "/Users/ada/src/my app"
     assert found.parents == ((700, "-zsh"), (640, "Terminal"), (1, "launchd"))
     assert found.project_hint == "harbour"
+    started_ns = processes_in_ps(PS)[4711].started_ns
+    assert found.root == name_of_root(4711, started_ns)  # what is above it is a shell
     assert "secret" not in repr(found)
     assert "Bob" not in repr(found)
 
 
 def test_a_client_that_is_gone_is_nobody() -> None:
-    nobody = process_of(CLIENT, without_secrets, lambda asked: "", lambda pid: b"")
+    nobody = process_of(CLIENT, without_secrets, root_name_by, lambda asked: "", lambda pid: b"")
     assert nobody is None

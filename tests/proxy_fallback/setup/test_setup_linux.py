@@ -169,7 +169,7 @@ def test_killed_for_real_between_the_record_and_the_change(tmp_path: Path) -> No
     before = {name: each for name, each in left_of_us(tmp_path).items() if name.startswith("user")}
     command = [sys.executable, "-m", "halton_meter"]
     init = subprocess.Popen(
-        [*command, "init", "--non-interactive"], env=environment, start_new_session=True
+        [*command, "init", "--apps", "--non-interactive"], env=environment, start_new_session=True
     )
     while not reached.exists():  # however long: a machine may be busy, and init ends by itself
         assert init.poll() is None

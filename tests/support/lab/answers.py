@@ -57,7 +57,7 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
     if provider is None:
         return _plain(200, {"noise": "x" * scenario.piece_bytes})
     if scenario.status != 200:
-        return _error(provider, scenario, path)
+        return replace(_error(provider, scenario, path), headers=limit_headers(host, scenario))
     if called := grpc_answer(path, body, scenario, serial):
         messages, streaming, entry = called
         return Answer(
@@ -75,7 +75,8 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
         return _plain(404, {"error": {"message": f"no such route: {path}"}})
     serial = f"lab{scenario.serial}" if scenario.serial else serial
     made: Answer = build(_Call(provider, host, path, query, asked, scenario, serial))
-    return replace(made, coding=scenario.coding, cut=scenario.cut)
+    headers = (*made.headers, *limit_headers(host, scenario))
+    return replace(made, coding=scenario.coding, cut=scenario.cut, headers=headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,60 @@ def _error(provider: str, scenario: Scenario, path: str) -> Answer:
     return _plain(scenario.status, value, {"provider": provider, "error": scenario.status})
 
 
+# --- limits -------------------------------------------------------------------------------------
+
+
+def limit_headers(host: str, scenario: Scenario) -> tuple[tuple[str, str], ...]:
+    """What a provider says of the account's plan, in its own headers."""
+    s = scenario
+    if s.five < 0:
+        return ()
+    if host == "chatgpt.com":
+        windows = (
+            ("primary", s.five, 300, s.five_resets),
+            ("secondary", s.seven, 10080, s.seven_resets),
+        )
+        return tuple(
+            (f"x-codex-{name}-{what}", str(value))
+            for name, used, minutes, resets in windows
+            for what, value in (
+                ("used-percent", used),
+                ("window-minutes", minutes),
+                ("reset-at", resets),
+            )
+        )
+    if host != "api.anthropic.com":
+        return ()
+    start = "anthropic-ratelimit-unified"
+    said = [(f"{start}-status", "allowed"), (f"{start}-representative-claim", "five_hour")]
+    for name, used, resets in (("5h", s.five, s.five_resets), ("7d", s.seven, s.seven_resets)):
+        said += [
+            (f"{start}-{name}-utilization", f"{used / 100:g}"),
+            (f"{start}-{name}-reset", str(resets)),
+            (f"{start}-{name}-status", "allowed"),
+        ]
+    return tuple(said)
+
+
+def limit_event(scenario: Scenario) -> dict[str, Any] | None:
+    """The same as an event of a WebSocket."""
+    s = scenario
+    if s.five < 0:
+        return None
+    return {
+        "type": "codex.rate_limits",
+        "plan_type": "pro",
+        "rate_limits": {
+            "primary": {"used_percent": s.five, "window_minutes": 300, "reset_at": s.five_resets},
+            "secondary": {
+                "used_percent": s.seven,
+                "window_minutes": 10080,
+                "reset_at": s.seven_resets,
+            },
+        },
+    }
+
+
 # --- Anthropic ----------------------------------------------------------------------------------
 
 
@@ -208,56 +263,59 @@ def _messages(call: _Call) -> Answer:
         "output_tokens": s.output,
         "service_tier": "standard",
     }
+    tool = _sub_agent(call)
     message = {
         "id": id_,
         "type": "message",
         "role": "assistant",
         "model": call.model,
-        "content": [{"type": "text", "text": "".join(call.texts())}],
-        "stop_reason": "end_turn",
+        "content": [tool or {"type": "text", "text": "".join(call.texts())}],
+        "stop_reason": "tool_use" if tool else "end_turn",
         "stop_sequence": None,
         "usage": usage,
     }
     if not call.stream:
         return _plain(200, message, served)
     start = message | {"content": [], "stop_reason": None, "usage": usage | {"output_tokens": 1}}
-    block = {
-        "type": "content_block_start",
-        "index": 0,
-        "content_block": {"type": "text", "text": ""},
-    }
-    events = [
-        _data({"type": "message_start", "message": start}, "message_start"),
-        _data(block, "content_block_start"),
-        _data({"type": "ping"}, "ping"),
-        *(
-            _data(
-                {
-                    "type": "content_block_delta",
-                    "index": 0,
-                    "delta": {"type": "text_delta", "text": text},
-                },
-                "content_block_delta",
-            )
-            for text in call.texts()
-        ),
-        _data({"type": "content_block_stop", "index": 0}, "content_block_stop"),
-        _data(
-            {
-                "type": "message_delta",
-                "delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                "usage": {
-                    "input_tokens": s.fresh,
-                    "cache_creation_input_tokens": s.cache_written,
-                    "cache_read_input_tokens": s.cached,
-                    "output_tokens": s.output,
-                },
+    if tool:
+        block = tool | {"input": {}}
+        deltas = [{"type": "input_json_delta", "partial_json": json.dumps(tool["input"])}]
+    else:
+        block = {"type": "text", "text": ""}
+        deltas = [{"type": "text_delta", "text": text} for text in call.texts()]
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": start},
+        {"type": "content_block_start", "index": 0, "content_block": block},
+        {"type": "ping"},
+        *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": message["stop_reason"], "stop_sequence": None},
+            "usage": {
+                "input_tokens": s.fresh,
+                "cache_creation_input_tokens": s.cache_written,
+                "cache_read_input_tokens": s.cached,
+                "output_tokens": s.output,
             },
-            "message_delta",
-        ),
-        _data({"type": "message_stop"}, "message_stop"),
+        },
+        {"type": "message_stop"},
     ]
-    return _sse(call, events, served)
+    return _sse(call, [_data(event, event["type"]) for event in events], served)
+
+
+def _sub_agent(call: _Call) -> dict[str, Any] | None:
+    """A call of Claude Code's tool that starts a sub-agent; None once there is its result."""
+    names = {tool.get("name") for tool in call.asked.get("tools") or ()}
+    name = next((each for each in ("Agent", "Task") if each in names), None)
+    if (
+        not call.scenario.agent
+        or name is None
+        or "tool_result" in json.dumps(call.asked["messages"])
+    ):
+        return None
+    asked = {"description": "look", "prompt": "say lab[n=2]", "subagent_type": call.scenario.agent}
+    return {"type": "tool_use", "id": f"toolu_{call.serial}", "name": name, "input": asked}
 
 
 # --- OpenAI's shapes: OpenAI, Groq, xAI ---------------------------------------------------------

@@ -67,7 +67,7 @@ def _closed_ancestor(path: Path) -> Path | None:
 def _open_to_all(paths: list[Path]) -> None:
     """Let the lab's users reach `paths` even under a closed home, with nothing else beside them."""
     closed: dict[Path, list[tuple[Path, int]]] = {}
-    for path in paths:
+    for path in sorted(paths):  # a folder before what is inside it
         if path.exists() and (ancestor := _closed_ancestor(path)):
             closed.setdefault(ancestor, []).append((path, os.open(path, os.O_PATH)))
     for ancestor, inside in closed.items():

@@ -31,6 +31,14 @@ class Scenario:
     cut: int = 0
     # What the answer's id is made of, where it must be the same again.
     serial: str = ""
+    # How much of the plan's five-hour and seven-day windows is used, in percent, and when they
+    # reset, in Unix seconds; -1: the answer says nothing of limits.
+    five: int = -1
+    seven: int = 0
+    five_resets: int = 0
+    seven_resets: int = 0
+    # The type of a sub-agent that the client is asked to start, once, before the answer.
+    agent: str = ""
 
     @property
     def marker(self) -> str:
@@ -38,7 +46,9 @@ class Scenario:
         return (
             f"lab[n={self.n}&chunks={self.chunks}&delay_ms={self.delay_ms:g}"
             f"&piece_bytes={self.piece_bytes}&status={self.status}"
-            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}]"
+            f"&coding={self.coding}&cut={self.cut}&serial={self.serial}&agent={self.agent}"
+            f"&five={self.five}&seven={self.seven}"
+            f"&five_resets={self.five_resets}&seven_resets={self.seven_resets}]"
         )
 
     @property
@@ -82,4 +92,9 @@ def scenario_of(body: bytes) -> Scenario:
         coding=asked.get("coding", ""),
         cut=int(asked.get("cut", 0)),
         serial=asked.get("serial", ""),
+        five=int(asked.get("five", -1)),
+        seven=int(asked.get("seven", 0)),
+        five_resets=int(asked.get("five_resets", 0)),
+        seven_resets=int(asked.get("seven_resets", 0)),
+        agent=asked.get("agent", ""),
     )

@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import secrets
 import ssl
 import zlib
@@ -29,7 +30,13 @@ import wsproto.events
 import zstandard
 from wsproto.extensions import PerMessageDeflate
 
-from tests.support.lab.answers import Answer, answer, responses_entry, responses_turn
+from tests.support.lab.answers import (
+    Answer,
+    answer,
+    limit_event,
+    responses_entry,
+    responses_turn,
+)
 from tests.support.lab.scenario import scenario_of
 
 BODY_BYTES_MAX = 64 << 20
@@ -48,11 +55,30 @@ class Ledger:
         """A number that no other exchange of any lab has."""
         return f"lab{self._run}{next(self._serials):08d}"
 
-    def write(self, served: dict[str, Any] | None, state: str, http: str) -> None:
-        """Note that an exchange ended."""
+    def write(
+        self, served: dict[str, Any] | None, state: str, http: str, said: dict[str, Any]
+    ) -> None:
+        """Note that an exchange ended, and what its request `said` of who asks."""
         if served is not None:
-            entry = {"streaming": False} | served | {"state": state, "http": http}
+            entry = {"streaming": False} | served | {"state": state, "http": http, "said": said}
             os.write(self._fd, json.dumps(entry).encode() + b"\n")
+
+
+_SAYS_WHO = re.compile(r"user-agent|originator|session|thread|turn|prompt|agent|class|retry")
+_SAYS_WHO_IN_BODY = ("metadata", "client_metadata", "prompt_cache_key", "user_prompt_id", "request")
+
+
+def said_by(headers: dict[str, str], body: bytes | str) -> dict[str, Any]:
+    """What a request says of who asks, as it stands there: headers, and fields of its body."""
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        asked = None
+    asked = asked if isinstance(asked, dict) else {}
+    found = {name: asked[name] for name in _SAYS_WHO_IN_BODY if name in asked}
+    if "request" in found:  # Code Assist's: the rest of it is content
+        found["request"] = {"session_id": (found["request"] or {}).get("session_id")}
+    return {**{n: v for n, v in headers.items() if _SAYS_WHO.search(n)}, "body": found}
 
 
 class Server:
@@ -98,9 +124,8 @@ async def _serve_http1(
             await _serve_websocket(ledger, reader, writer, host, target, headers)
             return
         made = answer(host, path, query, body or target.encode(), ledger.serial())
-        await _write_http1(
-            ledger, writer, made, method, "gzip" in headers.get("accept-encoding", "")
-        )
+        gzips = "gzip" in headers.get("accept-encoding", "")
+        await _write_http1(ledger, writer, made, method, gzips, said_by(headers, body))
         if headers.get("connection", "").lower() == "close":
             return
 
@@ -111,9 +136,12 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[str, str, dict[str, 
     except asyncio.IncompleteReadError:
         return None
     lines = raw.decode("latin-1").split("\r\n")
-    method, target, _ = lines[0].split(" ", 2)
+    method, target, version = lines[0].split(" ", 2)
     pairs = (line.partition(":") for line in lines[1:] if line)
-    return method, target, {name.strip().lower(): value.strip() for name, _, value in pairs}
+    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    if version == "HTTP/1.0":
+        headers.setdefault("connection", "close")
+    return method, target, headers
 
 
 async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
@@ -128,7 +156,12 @@ async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> b
 
 
 async def _write_http1(
-    ledger: Ledger, writer: asyncio.StreamWriter, made: Answer, method: str, gzips: bool
+    ledger: Ledger,
+    writer: asyncio.StreamWriter,
+    made: Answer,
+    method: str,
+    gzips: bool,
+    said: dict[str, Any],
 ) -> None:
     head = [f"HTTP/1.1 {made.status} Lab", f"content-type: {made.content_type}"]
     head += [f"{name}: {value}" for name, value in made.headers]
@@ -154,9 +187,9 @@ async def _write_http1(
             writer.write("\r\n".join((*head, "", "")).encode() + payload)
         await writer.drain()
     except OSError:
-        ledger.write(made.served, "aborted", "http/1.1")
+        ledger.write(made.served, "aborted", "http/1.1", said)
         raise
-    ledger.write(made.served, "done", "http/1.1")
+    ledger.write(made.served, "done", "http/1.1", said)
 
 
 def _coded(made: Answer) -> tuple[tuple[bytes, ...], list[tuple[str, str]]]:
@@ -269,9 +302,9 @@ class _Http2:
             self._flush()
             await self._writer.drain()
         except (OSError, h2.exceptions.ProtocolError, asyncio.CancelledError):
-            self._ledger.write(made.served, "aborted", "http/2")
+            self._ledger.write(made.served, "aborted", "http/2", said_by(headers, body))
             return
-        self._ledger.write(made.served, "done", "http/2")
+        self._ledger.write(made.served, "done", "http/2", said_by(headers, body))
 
     async def _send(self, stream: int, piece: bytes) -> None:
         while piece:
@@ -311,7 +344,7 @@ async def _serve_websocket(
             elif isinstance(event, wsproto.events.TextMessage):
                 heard += event.data
                 if event.message_finished:
-                    await _turn(ledger, writer, socket, host, heard)
+                    await _turn(ledger, writer, socket, host, heard, said_by(headers, heard))
                     heard = ""
             elif isinstance(event, wsproto.events.Ping):
                 writer.write(socket.send(event.response()))
@@ -332,6 +365,7 @@ async def _turn(
     socket: wsproto.WSConnection,
     host: str,
     heard: str,
+    said: dict[str, Any],
 ) -> None:
     asked = json.loads(heard)
     if asked.get("type") != "response.create":
@@ -339,10 +373,11 @@ async def _turn(
     scenario = scenario_of(heard.encode())
     model = str(asked.get("model") or asked.get("response", {}).get("model"))
     serial = f"lab{scenario.serial}" if scenario.serial else ledger.serial()
-    for event in responses_turn(model, scenario, serial):
+    limits = limit_event(scenario)
+    for event in [*([limits] if limits else []), *responses_turn(model, scenario, serial)]:
         writer.write(socket.send(wsproto.events.TextMessage(json.dumps(event))))
         await writer.drain()
         if scenario.delay_ms:
             await asyncio.sleep(scenario.delay_ms / 1000)
     served = responses_entry(host, model, scenario, serial) | {"streaming": True}
-    ledger.write(served, "done", "websocket")
+    ledger.write(served, "done", "websocket", said)

@@ -134,7 +134,7 @@ http1(
 http1("api.anthropic.com", [("/v1/messages", prompted(claude, marker(5, cut=4), stream=True))])
 http1(
     "api.anthropic.com",
-    [("/v1/messages", prompted(claude, marker(6, chunks=500, delay_ms=20), stream=True))],
+    [("/v1/messages", prompted(claude, marker(6, chunks=500, delay_ms=400), stream=True))],
     leave_after=1,
 )
 http1(

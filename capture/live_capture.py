@@ -1,0 +1,224 @@
+"""Packets as they pass, decrypted with the keys that clients write: `TlsChunk`s out.
+
+    source = LiveCapture(link, keys=[folder / "keys.log"], wanted=…, owner=…)
+    while …:
+        for item in source.read(0.05):
+            meter.receive(item)
+    for item in source.finish():
+        meter.receive(item)
+
+The way of a byte: `sniffer.py`, a process of its own, sends packets over `link`; `packets/tcp.py`
+puts connections together, `records.py` cuts records, `awaiting.py` keeps them until `key_files.py`
+has found their keys, and decrypts. What is not read: QUIC, and connections that were there before.
+Memory is bounded by the limits of those files. One thread; no clock but for the keys' patience.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import subprocess
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from capture import sniffer
+from capture.packets.awaiting import AwaitingKeys
+from capture.packets.keeping import Keeping
+from capture.packets.key_files import KeyFiles
+from capture.packets.keylog import KeyLog
+from capture.packets.records import Findings, Live, TcpConnections
+from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
+from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
+from halton_meter.problem import Problem, Unavailable
+
+RECEIVE_BYTES = 1 << 20
+READY_S_MAX = 10.0
+_RAW_IP = 101  # tcpdump.org/linktypes.html: a packet from its IP header on
+_EPERM = 1
+# What a server must have sent over connections that are not read before its bulk is not copied any
+# more. A provider at the same address would lose bytes: those are counted, as holes.
+MUTED_AFTER_BYTES = 16 << 20
+
+
+class LiveCapture:
+    """A source of plaintext; see the file's head.
+
+    `link` is a socket to a sniffer, `keys` are key log files or folders of them. `wanted` says by
+    server name which connections are metered. `owner` finds a connection's process by its client
+    and server addresses, and is told whether the connection is known to be wanted. `missing` is
+    told of wanted connections that got no keys, with the host. `findings` and `losses` count.
+    `clock` gives the time of packets, in ns. `keeping` records what is read.
+    """
+
+    def __init__(
+        self,
+        link: socket.socket,
+        keys: Iterable[Path],
+        wanted: Callable[[str], bool],
+        owner: Callable[[tuple[str, int], tuple[str, int], bool], Process | None],
+        missing: Callable[[Connection, str], None],
+        clock: Callable[[], int] = time.time_ns,
+        keeping: Keeping | None = None,
+    ) -> None:
+        self.findings = Findings()
+        self.losses: Counter[str] = Counter()
+        self._link = link
+        self._missing = missing
+        self._clock = clock
+        self._buffer = bytearray()
+        self._ready: deque[TlsChunk | TlsClosed] = deque()
+        self._keys = KeyLog()
+        self._key_files = KeyFiles(keys, self._keys)
+        self._keeping = keeping
+        # By connection, of those that may be kept: addresses and ports, client random.
+        self._hellos: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._reader = AwaitingKeys(self._keys, self._give, self._without_keys)
+        live = Live(
+            Source.KEYLOG,
+            lambda flow, wanted: owner(flow.client, flow.server, wanted),
+            self._hello,
+            lambda *_: None,  # connections that are older than the capture
+            self._pass_by,
+        )
+        self._passed: Counter[str] = Counter()
+        self._muted: OrderedDict[str, None] = OrderedDict()
+        self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
+        self._reassembly = Reassembly(self._connections)
+        self.ended = False
+
+    def fileno(self) -> int:
+        """Readable when packets are there."""
+        return self._link.fileno()
+
+    def read(self) -> list[TlsChunk | TlsClosed]:
+        """What has come since the last call; does not wait for packets."""
+        self._receive()
+        self._feed()
+        self._connections.flush()
+        if self._key_files.poll():
+            self._reader.keys_came()
+        self._reader.expire(self._clock())
+        found = list(self._ready)
+        self._ready.clear()
+        return found
+
+    def finish(self) -> list[TlsChunk | TlsClosed]:
+        """The rest: what is read already, and the ends of all connections."""
+        found = self.read()
+        self._reassembly.finish()
+        self._connections.flush()
+        self._key_files.poll()
+        self._reader.keys_came()
+        self._reader.finish()
+        found += self._ready
+        self._ready.clear()
+        self.findings.decrypted = self._reader.decrypted
+        self.losses.update(self._reassembly.losses + self.findings.losses + self._reader.losses)
+        self._link.close()
+        return found
+
+    @property
+    def quic_connections(self) -> int:
+        """QUIC connections that began."""
+        return self._reassembly.quic_connections
+
+    def _receive(self) -> None:
+        try:
+            data = self._link.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.ended = not data
+        self._buffer += data
+
+    def _feed(self) -> None:
+        buffer, at = self._buffer, 0
+        head = sniffer.HEAD
+        while at + head.size <= len(buffer):
+            kind, length, number = head.unpack_from(buffer, at)
+            end = at + head.size + length
+            if end > len(buffer):
+                break
+            if kind == sniffer.PACKET:
+                packet = bytes(buffer[at + head.size : end])
+                if self._keeping is not None:
+                    self._keeping.packet(number, packet)
+                self._reassembly.feed(number, _RAW_IP, packet, length)
+            elif kind == sniffer.DROPPED:
+                self.losses["packets_dropped"] += number
+            at = end
+        del buffer[:at]
+
+    def _hello(self, flow: Flow, random: bytes) -> None:
+        if self._keeping is None:
+            return
+        self._hellos[flow.id] = flow.keys[0], random
+        if len(self._hellos) > FLOWS_MAX:
+            self._hellos.popitem(last=False)
+
+    def _give(self, item: TlsChunk | TlsClosed) -> None:
+        self._ready.append(item)
+        hello = self._hellos.pop(item.connection.id, None)
+        if hello is not None and self._keeping is not None and isinstance(item, TlsChunk):
+            key, random = hello
+            self._keeping.keep(key, self._keys.lines_of(random))
+
+    def _without_keys(self, connection: Connection) -> None:
+        self._missing(connection, connection.peer or "")
+
+    def _pass_by(self, server: str, length: int) -> None:
+        """Have the kernel drop the bulk of a server that sends much that is not read."""
+        self._passed[server] += length
+        if self._passed[server] < MUTED_AFTER_BYTES or server in self._muted:
+            return
+        del self._passed[server]
+        try:
+            address = ipaddress.IPv4Address(server)
+        except ValueError:
+            return
+        self._muted[str(address)] = None
+        if len(self._muted) > sniffer.MUTED_MAX:
+            self._muted.popitem(last=False)
+        self._tell_muted()
+
+    def _tell_muted(self) -> None:
+        addresses = [ipaddress.IPv4Address(server).packed for server in self._muted]
+        with contextlib.suppress(OSError):
+            self._link.sendall(b"".join(addresses) or bytes(4))
+
+
+def start_sniffer(command: Sequence[str], ports: Sequence[int]) -> socket.socket:
+    """Start a sniffer, and return the socket that packets come from. Raises Unavailable.
+
+    `command` runs the module `capture.sniffer`; the process needs root or CAP_NET_RAW.
+    """
+    ours, its = socket.socketpair()
+    with its:
+        subprocess.Popen(
+            [*command, str(its.fileno()), *map(str, ports)],
+            pass_fds=[its.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            close_fds=True,
+            start_new_session=True,  # a Ctrl-C is meant for the command
+        )
+    ours.settimeout(READY_S_MAX)
+    try:
+        head = ours.recv(sniffer.HEAD.size, socket.MSG_WAITALL)
+    except OSError:
+        head = b""
+    ours.setblocking(True)
+    kind, _, number = sniffer.HEAD.unpack(head) if len(head) == sniffer.HEAD.size else (0, 0, 0)
+    if kind == sniffer.READY:
+        return ours
+    ours.close()
+    if kind == sniffer.FAILED and number == _EPERM:
+        what = "to capture packets needs root (or CAP_NET_RAW)"
+        raise Unavailable([Problem(what, "sudo halton-meter run --via keylog -- CMD")])
+    why = os.strerror(number) if number else "the process that captures packets did not start"
+    raise Unavailable([Problem(f"packets cannot be captured: {why}", "halton-meter doctor")])

@@ -1,0 +1,137 @@
+"""Records whose keys have not been written yet: a live capture is ahead of its key log.
+
+A client writes its keys while it shakes hands, so they are a moment behind the first packets. What
+comes meanwhile waits, in order; what waits too long, or is too much, is given up and told. No
+clock: time is that of the packets. All else is `opening.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from capture.packets.keylog import KeyLog
+from capture.packets.opening import Opening, Records, Work
+from halton_meter.model import Connection, TlsChunk, TlsClosed
+
+# How long a connection's keys may take: they are written before the first request is sent.
+KEYS_NS_MAX = 10_000_000_000
+# What all connections keep while they wait; past it the one that waits longest is given up.
+WAITING_BYTES_MAX = 32 << 20
+WORK_COST_BYTES = 512
+CONNECTIONS_MAX = 65_536
+
+
+@dataclass(slots=True)
+class _Waiting:
+    connection: Connection
+    client_random: bytes
+    since_ns: int
+    work: deque[Work] = field(default_factory=deque)
+    bytes: int = 0
+
+
+class AwaitingKeys:
+    """A reader of all connections (`records.Reader` and `records.Readers`).
+
+    `missing` is told of each connection whose keys did not come.
+    """
+
+    is_spent = True
+
+    def __init__(
+        self,
+        keys: KeyLog,
+        give: Callable[[TlsChunk | TlsClosed], None],
+        missing: Callable[[Connection], None],
+    ) -> None:
+        self._keys = keys
+        self._missing = missing
+        self._opening = Opening(keys, give)
+        self.losses = self._opening.losses
+        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._waiting_bytes = 0
+        self._given_up: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def decrypted(self) -> int:
+        """Connections of which something was read."""
+        return self._opening.decrypted
+
+    def join_newest(self) -> AwaitingKeys:
+        """It reads every connection."""
+        return self
+
+    def leave(self, reader: object) -> None:
+        """A connection has ended; there is nothing to end here."""
+
+    def ask(self, records: Records, packet: bytes) -> None:
+        """Nobody asks a reader that is spent."""
+        raise AssertionError("asked although spent")
+
+    def put(self, work: Work) -> None:
+        """Read it, or let it wait behind what waits."""
+        connection = work.connection if isinstance(work, TlsClosed) else work.half.connection
+        if connection.id in self._given_up:
+            if isinstance(work, TlsClosed):
+                del self._given_up[connection.id]
+            return
+        waiting = self._waiting.get(connection.id)
+        if waiting is None and isinstance(work, Records):
+            random = work.keys.client_random
+            if random is not None and not self._has_keys(random):
+                waiting = _Waiting(connection, random, work.at_ns)
+                self._waiting[connection.id] = waiting
+        if waiting is None:
+            self._opening.do(work)
+            return
+        self._keep(waiting, work)
+
+    def _keep(self, waiting: _Waiting, work: Work) -> None:
+        cost = WORK_COST_BYTES + (len(work.payload) if isinstance(work, Records) else 0)
+        waiting.work.append(work)
+        waiting.bytes += cost
+        self._waiting_bytes += cost
+        while self._waiting_bytes > WAITING_BYTES_MAX:
+            self._give_up(next(iter(self._waiting.values())))
+
+    def keys_came(self) -> None:
+        """Read what has its keys now."""
+        for waiting in list(self._waiting.values()):
+            if self._has_keys(waiting.client_random):
+                self._remove(waiting)
+                for work in waiting.work:
+                    self._opening.do(work)
+
+    def expire(self, now_ns: int) -> None:
+        """Give up what has waited for too long."""
+        for waiting in list(self._waiting.values()):
+            if now_ns - waiting.since_ns < KEYS_NS_MAX:
+                return
+            self._give_up(waiting)
+
+    def finish(self) -> None:
+        """No keys will come any more."""
+        for waiting in list(self._waiting.values()):
+            self._give_up(waiting)
+
+    def _has_keys(self, random: bytes) -> bool:
+        """Whether application data can be read both ways."""
+        if self._keys.secret(random, "CLIENT_RANDOM") is not None:  # TLS 1.2
+            return True
+        both = ("CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0")
+        return all(self._keys.secret(random, label) is not None for label in both)
+
+    def _remove(self, waiting: _Waiting) -> None:
+        del self._waiting[waiting.connection.id]
+        self._waiting_bytes -= waiting.bytes
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        self._remove(waiting)
+        self.losses["tls_batches_without_keys"] += len(waiting.work)
+        if not any(isinstance(work, TlsClosed) for work in waiting.work):
+            self._given_up[waiting.connection.id] = None
+            if len(self._given_up) > CONNECTIONS_MAX:
+                self._given_up.popitem(last=False)
+        self._missing(waiting.connection)

@@ -1,0 +1,107 @@
+"""The process of a connection whose packets were seen: by its socket, while both are there.
+
+A connection may live for some milliseconds, so the processes of the command are looked at first:
+those that had a connection before, then all below the command. All others of the user are searched
+only where it matters, which takes some 40 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from capture.processes.proc import read_process
+from halton_meter.model import Process
+from proxy_fallback.edge.client_socket import ClientSocket
+from proxy_fallback.edge.owner import OwnerUnknown, owner_of, owner_pid
+
+RECENT_MAX = 64
+PROCESSES_MAX = 4096
+
+
+class Owners:
+    """`root` is the command's process id, once it runs."""
+
+    def __init__(self) -> None:
+        self.root: int | None = None
+        self._command: Process | None = None
+        self._found: OrderedDict[int, Process] = OrderedDict()  # the latest last
+
+    def began(self, pid: int) -> None:
+        """The command runs as this process."""
+        self.root = pid
+        self._command = read_process(pid)
+
+    def likely(self) -> Process | None:
+        """Whose a connection is that ended before it was looked at, and whose keys we have.
+
+        It is of the command, which alone knows our key log: the one process of it that had other
+        connections, or the command itself where there are several, or none.
+        """
+        if self.root is not None and self._command is None:
+            self._command = read_process(self.root)
+        of_command = [each for each in self._found.values() if self.is_of_command(each)]
+        return of_command[0] if len(of_command) == 1 else self._command
+
+    def find(
+        self, client: tuple[str, int], server: tuple[str, int], search: bool
+    ) -> Process | None:
+        """The process that holds the socket from `client` to `server`; None: not found.
+
+        With `search` all processes are looked at, not only the command's.
+        """
+        inode = None
+        with contextlib.suppress(OwnerUnknown):
+            found = owner_of(client, server)
+            inode = found.inode if found else None
+        if not inode:
+            return None
+        for pid in (*reversed(self._found), *self._tree()):
+            if _holds(pid, inode):
+                return self._read(pid)
+        other = owner_pid(ClientSocket(*client, server[1])) if search else None
+        return None if other is None else self._read(other)
+
+    def is_of_command(self, process: Process) -> bool:
+        """Whether a process is the command's, or below it."""
+        above = {pid for pid, _ in process.parents}
+        return self.root is None or process.pid == self.root or self.root in above
+
+    def _read(self, pid: int) -> Process | None:
+        process = read_process(pid)
+        if process is not None:
+            self._found[pid] = process
+            self._found.move_to_end(pid)
+            if len(self._found) > RECENT_MAX:
+                self._found.popitem(last=False)
+        return process
+
+    def _tree(self) -> Iterator[int]:
+        waiting = [self.root] if self.root is not None else []
+        for _ in range(PROCESSES_MAX):
+            if not waiting:
+                return
+            pid = waiting.pop()
+            yield pid
+            waiting += _children(pid)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def _holds(pid: int, inode: int) -> bool:
+    wanted = f"socket:[{inode}]"
+    with contextlib.suppress(OSError):
+        for name in reversed(os.listdir(f"/proc/{pid}/fd")):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") == wanted:
+                    return True
+    return False

@@ -1,0 +1,249 @@
+"""`run --via keylog`: one command's packets, decrypted with the keys that it writes, and metered.
+
+Three processes: this one, as the user, meters; the sniffer (`capture/sniffer.py`) alone may see
+packets; the command runs in the foreground with its terminal and signals its own. The command is
+told a key log file in a folder that only the user may read; the folder is deleted at the end. Only
+connections whose keys are in that file are read, so no other program's.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capture.live_capture import LiveCapture, start_sniffer
+from halton_meter.coverage import Coverage, Part
+from halton_meter.live import own_code
+from halton_meter.live.control import (
+    Answering,
+    Client,
+    remove_dead_run_sockets,
+    run_socket_name,
+)
+from halton_meter.live.in_flight import InFlight
+from halton_meter.live.journal_writer import JournalWriter
+from halton_meter.live.keylog import told
+from halton_meter.live.keylog.owners import Owners
+from halton_meter.live.not_started import not_started
+from halton_meter.live.pipeline import Pipeline, prepare_home
+from halton_meter.live.result import RunResult
+from halton_meter.live.totals import Totals
+from halton_meter.live.unmetered import Unmetered
+from halton_meter.model import TlsClosed
+
+if TYPE_CHECKING:
+    import socket
+
+    from capture.packets.keeping import Keeping
+    from halton_meter.model import Connection, PricedEvent, TlsChunk
+
+HTTPS = 443
+FOLDER = "halton-meter-keys-"
+# How often key files are looked at while no packet comes.
+LOOK_EVERY_S = 0.05
+# After the command's end: packets that are under way, and keys written last.
+SETTLE_S = 0.5
+# A terminal sends these to its whole foreground group: the command decides, we wait.
+_PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
+
+
+def start_capture(ports: Sequence[int]) -> socket.socket:
+    """Start the sniffer, as root where we are root. Raises Unavailable."""
+    return start_sniffer(own_code.python("capture.sniffer"), ports)
+
+
+def meter_command(
+    command: Sequence[str],
+    home: Path,
+    environment: Mapping[str, str],
+    extra_hosts: Mapping[str, str],
+    link: socket.socket,
+    keeping: Keeping | None = None,
+) -> RunResult:
+    """Run `command` as the user whom we are and meter it; `link` is a sniffer's. Raises OSError.
+
+    `keeping` records what is metered.
+    """
+    prepare_home(home)
+    result = RunResult()
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+        proxied, keys = told.environment(environment, Path(folder) / "keys.log")
+        metering = _Metering(link, keys, home, extra_hosts, keeping)
+        metering.start()
+        try:
+            result.exit_code, ran = _run(command, proxied, metering.began)
+        finally:
+            metering.finish(result)
+    if not ran:
+        result.connections = None
+    return result
+
+
+class _Metering:
+    """The metering thread: packets in, events into the store."""
+
+    def __init__(
+        self,
+        link: socket.socket,
+        keys: Path,
+        home: Path,
+        extra_hosts: Mapping[str, str],
+        keeping: Keeping | None,
+    ) -> None:
+        from halton_meter.providers.registry import Registry
+        from halton_meter.store import Store
+
+        pipeline = Pipeline(home, extra_hosts)
+        self._meter, self._price_error = pipeline.meter, pipeline.price_error
+        self._journal = JournalWriter(Store(home), home, self._price_error)
+        self._totals = Totals()
+        self._owners = Owners()
+        self._in_flight = InFlight(self._meter)
+        self._selector = selectors.DefaultSelector()
+        remove_dead_run_sockets(home)
+        self._answering = Answering(
+            home, self._selector, self._answer, lambda client: None, run_socket_name()
+        )
+        registry = Registry(dict(extra_hosts))
+        self._source = LiveCapture(
+            link,
+            [keys],
+            lambda host: bool(registry.of_host(host)),
+            self._owners.find,
+            self._miss,
+            keeping=keeping,
+        )
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="metering", daemon=True)
+        self._connections = Coverage(is_known=True)
+        self._counted: set[str] = set()
+        self._guessed: dict[str, Connection] = {}
+        self._missed: dict[tuple[str | None, str], int] = {}
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def began(self, pid: int) -> None:
+        """The command runs as this process."""
+        self._owners.began(pid)
+
+    def finish(self, result: RunResult) -> None:
+        """Meter what is left and put what came of it into `result`."""
+        self._over.set()
+        self._thread.join()
+        self._take(self._source.finish())
+        self._keep(self._meter.finish(time.time_ns()))
+        self._journal.keep_connections(self._connections, time.time_ns())
+        self._journal.count_losses({**self._source.losses, **self._meter.losses})
+        self._journal.close()
+        self._answering.remove()
+        result.totals = self._totals
+        result.losses = {**self._source.losses, **self._meter.losses}
+        result.connections = self._connections
+        result.unmetered = [
+            Unmetered(program, host, count, "no_keys", None, "halton-meter run --via proxy")
+            for (program, host), count in self._missed.items()
+        ]
+        result.store_error = self._journal.condition.last_word()
+        result.price_error = self._price_error
+
+    # --- the thread
+
+    def _work(self) -> None:
+        until: float | None = None
+        self._selector.register(self._source, selectors.EVENT_READ, lambda: None)
+        while until is None or time.monotonic() < until:
+            for key, _ in self._selector.select(LOOK_EVERY_S):
+                key.data()
+            self._take(self._source.read())
+            self._journal.tick(time.monotonic())
+            if self._source.ended:
+                return
+            if until is None and self._over.is_set():
+                until = time.monotonic() + SETTLE_S
+
+    def _answer(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
+        """What `top` asks; who started the run needs no socket."""
+        if request.get("ask") == "in_flight":
+            return self._in_flight.answer(self._meter.under_way(), time.time_ns())
+        return {"error": "unknown request"}
+
+    def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
+        for item in items:
+            found = self._attributed(item)
+            self._count(found.connection)
+            self._keep(self._meter.receive(found))
+            if isinstance(item, TlsClosed):
+                self._counted.discard(item.connection.id)
+                self._guessed.pop(item.connection.id, None)
+        self._totals.other_calls = self._meter.other_calls
+
+    def _attributed(self, item: TlsChunk | TlsClosed) -> TlsChunk | TlsClosed:
+        """With a process, as every connection whose keys we have is the command's."""
+        connection = item.connection
+        if connection.process is not None:
+            return item
+        known = self._guessed.get(connection.id)
+        if known is None:
+            known = replace(connection, process=self._owners.likely())
+            self._guessed[connection.id] = known
+        return replace(item, connection=known)
+
+    def _keep(self, events: list[PricedEvent]) -> None:
+        self._totals.seen_again = self._meter.seen_again
+        if not events:
+            return
+        self._journal.keep(events)
+        for event in events:
+            self._totals.add(event)
+
+    def _count(self, connection: Connection) -> None:
+        """Count a connection once."""
+        if connection.id in self._counted:
+            return
+        self._counted.add(connection.id)
+        program = connection.process.exe if connection.process else None
+        self._connections.add(Part(program, connection.peer, "key log", None), 1, None)
+
+    def _miss(self, connection: Connection, host: str) -> None:
+        """A connection to a provider that no keys came for.
+
+        It counts unless it is known to be another program's: who had ended when we looked for the
+        process may well have been of the command.
+        """
+        process = connection.process
+        if process is not None and not self._owners.is_of_command(process):
+            return
+        key = process.exe if process else None, host
+        self._missed[key] = self._missed.get(key, 0) + 1
+        self._connections.add(Part(key[0], host, None, "no_keys"), 1, None)
+
+
+def _run(
+    command: Sequence[str], environment: dict[str, str], began: Callable[[int], None]
+) -> tuple[int, bool]:
+    """The command in the foreground, its terminal and signals its own: (exit code, it ran)."""
+    # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
+    before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
+    try:
+        child = subprocess.Popen(list(command), env=environment)
+        began(child.pid)
+        code = child.wait()
+    except OSError as error:
+        code, words = not_started(command[0], error)
+        os.write(2, f"halton-meter: {words}\n".encode())
+        return code, False
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return (128 - code if code < 0 else code), True

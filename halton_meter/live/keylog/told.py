@@ -1,0 +1,36 @@
+"""The environment by which programs write their TLS keys to a file of ours.
+
+Who reads which variable: OpenSSL's callers that support it (curl, Python's default contexts), NSS
+(Firefox), GnuTLS, BoringSSL in Chromium and rustls where a program asks for it read SSLKEYLOGFILE;
+Node reads an option. Java needs an agent, which is not ours.
+Sources: https://curl.se/docs/manpage.html#--variable, https://docs.python.org/3/library/ssl.html
+(`create_default_context`), https://nodejs.org/api/cli.html#--tls-keylogfile,
+https://www.gnutls.org/manual (SSLKEYLOGFILE), https://firefox-source-docs.mozilla.org (NSS).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+KEYS_VARIABLE = "SSLKEYLOGFILE"
+_NODE_VARIABLE = "NODE_OPTIONS"
+
+
+def environment(own: Mapping[str, str], keys: Path) -> tuple[dict[str, str], Path]:
+    """(the command's environment, the file that its keys go to).
+
+    A file that the user named before is kept in use.
+    """
+    found = dict(own)
+    file = Path(found.get(KEYS_VARIABLE) or keys)
+    found[KEYS_VARIABLE] = str(file)
+    option = f"--tls-keylog={file}"
+    if not any(char.isspace() or char in "\"'\\" for char in str(file)):
+        given = found.get(_NODE_VARIABLE, "")
+        if "--tls-keylog" not in given:
+            found[_NODE_VARIABLE] = f"{given} {option}".strip()
+    else:
+        found[_NODE_VARIABLE] = f"{found.get(_NODE_VARIABLE, '')} {shlex.quote(option)}".strip()
+    return found, file

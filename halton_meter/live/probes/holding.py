@@ -1,0 +1,325 @@
+"""Stops who has spent all that a limit allows, where uprobes meter.
+
+The worker tells it of requests and events as they come out of the pipeline. When an answer crosses
+a limit, or a request begins though the limit is spent, the process is stopped with its children:
+within a run all of the run, else the terminal's job that it belongs to. A request that was sent
+cannot be taken back: what is under way at that moment is still answered and billed. `budget resume`
+lets it go on; who watches a run is asked first, as the terminal has to be given back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from halton_meter.budget import END, STOP
+from halton_meter.contract import usd_text
+from halton_meter.live.caps import NOTHING, Cap, Flight, Flights, Over
+from halton_meter.live.guard import Guard
+from halton_meter.live.held import END_S
+from halton_meter.live.stopping import (
+    Stopper,
+    began_before,
+    identity,
+    job_of,
+    say_on_terminal,
+)
+from halton_meter.model import Exchange, PricedEvent, Process
+from halton_meter.spending.spent import amount, of_event
+from halton_meter.spending.stops import STOPPED, ProcessId
+from halton_meter.spending.sums import Amount
+from halton_meter.wire.so_far import ExchangeSoFar
+
+SETTLES_S = 0.05  # until it is known what else was under way when it was stopped
+SAY_AFTER_S = 0.3  # a shell takes its terminal back first, and sets its modes
+TELL_AGAIN_S = 2.0
+HURRY_MS, LEISURE_MS = 1, 1000  # how long plaintext may gather, near a limit and else
+
+Tell = Callable[[dict[str, Any]], None]
+Preview = Callable[[Exchange], PricedEvent | None]
+
+
+@dataclass(slots=True)
+class Run:
+    """A run's tree, its limit if it has one, and how to tell who watches it."""
+
+    root: ProcessId
+    tell: Tell
+    cap: Cap | None = None
+
+    def has(self, process: Process | None) -> bool:
+        """Whether a process is of its tree."""
+        if process is None:
+            return False
+        parents = (pid for pid, _ in process.parents)
+        return process.pid == self.root[0] or self.root[0] in parents
+
+    def flies(self, flight: Flight) -> bool:
+        """Whether a request under way is of its tree."""
+        return self.has(flight.process)
+
+
+@dataclass(slots=True)
+class _Stopped:
+    """What was stopped for one limit."""
+
+    over: Over
+    stopper: Stopper
+    run: Run | None = None
+    kill_at: float | None = None
+    told_at: float = float("-inf")
+    say: list[tuple[float, str, int]] = field(default_factory=list)  # when, of which program
+    asked: bool = False  # who watches the run was told that it may go on
+
+
+class Holding:
+    """See the file's head. `preview` and `refresh` are the worker's, set once there is one."""
+
+    def __init__(self, home: Path, *, is_run: bool) -> None:
+        self.flights = Flights()
+        self.refresh: Callable[[], None] = lambda: None
+        self.guard = Guard(home, identity(os.getpid()), self._refresh, self.flights)
+        self.preview: Preview = lambda _: None
+        self._is_run = is_run
+        self._runs: dict[Hashable, Run] = {}
+        self._fresh: list[Flight] = []
+        self._stopped: dict[str, _Stopped] = {}
+        self._near = False
+        self._refused: str | None = None
+
+    def _refresh(self) -> None:
+        self.refresh()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why a budget is not kept, or does not hold; None where all do."""
+        return self.guard.trouble or self._refused
+
+    # --- runs
+
+    def watch(self, key: Hashable, pid: int, tell: Tell, cap: Cap | None = None) -> None:
+        """A run begins: what its tree spends counts for its limit."""
+        self._runs[key] = Run(identity(pid), tell, cap)
+
+    def forget(self, key: Hashable) -> None:
+        """Who watched a run is gone. What is stopped of it stays so, for `budget resume`."""
+        run = self._runs.pop(key, None)
+        for stopped in self._stopped.values():
+            if run is not None and stopped.run is run:
+                stopped.run = None
+
+    def cap_of(self, key: Hashable) -> Cap | None:
+        """The limit of a run."""
+        run = self._runs.get(key)
+        return None if run is None else run.cap
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is held at any limit, so that requests under way count."""
+        return self.guard.holds or any(run.cap for run in self._runs.values())
+
+    @property
+    def pause_ms(self) -> int:
+        """How long plaintext may gather: near a limit every answer counts at once."""
+        capped = any(run.cap for run in self._runs.values())
+        return HURRY_MS if capped or self._near else LEISURE_MS
+
+    # --- what the pipeline tells
+
+    def on_request(self, so_far: ExchangeSoFar) -> None:
+        """A request was sent whole."""
+        if not self.is_active:
+            return
+        exchange, _ = so_far.exchange(so_far.started_ns)
+        priced = self.preview(exchange)
+        if priced is not None:
+            self._fresh.append(self.flights.begin(exchange, priced))
+
+    def on_answer(self, exchange: Exchange) -> None:
+        """It was answered, or never will be."""
+        self.flights.end(exchange)
+
+    def keep(self, events: Sequence[PricedEvent]) -> None:
+        """Count events; stop who went over a limit by them, or asks on beyond it."""
+        for event in events:
+            process = event.usage.process
+            for run in self._runs.values():
+                if run.cap is not None and run.has(process):
+                    run.cap.add(event)
+            # First of all: the client may ask again within a millisecond.
+            if (over := self._over_run(process, None)) is not None:
+                self._stop(over, process, event.usage.at_ns)
+        if events:
+            self.guard.keep(events)
+        if not self.is_active:
+            self._fresh.clear()
+            return
+        for event in events:
+            if (over := self.guard.over(of_event(event), under_way=False)) is not None:
+                self._stop(over, event.usage.process, event.usage.at_ns)
+        flying = {id(each) for each in self.flights}
+        fresh, self._fresh = self._fresh, []
+        for flight in fresh:
+            if id(flight) in flying:
+                over = self._over_run(flight.process, flight) or self.guard.over(
+                    flight.spent, but=flight
+                )
+                if over is not None:
+                    self._stop(over, flight.process, flight.started_ns)
+        self._near = self.guard.is_near()
+
+    def _over_run(self, process: Process | None, but: Flight | None) -> Over | None:
+        for run in self._runs.values():
+            if run.cap is None or not run.has(process):
+                continue
+            more = NOTHING if but is None else self.flights.flying(run.flies, but)
+            if (over := run.cap.over(more)) is not None:
+                return over
+        return None
+
+    # --- stopping
+
+    def _stop(self, over: Over, process: Process | None, at_ns: int) -> None:
+        if process is None:
+            return
+        spender = began_before(process.pid, at_ns)
+        run = next((each for each in self._runs.values() if each.has(process)), None)
+        name = over.id if run is None or over.budget is None else f"{over.id}/{run.root[0]}"
+        stopped = self._stopped.get(name)
+        if stopped is None:
+            stopped = _Stopped(over, Stopper(), run)
+        roots = [] if spender is None else [spender]
+        if run is not None:
+            roots.insert(0, run.root)
+        elif spender is not None:
+            roots = job_of(spender)
+        fresh = stopped.stopper.stop(roots)
+        program = os.path.basename(process.exe or "") or str(process.pid)
+        if stopped.stopper.refused:
+            whose = process.user or f"uid {process.uid}"
+            why = f"{program} (pid {process.pid}) belongs to {whose} and could not be stopped"
+            self._refused = f"{over.text}, and {why}"
+        if not stopped.stopper.processes:
+            stopped.stopper.close()
+            return
+        self._stopped[name] = stopped
+        self.guard.hold(name, over, STOPPED, program, stopped.stopper.processes)
+        now = time.monotonic()
+        if fresh or now >= stopped.told_at + TELL_AGAIN_S:  # somebody had continued it
+            stopped.told_at, after_s = now, SETTLES_S if run is not None else SAY_AFTER_S
+            stopped.say.append((now + after_s, program, process.pid))
+        if over.holds == END and stopped.kill_at is None:
+            stopped.stopper.end()
+            stopped.kill_at = time.monotonic() + END_S
+
+    def _tell(self, name: str, stopped: _Stopped, program: str, pid: int) -> None:
+        run = stopped.run
+        flying = self.guard.flying(stopped.over) if run is None else self.flights.flying(run.flies)
+        over = replace(stopped.over, in_flight=flying.requests, in_flight_usd=flying.usd)
+        if run is not None:
+            stopped.asked = False
+            run.tell(
+                {
+                    "limit_reached": name,
+                    "text": over.text,
+                    "holds": over.holds,
+                    "limit_usd": usd_text(over.limit_usd),
+                    "spent_usd": usd_text(over.spent_usd),
+                    "at_least": over.at_least,
+                    "in_flight": over.in_flight,
+                    "in_flight_usd": usd_text(over.in_flight_usd),
+                }
+            )
+            return
+        did = "is ended" if over.holds == END else "is stopped"
+        text = f"halton-meter: {over.text}. {program} (pid {pid}) {did}."
+        if over.holds == STOP:
+            text += f"\r\n  go on: halton-meter budget resume {name}   (then: fg)"
+        say_on_terminal(pid, text)
+
+    def go_on(self, key: Hashable) -> None:
+        """Who watches a run has given its terminal back: let it continue."""
+        run = self._runs.get(key)
+        for name, stopped in list(self._stopped.items()):
+            if run is not None and stopped.run is run and stopped.asked:
+                self._resume(name, stopped)
+
+    def end(self, key: Hashable) -> None:
+        """End what is stopped of a run."""
+        run = self._runs.get(key)
+        for stopped in self._stopped.values():
+            if run is not None and stopped.run is run and stopped.kill_at is None:
+                stopped.stopper.end()
+                stopped.kill_at = time.monotonic() + END_S
+
+    def _resume(self, name: str, stopped: _Stopped) -> None:
+        stopped.stopper.resume()
+        del self._stopped[name]
+        self.guard.let_go(name)
+
+    # --- time
+
+    @property
+    def due_at(self) -> float | None:
+        """When `tick` has something to do."""
+        dues = [self.guard.due_at]
+        for stopped in self._stopped.values():
+            dues.append(stopped.kill_at)
+            dues += [each[0] for each in stopped.say]
+        return min((due for due in dues if due is not None), default=None)
+
+    def tick(self, now: float) -> None:
+        """Let go on what `budget resume` has allowed, end what did not end, say what is due."""
+        self.guard.tick(now)
+        for stop in self.guard.resumed():
+            for name, stopped in list(self._stopped.items()):
+                if name != stop.id or stopped.asked:
+                    continue
+                if stopped.run is None:
+                    self._resume(name, stopped)
+                    continue
+                if stopped.run.cap is not None and stopped.over.budget is None:
+                    stopped.run.cap.allow(stop.more_usd or Decimal(0))
+                stopped.asked = True
+                stopped.run.tell({"limit_lifted": stop.id})
+        self.say(now)
+        for name, stopped in list(self._stopped.items()):
+            if stopped.kill_at is not None and now >= stopped.kill_at:
+                stopped.stopper.kill()
+                del self._stopped[name]
+                self.guard.let_go(name)
+
+    def say(self, until: float = math.inf) -> None:
+        """Tell what is due by then; a run that ends is told all of it."""
+        for name, stopped in self._stopped.items():
+            for each in [each for each in stopped.say if each[0] <= until]:
+                stopped.say.remove(each)
+                self._tell(name, stopped, *each[1:])
+
+    def close(self) -> None:
+        """The end of the metering: a run's command has ended; what a service has stopped stays."""
+        self.guard.close(let_go=self._is_run)
+        for stopped in self._stopped.values():
+            stopped.stopper.close()
+
+
+def cap_of(name: str, usd: Any, holds: Any, before: dict[str, Any]) -> Cap | None:
+    """A run's limit as the worker is told of it; None where it is told of none."""
+    try:
+        limit_usd = amount(usd)
+        spent = Amount(
+            amount(before.get("usd")) or Decimal(0),
+            int(before.get("requests", 0)),
+            int(before.get("unpriced", 0)),
+        )
+    except (TypeError, ValueError):
+        return None
+    if limit_usd is None or limit_usd <= 0:
+        return None
+    return Cap(limit_usd, name, END if holds == END else STOP, spent)

@@ -1,0 +1,66 @@
+"""Key files that are written meanwhile: late, in pieces, replaced, many."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from capture.packets.key_files import KeyFiles
+from capture.packets.keylog import KeyLog
+
+
+def line(number: int) -> str:
+    return f"CLIENT_RANDOM {number:064x} {number:096x}\n"
+
+
+def test_a_file_that_comes_late_and_grows(tmp_path: Path) -> None:
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    files = KeyFiles([path], keys)
+    assert files.poll() == 0
+    path.write_text(line(1))
+    assert files.poll() == 1
+    assert files.poll() == 0
+    with path.open("a") as file:
+        file.write(line(2)[:50])
+    assert files.poll() == 0
+    with path.open("a") as file:
+        file.write(line(2)[50:] + line(3))
+    assert files.poll() == 2
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("how", ["cut off", "replaced"])
+def test_a_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path, how: str) -> None:
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    files = KeyFiles([path], keys)
+    path.write_text(line(1) + line(2))
+    files.poll()
+    if how == "replaced":
+        other = tmp_path / "other"
+        other.write_text(line(3) + line(4))
+        os.replace(other, path)
+    else:
+        path.write_text(line(3))
+    files.poll()
+    assert bytes.fromhex(f"{3:064x}") in keys
+    assert bytes.fromhex(f"{1:064x}") in keys
+
+
+def test_a_folder_of_files_one_a_process(tmp_path: Path) -> None:
+    keys, files = KeyLog(), None
+    files = KeyFiles([tmp_path / "keys"], keys)
+    assert files.poll() == 0
+    (tmp_path / "keys").mkdir()
+    for number in range(5):
+        (tmp_path / "keys" / f"{number}.log").write_text(line(number))
+    assert files.poll() == 5
+    assert len(keys) == 5
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "noise").write_bytes(os.urandom(100_000))
+    assert KeyFiles([tmp_path], KeyLog()).poll() == 0

@@ -1,0 +1,424 @@
+"""A live capture gives what the recording's reader gives, whenever packets and keys come."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capture import sniffer
+from capture.live_capture import LiveCapture
+from capture.packets import awaiting
+from capture.packets.keeping import CaptureWriter, Keeping
+from capture.pcap import PcapSource
+from halton_meter.model import Connection, Direction, Process, TlsChunk, TlsClosed
+from tests.capture.packets.test_pcap import BODY, HOST, REQUEST, recording, whole
+from tests.support.recorder import damage
+from tests.support.recorder.packets import Packet
+
+ETHERNET_BYTES = 14
+CLIENT = Process(4711, 1, "/usr/bin/client")
+
+
+def message(packet: Packet) -> bytes:
+    data = packet.frame[ETHERNET_BYTES:]
+    return sniffer.HEAD.pack(sniffer.PACKET, len(data), packet.at_ns) + data
+
+
+class Bench:
+    """A live capture at a link of the test's own, with a key file and a clock of its own."""
+
+    def __init__(self, keys: Path, keeping: Keeping | None = None) -> None:
+        self.keys = keys
+        self.link, its = socket.socketpair()
+        self.now_ns = 0
+        self.missed: list[tuple[Connection, str]] = []
+        self.items: list[TlsChunk | TlsClosed] = []
+        self.source = LiveCapture(
+            its,
+            [keys],
+            lambda host: host == HOST,
+            lambda client, server, wanted: CLIENT,
+            lambda connection, host: self.missed.append((connection, host)),
+            lambda: self.now_ns,
+            keeping,
+        )
+
+    def send(self, data: bytes) -> None:
+        """Bytes over the link, and what the capture makes of them."""
+        for at in range(0, len(data), 32_768):
+            self.link.sendall(data[at : at + 32_768])
+            self.items += self.source.read()
+
+    def play(self, packets: Sequence[Packet]) -> None:
+        for packet in packets:
+            self.now_ns = max(self.now_ns, packet.at_ns)
+            self.send(message(packet))
+
+    def finish(self) -> None:
+        self.items += self.source.finish()
+        self.link.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path / "keys.log")
+    yield made
+    made.link.close()
+
+
+def exact(bench: Bench) -> None:
+    assert whole(bench.items, Direction.SENT) == REQUEST * 2
+    assert whole(bench.items, Direction.RECEIVED) == BODY
+    assert isinstance(bench.items[-1], TlsClosed)
+    assert bench.items[0].connection.process == CLIENT
+    assert bench.items[0].connection.peer == HOST
+    assert bench.missed == []
+
+
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128", "tls12_aes256", "tls12_chacha"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0], ids="keys at {:.0%}".format)
+def test_it_reads_all_that_was_said_whenever_the_keys_come(
+    bench: Bench, suite: str, share: float
+) -> None:
+    given = recording(suite)
+    before = int(len(given.packets) * share)
+    bench.play(given.packets[:before])
+    assert not [item for item in bench.items if isinstance(item, TlsChunk)]
+    bench.keys.write_text(given.secrets)
+    bench.play(given.packets[before:])
+    bench.finish()
+    exact(bench)
+    assert +bench.source.losses == {}
+
+
+def test_what_was_said_is_given_at_once(bench: Bench) -> None:
+    given = recording()
+    bench.keys.write_text(given.secrets)
+    last = max(n for n, packet in enumerate(given.packets) if packet.payload)
+    bench.play(given.packets[: last + 1])
+    assert whole(bench.items, Direction.RECEIVED) == BODY
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32))
+def test_the_link_s_bytes_and_the_key_file_s_may_come_in_any_pieces(
+    seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng = random.Random(seed)
+    given = recording(rng.choice(["tls13", "tls12_aes128"]))
+    bench = Bench(tmp_path_factory.mktemp("keys") / "keys.log")
+    data = b"".join(map(message, given.packets))
+    secrets = given.secrets.encode()
+    while data or secrets:
+        if data and (not secrets or rng.random() < 0.5):
+            size = rng.choice([1, 7, 100, 5_000])
+            bench.send(data[:size])
+            data = data[size:]
+        else:
+            size = rng.choice([1, 30, 200])
+            with bench.keys.open("ab") as file:
+                file.write(secrets[:size])
+            secrets = secrets[size:]
+            bench.items += bench.source.read()
+    bench.finish()
+    exact(bench)
+
+
+def test_byte_by_byte(bench: Bench) -> None:
+    given = recording()
+    bench.keys.write_text(given.secrets)
+    for byte in b"".join(map(message, given.packets[:40])):
+        bench.link.sendall(bytes((byte,)))
+        bench.items += bench.source.read()
+    bench.play(given.packets[40:])
+    bench.finish()
+    exact(bench)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_hole_is_measured_and_what_follows_is_read(bench: Bench, seed: int) -> None:
+    given = recording()
+    rng = random.Random(seed)
+    ordinal = rng.randrange(12, 40)
+    bench.keys.write_text(given.secrets)
+    bench.play(damage.drop({ordinal})(given.packets))
+    bench.finish()
+    at, end = 0, 0
+    for item in bench.items:
+        if isinstance(item, TlsChunk) and item.direction is Direction.RECEIVED:
+            assert item.offset >= end
+            assert BODY[item.offset : item.offset + len(item.data)] == item.data
+            at += len(item.data)
+            end = item.offset + item.length
+    assert at < len(BODY) <= end + 32_768
+
+
+def test_dropped_packets_are_counted(bench: Bench) -> None:
+    bench.send(sniffer.HEAD.pack(sniffer.DROPPED, 0, 12))
+    bench.send(sniffer.HEAD.pack(sniffer.DROPPED, 0, 5))
+    bench.finish()
+    assert bench.source.losses["packets_dropped"] == 17
+
+
+def test_a_connection_whose_keys_do_not_come_is_told_once(bench: Bench) -> None:
+    given = recording()
+    bench.play(given.packets[:-4])
+    bench.now_ns += awaiting.KEYS_NS_MAX
+    bench.items += bench.source.read()
+    bench.play(given.packets[-4:])
+    bench.finish()
+    assert [host for _, host in bench.missed] == [HOST]
+    assert not [item for item in bench.items if isinstance(item, TlsChunk)]
+
+
+def test_a_connection_to_no_provider_is_not_read(tmp_path: Path) -> None:
+    given = recording()
+    bench = Bench(tmp_path / "keys.log")
+    bench.keys.write_text(given.secrets)
+    bench.source._connections._wanted = lambda host: False
+    bench.play(given.packets)
+    bench.finish()
+    assert bench.items == []
+    assert bench.missed == []
+
+
+def test_what_waits_for_keys_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awaiting, "WAITING_BYTES_MAX", 20_000)
+    bench.play(recording().packets)
+    bench.finish()
+    assert [host for _, host in bench.missed] == [HOST]
+    assert bench.source.losses["tls_batches_without_keys"] > 0
+
+
+def test_the_bulk_of_a_server_that_is_no_provider_is_muted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capture.live_capture.MUTED_AFTER_BYTES", 10_000)
+    bench.source._connections._wanted = lambda host: False
+    bench.play(recording().packets)
+    server = socket.inet_aton(bench_server(recording().packets))
+    assert bench.link.recv(100) == server
+
+
+def bench_server(packets: Sequence[Packet]) -> str:
+    sent = next(packet for packet in packets if packet.sent)
+    return socket.inet_ntoa(sent.frame[ETHERNET_BYTES + 16 : ETHERNET_BYTES + 20])
+
+
+def test_the_sniffer_s_end_is_noticed(bench: Bench) -> None:
+    bench.link.shutdown(socket.SHUT_WR)
+    bench.items += bench.source.read()
+    assert bench.source.ended
+
+
+# --- keeping ---
+
+
+@pytest.mark.parametrize("when", ["keys first", "keys last"])
+def test_what_is_kept_replays_without_a_key_log(tmp_path: Path, when: str) -> None:
+    given = recording()
+    path = tmp_path / "kept.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    if when == "keys first":
+        bench.keys.write_text(given.secrets)
+    bench.play(given.packets)
+    bench.keys.write_text(given.secrets)
+    bench.finish()
+    keeping.close()
+    exact(bench)
+    assert (keeping.connections, keeping.packets) == (1, len(given.packets))
+    source = PcapSource([path])
+    again = list(source.items())
+    assert whole(again, Direction.SENT) == REQUEST * 2
+    assert whole(again, Direction.RECEIVED) == BODY
+    assert source.findings.losses == {}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_connections_without_keys_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "kept.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    empty = len(path.read_bytes())
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.play(recording().packets)
+    bench.finish()
+    keeping.close()
+    assert (keeping.connections, keeping.packets) == (0, 0)
+    assert path.stat().st_size - empty < 64  # the head alone
+
+
+def test_what_waits_to_be_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capture.packets.keeping.CONNECTION_BYTES_MAX", 20_000)
+    keeping = Keeping(CaptureWriter(tmp_path / "kept.pcapng"))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.play(recording().packets)
+    bench.finish()
+    assert keeping.forgotten > 0
+    assert keeping._waiting_bytes <= 20_000
+
+
+def test_a_full_disk_is_told_and_metering_goes_on(tmp_path: Path) -> None:
+    writer = CaptureWriter(tmp_path / "kept.pcapng")
+    writer._file.close()
+    writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 (the writer closes it)
+    keeping = Keeping(writer)
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.keys.write_text(recording().secrets)
+    bench.play(recording().packets)
+    bench.finish()
+    keeping.close()
+    exact(bench)
+    assert keeping.error == "No space left on device"
+
+
+def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "kept.pcapng").write_text("mine")
+    with pytest.raises(FileExistsError):
+        CaptureWriter(tmp_path / "kept.pcapng")
+    assert (tmp_path / "kept.pcapng").read_text() == "mine"
+
+
+# --- the filter -----------------------------------------------------------------------------------
+
+
+def passes(program: bytes, packet: bytes) -> bool:
+    """What the kernel does with a packet: classic BPF, of which the filter uses these codes."""
+    lines = [sniffer.struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    at = accumulator = index = 0
+    while True:
+        code, yes, no, value = lines[at]
+        at += 1
+        try:
+            if code == 0x30:
+                accumulator = packet[value]
+            elif code == 0x50:
+                accumulator = packet[index + value]
+            elif code in (0x28, 0x48):
+                start = value + (index if code == 0x48 else 0)
+                accumulator = int.from_bytes(packet[start : start + 2])
+            elif code == 0x20:
+                accumulator = int.from_bytes(packet[value : value + 4])
+            elif code == 0xB1:
+                index = (packet[value] & 15) * 4
+            elif code == 0x54:
+                accumulator &= value
+            elif code in (0x15, 0x45):
+                hit = accumulator == value if code == 0x15 else accumulator & value
+                at += yes if hit else no
+            elif code == 0x06:
+                return value > 0
+            else:
+                raise AssertionError(code)
+        except IndexError:
+            return False  # as the kernel: a load past the end
+
+
+def segment(source: int, destination: int, flags: int = 0x18) -> bytes:
+    head = source.to_bytes(2) + destination.to_bytes(2) + bytes(8)
+    return head + bytes((0x50, flags)) + bytes(6) + b"data"
+
+
+def four(body: bytes, server: str = "192.0.2.9", options: int = 0, protocol: int = 6) -> bytes:
+    head = bytes((0x45 + options, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0))
+    return head + socket.inet_aton(server) + bytes(4) + bytes(4 * options) + body
+
+
+def six(body: bytes, protocol: int = 6) -> bytes:
+    return bytes((0x60, 0, 0, 0, 0, 0, protocol, 64)) + bytes(32) + body
+
+
+@pytest.mark.parametrize("make", [four, six, lambda body: four(body, options=3)])
+def test_the_filter_takes_tcp_of_its_ports_both_ways(make: object) -> None:
+    assert callable(make)
+    program = sniffer.port_filter([443, 8443])
+    for port in (443, 8443):
+        assert passes(program, make(segment(port, 50_000)))
+        assert passes(program, make(segment(50_000, port)))
+    assert not passes(program, make(segment(80, 50_000)))
+    assert not passes(program, make(segment(50_000, 80)))
+
+
+def test_the_filter_refuses_all_else() -> None:
+    program = sniffer.port_filter([443])
+    assert not passes(program, four(segment(443, 1), protocol=17))
+    assert not passes(program, six(segment(443, 1), protocol=17))
+    assert not passes(program, b"\x10" + bytes(80))
+    assert not passes(program, b"")
+
+
+def test_of_a_muted_server_only_beginnings_and_ends_pass() -> None:
+    muted = [socket.inet_aton(f"192.0.2.{n}") for n in range(10, 10 + sniffer.MUTED_MAX)]
+    program = sniffer.port_filter([443], muted)
+    for each in map(socket.inet_ntoa, muted):
+        assert not passes(program, four(segment(443, 50_000), each))
+        assert passes(program, four(segment(443, 50_000, 0x12), each))
+        assert passes(program, four(segment(443, 50_000, 0x11), each))
+        assert passes(program, four(segment(443, 50_000, 0x04), each))
+    assert passes(program, four(segment(443, 50_000), "192.0.2.9"))
+
+
+# --- the sniffer ----------------------------------------------------------------------------------
+
+
+class FakePackets:
+    """A packet socket's way of giving packets, statistics and nothing."""
+
+    def __init__(self, packets: Sequence[tuple[bytes, tuple[str, int, int]]], drops: int) -> None:
+        self._packets = list(packets)
+        self._drops = drops
+        self._pair = socket.socketpair()
+        self._pair[1].send(b"x")
+
+    def fileno(self) -> int:
+        return self._pair[0].fileno()
+
+    def recvmsg(self, *_: int) -> tuple[bytes, list[object], int, tuple[str, int, int]]:
+        if not self._packets:
+            self._pair[0].setblocking(False)
+            self._pair[0].recv(1)
+            raise BlockingIOError
+        data, address = self._packets.pop(0)
+        return data, [], 0, address
+
+    def getsockopt(self, *_: int) -> bytes:
+        drops, self._drops = self._drops, 0
+        return sniffer.struct.pack("=II", 0, drops)
+
+
+def test_loopback_s_second_sight_and_other_protocols_are_left_out() -> None:
+    ip, arp = 0x0800, 0x0806
+    packets = FakePackets(
+        [
+            (b"out on lo", ("lo", ip, 4)),
+            (b"in on lo", ("lo", ip, 0)),
+            (b"out on eth0", ("eth0", ip, 4)),
+            (b"arp", ("eth0", arp, 0)),
+        ],
+        drops=3,
+    )
+    ours, its = socket.socketpair()
+    thread = threading.Thread(target=sniffer.Sniffer(packets, its, [443]).run)  # type: ignore[arg-type]
+    thread.start()
+    found: list[tuple[int, bytes | int]] = []
+    while len(found) < 3:
+        kind, length, number = sniffer.HEAD.unpack(ours.recv(sniffer.HEAD.size, socket.MSG_WAITALL))
+        body = ours.recv(length, socket.MSG_WAITALL) if length else b""
+        found.append((kind, body or number))
+    ours.close()
+    thread.join()
+    assert sorted(found, key=str) == sorted(
+        [
+            (sniffer.PACKET, b"in on lo"),
+            (sniffer.PACKET, b"out on eth0"),
+            (sniffer.DROPPED, 3),
+        ],
+        key=str,
+    )

@@ -1,0 +1,232 @@
+"""`halton-meter config`: what it writes and leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from halton_meter.cli import main
+from halton_meter.config import CONFIG_NAME, load
+
+COMMENTED = """\
+# My settings.
+retention_days = 30  # a month
+
+[proxy]  # the company's
+port = 9000
+
+[projects."my app"]
+paths = [
+  "~/app",  # the app itself
+]
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("VISUAL", raising=False)
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def config(*arguments: str) -> Result:
+    done = CliRunner().invoke(main, ["config", *arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def text_of(home: Path) -> str:
+    return (home / CONFIG_NAME).read_text()
+
+
+def test_a_setting_goes_into_a_new_file_that_is_the_users_alone(home: Path) -> None:
+    assert config("set", "proxy.port", "8082").exit_code == 0
+    assert text_of(home) == "[proxy]\nport = 8082\n"
+    assert stat.S_IMODE((home / CONFIG_NAME).stat().st_mode) == 0o600
+
+
+def test_comments_and_layout_stay(home: Path) -> None:
+    (home / CONFIG_NAME).write_text(COMMENTED)
+    config("set", "proxy.port", "9001")
+    config("set", 'projects."my app".paths', "--add", "~/app2")
+    assert text_of(home) == COMMENTED.replace("9000", "9001").replace(
+        '  "~/app",  # the app itself\n', '  "~/app",  # the app itself\n  "~/app2",\n'
+    )
+    assert load(home).projects[0].paths == ("~/app", "~/app2")
+
+
+def test_a_link_stays_one(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "dotfiles.toml").write_text("retention_days = 3\n")
+    (home / CONFIG_NAME).symlink_to(tmp_path / "dotfiles.toml")
+    config("set", "retention_days", "4")
+    assert (home / CONFIG_NAME).is_symlink()
+    assert (tmp_path / "dotfiles.toml").read_text() == "retention_days = 4\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("proxy.port", "80"), "did you mean 8081?"),
+        (("retention_days", "90d"), "did you mean 90?"),
+        (("retention_days", "0"), "to keep everything, remove the line"),
+        (("retenton_days", "90"), "did you mean retention_days?"),
+        (("hosts.llm.example.com", "openia"), 'did you mean "openai"?'),
+        (("users", "ann"), "only root chooses users"),
+        (("bodies", "true"), "prompts and answers are never kept"),
+        (("projects.acme.path", "~/acme"), 'did you mean "paths"?'),
+        (("projects.acme.paths", "work/acme"), 'did you mean "~/work/acme"?'),
+        (("loader", "bcc", "libbpf"), "loader takes one value, not 2"),
+        (("loader", "--add", "bcc"), "--add is for lists"),
+        (("a b", "1"), "is not a setting's name"),
+        (("", "1"), "is not a setting's name"),
+    ],
+)
+def test_what_is_wrong_or_without_effect_is_not_written(
+    home: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    (home / CONFIG_NAME).write_text(COMMENTED)
+    done = config("set", *arguments)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert text_of(home) == COMMENTED
+
+
+def test_a_wrong_value_that_was_there_does_not_keep_others_from_being_set(home: Path) -> None:
+    (home / CONFIG_NAME).write_text("loader = 3\n")
+    assert config("set", "retention_days", "7").exit_code == 0
+    assert text_of(home) == "loader = 3\nretention_days = 7\n"
+    assert config("set", "loader", "bcc").exit_code == 0
+    assert load(home).loader == "bcc"
+
+
+@pytest.mark.parametrize("text", ["a = \n", "[a\n", "a = 1\na = 2\n"])
+def test_a_file_that_is_no_toml_is_left_alone(home: Path, text: str) -> None:
+    (home / CONFIG_NAME).write_text(text)
+    done = config("set", "retention_days", "7")
+    assert done.exit_code == 1
+    assert f"{home / CONFIG_NAME}:" in done.stderr
+    assert "halton-meter config edit" in done.stderr
+    assert text_of(home) == text
+
+
+def test_lists_grow_and_shrink(home: Path) -> None:
+    key = "openai_compatible_hosts"
+    config("set", key, "a.example.com", "b.example.com", "a.example.com")
+    config("set", key, "--add", "c.example.com", "b.example.com")
+    config("set", key, "--remove", "a.example.com")
+    assert load(home).openai_compatible_hosts == ("b.example.com", "c.example.com")
+
+
+def test_unset_takes_the_table_with_it_that_is_empty_then(home: Path) -> None:
+    config("set", "hosts.llm.example.com", "openai")
+    config("set", "retention_days", "7")
+    done = config("unset", "hosts.llm.example.com")
+    assert "removed from" in done.stdout
+    assert text_of(home) == "retention_days = 7\n"
+    assert "is not set in" in config("unset", "hosts.llm.example.com").stdout
+
+
+def test_get_says_where_each_value_comes_from(home: Path) -> None:
+    (home / CONFIG_NAME).write_text(COMMENTED)
+    found = json.loads(config("get", "--json").stdout)
+    rows = {row["key"]: (row["value"], row["set_at"]) for row in found["settings"]}
+    path = home / CONFIG_NAME
+    assert rows["proxy.port"] == (9000, f"{path}:5")
+    assert rows["proxy.upstream"] == (None, None)
+    assert rows["loader"] == ("auto", None)
+    assert rows['projects."my app".paths'] == (["~/app"], f"{path}:8")
+    assert config("get", "proxy.port").stdout == "9000\n"
+    assert config("get", "retenton_days").exit_code == 2
+
+
+def test_get_of_a_wrong_file_shows_what_counts_and_fails(home: Path) -> None:
+    (home / CONFIG_NAME).write_text("retention_days = -1\n[proxy]\nport = 9000\n")
+    done = config("get", "proxy.port")
+    assert (done.exit_code, done.stdout) == (1, "9000\n")
+    assert "retention_days must be" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        (COMMENTED, 0, "every value is right"),
+        ("bodies = true\n", 0, "1 setting without effect"),
+        ("[proxy]\nport = 1\n", 1, ":2: [proxy] port must be"),
+        ("a = \n", 1, "this is no TOML"),
+    ],
+)
+def test_check_tells_by_its_exit_code(home: Path, text: str, code: int, said: str) -> None:
+    (home / CONFIG_NAME).write_text(text)
+    other = home / "new.toml"
+    other.write_text(text)
+    for arguments in ((), (str(other),)):
+        done = config("check", *arguments)
+        assert done.exit_code == code
+        assert said in done.output
+    listed = json.loads(config("check", "--json").stdout)
+    assert listed["ok"] == (code == 0)
+
+
+def test_check_without_a_file(home: Path) -> None:
+    done = config("check")
+    assert (done.exit_code, "the defaults count" in done.stdout) == (0, True)
+
+
+def test_path(home: Path) -> None:
+    assert config("path").stdout == f"{home / CONFIG_NAME}\n"
+    assert config("path", "--system").stdout == "/etc/halton-meter/config.toml\n"
+
+
+def editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = tmp_path / "an editor"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("EDITOR", f"'{program}'")
+
+
+def test_edit_writes_what_is_right(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor(tmp_path, monkeypatch, 'echo "retention_days = 5" >> "$1"')
+    done = config("edit")
+    assert done.exit_code == 0
+    assert load(home).retention_days == 5
+    assert text_of(home).startswith("# Settings of Halton Meter.")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('echo "retention_days = no" >> "$1"', "was left as it is"),
+        ("exit 3", "ended with code 3"),
+        ('echo "proxy = 1" > "$1"', "proxy must be a table"),
+    ],
+)
+def test_edit_leaves_the_file_alone_where_the_result_is_wrong(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    (home / CONFIG_NAME).write_text(COMMENTED)
+    editor(tmp_path, monkeypatch, script)
+    done = config("edit")
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert text_of(home) == COMMENTED
+
+
+def test_edit_without_a_change_makes_no_file(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor(tmp_path, monkeypatch, "true")
+    assert "nothing changed" in config("edit").stdout
+    assert not (home / CONFIG_NAME).exists()
+
+
+def test_reload_without_a_service_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halton_meter.accounts.is_root", lambda: False)
+    done = config("reload")
+    assert (done.exit_code, "no service runs" in done.stderr) == (1, True)

@@ -1,0 +1,139 @@
+"""`run --via keylog`: real clients' packets and keys, exact; one event where uprobes watch, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.conftest import CLIENTS, HALTON_METER, Bench, assert_metered, stored_events
+from tests.support.lab.lab import Lab
+from tests.support.lab.scenario import Scenario
+
+pytestmark = pytest.mark.lab
+
+URL = "https://api.anthropic.com/v1/messages"
+
+
+@pytest.fixture
+def home(lab: Lab, request: pytest.FixtureRequest) -> Path:
+    made = lab.user.home / f"key-log-{abs(hash(request.node.name))}"
+    made.mkdir()
+    os.chown(made, lab.user.uid, lab.user.gid)
+    return made
+
+
+def as_sudo(lab: Lab, home: Path) -> dict[str, str]:
+    return lab.environment(
+        HALTON_METER_HOME=str(home / "data"),
+        HOME=str(home),
+        SUDO_UID=str(lab.user.uid),
+        SUDO_GID=str(lab.user.gid),
+        SUDO_USER=lab.user.name,
+    )
+
+
+def run(
+    lab: Lab, home: Path, *argv: str, before: Sequence[str] = (), project: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
+    summary = home / "summary.json"
+    command = [*HALTON_METER, "run", "--via", "keylog", "--json-summary", str(summary), "--", *argv]
+    done = lab.run([*before, *command], env=as_sudo(lab, home), cwd=project)
+    return done, json.loads(summary.read_text()) if summary.exists() else {}
+
+
+def curl(n: int, *options: str) -> list[str]:
+    body = {
+        "model": "claude-sonnet-4-5",
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": Scenario(n=n).marker}],
+    }
+    return ["curl", "-sS", "-o", "/dev/null", *options, URL, "-d", json.dumps(body)]
+
+
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+def test_curl_is_metered_exactly(lab: Lab, home: Path, version: str, project: Path) -> None:
+    skip = len(lab.ledger())
+    done, told = run(lab, home, *curl(1, version), project=project)
+    assert done.returncode == 0, done.stderr
+    events = stored_events(lab, home / "data")
+    assert_metered(lab.ledger()[skip:], events, "keylog")
+    assert told["requests"] == 1
+    assert told["losses"] == {}
+    assert told["connections"]["metered"] == told["connections"]["seen"] == 1
+    assert (home / "data").stat().st_uid == lab.user.uid
+
+
+def test_an_sdk_is_metered_with_its_process(
+    lab: Lab, home: Path, python: str, project: Path
+) -> None:
+    skip = len(lab.ledger())
+    sdk = [python, str(CLIENTS / "sdk.py"), "openai", "sync,async-stream", "1", "5"]
+    done, told = run(lab, home, *sdk, project=project)
+    assert done.returncode == 0, done.stderr
+    events = stored_events(lab, home / "data")
+    assert_metered(lab.ledger()[skip:], events, "keylog")
+    assert told["requests"] == 10
+    assert {event["project"] for event in events} == {"acme"}
+    assert {event["user"] for event in events} == {lab.user.name}
+
+
+def test_packets_and_probes_together_make_one_event_each(bench: Bench) -> None:
+    script = "; ".join(shlex.join(curl(n, "--http1.1")) for n in range(4))
+    home = bench.service.home
+    environment = {**as_sudo(bench.lab, home), "HALTON_METER_HOME": str(home)}
+    command = [*HALTON_METER, "run", "--via", "keylog", "--", "sh", "-c", script]
+    seen = bench.observe(command, env=environment, user=None)
+    assert len(seen.served) == 4
+    assert len(seen.events) == 4
+    assert {event["response_id"] for event in seen.events} == {
+        entry["response_id"] for entry in seen.served
+    }
+
+
+def test_a_connection_without_keys_is_named(lab: Lab, home: Path) -> None:
+    done, told = run(lab, home, "env", "-u", "SSLKEYLOGFILE", *curl(1))
+    assert done.returncode == 0, done.stderr
+    assert "no request was metered; what the command spent is not known" in done.stderr
+    assert "it wrote no TLS keys. Use: halton-meter run --via proxy" in done.stderr
+    assert told["connections"]["metered"] == 0
+    assert told["connections"]["seen"] == 1
+
+
+def test_the_keys_are_deleted_and_the_exit_code_is_the_command_s(lab: Lab, home: Path) -> None:
+    done, _ = run(lab, home, "sh", "-c", 'echo "$SSLKEYLOGFILE"; exit 7')
+    assert done.returncode == 7
+    assert done.stdout.strip().endswith("keys.log")
+    assert not Path(done.stdout.strip()).parent.exists()
+
+
+def test_without_the_right_to_capture_the_command_is_not_started(lab: Lab, home: Path) -> None:
+    command = [*HALTON_METER, "run", "--via", "keylog", "--", "touch", str(home / "ran")]
+    done = lab.run(command, env=as_sudo(lab, home), user=lab.user)
+    assert done.returncode == 1
+    assert "to capture packets needs root" in done.stderr
+    assert "sudo halton-meter run --via keylog" in done.stderr
+    assert not (home / "ran").exists()
+
+
+def test_a_recording_holds_the_command_s_provider_connections_and_replays(
+    lab: Lab, home: Path
+) -> None:
+    skip = len(lab.ledger())
+    file = home / "recorded.pcapng"
+    script = f"{shlex.join(curl(1))}; {shlex.join(curl(2, '--http2'))}"
+    command = [*HALTON_METER, "record", str(file), "--", "sh", "-c", script]
+    done = lab.run(command, env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert "recorded: 2 connections" in done.stderr
+    assert file.stat().st_uid == lab.user.uid
+    replay = [*HALTON_METER, "replay", "--json", str(file)]
+    said = lab.run(replay, user=lab.user, env=as_sudo(lab, home))
+    assert said.returncode == 0, said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert_metered(lab.ledger()[skip:], events, "pcap")

@@ -1,0 +1,247 @@
+"""NAME COUNT: COUNT requests to Anthropic or OpenAI by a library as its documentation calls it.
+
+The rest comes by the environment, as for any client: SSL_CERT_FILE, keys, proxies. It uses no code
+of the project. Imports are within the functions: each runs where only its own library is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+NAME, COUNT = sys.argv[1], int(sys.argv[2])
+MESSAGES, CHAT = (
+    "https://api.anthropic.com/v1/messages",
+    "https://api.openai.com/v1/chat/completions",
+)
+CLAUDE, GPT = "claude-haiku-4-5", "gpt-5-mini"
+PROMPT = "say lab[n=3&chunks=4]"
+BODY = json.dumps(
+    {"model": CLAUDE, "max_tokens": 100, "messages": [{"role": "user", "content": PROMPT}]}
+).encode()
+HEADERS = {"content-type": "application/json", "x-api-key": "made-up"}
+ROOTS = os.environ["SSL_CERT_FILE"]
+HEAD = (
+    b"POST /v1/messages HTTP/1.1\r\nHost: api.anthropic.com\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(BODY)
+)
+
+
+def times(ask: Callable[[], object]) -> None:
+    for _ in range(COUNT):
+        ask()
+
+
+# --- HTTP libraries
+
+
+def primp() -> None:
+    import primp
+
+    client = primp.Client(ca_cert_file=ROOTS)
+    times(lambda: client.post(MESSAGES, content=BODY, headers=HEADERS).content)
+
+
+def rnet() -> None:
+    import rnet
+
+    async def main() -> None:
+        client = rnet.Client(verify=False)
+        for _ in range(COUNT):
+            await (await client.post(MESSAGES, body=BODY, headers=HEADERS)).text()
+
+    asyncio.run(main())
+
+
+def tls_client() -> None:
+    import tls_client
+
+    session = tls_client.Session()
+    times(lambda: session.post(MESSAGES, data=BODY, headers=HEADERS, insecure_skip_verify=True))
+
+
+def curl_cffi() -> None:
+    from curl_cffi import requests
+
+    session: Any = requests.Session(impersonate="chrome", verify=ROOTS)
+    times(lambda: session.post(MESSAGES, data=BODY, headers=HEADERS).content)
+
+
+def pycurl() -> None:
+    import pycurl
+
+    handle = pycurl.Curl()
+    handle.setopt(handle.URL, MESSAGES)
+    handle.setopt(handle.CAINFO, ROOTS)
+    handle.setopt(handle.POSTFIELDS, BODY.decode())
+    handle.setopt(handle.HTTPHEADER, ["content-type: application/json"])
+    handle.setopt(handle.WRITEDATA, io.BytesIO())
+    times(handle.perform)
+
+
+def niquests() -> None:
+    import niquests
+
+    session = niquests.Session()
+    times(lambda: session.post(MESSAGES, data=BODY, headers=HEADERS, verify=ROOTS).content)
+
+
+def impit() -> None:
+    import impit
+
+    client = impit.Client(verify=False)
+    times(lambda: client.post(MESSAGES, content=BODY, headers=HEADERS).content)
+
+
+def httpr() -> None:
+    import httpr
+
+    client = httpr.Client(ca_cert_file=ROOTS)
+    times(lambda: client.post(MESSAGES, content=BODY, headers=HEADERS).content)
+
+
+def pyreqwest() -> None:
+    from pyreqwest.client import SyncClientBuilder
+
+    with SyncClientBuilder().danger_accept_invalid_certs(True).build() as client:
+        times(lambda: client.post(MESSAGES).headers(HEADERS).body_bytes(BODY).build().send().status)
+
+
+def tlslite() -> None:
+    from tlslite import HTTPTLSConnection
+
+    connection = HTTPTLSConnection("api.anthropic.com", 443)
+    for _ in range(COUNT):
+        connection.request("POST", "/v1/messages", BODY, HEADERS)
+        connection.getresponse().read()
+
+
+def treq() -> None:
+    import treq as it
+    from twisted.internet import defer, task
+
+    async def main(_: object) -> None:
+        for _ in range(COUNT):
+            await it.content(await it.post(MESSAGES, data=BODY, headers=HEADERS))
+
+    task.react(lambda reactor: defer.ensureDeferred(main(reactor)))
+
+
+def tornado() -> None:
+    from tornado.httpclient import HTTPClient
+
+    client = HTTPClient()
+    times(lambda: client.fetch(MESSAGES, method="POST", body=BODY, headers=HEADERS, ca_certs=ROOTS))
+
+
+def gevent() -> None:
+    from gevent import monkey
+
+    monkey.patch_all()
+    import gevent as it
+    import requests
+
+    def ask() -> None:
+        requests.post(MESSAGES, data=BODY, headers=HEADERS, verify=ROOTS, timeout=60)
+
+    it.joinall([it.spawn(ask) for _ in range(COUNT)], raise_error=True)
+
+
+def urllib() -> None:
+    from urllib.request import Request, urlopen
+
+    times(lambda: urlopen(Request(MESSAGES, BODY, HEADERS)).read())
+
+
+def asyncio_streams() -> None:
+    """A hand-made client: Python's own asyncio with a memory BIO."""
+
+    async def main() -> None:
+        import ssl
+
+        context = ssl.create_default_context(cafile=ROOTS)
+        for _ in range(COUNT):
+            reader, writer = await asyncio.open_connection("api.anthropic.com", 443, ssl=context)
+            writer.write(HEAD + BODY)
+            await reader.read()
+            writer.close()
+
+    asyncio.run(main())
+
+
+# --- frameworks
+
+
+def litellm() -> None:
+    import litellm as it
+
+    it.telemetry = False
+    for n in range(COUNT):
+        model = f"openai/{GPT}" if n % 2 else f"anthropic/{CLAUDE}"
+        it.completion(model=model, messages=[{"role": "user", "content": PROMPT}])
+
+
+def langchain_openai() -> None:
+    from langchain_openai import ChatOpenAI
+
+    times(lambda: ChatOpenAI(model=GPT).invoke(PROMPT))
+
+
+def langchain_anthropic() -> None:
+    from langchain_anthropic import ChatAnthropic
+
+    times(lambda: ChatAnthropic(model=CLAUDE).invoke(PROMPT))
+
+
+def openai_agents() -> None:
+    from agents import Agent, Runner, set_tracing_disabled
+
+    set_tracing_disabled(True)
+    times(lambda: Runner.run_sync(Agent(name="it", model=GPT), PROMPT))
+
+
+def pydantic_ai() -> None:
+    from pydantic_ai import Agent
+
+    times(lambda: Agent(f"anthropic:{CLAUDE}").run_sync(PROMPT))
+
+
+def smolagents() -> None:
+    from smolagents import OpenAIServerModel
+
+    model = OpenAIServerModel(model_id=GPT)
+    times(lambda: model.generate([{"role": "user", "content": PROMPT}]))
+
+
+def dspy() -> None:
+    import dspy as it
+
+    model = it.LM(f"anthropic/{CLAUDE}", cache=False)
+    times(lambda: model(PROMPT))
+
+
+def google_adk() -> None:
+    from google.adk.agents import Agent
+    from google.adk.runners import InMemoryRunner
+    from google.genai import types
+
+    async def main() -> None:
+        agent = Agent(name="it", model="gemini-2.5-flash", instruction="answer")
+        runner = InMemoryRunner(agent=agent, app_name="it")
+        for _ in range(COUNT):
+            session = await runner.session_service.create_session(app_name="it", user_id="u")
+            said = types.Content(role="user", parts=[types.Part(text=PROMPT)])
+            async for _event in runner.run_async(
+                user_id="u", session_id=session.id, new_message=said
+            ):
+                pass
+
+    asyncio.run(main())
+
+
+globals()[NAME]()
