@@ -242,13 +242,13 @@ def test_it_is_a_library_whose_bytes_must_prove_it(static_client: Path) -> None:
     assert library_from_json(library_json(library)) == library
 
 
-def test_what_else_the_file_speaks_tls_with_is_told(static_client: Path) -> None:
-    """As Codex, which has rustls, too."""
+def test_a_path_of_rustls_that_no_code_uses_is_no_second_stack(static_client: Path) -> None:
+    """What a file does speak besides is told in `others`: `test_rustls.py`."""
     both = static_client.with_name("both")
     both.write_bytes(strip(static_client).read_bytes() + b"rustls-0.23/src/conn.rs")
     library = found_in(both)
     assert library is not None
-    assert (library.stack, library.beside) == (Stack.OPENSSL, Stack.RUSTLS)
+    assert (library.stack, library.others) == (Stack.OPENSSL, ())
     assert library_from_json(library_json(library)) == library
 
 

@@ -89,7 +89,7 @@ def test_https_through_rustls_is_metered_exactly(bench: Bench, program: Program)
     seen = bench.observe(command, stdin=-3, env=environment)
     assert [(entry["http"], entry["n"]) for entry in seen.served] == [("http/2", 5)]
     exact(seen, 1)
-    note("Codex CLI, HTTPS by rustls", program.version.partition("-")[0], "rustls, stripped")
+    note("Codex CLI, HTTPS by rustls", program.version.partition("-")[0], "rustls")
 
 
 @pytest.mark.usefixtures("trusted_by_the_system")

@@ -45,7 +45,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 
-STACK = "rustls, stripped"
+STACK = "rustls"
 OTHER = "api.example.com"
 DENO = Program("npm", "@deno/linux-x64-glibc", "2.9.6", "deno")
 IMPIT_NODE = Program("npm", "impit-linux-x64-gnu", "0.14.5", "impit-node*.node")
@@ -83,7 +83,7 @@ def test_a_package_with_rustls_is_metered_exactly(
     assert {entry["http"].replace("/1.1", "1").replace("/2", "2") for entry in seen.served} == {
         version
     }
-    note(program.package, program.version, STACK)
+    note(f"{program.package} (Python)", program.version, STACK)
 
 
 @pytest.mark.slow
@@ -128,7 +128,6 @@ def test_uv_is_followed(lab: Lab, source: UprobeSource, installed: Install, tmp_
     assert (b":path", f"/simple/{name}/".encode()) in request.headers
     assert seen.data(Direction.RECEIVED)
     assert not seen.connection.joined
-    note("uv", UV.version, STACK)
 
 
 # --- what the kernel lets through ---------------------------------------------------------------
