@@ -211,7 +211,7 @@ def subject(compiler: str, variant: str) -> tuple[Path, bytes, list[range], dict
 _FOLDER = TemporaryDirectory(prefix="rustls-")
 ALTERED = [(compiler, "inlined" if compiler == "clang" else "callee") for compiler in AVAILABLE]
 quick = settings(
-    max_examples=int(os.environ.get("HOSTILE_EXAMPLES", "120")),
+    max_examples=int(os.environ.get("HOSTILE_EXAMPLES", "40")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
