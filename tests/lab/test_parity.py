@@ -28,7 +28,7 @@ OF_THE_PROCESS = (
 )
 # What differs because the conversation was held a second time.
 WITHOUT_AN_ID = 5  # embeddings, a transcription, errors
-OF_THE_RUN = ("id", "response_id", "pid")
+OF_THE_RUN = ("id", "response_id", "pid", "session_id")
 IN_ORDER = ("provider", "endpoint", "tokens", "outcome", "response_id")
 
 

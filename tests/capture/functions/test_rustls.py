@@ -2,7 +2,7 @@
 
 The subjects are compiled from `code/rustls_like.c`, stripped and searched; then an emulator runs
 them, x86-64 and aarch64 alike, and looks on at each site that was named (`support/rustls_like.py`).
-Real builds run in the lab: `tests/lab/real_clients/test_rustls.py`.
+Real builds run in the lab: `tests/lab/real_clients/test_rustls_found.py`.
 """
 
 from __future__ import annotations
