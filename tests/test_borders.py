@@ -529,7 +529,7 @@ def test_nothing_that_a_worker_says_ends_the_edge(raw: bytes) -> None:
 @quick
 def test_nothing_that_a_client_asks_ends_the_proxys_service(raw: bytes) -> None:
     async def scene() -> None:
-        service = proxy_service.ProxyService(WorkerJob("/nonexistent", False), {})
+        service = proxy_service.ProxyService(WorkerJob("/nonexistent", True), {})
         for said in (raw, b'{"ask":"forget"}\n'):
             near, far = socket.socketpair()
             reader, writer = await asyncio.open_connection(sock=far, limit=REQUEST_BYTES_MAX)

@@ -267,7 +267,11 @@ def _title_alone(value: object) -> str:
 
 # What to follow through the code, and files that name it for another reason.
 EXAMPLES_OF = [
-    ("Add a provider", "cohere", {"pricing/overlay/bedrock.toml"}),
+    (
+        "Add a provider",
+        "cohere",
+        {"pricing/overlay/bedrock.toml", "halton_meter/providers/refusal.py"},
+    ),
     ("Add a TLS library", "leave_go_read", set()),
     (
         "Add an event field",

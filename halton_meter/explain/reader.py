@@ -188,7 +188,10 @@ def _read(answer: Answer, wanted: str, at_ns: int, registry: Registry) -> list[U
     if not own:
         raise NotExplained(f"no provider is called {wanted!r}; see: halton-meter pricing list")
     seen: list[list[UsageEvent]] = []
+    of_batch = "custom_id" in document  # each line is an answer of its own
     for origin in _likely_origins(answer, document, own, model, registry):
+        if of_batch and "batch" not in origin.route.endpoint:
+            continue
         events = list(origin.route.read(_exchange(answer, origin, at_ns, model), *origin[:2]))
         if any(_says_something(event) for event in events):
             return events
@@ -200,7 +203,11 @@ def _read(answer: Answer, wanted: str, at_ns: int, registry: Registry) -> list[U
     # What tells nothing of itself is an answer of the first route that finds counts in it. Messages
     # come first: a reader of chat completions knows their counts' names, in another sense.
     others = sorted(
-        _origins(answer, own, model, registry), key=lambda o: o.route.endpoint != "messages"
+        _origins(answer, own, model, registry),
+        key=lambda o: (
+            of_batch and "batch" not in o.route.endpoint,
+            o.route.endpoint != "messages",
+        ),
     )
     for origin in others:
         events = list(origin.route.read(_exchange(answer, origin, at_ns, model), *origin[:2]))
@@ -287,6 +294,8 @@ def _endpoints(answer: Answer, document: Json, wanted: str) -> list[str]:
         found.insert(found.index("messages") + 1, "invoke")  # Bedrock passes makers' bodies on
     if b'"response.done"' in answer.body:  # the events of a voice session
         found.insert(0, "realtime")
+    if b'"interaction.' in answer.body:  # the events of Gemini's interactions
+        found.insert(0, "interactions")
     if answer.document is None:  # a stream, which may have an endpoint of its own
         found = [name for each in found for name in (f"stream{each[:1].upper()}{each[1:]}", each)]
     return list(dict.fromkeys(found))

@@ -26,6 +26,8 @@ _ARGUMENTS = {
     "project set": ["a", "--path", "/a"],
     "project alias": ["a", "b"],
     "project remove": ["a"],
+    "budget set": ["daily", "20"],
+    "budget remove": ["daily"],
     "pricing explain": ["e1"],
     "pricing set": ["m", "--discount", "10%"],
     "pricing reset": ["--all"],
