@@ -12,7 +12,7 @@ import select
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -45,6 +45,18 @@ LOOK_EVERY_S = 0.2
 LATEST_MAX = 100_000  # they are held in memory; `events` lists any number
 
 
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C ends it well; DuckDB has words of its own for one that hits it in a query."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        return
+    except RuntimeError as error:
+        if "nterrupted" not in str(error):
+            raise
+
+
 @click.command(
     cls=Configured,
     epilog="""\b
@@ -75,7 +87,7 @@ def tail(follow: bool, latest: int, as_json: bool, **options: Any) -> None:
         wrong_usage("-f goes on, and --to ends", "leave one of them out")
     printer = _json_lines if as_json else _Lines(sys.stdout.isatty())
     follower = Follower(home_folder(), selection)
-    with contextlib.closing(follower), contextlib.suppress(KeyboardInterrupt):
+    with contextlib.closing(follower), _until_interrupted():
         with store_problems():
             found = follower.begin(latest, follow)
         printer(found)

@@ -226,7 +226,8 @@ def test_each_comes_once_while_others_write_flush_and_report(
         if number % 8 == 0:
             run.close()
             store.close()
-            assert Flusher(home).wait().reason is None
+            outcome = Flusher(home).wait()  # whoever looks may have the database at the moment
+            assert outcome.busy or outcome.reason is None
         if number % 10 == 0:
             CliRunner().invoke(main, ["report", "--json"])
     run.close()
