@@ -335,7 +335,8 @@ def test_all_commands_under_sudo_work_in_the_persons_folder(place: Place) -> Non
     for call in CALLS:
         done = sudo(place, call)
         seen |= set(watch.names())
-        failed = stays_root(call) and call[0] not in ("stop", "record", "init")  # this root may not attach
+        # This root may not attach.
+        failed = stays_root(call) and call[0] not in ("stop", "record", "init")
         # "status" tells that no service runs; an interrupted dashboard ends in two ways; there is
         # no terminal to edit in.
         unsure = call[0] in ("status", "dashboard", "logs", "record") or call[:2] in (
