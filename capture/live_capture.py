@@ -121,11 +121,6 @@ class LiveCapture:
         self._link.close()
         return found
 
-    @property
-    def quic_connections(self) -> int:
-        """QUIC connections that began."""
-        return self._reassembly.quic_connections
-
     def _receive(self) -> None:
         try:
             data = self._link.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)

@@ -129,7 +129,6 @@ class AwaitingKeys:
 
     def _give_up(self, waiting: _Waiting) -> None:
         self._remove(waiting)
-        self.losses["tls_batches_without_keys"] += len(waiting.work)
         if not any(isinstance(work, TlsClosed) for work in waiting.work):
             self._given_up[waiting.connection.id] = None
             if len(self._given_up) > CONNECTIONS_MAX:

@@ -372,7 +372,9 @@ class TcpConnections:
     # --- what a connection is -------------------------------------------------------------------
 
     def _recognise(self, tcp: _TcpConnection, half: Half, data: bytes) -> None:
-        if data[:4] in _METHODS:
+        if data[:4] in _METHODS and self._live is not None:
+            tcp.become(State.IGNORED)  # without keys nothing says whose it is
+        elif data[:4] in _METHODS:
             tcp.become(State.PLAIN)
             self.findings.plain += 1
         elif len(data) >= 6 and data[0] == tls.HANDSHAKE and data[1] == 3 and data[5] in (1, 2):

@@ -8,14 +8,12 @@ connections whose keys are in that file are read, so no other program's.
 
 from __future__ import annotations
 
-import os
 import selectors
-import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +27,11 @@ from halton_meter.live.control import (
     remove_dead_run_sockets,
     run_socket_name,
 )
+from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
 from halton_meter.live.keylog.owners import Owners
-from halton_meter.live.not_started import not_started
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.result import RunResult
 from halton_meter.live.totals import Totals
@@ -52,8 +50,6 @@ FOLDER = "halton-meter-keys-"
 LOOK_EVERY_S = 0.05
 # After the command's end: packets that are under way, and keys written last.
 SETTLE_S = 0.5
-# A terminal sends these to its whole foreground group: the command decides, we wait.
-_PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
 
 
 def start_capture(ports: Sequence[int]) -> socket.socket:
@@ -76,11 +72,12 @@ def meter_command(
     prepare_home(home)
     result = RunResult()
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
-        proxied, keys = told.environment(environment, Path(folder) / "keys.log")
-        metering = _Metering(link, keys, home, extra_hosts, keeping)
+        private = Path(folder) / "keys.log"
+        informed, keys = told.environment(environment, private)
+        metering = _Metering(link, keys, home, extra_hosts, keeping, is_private=keys == private)
         metering.start()
         try:
-            result.exit_code, ran = _run(command, proxied, metering.began)
+            result.exit_code, ran = in_foreground(command, informed, metering.began)
         finally:
             metering.finish(result)
     if not ran:
@@ -98,7 +95,10 @@ class _Metering:
         home: Path,
         extra_hosts: Mapping[str, str],
         keeping: Keeping | None,
+        *,
+        is_private: bool,
     ) -> None:
+        """`is_private`: nobody but the command knows the key file."""
         from halton_meter.providers.registry import Registry
         from halton_meter.store import Store
 
@@ -127,20 +127,24 @@ class _Metering:
         self._connections = Coverage(is_known=True)
         self._counted: set[str] = set()
         self._guessed: dict[str, Connection] = {}
-        self._missed: dict[tuple[str | None, str], int] = {}
+        self._missed: dict[tuple[str | None, str | None], int] = {}
+        self._is_private = is_private
+        self._stopped: list[tuple[int, str]] = []  # since when nothing is metered, and why
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
-    def began(self, pid: int) -> None:
+    def began(self, process: subprocess.Popen[bytes]) -> None:
         """The command runs as this process."""
-        self._owners.began(pid)
+        self._owners.began(process.pid)
 
     def finish(self, result: RunResult) -> None:
         """Meter what is left and put what came of it into `result`."""
         self._over.set()
         self._thread.join()
+        for from_ns, cause in self._stopped:
+            result.outages.append((from_ns, time.time_ns(), cause))
         self._take(self._source.finish())
         self._keep(self._meter.finish(time.time_ns()))
         self._journal.keep_connections(self._connections, time.time_ns())
@@ -160,6 +164,12 @@ class _Metering:
     # --- the thread
 
     def _work(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # a fault of ours must not pass for "nothing was spent"
+            self._stopped.append((time.time_ns(), f"metering failed: {type(error).__name__}"))
+
+    def _watch(self) -> None:
         until: float | None = None
         self._selector.register(self._source, selectors.EVENT_READ, lambda: None)
         while until is None or time.monotonic() < until:
@@ -168,6 +178,8 @@ class _Metering:
             self._take(self._source.read())
             self._journal.tick(time.monotonic())
             if self._source.ended:
+                why = "the process that captures packets ended"
+                self._stopped.append((time.time_ns(), why))
                 return
             if until is None and self._over.is_set():
                 until = time.monotonic() + SETTLE_S
@@ -180,6 +192,8 @@ class _Metering:
 
     def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
         for item in items:
+            if self._is_foreign(item.connection):
+                continue
             found = self._attributed(item)
             self._count(found.connection)
             self._keep(self._meter.receive(found))
@@ -187,6 +201,13 @@ class _Metering:
                 self._counted.discard(item.connection.id)
                 self._guessed.pop(item.connection.id, None)
         self._totals.other_calls = self._meter.other_calls
+
+    def _is_foreign(self, connection: Connection) -> bool:
+        """Whether it is another program's, which writes to the same key file of the user's."""
+        process = connection.process
+        if process is None or self._is_private:
+            return False
+        return not self._owners.is_of_command(process)
 
     def _attributed(self, item: TlsChunk | TlsClosed) -> TlsChunk | TlsClosed:
         """With a process, as every connection whose keys we have is the command's."""
@@ -201,6 +222,8 @@ class _Metering:
 
     def _keep(self, events: list[PricedEvent]) -> None:
         self._totals.seen_again = self._meter.seen_again
+        if again := self._meter.told_again():
+            self._journal.keep(again)
         if not events:
             return
         self._journal.keep(events)
@@ -213,7 +236,7 @@ class _Metering:
             return
         self._counted.add(connection.id)
         program = connection.process.exe if connection.process else None
-        self._connections.add(Part(program, connection.peer, "key log", None), 1, None)
+        self._connections.add(Part(program, connection.peer, None, None), 1, None)
 
     def _miss(self, connection: Connection, host: str) -> None:
         """A connection to a provider that no keys came for.
@@ -224,26 +247,8 @@ class _Metering:
         process = connection.process
         if process is not None and not self._owners.is_of_command(process):
             return
-        key = process.exe if process else None, host
+        if process is None and not host:  # nothing says that it is a provider's, or ours
+            return
+        key = process.exe if process else None, host or None
         self._missed[key] = self._missed.get(key, 0) + 1
-        self._connections.add(Part(key[0], host, None, "no_keys"), 1, None)
-
-
-def _run(
-    command: Sequence[str], environment: dict[str, str], began: Callable[[int], None]
-) -> tuple[int, bool]:
-    """The command in the foreground, its terminal and signals its own: (exit code, it ran)."""
-    # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
-    before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
-    try:
-        child = subprocess.Popen(list(command), env=environment)
-        began(child.pid)
-        code = child.wait()
-    except OSError as error:
-        code, words = not_started(command[0], error)
-        os.write(2, f"halton-meter: {words}\n".encode())
-        return code, False
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return (128 - code if code < 0 else code), True
+        self._connections.add(Part(*key, None, "no_keys"), 1, None)

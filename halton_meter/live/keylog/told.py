@@ -10,7 +10,6 @@ https://www.gnutls.org/manual (SSLKEYLOGFILE), https://firefox-source-docs.mozil
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,11 +25,8 @@ def environment(own: Mapping[str, str], keys: Path) -> tuple[dict[str, str], Pat
     found = dict(own)
     file = Path(found.get(KEYS_VARIABLE) or keys)
     found[KEYS_VARIABLE] = str(file)
-    option = f"--tls-keylog={file}"
-    if not any(char.isspace() or char in "\"'\\" for char in str(file)):
-        given = found.get(_NODE_VARIABLE, "")
-        if "--tls-keylog" not in given:
-            found[_NODE_VARIABLE] = f"{given} {option}".strip()
-    else:
-        found[_NODE_VARIABLE] = f"{found.get(_NODE_VARIABLE, '')} {shlex.quote(option)}".strip()
+    given = found.get(_NODE_VARIABLE, "")
+    plain = not any(char.isspace() or char in "\"'\\" for char in str(file))
+    if plain and "--tls-keylog" not in given:  # a name that Node reads otherwise would stop it
+        found[_NODE_VARIABLE] = f"{given} --tls-keylog={file}".strip()
     return found, file

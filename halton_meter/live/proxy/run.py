@@ -26,9 +26,9 @@ from halton_meter import untrusted
 from halton_meter.budget import END
 from halton_meter.config import ConfigError
 from halton_meter.live import control
+from halton_meter.live.foreground import in_foreground
 from halton_meter.live.held import END_S, HeldCommand
 from halton_meter.live.limits import limit_this_process
-from halton_meter.live.not_started import not_started
 from halton_meter.live.pipeline import prepare_home
 from halton_meter.live.proxy import left_running
 from halton_meter.live.proxy.past import Past
@@ -42,10 +42,6 @@ from proxy_fallback.edge import listening
 
 # When stopping, exchanges under way get this long to finish.
 DRAIN_S = 5.0
-
-# A terminal sends these to its whole foreground group: the command decides, we wait.
-_PASSED_ON = (signal.SIGINT, signal.SIGQUIT)
-
 
 # --- the service ------------------------------------------------------------------------------
 
@@ -166,7 +162,13 @@ def meter_command(
         with tempfile.TemporaryDirectory(prefix=RUN_FOLDER) as folder:
             proxied = _proxied(environment, port, ca_file, Path(folder), java)
             past = Past(hosts, extra_hosts) if sys.platform == "linux" else None
-            run.exit_code, ran = _run(command, proxied, past, child)
+
+            def began(process: subprocess.Popen[bytes]) -> None:
+                child.process = process
+                if past is not None:
+                    past.begin(process.pid, command)
+
+            run.exit_code, ran = in_foreground(command, proxied, began)
             run.still_running = left_running.wait_for(port)
             if past is not None:
                 past.stop()
@@ -312,24 +314,3 @@ class _Child:
             process.wait(END_S)
             return
         process.kill()
-
-
-def _run(
-    command: Sequence[str], environment: dict[str, str], past: Past | None, watched: _Child
-) -> tuple[int, bool]:
-    """The command in the foreground, its terminal and signals its own: (exit code, it ran)."""
-    # A handler that does nothing, not SIG_IGN: exec resets handlers, but hands "ignored" on.
-    before = {number: signal.signal(number, lambda *_: None) for number in _PASSED_ON}
-    try:
-        child = watched.process = subprocess.Popen(list(command), env=environment)
-        if past is not None:
-            past.begin(child.pid, command)
-        code = child.wait()
-    except OSError as error:
-        code, words = not_started(command[0], error)
-        os.write(2, f"halton-meter: {words}\n".encode())
-        return code, False
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return (128 - code if code < 0 else code), True
