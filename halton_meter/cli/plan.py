@@ -123,10 +123,13 @@ def _is_asked(found: Account | Stored, provider: str | None, account: str | None
 def _account_lines(account: Account, at_ns: int) -> Iterator[str]:
     ago = span(at_ns - account.as_of_ns)
     yield styled(f"{title(account)} (as of {clock(account.as_of_ns, at_ns)}, {ago} ago)", "bold")
-    yield from _plan_lines(account, at_ns)
-    yield from _overage_lines(account, at_ns)
-    yield from _rate_lines(account, at_ns)
-    yield from _refusal_lines(account, at_ns)
+    said = [
+        *_plan_lines(account, at_ns),
+        *_overage_lines(account, at_ns),
+        *_rate_lines(account, at_ns),
+        *_refusal_lines(account, at_ns),
+    ]
+    yield from said or ["  how much is used is not known: no response has stated it"]
     yield from _user_lines(account.of(LimitKind.PLAN))
 
 

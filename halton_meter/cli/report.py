@@ -60,6 +60,8 @@ from halton_meter.store.errors import NOTHING
 SMALL_TOTAL_USD = Decimal(10)
 UNPRICED_SHOWN = 5
 LOSSES_SHOWN = 3
+# What a response said of a window longer ago may have changed: its time is said.
+LIMITS_FRESH_NS = 3600 * 1_000_000_000
 # From this width on, a table has a column for the cache and for the first token as well.
 WIDE_COLUMNS = 120
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
@@ -361,7 +363,7 @@ def _limits(answer: Report) -> str:
     """What is used of each plan's windows, one line a plan."""
     if answer.limits is None:
         return ""
-    from halton_meter.plan.words import in_short, title
+    from halton_meter.plan.words import clock, in_short, title
 
     lines = []
     for account in answer.limits.accounts:
@@ -369,7 +371,9 @@ def _limits(answer: Report) -> str:
             in_short(window, answer.limits.at_ns) for window in account.of(LimitKind.PLAN)
         )
         if windows:
-            lines.append(f"{title(account)}: {windows}")
+            age_ns = answer.limits.at_ns - account.as_of_ns
+            when = f" (as of {clock(account.as_of_ns, answer.limits.at_ns)})"
+            lines.append(f"{title(account)}: {windows}{when if age_ns > LIMITS_FRESH_NS else ''}")
     return "\n".join([*lines, "Who used it: halton-meter plan"]) if lines else ""
 
 

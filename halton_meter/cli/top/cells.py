@@ -121,7 +121,9 @@ def _group_name(group: Group) -> str:
     asked = group.asked
     if asked.session is None or group.key != asked.session:
         return group.key
-    return f"{asked.client or UNKNOWN} {asked.project or ''} {group.key[:8]}"
+    # Of a session that is a process, the whole number.
+    short = group.key.rpartition("-")[0] if group.key.startswith("pid-") else group.key[:8]
+    return f"{asked.client or UNKNOWN} {asked.project or ''} {short}"
 
 
 def _money(found: Count) -> str:
