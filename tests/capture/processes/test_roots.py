@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from capture.processes.proc import read_process
 from capture.processes.roots import ANCESTORS_MAX, Ancestor, name_of_root, root_of
+from tests.support.waiting import wait_until
 
 PYTHON, NODE = "/usr/bin/python3.11", "/usr/bin/node"
 BASH = Ancestor(10, 1, 1, "/bin/bash", ("-bash",))
@@ -77,6 +79,8 @@ def test_real_processes_of_two_clients_have_two_roots() -> None:
         assert len(roots) == 2
         assert ours.root not in roots
         assert worker.pid is not None
+        command_line = Path(f"/proc/{worker.pid}/cmdline")
+        wait_until(lambda: b"--multiprocessing-fork" in command_line.read_bytes(), "its exec")
         child = read_process(worker.pid)
         assert child is not None
         assert child.root == ours.root

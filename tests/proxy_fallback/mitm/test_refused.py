@@ -18,6 +18,7 @@ from proxy_fallback.mitm.addon import MeterAddon, Wiring
 from proxy_fallback.mitm.session import ProxySession
 from tests.proxy_fallback.mitm.test_addon import Make, Origin, Place, Talk, origin  # noqa: F401
 from tests.proxy_fallback.mitm.test_session import certificate  # noqa: F401 (a fixture)
+from tests.support.waiting import wait_until
 
 REFUSED = Refusal(
     402, (("content-type", "application/json"), ("x-should-retry", "false")), b'{"no":1}'
@@ -104,6 +105,7 @@ def test_who_is_not_refused_is_sent_on_whole(
     body = b'{"model":"cheap","pad":"' + b"x" * 300_000 + b'"}'
     answer = place.ask(server.port, request(body))
     assert answer.endswith(b"{}")
+    wait_until(lambda: server.talks, "the origin's end")
     assert server.talks[0].heard.endswith(body)
     exchange = place.exchange()
     assert exchange.request.body.joined() == body
