@@ -88,6 +88,9 @@ _COMMANDS: dict[str, _Entry] = {
     "dashboard": _Entry(
         "halton_meter.cli.dashboard:dashboard", "Show what was spent on a web page."
     ),
+    "metrics": _Entry(
+        "halton_meter.cli.metrics:metrics", "Print what was spent as Prometheus metrics."
+    ),
     "export": _Entry(
         "halton_meter.cli.export:export", "Write stored requests to a file for other tools."
     ),

@@ -38,6 +38,7 @@ _NOT_RUN = {
     "start": "starts a service",
     "stop": "would stop a service of this machine",
     "dashboard": "runs until it is stopped",
+    "metrics --serve": "runs until it is stopped",
     "tail -f": "runs until it is stopped",
     "init": "changes this user's settings (--dry-run is run)",
     "uninstall": "changes this user's settings",
