@@ -73,6 +73,7 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(
     library = attachments.files[second].library
     assert library is not None
     assert "2 functions may be SSL_write" in str(library.reason)
+    attachments.close()
 
 
 def test_what_was_begun_is_found_and_kept_behind_a_run_and_attached_to_no_more(
