@@ -95,8 +95,8 @@ typedef long long s64;
 #define TCP_SYN_SENT 2
 
 #define INLINE static inline __attribute__((always_inline, unused))
-/* A function that the verifier goes through by itself: not once more for each state in which it is called.
- * With pointers, which it must not believe, only where the kernel is new enough (Linux 5.13). */
+/* A function that the verifier goes through once, not again for each state in which it is called. It
+ * may be given no pointer at all, and looks. */
 #ifdef HALTON_BCC
 #define APART INLINE
 #else
@@ -1061,8 +1061,10 @@ struct head {
 #define REREAD_64(x) (*(volatile u64 *)&(x))
 
 /* Is the name on the list? Lower-cases it in place. */
-INLINE int wanted_host(struct name *n)
+APART int wanted_host(struct name *n)
 {
+	if (!n)
+		return 0;
 	struct host_key k;
 	u32 length = REREAD(n->length);
 
@@ -1404,8 +1406,10 @@ INLINE void unnamed_http2(struct key *key, u64 cookie)
 }
 
 /* The Host of a request head; 0 when there is none in what was read of it. */
-INLINE int read_host(struct head *h, u64 address, u64 total)
+APART int read_host(struct head *h, u64 address, u64 total)
 {
+	if (!h)
+		return 0;
 	u64 wanted = total;
 	if (wanted > HEAD_BYTES_MAX)
 		wanted = HEAD_BYTES_MAX;
@@ -2067,17 +2071,20 @@ INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
 /* Does the connection keep the name that it is known to have, and where? One is enough: address, length
  * and text in an object behind a vtable are no chance. Where it is known, each new connection shows that
  * it is still true; several in a row that do not, and it is no longer believed. */
-INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
+APART int learn_rustls_name(u64 base, struct host_name *name, u64 voter, u64 cookie)
 {
+	if (!name)
+		return 0;
+	char *host = name->text;
 	u32 number = cookie & COOKIE_FILE;
 	struct name_location *p = name_locations_get(&number);
 	if (!p || p->state == NAME_GIVEN_UP || p->voter == voter || !host[7])
-		return;
+		return 0;
 	p->voter = voter;
 	struct rustls_scan *scan = process_ring_reserve(sizeof(*scan));
 	if (!scan) {
 		count(STAT_PROCESS_RING_FULL, 1);
-		return;
+		return 0;
 	}
 	scan->found = p->offset;
 	if (p->state == NAME_SOUGHT)
@@ -2100,6 +2107,7 @@ INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
 			tell_location(cookie, 0);
 		p->state = NAME_GIVEN_UP;
 	}
+	return 0;
 }
 
 /* HTTP/2 of a name that is not known, on a socket that leads to a provider. */
@@ -2134,7 +2142,7 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 	if (unnamed)
 		tell_rustls_unnamed(unnamed, t);
 	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
-		learn_rustls_name(base, t->host, t->opened_ns, cookie);
+		learn_rustls_name(base, (struct host_name *)t->host, t->opened_ns, cookie);
 }
 
 INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u64 cookie)
@@ -2143,7 +2151,7 @@ INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u6
 	struct connection *c = connections_get(&id);
 	known->by_request = 0;
 	if (c && !known->tls12)
-		learn_rustls_name(base, c->host, c->opened_ns, cookie);
+		learn_rustls_name(base, (struct host_name *)c->host, c->opened_ns, cookie);
 }
 
 /* What was received before the first request: no more than a server's settings. */
