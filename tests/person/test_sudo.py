@@ -288,7 +288,7 @@ def test_root_in_its_own_folder_within_a_users_is_told_why_and_a_way(place: Plac
     assert f"sudo chown -Rh {place.ann.uid}:" in done.err
 
 
-@pytest.mark.parametrize("call", every(4, CALLS), ids=" ".join)
+@pytest.mark.parametrize("call", every(4, zip(CALLS)), ids=" ".join)
 def test_the_folder_of_a_third_user_is_refused(
     place: Place, template: Path, call: tuple[str, ...]
 ) -> None:
@@ -416,7 +416,7 @@ def test_root_does_not_wait_at_a_pipe(place: Place, template: Path, call: tuple[
 
 
 @pytest.mark.parametrize("whose", first(["root", "bob"]))
-@pytest.mark.parametrize("call", every(4, TRAPPED), ids=" ".join)
+@pytest.mark.parametrize("call", every(4, zip(TRAPPED)), ids=" ".join)
 def test_a_data_folder_that_is_a_link_leads_nowhere(
     place: Place, template: Path, call: tuple[str, ...], whose: str
 ) -> None:
