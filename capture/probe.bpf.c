@@ -95,6 +95,13 @@ typedef long long s64;
 #define TCP_SYN_SENT 2
 
 #define INLINE static inline __attribute__((always_inline, unused))
+/* A function that the verifier goes through once, not again for each state in which it is called. It
+ * may be given no pointer at all, and looks. */
+#ifdef HALTON_BCC
+#define APART INLINE
+#else
+#define APART __attribute__((noinline))
+#endif
 
 /* By number: bcc's headers may be older than they are. */
 static void *(*current_task)(void) = (void *)158; /* bpf_get_current_task_btf */
@@ -1054,8 +1061,10 @@ struct head {
 #define REREAD_64(x) (*(volatile u64 *)&(x))
 
 /* Is the name on the list? Lower-cases it in place. */
-INLINE int wanted_host(struct name *n)
+APART int wanted_host(struct name *n)
 {
+	if (!n)
+		return 0;
 	struct host_key k;
 	u32 length = REREAD(n->length);
 
@@ -1301,19 +1310,19 @@ INLINE int starts_a_request(const char *t)
 	       word == 0x4954504f /* OPTI */;
 }
 
-/* Where the name after "\nHost:" starts, 0 if there is none. One branch a turn: the verifier keeps
- * every branch not yet taken on a stack of 8192. */
+#define HOST_FIELD 0x0a686f73743aULL /* "\nhost:" */
+#define HOST_FIELD_BITS 0xffdfdfdfdfffULL /* all but the case of letters */
+
+/* Where the name after "\nHost:" starts, 0 if there is none. One branch a turn and few instructions: the
+ * verifier goes through every turn, and keeps every branch not yet taken on a stack of 8192. */
 INLINE void find_host(struct head *h)
 {
+	u64 last = 0; /* six bytes, and older ones that do not count */
 	h->name.position = 0;
-	for (u32 i = 0; i < HEAD_BYTES_MAX - 8; i++) {
-		const char *t = &h->text[i];
-		u32 differs = (t[0] ^ '\n') | ((t[1] | 32) ^ 'h') | ((t[2] | 32) ^ 'o') |
-			      ((t[3] | 32) ^ 's') | ((t[4] | 32) ^ 't') | (t[5] ^ ':');
-		/* clang 19 would make six branches of it. */
-		asm volatile("" : "+r"(differs));
-		if (!differs) {
-			h->name.position = i + 6;
+	for (u32 i = 0; i < HEAD_BYTES_MAX - 3; i++) {
+		last = last << 8 | (u8)h->text[i];
+		if (!((last ^ HOST_FIELD) & HOST_FIELD_BITS)) {
+			h->name.position = i + 1;
 			break;
 		}
 	}
@@ -1397,8 +1406,10 @@ INLINE void unnamed_http2(struct key *key, u64 cookie)
 }
 
 /* The Host of a request head; 0 when there is none in what was read of it. */
-INLINE int read_host(struct head *h, u64 address, u64 total)
+APART int read_host(struct head *h, u64 address, u64 total)
 {
+	if (!h)
+		return 0;
 	u64 wanted = total;
 	if (wanted > HEAD_BYTES_MAX)
 		wanted = HEAD_BYTES_MAX;
@@ -2060,17 +2071,20 @@ INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
 /* Does the connection keep the name that it is known to have, and where? One is enough: address, length
  * and text in an object behind a vtable are no chance. Where it is known, each new connection shows that
  * it is still true; several in a row that do not, and it is no longer believed. */
-INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
+APART int learn_rustls_name(u64 base, struct host_name *name, u64 voter, u64 cookie)
 {
+	if (!name)
+		return 0;
+	char *host = name->text;
 	u32 number = cookie & COOKIE_FILE;
 	struct name_location *p = name_locations_get(&number);
 	if (!p || p->state == NAME_GIVEN_UP || p->voter == voter || !host[7])
-		return;
+		return 0;
 	p->voter = voter;
 	struct rustls_scan *scan = process_ring_reserve(sizeof(*scan));
 	if (!scan) {
 		count(STAT_PROCESS_RING_FULL, 1);
-		return;
+		return 0;
 	}
 	scan->found = p->offset;
 	if (p->state == NAME_SOUGHT)
@@ -2093,6 +2107,7 @@ INLINE void learn_rustls_name(u64 base, char *host, u64 voter, u64 cookie)
 			tell_location(cookie, 0);
 		p->state = NAME_GIVEN_UP;
 	}
+	return 0;
 }
 
 /* HTTP/2 of a name that is not known, on a socket that leads to a provider. */
@@ -2127,7 +2142,7 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 	if (unnamed)
 		tell_rustls_unnamed(unnamed, t);
 	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
-		learn_rustls_name(base, t->host, t->opened_ns, cookie);
+		learn_rustls_name(base, (struct host_name *)t->host, t->opened_ns, cookie);
 }
 
 INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u64 cookie)
@@ -2136,7 +2151,7 @@ INLINE void learn_by_request(struct key *key, struct rustls *known, u64 base, u6
 	struct connection *c = connections_get(&id);
 	known->by_request = 0;
 	if (c && !known->tls12)
-		learn_rustls_name(base, c->host, c->opened_ns, cookie);
+		learn_rustls_name(base, (struct host_name *)c->host, c->opened_ns, cookie);
 }
 
 /* What was received before the first request: no more than a server's settings. */
@@ -3005,12 +3020,12 @@ struct payload {
 
 /* 0: it is not known where. It stays there until the call returns, and a process that changes it
  * meanwhile deceives us about nobody but itself. */
-INLINE int find_payload(struct payload *p, u64 total)
+APART int find_payload(struct payload *p, u64 total)
 {
 	struct registers *user = task_registers(current_task());
 	u64 call = 0, header[4] = {};
 
-	if (!user || bpf_probe_read_kernel(&call, sizeof(call), SYSCALL(user)))
+	if (!p || !user || bpf_probe_read_kernel(&call, sizeof(call), SYSCALL(user)))
 		return 0;
 	bpf_probe_read_kernel(&p->base, sizeof(p->base), CALL_ARG2(user));
 	p->length = total;
@@ -3188,15 +3203,17 @@ INLINE int record_head(struct payload *p, u64 at, u64 left, u64 next, u8 *head)
 }
 
 /* Steps over the heads of the records in what was sent, up to the first that can hold a request. */
-INLINE void follow_records(struct tcp_socket *t, struct payload *p)
+APART int follow_records(struct tcp_socket *t, struct payload *p)
 {
+	if (!t || !p)
+		return 0;
 	u64 piece[2] = {}, left = p->length, at = p->base, next = 1;
 	u8 head[8] __attribute__((aligned(8))) = {};
 	for (int i = 0; i < RECORDS_MAX; i++) {
 		if (t->skip >= left) {
 			t->skip -= left;
 			if (next >= p->count)
-				return;
+				return 0;
 			if (bpf_probe_read_user(piece, sizeof(piece), (void *)(p->vector + 16 * next)))
 				break;
 			at = piece[0];
@@ -3215,16 +3232,19 @@ INLINE void follow_records(struct tcp_socket *t, struct payload *p)
 			break;
 		if (holds_request(t, head, length)) {
 			t->used_ns = bpf_ktime_get_ns();
-			return;
+			return 0;
 		}
 		t->skip = 5 + length;
 	}
 	t->flags &= ~SOCKET_FOLLOWED; /* user space judges by the number of bytes (sockets.py) */
+	return 0;
 }
 
 /* Put what was sent behind what the connection has sent of its ClientHello. */
-INLINE void gather_hello(struct hello_room *room, struct payload *p, u64 total)
+APART int gather_hello(struct hello_room *room, struct payload *p, u64 total)
 {
+	if (!room || !p)
+		return 0;
 	u64 at = p->base, left = p->length, next = 1, piece[2] = {};
 	for (int i = 0; i < HELLO_PIECES_MAX; i++) {
 		u32 have = REREAD(room->hello.length);
@@ -3247,6 +3267,7 @@ INLINE void gather_hello(struct hello_room *room, struct payload *p, u64 total)
 		left = piece[1];
 		next += 1;
 	}
+	return 0;
 }
 
 /* A write on a connection of which it is not known yet where it leads. */

@@ -202,11 +202,11 @@ def printed_texts() -> list[str]:
     """Every text in the packages' code but docstrings; "…" stands for what is filled in."""
     texts = []
     for source in product_sources():
-        tree = ast.parse(source)
-        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
+        nodes = list(ast.walk(ast.parse(source)))
+        inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr)
                  for part in node.values}  # fmt: skip
-        apart = inner | {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
+        apart = inner | {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
                 texts.append("".join(parts))

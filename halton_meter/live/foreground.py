@@ -30,9 +30,12 @@ def in_foreground(
     `began` is given its process.
     """
     child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came while the command was being started
 
     def pass_on(number: int, _: object) -> None:
-        if child is not None:
+        if child is None:
+            early.append(number)
+        else:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
@@ -46,6 +49,8 @@ def in_foreground(
             code, words = not_started(command[0], error)
             os.write(2, f"halton-meter: {words}\n".encode())
             return code, False
+        for number in early:
+            pass_on(number, None)
         began(child)
         code = child.wait()
     finally:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -43,10 +43,22 @@ OPEN = record(
 BATCH = [chunk(0, ASKED), chunk(1, ANSWERED), close(len(ASKED), len(ANSWERED))]
 
 
+_begun: list[Helper] = []
+
+
+@pytest.fixture(autouse=True)
+def _end() -> Iterator[None]:
+    """Close what the test's helpers and sources have open."""
+    yield
+    while _begun:
+        _begun.pop().close()
+
+
 class Helper:
     """The other end of a source, from its first word on; the spool is the test's."""
 
     def __init__(self, *, resumable: bool = False, receipt: Receipt | None = None) -> None:
+        _begun.append(self)
         self.link, theirs = socket.socketpair()
         self.receipt = receipt or Receipt.new()
         self.asked: list[int] = []
@@ -79,6 +91,11 @@ class Helper:
             self.link.sendall(protocol.encode_message(protocol.REPORT, {"loader": "test"}))
             self.link.sendall(protocol.encode_message(protocol.REPLY, reply))
             return
+
+    def close(self) -> None:
+        self.source.stop()
+        self.link.close()
+        self.receipt.close()
 
     def all_events(self) -> list[TlsChunk | TlsClosed]:
         self.link.close()
@@ -147,6 +164,7 @@ def test_whoever_comes_after_it_reads_what_it_had_not_dealt_with(
     assert len(items) == 3
     first.source.processed(dealt_with, lambda _: is_open)
     second = Helper.__new__(Helper)
+    _begun.append(second)
     second.link, theirs = socket.socketpair()
     second.receipt, second.asked = Receipt(os.dup(first.receipt.fd)), []
     second.source = UprobeSource([], Scope(), link=theirs, resumable=True)

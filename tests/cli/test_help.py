@@ -168,27 +168,46 @@ def test_every_option_is_explained(words: tuple[str, ...]) -> None:
             assert option.help.rstrip(")").endswith("."), option.help
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the examples name, and a data folder with a small store."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("HALTON_METER_HOME", str(home))
-    monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "user").mkdir()
-    (tmp_path / "traffic").mkdir()
+    folder = tmp_path_factory.mktemp("laid-out")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        lay_out(folder)
+    return folder
+
+
+@pytest.fixture
+def place(laid_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, for one example."""
+    folder = tmp_path / "place"
+    shutil.copytree(laid_out, folder)
+    enter(folder, monkeypatch)
+    return folder
+
+
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HALTON_METER_HOME", str(folder / "home"))
+    patch.setenv("HOME", str(folder / "user"))
+    patch.chdir(folder)
+
+
+def lay_out(folder: Path) -> None:
+    (folder / "user").mkdir()
+    (folder / "traffic").mkdir()
     for name in ("capture.pcapng", "traffic/one.pcapng", "day-1.pcap"):
-        shutil.copy(FIXTURES / "anthropic_message.pcapng", tmp_path / name)
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
-    (tmp_path / "all.parquet").touch()
-    (tmp_path / "sslkeys.log").write_text(f"CLIENT_RANDOM {'ab' * 32} {'cd' * 48}\n")
-    (tmp_path / "response.json").write_text(json.dumps(RESPONSE))
-    with tarfile.open(tmp_path / "prices-2026-12-01.tar.gz", "w:gz") as archive:
+        shutil.copy(FIXTURES / "anthropic_message.pcapng", folder / name)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (folder / "all.parquet").touch()
+    (folder / "sslkeys.log").write_text(f"CLIENT_RANDOM {'ab' * 32} {'cd' * 48}\n")
+    (folder / "response.json").write_text(json.dumps(RESPONSE))
+    with tarfile.open(folder / "prices-2026-12-01.tar.gz", "w:gz") as archive:
         member = tarfile.TarInfo("data/our_cloud.toml")
         member.size = len(PRICES)
         archive.addfile(member, io.BytesIO(PRICES.encode()))
-    with Store(home) as store:
+    with Store(folder / "home") as store:
         event_id = "3f6c0a9d1b2e4f508192a3b4c5d6e7f8"
         store.append([made(event_id), made("b", None, model="my-model", project="misc")])
         store.append([made("c", project="api", at_ns=time.time_ns())])
@@ -202,8 +221,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *(["budget", "set", name, "900"] for name in ("daily", "website", "models")),
     ):
         assert CliRunner().invoke(main, setting).exit_code == 0
-    (tmp_path / "config.toml.new").touch()
-    return tmp_path
+    (folder / "config.toml.new").touch()
 
 
 def reason_not_to_run(example: Example) -> str | None:

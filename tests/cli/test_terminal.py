@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,19 @@ HOSTILE = "m\x1b[2J\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x9b31m\r\n\u202e\u200bx\x1
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, for one test."""
     monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder in which whatever may have such a name has it."""
+    folder = tmp_path_factory.mktemp("kept")
     who = Process(1, 2, f"/x/{HOSTILE}", (HOSTILE,), HOSTILE, 1, HOSTILE)
-    with Store(tmp_path) as store:
+    with Store(folder) as store:
         event = made(
             "e1",
             None,
@@ -39,7 +49,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.append([event])
         store.count_loss(HOSTILE, 1, 1)
         store.flush()
-    return tmp_path
+    return folder
 
 
 def assert_harmless(text: str) -> None:

@@ -17,6 +17,7 @@ from halton_meter.contract import rfc3339
 from halton_meter.periods import parse_stated, parse_when
 from halton_meter.store import Store
 from tests.support.made import NOON_NS, made
+from tests.support.quick import every
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "pcaps" / "anthropic_message.pcapng"
 RECORDED = "2026-11-23T09:00:00"  # UTC
@@ -66,7 +67,7 @@ def utc(text: str, now_ns: int = NOON_NS, end: bool = False) -> str:
     return rfc3339(parse_when(text, now_ns, end)).removesuffix(".000000Z")
 
 
-@pytest.mark.parametrize(("name", "short", "local"), ZONES)
+@pytest.mark.parametrize(("name", "short", "local"), every(3, ZONES))
 def test_every_command_shows_local_time_with_the_zone_and_prints_json_in_utc(
     zone: Callable[[str], None], name: str, short: str, local: str
 ) -> None:
@@ -89,7 +90,7 @@ def test_every_command_shows_local_time_with_the_zone_and_prints_json_in_utc(
     assert row["started_at"].startswith(RECORDED)
 
 
-@pytest.mark.parametrize(("name", "_short", "local"), ZONES)
+@pytest.mark.parametrize(("name", "_short", "local"), every(3, ZONES))
 def test_a_typed_time_is_local_in_every_command(
     zone: Callable[[str], None], name: str, _short: str, local: str
 ) -> None:

@@ -5,7 +5,6 @@ The test is the supervisor here: it holds what the helper makes, and starts the 
 
 from __future__ import annotations
 
-import select
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from capture.helper.handover import Keeper
 from capture.uprobes import Scope, UprobeSource, link_to, spawn_helper
 from halton_meter.model import TlsChunk, TlsClosed
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, gather, same_bytes
+from tests.support.waiting import is_readable
 
 
 class Relay:
@@ -51,7 +51,7 @@ class Relay:
 
     def _attend(self) -> None:
         try:
-            while select.select([self.keeper], [], []) and self.keeper.attend():
+            while is_readable(self.keeper, None) and self.keeper.attend():
                 pass
         except (ValueError, AssertionError):  # it was closed: the end of the test
             pass

@@ -119,8 +119,10 @@ def test_python_client(bench: ProxyBench, client: str, modes: str) -> None:
     note(f"{package} (Python)", version, "OpenSSL, shared", "proxy")
 
 
-@pytest.mark.parametrize("mode", [(), ("stream",)], ids=["whole", "stream"])
-@pytest.mark.parametrize("client", ["fetch", "https"])
+@pytest.mark.parametrize(
+    ("client", "mode"),
+    [("fetch", ("stream",)), ("https", ()), slow("fetch", ()), slow("https", ("stream",))],
+)
 def test_node(bench: ProxyBench, client: str, mode: tuple[str, ...]) -> None:
     seen = bench.observe(["node", str(CLIENTS / "node.mjs"), client, "1", "6", *mode])
     assert len(seen.served) == 6

@@ -81,16 +81,16 @@ def test_the_command_runs_as_the_person(lab: Lab, home: Path) -> None:
     ("command", "code"),
     [
         (("sh", "-c", "kill -TERM $$"), 143),
-        (("sh", "-c", "kill -KILL $$"), 137),
+        slow(("sh", "-c", "kill -KILL $$"), 137),
         (("no-such-command-here",), 127),
-        (("/etc/hosts",), 126),
+        slow(("/etc/hosts",), 126),
     ],
 )
 def test_ends_that_are_no_exit(lab: Lab, home: Path, command: tuple[str, ...], code: int) -> None:
     assert run(lab, home, *command).returncode == code
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGHUP)])
 def test_a_signal_sent_to_run_reaches_the_command(lab: Lab, home: Path, number: int) -> None:
     mark = home / "begun"
     script = f"trap 'exit 9' TERM INT HUP; echo x > {mark}; while :; do sleep 0.05; done"
@@ -228,7 +228,7 @@ def test_what_outlives_the_command_is_named(lab: Lab, home: Path) -> None:
     assert json.loads(summary.read_text())["still_running"] == ["bash", "sleep"]
 
 
-@pytest.mark.parametrize("via", ["uprobes", "proxy"])
+@pytest.mark.parametrize("via", ["uprobes", slow("proxy")])
 def test_what_the_command_does_as_another_user_is_said(lab: Lab, home: Path, via: str) -> None:
     """As under sudo: the kernel tells nothing of it, and the proxy serves its owner alone."""
     become = lab.folder / "become"

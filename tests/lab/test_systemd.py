@@ -17,6 +17,7 @@ from tests.support.lab.machine import Machine, unavailable
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
+UNIT = "/etc/systemd/system/halton-meter.service"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,10 @@ def machine(lab: Lab) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def home(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(machine: Machine, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for state, on a machine that knows no service: `stop` leaves its unit."""
+    machine.run(["rm", "-f", UNIT])
+    machine.run(["systemctl", "daemon-reload"])
     folder = lab.user.home / tmp_path_factory.mktemp("systemd").name
     folder.mkdir()
     os.chown(folder, lab.user.uid, lab.user.gid)
@@ -123,9 +127,9 @@ def test_a_command_is_metered_by_the_service_without_root(machine: Machine, home
 def test_one_command_from_nothing_to_a_metered_request_and_back(
     machine: Machine, home: Path
 ) -> None:
-    machine.run(["rm", "-f", "/etc/systemd/system/halton-meter.service"])  # `stop` leaves it
     shown = as_root(machine, home, "init", "--dry-run")
     assert "write /etc/systemd/system/halton-meter.service" in shown
+    assert machine.run(["ls", UNIT]).returncode != 0
     said = as_root(machine, home, "init", "--non-interactive")
     assert "init complete: every program of" in said
     assert "halton-meter report --today" in said

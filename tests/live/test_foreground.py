@@ -34,6 +34,26 @@ def test_what_is_sent_to_us_alone_goes_to_the_command_and_we_live_on(
     assert parent.communicate(timeout=WAIT_SECONDS_MAX)[0] == "code 9 ran True\n"
 
 
+def test_what_comes_while_the_command_is_being_started_goes_to_it_too() -> None:
+    early = (
+        "import os, signal, subprocess\n"
+        "class Popen(subprocess.Popen):\n"
+        "    def __init__(self, *arguments, **options):\n"
+        "        super().__init__(*arguments, stdout=subprocess.PIPE, **options)\n"
+        "        self.stdout.readline()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "subprocess.Popen = Popen\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", early + PARENT, WAITS.format("TERM")],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS_MAX,
+        check=True,
+    )
+    assert done.stdout == "code 9 ran True\n"
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [("exit 7", "code 7 ran True"), ("kill -KILL $$", "code 137 ran True")],

@@ -151,7 +151,7 @@ def _read_prose(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix != ".py":
         yield from _comments_of(source, path.suffix)
         return
-    for node in ast.walk(ast.parse(source)):
+    for node in _statements(ast.parse(source)):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         if (docstring := ast.get_docstring(node)) is not None:
@@ -159,6 +159,15 @@ def _read_prose(path: Path) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A statement and all in it; expressions, which are most of a file, are left out."""
+    yield node
+    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+        inside = getattr(node, block, None)
+        for each in inside if isinstance(inside, list) else ():
+            yield from _statements(each)
 
 
 def _comments_of(source: str, suffix: str) -> Iterator[tuple[int, str]]:

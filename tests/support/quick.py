@@ -21,6 +21,11 @@ def first(cases: Sequence[Any], count: int = 1) -> list[Any]:
     return [*cases[:count], *map(slow, cases[count:])]
 
 
+def every(count: int, cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The first of each `count` cases; the others are slow."""
+    return [slow(*case) if at % count else pytest.param(*case) for at, case in enumerate(cases)]
+
+
 def spread(*axes: Iterable[Any]) -> list[Any]:
     """Every combination, one of SHARE not slow, so chosen that each value meets most others."""
     combined = itertools.product(*(enumerate(axis) for axis in axes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import NameLocations
 from capture.helper.files.searches import Searches
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip
-from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
+from tests.support.waiting import WAIT_SECONDS_MAX, is_readable, wait_until
 
 pytestmark = pytest.mark.skipif(
     not COMPILERS or sys.platform != "linux", reason="needs a C compiler, on Linux"
@@ -53,7 +52,7 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(
     def give_to_one_that_stands_still(own: Searches, child: Any, *jobs: Any) -> None:
         """The search that is to be killed has its file, and has not begun."""
         if child is not None and child.lane >= 0 and not searching:
-            select.select([child], [], [], 60)
+            assert is_readable(child, WAIT_SECONDS_MAX)
             child.introduced(child.link.recv(100))
             os.kill(child.pid, signal.SIGSTOP)
             searching.append(child)
@@ -74,6 +73,7 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(
     library = attachments.files[second].library
     assert library is not None
     assert "2 functions may be SSL_write" in str(library.reason)
+    attachments.close()
 
 
 def test_what_was_begun_is_found_and_kept_behind_a_run_and_attached_to_no_more(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,9 @@ def told(spooled: list[bytes], ring: Any, table: Any, position: int = 0) -> list
     spool = Spool.new(1 << 20)
     if spooled:
         spool.append(spooled, 0, 0)
-    return list(unannounced(spool, position, ring, table))
+    found = list(unannounced(spool, position, ring, table))
+    os.close(spool.fd)
+    return found
 
 
 def test_a_connection_in_the_table_is_announced_as_the_kernel_knows_it() -> None:

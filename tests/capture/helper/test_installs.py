@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from capture.helper import installs
 from capture.helper.installs import Installs, homes_of
+from tests.support.waiting import is_readable
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 
@@ -42,7 +42,7 @@ def listed(installs: Installs) -> list[str]:
 
 def word_came(watched: Installs) -> bool:
     """Events of this process's own acts are in the queue before the acts return."""
-    return bool(select.select([watched], [], [], 0)[0]) and watched.changed()
+    return is_readable(watched) and watched.changed()
 
 
 CLIENTS = (

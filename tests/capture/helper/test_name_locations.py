@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import KNOWN, NUMBERS_MAX, VALUE, NameLocations
 from tests.capture.helper.test_known_files import CODE_AT, elf, same_change_time
 
+Attach = Callable[[Library], Attachments]
 LIBRARY = Library(
     Stack.OPENSSL,
     (Probe("enter_write", CODE_AT), Probe("enter_ctrl", CODE_AT + 0x200)),
@@ -178,6 +181,19 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return made
 
 
+@pytest.fixture
+def attach(program: Path, attached: list[tuple[int, int]]) -> Iterator[Attach]:
+    """Attach to a library in the program."""
+    with contextlib.ExitStack() as opened:
+
+        def attach(library: Library) -> Attachments:
+            made = attachments(program, library)
+            opened.callback(made.close)
+            return made
+
+        yield attach
+
+
 def attachments(program: Path, library: Library) -> Attachments:
     known = KnownFiles(None)
     with program.open("rb") as file:
@@ -188,30 +204,32 @@ def attachments(program: Path, library: Library) -> Attachments:
     return made
 
 
-def test_files_that_name_hosts_have_numbers(program: Path, attached: list[tuple[int, int]]) -> None:
-    attachments(program, LIBRARY)
+def test_files_that_name_hosts_have_numbers(
+    attach: Attach, attached: list[tuple[int, int]]
+) -> None:
+    attach(LIBRARY)
     assert attached == [(10, 1), (11, 1)]
 
 
 def test_what_was_found_by_structure_says_so(
-    program: Path, attached: list[tuple[int, int]]
+    attach: Attach, attached: list[tuple[int, int]]
 ) -> None:
     library = Library(Stack.BORINGSSL, LIBRARY.probes[:1], "abcdef01", unproved=True)
-    attachments(program, library)
+    attach(library)
     assert attached == [(10, UNPROVED | 1)]
 
 
-def test_go_keeps_its_own(program: Path, attached: list[tuple[int, int]]) -> None:
+def test_go_keeps_its_own(attach: Attach, attached: list[tuple[int, int]]) -> None:
     go = Library(Stack.GO, (Probe("enter_go_write", CODE_AT),), None, cookie=40 << 32 | 8)
-    attachments(program, go)
+    attach(go)
     assert attached == [(12, 40 << 32 | 8)]
 
 
 def test_a_kernel_without_cookies_probes_all_the_same(
-    program: Path, attached: list[tuple[int, int]]
+    attach: Attach, attached: list[tuple[int, int]]
 ) -> None:
     attached.append((-1, -1))
-    (file,) = attachments(program, LIBRARY).files.values()
+    (file,) = attach(LIBRARY).files.values()
     assert file.failure is None
     assert len(file.probes) == 2
     assert attached[1:] == [(10, 0), (11, 0)]

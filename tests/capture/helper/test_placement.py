@@ -60,19 +60,24 @@ def found_in(path: Path, find: Callable[[int], Library | None]) -> Library:
     return library
 
 
-@pytest.fixture(params=["symbol", "unwind", "call", "symbol, landing", "unwind, aarch64"])
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Library]:
+@pytest.fixture(
+    scope="module", params=["symbol", "unwind", "call", "symbol, landing", "unwind, aarch64"]
+)
+def subject(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Library]:
     """A file, and what is found in it; by each kind of proof."""
+    folder = tmp_path_factory.mktemp("subject")
     kind, _, variant = request.param.partition(", ")
     if kind == "symbol":
         landing = "-fcf-protection=full" if variant else "-fcf-protection=none"
         flags = ("-shared", "-fPIC", "-O1", "-falign-functions=64", landing)
-        path = build_library(tmp_path, C_SOURCE, "libssl.so", *flags)
+        path = build_library(folder, C_SOURCE, "libssl.so", *flags)
         return path, found_in(path, inspect)
     compiler = next((each for each in COMPILERS if ("aarch64" in each) == bool(variant)), None)
     if compiler is None:
         pytest.skip("no such compiler")
-    path = strip(build(tmp_path, "-fpie", "-pie", "-DCHECKED", compiler=compiler))
+    path = strip(build(folder, "-fpie", "-pie", "-DCHECKED", compiler=compiler))
     path = without_unwind_table(path) if kind == "call" else path
     library = found_in(path, boringssl.library)
     assert {function.proof.value for function in library.functions} == {kind}

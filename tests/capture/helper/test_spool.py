@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import socket
+from contextlib import closing
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,8 @@ def test_a_successor_finds_it_as_it_was_left() -> None:
     again = Spool(os.dup(spool.fd))
     assert (again.written, again.ring_position, again.oldest) == (5, 77, 0)
     assert again.read(1, 100) == b"bcde"
+    for each in (spool, again):
+        os.close(each.fd)
 
 
 def framed(rng: random.Random, inner: bytes) -> bytes:
@@ -95,6 +98,7 @@ def test_the_memory_of_what_is_dealt_with_is_given_back() -> None:
         spool.append([bytes(FREED_BYTES // 2)], turn, spool.written)
     assert os.fstat(spool.fd).st_blocks * 512 < 2 * FREED_BYTES
     assert spool.oldest >= spool.written - FREED_BYTES - FREED_BYTES // 2
+    os.close(spool.fd)
 
 
 keys = st.tuples(st.integers(1, 2**22), st.integers(0, 2**64 - 1), st.integers(0, 2**63))
@@ -105,7 +109,8 @@ def test_a_receipt_is_read_as_it_was_written(done: int, open_since: dict) -> Non
     receipt = Receipt.new()
     receipt.write(1, {(1, 2, 3): 0})
     receipt.write(done, open_since)
-    assert Receipt(os.dup(receipt.fd)).read() == (done, open_since)
+    with closing(Receipt(os.dup(receipt.fd))) as theirs:
+        assert theirs.read() == (done, open_since)
     assert receipt.floor == min([done, *open_since.values()])
     receipt.close()
 
@@ -117,6 +122,7 @@ def test_a_receipt_names_the_latest_when_there_are_too_many() -> None:
     assert done == 10**6
     assert sorted(found.values()) == list(range(50, OPEN_MAX + 50))
     assert receipt.floor == 50
+    receipt.close()
 
 
 @pytest.mark.parametrize("garbage", [b"\xff" * 65536, bytes(range(256)) * 256])
@@ -125,6 +131,7 @@ def test_garbage_in_a_receipt_raises_nothing(garbage: bytes) -> None:
     os.pwrite(receipt.fd, garbage, 0)
     receipt.read()
     assert receipt.floor >= 0
+    receipt.close()
 
 
 def test_a_reader_cannot_take_the_receipt_from_under_the_helper() -> None:

@@ -28,6 +28,7 @@ from halton_meter.cli import main
 from halton_meter.cli.replay import replay as replay_command
 from tests.support import evil
 from tests.support.cost import proportionate
+from tests.support.quick import slow
 from tests.support.recorder.packets import SYN, write
 
 RATIO_MAX = 8.0  # of the cost of four times as much; some 4 when all is well, 16 for a square
@@ -336,7 +337,7 @@ def test_no_time_is_one_that_dates_cannot_say(resolution: int, ticks: int, tmp_p
 
 
 @pytest.mark.parametrize("ticks", [2**64 - 1, 253_402_300_800_000_000, 9_300_000_000_000_000])
-@pytest.mark.parametrize("arguments", [(), ("--json",), ("--store",)])
+@pytest.mark.parametrize("arguments", [("--store",), slow(()), slow(("--json",))])
 def test_an_impossible_date_does_not_end_the_run(
     ticks: int, arguments: tuple[str, ...], tmp_path: Path
 ) -> None:

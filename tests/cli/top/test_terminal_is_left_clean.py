@@ -7,7 +7,6 @@ import fcntl
 import os
 import pty
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -22,7 +21,7 @@ import pytest
 from halton_meter.store import Store
 from tests.support.made import made
 from tests.support.quick import first, slow
-from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
+from tests.support.waiting import WAIT_SECONDS_MAX, is_readable, wait_until
 
 _MODE = re.compile(rb"\x1b\[\?([0-9;]+)([hl])")
 # Modes that a terminal has on when a shell starts: line wrap and the cursor.
@@ -56,7 +55,7 @@ class Terminal:
 
     def read(self) -> bytes:
         """All that was printed so far."""
-        while self._near >= 0 and select.select([self._near], [], [], 0)[0]:
+        while self._near >= 0 and is_readable(self._near):
             try:
                 self.output += os.read(self._near, 1 << 16)
             except OSError:
