@@ -211,6 +211,8 @@ class Sockets:
             return
         process = (seen and seen.process) or self._name(socket)
         cause, host = self._verdict(known, socket, known.open)
+        if self._led_elsewhere(cause, socket):
+            return
         if cause is None and host:
             known.found[host] = known.found.get(host, 0) + 1
         self._add(process, socket, cause, socket.sent + socket.received, host)
@@ -254,6 +256,16 @@ class Sockets:
         if cause.cause == PASSED_BY and socket.flags & SocketFlag.NO_NAME:
             return Cause(NO_NAME, cause.stack), host  # its host is known by the address alone
         return cause, host
+
+    def _led_elsewhere(self, cause: Cause | None, socket: Socket) -> bool:
+        """Whether a connection whose name seems to be encrypted led to no provider.
+
+        Browsers, and what imitates them, send something of that look on every connection, and many
+        hosts share an address. Where all TLS of the process is probed, the probes know its host.
+        """
+        if cause is None or cause.cause != ECH:
+            return False
+        return self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns).cause == PASSED_BY
 
     def named_no_server(self, pid: int) -> bool:
         """Whether a connection that a process opened under the probes named no server."""
@@ -346,6 +358,8 @@ class Sockets:
                 if not is_used(socket) or self._passes_on(socket):
                     continue
                 cause, host = self._verdict(known, socket, rest)
+                if self._led_elsewhere(cause, socket):
+                    continue
                 if cause is None and host:
                     known.found[host] = known.found.get(host, 0) + 1
                 self._add(

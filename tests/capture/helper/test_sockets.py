@@ -182,6 +182,18 @@ def test_causes(place: Place, made: Socket, cause: str) -> None:
     assert found == cause
 
 
+def test_what_seems_encrypted_and_passed_probes_led_to_no_provider(place: Place) -> None:
+    """Chrome's GREASE, to another host at a provider's address."""
+    place.sockets._cause_of = lambda pid, at_ns: Cause("nothing_passed", "unknown")
+    made = socket(flags=FOLLOWED | SocketFlag.ECH)
+    place.opens(1, made)
+    assert place.open() == []
+    place.ends(1, made)
+    assert place.sums() == []
+    place.ends(2, socket())
+    assert place.sums() == [(HOST, "unknown", "nothing_passed", 1)]
+
+
 def test_a_search_that_ends_before_the_report_is_told(place: Place) -> None:
     known = iter([Cause("no_probes_yet", None), Cause("stack_not_probed", "rustls")])
     place.sockets._cause_of = lambda pid, at_ns: next(known)
