@@ -241,8 +241,10 @@ class Sockets:
         host = socket.host or None
         if socket.linked:
             return (Cause(LATE, None) if socket.flags & SocketFlag.LATE else None), host
+        seems_encrypted = bool(socket.flags & SocketFlag.ECH)
         for each in [host] if host else list(known.used):
-            if known.left(each) > self._linked(others, each):
+            taken = self._linked(others, each, or_named=seems_encrypted)
+            if known.left(each) > taken:
                 return None, each
         if socket.flags & SocketFlag.UNNAMED:
             return Cause(NOT_TOLD, Stack.RUSTLS.value), host
@@ -271,10 +273,15 @@ class Sockets:
         """Whether a connection that a process opened under the probes named no server."""
         return any(known.nameless for (each, _), known in self._processes.items() if each == pid)
 
-    def _linked(self, others: dict[int, _Seen], host: str) -> int:
-        """How many open connections to a host carry a TLS connection for certain."""
+    def _linked(self, others: dict[int, _Seen], host: str, *, or_named: bool = False) -> int:
+        """How many open connections to a host carry a TLS connection for certain; `or_named`: or
+        rather than one whose server name seems to be encrypted, as they name the host."""
         now = (self._now(struct.pack("=Q", number)) for number in others)
-        return sum(1 for each in now if each and each.linked and each.host == host)
+        return sum(
+            bool(each.linked or (or_named and not each.flags & SocketFlag.ECH))
+            for each in now
+            if each and each.host == host
+        )
 
     def _now(self, key: bytes) -> Socket | None:
         raw = self._table.get(key)
