@@ -24,9 +24,10 @@ TEST_PACKAGES := tshark chromium clang llvm gcc libc6-dev libssl-dev libbpf1 lib
 QUIETLY := PYTHONWARNINGS=ignore
 
 # Of the table of clients (tests/lab/real_clients/clients.toml).
-CLIENT_COMMANDS := erl gnutls-cli http lua5.4 ncat php pypy3 ruby socat tclsh haproxy stunnel perl
+CLIENT_COMMANDS := erl gnutls-cli http lua5.4 ncat php pypy3 ruby socat tclsh haproxy stunnel perl mcs haxe
 CLIENT_PACKAGES := erlang-base erlang-inets erlang-ssl gnutls-bin httpie lua5.4 lua-sec ncat php-cli php-curl \
-	pypy3 python3-pycurl ruby socat tcl tcl-tls haproxy stunnel4 liblwp-protocol-https-perl
+	pypy3 python3-pycurl ruby socat tcl tcl-tls haproxy stunnel4 liblwp-protocol-https-perl \
+	mono-runtime mono-mcs ca-certificates-mono haxe libcurl3-nss libmbedtls-dev libwolfssl-dev
 
 .PHONY: demo test test-all setup setup-test lint unit kernel lab clients fuzz bench bench-toy clean
 

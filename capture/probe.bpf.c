@@ -3270,23 +3270,23 @@ APART int gather_hello(struct hello_room *room, struct payload *p, u64 total)
 	return 0;
 }
 
-/* A write on a connection of which it is not known yet where it leads. */
-INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
+/* A write on a connection of which it is not known yet where it leads: 1 once it is known that the
+ * records behind its ClientHello are to be followed. `p` is 0 where it cannot be read. */
+INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 total)
 {
-	struct payload p = {};
 	u32 zero = 0, before = 0;
 	struct hello_room *room = hello_scratch_get(&zero);
 	if (!room)
-		return;
+		return 0;
 
 	t->writes += 1;
-	if (!find_payload(&p, total)) {
+	if (!p) {
 		t->flags |= SOCKET_UNREAD;
 		host_by_address(t);
 		if (t->host[0]) {
 			t->state = SOCKET_SEEN;
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
-			return;
+			return 0;
 		}
 	} else {
 		const u8 *head = room->hello.bytes;
@@ -3296,31 +3296,30 @@ INLINE void judge_socket(u64 sk, struct tcp_socket *t, u64 total)
 			before = REREAD(room->hello.length);
 			hellos_drop(&sk);
 		}
-		gather_hello(room, &p, total);
+		gather_hello(room, p, total);
 		u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
 		u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
 		if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
 			hellos_set(&sk, &room->hello);
-			return;
+			return 0;
 		}
 		if (may_be) {
 			if (!judge_hello(t, head, have)) {
 				sockets_drop(&sk);
-				return;
+				return 0;
 			}
 			t->state = SOCKET_SEEN;
 			t->hello_sent = t->sent;
 			t->flags |= SOCKET_FOLLOWED;
 			t->skip = whole > before ? whole - before : 0;
-			follow_records(t, &p);
-			tell_socket(KIND_SOCKET_SEEN, sk, t);
-			return;
+			return 1;
 		}
 		if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
 			t->flags |= SOCKET_ASKED_PROXY;
 	}
 	if (t->writes >= HELLO_WRITES_MAX)
 		sockets_drop(&sk);
+	return 0;
 }
 
 struct state_arguments { /* of sock:inet_sock_set_state since Linux 5.6; user space compares */
@@ -3477,16 +3476,21 @@ SECTION("raw_tracepoint/sock_send_length") int on_socket_sent(struct socket_argu
 		return 0;
 	}
 	t->sent += result;
-	if (t->state == SOCKET_NEW) {
-		judge_socket(sk, t, result);
-		return 0;
-	}
-	if (!t->used_ns && (t->flags & SOCKET_FOLLOWED)) {
+	/* What is inlined here is long: it stands here once, or the verifier gives up on it. */
+	u32 is_new = t->state == SOCKET_NEW;
+	if (is_new || (!t->used_ns && (t->flags & SOCKET_FOLLOWED))) {
 		struct payload p = {};
-		if (find_payload(&p, result))
+		u32 found = find_payload(&p, result);
+		if (is_new && !judge_socket(sk, t, found ? &p : 0, result))
+			return 0;
+		if (found)
 			follow_records(t, &p);
 		else
 			t->flags = (t->flags | SOCKET_UNREAD) & ~SOCKET_FOLLOWED;
+		if (is_new) {
+			tell_socket(KIND_SOCKET_SEEN, sk, t);
+			return 0;
+		}
 	}
 	if (!t->linked)
 		link_socket(t);

@@ -42,6 +42,17 @@ def test_the_rest_is_named_with_cause_and_fix() -> None:
     ]
 
 
+def test_no_command_is_named_as_a_fix_that_may_not_help() -> None:
+    utls = Part("/usr/bin/app", "api.openai.com", "a fork of Go crypto/tls", "stack_not_probed")
+    (_, line) = coverage_lines(made((utls, 1, 9)))
+    assert line == (
+        "  not metered: app (a fork of Go crypto/tls) to api.openai.com, 1 connection: its TLS "
+        "library cannot be probed. No sure way is known: `halton-meter run --via proxy` meters it "
+        "if it follows proxy settings, else its own proxy setting may, with the proxy of "
+        "halton-meter init"
+    )
+
+
 def test_what_is_not_known_is_not_in_the_ratio() -> None:
     lines = coverage_lines(made((CURL, 1, None), (PROXIED, 2, 5), (UNNAMED, 1, 5)))
     assert lines == [

@@ -197,7 +197,9 @@ STACKS: Mapping[Stack, Row] = {
         ahead=False,  # a machine has many Go programs, of some twenty probes each
     ),
     # utls and its like: only Go's finder tells them, by the package that has the functions.
-    Stack.GO_FORK: Row(advice=_unprobed("a fork of Go's crypto/tls")),
+    Stack.GO_FORK: Row(
+        advice=f"a fork of Go's crypto/tls is not probed; if it follows proxy settings, {INSTEAD}"
+    ),
     Stack.RUSTLS: Row(
         needed=(("rustls_connection_write", "rustls_connection_read"),),
         programs=("enter_rustls_send", "enter_rustls_receive", "leave_rustls_receive"),

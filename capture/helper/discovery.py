@@ -49,11 +49,12 @@ SCAN_AGAIN_S, NO_ROOM_S = 0.05, 1.0
 TURN_S = 0.02  # of looking at processes, before commands are answered
 LATE_MAX = 200
 _OF_SOCKETS = (protocol.SOCKET_SEEN, protocol.SOCKET_ENDED, protocol.USED, protocol.QUIC)
-HELD_LIBRARY_BYTES_MAX = 64 << 20  # a search takes less than 0.2 s
+HELD_LIBRARY_BYTES_MAX = 256 << 20  # a search takes less than 1 s of CPU
 TLS_NAMES = ("ssl", "tls", "nspr")
 SYSTEM_FOLDERS = ("/lib", "/usr/lib")
-HOLD_S = 3.0
-"""How long a process waits for the search in its program's file: it takes some 0.3 s of CPU."""
+HOLD_S = 8.0
+"""How long a process waits at most for the search in its program's file: it takes some 0.3 s of
+CPU, of the largest with two stacks 1.5 s, on a machine that may have other work."""
 _JAVA = STACKS[Stack.JSSE].library
 
 

@@ -211,6 +211,8 @@ class Sockets:
             return
         process = (seen and seen.process) or self._name(socket)
         cause, host = self._verdict(known, socket, known.open)
+        if self._led_elsewhere(cause, socket):
+            return
         if cause is None and host:
             known.found[host] = known.found.get(host, 0) + 1
         self._add(process, socket, cause, socket.sent + socket.received, host)
@@ -239,8 +241,10 @@ class Sockets:
         host = socket.host or None
         if socket.linked:
             return (Cause(LATE, None) if socket.flags & SocketFlag.LATE else None), host
+        seems_encrypted = bool(socket.flags & SocketFlag.ECH)
         for each in [host] if host else list(known.used):
-            if known.left(each) > self._linked(others, each):
+            taken = self._linked(others, each, or_named=seems_encrypted)
+            if known.left(each) > taken:
                 return None, each
         if socket.flags & SocketFlag.UNNAMED:
             return Cause(NOT_TOLD, Stack.RUSTLS.value), host
@@ -255,14 +259,29 @@ class Sockets:
             return Cause(NO_NAME, cause.stack), host  # its host is known by the address alone
         return cause, host
 
+    def _led_elsewhere(self, cause: Cause | None, socket: Socket) -> bool:
+        """Whether a connection whose name seems to be encrypted led to no provider.
+
+        Browsers, and what imitates them, send something of that look on every connection, and many
+        hosts share an address. Where all TLS of the process is probed, the probes know its host.
+        """
+        if cause is None or cause.cause != ECH:
+            return False
+        return self._cause_of(socket.tgid, socket.used_ns or socket.opened_ns).cause == PASSED_BY
+
     def named_no_server(self, pid: int) -> bool:
         """Whether a connection that a process opened under the probes named no server."""
         return any(known.nameless for (each, _), known in self._processes.items() if each == pid)
 
-    def _linked(self, others: dict[int, _Seen], host: str) -> int:
-        """How many open connections to a host carry a TLS connection for certain."""
+    def _linked(self, others: dict[int, _Seen], host: str, *, or_named: bool = False) -> int:
+        """How many open connections to a host carry a TLS connection for certain; `or_named`: or
+        rather than one whose server name seems to be encrypted, as they name the host."""
         now = (self._now(struct.pack("=Q", number)) for number in others)
-        return sum(1 for each in now if each and each.linked and each.host == host)
+        return sum(
+            bool(each.linked or (or_named and not each.flags & SocketFlag.ECH))
+            for each in now
+            if each and each.host == host
+        )
 
     def _now(self, key: bytes) -> Socket | None:
         raw = self._table.get(key)
@@ -346,6 +365,8 @@ class Sockets:
                 if not is_used(socket) or self._passes_on(socket):
                     continue
                 cause, host = self._verdict(known, socket, rest)
+                if self._led_elsewhere(cause, socket):
+                    continue
                 if cause is None and host:
                     known.found[host] = known.found.get(host, 0) + 1
                 self._add(

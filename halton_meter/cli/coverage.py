@@ -41,6 +41,12 @@ _OTHER_FIXES = {
     "no_server_name": "Have it connect by the host's name, not by an address.",
     "quic": "Turn HTTP/3 off in the program.",
 }
+# Such programs may ignore proxy settings, or bring the certificates that they trust.
+_UNSURE = frozenset({"a fork of Go crypto/tls"})
+NO_SURE_FIX = (
+    "No sure way is known: `halton-meter run --via proxy` meters it if it follows proxy settings, "
+    "else its own proxy setting may, with the proxy of halton-meter init"
+)
 
 
 def coverage_lines(
@@ -119,6 +125,8 @@ def rest_line(part: Part, counted: Count) -> str:
         return f"  through a proxy on this machine: {name} to {part.host}, {connections}"
     cause = part.cause or ""
     otherwise = _OTHER_FIXES.get(cause)
+    if part.stack in _UNSURE and cause not in PROXY_CAUSES:
+        otherwise = NO_SURE_FIX
     option = "--via proxy --java" if part.stack == "JSSE" else "--via proxy"
     fix = "" if otherwise else f"halton-meter run {option} -- {shlex.quote(name)}"
     if cause in PROXY_CAUSES:  # the proxy itself is no way to meter these

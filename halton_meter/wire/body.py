@@ -35,8 +35,10 @@ PARTS_MAX = 8192
 PIECES_MAX = 2048
 # Decoded bytes held until the first block proves that the body is coded as its head says.
 STAGED_BYTES_MAX = 4 << 20
-# Of a body that was not ended, what is looked at for an event that ends its stream.
+# Of a body that was not ended, what is looked at for an event that ends its stream: the last bytes,
+# and where the last event begins, if it is no longer than that. It may repeat the whole answer.
 END_BYTES = 512
+LAST_EVENT_BYTES_MAX = 1 << 20
 
 # How what was kept ends when a whole event was: unframed, and in chunks.
 _EVENT_ENDS = (b"\n\n", chunked.EVENT_END)
@@ -331,7 +333,8 @@ class BodyCollector:
         )
 
     def ends_with_any(self, needles: Iterable[bytes]) -> bool:
-        """True when one of `needles` stands in the last bytes seen."""
+        """True when one of `needles` stands in the last bytes seen, or where a last event that is
+        whole begins."""
         if self._chain is not None:
             self._decode()
         self._unframe()
@@ -340,10 +343,15 @@ class BodyCollector:
         for part in reversed(self._run):
             parts.append(part)
             size += len(part)
-            if size >= END_BYTES:
+            if size >= LAST_EVENT_BYTES_MAX:
                 break
-        end = b"".join(reversed(parts))[-END_BYTES:]
-        return any(needle in end for needle in needles)
+        text = b"".join(reversed(parts))[-LAST_EVENT_BYTES_MAX:]
+        looked_at = [text[-END_BYTES:]]
+        if text.endswith((b"\n\n", b"\r\n\r\n")):
+            last = text.rstrip(b"\r\n")
+            begins = max(last.rfind(b"\n\n"), last.rfind(b"\r\n\r\n"))
+            looked_at.append(last[begins:][:END_BYTES] if begins >= 0 else b"")
+        return any(needle in each for needle in needles for each in looked_at)
 
     def ends_by_coding(self) -> bool:
         """True when its content coding says that this was all of it."""

@@ -67,6 +67,8 @@ _STREAM_ENDS = (
     b"data:[DONE]",
     b"event: message_stop",
     b'"type":"response.completed"',
+    b'"type":"response.incomplete"',
+    b'"type":"response.failed"',
 )
 
 

@@ -312,6 +312,27 @@ def test_tiny_parts_and_many_holes_are_bounded():
     assert body.pieces[0].startswith(b"0,1,2,")
 
 
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("last", "left", "ends"),
+    [
+        ('data: {"type":"end","answer":"%s"}', "", True),
+        ('event: end\ndata: {"answer":"%s"}', "", False),
+        ('data: {"type":"end","answer":"%s"}', "data: {", False),
+        ('data: {"answer":"%s","type":"end"}', "data: {", True),
+        ('data: {"type":"more","said":"%s"}', "", False),
+    ],
+)
+def test_the_last_event_ends_a_stream_however_long_it_is(last, left, ends, end):
+    earlier = 'data: {"type":"end"}' + end  # as a text that is quoted may look
+    text = f"{earlier}data: {'y' * 600}{end}{last % ('x' * 5000)}{end}{left}".encode()
+    for size in (7, 600, len(text)):
+        collector = BodyCollector(None, 1 << 20)
+        for at in range(0, len(text), size):
+            collector.add(text[at : at + size])
+        assert collector.ends_with_any((b'"type":"end"',)) is ends
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([*CODED, "br, gzip", "zstd, br"]),

@@ -157,8 +157,13 @@ def whole(functions: Iterable[Routine]) -> list[Routine]:
 
 def callers_of(start: int, code: Code) -> list[Routine]:
     """All functions that call one. Raises Ambiguous where a caller's bounds are not certain."""
+    return functions_with(code.callers(start)[start], code)
+
+
+def functions_with(calls: Iterable[int], code: Code) -> list[Routine]:
+    """The functions with these calls. Raises Ambiguous where their bounds are not certain."""
     callers: dict[int, Routine] = {}
-    for at in code.callers(start)[start]:
+    for at in calls:
         function = code.function_around(at)
         if function is None:
             raise Ambiguous(f"where the function around {at:#x} begins is not certain")

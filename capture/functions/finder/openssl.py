@@ -24,9 +24,9 @@ from capture.functions.finder.code import Code, Routine
 from capture.functions.finder.error_reporters import (
     PRINTABLE,
     Location,
-    callers_of,
     endings_of,
     functions_around,
+    functions_with,
     library_of,
     loads_of,
     located,
@@ -48,6 +48,8 @@ _NUMBERS = {
     523: "ssl_read_internal",
     524: "ssl_write_internal",
 }
+_EARLY = frozenset(("SSL_read_early_data", "SSL_write_early_data"))
+"""Some compilers have SSL_read_ex and SSL_write_ex, which these call, in them as well."""
 _INNER = frozenset(("ssl_read_internal", "ssl_write_internal"))
 _FOLDERS = (PRINTABLE, re.compile(rb"[\w.+/-]*\Z"), re.compile(rb"(?:\.\./)*\Z"))
 NAME_BYTES_MAX = 64
@@ -196,13 +198,14 @@ def _callers(
 ) -> tuple[list[tuple[str, Routine]], list[tuple[Routine, bool]]]:
     """(the plain function, the functions that hand their arguments on): all that call the inner.
 
-    Of each of the latter: whether it passes 0 as flags. Others that give a name, such as
-    SSL_read_early_data, are met through what they call themselves. Raises Ambiguous about the rest.
+    Of each of the latter: whether it passes 0 as flags. Those for early data are met through what
+    they call themselves, or not at all. Raises Ambiguous about the rest.
     """
     internal = _internal(named, internal_name).start
     plain: list[tuple[str, Routine]] = []
     others: list[tuple[Routine, bool]] = []
-    for function in callers_of(internal, code):
+    calls = [at for at in code.callers(internal)[internal] if not _is_early(code, named, at)]
+    for function in functions_with(calls, code):
         names = named.get(function.start, (function, frozenset()))[1]
         if sum(step.target == internal for step in function.calls) > 1:
             raise Ambiguous(f"two functions in one: it calls {internal_name} twice")
@@ -216,6 +219,12 @@ def _callers(
     if say_so != {function.start for _, function in plain}:
         raise Ambiguous(f"{len(say_so)} functions may be {plain_name}")
     return plain, others
+
+
+def _is_early(code: Code, named: _Named, at: int) -> bool:
+    """Whether an instruction is in a function for data that is sent before a handshake ends."""
+    start, _ = code.elf.unwind_range_of(at) or (0, 0)
+    return start in named and bool(named[start][1]) and named[start][1] <= _EARLY
 
 
 def _hands_on(code: Code, function: Routine, internal: int) -> bool:

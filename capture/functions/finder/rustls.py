@@ -65,6 +65,8 @@ CALLEE_BYTES_MAX = 0x800
 """The function with `decrypt`, where it is not inlined: some 600 bytes."""
 FUNCTION_BYTES_MAX = 0x20000
 """Of the functions with panics of conn.rs: 21 KB in uv."""
+NEAR_BYTES = 0x1000
+"""How far around an address the bounds of its function are looked for at first."""
 FUNCTIONS_MAX = 512
 STARTS_MAX = 4
 SERVER_NAME = ServerName(state=0x388, name=0x10)
@@ -236,8 +238,9 @@ class _Search:
             for site in sites_in(paths, self.abi, locations):
                 found[site.call] = _Located(site, paths)
         reached = {root: self._mentioned(root) for root in chain(*roots)}
-        for start in sorted(set().union(*reached.values())):
-            if (callee := self._callee(start)) is not None:
+        starts = sorted(set().union(*reached.values()))
+        for callee in dict.fromkeys(map(self._callee, starts)):
+            if callee is not None and callee not in everything:
                 for site in sites_in(callee, self.abi, locations):
                     found.setdefault(site.call, _Located(site, callee))
         sites = sorted(found.values(), key=lambda each: each.site.call)
@@ -287,14 +290,16 @@ class _Search:
 
     def _between_paddings(self, address: int) -> tuple[int, int] | None:
         """From one likely start of a function to the next: some functions, in order."""
-        base = address - FUNCTION_BYTES_MAX // 2
         for segment in self.elf.executables:
             if segment.address <= address < segment.address + segment.size_bytes:
-                base = max(base & ~15, segment.address)
-                starts = self._likely_starts(base, self.code.bytes_at(base, FUNCTION_BYTES_MAX))
-                before = max((at for at in starts if at <= address), default=None)
-                after = min((at for at in starts if at > address), default=None)
-                return None if before is None or after is None else (before, after)
+                for reach in (NEAR_BYTES, FUNCTION_BYTES_MAX // 2):
+                    base = max((address - reach) & ~15, segment.address)
+                    code = self.code.bytes_at(base, address + reach - base)
+                    starts = self._likely_starts(base, code)
+                    before = max((at for at in starts if at <= address), default=None)
+                    after = min((at for at in starts if at > address), default=None)
+                    if before is not None and after is not None and after < base + len(code):
+                        return before, after
         return None
 
     def _likely_starts(self, base: int, code: bytes) -> list[int]:
@@ -321,9 +326,10 @@ class _Search:
     def _called(self, paths: Paths) -> Iterator[int]:
         pages: dict[str, int] = {}
         for number, (address, size, name, operands) in enumerate(paths.lines):
-            target = paths.target(number)
-            if paths.flow(number) in (Flow.CALL, Flow.JUMP) and target is not None:
-                if target not in paths or paths.flow(number) is Flow.CALL:
+            flow = paths.flow(number)
+            target = paths.target(number) if flow in (Flow.CALL, Flow.JUMP) else None
+            if target is not None:
+                if target not in paths or flow is Flow.CALL:
                     yield target
             elif self.code.arm:
                 if match := _ARM_PAGE.fullmatch(operands) if name == "adrp" else None:
@@ -332,7 +338,7 @@ class _Search:
                     yield pages.get(match[1], 0) + int(match[2], 16)
                 elif match := _ARM_LOAD.fullmatch(operands) if name == "ldr" else None:
                     yield self._pointer(pages.get(match[1], 0) + int(match[2], 16))
-            elif match := _RELATIVE.search(operands):
+            elif "rip" in operands and (match := _RELATIVE.search(operands)):
                 where = address + size + int(match[2], 16) * (-1 if match[1] == "-" else 1)
                 yield where if name == "lea" else self._pointer(where)
 

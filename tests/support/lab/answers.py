@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tests.support.lab.cloud_answers import cloud_answer
 from tests.support.lab.grpc_answers import grpc_answer
 from tests.support.lab.scenario import Scenario, scenario_of
 
@@ -24,6 +25,10 @@ PROVIDER_HOSTS = {
     "generativelanguage.googleapis.com": "gemini",
     "chatgpt.com": "openai",
     "cloudcode-pa.googleapis.com": "gemini",
+    "api.mistral.ai": "mistral",
+    "api.cohere.com": "cohere",
+    "lab.openai.azure.com": "azure_openai",
+    "bedrock-runtime.us-east-1.amazonaws.com": "bedrock",
 }
 # Hosts that are nobody's provider: noise, whose bytes must never leave the kernel.
 OTHER_HOSTS = ("api.example.com", "files.example.org")
@@ -70,6 +75,8 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
             trailers=(("grpc-status", "0"),),
         )
     asked = _json(body) or _form(body)
+    if provider in ("bedrock", "cohere"):
+        return _cloud(host, path, asked, scenario, serial)
     build = _route(provider, path)
     if build is None:
         return _plain(404, {"error": {"message": f"no such route: {path}"}})
@@ -77,6 +84,25 @@ def answer(host: str, path: str, query: str, body: bytes, serial: str) -> Answer
     made: Answer = build(_Call(provider, host, path, query, asked, scenario, serial))
     headers = (*made.headers, *limit_headers(host, scenario))
     return replace(made, coding=scenario.coding, cut=scenario.cut, headers=headers)
+
+
+def _cloud(host: str, path: str, asked: dict[str, Any], scenario: Scenario, serial: str) -> Answer:
+    made = cloud_answer(
+        path, asked, scenario, f"lab{scenario.serial}" if scenario.serial else serial
+    )
+    if made is None:
+        return _plain(404, {"error": {"message": f"no such route: {path}"}})
+    entry = {"provider": PROVIDER_HOSTS[host], "host": host, "streaming": False} | made.entry
+    return Answer(
+        200,
+        made.content_type,
+        made.pieces,
+        entry["streaming"],
+        scenario.delay_ms,
+        entry,
+        coding=scenario.coding,
+        cut=scenario.cut,
+    )
 
 
 @dataclass(frozen=True, slots=True)

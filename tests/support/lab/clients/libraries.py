@@ -244,4 +244,101 @@ def google_adk() -> None:
     asyncio.run(main())
 
 
+def crewai() -> None:
+    from crewai import LLM
+
+    times(lambda: LLM(model=f"openai/{GPT}").call(PROMPT))
+
+
+# --- the makers' own SDKs, of providers with hosts or forms of their own
+
+
+def mistral() -> None:
+    from mistralai.client import Mistral
+
+    client = Mistral(api_key="made-up")
+    ask: Any = {"model": "mistral-small-latest"}
+    ask["messages"] = [{"role": "user", "content": PROMPT}]
+    for n in range(COUNT):
+        if n % 2:
+            with client.chat.stream(**ask) as events:
+                list(events)
+        else:
+            client.chat.complete(**ask)
+
+
+def cohere() -> None:
+    import cohere as it
+
+    client = it.ClientV2("made-up")
+    ask: Any = {"model": "command-a-03-2025"}
+    ask["messages"] = [{"role": "user", "content": PROMPT}]
+    for n in range(COUNT):
+        if n % 2:
+            list(client.chat_stream(**ask))
+        else:
+            client.chat(**ask)
+
+
+def azure() -> None:
+    from openai import AzureOpenAI
+
+    client = AzureOpenAI(
+        azure_endpoint="https://lab.openai.azure.com", api_key="made-up", api_version="2024-10-21"
+    )
+    said: Any = [{"role": "user", "content": PROMPT}]
+    for n in range(COUNT):
+        if n % 2:
+            usage: Any = {"include_usage": True}
+            list(
+                client.chat.completions.create(
+                    model=GPT, messages=said, stream=True, stream_options=usage
+                )
+            )
+        else:
+            client.chat.completions.create(model=GPT, messages=said)
+
+
+def bedrock() -> None:
+    import boto3
+    import botocore.config
+
+    said = {"messages": [{"role": "user", "content": [{"text": PROMPT}]}]}
+    body = json.dumps({"anthropic_version": "bedrock-2023-05-31"} | json.loads(BODY))
+    model = "anthropic.claude-haiku-4-5-20251001-v1:0"
+    client = boto3.client(
+        "bedrock-runtime",
+        region_name="us-east-1",
+        aws_access_key_id="made-up",
+        aws_secret_access_key="made-up",
+        verify=ROOTS,
+        config=botocore.config.Config(retries={"max_attempts": 0}),
+    )
+    for _ in range(COUNT // 4):
+        client.converse(modelId=model, **said)
+        list(client.converse_stream(modelId=model, **said)["stream"])
+        client.invoke_model(modelId=model, body=body)["body"].read()
+        list(client.invoke_model_with_response_stream(modelId=model, body=body)["body"])
+
+
+def mbedtls() -> None:
+    import socket
+
+    from mbedtls import exceptions, tls
+
+    roots = tls.TrustStore.from_pem_file(ROOTS)
+    context = tls.ClientContext(tls.TLSConfiguration(trust_store=roots, validate_certificates=True))
+    for _ in range(COUNT):
+        host = "api.anthropic.com"
+        connection = context.wrap_socket(socket.create_connection((host, 443)), host)
+        connection.do_handshake()
+        connection.sendall(HEAD + BODY)
+        try:
+            while connection.recv(4096):
+                pass
+        except exceptions.TLSError:
+            pass  # the server has closed
+        connection.close()
+
+
 globals()[NAME]()
