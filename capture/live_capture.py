@@ -71,7 +71,7 @@ class LiveCapture:
         self._clock = clock
         self._buffer = bytearray()
         self._ready: deque[TlsChunk | TlsClosed] = deque()
-        self._keys = KeyLog()
+        self._keys = KeyLog(forgets=True)
         self._key_files = KeyFiles(keys, self._keys)
         self._keeping = keeping
         # By connection, of those that may be kept: addresses and ports, client random.
@@ -99,7 +99,7 @@ class LiveCapture:
         self._receive()
         self._feed()
         self._connections.flush()
-        if self._key_files.poll():
+        if self._key_files.poll(rested=True):
             self._reader.keys_came()
         self._reader.expire(self._clock())
         found = list(self._ready)

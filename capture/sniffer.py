@@ -41,12 +41,13 @@ _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 _SO_TIMESTAMPNS, _SCM_TIMESTAMPNS = 35, 35
 _OUTGOING = 4
-_LOOPBACK = "lo"
 
 # Classic BPF (linux/filter.h), over a packet that begins with its IP header.
 _LOAD_BYTE, _LOAD_HALF, _LOAD_WORD = 0x30, 0x28, 0x20
 _LOAD_HALF_X, _LOAD_BYTE_X, _HEADER_LENGTH_TO_X = 0x48, 0x50, 0xB1
 _AND, _EQUAL, _ANY_BIT, _RETURN = 0x54, 0x15, 0x45, 0x06
+_PACKET_TYPE, _INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, + SKF_AD_IFINDEX
+_LOOPBACK_INDEX = 1  # in every network namespace: LOOPBACK_IFINDEX
 _SYN_FIN_RST = 0x07
 _TAKE_BYTES = 0x40000
 _TCP = 6
@@ -77,12 +78,17 @@ class _Program:
 
 
 def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
-    """The filter: TCP to or from these ports.
+    """The filter: TCP to or from these ports; loopback shows each packet twice, and one is taken.
 
     From `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the
     bulk of what is no provider's is not copied.
     """
     program = _Program()
+    program.add(_LOAD_WORD, _PACKET_TYPE)
+    program.add(_EQUAL, _OUTGOING, None, "seen once")
+    program.add(_LOAD_WORD, _INTERFACE)
+    program.add(_EQUAL, _LOOPBACK_INDEX, "refuse")
+    program.place("seen once")
     program.add(_LOAD_BYTE, 0)
     program.add(_AND, 0xF0)
     program.add(_EQUAL, 0x40, None, "not 4")
@@ -180,11 +186,7 @@ class Sniffer:
                 break
             except OSError:  # an interface went down: the others go on
                 break
-            name, protocol, kind = address[0], address[1], address[2]
-            # Loopback shows each packet twice, once on its way out.
-            if protocol not in (_ETH_P_IP, _ETH_P_IPV6) or (
-                name == _LOOPBACK and kind == _OUTGOING
-            ):
+            if address[1] not in (_ETH_P_IP, _ETH_P_IPV6):
                 continue
             batch += HEAD.pack(PACKET, len(data), _time_ns(ancillary)) + data
         if batch:

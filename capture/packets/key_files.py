@@ -2,7 +2,7 @@
 
 A path is a file, or a folder whose files are key logs. A file may appear late, grow, be cut off or
 be replaced: then it is read from its beginning, and a secret that is known already changes nothing.
-Nothing is written or deleted here.
+Nothing is written or deleted here. Whoever looks often spends `SHARE` of a core on it at most.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from capture.packets.keylog import LINE_BYTES_MAX, KeyLog
 
 READ_BYTES_MAX = 4 << 20  # of one file at one look
 FILES_MAX = 4_096  # of a folder
+SHARE = 0.1  # of a core, for looks that find nothing new
 
 
 @dataclass(slots=True)
@@ -34,10 +36,21 @@ class KeyFiles:
         self._paths = tuple(paths)
         self._keys = keys
         self._files: dict[Path, _File] = {}
+        self._rest_until = 0.0
 
-    def poll(self) -> int:
-        """Read what is new; how many secrets were found in it."""
-        return sum(self._read(path) for path in self._all())
+    def poll(self, *, rested: bool = False) -> int:
+        """Read what is new; how many secrets were found in it.
+
+        With `rested` it looks only if the last look, for how long it took, is long enough ago.
+        """
+        began = time.monotonic()
+        if rested and began < self._rest_until:
+            return 0
+        known, self._files = self._files, {}
+        found = sum(self._read(path, known) for path in self._all())
+        took = time.monotonic() - began
+        self._rest_until = began + (0.0 if found else took / SHARE)
+        return found
 
     def _all(self) -> Iterator[Path]:
         for path in self._paths:
@@ -51,7 +64,7 @@ class KeyFiles:
             for name in names:
                 yield path / name
 
-    def _read(self, path: Path) -> int:
+    def _read(self, path: Path, before: dict[Path, _File]) -> int:
         try:
             found = os.stat(path)
         except OSError:
@@ -59,16 +72,22 @@ class KeyFiles:
         if not stat.S_ISREG(found.st_mode):
             return 0
         identity = found.st_dev, found.st_ino
-        known = self._files.get(path)
+        known = before.get(path)
         if known is None or known.identity != identity or found.st_size < known.position:
-            known = self._files[path] = _File(identity)
+            known = _File(identity)
+        self._files[path] = known
         if found.st_size == known.position:
             return 0
         data = b""
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        with contextlib.suppress(OSError), open(path, "rb", 0, opener=_at_once) as file:
             file.seek(known.position)
             data = file.read(READ_BYTES_MAX) or b""
         known.position += len(data)
         lines, newline, rest = (known.rest + data).rpartition(b"\n")
         known.rest = rest if len(rest) <= LINE_BYTES_MAX else b""
         return self._keys.add(lines) if newline else 0
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open it without waiting, should it be a pipe by now."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -301,8 +301,12 @@ def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 # --- the filter -----------------------------------------------------------------------------------
 
 
-def passes(program: bytes, packet: bytes) -> bool:
-    """What the kernel does with a packet: classic BPF, of which the filter uses these codes."""
+def passes(program: bytes, packet: bytes, kind: int = 0, interface: int = 2) -> bool:
+    """What the kernel does with a packet: classic BPF, of which the filter uses these codes.
+
+    `kind` is its direction (4: outgoing), `interface` its number (1: loopback).
+    """
+    beside = {0xFFFFF004: kind, 0xFFFFF008: interface}  # linux/filter.h: SKF_AD_OFF + …
     lines = [sniffer.struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     at = accumulator = index = 0
     while True:
@@ -316,6 +320,8 @@ def passes(program: bytes, packet: bytes) -> bool:
             elif code in (0x28, 0x48):
                 start = value + (index if code == 0x48 else 0)
                 accumulator = int.from_bytes(packet[start : start + 2])
+            elif code == 0x20 and value in beside:
+                accumulator = beside[value]
             elif code == 0x20:
                 accumulator = int.from_bytes(packet[value : value + 4])
             elif code == 0xB1:
@@ -366,6 +372,14 @@ def test_the_filter_refuses_all_else() -> None:
     assert not passes(program, b"")
 
 
+def test_loopback_shows_each_packet_once() -> None:
+    program = sniffer.port_filter([443])
+    packet = four(segment(443, 50_000))
+    assert passes(program, packet, kind=0, interface=1)
+    assert not passes(program, packet, kind=4, interface=1)
+    assert passes(program, packet, kind=4, interface=2)
+
+
 def test_of_a_muted_server_only_beginnings_and_ends_pass() -> None:
     muted = [socket.inet_aton(f"192.0.2.{n}") for n in range(10, 10 + sniffer.MUTED_MAX)]
     program = sniffer.port_filter([443], muted)
@@ -405,11 +419,10 @@ class FakePackets:
         return sniffer.struct.pack("=II", 0, drops)
 
 
-def test_loopback_s_second_sight_and_other_protocols_are_left_out() -> None:
+def test_drops_are_told_and_other_protocols_are_left_out() -> None:
     ip, arp = 0x0800, 0x0806
     packets = FakePackets(
         [
-            (b"out on lo", ("lo", ip, 4)),
             (b"in on lo", ("lo", ip, 0)),
             (b"out on eth0", ("eth0", ip, 4)),
             (b"arp", ("eth0", arp, 0)),
