@@ -137,11 +137,16 @@ def attach(packets: socket.socket, program: bytes) -> None:
     packets.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(held))
 
 
-def open_packets(ports: Sequence[int]) -> socket.socket:
-    """A packet socket of all interfaces, that sees packets of these ports only. Raises OSError."""
+def open_packets(ports: Sequence[int], interface: str = "") -> socket.socket:
+    """A packet socket of one interface, or of all, that sees packets of these ports only.
+
+    Raises OSError.
+    """
     refuse_all = struct.pack("=HBBI", _RETURN, 0, 0, 0)
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
     attach(packets, refuse_all)
+    if interface:
+        packets.bind((interface, _ETH_P_ALL))
     packets.setblocking(False)
     with contextlib.suppress(BlockingIOError):  # what got in before the filter
         while True:
@@ -217,13 +222,13 @@ def _time_ns(ancillary: Iterable[tuple[int, int, bytes]]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sniffer FD PORT…`: FD is the inherited socket to the reader."""
+    """`sniffer FD INTERFACE PORT…`: FD is the inherited link to the reader; "": all interfaces."""
     link = socket.socket(fileno=int(arguments[0]))
-    ports = [int(port) for port in arguments[1:]]
+    interface, ports = arguments[1], [int(port) for port in arguments[2:]]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        packets = open_packets(ports)
+        packets = open_packets(ports, interface)
     except OSError as error:
         link.sendall(HEAD.pack(FAILED, 0, error.errno or 0))
         return 1

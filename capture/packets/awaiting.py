@@ -55,6 +55,11 @@ class AwaitingKeys:
         self._given_up: OrderedDict[str, None] = OrderedDict()
 
     @property
+    def waits(self) -> bool:
+        """Whether a connection waits for its keys."""
+        return bool(self._waiting)
+
+    @property
     def decrypted(self) -> int:
         """Connections of which something was read."""
         return self._opening.decrypted

@@ -152,6 +152,7 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
     yield from _files(machine.home)
     yield _prices(machine.home)
     yield from _service(machine.home)
+    yield from _key_log_service(machine.home)
     try:
         ledger = Ledger(machine.home, machine.commands)
     except ChangeError as error:
@@ -297,6 +298,23 @@ def _service(home: Path) -> Iterator[Finding]:
         unstored = bool(found.get("store_error"))
         what = f"{found['health']}{f': {why}' if why else ''}"
         yield Finding("uprobes service", False, what, "halton-meter status", breaks=unstored)
+
+
+def _key_log_service(home: Path) -> Iterator[Finding]:
+    """The key log service, where it runs."""
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, ask_service
+
+    found = ask_service(home, "status", name=KEY_LOG_SOCKET_NAME)
+    if found is None:
+        return
+    keys = count(found["handshakes_with_keys"], "connection")
+    if found["health"] == "ok":
+        yield Finding("key log service", True, f"meters, with keys of {keys}")
+    else:
+        why = found.get("store_error") or found.get("price_error") or found.get("config_error")
+        what = f"{found['health']}{f': {why}' if why else ''}"
+        unstored = bool(found.get("store_error"))
+        yield Finding("key log service", False, what, "halton-meter status", breaks=unstored)
 
 
 def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:

@@ -59,7 +59,7 @@ def sniffing(lab: Lab, buffer_bytes: int) -> Iterator[Sniffing]:
         f"sniffer.RECEIVE_BUFFER_BYTES = {buffer_bytes}; sys.exit(sniffer.main(sys.argv[1:]))"
     )
     ours, its = socket.socketpair()
-    command = [sys.executable, "-c", code, str(its.fileno()), "443"]
+    command = [sys.executable, "-c", code, str(its.fileno()), "", "443"]
     environment = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(sniffer.__file__).parents[1])}
     process = lab.popen(command, env=environment, pass_fds=[its.fileno()])
     its.close()

@@ -108,3 +108,28 @@ def test_the_newest_handshakes_are_kept_where_old_ones_may_be_forgotten(
     keys.add("".join(map(line, range(25))).encode())
     assert [int.from_bytes(random) for random in keys.handshakes()] == list(range(15, 25))
     assert keys.refused == 0
+
+
+def test_in_our_folder_what_was_read_becomes_a_hole_and_links_are_not_followed(
+    tmp_path: Path,
+) -> None:
+    ours, elsewhere = tmp_path / "keys", tmp_path / "elsewhere.log"
+    ours.mkdir()
+    elsewhere.write_text(line(9) * 100)
+    (ours / "link.log").symlink_to(elsewhere)
+    path = ours / "tls.log"
+    keys = KeyLog()
+    files = KeyFiles([ours], keys, ours)
+    for number in range(200):
+        with path.open("a") as file:
+            file.write(line(number + 10))
+        assert files.poll() == 1
+    assert path.read_bytes().strip(b"\0") == b""
+    assert path.stat().st_blocks * 512 <= 4096 < path.stat().st_size
+    assert elsewhere.read_text() == line(9) * 100
+    # Whoever comes next goes on behind the hole.
+    with path.open("a") as file:
+        file.write(line(999))
+    again = KeyLog()
+    assert KeyFiles([ours], again, ours).poll() == 1
+    assert bytes.fromhex(f"{999:064x}") in again
