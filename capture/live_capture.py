@@ -9,7 +9,8 @@
 
 The way of a byte: `sniffer.py`, a process of its own, sends packets over `link`; `packets/tcp.py`
 puts connections together, `records.py` cuts records, `awaiting.py` keeps them until `key_files.py`
-has found their keys, and decrypts. What is not read: QUIC, and connections that were there before.
+has found their keys, and decrypts. What is not read: QUIC, of which the host is told
+(`packets/quic.py`), and connections that were there before.
 Memory is bounded by the limits of those files. One thread; no clock but for the keys' patience.
 """
 
@@ -31,10 +32,13 @@ from capture.packets.awaiting import AwaitingKeys
 from capture.packets.keeping import Keeping
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
+from capture.packets.quic import QuicHellos
 from capture.packets.records import Findings, Live, TcpConnections
-from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
+from capture.packets.tcp import FLOWS_MAX, Datagram, Flow, Reassembly
 from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
+
+Address = tuple[str, int]
 
 RECEIVE_BYTES = 1 << 20
 READY_S_MAX = 10.0
@@ -54,7 +58,8 @@ class LiveCapture:
     and server addresses, and is told whether the connection is known to be wanted. `missing` is
     told of wanted connections that got no keys, with the host. `findings` and `losses` count.
     `clock` gives the time of packets, in ns. `keeping` records what is read. `own_keys` is a folder
-    of keys in which what was read is wiped.
+    of keys in which what was read is wiped. `quic` is told of QUIC connections to wanted hosts:
+    client, server, host.
     """
 
     def __init__(
@@ -62,11 +67,12 @@ class LiveCapture:
         link: socket.socket,
         keys: Iterable[Path],
         wanted: Callable[[str], bool],
-        owner: Callable[[tuple[str, int], tuple[str, int], bool], Process | None],
+        owner: Callable[[Address, Address, bool], Process | None],
         missing: Callable[[Connection, str], None],
         clock: Callable[[], int] = time.time_ns,
         keeping: Keeping | None = None,
         own_keys: Path | None = None,
+        quic: Callable[[Address, Address, str], object] = lambda client, server, host: None,
     ) -> None:
         self.findings = Findings()
         self._dropped = 0
@@ -91,7 +97,9 @@ class LiveCapture:
         self._passed: Counter[str] = Counter()
         self._muted: OrderedDict[str, None] = OrderedDict()
         self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
-        self._reassembly = Reassembly(self._connections)
+        self._reassembly = Reassembly(self._connections, self._begin_quic)
+        self._wanted, self._quic = wanted, quic
+        self._quic_hellos = QuicHellos()
         self.ended = False
 
     def fileno(self) -> int:
@@ -172,6 +180,11 @@ class LiveCapture:
                 self._dropped += number
             at = end
         del buffer[:at]
+
+    def _begin_quic(self, datagram: Datagram) -> None:
+        host = self._quic_hellos.datagram(datagram.addresses, datagram.payload)
+        if host is not None and self._wanted(host):
+            self._quic(*datagram.ends(), host)
 
     def _hello(self, flow: Flow, random: bytes) -> None:
         if self._keeping is None:

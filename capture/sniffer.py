@@ -1,4 +1,4 @@
-"""The process that holds a packet socket: TCP packets of some ports go from the kernel to a socket.
+"""The process that holds a packet socket: packets of some ports go from the kernel to a socket.
 
 It is started as root, or with CAP_NET_RAW, opens the socket, sets its filter, becomes nobody and
 copies. It parses nothing: the kernel's filter decides what comes, and `live_capture.py` at the
@@ -50,7 +50,8 @@ _PACKET_TYPE, _INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE
 _LOOPBACK_INDEX = 1  # in every network namespace: LOOPBACK_IFINDEX
 _SYN_FIN_RST = 0x07
 _TAKE_BYTES = 0x40000
-_TCP = 6
+_TCP, _UDP = 6, 17
+_LONG_HEADER = 0x80  # RFC 9000, 17.2
 
 
 class _Program:
@@ -80,8 +81,9 @@ class _Program:
 def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     """The filter: TCP to or from these ports; loopback shows each packet twice, and one is taken.
 
-    From `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the
-    bulk of what is no provider's is not copied.
+    Of UDP to these ports those with a long header are taken: what begins a QUIC connection. From
+    `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the bulk of
+    what is no provider's is not copied.
     """
     program = _Program()
     program.add(_LOAD_WORD, _PACKET_TYPE)
@@ -93,6 +95,7 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.add(_AND, 0xF0)
     program.add(_EQUAL, 0x40, None, "not 4")
     program.add(_LOAD_BYTE, 9)
+    program.add(_EQUAL, _UDP, "UDP 4")
     program.add(_EQUAL, _TCP, None, "refuse 4")
     program.add(_HEADER_LENGTH_TO_X, 0)
     program.add(_LOAD_HALF_X, 2)
@@ -110,16 +113,33 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
         program.add(_EQUAL, int.from_bytes(address), "refuse 4")
     program.place("take 4")
     program.add(_RETURN, _TAKE_BYTES)
+    program.place("UDP 4")
+    program.add(_HEADER_LENGTH_TO_X, 0)
+    program.add(_LOAD_BYTE_X, 8)
+    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse 4")
+    program.add(_LOAD_HALF_X, 2)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, "take 4 of UDP")
     program.place("refuse 4")
     program.add(_RETURN, 0)
+    program.place("take 4 of UDP")
+    program.add(_RETURN, _TAKE_BYTES)
     program.place("not 4")
     program.add(_EQUAL, 0x60, None, "refuse")
     program.add(_LOAD_BYTE, 6)
+    program.add(_EQUAL, _UDP, "UDP")
     program.add(_EQUAL, _TCP, None, "refuse")
     for at in (40, 42):
         program.add(_LOAD_HALF, at)
         for port in ports[:PORTS_MAX]:
             program.add(_EQUAL, port, "take")
+    program.add(_RETURN, 0)
+    program.place("UDP")
+    program.add(_LOAD_BYTE, 48)
+    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse")
+    program.add(_LOAD_HALF, 42)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, "take")
     program.place("refuse")
     program.add(_RETURN, 0)
     program.place("take")

@@ -19,6 +19,8 @@ from capture.packets.keeping import CaptureWriter, Keeping
 from capture.pcap import PcapSource
 from halton_meter.model import Connection, Direction, Process, TlsChunk, TlsClosed
 from tests.capture.packets.test_pcap import BODY, HOST, REQUEST, recording, whole
+from tests.capture.packets.test_quic import CRYPTO
+from tests.capture.packets.test_quic import packet as initial
 from tests.support.recorder import damage
 from tests.support.recorder.packets import Packet, TcpFlow
 from tests.support.recorder.relay import BEGINNING_NS
@@ -366,10 +368,50 @@ def test_the_filter_takes_tcp_of_its_ports_both_ways(make: object) -> None:
 
 def test_the_filter_refuses_all_else() -> None:
     program = sniffer.port_filter([443])
-    assert not passes(program, four(segment(443, 1), protocol=17))
-    assert not passes(program, six(segment(443, 1), protocol=17))
+    assert not passes(program, four(segment(443, 1), protocol=1))
+    assert not passes(program, six(segment(443, 1), protocol=58))
     assert not passes(program, b"\x10" + bytes(80))
     assert not passes(program, b"")
+
+
+@pytest.mark.parametrize("make", [four, six])
+def test_of_udp_the_filter_takes_what_begins_a_connection(make: object) -> None:
+    assert callable(make)
+    program = sniffer.port_filter([443, 8443])
+
+    def datagram(source: int, destination: int, first: int) -> bytes:
+        head = source.to_bytes(2) + destination.to_bytes(2) + bytes(4)
+        return make(head + bytes((first,)) + bytes(40), protocol=17)  # type: ignore[no-any-return]
+
+    for port in (443, 8443):
+        assert passes(program, datagram(50_000, port, 0xC3))
+        assert not passes(program, datagram(50_000, port, 0x43)), "what follows a handshake"
+        assert not passes(program, datagram(port, 50_000, 0xC3)), "what a server sends"
+    assert not passes(program, datagram(50_000, 53, 0xC3))
+    assert not passes(program, make(b"\x01\xbb", protocol=17))
+
+
+def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Path) -> None:
+    told: list[object] = []
+    ours, its = socket.socketpair()
+    source = LiveCapture(
+        its,
+        [tmp_path / "keys.log"],
+        lambda host: host == "example.com",
+        lambda *_: None,
+        lambda *_: None,
+        quic=lambda *what: told.append(what),
+    )
+    for number in range(3):
+        payload = initial(CRYPTO, number)
+        udp = (50_000).to_bytes(2) + (443).to_bytes(2) + (len(payload) + 8).to_bytes(2) + bytes(2)
+        whole = four(udp + payload, protocol=17)
+        whole = whole[:2] + len(whole).to_bytes(2) + whole[4:]
+        ours.sendall(sniffer.HEAD.pack(sniffer.PACKET, len(whole), number) + whole)
+    assert source.read() == []
+    assert told == [(("192.0.2.9", 50_000), ("0.0.0.0", 443), "example.com")]
+    source.finish()
+    ours.close()
 
 
 def test_loopback_shows_each_packet_once() -> None:

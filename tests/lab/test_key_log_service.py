@@ -15,6 +15,8 @@ import pytest
 
 from halton_meter.live import control
 from halton_meter.live.keylog.service import KEYS_NAME
+from tests.capture.packets.test_quic import HELLO, frame
+from tests.capture.packets.test_quic import packet as initial
 from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from tests.lab.test_key_log import as_sudo, curl
 from tests.lab.test_key_log import home as home
@@ -271,3 +273,64 @@ def test_probes_and_packets_together_make_one_event_each(lab: Lab, bench: Any, h
     assert {event["response_id"] for event in bench.service.events()} >= {
         entry["response_id"] for entry in seen.served
     }
+
+
+QUIC_CLIENT = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    for packet in sys.argv[1:]:
+        client.sendto(bytes.fromhex(packet), ("127.0.0.1", 443))
+    print("sent", flush=True)
+    input()
+"""
+
+
+def test_quic_to_a_provider_is_counted_by_host_and_program(
+    lab: Lab, key_log: KeyLogService, python: str
+) -> None:
+    hello = HELLO.replace(b"\x00\x0bexample.com", b"\x00\x0bapi.example")  # nobody's
+    ours = with_name(b"api.openai.com")
+    packets = [initial(frame(0, ours), n).hex() for n in range(3)]
+    process = lab.popen(
+        [python, "-c", QUIC_CLIENT, *packets], user=lab.user, stdin=-1, stdout=-1, text=True
+    )
+    other = lab.popen(
+        [python, "-c", QUIC_CLIENT, initial(frame(0, hello)).hex()],
+        user=lab.user, stdin=-1, stdout=-1, text=True,
+    )  # fmt: skip
+
+    def unmetered() -> list[dict[str, Any]]:
+        found = key_log.status()
+        assert found is not None
+        return [
+            {name: row[name] for name in ("host", "connections", "cause")}
+            for row in found["unmetered"]
+        ]
+
+    try:
+        wait_until(unmetered, "the connection")
+        said = key_log.command("status").stdout
+    finally:
+        for each in (process, other):
+            each.communicate("\n", timeout=30)
+    assert unmetered() == [{"host": "api.openai.com", "connections": 1, "cause": "quic"}]
+    assert "to api.openai.com, 1 connection: QUIC (HTTP/3) is not metered" in said
+
+
+def with_name(name: bytes) -> bytes:
+    """The standard's hello, to another host."""
+    before, after = HELLO.split(b"\x00\x00\x00\x10\x00\x0e\x00\x00\x0bexample.com", 1)
+    more = len(name) - len(b"example.com")
+    extension = b"".join(
+        (
+            b"\x00\x00",
+            (len(name) + 5).to_bytes(2),
+            (len(name) + 3).to_bytes(2),
+            b"\x00",
+            len(name).to_bytes(2),
+            name,
+        )
+    )
+    at = before.rindex(b"\x00\xc0")
+    whole = before[:at] + (0xC0 + more).to_bytes(2) + before[at + 2 :] + extension + after
+    return whole[:1] + (len(whole) - 4).to_bytes(3) + whole[4:]

@@ -6,19 +6,20 @@ keeps the events and counts each connection once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from halton_meter.coverage import Coverage, Part
 from halton_meter.live.totals import Totals
+from halton_meter.live.unmetered import Unmetered
 from halton_meter.model import TlsClosed
 
 if TYPE_CHECKING:
     from halton_meter.live.journal_writer import JournalWriter
     from halton_meter.meter import Meter
-    from halton_meter.model import Connection, PricedEvent, TlsChunk
+    from halton_meter.model import Connection, PricedEvent, Process, TlsChunk
 
-NO_KEYS = "no_keys"
+NO_KEYS, QUIC = "no_keys", "quic"
 COUNTED_MAX = 65_536
 
 
@@ -36,8 +37,6 @@ class Intake:
         self._on_events = on_events
         self.totals = Totals()
         self.connections = Coverage(is_known=True)
-        # Connections without keys by (program, host); None: not known.
-        self.missed: dict[tuple[str | None, str | None], int] = {}
         self.last_event_ns: int | None = None
         self._fresh = Coverage()  # of `connections`, what `fresh_connections` has not given yet
         self._counted: dict[str, None] = {}
@@ -63,13 +62,20 @@ class Intake:
         self.last_event_ns = events[-1].usage.at_ns
         self._on_events(events)
 
-    def miss(self, connection: Connection, host: str, cause: str = NO_KEYS) -> None:
+    def miss(self, process: Process | None, host: str, cause: str) -> None:
         """Count a connection to a provider that was not metered."""
-        program = connection.process.exe if connection.process else None
-        key = self._add(Part(program, host or None, None, cause))
-        if cause == NO_KEYS:
-            named = key.program, key.host
-            self.missed[named] = self.missed.get(named, 0) + 1
+        self._add(Part(process.exe if process else None, host or None, None, cause))
+
+    def unmetered(self, fixes: Mapping[str, str]) -> list[Unmetered]:
+        """What was not metered, most connections first, with the fix of each cause."""
+        rows = [
+            Unmetered(
+                part.program, part.host, counted.connections, part.cause, None, fixes[part.cause]
+            )
+            for part, counted in self.connections.parts.items()
+            if part.cause is not None
+        ]
+        return sorted(rows, key=lambda row: -row.connections)
 
     def _count(self, connection: Connection) -> None:
         if connection.id in self._counted:
@@ -80,9 +86,9 @@ class Intake:
         program = connection.process.exe if connection.process else None
         self._add(Part(program, connection.peer, None, None))
 
-    def _add(self, part: Part) -> Part:
+    def _add(self, part: Part) -> None:
         self._fresh.add(part, 1, None)
-        return self.connections.add(part, 1, None)
+        self.connections.add(part, 1, None)
 
     def fresh_connections(self) -> Coverage:
         """Those that were counted since the last call."""

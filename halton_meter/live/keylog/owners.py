@@ -8,6 +8,7 @@ only where it matters, which takes some 40 ms.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ RECENT_MAX = 64
 # Who connects for a moment only has just begun, as a rule; to look at so many takes 1 ms.
 NEWEST = 8
 PROCESSES_MAX = 4096
+SOCKETS_MAX = 65_536
 
 
 class Owners:
@@ -66,6 +68,16 @@ class Owners:
         other = owner_pid(ClientSocket(*client, server[1])) if search else None
         return None if other is None else self._read(other)
 
+    def find_udp(self, client: tuple[str, int]) -> Process | None:
+        """The process that holds the UDP socket at this port; None: not found."""
+        inode, _ = udp_socket(client[1])
+        if not inode:
+            return None
+        for pid in (*reversed(self._found), *self._tree(), *_newest(PROCESSES_MAX)):
+            if _holds(pid, inode):
+                return self._read(pid)
+        return None
+
     def is_of_command(self, process: Process) -> bool:
         """Whether a process is the command's, or below it."""
         above = {pid for pid, _ in process.parents}
@@ -88,6 +100,17 @@ class Owners:
             pid = waiting.pop()
             yield pid
             waiting += _children(pid)
+
+
+def udp_socket(port: int) -> tuple[int, int]:
+    """(inode, user) of the UDP socket at a local port; (0, 0): there is none."""
+    for table in ("udp", "udp6"):
+        with contextlib.suppress(OSError), open(f"/proc/net/{table}") as file:
+            for line in itertools.islice(file, 1, SOCKETS_MAX):
+                fields = line.split()
+                if len(fields) > 9 and fields[1].endswith(f":{port:04X}"):
+                    return int(fields[9]), int(fields[7])
+    return 0, 0
 
 
 def _newest(count: int) -> list[int]:
@@ -131,6 +154,13 @@ class OfUser:
             if found is not None and found.inode and found.uid != self._uid:
                 return Process(0, 0, uid=found.uid)
         return self._owners.find(client, server, search, newest=NEWEST)
+
+    def find_udp(self, client: tuple[str, int]) -> Process | None:
+        """The same for a UDP socket."""
+        inode, uid = udp_socket(client[1])
+        if inode and uid != self._uid:
+            return Process(0, 0, uid=uid)
+        return self._owners.find_udp(client)
 
     def is_foreign(self, process: Process | None) -> bool:
         """Whether it is known to be another user's."""

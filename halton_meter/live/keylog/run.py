@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.live_capture import LiveCapture, start_sniffer
+from capture.live_capture import Address, LiveCapture, start_sniffer
 from halton_meter.live import own_code
 from halton_meter.live.control import (
     Answering,
@@ -30,11 +30,10 @@ from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
-from halton_meter.live.keylog.intake import NO_KEYS, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.result import RunResult
-from halton_meter.live.unmetered import Unmetered
 from halton_meter.model import TlsClosed
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
 
 HTTPS = 443
 RUN_FIX = "sudo halton-meter run --via keylog -- CMD"
+# Through a proxy there is no QUIC.
+FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy")
 FOLDER = "halton-meter-keys-"
 # How often key files are looked at while no packet comes.
 LOOK_EVERY_S = 0.05
@@ -126,6 +127,7 @@ class _Metering:
             self._owners.find,
             self._miss,
             keeping=keeping,
+            quic=self._miss_quic,
         )
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metering", daemon=True)
@@ -156,10 +158,7 @@ class _Metering:
         result.totals = self._intake.totals
         result.losses = {**self._source.losses, **self._meter.losses}
         result.connections = self._intake.connections
-        result.unmetered = [
-            Unmetered(program, host, count, NO_KEYS, None, "halton-meter run --via proxy")
-            for (program, host), count in self._intake.missed.items()
-        ]
+        result.unmetered = self._intake.unmetered(FIXES)
         result.store_error = self._journal.condition.last_word()
         result.price_error = self._price_error
 
@@ -229,4 +228,10 @@ class _Metering:
             return
         if process is None and not host:  # nothing says that it is a provider's, or ours
             return
-        self._intake.miss(connection, host)
+        self._intake.miss(process, host, NO_KEYS)
+
+    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
+        """A QUIC connection to a provider, unless it is known to be another program's."""
+        process = self._owners.find_udp(client)
+        if process is None or self._owners.is_of_command(process):
+            self._intake.miss(process, host, QUIC)

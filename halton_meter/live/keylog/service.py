@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.live_capture import LiveCapture
+from capture.live_capture import Address, LiveCapture
 from halton_meter import config
 from halton_meter.live import control, status
 from halton_meter.live.control import KEY_LOG_SOCKET_NAME, Answering, Client
 from halton_meter.live.guard import Guard
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
-from halton_meter.live.keylog.intake import Intake
+from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
 from halton_meter.live.keylog.owners import OfUser
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.outages import KEY_LOG_LIST_NAME, KEY_LOG_STATE_NAME, Outages
@@ -45,7 +45,7 @@ ALIVE_EVERY_S = 5.0
 COUNT_EVERY_S = 1.0
 UNMETERED_SHOWN_MAX = 200
 SNIFFER_ENDED = "the process that captures packets ended"
-FIX = "halton-meter start --via proxy"
+FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy -- CMD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,7 @@ class KeyLogService:
             self._owners.find,
             self._miss,
             own_keys=places.ours,
+            quic=self._miss_quic,
         )
         self._selector = selectors.DefaultSelector()
         self._answering = Answering(
@@ -187,7 +188,12 @@ class KeyLogService:
 
     def _miss(self, connection: Connection, host: str) -> None:
         if host and not self._owners.is_foreign(connection.process):
-            self._intake.miss(connection, host)
+            self._intake.miss(connection.process, host, NO_KEYS)
+
+    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
+        process = self._owners.find_udp(client)
+        if not self._owners.is_foreign(process):
+            self._intake.miss(process, host, QUIC)
 
     # --- time
 
@@ -272,17 +278,10 @@ class KeyLogService:
             "exports": exports(self._places),
             "handshakes_with_keys": self._source.handshakes_with_keys,
             "connections": self._intake.connections.as_json(),
-            "unmetered": [each.as_json() for each in self.unmetered()],
+            "unmetered": [each.as_json() for each in self._unmetered()],
             "config_error": self._config_error,
             "budget_error": self._guard.trouble,
         }
 
-    def unmetered(self) -> list[Unmetered]:
-        """Connections without keys, most of them first."""
-        rows = [
-            Unmetered(part.program, part.host, counted.connections, part.cause, None, FIX)
-            for part, counted in self._intake.connections.parts.items()
-            if part.cause is not None
-        ]
-        rows.sort(key=lambda row: -row.connections)
-        return rows[:UNMETERED_SHOWN_MAX]
+    def _unmetered(self) -> list[Unmetered]:
+        return self._intake.unmetered(FIXES)[:UNMETERED_SHOWN_MAX]
