@@ -107,6 +107,10 @@ class KeyLog:
         number = _NUMBER_OF[label.encode()]
         return dict(_secrets_of(self._secrets.get(client_random, b""))).get(number)
 
+    def newest_first(self) -> Iterator[bytes]:
+        """The client randoms known, oldest last."""
+        return reversed(self._secrets)
+
     def handshakes(self) -> Iterator[bytes]:
         """The client randoms known, newest last."""
         return iter(self._secrets)
