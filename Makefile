@@ -13,11 +13,11 @@ DEMO_HOME ?= .cache/demo
 DEMO_COMMANDS := tshark $(if $(filter 0,$(shell id -u)),curl clang ip)
 DEMO_PACKAGES := tshark $(if $(filter 0,$(shell id -u)),curl clang libbpf1 iproute2)
 # Whatever a test would otherwise be skipped for, so that on this machine none is.
-TEST_COMMANDS := tshark chromium clang gcc aarch64-linux-gnu-gcc curl node npm go ip bpftool keytool systemctl \
+TEST_COMMANDS := tshark chromium clang gcc aarch64-linux-gnu-gcc curl node npm go ip nft bpftool keytool systemctl \
 	gsettings zsh fish
 TEST_PACKAGES := tshark chromium clang llvm gcc libc6-dev libssl-dev libbpf1 libbpf-dev bpftool python3-bpfcc \
 	gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
-	clang-19 linux-headers-amd64 curl nodejs npm golang-go default-jdk-headless iproute2 procps zsh fish \
+	clang-19 linux-headers-amd64 curl nodejs npm golang-go default-jdk-headless iproute2 nftables procps zsh fish \
 	systemd dbus-user-session libglib2.0-bin gsettings-desktop-schemas dconf-gsettings-backend
 
 # setuptools warns at length of what any editable install is.

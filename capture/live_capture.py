@@ -9,13 +9,15 @@
 
 The way of a byte: `sniffer.py`, a process of its own, sends packets over `link`; `packets/tcp.py`
 puts connections together, `records.py` cuts records, `awaiting.py` keeps them until `key_files.py`
-has found their keys, and decrypts. What is not read: QUIC, and connections that were there before.
+has found their keys, and decrypts. What is not read: QUIC, of which the host is told
+(`packets/quic.py`), and connections that were there before.
 Memory is bounded by the limits of those files. One thread; no clock but for the keys' patience.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -30,15 +32,19 @@ from capture.packets.awaiting import AwaitingKeys
 from capture.packets.keeping import Keeping
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
+from capture.packets.quic import QuicHellos
 from capture.packets.records import Findings, Live, TcpConnections
-from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
+from capture.packets.tcp import FLOWS_MAX, Datagram, Flow, Reassembly
 from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
+
+Address = tuple[str, int]
 
 RECEIVE_BYTES = 1 << 20
 READY_S_MAX = 10.0
 _RAW_IP = 101  # tcpdump.org/linktypes.html: a packet from its IP header on
 _EPERM = 1
+_NO_INTERFACE = (errno.ENODEV, errno.ENXIO)
 # What a server must have sent over connections that are not read before its bulk is not copied any
 # more. A provider at the same address would lose bytes: those are counted, as holes.
 MUTED_AFTER_BYTES = 16 << 20
@@ -51,7 +57,9 @@ class LiveCapture:
     server name which connections are metered. `owner` finds a connection's process by its client
     and server addresses, and is told whether the connection is known to be wanted. `missing` is
     told of wanted connections that got no keys, with the host. `findings` and `losses` count.
-    `clock` gives the time of packets, in ns. `keeping` records what is read.
+    `clock` gives the time of packets, in ns. `keeping` records what is read. `own_keys` is a folder
+    of keys in which what was read is wiped. `quic` is told of QUIC connections to wanted hosts:
+    client, server, host.
     """
 
     def __init__(
@@ -59,20 +67,22 @@ class LiveCapture:
         link: socket.socket,
         keys: Iterable[Path],
         wanted: Callable[[str], bool],
-        owner: Callable[[tuple[str, int], tuple[str, int], bool], Process | None],
+        owner: Callable[[Address, Address, bool], Process | None],
         missing: Callable[[Connection, str], None],
         clock: Callable[[], int] = time.time_ns,
         keeping: Keeping | None = None,
+        own_keys: Path | None = None,
+        quic: Callable[[Address, Address, str], object] = lambda client, server, host: None,
     ) -> None:
         self.findings = Findings()
-        self.losses: Counter[str] = Counter()
+        self._dropped = 0
         self._link = link
         self._missing = missing
         self._clock = clock
         self._buffer = bytearray()
         self._ready: deque[TlsChunk | TlsClosed] = deque()
-        self._keys = KeyLog()
-        self._key_files = KeyFiles(keys, self._keys)
+        self._keys = KeyLog(forgets=True)
+        self._key_files = KeyFiles(keys, self._keys, own_keys)
         self._keeping = keeping
         # By connection, of those that may be kept: addresses and ports, client random.
         self._hellos: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
@@ -87,19 +97,42 @@ class LiveCapture:
         self._passed: Counter[str] = Counter()
         self._muted: OrderedDict[str, None] = OrderedDict()
         self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
-        self._reassembly = Reassembly(self._connections)
+        self._reassembly = Reassembly(self._connections, self._begin_quic)
+        self._wanted, self._quic = wanted, quic
+        self._quic_hellos = QuicHellos()
         self.ended = False
 
     def fileno(self) -> int:
         """Readable when packets are there."""
         return self._link.fileno()
 
+    @property
+    def losses(self) -> Counter[str]:
+        """What was lost so far, by cause."""
+        dropped = Counter({"packets_dropped": self._dropped})
+        return dropped + self._reassembly.losses + self.findings.losses + self._reader.losses
+
+    @property
+    def handshakes_with_keys(self) -> int:
+        """Of how many handshakes the keys are known."""
+        return len(self._keys)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a connection waits for its keys."""
+        return self._reader.waits
+
+    @property
+    def keys_passed_over(self) -> set[Path]:
+        """Key files that are not read, as we are root and they are another user's."""
+        return self._key_files.passed_over
+
     def read(self) -> list[TlsChunk | TlsClosed]:
         """What has come since the last call; does not wait for packets."""
         self._receive()
         self._feed()
         self._connections.flush()
-        if self._key_files.poll():
+        if self._key_files.poll(rested=True):
             self._reader.keys_came()
         self._reader.expire(self._clock())
         found = list(self._ready)
@@ -117,7 +150,6 @@ class LiveCapture:
         found += self._ready
         self._ready.clear()
         self.findings.decrypted = self._reader.decrypted
-        self.losses.update(self._reassembly.losses + self.findings.losses + self._reader.losses)
         self._link.close()
         return found
 
@@ -145,9 +177,14 @@ class LiveCapture:
                     self._keeping.packet(number, packet)
                 self._reassembly.feed(number, _RAW_IP, packet, length)
             elif kind == sniffer.DROPPED:
-                self.losses["packets_dropped"] += number
+                self._dropped += number
             at = end
         del buffer[:at]
+
+    def _begin_quic(self, datagram: Datagram) -> None:
+        host = self._quic_hellos.datagram(datagram.addresses, datagram.payload)
+        if host is not None and self._wanted(host):
+            self._quic(*datagram.ends(), host)
 
     def _hello(self, flow: Flow, random: bytes) -> None:
         if self._keeping is None:
@@ -187,15 +224,21 @@ class LiveCapture:
             self._link.sendall(b"".join(addresses) or bytes(4))
 
 
-def start_sniffer(command: Sequence[str], ports: Sequence[int]) -> socket.socket:
+def start_sniffer(
+    command: Sequence[str],
+    ports: Sequence[int],
+    fix: str,
+    interface: str | None = None,
+) -> socket.socket:
     """Start a sniffer, and return the socket that packets come from. Raises Unavailable.
 
-    `command` runs the module `capture.sniffer`; the process needs root or CAP_NET_RAW.
+    `command` runs the module `capture.sniffer`; the process needs root or CAP_NET_RAW, and `fix` is
+    the command that has it. Without an `interface` it captures on all.
     """
     ours, its = socket.socketpair()
     with its:
         subprocess.Popen(
-            [*command, str(its.fileno()), *map(str, ports)],
+            [*command, str(its.fileno()), interface or "", *map(str, ports)],
             pass_fds=[its.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -214,6 +257,9 @@ def start_sniffer(command: Sequence[str], ports: Sequence[int]) -> socket.socket
     ours.close()
     if kind == sniffer.FAILED and number == _EPERM:
         what = "to capture packets needs root (or CAP_NET_RAW)"
-        raise Unavailable([Problem(what, "sudo halton-meter run --via keylog -- CMD")])
+        raise Unavailable([Problem(what, fix)])
+    if kind == sniffer.FAILED and number in _NO_INTERFACE:
+        what = f"there is no network interface {interface!r}"
+        raise Unavailable([Problem(what, "ip -brief link   (or leave out --interface)")])
     why = os.strerror(number) if number else "the process that captures packets did not start"
     raise Unavailable([Problem(f"packets cannot be captured: {why}", "halton-meter doctor")])

@@ -1,4 +1,4 @@
-"""The process that holds a packet socket: TCP packets of some ports go from the kernel to a socket.
+"""The process that holds a packet socket: packets of some ports go from the kernel to a socket.
 
 It is started as root, or with CAP_NET_RAW, opens the socket, sets its filter, becomes nobody and
 copies. It parses nothing: the kernel's filter decides what comes, and `live_capture.py` at the
@@ -41,15 +41,17 @@ _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 _SO_TIMESTAMPNS, _SCM_TIMESTAMPNS = 35, 35
 _OUTGOING = 4
-_LOOPBACK = "lo"
 
 # Classic BPF (linux/filter.h), over a packet that begins with its IP header.
 _LOAD_BYTE, _LOAD_HALF, _LOAD_WORD = 0x30, 0x28, 0x20
 _LOAD_HALF_X, _LOAD_BYTE_X, _HEADER_LENGTH_TO_X = 0x48, 0x50, 0xB1
 _AND, _EQUAL, _ANY_BIT, _RETURN = 0x54, 0x15, 0x45, 0x06
+_PACKET_TYPE, _INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, + SKF_AD_IFINDEX
+_LOOPBACK_INDEX = 1  # in every network namespace: LOOPBACK_IFINDEX
 _SYN_FIN_RST = 0x07
 _TAKE_BYTES = 0x40000
-_TCP = 6
+_TCP, _UDP = 6, 17
+_LONG_HEADER = 0x80  # RFC 9000, 17.2
 
 
 class _Program:
@@ -77,16 +79,23 @@ class _Program:
 
 
 def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
-    """The filter: TCP to or from these ports.
+    """The filter: TCP to or from these ports; loopback shows each packet twice, and one is taken.
 
-    From `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the
-    bulk of what is no provider's is not copied.
+    Of UDP to these ports those with a long header are taken: what begins a QUIC connection. From
+    `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the bulk of
+    what is no provider's is not copied.
     """
     program = _Program()
+    program.add(_LOAD_WORD, _PACKET_TYPE)
+    program.add(_EQUAL, _OUTGOING, None, "seen once")
+    program.add(_LOAD_WORD, _INTERFACE)
+    program.add(_EQUAL, _LOOPBACK_INDEX, "refuse")
+    program.place("seen once")
     program.add(_LOAD_BYTE, 0)
     program.add(_AND, 0xF0)
     program.add(_EQUAL, 0x40, None, "not 4")
     program.add(_LOAD_BYTE, 9)
+    program.add(_EQUAL, _UDP, "UDP 4")
     program.add(_EQUAL, _TCP, None, "refuse 4")
     program.add(_HEADER_LENGTH_TO_X, 0)
     program.add(_LOAD_HALF_X, 2)
@@ -104,16 +113,33 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
         program.add(_EQUAL, int.from_bytes(address), "refuse 4")
     program.place("take 4")
     program.add(_RETURN, _TAKE_BYTES)
+    program.place("UDP 4")
+    program.add(_HEADER_LENGTH_TO_X, 0)
+    program.add(_LOAD_BYTE_X, 8)
+    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse 4")
+    program.add(_LOAD_HALF_X, 2)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, "take 4 of UDP")
     program.place("refuse 4")
     program.add(_RETURN, 0)
+    program.place("take 4 of UDP")
+    program.add(_RETURN, _TAKE_BYTES)
     program.place("not 4")
     program.add(_EQUAL, 0x60, None, "refuse")
     program.add(_LOAD_BYTE, 6)
+    program.add(_EQUAL, _UDP, "UDP")
     program.add(_EQUAL, _TCP, None, "refuse")
     for at in (40, 42):
         program.add(_LOAD_HALF, at)
         for port in ports[:PORTS_MAX]:
             program.add(_EQUAL, port, "take")
+    program.add(_RETURN, 0)
+    program.place("UDP")
+    program.add(_LOAD_BYTE, 48)
+    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse")
+    program.add(_LOAD_HALF, 42)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, "take")
     program.place("refuse")
     program.add(_RETURN, 0)
     program.place("take")
@@ -131,11 +157,16 @@ def attach(packets: socket.socket, program: bytes) -> None:
     packets.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(held))
 
 
-def open_packets(ports: Sequence[int]) -> socket.socket:
-    """A packet socket of all interfaces, that sees packets of these ports only. Raises OSError."""
+def open_packets(ports: Sequence[int], interface: str = "") -> socket.socket:
+    """A packet socket of one interface, or of all, that sees packets of these ports only.
+
+    Raises OSError.
+    """
     refuse_all = struct.pack("=HBBI", _RETURN, 0, 0, 0)
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
     attach(packets, refuse_all)
+    if interface:
+        packets.bind((interface, _ETH_P_ALL))
     packets.setblocking(False)
     with contextlib.suppress(BlockingIOError):  # what got in before the filter
         while True:
@@ -180,11 +211,7 @@ class Sniffer:
                 break
             except OSError:  # an interface went down: the others go on
                 break
-            name, protocol, kind = address[0], address[1], address[2]
-            # Loopback shows each packet twice, once on its way out.
-            if protocol not in (_ETH_P_IP, _ETH_P_IPV6) or (
-                name == _LOOPBACK and kind == _OUTGOING
-            ):
+            if address[1] not in (_ETH_P_IP, _ETH_P_IPV6):
                 continue
             batch += HEAD.pack(PACKET, len(data), _time_ns(ancillary)) + data
         if batch:
@@ -215,13 +242,13 @@ def _time_ns(ancillary: Iterable[tuple[int, int, bytes]]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sniffer FD PORT…`: FD is the inherited socket to the reader."""
+    """`sniffer FD INTERFACE PORT…`: FD is the inherited link to the reader; "": all interfaces."""
     link = socket.socket(fileno=int(arguments[0]))
-    ports = [int(port) for port in arguments[1:]]
+    interface, ports = arguments[1], [int(port) for port in arguments[2:]]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        packets = open_packets(ports)
+        packets = open_packets(ports, interface)
     except OSError as error:
         link.sendall(HEAD.pack(FAILED, 0, error.errno or 0))
         return 1

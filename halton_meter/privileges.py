@@ -56,6 +56,20 @@ def settle(*, needs_root: bool) -> None:
         os.environ[HOME_VARIABLE] = str(home)
 
 
+def become_for_good(account: Account) -> None:
+    """Become `account`, with its own environment and the same data folder. Raises ConfigError.
+
+    For a service that needs root to begin with. Does nothing where we are not root, or are to be.
+    """
+    if os.geteuid() != 0 or account.uid == 0:
+        return
+    home = home_folder(account=account)
+    _refuse_foreign(home, account)
+    _become_with(account, user_environment(account, os.environ, sudo_environment()))
+    _refuse_unreadable(account)
+    os.environ[HOME_VARIABLE] = str(home)
+
+
 def _refuse_foreign(home: Path, account: Account) -> None:
     """Raise ConfigError for a data folder that belongs to another user, or to root."""
     try:

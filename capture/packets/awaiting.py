@@ -1,19 +1,22 @@
 """Records whose keys have not been written yet: a live capture is ahead of its key log.
 
-A client writes its keys while it shakes hands, so they are a moment behind the first packets. What
-comes meanwhile waits, in order; what waits too long, or is too much, is given up and told. No
-clock: time is that of the packets. All else is `opening.py`'s.
+A client writes its keys while it shakes hands, so they are a moment behind the first packets. Some
+write none when they resume a session of TLS 1.2 (Go): its secret is that of an earlier connection,
+which is found by trial. What comes meanwhile waits, in order; what waits too long, or is too much,
+is given up and told. No clock: time is that of the packets. All else is `opening.py`'s.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from capture.packets import tls
 from capture.packets.keylog import KeyLog
-from capture.packets.opening import Opening, Records, Work
-from halton_meter.model import Connection, TlsChunk, TlsClosed
+from capture.packets.opening import Opening, Records, Work, encrypted_records
+from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 
 # How long a connection's keys may take: they are written before the first request is sent.
 KEYS_NS_MAX = 10_000_000_000
@@ -21,6 +24,8 @@ KEYS_NS_MAX = 10_000_000_000
 WAITING_BYTES_MAX = 32 << 20
 WORK_COST_BYTES = 512
 CONNECTIONS_MAX = 65_536
+# Handshakes, newest first, whose secrets are tried for a resumed connection; each takes 50 us.
+SESSIONS_MAX = 256
 
 
 @dataclass(slots=True)
@@ -30,6 +35,7 @@ class _Waiting:
     since_ns: int
     work: deque[Work] = field(default_factory=deque)
     bytes: int = 0
+    is_tried: bool = False  # with the secrets of earlier sessions
 
 
 class AwaitingKeys:
@@ -53,6 +59,11 @@ class AwaitingKeys:
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._waiting_bytes = 0
         self._given_up: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a connection waits for its keys."""
+        return bool(self._waiting)
 
     @property
     def decrypted(self) -> int:
@@ -91,6 +102,11 @@ class AwaitingKeys:
     def _keep(self, waiting: _Waiting, work: Work) -> None:
         cost = WORK_COST_BYTES + (len(work.payload) if isinstance(work, Records) else 0)
         waiting.work.append(work)
+        if isinstance(work, Records) and work.encrypted and not waiting.is_tried:
+            waiting.is_tried = work.index == 0
+            if waiting.is_tried and self._resumed(work, waiting.client_random):
+                self.keys_came()
+                return
         waiting.bytes += cost
         self._waiting_bytes += cost
         while self._waiting_bytes > WAITING_BYTES_MAX:
@@ -115,6 +131,21 @@ class AwaitingKeys:
         """No keys will come any more."""
         for waiting in list(self._waiting.values()):
             self._give_up(waiting)
+
+    def _resumed(self, work: Records, random: bytes) -> bool:
+        """Whether a connection goes on with an earlier one's secret, which is then its own, too."""
+        hello = work.keys.server_hello
+        if hello is None or not hello.resumes(work.keys.session):
+            return False
+        record, _, _ = next(encrypted_records(work))
+        side = 0 if work.half.direction is Direction.SENT else 1
+        for earlier in itertools.islice(self._keys.newest_first(), SESSIONS_MAX):
+            master = self._keys.secret(earlier, "CLIENT_RANDOM")
+            pair = None if master is None else tls.keys12(master, random, hello)
+            if master is not None and pair is not None and pair[side].open(record, 0) is not None:
+                self._keys.add(f"CLIENT_RANDOM {random.hex()} {master.hex()}\n".encode())
+                return True
+        return False
 
     def _has_keys(self, random: bytes) -> bool:
         """Whether application data can be read both ways."""

@@ -44,9 +44,13 @@ _LINE = re.compile(
 
 
 class KeyLog:
-    """Secrets by the client's random; the labels are those of the key log format."""
+    """Secrets by the client's random; the labels are those of the key log format.
 
-    def __init__(self) -> None:
+    With `forgets`, the oldest handshakes make room for new ones; else new ones are refused.
+    """
+
+    def __init__(self, *, forgets: bool = False) -> None:
+        self._forgets = forgets
         # A handshake's secrets in one string, each behind its label's number and its length: a
         # dictionary for every handshake would take four times the memory.
         self._secrets: dict[bytes, bytes] = {}
@@ -79,7 +83,7 @@ class KeyLog:
             before = dict(_secrets_of(known))
             if before.get(number) == secret:
                 continue
-            if self._count >= SECRETS_MAX:
+            if self._count >= SECRETS_MAX and not self._forgot(random):
                 self.refused += 1
                 continue
             self._count += 1
@@ -90,10 +94,22 @@ class KeyLog:
                 tell(_line(number, random, secret))
         return found
 
+    def _forgot(self, kept: bytes) -> bool:
+        """Whether an older handshake than that of `kept` made room."""
+        oldest = next(iter(self._secrets), kept)
+        if not self._forgets or oldest == kept:
+            return False
+        self._count -= sum(1 for _ in _secrets_of(self._secrets.pop(oldest)))
+        return True
+
     def secret(self, client_random: bytes, label: str) -> bytes | None:
         """One secret, or None."""
         number = _NUMBER_OF[label.encode()]
         return dict(_secrets_of(self._secrets.get(client_random, b""))).get(number)
+
+    def newest_first(self) -> Iterator[bytes]:
+        """The client randoms known, oldest last."""
+        return reversed(self._secrets)
 
     def handshakes(self) -> Iterator[bytes]:
         """The client randoms known, newest last."""

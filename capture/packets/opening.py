@@ -20,6 +20,8 @@ from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 TRIALS_MAX = 4_000_000
 # A look through the key log for secrets to try, and a key made of one, in trials of that cost.
 _HANDSHAKES_PER_TRIAL, _TRIALS_PER_KEY = 8, 16
+# Early data that waits for its end; servers allow some 16 KiB.
+EARLY_BYTES_MAX = 256 << 10
 # A record kept to find out how many handshake records preceded the first data.
 SAMPLE_BYTES_MAX = 4_096
 
@@ -37,6 +39,22 @@ class Plaintext:
     sample: tuple[bytes, int] | None = None
     opener: tls.Opener | None = None
     asked_opener: bool = False
+    early: EarlyData | None = None
+
+
+@dataclass(slots=True, eq=False)
+class EarlyData:
+    """Data that a client sent before the handshake was over (RFC 8446, 2.3), until that is known.
+
+    A server may refuse it: then it is sent again, and what was read here counts for nothing. That
+    it was taken is told by the message at its end, which no client sends otherwise.
+    """
+
+    opener: tls.Opener | None
+    records: int = 0
+    held: list[tuple[bytes, int]] = field(default_factory=list)
+    bytes: int = 0
+    is_over: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +62,7 @@ class Keys:
     """What a connection's hellos hold; both directions share it."""
 
     client_random: bytes | None = None
+    session: bytes = b""  # the id that the client proposed
     server_hello: tls.ServerHello | None = None
     claimed: bytes | None = None  # by trial: the handshake that a joined connection belongs to
     halves: dict[Direction, Plaintext] = field(default_factory=dict)
@@ -90,6 +109,7 @@ Work = Records | Clear | Tail | TlsClosed
 
 # An alert's plaintext: what a hole at the very end may have held instead of data.
 _ALERT_BYTES = 2
+_END_OF_EARLY_DATA = b"\x05"
 
 
 class Opening:
@@ -186,12 +206,41 @@ class Opening:
             return
         before = work.half.offset
         for record, index, position in encrypted_records(work):
+            if not work.asked and self._open_early(work, record):
+                continue
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
             elif record[0] == tls.APPLICATION or not opener.tls13:
                 self._open_one(work, opener, record, index, position)
         if found and work.half.offset == before:  # early data: under a key of its own
             self._plain(work.half, found, work.at_ns)
+
+    def _open_early(self, work: Records, record: bytes) -> bool:
+        """Whether it is a record of early data, or the message at its end."""
+        half, random = work.half, work.keys.client_random
+        if half.direction is not Direction.SENT or half.base is not None or random is None:
+            return False
+        if half.early is None:
+            half.early = EarlyData(tls.early_opener(self._keys, random))
+        early = half.early
+        if early.is_over or early.opener is None or record[0] != tls.APPLICATION:
+            return False
+        opened = early.opener.open(record, range(early.records, early.records + 1))
+        if opened is None or early.bytes > EARLY_BYTES_MAX:
+            early.is_over = True
+            early.held.clear()
+            return False
+        kind, plain, _ = opened
+        early.records += 1
+        early.bytes += len(plain)
+        if kind == tls.APPLICATION:
+            early.held.append((plain, work.at_ns))
+        elif plain[:1] == _END_OF_EARLY_DATA:
+            early.is_over = True
+            for data, at_ns in early.held:
+                self._plain(half, data, at_ns)
+            early.held.clear()
+        return True
 
     def _open_one(
         self, work: Records, opener: tls.Opener, record: bytes, index: int, position: int
@@ -241,9 +290,8 @@ class Opening:
             joined = keys.client_random is None
             ahead = tls.TRIAL_RECORDS_MAX if joined else tls.LOST_RECORDS_MAX
             # Where nothing is missing these may be handshake records or tickets.
-            return range(
-                max(0, index - tls.HANDSHAKE_RECORDS_MAX), index + 1 + (0 if work.whole else ahead)
-            )
+            before = tls.HANDSHAKE_RECORDS_MAX + (half.early.records if half.early else 0)
+            return range(max(0, index - before), index + 1 + (0 if work.whole else ahead))
         cost = len(opener) * tls.TRIAL_RECORDS_MAX
         if opener.key is None and (size > tls.TRIAL_BYTES_MAX or cost > self._trials_left):
             return range(0)

@@ -428,7 +428,7 @@ class TcpConnections:
         keys = tcp.keys
         if keys.client_random is None and name is not None:
             self._name(tcp, name)
-        keys.client_random = hello.random
+        keys.client_random, keys.session = hello.random, hello.session
         if self._live is not None:
             self._live.hello(tcp.flow, hello.random)
         if name is not None:

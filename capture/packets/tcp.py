@@ -7,11 +7,13 @@ or of files; `records.py` implements `Listener` on top of it.
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # Segments waiting behind a gap, one direction: past either limit the gap becomes a hole. The
 # larger one covers a window that waits for a retransmission, the smaller one a gap that the
@@ -42,6 +44,23 @@ _PPP_IP = (b"\x00\x21", b"\x00\x57")
 # Link layers that `Reassembly.unread` counts apart.
 UNREAD_MAX = 16
 _TCP_HEAD = struct.Struct("!HHIIBB")
+
+
+class Datagram(NamedTuple):
+    """A UDP payload, and its addresses and ports, the sender's first."""
+
+    addresses: bytes
+    payload: bytes
+
+    def ends(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Sender and receiver."""
+        size = (len(self.addresses) - 4) // 2
+        family = socket.AF_INET if size == 4 else socket.AF_INET6
+        source, destination = (
+            socket.inet_ntop(family, self.addresses[at : at + size]) for at in (0, size)
+        )
+        ports = self.addresses[2 * size :]
+        return (source, int.from_bytes(ports[:2])), (destination, int.from_bytes(ports[2:]))
 
 
 class Listener(Protocol):
@@ -159,8 +178,12 @@ class Flow:
 class Reassembly:
     """Every TCP connection of one capture."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(
+        self, listener: Listener, quic: Callable[[Datagram], None] = lambda datagram: None
+    ) -> None:
+        """`quic` is given what begins QUIC connections; they are counted here either way."""
         self._listener = listener
+        self._begin_quic = quic
         self._halves: dict[bytes, Half] = {}
         # Ordered, as a plain dictionary is slow to give its first entry after many deletions.
         self._flows: OrderedDict[bytes, Flow] = OrderedDict()
@@ -208,7 +231,7 @@ class Reassembly:
         if protocol == 6 and segment + 20 <= len(frame):
             self._tcp(at_ns, frame, addresses, segment, end)
         elif protocol == 17 and segment + 9 <= len(frame):
-            self._udp(frame, addresses, segment)
+            self._udp(frame, addresses, segment, min(end, len(frame)))
 
     def finish(self) -> None:
         """End of the capture: give out what waits behind gaps, close every flow as cut off."""
@@ -217,7 +240,7 @@ class Reassembly:
 
     # --- UDP ---------------------------------------------------------------------------------
 
-    def _udp(self, frame: bytes, addresses: bytes, segment: int) -> None:
+    def _udp(self, frame: bytes, addresses: bytes, segment: int, end: int) -> None:
         """Count QUIC's Initial packets towards port 443."""
         if frame[segment + 2 : segment + 4] != b"\x01\xbb" or len(frame) < segment + 13:
             return
@@ -226,6 +249,7 @@ class Reassembly:
             key = addresses + frame[segment : segment + 4]
             if len(self._quic) < FLOWS_MAX:
                 self._quic.add(key)
+            self._begin_quic(Datagram(key, frame[segment + 8 : end]))
 
     # --- TCP ---------------------------------------------------------------------------------
 

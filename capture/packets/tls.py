@@ -41,10 +41,12 @@ _RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What is taken from a ClientHello: its random and the server name (SNI), where given."""
+    """What is taken from a ClientHello: its random, the server name (SNI) where given, the session
+    id."""
 
     random: bytes
     server_name: str | None
+    session: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,12 @@ class ServerHello:
     random: bytes
     suite: int
     version: int
+    session: bytes = b""
+
+    def resumes(self, session: bytes) -> bool:
+        """Whether TLS 1.2 goes on with a master secret of before: the client's session id comes
+        back (RFC 5246, 7.3; RFC 5077, 3.4)."""
+        return self.version == 0x0303 and self.session == session != b""
 
 
 def client_hello(message: bytes) -> ClientHello | None:
@@ -63,6 +71,7 @@ def client_hello(message: bytes) -> ClientHello | None:
             return None
         random = message[6:38]
         at = 39 + message[38]
+        session = message[39:at]
         at += 2 + int.from_bytes(message[at : at + 2])
         at += 1 + message[at]
         name = None
@@ -70,7 +79,7 @@ def client_hello(message: bytes) -> ClientHello | None:
             if kind == 0 and len(body) > 5 and body[2] == 0:
                 name_bytes = body[5 : 5 + int.from_bytes(body[3:5])]
                 name = name_bytes.decode().lower() if _SERVER_NAME.fullmatch(name_bytes) else None
-        return ClientHello(random, name) if len(random) == 32 else None
+        return ClientHello(random, name, session) if len(random) == 32 else None
     except IndexError:
         return None
 
@@ -81,12 +90,13 @@ def server_hello(message: bytes) -> ServerHello | None:
         if message[0] != 2 or message[6:38] == _RETRY:
             return None
         at = 39 + message[38]
+        session = message[39:at]
         suite = int.from_bytes(message[at : at + 2])
         version = int.from_bytes(message[4:6])
         for kind, body in _extensions(message, at + 3):
             if kind == 43 and len(body) == 2:
                 version = int.from_bytes(body)
-        return ServerHello(message[6:38], suite, version)
+        return ServerHello(message[6:38], suite, version, session)
     except IndexError:
         return None
 
@@ -307,6 +317,14 @@ def opener(
         pair = keys12(master, client_random, hello)
         return Opener([(None, pair[0 if sent else 1])]) if pair else None
     return None
+
+
+def early_opener(keys: KeyLog, client_random: bytes) -> Opener | None:
+    """An `Opener` for a client's early data; None: it has no key for any."""
+    secret = keys.secret(client_random, "CLIENT_EARLY_TRAFFIC_SECRET")
+    if secret is None:
+        return None
+    return Opener((secret, key13(secret, suite)) for suite in _suites(secret, None))
 
 
 def trial_opener(keys: KeyLog, used: set[bytes], *, sent: bool) -> Opener:

@@ -30,6 +30,11 @@ def _for_probes(given: Mapping[str, Any]) -> bool:
     return on_linux and given.get("via") != "proxy" and not given.get("java")
 
 
+def _for_stop(given: Mapping[str, Any]) -> bool:
+    """The key log service is the user's once it meters."""
+    return _for_probes(given) and given.get("via") != "keylog"
+
+
 def _for_reload(given: Mapping[str, Any]) -> bool:
     """Which hosts uprobes watch is root's to say, so root alone has them read again."""
     return sys.platform == "linux" and given.get("subcommand") == "reload"
@@ -122,7 +127,7 @@ _COMMANDS: dict[str, _Entry] = {
     "start": _Entry(
         "halton_meter.cli.start:start", "Start metering in the background.", _for_probes
     ),
-    "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_probes),
+    "stop": _Entry("halton_meter.cli.stop:stop", "Stop metering in the background.", _for_stop),
     "budget": _Entry(
         "halton_meter.cli.budget:budget", "Set limits in dollars, and see what is left of them."
     ),

@@ -474,9 +474,9 @@ def reload() -> None:
 
 
 def _reload_of_root(home: Path) -> None:
-    """Signal the supervisor, which reads both files; the proxy, as the user that it runs as."""
+    """Signal the supervisor, which reads both files; ask the others as the user that they are."""
     from halton_meter import accounts, privileges
-    from halton_meter.live.control import PROXY_SOCKET_NAME, ask_service
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, PROXY_SOCKET_NAME, ask_service
     from halton_meter.live.probes import service
 
     account = accounts.invoking_account()
@@ -490,11 +490,18 @@ def _reload_of_root(home: Path) -> None:
         service.signal_reload(found)
         say("the uprobes service reads its settings again, the hosts too")
 
-    def proxy() -> bool:
-        return ask_service(home, "reload", name=PROXY_SOCKET_NAME) is not None
+    def others() -> list[str]:
+        names = {PROXY_SOCKET_NAME: "the local proxy", KEY_LOG_SOCKET_NAME: "the key log service"}
+        return [
+            what
+            for name, what in names.items()
+            if ask_service(home, "reload", name=name) is not None
+        ]
 
-    if privileges.as_account(account, proxy):
-        say("the local proxy uses them from now on")
-    elif found is None:
+    told_others = privileges.as_account(account, others)
+    known = ("the local proxy", "the key log service")
+    for what in (each for each in known if each in (told_others or ())):
+        say(f"{what} uses them from now on")
+    if not told_others and found is None:
         fail(Problem("no service runs, so nothing had to be read again", "halton-meter status"))
     sys.exit(1 if wrong else 0)

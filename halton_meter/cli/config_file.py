@@ -191,12 +191,18 @@ def remove(document: MutableMapping[str, Any], keys: tuple[str, ...]) -> bool:
 
 def reload_services(home: Path) -> list[str]:
     """Have what runs read rules, prices and limits again; lines for people. Nothing runs: none."""
-    from halton_meter.live.control import PROXY_SOCKET_NAME, SOCKET_NAME, ask_service
+    from halton_meter.live.control import (
+        KEY_LOG_SOCKET_NAME,
+        PROXY_SOCKET_NAME,
+        SOCKET_NAME,
+        ask_service,
+    )
 
     lines = []
     for name, what, fix in (
         (SOCKET_NAME, "the uprobes service", "sudo halton-meter config reload"),
         (PROXY_SOCKET_NAME, "the local proxy", "halton-meter init"),
+        (KEY_LOG_SOCKET_NAME, "the key log service", ""),
     ):
         answer = ask_service(home, "reload", name=name)
         if answer is None:

@@ -1,7 +1,8 @@
 """`halton-meter daemon --foreground`: the service itself, as systemd and launchd run it.
 
-With `--via proxy` it is the local proxy: the edge on 127.0.0.1 and its worker, as the user. The
-hidden `--keep` runs the same command again whenever it dies, where there is no systemd or launchd.
+With `--via proxy` it is the local proxy: the edge on 127.0.0.1 and its worker, as the user. With
+`--via keylog` it opens a packet socket as root and then becomes the user. The hidden `--keep` runs
+the same command again whenever it dies, where there is no systemd or launchd.
 
 Exit codes: 0 stopped when asked to; 1 could not start (the reason and the next command on
 stderr); 2 wrong usage.
@@ -16,6 +17,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -39,6 +41,7 @@ EXAMPLES = """
       sudo halton-meter daemon --foreground                 uprobes, for your processes
       sudo halton-meter daemon --foreground --all-users     uprobes, for every user's processes
       halton-meter daemon --foreground --via proxy          the local proxy, as yourself
+      sudo halton-meter daemon --foreground --via keylog    packets, and keys that programs write
 """
 
 
@@ -86,15 +89,24 @@ def log_on(stream: TextIO) -> TextIO:
 @click.option("--keep", is_flag=True, hidden=True, help="Restart what dies, without systemd.")
 @click.option(
     "--via",
-    type=click.Choice(["uprobes", "proxy"]),
+    type=click.Choice(["uprobes", "proxy", "keylog"]),
     default="uprobes",
-    help="Capture method: uprobes on the TLS libraries (root) or a local proxy (as yourself).",
+    help="Capture method: uprobes on the TLS libraries (root), a local proxy (as yourself), or "
+    "packets with the TLS keys that programs write (root opens the socket).",
 )
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
     help="Port of the proxy; default: the one in config.toml, else 8081.",
 )
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A key log file, or a folder of them, that your programs write (keylog); default: keys "
+    "in the data folder, where what was read is wiped.",
+)
+@click.option("--interface", help="Capture on this network interface only (keylog).")
 @click.option("--owner", hidden=True, help="Whose service this is, where sudo does not say.")
 @click.option("--all-users", is_flag=True, help="Meter every user's processes (uprobes).")
 @click.option("--user", "users", multiple=True, help="Meter this user's processes (uprobes).")
@@ -105,6 +117,8 @@ def daemon(
     keep: bool,
     via: str,
     port: int | None,
+    keys: tuple[Path, ...],
+    interface: str | None,
     owner: str | None,
     all_users: bool,
     users: tuple[str, ...],
@@ -120,12 +134,20 @@ def daemon(
     if not foreground:
         way = "add --foreground, or start the service: sudo halton-meter start"
         wrong_usage("daemon runs in the foreground only", way)
+    if via != "keylog" and (keys or interface):
+        option = "--keys" if keys else "--interface"
+        wrong_usage(f"{option} goes with --via keylog", "halton-meter daemon --help")
+    if via == "keylog" and (all_users or users or cgroup):
+        way = "sudo halton-meter daemon --foreground --via keylog"
+        wrong_usage("--via keylog meters the processes of one user", way)
     sys.stdout, sys.stderr = log_on(sys.stdout), log_on(sys.stderr)
     try:
         if keep:
             sys.exit(_keep(via, port))
         if via == "proxy":
             _serve_proxy(port)
+        elif via == "keylog":
+            sys.exit(_serve_key_log(owner, keys, interface))
         else:
             _serve(owner, all_users, users, cgroup)
     except Unavailable as error:
@@ -167,6 +189,30 @@ def _serve(owner: str | None, all_users: bool, users: tuple[str, ...], cgroup: s
 
     # `start` has checked the configuration; with an owner named, it may be a restart.
     service.serve(planned(owner is not None), say, lambda: planned(True))
+
+
+def _serve_key_log(owner: str | None, keys: tuple[Path, ...], interface: str | None) -> int:
+    from halton_meter import accounts, privileges
+    from halton_meter.cli.configured import require_sound
+    from halton_meter.live import own_code
+    from halton_meter.live.keylog import service
+    from halton_meter.live.keylog.run import HTTPS, start_capture
+    from halton_meter.problem import Unavailable
+
+    if accounts.is_root() and (problems := own_code.problems()):
+        raise Unavailable(problems)
+    account = accounts.account_named(owner) if owner else accounts.invoking_account()
+    fix = "sudo halton-meter daemon --foreground --via keylog"
+    link = start_capture([HTTPS], interface, fix)
+    privileges.become_for_good(account)  # what captures is there already
+    if owner is None:
+        require_sound()
+    try:
+        return service.serve(accounts.home_folder(), keys, link, say)
+    except OSError as error:
+        raise Unavailable(
+            [Problem(f"the service cannot begin: {error}", "halton-meter doctor")]
+        ) from None
 
 
 def _serve_proxy(port: int | None) -> None:

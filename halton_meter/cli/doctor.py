@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from halton_meter.cli.output import complain, count, print_json, say, styled, wrong_usage
-from halton_meter.problem import Problem
+from halton_meter.cli.output import complain, count, fail, print_json, say, styled, wrong_usage
+from halton_meter.problem import Problem, Unavailable
 
 if TYPE_CHECKING:
     from proxy_fallback.setup.ledger import Ledger
@@ -37,6 +37,7 @@ EXAMPLES = """
       halton-meter doctor --fix          show the commands that fix it
       halton-meter doctor --fix --apply  fix it
       halton-meter doctor --json | jq -r .health
+      halton-meter doctor --pid 4711     which ways can meter that process, and why
 """
 
 
@@ -60,19 +61,27 @@ class Finding:
 @click.option("--fix", is_flag=True, help="Show the commands that fix what fails.")
 @click.option("--apply", is_flag=True, help="With --fix: run them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
-def doctor(*, fix: bool, apply: bool, as_json: bool) -> None:
+@click.option("--pid", type=click.IntRange(1), help="Show how this running process can be metered.")
+def doctor(*, fix: bool, apply: bool, as_json: bool, pid: int | None) -> None:
     """Diagnose problems and fix them.
 
     The first line is one word: healthy, degraded (something fails, and what is to be metered is) or
     broken (something is not metered, or not stored).
 
-    Exit codes: 0 healthy, or all was fixed; 1 degraded; 3 broken.
+    With --pid it shows of a running process whether uprobes, a key log or the proxy can meter it
+    (✓), could if it were started again (-) or cannot (✗), why, and the next command.
+
+    Exit codes: 0 healthy, or all was fixed; 1 degraded; 3 broken. With --pid: 0; 1 no way is open.
     """
     from halton_meter.cli.init import machine_here
 
     if apply and not fix:
         wrong_usage("--apply needs --fix", "halton-meter doctor --fix --apply")
     machine = machine_here()
+    if pid is not None:
+        if fix:
+            wrong_usage("--pid fixes nothing", f"halton-meter doctor --pid {pid}")
+        sys.exit(_of_process(machine, pid, as_json))
     findings = list(diagnose(machine))
     failing = [each for each in findings if each.ok is False]
     plan = list(dict.fromkeys(each.fix for each in failing if each.automatic))
@@ -87,6 +96,23 @@ def doctor(*, fix: bool, apply: bool, as_json: bool) -> None:
     if apply and plan:
         sys.exit(_apply(machine, plan, as_json))
     sys.exit(EXIT_CODES[word])
+
+
+def _of_process(machine: Machine, pid: int, as_json: bool) -> int:
+    """Say how a process can be metered; the exit code."""
+    from halton_meter.cli import doctor_process
+
+    if sys.platform != "linux":
+        fail(Problem("a running process is looked into on Linux only", "halton-meter status"))
+    try:
+        process, ways = doctor_process.ways(pid, machine.proxy_url, machine.ca_folder)
+    except Unavailable as error:
+        fail(*error.problems)
+    if as_json:
+        print_json(doctor_process.as_json(process, ways))
+    else:
+        say("\n".join(doctor_process.lines(process, ways)))
+    return 0 if any(way.can is not False for way in ways) else 1
 
 
 def health(findings: list[Finding]) -> str:
@@ -152,6 +178,7 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
     yield from _files(machine.home)
     yield _prices(machine.home)
     yield from _service(machine.home)
+    yield from _key_log_service(machine.home)
     try:
         ledger = Ledger(machine.home, machine.commands)
     except ChangeError as error:
@@ -297,6 +324,23 @@ def _service(home: Path) -> Iterator[Finding]:
         unstored = bool(found.get("store_error"))
         what = f"{found['health']}{f': {why}' if why else ''}"
         yield Finding("uprobes service", False, what, "halton-meter status", breaks=unstored)
+
+
+def _key_log_service(home: Path) -> Iterator[Finding]:
+    """The key log service, where it runs."""
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, ask_service
+
+    found = ask_service(home, "status", name=KEY_LOG_SOCKET_NAME)
+    if found is None:
+        return
+    keys = count(found["handshakes_with_keys"], "connection")
+    if found["health"] == "ok":
+        yield Finding("key log service", True, f"meters, with keys of {keys}")
+    else:
+        why = found.get("store_error") or found.get("price_error") or found.get("config_error")
+        what = f"{found['health']}{f': {why}' if why else ''}"
+        unstored = bool(found.get("store_error"))
+        yield Finding("key log service", False, what, "halton-meter status", breaks=unstored)
 
 
 def _set_up(machine: Machine, ledger: Ledger) -> Iterator[Finding]:

@@ -10,10 +10,10 @@ def with_held(nothing: str) -> str:
     """What is said where nothing is stored; where a service has events that it cannot store, that
     instead.
     """
-    from halton_meter.live.control import PROXY_SOCKET_NAME, SOCKET_NAME, ask_service
+    from halton_meter.live.control import SERVICES, ask_service
 
     home, held = home_folder(), 0
-    for name in (SOCKET_NAME, PROXY_SOCKET_NAME):
+    for name in SERVICES:
         found = (ask_service(home, "status", name=name) or {}).get("held")
         held += found if isinstance(found, int) else 0
     if not held:

@@ -26,8 +26,12 @@ from halton_meter.problem import Problem
 LINES = 50
 READ_BYTES_MAX = 16 << 20  # of a file, from its end
 FOLLOW_S = 0.5
-FILES = {"uprobes": "daemon.log", "proxy": "proxy.log"}
-_ABSENT = {"uprobes": "sudo halton-meter start", "proxy": "halton-meter start --via proxy"}
+FILES = {"uprobes": "daemon.log", "proxy": "proxy.log", "keylog": "keylog.log"}
+_ABSENT = {
+    "uprobes": "sudo halton-meter start",
+    "proxy": "halton-meter start --via proxy",
+    "keylog": "sudo halton-meter start --via keylog",
+}
 
 
 @click.command(
@@ -42,7 +46,7 @@ Examples:
 @click.option("--lines", "-n", type=click.IntRange(0), metavar="N", help="Default: 50.")
 @click.option(
     "--via",
-    type=click.Choice(["auto", "uprobes", "proxy"]),
+    type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),
     default="auto",
     help="Which service; auto: the uprobes service where it has a log, else the local proxy.",
 )
@@ -60,11 +64,11 @@ def logs(follow: bool, lines: int | None, via: str) -> None:
         return
     home = accounts.home_folder()
     found = _chosen(home, via)
-    if found is None and via != "uprobes" and _users_unit() is not None:
+    if found is None and via in ("auto", "proxy") and _users_unit() is not None:
         _journal(["--user", "-u", str(_users_unit())], count, follow, "halton-meter status")
         return
     if found is None:
-        service = "proxy" if via == "proxy" else "uprobes"
+        service = via if via in _ABSENT else "uprobes"
         what = f"there is no log in {home}: the service has not run in the background"
         fail(Problem(what, f"{_ABSENT[service]}   (what runs: halton-meter status)"))
     if via == "auto" and found.name == FILES["uprobes"] and (home / FILES["proxy"]).exists():
@@ -79,7 +83,12 @@ def logs(follow: bool, lines: int | None, via: str) -> None:
 
 def from_journal(via: str | None) -> bool:
     """Whether the log that is asked for is the system service's, in the system's journal."""
-    return sys.platform == "linux" and via != "proxy" and has_systemd() and UNIT_PATH.exists()
+    return (
+        sys.platform == "linux"
+        and via not in ("proxy", "keylog")
+        and has_systemd()
+        and UNIT_PATH.exists()
+    )
 
 
 def _chosen(home: Path, via: str) -> Path | None:

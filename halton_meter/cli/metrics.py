@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import fail, say, wrong_usage
+from halton_meter.cli.output import count, fail, say, wrong_usage
 from halton_meter.problem import Problem
 
 PORT = 9464
@@ -91,6 +91,8 @@ def _write(path: Path) -> None:
         path.chmod(0o644)
     except OSError as error:
         fail(Problem(f"cannot write {path}: {error.strerror}", f"ls -ld {path.parent}"))
+    samples = sum(not line.startswith(b"#") for line in text.splitlines())
+    say(f"{path}: {count(samples, 'sample')} written")
 
 
 def _serve(port: int) -> None:

@@ -21,9 +21,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from halton_meter import untrusted
 from halton_meter.cli import systemd_unit
 from halton_meter.cli.output import fail, harmless_lines, note
 from halton_meter.cli.systemd_unit import UNIT_NAME, UNIT_PATH, has_systemd, run_quietly
+from halton_meter.live.control import SOCKET_NAME
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ EXAMPLES = """
       sudo halton-meter start                  meter all programs of yours, without a proxy
       sudo halton-meter start --all-users      meter everybody's programs
       halton-meter start --via proxy           run the local proxy (no root needed)
+      sudo halton-meter start --via keylog     packets, with the TLS keys that programs write
 """
-VIA = click.Choice(["auto", "uprobes", "proxy"])
+VIA = click.Choice(["auto", "uprobes", "proxy", "keylog"])
 
 
 @click.command(epilog=EXAMPLES)
@@ -46,8 +49,9 @@ VIA = click.Choice(["auto", "uprobes", "proxy"])
     "--via",
     type=VIA,
     default="auto",
-    help="Capture method: uprobes on the TLS libraries (Linux, root) or a local proxy (as "
-    "yourself). auto: uprobes where they can work.",
+    help="Capture method: uprobes on the TLS libraries (Linux, root), a local proxy (as "
+    "yourself), or packets with the TLS keys that programs write (Linux, root). auto: uprobes "
+    "where they can work.",
 )
 @click.option("--all-users", is_flag=True, help="Meter every user's processes (uprobes).")
 @click.option("--user", "users", multiple=True, help="Meter this user's processes (uprobes).")
@@ -68,6 +72,8 @@ def start(
         via = "proxy" if only_proxy and not accounts.is_root() and not show_unit else "uprobes"
     if via == "proxy":
         _start_proxy()
+    elif via == "keylog":
+        start_key_log()
     else:
         start_probes(all_users, users, cgroup, show_unit)
 
@@ -167,14 +173,24 @@ def _start_unit(text: str, home: Path, owner: int) -> None:
         fail(Problem("the service does not answer", "sudo halton-meter logs"))
 
 
-def _start_kept(command: list[str], account: Account, home: Path) -> None:
-    log = home / "daemon.log"
+def _start_kept(
+    command: list[str],
+    account: Account,
+    home: Path,
+    log_name: str = "daemon.log",
+    socket_name: str = SOCKET_NAME,
+) -> dict[str, Any]:
+    """Start a service with a process that keeps it alive; its status once it answers."""
+    log = home / log_name
     environment = {**os.environ, "HALTON_METER_HOME": str(home)}
     with os.fdopen(_users_log(log, account), "ab") as output:
         process = _in_background([*command, "--keep"], output, environment)
-    if _wait_for(home, account.uid, process) is None:
+    found = _wait_for(home, account.uid, process, socket_name)
+    if found is None:
         _fail_for_disk("the service did not become healthy", home, account, process)
-        fail(Problem("the service did not become healthy", "halton-meter logs"))
+        via = " --via keylog" if socket_name != SOCKET_NAME else ""
+        fail(Problem("the service did not become healthy", f"halton-meter logs{via}"))
+    return found
 
 
 def _users_log(log: Path, account: Account) -> int:
@@ -194,12 +210,43 @@ def _users_log(log: Path, account: Account) -> int:
 
 
 def _wait_for(
-    home: Path, owner: int, process: subprocess.Popen[bytes] | None = None
+    home: Path,
+    owner: int,
+    process: subprocess.Popen[bytes] | None = None,
+    name: str = SOCKET_NAME,
 ) -> dict[str, Any] | None:
-    """The uprobes service's status once it answers; None when it does not come to that."""
+    """A service's status once it answers; None when it does not come to that."""
     from halton_meter.live.control import ask_service
 
-    return _waited_for(lambda: ask_service(home, "status", owner=owner), process)
+    return _waited_for(lambda: ask_service(home, "status", name=name, owner=owner), process)
+
+
+# --- packets and keys -----------------------------------------------------------------------------
+
+
+def start_key_log() -> None:
+    """Start the key log service in the background, and return when it meters."""
+    from halton_meter import accounts
+    from halton_meter.live import own_code
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, ask_service
+
+    account, home = accounts.invoking_account(), accounts.home_folder()
+    if not accounts.is_root():
+        fail(Problem("to capture packets needs root", "sudo halton-meter start --via keylog"))
+    if problems := own_code.problems():
+        fail(*problems)
+    found = ask_service(home, "status", name=KEY_LOG_SOCKET_NAME, owner=account.uid)
+    if found is not None:
+        click.echo(f"already running (pid {found['pid']})")
+        return
+    _prepare(account, home, ())
+    command = [sys.executable, "-I", "-m", "halton_meter", "daemon", "--foreground"]
+    command += ["--via", "keylog", "--owner", account.name]
+    found = _start_kept(command, account, home, "keylog.log", KEY_LOG_SOCKET_NAME)
+    click.echo("running in the background; it does not start at boot")
+    click.echo("  programs are metered that are started with")
+    for line in found["exports"]:
+        click.echo(f"    {untrusted.printable(str(line), PROBLEM_CHARACTERS_MAX)}")
 
 
 # --- the proxy ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`halton-meter status [--json]`: health, what is metered and what is not, what was lost.
 
-It shows the uprobes service and the local proxy, whichever runs. Exit codes: 0 what runs is
-healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
+It shows the uprobes service, the local proxy and the key log service, whichever runs. Exit codes: 0
+what runs is healthy; 1 nothing runs, or something is degraded; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ def status(as_json: bool) -> None:
     """
     from halton_meter import accounts
     from halton_meter.cli.configured import told_here
-    from halton_meter.live.control import PROXY_SOCKET_NAME, ask_service
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, PROXY_SOCKET_NAME, ask_service
 
     wrong = told_here()
     home = accounts.home_folder()
     found = ask_service(home, "status") or {"health": "stopped", "home": str(home)}
-    if (proxy := ask_service(home, "status", name=PROXY_SOCKET_NAME)) is not None:
-        found["proxy"] = proxy
-        found["uprobes_health"] = found["health"]
-        found["health"] = _worse(found["health"], proxy["health"])
+    for key, name in (("proxy", PROXY_SOCKET_NAME), ("keylog", KEY_LOG_SOCKET_NAME)):
+        if (other := ask_service(home, "status", name=name)) is not None:
+            found[key] = other
+            found.setdefault("uprobes_health", found["health"])
+            found["health"] = _worse(found["health"], other["health"])
     if as_json:
         click.echo(json.dumps(found))  # ASCII: a path may hold bytes that are no text
     else:
@@ -54,11 +55,9 @@ def status(as_json: bool) -> None:
     sys.exit(1 if wrong or found["health"] != "ok" else 0)
 
 
-def _worse(uprobes: str, proxy: str) -> str:
+def _worse(first: str, second: str) -> str:
     """The health of both: a service that was never started does not make the other one ill."""
-    if uprobes in ("stopped", "ok"):
-        return proxy
-    return uprobes
+    return second if first in ("stopped", "ok") else first
 
 
 def status_lines(found: Mapping[str, Any]) -> list[str]:
@@ -68,6 +67,8 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [] if uprobes["health"] == "stopped" else uprobes_lines(uprobes)
     if proxy is not None:
         lines += proxy_lines(proxy)
+    if (key_log := found.get("keylog")) is not None:
+        lines += key_log_lines(key_log)
     return lines or [
         f"stopped (data folder {found['home']})",
         "  start the service: sudo halton-meter start",
@@ -111,6 +112,25 @@ def proxy_lines(found: Mapping[str, Any]) -> list[str]:
     return lines + _loss_lines(found)
 
 
+def key_log_lines(found: Mapping[str, Any]) -> list[str]:
+    """The key log service's status for people."""
+    lines = [
+        f"key log {found['health']}, up {_duration(found)}",
+        f"  keys of {count(found['handshakes_with_keys'], 'connection')} came from "
+        f"{', '.join(found['keys'])}",
+        *_metered_lines(found),
+        *_loss_lines(found),
+        *_connection_lines(_connections(found), found["events"] or 0),
+    ]
+    for path in found["keys_passed_over"]:
+        lines.append(f"  {path} is not root's, so root does not read it")
+        lines.append("    start the service with sudo as the user whose keys they are")
+    if not found["handshakes_with_keys"]:
+        lines.append("  no keys have come yet; programs write them that are started with")
+        lines += [f"    {each}" for each in found["exports"]]
+    return lines
+
+
 def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     """What was metered, where its events are, and what is wrong if something is."""
     since = " since the last restart" if found["restarts"] else ""
@@ -133,7 +153,7 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     if found.get("config_error"):
         lines += [f"  not used: {line}" for line in found["config_error"].split("\n")]
         lines.append("    the rest of the configuration is in use")
-        if found.get("source") != "proxy":
+        if found.get("source") == "uprobes":
             lines.append("    once it is corrected: sudo halton-meter config reload")
     if found.get("budget_error"):
         lines += [f"  {found['budget_error']}", "    see: halton-meter budget status"]

@@ -23,6 +23,7 @@ EXAMPLES = """
     Examples:
       sudo halton-meter stop            stop the uprobes service
       halton-meter stop --via proxy     stop metering through the local proxy
+      halton-meter stop --via keylog    stop metering by packets and TLS keys
 """
 
 
@@ -39,14 +40,18 @@ def stop(via: str) -> None:
 
     account, home = accounts.invoking_account(), accounts.home_folder()
     try:
-        stopped = via != "uprobes" and bool(
+        stopped = via in ("auto", "proxy") and bool(
             privileges.as_account(account, lambda: _stop_proxy(home))
+        )
+        stopped |= via in ("auto", "keylog") and bool(
+            privileges.as_account(account, lambda: _stop_key_log(home))
         )
     except config.ConfigError as error:
         fail(*error.problems)
-    if via == "proxy":
+    if via in ("proxy", "keylog"):
         if not stopped:
-            click.echo("the proxy was not running")
+            what = "the proxy" if via == "proxy" else "the key log service"
+            click.echo(f"{what} was not running")
         return
     absent = ask_service(home, "status", owner=account.uid) is None
     if stopped and absent and not accounts.is_root():
@@ -78,6 +83,22 @@ def _stop_probes(home: Path, owner: int, stopped: bool) -> None:
             fail(Problem(f"the service did not stop within {STOP_S_MAX:g} s", find))
         time.sleep(0.05)
     click.echo("stopped")
+
+
+def _stop_key_log(home: Path) -> bool:
+    """Stop the key log service; whether there was one."""
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, ask_service
+
+    if ask_service(home, "stop", name=KEY_LOG_SOCKET_NAME) is None:
+        return False
+    deadline = time.monotonic() + STOP_S_MAX
+    while ask_service(home, "status", name=KEY_LOG_SOCKET_NAME) is not None:
+        if time.monotonic() > deadline:
+            find = "halton-meter status --json   # keylog.pid is the process to end"
+            fail(Problem(f"the key log service did not stop within {STOP_S_MAX:g} s", find))
+        time.sleep(0.05)
+    click.echo("the key log service stopped; programs that have SSLKEYLOGFILE still write keys")
+    return True
 
 
 def _stop_proxy(home: Path) -> bool:

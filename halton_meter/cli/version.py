@@ -185,10 +185,11 @@ def _data() -> Iterator[tuple[str, Any]]:
 
 def _services() -> Iterator[tuple[str, Any]]:
     from halton_meter import accounts
-    from halton_meter.live.control import PROXY_SOCKET_NAME, SOCKET_NAME, ask_service
+    from halton_meter.live.control import SERVICES, ask_service
 
     home = _or_none(accounts.home_folder)
-    for name, socket_name in (("uprobes_service", SOCKET_NAME), ("local_proxy", PROXY_SOCKET_NAME)):
+    names = ("uprobes_service", "local_proxy", "key_log_service")
+    for name, socket_name in zip(names, SERVICES, strict=True):
         found = _or_none(partial(ask_service, home, "status", name=socket_name))
         told = found or {"health": "stopped"}
         loader = f", loader {told['loader']}" if told.get("loader") else ""

@@ -26,6 +26,8 @@ from halton_meter.untrusted import Lines
 
 SOCKET_NAME = "daemon.sock"
 PROXY_SOCKET_NAME = "proxy.sock"
+KEY_LOG_SOCKET_NAME = "keylog.sock"
+SERVICES = (SOCKET_NAME, PROXY_SOCKET_NAME, KEY_LOG_SOCKET_NAME)
 # Of each single `run` that meters by itself, with the pid of the process that answers.
 _RUN_SOCKET = re.compile(r"run-(\d{1,7})\.sock")
 REPLY_BYTES_MAX = 4 << 20
@@ -373,11 +375,7 @@ def _is_news(message: dict[str, Any]) -> bool:
 
 def answering(home: Path) -> list[str]:
     """The sockets behind which somebody meters now: services and single runs."""
-    return [
-        name
-        for name in (SOCKET_NAME, PROXY_SOCKET_NAME, *run_sockets(home))
-        if _answers(home, name)
-    ]
+    return [name for name in (*SERVICES, *run_sockets(home)) if _answers(home, name)]
 
 
 def _answers(home: Path, name: str) -> bool:
@@ -398,7 +396,7 @@ def ask_service(
 ) -> dict[str, Any] | None:
     """One answer of a running service; None when none answers.
 
-    Both services know "status", "in_flight", "reload" (the user's rules and prices) and "stop"; a
+    All services know "status", "in_flight", "reload" (the user's rules and prices) and "stop"; a
     single run knows "in_flight" alone. The proxy also knows "pause" (it passes everything on and
     meters nothing), "resume", and "forget" (which programs refused its certificate).
     """

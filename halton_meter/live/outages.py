@@ -21,6 +21,7 @@ from halton_meter.untrusted import parsed, whole_number
 # File names of the first version, whose files are still read.
 STATE_NAME, LIST_NAME = "daemon.state", "gaps.jsonl"
 PROXY_STATE_NAME, PROXY_LIST_NAME = "proxy.state", "proxy-gaps.jsonl"
+KEY_LOG_STATE_NAME, KEY_LOG_LIST_NAME = "keylog.state", "keylog-gaps.jsonl"
 
 OUTAGES_KEPT = 200
 LIST_BYTES_MAX = 256 * 1024
@@ -99,9 +100,11 @@ class Outages:
         self._write_state({"alive_ns": now_ns, "clean": False})
         self.write()
 
-    def end(self, now_ns: int, *, clean: bool) -> None:
+    def end(
+        self, now_ns: int, *, clean: bool, cause: str | None = "the capture helper died"
+    ) -> None:
         """Note the end; `clean` when it was asked for, so that what follows is no outage."""
-        cause = None if clean else "the capture helper died"
+        cause = None if clean else cause
         self._write_state({"alive_ns": now_ns, "clean": clean, "cause": cause})
         self.write()
 

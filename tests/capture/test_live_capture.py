@@ -19,6 +19,8 @@ from capture.packets.keeping import CaptureWriter, Keeping
 from capture.pcap import PcapSource
 from halton_meter.model import Connection, Direction, Process, TlsChunk, TlsClosed
 from tests.capture.packets.test_pcap import BODY, HOST, REQUEST, recording, whole
+from tests.capture.packets.test_quic import CRYPTO
+from tests.capture.packets.test_quic import packet as initial
 from tests.support.recorder import damage
 from tests.support.recorder.packets import Packet, TcpFlow
 from tests.support.recorder.relay import BEGINNING_NS
@@ -301,8 +303,12 @@ def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 # --- the filter -----------------------------------------------------------------------------------
 
 
-def passes(program: bytes, packet: bytes) -> bool:
-    """What the kernel does with a packet: classic BPF, of which the filter uses these codes."""
+def passes(program: bytes, packet: bytes, kind: int = 0, interface: int = 2) -> bool:
+    """What the kernel does with a packet: classic BPF, of which the filter uses these codes.
+
+    `kind` is its direction (4: outgoing), `interface` its number (1: loopback).
+    """
+    beside = {0xFFFFF004: kind, 0xFFFFF008: interface}  # linux/filter.h: SKF_AD_OFF + …
     lines = [sniffer.struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     at = accumulator = index = 0
     while True:
@@ -316,6 +322,8 @@ def passes(program: bytes, packet: bytes) -> bool:
             elif code in (0x28, 0x48):
                 start = value + (index if code == 0x48 else 0)
                 accumulator = int.from_bytes(packet[start : start + 2])
+            elif code == 0x20 and value in beside:
+                accumulator = beside[value]
             elif code == 0x20:
                 accumulator = int.from_bytes(packet[value : value + 4])
             elif code == 0xB1:
@@ -360,10 +368,58 @@ def test_the_filter_takes_tcp_of_its_ports_both_ways(make: object) -> None:
 
 def test_the_filter_refuses_all_else() -> None:
     program = sniffer.port_filter([443])
-    assert not passes(program, four(segment(443, 1), protocol=17))
-    assert not passes(program, six(segment(443, 1), protocol=17))
+    assert not passes(program, four(segment(443, 1), protocol=1))
+    assert not passes(program, six(segment(443, 1), protocol=58))
     assert not passes(program, b"\x10" + bytes(80))
     assert not passes(program, b"")
+
+
+@pytest.mark.parametrize("make", [four, six])
+def test_of_udp_the_filter_takes_what_begins_a_connection(make: object) -> None:
+    assert callable(make)
+    program = sniffer.port_filter([443, 8443])
+
+    def datagram(source: int, destination: int, first: int) -> bytes:
+        head = source.to_bytes(2) + destination.to_bytes(2) + bytes(4)
+        return make(head + bytes((first,)) + bytes(40), protocol=17)  # type: ignore[no-any-return]
+
+    for port in (443, 8443):
+        assert passes(program, datagram(50_000, port, 0xC3))
+        assert not passes(program, datagram(50_000, port, 0x43)), "what follows a handshake"
+        assert not passes(program, datagram(port, 50_000, 0xC3)), "what a server sends"
+    assert not passes(program, datagram(50_000, 53, 0xC3))
+    assert not passes(program, make(b"\x01\xbb", protocol=17))
+
+
+def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Path) -> None:
+    told: list[object] = []
+    ours, its = socket.socketpair()
+    source = LiveCapture(
+        its,
+        [tmp_path / "keys.log"],
+        lambda host: host == "example.com",
+        lambda *_: None,
+        lambda *_: None,
+        quic=lambda *what: told.append(what),
+    )
+    for number in range(3):
+        payload = initial(CRYPTO, number)
+        udp = (50_000).to_bytes(2) + (443).to_bytes(2) + (len(payload) + 8).to_bytes(2) + bytes(2)
+        whole = four(udp + payload, protocol=17)
+        whole = whole[:2] + len(whole).to_bytes(2) + whole[4:]
+        ours.sendall(sniffer.HEAD.pack(sniffer.PACKET, len(whole), number) + whole)
+    assert source.read() == []
+    assert told == [(("192.0.2.9", 50_000), ("0.0.0.0", 443), "example.com")]
+    source.finish()
+    ours.close()
+
+
+def test_loopback_shows_each_packet_once() -> None:
+    program = sniffer.port_filter([443])
+    packet = four(segment(443, 50_000))
+    assert passes(program, packet, kind=0, interface=1)
+    assert not passes(program, packet, kind=4, interface=1)
+    assert passes(program, packet, kind=4, interface=2)
 
 
 def test_of_a_muted_server_only_beginnings_and_ends_pass() -> None:
@@ -405,11 +461,10 @@ class FakePackets:
         return sniffer.struct.pack("=II", 0, drops)
 
 
-def test_loopback_s_second_sight_and_other_protocols_are_left_out() -> None:
+def test_drops_are_told_and_other_protocols_are_left_out() -> None:
     ip, arp = 0x0800, 0x0806
     packets = FakePackets(
         [
-            (b"out on lo", ("lo", ip, 4)),
             (b"in on lo", ("lo", ip, 0)),
             (b"out on eth0", ("eth0", ip, 4)),
             (b"arp", ("eth0", arp, 0)),

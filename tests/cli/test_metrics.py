@@ -33,7 +33,9 @@ def test_printed_and_written_are_the_same(home: Path, tmp_path: Path) -> None:
     assert 'halton_meter_list_usd_total{model="claude-opus-5-5"' in printed.output
     path = tmp_path / "halton.prom"
     path.write_text("old")
-    assert CliRunner().invoke(main, ["metrics", "--output", str(path)]).exit_code == 0
+    done = CliRunner().invoke(main, ["metrics", "--output", str(path)])
+    samples = [line for line in printed.output.splitlines() if not line.startswith("#")]
+    assert (done.exit_code, done.output) == (0, f"{path}: {len(samples)} samples written\n")
     assert path.read_text() == printed.output
     assert [each.name for each in tmp_path.iterdir()].count("halton.prom") == 1
 

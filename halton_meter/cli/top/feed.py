@@ -155,7 +155,7 @@ class Feed:
         flights: list[Flight] = []
         services: list[str] = []
         runs = older = more = 0
-        names = {control.SOCKET_NAME: "uprobes", control.PROXY_SOCKET_NAME: "local proxy"}
+        names = dict(zip(control.SERVICES, ("uprobes", "local proxy", "key log"), strict=True))
         for name in (*names, *control.run_sockets(self._home)):
             answer = control.ask_service(self._home, "in_flight", name=name, timeout_s=ANSWER_S_MAX)
             if answer is None:

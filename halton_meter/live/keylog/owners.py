@@ -8,6 +8,7 @@ only where it matters, which takes some 40 ms.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.edge.owner import OwnerUnknown, owner_of, owner_pid
 
 RECENT_MAX = 64
+# Who connects for a moment only has just begun, as a rule; to look at so many takes 1 ms.
+NEWEST = 8
 PROCESSES_MAX = 4096
+SOCKETS_MAX = 65_536
 
 
 class Owners:
@@ -46,11 +50,11 @@ class Owners:
         return of_command[0] if len(of_command) == 1 else self._command
 
     def find(
-        self, client: tuple[str, int], server: tuple[str, int], search: bool
+        self, client: tuple[str, int], server: tuple[str, int], search: bool, newest: int = 0
     ) -> Process | None:
         """The process that holds the socket from `client` to `server`; None: not found.
 
-        With `search` all processes are looked at, not only the command's.
+        With `search` all processes are looked at, else the command's and the `newest` so many.
         """
         inode = None
         with contextlib.suppress(OwnerUnknown):
@@ -58,11 +62,21 @@ class Owners:
             inode = found.inode if found else None
         if not inode:
             return None
-        for pid in (*reversed(self._found), *self._tree()):
+        for pid in (*reversed(self._found), *self._tree(), *_newest(newest)):
             if _holds(pid, inode):
                 return self._read(pid)
         other = owner_pid(ClientSocket(*client, server[1])) if search else None
         return None if other is None else self._read(other)
+
+    def find_udp(self, client: tuple[str, int]) -> Process | None:
+        """The process that holds the UDP socket at this port; None: not found."""
+        inode, _ = udp_socket(client[1])
+        if not inode:
+            return None
+        for pid in (*reversed(self._found), *self._tree(), *_newest(PROCESSES_MAX)):
+            if _holds(pid, inode):
+                return self._read(pid)
+        return None
 
     def is_of_command(self, process: Process) -> bool:
         """Whether a process is the command's, or below it."""
@@ -88,6 +102,23 @@ class Owners:
             waiting += _children(pid)
 
 
+def udp_socket(port: int) -> tuple[int, int]:
+    """(inode, user) of the UDP socket at a local port; (0, 0): there is none."""
+    for table in ("udp", "udp6"):
+        with contextlib.suppress(OSError), open(f"/proc/net/{table}") as file:
+            for line in itertools.islice(file, 1, SOCKETS_MAX):
+                fields = line.split()
+                if len(fields) > 9 and fields[1].endswith(f":{port:04X}"):
+                    return int(fields[9]), int(fields[7])
+    return 0, 0
+
+
+def _newest(count: int) -> list[int]:
+    """The processes that began last."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if count else []
+    return sorted(pids, reverse=True)[:count]
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):
@@ -105,3 +136,32 @@ def _holds(pid: int, inode: int) -> bool:
                 if os.readlink(f"/proc/{pid}/fd/{name}") == wanted:
                     return True
     return False
+
+
+class OfUser:
+    """The owners of connections of this machine, for a service that is one user's."""
+
+    def __init__(self, uid: int) -> None:
+        self._uid = uid
+        self._owners = Owners()
+
+    def find(
+        self, client: tuple[str, int], server: tuple[str, int], search: bool
+    ) -> Process | None:
+        """The process; of another user's, whose processes are not ours to see, the user alone."""
+        with contextlib.suppress(OwnerUnknown):
+            found = owner_of(client, server)
+            if found is not None and found.inode and found.uid != self._uid:
+                return Process(0, 0, uid=found.uid)
+        return self._owners.find(client, server, search, newest=NEWEST)
+
+    def find_udp(self, client: tuple[str, int]) -> Process | None:
+        """The same for a UDP socket."""
+        inode, uid = udp_socket(client[1])
+        if inode and uid != self._uid:
+            return Process(0, 0, uid=uid)
+        return self._owners.find_udp(client)
+
+    def is_foreign(self, process: Process | None) -> bool:
+        """Whether it is known to be another user's."""
+        return process is not None and process.uid not in (None, self._uid)

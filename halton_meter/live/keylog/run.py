@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.live_capture import LiveCapture, start_sniffer
-from halton_meter.coverage import Coverage, Part
+from capture.live_capture import Address, LiveCapture, start_sniffer
 from halton_meter.live import own_code
 from halton_meter.live.control import (
     Answering,
@@ -31,20 +30,22 @@ from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
+from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.result import RunResult
-from halton_meter.live.totals import Totals
-from halton_meter.live.unmetered import Unmetered
 from halton_meter.model import TlsClosed
 
 if TYPE_CHECKING:
     import socket
 
     from capture.packets.keeping import Keeping
-    from halton_meter.model import Connection, PricedEvent, TlsChunk
+    from halton_meter.model import Connection, TlsChunk
 
 HTTPS = 443
+RUN_FIX = "sudo halton-meter run --via keylog -- CMD"
+# Through a proxy there is no QUIC.
+FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy")
 FOLDER = "halton-meter-keys-"
 # How often key files are looked at while no packet comes.
 LOOK_EVERY_S = 0.05
@@ -52,9 +53,14 @@ LOOK_EVERY_S = 0.05
 SETTLE_S = 0.5
 
 
-def start_capture(ports: Sequence[int]) -> socket.socket:
-    """Start the sniffer, as root where we are root. Raises Unavailable."""
-    return start_sniffer(own_code.python("capture.sniffer"), ports)
+def start_capture(
+    ports: Sequence[int], interface: str | None = None, fix: str = RUN_FIX
+) -> socket.socket:
+    """Start the sniffer, as root where we are root. Raises Unavailable.
+
+    `fix` is the command that has the right to capture.
+    """
+    return start_sniffer(own_code.python("capture.sniffer"), ports, fix, interface)
 
 
 def meter_command(
@@ -105,7 +111,7 @@ class _Metering:
         pipeline = Pipeline(home, extra_hosts)
         self._meter, self._price_error = pipeline.meter, pipeline.price_error
         self._journal = JournalWriter(Store(home), home, self._price_error)
-        self._totals = Totals()
+        self._intake = Intake(self._meter, self._journal)
         self._owners = Owners()
         self._in_flight = InFlight(self._meter)
         self._selector = selectors.DefaultSelector()
@@ -121,13 +127,11 @@ class _Metering:
             self._owners.find,
             self._miss,
             keeping=keeping,
+            quic=self._miss_quic,
         )
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metering", daemon=True)
-        self._connections = Coverage(is_known=True)
-        self._counted: set[str] = set()
         self._guessed: dict[str, Connection] = {}
-        self._missed: dict[tuple[str | None, str | None], int] = {}
         self._is_private = is_private
         self._stopped: list[tuple[int, str]] = []  # since when nothing is metered, and why
 
@@ -146,18 +150,15 @@ class _Metering:
         for from_ns, cause in self._stopped:
             result.outages.append((from_ns, time.time_ns(), cause))
         self._take(self._source.finish())
-        self._keep(self._meter.finish(time.time_ns()))
-        self._journal.keep_connections(self._connections, time.time_ns())
+        self._intake.keep(self._meter.finish(time.time_ns()))
+        self._journal.keep_connections(self._intake.connections, time.time_ns())
         self._journal.count_losses({**self._source.losses, **self._meter.losses})
         self._journal.close()
         self._answering.remove()
-        result.totals = self._totals
+        result.totals = self._intake.totals
         result.losses = {**self._source.losses, **self._meter.losses}
-        result.connections = self._connections
-        result.unmetered = [
-            Unmetered(program, host, count, "no_keys", None, "halton-meter run --via proxy")
-            for (program, host), count in self._missed.items()
-        ]
+        result.connections = self._intake.connections
+        result.unmetered = self._intake.unmetered(FIXES)
         result.store_error = self._journal.condition.last_word()
         result.price_error = self._price_error
 
@@ -194,13 +195,9 @@ class _Metering:
         for item in items:
             if self._is_foreign(item.connection):
                 continue
-            found = self._attributed(item)
-            self._count(found.connection)
-            self._keep(self._meter.receive(found))
+            self._intake.take(self._attributed(item))
             if isinstance(item, TlsClosed):
-                self._counted.discard(item.connection.id)
                 self._guessed.pop(item.connection.id, None)
-        self._totals.other_calls = self._meter.other_calls
 
     def _is_foreign(self, connection: Connection) -> bool:
         """Whether it is another program's, which writes to the same key file of the user's."""
@@ -220,24 +217,6 @@ class _Metering:
             self._guessed[connection.id] = known
         return replace(item, connection=known)
 
-    def _keep(self, events: list[PricedEvent]) -> None:
-        self._totals.seen_again = self._meter.seen_again
-        if again := self._meter.told_again():
-            self._journal.keep(again)
-        if not events:
-            return
-        self._journal.keep(events)
-        for event in events:
-            self._totals.add(event)
-
-    def _count(self, connection: Connection) -> None:
-        """Count a connection once."""
-        if connection.id in self._counted:
-            return
-        self._counted.add(connection.id)
-        program = connection.process.exe if connection.process else None
-        self._connections.add(Part(program, connection.peer, None, None), 1, None)
-
     def _miss(self, connection: Connection, host: str) -> None:
         """A connection to a provider that no keys came for.
 
@@ -249,6 +228,10 @@ class _Metering:
             return
         if process is None and not host:  # nothing says that it is a provider's, or ours
             return
-        key = process.exe if process else None, host or None
-        self._missed[key] = self._missed.get(key, 0) + 1
-        self._connections.add(Part(*key, None, "no_keys"), 1, None)
+        self._intake.miss(process, host, NO_KEYS)
+
+    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
+        """A QUIC connection to a provider, unless it is known to be another program's."""
+        process = self._owners.find_udp(client)
+        if process is None or self._owners.is_of_command(process):
+            self._intake.miss(process, host, QUIC)

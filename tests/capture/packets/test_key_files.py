@@ -64,3 +64,72 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "noise").write_bytes(os.urandom(100_000))
     assert KeyFiles([tmp_path], KeyLog()).poll() == 0
+
+
+def test_files_that_are_gone_are_forgotten_and_their_secrets_are_not(tmp_path: Path) -> None:
+    keys = KeyLog()
+    files = KeyFiles([tmp_path], keys)
+    for number in range(20):
+        path = tmp_path / f"{number}.log"
+        path.write_text(line(number))
+        assert files.poll() == 1
+        path.unlink()
+    assert files.poll() == 0
+    assert files._files == {}
+    assert len(keys) == 20
+
+
+def test_who_looks_often_looks_for_a_tenth_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    looks: list[float] = []
+
+    def listdir(path: Path) -> list[str]:
+        nonlocal now
+        looks.append(now)
+        now += 0.002  # what a look at a large folder takes
+        return []
+
+    monkeypatch.setattr("capture.packets.key_files.time.monotonic", lambda: now)
+    monkeypatch.setattr("capture.packets.key_files.os.listdir", listdir)
+    files = KeyFiles([tmp_path], KeyLog())
+    while now < 101.0:
+        files.poll(rested=True)
+        now += 0.0005
+    assert 40 <= len(looks) <= 50  # of 0.02 s each
+
+
+def test_the_newest_handshakes_are_kept_where_old_ones_may_be_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("capture.packets.keylog.SECRETS_MAX", 10)
+    keys = KeyLog(forgets=True)
+    keys.add("".join(map(line, range(25))).encode())
+    assert [int.from_bytes(random) for random in keys.handshakes()] == list(range(15, 25))
+    assert keys.refused == 0
+
+
+def test_in_our_folder_what_was_read_becomes_a_hole_and_links_are_not_followed(
+    tmp_path: Path,
+) -> None:
+    ours, elsewhere = tmp_path / "keys", tmp_path / "elsewhere.log"
+    ours.mkdir()
+    elsewhere.write_text(line(9) * 100)
+    (ours / "link.log").symlink_to(elsewhere)
+    path = ours / "tls.log"
+    keys = KeyLog()
+    files = KeyFiles([ours], keys, ours)
+    for number in range(200):
+        with path.open("a") as file:
+            file.write(line(number + 10))
+        assert files.poll() == 1
+    assert path.read_bytes().strip(b"\0") == b""
+    assert path.stat().st_blocks * 512 <= 4096 < path.stat().st_size
+    assert elsewhere.read_text() == line(9) * 100
+    # Whoever comes next goes on behind the hole.
+    with path.open("a") as file:
+        file.write(line(999))
+    again = KeyLog()
+    assert KeyFiles([ours], again, ours).poll() == 1
+    assert bytes.fromhex(f"{999:064x}") in again
