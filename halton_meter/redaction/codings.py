@@ -1,0 +1,191 @@
+"""A text in a content coding, with exactly as many bytes as another text took in it.
+
+So no byte behind it moves: lengths, chunks, frames and holes of the traffic stay as they were. The
+new text is plainer than the one it stands for and takes less room; the rest is padding that each
+format has a way to carry. None is returned where no way was found.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+
+# Places tried to cut a text for another size, where deflate has no padding of the size wanted.
+CUTS_MAX = 400
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def coded(coding: str, text: bytes, size: int, ended: bool, first: bytes = b"") -> bytes | None:
+    """`text` in `coding` with `size` bytes; `ended` says whether the coding ends with it.
+
+    `first` are the first bytes of what it replaces: they tell zlib's form from raw deflate.
+    """
+    way = _WAYS.get(coding)
+    if way is None or not size:
+        return None
+    if not text and not ended:
+        return _nothing_yet(coding, size, first)
+    return way(text, size, ended, first)
+
+
+def _nothing_yet(coding: str, size: int, first: bytes) -> bytes:
+    """A beginning that gives no byte of text."""
+    import brotli
+
+    if coding == "br":
+        beginning = bytes(brotli.Compressor().flush()) + b"\x06" * size
+    elif coding == "zstd":
+        beginning = _ZSTD_MAGIC + b"\x00\x60" + bytes(size)
+    elif coding == "deflate":
+        head = b"\x78\xda" if first[:1] == b"\x78" else b""
+        beginning = head + _block(0) * (size // 5 + 1)
+    else:
+        beginning = b"\x1f\x8b\x08\x10\0\0\0\0\x02\xff" + b"x" * size
+    return beginning[:size]
+
+
+def _deflated(text: bytes, ended: bool, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    engine = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    return engine.compress(text) + engine.flush(zlib.Z_FINISH if ended else zlib.Z_SYNC_FLUSH)
+
+
+def _gzip(text: bytes, size: int, ended: bool, _: bytes) -> bytes | None:
+    body = _deflated(text, ended)
+    end = struct.pack("<II", zlib.crc32(text), len(text) & 0xFFFFFFFF) if ended else b""
+    padding = size - 10 - len(body) - len(end)
+    if padding < 0:
+        return None
+    comment = b"x" * (padding - 1) + b"\0" if padding else b""
+    head = b"\x1f\x8b\x08" + (b"\x10" if padding else b"\0") + b"\0\0\0\0\x02\xff"
+    return head + comment + body + end
+
+
+def _deflate(text: bytes, size: int, ended: bool, first: bytes) -> bytes | None:
+    is_zlib = len(first) > 1 and first[0] & 15 == 8 and (first[0] << 8 | first[1]) % 31 == 0
+    head = b"\x78\xda" if is_zlib else b""
+    end = struct.pack(">I", zlib.adler32(text)) if ended and is_zlib else b""
+    room = size - len(head) - len(end)
+    if not ended:
+        body: bytes | None = _cut_off(_deflated(text, False), room)
+    else:
+        body = deflated_to(text, room, lambda: zlib.compressobj(9, zlib.DEFLATED, -15, 9), True)
+    return None if body is None else head + body + end
+
+
+def _cut_off(body: bytes, size: int) -> bytes | None:
+    """A deflate stream that breaks off within the last of some empty blocks."""
+    padding = size - len(body)
+    return None if padding < 0 else body + (_block(0) * (padding // 5 + 1))[:padding]
+
+
+def deflated_to(
+    text: bytes, size: int, engine: Callable[[], zlib._Compress], ended: bool
+) -> bytes | None:
+    """Raw deflate of `size` bytes; `engine` gives a compressor as it is before this text.
+
+    One that has compressed before must have been flushed to a whole byte.
+    """
+    last = zlib.Z_FINISH if ended else zlib.Z_SYNC_FLUSH
+    for cuts in _cuts(len(text)):
+        compressor = engine()
+        body = b""
+        for start, end in cuts:
+            body += compressor.compress(text[start:end])
+            if end < len(text):
+                body += compressor.flush(zlib.Z_SYNC_FLUSH)
+        body += compressor.flush(last)
+        if (padding := _empty_blocks(size - len(body))) is not None:
+            return padding + body
+        if not cuts[1:] and len(body) > size + 16:
+            return None
+    return None
+
+
+def _cuts(size: int) -> Iterator[list[tuple[int, int]]]:
+    yield [(0, size)]
+    for at in range(1, min(size, CUTS_MAX)):
+        yield [(0, at), (at, size)]
+
+
+def _empty_blocks(size: int) -> bytes | None:
+    """Deflate blocks without content that take `size` bytes: each ends on a whole byte.
+
+    A stored one takes 5 bytes; behind one or two fixed ones of 10 bits, 6 or 7 (RFC 1951, 3.2).
+    """
+    if size == 0:
+        return b""
+    for sixes in range(5):
+        for sevens in range(5):
+            rest = size - 6 * sixes - 7 * sevens
+            if rest >= 0 and rest % 5 == 0:
+                return _block(0) * (rest // 5) + _block(1) * sixes + _block(2) * sevens
+    return None
+
+
+def _block(fixed: int) -> bytes:
+    """`fixed` empty blocks with fixed codes (01 0, end of block 0000000), then a stored one."""
+    bits = "0100000000" * fixed + "000"
+    bits += "0" * (-len(bits) % 8)
+    packed = bytes(int(bits[at : at + 8][::-1], 2) for at in range(0, len(bits), 8))
+    return packed + b"\x00\x00\xff\xff"
+
+
+def _brotli(text: bytes, size: int, ended: bool, _: bytes) -> bytes | None:
+    import brotli
+
+    if ended:
+        whole = bytes(brotli.compress(text))
+        if len(whole) == size:
+            return whole
+    engine = brotli.Compressor(lgwin=16) if len(text) < 1 << 16 else brotli.Compressor()
+    body = bytes(engine.process(text)) + bytes(engine.flush())
+    end = b"\x03" if ended else b""
+    padding = size - len(body) - len(end)
+    # A metadata block without content, from a whole byte on (RFC 7932, 9.2).
+    return None if padding < 0 else body + b"\x06" * padding + end
+
+
+def _zstd(text: bytes, size: int, ended: bool, _: bytes) -> bytes | None:
+    blocks = _zstd_blocks(text, ended)
+    # Frame heads of 6, 8, 10 and 14 bytes (RFC 8878, 3.1.1): one leaves a multiple of 3 over,
+    # which empty raw blocks of 3 bytes fill.
+    length = len(text)
+    heads = [b"\x00\x60"]
+    if 256 <= length < 256 + 65536:
+        heads.append(b"\x40\x60" + struct.pack("<H", length - 256))
+    heads += [b"\x80\x60" + struct.pack("<I", length), b"\xc0\x60" + struct.pack("<Q", length)]
+    for head in heads:
+        padding = size - len(_ZSTD_MAGIC) - len(head) - len(blocks)
+        if padding >= 0 and not ended:  # it may break off within a block's head
+            return _ZSTD_MAGIC + head + blocks + bytes(padding)
+        if padding >= 0 and padding % 3 == 0:
+            return _ZSTD_MAGIC + head + bytes(padding) + blocks
+    return None
+
+
+def _zstd_blocks(text: bytes, ended: bool) -> bytes:
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        19, write_content_size=False, write_checksum=False, write_dict_id=False, window_log=22
+    )
+    engine = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = engine.compress(text)
+    frame += engine.flush(
+        zstandard.COMPRESSOBJ_FLUSH_FINISH if ended else zstandard.COMPRESSOBJ_FLUSH_BLOCK
+    )
+    is_single = frame[4] & 0x20
+    head = 5 + (0 if is_single else 1) + (0, 2, 4, 8)[frame[4] >> 6]
+    if is_single and not frame[4] >> 6:
+        head += 1
+    return bytes(frame[head:])
+
+
+_WAYS: dict[str, Callable[[bytes, int, bool, bytes], bytes | None]] = {
+    "gzip": _gzip,
+    "x-gzip": _gzip,
+    "deflate": _deflate,
+    "br": _brotli,
+    "zstd": _zstd,
+}
