@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 
 from halton_meter.redaction import protobuf, words
-from halton_meter.redaction.codings import coded
+from halton_meter.redaction.codings import coded, plainer
 from halton_meter.redaction.filler import Filler
 from halton_meter.redaction.half import Run
 from halton_meter.redaction.json_text import redacted_fragment, redacted_json
@@ -89,7 +89,8 @@ def _piece(body: Body, text: bytes, whole: bool, kind: str, filler: Filler) -> b
         return filler.bytes(text)
     plain = b"".join(given)
     instead = redacted(plain, True, form(body.content_type, plain), body, filler)
-    found = coded(body.coding.strip().lower(), instead, len(text), chain.ended(), text[:2])
+    way = body.coding.strip().lower(), len(text), chain.ended(), text[:2]
+    found = coded(way[0], instead, *way[1:]) or coded(way[0], plainer(plain, instead), *way[1:])
     return filler.bytes(text) if found is None else found
 
 

@@ -7,12 +7,20 @@ format has a way to carry. None is returned where no way was found.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-# Places tried to cut a text for another size, where deflate has no padding of the size wanted.
-CUTS_MAX = 400
+# Empty blocks tried behind a text, where none before it fill the size wanted.
+_FIXED_BLOCKS_MAX = 9
+# Ways to compress, each of which takes another size.
+_ENGINES = [
+    (level, strategy)
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED, zlib.Z_FILTERED)
+    for level in (9, 6, 4, 1)
+]
+_FILLER = 0x78
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -27,6 +35,13 @@ def coded(coding: str, text: bytes, size: int, ended: bool, first: bytes = b"") 
     if not text and not ended:
         return _nothing_yet(coding, size, first)
     return way(text, size, ended, first)
+
+
+def plainer(text: bytes, instead: bytes) -> bytes:
+    """A redacted text with its fillers cut short: where even filler takes too much room."""
+    same = zip(text, instead, strict=True)
+    marked = bytes(0 if new == _FILLER != old else new for old, new in same)
+    return re.sub(rb"\0+", b"x", marked)
 
 
 def _nothing_yet(coding: str, size: int, first: bytes) -> bytes:
@@ -45,13 +60,14 @@ def _nothing_yet(coding: str, size: int, first: bytes) -> bytes:
     return beginning[:size]
 
 
-def _deflated(text: bytes, ended: bool, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
-    engine = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+def deflated(text: bytes, window: bytes = b"", ended: bool = False) -> bytes:
+    """Raw deflate, as short as it gets; `window` is the text before it."""
+    engine = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, window)
     return engine.compress(text) + engine.flush(zlib.Z_FINISH if ended else zlib.Z_SYNC_FLUSH)
 
 
 def _gzip(text: bytes, size: int, ended: bool, _: bytes) -> bytes | None:
-    body = _deflated(text, ended)
+    body = deflated(text, ended=ended)
     end = struct.pack("<II", zlib.crc32(text), len(text) & 0xFFFFFFFF) if ended else b""
     padding = size - 10 - len(body) - len(end)
     if padding < 0:
@@ -67,9 +83,9 @@ def _deflate(text: bytes, size: int, ended: bool, first: bytes) -> bytes | None:
     end = struct.pack(">I", zlib.adler32(text)) if ended and is_zlib else b""
     room = size - len(head) - len(end)
     if not ended:
-        body: bytes | None = _cut_off(_deflated(text, False), room)
+        body: bytes | None = _cut_off(deflated(text), room)
     else:
-        body = deflated_to(text, room, lambda: zlib.compressobj(9, zlib.DEFLATED, -15, 9), True)
+        body = deflated_to(text, room, b"", True)
     return None if body is None else head + body + end
 
 
@@ -79,33 +95,21 @@ def _cut_off(body: bytes, size: int) -> bytes | None:
     return None if padding < 0 else body + (_block(0) * (padding // 5 + 1))[:padding]
 
 
-def deflated_to(
-    text: bytes, size: int, engine: Callable[[], zlib._Compress], ended: bool
-) -> bytes | None:
-    """Raw deflate of `size` bytes; `engine` gives a compressor as it is before this text.
-
-    One that has compressed before must have been flushed to a whole byte.
-    """
+def deflated_to(text: bytes, size: int, window: bytes, ended: bool) -> bytes | None:
+    """Raw deflate of `size` bytes, from a whole byte on; `window` is the text before it."""
     last = zlib.Z_FINISH if ended else zlib.Z_SYNC_FLUSH
-    for cuts in _cuts(len(text)):
-        compressor = engine()
-        body = b""
-        for start, end in cuts:
-            body += compressor.compress(text[start:end])
-            if end < len(text):
-                body += compressor.flush(zlib.Z_SYNC_FLUSH)
-        body += compressor.flush(last)
-        if (padding := _empty_blocks(size - len(body))) is not None:
-            return padding + body
-        if not cuts[1:] and len(body) > size + 16:
-            return None
+    for level, strategy in _ENGINES:
+        for more in range(_FIXED_BLOCKS_MAX):
+            engine = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy, window)
+            body = engine.compress(text)
+            for _ in range(more):  # each an empty block of 10 bits
+                body += engine.flush(zlib.Z_PARTIAL_FLUSH) + engine.compress(b"")
+            body += engine.flush(last)
+            if (padding := _empty_blocks(size - len(body))) is not None:
+                return padding + body
+            if len(body) > size:
+                break
     return None
-
-
-def _cuts(size: int) -> Iterator[list[tuple[int, int]]]:
-    yield [(0, size)]
-    for at in range(1, min(size, CUTS_MAX)):
-        yield [(0, at), (at, size)]
 
 
 def _empty_blocks(size: int) -> bytes | None:

@@ -10,16 +10,36 @@ FILLER = 0x78
 
 @dataclass(slots=True)
 class Run:
-    """Bytes without a hole: `data` as they were, `out` as they will be, all filler at first."""
+    """Bytes without a hole: `data` as they were, `out` as they will be, all filler at first.
+
+    `edits` are the few places whose length changes: start, end, and what stands there instead. It
+    comes with the last of the bytes that it replaces.
+    """
 
     start: int
     data: bytes
     out: bytearray
+    edits: list[tuple[int, int, bytes]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         """The offset behind it."""
         return self.start + len(self.data)
+
+    def instead(self, start: int, end: int) -> bytes:
+        """What stands now where these bytes stood."""
+        if not self.edits:
+            return bytes(self.out[start:end])
+        parts: list[bytes] = []
+        first = bisect.bisect_right(self.edits, start, key=lambda edit: edit[1])
+        for edit_start, edit_end, new in self.edits[first:]:
+            if edit_start >= end:
+                break
+            parts.append(bytes(self.out[start : max(start, edit_start)]))
+            if edit_end <= end:
+                parts.append(new)
+            start = min(edit_end, end)
+        return b"".join(parts) + bytes(self.out[start:end])
 
     def keep(self, start: int, end: int) -> None:
         """Let bytes stand as they are."""
@@ -73,4 +93,4 @@ class Half:
         if number < 0:
             return b""
         at = offset - self.runs[number].start
-        return bytes(self.runs[number].out[at : at + length])
+        return self.runs[number].instead(at, at + length)

@@ -111,14 +111,15 @@ def shown_host(host: bytes, filler: Filler) -> bytes:
     labels = name.split(b".")
     for count in range(len(labels)):
         behind = b".".join(labels[count:])
-        if words.is_word(behind) or words.is_word(b"." + behind):
+        if words.is_word(behind) or behind in _DOMAINS:
             shown = [each if _is_public(each) else b"x" * len(each) for each in labels[:count]]
             return b".".join([*shown, behind]) + colon + port
     return host
 
 
 def _is_public(label: bytes) -> bool:
-    return words.is_word(label) or _REGION.fullmatch(label) is not None
+    parts = label.split(b"-")
+    return all(words.is_word(part) or _REGION_PART.fullmatch(part) for part in parts)
 
 
 def _value_stays(name: bytes, value: bytes) -> bool:
@@ -144,6 +145,12 @@ def _words_only(value: bytes, filler: Filler) -> bytes:
 
 _SEGMENT = re.compile(rb"v\d+(?:(?:alpha|beta)\d*)?|openai|chat|completions|\d{1,4}")
 _REGION = re.compile(rb"[a-z]{2,12}(?:-[a-z]{2,12}){1,3}-?\d{0,2}|global|us|eu")
+_REGION_PART = re.compile(
+    rb"us|eu|ap|ca|sa|me|af|il|mx|cn|gov|asia|europe|australia|africa|northamerica|southamerica"
+    rb"|(?:north|south|east|west|central)*\d{0,2}"
+)
+# Of these the first label is a customer's, or a region with a word of the provider's.
+_DOMAINS = frozenset((b"googleapis.com", b"amazonaws.com"))
 _ID_SEGMENT = re.compile(rb"(?=[^/]*\d)[A-Za-z0-9_.-]{8,128}")
 _METHOD_BEHIND = re.compile(rb"(.*?)((?::|%3A)[A-Za-z]{3,40})?", re.DOTALL)
 _DATES = re.compile(rb"\d{4}-\d\d-\d\d(?:-preview)?")
@@ -170,7 +177,7 @@ def _shown_segment(segment: bytes, before: bytes, filler: Filler) -> bytes:
     name, method = found.group(1), found.group(2) or b""
     if method and not words.is_word(method.removeprefix(b":").removeprefix(b"%3A")):
         name, method = segment, b""
-    if not name or words.is_word(name) or _SEGMENT.fullmatch(name):
+    if not name or _is_words(name) or _SEGMENT.fullmatch(name):
         return segment
     if before in (b"models", b"model", b"tunedModels", b"engines"):
         model = words.shown_model(name)
@@ -181,6 +188,13 @@ def _shown_segment(segment: bytes, before: bytes, filler: Filler) -> bytes:
     if _ID_SEGMENT.fullmatch(name):
         return filler.id(name) + method
     return _secret_segment(name, filler) + method
+
+
+def _is_words(name: bytes) -> bool:
+    """Words with dots between: a service's full name."""
+    return words.is_word(name) or all(
+        words.is_word(part) or _SEGMENT.fullmatch(part) for part in name.split(b".")
+    )
 
 
 def _secret_segment(name: bytes, filler: Filler) -> bytes:

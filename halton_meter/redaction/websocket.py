@@ -1,23 +1,23 @@
 """WebSocket messages without their texts, in place: frames, masks and lengths stay (RFC 6455).
 
-A compressed message (RFC 7692) becomes another one of as many bytes, by a compressor that has the
-window of what was written so far.
+A compressed message (RFC 7692) becomes another one of as many bytes, compressed with the window of what was written so far.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 from halton_meter.redaction.bodies import Body
-from halton_meter.redaction.codings import deflated_to
+from halton_meter.redaction.codings import deflated, deflated_to
 from halton_meter.redaction.filler import Filler
-from halton_meter.redaction.half import Run
 from halton_meter.redaction.json_text import redacted_json
 
 _TAIL = b"\x00\x00\xff\xff"
 _CONTINUATION, _CLOSE = 0, 8
 
-Place = tuple[Run, int]
+_WINDOW_BYTES = 32 << 10
+_FILLER, _LETTERS, _CHANGED_MAX = 0x78, b"yqa", 12
 
 
 def redact(body: Body, extensions: bytes, filler: Filler) -> None:
@@ -30,23 +30,31 @@ def redact(body: Body, extensions: bytes, filler: Filler) -> None:
             instead = b"x" * len(data)
         else:
             instead = messages.redacted(data)
+        if len(parts) == 1:
+            run, first, _ = parts[0]
+            moved = [(first + start, first + end, new) for start, end, new in messages.edits]
+            run.edits += moved
         at = 0
         for run, start, end in parts:
             run.out[start:end] = instead[at : at + end - start]
             at += end - start
+
+# Where a frame's payload starts and ends, its mask, and where the frame starts.
+_Fragment = tuple[int, int, bytes, int]
 
 
 class _Messages:
     def __init__(self, takeover: bool, sent: bool, filler: Filler) -> None:
         self._takeover, self._sent, self._filler = takeover, sent, filler
         self._inflate = zlib.decompressobj(-15)
-        self._deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+        self._window = b""
+        self.edits: list[tuple[int, int, bytes]] = []  # frames whose length changes
 
     def redacted(self, data: bytes) -> bytes:
         """Frames one after another, the last of which may be cut off."""
         out = bytearray(b"x" * len(data))
         at = 0
-        fragments: list[tuple[int, int, bytes]] = []  # where payloads are, and their masks
+        fragments: list[_Fragment] = []
         compressed = False
         while at + 2 <= len(data):
             first, second = data[at], data[at + 1]
@@ -65,7 +73,7 @@ class _Messages:
             else:
                 if first & 15 != _CONTINUATION:
                     fragments, compressed = [], bool(first & 0x40)
-                fragments.append((start, end, mask))
+                fragments.append((start, end, mask, at))
                 if first & 0x80:
                     self._message(data, fragments, compressed, out)
                     fragments = []
@@ -82,14 +90,17 @@ class _Messages:
     def _message(
         self,
         data: bytes,
-        fragments: list[tuple[int, int, bytes]],
+        fragments: list[_Fragment],
         compressed: bool,
         out: bytearray,
     ) -> None:
-        payload = b"".join(_masked(data[start:end], mask) for start, end, mask in fragments)
+        payload = b"".join(_masked(data[start:end], mask) for start, end, mask, _ in fragments)
         instead = self._compressed(payload) if compressed else self._plain(payload)
+        if len(instead) != len(payload):
+            self._edit(data, fragments, instead)
+            return
         at = 0
-        for start, end, mask in fragments:
+        for start, end, mask, _ in fragments:
             out[start:end] = _masked(instead[at : at + end - start], mask)
             at += end - start
 
@@ -103,18 +114,45 @@ class _Messages:
             text = self._inflate.decompress(payload + _TAIL)
         except zlib.error:
             return b"x" * len(payload)
-        instead = self._plain(text)
-        before = self._deflate.copy()
-        found = deflated_to(instead, len(payload) + len(_TAIL), before.copy, ended=False)
-        if found is None or not found.endswith(_TAIL):
-            return b"x" * len(payload)
+        size = len(payload) + len(_TAIL)
+        for instead in _variants(text, self._plain(text)):
+            found = deflated_to(instead, size, self._window, ended=False)
+            if found is not None and found.endswith(_TAIL):
+                break
+        else:
+            instead = self._plain(text)
+            found = deflated(instead, self._window)
         if self._takeover:
-            before.compress(instead)
-            before.flush(zlib.Z_SYNC_FLUSH)
-            self._deflate = before
+            self._window = (self._window + instead)[-_WINDOW_BYTES:]
         else:
             self._inflate = zlib.decompressobj(-15)
         return found[: -len(_TAIL)]
+
+
+    def _edit(self, data: bytes, fragments: list[_Fragment], new: bytes) -> None:
+        """One frame in place of a message's, as no padding gives the old size."""
+        _, _, mask, at = fragments[0]
+        first = bytes((0x80 | data[at],))
+        is_masked = 0x80 if mask else 0
+        if len(new) < 126:
+            size = bytes((is_masked | len(new),))
+        elif len(new) < 1 << 16:
+            size = bytes((is_masked | 126,)) + len(new).to_bytes(2)
+        else:
+            size = bytes((is_masked | 127,)) + len(new).to_bytes(8)
+        frame = first + size + mask + _masked(new, mask)
+        self.edits.append((at, fragments[-1][1], frame))
+
+
+def _variants(text: bytes, instead: bytes) -> Iterator[bytes]:
+    """A redacted text, then with one, two and more of its fillers changed: it takes other sizes."""
+    yield instead
+    changed = bytearray(instead)
+    fillers = [at for at, byte in enumerate(instead) if byte == _FILLER != text[at]]
+    for letter in _LETTERS:
+        for at in fillers[:_CHANGED_MAX]:
+            changed[at] = letter
+            yield bytes(changed)
 
 
 def _masked(data: bytes, mask: bytes) -> bytes:

@@ -21,13 +21,20 @@ _STRUCTURE = (
     "previous_response_id include_usage stream_options input_text output_text reasoning summary "
     "output_index content_index sequence_number generationConfig maxOutputTokens safetySettings "
     "promptFeedback index encoding_format float base64 dimensions store truncation verbosity "
-    "effort text format json_object auto none low medium high ping completion_tokens"
+    "effort text format created created_at completed_at messages choices delta logprobs ws google "
+    "ai parts inlineData mimeType turnComplete generationComplete interrupted safetyRatings "
+    "citationMetadata systemInstruction functionDeclarations toolConfig responseModalities "
+    "response.output_text.delta response.output_item.added response.output_item.done "
+    "response.content_part.added response.content_part.done response.output_text.done "
+    "parallel_tool_calls reasoning_effort max_tool_calls incomplete_details background prompts "
+    "top_logprobs presence_penalty frequency_penalty seed stop user n cache_control message_id "
+    "json_object auto none low medium high ping completion_tokens"
 )
 # Under these names stands a word of the protocol, one of many.
 NAMED = frozenset(
     b"type role object event stop_reason finish_reason finishReason stopReason status code "
     b"service_tier serviceTier modality speed geo inference_geo token_type plan_type "
-    b"error_class quality size resolution".split()
+    b"error_class quality size resolution provider".split()
 )
 # Under these names stands a model.
 MODELS = frozenset(
@@ -57,6 +64,11 @@ _FIGURE = re.compile(
 def _words() -> frozenset[bytes]:
     read = resources.files(__package__).joinpath("words.txt").read_bytes().split()
     return frozenset(read) | frozenset(_STRUCTURE.encode().split())
+
+
+def all_words() -> frozenset[bytes]:
+    """Every word of the protocols."""
+    return _words()
 
 
 def is_word(text: bytes) -> bool:
