@@ -127,8 +127,9 @@ def _value_stays(name: bytes, value: bytes) -> bool:
         return False
     if name in _VALUES_KEPT or name.startswith(_PREFIXES_KEPT) or _CODEX_KEPT.fullmatch(name):
         return _VALUE.fullmatch(value) is not None
-    costs = tuple(end.encode() for end in kept.COST_ENDS_KEPT)
-    return name.endswith(costs) and words.is_figure(value.strip())
+    if not name.endswith(tuple(end.encode() for end in kept.COST_ENDS_KEPT)):
+        return False
+    return bool(kept.kept_headers([(name.decode("latin-1"), value.decode("latin-1"))]))
 
 
 def _words_only(value: bytes, filler: Filler) -> bytes:
@@ -143,7 +144,7 @@ def _words_only(value: bytes, filler: Filler) -> bytes:
 
 # --- request targets ----------------------------------------------------------------------------
 
-_SEGMENT = re.compile(rb"v\d+(?:(?:alpha|beta)\d*)?|openai|chat|completions|\d{1,4}")
+_SEGMENT = re.compile(rb"v\d+(?:-?(?:alpha|beta|preview)\d*)?|openai|chat|completions|\d{1,4}")
 _REGION = re.compile(rb"[a-z]{2,12}(?:-[a-z]{2,12}){1,3}-?\d{0,2}|global|us|eu")
 _REGION_PART = re.compile(
     rb"us|eu|ap|ca|sa|me|af|il|mx|cn|gov|asia|europe|australia|africa|northamerica|southamerica"

@@ -28,7 +28,7 @@ _STRUCTURE = (
     "response.content_part.added response.content_part.done response.output_text.done "
     "parallel_tool_calls reasoning_effort max_tool_calls incomplete_details background prompts "
     "top_logprobs presence_penalty frequency_penalty seed stop user n cache_control message_id "
-    "json_object auto none low medium high ping completion_tokens"
+    "chat_get_completion json_object auto none low medium high ping completion_tokens"
 )
 # Under these names stands a word of the protocol, one of many.
 NAMED = frozenset(
