@@ -1,7 +1,8 @@
 """`halton-meter redact IN OUT`: a capture without prompts, answers and credentials.
 
-Thin by rule: `halton_meter.redaction` makes and proves it; `record --redact` does the same with what
-it recorded. Exit codes: 0 done; 1 no file was made (the reasons and the fix on stderr); 2 wrong usage.
+Thin by rule: `halton_meter.redaction` makes and proves it; `record --redact` does the same with
+what it recorded. Exit codes: 0 done; 1 no file was made (the reasons and the fix on stderr); 2
+wrong usage.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ HOSTS_SHOWN = 8
 
 
 @click.command(cls=Configured)
-@click.argument("source", metavar="IN", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "source", metavar="IN", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
     "--keys",
@@ -70,8 +73,10 @@ def made(source: Path, target: Path, keys: Sequence[Path] = ()) -> Redacted:
         hosts = load(home_folder()).extra_hosts
         return redact(source, target, open_book().price, keys, hosts)
     except NotRedacted as error:
-        fail(*(Problem(f"{source}: not redacted: {reason}", "") for reason in error.reasons[:-1]),
-             Problem(f"{source}: not redacted: {error.reasons[-1]}", _fix(source)))
+        fail(
+            *(Problem(f"{source}: not redacted: {reason}", "") for reason in error.reasons[:-1]),
+            Problem(f"{source}: not redacted: {error.reasons[-1]}", _fix(source)),
+        )
     except TsharkMissing as error:
         fail(Problem(str(error), ""))
     except FileExistsError:
@@ -93,12 +98,14 @@ def told(done: Redacted, target: Path) -> list[str]:
     unpriced = f", {done.unpriced:,} of them unpriced" if done.unpriced else ""
     lines = [
         f"redacted: {target}: {size}",
-        f"  proved: it gives the same {requests}, ${usd_text(done.total_usd)} list price{unpriced}; "
-        "nothing of what was removed is in it",
+        f"  proved: it gives the same {requests}, ${usd_text(done.total_usd)} list price{unpriced};"
+        " nothing of what was removed is in it",
     ]
     if done.hosts:
         more = f" and {len(done.hosts) - HOSTS_SHOWN} more" if len(done.hosts) > HOSTS_SHOWN else ""
-        lines.append(f"  it names models, times and hosts: {', '.join(done.hosts[:HOSTS_SHOWN])}{more}")
+        lines.append(
+            f"  it names models, times and hosts: {', '.join(done.hosts[:HOSTS_SHOWN])}{more}"
+        )
     if done.without_keys:
         lines.append(f"  left out: {count(done.without_keys, 'connection')} without keys")
     lines.append(f"  look it over: halton-meter inspect {name} --show-bodies")

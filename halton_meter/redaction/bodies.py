@@ -33,13 +33,18 @@ _FRAME_BYTES_MIN = 16
 
 @dataclass(slots=True)
 class Body:
-    """Where a message's body stands: pieces between holes, each in parts (run, start, end)."""
+    """Where a message's body stands: pieces between holes, each in parts (run, start, end).
+
+    `head` are its header fields, redacted; `interim` says that another head follows (1xx).
+    """
 
     sent: bool
     content_type: bytes = b""
     coding: str = ""
     pieces: list[list[tuple[Run, int, int]]] = field(default_factory=lambda: [[]])
     from_start: bool = True  # the first piece begins where the body does
+    head: list[tuple[str, str]] = field(default_factory=list)  # as it may be shown
+    interim: bool = False
 
     def add(self, run: Run, start: int, end: int) -> None:
         """The next bytes of it."""
@@ -75,23 +80,23 @@ def redact(body: Body, filler: Filler) -> None:
 def _piece(body: Body, text: bytes, whole: bool, kind: str, filler: Filler) -> bytes:
     chain = decoder(body.coding) if body.coding else None
     if chain is None and body.coding.strip().lower() not in ("", "identity"):
-        return filler.bytes(text)
+        return filler.data(text)
     if chain is None:
         return redacted(text, whole, kind, body, filler)
     if not whole:
-        return filler.bytes(text)  # no coding survives a hole
+        return filler.data(text)  # no coding survives a hole
     given: list[bytes] = []
     try:
         chain.feed(text, given.append)
     except DecodeError:
         if not given and text.lstrip()[:1] in (b"{", b"[", b"d", b"e", b":"):
             return redacted(text, True, form(body.content_type, text), body, filler)
-        return filler.bytes(text)
+        return filler.data(text)
     plain = b"".join(given)
     instead = redacted(plain, True, form(body.content_type, plain), body, filler)
     way = body.coding.strip().lower(), len(text), chain.ended(), text[:2]
     found = coded(way[0], instead, *way[1:]) or coded(way[0], plainer(plain, instead), *way[1:])
-    return filler.bytes(text) if found is None else found
+    return filler.data(text) if found is None else found
 
 
 def form(content_type: bytes, text: bytes) -> str:
@@ -120,7 +125,7 @@ def redacted(text: bytes, whole: bool, kind: str, body: Body, filler: Filler) ->
     if kind == "eventstream":
         return _event_stream(text, filler)
     if kind == "grpc":
-        return protobuf.redacted_messages(text, filler) if whole else filler.bytes(text)
+        return protobuf.redacted_messages(text, filler) if whole else filler.data(text)
     if kind == "multipart":
         return _multipart(text, body.content_type, filler)
     if kind == "json" and whole:
@@ -129,7 +134,7 @@ def redacted(text: bytes, whole: bool, kind: str, body: Body, filler: Filler) ->
         return redacted_fragment(text, filler, body.sent)
     if kind == "form":
         return re.sub(rb"[^&=+]+", lambda found: filler.text(found.group()), text)
-    return filler.bytes(text)
+    return filler.data(text)
 
 
 # --- server-sent events -------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def _event_stream(text: bytes, filler: Filler) -> bytes:
         frame += redacted_json(text[headers_end : end - 4], filler)
         out.append(frame + zlib.crc32(frame).to_bytes(4))
         at = end
-    return b"".join(out) + filler.bytes(text[at:])
+    return b"".join(out) + filler.data(text[at:])
 
 
 def _frame_headers(raw: bytes, filler: Filler) -> bytes:
@@ -215,7 +220,7 @@ def _frame_headers(raw: bytes, filler: Filler) -> bytes:
         known = raw[at + 1 : at + 2] == b":" and (words.is_name(value) or _MEDIA_TYPE.match(value))
         out.append(raw[at:value_start] + (value if known else filler.text(value)))
         at = value_end
-    return b"".join(out) + filler.bytes(raw[at:])
+    return b"".join(out) + filler.data(raw[at:])
 
 
 # --- forms --------------------------------------------------------------------------------------
@@ -224,10 +229,10 @@ def _frame_headers(raw: bytes, filler: Filler) -> bytes:
 def _multipart(text: bytes, content_type: bytes, filler: Filler) -> bytes:
     found = _BOUNDARY.search(content_type)
     if found is None:
-        return filler.bytes(text)
+        return filler.data(text)
     mark = b"--" + found.group(1).strip()
     parts = text.split(mark)
-    kept = [filler.bytes(parts[0])]
+    kept = [filler.data(parts[0])]
     kept += [_part(part, filler) for part in parts[1:]]
     return mark.join(kept)
 
@@ -235,7 +240,7 @@ def _multipart(text: bytes, content_type: bytes, filler: Filler) -> bytes:
 def _part(part: bytes, filler: Filler) -> bytes:
     head, separator, value = part.partition(b"\r\n\r\n")
     if not separator:
-        return part if part.strip(b"-\r\n") == b"" else filler.bytes(part)
+        return part if part.strip(b"-\r\n") == b"" else filler.data(part)
     lines = [_part_line(line, filler) for line in head.split(b"\r\n")]
     name = _PART_NAME.search(head)
     is_file = b"filename" in head.lower()
@@ -247,7 +252,7 @@ def _part(part: bytes, filler: Filler) -> bytes:
             shown = words.shown_model(value)
         elif words.is_word(value) or words.is_figure(value) or value in (b"true", b"false"):
             shown = value
-    body = filler.bytes(value) if shown is None else filler.keep(shown)
+    body = filler.data(value) if shown is None else filler.keep(shown)
     return b"\r\n".join(lines) + separator + body + end
 
 
@@ -287,10 +292,12 @@ def _unframed_part(text: bytes, body: Body | None, filler: Filler) -> bytes:
     if not text:
         return b""
     if body is not None and body.coding.strip().lower() not in ("", "identity"):
-        return filler.bytes(text)
-    is_sse = text.lstrip().startswith((b"data:", b"event:")) or re.search(rb"\n(?:data|event):", text)
+        return filler.data(text)
+    is_sse = text.lstrip().startswith((b"data:", b"event:")) or re.search(
+        rb"\n(?:data|event):", text
+    )
     if is_sse:
         return _sse(text, False, filler)
     if b"\0" in text[:4096]:
-        return filler.bytes(text)
+        return filler.data(text)
     return redacted_fragment(text, filler, body is not None and body.sent)

@@ -11,6 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 # Empty blocks tried behind a text, where none before it fill the size wanted.
 _FIXED_BLOCKS_MAX = 9
@@ -139,10 +140,11 @@ def _brotli(text: bytes, size: int, ended: bool, _: bytes) -> bytes | None:
     import brotli
 
     if ended:
-        whole = bytes(brotli.compress(text))
+        compress: Any = brotli.compress
+        whole = bytes(compress(text))
         if len(whole) == size:
             return whole
-    engine = brotli.Compressor(lgwin=16) if len(text) < 1 << 16 else brotli.Compressor()
+    engine: Any = brotli.Compressor(lgwin=16) if len(text) < 1 << 16 else brotli.Compressor()
     body = bytes(engine.process(text)) + bytes(engine.flush())
     end = b"\x03" if ended else b""
     padding = size - len(body) - len(end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 from halton_meter.redaction import bodies, websocket
@@ -45,13 +46,15 @@ class Heard:
             half.finish()
 
 
-def redact(heard: Heard, filler: Filler) -> None:
-    """Write over a connection's bytes."""
+# Where an exchange's request and its answer stand; None where it has none.
+Place = Body | None
+Pair = tuple[Place, Place]
+
+
+def redact(heard: Heard, filler: Filler) -> list[Pair]:
+    """Write over a connection's bytes; what was found, in the order in which it was asked."""
     heard.finish()
-    if _is_http2(heard):
-        _redact_http2(heard, filler)
-    else:
-        _redact_http1(heard, filler)
+    return _redact_http2(heard, filler) if _is_http2(heard) else _redact_http1(heard, filler)
 
 
 def _is_http2(heard: Heard) -> bool:
@@ -77,7 +80,7 @@ def _is_http2(heard: Heard) -> bool:
     return False
 
 
-def _redact_http2(heard: Heard, filler: Filler) -> None:
+def _redact_http2(heard: Heard, filler: Filler) -> list[Pair]:
     found = [
         Http2Half(heard.halves[way], filler, heard.connection.joined)
         for way in (Direction.SENT, Direction.RECEIVED)
@@ -91,17 +94,17 @@ def _redact_http2(heard: Heard, filler: Filler) -> None:
                 websocket.redact(body, b"", filler)
             else:
                 bodies.redact(body, filler)
+    streams = sorted(set().union(*(half.bodies for half in found)))
+    return [(found[0].bodies.get(each), found[1].bodies.get(each)) for each in streams]
 
 
-def _redact_http1(heard: Heard, filler: Filler) -> None:
+def _redact_http1(heard: Heard, filler: Filler) -> list[Pair]:
     sent, received = heard.halves[Direction.SENT], heard.halves[Direction.RECEIVED]
     tunnels = any(_SWITCHING.search(run.data) for run in received.runs)
     methods: deque[bytes] = deque()
     found: list[Body] = []
     joined = heard.connection.joined
-    halves = [
-        Http1Half(half, filler, methods, found, tunnels, joined) for half in (sent, received)
-    ]
+    halves = [Http1Half(half, filler, methods, found, tunnels, joined) for half in (sent, received)]
     for half in halves:
         half.redact()
     for body in found:
@@ -109,3 +112,7 @@ def _redact_http1(heard: Heard, filler: Filler) -> None:
     for half in halves:
         if half.tunnel is not None:
             websocket.redact(half.tunnel, halves[1].deflates, filler)
+            found.append(half.tunnel)
+    asked = [body for body in found if body.sent]
+    answered = [body for body in found if not body.sent and not body.interim]
+    return list(zip_longest(asked, answered))

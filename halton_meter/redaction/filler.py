@@ -84,7 +84,7 @@ class Filler:
         """A number in JSON that says something of a user."""
         return re.sub(rb"\d", b"1", raw)
 
-    def bytes(self, raw: bytes) -> bytes:
+    def data(self, raw: bytes) -> bytes:
         """Data that is no text."""
         self._removed(raw)
         return b"x" * len(raw)

@@ -1,4 +1,4 @@
-"""One direction of a connection: runs of bytes between holes, and what is to stand there instead."""
+"""One direction of a connection: runs of bytes between holes, and what stands there instead."""
 
 from __future__ import annotations
 

@@ -25,7 +25,12 @@ _VALUES_KEPT = frozenset(
     b"x-claude-code-request-class x-claude-1p-request-class x-claude-code-agent-type "
     b"x-openai-subagent x-codex-plan-type".split()
 )
-_PREFIXES_KEPT = (b"anthropic-ratelimit-", b"anthropic-priority-", b"x-amzn-bedrock-", b"x-ratelimit-")
+_PREFIXES_KEPT = (
+    b"anthropic-ratelimit-",
+    b"anthropic-priority-",
+    b"x-amzn-bedrock-",
+    b"x-ratelimit-",
+)
 _CODEX_KEPT = re.compile(rb"x-codex-(?:[a-z0-9-]+-)?(?:primary|secondary|credits)-[a-z-]+")
 _MODELS = frozenset((b"ai-language-model-id", b"ai-model-id"))
 _IDS = frozenset(
@@ -96,7 +101,7 @@ def shown_value(name: bytes, value: bytes, filler: Filler) -> bytes:
     if lowered in _MODELS:
         model = words.shown_model(value)
         return filler.credential(value) if model is None else filler.keep(model)
-    if lowered == b"user-agent" or lowered == b"originator":
+    if lowered in (b"user-agent", b"originator"):
         return _words_only(value, filler)
     if _value_stays(lowered, value):
         return filler.keep(value)
@@ -167,8 +172,11 @@ def shown_target(target: bytes, filler: Filler) -> bytes:
     for segment in path[len(start) :].split(b"/"):
         segments.append(_shown_segment(segment, before, filler))
         before = segment
-    return start + b"/".join(segments) + mark + b"&".join(
-        _shown_parameter(each, filler) for each in query.split(b"&")
+    return (
+        start
+        + b"/".join(segments)
+        + mark
+        + b"&".join(_shown_parameter(each, filler) for each in query.split(b"&"))
     )
 
 
@@ -253,6 +261,19 @@ def shown_head(head: bytes, filler: Filler) -> bytes:
             text = line.rstrip(b"\r\n")
             out.append(filler.credential(text) + line[len(text) :])
     return b"".join(out)
+
+
+def shown_fields(head: bytes, filler: Filler) -> list[tuple[str, str]]:
+    """The header fields of a head as they may be shown, names in lower case."""
+    found = (_FIELD.fullmatch(match.group()) for match in _LINES.finditer(head))
+    return [
+        (
+            shown_name(each.group(1), filler).decode("latin-1").lower(),
+            shown_value(each.group(1), each.group(3), filler).decode("latin-1"),
+        )
+        for each in found
+        if each is not None
+    ]
 
 
 def field(head: bytes, name: bytes) -> bytes:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
-# By how many bits a code is longer than that of "0", and who has it.
-_LONGER = ((10, b"<"), (6, b"|"), (5, b"!"), (3, b"&"), (2, b":"), (1, b"3"))
+# The shortest code, 5 bits: filler, where nothing else fits better.
+_ZERO = 0x30
 _ENTRY_OVERHEAD_BYTES = 32
 _TABLE_BYTES_DEFAULT = 4096
 _TABLE_BYTES_MAX = 64 << 10
@@ -44,6 +45,8 @@ class Blocks:
 
     def redacted(self, block: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]]:
         """The block that may stand for one, and the fields of the old one. Raises Broken."""
+        from hpack.exceptions import HPACKError
+
         fields: list[tuple[bytes, bytes]] = []
         out: list[bytes] = []
         at = 0
@@ -62,7 +65,7 @@ class Blocks:
                     found, text, at = self._literal(block, at)
                     fields.append(found)
                     out.append(text)
-        except (IndexError, ValueError) as error:
+        except (IndexError, ValueError, HPACKError) as error:
             raise Broken(str(error)) from None
         return b"".join(out), fields
 
@@ -116,9 +119,7 @@ def _integer(block: bytes, at: int, prefix: int) -> tuple[int, int]:
     raise Broken("integer too long")
 
 
-def _string(
-    block: bytes, at: int, shown: Callable[[bytes], bytes]
-) -> tuple[bytes, bytes, int]:
+def _string(block: bytes, at: int, shown: Callable[[bytes], bytes]) -> tuple[bytes, bytes, int]:
     """A string as it was, as it is written now with its length before it, and the place behind."""
     from hpack.huffman_table import decode_huffman
 
@@ -133,7 +134,7 @@ def _string(
     new = shown(text)
     if new == text:
         return text, block[at:end], end
-    return text, block[at:start] + coded_to(_sized(new, len(text)), length), end
+    return text, block[at:start] + coded_to(_sized(new, len(text)), text, length), end
 
 
 def _sized(text: bytes, size: int) -> bytes:
@@ -141,27 +142,41 @@ def _sized(text: bytes, size: int) -> bytes:
     return text
 
 
-def coded_to(text: bytes, size: int) -> bytes:
-    """`text` in Huffman's code with `size` bytes: its fillers are exchanged for that. Raises Broken.
+def coded_to(text: bytes, old: bytes, size: int) -> bytes:
+    """`text`, which stands for `old`, in Huffman's code with `size` bytes. Raises Broken.
 
-    Where it is too long, all of it becomes filler.
+    Fillers are exchanged for characters of other codes; where it is too long still, all of it is
+    filler.
     """
     lengths = _lengths()
-    letters = bytearray(text.replace(b"x", b"0"))
+    letters = bytearray(
+        _ZERO if new == 0x78 != before else new for new, before in zip(text, old, strict=True)
+    )
     if sum(lengths[each] for each in letters) > 8 * size:
         letters = bytearray(b"0" * len(text))
     missing = 8 * (size - 1) + 1 - sum(lengths[each] for each in letters)
     for at, letter in enumerate(letters):
         if missing <= 0:
             break
-        if letter == 0x30:
-            more, instead = next(each for each in _LONGER if each[0] <= missing)
-            letters[at] = instead[0]
+        if letter == _ZERO:
+            # the last one may be up to 7 bits too long: those are padding
+            more, letters[at] = next(each for each in _longer() if each[0] < missing + 8)
             missing -= more
     coded = _huffman(bytes(letters))
     if len(coded) != size:
         raise Broken("no filler of this length")
     return coded
+
+
+@cache
+def _longer() -> list[tuple[int, int]]:
+    """By how many bits codes are longer than the shortest one, and who has them; longest first."""
+    lengths = _lengths()
+    found: dict[int, int] = {}
+    printable = [*range(0x21, 0x7F), *range(0x80, 0x100)]
+    for letter in printable:
+        found.setdefault(lengths[letter] - lengths[_ZERO], letter)
+    return sorted(((more, letter) for more, letter in found.items() if more), reverse=True)
 
 
 def _lengths() -> list[int]:

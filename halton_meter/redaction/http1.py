@@ -123,6 +123,7 @@ class Http1Half:
             self._half.sent,
             heads.field(head, b"content-type"),
             heads.field(head, b"content-encoding").decode("latin-1"),
+            head=heads.shown_fields(head, self._filler),
         )
         self._bodies.append(body)
         return body
@@ -137,6 +138,7 @@ class Http1Half:
             status = int(start.group(1)) if start is not None else 0
             is_tunnel = status == 101
             if 100 <= status < 200 and not is_tunnel:
+                self._body.interim = True
                 self._state = _HEAD
                 return
             method = self._methods.popleft() if self._methods else b""
@@ -182,7 +184,7 @@ class Http1Half:
             self._state = _LOST
             return at
         extension = line.group(2)
-        kept = line.group(1) + self._filler.bytes(extension) + line.group(3)
+        kept = line.group(1) + self._filler.data(extension) + line.group(3)
         if extension[:1] in (b";", b" "):
             kept = line.group(1) + extension[:1] + b"x" * (len(extension) - 1) + line.group(3)
         self._write(run, at, kept)

@@ -184,7 +184,7 @@ class Http2Half:
         block = b"".join([run.data[start:end] for run, start, end in parts])
         try:
             instead, fields = self._blocks.redacted(block)
-        except (hpack.Broken, Exception):
+        except hpack.Broken:
             instead, fields = b"x" * len(block), []
             self._blocks.forget()
         at = 0
@@ -207,8 +207,14 @@ class Http2Half:
         if (b":protocol", b"websocket") in fields:
             self.websockets.add(stream)
 
-    @staticmethod
-    def _describe(body: Body, fields: list[tuple[bytes, bytes]]) -> None:
+    def _describe(self, body: Body, fields: list[tuple[bytes, bytes]]) -> None:
+        body.head = [
+            (
+                heads.shown_name(name, self.filler).decode("latin-1"),
+                heads.shown_value(name, value, self.filler).decode("latin-1"),
+            )
+            for name, value in fields
+        ]
         for name, value in fields:
             if name == b"content-type":
                 body.content_type = value

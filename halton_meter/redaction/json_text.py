@@ -1,8 +1,8 @@
-"""JSON without its texts, byte for byte as long: keys, structure, usage and words of protocols stay.
+"""JSON without its texts, byte for byte as long: keys, structure, usage and protocols' words stay.
 
 A scanner, no parser: what is cut off, streamed, or one value a line reads as well. Behind a hole
-nothing says whether the first byte stands inside of a string; there only what leaves no doubt stays:
-a word in quotes, a figure behind one.
+nothing says whether the first byte stands inside of a string; there only what leaves no doubt
+stays: a word in quotes, a figure behind one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def redacted_json(text: bytes, filler: Filler, mark: bool = False) -> bytes:
             out.append(match.group())
             if len(levels) > DEPTH_MAX:
                 rest = text[match.end() :]
-                return b"".join(out) + filler.bytes(rest)
+                return b"".join(out) + filler.data(rest)
         elif kind == "closes":
             if len(levels) > 1:
                 levels.pop()
@@ -132,7 +132,7 @@ _PIECE = re.compile(
     rb'(?:"(?P<value>[^"\\]{0,512})"|(?P<figure>-?\d[\d.eE+-]*+)(?=[,}\]\s])|)'
     rb'|"(?P<word>[A-Za-z_$][\w.$-]{0,63})"'
     rb"|(?P<literal>(?<=[:,\[])(?:true|false|null)(?=[,}\]]))"
-    rb'|(?P<structure>[{}\[\],:"\r\n]+)'
+    rb'|(?P<structure>"|[{}\[\],:\r\n]+)'
     rb"|(?P<text>(?:\\u[0-9a-fA-F]{4}|\\.|[^{}\[\],:\"\r\n\\])++|\\)",
     re.DOTALL,
 )

@@ -26,9 +26,9 @@ def redacted_messages(text: bytes, filler: Filler) -> bytes:
         if text[at] > 1:
             break
         known = _message(message, filler, 0) if text[at] == 0 and end <= len(text) else None
-        out.append(text[at : at + 5] + (filler.bytes(message) if known is None else known))
+        out.append(text[at : at + 5] + (filler.data(message) if known is None else known))
         at = min(end, len(text))
-    return b"".join(out) + filler.bytes(text[at:])
+    return b"".join(out) + filler.data(text[at:])
 
 
 def _message(data: bytes, filler: Filler, depth: int) -> bytes | None:
@@ -71,7 +71,7 @@ def _field(data: bytes, filler: Filler, depth: int) -> bytes:
         inner = _message(data, filler, depth + 1)
         if inner is not None:
             return inner
-    return filler.text(data) if printable else filler.bytes(data)
+    return filler.text(data) if printable else filler.data(data)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A capture without what was said in it: read, redacted in place, written anew, proved, handed over.
+"""A capture without what was said in it: read, redacted in place, written anew, and proved.
 
     done = redact(Path("in.pcapng"), Path("out.pcapng"), price=book.price)
 
@@ -52,7 +52,10 @@ def redact(
     keys: Iterable[Path] = (),
     hosts: Mapping[str, str] | None = None,
 ) -> Redacted:
-    """Write a redacted copy of a capture. Raises NotRedacted, FileExistsError, OSError, TsharkMissing."""
+    """Write a redacted copy of a capture.
+
+    Raises NotRedacted, FileExistsError, OSError, TsharkMissing.
+    """
     if target.exists():
         raise FileExistsError(target)
     heard = _Listening()
@@ -116,4 +119,3 @@ class _Listening:
             limit = PLAINTEXT_BYTES_MAX >> 20
             raise NotRedacted(f"it holds more than {limit} MB of plaintext; split it first")
         self._by_id.setdefault(item.connection.id, Heard(item.connection)).add(item)
-

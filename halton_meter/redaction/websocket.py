@@ -1,6 +1,7 @@
 """WebSocket messages without their texts, in place: frames, masks and lengths stay (RFC 6455).
 
-A compressed message (RFC 7692) becomes another one of as many bytes, compressed with the window of what was written so far.
+A compressed message (RFC 7692) becomes another one of as many bytes, compressed with the window of
+what was written so far. Where no size fits, its frame changes length: the one place where it does.
 """
 
 from __future__ import annotations
@@ -26,10 +27,7 @@ def redact(body: Body, extensions: bytes, filler: Filler) -> None:
     messages = _Messages(takeover + b"_no_context_takeover" not in extensions, body.sent, filler)
     for number, parts in enumerate(body.pieces):
         data = b"".join([run.data[start:end] for run, start, end in parts])
-        if number:
-            instead = b"x" * len(data)
-        else:
-            instead = messages.redacted(data)
+        instead = b"x" * len(data) if number else messages.redacted(data)
         if len(parts) == 1:
             run, first, _ = parts[0]
             moved = [(first + start, first + end, new) for start, end, new in messages.edits]
@@ -38,6 +36,7 @@ def redact(body: Body, extensions: bytes, filler: Filler) -> None:
         for run, start, end in parts:
             run.out[start:end] = instead[at : at + end - start]
             at += end - start
+
 
 # Where a frame's payload starts and ends, its mask, and where the frame starts.
 _Fragment = tuple[int, int, bytes, int]
@@ -107,7 +106,7 @@ class _Messages:
     def _plain(self, text: bytes) -> bytes:
         if text.lstrip()[:1] in (b"{", b"["):
             return redacted_json(text, self._filler, self._sent)
-        return self._filler.bytes(text)
+        return self._filler.data(text)
 
     def _compressed(self, payload: bytes) -> bytes:
         try:
@@ -127,7 +126,6 @@ class _Messages:
         else:
             self._inflate = zlib.decompressobj(-15)
         return found[: -len(_TAIL)]
-
 
     def _edit(self, data: bytes, fragments: list[_Fragment], new: bytes) -> None:
         """One frame in place of a message's, as no padding gives the old size."""

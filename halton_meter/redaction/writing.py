@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from capture.packets.keeping import CaptureWriter
 from halton_meter.model import Direction, TlsChunk, TlsClosed
@@ -107,11 +107,18 @@ def _other(way: Direction) -> Direction:
     return Direction.RECEIVED if way is Direction.SENT else Direction.SENT
 
 
+class _Out(Protocol):
+    """Where packets go."""
+
+    def packet(self, at_ns: int, data: bytes) -> None:
+        """A packet from its IP header on."""
+
+
 @dataclass(slots=True)
 class _Packets:
     """One TCP connection's packets."""
 
-    writer: CaptureWriter
+    writer: _Out
     client: tuple[str, int]
     server: tuple[str, int]
     at_ns: int = 0
@@ -287,34 +294,35 @@ class _Speakers:
 class _WithSecrets(_Speaker):
     """Puts the connection's secrets into the file before its first packet."""
 
-    def __init__(self, heard: Heard, packets: _Packets, tls: _Tls, writer: Any, keys: Path) -> None:
+    def __init__(
+        self, heard: Heard, packets: _Packets, tls: _Tls, writer: CaptureWriter, keys: Path
+    ) -> None:
         super().__init__(heard, packets, tls)
         self._writer, self._keys = writer, keys
 
     def begin(self, at_ns: int) -> None:
         """The handshake, of which the secrets come."""
         before = self._keys.stat().st_size if self._keys.exists() else 0
-        held, self._packets.writer = self._packets.writer, _Held(self._packets.writer)
+        held = self._packets.writer = _Held()
         super().begin(at_ns)
         with self._keys.open("rb") as file:
             file.seek(before)
-            held.secrets(file.read())
-        self._packets.writer.release()
-        self._packets.writer = held
+            self._writer.secrets(file.read())
+        held.release(self._writer)
+        self._packets.writer = self._writer
 
 
 class _Held:
     """Packets that wait for the secrets to stand before them."""
 
-    def __init__(self, writer: CaptureWriter) -> None:
-        self._writer = writer
+    def __init__(self) -> None:
         self._waiting: list[tuple[int, bytes]] = []
 
     def packet(self, at_ns: int, data: bytes) -> None:
         """A packet."""
         self._waiting.append((at_ns, data))
 
-    def release(self) -> None:
+    def release(self, writer: _Out) -> None:
         """Write them."""
         for at_ns, data in self._waiting:
-            self._writer.packet(at_ns, data)
+            writer.packet(at_ns, data)

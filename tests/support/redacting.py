@@ -13,6 +13,7 @@ import orjson
 from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
 from halton_meter.redaction.conversation import Heard, redact
 from halton_meter.redaction.filler import Filler
+from halton_meter.wire.conversation import Conversation, Interest
 
 TEXT_CHARS_MIN = 12
 # What may stay of texts: one word, model, id, time or number; it has no space and says nothing.
@@ -76,10 +77,27 @@ def texts_of(body: bytes) -> Iterator[str]:
         return
     except orjson.JSONDecodeError:
         pass
-    for line in body.splitlines():
-        line = line.removeprefix(b"data:").strip()
+    for each in body.splitlines():
+        line = each.removeprefix(b"data:").strip()
         if line[:1] in (b"{", b"["):
             try:
                 yield from texts_in(orjson.loads(line))
             except orjson.JSONDecodeError:
                 continue
+
+
+def bodies_of(items: list[TlsChunk | TlsClosed]) -> list[bytes]:
+    """Every body of a conversation, decoded."""
+    conversation = Conversation(items[0].connection, lambda _: Interest(True))
+    exchanges = []
+    for item in items:
+        if isinstance(item, TlsClosed):
+            exchanges += conversation.close(item)
+        else:
+            exchanges += conversation.receive(item)
+    return [
+        piece
+        for exchange in exchanges
+        for body in (exchange.request.body, exchange.response.body)
+        for piece in body.pieces
+    ]
