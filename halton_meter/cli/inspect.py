@@ -1,8 +1,8 @@
 """`halton-meter inspect FILE|EVENT_ID`: what was seen, layer by layer.
 
-Thin by rule: `halton_meter.inspection` looks with tshark and with our own readers, `pricing explain`
-knows how a stored request is shown. Exit codes: 0 done; 1 it cannot be read (the reason and the fix
-on stderr); 2 wrong usage.
+Thin by rule: `halton_meter.inspection` looks with tshark and with our own readers, `pricing
+explain` knows how a stored request's price is shown. Exit codes: 0 done; 1 it cannot be read (the
+reason and the fix on stderr); 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from halton_meter.cli.output import (
     shown,
     zone_text,
 )
-from halton_meter.contract import event_json, rfc3339, usd_text
+from halton_meter.contract import event_json, rfc3339
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ _ID_PARTS = 3
 def inspect(what: str, keys: tuple[Path, ...], show_bodies: bool, as_json: bool) -> None:
     """Show a capture, or a stored request, layer by layer: for a person who debugs.
 
-    Of a capture: packets and TLS as tshark sees them, HTTP messages and their usage as tshark and as
-    Halton Meter see them, and the price. Texts and credentials are hidden; --show-bodies shows
+    Of a capture: packets and TLS as tshark sees them, HTTP messages and their usage as tshark and
+    as Halton Meter see them, and the price. Texts and credentials are hidden; --show-bodies shows
     the bodies.
 
     Of a stored request, by its id: what the database has, and how its price comes about.
@@ -254,7 +254,7 @@ def _stream_lines(stream: Stream) -> Iterator[str]:
     ]
     seconds = stream.last_s - stream.first_s
     yield (
-        f"  packets    {stream.packets:,} in {seconds:,.3f} s, {stream.sent_packets:,} of them sent; "
+        f"  packets    {stream.packets:,} in {seconds:,.3f} s, {stream.sent_packets:,} sent; "
         f"{stream.bytes_sent:,} bytes sent, {stream.bytes_received:,} received"
         + (f"; {', '.join(trouble)}" if trouble else "; none lost or sent again")
         + ("; ended by a reset" if stream.reset else "")

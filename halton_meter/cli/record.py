@@ -56,8 +56,9 @@ def record(*, file: Path, command: tuple[str, ...], quiet: bool, redacted: bool)
     from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
 
-    if command[:1] == ("--redact",):  # behind the file, before the command
-        command, redacted = command[1:], True
+    while command and command[0] in ("--redact", "--quiet"):  # behind the file
+        redacted, quiet = redacted or command[0] == "--redact", quiet or command[0] == "--quiet"
+        command = command[1:]
     if command[:1] == ("--",):
         command = command[1:]
     if not command:

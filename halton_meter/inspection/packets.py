@@ -6,13 +6,16 @@ comes out are counts, names and the numbers of usage objects.
 
 from __future__ import annotations
 
-import asyncio
+import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from capture.packets.tshark import find_tshark
 from halton_meter.model import Body
 from halton_meter.wire import formats
 
@@ -20,8 +23,12 @@ from halton_meter.wire import formats
 PACKETS_MAX = 20_000
 BODY_BYTES_MAX = 4 << 20
 BODIES_MAX = 2_000
+# Of what tshark prints.
+READ_BYTES = 1 << 18
+PACKET_TEXT_BYTES_MAX = 64 << 20
 _USAGE_KEYS = (b"usage", b"usageMetadata", b"usage_metadata", b"x_groq")
 _TLS_VERSIONS = {"0x0304": "TLS 1.3", "0x0303": "TLS 1.2", "0x0302": "TLS 1.1", "0x0301": "TLS 1.0"}
+_SPOKEN = frozenset(("http", "http2", "websocket", "json", "data-text-lines", "media", "data"))
 _HEX = re.compile(r"[0-9a-fA-F:]*")
 
 
@@ -68,34 +75,14 @@ class Packets:
 
 
 def look(path: Path, keys: Iterable[Path] = ()) -> Packets:
-    """Read a capture with tshark. Raises NoPyshark."""
-    try:
-        import pyshark
-        from pyshark.capture.capture import TSharkCrashException
-        from pyshark.tshark.tshark import TSharkNotFoundException
-    except ImportError as error:
-        raise NoPyshark(f"pyshark cannot be loaded: {error}") from None
-    preferences = {"tls.keylog_file": str(each) for each in keys}
+    """Read a capture with tshark. Raises NoPyshark, TsharkMissing."""
     found = Packets()
     streams: dict[str, Stream] = {}
-    try:
-        capture = pyshark.FileCapture(
-            str(path), keep_packets=False, override_prefs=preferences, eventloop=_loop()
-        )
-    except (TSharkNotFoundException, OSError) as error:
-        raise NoPyshark(str(error)) from None
-    try:
-        for packet in capture:
-            if found.packets >= PACKETS_MAX:
-                found.cut = True
-                break
+    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+        for packet in _packets(path, keys, Path(folder)):
             found.packets += 1
             _take(packet, streams, found)
-    except TSharkCrashException:
-        if not found.packets:
-            raise NoPyshark("tshark cannot read it") from None
-    finally:
-        capture.close()
+            found.cut = found.packets >= PACKETS_MAX
     for stream in streams.values():
         stream.usage = list(_usages(stream))
         stream.bodies.clear()
@@ -103,10 +90,49 @@ def look(path: Path, keys: Iterable[Path] = ()) -> Packets:
     return found
 
 
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    return loop
+def _packets(path: Path, keys: Iterable[Path], folder: Path) -> Iterator[Any]:
+    """Pyshark's packets. It reads what tshark prints; tshark is started here.
+
+    Pyshark's own way to start it misses the ends of children, now and then, where other code of
+    the process has children, too. A user's own Wireshark profile must not change what is seen.
+    """
+    try:
+        from pyshark.tshark.output_parser import tshark_xml
+    except ImportError as error:
+        raise NoPyshark(f"pyshark cannot be loaded: {error}") from None
+    packet_of: Any = tshark_xml.packet_from_xml_packet
+    together = folder / "keys.log"  # tshark takes one
+    together.write_bytes(b"".join(each.read_bytes().rstrip(b"\n") + b"\n" for each in keys))
+    command = [find_tshark(), "-n", "-r", str(path.resolve()), "-c", str(PACKETS_MAX), "-T", "pdml"]
+    home = {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "LC_ALL": "C.UTF-8"}
+    process = subprocess.Popen(
+        [*command, "-o", f"tls.keylog_file:{together}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": os.environ.get("PATH", ""), **home},
+    )
+    assert process.stdout is not None
+    try:
+        for text in _each_packet(process.stdout):
+            yield packet_of(text)
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def _each_packet(output: IO[bytes]) -> Iterator[bytes]:
+    """The text of each packet in PDML; one that is too long is left out."""
+    buffer = b""
+    while data := output.read(READ_BYTES):
+        *whole, buffer = (buffer + data).split(b"</packet>")
+        for text in whole:
+            start = text.find(b"<packet>")
+            if start >= 0:
+                yield text[start:] + b"</packet>"
+        if len(buffer) > PACKET_TEXT_BYTES_MAX:
+            buffer = b""
 
 
 def _take(packet: Any, streams: dict[str, Stream], found: Packets) -> None:
@@ -131,7 +157,7 @@ def _take(packet: Any, streams: dict[str, Stream], found: Packets) -> None:
     names = [layer.layer_name for layer in packet.layers]
     for layer in packet.layers:
         if layer.layer_name == "tls":
-            _tls(stream, layer)
+            _tls(stream, layer, not _SPOKEN.isdisjoint(names))
         elif layer.layer_name in ("http", "http2", "websocket"):
             stream.protocols[layer.layer_name] = stream.protocols.get(layer.layer_name, 0) + 1
             if not sent:
@@ -160,7 +186,8 @@ def _values(layer: Any, name: str) -> list[str]:
     return [] if found is None else [str(each.show) for each in found.all_fields]
 
 
-def _tls(stream: Stream, layer: Any) -> None:
+def _tls(stream: Stream, layer: Any, is_read: bool) -> None:
+    """`is_read`: what the records hold is shown above them."""
     kinds = _values(layer, "handshake_type")
     if "1" in kinds:
         stream.server_name = next(iter(_values(layer, "handshake_extensions_server_name")), None)
@@ -182,7 +209,7 @@ def _tls(stream: Stream, layer: Any) -> None:
     else:
         data = contents.count("23")
         stream.records += data
-        stream.decrypted += data if layer.get_field("app_data_proto") is not None else 0
+        stream.decrypted += data if is_read else 0
 
 
 def _body(stream: Stream, layer: Any, names: list[str]) -> None:
@@ -199,8 +226,9 @@ def _body(stream: Stream, layer: Any, names: list[str]) -> None:
             _keep(stream, f"ws {len(stream.bodies)}", text.encode())
     else:
         for text in _values(layer, "file_data"):
-            data = _unhexed(text) if _HEX.fullmatch(text) and ":" in text else text.encode()
-            _keep(stream, f"http {len(stream.bodies)}", data)
+            is_hex = ":" in text and _HEX.fullmatch(text) is not None
+            whole = _unhexed(text) if is_hex else text.encode()
+            _keep(stream, f"http {len(stream.bodies)}", whole)
 
 
 def _keep(stream: Stream, name: str, data: bytes) -> None:

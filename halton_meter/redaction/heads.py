@@ -141,7 +141,9 @@ def _words_only(value: bytes, filler: Filler) -> bytes:
     """Words of the protocols, versions and punctuation; other words become filler."""
     return _WORD.sub(
         lambda found: (
-            found.group() if words.is_word(found.group()) else filler.credential(found.group())
+            found.group()
+            if words.is_word(found.group()) or found.group() in words.CLIENTS
+            else filler.credential(found.group())
         ),
         value,
     )

@@ -30,6 +30,12 @@ _STRUCTURE = (
     "top_logprobs presence_penalty frequency_penalty seed stop user n cache_control message_id "
     "chat_get_completion json_object auto none low medium high ping completion_tokens"
 )
+# Programs and libraries that name themselves in a User-Agent.
+CLIENTS = frozenset(
+    b"curl Wget python requests httpx aiohttp urllib node undici axios got Go http client okhttp "
+    b"OpenAI AsyncOpenAI Anthropic AsyncAnthropic Python JS Go Java Mozilla claude cli "
+    b"claude-cli codex opencode google genai sdk gl api litellm langchain external".split()
+)
 # Under these names stands a word of the protocol, one of many.
 NAMED = frozenset(
     b"type role object event stop_reason finish_reason finishReason stopReason status code "
@@ -63,7 +69,7 @@ _FIGURE = re.compile(
 @cache
 def _words() -> frozenset[bytes]:
     read = resources.files(__package__).joinpath("words.txt").read_bytes().split()
-    return frozenset(read) | frozenset(_STRUCTURE.encode().split())
+    return frozenset(read) | frozenset(_STRUCTURE.encode().split()) | NAMED | MODELS | THEIRS
 
 
 def all_words() -> frozenset[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -101,3 +102,13 @@ def bodies_of(items: list[TlsChunk | TlsClosed]) -> list[bytes]:
         for body in (exchange.request.body, exchange.response.body)
         for piece in body.pieces
     ]
+
+
+def without_secrets(capture: bytes) -> bytes:
+    """A pcapng without the key logs inside."""
+    out, at = b"", 0
+    while at < len(capture):
+        kind, size = struct.unpack_from("<II", capture, at)
+        out += b"" if kind == 10 else capture[at : at + size]
+        at += size
+    return out
