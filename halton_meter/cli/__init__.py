@@ -76,6 +76,12 @@ class _Entry(NamedTuple):
 
 _COMMANDS: dict[str, _Entry] = {
     "replay": _Entry("halton_meter.cli.replay:replay", "Meter recorded packet captures."),
+    "redact": _Entry(
+        "halton_meter.cli.redact:redact", "Write a capture without texts and credentials."
+    ),
+    "inspect": _Entry(
+        "halton_meter.cli.inspect:inspect", "Show a capture or a request layer by layer."
+    ),
     "events": _Entry("halton_meter.cli.events:events", "List metered requests."),
     "top": _Entry(
         "halton_meter.cli.top.command:top", "Show what is metered now, live in the terminal."

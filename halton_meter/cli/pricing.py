@@ -103,10 +103,10 @@ def explain(
     book = open_book()
     if what == _STDIN or Path(what).is_file():
         for usage in _events_in(what, provider, model, at_ns):
-            _show(book.price(usage), as_json)
+            show_priced(book.price(usage), as_json)
         return
-    event, earlier = _stored(name_typed(what))
-    _show(event, as_json)
+    event, earlier = stored_event(name_typed(what))
+    show_priced(event, as_json)
     for list_usd, basis, price_book in [] if as_json else earlier:
         how = "unpriced" if list_usd is None else f"list price ${list_usd:f}, {_BASIS[basis]}"
         say(f"  before it was repriced: {how}, price book {price_book}")
@@ -143,7 +143,7 @@ def _stated_ns(text: str | None) -> int | None:
         fail(Problem(what, "write it as 2026-11-23T09:30:00Z, or add --at TIME"))
 
 
-def _stored(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str, str | None]]]:
+def stored_event(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str, str | None]]]:
     """The stored event with the price that is stored, and the prices that it had before."""
     from halton_meter.store import Selection, Store, StoreError
 
@@ -160,7 +160,8 @@ def _stored(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str,
     fail(Problem(f"{event_id}: no such file or stored event", "halton-meter events --json"))
 
 
-def _show(event: PricedEvent, as_json: bool) -> None:
+def show_priced(event: PricedEvent, as_json: bool) -> None:
+    """Print how an event's price comes about, line by line, or its JSON."""
     from halton_meter.contract import event_json
 
     document = event_json(event)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -17,11 +18,15 @@ from halton_meter.cli.output import count, fail, note, wrong_usage
 from halton_meter.cli.run import summary_lines, through_key_log
 from halton_meter.problem import Problem
 
+if TYPE_CHECKING:
+    from halton_meter.live.result import RunResult
+
 EXAMPLES = """
     \b
     Examples:
       sudo halton-meter record models.pcapng -- curl https://api.anthropic.com/v1/models
       sudo halton-meter record capture.pcapng -- python app.py
+      sudo halton-meter record report.pcapng --redact -- python app.py
       halton-meter replay capture.pcapng              what was recorded, priced
 """
 
@@ -31,25 +36,39 @@ EXAMPLES = """
     epilog=EXAMPLES,
 )
 @click.option("--quiet", is_flag=True, help="Print no summary.")
+@click.option(
+    "--redact",
+    "redacted",
+    is_flag=True,
+    help="Keep no text and no credential: a file for a bug report, as `redact` makes it.",
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def record(*, file: Path, command: tuple[str, ...], quiet: bool) -> NoReturn:
+def record(*, file: Path, command: tuple[str, ...], quiet: bool, redacted: bool) -> NoReturn:
     """Record one command's connections to providers in a pcapng file, with their TLS secrets.
 
     The file holds prompts, answers and credentials: only you may read it. `replay` prices it
     without a key log. Other programs' connections, and the command's to other hosts, are left out.
+    With --redact every text becomes filler before the file is written: see `halton-meter redact`.
     The command is also metered, as by run --via keylog: it must write its TLS keys (curl, Python,
     Node, browsers). Needs the right to capture packets (sudo).
     """
     from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
 
+    while command and command[0] in ("--redact", "--quiet"):  # behind the file
+        redacted, quiet = redacted or command[0] == "--redact", quiet or command[0] == "--quiet"
+        command = command[1:]
     if command[:1] == ("--",):
         command = command[1:]
     if not command:
         wrong_usage("record needs a command", "halton-meter record FILE -- claude -p hello")
     try:
-        result = through_key_log(command, file)
+        if redacted:
+            result, lines = _redacted(command, file)
+        else:
+            result = through_key_log(command, file)
+            lines = _recorded_lines(result, file)
     except FileExistsError:
         fail(Problem(f"{file} exists already", "name a new file"))
     except OSError as error:
@@ -57,13 +76,35 @@ def record(*, file: Path, command: tuple[str, ...], quiet: bool) -> NoReturn:
     except (Unavailable, ConfigError) as error:
         fail(*error.problems)
     if not quiet:
-        lines = summary_lines(result)
-        done = result.recorded
-        if done is not None:
-            what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
-            lines.append(f"  recorded: {what} in {file}; it holds prompts and credentials")
-            if done.error:
-                lines.append(f"  the recording is not whole: {done.error}")
-            lines.append(f"  Use: halton-meter replay {shlex.quote(str(file))}")
-        note("\n".join(lines))
+        note("\n".join([*summary_lines(result), *lines]))
     sys.exit(result.exit_code)
+
+
+def _recorded_lines(result: RunResult, file: Path) -> list[str]:
+    done = result.recorded
+    if done is None:
+        return []
+    what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
+    lines = [f"  recorded: {what} in {file}; it holds prompts and credentials"]
+    if done.error:
+        lines.append(f"  the recording is not whole: {done.error}")
+    lines.append(f"  Use: halton-meter replay {shlex.quote(str(file))}")
+    return lines
+
+
+def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str]]:
+    """Run the command; what was recorded is kept in a folder of ours until it is redacted."""
+    from halton_meter.cli.redact import made, told
+
+    if file.exists():
+        raise FileExistsError(file)
+    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+        recorded = Path(folder) / "recorded.pcapng"
+        result = through_key_log(command, recorded)
+        if result.recorded is not None and not result.recorded.connections:
+            return result, ["  nothing was recorded, so there is nothing to redact"]
+        done = made(recorded, file)
+    lines = [f"  {line}" if at == 0 else line for at, line in enumerate(told(done, file))]
+    if result.recorded is not None and result.recorded.error:
+        lines.append(f"  the recording is not whole: {result.recorded.error}")
+    return result, lines

@@ -137,3 +137,34 @@ def test_a_recording_holds_the_command_s_provider_connections_and_replays(
     assert said.returncode == 0, said.stderr
     events = [json.loads(line) for line in said.stdout.splitlines()]
     assert_metered(lab.ledger()[skip:], events, "pcap")
+
+
+def test_a_redacted_recording_of_an_sdk_replays_and_holds_no_text(
+    lab: Lab, home: Path, python: str
+) -> None:
+    skip = len(lab.ledger())
+    file = home / "redacted.pcapng"
+    sdk = [python, str(CLIENTS / "sdk.py"), "openai", "sync,async-stream", "1", "2"]
+    script = f"{shlex.join(curl(1))}; {shlex.join(curl(2, '--http2'))}; {shlex.join(sdk)}"
+    command = [*HALTON_METER, "record", str(file), "--redact", "--", "sh", "-c", script]
+    done = lab.run(command, env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert "proved: it gives the same" in done.stderr
+    assert file.stat().st_uid == lab.user.uid
+    replay = [*HALTON_METER, "replay", "--json", str(file)]
+    said = lab.run(replay, user=lab.user, env=as_sudo(lab, home))
+    assert said.returncode == 0, said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    served = [entry for entry in lab.ledger()[skip:] if entry["state"] == "done"]
+    tokens = sorted(entry["tokens"]["output"] for entry in served)
+    assert sorted(event["tokens"]["output"] for event in events) == tokens
+    assert all(event["list_usd"] is not None for event in events)
+    look = [*HALTON_METER, "inspect", "--show-bodies", str(file)]
+    shown = lab.run(look, user=lab.user, env=as_sudo(lab, home))
+    assert shown.returncode == 0, shown.stderr
+    raw = file.read_bytes()
+    for n in (1, 2):
+        marker = Scenario(n=n).marker
+        assert marker not in shown.stdout
+        assert marker.encode() not in raw
+    assert [path.name for path in home.iterdir() if path.name.startswith((".", "halton"))] == []

@@ -1,0 +1,1 @@
+"""What was seen, layer by layer, for a person who debugs: begin at `view.py`."""

@@ -1,0 +1,1 @@
+"""Captures without what was said in them: begin at `redact.py`."""

@@ -1,0 +1,284 @@
+"""Header fields, request targets and start lines: what of them may stay. An allow-list.
+
+A name that nobody knows is replaced, too: `x-acme-user` says enough. Values keep their length.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from halton_meter.redaction import words
+from halton_meter.redaction.filler import Filler
+from halton_meter.wire import headers as kept
+
+_VALUES_KEPT = frozenset(
+    b"content-type content-encoding content-length transfer-encoding date upgrade connection "
+    b"retry-after sec-websocket-extensions sec-websocket-version accept accept-encoding te trailer "
+    b"cache-control server vary keep-alive :status :method :scheme :protocol host :authority "
+    b"grpc-status grpc-encoding grpc-accept-encoding anthropic-version anthropic-beta "
+    b"openai-version openai-processing-ms x-ms-region x-inference-provider x-prompt-tokens "
+    b"x-generated-tokens x-input-tokens x-output-tokens x-completion-tokens "
+    b"x-gemini-service-tier x-vertex-ai-llm-request-type x-vertex-ai-llm-shared-request-type "
+    b"cf-aig-cache-status helicone-cache x-cache x-portkey-cache-status "
+    b"ai-language-model-streaming x-stainless-retry-count amz-sdk-request x-should-retry "
+    b"x-claude-code-request-class x-claude-1p-request-class x-claude-code-agent-type "
+    b"x-openai-subagent x-codex-plan-type".split()
+)
+_PREFIXES_KEPT = (
+    b"anthropic-ratelimit-",
+    b"anthropic-priority-",
+    b"x-amzn-bedrock-",
+    b"x-ratelimit-",
+)
+_CODEX_KEPT = re.compile(rb"x-codex-(?:[a-z0-9-]+-)?(?:primary|secondary|credits)-[a-z-]+")
+_MODELS = frozenset((b"ai-language-model-id", b"ai-model-id"))
+_IDS = frozenset(
+    b"request-id x-request-id apim-request-id x-ms-request-id x-amzn-requestid x-goog-request-id "
+    b"x-generation-id cf-ray mistral-correlation-id idempotency-key x-idempotency-key x-trace-id "
+    b"x-claude-code-session-id x-claude-code-prompt-id x-claude-code-agent-id "
+    b"x-claude-code-parent-agent-id session-id session_id thread-id thread_id conversation_id "
+    b"x-opencode-session-id x-opencode-session x-opencode-parent-session-id x-opencode-request "
+    b"x-session-id x-session-affinity x-parent-session-id helicone-session-id "
+    b"x-litellm-session-id".split()
+)
+_NAMES_ONLY = frozenset(
+    b"authorization x-api-key api-key x-goog-api-key cookie set-cookie user-agent referer origin "
+    b"accept-language sec-websocket-key sec-websocket-accept sec-websocket-protocol "
+    b"sec-fetch-mode x-stainless-lang x-stainless-os x-stainless-arch x-stainless-runtime "
+    b"x-stainless-runtime-version x-stainless-package-version x-stainless-async "
+    b"x-stainless-timeout x-stainless-helper-method anthropic-dangerous-direct-browser-access "
+    b"openai-organization openai-project anthropic-organization-id chatgpt-account-id "
+    b"x-goog-user-project x-goog-api-client strict-transport-security x-content-type-options "
+    b"alt-svc via expect proxy-authorization x-app x-amz-date x-amz-security-token "
+    b"x-amz-content-sha256 x-codex-turn-metadata originator version :path location etag "
+    b"access-control-allow-origin access-control-expose-headers last-modified age nel report-to "
+    b"x-frame-options cf-cache-status x-envoy-upstream-service-time server-timing".split()
+)
+_VALUE = re.compile(rb"[\w.:;,=/+*%$&?@|<>(){}\[\]^~'\"! -]{0,256}")
+_HOST = re.compile(rb"[A-Za-z0-9.:\[\]*_-]{1,255}")
+_WORD = re.compile(rb"[A-Za-z][A-Za-z_]*")
+
+_QUERY = frozenset(b"alt api-version stream beta model".split())
+
+
+@cache
+def _is_known_name(name: bytes) -> bool:
+    lowered = name.lower()
+    return (
+        lowered in _VALUES_KEPT
+        or lowered in _IDS
+        or lowered in _MODELS
+        or lowered in _NAMES_ONLY
+        or lowered.startswith(_PREFIXES_KEPT)
+        or bool(_CODEX_KEPT.fullmatch(lowered))
+        or lowered.endswith(tuple(end.encode() for end in kept.COST_ENDS_KEPT))
+        or lowered in _standard_names()
+    )
+
+
+@cache
+def _standard_names() -> frozenset[bytes]:
+    from hpack.table import HeaderTable
+
+    return frozenset(name for name, _ in HeaderTable.STATIC_TABLE)
+
+
+def shown_name(name: bytes, filler: Filler) -> bytes:
+    """A header's name, or filler of its length."""
+    return name if _is_known_name(name) else filler.credential(name)
+
+
+def shown_value(name: bytes, value: bytes, filler: Filler) -> bytes:
+    """A header's value as it may stand, of the same length."""
+    lowered = name.lower()
+    if lowered == b":path":
+        return shown_target(value, filler)
+    if lowered in (b"host", b":authority"):
+        return shown_host(value, filler)
+    if lowered in _IDS:
+        return filler.id(value)
+    if lowered in _MODELS:
+        model = words.shown_model(value)
+        return filler.credential(value) if model is None else filler.keep(model)
+    if lowered in (b"user-agent", b"originator"):
+        return _words_only(value, filler)
+    if _value_stays(lowered, value):
+        return filler.keep(value)
+    return filler.credential(value)
+
+
+def shown_host(host: bytes, filler: Filler) -> bytes:
+    """A provider's host, what a customer calls his part of it replaced; your own hosts stay."""
+    if _HOST.fullmatch(host) is None:
+        return filler.credential(host)
+    name, colon, port = host.partition(b":") if host.count(b":") == 1 else (host, b"", b"")
+    labels = name.split(b".")
+    for count in range(len(labels)):
+        behind = b".".join(labels[count:])
+        if words.is_word(behind) or behind in _DOMAINS:
+            shown = [each if _is_public(each) else b"x" * len(each) for each in labels[:count]]
+            return b".".join([*shown, behind]) + colon + port
+    return host
+
+
+def _is_public(label: bytes) -> bool:
+    parts = label.split(b"-")
+    return all(words.is_word(part) or _REGION_PART.fullmatch(part) for part in parts)
+
+
+def _value_stays(name: bytes, value: bytes) -> bool:
+    if kept.is_secret(value.decode("latin-1")):
+        return False
+    if name in _VALUES_KEPT or name.startswith(_PREFIXES_KEPT) or _CODEX_KEPT.fullmatch(name):
+        return _VALUE.fullmatch(value) is not None
+    if not name.endswith(tuple(end.encode() for end in kept.COST_ENDS_KEPT)):
+        return False
+    return bool(kept.kept_headers([(name.decode("latin-1"), value.decode("latin-1"))]))
+
+
+def _words_only(value: bytes, filler: Filler) -> bytes:
+    """Words of the protocols, versions and punctuation; other words become filler."""
+    return _WORD.sub(
+        lambda found: (
+            found.group()
+            if words.is_word(found.group()) or found.group() in words.CLIENTS
+            else filler.credential(found.group())
+        ),
+        value,
+    )
+
+
+# --- request targets ----------------------------------------------------------------------------
+
+_SEGMENT = re.compile(rb"v\d+(?:-?(?:alpha|beta|preview)\d*)?|openai|chat|completions|\d{1,4}")
+_REGION = re.compile(rb"[a-z]{2,12}(?:-[a-z]{2,12}){1,3}-?\d{0,2}|global|us|eu")
+_REGION_PART = re.compile(
+    rb"us|eu|ap|ca|sa|me|af|il|mx|cn|gov|asia|europe|australia|africa|northamerica|southamerica"
+    rb"|(?:north|south|east|west|central)*\d{0,2}"
+)
+# Of these the first label is a customer's, or a region with a word of the provider's.
+_DOMAINS = frozenset((b"googleapis.com", b"amazonaws.com"))
+_ID_SEGMENT = re.compile(rb"(?=[^/]*\d)[A-Za-z0-9_.-]{8,128}")
+_METHOD_BEHIND = re.compile(rb"(.*?)((?::|%3A)[A-Za-z]{3,40})?", re.DOTALL)
+_DATES = re.compile(rb"\d{4}-\d\d-\d\d(?:-preview)?")
+
+
+def shown_target(target: bytes, filler: Filler) -> bytes:
+    """A request's path and query as they may stand, of the same length."""
+    path, mark, query = target.partition(b"?")
+    scheme = re.match(rb"https?://[A-Za-z0-9.:-]+(?=/|\Z)", path)
+    start = scheme.group() if scheme is not None else b""
+    before = b""
+    segments = []
+    for segment in path[len(start) :].split(b"/"):
+        segments.append(_shown_segment(segment, before, filler))
+        before = segment
+    return (
+        start
+        + b"/".join(segments)
+        + mark
+        + b"&".join(_shown_parameter(each, filler) for each in query.split(b"&"))
+    )
+
+
+def _shown_segment(segment: bytes, before: bytes, filler: Filler) -> bytes:
+    found = _METHOD_BEHIND.fullmatch(segment)
+    assert found is not None
+    name, method = found.group(1), found.group(2) or b""
+    if method and not words.is_word(method.removeprefix(b":").removeprefix(b"%3A")):
+        name, method = segment, b""
+    if not name or _is_words(name) or _SEGMENT.fullmatch(name):
+        return segment
+    if before in (b"models", b"model", b"tunedModels", b"engines"):
+        model = words.shown_model(name)
+        if model is not None:
+            return filler.keep(model) + method
+    if before == b"locations" and _REGION.fullmatch(name):
+        return segment
+    if _ID_SEGMENT.fullmatch(name):
+        return filler.id(name) + method
+    return _secret_segment(name, filler) + method
+
+
+def _is_words(name: bytes) -> bool:
+    """Words with dots between: a service's full name."""
+    return words.is_word(name) or all(
+        words.is_word(part) or _SEGMENT.fullmatch(part) for part in name.split(b".")
+    )
+
+
+def _secret_segment(name: bytes, filler: Filler) -> bytes:
+    return re.sub(
+        rb"%[0-9A-Fa-f]{2}|[^%.]+|[%.]",
+        lambda found: found.group() if len(found.group()) < 2 else filler.credential(found.group()),
+        name,
+    )
+
+
+def _shown_parameter(parameter: bytes, filler: Filler) -> bytes:
+    name, mark, value = parameter.partition(b"=")
+    known = name.lower().lstrip(b"$") in _QUERY
+    if known and (words.is_word(value) or words.is_figure(value) or _DATES.fullmatch(value)):
+        return parameter
+    if known and name.lower() == b"model" and (model := words.shown_model(value)) is not None:
+        return name + mark + filler.keep(model)
+    if known and value in (b"true", b"false", b"sse", b"json", b""):
+        return parameter
+    name = name if known or words.is_word(name) else filler.credential(name)
+    return name + mark + filler.credential(value)
+
+
+# --- heads of HTTP/1 ----------------------------------------------------------------------------
+
+_REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15} )([^\s\x00]+)( HTTP/1\.[01]\r?\n?)")
+_STATUS_LINE = re.compile(rb"(HTTP/1\.[01] \d{3})( ?)([^\r\n]*)(\r?\n?)")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(:[ \t]*)([^\r\n]*?)([ \t]*(?:\r\n|\n|\r|\Z))")
+_LINES = re.compile(rb"[^\n]*(?:\n|\Z)")
+
+
+def shown_head(head: bytes, filler: Filler) -> bytes:
+    """A head, or lines of one; of the same length."""
+    out: list[bytes] = []
+    for match in _LINES.finditer(head):
+        line = match.group()
+        if not line.strip(b"\r\n"):
+            out.append(line)
+        elif (request := _REQUEST_LINE.fullmatch(line)) is not None:
+            target = shown_target(request.group(2), filler)
+            out.append(request.group(1) + target + request.group(3))
+        elif (status := _STATUS_LINE.fullmatch(line)) is not None:
+            reason = status.group(3)
+            reason = reason if re.fullmatch(rb"[A-Za-z '-]{0,40}", reason) else b"x" * len(reason)
+            out.append(status.group(1) + status.group(2) + reason + status.group(4))
+        elif (found := _FIELD.fullmatch(line)) is not None:
+            name, value = found.group(1), found.group(3)
+            out.append(
+                shown_name(name, filler)
+                + found.group(2)
+                + shown_value(name, value, filler)
+                + found.group(4)
+            )
+        else:
+            text = line.rstrip(b"\r\n")
+            out.append(filler.credential(text) + line[len(text) :])
+    return b"".join(out)
+
+
+def shown_fields(head: bytes, filler: Filler) -> list[tuple[str, str]]:
+    """The header fields of a head as they may be shown, names in lower case."""
+    found = (_FIELD.fullmatch(match.group()) for match in _LINES.finditer(head))
+    return [
+        (
+            shown_name(each.group(1), filler).decode("latin-1").lower(),
+            shown_value(each.group(1), each.group(3), filler).decode("latin-1"),
+        )
+        for each in found
+        if each is not None
+    ]
+
+
+def field(head: bytes, name: bytes) -> bytes:
+    """The value of a header in a head; empty where there is none."""
+    found = re.search(rb"(?im)^" + re.escape(name) + rb":[ \t]*([^\r\n]*?)[ \t]*\r?$", head)
+    return found.group(1) if found is not None else b""

@@ -1,0 +1,121 @@
+"""A capture without what was said in it: read, redacted in place, written anew, and proved.
+
+    done = redact(Path("in.pcapng"), Path("out.pcapng"), price=book.price)
+
+The new file holds the connections to providers whose keys are known, and no others. It appears
+under its name only when it is proved (`proof.py`); what fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from halton_meter.model import TlsChunk, TlsClosed
+from halton_meter.redaction import conversation, proof, writing
+from halton_meter.redaction.conversation import Heard
+from halton_meter.redaction.filler import Filler
+
+# Plaintext of one capture, all of which is held.
+PLAINTEXT_BYTES_MAX = 256 << 20
+
+
+class NotRedacted(Exception):
+    """No file was made; `reasons` are why, in words."""
+
+    def __init__(self, *reasons: str) -> None:
+        self.reasons = reasons
+        super().__init__("; ".join(reasons))
+
+
+@dataclass(frozen=True, slots=True)
+class Redacted:
+    """What was made, and what both files give."""
+
+    connections: int
+    packets: int
+    requests: int
+    total_usd: Decimal
+    unpriced: int
+    hosts: tuple[str, ...]
+    without_keys: int
+
+
+def redact(
+    source: Path,
+    target: Path,
+    price: proof.Price,
+    keys: Iterable[Path] = (),
+    hosts: Mapping[str, str] | None = None,
+) -> Redacted:
+    """Write a redacted copy of a capture.
+
+    Raises NotRedacted, FileExistsError, OSError, TsharkMissing.
+    """
+    if target.exists():
+        raise FileExistsError(target)
+    heard = _Listening()
+    old = proof.read(source, keys, price, hosts or {}, heard.take)
+    if old.findings.errors:
+        raise NotRedacted(*old.findings.errors)
+    if not heard.connections:
+        raise NotRedacted(_nothing(old))
+    filler = Filler()
+    for each in heard.connections:
+        conversation.redact(each, filler)
+    with tempfile.TemporaryDirectory(prefix=".halton-meter-", dir=target.parent) as folder:
+        made = Path(folder) / "redacted.pcapng"
+        count, packets = writing.write(heard.connections, made, filler)
+        items: list[TlsChunk | TlsClosed] = []
+        new = proof.read(made, (), price, hosts or {}, items.append)
+        new.items = items
+        wrong = proof.differences(old.events, new.events) or proof.left_over(made, new, filler)
+        if wrong:
+            raise NotRedacted(*wrong)
+        os.link(made, target)
+    return Redacted(
+        count,
+        packets,
+        len(old.events),
+        old.total_usd,
+        sum(event.list_usd is None for event in old.events),
+        tuple(sorted({each.connection.peer for each in heard.connections if each.connection.peer})),
+        sum(old.findings.without_keys.values()),
+    )
+
+
+def _nothing(old: proof.Read) -> str:
+    findings = old.findings
+    if without := sum(findings.without_keys.values()):
+        return f"no connection could be decrypted: {without:,} without keys"
+    return f"none of its {findings.connections:,} connections goes to a known provider"
+
+
+class _Listening:
+    """Keeps all plaintext, by connection."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Heard] = {}
+        self._bytes = 0
+
+    @property
+    def connections(self) -> list[Heard]:
+        """Those of which there is any plaintext."""
+        return [
+            heard
+            for heard in self._by_id.values()
+            if any(isinstance(item, TlsChunk) for item in heard.items)
+        ]
+
+    def take(self, item: TlsChunk | TlsClosed) -> None:
+        """The next of a connection."""
+        if isinstance(item, TlsChunk):
+            self._bytes += len(item.data)
+        if self._bytes > PLAINTEXT_BYTES_MAX:
+            limit = PLAINTEXT_BYTES_MAX >> 20
+            raise NotRedacted(f"it holds more than {limit} MB of plaintext; split it first")
+        self._by_id.setdefault(item.connection.id, Heard(item.connection)).add(item)

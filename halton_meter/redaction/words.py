@@ -1,0 +1,120 @@
+"""What may stay in a redacted capture: words of the providers' protocols. All else is replaced.
+
+An allow-list: `words.txt` holds the words that our own readers look for (written by
+`tools/redaction_words.py`), and here are those that only people look for. Nothing of it is what a
+user wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+_STRUCTURE = (
+    "assistant user system developer tool content_block content_block_start content_block_delta "
+    "content_block_stop message_start message_delta message_stop text_delta input_json_delta "
+    "thinking_delta signature_delta tool_use server_tool_use tool_result web_search_tool_result "
+    "max_tokens max_completion_tokens max_output_tokens temperature top_p top_k tool_choice "
+    "stop_sequence stop_sequences finish_reason finishReason stop_reason stopReason end_turn "
+    "system_fingerprint logprobs refusal annotations function_call function name description "
+    "previous_response_id include_usage stream_options input_text output_text reasoning summary "
+    "output_index content_index sequence_number generationConfig maxOutputTokens safetySettings "
+    "promptFeedback index encoding_format float base64 dimensions store truncation verbosity "
+    "effort text format created created_at completed_at messages choices delta logprobs ws google "
+    "ai parts inlineData mimeType turnComplete generationComplete interrupted safetyRatings "
+    "citationMetadata systemInstruction functionDeclarations toolConfig responseModalities "
+    "response.output_text.delta response.output_item.added response.output_item.done "
+    "response.content_part.added response.content_part.done response.output_text.done "
+    "parallel_tool_calls reasoning_effort max_tool_calls incomplete_details background prompts "
+    "top_logprobs presence_penalty frequency_penalty seed stop user n cache_control message_id "
+    "chat_get_completion json_object auto none low medium high ping completion_tokens"
+)
+# Programs and libraries that name themselves in a User-Agent.
+CLIENTS = frozenset(
+    b"curl Wget python requests httpx aiohttp urllib node undici axios got Go http client okhttp "
+    b"OpenAI AsyncOpenAI Anthropic AsyncAnthropic Python JS Go Java Mozilla claude cli "
+    b"claude-cli codex opencode google genai sdk gl api litellm langchain external".split()
+)
+# Under these names stands a word of the protocol, one of many.
+NAMED = frozenset(
+    b"type role object event stop_reason finish_reason finishReason stopReason status code "
+    b"service_tier serviceTier modality speed geo inference_geo token_type plan_type "
+    b"error_class quality size resolution provider".split()
+)
+# Under these names stands a model.
+MODELS = frozenset(
+    b"model modelId model_id modelVersion model_version request_model invokedModelId "
+    b"modelName".split()
+)
+# Objects that users fill: of what is inside not even a key stays.
+THEIRS = frozenset(
+    b"metadata arguments args parameters input_schema inputSchema schema properties $defs "
+    b"definitions json_schema response_schema responseSchema labels client_metadata "
+    b"partial_json toolCall logit_bias headers environment env variables".split()
+)
+# The same where it is an object; elsewhere the protocol's own.
+THEIRS_AS_OBJECT = frozenset((b"input", b"output"))
+_ID_KEY = re.compile(rb"(?:.*[_.-])?(?:id|uuid)|[a-z]\w*I[dD]|id_\w+", re.DOTALL)
+
+_NAME = re.compile(rb"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
+_MODEL = re.compile(rb"[A-Za-z0-9@][A-Za-z0-9_.:/@+~%-]{0,127}")
+# Counts and sizes as text, times, durations.
+_FIGURE = re.compile(
+    rb"-?\d{1,18}(?:\.\d{1,18})?(?:ms|[smhd%])?|\d{2,5}x\d{2,5}"
+    rb"|\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)?"
+)
+
+
+@cache
+def _words() -> frozenset[bytes]:
+    read = resources.files(__package__).joinpath("words.txt").read_bytes().split()
+    return frozenset(read) | frozenset(_STRUCTURE.encode().split()) | NAMED | MODELS | THEIRS
+
+
+def all_words() -> frozenset[bytes]:
+    """Every word of the protocols."""
+    return _words()
+
+
+def is_word(text: bytes) -> bool:
+    """Whether it is a word of the protocols."""
+    return text in _words()
+
+
+def is_name(text: bytes) -> bool:
+    """Whether it has the form of a protocol's word: one, and short."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_figure(text: bytes) -> bool:
+    """Whether it is a number, size, time or duration."""
+    return _FIGURE.fullmatch(text) is not None
+
+
+def is_id_key(key: bytes) -> bool:
+    """Whether an identifier stands under this name."""
+    return len(key) <= 64 and _ID_KEY.fullmatch(key) is not None
+
+
+_TUNED = re.compile(rb"(ft:[A-Za-z0-9_.-]+:|[A-Za-z0-9_.-]+:ft-)(.*)", re.DOTALL)
+_ACCOUNT = re.compile(rb"(arn:[a-z-]*:bedrock:[a-z0-9-]*:)(\d{12})(:[a-z-]+/)(.*)", re.DOTALL)
+
+
+def shown_model(text: bytes) -> bytes | None:
+    """A model's name as it may stay, of the same length; None where it is none.
+
+    Of a fine-tuned model what its owner called it is replaced, of an ARN the account.
+    """
+    if (arn := _ACCOUNT.fullmatch(text)) is not None and _MODEL.fullmatch(arn.group(4)):
+        rest = arn.group(4)
+        if not arn.group(3).startswith((b":foundation-model/", b":inference-profile/")):
+            rest = b"0" * len(rest)
+        return arn.group(1) + b"0" * 12 + arn.group(3) + rest
+    if _MODEL.fullmatch(text) is None:
+        return None
+    if (tuned := _TUNED.fullmatch(text)) is not None:
+        return tuned.group(1) + re.sub(rb"[A-Za-z0-9]", b"x", tuned.group(2))
+    if text.startswith((b"http", b"/", b"~")) or b"//" in text:
+        return None
+    return text

@@ -1,0 +1,84 @@
+"""`redact`: a proved copy or none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from halton_meter.cli import main
+from halton_meter.redaction.filler import Filler
+from tests.support.redacting import without_secrets
+from tests.test_fixtures import FOLDER
+
+CAPTURE = FOLDER / "openai_chat_gzip.pcapng"
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "data"))
+
+
+def said(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["redact", *arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_redacted_capture_is_told_with_its_proof_and_gives_the_same(tmp_path: Path) -> None:
+    target = tmp_path / "redacted.pcapng"
+    text = said(str(CAPTURE), str(target))
+    assert "proved: it gives the same 1 request, $0.00252 list price" in text
+    replayed = CliRunner().invoke(main, ["replay", "--json", str(target)])
+    (event,) = map(json.loads, replayed.output.splitlines())
+    assert (event["list_usd"], event["tokens"]["output"]) == ("0.00252", 80)
+
+
+def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "mine.pcapng"
+    target.write_text("mine")
+    assert "exists already" in said(str(CAPTURE), str(target), code=1)
+    assert target.read_text() == "mine"
+
+
+def test_a_capture_without_keys_is_refused_with_the_next_command(tmp_path: Path) -> None:
+    capture, target = tmp_path / "capture.pcapng", tmp_path / "redacted.pcapng"
+    capture.write_bytes(without_secrets(CAPTURE.read_bytes()))
+    text = said(str(capture), str(target), code=1)
+    assert "no connection could be decrypted: 1 without keys" in text
+    assert f"halton-meter inspect {capture}" in text
+    assert not target.exists()
+
+
+def test_a_text_that_is_left_is_found_and_no_file_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(self: Filler, raw: bytes, mark: bool = False) -> bytes:
+        self._removed(raw)
+        return raw
+
+    monkeypatch.setattr(Filler, "text", leave)
+    target = tmp_path / "redacted.pcapng"
+    text = said(str(CAPTURE), str(target), code=1)
+    assert "12 bytes of a text are in" in text
+    assert "boats" not in text
+    assert list(tmp_path.glob("*.pcapng")) == []
+    assert list(tmp_path.glob(".halton*")) == []
+
+
+def test_a_copy_that_gives_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halton_meter.redaction.words.is_word", lambda text: text == b"model")
+    target = tmp_path / "redacted.pcapng"
+    text = said(str(CAPTURE), str(target), code=1)
+    assert "not redacted: request 1: " in text
+    assert list(tmp_path.glob("*.pcapng")) == []
+
+
+def test_the_words_that_may_stay_are_those_that_the_readers_look_for() -> None:
+    from tools.redaction_words import FILE, words
+
+    assert FILE.read_text().split() == words(), "run: python tools/redaction_words.py"

@@ -1,0 +1,94 @@
+"""Every recorded capture, redacted: the same requests, none of the texts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from capture.pcap import PcapSource
+from halton_meter.meter import Meter
+from halton_meter.model import PricedEvent, TlsChunk, TlsClosed
+from halton_meter.redaction.proof import differences
+from halton_meter.redaction.redact import redact
+from tests.support.redacting import bodies_of, redacted, texts_of
+from tests.test_fixtures import CAPTURES, _book
+from tests.test_fixtures import differences as undeclared
+from tests.test_fixtures import events_of as documents_of
+
+CREDENTIAL = b"sk-not-a-key"
+# One of each way in which bytes stand on the wire, and get lost.
+WRITTEN = {
+    "anthropic_cache_gzip_stream",
+    "anthropic_http2_joined_late",
+    "anthropic_plan_tls12_zstd",
+    "bedrock_converse_event_stream",
+    "groq_stream_x_groq_brotli",
+    "openai_capture_begins_late",
+    "openai_embeddings_audio_multipart",
+    "openai_http2_hole",
+    "openai_responses_websocket_deflate",
+}
+GIVES_NOTHING = "other_host_gives_nothing"
+# Of what a declaration says, these are replaced: ids, who asked, what a customer calls his host.
+REPLACED = {"client", "client_version", "host", "session_id", "account", "response_id"}
+
+Items = list[TlsChunk | TlsClosed]
+
+
+@cache
+def _talks() -> dict[str, Items]:
+    """The deliveries of every connection of every capture, by capture and connection."""
+    talks: dict[str, Items] = {}
+    for path in CAPTURES:
+        for item in PcapSource([path]).items():
+            talks.setdefault(f"{path.stem} {item.connection.id}", []).append(item)
+    return talks
+
+
+def _events(items: Items) -> list[PricedEvent]:
+    meter = Meter(_book().price)
+    events = [event for item in items for event in meter.receive(item)]
+    return events + meter.finish(items[-1].at_ns)
+
+
+def test_every_conversation_gives_the_same_requests_and_none_of_its_texts() -> None:
+    searched = 0
+    for name, items in _talks().items():
+        new = redacted(items)
+        assert differences(_events(items), _events(new)) == [], name
+        plain = b"".join(item.data for item in new if isinstance(item, TlsChunk))
+        left = b"\0".join((plain, *bodies_of(new)))
+        assert CREDENTIAL not in left, name
+        for body in bodies_of(items):
+            for text in texts_of(body):
+                searched += 1
+                assert text.encode() not in left, name
+                assert json.dumps(text)[1:-1].encode() not in left, name
+    assert searched > 100
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in WRITTEN else [pytest.mark.slow])
+        for path in CAPTURES
+        if path.stem != GIVES_NOTHING
+    ],
+)
+def test_a_redacted_capture_replays_as_declared(path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "redacted.pcapng"
+    done = redact(path, target, _book().price)
+    expected = [
+        {name: value for name, value in json.loads(line).items() if name not in REPLACED}
+        for line in path.with_suffix(".expected.jsonl").read_text().splitlines()
+    ]
+    documents = documents_of(target)
+    pairs = zip(expected, documents, strict=True)
+    assert [found for one, other in pairs if (found := undeclared(one, other))] == []
+    assert done.requests == len(expected)
+    raw = target.read_bytes()
+    assert CREDENTIAL not in raw
+    assert [each for each in tmp_path.iterdir() if each != target] == []
