@@ -17,6 +17,7 @@ from tests.lab.test_clients import anthropic_body, curl
 from tests.lab.test_run import as_sudo, home
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
+from tests.support.quick import first
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
@@ -70,7 +71,7 @@ class Follower:
         self.process.wait()
 
 
-@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+@pytest.mark.parametrize("version", first(["--http2", "--http1.1"]))
 def test_a_stream_is_in_flight_with_what_it_has_used_so_far_and_then_an_event(
     bench: Bench, version: str
 ) -> None:

@@ -20,7 +20,7 @@ from tests.lab.conftest import Bench, Observed, assert_metered
 from tests.lab.real_clients.programs import BUN, CLAUDE, NODE, OPENCODE, Program
 from tests.lab.real_clients.results import note
 from tests.support.lab.grpc_answers import TICKS_A_TOKEN
-from tests.support.quick import first
+from tests.support.quick import first, slow
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
@@ -154,8 +154,10 @@ def test_node_fetch(
     note("Node.js", program.version, "OpenSSL, static with symbols")
 
 
-@pytest.mark.parametrize("mode", ["whole", "stream"])
-@pytest.mark.parametrize("who", ["xai", "gemini"])
+@pytest.mark.parametrize(
+    ("who", "mode"),
+    [("xai", "stream"), ("gemini", "whole"), slow("xai", "whole"), slow("gemini", "stream")],
+)
 def test_grpc(bench: Bench, who: str, mode: str) -> None:
     """The makers' own SDKs over grpcio, whose BoringSSL reads and writes memory, no socket."""
     recognised(bench, "cygrpc*.so", bench.python, "-c", "import grpc, time; time.sleep(1)")
