@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -38,17 +39,33 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 # Controls, marks that turn the direction of the text, and what takes no room.
 _UNPRINTABLE = re.compile("[\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
+# What sudoers' secure_path has on Debian, Fedora and Arch.
+SUDO_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+
 # --- printing and failing -------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
     """Print lines for people on stdout."""
-    click.echo(harmless_lines(text))
+    click.echo(harmless_lines(as_typed(text)))
 
 
 def note(text: str, at: str = "") -> None:
     """Print something worth knowing on stderr; the command goes on. `at` stands before the line."""
-    click.echo(harmless_lines(f"{at}halton-meter: {text}"), err=True)
+    click.echo(harmless_lines(as_typed(f"{at}halton-meter: {text}")), err=True)
+
+
+def as_typed(text: str) -> str:
+    """With the path in commands that sudo would not find: it looks in folders of the system only,
+    and pipx, uv and a venv install elsewhere.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    folder, name = os.path.split(os.path.abspath(program))
+    if name != "halton-meter" or "sudo halton-meter" not in text:
+        return text
+    if any(os.path.exists(f"{each}/{name}") for each in SUDO_FOLDERS):
+        return text
+    return text.replace("sudo halton-meter", f"sudo {shlex.quote(f'{folder}/{name}')}")
 
 
 def print_json(document: Any) -> None:

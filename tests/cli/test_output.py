@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from pathlib import Path
 
 import click
 import pytest
@@ -135,3 +136,21 @@ def test_a_name_cannot_move_the_cursor_nor_fill_the_screen() -> None:
     assert output.shown("a\x1b[31m\nb") == "a?[31m?b"
     assert output.shown("x" * 100, 10) == "x" * 9 + "…"
     assert output.shown(None) == "-"
+
+
+def test_a_command_for_sudo_is_one_that_sudo_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "stopped\n  start the service: sudo halton-meter start"
+    ours = tmp_path / "a folder" / "halton-meter"
+    system = tmp_path / "system"
+    system.mkdir()
+    monkeypatch.setattr("halton_meter.cli.output.SUDO_FOLDERS", (str(system),))
+    monkeypatch.setattr("sys.argv", [str(ours), "status"])
+    assert output.as_typed(said) == f"stopped\n  start the service: sudo '{ours}' start"
+    assert output.as_typed("halton-meter report") == "halton-meter report"
+    (system / "halton-meter").touch()
+    assert output.as_typed(said) == said
+    monkeypatch.setattr("sys.argv", ["-m"])
+    (system / "halton-meter").unlink()
+    assert output.as_typed(said) == said
