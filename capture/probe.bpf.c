@@ -2999,6 +2999,8 @@ INLINE void link_socket(struct tcp_socket *t)
 	struct connection *c = connections_get(&key);
 	if (!c || c->linked)
 		return;
+	if ((t->flags & SOCKET_ECH) && (c->opened_ns < t->opened_ns || (t->used_ns && c->opened_ns > t->used_ns)))
+		return; /* it may lead elsewhere, before or after another connection on this thread */
 	if (!t->host[0])
 		__builtin_memcpy(t->host, c->host, sizeof(t->host));
 	else if (!same_host((u64 *)t->host, (u64 *)c->host))

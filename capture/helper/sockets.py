@@ -66,6 +66,7 @@ class _OfProcess:
     found: dict[str, int] = field(default_factory=dict)
     nameless: bool = False  # whether one that we saw being opened named no server
     older: list[bytes] = field(default_factory=list)  # far addresses, of what was open before us
+    ended: list[tuple[_Seen | None, Socket]] = field(default_factory=list)  # and not judged yet
 
     def left(self, host: str) -> int:
         """TLS connections to a host that no ended socket carried."""
@@ -206,16 +207,30 @@ class Sockets:
         known = self._of(socket.tgid, socket.born_ns)
         if self._origins.get(socket.hello, (0, socket))[1].opened_ns == socket.opened_ns:
             self._origins[socket.hello] = number, socket  # it is known by now whether it is metered
-        seen = known.open.pop(number, None)
-        if not is_used(socket) or self._passes_on(socket):
-            return
-        process = (seen and seen.process) or self._name(socket)
-        cause, host = self._verdict(known, socket, known.open)
-        if self._led_elsewhere(cause, socket):
-            return
-        if cause is None and host:
-            known.found[host] = known.found.get(host, 0) + 1
-        self._add(process, socket, cause, socket.sent + socket.received, host)
+        known.ended.append((known.open.pop(number, None), socket))
+        # Which of several that ended together was metered, those tell that are linked.
+        is_certain = socket.linked and len(known.ended) == 1
+        if is_certain or not any(self._is_gone(*each) for each in known.open.items()):
+            self._judge_ended(known)
+
+    def _is_gone(self, number: int, seen: _Seen) -> bool:
+        """Whether a connection has ended, of which we have not been told yet."""
+        now = self._now(struct.pack("=Q", number))
+        return now is None or now.opened_ns != seen.socket.opened_ns
+
+    def _judge_ended(self, known: _OfProcess) -> None:
+        """Count a process's connections that have ended, those first that are metered for certain."""
+        ended, known.ended = sorted(known.ended, key=lambda each: not each[1].linked), []
+        for seen, socket in ended:
+            if not is_used(socket) or self._passes_on(socket):
+                continue
+            process = (seen and seen.process) or self._name(socket)
+            cause, host = self._verdict(known, socket, known.open)
+            if self._led_elsewhere(cause, socket):
+                continue
+            if cause is None and host:
+                known.found[host] = known.found.get(host, 0) + 1
+            self._add(process, socket, cause, socket.sent + socket.received, host)
 
     def _passes_on(self, socket: Socket) -> bool:
         """Whether this only carries on what came from another connection, which is counted.
@@ -292,7 +307,7 @@ class Sockets:
         known = self._processes.setdefault(key, _OfProcess())
         self._processes.move_to_end(key)
         if len(self._processes) > PROCESSES_MAX:
-            self._processes.popitem(last=False)
+            self._judge_ended(self._processes.popitem(last=False)[1])
         return known
 
     # --- sums -----------------------------------------------------------------------------------
@@ -334,6 +349,7 @@ class Sockets:
         What a search is under way for waits: till then `open_sums` has it.
         """
         for (pid, born_ns), known in self._processes.items():
+            self._judge_ended(known)
             if known.older and not os.path.exists(f"/proc/{pid}"):
                 self._add_older(pid, born_ns, known)
                 known.older.clear()
@@ -350,6 +366,8 @@ class Sockets:
 
     def open_sums(self) -> list[dict[str, Any]]:
         """The same of what is open, as things are now; it is summed up again when it has ended."""
+        for known in self._processes.values():
+            self._judge_ended(known)
         kept, self._sums = self._sums, {}
         for known in self._processes.values():
             open_now = {

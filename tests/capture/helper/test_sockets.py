@@ -194,6 +194,26 @@ def test_what_seems_encrypted_and_passed_probes_led_to_no_provider(place: Place)
     assert place.sums() == [(HOST, "unknown", "nothing_passed", 1)]
 
 
+def test_which_of_two_that_end_together_was_metered_the_thread_tells(place: Place) -> None:
+    """A process exits: both are gone in the kernel before either end is told."""
+    place.uses()
+    metered, other = socket(linked=9), socket()
+    place.opens(1, metered)
+    place.opens(2, other)
+    place.table.values.clear()
+    place.ends(2, other)
+    place.ends(1, metered)
+    assert sorted(place.sums(), key=str) == sorted([(*METERED, 1), (*NOT_PROBED, 1)], key=str)
+
+
+def test_an_end_that_is_never_told_holds_back_no_other(place: Place) -> None:
+    place.opens(1, socket())
+    place.opens(2, socket())
+    place.table.values.clear()
+    place.ends(2, socket())
+    assert place.sums() == [(*NOT_PROBED, 1)]
+
+
 def test_what_seems_encrypted_takes_no_metered_one_from_a_connection_that_is_named(
     place: Place,
 ) -> None:
