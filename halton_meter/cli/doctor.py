@@ -101,11 +101,14 @@ def doctor(*, fix: bool, apply: bool, as_json: bool, pid: int | None) -> None:
 def _of_process(machine: Machine, pid: int, as_json: bool) -> int:
     """Say how a process can be metered; the exit code."""
     from halton_meter.cli import doctor_process
+    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, ask_service
 
     if sys.platform != "linux":
         fail(Problem("a running process is looked into on Linux only", "halton-meter status"))
     try:
-        process, ways = doctor_process.ways(pid, machine.proxy_url, machine.ca_folder)
+        told = ask_service(machine.home, "status", name=KEY_LOG_SOCKET_NAME) or {}
+        places = (machine.proxy_url, machine.ca_folder, told.get("keys", ()))
+        process, ways = doctor_process.ways(pid, *places)
     except Unavailable as error:
         fail(*error.problems)
     if as_json:

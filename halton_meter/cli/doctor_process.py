@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,13 @@ class Way:
     next: str
 
 
-def ways(pid: int, proxy_url: str, ca_folder: Path) -> tuple[Process, list[Way]]:
-    """The process, and the ways to meter it. Raises Unavailable."""
+def ways(
+    pid: int, proxy_url: str, ca_folder: Path, keys_read: Sequence[str] = ()
+) -> tuple[Process, list[Way]]:
+    """The process, and the ways to meter it; `keys_read` are the places of a service that runs.
+
+    Raises Unavailable.
+    """
     from capture.processes.proc import read_process
 
     process = read_process(pid)
@@ -84,7 +89,7 @@ def ways(pid: int, proxy_url: str, ca_folder: Path) -> tuple[Process, list[Way]]
     libraries = list(_libraries(pid, paths))
     return process, [
         _by_uprobes(pid, paths, libraries),
-        _by_key_log(process, paths, libraries, environment),
+        _by_key_log(process, paths, libraries, environment, keys_read),
         _by_proxy(process, paths, libraries, environment, proxy_url, ca_folder),
     ]
 
@@ -147,7 +152,7 @@ def _may_hide_tls(name: str, path: str) -> bool:
 
 
 def _by_uprobes(pid: int, paths: list[str], libraries: list[tuple[str, Library]]) -> Way:
-    from capture.environment import check_environment
+    from capture.environment import NEEDS_ROOT, check_environment
 
     every = [(path, each) for path, first in libraries for each in (first, *first.others)]
     known = [f"{each.stack.value} in {path}" for path, each in every if each.probes]
@@ -156,7 +161,8 @@ def _by_uprobes(pid: int, paths: list[str], libraries: list[tuple[str, Library]]
         for path, each in every
         if not each.probes
     ]
-    if missing := check_environment():
+    # Who asks need not be root: the next command is.
+    if missing := [each for each in check_environment() if each.what != NEEDS_ROOT]:
         return Way("uprobes", False, f"this machine cannot: {missing[0].what}", missing[0].fix)
     if any(os.path.basename(path) == "libjvm.so" for path in paths):
         return Way("uprobes", False, "Java's own TLS is not probed", f"kill {pid}; {_RUN_JAVA}")
@@ -182,6 +188,7 @@ def _by_key_log(
     paths: list[str],
     libraries: list[tuple[str, Library]],
     environment: Mapping[str, str],
+    keys_read: Sequence[str],
 ) -> Way:
     reads = _reader_of_keys(process, paths)
     is_node = _name(process).startswith("node")
@@ -193,6 +200,9 @@ def _by_key_log(
             return Way("key log", True, "Node writes its keys, by --tls-keylog", _SERVE_KEYS)
         return Way("key log", None, "Node writes keys with --tls-keylog=FILE", _RUN_KEYS)
     file = environment.get(_KEYS)
+    if file and reads and any(place in (file, os.path.dirname(file)) for place in keys_read):
+        what = f"{reads} writes keys to {file}, which the key log service reads"
+        return Way("key log", True, what, "halton-meter status")
     if file and reads:
         serve = f"sudo halton-meter daemon --foreground --via keylog --keys {shlex.quote(file)}"
         return Way("key log", True, f"{reads} writes keys to {file}, by {_KEYS}", serve)

@@ -88,6 +88,24 @@ def test_who_writes_keys_is_told_with_the_file(tmp_path: Path) -> None:
     assert told.next.endswith(f"--via keylog --keys '{file}'")
 
 
+def test_keys_that_the_service_reads_are_metered_already(tmp_path: Path) -> None:
+    file = tmp_path / "keys" / "tls.log"
+    with running(PYTHON, SSLKEYLOGFILE=str(file)) as pid:
+        told = ways(pid, PROXY, CA, [str(tmp_path / "keys")])[1][1]
+    assert told.why == f"Python writes keys to {file}, which the key log service reads"
+    assert (told.can, told.next) == (True, "halton-meter status")
+
+
+def test_who_asks_need_not_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    from capture.environment import NEEDS_ROOT
+    from halton_meter.problem import Problem
+
+    problem = Problem(NEEDS_ROOT, "sudo halton-meter start")
+    monkeypatch.setattr("capture.environment.check_environment", lambda: [problem])
+    with running(PYTHON) as pid:
+        assert found(pid)["uprobes"].can is True
+
+
 def test_who_has_our_proxy_is_told_apart_by_trust() -> None:
     with running(PYTHON, HTTPS_PROXY=PROXY, SSL_CERT_FILE=str(CA / "ca-bundle.pem")) as pid:
         assert found(pid)["proxy"].can is True

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.fuzz.attack import Fault, Findings
 
-BORDERS = ("captures", "wire", "readers", "programs", "segments", "frames")
+BORDERS = ("captures", "wire", "readers", "programs", "segments", "frames", "live")
 FOLDER = Path(".cache") / "fuzz"
 
 

@@ -18,6 +18,7 @@ CASES = {
     "programs": 300,
     "segments": 30,
     "frames": 200,
+    "live": 100,
 }
 
 

@@ -83,6 +83,19 @@ def test_an_sdk_is_metered_with_its_process(
     assert {event["user"] for event in events} == {lab.user.name}
 
 
+@pytest.mark.parametrize("client", ["fetch", "https"])
+def test_node_is_metered_by_its_option(lab: Lab, home: Path, client: str, project: Path) -> None:
+    skip = len(lab.ledger())
+    node = ["node", str(CLIENTS / "node.mjs"), client, "1", "6", "stream"]
+    done, told = run(lab, home, *node, project=project)
+    assert done.returncode == 0, done.stderr
+    events = stored_events(lab, home / "data")
+    assert_metered(lab.ledger()[skip:], events, "keylog")
+    assert told["losses"] == {}
+    assert {event["process"].rpartition("/")[2] for event in events} == {"node"}
+    assert len({event["pid"] for event in events}) == 1
+
+
 def test_packets_and_probes_together_make_one_event_each(bench: Bench) -> None:
     script = "; ".join(shlex.join(curl(n, "--http1.1")) for n in range(4))
     home = bench.service.home

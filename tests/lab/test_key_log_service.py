@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,21 @@ def test_clients_are_metered_with_their_process(
     found = key_log.status()
     assert found is not None
     assert (found["losses"], found["outages"]) == ({}, [])
+
+
+def test_a_budget_counts_what_the_service_meters(key_log: KeyLogService) -> None:
+    done = key_log.command("budget", "set", "daily", "20", "--per", "day")
+    assert done.returncode == 0, done.stderr
+    for n in range(3):
+        key_log.client(*curl(n))
+    spent = sum(Decimal(event["marginal_usd"]) for event in key_log.events(3))
+    assert spent > 0
+
+    def counted() -> bool:
+        told = json.loads(key_log.command("budget", "status", "--json").stdout)
+        return [Decimal(row["spent_usd"]) for row in told["budgets"]] == [spent]
+
+    wait_until(counted, "the budget's sum")
 
 
 def test_what_was_read_of_our_own_folder_is_wiped(key_log: KeyLogService) -> None:

@@ -9,6 +9,8 @@ connections whose keys are there are read.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import selectors
 import signal
@@ -124,6 +126,7 @@ class KeyLogService:
             own_keys=places.ours,
             quic=self._miss_quic,
         )
+        self._warm_up()  # before anybody is told that we are there
         self._selector = selectors.DefaultSelector()
         self._answering = Answering(
             home, self._selector, self._answer, lambda client: None, KEY_LOG_SOCKET_NAME
@@ -171,6 +174,14 @@ class KeyLogService:
             self._tick(time.monotonic())
         self._close(clean=not self._source.ended)
         return not self._source.ended
+
+    def _warm_up(self) -> None:
+        """Import now what the first request needs: who asks for a moment is gone before it is
+        looked for, where that takes a while."""
+        for name in ("hpack", "orjson", "cryptography.hazmat.primitives.ciphers.aead"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        self._registry.hosts()
 
     # --- packets
 
