@@ -76,7 +76,8 @@ def redact(
         wrong = proof.differences(old.events, new.events) or proof.left_over(made, new, filler)
         if wrong:
             raise NotRedacted(*wrong)
-        os.link(made, target)
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))  # it is ours from here on
+        os.replace(made, target)
     return Redacted(
         count,
         packets,
