@@ -132,7 +132,7 @@ _PIECE = re.compile(
     rb'(?:"(?P<value>[^"\\]{0,512})"|(?P<figure>-?\d[\d.eE+-]*+)(?=[,}\]\s])|)'
     rb'|"(?P<word>[A-Za-z_$][\w.$-]{0,63})"'
     rb"|(?P<literal>(?<=[:,\[])(?:true|false|null)(?=[,}\]]))"
-    rb'|(?P<structure>"|[{}\[\],:\r\n]+)'
+    rb'|(?P<structure>"|[{}\[\],:\r\n]+(?:(?<=[{}\[\],:\n])[ \t]+)?)'
     rb"|(?P<text>(?:\\u[0-9a-fA-F]{4}|\\.|[^{}\[\],:\"\r\n\\])++|\\)",
     re.DOTALL,
 )
