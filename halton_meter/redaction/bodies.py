@@ -143,10 +143,21 @@ def redacted(text: bytes, whole: bool, kind: str, body: Body, filler: Filler) ->
     if kind == "json" and whole:
         return redacted_json(text, filler, body.sent)
     if kind == "json":
-        return redacted_fragment(text, filler, body.sent)
+        return _lines_behind(text, filler, body.sent)
     if kind == "form":
         return re.sub(rb"[^&=+]+", lambda found: filler.text(found.group()), text)
     return filler.data(text)
+
+
+def _lines_behind(text: bytes, filler: Filler, mark: bool) -> bytes:
+    """JSON behind a hole: lines that begin with a value of their own are read as such."""
+    out: list[bytes] = []
+    for number, match in enumerate(_LINE.finditer(text)):
+        line = match.group()
+        whole = number > 0 and line[:1] in (b"{", b"[")
+        read = redacted_json if whole else redacted_fragment
+        out.append(read(line, filler, mark))
+    return b"".join(out)
 
 
 # --- server-sent events -------------------------------------------------------------------------

@@ -162,6 +162,9 @@ class Http1Half:
             self._state = _HEAD if self._half.sent else _TO_END
 
     def _content(self, run: Run, at: int) -> int:
+        if not self._half.sent and _START[False].match(run.data, at) and self._is_unbegun():
+            self._state = _HEAD  # an answer without a body: the request's method was lost
+            return at
         taken = min(self._remaining, len(run.data) - at)
         end = at + taken
         # the line break behind a chunk is not of the body
@@ -175,6 +178,9 @@ class Http1Half:
         if not self._remaining:
             self._state = _HEAD if self._state == _LENGTH else _CHUNK_START
         return end
+
+    def _is_unbegun(self) -> bool:
+        return self._state == _LENGTH and self._body is not None and not self._body.pieces[0]
 
     def _chunk_start(self, run: Run, at: int) -> int:
         line = _CHUNK_LINE.match(run.data, at)
