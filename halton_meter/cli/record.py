@@ -110,7 +110,11 @@ def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str
         result = through_key_log(command, place)
         if result.recorded is not None and not result.recorded.connections:
             return result, ["  nothing was recorded, so there is nothing to redact"]
-        done = made(places[0], file)
+        try:
+            done = made(places[0], file)
+        except SystemExit:  # no file; what the command spent is told all the same
+            note("\n".join(summary_lines(result)))
+            raise
     lines = [f"  {line}" if at == 0 else line for at, line in enumerate(told(done, file))]
     if result.recorded is not None and result.recorded.error:
         lines.append(f"  the recording is not whole: {result.recorded.error}")

@@ -277,7 +277,9 @@ def _part(part: bytes, filler: Filler) -> bytes:
     if not is_file and name is not None and words.is_word(name.group(1)):
         if name.group(1) in words.MODELS:
             shown = words.shown_model(value)
-        elif words.is_word(value) or words.is_figure(value) or value in (b"true", b"false"):
+        elif words.is_word(value) or (
+            words.holds_figures(name.group(1)) and words.is_figure(value)
+        ):
             shown = value
     body = filler.data(value) if shown is None else filler.keep(shown)
     return b"\r\n".join(lines) + separator + body + end

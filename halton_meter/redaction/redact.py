@@ -84,7 +84,7 @@ def redact(
         len(old.events),
         old.total_usd,
         sum(event.list_usd is None for event in old.events),
-        tuple(sorted({each.connection.peer for each in heard.connections if each.connection.peer})),
+        tuple(sorted({host for event in new.events if (host := event.usage.host)})),
         sum(old.findings.without_keys.values()),
     )
 
