@@ -67,7 +67,7 @@ def inspect(what: str, keys: tuple[Path, ...], show_bodies: bool, as_json: bool)
     \b
     Examples:
       halton-meter inspect capture.pcapng
-      halton-meter inspect capture.pcap --keys sslkeys.log --json
+      halton-meter inspect capture.pcapng --keys sslkeys.log --json
       halton-meter inspect 3f6c0a9d1b2e4f508192a3b4c5d6e7f8
     """
     path = Path(what)

@@ -6,6 +6,7 @@ cannot be made, in which case the command was not started.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def record(*, file: Path, command: tuple[str, ...], quiet: bool, redacted: bool)
         if redacted:
             result, lines = _redacted(command, file)
         else:
-            result = through_key_log(command, file)
+            result = through_key_log(command, lambda: file)
             lines = _recorded_lines(result, file)
     except FileExistsError:
         fail(Problem(f"{file} exists already", "name a new file"))
@@ -96,14 +97,24 @@ def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str
     """Run the command; what was recorded is kept in a folder of ours until it is redacted."""
     from halton_meter.cli.redact import made, told
 
-    if file.exists():
-        raise FileExistsError(file)
-    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
-        recorded = Path(folder) / "recorded.pcapng"
-        result = through_key_log(command, recorded)
+    places: list[Path] = []
+    with contextlib.ExitStack() as stack:
+
+        def place() -> Path:
+            if file.exists():
+                raise FileExistsError(file)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="halton-meter-"))
+            places.append(Path(folder) / "recorded.pcapng")
+            return places[0]
+
+        result = through_key_log(command, place)
         if result.recorded is not None and not result.recorded.connections:
             return result, ["  nothing was recorded, so there is nothing to redact"]
-        done = made(recorded, file)
+        try:
+            done = made(places[0], file)
+        except SystemExit:  # no file; what the command spent is told all the same
+            note("\n".join(summary_lines(result)))
+            raise
     lines = [f"  {line}" if at == 0 else line for at, line in enumerate(told(done, file))]
     if result.recorded is not None and result.recorded.error:
         lines.append(f"  the recording is not whole: {result.recorded.error}")

@@ -52,7 +52,7 @@ def redact(*, source: Path, target: Path, keys: tuple[Path, ...], as_json: bool)
     \b
     Examples:
       halton-meter redact capture.pcapng for-the-report.pcapng
-      halton-meter redact capture.pcap redacted.pcapng --keys sslkeys.log
+      halton-meter redact capture.pcapng redacted.pcapng --keys sslkeys.log
     """
     done = made(source, target, keys)
     if as_json:

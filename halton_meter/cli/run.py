@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -230,8 +230,11 @@ def _through_proxy(command: Sequence[str], limit: RunLimit, java: bool = False) 
     return meter_command(command, home, os.environ, hosts, upstream, java, limit)
 
 
-def through_key_log(command: Sequence[str], record: Path | None = None) -> RunResult:
-    """Run a command metered by its packets; `record` is a new file for them. Raises Unavailable."""
+def through_key_log(command: Sequence[str], record: Callable[[], Path] | None = None) -> RunResult:
+    """Run a command metered by its packets. Raises Unavailable.
+
+    `record` names a new file for them; it is asked as the user, when nothing more needs root.
+    """
     from capture.packets.keeping import CaptureWriter, Keeping
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
@@ -251,7 +254,7 @@ def through_key_log(command: Sequence[str], record: Path | None = None) -> RunRe
     hosts = found.config.extra_hosts
     if record is None:
         return meter_command(command, home, environment, hosts, link)
-    keeping = Keeping(CaptureWriter(record))
+    keeping = Keeping(CaptureWriter(record()))
     try:
         result = meter_command(command, home, environment, hosts, link, keeping)
     finally:

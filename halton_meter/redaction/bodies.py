@@ -27,7 +27,7 @@ _PART_NAME = re.compile(rb'name="([^"]{0,200})"', re.IGNORECASE)
 # What stays of a part's or an AWS frame's head.
 _DISPOSITION = re.compile(rb'(?i)((?:file)?name\*?=)("[^"\r\n]*"?|[^;\r\n]*)')
 _MEDIA_TYPE = re.compile(rb"[A-Za-z]{1,20}/[A-Za-z0-9.+-]{1,60}(?:; ?charset=[A-Za-z0-9-]{1,20})?")
-_CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]{1,8}\r\n|\A[0-9a-fA-F]{1,8}\r\n")
+_EVENT = re.compile(rb"(?:\A|[\r\n])(?:data|event):")
 _FRAME_BYTES_MIN = 16
 
 
@@ -67,8 +67,8 @@ def redact(body: Body, filler: Filler) -> None:
         if not text:
             continue
         whole = number == 0 and body.from_start
-        if whole:
-            kind = form(body.content_type, text)
+        if whole or not kind:
+            kind = form(body.content_type, text) if whole else _form_within(body, text)
         instead = _piece(body, text, whole, kind, filler)
         assert len(instead) == len(text)
         at = 0
@@ -118,6 +118,18 @@ def form(content_type: bytes, text: bytes) -> str:
     return "json" if b"json" in lowered else "other"
 
 
+def _form_within(body: Body, text: bytes) -> str:
+    """The same of a body whose beginning is lost, by what stands in it."""
+    if b":message-type\x07\x00" in text:
+        return "eventstream"
+    if b"\0" in text[:4096]:
+        return "other"
+    if _EVENT.search(text) is not None:
+        return "sse"
+    found = form(body.content_type, text)
+    return "json" if found in ("other", "grpc") else found
+
+
 def redacted(text: bytes, whole: bool, kind: str, body: Body, filler: Filler) -> bytes:
     """A decoded piece of a body; `whole` says that it begins where the body does."""
     if kind == "sse":
@@ -131,10 +143,21 @@ def redacted(text: bytes, whole: bool, kind: str, body: Body, filler: Filler) ->
     if kind == "json" and whole:
         return redacted_json(text, filler, body.sent)
     if kind == "json":
-        return redacted_fragment(text, filler, body.sent)
+        return _lines_behind(text, filler, body.sent)
     if kind == "form":
         return re.sub(rb"[^&=+]+", lambda found: filler.text(found.group()), text)
     return filler.data(text)
+
+
+def _lines_behind(text: bytes, filler: Filler, mark: bool) -> bytes:
+    """JSON behind a hole: lines that begin with a value of their own are read as such."""
+    out: list[bytes] = []
+    for number, match in enumerate(_LINE.finditer(text)):
+        line = match.group()
+        whole = number > 0 and line[:1] in (b"{", b"[")
+        read = redacted_json if whole else redacted_fragment
+        out.append(read(line, filler, mark))
+    return b"".join(out)
 
 
 # --- server-sent events -------------------------------------------------------------------------
@@ -185,13 +208,17 @@ def _sse_line(found: re.Match[bytes], filler: Filler) -> bytes:
 
 def _event_stream(text: bytes, filler: Filler) -> bytes:
     out: list[bytes] = []
-    at = 0
+    at = written = 0
     while at + _FRAME_BYTES_MIN <= len(text):
         total = int.from_bytes(text[at : at + 4])
         if total < _FRAME_BYTES_MIN or zlib.crc32(text[at : at + 8]) != int.from_bytes(
             text[at + 8 : at + 12]
         ):
-            break
+            at = text.find(b"\0", at + 1)  # behind a hole: as our reader looks for a frame
+            if at < 0:
+                break
+            continue
+        out.append(filler.data(text[written:at]))
         end = at + total
         headers_end = at + 12 + int.from_bytes(text[at + 4 : at + 8])
         if headers_end > min(end - 4, len(text)):
@@ -202,8 +229,8 @@ def _event_stream(text: bytes, filler: Filler) -> bytes:
             return b"".join(out)
         frame += redacted_json(text[headers_end : end - 4], filler)
         out.append(frame + zlib.crc32(frame).to_bytes(4))
-        at = end
-    return b"".join(out) + filler.data(text[at:])
+        at = written = end
+    return b"".join(out) + filler.data(text[written:])
 
 
 def _frame_headers(raw: bytes, filler: Filler) -> bytes:
@@ -250,7 +277,9 @@ def _part(part: bytes, filler: Filler) -> bytes:
     if not is_file and name is not None and words.is_word(name.group(1)):
         if name.group(1) in words.MODELS:
             shown = words.shown_model(value)
-        elif words.is_word(value) or words.is_figure(value) or value in (b"true", b"false"):
+        elif words.is_word(value) or (
+            words.holds_figures(name.group(1)) and words.is_figure(value)
+        ):
             shown = value
     body = filler.data(value) if shown is None else filler.keep(shown)
     return b"\r\n".join(lines) + separator + body + end
@@ -273,31 +302,3 @@ def _named(found: re.Match[bytes], filler: Filler) -> bytes:
     name = quoted.strip(b'"')
     stays = found.group(1).lower() == b"name=" and words.is_word(name)
     return found.group(1) + (quoted if stays else quoted.replace(name, filler.text(name)))
-
-
-# --- framing that cannot be followed ------------------------------------------------------------
-
-
-def unframed(text: bytes, body: Body | None, filler: Filler) -> bytes:
-    """Bytes behind a hole in HTTP/1's framing: chunk lines among a body of which this is known."""
-    out: list[bytes] = []
-    at = 0
-    for line in _CHUNK_LINE.finditer(text):
-        out += (_unframed_part(text[at : line.start()], body, filler), line.group())
-        at = line.end()
-    return b"".join(out) + _unframed_part(text[at:], body, filler)
-
-
-def _unframed_part(text: bytes, body: Body | None, filler: Filler) -> bytes:
-    if not text:
-        return b""
-    if body is not None and body.coding.strip().lower() not in ("", "identity"):
-        return filler.data(text)
-    is_sse = text.lstrip().startswith((b"data:", b"event:")) or re.search(
-        rb"\n(?:data|event):", text
-    )
-    if is_sse:
-        return _sse(text, False, filler)
-    if b"\0" in text[:4096]:
-        return filler.data(text)
-    return redacted_fragment(text, filler, body is not None and body.sent)

@@ -86,6 +86,7 @@ def _redact_http2(heard: Heard, filler: Filler) -> list[Pair]:
         for way in (Direction.SENT, Direction.RECEIVED)
     ]
     for half in found:
+        half.known = set(found[0].bodies)
         half.redact()
     sockets = found[0].websockets
     for half in found:

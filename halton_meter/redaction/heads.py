@@ -33,15 +33,6 @@ _PREFIXES_KEPT = (
 )
 _CODEX_KEPT = re.compile(rb"x-codex-(?:[a-z0-9-]+-)?(?:primary|secondary|credits)-[a-z-]+")
 _MODELS = frozenset((b"ai-language-model-id", b"ai-model-id"))
-_IDS = frozenset(
-    b"request-id x-request-id apim-request-id x-ms-request-id x-amzn-requestid x-goog-request-id "
-    b"x-generation-id cf-ray mistral-correlation-id idempotency-key x-idempotency-key x-trace-id "
-    b"x-claude-code-session-id x-claude-code-prompt-id x-claude-code-agent-id "
-    b"x-claude-code-parent-agent-id session-id session_id thread-id thread_id conversation_id "
-    b"x-opencode-session-id x-opencode-session x-opencode-parent-session-id x-opencode-request "
-    b"x-session-id x-session-affinity x-parent-session-id helicone-session-id "
-    b"x-litellm-session-id".split()
-)
 _NAMES_ONLY = frozenset(
     b"authorization x-api-key api-key x-goog-api-key cookie set-cookie user-agent referer origin "
     b"accept-language sec-websocket-key sec-websocket-accept sec-websocket-protocol "
@@ -55,11 +46,13 @@ _NAMES_ONLY = frozenset(
     b"access-control-allow-origin access-control-expose-headers last-modified age nel report-to "
     b"x-frame-options cf-cache-status x-envoy-upstream-service-time server-timing".split()
 )
+# Of the headers that we read, the others hold ids: of requests, sessions, agents.
+_IDS = frozenset(name.encode() for name in kept.HEADERS_KEPT) - _VALUES_KEPT - _MODELS - _NAMES_ONLY
 _VALUE = re.compile(rb"[\w.:;,=/+*%$&?@|<>(){}\[\]^~'\"! -]{0,256}")
 _HOST = re.compile(rb"[A-Za-z0-9.:\[\]*_-]{1,255}")
 _WORD = re.compile(rb"[A-Za-z][A-Za-z_]*")
 
-_QUERY = frozenset(b"alt api-version stream beta model".split())
+_QUERY = frozenset(name.encode() for name in kept.QUERY_KEPT)
 
 
 @cache

@@ -38,6 +38,11 @@ class Blocks:
     _bytes: int = 0
     _most: int = _TABLE_BYTES_DEFAULT
 
+    def begin(self) -> None:
+        """None were missed: this is the connection's beginning."""
+        self._table.clear()
+        self._bytes, self._most, self.joined = 0, _TABLE_BYTES_DEFAULT, False
+
     def forget(self) -> None:
         """Blocks were missed."""
         self._table.clear()

@@ -11,9 +11,10 @@ import re
 from collections import deque
 
 from halton_meter.redaction import heads
-from halton_meter.redaction.bodies import Body, unframed
+from halton_meter.redaction.bodies import Body
 from halton_meter.redaction.filler import Filler
 from halton_meter.redaction.half import Half, Run
+from halton_meter.wire import chunked
 
 _START = {
     True: re.compile(rb"[A-Z][A-Z-]{1,15} [^\s\x00]{1,65536} HTTP/1\.[01]\r?\n"),
@@ -161,6 +162,9 @@ class Http1Half:
             self._state = _HEAD if self._half.sent else _TO_END
 
     def _content(self, run: Run, at: int) -> int:
+        if not self._half.sent and _START[False].match(run.data, at) and self._is_unbegun():
+            self._state = _HEAD  # an answer without a body: the request's method was lost
+            return at
         taken = min(self._remaining, len(run.data) - at)
         end = at + taken
         # the line break behind a chunk is not of the body
@@ -174,6 +178,9 @@ class Http1Half:
         if not self._remaining:
             self._state = _HEAD if self._state == _LENGTH else _CHUNK_START
         return end
+
+    def _is_unbegun(self) -> bool:
+        return self._state == _LENGTH and self._body is not None and not self._body.pieces[0]
 
     def _chunk_start(self, run: Run, at: int) -> int:
         line = _CHUNK_LINE.match(run.data, at)
@@ -217,11 +224,24 @@ class Http1Half:
                 self._body = self._new_body(head)
             at = fields.end()
         following = _BEHIND[self._half.sent].search(data, at)
+        chunk = chunked.behind(data, at)
         end = following.start() if following is not None else len(data)
-        self._write(run, at, unframed(data[at:end], self._body, self._filler))
+        if chunk is not None and chunk.start() < end:
+            self._unheaded().add(run, at, chunk.start())
+            run.keep(chunk.start(), chunk.start() + 2)
+            self._state = _CHUNK_START
+            return chunk.start() + 2
+        self._unheaded().add(run, at, end)
         if following is not None:
             self._state, self._body = _HEAD, None
         return end
+
+    def _unheaded(self) -> Body:
+        """The body under way; one of which nothing is known where its head was lost."""
+        if self._body is None:
+            self._body = Body(self._half.sent, from_start=False)
+            self._bodies.append(self._body)
+        return self._body
 
     @staticmethod
     def _write(run: Run, at: int, text: bytes) -> None:

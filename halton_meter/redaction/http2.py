@@ -33,6 +33,7 @@ class Http2Half:
     bodies: dict[int, Body] = field(default_factory=dict)
     all_bodies: list[Body] = field(default_factory=list)
     websockets: set[int] = field(default_factory=set)
+    known: set[int] = field(default_factory=set)  # streams of the other direction
     _blocks: hpack.Blocks = field(init=False)
     _synced: bool = True
     _preface_due: bool = False
@@ -53,6 +54,7 @@ class Http2Half:
         self._preface_due = self.half.sent
         if self.joined:
             self._lose_framing()
+            self._preface_due = self.half.sent
 
     def redact(self) -> None:
         """Write over all runs."""
@@ -87,6 +89,9 @@ class Http2Half:
         if self._preface_due:
             self._preface_due = False
             if data.startswith(PREFACE, at):
+                if not self._synced:  # whatever was thought: here it begins
+                    self._synced = True
+                    self._blocks.begin()
                 run.keep(at, at + len(PREFACE))
                 return at + len(PREFACE)
         if not self._synced:
@@ -108,7 +113,8 @@ class Http2Half:
             if data[at] <= 0x10 and data[at + 3] <= _CONTINUATION and plausible_frame(data, at):
                 behind = at + FRAME_HEAD_BYTES + int.from_bytes(data[at : at + 3])
                 stream = int.from_bytes(data[at + 5 : at + 9])
-                known = stream in self.bodies and behind + FRAME_HEAD_BYTES > len(data)
+                opened = stream in self.bodies or stream in self.known
+                known = opened and behind + FRAME_HEAD_BYTES > len(data)
                 if behind == len(data) or plausible_frame(data, behind) or known:
                     return at
             at += 1

@@ -98,7 +98,7 @@ def _value(raw: bytes, level: _Level, filler: Filler, mark: bool) -> bytes:
         return filler.keep(raw)
     if level.is_object and words.is_id_key(key):
         return filler.id(raw)
-    if level.is_object and words.is_word(key) and words.is_figure(raw):
+    if level.is_object and words.holds_figures(key) and words.is_figure(raw):
         return filler.keep(raw)
     if key == b"bytes" and (inner := _unpacked(raw)) is not None:
         return base64.b64encode(redacted_json(inner, filler, mark))
@@ -119,10 +119,12 @@ def _unpacked(raw: bytes) -> bytes | None:
 
 
 def _number(raw: bytes, level: _Level, filler: Filler) -> bytes:
-    stays = level.is_object and not level.theirs and words.is_word(level.key or b"")
-    if stays and not words.is_id_key(level.key or b""):
-        return filler.keep(raw)
-    return filler.number(raw)
+    stays = level.is_object and not level.theirs and _is_count_key(level.key or b"")
+    return filler.keep(raw) if stays else filler.number(raw)
+
+
+def _is_count_key(key: bytes) -> bool:
+    return words.is_word(key) and key not in words.SAID and not words.is_id_key(key)
 
 
 # --- behind a hole ------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ _PIECE = re.compile(
     rb'(?:"(?P<value>[^"\\]{0,512})"|(?P<figure>-?\d[\d.eE+-]*+)(?=[,}\]\s])|)'
     rb'|"(?P<word>[A-Za-z_$][\w.$-]{0,63})"'
     rb"|(?P<literal>(?<=[:,\[])(?:true|false|null)(?=[,}\]]))"
-    rb'|(?P<structure>"|[{}\[\],:\r\n]+)'
+    rb'|(?P<structure>"|[{}\[\],:\r\n]+(?:(?<=[{}\[\],:\n])[ \t]+)?|\A[ \t]+)'
     rb"|(?P<text>(?:\\u[0-9a-fA-F]{4}|\\.|[^{}\[\],:\"\r\n\\])++|\\)",
     re.DOTALL,
 )
@@ -157,7 +159,7 @@ def _member(match: re.Match[bytes], key: bytes, filler: Filler, mark: bool) -> b
     known = words.is_word(key)
     start = b'"' + (key if known else filler.text(key)) + b'"' + match.group("colon")
     if (figure := match.group("figure")) is not None:
-        return start + (figure if known and not words.is_id_key(key) else filler.number(figure))
+        return start + (figure if _is_count_key(key) else filler.number(figure))
     value = match.group("value")
     if value is None:
         return start

@@ -76,14 +76,15 @@ def redact(
         wrong = proof.differences(old.events, new.events) or proof.left_over(made, new, filler)
         if wrong:
             raise NotRedacted(*wrong)
-        os.link(made, target)
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))  # it is ours from here on
+        os.replace(made, target)
     return Redacted(
         count,
         packets,
         len(old.events),
         old.total_usd,
         sum(event.list_usd is None for event in old.events),
-        tuple(sorted({each.connection.peer for each in heard.connections if each.connection.peer})),
+        tuple(sorted({host for event in new.events if (host := event.usage.host)})),
         sum(old.findings.without_keys.values()),
     )
 

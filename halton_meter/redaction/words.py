@@ -65,6 +65,13 @@ _FIGURE = re.compile(
     rb"|\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)?"
 )
 
+_FIGURE_KEY = re.compile(
+    rb"(?i)token|count|cost|price|usd|amount|second|duration|size|time|created|_at$|ticks|quantity"
+    rb"|unit|limit|remaining|reset|balance|percent|total|charge|credit|rate|dimension|^n$|ttl"
+)
+# Numbers under these names are what somebody said.
+SAID = frozenset((b"text", b"content", b"data", b"value", b"values", b"embedding"))
+
 
 @cache
 def _words() -> frozenset[bytes]:
@@ -85,6 +92,14 @@ def is_word(text: bytes) -> bool:
 def is_name(text: bytes) -> bool:
     """Whether it has the form of a protocol's word: one, and short."""
     return _NAME.fullmatch(text) is not None
+
+
+def holds_figures(key: bytes) -> bool:
+    """Whether under this name a figure written as a text is the protocol's: a count, cost, time.
+
+    Under others it may be what a user wrote, such as the number of a card.
+    """
+    return is_word(key) and _FIGURE_KEY.search(key) is not None
 
 
 def is_figure(text: bytes) -> bool:

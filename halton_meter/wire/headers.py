@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from halton_meter.model import Headers
 
-_HEADERS_KEPT = frozenset(
+HEADERS_KEPT = frozenset(
     {
         "content-type",
         "content-encoding",
@@ -115,7 +115,7 @@ _PLAN_WINDOW = re.compile(
     r"x-[a-z0-9_-]{1,40}-(?:primary|secondary)-"
     r"(?:used-percent|window-minutes|reset-at|reset-after-seconds)"
 )
-_QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
+QUERY_KEPT = frozenset({"alt", "api-version", "stream", "beta", "model"})
 
 # What keys and tokens of the providers look like, wherever they should turn up.
 _SECRET = re.compile(
@@ -135,7 +135,7 @@ def kept_headers(headers: Iterable[tuple[str, str]]) -> Headers:
         (lower, value)
         for name, value in headers
         if (
-            (lower := name.lower()) in _HEADERS_KEPT
+            (lower := name.lower()) in HEADERS_KEPT
             or lower.startswith(_PREFIXES_KEPT)
             or _PLAN_WINDOW.fullmatch(lower)
             or (lower.endswith(COST_ENDS_KEPT) and _MONEY.fullmatch(value.strip()))
@@ -164,7 +164,7 @@ def split_target(target: str) -> tuple[str, Headers]:
     return path, tuple(
         (k.lower(), v)
         for k, v in pairs
-        if k.lower().lstrip("$") in _QUERY_KEPT and not _SECRET.search(v)
+        if k.lower().lstrip("$") in QUERY_KEPT and not _SECRET.search(v)
     )
 
 

@@ -130,7 +130,9 @@ def completed(words: list[str], path: str) -> list[str]:
 
 
 def test_bash_completes_commands_options_and_choices(path: str) -> None:
-    assert completed([NAME, "re"], path) == ["replay", "report", "reprice", "retag", "record"]
+    assert completed([NAME, "re"], path) == [
+        *("replay", "redact", "report", "reprice", "retag", "record")
+    ]
     assert completed([NAME, "config", "c"], path) == ["check"]
     assert "--vs-previous" in completed([NAME, "report", "--v"], path)
     assert completed([NAME, "logs", "--via", "u"], path) == ["uprobes"]

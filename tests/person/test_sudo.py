@@ -41,6 +41,8 @@ CAPTURE = REPOSITORY / "fixtures" / "pcaps" / "anthropic_count_tokens.pcapng"
 CALLS: tuple[tuple[str, ...], ...] = (
     ("replay", str(CAPTURE), "--store", "--quiet"),
     ("events", "--json"),
+    ("redact", str(CAPTURE), "redacted.pcapng"),
+    ("inspect", "--json", str(CAPTURE)),
     ("tail", "--json"),
     ("top", "--json"),
     ("report",),

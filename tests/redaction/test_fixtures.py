@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -92,3 +94,43 @@ def test_a_redacted_capture_replays_as_declared(path: Path, tmp_path: Path) -> N
     raw = target.read_bytes()
     assert CREDENTIAL not in raw
     assert [each for each in tmp_path.iterdir() if each != target] == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_anywhere_raises_nothing_and_leaves_no_text(seed: int) -> None:
+    chance = random.Random(seed)
+    talks = list(_talks().values())
+    for _ in range(25):
+        whole = chance.choice(talks)
+        items = _damaged(whole, chance)
+        new = redacted(items)
+        plain = b"".join(item.data for item in new if isinstance(item, TlsChunk))
+        left = b"\0".join((plain, *bodies_of(new)))
+        assert CREDENTIAL not in left
+        for body in bodies_of(whole):
+            for text in texts_of(body):
+                for part in (text, text[: len(text) // 2 + 6], text[len(text) // 2 - 6 :]):
+                    assert set(part) <= {"x"} or part.encode() not in left
+
+
+def _damaged(items: Items, chance: random.Random) -> Items:
+    """Smaller deliveries, of which some are lost, spoilt, or before the capture's beginning."""
+    cut: Items = []
+    for item in items:
+        if isinstance(item, TlsClosed):
+            cut.append(item)
+            continue
+        for at in range(0, len(item.data), 300):
+            piece = item.data[at : at + 300]
+            cut.append(replace(item, offset=item.offset + at, data=piece, length=len(piece)))
+    way = chance.choice(("lose", "spoil", "begin late"))
+    at = chance.randrange(len(cut) - 1)
+    if way == "begin late":
+        connection = replace(cut[0].connection, joined=True)
+        return [replace(item, connection=connection) for item in cut[at:]]
+    spoilt = cut[at]
+    if way == "lose" or not isinstance(spoilt, TlsChunk):
+        return cut[:at] + cut[at + 1 :]
+    data = bytearray(spoilt.data)
+    data[chance.randrange(len(data))] = chance.randrange(256)
+    return [*cut[:at], replace(spoilt, data=bytes(data)), *cut[at + 1 :]]

@@ -121,6 +121,17 @@ def test_what_stands_behind_a_hole_keeps_usage_and_model_only() -> None:
     assert b"world" not in new
 
 
+def test_a_number_that_a_user_wrote_is_replaced_and_a_count_is_not() -> None:
+    text = (
+        b'{"messages":[{"role":"user","content":"4111111111111111"},{"content":4111}],'
+        b'"usage":{"prompt_tokens":"1200","completion_tokens":80}}'
+    )
+    assert redacted_json(text, Filler()) == (
+        b'{"messages":[{"role":"user","content":"xxxxxxxxxxxxxxxx"},{"content":1111}],'
+        b'"usage":{"prompt_tokens":"1200","completion_tokens":80}}'
+    )
+
+
 def test_what_a_fine_tuned_model_is_called_is_replaced() -> None:
     text = b'{"model":"ft:gpt-4o-mini-2024-07-18:acme-corp:support:AbC123"}'
     assert redacted_json(text, Filler()) == (
