@@ -14,7 +14,7 @@ import sys
 from capture import loader
 from halton_meter.problem import Problem
 
-KERNEL_MIN = (5, 12)
+KERNEL_MIN = (5, 15)
 LOCKDOWN_FILE = "/sys/kernel/security/lockdown"
 TRACEPOINTS = ("inet_sock_set_state", "tcp_destroy_sock", "sock_send_length", "sock_recv_length")
 USE_PROXY = "use the proxy: halton-meter run --via proxy -- CMD"

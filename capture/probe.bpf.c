@@ -16,7 +16,7 @@
  *
  * Compiles in two ways from this one text, without kernel or libbpf headers in the second:
  *   bcc (HALTON_BCC defined), or  clang -O2 -g -target bpf -D__TARGET_ARCH_x86 -c probe.bpf.c
- * No kprobes, no CO-RE. Needs Linux 5.12 (ring buffer, bounded loops, variable stack offsets).
+ * No kprobes, no CO-RE. Needs Linux 5.15 (cookies of probes, ring buffer, bounded loops, variable stack offsets).
  * User space's view of the records is in protocol.py; its names of programs and maps are in loader.py.
  */
 

@@ -118,10 +118,10 @@ def test_where_uprobes_cannot_work_it_says_why_and_sets_the_proxy_up(
     home: Path, monkeypatch: pytest.MonkeyPatch, started: Started
 ) -> None:
     user(monkeypatch, is_root=True)
-    old = Problem("Linux 5.4 is older than 5.12", "use the proxy")
+    old = Problem("Linux 5.4 is older than 5.15", "use the proxy")
     monkeypatch.setattr(init_uprobes, "obstacles", lambda: [old])
     done = run("--dry-run")
-    assert "uprobes cannot be used here: Linux 5.4 is older than 5.12" in done.stderr
+    assert "uprobes cannot be used here: Linux 5.4 is older than 5.15" in done.stderr
     assert "CA generated" in done.stdout
     refused = run("--via", "uprobes", "--dry-run", code=1)
     assert "fix: use the proxy" in refused.stderr
