@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture.uprobes import Scope, UprobeSource
+from capture.helper_process import Scope
+from capture.uprobes import UprobeSource
 
 HOST, OTHER = "localhost", "api.provider.test"
 RECORD_BYTES = 512

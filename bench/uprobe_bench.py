@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture import uprobes
+from capture import helper_process
 from capture.helper.main import REPORT_S
 from halton_meter.live.control import Control
 from halton_meter.live.journal_writer import FLUSH_AFTER_S
@@ -269,8 +269,10 @@ class _Daemon:
 
     def __init__(self, folder: Path, libssl: str) -> None:
         self.home = folder / "home"
-        link = uprobes.spawn_helper(uprobes.Scope(roots=(os.getpid(),)), [HOST], files=[libssl])
-        self._helper = uprobes._children[-1]
+        link = helper_process.spawn_helper(
+            helper_process.Scope(roots=(os.getpid(),)), [HOST], files=[libssl]
+        )
+        self._helper = helper_process.newest_helper()
         job = {"home": str(self.home), "service": True, "extra_hosts": {HOST: FAMILY}}
         assert set(job) <= set(Job.__dataclass_fields__)
         self._commands, theirs = socket.socketpair()

@@ -1,4 +1,4 @@
-"""The unprivileged end of the uprobe capture: starts the root helper and reads plaintext from it.
+"""The unprivileged end of the uprobe capture: reads plaintext from root's helper.
 
 `UprobeSource` yields `TlsChunk` and `TlsClosed`. It refuses to parse the plaintext, to load BPF
 or to read `/proc`: `helper/main.py` does the last two as root, in another process, and sends frames
@@ -10,22 +10,33 @@ reader begins there; with a supervisor the source goes on at the next helper whe
 from __future__ import annotations
 
 import contextlib
-import enum
-import os
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from capture import protocol
 from capture.environment import USE_PROXY, check_environment
-from capture.helper.handover import Keeper
 from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt
+from capture.helper_process import (
+    KNOWN_FILES_DIRECTORY,
+    Scope,
+    end_helper,
+    newest_helper,
+    spawn_helper,
+)
+from capture.helper_report import (
+    Connections,
+    ProcessCoverage,
+    Status,
+    parsed_connections,
+    parsed_coverage,
+    parsed_status,
+)
 from capture.processes import proc
 from halton_meter.model import (
     Connection,
@@ -41,173 +52,10 @@ CLOSED_MAX = 4096  # connections remembered after their end: more than a batch o
 # How far back an exchange that is not over may keep the spool from being freed. A longer one would
 # be `gapped` should the reader be killed in it.
 OPEN_BYTES_MAX = SPOOL_BYTES // 4
-STOP_S_MAX, KILLED_S_MAX = 10.0, 10.0  # how long to wait for a helper to end
 SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 DRAINED_AT_ONCE = 256  # events, of 16 KiB at most
-KNOWN_FILES_DIRECTORY = "/var/cache/halton-meter/tls"
 _DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Whose plaintext may be copied; the kernel enforces it. The default is nobody's.
-
-    A process is in scope when `everyone` is set, or its uid is in `uids`, or it is one of `roots`
-    or descends from one; and, where `cgroup` (a path under /sys/fs/cgroup) is given, when it is
-    in that cgroup as well. Processes in `excluded`, and their descendants, never are: name the
-    proxy there, so that nothing is seen twice. With `owner`, processes of the trees that have
-    become another user's are out.
-    """
-
-    uids: frozenset[int] = frozenset()
-    roots: tuple[int, ...] = ()
-    everyone: bool = False
-    cgroup: str | None = None
-    excluded: tuple[int, ...] = ()
-    owner: int | None = None
-
-
-class CoverageState(enum.Enum):
-    """What we can say of a process that uses TLS."""
-
-    METERED = "metered"
-    NOT_RECOGNISED = "not_recognised"
-    UNSUPPORTED = "unsupported"
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessCoverage:
-    """One line of `status`: a process, the TLS stack found in it, and what to do if unmetered."""
-
-    process: Process
-    host: str | None
-    stack: str
-    library: str | None
-    state: CoverageState
-    advice: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Connections:
-    """Connections of a process to a host, None where that is not known, that sockets have shown.
-
-    `cause` is why the probes did not meter them (sockets.py, coverage.py of the helper), None when
-    they did; `bytes` all that passed the sockets, both ways, with TLS around it; None: not known.
-    """
-
-    process: Process
-    host: str | None
-    stack: str | None
-    cause: str | None
-    connections: int
-    bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How the helper fares. `losses` counts bytes by cause, `events_lost` events by cause;
-    `counted` holds every kernel counter (protocol.STATISTICS). `waits_for_searches`: a search is
-    under way that tells why a process was not metered."""
-
-    loader: str
-    probes: int
-    libraries: tuple[str, ...] = ()
-    losses: Mapping[str, int] = field(default_factory=dict)
-    events_lost: Mapping[str, int] = field(default_factory=dict)
-    counted: Mapping[str, int] = field(default_factory=dict)
-    rss_bytes: int | None = None
-    waits_for_searches: bool = False
-
-
-# Python's own BLAKE2 serves; through _hashlib the helper would map libcrypto, 4 MB of it resident.
-_HELPER = "import sys; sys.modules['_hashlib'] = None; from capture.helper.main import main; main()"
-
-
-def spawn_helper(
-    scope: Scope,
-    hosts: Iterable[str],
-    *,
-    loader: str = "auto",
-    files: Iterable[str] | None = None,
-    restricted: bool = True,
-    ring_bytes: int | None = None,
-    spool_bytes: int | None = None,
-    request_bytes_max: int | None = None,
-    cache_directory: str | None = KNOWN_FILES_DIRECTORY,
-    programs: Iterable[str] = (),
-    keeper: Keeper | None = None,
-    at_once: bool = True,
-) -> socket.socket:
-    """Start the helper (we must be root) and return the socket to it, for `UprobeSource(link=…)`.
-
-    A root supervisor calls this, then starts the unprivileged daemon with the socket inherited.
-    Scope and hosts are fixed here: when `restricted`, the other end of the socket cannot change
-    them. `files` are attached to at once, before any process maps them (None: the system's libssl).
-    `ring_bytes` is a power of two. `cache_directory` keeps what was found in programs without
-    symbols; it must be root's alone. `programs` are what a root may execute: the first answer comes
-    when they were searched. Unless `at_once`, a file's probes are attached one by one, as on
-    kernels before 6.6. With `keeper`, which holds what this helper makes, it carries on
-    where one before it died, and ends with the keeper; else it ends with the socket.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    configuration = {
-        "scope": {
-            "uids": sorted(scope.uids),
-            "roots": list(scope.roots),
-            "everyone": scope.everyone,
-            "cgroup": scope.cgroup,
-            "excluded": list(scope.excluded),
-            "owner": scope.owner,
-        },
-        "hosts": list(hosts),
-        "loader": loader,
-        "files": None if files is None else list(files),
-        "restricted": restricted,
-        "ring_bytes": ring_bytes,
-        "spool_bytes": spool_bytes,
-        "request_bytes_max": request_bytes_max,
-        "cache_directory": cache_directory,
-        "programs": [os.path.abspath(program) for program in programs],
-        "at_once": at_once,
-    }
-    argv = [sys.executable, "-I", "-c", _HELPER, "--fd", str(theirs.fileno())]
-    far = None if keeper is None else keeper.open_channel()
-    with theirs, far or contextlib.nullcontext():
-        helper = subprocess.Popen(
-            argv if far is None else [*argv, "--channel", str(far.fileno())],
-            pass_fds=[theirs.fileno()] if far is None else [theirs.fileno(), far.fileno()],
-            stdin=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,  # a Ctrl-C meant for the command must not end the capture
-        )
-    _children.append(helper)
-    if keeper is None:
-        ours.sendall(protocol.encode_command(configuration))
-    else:
-        with contextlib.suppress(OSError):  # it died at once: its link and its channel show that
-            keeper.hand_over(configuration)
-    return ours
-
-
-def link_to(keeper: Keeper) -> socket.socket:
-    """Another reader's socket to the helper that runs already. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with theirs:
-        keeper.connect(theirs)
-    return ours
-
-
-def still_running(keeper: Keeper) -> list[str]:
-    """The programs of the trees' processes that have not ended; the kernel still follows them."""
-    from capture.helper.process_tree import living
-
-    tree = keeper.descriptor("map:tree")
-    if tree is None:
-        return []
-    with contextlib.suppress(OSError):
-        return sorted(filter(None, map(proc.name_of, living(tree))))
-    return []
 
 
 def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
@@ -216,17 +64,6 @@ def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
     poll = select.poll()
     poll.register(link, select.POLLIN)
     return bool(poll.poll(None if wait_s is None else wait_s * 1000))
-
-
-_children: list[subprocess.Popen[bytes]] = []  # reaped by Popen: they do not become zombies
-
-
-def _has_ended(helper: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether it has, within that time: a killed one is there until its last probe is gone."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        helper.wait(seconds)
-        return True
-    return False
 
 
 @dataclass(slots=True)
@@ -256,10 +93,6 @@ class _Mark:
     key: Key
     start: int
     end: int
-
-
-def _connections(row: dict[str, Any]) -> Connections:
-    return Connections(**{**row, "process": proc.from_json(row["process"])})
 
 
 class UprobeSource:
@@ -345,7 +178,7 @@ class UprobeSource:
             if problems := check_environment():
                 raise Unavailable(tuple(problems))
             self._link = spawn_helper(self.scope, self.hosts, restricted=False, **self._options)
-            self._helper = _children[-1]
+            self._helper = newest_helper()
         self._begin(timeout_s)
         if not self._report:
             self.request_report(timeout_s)
@@ -437,12 +270,7 @@ class UprobeSource:
             self._receipt.close()
             self._receipt = None
         if self._helper is not None and wait:
-            if _has_ended(self._helper, STOP_S_MAX):
-                _children.remove(self._helper)
-            else:
-                self._helper.kill()
-                if _has_ended(self._helper, KILLED_S_MAX):
-                    _children.remove(self._helper)
+            end_helper(self._helper)
             self._helper = None
 
     @property
@@ -619,7 +447,7 @@ class UprobeSource:
             process = proc.from_json(about["process"])
             self._processes[tgid, ssl, opened_ns] = process, self._frame_at
         elif kind == protocol.CONNECTIONS:
-            self._connections += map(_connections, protocol.decode_message(frame))
+            self._connections += map(parsed_connections, protocol.decode_message(frame))
         elif kind == protocol.REPORT:
             self._report = protocol.decode_message(frame)
             self._forget_processes()
@@ -819,17 +647,7 @@ class UprobeSource:
 
         Reports come ten seconds after something happened, none while nothing does; ask for one.
         """
-        return [
-            ProcessCoverage(
-                process=proc.from_json(line["process"]),
-                host=line["host"],
-                stack=line["stack"],
-                library=line["library"],
-                state=CoverageState(line["state"]),
-                advice=line["advice"],
-            )
-            for line in self._report.get("coverage", ())
-        ]
+        return parsed_coverage(self._report)
 
     def ended_connections(self) -> list[Connections]:
         """Connections that have ended since the last call, as the kernel's sockets show them."""
@@ -838,7 +656,7 @@ class UprobeSource:
 
     def open_connections(self) -> list[Connections]:
         """Those that are open, as of the helper's last report; they come again when they end."""
-        return [_connections(each) for each in self._report.get("open_connections", ())]
+        return [parsed_connections(each) for each in self._report.get("open_connections", ())]
 
     def sees_connections(self) -> bool | None:
         """Whether the kernel shows all connections to providers; None: it was not heard yet."""
@@ -847,21 +665,4 @@ class UprobeSource:
 
     def status(self) -> Status:
         """Loader, probes and losses as of the helper's last report."""
-        report = self._report
-        counted: dict[str, int] = report.get("statistics", {})
-        return Status(
-            loader=report.get("loader", "none"),
-            probes=report.get("probes", 0),
-            libraries=tuple(report.get("libraries", ())),
-            losses={name: counted.get(name, 0) for name in protocol.LOSS_CAUSES}
-            | {"lost_between_readers_bytes": self.lost_between_readers_bytes},
-            events_lost={name: counted.get(name, 0) for name in protocol.EVENT_LOSS_CAUSES}
-            | {
-                "processes_ahead_of_probes": report.get("late", 0),
-                "programs_unknown": report.get("programs_unknown", 0),
-                "commands_refused": report.get("refused", 0),
-            },
-            counted=counted,
-            rss_bytes=report.get("rss_bytes"),
-            waits_for_searches=report.get("waits_for_searches") is True,
-        )
+        return parsed_status(self._report, self.lost_between_readers_bytes)

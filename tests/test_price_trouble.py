@@ -135,7 +135,7 @@ def test_a_metering_process_that_ends_at_once_is_told_with_the_next_command(
 
     monkeypatch.setattr("halton_meter.live.own_code.python", ending)
     service = Service(tmp_path)
-    monkeypatch.setattr("capture.uprobes.spawn_helper", service.spawn)
+    monkeypatch.setattr("capture.helper_process.spawn_helper", service.spawn)
     with pytest.raises(Unavailable) as raised:
         service.supervisor.start()
     (problem,) = raised.value.problems

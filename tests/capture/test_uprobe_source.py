@@ -15,7 +15,8 @@ import pytest
 
 from capture import protocol
 from capture.helper.relay.spool import Receipt
-from capture.uprobes import KILLED_S_MAX, OPEN_BYTES_MAX, STOP_S_MAX, Scope, UprobeSource
+from capture.helper_process import KILLED_S_MAX, STOP_S_MAX, Scope
+from capture.uprobes import OPEN_BYTES_MAX, UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 
 PID, SSL, OPENED_NS = 4_000_000, 0xABC, 5

@@ -15,8 +15,9 @@ from typing import Any
 
 from capture import protocol
 from capture.helper.relay.spool import Receipt
+from capture.helper_process import Scope
 from capture.protocol import FrameBuffer, ProtocolViolation
-from capture.uprobes import Scope, UprobeSource
+from capture.uprobes import UprobeSource
 from halton_meter.model import TlsChunk
 from halton_meter.untrusted import Lines
 from tests.fuzz import attack as driver

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from capture.uprobes import Scope, UprobeSource
+from capture.helper_process import Scope
+from capture.uprobes import UprobeSource
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 from tests.support.go_programs import GO, go_program
 from tests.support.tls_server import TlsServer

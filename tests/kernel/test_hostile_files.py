@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from capture.functions.elf import Elf
-from capture.uprobes import Scope, UprobeSource
+from capture.helper_process import Scope
+from capture.uprobes import UprobeSource
 from tests.capture.helper.test_placement import Table, poisoned
 from tests.kernel.conftest import CLIENTS, GO_CONNECTIONS, Bench, captured_until_end, same_bytes
 from tests.support import crafted

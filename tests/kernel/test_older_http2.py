@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from capture.functions.elf import Elf
-from capture.uprobes import CoverageState, UprobeSource
+from capture.helper_report import CoverageState
+from capture.uprobes import UprobeSource
 from halton_meter.model import Direction
 from tests.kernel.conftest import OTHER, PROVIDER, Bench, Client, Seen, gather
 from tests.kernel.test_proof import REQUEST, RESPONSE, Subject, captured

@@ -13,7 +13,8 @@ from capture.functions.elf import Elf
 from capture.functions.library import Function, Library, Probe, Proof
 from capture.functions.stacks import Stack
 from capture.helper.files.known_files import KnownFiles
-from capture.uprobes import CoverageState, UprobeSource
+from capture.helper_report import CoverageState
+from capture.uprobes import UprobeSource
 from halton_meter.model import Direction
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, Seen, gather
 from tests.support.waiting import wait_until

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from capture import uprobes
+from capture import helper_process
 from capture.helper.handover import Keeper
-from capture.uprobes import Scope, UprobeSource, link_to, spawn_helper
+from capture.helper_process import Scope, link_to, spawn_helper
+from capture.uprobes import UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, gather, same_bytes
 from tests.support.waiting import is_readable
@@ -44,7 +45,7 @@ class Relay:
 
     def _spawn(self) -> Any:
         link = spawn_helper(self._scope, [PROVIDER], keeper=self.keeper, **self._options)
-        self.helper = uprobes._children[-1]
+        self.helper = helper_process.newest_helper()
         self._attending = threading.Thread(target=self._attend)
         self._attending.start()
         return link

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from capture.uprobes import Connections, Scope, UprobeSource
+from capture.helper_process import Scope
+from capture.helper_report import Connections
+from capture.uprobes import UprobeSource
 from tests.kernel.conftest import CLIENTS, OTHER, PROVIDER, Bench
 from tests.support.counting_relay import CountingRelay
 from tests.support.waiting import wait_until

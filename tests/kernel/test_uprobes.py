@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from capture import protocol
-from capture.uprobes import CoverageState, Scope, UprobeSource, spawn_helper
+from capture.helper_process import Scope, spawn_helper
+from capture.helper_report import CoverageState
+from capture.uprobes import UprobeSource
 from halton_meter.model import Direction
 from halton_meter.problem import Unavailable
 from tests.kernel.conftest import (
@@ -401,9 +403,9 @@ def test_the_helper_dies_with_the_process_that_holds_its_socket(bench: Bench) ->
     link = spawn_helper(Scope(), [PROVIDER], files=[])
     source = UprobeSource([PROVIDER], Scope(), link=link)
     source.start()
-    from capture import uprobes
+    from capture.helper_process import newest_helper
 
-    helper = uprobes._children[-1]
+    helper = newest_helper()
     link.close()
     assert helper.wait(60) == 0
 

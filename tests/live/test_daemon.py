@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from capture.uprobes import Connections
+from capture.helper_report import Connections
 from halton_meter import privileges
 from halton_meter.accounts import Account, account_named
 from halton_meter.config import Config, ConfigError

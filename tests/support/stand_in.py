@@ -203,8 +203,8 @@ class Service:
 def running(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     """A service that meters into `home`."""
     service = Service(home)
-    monkeypatch.setattr("capture.uprobes.spawn_helper", service.spawn)
-    monkeypatch.setattr("capture.uprobes.link_to", service.link_to)
+    monkeypatch.setattr("capture.helper_process.spawn_helper", service.spawn)
+    monkeypatch.setattr("capture.helper_process.link_to", service.link_to)
     service.start()
     try:
         yield service

@@ -41,7 +41,7 @@ from halton_meter.problem import Problem, Unavailable
 
 if TYPE_CHECKING:
     from capture.helper.handover import Keeper
-    from capture.uprobes import Scope
+    from capture.helper_process import Scope
 
 START_S_MAX = 60.0
 FINISH_S_MAX = 20.0
@@ -75,7 +75,7 @@ class Plan:
 
     def scope(self) -> Scope:
         """Whose plaintext the kernel may copy."""
-        from capture.uprobes import Scope
+        from capture.helper_process import Scope
 
         # Our own processes run as the user, too; attaching to them would only cost.
         excluded = (os.getpid(),) if self.service else ()
@@ -272,7 +272,7 @@ class Supervisor:
 
     def _start_helper(self) -> socket.socket:
         """Start it; the link from which a worker reads."""
-        from capture.uprobes import spawn_helper
+        from capture.helper_process import spawn_helper
 
         plan = self._plan
         link = spawn_helper(
@@ -331,7 +331,7 @@ class Supervisor:
             self._worker.tell(what)
 
     def _restart_worker(self) -> None:
-        from capture.uprobes import link_to
+        from capture.helper_process import link_to
 
         self._restarts += 1
         with link_to(self._keeper) as link:
@@ -480,7 +480,7 @@ class Supervisor:
 
     def _still_running(self) -> list[str]:
         """What of the command outlives it and its metering, by program."""
-        from capture.uprobes import still_running
+        from capture.helper_process import still_running
 
         names = still_running(self._keeper)
         return [untrusted.printable(name, SAID_CHARACTERS_MAX) for name in names]

@@ -52,7 +52,7 @@ from halton_meter.model import PricedEvent, Process, TlsChunk
 from halton_meter.problem import Unavailable
 
 if TYPE_CHECKING:
-    from capture.uprobes import Connections, ProcessCoverage, Status
+    from capture.helper_report import Connections, ProcessCoverage, Status
     from halton_meter.meter import Meter
     from halton_meter.model import TlsClosed
 
@@ -825,7 +825,8 @@ def main(link_fd: int) -> int:
 
 def start(job: Job, link: socket.socket) -> int:
     """Attach to the helper behind `link` and meter."""
-    from capture.uprobes import Scope, UprobeSource
+    from capture.helper_process import Scope
+    from capture.uprobes import UprobeSource
     from halton_meter.providers.registry import Registry
     from halton_meter.store import Store
 

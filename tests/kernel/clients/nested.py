@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from capture.uprobes import Scope, UprobeSource
+from capture.helper_process import Scope
+from capture.uprobes import UprobeSource
 from halton_meter.model import Direction, TlsChunk
 
 library, host, loader = sys.argv[1:]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from capture.helper.files.known_files import file_name
-from capture.uprobes import KNOWN_FILES_DIRECTORY
+from capture.helper_process import KNOWN_FILES_DIRECTORY
 from tests.lab.conftest import HALTON_METER, Bench, assert_metered, stored_events
 from tests.lab.real_clients.programs import BUN, Program
 from tests.lab.real_clients.test_metered import script_beside

@@ -17,7 +17,8 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import RequestReceived
 
-from capture.uprobes import Scope, UprobeSource
+from capture.helper_process import Scope
+from capture.uprobes import UprobeSource
 from halton_meter.model import Direction
 from tests.kernel.conftest import Seen, gather
 from tests.lab.conftest import CLIENTS, Bench, Service, assert_metered
