@@ -94,6 +94,7 @@ def _with_openssl(port: str, authority: str) -> Any:
         answer = connection.getresponse()
         while answer.read1(RECORD_BYTES):
             pass
+        answer.close()  # some versions of Python take it for unread otherwise
 
     return ask
 

@@ -219,7 +219,7 @@ class Sockets:
         return now is None or now.opened_ns != seen.socket.opened_ns
 
     def _judge_ended(self, known: _OfProcess) -> None:
-        """Count ended connections of a process, first those that are metered for certain."""
+        """Count a process's connections that have ended, first those that are metered for sure."""
         ended, known.ended = sorted(known.ended, key=lambda each: not each[1].linked), []
         for seen, socket in ended:
             if not is_used(socket) or self._passes_on(socket):

@@ -49,6 +49,9 @@ OTHERS_HEAD_S_MAX = 5.0
 # After so long without mitmproxy's answer to our CONNECT, the host is tried raw in parallel.
 # mitmproxy connects to the provider before it answers, which takes some 50 ms.
 WORKER_ANSWER_S_MAX = 1.0
+# The same until it has answered once: it loads much for its first connection, which on a busy
+# machine takes seconds. One that hangs is noticed sooner, by its pulse.
+WORKER_FIRST_ANSWER_S_MAX = 5.0
 # After so many failures in a row mitmproxy is left out for a while (a circuit breaker).
 WORKER_FAILURES_MAX = 3
 BREAKER_OPEN_S = 5.0
@@ -141,6 +144,7 @@ class Edge:
         self._program_of = program_of
         self.trust = Refusals(self.counts)
         self._worker_port: int | None = None
+        self._has_answered = False
         self._cause = "not_started"
         self._failures = 0
         self._open_until = 0.0
@@ -180,6 +184,7 @@ class Edge:
         `accepted` are those that its certificate covers (None: all); the others stay raw.
         """
         self._worker_port, self._failures, self._open_until = worker_port, 0, 0.0
+        self._has_answered = False
         self.accepted = self.hosts if accepted is None else HostSet(accepted)
 
     def bypass(self, cause: str) -> None:
@@ -229,6 +234,12 @@ class Edge:
     def worker_answered(self) -> None:
         """Note that mitmproxy took a connection."""
         self._failures = 0
+        self._has_answered = True
+
+    @property
+    def worker_answer_s(self) -> float:
+        """How long mitmproxy may take for a connection until the host is tried raw."""
+        return WORKER_ANSWER_S_MAX if self._has_answered else WORKER_FIRST_ANSWER_S_MAX
 
     def worker_failed(self, port: int) -> None:
         """Note that mitmproxy took none; after several in a row it is left out for a while."""
@@ -443,7 +454,7 @@ class _Client(End):
         reaching: asyncio.Task[End | None] | None = None
         far, cause = None, "worker_slow"
         try:
-            await asyncio.wait({asking}, timeout=WORKER_ANSWER_S_MAX)
+            await asyncio.wait({asking}, timeout=edge.worker_answer_s)
             if not asking.done():
                 reaching = loop.create_task(self._reach(request))
                 await asyncio.wait({asking, reaching}, return_when=asyncio.FIRST_COMPLETED)

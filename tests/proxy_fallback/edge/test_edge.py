@@ -167,7 +167,7 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 def test_a_provider_is_reached_raw_whatever_is_wrong_with_mitmproxy(
     handler: Handler | None, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edges, "WORKER_ANSWER_S_MAX", 0.2)
+    monkeypatch.setattr(edges, "WORKER_FIRST_ANSWER_S_MAX", 0.2)
 
     async def scene() -> None:
         worker, worker_port = await serving(handler or hang_up)
@@ -187,7 +187,7 @@ def test_a_host_that_is_slow_itself_is_metered_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """mitmproxy answers late because the host does: raw it would be later still."""
-    monkeypatch.setattr(edges, "WORKER_ANSWER_S_MAX", 0.05)
+    monkeypatch.setattr(edges, "WORKER_FIRST_ANSWER_S_MAX", 0.05)
 
     async def scene() -> None:
         raw_asked, raw_gone = asyncio.Event(), asyncio.Event()
@@ -218,10 +218,34 @@ def test_a_host_that_is_slow_itself_is_metered_all_the_same(
     run(scene())
 
 
+def test_only_the_first_answer_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mitmproxy loads much for its first connection; one that was quick is slow for a reason."""
+    monkeypatch.setattr(edges, "WORKER_ANSWER_S_MAX", 0.05)
+    monkeypatch.setattr(edges, "WORKER_FIRST_ANSWER_S_MAX", 60.0)
+
+    async def scene() -> None:
+        asked = 0
+
+        async def at_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            asked += 1
+            await (StandIn() if asked == 1 else no_answer)(reader, writer)
+
+        worker, worker_port = await serving(at_first)
+        async with place() as here:
+            here.edge.send_to(worker_port)
+            assert await say(await here.tunnel(PROVIDER), b"hi", 10) == b"metered:hi"
+            assert await say(await here.tunnel(PROVIDER), HELLO) == HELLO
+            assert here.edge.bypassed == {PROVIDER: {"worker_slow": 1}}
+        worker.close()
+
+    run(scene())
+
+
 def test_a_client_that_leaves_while_all_are_slow_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(edges, "WORKER_ANSWER_S_MAX", 0.05)
+    monkeypatch.setattr(edges, "WORKER_FIRST_ANSWER_S_MAX", 0.05)
 
     async def scene() -> None:
         asked, gone = asyncio.Semaphore(0), asyncio.Semaphore(0)
