@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 HEADERS_SHOWN = 24
 NAME_CHARACTERS_MAX = 120
+# Captures that are searched for a stored request.
+CAPTURES_LOOKED_AT = 5
 # What connects our connection's id with tshark's addresses.
 _ID_PARTS = 3
 
@@ -62,7 +64,8 @@ def inspect(what: str, keys: tuple[Path, ...], show_bodies: bool, as_json: bool)
     as Halton Meter see them, and the price. Texts and credentials are hidden; --show-bodies shows
     the bodies.
 
-    Of a stored request, by its id: what the database has, and how its price comes about.
+    Of a stored request, by its id: what the database has, how its price comes about, and, if it was
+    replayed from a capture that is still there, its packets.
 
     \b
     Examples:
@@ -88,8 +91,10 @@ def _inspect_event(event_id: str, show_bodies: bool, as_json: bool) -> None:
     from halton_meter.cli.pricing import show_priced, stored_event
 
     event, earlier = stored_event(event_id)
+    capture = _capture_of(event, show_bodies)
     if as_json:
-        print_json(event_json(event))
+        document = event_json(event)
+        print_json(document if capture is None else {**document, "capture": _document(*capture)})
         return
     for line in _stored_lines(event):
         say(line)
@@ -98,8 +103,49 @@ def _inspect_event(event_id: str, show_bodies: bool, as_json: bool) -> None:
     for list_usd, _, price_book in earlier:
         how = "unpriced" if list_usd is None else f"list price ${list_usd:f}"
         say(f"  before it was repriced: {how}, price book {price_book}")
-    if show_bodies:
+    if capture is not None:
+        say("")
+        for line in _lines(*capture):
+            say(line)
+    elif show_bodies:
         note("no body is stored, of any request; a capture has them: halton-meter inspect FILE")
+
+
+def _capture_of(event: PricedEvent, bodies: bool) -> tuple[Path, Packets, View] | None:
+    """The capture that the request was replayed from, if it is still there: its one connection."""
+    from capture.packets.tshark import TsharkMissing
+    from halton_meter.config import load
+    from halton_meter.inspection.packets import NoPyshark, look
+    from halton_meter.inspection.replayed import holding
+    from halton_meter.inspection.view import view
+
+    home = home_folder()
+    for path in holding(home, event.usage.at_ns)[:CAPTURES_LOOKED_AT]:
+        try:
+            seen = view(path, (), open_book().price, load(home).extra_hosts, bodies)
+            found = [(each, _of_event(each, event.usage.id)) for each in seen.connections]
+            chosen = [(each, exchanges) for each, exchanges in found if exchanges]
+            if not chosen:
+                continue
+            packets = look(path)
+        except (TsharkMissing, NoPyshark, OSError):
+            continue
+        for each, exchanges in chosen:
+            each.exchanges = exchanges
+        seen.connections = [each for each, _ in chosen]
+        unmatched = list(packets.streams)
+        streams = (_stream_of(each, unmatched) for each in seen.connections)
+        packets.streams = [each for each in streams if each is not None]
+        return path, packets, seen
+    return None
+
+
+def _of_event(connection: SeenConnection, event_id: str) -> list[Seen]:
+    return [
+        each
+        for each in connection.exchanges
+        if any(event.usage.id == event_id for event in each.events)
+    ]
 
 
 def _stored_lines(event: PricedEvent) -> Iterator[str]:

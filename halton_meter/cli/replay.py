@@ -369,6 +369,8 @@ class Replay:
         self._sightings = HeldSightings(HELD_EVENTS_MAX, PRINTED_EVENTS_MAX)
         self._store = _open_store(home) if job.keep else None
         self._waiting: list[PricedEvent] = []
+        self._home = home
+        self._first_ns, self._last_ns = 0, 0  # of what is stored
 
     def run(self) -> bool:
         """Do it; True when everything was read and, if asked, stored."""
@@ -412,6 +414,9 @@ class Replay:
 
     def _store_later(self, event: PricedEvent) -> None:
         if self._store is not None:
+            at_ns = event.usage.at_ns
+            self._first_ns = min(self._first_ns or at_ns, at_ns)
+            self._last_ns = max(self._last_ns, at_ns)
             self._waiting.append(event)
             if len(self._waiting) >= STORE_BATCH:
                 self._store.append(self._waiting)
@@ -424,6 +429,8 @@ class Replay:
 
     def _keep(self, losses: Counter[str]) -> bool:
         """Move events into the database; False when some are neither there nor in the journal."""
+        from halton_meter.inspection.replayed import remember
+
         store = self._store
         if store is None:
             return True
@@ -433,6 +440,8 @@ class Replay:
             store.count_loss(cause, number, self._source.findings.last_ns, key)
         done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
         self._summary.stored_before = done.repeated
+        if self._last_ns and _STDIN not in self._job.paths:
+            remember(self._home, self._files, self._first_ns, self._last_ns)
         store.close()
         if store.trouble:  # the rest is in memory only, and this process ends
             complain(

@@ -189,7 +189,9 @@ def _message(
     )
     if place is not None:
         message.headers = [
-            (name, _hidden(value)) for name, value in place.head if not name.startswith(":")
+            (_hidden(name), _hidden(value))
+            for name, value in place.head
+            if not name.startswith(":")
         ]
         message.coding = place.coding
         message.parts = sum(map(len, place.pieces))

@@ -36,9 +36,8 @@ _MODELS = frozenset((b"ai-language-model-id", b"ai-model-id"))
 _NAMES_ONLY = frozenset(
     b"authorization x-api-key api-key x-goog-api-key cookie set-cookie user-agent referer origin "
     b"accept-language sec-websocket-key sec-websocket-accept sec-websocket-protocol "
-    b"sec-fetch-mode x-stainless-lang x-stainless-os x-stainless-arch x-stainless-runtime "
-    b"x-stainless-runtime-version x-stainless-package-version x-stainless-async "
-    b"x-stainless-timeout x-stainless-helper-method anthropic-dangerous-direct-browser-access "
+    b"sec-fetch-mode "
+    b"anthropic-dangerous-direct-browser-access "
     b"openai-organization openai-project anthropic-organization-id chatgpt-account-id "
     b"x-goog-user-project x-goog-api-client strict-transport-security x-content-type-options "
     b"alt-svc via expect proxy-authorization x-app x-amz-date x-amz-security-token "
@@ -63,7 +62,7 @@ def _is_known_name(name: bytes) -> bool:
         or lowered in _IDS
         or lowered in _MODELS
         or lowered in _NAMES_ONLY
-        or lowered.startswith(_PREFIXES_KEPT)
+        or lowered.startswith((*_PREFIXES_KEPT, b"x-stainless-"))
         or bool(_CODEX_KEPT.fullmatch(lowered))
         or lowered.endswith(tuple(end.encode() for end in kept.COST_ENDS_KEPT))
         or lowered in _standard_names()
@@ -226,7 +225,7 @@ def _shown_parameter(parameter: bytes, filler: Filler) -> bytes:
 
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15} )([^\s\x00]+)( HTTP/1\.[01]\r?\n?)")
 _STATUS_LINE = re.compile(rb"(HTTP/1\.[01] \d{3})( ?)([^\r\n]*)(\r?\n?)")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(:[ \t]*)([^\r\n]*?)([ \t]*(?:\r\n|\n|\r|\Z))")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(:[ \t]*)([^\r\n]*)([\r\n]*)")
 _LINES = re.compile(rb"[^\n]*(?:\n|\Z)")
 
 
@@ -245,11 +244,13 @@ def shown_head(head: bytes, filler: Filler) -> bytes:
             reason = reason if re.fullmatch(rb"[A-Za-z '-]{0,40}", reason) else b"x" * len(reason)
             out.append(status.group(1) + status.group(2) + reason + status.group(4))
         elif (found := _FIELD.fullmatch(line)) is not None:
-            name, value = found.group(1), found.group(3)
+            name, value = found.group(1), found.group(3).rstrip(b" \t")
+            space = found.group(3)[len(value) :]
             out.append(
                 shown_name(name, filler)
                 + found.group(2)
                 + shown_value(name, value, filler)
+                + space
                 + found.group(4)
             )
         else:
@@ -264,7 +265,7 @@ def shown_fields(head: bytes, filler: Filler) -> list[tuple[str, str]]:
     return [
         (
             shown_name(each.group(1), filler).decode("latin-1").lower(),
-            shown_value(each.group(1), each.group(3), filler).decode("latin-1"),
+            shown_value(each.group(1), each.group(3).rstrip(b" \t"), filler).decode("latin-1"),
         )
         for each in found
         if each is not None
@@ -273,5 +274,5 @@ def shown_fields(head: bytes, filler: Filler) -> list[tuple[str, str]]:
 
 def field(head: bytes, name: bytes) -> bytes:
     """The value of a header in a head; empty where there is none."""
-    found = re.search(rb"(?im)^" + re.escape(name) + rb":[ \t]*([^\r\n]*?)[ \t]*\r?$", head)
-    return found.group(1) if found is not None else b""
+    found = re.search(rb"(?im)^" + re.escape(name) + rb":[ \t]*([^\r\n]*)", head)
+    return found.group(1).rstrip(b" \t") if found is not None else b""

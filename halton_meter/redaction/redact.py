@@ -9,6 +9,7 @@ under its name only when it is proved (`proof.py`); what fails leaves nothing be
 from __future__ import annotations
 
 import os
+import ssl
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def redact(
         conversation.redact(each, filler)
     with tempfile.TemporaryDirectory(prefix=".halton-meter-", dir=target.parent) as folder:
         made = Path(folder) / "redacted.pcapng"
-        count, packets = writing.write(heard.connections, made, filler)
+        try:
+            count, packets = writing.write(heard.connections, made, filler)
+        except (ValueError, ssl.SSLError) as error:  # a server name that no client would send
+            raise NotRedacted(f"a connection cannot be made anew: {error}") from None
         items: list[TlsChunk | TlsClosed] = []
         new = proof.read(made, (), price, hosts or {}, items.append)
         new.items = items

@@ -18,6 +18,8 @@ _TAIL = b"\x00\x00\xff\xff"
 _CONTINUATION, _CLOSE = 0, 8
 
 _WINDOW_BYTES = 32 << 10
+# Larger messages have room for padding, and take long to try.
+_VARIED_BYTES_MAX = 4 << 10
 _FILLER, _LETTERS, _CHANGED_MAX = 0x78, b"yqa", 12
 
 
@@ -145,6 +147,8 @@ class _Messages:
 def _variants(text: bytes, instead: bytes) -> Iterator[bytes]:
     """A redacted text, then with one, two and more of its fillers changed: it takes other sizes."""
     yield instead
+    if len(text) > _VARIED_BYTES_MAX:
+        return
     changed = bytearray(instead)
     fillers = [at for at, byte in enumerate(instead) if byte == _FILLER != text[at]]
     for letter in _LETTERS:

@@ -87,7 +87,23 @@ def test_a_stored_request_shows_what_the_database_has_and_its_price() -> None:
     assert "a packet capture (replay)" in text
     assert "input 176, cache_read 1,024, output 80 (reported)" in text
     assert "list price $0.00252, computed from the usage" in text
-    assert json.loads(said("inspect", "--json", event["id"])) == event
+    told = json.loads(said("inspect", "--json", event["id"]))
+    assert {**event, "capture": told["capture"]} == told
+
+
+def test_a_request_that_was_replayed_shows_its_packets_while_the_capture_is_there(
+    tmp_path: Path,
+) -> None:
+    capture = tmp_path / "mine.pcapng"
+    capture.write_bytes((FOLDER / "anthropic_errors_keepalive.pcapng").read_bytes())
+    said("replay", "--store", "--quiet", str(capture))
+    event, _ = map(json.loads, said("events", "--json").splitlines())
+    (seen,) = json.loads(said("inspect", "--json", event["id"]))["capture"]["seen"]
+    (exchange,) = seen["exchanges"]
+    assert [each["id"] for each in exchange["events"]] == [event["id"]]
+    assert f"{capture}: " in said("inspect", event["id"])
+    capture.unlink()
+    assert str(capture) not in said("inspect", event["id"])
 
 
 @pytest.mark.parametrize(
