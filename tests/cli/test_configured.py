@@ -19,6 +19,8 @@ from halton_meter.live.result import RunResult
 _ARGUMENTS = {
     "replay": ["capture.pcapng"],
     "export": ["csv", "out.csv"],
+    "redact": ["capture.pcapng", "redacted.pcapng"],
+    "inspect": ["capture.pcapng"],
     "retag": ["--from", "a", "--to", "b"],
     "session show": ["latest"],
     "purge": ["--before", "9000d"],

@@ -49,6 +49,7 @@ CALLS: tuple[tuple[str, ...], ...] = (
     ("session", "list"),
     ("session", "show", "latest"),
     ("dashboard",),
+    ("metrics", "--output", "halton.prom"),
     *(("export", form, f"out.{form}", "--force") for form in ("sqlite", "csv", "parquet", "jsonl")),
     ("pricing", "status"),
     ("pricing", "list", "openai"),
