@@ -1,12 +1,13 @@
 """`halton-meter record FILE -- CMD…`: a capture of a command's provider connections, with secrets.
 
-The command is metered as by `run --via keylog`. Exit codes are those of `run`; 1 also when the file
-cannot be made, in which case the command was not started.
+The command is metered as by `run --via keylog` or `--via uprobes`. Exit codes are those of `run`; 1
+also when the file cannot be made, in which case the command was not started.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import tempfile
@@ -16,18 +17,23 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from halton_meter.cli.output import count, fail, note, wrong_usage
-from halton_meter.cli.run import summary_lines, through_key_log
+from halton_meter.cli.run import summary_lines, through_key_log, through_own_probes
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from halton_meter.live.result import RunResult
 
+VIA = ("keylog", "uprobes")
+EXISTS = "exists"
 EXAMPLES = """
     \b
     Examples:
       sudo halton-meter record models.pcapng -- curl https://api.anthropic.com/v1/models
       sudo halton-meter record capture.pcapng -- python app.py
       sudo halton-meter record report.pcapng --redact -- python app.py
+      sudo halton-meter record claude.pcapng --via uprobes -- claude -p hello
       halton-meter replay capture.pcapng              what was recorded, priced
 """
 
@@ -38,6 +44,14 @@ EXAMPLES = """
 )
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
+    "--via",
+    type=click.Choice(VIA),
+    default="keylog",
+    help="keylog (default): the packets as they were; the command must write its TLS keys (curl, "
+    "Python, Node, browsers). uprobes: what its TLS library was given, also where it writes no "
+    "keys (Claude Code, Codex); packets are made anew.",
+)
+@click.option(
     "--redact",
     "redacted",
     is_flag=True,
@@ -45,31 +59,36 @@ EXAMPLES = """
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def record(*, file: Path, command: tuple[str, ...], quiet: bool, redacted: bool) -> NoReturn:
+def record(
+    *, file: Path, command: tuple[str, ...], via: str, quiet: bool, redacted: bool
+) -> NoReturn:
     """Record one command's connections to providers in a pcapng file, with their TLS secrets.
 
     The file holds prompts, answers and credentials: only you may read it. `replay` prices it
     without a key log. Other programs' connections, and the command's to other hosts, are left out.
     With --redact every text becomes filler before the file is written: see `halton-meter redact`.
-    The command is also metered, as by run --via keylog: it must write its TLS keys (curl, Python,
-    Node, browsers). Needs the right to capture packets (sudo).
+    The command is also metered, as by run. Needs sudo: to capture packets, or to set probes.
     """
     from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
 
-    while command and command[0] in ("--redact", "--quiet"):  # behind the file
+    while command and command[0] in ("--redact", "--quiet", "--via"):  # behind the file
         redacted, quiet = redacted or command[0] == "--redact", quiet or command[0] == "--quiet"
+        if command[0] == "--via":
+            via, command = command[1] if len(command) > 1 else "", command[1:]
         command = command[1:]
+    if via not in VIA:
+        wrong_usage(f"--via must be one of {', '.join(VIA)}, not {via!r}")
     if command[:1] == ("--",):
         command = command[1:]
     if not command:
         wrong_usage("record needs a command", "halton-meter record FILE -- claude -p hello")
     try:
         if redacted:
-            result, lines = _redacted(command, file)
+            result, lines = _redacted(command, file, via)
         else:
-            result = through_key_log(command, lambda: file)
-            lines = _recorded_lines(result, file)
+            result = _recorded(command, via, file, lambda: file)
+            lines = _recorded_lines(result, file, via)
     except FileExistsError:
         fail(Problem(f"{file} exists already", "name a new file"))
     except OSError as error:
@@ -81,10 +100,46 @@ def record(*, file: Path, command: tuple[str, ...], quiet: bool, redacted: bool)
     sys.exit(result.exit_code)
 
 
-def _recorded_lines(result: RunResult, file: Path) -> list[str]:
+def _recorded(
+    command: tuple[str, ...], via: str, file: Path, place: Callable[[], Path]
+) -> RunResult:
+    """Run the command; the recording is in `place()`, asked as the user, on its way to `file`."""
+    if via == "keylog":
+        return through_key_log(command, place)
+    from halton_meter.accounts import invoking_account
+    from halton_meter.live import recording
+    from halton_meter.live.result import Recorded
+    from halton_meter.privileges import as_account
+
+    if refused := as_account(invoking_account(), lambda: _refusal(file)):
+        raise FileExistsError(file) if refused == EXISTS else OSError(0, refused)
+    with tempfile.TemporaryFile() as kept:
+        result = through_own_probes(command, kept.fileno())
+        found = recording.read(kept.fileno())
+    size = recording.write(found.items, place()) if found.items else (0, 0)
+    result.recorded = Recorded(*size, found.error)
+    return result
+
+
+def _refusal(file: Path) -> str | None:
+    """Why the file will not be made; before the command runs, not when it has ended."""
+    if os.path.lexists(file):
+        return EXISTS
+    if not file.parent.is_dir():
+        return f"{file.parent} is no folder"
+    return None if os.access(file.parent, os.W_OK) else f"{file.parent} is not yours to write in"
+
+
+def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
     done = result.recorded
     if done is None:
         return []
+    if not done.connections:
+        other = "keylog" if via == "uprobes" else "uprobes"
+        return [
+            "  nothing was recorded: no connection to a provider could be read",
+            f"  Use: halton-meter record {shlex.quote(str(file))} --via {other} -- CMD",
+        ]
     what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
     lines = [f"  recorded: {what} in {file}; it holds prompts and credentials"]
     if done.error:
@@ -93,7 +148,7 @@ def _recorded_lines(result: RunResult, file: Path) -> list[str]:
     return lines
 
 
-def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str]]:
+def _redacted(command: tuple[str, ...], file: Path, via: str) -> tuple[RunResult, list[str]]:
     """Run the command; what was recorded is kept in a folder of ours until it is redacted."""
     from halton_meter.cli.redact import made, told
 
@@ -107,7 +162,7 @@ def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str
             places.append(Path(folder) / "recorded.pcapng")
             return places[0]
 
-        result = through_key_log(command, place)
+        result = _recorded(command, via, file, place)
         if result.recorded is not None and not result.recorded.connections:
             return result, ["  nothing was recorded, so there is nothing to redact"]
         try:

@@ -193,6 +193,33 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     return service.run_command(command, environment, plan)
 
 
+def through_own_probes(command: Sequence[str], record_fd: int) -> RunResult:
+    """Run a command metered by probes of its own, also beside a service; keep its plaintext.
+
+    From its end on we are the user, for good. Raises Unavailable.
+    """
+    from halton_meter import accounts, privileges
+    from halton_meter.cli.configured import told
+    from halton_meter.live import own_code
+    from halton_meter.live.probes import service
+    from halton_meter.live.probes.supervisor import Plan
+    from halton_meter.problem import Unavailable
+
+    if not accounts.is_root():
+        raise Unavailable([Problem("record needs root", "sudo halton-meter record FILE -- CMD")])
+    if problems := own_code.problems():
+        raise Unavailable(problems)
+    account, home = accounts.invoking_account(), accounts.home_folder()
+    environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
+    found, hosts = service.read_configuration(account, home)
+    told(found, GOES_ON)
+    plan = Plan(account, home, found.config, hosts, service=False, record_fd=record_fd)
+    try:
+        return service.run_command(command, environment, plan)
+    finally:
+        privileges.settle(needs_root=False)
+
+
 def _service(home: Path, uid: int) -> Any:
     """The connection to a running service that meters this user, or None."""
     from halton_meter.live.control import Control, ServiceAbsent

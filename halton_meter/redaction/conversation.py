@@ -45,6 +45,35 @@ class Heard:
         for half in self.halves.values():
             half.finish()
 
+    def show(self) -> None:
+        """Nothing more comes; all of it stays as it was."""
+        self.finish()
+        for half in self.halves.values():
+            for run in half.runs:
+                run.keep(0, len(run.data))
+
+
+class Conversations:
+    """Keeps all plaintext, by connection."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Heard] = {}
+        self.bytes = 0
+
+    def take(self, item: TlsChunk | TlsClosed) -> None:
+        """The next of a connection."""
+        if isinstance(item, TlsChunk):
+            self.bytes += len(item.data)
+        self._by_id.setdefault(item.connection.id, Heard(item.connection)).add(item)
+
+    def with_plaintext(self) -> list[Heard]:
+        """Those of which there is any plaintext."""
+        return [
+            heard
+            for heard in self._by_id.values()
+            if any(isinstance(item, TlsChunk) for item in heard.items)
+        ]
+
 
 # Where an exchange's request and its answer stand; None where it has none.
 Place = Body | None

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from halton_meter.model import TlsChunk, TlsClosed
 from halton_meter.redaction import conversation, proof, writing
-from halton_meter.redaction.conversation import Heard
+from halton_meter.redaction.conversation import Conversations
 from halton_meter.redaction.filler import Filler
+from halton_meter.redaction.heads import shown_host
 
 # Plaintext of one capture, all of which is held.
 PLAINTEXT_BYTES_MAX = 256 << 20
@@ -63,15 +64,20 @@ def redact(
     old = proof.read(source, keys, price, hosts or {}, heard.take)
     if old.findings.errors:
         raise NotRedacted(*old.findings.errors)
-    if not heard.connections:
+    found = heard.with_plaintext()
+    if not found:
         raise NotRedacted(_nothing(old))
     filler = Filler()
-    for each in heard.connections:
+
+    def shown(host: str) -> str:
+        return shown_host(host.encode(), filler).decode()
+
+    for each in found:
         conversation.redact(each, filler)
     with tempfile.TemporaryDirectory(prefix=".halton-meter-", dir=target.parent) as folder:
         made = Path(folder) / "redacted.pcapng"
         try:
-            count, packets = writing.write(heard.connections, made, filler)
+            count, packets = writing.write(found, made, shown)
         except (ValueError, ssl.SSLError) as error:  # a server name that no client would send
             raise NotRedacted(f"a connection cannot be made anew: {error}") from None
         items: list[TlsChunk | TlsClosed] = []
@@ -100,27 +106,12 @@ def _nothing(old: proof.Read) -> str:
     return f"none of its {findings.connections:,} connections goes to a known provider"
 
 
-class _Listening:
-    """Keeps all plaintext, by connection."""
-
-    def __init__(self) -> None:
-        self._by_id: dict[str, Heard] = {}
-        self._bytes = 0
-
-    @property
-    def connections(self) -> list[Heard]:
-        """Those of which there is any plaintext."""
-        return [
-            heard
-            for heard in self._by_id.values()
-            if any(isinstance(item, TlsChunk) for item in heard.items)
-        ]
+class _Listening(Conversations):
+    """All plaintext of a capture, bounded."""
 
     def take(self, item: TlsChunk | TlsClosed) -> None:
         """The next of a connection."""
-        if isinstance(item, TlsChunk):
-            self._bytes += len(item.data)
-        if self._bytes > PLAINTEXT_BYTES_MAX:
+        super().take(item)
+        if self.bytes > PLAINTEXT_BYTES_MAX:
             limit = PLAINTEXT_BYTES_MAX >> 20
             raise NotRedacted(f"it holds more than {limit} MB of plaintext; split it first")
-        self._by_id.setdefault(item.connection.id, Heard(item.connection)).add(item)

@@ -1,4 +1,4 @@
-"""Redacted connections as a capture: TLS anew, with its secrets in the file, packets by scapy.
+"""Connections as a capture, redacted or as they were: TLS anew, with its secrets; packets by scapy.
 
 Each connection is spoken once more through OpenSSL, in memory, with a certificate made for it. What
 was lost is spoken, too, and its packets are left out: so a hole is where and as long as it was.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ssl
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,14 +17,14 @@ from typing import Protocol
 from capture.packets.keeping import CaptureWriter
 from halton_meter.model import Direction, TlsChunk, TlsClosed
 from halton_meter.redaction.conversation import Heard
-from halton_meter.redaction.filler import Filler
-from halton_meter.redaction.heads import shown_host
 
 SEGMENT_BYTES = 1400
 RECORD_BYTES_MAX = 16 << 10
 # Between packets that came as one, so that they have an order.
 STEP_NS = 1_000
 _VALID_DAYS = 3650
+
+Shown = Callable[[str], str]
 
 
 class _Certificate:
@@ -223,13 +223,16 @@ class _Speaker:
             count -= size
 
 
-def write(heards: list[Heard], path: Path, filler: Filler) -> tuple[int, int]:
-    """Write a new file; (connections, packets). Raises FileExistsError, OSError."""
+def write(heards: list[Heard], path: Path, shown: Shown) -> tuple[int, int]:
+    """Write a new file; (connections, packets). `shown` says how a host is named in it.
+
+    Raises FileExistsError, OSError.
+    """
     writer = _Counting(path)
     try:
         with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
             certificate = _Certificate(Path(folder))
-            speakers = _Speakers(writer, certificate.path, Path(folder), filler)
+            speakers = _Speakers(writer, certificate.path, Path(folder), shown)
             items = [
                 (item.at_ns, number, item)
                 for number, heard in enumerate(heards)
@@ -257,9 +260,9 @@ class _Speakers:
     """All connections of a file; each begins when its first byte is due."""
 
     def __init__(
-        self, writer: CaptureWriter, certificate: Path, folder: Path, filler: Filler
+        self, writer: CaptureWriter, certificate: Path, folder: Path, shown: Shown
     ) -> None:
-        self._writer, self._certificate, self._filler = writer, certificate, filler
+        self._writer, self._certificate, self._shown = writer, certificate, shown
         self._keys = folder / "keys.log"
         self._addresses: dict[str, str] = {}
         self._speaking: dict[int, _Speaker] = {}
@@ -275,7 +278,7 @@ class _Speakers:
     def _begun(self, number: int, heard: Heard) -> _Speaker:
         connection = heard.connection
         host = connection.peer
-        shown = shown_host(host.encode(), self._filler).decode() if host else None
+        shown = self._shown(host) if host else None
         server = self._address(shown or f"connection {number}")
         client = f"198.51.{100 + number // 50_000 % 100}.2", 10_000 + number % 50_000
         packets = _Packets(self._writer, client, (server, connection.peer_port or 443))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +151,32 @@ def test_a_recording_holds_the_command_s_provider_connections_and_replays(
     assert said.returncode == 0, said.stderr
     events = [json.loads(line) for line in said.stdout.splitlines()]
     assert_metered(lab.ledger()[skip:], events, "pcap")
+
+
+def test_a_recording_by_uprobes_needs_no_keys_and_replays_the_same(lab: Lab, home: Path) -> None:
+    skip = len(lab.ledger())
+    file = home / "recorded.pcapng"
+    script = f"{shlex.join(curl(1))}; {shlex.join(curl(2, '--http2'))}"
+    command = [*HALTON_METER, "record", str(file), "--via", "uprobes", "--"]
+    keyless = ["env", "-u", "SSLKEYLOGFILE", "sh", "-c", script]
+    done = lab.run([*command, *keyless], env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert f"recorded: 2 connections, {packets_in(done.stderr)} packets in {file}" in done.stderr
+    assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (lab.user.uid, 0o600)
+    metered = stored_events(lab, home / "data")
+    said = lab.run([*HALTON_METER, "replay", "--json", str(file)], env=as_sudo(lab, home))
+    assert said.returncode == 0, said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert_metered(lab.ledger()[skip:], events, "pcap")
+    assert sorted(each["id"] for each in events) == sorted(each["id"] for each in metered)
+    again = lab.run([*command, "true"], env=as_sudo(lab, home))
+    assert (again.returncode, "exists already" in again.stderr) == (1, True)
+
+
+def packets_in(said: str) -> str:
+    found = re.search(r"([\d,]+) packets in", said)
+    assert found is not None, said
+    return found[1]
 
 
 def test_a_redacted_recording_of_an_sdk_replays_and_holds_no_text(

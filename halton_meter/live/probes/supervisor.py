@@ -70,6 +70,7 @@ class Plan:
     cgroup: str | None = None
     programs: tuple[str, ...] = ()  # what a run is about to start
     limit: RunLimit = NO_LIMIT  # of a run
+    record_fd: int | None = None  # what a run's plaintext is kept in (`live/recording.py`)
     config_error: str | None = None  # lines about values that are not used
     own_hosts: Mapping[str, str] = field(default_factory=dict)  # those of the user's own file
 
@@ -97,6 +98,7 @@ class Plan:
             run_pid=self.roots[0] if self.roots else None,
             max_usd=self.limit.max_usd,
             at_limit=self.limit.at_limit,
+            record_fd=self.record_fd,
             **fields,
         )
 
@@ -138,7 +140,7 @@ class Worker:
             own_code.python("halton_meter.live.probes.worker", str(link.fileno())),
             stdin=commands.fileno(),
             stdout=subprocess.PIPE,
-            pass_fds=(link.fileno(),),
+            pass_fds=[each for each in (link.fileno(), job.record_fd) if each is not None],
             cwd="/",
             env=environment,
             start_new_session=True,  # a Ctrl-C meant for the command must not end the metering

@@ -47,6 +47,7 @@ from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.probes.holding import LEISURE_MS, Holding, cap_of
 from halton_meter.live.probes.remembered import remember
+from halton_meter.live.recording import PlaintextKeeper
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, Process, TlsChunk
 from halton_meter.problem import Unavailable
@@ -93,7 +94,7 @@ class Job:
     `config_error` has a line for each configured value that is wrong and not used; `own_hosts` are
     those of `extra_hosts` that the user's own file names. `run_pid` is the command of a `run`,
     `max_usd` what it may spend, `at_limit` what follows, and `spent_before` what an earlier worker
-    has counted: "usd", "requests", "unpriced".
+    has counted: "usd", "requests", "unpriced". `record_fd` is a file that plaintext is kept in.
     """
 
     home: str
@@ -114,6 +115,7 @@ class Job:
     max_usd: str | None = None
     at_limit: str = STOP
     spent_before: dict[str, Any] = field(default_factory=dict)
+    record_fd: int | None = None
 
 
 # --- the process --------------------------------------------------------------------------------
@@ -214,6 +216,8 @@ class Metering:
         self._own_hosts = job.own_hosts
         self._in_flight = InFlight(meter)
         self._journal = JournalWriter(store, Path(job.home), price_error, self._on_write)
+        fd = job.record_fd
+        self._record = None if fd is None else PlaintextKeeper(fd).keep
         self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
@@ -302,6 +306,8 @@ class Metering:
             size = _size(item)
             self._backlog_bytes -= size
             self._bytes += size - CHUNK_OVERHEAD_BYTES
+            if self._record is not None:
+                self._record(item)
             calls = self._meter.other_calls
             made = self._meter.receive(item)
             if self._meter.other_calls > calls:

@@ -1,0 +1,143 @@
+"""A run's plaintext, kept until the run is over and becomes a capture (`record --via uprobes`).
+
+It is in a file without a name, so that nothing is left of it whatever ends. The metering process
+writes to it (`PlaintextKeeper`); when all metering has ended, who holds the file, the user by then,
+reads it (`read`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
+
+PLAINTEXT_BYTES_MAX = 256 << 20
+_HEAD_BYTES_MAX = 4096
+Item = TlsChunk | TlsClosed
+
+
+class PlaintextKeeper:
+    """Writes what passes to a descriptor; after an error, or too much, no more."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._bytes = os.fstat(fd).st_size
+        self._ended = False
+
+    def keep(self, item: Item) -> None:
+        """The next delivery of a connection."""
+        if self._ended:
+            return
+        data = item.data if isinstance(item, TlsChunk) else b""
+        if self._bytes + len(data) > PLAINTEXT_BYTES_MAX:
+            self._end(f"more than {PLAINTEXT_BYTES_MAX >> 20} MB of plaintext")
+            return
+        try:
+            self._write(_head(item) + data)
+        except OSError as error:
+            self._end(error.strerror or str(error))
+
+    def _write(self, frame: bytes) -> None:
+        written = os.pwrite(self._fd, frame, self._bytes)
+        if written != len(frame):  # a full disk: what stands there of it goes again
+            os.ftruncate(self._fd, self._bytes)
+            raise OSError(0, "No space left on device")
+        self._bytes += written
+
+    def _end(self, why: str) -> None:
+        self._ended = True
+        frame = json.dumps({"ended": why}).encode() + b"\n"
+        # A file of its own size takes it where the disk is full: the reader finds its end torn.
+        try:
+            self._write(frame)
+        except OSError:
+            os.ftruncate(self._fd, max(0, self._bytes - 1))
+
+
+def _head(item: Item) -> bytes:
+    connection = item.connection
+    head: dict[str, object] = {
+        "id": connection.id,
+        "peer": connection.peer,
+        "port": connection.peer_port,
+        "joined": connection.joined,
+        "at_ns": item.at_ns,
+    }
+    if isinstance(item, TlsChunk):
+        sent = item.direction is Direction.SENT
+        head |= {"sent": sent, "offset": item.offset, "length": item.length}
+        head["size"] = len(item.data)
+    else:
+        head["clean"] = item.clean
+    return json.dumps(head).encode() + b"\n"
+
+
+@dataclass(slots=True)
+class Kept:
+    """What was kept; `error` is why not all of it, None when all was."""
+
+    items: list[Item] = field(default_factory=list)
+    error: str | None = None
+
+
+def read(fd: int) -> Kept:
+    """What keepers have written to a descriptor, in order; a connection ends once."""
+    kept, closed = Kept(), set()
+    for item in _frames(fd, kept):
+        if item.connection.id in closed:  # a metering process that took over heard of it again
+            continue
+        if isinstance(item, TlsClosed):
+            closed.add(item.connection.id)
+        kept.items.append(item)
+    return kept
+
+
+def _frames(fd: int, kept: Kept) -> Iterator[Item]:
+    with open(os.dup(fd), "rb") as file:
+        file.seek(0)
+        while head := file.readline(_HEAD_BYTES_MAX):
+            try:
+                found = json.loads(head)
+                if "ended" in found:
+                    kept.error = str(found["ended"])
+                    continue
+                connection = Connection(
+                    str(found["id"]),
+                    Source.UPROBES,
+                    None,
+                    found["peer"],
+                    found["port"],
+                    found["joined"] is True,
+                )
+                if "clean" in found:
+                    yield TlsClosed(connection, int(found["at_ns"]), found["clean"] is True)
+                    continue
+                data = file.read(int(found["size"]))
+                if len(data) < int(found["size"]):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                kept.error = kept.error or "it ends in the middle"
+                return
+            way = Direction.SENT if found["sent"] else Direction.RECEIVED
+            length, at_ns = int(found["length"]), int(found["at_ns"])
+            yield TlsChunk(connection, way, int(found["offset"]), data, length, at_ns)
+
+
+def write(items: list[Item], path: Path) -> tuple[int, int]:
+    """Make a capture of it, TLS anew with its secrets in the file: (connections, packets).
+
+    Raises FileExistsError, OSError.
+    """
+    from halton_meter.redaction import conversation, writing
+
+    heard = conversation.Conversations()
+    for item in items:
+        heard.take(item)
+    found = heard.with_plaintext()
+    for each in found:
+        each.show()
+    return writing.write(found, path, lambda host: host)

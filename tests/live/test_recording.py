@@ -1,0 +1,149 @@
+"""A run's plaintext on its way into a capture: all of it, or up to a place that is told."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capture.pcap import PcapSource
+from halton_meter.live import recording
+from halton_meter.live.recording import Item, PlaintextKeeper, read, write
+from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
+
+CONNECTION = Connection("c1", Source.UPROBES, None, "api.anthropic.com", 443)
+REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: api.anthropic.com\r\n\r\n"
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+
+
+def chunk(way: Direction, offset: int, data: bytes, at_ns: int, lost: int = 0) -> TlsChunk:
+    return TlsChunk(CONNECTION, way, offset, data, len(data) + lost, at_ns)
+
+
+TALK: list[Item] = [
+    chunk(Direction.SENT, 0, REQUEST, 10**18),
+    chunk(Direction.RECEIVED, 0, ANSWER, 10**18 + 5_000_000),
+    TlsClosed(CONNECTION, 10**18 + 6_000_000),
+]
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+
+
+def keep(fd: int, items: list[Item]) -> None:
+    keeper = PlaintextKeeper(fd)
+    for item in items:
+        keeper.keep(item)
+
+
+ITEMS = st.lists(
+    st.builds(
+        lambda number, way, offset, data, lost, at_ns, joined: TlsChunk(
+            Connection(f"c{number}", Source.UPROBES, None, "h.example", 443, joined),
+            way,
+            offset,
+            data,
+            len(data) + lost,
+            at_ns,
+        ),
+        st.integers(0, 3),
+        st.sampled_from(Direction),
+        st.integers(0, 1 << 40),
+        st.binary(max_size=300),
+        st.integers(0, 1 << 30),
+        st.integers(0, 1 << 62),
+        st.booleans(),
+    )
+)
+
+
+@given(ITEMS)
+def test_what_was_kept_is_read_as_it_was(items: list[Item]) -> None:
+    with tempfile.TemporaryFile() as file:
+        keep(file.fileno(), items)
+        found = read(file.fileno())
+    assert found.items == items
+    assert found.error is None
+
+
+@given(st.integers(0, 600))
+def test_a_torn_file_gives_what_is_whole(size: int) -> None:
+    with tempfile.TemporaryFile() as file:
+        keep(file.fileno(), TALK)
+        whole = os.fstat(file.fileno()).st_size
+        os.ftruncate(file.fileno(), min(size, whole))
+        found = read(file.fileno())
+    assert found.items == TALK[: len(found.items)]
+    assert found.error in (None, "it ends in the middle")
+    if size >= whole:
+        assert (found.items, found.error) == (TALK, None)
+
+
+@given(st.binary(max_size=400))
+def test_nonsense_is_no_crash(raw: bytes) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(raw)
+        file.flush()
+        read(file.fileno())
+
+
+def test_the_next_metering_process_goes_on_and_a_connection_ends_once(fd: int) -> None:
+    keep(fd, TALK[:2])
+    keep(fd, TALK[2:])
+    keep(fd, TALK[1:])  # it hears again of what the last one had not acknowledged
+    assert read(fd).items == TALK
+
+
+def test_too_much_is_told_and_what_was_kept_stays(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PLAINTEXT_BYTES_MAX", 500)
+    keep(fd, [*TALK, chunk(Direction.SENT, 100, b"x" * 600, 1), TALK[0]])
+    found = read(fd)
+    assert found.items == TALK
+    assert found.error == "more than 0 MB of plaintext"
+
+
+def test_a_disk_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryFile() as file:
+        real = os.pwrite
+
+        def half(fd: int, data: bytes, at: int) -> int:
+            return real(fd, data[: len(data) // 2], at)
+
+        keep(file.fileno(), TALK[:1])
+        monkeypatch.setattr(os, "pwrite", half)
+        keep(file.fileno(), TALK[1:])
+        found = read(file.fileno())
+    assert found.items == TALK[: len(found.items)]
+    assert found.error is not None
+
+
+def test_the_capture_holds_the_same_plaintext(tmp_path: Path) -> None:
+    path = tmp_path / "made.pcapng"
+    lost = [TALK[0], chunk(Direction.RECEIVED, 0, ANSWER[:20], 10**18 + 1, lost=5)]
+    lost.append(chunk(Direction.RECEIVED, 25, ANSWER[25:], 10**18 + 2))
+    assert write(TALK, path)[0] == 1
+    assert said(path) == {Direction.SENT: REQUEST, Direction.RECEIVED: ANSWER}
+    assert path.stat().st_mode & 0o777 == 0o600
+    gapped = tmp_path / "gapped.pcapng"
+    assert write(lost, gapped)[0] == 1
+    assert said(gapped)[Direction.RECEIVED] == ANSWER[:20] + ANSWER[25:]
+    with pytest.raises(FileExistsError):
+        write(TALK, path)
+
+
+def said(path: Path) -> dict[Direction, bytes]:
+    """What replay reads of a capture, by direction."""
+    found = dict.fromkeys(Direction, b"")
+    for item in PcapSource([path]).items():
+        if isinstance(item, TlsChunk):
+            assert item.connection.peer == "api.anthropic.com"
+            found[item.direction] += item.data
+    return found
