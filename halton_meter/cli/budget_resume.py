@@ -79,10 +79,14 @@ def _allowed(
     for stop in chosen:
         more = more_usd or stop.usd
         if stop.key:
-            # On top of what was spent: else what is far over would stop at once.
+            # On top of what was spent: else what is far over would stop at once. Asked twice, it
+            # is on top of that already.
             beyond = max(Decimal(0), stop.spent_usd - stop.limit_usd)
+            beyond = beyond if stop.more_usd is None else Decimal(0)
             held = held.allowing(stop.key, more + beyond)
-        held = held.with_stop(replace(stop, more_usd=more))
+        # Whom nobody holds any more is continued here, and is stopped no longer.
+        asked = _has_holder(stop)
+        held = held.with_stop(replace(stop, more_usd=more)) if asked else held.without(stop)
         did = "goes on" if stop.how == STOPPED else "is let through again"
         lines.append(f"{stop.id}: {stop.program} {did} for another {money_text(more)}.")
     for name in names:
@@ -96,11 +100,18 @@ def _allowed(
     return lines, held
 
 
+def _has_holder(stop: Stop) -> bool:
+    """Whether the process that holds it is there, to let it go on."""
+    if sys.platform != "linux":
+        return True
+    from halton_meter.live.stopping import is_alive
+
+    return is_alive(stop.by)
+
+
 def _continue_orphans(stop: Stop) -> None:
     """Let go on what a process has stopped that is not there any more."""
-    if sys.platform != "linux" or stop.how != STOPPED:
-        return
-    from halton_meter.live.stopping import is_alive, resume_all
+    if stop.how == STOPPED and not _has_holder(stop):
+        from halton_meter.live.stopping import resume_all
 
-    if not is_alive(stop.by):
         resume_all(stop.processes)

@@ -88,6 +88,7 @@ class Cap:
     ) -> None:
         self.id, self.usd, self.holds = name, usd, holds
         self.more_usd = Decimal(0)
+        self.key = ""  # what `budget resume` allows more for, also to a worker after this one
         self._budget = Budget(RUN, usd, RUN)
         self._sums = Sums((self._budget,))
         if spent is not None:  # by a worker before us
@@ -119,6 +120,7 @@ class Cap:
             amount.usd,
             self.usd,
             self.holds,
+            key=self.key,
             at_least=amount.at_least,
             in_flight_usd=flying.usd,
             in_flight=flying.requests,

@@ -14,7 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from halton_meter.model import PricedEvent
 from halton_meter.spending import firing, ledger, status_file, stops
 from halton_meter.spending.firing import Fired
 from halton_meter.spending.spent import of_event
-from halton_meter.spending.stops import Held, ProcessId, Stop
+from halton_meter.spending.stops import STOPPED, Held, ProcessId, Stop
 from halton_meter.spending.sums import Amount, Sums
 from halton_meter.spending.windows import Window, Windows
 
@@ -36,7 +36,8 @@ CONFIG_EVERY_S = 2.0
 STATUS_EVERY_S = 1.0
 ROLL_EVERY_S = 60.0  # a new day begins though nothing is metered
 STOPS_EVERY_S = 0.25  # while something is held: has `budget resume` let it go on?
-REFRESH_EVERY_S = 60.0  # how long to wait for sums that are asked of the database
+# How long to wait for sums that are asked of the database: nothing holds as long as none is known.
+REFRESH_EVERY_S = 10.0
 
 
 def _is_covered(budget: Budget, flight: Flight) -> bool:
@@ -47,6 +48,12 @@ def _is_covered(budget: Budget, flight: Flight) -> bool:
 def _is_alike(budget: Budget, each: str, flight: Flight) -> bool:
     """Whether a request counts in that sum of the budget."""
     return budget.covers(flight.spent) and budget.each_of(flight.spent) == each
+
+
+def _is_lifted(over: Over, held: Held) -> bool:
+    """Whether the user has allowed so much more since that what was spent is below it."""
+    limit_usd = over.usd + held.more.get(over.key, Decimal(0))
+    return limit_usd > over.limit_usd and over.spent_usd + over.in_flight_usd < limit_usd
 
 
 _Stamp = tuple[int, int, int] | None
@@ -99,6 +106,7 @@ class Guard:
         self._held = Held()
         self._held_stamp: _Stamp = None
         self._own: dict[str, Stop] = {}  # what this process holds at the moment
+        self._unnoted = False  # the file does not say so, as the disk or a lock refused it
         self._actor = Actor(home)
         self._trouble: str | None = None
 
@@ -307,6 +315,11 @@ class Guard:
             self._held_stamp, self._held = stamp, stops.read(path.parent)
         return self._held
 
+    def allowed(self, key: str) -> Decimal:
+        """What `budget resume` has allowed on top of a limit."""
+        with self._lock:
+            return self._allowed().more.get(key, Decimal(0))
+
     def hold(
         self,
         name: str,
@@ -314,8 +327,11 @@ class Guard:
         how: str,
         program: str,
         processes: Sequence[ProcessId] = (),
-    ) -> None:
-        """Note that something is held at a limit, for `budget status` and `budget resume`."""
+    ) -> bool:
+        """Note that something is held at a limit, for `budget status` and `budget resume`.
+
+        False: the user has allowed more since it was judged, and it may go on.
+        """
         with self._lock:
             earlier = self._own.get(name)
             stop = Stop(
@@ -333,11 +349,44 @@ class Guard:
                 processes=tuple(processes),
             )
             if earlier is not None and earlier.processes == stop.processes:
-                return
+                return True
+            goes_on = False
+
+            def noted(held: Held) -> Held:
+                nonlocal goes_on
+                goes_on = earlier is None and _is_lifted(over, held)
+                return held if goes_on else held.with_stop(stop, is_alive)
+
+            self._change(noted)
+            if goes_on:
+                return False
             self._own[name] = stop
-            self._change(lambda held: held.with_stop(stop, is_alive))
             self._dues.stops = time.monotonic() + STOPS_EVERY_S
             self._plan_status(time.monotonic())
+            return True
+
+    def inherit(self, is_ours: Callable[[Stop], bool]) -> list[Stop]:
+        """What a process before us had stopped, and died: it is held by this one from now on."""
+        found: list[Stop] = []
+
+        def taken(held: Held) -> Held:
+            found.clear()
+            for each in held.stops:
+                orphaned = each.how == STOPPED and each.by != self._by and not is_alive(each.by)
+                if orphaned and is_ours(each):
+                    held = held.without(each)
+                    if alive := tuple(filter(is_alive, each.processes)):
+                        found.append(replace(each, by=self._by, processes=alive))
+                        held = held.with_stop(found[-1])
+            return held
+
+        with self._lock:
+            if taken(self._allowed()) is not self._allowed():
+                self._change(taken)
+            for stop in found:
+                self._own[stop.id] = stop
+                self._dues.stops = time.monotonic()
+        return found
 
     def let_go(self, name: str) -> None:
         """What was held under this name is not any more."""
@@ -346,28 +395,55 @@ class Guard:
             if stop is not None:
                 self._change(lambda held: held.without(stop))
                 self._plan_status(time.monotonic())
-            if not self._own:
+            if not self._own and not self._unnoted:
                 self._dues.stops = None
 
     def resumed(self) -> list[Stop]:
-        """What `budget resume` has let go on since the last call: `more_usd` is what is allowed."""
+        """What `budget resume` has let go on since the last call: `more_usd` is what is allowed.
+
+        An earlier stop of the same name, which the file could not be rid of, allows nothing.
+        """
         with self._lock:
             if not self._own:
                 return []
-            found = {each.id: each for each in self._allowed().stops if each.by == self._by}
             return [
-                found[name]
-                for name in self._own
-                if name in found and found[name].more_usd is not None
+                each
+                for each in self._allowed().stops
+                if each.by == self._by
+                and each.more_usd is not None
+                and each.id in self._own
+                and each.since_ns == self._own[each.id].since_ns
             ]
 
     def _change(self, change: Callable[[Held], Held]) -> None:
         try:
             folder = ledger.folder_of(self._home)
             with ledger.locked(folder):
-                stops.write(folder, change(stops.read(folder)))
+                held = stops.read(folder)
+                if (changed := change(held)) is not held:
+                    stops.write(folder, changed)
         except OSError as error:
             self._trouble = f"what is stopped cannot be noted: {error.strerror}"
+            self._unnoted = True
+            self._dues.stops = time.monotonic() + STOPS_EVERY_S
+
+    def _note_again(self) -> None:
+        """Have the file say what this process holds, which was refused before."""
+        self._unnoted, self._trouble = False, None
+        self._change(self._as_held)
+        if not self._own and not self._unnoted:
+            self._dues.stops = None
+
+    def _as_held(self, held: Held) -> Held:
+        for each in held.stops:
+            own = self._own.get(each.id)
+            if each.by == self._by and (own is None or own.since_ns != each.since_ns):
+                held = held.without(each)
+        noted = {each.id: each.processes for each in held.stops if each.by == self._by}
+        for name, own in self._own.items():
+            if noted.get(name) != own.processes:
+                held = held.with_stop(own, is_alive)
+        return held
 
     # --- time
 
@@ -387,6 +463,8 @@ class Guard:
             self._look(now)
             if self._dues.stops is not None and now >= self._dues.stops:
                 self._dues.stops = now + STOPS_EVERY_S
+                if self._unnoted:
+                    self._note_again()
             if self._sums.budgets and now >= self._dues.roll:
                 self._dues.roll = now + ROLL_EVERY_S
                 self._plan_status(now)

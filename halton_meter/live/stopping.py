@@ -35,6 +35,7 @@ class _Seen:
     session: int
     terminal: int
     ticks: int
+    has_ended: bool = False  # and waits for its parent to hear of it
 
 
 def look_at(pid: int) -> _Seen | None:
@@ -43,7 +44,8 @@ def look_at(pid: int) -> _Seen | None:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read(4096).rpartition(b")")[2].split()
         parent, group, session, terminal = map(int, fields[1:5])
-        return _Seen(pid, parent, group, session, terminal, int(fields[19]))
+        has_ended = fields[0] in (b"Z", b"X")
+        return _Seen(pid, parent, group, session, terminal, int(fields[19]), has_ended)
     except (OSError, ValueError, IndexError):
         return None
 
@@ -55,8 +57,12 @@ def identity(pid: int) -> ProcessId:
 
 
 def is_alive(process: ProcessId) -> bool:
-    """Whether that process, and not another of its number, is there."""
-    return process[1] > 0 and proc.started_ticks(process[0]) == process[1]
+    """Whether that process, and not another of its number, is there and has not ended.
+
+    One that was killed is a zombie until its parent hears of it: it does nothing any more.
+    """
+    seen = look_at(process[0]) if process[1] > 0 else None
+    return seen is not None and seen.ticks == process[1] and not seen.has_ended
 
 
 def began_before(pid: int, at_ns: int) -> ProcessId | None:
@@ -81,6 +87,17 @@ class Stopper:
     def processes(self) -> tuple[ProcessId, ...]:
         """Those that are stopped, in the order in which they were."""
         return tuple(self._fds)
+
+    def adopt(self, processes: Iterable[ProcessId]) -> None:
+        """Take over what another has stopped; nobody is signalled."""
+        for process in processes:
+            if process not in self._fds and len(self._fds) < PROCESSES_MAX:
+                with contextlib.suppress(OSError):
+                    fd = os.pidfd_open(process[0])
+                    if is_alive(process):  # after it was opened: this is what the fd is of
+                        self._fds[process] = fd
+                    else:
+                        os.close(fd)
 
     def stop(self, roots: Iterable[ProcessId]) -> int:
         """Stop these and all that descends from them; how many were stopped by this call.

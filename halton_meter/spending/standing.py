@@ -46,8 +46,7 @@ def refresh(home: Path, budgets: Sequence[Budget], now_ns: int, wait_s: float = 
     folder = ledger.folder_of(home)
     sums = Sums(budgets)
     with ledger.locked(folder, ledger.REFRESH_LOCK_NAME, REFRESH_S_MAX):
-        _, recent = ledger.read(home)
-        baseline, stored = _asked(home, budgets, recent, now_ns, wait_s)
+        baseline, stored = _asked(home, budgets, now_ns, wait_s)
         with ledger.locked(folder):
             left = ledger.replace(folder, baseline, lambda each: each.id in stored)
     sums.begin(baseline, left)
@@ -65,11 +64,14 @@ def last_known(home: Path, budgets: Sequence[Budget]) -> Sums:
 
 
 def _asked(
-    home: Path, budgets: Sequence[Budget], recent: Iterable[Spent], now_ns: int, wait_s: float
+    home: Path, budgets: Sequence[Budget], now_ns: int, wait_s: float
 ) -> tuple[Baseline, frozenset[str]]:
-    """What the database has of budgets, and which of these events."""
+    """What the database has of budgets, and which of the events in the ledger."""
     try:
         with Store(home).reading(wait_s) as reader:
+            # Read while the database cannot change: an event that comes to the ledger behind this
+            # is not in it. Read before, one that was flushed in between would count twice.
+            _, recent = ledger.read(home)
             rows = reader.rows(
                 "SELECT id FROM event WHERE id IN (SELECT unnest(?))", [[x.id for x in recent]]
             )

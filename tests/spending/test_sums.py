@@ -264,6 +264,28 @@ def test_the_database_and_what_came_since_add_up(tmp_path: Path) -> None:
     assert len(ledger.read(tmp_path)[1]) == 2
 
 
+def test_what_is_stored_while_the_sums_are_asked_for_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever meters writes it to the ledger and has it stored, just before the database opens."""
+    store_events(tmp_path, made("d1", "1"))
+    other = Ledger(tmp_path, Sums(BUDGETS))
+    standing.refresh(tmp_path, BUDGETS, NOON_NS)
+    reading = Store.reading
+
+    def late(store: Store, wait_seconds: float = 1.0) -> object:
+        event = made("d2", "2")
+        other.add([of_event(event)])
+        store_events(tmp_path, event)
+        return reading(store, wait_seconds)
+
+    monkeypatch.setattr(Store, "reading", late)
+    sums = standing.refresh(tmp_path, BUDGETS, NOON_NS)
+    assert current(sums, BUDGETS[0]) == {("2026-03-10", ""): Amount(Decimal(3), 2, 0)}
+    other.refresh()
+    assert current(other.sums, BUDGETS[0]) == current(sums, BUDGETS[0])
+
+
 @given(st.lists(SPENT, max_size=12), st.data())
 def test_a_new_baseline_changes_no_sum(spent: list[Spent], data: st.DataObject) -> None:
     """Whatever part of the events is in the database by then."""

@@ -32,7 +32,7 @@ from halton_meter.live.stopping import (
 )
 from halton_meter.model import Exchange, PricedEvent, Process
 from halton_meter.spending.spent import amount, of_event
-from halton_meter.spending.stops import STOPPED, ProcessId
+from halton_meter.spending.stops import STOPPED, ProcessId, Stop
 from halton_meter.spending.sums import Amount
 from halton_meter.wire.so_far import ExchangeSoFar
 
@@ -105,7 +105,31 @@ class Holding:
 
     def watch(self, key: Hashable, pid: int, tell: Tell, cap: Cap | None = None) -> None:
         """A run begins: what its tree spends counts for its limit."""
-        self._runs[key] = Run(identity(pid), tell, cap)
+        root = identity(pid)
+        if cap is not None:
+            cap.key = f"run {root[0]} {root[1]}"
+            cap.more_usd = self.guard.allowed(cap.key)
+        self._runs[key] = Run(root, tell, cap)
+
+    def inherit(self) -> None:
+        """Hold on to what the worker before us had stopped when it died.
+
+        What it had stopped of a run that the service watched is nobody's: who watched it is told
+        that the service is gone, and `budget resume` lets it go on.
+        """
+        roots = {str(run.root[0]): run for run in self._runs.values()}
+        for stop in self.guard.inherit(lambda each: _root_of(each) in (roots or (None,))):
+            stopper = Stopper()
+            stopper.adopt(stop.processes)
+            run = roots.get(_root_of(stop) or "")
+            over = Over(stop.id, stop.limit_usd, stop.spent_usd, stop.usd, key=stop.key)
+            budget = next((x for x in self.guard.budgets if x.name == stop.budget), None)
+            holds = budget.holds if budget is not None else run and run.cap and run.cap.holds
+            over = replace(over, budget=budget, holds=holds or STOP, at_least=stop.at_least)
+            stopped = self._stopped[stop.id] = _Stopped(over, stopper, run)
+            if holds == END:
+                stopped.stopper.end()
+                stopped.kill_at = time.monotonic() + END_S
 
     def forget(self, key: Hashable) -> None:
         """Who watched a run is gone. What is stopped of it stays so, for `budget resume`."""
@@ -199,6 +223,7 @@ class Holding:
             roots.insert(0, run.root)
         elif spender is not None:
             roots = job_of(spender)
+        is_new = name not in self._stopped
         fresh = stopped.stopper.stop(roots)
         program = os.path.basename(process.exe or "") or str(process.pid)
         if stopped.stopper.refused:
@@ -208,8 +233,11 @@ class Holding:
         if not stopped.stopper.processes:
             stopped.stopper.close()
             return
+        held = self.guard.hold(name, over, STOPPED, program, stopped.stopper.processes)
+        if is_new and not held:
+            stopped.stopper.resume()
+            return
         self._stopped[name] = stopped
-        self.guard.hold(name, over, STOPPED, program, stopped.stopper.processes)
         now = time.monotonic()
         if fresh or now >= stopped.told_at + TELL_AGAIN_S:  # somebody had continued it
             stopped.told_at, after_s = now, SETTLES_S if run is not None else SAY_AFTER_S
@@ -307,6 +335,13 @@ class Holding:
         self.guard.close(let_go=self._is_run)
         for stopped in self._stopped.values():
             stopped.stopper.close()
+
+
+def _root_of(stop: Stop) -> str | None:
+    """The process of the run that a stop is of, by its name; None where it is of none."""
+    if stop.id == stop.budget:
+        return None
+    return stop.id.rpartition("-" if stop.budget is None else "/")[2]
 
 
 def cap_of(name: str, usd: Any, holds: Any, before: dict[str, Any]) -> Cap | None:

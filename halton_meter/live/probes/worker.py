@@ -253,6 +253,7 @@ class Metering:
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._on_command)
         self._watch_own_run()
         self._holding.guard.look()
+        self._holding.inherit()  # before what has come since is metered
         self._set_pace()
         send({"ready": True, "loader": self._source.status().loader})
         self._journal.count_losses(self._job.owed)

@@ -1,0 +1,241 @@
+"""What the worker has stopped at a limit: the next one holds it when the first was killed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halton_meter.cli.budget_resume import go_on
+from halton_meter.live.caps import Cap
+from halton_meter.live.probes.holding import Holding
+from halton_meter.live.stopping import identity, is_alive
+from halton_meter.model import Process
+from halton_meter.spending import ledger, standing, stops
+from halton_meter.spending.sums import Amount
+from tests.support.made import made
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pidfd and /proc")
+
+BUDGET = '[budgets.daily]\nusd = 10\nper = "day"\naction = "stop"\n'
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(BUDGET)
+    return tmp_path
+
+
+@pytest.fixture
+def spenders() -> Iterator[list[subprocess.Popen[bytes]]]:
+    made = [subprocess.Popen(["sleep", "1000"]) for _ in range(2)]
+    yield made
+    for each in made:
+        each.kill()
+        each.wait()
+
+
+def is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def answer(number: int, usd: str, process: subprocess.Popen[bytes]) -> Any:
+    now_ns = time.time_ns()
+    who = Process(process.pid, now_ns, "/usr/bin/sleep", ("sleep",), "/", os.getuid(), "me")
+    return made(f"e{number}", usd, at_ns=now_ns, process=who)
+
+
+def worker(home: Path, run: int | None = None, tell: Any = None, spent: str = "0") -> Holding:
+    """One as it begins; of a run where a process is named."""
+    holding = Holding(home, is_run=run is not None)
+    holding.refresh = lambda: refresh(home)
+    if run is not None:
+        cap = Cap(Decimal(10), f"run-{run}", spent=Amount(Decimal(spent), 1))
+        holding.watch(None, run, tell, cap)
+    holding.guard.look()
+    holding.inherit()
+    return holding
+
+
+def refresh(home: Path) -> None:
+    from halton_meter import config
+
+    standing.refresh(home, config.read(home).config.budgets, time.time_ns())
+
+
+def killed_after(work: Callable[[], None]) -> int:
+    """Do it in a process of its own that is killed then; its pid, of a zombie as yet."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
+def test_a_limit_holds_again_after_its_worker_was_killed(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, other = spenders
+
+    def work() -> None:
+        first = worker(home)
+        first.keep([answer(1, "11", one)])
+        first.keep([answer(2, "0.5", other)])
+
+    os.waitpid(killed_after(work), 0)
+    assert is_stopped(one)
+    assert is_stopped(other)
+    second = worker(home)
+    # The killed worker had counted it, and the next one is told of it again: once more is nothing.
+    second.keep([answer(2, "0.5", other)])
+    (stop,) = stops.read(home / "budgets").stops
+    assert stop.by == identity(os.getpid())
+    assert set(stop.processes) == {identity(one.pid), identity(other.pid)}
+    go_on(home, ["daily"], Decimal(2), everything=False)
+    second.tick(time.monotonic() + 1)
+    # Both go on, though the second worker has seen only one of them spend.
+    wait_until(lambda: not is_stopped(one) and not is_stopped(other), "the end of the stop")
+    assert stops.read(home / "budgets").stops == ()
+    second.keep([answer(3, "1.4", one)])
+    assert not is_stopped(one)
+    second.keep([answer(4, "0.7", one)])
+    wait_until(lambda: is_stopped(one), "the next stop")
+    assert not is_stopped(other)
+    second.close()
+
+
+def test_who_was_killed_before_it_let_go_on_is_followed_by_one_that_does(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    """`budget resume` had found it alive, and has left the rest to it."""
+    one, _ = spenders
+
+    def work() -> None:
+        worker(home).keep([answer(1, "11", one)])
+        folder = home / "budgets"
+        with ledger.locked(folder):
+            held = stops.read(folder)
+            (stop,) = held.stops
+            stop = replace(stop, more_usd=Decimal(5))
+            stops.write(folder, held.with_stop(stop).allowing(stop.key, Decimal(6)))
+
+    os.waitpid(killed_after(work), 0)
+    assert is_stopped(one)
+    second = worker(home)
+    second.tick(time.monotonic())
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    assert stops.read(home / "budgets").stops == ()
+    second.close()
+
+
+def test_a_worker_that_was_killed_holds_nothing_though_nobody_has_heard_of_it_yet(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, _ = spenders
+    pid = killed_after(lambda: worker(home).keep([answer(1, "11", one)]))
+    assert not is_alive(identity(pid))
+    go_on(home, [], Decimal(5), everything=False)
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    assert stops.read(home / "budgets").stops == ()
+    os.waitpid(pid, 0)
+    second = worker(home)
+    second.keep([answer(2, "4.9", one)])
+    assert not is_stopped(one)
+    second.keep([answer(3, "0.1", one)])
+    wait_until(lambda: is_stopped(one), "the next stop")
+    second.close()
+
+
+def test_who_is_allowed_more_while_it_is_being_stopped_goes_on(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    """The worker had judged by what was allowed before."""
+    one, _ = spenders
+    holding = worker(home)
+    judged = holding.guard.over
+
+    def over(*args: Any, **how: Any) -> Any:
+        found = judged(*args, **how)
+        assert found is not None
+        folder = home / "budgets"
+        with ledger.locked(folder):
+            stops.write(folder, stops.read(folder).allowing(found.key, Decimal(5)))
+        return found
+
+    holding.guard.over = over  # type: ignore[method-assign]
+    holding.keep([answer(1, "11", one)])
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    assert stops.read(home / "budgets").stops == ()
+    holding.guard.over = judged  # type: ignore[method-assign]
+    holding.keep([answer(2, "4", one)])
+    wait_until(lambda: is_stopped(one), "the stop")
+    holding.close()
+
+
+def test_what_a_run_was_allowed_survives_its_worker(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, _ = spenders
+    (home / "config.toml").write_text("")
+    told: list[dict[str, Any]] = []
+
+    def work() -> None:
+        worker(home, one.pid, told.append).keep([answer(1, "11", one)])
+
+    os.waitpid(killed_after(work), 0)
+    second = worker(home, one.pid, told.append, spent="11")
+    assert is_stopped(one)
+    go_on(home, [f"run-{one.pid}"], Decimal(3), everything=False)
+    second.tick(time.monotonic() + 1)
+    assert told == [{"limit_lifted": f"run-{one.pid}"}]  # who watches gives the terminal back
+    second.go_on(None)
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    second.guard.close(let_go=False)
+    third = worker(home, one.pid, told.append, spent="13")
+    third.keep([answer(2, "0.9", one)])
+    assert not is_stopped(one)
+    third.keep([answer(3, "0.1", one)])
+    wait_until(lambda: is_stopped(one), "the next stop")
+    third.close()
+
+
+def test_a_lock_that_was_not_to_be_had_is_tried_again(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    """What the file still says of an earlier stop lets nobody go on."""
+    one, _ = spenders
+    holding = worker(home)
+    holding.keep([answer(1, "11", one)])
+    go_on(home, ["daily"], Decimal(2), everything=False)
+    fd = os.open(home / "budgets" / "lock", os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    holding.tick(time.monotonic() + 1)  # goes on, which cannot be noted
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    holding.keep([answer(2, "2.5", one)])  # nor can this stop
+    wait_until(lambda: is_stopped(one), "the next stop")
+    holding.tick(time.monotonic() + 2)
+    assert is_stopped(one)
+    os.close(fd)
+    holding.tick(time.monotonic() + 3)
+    (stop,) = stops.read(home / "budgets").stops
+    assert (stop.more_usd, stop.processes) == (None, (identity(one.pid),))
+    assert holding.guard.is_any_over()
+    assert holding.trouble is None
+    go_on(home, ["daily"], Decimal(2), everything=False)
+    holding.tick(time.monotonic() + 4)
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    holding.close()
