@@ -98,6 +98,31 @@ def test_the_service_searches_what_a_run_is_about_to_start(
     pytest.fail(f"none of {ATTEMPTS} runs waited long enough")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("redact", [False, True])
+def test_a_program_that_writes_no_keys_is_recorded_by_uprobes(
+    lab: Lab, installed: Callable[[Program], Path], redact: bool
+) -> None:
+    program = installed(BUN[-1])
+    home = lab.user.home / f"record-of-bun-{redact}"
+    home.mkdir()
+    os.chown(home, lab.user.uid, lab.user.gid)
+    file = home / "recorded.pcapng"
+    skip = len(lab.ledger())
+    options = ["--via", "uprobes", *(["--redact"] if redact else [])]
+    words = [str(program), str(script_beside(program)), "1", "3"]
+    argv = [*HALTON_METER, "record", str(file), *options, "--", *words]
+    done = lab.run(argv, env=as_sudo(lab, home))
+    assert done.stdout.split() == ["200"] * 3, done.stderr
+    replay = [*HALTON_METER, "replay", "--json", str(file)]
+    said = lab.run(replay, env=as_sudo(lab, home))
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    served = [entry["tokens"] for entry in lab.ledger()[skip:]]
+    assert len(events) == len(served) == 3, done.stderr + said.stderr
+    wanted = sorted((each["input"], each["output"]) for each in served)
+    assert sorted((e["tokens"]["input"], e["tokens"]["output"]) for e in events) == wanted
+
+
 def never_run(original: Path, mark: str) -> Path:
     """A copy that is another program to whoever searches it: bytes after the end make it so."""
     program = original.with_name(f"never-run-{mark}")
