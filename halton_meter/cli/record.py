@@ -1,6 +1,6 @@
 """`halton-meter record FILE -- CMD…`: a capture of a command's provider connections, with secrets.
 
-The command is metered as by `run --via keylog` or `--via uprobes`. Exit codes are those of `run`; 1
+The command is metered as by `run` with the same --via. Exit codes are those of `run`; 1
 also when the file cannot be made, in which case the command was not started.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from halton_meter.cli.output import count, fail, note, wrong_usage
-from halton_meter.cli.run import summary_lines, through_key_log, through_own_probes
+from halton_meter.cli.run import summary_lines, through_key_log, through_own_probes, through_proxy
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from halton_meter.live.result import RunResult
 
-VIA = ("keylog", "uprobes")
+VIA = ("keylog", "uprobes", "proxy")
 EXISTS = "exists"
 EXAMPLES = """
     \b
@@ -49,7 +49,8 @@ EXAMPLES = """
     default="keylog",
     help="keylog (default): the packets as they were; the command must write its TLS keys (curl, "
     "Python, Node, browsers). uprobes: what its TLS library was given, also where it writes no "
-    "keys (Claude Code, Codex); packets are made anew.",
+    "keys (Claude Code, Codex). proxy: what passed a local proxy, without credentials and without "
+    "root. For these two, packets are made anew.",
 )
 @click.option(
     "--redact",
@@ -67,7 +68,7 @@ def record(
     The file holds prompts, answers and credentials: only you may read it. `replay` prices it
     without a key log. Other programs' connections, and the command's to other hosts, are left out.
     With --redact every text becomes filler before the file is written: see `halton-meter redact`.
-    The command is also metered, as by run. Needs sudo: to capture packets, or to set probes.
+    The command is also metered, as by run. Packets and probes need sudo.
     """
     from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
@@ -107,16 +108,22 @@ def _recorded(
     if via == "keylog":
         return through_key_log(command, place)
     from halton_meter.accounts import invoking_account
-    from halton_meter.live import recording
-    from halton_meter.live.result import Recorded
-    from halton_meter.privileges import as_account
+    from halton_meter.live import kept_plaintext
+    from halton_meter.live.result import NO_LIMIT, Recorded
+    from halton_meter.privileges import as_account, settle
+
+    if via == "proxy":
+        settle(needs_root=False)
 
     if refused := as_account(invoking_account(), lambda: _refusal(file)):
         raise FileExistsError(file) if refused == EXISTS else OSError(0, refused)
     with tempfile.TemporaryFile() as kept:
-        result = through_own_probes(command, kept.fileno())
-        found = recording.read(kept.fileno())
-    size = recording.write(found.items, place()) if found.items else (0, 0)
+        if via == "proxy":
+            result = through_proxy(command, NO_LIMIT, record_fd=kept.fileno())
+        else:
+            result = through_own_probes(command, kept.fileno())
+        found = kept_plaintext.read(kept.fileno())
+    size = kept_plaintext.write(found.items, place()) if found.items else (0, 0)
     result.recorded = Recorded(*size, found.error)
     return result
 
@@ -135,13 +142,14 @@ def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
     if done is None:
         return []
     if not done.connections:
-        other = "keylog" if via == "uprobes" else "uprobes"
+        other = "uprobes" if via == "keylog" else "keylog"
         return [
             "  nothing was recorded: no connection to a provider could be read",
             f"  Use: halton-meter record {shlex.quote(str(file))} --via {other} -- CMD",
         ]
+    holds = "prompts and answers" if via == "proxy" else "prompts and credentials"
     what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
-    lines = [f"  recorded: {what} in {file}; it holds prompts and credentials"]
+    lines = [f"  recorded: {what} in {file}; it holds {holds}"]
     if done.error:
         lines.append(f"  the recording is not whole: {done.error}")
     lines.append(f"  Use: halton-meter replay {shlex.quote(str(file))}")

@@ -145,7 +145,7 @@ def run(
     limit = RunLimit(usd_text(max_usd), at_limit)
     try:
         if via == "proxy" or java:
-            result = _through_proxy(command, limit, java)
+            result = through_proxy(command, limit, java)
         elif via == "keylog":
             result = through_key_log(command)
         else:
@@ -184,7 +184,7 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
             "not root and no service running: using a local proxy "
             "(for uprobes: sudo halton-meter start)"
         )
-        return _through_proxy(command, limit)
+        return through_proxy(command, limit)
     if not accounts.is_root():
         raise Unavailable([_not_root(command)])
     found, hosts = service.read_configuration(account, home)
@@ -245,7 +245,10 @@ def _not_root(command: Sequence[str]) -> Problem:
     return Problem(what, ways)
 
 
-def _through_proxy(command: Sequence[str], limit: RunLimit, java: bool = False) -> RunResult:
+def through_proxy(
+    command: Sequence[str], limit: RunLimit, java: bool = False, record_fd: int | None = None
+) -> RunResult:
+    """Run a command metered by a local proxy of its own, as the user; maybe keep its exchanges."""
     from halton_meter import accounts, config
     from halton_meter.cli.configured import told
     from halton_meter.live.proxy.run import meter_command
@@ -254,7 +257,7 @@ def _through_proxy(command: Sequence[str], limit: RunLimit, java: bool = False) 
     found = config.read(home)
     told(found, GOES_ON)
     hosts, upstream = found.config.extra_hosts, found.config.proxy.upstream
-    return meter_command(command, home, os.environ, hosts, upstream, java, limit)
+    return meter_command(command, home, os.environ, hosts, upstream, java, limit, record_fd)
 
 
 def through_key_log(command: Sequence[str], record: Callable[[], Path] | None = None) -> RunResult:

@@ -78,6 +78,7 @@ def test_a_copy_that_gives_something_else_is_refused(
     assert list(tmp_path.glob("*.pcapng")) == []
 
 
+@pytest.mark.checkout
 def test_the_words_that_may_stay_are_those_that_the_readers_look_for() -> None:
     from tools.redaction_words import FILE, words
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from capture.pcap import PcapSource
+from halton_meter.model import TlsChunk
 from tests.lab.conftest import CLIENTS, HALTON_METER, Bench, assert_metered, stored_events
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
@@ -171,6 +173,30 @@ def test_a_recording_by_uprobes_needs_no_keys_and_replays_the_same(lab: Lab, hom
     assert sorted(each["id"] for each in events) == sorted(each["id"] for each in metered)
     again = lab.run([*command, "true"], env=as_sudo(lab, home))
     assert (again.returncode, "exists already" in again.stderr) == (1, True)
+
+
+def test_a_recording_through_the_proxy_needs_no_root(lab: Lab, home: Path) -> None:
+    skip = len(lab.ledger())
+    file = home / "recorded.pcapng"
+    key = "sk-ant-a-key-of-nobody"
+    secret = ("-H", f"x-api-key: {key}")
+    script = f"{shlex.join(curl(1, *secret))}; {shlex.join(curl(2, '--http2', *secret))}"
+    command = [*HALTON_METER, "record", str(file), "--via", "proxy", "--", "sh", "-c", script]
+    environment = lab.environment(HALTON_METER_HOME=str(home / "data"), HOME=str(home))
+    done = lab.run(command, user=lab.user, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"packets in {file}; it holds prompts and answers" in done.stderr
+    replay = [*HALTON_METER, "replay", "--json", str(file)]
+    said = lab.run(replay, user=lab.user, env=environment)
+    assert said.returncode == 0, said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert_metered(lab.ledger()[skip:], events, "pcap")
+    assert Scenario(n=1).marker.encode() in plaintext_of(file)
+    assert key.encode() not in plaintext_of(file)
+
+
+def plaintext_of(file: Path) -> bytes:
+    return b"".join(item.data for item in PcapSource([file]).items() if isinstance(item, TlsChunk))
 
 
 def packets_in(said: str) -> str:

@@ -70,7 +70,7 @@ class Plan:
     cgroup: str | None = None
     programs: tuple[str, ...] = ()  # what a run is about to start
     limit: RunLimit = NO_LIMIT  # of a run
-    record_fd: int | None = None  # what a run's plaintext is kept in (`live/recording.py`)
+    record_fd: int | None = None  # what a run's plaintext is kept in (`live/kept_plaintext.py`)
     config_error: str | None = None  # lines about values that are not used
     own_hosts: Mapping[str, str] = field(default_factory=dict)  # those of the user's own file
 

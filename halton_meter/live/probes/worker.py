@@ -41,13 +41,13 @@ from halton_meter.live.control import (
 )
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import EventStore, JournalWriter
+from halton_meter.live.kept_plaintext import PlaintextKeeper
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.probes.holding import LEISURE_MS, Holding, cap_of
 from halton_meter.live.probes.remembered import remember
-from halton_meter.live.recording import PlaintextKeeper
 from halton_meter.live.totals import Totals
 from halton_meter.model import PricedEvent, Process, TlsChunk
 from halton_meter.problem import Unavailable

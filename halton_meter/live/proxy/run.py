@@ -132,12 +132,13 @@ def meter_command(
     upstream: tuple[str, int] | None = None,
     java: bool = False,
     limit: RunLimit = NO_LIMIT,
+    record_fd: int | None = None,
 ) -> RunResult:
     """Run `command` behind an edge of its own and store what it used.
 
     `upstream` is the proxy that leads out; without one, that of the environment is kept in use.
-    With `java` its JVMs are configured, too. Raises Unavailable when the proxy cannot start; the
-    command has not been started then.
+    With `java` its JVMs are configured, too. `record_fd` is a file that exchanges are kept in.
+    Raises Unavailable when the proxy cannot start; the command has not been started then.
     """
     prepare_home(home)
     upstream = upstream or environment_proxy(environment)
@@ -150,6 +151,7 @@ def meter_command(
         max_usd=limit.max_usd,
         at_limit=limit.at_limit,
         run=name,
+        record_fd=record_fd,
     )
     child = _Child()
     background = _Background(job, environment, child.take)

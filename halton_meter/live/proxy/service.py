@@ -269,6 +269,7 @@ class ProxyService:
             cwd="/",
             env=self._environment,
             limit=READ_BYTES,
+            pass_fds=[] if self.job.record_fd is None else [self.job.record_fd],
             start_new_session=True,  # a Ctrl-C meant for the command must not end the metering
         )
         assert process.stdin is not None

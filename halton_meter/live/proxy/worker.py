@@ -30,6 +30,7 @@ from halton_meter.coverage import Coverage
 from halton_meter.live import status
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
+from halton_meter.live.kept_plaintext import PlaintextKeeper, keep_exchange
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.proxy.programs import process_of
@@ -68,7 +69,8 @@ class Job:
     `extra_hosts` are the user's own, as `registry.Registry` takes them; `upstream` is the proxy
     that leads out of this network; `secret` authenticates the edge to the worker. `config_error`
     has a line for each configured value that is wrong and not used. `max_usd` is what a single run
-    may spend, `at_limit` what follows, `run` its name for `budget resume`.
+    may spend, `at_limit` what follows, `run` its name for `budget resume`. `record_fd` is a file
+    that exchanges are kept in.
     """
 
     home: str
@@ -80,6 +82,7 @@ class Job:
     max_usd: str | None = None
     at_limit: str = STOP
     run: str = ""
+    record_fd: int | None = None
 
 
 def provider_hosts(extra_hosts: Mapping[str, str]) -> tuple[str, ...]:
@@ -157,6 +160,8 @@ class Pricing:
             Exchange | Coverage | Look | Reload | Callable[[], None] | None
         ] = queue.Queue(WAITING_MAX)
         self._thread = threading.Thread(target=self._work, name="pricing", daemon=True)
+        fd = None if job is None else job.record_fd
+        self._record = None if fd is None else PlaintextKeeper(fd)
         self._send = send
         self._sent: dict[str, Any] = {}
         self.losses: Counter[str] = Counter()
@@ -268,6 +273,8 @@ class Pricing:
         self.gate.tick(now)
 
     def _keep(self, exchange: Exchange) -> None:
+        if self._record is not None:
+            keep_exchange(self._record, exchange)
         events = self._meter.exchange(exchange)
         self.totals.seen_again = self._meter.seen_again
         if again := self._meter.told_again():

@@ -83,13 +83,14 @@ def test_a_refused_request_is_answered_in_the_providers_stead(
     place, gate = gated
     gate.shut = True
     server = origin(lambda talk: None)
-    answer = place.ask(server.port, request(b'{"model":"dear"}'))
+    answer = place.ask(server.port, request(b'{"model":"dear","pad":"unsent"}'))
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 402 ")
     assert b"x-should-retry: false" in head
     assert body == REFUSED.body
     assert all(talk.heard == b"" for talk in server.talks)
-    assert place.delivered == []  # no provider heard of it: it is no request that was made
+    # No provider heard of it: it is no request that was made.
+    assert not any(b"unsent" in each.request.body.joined() for each in place.delivered)
     assert gate.judged[-1].request.path == "/v1/messages"
 
 

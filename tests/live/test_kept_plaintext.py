@@ -12,9 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.pcap import PcapSource
-from halton_meter.live import recording
-from halton_meter.live.recording import Item, PlaintextKeeper, read, write
-from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
+from halton_meter.live import kept_plaintext
+from halton_meter.live.kept_plaintext import Item, PlaintextKeeper, keep_exchange, read, write
+from halton_meter.model import (
+    Body,
+    Connection,
+    Direction,
+    Exchange,
+    Outcome,
+    Protocol,
+    Request,
+    Response,
+    Source,
+    TlsChunk,
+    TlsClosed,
+)
+from halton_meter.wire.conversation import Conversation, Interest
 
 CONNECTION = Connection("c1", Source.UPROBES, None, "api.anthropic.com", 443)
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: api.anthropic.com\r\n\r\n"
@@ -103,7 +116,7 @@ def test_the_next_metering_process_goes_on_and_a_connection_ends_once(fd: int) -
 
 
 def test_too_much_is_told_and_what_was_kept_stays(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "PLAINTEXT_BYTES_MAX", 500)
+    monkeypatch.setattr(kept_plaintext, "PLAINTEXT_BYTES_MAX", 500)
     keep(fd, [*TALK, chunk(Direction.SENT, 100, b"x" * 600, 1), TALK[0]])
     found = read(fd)
     assert found.items == TALK
@@ -137,6 +150,65 @@ def test_the_capture_holds_the_same_plaintext(tmp_path: Path) -> None:
     assert said(gapped)[Direction.RECEIVED] == ANSWER[:20] + ANSWER[25:]
     with pytest.raises(FileExistsError):
         write(TALK, path)
+
+
+BODIES = st.builds(
+    lambda data, complete: Body((data,) if data else (), complete),
+    st.binary(max_size=200),
+    st.booleans(),
+)
+HEADERS = (("content-type", "application/json"), ("content-encoding", "gzip"))
+
+
+@given(BODIES, BODIES, st.booleans(), st.sampled_from([None, 200, 429]))
+def test_an_exchange_is_read_again_as_the_proxy_had_it(
+    asked: Body, answered: Body, trails: bool, status: int | None
+) -> None:
+    trailers = (("grpc-status", "0"),) if trails and answered.complete else ()
+    exchange = Exchange(
+        "e1",
+        CONNECTION,
+        Protocol.HTTP2,
+        Request("POST", "api.openai.com", "/v1/responses", (("beta", "true"),), HEADERS, asked),
+        Response(status, HEADERS, answered, trailers),
+        10**18,
+        10**18 + 1_000_000,
+        10**18 + 2_000_000,
+        Outcome.COMPLETE,
+    )
+    with tempfile.TemporaryFile() as file:
+        keep_exchange(PlaintextKeeper(file.fileno()), exchange)
+        found = read(file.fileno())
+    assert found.error is None
+    conversation = Conversation(found.items[0].connection, lambda _: Interest(True))
+    made = []
+    for item in found.items:
+        if isinstance(item, TlsChunk):
+            made += conversation.receive(item)
+        else:
+            made += conversation.close(item)
+    (again,) = made
+    assert again.request.body.joined() == asked.joined()
+    assert (again.request.method, again.request.path) == ("POST", "/v1/responses")
+    assert HEADERS[0] in again.request.headers
+    assert HEADERS[1] not in again.request.headers
+    if asked.complete:
+        assert again.response.status == status
+    if status is not None and asked.complete:
+        assert again.response.body.joined() == answered.joined()
+        assert again.response.body.complete == answered.complete
+
+
+def test_turns_of_a_websocket_are_named_as_missing(fd: int) -> None:
+    turn = Exchange(
+        *("w1", CONNECTION, Protocol.WEBSOCKET, Request(), Response(), 1, 2, 3, Outcome.COMPLETE)
+    )
+    keeper = PlaintextKeeper(fd)
+    keep_exchange(keeper, turn)
+    for item in TALK:
+        keeper.keep(item)
+    found = read(fd)
+    assert (found.items, found.error) == (TALK, "turns of WebSockets are not in it")
 
 
 def said(path: Path) -> dict[Direction, bytes]:

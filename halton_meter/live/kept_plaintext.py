@@ -1,4 +1,4 @@
-"""A run's plaintext, kept until the run is over and becomes a capture (`record --via uprobes`).
+"""A run's plaintext, kept until the run is over and becomes a capture (`record`).
 
 It is in a file without a name, so that nothing is left of it whatever ends. The metering process
 writes to it (`PlaintextKeeper`); when all metering has ended, who holds the file, the user by then,
@@ -7,17 +7,38 @@ reads it (`read`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from halton_meter.model import Connection, Direction, Source, TlsChunk, TlsClosed
+from halton_meter.model import (
+    Body,
+    Connection,
+    Direction,
+    Exchange,
+    Headers,
+    Protocol,
+    Source,
+    TlsChunk,
+    TlsClosed,
+)
 
 PLAINTEXT_BYTES_MAX = 256 << 20
 _HEAD_BYTES_MAX = 4096
 Item = TlsChunk | TlsClosed
+# What frames a body, which is decoded here and framed anew.
+_FRAMING = {
+    "content-length",
+    "transfer-encoding",
+    "content-encoding",
+    "connection",
+    "trailer",
+    "te",
+    "host",
+}
 
 
 class PlaintextKeeper:
@@ -40,6 +61,12 @@ class PlaintextKeeper:
             self._write(_head(item) + data)
         except OSError as error:
             self._end(error.strerror or str(error))
+
+    def leave_out(self, what: str) -> None:
+        """Say that something is not among it."""
+        if not self._ended:
+            with contextlib.suppress(OSError):
+                self._write(json.dumps({"without": what}).encode() + b"\n")
 
     def _write(self, frame: bytes) -> None:
         written = os.pwrite(self._fd, frame, self._bytes)
@@ -102,8 +129,8 @@ def _frames(fd: int, kept: Kept) -> Iterator[Item]:
         while head := file.readline(_HEAD_BYTES_MAX):
             try:
                 found = json.loads(head)
-                if "ended" in found:
-                    kept.error = str(found["ended"])
+                if "ended" in found or "without" in found:
+                    kept.error = kept.error or str(found.get("ended") or found["without"])
                     continue
                 connection = Connection(
                     str(found["id"]),
@@ -141,3 +168,53 @@ def write(items: list[Item], path: Path) -> tuple[int, int]:
     for each in found:
         each.show()
     return writing.write(found, path, lambda host: host)
+
+
+# --- exchanges, where nobody has the bytes ------------------------------------------------------
+
+
+def keep_exchange(keeper: PlaintextKeeper, exchange: Exchange) -> None:
+    """Keep what the proxy has: an exchange, decoded, as HTTP/1.1 on a connection of its own.
+
+    Only headers on the allow-list are in it. Turns of a WebSocket are left out, and said so.
+    """
+    if exchange.protocol is Protocol.WEBSOCKET:
+        keeper.leave_out("turns of WebSockets are not in it")
+        return
+    for item in _said(exchange):
+        keeper.keep(item)
+
+
+def _said(exchange: Exchange) -> Iterator[Item]:
+    request, response = exchange.request, exchange.response
+    peer = exchange.connection.peer or request.host
+    connection = replace(exchange.connection, id=exchange.id, peer=peer, joined=False)
+    query = "&".join(f"{name}={value}" for name, value in request.query)
+    target = (request.path or "/") + (f"?{query}" if query else "")
+    first = f"{request.method or 'POST'} {target} HTTP/1.1\r\nhost: {request.host or peer}\r\n"
+    data = _message(first, request.headers, request.body, ())
+    sent, at_ns = Direction.SENT, exchange.started_ns
+    yield TlsChunk(connection, sent, 0, data, len(data), at_ns)
+    if response.status is not None:
+        first = f"HTTP/1.1 {response.status} \r\n"
+        data = _message(first, response.headers, response.body, response.trailers)
+        begins_ns = exchange.first_byte_ns or exchange.ended_ns
+        for start, part, at_ns in ((0, data[:-1], begins_ns), (len(data) - 1, data[-1:], 0)):
+            when = at_ns or exchange.ended_ns
+            yield TlsChunk(connection, Direction.RECEIVED, start, part, len(part), when)
+    yield TlsClosed(connection, exchange.ended_ns)
+
+
+def _message(first: str, headers: Headers, body: Body, trailers: Headers) -> bytes:
+    """A head and a body; one whose end nobody saw has none here either."""
+    data = body.joined()
+    kept = _lines((name, value) for name, value in headers if name not in _FRAMING)
+    if body.complete and not trailers:
+        return f"{first}{kept}content-length: {len(data)}\r\n\r\n".encode() + data
+    chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+    end = f"0\r\n{_lines(trailers)}\r\n".encode() if body.complete else b""
+    return f"{first}{kept}transfer-encoding: chunked\r\n\r\n".encode() + chunk + end
+
+
+def _lines(headers: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers)
