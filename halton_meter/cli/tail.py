@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from halton_meter.cli.configured import Configured
 from halton_meter.cli.held import with_held
 from halton_meter.cli.output import (
     aligned_line,
+    columns,
     cost_text,
     count_text,
     json_line,
@@ -180,7 +180,7 @@ class _Lines:
     """Prints requests one a line, with a heading, and the date where it changes."""
 
     def __init__(self, to_terminal: bool) -> None:
-        self._cells = shutil.get_terminal_size().columns if to_terminal else None
+        self._cells = columns() if to_terminal else None
         self._narrow = self._cells is not None and self._cells < _WIDE
         self._day = datetime.now().date()
         self._headed = False

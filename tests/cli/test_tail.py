@@ -299,7 +299,7 @@ def test_it_imports_nothing_heavy(home: Path) -> None:
     """Start-up under 0.15 s is a promise: `python -m bench startup` measures it."""
     code = (
         "import sys; from halton_meter.cli import main; main(['tail'], standalone_mode=False); "
-        "heavy = {'rich', 'textual', 'mitmproxy', 'duckdb', 'asyncio', 'cryptography'}; "
+        "heavy = {'rich', 'textual', 'mitmproxy', 'duckdb', 'asyncio', 'cryptography', 'tempfile'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
