@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import click
@@ -26,6 +27,7 @@ from halton_meter.cli.output import (
     cost_text,
     count_text,
     json_line,
+    money_text,
     note,
     say,
     shown,
@@ -196,7 +198,7 @@ class _Lines:
             if ended.date() != self._day:
                 self._day = ended.date()
                 click.echo(styled(f"{self._day:%Y-%m-%d}", "dim"))
-            line = self._line(_cells(event, f"{ended:%H:%M:%S}"))
+            line = self._line(_cells(event, f"{ended:%H:%M:%S}", self._narrow))
             click.echo(styled(line, "red") if event.usage.error_class else line)
 
     def _line(self, cells: Iterable[str]) -> str:
@@ -205,7 +207,7 @@ class _Lines:
         return line if self._cells is None else shown(line, self._cells)
 
 
-def _cells(event: PricedEvent, time_text: str) -> list[str]:
+def _cells(event: PricedEvent, time_text: str, narrow: bool) -> list[str]:
     usage, tokens = event.usage, event.tokens
     exe = usage.process.exe if usage.process else None
     return [
@@ -216,9 +218,15 @@ def _cells(event: PricedEvent, time_text: str) -> list[str]:
         count_text(tokens.input),
         count_text(tokens.cache_read),
         count_text(tokens.output),
-        cost_text(event.list_usd),
+        _short_cost(event.list_usd) if narrow else cost_text(event.list_usd),
         shown(_status(event), 100),
     ]
+
+
+def _short_cost(usd: Decimal | None) -> str:
+    """Rounded to what eight cells take: a price that is cut off would be another one."""
+    places = 4 if usd is None or usd < 100 else 2 if usd < 1000 else 0
+    return money_text(usd, places)
 
 
 def _status(event: PricedEvent) -> str:
