@@ -20,15 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from decimal import Context, Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.coverage import Coverage as SeenCoverage
 from halton_meter.model import TOKEN_NAMES
 from halton_meter.periods import date_of, day_of, day_sql, start_of, time_sql
-from halton_meter.plan.answer import Plan, read_plan
 from halton_meter.store import NothingStored, Reader, Selection, Store, schema
 from halton_meter.store.schema import DAY_COUNTS, DAY_SUMS
+
+if TYPE_CHECKING:
+    from halton_meter.plan.answer import Plan
 
 PERCENTILE_EVENTS = 500_000
 # Below this, finding out which columns are empty takes longer than summing them.
@@ -346,6 +348,10 @@ def _limits(reader: Reader, question: Question) -> Plan | None:
     selection = question.selection
     if selection != Selection(selection.from_ns):
         return None
+    if not reader.has_limits():
+        return None
+    from halton_meter.plan.answer import read_plan  # 5 ms, for who has a plan or rates
+
     found = read_plan(reader, question.now_ns, with_shares=False)
     return found if found.accounts else None
 

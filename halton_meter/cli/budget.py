@@ -18,6 +18,7 @@ from halton_meter.accounts import home_folder
 from halton_meter.cli.budget_changes import remove, set_
 from halton_meter.cli.budget_sums import configured, is_there, sums_of
 from halton_meter.cli.budget_view import (
+    allowances,
     check_lines,
     fired_json,
     list_table,
@@ -108,12 +109,14 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
     entries = status_file.entries(sums, at_ns, holding)
     wanted = {each.name for each in budgets}
     fired = [each for each in firing.read(folder) if each.budget in wanted]
+    allowed = allowances(held, sums, at_ns)
     if as_json:
         print_json(
             {
                 "as_of": (at_ns if stale is None else sums.baseline.made_at_ns) // 10**9,
                 "trouble": stale,
                 "budgets": entries,
+                "allowed": allowed,
                 "thresholds": [fired_json(each) for each in fired],
                 "stopped": [stop_json(each) for each in alive],
             }
@@ -124,7 +127,7 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
     if not budgets and not alive:
         say(NONE_YET)
         return
-    say("\n".join(status_lines(budgets, entries, fired, alive, at_ns)))
+    say("\n".join(status_lines(budgets, entries, allowed, fired, alive, at_ns)))
 
 
 def _publish(home: Path, sums: Any, at_ns: int, holding: set[str]) -> None:

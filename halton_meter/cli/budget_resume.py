@@ -93,6 +93,13 @@ def _allowed(
         budget = budgets.get(name)
         if budget is None or any(name in (each.id, each.budget) for each in chosen):
             continue
+        if not budget.holds:
+            lines.append(f"{name} stops nothing: it tells you, and lets go on.")
+            continue
+        if budget.each is not None or budget.per == "session":
+            whose = budget.each or budget.per
+            what = f"{name} has a limit for each {whose}, and nothing of it is stopped"
+            fail(Problem(what, "halton-meter budget status"))
         more = more_usd or budget.usd
         period = window(budget.per, now_ns()).key
         held = held.allowing(stops.key_of(budget, period, ""), more)

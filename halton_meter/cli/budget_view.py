@@ -24,7 +24,8 @@ from halton_meter.live.caps import dollars
 
 if TYPE_CHECKING:
     from halton_meter.spending.firing import Fired
-    from halton_meter.spending.stops import Stop
+    from halton_meter.spending.stops import Held, Stop
+    from halton_meter.spending.sums import Sums
 
 BAR_CELLS = 10
 FIRED_SHOWN = 6
@@ -114,9 +115,30 @@ def table(entries: Iterable[Mapping[str, Any]]) -> str:
     return aligned(header, rows, ("SPENT", "LIMIT", "%", "FORECAST"))
 
 
+def allowances(held: Held, sums: Sums, at_ns: int) -> list[dict[str, str | None]]:
+    """What `budget resume` has allowed in the current periods on top of limits that hold."""
+    from halton_meter.spending import stops
+
+    found: list[dict[str, str | None]] = []
+    for budget in sums.budgets:
+        for window, each, _ in sums.current(budget, at_ns) if budget.holds else ():
+            more = held.more.get(stops.key_of(budget, window.key, each))
+            if more:
+                holds_at = {"holds_at_usd": usd_text(budget.usd + more)}
+                named = {"name": budget.name, "of": each or None}
+                found.append({**named, "more_usd": usd_text(more), **holds_at})
+    return found
+
+
+def _allowed_line(allowed: Mapping[str, str | None]) -> str:
+    more, holds_at = (Decimal(allowed[key] or 0) for key in ("more_usd", "holds_at_usd"))
+    return f"{_named(allowed)}: {dollars(more)} more was allowed, it holds at {dollars(holds_at)}"
+
+
 def status_lines(
     budgets: Sequence[Budget],
     entries: Sequence[Mapping[str, Any]],
+    allowed: Sequence[Mapping[str, str | None]],
     fired: Sequence[Fired],
     held: Sequence[Stop],
     now_ns: int,
@@ -128,6 +150,7 @@ def status_lines(
     for each in idle:
         of_each = "session" if each.per == "session" else each.each
         yield f"{each.name}: no {of_each or 'request'} has spent anything yet"
+    yield from map(_allowed_line, allowed)
     unpriced = sum(entry["unpriced_requests"] for entry in entries if not entry["of"])
     if unpriced:
         yield ""

@@ -296,6 +296,13 @@ def sparkline(values: Sequence[Decimal | None]) -> str:
     return "".join(_STEPS[min(7, int(value / largest * 8))] if value else "·" for value in values)
 
 
+def columns() -> int:
+    """How wide what is printed may be: of the terminal, else as COLUMNS says, else 80."""
+    import shutil  # 2 ms, which most commands need not
+
+    return shutil.get_terminal_size().columns
+
+
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str]) -> str:
     """Rows under a header, columns as wide as their widest cell, those in `right` right-aligned."""
     table = [tuple(header), *(tuple(row) for row in rows)]

@@ -7,7 +7,6 @@ cannot be read; 2 wrong usage.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from halton_meter.cli.output import (
     OUTCOMES,
     aligned,
     bar,
+    columns,
     count,
     count_text,
     duration_text,
@@ -201,8 +201,7 @@ def _plot(now: int, selection: Selection, by: tuple[str, ...], previous: Selecti
         click.echo(_nothing(answer, selection))
         return
     places = _places(answer)
-    columns = shutil.get_terminal_size().columns
-    parts = [_heading(answer), _summary(answer, places), chart.chart(answer, columns, places)]
+    parts = [_heading(answer), _summary(answer, places), chart.chart(answer, columns(), places)]
     click.echo("\n\n".join([*parts, *filter(None, (_coverage(answer),))]))
 
 
@@ -409,7 +408,7 @@ def _table(answer: Report, places: int) -> str:
     compared = any(group.previous is not None for group in answer.groups)
     timed = answer.totals.p95_duration_ms is not None
     header = [name.replace("_", " ").upper() for name in answer.by]
-    wide = sys.stdout.isatty() and shutil.get_terminal_size().columns >= WIDE_COLUMNS
+    wide = sys.stdout.isatty() and columns() >= WIDE_COLUMNS
     header += ["REQUESTS", "INPUT", "CACHE READ"]
     header += ["CACHE WRITE"] * cached + ["CACHED %"] * wide + ["OUTPUT"]
     header += ["FIRST TOKEN"] * wide + ["P95"] * timed + ["LIST PRICE"]

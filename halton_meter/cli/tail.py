@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import select
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import click
@@ -23,9 +23,11 @@ from halton_meter.cli.configured import Configured
 from halton_meter.cli.held import with_held
 from halton_meter.cli.output import (
     aligned_line,
+    columns,
     cost_text,
     count_text,
     json_line,
+    money_text,
     note,
     say,
     shown,
@@ -180,7 +182,7 @@ class _Lines:
     """Prints requests one a line, with a heading, and the date where it changes."""
 
     def __init__(self, to_terminal: bool) -> None:
-        self._cells = shutil.get_terminal_size().columns if to_terminal else None
+        self._cells = columns() if to_terminal else None
         self._narrow = self._cells is not None and self._cells < _WIDE
         self._day = datetime.now().date()
         self._headed = False
@@ -196,7 +198,7 @@ class _Lines:
             if ended.date() != self._day:
                 self._day = ended.date()
                 click.echo(styled(f"{self._day:%Y-%m-%d}", "dim"))
-            line = self._line(_cells(event, f"{ended:%H:%M:%S}"))
+            line = self._line(_cells(event, f"{ended:%H:%M:%S}", self._narrow))
             click.echo(styled(line, "red") if event.usage.error_class else line)
 
     def _line(self, cells: Iterable[str]) -> str:
@@ -205,7 +207,7 @@ class _Lines:
         return line if self._cells is None else shown(line, self._cells)
 
 
-def _cells(event: PricedEvent, time_text: str) -> list[str]:
+def _cells(event: PricedEvent, time_text: str, narrow: bool) -> list[str]:
     usage, tokens = event.usage, event.tokens
     exe = usage.process.exe if usage.process else None
     return [
@@ -216,9 +218,15 @@ def _cells(event: PricedEvent, time_text: str) -> list[str]:
         count_text(tokens.input),
         count_text(tokens.cache_read),
         count_text(tokens.output),
-        cost_text(event.list_usd),
+        _short_cost(event.list_usd) if narrow else cost_text(event.list_usd),
         shown(_status(event), 100),
     ]
+
+
+def _short_cost(usd: Decimal | None) -> str:
+    """Rounded to what eight cells take: a price that is cut off would be another one."""
+    places = 4 if usd is None or usd < 100 else 2 if usd < 1000 else 0
+    return money_text(usd, places)
 
 
 def _status(event: PricedEvent) -> str:

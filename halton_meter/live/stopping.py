@@ -91,13 +91,10 @@ class Stopper:
     def adopt(self, processes: Iterable[ProcessId]) -> None:
         """Take over what another has stopped; nobody is signalled."""
         for process in processes:
-            if process not in self._fds and len(self._fds) < PROCESSES_MAX:
-                with contextlib.suppress(OSError):
-                    fd = os.pidfd_open(process[0])
-                    if is_alive(process):  # after it was opened: this is what the fd is of
-                        self._fds[process] = fd
-                    else:
-                        os.close(fd)
+            if process in self._fds or len(self._fds) >= PROCESSES_MAX:
+                continue
+            if (fd := _open_alive(process)) is not None:
+                self._fds[process] = fd
 
     def stop(self, roots: Iterable[ProcessId]) -> int:
         """Stop these and all that descends from them; how many were stopped by this call.
@@ -204,16 +201,26 @@ def resume_all(processes: Sequence[ProcessId]) -> int:
     """Continue processes that somebody else had stopped; how many of them are still there."""
     found = 0
     for process in processes:
+        if (fd := _open_alive(process)) is None:
+            continue
         with contextlib.suppress(OSError):
-            fd = os.pidfd_open(process[0])
-            try:
-                if is_alive(process):
-                    signal.pidfd_send_signal(fd, signal.SIGCONT)
-                    signal.pidfd_send_signal(fd, signal.SIGWINCH)
-                    found += 1
-            finally:
-                os.close(fd)
+            signal.pidfd_send_signal(fd, signal.SIGCONT)
+            signal.pidfd_send_signal(fd, signal.SIGWINCH)
+            found += 1
+        os.close(fd)
     return found
+
+
+def _open_alive(process: ProcessId) -> int | None:
+    """A descriptor of that process; None where it is not there. The file may name any number."""
+    if not is_alive(process):
+        return None
+    with contextlib.suppress(OSError):
+        fd = os.pidfd_open(process[0])
+        if is_alive(process):  # after it was opened: this is what the descriptor is of
+            return fd
+        os.close(fd)
+    return None
 
 
 def say_on_terminal(pid: int, text: str) -> bool:

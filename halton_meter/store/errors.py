@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
 from pathlib import Path
 
 # Whether a disk is full is tried with so much: a log's line and a small file's first block.
@@ -64,6 +63,8 @@ def refusal(folder: Path) -> str | None:
 
     Tried with a nameless file: room that is free for root, or past a quota, is none for a person.
     """
+    import tempfile  # 3 ms, which a command that reads need not wait for
+
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(TRIED_BYTES))

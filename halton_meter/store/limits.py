@@ -206,6 +206,11 @@ def stored_limits(
     )
 
 
+def has_readings(connection: DuckDBPyConnection) -> bool:
+    """Whether there is any reading at all."""
+    return connection.execute("SELECT 1 FROM limit_reading LIMIT 1").fetchone() is not None
+
+
 def latest_limits(connection: DuckDBPyConnection, from_ns: int, to_ns: int) -> Iterator[Stored]:
     """The last reading of each window of each account in that time.
 

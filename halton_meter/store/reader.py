@@ -173,6 +173,10 @@ class Reader:
         """What responses said of limits from `from_ns` up to and without `to_ns`, oldest first."""
         return limits.stored_limits(self.connection, from_ns, to_ns)
 
+    def has_limits(self) -> bool:
+        """Whether any response has said anything of a limit."""
+        return limits.has_readings(self.connection)
+
     def latest_limits(self, from_ns: int, to_ns: int) -> Iterator[Stored]:
         """The last reading of each window of each account in that time."""
         return limits.latest_limits(self.connection, from_ns, to_ns)

@@ -257,3 +257,24 @@ def test_more_may_be_allowed_before_anything_is_stopped(home: Path) -> None:
     assert done.output == "web: another $3.00 this day; nothing was stopped.\n"
     (allowed,) = stops.read(home / "budgets").more.values()
     assert allowed == Decimal(3)
+    assert "web: $3.00 more was allowed, it holds at $8.00" in budget("status").output
+    told = json.loads(budget("status", "--json").output)
+    assert told["allowed"] == [{"name": "web", "of": None, "more_usd": "3", "holds_at_usd": "8"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--per", "day"), 0, "web stops nothing: it tells you, and lets go on."),
+        (("--per", "day", "--each", "project", "--action", "stop"), 1, "a limit for each project"),
+        (("--per", "session", "--action", "stop"), 1, "a limit for each session"),
+    ],
+)
+def test_more_is_not_allowed_where_that_would_change_nothing(
+    home: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    budget("set", "web", "5", *words)
+    done = budget("resume", "web", "--more", "3")
+    assert done.exit_code == code
+    assert said in done.output
+    assert stops.read(home / "budgets").more == {}

@@ -163,6 +163,7 @@ def test_every_command_shows_examples(command: str) -> None:
 def test_a_report_does_not_import_what_is_slow_to_import(home: Path) -> None:
     keep(home, made())
     heavy = {"duckdb", "rich", "sqlite3", "orjson", "asyncio", "mitmproxy", "pandas", "numpy"}
+    heavy |= {"tempfile", "shutil", "halton_meter.plan.answer"}
     script = (
         "import sys\nfrom halton_meter.cli import main\nmain(['report'], standalone_mode=False)\n"
         f"print('LOADED', *sorted({heavy!r} & set(sys.modules)))"

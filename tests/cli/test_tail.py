@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -51,6 +54,28 @@ def now(**fields: Any) -> dict[str, Any]:
 
 
 # --- the latest ---
+
+
+@pytest.mark.parametrize(
+    ("usd", "said"),
+    [
+        ("0.004386", "$0.0044"),
+        ("0.00000004", "<$0.0001"),
+        ("99.99994", "$99.9999"),
+        ("123.456", "$123.46"),
+        ("12345.6", "$12,346"),
+        (None, "unpriced"),
+    ],
+)
+def test_a_price_is_rounded_and_never_cut_off_where_the_terminal_is_narrow(
+    store: Store, monkeypatch: pytest.MonkeyPatch, usd: str | None, said: str
+) -> None:
+    module = importlib.import_module("halton_meter.cli.tail")
+    monkeypatch.setattr(module, "columns", lambda: 80)
+    told: list[str] = []
+    monkeypatch.setattr(click, "echo", told.append)
+    module._Lines(to_terminal=True)([made("e1", usd, **now())])
+    assert re.search(rf" {re.escape(said)} ok", told[-1]), told[-1]
 
 
 def test_a_line_says_who_asked_which_model_for_what_and_how_it_ended(store: Store) -> None:
@@ -300,6 +325,7 @@ def test_it_imports_nothing_heavy(home: Path) -> None:
     code = (
         "import sys; from halton_meter.cli import main; main(['tail'], standalone_mode=False); "
         "heavy = {'rich', 'textual', 'mitmproxy', 'duckdb', 'asyncio', 'cryptography'}; "
+        "heavy.add('tempfile'); "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -239,3 +240,100 @@ def test_a_lock_that_was_not_to_be_had_is_tried_again(
     holding.tick(time.monotonic() + 4)
     wait_until(lambda: not is_stopped(one), "it goes on")
     holding.close()
+
+
+def test_the_files_of_budgets_are_their_owners_alone(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    holding = worker(home)
+    holding.keep([answer(1, "11", spenders[0])])
+    holding.tick(time.monotonic() + 5)
+    files = [home / "budget-status.json", home / "budgets", *(home / "budgets").iterdir()]
+    assert {each.name for each in files} >= {"stops.json", "spending.ndjson", "fired.json"}
+    assert [each for each in files if each.stat().st_mode & 0o077] == []
+    holding.close()
+
+
+# --- what is not the user's -----------------------------------------------------------------------
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="it becomes another user")
+
+
+def as_nobody(home: Path, work: Callable[[], None]) -> None:
+    """Do it as a user who owns the data folder and nothing else."""
+    for each in (home, *home.rglob("*")):
+        os.chown(each, NOBODY, NOBODY)
+    os.chmod(home, 0o700)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()  # SIGCONT may be sent to anybody's processes of one's own session
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def reachable(home: Path) -> None:
+    """Let another user come to the folder, through those of pytest's above it."""
+    for each in home.parents:
+        if each.stat().st_uid == os.getuid() and not each.stat().st_mode & 0o001:
+            os.chmod(each, 0o711)
+
+
+@needs_root
+def test_a_budget_stops_no_process_of_another_users(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    roots, _ = spenders
+    reachable(home)
+
+    def work() -> None:
+        holding = worker(home)
+        holding.keep([answer(1, "11", roots)])
+        assert "could not be stopped" in (holding.trouble or "")
+        assert stops.read(home / "budgets").stops == ()
+        holding.close()
+
+    as_nobody(home, work)
+    assert not is_stopped(roots)
+
+
+@needs_root
+@pytest.mark.parametrize("action", ["stop", "end"])
+def test_a_file_of_stops_that_the_user_has_written_reaches_no_process_of_anothers(
+    home: Path, spenders: list[subprocess.Popen[bytes]], action: str
+) -> None:
+    roots, running = spenders
+    reachable(home)
+    roots.send_signal(signal.SIGSTOP)
+    wait_until(lambda: is_stopped(roots), "the stop")
+    (home / "config.toml").write_text(BUDGET.replace("stop", action))
+    folder = ledger.folder_of(home)
+    made_up: list[list[Any]] = [list(identity(each.pid)) for each in spenders]
+    made_up += [[10**30, 5], [-1, 5], [1, 0], [0, 0]]
+    stop = {
+        "id": "daily", "budget": "daily", "usd": "10", "limit_usd": "10", "spent_usd": "11",
+        "at_least": False, "how": "stopped", "since_ns": 1, "by": [10**30, 7], "program": "x",
+        "key": "k", "processes": made_up, "more_usd": None,
+    }  # fmt: skip
+    (folder / "stops.json").write_text(json.dumps({"stops": [stop], "more": {}}))
+
+    def work() -> None:
+        holding = worker(home)  # takes it over, and would let it go on, or end it
+        go_on(home, ["daily"], Decimal(1), everything=False)
+        for seconds in (1, 20):
+            holding.tick(time.monotonic() + seconds)
+        (folder / "stops.json").write_text(json.dumps({"stops": [stop], "more": {}}))
+        go_on(home, ["daily"], Decimal(1), everything=False)  # as nobody holds it
+        holding.close()
+
+    as_nobody(home, work)
+    assert is_stopped(roots)
+    assert running.poll() is None
