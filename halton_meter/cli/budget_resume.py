@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from halton_meter.budget import Budget
-from halton_meter.cli.output import count, fail, money_text, say
+from halton_meter.cli.output import count, fail, money_text, say, unwritten
 from halton_meter.cli.selection import now_ns
 from halton_meter.problem import Problem
 from halton_meter.spending import ledger, stops
@@ -33,7 +33,7 @@ def go_on(home: Path, names: Sequence[str], more_usd: Decimal | None, everything
             done, held = _allowed(held, chosen, names, budgets, more_usd)
             stops.write(folder, held)
     except OSError as error:
-        fail(Problem(f"{home}: {error.strerror or error}", f"ls -ld {home}"))
+        fail(unwritten(home / ledger.FOLDER_NAME / stops.FILE_NAME, error, home))
     for line in done:
         say(line)
     for stop in chosen:

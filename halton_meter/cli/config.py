@@ -20,7 +20,16 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli import config_file
 from halton_meter.cli.configured import told
-from halton_meter.cli.output import count, fail, name_typed, print_json, say, styled, wrong_usage
+from halton_meter.cli.output import (
+    count,
+    fail,
+    name_typed,
+    print_json,
+    say,
+    styled,
+    unwritten,
+    wrong_usage,
+)
 from halton_meter.config import (
     CONFIG_BYTES_MAX,
     CONFIG_NAME,
@@ -344,7 +353,7 @@ def edit() -> None:
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o600
         write_whole(target, text.encode(), mode)
     except OSError as error:
-        fail(Problem(f"{target} cannot be written: {error.strerror}", f"ls -ld {home}"))
+        fail(unwritten(target, error, home))
     say(f"{target} written")
     config_file.said_reloaded(home)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from halton_meter.cli.output import fail, note, say, wrong_usage
+from halton_meter.cli.output import fail, note, say, unwritten, wrong_usage
 from halton_meter.config import CONFIG_BYTES_MAX, CONFIG_NAME, Loaded, read_text
 from halton_meter.problem import Problem
 from halton_meter.toml_file import shown_value
@@ -111,7 +111,7 @@ def _write(path: Path, text: str, stamp: int | None) -> None:
                 fail(Problem(what, "run this command again"))
         write_whole(path, text.encode(), mode)
     except OSError as error:
-        fail(Problem(f"{path} cannot be written: {error.strerror}", f"ls -ld {path.parent}"))
+        fail(unwritten(path, error, path.parent))
 
 
 # --- keys and values ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Nothing heavy is imported: `rich` alone costs 60 ms at start-up.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -294,6 +295,13 @@ def sparkline(values: Sequence[Decimal | None]) -> str:
     if largest <= 0:
         return "·" * len(values)
     return "".join(_STEPS[min(7, int(value / largest * 8))] if value else "·" for value in values)
+
+
+def unwritten(path: object, error: OSError, folder: object) -> Problem:
+    """A file that could not be written, and where to look for why."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    look = f"df -h {folder}" if full else f"ls -ld {folder}"
+    return Problem(f"{path} cannot be written: {error.strerror or error}", look)
 
 
 def columns() -> int:

@@ -81,6 +81,17 @@ class HeldCommand:
                 self._terminal.give_back()
         self.ask("continue")
 
+    def lost(self, end: Callable[[], None], limit_usd: str | None) -> None:
+        """Who holds it is gone and hears nothing any more: `end` ends the command without."""
+        self.ask = lambda what: end() if what == "end" else None
+        if self._is_held:
+            name = (self.last or {}).get("name")
+            _say("halton-meter: the service is gone; the command stays stopped")
+            _say(f"  go on: halton-meter budget resume {name}   (in another terminal)")
+            _say("  end it: Ctrl-C")
+        elif limit_usd is not None:
+            _say(f"halton-meter: the service is gone; the limit of ${limit_usd} holds no longer")
+
     def on_signal(self, number: int) -> bool:
         """A signal came for the run; whether it was dealt with here."""
         if not self._is_held or number not in _ENDING:

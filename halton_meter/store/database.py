@@ -76,12 +76,20 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[DuckDBPyConnection]:
-        """A connection in a transaction that is committed at the end, unless that raises."""
+        """A connection in a transaction that is committed at the end, unless that raises.
+
+        A full disk refuses the commit, mostly: StoreUnusable, and nothing has changed.
+        """
         connection = self.open_for_writing(BUSY_WAIT_SECONDS)
         try:
             connection.execute("BEGIN")
             yield connection
             connection.execute("COMMIT")
+        except driver().Error as error:
+            raise StoreUnusable(
+                f"Nothing was changed, {self._path} cannot be written: {first_line(error)}. "
+                f"See: df -h {self._home.path}"
+            ) from error
         finally:
             connection.close()
             self._home.own_database()

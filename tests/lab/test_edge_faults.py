@@ -347,6 +347,7 @@ def test_a_wrong_value_in_the_configuration_is_left_out(proxied: Proxied) -> Non
     """Where the socket was handed over, clients count on us: systemd would start us for ever."""
     proxied.start_kept()
     proxied.must(1)
+    proxied.wait_for(lambda status: status["events"] == 1)  # else the kill may take it away
     good = (proxied.home / "config.toml").read_text()
     (proxied.home / "config.toml").write_text("openai_compatible_hosts = 3\n" + good)
     status = proxied.status()

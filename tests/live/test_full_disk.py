@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from halton_meter.cli import main
 from halton_meter.cli.status import status_lines
 from halton_meter.live import journal_writer
 from halton_meter.live.control import SOCKET_NAME
@@ -369,3 +371,37 @@ def test_what_is_held_is_bounded_in_bytes_too(
             newest = {str(number) for number in range(20 - held, 20)}
             assert {event.usage.id for event in reader.events()} == newest
             assert reader.losses() == {"journal_full": 20 - held}
+
+
+@needs_root
+def test_commands_that_change_something_say_so_in_a_line_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    mount(home, "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs")
+    try:
+        monkeypatch.setenv("HALTON_METER_HOME", str(home))
+        with Store(home) as store:
+            store.append([made("e1"), made("e2")])
+            store.flush()
+        with contextlib.suppress(OSError), (home / "fill").open("wb", buffering=0) as fill:
+            while True:
+                fill.write(bytes(4096))
+        look = f"df -h {home}"
+        for words, what in (
+            (("purge", "--before", "2026-12-01", "--yes"), "Nothing was changed"),
+            (("budget", "set", "daily", "5", "--per", "day"), "cannot be written: No space left"),
+            (("config", "set", "retention_days", "9"), "cannot be written: No space left"),
+        ):
+            result = CliRunner().invoke(main, list(words))
+            assert isinstance(result.exception, SystemExit), (words, result.exception)
+            assert result.exit_code == 1, words
+            assert what in result.stderr, words
+            assert look in result.stderr, words
+        (home / "fill").unlink()
+        with Store(home).reading() as reader:
+            assert reader.rows("SELECT project, count(*) FROM event GROUP BY 1") == [("web", 2)]
+        assert not (home / "config.toml").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(home)], check=False, capture_output=True)

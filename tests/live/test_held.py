@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from halton_meter.live.held import HeldCommand
+from halton_meter.live.probes.service import _end_alone as end_alone
 from tests.support.waiting import wait_until
 
 REACHED = {
@@ -53,6 +54,37 @@ def test_what_is_ended_waits_for_nobody(capfd: pytest.CaptureFixture[str]) -> No
     held.take(REACHED | {"holds": "end"})
     assert capfd.readouterr().err.endswith("the command is ended\n")
     assert not held.on_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pidfd and /proc")
+def test_who_holds_it_may_die_and_ctrl_c_ends_it_still(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[str] = []
+    held = HeldCommand(asked.append)
+    held.take(REACHED)
+    capfd.readouterr()
+    command = subprocess.Popen(["sh", "-c", "sleep 1000 & wait"], start_new_session=True)
+    stat = Path(f"/proc/{command.pid}/stat")
+    os.kill(command.pid, signal.SIGSTOP)
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+    held.lost(lambda: end_alone(command.pid), "2")
+    assert capfd.readouterr().err == (
+        "halton-meter: the service is gone; the command stays stopped\n"
+        "  go on: halton-meter budget resume run-7   (in another terminal)\n"
+        "  end it: Ctrl-C\n"
+    )
+    assert held.on_signal(signal.SIGINT)
+    assert command.wait(30) == -signal.SIGTERM
+    assert asked == []
+
+
+def test_a_limit_that_nobody_holds_any_more_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    HeldCommand().lost(lambda: None, "2.50")
+    said = capfd.readouterr().err
+    assert said == "halton-meter: the service is gone; the limit of $2.50 holds no longer\n"
+    HeldCommand().lost(lambda: None, None)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

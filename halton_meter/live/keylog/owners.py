@@ -57,6 +57,8 @@ class Owners:
         With `search` all processes are looked at, else the command's and the `newest` so many.
         """
         inode = None
+        if self.root is not None:  # a wrapper becomes another program (`env`, `timeout`)
+            self._command = read_process(self.root) or self._command
         with contextlib.suppress(OwnerUnknown):
             found = owner_of(client, server)
             inode = found.inode if found else None

@@ -32,6 +32,7 @@ from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_MAX, remembered
 from halton_meter.live.probes.supervisor import Plan, Supervisor
 from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
+from halton_meter.live.stopping import Stopper, identity
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 
@@ -151,6 +152,7 @@ def run_watched(
     def on_news() -> None:
         if not control.take_news():  # the service is gone; what it stopped stays so
             selector.unregister(control)
+            held.lost(lambda: _end_alone(command.pid), limit.max_usd)
 
     selector.register(control, selectors.EVENT_READ, on_news)
     result.exit_code = attend(command, signals, selector, lambda: None, lambda: None, held)
@@ -165,6 +167,14 @@ def run_watched(
         result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
     result.held = held.last
     return result
+
+
+def _end_alone(pid: int) -> None:
+    """End a command that is stopped, and what descends from it, where nobody else does."""
+    stopper = Stopper()
+    stopper.stop([identity(pid)])  # for its descendants
+    stopper.end()
+    stopper.close()
 
 
 def _search(programs: Sequence[str], control: Control) -> None:
