@@ -82,3 +82,13 @@ def test_the_words_that_may_stay_are_those_that_the_readers_look_for() -> None:
     from tools.redaction_words import FILE, words
 
     assert FILE.read_text().split() == words(), "run: python tools/redaction_words.py"
+
+
+def test_a_capture_of_other_hosts_or_without_plaintext_is_told_as_what_it_is(
+    tmp_path: Path,
+) -> None:
+    other = said(str(FOLDER / "other_host_gives_nothing.pcapng"), str(tmp_path / "new"), code=1)
+    assert "all that it holds goes to hosts of no known provider" in other
+    cut = tmp_path / "cut.pcapng"
+    cut.write_bytes(CAPTURE.read_bytes()[:2500])
+    assert "nothing that was said stands in it" in said(str(cut), str(tmp_path / "new"), code=1)
