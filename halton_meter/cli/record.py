@@ -85,6 +85,10 @@ def _recorded_lines(result: RunResult, file: Path) -> list[str]:
     done = result.recorded
     if done is None:
         return []
+    if not done.connections and not done.error:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return [f"  nothing was recorded, so there is no {file}"]
     what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
     lines = [f"  recorded: {what} in {file}; it holds prompts and credentials"]
     if done.error:

@@ -152,6 +152,14 @@ def test_a_recording_holds_the_command_s_provider_connections_and_replays(
     assert_metered(lab.ledger()[skip:], events, "pcap")
 
 
+def test_a_recording_of_nothing_leaves_no_file(lab: Lab, home: Path) -> None:
+    file = home / "recorded.pcapng"
+    done = lab.run([*HALTON_METER, "record", str(file), "--", "true"], env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert f"nothing was recorded, so there is no {file}" in done.stderr
+    assert not file.exists()
+
+
 def test_a_redacted_recording_of_an_sdk_replays_and_holds_no_text(
     lab: Lab, home: Path, python: str
 ) -> None:
