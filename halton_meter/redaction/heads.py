@@ -15,6 +15,8 @@ from halton_meter.wire import headers as kept
 
 # Values of these are words: those that are known stay.
 _LOOSE = frozenset(
+    b"content-encoding transfer-encoding upgrade accept-encoding sec-websocket-extensions "
+    b"sec-websocket-version grpc-encoding grpc-accept-encoding :scheme :protocol amz-sdk-request "
     b"accept te cache-control server keep-alive retry-after date x-cache helicone-cache "
     b"cf-aig-cache-status x-portkey-cache-status x-claude-code-request-class "
     b"x-claude-1p-request-class x-claude-code-agent-type x-openai-subagent".split()
@@ -22,14 +24,12 @@ _LOOSE = frozenset(
 # Values of these are names of headers.
 _NAMES_LISTED = frozenset((b"connection", b"trailer", b"vary"))
 _VALUES_KEPT = frozenset(
-    b"content-type content-encoding content-length transfer-encoding upgrade "
-    b"sec-websocket-extensions sec-websocket-version accept-encoding "
-    b":status :method :scheme :protocol host :authority "
-    b"grpc-status grpc-encoding grpc-accept-encoding anthropic-version anthropic-beta "
+    b"content-type content-length :status :method host :authority "
+    b"grpc-status anthropic-version anthropic-beta "
     b"openai-version openai-processing-ms x-ms-region x-inference-provider x-prompt-tokens "
     b"x-generated-tokens x-input-tokens x-output-tokens x-completion-tokens "
     b"x-gemini-service-tier x-vertex-ai-llm-request-type x-vertex-ai-llm-shared-request-type "
-    b"ai-language-model-streaming x-stainless-retry-count amz-sdk-request x-should-retry "
+    b"ai-language-model-streaming x-stainless-retry-count x-should-retry "
     b"x-codex-plan-type".split()
 )
 _PREFIXES_KEPT = (
@@ -73,7 +73,9 @@ _HTTP = frozenset(
     b"cloudflare envoy istio nginx uvicorn hypercorn gunicorn google frontend esf scaffolding "
     b"httpserver elb gse akamai ghost cloudfront openresty caddy apache gmt mon tue wed thu fri "
     b"sat sun jan feb mar apr may jun jul aug sep oct nov dec general purpose explore plan main "
-    b"foreground interactive background compact review subagent".split()
+    b"permessage client_max_window_bits server_max_window_bits client_no_context_takeover "
+    b"server_no_context_takeover h2c https aws attempt foreground interactive background compact "
+    b"review subagent".split()
 )
 _CONNECTION_OPTIONS = frozenset((b"close", b"keep-alive", b"upgrade", b"http2-settings", b"*"))
 _MEDIA_TYPE = re.compile(rb"([^;,]*)(.*)", re.DOTALL)

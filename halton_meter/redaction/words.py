@@ -82,7 +82,7 @@ _FIGURE = re.compile(
 
 _FIGURE_KEY = re.compile(
     rb"(?i)token|count|cost|price|usd|amount|second|duration|size|time|created|_at$|ticks|quantity"
-    rb"|unit|limit|remaining|reset|balance|percent|total|charge|credit|rate|dimension|^n$|ttl"
+    rb"|unit|limit|remaining|reset|balance|percent|total|charge|credit|rate|dimension|character|^n$|_n$|_ms$|ttl"
 )
 # Numbers under these names are what somebody said.
 SAID = frozenset(

@@ -84,6 +84,10 @@ def test_of_a_target(target: bytes) -> None:
         b"X-Stainless-OS: Zqsecret",
         b"Traceparent: 00-Zqsecret",
         b"Keep-Alive: Zqsecret",
+        b"Content-Encoding: Zqsecret",
+        b"Accept-Encoding: gzip, Zqsecret",
+        b"Upgrade: Zqsecret",
+        b"Sec-WebSocket-Extensions: permessage-deflate; Zqsecret",
     ],
 )
 def test_of_a_request_head(field: bytes) -> None:
@@ -273,6 +277,11 @@ def test_what_the_protocols_say_stays() -> None:
     filler = Filler()
     for name, value in [
         (b"server", b"cloudflare"),
+        (b"content-encoding", b"gzip"),
+        (b"accept-encoding", b"gzip, deflate, br, zstd"),
+        (b"transfer-encoding", b"chunked"),
+        (b"upgrade", b"websocket"),
+        (b"sec-websocket-extensions", b"permessage-deflate; server_max_window_bits=15"),
         (b"date", b"Sun, 29 Nov 2026 16:00:00 GMT"),
         (b"retry-after", b"30"),
         (b"vary", b"Accept-Encoding, Origin"),
