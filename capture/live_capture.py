@@ -127,6 +127,11 @@ class LiveCapture:
         """Key files that are not read, as we are root and they are another user's."""
         return self._key_files.passed_over
 
+    @property
+    def key_troubles(self) -> dict[Path, str]:
+        """Places whose keys are not read, or not all, and why."""
+        return self._key_files.troubles
+
     def read(self) -> list[TlsChunk | TlsClosed]:
         """What has come since the last call; does not wait for packets."""
         self._receive()

@@ -22,6 +22,7 @@ from pathlib import Path
 from capture.packets.keylog import LINE_BYTES_MAX, KeyLog
 
 READ_BYTES_MAX = 4 << 20  # of one file at one look
+BEFORE_BYTES = 64
 FILES_MAX = 4_096  # of a folder
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
@@ -33,18 +34,26 @@ class _File:
     identity: tuple[int, int]
     position: int = 0
     rest: bytes = b""  # a line that is not whole yet
+    before: bytes = b""  # the last bytes read
+
+    def follows(self, fd: int) -> bool:
+        """Whether what was read still stands before what comes: else it was cut off and grew."""
+        size = len(self.before)
+        return os.pread(fd, size, self.position - size) == self.before
 
 
 class KeyFiles:
     """The secrets of these files go into `keys`; `ours` is the folder that is ours, if one is.
 
-    Root reads files of root's only: `passed_over` are the others.
+    Root reads files of root's only: `passed_over` are the others. `troubles` says of a path why it,
+    or something in it, is not read.
     """
 
     def __init__(self, paths: Iterable[Path], keys: KeyLog, ours: Path | None = None) -> None:
         self._paths = tuple(paths)
         self._ours = ours
         self.passed_over: set[Path] = set()
+        self.troubles: dict[Path, str] = {}
         self._keys = keys
         self._files: dict[Path, _File] = {}
         self._rest_until = 0.0
@@ -58,6 +67,7 @@ class KeyFiles:
         if rested and began < self._rest_until:
             return 0
         known, self._files = self._files, {}
+        self.troubles = {}
         found = sum(self._read(path, known) for path in self._all())
         took = time.monotonic() - began
         self._rest_until = began + (0.0 if found else took / SHARE)
@@ -66,19 +76,23 @@ class KeyFiles:
     def _all(self) -> Iterator[Path]:
         for path in self._paths:
             try:
-                names = sorted(os.listdir(path))[:FILES_MAX]
+                names = sorted(os.listdir(path))
             except NotADirectoryError:
                 yield path
                 continue
-            except OSError:
+            except OSError as error:
+                self._trouble(path, error)
                 continue
-            for name in names:
+            if len(names) > FILES_MAX:
+                self.troubles[path] = f"of {len(names):,} files, {FILES_MAX:,} are read"
+            for name in names[:FILES_MAX]:
                 yield path / name
 
     def _read(self, path: Path, before: dict[Path, _File]) -> int:
         try:
             found = os.stat(path)
-        except OSError:
+        except OSError as error:
+            self._trouble(path, error)
             return 0
         if not stat.S_ISREG(found.st_mode):
             return 0
@@ -94,17 +108,28 @@ class KeyFiles:
             return 0
         data, is_ours = b"", path.parent == self._ours
         mode, opener = ("r+b", _no_link) if is_ours else ("rb", _at_once)
-        with contextlib.suppress(OSError), open(path, mode, 0, opener=opener) as file:
-            known.position = _data_from(file.fileno(), known.position, found.st_size)
-            file.seek(known.position)
-            data = file.read(READ_BYTES_MAX) or b""
-            if is_ours:
-                _wipe(file.fileno(), known.position + len(data))
+        try:
+            with open(path, mode, 0, opener=opener) as file:
+                if not known.follows(file.fileno()):
+                    known.position, known.rest = 0, b""
+                known.position = _data_from(file.fileno(), known.position, found.st_size)
+                file.seek(known.position)
+                data = file.read(READ_BYTES_MAX) or b""
+                if is_ours:
+                    _wipe(file.fileno(), known.position + len(data))
+        except OSError as error:
+            self._trouble(path, error)
         known.position += len(data)
+        known.before = b"" if is_ours else data[-BEFORE_BYTES:]
         data = data.lstrip(b"\0")  # the rest of a block that was wiped
         lines, newline, rest = (known.rest + data).rpartition(b"\n")
         known.rest = rest if len(rest) <= LINE_BYTES_MAX else b""
         return self._keys.add(lines) if newline else 0
+
+    def _trouble(self, path: Path, error: OSError) -> None:
+        """A file that is not there may come; others are told."""
+        if not isinstance(error, FileNotFoundError):
+            self.troubles[path] = error.strerror or str(error)
 
 
 def _at_once(path: str, flags: int) -> int:

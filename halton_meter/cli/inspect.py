@@ -74,10 +74,10 @@ def inspect(what: str, keys: tuple[Path, ...], show_bodies: bool, as_json: bool)
       halton-meter inspect 3f6c0a9d1b2e4f508192a3b4c5d6e7f8
     """
     path = Path(what)
-    if path.is_file():
-        _inspect_capture(path, keys, show_bodies, as_json)
-    elif path.is_dir():
+    if path.is_dir():
         fail(Problem(f"{what} is a folder", f"name one capture in it: ls {shlex.quote(what)}"))
+    elif path.exists():
+        _inspect_capture(path, keys, show_bodies, as_json)
     elif "/" in what or path.suffix:
         fail(Problem(f"{shown(what, NAME_CHARACTERS_MAX)}: no such file", "ls -l"))
     else:

@@ -141,10 +141,13 @@ def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
     done = result.recorded
     if done is None:
         return []
-    if not done.connections:
+    if not done.connections and not done.error:
+        if via == "keylog":  # it began a file; a file that is there otherwise is another's
+            with contextlib.suppress(OSError):
+                file.unlink()
         other = "uprobes" if via == "keylog" else "keylog"
         return [
-            "  nothing was recorded: no connection to a provider could be read",
+            f"  nothing was recorded, so there is no {file}",
             f"  Use: halton-meter record {shlex.quote(str(file))} --via {other} -- CMD",
         ]
     holds = "prompts and answers" if via == "proxy" else "prompts and credentials"

@@ -122,6 +122,7 @@ def key_log_lines(found: Mapping[str, Any]) -> list[str]:
         *_loss_lines(found),
         *_connection_lines(_connections(found), found["events"] or 0),
     ]
+    lines += [f"  keys that are not read: {each}" for each in found.get("keys_troubles", ())]
     for path in found["keys_passed_over"]:
         lines.append(f"  {path} is not root's, so root does not read it")
         lines.append("    start the service with sudo as the user whose keys they are")

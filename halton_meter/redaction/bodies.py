@@ -14,6 +14,7 @@ from halton_meter.redaction import protobuf, words
 from halton_meter.redaction.codings import coded, plainer
 from halton_meter.redaction.filler import Filler
 from halton_meter.redaction.half import Run
+from halton_meter.redaction.heads import shown_media_type
 from halton_meter.redaction.json_text import redacted_fragment, redacted_json
 from halton_meter.wire.codings import DecodeError, decoder
 
@@ -244,8 +245,12 @@ def _frame_headers(raw: bytes, filler: Filler) -> bytes:
             break
         value_end = value_start + int.from_bytes(raw[name_end + 1 : value_start])
         value = raw[value_start:value_end]
-        known = raw[at + 1 : at + 2] == b":" and (words.is_name(value) or _MEDIA_TYPE.match(value))
-        out.append(raw[at:value_start] + (value if known else filler.text(value)))
+        is_protocols = raw[at + 1 : at + 2] == b":"
+        if is_protocols and _MEDIA_TYPE.fullmatch(value):
+            shown = shown_media_type(value, filler)
+        else:
+            shown = value if is_protocols and words.is_name(value) else filler.text(value)
+        out.append(raw[at:value_start] + shown)
         at = value_end
     return b"".join(out) + filler.data(raw[at:])
 
@@ -291,7 +296,7 @@ def _part_line(line: bytes, filler: Filler) -> bytes:
     if lowered == b"content-disposition":
         return name + colon + _DISPOSITION.sub(lambda found: _named(found, filler), value)
     if lowered == b"content-type" and _MEDIA_TYPE.fullmatch(value.strip()):
-        return line
+        return name + colon + shown_media_type(value, filler)
     if not line:
         return line
     return filler.text(line)

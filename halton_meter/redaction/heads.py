@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from http import HTTPStatus
 
 from halton_meter.redaction import words
 from halton_meter.redaction.filler import Filler
 from halton_meter.wire import headers as kept
 
+# Values of these are words: those that are known stay.
+_LOOSE = frozenset(
+    b"content-encoding transfer-encoding upgrade accept-encoding sec-websocket-extensions "
+    b"sec-websocket-version grpc-encoding grpc-accept-encoding :scheme :protocol amz-sdk-request "
+    b"accept te cache-control server keep-alive retry-after date x-cache helicone-cache "
+    b"cf-aig-cache-status x-portkey-cache-status x-claude-code-request-class "
+    b"x-claude-1p-request-class x-claude-code-agent-type x-openai-subagent".split()
+)
+# Values of these are names of headers.
+_NAMES_LISTED = frozenset((b"connection", b"trailer", b"vary"))
 _VALUES_KEPT = frozenset(
-    b"content-type content-encoding content-length transfer-encoding date upgrade connection "
-    b"retry-after sec-websocket-extensions sec-websocket-version accept accept-encoding te trailer "
-    b"cache-control server vary keep-alive :status :method :scheme :protocol host :authority "
-    b"grpc-status grpc-encoding grpc-accept-encoding anthropic-version anthropic-beta "
+    b"content-type content-length :status :method host :authority "
+    b"grpc-status anthropic-version anthropic-beta "
     b"openai-version openai-processing-ms x-ms-region x-inference-provider x-prompt-tokens "
     b"x-generated-tokens x-input-tokens x-output-tokens x-completion-tokens "
     b"x-gemini-service-tier x-vertex-ai-llm-request-type x-vertex-ai-llm-shared-request-type "
-    b"cf-aig-cache-status helicone-cache x-cache x-portkey-cache-status "
-    b"ai-language-model-streaming x-stainless-retry-count amz-sdk-request x-should-retry "
-    b"x-claude-code-request-class x-claude-1p-request-class x-claude-code-agent-type "
-    b"x-openai-subagent x-codex-plan-type".split()
+    b"ai-language-model-streaming x-stainless-retry-count x-should-retry "
+    b"x-codex-plan-type".split()
 )
 _PREFIXES_KEPT = (
     b"anthropic-ratelimit-",
@@ -46,10 +53,34 @@ _NAMES_ONLY = frozenset(
     b"x-frame-options cf-cache-status x-envoy-upstream-service-time server-timing".split()
 )
 # Of the headers that we read, the others hold ids: of requests, sessions, agents.
-_IDS = frozenset(name.encode() for name in kept.HEADERS_KEPT) - _VALUES_KEPT - _MODELS - _NAMES_ONLY
+_IDS = (
+    frozenset(name.encode() for name in kept.HEADERS_KEPT)
+    - (_VALUES_KEPT | _LOOSE | _NAMES_LISTED)
+    - _MODELS
+    - _NAMES_ONLY
+)
 _VALUE = re.compile(rb"[\w.:;,=/+*%$&?@|<>(){}\[\]^~'\"! -]{0,256}")
 _HOST = re.compile(rb"[A-Za-z0-9.:\[\]*_-]{1,255}")
 _WORD = re.compile(rb"[A-Za-z][A-Za-z_]*")
+_LETTERS_MAX = 2  # of a unit or an abbreviation, which says nothing
+# What HTTP's own values are made of, names of servers and of Claude Code's own agents among them.
+_HTTP = frozenset(
+    b"text application audio image video multipart json plain html xml csv form data urlencoded "
+    b"octet stream event mpeg mpga wav webm ogg opus flac png jpeg webp gif pdf grpc proto vnd "
+    b"amazon eventstream ndjson jsonl charset utf boundary q gzip deflate br zstd identity chunked "
+    b"trailers close keep alive upgrade http websocket max age must revalidate no cache store "
+    b"transform private public immutable stale timeout hit miss bypass dynamic expired "
+    b"cloudflare envoy istio nginx uvicorn hypercorn gunicorn google frontend esf scaffolding "
+    b"httpserver elb gse akamai ghost cloudfront openresty caddy apache gmt mon tue wed thu fri "
+    b"sat sun jan feb mar apr may jun jul aug sep oct nov dec general purpose explore plan main "
+    b"permessage client_max_window_bits server_max_window_bits client_no_context_takeover "
+    b"server_no_context_takeover h2c https aws attempt foreground interactive background compact "
+    b"review subagent".split()
+)
+_CONNECTION_OPTIONS = frozenset((b"close", b"keep-alive", b"upgrade", b"http2-settings", b"*"))
+_MEDIA_TYPE = re.compile(rb"([^;,]*)(.*)", re.DOTALL)
+_MEDIA_PARAMETER = re.compile(rb"(;\s*)([^=;]*)(=?)(\"[^\"]*\"?|[^;]*)")
+_PARAMETERS_KEPT = frozenset((b"charset", b"boundary"))
 
 _QUERY = frozenset(name.encode() for name in kept.QUERY_KEPT)
 
@@ -58,11 +89,11 @@ _QUERY = frozenset(name.encode() for name in kept.QUERY_KEPT)
 def _is_known_name(name: bytes) -> bool:
     lowered = name.lower()
     return (
-        lowered in _VALUES_KEPT
+        lowered in _VALUES_KEPT | _LOOSE | _NAMES_LISTED
         or lowered in _IDS
         or lowered in _MODELS
         or lowered in _NAMES_ONLY
-        or lowered.startswith((*_PREFIXES_KEPT, b"x-stainless-"))
+        or (lowered.startswith((*_PREFIXES_KEPT, b"x-stainless-")) and words.is_name(lowered))
         or bool(_CODEX_KEPT.fullmatch(lowered))
         or lowered.endswith(tuple(end.encode() for end in kept.COST_ENDS_KEPT))
         or lowered in _standard_names()
@@ -93,15 +124,24 @@ def shown_value(name: bytes, value: bytes, filler: Filler) -> bytes:
     if lowered in _MODELS:
         model = words.shown_model(value)
         return filler.credential(value) if model is None else filler.keep(model)
+    if lowered == b"content-type":
+        return shown_media_type(value, filler)
+    if lowered in _NAMES_LISTED:
+        return b",".join([_shown_listed(each, filler) for each in value.split(b",")])
     if lowered in (b"user-agent", b"originator"):
         return _words_only(value, filler)
+    if lowered in _LOOSE or lowered.startswith(_PREFIXES_KEPT):
+        return _words_only(value, filler, _HTTP)
     if _value_stays(lowered, value):
         return filler.keep(value)
     return filler.credential(value)
 
 
 def shown_host(host: bytes, filler: Filler) -> bytes:
-    """A provider's host, what a customer calls his part of it replaced; your own hosts stay."""
+    """A provider's host, what a customer calls his part of it replaced.
+
+    Of other hosts those stay that the capture is read for.
+    """
     if _HOST.fullmatch(host) is None:
         return filler.credential(host)
     name, colon, port = host.partition(b":") if host.count(b":") == 1 else (host, b"", b"")
@@ -111,7 +151,8 @@ def shown_host(host: bytes, filler: Filler) -> bytes:
         if words.is_word(behind) or behind in _DOMAINS:
             shown = [each if _is_public(each) else b"x" * len(each) for each in labels[:count]]
             return b".".join([*shown, behind]) + colon + port
-    return host
+    known = any(filler.is_host_known(each.decode().lower()) for each in (host, name))
+    return host if known else filler.credential(host)
 
 
 def _is_public(label: bytes) -> bool:
@@ -122,23 +163,51 @@ def _is_public(label: bytes) -> bool:
 def _value_stays(name: bytes, value: bytes) -> bool:
     if kept.is_secret(value.decode("latin-1")):
         return False
-    if name in _VALUES_KEPT or name.startswith(_PREFIXES_KEPT) or _CODEX_KEPT.fullmatch(name):
+    if name in _VALUES_KEPT or _CODEX_KEPT.fullmatch(name):
         return _VALUE.fullmatch(value) is not None
     if not name.endswith(tuple(end.encode() for end in kept.COST_ENDS_KEPT)):
         return False
     return bool(kept.kept_headers([(name.decode("latin-1"), value.decode("latin-1"))]))
 
 
-def _words_only(value: bytes, filler: Filler) -> bytes:
-    """Words of the protocols, versions and punctuation; other words become filler."""
-    return _WORD.sub(
-        lambda found: (
-            found.group()
-            if words.is_word(found.group()) or found.group() in words.CLIENTS
-            else filler.credential(found.group())
-        ),
-        value,
-    )
+def shown_media_type(value: bytes, filler: Filler) -> bytes:
+    """A media type without the names that a file's may have."""
+    found = _MEDIA_TYPE.fullmatch(value)
+    assert found is not None
+    behind = _MEDIA_PARAMETER.sub(lambda each: _shown_media_parameter(each, filler), found.group(2))
+    return _words_only(found.group(1), filler, _HTTP) + behind
+
+
+def _shown_media_parameter(found: re.Match[bytes], filler: Filler) -> bytes:
+    space, name, equals, value = found.groups()
+    if name.strip().lower() in _PARAMETERS_KEPT and not kept.is_secret(value.decode("latin-1")):
+        return found.group()
+    name = name if name.isdigit() else _words_only(name, filler, _HTTP)
+    return space + name + equals + filler.credential(value)
+
+
+def _shown_listed(name: bytes, filler: Filler) -> bytes:
+    bare = name.strip(b" \t")
+    known = bare.lower() in _CONNECTION_OPTIONS
+    start, end = name.split(bare, 1) if bare else (name, b"")
+    return start + (bare if known else shown_name(bare, filler)) + end
+
+
+def _words_only(value: bytes, filler: Filler, more: frozenset[bytes] = frozenset()) -> bytes:
+    """Words of the protocols, versions and punctuation; other words become filler.
+
+    With `more`, these stay as well, and names that are made of the protocols' words.
+    """
+
+    def shown(found: re.Match[bytes]) -> bytes:
+        word = found.group()
+        if words.is_word(word) or word in words.CLIENTS:
+            return word
+        if more and (len(word) <= _LETTERS_MAX or word.lower() in more or words.is_name(word)):
+            return word
+        return filler.credential(word)
+
+    return _WORD.sub(shown, value)
 
 
 # --- request targets ----------------------------------------------------------------------------
@@ -159,8 +228,10 @@ _DATES = re.compile(rb"\d{4}-\d\d-\d\d(?:-preview)?")
 def shown_target(target: bytes, filler: Filler) -> bytes:
     """A request's path and query as they may stand, of the same length."""
     path, mark, query = target.partition(b"?")
-    scheme = re.match(rb"https?://[A-Za-z0-9.:-]+(?=/|\Z)", path)
-    start = scheme.group() if scheme is not None else b""
+    scheme = re.match(rb"(https?://)([A-Za-z0-9.:-]+)(?=/|\Z)", path)
+    start = b""
+    if scheme is not None:
+        start = scheme.group(1) + shown_host(scheme.group(2), filler)
     before = b""
     segments = []
     for segment in path[len(start) :].split(b"/"):
@@ -223,6 +294,7 @@ def _shown_parameter(parameter: bytes, filler: Filler) -> bytes:
 
 # --- heads of HTTP/1 ----------------------------------------------------------------------------
 
+_REASONS = frozenset((b"", *(each.phrase.lower().encode() for each in HTTPStatus)))
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{1,15} )([^\s\x00]+)( HTTP/1\.[01]\r?\n?)")
 _STATUS_LINE = re.compile(rb"(HTTP/1\.[01] \d{3})( ?)([^\r\n]*)(\r?\n?)")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(:[ \t]*)([^\r\n]*)([\r\n]*)")
@@ -241,7 +313,7 @@ def shown_head(head: bytes, filler: Filler) -> bytes:
             out.append(request.group(1) + target + request.group(3))
         elif (status := _STATUS_LINE.fullmatch(line)) is not None:
             reason = status.group(3)
-            reason = reason if re.fullmatch(rb"[A-Za-z '-]{0,40}", reason) else b"x" * len(reason)
+            reason = reason if reason.lower() in _REASONS else b"x" * len(reason)
             out.append(status.group(1) + status.group(2) + reason + status.group(4))
         elif (found := _FIELD.fullmatch(line)) is not None:
             name, value = found.group(1), found.group(3).rstrip(b" \t")

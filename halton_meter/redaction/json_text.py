@@ -119,12 +119,8 @@ def _unpacked(raw: bytes) -> bytes | None:
 
 
 def _number(raw: bytes, level: _Level, filler: Filler) -> bytes:
-    stays = level.is_object and not level.theirs and _is_count_key(level.key or b"")
+    stays = level.is_object and not level.theirs and words.is_count(level.key or b"", raw)
     return filler.keep(raw) if stays else filler.number(raw)
-
-
-def _is_count_key(key: bytes) -> bool:
-    return words.is_word(key) and key not in words.SAID and not words.is_id_key(key)
 
 
 # --- behind a hole ------------------------------------------------------------------------------
@@ -159,7 +155,7 @@ def _member(match: re.Match[bytes], key: bytes, filler: Filler, mark: bool) -> b
     known = words.is_word(key)
     start = b'"' + (key if known else filler.text(key)) + b'"' + match.group("colon")
     if (figure := match.group("figure")) is not None:
-        return start + (figure if _is_count_key(key) else filler.number(figure))
+        return start + (figure if words.is_count(key, figure) else filler.number(figure))
     value = match.group("value")
     if value is None:
         return start

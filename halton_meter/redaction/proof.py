@@ -52,17 +52,20 @@ def read(
 ) -> Read:
     """Meter a capture; each piece of plaintext is also given to `take`. Raises TsharkMissing."""
     registry = Registry(dict(hosts))
-    names = {host.rpartition(":")[0] or host for host in hosts}
     meter = Meter(price, registry=registry)
-    source = PcapSource(
-        [path], list(keys), lambda name: name in names or bool(registry.of_host(name))
-    )
+    source = PcapSource([path], list(keys), known(registry, hosts))
     events: list[PricedEvent] = []
     for item in source.items():
         take(item)
         events += meter.receive(item)
     events += meter.finish(source.findings.last_ns)
     return Read(sorted(events, key=_order), source.findings)
+
+
+def known(registry: Registry, hosts: Mapping[str, str]) -> Callable[[str], bool]:
+    """Whether a host is a provider's, or one of the user's own, whatever its port."""
+    names = {host.rpartition(":")[0] or host for host in hosts}
+    return lambda name: name in names or bool(registry.of_host(name))
 
 
 def _order(event: PricedEvent) -> tuple[int, str, str, str]:

@@ -45,8 +45,13 @@ def _message(data: bytes, filler: Filler, depth: int) -> bytes | None:
             _, at = _varint(data, at)
             if at < 0:
                 return None
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
+        elif kind in (1, 5):  # fractions: no count is one, an argument of a tool may be
+            size = 8 if kind == 1 else 4
+            if at + size > len(data):
+                return None
+            out.append(data[start:at] + bytes(size))
+            at += size
+            continue
         elif kind == 2:
             length, at = _varint(data, at)
             if at < 0 or at + length > len(data):

@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from halton_meter.model import TlsChunk, TlsClosed
+from halton_meter.providers.registry import Registry
 from halton_meter.redaction import conversation, proof, writing
 from halton_meter.redaction.conversation import Conversations
 from halton_meter.redaction.filler import Filler
@@ -67,7 +68,7 @@ def redact(
     found = heard.with_plaintext()
     if not found:
         raise NotRedacted(_nothing(old))
-    filler = Filler()
+    filler = Filler(proof.known(Registry(dict(hosts or {})), hosts or {}))
 
     def shown(host: str) -> str:
         return shown_host(host.encode(), filler).decode()
@@ -103,7 +104,11 @@ def _nothing(old: proof.Read) -> str:
     findings = old.findings
     if without := sum(findings.without_keys.values()):
         return f"no connection could be decrypted: {without:,} without keys"
-    return f"none of its {findings.connections:,} connections goes to a known provider"
+    if not findings.connections:
+        return "it holds no TCP connection"
+    if findings.not_wanted:
+        return "all that it holds goes to hosts of no known provider"
+    return "nothing that was said stands in it"
 
 
 class _Listening(Conversations):

@@ -11,6 +11,8 @@ import re
 from functools import cache
 from importlib import resources
 
+from halton_meter.wire.headers import is_secret
+
 _STRUCTURE = (
     "assistant user system developer tool content_block content_block_start content_block_delta "
     "content_block_stop message_start message_delta message_stop text_delta input_json_delta "
@@ -28,7 +30,20 @@ _STRUCTURE = (
     "response.content_part.added response.content_part.done response.output_text.done "
     "parallel_tool_calls reasoning_effort max_tool_calls incomplete_details background prompts "
     "top_logprobs presence_penalty frequency_penalty seed stop user n cache_control message_id "
-    "chat_get_completion json_object auto none low medium high ping completion_tokens"
+    "chat_get_completion json_object auto none low medium high ping completion_tokens "
+    # tiers, conditions and errors, as answers name them
+    "standard priority flex batch scale fast global not_available enabled disabled searching "
+    "starting adaptive open_page visit logs eos_token computer container_upload "
+    "bash_code_execution_tool_result advisor_redacted_result interaction.status_update "
+    "authentication_error permission_denied invalid_argument resource_exhausted unauthenticated "
+    "deadline_exceeded unavailable aborted unimplemented cancelled already_exists not_found "
+    "failed_precondition unknown_parameter guardrail_intervened unsupported missing required "
+    "validation throttling access insufficient quota exceeded billing hard organization "
+    "account deactivated context length content policy violation "
+    # windows of rates, and what SDKs say of themselves
+    "allowed rejected warning minute hour day week month second req characters query audio "
+    "renewalperiod abusepenalty active guardrailidentifier guardrailversion stainless arch lang "
+    "os package version runtime helper method custom handler helper-method"
 )
 # Programs and libraries that name themselves in a User-Agent.
 CLIENTS = frozenset(
@@ -67,10 +82,18 @@ _FIGURE = re.compile(
 
 _FIGURE_KEY = re.compile(
     rb"(?i)token|count|cost|price|usd|amount|second|duration|size|time|created|_at$|ticks|quantity"
-    rb"|unit|limit|remaining|reset|balance|percent|total|charge|credit|rate|dimension|^n$|ttl"
+    rb"|unit|limit|remaining|reset|balance|percent|total|charge|credit|rate|dimension|character|^n$|_n$|_ms$|ttl"
 )
 # Numbers under these names are what somebody said.
-SAID = frozenset((b"text", b"content", b"data", b"value", b"values", b"embedding"))
+SAID = frozenset(
+    b"text content data value values embedding user name title description input prompt query "
+    b"instructions message".split()
+)
+# Under other names that hold no figures, a number of more digits may be a phone's or a card's.
+_DIGITS_MAX = 6
+_LONG = re.compile(rb"-?\d{%d}" % (_DIGITS_MAX + 1))
+_PART = re.compile(rb"[A-Z]?[a-z]+|[A-Z]+")
+_PART_LETTERS_MAX = 2  # shorter than any word that says something
 
 
 @cache
@@ -89,9 +112,23 @@ def is_word(text: bytes) -> bool:
     return text in _words()
 
 
+@cache
+def _parts() -> frozenset[bytes]:
+    return frozenset(part.lower() for word in _words() for part in _PART.findall(word))
+
+
 def is_name(text: bytes) -> bool:
-    """Whether it has the form of a protocol's word: one, and short."""
-    return _NAME.fullmatch(text) is not None
+    """Whether it has the form of a protocol's word: one, short, its parts of words known."""
+    return _NAME.fullmatch(text) is not None and all(
+        len(part) <= _PART_LETTERS_MAX or part.lower() in _parts() for part in _PART.findall(text)
+    )
+
+
+def is_count(key: bytes, number: bytes) -> bool:
+    """Whether a number under this name is the protocol's."""
+    if not is_word(key) or key in SAID or key in THEIRS or is_id_key(key):
+        return False
+    return holds_figures(key) or _LONG.match(number) is None
 
 
 def holds_figures(key: bytes) -> bool:
@@ -112,6 +149,8 @@ def is_id_key(key: bytes) -> bool:
     return len(key) <= 64 and _ID_KEY.fullmatch(key) is not None
 
 
+# A mail address, a path on somebody's disk.
+_NO_MODEL = re.compile(rb"@[A-Za-z0-9-]+\.[A-Za-z]|\A[A-Za-z]:/")
 _TUNED = re.compile(rb"(ft:[A-Za-z0-9_.-]+:|[A-Za-z0-9_.-]+:ft-)(.*)", re.DOTALL)
 _ACCOUNT = re.compile(rb"(arn:[a-z-]*:bedrock:[a-z0-9-]*:)(\d{12})(:[a-z-]+/)(.*)", re.DOTALL)
 
@@ -126,7 +165,7 @@ def shown_model(text: bytes) -> bytes | None:
         if not arn.group(3).startswith((b":foundation-model/", b":inference-profile/")):
             rest = b"0" * len(rest)
         return arn.group(1) + b"0" * 12 + arn.group(3) + rest
-    if _MODEL.fullmatch(text) is None:
+    if _MODEL.fullmatch(text) is None or _NO_MODEL.search(text) or is_secret(text.decode()):
         return None
     if (tuned := _TUNED.fullmatch(text)) is not None:
         return tuned.group(1) + re.sub(rb"[A-Za-z0-9]", b"x", tuned.group(2))

@@ -26,7 +26,6 @@ from halton_meter.live.proxy import service as proxy_service
 from halton_meter.live.proxy.worker import Job
 from halton_meter.live.restarts import Restarts
 from halton_meter.live.result import RunResult
-from halton_meter.store import errors
 from proxy_fallback.edge.listening import listen
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -274,7 +273,7 @@ def test_a_keeper_that_waits_is_stopped_at_once(monkeypatch: pytest.MonkeyPatch)
 def test_start_names_the_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(errors, "tempfile", SimpleNamespace(TemporaryFile=lambda dir: refuse("")))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: refuse(""))
     with pytest.raises(SystemExit):
         start._fail_for_disk("the proxy did not become healthy", tmp_path)
     said = capsys.readouterr().err

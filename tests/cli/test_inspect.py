@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,10 @@ def test_what_cannot_be_inspected_is_said_with_a_fix(what: str, why: str) -> Non
     text = said("inspect", what, code=1)
     assert why in text
     assert "fix: " in text or "Try: " in text
+
+
+def test_a_pipe_and_a_device_are_named_as_such(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert f"{pipe}: is a pipe, not a file" in said("inspect", str(pipe), code=1)
+    assert "/dev/zero: is a device, not a file" in said("inspect", "/dev/zero", code=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,33 @@ def test_the_words_that_may_stay_are_those_that_the_readers_look_for() -> None:
     from tools.redaction_words import FILE, words
 
     assert FILE.read_text().split() == words(), "run: python tools/redaction_words.py"
+
+
+def test_a_capture_of_other_hosts_or_without_plaintext_is_told_as_what_it_is(
+    tmp_path: Path,
+) -> None:
+    other = said(str(FOLDER / "other_host_gives_nothing.pcapng"), str(tmp_path / "new"), code=1)
+    assert "all that it holds goes to hosts of no known provider" in other
+    cut = tmp_path / "cut.pcapng"
+    cut.write_bytes(CAPTURE.read_bytes()[:2500])
+    assert "nothing that was said stands in it" in said(str(cut), str(tmp_path / "new"), code=1)
+
+
+def test_comments_and_names_that_a_capture_holds_beside_packets_are_left_out(
+    tmp_path: Path,
+) -> None:
+    capture, target = tmp_path / "capture.pcapng", tmp_path / "redacted.pcapng"
+    comment = b"Zqsecret"  # of interface statistics, and as an interface's name
+    option = struct.pack("<HH", 1, len(comment)) + comment + bytes(4)
+    statistics = struct.pack("<IQ", 0, 0) + option
+    name = struct.pack("<HH", 2, len(comment)) + comment + bytes(4)
+    interface = struct.pack("<HHI", 101, 0, 0) + name
+    blocks = b"".join(
+        struct.pack("<II", kind, len(body) + 12) + body + struct.pack("<I", len(body) + 12)
+        for kind, body in ((1, interface), (5, statistics))
+    )
+    capture.write_bytes(CAPTURE.read_bytes() + blocks)
+    assert "proved: it gives the same 1 request" in said(str(capture), str(target))
+    assert comment not in target.read_bytes()
+    assert socket.inet_aton("192.0.2.10") in capture.read_bytes()  # the server's address
+    assert socket.inet_aton("192.0.2.10") not in target.read_bytes()

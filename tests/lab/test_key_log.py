@@ -205,6 +205,14 @@ def packets_in(said: str) -> str:
     return found[1]
 
 
+def test_a_recording_of_nothing_leaves_no_file(lab: Lab, home: Path) -> None:
+    file = home / "recorded.pcapng"
+    done = lab.run([*HALTON_METER, "record", str(file), "--", "true"], env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert f"nothing was recorded, so there is no {file}" in done.stderr
+    assert not file.exists()
+
+
 def test_a_redacted_recording_of_an_sdk_replays_and_holds_no_text(
     lab: Lab, home: Path, python: str
 ) -> None:

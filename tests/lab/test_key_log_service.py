@@ -167,6 +167,27 @@ def test_keys_in_places_of_the_user_s_are_read_late_rotated_and_left_alone(
         service.stop()
 
 
+def test_what_a_shell_is_told_names_a_file_and_places_without_keys_are_said(
+    lab: Lab, home: Path
+) -> None:
+    folder, missing, refused = home / "folder", home / "none" / "tls.log", home / "refused"
+    for place, mode in ((folder, 0o755), (refused, 0o700)):
+        place.mkdir()
+        place.chmod(mode)
+    places = [folder, missing, refused]
+    service = KeyLogService(lab, home, *(word for each in places for word in ("--keys", str(each))))
+    try:
+        found = service.status()
+        assert found is not None
+        assert found["exports"][0] == f"export SSLKEYLOGFILE={folder / KEYS_NAME}"
+        said = service.command("status").stdout
+        assert f"keys that are not read: {refused}: Permission denied" in said
+        assert f"mkdir -p {missing.parent}" in said
+        assert f"mkdir -p {missing.parent}" in service.log.read_text()
+    finally:
+        service.stop()
+
+
 def test_nobody_captures_and_the_user_meters_and_no_process_has_a_capability(
     lab: Lab, key_log: KeyLogService
 ) -> None:

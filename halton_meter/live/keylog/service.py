@@ -46,6 +46,7 @@ WAITING_LOOK_S, IDLE_LOOK_S = 0.02, 0.5
 ALIVE_EVERY_S = 5.0
 COUNT_EVERY_S = 1.0
 UNMETERED_SHOWN_MAX = 200
+TROUBLES_SHOWN_MAX = 20
 SNIFFER_ENDED = "the process that captures packets ended"
 FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy -- CMD")
 
@@ -69,8 +70,18 @@ def key_places(home: Path, named: Sequence[Path]) -> KeyPlaces:
 
 def exports(places: KeyPlaces) -> list[str]:
     """What a shell is told so that its programs write their keys where they are read."""
-    file = places.ours / KEYS_NAME if places.ours is not None else places.paths[0]
+    place = places.paths[0]
+    file = place / KEYS_NAME if place.is_dir() else place
     return [f"export SSLKEYLOGFILE={file}", f"export NODE_OPTIONS=--tls-keylog={file}"]
+
+
+def missing_folders(places: KeyPlaces) -> list[str]:
+    """Folders that no program can write keys into, as they are not there."""
+    return [
+        f"{path}: its folder is missing, so no program can write there; mkdir -p {path.parent}"
+        for path in places.paths
+        if not path.parent.is_dir()
+    ]
 
 
 def serve(
@@ -91,6 +102,8 @@ def serve(
     say(f"metering into {home} by packets and TLS keys; keys are read from")
     for path in places.paths:
         say(f"  {path}")
+    for line in missing_folders(places):
+        say(f"  {line}")
     say("programs write them there that are started with")
     for line in exports(places):
         say(f"  {line}")
@@ -285,6 +298,7 @@ class KeyLogService:
         return {
             **told,
             "keys": [str(path) for path in self._places.paths],
+            "keys_troubles": self._key_troubles(),
             "keys_passed_over": sorted(map(str, self._source.keys_passed_over)),
             "exports": exports(self._places),
             "handshakes_with_keys": self._source.handshakes_with_keys,
@@ -293,6 +307,10 @@ class KeyLogService:
             "config_error": self._config_error,
             "budget_error": self._guard.trouble,
         }
+
+    def _key_troubles(self) -> list[str]:
+        found = [f"{path}: {why}" for path, why in sorted(self._source.key_troubles.items())]
+        return [*found[:TROUBLES_SHOWN_MAX], *missing_folders(self._places)]
 
     def _unmetered(self) -> list[Unmetered]:
         return self._intake.unmetered(FIXES)[:UNMETERED_SHOWN_MAX]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from capture.packets import key_files
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
 
@@ -46,6 +47,54 @@ def test_a_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path, how:
     files.poll()
     assert bytes.fromhex(f"{3:064x}") in keys
     assert bytes.fromhex(f"{1:064x}") in keys
+
+
+def test_a_file_that_was_cut_off_and_has_grown_past_its_old_size_is_read_anew(
+    tmp_path: Path,
+) -> None:
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    files = KeyFiles([path], keys)
+    path.write_text(line(1))
+    files.poll()
+    path.write_text(line(2) + line(3))
+    assert files.poll() == 2
+    with path.open("a") as file:
+        file.write(line(4))
+    assert files.poll() == 1
+    assert len(keys) == 4
+
+
+def test_a_hole_of_gigabytes_is_stepped_over(tmp_path: Path) -> None:
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    files = KeyFiles([path], keys)
+    path.write_text(line(1))
+    files.poll()
+    for number in (2, 3):
+        os.truncate(path, number << 40)
+        assert files.poll() == 0
+        with path.open("a") as file:
+            file.write("\n" + line(number))
+        assert files.poll() == 1
+
+
+def test_what_cannot_be_read_is_told_as_long_as_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "link"
+    path.symlink_to(path)
+    files = KeyFiles([path], KeyLog())
+    files.poll()
+    assert files.troubles == {path: "Too many levels of symbolic links"}
+    path.unlink()
+    path.write_text(line(1))
+    assert files.poll() == 1
+    assert files.troubles == {}
+    monkeypatch.setattr(key_files, "FILES_MAX", 2)
+    for number in range(3):
+        (tmp_path / f"{number}.log").write_text(line(number))
+    crowded = KeyFiles([tmp_path], KeyLog())
+    assert crowded.poll() == 2
+    assert crowded.troubles == {tmp_path: "of 4 files, 2 are read"}
 
 
 def test_a_folder_of_files_one_a_process(tmp_path: Path) -> None:
