@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -90,9 +89,7 @@ def _recorded_lines(result: RunResult, file: Path) -> list[str]:
             file.unlink()
         return [f"  nothing was recorded, so there is no {file}"]
     what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
-    lines = [f"  recorded: {what} in {file}; it holds prompts and credentials"]
-    if done.error:
-        lines.append(f"  the recording is not whole: {done.error}")
+    lines = [f"  recorded: {what} in {file}; it holds prompts and credentials", *_not_whole(result)]
     lines.append(f"  Use: halton-meter replay {shlex.quote(str(file))}")
     return lines
 
@@ -100,6 +97,7 @@ def _recorded_lines(result: RunResult, file: Path) -> list[str]:
 def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str]]:
     """Run the command; what was recorded is kept in a folder of ours until it is redacted."""
     from halton_meter.cli.redact import made, told
+    from halton_meter.live.keylog.private_folder import RECORDING, private_folder
 
     places: list[Path] = []
     with contextlib.ExitStack() as stack:
@@ -107,8 +105,8 @@ def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str
         def place() -> Path:
             if file.exists():
                 raise FileExistsError(file)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="halton-meter-"))
-            places.append(Path(folder) / "recorded.pcapng")
+            folder = stack.enter_context(private_folder(RECORDING))
+            places.append(folder / "recorded.pcapng")
             return places[0]
 
         result = through_key_log(command, place)
@@ -120,6 +118,11 @@ def _redacted(command: tuple[str, ...], file: Path) -> tuple[RunResult, list[str
             note("\n".join(summary_lines(result)))
             raise
     lines = [f"  {line}" if at == 0 else line for at, line in enumerate(told(done, file))]
-    if result.recorded is not None and result.recorded.error:
-        lines.append(f"  the recording is not whole: {result.recorded.error}")
-    return result, lines
+    return result, [*lines, *_not_whole(result)]
+
+
+def _not_whole(result: RunResult) -> list[str]:
+    """Why the recording ends before the command did, if it does."""
+    assert result.recorded is not None
+    causes = [result.recorded.error, *(cause for _, _, cause in result.outages)]
+    return [f"  the recording is not whole: {each}" for each in causes if each]
