@@ -152,9 +152,7 @@ def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
         ]
     holds = "prompts and answers" if via == "proxy" else "prompts and credentials"
     what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
-    lines = [f"  recorded: {what} in {file}; it holds {holds}"]
-    if done.error:
-        lines.append(f"  the recording is not whole: {done.error}")
+    lines = [f"  recorded: {what} in {file}; it holds {holds}", *_not_whole(result)]
     lines.append(f"  Use: halton-meter replay {shlex.quote(str(file))}")
     return lines
 
@@ -162,6 +160,7 @@ def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
 def _redacted(command: tuple[str, ...], file: Path, via: str) -> tuple[RunResult, list[str]]:
     """Run the command; what was recorded is kept in a folder of ours until it is redacted."""
     from halton_meter.cli.redact import made, told
+    from halton_meter.live.keylog.private_folder import RECORDING, private_folder
 
     places: list[Path] = []
     with contextlib.ExitStack() as stack:
@@ -169,8 +168,8 @@ def _redacted(command: tuple[str, ...], file: Path, via: str) -> tuple[RunResult
         def place() -> Path:
             if file.exists():
                 raise FileExistsError(file)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="halton-meter-"))
-            places.append(Path(folder) / "recorded.pcapng")
+            folder = stack.enter_context(private_folder(RECORDING))
+            places.append(folder / "recorded.pcapng")
             return places[0]
 
         result = _recorded(command, via, file, place)
@@ -182,6 +181,11 @@ def _redacted(command: tuple[str, ...], file: Path, via: str) -> tuple[RunResult
             note("\n".join(summary_lines(result)))
             raise
     lines = [f"  {line}" if at == 0 else line for at, line in enumerate(told(done, file))]
-    if result.recorded is not None and result.recorded.error:
-        lines.append(f"  the recording is not whole: {result.recorded.error}")
-    return result, lines
+    return result, [*lines, *_not_whole(result)]
+
+
+def _not_whole(result: RunResult) -> list[str]:
+    """Why the recording ends before the command did, if it does."""
+    assert result.recorded is not None
+    causes = [result.recorded.error, *(cause for _, _, cause in result.outages)]
+    return [f"  the recording is not whole: {each}" for each in causes if each]

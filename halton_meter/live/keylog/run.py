@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import selectors
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
 from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
 from halton_meter.live.keylog.owners import Owners
+from halton_meter.live.keylog.private_folder import KEYS, private_folder
 from halton_meter.live.pipeline import Pipeline, prepare_home
 from halton_meter.live.result import RunResult
 from halton_meter.model import TlsClosed
@@ -46,7 +46,6 @@ HTTPS = 443
 RUN_FIX = "sudo halton-meter run --via keylog -- CMD"
 # Through a proxy there is no QUIC.
 FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy")
-FOLDER = "halton-meter-keys-"
 # How often key files are looked at while no packet comes.
 LOOK_EVERY_S = 0.05
 # After the command's end: packets that are under way, and keys written last.
@@ -77,8 +76,8 @@ def meter_command(
     """
     prepare_home(home)
     result = RunResult()
-    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
-        private = Path(folder) / "keys.log"
+    with private_folder(KEYS) as folder:
+        private = folder / "keys.log"
         informed, keys = told.environment(environment, private)
         metering = _Metering(link, keys, home, extra_hosts, keeping, is_private=keys == private)
         metering.start()
