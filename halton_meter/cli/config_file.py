@@ -7,6 +7,7 @@ it. It knows no key but the hosts'.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tomlkit import TOMLDocument
 
 PATH_KEYS_MAX = 16
+LOCK_NAME, LOCK_S_MAX = "config.lock", 5.0
 
 
 class Changed(NamedTuple):
@@ -35,7 +37,17 @@ def change(home: Path, apply: Callable[[TOMLDocument], None]) -> Changed:
 
     Ends the command with exit code 1 where the file cannot be read or written, and with 2 where the
     result would have a wrong value, or one without effect, that the file does not have now.
+    Two commands at once take turns.
     """
+    from halton_meter.spending.ledger import locked
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no folder, or a full disk: see `_write`
+            stack.enter_context(locked(home, LOCK_NAME, LOCK_S_MAX))
+        return _changed(home, apply)
+
+
+def _changed(home: Path, apply: Callable[[TOMLDocument], None]) -> Changed:
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
 
@@ -103,12 +115,11 @@ def _write(path: Path, text: str, stamp: int | None) -> None:
     mode = 0o600
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stamp is not None:
-            found = path.stat()
-            mode = found.st_mode & 0o777
-            if found.st_mtime_ns != stamp:
-                what = f"{path} was changed by another program meanwhile; nothing was written"
-                fail(Problem(what, "run this command again"))
+        found = path.stat() if stamp is not None or path.exists() else None
+        if (None if found is None else found.st_mtime_ns) != stamp:
+            what = f"{path} was changed by another program meanwhile; nothing was written"
+            fail(Problem(what, "run this command again"))
+        mode = mode if found is None else found.st_mode & 0o777
         write_whole(path, text.encode(), mode)
     except OSError as error:
         fail(unwritten(path, error, path.parent))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from halton_meter import config
 from halton_meter.budget import Budget
 from halton_meter.cli import main
 from halton_meter.live.stopping import Stopper, identity
@@ -22,7 +23,7 @@ from halton_meter.spending import ledger, stops
 from halton_meter.spending.stops import Stop
 from halton_meter.store import Store
 from tests.support.made import ASKED, made
-from tests.support.waiting import wait_until
+from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 
 @pytest.fixture
@@ -86,6 +87,38 @@ def test_wrong_usage_changes_nothing(home: Path, words: tuple[str, ...], said: s
     assert done.exit_code == 2
     assert said in done.output
     assert not (home / "config.toml").exists()
+
+
+def test_budgets_that_are_set_at_the_same_time_are_all_there(home: Path) -> None:
+    budget("set", "first", "1", "--per", "day")
+    environment = {**os.environ, "HALTON_METER_HOME": str(home)}
+    code = (
+        "import sys, threading\n"
+        "from halton_meter.cli import config_file, main\n"
+        "text = config_file._text\n"
+        "def slow(path):\n"
+        "    found = text(path)\n"
+        "    print('read', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    return found\n"
+        "config_file._text = slow\n"
+        "config_file.LOCK_S_MAX = 60\n"
+        "main(['budget', 'set', sys.argv[1], '5', '--per', 'day'])\n"
+    )
+    started = []
+    for name in ("one", "other"):
+        pipe = subprocess.PIPE
+        argv = [sys.executable, "-c", code, name]
+        begun = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env=environment)
+        started.append(begun)
+        if name == "one":  # the other begins when it has read the file, and has not written it
+            assert begun.stdout is not None
+            assert begun.stdout.readline() == "read\n"
+    one, other = started
+    said = [each.communicate("\n", WAIT_SECONDS_MAX)[0] for each in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), said
+    names = {each.name for each in config.read(home).config.budgets}
+    assert names == {"first", "one", "other"}
 
 
 def test_what_would_be_refused_when_read_is_not_written(home: Path) -> None:

@@ -32,6 +32,7 @@ NAMES = (
     "journal/*.sound",
     "journal/*.half-*",
     "reprice-*.ndjson",
+    "config.lock",
     "config.toml",
     "captures.json",
     ".captures.json-*",
