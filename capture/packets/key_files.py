@@ -95,6 +95,8 @@ class KeyFiles:
             self._trouble(path, error)
             return 0
         if not stat.S_ISREG(found.st_mode):
+            if path in self._paths:
+                self.troubles[path] = "it is no regular file"
             return 0
         identity = found.st_dev, found.st_ino
         known = before.get(path)

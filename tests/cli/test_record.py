@@ -1,4 +1,4 @@
-"""`record`: what is said of a recording. That it records: `tests/lab/test_key_log.py`."""
+"""`record`: what is said of a recording; that it records: `tests/lab/test_key_log.py`."""
 
 from __future__ import annotations
 

@@ -112,7 +112,10 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
     (tmp_path / "folder").mkdir()
     (tmp_path / "noise").write_bytes(os.urandom(100_000))
-    assert KeyFiles([tmp_path], KeyLog()).poll() == 0
+    files = KeyFiles([tmp_path, tmp_path / "pipe", Path("/dev/zero")], KeyLog())
+    assert files.poll() == 0
+    said = "it is no regular file"
+    assert files.troubles == {tmp_path / "pipe": said, Path("/dev/zero"): said}
 
 
 def test_files_that_are_gone_are_forgotten_and_their_secrets_are_not(tmp_path: Path) -> None:
