@@ -85,6 +85,8 @@ class Database:
             connection.execute("BEGIN")
             yield connection
             connection.execute("COMMIT")
+        except driver().ProgrammingError:  # a fault of ours, not the disk's
+            raise
         except driver().Error as error:
             raise StoreUnusable(
                 f"Nothing was changed, {self._path} cannot be written: {first_line(error)}. "

@@ -29,6 +29,7 @@ from halton_meter.store import (
 from halton_meter.store import journal as journal_module
 from halton_meter.store.database import Database
 from halton_meter.store.driver import driver
+from halton_meter.store.errors import StoreUnusable
 from halton_meter.store.home import JOURNAL_NAME, Home
 from tests.support.made import NOON_NS, made
 from tests.support.quick import first
@@ -258,7 +259,7 @@ def test_a_change_that_fails_half_way_leaves_nothing(
         raise driver().Error("no room")
 
     monkeypatch.setattr("halton_meter.store.store.unroll", fail)
-    with pytest.raises(driver().Error):
+    with pytest.raises(StoreUnusable, match="Nothing was changed"):
         store.retag("misc", "site", NOON_NS, dry_run=False)
     with store.reading() as reader:
         assert [event.usage.project for event in reader.events()] == ["misc"]
