@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from halton_meter.model import Process
 from halton_meter.untrusted import Lines
 
 SOCKET_NAME = "daemon.sock"
 PROXY_SOCKET_NAME = "proxy.sock"
 KEY_LOG_SOCKET_NAME = "keylog.sock"
 SERVICES = (SOCKET_NAME, PROXY_SOCKET_NAME, KEY_LOG_SOCKET_NAME)
-# Of each single `run` that meters by itself, with the pid of the process that answers.
+# Of each single `run` that meters by itself, with the pid of the process that its command is below.
 _RUN_SOCKET = re.compile(r"run-(\d{1,7})\.sock")
 REPLY_BYTES_MAX = 4 << 20
 REQUEST_BYTES_MAX = 4096
@@ -36,9 +37,15 @@ CLIENTS_MAX = 64
 SEND_S_MAX = 1.0  # a client that does not read its answer is dropped
 
 
-def run_socket_name() -> str:
-    """The name of this process's socket, where it meters a single `run`."""
-    return f"run-{os.getpid()}.sock"
+def run_socket_name(pid: int) -> str:
+    """The name of the socket of a single `run`, whose command was started by this process."""
+    return f"run-{pid}.sock"
+
+
+def is_of_run(home: Path, process: Process) -> bool:
+    """Whether a process is of a `run` that meters, and counts connections, by itself."""
+    names = {run_socket_name(pid) for pid in (process.pid, *(pid for pid, _ in process.parents))}
+    return not names.isdisjoint(run_sockets(home))
 
 
 def run_sockets(home: Path) -> list[str]:

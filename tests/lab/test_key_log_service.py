@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -186,6 +187,23 @@ def test_what_a_shell_is_told_names_a_file_and_places_without_keys_are_said(
         assert f"mkdir -p {missing.parent}" in service.log.read_text()
     finally:
         service.stop()
+
+
+@pytest.mark.parametrize("via", [(), ("--via", "keylog"), ("--via", "proxy")])
+def test_a_run_beside_the_service_is_counted_once(
+    lab: Lab, key_log: KeyLogService, home: Path, via: tuple[str, ...]
+) -> None:
+    client = shlex.join(curl(1, "--http1.1"))
+    command = [*HALTON_METER, "run", *via, "--", "sh", "-c", f"{client}; sleep 1"]
+    done = lab.run(command, env=as_sudo(lab, home), user=lab.user if "proxy" in via else None)
+    assert done.returncode == 0, done.stderr
+    assert "1 request" in done.stderr
+    assert len(key_log.events(1)) == 1
+    key_log.client(*curl(2))  # what comes after it: by then the run's was judged
+    wait_until(lambda: key_log.requests() >= 1, "the service's own event")
+    key_log.stop()
+    said = key_log.command("report").stdout
+    assert "2 of 2 connections to providers were metered" in said
 
 
 def test_nobody_captures_and_the_user_meters_and_no_process_has_a_capability(

@@ -24,17 +24,23 @@ COUNTED_MAX = 65_536
 
 
 class Intake:
-    """`on_events` is told of what was kept."""
+    """`on_events` is told of what was kept.
+
+    Connections of a process that `is_counted_elsewhere` are not among the fresh ones, and are not
+    missed: who counts them may meter them, too.
+    """
 
     def __init__(
         self,
         meter: Meter,
         journal: JournalWriter,
         on_events: Callable[[Sequence[PricedEvent]], object] = lambda events: None,
+        is_counted_elsewhere: Callable[[Process], bool] = lambda process: False,
     ) -> None:
         self._meter = meter
         self._journal = journal
         self._on_events = on_events
+        self._is_counted_elsewhere = is_counted_elsewhere
         self.totals = Totals()
         self.connections = Coverage(is_known=True)
         self.last_event_ns: int | None = None
@@ -64,7 +70,8 @@ class Intake:
 
     def miss(self, process: Process | None, host: str, cause: str) -> None:
         """Count a connection to a provider that was not metered."""
-        self._add(Part(process.exe if process else None, host or None, None, cause))
+        if process is None or not self._is_counted_elsewhere(process):
+            self._add(process, host or None, cause)
 
     def unmetered(self, fixes: Mapping[str, str]) -> list[Unmetered]:
         """What was not metered, most connections first, with the fix of each cause."""
@@ -83,11 +90,12 @@ class Intake:
         self._counted[connection.id] = None
         if len(self._counted) > COUNTED_MAX:
             del self._counted[next(iter(self._counted))]
-        program = connection.process.exe if connection.process else None
-        self._add(Part(program, connection.peer, None, None))
+        self._add(connection.process, connection.peer, None)
 
-    def _add(self, part: Part) -> None:
-        self._fresh.add(part, 1, None)
+    def _add(self, process: Process | None, host: str | None, cause: str | None) -> None:
+        part = Part(process.exe if process else None, host, None, cause)
+        if process is None or not self._is_counted_elsewhere(process):
+            self._fresh.add(part, 1, None)
         self.connections.add(part, 1, None)
 
     def fresh_connections(self) -> Coverage:

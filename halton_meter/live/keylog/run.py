@@ -8,6 +8,7 @@ connections whose keys are in that file are read, so no other program's.
 
 from __future__ import annotations
 
+import os
 import selectors
 import subprocess
 import threading
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from capture.live_capture import Address, LiveCapture, start_sniffer
 from halton_meter.live import own_code
 from halton_meter.live.control import (
+    SOCKET_NAME,
     Answering,
     Client,
     remove_dead_run_sockets,
@@ -110,13 +112,14 @@ class _Metering:
         pipeline = Pipeline(home, extra_hosts)
         self._meter, self._price_error = pipeline.meter, pipeline.price_error
         self._journal = JournalWriter(Store(home), home, self._price_error)
+        self._home = home
         self._intake = Intake(self._meter, self._journal)
         self._owners = Owners()
         self._in_flight = InFlight(self._meter)
         self._selector = selectors.DefaultSelector()
         remove_dead_run_sockets(home)
         self._answering = Answering(
-            home, self._selector, self._answer, lambda client: None, run_socket_name()
+            home, self._selector, self._answer, lambda client: None, run_socket_name(os.getpid())
         )
         registry = Registry(dict(extra_hosts))
         self._source = LiveCapture(
@@ -150,7 +153,9 @@ class _Metering:
             result.outages.append((from_ns, time.time_ns(), cause))
         self._take(self._source.finish())
         self._intake.keep(self._meter.finish(time.time_ns()))
-        self._journal.keep_connections(self._intake.connections, time.time_ns())
+        # The service for uprobes counts all connections at their sockets.
+        if not (self._home / SOCKET_NAME).exists():
+            self._journal.keep_connections(self._intake.connections, time.time_ns())
         self._journal.count_losses({**self._source.losses, **self._meter.losses})
         self._journal.close()
         self._answering.remove()

@@ -38,7 +38,7 @@ from halton_meter.live.unmetered import Unmetered
 from halton_meter.providers.registry import Registry
 
 if TYPE_CHECKING:
-    from halton_meter.model import Connection, TlsChunk, TlsClosed
+    from halton_meter.model import Connection, Process, TlsChunk, TlsClosed
 
 KEYS_FOLDER, KEYS_NAME = "keys", "tls.log"
 # How often key files are looked at: while a connection waits for its keys, and else.
@@ -47,6 +47,7 @@ ALIVE_EVERY_S = 5.0
 COUNT_EVERY_S = 1.0
 UNMETERED_SHOWN_MAX = 200
 TROUBLES_SHOWN_MAX = 20
+OF_RUNS_MAX = 4_096
 SNIFFER_ENDED = "the process that captures packets ended"
 FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy -- CMD")
 
@@ -126,15 +127,21 @@ class KeyLogService:
         self._meter = self._pipeline.meter
         self._journal = JournalWriter(Store(home), home, self._pipeline.price_error)
         self._guard = Guard(home, identity(os.getpid()), lambda: self._journal.flush(lambda: None))
-        self._intake = Intake(self._meter, self._journal, self._guard.keep)
+        self._intake = Intake(
+            self._meter,
+            self._journal,
+            self._guard.keep,
+            self._is_of_run,
+        )
         self._in_flight = InFlight(self._meter)
         self._owners = OfUser(os.getuid())
+        self._of_runs: dict[int, None] = {}  # processes of runs that meter by themselves
         self._outages = Outages(home, KEY_LOG_STATE_NAME, KEY_LOG_LIST_NAME)
         self._source = LiveCapture(
             link,
             places.paths,
             self._is_wanted,
-            self._owners.find,
+            self._find,
             self._miss,
             own_keys=places.ours,
             quic=self._miss_quic,
@@ -200,6 +207,20 @@ class KeyLogService:
 
     def _is_wanted(self, host: str) -> bool:
         return bool(self._registry.of_host(host))
+
+    def _find(self, client: Address, server: Address, search: bool) -> Process | None:
+        found = self._owners.find(client, server, search)
+        # Now, as the run may be over when the connection is judged.
+        if found is not None and control.is_of_run(self._home, found):
+            self._of_runs[found.pid] = None
+            if len(self._of_runs) > OF_RUNS_MAX:
+                del self._of_runs[next(iter(self._of_runs))]
+        elif found is not None:
+            self._of_runs.pop(found.pid, None)
+        return found
+
+    def _is_of_run(self, process: Process) -> bool:
+        return process.pid in self._of_runs
 
     def _take(self, items: Sequence[TlsChunk | TlsClosed]) -> None:
         for item in items:

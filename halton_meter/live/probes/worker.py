@@ -271,7 +271,7 @@ class Metering:
         home, name, answer = Path(self._job.home), SOCKET_NAME, self._answer
         if not self._job.service:
             remove_dead_run_sockets(home)
-            name, answer = run_socket_name(), self._answer_of_run
+            name, answer = run_socket_name(os.getppid()), self._answer_of_run
         self._answering = Answering(home, self._selector, answer, self._forget_run, name)
 
     # --- plaintext and events

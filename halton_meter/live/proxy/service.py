@@ -141,7 +141,7 @@ class ProxyService:
         self._settled = asyncio.Event()  # ready for the first time, or known not to become so
         self._tasks: list[asyncio.Task[None]] = []
         self._control: asyncio.Server | None = None
-        self._socket_name = PROXY_SOCKET_NAME if job.service else run_socket_name()
+        self._socket_name = PROXY_SOCKET_NAME if job.service else run_socket_name(os.getpid())
         self._listener = Listener(self.home, self._socket_name)
         self._owed: Counter[str] = Counter()
         certificate = self.home / CA_FOLDER / CERTIFICATE
