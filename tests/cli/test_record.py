@@ -13,7 +13,7 @@ def test_a_recording_that_ended_before_its_command_is_told_as_such(tmp_path: Pat
     result.recorded = Recorded(1, 33, "No space left on device")
     result.outages.append((1, 2, "the process that captures packets ended"))
     file = tmp_path / "recorded.pcapng"
-    assert _recorded_lines(result, file) == [
+    assert _recorded_lines(result, file, "keylog") == [
         f"  recorded: 1 connection, 33 packets in {file}; it holds prompts and credentials",
         "  the recording is not whole: No space left on device",
         "  the recording is not whole: the process that captures packets ended",
