@@ -150,8 +150,8 @@ def groups(mode: str, options: Sequence[str] = ()) -> list[Group]:
     """All groups; `options` are pytest's."""
     quick, _ = MODES[mode]
     pytest = [*PYTEST, *options]
-    # As many as there are cores: each more takes eight seconds to collect.
-    most = [*pytest, "-n", "2", "--ignore=tests/kernel", "--ignore=tests/lab"]
+    # One more than there are cores, as some tests wait; each takes eight seconds to collect.
+    most = [*pytest, "-n", "3", "--ignore=tests/kernel", "--ignore=tests/lab"]
     kernel, lab = files_marked("kernel"), files_marked("lab")
     return [
         Group("lab", [[*pytest, "-n", "3", "--dist=loadfile", "-m",
