@@ -25,6 +25,7 @@ from halton_meter.store.errors import (
     first_line,
 )
 from halton_meter.store.home import DATABASE_NAME, Home
+from halton_meter.store.interrupts import held_back
 from halton_meter.store.rewriting import compact, rewrite
 from halton_meter.store.schema import is_newest, migrate, needs_rewriting, version_of
 
@@ -149,20 +150,24 @@ class Database:
                 os.rename(unfinished, self._path)
 
     def _connect(self, path: Path, read_only: bool, wait_seconds: float) -> DuckDBPyConnection:
-        duckdb = driver()
+        with held_back():
+            duckdb = driver()
         deadline = time.monotonic() + wait_seconds
         # Nothing may be downloaded at run time, not even because a query names a function.
         config = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
         while True:
             try:
-                opened: DuckDBPyConnection = duckdb.connect(
-                    str(path), read_only=read_only, config=config
-                )
+                with held_back():
+                    opened: DuckDBPyConnection = duckdb.connect(
+                        str(path), read_only=read_only, config=config
+                    )
             except duckdb.Error as error:
                 problem = self._open_problem(error)
                 if not isinstance(problem, StoreBusy) or time.monotonic() >= deadline:
                     raise problem from error
             else:
+                # Of a query of some seconds it would print one on stdout, between our lines.
+                opened.execute("SET enable_progress_bar = false")
                 return opened
             time.sleep(BUSY_POLL_SECONDS)
 

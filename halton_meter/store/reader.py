@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from halton_meter.coverage import Coverage, Part
 from halton_meter.model import PricedEvent, client_of
 from halton_meter.store import limits
+from halton_meter.store.interrupts import held_back
 from halton_meter.store.limits import SpanWork, Stored, Whose
 from halton_meter.store.rollup import totals_by
 from halton_meter.store.rows import decimal_of, document_of, event_from_row, loads
@@ -99,7 +100,8 @@ class Reader:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one SELECT and return all its rows; for aggregates, which are few."""
-        return self.connection.execute(sql, list(parameters)).fetchall()
+        with held_back(self.connection):
+            return self.connection.execute(sql, list(parameters)).fetchall()
 
     def events(
         self, selection: Selection = Selection(), limit: int | None = None
@@ -120,11 +122,16 @@ class Reader:
                 f"SELECT * FROM (SELECT {names} FROM event WHERE {where} "
                 f"ORDER BY at_ns DESC, id DESC LIMIT {int(limit)}) ORDER BY at_ns, id"
             )
-        cursor = self.connection.execute(sql, parameters)
-        while rows := cursor.fetchmany(FETCH_ROWS):
+        with held_back(self.connection):
+            cursor = self.connection.execute(sql, parameters)
+        while rows := self._fetched(cursor):
             for row in rows:
                 values = dict(zip((*EVENT_COLUMNS, "revision"), row, strict=True))
                 yield event_from_row(values), int(values["revision"])
+
+    def _fetched(self, cursor: DuckDBPyConnection) -> list[tuple[Any, ...]]:
+        with held_back(self.connection):
+            return cursor.fetchmany(FETCH_ROWS)
 
     def totals_by(self, dimension: str, selection: Selection) -> str | None:
         """A subquery of sums by one dimension, quicker than the events; None where there is none.
