@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,15 @@ class Bench:
 def bench(service: Service, project: Path, python: str) -> Bench:
     """See Bench."""
     return Bench(service, project, python)
+
+
+def projects(events: Iterable[dict[str, Any]]) -> set[str | None]:
+    """Of the events whose process's working directory was read.
+
+    The kernel does not copy it, and a client of some milliseconds may be gone before a busy machine
+    gets to read it: its project is not known then.
+    """
+    return {event["project"] for event in events if event["cwd"] is not None}
 
 
 def assert_metered(
