@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -195,6 +196,24 @@ def descendants(root: int) -> list[int]:
         found.append(pid)
         queue += children.get(pid, ())
     return found
+
+
+def children_of(pid: int) -> Iterator[int]:
+    """The processes that a process started, as of now."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                yield from map(int, file.read().split())
+        except FileNotFoundError:
+            if os.path.exists(f"/proc/{pid}/task/{thread}"):  # a kernel without these lists
+                yield from descendants(pid)[1:]
+                return
+        except OSError:
+            continue
 
 
 def to_json(process: Process) -> dict[str, Any]:

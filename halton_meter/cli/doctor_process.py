@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.problem import Problem, Unavailable
+from proxy_fallback.setup.variables import VARIABLES, Holds
 
 if TYPE_CHECKING:
     from capture.functions.library import Library
@@ -51,8 +52,13 @@ _SILENT: Mapping[str, str] = {
     "BoringSSL": "BoringSSL writes keys only where the program asks it to",
     "OpenSSL": "OpenSSL writes keys only where the program asks it to",
 }
-_TRUST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-_PROXY = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+_TRUST = tuple(each.name for each in VARIABLES if each.holds in (Holds.BUNDLE, Holds.EXTRA_ROOTS))
+# Those of plain http:// lead no provider's connection.
+_PROXY = tuple(
+    each.name
+    for each in VARIABLES
+    if each.holds is Holds.PROXY and each.name.lower() != "http_proxy"
+)
 _KEYS, _NODE_KEYS = "SSLKEYLOGFILE", "--tls-keylog"
 
 

@@ -162,14 +162,16 @@ def _stored_lines(event: PricedEvent) -> Iterator[str]:
     if timed:
         yield f"  took       {', '.join(timed)}"
     if document["pid"] is not None:
-        yield f"  process    {document['process']} ({document['pid']}) of {document['user']}"
+        program, user = shown(document["process"]), shown(document["user"])
+        yield f"  process    {program} ({document['pid']}) of {user}"
     if document["project"] is not None:
         yield f"  project    {document['project']}"
-    yield f"  host       {document['host']}"
+    yield f"  host       {shown(document['host'])}"
     status = f", status {document['http_status']}" if document["http_status"] else ""
     error = f", {document['error_class']}" if document["error_class"] else ""
     yield f"  endpoint   {document['provider']} {document['endpoint']}{status}{error}"
-    yield f"  models     asked {document['request_model']}, answered {document['model']}"
+    asked, answered = shown(document["request_model"]), shown(document["model"])
+    yield f"  models     asked {asked}, answered {answered}"
     ended = outcome_text(usage.outcome.value, usage.gap) or "complete"
     yield f"  ended      {ended}"
     yield f"  usage      {_tokens_text(document['tokens'])} ({document['certainty']})"
@@ -184,8 +186,10 @@ _SOURCES = {
 
 
 def _tokens_text(tokens: dict[str, Any]) -> str:
-    known = [f"{name} {number:,}" for name, number in tokens.items() if number]
-    return ", ".join(known) or "no tokens"
+    """Counts that are stated, zeros only where there is nothing else."""
+    stated = {name: number for name, number in tokens.items() if number is not None}
+    some = {name: number for name, number in stated.items() if number} or stated
+    return ", ".join(f"{name} {number:,}" for name, number in some.items()) or "not stated"
 
 
 # --- a capture ----------------------------------------------------------------------------------

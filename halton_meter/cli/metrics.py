@@ -67,10 +67,11 @@ def _render() -> bytes:
     at_ns = now_ns()
     entries = []
     if budgets:
-        sums, _ = sums_of(home, budgets, at_ns)
+        sums, stale = sums_of(home, budgets, at_ns)
         held = stops.read(home / ledger.FOLDER_NAME)
         holding = {each.budget for each in held.stops if each.budget and is_there(each)}
-        entries = status_file.entries(sums, at_ns, holding)
+        if stale is None:  # else what was spent is not known, and has no sample
+            entries = status_file.entries(sums, at_ns, holding)
     return exposition(Store(home), at_ns, entries)
 
 

@@ -18,6 +18,7 @@ import click
 
 from halton_meter.cli.output import count, fail, note, wrong_usage
 from halton_meter.cli.run import summary_lines, through_key_log, through_own_probes, through_proxy
+from halton_meter.live.result import NO_LIMIT, Recorded
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -106,10 +107,9 @@ def _recorded(
 ) -> RunResult:
     """Run the command; the recording is in `place()`, asked as the user, on its way to `file`."""
     if via == "keylog":
-        return through_key_log(command, place)
+        return _of_packets(command, place)
     from halton_meter.accounts import invoking_account
     from halton_meter.live import kept_plaintext
-    from halton_meter.live.result import NO_LIMIT, Recorded
     from halton_meter.privileges import as_account, settle
 
     if via == "proxy":
@@ -128,6 +128,21 @@ def _recorded(
     return result
 
 
+def _of_packets(command: tuple[str, ...], place: Callable[[], Path]) -> RunResult:
+    """By the key log. A file that nothing was recorded in goes again."""
+    places: list[Path] = []
+
+    def placed() -> Path:
+        places.append(place())
+        return places[0]
+
+    result = through_key_log(command, placed)
+    if result.recorded == Recorded(0, 0, None):
+        with contextlib.suppress(OSError):
+            places[0].unlink()
+    return result
+
+
 def _refusal(file: Path) -> str | None:
     """Why the file will not be made; before the command runs, not when it has ended."""
     if os.path.lexists(file):
@@ -142,9 +157,6 @@ def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
     if done is None:
         return []
     if not done.connections and not done.error:
-        if via == "keylog":  # it began a file; a file that is there otherwise is another's
-            with contextlib.suppress(OSError):
-                file.unlink()
         other = "uprobes" if via == "keylog" else "keylog"
         return [
             f"  nothing was recorded, so there is no {file}",

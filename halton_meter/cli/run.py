@@ -193,6 +193,12 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     return service.run_command(command, environment, plan)
 
 
+_RECORD_WAYS = (
+    "sudo halton-meter record FILE --via uprobes -- CMD\n"
+    "or: halton-meter record FILE --via proxy -- CMD"
+)
+
+
 def through_own_probes(command: Sequence[str], record_fd: int) -> RunResult:
     """Run a command metered by probes of its own, also beside a service; keep its plaintext.
 
@@ -206,7 +212,7 @@ def through_own_probes(command: Sequence[str], record_fd: int) -> RunResult:
     from halton_meter.problem import Unavailable
 
     if not accounts.is_root():
-        raise Unavailable([Problem("record needs root", "sudo halton-meter record FILE -- CMD")])
+        raise Unavailable([Problem("probes need root", _RECORD_WAYS)])
     if problems := own_code.problems():
         raise Unavailable(problems)
     account, home = accounts.invoking_account(), accounts.home_folder()

@@ -22,8 +22,8 @@ from halton_meter.model import (
     UsageEvent,
 )
 from halton_meter.providers.registry import Registry
-from halton_meter.redaction import conversation, heads
-from halton_meter.redaction.conversation import Heard
+from halton_meter.redaction import conversation, heads, proof
+from halton_meter.redaction.conversation import Conversations, Heard
 from halton_meter.redaction.filler import Filler
 from halton_meter.wire.conversation import Conversation, Interest
 
@@ -97,18 +97,13 @@ def view(
 ) -> View:
     """Read a capture with our own readers. Raises TsharkMissing."""
     registry = Registry(dict(hosts))
-    names = {host.rpartition(":")[0] or host for host in hosts}
-    source = PcapSource(
-        [path], list(keys), lambda name: name in names or bool(registry.of_host(name))
-    )
-    talks: dict[str, Heard] = {}
+    source = PcapSource([path], list(keys), proof.known(registry, hosts))
+    talks = Conversations()
     for item in source.items():
-        talks.setdefault(item.connection.id, Heard(item.connection)).add(item)
+        talks.take(item)
     found = View(source.findings, [])
     left = EXCHANGES_MAX
-    for heard in talks.values():
-        if not any(isinstance(item, TlsChunk) for item in heard.items):
-            continue
+    for heard in talks.with_plaintext():
         seen = _connection(heard, registry, price, bodies, left)
         left -= len(seen.exchanges)
         found.cut = found.cut or left <= 0

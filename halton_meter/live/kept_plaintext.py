@@ -78,7 +78,8 @@ class PlaintextKeeper:
     def _end(self, why: str) -> None:
         self._ended = True
         frame = json.dumps({"ended": why}).encode() + b"\n"
-        # A file of its own size takes it where the disk is full: the reader finds its end torn.
+        # Where the disk takes not even that, the last frame loses its last byte: the reader tells
+        # that the end is missing.
         try:
             self._write(frame)
         except OSError:

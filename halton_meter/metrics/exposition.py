@@ -32,7 +32,11 @@ UNKNOWN = "unknown"
 _SECOND_NS = 1_000_000_000
 _SUMS: tuple[tuple[str, str, str], ...] = (
     ("list_usd", "halton_meter_list_usd", "Dollars by list price."),
-    ("marginal_usd", "halton_meter_billed_usd", "Dollars billed on top of a plan."),
+    (
+        "marginal_usd",
+        "halton_meter_billed_usd",
+        "Dollars billed; of a plan, beyond it.",
+    ),
     ("requests", "halton_meter_requests", "Requests to models."),
     ("unpriced_requests", "halton_meter_unpriced_requests", "Requests whose price is not known."),
     ("errors", "halton_meter_errors", "Requests that were answered with an error."),

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from halton_meter.cli import inspect as inspect_command
 from halton_meter.cli import main
+from halton_meter.model import Process, Tokens, Usage
+from tests.support.made import made
 from tests.support.redacting import without_secrets
 from tests.test_fixtures import FOLDER
 
@@ -127,3 +130,18 @@ def test_a_pipe_and_a_device_are_named_as_such(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     assert f"{pipe}: is a pipe, not a file" in said("inspect", str(pipe), code=1)
     assert "/dev/zero: is a device, not a file" in said("inspect", "/dev/zero", code=1)
+
+
+def test_what_is_not_known_is_no_zero_and_no_python() -> None:
+    unknown = dict.fromkeys(("input", "output"))
+    assert inspect_command._tokens_text(unknown) == "not stated"
+    assert inspect_command._tokens_text({"input": 0, "output": None}) == "input 0"
+    assert inspect_command._tokens_text({"input": 1200, "output": 0}) == "input 1,200"
+    process = Process(4711, 1, "/usr/bin/curl", (), None, None, None)
+    parts = (Usage(None, Tokens()),)
+    event = made("a", None, process=process, model=None, request_model=None, parts=parts)
+    lines = "\n".join(inspect_command._stored_lines(event))
+    assert "None" not in lines
+    assert "  models     asked -, answered -" in lines
+    assert "(4711) of -" in lines
+    assert "  usage      not stated" in lines

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from halton_meter.cli import main
+from halton_meter.cli import budget_sums, main
 from halton_meter.store import Store
 from tests.support.made import NOON_NS, made
 
@@ -73,3 +74,20 @@ def test_served_until_interrupted(home: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     process.stdout.close()
+
+
+def test_a_budget_whose_sums_are_old_has_no_sample(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = CliRunner().invoke(main, ["budget", "set", "acme", "2", "--per", "day"])
+    assert done.exit_code == 0, done.output
+    known = budget_sums.sums_of
+
+    def old(*asked: Any) -> tuple[Any, str]:
+        return known(*asked)[0], "the store cannot be read"
+
+    monkeypatch.setattr(budget_sums, "sums_of", old)
+    printed = CliRunner().invoke(main, ["metrics"])
+    assert printed.exit_code == 0
+    assert "halton_meter_budget_spent_usd{" not in printed.output
+    assert "halton_meter_requests_total{" in printed.output

@@ -13,7 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from capture.processes.proc import read_process
+from capture.processes.proc import children_of, read_process
 from halton_meter.model import Process
 from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.edge.owner import OwnerUnknown, owner_of, owner_pid
@@ -101,7 +101,7 @@ class Owners:
                 return
             pid = waiting.pop()
             yield pid
-            waiting += _children(pid)
+            waiting += children_of(pid)
 
 
 def udp_socket(port: int) -> tuple[int, int]:
@@ -119,15 +119,6 @@ def _newest(count: int) -> list[int]:
     """The processes that began last."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if count else []
     return sorted(pids, reverse=True)[:count]
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
-                found += map(int, file.read().split())
-    return found
 
 
 def _holds(pid: int, inode: int) -> bool:

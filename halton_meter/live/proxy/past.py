@@ -26,9 +26,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
-from capture.processes.proc import descendants, read_process, started_ticks
+from capture.processes.proc import children_of, read_process, started_ticks
 from halton_meter.live.proxy.programs import is_interpreter, program_of, tls_library
 from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.unmetered import Unmetered
@@ -191,7 +190,7 @@ class Past:
                 continue
             if now - process.since_s < YOUNG_S:  # it may become another program
                 self._note_names(pid, process)
-            for child in _children(pid):
+            for child in children_of(pid):
                 if child not in self._processes and len(self._processes) < PROCESSES_MAX:
                     self._meet(child)
 
@@ -272,24 +271,6 @@ def _ports(extra_hosts: Iterable[str]) -> Iterator[int]:
         _, colon, port = host.rpartition(":")
         if colon and port.isdecimal() and 0 < int(port) < 65536:
             yield int(port)
-
-
-def _children(pid: int) -> Iterator[int]:
-    """The processes that a process started, as of now."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return
-    for thread in threads:
-        try:
-            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
-                yield from map(int, file.read().split())
-        except FileNotFoundError:
-            if Path(f"/proc/{pid}/task/{thread}").exists():  # a kernel without these lists
-                yield from descendants(pid)[1:]
-                return
-        except OSError:
-            continue
 
 
 def _texts(pid: int, exe: str, cwd: str | None) -> Iterator[bytes]:
