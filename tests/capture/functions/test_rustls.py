@@ -240,16 +240,17 @@ def test_in_altered_code_what_is_found_is_right(
     copy = path.with_name("altered")
     copy.write_bytes(original[:where] + change + original[where + len(change) :])
     with within(5):
-        (found,) = find_rustls(copy)
-    if isinstance(found, NotFound):
-        assert found.reason
-        return
+        answers = find_rustls(copy)  # two where the path of one panic was altered
     with copy.open("rb") as file:
-        (answer,) = [library(file.fileno())]
-        assert answer is not None
-        if refusal(file.fileno(), answer):
-            return  # no compiler makes such code, and root knows fewer instructions than the finder
-    assert what_is_wrong(copy, functions, found) is None
+        first = library(file.fileno())
+        libraries = (first, *first.others) if first else ()
+        believed = {each.layer for each in libraries if not refusal(file.fileno(), each)}
+    for found in answers:
+        if isinstance(found, NotFound):
+            assert found.reason
+        elif found.layer in believed:
+            # Root, who refuses the others, knows fewer instructions: no compiler makes such code.
+            assert what_is_wrong(copy, functions, found) is None
 
 
 @pytest.mark.parametrize(("compiler", "variant"), ALTERED)
