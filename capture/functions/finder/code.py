@@ -25,6 +25,7 @@ from capture.functions.finder.references import (
     aarch64_branches,
     aarch64_calls,
     aarch64_page,
+    clusters,
     x86_calls,
     x86_is_branched_to,
     x86_relatives,
@@ -387,27 +388,28 @@ class Code:
             if step is not None and step.target == target:
                 yield at, target
 
-    def entries(self, bounds: range) -> Iterator[tuple[int, int]]:
-        """(address, target) of instructions that seem to go to somewhere within the bounds.
+    def entries(self, addresses: Collection[int]) -> Iterator[tuple[int, int]]:
+        """(address, target) of instructions that seem to go to one of some addresses.
 
         Bytes that only look like one are among them. Less than NEAR_BYTES away; on aarch64
         conditional branches reach no farther than ARM_CONDITIONAL_BYTES.
         """
-        for base, piece in self._code_from(bounds.start, near=True):
+        for near in clusters(addresses):
+            inside = frozenset(near)
+            for base, piece in self._code_from(near[0], near=True):
+                if self.arm:
+                    yield from aarch64_calls(piece, base, inside)
+                else:
+                    found = x86_relatives(piece, base, inside, CALL_OR_BRANCH)
+                    yield from ((at if self._is_branch(at) else at + 1, to) for at, to in found)
+            reach = ARM_CONDITIONAL_BYTES if self.arm else SHORT_BYTES
+            base, code = self._around(range(near[0], near[-1] + 1), reach)
             if self.arm:
-                yield from aarch64_calls(piece, base, bounds)
+                branches = ((base + at, base + at + step) for at, step in aarch64_branches(code))
             else:
-                found = x86_relatives(piece, base, bounds, CALL_OR_BRANCH)
-                yield from ((at if self._is_branch(at) else at + 1, to) for at, to in found)
-        reach = ARM_CONDITIONAL_BYTES if self.arm else SHORT_BYTES
-        base, code = self._around(bounds, reach)
-        if self.arm:
-            branches = ((base + at, base + at + step) for at, step in aarch64_branches(code))
-            yield from ((at, target) for at, target in branches if target in bounds)
-        else:
-            inside = range(bounds.start - base, bounds.stop - base)
-            for at, target in x86_short_branches(code, inside):
-                yield base + at, base + target
+                found = x86_short_branches(code, range(near[0] - base, near[-1] - base + 1))
+                branches = ((base + at, base + target) for at, target in found)
+            yield from ((at, target) for at, target in branches if target in inside)
 
     def _is_branch(self, at: int) -> bool:
         return self.bytes_at(at, 1) == b"\x0f" and self.bytes_at(at + 1, 1) not in (

@@ -94,7 +94,7 @@ def x86_relatives(
     high bytes are the same over 64 KiB of code, so two literal bytes are searched in each, at
     memory speed; decoding every instruction of 100 MB takes minutes.
     """
-    for near in _clusters(targets):
+    for near in clusters(targets):
         first, last = near[0] - base, near[-1] - base
         for high in range((first - piece.length) >> 16, (last >> 16) + 1):
             if -0x8000 <= high < 0x8000:
@@ -121,7 +121,7 @@ def _with_distance(
                 yield base + start, base + at + 2 + distance
 
 
-def _clusters(targets: Collection[int]) -> Iterator[list[int]]:
+def clusters(targets: Collection[int]) -> Iterator[list[int]]:
     """Targets that lie close together are searched as one."""
     cluster: list[int] = []
     for target in sorted(set(targets)):
@@ -137,7 +137,7 @@ def aarch64_calls(piece: Buffer, base: int, targets: Collection[int]) -> Iterato
     """(address, target) of `bl` and `b` to one of the targets."""
     if base % 4:
         return
-    for near in _clusters(targets):
+    for near in clusters(targets):
         yield from _aarch64_calls(piece, base, frozenset(near), range(near[0], near[-1] + 1))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -69,6 +69,8 @@ AROUND_BYTES = 0x1000
 """How far around an address the bounds of its function are looked for at first."""
 FUNCTIONS_MAX = 512
 STARTS_MAX = 4
+BETWEEN_MAX, MEET_MAX = 4, 32
+"""Who goes between instructions meets them within some three: how many are looked at, followed."""
 SERVER_NAME = ServerName(state=0x388, name=0x10)
 """The same in 0.23.35 to 0.23.46 and in a fork, with both providers (rustc 1.91 to 1.100)."""
 SERVER_NAME_SINCE = (0, 23, 35)
@@ -244,12 +246,12 @@ class _Search:
             if callee is not None and callee not in everything:
                 for site in sites_in(callee, self.abi, locations):
                     found.setdefault(site.call, _Located(site, callee))
-        self._know_entries({each.paths for each in found.values()})
-        for paths in {each.paths for each in found.values() if each.paths.entered}:
-            again = {site.call: site for site in sites_in(paths, self.abi, locations)}
-            for call in [each.site.call for each in found.values() if each.paths is paths]:
-                del found[call]
-            found |= {call: _Located(site, paths) for call, site in again.items()}
+        for paths in {each.paths for each in found.values()}:
+            if not self._is_known_well(paths):
+                again = {site.call: site for site in sites_in(paths, self.abi, locations)}
+                for call in [each.site.call for each in found.values() if each.paths is paths]:
+                    del found[call]
+                found |= {call: _Located(site, paths) for call, site in again.items()}
         sites = sorted(found.values(), key=lambda each: each.site.call)
         encrypter = _checked(sites)
         _check_complete(sites, layers)
@@ -321,20 +323,38 @@ class _Search:
             if _arm_builds_frame(words[number]) and _arm_goes_elsewhere(words[number - 1])
         ]
 
-    def _know_entries(self, functions: Collection[Paths]) -> None:
-        """Tell functions with sites where others go into them: a part that was moved elsewhere
-        comes back, as of code that is seldom run. Raises Ambiguous.
+    def _is_known_well(self, paths: Paths) -> bool:
+        """False where others go to what was taken as certain: it is told so, and looked at again.
+
+        A part that was moved elsewhere comes back, as of code that is seldom run.
         """
-        for paths in functions:
-            inside = range(paths.start + 1, paths.end)
-            entries = (*self.code.entries(inside), *self._returns_from_parts(paths))
-            came = {to for at, to in entries if at not in paths and self._is_instruction(at)}
-            came |= {to for at, to in entries if paths.calls(at)}
-            if not came <= paths.index.keys():
-                raise Ambiguous(
-                    f"code elsewhere goes between instructions from {paths.start:#x} on"
-                )
-            paths.entered = frozenset(came)
+        numbers = (paths.index[address] for address in paths.asked)
+        firsts = ((max(number - BETWEEN_MAX, 0), number) for number in numbers)
+        looked_at = {
+            address
+            for first, number in firsts
+            for address in range(paths.lines[first][0] + 1, paths.lines[number][0] + 1)
+        }
+        entries = (*self.code.entries(looked_at), *self._returns_from_parts(paths))
+        came = {to for at, to in entries if at not in paths and self._is_instruction(at)}
+        came |= {to for at, to in entries if paths.calls(at)}
+        paths.entered = frozenset(met for to in came for met in self._met(paths, to))
+        return not paths.entered
+
+    def _met(self, paths: Paths, address: int) -> Iterator[int]:
+        """Where what begins at an address, maybe between instructions, goes on as the function."""
+        for _ in range(MEET_MAX):
+            if address in paths.index:
+                yield address
+                return
+            step = self.code.step(address)
+            if step is None:
+                return
+            if step.target in paths.index:
+                yield step.target
+            if step.flow not in (Flow.NEXT, Flow.BRANCH, Flow.CALL):
+                return
+            address = step.after
 
     def _is_instruction(self, address: int) -> bool:
         """Whether the bytes there, which look like an instruction, may be one."""
