@@ -161,6 +161,15 @@ class PlaintextSource(Protocol):
     def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
         """Have programs' files searched; how many still are. Raises Unavailable."""
 
+    def pause(self, pid: int, *, on: bool) -> None:
+        """Have a process wait before each request, or no longer."""
+
+    def take_paused(self) -> list[int]:
+        """Processes that wait since the last call; what they have read was handed out before."""
+
+    def answer(self, pid: int, *, goes_on: bool) -> None:
+        """Let one go on that waits, or leave it to us."""
+
     def pace(self, pause_ms: int, timeout_s: float = 5.0) -> None:
         """Let plaintext gather for so long before it comes. Raises Unavailable."""
 
@@ -208,6 +217,8 @@ class Metering:
         self._holding = holding or Holding(Path(job.home), is_run=not job.service)
         self._holding.refresh = self._refresh_sums
         self._pause_ms = LEISURE_MS
+        self._asking: set[int] = set()  # who waits before each request
+        self._paused: list[list[int]] = []  # who waits now, and what is to be metered before
         self._job = job
         self._source = source
         self._meter = meter
@@ -293,6 +304,7 @@ class Metering:
         """Put plaintext into our own memory, out of the kernel's small ring."""
         self._backlog.extend(items)
         self._backlog_bytes += sum(map(_size, items))
+        self._paused += ([pid, len(self._backlog)] for pid in self._source.take_paused())
         full = self._backlog_bytes > BACKLOG_BYTES_MAX
         if full and self._reading:
             self._selector.unregister(self._source)
@@ -319,6 +331,7 @@ class Metering:
             if time.monotonic() >= until:
                 break
         self._holding.keep(events)
+        self._answer_paused(count)
         self._keep(events)
         self._set_pace()
         if count:
@@ -362,8 +375,22 @@ class Metering:
             cap = cap_of(name, job.max_usd, job.at_limit, job.spent_before)
             self._holding.watch(None, job.run_pid, send, cap)
 
+    def _answer_paused(self, count: int) -> None:
+        """Say of processes that wait whether they go on, once all that they had read is metered."""
+        for each in self._paused:
+            each[1] -= count
+        for pid, left in self._paused:
+            if left <= 0:
+                self._source.answer(pid, goes_on=self._holding.goes_on(pid))
+        self._paused = [each for each in self._paused if each[1] > 0]
+
     def _set_pace(self) -> None:
         """Hear of plaintext sooner near a limit: what is over it is then stopped at once."""
+        asking = set(self._holding.asking)
+        if asking != self._asking and self._source.linked:
+            for pid in asking ^ self._asking:
+                self._source.pause(pid, on=pid in asking)
+            self._asking = asking
         if self._pause_ms != self._holding.pause_ms and self._source.linked:
             with contextlib.suppress(Unavailable):  # a helper that dies: the next one is asked
                 self._source.pace(self._holding.pause_ms)
@@ -520,7 +547,7 @@ class Metering:
         with contextlib.suppress(Unavailable):  # then that one dies, too, and another comes
             self._source.resume(link)
             self._restarts += 1
-            self._pause_ms = LEISURE_MS  # a new helper's
+            self._pause_ms, self._asking = LEISURE_MS, set()  # a new helper's
         self._listen()
 
     def _close(self) -> None:
@@ -847,7 +874,7 @@ def start(job: Job, link: socket.socket) -> int:
     # The pipeline is imported while the helper attaches.
     holding = Holding(home, is_run=not job.service)
     pipeline = Pipeline(home, job.extra_hosts, holding.on_request, holding.on_answer)
-    holding.preview = pipeline.meter.preview
+    holding.preview, holding.at_most = pipeline.meter.preview, pipeline.meter.at_most
     try:
         source.start()
     except Unavailable as error:
