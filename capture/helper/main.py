@@ -145,6 +145,7 @@ class Helper:
     def begin(self, command: dict[str, Any]) -> None:
         """Attach to what is there. Raises OSError, Refused."""
         kernel, discovery, scope = self._kernel, self._discovery, command["scope"]
+        self._pausing.end()
         self._traces += attach_tracepoints(kernel, self._hold)
         self._attach_sockets()
         for readable in (kernel.process_ring.fd, kernel.ring.fd):

@@ -47,7 +47,6 @@ class Pausing:
         self._renew_at = 0.0
         self._paused: dict[int, _Paused] = {}
         self.given_up = 0  # that the reader has said nothing of in time
-        self.end()  # what a helper before us has left
 
     def name(self, pid: int, *, on: bool) -> bool:
         """Have a process paused before each request from now on, or no longer; False: refused.
@@ -123,7 +122,7 @@ class Pausing:
                     self._renew(pid)
 
     def end(self) -> None:
-        """Pause nobody any more, and let go on all that are."""
+        """Pause nobody any more, and let go on all that are, also by a helper before us."""
         self._named.clear()
         for pid in list(self._paused):
             self.answer(pid, goes_on=True)

@@ -10,7 +10,7 @@ No I/O and no clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
@@ -84,9 +84,15 @@ class Cap:
     """What one run may spend. `id` names it to `budget resume`."""
 
     def __init__(
-        self, usd: Decimal, name: str, holds: str = STOP, spent: Amount | None = None
+        self,
+        usd: Decimal,
+        name: str,
+        holds: str = STOP,
+        spent: Amount | None = None,
+        seen: Collection[str] = (),
     ) -> None:
         self.id, self.usd, self.holds = name, usd, holds
+        self._seen = frozenset(seen)  # events that are in `spent`, and may come again
         self.more_usd = Decimal(0)
         self.key = ""  # what `budget resume` allows more for, also to a worker after this one
         self._budget = Budget(RUN, usd, RUN)
@@ -107,7 +113,8 @@ class Cap:
 
     def add(self, event: PricedEvent) -> None:
         """Count an event of the run, once however often it is seen."""
-        self._sums.add(of_event(event))
+        if event.usage.id not in self._seen:
+            self._sums.add(of_event(event))
 
     def over(self, flying: Flying = NOTHING) -> Over | None:
         """Whether it is reached, with what is under way."""

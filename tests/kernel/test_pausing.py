@@ -16,7 +16,6 @@ from capture.uprobes import UprobeSource
 from halton_meter.model import Direction, TlsChunk, TlsClosed
 from tests.kernel.conftest import (
     CLIENTS,
-    GO_CONNECTIONS,
     PROVIDER,
     Bench,
     Client,

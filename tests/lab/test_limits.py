@@ -304,3 +304,60 @@ def test_the_service_stops_who_goes_over_a_budget_and_nobody_else(
         for process in (other, spender):
             process.kill()
             process.wait()
+
+
+def under_service(lab: Lab, own: Service, home: Path, *options: str) -> Any:
+    """A runaway client in a run that the service meters."""
+    argv = [*HALTON_METER, "run", "--max-usd", str(LIMIT_USD), *options, "--", *RUNAWAY, "1000"]
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+    return lab.popen(
+        [*argv, "100"],  # an answer takes long enough that the worker is killed within the run
+        user=lab.user,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=(home / "answers").open("wb"),
+        stderr=(home / "stderr").open("wb"),
+    )
+
+
+def kill_worker(own: Service) -> None:
+    os.kill(child_running(own.pid, "halton_meter.live.probes.worker"), signal.SIGKILL)
+    own.wait_ready()
+
+
+def test_the_limit_of_a_run_holds_though_the_services_worker_is_killed(
+    lab: Lab, home: Path, own: Service
+) -> None:
+    asked, summary = len(lab.ledger()), home / "summary.json"
+    process = under_service(lab, own, home, "--json-summary", str(summary))
+    answers = home / "answers"
+    for count in (2, 4):
+        wait_until(lambda n=count: answers.read_bytes().count(b"answered") >= n, "answers")
+        kill_worker(own)
+    wait_stopped(home)
+    client = child_running(process.pid, "runaway.py")
+    wait_until(lambda: state_of(client) == "T", "the stop")
+    # Of what was under way when a worker died the next one may hear when it is answered.
+    served = len(lab.ledger()) - asked
+    assert served in (ANSWERS, ANSWERS + 1)
+    assert "the service is gone" not in said(home)
+    # Killed once more, while it holds the run: the next one does, and lets it go on.
+    kill_worker(own)
+    assert state_of(client) == "T"
+    (stop,) = json.loads(budget(lab, own.home, "status", "--json").stdout)["stopped"]
+    assert stop["how"] == "stopped"
+    assert budget(lab, own.home, "resume", stop["id"], "--more", "0.01").returncode == 0
+    wait_stopped(home, 2)
+    wait_until(lambda: state_of(client) == "T", "the next stop")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (130, 143)
+    told = json.loads(summary.read_text())
+    served = len(lab.ledger()) - asked
+    assert (told["requests"], len(stored_events(lab, own.home))) == (served, served)
+    assert Decimal(told["list_usd"]) == served * ANSWER_USD
+    assert told["outages"] == []
+
+    def held() -> Any:
+        return json.loads(budget(lab, own.home, "status", "--json").stdout)["stopped"]
+
+    wait_until(lambda: held() == [], "the end of what was held")

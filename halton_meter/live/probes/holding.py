@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -122,8 +122,8 @@ class Holding:
     def inherit(self) -> None:
         """Hold on to what the worker before us had stopped when it died.
 
-        What it had stopped of a run that the service watched is nobody's: who watched it is told
-        that the service is gone, and `budget resume` lets it go on.
+        What it had stopped of a run that the service watched is nobody's until who watches it is
+        here again; `budget resume` lets it go on as well.
         """
         roots = {str(run.root[0]): run for run in self._runs.values()}
         for stop in self.guard.inherit(lambda each: _root_of(each) in (roots or (None,))):
@@ -136,9 +136,22 @@ class Holding:
             holds = budget.holds if budget is not None else run and run.cap and run.cap.holds
             over = replace(over, budget=budget, holds=holds or STOP, at_least=stop.at_least)
             stopped = self._stopped[stop.id] = _Stopped(over, stopper, run)
+            if run is not None:  # the worker before us may have died before it said so
+                stopped.told_at = time.monotonic()
+                stopped.say.append((stopped.told_at, stop.program, stop.processes[0][0]))
             if holds == END:
                 stopped.stopper.end()
                 stopped.kill_at = time.monotonic() + END_S
+
+    def count(self, key: Hashable, events: Sequence[PricedEvent]) -> None:
+        """Events of a run that were metered before it was watched; stop it if they go over."""
+        run = self._runs[key]
+        mine = [event for event in events if run.cap is not None and run.has(event.usage.process)]
+        for event in mine:
+            assert run.cap is not None
+            run.cap.add(event)
+        if mine and (over := self._over_run(mine[-1].usage.process, None)) is not None:
+            self._stop(over, mine[-1].usage.process, mine[-1].usage.at_ns)
 
     def forget(self, key: Hashable) -> None:
         """Who watched a run is gone. What is stopped of it stays so, for `budget resume`."""
@@ -352,6 +365,7 @@ class Holding:
                 if stopped.run.cap is not None and stopped.over.budget is None:
                     stopped.run.cap.allow(stop.more_usd or Decimal(0))
                 stopped.asked = True
+                stopped.say.clear()
                 stopped.run.tell({"limit_lifted": stop.id})
         self.say(now)
         for name, stopped in list(self._stopped.items()):
@@ -381,8 +395,13 @@ def _root_of(stop: Stop) -> str | None:
     return stop.id.rpartition("-" if stop.budget is None else "/")[2]
 
 
-def cap_of(name: str, usd: Any, holds: Any, before: dict[str, Any]) -> Cap | None:
-    """A run's limit as the worker is told of it; None where it is told of none."""
+def cap_of(
+    name: str, usd: Any, holds: Any, before: dict[str, Any], seen: Collection[str] = ()
+) -> Cap | None:
+    """A run's limit as the worker is told of it; None where it is told of none.
+
+    `before` is what was spent already, `seen` the events of that which may come again.
+    """
     try:
         limit_usd = amount(usd)
         spent = Amount(
@@ -394,4 +413,4 @@ def cap_of(name: str, usd: Any, holds: Any, before: dict[str, Any]) -> Cap | Non
         return None
     if limit_usd is None or limit_usd <= 0:
         return None
-    return Cap(limit_usd, name, END if holds == END else STOP, spent)
+    return Cap(limit_usd, name, END if holds == END else STOP, spent, seen)

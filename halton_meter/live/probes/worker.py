@@ -76,6 +76,8 @@ JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # of what a client is about to run
 DRAIN_S = 5.0
+RECENT_S, RECENT_MAX = 60.0, 1000  # in which who watches a run may come back after a worker's death
+SEEN_MAX, SEEN_CHARACTERS_MAX = 40, 64  # events that it names then
 SEARCHES_S, SEARCHES_PAUSE_S = 3.0, 0.1
 """How long the end of a run waits for searches that tell why something was not metered."""
 
@@ -194,11 +196,19 @@ class PlaintextSource(Protocol):
 
 @dataclass(slots=True)
 class _Run:
-    """A process tree that a client watches."""
+    """A process tree that a client watches. `seen`: events that a worker before us has counted."""
 
     pid: int
     totals: Totals = field(default_factory=Totals)
     connections: Coverage = field(default_factory=Coverage)
+    seen: frozenset[str] = frozenset()
+
+    def add(self, event: PricedEvent) -> bool:
+        """Count an event, if it is of this run."""
+        if event.usage.id in self.seen or not is_of_tree(event, self.pid):
+            return False
+        self.totals.add(event)
+        return True
 
 
 class Metering:
@@ -232,6 +242,8 @@ class Metering:
         self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
+        # What was metered at first: who watches a run comes back to us after a worker has died.
+        self._began, self._recent = time.monotonic(), list[PricedEvent]()
         self._totals = Totals()
         self._connections = Coverage()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
@@ -355,15 +367,31 @@ class Metering:
         if not self._job.service:
             # If we are killed next, the supervisor looks for these in the store.
             send({"storing": [event.usage.id for event in events]})
+        else:
+            self._tell_watchers(events)
         self._journal.keep(events)
         for event in events:
             self._totals.add(event)
-            for run in self._runs.values():
-                if is_of_tree(event, run.pid):
-                    run.totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
         if not self._job.service:
             send({"totals": self._totals.as_json()})
+
+    def _tell_watchers(self, events: list[PricedEvent]) -> None:
+        """Count events for the runs that they are of, and tell who watches these, who tells the
+        next worker if we are killed: before the events are stored, as it meets the others again."""
+        now = time.monotonic()
+        if now < self._began + RECENT_S:
+            self._recent = [*self._recent, *events][-RECENT_MAX:]
+        else:
+            self._recent.clear()
+        for client, run in list(self._runs.items()):
+            self._count_for(client, run, events)
+
+    @staticmethod
+    def _count_for(client: Client, run: _Run, events: Sequence[PricedEvent]) -> None:
+        if mine := [event for event in events if run.add(event)]:
+            told = {"metered": run.totals.as_json(), "connections": run.connections.as_json()}
+            client.send(told | {"events": [event.usage.id for event in mine][-SEEN_MAX:]})
 
     # --- limits
 
@@ -604,11 +632,7 @@ class Metering:
         if asked == "in_flight":
             return self._what_is_in_flight()
         if asked == "watch" and pid is not None:
-            self._runs[client] = _Run(pid)
-            self._watch(pid)
-            cap = cap_of(f"run-{pid}", request.get("max_usd"), request.get("at_limit"), {})
-            self._holding.watch(client, pid, client.send, cap)
-            self._set_pace()
+            self._watch_for(client, pid, request)
             return {"watching": pid}
         if asked == "continue":
             self._holding.go_on(client)
@@ -638,6 +662,21 @@ class Metering:
 
     def _what_is_in_flight(self) -> dict[str, Any]:
         return self._in_flight.answer(self._meter.under_way(), time.time_ns())
+
+    def _watch_for(self, client: Client, pid: int, request: dict[str, Any]) -> None:
+        """A client watches a run: a new one, or one that a worker before us has counted of."""
+        seen = untrusted.texts(request, "seen", SEEN_MAX, SEEN_CHARACTERS_MAX)
+        spent = request.get("spent")
+        run = self._runs[client] = _Run(pid, seen=frozenset(seen))
+        self._watch(pid)
+        name, usd, holds = f"run-{pid}", request.get("max_usd"), request.get("at_limit")
+        before = spent if isinstance(spent, dict) else {}
+        self._holding.watch(client, pid, client.send, cap_of(name, usd, holds, before, seen))
+        if spent is not None:
+            self._holding.inherit()
+            self._count_for(client, run, self._recent)
+            self._holding.count(client, self._recent)
+        self._set_pace()
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
