@@ -59,6 +59,8 @@ class Pausing:
             return True
         if self._uid is None or _owner(pid) != self._uid or len(self._named) >= PROCESSES_MAX:
             return False
+        if not _may_signal(pid):  # root without CAP_KILL: it would never go on
+            return False
         self._named.add(pid)
         return self._renew(pid)
 
@@ -150,6 +152,14 @@ def _let_all_go(pausing: bpf.Map, paused: bpf.Map) -> None:
 
 def _key(pid: int) -> bytes:
     return struct.pack("=I", pid)
+
+
+def _may_signal(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 def _owner(pid: int) -> int | None:
