@@ -365,6 +365,15 @@ class FakeSource:
     def search(self, programs: Any, timeout_s: float = 1.0) -> int:
         return 0
 
+    def pause(self, pid: int, *, on: bool) -> None:
+        pass
+
+    def take_paused(self) -> list[int]:
+        return []
+
+    def answer(self, pid: int, *, goes_on: bool) -> None:
+        pass
+
     def request_report(self, timeout_s: float = 1.0) -> None:
         pass
 

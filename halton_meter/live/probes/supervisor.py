@@ -82,7 +82,15 @@ class Plan:
         excluded = (os.getpid(),) if self.service else ()
         # What a user's command does as another user must stay hidden from the first.
         owner = None if self.service or self.account.uid == 0 else self.account.uid
-        return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded, owner)
+        return Scope(
+            self.uids,
+            self.roots,
+            self.everyone,
+            self.cgroup,
+            excluded,
+            owner,
+            reader=self.account.uid,
+        )
 
     def job(self, **fields: Any) -> Job:
         """The worker's job."""
@@ -291,11 +299,14 @@ class Supervisor:
 
     def _attend_helper(self) -> None:
         """Take the kernel objects that the helper hands over, or note its death."""
+        from capture.helper_process import let_paused_go_on
+
         if self._keeper.attend():
             return
         self.selector.unregister(self._keeper)
         self._keeper.close_channel()
         self._helper_runs = False
+        let_paused_go_on(self._keeper)
         self._helper_restarts.died()
         self._note_death("the capture helper died")
 

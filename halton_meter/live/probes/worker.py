@@ -76,6 +76,8 @@ JOB_BYTES_MAX = 1 << 20
 COVERAGE_SHOWN_MAX = 500
 PROGRAMS_MAX, PATH_CHARACTERS_MAX = 16, 4096  # of what a client is about to run
 DRAIN_S = 5.0
+RECENT_S, RECENT_MAX = 60.0, 1000  # in which who watches a run may come back after a worker's death
+SEEN_MAX, SEEN_CHARACTERS_MAX = 40, 64  # events that it names then
 SEARCHES_S, SEARCHES_PAUSE_S = 3.0, 0.1
 """How long the end of a run waits for searches that tell why something was not metered."""
 
@@ -161,6 +163,15 @@ class PlaintextSource(Protocol):
     def search(self, programs: Iterable[str], timeout_s: float = 5.0) -> int:
         """Have programs' files searched; how many still are. Raises Unavailable."""
 
+    def pause(self, pid: int, *, on: bool) -> None:
+        """Have a process wait before each request, or no longer."""
+
+    def take_paused(self) -> list[int]:
+        """Processes that wait since the last call; what they have read was handed out before."""
+
+    def answer(self, pid: int, *, goes_on: bool) -> None:
+        """Let one go on that waits, or leave it to us."""
+
     def pace(self, pause_ms: int, timeout_s: float = 5.0) -> None:
         """Let plaintext gather for so long before it comes. Raises Unavailable."""
 
@@ -185,11 +196,19 @@ class PlaintextSource(Protocol):
 
 @dataclass(slots=True)
 class _Run:
-    """A process tree that a client watches."""
+    """A process tree that a client watches. `seen`: events that a worker before us has counted."""
 
     pid: int
     totals: Totals = field(default_factory=Totals)
     connections: Coverage = field(default_factory=Coverage)
+    seen: frozenset[str] = frozenset()
+
+    def add(self, event: PricedEvent) -> bool:
+        """Count an event, if it is of this run."""
+        if event.usage.id in self.seen or not is_of_tree(event, self.pid):
+            return False
+        self.totals.add(event)
+        return True
 
 
 class Metering:
@@ -208,6 +227,8 @@ class Metering:
         self._holding = holding or Holding(Path(job.home), is_run=not job.service)
         self._holding.refresh = self._refresh_sums
         self._pause_ms = LEISURE_MS
+        self._asking: set[int] = set()  # who waits before each request
+        self._paused: list[list[int]] = []  # who waits now, and what is to be metered before
         self._job = job
         self._source = source
         self._meter = meter
@@ -221,6 +242,8 @@ class Metering:
         self._waited_s = 0.0  # for searches, at the end
         self._selector = selectors.DefaultSelector()
         self._runs: dict[Client, _Run] = {}
+        # What was metered at first: who watches a run comes back to us after a worker has died.
+        self._began, self._recent = time.monotonic(), list[PricedEvent]()
         self._totals = Totals()
         self._connections = Coverage()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
@@ -293,6 +316,7 @@ class Metering:
         """Put plaintext into our own memory, out of the kernel's small ring."""
         self._backlog.extend(items)
         self._backlog_bytes += sum(map(_size, items))
+        self._paused += ([pid, len(self._backlog)] for pid in self._source.take_paused())
         full = self._backlog_bytes > BACKLOG_BYTES_MAX
         if full and self._reading:
             self._selector.unregister(self._source)
@@ -319,6 +343,7 @@ class Metering:
             if time.monotonic() >= until:
                 break
         self._holding.keep(events)
+        self._answer_paused(count)
         self._keep(events)
         self._set_pace()
         if count:
@@ -342,15 +367,31 @@ class Metering:
         if not self._job.service:
             # If we are killed next, the supervisor looks for these in the store.
             send({"storing": [event.usage.id for event in events]})
+        else:
+            self._tell_watchers(events)
         self._journal.keep(events)
         for event in events:
             self._totals.add(event)
-            for run in self._runs.values():
-                if is_of_tree(event, run.pid):
-                    run.totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
         if not self._job.service:
             send({"totals": self._totals.as_json()})
+
+    def _tell_watchers(self, events: list[PricedEvent]) -> None:
+        """Count events for the runs that they are of, and tell who watches these, who tells the
+        next worker if we are killed: before the events are stored, as it meets the others again."""
+        now = time.monotonic()
+        if now < self._began + RECENT_S:
+            self._recent = [*self._recent, *events][-RECENT_MAX:]
+        else:
+            self._recent.clear()
+        for client, run in list(self._runs.items()):
+            self._count_for(client, run, events)
+
+    @staticmethod
+    def _count_for(client: Client, run: _Run, events: Sequence[PricedEvent]) -> None:
+        if mine := [event for event in events if run.add(event)]:
+            told = {"metered": run.totals.as_json(), "connections": run.connections.as_json()}
+            client.send(told | {"events": [event.usage.id for event in mine][-SEEN_MAX:]})
 
     # --- limits
 
@@ -362,8 +403,22 @@ class Metering:
             cap = cap_of(name, job.max_usd, job.at_limit, job.spent_before)
             self._holding.watch(None, job.run_pid, send, cap)
 
+    def _answer_paused(self, count: int) -> None:
+        """Say of processes that wait whether they go on, once all that they had read is metered."""
+        for each in self._paused:
+            each[1] -= count
+        for pid, left in self._paused:
+            if left <= 0:
+                self._source.answer(pid, goes_on=self._holding.goes_on(pid))
+        self._paused = [each for each in self._paused if each[1] > 0]
+
     def _set_pace(self) -> None:
         """Hear of plaintext sooner near a limit: what is over it is then stopped at once."""
+        asking = set(self._holding.asking)
+        if asking != self._asking and self._source.linked:
+            for pid in asking ^ self._asking:
+                self._source.pause(pid, on=pid in asking)
+            self._asking = asking
         if self._pause_ms != self._holding.pause_ms and self._source.linked:
             with contextlib.suppress(Unavailable):  # a helper that dies: the next one is asked
                 self._source.pace(self._holding.pause_ms)
@@ -520,7 +575,7 @@ class Metering:
         with contextlib.suppress(Unavailable):  # then that one dies, too, and another comes
             self._source.resume(link)
             self._restarts += 1
-            self._pause_ms = LEISURE_MS  # a new helper's
+            self._pause_ms, self._asking = LEISURE_MS, set()  # a new helper's
         self._listen()
 
     def _close(self) -> None:
@@ -577,11 +632,7 @@ class Metering:
         if asked == "in_flight":
             return self._what_is_in_flight()
         if asked == "watch" and pid is not None:
-            self._runs[client] = _Run(pid)
-            self._watch(pid)
-            cap = cap_of(f"run-{pid}", request.get("max_usd"), request.get("at_limit"), {})
-            self._holding.watch(client, pid, client.send, cap)
-            self._set_pace()
+            self._watch_for(client, pid, request)
             return {"watching": pid}
         if asked == "continue":
             self._holding.go_on(client)
@@ -611,6 +662,21 @@ class Metering:
 
     def _what_is_in_flight(self) -> dict[str, Any]:
         return self._in_flight.answer(self._meter.under_way(), time.time_ns())
+
+    def _watch_for(self, client: Client, pid: int, request: dict[str, Any]) -> None:
+        """A client watches a run: a new one, or one that a worker before us has counted of."""
+        seen = untrusted.texts(request, "seen", SEEN_MAX, SEEN_CHARACTERS_MAX)
+        spent = request.get("spent")
+        run = self._runs[client] = _Run(pid, seen=frozenset(seen))
+        self._watch(pid)
+        name, usd, holds = f"run-{pid}", request.get("max_usd"), request.get("at_limit")
+        before = spent if isinstance(spent, dict) else {}
+        self._holding.watch(client, pid, client.send, cap_of(name, usd, holds, before, seen))
+        if spent is not None:
+            self._holding.inherit()
+            self._count_for(client, run, self._recent)
+            self._holding.count(client, self._recent)
+        self._set_pace()
 
     def _watch(self, pid: int) -> None:
         """Have the kernel follow the run's forks; where it cannot, its parents by /proc count."""
@@ -847,7 +913,7 @@ def start(job: Job, link: socket.socket) -> int:
     # The pipeline is imported while the helper attaches.
     holding = Holding(home, is_run=not job.service)
     pipeline = Pipeline(home, job.extra_hosts, holding.on_request, holding.on_answer)
-    holding.preview = pipeline.meter.preview
+    holding.preview, holding.at_most = pipeline.meter.preview, pipeline.meter.at_most
     try:
         source.start()
     except Unavailable as error:
