@@ -295,17 +295,13 @@ def happy_eyeballs(count: int) -> None:
 
 def connected_again(count: int) -> None:
     """One socket for all: it is disconnected, and connected once more."""
-    raw = dial()
-    for number in range(count):
-        if number:
-            raw = socket.socket(fileno=descriptor)
-            disconnect(raw)
-            raw.connect(("127.0.0.1", PORT))
-        descriptor = os.dup(raw.fileno())
-        tls = wrapped(raw)
-        exchange(tls)
-        tls.close()
-    os.close(descriptor)
+    with dial() as raw:
+        for number in range(count):
+            if number:
+                disconnect(raw)
+                raw.connect(("127.0.0.1", PORT))
+            with wrapped(raw.dup()) as tls:
+                exchange(tls)
 
 
 def disconnect(raw: socket.socket) -> None:
@@ -360,18 +356,17 @@ def spawned_with(inherited: socket.socket, kind: str) -> "subprocess.Popen[bytes
 
 def threads_in_turn(count: int) -> None:
     """One thread connects, one makes the handshake, one asks, one reads."""
+    request = f"GET /close/{RECEIVED} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
     for _ in range(count):
-        raw = in_a_thread(dial)
-        tls = in_a_thread(lambda: wrapped(raw))
-        request = f"GET /close/{RECEIVED} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
-        in_a_thread(lambda: tls.sendall(request))
-        in_a_thread(lambda: [*iter(lambda: tls.recv(1000), b"")])
-        tls.close()
+        with in_a_thread(wrapped, in_a_thread(dial)) as tls:
+            in_a_thread(tls.sendall, request)
+            while in_a_thread(tls.recv, 1000):
+                pass
 
 
-def in_a_thread(work: Callable[[], Any]) -> Any:
+def in_a_thread(work: Callable[..., Any], *arguments: Any) -> Any:
     done: list[Any] = []
-    thread = threading.Thread(target=lambda: done.append(work()))
+    thread = threading.Thread(target=lambda: done.append(work(*arguments)))
     thread.start()
     thread.join()
     return done[0]
@@ -402,8 +397,8 @@ class Pumped:
 
     def exchange(self) -> None:
         self.until(self.tls.do_handshake)
+        head = f"POST /bytes/{RECEIVED} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {SENT}"
         for _ in range(2):
-            head = f"POST /bytes/{RECEIVED} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {SENT}"
             self.until(lambda: self.tls.write(f"{head}\r\n\r\n".encode() + b"s" * SENT))
             answer = b""
             while not answer.partition(b"\r\n\r\n")[2][RECEIVED - 1 :]:
@@ -429,11 +424,11 @@ def in_pieces(count: int) -> None:
 
 
 class Vector(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_char_p), ("length", ctypes.c_size_t)]  # noqa: RUF012
+    _fields_ = [("base", ctypes.c_char_p), ("length", ctypes.c_size_t)]
 
 
 class Message(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_void_p),
         ("name_length", ctypes.c_uint),
         ("vector", ctypes.POINTER(Vector)),
@@ -565,9 +560,8 @@ class Ring:
     def do(self, kind: int, raw: socket.socket, buffer: Any, length: int) -> int:
         tail = self.word(self.tail)
         index = tail % self.ENTRIES
-        entry = struct.pack(
-            "=BBHiQQI", kind, 0, 0, raw.fileno(), 0, ctypes.addressof(buffer), length
-        )
+        at, file = ctypes.addressof(buffer), raw.fileno()
+        entry = struct.pack("=BBHiQQI", kind, 0, 0, file, 0, at, length)
         self.entries[64 * index : 64 * index + 64] = entry.ljust(64, b"\0")
         struct.pack_into("=I", self.ring, self.array + 4 * index, index)
         struct.pack_into("=I", self.ring, self.tail, tail + 1)
