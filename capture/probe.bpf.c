@@ -102,8 +102,10 @@ typedef long long s64;
  * may be given no pointer at all, and looks. */
 #ifdef HALTON_BCC
 #define APART INLINE
+#define IS_BCC 1
 #else
 #define APART __attribute__((noinline))
+#define IS_BCC 0
 #endif
 
 /* By number: bcc's headers may be older than they are. */
@@ -2142,7 +2144,7 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 		return;
 	u64 base = sender->base, cookie = sender->cookie, unnamed = sender->unnamed;
 	rustls_senders_drop(&ids);
-	if (t->state == SOCKET_NEW && !t->host[0])
+	if (!IS_BCC && t->state == SOCKET_NEW && !t->host[0])
 		return; /* where it leads to is not known */
 	if (unnamed)
 		tell_rustls_unnamed(unnamed, t);
@@ -3016,14 +3018,15 @@ INLINE void link_socket(struct tcp_socket *t)
 		t->flags |= SOCKET_LATE;
 }
 
+#define ONE_OF_SEVERAL (~0ULL)
+
 /* What a system call has sent: in one piece, or in several (`count` of them from `vector` on). */
 struct payload {
 	u64 base;
-	u64 length;
+	u64 length; /* or ONE_OF_SEVERAL messages of a call: it is not known which */
 	u64 vector;
 	u64 count;
 	u64 name; /* the address of the receiver's address, if given */
-	u64 is_one_of_several; /* messages of one call: which one is not known */
 };
 
 /* 0: it is not known where. It stays there until the call returns, and a process that changes it
@@ -3031,7 +3034,7 @@ struct payload {
 APART int find_payload(struct payload *p, u64 total)
 {
 	struct registers *user = task_registers(current_task());
-	u64 call = 0, header[4] = {};
+	u64 call = 0, several = 0, header[4] = {};
 
 	if (!p || !user || bpf_probe_read_kernel(&call, sizeof(call), SYSCALL(user)))
 		return 0;
@@ -3053,10 +3056,8 @@ APART int find_payload(struct payload *p, u64 total)
 		p->name = header[0];
 		p->vector = header[2];
 		p->count = header[3];
-		if (call == CALL_SENDMMSG) {
-			bpf_probe_read_kernel(&p->is_one_of_several, sizeof(p->is_one_of_several), CALL_ARG3(user));
-			p->is_one_of_several = (u32)p->is_one_of_several > 1;
-		}
+		if (!IS_BCC && call == CALL_SENDMMSG)
+			bpf_probe_read_kernel(&several, sizeof(several), CALL_ARG3(user));
 	} else {
 		return 0;
 	}
@@ -3065,6 +3066,8 @@ APART int find_payload(struct payload *p, u64 total)
 		return 0;
 	p->base = piece[0];
 	p->length = piece[1] < total ? piece[1] : total;
+	if (!IS_BCC && (u32)several > 1)
+		p->length = ONE_OF_SEVERAL;
 	return 1;
 }
 
@@ -3282,7 +3285,10 @@ APART int gather_hello(struct hello_room *room, struct payload *p, u64 total)
 	return 0;
 }
 
-/* A write on a connection of which it is not known yet where it leads: 1 once it is known that the
+/* What bcc loads is all one program, and must stay short enough for the verifier: it leaves out what no
+ * system call shows where nobody looked the address up, and MPTCP.
+ *
+ * A write on a connection of which it is not known yet where it leads: 1 once it is known that the
  * records behind its ClientHello are to be followed. */
 INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 total)
 {
@@ -3324,14 +3330,23 @@ INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 tot
 	return 0;
 }
 
-/* The same of a write that cannot be read. Where nobody looked the address up, the TLS connection that
- * its thread writes on tells the host (`link_socket`): that of what was never read alone. */
-INLINE void judge_unread(struct tcp_socket *t)
+/* The same of a write that cannot be read: 1 where somebody looked the address up. Else the TLS connection
+ * that its thread writes on may tell the host (`link_socket`), if all writes were such, but not with the
+ * first: that is no request, whatever it is. */
+INLINE int judge_unread(u64 sk, struct tcp_socket *t)
 {
 	if (!t->writes)
 		t->flags |= SOCKET_UNREAD;
 	t->writes += 1;
 	host_by_address(t);
+	if (t->host[0]) {
+		t->state = SOCKET_SEEN;
+		return 1;
+	}
+	if (t->writes < HELLO_WRITES_MAX)
+		return !IS_BCC && t->writes > 1 && (t->flags & SOCKET_UNREAD);
+	sockets_drop(&sk);
+	return 0;
 }
 
 struct state_arguments { /* of sock:inet_sock_set_state since Linux 5.6; user space compares */
@@ -3385,7 +3400,7 @@ INLINE void socket_opened(struct state_arguments *a)
 }
 
 /* MPTCP has a socket of TCP's below for each path, on which no process sends. */
-INLINE int is_stream(u32 protocol) { return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP; }
+INLINE int is_stream(u32 protocol) { return protocol == IPPROTO_TCP || (!IS_BCC && protocol == IPPROTO_MPTCP); }
 
 INLINE void socket_ended(u64 sk)
 {
@@ -3408,7 +3423,7 @@ SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_argum
 {
 	if (a->now == TCP_SYN_SENT && is_stream(a->protocol))
 		socket_opened(a);
-	else if (a->now == TCP_CLOSE && a->protocol == IPPROTO_MPTCP)
+	else if (!IS_BCC && a->now == TCP_CLOSE && a->protocol == IPPROTO_MPTCP)
 		socket_ended(a->sk);
 	return 0;
 }
@@ -3515,31 +3530,28 @@ SECTION("raw_tracepoint/sock_send_length") int on_socket_sent(struct socket_argu
 	t->sent += result;
 	/* What is inlined here is long: it stands here once, or the verifier gives up on it. */
 	u32 is_new = t->state == SOCKET_NEW;
-	if (is_new && !t->port)
+	if (!IS_BCC && is_new && !t->port)
 		complete_address(sk, t);
 	if (is_new || (!t->used_ns && (t->flags & SOCKET_FOLLOWED))) {
 		struct payload p = {};
-		if (!find_payload(&p, result) || p.is_one_of_several) {
-			t->flags &= ~SOCKET_FOLLOWED;
-			if (is_new)
-				judge_unread(t);
-		} else if (is_new && !judge_socket(sk, t, &p, result)) {
+		u32 found = find_payload(&p, result) && (IS_BCC || p.length != ONE_OF_SEVERAL);
+		if (is_new && !(found ? judge_socket(sk, t, &p, result) : judge_unread(sk, t)))
 			return 0;
-		} else {
+		if (found)
 			follow_records(t, &p);
+		else
+			t->flags &= ~SOCKET_FOLLOWED;
+		if (is_new && t->state == SOCKET_SEEN) {
+			tell_socket(KIND_SOCKET_SEEN, sk, t);
+			return 0;
 		}
 	}
-	/* A ClientHello carries nothing that the probes see, nor does a first write, whatever it is. */
-	if (!t->linked && (!is_new || (t->state == SOCKET_NEW && t->writes > 1 && (t->flags & SOCKET_UNREAD))))
+	if (!t->linked)
 		link_socket(t);
-	if (!is_new)
-		return 0;
-	if (t->host[0])
+	if (!IS_BCC && is_new && t->host[0]) {
 		t->state = SOCKET_SEEN;
-	if (t->state == SOCKET_SEEN)
 		tell_socket(KIND_SOCKET_SEEN, sk, t);
-	else if (t->writes >= HELLO_WRITES_MAX)
-		sockets_drop(&sk);
+	}
 	return 0;
 }
 

@@ -73,6 +73,11 @@ class _OfProcess:
         """TLS connections to a host that no ended socket carried."""
         return self.used.get(host, 0) - self.found.get(host, 0)
 
+    def find(self, host: str | None, cause: Cause | None, socket: Socket) -> None:
+        """A socket carries one of them; one that came to the probes late does, too."""
+        if host and (cause is None or socket.linked):
+            self.found[host] = self.found.get(host, 0) + 1
+
 
 class _Row(NamedTuple):
     """What is summed up apart: connections of one process to one host, with one outcome."""
@@ -258,8 +263,7 @@ class Sockets:
             cause, host = self._verdict(known, socket, others)
             if self._led_elsewhere(cause, socket):
                 continue
-            if cause is None and host:
-                known.found[host] = known.found.get(host, 0) + 1
+            known.find(host, cause, socket)
             self._add(process, socket, cause, socket.sent + socket.received, host)
 
     def _passes_on(self, socket: Socket) -> bool:
@@ -400,8 +404,7 @@ class Sockets:
                 cause, host = self._verdict(known, socket, rest.values())
                 if self._led_elsewhere(cause, socket):
                     continue
-                if cause is None and host:
-                    known.found[host] = known.found.get(host, 0) + 1
+                known.find(host, cause, socket)
                 process = seen.process or self._name(socket)
                 self._add(process, socket, cause, socket.sent + socket.received, host)
             known.found = found

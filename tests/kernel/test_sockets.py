@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import socket
 import sys
 import threading
@@ -166,9 +168,24 @@ def sink() -> Iterator[int]:
     datagrams.close()
 
 
+def is_there(kind: str) -> bool:
+    """Whether this kernel has what a kind of client needs, and lets us have it."""
+    if kind == "multipath":
+        try:
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+        except OSError:
+            return False
+    if kind == "by_ring":
+        descriptor = ctypes.CDLL(None).syscall(425, 1, (ctypes.c_uint32 * 30)())
+        if descriptor < 0:
+            return False
+        os.close(descriptor)
+    return True
+
+
 @pytest.mark.parametrize("count", [3, pytest.param(120, marks=pytest.mark.slow)])
 def test_every_kind_of_connection_is_counted_and_metered(place: Place, count: int) -> None:
-    for kind in USED:
+    for kind in filter(is_there, USED):
         place.opens(kind, count)
         truth = place.truth()
         assert truth.connections == count, kind

@@ -227,6 +227,17 @@ def test_what_seems_encrypted_takes_no_metered_one_from_a_connection_that_is_nam
     assert place.sums() == [(*METERED, 1)]
 
 
+def test_one_that_the_probes_saw_late_lends_its_place_to_no_other(place: Place) -> None:
+    place.uses()
+    late = socket(linked=99, flags=FOLLOWED | SocketFlag.LATE)
+    for number, made in enumerate((late, socket())):
+        place.opens(number, made)
+    assert place.open() == [(HOST, None, "probed_late", 1), (*NOT_PROBED, 1)]
+    for number, made in enumerate((late, socket())):
+        place.ends(number, made)
+    assert place.sums() == [(HOST, None, "probed_late", 1), (*NOT_PROBED, 1)]
+
+
 SEEMS_ENCRYPTED = socket(flags=FOLLOWED | SocketFlag.ECH)
 
 
