@@ -20,6 +20,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import select
 import socket
 import subprocess
 import time
@@ -41,6 +42,8 @@ from halton_meter.problem import Problem, Unavailable
 Address = tuple[str, int]
 
 RECEIVE_BYTES = 1 << 20
+# How long the sniffer may take for what is left at the end.
+REST_S_MAX = 10.0
 READY_S_MAX = 10.0
 _RAW_IP = 101  # tcpdump.org/linktypes.html: a packet from its IP header on
 _EPERM = 1
@@ -145,8 +148,8 @@ class LiveCapture:
         return found
 
     def finish(self) -> list[TlsChunk | TlsClosed]:
-        """The rest: what is read already, and the ends of all connections."""
-        found = self.read()
+        """The rest: what the sniffer has not sent yet, and the ends of all connections."""
+        found = self._rest()
         self._reassembly.finish()
         self._connections.flush()
         self._key_files.poll()
@@ -156,6 +159,19 @@ class LiveCapture:
         self._ready.clear()
         self.findings.decrypted = self._reader.decrypted
         self._link.close()
+        return found
+
+    def _rest(self) -> list[TlsChunk | TlsClosed]:
+        """What was captured until now, however far behind the sniffer is."""
+        found, until = self.read(), time.monotonic() + REST_S_MAX
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_WR)
+        waiting = select.poll()
+        waiting.register(self._link, select.POLLIN)
+        while not self.ended and (left := until - time.monotonic()) > 0:
+            waiting.poll(left * 1000)
+            found += self.read()
+        self._dropped += not self.ended  # at least
         return found
 
     def _receive(self) -> None:

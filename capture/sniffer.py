@@ -3,7 +3,8 @@
 It is started as root, or with CAP_NET_RAW, opens the socket, sets its filter, becomes nobody and
 copies. It parses nothing: the kernel's filter decides what comes, and `live_capture.py` at the
 other end reads it. When that end is slow the kernel's buffer fills; what no longer fits is counted
-by the kernel and told. It ends with its reader. Standard library only.
+by the kernel and told. It ends with its reader; one that only stops talking (`shutdown`) gets what
+has come until then. Standard library only.
 
 What goes to the reader is messages: PACKET, with the time (ns, CLOCK_REALTIME) and the packet from
 its IP header on, and DROPPED, with how many packets were dropped since the last one. What comes
@@ -195,15 +196,25 @@ class Sniffer:
         while True:
             ready = dict(waiting.poll(STATISTICS_EVERY_S * 1000))
             if self._link.fileno() in ready and not self._obey():
+                self._copy_rest(time.time_ns())
                 return
             if self._packets.fileno() in ready:
                 self._copy()
             if time.monotonic() >= self._statistics_at:
                 self._tell_dropped()
 
-    def _copy(self) -> None:
-        """Send what is there, some hundred packets at a time; waits for a slow reader."""
-        batch = bytearray()
+    def _copy_rest(self, now_ns: int) -> None:
+        """Send what came until now and was not sent yet."""
+        while (latest_ns := self._copy()) is not None and latest_ns <= now_ns:
+            pass
+        self._tell_dropped()
+
+    def _copy(self) -> int | None:
+        """Send what is there, some hundred packets at a time; waits for a slow reader.
+
+        The time of the last one; None: there was none.
+        """
+        batch, latest_ns = bytearray(), None
         for _ in range(BATCH):
             try:
                 data, ancillary, _, address = self._packets.recvmsg(PACKET_BYTES_MAX, 64)
@@ -211,11 +222,13 @@ class Sniffer:
                 break
             except OSError:  # an interface went down: the others go on
                 break
+            latest_ns = _time_ns(ancillary)
             if address[1] not in (_ETH_P_IP, _ETH_P_IPV6):
                 continue
-            batch += HEAD.pack(PACKET, len(data), _time_ns(ancillary)) + data
+            batch += HEAD.pack(PACKET, len(data), latest_ns) + data
         if batch:
             self._link.sendall(batch)
+        return latest_ns
 
     def _tell_dropped(self) -> None:
         self._statistics_at = time.monotonic() + STATISTICS_EVERY_S
