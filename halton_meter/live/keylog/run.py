@@ -1,9 +1,10 @@
 """`run --via keylog`: one command's packets, decrypted with the keys that it writes, and metered.
 
-Three processes: this one, as the user, meters; the sniffer (`capture/sniffer.py`) alone may see
-packets; the command runs in the foreground with its terminal and signals its own. The command is
-told a key log file in a folder that only the user may read; the folder is deleted at the end. Only
-connections whose keys are in that file are read, so no other program's.
+Four processes: this one, as the user, meters; the sniffer (`capture/sniffer.py`) alone may see
+packets; another one tells who connects (`capture/connectors.py`); the command runs in the
+foreground with its terminal and signals its own. The command is told a key log file in a folder
+that only the user may read; the folder is deleted at the end. Only connections whose keys are in
+that file are read, so no other program's.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     import socket
 
     from capture.packets.keeping import Keeping
+    from halton_meter.live.keylog.connectors import Connectors
     from halton_meter.model import Connection, TlsChunk
 
 HTTPS = 443
@@ -71,17 +73,20 @@ def meter_command(
     extra_hosts: Mapping[str, str],
     link: socket.socket,
     keeping: Keeping | None = None,
+    connectors: Connectors | None = None,
 ) -> RunResult:
     """Run `command` as the user whom we are and meter it; `link` is a sniffer's. Raises OSError.
 
-    `keeping` records what is metered.
+    `keeping` records what is metered, `connectors` tells who connects.
     """
     prepare_home(home)
     result = RunResult()
     with private_folder(KEYS) as folder:
         private = folder / "keys.log"
         informed, keys = told.environment(environment, private)
-        metering = _Metering(link, keys, home, extra_hosts, keeping, is_private=keys == private)
+        owners = Owners(connectors)
+        is_private = keys == private
+        metering = _Metering(link, keys, home, extra_hosts, keeping, owners, is_private=is_private)
         metering.start()
         try:
             result.exit_code, ran = in_foreground(command, informed, metering.began)
@@ -102,6 +107,7 @@ class _Metering:
         home: Path,
         extra_hosts: Mapping[str, str],
         keeping: Keeping | None,
+        owners: Owners,
         *,
         is_private: bool,
     ) -> None:
@@ -114,7 +120,7 @@ class _Metering:
         self._journal = JournalWriter(Store(home), home, self._price_error)
         self._home = home
         self._intake = Intake(self._meter, self._journal)
-        self._owners = Owners()
+        self._owners = owners
         self._in_flight = InFlight(self._meter)
         self._selector = selectors.DefaultSelector()
         remove_dead_run_sockets(home)

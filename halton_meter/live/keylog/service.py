@@ -1,10 +1,11 @@
 """`daemon --via keylog`: packets of this machine's connections to providers, with the user's keys.
 
-Two processes: the sniffer (`capture/sniffer.py`), nobody, holds the packet socket; this one is the
-user, for good, and meters. No process of it is root once it meters, so what dies is started again
-by who started us (systemd, `daemon --keep`). Keys come from files that the user's programs write;
-without others named, from the folder `keys` in the data folder, where what was read is wiped. Only
-connections whose keys are there are read.
+Three processes: the sniffer (`capture/sniffer.py`), nobody, holds the packet socket; another one,
+the user, tells who connects (`capture/connectors.py`); this one is the user, for good, and meters.
+No process of it is root once it meters, so what dies is started again by who started us (systemd,
+`daemon --keep`). Keys come from files that the user's programs write; without others named, from
+the folder `keys` in the data folder, where what was read is wiped. Only connections whose keys are
+there are read.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from halton_meter.live.unmetered import Unmetered
 from halton_meter.providers.registry import Registry
 
 if TYPE_CHECKING:
+    from halton_meter.live.keylog.connectors import Connectors
     from halton_meter.model import Connection, Process, TlsChunk, TlsClosed
 
 KEYS_FOLDER, KEYS_NAME = "keys", "tls.log"
@@ -86,17 +88,21 @@ def missing_folders(places: KeyPlaces) -> list[str]:
 
 
 def serve(
-    home: Path, named: Sequence[Path], link: socket.socket, say: Callable[[str], None]
+    home: Path,
+    named: Sequence[Path],
+    link: socket.socket,
+    connectors: Connectors | None,
+    say: Callable[[str], None],
 ) -> int:
     """Meter until SIGTERM, SIGINT or `stop`; the exit code, 1 when the sniffer ended.
 
-    `link` is a sniffer's. We are the user by now.
+    `link` is a sniffer's, `connectors` tells who connects. We are the user by now.
     """
     prepare_home(home)
     os.umask(0o077)
     limit_this_process()
     places = key_places(home, named)
-    service = KeyLogService(home, places, link)
+    service = KeyLogService(home, places, link, connectors)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.ask_to_stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
@@ -116,7 +122,13 @@ def serve(
 class KeyLogService:
     """The loop: one thread, woken by packets, a request, or what is due."""
 
-    def __init__(self, home: Path, places: KeyPlaces, link: socket.socket) -> None:
+    def __init__(
+        self,
+        home: Path,
+        places: KeyPlaces,
+        link: socket.socket,
+        connectors: Connectors | None = None,
+    ) -> None:
         from halton_meter.store import Store
 
         self._home, self._places = home, places
@@ -134,7 +146,7 @@ class KeyLogService:
             self._is_of_run,
         )
         self._in_flight = InFlight(self._meter)
-        self._owners = OfUser(os.getuid())
+        self._owners = OfUser(os.getuid(), connectors)
         self._of_runs: dict[int, None] = {}  # processes of runs that meter by themselves
         self._outages = Outages(home, KEY_LOG_STATE_NAME, KEY_LOG_LIST_NAME)
         self._source = LiveCapture(
