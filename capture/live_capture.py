@@ -103,7 +103,8 @@ class LiveCapture:
         self._reassembly = Reassembly(self._connections, self._begin_quic)
         self._wanted, self._quic = wanted, quic
         self._quic_hellos = QuicHellos()
-        self.ended = False
+        self.ended = False  # the sniffer, before it was asked to
+        self._has_all = self._is_finishing = False
 
     def fileno(self) -> int:
         """Readable when packets are there."""
@@ -164,14 +165,15 @@ class LiveCapture:
     def _rest(self) -> list[TlsChunk | TlsClosed]:
         """What was captured until now, however far behind the sniffer is."""
         found, until = self.read(), time.monotonic() + REST_S_MAX
+        self._is_finishing = True
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_WR)
         waiting = select.poll()
         waiting.register(self._link, select.POLLIN)
-        while not self.ended and (left := until - time.monotonic()) > 0:
+        while not self._has_all and (left := until - time.monotonic()) > 0:
             waiting.poll(left * 1000)
             found += self.read()
-        self._dropped += not self.ended  # at least
+        self._dropped += not self._has_all  # at least
         return found
 
     def _receive(self) -> None:
@@ -181,7 +183,8 @@ class LiveCapture:
             return
         except OSError:
             data = b""
-        self.ended = not data
+        self._has_all = not data
+        self.ended = self.ended or (self._has_all and not self._is_finishing)
         self._buffer += data
 
     def _feed(self) -> None:
