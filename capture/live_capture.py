@@ -9,8 +9,8 @@
 
 The way of a byte: `sniffer.py`, a process of its own, sends packets over `link`; `packets/tcp.py`
 puts connections together, `records.py` cuts records, `awaiting.py` keeps them until `key_files.py`
-has found their keys, and decrypts. What is not read: QUIC, of which the host is told
-(`packets/quic.py`), and connections that were there before.
+has found their keys, and decrypts; `packets/quic_connections.py` does the same for QUIC. What was
+there before is not read.
 Memory is bounded by the limits of those files. One thread; no clock but for the keys' patience.
 """
 
@@ -33,9 +33,9 @@ from capture.packets.awaiting import AwaitingKeys
 from capture.packets.keeping import Keeping
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
-from capture.packets.quic import QuicHellos
+from capture.packets.quic_connections import QuicConnections
 from capture.packets.records import Findings, Live, TcpConnections
-from capture.packets.tcp import FLOWS_MAX, Datagram, Flow, Reassembly
+from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
 from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
 
@@ -61,8 +61,8 @@ class LiveCapture:
     and server addresses, and is told whether the connection is known to be wanted. `missing` is
     told of wanted connections that got no keys, with the host. `findings` and `losses` count.
     `clock` gives the time of packets, in ns. `keeping` records what is read. `own_keys` is a folder
-    of keys in which what was read is wiped. `quic` is told of QUIC connections to wanted hosts:
-    client, server, host.
+    of keys in which what was read is wiped. `udp_owner` finds the process of a QUIC connection by
+    the client's address, `quic` is told of those to wanted hosts that got no keys.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class LiveCapture:
         clock: Callable[[], int] = time.time_ns,
         keeping: Keeping | None = None,
         own_keys: Path | None = None,
-        quic: Callable[[Address, Address, str], object] = lambda client, server, host: None,
+        udp_owner: Callable[[Address], Process | None] = lambda client: None,
+        quic: Callable[[Process | None, str], object] = lambda process, host: None,
     ) -> None:
         self.findings = Findings()
         self._dropped = 0
@@ -100,9 +101,10 @@ class LiveCapture:
         self._passed: Counter[str] = Counter()
         self._muted: OrderedDict[str, None] = OrderedDict()
         self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
-        self._reassembly = Reassembly(self._connections, self._begin_quic)
-        self._wanted, self._quic = wanted, quic
-        self._quic_hellos = QuicHellos()
+        self._quic = QuicConnections(
+            self._keys, wanted, udp_owner, self._ready.append, quic, self._pass_by
+        )
+        self._reassembly = Reassembly(self._connections, self._quic.datagram)
         self.ended = False  # the sniffer, before it was asked to
         self._has_all = self._is_finishing = False
 
@@ -114,7 +116,8 @@ class LiveCapture:
     def losses(self) -> Counter[str]:
         """What was lost so far, by cause."""
         dropped = Counter({"packets_dropped": self._dropped})
-        return dropped + self._reassembly.losses + self.findings.losses + self._reader.losses
+        read = self.findings.losses + self._reader.losses + self._quic.losses
+        return dropped + self._reassembly.losses + read
 
     @property
     def handshakes_with_keys(self) -> int:
@@ -124,7 +127,7 @@ class LiveCapture:
     @property
     def waits(self) -> bool:
         """Whether a connection waits for its keys."""
-        return self._reader.waits
+        return self._reader.waits or self._quic.waits
 
     @property
     def keys_passed_over(self) -> set[Path]:
@@ -143,7 +146,9 @@ class LiveCapture:
         self._connections.flush()
         if self._key_files.poll(rested=True):
             self._reader.keys_came()
+            self._quic.keys_came()
         self._reader.expire(self._clock())
+        self._quic.expire(self._clock())
         found = list(self._ready)
         self._ready.clear()
         return found
@@ -156,6 +161,8 @@ class LiveCapture:
         self._key_files.poll()
         self._reader.keys_came()
         self._reader.finish()
+        self._quic.keys_came()
+        self._quic.finish()
         found += self._ready
         self._ready.clear()
         self.findings.decrypted = self._reader.decrypted
@@ -204,11 +211,6 @@ class LiveCapture:
                 self._dropped += number
             at = end
         del buffer[:at]
-
-    def _begin_quic(self, datagram: Datagram) -> None:
-        host = self._quic_hellos.datagram(datagram.addresses, datagram.payload)
-        if host is not None and self._wanted(host):
-            self._quic(*datagram.ends(), host)
 
     def _hello(self, flow: Flow, random: bytes) -> None:
         if self._keeping is None:

@@ -82,9 +82,9 @@ class _Program:
 def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     """The filter: TCP to or from these ports; loopback shows each packet twice, and one is taken.
 
-    Of UDP to these ports those with a long header are taken: what begins a QUIC connection. From
-    `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the bulk of
-    what is no provider's is not copied.
+    UDP is QUIC's. From `muted` servers (IPv4, four bytes each) only what begins or ends a
+    connection comes, of UDP what has a long header: the bulk of what is no provider's is not
+    copied.
     """
     program = _Program()
     program.add(_LOAD_WORD, _PACKET_TYPE)
@@ -116,11 +116,20 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.add(_RETURN, _TAKE_BYTES)
     program.place("UDP 4")
     program.add(_HEADER_LENGTH_TO_X, 0)
-    program.add(_LOAD_BYTE_X, 8)
-    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse 4")
     program.add(_LOAD_HALF_X, 2)
     for port in ports[:PORTS_MAX]:
         program.add(_EQUAL, port, "take 4 of UDP")
+    program.add(_LOAD_HALF_X, 0)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, "UDP from a server")
+    program.add(_RETURN, 0)
+    program.place("UDP from a server")
+    program.add(_LOAD_BYTE_X, 8)
+    program.add(_ANY_BIT, _LONG_HEADER, "take 4 of UDP")
+    program.add(_LOAD_WORD, 12)
+    for address in list(muted)[:MUTED_MAX]:
+        program.add(_EQUAL, int.from_bytes(address), "refuse 4")
+    program.add(_RETURN, _TAKE_BYTES)
     program.place("refuse 4")
     program.add(_RETURN, 0)
     program.place("take 4 of UDP")
@@ -128,19 +137,13 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.place("not 4")
     program.add(_EQUAL, 0x60, None, "refuse")
     program.add(_LOAD_BYTE, 6)
-    program.add(_EQUAL, _UDP, "UDP")
+    program.add(_EQUAL, _UDP, "ports 6")
     program.add(_EQUAL, _TCP, None, "refuse")
+    program.place("ports 6")
     for at in (40, 42):
         program.add(_LOAD_HALF, at)
         for port in ports[:PORTS_MAX]:
             program.add(_EQUAL, port, "take")
-    program.add(_RETURN, 0)
-    program.place("UDP")
-    program.add(_LOAD_BYTE, 48)
-    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse")
-    program.add(_LOAD_HALF, 42)
-    for port in ports[:PORTS_MAX]:
-        program.add(_EQUAL, port, "take")
     program.place("refuse")
     program.add(_RETURN, 0)
     program.place("take")

@@ -495,7 +495,7 @@ def test_the_filter_refuses_all_else() -> None:
 
 
 @pytest.mark.parametrize("make", [four, six])
-def test_of_udp_the_filter_takes_what_begins_a_connection(make: object) -> None:
+def test_of_udp_the_filter_takes_its_ports_both_ways(make: object) -> None:
     assert callable(make)
     program = sniffer.port_filter([443, 8443])
 
@@ -504,11 +504,25 @@ def test_of_udp_the_filter_takes_what_begins_a_connection(make: object) -> None:
         return make(head + bytes((first,)) + bytes(40), protocol=17)  # type: ignore[no-any-return]
 
     for port in (443, 8443):
-        assert passes(program, datagram(50_000, port, 0xC3))
-        assert not passes(program, datagram(50_000, port, 0x43)), "what follows a handshake"
-        assert not passes(program, datagram(port, 50_000, 0xC3)), "what a server sends"
+        for first in (0xC3, 0x43):
+            assert passes(program, datagram(50_000, port, first))
+            assert passes(program, datagram(port, 50_000, first))
     assert not passes(program, datagram(50_000, 53, 0xC3))
-    assert not passes(program, make(b"\x01\xbb", protocol=17))
+    assert not passes(program, datagram(53, 50_000, 0x43))
+
+
+def test_of_a_muted_server_s_udp_what_begins_connections_passes() -> None:
+    server = "192.0.2.9"
+    program = sniffer.port_filter([443], [socket.inet_aton(server)])
+
+    def datagram(source: int, destination: int, first: int, sender: str) -> bytes:
+        head = source.to_bytes(2) + destination.to_bytes(2) + bytes(4)
+        return four(head + bytes((first,)) + bytes(40), sender, protocol=17)
+
+    assert passes(program, datagram(443, 50_000, 0xC3, server))
+    assert not passes(program, datagram(443, 50_000, 0x43, server))
+    assert passes(program, datagram(443, 50_000, 0x43, "192.0.2.8"))
+    assert passes(program, datagram(50_000, 443, 0x43, "10.0.0.2"))
 
 
 def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Path) -> None:
@@ -520,6 +534,8 @@ def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Pa
         lambda host: host == "example.com",
         lambda *_: None,
         lambda *_: None,
+        clock=lambda: 0,
+        udp_owner=lambda client: CLIENT if client == ("192.0.2.9", 50_000) else None,
         quic=lambda *what: told.append(what),
     )
     for number in range(3):
@@ -529,9 +545,10 @@ def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Pa
         whole = whole[:2] + len(whole).to_bytes(2) + whole[4:]
         ours.sendall(sniffer.HEAD.pack(sniffer.PACKET, len(whole), number) + whole)
     assert source.read() == []
-    assert told == [(("192.0.2.9", 50_000), ("0.0.0.0", 443), "example.com")]
+    assert told == []
     ours.shutdown(socket.SHUT_WR)
-    source.finish()
+    assert source.finish() == []
+    assert told == [(CLIENT, "example.com")]
     ours.close()
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.live_capture import Address, LiveCapture, start_sniffer
+from capture.live_capture import LiveCapture, start_sniffer
 from halton_meter.live import own_code
 from halton_meter.live.control import (
     SOCKET_NAME,
@@ -32,7 +32,7 @@ from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
-from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.keylog.private_folder import KEYS, private_folder
 from halton_meter.live.pipeline import Pipeline, prepare_home
@@ -44,12 +44,11 @@ if TYPE_CHECKING:
 
     from capture.packets.keeping import Keeping
     from halton_meter.live.keylog.connectors import Connectors
-    from halton_meter.model import Connection, TlsChunk
+    from halton_meter.model import Connection, Process, TlsChunk
 
 HTTPS = 443
 RUN_FIX = "sudo halton-meter run --via keylog -- CMD"
-# Through a proxy there is no QUIC.
-FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy")
+FIXES = {NO_KEYS: "halton-meter run --via proxy"}
 # How often key files are looked at while no packet comes.
 LOOK_EVERY_S = 0.05
 # After the command's end: packets that are under way, and keys written last.
@@ -135,6 +134,7 @@ class _Metering:
             self._owners.find,
             self._miss,
             keeping=keeping,
+            udp_owner=self._owners.find_udp,
             quic=self._miss_quic,
         )
         self._over = threading.Event()
@@ -240,8 +240,7 @@ class _Metering:
             return
         self._intake.miss(process, host, NO_KEYS)
 
-    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
-        """A QUIC connection to a provider, unless it is known to be another program's."""
-        process = self._owners.find_udp(client)
+    def _miss_quic(self, process: Process | None, host: str) -> None:
+        """The same of a QUIC connection."""
         if process is None or self._owners.is_of_command(process):
-            self._intake.miss(process, host, QUIC)
+            self._intake.miss(process, host, NO_KEYS)

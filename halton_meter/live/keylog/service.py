@@ -29,7 +29,7 @@ from halton_meter.live.control import KEY_LOG_SOCKET_NAME, Answering, Client
 from halton_meter.live.guard import Guard
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
-from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, Intake
 from halton_meter.live.keylog.owners import OfUser
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.outages import KEY_LOG_LIST_NAME, KEY_LOG_STATE_NAME, Outages
@@ -51,7 +51,7 @@ UNMETERED_SHOWN_MAX = 200
 TROUBLES_SHOWN_MAX = 20
 OF_RUNS_MAX = 4_096
 SNIFFER_ENDED = "the process that captures packets ended"
-FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy -- CMD")
+FIXES = {NO_KEYS: "halton-meter run --via proxy -- CMD"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,7 @@ class KeyLogService:
             self._find,
             self._miss,
             own_keys=places.ours,
+            udp_owner=self._find_udp,
             quic=self._miss_quic,
         )
         self._warm_up()  # before anybody is told that we are there
@@ -221,7 +222,12 @@ class KeyLogService:
         return bool(self._registry.of_host(host))
 
     def _find(self, client: Address, server: Address, search: bool) -> Process | None:
-        found = self._owners.find(client, server, search)
+        return self._noted(self._owners.find(client, server, search))
+
+    def _find_udp(self, client: Address) -> Process | None:
+        return self._noted(self._owners.find_udp(client))
+
+    def _noted(self, found: Process | None) -> Process | None:
         # Now, as the run may be over when the connection is judged.
         if found is not None and control.is_of_run(self._home, found):
             self._of_runs[found.pid] = None
@@ -247,10 +253,9 @@ class KeyLogService:
         if host and not self._owners.is_foreign(connection.process):
             self._intake.miss(connection.process, host, NO_KEYS)
 
-    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
-        process = self._owners.find_udp(client)
+    def _miss_quic(self, process: Process | None, host: str) -> None:
         if not self._owners.is_foreign(process):
-            self._intake.miss(process, host, QUIC)
+            self._intake.miss(process, host, NO_KEYS)
 
     # --- time
 

@@ -52,7 +52,7 @@ class GoingOn:
 
 
 @cache
-def _certificate() -> tuple[str, str]:
+def certificate() -> tuple[str, str]:
     """A throw-away certificate; nobody verifies it."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -89,7 +89,7 @@ def contexts(
 ) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """(client's, server's) TLS contexts; `suites` narrows TLS 1.2's cipher suites."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(*_certificate())
+    server.load_cert_chain(*certificate())
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE
