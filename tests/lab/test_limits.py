@@ -123,6 +123,28 @@ def test_a_runaway_client_is_stopped_at_the_answer_that_crosses_the_limit(
     assert json.loads((home / "budgets" / "stops.json").read_text())["stops"] == []
 
 
+@pytest.mark.parametrize("part", ["halton_meter.live.probes.worker", "capture.helper.main"])
+def test_a_limit_holds_and_nobody_hangs_though_ours_are_killed(
+    lab: Lab, home: Path, part: str
+) -> None:
+    """Near the limit each request of the client's waits for both of them."""
+    asked, summary = len(lab.ledger()), home / "summary.json"
+    options = ("--json-summary", str(summary))
+    process = begin(lab, home, *RUNAWAY, "1000", "60", options=options)
+    for count in (2, 4):
+        wait_until(lambda n=count: len(lab.ledger()) - asked >= n, "answers")
+        os.kill(child_running(process.pid, part), signal.SIGKILL)
+    wait_stopped(home)
+    client = child_running(process.pid, "runaway.py")
+    wait_until(lambda: state_of(client) == "T", "the stop")
+    assert len(lab.ledger()) - asked >= ANSWERS
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    # What was asked for while it was started again is counted: nothing is lost, nor hangs.
+    told = json.loads(summary.read_text())["requests"]
+    wait_until(lambda: len(lab.ledger()) - asked == told, f"{told} requests served")
+
+
 def test_what_was_stopped_goes_on_when_the_user_says_so(lab: Lab, home: Path) -> None:
     process = begin(lab, home, "sh", "-c", f"{' '.join(RUNAWAY)} 16; echo behind")
     wait_stopped(home)
