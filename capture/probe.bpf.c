@@ -93,16 +93,21 @@ typedef long long s64;
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
 #define MSG_PEEK 2
+#define MSG_ERRQUEUE 0x2000
 #define TCP_SYN_SENT 2
+#define TCP_CLOSE 7
 
 #define INLINE static inline __attribute__((always_inline, unused))
 /* A function that the verifier goes through once, not again for each state in which it is called. It
  * may be given no pointer at all, and looks. */
 #ifdef HALTON_BCC
 #define APART INLINE
+#define IS_BCC 1
 #else
 #define APART __attribute__((noinline))
+#define IS_BCC 0
 #endif
 
 /* By number: bcc's headers may be older than they are. */
@@ -345,7 +350,7 @@ enum socket_flag {
 	SOCKET_ECH = 2, /* its ClientHello names another host, and has a part that is encrypted */
 	SOCKET_ASKED_PROXY = 4, /* it began with an HTTP CONNECT */
 	SOCKET_BY_ADDRESS = 8, /* its host is known by the address alone */
-	SOCKET_UNREAD = 16, /* what was written could not be read (io_uring, sendfile) */
+	SOCKET_UNREAD = 16, /* what was written could not be read (io_uring, sendfile, splice, sendmmsg) */
 	SOCKET_TLS12 = 32,
 	SOCKET_FINISHED = 64, /* the client's part of the handshake is over */
 	SOCKET_LATE = 128, /* the probes saw its TLS connection only after its first request */
@@ -2218,6 +2223,8 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 		return;
 	u64 base = sender->base, cookie = sender->cookie, unnamed = sender->unnamed;
 	rustls_senders_drop(&ids);
+	if (!IS_BCC && t->state == SOCKET_NEW && !t->host[0])
+		return; /* where it leads to is not known */
 	if (unnamed)
 		tell_rustls_unnamed(unnamed, t);
 	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
@@ -3103,10 +3110,12 @@ INLINE void link_socket(struct tcp_socket *t)
 		t->flags |= SOCKET_LATE;
 }
 
+#define ONE_OF_SEVERAL (~0ULL)
+
 /* What a system call has sent: in one piece, or in several (`count` of them from `vector` on). */
 struct payload {
 	u64 base;
-	u64 length;
+	u64 length; /* or ONE_OF_SEVERAL messages of a call: it is not known which */
 	u64 vector;
 	u64 count;
 	u64 name; /* the address of the receiver's address, if given */
@@ -3117,7 +3126,7 @@ struct payload {
 APART int find_payload(struct payload *p, u64 total)
 {
 	struct registers *user = task_registers(current_task());
-	u64 call = 0, header[4] = {};
+	u64 call = 0, several = 0, header[4] = {};
 
 	if (!p || !user || bpf_probe_read_kernel(&call, sizeof(call), SYSCALL(user)))
 		return 0;
@@ -3139,6 +3148,8 @@ APART int find_payload(struct payload *p, u64 total)
 		p->name = header[0];
 		p->vector = header[2];
 		p->count = header[3];
+		if (!IS_BCC && call == CALL_SENDMMSG)
+			bpf_probe_read_kernel(&several, sizeof(several), CALL_ARG3(user));
 	} else {
 		return 0;
 	}
@@ -3147,6 +3158,8 @@ APART int find_payload(struct payload *p, u64 total)
 		return 0;
 	p->base = piece[0];
 	p->length = piece[1] < total ? piece[1] : total;
+	if (!IS_BCC && (u32)several > 1)
+		p->length = ONE_OF_SEVERAL;
 	return 1;
 }
 
@@ -3364,8 +3377,11 @@ APART int gather_hello(struct hello_room *room, struct payload *p, u64 total)
 	return 0;
 }
 
-/* A write on a connection of which it is not known yet where it leads: 1 once it is known that the
- * records behind its ClientHello are to be followed. `p` is 0 where it cannot be read. */
+/* What bcc loads is all one program, and must stay short enough for the verifier: it leaves out what no
+ * system call shows where nobody looked the address up, and MPTCP.
+ *
+ * A write on a connection of which it is not known yet where it leads: 1 once it is known that the
+ * records behind its ClientHello are to be followed. */
 INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 total)
 {
 	u32 zero = 0, before = 0;
@@ -3374,45 +3390,54 @@ INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 tot
 		return 0;
 
 	t->writes += 1;
-	if (!p) {
-		t->flags |= SOCKET_UNREAD;
-		host_by_address(t);
-		if (t->host[0]) {
-			t->state = SOCKET_SEEN;
-			tell_socket(KIND_SOCKET_SEEN, sk, t);
-			return 0;
-		}
-	} else {
-		const u8 *head = room->hello.bytes;
-		struct hello_bytes *begun = hellos_get(&sk);
-		room->hello.length = 0;
-		if (begun && !bpf_probe_read_kernel(&room->hello, sizeof(room->hello), begun)) {
-			before = REREAD(room->hello.length);
-			hellos_drop(&sk);
-		}
-		gather_hello(room, p, total);
-		u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
-		u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
-		if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
-			hellos_set(&sk, &room->hello);
-			return 0;
-		}
-		if (may_be) {
-			if (!judge_hello(t, head, have)) {
-				sockets_drop(&sk);
-				return 0;
-			}
-			t->state = SOCKET_SEEN;
-			t->hello_sent = t->sent;
-			t->flags |= SOCKET_FOLLOWED;
-			t->skip = whole > before ? whole - before : 0;
-			return 1;
-		}
-		if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
-			t->flags |= SOCKET_ASKED_PROXY;
+	const u8 *head = room->hello.bytes;
+	struct hello_bytes *begun = hellos_get(&sk);
+	room->hello.length = 0;
+	if (begun && !bpf_probe_read_kernel(&room->hello, sizeof(room->hello), begun)) {
+		before = REREAD(room->hello.length);
+		hellos_drop(&sk);
 	}
+	gather_hello(room, p, total);
+	u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
+	u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
+	if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
+		hellos_set(&sk, &room->hello);
+		return 0;
+	}
+	if (may_be) {
+		if (!judge_hello(t, head, have)) {
+			sockets_drop(&sk);
+			return 0;
+		}
+		t->state = SOCKET_SEEN;
+		t->hello_sent = t->sent;
+		t->flags |= SOCKET_FOLLOWED;
+		t->skip = whole > before ? whole - before : 0;
+		return 1;
+	}
+	if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
+		t->flags |= SOCKET_ASKED_PROXY;
 	if (t->writes >= HELLO_WRITES_MAX)
 		sockets_drop(&sk);
+	return 0;
+}
+
+/* The same of a write that cannot be read: 1 where somebody looked the address up. Else the TLS connection
+ * that its thread writes on may tell the host (`link_socket`), if all writes were such, but not with the
+ * first: that is no request, whatever it is. */
+INLINE int judge_unread(u64 sk, struct tcp_socket *t)
+{
+	if (!t->writes)
+		t->flags |= SOCKET_UNREAD;
+	t->writes += 1;
+	host_by_address(t);
+	if (t->host[0]) {
+		t->state = SOCKET_SEEN;
+		return 1;
+	}
+	if (t->writes < HELLO_WRITES_MAX)
+		return !IS_BCC && t->writes > 1 && (t->flags & SOCKET_UNREAD);
+	sockets_drop(&sk);
 	return 0;
 }
 
@@ -3466,21 +3491,14 @@ INLINE void socket_opened(struct state_arguments *a)
 	bpf_get_current_comm(t->comm, sizeof(t->comm));
 }
 
-/* connect() does that in its own process. */
-SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_arguments *a)
-{
-	if (a->protocol == IPPROTO_TCP && a->now == TCP_SYN_SENT)
-		socket_opened(a);
-	return 0;
-}
+/* MPTCP has a socket of TCP's below for each path, on which no process sends. */
+INLINE int is_stream(u32 protocol) { return protocol == IPPROTO_TCP || (!IS_BCC && protocol == IPPROTO_MPTCP); }
 
-/* Its state says "closed" while its process may still read what has come. */
-SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
+INLINE void socket_ended(u64 sk)
 {
-	u64 sk = a[0];
 	struct tcp_socket *t = sockets_get(&sk);
 	if (!t)
-		return 0;
+		return;
 	if (t->linked & RUSTLS_ID) { /* rustls frees a connection where nobody sees it */
 		struct key key = {.ssl = t->linked, .tgid = t->tgid};
 		struct connection *c = connections_get(&key);
@@ -3490,7 +3508,35 @@ SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
 	if (t->state == SOCKET_SEEN)
 		tell_socket(KIND_SOCKET_ENDED, sk, t);
 	sockets_drop(&sk);
+}
+
+/* connect() does that in its own process. Of the end of MPTCP's socket nothing else tells. */
+SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_arguments *a)
+{
+	if (a->now == TCP_SYN_SENT && is_stream(a->protocol))
+		socket_opened(a);
+	else if (!IS_BCC && a->now == TCP_CLOSE && a->protocol == IPPROTO_MPTCP)
+		socket_ended(a->sk);
 	return 0;
+}
+
+/* Its state says "closed" while its process may still read what has come. */
+SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
+{
+	socket_ended(a[0]);
+	return 0;
+}
+
+/* The far address of a socket that is connected: it is among its first fields. Returns its family. */
+INLINE u16 connected_to(u64 sk, u8 *address)
+{
+	u16 family = 0;
+	bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + 16));
+	if (family == AF_INET)
+		bpf_probe_read_kernel(address, 4, (void *)sk);
+	else
+		bpf_probe_read_kernel(address, 16, (void *)(sk + 56));
+	return family;
 }
 
 /* A datagram that opens a QUIC connection to an address of a provider. */
@@ -3519,12 +3565,8 @@ INLINE void quic_opened(u64 sk, u64 total)
 			bpf_probe_read_user(&address, 4, (void *)(p.name + 4));
 		else
 			bpf_probe_read_user(&address, 16, (void *)(p.name + 8));
-	} else { /* a connected socket has it in its first fields */
-		bpf_probe_read_kernel(to, 2, (void *)(sk + 16));
-		if (to[0] == AF_INET)
-			bpf_probe_read_kernel(&address, 4, (void *)sk);
-		else
-			bpf_probe_read_kernel(&address, 16, (void *)(sk + 56));
+	} else {
+		connected_to(sk, (u8 *)&address);
 	}
 	struct host_name *host = addresses_get(&address);
 	struct tcp_socket *blank = blank_socket_get(&zero);
@@ -3551,6 +3593,14 @@ INLINE void quic_opened(u64 sk, u64 total)
 	process_ring_submit(r);
 }
 
+/* MPTCP's socket is told where it is connected to after its state has changed. */
+INLINE void complete_address(u64 sk, struct tcp_socket *t)
+{
+	t->family = connected_to(sk, t->address);
+	bpf_probe_read_kernel(&t->port, sizeof(t->port), (void *)(sk + 12));
+	t->port = __builtin_bswap16(t->port);
+}
+
 struct socket_arguments { /* of sock:sock_send_length and sock_recv_length, since Linux 6.3 */
 	u64 sk;
 	u64 result; /* an int: bytes, or an error */
@@ -3572,22 +3622,28 @@ SECTION("raw_tracepoint/sock_send_length") int on_socket_sent(struct socket_argu
 	t->sent += result;
 	/* What is inlined here is long: it stands here once, or the verifier gives up on it. */
 	u32 is_new = t->state == SOCKET_NEW;
+	if (!IS_BCC && is_new && !t->port)
+		complete_address(sk, t);
 	if (is_new || (!t->used_ns && (t->flags & SOCKET_FOLLOWED))) {
 		struct payload p = {};
-		u32 found = find_payload(&p, result);
-		if (is_new && !judge_socket(sk, t, found ? &p : 0, result))
+		u32 found = find_payload(&p, result) && (IS_BCC || p.length != ONE_OF_SEVERAL);
+		if (is_new && !(found ? judge_socket(sk, t, &p, result) : judge_unread(sk, t)))
 			return 0;
 		if (found)
 			follow_records(t, &p);
 		else
-			t->flags = (t->flags | SOCKET_UNREAD) & ~SOCKET_FOLLOWED;
-		if (is_new) {
+			t->flags &= ~SOCKET_FOLLOWED;
+		if (is_new && t->state == SOCKET_SEEN) {
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return 0;
 		}
 	}
 	if (!t->linked)
 		link_socket(t);
+	if (!IS_BCC && is_new && t->host[0]) {
+		t->state = SOCKET_SEEN;
+		tell_socket(KIND_SOCKET_SEEN, sk, t);
+	}
 	return 0;
 }
 
@@ -3595,7 +3651,8 @@ SECTION("raw_tracepoint/sock_recv_length") int on_socket_received(struct socket_
 {
 	u64 sk = a->sk;
 	int result = a->result;
-	if (result <= 0 || (a->flags & MSG_PEEK))
+	/* The error queue returns what was sent, with its time stamps. */
+	if (result <= 0 || (a->flags & (MSG_PEEK | MSG_ERRQUEUE)))
 		return 0;
 	struct tcp_socket *t = sockets_get(&sk);
 	if (t)

@@ -126,6 +126,7 @@ class Helper:
             self._coverage.metered_stack,
         )
         self._coverage.named_no_server = self._sockets.named_no_server
+        self._sockets.take_news = self._discovery.take_news
         self._sockets_seen: dict[str, bool] = {}
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._commands_refused = 0
