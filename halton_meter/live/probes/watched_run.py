@@ -22,8 +22,8 @@ from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Command, Signals, attend
+from halton_meter.live.probes.job import SEEN_CHARACTERS_MAX, SEEN_MAX
 from halton_meter.live.probes.programs import programs_ahead
-from halton_meter.live.probes.worker import SEEN_CHARACTERS_MAX, SEEN_MAX
 from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.stopping import Stopper, identity
 from halton_meter.live.totals import Totals
