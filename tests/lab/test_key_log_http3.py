@@ -85,3 +85,4 @@ def test_the_service_meters_http3(lab: Lab, key_log: KeyLogService) -> None:
     found = key_log.status()
     assert found is not None
     assert (found["losses"], found["outages"]) == ({}, [])
+    assert all("http3.py" in " ".join(event["argv"] or ()) for event in events)
