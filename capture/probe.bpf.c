@@ -69,6 +69,8 @@
 #define RUSTLS_SCANS_MAX 32 /* in a row that found no name: a thread's next write may be another connection's */
 #define RUSTLS_MISSES_MAX 3 /* connections of one file of which a record passed no probe */
 #define RUSTLS_NAME_BYTES_MIN 4 /* "a.io" */
+#define PAUSING_MAX 256 /* processes that are paused before each request */
+#define STOP_SIGNAL 19 /* SIGSTOP */
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -91,21 +93,27 @@ typedef long long s64;
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
 #define MSG_PEEK 2
+#define MSG_ERRQUEUE 0x2000
 #define TCP_SYN_SENT 2
+#define TCP_CLOSE 7
 
 #define INLINE static inline __attribute__((always_inline, unused))
 /* A function that the verifier goes through once, not again for each state in which it is called. It
  * may be given no pointer at all, and looks. */
 #ifdef HALTON_BCC
 #define APART INLINE
+#define IS_BCC 1
 #else
 #define APART __attribute__((noinline))
+#define IS_BCC 0
 #endif
 
 /* By number: bcc's headers may be older than they are. */
 static void *(*current_task)(void) = (void *)158; /* bpf_get_current_task_btf */
 static void *(*task_registers)(void *) = (void *)175; /* bpf_task_pt_regs */
+static long (*send_signal)(u32) = (void *)109; /* bpf_send_signal */
 
 /* ---- registers -------------------------------------------------------------------------- */
 
@@ -128,6 +136,7 @@ struct registers {
 enum system_call { CALL_WRITE = 64, CALL_WRITEV = 66, CALL_SENDTO = 206, CALL_SENDMSG = 211, CALL_SENDMMSG = 269 };
 #define GO_CONNECTION(r) ((r)->x[0])
 #define GO_BUFFER(r) ((r)->x[1])
+#define GO_LENGTH(r) ((r)->x[2])
 #define GO_GOROUTINE(r) ((r)->x[28])
 #define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
 #define ENTRY_SP_AT_RETURN(r) ((r)->sp)
@@ -149,6 +158,7 @@ struct registers {
 enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SENDMSG = 46, CALL_SENDMMSG = 307 };
 #define GO_CONNECTION(r) ((r)->ax)
 #define GO_BUFFER(r) ((r)->bx)
+#define GO_LENGTH(r) ((r)->cx)
 #define GO_GOROUTINE(r) ((r)->r14)
 #define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
 #define ENTRY_SP_AT_RETURN(r) ((r)->sp - 8) /* `ret` has popped the return address */
@@ -156,7 +166,7 @@ enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SEND
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15, KIND_RECORDS_MISSED = 22 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15, KIND_RECORDS_MISSED = 22, KIND_PAUSED = 23 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1 };
 
@@ -234,6 +244,12 @@ struct settings {
 	u64 namespace_device;
 	u64 namespace_inode;
 	u32 owner; /* with SCOPE_OWNER: of a tree, only processes of this user are in scope */
+	u32 unused;
+};
+
+struct pausing {
+	u64 until_ns; /* user space renews it as long as it is there to let the process go on */
+	u32 uid; /* of whoever may stop it anyway */
 	u32 unused;
 };
 
@@ -334,7 +350,7 @@ enum socket_flag {
 	SOCKET_ECH = 2, /* its ClientHello names another host, and has a part that is encrypted */
 	SOCKET_ASKED_PROXY = 4, /* it began with an HTTP CONNECT */
 	SOCKET_BY_ADDRESS = 8, /* its host is known by the address alone */
-	SOCKET_UNREAD = 16, /* what was written could not be read (io_uring, sendfile) */
+	SOCKET_UNREAD = 16, /* what was written could not be read (io_uring, sendfile, splice, sendmmsg) */
 	SOCKET_TLS12 = 32,
 	SOCKET_FINISHED = 64, /* the client's part of the handshake is over */
 	SOCKET_LATE = 128, /* the probes saw its TLS connection only after its first request */
@@ -524,6 +540,16 @@ HASH(tree, u32, u32, TREE_MAX);
  * `on_exit` drops; `born_ns` and `executed` read. */
 LRU_HASH(births, u32, struct birth, THREADS_MAX);
 
+/* --- who is paused before a request (pausing.py) --- */
+
+/* Processes near a limit. Key: a process. Value: until when, and whose it must be. User space writes and
+ * drops; `pause_before_request` reads, `on_exit` drops. */
+HASH(pausing, u32, struct pausing, PAUSING_MAX);
+
+/* Those that were stopped so, and nobody has let go on yet. Key: a process. Value: when.
+ * `pause_before_request` writes; user space reads and drops, also of a helper that died; `on_exit` drops. */
+HASH(paused, u32, u64, PAUSING_MAX);
+
 /* --- connections --- */
 
 /* Connections that are metered. Key: SSL object (Go: *Conn) and process. Value: host, offsets, flags.
@@ -644,6 +670,10 @@ RING(process_ring, PROCESS_RING_BYTES);
 
 #ifdef HALTON_BCC
 INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
+INLINE struct pausing *pausing_get(u32 *k) { return pausing.lookup(k); }
+INLINE void pausing_drop(u32 *k) { pausing.delete(k); }
+INLINE int paused_set(u32 *k, u64 *v) { return paused.update(k, v); }
+INLINE void paused_drop(u32 *k) { paused.delete(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
@@ -1509,9 +1539,59 @@ INLINE int proved(struct chunk *c, u64 total, u64 cookie)
 	return 0;
 }
 
+/* ---- near a limit ------------------------------------------------------------------------------
+ *
+ * A process that is near what it may spend is stopped as it begins a request, before a byte of that is
+ * encrypted. User space lets it go on once the answers that it has read are counted (pausing.py). The
+ * signal is taken on the way back from the probe. It comes before the news of it: whoever hears that may
+ * let the process go on at once. Only processes that user space has named, of the user who may stop them
+ * anyway, and no longer than user space says that it is there. */
+
+/* A request's head, the beginning of an HTTP/2 request, or a message of a WebSocket. */
+APART int begins_request(u64 address, u64 total)
+{
+	char first[8] __attribute__((aligned(8))) = {};
+
+	if (total < sizeof(first) || bpf_probe_read_user(first, sizeof(first), (void *)address))
+		return 0;
+	if (starts_a_request(first))
+		return 1;
+	u32 frame = (u8)first[0], masked = (u8)first[1] & 0x80, kind = frame & 0x0f;
+	if ((frame & 0x80) && masked && (kind == 1 || kind == 2))
+		return 1;
+	if (*(u64 *)first == HTTP2_PREFACE) {
+		address += HTTP2_PREFACE_BYTES;
+		total = total > HTTP2_PREFACE_BYTES ? total - HTTP2_PREFACE_BYTES : 0;
+	}
+	return begins_http2_request(address, total);
+}
+
+INLINE void pause_before_request(struct key *key, struct connection *c, u64 address, u64 total)
+{
+	struct pausing *p = pausing_get(&key->tgid);
+	u64 now = bpf_ktime_get_ns();
+
+	if (!p || p->uid != (u32)bpf_get_current_uid_gid() || now >= p->until_ns ||
+	    !begins_request(address, total))
+		return;
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) { /* nobody would hear of it */
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	if (send_signal(STOP_SIGNAL)) {
+		process_ring_discard(r);
+		return;
+	}
+	/* Behind the signal: who finds it dropped was let go on since. User space names fewer than fit. */
+	paused_set(&key->tgid, &now);
+	fill(r, KIND_PAUSED, key, c, now);
+	process_ring_submit(r);
+}
+
 /* ---- reads and writes ------------------------------------------------------------------------ */
 
-INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
+INLINE int enter(struct registers *r, u32 direction, u64 length_pointer, u64 length)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
@@ -1567,6 +1647,8 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
 	slot->buffer = ARG2(r);
 	slot->length_pointer = length_pointer;
 	slot->direction = direction;
+	if (c && direction == SENT)
+		pause_before_request(&key, c, ARG2(r), length);
 	return 0;
 }
 
@@ -1627,11 +1709,11 @@ INLINE int leave(struct registers *r, int ex)
 	return 0;
 }
 
-SECTION("uprobe/enter_read") int enter_read(struct registers *r) { return enter(r, RECEIVED, 0); }
-SECTION("uprobe/enter_read_ex") int enter_read_ex(struct registers *r) { return enter(r, RECEIVED, ARG4(r)); }
-SECTION("uprobe/enter_write") int enter_write(struct registers *r) { return enter(r, SENT, 0); }
-SECTION("uprobe/enter_write_ex") int enter_write_ex(struct registers *r) { return enter(r, SENT, ARG4(r)); }
-SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { return enter(r, SENT, ARG5(r)); }
+SECTION("uprobe/enter_read") int enter_read(struct registers *r) { return enter(r, RECEIVED, 0, 0); }
+SECTION("uprobe/enter_read_ex") int enter_read_ex(struct registers *r) { return enter(r, RECEIVED, ARG4(r), 0); }
+SECTION("uprobe/enter_write") int enter_write(struct registers *r) { return enter(r, SENT, 0, (u32)ARG3(r)); }
+SECTION("uprobe/enter_write_ex") int enter_write_ex(struct registers *r) { return enter(r, SENT, ARG4(r), ARG3(r)); }
+SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { return enter(r, SENT, ARG5(r), ARG3(r)); }
 SECTION("uprobe/leave_plain") int leave_plain(struct registers *r) { return leave(r, 0); }
 SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1); }
 
@@ -1704,6 +1786,8 @@ INLINE int enter_go(struct registers *r, u32 direction)
 		writing_set(&ids, &key.ssl);
 	if (go_calls_set(&call_key, &call))
 		count(STAT_THREAD_TABLE_FULL, 1);
+	if (c && direction == SENT)
+		pause_before_request(&key, c, GO_BUFFER(r), GO_LENGTH(r));
 	return 0;
 }
 
@@ -2139,6 +2223,8 @@ INLINE void learn_by_socket(u64 ids, struct tcp_socket *t)
 		return;
 	u64 base = sender->base, cookie = sender->cookie, unnamed = sender->unnamed;
 	rustls_senders_drop(&ids);
+	if (!IS_BCC && t->state == SOCKET_NEW && !t->host[0])
+		return; /* where it leads to is not known */
 	if (unnamed)
 		tell_rustls_unnamed(unnamed, t);
 	if (t->host[0] && !(t->flags & (SOCKET_NO_NAME | SOCKET_ECH | SOCKET_BY_ADDRESS | SOCKET_TLS12)))
@@ -2458,6 +2544,18 @@ INLINE void rustls_sent_alert(struct key *key, struct rustls *known)
 	ring_submit(record);
 }
 
+/* It is counted as sent by now, and is not: nobody is told before the process goes on. */
+INLINE void rustls_may_pause(struct key *key, struct rustls *known, struct rustls_message *m)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct piece piece;
+	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
+
+	if (!c || bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces) || m->from > piece.length)
+		return;
+	pause_before_request(&id, c, piece.address + m->from, piece.length - m->from);
+}
+
 SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 {
 	u32 zero = 0;
@@ -2501,6 +2599,7 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 		rustls_senders_set(&ids, &sender);
 	}
 	if (m.content == RUSTLS_DATA) {
+		rustls_may_pause(&key, known, &m);
 		if (known->by_request)
 			learn_by_request(&key, known, base, cookie);
 	} else if (m.content == RUSTLS_HANDSHAKE) {
@@ -3011,10 +3110,12 @@ INLINE void link_socket(struct tcp_socket *t)
 		t->flags |= SOCKET_LATE;
 }
 
+#define ONE_OF_SEVERAL (~0ULL)
+
 /* What a system call has sent: in one piece, or in several (`count` of them from `vector` on). */
 struct payload {
 	u64 base;
-	u64 length;
+	u64 length; /* or ONE_OF_SEVERAL messages of a call: it is not known which */
 	u64 vector;
 	u64 count;
 	u64 name; /* the address of the receiver's address, if given */
@@ -3025,7 +3126,7 @@ struct payload {
 APART int find_payload(struct payload *p, u64 total)
 {
 	struct registers *user = task_registers(current_task());
-	u64 call = 0, header[4] = {};
+	u64 call = 0, several = 0, header[4] = {};
 
 	if (!p || !user || bpf_probe_read_kernel(&call, sizeof(call), SYSCALL(user)))
 		return 0;
@@ -3047,6 +3148,8 @@ APART int find_payload(struct payload *p, u64 total)
 		p->name = header[0];
 		p->vector = header[2];
 		p->count = header[3];
+		if (!IS_BCC && call == CALL_SENDMMSG)
+			bpf_probe_read_kernel(&several, sizeof(several), CALL_ARG3(user));
 	} else {
 		return 0;
 	}
@@ -3055,6 +3158,8 @@ APART int find_payload(struct payload *p, u64 total)
 		return 0;
 	p->base = piece[0];
 	p->length = piece[1] < total ? piece[1] : total;
+	if (!IS_BCC && (u32)several > 1)
+		p->length = ONE_OF_SEVERAL;
 	return 1;
 }
 
@@ -3272,8 +3377,11 @@ APART int gather_hello(struct hello_room *room, struct payload *p, u64 total)
 	return 0;
 }
 
-/* A write on a connection of which it is not known yet where it leads: 1 once it is known that the
- * records behind its ClientHello are to be followed. `p` is 0 where it cannot be read. */
+/* What bcc loads is all one program, and must stay short enough for the verifier: it leaves out what no
+ * system call shows where nobody looked the address up, and MPTCP.
+ *
+ * A write on a connection of which it is not known yet where it leads: 1 once it is known that the
+ * records behind its ClientHello are to be followed. */
 INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 total)
 {
 	u32 zero = 0, before = 0;
@@ -3282,45 +3390,54 @@ INLINE int judge_socket(u64 sk, struct tcp_socket *t, struct payload *p, u64 tot
 		return 0;
 
 	t->writes += 1;
-	if (!p) {
-		t->flags |= SOCKET_UNREAD;
-		host_by_address(t);
-		if (t->host[0]) {
-			t->state = SOCKET_SEEN;
-			tell_socket(KIND_SOCKET_SEEN, sk, t);
-			return 0;
-		}
-	} else {
-		const u8 *head = room->hello.bytes;
-		struct hello_bytes *begun = hellos_get(&sk);
-		room->hello.length = 0;
-		if (begun && !bpf_probe_read_kernel(&room->hello, sizeof(room->hello), begun)) {
-			before = REREAD(room->hello.length);
-			hellos_drop(&sk);
-		}
-		gather_hello(room, p, total);
-		u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
-		u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
-		if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
-			hellos_set(&sk, &room->hello);
-			return 0;
-		}
-		if (may_be) {
-			if (!judge_hello(t, head, have)) {
-				sockets_drop(&sk);
-				return 0;
-			}
-			t->state = SOCKET_SEEN;
-			t->hello_sent = t->sent;
-			t->flags |= SOCKET_FOLLOWED;
-			t->skip = whole > before ? whole - before : 0;
-			return 1;
-		}
-		if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
-			t->flags |= SOCKET_ASKED_PROXY;
+	const u8 *head = room->hello.bytes;
+	struct hello_bytes *begun = hellos_get(&sk);
+	room->hello.length = 0;
+	if (begun && !bpf_probe_read_kernel(&room->hello, sizeof(room->hello), begun)) {
+		before = REREAD(room->hello.length);
+		hellos_drop(&sk);
 	}
+	gather_hello(room, p, total);
+	u32 have = REREAD(room->hello.length), whole = 5 + BIG_ENDIAN_16(head + 3);
+	u32 may_be = have && head[0] == 22 && (have < 2 || head[1] == 3) && (have < 6 || head[5] == 1);
+	if (may_be && (have < 5 || have < whole) && have < HELLO_BYTES_MAX && t->writes < HELLO_WRITES_MAX) {
+		hellos_set(&sk, &room->hello);
+		return 0;
+	}
+	if (may_be) {
+		if (!judge_hello(t, head, have)) {
+			sockets_drop(&sk);
+			return 0;
+		}
+		t->state = SOCKET_SEEN;
+		t->hello_sent = t->sent;
+		t->flags |= SOCKET_FOLLOWED;
+		t->skip = whole > before ? whole - before : 0;
+		return 1;
+	}
+	if (have >= 4 && *(u32 *)head == 0x4e4e4f43 /* CONN */)
+		t->flags |= SOCKET_ASKED_PROXY;
 	if (t->writes >= HELLO_WRITES_MAX)
 		sockets_drop(&sk);
+	return 0;
+}
+
+/* The same of a write that cannot be read: 1 where somebody looked the address up. Else the TLS connection
+ * that its thread writes on may tell the host (`link_socket`), if all writes were such, but not with the
+ * first: that is no request, whatever it is. */
+INLINE int judge_unread(u64 sk, struct tcp_socket *t)
+{
+	if (!t->writes)
+		t->flags |= SOCKET_UNREAD;
+	t->writes += 1;
+	host_by_address(t);
+	if (t->host[0]) {
+		t->state = SOCKET_SEEN;
+		return 1;
+	}
+	if (t->writes < HELLO_WRITES_MAX)
+		return !IS_BCC && t->writes > 1 && (t->flags & SOCKET_UNREAD);
+	sockets_drop(&sk);
 	return 0;
 }
 
@@ -3374,21 +3491,14 @@ INLINE void socket_opened(struct state_arguments *a)
 	bpf_get_current_comm(t->comm, sizeof(t->comm));
 }
 
-/* connect() does that in its own process. */
-SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_arguments *a)
-{
-	if (a->protocol == IPPROTO_TCP && a->now == TCP_SYN_SENT)
-		socket_opened(a);
-	return 0;
-}
+/* MPTCP has a socket of TCP's below for each path, on which no process sends. */
+INLINE int is_stream(u32 protocol) { return protocol == IPPROTO_TCP || (!IS_BCC && protocol == IPPROTO_MPTCP); }
 
-/* Its state says "closed" while its process may still read what has come. */
-SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
+INLINE void socket_ended(u64 sk)
 {
-	u64 sk = a[0];
 	struct tcp_socket *t = sockets_get(&sk);
 	if (!t)
-		return 0;
+		return;
 	if (t->linked & RUSTLS_ID) { /* rustls frees a connection where nobody sees it */
 		struct key key = {.ssl = t->linked, .tgid = t->tgid};
 		struct connection *c = connections_get(&key);
@@ -3398,7 +3508,35 @@ SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
 	if (t->state == SOCKET_SEEN)
 		tell_socket(KIND_SOCKET_ENDED, sk, t);
 	sockets_drop(&sk);
+}
+
+/* connect() does that in its own process. Of the end of MPTCP's socket nothing else tells. */
+SECTION("tracepoint/inet_sock_set_state") int on_socket_state(struct state_arguments *a)
+{
+	if (a->now == TCP_SYN_SENT && is_stream(a->protocol))
+		socket_opened(a);
+	else if (!IS_BCC && a->now == TCP_CLOSE && a->protocol == IPPROTO_MPTCP)
+		socket_ended(a->sk);
 	return 0;
+}
+
+/* Its state says "closed" while its process may still read what has come. */
+SECTION("raw_tracepoint/tcp_destroy_sock") int on_socket_destroyed(u64 *a)
+{
+	socket_ended(a[0]);
+	return 0;
+}
+
+/* The far address of a socket that is connected: it is among its first fields. Returns its family. */
+INLINE u16 connected_to(u64 sk, u8 *address)
+{
+	u16 family = 0;
+	bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + 16));
+	if (family == AF_INET)
+		bpf_probe_read_kernel(address, 4, (void *)sk);
+	else
+		bpf_probe_read_kernel(address, 16, (void *)(sk + 56));
+	return family;
 }
 
 /* A datagram that opens a QUIC connection to an address of a provider. */
@@ -3427,12 +3565,8 @@ INLINE void quic_opened(u64 sk, u64 total)
 			bpf_probe_read_user(&address, 4, (void *)(p.name + 4));
 		else
 			bpf_probe_read_user(&address, 16, (void *)(p.name + 8));
-	} else { /* a connected socket has it in its first fields */
-		bpf_probe_read_kernel(to, 2, (void *)(sk + 16));
-		if (to[0] == AF_INET)
-			bpf_probe_read_kernel(&address, 4, (void *)sk);
-		else
-			bpf_probe_read_kernel(&address, 16, (void *)(sk + 56));
+	} else {
+		connected_to(sk, (u8 *)&address);
 	}
 	struct host_name *host = addresses_get(&address);
 	struct tcp_socket *blank = blank_socket_get(&zero);
@@ -3459,6 +3593,14 @@ INLINE void quic_opened(u64 sk, u64 total)
 	process_ring_submit(r);
 }
 
+/* MPTCP's socket is told where it is connected to after its state has changed. */
+INLINE void complete_address(u64 sk, struct tcp_socket *t)
+{
+	t->family = connected_to(sk, t->address);
+	bpf_probe_read_kernel(&t->port, sizeof(t->port), (void *)(sk + 12));
+	t->port = __builtin_bswap16(t->port);
+}
+
 struct socket_arguments { /* of sock:sock_send_length and sock_recv_length, since Linux 6.3 */
 	u64 sk;
 	u64 result; /* an int: bytes, or an error */
@@ -3480,22 +3622,28 @@ SECTION("raw_tracepoint/sock_send_length") int on_socket_sent(struct socket_argu
 	t->sent += result;
 	/* What is inlined here is long: it stands here once, or the verifier gives up on it. */
 	u32 is_new = t->state == SOCKET_NEW;
+	if (!IS_BCC && is_new && !t->port)
+		complete_address(sk, t);
 	if (is_new || (!t->used_ns && (t->flags & SOCKET_FOLLOWED))) {
 		struct payload p = {};
-		u32 found = find_payload(&p, result);
-		if (is_new && !judge_socket(sk, t, found ? &p : 0, result))
+		u32 found = find_payload(&p, result) && (IS_BCC || p.length != ONE_OF_SEVERAL);
+		if (is_new && !(found ? judge_socket(sk, t, &p, result) : judge_unread(sk, t)))
 			return 0;
 		if (found)
 			follow_records(t, &p);
 		else
-			t->flags = (t->flags | SOCKET_UNREAD) & ~SOCKET_FOLLOWED;
-		if (is_new) {
+			t->flags &= ~SOCKET_FOLLOWED;
+		if (is_new && t->state == SOCKET_SEEN) {
 			tell_socket(KIND_SOCKET_SEEN, sk, t);
 			return 0;
 		}
 	}
 	if (!t->linked)
 		link_socket(t);
+	if (!IS_BCC && is_new && t->host[0]) {
+		t->state = SOCKET_SEEN;
+		tell_socket(KIND_SOCKET_SEEN, sk, t);
+	}
 	return 0;
 }
 
@@ -3503,7 +3651,8 @@ SECTION("raw_tracepoint/sock_recv_length") int on_socket_received(struct socket_
 {
 	u64 sk = a->sk;
 	int result = a->result;
-	if (result <= 0 || (a->flags & MSG_PEEK))
+	/* The error queue returns what was sent, with its time stamps. */
+	if (result <= 0 || (a->flags & (MSG_PEEK | MSG_ERRQUEUE)))
 		return 0;
 	struct tcp_socket *t = sockets_get(&sk);
 	if (t)
@@ -3527,7 +3676,11 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	born |= TREE_FORKED;
 	tree_drop(&born);
 	tree_drop(&tid);
-	if (tid != tgid || !owners_get(&tgid))
+	if (tid != tgid)
+		return 0;
+	pausing_drop(&tgid);
+	paused_drop(&tgid);
+	if (!owners_get(&tgid))
 		return 0;
 	struct record *r = ring_reserve(sizeof(*r));
 	if (!r) {

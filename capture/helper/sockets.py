@@ -14,7 +14,7 @@ import os
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class _Seen:
 
     socket: Socket
     process: Process | None = None  # until there is time to ask
+    is_gone: bool = False  # it was seen to have ended, untold
 
 
 @dataclass(slots=True)
@@ -71,6 +72,11 @@ class _OfProcess:
     def left(self, host: str) -> int:
         """TLS connections to a host that no ended socket carried."""
         return self.used.get(host, 0) - self.found.get(host, 0)
+
+    def find(self, host: str | None, cause: Cause | None, socket: Socket) -> None:
+        """A socket carries one of them; one that came to the probes late does, too."""
+        if host and (cause is None or socket.linked):
+            self.found[host] = self.found.get(host, 0) + 1
 
 
 class _Row(NamedTuple):
@@ -110,6 +116,8 @@ class Sockets:
         self._name = name
         self._cause_of = cause_of
         self._metered_stack = metered_stack
+        # Takes what the kernel has told: whoever is gone from its table, their end among it.
+        self.take_news: Callable[[], None] = lambda: None
         self._processes: OrderedDict[tuple[int, int], _OfProcess] = OrderedDict()
         self._sums: dict[_Row, _Sum] = {}
         self._nameless: list[_Seen] = []
@@ -209,27 +217,53 @@ class Sockets:
             self._origins[socket.hello] = number, socket  # it is known by now whether it is metered
         known.ended.append((known.open.pop(number, None), socket))
         # Which of several that ended together was metered, those tell that are linked.
+        states = self._states(known)
         is_certain = socket.linked and len(known.ended) == 1
-        if is_certain or not any(self._is_gone(*each) for each in known.open.items()):
-            self._judge_ended(known)
+        if is_certain or None not in states.values():
+            self._judge_ended(known, states)
 
-    def _is_gone(self, number: int, seen: _Seen) -> bool:
-        """Whether a connection has ended, of which we have not been told yet."""
-        now = self._now(struct.pack("=Q", number))
-        return now is None or now.opened_ns != seen.socket.opened_ns
+    def _states(self, known: _OfProcess) -> dict[int, Socket | None]:
+        """A process's open connections as they are now: None where one has ended, untold as yet."""
+        states: dict[int, Socket | None] = {}
+        for number, seen in known.open.items():
+            now = self._now(struct.pack("=Q", number))
+            is_same = now is not None and now.opened_ns == seen.socket.opened_ns
+            states[number] = now if is_same else None
+        return states
 
-    def _judge_ended(self, known: _OfProcess) -> None:
-        """Count a process's connections that have ended, first those that are metered for sure."""
-        ended, known.ended = sorted(known.ended, key=lambda each: not each[1].linked), []
+    def _settle(self, known: _OfProcess) -> dict[int, Socket]:
+        """Judge a process's connections that have ended; those that are open, of one moment.
+
+        One that ends meanwhile is still held to be open: else another would take its place among
+        those that are metered, and it would be metered as well when its end is told.
+        """
+        before = self._states(known)
+        if None in before.values():
+            self.take_news()  # its end was told before it went
+        states: dict[int, Socket] = {}
+        for number, now in self._states(known).items():
+            seen = known.open[number]
+            if now is None and seen.is_gone:
+                del known.open[number]  # there was no room to tell of its end
+                continue
+            seen.is_gone = now is None
+            states[number] = now or before.get(number) or seen.socket
+        self._judge_ended(known, states)
+        return states
+
+    def _judge_ended(self, known: _OfProcess, states: Mapping[int, Socket | None]) -> None:
+        """Count a process's connections that have ended, first those that are metered for sure,
+        last those that may lead elsewhere."""
+        ended, known.ended = sorted(known.ended, key=_uncertainty), []
+        others = [each for number, each in states.items() if each and number in known.open]
         for seen, socket in ended:
             if not is_used(socket) or self._passes_on(socket):
                 continue
             process = (seen and seen.process) or self._name(socket)
-            cause, host = self._verdict(known, socket, known.open)
+            cause, host = self._verdict(known, socket, others)
             if self._led_elsewhere(cause, socket):
                 continue
-            if cause is None and host:
-                known.found[host] = known.found.get(host, 0) + 1
+            known.find(host, cause, socket)
             self._add(process, socket, cause, socket.sent + socket.received, host)
 
     def _passes_on(self, socket: Socket) -> bool:
@@ -250,7 +284,7 @@ class Sockets:
         )
 
     def _verdict(
-        self, known: _OfProcess, socket: Socket, others: dict[int, _Seen]
+        self, known: _OfProcess, socket: Socket, others: Collection[Socket]
     ) -> tuple[Cause | None, str | None]:
         """Why it was not metered (None: it was), and to which host it led."""
         host = socket.host or None
@@ -258,7 +292,7 @@ class Sockets:
             return (Cause(LATE, None) if socket.flags & SocketFlag.LATE else None), host
         seems_encrypted = bool(socket.flags & SocketFlag.ECH)
         for each in [host] if host else list(known.used):
-            taken = self._linked(others, each, or_named=seems_encrypted)
+            taken = _linked(others, each, or_named=seems_encrypted)
             if known.left(each) > taken:
                 return None, each
         if socket.flags & SocketFlag.UNNAMED:
@@ -288,16 +322,6 @@ class Sockets:
         """Whether a connection that a process opened under the probes named no server."""
         return any(known.nameless for (each, _), known in self._processes.items() if each == pid)
 
-    def _linked(self, others: dict[int, _Seen], host: str, *, or_named: bool = False) -> int:
-        """How many open connections to a host carry a TLS connection for certain; `or_named`: or
-        rather than one whose server name seems to be encrypted, as they name the host."""
-        now = (self._now(struct.pack("=Q", number)) for number in others)
-        return sum(
-            bool(each.linked or (or_named and not each.flags & SocketFlag.ECH))
-            for each in now
-            if each and each.host == host
-        )
-
     def _now(self, key: bytes) -> Socket | None:
         raw = self._table.get(key)
         return None if raw is None else protocol.decode_socket(raw)
@@ -307,7 +331,8 @@ class Sockets:
         known = self._processes.setdefault(key, _OfProcess())
         self._processes.move_to_end(key)
         if len(self._processes) > PROCESSES_MAX:
-            self._judge_ended(self._processes.popitem(last=False)[1])
+            oldest = self._processes.popitem(last=False)[1]
+            self._judge_ended(oldest, self._states(oldest))
         return known
 
     # --- sums -----------------------------------------------------------------------------------
@@ -348,8 +373,9 @@ class Sockets:
 
         What a search is under way for waits: till then `open_sums` has it.
         """
-        for (pid, born_ns), known in self._processes.items():
-            self._judge_ended(known)
+        for (pid, born_ns), known in [*self._processes.items()]:
+            if known.ended:
+                self._settle(known)
             if known.older and not os.path.exists(f"/proc/{pid}"):
                 self._add_older(pid, born_ns, known)
                 known.older.clear()
@@ -366,34 +392,21 @@ class Sockets:
 
     def open_sums(self) -> list[dict[str, Any]]:
         """The same of what is open, as things are now; it is summed up again when it has ended."""
-        for known in self._processes.values():
-            self._judge_ended(known)
+        settled = [(known, self._settle(known)) for known in [*self._processes.values()]]
         kept, self._sums = self._sums, {}
-        for known in self._processes.values():
-            open_now = {
-                number: (each, socket)
-                for number, each in known.open.items()
-                if (socket := self._now(struct.pack("=Q", number)))
-                and socket.opened_ns == each.socket.opened_ns
-            }
-            found = dict(known.found)
-            rest = {number: each for number, (each, _) in open_now.items()}
-            for number, (each, socket) in open_now.items():
+        for known, states in settled:
+            found, rest = dict(known.found), dict(states)
+            for number, socket in states.items():
+                seen = known.open.get(number)
                 del rest[number]
-                if not is_used(socket) or self._passes_on(socket):
+                if seen is None or not is_used(socket) or self._passes_on(socket):
                     continue
-                cause, host = self._verdict(known, socket, rest)
+                cause, host = self._verdict(known, socket, rest.values())
                 if self._led_elsewhere(cause, socket):
                     continue
-                if cause is None and host:
-                    known.found[host] = known.found.get(host, 0) + 1
-                self._add(
-                    each.process or self._name(socket),
-                    socket,
-                    cause,
-                    socket.sent + socket.received,
-                    host,
-                )
+                known.find(host, cause, socket)
+                process = seen.process or self._name(socket)
+                self._add(process, socket, cause, socket.sent + socket.received, host)
             known.found = found
         for (pid, born_ns), known in self._processes.items():
             self._add_older(pid, born_ns, known)
@@ -418,6 +431,21 @@ def is_used(socket: Socket) -> bool:
         return False
     handshake = HANDSHAKE_BYTES_MAX if socket.hello_sent else WITH_HELLO_BYTES_MAX
     return socket.sent - socket.hello_sent > handshake
+
+
+def _linked(others: Collection[Socket], host: str, *, or_named: bool = False) -> int:
+    """How many open connections to a host carry a TLS connection for certain; `or_named`: or rather
+    than one whose server name seems to be encrypted, as they name the host."""
+    return sum(
+        bool(each.linked or (or_named and not each.flags & SocketFlag.ECH))
+        for each in others
+        if each.host == host
+    )
+
+
+def _uncertainty(ended: tuple[_Seen | None, Socket]) -> tuple[bool, bool]:
+    _, socket = ended
+    return not socket.linked, bool(socket.flags & SocketFlag.ECH)
 
 
 def _unseen(pid: int, born_ns: int, host: str) -> Socket:

@@ -166,8 +166,10 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
+    from halton_meter.live.control import Control
     from halton_meter.live.probes import service
     from halton_meter.live.probes.supervisor import Plan
+    from halton_meter.live.probes.watched_run import run_watched
     from halton_meter.problem import Unavailable
 
     if accounts.is_root() and (problems := own_code.problems()):
@@ -178,7 +180,7 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
         told(config.read(home), GOES_ON)
-        return service.run_watched(command, environment, account, control, limit)
+        return run_watched(command, environment, account, control, lambda: Control(home), limit)
     if not accounts.is_root() and via == "auto":
         note(
             "not root and no service running: using a local proxy "

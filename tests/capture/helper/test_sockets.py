@@ -227,6 +227,62 @@ def test_what_seems_encrypted_takes_no_metered_one_from_a_connection_that_is_nam
     assert place.sums() == [(*METERED, 1)]
 
 
+def test_one_that_the_probes_saw_late_lends_its_place_to_no_other(place: Place) -> None:
+    place.uses()
+    late = socket(linked=99, flags=FOLLOWED | SocketFlag.LATE)
+    for number, made in enumerate((late, socket())):
+        place.opens(number, made)
+    assert place.open() == [(HOST, None, "probed_late", 1), (*NOT_PROBED, 1)]
+    for number, made in enumerate((late, socket())):
+        place.ends(number, made)
+    assert place.sums() == [(HOST, None, "probed_late", 1), (*NOT_PROBED, 1)]
+
+
+SEEMS_ENCRYPTED = socket(flags=FOLLOWED | SocketFlag.ECH)
+
+
+def test_one_that_has_ended_untold_keeps_its_place_in_a_report(place: Place) -> None:
+    """A report comes between the kernel's end of a metered connection and the news of it."""
+    place.sockets._cause_of = lambda pid, at_ns: Cause("nothing_passed", "unknown")
+    place.uses()
+    metered = socket(linked=99)
+    place.opens(1, metered)
+    place.opens(2, SEEMS_ENCRYPTED)
+    place.opens(3, socket(used_ns=0))
+    place.table.put(3, socket(used_ns=0, opened_ns=6))  # its place was taken, and nobody was told
+    place.ends(2, SEEMS_ENCRYPTED)
+    del place.table.values[(1).to_bytes(8, "little")]
+    assert place.open() == [(*METERED, 1)]
+    assert place.sums() == []
+    place.ends(1, metered)
+    assert place.sums() == [(*METERED, 1)]
+
+
+def test_an_end_that_waits_in_the_ring_is_taken_before_the_report(place: Place) -> None:
+    """Here the number alone would have the other connection for the metered one."""
+    place.uses()
+    metered, other = socket(linked=99), socket()
+    place.opens(1, metered)
+    place.opens(2, other)
+    place.opens(3, other)
+    del place.table.values[(3).to_bytes(8, "little")]  # so that the next end is not judged at once
+    place.ends(2, other)
+    del place.table.values[(1).to_bytes(8, "little")]
+    place.sockets.take_news = lambda: place.ends(1, metered)
+    assert place.sums() == [(*METERED, 1), (*NOT_PROBED, 1)]
+
+
+def test_of_those_that_end_together_what_seems_encrypted_comes_last(place: Place) -> None:
+    place.sockets._cause_of = lambda pid, at_ns: Cause("nothing_passed", "unknown")
+    place.uses()
+    place.opens(1, SEEMS_ENCRYPTED)
+    place.opens(2, socket())  # metered, though no thread showed it
+    place.table.values.clear()
+    place.ends(1, SEEMS_ENCRYPTED)
+    place.ends(2, socket())
+    assert place.sums() == [(*METERED, 1)]
+
+
 def test_a_search_that_ends_before_the_report_is_told(place: Place) -> None:
     known = iter([Cause("no_probes_yet", None), Cause("stack_not_probed", "rustls")])
     place.sockets._cause_of = lambda pid, at_ns: next(known)

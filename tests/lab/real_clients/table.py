@@ -36,6 +36,7 @@ class Client:
     script: str
     count: int = 1
     uprobes: str = EXACT
+    key_log: str = EXACT
     proxy: str = EXACT
     named: str = ""
 

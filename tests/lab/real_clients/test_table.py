@@ -1,4 +1,4 @@
-"""Every client of `clients.toml`, by uprobes and by the proxy: exact, or named with its fix."""
+"""Every client of `clients.toml`, in every way: exact, or named with its fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halton_meter.cli.coverage import NO_SURE_FIX
 from halton_meter.live.unmetered import CAUSES
 from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from tests.lab.real_clients.programs import Unavailable
-from tests.lab.real_clients.results import note
+from tests.lab.real_clients.results import WAYS, note
 from tests.lab.real_clients.table import EXACT, TABLE, Client, installed
 from tests.lab.test_clients import anthropic_body
 from tests.lab.test_run import as_sudo
@@ -34,10 +34,10 @@ def home(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", ["uprobes", "proxy"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("client", TABLE, ids=str)
 def test_client(lab: Lab, home: Path, client: Client, way: str) -> None:
-    expected = client.uprobes if way == "uprobes" else client.proxy
+    expected = {"uprobes": client.uprobes, "key log": client.key_log, "proxy": client.proxy}[way]
     if not expected:
         pytest.skip("not tried this way")
     try:
@@ -46,8 +46,8 @@ def test_client(lab: Lab, home: Path, client: Client, way: str) -> None:
         pytest.skip(f"cannot install {client.package}: {reason}")
     variables |= {"URL": "https://api.anthropic.com/v1/messages", "BODY": f"{home}/body.json"}
     variables |= {"HERE": str(home), "LIBRARIES": str(CLIENTS)}
-    skip, summary = len(lab.ledger()), home / "summary.json"
-    argv = [*HALTON_METER, "run", "--via", way, "--json-summary", str(summary), "--"]
+    skip, summary, via = len(lab.ledger()), home / "summary.json", way.replace(" ", "")
+    argv = [*HALTON_METER, "run", "--via", via, "--json-summary", str(summary), "--"]
     # As root on behalf of the lab's user, or as that user.
     who: dict[str, Any] = {"env": as_sudo(lab, home, **variables)}
     if way == "proxy":
@@ -60,7 +60,7 @@ def test_client(lab: Lab, home: Path, client: Client, way: str) -> None:
     assert len(served) == client.count, (served, done.stderr)
     if expected == EXACT:
         assert told["requests"] == client.count, done.stderr
-        assert_metered(served, events, way)
+        assert_metered(served, events, via)
         assert "not metered" not in done.stderr, done.stderr
     else:
         assert events == []
@@ -75,7 +75,8 @@ def is_named(client: Client, cause: str, told: Mapping[str, Any], said: str) -> 
     assert {part["cause"] for part in parts} == {cause}, parts
     # All names lead to one address here, so a host that the address alone tells is one of several.
     assert all(HOSTS & set(part["host"].split(" or ")) for part in parts), parts
-    if cause != "proxy_ignored":  # which library that would be is not known of each
+    # Which library that would be is not known of each, nor to who sees packets alone.
+    if cause not in ("proxy_ignored", "no_keys"):
         named = client.named or client.stack.partition(",")[0]
         assert {part["stack"] for part in parts} == {named}, parts
     lines = [line for line in said.splitlines() if "not metered: " in line]
