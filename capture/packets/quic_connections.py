@@ -119,7 +119,8 @@ class QuicConnections:
                 self._waiting_bytes -= known.waiting_bytes
                 known.waiting_bytes = 0
                 for direction, payload, at_ns in waiting:
-                    self._read(key, known, direction, payload, at_ns)
+                    if self._connections.get(key) is known:  # else it has ended meanwhile
+                        self._read(key, known, direction, payload, at_ns)
 
     def expire(self, now_ns: int) -> None:
         """Give up what has waited for too long, or was silent for too long."""

@@ -133,6 +133,19 @@ def test_version_2_and_key_updates_are_followed() -> None:
         exact(bench)
 
 
+@pytest.mark.parametrize("when", ["keys first", "keys last"])
+def test_nothing_is_given_behind_the_end(when: str) -> None:
+    """Datagrams of the other side may be under way when a connection is closed."""
+    given, bench = recording(), Bench()
+    if when == "keys first":
+        bench.learn(given.secrets)
+    of_server = [each for each in given.datagrams if not each.from_client]
+    bench.play([*given.datagrams, *of_server[-3:]])
+    bench.learn(given.secrets)
+    exact(bench)
+    assert [type(item) for item in bench.items].index(TlsClosed) == len(bench.items) - 1
+
+
 def test_what_is_said_is_given_at_once() -> None:
     given, bench = recording(), Bench()
     bench.learn(given.secrets)
